@@ -22,7 +22,6 @@ from evojax_merge.problem import (
 from evojax_merge.references import resolve_reference
 from evojax_merge.report.card import search_card
 from evojax_merge.report.comparison import Result, write_result
-from evojax_merge.report.picture import draw
 from evojax_merge.report.plan import Plan
 from evojax_merge.report.progress import OnGeneration, bytes_bar, console, merge_bar, passes_bar, say, search_bar
 from evojax_merge.report.tables import terminal_table
@@ -118,7 +117,7 @@ def _why_complete(folder: RunFolder, problem: SearchProblem) -> str | None:
     result, rows, wanted = read_result(folder.result), folder.read_history(), problem.search.generations
     if result is None or result.get("generations") != len(rows):
         return None
-    written = [folder.recipe, folder.model, folder.picture, *([folder.front] if "members" in result else [])]
+    written = [folder.recipe, folder.model, *([folder.front] if "members" in result else [])]
     if not all(path.exists() for path in written):
         return None
     course = course_of(rows, read_lines(folder.timing))
@@ -148,7 +147,6 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
         write = partial(merge_to, recipe=recipe)
         check = partial(check_replaceable_model, folder.model)
         merge_stream(stream_plan, folder.model, write, card=card, overwrite=True, check=check, bar=bar)
-    draw(result, history, folder.picture)
     write_result(result, len(history), folder.result)
     shown = result.report.terminal()
     if shown is not None:

@@ -125,9 +125,9 @@ class Run(Described):
         return gene_values if opened is None else partial(opened[0].named_values, parents=opened[1])
 
     @property
-    def figures(self) -> list[Path]:
-        """The pictures of the run."""
-        return sorted(self.path.glob("*.png"))
+    def page(self) -> Path | None:
+        """`report.html`: the run's figures and tables as one page for a browser."""
+        return self._folder.page if self._folder.page.is_file() else None
 
 
 def method_in(config: Mapping[str, Any]) -> str:

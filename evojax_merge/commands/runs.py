@@ -11,7 +11,7 @@ from evojax_merge.report.run_tables import Table
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_parts import RunFolder
 
-# How deep below the folder runs are looked for.
+# The depth below the folder down to which runs are looked for.
 DEPTH = 3
 UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
@@ -20,7 +20,7 @@ def runs(root: Path) -> None:
     """Print a line for each run below a folder, the newest first."""
     if not root.is_dir():
         raise InputError(root, "no such folder; expected one that holds runs")
-    found: list[tuple[float, str, RunData]] = []
+    listed: list[tuple[float, str, RunData]] = []
     for path in _run_folders(root):
         try:
             run = read_run(path)
@@ -29,15 +29,15 @@ def runs(root: Path) -> None:
             continue
         folder = RunFolder(path)
         changed = max(file.stat().st_mtime for file in (folder.config, folder.history, folder.result) if file.exists())
-        found.append((changed, str(path.relative_to(root)), run))
-    if not found:
+        listed.append((changed, str(path.relative_to(root)), run))
+    if not listed:
         console.print(f"no runs in {root}", highlight=False, soft_wrap=True)
         return
     now = time.time()
     rows = [
         [name, run.method, f"{run.count}/{run.search.get('generations', '?')}", run.best_so_far, run.state,
          _age(now - changed)]
-        for changed, name, run in sorted(found, key=lambda one: (-one[0], one[1]))
+        for changed, name, run in sorted(listed, key=lambda row: (-row[0], row[1]))
     ]  # fmt: skip
     columns = ["run", "method", "generations", "best fitness", "state", "last change"]
     console.print(Table(columns, rows, frozenset({2, 3})).terminal())

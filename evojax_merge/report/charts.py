@@ -13,6 +13,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
+from evojax_merge.genealogy import NUMBER
 from evojax_merge.report.parameters import Frames, Map, Sampled
 from evojax_merge.report.run_data import Generation, Result, RunData, spread
 
@@ -23,6 +24,8 @@ SERIES = [f"var(--series-{k})" for k in range(1, 9)]
 Spec = dict[str, Any]
 # The points of a curve in small charts.
 MOST_POINTS = 250
+# The members of a pool that are drawn.
+MOST_MEMBERS = 1500
 
 
 def _data(**columns: Sequence[Any]) -> alt.InlineData:
@@ -68,7 +71,7 @@ def fitness_chart(run: RunData) -> Spec:
     """Fitness over generations: the best so far, each generation's best, median and spread, validation, and rules for
     what needs no search."""
     rows = run.fitness_rows
-    columns = {
+    columns: dict[str, Sequence[Any]] = {
         "generation": [g.number for g in rows],
         "best": [g.row.best for g in rows],
         "median": [g.median for g in rows],
@@ -79,7 +82,7 @@ def fitness_chart(run: RunData) -> Spec:
     }
     rules = _rules(run)
     domain = _domain(rows, rules)
-    y = {"scale": alt.Scale(domain=domain, nice=True, zero=False), "title": "fitness, search split"}
+    y: dict[str, Any] = {"scale": alt.Scale(domain=domain, nice=True, zero=False), "title": "fitness, search split"}
     base = alt.Chart(_data(**columns)).encode(x=_generations(columns["generation"]))
     colours = {"best so far": ACCENT, "best of the generation": FAINT, "median": SOFT}
     if any(value is not None for value in columns["validation"]):
@@ -114,8 +117,8 @@ def fitness_chart(run: RunData) -> Spec:
         layers.append(series("validation, best so far", "validation", checks))
     shown = [rule for rule in rules if domain[0] <= rule[1] <= domain[1]]
     if shown:
-        names, values, splits = zip(*shown, strict=True)
-        lines = alt.Chart(_data(name=names, value=values, split=splits))
+        labels, values, splits = zip(*shown, strict=True)
+        lines = alt.Chart(_data(name=labels, value=values, split=splits))
         layers.append(
             lines.mark_rule(strokeDash=[4, 4], color=SOFT, clip=True).encode(
                 y=alt.Y("value:Q", **y),
@@ -123,11 +126,12 @@ def fitness_chart(run: RunData) -> Spec:
             )
         )
         # The score on the search split stands above its rule, which one of the held-out scores often follows below.
-        for baseline, test in (("bottom", "datum.split == 'search'"), ("top", "datum.split != 'search'")):
-            text = lines.transform_filter(test).mark_text(
-                align="right", baseline=baseline, dx=-4, dy=-3 if baseline == "bottom" else 4, color=SOFT, limit=260
-            )
-            layers.append(text.encode(y=alt.Y("value:Q", **y), x=alt.value("width"), text="name:N"))
+        above: dict[str, Any] = {"baseline": "bottom", "dy": -3}
+        below: dict[str, Any] = {"baseline": "top", "dy": 4}
+        for test, place in (("==", above), ("!=", below)):
+            some = lines.transform_filter(f"datum.split {test} 'search'")
+            names = some.mark_text(align="right", dx=-4, color=SOFT, limit=260, **place)
+            layers.append(names.encode(y=alt.Y("value:Q", **y), x=alt.value("width"), text="name:N"))
     layers.append(base.mark_point(size=260, opacity=0, clip=True).encode(y=alt.Y("best:Q", **y), tooltip=tips))
     return _spec(alt.layer(*layers), 340)
 
@@ -333,18 +337,18 @@ def heldout_chart(result: Result) -> Spec:
     leads = {(row.role, row.name): row.lead for row in result.rivals}
     winner = result.winner
     ours = winner.heldout_fitness if winner is not None else math.nan
-    scored = [one for one in result.table if math.isfinite(one.heldout_fitness)]
-    found = [leads.get((one.role, one.name)) for one in scored]
-    labels = [one.name if one.role in ("winner", "uniform", one.name) else f"{one.role} {one.name}" for one in scored]
+    scored = [model for model in result.table if math.isfinite(model.heldout_fitness)]
+    intervals = [leads.get((model.role, model.name)) for model in scored]
+    labels = [model.label for model in scored]
     base = alt.Chart(
         _data(
-            model=labels, fitness=[one.heldout_fitness for one in scored],
-            low=[None if lead is None else ours - lead.high for lead in found],
-            high=[None if lead is None else ours - lead.low for lead in found],
-            role=["winner" if one is winner else "other" for one in scored],
+            model=labels, fitness=[model.heldout_fitness for model in scored],
+            low=[None if lead is None else ours - lead.high for lead in intervals],
+            high=[None if lead is None else ours - lead.low for lead in intervals],
+            role=["winner" if model is winner else "other" for model in scored],
         )
     ).encode(y=alt.Y("model:N", sort=labels, title=None, axis=alt.Axis(labelLimit=180)))  # fmt: skip
-    x = {"title": "held-out fitness"}
+    x: dict[str, Any] = {"title": "held-out fitness"}
     bars = base.mark_bar(height=16, cornerRadius=2).encode(
         x=alt.X("fitness:Q", **x),
         color=alt.condition("datum.role == 'winner'", alt.value(ACCENT), alt.value("var(--bar)")),
@@ -390,6 +394,70 @@ def front_chart(result: Result) -> Spec | None:
     return _spec(points + text, 320)
 
 
+def pool_chart(run: RunData) -> Spec:
+    """The members of a pool at the generation of their birth; the winner's ancestors stand out."""
+    lineage = run.result.lineage if run.result is not None else []
+    ancestors = {member.name for member in lineage}
+    born = {
+        int(genome[NUMBER]): (g.number, fitness)
+        for g in run.fitness_rows
+        for genome, fitness in zip(g.row.genomes, g.row.fitness, strict=False)
+        if fitness is not None and genome
+    }
+    numbers = [list(born)[place] for place in spread(len(born), MOST_MEMBERS)]
+    numbers += [number for number in born if f"member-{number}" in ancestors and number not in numbers]
+    best = np.quantile([fitness for _, fitness in born.values()], [0.05, 1.0])
+    margin = 0.05 * float(np.ptp(best)) or 0.5
+    tips = [alt.Tooltip("generation:Q", format="d"), alt.Tooltip("fitness:Q", format=".4f")]
+    points = (
+        alt.Chart(
+            _data(
+                generation=[born[number][0] for number in numbers],
+                fitness=[born[number][1] for number in numbers],
+                member=[str(number) for number in numbers],
+                role=["ancestor" if f"member-{number}" in ancestors else "member" for number in numbers],
+            )
+        )
+        .mark_circle(opacity=1, clip=True)
+        .encode(
+            x=_generations([born[number][0] for number in numbers]),
+            y=alt.Y("fitness:Q", scale=alt.Scale(domain=[float(best[0]) - margin, float(best[1]) + margin])),
+            color=alt.condition("datum.role == 'ancestor'", alt.value(ACCENT), alt.value("var(--bar)")),
+            size=alt.condition("datum.role == 'ancestor'", alt.value(70), alt.value(24)),
+            tooltip=["member:N", "role:N", *tips],
+        )
+    )
+    return _spec(points, 240)
+
+
+def history_chart(history: Sequence[Mapping[str, Any]]) -> alt.Chart:
+    """The fitness over generations as a chart of its own: best so far, best, mean, and that of the best so far on the
+    validation split where generations looked at it. history: rows of `history.jsonl`."""
+    # A companion of the fitness has another scale.
+    rows = [row for row in history if "companion" not in row]
+    keys = ("best_so_far", "best", "mean")
+    series = {key.replace("_", " "): [(row["generation"], row[key]) for row in rows] for key in keys}
+    checks = [(row["generation"], row["validation"]["best_so_far"]) for row in rows if "validation" in row]
+    series |= {"validation of best": checks} if checks else {}
+    points = [
+        {"generation": number, "series": name, "fitness": value}
+        for name, values in series.items()
+        for number, value in values
+        if value is not None
+    ]
+    return (
+        alt.Chart(alt.InlineData(values=points))
+        .mark_line(point=alt.OverlayMarkDef(size=16))
+        .encode(
+            x=alt.X("generation:Q", axis=alt.Axis(format="d", tickMinStep=1)),
+            y=alt.Y("fitness:Q", title="fitness, search split", scale=alt.Scale(zero=False)),
+            color=alt.Color("series:N", title=None, scale=alt.Scale(domain=list(series))),
+            tooltip=["series:N", "generation:Q", "fitness:Q"],
+        )
+        .properties(width=560, height=320)
+    )
+
+
 def compared_fitness(runs: Mapping[str, RunData], x: str) -> Spec:
     """The best so far of several runs. x: generation or evaluations."""
     rows = [
@@ -399,7 +467,7 @@ def compared_fitness(runs: Mapping[str, RunData], x: str) -> Spec:
         for g in [rows[place] for place in spread(len(rows), MOST_POINTS)]
         if g.row.best_so_far is not None
     ]
-    fields = {"run": [r[0] for r in rows], "x": [r[1] for r in rows], "fitness": [r[2] for r in rows]}
+    fields: dict[str, Any] = {"run": [r[0] for r in rows], "x": [r[1] for r in rows], "fitness": [r[2] for r in rows]}
     chart = (
         alt.Chart(_data(**fields))
         .mark_line(

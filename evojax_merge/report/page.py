@@ -90,6 +90,8 @@ def _run_page(run: RunData, refresh: bool, made: Any) -> str:
     rungs = _rungs(run)
     if rungs:
         charts.specs["rungs"] = made.rung_chart(rungs)
+    if run.config.get("pool") and run.fitness_rows:
+        charts.specs["pool"] = made.pool_chart(run)
     if result is not None and result.table:
         charts.specs["heldout"] = made.heldout_chart(result)
     if result is not None and result.members:
@@ -173,7 +175,7 @@ def _vega() -> str:
         return file.read_text(encoding="utf-8")
     import vl_convert
 
-    script: str = vl_convert.javascript_bundle().replace("</script", "<\\/script")
+    script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, script)

@@ -65,6 +65,11 @@ class _Scored(BaseModel):
     heldout_fitness: float
     heldout_scores: dict[str, float] = {}
 
+    @property
+    def label(self) -> str:
+        """The name, with the role before it where the name does not say it."""
+        return self.name if self.role in ("winner", "uniform", self.name) else f"{self.role} {self.name}"
+
 
 class _Rival(BaseModel):
     name: str
@@ -256,8 +261,8 @@ def read_run(path: Path, *, working: bool | None = None) -> RunData:
 
 
 def _lines(path: Path) -> tuple[int, list[bytes]]:
-    """How many whole lines a file has, and some of them: evenly spaced from the first to the last, and those that hold
-    a look at the validation split."""
+    """The number of a file's whole lines, and some of the lines: evenly spaced from the first to the last, and those
+    that hold a look at the validation split."""
     if not path.is_file():
         return 0, []
     starts, validated = [0], []

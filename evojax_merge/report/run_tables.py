@@ -104,7 +104,7 @@ def heldout_table(result: Result) -> Table:
     scores = list(dict.fromkeys(name for scored in result.table for name in scored.heldout_scores))
     rows = [
         [
-            scored.name if scored.role in ("winner", "uniform", scored.name) else f"{scored.role} {scored.name}",
+            scored.label,
             scored.heldout_fitness,
             lead_cell(leads[scored.role, scored.name]) if (scored.role, scored.name) in leads else "",
             *(scored.heldout_scores.get(name) for name in scores),

@@ -110,10 +110,6 @@ class RunFolder:
         return self.path / "lock"
 
     @property
-    def picture(self) -> Path:
-        return self.path / "report.png"
-
-    @property
     def page(self) -> Path:
         return self.path / "report.html"
 
@@ -121,7 +117,7 @@ class RunFolder:
     def files(self) -> list[Path]:
         """The files that a search writes, those of best/ included."""
         history = [self.history, self.history_backup, self.timing]
-        return [self.config, *history, self.result, self.picture, self.page, self.recipe, self.params]
+        return [self.config, *history, self.result, self.page, self.recipe, self.params]
 
     @property
     def parts(self) -> list[Path]:
@@ -331,7 +327,7 @@ def clear(folder: RunFolder, generations: int) -> list[str]:
     _check_clear(folder)
     _check_names(folder, range(1, generations + 1))
     page = [folder.page] if holds_page(folder.page) else []
-    for file in (folder.result, folder.picture, *page, folder.recipe, folder.params):
+    for file in (folder.result, *page, folder.recipe, folder.params):
         remove_file(file)
     stages = [stage.path for stage in folder.begun_stages()]
     for path in (folder.model, folder.front, *folder.kept_winners(), *stages):
@@ -370,7 +366,7 @@ def _check_clear(folder: RunFolder) -> None:
 
 
 def _check_winner(folder: RunFolder, winner: Path) -> None:
-    files = {folder.recipe.name, folder.result.name, folder.picture.name}
+    files = {folder.recipe.name, folder.result.name}
     for path in entries(winner):
         if path.name == folder.model.name:
             check_replaceable_model(path)
