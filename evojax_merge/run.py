@@ -133,7 +133,8 @@ class Run(Described):
 def method_in(config: Mapping[str, Any]) -> str:
     """The name of a config's merge method, or of the kind of its space."""
     space = config.get("space") or config.get("search_pytrees") or {}
-    return space.get("method") or next((key for key in ("data_flow", "pool", "stages") if config.get(key)), "unknown")
+    method = space.get("method") if isinstance(space, Mapping) else None
+    return method or next((key for key in ("data_flow", "pool", "stages") if config.get(key)), "unknown")
 
 
 def open_run(folder: str | PathLike[str]) -> Run:

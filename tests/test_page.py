@@ -378,6 +378,15 @@ def test_half_a_line_does_not_count(tmp_path: Path) -> None:
     assert "was stopped after generation 6" in page.text and '<meta http-equiv="refresh"' not in page.source
 
 
+def test_the_winner_of_a_run_that_has_gone_on_is_not_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    edit_result(run, generations=4)
+    write_page(RunFolder(run))
+    page = Page(run / "report.html")
+    assert "The winner of 4 generations is not shown: the run has gone on since." in page.text
+    assert "was stopped after generation 6" in page.text and "heldout" not in page.specs
+
+
 def test_a_run_without_a_generation_says_so(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", generations=0, finished=False)
     for file in ("history.jsonl", "timing.jsonl"):
@@ -399,6 +408,20 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     for text in ("result.json cannot be read: table", "environment.json cannot be read", "history.jsonl cannot be"):
         assert text in page.text
     assert len(page.column("fitness", "generation")) == 5
+
+
+@pytest.mark.parametrize("pool", [None, {"methods": ["slerp"]}])
+def test_a_run_without_a_single_score_has_a_page(tmp_path: Path, pool: Any) -> None:
+    run = make_run(tmp_path / "run", finished=False, pool=pool, search=["odd"], space="odd", parents=3)
+    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    for row in rows:
+        nothing = [None] * len(row["fitness"])
+        row |= {"fitness": nothing, "task_scores": {"sums": nothing}, "best": None, "mean": None, "best_so_far": None}
+        row["scores_of_best"] = {}
+    (run / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_page(RunFolder(run))
+    assert "after generation 6" in Page(run / "report.html").text
+    assert run_command("show", run).returncode == 0
 
 
 @pytest.mark.parametrize("command", ["report", "show"])
@@ -527,6 +550,7 @@ def test_runs_below_a_folder_are_listed(tmp_path: Path) -> None:
     for text in ("first", "deep/second", "ties", "6/6", "finished", "stopped", "ago"):
         assert text in done.stdout
     assert "broken" not in done.stdout and done.stderr.startswith("warning: ") and done.stderr.count("\n") == 1
+    assert "first" in run_command("runs", tmp_path / "runs" / "first").stdout
     (tmp_path / "none").mkdir()
     assert "no runs in none" in run_command("runs", "none", folder=tmp_path).stdout
     assert run_command("runs", "missing", folder=tmp_path).returncode == 2

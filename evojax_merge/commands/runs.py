@@ -29,7 +29,7 @@ def runs(root: Path) -> None:
             continue
         folder = RunFolder(path)
         changed = max(file.stat().st_mtime for file in (folder.config, folder.history, folder.result) if file.exists())
-        listed.append((changed, str(path.relative_to(root)), run))
+        listed.append((changed, run.name if path == root else str(path.relative_to(root)), run))
     if not listed:
         console.print(f"no runs in {root}", highlight=False, soft_wrap=True)
         return

@@ -58,7 +58,7 @@ def _generations(numbers: Sequence[int]) -> Any:
     # Few numbers would stand between the generations as well.
     few = sorted(set(numbers)) if len(set(numbers)) <= 6 else alt.Undefined
     axis = alt.Axis(format="d", tickMinStep=1, grid=False, values=few)
-    return alt.X("generation:Q", title="generation", axis=axis, scale=alt.Scale(nice=False, zero=False))
+    return alt.X("generation:Q", title="generation", axis=axis, scale=alt.Scale(nice=False, zero=False, padding=8))
 
 
 def _tooltip(*fields: tuple[str, str]) -> list[Any]:
@@ -407,7 +407,7 @@ def pool_chart(run: RunData) -> Spec:
     numbers = [list(born)[place] for place in spread(len(born), MOST_MEMBERS)]
     numbers += [number for number in born if f"member-{number}" in ancestors and number not in numbers]
     best = np.quantile([fitness for _, fitness in born.values()], [0.05, 1.0])
-    margin = 0.05 * float(np.ptp(best)) or 0.5
+    margin = 0.1 * float(np.ptp(best)) or 0.5
     tips = [alt.Tooltip("generation:Q", format="d"), alt.Tooltip("fitness:Q", format=".4f")]
     points = (
         alt.Chart(

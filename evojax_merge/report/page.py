@@ -90,7 +90,7 @@ def _run_page(run: RunData, refresh: bool, made: Any) -> str:
     rungs = _rungs(run)
     if rungs:
         charts.specs["rungs"] = made.rung_chart(rungs)
-    if run.config.get("pool") and run.fitness_rows:
+    if run.config.get("pool") and any(generation.genome for generation in run.fitness_rows):
         charts.specs["pool"] = made.pool_chart(run)
     if result is not None and result.table:
         charts.specs["heldout"] = made.heldout_chart(result)

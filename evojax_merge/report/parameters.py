@@ -18,7 +18,7 @@ from evojax_merge.run import Run
 # The most frames of the heat maps' slider, and the most numbers in all frames.
 MOST_FRAMES, MOST_CELLS = 100, 16_000
 # The candidates that importances are computed from, and those that are drawn as lines.
-MOST_RANKED, MOST_DRAWN = 2_000, 150
+FEWEST_RANKED, MOST_RANKED, MOST_DRAWN = 10, 2_000, 150
 # Genes without names stand in rows of so many.
 GENES_IN_A_ROW = 8
 NAME = re.compile(r"([^\[\]]+)\[([^\]]*)\](?:\[(.*)\])?", re.DOTALL)
@@ -79,7 +79,7 @@ def read_parameters(run: RunData) -> Parameters | None:
     # A few sizes alone: the names are computed in JAX, which compiles for each.
     padded = np.pad(genomes, [(0, 2 ** len(genomes).bit_length() - len(genomes)), (0, 0)])
     values = {name: np.asarray(column, float)[: len(genomes)] for name, column in named_values(padded).items()}
-    importance = _importance(_sampled(late, values, 0)) if len(late) > 1 else {}
+    importance = _importance(_sampled(late, values, 0)) if len(late) >= FEWEST_RANKED else {}
     frames = Frames(labels, _maps({name: column[len(late) + len(drawn) :] for name, column in values.items()}))
     if named_values is gene_values and run.result is not None and run.result.groups:
         frames = _winner_alone(run, run.result)
@@ -159,10 +159,11 @@ def _framed(run: RunData, genes: int) -> tuple[list[str], list[list[float]]]:
 
 def _winner_alone(run: RunData, result: Result) -> Frames:
     """The winner's parameters from result.json, where those of other candidates have no names any more."""
-    parents, maps = model_names([Path(parent) for parent in run.config.get("parents", ())]), []
+    parents = run.config.get("parents")
+    names, maps = model_names([Path(str(parent)) for parent in parents] if isinstance(parents, list) else []), []
     for name, table in result.parameters.items():
         values = np.asarray(table, float)
-        columns = parents if len(parents) == values.shape[1] else [str(k + 1) for k in range(values.shape[1])]
+        columns = names if len(names) == values.shape[1] else [str(k + 1) for k in range(values.shape[1])]
         maps.append(Map(name, result.groups, columns, values[None]))
     return Frames(["the winner"], maps)
 

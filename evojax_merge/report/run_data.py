@@ -199,7 +199,8 @@ class RunData:
         """The section `search` of the config; for a search in stages, the last stage's."""
         stages = self.config.get("stages")
         last = stages[-1] if isinstance(stages, list) and stages else self.config
-        return dict(last.get("search") or {}) if isinstance(last, dict) else {}
+        section = last.get("search") if isinstance(last, dict) else None
+        return section if isinstance(section, dict) else {}
 
     @property
     def last(self) -> _Row | None:
@@ -237,10 +238,12 @@ def read_run(path: Path, *, working: bool | None = None) -> RunData:
     rows = [_parsed(_Row, line, folder.history, notes) for line in lines]
     clock = [_parsed(_Timing, line, folder.timing, notes) for line in _whole_lines(folder.timing)]
     result = _parsed(Result, folder.result.read_bytes(), folder.result, notes) if folder.result.is_file() else None
-    if result is not None and result.generations >= count:
-        state: State = "finished"
-    else:
+    state: State = "finished"
+    if result is None or result.generations < count:
         state = "running" if (_in_use(path) if working is None else working) else "stopped"
+        if result is not None:
+            notes.append(f"The winner of {result.generations} generations is not shown: the run has gone on since.")
+        result = None
     environment = _text(path / "environment.json", whole=True)
     log = (_text(path / "run.log", whole=True) or "").splitlines()
     config_text = _text(folder.config) or ""

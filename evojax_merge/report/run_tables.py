@@ -143,7 +143,7 @@ def lineage_table(result: Result | None) -> Table | None:
         for member in result.lineage
     ]  # fmt: skip
     columns = ["member", "method", "parents", "parameters", "parents change places at layer"]
-    return Table(columns, rows, frozenset({4}), len(rows) - 1, wrap=True)
+    return Table(columns, rows, frozenset({4}), len(rows) - 1)
 
 
 def _parameter(value: float | list[float]) -> str:
