@@ -19,6 +19,7 @@ import yaml
 from helpers import Family, build_family
 from hostile import run_command, start_command
 
+from evojax_merge.errors import Failed
 from evojax_merge.report import live_page
 from evojax_merge.report.live_page import kept_page
 from evojax_merge.report.page import write_page
@@ -511,6 +512,12 @@ def test_a_page_that_cannot_be_written_is_one_warning(tmp_path: Path, monkeypatc
             history.write("\n")
     (warning,) = warnings
     assert warning.startswith("report.html could not be written: ") and "is a folder" in warning
+    # A search that fails says why it does, and nothing of the page.
+    keeping = kept_page(RunFolder(run), lambda generation: None, warnings.append)
+    keeping.__enter__()
+    (run / "history.jsonl").write_text("")
+    assert not keeping.__exit__(Failed, Failed("the disk is full"), None)
+    assert len(warnings) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------

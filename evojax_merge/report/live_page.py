@@ -32,6 +32,10 @@ def kept_page(folder: RunFolder, on_generation: OnGeneration, warn: Callable[[st
     before = page.content()
     try:
         yield after
+    except BaseException:
+        # The error is what the user has to read.
+        page.warned = True
+        raise
     finally:
         # A run that was refused, or was complete before, stays as it is.
         if folder.history.exists() and (page.content() != before or not folder.page.exists()):
@@ -41,7 +45,7 @@ def kept_page(folder: RunFolder, on_generation: OnGeneration, warn: Callable[[st
 class _Page:
     def __init__(self, folder: RunFolder, warn: Callable[[str], None]) -> None:
         self._folder, self._warn = folder, warn
-        self._due, self._failed = time.monotonic() + INTERVAL, False
+        self._due, self.warned = time.monotonic() + INTERVAL, False
 
     def content(self) -> list[tuple[int, int]]:
         """What the page depends on, without reading it: the sizes and times of files."""
@@ -59,6 +63,6 @@ class _Page:
         try:
             write_page(self._folder, working=working)
         except Exception as error:
-            if not self._failed:
+            if not self.warned:
                 self._warn(f"{self._folder.page.name} could not be written: {error}")
-            self._failed = True
+            self.warned = True

@@ -44,9 +44,8 @@ class Frames:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Candidates: their generations, fitness and parameters by name, `[candidates]` each."""
+    """Candidates: their fitness and their parameters by name, `[candidates]` each."""
 
-    generation: np.ndarray
     fitness: np.ndarray
     values: Mapping[str, np.ndarray]
 
@@ -65,17 +64,17 @@ class Parameters:
 
 def read_parameters(run: RunData) -> Parameters | None:
     """The parameters of a run; None where there are none to show, as in a pool, whose genomes are births."""
-    if run.config.get("pool") or not any(generation.genome for generation in run.generations):
+    genes = max((len(generation.genome) for generation in run.generations), default=0)
+    if run.config.get("pool") or not genes:
         return None
     try:
         named_values = Run(run.path).named_values()
     except InputError:
         named_values = gene_values
-    genes = len(run.generations[-1].genome)
     half = [generation for generation in run.fitness_rows if 2 * generation.number > run.count]
     late, drawn = _candidates(half, MOST_RANKED, genes), _candidates(run.fitness_rows, MOST_DRAWN, genes)
     labels, framed = _framed(run, genes)
-    genomes = np.array([candidate[2] for candidate in (*late, *drawn)] + framed, np.float32)
+    genomes = np.array([genome for _, genome in (*late, *drawn)] + framed, np.float32)
     # A few sizes alone: the names are computed in JAX, which compiles for each.
     padded = np.pad(genomes, [(0, 2 ** len(genomes).bit_length() - len(genomes)), (0, 0)])
     values = {name: np.asarray(column, float)[: len(genomes)] for name, column in named_values(padded).items()}
@@ -92,10 +91,10 @@ def read_parameters(run: RunData) -> Parameters | None:
     )
 
 
-def _candidates(generations: list[Generation], most: int, genes: int) -> list[tuple[int, float, list[float]]]:
-    """The generation, fitness and genome of at most so many of the candidates that have a fitness, evenly spaced."""
+def _candidates(generations: list[Generation], most: int, genes: int) -> list[tuple[float, list[float]]]:
+    """The fitness and genome of at most so many of the candidates that have a fitness, evenly spaced."""
     rows = [
-        (generation.number, fitness, genome)
+        (fitness, genome)
         for generation in generations
         for fitness, genome in zip(generation.row.fitness, generation.row.genomes, strict=False)
         if fitness is not None and len(genome) == genes
@@ -103,12 +102,11 @@ def _candidates(generations: list[Generation], most: int, genes: int) -> list[tu
     return [rows[place] for place in spread(len(rows), most)]
 
 
-def _sampled(candidates: list[tuple[int, float, list[float]]], values: Mapping[str, np.ndarray], first: int) -> Sampled:
+def _sampled(candidates: list[tuple[float, list[float]]], values: Mapping[str, np.ndarray], first: int) -> Sampled:
     """The candidates with their parameters, which are the columns' values from `first` on."""
     parameters = {name.partition("[")[0] for name in values}
     return Sampled(
-        generation=np.array([number for number, _, _ in candidates]),
-        fitness=np.array([fitness for _, fitness, _ in candidates], float),
+        fitness=np.array([fitness for fitness, _ in candidates], float),
         values={_short(name, len(parameters)): x[first : first + len(candidates)] for name, x in values.items()},
     )
 

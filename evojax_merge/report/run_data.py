@@ -5,6 +5,7 @@ does not count, and every file but config.yaml may be missing.
 """
 
 import json
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,8 +23,8 @@ from evojax_merge.search.run_parts import RunFolder
 
 # The generations that are read, evenly spaced over the run, and beside them those that looked at the validation split.
 MOST_GENERATIONS, MOST_LOOKS = 400, 200
-# The characters of a file, the lines of a log, that a page shows.
-MOST_TEXT, MOST_LOG_LINES = 60_000, 200
+# What a page shows: characters of a file, and a log's last lines, warnings, and characters of a line.
+MOST_TEXT, MOST_LINES, MOST_WARNINGS, LONGEST = 60_000, 200, 50, 1_000
 
 State = Literal["finished", "running", "stopped"]
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -171,7 +172,8 @@ class Generation:
 @dataclass(frozen=True)
 class RunData:
     """A run. count: its whole number of generations; generations: those that were read, see MOST_GENERATIONS; every
-    one of them where there are no more. notes: sentences about parts that cannot be read."""
+    one of them where there are no more. log: its last lines, and warnings: those of all its lines; notes: sentences
+    about parts that cannot be read."""
 
     path: Path
     state: State
@@ -184,6 +186,7 @@ class RunData:
     recipe: str | None
     environment: dict[str, Any]
     log: list[str]
+    warnings: list[str]
     notes: list[str]
 
     @property
@@ -220,10 +223,6 @@ class RunData:
         """The generations whose figures are the fitness, not a companion with another scale."""
         return [generation for generation in self.generations if not generation.row.companion]
 
-    @property
-    def warnings(self) -> list[str]:
-        return [line for line in self.log if "warning" in line.lower()]
-
 
 def read_run(path: Path, *, working: bool | None = None) -> RunData:
     """Read a run folder. working: whether a process works in it; None looks at its lock. Raises InputError where it is
@@ -245,7 +244,7 @@ def read_run(path: Path, *, working: bool | None = None) -> RunData:
             notes.append(f"The winner of {result.generations} generations is not shown: the run has gone on since.")
         result = None
     environment = _text(path / "environment.json", whole=True)
-    log = (_text(path / "run.log", whole=True) or "").splitlines()
+    log, warnings = _log(path / "run.log")
     config_text = _text(folder.config) or ""
     return RunData(
         path=path.absolute(),
@@ -258,7 +257,8 @@ def read_run(path: Path, *, working: bool | None = None) -> RunData:
         result=result,
         recipe=_text(folder.recipe),
         environment=_mapping(environment, path / "environment.json", notes),
-        log=log[-MOST_LOG_LINES:],
+        log=log,
+        warnings=warnings,
         notes=list(dict.fromkeys(notes)),
     )
 
@@ -337,6 +337,19 @@ def _text(path: Path, whole: bool = False) -> str | None:
     if whole or len(text) <= MOST_TEXT:
         return text
     return f"{text[:MOST_TEXT]}\n… ({len(text) - MOST_TEXT} more characters)"
+
+
+def _log(path: Path) -> tuple[list[str], list[str]]:
+    """The last lines of a log, and its first warnings."""
+    last: deque[str] = deque(maxlen=MOST_LINES)
+    warnings: list[str] = []
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                last.append(escaped(line.rstrip("\n")[:LONGEST]))
+                if "warning" in line[:LONGEST].lower() and len(warnings) < MOST_WARNINGS:
+                    warnings.append(last[-1])
+    return list(last), warnings
 
 
 def _mapping(text: str | None, file: Path, notes: list[str]) -> dict[str, Any]:
