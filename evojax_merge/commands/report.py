@@ -17,13 +17,13 @@ def report(path: Path, watch: bool) -> None:
     """Write the page of a run. watch: write it again whenever the run goes on, until it is finished."""
     plugins.load()
     folder = RunFolder(path)
-    run = write_page(folder)
+    # What the run writes while its page is made is seen as a change afterwards.
+    sizes, run = _sizes(folder), write_page(folder)
     console.print(f"wrote {folder.page}: {_progress(run)}", highlight=False, soft_wrap=True)
     while watch and run.state != "finished":
-        before = _sizes(folder)
-        while _sizes(folder) == before:
+        while _sizes(folder) == sizes:
             time.sleep(POLL)
-        run = write_page(folder)
+        sizes, run = _sizes(folder), write_page(folder)
         console.print(_progress(run), highlight=False, soft_wrap=True)
 
 
