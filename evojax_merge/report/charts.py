@@ -89,7 +89,7 @@ def fitness_chart(run: RunData) -> Spec:
         colours["validation, best so far"] = OTHER
     colour = alt.Color(
         "series:N", title=None, scale=alt.Scale(domain=list(colours), range=list(colours.values())),
-        legend=alt.Legend(orient="top", symbolStrokeWidth=3, symbolType="stroke", symbolOpacity=1, columns=3),
+        legend=alt.Legend(orient="top", symbolStrokeWidth=3, symbolType="stroke", symbolOpacity=1, columns=2),
     )  # fmt: skip
     tips = _tooltip(
         ("generation", "generation"), ("so_far", "best so far"), ("best", "best"), ("high", "90th percentile"),
@@ -479,7 +479,8 @@ def compared_fitness(runs: Mapping[str, RunData], x: str) -> Spec:
             x=alt.X("x:Q", title=x, axis=alt.Axis(format="d", tickMinStep=1, grid=False)),
             y=alt.Y("fitness:Q", title="best fitness so far", scale=alt.Scale(zero=False, nice=True)),
             color=_run_colour(
-                list(runs), alt.Legend(orient="top", symbolType="stroke", symbolStrokeWidth=3, columns=3)
+                list(runs),
+                alt.Legend(orient="top", symbolType="stroke", symbolStrokeWidth=3, columns=2, labelLimit=140),
             ),
             tooltip=["run:N", alt.Tooltip("x:Q", title=x, format="d"), alt.Tooltip("fitness:Q", format=".4f")],
         )
