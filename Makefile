@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 comma := ,
 
-.PHONY: help quickstart smollm2 test test-all test-targets torture lint bench docs clean
+.PHONY: help quickstart smollm2 test test-all test-targets torture lint bench docs screenshot clean
 
 help:
 	@echo "make quickstart   evolve a merge of the demo family, export the winner (a few minutes, installing included)"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint         ruff, mypy and the import contracts"
 	@echo "make bench        the benchmarks, and how long each takes"
 	@echo "make docs         the documentation as a site, in site/"
+	@echo "make screenshot   the picture of a run's page, in docs/images/report.png (runs the quickstart)"
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -61,6 +62,10 @@ lint: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The picture of a run's page in the README and docs; needs Chromium.
+screenshot: quickstart
+	$(BIN)/python docs/screenshot.py runs/quickstart
 
 docs: .venv/installed-docs
 	$(BIN)/python docs/config_reference.py

@@ -341,6 +341,51 @@ def export(
     command.export(run, out, dtype, overwrite, best_so_far, member, rank)
 
 
+@cli.command(short_help="Write a run as one HTML page.")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--watch", is_flag=True, help="Write the page again whenever the run goes on, until it is finished.")
+def report(run: Path, watch: bool) -> None:
+    """Write RUN/report.html, from the run folder alone: one file, which a browser opens without a network. A search
+    writes it as well, at its end and every so often before."""
+    with _starting():
+        from evojax_merge.commands import report as command
+
+    command.report(run, watch)
+
+
+@cli.command(short_help="Compare runs: a table, and a page.")
+@click.argument("runs", metavar="RUN RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default="compare.html", show_default=True, help="The page.")
+def compare(runs: tuple[Path, ...], out: Path) -> None:
+    """Print a line for each RUN, and write a page of all of them."""
+    if len(runs) < 2:
+        raise InputError("compare", f"{runs[0]} alone; expected two runs or more (report makes the page of one)")
+    with _starting():
+        from evojax_merge.commands import compare as command
+
+    command.compare(list(runs), out)
+
+
+@cli.command(short_help="Show a run in the terminal.")
+@click.argument("run", type=click.Path(path_type=Path))
+def show(run: Path) -> None:
+    """Show how far RUN is, finished or not: its best fitness, its winner, and the held-out scores."""
+    with _starting():
+        from evojax_merge.commands import show as command
+
+    command.show(run)
+
+
+@cli.command("runs", short_help="List the runs below a folder.")
+@click.argument("folder", default="runs", type=click.Path(path_type=Path))
+def list_runs(folder: Path) -> None:
+    """List the runs below FOLDER (default: runs), the newest first."""
+    with _starting():
+        from evojax_merge.commands import runs as command
+
+    command.runs(folder)
+
+
 @cli.command(short_help="List the merge methods, with their parameters and bounds.")
 @with_plugins
 def methods(plugin_names: tuple[str, ...]) -> None:

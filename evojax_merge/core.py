@@ -17,7 +17,6 @@ from evojax_merge.problem import (
 )
 from evojax_merge.report.card import search_card
 from evojax_merge.report.comparison import Result, write_result
-from evojax_merge.report.picture import draw
 from evojax_merge.report.plan import Plan
 from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar
 from evojax_merge.report.tables import terminal_table
@@ -110,7 +109,7 @@ def _why_complete(folder: RunFolder, problem: SearchProblem) -> str | None:
     result, rows, wanted = read_result(folder.result), folder.read_history(), problem.search.generations
     if result is None or result.get("generations") != len(rows):
         return None
-    written = [folder.recipe, folder.model, folder.picture, *([folder.front] if "members" in result else [])]
+    written = [folder.recipe, folder.model, *([folder.front] if "members" in result else [])]
     if not all(path.exists() for path in written):
         return None
     course = course_of(rows, read_lines(folder.timing))
@@ -137,7 +136,6 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
     card = search_card(folder.path.name, problem, result, recipe, len(history))
     check = partial(check_replaceable_model, folder.model)
     problem.backend.export(recipe, result.genome, folder.model, card, check)
-    draw(result, history, folder.picture)
     write_result(result, len(history), folder.result)
     shown = result.report.terminal()
     if shown is not None:

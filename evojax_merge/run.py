@@ -109,9 +109,10 @@ class Run(Described):
         0), `fitness`, `examples`, its mean on each task by the task's name, and its searched parameters, such as
         `weight[layers 0-3 attention][maths]`; `gene[0]` and so forth where the space has no named parameters. For a
         search in stages, the history is the last stage's. Names of parameters need the first parent's headers."""
-        return history_frame(self.history, self._named_values())
+        return history_frame(self.history, self.named_values())
 
-    def _named_values(self) -> NamedValues:
+    def named_values(self) -> NamedValues:
+        """The function from genomes to the searched parameters by their names. Needs the first parent's headers."""
         folder, document = self._folder, self.config
         if "tasks" not in document or "backend" in document:  # a run of search_pytrees, or not of language models
             return gene_values
@@ -125,15 +126,16 @@ class Run(Described):
         return gene_values if opened is None else partial(opened[0].named_values, parents=opened[1])
 
     @property
-    def figures(self) -> list[Path]:
-        """The pictures of the run."""
-        return sorted(self.path.glob("*.png"))
+    def page(self) -> Path | None:
+        """`report.html`: the run's figures and tables as one page for a browser."""
+        return self._folder.page if self._folder.page.is_file() else None
 
 
 def method_in(config: Mapping[str, Any]) -> str:
     """The name of a config's merge method, or of the kind of its space."""
     space = config.get("space") or config.get("search_pytrees") or {}
-    return space.get("method") or next((key for key in ("data_flow", "pool", "stages") if config.get(key)), "unknown")
+    method = space.get("method") if isinstance(space, Mapping) else None
+    return method or next((key for key in ("data_flow", "pool", "stages") if config.get(key)), "unknown")
 
 
 def open_run(folder: str | PathLike[str]) -> Run:

@@ -25,7 +25,7 @@ from evojax_merge.evaluation.targets import live_target
 from evojax_merge.file_system import check_writable
 from evojax_merge.problem import read_config
 from evojax_merge.references import resolve_file, resolve_reference
-from evojax_merge.report.comparison import Row
+from evojax_merge.report.comparison import Row, short_names
 from evojax_merge.report.notices import Log, log_unused_config_keys
 from evojax_merge.report.progress import passes_bar
 from evojax_merge.search.run_folder import RunFolder, is_run
@@ -136,7 +136,7 @@ def score_models(
         for line in repeated(f"{task_set.where}: tasks[{i}]", task):
             warn(line)
     rows = []
-    for model, path, name in zip(models, paths, _short_names(models), strict=True):
+    for model, path, name in zip(models, paths, short_names(models), strict=True):
         sources, evaluator = _open_evaluator(path, tasks, settings)
         log_unused_config_keys(sources.folders, log)
         for line in token_warnings(evaluator.batched_tasks, evaluator.tokenizer, evaluator.config.vocab):
@@ -216,13 +216,3 @@ def holds_samples(path: Path) -> bool:
         return not line or (isinstance(row, dict) and row.keys() >= set(SAMPLE_KEYS))
     except (OSError, ValueError, RecursionError):
         return False
-
-
-def _short_names(models: Sequence[str]) -> list[str]:
-    """The shortest ends of the models' paths that differ."""
-    parts = [Path(model).parts for model in models]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = [str(Path(*path[-length:])) for path in parts]
-        if len(set(names)) == len(set(models)):
-            return names
-    return list(models)

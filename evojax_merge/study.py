@@ -31,7 +31,6 @@ from evojax_merge.references import resolve_reference
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described
 from evojax_merge.report.frame import history_frame
-from evojax_merge.report.picture import draw_history
 from evojax_merge.run import Run, open_run
 from evojax_merge.search.answers import ask, metrics, tell
 from evojax_merge.search.genomes import SpaceEvaluator
@@ -478,11 +477,13 @@ class Study(Described):
         return history_frame(self.history, partial(space.named_values, parents=self.models.names))
 
     def plot(self) -> Any:
-        """A matplotlib Figure of the fitness over generations: best so far, best, mean, and validation where it was
-        looked at. Raises InputError where there is no generation yet."""
+        """An Altair chart of the fitness over generations: best so far, best, mean, and validation where it was looked
+        at. Raises InputError where there is no generation yet."""
+        from evojax_merge.report.charts import history_chart
+
         if not self.history:
             raise InputError("Study.plot", "there is no generation yet; call run, or tell")
-        return draw_history(self.history)
+        return history_chart(self.history)
 
     def facts(self) -> dict[str, Any]:
         history = self.history

@@ -203,13 +203,13 @@ def test_a_run_is_read_back(run: Path, family: Family) -> None:
     assert [row["generation"] for row in found.history] == [row["generation"] for row in found.timing] == [1, 2]
     assert found.recipe["base_model"] == str(family.base)
     assert [row["role"] for row in found.table] == ["base", "parent", "parent", "uniform", "winner"]
-    assert found.result["genome"] and found.model == run / "best" / "model" and found.figures == [run / "report.png"]
+    assert found.result["genome"] and found.model == run / "best" / "model" and found.page == run / "report.html"
 
 
 def test_a_run_that_has_just_begun(run: Path, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     found = em.open_run(tmp_path)
-    assert (found.history, found.table, found.figures, found.finished) == ([], [], [], False)
+    assert (found.history, found.table, found.page, found.finished) == ([], [], None, False)
     assert found.recipe is found.model is found.result is None
     (tmp_path / "history.jsonl").write_text('{"generation": 0}\n{"gener')
     assert found.history == [{"generation": 0}]

@@ -721,7 +721,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     program = (
         "import sys\nfrom evojax_merge.cli import main\nsys.argv[1:] = " + repr(arguments) + "\n"
         "try:\n    main()\nfinally:\n"
-        "    heavy = {'jax', 'transformers', 'torch', 'flax', 'evosax', 'matplotlib'} & set(sys.modules)\n"
+        "    heavy = {'jax', 'transformers', 'torch', 'flax', 'evosax', 'altair', 'vl_convert'} & set(sys.modules)\n"
         "    print('imported', sorted(heavy))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -464,7 +464,7 @@ def test_stages_follow_each_other(chain: tuple[File, File]) -> None:
     # The merge that the first stage found is the first parent of the second.
     assert [row["name"] for row in table] == ["base", "stage-1", "parent0", "parent1", "evolved path"]
     assert json.loads((out / "stages/stage-1/result.json").read_text())["table"][-1]["name"] == "evolved linear"
-    assert (out / "report.png").exists()
+    assert (out / "report.html").exists()
     card = (out / "best/model/README.md").read_text()
     assert "## Layers" in card and "A = stage-1" in card
     assert len((out / "history.jsonl").read_text().splitlines()) == 4

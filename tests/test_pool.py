@@ -405,7 +405,7 @@ def test_a_search_ends_with_a_model_and_its_family_tree(finished, config_file, t
         assert f"{lineage[-1]['name']}: {lineage[-1]['method']}" in text and "  parent" in text
         assert f", the best founder parent{best} {founders[best]:.4f}." in " ".join(text.split())
     assert str(config_file.parent) not in card
-    assert (finished / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "The winner's family tree" in (finished / "report.html").read_text(encoding="utf-8")
     assert [row["role"] for row in result["table"]] == ["base", *["parent"] * FOUNDERS, "winner"]
     assert yaml.safe_load((finished / "config.yaml").read_text())["search"]["strategy"] == "pool"
 

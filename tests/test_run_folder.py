@@ -111,7 +111,7 @@ def test_what_a_killed_process_left_is_removed_and_a_model_put_back(run):
     moved = run / "best/.model.evojax-merge-old.abcd1234"
     shutil.copytree(run / "checkpoints/5", moved)
     shutil.copytree(run / "checkpoints/5", run / "best/.model.evojax-merge-new.efgh5678")
-    halves = [f".{name}.evojax-merge-new.0123abcd" for name in ("config.yaml", "history.jsonl", "report.png")]
+    halves = [f".{name}.evojax-merge-new.0123abcd" for name in ("config.yaml", "history.jsonl", "report.html")]
     for name in (*halves, "best/.recipe.yaml.evojax-merge-new.0123abcd"):
         (run / name).write_text("half")
     shutil.copytree(run / "checkpoints/4", run / "checkpoints/.2.evojax-merge-gone.0123abcd")

@@ -183,13 +183,11 @@ def test_frames_name_the_missing_package(study: em.Study, monkeypatch: pytest.Mo
 
 
 def test_a_plot_shows_the_history(study: em.Study, family: Family) -> None:
-    from matplotlib.figure import Figure
-
-    figure = study.plot()
-    assert isinstance(figure, Figure)
-    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
-    assert lines.keys() == {"best so far", "best", "mean", "validation of best"}
-    assert lines["mean"] == [row["mean"] for row in study.history]
+    chart = study.plot().to_dict()
+    (points,) = chart["datasets"].values()
+    assert {point["series"] for point in points} == {"best so far", "best", "mean", "validation of best"}
+    means = [point["fitness"] for point in points if point["series"] == "mean"]
+    assert means == [row["mean"] for row in study.history]
     with pytest.raises(em.InputError, match="no generation yet"):
         make(family).plot()
 

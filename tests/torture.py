@@ -200,7 +200,7 @@ def contents(run: Path) -> dict[str, str]:
             if name.count("/") == 1:
                 found[name] = "checkpoint"
         elif path.is_file():
-            loose = name == "timing.jsonl" or name == "report.png"
+            loose = name == "timing.jsonl" or name == "report.html"
             found[name] = "" if loose else sha256(path.read_bytes()).hexdigest()
     return found
 

@@ -32,6 +32,7 @@ from evojax_merge.problem import (
     stage_config,
     stage_configs,
 )
+from evojax_merge.report.live_page import kept_page
 from evojax_merge.report.notices import print_warnings
 from evojax_merge.report.plan import format_advice
 from evojax_merge.report.progress import OnGeneration, console, say
@@ -137,7 +138,14 @@ def run_search(
     _require_bank(path, problem, force)
     with _opened(out, resolved_document(config, problem), on_started, resume=resume, overwrite=overwrite) as folder:
         _log_warnings(path, config, problem, prepared)
-        core.search(folder, problem, prepared, on_generation, force)
+        _search(folder, problem, prepared, on_generation, force)
+
+
+def _search(
+    folder: RunFolder, problem: SearchProblem, prepared: Splits[list[Any]], on_generation: OnGeneration, force: bool
+) -> None:
+    with kept_page(folder, on_generation, print_warning) as after_generation:
+        core.search(folder, problem, prepared, after_generation, force)
 
 
 def _command(path: Path, *options: str) -> str:
@@ -217,7 +225,7 @@ def _run_chain(
                 of_stage = stage_config(config, stage, winner)
                 problem = build_problem(path, of_stage, chained=True)
             if number == len(stages):
-                core.search(run, problem, prepared[-1], on_generation, force)
+                _search(run, problem, prepared[-1], on_generation, force)
                 return
             folder = RunFolder((run.stages / f"stage-{number}").resolve())
             if not (resume and folder.result.exists() and folder.model.exists()):
@@ -226,7 +234,7 @@ def _run_chain(
                     again = resume and is_run(folder)
                     open_run(folder.path, resolved_document(of_stage, problem), resume=again, overwrite=not again)
                 _check_checkpoints(folder)
-                core.search(folder, problem, prepared[number - 1], on_generation, force)
+                _search(folder, problem, prepared[number - 1], on_generation, force)
             winner = str(folder.model)
             on_started(run)
 

@@ -1,1 +1,1 @@
-"""Tables, plots and model cards of a run."""
+"""Pages, tables and model cards of a run."""

@@ -122,31 +122,33 @@ class Result:
         """A sentence for each rival: by how much the winner is better on held-out data, and whether that is more than
         noise; where the winner is not better, or by less than the printed digits, both figures. No sentence for a rival
         that the winner beats by an unknown margin."""
-        return [sentence for row in self.rivals if (sentence := self._verdict(row)) is not None]
+        return [sentence for row in self.rivals if (sentence := verdict(self.winner.fitness, row)) is not None]
 
-    def _verdict(self, row: Row) -> str | None:
-        ours, lead = self.winner.fitness, row.lead
-        named = "" if row.name == row.role else f" {row.name}"
-        name = {"base": f"the base{named}", "uniform": "the uniform merge"}.get(row.role, f"the best parent{named}")
-        if not np.isfinite(ours):
-            return f"The evolved model has no finite score on held-out data; {name} has {row.fitness:.4f}."
-        start = "On held-out data the evolved model is"
-        if ours > row.fitness or not np.isfinite(row.fitness):
-            if lead is None:
-                return None
-            if round(lead.difference, 4) == 0:
-                return f"{start} no better than {name}: both have {ours:.4f}, rounded ({_interval(lead)})."
-            noise = ", which is within noise" if lead.within_noise else ""
-            return f"{start} better than {name} by {lead.difference:.4f}{noise} ({_interval(lead)})."
-        if ours == row.fitness:
-            spread = "" if lead is None or lead.low == lead.high else f" (of the difference, {_interval(lead)})"
-            return f"{start} only as good as {name}: both have {ours:.4f}{spread}."
-        shown = [f"{value:.4f}" for value in (ours, row.fitness)]
-        if shown[0] == shown[1]:
-            shown = [repr(float(value)) for value in (ours, row.fitness)]
-        noise = "" if lead is None or not lead.within_noise else ", within noise"
-        spread = "" if lead is None else f" (a difference of {lead.difference:.4f}{noise}; {_interval(lead)})"
-        return f"{start} worse than {name}: it has {shown[0]}, that has {shown[1]}{spread}."
+
+def verdict(ours: float, row: Row) -> str | None:
+    """The sentence about the winner, whose held-out fitness is `ours`, and a rival; see `Result.verdicts`."""
+    lead = row.lead
+    named = "" if row.name == row.role else f" {row.name}"
+    name = {"base": f"the base{named}", "uniform": "the uniform merge"}.get(row.role, f"the best parent{named}")
+    if not np.isfinite(ours):
+        return f"The evolved model has no finite score on held-out data; {name} has {row.fitness:.4f}."
+    start = "On held-out data the evolved model is"
+    if ours > row.fitness or not np.isfinite(row.fitness):
+        if lead is None:
+            return None
+        if round(lead.difference, 4) == 0:
+            return f"{start} no better than {name}: both have {ours:.4f}, rounded ({_interval(lead)})."
+        noise = ", which is within noise" if lead.within_noise else ""
+        return f"{start} better than {name} by {lead.difference:.4f}{noise} ({_interval(lead)})."
+    if ours == row.fitness:
+        spread = "" if lead is None or lead.low == lead.high else f" (of the difference, {_interval(lead)})"
+        return f"{start} only as good as {name}: both have {ours:.4f}{spread}."
+    shown = [f"{value:.4f}" for value in (ours, row.fitness)]
+    if shown[0] == shown[1]:
+        shown = [repr(float(value)) for value in (ours, row.fitness)]
+    noise = "" if lead is None or not lead.within_noise else ", within noise"
+    spread = "" if lead is None else f" (a difference of {lead.difference:.4f}{noise}; {_interval(lead)})"
+    return f"{start} worse than {name}: it has {shown[0]}, that has {shown[1]}{spread}."
 
 
 def _task_of(score: str) -> str:
@@ -168,6 +170,16 @@ def model_names(paths: Sequence[Path]) -> list[str]:
     """The names of several models in tables; their whole paths where two names would be equal."""
     names = list(map(model_name, paths))
     return names if len(set(names)) == len(names) else list(map(str, paths))
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The shortest ends of paths that differ."""
+    parts = [Path(path).parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = [str(Path(*ends[-length:])) for ends in parts]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return list(paths)
 
 
 def _part_name(path: Path) -> str:

@@ -11,11 +11,11 @@ from rich.table import Table
 from evojax_merge.file_system import atomic_file
 from evojax_merge.inspection.findings import Finding, differing_shapes, partly_held
 from evojax_merge.inspection.models import Model
-from evojax_merge.inspection.weights import Comparison
+from evojax_merge.inspection.weights import Comparison, TaskVector
 from evojax_merge.report.progress import cell
 
 # The first bytes of the pictures that this program writes.
-PICTURE_STARTS = {".png": b"\x89PNG", ".svg": b"<?xml"}
+PICTURE_STARTS = {".png": b"\x89PNG", ".svg": b"<svg"}
 # The components that come first, in a layer and outside of the layers.
 ORDER = ("attention", "mlp", "norm", "router", "embed", "final_norm", "head")
 
@@ -225,60 +225,61 @@ def is_inspection_file(path: Path) -> bool:
 def draw(names: Sequence[str], comparison: Comparison, path: Path) -> None:
     """Draw the distances of all pairs, and where there are task vectors their norms by layer and component and their
     cosines, to `path` (PNG or SVG, by its ending)."""
-    import matplotlib
+    import altair as alt
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-
+    distances = np.full((len(names), len(names)), np.nan)
+    np.fill_diagonal(distances, 0.0)
+    for pair in comparison.pairs:
+        distances[[pair.first, pair.second], [pair.second, pair.first]] = pair.relative_distance
     vectors = comparison.vectors
-    with plt.rc_context({"text.parse_math": False, "svg.hashsalt": "evojax-merge"}):
-        panels = 1 + len(vectors) + (len(vectors) > 1)
-        figure, axes = plt.subplots(1, panels, figsize=(4.2 * panels, 4.2), squeeze=False, constrained_layout=True)
-        distances = np.full((len(names), len(names)), np.nan)
-        np.fill_diagonal(distances, 0.0)
-        for pair in comparison.pairs:
-            distances[[pair.first, pair.second], [pair.second, pair.first]] = pair.relative_distance
-        _matrix(axes[0, 0], distances, names, "relative distance", "viridis")
-        largest = max((value for vector in vectors for value in vector.by_place.values()), default=0.0)
-        for axis, vector in zip(axes[0, 1:], vectors, strict=False):
-            layers, components = _axes(comparison)
-            for number, component in enumerate(components):
-                style: dict[str, Any] = {"label": component, "color": f"C{number % 10}"}
-                inside = sorted(layer for layer in layers[component] if layer is not None)
-                if inside:
-                    axis.plot(inside, [vector.by_place[layer, component] for layer in inside], ".-", **style)
-                if None in layers[component]:
-                    axis.axhline(vector.by_place[None, component], linewidth=0.8, linestyle=":", **style)
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.set(
-                title=f"{names[vector.parent]} – {names[comparison.reference or 0]}", xlabel="layer",
-                ylabel="relative norm", ylim=(0, 1.05 * largest or 1),
-            )  # fmt: skip
-            axis.legend(fontsize="small")
-        if len(vectors) > 1:
-            parents = [names[vector.parent] for vector in vectors]
-            _matrix(axes[0, -1], comparison.cosines, parents, "cosines of task vectors", "coolwarm", (-1.0, 1.0))
-        try:
-            with atomic_file(path) as work:
-                kind = path.suffix.lower().removeprefix(".")
-                figure.savefig(work, dpi=120, format=kind, metadata={"Date": None} if kind == "svg" else None)
-        finally:
-            plt.close(figure)
+    panels = [_matrix(distances, names, "relative distance", alt.Scale(scheme="viridis", domainMin=0))]
+    panels += [_norms(vector, names, comparison) for vector in vectors]
+    if len(vectors) > 1:
+        parents = [names[vector.parent] for vector in vectors]
+        scale = alt.Scale(scheme="redblue", domain=[1, -1])
+        panels.append(_matrix(comparison.cosines, parents, "cosines of task vectors", scale))
+    chart = alt.hconcat(*panels).resolve_scale(color="independent")
+    with atomic_file(path) as work:
+        chart.save(str(work), format=path.suffix.lower().removeprefix("."), scale_factor=2)
 
 
-def _matrix(
-    axis: Any, values: np.ndarray, names: Sequence[str], title: str, colours: str,
-    limits: tuple[float | None, float | None] = (0.0, None),
-) -> None:  # fmt: skip
-    axis.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1])
-    axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axis.set_yticks(range(len(names)), names)
-    for (i, j), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            box = {"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 1}
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize="small", bbox=box)
-    axis.set(title=title)
+def _norms(vector: TaskVector, names: Sequence[str], comparison: Comparison) -> Any:
+    """The relative norms of a task vector by layer and component; those outside of the layers as rules."""
+    import altair as alt
+
+    layers, components = _axes(comparison)
+    rows = [
+        {"component": component, "layer": layer, "norm": vector.by_place[layer, component]}
+        for component in components
+        for layer in layers[component]
+    ]
+    title = f"{names[vector.parent]} – {names[comparison.reference or 0]}"
+    colour = alt.Color("component:N", title=None, sort=list(components))
+    height = alt.Y("norm:Q", title="relative norm", scale=alt.Scale(domainMin=0))
+    base = alt.Chart(alt.InlineData(values=rows)).encode(y=height, color=colour)
+    layer_axis = alt.X("layer:Q", axis=alt.Axis(format="d", tickMinStep=1))
+    inside = base.mark_line(point=True).encode(x=layer_axis).transform_filter("isValid(datum.layer)")
+    outside = base.mark_rule(strokeDash=[2, 3]).transform_filter("!isValid(datum.layer)")
+    return (inside + outside).properties(title=title, width=280, height=280)
+
+
+def _matrix(values: np.ndarray, names: Sequence[str], title: str, scale: Any) -> Any:
+    """A square of figures, one for each pair of models."""
+    import altair as alt
+
+    rows = [
+        {"row": names[i], "column": names[j], "value": float(value)}
+        for (i, j), value in np.ndenumerate(values)
+        if np.isfinite(value)
+    ]
+    base = alt.Chart(alt.InlineData(values=rows)).encode(
+        x=alt.X("column:N", sort=list(names), title=None, axis=alt.Axis(labelAngle=-45)),
+        y=alt.Y("row:N", sort=list(names), title=None),
+    )
+    squares = base.mark_rect().encode(color=alt.Color("value:Q", scale=scale, legend=None))
+    figures = base.mark_text(fill="black", stroke="white", strokeWidth=3).encode(text=alt.Text("value:Q", format=".2f"))
+    plain = base.mark_text(fill="black").encode(text=alt.Text("value:Q", format=".2f"))
+    return (squares + figures + plain).properties(title=title, width=280, height=280)
 
 
 def is_picture(path: Path) -> bool:

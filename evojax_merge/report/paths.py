@@ -1,6 +1,5 @@
-"""A layer path in reports: in words, in text and as a picture."""
+"""A layer path in reports: in words and in text."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,26 +34,7 @@ class PathReport:
         return "\n".join(rows)
 
     def card_section(self) -> str:
-        """The origin of the layers, a line per run of layers, and the same as a picture."""
+        """The origin of the layers, a line per run of layers, and the same step by step."""
         lines = describe_path(self.path, self.spec.origins, dict(enumerate(self.parents)))
         listed = "\n".join(f"- {line}" for line in lines)
         return f"\n## Layers\n\n{listed}\n\n```\n{self.terminal()}\n```\n"
-
-    def panels(self) -> tuple[Sequence[float], float, float]:
-        return [1.6], 13, 5
-
-    def draw(self, figure: Any, axes: Sequence[Any], history: Sequence[dict[str, Any]]) -> None:
-        """Draw layer index against step, coloured by parent; above each step the share that it adds, where that is not
-        all of it."""
-        (axis,) = axes
-        origins = [self.spec.origins[layer] for layer in self.path.layers]
-        for parent, name in enumerate(self.parents):
-            steps = [step for step, (k, _) in enumerate(origins) if k == parent]
-            axis.scatter(steps, [origins[step][1] for step in steps], s=28, label=name)
-        axis.plot(range(len(origins)), [index for _, index in origins], color="grey", linewidth=0.6, zorder=0)
-        for step, ((_, index), scale) in enumerate(zip(origins, self.path.residual_scales(), strict=True)):
-            if abs(scale - 1) >= 5e-4:
-                place = {"xytext": (0, 6), "textcoords": "offset points", "fontsize": "x-small"}
-                axis.annotate(f"{scale:.2f}", (step, index), **place)
-        axis.set(xlabel="step", ylabel="layer of its parent", title="Path of the winner")
-        axis.legend(fontsize="small")

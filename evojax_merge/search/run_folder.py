@@ -6,10 +6,10 @@ history.backup.jsonl  the same, from which a damaged history is restored
 timing.jsonl     seconds a generation
 checkpoints/     the state after each generation (orbax), the last three kept
 best/            recipe.yaml and model/; for a strategy that keeps a front, front/ with the recipe of each member
-winners/         best/ as it was when the run had finished with fewer generations, with its result.json and report.png
+winners/         best/ as it was when the run had finished with fewer generations, with its result.json
 stages/          run folders of the stages before the last, in a chain
 result.json      held-out scores of the winner, the parents and the uniform merge
-report.png       fitness over generations, and the winner's parameters
+report.html      the run as a page: figures, tables, the config
 lock             while a process works here: its id and host
 
 The process may be killed at any instant. It leaves a folder that holds nothing but a lock, or one that can be
@@ -299,7 +299,7 @@ def read_result(file: Path) -> dict[str, Any] | None:
 
 def keep_winner(folder: RunFolder, recipe: str) -> None:
     """Keep a finished run's winner in `winners/GENERATIONS`, unless `recipe`, the new winner's, is the same: recipe,
-    model, front, result and picture, all of them or none. Weights are hard links where their disk allows it."""
+    model, front and result, all of them or none. Weights are hard links where their disk allows it."""
     result = read_result(folder.result)
     if result is None or not folder.model.exists() or not folder.recipe.exists():
         return
@@ -312,7 +312,7 @@ def keep_winner(folder: RunFolder, recipe: str) -> None:
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     place = next(folder.winners / name for name in names if not os.path.lexists(folder.winners / name))
     with atomic_folder(place) as work:
-        for path in (folder.recipe, folder.result, folder.picture):
+        for path in (folder.recipe, folder.result):
             if path.exists():
                 shutil.copyfile(path, work / path.name)
         for path in (folder.model, folder.front):

@@ -31,6 +31,8 @@ from evojax_merge.file_system import (
 KEPT_CHECKPOINTS = 3
 # A mark in a checkpoint's metadata: this program wrote the checkpoint.
 CHECKPOINT_MARK = {"written_by": "evojax-merge"}
+# A mark near the start of a page: this program wrote it.
+PAGE_MARK = b'<meta name="generator" content="evojax-merge report">'
 _METADATA = "_CHECKPOINT_METADATA"
 _STEP = re.compile("[1-9][0-9]*")
 _UNFINISHED_STEP = re.compile(r"[1-9][0-9]*\.orbax-checkpoint-tmp(-[0-9]+)?")
@@ -108,14 +110,14 @@ class RunFolder:
         return self.path / "lock"
 
     @property
-    def picture(self) -> Path:
-        return self.path / "report.png"
+    def page(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def files(self) -> list[Path]:
         """The files that a search writes, those of best/ included."""
         history = [self.history, self.history_backup, self.timing]
-        return [self.config, *history, self.result, self.picture, self.recipe, self.params]
+        return [self.config, *history, self.result, self.page, self.recipe, self.params]
 
     @property
     def parts(self) -> list[Path]:
@@ -201,6 +203,22 @@ def _foreign_names(folder: Path, above: str) -> Iterator[str]:
 
 def _foreign(folder: Path, name: str, advice: str = _ADVICE) -> InputError:
     return InputError(folder, f"holds {shown(name)}, which evojax-merge did not write; {advice}")
+
+
+def holds_page(path: Path) -> bool:
+    """Return whether a file is empty, or a page that this program made of runs."""
+    try:
+        with path.open("rb") as handle:
+            start = handle.read(1000)
+    except OSError:
+        return False
+    return not start or PAGE_MARK in start
+
+
+def check_replaceable_page(page: Path) -> None:
+    """Raises InputError where another file has the name of a page."""
+    if regular_file(page).exists() and not holds_page(page):
+        raise InputError(page, "exists, and is no page of evojax-merge; move it or choose another name")
 
 
 def check_replaceable_model(model: Path) -> None:
@@ -308,7 +326,8 @@ def clear(folder: RunFolder, generations: int) -> list[str]:
     the folder is like that of a run that has not begun."""
     _check_clear(folder)
     _check_names(folder, range(1, generations + 1))
-    for file in (folder.result, folder.picture, folder.recipe, folder.params):
+    page = [folder.page] if holds_page(folder.page) else []
+    for file in (folder.result, *page, folder.recipe, folder.params):
         remove_file(file)
     stages = [stage.path for stage in folder.begun_stages()]
     for path in (folder.model, folder.front, *folder.kept_winners(), *stages):
@@ -347,7 +366,7 @@ def _check_clear(folder: RunFolder) -> None:
 
 
 def _check_winner(folder: RunFolder, winner: Path) -> None:
-    files = {folder.recipe.name, folder.result.name, folder.picture.name}
+    files = {folder.recipe.name, folder.result.name}
     for path in entries(winner):
         if path.name == folder.model.name:
             check_replaceable_model(path)

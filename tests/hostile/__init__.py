@@ -260,9 +260,8 @@ def serve() -> None:
     """Answer requests, one JSON line each, until standard input ends. One with a number of seconds is a command that is
     waited for, one without is started, and `poll` asks for the status of one that was."""
     # What every child needs, what transformers imports when it is first asked for it, and what a search imports late.
+    import altair  # noqa: F401
     import huggingface_hub.serialization  # noqa: F401
-    import matplotlib.backends.backend_agg
-    import matplotlib.pyplot  # noqa: F401
     import optax  # noqa: F401
     import scipy.linalg  # noqa: F401
     from orbax.checkpoint import v1  # noqa: F401

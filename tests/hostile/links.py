@@ -14,7 +14,7 @@ from hostile.runs import EXPORT, OVERWRITE, RESUME, put_run
 PARTS = ("best", "checkpoints", "winners", "stages")
 # What a search may change in a run folder, and in the folder `disk` where parts of it are.
 OWN = (
-    "config.yaml", "history.jsonl", "history.backup.jsonl", "timing.jsonl", "result.json", "report.png",
+    "config.yaml", "history.jsonl", "history.backup.jsonl", "timing.jsonl", "result.json", "report.html",
     "best/recipe.yaml", "best/model", *(f"checkpoints/{step}" for step in range(1, 6)), "winners/003",
     "stages/stage-1",
 )  # fmt: skip
@@ -267,7 +267,7 @@ CASES: list[Case] = [
     # Files of a user's own
     done("beside the checkpoints", a_run(lambda run: thesis(run / "checkpoints")), LONGER),
     done("beside the winner", a_run(lambda run: thesis(run / "best")), LONGER),
-    done("under the names of a kept winner", a_run(at("best/result.json"), at("best/report.png")), LONGER),
+    done("under the names of a kept winner", a_run(at("best/result.json"), at("best/report.html")), LONGER),
     done("a winner's result of the user's, in a complete run", a_run(at("best/result.json")), RESUME, rewrites=()),
     done(
         "everywhere, started again", a_run(*(lambda run, part=part: thesis(run / part) for part in PARTS)), OVERWRITE,
@@ -286,7 +286,7 @@ CASES: list[Case] = [
     goes_on("a file with a checkpoint's name", a_run(at("checkpoints/4")), "holds '4'", NOT_OURS),
     goes_on("a pipe for a history", a_run(without("history.jsonl", pipe)), "history.jsonl", "no regular file"),
     goes_on("a socket for a result", a_run(without("result.json", bind)), "result.json", "no regular file"),
-    goes_on("a pipe for a picture", a_run(without("report.png", pipe)), "report.png", "no regular file"),
+    goes_on("a pipe for a page", a_run(without("report.html", pipe)), "report.html", "no regular file"),
     goes_on("a link to nowhere for a result", a_run(without("result.json", link("nowhere"))), "leads nowhere"),
     overwrites("a pipe for a recipe", a_run(without("best/recipe.yaml", pipe)), "recipe.yaml", "no regular file"),
     overwrites("a user's folder with a checkpoint's name", a_run(

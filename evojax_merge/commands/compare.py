@@ -1,0 +1,25 @@
+"""`evojax-merge compare`: several runs on one page, and as a table."""
+
+from pathlib import Path
+
+from evojax_merge.errors import InputError
+from evojax_merge.file_system import atomic_write, check_writable
+from evojax_merge.report.comparison import short_names
+from evojax_merge.report.page import compare_page
+from evojax_merge.report.progress import console
+from evojax_merge.report.run_data import read_run
+from evojax_merge.report.run_tables import runs_table
+from evojax_merge.search.run_parts import check_replaceable_page
+
+
+def compare(paths: list[Path], out: Path) -> None:
+    """Print a line for each run, and write their page."""
+    if len({path.absolute() for path in paths}) < len(paths):
+        raise InputError("compare", "names a run twice; expected different runs")
+    check_replaceable_page(out)
+    check_writable(out)
+    names = short_names([str(path.absolute()) for path in paths])
+    runs = {name: read_run(path) for name, path in zip(names, paths, strict=True)}
+    console.print(runs_table(runs).terminal())
+    atomic_write(out, compare_page(runs))
+    console.print(f"wrote {out}", highlight=False, soft_wrap=True)

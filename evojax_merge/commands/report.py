@@ -1,0 +1,37 @@
+"""`evojax-merge report`: a run as one HTML page."""
+
+import time
+from pathlib import Path
+
+from evojax_merge import plugins
+from evojax_merge.report.page import write_page
+from evojax_merge.report.progress import console
+from evojax_merge.report.run_data import RunData
+from evojax_merge.search.run_parts import RunFolder
+
+# Seconds between two looks at the files of a run.
+POLL = 1.0
+
+
+def report(path: Path, watch: bool) -> None:
+    """Write the page of a run. watch: write it again whenever the run goes on, until it is finished."""
+    plugins.load()
+    folder = RunFolder(path)
+    # What the run writes while its page is made is seen as a change afterwards.
+    sizes, run = _sizes(folder), write_page(folder)
+    console.print(f"wrote {folder.page}: {_progress(run)}", highlight=False, soft_wrap=True)
+    while watch and run.state != "finished":
+        while _sizes(folder) == sizes:
+            time.sleep(POLL)
+        sizes, run = _sizes(folder), write_page(folder)
+        console.print(_progress(run), highlight=False, soft_wrap=True)
+
+
+def _sizes(folder: RunFolder) -> list[int]:
+    files = (folder.history, folder.timing, folder.result, folder.lock)
+    return [file.stat().st_size if file.exists() else -1 for file in files]
+
+
+def _progress(run: RunData) -> str:
+    best = "" if run.best_so_far is None else f", best fitness {run.best_so_far:.4f}"
+    return f"{run.state}, {run.count} generations{best}"

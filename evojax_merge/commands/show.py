@@ -1,0 +1,27 @@
+"""`evojax-merge show`: a run in the terminal."""
+
+from pathlib import Path
+
+from evojax_merge.report.progress import console
+from evojax_merge.report.run_data import read_run
+from evojax_merge.report.run_tables import facts, heldout_table, notes, sentences
+from evojax_merge.search.run_parts import RunFolder
+
+
+def show(path: Path) -> None:
+    """Print a run's state, its progress and, where it has chosen a winner, its held-out scores."""
+    run, folder = read_run(path), RunFolder(path)
+    lines = [f"{run.name}: {run.state}", facts(run)]
+    if run.best_so_far is not None:
+        lines.append(f"best fitness so far {run.best_so_far:.4f}, on the search split")
+    for line in (*lines, *notes(run)):
+        console.print(line, highlight=False, soft_wrap=True)
+    if run.result is None:
+        return
+    if run.result.table:
+        console.print(heldout_table(run.result).terminal("Held-out scores"))
+    winner = next((place for place in (folder.model, folder.params) if place.exists()), None)
+    if winner is not None:
+        console.print(f"winner: {winner}", highlight=False, soft_wrap=True)
+    for sentence in sentences(run.result):
+        console.print(sentence, style="bold", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,514 @@
+"""The charts of a run's page, as Vega-Lite specifications made with Altair.
+
+A colour is the name of a variable of the page's style, which the page replaces by its value, in light and in dark.
+Data are CSV texts, which are a third of the size of a list of objects. Imports Altair.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+import numpy as np
+
+from evojax_merge.genealogy import NUMBER
+from evojax_merge.report.parameters import Frames, Map, Sampled
+from evojax_merge.report.run_data import Generation, Result, RunData, spread
+
+INK, SOFT, LINE, ACCENT, FAINT, OTHER, PAPER = (
+    f"var(--{name})" for name in ("ink", "soft", "line", "accent", "faint", "other", "paper")
+)
+SERIES = [f"var(--series-{k})" for k in range(1, 9)]
+Spec = dict[str, Any]
+# The points of a curve in small charts.
+MOST_POINTS = 250
+# The members of a pool that are drawn.
+MOST_MEMBERS = 1500
+
+
+def _data(**columns: Sequence[Any]) -> alt.InlineData:
+    """Columns as CSV; numbers as Python writes them, so that none is rounded, and nothing for None and NaN."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*([_text(value) for value in column] for column in columns.values()), strict=True))
+    # Types are declared: the page would guess them, and take a model that is called 007 for a number.
+    kinds: dict[str, Any] = {
+        name: "string" if any(isinstance(value, str) for value in column) else "number"
+        for name, column in columns.items()
+    }
+    return alt.InlineData(values=text.getvalue(), format=alt.CsvDataFormat(type="csv", parse=kinds))
+
+
+def _text(value: Any) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    return repr(float(value)) if isinstance(value, float | np.floating) else str(value)
+
+
+def _spec(chart: Any, height: int) -> Spec:
+    spec: Spec = chart.properties(width="container", height=height).to_dict(validate=False)
+    del spec["$schema"], spec["config"]
+    return spec
+
+
+def _generations(numbers: Sequence[int]) -> Any:
+    # Few numbers would stand between the generations as well.
+    few = sorted(set(numbers)) if len(set(numbers)) <= 6 else alt.Undefined
+    axis = alt.Axis(format="d", tickMinStep=1, grid=False, values=few)
+    return alt.X("generation:Q", title="generation", axis=axis, scale=alt.Scale(nice=False, zero=False, padding=8))
+
+
+def _tooltip(*fields: tuple[str, str]) -> list[Any]:
+    return [
+        alt.Tooltip(f"{name}:Q", title=title, format="d" if name == "generation" else ".4f") for name, title in fields
+    ]
+
+
+def fitness_chart(run: RunData) -> Spec:
+    """Fitness over generations: the best so far, each generation's best, median and spread, validation, and rules for
+    what needs no search."""
+    rows = run.fitness_rows
+    columns: dict[str, Sequence[Any]] = {
+        "generation": [g.number for g in rows],
+        "best": [g.row.best for g in rows],
+        "median": [g.median for g in rows],
+        "low": [g.low for g in rows],
+        "high": [g.high for g in rows],
+        "so_far": [g.row.best_so_far for g in rows],
+        "validation": [g.row.validation.get("best_so_far") for g in rows],
+    }
+    rules = _rules(run)
+    domain = _domain(rows, rules)
+    y: dict[str, Any] = {"scale": alt.Scale(domain=domain, nice=True, zero=False), "title": "fitness, search split"}
+    base = alt.Chart(_data(**columns)).encode(x=_generations(columns["generation"]))
+    colours = {"best so far": ACCENT, "best of the generation": FAINT, "median": SOFT}
+    if any(value is not None for value in columns["validation"]):
+        colours["validation, best so far"] = OTHER
+    colour = alt.Color(
+        "series:N", title=None, scale=alt.Scale(domain=list(colours), range=list(colours.values())),
+        legend=alt.Legend(orient="top", symbolStrokeWidth=3, symbolType="stroke", symbolOpacity=1, columns=2),
+    )  # fmt: skip
+    tips = _tooltip(
+        ("generation", "generation"), ("so_far", "best so far"), ("best", "best"), ("high", "90th percentile"),
+        ("median", "median"), ("low", "10th percentile"), ("validation", "validation"),
+    )  # fmt: skip
+
+    def series(name: str, field: str, mark: Any) -> Any:
+        y_axis = alt.Y(f"{field}:Q", **y)
+        return mark.transform_calculate(series=f"'{name}'").encode(y=y_axis, color=colour)
+
+    # A line of one point is none.
+    few = alt.OverlayMarkDef(size=24) if len(rows) <= 10 else False
+    layers = [
+        base.mark_area(opacity=0.16, color=SOFT, clip=True).encode(y=alt.Y("low:Q", **y), y2="high:Q"),
+        series("median", "median", base.mark_line(strokeWidth=1.5, clip=True, point=few)),
+        series("best of the generation", "best", base.mark_circle(size=16, opacity=1, clip=True)),
+        series(
+            "best so far", "so_far", base.mark_line(strokeWidth=2.5, interpolate="step-after", clip=True, point=few)
+        ),
+    ]
+    if "validation, best so far" in colours:
+        checks = base.transform_filter("isValid(datum.validation)").mark_line(
+            point=alt.OverlayMarkDef(size=26), strokeWidth=1.5, clip=True
+        )
+        layers.append(series("validation, best so far", "validation", checks))
+    shown = [rule for rule in rules if domain[0] <= rule[1] <= domain[1]]
+    if shown:
+        labels, values, splits = zip(*shown, strict=True)
+        lines = alt.Chart(_data(name=labels, value=values, split=splits))
+        layers.append(
+            lines.mark_rule(strokeDash=[4, 4], color=SOFT, clip=True).encode(
+                y=alt.Y("value:Q", **y),
+                tooltip=[alt.Tooltip("name:N", title=" "), alt.Tooltip("value:Q", format=".4f")],
+            )
+        )
+        # The score on the search split stands above its rule, which one of the held-out scores often follows below.
+        above: dict[str, Any] = {"baseline": "bottom", "dy": -3}
+        below: dict[str, Any] = {"baseline": "top", "dy": 4}
+        for test, place in (("==", above), ("!=", below)):
+            some = lines.transform_filter(f"datum.split {test} 'search'")
+            names = some.mark_text(align="right", dx=-4, color=SOFT, limit=260, **place)
+            layers.append(names.encode(y=alt.Y("value:Q", **y), x=alt.value("width"), text="name:N"))
+    layers.append(base.mark_point(size=260, opacity=0, clip=True).encode(y=alt.Y("best:Q", **y), tooltip=tips))
+    return _spec(alt.layer(*layers), 340)
+
+
+def _rules(run: RunData) -> list[tuple[str, float, str]]:
+    """Scores that need no search, and their splits: the baseline's on the search split, the rivals' held out."""
+    if run.result is None:
+        return []
+    rules = [(name, value, "search") for name, value in run.result.search_fitness.items() if name != "winner"]
+    for rival in run.result.rivals:
+        role = {"uniform": "", "parent": "best parent "}.get(rival.role, "" if rival.name == rival.role else "base ")
+        rules.append((f"{role}{rival.name}, held out", rival.fitness, "heldout"))
+    return [rule for rule in rules if math.isfinite(rule[1])]
+
+
+def _domain(rows: Sequence[Generation], rules: Sequence[tuple[str, float, str]]) -> list[float]:
+    """The shown range of fitness: that of the curves without the first generations' worst, and of rules near it."""
+    curves = [
+        x for g in rows for x in (g.row.best_so_far, g.median, g.row.validation.get("best_so_far")) if x is not None
+    ]
+    low = [g.low for g in rows if g.low is not None]
+    if not curves or not low:
+        return [0.0, 1.0]
+    high, bottom = max(curves), min(float(np.quantile(low, 0.1)), float(np.quantile(curves, 0.02)))
+    margin = 0.06 * (high - bottom) or 0.5
+    near = [value for _, value, _ in rules if bottom - 10 * margin <= value <= high + 10 * margin]
+    return [min([bottom, *near]) - margin, max([high, *near]) + margin]
+
+
+def curve_chart(numbers: Sequence[int], series: Mapping[str, Sequence[float | None]], title: str) -> Spec:
+    """A small chart of one or two series over generations; the first in the accent."""
+    places = spread(len(numbers), MOST_POINTS)
+    rows = [
+        (numbers[place], name, values[place])
+        for name, values in series.items()
+        for place in places
+        if values[place] is not None
+    ]
+    names = list(series)
+    chart = (
+        alt.Chart(_data(generation=[r[0] for r in rows], series=[r[1] for r in rows], value=[r[2] for r in rows]))
+        .mark_line(strokeWidth=1.8, point=alt.OverlayMarkDef(size=12) if len(places) <= 30 else False)
+        .encode(
+            x=_generations(numbers),
+            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False, nice=True)),
+            color=alt.Color(
+                "series:N", title=None, scale=alt.Scale(domain=names, range=[ACCENT, SOFT]),
+                legend=alt.Legend(orient="top", symbolType="stroke", symbolStrokeWidth=3) if len(names) > 1 else None,
+            ),
+            tooltip=[alt.Tooltip("generation:Q", format="d"), alt.Tooltip("series:N", title=" "),
+                     alt.Tooltip("value:Q", title="value", format=".6g")],
+        )
+    )  # fmt: skip
+    return _spec(chart.properties(title=title), 150)
+
+
+def task_charts(run: RunData) -> list[Spec]:
+    """For each task the score of the generation's best candidate, and the candidates' mean."""
+    rows = run.fitness_rows
+    numbers = [g.number for g in rows]
+    charts = []
+    for score in dict.fromkeys(name for g in rows for name in g.row.scores_of_best):
+        task = score.rpartition("/")[0]
+        means = []
+        for g in rows:
+            values = [value for value in g.row.task_scores.get(task, []) if value is not None]
+            means.append(float(np.mean(values)) if values else None)
+        series = {"best": [g.row.scores_of_best.get(score) for g in rows], "mean of all": means}
+        if all(value is None for value in means):
+            del series["mean of all"]
+        charts.append(curve_chart(numbers, series, score))
+    return charts
+
+
+def metric_charts(run: RunData) -> list[Spec]:
+    """The strategy's metrics, and failed candidates where there are any."""
+    numbers = [g.number for g in run.generations]
+    names = dict.fromkeys(name for g in run.generations for name in g.metrics)
+    series = {name: [g.metrics.get(name) for g in run.generations] for name in names}
+    if any(g.row.failed for g in run.generations):
+        series["failed candidates"] = [g.row.failed for g in run.generations]
+    return [curve_chart(numbers, {name: values}, name.replace("_", " ")) for name, values in series.items()]
+
+
+def seconds_chart(run: RunData) -> Spec:
+    return curve_chart(
+        [line.generation for line in run.timing], {"seconds": [line.seconds for line in run.timing]},
+        "seconds per generation",
+    )  # fmt: skip
+
+
+def heat_map(map_: Map, number: int) -> Spec:
+    """A heat map that is centred on zero. The page fills `cells` with rows of row, column and value."""
+    rows, columns = map_.rows, map_.columns
+    finite = np.abs(map_.values[np.isfinite(map_.values)])
+    most = float(finite.max()) if finite.size else 1.0
+    x = alt.X(
+        "column:N",
+        sort=columns,
+        title=None,
+        axis=alt.Axis(orient="top", labelAngle=-30 if len(columns) > 3 else 0, labelLimit=150),
+    )
+    y = alt.Y("row:N", sort=rows, title=None, axis=alt.Axis(labelLimit=150, labelOverlap=True))
+    base = alt.Chart(alt.NamedData(name=f"cells{number}")).encode(x=x, y=y)
+    cells = base.mark_rect(stroke=PAPER, strokeWidth=1, cornerRadius=2).encode(
+        color=alt.Color(
+            "value:Q", title=map_.parameter,
+            scale=alt.Scale(
+                domain=[-most, 0, most], range=["var(--negative)", "var(--zero)", "var(--positive)"], interpolate="lab"
+            ),
+            legend=alt.Legend(orient="bottom", gradientLength=120, titleOrient="left", format=".2~f"),
+        ),
+        tooltip=[alt.Tooltip("row:N", title="group"), alt.Tooltip("column:N", title="parent"),
+                 alt.Tooltip("value:Q", title=map_.parameter, format=".6g")],
+    )  # fmt: skip
+    layers = [cells]
+    if len(columns) <= 6 and len(rows) <= 60:
+        strong = alt.condition(f"abs(datum.value) > {0.7 * most}", alt.value(PAPER), alt.value(INK))
+        layers.append(
+            base.transform_filter("isValid(datum.value)")
+            .mark_text(fontSize=11)
+            .encode(text=alt.Text("value:Q", format=".2f"), color=strong)
+        )
+    return _spec(alt.layer(*layers).properties(title=map_.parameter), max(60, min(22 * len(rows), 1400)))
+
+
+def frame_values(frames: Frames) -> dict[str, Any]:
+    """The slider's labels and the heat maps' cells, row by row, for each frame, with six digits."""
+    return {
+        "labels": frames.labels,
+        "maps": [
+            {
+                "rows": map_.rows,
+                "columns": map_.columns,
+                "values": [
+                    [float(f"{x:.6g}") if np.isfinite(x) else None for x in frame.ravel().tolist()]
+                    for frame in map_.values
+                ],
+            }
+            for map_ in frames.maps
+        ],
+    }
+
+
+def importance_chart(importance: Mapping[str, float], most: int = 20) -> Spec:
+    shown = dict(list(importance.items())[:most])
+    base = alt.Chart(_data(parameter=list(shown), correlation=list(shown.values()))).encode(
+        x=alt.X("correlation:Q", title="rank correlation", scale=alt.Scale(domain=[-1, 1])),
+        y=alt.Y("parameter:N", sort=list(shown), title=None, axis=alt.Axis(labelLimit=170)),
+    )
+    bars = base.mark_bar(height=9, cornerRadius=2).encode(
+        color=alt.condition("datum.correlation < 0", alt.value("var(--negative)"), alt.value("var(--positive)")),
+        tooltip=["parameter:N", alt.Tooltip("correlation:Q", format=".4f")],
+    )
+    return _spec(bars, max(60, 20 * len(shown)))
+
+
+def parallel_chart(sampled: Sampled, names: Sequence[str]) -> Spec:
+    """Candidates as lines from top to bottom, at each parameter between its lowest and its highest value."""
+    columns: dict[str, np.ndarray] = {**{name: sampled.values[name] for name in names}, "fitness": sampled.fitness}
+    rows = []
+    for place, (name, values) in enumerate(columns.items()):
+        low, width = values.min(), np.ptp(values) or 1.0
+        rows += [
+            (k, name, place, float(f"{(value - low) / width:.4g}"), float(f"{value:.6g}"), float(f"{fitness:.6g}"))
+            for k, (value, fitness) in enumerate(zip(values.tolist(), sampled.fitness.tolist(), strict=True))
+        ]
+    # The best lines are drawn last, over the others.
+    rows.sort(key=lambda row: row[-1])
+    fields = zip(("candidate", "axis", "place", "share", "value", "fitness"), zip(*rows, strict=True), strict=True)
+    low, high = np.quantile(sampled.fitness, [0.2, 1.0])
+    lines = (
+        alt.Chart(_data(**dict(fields)))
+        .mark_line(strokeWidth=1.2, opacity=0.55)
+        .encode(
+            y=alt.Y("axis:N", sort=list(columns), title=None, axis=alt.Axis(labelLimit=170, grid=True, domain=False)),
+            x=alt.X("share:Q", title="lowest to highest value", axis=alt.Axis(labels=False, ticks=False, grid=False)),
+            detail="candidate:N",
+            order=alt.Order("place:Q"),
+            color=alt.Color(
+                "fitness:Q",
+                scale=alt.Scale(domain=[float(low), float(high)], range=[LINE, ACCENT], clamp=True),
+                legend=alt.Legend(orient="bottom", gradientLength=120, titleOrient="left", format=".2f"),
+            ),
+            tooltip=["axis:N", alt.Tooltip("value:Q", format=".6g"), alt.Tooltip("fitness:Q", format=".4f")],
+        )
+    )
+    return _spec(lines, 30 * len(columns))
+
+
+def rung_chart(counts: Mapping[int, int]) -> Spec:
+    base = alt.Chart(_data(examples=[str(k) for k in counts], candidates=list(counts.values()))).encode(
+        y=alt.Y("examples:N", sort=None, title="examples"),
+        x=alt.X("candidates:Q", title="candidates", axis=alt.Axis(format="d", tickMinStep=1)),
+    )
+    bars = base.mark_bar(height=14, cornerRadius=2, color=ACCENT)
+    text = base.mark_text(align="left", dx=5, color=SOFT).encode(text=alt.Text("candidates:Q", format="d"))
+    return _spec(bars + text, max(60, 30 * len(counts)))
+
+
+def heldout_chart(result: Result) -> Spec:
+    """Held-out fitness, with the 95% interval of each rival's distance from the winner around the rival's score."""
+    leads = {(row.role, row.name): row.lead for row in result.rivals}
+    winner = result.winner
+    ours = winner.heldout_fitness if winner is not None else math.nan
+    scored = [model for model in result.table if math.isfinite(model.heldout_fitness)]
+    intervals = [leads.get((model.role, model.name)) for model in scored]
+    labels = [model.label for model in scored]
+    base = alt.Chart(
+        _data(
+            model=labels, fitness=[model.heldout_fitness for model in scored],
+            low=[None if lead is None else ours - lead.high for lead in intervals],
+            high=[None if lead is None else ours - lead.low for lead in intervals],
+            role=["winner" if model is winner else "other" for model in scored],
+        )
+    ).encode(y=alt.Y("model:N", sort=labels, title=None, axis=alt.Axis(labelLimit=180)))  # fmt: skip
+    x: dict[str, Any] = {"title": "held-out fitness"}
+    bars = base.mark_bar(height=16, cornerRadius=2).encode(
+        x=alt.X("fitness:Q", **x),
+        color=alt.condition("datum.role == 'winner'", alt.value(ACCENT), alt.value("var(--bar)")),
+        tooltip=["model:N", alt.Tooltip("fitness:Q", format=".4f")],
+    )
+    whiskers = base.mark_rule(strokeWidth=2, color=INK).encode(x=alt.X("low:Q", **x), x2="high:Q")
+    layers = [bars, whiskers]
+    if math.isfinite(ours):
+        layers.append(alt.Chart(_data(x=[ours])).mark_rule(color=ACCENT, strokeDash=[4, 4]).encode(x=alt.X("x:Q", **x)))
+    return _spec(alt.layer(*layers), max(60, 30 * len(scored)))
+
+
+def front_chart(result: Result) -> Spec | None:
+    """A front by its first two tasks, on the split that the winner was chosen on and held out."""
+    names = list(result.members[0].scores)
+    if len(names) < 2:
+        return None
+    first, second = names[:2]
+    rows = [
+        (
+            str(member.member),
+            split,
+            scores[first],
+            scores[second],
+            "winner" if member.genome == result.genome else "member",
+        )
+        for member in result.members
+        for split, scores in ((f"{result.chosen_on} split", member.scores), ("held out", member.heldout_scores))
+    ]
+    fields = zip(("member", "split", "x", "y", "role"), zip(*rows, strict=True), strict=True)
+    base = alt.Chart(_data(**dict(fields))).encode(
+        x=alt.X("x:Q", title=first, scale=alt.Scale(zero=False, nice=True)),
+        y=alt.Y("y:Q", title=second, scale=alt.Scale(zero=False, nice=True)),
+    )
+    points = base.mark_point(filled=True, opacity=1).encode(
+        shape=alt.Shape("split:N", title=None, legend=alt.Legend(orient="top")),
+        color=alt.condition("datum.role == 'winner'", alt.value(ACCENT), alt.value(SOFT)),
+        size=alt.condition("datum.role == 'winner'", alt.value(140), alt.value(60)),
+        tooltip=["member:N", "role:N", "split:N", alt.Tooltip("x:Q", title=first, format=".4f"),
+                 alt.Tooltip("y:Q", title=second, format=".4f")],
+    )  # fmt: skip
+    text = base.transform_filter("datum.split != 'held out'").mark_text(dx=9, dy=-9, color=SOFT).encode(text="member:N")
+    return _spec(points + text, 320)
+
+
+def pool_chart(run: RunData) -> Spec:
+    """The members of a pool at the generation of their birth; the winner's ancestors stand out."""
+    lineage = run.result.lineage if run.result is not None else []
+    ancestors = {member.name for member in lineage}
+    born = {
+        int(genome[NUMBER]): (g.number, fitness)
+        for g in run.fitness_rows
+        for genome, fitness in zip(g.row.genomes, g.row.fitness, strict=False)
+        if fitness is not None and genome
+    }
+    numbers = [list(born)[place] for place in spread(len(born), MOST_MEMBERS)]
+    numbers += [number for number in born if f"member-{number}" in ancestors and number not in numbers]
+    best = np.quantile([fitness for _, fitness in born.values()], [0.05, 1.0])
+    margin = 0.1 * float(np.ptp(best)) or 0.5
+    tips = [alt.Tooltip("generation:Q", format="d"), alt.Tooltip("fitness:Q", format=".4f")]
+    points = (
+        alt.Chart(
+            _data(
+                generation=[born[number][0] for number in numbers],
+                fitness=[born[number][1] for number in numbers],
+                member=[str(number) for number in numbers],
+                role=["ancestor" if f"member-{number}" in ancestors else "member" for number in numbers],
+            )
+        )
+        .mark_circle(opacity=1, clip=True)
+        .encode(
+            x=_generations([born[number][0] for number in numbers]),
+            y=alt.Y("fitness:Q", scale=alt.Scale(domain=[float(best[0]) - margin, float(best[1]) + margin])),
+            color=alt.condition("datum.role == 'ancestor'", alt.value(ACCENT), alt.value("var(--bar)")),
+            size=alt.condition("datum.role == 'ancestor'", alt.value(70), alt.value(24)),
+            tooltip=["member:N", "role:N", *tips],
+        )
+    )
+    return _spec(points, 240)
+
+
+def history_chart(history: Sequence[Mapping[str, Any]]) -> alt.Chart:
+    """The fitness over generations as a chart of its own: best so far, best, mean, and that of the best so far on the
+    validation split where generations looked at it. history: rows of `history.jsonl`."""
+    # A companion of the fitness has another scale.
+    rows = [row for row in history if "companion" not in row]
+    keys = ("best_so_far", "best", "mean")
+    series = {key.replace("_", " "): [(row["generation"], row[key]) for row in rows] for key in keys}
+    checks = [(row["generation"], row["validation"]["best_so_far"]) for row in rows if "validation" in row]
+    series |= {"validation of best": checks} if checks else {}
+    points = [
+        {"generation": number, "series": name, "fitness": value}
+        for name, values in series.items()
+        for number, value in values
+        if value is not None
+    ]
+    return (
+        alt.Chart(alt.InlineData(values=points))
+        .mark_line(point=alt.OverlayMarkDef(size=16))
+        .encode(
+            x=alt.X("generation:Q", axis=alt.Axis(format="d", tickMinStep=1)),
+            y=alt.Y("fitness:Q", title="fitness, search split", scale=alt.Scale(zero=False)),
+            color=alt.Color("series:N", title=None, scale=alt.Scale(domain=list(series))),
+            tooltip=["series:N", "generation:Q", "fitness:Q"],
+        )
+        .properties(width=560, height=320)
+    )
+
+
+def compared_fitness(runs: Mapping[str, RunData], x: str) -> Spec:
+    """The best so far of several runs. x: generation or evaluations."""
+    rows = [
+        (name, g.row.generation if x == "generation" else g.row.evaluations, g.row.best_so_far)
+        for name, run in runs.items()
+        for rows in [run.fitness_rows]
+        for g in [rows[place] for place in spread(len(rows), MOST_POINTS)]
+        if g.row.best_so_far is not None
+    ]
+    fields: dict[str, Any] = {"run": [r[0] for r in rows], "x": [r[1] for r in rows], "fitness": [r[2] for r in rows]}
+    chart = (
+        alt.Chart(_data(**fields))
+        .mark_line(
+            strokeWidth=2,
+            interpolate="step-after",
+            point=alt.OverlayMarkDef(size=20) if len(rows) <= 10 * len(runs) else False,
+        )
+        .encode(
+            x=alt.X("x:Q", title=x, axis=alt.Axis(format="d", tickMinStep=1, grid=False)),
+            y=alt.Y("fitness:Q", title="best fitness so far", scale=alt.Scale(zero=False, nice=True)),
+            color=_run_colour(
+                list(runs),
+                alt.Legend(orient="top", symbolType="stroke", symbolStrokeWidth=3, columns=2, labelLimit=140),
+            ),
+            tooltip=["run:N", alt.Tooltip("x:Q", title=x, format="d"), alt.Tooltip("fitness:Q", format=".4f")],
+        )
+    )
+    return _spec(chart, 300)
+
+
+def compared_heldout(runs: Mapping[str, RunData]) -> Spec:
+    """The held-out fitness of the winners of several runs."""
+    winners = {name: run.result.winner for name, run in runs.items() if run.result is not None}
+    scored = {
+        name: winner.heldout_fitness
+        for name, winner in winners.items()
+        if winner is not None and math.isfinite(winner.heldout_fitness)
+    }
+    bars = (
+        alt.Chart(_data(run=list(scored), fitness=list(scored.values())))
+        .mark_bar(height=16, cornerRadius=2)
+        .encode(
+            y=alt.Y("run:N", sort=list(scored), title=None, axis=alt.Axis(labelLimit=180)),
+            x=alt.X("fitness:Q", title="held-out fitness of the winner"),
+            color=_run_colour(list(runs), None),
+            tooltip=["run:N", alt.Tooltip("fitness:Q", format=".4f")],
+        )
+    )
+    return _spec(bars, max(60, 30 * len(scored)))
+
+
+def _run_colour(names: list[str], legend: Any) -> Any:
+    scale = alt.Scale(domain=names, range=[SERIES[k % len(SERIES)] for k in range(len(names))])
+    return alt.Color("run:N", title=None, scale=scale, legend=legend)

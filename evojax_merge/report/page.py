@@ -1,0 +1,238 @@
+"""The page of a run, `report.html`, and of several: one HTML file without a request to anywhere.
+
+The page holds the libraries Vega, Vega-Lite and Vega-Embed once, for all its charts. Its content security policy lets a
+browser fetch nothing.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from evojax_merge.data_packages import cache_folder
+from evojax_merge.errors import escaped
+from evojax_merge.file_system import atomic_write
+from evojax_merge.report.comparison import model_names
+from evojax_merge.report.drawings import Layer, family_tree, path_drawing
+from evojax_merge.report.parameters import read_parameters
+from evojax_merge.report.run_data import RunData, read_run
+from evojax_merge.report.run_tables import (
+    differences,
+    facts,
+    front_table,
+    headline,
+    heldout_table,
+    lineage_table,
+    mapping_table,
+    notes,
+    runs_table,
+    sentences,
+    winners_table,
+)
+from evojax_merge.search.run_parts import RunFolder, check_replaceable_page
+
+# Seconds between two looks of a browser at a page that is still written.
+REFRESH = 10
+TEMPLATES = Path(__file__).parent / "templates"
+# The charts of one kind that a page shows.
+MOST_CHARTS = 12
+# The axes of the drawn candidates.
+MOST_AXES = 12
+
+
+@dataclass
+class Charts:
+    """Specifications by name, for the page's script."""
+
+    specs: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, prefix: str, specs: Sequence[dict[str, Any]]) -> list[str]:
+        """Keep several; returns their names."""
+        names = [f"{prefix}-{number}" for number in range(len(specs))]
+        self.specs |= dict(zip(names, specs, strict=True))
+        return names
+
+
+def write_page(folder: RunFolder, *, working: bool | None = None) -> RunData:
+    """Write a run's `report.html`; returns the run as it is there. working: see `read_run`. Raises InputError where
+    another file has that name."""
+    run = read_run(folder.path, working=working)
+    check_replaceable_page(folder.page)
+    atomic_write(folder.page, run_page(run, refresh=run.state == "running"))
+    return run
+
+
+def run_page(run: RunData, *, refresh: bool = False) -> str:
+    """The page of a run. refresh: make browsers load it again and again."""
+    from altair.utils.schemapi import debug_mode
+
+    from evojax_merge.report import charts as made
+
+    # Altair checks each part of a chart against its schema, which takes most of the time.
+    with debug_mode(False):
+        return _run_page(run, refresh, made)
+
+
+def _run_page(run: RunData, refresh: bool, made: Any) -> str:
+    charts, parameters, result = Charts(), read_parameters(run), run.result
+    if run.fitness_rows:
+        charts.specs["fitness"] = made.fitness_chart(run)
+    tasks = charts.add("task", made.task_charts(run)[:MOST_CHARTS])
+    metrics = charts.add("metric", made.metric_charts(run)[:MOST_CHARTS])
+    if run.timing:
+        charts.specs["seconds"] = made.seconds_chart(run)
+    rungs = _rungs(run)
+    if rungs:
+        charts.specs["rungs"] = made.rung_chart(rungs)
+    if run.config.get("pool") and any(generation.genome for generation in run.fitness_rows):
+        charts.specs["pool"] = made.pool_chart(run)
+    if result is not None and result.table:
+        charts.specs["heldout"] = made.heldout_chart(result)
+    if result is not None and result.members:
+        front = made.front_chart(result)
+        charts.specs |= {} if front is None else {"front": front}
+    frames = None
+    if parameters is not None:
+        frames = made.frame_values(parameters.frames)
+        charts.add("map", [made.heat_map(map_, number) for number, map_ in enumerate(parameters.frames.maps)])
+        if parameters.importance:
+            charts.specs["importance"] = made.importance_chart(parameters.importance)
+        if parameters.drawn is not None and parameters.importance:
+            charts.specs["parallel"] = made.parallel_chart(parameters.drawn, list(parameters.importance)[:MOST_AXES])
+    thinned = ""
+    if len(run.generations) < run.count:
+        thinned = f" {len(run.generations)} of {run.count} generations are drawn, evenly spaced."
+    inputs = run.config.get("inputs")
+    return _render(
+        "run_page.html", charts, frames, refresh,
+        title=f"{run.name}: evojax-merge", run=run, parameters=parameters, facts=facts(run), headline=headline(run),
+        sentences=[] if result is None else sentences(result), notes=notes(run),
+        thinned=thinned, heldout=None if result is None else heldout_table(result), front=front_table(result),
+        path=_path(run), tree=Markup(family_tree(result)) if result is not None and result.lineage else None,
+        lineage=lineage_table(result), tasks=tasks, metrics=metrics,
+        rungs_of=f", in the {len(run.generations)} generations that are drawn" if thinned else "",
+        environment=mapping_table("", run.environment) if run.environment else None,
+        inputs=mapping_table("sha256", inputs) if isinstance(inputs, dict) else None,
+    )  # fmt: skip
+
+
+def compare_page(runs: Mapping[str, RunData]) -> str:
+    """The page of several runs, by their names."""
+    from evojax_merge.report import charts as made
+
+    charts = Charts()
+    if any(run.fitness_rows for run in runs.values()):
+        charts.specs["by-generation"] = made.compared_fitness(runs, "generation")
+        charts.specs["by-evaluations"] = made.compared_fitness(runs, "evaluations")
+    if any(run.result is not None and run.result.winner is not None for run in runs.values()):
+        charts.specs["heldout"] = made.compared_heldout(runs)
+    return _render(
+        "compare_page.html", charts, None, False,
+        title=f"{len(runs)} runs compared", runs=runs_table(runs), heldout=winners_table(runs),
+        differences=differences(runs), notes=[f"{name}: {note}" for name, run in runs.items() for note in notes(run)],
+    )  # fmt: skip
+
+
+def _render(template: str, charts: Charts, frames: Any, refresh: bool, **values: Any) -> str:
+    text = _templates().get_template(template).render(
+        **values, charts=charts.specs, frames_data=frames, specs=_json(charts.specs), frames=_json(frames),
+        refresh=REFRESH if refresh else None, css=_part("page.css"), js=_part("page.js"), vega=Markup(_vega()),
+    )  # fmt: skip
+    # Names from JSON may hold halves of a character.
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _json(value: Any) -> Markup:
+    """JSON inside a script element, which no text in it can end."""
+    return Markup(json.dumps(value, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters |= {"number": _number, "cell": _cell}
+    return environment
+
+
+def _part(name: str) -> Markup:
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
+
+
+@cache
+def _vega() -> str:
+    """The libraries as one script. Bundling takes seconds: the user's cache keeps the script."""
+    file = cache_folder() / f"vega-{metadata.version('vl-convert-python')}.js"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    import vl_convert
+
+    script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, script)
+    except OSError:
+        # The page does without a cache.
+        return script
+    return script
+
+
+def _number(value: float | None, digits: int = 4) -> Markup:
+    """A number as the page shows it; the element holds it whole."""
+    if value is None:
+        return Markup("–")
+    shown = (str(value) if isinstance(value, int) else f"{value:.{digits}f}").replace("-", "−")
+    return Markup('<data value="{}">{}</data>').format(repr(value), shown)
+
+
+def _cell(value: Any) -> Markup:
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return _number(value)
+    return escape(escaped(str(value)))
+
+
+@dataclass(frozen=True)
+class _Path:
+    drawing: Markup
+    parents: list[str]
+
+
+def _path(run: RunData) -> _Path | None:
+    """The winner's layers, by the recipe, whose slices name each layer's model."""
+    from evojax_merge.yaml_reader import parse_documents, take_last
+
+    if run.result is None or run.result.path is None or run.recipe is None:
+        return None
+    layers: list[tuple[str, int]] = []
+    for document in parse_documents("recipe", run.recipe, take_last):
+        for part in document.get("slices", ()):
+            for source in part["sources"][:1]:
+                first, end = source["layer_range"]
+                layers += [(source["model"], index) for index in range(first, end)]
+    scales, running = run.result.path.scales, 1.0
+    if not layers or len(scales) != len(layers):
+        return None
+    models = list(dict.fromkeys(model for model, _ in layers))
+    drawn = []
+    for (model, index), scale in zip(layers, scales, strict=True):
+        running *= scale
+        drawn.append(Layer(models.index(model), index, 1 / running))
+    names = model_names([Path(model) for model in models])
+    return _Path(Markup(path_drawing(drawn, names)), list(map(escaped, names)))
+
+
+def _rungs(run: RunData) -> dict[int, int]:
+    """Numbers of examples, and how many candidates were evaluated on so many; empty where all met the same."""
+    counts: dict[int, int] = {}
+    for generation in run.fitness_rows:
+        for examples in generation.row.examples:
+            counts[examples] = counts.get(examples, 0) + 1
+    return dict(sorted(counts.items())) if 1 < len(counts) <= 30 else {}

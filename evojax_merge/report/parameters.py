@@ -1,0 +1,195 @@
+"""The searched parameters of a run, for its page: by name where the first parent's headers are there, else by
+number."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import rankdata
+
+from evojax_merge.errors import InputError
+from evojax_merge.report.comparison import model_names
+from evojax_merge.report.frame import gene_values
+from evojax_merge.report.run_data import Generation, Result, RunData, spread
+from evojax_merge.run import Run
+
+# The most frames of the heat maps' slider, and the most numbers in all frames.
+MOST_FRAMES, MOST_CELLS = 100, 16_000
+# The candidates that importances are computed from, and those that are drawn as lines.
+FEWEST_RANKED, MOST_RANKED, MOST_DRAWN = 10, 2_000, 150
+# Genes without names stand in rows of so many.
+GENES_IN_A_ROW = 8
+NAME = re.compile(r"([^\[\]]+)\[([^\]]*)\](?:\[(.*)\])?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Map:
+    """A heat map of one parameter: float[frames, rows, columns]."""
+
+    parameter: str
+    rows: list[str]
+    columns: list[str]
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The best candidate of a few generations, and the winner as the last. labels: a line each."""
+
+    labels: list[str]
+    maps: list[Map]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Candidates: their fitness and their parameters by name, `[candidates]` each."""
+
+    fitness: np.ndarray
+    values: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """named: whether the parameters have names, not numbers. importance: parameter -> the rank correlation with the
+    fitness; ranked: how many candidates it is computed from."""
+
+    named: bool
+    frames: Frames
+    importance: dict[str, float]
+    ranked: int
+    drawn: Sampled | None
+
+
+def read_parameters(run: RunData) -> Parameters | None:
+    """The parameters of a run; None where there are none to show, as in a pool, whose genomes are births."""
+    genes = max((len(generation.genome) for generation in run.generations), default=0)
+    if run.config.get("pool") or not genes:
+        return None
+    try:
+        named_values = Run(run.path).named_values()
+    except InputError:
+        named_values = gene_values
+    half = [generation for generation in run.fitness_rows if 2 * generation.number > run.count]
+    late, drawn = _candidates(half, MOST_RANKED, genes), _candidates(run.fitness_rows, MOST_DRAWN, genes)
+    labels, framed = _framed(run, genes)
+    genomes = np.array([genome for _, genome in (*late, *drawn)] + framed, np.float32)
+    # A few sizes alone: the names are computed in JAX, which compiles for each.
+    padded = np.pad(genomes, [(0, 2 ** len(genomes).bit_length() - len(genomes)), (0, 0)])
+    values = {name: np.asarray(column, float)[: len(genomes)] for name, column in named_values(padded).items()}
+    importance = _importance(_sampled(late, values, 0)) if len(late) >= FEWEST_RANKED else {}
+    frames = Frames(labels, _maps({name: column[len(late) + len(drawn) :] for name, column in values.items()}))
+    if named_values is gene_values and run.result is not None and run.result.groups:
+        frames = _winner_alone(run, run.result)
+    return Parameters(
+        named=named_values is not gene_values,
+        frames=frames,
+        importance=importance,
+        ranked=len(late),
+        drawn=_sampled(drawn, values, len(late)) if len(drawn) > 1 else None,
+    )
+
+
+def _candidates(generations: list[Generation], most: int, genes: int) -> list[tuple[float, list[float]]]:
+    """The fitness and genome of at most so many of the candidates that have a fitness, evenly spaced."""
+    rows = [
+        (fitness, genome)
+        for generation in generations
+        for fitness, genome in zip(generation.row.fitness, generation.row.genomes, strict=False)
+        if fitness is not None and len(genome) == genes
+    ]
+    return [rows[place] for place in spread(len(rows), most)]
+
+
+def _sampled(candidates: list[tuple[float, list[float]]], values: Mapping[str, np.ndarray], first: int) -> Sampled:
+    """The candidates with their parameters, which are the columns' values from `first` on."""
+    parameters = {name.partition("[")[0] for name in values}
+    return Sampled(
+        fitness=np.array([fitness for fitness, _ in candidates], float),
+        values={_short(name, len(parameters)): x[first : first + len(candidates)] for name, x in values.items()},
+    )
+
+
+def _short(name: str, parameters: int) -> str:
+    """`weight[layer 0 mlp][maths]` as `maths, layer 0 mlp`, where only one parameter is searched."""
+    match = NAME.fullmatch(name)
+    if match is None or match[1] == "gene":
+        return name
+    words = ([match[1]] if parameters > 1 else []) + ([match[3]] if match[3] is not None else []) + [match[2]]
+    return ", ".join(words)
+
+
+def _importance(sampled: Sampled) -> dict[str, float]:
+    """Spearman's rank correlation of each parameter with the fitness, the strongest first; without parameters that
+    never change."""
+    if np.ptp(sampled.fitness) == 0:
+        return {}
+    ranks = _standardised(rankdata(sampled.fitness))
+    correlations = {
+        name: float(_standardised(rankdata(column)) @ ranks)
+        for name, column in sampled.values.items()
+        if np.ptp(column) > 0
+    }
+    return dict(sorted(correlations.items(), key=lambda item: -abs(item[1])))
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    centred: np.ndarray = values - values.mean()
+    return centred / np.linalg.norm(centred)
+
+
+def _framed(run: RunData, genes: int) -> tuple[list[str], list[list[float]]]:
+    """The frames of the slider: a label and a genome each."""
+    generations = [generation for generation in run.generations if len(generation.genome) == genes]
+    generations = [
+        generations[place] for place in spread(len(generations), max(1, min(MOST_FRAMES, MOST_CELLS // genes)))
+    ]
+    labels = [
+        f"generation {generation.number} of {run.count}, its best: fitness {generation.genome_fitness:.4f}"
+        for generation in generations
+    ]
+    genomes = [generation.genome for generation in generations]
+    if run.result is not None and len(run.result.genome) == genes:
+        return [*labels, "the winner"], [*genomes, run.result.genome]
+    return labels, genomes
+
+
+def _winner_alone(run: RunData, result: Result) -> Frames:
+    """The winner's parameters from result.json, where those of other candidates have no names any more."""
+    parents = run.config.get("parents")
+    names, maps = model_names([Path(str(parent)) for parent in parents] if isinstance(parents, list) else []), []
+    for name, table in result.parameters.items():
+        values = np.asarray(table, float)
+        columns = names if len(names) == values.shape[1] else [str(k + 1) for k in range(values.shape[1])]
+        maps.append(Map(name, result.groups, columns, values[None]))
+    return Frames(["the winner"], maps)
+
+
+def _maps(values: Mapping[str, np.ndarray]) -> list[Map]:
+    """parameter[group][parent] -> float[frames] as a map for each parameter."""
+    cells: dict[str, dict[tuple[str, str], np.ndarray]] = {}
+    for name, column in values.items():
+        match = NAME.fullmatch(name)
+        assert match is not None, name
+        parameter, group, parent = match.groups(match[1])
+        cells.setdefault(parameter, {})[group, parent] = column
+    maps = []
+    for parameter, columns in cells.items():
+        rows = list(dict.fromkeys(group for group, _ in columns))
+        parents = list(dict.fromkeys(parent for _, parent in columns))
+        if parameter == "gene":
+            rows, parents, columns = _in_rows(list(columns.values()))
+        nothing = np.full(len(next(iter(values.values()))), np.nan)
+        table = [[columns.get((row, parent), nothing) for parent in parents] for row in rows]
+        maps.append(Map(parameter, rows, parents, np.moveaxis(np.array(table, float), 2, 0)))
+    return maps
+
+
+def _in_rows(genes: list[np.ndarray]) -> tuple[list[str], list[str], dict[tuple[str, str], np.ndarray]]:
+    """Genes in rows of GENES_IN_A_ROW."""
+    cells = {
+        (f"genes from {number - number % GENES_IN_A_ROW}", f"+{number % GENES_IN_A_ROW}"): gene
+        for number, gene in enumerate(genes)
+    }
+    return list(dict.fromkeys(row for row, _ in cells)), list(dict.fromkeys(column for _, column in cells)), cells

@@ -1,0 +1,207 @@
+"""A run in words and tables, for its page and for the terminal."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table as TerminalTable
+
+from evojax_merge.errors import escaped, escaped_lines
+from evojax_merge.report.progress import cell
+from evojax_merge.report.run_data import Result, RunData
+from evojax_merge.report.tables import LEAD, lead_cell
+
+# The rows of a table of keys.
+MOST_ROWS = 400
+
+
+@dataclass(frozen=True)
+class Table:
+    """numbers: the columns that are aligned to the right; winner: the row that stands out; wrap: break long
+    cells."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    numbers: frozenset[int] = frozenset()
+    winner: int | None = None
+    wrap: bool = False
+
+    def terminal(self, title: str | None = None) -> TerminalTable:
+        """The table for the terminal."""
+        table = TerminalTable(title=None if title is None else cell(title, "table.title"), title_justify="left")
+        for number, name in enumerate(self.columns):
+            table.add_column(cell(name), justify="right" if number in self.numbers else "left")
+        for number, row in enumerate(self.rows):
+            table.add_row(*(cell(_shown(value)) for value in row), style="bold" if number == self.winner else "")
+        return table
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def facts(run: RunData) -> str:
+    wanted, last = run.search.get("generations"), run.last
+    strategy = str(run.search.get("strategy") or "")
+    parts = [run.method, strategy if strategy != run.method else ""]
+    parts.append(f"{run.count} generations" if wanted in (None, run.count) else f"{run.count} of {wanted} generations")
+    if last is not None:
+        parts += [f"population {len(last.fitness)}", f"{last.evaluations} evaluations"]
+    if "seed" in run.config:
+        parts.append(f"seed {run.config['seed']}")
+    return escaped(" · ".join(part for part in parts if part))
+
+
+def headline(run: RunData) -> list[tuple[str, float | None, str]]:
+    """The figures at the top: a label, a number, and `winner` for that of the winner."""
+    result = run.result
+    if result is None or not result.table:
+        figures = [] if run.last is None else [("best fitness so far", run.best_so_far, "winner")]
+        if result is not None:
+            scores = result.validation_fitness or result.search_fitness
+            label = f"winner, {result.chosen_on} split"
+            figures = [(label, value, "winner") for name, value in scores.items() if name == "winner"]
+        return figures
+    figures = [] if result.winner is None else [("winner, held out", result.winner.heldout_fitness, "winner")]
+    for row in sorted(result.rivals, key=lambda row: -row.fitness):
+        role = {"uniform": "uniform merge", "parent": f"best parent {row.name}"}.get(row.role, "base")
+        figures.append((f"{escaped(role)}, held out", row.fitness, ""))
+    return figures
+
+
+def sentences(result: Result) -> list[str]:
+    """What the run has shown: a sentence for each rival of the winner, and how the winner was chosen."""
+    return [*map(escaped, result.verdicts), *_chosen_on(result)]
+
+
+def _chosen_on(result: Result) -> list[str]:
+    scores = result.validation_fitness if result.chosen_on == "validation" else result.search_fitness
+    texts = [f"the {escaped(name)} {value:.4f}" for name, value in scores.items() if name != "winner"]
+    if "winner" not in scores:
+        return []
+    more = f", {texts[0]}" if texts else ""
+    lines = [f"The winner was chosen on the {result.chosen_on} split: there it scored {scores['winner']:.4f}{more}."]
+    if result.stopped_by is not None:
+        lines.append(f"The search was ended by its criterion {escaped(result.stopped_by)}.")
+    return lines
+
+
+def notes(run: RunData) -> list[str]:
+    notes = list(map(escaped, run.notes))
+    if run.state == "finished":
+        return notes
+    if not run.count:
+        begun = "is still in its first generation" if run.state == "running" else "was stopped in its first generation"
+        return [*notes, f"The run {begun}: there is nothing to show yet."]
+    if run.state == "running":
+        return [*notes, f"The run is not finished: this is its state after generation {run.count}, without a winner."]
+    return [*notes, f"The run was stopped after generation {run.count}, and has chosen no winner since."]
+
+
+def heldout_table(result: Result) -> Table:
+    leads = {(row.role, row.name): row for row in result.rivals}
+    scores = list(dict.fromkeys(name for scored in result.table for name in scored.heldout_scores))
+    rows = [
+        [
+            scored.label,
+            scored.heldout_fitness,
+            lead_cell(leads[scored.role, scored.name]) if (scored.role, scored.name) in leads else "",
+            *(scored.heldout_scores.get(name) for name in scores),
+        ]
+        for scored in result.table
+    ]
+    winner = next((number for number, scored in enumerate(result.table) if scored.role == "winner"), None)
+    columns = ["model", "fitness", LEAD, *scores]
+    return Table(columns, rows, frozenset(range(1, len(columns))), winner)
+
+
+def front_table(result: Result | None) -> Table | None:
+    if result is None or not result.members:
+        return None
+    names = list(result.members[0].scores)
+    heldout = list(result.members[0].heldout_scores)
+    rows = [
+        [member.member, member.fitness, *(member.scores.get(name) for name in names), member.heldout_fitness,
+         *(member.heldout_scores.get(name) for name in heldout)]
+        for member in result.members
+    ]  # fmt: skip
+    columns = [
+        "member", f"fitness, {result.chosen_on}", *(f"{name}, {result.chosen_on}" for name in names),
+        "fitness, held out", *(f"{name}, held out" for name in heldout),
+    ]  # fmt: skip
+    winner = next((k for k, member in enumerate(result.members) if member.genome == result.genome), None)
+    return Table(columns, rows, frozenset(range(len(columns))), winner)
+
+
+def lineage_table(result: Result | None) -> Table | None:
+    if result is None or not result.lineage:
+        return None
+    rows = [
+        [member.name, member.method, " and ".join(member.parents),
+         "; ".join(f"{name} {_parameter(value)}" for name, value in member.parameters.items()), member.split]
+        for member in result.lineage
+    ]  # fmt: skip
+    columns = ["member", "method", "parents", "parameters", "parents change places at layer"]
+    return Table(columns, rows, frozenset({4}), len(rows) - 1)
+
+
+def _parameter(value: float | list[float]) -> str:
+    return " ".join(f"{x:.3g}" for x in value) if isinstance(value, list) else f"{value:.3g}"
+
+
+def mapping_table(label: str, mapping: Mapping[str, Any]) -> Table:
+    rows = [[key, value if isinstance(value, str) else json.dumps(value)] for key, value in mapping.items()]
+    more = [[f"… and {len(rows) - MOST_ROWS} more", ""]] if len(rows) > MOST_ROWS else []
+    return Table(["", label], [*rows[:MOST_ROWS], *more], wrap=True)
+
+
+def runs_table(runs: Mapping[str, RunData]) -> Table:
+    """A line for each run: its state, its progress, its best fitness and its winner's held-out scores."""
+    rows = []
+    for name, run in runs.items():
+        wanted, winner = run.search.get("generations"), run.result.winner if run.result is not None else None
+        best = [row.fitness for row in run.result.rivals if row.role == "parent"] if run.result is not None else []
+        progress = f"{run.count}/{wanted}" if wanted is not None else str(run.count)
+        rows.append(
+            [name, run.method, run.state, progress, run.best_so_far, None if winner is None else winner.heldout_fitness,
+             best[0] if best else None, run.seconds]
+        )  # fmt: skip
+    columns = [
+        "run", "method", "state", "generations", "best fitness", "winner, held out", "best parent, held out", "seconds",
+    ]  # fmt: skip
+    return Table(columns, rows, frozenset({3, 4, 5, 6, 7}))
+
+
+def winners_table(runs: Mapping[str, RunData]) -> Table:
+    winners = {name: run.result.winner for name, run in runs.items() if run.result is not None and run.result.winner}
+    scores = list(dict.fromkeys(score for winner in winners.values() if winner for score in winner.heldout_scores))
+    rows = [
+        [name, winner.heldout_fitness, *(winner.heldout_scores.get(score) for score in scores)]
+        for name, winner in winners.items()
+        if winner is not None
+    ]
+    return Table(["run", "fitness", *scores], rows, frozenset(range(1, 2 + len(scores))))
+
+
+def differences(runs: Mapping[str, RunData]) -> Table:
+    """The keys of the configs in which the runs differ, input hashes left out."""
+    flat = [dict(_flat({key: part for key, part in run.config.items() if key != "inputs"})) for run in runs.values()]
+    keys = dict.fromkeys(key for document in flat for key in document)
+    rows = [
+        [key, *(_short(document.get(key, "–")) for document in flat)]
+        for key in keys
+        if len({document.get(key, "–") for document in flat}) > 1
+    ]
+    return Table(["key", *runs], rows[:MOST_ROWS], wrap=True)
+
+
+def _flat(document: Any, key: str = "") -> list[tuple[str, str]]:
+    """A document's leaves by their paths, as texts."""
+    if isinstance(document, dict) and document:
+        return [leaf for name, part in document.items() for leaf in _flat(part, f"{key}.{name}" if key else str(name))]
+    return [(key, escaped_lines(document if isinstance(document, str) else json.dumps(document, default=str)))]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:80]} … {text[-30:]}"

@@ -1,0 +1,617 @@
+"""The page of a run: it holds the run's own numbers, asks for nothing, and shows what a run has, in a real browser."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from helpers import Family, build_family
+from hostile import run_command, start_command
+
+from evojax_merge.errors import Failed
+from evojax_merge.report import live_page
+from evojax_merge.report.live_page import kept_page
+from evojax_merge.report.page import write_page
+from evojax_merge.report.run_data import MOST_GENERATIONS, read_run
+from evojax_merge.search.run_parts import RunFolder, clear
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+in_a_browser = pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
+MEGABYTE = 2**20
+HOSTILE = "<img src=http://127.0.0.1:9/x onerror=alert(1)><b>bold</b></script>&amp;"
+# A window is never as narrow as a telephone, but a frame in it can be.
+FRAME = """
+<body style="margin: 0"><iframe src="probed.html" style="border: 0; width: {width}px; height: 1200px"></iframe>
+<script>
+addEventListener("message", (event) => {{
+  const probe = document.createElement("pre");
+  probe.id = "probe";
+  probe.textContent = event.data;
+  document.body.append(probe);
+}});
+</script>
+"""
+# Collects what goes wrong on a page, and at the end what stands on it.
+PROBE = """
+<script>
+const problems = [];
+addEventListener("error", (event) => problems.push(event.message ?? "a resource"), true);
+addEventListener("unhandledrejection", (event) => problems.push(String(event.reason)));
+document.addEventListener("securitypolicyviolation", (event) => problems.push("asks for " + event.blockedURI));
+function texts() {
+  return [...document.querySelectorAll("[data-chart^=map] text")].map((text) => text.textContent);
+}
+const wait = setInterval(() => {
+  if (document.documentElement.dataset.drawn !== "true") return;
+  clearInterval(wait);
+  const slider = document.querySelector(".slider input");
+  const last = { label: slider?.nextElementSibling.textContent, texts: texts() };
+  if (slider) { slider.value = 0; slider.dispatchEvent(new Event("input")); }
+  setTimeout(() => {
+    const seen = {
+      problems, last, first: { label: slider?.nextElementSibling.textContent, texts: texts() },
+      width: innerWidth, scrolled: document.documentElement.scrollWidth,
+      requests: performance.getEntriesByType("resource").map((entry) => entry.name),
+      charts: Object.fromEntries([...document.querySelectorAll("[data-chart]")].map((place) => {
+        const box = place.querySelector("svg")?.getBoundingClientRect();
+        const marks = place.querySelectorAll("svg path, svg text").length;
+        return [place.dataset.chart, box && marks ? [box.right, box.height] : null];
+      })),
+      images: document.querySelectorAll("img").length, bold: document.querySelectorAll("b").length,
+      text: document.querySelector("main").innerText,
+      background: getComputedStyle(document.body).backgroundColor,
+    };
+    parent.postMessage(JSON.stringify(seen), "*");
+  }, 300);
+}, 50);
+</script>
+"""
+
+
+def make_run(
+    folder: Path, generations: int = 6, population: int = 8, *, finished: bool = True, genes: int = 4, **config: Any
+) -> Path:
+    """A run folder as a search leaves it, whose parents are gone."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    document = {
+        "base": "/gone/base", "parents": ["/gone/maths", "/gone/japanese"], "space": {"method": "ties"}, "seed": 3,
+        "search": {"strategy": "cma_es", "population": population, "generations": generations},
+        "inputs": {"/gone/base/model.safetensors": "f81837859fa38fd5"},
+    } | config  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(document))
+    best = -math.inf
+    with (folder / "history.jsonl").open("w") as history, (folder / "timing.jsonl").open("w") as timing:
+        for number in range(1, generations + 1):
+            genomes = rng.uniform(size=(population, genes)).round(6)
+            fitness = (-np.sum((genomes - 0.3) ** 2, axis=1) / number).tolist()
+            best = max(best, *fitness)
+            row = {
+                "generation": number, "best": max(fitness), "mean": sum(fitness) / population, "worst": min(fitness),
+                "best_so_far": best, "sigma": 0.2 / number, "evaluations": number * population, "failed": 0,
+                "scores_of_best": {"sums/accuracy": max(fitness)}, "fitness": fitness,
+                "examples": [16 if k % 2 else 32 for k in range(population)],
+                "task_scores": {"sums": fitness}, "genomes": genomes.tolist(),
+            }  # fmt: skip
+            if number % 3 == 0:
+                row["validation"] = {"best_so_far": best - 0.01}
+            history.write(json.dumps(row) + "\n")
+            timing.write(json.dumps({"generation": number, "seconds": 0.5}) + "\n")
+    if finished:
+        (folder / "result.json").write_text(json.dumps(make_result(generations, genes)))
+    return folder
+
+
+def make_result(generations: int, genes: int) -> dict[str, Any]:
+    scores = {"base": -0.9, "maths": -0.7, "japanese": -0.65, "uniform ties": -0.5, "evolved ties": -0.123456}
+    roles = ["base", "parent", "parent", "uniform", "winner"]
+    table = [
+        {"role": role, "name": name, "heldout_fitness": value, "heldout_scores": {"sums/accuracy": value + 1}}
+        for role, (name, value) in zip(roles, scores.items(), strict=True)
+    ]
+    rivals = {"base": "base", "parent": "japanese", "uniform": "uniform ties"}
+    return {
+        "generations": generations,
+        "table": table,
+        "better_than": {
+            role: {"name": name, "interval": [-0.123456 - scores[name] - 0.1, -0.123456 - scores[name] + 0.1]}
+            for role, name in rivals.items()
+        },
+        "chosen_on": "search",
+        "search_fitness": {"winner": -0.11, "uniform merge": -0.45},
+        "groups": ["layers 0-1", "layers 2-3"],
+        "parameters": {"weight": [[0.5, -0.25], [1.0, 0.125]]},
+        "genome": [0.5] * genes,
+    }
+
+
+def edit_result(run: Path, **changes: Any) -> None:
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(result | changes))
+
+
+class Page(HTMLParser):
+    """The numbers of a page's `data` elements, its texts, and its charts' specifications."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.numbers: list[tuple[float, str]] = []
+        self.texts: list[str] = []
+        self.tags: list[str] = []
+        self.specs: dict[str, Any] = {}
+        self._open: tuple[str, dict[str, str | None]] = ("", {})
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self._open = tag, dict(attributes)
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = "", {}
+
+    def handle_data(self, text: str) -> None:
+        tag, attributes = self._open
+        if tag == "data":
+            self.numbers.append((float(str(attributes["value"])), text))
+        elif tag == "script" and attributes.get("id") == "specs":
+            self.specs = json.loads(text)
+        elif tag not in ("script", "style"):
+            self.texts.append(text)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def column(self, chart: str, name: str) -> list[float | None]:
+        """A column of a chart's first data, which are CSV."""
+        spec = self.specs[chart]
+        layers = [spec, *spec.get("layer", ())]
+        data = next(layer["data"] for layer in layers if "data" in layer)
+        text = data["values"] if "values" in data else spec["datasets"][data["name"]]
+        header, *lines = (line.split(",") for line in text.splitlines())
+        return [float(line[header.index(name)]) if line[header.index(name)] else None for line in lines]
+
+
+def numbers_in(document: Any) -> set[float]:
+    if isinstance(document, dict):
+        return set().union(*map(numbers_in, document.values()))
+    if isinstance(document, list):
+        return set().union(*map(numbers_in, document)) if document else set()
+    return {float(document)} if isinstance(document, int | float) else set()
+
+
+def browse(page: Path, width: int = 1400, *, dark: bool = False) -> tuple[dict[str, Any], list[str]]:
+    """What the probe finds on a page, and the lines of the browser's console."""
+    head, mark, rest = page.read_text(encoding="utf-8").partition("<title>")
+    page.with_name("probed.html").write_text(f"{head}{PROBE}{mark}{rest}", encoding="utf-8")
+    frame = page.with_name("frame.html")
+    frame.write_text(FRAME.format(width=width), encoding="utf-8")
+    scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
+    done = subprocess.run(
+        [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=20000",
+         "--window-size=1500,1300", "--enable-logging=stderr", "--v=0", *scheme,
+         f"--user-data-dir={page.parent / 'profile'}", frame.as_uri()],
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found is not None, done.stderr[-3000:]
+    text = found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    return json.loads(text), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What stands on the page
+
+
+def test_every_number_on_the_page_is_one_of_the_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    write_page(RunFolder(run))
+    page = Page(run / "report.html")
+    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    result = json.loads((run / "result.json").read_text())
+    stored = numbers_in(result) | {3.0}  # the seconds of six generations
+    assert len(page.numbers) >= 15
+    for value, text in page.numbers:
+        assert value in stored
+        assert float(text.replace("−", "-")) == pytest.approx(value, abs=5e-5)
+    for scored in result["table"]:
+        assert scored["heldout_fitness"] in [value for value, _ in page.numbers]
+    assert page.column("fitness", "so_far") == [row["best_so_far"] for row in history]
+    assert page.column("fitness", "best") == [row["best"] for row in history]
+    assert page.column("fitness", "median") == [float(np.median(row["fitness"])) for row in history]
+    assert page.column("fitness", "validation") == [row.get("validation", {}).get("best_so_far") for row in history]
+    assert page.column("metric-0", "value") == [row["sigma"] for row in history]
+    assert page.column("rungs", "candidates") == [24, 24]
+    assert page.column("heldout", "fitness") == [scored["heldout_fitness"] for scored in result["table"]]
+    assert page.column("seconds", "value") == [0.5] * 6
+    for sentence in (
+        "On held-out data the evolved model is better than the best parent japanese by 0.5265 (95% interval 0.4265 to "
+        "0.6265).", "The winner was chosen on the search split: there it scored -0.1100, the uniform merge -0.4500.",
+    ):  # fmt: skip
+        assert sentence in page.text
+
+
+def test_the_importance_is_the_rank_correlation_of_the_last_half(tmp_path: Path) -> None:
+    from scipy.stats import spearmanr
+
+    run = make_run(tmp_path / "run", generations=8)
+    write_page(RunFolder(run))
+    page = Page(run / "report.html")
+    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()][4:]
+    genomes = np.concatenate([row["genomes"] for row in rows])
+    expected = [spearmanr(genes, np.concatenate([row["fitness"] for row in rows])).statistic for genes in genomes.T]
+    drawn = page.column("importance", "correlation")
+    assert sorted(x for x in drawn if x is not None) == pytest.approx(sorted(expected), abs=1e-6)
+    assert "over 32 candidates of the last half" in page.text
+
+
+def test_a_search_writes_the_page_with_the_names_of_its_parameters(tmp_path: Path, family: Family) -> None:
+    document = {
+        "base": "base", "parents": ["parent0", "parent1"],
+        "space": {"method": "task_arithmetic", "layers_per_group": 2, "parameters": {"weight": {}}},
+        "tasks": [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}],
+        "search": {"generations": 3, "population": 4},
+    }  # fmt: skip
+    root = family.base.parent
+    (root / "page.yaml").write_text(yaml.safe_dump(document))
+    done = run_command("search", root / "page.yaml", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    page = Page(tmp_path / "run" / "report.html")
+    assert "finished" in page.text and "refresh" not in page.source.partition("<style>")[0]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    frames = json.loads(re.search(r'id="frames">(.*?)</script>', page.source)[1])  # type: ignore[index]
+    (weights,) = frames["maps"]
+    assert weights["rows"] == result["groups"] and weights["columns"] == ["parent0", "parent1"]
+    assert frames["labels"][-1] == "the winner" and len(frames["labels"]) == 4
+    assert weights["values"][-1] == pytest.approx(np.ravel(result["parameters"]["weight"]).tolist(), rel=1e-5, abs=1e-6)
+    # The command makes the same page again.
+    before = (tmp_path / "run" / "report.html").read_bytes()
+    assert run_command("report", tmp_path / "run").returncode == 0
+    assert (tmp_path / "run" / "report.html").read_bytes() == before
+    # A search that is complete leaves it, one that starts again removes it.
+    again = run_command("search", root / "page.yaml", "--out", tmp_path / "run", "--resume")
+    assert again.returncode == 0 and (tmp_path / "run" / "report.html").read_bytes() == before
+    shown = run_command("show", tmp_path / "run").stdout
+    assert "run: finished" in shown and "Held-out scores" in shown and "best/model" in shown
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return build_family(tmp_path_factory.mktemp("family"))
+
+
+def test_a_pool_a_path_and_a_front_are_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    bred = [
+        {"name": "member-7", "method": "slerp", "parents": ["maths", "japanese"], "parameters": {"t": 0.5}, "split": 2},
+        {"name": "member-9", "method": "ties", "parents": ["member-7", "maths"], "parameters": {"weight": [0.25, 0.75]},
+         "split": 1},
+    ]  # fmt: skip
+    front = [
+        {"member": k + 1, "fitness": -0.2 - k, "scores": {"a/x": -0.1 * k, "b/x": 0.1 * k}, "heldout_fitness": -0.3 - k,
+         "heldout_scores": {"a/x": -0.11 * k, "b/x": 0.12 * k}, "genome": [0.5 + k] * 4}
+        for k in range(3)
+    ]  # fmt: skip
+    edit_result(run, lineage=bred, members=front, path={"layers": [0, 5], "scales": [1.0, 0.5]})
+    slices = [
+        {"sources": [{"model": f"/gone/{name}", "layer_range": [k, k + 1]}]}
+        for k, name in enumerate(["maths", "japanese"])
+    ]
+    (run / "best").mkdir()
+    (run / "best" / "recipe.yaml").write_text(yaml.safe_dump({"merge_method": "passthrough", "slices": slices}))
+    write_page(RunFolder(run))
+    page = Page(run / "report.html")
+    assert "step 1: layer 1 of japanese, its output times 2.0000" in page.text
+    for name in ("member-7", "member-9", "ties", "weight 0.25 0.75", "a/x, held out"):
+        assert name in page.text
+    assert page.source.count('<g class="founder">') == 2 and page.source.count('<g class="child">') == 1
+    assert page.column("front", "x") == [value for k in range(3) for value in (-0.1 * k, -0.11 * k)]
+
+
+def test_texts_of_users_are_texts(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", parents=["/gone/one", f"/gone/{HOSTILE.replace('/', '∕')}"], note=HOSTILE)
+    result = json.loads((run / "result.json").read_text())
+    for scored in result["table"]:
+        scored["name"] = f"{HOSTILE}{scored['name']}"
+        scored["heldout_scores"] = {f"{HOSTILE}/accuracy": 0.5, "\ud800/accuracy": 1.0}
+    for rival in result["better_than"].values():
+        rival["name"] = f"{HOSTILE}{rival['name']}"
+    (run / "result.json").write_text(json.dumps(result | {"stopped_by": HOSTILE}))
+    (run / "run.log").write_text(f"warning: {HOSTILE}\nnothing\n")
+    (run / "environment.json").write_text(json.dumps({"host": HOSTILE, "packages": {"jax": HOSTILE}}))
+    write_page(RunFolder(run))
+    page = Page(run / "report.html")
+    assert not {"img", "b", "iframe"} & set(page.tags)
+    assert page.text.count(HOSTILE) >= 10
+    assert page.specs
+
+
+def test_a_long_run_gives_a_small_page(tmp_path: Path) -> None:
+    generations, population, genes = 10_000, 64, 6
+    run = make_run(tmp_path / "run", 1, population, genes=genes)
+    (line,) = (run / "history.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    with (run / "history.jsonl").open("w") as history, (run / "timing.jsonl").open("w") as timing:
+        start, end = json.dumps(row).split('"generation": 1', 1)
+        for number in range(1, generations + 1):
+            history.write(f'{start}"generation": {number}{end}\n')
+            timing.write(f'{{"generation": {number}, "seconds": 0.125}}\n')
+    edit_result(run, generations=generations)
+    started = time.process_time()
+    write_page(RunFolder(run))
+    assert time.process_time() - started < 30
+    page = Page(run / "report.html")
+    assert (run / "report.html").stat().st_size < 2 * MEGABYTE
+    drawn = page.column("fitness", "generation")
+    assert len(drawn) == MOST_GENERATIONS and drawn[0] == 1 and drawn[-1] == generations
+    assert f"{MOST_GENERATIONS} of {generations} generations are drawn" in page.text
+    assert (1250.0, "1250.0") in page.numbers
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Runs that are not finished
+
+
+def test_half_a_line_does_not_count(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", finished=False)
+    with (run / "history.jsonl").open("a") as history:
+        history.write('{"generation": 7, "best": -0.')
+    shown = read_run(run, working=True)
+    assert (shown.state, shown.count, len(shown.generations)) == ("running", 6, 6)
+    write_page(RunFolder(run), working=True)
+    page = Page(run / "report.html")
+    assert "its state after generation 6, without a winner" in page.text
+    assert '<meta http-equiv="refresh"' in page.source
+    write_page(RunFolder(run))
+    page = Page(run / "report.html")
+    assert "was stopped after generation 6" in page.text and '<meta http-equiv="refresh"' not in page.source
+
+
+def test_the_winner_of_a_run_that_has_gone_on_is_not_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    edit_result(run, generations=4)
+    write_page(RunFolder(run))
+    page = Page(run / "report.html")
+    assert "The winner of 4 generations is not shown: the run has gone on since." in page.text
+    assert "was stopped after generation 6" in page.text and "heldout" not in page.specs
+
+
+def test_a_run_without_a_generation_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", generations=0, finished=False)
+    for file in ("history.jsonl", "timing.jsonl"):
+        (run / file).unlink()
+    done = run_command("report", run)
+    assert done.returncode == 0, done.stderr
+    assert "there is nothing to show yet" in Page(run / "report.html").text
+    assert "nothing to show yet" in run_command("show", run).stdout
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "result.json").write_text('{"table": 3}')
+    (run / "environment.json").write_text("[")
+    lines = (run / "history.jsonl").read_text().splitlines()
+    (run / "history.jsonl").write_text("\n".join([*lines[:2], '{"generation": "three"}', *lines[3:]]) + "\n")
+    write_page(RunFolder(run))
+    page = Page(run / "report.html")
+    for text in ("result.json cannot be read: table", "environment.json cannot be read", "history.jsonl cannot be"):
+        assert text in page.text
+    assert len(page.column("fitness", "generation")) == 5
+
+
+@pytest.mark.parametrize("pool", [None, {"methods": ["slerp"]}])
+def test_a_run_without_a_single_score_has_a_page(tmp_path: Path, pool: Any) -> None:
+    run = make_run(tmp_path / "run", finished=False, pool=pool, search=["odd"], space="odd", parents=3)
+    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    for row in rows:
+        nothing = [None] * len(row["fitness"])
+        row |= {"fitness": nothing, "task_scores": {"sums": nothing}, "best": None, "mean": None, "best_so_far": None}
+        row["scores_of_best"] = {}
+    (run / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_page(RunFolder(run))
+    assert "after generation 6" in Page(run / "report.html").text
+    assert run_command("show", run).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["report", "show"])
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, command: str) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, says in (("empty", "is not a run folder"), ("missing", "no such folder")):
+        done = run_command(command, tmp_path / name)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_file_that_is_no_page_is_kept(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "report.html").write_text("<p>mine")
+    done = run_command("report", run)
+    assert done.returncode == 2 and "is no page of evojax-merge" in done.stderr
+    clear(RunFolder(run), 6)
+    assert (run / "report.html").read_text() == "<p>mine"
+    other = make_run(tmp_path / "other")
+    write_page(RunFolder(other))
+    clear(RunFolder(other), 6)
+    assert not (other / "report.html").exists()
+
+
+def test_watching_ends_with_the_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", finished=False)
+    watching = start_command("report", run, "--watch")
+    page = run / "report.html"
+    _until(page.exists)
+    lines = (run / "history.jsonl").read_text()
+    row = json.loads(lines.splitlines()[-1]) | {"generation": 7}
+    (run / "history.jsonl").write_text(f"{lines}{json.dumps(row)}\n")
+    _until(lambda: "after generation 7" in page.read_text(encoding="utf-8"))
+    (run / "result.json").write_text(json.dumps(make_result(7, 4)))
+    _until(lambda: watching.poll() is not None)
+    assert watching.poll() == 0 and "The winner was chosen" in page.read_text(encoding="utf-8")
+
+
+def test_watching_ends_at_an_interrupt(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", finished=False)
+    watching = start_command("report", run, "--watch")
+    _until((run / "report.html").exists)
+    os.kill(watching.pid, signal.SIGINT)
+    _until(lambda: watching.poll() is not None)
+    assert watching.poll() == 130
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    for _ in range(1200):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("nothing happened in two minutes")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# While a search runs
+
+
+def test_a_page_is_kept_while_a_search_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", finished=False)
+    seen: list[Any] = []
+    warnings: list[str] = []
+    monkeypatch.setattr(live_page, "INTERVAL", 0.0)
+    monkeypatch.setattr(live_page, "TIMES", 1e9)
+    with kept_page(RunFolder(run), seen.append, warnings.append) as after:
+        after("first")  # type: ignore[arg-type]
+        assert "running" in Page(run / "report.html").text
+        (run / "report.html").unlink()
+        # The next page is due once the search has taken many times the last one's seconds.
+        after("second")  # type: ignore[arg-type]
+        assert not (run / "report.html").exists()
+    assert seen == ["first", "second"] and warnings == []
+    assert "was stopped after generation 6" in Page(run / "report.html").text
+
+
+def test_a_page_that_cannot_be_written_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", finished=False)
+    (run / "report.html").mkdir()
+    warnings: list[str] = []
+    monkeypatch.setattr(live_page, "INTERVAL", 0.0)
+    monkeypatch.setattr(live_page, "TIMES", 0.0)
+    with kept_page(RunFolder(run), lambda generation: None, warnings.append) as after:
+        after("first")  # type: ignore[arg-type]
+        after("second")  # type: ignore[arg-type]
+        with (run / "history.jsonl").open("a") as history:
+            history.write("\n")
+    (warning,) = warnings
+    assert warning.startswith("report.html could not be written: ") and "is a folder" in warning
+    # A search that fails says why it does, and nothing of the page.
+    keeping = kept_page(RunFolder(run), lambda generation: None, warnings.append)
+    keeping.__enter__()
+    (run / "history.jsonl").write_text("")
+    assert not keeping.__exit__(Failed, Failed("the disk is full"), None)
+    assert len(warnings) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Several runs
+
+
+def test_runs_are_compared_on_one_page(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "a" / "run")
+    two = make_run(tmp_path / "b" / "run", generations=4, finished=False, seed=5)
+    out = tmp_path / "both.html"
+    done = run_command("compare", one, two, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "a/run" in done.stdout and "stopped" in done.stdout and "-0.1235" in done.stdout
+    page = Page(out)
+    assert set(page.specs) == {"by-generation", "by-evaluations", "heldout"}
+    assert "search.generations" in page.text and "b/run: The run was stopped after generation 4" in page.text
+    assert run_command("compare", one, two, "--out", out).returncode == 0
+    (tmp_path / "notes.html").write_text("<p>mine")
+    for arguments, says in (
+        ((one, two, "--out", tmp_path / "notes.html"), "is no page"),
+        ((one,), "two runs or more"),
+        ((one, one), "names a run twice"),
+        ((one, tmp_path / "a"), "is not a run folder"),
+    ):
+        done = run_command("compare", *arguments, folder=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr
+    assert (tmp_path / "notes.html").read_text() == "<p>mine"
+
+
+def test_runs_below_a_folder_are_listed(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "first")
+    make_run(tmp_path / "runs" / "deep" / "second", finished=False)
+    broken = make_run(tmp_path / "runs" / "broken")
+    (broken / "config.yaml").write_text("inputs: [")
+    done = run_command("runs", folder=tmp_path)
+    assert done.returncode == 0
+    for text in ("first", "deep/second", "ties", "6/6", "finished", "stopped", "ago"):
+        assert text in done.stdout
+    assert "broken" not in done.stdout and done.stderr.startswith("warning: ") and done.stderr.count("\n") == 1
+    assert "first" in run_command("runs", tmp_path / "runs" / "first").stdout
+    (tmp_path / "none").mkdir()
+    assert "no runs in none" in run_command("runs", "none", folder=tmp_path).stdout
+    assert run_command("runs", "missing", folder=tmp_path).returncode == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# In a browser
+
+
+@in_a_browser
+@pytest.mark.parametrize("width", [400, 1400])
+def test_a_browser_draws_every_figure_and_asks_for_nothing(tmp_path: Path, width: int) -> None:
+    run = make_run(tmp_path / HOSTILE.replace("/", "∕"))
+    result = json.loads((run / "result.json").read_text())
+    for scored in result["table"]:
+        scored["name"] = f"{scored['name']} {HOSTILE}"
+    for rival in result["better_than"].values():
+        rival["name"] = f"{rival['name']} {HOSTILE}"
+    (run / "result.json").write_text(json.dumps(result))
+    write_page(RunFolder(run))
+    page = shutil.copy(run / "report.html", tmp_path / "page.html")
+    specs = Page(page).specs
+    seen, console = browse(page, width)
+    assert seen["problems"] == [] and console == [] and seen["requests"] == []
+    assert seen["charts"].keys() == specs.keys() >= {
+        "fitness", "heldout", "map-0", "importance", "parallel", "task-0", "rungs", "metric-0", "seconds",
+    }  # fmt: skip
+    assert seen["width"] == width and seen["scrolled"] <= width
+    for name, box in seen["charts"].items():
+        assert box is not None, name
+        assert box[0] <= width and box[1] > 40, name
+    assert seen["images"] == 0 and seen["bold"] == 0 and HOSTILE.replace("/", "∕") in seen["text"]
+
+
+@in_a_browser
+def test_the_slider_shows_an_earlier_generation(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    edit_result(run, groups=[])
+    write_page(RunFolder(run))
+    seen, _ = browse(shutil.copy(run / "report.html", tmp_path / "page.html"), dark=True)
+    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    first = max(zip(history[0]["fitness"], history[0]["examples"], history[0]["genomes"], strict=True),
+                key=lambda row: (row[1], row[0]))  # fmt: skip
+    assert seen["last"]["label"] == "the winner"
+    assert seen["first"]["label"] == f"generation 1 of 6, its best: fitness {first[0]:.4f}"
+    assert seen["first"]["texts"] != seen["last"]["texts"]
+    assert f"{first[2][0]:.2f}" in seen["first"]["texts"]
+    assert seen["background"] != "rgb(255, 255, 255)"
+
+
+@in_a_browser
+def test_a_browser_draws_several_runs(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, generations=3 + k) for k, name in enumerate(["one", "two"])]
+    assert run_command("compare", *runs, "--out", tmp_path / "page.html").returncode == 0
+    seen, console = browse(tmp_path / "page.html", 400)
+    assert seen["problems"] == [] and console == [] and seen["requests"] == [] and seen["scrolled"] <= 400
+    assert len(seen["charts"]) == 3 and all(seen["charts"].values())
