@@ -73,8 +73,8 @@ class SearchProblem:
         return self.backend.target
 
     @property
-    def parents(self) -> list[Path]:
-        return [model for role, model in self.backend.compared if role == "parent"]
+    def parents(self) -> tuple[Path, ...]:
+        return tuple(model for role, model in self.backend.compared if role == "parent")
 
     def prepare(self) -> Splits[list[Any]]:
         """The tasks of each split as the backend evaluates them."""

@@ -187,7 +187,13 @@ def write_config(root: Path, **changes: Any) -> Path:
         "space": {"method": "ties", "parameters": {"weight": {"high": 1.5}, "density": {"low": 0.1}}},
         "tasks": [
             CHOICE,
-            {"name": "words", "kind": "exact_match", "file": "tasks.jsonl", "pattern": r"w\d+", "max_new_tokens": 5},
+            {
+                "name": "words",
+                "kind": "exact_match",
+                "file": "tasks.jsonl",
+                "pattern": r"w\d+ w\d+",
+                "max_new_tokens": 5,
+            },
         ],
         "search": {"population": 6, "generations": 3},
         "seed": 3,

@@ -436,7 +436,7 @@ def test_what_the_strategies_cannot_take_is_told() -> None:
 
 
 def test_brevity_is_shown_where_it_is_asked_for(config_file: Path) -> None:
-    sums = {"name": "sums", "kind": "exact_match", "file": "tasks.jsonl", "pattern": r"w\d+", "max_new_tokens": 4}
+    sums = {"name": "sums", "kind": "exact_match", "file": "tasks.jsonl", "pattern": r"w\d+ w\d+", "max_new_tokens": 4}
     document = yaml.safe_load(config_file.read_text())
     document["tasks"] = [sums, sums | {"name": "short", "metric": "brevity"}]
     problem = build_problem(config_file, Config.model_validate(document))

@@ -369,7 +369,7 @@ def test_hybrid_hands_its_best_start_to_cma_es() -> None:
 def document(family: Family, kind: str, **search: Any) -> dict[str, Any]:
     task = {"name": "task", "kind": kind, "file": str(family.tasks), "heldout": 0.25}
     if kind == "exact_match":
-        task |= {"pattern": r"w\d+", "max_new_tokens": 3}
+        task |= {"pattern": r"w\d+ w\d+", "max_new_tokens": 3}
     return {
         "base": str(family.base), "parents": list(map(str, family.parents)), "tasks": [task],
         "space": {"method": "ties", "parameters": {"weight": {"high": 1.5}, "density": {"low": 0.2}}},

@@ -107,7 +107,7 @@ def test_examples_are_drawn_by_the_searchs_seed() -> None:
             COPY | {"kind": "cpoy"},
             r"tasks\[0\].kind: there is no kind of task 'cpoy' \(did you mean 'copy'\?\); a plugin can add it .*",
         ),
-        (COPY | {"kind": 3}, r"tasks\[0\].kind: expected one of .*function, copy, found 3"),
+        (COPY | {"kind": 3}, r"tasks\[0\].kind: expected one of .*arrays, copy, found 3"),
         ({"name": "again"}, r"tasks\[0\].kind: missing"),
         ([], r"tasks\[0\]: expected a mapping .*, found an empty list"),
         (COPY | {"cuont": 3}, r"tasks\[0\].cuont: unknown key \(did you mean 'count'\?\)"),
@@ -150,7 +150,7 @@ class Sourceless(TaskConfig):
 def test_kinds_that_cannot_be_registered(kind: TaskKind, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         register_task(kind)
-    assert kind_names()[-2:] == ["function", "copy"]
+    assert kind_names()[-2:] == ["arrays", "copy"]
 
 
 def test_a_kind_that_is_registered_again_takes_its_own_place() -> None:

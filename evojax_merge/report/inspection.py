@@ -257,7 +257,10 @@ def _norms(vector: TaskVector, names: Sequence[str], comparison: Comparison) -> 
     colour = alt.Color("component:N", title=None, sort=list(components))
     height = alt.Y("norm:Q", title="relative norm", scale=alt.Scale(domainMin=0))
     base = alt.Chart(alt.InlineData(values=rows)).encode(y=height, color=colour)
-    layer_axis = alt.X("layer:Q", axis=alt.Axis(format="d", tickMinStep=1))
+    numbers = sorted({layer for component in components for layer in layers[component] if layer is not None})
+    # Few numbers would stand between the layers as well.
+    axis = alt.Axis(format="d", values=numbers if len(numbers) <= 12 else alt.Undefined)
+    layer_axis = alt.X("layer:Q", axis=axis)
     inside = base.mark_line(point=True).encode(x=layer_axis).transform_filter("isValid(datum.layer)")
     outside = base.mark_rule(strokeDash=[2, 3]).transform_filter("!isValid(datum.layer)")
     return (inside + outside).properties(title=title, width=280, height=280)
