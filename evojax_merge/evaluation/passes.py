@@ -170,10 +170,10 @@ class MaterialiseSpec:
 @dataclass(frozen=True)
 class DecodeSpec(PassSpec):
     """Generation for a batch of `rows` prompts of up to `width` tokens, of which at most `new` follow (see
-    models.generate). dtype: of the caches; step_tokens: tokens of a sequence in a step, drafts included; steps: of one
+    models.generate). cache_dtype: of the caches; step_tokens: tokens of a sequence in a step, drafts included; steps: of one
     run; update_rows: writes into caches; stop: the tokens that end a generation."""
 
-    dtype: str
+    cache_dtype: str
     rows: int
     width: int
     new: int
@@ -358,7 +358,7 @@ def init_decode(spec: DecodeSpec, shared: None, each: jax.Array) -> DecodeState:
 
     def local(_: Any, each: Any) -> DecodeState:
         return generate.init_decode_state(
-            spec.config, spec.dtype, size_of(each), spec.rows, spec.width, spec.new, spec.step_tokens
+            spec.config, spec.cache_dtype, size_of(each), spec.rows, spec.width, spec.new, spec.step_tokens
         )
 
     return shard_population(spec.mesh, local, shared, each)
