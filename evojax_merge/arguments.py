@@ -117,6 +117,15 @@ def _words(annotation: Any) -> str:
         return ", ".join(map(repr, get_args(annotation)))
     if origin is Sequence:
         (items,) = get_args(annotation)
-        return _WORDS[Sequence] if items is Any else f"a list of {_words(items).removeprefix('a ')}s"
+        return _WORDS[Sequence] if items is Any else f"a list of {_plural(items)}"
     kind = origin or annotation
     return _WORDS.get(kind) or f"a {getattr(kind, '__name__', kind)}"
+
+
+def _plural(annotation: Any) -> str:
+    """Several values of a type, in words."""
+    if len(_members(annotation)) > 1:
+        return " or ".join(dict.fromkeys(map(_plural, _members(annotation))))
+    if (get_origin(annotation) or annotation) is Mapping:
+        return "mappings with texts as keys"
+    return f"{_words(annotation).removeprefix('a ')}s"

@@ -231,7 +231,7 @@ def _task(fitness: Callable[..., Any] | HostFitness, examples: Any, merge: TreeM
     is_traced = not isinstance(fitness, HostFitness)
     function = fitness.function if isinstance(fitness, HostFitness) else fitness
     task = ArrayTask(
-        "fitness", examples, function, (), 0, "fitness", traced=is_traced, where=f"{WHERE}: fitness", untraced=UNTRACED
+        "fitness", examples, function, metric="fitness", traced=is_traced, where=f"{WHERE}: fitness", untraced=UNTRACED
     )
     count = score_count(merge, task)
     example_count = count if examples is None else len(jax.tree.leaves(examples)[0])

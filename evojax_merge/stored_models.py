@@ -126,6 +126,12 @@ def score_models(
 ) -> list[Row]:
     """Score stored models, or runs' winners, on all examples. `on_scored` receives each model's scores."""
     tasks, settings = task_set.tasks, task_set.settings
+    for task in tasks:
+        if not hasattr(task, "requests"):
+            raise InputError(
+                task_set.where, f"{task.name}: a {type(task).__name__} asks no language model, and evaluate scores "
+                "these alone; a search's held-out table compares other models",
+            )  # fmt: skip
     paths = [_model_folder(model) for model in models]
     for line in ignored_revisions(models, Path.cwd()):
         warn(line)

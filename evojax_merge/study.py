@@ -209,8 +209,8 @@ class Study(Described):
 
     space: the searched parameters of merges of `models`. tasks: the tasks that candidates are scored on, made by
     `tasks.ExactMatch` and its like, or mappings in a config's form. strategy: `strategies.cma_es(population=16)` and
-    its like; None: CMA-ES with its default population. out: the run folder, which `run` needs. seed: the seed of all
-    random numbers. validation: the share of the examples that is kept back to choose the winner on. resume, overwrite:
+    its like, or a name; None: CMA-ES with its default population. out: the run folder, which `run` needs. seed: the
+    seed of all random numbers. validation: the share of the examples that is kept back to choose the winner on. resume, overwrite:
     continue, or replace, the run that lies in `out`. evaluation, export_dtype: as in a config. search: other keys of a
     config's `search`, such as `finalists`, `rungs` and `stop`.
     """
@@ -221,7 +221,7 @@ class Study(Described):
         space: MergeSpace,
         tasks: Sequence[Mapping[str, Any]],
         *,
-        strategy: Mapping[str, Any] | None = None,
+        strategy: str | Mapping[str, Any] | None = None,
         out: Location | None = None,
         seed: int = 0,
         validation: float = 0.0,
@@ -232,18 +232,19 @@ class Study(Described):
         **search: Any,
     ) -> None:
         check_arguments(Study.__init__, locals())
+        section = {"strategy": strategy} if isinstance(strategy, str) else strategy or {}
         if space.models is not models:
             raise InputError("Study: space", "is a space of other models; expected a MergeSpace of `models`")
         if "generations" in search:
             raise InputError("Study: generations", "is what `run` is called with; leave it out here")
-        twice = next((key for key in search if key in (strategy or {})), None)
+        twice = next((key for key in search if key in section), None)
         if twice is not None:
             raise InputError(f"Study: {twice}", "is given by `strategy` as well; expected one of them")
         document = {
             **models.document(),
             "space": space.document(),
             "tasks": list(tasks),
-            "search": {**(strategy or {}), "validation": validation, **search},
+            "search": {**section, "validation": validation, **search},
             "seed": seed,
         }
         document |= {} if evaluation is None else {"evaluation": evaluation}

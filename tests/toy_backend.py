@@ -45,7 +45,7 @@ def open_blobs(config: BlobsConfig, opening: Opening) -> em.ArrayTask:
     centre = np.array([np.cos(config.angle), np.sin(config.angle)])
     x = rng.normal(size=(config.count, 2)) * 0.5 + np.outer(2 * y - 1, centre)
     rows = {"x": x.astype(np.float32), "y": y.astype(np.float32)}
-    return em.ArrayTask(config.name, rows, margins, tuple(range(config.count)), config.count, weight=config.weight)
+    return em.ArrayTask(config.name, rows, margins, weight=config.weight)
 
 
 em.register_task(TaskKind(BlobsConfig, open_blobs))

@@ -97,7 +97,10 @@ def partly_held(models: Sequence[Model]) -> list[str]:
 def _about_files(models: Sequence[Model], names: Sequence[str]) -> Iterator[Finding]:
     for model, name in zip(models, names, strict=True):
         if model.unsearchable is not None:
-            yield Finding("search", f"{name} can be merged by a recipe, but not searched: {model.unsearchable}.")
+            yield Finding(
+                "search",
+                f"{name} can be merged by a recipe, but not searched as a language model: {model.unsearchable}.",
+            )
     if len({tuple(model.dtypes) for model in models}) > 1:
         yield Finding(
             "dtype", "The stored dtypes differ: merges are computed in float32 and rounded to export_dtype, by default "

@@ -364,7 +364,7 @@ def _check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
         raise InputError(
             folder.config,
             f"belongs to another config: {'.'.join(map(str, key))} differs (it was {_short(old)}, now {_short(new)}); "
-            "choose another folder with --out",
+            "give the options of its first search again, or choose another folder with --out",
         )
 
 

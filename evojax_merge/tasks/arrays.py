@@ -32,14 +32,15 @@ class ArrayTask(TaskDefaults):
 
     function: (model, rows) -> float[N], higher is better; (model,) -> a number or float[N] where there are no
     `examples`, a pytree of arrays with a leading axis of examples. indices: the numbers of the task's examples, out of
-    `count`. traced: whether JAX traces the function. where: the task in messages; file: the examples' file.
+    `count`; by default all. traced: whether JAX traces the function. where: the task in messages; untraced: what to do
+    about a function that JAX cannot trace; files: what it was made from; places: see `paths`.
     """
 
     name: str
     examples: Any
     function: Callable[..., Any]
-    indices: tuple[int, ...]
-    count: int
+    indices: tuple[int, ...] = ()
+    count: int = 0
     metric: str = "score"
     weight: float = 1.0
     traced: bool = True
@@ -47,6 +48,12 @@ class ArrayTask(TaskDefaults):
     untraced: str = "say traced: false, and it is called with each merged model"
     files: tuple[Path, ...] = ()
     places: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.count and self.examples is not None:
+            count = len(jax.tree.leaves(self.examples)[0])
+            object.__setattr__(self, "indices", tuple(range(count)))
+            object.__setattr__(self, "count", count)
 
     @property
     def size(self) -> int:
@@ -115,13 +122,10 @@ def open_arrays(config: ArraysConfig, opening: Opening) -> ArrayTask:
     key, reference = opening.source("file", config.file)
     file = opening.file(key, reference)
     examples = read_examples(file)
-    count = len(next(iter(examples.values())))
     return ArrayTask(
         config.name,
         examples,
         partial(call_users, function.call, function.reference),
-        tuple(range(count)),
-        count,
         weight=config.weight,
         traced=config.traced,
         where=opening.where,

@@ -474,15 +474,14 @@ class FunctionPlanner:
         self, tasks: Sequence[ArrayTask], candidates: int, use: PlanUse, compiler: TargetCompiler | None = None
     ) -> list[SizedPass]:
         backend, target = self.backend, self.backend.target
-        size = math.ceil(candidates / target.devices)
-        chunk, reader = backend.chunk(size), JaxprReader(target, ONE_DEVICE)
-        bank, genomes = backend.abstract_bank(anywhere), jax.ShapeDtypeStruct((size, backend.space.dims), jnp.float32)
+        chunk, reader = backend.chunk(math.ceil(candidates / target.devices)), JaxprReader(target, ONE_DEVICE)
+        bank, genomes = backend.abstract_bank(anywhere), jax.ShapeDtypeStruct((chunk, backend.space.dims), jnp.float32)
         sized = []
         for task in tasks:
             traced = self._traced(task, bank, genomes, chunk, use)
             name = MATERIALISE if not task.traced else GRADIENT if use == "gradient" else SCORE
             planned = PlannedPass(
-                task.name, name, traced, size if task.traced else 1, merge_bytes=tree_nbytes(bank),
+                task.name, name, traced, chunk if task.traced else 1, merge_bytes=tree_nbytes(bank),
                 held_bytes=tree_nbytes([anywhere(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(task.rows)]),
             )  # fmt: skip
             report = None

@@ -133,7 +133,9 @@ class FunctionFactory:
         document = {
             "base": None if config.base is None else str(paths["base"]),
             "parents": [str(paths[f"parents[{k}]"]) for k in range(len(config.parents))],
-            "space": config.space.model_dump(mode="json"),
+            "space": {
+                key: value for key, value in config.space.model_dump(mode="json").items() if key not in FOREIGN_IN_SPACE
+            },
             "backend": absolute_name(config.backend, folder),
         }
         models = tuple(paths[key] for key in keys)
