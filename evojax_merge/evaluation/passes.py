@@ -170,8 +170,8 @@ class MaterialiseSpec:
 @dataclass(frozen=True)
 class DecodeSpec(PassSpec):
     """Generation for a batch of `rows` prompts of up to `width` tokens, of which at most `new` follow (see
-    models.generate). cache_dtype: of the caches; step_tokens: tokens of a sequence in a step, with drafts; steps: of one
-    run; update_rows: writes into caches; stop: the tokens that end a generation."""
+    models.generate). cache_dtype: of the caches; step_tokens: of a sequence in a step, with drafts; steps: of one run;
+    update_rows: writes into caches; stop: the tokens that end a generation."""
 
     cache_dtype: str
     rows: int
