@@ -211,8 +211,8 @@ class Study(Described):
     `tasks.ExactMatch` and its like, or mappings in a config's form. strategy: `strategies.cma_es(population=16)` and
     its like, or a name; None: CMA-ES with its default population. out: the run folder, which `run` needs. seed: the
     seed of all random numbers. validation: the share of the examples that is kept back to choose the winner on. resume,
-    overwrite: continue, or replace, the run that lies in `out`. evaluation, export_dtype: as in a config. search: other keys of a
-    config's `search`, such as `finalists`, `rungs` and `stop`.
+    overwrite: continue, or replace, the run that lies in `out`. evaluation, export_dtype: as in a config. search: other
+    keys of a config's `search`, such as `finalists`, `rungs` and `stop`.
     """
 
     def __init__(
