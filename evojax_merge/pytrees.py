@@ -37,6 +37,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.file_system import atomic_write, atomic_write_bytes
 from evojax_merge.problem import build_strategy, searchable
+from evojax_merge.search.environment import recorded_session
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter
 from evojax_merge.search.protocols import differentiates
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder, opened, random_numbers
@@ -205,6 +206,7 @@ def search_pytrees(
             document = _document(search, merge, names, seed, examples)
             folder = stack.enter_context(opened(FilePath(out), document, resume=resume, overwrite=overwrite))
             check_room(folder, search.generations)
+            stack.enter_context(recorded_session(folder))
             storage = FolderStorage(folder, Checkpoints(folder))
         evaluators = open_evaluators(problem, problem.prepare())
         archive = evolve_on(problem, evaluators, storage, _Reporter(on_generation), hint=lambda task: HINT)

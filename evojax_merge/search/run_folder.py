@@ -4,6 +4,7 @@ config.yaml      the resolved config, with the hash of every input file
 history.jsonl    one line a generation; nothing in it depends on the clock
 history.backup.jsonl  the same, from which a damaged history is restored
 timing.jsonl     seconds a generation
+environment.json  versions, devices, machine, command and duration of each process that worked on the run
 checkpoints/     the state after each generation (orbax), the last three kept
 best/            recipe.yaml and model/; for a strategy that keeps a front, front/ with the recipe of each member
 winners/         best/ as it was when the run had finished with fewer generations, with its result.json and report.png
@@ -207,10 +208,11 @@ def removed_if_refused(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except InputError:
-        others = {*entries(folder.path)} - {folder.config, folder.lock}
+        others = {*entries(folder.path)} - {folder.config, folder.environment, folder.lock}
         if all(path in folder.parts and not entries(path) for path in others):
             for path in others:
                 remove_empty_folder(path)
+            remove_file(folder.environment)
             remove_file(folder.config)
         raise
 

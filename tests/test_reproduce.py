@@ -1,0 +1,180 @@
+"""A run proves its result: it records its environment, its resolved config and its inputs, and can be reproduced."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import Family
+
+from evojax_merge.cli import cli, run
+
+GENERATIONS = 2
+
+
+def command(*arguments: object) -> int:
+    return run(lambda: cli.main(list(map(str, arguments)), standalone_mode=False))
+
+
+def config_of(family: Family, folder: Path, **changes: Any) -> Path:
+    """The config of a short search, on data of its own."""
+    data = shutil.copyfile(family.tasks, folder / "data.jsonl")
+    document: dict[str, Any] = {
+        "base": str(family.base), "parents": [str(parent) for parent in family.parents],
+        "tasks": [{"name": "text", "kind": "likelihood", "file": str(data)}],
+        "space": {"method": "ties", "parameters": {"weight": {}, "density": {}}},
+        "search": {"generations": GENERATIONS}, "seed": 5,
+    }  # fmt: skip
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(document | changes))
+    return config
+
+
+@pytest.fixture(scope="module")
+def searched(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, beside its data."""
+    folder = tmp_path_factory.mktemp("searched")
+    assert command("search", config_of(family, folder), "--out", folder / "run") == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def finished(searched: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, on a copy of its data."""
+    copy = shutil.copytree(searched.parent, tmp_path / "copy") / searched.name
+    for file in (copy / "config.yaml", copy.parent / "config.yaml"):
+        file.write_text(file.read_text().replace(str(searched.parent), str(copy.parent)))
+    return copy
+
+
+def sessions(folder: Path) -> list[dict[str, Any]]:
+    return list(json.loads((folder / "environment.json").read_text())["sessions"])
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    document = yaml.safe_load(file.read_text())
+    change(document)
+    file.write_text(yaml.safe_dump(document))
+
+
+def drop_last_line(file: Path) -> None:
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The environment
+
+
+def test_a_run_records_where_it_was_made(searched: Path) -> None:
+    (session,) = sessions(searched)
+    assert {"python", "evojax-merge", "jax", "jaxlib", "numpy", "evosax", "transformers"} == session["versions"].keys()
+    assert all(session["versions"].values())
+    assert session["devices"]["platform"] == "cpu" and session["devices"]["count"] >= 1
+    assert session["processor"] and session["system"] and session["command"]
+    assert session["started"] <= session["ended"] and session["seconds"] > 0
+
+
+def test_a_continued_run_keeps_its_first_session(finished: Path) -> None:
+    (first,) = sessions(finished)
+    arguments = ("search", finished / "config.yaml", "--out", finished)
+    assert command(*arguments, "--resume") == 0
+    assert sessions(finished) == [first]  # nothing was left to search
+    assert command(*arguments, "--resume", "--set", f"search.generations={GENERATIONS + 1}") == 0
+    assert len(sessions(finished)) == 2 and sessions(finished)[0] == first
+    assert command(*arguments, "--overwrite", "--set", "search.generations=1") == 0
+    assert len(sessions(finished)) == 1 and sessions(finished) != [first]
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "[]", '{"sessions": 5}', '{"sessions": [5]}'])
+def test_a_damaged_record_does_not_end_a_run(finished: Path, damaged: str) -> None:
+    from evojax_merge.search.environment import read_sessions
+    from evojax_merge.search.run_parts import RunFolder
+
+    (finished / "environment.json").write_text(damaged)
+    assert read_sessions(RunFolder(finished)) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The config
+
+
+def test_the_config_holds_the_population_that_was_searched(searched: Path) -> None:
+    document = yaml.safe_load((searched / "config.yaml").read_text())
+    history = [json.loads(line) for line in (searched / "history.jsonl").read_text().splitlines()]
+    assert document["search"]["population"] == len(history[0]["fitness"])
+    assert document["evaluation"]["chunk"] is None and document["evaluation"]["tokens_per_batch"] is None
+
+
+def test_a_run_that_an_earlier_version_began_without_it_goes_on(finished: Path) -> None:
+    edit(finished / "config.yaml", lambda document: document["search"].update(population=None))
+    longer = ("--set", f"search.generations={GENERATIONS + 1}")
+    assert command("search", finished.parent / "config.yaml", "--out", finished, "--resume", *longer) == 0
+    assert len((finished / "history.jsonl").read_text().splitlines()) == GENERATIONS + 1
+    assert yaml.safe_load((finished / "config.yaml").read_text())["search"]["population"] is not None
+
+
+def test_stages_hold_their_populations(family: Family, tmp_path: Path) -> None:
+    search = {"generations": 1}
+    stages = [
+        {"space": {"method": "linear", "parameters": {"weight": {}}}, "search": search},
+        {"data_flow": {"max_layers": 4, "scales": "none"}, "search": search},
+        {"space": {"method": "linear", "parameters": {"weight": {}}}, "search": search},
+    ]
+    config = config_of(family, tmp_path, stages=stages, space=None, search={})
+    edit(config, lambda document: [document.pop("space"), document.pop("search")])
+    assert command("search", config, "--out", tmp_path / "run") == 0
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    populations = [stage["search"]["population"] for stage in written["stages"]]
+    # The layers that the third stage begins with are those of the second one's winner.
+    assert populations[0] >= 4 and populations[1] >= 4 and populations[2] is None
+    assert command("search", config, "--out", tmp_path / "run", "--resume") == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The inputs
+
+
+def test_changed_data_is_refused_by_name(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, config, again = finished.parent / "data.jsonl", finished / "config.yaml", finished.parent / "again"
+    for arguments in (("search", config, "--out", again), ("evaluate", finished, "--tasks", config)):
+        assert "--tasks" not in arguments or command(*arguments) == 0
+        capsys.readouterr()
+        text = data.read_text()
+        drop_last_line(data)
+        assert command(*arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{data} has changed" in line and "inputs" in line
+        data.write_text(text)
+    assert not again.exists()
+
+
+def test_a_missing_file_of_a_parent_is_refused_by_name(
+    finished: Path, family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = shutil.copytree(family.parents[0], tmp_path / "parent")
+    (parent / "generation_config.json").unlink(missing_ok=True)
+    (parent / "chat_template.jinja").write_text("{{ messages }}")
+    config, out = tmp_path / "first.yaml", tmp_path / "first"
+    shutil.copyfile(finished.parent / "config.yaml", config)
+    edit(config, lambda document: document.update(parents=[str(parent), *document["parents"][1:]]))
+    edit(config, lambda document: document["search"].update(generations=1))
+    assert command("search", config, "--out", out) == 0
+    assert str(parent / "chat_template.jinja") in yaml.safe_load((out / "config.yaml").read_text())["inputs"]
+    (parent / "chat_template.jinja").unlink()
+    capsys.readouterr()
+    assert command("search", out / "config.yaml", "--out", tmp_path / "again") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{parent / 'chat_template.jinja'} is missing" in line
+
+
+def test_changed_data_is_searched_where_the_user_says_so(finished: Path) -> None:
+    drop_last_line(finished.parent / "data.jsonl")
+    short = ("--set", "search.generations=1")
+    assert command("search", finished / "config.yaml", "--out", finished.parent / "a", "--set", "inputs=null", *short) == 0
+    copy = shutil.copyfile(finished / "config.yaml", finished.parent / "copy.yaml")
+    edit(copy, lambda document: document.pop("inputs"))
+    assert command("search", copy, "--out", finished.parent / "b", *short) == 0
+    assert command("evaluate", finished, "--tasks", copy) == 0
