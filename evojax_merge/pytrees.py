@@ -203,7 +203,7 @@ def search_pytrees(
         storage: MemoryStorage | FolderStorage = MemoryStorage()
         folder = None
         if out is not None:
-            document = _document(search, merge, names, seed, examples)
+            document = _document(search, chosen_strategy.population, merge, names, seed, examples)
             folder = stack.enter_context(opened(FilePath(out), document, resume=resume, overwrite=overwrite))
             check_room(folder, search.generations)
             stack.enter_context(recorded_session(folder))
@@ -242,8 +242,10 @@ def _task(fitness: Callable[..., Any] | HostFitness, examples: Any, merge: TreeM
     return replace(task, indices=tuple(range(count)), count=count)
 
 
-def _document(search: SearchConfig, merge: TreeMerge, names: Sequence[str], seed: int, examples: Any) -> dict[str, Any]:
-    """The search for its run folder."""
+def _document(
+    search: SearchConfig, population: int, merge: TreeMerge, names: Sequence[str], seed: int, examples: Any
+) -> dict[str, Any]:
+    """The search for its run folder. population: the strategy's."""
     space, spec = merge.space, merge.spec
     return {
         "search_pytrees": {
@@ -251,7 +253,7 @@ def _document(search: SearchConfig, merge: TreeMerge, names: Sequence[str], seed
             "parameters": {item.name: [item.low, item.high, *item.start] for item in space.search_parameters},
             "constants": {name: list(values) for name, values in space.constants}, "options": asdict(spec.options),
         },
-        "search": search.model_dump(mode="json"),
+        "search": search.model_dump(mode="json") | {"population": population},
         "inputs": {name: digest_of(source) for name, source in zip(names, merge.tree.columns, strict=True)}
         | ({} if examples is None else {"examples": digest_of(jax.tree.leaves(examples))}),
     } | random_numbers(spec.method.random)  # fmt: skip

@@ -118,12 +118,9 @@ def test_a_run_that_an_earlier_version_began_without_it_goes_on(finished: Path) 
 
 def test_stages_hold_their_populations(family: Family, tmp_path: Path) -> None:
     search = {"generations": 1}
-    stages = [
-        {"space": {"method": "linear", "parameters": {"weight": {}}}, "search": search},
-        {"data_flow": {"max_layers": 4, "scales": "none"}, "search": search},
-        {"space": {"method": "linear", "parameters": {"weight": {}}}, "search": search},
-    ]
-    config = config_of(family, tmp_path, stages=stages, space=None, search={})
+    path = {"data_flow": {"max_layers": 4, "scales": "none"}, "search": search}
+    stages = [{"space": {"method": "linear", "parameters": {"weight": {}}}, "search": search}, path, path]
+    config = config_of(family, tmp_path, stages=stages)
     edit(config, lambda document: [document.pop("space"), document.pop("search")])
     assert command("search", config, "--out", tmp_path / "run") == 0
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -157,8 +154,8 @@ def test_a_missing_file_of_a_parent_is_refused_by_name(
     parent = shutil.copytree(family.parents[0], tmp_path / "parent")
     (parent / "generation_config.json").unlink(missing_ok=True)
     (parent / "chat_template.jinja").write_text("{{ messages }}")
-    config, out = tmp_path / "first.yaml", tmp_path / "first"
-    shutil.copyfile(finished.parent / "config.yaml", config)
+    out = tmp_path / "first"
+    config = shutil.copyfile(finished.parent / "config.yaml", tmp_path / "first.yaml")
     edit(config, lambda document: document.update(parents=[str(parent), *document["parents"][1:]]))
     edit(config, lambda document: document["search"].update(generations=1))
     assert command("search", config, "--out", out) == 0
