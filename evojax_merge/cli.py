@@ -341,6 +341,19 @@ def export(
     command.export(run, out, dtype, overwrite, best_so_far, member, rank)
 
 
+@cli.command(short_help="Search a finished run again, and compare the two to the bit.")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="The new run folder. Default: RUN-reproduced.")
+@with_plugins
+def reproduce(run: Path, out: Path | None, plugin_names: tuple[str, ...]) -> None:
+    """Search the finished run RUN again, into a new folder, and compare history, recipe and weights. The inputs must be
+    unchanged. Exit status 1 where the two runs differ, with the first generation that does."""
+    with _starting(plugin_names):
+        from evojax_merge.commands import reproduce as command
+
+    command.reproduce(run, out)
+
+
 @cli.command(short_help="List the merge methods, with their parameters and bounds.")
 @with_plugins
 def methods(plugin_names: tuple[str, ...]) -> None:

@@ -441,7 +441,9 @@ class Config(Section):
         [], description="Python files and packages that add methods, strategies, tasks and architectures"
     )
     inputs: dict[str, str] | None = Field(
-        None, exclude=True, description="written by a run: each file's SHA-256; another content is refused; null: is not"
+        None,
+        exclude=True,
+        description="written by a run: each file's SHA-256; another content is refused; null: is not",
     )
 
     @model_validator(mode="before")

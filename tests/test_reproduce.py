@@ -170,8 +170,85 @@ def test_a_missing_file_of_a_parent_is_refused_by_name(
 def test_changed_data_is_searched_where_the_user_says_so(finished: Path) -> None:
     drop_last_line(finished.parent / "data.jsonl")
     short = ("--set", "search.generations=1")
-    assert command("search", finished / "config.yaml", "--out", finished.parent / "a", "--set", "inputs=null", *short) == 0
+    assert (
+        command("search", finished / "config.yaml", "--out", finished.parent / "a", "--set", "inputs=null", *short) == 0
+    )
     copy = shutil.copyfile(finished / "config.yaml", finished.parent / "copy.yaml")
     edit(copy, lambda document: document.pop("inputs"))
     assert command("search", copy, "--out", finished.parent / "b", *short) == 0
     assert command("evaluate", finished, "--tasks", copy) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reproducing
+
+
+def test_a_run_is_reproduced_to_the_bit(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    again = finished.with_name("run-reproduced")
+    assert command("reproduce", finished) == 0
+    said = capsys.readouterr().out
+    assert "the environment is the one that the run recorded" in said and f"bit-identical: {again}" in said
+    for name in ("history.jsonl", "best/recipe.yaml", "best/model/model.safetensors"):
+        assert (again / name).read_bytes() == (finished / name).read_bytes(), name
+    assert command("reproduce", finished) == 2
+    assert f"{again}: exists already; choose a new folder with --out" in capsys.readouterr().err
+
+
+def test_stages_are_reproduced(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    search = {"generations": 1, "population": 4}
+    stages = [{"space": {"method": "linear", "parameters": {"weight": {}}}, "search": search | {"generations": 9}},
+              {"data_flow": {"max_layers": 4}, "search": search}]  # fmt: skip
+    config = config_of(family, tmp_path, stages=stages)
+    edit(config, lambda document: [document.pop("space"), document.pop("search")])
+    # The clock ends the first stage after one generation.
+    assert command("search", config, "--out", tmp_path / "run", "--set", "stages.0.search.stop.seconds=0.001") == 0
+    assert command("reproduce", tmp_path / "run", "--out", tmp_path / "again") == 0
+    history = tmp_path / "run" / "stages" / "stage-1" / "history.jsonl"
+    assert len(history.read_text().splitlines()) == 1
+    history.write_text(history.read_text().replace('"generation": 1', '"generation": 1 '))
+    capsys.readouterr()
+    assert command("reproduce", tmp_path / "run", "--out", tmp_path / "other") == 1
+    assert "stage-1: generation 1 of 1 is the first that differs" in capsys.readouterr().err
+
+
+def test_a_run_that_parts_says_where_and_why(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    history = finished / "history.jsonl"
+    first, second = map(json.loads, history.read_text().splitlines())
+    second["fitness"][0] += 0.25
+    history.write_text("".join(json.dumps(row) + "\n" for row in (first, second)))
+    document = json.loads((finished / "environment.json").read_text())
+    document["sessions"][0]["versions"]["jax"] = "0.0.1"
+    (finished / "environment.json").write_text(json.dumps(document))
+    assert command("reproduce", finished) == 1
+    out, err = capsys.readouterr()
+    assert "versions.jax: 0.0.1 then, " in out
+    (line,) = err.splitlines()
+    assert "generation 2 of 2 is the first that differs: its candidates are the same, and their fitness" in line
+    assert "by up to 2.5e-01; likely cause: versions.jax: 0.0.1 then, " in line
+
+
+@pytest.mark.parametrize("name", ["best/recipe.yaml", "best/model/model.safetensors"])
+def test_another_winner_is_no_reproduction(finished: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content = (finished / name).read_bytes()
+    (finished / name).write_bytes(content.replace(b"ties", b"sce ") if name.endswith("yaml") else content[:-1] + b"!")
+    assert command("reproduce", finished) == 1
+    assert f"and {name} differs; likely cause: nothing that was recorded" in capsys.readouterr().err
+
+
+def test_what_cannot_be_reproduced_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(run: Path = finished) -> str:
+        assert command("reproduce", run) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "no such folder" in refused(finished / "none")
+    assert "is not a run folder of a search" in refused(finished.parent)
+    text = (finished.parent / "data.jsonl").read_text()
+    drop_last_line(finished.parent / "data.jsonl")
+    assert "data.jsonl has changed since the run (sha256" in refused()
+    (finished.parent / "data.jsonl").write_text(text)
+    (finished / "result.json").unlink()
+    assert "has no winner to compare with; finish it with search … --resume" in refused()
+    (finished / "config.yaml").write_text("search_pytrees: {}\ninputs: {}\n")
+    assert "is a run of search_pytrees" in refused()
+    assert not finished.with_name("run-reproduced").exists()
