@@ -354,6 +354,22 @@ def reproduce(run: Path, out: Path | None, plugin_names: tuple[str, ...]) -> Non
     command.reproduce(run, out)
 
 
+@cli.command(short_help="Upload a run's winner to the hub, with what proves it.")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--repo", required=True, metavar="OWNER/NAME", help="The repository of the hub; made where there is none."
+)
+@click.option("--push", is_flag=True, help="Upload. Without it, the files are listed and nothing leaves this machine.")
+@click.option("--private", is_flag=True, help="A repository that is made is private.")
+def publish(run: Path, repo: str, push: bool, private: bool) -> None:
+    """List, or with --push upload, the winner of the finished run RUN with its model card, recipe and result. Recipes
+    name models of this machine by the last part of their paths."""
+    with _starting():
+        from evojax_merge.commands import publish as command
+
+    command.publish(run, repo, push, private)
+
+
 @cli.command(short_help="List the merge methods, with their parameters and bounds.")
 @with_plugins
 def methods(plugin_names: tuple[str, ...]) -> None:

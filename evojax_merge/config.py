@@ -443,7 +443,7 @@ class Config(Section):
     inputs: dict[str, str] | None = Field(
         None,
         exclude=True,
-        description="written by a run: each file's SHA-256; another content is refused; null: is not",
+        description="written by a run: the SHA-256 of each file, which may not change; null: it may",
     )
 
     @model_validator(mode="before")

@@ -1,6 +1,7 @@
 """A run proves its result: it records its environment, its resolved config and its inputs, and can be reproduced."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from helpers import Family
+from huggingface_hub import ModelCard
 
 from evojax_merge.cli import cli, run
 
@@ -252,3 +254,70 @@ def test_what_cannot_be_reproduced_is_refused(finished: Path, capsys: pytest.Cap
     (finished / "config.yaml").write_text("search_pytrees: {}\ninputs: {}\n")
     assert "is a run of search_pytrees" in refused()
     assert not finished.with_name("run-reproduced").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Publishing
+
+
+class FakeHub:
+    """Takes the place of the hub's API: an upload is copied to a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.calls = folder, list[tuple[Any, ...]]()
+
+    def __call__(self, token: str) -> "FakeHub":
+        self.calls.append(("token", token))
+        return self
+
+    def create_repo(self, repo: str, private: bool, exist_ok: bool) -> None:
+        self.calls.append(("create_repo", repo, private, exist_ok))
+
+    def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> str:
+        shutil.copytree(folder_path, self.folder)
+        return f"commit of {repo_id}"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    import huggingface_hub
+
+    hub = FakeHub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: os.environ.get("HF_TOKEN"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return hub
+
+
+def test_publish_lists_first_and_uploads_with_push(
+    finished: Path, family: Family, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (finished / "report.html").write_text("<html></html>")
+    names = {"README.md", "config.json", "model.safetensors", "recipe.yaml", "result.json", "report.html"}
+    assert command("publish", finished, "--repo", "me/mine") == 0
+    listed = capsys.readouterr().out
+    assert all(f"{name}  " in listed for name in names) and "nothing was uploaded; --push" in listed
+    assert command("publish", finished, "--repo", "me/mine", "--push") == 2
+    assert "HF_TOKEN: is not set" in capsys.readouterr().err
+    assert not hub.calls
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert command("publish", finished, "--repo", "me/mine", "--push", "--private") == 0
+    assert hub.calls == [("token", "secret"), ("create_repo", "me/mine", True, True)]
+    assert {file.name for file in hub.folder.iterdir()} > names
+    weights = (finished / "best/model/model.safetensors").read_bytes()
+    assert (hub.folder / "model.safetensors").read_bytes() == weights
+    # Neither recipe names a place of this machine.
+    texts = [file.read_text() for file in hub.folder.iterdir() if file.suffix in (".yaml", ".yml", ".json", ".md")]
+    assert not any(str(family.root) in text or str(finished.parent) in text for text in texts)
+    assert ModelCard.load(hub.folder / "README.md").data.eval_results
+    said = capsys.readouterr()
+    assert "secret" not in said.out + said.err
+
+
+def test_what_cannot_be_published_is_refused(finished: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    for repo in ("a/b/c", "-bad-/x", ""):
+        assert command("publish", finished, "--repo", repo) == 2
+        assert "--repo: " in capsys.readouterr().err
+    (finished / "result.json").unlink()
+    assert command("publish", finished, "--repo", "me/mine") == 2
+    assert "has no winner to publish" in capsys.readouterr().err

@@ -19,10 +19,10 @@ from typing import Any
 
 import jax
 
-import evojax_merge
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.file_system import atomic_write
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "numpy", "evosax", "transformers")
 # Environment variables that change the programs that XLA compiles.
@@ -38,9 +38,9 @@ def environment() -> dict[str, Any]:
     """This process's environment, as a JSON document."""
     devices = jax.devices()
     return {
-        "versions": {"python": platform.python_version(), "evojax-merge": evojax_merge.__version__}
+        "versions": {"python": platform.python_version(), "evojax-merge": __version__}
         | {name: _version(name) for name in PACKAGES},
-        "commit": _commit(Path(evojax_merge.__file__).resolve().parent.parent),
+        "commit": _commit(Path(__file__).resolve().parents[2]),
         "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
         # The runtime of an accelerator (CUDA, libtpu), and the version of NVIDIA's kernel module.
         "runtime": " ".join(devices[0].client.platform_version.split()),

@@ -1,0 +1,66 @@
+"""`evojax-merge publish`: a run's winner as a repository of the hub, with its card, recipe and result."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from evojax_merge.checkpoints.writer import MARKER
+from evojax_merge.errors import Failed, InputError
+from evojax_merge.report.card import public_recipe
+from evojax_merge.report.progress import console
+from evojax_merge.search.run_folder import is_run
+from evojax_merge.search.run_parts import RunFolder
+
+# The recipe in a model folder, as mergekit names it.
+MODEL_RECIPE = "mergekit_config.yml"
+
+
+def publish(run: Path, repo: str, push: bool, private: bool) -> None:
+    """List the files of a run's winner, and upload them to the hub with `push`."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise InputError("--repo", f"{repo}: expected owner/name as on the hub ({error})") from None
+    files = _files(run)
+    for name, file in files.items():
+        console.print(f"{name}  {file.stat().st_size:,} bytes", markup=False, highlight=False, soft_wrap=True)
+    if not push:
+        console.print(f"nothing was uploaded; --push uploads these {len(files)} files to {repo}", highlight=False)
+        return
+    token = huggingface_hub.get_token()
+    if token is None:
+        raise InputError("HF_TOKEN", "is not set; expected a token of the hub with write access")
+    with tempfile.TemporaryDirectory() as staged:
+        _stage(files, Path(staged))
+        try:
+            api = huggingface_hub.HfApi(token=token)
+            api.create_repo(repo, private=private, exist_ok=True)
+            commit = api.upload_folder(repo_id=repo, folder_path=staged, commit_message="Upload with evojax-merge")
+        except (HfHubHTTPError, OSError) as error:
+            raise Failed(f"{repo}: could not be uploaded ({error})") from None
+    console.print(f"uploaded {len(files)} files: {commit}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _files(run: Path) -> dict[str, Path]:
+    """The files to upload, by their names in the repository. Raises InputError where the run has no winner."""
+    folder = RunFolder(run)
+    if not is_run(folder):
+        raise InputError(run, "is not a run folder of a search" if run.exists() else "no such folder")
+    if not (folder.result.is_file() and folder.recipe.is_file() and folder.model.is_dir()):
+        raise InputError(run, "has no winner to publish; finish it with search … --resume")
+    model = [file for file in sorted(folder.model.iterdir()) if file.is_file() and file.name != MARKER]
+    others = [file for file in (folder.recipe, folder.result, run / "report.html") if file.is_file()]
+    return {file.name: file for file in [*model, *others]}
+
+
+def _stage(files: dict[str, Path], folder: Path) -> None:
+    """Fill a folder with the files as they are uploaded: links, and recipes without paths of this machine."""
+    for name, file in files.items():
+        if name in ("recipe.yaml", MODEL_RECIPE):
+            (folder / name).write_text(public_recipe(file.read_text(encoding="utf-8")), encoding="utf-8")
+        else:
+            os.symlink(file.resolve(), folder / name)
