@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -306,6 +307,11 @@ def test_publish_lists_first_and_uploads_with_push(
     assert {file.name for file in hub.folder.iterdir()} > names
     weights = (finished / "best/model/model.safetensors").read_bytes()
     assert (hub.folder / "model.safetensors").read_bytes() == weights
+    # The hub refuses, or is out of reach.
+    monkeypatch.setattr(hub, "create_repo", Mock(side_effect=Exception("no route")))
+    capsys.readouterr()
+    assert command("publish", finished, "--repo", "me/mine", "--push") == 1
+    assert capsys.readouterr().err == "error: me/mine: could not be uploaded (no route)\n"
     # Neither recipe names a place of this machine.
     texts = [file.read_text() for file in hub.folder.iterdir() if file.suffix in (".yaml", ".yml", ".json", ".md")]
     assert not any(str(family.root) in text or str(finished.parent) in text for text in texts)

@@ -5,18 +5,15 @@ import tempfile
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from evojax_merge.checkpoints.writer import MARKER
+from evojax_merge.checkpoints.writer import MARKER, RECIPE
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.report.card import public_recipe
 from evojax_merge.report.progress import console
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_parts import RunFolder
-
-# The recipe in a model folder, as mergekit names it.
-MODEL_RECIPE = "mergekit_config.yml"
 
 
 def publish(run: Path, repo: str, push: bool, private: bool) -> None:
@@ -40,7 +37,8 @@ def publish(run: Path, repo: str, push: bool, private: bool) -> None:
             api = huggingface_hub.HfApi(token=token)
             api.create_repo(repo, private=private, exist_ok=True)
             commit = api.upload_folder(repo_id=repo, folder_path=staged, commit_message="Upload with evojax-merge")
-        except (HfHubHTTPError, OSError) as error:
+        except Exception as error:
+            # Also an error of the client's HTTP library, which is another one in other versions of the client.
             raise Failed(f"{repo}: could not be uploaded ({error})") from None
     console.print(f"uploaded {len(files)} files: {commit}", markup=False, highlight=False, soft_wrap=True)
 
@@ -60,7 +58,7 @@ def _files(run: Path) -> dict[str, Path]:
 def _stage(files: dict[str, Path], folder: Path) -> None:
     """Fill a folder with the files as they are uploaded: links, and recipes without paths of this machine."""
     for name, file in files.items():
-        if name in ("recipe.yaml", MODEL_RECIPE):
+        if name in ("recipe.yaml", RECIPE):
             (folder / name).write_text(public_recipe(file.read_text(encoding="utf-8")), encoding="utf-8")
         else:
             os.symlink(file.resolve(), folder / name)

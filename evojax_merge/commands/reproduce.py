@@ -12,7 +12,7 @@ from evojax_merge.search.environment import differences, environment, read_sessi
 from evojax_merge.search.reproduction import parting
 from evojax_merge.search.run_folder import is_run, read_result
 from evojax_merge.search.run_parts import RunFolder
-from evojax_merge.yaml_reader import load_yaml
+from evojax_merge.yaml_reader import load_documents, load_yaml
 
 
 def reproduce(run: Path, out: Path | None) -> None:
@@ -48,6 +48,8 @@ def _check_finished(run: Path, folder: RunFolder) -> None:
     finished = (read_result(folder.result) or {}).get("generations", -1) >= len(folder.read_history())
     if not (finished and folder.recipe.is_file() and folder.model.is_dir()):
         raise InputError(run, "has no winner to compare with; finish it with search … --resume")
+    # A damaged recipe shows before the long work.
+    load_documents(folder.recipe)
 
 
 def _changed_environment(folder: RunFolder) -> list[str]:
@@ -62,7 +64,8 @@ def _changed_environment(folder: RunFolder) -> list[str]:
 def _without_clock(folder: RunFolder) -> list[str]:
     """The overrides of a run's config with which each search ends after the same generation, however long it takes: one
     that `search.stop.seconds` ended has its number of generations."""
-    count = len(load_yaml(folder.config).get("stages") or [folder])
+    stages = load_yaml(folder.config).get("stages")
+    count = len(stages) if isinstance(stages, list) else 1
     runs = [*(RunFolder(folder.stages / f"stage-{number}") for number in range(1, count)), folder]
     overrides = []
     for number, run in enumerate(runs):

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from evojax_merge.errors import Failed, InputError
+from evojax_merge.errors import Failed, InputError, printable, shown
 from evojax_merge.file_system import atomic_write
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.version import __version__
@@ -80,26 +80,26 @@ def read_sessions(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def differences(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """A line for each part of two environments that differs."""
+    """A printable line for each part of two environments that differs."""
     before, now = (dict(_flat({key: part for key, part in session.items() if key not in OCCASION}))
                    for session in (recorded, current))  # fmt: skip
     return [
-        f"{name}: {_shown(before.get(name))} then, {_shown(now.get(name))} now"
+        printable(f"{name}: {_shown(before.get(name))} then, {_shown(now.get(name))} now")
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
 
 
-def _flat(document: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in document.items():
+def _flat(session: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in session.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{above}{name}.")
+            yield from ((f"{name}.{key}", part) for key, part in value.items())
         else:
-            yield f"{above}{name}", value
+            yield name, value
 
 
 def _shown(value: Any) -> str:
-    return "none" if value is None else str(value)
+    return "none" if value is None else value if isinstance(value, str) else shown(value)
 
 
 def _write(folder: RunFolder, sessions: list[dict[str, Any]]) -> None:

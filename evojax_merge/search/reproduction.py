@@ -43,12 +43,15 @@ def _scores(line: bytes | None, other_line: bytes | None) -> str:
     """By how much the scores of a generation differ in two histories, in words."""
     if line is None or other_line is None:
         return ": one run has no such generation"
-    row, other = json.loads(line), json.loads(other_line)
-    if row.get("genomes") != other.get("genomes"):
-        return ": its candidates are others"
-    # A failed candidate has null for its fitness.
-    fitness, other_fitness = (np.array(document["fitness"], np.float64) for document in (row, other))
-    return f": its candidates are the same, and their fitness differs by up to {_largest(fitness, other_fitness):.1e}"
+    try:
+        row, other = json.loads(line), json.loads(other_line)
+        if row["genomes"] != other["genomes"]:
+            return ": its candidates are others"
+        # A failed candidate has null for its fitness.
+        gap = _largest(*(np.array(document["fitness"], np.float64) for document in (row, other)))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ": its line is damaged"
+    return f": its candidates are the same, and their fitness differs by up to {gap:.1e}"
 
 
 def _largest(fitness: np.ndarray, other: np.ndarray) -> float:
