@@ -10,6 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from evojax_merge.checkpoints.writer import MARKER, RECIPE
 from evojax_merge.errors import Failed, InputError
+from evojax_merge.regular_file import read_regular
 from evojax_merge.report.card import public_recipe
 from evojax_merge.report.progress import console
 from evojax_merge.search.run_folder import is_run
@@ -22,29 +23,29 @@ def publish(run: Path, repo: str, push: bool, private: bool) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise InputError("--repo", f"{repo}: expected owner/name as on the hub ({error})") from None
-    files = _files(run)
-    for name, file in files.items():
-        console.print(f"{name}  {file.stat().st_size:,} bytes", markup=False, highlight=False, soft_wrap=True)
-    if not push:
-        console.print(f"nothing was uploaded; --push uploads these {len(files)} files to {repo}", highlight=False)
-        return
-    token = huggingface_hub.get_token()
-    if token is None:
-        raise InputError("HF_TOKEN", "is not set; expected a token of the hub with write access")
-    with tempfile.TemporaryDirectory() as staged:
-        _stage(files, Path(staged))
+    with tempfile.TemporaryDirectory() as folder:
+        files = _stage(run, Path(folder))
+        for file in files:
+            console.print(f"{file.name}  {file.stat().st_size:,} bytes", markup=False, highlight=False, soft_wrap=True)
+        if not push:
+            console.print(f"nothing was uploaded; --push uploads these {len(files)} files to {repo}", highlight=False)
+            return
+        token = huggingface_hub.get_token()
+        if token is None:
+            raise InputError("HF_TOKEN", "is not set; expected a token of the hub with write access")
         try:
             api = huggingface_hub.HfApi(token=token)
             api.create_repo(repo, private=private, exist_ok=True)
-            commit = api.upload_folder(repo_id=repo, folder_path=staged, commit_message="Upload with evojax-merge")
+            commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with evojax-merge")
         except Exception as error:
             # Also an error of the client's HTTP library, which is another one in other versions of the client.
             raise Failed(f"{repo}: could not be uploaded ({error})") from None
     console.print(f"uploaded {len(files)} files: {commit}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _files(run: Path) -> dict[str, Path]:
-    """The files to upload, by their names in the repository. Raises InputError where the run has no winner."""
+def _stage(run: Path, place: Path) -> list[Path]:
+    """Fill a folder with the files to upload, as links, and recipes without paths of this machine. Return the files.
+    Raises InputError where the run has no winner."""
     folder = RunFolder(run)
     if not is_run(folder):
         raise InputError(run, "is not a run folder of a search" if run.exists() else "no such folder")
@@ -52,13 +53,10 @@ def _files(run: Path) -> dict[str, Path]:
         raise InputError(run, "has no winner to publish; finish it with search … --resume")
     model = [file for file in sorted(folder.model.iterdir()) if file.is_file() and file.name != MARKER]
     others = [file for file in (folder.recipe, folder.result, run / "report.html") if file.is_file()]
-    return {file.name: file for file in [*model, *others]}
-
-
-def _stage(files: dict[str, Path], folder: Path) -> None:
-    """Fill a folder with the files as they are uploaded: links, and recipes without paths of this machine."""
-    for name, file in files.items():
-        if name in ("recipe.yaml", RECIPE):
-            (folder / name).write_text(public_recipe(file.read_text(encoding="utf-8")), encoding="utf-8")
+    for file in (*model, *others):
+        if file.name in (folder.recipe.name, RECIPE):
+            text = public_recipe(read_regular(file, "a recipe").decode(errors="replace"), file)
+            (place / file.name).write_text(text, encoding="utf-8")
         else:
-            os.symlink(file.resolve(), folder / name)
+            os.symlink(file.resolve(), place / file.name)
+    return sorted(place.iterdir())

@@ -62,9 +62,10 @@ def _public_documents(documents: Sequence[Any], references: Mapping[str, str]) -
     return [replaced(document) for document in documents]
 
 
-def public_recipe(recipe: str) -> str:
-    """A recipe as YAML, in which paths of this machine are cut to their last part; unchanged where it names none."""
-    documents = parse_documents("recipe", recipe, take_last)
+def public_recipe(recipe: str, where: Path) -> str:
+    """A recipe as YAML, in which paths of this machine are cut to their last part; unchanged where it names none.
+    `where` names it in messages."""
+    documents = parse_documents(where, recipe, take_last)
     public = _public_documents(documents, {})
     return recipe if public == documents else dump_documents(public)
 

@@ -49,8 +49,8 @@ CASES: list[Case] = [
         ("one/generation_config.json is missing", "inputs=null"), AGAIN,
     ),
     Case(
-        "inputs that are a number", edit_config(lambda config: config.update(inputs=5)), ("config.yaml: inputs: expected a mapping",),
-        AGAIN,
+        "inputs that are a number", edit_config(lambda config: config.update(inputs=5)),
+        ("config.yaml: inputs: expected a mapping",), AGAIN,
     ),
     Case(
         "inputs whose hash is a list", edit_config(lambda config: config.update(inputs={"tasks.jsonl": [1]})),
