@@ -386,6 +386,35 @@ def list_runs(folder: Path) -> None:
     command.runs(folder)
 
 
+@cli.command(short_help="Search a finished run again, and compare the two to the bit.")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="The new run folder. Default: RUN-reproduced.")
+@with_plugins
+def reproduce(run: Path, out: Path | None, plugin_names: tuple[str, ...]) -> None:
+    """Search the finished run RUN again, into a new folder, and compare history, recipe and weights. The inputs must be
+    unchanged. Exit status 1 where the two runs differ, with the first generation that does."""
+    with _starting(plugin_names):
+        from evojax_merge.commands import reproduce as command
+
+    command.reproduce(run, out)
+
+
+@cli.command(short_help="Upload a run's winner to the hub, with what proves it.")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--repo", required=True, metavar="OWNER/NAME", help="The repository of the hub; made where there is none."
+)
+@click.option("--push", is_flag=True, help="Upload. Without it, the files are listed and nothing leaves this machine.")
+@click.option("--private", is_flag=True, help="A repository that is made is private.")
+def publish(run: Path, repo: str, push: bool, private: bool) -> None:
+    """List, or with --push upload, the winner of the finished run RUN with its model card, recipe and result. Recipes
+    name models of this machine by the last part of their paths."""
+    with _starting():
+        from evojax_merge.commands import publish as command
+
+    command.publish(run, repo, push, private)
+
+
 @cli.command(short_help="List the merge methods, with their parameters and bounds.")
 @with_plugins
 def methods(plugin_names: tuple[str, ...]) -> None:

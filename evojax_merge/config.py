@@ -440,6 +440,11 @@ class Config(Section):
     plugins: Plugins = Field(
         [], description="Python files and packages that add methods, strategies, tasks, architectures and backends"
     )
+    inputs: dict[str, str] | None = Field(
+        None,
+        exclude=True,
+        description="written by a run: the SHA-256 of each file, which may not change; null: it may",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -1,6 +1,7 @@
 """The main path: from a checked search to a winner in its run folder."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from evojax_merge.report.comparison import Result, write_result
 from evojax_merge.report.plan import Plan
 from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar
 from evojax_merge.report.tables import terminal_table
+from evojax_merge.search.environment import recorded_session
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive, Reporter, Storage, evolve
 from evojax_merge.search.run_folder import (
@@ -60,16 +62,17 @@ def search(
     if planned.target.is_accelerator and not planned.fits and not force:
         raise InputError(folder.path, f"{planned.what_would_fit()} ({FORCE})")
 
-    with bytes_bar("loading", problem.backend.stored_bytes()) as progress:
-        evaluators = open_evaluators(problem, prepared, devices, progress, say)
-    with search_bar(problem.search.generations, on_generation) as reporter:
-        storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
-        archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)
-    _print_work(folder, problem, evaluators)
-    with passes_bar("scoring", passes_to_select(problem, evaluators)) as progress:
-        result = select_best(problem, evaluators, archive, progress)
-    if devices.is_main_process:
-        _write_winner(folder, problem.within(archive.context), result)
+    with recorded_session(folder) if devices.is_main_process else nullcontext():
+        with bytes_bar("loading", problem.backend.stored_bytes()) as progress:
+            evaluators = open_evaluators(problem, prepared, devices, progress, say)
+        with search_bar(problem.search.generations, on_generation) as reporter:
+            storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
+            archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)
+        _print_work(folder, problem, evaluators)
+        with passes_bar("scoring", passes_to_select(problem, evaluators)) as progress:
+            result = select_best(problem, evaluators, archive, progress)
+        if devices.is_main_process:
+            _write_winner(folder, problem.within(archive.context), result)
     barrier("written")
 
 

@@ -26,7 +26,7 @@ from evojax_merge.search.example_choice import ExampleChoice, length_strata
 from evojax_merge.search.fronts import check_front_options
 from evojax_merge.search.gradients import check_gradient_options
 from evojax_merge.search.protocols import Differentiates, HasMoves, Space, Strategy, differentiates
-from evojax_merge.search.run_folder import RUN_KEYS, random_numbers
+from evojax_merge.search.run_folder import RANDOM_NUMBERS, random_numbers
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
 from evojax_merge.search.strategies.cma_es import default_population
@@ -110,9 +110,8 @@ def config_from(path: Path, document: dict[str, Any], overrides: Sequence[str], 
     document = apply_overrides(path, document, list(overrides))
     if seed is not None:
         document["seed"] = seed
-    # A run folder's config.yaml can be searched with again; the keys of that run are dropped.
-    for key in RUN_KEYS:
-        document.pop(key, None)
+    # A run folder's config.yaml can be searched with again; this key is no setting.
+    document.pop(RANDOM_NUMBERS, None)
     return parse(path, document, Config)
 
 
@@ -298,12 +297,13 @@ def failure_hint(task: Task) -> str:
 
 
 def resolved_document(config: Config, problem: SearchProblem) -> dict[str, Any]:
-    """The config for the run folder: absolute paths, defaults filled in, the hash of every file that scores depend on
-    (weights, the models' configs, the files of their tokenizers and chat templates, data, functions, plugins), and the
-    scheme of random masks."""
+    """The config for the run folder: absolute paths, defaults filled in, the strategy's population, the hash of every
+    file that scores depend on (weights, the models' configs, the files of their tokenizers and chat templates, data,
+    functions, plugins), and the scheme of random masks. Keys whose defaults depend on the machine stay null."""
     backend, splits = problem.backend, problem.splits
     document = config.model_dump(mode="json") | backend.resolved()
     document.pop("out")
+    document["search"]["population"] = problem.strategy.population
     document["export_dtype"] = backend.export_dtype
     document["evaluation"]["compute_dtype"] = backend.compute_dtype
     document["tasks"] = list(map(resolved_config, config.tasks, splits.search, splits.heldout))

@@ -37,6 +37,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.file_system import atomic_write, atomic_write_bytes
 from evojax_merge.problem import build_strategy, searchable
+from evojax_merge.search.environment import recorded_session
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter
 from evojax_merge.search.protocols import differentiates
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder, opened, random_numbers
@@ -202,9 +203,10 @@ def search_pytrees(
         storage: MemoryStorage | FolderStorage = MemoryStorage()
         folder = None
         if out is not None:
-            document = _document(search, merge, names, seed, examples)
+            document = _document(search, chosen_strategy.population, merge, names, seed, examples)
             folder = stack.enter_context(opened(FilePath(out), document, resume=resume, overwrite=overwrite))
             check_room(folder, search.generations)
+            stack.enter_context(recorded_session(folder))
             storage = FolderStorage(folder, Checkpoints(folder))
         evaluators = open_evaluators(problem, problem.prepare())
         archive = evolve_on(problem, evaluators, storage, _Reporter(on_generation), hint=lambda task: HINT)
@@ -240,8 +242,10 @@ def _task(fitness: Callable[..., Any] | HostFitness, examples: Any, merge: TreeM
     return replace(task, indices=tuple(range(count)), count=count)
 
 
-def _document(search: SearchConfig, merge: TreeMerge, names: Sequence[str], seed: int, examples: Any) -> dict[str, Any]:
-    """The search for its run folder."""
+def _document(
+    search: SearchConfig, population: int, merge: TreeMerge, names: Sequence[str], seed: int, examples: Any
+) -> dict[str, Any]:
+    """The search for its run folder. population: the strategy's."""
     space, spec = merge.space, merge.spec
     return {
         "search_pytrees": {
@@ -249,7 +253,7 @@ def _document(search: SearchConfig, merge: TreeMerge, names: Sequence[str], seed
             "parameters": {item.name: [item.low, item.high, *item.start] for item in space.search_parameters},
             "constants": {name: list(values) for name, values in space.constants}, "options": asdict(spec.options),
         },
-        "search": search.model_dump(mode="json"),
+        "search": search.model_dump(mode="json") | {"population": population},
         "inputs": {name: digest_of(source) for name, source in zip(names, merge.tree.columns, strict=True)}
         | ({} if examples is None else {"examples": digest_of(jax.tree.leaves(examples))}),
     } | random_numbers(spec.method.random)  # fmt: skip

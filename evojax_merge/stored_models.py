@@ -11,6 +11,7 @@ from evojax_merge.backends.decoder.backend import stored_dtype
 from evojax_merge.backends.decoder.opening import context_length, stop_tokens
 from evojax_merge.checkpoints.bank import bank_bytes, load_stored
 from evojax_merge.checkpoints.derived import ignored_revisions
+from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.checkpoints.parents import Sources, open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.config import Config, EvaluationConfig, TaskFile, parse
@@ -28,7 +29,7 @@ from evojax_merge.references import resolve_file, resolve_reference
 from evojax_merge.report.comparison import Row, short_names
 from evojax_merge.report.notices import Log, log_unused_config_keys
 from evojax_merge.report.progress import passes_bar
-from evojax_merge.search.run_folder import RunFolder, is_run
+from evojax_merge.search.run_folder import RunFolder, check_recorded_inputs, is_run
 from evojax_merge.search.validation import validation_split
 from evojax_merge.tasks.opening import open_splits, open_whole_task, repeated
 from evojax_merge.tasks.task import Task
@@ -60,8 +61,19 @@ def read_tasks(path: Path, split: Split = "all") -> TaskSet:
     if isinstance(document, dict) and document.keys() & {"parents", "genome"}:
         config = read_config(path, [], None)
         file = TaskFile(tasks=config.tasks, evaluation=config.evaluation)
-        return open_tasks(str(path), file, path.parent, split, config.seed, _validation_share(config))
+        task_set = open_tasks(str(path), file, path.parent, split, config.seed, _validation_share(config))
+        _check_recorded_inputs(path, config, task_set)
+        return task_set
     return open_tasks(str(path), parse(path, document, TaskFile), path.parent, split)
+
+
+def _check_recorded_inputs(path: Path, config: Config, task_set: TaskSet) -> None:
+    """Raises InputError where a file of the tasks has another hash than the config lists. The files of the models of
+    the search are not compared: they may be gone."""
+    files = {file for task in task_set.tasks for file in task.files}
+    files |= plugins.source_files([*config.tasks, *task_set.tasks]) | plugins.files_of(config.plugins)
+    recorded = {str(file): config.inputs[str(file)] for file in files if config.inputs and str(file) in config.inputs}
+    check_recorded_inputs(path, recorded, {file: file_hash(Path(file)) for file in recorded})
 
 
 def _validation_share(config: Config) -> float:

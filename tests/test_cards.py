@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
 
 from evojax_merge.checkpoints.folder import hub_id
 from evojax_merge.references import recipe_reference
-from evojax_merge.report.card import merge_card, public_names
+from evojax_merge.report.card import card_in_dtype, merge_card, public_names
 from evojax_merge.report.front_matter import MAX_BYTES, read_front_matter
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -37,7 +39,7 @@ def test_the_front_matter_is_the_hubs(tmp_path: Path) -> None:
     one = model(tmp_path / "models--owner--one" / "snapshots" / COMMIT, shared)
     other = model(tmp_path / "other", shared)
     assert header_of(one, other) == {
-        "base_model": ["owner/one", "other"],
+        "base_model": ["owner/one"],
         "base_model_relation": "merge",
         "license": "apache-2.0",
         "language": ["en", "ja"],
@@ -46,6 +48,28 @@ def test_the_front_matter_is_the_hubs(tmp_path: Path) -> None:
         "tags": ["mergekit", "merge", "evojax-merge"],
     }
     assert "pipeline_tag" not in header_of(one, model(tmp_path / "vision", architecture="ViTForImageClassification"))
+
+
+def test_models_of_no_hub_are_not_linked(tmp_path: Path) -> None:
+    assert header_of(model(tmp_path / "one")).keys() == {"library_name", "pipeline_tag", "tags"}
+
+
+def test_the_hubs_library_takes_a_card_with_its_results(tmp_path: Path) -> None:
+    one = model(tmp_path / "models--owner--one" / "snapshots" / COMMIT, card(license="apache-2.0", language="en"))
+    scores = {"sums/exact_match": 0.25, "a: b/c/acc": 1.0, "text/log_probability": -4.5, "text/none": float("nan")}
+    text = merge_card("mine", ["linear"], {"owner/one": one}, "{}\n", scores)
+    data = ModelCard(text, ignore_metadata_errors=False).data
+    for name in data.base_model:
+        validate_repo_id(name)
+    assert data.model_name == "mine"
+    results = {(result.dataset_name, result.metric_type): result.metric_value for result in data.eval_results}
+    assert results == {("sums", "exact_match"): 0.25, ("a: b/c", "acc"): 1.0, ("text", "log_probability"): -4.5}
+    assert {(result.task_type, result.dataset_split) for result in data.eval_results} == {
+        ("text-generation", "heldout")
+    }
+    # The library writes the same front matter, and another model than the scored one has none of its results.
+    assert yaml.safe_load(data.to_yaml()) == yaml.safe_load(text.split("---\n")[1])
+    assert ModelCard(card_in_dtype(text, "bfloat16", "float32")).data.eval_results is None
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from hostile import (
     links,
     messages,
     outputs,
+    proof,
     quantised,
     recipes,
     runs,
@@ -47,6 +48,7 @@ MODULES = (
     messages,
     inspecting,
     chat,
+    proof,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

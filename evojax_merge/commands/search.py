@@ -38,8 +38,10 @@ from evojax_merge.report.plan import format_advice
 from evojax_merge.report.progress import OnGeneration, console, say
 from evojax_merge.schema import MAX_NAME_BYTES
 from evojax_merge.search.run_folder import (
+    INPUTS,
     Checkpoints,
     check_place,
+    check_recorded_inputs,
     is_run,
     locked,
     open_run,
@@ -136,7 +138,9 @@ def run_search(
     prepared = problem.prepare()
     require_space(out, disk_bytes(problem))
     _require_bank(path, problem, force)
-    with _opened(out, resolved_document(config, problem), on_started, resume=resume, overwrite=overwrite) as folder:
+    document = resolved_document(config, problem)
+    check_recorded_inputs(path, config.inputs or {}, document[INPUTS])
+    with _opened(out, document, on_started, resume=resume, overwrite=overwrite) as folder:
         _log_warnings(path, config, problem, prepared)
         _search(folder, problem, prepared, on_generation, force)
 
@@ -207,13 +211,11 @@ def _run_chain(
     for problem in problems:
         _require_bank(path, problem, force)
     document = resolved_document(configs[0], problems[0])
+    check_recorded_inputs(path, config.inputs or {}, document[INPUTS])
     for key in ("space", "data_flow", "search"):
         document.pop(key)
     document |= random_numbers(any(problem.backend.is_random for problem in problems))
-    document["stages"] = [
-        stage.model_dump(mode="json") | {"space": problem.backend.resolved()["space"]}
-        for stage, problem in zip(stages, problems, strict=True)
-    ]
+    document["stages"] = [_resolved_stage(stages, number, problem) for number, problem in enumerate(problems)]
     with _opened(out, document, on_started, resume=resume, overwrite=overwrite) as run:
         # All stages have the same examples.
         _log_warnings(path, configs[0], problems[0], prepared[0])
@@ -237,6 +239,15 @@ def _run_chain(
                 _search(folder, problem, prepared[number - 1], on_generation, force)
             winner = str(folder.model)
             on_started(run)
+
+
+def _resolved_stage(stages: Sequence[StageConfig], number: int, problem: SearchProblem) -> dict[str, Any]:
+    """A stage for the run folder's config. Its population stays null where a stage before it searches for a path: the
+    default depends on the dimensions, and these on the layers of that stage's winner."""
+    document = stages[number].model_dump(mode="json") | {"space": problem.backend.resolved()["space"]}
+    if all(before.data_flow is None for before in stages[:number]):
+        document["search"]["population"] = problem.strategy.population
+    return document
 
 
 def _log_warnings(path: Path, config: Config, problem: SearchProblem, prepared: Splits[list[Any]]) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from evojax_merge.checkpoints.derived import parts_of
@@ -18,6 +19,9 @@ from evojax_merge.report.tables import markdown_table
 from evojax_merge.tasks.task import Task
 from evojax_merge.yaml_reader import parse_documents, take_last
 from evojax_merge.zoo import PREFIX
+
+# A change of a card's front matter: no results.
+UNSCORED: dict[str, Any] = {"model-index": None}
 
 
 def public_names(folders: Sequence[Path], taken: Collection[str] = ()) -> list[str]:
@@ -58,16 +62,30 @@ def _public_documents(documents: Sequence[Any], references: Mapping[str, str]) -
     return [replaced(document) for document in documents]
 
 
+def public_recipe(recipe: str, where: Path) -> str:
+    """A recipe as YAML, in which paths of this machine are cut to their last part; unchanged where it names none.
+    `where` names it in messages."""
+    documents = parse_documents(where, recipe, take_last)
+    public = _public_documents(documents, {})
+    return recipe if public == documents else dump_documents(public)
+
+
 def _hub_ids(model: Path) -> list[str]:
     """The hub ids of a model's parts; none where a part has no id."""
     ids = [hub_id(part) for part in parts_of(model)]
     return [hub_name for hub_name in ids if hub_name is not None] if None not in ids else []
 
 
-def merge_card(name: str, methods: Sequence[str], models: Mapping[str, Path], recipe: str) -> str:
+def merge_card(
+    name: str,
+    methods: Sequence[str],
+    models: Mapping[str, Path],
+    recipe: str,
+    scores: Mapping[str, float] = MappingProxyType({}),
+) -> str:
     """The card of a merge. methods: those of its stages, the last one's last; models: the folder of each model of the
     recipe, by its reference there, the base first; recipe: its YAML, shown unchanged unless it names paths of this
-    machine."""
+    machine; scores: held-out scores by `task/metric`."""
     documents = parse_documents("recipe", recipe, take_last)
     stages = {document["name"] for document in documents if isinstance(document, dict) and "name" in document}
     names = dict(zip(models, public_names(list(models.values()), stages), strict=True))
@@ -77,9 +95,7 @@ def merge_card(name: str, methods: Sequence[str], models: Mapping[str, Path], re
         for reference, model in names.items()
         if reference.partition("@")[0] != model and not reference.startswith(PREFIX)
     }
-    linked = dict.fromkeys(
-        linked_name for reference, model in names.items() for linked_name in _hub_ids(models[reference]) or [model]
-    )
+    linked = dict.fromkeys(hub_name for model in models.values() for hub_name in _hub_ids(model))
     listed = "\n".join(f"- `{model}`" for model in names.values())
     public = _public_documents(documents, local)
     text = (recipe if public == documents else dump_documents(public)).rstrip()
@@ -87,7 +103,7 @@ def merge_card(name: str, methods: Sequence[str], models: Mapping[str, Path], re
     # A longer fence than any in the text, which could end it.
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return (
-        f"{front_matter(list(linked), list(models.values()))}\n# {name}\n\nA merge of\n\n{listed}\n\n"
+        f"{front_matter(name, list(linked), list(models.values()), scores)}\n# {name}\n\nA merge of\n\n{listed}\n\n"
         f"by {made_by}, made with evojax-merge.\n\n## Recipe\n\n{fence}yaml\n{text}\n{fence}\n"
     )
 
@@ -119,7 +135,7 @@ def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, 
     backend = problem.backend
     models = {backend.references[path]: path for path in backend.merged_from(result.genome)}
     return (
-        merge_card(name, [backend.name], models, recipe)
+        merge_card(name, [backend.name], models, recipe, result.winner.scores if result.rows else {})
         + result.report.card_section()
         + f"\n## How it was found\n\n{problem.strategy.name} over {backend.describe()}, "
         f"{generations} generations, seed {problem.seed}. Fitness is the weighted mean of\n\n{tasks}\n\n"
@@ -131,11 +147,12 @@ def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, 
 
 
 def card_in_dtype(card: str, searched: str | None, dtype: str | None) -> str:
-    """The card of a winner that is written in another dtype than that of its search; None: the same."""
+    """The card of a winner that is written in another dtype than that of its search; None: the same. Its front matter
+    has no results: this model was not scored."""
     if dtype is None or dtype == searched:
         return card
     note = f"Written in {dtype}. It was searched, and scored, in {searched}: scores of this model may differ a little."
-    return _with_note(in_dtype(card, dtype), note)
+    return _with_note(changed_front_matter(in_dtype(card, dtype), UNSCORED), note)
 
 
 def adapter_card(card: str, error: RankError, *, base: Path, rank: int) -> str:
@@ -146,9 +163,9 @@ def adapter_card(card: str, error: RankError, *, base: Path, rank: int) -> str:
         f"leaves out {error.total:.1%} of it (Frobenius norm; {error.worst:.1%} of {error.tensor}). Scores in this "
         "card are those of the whole merge. The adapter was not scored."
     )
-    ids = _hub_ids(base) or [name]
-    changes = {"base_model": ids, "base_model_relation": "adapter", "library_name": "peft"}
-    return _with_note(changed_front_matter(card, changes), note)
+    ids = _hub_ids(base)
+    links = {"base_model": ids or None, "base_model_relation": "adapter" if ids else None}
+    return _with_note(changed_front_matter(card, links | {"library_name": "peft"} | UNSCORED), note)
 
 
 def _with_note(card: str, note: str) -> str:

@@ -3,12 +3,15 @@
 A card is a stranger's file: a value that is not of the expected form is ignored.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
+from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.writer import CARD
@@ -83,24 +86,45 @@ def _writes_text(folder: Path) -> bool:
     return any(isinstance(name, str) and name.endswith("ForCausalLM") for name in listed)
 
 
-def front_matter(names: Sequence[str], folders: Sequence[Path]) -> str:
-    """The front matter of a merge of these models, in the hub's form. License and languages are those that all of their
-    cards agree on."""
+def front_matter(
+    name: str, hub_ids: Sequence[str], folders: Sequence[Path], scores: Mapping[str, float] = MappingProxyType({})
+) -> str:
+    """The front matter of a merge of the models in these folders, in the hub's form. hub_ids: those of the models that
+    are on the hub, which links no others; scores: held-out scores of the merge, by `task/metric`. License and languages
+    are those that all of the models' cards agree on."""
     cards = [read_front_matter(folder) for folder in folders]
     header: dict[str, Any] = {}
-    if names:
-        header |= {"base_model": list(names), "base_model_relation": "merge"}
+    if hub_ids:
+        header |= {"base_model": list(hub_ids), "base_model_relation": "merge"}
     header |= _agreed(cards, _license) | _agreed(cards, _languages) | {"library_name": "transformers"}
     if folders and all(map(_writes_text, folders)):
         header["pipeline_tag"] = "text-generation"
     header["tags"] = ["mergekit", "merge", "evojax-merge"]
+    results = _eval_results(header.get("pipeline_tag", "other"), scores)
+    if results:
+        header["model-index"] = eval_results_to_model_index(name, results)
     return _dumped(header)
 
 
+def _eval_results(task_type: str, scores: Mapping[str, float]) -> list[EvalResult]:
+    """The finite scores as the hub's results. The hub groups results by the type of their data set, which is therefore
+    the task's name."""
+    named = ((*name.rpartition("/")[::2], value) for name, value in scores.items() if math.isfinite(value))
+    return [
+        EvalResult(
+            task_type=task_type, dataset_type=task, dataset_name=task, dataset_split="heldout",
+            metric_type=metric, metric_value=value, metric_name=f"{metric}, held out", verified=False,
+        )
+        for task, metric, value in named
+    ]  # fmt: skip
+
+
 def changed_front_matter(card: str, changes: Mapping[str, Any]) -> str:
-    """A card with other values of some keys of its front matter; unchanged where none can be read."""
+    """A card with other values of some keys of its front matter, without keys whose value is None; unchanged where none
+    can be read."""
     header, text = _split(card)
-    return _dumped({**header, **changes}) + text if header else card
+    changed = {key: value for key, value in {**header, **changes}.items() if value is not None}
+    return _dumped(changed) + text if header else card
 
 
 def _dumped(header: Mapping[str, Any]) -> str:

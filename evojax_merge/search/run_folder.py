@@ -4,6 +4,7 @@ config.yaml      the resolved config, with the hash of every input file
 history.jsonl    one line a generation; nothing in it depends on the clock
 history.backup.jsonl  the same, from which a damaged history is restored
 timing.jsonl     seconds a generation
+environment.json  versions, devices, machine, command and duration of each process that worked on the run
 checkpoints/     the state after each generation (orbax), the last three kept
 best/            recipe.yaml and model/; for a strategy that keeps a front, front/ with the recipe of each member
 winners/         best/ as it was when the run had finished with fewer generations, with its result.json
@@ -22,7 +23,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -66,12 +67,12 @@ from evojax_merge.yaml_reader import load_yaml
 
 # Keys that may differ between a run and its continuation.
 EXTENDABLE = (("search", "generations"), ("search", "stop"))
+POPULATION = ("search", "population")
 _START_AGAIN = "cannot be continued by this one; pass --overwrite to start again, or choose another folder with --out"
 OTHER_VERSION = f"was begun by another version of this program, and {_START_AGAIN}"
 OTHER_MASKS = f"was begun by a version of this program that drew other random masks, and {_START_AGAIN}"
 # In config.yaml, beside the config: the hashes of input files, and how random masks are drawn where they are.
 INPUTS, RANDOM_NUMBERS = "inputs", "random_numbers"
-RUN_KEYS = (INPUTS, RANDOM_NUMBERS)
 
 
 def to_line(row: dict[str, Any]) -> str:
@@ -207,10 +208,11 @@ def removed_if_refused(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except InputError:
-        others = {*entries(folder.path)} - {folder.config, folder.lock}
+        others = {*entries(folder.path)} - {folder.config, folder.environment, folder.lock}
         if all(path in folder.parts and not entries(path) for path in others):
             for path in others:
                 remove_empty_folder(path)
+            remove_file(folder.environment)
             remove_file(folder.config)
         raise
 
@@ -357,6 +359,9 @@ def _check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
     for key, old, new in sorted(differences, key=lambda difference: difference[0] == (RANDOM_NUMBERS,)):
         if key[:2] in EXTENDABLE:
             continue
+        if key[-2:] == POPULATION and old is None:
+            # Earlier versions wrote a population only where the config had one.
+            continue
         if key == (RANDOM_NUMBERS,):
             raise InputError(folder.path, OTHER_MASKS)
         if key[0] == INPUTS and len(key) == 2:
@@ -374,6 +379,22 @@ def check_inputs(folder: RunFolder) -> None:
         current = file_hash(Path(file)) if Path(file).is_file() else None
         if current != digest:
             raise _other_input(folder, file, digest, current)
+
+
+def check_recorded_inputs(where: object, recorded: Mapping[str, str], current: Mapping[str, str]) -> None:
+    """Raises InputError where a file is missing or has another hash than a run recorded. current: the hashes of the
+    files that are read now, by their paths."""
+    for file, digest in recorded.items():
+        if file in current and current[file] != digest:
+            what = f"has changed since the run (sha256 {_short(digest)}, now {_short(current[file])})"
+        elif file not in current and not os.path.lexists(file):
+            what = f"is missing; the run read it (sha256 {_short(digest)})"
+        else:
+            continue
+        raise InputError(
+            f"{where}: {INPUTS}",
+            f"{file} {what}; restore it, or go on all the same without the key {INPUTS} (search: --set {INPUTS}=null)",
+        )
 
 
 def _other_input(folder: RunFolder, file: str, old: str | None, new: str | None) -> InputError:

@@ -69,6 +69,10 @@ class RunFolder:
         return self.path / "timing.jsonl"
 
     @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
     def best(self) -> Path:
         return self.path / "best"
 
@@ -117,7 +121,7 @@ class RunFolder:
     def files(self) -> list[Path]:
         """The files that a search writes, those of best/ included."""
         history = [self.history, self.history_backup, self.timing]
-        return [self.config, *history, self.result, self.page, self.recipe, self.params]
+        return [self.config, *history, self.environment, self.result, self.page, self.recipe, self.params]
 
     @property
     def parts(self) -> list[Path]:
@@ -334,6 +338,7 @@ def clear(folder: RunFolder, generations: int) -> list[str]:
         if path.exists():
             remove_folder(path)
     remove_file(folder.timing)
+    remove_file(folder.environment)
     remove_file(folder.history)
     # From the last to the first: the backup holds the history of every checkpoint that is left.
     for generation in reversed(folder.steps()):

@@ -32,6 +32,7 @@ from evojax_merge.evaluation.scores import TaskScores, task_weights
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.file_system import atomic_folder, atomic_write
 from evojax_merge.mergekit.write import dump_documents
+from evojax_merge.report.front_matter import changed_front_matter
 from evojax_merge.report.merges import MergeReport
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.protocols import Progress
@@ -430,7 +431,7 @@ class FunctionBackend:
     def export(self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]) -> None:
         with atomic_folder(out, overwrite=True, check=check) as folder:
             self.save(self.merged(genome), folder)
-            atomic_write(folder / "README.md", card)
+            atomic_write(folder / "README.md", changed_front_matter(card, {"library_name": "jax"}))
             write_marker(folder)
 
 

@@ -1,0 +1,76 @@
+"""`evojax-merge reproduce`: a finished run is searched again, and compared with the first one to the bit."""
+
+import os
+from pathlib import Path
+
+from evojax_merge import plugins
+from evojax_merge.commands.search import run_search
+from evojax_merge.errors import Failed, InputError
+from evojax_merge.problem import read_config
+from evojax_merge.report.progress import console
+from evojax_merge.search.environment import differences, environment, read_sessions
+from evojax_merge.search.reproduction import parting
+from evojax_merge.search.run_folder import is_run, read_result
+from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.yaml_reader import load_documents, load_yaml
+
+
+def reproduce(run: Path, out: Path | None) -> None:
+    """Search again from a run's config, into a new folder. Raises InputError where the run is not finished, or an input
+    has changed, and Failed where the two runs differ."""
+    folder = RunFolder(Path(os.path.abspath(run)))
+    _check_finished(run, folder)
+    out = out or folder.path.with_name(f"{folder.path.name}-reproduced")
+    if os.path.lexists(out):
+        raise InputError(out, "exists already; choose a new folder with --out")
+    changes = _changed_environment(folder)
+    for line in changes or ["the environment is the one that the run recorded"]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    plugins.load()
+    config = read_config(folder.config, _without_clock(folder), None)
+    run_search(folder.config, config, out, resume=False, overwrite=False)
+    difference = parting(folder, RunFolder(out))
+    if difference is not None:
+        cause = "; ".join(changes) or (
+            "nothing that was recorded: a fitness that depends on more than the inputs, or a pass that ran out of "
+            "memory and was halved"
+        )
+        raise Failed(f"{out}: is not the same as {run}: {difference}; likely cause: {cause}")
+    console.print(f"bit-identical: {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_finished(run: Path, folder: RunFolder) -> None:
+    """Raises InputError where a folder holds no finished run that a config describes."""
+    if not is_run(folder):
+        raise InputError(run, "is not a run folder of a search" if run.exists() else "no such folder")
+    if "search_pytrees" in load_yaml(folder.config):
+        raise InputError(run, "is a run of search_pytrees, whose functions no config holds; run its program again")
+    finished = (read_result(folder.result) or {}).get("generations", -1) >= len(folder.read_history())
+    if not (finished and folder.recipe.is_file() and folder.model.is_dir()):
+        raise InputError(run, "has no winner to compare with; finish it with search … --resume")
+    # A damaged recipe shows before the long work.
+    load_documents(folder.recipe)
+
+
+def _changed_environment(folder: RunFolder) -> list[str]:
+    """A line for each part of the environment that differs from a session of the run."""
+    sessions = read_sessions(folder)
+    if not sessions:
+        return [f"{folder.environment.name}: missing or damaged, so the environments cannot be compared"]
+    current = environment()
+    return list(dict.fromkeys(line for session in sessions for line in differences(session, current)))
+
+
+def _without_clock(folder: RunFolder) -> list[str]:
+    """The overrides of a run's config with which each search ends after the same generation, however long it takes: one
+    that `search.stop.seconds` ended has its number of generations."""
+    stages = load_yaml(folder.config).get("stages")
+    count = len(stages) if isinstance(stages, list) else 1
+    runs = [*(RunFolder(folder.stages / f"stage-{number}") for number in range(1, count)), folder]
+    overrides = []
+    for number, run in enumerate(runs):
+        section = f"stages.{number}.search" if count > 1 else "search"
+        overrides.append(f"{section}.stop.seconds=null")
+        if (read_result(run.result) or {}).get("stopped_by") == "seconds":
+            overrides.append(f"{section}.generations={len(run.read_history())}")
+    return overrides

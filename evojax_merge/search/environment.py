@@ -1,0 +1,146 @@
+"""The environment of a run, `environment.json`: the versions, devices and machine of every process that worked on it.
+
+Nothing that must be the same to the byte depends on this file. It says what differs where a run is not reproduced.
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from evojax_merge.errors import Failed, InputError, printable, shown
+from evojax_merge.file_system import atomic_write
+from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.version import __version__
+
+PACKAGES = ("jax", "jaxlib", "numpy", "evosax", "transformers")
+# Environment variables that change the programs that XLA compiles.
+VARIABLES = (
+    "JAX_DEFAULT_MATMUL_PRECISION", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_ENABLE_X64", "JAX_PLATFORMS",
+    "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "XLA_FLAGS",
+)  # fmt: skip
+# The keys of a session that say when it ran and how it was started, and not in which environment.
+OCCASION = ("command", "started", "ended", "seconds")
+
+
+def environment() -> dict[str, Any]:
+    """This process's environment, as a JSON document."""
+    devices = jax.devices()
+    return {
+        "versions": {"python": platform.python_version(), "evojax-merge": __version__}
+        | {name: _version(name) for name in PACKAGES},
+        "commit": _commit(Path(__file__).resolve().parents[2]),
+        "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
+        # The runtime of an accelerator (CUDA, libtpu), and the version of NVIDIA's kernel module.
+        "runtime": " ".join(devices[0].client.platform_version.split()),
+        "driver": _first_line(Path("/proc/driver/nvidia/version")),
+        "processes": jax.process_count(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.platform(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+@contextmanager
+def recorded_session(folder: RunFolder) -> Iterator[None]:
+    """Append this process's environment, command, start and end to the sessions of a run. A session whose process was
+    killed has no end."""
+    sessions, began = read_sessions(folder), time.monotonic()
+    session = {"command": shlex.join(sys.argv), "started": _now(), "ended": None, "seconds": None} | environment()
+    _write(folder, [*sessions, session])
+    try:
+        yield
+    finally:
+        session |= {"ended": _now(), "seconds": round(time.monotonic() - began, 3)}
+        # A full disk has its own message already.
+        with suppress(Failed, InputError):
+            _write(folder, [*sessions, session])
+
+
+def read_sessions(folder: RunFolder) -> list[dict[str, Any]]:
+    """The sessions of a run in their order; none where the file is missing or damaged."""
+    try:
+        document = json.loads(folder.environment.read_bytes()) if folder.environment.is_file() else None
+        sessions = document["sessions"] if isinstance(document, dict) else None
+    except (OSError, ValueError, KeyError, RecursionError):
+        return []
+    return [session for session in sessions if isinstance(session, dict)] if isinstance(sessions, list) else []
+
+
+def differences(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """A printable line for each part of two environments that differs."""
+    before, now = (dict(_flat({key: part for key, part in session.items() if key not in OCCASION}))
+                   for session in (recorded, current))  # fmt: skip
+    return [
+        printable(f"{name}: {_shown(before.get(name))} then, {_shown(now.get(name))} now")
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _flat(session: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in session.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{key}", part) for key, part in value.items())
+        else:
+            yield name, value
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else value if isinstance(value, str) else shown(value)
+
+
+def _write(folder: RunFolder, sessions: list[dict[str, Any]]) -> None:
+    atomic_write(folder.environment, json.dumps({"sessions": sessions}, indent=1, ensure_ascii=False) + "\n")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit(checkout: Path) -> str | None:
+    """The commit of a git checkout, with `-dirty` where tracked files differ from it; None where it is none."""
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _first_line(file: Path) -> str | None:
+    try:
+        return " ".join(file.read_text(encoding="utf-8", errors="replace").partition("\n")[0].split())
+    except OSError:
+        return None
+
+
+def _processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
