@@ -16,7 +16,7 @@ from evojax_merge.report.intervals import leads_over
 from evojax_merge.search.fronts import front_of
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive, Finalist, rescore
-from evojax_merge.search.protocols import keeps_front
+from evojax_merge.search.protocols import keeps_front, plain_merges_of
 from evojax_merge.tasks.splits import Splits
 
 
@@ -144,8 +144,8 @@ def _no_winner(problem: SearchProblem, archive: Archive) -> str:
     split = "whole search split" if problem.splits.validation is None else "validation split"
     return (
         f"no winner: after {archive.generations} generations of {problem.strategy.population} candidates, none of the "
-        f"{problem.search.finalists} best, what the strategy proposed and the start has finite scores on the {split} "
-        f"of {metrics}. {failure_hint(problem.splits.search[0])}"
+        f"{problem.search.finalists} best, what the strategy proposed, the start and the parents has finite scores on "
+        f"the {split} of {metrics}. {failure_hint(problem.splits.search[0])}"
     )
 
 
@@ -167,10 +167,11 @@ class SelectionCounts:
 
 def candidates_to_select(problem: SearchProblem) -> SelectionCounts:
     """The most models that `select_best` scores on each split."""
-    front = problem.strategy.population if keeps_front(problem.strategy) else 0
+    plain = len(plain_merges_of(problem.space)[0])
+    front = problem.strategy.population + plain if keeps_front(problem.strategy) else 0
     _, baselines = problem.space.baselines()
-    # Besides the finalists: the strategy's proposal, and the start.
-    candidates = problem.search.finalists + 2 + len(baselines) + front
+    # Besides the finalists: the strategy's proposal, the start, the uniform merge and the parents.
+    candidates = problem.search.finalists + 2 + plain + len(baselines) + front
     heldout = len(problem.backend.compared) + 2 + front
     if problem.splits.validation is None:
         return SelectionCounts(candidates, 0, heldout)

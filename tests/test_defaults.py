@@ -1,0 +1,138 @@
+"""Searches whose defaults cannot hurt: the first generation, the finalists, and what the verdict names."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from merge_kernels import METHODS
+
+from evojax_merge import search_pytrees
+from evojax_merge.spaces.parameter import GroupSpace, SearchParameter
+
+BASE = {"w": np.zeros(12, np.float32), "b": np.zeros(3, np.float32)}
+# The second parent is at 100%: no merge of it is any better.
+TARGET = {"w": np.sin(np.arange(12, dtype=np.float32)), "b": np.ones(3, np.float32)}
+PARENTS = [{"w": np.cos(np.arange(12, dtype=np.float32)), "b": -np.ones(3, np.float32)}, TARGET]
+
+
+def likeness(merged: Any) -> Any:
+    """1 for the second parent, less for every other model."""
+    return jnp.exp(-sum(jnp.square(merged[name] - TARGET[name]).sum() for name in TARGET))
+
+
+def space(
+    method: str = "task_arithmetic", parents: int = 2, weight: tuple[float, float] = (0.0, 1.5),
+    constants: dict[str, float] | None = None, **more: Any,
+) -> GroupSpace:  # fmt: skip
+    searched = (SearchParameter("weight", *weight, (0.5,)),)
+    fixed = {"lambda": 1.0} if constants is None else constants
+    return GroupSpace(
+        METHODS[method],
+        parents,
+        ("one", "two"),
+        searched,
+        tuple((key, (value,)) for key, value in fixed.items()),
+        **more,
+    )
+
+
+def weights(of: GroupSpace) -> list[list[float]]:
+    """The weights of the first group of each merge that needs no search."""
+    return [np.round(of.values(jnp.asarray(genome))["weight"][0], 5).tolist() for genome in of.plain_merges()[0]]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("strategy", ["cma_es", "de", "random", "ipop_cma_es", "ga"])
+def test_no_winner_is_worse_than_a_parent_that_is_at_its_best(strategy: str, seed: int) -> None:
+    result = search_pytrees(
+        PARENTS, likeness, base=BASE, method="task_arithmetic", parameters={"weight": {"low": 0.0, "high": 1.5}},
+        strategy=strategy, generations=5, population=6, seed=seed,
+    )  # fmt: skip
+    assert result.fitness >= float(likeness(PARENTS[1])) - 1e-6
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"seeds": []}, {"strategy": "grid", "groups": lambda path: "all", "population": 9},
+     {"strategy": "gradient"}, {"rungs": 2, "seeds": []}, {"validation": 0.5, "seeds": []}],
+    ids=["no seeds", "grid", "gradient", "rungs", "validation"],
+)  # fmt: skip
+def test_parents_are_finalists_of_searches_that_do_not_begin_with_them(more: dict[str, Any]) -> None:
+    examples = {"examples": np.arange(8)} if "rungs" in more or "validation" in more else {}
+    settings = {"population": 6, "generations": 1, **more}
+
+    def scored(merged: Any, rows: Any = None) -> Any:
+        return likeness(merged) if rows is None else likeness(merged) + 0.0 * rows
+
+    def alone(merged: Any) -> Any:
+        return scored(merged)
+
+    result = search_pytrees(
+        PARENTS, scored if examples else alone, base=BASE, method="task_arithmetic",
+        parameters={"weight": {"low": 0.0, "high": 1.5}}, **examples, **settings,
+    )  # fmt: skip
+    assert result.fitness == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_first_generation_begins_with_the_uniform_merge_and_the_parents() -> None:
+    def first(population: int, **more: Any) -> list[list[float]]:
+        result = search_pytrees(
+            PARENTS, likeness, base=BASE, method="task_arithmetic", population=population, generations=1,
+            parameters={"weight": {"low": 0.0, "high": 1.5}}, **more,
+        )  # fmt: skip
+        of = space()
+        genomes = np.array(result.history[0]["genomes"], np.float32)
+        return [np.round(of.values(jnp.asarray(genome))["weight"][0], 4).tolist() for genome in genomes]
+
+    assert first(6)[:3] == [[0.5, 0.5], [1.0, 0.0], [0.0, 1.0]]
+    # As many as fit.
+    assert first(2) == [[0.5, 0.5], [1.0, 0.0]]
+    assert first(6, seeds=["parents"])[:2] == [[1.0, 0.0], [0.0, 1.0]]
+    assert [1.0, 0.0] not in first(6, seeds=[])
+
+
+def test_a_space_knows_which_merges_need_no_search() -> None:
+    assert weights(space()) == [[0.5, 0.5], [1.0, 0.0], [0.0, 1.0]]
+    # The uniform merge of one model is that model.
+    assert weights(space(parents=1)) == [[1.0]]
+    # Of three parents, two share a weight.
+    grouped = space(parents=3, parent_groups=(0, 0, 1))
+    assert np.allclose(weights(grouped), [[1 / 3] * 3, [0, 0, 1]], atol=1e-4)
+    assert grouped.plain_merges()[1] == ("parents[0] and parents[1] (they share their parameters)",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "count", "missing"),
+    [
+        ({"weight": (0.0, 0.8)}, 1, ("every parent (weight: high 0.8 is below 1)",)),
+        ({"weight": (0.6, 1.5)}, 0, ("the uniform merge (weight: low 0.6 is above 0.5)",
+                                    "every parent (weight: low 0.6 is above 0)")),
+        ({"constants": {"lambda": 0.7}}, 1, ("every parent (lambda is fixed, not at 1)",)),
+        ({"method": "ties", "constants": {"lambda": 1.0, "density": 0.5}}, 1,
+         ("every parent (density is fixed, not at 1)",)),
+        ({"method": "linear", "constants": {}}, 3, ()),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_bounds_and_fixed_parameters_leave_out(settings: Any, count: int, missing: tuple[str, ...]) -> None:
+    genomes, left_out = space(**settings).plain_merges()
+    assert (len(genomes), left_out) == (count, missing)
+
+
+def test_an_interpolation_has_its_ends() -> None:
+    def between(low: float, high: float) -> GroupSpace:
+        return GroupSpace(METHODS["slerp"], 2, ("one",), (SearchParameter("t", low, high, (0.4,)),), ())
+
+    genomes, missing = between(0.0, 1.0).plain_merges()
+    shares = [float(between(0.0, 1.0).values(jnp.asarray(genome))["t"][0, 0]) for genome in genomes]
+    assert shares == pytest.approx([0.5, 0.0, 1.0], abs=1e-6) and missing == ()
+    genomes, missing = between(0.0, 0.9).plain_merges()
+    assert len(genomes) == 2 and missing == ("parents[1] (t: high 0.9 is below 1)",)
+
+
+def test_searched_densities_of_a_parent_are_whole() -> None:
+    searched = (SearchParameter("weight", 0.0, 1.0, (0.5,)), SearchParameter("density", 0.1, 1.0, (0.4,)))
+    ties = GroupSpace(METHODS["ties"], 2, ("one",), searched, (("lambda", (1.0,)),))
+    densities = [ties.values(jnp.asarray(genome))["density"][0].tolist() for genome in ties.plain_merges()[0]]
+    assert np.allclose(densities, [[0.4, 0.4], [1, 1], [1, 1]])
