@@ -1,13 +1,21 @@
 """Searches whose defaults cannot hurt: the first generation, the finalists, and what the verdict names."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
+from helpers import build_family
 from merge_kernels import METHODS
 
+import evojax_merge as em
 from evojax_merge import search_pytrees
+from evojax_merge.report.comparison import Result, Row, write_result
+from evojax_merge.report.intervals import Lead
+from evojax_merge.report.merges import MergeReport
 from evojax_merge.spaces.parameter import GroupSpace, SearchParameter
 
 BASE = {"w": np.zeros(12, np.float32), "b": np.zeros(3, np.float32)}
@@ -136,3 +144,86 @@ def test_searched_densities_of_a_parent_are_whole() -> None:
     ties = GroupSpace(METHODS["ties"], 2, ("one",), searched, (("lambda", (1.0,)),))
     densities = [ties.values(jnp.asarray(genome))["density"][0].tolist() for genome in ties.plain_merges()[0]]
     assert np.allclose(densities, [[0.4, 0.4], [1, 1], [1, 1]])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The verdict
+
+
+def table(*rows: Row, shares: dict[str, float]) -> Result:
+    return Result(np.zeros(2), 0.9, ("uniform merge", 0.8), list(rows), MergeReport((), {}, ()), shares=shares)
+
+
+LOST = table(
+    Row("base", "base", 0.2, {"sums/acc": 0.2, "kana/acc": 0.9}, Lead(0.4, 0.3, 0.5), {
+        "sums/acc": Lead(0.4, 0.3, 0.5), "kana/acc": Lead(-0.3, -0.4, -0.2)}),
+    Row("parent", "maths", 0.5, {"sums/acc": 0.5, "kana/acc": 0.7}, Lead(0.1, 0.05, 0.2), {
+        "sums/acc": Lead(0.1, 0.05, 0.2), "kana/acc": Lead(-0.1, -0.2, 0.01)}),
+    Row("winner", "evolved", 0.6, {"sums/acc": 0.6, "kana/acc": 0.6}),
+    shares={"sums/acc": 1.0, "kana/acc": 0.0},
+)  # fmt: skip
+
+
+def test_a_verdict_names_the_tasks_on_which_the_winner_is_worse_beyond_noise(tmp_path: Path) -> None:
+    lost = (
+        "On the held-out examples of kana (acc, weight 0) the evolved model is worse than the base by 0.3000 (95% "
+        "interval -0.4000 to -0.2000)."
+    )
+    assert LOST.verdicts()[2:] == [lost] and LOST.warnings() == [lost]
+    write_result(LOST, 3, tmp_path / "result.json")
+    document = json.loads((tmp_path / "result.json").read_text())
+    assert document["warnings"] == [lost]
+    assert document["worse_on"] == [{
+        "score": "kana/acc", "role": "base", "name": "base", "winner_heldout_score": 0.6, "heldout_score": 0.9,
+        "interval": [-0.4, -0.2],
+    }]  # fmt: skip
+
+
+def test_a_winner_that_is_worse_than_a_rival_is_a_warning() -> None:
+    worse = table(
+        Row("parent", "maths", 0.7, {"sums/acc": 0.7}, Lead(-0.1, -0.2, -0.05)),
+        Row("winner", "evolved", 0.6, {"sums/acc": 0.6}), shares={"sums/acc": 1.0},
+    )  # fmt: skip
+    assert worse.warnings() == worse.verdicts() and "worse than the best parent maths" in worse.warnings()[0]
+
+
+def test_a_task_that_tells_no_model_from_another_says_so() -> None:
+    rows = [
+        Row(role, role, value, {"sums/acc": value, "flat/acc": 0.25})
+        for role, value in {"base": 0.1, "parent": 0.2, "winner": 0.3}.items()
+    ]
+    tied = table(*rows, shares={"sums/acc": 1.0, "flat/acc": 0.0})
+    assert tied.verdicts() == [
+        "On the held-out examples of flat (acc, weight 0) every model of the table scores 0.2500: they tell no model "
+        "from another."
+    ]
+    assert tied.warnings() == []
+
+
+def test_a_search_from_python_warns_where_its_winner_is_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = build_family(tmp_path)
+    (tmp_path / "other.jsonl").write_bytes(family.tasks.read_bytes())
+    tasks = [
+        {"name": "text", "kind": "likelihood", "file": "tasks.jsonl", "heldout": 0.5},
+        {"name": "other", "kind": "likelihood", "file": "other.jsonl", "heldout": 0.5, "weight": 0},
+    ]
+    document = {
+        "base": "base", "parents": ["parent0", "parent1"], "tasks": tasks, "space": {"method": "task_arithmetic"},
+        "search": {"generations": 1, "population": 4},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
+    results = []
+    monkeypatch.setattr(Result, "warnings", lambda result: results.append(result) or ["It is worse."])
+    with pytest.warns(UserWarning, match=r"^It is worse\.$") as caught:
+        run = em.evolve(tmp_path / "config.yaml", out=tmp_path / "run")
+    assert run.warnings == ["It is worse."]
+    assert [warning.filename for warning in caught if str(warning.message) == "It is worse."] == [__file__]
+    # The task that is all of the fitness has no lead of its own.
+    (score,) = (name for name in results[0].winner.scores if name.startswith("other/"))
+    compared = [row for row in results[0].rivals if row.role != "uniform"]
+    assert len(compared) == 2
+    for row in compared:
+        assert list(row.task_leads) == [score]
+        assert row.task_leads[score].difference == pytest.approx(
+            results[0].winner.scores[score] - row.scores[score], abs=1e-5
+        )
