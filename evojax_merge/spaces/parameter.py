@@ -183,7 +183,7 @@ class GroupSpace:
 
         def add(what: str, complaint: str | None, values: Mapping[str, np.ndarray]) -> None:
             if complaint is None:
-                rows.append(start | values)
+                rows.append({**start, **values})
             else:
                 missing.append((what, complaint))
 
