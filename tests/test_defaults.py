@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from helpers import build_family
+from helpers import build_family, search_in
 from merge_kernels import METHODS
+from test_search import OwnScorer
 
 import evojax_merge as em
 from evojax_merge import search_pytrees
+from evojax_merge.config import SearchConfig
 from evojax_merge.report.comparison import Result, Row, write_result
 from evojax_merge.report.intervals import Lead
 from evojax_merge.report.merges import MergeReport
+from evojax_merge.search.loop import Reporter
 from evojax_merge.spaces.parameter import GroupSpace, SearchParameter
 
 BASE = {"w": np.zeros(12, np.float32), "b": np.zeros(3, np.float32)}
@@ -144,6 +147,18 @@ def test_searched_densities_of_a_parent_are_whole() -> None:
     ties = GroupSpace(METHODS["ties"], 2, ("one",), searched, (("lambda", (1.0,)),))
     densities = [ties.values(jnp.asarray(genome))["density"][0].tolist() for genome in ties.plain_merges()[0]]
     assert np.allclose(densities, [[0.4, 0.4], [1, 1], [1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("high", "line"), [(0.8, ["not in the space: every parent (weight: high 0.8 is below 1)"]), (1.0, [])]
+)
+def test_one_line_of_the_log_says_which_bound_keeps_parents_out(high: float, line: list[str], tmp_path: Path) -> None:
+    lines: list[str] = []
+    reporter = Reporter()
+    reporter.log = lines.append  # type: ignore[method-assign]
+    scorer = OwnScorer(lambda genomes: -np.square(genomes).sum(axis=1))
+    search_in(tmp_path, SearchConfig(generations=1), 0, space(weight=(0.0, high)), [scorer], reporter=reporter)
+    assert [text for text in lines if "not in the space" in text] == line
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ def evolve(
     )
     _, missing = plain_merges_of(space)
     if missing:
-        reporter.log(f"no candidate can be {'; '.join(missing)}")
+        reporter.log(f"not in the space: {'; '.join(missing)}")
     if len(shards) > 1:
         reporter.log(describe_rungs(shards, strategy.population))
     state = init_state(config, seed, strategy, space, init_surrogate(shards, space.dims))
