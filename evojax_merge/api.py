@@ -197,7 +197,15 @@ def evolve(
     folder = default_out(path, parsed) if out is None else Path(out)
     with bars_on_terminals():
         run_search(path, parsed, folder, resume=resume, overwrite=overwrite, on_generation=on_generation, force=force)
-    return open_run(folder)
+    return with_warnings(open_run(folder))
+
+
+def with_warnings(run: Run) -> Run:
+    """The run, once its warnings are Python warnings."""
+    for sentence in run.warnings:
+        # The warning names the caller of the function that returns the run.
+        warnings.warn(printable(sentence), stacklevel=3)
+    return run
 
 
 def _config(config: Location | Mapping[str, Any], seed: int | None, overrides: Sequence[str]) -> tuple[Path, Config]:

@@ -301,7 +301,10 @@ class SearchConfig(Section):
         "random", description="which examples a race begins with: random ones, or those that tell candidates apart"
     )
     seeds: list[Seed] | None = Field(
-        None, max_length=4, description="merges that the first generation begins with; default of path_ga: [parents]"
+        None,
+        max_length=4,
+        description="merges that the first generation begins with; default: uniform and parents, where the space has "
+        "them; of path_ga: [parents]",
     )
     validation: Annotated[Real, Form("a share from 0 to below 1")] = Field(
         0.0, ge=0.0, lt=1.0, description="share of the search split that is kept back, for the choice of the winner"

@@ -25,7 +25,7 @@ from evojax_merge.references import resolve_file, resolve_reference
 from evojax_merge.search.example_choice import ExampleChoice, length_strata
 from evojax_merge.search.fronts import check_front_options
 from evojax_merge.search.gradients import check_gradient_options
-from evojax_merge.search.protocols import Differentiates, HasMoves, Space, Strategy, differentiates
+from evojax_merge.search.protocols import Differentiates, HasMoves, Space, Strategy, differentiates, plain_merges_of
 from evojax_merge.search.run_folder import RANDOM_NUMBERS, random_numbers
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
@@ -263,7 +263,7 @@ def build_strategy(
         GENOME_COPIES * 4 * dims * (population + search.finalists),
         available_memory(),
     )
-    seeds = seed_genomes(where, named_seeds, space)
+    seeds = seed_genomes(where, named_seeds or (), space)
     settings = StrategySettings(
         dims,
         search.population,
@@ -278,6 +278,10 @@ def build_strategy(
         pool,
     )
     strategy = make_strategy(where, search.strategy, settings)
+    if named_seeds is None:
+        # As many as fit: nobody asked for them, so there is nothing to refuse.
+        seeds = plain_merges_of(space)[0][: strategy.population]
+        strategy = make_strategy(where, search.strategy, replace(settings, seeds=len(seeds)))
     check_stop(where, search.stop, strategy.population)
     check_gradient_options(where, search, strategy)
     check_front_options(where, search, strategy)

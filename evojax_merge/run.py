@@ -83,6 +83,12 @@ class Run(Described):
         return list((self.result or {}).get("table", []))
 
     @property
+    def warnings(self) -> list[str]:
+        """The sentences of the report in which the winner is worse than a model that it is compared with: in fitness,
+        or, beyond noise, in a task."""
+        return list((self.result or {}).get("warnings", []))
+
+    @property
     def front(self) -> list[dict[str, Any]]:
         """The members of the front, for a strategy that keeps one, a mapping each: the member's number (`member`), its
         scores on the examples that the winner was chosen on and on the held-out ones, and its genome."""

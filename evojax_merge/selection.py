@@ -9,14 +9,14 @@ import numpy as np
 from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
-from evojax_merge.evaluation.scores import fitness, means, task_weights
+from evojax_merge.evaluation.scores import ScoredTask, fitness, means, task_weights
 from evojax_merge.problem import SearchProblem, failure_hint
-from evojax_merge.report.comparison import FrontMember, Result, Row, model_name
-from evojax_merge.report.intervals import leads_over
+from evojax_merge.report.comparison import FrontMember, Result, Row, model_name, rivals_of
+from evojax_merge.report.intervals import Lead, leads_over
 from evojax_merge.search.fronts import front_of
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive, Finalist, rescore
-from evojax_merge.search.protocols import keeps_front
+from evojax_merge.search.protocols import keeps_front, plain_merges_of
 from evojax_merge.tasks.splits import Splits
 
 
@@ -83,6 +83,7 @@ def select_best(
         members=_front(heldout, finalists, progress) if keeps_front(problem.strategy) else (),
         compute_dtype=backend.final_compute_dtype,
         search_compute_dtype=backend.compute_dtype,
+        shares=shares_of(heldout.tasks) if table else {},
     )
 
 
@@ -134,7 +135,25 @@ def _table(
     ]
     examples = [[scores.matrices[task.name][task.metric][p] for task, _ in weighted] for _, _, p, scores in scored]
     leads = leads_over(examples[-1], examples[:-1], [share for _, share in weighted], problem.seed)
-    return [*(replace(row, lead=lead) for row, lead in zip(rows[:-1], leads, strict=True)), rows[-1]]
+    rivals = [k for k, row in enumerate(rows[:-1]) if row.role in ("base", "parent") and row in rivals_of(rows)]
+    by_task: dict[int, dict[str, Lead]] = {k: {} for k in rivals}
+    for task, share in zip(heldout.tasks, shares_of(heldout.tasks).values(), strict=True):
+        if share == 1:
+            # The lead in the fitness is the same.
+            continue
+        ours, *others = ([scored[k][3].matrices[task.name][task.metric][scored[k][2]]] for k in (-1, *rivals))
+        for k, lead in zip(rivals, leads_over(ours, others, [1.0], problem.seed), strict=True):
+            by_task[k] |= {} if lead is None else {f"{task.name}/{task.metric}": lead}
+    return [
+        *(replace(row, lead=leads[k], task_leads=by_task.get(k, {})) for k, row in enumerate(rows[:-1])),
+        rows[-1],
+    ]
+
+
+def shares_of(tasks: Sequence[ScoredTask]) -> dict[str, float]:
+    """`task/metric` of each task -> its share of the fitness."""
+    shares = {task.name: share for task, share in task_weights(tasks)}
+    return {f"{task.name}/{task.metric}": shares.get(task.name, 0.0) for task in tasks}
 
 
 def _no_winner(problem: SearchProblem, archive: Archive) -> str:
@@ -144,8 +163,8 @@ def _no_winner(problem: SearchProblem, archive: Archive) -> str:
     split = "whole search split" if problem.splits.validation is None else "validation split"
     return (
         f"no winner: after {archive.generations} generations of {problem.strategy.population} candidates, none of the "
-        f"{problem.search.finalists} best, what the strategy proposed and the start has finite scores on the {split} "
-        f"of {metrics}. {failure_hint(problem.splits.search[0])}"
+        f"{problem.search.finalists} best, what the strategy proposed, the start and the parents has finite scores on "
+        f"the {split} of {metrics}. {failure_hint(problem.splits.search[0])}"
     )
 
 
@@ -167,10 +186,11 @@ class SelectionCounts:
 
 def candidates_to_select(problem: SearchProblem) -> SelectionCounts:
     """The most models that `select_best` scores on each split."""
-    front = problem.strategy.population if keeps_front(problem.strategy) else 0
+    plain = len(plain_merges_of(problem.space)[0])
+    front = problem.strategy.population + plain if keeps_front(problem.strategy) else 0
     _, baselines = problem.space.baselines()
-    # Besides the finalists: the strategy's proposal, and the start.
-    candidates = problem.search.finalists + 2 + len(baselines) + front
+    # Besides the finalists: the strategy's proposal, the start, the uniform merge and the parents.
+    candidates = problem.search.finalists + 2 + plain + len(baselines) + front
     heldout = len(problem.backend.compared) + 2 + front
     if problem.splits.validation is None:
         return SelectionCounts(candidates, 0, heldout)

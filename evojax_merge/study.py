@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from evojax_merge import plugins
-from evojax_merge.api import Location, as_yaml, bars_on_terminals, genome_array, merge
+from evojax_merge.api import Location, as_yaml, bars_on_terminals, genome_array, merge, with_warnings
 from evojax_merge.arguments import check_arguments
 from evojax_merge.backends.decoder.opening import build_space, check_models
 from evojax_merge.checkpoints.parents import open_sources
@@ -316,7 +316,7 @@ class Study(Described):
             if begun:
                 # A run that was refused leaves nothing to continue.
                 self._resume, self._overwrite = is_run(RunFolder(self.out)), False
-        return open_run(self.out)
+        return with_warnings(open_run(self.out))
 
     # -------------------------------------------------------------------------------------------------------------
     # A loop by hand, in memory

@@ -202,7 +202,8 @@ def test_seeds_are_the_parents_unless_others_are_named(named: dict[str, Any], se
     assert list(seeds_of("search.strategy", search)) == seeds
     document = search.model_dump(mode="json")
     assert ("seeds" in document) == ("seeds" in named) and SearchConfig(**document) == search
-    assert list(seeds_of("search.strategy", SearchConfig(strategy="cma_es"))) == []
+    assert seeds_of("search.strategy", SearchConfig(strategy="cma_es")) is None
+    assert list(seeds_of("search.strategy", SearchConfig(strategy="grid"))) == []
 
 
 @pytest.mark.parametrize(

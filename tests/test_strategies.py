@@ -300,7 +300,7 @@ def test_seeds_are_the_first_candidates(name: str) -> None:
     np.testing.assert_allclose(units[:2], [[1.0] * 4, [0.5] * 4], atol=1e-6)
     assert len(np.unique(genomes, axis=0)) == len(genomes)
     # What was drawn otherwise is what is drawn without seeds.
-    plain = search(name, generations=1)
+    plain = search(name, generations=1, seeds=[])
     np.testing.assert_array_equal(genomes[2:], np.array(plain.history[0]["genomes"], np.float32)[2:])
     assert not np.isin(found.history[1]["fitness"], found.history[0]["fitness"]).all()
 

@@ -275,7 +275,9 @@ def test_the_report_says_which_split_and_how_sure(config, tmp_path, capsys):
     for row in document["better_than"].values():
         low, high = row["interval"]
         assert low <= row["winner_heldout_fitness"] - row["heldout_fitness"] <= high
-        assert row["within_noise"] == (low <= 0 <= high) and f"95% interval {low:.4f} to {high:.4f}" in said
+        assert row["within_noise"] == (low <= 0 <= high)
+        # The winner may be a parent as it is.
+        assert f"95% interval {low:.4f} to {high:.4f}" in said or low == high
     run_search(config, tmp_path / "plain", "search={generations: 1, population: 6}")
     assert "The winner was chosen on the search split" in " ".join(capsys.readouterr().out.split())
 

@@ -1,7 +1,7 @@
 """The final table: the winner beside the base, the parents and the uniform merge, on held-out examples."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,23 @@ from evojax_merge.report.winner import WinnerReport
 @dataclass(frozen=True)
 class Row:
     """One line of the final table: held-out scores of a model. lead: the winner's lead over the model; None where there
-    is no winner, or no interval."""
+    is no winner, or no interval. task_leads: `task/metric` -> the lead in this task alone, of the base and the best
+    parent."""
 
     role: str
     name: str
     fitness: float
     scores: dict[str, float]
     lead: Lead | None = None
+    task_leads: Mapping[str, Lead] = field(default_factory=dict)
+
+
+def rivals_of(rows: Sequence[Row]) -> list[Row]:
+    """The models that a search has to beat on held-out data: the base, the best parent, and the uniform merge, where
+    these exist."""
+    parents = [row for row in rows if row.role == "parent"]
+    best = max(parents, key=lambda row: row.fitness if np.isfinite(row.fitness) else -np.inf, default=None)
+    return [row for row in rows if row is best or row.role in ("base", "uniform")]
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class Result:
     fitness and the baseline's on the validation split, where the winner was chosen on one; None: it was chosen on the
     search split. `stopped_by`: the criterion that ended the search before its last generation. `members`: the front,
     where the strategy keeps one. `compute_dtype`: the dtype of these scores' computation; `search_compute_dtype`: of
-    the generations'.
+    the generations'. `shares`: `task/metric` of each task of the table -> its share of the fitness.
     """
 
     genome: np.ndarray
@@ -67,6 +77,7 @@ class Result:
     search_compute_dtype: str = "float32"
     baseline_name: str = ""
     scores: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32), repr=False)
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def winner(self) -> Row:
@@ -74,11 +85,8 @@ class Result:
 
     @property
     def rivals(self) -> list[Row]:
-        """The models that a search has to beat on held-out data: the base, the best parent, and the uniform merge,
-        where these exist."""
-        parents = [row for row in self.rows if row.role == "parent"]
-        best = max(parents, key=lambda row: row.fitness if np.isfinite(row.fitness) else -np.inf)
-        return [row for row in self.rows if row is best or row.role in ("base", "uniform")]
+        """See rivals_of."""
+        return rivals_of(self.rows)
 
     @property
     def baseline_label(self) -> str:
@@ -121,15 +129,50 @@ class Result:
     def verdicts(self) -> list[str]:
         """A sentence for each rival: by how much the winner is better on held-out data, and whether that is more than
         noise; where the winner is not better, or by less than the printed digits, both figures. No sentence for a rival
-        that the winner beats by an unknown margin."""
-        return [sentence for row in self.rivals if (sentence := verdict(self.winner.fitness, row)) is not None]
+        that the winner beats by an unknown margin. Then a sentence for each task on which the winner is worse than the
+        base or the best parent beyond noise, and for each that does not tell the models of the table apart."""
+        by_rival = [sentence for row in self.rivals if (sentence := verdict(self.winner.fitness, row)) is not None]
+        return [*by_rival, *self._inherited(), *self._ties()]
+
+    def warnings(self) -> list[str]:
+        """The verdicts in which the winner is worse."""
+        worse = [verdict(self.winner.fitness, row) for row in self.rivals if self.winner.fitness < row.fitness]
+        return [*(sentence for sentence in worse if sentence is not None), *self._inherited()]
+
+    def losses(self) -> list[tuple[str, list[Row]]]:
+        """For each score `task/metric` that is not the fitness itself, and in which the winner is worse beyond noise:
+        the base and the best parent, as far as they are better."""
+        by_score = [
+            (score, [row for row in self.rivals if score in row.task_leads and row.task_leads[score].high < 0])
+            for score in self.shares
+        ]
+        return [(score, rows) for score, rows in by_score if rows]
+
+    def _inherited(self) -> list[str]:
+        """A sentence for each of the losses: what the merge inherited that nobody asked for."""
+        return [
+            f"On the held-out examples of {_task_of(score)} ({_weighed(score, self.shares[score])}) the evolved model "
+            "is worse than " + " and than ".join(
+                f"{_named(row)} by {-row.task_leads[score].difference:.4f} ({_interval(row.task_leads[score])})"
+                for row in rows
+            ) + "."
+            for score, rows in self.losses()
+        ]  # fmt: skip
+
+    def _ties(self) -> list[str]:
+        """A sentence for each task on which all models of the table score the same."""
+        columns = {score: {row.scores[score] for row in self.rows} for score in self.shares}
+        return [
+            f"On the held-out examples of {_task_of(score)} ({_weighed(score, self.shares[score])}) every model of the "
+            f"table scores {value:.4f}: they tell no model from another."
+            for score, values in columns.items()
+            if len(values) == 1 and np.isfinite(value := next(iter(values)))
+        ]
 
 
 def verdict(ours: float, row: Row) -> str | None:
     """The sentence about the winner, whose held-out fitness is `ours`, and a rival; see `Result.verdicts`."""
-    lead = row.lead
-    named = "" if row.name == row.role else f" {row.name}"
-    name = {"base": f"the base{named}", "uniform": "the uniform merge"}.get(row.role, f"the best parent{named}")
+    lead, name = row.lead, _named(row)
     if not np.isfinite(ours):
         return f"The evolved model has no finite score on held-out data; {name} has {row.fitness:.4f}."
     start = "On held-out data the evolved model is"
@@ -149,6 +192,18 @@ def verdict(ours: float, row: Row) -> str | None:
     noise = "" if lead is None or not lead.within_noise else ", within noise"
     spread = "" if lead is None else f" (a difference of {lead.difference:.4f}{noise}; {_interval(lead)})"
     return f"{start} worse than {name}: it has {shown[0]}, that has {shown[1]}{spread}."
+
+
+def _named(row: Row) -> str:
+    """A rival in a sentence."""
+    named = "" if row.name == row.role else f" {row.name}"
+    return {"base": f"the base{named}", "uniform": "the uniform merge"}.get(row.role, f"the best parent{named}")
+
+
+def _weighed(score: str, share: float) -> str:
+    """The metric of a score `task/metric`, and that it counts for nothing where it does."""
+    metric = score.rpartition("/")[2]
+    return metric if share else f"{metric}, weight 0"
 
 
 def _task_of(score: str) -> str:
@@ -231,6 +286,20 @@ def write_result(result: Result, generations: int, file: Path) -> None:
             }
             for row in result.rivals
         },
+        # For each task on which the winner is worse beyond noise: the base and the best parent, where these are better.
+        "worse_on": [
+            {
+                "score": score,
+                "role": row.role,
+                "name": row.name,
+                "winner_heldout_score": winner.scores[score],
+                "heldout_score": row.scores[score],
+                "interval": [row.task_leads[score].low, row.task_leads[score].high],
+            }
+            for score, rows in result.losses()
+            for row in rows
+        ],
+        "warnings": result.warnings(),
         "chosen_on": "search" if result.validation is None else "validation",
         "search_fitness": dict(zip(compared, (result.search_fitness, result.baseline[1]), strict=True)),
         **validated,

@@ -29,6 +29,7 @@ from evojax_merge.search.protocols import (
     State,
     Strategy,
     context_of,
+    plain_merges_of,
     wants_gradients,
     within,
 )
@@ -184,6 +185,9 @@ def evolve(
         f"{strategy.name}: {space.dims} dimensions, population {strategy.population}, {config.generations} "
         + ("generation" if config.generations == 1 else "generations")
     )
+    _, missing = plain_merges_of(space)
+    if missing:
+        reporter.log(f"not in the space: {'; '.join(missing)}")
     if len(shards) > 1:
         reporter.log(describe_rungs(shards, strategy.population))
     state = init_state(config, seed, strategy, space, init_surrogate(shards, space.dims))
@@ -413,11 +417,11 @@ class Finalist:
 
 
 def rescore(space: Space, evaluator: GenomeEvaluator, archive: Archive, progress: Any) -> list[Finalist]:
-    """The finalists (the best few of the search, the strategy's proposals, the start) on the examples that the winner
-    is chosen on, the full search split or the validation split, best first. Candidates that are not finite are left
-    out."""
+    """The finalists on the examples that the winner is chosen on, the full search split or the validation split, best
+    first: the best few of the search, the strategy's proposals, the start, the uniform merge and the parents, so that
+    no winner is worse there than a parent that the space contains. Candidates that are not finite are left out."""
     evaluator = within(evaluator, archive.context)
-    genomes = np.concatenate([archive.genomes, archive.proposed, space.start[None]])
+    genomes = np.concatenate([archive.genomes, archive.proposed, space.start[None], plain_merges_of(space)[0]])
     genomes = genomes[np.isfinite(genomes).all(axis=1)]
     _, kept = np.unique(genomes, axis=0, return_index=True)
     genomes = genomes[np.sort(kept)]

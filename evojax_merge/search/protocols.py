@@ -193,6 +193,21 @@ class HasMoves(Protocol):
         ...
 
 
+@runtime_checkable
+class HasPlainMerges(Protocol):
+    """A space whose candidates may be the uniform merge, or a parent as it is."""
+
+    def plain_merges(self) -> tuple[np.ndarray, Sequence[str]]:
+        """The merges that need no search and that the space contains, to the rounding of float32: float32[S, D], the
+        uniform merge first, then each parent alone; and, in words, which of them it leaves out, and why."""
+        ...
+
+
+def plain_merges_of(space: Space) -> tuple[np.ndarray, Sequence[str]]:
+    """Return the space's merges that need no search (see `HasPlainMerges`); none for a space that names none."""
+    return space.plain_merges() if isinstance(space, HasPlainMerges) else (np.zeros((0, space.dims), np.float32), ())
+
+
 class Evaluator(Protocol):
     """Scores candidates on one split of the examples."""
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.evaluation.scores import Scores
+from evojax_merge.search import answers
 from evojax_merge.search.protocols import (
     Capabilities,
     Space,
@@ -70,7 +71,7 @@ class SeededStrategy:
         return {"strategy": self.strategy.init(key, np.concatenate([genomes, self.seeds])), "told": np.int32(0)}
 
     def ask(self, key: jax.Array, state: Any) -> tuple[jax.Array, State]:
-        genomes, asked = self.strategy.ask(key, state["strategy"])
+        genomes, asked = answers.ask(self.strategy, key, state["strategy"], self.seeds.shape[1])
         if int(state["told"]) == 0:
             genomes = jnp.asarray(genomes).at[: len(self.seeds)].set(self.seeds)
         return genomes, {"strategy": asked, "told": state["told"]}

@@ -21,6 +21,8 @@ from evojax_merge.spaces.bounds import from_unit, to_unit_with_slope
 
 # The density of trimmed task vectors (TIES-Merging, arXiv 2306.01708).
 TRIMMED_DENSITY = 0.2
+# The values of other parameters with which a parent of weight 1, and no other beside it, is merged to itself.
+UNCHANGED = {"density": 1.0, "lambda": 1.0, "gamma": 0.0, "epsilon": 0.0}
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -45,6 +47,12 @@ class SearchParameter:
     low: float
     high: float
     start: tuple[float, ...]
+
+    def outside(self, value: float) -> str | None:
+        """The bound that keeps a value out, in words; None: the value is within the bounds."""
+        if value < self.low:
+            return f"{self.name}: low {self.low:g} is above {value:g}"
+        return f"{self.name}: high {self.high:g} is below {value:g}" if value > self.high else None
 
 
 @dataclass(frozen=True)
@@ -154,6 +162,60 @@ class GroupSpace:
             raise InputError(where, f"{name}: the parents of a group share their weight; leave this out")
         trimmed = {"density": np.array([TRIMMED_DENSITY])} if name == "trimmed_parents" else {}
         return self._clipped([values | trimmed | {"weight": row} for row in weights])
+
+    def plain_merges(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        """The uniform merge, with the other parameters where the search starts, and each parent alone, as far as the
+        bounds, the fixed parameters and the groups of parents allow. A method without weights, or one parameter that
+        leads from parent to parent, has none."""
+        searched = {item.name: item for item in self.search_parameters}
+        names, fraction = [parameter.name for parameter in self.method.parameters], self.method.interpolates
+        mixing = fraction if fraction in names else "weight"
+        if mixing not in names:
+            return np.zeros((0, self.dims), np.float32), ()
+        every_parent = "every parent" if self.parents > 1 else "the parent"
+        if mixing not in searched:
+            return np.zeros((0, self.dims), np.float32), (f"{every_parent} ({mixing} is fixed)",)
+        axis = searched[mixing]
+        start = {name: np.asarray(item.start, np.float64) for name, item in searched.items()}
+        uniform = 0.5 if mixing == fraction else uniform_start(self.method, mixing, self.parents)[0]
+        rows: list[Mapping[str, np.ndarray]] = []
+        missing: list[tuple[str, str]] = []
+
+        def add(what: str, complaint: str | None, values: Mapping[str, np.ndarray]) -> None:
+            if complaint is None:
+                rows.append({**start, **values})
+            else:
+                missing.append((what, complaint))
+
+        add("the uniform merge", axis.outside(uniform), {mixing: np.array([uniform])})
+        if mixing == fraction:
+            for k, share in enumerate((0.0, 1.0)):
+                add(f"parents[{k}]", axis.outside(share), {mixing: np.array([share])})
+        else:
+            complaint = (
+                axis.outside(1.0) or (axis.outside(0.0) if self.parents > 1 else None) or self._changed(searched)
+            )
+            unchanged = {name: np.array([value]) for name, value in UNCHANGED.items() if name in searched}
+            if complaint is not None:
+                missing.append((every_parent, complaint))
+            for k, row in enumerate(np.eye(self.columns(mixing)) if complaint is None else ()):
+                members = [parent for parent, group in enumerate(self.parent_groups) if group == k]
+                alone = None if len(members) < 2 else "they share their parameters"
+                add(" and ".join(f"parents[{parent}]" for parent in members), alone, unchanged | {mixing: row})
+        genomes = np.stack([self.genome(row) for row in rows]) if rows else np.zeros((0, self.dims), np.float32)
+        _, kept = np.unique(genomes, axis=0, return_index=True)
+        return genomes[np.sort(kept)], tuple(f"{what} ({complaint})" for what, complaint in missing)
+
+    def _changed(self, searched: Mapping[str, SearchParameter]) -> str | None:
+        """The parameter beside the weight that leaves no parent as it is, in words; None: there is none."""
+        constants = dict(self.constants)
+        for name, value in UNCHANGED.items():
+            complaint = searched[name].outside(value) if name in searched else None
+            if complaint is None and any(number != value for number in constants.get(name, ())):
+                complaint = f"{name} is fixed, not at {value:g}"
+            if complaint is not None:
+                return complaint
+        return None
 
     def _clipped(self, rows: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
         bounds = {searched.name: (searched.low, searched.high) for searched in self.search_parameters}
@@ -317,6 +379,10 @@ class ParameterSpace:
     def seed_genomes(self, where: str, name: str) -> np.ndarray:
         """float32[S, D]: see GroupSpace."""
         return self.group_space.seed_genomes(where, name)
+
+    def plain_merges(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        """See GroupSpace."""
+        return self.group_space.plain_merges()
 
 
 @partial(jax.jit, static_argnums=0)

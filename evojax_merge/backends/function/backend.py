@@ -70,6 +70,9 @@ class TreeSpace:
     def baselines(self) -> tuple[str, np.ndarray]:
         return self.groups.baselines()
 
+    def plain_merges(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        return self.groups.plain_merges()
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Programs

@@ -14,7 +14,7 @@ from evojax_merge.config import GradientConfig
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.protocols import Capabilities
-from evojax_merge.search.strategies.registry import StrategySettings
+from evojax_merge.search.strategies.registry import StrategySettings, begin_with
 
 # The optimisers of optax that need a learning rate alone, and whose state is arrays of numbers.
 OPTIMIZERS = (
@@ -105,6 +105,8 @@ def _step(
     )
 
 
+# Each seed would be one more start to follow.
+@begin_with()
 def gradient(settings: StrategySettings) -> GradientStrategy:
     """Gradient ascent through the merge (Adam, or any optimiser of optax), each candidate a start of its own."""
     optimizer, schedule = make_optimizer(settings.where, settings.gradient, settings.generations)

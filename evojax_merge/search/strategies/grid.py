@@ -10,7 +10,7 @@ from flax import struct
 
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
-from evojax_merge.search.strategies.registry import StrategySettings
+from evojax_merge.search.strategies.registry import StrategySettings, begin_with
 
 # The default number of values of a parameter: 0, 0.1, ... 1 of its range.
 VALUES = 11
@@ -81,6 +81,7 @@ class Grid:
         return {"step": float(np.max(state.high - state.low)) / (self.values - 1)}
 
 
+@begin_with()
 def grid(settings: StrategySettings) -> Grid:
     """The whole grid of one or two parameters in each generation: first from bound to bound, then between the
     neighbours of the best point."""

@@ -19,7 +19,7 @@ from evojax_merge.search.protocols import Capabilities
 from evojax_merge.search.strategies.cma_es import cma_es
 from evojax_merge.search.strategies.evosax import EvosaxStrategy, inject_steps
 from evojax_merge.search.strategies.gradient import GradientState, GradientStrategy, make_optimizer
-from evojax_merge.search.strategies.registry import StrategySettings
+from evojax_merge.search.strategies.registry import StrategySettings, begin_with
 
 # The number of last points of the gradient phase from which its spread is computed.
 WINDOW = 8
@@ -114,6 +114,8 @@ def ascent_generations(config: GradientConfig, generations: int) -> int:
     return max(1, generations // 4) if config.generations is None else config.generations
 
 
+# Each seed would be one more start to follow.
+@begin_with()
 def hybrid(settings: StrategySettings) -> HybridStrategy:
     """Gradient ascent on the fitness or its smooth companion (the likelihood of worked answers), then CMA-ES from there
     on the fitness itself."""

@@ -116,7 +116,9 @@ def find_strategy(where: str, name: str) -> StrategyFactory:
 
 
 def begin_with(*seeds: Seed) -> Callable[[MakesStrategy], MakesStrategy]:
-    """Decorate a strategy's factory: its searches begin with these merges where `search.seeds` is not given."""
+    """Decorate a strategy's factory: its searches begin with these merges, or with none, where `search.seeds` is not
+    given. The searches of other strategies then begin with the uniform merge and the parents, where the space contains
+    these."""
 
     def decorate(factory: MakesStrategy) -> MakesStrategy:
         factory.seeds = seeds  # type: ignore[attr-defined]
@@ -125,10 +127,10 @@ def begin_with(*seeds: Seed) -> Callable[[MakesStrategy], MakesStrategy]:
     return decorate
 
 
-def seeds_of(where: str, search: SearchConfig) -> Sequence[Seed]:
-    """The merges that a search begins with: `search.seeds`, or the seeds of its strategy. Raises InputError for an
-    unknown strategy."""
-    return getattr(find_strategy(where, search.strategy), "seeds", ()) if search.seeds is None else search.seeds
+def seeds_of(where: str, search: SearchConfig) -> Sequence[Seed] | None:
+    """The merges that a search begins with: `search.seeds`, or the seeds of its strategy; None: neither names any.
+    Raises InputError for an unknown strategy."""
+    return getattr(find_strategy(where, search.strategy), "seeds", None) if search.seeds is None else search.seeds
 
 
 def make_strategy(where: str, name: str, settings: StrategySettings) -> Strategy:
