@@ -396,7 +396,7 @@ def test_a_function_gets_the_records_that_are_scored(model: Path, tmp_path: Path
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is refused
+# Refusals
 
 
 def test_templates_are_chosen_by_name(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_the_first_generation_begins_with_the_uniform_merge_and_the_parents() ->
         return [np.round(of.values(jnp.asarray(genome))["weight"][0], 4).tolist() for genome in genomes]
 
     assert first(6)[:3] == [[0.5, 0.5], [1.0, 0.0], [0.0, 1.0]]
-    # As many as fit.
+    # No more than fit.
     assert first(2) == [[0.5, 0.5], [1.0, 0.0]]
     assert first(6, seeds=["parents"])[:2] == [[1.0, 0.0], [0.0, 1.0]]
     assert [1.0, 0.0] not in first(6, seeds=[])
@@ -107,7 +107,7 @@ def test_a_space_knows_which_merges_need_no_search() -> None:
     assert weights(space()) == [[0.5, 0.5], [1.0, 0.0], [0.0, 1.0]]
     # The uniform merge of one model is that model.
     assert weights(space(parents=1)) == [[1.0]]
-    # Of three parents, two share a weight.
+    # Two of three parents share a weight.
     grouped = space(parents=3, parent_groups=(0, 0, 1))
     assert np.allclose(weights(grouped), [[1 / 3] * 3, [0, 0, 1]], atol=1e-4)
     assert grouped.plain_merges()[1] == ("parents[0] and parents[1] (they share their parameters)",)

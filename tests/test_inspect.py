@@ -213,7 +213,7 @@ def test_a_stranger_beside_a_family_is_named(inspect: Callable[..., Any], family
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What does not fit
+# Models that do not fit
 
 
 def test_low_rank_changes_are_recognised(inspect: Callable[..., Any], tmp_path: Path) -> None:

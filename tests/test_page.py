@@ -193,7 +193,7 @@ def numbers_in(document: Any) -> set[float]:
 
 
 def browse(page: Path, width: int = 1400, *, dark: bool = False) -> tuple[dict[str, Any], list[str]]:
-    """What the probe finds on a page, and the lines of the browser's console."""
+    """The finds of the probe on a page, and the lines of the browser's console."""
     head, mark, rest = page.read_text(encoding="utf-8").partition("<title>")
     page.with_name("probed.html").write_text(f"{head}{PROBE}{mark}{rest}", encoding="utf-8")
     frame = page.with_name("frame.html")
@@ -212,7 +212,7 @@ def browse(page: Path, width: int = 1400, *, dark: bool = False) -> tuple[dict[s
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What stands on the page
+# The content of the page
 
 
 def test_every_number_on_the_page_is_one_of_the_run(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def reference_to(path: Path) -> str:
 
 
 def stored_as(path: Path) -> str | None:
-    """How the weights of a model are stored that are made while they are read: a key of `KINDS`; None: as they are."""
+    """The kind of a model whose weights are made while they are read, a key of `KINDS`; None: they lie as they are."""
     sources = _sources(path)
     return None if sources is None else sources.kind
 

@@ -185,7 +185,7 @@ def _task_on(path: Path, data: str, has_template: bool) -> tuple[TaskSection, in
 
 
 def _summary(problem: SearchProblem) -> str:
-    """What the checked config searches, in a line."""
+    """The search of the checked config, in a line."""
     search, heldout = (sum(task.size for task in tasks) for tasks in (problem.splits.search, problem.splits.heldout))
     return (
         f"written; {problem.space.dims} parameters of {len(problem.parents)} parents, searched on {search:,} examples, "

@@ -48,7 +48,7 @@ class _Page:
         self._due, self.warned = time.monotonic() + INTERVAL, False
 
     def content(self) -> list[tuple[int, int]]:
-        """What the page depends on, without reading it: the sizes and times of files."""
+        """The sizes and times of the files that the page depends on."""
         stats = [file.stat() for file in (self._folder.history, self._folder.result) if file.exists()]
         return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 

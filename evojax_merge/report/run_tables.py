@@ -71,7 +71,7 @@ def headline(run: RunData) -> list[tuple[str, float | None, str]]:
 
 
 def sentences(result: Result) -> list[str]:
-    """What the run has shown: a sentence for each rival of the winner, and how the winner was chosen."""
+    """The results of the run: a sentence for each rival of the winner, and how the winner was chosen."""
     return [*map(escaped, result.verdicts), *_chosen_on(result)]
 
 
