@@ -14,11 +14,22 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import evojax_merge as em
+from evojax_merge.backends import registry
 from evojax_merge.cli import cli
 from evojax_merge.errors import InputError
 from evojax_merge.problem import build_problem, config_from
+from evojax_merge.tasks import kinds
 
 TOY = Path(toy_backend.__file__)
+# Other tests of this process list the program's own.
+TOY_KIND, TOY_FACTORY = kinds._registered.pop(), registry._registered.pop("network")
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy's backend and its kind of task are known in these tests alone."""
+    monkeypatch.setattr(kinds, "_registered", [*kinds._registered, TOY_KIND])
+    monkeypatch.setattr(registry, "_registered", {**registry._registered, "network": TOY_FACTORY})
 
 
 def network(rng: np.random.Generator, base: Any = None, size: float = 1.0) -> Any:

@@ -18,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from evojax_merge.backends.decoder.opening import stop_tokens
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
@@ -25,7 +26,6 @@ from evojax_merge.config import TaskFile, parse
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator
-from evojax_merge.problem import stop_tokens
 from evojax_merge.tasks.opening import open_task, open_whole_task, resolved_config
 from evojax_merge.tasks.task import Responses, Task
 

@@ -154,7 +154,7 @@ def test_a_config_in_another_folder_names_models_and_data_by_full_paths(
     monkeypatch.chdir("/")
     path = tmp_path / "configs/mine.yaml"
     problem = build_problem(path, read_config(path, [], None))
-    assert problem.base == (tmp_path / "base").resolve()
+    assert problem.backend.models.base == (tmp_path / "base").resolve()
 
 
 def test_names_that_yaml_would_read_as_something_else(init: Init, tmp_path: Path) -> None:

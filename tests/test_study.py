@@ -333,7 +333,7 @@ WRONG: list[tuple[Callable[[Family, em.Study], Any], str]] = [
     (lambda family, study: make(family, finalist=2), "Study: search.finalist: unknown key"),
     (lambda family, study: make(family, generations=2), "Study: generations: is what `run` is called with"),
     (lambda family, study: make(family, population=2), "Study: population: is given by `strategy` as well"),
-    (lambda family, study: make(family, strategy="cma_es"), "Study: strategy: 'cma_es'; expected a mapping"),
+    (lambda family, study: make(family, strategy=3), "Study: strategy: 3; expected a text or a mapping"),
     (lambda family, study: make(family, strategy=em.strategies.cma_es(population=1)), "population: 1"),
     (lambda family, study: make(family, strategy=em.strategies.cma_es(sigma="w")), "Study: search.sigma: expected"),
     (lambda family, study: make(family, validation=1.5), "Study: search.validation: expected"),

@@ -86,7 +86,7 @@ class SeededStrategy:
                 restarted = self.strategy.init(key, np.asarray(genomes)[best : best + 1])
                 return {"strategy": restarted, "told": np.int32(1)}
             genomes, inner = cast(TakesInjected, self.strategy).inject(inner, genomes, len(self.seeds))
-        return {"strategy": self.strategy.tell(key, inner, genomes, scores), "told": np.int32(generation + 1)}
+        return {"strategy": answers.tell(self.strategy, key, inner, genomes, scores), "told": np.int32(generation + 1)}
 
     def finalists(self, state: Any) -> np.ndarray:
         return self.strategy.finalists(state["strategy"])
