@@ -303,8 +303,7 @@ class SearchConfig(Section):
     seeds: list[Seed] | None = Field(
         None,
         max_length=4,
-        description="merges that the first generation begins with; default: uniform and parents, where the space has "
-        "them; of path_ga: [parents]",
+        description="merges that generation 1 begins with; default: uniform and parents, if the space has them",
     )
     validation: Annotated[Real, Form("a share from 0 to below 1")] = Field(
         0.0, ge=0.0, lt=1.0, description="share of the search split that is kept back, for the choice of the winner"
