@@ -115,6 +115,9 @@ def test_a_toy_is_planned_searched_resumed_and_exported(networks: dict[str, Any]
     assert recipe["merge_method"] == "ties" and len(recipe["models"]) == 2
     assert "right" in (run / "best/model/README.md").read_text()
     assert em.open_run(run).table == result["table"]
+    (run / "report.html").unlink()
+    command("report", run)
+    assert "right" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_killed_search_exports_the_best_so_far(networks: dict[str, Any], tmp_path: Path) -> None:

@@ -205,9 +205,9 @@ def browse(page: Path, width: int = 1400, *, dark: bool = False) -> tuple[dict[s
          f"--user-data-dir={page.parent / 'profile'}", frame.as_uri()],
         capture_output=True, text=True, timeout=180,
     )  # fmt: skip
-    found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found is not None, done.stderr[-3000:]
-    text = found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    probe = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert probe is not None, done.stderr[-3000:]
+    text = probe[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
     return json.loads(text), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 

@@ -77,12 +77,12 @@ def test_the_option_and_the_environment_name_plugins(
     family: Family, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, option = write_config(folder, family), ("--plugin", "plugins/method.py")
-    said = []
+    printed = []
     for command in (["methods"], ["plan", "config.yaml"], ["search", "config.yaml", "--out", "run"]):
         done = run_command(*command, *option, folder=folder)
         assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
-    assert "sum_up" in said[0]
+        printed.append(done.stdout)
+    assert "sum_up" in printed[0]
     assert em.open_run(folder / "run").config["plugins"] == [str(folder / "plugins" / "method.py")]
     models = [{"model": str(parent), "parameters": {"weight": 1.0}} for parent in family.parents]
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"merge_method": "sum_up", "models": models}))

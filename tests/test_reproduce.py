@@ -189,8 +189,8 @@ def test_changed_data_is_searched_where_the_user_says_so(finished: Path) -> None
 def test_a_run_is_reproduced_to_the_bit(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     again = finished.with_name("run-reproduced")
     assert command("reproduce", finished) == 0
-    said = capsys.readouterr().out
-    assert "the environment is the one that the run recorded" in said and f"bit-identical: {again}" in said
+    printed = capsys.readouterr().out
+    assert "the environment is the one that the run recorded" in printed and f"bit-identical: {again}" in printed
     for name in ("history.jsonl", "best/recipe.yaml", "best/model/model.safetensors"):
         assert (again / name).read_bytes() == (finished / name).read_bytes(), name
     assert command("reproduce", finished) == 2
@@ -316,8 +316,8 @@ def test_publish_lists_first_and_uploads_with_push(
     texts = [file.read_text() for file in hub.folder.iterdir() if file.suffix in (".yaml", ".yml", ".json", ".md")]
     assert not any(str(family.root) in text or str(finished.parent) in text for text in texts)
     assert ModelCard.load(hub.folder / "README.md").data.eval_results
-    said = capsys.readouterr()
-    assert "secret" not in said.out + said.err
+    printed = capsys.readouterr()
+    assert "secret" not in printed.out + printed.err
 
 
 def test_what_cannot_be_published_is_refused(finished: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:

@@ -389,7 +389,7 @@ def measure(target: Target, shape: str | None, budget: Budget) -> str:
             for row in budget.row(name, partial(scoring, models, is_merged, peak))
         ]
         searched = budget.row("TIES, CMA-ES, by likelihood", partial(searching, models, peak))
-    parameters = sum(int(np.prod(own)) for own in tensor_shapes(problem.backend.models.decoder).values())
+    parameters = sum(int(np.prod(shape)) for shape in tensor_shapes(problem.backend.models.decoder).values())
     said = (
         f"`make bench-device`: {describe()}{beside}. An addition to a large array moves {copy / 1e9:,.1f} GB/s, the "
         f"best matrix product in {dtype} does {peak / 1e12:.3g} TFLOP/s. The models are of the shape {name}, "

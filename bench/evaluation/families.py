@@ -83,8 +83,8 @@ def compared(kind: str, rounds: int, folder: Path) -> tuple[int, float, float, f
     arrays = jax.device_put(arrays_of(batch))
 
     def ours() -> np.ndarray:
-        found, _ = passes.score(passes.ScoreSpec(config, SharedModel(), None), (stored, arrays), (np.zeros(1), None))
-        return np.asarray(found)[0]
+        totals, _ = passes.score(passes.ScoreSpec(config, SharedModel(), None), (stored, arrays), (np.zeros(1), None))
+        return np.asarray(totals)[0]
 
     def theirs() -> np.ndarray:
         return score_rows(model, rows, ROWS * WIDTH)

@@ -194,7 +194,7 @@ class Population:
 
     def materialise(self, mesh: AnyMesh, candidates: Any) -> Sourcing:
         """A chunk that exists as a whole."""
-        return Source(SharedModel(), self.replicated, candidates)
+        return Source(self.factory, self.replicated, candidates)
         yield  # A generator without a program.
 
     def differentiable(self) -> "DifferentiablePopulation | None":
@@ -305,10 +305,6 @@ class ModelPopulation(Population):
         """A chunk goes to the device once, not with every batch."""
         for rows, models in super().chunks(size):
             yield rows, jax.device_put(models)
-
-    def materialise(self, mesh: AnyMesh, candidates: Any) -> Sourcing:
-        return Source(self.factory, self.replicated, candidates)
-        yield  # A generator without a program.
 
 
 class _TooLarge(Exception):

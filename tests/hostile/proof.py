@@ -1,4 +1,4 @@
-"""What a run proves itself with, changed: its record of the environment, the hashes of its inputs, its history."""
+"""The proof of a run, changed: its record of the environment, the hashes of its inputs, its history."""
 
 import json
 import os
