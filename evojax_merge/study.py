@@ -212,8 +212,8 @@ class Study(Described):
     `tasks.ExactMatch` and its like, or mappings in a config's form. strategy: `strategies.cma_es(population=16)` and
     its like, or a name; None: CMA-ES with its default population. out: the run folder, which `run` needs. seed: the
     seed of all random numbers. validation: the share of the examples that is kept back to choose the winner on. resume,
-    overwrite: continue, or replace, the run that lies in `out`. evaluation, export_dtype: as in a config. search: other
-    keys of a config's `search`, such as `finalists`, `rungs` and `stop`.
+    overwrite: continue, or replace, the run that lies in `out`. evaluation, export_dtype, scale: as in a config.
+    search: other keys of a config's `search`, such as `finalists`, `rungs` and `stop`.
     """
 
     def __init__(
@@ -230,6 +230,7 @@ class Study(Described):
         overwrite: bool = False,
         evaluation: Mapping[str, Any] | None = None,
         export_dtype: str | None = None,
+        scale: str | None = None,
         **search: Any,
     ) -> None:
         check_arguments(Study.__init__, locals())
@@ -250,6 +251,7 @@ class Study(Described):
         }
         document |= {} if evaluation is None else {"evaluation": evaluation}
         document |= {} if export_dtype is None else {"export_dtype": export_dtype}
+        document |= {} if scale is None else {"scale": scale}
         self.models, self.space, self.seed = models, space, seed
         self.out = None if out is None else Path(out)
         self._document: dict[str, Any] = as_yaml(str(WHERE), document)

@@ -19,13 +19,17 @@ import evojax_merge as em
 from evojax_merge import search_pytrees
 from evojax_merge.backends import registry
 from evojax_merge.cli import cli
+from evojax_merge.core import evolve_on
 from evojax_merge.evaluation.scores import Goal, Guard, Scale, TaskScores, fitness, ranked_fitness
 from evojax_merge.planning import make_plan
-from evojax_merge.problem import build_problem, config_from
+from evojax_merge.problem import SearchProblem, build_problem, config_from, resolved_document
 from evojax_merge.report.answers import MOST_EXAMPLES, marked, read_answers
+from evojax_merge.report.comparison import Result
 from evojax_merge.report.page import write_page
 from evojax_merge.report.run_data import read_run
+from evojax_merge.search.loop import MemoryStorage, Reporter
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.selection import open_evaluators, select_best
 from evojax_merge.tasks import kinds
 from evojax_merge.tasks.task import Opening, TaskKind
 
@@ -78,6 +82,22 @@ def searched(folder: Path, name: str, tasks: list[dict[str, Any]], **changes: An
     config = config_file(folder, **{"tasks": tasks, "space": METHOD, "search": SEARCH, **changes})
     output = command("search", config, "--out", folder / name)
     return em.open_run(folder / name), " ".join(output.split())
+
+
+def opened(folder: Path, tasks: list[dict[str, Any]], **changes: Any) -> tuple[SearchProblem, dict[str, Any]]:
+    """A search of the toy, and its config as a run folder has it."""
+    config = config_file(folder, **{"tasks": tasks, "space": METHOD, "search": SEARCH, **changes})
+    parsed = config_from(config, yaml.safe_load(config.read_text()), [], None)
+    problem = build_problem(config, parsed)
+    return problem, resolved_document(parsed, problem)
+
+
+def evolved(folder: Path, tasks: list[dict[str, Any]], **changes: Any) -> tuple[list[dict[str, Any]], Result]:
+    """The history and the result of a search in memory."""
+    problem, _ = opened(folder, tasks, **changes)
+    storage, on = MemoryStorage(), open_evaluators(problem, problem.prepare())
+    archive = evolve_on(problem, on, storage, Reporter())
+    return storage.read_history(), select_best(problem, on, archive)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -158,22 +178,22 @@ def test_unlike_metrics_are_measured_by_the_parents(models: dict[str, Any], tmp_
     ids=["cma_es", "rungs", "gradient"],
 )
 def test_the_unit_of_a_metric_makes_no_difference(search: Any, models: dict[str, Any], tmp_path: Path) -> None:
-    runs = [
-        searched(tmp_path, f"run{factor:g}", [right(), stretched(factor)], search=search)[0] for factor in (1.0, 1024.0)
-    ]
-    for row, other in zip(*(run.history for run in runs), strict=True):
+    rows, others = (evolved(tmp_path, [right(), stretched(factor)], search=search)[0] for factor in (1.0, 1024.0))
+    for row, other in zip(rows, others, strict=True):
         np.testing.assert_allclose(row["genomes"], other["genomes"], atol=2e-3)
         np.testing.assert_allclose(row["fitness"], other["fitness"], atol=2e-3)
 
 
 def test_scores_of_one_metric_are_added_up_as_they_are(models: dict[str, Any], tmp_path: Path) -> None:
     alike = [right(), right(name="up", angle=2.8)]
-    run, output = searched(tmp_path, "run", alike)
-    assert "scale" not in run.config and "scales" not in (run.result or {}) and "scale of task" not in output
-    asked, _ = searched(tmp_path, "asked", alike, scale="parents")
-    assert set((asked.result or {})["scales"]) == {"right/score", "up/score"}
-    refused, _ = searched(tmp_path, "none", [right(), stretched()], scale="none")
-    assert refused.config["scale"] == "none" and "scales" not in (refused.result or {})
+    problem, document = opened(tmp_path, alike)
+    assert problem.scale == "none" and "scale" not in document
+    problem, document = opened(tmp_path, alike, scale="parents")
+    assert problem.scale == document["scale"] == "parents"
+    problem, document = opened(tmp_path, [right(), stretched()], scale="none")
+    assert problem.scale == document["scale"] == "none"
+    # A task that is only shown has no say.
+    assert opened(tmp_path, [right(), stretched(weight=0.0)])[0].scale == "none"
 
 
 def test_a_task_that_tells_no_parent_from_the_base_counts_as_it_is(models: dict[str, Any], tmp_path: Path) -> None:
@@ -186,24 +206,22 @@ def test_a_task_that_tells_no_parent_from_the_base_counts_as_it_is(models: dict[
 
 def test_without_a_base_the_worst_parent_is_at_zero(models: dict[str, Any], tmp_path: Path) -> None:
     linear = {"method": "linear"}
-    run, output = searched(tmp_path, "run", [right(), stretched()], space=linear, base=None)
-    scales = (run.result or {})["scales"]
-    assert "the worst parent" in output and all(scale["unit"] > 0 for scale in scales.values())
+    problem, _ = opened(tmp_path, [right(), stretched()], space=linear, base=None)
+    lines: list[str] = []
+    goal = open_evaluators(problem, problem.prepare(), log=lines.append).search.goal
+    assert len(lines) == 2 and all("(the worst parent" in line and ", 1 is" in line for line in lines)
+    for task in problem.splits.search:
+        one, two = (float(np.mean(task.function(models[name], *task.rows))) for name in ("one", "two"))
+        scale = goal.scales[f"{task.name}/{task.metric}"]
+        assert (scale.zero, scale.unit) == pytest.approx((min(one, two), abs(one - two)), rel=1e-4)
 
 
-def test_a_loop_by_hand_has_the_fitness_of_a_run(models: dict[str, Any], tmp_path: Path) -> None:
-    from evojax_merge.evaluation.scores import PLAIN
-    from evojax_merge.goals import with_goals
-    from evojax_merge.selection import open_evaluators
-
-    config = config_file(tmp_path, tasks=[right(), stretched()], space=METHOD, search={**SEARCH, "validation": 0.25})
-    problem = build_problem(config, config_from(config, yaml.safe_load(config.read_text()), [], None))
+def test_every_split_has_one_scale_and_the_plan_counts_its_measure(models: dict[str, Any], tmp_path: Path) -> None:
+    problem, _ = opened(tmp_path, [right(), stretched()], search={**SEARCH, "validation": 0.25})
     prepared = problem.prepare()
     on = open_evaluators(problem, prepared)
     assert on.validation is not None and on.validation.goal.scales == on.search.goal.scales == on.heldout.goal.scales
-    plain = replace(on, search=replace(on.search, goal=PLAIN))
-    assert with_goals(problem, plain).search.goal == on.search.goal
-    # The plan counts what is measured.
+    assert len(on.search.goal.scales) == 2
     assert make_plan(problem, prepared).run.flops > make_plan(replace(problem, scale="none"), prepared).run.flops
 
 
@@ -214,8 +232,8 @@ GUARDED = right(name="kept", angle=2.8, weight=0.0, guard=True)
 
 
 def test_a_guard_keeps_the_winner_as_good_as_the_base(models: dict[str, Any], tmp_path: Path) -> None:
-    free, _ = searched(tmp_path, "free", [right(), right(name="kept", angle=2.8, weight=0.0)], search=SEARCH)
-    base, *_, lost = ((row["heldout_scores"]["kept/score"]) for row in free.table)
+    free, result = evolved(tmp_path, [right(), right(name="kept", angle=2.8, weight=0.0)])
+    base, *_, lost = (row.scores["kept/score"] for row in result.rows)
     assert lost < base - 0.05, "without a guard the winner loses what nobody asked for"
     run, output = searched(tmp_path, "run", [right(), GUARDED])
     (guard,) = (run.result or {})["guards"]
@@ -237,9 +255,9 @@ def test_a_guard_keeps_the_winner_as_good_as_the_base(models: dict[str, Any], tm
         for row in run.history
         for value, mean in zip(row["fitness"], row["task_scores"]["right"], strict=True)
     )
-    tolerant, _ = searched(tmp_path, "tolerant", [right(), {**GUARDED, "tolerance": 1000.0}])
-    assert [row["guards_broken"] for row in tolerant.history] == [0, 0, 0]
-    assert [row["genomes"] for row in tolerant.history] == [row["genomes"] for row in free.history]
+    tolerant, result = evolved(tmp_path, [right(), {**GUARDED, "tolerance": 1000.0}])
+    assert [row["guards_broken"] for row in tolerant] == [0, 0, 0] and result.guards[0].kept
+    assert [row["genomes"] for row in tolerant] == [row["genomes"] for row in free]
 
 
 def test_where_none_keeps_the_guards_the_winner_breaks_them_least(models: dict[str, Any], tmp_path: Path) -> None:
@@ -257,13 +275,19 @@ def test_where_none_keeps_the_guards_the_winner_breaks_them_least(models: dict[s
 
 
 def test_guards_are_kept_on_the_split_that_decides(models: dict[str, Any], tmp_path: Path) -> None:
-    run, _ = searched(
-        tmp_path, "run", [right(limit=10), {**GUARDED, "limit": 12}], search={**SEARCH, "validation": 0.3}
-    )
-    result = run.result or {}
-    assert result["chosen_on"] == "validation" and result["guards"][0]["kept"]
-    plan = CliRunner().invoke(cli, ["plan", str(tmp_path / "config.yaml")])
-    assert plan.exit_code == 0 and "kept" in plan.output
+    tasks = [right(limit=10), {**GUARDED, "limit": 12}]
+    problem, _ = opened(tmp_path, tasks, search={**SEARCH, "validation": 0.3})
+    on = open_evaluators(problem, problem.prepare())
+    assert on.validation is not None
+    for evaluator in (on.shards[0], on.search, on.validation):
+        (task,) = (task for task in evaluator.tasks if task.name == "kept")
+        mean = float(np.mean(task.function(models["base"], *task.rows)))
+        assert evaluator.goal.guards == {"kept": Guard(pytest.approx(mean, abs=1e-5), 0.0)}
+    assert len({evaluator.goal.guards["kept"].base for evaluator in (on.shards[0], on.search, on.validation)}) == 3
+    guarded, free = (make_plan(one, problem.prepare()).run.flops for one in (problem, replace(problem, guards={})))
+    assert guarded > free
+    _, result = evolved(tmp_path, tasks, search={**SEARCH, "validation": 0.3})
+    assert result.validation is not None and result.guards[0].kept
 
 
 @pytest.mark.parametrize(
@@ -276,7 +300,7 @@ def test_guards_are_kept_on_the_split_that_decides(models: dict[str, Any], tmp_p
         ({"tasks": [right(), GUARDED], "search": {**SEARCH, "strategy": "gradient"}}, "the strategy gradient does not"),
         ({"tasks": [GUARDED]}, "all weights are 0"),
         ({"scale": "parent"}, "scale: expected none or parents"),
-        ({"scale": "parents", "base": None, "parents": ["one"], "space": {"method": "linear"}}, "parents: there is one"),
+        ({"scale": "parents", "base": None, "parents": ["one"], "space": {"method": "linear"}}, "there is one parent"),
     ],
     ids=str,
 )  # fmt: skip
@@ -310,13 +334,12 @@ def test_a_run_keeps_every_held_out_answer(models: dict[str, Any], tmp_path: Pat
         gaps = [abs(pair.scores[0] - pair.scores[1]) for pair in pairs.shown]
         assert gaps == sorted(gaps, reverse=True) and all(pair.texts is None for pair in pairs.shown)
     assert "Wins and losses" in (run.path / "report.html").read_text(encoding="utf-8")
+    _texts_on_the_page(run.path, parent)
 
 
-def test_the_page_shows_answers_side_by_side(models: dict[str, Any], tmp_path: Path) -> None:
-    run, _ = searched(tmp_path, "run", [right()])
-    file = run.path / "heldout_answers.jsonl"
-    parent = (run.result or {})["better_than"]["parent"]["name"]
-    hostile = "<script>alert(1)</script>"
+def _texts_on_the_page(folder: Path, parent: str) -> None:
+    """Answers in words, hostile ones, stand side by side; a damaged file is a note."""
+    file, hostile = folder / "heldout_answers.jsonl", "<script>alert(1)</script>"
 
     def row(model: str, number: int, score: float | None, text: str) -> str:
         answer = {"model": model, "task": "right", "example": f"d.jsonl:{number}", "score": score, "outputs": [text]}
@@ -324,22 +347,22 @@ def test_the_page_shows_answers_side_by_side(models: dict[str, Any], tmp_path: P
 
     file.write_text(
         "".join(row("evolved task_arithmetic", n, n % 3 / 2, f"the sum is {n} {hostile} \x1b[2J") for n in range(900))
-        + "".join(row(parent, n, None if n == 5 else 0.5, f"the sum is {n + 1} " + "x" * 5000) for n in range(900))
+        + "".join(row(parent, n, None if n == 4 else 0.5, f"the sum is {n + 1} " + "x" * 5000) for n in range(900))
     )
-    data = write_page(RunFolder(run.path))
-    page = (run.path / "report.html").read_text(encoding="utf-8")
+    data = write_page(RunFolder(folder))
+    page = (folder / "report.html").read_text(encoding="utf-8")
     assert "right: 301 won, 300 lost, 299 equal" in page
     assert page.count('<details class="pair">') == MOST_EXAMPLES and f"{MOST_EXAMPLES} of 601 examples" in page
     assert hostile not in page and "&lt;" in page and "\x1b" not in page and len(page) < 2_000_000
     opened = read_answers(data)
-    assert opened is not None and opened[1][0].shown[0].example == "d.jsonl:5"
+    assert opened is not None and opened[1][0].shown[0].example == "d.jsonl:4"
 
     for damage in ("{", "[]\n", row("someone", 1, 1.0, ""), row(parent, 1, 1.0, "")):
         file.write_text(damage)
-        noted = write_page(RunFolder(run.path)).notes
+        noted = write_page(RunFolder(folder)).notes
         assert any("heldout_answers.jsonl cannot be read" in note for note in noted), damage
     file.unlink()
-    assert not write_page(RunFolder(run.path)).notes
+    assert not write_page(RunFolder(folder)).notes
 
 
 def test_words_that_the_other_has_not_are_marked() -> None:

@@ -27,7 +27,7 @@ CASES = [
     Case("a guard and a gradient", guarded(search={"generations": 1, "strategy": "gradient"}),
          ("tasks[1].guard", "gradient", "cma_es")),
     Case("a guard in a front", guarded(tasks=[*GUARDED, {**TASK, "name": "more"}],
-                                       search={"generations": 1, "population": 4, "strategy": "nsga2"}),
+                                       search={"generations": 1, "population": 4, "strategy": "pareto"}),
          ("tasks[1].guard", "cma_es")),
     Case("a scale of that name alone", changed(scale="parent"), ("scale", "none or parents")),
     Case("a scale of a list", changed(scale=["parents"]), ("scale", "none or parents")),
