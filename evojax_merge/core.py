@@ -141,7 +141,7 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
     check = partial(check_replaceable_model, folder.model)
     problem.backend.export(recipe, result.genome, folder.model, card, check)
     if result.answers:
-        atomic_write(folder.answers, "".join(map(to_line, result.answers)))
+        atomic_write(folder.heldout_answers, "".join(map(to_line, result.answers)))
     write_result(result, len(history), folder.result)
     shown = result.report.terminal()
     if shown is not None:

@@ -62,7 +62,7 @@ class TaskPairs:
 
 def read_answers(run: RunData) -> tuple[str, list[TaskPairs]] | None:
     """The best parent's name, and the examples of each task. None where the run has no winner yet, or no answers."""
-    result, file = run.result, RunFolder(run.path).answers
+    result, file = run.result, RunFolder(run.path).heldout_answers
     if result is None or result.winner is None or not file.is_file():
         return None
     parent = next((row.name for row in result.rivals if row.role == "parent"), None)
