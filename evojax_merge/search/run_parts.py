@@ -126,7 +126,8 @@ class RunFolder:
     def files(self) -> list[Path]:
         """The files that a search writes, those of best/ included."""
         history = [self.history, self.history_backup, self.timing]
-        return [self.config, *history, self.environment, self.result, self.heldout_answers, self.page, self.recipe, self.params]
+        results = [self.result, self.heldout_answers, self.page, self.recipe, self.params]
+        return [self.config, *history, self.environment, *results]
 
     @property
     def parts(self) -> list[Path]:
