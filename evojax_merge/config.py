@@ -431,6 +431,9 @@ class Config(Section):
         description="or: each a space or a data_flow, and a search, that goes on from the last winner",
     )
     tasks: list[AnyTask] = Field(min_length=1, max_length=1000, description="what models are scored on")
+    scale: Literal["none", "parents"] | None = Field(
+        None, description="parents: from the base's score (0) to the best parent's (1); default: for unlike metrics"
+    )
     search: SearchConfig = Field(SearchConfig(), description="the strategy and its budget")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="how candidates are scored")
     export_dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
@@ -460,7 +463,7 @@ class Config(Section):
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out optional keys at their defaults (see SearchConfig)."""
         document: dict[str, Any] = serialise(self)
-        for name in ("pool", "other_modules", "plugins"):
+        for name in ("pool", "other_modules", "scale", "plugins"):
             if not document[name]:
                 document.pop(name)
         if self.backend == type(self).model_fields["backend"].default:

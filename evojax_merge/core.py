@@ -31,6 +31,7 @@ from evojax_merge.search.run_folder import (
     earlier_winners,
     keep_winner,
     read_result,
+    to_line,
     write_front,
 )
 from evojax_merge.search.run_parts import RunFolder, check_replaceable_model, check_room, read_lines
@@ -139,6 +140,8 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
     card = search_card(folder.path.name, problem, result, recipe, len(history))
     check = partial(check_replaceable_model, folder.model)
     problem.backend.export(recipe, result.genome, folder.model, card, check)
+    if result.answers:
+        atomic_write(folder.heldout_answers, "".join(map(to_line, result.answers)))
     write_result(result, len(history), folder.result)
     shown = result.report.terminal()
     if shown is not None:
@@ -149,7 +152,8 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
         console.print(terminal_table(result.front(), "The front: no candidate is better in every task"))
         console.print(f"members: {folder.front} (export --member NUMBER)", highlight=False, soft_wrap=True)
     console.print(f"winner: {folder.model}", highlight=False, soft_wrap=True)
-    for sentence in (result.chosen_on(), *result.verdicts()):
+    measured = result.measured()
+    for sentence in (result.chosen_on(), *([] if measured is None else [measured]), *result.verdicts()):
         console.print(sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
     for earlier in earlier_winners(folder):
         line = _compared(earlier, len(history), result.winner.fitness)

@@ -18,7 +18,7 @@ from evojax_merge.report.plan import PassPlan, Plan, Work
 from evojax_merge.search.loop import run_bytes
 from evojax_merge.search.protocols import gradient_generations
 from evojax_merge.search.successive_halving import rung_shards, rung_size
-from evojax_merge.selection import candidates_to_select
+from evojax_merge.selection import candidates_to_select, models_to_measure
 from evojax_merge.tasks.splits import Splits
 
 # Bytes of the host that the program itself takes: the interpreter, JAX, the compiler at work.
@@ -59,10 +59,10 @@ def make_plan(
     candidate, gradient = _cost(scored, target), _cost(differentiated, target) * share
     by_gradient = gradient * math.ceil(starts / groups)
     by_score = candidate * (_shard_passes(problem, len(prepared.shards), groups) / len(prepared.shards))
-    counts = candidates_to_select(problem)
+    counts, measured = candidates_to_select(problem), models_to_measure(problem)
     selection = (
-        cost_on(prepared.search, counts.search)
-        + cost_on(prepared.validation, counts.validation)
+        cost_on(prepared.search, counts.search + measured.search)
+        + cost_on(prepared.validation, counts.validation + measured.validation)
         + cost_on(prepared.heldout, counts.heldout)
     )
     followed = by_gradient * rounds + by_score * (problem.search.generations - rounds)

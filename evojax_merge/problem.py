@@ -4,10 +4,10 @@ A user's mistakes are found here, cheapest first: the space, the task files, the
 then the run folder.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,7 +25,15 @@ from evojax_merge.references import resolve_file, resolve_reference
 from evojax_merge.search.example_choice import ExampleChoice, length_strata
 from evojax_merge.search.fronts import check_front_options
 from evojax_merge.search.gradients import check_gradient_options
-from evojax_merge.search.protocols import Differentiates, HasMoves, Space, Strategy, differentiates, plain_merges_of
+from evojax_merge.search.protocols import (
+    Differentiates,
+    HasMoves,
+    Space,
+    Strategy,
+    differentiates,
+    keeps_front,
+    plain_merges_of,
+)
 from evojax_merge.search.run_folder import RANDOM_NUMBERS, random_numbers
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
@@ -42,20 +50,23 @@ from evojax_merge.search.validation import validation_split
 from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.tasks.opening import open_task, resolved_config
 from evojax_merge.tasks.splits import Splits
-from evojax_merge.tasks.task import Task
+from evojax_merge.tasks.task import GUARD_WEIGHT, Task, TaskConfig
 from evojax_merge.yaml_reader import load_yaml
 
 # The most dimensions of a search: a mean and a standard deviation of each are kept and saved in every generation.
 MAX_DIMS = 1_000_000
 # Arrays of a population's genomes that a generation has at a time.
 GENOME_COPIES = 6
+# What the fitness measures tasks by: their own units, or the distance from the base to the best parent.
+ScaleBy = Literal["none", "parents"]
 
 
 @dataclass(frozen=True)
 class SearchProblem:
     """A search, ready to run. `search`, `seed`: of its config; `backend`: a Backend, whose further attributes are for
     code that knows which one it is; `splits`: the tasks on each split; `strata`: where rungs choose their examples, for
-    each task of `splits.choice` the strata that every rung has its share of, int[n] each."""
+    each task of `splits.choice` the strata that every rung has its share of, int[n] each; `scale`: what tasks are
+    measured by; `guards`: the tolerance of each guarded task, by its name."""
 
     search: SearchConfig
     seed: int
@@ -63,6 +74,8 @@ class SearchProblem:
     strategy: Strategy
     splits: Splits[list[Any]]
     strata: list[list[np.ndarray]]
+    scale: ScaleBy = "none"
+    guards: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def space(self) -> Any:
@@ -150,7 +163,7 @@ def build_problem(
     kind = find_backend(f"{where}: backend", config.backend, folder)
     kind.check(where, config)
     tasks = [
-        open_task(f"{where}: tasks[{i}]", task, folder, config.seed, resolve_file)
+        open_task(f"{where}: tasks[{i}]", _scored_section(task), folder, config.seed, resolve_file)
         for i, task in enumerate(config.tasks)
     ]
     backend = kind.open(where, config, folder, target, resolve, chained)
@@ -169,9 +182,58 @@ def build_problem(
             f"{strategy.name}: which layers a path takes has no gradient, and scales: none leaves nothing that has "
             "one; take other scales, or path_ga (form: moves) or cma_es for the layers",
         )
-    return searchable(
+    _check_guards(where, config, backend, strategy)
+    problem = searchable(
         where, config.search, config.seed, backend, strategy, tasks, [section.limit for section in config.tasks]
     )
+    guards = {section.name: section.tolerance for section in config.tasks if section.guard}
+    metrics = [task.metric for task, _ in tasks]
+    return replace(problem, scale=_scale(f"{where}: scale", config, metrics, backend), guards=guards)
+
+
+def _scored_section(section: TaskConfig) -> TaskConfig:
+    """A task's section, with a weight that has the search score a guarded task."""
+    return section.model_copy(update={"weight": GUARD_WEIGHT}) if section.guard and not section.weight else section
+
+
+def _scale(where: str, config: Config, metrics: Sequence[str], backend: Any) -> ScaleBy:
+    """What tasks are measured by: of a config that does not say it, the parents where several metrics are unlike.
+    metrics: the tasks'."""
+    counted = [
+        (type(section), getattr(section, "kind", None), metric)
+        for section, metric in zip(config.tasks, metrics, strict=True)
+        if section.weight > 0
+    ]
+    comparable = len(backend.compared) > 1
+    if config.scale is None:
+        return "parents" if comparable and len(set(counted)) > 1 else "none"
+    if config.scale == "parents" and not comparable:
+        raise InputError(
+            where, "parents: there is one parent and no base, and so no distance between two scores; name a base or "
+            "another parent, or take scale: none",
+        )  # fmt: skip
+    return config.scale
+
+
+def _check_guards(where: str, config: Config, backend: Any, strategy: Strategy) -> None:
+    """Raises InputError for a guard where no base is, and for a search that does not compare candidates by one number
+    on all examples."""
+    number = next((i for i, section in enumerate(config.tasks) if section.guard), None)
+    if number is None:
+        return
+    key, search = f"{where}: tasks[{number}].guard", config.search
+    if not any(role == "base" for role, _ in backend.compared):
+        raise InputError(key, "true: compares candidates with the base, and there is none; name one, or leave it out")
+    if search.rungs > 1:
+        raise InputError(
+            key, f"true: a race (search.rungs: {search.rungs}) stops candidates on a part of the examples, which does "
+            "not show whether they keep a guard; leave rungs out",
+        )  # fmt: skip
+    if config.pool is not None or keeps_front(strategy) or differentiates(strategy) is not None:
+        raise InputError(
+            key, f"true: the strategy {strategy.name} does not go by one fitness of each candidate, in which a guard "
+            "could count; take another, such as cma_es",
+        )  # fmt: skip
 
 
 def searchable(
@@ -311,6 +373,8 @@ def resolved_document(config: Config, problem: SearchProblem) -> dict[str, Any]:
     document["export_dtype"] = backend.export_dtype
     document["evaluation"]["compute_dtype"] = backend.compute_dtype
     document["tasks"] = list(map(resolved_config, config.tasks, splits.search, splits.heldout))
+    if config.scale is not None or problem.scale != "none":
+        document["scale"] = problem.scale
     files = {file for task in splits.search + splits.heldout for file in task.files} | backend.files()
     factory = find_strategy("search.strategy", problem.search.strategy)
     extensible = [*backend.extensions(), factory, problem.strategy, *config.tasks, *splits.search]

@@ -22,7 +22,8 @@ from evojax_merge.commands.search import run_search
 from evojax_merge.config import Config, SpaceConfig, parse
 from evojax_merge.errors import Failed, InputError, shown
 from evojax_merge.evaluation.devices import ONE_DEVICE
-from evojax_merge.evaluation.scores import Scores, TaskScores, fitness, means, score_matrix
+from evojax_merge.evaluation.scores import Scale, Scores, TaskScores, means, score_matrix
+from evojax_merge.goals import measured_scales, with_goal
 from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.models.config import DecoderConfig
@@ -211,8 +212,8 @@ class Study(Described):
     `tasks.ExactMatch` and its like, or mappings in a config's form. strategy: `strategies.cma_es(population=16)` and
     its like, or a name; None: CMA-ES with its default population. out: the run folder, which `run` needs. seed: the
     seed of all random numbers. validation: the share of the examples that is kept back to choose the winner on. resume,
-    overwrite: continue, or replace, the run that lies in `out`. evaluation, export_dtype: as in a config. search: other
-    keys of a config's `search`, such as `finalists`, `rungs` and `stop`.
+    overwrite: continue, or replace, the run that lies in `out`. evaluation, export_dtype, scale: as in a config.
+    search: other keys of a config's `search`, such as `finalists`, `rungs` and `stop`.
     """
 
     def __init__(
@@ -229,6 +230,7 @@ class Study(Described):
         overwrite: bool = False,
         evaluation: Mapping[str, Any] | None = None,
         export_dtype: str | None = None,
+        scale: str | None = None,
         **search: Any,
     ) -> None:
         check_arguments(Study.__init__, locals())
@@ -249,6 +251,7 @@ class Study(Described):
         }
         document |= {} if evaluation is None else {"evaluation": evaluation}
         document |= {} if export_dtype is None else {"export_dtype": export_dtype}
+        document |= {} if scale is None else {"scale": scale}
         self.models, self.space, self.seed = models, space, seed
         self.out = None if out is None else Path(out)
         self._document: dict[str, Any] = as_yaml(str(WHERE), document)
@@ -335,8 +338,7 @@ class Study(Described):
             raise InputError("genomes", "are empty; expected 1 or more")
         evaluator = self._evaluator(split)
         scores = evaluator.score(genomes)
-        # The sum is a run's, to the last bit.
-        matrix = replace(score_matrix(evaluator.tasks, scores), predicted=fitness(evaluator.tasks, scores))
+        matrix = score_matrix(evaluator.tasks, scores, evaluator.goal)
         if split == "search":
             self._latest = matrix, scores
         return matrix
@@ -400,7 +402,8 @@ class Study(Described):
             tasks = {"search": search, "validation": splits.validation, "heldout": splits.heldout}[split]
             if tasks is None:
                 raise InputError("Study.evaluate: split", "validation; the study keeps none back (validation)")
-            self._evaluators[split] = open_evaluator(self._problem, tasks, bank=self._bank)
+            evaluator = open_evaluator(self._problem, tasks, bank=self._bank)
+            self._evaluators[split] = with_goal(self._problem, evaluator, self._scales)
         return self._evaluators[split]
 
     @cached_property
@@ -410,6 +413,13 @@ class Study(Described):
     @cached_property
     def _batches(self) -> Any:
         return self._problem.prepare()
+
+    @cached_property
+    def _scales(self) -> Mapping[str, Scale]:
+        problem = self._problem
+        if problem.scale == "none":
+            return {}
+        return measured_scales(problem, open_evaluator(problem, self._batches.search, bank=self._bank))
 
     @cached_property
     def _bank(self) -> Any:

@@ -60,7 +60,7 @@ from evojax_merge.evaluation.programs import (
     Program,
     execute,
 )
-from evojax_merge.evaluation.scores import TaskScores, task_weights
+from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores, task_weights
 from evojax_merge.evaluation.targets import Target, live_target
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
@@ -372,23 +372,23 @@ class Evaluator:
         return MergePopulation(LazyMergeFactory(spec, self.compute_dtype, self._prefetch_layers), bank, recipes)
 
     def population_gradient(
-        self, bank: Bank, spec: MergeSpec, recipes: Recipe, progress: Progress = lambda done: None
+        self, bank: Bank, spec: MergeSpec, recipes: Recipe, progress: Progress = lambda done: None, goal: Goal = PLAIN
     ) -> tuple[TaskScores, Recipe]:
         """Score P recipes (leading axis P on every leaf), and differentiate the fitness of each with respect to its
         numbers: a recipe of derivatives, float32 (see `differentiated`)."""
         population = self.merges(bank, spec, jax.tree.map(np.asarray, recipes)).differentiable()
-        return self.differentiated(population, progress)
+        return self.differentiated(population, progress, goal)
 
     def differentiated(
-        self, population: DifferentiablePopulation, progress: Progress = lambda done: None
+        self, population: DifferentiablePopulation, progress: Progress = lambda done: None, goal: Goal = PLAIN
     ) -> tuple[TaskScores, Any]:
         """Score P candidates, and differentiate the fitness of each with respect to its arrays, float32. The scores
         are only those of the tasks' fitness. NaN where a candidate failed. Every task that counts must have a
         derivative."""
         scores, gradient = TaskScores({}), jax.tree.map(np.zeros_like, population.candidates)
-        for task, share in task_weights(self.tasks):
+        for task, weight in task_weights(self.tasks, goal):
             i = self.tasks.index(task)
-            matrices, part = self.retry_on_oom(i, partial(self._gradient, population, share), progress)
+            matrices, part = self.retry_on_oom(i, partial(self._gradient, population, weight), progress)
             scores.matrices[task.name] = matrices
             gradient = jax.tree.map(np.add, gradient, part)
         return scores, gradient
@@ -534,10 +534,10 @@ class Evaluator:
         )  # fmt: skip
 
     def _gradient(
-        self, population: DifferentiablePopulation, share: float, batched_task: BatchedTask, progress: Progress
+        self, population: DifferentiablePopulation, weight: float, batched_task: BatchedTask, progress: Progress
     ) -> tuple[dict[str, np.ndarray], Any]:
-        """A task's scores of the metric that counts, float32[P, N], and the derivative of `share` times their mean with
-        respect to the candidates' arrays."""
+        """A task's scores of the metric that counts, float32[P, N], and the derivative of `weight` times their mean
+        with respect to the candidates' arrays."""
         task, requests = batched_task.task, batched_task.requests
         counts = np.array([len(row.tokens) - row.start for row in requests.scored])
         shape = (population.size, len(counts))
@@ -545,7 +545,7 @@ class Evaluator:
         if task.derivative == "nonlinear":
             # The weight of a total depends on the others, which may be in other batches.
             totals, greedy = self._score(population.to_score(), batched_task, lambda done: None)
-        slopes = task.score_gradient(Responses(totals, counts, greedy, [])) * (share / task.size)
+        slopes = task.score_gradient(Responses(totals, counts, greedy, [])) * (weight / task.size)
         gradient = jax.tree.map(np.zeros_like, population.candidates)
         model = self.devices.candidate_bytes(population.model_shape())
         size = self.gradient_chunk(population, batched_task) * self.devices.population
@@ -947,6 +947,8 @@ class MergeEvaluator:
     def evaluate(self, recipes: Recipe, progress: Progress = lambda done: None) -> TaskScores:
         return self.evaluator.population(self.bank, self.spec, recipes, progress)
 
-    def value_and_gradient(self, recipes: Recipe, progress: Progress = lambda done: None) -> tuple[TaskScores, Recipe]:
+    def value_and_gradient(
+        self, recipes: Recipe, progress: Progress = lambda done: None, goal: Goal = PLAIN
+    ) -> tuple[TaskScores, Recipe]:
         """Scores, and the derivative of each candidate's fitness with respect to its recipe."""
-        return self.evaluator.population_gradient(self.bank, self.spec, recipes, progress)
+        return self.evaluator.population_gradient(self.bank, self.spec, recipes, progress, goal)

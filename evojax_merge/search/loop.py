@@ -17,7 +17,16 @@ from evojax_merge import interrupts
 from evojax_merge.config import SearchConfig
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.devices import tree_nbytes
-from evojax_merge.evaluation.scores import ScoredTask, TaskScores, fitness, score_matrix, task_weights
+from evojax_merge.evaluation.scores import (
+    BROKEN,
+    ScoredTask,
+    TaskScores,
+    fitness,
+    score_matrix,
+    task_weights,
+    violations,
+    without_broken,
+)
 from evojax_merge.mergekit.write import shortest_decimal
 from evojax_merge.search.answers import ask, finalists, metrics, tell
 from evojax_merge.search.example_choice import ExampleChoice, choose_examples
@@ -29,6 +38,7 @@ from evojax_merge.search.protocols import (
     State,
     Strategy,
     context_of,
+    goal_of,
     plain_merges_of,
     wants_gradients,
     within,
@@ -55,9 +65,10 @@ INIT_KEY = 2**31 - 1
 @dataclass(frozen=True)
 class Generation:
     """The results of one generation. number: from 1; fitness: float64[P], each candidate's mean over the examples that
-    it was evaluated on, NaN where it failed; best, mean: of this generation, and best_so_far of all, on all examples
-    (None: no such candidate yet); metrics: the strategy's, such as sigma; seconds: the duration of the evaluation;
-    validation: the fitness of the best so far on the validation split, in generations that are validated."""
+    it was evaluated on, NaN where it failed or broke a guard; best, mean: of this generation, and best_so_far of all,
+    on all examples (None: no such candidate yet); metrics: the strategy's, such as sigma; seconds: the duration of the
+    evaluation; validation: the fitness of the best so far on the validation split, in generations that are
+    validated."""
 
     number: int
     fitness: np.ndarray
@@ -236,6 +247,8 @@ def evolve(
         state_after_tell = tell(strategy, key, state_after_ask, genomes, halved.scores)
         state = next_state(state_after_tell, np.asarray(genomes), halved, state)
         values = metrics(strategy, state_after_tell)
+        if goal_of(shards[0]).guards:
+            values["guards_broken"] = int((halved.fitness <= BROKEN).sum())
         if by_gradient and number == first and not np.any(halved.scores.gradients):
             reporter.warn("the gradient is 0 everywhere: nothing that is searched changes the scores, to first order")
         row = history_row(number + 1, course.evaluations + len(genomes), np.asarray(genomes), halved, state, values)
@@ -259,7 +272,7 @@ def evolve(
         reporter.finished(
             Generation(
                 number=number + 1,
-                fitness=halved.fitness,
+                fitness=without_broken(halved.fitness),
                 best=row["best"],
                 mean=row["mean"],
                 best_so_far=row["best_so_far"],
@@ -381,19 +394,20 @@ def history_row(
     state: dict[str, Any],
     metrics: dict[str, float],
 ) -> dict[str, Any]:
-    """`fitness` is each candidate's mean over as many `examples`, `task_scores` its mean on those of each task; `best`
-    and `scores_of_best` are of those that were evaluated on all of them, `mean` and `worst` of all candidates."""
-    values = halved.fitness
-    finite, complete = values[np.isfinite(values)], values[halved.complete]
+    """`fitness` is each candidate's mean over as many `examples`, None where it failed or broke a guard; `task_scores`
+    its mean on those of each task; `best` and `scores_of_best` are of those that were evaluated on all of them, `mean`
+    and `worst` of all candidates."""
+    values = without_broken(halved.fitness)
+    finite, complete = values[np.isfinite(values)], values[halved.complete & np.isfinite(values)]
     return {
         "generation": number,
         "best": _number(complete.max()) if complete.size else None,
         "mean": _number(finite.mean()) if finite.size else None,
         "worst": _number(finite.min()) if finite.size else None,
-        "best_so_far": _number(state["fitness"][0]),
+        "best_so_far": _number(without_broken(state["fitness"][:1])[0]),
         **{name: _number(value) for name, value in metrics.items()},
         "evaluations": evaluations,
-        "failed": int(len(values) - finite.size),
+        "failed": int((~np.isfinite(halved.fitness)).sum()),
         "scores_of_best": {name: _number(value) for name, value in halved.scores_of_best.items()},
         "fitness": [_number(value) for value in values],
         "examples": halved.examples.tolist(),
@@ -408,10 +422,11 @@ def history_row(
 @dataclass(frozen=True)
 class Finalist:
     """A candidate, float32[D], its fitness on the examples that the winner is chosen on, and there its means on the
-    tasks that count, float64[T], and its scores, float32[N], task by task."""
+    tasks that count, float64[T], and its scores, float32[N], task by task; violation: by how much it breaks guards."""
 
     genome: np.ndarray
     fitness: float
+    violation: float
     task_means: np.ndarray
     scores: np.ndarray
 
@@ -419,16 +434,19 @@ class Finalist:
 def rescore(space: Space, evaluator: GenomeEvaluator, archive: Archive, progress: Any) -> list[Finalist]:
     """The finalists on the examples that the winner is chosen on, the full search split or the validation split, best
     first: the best few of the search, the strategy's proposals, the start, the uniform merge and the parents, so that
-    no winner is worse there than a parent that the space contains. Candidates that are not finite are left out."""
+    no winner is worse there than a parent that the space contains and that keeps the guards. Candidates that are not
+    finite are left out."""
     evaluator = within(evaluator, archive.context)
     genomes = np.concatenate([archive.genomes, archive.proposed, space.start[None], plain_merges_of(space)[0]])
     genomes = genomes[np.isfinite(genomes).all(axis=1)]
     _, kept = np.unique(genomes, axis=0, return_index=True)
     genomes = genomes[np.sort(kept)]
-    scores = evaluator.score(genomes, progress)
-    values, matrix = fitness(evaluator.tasks, scores), score_matrix(evaluator.tasks, scores)
-    task_means = matrix.task_means
-    order = np.argsort(-np.where(np.isfinite(values), values, -np.inf), kind="stable")
+    scores, goal = evaluator.score(genomes, progress), goal_of(evaluator)
+    matrix, broken = score_matrix(evaluator.tasks, scores, goal), violations(evaluator.tasks, scores, goal)
+    values, task_means = fitness(evaluator.tasks, scores, goal), matrix.task_means
+    order = np.argsort(-np.where(np.isfinite(matrix.fitness), matrix.fitness, -np.inf), kind="stable")
     return [
-        Finalist(genomes[i], float(values[i]), task_means[i], matrix.values[i]) for i in order if np.isfinite(values[i])
+        Finalist(genomes[i], float(values[i]), float(broken[i]), task_means[i], matrix.values[i])
+        for i in order
+        if np.isfinite(values[i])
     ]

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 import jax
 import numpy as np
 
-from evojax_merge.evaluation.scores import ScoredTask, Scores, TaskScores
+from evojax_merge.evaluation.scores import PLAIN, Goal, ScoredTask, Scores, TaskScores
 
 # Receives the number of candidate passes that are done.
 Progress = Callable[[int], None]
@@ -241,6 +241,12 @@ class ContextEvaluator(GenomeEvaluator, Protocol):
 def within(evaluator: GenomeEvaluator, context: Any) -> GenomeEvaluator:
     """The evaluator of genomes that refer to `context` (see `context_of`); None: `evaluator` itself."""
     return evaluator if context is None else cast(ContextEvaluator, evaluator).within(context)
+
+
+def goal_of(evaluator: GenomeEvaluator) -> Goal:
+    """The evaluator's `goal`; for one without the attribute, the tasks' weights alone."""
+    goal: Goal = getattr(evaluator, "goal", PLAIN)
+    return goal
 
 
 class SubsetEvaluator(GenomeEvaluator, Protocol):

@@ -102,6 +102,11 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def heldout_answers(self) -> Path:
+        """The winner's and the best parent's answers to each held-out example."""
+        return self.path / "heldout_answers.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -121,7 +126,8 @@ class RunFolder:
     def files(self) -> list[Path]:
         """The files that a search writes, those of best/ included."""
         history = [self.history, self.history_backup, self.timing]
-        return [self.config, *history, self.environment, self.result, self.page, self.recipe, self.params]
+        results = [self.result, self.heldout_answers, self.page, self.recipe, self.params]
+        return [self.config, *history, self.environment, *results]
 
     @property
     def parts(self) -> list[Path]:
@@ -331,7 +337,7 @@ def clear(folder: RunFolder, generations: int) -> list[str]:
     _check_clear(folder)
     _check_names(folder, range(1, generations + 1))
     page = [folder.page] if holds_page(folder.page) else []
-    for file in (folder.result, *page, folder.recipe, folder.params):
+    for file in (folder.result, folder.heldout_answers, *page, folder.recipe, folder.params):
         remove_file(file)
     stages = [stage.path for stage in folder.begun_stages()]
     for path in (folder.model, folder.front, *folder.kept_winners(), *stages):

@@ -74,6 +74,8 @@ def resolved_config(config: TaskConfig, search: Task, heldout: Task) -> dict[str
     """A task's section for a run folder: defaults filled in, files by their absolute paths. `search`, `heldout`: its
     splits."""
     section = config.model_dump(mode="json") | search.paths()
+    if not config.guard:
+        section = {name: value for name, value in section.items() if name not in ("guard", "tolerance")}
     source = heldout.paths().get(kind_of(config).source or "")
     if config.heldout_source is not None and source is not None:
         section["heldout"] = source

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import jax
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from evojax_merge.errors import InputError
 from evojax_merge.schema import Heldout, Name, Real, Section, Whole
@@ -189,6 +189,10 @@ class TaskDefaults:
 Place = tuple[str, int]
 
 
+# The weight of a guarded task whose section has weight 0: every generation is scored on such a task, and it adds
+# nothing to a sum of float64.
+GUARD_WEIGHT = 1e-300
+
 # ---------------------------------------------------------------------------------------------------------------
 # Kinds of tasks
 
@@ -208,6 +212,14 @@ class TaskConfig(Section):
         ge=1,
         description="on how many examples generations are scored; default: all, on which finalists always are",
     )
+    guard: bool = Field(False, description="whether no candidate may score below the base, whatever the weight")
+    tolerance: Real = Field(0.0, ge=0.0, le=1e9, description="by how much a guarded score may be below the base's")
+
+    @model_validator(mode="after")
+    def _tolerates_with_a_guard(self) -> "TaskConfig":
+        if self.tolerance and not self.guard:
+            raise ValueError("tolerance: is that of a guard; give guard: true as well, or leave it out")
+        return self
 
     @property
     def heldout_source(self) -> str | None:

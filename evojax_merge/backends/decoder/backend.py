@@ -27,6 +27,7 @@ from evojax_merge.evaluation.batched_tasks import (
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import Evaluator, Progress
 from evojax_merge.evaluation.planned_passes import DeviceSizes
+from evojax_merge.evaluation.samples import sample_rows
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.execute import merge_to
@@ -290,6 +291,11 @@ class DecoderBackend:
         )
         evaluator = replace(heldout.evaluator.evaluator, config=config)
         return evaluator.stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)
+
+    def answers(
+        self, model: str, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
+    ) -> list[dict[str, Any]]:
+        return sample_rows(model, heldout.evaluator.evaluator.batched_tasks, scores, number)
 
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> WinnerReport:
         return self.candidates.report(genome, parents)
