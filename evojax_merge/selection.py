@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
 from evojax_merge.evaluation.scores import ScoredTask, fitness, means, task_weights
@@ -29,7 +28,7 @@ def open_evaluators(
 ) -> Splits[SpaceEvaluator[Any]]:
     """Load the bank and open evaluators of genomes on each of the splits. `progress` receives the bytes that were
     loaded, `log` the evaluators' notes."""
-    backend: Backend = problem.backend
+    backend = problem.backend
     bank, population = backend.load(devices, progress), problem.strategy.population
     return backend.evaluators(bank, prepared, population, devices, log)
 
@@ -38,7 +37,7 @@ def open_evaluator(
     problem: SearchProblem, tasks: list[Any], devices: Devices = ONE_DEVICE, bank: Any = None
 ) -> SpaceEvaluator[Any]:
     """Score genomes on the prepared tasks of one split as generations are scored. bank: None: it is loaded."""
-    backend: Backend = problem.backend
+    backend = problem.backend
     bank = backend.load(devices, lambda done: None) if bank is None else bank
     return backend.evaluator(bank, tasks, problem.strategy.population, devices)
 
@@ -119,7 +118,7 @@ def _table(
     progress: Callable[[int], None],
 ) -> list[Row]:
     """The rows of the held-out table: the stored models, the baseline where it is none of them, and the winner."""
-    backend: Backend = problem.backend
+    backend = problem.backend
     scored = [
         (role, model_name(path), 0, backend.score_stored(path, heldout, progress)) for role, path in backend.compared
     ]

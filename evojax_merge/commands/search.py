@@ -28,6 +28,7 @@ from evojax_merge.problem import (
     build_problem,
     read_config,
     resolved_document,
+    resolved_search,
     revision_warnings,
     stage_config,
     stage_configs,
@@ -244,10 +245,10 @@ def _run_chain(
 def _resolved_stage(stages: Sequence[StageConfig], number: int, problem: SearchProblem) -> dict[str, Any]:
     """A stage for the run folder's config. Its population stays null where a stage before it searches for a path: the
     default depends on the dimensions, and these on the layers of that stage's winner."""
-    document = stages[number].model_dump(mode="json") | {"space": problem.backend.resolved()["space"]}
-    if all(before.data_flow is None for before in stages[:number]):
-        document["search"]["population"] = problem.strategy.population
-    return document
+    search = resolved_search(stages[number].search, problem.strategy)
+    if any(before.data_flow is not None for before in stages[:number]):
+        search["population"] = stages[number].search.population
+    return stages[number].model_dump(mode="json") | {"space": problem.backend.resolved()["space"], "search": search}
 
 
 def _log_warnings(path: Path, config: Config, problem: SearchProblem, prepared: Splits[list[Any]]) -> None:
