@@ -113,6 +113,8 @@ def load_models(
     """
     check_arguments(load_models, locals())
     plugins.load()
+    if isinstance(parents, str):
+        raise InputError("load_models: parents", f"{shown(parents)}; expected a list or a tuple")
     if not parents:
         raise InputError("load_models: parents", "is empty; expected models to merge")
     named = [("base", base)] * (base is not None)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_backend
+import yaml
 from helpers import Family
 from safetensors.numpy import load_file
 from test_backend_seam import TOY_FACTORY, TOY_KIND, network
@@ -98,7 +99,7 @@ def test_examples_are_divided_among_splits(tmp_path: Path) -> None:
 
 def test_functions_that_jax_cannot_trace(tmp_path: Path) -> None:
     def counted(model: Any) -> float:
-        return float(np.asarray(model["head"]) > 1)
+        return float(model["head"][0] > 1)
 
     study = make([em.host_callback(counted)])
     assert set(study.evaluate(study.ask()).fitness) <= {0.0, 1.0}
@@ -195,7 +196,7 @@ def test_models_of_another_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "backend='network'" in repr(models) and run.finished
     assert set(toy_backend.load(study.best.export("best"))) == {"first", "second"}
     # A command has the paths from any folder, and hears of what the program alone has registered.
-    assert f"parents:\n- {tmp_path / 'one'}" in study.to_yaml().replace("  -", "-")
+    assert yaml.safe_load(study.to_yaml())["parents"] == [str(tmp_path / "one"), str(tmp_path / "two")]
     monkeypatch.setattr(plugins, "_of_the_program", ["network", TOY_KIND])
     lines = [line for line in study.to_yaml().splitlines() if line.startswith("# Missing")]
     assert len(lines) == 2 and lines[0].startswith("# Missing: network: registered by the Python program")
@@ -215,7 +216,7 @@ def test_layer_paths_and_pools(kind: str, family: Family, tmp_path: Path) -> Non
     by_hand.tell(genomes, by_hand.evaluate(genomes))
     assert by_hand.history == run.history == study.history
     assert f"method='{'data_flow' if kind == 'path' else 'pool'}'" in repr(study)
-    for best, name in ((study.best, "study"), (run.best, "run")):
+    for best, name in ((study.best, "by-study"), (run.best, "by-run")):
         exported = best.export(tmp_path / name)
         assert (exported / "model.safetensors").read_bytes() == (run.model / "model.safetensors").read_bytes()
     assert list(study.to_frame().columns[-1:]) == [f"gene[{space.dims - 1}]"]
