@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import barrier, local_devices
 from evojax_merge.evaluation.diagnostics import warnings
@@ -25,7 +26,7 @@ FORCE = "--force goes on all the same"
 
 def search(
     folder: RunFolder,
-    problem: SearchProblem,
+    problem: SearchProblem[Backend],
     prepared: Splits[list[Any]],
     on_generation: OnGeneration,
     force: bool,
@@ -58,7 +59,7 @@ def search(
 
 
 def evolve_on(
-    problem: SearchProblem, evaluators: Splits[SpaceEvaluator[Any]], storage: Storage, reporter: Reporter,
+    problem: SearchProblem[Backend], evaluators: Splits[SpaceEvaluator[Any]], storage: Storage, reporter: Reporter,
     diagnose: Callable[[Sequence[Any], TaskScores], Sequence[str]] = lambda tasks, scores: (),
     hint: Callable[[Any], str] = failure_hint,
 ) -> Archive:  # fmt: skip

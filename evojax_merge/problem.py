@@ -7,9 +7,10 @@ then the run folder.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, cast
 
 import numpy as np
+from typing_extensions import TypeVar
 
 from evojax_merge.backends.backend import Backend, Resolve
 from evojax_merge.backends.registry import find_backend
@@ -51,14 +52,18 @@ MAX_DIMS = 1_000_000
 GENOME_COPIES = 6
 
 
+# The kind of a problem's backend, for code that knows which one it is.
+B = TypeVar("B", bound=Backend, default=Any, covariant=True)
+
+
 @dataclass(frozen=True)
-class SearchProblem:
+class SearchProblem(Generic[B]):
     """A search, ready to run. `search`, `seed`: of its config; `splits`: the tasks on each split; `strata`: where rungs
     choose their examples, for each task of `splits.choice` the strata that every rung has its share of, int[n] each."""
 
     search: SearchConfig
     seed: int
-    backend: Backend
+    backend: B
     strategy: Strategy
     splits: Splits[list[Any]]
     strata: list[list[np.ndarray]]
@@ -85,10 +90,10 @@ class SearchProblem:
             return None
         return ExampleChoice(evaluators.choice, self.strata, len(self.splits.shards))
 
-    def within(self, context: Any) -> "SearchProblem":
+    def within(self, context: Any) -> "SearchProblem[B]":
         """The problem once its strategy's state lends `context` to the space; None: genomes are complete by
         themselves."""
-        return replace(self, backend=self.backend.within(context))
+        return replace(self, backend=cast(B, self.backend.within(context)))
 
 
 def read_config(path: Path, overrides: Sequence[str], seed: int | None) -> Config:

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 from evojax_merge import interrupts
+from evojax_merge.backends.backend import Backend
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.file_system import atomic_write
 from evojax_merge.problem import SearchProblem
@@ -27,7 +28,7 @@ from evojax_merge.search.successive_halving import describe_halving
 from evojax_merge.tasks.splits import Splits
 
 
-def print_setup(problem: SearchProblem, prepared: Splits[list[Any]], devices: Devices, planned: Plan) -> None:
+def print_setup(problem: SearchProblem[Backend], prepared: Splits[list[Any]], devices: Devices, planned: Plan) -> None:
     """Print the search's devices, models, batches and plan."""
     console.print(devices.describe(), highlight=False)
     for line in problem.backend.describe_inputs(prepared):
@@ -36,7 +37,7 @@ def print_setup(problem: SearchProblem, prepared: Splits[list[Any]], devices: De
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def print_work(folder: RunFolder, problem: SearchProblem, evaluators: Splits[SpaceEvaluator[Any]]) -> None:
+def print_work(folder: RunFolder, problem: SearchProblem[Backend], evaluators: Splits[SpaceEvaluator[Any]]) -> None:
     """Print how candidates were scored, and how much successive halving saved."""
     used = [evaluator for evaluator in (evaluators.choice, *evaluators.minibatches, *evaluators.shards) if evaluator]
     console.print(problem.backend.describe_work(used), highlight=False)
@@ -45,7 +46,7 @@ def print_work(folder: RunFolder, problem: SearchProblem, evaluators: Splits[Spa
         console.print(describe_halving(folder.read_history(), examples), highlight=False)
 
 
-def why_complete(folder: RunFolder, problem: SearchProblem) -> str | None:
+def why_complete(folder: RunFolder, problem: SearchProblem[Backend]) -> str | None:
     """One line, if a run folder holds all the results of a search of its saved generations, and no more are wanted;
     else None. All processes of a run call this together."""
     result, rows, wanted = read_result(folder.result), folder.read_history(), problem.search.generations
@@ -66,7 +67,7 @@ def why_complete(folder: RunFolder, problem: SearchProblem) -> str | None:
     return f"{len(rows)} generations are saved: nothing to search ({ended.describe()})"
 
 
-def write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> None:
+def write_winner(folder: RunFolder, problem: SearchProblem[Backend], result: Result) -> None:
     """Export the winner, and report."""
     interrupts.check()
     check_replaceable_model(folder.model)

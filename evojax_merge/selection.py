@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
 from evojax_merge.evaluation.scores import ScoredTask, fitness, means, task_weights
@@ -20,7 +21,7 @@ from evojax_merge.tasks.splits import Splits
 
 
 def open_evaluators(
-    problem: SearchProblem,
+    problem: SearchProblem[Backend],
     prepared: Splits[list[Any]],
     devices: Devices = ONE_DEVICE,
     progress: Callable[[int], None] = lambda done: None,
@@ -34,7 +35,7 @@ def open_evaluators(
 
 
 def open_evaluator(
-    problem: SearchProblem, tasks: list[Any], devices: Devices = ONE_DEVICE, bank: Any = None
+    problem: SearchProblem[Backend], tasks: list[Any], devices: Devices = ONE_DEVICE, bank: Any = None
 ) -> SpaceEvaluator[Any]:
     """Score genomes on the prepared tasks of one split as generations are scored. bank: None: it is loaded."""
     backend = problem.backend
@@ -43,7 +44,7 @@ def open_evaluator(
 
 
 def select_best(
-    problem: SearchProblem,
+    problem: SearchProblem[Backend],
     on: Splits[SpaceEvaluator[Any]],
     archive: Archive,
     progress: Callable[[int], None] = lambda done: None,
@@ -111,7 +112,7 @@ def _front(
 
 
 def _table(
-    problem: SearchProblem,
+    problem: SearchProblem[Backend],
     heldout: SpaceEvaluator[Any],
     winner: np.ndarray,
     plain: np.ndarray,
@@ -155,7 +156,7 @@ def shares_of(tasks: Sequence[ScoredTask]) -> dict[str, float]:
     return {f"{task.name}/{task.metric}": shares.get(task.name, 0.0) for task in tasks}
 
 
-def _no_winner(problem: SearchProblem, archive: Archive) -> str:
+def _no_winner(problem: SearchProblem[Backend], archive: Archive) -> str:
     """The message about a search without a winner: every generation had a candidate with finite scores, but none of the
     finalists has on the examples that the winner is chosen on."""
     metrics = ", ".join(f"{task.name} ({task.metric})" for task in problem.splits.search)
@@ -167,7 +168,7 @@ def _no_winner(problem: SearchProblem, archive: Archive) -> str:
     )
 
 
-def passes_to_select(problem: SearchProblem, on: Splits[SpaceEvaluator[Any]]) -> int:
+def passes_to_select(problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]]) -> int:
     """The steps of progress that `select_best` reports at most."""
     counts = candidates_to_select(problem)
     on_validation = 0 if on.validation is None else on.validation.passes(counts.validation)
@@ -183,7 +184,7 @@ class SelectionCounts:
     heldout: int
 
 
-def candidates_to_select(problem: SearchProblem) -> SelectionCounts:
+def candidates_to_select(problem: SearchProblem[Backend]) -> SelectionCounts:
     """The most models that `select_best` scores on each split."""
     plain = len(plain_merges_of(problem.space)[0])
     front = problem.strategy.population + plain if keeps_front(problem.strategy) else 0

@@ -374,7 +374,7 @@ class Study(Described):
         if PREFIX in text:
             missing.append(f"{PREFIX}NAME@DIGEST: functions and pytrees of the Python program; put them into files")
         backend, search = self._parsed.backend, self._parsed.search
-        registered = [(backend, backend), (search.strategy, search.strategy)]
+        registered: list[tuple[str, Any]] = [(backend, backend), (search.strategy, search.strategy)]
         registered += [(section.name, kind_of(section)) for section in self._parsed.tasks]
         registered += [(getattr(part, "name", backend), part) for part in self._problem.backend.extensions()]
         names = dict.fromkeys(name for name, part in registered if plugins.registered_by_program(part))
