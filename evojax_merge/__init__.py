@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from evojax_merge.backends.function.opening import FunctionFactory
     from evojax_merge.evaluation.scores import Scores
     from evojax_merge.pytrees import host_callback, search_pytrees
-    from evojax_merge.run import Run, open_run
     from evojax_merge.search.loop import Generation
     from evojax_merge.search.strategies.evosax import EvosaxStrategy
     from evojax_merge.search.strategies.registry import StrategySettings
-    from evojax_merge.study import MergeSpace, Models, Study, Trial, load_models
+    from evojax_merge.study import LayerPathSpace, MergeSpace, Models, PoolSpace, Study, load_models
     from evojax_merge.tasks.arrays import ArrayTask
+    from evojax_merge.trials import Run, Trial, open_run
 
 __all__ = [
     "ArrayTask",
@@ -42,8 +42,10 @@ __all__ = [
     "FunctionFactory",
     "Generation",
     "InputError",
+    "LayerPathSpace",
     "MergeSpace",
     "Models",
+    "PoolSpace",
     "Run",
     "Scores",
     "StrategySettings",
@@ -85,14 +87,16 @@ _HOMES = {
     "Scores": "evaluation.scores",
     "EvosaxStrategy": "search.strategies.evosax",
     "StrategySettings": "search.strategies.registry",
-    "Run": "run",
+    "Run": "trials",
     "ArrayTask": "tasks.arrays",
     "FunctionFactory": "backends.function.opening",
-    "open_run": "run",
+    "open_run": "trials",
+    "Trial": "trials",
+    "LayerPathSpace": "study",
     "MergeSpace": "study",
     "Models": "study",
+    "PoolSpace": "study",
     "Study": "study",
-    "Trial": "study",
     "load_models": "study",
 }
 # Modules that are part of the public API.

@@ -5,16 +5,13 @@ progress bars on a terminal. The commands' warnings become Python warnings.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
-import yaml
 from merge_kernels import Method
 
 from evojax_merge import plugins, stored_models
@@ -26,69 +23,22 @@ from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.commands.merge import MergeOptions, write_merge
 from evojax_merge.commands.search import default_out, run_search
 from evojax_merge.config import MAX_SEED, Config, Numbers, TaskFile, parse
-from evojax_merge.errors import InputError, did_you_mean, printable, shown
+from evojax_merge.errors import InputError, did_you_mean, printable
 from evojax_merge.evaluation.scores import Scores, score_matrix
 from evojax_merge.mergekit.streams import plain_recipe
-from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.models.bank import Bank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.problem import build_problem, config_from, read_config
+from evojax_merge.python_calls import Location, PythonCall, as_yaml, genome_array, ignore, warn
 from evojax_merge.references import resolve_reference
 from evojax_merge.report.comparison import model_names
-from evojax_merge.report.described import Described
-from evojax_merge.report.progress import bytes_bar, console
-from evojax_merge.run import Run, open_run
+from evojax_merge.report.described import Described, Table, parameter_table
+from evojax_merge.report.progress import bytes_bar
 from evojax_merge.search.loop import Generation
 from evojax_merge.selection import open_evaluator
 from evojax_merge.spaces.search_parameters import constants_of, method_with_base, options_of
-from evojax_merge.tasks.python_functions import reference_to
-from evojax_merge.yaml_reader import parse_documents, parse_yaml
-
-Location = str | PathLike[str]
-
-
-@contextmanager
-def bars_on_terminals() -> Iterator[None]:
-    """Show progress bars on terminals and in notebooks alone."""
-    usual = console.quiet
-    console.quiet = usual or not (console.is_terminal or console.is_jupyter)
-    try:
-        yield
-    finally:
-        console.quiet = usual
-
-
-def _ignore(line: str) -> None:
-    """Drop a line that a command prints beside its result."""
-
-
-def _warn(line: str) -> None:
-    # The warning names the caller of this file's public function.
-    warnings.warn(printable(line), stacklevel=4)
-
-
-def as_yaml(where: str, value: Any) -> Any:
-    """The value that YAML would give for a document of mappings, lists, numbers, texts and paths. A reference
-    (tasks.python_functions) stands for a function where a config names one."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {
-                key: reference_to(item) if key == "function" and callable(item) else plain(item)
-                for key, item in value.items()
-            }
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        if isinstance(value, np.ndarray | np.generic):
-            return value.tolist()
-        return str(value) if isinstance(value, PathLike) else value
-
-    try:
-        return parse_yaml(where, dump_yaml(plain(value)))
-    except RecursionError:
-        raise InputError(where, "is nested too deeply, or in itself; expected what YAML can say") from None
-    except yaml.YAMLError as error:
-        raise InputError(where, f"holds what no YAML can say ({error}); expected numbers, texts and lists") from None
+from evojax_merge.trials import Run, open_run
+from evojax_merge.yaml_reader import parse_documents
 
 
 def _check_dtype(dtype: str | None) -> None:
@@ -132,9 +82,9 @@ def merge(
         source: Path | list[Any] = Path(recipe)
     else:
         source = as_yaml("recipe", [recipe] if isinstance(recipe, Mapping) else recipe)
-    with bars_on_terminals():
+    with PythonCall():
         options = MergeOptions(dtype, seed, overwrite, allow_nonfinite, allow_crimes, strict)
-        write_merge(source, Path(out), options, _ignore, _warn)
+        write_merge(source, Path(out), options, ignore, warn)
     return Path(out)
 
 
@@ -165,8 +115,8 @@ def evaluate(
         plugins.load()
         document = as_yaml("tasks", tasks if isinstance(tasks, Mapping) else {"tasks": tasks})
         task_set = stored_models.open_tasks("tasks", parse(Path("tasks"), document, TaskFile), Path.cwd(), split)
-    with bars_on_terminals():
-        rows = stored_models.score_models(names, task_set, _ignore, _warn)
+    with PythonCall():
+        rows = stored_models.score_models(names, task_set, ignore, warn)
     return stored_models.score_table(names, rows)
 
 
@@ -195,7 +145,7 @@ def evolve(
     check_arguments(evolve, locals())
     path, parsed = _config(config, seed, overrides)
     folder = default_out(path, parsed) if out is None else Path(out)
-    with bars_on_terminals():
+    with PythonCall():
         run_search(path, parsed, folder, resume=resume, overwrite=overwrite, on_generation=on_generation, force=force)
     return with_warnings(open_run(folder))
 
@@ -215,25 +165,6 @@ def _config(config: Location | Mapping[str, Any], seed: int | None, overrides: S
         path = Path("config")
         return path, config_from(path, as_yaml("config", config), overrides, seed)
     return Path(config), read_config(Path(config), overrides, seed)
-
-
-def genome_array(name: str, value: Any, shape: tuple[str | int, ...]) -> np.ndarray:
-    """An argument as float32 of this shape, in which a letter stands for any length. Raises InputError for any other
-    argument, and for values that are not finite in float32."""
-    expected = f"expected numbers of shape [{', '.join(map(str, shape))}]"
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError):  # lists of unlike lengths
-        raise InputError(name, f"{shown(value)}; {expected}") from None
-    if array.dtype.kind not in "fiu" and not jnp.issubdtype(array.dtype, jnp.floating):
-        raise InputError(name, f"{shown(value)}; {expected}")
-    if array.ndim != len(shape) or any(a != b for a, b in zip(array.shape, shape, strict=True) if isinstance(b, int)):
-        raise InputError(name, f"shape {list(array.shape)}; {expected}")
-    with np.errstate(over="ignore"):
-        genes = array.astype(np.float32)
-    if not np.isfinite(genes).all():
-        raise InputError(name, "NaN or infinite in float32; expected finite numbers")
-    return genes
 
 
 class Evaluator(Described):
@@ -263,7 +194,7 @@ class Evaluator(Described):
         tasks = {"search": splits.search, "validation": splits.validation, "heldout": splits.heldout}[split]
         if tasks is None:
             raise InputError("split", "validation; the config's search has no validation split (search.validation)")
-        with bars_on_terminals():
+        with PythonCall():
             self._evaluator = open_evaluator(self._problem, tasks)
 
     def facts(self) -> dict[str, Any]:
@@ -275,6 +206,17 @@ class Evaluator(Described):
             "tasks": [task.name for task in tasks],
             "examples": sum(task.size for task in tasks),
         }
+
+    def tables(self) -> dict[str, Table]:
+        space: Any = self._problem.space
+        tasks = [
+            {"task": task.name, "metric": task.metric, "examples": task.size, "weight": float(task.weight)}
+            for task in self._evaluator.tasks
+        ]
+        if not hasattr(space, "named_values"):
+            return {"tasks": tasks}
+        values = space.named_values(self.start[None], model_names(self._problem.parents))
+        return {"tasks": tasks, "start": parameter_table({name: float(column[0]) for name, column in values.items()})}
 
     @property
     def dims(self) -> int:
@@ -293,7 +235,8 @@ class Evaluator(Described):
         if not len(genomes):
             raise InputError("genomes", "are empty; expected 1 or more")
         tasks = self._evaluator.tasks
-        return score_matrix(tasks, self._evaluator.score(genomes))
+        with PythonCall():
+            return score_matrix(tasks, self._evaluator.score(genomes))
 
     def recipe(self, genome: Any) -> Any:
         """A genome float32[D] as a recipe, which `merge` makes into a model: a mapping, or a list of them where it has
@@ -347,7 +290,7 @@ def load_bank(
     sources, config = open_sources(paths)
     for line in (*ignored_revisions([str(model) for _, model in named], Path.cwd()), *sources.warnings):
         warnings.warn(printable(line), stacklevel=2)
-    with bars_on_terminals(), bytes_bar("loading", checkpoints_bank.bank_bytes(sources, config)) as progress:
+    with PythonCall(), bytes_bar("loading", checkpoints_bank.bank_bytes(sources, config)) as progress:
         return LoadedBank(checkpoints_bank.load_bank(sources, config, spec, progress), spec, config, tuple(paths))
 
 

@@ -22,6 +22,7 @@ from evojax_merge.errors import LONGEST_LINE, Failed, InputError, PeerLostError,
 from evojax_merge.interrupts import INTERRUPTED
 from evojax_merge.jax_environment import check_environment, no_devices
 from evojax_merge.mergekit.flags import ShardSize, given_without_meaning, without_meaning
+from evojax_merge.users_traceback import hide_inner_frames
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 # The bound is config.MAX_SEED, repeated here: the imports of config are too heavy for --help.
@@ -513,10 +514,11 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # An ordinary exit would wait for the lost process.
         os._exit(FAILED)
-    except Exception:
+    except Exception as error:
         import traceback
 
-        traceback.print_exc()
+        hide_inner_frames(error)
+        traceback.print_exception(error)
         status = FAILED
     # The work is done: from now on a signal only ends the program sooner.
     interrupts.end_at_once(status)

@@ -247,12 +247,8 @@ class StopConfig(Section):
         return {name: value for name, value in serialise(self).items() if value is not None}
 
 
-# The strategies whose options `search.gradient` holds.
-FOLLOW_GRADIENTS = ("gradient", "hybrid")
-
-
 class GradientConfig(Section):
-    """The options of the strategies `gradient` and `hybrid`, which follow gradients."""
+    """The options of strategies that follow gradients, such as `gradient` and `hybrid`."""
 
     optimizer: Name = Field("adam", description="one of optax's that needs a learning rate alone, by its name there")
     learning_rate: Real = Field(0.1, ge=1e-9, le=100.0, description="of the first step, in units of the bounds' range")
@@ -345,8 +341,7 @@ class SearchConfig(Section):
         document: dict[str, Any] = serialise(self)
         defaults = type(self)(strategy=self.strategy)
         for name in ("rung_examples", "seeds", "validation", "validate_every", "stop", "gradient"):
-            follows = name == "gradient" and self.strategy in FOLLOW_GRADIENTS
-            if getattr(self, name) == getattr(defaults, name) and not follows:
+            if getattr(self, name) == getattr(defaults, name):
                 document.pop(name)
         return document
 

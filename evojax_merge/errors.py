@@ -7,10 +7,13 @@ failure of the program or of a user's own function (status 1, with its traceback
 
 import difflib
 import errno
+import re
 import reprlib
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 # The maximum of a message's characters: text from a stranger's file must not push the rest off the screen.
 LONGEST_MESSAGE = 1000
@@ -23,6 +26,11 @@ NEAR, SHARED = 0.65, 5
 
 # The user's names of files that the program has made in its cache, by their paths in the cache.
 _USERS_NAMES: dict[str, str] = {}
+
+# Whether messages go to a Python program, and the commands' options that are arguments there.
+_IN_PYTHON = ContextVar("_IN_PYTHON", default=False)
+_SWITCH = re.compile(r"--(resume|overwrite|force|allow-nonfinite|allow-crimes|strict)\b")
+_OPTION = re.compile(r"--(out|dtype|seed)\b")
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
@@ -65,10 +73,24 @@ def name_in_messages(path: object, name: object) -> None:
 
 
 def in_users_words(text: str) -> str:
-    """The text with paths replaced by their names from `name_in_messages`."""
+    """The text with paths replaced by their names from `name_in_messages`, and, for a Python program, with arguments in
+    place of options: `resume=True` for `--resume`."""
     for path in sorted(_USERS_NAMES, key=len, reverse=True):
         text = text.replace(path, _USERS_NAMES[path])
+    if _IN_PYTHON.get():
+        text = _SWITCH.sub(lambda option: f"{option[1].replace('-', '_')}=True", text)
+        text = _OPTION.sub(r"`\1`", text)
     return text
+
+
+@contextmanager
+def in_python_words() -> Iterator[None]:
+    """Have the block's messages speak to a Python program (see `in_users_words`)."""
+    token = _IN_PYTHON.set(True)
+    try:
+        yield
+    finally:
+        _IN_PYTHON.reset(token)
 
 
 def shown(value: object) -> str:

@@ -28,7 +28,7 @@ MOST_SHARDS = 64
 
 
 def make_plan(
-    problem: SearchProblem,
+    problem: SearchProblem[Backend],
     prepared: Splits[list[Any]],
     download_bytes: int = 0,
     compiler: TargetCompiler | None = None,
@@ -98,7 +98,7 @@ def make_plan(
     )
 
 
-def disk_bytes(problem: SearchProblem) -> int:
+def disk_bytes(problem: SearchProblem[Backend]) -> int:
     """Bytes that a run needs on the disk. Candidates need nothing; the winner is about as large as one parent."""
     model = problem.backend.stored_bytes() // problem.backend.loaded
     examples, tasks = sum(task.size for shard in problem.splits.shards for task in shard), len(problem.splits.search)
@@ -109,7 +109,7 @@ def _cost(passes: Sequence[SizedPass], target: Target) -> Cost:
     return sum((sized.planned.cost(target) for sized in passes), Cost())
 
 
-def _shard_passes(problem: SearchProblem, shards: int, groups: int) -> int:
+def _shard_passes(problem: SearchProblem[Backend], shards: int, groups: int) -> int:
     """The number of passes of a candidate over a shard of the examples that a generation has for each group of
     devices."""
     ends = rung_shards(shards)
@@ -149,7 +149,7 @@ def _work(cost: Cost, target: Target, model: int) -> Work:
     )  # fmt: skip
 
 
-def advice(problem: SearchProblem, pass_bytes: int, held_bytes: int = 0) -> tuple[str, ...]:
+def advice(problem: SearchProblem[Backend], pass_bytes: int, held_bytes: int = 0) -> tuple[str, ...]:
     """Changes that would make a search fit that does not. Bytes on a device: pass_bytes, of the largest pass;
     held_bytes: of materialised candidates and caches, which no shorter batch makes smaller than those of one row."""
     backend: Backend = problem.backend

@@ -65,6 +65,9 @@ HINT = f"; a plugin can add it (plugins: in a config, --plugin FILE, {ENVIRONMEN
 _loaded: set[EntryPoint] = set()
 # The plugins that were named, by their names from any folder.
 _named: dict[str, ModuleType] = {}
+# The plugins that are being loaded, and the objects and names that were registered while there was none.
+_loading: list[str] = []
+_of_the_program: list[Any] = []
 
 
 def register(kind: str, *arguments: Any) -> Any:
@@ -72,9 +75,27 @@ def register(kind: str, *arguments: Any) -> Any:
     taken."""
     try:
         with _checking_methods():
-            return REGISTRIES[kind].register(*arguments)
+            registered = REGISTRIES[kind].register(*arguments)
     except (TypeError, ValueError) as error:
         raise InputError(f"register_{kind}", str(error)) from None
+    if not _loading:
+        _of_the_program.extend(arguments)
+    return registered
+
+
+def registered_by_program(value: object) -> bool:
+    """Return whether the running program has registered an object, or a name, itself: no plugin did, which another
+    process would load as well."""
+    return any(value is other or (isinstance(value, str) and value == other) for other in _of_the_program)
+
+
+@contextmanager
+def _while_loading(name: str) -> Iterator[None]:
+    _loading.append(name)
+    try:
+        yield
+    finally:
+        _loading.pop()
 
 
 @contextmanager
@@ -165,7 +186,8 @@ def _load_named(where: str, name: str, folder: Path) -> str:
         raise InputError(where, "no such file")
     known_as = str(path.resolve()) if is_file else name
     try:
-        with importing_from(path.resolve().parent if is_file else folder), _checking_methods():
+        place = path.resolve().parent if is_file else folder
+        with importing_from(place), _checking_methods(), _while_loading(name):
             _named[known_as] = _script(path.resolve()) or load_file(path.resolve()) if is_file else import_module(name)
     except InputError as error:
         raise InputError(where, str(error)) from None
@@ -199,9 +221,9 @@ def _raised_by_registry(error: ValueError) -> bool:
 
 def _load(plugin: EntryPoint, kind: str) -> None:
     try:
-        target = plugin.load()
         registry = REGISTRIES[kind]
-        with _checking_methods():
+        with _checking_methods(), _while_loading(plugin.name):
+            target = plugin.load()
             if inspect.isfunction(target) and not inspect.signature(target).parameters:
                 target()
             elif registry.named:

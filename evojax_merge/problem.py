@@ -7,11 +7,12 @@ then the run folder.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, cast
 
 import numpy as np
+from typing_extensions import TypeVar
 
-from evojax_merge.backends.backend import Resolve
+from evojax_merge.backends.backend import Backend, Resolve
 from evojax_merge.backends.registry import find_backend
 from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import file_hash
@@ -61,16 +62,19 @@ GENOME_COPIES = 6
 ScaleBy = Literal["none", "parents"]
 
 
+# The kind of a problem's backend, for code that knows which one it is.
+B = TypeVar("B", bound=Backend, default=Any, covariant=True)
+
+
 @dataclass(frozen=True)
-class SearchProblem:
-    """A search, ready to run. `search`, `seed`: of its config; `backend`: a Backend, whose further attributes are for
-    code that knows which one it is; `splits`: the tasks on each split; `strata`: where rungs choose their examples, for
-    each task of `splits.choice` the strata that every rung has its share of, int[n] each; `scale`: what tasks are
-    measured by; `guards`: the tolerance of each guarded task, by its name."""
+class SearchProblem(Generic[B]):
+    """A search, ready to run. `search`, `seed`: of its config; `splits`: the tasks on each split; `strata`: where rungs
+    choose their examples, for each task of `splits.choice` the strata that every rung has its share of, int[n] each;
+    `scale`: what tasks are measured by; `guards`: the tolerance of each guarded task, by its name."""
 
     search: SearchConfig
     seed: int
-    backend: Any
+    backend: B
     strategy: Strategy
     splits: Splits[list[Any]]
     strata: list[list[np.ndarray]]
@@ -91,8 +95,7 @@ class SearchProblem:
 
     def prepare(self) -> Splits[list[Any]]:
         """The tasks of each split as the backend evaluates them."""
-        prepared: Splits[list[Any]] = self.backend.prepare(self.splits)
-        return prepared
+        return self.backend.prepare(self.splits)
 
     def example_choice(self, evaluators: Splits[Any]) -> ExampleChoice | None:
         """The examples that rungs choose from; None where shards take turns. evaluators: of genomes, on each split."""
@@ -100,10 +103,10 @@ class SearchProblem:
             return None
         return ExampleChoice(evaluators.choice, self.strata, len(self.splits.shards))
 
-    def within(self, context: Any) -> "SearchProblem":
+    def within(self, context: Any) -> "SearchProblem[B]":
         """The problem once its strategy's state lends `context` to the space; None: genomes are complete by
         themselves."""
-        return replace(self, backend=self.backend.within(context))
+        return replace(self, backend=cast(B, self.backend.within(context)))
 
 
 def read_config(path: Path, overrides: Sequence[str], seed: int | None) -> Config:
@@ -146,6 +149,14 @@ def revision_warnings(path: Path, config: Config) -> list[str]:
     """A line for each revision that a config names and that does not exist. `path` is the config's file."""
     lines = ignored_revisions((config.base, *config.parents, config.other_modules), path.parent)
     return [f"{path}: {line}" for line in lines]
+
+
+def open_backend(path: Path, config: Config, *, chained: bool = False) -> Backend:
+    """Open a config's models and its space, and none of its tasks (see `build_problem`)."""
+    where, folder = str(path), path.parent
+    kind = find_backend(f"{where}: backend", config.backend, folder)
+    kind.check(where, config)
+    return kind.open(where, config, folder, live_target(), resolve_reference, chained)
 
 
 def build_problem(
@@ -237,7 +248,7 @@ def _check_guards(where: str, config: Config, backend: Any, strategy: Strategy) 
 
 
 def searchable(
-    where: str, search: SearchConfig, seed: int, backend: Any, strategy: Strategy, tasks: Sequence[tuple[Any, Any]],
+    where: str, search: SearchConfig, seed: int, backend: Backend, strategy: Strategy, tasks: Sequence[tuple[Any, Any]],
     limits: Sequence[int | None],
 ) -> SearchProblem:  # fmt: skip
     """The search of a strategy over a backend's models. tasks: each on its searched and its held-out examples (None: it
@@ -362,6 +373,23 @@ def failure_hint(task: Task) -> str:
     )
 
 
+def resolved_search(search: SearchConfig, strategy: Strategy) -> dict[str, Any]:
+    """The section `search` for the run folder: the strategy's population, and its options where it has any."""
+    options = {} if differentiates(strategy) is None else {"gradient": search.gradient.model_dump(mode="json")}
+    return {**search.model_dump(mode="json"), "population": strategy.population, **options}
+
+
+def extensions(config: Config, problem: SearchProblem) -> list[object]:
+    """The objects of a search that plugins may have added."""
+    factory = find_strategy("search.strategy", problem.search.strategy)
+    return [*problem.backend.extensions(), factory, problem.strategy, *config.tasks, *problem.splits.search]
+
+
+def plugins_of(config: Config, problem: SearchProblem) -> list[str]:
+    """The plugins that a config names, and those that were loaded otherwise and define objects of the search."""
+    return sorted({*config.plugins, *named_plugins(extensions(config, problem))})
+
+
 def resolved_document(config: Config, problem: SearchProblem) -> dict[str, Any]:
     """The config for the run folder: absolute paths, defaults filled in, the strategy's population, the hash of every
     file that scores depend on (weights, the models' configs, the files of their tokenizers and chat templates, data,
@@ -369,18 +397,16 @@ def resolved_document(config: Config, problem: SearchProblem) -> dict[str, Any]:
     backend, splits = problem.backend, problem.splits
     document = config.model_dump(mode="json") | backend.resolved()
     document.pop("out")
-    document["search"]["population"] = problem.strategy.population
+    document["search"] = resolved_search(config.search, problem.strategy)
     document["export_dtype"] = backend.export_dtype
     document["evaluation"]["compute_dtype"] = backend.compute_dtype
     document["tasks"] = list(map(resolved_config, config.tasks, splits.search, splits.heldout))
     if config.scale is not None or problem.scale != "none":
         document["scale"] = problem.scale
     files = {file for task in splits.search + splits.heldout for file in task.files} | backend.files()
-    factory = find_strategy("search.strategy", problem.search.strategy)
-    extensible = [*backend.extensions(), factory, problem.strategy, *config.tasks, *splits.search]
-    plugins = sorted({*config.plugins, *named_plugins(extensible)})
+    plugins = plugins_of(config, problem)
     if plugins:
         document["plugins"] = plugins
-    files |= source_files(extensible) | files_of(plugins)
+    files |= source_files(extensions(config, problem)) | files_of(plugins)
     document["inputs"] = {str(file): file_hash(file) for file in sorted(files)}
     return document | random_numbers(backend.is_random)

@@ -21,7 +21,7 @@ from evojax_merge import plugins
 from evojax_merge.arguments import check_arguments, check_call
 from evojax_merge.backends.function.backend import FunctionBackend, score_count
 from evojax_merge.backends.function.opening import named_arrays, save_tree, tree_merge
-from evojax_merge.backends.function.trees import TreeMerge, digest_of, flatten, open_trees
+from evojax_merge.backends.function.trees import TreeMerge, open_trees
 from evojax_merge.config import (
     MAX_SEED,
     Bounds,
@@ -36,10 +36,11 @@ from evojax_merge.core import evolve_on
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.file_system import atomic_write, atomic_write_bytes
-from evojax_merge.problem import build_strategy, searchable
+from evojax_merge.problem import build_strategy, resolved_search, searchable
+from evojax_merge.python_calls import PythonCall
 from evojax_merge.search.environment import recorded_session
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter
-from evojax_merge.search.protocols import differentiates
+from evojax_merge.search.protocols import Strategy, differentiates
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder, opened, random_numbers
 from evojax_merge.search.run_parts import check_room
 from evojax_merge.selection import open_evaluators, select_best
@@ -47,6 +48,7 @@ from evojax_merge.spaces.parameter import GroupSpace
 from evojax_merge.spaces.search_parameters import method_with_base
 from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.opening import split_task
+from evojax_merge.tasks.python_trees import digest_of, flatten
 
 WHERE = "search_pytrees"
 # The number of candidates that are compared on the validation split; without such a split the best candidate wins.
@@ -188,7 +190,8 @@ def search_pytrees(
         merge, tuple(names), tuple(map(FilePath, names)), save_tree, EvaluationConfig(chunk=chunk), live_target()
     )
     chosen_strategy = build_strategy(WHERE, search, backend.space)
-    task = _task(fitness, examples, merge)
+    with PythonCall():
+        task = _task(fitness, examples, merge)
     if differentiates(chosen_strategy) is not None and not task.traced:
         raise InputError(
             WHERE, f"strategy: {strategy} follows the gradient of the fitness, and host_callback has none; pass a "
@@ -199,11 +202,11 @@ def search_pytrees(
         raise InputError(WHERE, f"gradient.minibatches: {parts} are parts of the examples; give it `examples`")
     kept, held = (task, None) if not heldout else split_task(task, heldout, seed)
     problem = searchable(WHERE, search, seed, backend, chosen_strategy, [(kept, held)], [None])
-    with ExitStack() as stack:
+    with PythonCall(), ExitStack() as stack:
         storage: MemoryStorage | FolderStorage = MemoryStorage()
         folder = None
         if out is not None:
-            document = _document(search, chosen_strategy.population, merge, names, seed, examples)
+            document = _document(search, chosen_strategy, merge, names, seed, examples)
             folder = stack.enter_context(opened(FilePath(out), document, resume=resume, overwrite=overwrite))
             check_room(folder, search.generations)
             stack.enter_context(recorded_session(folder))
@@ -243,9 +246,9 @@ def _task(fitness: Callable[..., Any] | HostFitness, examples: Any, merge: TreeM
 
 
 def _document(
-    search: SearchConfig, population: int, merge: TreeMerge, names: Sequence[str], seed: int, examples: Any
+    search: SearchConfig, strategy: Strategy, merge: TreeMerge, names: Sequence[str], seed: int, examples: Any
 ) -> dict[str, Any]:
-    """The search for its run folder. population: the strategy's."""
+    """The search for its run folder."""
     space, spec = merge.space, merge.spec
     return {
         "search_pytrees": {
@@ -253,7 +256,7 @@ def _document(
             "parameters": {item.name: [item.low, item.high, *item.start] for item in space.search_parameters},
             "constants": {name: list(values) for name, values in space.constants}, "options": asdict(spec.options),
         },
-        "search": search.model_dump(mode="json") | {"population": population},
+        "search": resolved_search(search, strategy),
         "inputs": {name: digest_of(source) for name, source in zip(names, merge.tree.columns, strict=True)}
         | ({} if examples is None else {"examples": digest_of(jax.tree.leaves(examples))}),
     } | random_numbers(spec.method.random)  # fmt: skip

@@ -1,35 +1,33 @@
 """A run folder, for reading: a search's progress and results."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from evojax_merge.arguments import check_arguments
 from evojax_merge.backends.decoder.opening import parameter_space
-from evojax_merge.errors import InputError
+from evojax_merge.config import Config
 from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.problem import config_from, stage_config
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described
-from evojax_merge.report.frame import NamedValues, gene_values, history_frame
+from evojax_merge.report.frame import NamedValues, gene_values
 from evojax_merge.search.run_folder import is_run, read_result
 from evojax_merge.search.run_parts import RunFolder, read_lines
 from evojax_merge.yaml_reader import load_documents, load_yaml
 
 
 @dataclass(frozen=True, repr=False)
-class Run(Described):
-    """A search's run folder. Every property reads the current files, so that a running search can be watched; a
-    property whose file does not exist yet is None, or empty."""
+class StoredRun(Described):
+    """A search's run folder, for reading. Every property reads the current files, so that a running search can be
+    watched; a property whose file does not exist yet is None, or empty."""
 
     path: Path
 
     def __post_init__(self) -> None:
-        check_arguments(Run.__init__, vars(self))
+        check_arguments(type(self).__init__, vars(self))
 
     def facts(self) -> dict[str, Any]:
         if not is_run(self._folder):
@@ -38,7 +36,7 @@ class Run(Described):
         last = history[-1] if history else {}
         return {
             "folder": str(self.path),
-            "method": method_in(config),
+            "method": self.method,
             "parents": model_names([Path(parent) for parent in config.get("parents", ())]),
             "dimensions": len(last["genomes"][0]) if last else None,
             "generations": len(history),
@@ -110,25 +108,29 @@ class Run(Described):
         """The winner of `search_pytrees`: a safetensors file, its leaves by their paths."""
         return self._folder.params if self._folder.params.is_file() else None
 
-    def to_frame(self) -> Any:
-        """The history as a pandas table, a row for each candidate: `generation`, `candidate` (its number there, from
-        0), `fitness`, `examples`, its mean on each task by the task's name, and its searched parameters, such as
-        `weight[layers 0-3 attention][maths]`; `gene[0]` and so forth where the space has no named parameters. For a
-        search in stages, the history is the last stage's. Names of parameters need the first parent's headers."""
-        return history_frame(self.history, self.named_values())
+    @property
+    def method(self) -> str:
+        """The name of the search's merge method, or of the kind of its space."""
+        return method_in(self.config)
+
+    def last_stage(self) -> Config:
+        """The config of the search, or of its last stage, without its tasks: their kinds and functions need not be
+        known to this process, but for a pool's."""
+        folder, document = self._folder, self.config
+        if not document.get("pool"):
+            document |= {"tasks": [{"name": "task", "kind": "likelihood", "file": "tasks.jsonl"}]}
+        config = config_from(folder.config, document, [], None)
+        if config.stages is None:
+            return config
+        winner = folder.stages / f"stage-{len(config.stages) - 1}" / folder.model.relative_to(folder.path)
+        return stage_config(config, config.stages[-1], str(winner) if len(config.stages) > 1 else None)
 
     def named_values(self) -> NamedValues:
         """The function from genomes to the searched parameters by their names. Needs the first parent's headers."""
-        folder, document = self._folder, self.config
+        document = self.config
         if "tasks" not in document or "backend" in document:  # a run of search_pytrees, or not of language models
             return gene_values
-        # Without the tasks, whose kinds and functions need not be known to this process.
-        tasks = [{"name": "task", "kind": "likelihood", "file": "tasks.jsonl"}]
-        config = config_from(folder.config, document | {"tasks": tasks}, [], None)
-        if config.stages is not None:
-            winner = folder.stages / f"stage-{len(config.stages) - 1}" / folder.model.relative_to(folder.path)
-            config = stage_config(config, config.stages[-1], str(winner) if len(config.stages) > 1 else None)
-        opened = parameter_space(folder.config, config)
+        opened = parameter_space(self._folder.config, self.last_stage())
         return gene_values if opened is None else partial(opened[0].named_values, parents=opened[1])
 
     @property
@@ -142,14 +144,3 @@ def method_in(config: Mapping[str, Any]) -> str:
     space = config.get("space") or config.get("search_pytrees") or {}
     method = space.get("method") if isinstance(space, Mapping) else None
     return method or next((key for key in ("data_flow", "pool", "stages") if config.get(key)), "unknown")
-
-
-def open_run(folder: str | PathLike[str]) -> Run:
-    """The run folder of a search, finished or not. Raises InputError for any other folder."""
-    check_arguments(open_run, locals())
-    path = Path(os.path.expanduser(folder)).absolute()
-    if not path.is_dir():
-        raise InputError(folder, "no such folder; expected the run folder of a search")
-    if not is_run(RunFolder(path)):
-        raise InputError(folder, "is not a run folder of a search")
-    return Run(path)

@@ -23,7 +23,7 @@ from evojax_merge.tasks.task import GUARD_WEIGHT
 
 
 def open_evaluators(
-    problem: SearchProblem,
+    problem: SearchProblem[Backend],
     prepared: Splits[list[Any]],
     devices: Devices = ONE_DEVICE,
     progress: Callable[[int], None] = lambda done: None,
@@ -31,22 +31,22 @@ def open_evaluators(
 ) -> Splits[SpaceEvaluator[Any]]:
     """Load the bank and open evaluators of genomes on each of the splits, with the goal of the search. `progress`
     receives the bytes that were loaded, `log` the evaluators' notes."""
-    backend: Backend = problem.backend
+    backend = problem.backend
     bank, population = backend.load(devices, progress), problem.strategy.population
     return with_goals(problem, backend.evaluators(bank, prepared, population, devices, log), log)
 
 
 def open_evaluator(
-    problem: SearchProblem, tasks: list[Any], devices: Devices = ONE_DEVICE, bank: Any = None
+    problem: SearchProblem[Backend], tasks: list[Any], devices: Devices = ONE_DEVICE, bank: Any = None
 ) -> SpaceEvaluator[Any]:
     """Score genomes on the prepared tasks of one split as generations are scored. bank: None: it is loaded."""
-    backend: Backend = problem.backend
+    backend = problem.backend
     bank = backend.load(devices, lambda done: None) if bank is None else bank
     return backend.evaluator(bank, tasks, problem.strategy.population, devices)
 
 
 def select_best(
-    problem: SearchProblem,
+    problem: SearchProblem[Backend],
     on: Splits[SpaceEvaluator[Any]],
     archive: Archive,
     progress: Callable[[int], None] = lambda done: None,
@@ -132,7 +132,7 @@ def _front(
 
 
 def _table(
-    problem: SearchProblem,
+    problem: SearchProblem[Backend],
     heldout: SpaceEvaluator[Any],
     winner: np.ndarray,
     plain: np.ndarray,
@@ -140,7 +140,7 @@ def _table(
 ) -> tuple[list[Row], Sequence[Mapping[str, Any]]]:
     """The rows of the held-out table: the stored models, the baseline where it is none of them, and the winner; and the
     answers of the winner and of the best parent."""
-    backend: Backend = problem.backend
+    backend = problem.backend
     scored = [
         (role, model_name(path), 0, backend.score_stored(path, heldout, progress)) for role, path in backend.compared
     ]
@@ -178,7 +178,7 @@ def shares_of(tasks: Sequence[ScoredTask]) -> dict[str, float]:
     return {f"{task.name}/{task.metric}": shares.get(task.name, 0.0) for task in tasks}
 
 
-def _no_winner(problem: SearchProblem, archive: Archive) -> str:
+def _no_winner(problem: SearchProblem[Backend], archive: Archive) -> str:
     """The message about a search without a winner: every generation had a candidate with finite scores, but none of the
     finalists has on the examples that the winner is chosen on."""
     metrics = ", ".join(f"{task.name} ({task.metric})" for task in problem.splits.search)
@@ -190,7 +190,7 @@ def _no_winner(problem: SearchProblem, archive: Archive) -> str:
     )
 
 
-def passes_to_select(problem: SearchProblem, on: Splits[SpaceEvaluator[Any]]) -> int:
+def passes_to_select(problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]]) -> int:
     """The steps of progress that `select_best` reports at most."""
     counts = candidates_to_select(problem)
     on_validation = 0 if on.validation is None else on.validation.passes(counts.validation)
@@ -206,7 +206,7 @@ class SelectionCounts:
     heldout: int
 
 
-def candidates_to_select(problem: SearchProblem) -> SelectionCounts:
+def candidates_to_select(problem: SearchProblem[Backend]) -> SelectionCounts:
     """The most models that `select_best` scores on each split."""
     plain = len(plain_merges_of(problem.space)[0])
     front = problem.strategy.population + plain if keeps_front(problem.strategy) else 0

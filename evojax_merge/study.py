@@ -4,19 +4,22 @@ Each object is a part of a config document, checked where it is made. A study ru
 document, and its run folder is the same to the byte.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from evojax_merge import plugins
-from evojax_merge.api import Location, as_yaml, bars_on_terminals, genome_array, merge, with_warnings
+from evojax_merge.api import with_warnings
 from evojax_merge.arguments import check_arguments
 from evojax_merge.backends.decoder.opening import build_space, check_models
-from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.backends.registry import find_backend
+from evojax_merge.checkpoints.parents import open_decoders
 from evojax_merge.checkpoints.tokens import TokenizerChoice
 from evojax_merge.commands.search import run_search
 from evojax_merge.config import Config, SpaceConfig, parse
@@ -24,45 +27,55 @@ from evojax_merge.errors import Failed, InputError, shown
 from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.evaluation.scores import Scale, Scores, TaskScores, means, score_matrix
 from evojax_merge.goals import measured_scales, with_goal
-from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.problem import build_problem, config_from
+from evojax_merge.problem import build_problem, config_from, open_backend, plugins_of, resolved_document
+from evojax_merge.python_calls import Location, PythonCall, as_yaml, genome_array, ignore
+from evojax_merge.pytrees import HostFitness
 from evojax_merge.references import resolve_reference
 from evojax_merge.report.comparison import model_names
-from evojax_merge.report.described import Described
-from evojax_merge.report.frame import history_frame
-from evojax_merge.run import Run, open_run
+from evojax_merge.report.described import Described, Table, parameter_table
+from evojax_merge.report.frame import gene_values, history_frame
 from evojax_merge.search.answers import ask, metrics, tell
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Generation, generation_key, history_row, init_state, next_state
-from evojax_merge.search.protocols import wants_gradients
-from evojax_merge.search.run_folder import Checkpoints, check_place, is_run, read_result
+from evojax_merge.search.protocols import capabilities_of, context_of, wants_gradients
+from evojax_merge.search.run_folder import Checkpoints, check_place, check_same_config, is_run, read_result
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.successive_halving import HalvingResult
 from evojax_merge.search.surrogate import empty_surrogate
 from evojax_merge.selection import open_evaluator
-from evojax_merge.spaces.parameter import ParameterSpace
 from evojax_merge.spaces.search_parameters import find_method, options_of
-from evojax_merge.yaml_reader import parse_documents
+from evojax_merge.tasks import Arrays
+from evojax_merge.tasks.kinds import kind_of
+from evojax_merge.tasks.python_functions import PREFIX
+from evojax_merge.tasks.python_trees import PythonTree, hold_tree
+from evojax_merge.trials import Run, Trial, TrialSource, best_of, open_run, plot_of, score_table, trials_of
 
 # The name of a study's document in messages.
 WHERE = Path("Study")
 Split = Literal["search", "validation", "heldout"]
+# Stands for the tasks where a space is opened without any.
+_NO_TASKS = [{"name": "task", "kind": "likelihood", "file": "tasks.jsonl"}]
 
 
 @dataclass(frozen=True, repr=False)
 class Models(Described):
-    """Models of one architecture, by their headers, for a search to merge. base, parents: the names that were given;
-    folders: the parents' folders; base_folder: the base's; decoder: the architecture's config."""
+    """Models of one kind for a search to merge. base, parents: their names in a config; folders: the parents' files or
+    folders; base_folder: the base's; decoder: the architecture's config, of language models, depths: the number of
+    layers of each, the base's first; backend: what the models are, by its name."""
 
     base: str | None
     parents: tuple[str, ...]
     base_folder: Path | None
     folders: tuple[Path, ...]
-    decoder: DecoderConfig
+    decoder: DecoderConfig | None = None
+    depths: tuple[int, ...] = ()
     tokenizer_source: str | None = None
     other_modules: str | None = None
+    backend: str = "decoder"
+    # The pytrees that these names stand for.
+    _held: tuple[PythonTree, ...] = field(default=(), compare=False)
 
     @property
     def names(self) -> list[str]:
@@ -73,32 +86,67 @@ class Models(Described):
         """The models' keys of a config."""
         keys = {
             "base": self.base, "parents": list(self.parents), "tokenizer_source": self.tokenizer_source,
-            "other_modules": self.other_modules,
+            "other_modules": self.other_modules, "backend": None if self.backend == "decoder" else self.backend,
         }  # fmt: skip
         return {key: value for key, value in keys.items() if value is not None}
 
     def facts(self) -> dict[str, Any]:
         base = None if self.base_folder is None else model_names([self.base_folder])[0]
+        if self.decoder is None:
+            return {"base": base, "parents": self.names, "backend": self.backend}
         return {"base": base, "parents": self.names, "layers": self.decoder.layers}
 
 
 def load_models(
-    base: Location | None,
-    parents: Sequence[Location],
+    base: Any,
+    parents: Sequence[Any],
     *,
     tokenizer_source: Location | None = None,
     other_modules: Location | None = None,
+    backend: str | None = None,
 ) -> Models:
-    """Open models for a search, by their headers alone.
+    """Open models for a search: language models by their headers alone, or pytrees.
 
     base: the model that task vectors are taken from, or None. base, parents: folders, GGUF files, hub ids, adapters
-    (`base+adapter`) or `zoo:` names; relative paths start in the working directory. tokenizer_source, other_modules: as
-    in a config.
+    (`base+adapter`) or `zoo:` names, where relative paths start in the working directory; or pytrees of arrays of one
+    structure. tokenizer_source, other_modules: as in a config. backend: what the models are, as in a config; None:
+    language models, or pytrees where these are given.
     """
     check_arguments(load_models, locals())
     plugins.load()
+    if isinstance(parents, str):
+        raise InputError("load_models: parents", f"{shown(parents)}; expected a list or a tuple")
     if not parents:
         raise InputError("load_models: parents", "is empty; expected models to merge")
+    named = [("base", base)] * (base is not None)
+    named += [(f"parents[{k}]", parent) for k, parent in enumerate(parents)]
+    pytrees = [(key, model) for key, model in named if not isinstance(model, str | PathLike)]
+    if backend is None and pytrees and len(pytrees) < len(named):
+        key, model = pytrees[0]
+        raise InputError(f"load_models: {key}", f"{shown(model)}; expected a path or a name, as other models have")
+    if backend is None and not pytrees:
+        return _language_models(base, parents, tokenizer_source, other_modules)
+    held = {key: hold_tree(f"load_models: {key}", key, model) for key, model in pytrees}
+    names = {key: held[key].reference if key in held else str(model) for key, model in named}
+    paths = {key: _file(name) for key, name in names.items()}
+    parent_names = tuple(names[f"parents[{k}]"] for k in range(len(parents)))
+    parent_paths = tuple(paths[f"parents[{k}]"] for k in range(len(parents)))
+    return Models(
+        names.get("base"), parent_names, paths.get("base"), parent_paths, backend=backend or "function",
+        _held=tuple(held.values()),
+    )  # fmt: skip
+
+
+def _file(reference: str) -> Path:
+    """The file or folder of a reference, or the reference itself where it names none."""
+    path = Path.cwd() / os.path.expanduser(reference)
+    return path.resolve() if os.path.exists(path) else Path(reference)
+
+
+def _language_models(
+    base: Location | None, parents: Sequence[Location], tokenizer_source: Location | None,
+    other_modules: Location | None,
+) -> Models:  # fmt: skip
     where, root = "load_models", Path.cwd()
     base_name = None if base is None else str(base)
     names = tuple(map(str, parents))
@@ -113,114 +161,145 @@ def load_models(
         if folder not in opened:
             raise InputError(f"{where}: tokenizer_source", f"{tokenizer}; expected base or one of the parents")
         choice = TokenizerChoice(opened.index(folder))
-    _, decoder = open_sources(opened, choice)
+    _, decoders = open_decoders(opened, choice)
     other = None if other_modules is None else str(other_modules)
-    return Models(base_name, names, base_folder, folders, decoder, tokenizer, other)
+    depths = tuple(decoder.layers for decoder in decoders)
+    return Models(base_name, names, base_folder, folders, decoders[0], depths, tokenizer, other)
 
 
-class MergeSpace(Described):
+class Space(Described):
+    """The candidates that a search chooses from. models: whose merges they are; method: the name of their merge method,
+    or of the kind of the space."""
+
+    models: Models
+    method: str
+    _space: Any
+    _document: dict[str, Any]
+
+    @property
+    def dims(self) -> int:
+        """D, the number of genes of a genome."""
+        dims: int = self._space.dims
+        return dims
+
+    @property
+    def start(self) -> np.ndarray:
+        """float32[D]: the genome with which a search begins."""
+        start: np.ndarray = self._space.start
+        return start
+
+    def parameters(self, genome: Any) -> dict[str, float]:
+        """The searched parameters that a genome float32[D] stands for: `weight[layers 0-3 attention][maths]` -> value,
+        and so forth; `gene[0]` and so forth where the space has no named parameters."""
+        values = self.named_values(genome_array("genome", genome, (self.dims,))[None])
+        return {name: float(column[0]) for name, column in values.items()}
+
+    def named_values(self, genomes: np.ndarray) -> Mapping[str, np.ndarray]:
+        """The searched parameters of genomes float32[P, D] by their names, float[P] each."""
+        if not hasattr(self._space, "named_values"):
+            return gene_values(genomes)
+        values: Mapping[str, np.ndarray] = self._space.named_values(genomes, self.models.names)
+        return values
+
+    def document(self) -> dict[str, Any]:
+        """The space's key of a config."""
+        return self._document
+
+    def facts(self) -> dict[str, Any]:
+        return {"method": self.method, "parents": self.models.names, "dimensions": self.dims}
+
+    def tables(self) -> dict[str, Table]:
+        named = hasattr(self._space, "named_values")
+        return {"start": parameter_table(self.parameters(self.start))} if named else {}
+
+    def _open(self, section: Mapping[str, Any]) -> None:
+        """Open the space of the models' backend by the key of a config that says which space it is."""
+        where = type(self).__name__
+        self._document = as_yaml(where, section)
+        document = as_yaml(where, self.models.document() | self._document | {"tasks": _NO_TASKS})
+        self._space = open_backend(Path(where), config_from(Path(where), document, [], None)).space
+
+
+class MergeSpace(Space):
     """The parameters of a merge that a search optimises. keys: the keys of a config's `space`, such as
     `layers_per_group`, `components`, `parameters` and `fixed`."""
 
     def __init__(self, models: Models, method: str, **keys: Any) -> None:
         check_arguments(MergeSpace.__init__, locals())
         plugins.load()
+        self.models, self.method = models, method
+        if models.decoder is None:
+            self._open({"space": {"method": method, **keys}})
+            return
+        # Without the models' tokenizers.
         where = "MergeSpace"
-        self._document: dict[str, Any] = as_yaml(where, {"method": method, **keys})
-        config: SpaceConfig = parse(Path(where), self._document, SpaceConfig)
+        section: dict[str, Any] = as_yaml(where, {"method": method, **keys})
+        self._document = {"space": section}
+        config: SpaceConfig = parse(Path(where), section, SpaceConfig)
         chosen, has_base = find_method(f"{where}: method", method), models.base is not None
         check_models(where, chosen, has_base, len(models.parents))
+        if len(set(models.depths)) > 1:
+            what = f"have {', '.join(map(str, models.depths))} layers; a merge expects one depth, a LayerPathSpace any"
+            raise InputError(f"{where}: models", what)
         options_of(where, chosen, chosen.uses_base(has_base), config.normalize, config.rescale)
-        self.models = models
-        self.method = method
         self._space = build_space(where, config, chosen, models.parents, models.decoder)
-
-    @property
-    def dims(self) -> int:
-        """D, the number of genes of a genome."""
-        return self._space.dims
-
-    @property
-    def start(self) -> np.ndarray:
-        """float32[D]: the genome with which a search begins."""
-        return self._space.start
 
     @property
     def groups(self) -> list[str]:
         """The groups of tensors that share their parameters."""
-        return list(self._space.groups)
-
-    def parameters(self, genome: Any) -> dict[str, float]:
-        """The searched parameters that a genome float32[D] stands for: `weight[layers 0-3 attention][maths]` -> value,
-        and so forth."""
-        return _parameters(self._space, genome_array("genome", genome, (self.dims,)), self.models.names)
-
-    def document(self) -> dict[str, Any]:
-        """A config's `space`."""
-        return self._document
+        return list(self._space.group_space.groups)
 
     def facts(self) -> dict[str, Any]:
-        searched = [parameter.name for parameter in self._space.search_parameters]
+        searched = [parameter.name for parameter in self._space.group_space.search_parameters]
         return {
             "method": self.method, "parents": self.models.names, "parameters": searched, "groups": len(self.groups),
             "dimensions": self.dims,
         }  # fmt: skip
 
 
-def _parameters(space: ParameterSpace, genome: np.ndarray, parents: Sequence[str]) -> dict[str, float]:
-    return {name: float(values[0]) for name, values in space.named_values(genome[None], parents).items()}
+class LayerPathSpace(Space):
+    """Paths through the layers of all parents. keys: the keys of a config's `data_flow`, such as `form` and `moves`."""
+
+    method = "data_flow"
+
+    def __init__(self, models: Models, **keys: Any) -> None:
+        check_arguments(LayerPathSpace.__init__, locals())
+        plugins.load()
+        self.models = models
+        self._open({"data_flow": keys})
 
 
-@dataclass(frozen=True, repr=False)
-class Trial(Described):
-    """A candidate of a study. generation: the generation's number, from 1; candidate: its number in the generation,
-    from 0; both None for a winner that was in no generation. fitness: None where the candidate failed; examples: the
-    number of examples that it was evaluated on; scores: its mean on each task; genome: float32[D]."""
+class PoolSpace(Space):
+    """Members of a pool of models that breed, the parents and merges of two members each. keys: the keys of a config's
+    `pool`, such as `methods` and `size`."""
 
-    generation: int | None
-    candidate: int | None
-    fitness: float | None
-    examples: int | None
-    scores: dict[str, float | None]
-    genome: np.ndarray = field(compare=False)
-    _study: "Study" = field(compare=False)
+    method = "pool"
 
-    @property
-    def parameters(self) -> dict[str, float]:
-        """The searched parameters by their names."""
-        return self._study.space.parameters(self.genome)
-
-    @property
-    def recipe(self) -> Any:
-        """The candidate as a mergekit recipe, which `merge` makes into a model."""
-        return plain_recipe(parse_documents("recipe", self._study._problem.backend.recipe(self.genome)))
-
-    def export(self, out: Location, *, dtype: str | None = None, overwrite: bool = False) -> Path:
-        """Write the candidate's model to the folder `out`, as it was scored unless `dtype` is another one."""
-        check_arguments(Trial.export, locals())
-        return merge(self.recipe, out, dtype=dtype, overwrite=overwrite)
-
-    def facts(self) -> dict[str, Any]:
-        place = {"generation": self.generation, "candidate": self.candidate}
-        return {"method": self._study.space.method} | place | {"fitness": self.fitness, "examples": self.examples}
+    def __init__(self, models: Models, **keys: Any) -> None:
+        check_arguments(PoolSpace.__init__, locals())
+        plugins.load()
+        self.models = models
+        self._open({"pool": keys})
 
 
 class Study(Described):
     """A search for the best merge of models.
 
-    space: the searched parameters of merges of `models`. tasks: the tasks that candidates are scored on, made by
-    `tasks.ExactMatch` and its like, or mappings in a config's form. strategy: `strategies.cma_es(population=16)` and
-    its like, or a name; None: CMA-ES with its default population. out: the run folder, which `run` needs. seed: the
-    seed of all random numbers. validation: the share of the examples that is kept back to choose the winner on. resume,
-    overwrite: continue, or replace, the run that lies in `out`. evaluation, export_dtype, scale: as in a config.
+    space: a `MergeSpace`, `LayerPathSpace` or `PoolSpace` of `models`. tasks: the tasks that candidates are scored on,
+    made by `tasks.ExactMatch` and its like, or mappings in a config's form; for pytrees also functions (model) -> a
+    number, which JAX traces, or `host_callback(function)`. strategy: `strategies.cma_es(population=16)` and its like,
+    or a name; None: CMA-ES with its default population, or that of a pool. out: the run folder, which `run` needs.
+    seed: the seed of all random numbers. validation: the share of the examples that is kept back to choose the winner
+    on. resume, overwrite: continue, or replace, the run that lies in `out`. evaluation, export_dtype, scale: as in a
+    config.
     search: other keys of a config's `search`, such as `finalists`, `rungs` and `stop`.
     """
 
     def __init__(
         self,
         models: Models,
-        space: MergeSpace,
-        tasks: Sequence[Mapping[str, Any]],
+        space: Space,
+        tasks: Sequence[Mapping[str, Any] | HostFitness | Callable[..., Any]],
         *,
         strategy: str | Mapping[str, Any] | None = None,
         out: Location | None = None,
@@ -236,7 +315,7 @@ class Study(Described):
         check_arguments(Study.__init__, locals())
         section = {"strategy": strategy} if isinstance(strategy, str) else strategy or {}
         if space.models is not models:
-            raise InputError("Study: space", "is a space of other models; expected a MergeSpace of `models`")
+            raise InputError("Study: space", "is a space of other models; expected a space of `models`")
         if "generations" in search:
             raise InputError("Study: generations", "is what `run` is called with; leave it out here")
         twice = next((key for key in search if key in section), None)
@@ -244,8 +323,8 @@ class Study(Described):
             raise InputError(f"Study: {twice}", "is given by `strategy` as well; expected one of them")
         document = {
             **models.document(),
-            "space": space.document(),
-            "tasks": list(tasks),
+            **space.document(),
+            "tasks": list(map(_section, tasks)),
             "search": {**section, "validation": validation, **search},
             "seed": seed,
         }
@@ -255,13 +334,16 @@ class Study(Described):
         self.models, self.space, self.seed = models, space, seed
         self.out = None if out is None else Path(out)
         self._document: dict[str, Any] = as_yaml(str(WHERE), document)
-        self._parsed: Config = config_from(WHERE, as_yaml(str(WHERE), document), [], None)
-        self._problem = build_problem(WHERE, self._parsed)
+        # The pytrees in the sections live as long as the study.
+        self._tasks = document["tasks"]
         self._resume, self._overwrite = resume, overwrite
         if self.out is None and (resume or overwrite):
             raise InputError(f"Study: {'resume' if resume else 'overwrite'}", "there is no run folder; give `out`")
-        if self.out is not None:
-            check_place(self.out, resume=resume, overwrite=overwrite)
+        with PythonCall():
+            self._parsed: Config = config_from(WHERE, as_yaml(str(WHERE), document), [], None)
+            self._problem = build_problem(WHERE, self._parsed)
+            if self.out is not None and check_place(self.out, resume=resume, overwrite=overwrite) and resume:
+                check_same_config(RunFolder(self.out), resolved_document(self._parsed, self._problem))
         # The generations that `tell` ended, and the state of the search after them.
         self._rows: list[dict[str, Any]] = []
         self._state: dict[str, Any] | None = None
@@ -274,9 +356,34 @@ class Study(Described):
         return self._document
 
     def to_yaml(self) -> str:
-        """The config as a YAML file has it, for `evojax-merge search`. The order of the parameters stays as it is: a
-        genome depends on it."""
-        return dump_yaml(self._document)
+        """The config as a YAML file has it: `evojax-merge search` writes the same run with it, byte for byte, from any
+        folder. It has as many generations as were searched, and the plugins that the study uses. A comment says what is
+        missing: functions, pytrees and registrations of the Python program, and generations before there are any. The
+        order of the parameters stays as it is: a genome depends on it."""
+        document = {**self._document, "search": dict(self._document["search"])}
+        document |= {key: _absolute(document[key]) for key in ("base", "parents", "backend") if key in document}
+        document |= {key: _absolute(document[key]) for key in ("tokenizer_source", "other_modules") if key in document}
+        document["tasks"] = [
+            {key: _absolute(value) if key in {"heldout", *task.paths()} else value for key, value in section.items()}
+            for section, task in zip(document["tasks"], self._problem.splits.search, strict=True)
+        ]
+        generations, used = len(self.history), plugins_of(self._parsed, self._problem)
+        if generations:
+            document["search"]["generations"] = generations
+        if used:
+            document["plugins"] = used
+        text, missing = dump_yaml(document), []
+        if not generations:
+            missing.append("search.generations: the number that Study.run is asked for")
+        if PREFIX in text:
+            missing.append(f"{PREFIX}NAME@DIGEST: functions and pytrees of the Python program; put them into files")
+        backend, search = self._parsed.backend, self._parsed.search
+        registered: list[tuple[str, Any]] = [(backend, backend), (search.strategy, search.strategy)]
+        registered += [(section.name, kind_of(section)) for section in self._parsed.tasks]
+        registered += [(getattr(part, "name", backend), part) for part in self._problem.backend.extensions()]
+        names = dict.fromkeys(name for name, part in registered if plugins.registered_by_program(part))
+        missing += [f"{name}: registered by the Python program; name its file in `plugins`" for name in names]
+        return "".join(f"# Missing: {line}\n" for line in missing) + text
 
     # -------------------------------------------------------------------------------------------------------------
     # The whole search
@@ -309,7 +416,7 @@ class Study(Described):
         config = self._parsed.model_copy(update={"search": search})
         begun: list[RunFolder] = []
         try:
-            with bars_on_terminals():
+            with PythonCall():
                 run_search(
                     WHERE, config, self.out, resume=self._resume, overwrite=self._overwrite, on_started=begun.append,
                     on_generation=on_generation, force=force,
@@ -336,8 +443,9 @@ class Study(Described):
         genomes = genome_array("genomes", genomes, ("P", self.space.dims))
         if not len(genomes):
             raise InputError("genomes", "are empty; expected 1 or more")
-        evaluator = self._evaluator(split)
-        scores = evaluator.score(genomes)
+        with PythonCall():
+            evaluator = self._evaluator(split).within(self._context())
+            scores = evaluator.score(genomes)
         matrix = score_matrix(evaluator.tasks, scores, evaluator.goal)
         if split == "search":
             self._latest = matrix, scores
@@ -380,13 +488,20 @@ class Study(Described):
             )  # fmt: skip
         return ask(strategy, generation_key(self.seed, self._generations), state, self.space.dims)
 
+    def _context(self) -> Any:
+        """The part of the strategy's state that the space needs to decode genomes (see `LendsContext`)."""
+        if not capabilities_of(self._problem.strategy).lends_context:
+            return None
+        _, state = self._asked()
+        return context_of(self._problem.strategy, state)
+
     def _before(self) -> dict[str, Any]:
         """The state before the next generation: the state after the last `tell`, the run folder's saved state, or the
         first state."""
         if self._state is None:
             problem, surrogate = self._problem, empty_surrogate(1, self.space.dims, 0)
             state = init_state(problem.search, self.seed, problem.strategy, problem.space, surrogate)
-            saved = None if self.out is None or not self._resume else Checkpoints(RunFolder(self.out)).restore(_ignore)
+            saved = None if self.out is None or not self._resume else Checkpoints(RunFolder(self.out)).restore(ignore)
             if saved is not None:
                 parts = {name: state[name] for name in ("strategy", "genomes", "fitness")}
                 arrays = {path: leaf for path, leaf in saved.arrays.items() if path.partition(".")[0] in parts}
@@ -423,7 +538,7 @@ class Study(Described):
 
     @cached_property
     def _bank(self) -> Any:
-        with bars_on_terminals():
+        with PythonCall():
             return self._problem.backend.load(ONE_DEVICE, lambda done: None)
 
     # -------------------------------------------------------------------------------------------------------------
@@ -450,51 +565,33 @@ class Study(Described):
     @property
     def trials(self) -> list[Trial]:
         """Every candidate of every generation, in their order."""
-        return [self._trial(row, candidate) for row in self.history for candidate in range(len(row["fitness"]))]
-
-    def _trial(self, row: Mapping[str, Any], candidate: int) -> Trial:
-        scores = {name: values[candidate] for name, values in row["task_scores"].items()}
-        genome = np.array(row["genomes"][candidate], np.float32)
-        value, examples = row["fitness"][candidate], row["examples"][candidate]
-        return Trial(row["generation"], candidate, value, examples, scores, genome, self)
+        return trials_of(self.history, self._source)
 
     @property
     def best(self) -> Trial:
         """The winner that the run has chosen; before it has, and in a loop by hand, the candidate of the highest
         fitness on all examples. Raises InputError where there is no generation yet."""
-        result = None if self._rows or not self._saved_history() else read_result(RunFolder(self._folder).result)
-        trials = self.trials
-        if result is not None and result.get("generations") == len(self.history):
-            genome = np.array(result["genome"], np.float32)
-            same = (trial for trial in trials if np.array_equal(trial.genome, genome))
-            winner = Trial(None, None, result["search_fitness"]["winner"], None, {}, genome, self)
-            return next(same, winner)
-        finite = [trial for trial in trials if trial.fitness is not None]
-        if not finite:
-            raise InputError("Study.best", "there is no generation yet; call run, or tell")
-        most = max(trial.examples or 0 for trial in finite)
-        complete = [trial for trial in finite if trial.examples == most]
-        return max(complete, key=lambda trial: trial.fitness or 0.0)
+        saved = self.out is not None and not self._rows and bool(self._saved_history())
+        result = read_result(RunFolder(self.out).result) if saved and self.out is not None else None
+        return best_of("Study.best", self.history, result, self._source)
 
-    @property
-    def _folder(self) -> Path:
-        assert self.out is not None
-        return self.out
+    @cached_property
+    def _source(self) -> TrialSource:
+        factory = find_backend(f"{WHERE}: backend", self._parsed.backend, Path.cwd())
+        keep = () if self.out is None else tuple(RunFolder(self.out).parts)
+        return TrialSource(
+            self.space.method, self.space.named_values,
+            lambda: self._problem.within(self._context()).backend, factory.merges_recipes, keep=keep,
+        )  # fmt: skip
 
     def to_frame(self) -> Any:
         """The history as a pandas table, a row for each candidate: see `Run.to_frame`."""
-        space = self._problem.space
-        assert isinstance(space, ParameterSpace)
-        return history_frame(self.history, partial(space.named_values, parents=self.models.names))
+        return history_frame(self.history, self.space.named_values)
 
     def plot(self) -> Any:
         """An Altair chart of the fitness over generations: best so far, best, mean, and validation where it was looked
         at. Raises InputError where there is no generation yet."""
-        from evojax_merge.report.charts import history_chart
-
-        if not self.history:
-            raise InputError("Study.plot", "there is no generation yet; call run, or tell")
-        return history_chart(self.history)
+        return plot_of("Study.plot", self.history)
 
     def facts(self) -> dict[str, Any]:
         history = self.history
@@ -510,9 +607,36 @@ class Study(Described):
             "out": None if self.out is None else str(self.out),
         }
 
+    def tables(self) -> dict[str, Table]:
+        history = self.history
+        if not history:
+            return self.space.tables()
+        if not self._rows and self.out is not None and is_run(RunFolder(self.out)):
+            scores = score_table(read_result(RunFolder(self.out).result) or {})
+        else:
+            scores = [{"task": name, "score of the best": value} for name, value in self.best.scores.items()]
+        return {"scores": scores, "parameters of the best": parameter_table(self.best.parameters)}
 
-def _ignore(line: str) -> None:
-    """Drop a message of a checkpoint's reader."""
+
+def _absolute(value: Any) -> Any:
+    """References of a config with whole paths in place of paths from the working directory; a name after a `.py:`
+    stays."""
+    if isinstance(value, list):
+        return list(map(_absolute, value))
+    if not isinstance(value, str):
+        return value
+    file, separator, name = value.rpartition(":") if ".py:" in value else (value, "", "")
+    path = Path.cwd() / os.path.expanduser(file)
+    return f"{path.resolve()}{separator}{name}" if os.path.exists(path) else value
+
+
+def _section(task: Mapping[str, Any] | HostFitness | Callable[..., Any]) -> Mapping[str, Any]:
+    """A task's section of a config. A function alone is a task of pytrees."""
+    if isinstance(task, Mapping):
+        return task
+    function, traced = (task.function, False) if isinstance(task, HostFitness) else (task, True)
+    name = getattr(function, "__name__", "")
+    return Arrays(function, name=name if name.isidentifier() else "fitness", traced=traced)
 
 
 def _checked_scores(scores: Any, population: int) -> Scores:

@@ -738,8 +738,7 @@ def test_a_merge_imports_no_torch(tmp_path: Path) -> None:
     models = [{"model": f"parent{k}", "parameters": {"weight": 0.5}} for k in range(2)]
     recipe = write(tmp_path / "recipe.yaml", {"merge_method": "linear", "models": models})
     program = (
-        "import sys\nfrom evojax_merge.cli import main\n"
-        "try:\n    main()\nfinally:\n    print('torch' in sys.modules)\n"
+        "import sys\nfrom evojax_merge.cli import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)\n"
     )
     arguments = ["merge", str(recipe), str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)

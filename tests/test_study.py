@@ -67,8 +67,9 @@ def by_hand(family: Family) -> em.Study:
 def test_a_study_is_the_search_of_its_config(study: em.Study, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(study.to_yaml())
-    assert yaml.safe_load(config.read_text()) == study.config
-    done = run_command("search", config, "--out", tmp_path / "run", "--set", "search.generations=2")
+    written = yaml.safe_load(config.read_text())
+    assert written == study.config | {"search": study.config["search"] | {"generations": 2}}
+    done = run_command("search", config, "--out", tmp_path / "run", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     for name in FILES:
         assert (study.out / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
@@ -209,6 +210,20 @@ def test_objects_say_what_they_hold(study: em.Study, family: Family, tmp_path: P
     assert "\x1b" not in em.Run(tmp_path / "<b>\x1b[31m")._repr_html_() + repr(em.Run(tmp_path / "<b>\x1b[31m"))
 
 
+def test_notebooks_show_parameters_and_scores(study: em.Study, by_hand: em.Study, family: Family) -> None:
+    run, evaluator = em.open_run(study.out), em.Evaluator(study.config)
+    column, group = "<th>weight parent1</th>", "<td>layers 0-2 attention</td>"
+    for value in (study, by_hand, run, evaluator, study.best, untouched(family)):
+        assert column in value._repr_html_() and group in value._repr_html_(), value
+    weight = study.best.parameters["weight[layers 0-2 attention][parent1]"]
+    winner = run.table[-1]["heldout_scores"]["text/log_probability"]
+    for value in (study, run):
+        shown = value._repr_html_()
+        assert f"<td>{weight:.3g}</td>" in shown and f"<td>{winner:.3g}</td>" in shown and " to " in shown
+    assert f"<td>{by_hand.best.scores['text']:.3g}</td>" in by_hand._repr_html_()
+    assert "<td>margin</td>" in evaluator._repr_html_()
+
+
 def test_the_public_names() -> None:
     assert set(dir(em)) == set(em.__all__)
     assert em.tasks is sys.modules["evojax_merge.tasks"] and "ExactMatch" in dir(em.tasks)
@@ -238,6 +253,8 @@ def test_a_function_is_a_fitness_wherever_a_file_is(family: Family, tmp_path: Pa
     assert fitness[0] == fitness[1] == fitness[2]
     config = studies[0].config | {"tasks": [given], "search": {"population": 4, "generations": 1}}
     assert em.evolve(config, out=tmp_path / "c").finished
+    assert "# Missing: python:NAME@DIGEST: functions and pytrees" in studies[0].to_yaml()
+    assert "# Missing: search.generations: the number" in make(family).to_yaml()
     # Another process does not know the function, and says so.
     (tmp_path / "config.yaml").write_text(studies[0].to_yaml())
     for command in (
@@ -255,9 +272,8 @@ def test_a_run_is_not_resumed_with_a_changed_function(family: Family, tmp_path: 
     def half(records: list[dict[str, Any]], totals: np.ndarray) -> np.ndarray:
         return totals / 3
 
-    changed = make(family, [python_task(family, half)], out=tmp_path / "run", resume=True)
     with pytest.raises(em.InputError, match=r"tasks\.0\.function differs"):
-        changed.run(1)
+        make(family, [python_task(family, half)], out=tmp_path / "run", resume=True)
     assert len(make(family, [python_task(family)], out=tmp_path / "run", resume=True).run(1).history) == 2
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from evojax_merge import core, interrupts, plugins
+from evojax_merge.backends.backend import Backend
 from evojax_merge.checkpoints.derived import parts_of
 from evojax_merge.checkpoints.writer import (
     check_outside,
@@ -28,6 +29,7 @@ from evojax_merge.problem import (
     build_problem,
     read_config,
     resolved_document,
+    resolved_search,
     revision_warnings,
     stage_config,
     stage_configs,
@@ -146,7 +148,11 @@ def run_search(
 
 
 def _search(
-    folder: RunFolder, problem: SearchProblem, prepared: Splits[list[Any]], on_generation: OnGeneration, force: bool
+    folder: RunFolder,
+    problem: SearchProblem[Backend],
+    prepared: Splits[list[Any]],
+    on_generation: OnGeneration,
+    force: bool,
 ) -> None:
     with kept_page(folder, on_generation, print_warning) as after_generation:
         core.search(folder, problem, prepared, after_generation, force)
@@ -182,7 +188,7 @@ def _check_checkpoints(folder: RunFolder) -> None:
     Checkpoints(folder).restore(say)
 
 
-def _require_bank(path: Path, problem: SearchProblem, force: bool) -> None:
+def _require_bank(path: Path, problem: SearchProblem[Backend], force: bool) -> None:
     """Raises InputError, unless `force`, where the models cannot be in memory together. A device holds its share of
     them; on a CPU all devices hold theirs in the memory of the host."""
     devices = 1 if problem.target.is_accelerator else problem.target.devices_per_host
@@ -241,16 +247,16 @@ def _run_chain(
             on_started(run)
 
 
-def _resolved_stage(stages: Sequence[StageConfig], number: int, problem: SearchProblem) -> dict[str, Any]:
+def _resolved_stage(stages: Sequence[StageConfig], number: int, problem: SearchProblem[Backend]) -> dict[str, Any]:
     """A stage for the run folder's config. Its population stays null where a stage before it searches for a path: the
     default depends on the dimensions, and these on the layers of that stage's winner."""
-    document = stages[number].model_dump(mode="json") | {"space": problem.backend.resolved()["space"]}
-    if all(before.data_flow is None for before in stages[:number]):
-        document["search"]["population"] = problem.strategy.population
-    return document
+    search = resolved_search(stages[number].search, problem.strategy)
+    if any(before.data_flow is not None for before in stages[:number]):
+        search["population"] = stages[number].search.population
+    return stages[number].model_dump(mode="json") | {"space": problem.backend.resolved()["space"], "search": search}
 
 
-def _log_warnings(path: Path, config: Config, problem: SearchProblem, prepared: Splits[list[Any]]) -> None:
+def _log_warnings(path: Path, config: Config, problem: SearchProblem[Backend], prepared: Splits[list[Any]]) -> None:
     """Print warnings about the models and the examples before a search."""
     print_warnings(revision_warnings(path, config))
     print_warnings(problem.backend.warnings(prepared))

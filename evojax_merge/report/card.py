@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from evojax_merge.backends.backend import Backend
 from evojax_merge.checkpoints.derived import parts_of
 from evojax_merge.checkpoints.folder import hub_id
 from evojax_merge.mergekit.as_adapter import RankError
@@ -123,7 +124,7 @@ def _front_section(result: Result) -> str:
     )
 
 
-def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, generations: int) -> str:
+def search_card(name: str, problem: SearchProblem[Backend], result: Result, recipe: str, generations: int) -> str:
     """The card of a search's winner. generations: the number of searched generations."""
     splits = problem.splits
     validation, heldout = splits.validation, splits.heldout

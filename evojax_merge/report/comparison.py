@@ -14,6 +14,7 @@ from evojax_merge.evaluation.scores import Scale
 from evojax_merge.file_system import atomic_write
 from evojax_merge.report.intervals import Lead
 from evojax_merge.report.winner import WinnerReport
+from evojax_merge.tasks.python_functions import PREFIX, is_reference
 
 
 @dataclass(frozen=True)
@@ -289,6 +290,8 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def _part_name(path: Path) -> str:
+    if is_reference(str(path)):
+        return str(path).removeprefix(PREFIX).rpartition("@")[0]
     name = hub_id(path)
     if name is not None:
         return name

@@ -1,18 +1,28 @@
 """Display of the public API's objects in a prompt and in a notebook."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from evojax_merge.errors import escaped, shown
 
+# The most rows of a table in a notebook.
+MOST_ROWS = 40
+_NAME = re.compile(r"([^\[\]]+)\[([^\[\]]*(?:\[[^\[\]]*\])?)\](?:\[(.*)\])?", re.DOTALL)
+Table = Sequence[Mapping[str, Any]]
+
 
 class Described:
-    """An object with a `repr` in one line and a small table for notebooks, both of its facts."""
+    """An object with a `repr` in one line and small tables for notebooks: its facts, and what `tables` adds."""
 
     def facts(self) -> Mapping[str, Any]:
         """The object's identity and progress: a name -> a text, a number, a list of texts or None."""
         raise NotImplementedError
+
+    def tables(self) -> Mapping[str, Table]:
+        """Further tables by their captions: rows with the same columns."""
+        return {}
 
     def __repr__(self) -> str:
         facts = ", ".join(f"{name}={_in_line(value)}" for name, value in self.facts().items())
@@ -23,7 +33,36 @@ class Described:
             f"<tr><th>{_html(name.replace('_', ' '))}</th><td>{_html(_in_table(value))}</td></tr>"
             for name, value in self.facts().items()
         )
-        return f"<table><caption>{_html(type(self).__name__)}</caption>{rows}</table>"
+        tables = "".join(_table(caption, table) for caption, table in self.tables().items() if table)
+        return f"<table><caption>{_html(type(self).__name__)}</caption>{rows}</table>{tables}"
+
+
+def parameter_table(values: Mapping[str, float]) -> Table:
+    """Named parameters as a row for each group of tensors: `weight[layers 0-3][maths]` stands in the row `layers 0-3`
+    and the column `weight maths`."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        match = _NAME.fullmatch(name)
+        parameter, group, parent = (name, "", None) if match is None else match.groups()
+        row = rows.setdefault(group or name, {"group": group or name})
+        row["value" if match is None or not group else f"{parameter} {parent or ''}".rstrip()] = value
+    return list(rows.values())
+
+
+def _table(caption: str, table: Table) -> str:
+    columns = list(dict.fromkeys(column for row in table for column in row))
+    head = "".join(f"<th>{_html(column)}</th>" for column in columns)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{_html(_cell(row.get(column)))}</td>' for column in columns)}</tr>"
+        for row in table[:MOST_ROWS]
+    )
+    more = len(table) - MOST_ROWS
+    rest = f"<tr><td colspan={len(columns)}>… {more} more</td></tr>" if more > 0 else ""
+    return f"<table><caption>{_html(caption)}</caption><tr>{head}</tr>{body}{rest}</table>"
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else _in_table(value)
 
 
 def _in_line(value: Any) -> str:

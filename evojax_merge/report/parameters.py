@@ -13,7 +13,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.frame import gene_values
 from evojax_merge.report.run_data import Generation, Result, RunData, spread
-from evojax_merge.run import Run
+from evojax_merge.run import StoredRun
 
 # The most frames of the heat maps' slider, and the most numbers in all frames.
 MOST_FRAMES, MOST_CELLS = 100, 16_000
@@ -68,7 +68,7 @@ def read_parameters(run: RunData) -> Parameters | None:
     if run.config.get("pool") or not genes:
         return None
     try:
-        named_values = Run(run.path).named_values()
+        named_values = StoredRun(run.path).named_values()
     except InputError:
         named_values = gene_values
     half = [generation for generation in run.fitness_rows if 2 * generation.number > run.count]

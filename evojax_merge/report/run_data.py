@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from evojax_merge.errors import InputError, escaped
 from evojax_merge.report.comparison import Row, verdict
 from evojax_merge.report.intervals import Lead
-from evojax_merge.run import Run, method_in
+from evojax_merge.run import StoredRun, method_in
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_lock import check_not_in_use
 from evojax_merge.search.run_parts import RunFolder
@@ -253,7 +253,7 @@ def read_run(path: Path, *, working: bool | None = None) -> RunData:
     return RunData(
         path=path.absolute(),
         state=state,
-        config=Run(path).config,
+        config=StoredRun(path).config,
         config_text=config_text,
         count=count,
         generations=[_summary(row) for row in rows if row],

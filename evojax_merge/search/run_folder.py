@@ -37,6 +37,7 @@ import merge_kernels
 import numpy as np
 
 from evojax_merge.checkpoints.folder import file_hash
+from evojax_merge.config import GradientConfig
 from evojax_merge.errors import Failed, InputError, PeerLostError, cannot_write
 from evojax_merge.evaluation.devices import barrier, collective
 from evojax_merge.file_system import (
@@ -68,7 +69,7 @@ from evojax_merge.yaml_reader import load_yaml
 
 # Keys that may differ between a run and its continuation.
 EXTENDABLE = (("search", "generations"), ("search", "stop"))
-POPULATION = ("search", "population")
+POPULATION, GRADIENT = ("search", "population"), ("search", "gradient")
 _START_AGAIN = "cannot be continued by this one; pass --overwrite to start again, or choose another folder with --out"
 OTHER_VERSION = f"was begun by another version of this program, and {_START_AGAIN}"
 OTHER_MASKS = f"was begun by a version of this program that drew other random masks, and {_START_AGAIN}"
@@ -76,7 +77,7 @@ OTHER_MASKS = f"was begun by a version of this program that drew other random ma
 INPUTS, RANDOM_NUMBERS = "inputs", "random_numbers"
 
 
-def to_line(row: dict[str, Any]) -> str:
+def to_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
@@ -144,7 +145,7 @@ def open_run(
     last_stage = (document.get("stages") or [document])[-1]
     generations = last_stage.get("search", {}).get("generations", 0)
     if occupied and resume:
-        _check_same_config(folder, document)
+        check_same_config(folder, document)
         result = read_result(folder.result) or {}
         finished = result.get("generations")
         if not (isinstance(finished, int) and finished >= generations) and "stopped_by" not in result:
@@ -354,7 +355,9 @@ def earlier_winners(folder: RunFolder) -> list[EarlierWinner]:
     return winners
 
 
-def _check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
+def check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
+    """Raises InputError where a run folder holds the run of another config, or of other input files. document: as
+    `config.yaml` would have it."""
     differences = _differences(load_yaml(folder.config), document)
     # Another method is another config, whatever it draws.
     for key, old, new in sorted(differences, key=lambda difference: difference[0] == (RANDOM_NUMBERS,)):
@@ -362,6 +365,9 @@ def _check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
             continue
         if key[-2:] == POPULATION and old is None:
             # Earlier versions wrote a population only where the config had one.
+            continue
+        if key[-2:] == GRADIENT and old is None and new == GradientConfig().model_dump(mode="json"):
+            # Earlier versions wrote defaults only for strategies that came with the program.
             continue
         if key == (RANDOM_NUMBERS,):
             raise InputError(folder.path, OTHER_MASKS)

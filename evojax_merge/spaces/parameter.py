@@ -110,6 +110,16 @@ class GroupSpace:
             name: block if self.method.parameter(name).per_parent else block[:, 0] for name, block in values.items()
         }
 
+    def named_values(self, genomes: np.ndarray, parents: Sequence[str]) -> dict[str, np.ndarray]:
+        """The searched parameters of genomes float32[P, D] in their units: `weight[layers 0-3 attention][maths]` ->
+        float32[P], without the parent for a parameter that all parents share. parents: what they are called."""
+        columns = {}
+        for name, values in jax.vmap(self.values)(jnp.asarray(genomes)).items():
+            ends = [f"[{parent}]" for parent in parents] if self.method.parameter(name).per_parent else [""]
+            for (group, column), end in zip(np.ndindex(values.shape[1:]), ends * len(self.groups), strict=True):
+                columns[f"{name}[{self.groups[group]}]{end}"] = np.asarray(values[:, group, column])
+        return columns
+
     def genome(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """The genome of given parameter values, name -> `[groups, columns]` (or arrays that broadcast to it)."""
         blocks = []
@@ -322,14 +332,8 @@ class ParameterSpace:
         return self.group_space.values(genome)
 
     def named_values(self, genomes: np.ndarray, parents: Sequence[str]) -> dict[str, np.ndarray]:
-        """The searched parameters of genomes float32[P, D] in their units: `weight[layers 0-3 attention][maths]` ->
-        float32[P], without the parent for a parameter that all parents share. parents: what they are called."""
-        columns = {}
-        for name, values in jax.vmap(self.values)(jnp.asarray(genomes)).items():
-            ends = [f"[{parent}]" for parent in parents] if self.method.parameter(name).per_parent else [""]
-            for (group, column), end in zip(np.ndindex(values.shape[1:]), ends * len(self.groups), strict=True):
-                columns[f"{name}[{self.groups[group]}]{end}"] = np.asarray(values[:, group, column])
-        return columns
+        """The searched parameters of genomes by their names: see GroupSpace."""
+        return self.group_space.named_values(genomes, parents)
 
     def recipe(self, genome: jax.Array) -> Recipe:
         """genome float32[D] -> Recipe. Traceable; vmap it for a population."""

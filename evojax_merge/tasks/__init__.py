@@ -5,9 +5,10 @@ keywords are the section's keys. A kind of task that a plugin adds is such a map
 """
 
 from collections.abc import Callable
+from os import PathLike
 from typing import Any
 
-__all__ = ["GSM", "ExactMatch", "Function", "Generation", "Harness", "Likelihood", "MultipleChoice"]
+__all__ = ["GSM", "Arrays", "ExactMatch", "Function", "Generation", "Harness", "Likelihood", "MultipleChoice"]
 
 
 def Likelihood(*, name: str, file: Any, **keys: Any) -> dict[str, Any]:
@@ -44,6 +45,27 @@ def Function(function: Callable[..., Any] | str, *, name: str, file: Any, **keys
     """A task that a function of one's own scores: the function itself, or `path/to/file.py:name`. `inputs` says what it
     is called with."""
     return {"kind": "function", "function": function, "name": name, "file": file, **keys}
+
+
+def Arrays(
+    function: Callable[..., Any] | str, *, name: str, examples: Any = None, heldout: Any = None, **keys: Any
+) -> dict[str, Any]:
+    """A task of models that are pytrees: a function scores a model on rows of `examples`, (model, rows) -> float[N].
+
+    examples: a pytree of arrays with a leading axis N, or an .npz file; None: the function is (model) -> a number.
+    heldout: the share of the examples that the search never sees, or other examples.
+    """
+
+    def source(key: str, value: Any) -> Any:
+        if value is None or isinstance(value, str | PathLike | float | int):
+            return value
+        from evojax_merge.tasks.python_trees import hold_tree
+
+        return hold_tree(f"tasks.Arrays: {key}", key, value)
+
+    sources = {"file": source("examples", examples), "heldout": source("heldout", heldout)}
+    given = {key: value for key, value in sources.items() if value is not None}
+    return {"kind": "arrays", "function": function, "name": name, **given, **keys}
 
 
 def __dir__() -> list[str]:

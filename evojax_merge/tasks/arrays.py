@@ -14,14 +14,21 @@ from pydantic import Field
 from evojax_merge.errors import InputError, shown
 from evojax_merge.schema import Location
 from evojax_merge.tasks.function import load_function, users_code
+from evojax_merge.tasks.python_functions import is_reference
+from evojax_merge.tasks.python_trees import find_tree
 from evojax_merge.tasks.task import Derivative, Opening, Place, TaskConfig, TaskDefaults, TaskKind
 
 
 class ArraysConfig(TaskConfig):
-    """A task of models that are pytrees: a function scores a model on rows of arrays, (model, rows) -> float[N]."""
+    """A task of models that are pytrees: a function scores a model on rows of arrays, (model, rows) -> float[N].
+
+    Without a `file` it is (model) -> a number, which is the score in every split: there is nothing to hold out.
+    """
 
     kind: Literal["arrays"] = Field(description="the kind of task")
-    file: Location = Field(description="an .npz file of arrays with one leading axis, an example each")
+    file: Location | None = Field(
+        None, description="an .npz file of arrays, whose first axes are the examples; none: the model alone is scored"
+    )
     function: Location = Field(description="FILE.py:NAME or module:name, a function (model, rows) -> float[N]")
     traced: bool = Field(True, description="whether JAX traces the function; false: it is called with each model")
 
@@ -59,6 +66,10 @@ class ArrayTask(TaskDefaults):
     def size(self) -> int:
         return len(self.indices)
 
+    @property
+    def is_divisible(self) -> bool:
+        return self.examples is not None
+
     def subset(self, examples: Sequence[int]) -> "ArrayTask":
         return replace(self, indices=tuple(self.indices[i] for i in examples))
 
@@ -76,10 +87,11 @@ class ArrayTask(TaskDefaults):
         return "linear" if self.traced else None
 
     def contents(self) -> Sequence[tuple[Hashable, Place]]:
-        if not self.files:
+        file = self.paths().get("file")
+        if file is None:
             return ()
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(self.examples)]
-        return [(tuple(leaf[i].tobytes() for leaf in leaves), (str(self.files[0]), i + 1)) for i in self.indices]
+        return [(tuple(leaf[i].tobytes() for leaf in leaves), (file, i + 1)) for i in self.indices]
 
     def paths(self) -> dict[str, str]:
         return dict(self.places)
@@ -104,10 +116,15 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 def read_examples(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file, which share their leading axis. Raises InputError for any other file."""
     arrays = read_npz(path)
-    sizes = sorted({array.shape[0] if array.ndim else 0 for array in arrays.values()})
-    if len(sizes) != 1 or not sizes[0]:
-        raise InputError(path, f"has arrays with leading axes of {sizes}; expected one number of examples")
+    check_examples(path, arrays)
     return arrays
+
+
+def check_examples(where: object, examples: Any) -> None:
+    """Raises InputError unless all arrays of a pytree have the same number of rows, 1 or more."""
+    sizes = sorted({np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in jax.tree.leaves(examples)})
+    if len(sizes) != 1 or not sizes[0]:
+        raise InputError(where, f"has arrays with leading axes of {sizes}; expected one number of examples")
 
 
 def call_users(function: Callable[..., Any], reference: str, *arguments: Any) -> Any:
@@ -118,20 +135,25 @@ def call_users(function: Callable[..., Any], reference: str, *arguments: Any) ->
 
 def open_arrays(config: ArraysConfig, opening: Opening) -> ArrayTask:
     """The task on the examples of one file. Raises InputError for a fault of the config, the function or the file."""
-    function = load_function(f"{opening.where}.function", config.function, "arrays", opening.folder)
-    key, reference = opening.source("file", config.file)
-    file = opening.file(key, reference)
-    examples = read_examples(file)
-    return ArrayTask(
-        config.name,
-        examples,
-        partial(call_users, function.call, function.reference),
-        weight=config.weight,
-        traced=config.traced,
-        where=opening.where,
-        files=(file, *function.files),
-        places=(("file", str(file)), ("function", function.place)),
+    function = load_function(
+        f"{opening.where}.function", config.function, "model" if config.file is None else "arrays", opening.folder
     )
+    make = partial(
+        ArrayTask, config.name, function=partial(call_users, function.call, function.reference), weight=config.weight,
+        traced=config.traced, where=opening.where,
+    )  # fmt: skip
+    function_place = ("function", function.place)
+    if config.file is None:
+        if opening.heldout is not None:
+            raise InputError(f"{opening.where}.heldout", "is given without `file`; give the searched examples as well")
+        return make(None, indices=(0,), count=1, files=function.files, places=(function_place,))
+    key, reference = opening.source("file", config.file)
+    if is_reference(reference):
+        examples = find_tree(f"{opening.where}.{key}", reference)
+        check_examples(f"{opening.where}.{key}", examples)
+        return make(examples, files=function.files, places=(("file", reference), function_place))
+    file = opening.file(key, reference)
+    return make(read_examples(file), files=(file, *function.files), places=(("file", str(file)), function_place))
 
 
 KIND = TaskKind(ArraysConfig, open_arrays, source="file")

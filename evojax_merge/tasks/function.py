@@ -49,6 +49,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "log_probabilities": ("records", "log_probabilities"),
     "logits": ("logits", "targets", "mask"),
     "arrays": ("model", "rows"),
+    "model": ("model",),
 }
 METRIC = "score"
 # Exceptions that mean, to the command line, the end of the command or its user's mistake.

@@ -36,6 +36,8 @@ def open_splits(
     task = _open(kind, config, Opening(where, folder, seed, None, find_file))
     if second is not None:
         return task, _open(kind, config, Opening(where, folder, seed, second, find_file))
+    if not task.is_divisible:
+        return task, task
     if task.size < 2:
         raise InputError(
             task.files[0] if task.files else where, "holds one example; a held-out share needs at least two"

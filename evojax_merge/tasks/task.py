@@ -99,6 +99,11 @@ class Task(ScoredTask, Protocol):
     @property
     def files(self) -> tuple[Path, ...]: ...
 
+    @property
+    def is_divisible(self) -> bool:
+        """Whether the examples can be divided among splits; otherwise every split has the whole task."""
+        ...
+
     def subset(self, examples: Sequence[int]) -> "Task":
         """The same task on some of its examples."""
         ...
@@ -155,6 +160,10 @@ class Task(ScoredTask, Protocol):
 
 class TaskDefaults:
     """Members of `Task` that many kinds have no use for."""
+
+    @property
+    def is_divisible(self) -> bool:
+        return True
 
     @property
     def derivative(self) -> Derivative | None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evojax_merge.backends.function.trees import TreeBank, TreeMerge, flatten, put_bank, shown_path
+from evojax_merge.backends.function.trees import TreeBank, TreeMerge, put_bank
 from evojax_merge.checkpoints.abstract_bank import anywhere
 from evojax_merge.checkpoints.writer import write_marker
 from evojax_merge.config import EvaluationConfig
@@ -40,6 +40,7 @@ from evojax_merge.search.protocols import Progress
 from evojax_merge.search.successive_halving import rung_size
 from evojax_merge.spaces.parameter import GroupSpace
 from evojax_merge.tasks.arrays import ArrayTask, row_of
+from evojax_merge.tasks.python_trees import flatten, shown_path
 from evojax_merge.tasks.splits import Splits
 
 Write = Callable[[Any, Path], None]
@@ -49,15 +50,15 @@ Write = Callable[[Any, Path], None]
 class TreeSpace:
     """The parameters of the groups of leaves. Genomes go to the evaluator unchanged: its program merges them."""
 
-    groups: GroupSpace
+    group_space: GroupSpace
 
     @property
     def dims(self) -> int:
-        return self.groups.dims
+        return self.group_space.dims
 
     @property
     def start(self) -> np.ndarray:
-        return self.groups.start
+        return self.group_space.start
 
     def decode(self, genomes: np.ndarray) -> np.ndarray:
         return genomes
@@ -66,13 +67,16 @@ class TreeSpace:
         return cotangents
 
     def seed_genomes(self, where: str, name: str) -> np.ndarray:
-        return self.groups.seed_genomes(where, name)
+        return self.group_space.seed_genomes(where, name)
 
     def baselines(self) -> tuple[str, np.ndarray]:
-        return self.groups.baselines()
+        return self.group_space.baselines()
 
     def plain_merges(self) -> tuple[np.ndarray, tuple[str, ...]]:
-        return self.groups.plain_merges()
+        return self.group_space.plain_merges()
+
+    def named_values(self, genomes: np.ndarray, parents: Sequence[str]) -> dict[str, np.ndarray]:
+        return self.group_space.named_values(genomes, parents)
 
 
 # ---------------------------------------------------------------------------------------------------------------

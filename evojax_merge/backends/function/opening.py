@@ -13,7 +13,7 @@ import numpy as np
 
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.function.backend import FunctionBackend
-from evojax_merge.backends.function.trees import Tree, TreeMerge, group_labels, open_trees, shown_path
+from evojax_merge.backends.function.trees import Tree, TreeMerge, group_labels, open_trees
 from evojax_merge.config import Config, SpaceConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.targets import Target
@@ -21,6 +21,8 @@ from evojax_merge.models.bank import MergeSpec
 from evojax_merge.spaces.parameter import GroupSpace
 from evojax_merge.spaces.search_parameters import method_with_base, options_of, search_parameters_of
 from evojax_merge.tasks.arrays import read_npz
+from evojax_merge.tasks.python_functions import is_reference
+from evojax_merge.tasks.python_trees import find_tree, shown_path
 
 # The winner's file in its folder.
 PARAMS = "params.safetensors"
@@ -128,7 +130,7 @@ class FunctionFactory:
         named += [(f"parents[{k}]", parent) for k, parent in enumerate(config.parents)]
         paths = {key: model_path(f"{where}: {key}", reference, folder) for key, reference in named if reference}
         keys = [key for key in paths if has_base or key != "base"]
-        tree = open_trees(where, keys, [self.load(paths[key]) for key in keys])
+        tree = open_trees(where, keys, [self._load(f"{where}: {key}", paths[key]) for key in keys])
         merge = tree_merge(f"{where}: space", tree, config.space, has_base, self.groups, config.seed)
         document = {
             "base": None if config.base is None else str(paths["base"]),
@@ -143,9 +145,15 @@ class FunctionFactory:
             merge, tuple(map(str, models)), models, self.save, config.evaluation, target, document, self
         )
 
+    def _load(self, where: str, path: Path) -> Any:
+        return find_tree(where, str(path)) if is_reference(str(path)) else self.load(path)
+
 
 def model_path(where: str, reference: str, folder: Path) -> Path:
-    """The file or folder of a model; a relative path starts in `folder`. Raises InputError where there is none."""
+    """The file or folder of a model, where a relative path starts in `folder`; the reference itself for a pytree that a
+    Python program has given. Raises InputError where there is none."""
+    if is_reference(reference):
+        return Path(reference)
     path = folder / os.path.expanduser(reference)
     if not os.path.exists(path):
         raise InputError(where, f"{reference}: no such file or folder")

@@ -16,8 +16,8 @@ from evojax_merge.errors import InputError, shown
 from evojax_merge.models.bank import LeafBank, MergeSpec
 from evojax_merge.spaces.parameter import GroupSpace
 from evojax_merge.tasks.arrays import is_real
+from evojax_merge.tasks.python_trees import Path, flatten, is_key, shown_path
 
-Path = tuple[Any, ...]
 # Leaves that are merged, in the kernels' form, and leaves that no merge changes.
 TreeBank = list[LeafBank | Any]
 
@@ -44,19 +44,6 @@ class Tree:
         return self.structure.unflatten(self.columns[number])
 
 
-def shown_path(path: Path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def flatten(where: str, tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
-    """The leaves of a pytree, with their paths, and its structure."""
-    try:
-        return jax.tree_util.tree_flatten_with_path(tree)
-    # These are raised for keys that cannot be sorted, and for a tree that contains itself, by the depth of JAX's calls.
-    except (TypeError, ValueError, RecursionError, SystemError) as error:
-        raise InputError(where, f"is no pytree ({error})") from None
-
-
 def open_trees(where: str, names: Sequence[str], sources: Sequence[Any]) -> Tree:
     """Flatten the sources, and check that their structures agree. Raises InputError, which names the first leaf that
     differs."""
@@ -81,7 +68,7 @@ def open_trees(where: str, names: Sequence[str], sources: Sequence[Any]) -> Tree
 
 
 def _leaf(where: str, names: Sequence[str], path: str, values: Sequence[Any]) -> Leaf:
-    if _is_key(values[0]):
+    if is_key(values[0]):
         return Leaf(tuple(values), merged=False)
     arrays = [np.asarray(value) for value in values]
     for name, array in zip(names, arrays, strict=True):
@@ -99,11 +86,6 @@ def _leaf(where: str, names: Sequence[str], path: str, values: Sequence[Any]) ->
     return Leaf(tuple(array.astype(dtype) for array in arrays), merged=True)
 
 
-def _is_key(leaf: Any) -> bool:
-    """Return whether a leaf is an array of random keys, which are no numbers."""
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
-
-
 def group_labels(where: str, paths: Sequence[Path], groups: Callable[[str], str] | None) -> list[str]:
     """The group of each leaf: the result of `groups`, or the first key at which the paths differ."""
     if groups is not None:
@@ -119,16 +101,6 @@ def group_labels(where: str, paths: Sequence[Path], groups: Callable[[str], str]
     while len({path[depth : depth + 1] for path in paths}) == 1 and all(len(path) > depth + 1 for path in paths):
         depth += 1
     return [shown_path(path[: depth + 1][depth:]) or "all" for path in paths]
-
-
-def digest_of(leaves: Sequence[Any]) -> str:
-    """SHA-256 of arrays in their order."""
-    digest = hashlib.sha256()
-    for leaf in leaves:
-        array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-        digest.update(f"{array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

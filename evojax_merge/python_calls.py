@@ -1,0 +1,92 @@
+"""Shared parts of the public functions: how they read arguments, speak to a Python program, and warn it."""
+
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from os import PathLike
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import yaml
+
+from evojax_merge.errors import InputError, in_python_words, printable, shown
+from evojax_merge.mergekit.write import dump_yaml
+from evojax_merge.report.progress import console
+from evojax_merge.tasks.python_functions import reference_to
+from evojax_merge.tasks.python_trees import PythonTree
+from evojax_merge.users_traceback import hide_inner_frames
+from evojax_merge.yaml_reader import parse_yaml
+
+Location = str | PathLike[str]
+
+
+class PythonCall(AbstractContextManager[None]):
+    """The body of a public function. Progress bars show on terminals and in notebooks alone, messages name arguments in
+    place of options, and the traceback of a user's own function has the user's frames alone."""
+
+    def __enter__(self) -> None:
+        self._was_quiet, self._words = console.quiet, in_python_words()
+        console.quiet = console.quiet or not (console.is_terminal or console.is_jupyter)
+        self._words.__enter__()
+
+    # No generator with `contextmanager`: that one would restore the traceback.
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self._words.__exit__(kind, error, traceback)
+        console.quiet = self._was_quiet
+        if error is not None:
+            hide_inner_frames(error)
+
+
+def ignore(line: str) -> None:
+    """Drop a line that a command prints beside its result."""
+
+
+def warn(line: str) -> None:
+    # The warning names the caller of the public function's file.
+    warnings.warn(printable(line), stacklevel=4)
+
+
+def as_yaml(where: str, value: Any) -> Any:
+    """The value that YAML would give for a document of mappings, lists, numbers, texts and paths. A reference
+    (tasks.python_functions, tasks.python_trees) stands for a function or a pytree where a config names one."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {
+                key: reference_to(item) if key == "function" and callable(item) else plain(item)
+                for key, item in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        if isinstance(value, np.ndarray | np.generic):
+            return value.tolist()
+        if isinstance(value, PythonTree):
+            return value.reference
+        return str(value) if isinstance(value, PathLike) else value
+
+    try:
+        return parse_yaml(where, dump_yaml(plain(value)))
+    except RecursionError:
+        raise InputError(where, "is nested too deeply, or in itself; expected what YAML can say") from None
+    except yaml.YAMLError as error:
+        raise InputError(where, f"holds what no YAML can say ({error}); expected numbers, texts and lists") from None
+
+
+def genome_array(name: str, value: Any, shape: tuple[str | int, ...]) -> np.ndarray:
+    """An argument as float32 of this shape, in which a letter stands for any length. Raises InputError for any other
+    argument, and for values that are not finite in float32."""
+    expected = f"expected numbers of shape [{', '.join(map(str, shape))}]"
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):  # lists of unlike lengths
+        raise InputError(name, f"{shown(value)}; {expected}") from None
+    if array.dtype.kind not in "fiu" and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise InputError(name, f"{shown(value)}; {expected}")
+    if array.ndim != len(shape) or any(a != b for a, b in zip(array.shape, shape, strict=True) if isinstance(b, int)):
+        raise InputError(name, f"shape {list(array.shape)}; {expected}")
+    with np.errstate(over="ignore"):
+        genes = array.astype(np.float32)
+    if not np.isfinite(genes).all():
+        raise InputError(name, "NaN or infinite in float32; expected finite numbers")
+    return genes

@@ -1,0 +1,257 @@
+"""Candidates of a search as objects, and the run folder that holds them."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evojax_merge import plugins
+from evojax_merge.arguments import check_arguments
+from evojax_merge.backends.backend import Backend
+from evojax_merge.backends.registry import find_backend
+from evojax_merge.checkpoints.writer import check_output
+from evojax_merge.commands.merge import MergeOptions, write_merge
+from evojax_merge.errors import InputError
+from evojax_merge.file_system import check_free
+from evojax_merge.mergekit.streams import plain_recipe
+from evojax_merge.problem import build_problem, open_backend
+from evojax_merge.python_calls import Location, PythonCall, as_yaml, ignore, warn
+from evojax_merge.report.card import merge_card
+from evojax_merge.report.described import Described, Table, parameter_table
+from evojax_merge.report.frame import NamedValues, history_frame
+from evojax_merge.run import StoredRun
+from evojax_merge.search.loop import saved_strategy_state
+from evojax_merge.search.protocols import context_of
+from evojax_merge.search.run_folder import Checkpoints, check_inputs, check_masks, is_run
+from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.yaml_reader import parse_documents
+
+
+@dataclass(frozen=True)
+class TrialSource:
+    """The search of trials. method: the method of its merges, or the kind of its space; named_values: the searched
+    parameters of genomes by their names; backend: opens the models; check: raises InputError where the models are not
+    what the search scored; keep: files and folders that no export may replace."""
+
+    method: str
+    named_values: NamedValues
+    backend: Callable[[], Backend]
+    merges_recipes: bool
+    check: Callable[[], None] = lambda: None
+    keep: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, repr=False)
+class Trial(Described):
+    """A candidate of a search. generation: the generation's number, from 1; candidate: its number in the generation,
+    from 0; both None for a winner that was in no generation. fitness: None where the candidate failed; examples: the
+    number of examples that it was evaluated on; scores: its mean on each task; genome: float32[D]."""
+
+    generation: int | None
+    candidate: int | None
+    fitness: float | None
+    examples: int | None
+    scores: dict[str, float | None]
+    genome: np.ndarray = field(compare=False)
+    _source: TrialSource = field(compare=False)
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The searched parameters by their names."""
+        values = self._source.named_values(self.genome[None])
+        return {name: float(column[0]) for name, column in values.items()}
+
+    @property
+    def recipe(self) -> Any:
+        """The candidate as a mergekit recipe, which `merge` makes into a model of language: a mapping, or a list of
+        them where it has several documents."""
+        return plain_recipe(parse_documents("recipe", self._source.backend().recipe(self.genome)))
+
+    def merged(self) -> Any:
+        """The candidate as a pytree. Raises InputError for language models, which `export` writes."""
+        backend: Any = self._source.backend()
+        if not hasattr(backend, "merged"):
+            raise InputError("Trial.merged", "is for models that are pytrees; `export` writes a model's folder")
+        return backend.merged(self.genome)
+
+    def export(self, out: Location, *, dtype: str | None = None, overwrite: bool = False) -> Path:
+        """Write the candidate's model to the folder `out`, as it was scored unless `dtype` is another one."""
+        check_arguments(Trial.export, locals())
+        with PythonCall():
+            self._source.check()
+            if self._source.merges_recipes:
+                options = MergeOptions(dtype, None, overwrite, False, False, False)
+                recipe = self.recipe
+                documents = [recipe] if isinstance(recipe, Mapping) else recipe
+                write_merge(as_yaml("recipe", documents), Path(out), options, ignore, warn)
+                return Path(out)
+            if dtype is not None:
+                raise InputError("Trial.export: dtype", "is for language models; leave it out")
+            self._write(Path(out), overwrite)
+        return Path(out)
+
+    def _write(self, out: Path, overwrite: bool) -> None:
+        """Write the model of the genome, whose backend makes candidates of genomes."""
+        backend = self._source.backend()
+        check_free(out, overwrite)
+        recipe = backend.recipe(self.genome)
+        models = {backend.references[model]: model for model in backend.merged_from(self.genome)}
+        card = merge_card(out.name, [backend.name], models, recipe)
+        backend.export(recipe, self.genome, out, card, partial(check_output, out, self._source.keep))
+
+    def facts(self) -> dict[str, Any]:
+        place = {"generation": self.generation, "candidate": self.candidate}
+        return {"method": self._source.method} | place | {"fitness": self.fitness, "examples": self.examples}
+
+    def tables(self) -> dict[str, Table]:
+        scores = [{"task": name, "score": value} for name, value in self.scores.items()]
+        return {"scores": scores, "parameters": parameter_table(self.parameters)}
+
+
+def trials_of(history: Sequence[Mapping[str, Any]], source: TrialSource) -> list[Trial]:
+    """Every candidate of every generation of a history, in their order."""
+    return [
+        Trial(
+            row["generation"], number, row["fitness"][number], row["examples"][number],
+            {name: values[number] for name, values in row["task_scores"].items()},
+            np.array(row["genomes"][number], np.float32), source,
+        )
+        for row in history
+        for number in range(len(row["fitness"]))
+    ]  # fmt: skip
+
+
+def best_of(
+    where: str, history: Sequence[Mapping[str, Any]], result: Mapping[str, Any] | None, source: TrialSource
+) -> Trial:
+    """The winner that a search has chosen; before it has, the candidate of the highest fitness on all examples. result:
+    the document of `result.json`. Raises InputError where there is no generation yet."""
+    trials = trials_of(history, source)
+    if result is not None and result.get("generations") == len(history):
+        genome = np.array(result["genome"], np.float32)
+        same = (trial for trial in trials if np.array_equal(trial.genome, genome))
+        # A run of search_pytrees has the fitness of the split alone that the winner was chosen on.
+        fitness = result.get("search_fitness") or result["validation_fitness"]
+        winner = Trial(None, None, fitness["winner"], None, {}, genome, source)
+        return next(same, winner)
+    finite = [trial for trial in trials if trial.fitness is not None]
+    if not finite:
+        raise InputError(where, "there is no generation yet; call run, or tell")
+    most = max(trial.examples or 0 for trial in finite)
+    complete = [trial for trial in finite if trial.examples == most]
+    return max(complete, key=lambda trial: trial.fitness or 0.0)
+
+
+@dataclass(frozen=True, repr=False)
+class Run(StoredRun):
+    """A search's run folder, with its candidates. Every property reads the current files, so that a running search can
+    be watched; a property whose file does not exist yet is None, or empty."""
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Every candidate of every generation, in their order; for a search in stages, of the last one."""
+        return trials_of(self.history, self._source())
+
+    @property
+    def best(self) -> Trial:
+        """The winner that the search has chosen; before it has, the candidate of the highest fitness on all examples.
+        Raises InputError where there is no generation yet."""
+        return best_of("Run.best", self.history, self.result, self._source())
+
+    def to_frame(self) -> Any:
+        """The history as a pandas table, a row for each candidate: `generation`, `candidate` (its number there, from
+        0), `fitness`, `examples`, its mean on each task by the task's name, and its searched parameters, such as
+        `weight[layers 0-3 attention][maths]`; `gene[0]` and so forth where the space has no named parameters. For a
+        search in stages, the history is the last stage's. Names of parameters need the first parent's headers."""
+        return history_frame(self.history, self.named_values())
+
+    def plot(self) -> Any:
+        """An Altair chart of the fitness over generations: best so far, best, mean, and validation where it was looked
+        at. Raises InputError where there is no generation yet."""
+        return plot_of("Run.plot", self.history)
+
+    def tables(self) -> dict[str, Table]:
+        result = self.result
+        tables: dict[str, Table] = {"held-out scores": score_table(result or {})}
+        if is_run(self._folder) and self.history:
+            # Names of parameters need the models' headers, which need not be there any more.
+            with suppress(InputError):
+                best = best_of("Run", self.history, result, self._source())
+                tables["parameters of the best"] = parameter_table(best.parameters)
+        return tables
+
+    def _source(self) -> TrialSource:
+        folder, document = self._folder, self.config
+        name = document.get("backend", "decoder")
+        plugins.load_named(f"{folder.config}: plugins", document.get("plugins", []), folder.path)
+
+        def check() -> None:
+            self._check_models()
+            check_inputs(folder)
+            if "random_numbers" in document:
+                check_masks(folder)
+
+        return TrialSource(
+            self.method, self.named_values(), self._open, find_backend(f"{folder.config}: backend", name, folder.path)
+            .merges_recipes, check, tuple(folder.parts),
+        )  # fmt: skip
+
+    def _check_models(self) -> None:
+        if "tasks" not in self.config:
+            raise InputError(self.path, "is a run of search_pytrees, whose pytrees lie in no file")
+
+    def _open(self) -> Backend:
+        """The models of the run's last stage."""
+        self._check_models()
+        folder, config = self._folder, self.last_stage()
+        if config.pool is None:
+            return open_backend(folder.config, config, chained=True)
+        problem = build_problem(folder.config, config)
+        saved = Checkpoints(folder).restore(ignore)
+        if saved is None:
+            return problem.backend
+        state = saved_strategy_state(saved, problem.seed, problem.strategy, problem.space)
+        return problem.within(context_of(problem.strategy, state)).backend
+
+
+def score_table(result: Mapping[str, Any]) -> Table:
+    """The held-out scores of a `result.json`, a row for each model, with the winner's lead over it and the 95% interval
+    of the lead."""
+    intervals = {rival.get("name"): rival for rival in result.get("better_than", {}).values()}
+    rows = []
+    for row in result.get("table", []):
+        rival = intervals.get(row["name"], {})
+        lead = None
+        if rival.get("interval") is not None:
+            low, high = rival["interval"]
+            difference = rival["winner_heldout_fitness"] - row["heldout_fitness"]
+            lead = f"{difference:+.3g} ({low:.3g} to {high:.3g})"
+        scores = {name: float(value) for name, value in row["heldout_scores"].items()}
+        model = {"model": row["name"], "role": row["role"], "fitness": float(row["heldout_fitness"])}
+        rows.append({**model, **scores, "the winner's lead (95%)": lead})
+    return rows
+
+
+def plot_of(where: str, history: Sequence[Mapping[str, Any]]) -> Any:
+    """An Altair chart of a history. Raises InputError where there is no generation yet."""
+    from evojax_merge.report.charts import history_chart
+
+    if not history:
+        raise InputError(where, "there is no generation yet; call run, or tell")
+    return history_chart(history)
+
+
+def open_run(folder: Location) -> Run:
+    """The run folder of a search, finished or not. Raises InputError for any other folder."""
+    check_arguments(open_run, locals())
+    path = Path(os.path.expanduser(folder)).absolute()
+    if not path.is_dir():
+        raise InputError(folder, "no such folder; expected the run folder of a search")
+    if not is_run(RunFolder(path)):
+        raise InputError(folder, "is not a run folder of a search")
+    return Run(path)
