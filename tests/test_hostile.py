@@ -29,6 +29,7 @@ from hostile import (
     shared_server,
     tasks,
     tasks_of_strangers,
+    versions,
 )
 from hostile import tokenizers as tokenizer_files
 
@@ -49,6 +50,7 @@ MODULES = (
     inspecting,
     chat,
     proof,
+    versions,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

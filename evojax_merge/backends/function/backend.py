@@ -73,6 +73,9 @@ class TreeSpace:
     def plain_merges(self) -> tuple[np.ndarray, tuple[str, ...]]:
         return self.groups.plain_merges()
 
+    def parents_among(self, genomes: np.ndarray) -> np.ndarray:
+        return self.groups.parents_among(genomes)
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Programs
