@@ -97,9 +97,9 @@ def test_a_file_of_an_oxen_repository_is_its_commits(
         ("oxen:repo@main:../a.jsonl", r"\.\./a.jsonl lies outside of the repository"),
         ("oxen:repo@main:/etc/passwd", "/etc/passwd lies outside of the repository"),
         ("oxen:nowhere@main:a.jsonl", "nowhere is no Oxen repository; expected a folder with .oxen"),
-        ("oxen:repo@other:data/a.jsonl", "repo has no commit or branch other"),
-        ("oxen:repo@1111:data/a.jsonl", "repo has no commit or branch 1111"),
-        ("oxen:repo@../..:data/a.jsonl", r"repo has no commit or branch \.\./\.\."),
+        ("oxen:repo@other:data/a.jsonl", ".*/repo has no commit or branch other"),
+        ("oxen:repo@1111:data/a.jsonl", ".*/repo has no commit or branch 1111"),
+        ("oxen:repo@../..:data/a.jsonl", r".*/repo has no commit or branch \.\./\.\."),
         (f"oxen:repo@{'3' * 32}:data/a.jsonl", r"Oxen did not give it out of .*repo \(.*No such file"),
         ("oxen:repo@main:b.jsonl", r"Oxen did not give it out of .*repo \(.*No such file"),
     ],
@@ -153,7 +153,8 @@ def test_a_real_oxen_repository(tmp_path: Path) -> None:
     )
     done = run_python(script, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert [line.startswith("file: oxen:repo@") for line in done.stdout.splitlines()] == [True] * 3, done.stdout
+    # The package prints what it commits.
+    assert sum(line.startswith("file: oxen:repo@") for line in done.stdout.splitlines()) == 3, done.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ def test_weights_that_are_a_pointer_are_refused(tmp_path: Path) -> None:
     from evojax_merge.checkpoints.folder import read_header
 
     (tmp_path / "model.safetensors").write_text(POINTER)
-    with pytest.raises(InputError, match=r"model.safetensors: is a pointer of Git LFS, .*`git lfs pull`"):
+    with pytest.raises(InputError, match=r"model.safetensors: is a pointer of Git LFS .*`git lfs pull`"):
         read_header(tmp_path / "model.safetensors")
 
 
@@ -250,13 +251,15 @@ def test_a_data_set_of_the_hub_is_named_with_its_commit(tmp_path: Path, monkeypa
 
 
 def test_a_repository_that_may_want_a_token_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    import httpx
     from huggingface_hub.errors import GatedRepoError
+
+    class Gated(GatedRepoError):
+        def __init__(self) -> None:
+            Exception.__init__(self, "Cannot access gated repo")
 
     class Api:
         def list_repo_files(self, *arguments: Any, **options: Any) -> list[str]:
-            request = httpx.Request("GET", "https://hub")
-            raise GatedRepoError("Cannot access gated repo", response=httpx.Response(401, request=request))
+            raise Gated
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)

@@ -36,7 +36,7 @@ class Terminal(Console):
         lines = [printable(text, LONGEST_LINE) if isinstance(text, str) else text for text in objects]
         for line in lines:
             for part in [line] if isinstance(line, str) else _drawn(line).splitlines():
-                LOG.info("%s", part)
+                LOG.info("%s", part.rstrip())
         super().print(*lines, **options)
 
 
