@@ -193,7 +193,7 @@ def search(
             init_distributed()
         from evojax_merge.commands import search as command
 
-    output = "json" if as_json else "none" if quiet else "text"
+    output: Literal["text", "json", "none"] = "json" if as_json else "none" if quiet else "text"
     command.search(config, out, resume, overwrite, seed, list(overrides), force, plugin_names, output)
 
 
