@@ -166,6 +166,8 @@ def completion(shell: str) -> None:
 )
 @click.option("--distributed", is_flag=True, help="This is one of several processes that share the search.")
 @click.option("--force", is_flag=True, help="Go on where the models or the passes do not fit into memory.")
+@click.option("--quiet", is_flag=True, help="Print nothing but warnings and errors; the run folder's run.log has all.")
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each generation, and nothing else.")
 @with_plugins
 def search(
     config: Path,
@@ -176,11 +178,15 @@ def search(
     overrides: tuple[str, ...],
     distributed: bool,
     force: bool,
+    quiet: bool,
+    as_json: bool,
     plugin_names: tuple[str, ...],
 ) -> None:
     """Search for the best merge that CONFIG describes, and export the winner."""
     if resume and overwrite:
         raise InputError("--resume", "cannot go with --overwrite")
+    if quiet and as_json:
+        raise InputError("--json", "cannot go with --quiet")
     with _starting(plugin_names):
         if distributed:
             from evojax_merge.evaluation.devices import init_distributed
@@ -188,7 +194,8 @@ def search(
             init_distributed()
         from evojax_merge.commands import search as command
 
-    command.search(config, out, resume, overwrite, seed, list(overrides), force, plugin_names)
+    output: Literal["text", "json", "none"] = "json" if as_json else "none" if quiet else "text"
+    command.search(config, out, resume, overwrite, seed, list(overrides), force, plugin_names, output)
 
 
 @cli.command(short_help="Say what a search would take: memory, work, time.")

@@ -439,6 +439,9 @@ class Config(Section):
     plugins: Plugins = Field(
         [], description="Python files and packages that add methods, strategies, tasks, architectures and backends"
     )
+    log: list[Literal["tensorboard", "wandb", "csv"]] = Field(
+        [], max_length=3, description="programs that get the figures of each generation; csv: a table, history.csv"
+    )
     inputs: dict[str, str] | None = Field(
         None,
         exclude=True,
@@ -458,7 +461,7 @@ class Config(Section):
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out optional keys at their defaults (see SearchConfig)."""
         document: dict[str, Any] = serialise(self)
-        for name in ("pool", "other_modules", "scale", "plugins"):
+        for name in ("pool", "other_modules", "scale", "plugins", "log"):
             if not document[name]:
                 document.pop(name)
         if self.backend == type(self).model_fields["backend"].default:

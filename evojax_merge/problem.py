@@ -49,6 +49,7 @@ from evojax_merge.search.strategies.registry import (
 from evojax_merge.search.successive_halving import stratified_parts, stratified_shards
 from evojax_merge.search.validation import validation_split
 from evojax_merge.spaces.bounds import from_unit
+from evojax_merge.tasks.data_versions import dvc_record
 from evojax_merge.tasks.opening import open_task, resolved_config
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import GUARD_WEIGHT, Task, TaskConfig
@@ -407,6 +408,7 @@ def resolved_document(config: Config, problem: SearchProblem) -> dict[str, Any]:
     plugins = plugins_of(config, problem)
     if plugins:
         document["plugins"] = plugins
+    files |= {record for file in files if (record := dvc_record(file)) is not None}
     files |= source_files(extensions(config, problem)) | files_of(plugins)
     document["inputs"] = {str(file): file_hash(file) for file in sorted(files)}
     return document | random_numbers(backend.is_random)

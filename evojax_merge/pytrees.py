@@ -33,11 +33,12 @@ from evojax_merge.config import (
     explain,
 )
 from evojax_merge.core import evolve_on
-from evojax_merge.errors import InputError
+from evojax_merge.errors import LOG, InputError
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.file_system import atomic_write, atomic_write_bytes
 from evojax_merge.problem import build_strategy, resolved_search, searchable
 from evojax_merge.python_calls import PythonCall
+from evojax_merge.report.progress import generation_line
 from evojax_merge.search.environment import recorded_session
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter
 from evojax_merge.search.protocols import Strategy, differentiates
@@ -269,15 +270,20 @@ HINT = "Look at what the fitness function returns for the parents, and at the bo
 
 
 class _Reporter(Reporter):
-    """Hands each generation on."""
+    """Hands each generation on, and prints nothing."""
 
     def __init__(self, on_generation: Callable[[Generation], None]) -> None:
         self._on_generation = on_generation
 
+    def log(self, text: str) -> None:
+        LOG.info("%s", text)
+
     def finished(self, generation: Generation) -> None:
+        self.log(generation_line(generation))
         self._on_generation(generation)
 
     def warn(self, text: str) -> None:
+        self.log(f"warning: {text}")
         # The warning names the caller of `search_pytrees`.
         warnings.warn(text, stacklevel=5)
 

@@ -30,6 +30,7 @@ from hostile import (
     shared_server,
     tasks,
     tasks_of_strangers,
+    versions,
 )
 from hostile import tokenizers as tokenizer_files
 
@@ -51,6 +52,7 @@ MODULES = (
     inspecting,
     chat,
     proof,
+    versions,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

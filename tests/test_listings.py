@@ -82,7 +82,7 @@ def test_a_name_that_says_its_role_stands_alone() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("completed", "shown"), [(0, "0/12"), (0.25, "0.2/12"), (5.0, "5/12"), (12, "12/12")])
+@pytest.mark.parametrize(("completed", "shown"), [(0, "0/12"), (0.95, "0/12"), (5.0, "5/12"), (12, "12/12")])
 def test_whole_generations_are_counted_as_such(completed: float, shown: str) -> None:
     progress = Progress()
     progress.add_task("search", total=12, completed=completed)

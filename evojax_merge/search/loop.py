@@ -6,8 +6,8 @@ finds the same winner as one that was not.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
@@ -34,6 +34,7 @@ from evojax_merge.search.gradients import value_and_gradient
 from evojax_merge.search.protocols import (
     GenomeEvaluator,
     GradientEvaluator,
+    HasParents,
     Space,
     State,
     Strategy,
@@ -45,7 +46,7 @@ from evojax_merge.search.protocols import (
 )
 from evojax_merge.search.run_folder import Saved
 from evojax_merge.search.run_parts import KEPT_CHECKPOINTS
-from evojax_merge.search.stopping import Stopped, course_of, seconds_of, stopped
+from evojax_merge.search.stopping import Course, Stopped, course_of, seconds_of, stopped
 from evojax_merge.search.successive_halving import (
     HalvingResult,
     describe_rungs,
@@ -67,8 +68,10 @@ class Generation:
     """The results of one generation. number: from 1; fitness: float64[P], each candidate's mean over the examples that
     it was evaluated on, NaN where it failed or broke a guard; best, mean: of this generation, and best_so_far of all,
     on all examples (None: no such candidate yet); metrics: the strategy's, such as sigma; seconds: the duration of the
-    evaluation; validation: the fitness of the best so far on the validation split, in generations that are
-    validated."""
+    evaluation; validation: the fitness of the best so far on the validation split, in generations that are validated;
+    generations: how many are wanted; best_parent: the fitness of the best parent among the candidates of the first
+    generation; seconds_left: about the time until the last generation; stage: the number of a chain's stage, from 1;
+    scores_of_best: the best candidate's mean by `task/metric`."""
 
     number: int
     fitness: np.ndarray
@@ -79,6 +82,11 @@ class Generation:
     metrics: dict[str, float]
     seconds: float
     validation: float | None = None
+    generations: int | None = None
+    best_parent: float | None = None
+    seconds_left: float | None = None
+    stage: int | None = None
+    scores_of_best: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def population(self) -> int:
@@ -206,7 +214,9 @@ def evolve(
         state["peak"] = init_peak(validation)
     state, first = storage.restore(state, reporter.log)
     course, ended, done = course_of(storage.read_history(), storage.read_timing()), None, first
+    best_parent = next((_best_parent(space, row) for row in storage.read_history()[:1]), None)
     followed: bool | None = None
+    clock = _Clock()
     is_fitness = bool(minibatches) and _goal(minibatches[0]) == _goal(shards[0])
     if config.generations <= first:
         reporter.log(f"{first} generations are saved, and {config.generations} wanted: nothing to search")
@@ -269,6 +279,7 @@ def evolve(
             reporter.warn(course.trend.describe())
         storage.save(number + 1, state, row, timing)
         done = number + 1
+        best_parent = _best_parent(space, row) if number == 0 else best_parent
         reporter.finished(
             Generation(
                 number=number + 1,
@@ -280,6 +291,10 @@ def evolve(
                 metrics=values,
                 seconds=seconds,
                 validation=row.get("validation", {}).get("best_so_far"),
+                generations=config.generations,
+                best_parent=best_parent,
+                seconds_left=clock.seconds_left(config, done, course, len(genomes)),
+                scores_of_best=row["scores_of_best"],
             )
         )
     finite = np.isfinite(state["fitness"])
@@ -291,6 +306,37 @@ def evolve(
         stopped=ended,
         context=context_of(strategy, state["strategy"]),
     )
+
+
+def _best_parent(space: Space, row: Mapping[str, Any]) -> float | None:
+    """The best fitness of a parent, on all examples, in a generation's row of the history; None: it has no parent."""
+    if row["best"] is None or not isinstance(space, HasParents):
+        return None
+    parents = space.parents_among(np.array(row["genomes"], np.float32))
+    met_all = np.array(row["examples"]) == max(row["examples"])
+    values = np.array(row["fitness"], float)[parents & met_all]
+    return _number(np.max(values, initial=-np.inf, where=np.isfinite(values)))
+
+
+class _Clock:
+    """Estimates the time that a search takes until its end. The first generation of a process, which compiles, does not
+    count."""
+
+    def __init__(self) -> None:
+        self._start: tuple[float, int] | None = None
+
+    def seconds_left(self, config: SearchConfig, done: int, course: Course, population: int) -> float | None:
+        """Seconds until the last generation, or until a limit of `search.stop`, whichever comes first; None after the
+        process's first generation. done: the number of generations so far."""
+        now, stop = time.perf_counter(), config.stop
+        if self._start is None:
+            self._start = now, done
+            return None
+        remaining = config.generations - done
+        if stop.evaluations is not None:
+            remaining = min(remaining, (stop.evaluations - course.evaluations) // population)
+        left = remaining * (now - self._start[0]) / (done - self._start[1])
+        return left if stop.seconds is None else max(0.0, min(left, stop.seconds - course.seconds))
 
 
 def _ended_early(ended: Stopped, generations: int, is_saved: bool, config: SearchConfig) -> str:

@@ -208,6 +208,15 @@ def plain_merges_of(space: Space) -> tuple[np.ndarray, Sequence[str]]:
     return space.plain_merges() if isinstance(space, HasPlainMerges) else (np.zeros((0, space.dims), np.float32), ())
 
 
+@runtime_checkable
+class HasParents(Protocol):
+    """A space whose candidates may be a parent as it is."""
+
+    def parents_among(self, genomes: np.ndarray) -> np.ndarray:
+        """bool[P]: true for the genomes, float32[P, D], that stand for a parent as it is."""
+        ...
+
+
 class Evaluator(Protocol):
     """Scores candidates on one split of the examples."""
 

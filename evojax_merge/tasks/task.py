@@ -242,11 +242,14 @@ FindFile = Callable[[str, str, Path], Path]
 
 def local_file(where: str, reference: str, folder: Path) -> Path:
     """A file by its path. Raises InputError, with the key `where`, if there is none."""
-    for path in (Path(os.path.expanduser(reference)), folder / reference):
+    paths = (Path(os.path.expanduser(reference)), folder / reference)
+    for path in paths:
         # The path's own methods raise for a name that no file can have, and for a user that does not exist.
         if os.path.exists(path):
             return path.resolve()
-    raise InputError(where, f"{reference}: no such file")
+    record = next((f"{path}.dvc" for path in paths if os.path.exists(f"{path}.dvc")), None)
+    advice = "" if record is None else f"; DVC tracks it: run `dvc pull {record}`"
+    raise InputError(where, f"{reference}: no such file{advice}")
 
 
 @dataclass(frozen=True)

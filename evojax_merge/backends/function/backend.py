@@ -78,6 +78,9 @@ class TreeSpace:
     def named_values(self, genomes: np.ndarray, parents: Sequence[str]) -> dict[str, np.ndarray]:
         return self.group_space.named_values(genomes, parents)
 
+    def parents_among(self, genomes: np.ndarray) -> np.ndarray:
+        return self.group_space.parents_among(genomes)
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Programs
