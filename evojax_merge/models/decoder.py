@@ -4,7 +4,7 @@
 weights, or a merge that is computed while the scan runs. `decode_step` feeds a few tokens to a model with a KV cache.
 Both run the block of the config's architecture and pass it the attention function.
 
-Shapes: tokens `[B, T]`, hidden states `[B, T, hidden]`, cached keys `[L, G, B, head_dim, S]` and values
+Shapes: tokens `[B, T]`, hidden states `[B, T, hidden]`, features of images `[R, hidden]`, cached keys `[L, G, B, head_dim, S]` and values
 `[L, G, B, S, head_dim]` of G key-value heads: each head's keys and values are contiguous, in the order in which its
 matmuls read them. Weights keep Hugging Face's orientation `[out, in]`. A `SequenceLayout` gives every token's position
 and segment: rows may be padded on the left (for generation, every prompt ends in the last column) or on the right, may
@@ -222,6 +222,19 @@ def scan_with_prefetch(step: Callable[..., Any], x: Any, at: Callable[[Any], Any
     return x, out
 
 
+def embed(
+    config: DecoderConfig, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout, features: jax.Array | None
+) -> jax.Array:
+    """The hidden states before the first layer. features: `[R, hidden]`, the features of images: a negative token is
+    the position of row `~token`, which enters as it is; None: there is no negative token."""
+    architecture = architecture_of(config)
+    if features is None:
+        return architecture.embed(config, source, tokens, layout)
+    embedded = architecture.embed(config, source, jnp.maximum(tokens, 0), layout)
+    rows = features[jnp.maximum(~tokens, 0)].astype(embedded.dtype)
+    return jnp.where((tokens < 0)[..., None], rows, embedded)
+
+
 def forward(
     config: DecoderConfig,
     source: LayerSource,
@@ -230,12 +243,13 @@ def forward(
     *,
     prefix: KVCache | None = None,
     return_kv: bool = False,
+    features: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """Run a prefill and return the final hidden states `[B, T, hidden]` (after the last norm), and the KV cache with
     `return_kv`.
 
     tokens: int32[B, T], laid out as `layout` says; `prefix`: the cache of one row (B = 1) that every row of the batch
-    follows.
+    follows; features: see `embed`.
     """
     architecture, slices = architecture_of(config), source.stacks[LAYERS]
     tables = architecture.position_tables(config, layout)
@@ -252,7 +266,7 @@ def forward(
             lambda leaf: jax.lax.dynamic_index_in_dim(*without_upcast(leaf, index), keepdims=False), slices
         )
 
-    x = replicate(architecture.embed(config, source, tokens, layout))
+    x = replicate(embed(config, source, tokens, layout, features))
     kinds_and_prefix = (layer_kinds(config), prefix)
     if source.prefetch:
         x, kv = scan_with_prefetch(layer, x, at, kinds_and_prefix)

@@ -19,7 +19,7 @@ from flax import struct
 
 from evojax_merge.models.architecture import LAYERS, architecture_of
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import prefill_attention
+from evojax_merge.models.decoder import embed, prefill_attention
 from evojax_merge.models.layers import LayerKind, SequenceLayout, Weights, prefix_layout, tables_of
 from evojax_merge.models.sources import StackedWeights
 
@@ -174,13 +174,13 @@ def embed_batch(
     tokens: jax.Array,
     layout: SequenceLayout,
     shared_prefix: jax.Array | None,
+    features: jax.Array | None = None,
 ) -> Activations:
-    """The activations before the first layer. shared_prefix: int32[1, H]."""
-    embed = partial(architecture_of(config).embed, config, source)
-    rows = embed(tokens, layout)
-    return Activations(
-        rows, None if shared_prefix is None else embed(shared_prefix, prefix_layout(shared_prefix.shape[1]))
-    )
+    """The activations before the first layer. shared_prefix: int32[1, H]; features: see `decoder.embed`."""
+    rows, before = embed(config, source, tokens, layout, features), None
+    if shared_prefix is not None:
+        before = embed(config, source, shared_prefix, prefix_layout(shared_prefix.shape[1]), features)
+    return Activations(rows, before)
 
 
 @partial(jax.jit, static_argnums=0)

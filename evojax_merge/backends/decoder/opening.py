@@ -11,6 +11,7 @@ from merge_kernels import Method
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.decoder.backend import DecoderBackend, DecoderModels, stored_dtype
 from evojax_merge.backends.decoder.candidates import Candidates, MergeCandidates, PathCandidates, PoolCandidates
+from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
 from evojax_merge.checkpoints.config_file import decoder_settings
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder
 from evojax_merge.checkpoints.folder import Folder
@@ -90,7 +91,8 @@ class DecoderFactory:
         open_all = open_decoders if config.data_flow else _of_one_depth
         sources, configs = open_all(opened, tokenizer_choice)
         _check_tokens(opened, sources)
-        other_modules = _other_modules(where, config, folder, sources.folders, base, parents)
+        all_folders = sources.folders
+        other_modules = _other_modules(where, config, folder, all_folders, base, parents)
         if None not in (other_modules, tokenizer_dir) and tokenizer_dir != other_modules:
             raise InputError(
                 where, f"tokenizer_source: expected {other_modules}, whose other modules the winner has: its images "
@@ -107,7 +109,8 @@ class DecoderFactory:
         for number in leaders if config.pool is None else range(len(sources.folders)):
             read_json_object(sources.folders[number].path / "generation_config.json", missing={})
         tokenizer_folder = tokenizer_dir or (base if base is not None else parents[0])
-        tokenizer = load_tokenizer(tokenizer_folder)
+        opened_folders = {opened_folder.path: opened_folder for opened_folder in all_folders}
+        tokenizer = seeing_tokenizer(load_tokenizer(tokenizer_folder), opened_folders.get(other_modules))
         models = DecoderModels(
             base=base,
             parents=parents,
@@ -119,6 +122,7 @@ class DecoderFactory:
             other_modules=other_modules,
             context=context_length(sources.folders, configs[0].positions),
             stop=stop_tokens(tokenizer_folder, tokenizer),
+            vision=vision_of(tokenizer, all_folders),
         )
         return DecoderBackend(config, models, candidates, target)
 
