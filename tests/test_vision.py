@@ -3,7 +3,6 @@
 import base64
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import yaml
 from helpers import save, write_lines
 from reference.vision_models import (
-    PLACEHOLDERS,
     SEEING,
     load_seeing,
     save_seeing,
@@ -23,10 +21,13 @@ from reference.vision_models import (
 )
 from transformers import AutoModelForCausalLM
 
+from evojax_merge import stored_models
 from evojax_merge.backends.decoder import vision
+from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.cli import cli
 from evojax_merge.cli import run as run_command
 from evojax_merge.config import TaskFile
+from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.stored_models import open_tasks, score_models
 
@@ -44,11 +45,10 @@ NEW = 6
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of features for each test; compiled programs stay where they are."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(vision, "cache_folder", lambda: folder)
-    yield
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +62,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_tasks(folder: Path, placeholder: str = "<image>") -> None:
+def write_tasks(folder: Path) -> None:
     files = write_images(folder)
     texts, choices = [], []
     for number, (prompt, images) in enumerate(PROMPTS):
         names: Any = [files[i].name for i in images]
-        fields = {"prompt": prompt.replace("<image>", placeholder), "target": f"w{20 + number} w{33 - number}"}
+        fields = {"prompt": prompt, "target": f"w{20 + number} w{33 - number}"}
         fields |= {} if not names else {"image": names[0]} if len(names) == 1 else {"images": names}
         texts.append(fields)
         choices.append(fields | {"choices": [f"w{number + 4}", "w40 w41"], "answer": 0})
@@ -75,10 +75,7 @@ def write_tasks(folder: Path, placeholder: str = "<image>") -> None:
     write_lines(folder / "choices.jsonl", choices)
     # Questions about one image, behind a beginning that is worth prefilling once.
     shared = [{"prompt": prompt, "target": f"w{20 + i}", "image": "0.png"} for i, prompt in enumerate(SHARED)]
-    write_lines(
-        folder / "shared.jsonl",
-        [record | {"prompt": record["prompt"].replace("<image>", placeholder)} for record in shared],
-    )
+    write_lines(folder / "shared.jsonl", shared)
 
 
 def score(folder: Path, *tasks: dict[str, Any]) -> tuple[TaskScores, list[str]]:
@@ -95,13 +92,13 @@ def images_of(root: Path, numbers: tuple[int, ...]) -> list[Path]:
     return [root / f"{number}.png" for number in numbers]
 
 
-def check_scores(folder: Path, placeholder: str, tasks: list[dict[str, Any]]) -> None:
+def check_scores(folder: Path, tasks: list[dict[str, Any]]) -> None:
     """The scores of a likelihood, of choices and of texts are those of transformers, the second time as well."""
     scores, lines = score(folder, *tasks)
     assert any("images: 4 (" in line and "4 encoded by the vision tower, 0 read" in line for line in lines)
     model, processor = load_seeing(folder)
     for number, (prompt, numbers) in enumerate(PROMPTS):
-        prompt, images = prompt.replace("<image>", placeholder), images_of(folder.parent, numbers)
+        images = images_of(folder.parent, numbers)
         expected = seeing_logprobs(model, processor, prompt, images, f"w{20 + number} w{33 - number}")
         assert scores.matrices["task0"]["log_probability"][0, number] == pytest.approx(expected.mean(), abs=1e-4)
         sums = [seeing_logprobs(model, processor, prompt, images, c).sum() for c in (f"w{number + 4}", "w40 w41")]
@@ -123,10 +120,9 @@ TASKS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("kind", SEEING)
 def test_scores_and_texts_are_transformers(kind: str, tmp_path: Path) -> None:
-    placeholder = PLACEHOLDERS.get(kind, "<image>")
     save_seeing(seeing_model(kind), tmp_path / "model", 0, 0.05)
-    write_tasks(tmp_path, placeholder)
-    check_scores(tmp_path / "model", placeholder, TASKS)
+    write_tasks(tmp_path)
+    check_scores(tmp_path / "model", TASKS)
 
 
 def test_every_family_that_sees_is_in_the_table() -> None:
@@ -190,7 +186,7 @@ def test_a_search_exports_what_it_scored(
 
 def refusal(root: Path, records: list[dict[str, Any]], model: str = "one", **task: Any) -> str:
     write_lines(root / "bad.jsonl", records)
-    with pytest.raises(Exception) as caught:
+    with pytest.raises(InputError) as caught:
         score(root / model, {"kind": "likelihood", "file": "bad.jsonl", **task})
     return str(caught.value)
 
@@ -244,7 +240,13 @@ def test_models_that_see_no_images(root: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_a_missing_package_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = {"prompt": "<image> w5", "target": "w6", "image": "0.png"}
-    monkeypatch.setitem(sys.modules, "torch", None)
+
+    def load(folder: Path) -> Any:
+        tokenizer = load_tokenizer(folder)
+        monkeypatch.setitem(sys.modules, "torch", None)
+        return tokenizer
+
+    monkeypatch.setattr(stored_models, "load_tokenizer", load)
     assert "images need the package torch; pip install 'evojax-merge[vision]'" in refusal(root, [record])
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "PIL", None)

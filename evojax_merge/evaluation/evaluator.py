@@ -321,8 +321,8 @@ class Evaluator:
 
     `chunk`: the number of candidates that share a pass on a device; None chooses it. `log` receives each choice.
     Choices that depend on the kind of device are made for `target`; `free_memory`: bytes that a pass may use on a
-    device beyond what is loaded; `temporary_bytes`: the bytes that a traced pass needs beyond its arguments. `features`:
-    `[R, hidden]`, the features of the tasks' images (see models.decoder); None: there are none.
+    device beyond what is loaded; `temporary_bytes`: the bytes that a traced pass needs beyond its arguments;
+    `features`: `[R, hidden]`, the features of the tasks' images (see models.decoder), None where there are none.
     """
 
     config: DecoderConfig

@@ -96,8 +96,8 @@ class TextConfig(PromptConfig):
 class Example:
     """One example in text. `targets`: the one target, or the choices, joined to what stands before them; `answer`: the
     number of the right choice, or the wanted text; `line`: its number in the file; `where`: its place, where that is no
-    line of the file; `choices`: the choices as the record has them; `turns`: in place of the prompt, a conversation; `images`: those in
-    the places of the prompt or the conversation."""
+    line of the file; `choices`: the choices as the record has them; `turns`: in place of the prompt, a conversation;
+    `images`: those of the prompt or the conversation."""
 
     prompt: str
     targets: tuple[str, ...]
@@ -138,8 +138,8 @@ class TextTask(TaskDefaults):
     @property
     def files(self) -> tuple[Path, ...]:
         images = (*self.prompts.images, *(image for example in self.examples for image in example.images))
-        files = (image.file for image in images if image.file is not None)
-        return tuple(dict.fromkeys(map(Path, (self.file, self.fewshot_file or self.file, *files))))
+        data = (Path(file) for file in (self.file, self.fewshot_file or self.file))
+        return tuple(dict.fromkeys([*data, *(image.file for image in images if image.file is not None)]))
 
     @property
     def size(self) -> int:

@@ -86,11 +86,10 @@ def seeing_model(kind: str) -> Any:
 def save_seeing(model: Any, folder: Path, seed: int, vision_noise: float = 0.0) -> Path:
     """A copy with noise in every tensor of the decoder, and of the other modules with this noise, and its processor."""
     torch.manual_seed(seed)
-    state = {
-        name: values + (0.05 if any(part in name for part in ("language_model", "text_model", "lm_head")) else vision_noise)
-        * torch.randn_like(values)
-        for name, values in model.state_dict().items()
-    }  # fmt: skip
+    state = {}
+    for name, values in model.state_dict().items():
+        in_decoder = any(part in name for part in ("language_model", "text_model", "lm_head"))
+        state[name] = values + (0.05 if in_decoder else vision_noise) * torch.randn_like(values)
     copy = type(model)(model.config)
     copy.load_state_dict(state)
     copy.save_pretrained(folder)

@@ -54,8 +54,8 @@ class DecoderModels:
 
     base, parents: their folders; references: each folder's name in recipes; sources: the models of the bank, the base
     first where the method needs one; other_modules: the model whose other modules the winner has, where text decoders
-    of larger models are merged; context: the most tokens that all models take; stop: the tokens that end a generation; vision: the
-    images of tasks, None where the models see none.
+    of larger models are merged; context: the most tokens that all models take; stop: the tokens that end a generation;
+    vision: the images of tasks, None where the models see none.
     """
 
     base: Path | None

@@ -109,8 +109,8 @@ class DecoderFactory:
         for number in leaders if config.pool is None else range(len(sources.folders)):
             read_json_object(sources.folders[number].path / "generation_config.json", missing={})
         tokenizer_folder = tokenizer_dir or (base if base is not None else parents[0])
-        opened_folders = {opened_folder.path: opened_folder for opened_folder in all_folders}
-        tokenizer = seeing_tokenizer(load_tokenizer(tokenizer_folder), opened_folders.get(other_modules))
+        kept = next((opened_folder for opened_folder in all_folders if opened_folder.path == other_modules), None)
+        tokenizer = seeing_tokenizer(load_tokenizer(tokenizer_folder), kept)
         models = DecoderModels(
             base=base,
             parents=parents,

@@ -27,7 +27,7 @@ from evojax_merge.tasks.images import EXTRA, RecordImage
 
 # The larger models whose images are computed as transformers computes them. The others read texts alone: their
 # positions, masks or layers know of images.
-SEEING = ("idefics3", "llava", "llava_next", "mistral3", "vipllava")
+SEEING = ("idefics3", "llava", "llava_next", "vipllava")
 # The keys of config.json that name the token of an image's positions.
 PLACEHOLDER_KEYS = ("image_token_id", "image_token_index")
 # A change of what a file of features holds.
@@ -44,8 +44,8 @@ class Expansion:
 
 @dataclass(eq=False)
 class VisionSide:
-    """The vision side of a model. folder: the model; processor: the folder of its processor; placeholder: the text in an
-    image's place; encoded, read: the number of images whose features were computed, or read from the cache, so far."""
+    """The vision side of a model. folder: the model; processor: the folder of its processor; placeholder: the text in
+    an image's place; encoded, read: the number of images whose features were computed, or read from the cache."""
 
     folder: DecoderFolder
     processor: Path
@@ -345,8 +345,8 @@ class Vision:
         return place((self.tokenizer.rows, hidden), jnp.dtype(dtype)) if self.tokenizer.images else None
 
     def table(self, model: Path | None, dtype: str, put: Callable[..., Any]) -> Any:
-        """`[rows, hidden]`, put on the devices: the features of all images in front of candidates (None), or of a stored
-        model, which has those of candidates where it has no vision side; None where there are no images."""
+        """`[rows, hidden]`, put on the devices: the features of all images in front of candidates (None), or of a
+        stored model, which has those of candidates where it has no vision side; None where there are no images."""
         if not self.tokenizer.images:
             return None
         side = self.kept if model is None else self.sides.get(model, self.kept)
