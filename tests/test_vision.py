@@ -158,8 +158,8 @@ def test_a_search_exports_what_it_scored(
     document = {
         "base": str(root / "base"), "parents": [str(root / "two"), str(root / "one")], **SPACES[space],
         "tasks": [
-            {"name": "text", "kind": "likelihood",
-             "file": str(root / ("shared.jsonl" if space == "gradient" else "tasks.jsonl")), "heldout": str(root / "tasks.jsonl")},
+            {"name": "text", "kind": "likelihood", "heldout": str(root / "tasks.jsonl"),
+             "file": str(root / ("shared.jsonl" if space == "gradient" else "tasks.jsonl"))},
         ],
         "search": {"generations": 1, "population": 4} | ({"strategy": "gradient"} if space == "gradient" else {}),
     }  # fmt: skip
