@@ -11,6 +11,7 @@ import pytest
 import yaml
 from helpers import save, write_lines
 from reference.vision_models import (
+    PLACEHOLDERS,
     SEEING,
     load_seeing,
     save_seeing,
@@ -92,13 +93,13 @@ def images_of(root: Path, numbers: tuple[int, ...]) -> list[Path]:
     return [root / f"{number}.png" for number in numbers]
 
 
-def check_scores(folder: Path, tasks: list[dict[str, Any]]) -> None:
+def check_scores(folder: Path, tasks: list[dict[str, Any]], placeholder: str) -> None:
     """The scores of a likelihood, of choices and of texts are those of transformers, the second time as well."""
     scores, lines = score(folder, *tasks)
     assert any("images: 4 (" in line and "4 encoded by the vision tower, 0 read" in line for line in lines)
     model, processor = load_seeing(folder)
     for number, (prompt, numbers) in enumerate(PROMPTS):
-        images = images_of(folder.parent, numbers)
+        prompt, images = prompt.replace("<image>", placeholder), images_of(folder.parent, numbers)
         expected = seeing_logprobs(model, processor, prompt, images, f"w{20 + number} w{33 - number}")
         assert scores.matrices["task0"]["log_probability"][0, number] == pytest.approx(expected.mean(), abs=1e-4)
         sums = [seeing_logprobs(model, processor, prompt, images, c).sum() for c in (f"w{number + 4}", "w40 w41")]
@@ -122,7 +123,10 @@ TASKS: list[dict[str, Any]] = [
 def test_scores_and_texts_are_transformers(kind: str, tmp_path: Path) -> None:
     save_seeing(seeing_model(kind), tmp_path / "model", 0, 0.05)
     write_tasks(tmp_path)
-    check_scores(tmp_path / "model", TASKS)
+    placeholder = PLACEHOLDERS.get(kind, "<image>")
+    for name in ("tasks.jsonl", "choices.jsonl"):
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace("<image>", placeholder))
+    check_scores(tmp_path / "model", TASKS, placeholder)
 
 
 def test_every_family_that_sees_is_in_the_table() -> None:
@@ -202,9 +206,10 @@ def test_what_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "bad.jsonl:1: image: text.png: cannot be read" in refusal(root, [good | {"image": "text.png"}])
     assert "its prompt has 1 place for 2 images" in refusal(root, [good | {"image": ["0.png", "1.png"]}])
     assert "its prompt has 0 places for 1 image" in refusal(root, [good | {"prompt": "w5"}])
-    assert "holds '<image>', the token of an image, and no image" in refusal(
-        root, [{"prompt": "<image> w5", "target": "w6"}]
-    )
+    assert "its prompt has 1 place for 0 images" in refusal(root, [{"prompt": "<image> w5", "target": "w6"}])
+    without = {"prompt": "w5", "target": "<image>"}
+    assert "holds '<image>', the token of an image, and no image" in refusal(root, [without])
+    assert "has 10 positions of images, and the processor leaves 9" in refusal(root, [good | {"target": "<image>"}])
     assert "on the net" in refusal(root, [good | {"image": "https://example.org/a.png"}])
     assert "not valid base64" in refusal(root, [good | {"image": "data:image/png;base64,=="}])
     assert "expected an image" in refusal(root, [good | {"image": 3}])

@@ -101,12 +101,16 @@ class KVSegment:
 
 
 def attention_mask(window: jax.Array, queries: SequenceLayout, keys: SequenceLayout) -> jax.Array:
-    """The mask bool[B, T, S]: True for keys that are not later, inside the sliding window, and in the shared segment or
-    the query's own."""
+    """The mask bool[B, T, S]: True for keys that are not later, or of the query's own image (see `SequenceLayout`),
+    inside the sliding window, and in the shared segment or the query's own."""
     distance = queries.positions[:, :, None] - keys.positions[:, None, :]
     segment = keys.segment_ids[:, None, :]
     allowed = (segment == 0) | ((segment > 0) & (segment == queries.segment_ids[:, :, None]))
-    return (distance >= 0) & (distance < window) & allowed
+    seen = distance >= 0
+    if queries.image_ids is not None and keys.image_ids is not None:
+        same = queries.image_ids[:, :, None] == keys.image_ids[:, None, :]
+        seen |= same & (queries.image_ids >= 0)[:, :, None]
+    return seen & (distance < window) & allowed
 
 
 def gqa_attention(
@@ -168,6 +172,17 @@ def causal_attention(
     return jnp.concatenate([block(begin, end) for begin, end in pairwise(edges)], axis=1)
 
 
+def whole_attention(
+    query: jax.Array,
+    own: KVSegment,
+    prefix: Sequence[KVSegment],
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """`gqa_attention` of whole rows to themselves and to a prefix, where queries attend to later columns."""
+    return gqa_attention(query, [*prefix, own], scale, softcap)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The two ways through all layers
 
@@ -188,6 +203,7 @@ def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValu
     """The attention of whole rows to themselves and to a prefix, given as one layer's keys `[G, d, S]` and values
     `[G, S, d]`."""
     mask = attention_mask(window, layout, layout)
+    attention = causal_attention if layout.image_ids is None else whole_attention
     before = []
     if prefix is not None:
         before = [KVSegment(*prefix, attention_mask(window, layout, prefix_layout(prefix[1].shape[1])))]
@@ -202,7 +218,7 @@ def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValu
     ) -> tuple[jax.Array, KeyValue]:
         key, value = by_head(key, value)
         whole = KVSegment(key, value, mask)
-        return _attend_by_head(causal_attention, query, key.shape[0], whole, before, scale, softcap), (key, value)
+        return _attend_by_head(attention, query, key.shape[0], whole, before, scale, softcap), (key, value)
 
     return attend
 
@@ -236,6 +252,18 @@ def embed(
     return jnp.where((tokens < 0)[..., None], rows, embedded)
 
 
+def image_layout(
+    config: DecoderConfig, tokens: jax.Array, layout: SequenceLayout, features: jax.Array | None
+) -> SequenceLayout:
+    """The layout of tokens with the `image_ids` that the config's architecture has use for. An image is a run of
+    negative tokens."""
+    if features is None or not architecture_of(config).bidirectional_images:
+        return layout
+    is_image = tokens < 0
+    begins = is_image & ~jnp.pad(is_image, ((0, 0), (1, 0)))[:, :-1]
+    return layout.replace(image_ids=jnp.where(is_image, jnp.cumsum(begins, axis=1), -1))
+
+
 def forward(
     config: DecoderConfig,
     source: LayerSource,
@@ -253,6 +281,7 @@ def forward(
     follows; features: see `embed`.
     """
     architecture, slices = architecture_of(config), source.stacks[LAYERS]
+    layout = image_layout(config, tokens, layout, features)
     tables = architecture.position_tables(config, layout)
 
     def layer(x: jax.Array, slice_: Any, kinds_and_prefix: tuple[LayerKind, KVCache | None]) -> tuple[jax.Array, Any]:

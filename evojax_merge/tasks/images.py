@@ -53,8 +53,10 @@ class RecordImage:
 
 
 def expand_images(tokenizer: Any, where: str, text: str, images: Sequence[RecordImage]) -> str:
-    """The text with its images' placeholders expanded. Raises InputError where the model sees no images."""
-    if not images:
+    """The text with its images' placeholders expanded. Raises InputError where the model sees no images, and where
+    there are more or fewer placeholders than images."""
+    placeholder = getattr(tokenizer, "placeholder", "")
+    if not images and not (placeholder and placeholder in text):
         return text
     if not hasattr(tokenizer, "expand_images"):
         what = "has an image, and the models see none; expected a vision-language model among them, or a record"

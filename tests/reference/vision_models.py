@@ -49,6 +49,18 @@ def idefics3_processor() -> Any:
     return transformers.Idefics3Processor(pixels, tokenizer(*special), image_seq_len=4)
 
 
+def gemma3_processor() -> Any:
+    pixels = transformers.Gemma3ImageProcessorPil(size={"height": 8, "width": 8})
+    made = tokenizer("<begin>", "<end>", "<soft>")
+    # The names of these tokens are attributes, which the processor reads.
+    special = {"boi_token": "<begin>", "eoi_token": "<end>", "image_token": "<soft>"}
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made.backend_tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        pad_token="<pad>", extra_special_tokens=special,
+    )  # fmt: skip
+    return transformers.Gemma3Processor(pixels, made, image_seq_length=4)
+
+
 TILES = [[12, 24], [24, 12], [24, 24]]
 TEXT = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -71,7 +83,16 @@ SEEING: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
          "vision_config": {"model_type": "idefics3_vision", "image_size": 12, "patch_size": 3, **VISION}},
         idefics3_processor,
     ),
+    "gemma3": (
+        {"text_config": {"model_type": "gemma3_text", "query_pre_attn_scalar": 24, "sliding_window": 5,
+                         "layer_types": ["sliding_attention", "full_attention"], **TEXT, "head_dim": 8},
+         "vision_config": {"model_type": "siglip_vision_model", "image_size": 8, "patch_size": 2, **VISION},
+         "mm_tokens_per_image": 4, "boi_token_index": IMAGE_TOKEN - 2, "eoi_token_index": IMAGE_TOKEN - 1, **IMAGES},
+        gemma3_processor,
+    ),
 }  # fmt: skip
+# The text in an image's place, where it is not `<image>`.
+PLACEHOLDERS = {"gemma3": "<begin>"}
 
 
 def seeing_model(kind: str) -> Any:
@@ -126,6 +147,8 @@ def seeing_logprobs(model: Any, processor: Any, prompt: str, images: Sequence[Pa
     inputs, own = _inputs(processor, prompt, images), processor.tokenizer(target)["input_ids"]
     ids = torch.cat([inputs["input_ids"], torch.tensor([own])], dim=1)
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "token_type_ids" in inputs:
+        inputs["token_type_ids"] = torch.cat([inputs["token_type_ids"], torch.zeros(1, len(own), dtype=int)], dim=1)
     with torch.no_grad():
         logits = model(**inputs).logits[0, -len(own) - 1 : -1]
     return torch.log_softmax(logits.double(), -1)[range(len(own)), own].numpy()

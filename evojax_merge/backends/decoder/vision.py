@@ -27,9 +27,11 @@ from evojax_merge.tasks.images import EXTRA, RecordImage
 
 # The larger models whose images are computed as transformers computes them. The others read texts alone: their
 # positions, masks or layers know of images.
-SEEING = ("idefics3", "llava", "llava_next", "vipllava")
+SEEING = ("gemma3", "idefics3", "llava", "llava_next", "vipllava")
 # The keys of config.json that name the token of an image's positions.
 PLACEHOLDER_KEYS = ("image_token_id", "image_token_index")
+# The key of config.json that names the token in an image's place, where it is another than that of its positions.
+PLACE_KEY = "boi_token_index"
 # A change of what a file of features holds.
 FORMAT = "1"
 
@@ -45,11 +47,13 @@ class Expansion:
 @dataclass(eq=False)
 class VisionSide:
     """The vision side of a model. folder: the model; processor: the folder of its processor; placeholder: the text in
-    an image's place; encoded, read: the number of images whose features were computed, or read from the cache."""
+    an image's place, token: that of each of its positions; encoded, read: the number of images whose features were
+    computed, or read from the cache."""
 
     folder: DecoderFolder
     processor: Path
     placeholder: str
+    token: str
     encoded: int = 0
     read: int = 0
 
@@ -71,7 +75,7 @@ class VisionSide:
     def expansion(self, image: RecordImage) -> Expansion:
         """The text in an image's place. Raises InputError where the processor cannot prepare the image."""
         text, _ = self._prepared(image)
-        return Expansion(text, text.count(self.placeholder))
+        return Expansion(text, text.count(self.token))
 
     def features(self, image: RecordImage) -> np.ndarray:
         """float32[rows, hidden]: an image's features, from the cache, or computed."""
@@ -229,7 +233,7 @@ def _quietly() -> Iterator[None]:
 class VisionTokenizer:
     """A larger model's tokenizer, which places images (see `tasks.images.SeeingTokenizer`). tokenizer: that of its
     texts; side: the vision side; None: the tokenizer refuses images, for this reason. placeholder_id: None where the
-    tokenizer has no such token."""
+    tokenizer has no token for an image's positions."""
 
     tokenizer: Any
     side: VisionSide | None
@@ -256,7 +260,9 @@ class VisionTokenizer:
 
     def expand_images(self, where: str, text: str, images: Sequence[RecordImage]) -> str:
         if self.side is None:
-            raise InputError(where, f"has an image; {self.refusal}")
+            if images:
+                raise InputError(where, f"has an image; {self.refusal}")
+            return text
         first, *pieces = text.split(self.placeholder)
         if len(pieces) != len(images):
             raise InputError(
@@ -320,8 +326,9 @@ def seeing_tokenizer(tokenizer: Any, folder: DecoderFolder | None) -> Any:
     if kind not in SEEING:
         refusal = f"texts alone are scored with {kind} models; expected {', '.join(SEEING)}, or a record without it"
         return VisionTokenizer(tokenizer, None, refusal, token.content, number)
-    side = VisionSide(folder, folder.path, token.content)
-    return VisionTokenizer(tokenizer, side, "", token.content, number)
+    place = tokenizer.added_tokens_decoder.get(config.get(PLACE_KEY, number), token).content
+    side = VisionSide(folder, folder.path, place, token.content)
+    return VisionTokenizer(tokenizer, side, "", place, number)
 
 
 @dataclass(eq=False)
@@ -379,7 +386,7 @@ def vision_of(tokenizer: Any, folders: Sequence[DecoderFolder]) -> Vision | None
     sides = {
         # A model with an adapter has the processor of no folder of its own.
         folder.path: VisionSide(
-            folder, folder.path if processor_files(folder.path) else kept.processor, kept.placeholder
+            folder, folder.path if processor_files(folder.path) else kept.processor, kept.placeholder, kept.token
         )
         for folder in folders
         if folder.is_part and folder.whole.config["model_type"] in SEEING
