@@ -2,14 +2,16 @@
 
 import base64
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
-from helpers import save, write_lines
+from helpers import sample, save, words, write_lines
 from reference.vision_models import (
     PLACEHOLDERS,
     SEEING,
@@ -119,7 +121,7 @@ TASKS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("kind", SEEING)
+@pytest.mark.parametrize("kind", sample(SEEING, 2))
 def test_scores_and_texts_are_transformers(kind: str, tmp_path: Path) -> None:
     save_seeing(seeing_model(kind), tmp_path / "model", 0, 0.05)
     write_tasks(tmp_path)
@@ -152,10 +154,21 @@ SPACES: dict[str, dict[str, Any]] = {
     "merges": {"space": {"method": "dare_ties", "layers_per_group": 2}, "evaluation": {"chunk": 4}},
     "paths": {"data_flow": {"moves": 2, "window": 1}},
     "gradient": {"space": {"method": "task_arithmetic"}},
+    "pool": {"pool": {"methods": ["slerp"], "size": 4}},
 }
 
 
-@pytest.mark.parametrize("space", SPACES)
+def heldout_score(folder: Path, root: Path) -> float:
+    """The score of a folder on `tasks.jsonl` by transformers."""
+    model, processor = load_seeing(folder)
+    means = [
+        seeing_logprobs(model, processor, prompt, images_of(root, numbers), f"w{20 + i} w{33 - i}").mean()
+        for i, (prompt, numbers) in enumerate(PROMPTS)
+    ]
+    return float(np.mean(means))
+
+
+@pytest.mark.parametrize("space", sample(SPACES, 1))
 def test_a_search_exports_what_it_scored(
     root: Path, space: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,13 +192,8 @@ def test_a_search_exports_what_it_scored(
         folder = folders.get(row["role"], root / row["name"].split("/")[-1])
         if row["role"] not in ("winner", "base", "parent"):
             continue
-        model, processor = load_seeing(folder)
-        expected = [
-            seeing_logprobs(model, processor, prompt, images_of(root, numbers), f"w{20 + i} w{33 - i}").mean()
-            for i, (prompt, numbers) in enumerate(PROMPTS)
-        ]
         (scored,) = row["heldout_scores"].values()
-        assert scored == pytest.approx(float(np.mean(expected)), abs=1e-4), row
+        assert scored == pytest.approx(heldout_score(folder, root), abs=1e-4), row
 
 
 def refusal(root: Path, records: list[dict[str, Any]], model: str = "one", **task: Any) -> str:
@@ -256,3 +264,67 @@ def test_a_missing_package_is_named(root: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert "needs the package pillow; pip install 'evojax-merge[vision]'" in refusal(root, [record])
+
+
+def test_a_chat_has_its_images_where_its_template_puts_them(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(root / "one", folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ 'w4 ' if message['role'] == 'user' else 'w8 ' }}"
+        "{% for part in message['content'] %}{{ '<image> ' if part['type'] == 'image' else part['text'] + ' ' }}"
+        "{% endfor %}{% endfor %}{{ 'w9' if add_generation_prompt else '' }}"
+    )
+    write_images(tmp_path)
+    records: list[dict[str, Any]] = [
+        {"prompt": "w5", "target": "w6", "image": "3.png"},
+        {"prompt": "w5 w7", "target": "w10", "image": "0.png"},
+        {"prompt": "w11 <image> w12 <image>", "target": "w13", "images": ["1.png", "2.png"]},
+    ]
+    write_lines(tmp_path / "chat.jsonl", records)
+    chat = {"kind": "likelihood", "file": "chat.jsonl", "apply_chat_template": True}
+    scores, _ = score(folder, chat | {"num_fewshot": 1})
+    model, processor = load_seeing(folder)
+    shown = "w4 <image> w5 w8 w6 w4 "
+    texts = (f"{shown}<image> w5 w7 w9", f"{shown}w11 <image> w12 <image> w9")
+    for number, (text, images) in enumerate(zip(texts, ((3, 0), (3, 1, 2)), strict=True)):
+        expected = seeing_logprobs(model, processor, text, images_of(tmp_path, images), records[number + 1]["target"])
+        found = scores.matrices["task0"]["log_probability"][0, number]
+        assert found == pytest.approx(expected.mean(), abs=1e-4)
+
+
+def test_features_of_another_tower_are_not_taken(root: Path, tmp_path: Path) -> None:
+    write_lines(root / "single.jsonl", [{"prompt": "<image> w5", "target": "w6", "image": "0.png"}])
+    task = {"kind": "likelihood", "file": "single.jsonl"}
+    first, lines = score(root / "one", task)
+    assert "1 encoded" in " ".join(lines)
+    # The base has the same tower, the other parent another one.
+    assert "0 encoded" in " ".join(score(root / "base", task)[1])
+    assert "1 encoded" in " ".join(score(root / "two", task)[1])
+    # A damaged file is written again.
+    for file in (vision.cache_folder() / "features").rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:50])
+    again, lines = score(root / "one", task)
+    assert "1 encoded" in " ".join(lines)
+    np.testing.assert_array_equal(*(scores.matrices["task0"]["log_probability"] for scores in (first, again)))
+
+
+def test_a_text_model_merges_into_the_decoder(root: Path, tmp_path: Path) -> None:
+    """The text model lacks the token of images, whose rows are those of the model that sees."""
+    tokens = [token for token in words() if token != "w60"]
+    for name, seed in (("text", 1), ("japanese", 2)):
+        torch.manual_seed(seed)
+        config = seeing_model("llava").config.text_config
+        config.vocab_size = len(tokens)
+        save(AutoModelForCausalLM.from_config(config).float(), tmp_path / name, tokens)
+    document = {
+        "base": str(tmp_path / "text"), "parents": [str(root / "one"), str(tmp_path / "japanese")],
+        "tokenizer_source": str(root / "one"), "space": {"method": "ties"},
+        "tasks": [{"name": "text", "kind": "likelihood", "file": str(root / "shared.jsonl"),
+                   "heldout": str(root / "tasks.jsonl")}],
+        "search": {"generations": 1, "population": 4},
+    }  # fmt: skip
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(document))
+    assert command("search", tmp_path / "search.yaml", "--out", tmp_path / "run") == 0
+    table = json.loads((tmp_path / "run/result.json").read_text())["table"]
+    (scored,) = next(row for row in table if row["role"] == "winner")["heldout_scores"].values()
+    assert scored == pytest.approx(heldout_score(tmp_path / "run/best/model", root), abs=1e-4)

@@ -78,17 +78,17 @@ SEEING: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     ),
     "vipllava": ({"text_config": LLAMA, "vision_config": CLIP, "vision_feature_layers": [-1, 1], **IMAGES},
                  llava_processor),
-    "idefics3": (
-        {"text_config": LLAMA, "image_token_id": IMAGE_TOKEN, "scale_factor": 2,
-         "vision_config": {"model_type": "idefics3_vision", "image_size": 12, "patch_size": 3, **VISION}},
-        idefics3_processor,
-    ),
     "gemma3": (
         {"text_config": {"model_type": "gemma3_text", "query_pre_attn_scalar": 24, "sliding_window": 5,
                          "layer_types": ["sliding_attention", "full_attention"], **TEXT, "head_dim": 8},
          "vision_config": {"model_type": "siglip_vision_model", "image_size": 8, "patch_size": 2, **VISION},
          "mm_tokens_per_image": 4, "boi_token_index": IMAGE_TOKEN - 2, "eoi_token_index": IMAGE_TOKEN - 1, **IMAGES},
         gemma3_processor,
+    ),
+    "idefics3": (
+        {"text_config": LLAMA, "image_token_id": IMAGE_TOKEN, "scale_factor": 2,
+         "vision_config": {"model_type": "idefics3_vision", "image_size": 12, "patch_size": 3, **VISION}},
+        idefics3_processor,
     ),
 }  # fmt: skip
 # The text in an image's place, where it is not `<image>`.

@@ -90,9 +90,9 @@ class DecoderFactory:
         # Layers of a path may come from models of any depth.
         open_all = open_decoders if config.data_flow else _of_one_depth
         sources, configs = open_all(opened, tokenizer_choice)
-        _check_tokens(opened, sources)
         all_folders = sources.folders
         other_modules = _other_modules(where, config, folder, all_folders, base, parents)
+        _check_tokens(opened, sources, other_modules)
         if None not in (other_modules, tokenizer_dir) and tokenizer_dir != other_modules:
             raise InputError(
                 where, f"tokenizer_source: expected {other_modules}, whose other modules the winner has: its images "
@@ -241,13 +241,15 @@ def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> Path
     )
 
 
-def _check_tokens(folders: Sequence[Path], sources: Sources) -> None:
-    """Raises InputError where a model of a search lacks a token: a made-up row would be searched like a trained one."""
+def _check_tokens(folders: Sequence[Path], sources: Sources, other_modules: Path | None) -> None:
+    """Raises InputError where a model of a search lacks a token: a made-up row would be searched like a trained one. A
+    text model beside a larger one may lack the tokens that were added to the larger one's, such as that of images."""
     vocabulary = sources.vocabulary
     if vocabulary is None or not vocabulary.fills:
         return
     for folder, rows in zip(folders, vocabulary.rows, strict=True):
-        missing = np.flatnonzero(rows < 0)
+        added = () if other_modules is None else vocabulary.tokenizer.added_tokens_decoder
+        missing = np.array([token for token in np.flatnonzero(rows < 0) if token not in added])
         if missing.size:
             token = vocabulary.tokenizer.convert_ids_to_tokens(int(missing[0]))
             raise InputError(

@@ -339,7 +339,7 @@ class Vision:
     tokenizer: VisionTokenizer
     kept: VisionSide
     sides: Mapping[Path, VisionSide]
-    _tables: dict[tuple[Path, str], Any] = field(default_factory=dict)
+    _tables: dict[str, Any] = field(default_factory=dict)
 
     @property
     def files(self) -> set[Path]:
@@ -357,9 +357,11 @@ class Vision:
         if not self.tokenizer.images:
             return None
         side = self.kept if model is None else self.sides.get(model, self.kept)
-        if (side.folder.path, dtype) not in self._tables:
-            self._tables[side.folder.path, dtype] = put(self.tokenizer.table(side).astype(jnp.dtype(dtype)))
-        return self._tables[side.folder.path, dtype]
+        if side is not self.kept:
+            return put(self.tokenizer.table(side).astype(jnp.dtype(dtype)))
+        if dtype not in self._tables:
+            self._tables[dtype] = put(self.tokenizer.table(side).astype(jnp.dtype(dtype)))
+        return self._tables[dtype]
 
     def prepare(self) -> str | None:
         """Compute all features that a search needs and that the cache lacks, and return one line about them; None
