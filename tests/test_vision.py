@@ -272,7 +272,7 @@ def test_a_chat_has_its_images_where_its_template_puts_them(root: Path, tmp_path
     (folder / "chat_template.jinja").write_text(
         "{% for message in messages %}{{ 'w4 ' if message['role'] == 'user' else 'w8 ' }}"
         "{% for part in message['content'] %}{{ '<image> ' if part['type'] == 'image' else part['text'] + ' ' }}"
-        "{% endfor %}{% endfor %}{{ 'w9' if add_generation_prompt else '' }}"
+        "{% endfor %}{% endfor %}{{ 'w9 ' if add_generation_prompt else '' }}"
     )
     write_images(tmp_path)
     records: list[dict[str, Any]] = [
@@ -324,6 +324,7 @@ def test_a_text_model_merges_into_the_decoder(root: Path, tmp_path: Path) -> Non
         "search": {"generations": 1, "population": 4},
     }  # fmt: skip
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(document))
+    assert command("plan", tmp_path / "search.yaml") == 0
     assert command("search", tmp_path / "search.yaml", "--out", tmp_path / "run") == 0
     table = json.loads((tmp_path / "run/result.json").read_text())["table"]
     (scored,) = next(row for row in table if row["role"] == "winner")["heldout_scores"].values()

@@ -214,15 +214,18 @@ def _messages_of(where: object, what: str) -> Iterator[None]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keeps back the notes about a decoder without weights."""
+    """Keeps back the notes about a decoder without weights, and a bar for the tensors."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if shows_bars:
+            logging.enable_progress_bar()
 
 
 # ---------------------------------------------------------------------------------------------------------------
