@@ -234,7 +234,7 @@ def _quietly() -> Iterator[None]:
 
 @dataclass(eq=False)
 class VisionTokenizer:
-    """A larger model's tokenizer, which places images (see `tasks.images.SeeingTokenizer`). tokenizer: that of its
+    """A larger model's tokenizer, which places images (see `tasks.images`). tokenizer: that of its
     texts; side: the vision side; None: the tokenizer refuses images, for this reason. placeholder_id: None where the
     tokenizer has no token for an image's positions."""
 
