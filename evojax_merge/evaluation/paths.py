@@ -235,6 +235,7 @@ class PathEvaluator:
     ) -> tuple[np.ndarray, np.ndarray]:
         """float32[P, R] and bool[P, R]: every distinct path on one batch."""
         config, arrays = self.evaluator.config, arrays_of(batch)
+        features = self.evaluator.features_of(batched_task)
         assert batched_task.scoring is not None
         shared_prefix = batched_task.scoring.shared_prefix[None] if batched_task.scoring.shared_prefix.size else None
         layout = SequenceLayout(jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids))
@@ -243,7 +244,7 @@ class PathEvaluator:
         for parent in sorted({embedding_parent for _, embedding_parent in keys}):
             source = embedding_and_head(self.bank, parent)
             members = [i for i, (_, embedding_parent) in enumerate(keys) if embedding_parent == parent]
-            states = [embed_batch(config, source, batch.tokens, layout, shared_prefix)]
+            states = [embed_batch(config, source, batch.tokens, layout, shared_prefix, features)]
             for depth, steps, ended in segments(build_trie([keys[i][0] for i in members])):
                 del states[depth + 1 :]
                 states.append(self._run_layers(config, states[depth], layout, steps))

@@ -25,8 +25,9 @@ LogitsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens, of which those from `start` on are scored (for a prompt: generated). `example`: the number of the task's
-    example that it belongs to; rows of one example may share their beginning. `where` names it in messages."""
+    """Tokens, of which those from `start` on are scored (for a prompt: generated); a negative one stands for row
+    `~token` of the features of images, and is never scored. `example`: the number of the task's example that it
+    belongs to; rows of one example may share their beginning. `where` names it in messages."""
 
     tokens: tuple[int, ...]
     start: int
