@@ -1,0 +1,416 @@
+"""Networks that transformers opens are searched as language models are: classifiers of images and texts, and others."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from click.testing import CliRunner
+from helpers import Family, save, write_lines
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from evojax_merge.backends.torch import network as networks
+from evojax_merge.cli import cli
+from evojax_merge.errors import InputError
+from evojax_merge.problem import SearchProblem, build_problem, config_from
+from evojax_merge.selection import open_evaluators
+
+has_torchax = pytest.mark.skipif(networks.torchax_environment()[0] is None, reason="torchax is not installed")
+SIZE, CLASSES, IMAGES = 16, 4, 12
+PREPROCESSOR = {
+    "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": SIZE, "width": SIZE},
+    "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_rescale": True,
+}  # fmt: skip
+
+
+def draw_images(folder: Path) -> list[dict[str, Any]]:
+    """Images of four classes, each bright in another quarter; writes them, and a file of their labels."""
+    rng = np.random.default_rng(0)
+    records = []
+    for label in range(CLASSES):
+        for number in range(IMAGES):
+            pixels = rng.integers(0, 160, (2 * SIZE, 2 * SIZE, 3))
+            row, column = divmod(label, 2)
+            pixels[row * SIZE : (row + 1) * SIZE, column * SIZE : (column + 1) * SIZE] += 60
+            name = f"images/class{label}/{number:02}.png"
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
+            records.append({"image": name, "label": label})
+    (folder / "images.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return records
+
+
+def train(module: Any, inputs: dict[str, Any], labels: Any, steps: int) -> Any:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(steps):
+        module(**inputs, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two image classifiers of one base, each trained on two of the four classes, and the images. Read only."""
+    folder = tmp_path_factory.mktemp("vision")
+    records = draw_images(folder)
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=SIZE, patch_size=8,
+        id2label={i: f"class{i}" for i in range(CLASSES)}, label2id={f"class{i}": i for i in range(CLASSES)},
+    )  # fmt: skip
+    base = ViTForImageClassification(config).train()
+    base.save_pretrained(folder / "base")
+    (folder / "base" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    processor = AutoImageProcessor.from_pretrained(folder / "base")
+    images = [Image.open(folder / record["image"]) for record in records]
+    pixels, labels = processor(images, return_tensors="pt")["pixel_values"], torch.tensor([r["label"] for r in records])
+    for name, classes in (("left", (0, 1)), ("right", (2, 3))):
+        module = ViTForImageClassification.from_pretrained(folder / "base").train()
+        chosen = torch.isin(labels, torch.tensor(classes))
+        train(module, {"pixel_values": pixels[chosen]}, labels[chosen], 20).save_pretrained(folder / name)
+        (folder / name / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    return folder
+
+
+def document(folder: Path, **changes: Any) -> dict[str, Any]:
+    task = {"name": "quarter", "kind": "classification", "file": str(folder / "images.jsonl"), "heldout": 0.25}
+    return {
+        "backend": "torch", "base": str(folder / "base"), "parents": [str(folder / "left"), str(folder / "right")],
+        "space": {"method": "task_arithmetic", "parameters": {"weight": {"low": 0.0, "high": 1.5}}},
+        "tasks": [task, task | {"name": "sure", "metric": "log_probability", "weight": 0.5}],
+        "search": {"generations": 3, "population": 4}, "seed": 1,
+    } | changes  # fmt: skip
+
+
+def config_file(folder: Path, out: Path, **changes: Any) -> Path:
+    path = out / "config.yaml"
+    path.write_text(yaml.safe_dump(document(folder, **changes)))
+    return path
+
+
+def command(*arguments: Any) -> str:
+    result = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+def labels_by_transformers(model: Path, images: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """int[N] and float[N, C]: the likeliest labels, and log-probabilities, by transformers alone."""
+    module = AutoModelForImageClassification.from_pretrained(model).eval()
+    pixels = AutoImageProcessor.from_pretrained(model)([Image.open(image) for image in images], return_tensors="pt")
+    with torch.no_grad():
+        logits = module(**pixels).logits
+    return logits.argmax(-1).numpy(), logits.log_softmax(-1).numpy()
+
+
+def test_image_classifiers_are_planned_searched_resumed_and_exported(folder: Path, tmp_path: Path) -> None:
+    config, run, whole = config_file(folder, tmp_path), tmp_path / "run", tmp_path / "whole"
+    plan = command("plan", config)
+    assert "fits" in plan and "quarter" in plan
+    output = command("search", config, "--out", whole)
+    assert output.count("ViTForImageClassification: ") == 1
+    command("search", config, "--out", run, "--set", "search.generations=2")
+    command("search", config, "--out", run, "--resume")
+    assert (run / "history.jsonl").read_bytes() == (whole / "history.jsonl").read_bytes()
+    result = json.loads((run / "result.json").read_text())
+    assert [row["role"] for row in result["table"]] == ["base", "parent", "parent", "uniform", "winner"]
+
+    # Every model of the table has the scores that transformers alone gives it, and so has the exported winner.
+    problem = build_problem(config, config_from(config, document(folder), [], None))
+    task = problem.splits.heldout[0]
+    images = [task.examples[i].inputs["image"] for i in task.indices]
+    targets = np.array([task.examples[i].target for i in task.indices])
+    models = {0: folder / "base", 1: folder / "left", 2: folder / "right", 4: run / "best" / "model"}
+    for number, model in models.items():
+        labels, logits = labels_by_transformers(model, images)
+        scores = result["table"][number]["heldout_scores"]
+        assert scores["quarter/accuracy"] == pytest.approx((labels == targets).mean(), abs=1e-6)
+        assert scores["sure/log_probability"] == pytest.approx(logits[range(len(targets)), targets].mean(), abs=1e-4)
+
+    exported = tmp_path / "exported"
+    command("export", run, exported)
+    assert {file.name for file in exported.iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+    assert (exported / "model.safetensors").read_bytes() == (run / "best/model/model.safetensors").read_bytes()
+    (recipe,) = yaml.safe_load_all((run / "best" / "recipe.yaml").read_text())
+    assert recipe["merge_method"] == "task_arithmetic"
+    assert problem.backend.merge.space.groups == (
+        "vit.embeddings", "vit.encoder.layer.0", "vit.encoder.layer.1", "vit.layernorm", "classifier",
+    )  # fmt: skip
+    assert "quarter" in (run / "report.html").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Networks of other kinds
+
+TEXTS = [{"text": f"w{5 + i} w{6 + i} w{7 + i % 3}", "label": i % 3, "target": f"w{9 + i} w{4 + i % 5}"}
+         for i in range(12)]  # fmt: skip
+SMALL: dict[str, Any] = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 64,
+    "max_position_embeddings": 32, "pad_token_id": 0,
+}  # fmt: skip
+# By kind of network: its class, its config, and a task on it.
+OTHERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "text classifier": (
+        "BertForSequenceClassification", lambda: transformers.BertConfig(**SMALL, num_labels=3),
+        {"kind": "classification", "file": "texts.jsonl", "metric": "log_probability"},
+    ),
+    "regression": (
+        "BertForSequenceClassification", lambda: transformers.BertConfig(**SMALL, num_labels=1),
+        {"kind": "regression", "file": "texts.jsonl"},
+    ),
+    "encoder-decoder": (
+        "T5ForConditionalGeneration", lambda: transformers.T5Config(
+            vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0,
+            pad_token_id=0, eos_token_id=2,
+        ),
+        {"kind": "text_to_text", "file": "texts.jsonl"},
+    ),
+    "batch norm": (
+        "ResNetForImageClassification", lambda: transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=3,
+        ),
+        {"kind": "classification", "file": "arrays.npz", "metric": "log_probability"},
+    ),
+    "convolutions": (
+        "ConvNextForImageClassification", lambda: transformers.ConvNextConfig(
+            hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, patch_size=2, num_labels=3,
+        ),
+        {"kind": "classification", "file": "arrays.npz", "metric": "log_probability"},
+    ),
+}  # fmt: skip
+
+
+def family_of(kind: str, folder: Path) -> dict[str, Any]:
+    """A base and two fine-tunes of a kind of network, and the config of a search over them."""
+    name, config, task = OTHERS[kind]
+    model = getattr(transformers, name)(config()).eval()
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, 64))]
+    for number in range(3):
+        save(randomised(model, number), folder / f"model{number}", tokens)
+    write_lines(folder / "texts.jsonl", TEXTS)
+    rng = np.random.default_rng(3)
+    pixels = rng.normal(size=(12, 3, SIZE, SIZE)).astype(np.float32)
+    np.savez(folder / "arrays.npz", pixel_values=pixels, label=np.arange(12) % 3)
+    return {
+        "backend": "torch", "base": str(folder / "model0"), "parents": [str(folder / f"model{k}") for k in (1, 2)],
+        "space": {"method": "linear", "layers_per_group": "all"},
+        "tasks": [{"name": "task", "heldout": 0.25} | task | {"file": str(folder / task["file"])}],
+        "search": {"generations": 2, "population": 3},
+    }  # fmt: skip
+
+
+def randomised(model: Any, seed: int) -> Any:
+    """The model with random numbers in every floating-point tensor; variances stay positive."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            drawn = torch.randn(tensor.shape, generator=generator) * 0.2
+            tensor.copy_(drawn.abs() + 0.5 if name.endswith("running_var") else drawn)
+    return model
+
+
+def problem_of(path: Path, config: dict[str, Any]) -> SearchProblem:
+    return build_problem(path, config_from(path, config, [], None))
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_merge_has_the_scores_of_the_exported_model(kind: str, tmp_path: Path) -> None:
+    problem = problem_of(tmp_path / "config.yaml", family_of(kind, tmp_path))
+    evaluators, (_, baselines) = open_evaluators(problem, problem.prepare()), problem.space.baselines()
+    scores = evaluators.heldout.score(baselines).matrices["task"]
+    backend = problem.backend
+    backend.export("", baselines[0], tmp_path / "out", "---\n---\n", lambda: None)
+    # The mean of the parents, tensor by tensor, as transformers reads it.
+    name = OTHERS[kind][0]
+    out, *parents = (
+        getattr(transformers, name).from_pretrained(tmp_path / model).eval() for model in ("out", "model1", "model2")
+    )
+    states = [parent.state_dict() for parent in parents]
+    for key, tensor in out.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, (states[0][key] + states[1][key]) / 2)
+    # The same task on the exported model alone.
+    (task,) = problem.prepare().heldout
+    rows = task.rows[0]
+    inputs = {key: torch.tensor(value).long() if value.dtype == np.int32 else torch.tensor(value)
+              for key, value in rows["inputs"].items()}  # fmt: skip
+    with torch.no_grad():
+        logits = out(**inputs).logits
+    target = torch.tensor(rows["target"]).long()
+    (metric,) = scores
+    if metric == "negative_squared_error":
+        expected = -((logits - torch.tensor(rows["target"])) ** 2).mean(-1)
+    else:
+        chosen = logits.log_softmax(-1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
+        counts = (target >= 0).reshape(len(target), -1)
+        expected = torch.where(counts, chosen.reshape(counts.shape), 0.0).sum(-1) / counts.sum(-1)
+    np.testing.assert_allclose(scores[metric][0], expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@has_torchax
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_traced_network_equals_the_called_one(kind: str, tmp_path: Path) -> None:
+    problem = problem_of(tmp_path / "config.yaml", family_of(kind, tmp_path))
+    (task,) = problem.prepare().search
+    assert task.traced, problem.backend.describe_networks()
+    rows, weights = task.rows[0], problem.backend.merge.tree.source(0)
+    called = task.function.network.call(weights, rows["inputs"])
+    traced = jax.jit(task.function.network.trace)(weights, rows["inputs"])
+    np.testing.assert_allclose(np.asarray(traced), called, atol=1e-5)
+
+
+@has_torchax
+def test_gradients_are_followed_through_a_network(folder: Path, tmp_path: Path) -> None:
+    search = {"generations": 3, "strategy": "hybrid", "population": 4, "gradient": {"minibatches": 2, "generations": 2}}
+    command("search", config_file(folder, tmp_path, search=search), "--out", tmp_path / "run")
+    lines = (tmp_path / "run" / "history.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+
+
+def test_a_decoder_has_the_scores_of_the_native_backend(family: Family, tmp_path: Path) -> None:
+    config = {
+        "parents": [str(parent) for parent in family.parents], "space": {"method": "linear"},
+        "tasks": [{"name": "words", "kind": "likelihood", "file": str(family.tasks), "heldout": 0.5}],
+        "search": {"generations": 1, "population": 2},
+    }  # fmt: skip
+    rows = []
+    for backend in ("decoder", "torch"):
+        problem = problem_of(tmp_path / "config.yaml", config | {"backend": backend})
+        evaluators = open_evaluators(problem, problem.prepare())
+        rows.append(evaluators.heldout.score(problem.space.baselines()[1]).matrices["words"]["log_probability"])
+    np.testing.assert_allclose(rows[1], rows[0], rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def test_a_folder_of_images_by_class_is_the_same_task(folder: Path, tmp_path: Path) -> None:
+    tasks = []
+    for file in ("images.jsonl", "images"):
+        task = {"name": "quarter", "kind": "classification", "file": str(folder / file)}
+        problem = problem_of(tmp_path / "config.yaml", document(folder, tasks=[task]))
+        tasks.append(problem.prepare().search[0])
+    first, second = (task.rows[0] for task in tasks)
+    assert set(first) == set(second) == {"inputs", "target"}
+    np.testing.assert_array_equal(first["target"], second["target"])
+    np.testing.assert_array_equal(first["inputs"]["pixel_values"], second["inputs"]["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"image": "broken.png", "label": 0}, r"data.jsonl:2: broken.png cannot be read as an image"),
+        ({"image": "missing.png", "label": 0}, r"data.jsonl:2: image: missing.png: no such file"),
+        ({"image": "one.png", "label": 4}, r"data.jsonl:2: label 4 is none of the 4 of .*config.json; expected a"),
+        ({"image": "one.png", "label": "klass1"}, r"data.jsonl:2: label 'klass1' .* \(did you mean 'class1'\?\)"),
+        ({"image": "one.png"}, r"data.jsonl:2: has no field 'label', the target \(it has image\)"),
+        ({"label": 1}, r"data.jsonl:2: has no input; expected the field 'image' or 'text'"),
+        ({"text": "w5", "label": 1}, r"data.jsonl:2: has no image; expected one, as in the first example"),
+    ],
+)  # fmt: skip
+def test_an_example_that_cannot_be_read_is_named(
+    folder: Path, record: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "one.png").write_bytes((folder / "images/class0/00.png").read_bytes())
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    data = write_lines(tmp_path / "data.jsonl", [{"image": "one.png", "label": "class0"}, record])
+    task = {"name": "quarter", "kind": "classification", "file": str(data), "heldout": 0.5}
+    with pytest.raises(InputError, match=message):
+        problem_of(tmp_path / "config.yaml", document(folder, tasks=[task])).prepare()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Wrong models and configs
+
+
+def copied(source: Path, target: Path, **changes: Any) -> Path:
+    """A copy of a model with changes of its config."""
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | changes))
+    return target
+
+
+def test_models_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None:
+    wider = ViTForImageClassification(ViTForImageClassification.from_pretrained(folder / "base").config)
+    wider.classifier = torch.nn.Linear(16, 5)
+    wider.config.num_labels = 5
+    wider.save_pretrained(tmp_path / "wider")
+    headless = transformers.ViTModel(wider.config)
+    headless.save_pretrained(tmp_path / "headless")
+    copied(tmp_path / "headless", tmp_path / "lacking", architectures=["ViTForImageClassification"])
+    copied(folder / "left", tmp_path / "unknown", architectures=["OwnNetwork"])
+    cases = [
+        ("wider", r"parents\[1\]: leaf 'classifier.weight' has shape \(5, 16\), but \(4, 16\) in base"),
+        ("headless", r"parents\[1\]: is a ViTModel, but base is a ViTForImageClassification"),
+        ("lacking", r"lacks 2 tensors of ViTForImageClassification, such as classifier"),
+        ("unknown", r"config.json: architectures: 'OwnNetwork'; transformers .* has no such class"),
+    ]
+    for name, message in cases:
+        parents = [str(folder / "left"), str(tmp_path / name)]
+        with pytest.raises(InputError, match=message):
+            problem_of(tmp_path / "config.yaml", document(folder, parents=parents))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"export_dtype": "float32"}, r"export_dtype: is for language models; backend: torch searches a space"),
+        ({"space": {"method": "linear", "smooth": True}}, r"space: smooth: is for language models"),
+        ({"tasks": [{"name": "a", "lm_eval": "arc_easy"}]}, r"tasks\[0\]: .*"),
+        ({"tasks": [{"name": "a", "kind": "regression", "file": "images"}]}, r"images: is a folder, which holds"),
+    ],
+)  # fmt: skip
+def test_a_config_that_networks_cannot_have_is_refused(
+    folder: Path, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    for task in changes.get("tasks", []):
+        if "file" in task:
+            task["file"] = str(folder / "images")
+    with pytest.raises(InputError, match=message):
+        problem_of(tmp_path / "config.yaml", document(folder, **changes))
+
+
+def test_a_network_that_answers_at_random_is_refused(folder: Path, tmp_path: Path) -> None:
+    problem = problem_of(tmp_path / "config.yaml", document(folder))
+    problem.backend.network.module.vit.embeddings.dropout = torch.nn.Dropout(0.5).train()
+    with pytest.raises(InputError, match=r"tasks\[0\]: quarter: ViTForImageClassification answers the same"):
+        problem.prepare()
+
+
+def test_without_torchax_gradients_are_refused_and_torch_is_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networks, "torchax_environment", lambda: (None, "torchax is not installed"))
+    search = {"strategy": "gradient", "generations": 2}
+    task = {"name": "sure", "kind": "classification", "file": str(folder / "images.jsonl"), "metric": "log_probability"}
+    problem = problem_of(tmp_path / "config.yaml", document(folder, search=search, tasks=[task]))
+    with pytest.raises(InputError, match=r"tasks\[0\]: sure: ViTForImageClassification has no gradient, .*is not"):
+        problem.prepare()
+    assert problem.backend.describe_networks() == [
+        "ViTForImageClassification: called with one candidate at a time (sure), because JAX does not trace it "
+        "(torchax is not installed)"
+    ]  # fmt: skip
+    monkeypatch.setattr("evojax_merge.backends.torch.opening.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"backend: torch: needs PyTorch; pip install 'evojax-merge\[torch\]'"):
+        problem_of(tmp_path / "config.yaml", document(folder))
