@@ -54,7 +54,8 @@ QUICKLY_COMPILED = {
         "host_memory", "hostile", "longrope", "loops", "m2n2_bench", "mergekit_evolve", "mergekit_suite",
         "method_seam", "mixtures", "page", "parent_groups", "path_ga", "path_gradients", "plugins", "plugin_files",
         "pool", "pytrees", "racing", "reproduce", "reproducible", "run_folder", "search", "spaces", "stopping",
-        "strategies", "strategies_bench", "strategy_seam", "study", "task_seam", "text_decoders", "tokens", "torch_backend", "torture",
+        "strategies", "strategies_bench", "strategy_seam", "study", "task_seam", "text_decoders", "tokens",
+        "torch_backend", "torture",
         "validation", "zoo",
     )
 }  # fmt: skip

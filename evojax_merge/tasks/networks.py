@@ -118,7 +118,7 @@ class NetworkTask(TaskDefaults):
     def derivative(self) -> Derivative | None:
         return None if self.metric in COMPANIONS else "linear"
 
-    def companion(self) -> "NetworkTask | None":
+    def companion(self) -> Any:
         return replace(self, metric=COMPANIONS[self.metric]) if self.metric in COMPANIONS else None
 
     def target(self, example: int) -> str:

@@ -1,6 +1,6 @@
 """Networks of torch as a backend: merges of their tensors, scored by the network as a function of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from evojax_merge.backends.torch.folders import label_names, settings_of
 from evojax_merge.backends.torch.inputs import example_arrays, likelihood_arrays
 from evojax_merge.backends.torch.network import OUTPUT, SCORES, Network, Scorer
 from evojax_merge.errors import InputError
+from evojax_merge.report.progress import say
 from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.networks import NetworkTask
 from evojax_merge.tasks.splits import Splits
@@ -45,7 +46,12 @@ class TorchBackend(FunctionBackend):
             )  # fmt: skip
 
     def prepare(self, splits: Splits[list[Any]]) -> Splits[list[ArrayTask]]:
+        described = dict(self._untraced)
         prepared = super().prepare(splits.map(lambda tasks: list(map(self._prepared, tasks))))
+        for why in dict.fromkeys(self._untraced.values()):
+            names = [task for task, reason in self._untraced.items() if reason == why and task not in described]
+            if names:
+                say(self._way(why, names))
         untraced = next((task for tasks in prepared.minibatches for task in tasks if not task.traced), None)
         if untraced is not None:
             raise InputError(
@@ -53,6 +59,22 @@ class TorchBackend(FunctionBackend):
                 f"JAX ({self._untraced[untraced.name]}); take a strategy without gradients, such as cma_es",
             )  # fmt: skip
         return prepared
+
+    def _way(self, why: str, tasks: Sequence[str]) -> str:
+        """One line on how the network is run for some tasks. why: see `_untraced`."""
+        if not why:
+            return f"{self.network.name}: a function of JAX, by torchax ({', '.join(tasks)})"
+        called = f"called with one candidate at a time ({', '.join(tasks)})"
+        return f"{self.network.name}: {called}, because JAX does not trace it ({why})"
+
+    def chunk(self, population: int) -> int:
+        """As many candidates together as a quarter of what an accelerator's memory has beside the bank holds."""
+        count = super().chunk(population)
+        if self.settings.chunk is not None or not self.target.is_accelerator:
+            return count
+        candidate = sum(leaf.sources[0].size for leaf in self.merge.tree.leaves if leaf.merged) * 4
+        room = (self.target.memory - self.held_bytes()) // 4
+        return max(1, min(count, int(room // candidate)))
 
     def _prepared(self, task: Any) -> ArrayTask:
         """A task as arrays. The examples of networks' tasks are prepared once for all splits."""
@@ -112,20 +134,6 @@ class TorchBackend(FunctionBackend):
         if not difference <= TOLERANCE * max(1.0, float(np.abs(once).max())):
             return f"torchax: outputs differ from torch's by {difference:.2g}"
         return ""
-
-    def describe_inputs(self, prepared: Splits[list[ArrayTask]]) -> list[str]:
-        return [*super().describe_inputs(prepared), *self.describe_networks()]
-
-    def describe_networks(self) -> list[str]:
-        """Lines on whether the network is a function of JAX."""
-        name, tasks = self.network.name, {}
-        for task, why in self._untraced.items():
-            tasks.setdefault(why, []).append(task)
-        return [
-            f"{name}: a function of JAX, by torchax ({', '.join(names)})" if not why else
-            f"{name}: called with one candidate at a time ({', '.join(names)}), because JAX does not trace it ({why})"
-            for why, names in tasks.items()
-        ]  # fmt: skip
 
     def warnings(self, prepared: Splits[list[ArrayTask]]) -> list[str]:
         lines = super().warnings(prepared)

@@ -165,7 +165,7 @@ def _labels(examples: Sequence[NetworkExample], network: Network, folder: Path) 
     labels = []
     for example in examples:
         label = example.target
-        number = numbers.get(label) if isinstance(label, str) else label
+        number: Any = numbers.get(label) if isinstance(label, str) else label
         if number is None and isinstance(label, str) and label.strip().isdigit():
             number = int(label)
         is_number = isinstance(number, (int, np.integer)) and not isinstance(number, (bool, np.bool_))
@@ -181,7 +181,7 @@ def _labels(examples: Sequence[NetworkExample], network: Network, folder: Path) 
 
 def _numbers(examples: Sequence[NetworkExample]) -> np.ndarray:
     """float32[N, D]: the right numbers. Raises InputError for anything else, and where examples have different D."""
-    rows = []
+    rows: list[np.ndarray] = []
     for example in examples:
         try:
             row = np.atleast_1d(np.asarray(example.target, np.float32))
