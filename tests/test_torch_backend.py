@@ -14,6 +14,7 @@ import yaml
 from click.testing import CliRunner
 from helpers import Family, save, write_lines
 from PIL import Image
+from scipy.io import wavfile
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -262,6 +263,62 @@ def test_a_merge_has_the_scores_of_the_exported_model(kind: str, tmp_path: Path)
         counts = (target >= 0).reshape(len(target), -1)
         expected = torch.where(counts, chosen.reshape(counts.shape), 0.0).sum(-1) / counts.sum(-1)
     np.testing.assert_allclose(scores[metric][0], expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_texts_that_an_encoder_decoder_writes_are_compared(tmp_path: Path) -> None:
+    config = family_of("encoder-decoder", tmp_path)
+    model = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "model1").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model1")
+    texts = [record["text"] for record in TEXTS]
+    with torch.no_grad():
+        tokens = model.generate(**tokenizer(texts, padding=True, return_tensors="pt"), max_new_tokens=3)
+    written = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    # Half of the targets are what the first parent writes.
+    records = [
+        {"text": text, "target": answer if i % 2 else "w4 w4 w4"}
+        for i, (text, answer) in enumerate(zip(texts, written, strict=True))
+    ]
+    write_lines(tmp_path / "written.jsonl", records)
+    task = {"name": "task", "kind": "text_to_text", "file": "written.jsonl", "metric": "exact_match", "heldout": 0.5,
+            "max_new_tokens": 3}  # fmt: skip
+    problem = problem_of(tmp_path / "config.yaml", config | {"tasks": [task]})
+    prepared = problem.prepare()
+    evaluators = open_evaluators(problem, prepared)
+    scores = problem.backend.score_stored(tmp_path / "model1", evaluators.heldout, lambda done: None)
+    expected = [records[i]["target"] == written[i] for i in prepared.heldout[0].indices]
+    assert scores.matrices["task"]["exact_match"][0].tolist() == expected
+
+
+def test_recordings_are_transcribed(tmp_path: Path) -> None:
+    pytest.importorskip("jiwer")
+    config = transformers.WhisperConfig(
+        vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, num_mel_bins=8,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_source_positions=50,
+        max_target_positions=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        begin_suppress_tokens=None, suppress_tokens=None,
+    )  # fmt: skip
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, 64))]
+    for number in (1, 2):
+        model = randomised(transformers.WhisperForConditionalGeneration(config).eval(), number)
+        save(model, tmp_path / f"model{number}", tokens)
+        transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(
+            tmp_path / f"model{number}"
+        )
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        wavfile.write(tmp_path / f"{number}.wav", 16_000, rng.integers(-9000, 9000, 8000).astype(np.int16))
+    write_lines(tmp_path / "speech.jsonl", [{"audio": f"{i}.wav", "text": f"w{5 + i} w9"} for i in range(4)])
+    task = {"kind": "transcription", "file": "speech.jsonl", "heldout": 0.5}
+    wrong_words = {"name": "words", "metric": "negative_word_error_rate", "max_new_tokens": 4}
+    problem = problem_of(
+        tmp_path / "config.yaml",
+        {"backend": "torch", "parents": ["model1", "model2"], "space": {"method": "linear"},
+         "tasks": [task | {"name": "sure"}, task | wrong_words]},
+    )  # fmt: skip
+    prepared = problem.prepare()
+    scores = open_evaluators(problem, prepared).heldout.score(problem.space.baselines()[1]).matrices
+    assert np.isfinite(scores["sure"]["log_probability"]).all()
+    assert (scores["words"]["negative_word_error_rate"] <= 0).all()
 
 
 @has_torchax

@@ -1,7 +1,7 @@
 """Tasks of networks that are no language models: examples whose inputs a model's own processor prepares.
 
-Three kinds: `classification` (the likeliest label), `regression` (numbers), `text_to_text` (the log-probability of a
-target text). Scores are per example, and higher is better. Inputs are images, texts, or arrays.
+Four kinds: `classification` (the likeliest label), `regression` (numbers), `text_to_text` and `transcription` (the
+target text of a text, an image or a recording). Scores are per example, and higher is better.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -13,34 +13,40 @@ import numpy as np
 from pydantic import Field
 
 from evojax_merge.errors import InputError, shown
-from evojax_merge.schema import Location, Name
+from evojax_merge.schema import Location, Name, Whole
 from evojax_merge.tasks.arrays import read_examples
 from evojax_merge.tasks.records import Record, read_file
 from evojax_merge.tasks.task import Derivative, Opening, Place, TaskConfig, TaskDefaults, TaskKind
 
-Kind = Literal["classification", "regression", "text_to_text"]
-# The metrics of each kind, the default first.
-METRICS: dict[Kind, tuple[str, ...]] = {
-    "classification": ("accuracy", "log_probability"),
-    "regression": ("negative_squared_error", "negative_absolute_error"),
-    "text_to_text": ("log_probability",),
+Kind = Literal["classification", "regression", "text_to_text", "transcription"]
+# The kinds of inputs that a record of each kind of task may have.
+INPUTS: dict[Kind, tuple[str, ...]] = {
+    "classification": ("image", "text"),
+    "regression": ("image", "text"),
+    "text_to_text": ("image", "text"),
+    "transcription": ("audio",),
 }
+# Inputs whose fields hold the paths of files.
+FILES = ("image", "audio")
+# Metrics of texts that a network writes.
+WRITTEN = ("exact_match", "negative_word_error_rate")
 # A metric without a derivative -> the metric that stands for it in a search by gradients.
-COMPANIONS = {"accuracy": "log_probability"}
+COMPANIONS = dict.fromkeys(("accuracy", *WRITTEN), "log_probability")
+TextMetric = Literal["log_probability", "exact_match", "negative_word_error_rate"]
 # The endings of the files that a folder of images is searched for.
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 FILE = "JSONL, CSV or parquet with paths or texts, a folder of images by class, or an .npz of arrays"
 
 
-class NetworkConfig(TaskConfig):
-    """The keys of tasks of networks."""
+class SeenConfig(TaskConfig):
+    """The keys of tasks of networks that are given images, texts or arrays."""
 
     file: Location = Field(description=FILE)
     image: Name = Field("image", description="the field of an image's path, from the file's folder")
     text: Name = Field("text", description="the field of a text; a record has an image, or a text")
 
 
-class ClassificationConfig(NetworkConfig):
+class ClassificationConfig(SeenConfig):
     """A task of classifiers: the label of an image, a text, or arrays."""
 
     kind: Literal["classification"] = Field(description="the kind of task")
@@ -50,7 +56,7 @@ class ClassificationConfig(NetworkConfig):
     )
 
 
-class RegressionConfig(NetworkConfig):
+class RegressionConfig(SeenConfig):
     """A task of networks whose outputs are numbers."""
 
     kind: Literal["regression"] = Field(description="the kind of task")
@@ -60,18 +66,30 @@ class RegressionConfig(NetworkConfig):
     )
 
 
-class TextToTextConfig(NetworkConfig):
-    """A task of encoder-decoders: the mean log-probability per token of a target text."""
+class TextToTextConfig(SeenConfig):
+    """A task of encoder-decoders: a target text, by its log-probability per token or by what is written greedily."""
 
     kind: Literal["text_to_text"] = Field(description="the kind of task")
     target: Name = Field("target", description="the field of the target text")
-    metric: Literal["log_probability"] = Field("log_probability", description="the task's score")
+    metric: TextMetric = Field("log_probability", description="the task's score, of the target or of a written text")
+    max_new_tokens: Whole = Field(64, ge=1, le=100_000, description="how many tokens a network may write")
+
+
+class TranscriptionConfig(TaskConfig):
+    """A task of speech recognisers: the text of a recording, as `text_to_text`."""
+
+    kind: Literal["transcription"] = Field(description="the kind of task")
+    file: Location = Field(description="JSONL, CSV or parquet with paths of .wav files")
+    audio: Name = Field("audio", description="the field of a recording's path, from the file's folder")
+    target: Name = Field("text", description="the field of the recording's text")
+    metric: TextMetric = Field("log_probability", description="the task's score, of the target or of a written text")
+    max_new_tokens: Whole = Field(64, ge=1, le=100_000, description="how many tokens a network may write")
 
 
 @dataclass(frozen=True)
 class NetworkExample:
-    """An example. inputs: `image` (a file), `text`, or arrays by the names of the network's arguments; target: a label,
-    numbers or a text; place: its file and line."""
+    """An example. inputs: `image` or `audio` (a file), `text`, or arrays by the names of the network's arguments;
+    target: a label, numbers or a text; place: its file and line."""
 
     inputs: Mapping[str, Any]
     target: Any
@@ -96,7 +114,7 @@ def _hashable(value: Any) -> Hashable:
 @dataclass(frozen=True)
 class NetworkTask(TaskDefaults):
     """A task of networks. examples: all of its file's; indices: the numbers of those that the task has; files: what it
-    was made from; section: its place in the config."""
+    was made from; section: its place in the config; max_new_tokens: of texts that a network writes."""
 
     name: str
     kind: Kind
@@ -106,6 +124,7 @@ class NetworkTask(TaskDefaults):
     indices: tuple[int, ...]
     files: tuple[Path, ...]
     section: str
+    max_new_tokens: int = 0
 
     @property
     def size(self) -> int:
@@ -140,11 +159,11 @@ def open_network(config: Any, opening: Opening) -> NetworkTask:
         examples, files = _arrays(file, config.target), (file,)
     else:
         examples = tuple(_example(record, config, file) for record in read_file(file))
-        images = [example.inputs["image"] for example in examples if "image" in example.inputs]
-        files = (file, *dict.fromkeys(images))
+        named = [path for example in examples for name, path in example.inputs.items() if name in FILES]
+        files = (file, *dict.fromkeys(named))
     return NetworkTask(
         config.name, config.kind, config.metric, config.weight, examples, tuple(range(len(examples))), files,
-        opening.where,
+        opening.where, getattr(config, "max_new_tokens", 0),
     )  # fmt: skip
 
 
@@ -175,25 +194,25 @@ def _arrays(file: Path, target: str) -> tuple[NetworkExample, ...]:
     )
 
 
-def _example(record: Record, config: NetworkConfig, file: Path) -> NetworkExample:
+def _example(record: Record, config: Any, file: Path) -> NetworkExample:
     """The example of a record. Raises InputError where it lacks an input or a target."""
-    fields, target = record.fields, getattr(config, "target")  # noqa: B009 every kind has one
-    given = [name for name in ("image", "text") if getattr(config, name) in fields]
+    fields, target = record.fields, config.target
+    keys = INPUTS[config.kind]
+    given = [name for name in keys if getattr(config, name) in fields]
     if len(given) != 1:
-        raise InputError(
-            record.where, f"has {'both an image and a text' if given else 'no input'}; expected the field "
-            f"{config.image!r} or {config.text!r}",
-        )  # fmt: skip
+        expected = " or ".join(repr(getattr(config, name)) for name in keys)
+        what = "both an image and a text" if given else "no input"
+        raise InputError(record.where, f"has {what}; expected the field {expected}")
     if target not in fields:
         raise InputError(record.where, f"has no field {target!r}, the target (it has {', '.join(fields)})")
     name = given[0]
     value = fields[getattr(config, name)]
     if not isinstance(value, str) or not value:
         raise InputError(record.where, f"{getattr(config, name)}: {shown(value)}; expected a text")
-    if name == "image":
+    if name in FILES:
         path = file.parent / value
         if not path.is_file():
-            raise InputError(record.where, f"{config.image}: {value}: no such file")
+            raise InputError(record.where, f"{getattr(config, name)}: {value}: no such file")
         value = path.resolve()
     return NetworkExample({name: value}, fields[target], (str(file), record.line) if record.line else (record.where, 0))
 
@@ -201,3 +220,4 @@ def _example(record: Record, config: NetworkConfig, file: Path) -> NetworkExampl
 CLASSIFICATION = TaskKind(ClassificationConfig, open_network, source="file")
 REGRESSION = TaskKind(RegressionConfig, open_network, source="file")
 TEXT_TO_TEXT = TaskKind(TextToTextConfig, open_network, source="file")
+TRANSCRIPTION = TaskKind(TranscriptionConfig, open_network, source="file")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from evojax_merge.backends.function.backend import FunctionBackend
 from evojax_merge.backends.torch import network as networks
 from evojax_merge.backends.torch.folders import label_names, settings_of
 from evojax_merge.backends.torch.inputs import example_arrays, likelihood_arrays
-from evojax_merge.backends.torch.network import OUTPUT, SCORES, Network, Scorer
+from evojax_merge.backends.torch.network import COMPARISONS, OUTPUT, SCORES, Network, Scorer, WrittenScorer
+from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError
 from evojax_merge.report.progress import say
 from evojax_merge.tasks.arrays import ArrayTask
-from evojax_merge.tasks.networks import NetworkTask
+from evojax_merge.tasks.networks import WRITTEN, NetworkTask
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.text import TextTask
 
@@ -39,6 +41,8 @@ class TorchBackend(FunctionBackend):
     _untraced: dict[str, str] = field(default_factory=dict, repr=False)
 
     def check_task(self, where: str, task: Any) -> None:
+        if task.metric == "negative_word_error_rate" and find_spec("jiwer") is None:
+            raise InputError(where, f"metric: {task.metric} needs jiwer; pip install 'evojax-merge[speech]'")
         if not isinstance(task, NetworkTask) and getattr(task, "kind", None) != "likelihood":
             raise InputError(
                 where, f"{task.name}: a {type(task).__name__} asks no network of torch; expected one of kind: "
@@ -90,7 +94,11 @@ class TorchBackend(FunctionBackend):
         if task.name not in self._untraced:
             self._untraced[task.name] = self._why_untraced(task, examples, where)
         traced = not self._untraced[task.name]
-        scorer = Scorer(self.network, SCORES[task.kind](task.metric), BATCH, traced)
+        scorer: Scorer | WrittenScorer = Scorer(self.network, SCORES[task.kind](task.metric), BATCH, traced)
+        if task.metric in WRITTEN:
+            targets = tuple(example.target for example in task.examples)
+            tokenizer, compare = load_tokenizer(self.models[0]), COMPARISONS[task.metric]
+            scorer = WrittenScorer(self.network, tokenizer, compare, targets, task.max_new_tokens, BATCH)
         return ArrayTask(
             task.name, examples, scorer, metric=task.metric, weight=task.weight, traced=traced, where=where,
             files=task.files,
@@ -99,6 +107,8 @@ class TorchBackend(FunctionBackend):
     def _why_untraced(self, task: Any, examples: Mapping[str, Any], where: str) -> str:
         """Why JAX cannot trace the network on a task's examples; empty where it can. Raises InputError for a network
         that fails on them, or whose outputs are random."""
+        if task.metric in WRITTEN:
+            return "it writes texts"
         network, weights = self.network, self.merge.tree.source(0)
         inputs = {name: array[:PROBED] for name, array in examples["inputs"].items()}
         name = network.name
@@ -117,6 +127,8 @@ class TorchBackend(FunctionBackend):
                 where, f"{task.name}: {name} answers the same example differently when it is asked twice; a search "
                 "compares candidates, so outputs may not be random",
             )  # fmt: skip
+        if task.kind == "classification" and once.ndim != 2:
+            raise InputError(where, f"{task.name}: {name} has outputs of shape {list(once.shape[1:])}; expected labels")
         if task.kind == "regression" and once.shape[1:] != examples["target"].shape[1:]:
             raise InputError(
                 where, f"{task.name}: {name} has outputs of shape {list(once.shape[1:])}, and targets are of "

@@ -11,7 +11,7 @@ from evojax_merge.backends.torch.network import Network
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError, did_you_mean, shown
-from evojax_merge.tasks.networks import NetworkExample, NetworkTask
+from evojax_merge.tasks.networks import WRITTEN, NetworkExample, NetworkTask
 from evojax_merge.tasks.text import TextTask
 
 # The target of a token that is none.
@@ -25,18 +25,24 @@ def example_arrays(task: NetworkTask, network: Network, folder: Path) -> dict[st
     examples. folder: of the processor. Raises InputError, with the file and line, for an example that cannot be
     read."""
     examples = task.examples
-    if task.kind == "text_to_text":
-        return _text_to_text(task, network, folder)
     first = next(iter(examples[0].inputs))
     if first == "image":
         inputs = _images(examples, folder)
+    elif first == "audio":
+        inputs = _recordings(examples, folder)
     elif first == "text":
         inputs = _tokens(load_tokenizer(folder), _texts(examples), _length(network, folder))
     else:
         inputs = {name: np.stack([example.inputs[name] for example in examples]) for name in examples[0].inputs}
-    inputs = _accepted(network, inputs, examples[0].where, strict=first not in ("image", "text"))
-    target = _labels(examples, network, folder) if task.kind == "classification" else _numbers(examples)
-    return {"inputs": inputs, "target": target}
+    inputs = _accepted(network, inputs, examples[0].where, strict=first not in ("image", "audio", "text"))
+    if task.kind in ("classification", "regression"):
+        target = _labels(examples, network, folder) if task.kind == "classification" else _numbers(examples)
+        return {"inputs": inputs, "target": target}
+    target = _target_tokens(task, network, folder)
+    if task.metric in WRITTEN:
+        # Texts are compared with the target by its number.
+        return {"inputs": inputs, "target": np.arange(len(examples), dtype=np.int32)}
+    return {"inputs": inputs | {"decoder_input_ids": _shifted(target, network, folder)}, "target": target}
 
 
 def _accepted(network: Network, inputs: Mapping[str, Any], where: str, strict: bool) -> dict[str, Any]:
@@ -117,24 +123,62 @@ def _tokens(tokenizer: Any, texts: list[str], length: int | None) -> dict[str, n
     return dict(tokenizer(texts, padding=padding, return_tensors="np", **limit))
 
 
-def _text_to_text(task: NetworkTask, network: Network, folder: Path) -> dict[str, Any]:
-    """The tokens of texts, of the targets, and the decoder's inputs, which are the targets shifted by one."""
-    import torch
+def _recordings(examples: Sequence[NetworkExample], folder: Path) -> dict[str, np.ndarray]:
+    """Arrays of recordings, by the model's feature extractor."""
+    import transformers
+    from scipy.io import wavfile
 
-    if not network.module.config.is_encoder_decoder:
+    try:
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(
-            task.section, f"{task.name}: {network.name} is no encoder-decoder; a decoder takes kind: likelihood",
-        )  # fmt: skip
-    examples, tokenizer, length = task.examples, load_tokenizer(folder), _length(network, folder)
+            folder, f"has no feature extractor that transformers opens ({' '.join(str(error).split())[:200]})"
+        ) from None
+    waves = []
     for example in examples:
-        if not isinstance(example.target, str) or not example.target:
+        path = example.inputs["audio"]
+        try:
+            rate, wave = wavfile.read(path)
+        # The reader raises errors of many kinds for a damaged file.
+        except Exception as error:
+            what = " ".join(str(error).split())[:200] or type(error).__name__
+            raise InputError(example.where, f"{path.name} cannot be read as a .wav file ({what})") from None
+        if rate != extractor.sampling_rate:
+            raise InputError(
+                example.where, f"{path.name} has {rate:,} Hz; the model takes {extractor.sampling_rate:,}: resample it"
+            )
+        if wave.dtype.kind == "i":
+            wave = wave / np.iinfo(wave.dtype).max
+        waves.append(wave.astype(np.float32).mean(-1) if wave.ndim > 1 else wave.astype(np.float32))
+    return dict(extractor(waves, sampling_rate=extractor.sampling_rate, return_tensors="np"))
+
+
+def _target_tokens(task: NetworkTask, network: Network, folder: Path) -> np.ndarray:
+    """int32[N, T]: the tokens of the target texts. Raises InputError for a network that writes none."""
+    config = network.module.config
+    if not config.is_encoder_decoder:
+        raise InputError(
+            task.section, f"{task.name}: {network.name} is no encoder-decoder; a decoder takes kind: likelihood"
+        )
+    for example in task.examples:
+        if not isinstance(example.target, str) or not example.target.strip():
             raise InputError(example.where, f"target: {shown(example.target)}; expected a text")
-    inputs = _tokens(tokenizer, _texts(examples), length)
-    labels = _tokens(tokenizer, [example.target for example in examples], length)
+    texts = [str(example.target) for example in task.examples]
+    labels = _tokens(load_tokenizer(folder), texts, _length(network, folder))
     target = np.where(labels["attention_mask"] > 0, labels["input_ids"], NO_TOKEN).astype(np.int32)
-    shifted = network.module.prepare_decoder_input_ids_from_labels(torch.from_numpy(target.astype(np.int64))).numpy()
-    inputs = _accepted(network, {**inputs, "decoder_input_ids": shifted}, examples[0].where, strict=False)
-    return {"inputs": inputs, "target": target}
+    # The decoder's first input, which some tokenizers begin texts with, is no token to score.
+    return target[:, 1:] if (target[:, 0] == config.decoder_start_token_id).all() else target
+
+
+def _shifted(target: np.ndarray, network: Network, folder: Path) -> np.ndarray:
+    """The decoder's inputs: the target behind the token that begins a text."""
+    config = network.module.config
+    if config.decoder_start_token_id is None:
+        raise InputError(folder / "config.json", "decoder_start_token_id: missing; expected the first token of a text")
+    first = np.full((len(target), 1), config.decoder_start_token_id, np.int32)
+    return np.concatenate([first, np.where(target[:, :-1] < 0, config.pad_token_id or 0, target[:, :-1])], axis=1)
 
 
 def likelihood_arrays(task: TextTask, network: Network, folder: Path) -> dict[str, Any]:

@@ -58,6 +58,17 @@ class Network:
         result: np.ndarray = outputs[OUTPUT].numpy()
         return result
 
+    def write(self, weights: Mapping[str, Any], inputs: Mapping[str, Any], max_new_tokens: int) -> np.ndarray:
+        """int[N, T]: the tokens that the network writes greedily for a batch, by transformers."""
+        state = {f"module.{name}": to_torch(array).float() for name, array in weights.items()}
+        constants = {f"module.{name}": tensor for name, tensor in self.constants.items()}
+        arguments = {name: to_torch(np.asarray(array)) for name, array in inputs.items()}
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+        with torch.no_grad():
+            tokens = torch.func.functional_call(_Writer(self.module), state | constants, (), arguments | options)
+        result: np.ndarray = tokens.numpy()
+        return result
+
     def trace(self, weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> jax.Array:
         """The output for a batch, by JAX: the module's operations become those of the program that is traced."""
         environment, _ = torchax_environment()
@@ -69,6 +80,17 @@ class Network:
             outputs = torch.func.functional_call(self.module, tensors, (), arguments)
         result: jax.Array = environment.t2j_iso(outputs[OUTPUT])
         return result
+
+
+class _Writer(torch.nn.Module):
+    """A module whose call is the generation of another."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module.generate(**inputs)
 
 
 def to_torch(array: Any) -> Any:
@@ -113,6 +135,30 @@ class Scorer:
 
     def _scored(self, run: Callable[..., Any], weights: Mapping[str, Any], rows: Mapping[str, Any]) -> Any:
         return self.score(run(weights, rows["inputs"]), rows)
+
+
+@dataclass(frozen=True, eq=False)
+class WrittenScorer:
+    """A task's function (weights, rows) -> float[N]: compares the texts that the network writes with the targets.
+
+    tokenizer: decodes them; compare: (text, target) -> a number; targets: by the number that a row has as target.
+    """
+
+    network: Network
+    tokenizer: Any
+    compare: Callable[[str, str], float]
+    targets: tuple[str, ...]
+    max_new_tokens: int
+    batch: int
+
+    def __call__(self, weights: Mapping[str, Any], rows: Mapping[str, Any]) -> np.ndarray:
+        texts: list[str] = []
+        for begin in range(0, len(rows["target"]), self.batch):
+            inputs = _rows(rows["inputs"], range(begin, begin + self.batch))
+            tokens = self.network.write(weights, inputs, self.max_new_tokens)
+            texts += self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        targets = (self.targets[number] for number in rows["target"])
+        return np.array([self.compare(*pair) for pair in zip(texts, targets, strict=True)], np.float32)
 
 
 def _rows(rows: Mapping[str, Any], numbers: range) -> Any:
@@ -161,5 +207,24 @@ SCORES: dict[str, Callable[[str], Callable[[Any, Mapping[str, Any]], Any]]] = {
     "classification": label_scores,
     "regression": number_scores,
     "text_to_text": token_scores,
+    "transcription": token_scores,
     "likelihood": token_scores,
+}
+
+
+def same_text(text: str, target: str) -> float:
+    """1 where the texts agree but for white space, else 0."""
+    return float(text.split() == target.split())
+
+
+def negative_word_error_rate(text: str, target: str) -> float:
+    """Minus the share of the target's words that are wrong, missing or too many."""
+    import jiwer
+
+    return -float(jiwer.wer(target, text))
+
+
+COMPARISONS: dict[str, Callable[[str, str], float]] = {
+    "exact_match": same_text,
+    "negative_word_error_rate": negative_word_error_rate,
 }
