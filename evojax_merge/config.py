@@ -408,7 +408,7 @@ class Config(Section):
     parents: list[Location] = Field(min_length=1, max_length=1000, description="the models that are merged")
     backend: Name = Field(
         "decoder",
-        description="what the models are: decoder (of language), function (pytrees), a plugin's, or FILE.py:NAME",
+        description="decoder (of language), torch (other networks), function (pytrees), a plugin's, or FILE.py:NAME",
     )
     tokenizer_source: Location | None = Field(
         None, description="base, or a parent: rows of the vocabulary are aligned by token, with its tokenizer"

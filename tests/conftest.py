@@ -55,7 +55,7 @@ QUICKLY_COMPILED = {
         "method_seam", "mixtures", "page", "parent_groups", "path_ga", "path_gradients", "plugins", "plugin_files",
         "pool", "pytrees", "racing", "reproduce", "reproducible", "run_folder", "search", "spaces", "stopping",
         "strategies", "strategies_bench", "strategy_seam", "study", "study_spaces", "task_seam", "terminal",
-        "text_decoders", "tokens", "torture", "validation", "vision", "zoo",
+        "text_decoders", "tokens", "torch_backend", "torture", "validation", "vision", "zoo",
     )
 }  # fmt: skip
 SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"

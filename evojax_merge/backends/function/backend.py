@@ -137,7 +137,8 @@ class Programs:
     _compiled: dict[Any, Any] = field(default_factory=dict)
 
     def of(self, make: Callable[..., Any], task: ArrayTask, *settings: Any) -> Any:
-        key = (make, task.name, *settings)
+        # A task and its differentiable companion share their name.
+        key = (make, task.name, task.metric, *settings)
         if key not in self._compiled:
             self._compiled[key] = make(self.merge, task, self.chunk, *settings)
         return self._compiled[key]
