@@ -77,7 +77,7 @@ def select_best(
         search_fitness=searched,
         baseline=(label, plain_searched),
         scores=best.scores,
-        baseline_name=model_name(problem.parents[number]) if len(baselines) > 1 else "",
+        baseline_name=model_name(problem.parents[number]) if backend.baseline_role is None else "",
         rows=table,
         report=backend.report(best.genome, [model_name(parent) for parent in problem.parents]),
         validation=validated,

@@ -82,7 +82,7 @@ class Result:
 
     `baseline`: the candidate that needs no search (the uniform merge, the first parent as it is, or the best of a
     pool's founders, by the split that the winner was chosen on) and its fitness on the search split; `baseline_name`:
-    the founder's name. `rows`: the held-out table, empty without held-out examples. `scores`: the winner's on the
+    the parent's or founder's name. `rows`: the held-out table, empty without held-out examples. `scores`: the winner's on the
     examples that it was chosen on, float32[N], task by task. `report`: shows the winner. `validation`: the winner's
     fitness and the baseline's on the validation split, where the winner was chosen on one; None: it was chosen on the
     search split. `stopped_by`: the criterion that ended the search before its last generation. `members`: the front,
@@ -125,21 +125,22 @@ class Result:
 
     def chosen_on(self) -> str:
         """A sentence: the split that the winner was chosen on, its score there, and the dtype where that is not the
-        generations'."""
+        generations'; then one more where no candidate was better than the baseline."""
         label, searched, search_fitness = self.baseline_label, self.baseline[1], self.search_fitness
+        winner, baseline = (search_fitness, searched) if self.validation is None else self.validation
+        unbeaten = f" {nothing_beat(label)}" if winner <= baseline else ""
         dtypes = ""
         if self.compute_dtype != self.search_compute_dtype:
             dtypes = f" (computed in {self.compute_dtype}, the generations in {self.search_compute_dtype})"
         if self.validation is None:
             return (
                 f"The winner was chosen on the search split: there it scored {search_fitness:.4f}, the {label} "
-                f"{searched:.4f}{dtypes}."
+                f"{searched:.4f}{dtypes}.{unbeaten}"
             )
-        winner, baseline = self.validation
         return (
             f"The winner was chosen on the validation split, on which no generation was scored: there it scored "
             f"{winner:.4f}, the {label} {baseline:.4f}; on the search split {search_fitness:.4f}, the {label} "
-            f"{searched:.4f}{dtypes}."
+            f"{searched:.4f}{dtypes}.{unbeaten}"
         )
 
     def front(self) -> list[Row]:
@@ -216,6 +217,11 @@ class Result:
             for score, values in columns.items()
             if len(values) == 1 and np.isfinite(value := next(iter(values)))
         ]
+
+
+def nothing_beat(label: str) -> str:
+    """The sentence about a baseline, by its label, that is as good as the winner."""
+    return f"Nothing that was searched beat the {label}."
 
 
 def verdict(ours: float, row: Row) -> str | None:
@@ -362,7 +368,7 @@ def write_result(result: Result, generations: int, file: Path) -> None:
         **validated,
         # A mean counts as its distance from `zero`, in units of `unit`.
         **({} if not result.scales else {"scales": {name: asdict(scale) for name, scale in result.scales.items()}}),
-        **({"best_founder": result.baseline_name} if result.baseline_name else {}),
+        **({"best_founder": result.baseline_name} if result.baseline[0] == "best founder" else {}),
         # The dtype of every score in this file; `history.jsonl` has those of the generations, in the config's
         # evaluation.compute_dtype.
         "compute_dtype": result.compute_dtype,
