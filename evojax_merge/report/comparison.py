@@ -82,14 +82,14 @@ class Result:
 
     `baseline`: the candidate that needs no search (the uniform merge, the first parent as it is, or the best of a
     pool's founders, by the split that the winner was chosen on) and its fitness on the search split; `baseline_name`:
-    the parent's or founder's name. `rows`: the held-out table, empty without held-out examples. `scores`: the winner's on the
-    examples that it was chosen on, float32[N], task by task. `report`: shows the winner. `validation`: the winner's
-    fitness and the baseline's on the validation split, where the winner was chosen on one; None: it was chosen on the
-    search split. `stopped_by`: the criterion that ended the search before its last generation. `members`: the front,
-    where the strategy keeps one. `compute_dtype`: the dtype of these scores' computation; `search_compute_dtype`: of
-    the generations'. `shares`: `task/metric` of each task of the table -> its share of the fitness; `scales`: the scale
-    of each that has one; `guards`: of each guarded task; `answers`: the winner's and the best parent's to each held-out
-    example, a row of plain values each.
+    the parent's or founder's name. `rows`: the held-out table, empty without held-out examples. `scores`: the winner's
+    on the examples that it was chosen on, float32[N], task by task. `report`: shows the winner. `validation`: the
+    winner's fitness and the baseline's on the validation split, where the winner was chosen on one; None: it was chosen
+    on the search split. `stopped_by`: the criterion that ended the search before its last generation. `members`: the
+    front, where the strategy keeps one. `compute_dtype`: the dtype of these scores' computation;
+    `search_compute_dtype`: of the generations'. `shares`: `task/metric` of each task of the table -> its share of the
+    fitness; `scales`: the scale of each that has one; `guards`: of each guarded task; `answers`: the winner's and the
+    best parent's to each held-out example, a row of plain values each.
     """
 
     genome: np.ndarray
