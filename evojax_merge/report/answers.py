@@ -119,9 +119,9 @@ def _shown(text: str) -> str:
 
 def marked(first: str, second: str) -> tuple[Markup, Markup]:
     """Two texts as HTML, in which the words that the other one does not have in their place are marked."""
-    words = [_WORD.findall(text) for text in (first, second)]
+    words = _WORD.findall(first), _WORD.findall(second)
     sides: tuple[list[Markup], list[Markup]] = ([], [])
-    for kind, *ends in SequenceMatcher(None, *words, autojunk=False).get_opcodes():
+    for kind, *ends in SequenceMatcher(None, words[0], words[1], autojunk=False).get_opcodes():
         for side, all_words, (begin, end) in zip(sides, words, (ends[:2], ends[2:]), strict=True):
             text = escape("".join(all_words[begin:end]))
             side.append(text if kind == "equal" or not text else Markup("<mark>{}</mark>").format(text))
