@@ -1,6 +1,6 @@
 """From a search's archive to the winner: re-scoring, and the comparison on held-out examples."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -137,7 +137,7 @@ def _table(
     winner: np.ndarray,
     plain: np.ndarray,
     progress: Callable[[int], None],
-) -> tuple[list[Row], Sequence[Mapping[str, Any]]]:
+) -> tuple[list[Row], Sequence[dict[str, Any]]]:
     """The rows of the held-out table: the stored models, the baseline where it is none of them, and the winner; and the
     answers of the winner and of the best parent."""
     backend = problem.backend

@@ -180,7 +180,7 @@ class Backend(Protocol):
 
     def answers(
         self, model: str, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
-    ) -> Sequence[Mapping[str, Any]]:
+    ) -> Sequence[dict[str, Any]]:
         """The answers of the scored model `number`, a row for each task and example, as `score_rows` has them. model:
         its name."""
         ...

@@ -107,7 +107,7 @@ class Result:
     shares: Mapping[str, float] = field(default_factory=dict)
     scales: Mapping[str, Scale] = field(default_factory=dict)
     guards: tuple[GuardResult, ...] = ()
-    answers: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
+    answers: Sequence[dict[str, Any]] = field(default=(), repr=False)
 
     @property
     def winner(self) -> Row:
