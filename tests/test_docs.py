@@ -192,7 +192,7 @@ def test_the_api_page_has_the_parameters_of_each_function() -> None:
 
 
 def test_the_api_pages_study_runs(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its first two examples, one after the other, with fewer generations, on tiny models for the demo family."""
+    """Its first three examples, one after the other, with fewer generations, on tiny models for the demo family."""
     stand_in_for_the_zoo(tmp_path / "cache", family)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text = (ROOT / "docs" / "reference" / "python-api.md").read_text(encoding="utf-8")
@@ -201,11 +201,13 @@ def test_the_api_pages_study_runs(family: Family, tmp_path: Path, monkeypatch: p
     for size, smaller in {"run(20,": "run(1,", "run(10)": "run(1)", "population=16": "population=4"}.items():
         assert size in script
         script = script.replace(size, smaller)
-    (tmp_path / "study.py").write_text(script + "print(study)\n")
+    (tmp_path / "study.py").write_text(f"{script}print(study)\n{blocks[2]}")
     done = run_script(tmp_path / "study.py", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("Study(method='task_arithmetic', parents=['maths', 'japanese']")
-    for written in ("fitness.png", "out/best/model.safetensors", "out/by-hand/model.safetensors"):
+    for written in (
+        "fitness.png", "out/best/model.safetensors", "out/by-hand/model.safetensors", "out/arrays/params.safetensors",
+    ):  # fmt: skip
         assert (tmp_path / written).is_file()
 
 
