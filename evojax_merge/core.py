@@ -65,7 +65,8 @@ def search(
     with recorded_session(folder) if devices.is_main_process else nullcontext():
         with bytes_bar("loading", problem.backend.stored_bytes()) as progress:
             evaluators = open_evaluators(problem, prepared, devices, progress, say)
-        with search_bar(problem.search.generations, on_generation) as reporter:
+        generations = None if problem.search.parsed_budget.seconds else problem.search.generations
+        with search_bar(generations, on_generation) as reporter:
             storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
             archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)
         _print_work(folder, problem, evaluators)
@@ -89,9 +90,9 @@ def evolve_on(
 
 
 def _print_setup(problem: SearchProblem, prepared: Splits[list[Any]], devices: Devices, planned: Plan) -> None:
-    """Print the search's devices, models, batches and plan."""
+    """Print the search's devices, models, batches, strategy and plan."""
     console.print(devices.describe(), highlight=False)
-    for line in problem.backend.describe_inputs(prepared):
+    for line in (*problem.backend.describe_inputs(prepared), *problem.notes):
         console.print(line, highlight=False, soft_wrap=True)
     for line in planned.summary():
         console.print(line, highlight=False, soft_wrap=True)
@@ -116,7 +117,7 @@ def _why_complete(folder: RunFolder, problem: SearchProblem) -> str | None:
     if not all(path.exists() for path in written):
         return None
     course = course_of(rows, read_lines(folder.timing))
-    ended = stopped(problem.search.stop, course, problem.strategy.population) if "stopped_by" in result else None
+    ended = stopped(problem.search, course, problem.strategy.population) if "stopped_by" in result else None
     if ended is None and wanted > len(rows):
         return None
     saved = Checkpoints(folder).restore(say)

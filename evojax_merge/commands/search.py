@@ -244,7 +244,9 @@ def _run_chain(
 def _resolved_stage(stages: Sequence[StageConfig], number: int, problem: SearchProblem) -> dict[str, Any]:
     """A stage for the run folder's config. Its population stays null where a stage before it searches for a path: the
     default depends on the dimensions, and these on the layers of that stage's winner."""
-    document = stages[number].model_dump(mode="json") | {"space": problem.backend.resolved()["space"]}
+    document = stages[number].model_dump(mode="json") | {
+        "space": problem.backend.resolved()["space"], "search": problem.search.model_dump(mode="json"),
+    }  # fmt: skip
     if all(before.data_flow is None for before in stages[:number]):
         document["search"]["population"] = problem.strategy.population
     return document

@@ -82,17 +82,19 @@ def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class GenerationsColumn(ProgressColumn):
-    """Completed generations of the requested ones, `5/50`; within a generation with its fraction, `5.3/50`."""
+    """Completed generations of the requested ones, `5/50`; within a generation with its fraction, `5.3/50`; without
+    their number where the clock ends the search."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.completed:.1f}".removesuffix(".0") + f"/{task.total:.0f}")
+        of = "" if task.total is None else f"/{task.total:.0f}"
+        return Text(f"{task.completed:.1f}".removesuffix(".0") + of)
 
 
 class SearchBar(Reporter):
     """The search's progress bar: generations in full, passes of the running one as its fraction. `on_generation`
     receives each generation as well."""
 
-    def __init__(self, progress: Progress, generations: int, on_generation: OnGeneration) -> None:
+    def __init__(self, progress: Progress, generations: int | None, on_generation: OnGeneration) -> None:
         self._progress, self._on_generation = progress, on_generation
         self._bar = progress.add_task("search", total=generations, info="compiling …")
         self._share = 0.0
@@ -130,8 +132,8 @@ class SearchBar(Reporter):
 
 
 @contextmanager
-def search_bar(generations: int, on_generation: OnGeneration) -> Iterator[SearchBar]:
-    """A progress bar over the generations of a search."""
+def search_bar(generations: int | None, on_generation: OnGeneration) -> Iterator[SearchBar]:
+    """A progress bar over the generations of a search; None: the clock ends it."""
     columns = (
         PlainColumn("{task.description}"), BarColumn(), GenerationsColumn(),
         PlainColumn("{task.fields[info]}"), TimeElapsedColumn(),

@@ -20,6 +20,7 @@ from evojax_merge.evaluation.devices import tree_nbytes
 from evojax_merge.evaluation.scores import ScoredTask, TaskScores, fitness, score_matrix, task_weights
 from evojax_merge.mergekit.write import shortest_decimal
 from evojax_merge.search.answers import ask, finalists, metrics, tell
+from evojax_merge.search.budgets import describe_length
 from evojax_merge.search.example_choice import ExampleChoice, choose_examples
 from evojax_merge.search.gradients import value_and_gradient
 from evojax_merge.search.protocols import (
@@ -50,6 +51,8 @@ from evojax_merge.search.validation import init_peak, validate
 
 # The number of the key that a strategy's first state is drawn from; generations have those from 0 on.
 INIT_KEY = 2**31 - 1
+# The generations of a search that the clock ends, for the room that its history needs on the disk.
+TIMED_GENERATIONS = 10_000
 
 
 @dataclass(frozen=True)
@@ -182,8 +185,7 @@ def evolve(
     genomes than its population.
     """
     reporter.log(
-        f"{strategy.name}: {space.dims} dimensions, population {strategy.population}, {config.generations} "
-        + ("generation" if config.generations == 1 else "generations")
+        f"{strategy.name}: {space.dims} dimensions, population {strategy.population}, {describe_length(config)}"
     )
     _, missing = plain_merges_of(space)
     if missing:
@@ -205,7 +207,7 @@ def evolve(
         genomes, state_after_ask = ask(strategy, key, state["strategy"], space.dims)
         context = context_of(strategy, state_after_ask)
         shards = [within(shard, context) for shard in shards]
-        ended = stopped(config.stop, course, len(genomes))
+        ended = stopped(config, course, len(genomes))
         if ended is not None:
             reporter.log(_ended_early(ended, number, number == first, config))
             break
@@ -284,7 +286,8 @@ def _ended_early(ended: Stopped, generations: int, is_saved: bool, config: Searc
     """One line; is_saved: an earlier process searched all of these generations."""
     if is_saved:
         return f"{generations} generations are saved: nothing to search ({ended.describe()})"
-    return f"stopped after generation {generations} of {config.generations} ({ended.describe()})"
+    of = "" if config.parsed_budget.seconds else f" of {config.generations}"
+    return f"stopped after generation {generations}{of} ({ended.describe()})"
 
 
 def _now_scored_on(generation: int, evaluator: GenomeEvaluator, fitness_evaluator: GenomeEvaluator) -> str:
@@ -332,7 +335,8 @@ def run_bytes(config: SearchConfig, strategy: Strategy, space: Space, examples: 
     one of them being written while the others are kept, and the history twice."""
     state = strategy.init(generation_key(0, INIT_KEY), space.start[None])
     arrays = 4 * HISTORY * (space.dims + examples) + 4 * config.finalists * space.dims + tree_nbytes(state)
-    history = config.generations * (400 + strategy.population * (45 + 14 * space.dims + 25 * tasks))
+    generations = TIMED_GENERATIONS if config.parsed_budget.seconds else config.generations
+    history = generations * (400 + strategy.population * (45 + 14 * space.dims + 25 * tasks))
     return (KEPT_CHECKPOINTS + 1) * arrays + 2 * history + 2**20
 
 

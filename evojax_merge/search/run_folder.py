@@ -66,7 +66,7 @@ from evojax_merge.search.run_parts import (
 from evojax_merge.yaml_reader import load_yaml
 
 # Keys that may differ between a run and its continuation.
-EXTENDABLE = (("search", "generations"), ("search", "stop"))
+EXTENDABLE = (("search", "generations"), ("search", "budget"), ("search", "stop"))
 POPULATION = ("search", "population")
 _START_AGAIN = "cannot be continued by this one; pass --overwrite to start again, or choose another folder with --out"
 OTHER_VERSION = f"was begun by another version of this program, and {_START_AGAIN}"
