@@ -372,9 +372,9 @@ class SearchConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_the_default(cls, document: Any) -> Any:
-        """Leave out `generations: null`, with which an override makes room for a budget."""
-        if isinstance(document, dict) and document.get("generations", 0) is None:
+    def _without_null_generations(cls, document: Any) -> Any:
+        """Leave out `generations: null` beside a budget: an override makes room for it."""
+        if isinstance(document, dict) and document.get("generations", 0) is None and document.get("budget") is not None:
             return {key: value for key, value in document.items() if key != "generations"}
         return document
 
