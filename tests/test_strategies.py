@@ -249,7 +249,7 @@ def test_the_rules_of_a_swarm_are_those_of_the_paper() -> None:
         places, leader = rng.normal(size=(7, 3)).astype(np.float32), int(rng.integers(7))
         assert float(pso.evolutionary_factor(places, leader)) == pytest.approx(zhan_factor(places, leader), abs=1e-5)
     # Between the bends, where rounding decides.
-    for f in np.linspace(0.005, 0.995, 67):
+    for f in np.linspace(0.005, 0.995, 66):
         np.testing.assert_allclose(pso.memberships(f), zhan_degrees(f), atol=1e-5)
         assert float(pso.adapted_inertia(f)) == pytest.approx(1 / (1 + 1.5 * np.exp(-2.6 * f)), rel=1e-5)
         for phase in range(4):
@@ -258,6 +258,17 @@ def test_the_rules_of_a_swarm_are_those_of_the_paper() -> None:
         rate, first = rng.uniform(0.05, 0.1), rng.uniform(1.5, 2.5, 2)
         adapted = pso.adapted_coefficients(rate, phase, jnp.asarray(first, jnp.float32))
         np.testing.assert_allclose(adapted, zhan_coefficients(phase, rate, *first), rtol=1e-5)
+
+
+def test_the_leader_tries_small_changes_of_its_best_place() -> None:
+    place, bounds = jnp.array([0.1, 0.25, 0.5, 0.9], jnp.float32), (0.0, 1.0)
+    tried = np.stack([np.asarray(pso.mutated(bounds, key, place)) for key in jax.random.split(jax.random.key(0), 200)])
+    steps = tried - np.asarray(place)
+    assert (np.abs(steps) > 0).any(axis=1).all() and tried.min() >= 0 and tried.max() <= 1
+    # A gene on average, or one where none was drawn; between the bounds up as often as down, and by little.
+    assert 1 <= (steps != 0).sum(axis=1).mean() < 1.7
+    inside = steps[:, 1:3][steps[:, 1:3] != 0]
+    assert 0.35 < np.mean(inside > 0) < 0.65 and np.median(np.abs(inside)) < 0.1
 
 
 def test_a_swarm_moves_by_its_coefficients_and_stays_between_the_bounds() -> None:

@@ -1,5 +1,9 @@
 """Particle swarm optimisation that adapts its coefficients to the swarm's phase (Zhan, Zhang, Li and Chung, Adaptive
-Particle Swarm Optimization, IEEE Transactions on Systems, Man, and Cybernetics B 39(6), 2009)."""
+Particle Swarm Optimization, IEEE Transactions on Systems, Man, and Cybernetics B 39(6), 2009).
+
+Two things are pymoo's: the swarm's phase goes by the particles' best places, and the leader tries its best place with
+a mutation in every generation, a finer one than the paper's of the phase of convergence.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +28,8 @@ RATES = (0.05, 0.1)
 LEAST_COEFFICIENT, MOST_COEFFICIENT, MOST_TOGETHER = 1.5, 2.5, 4.0
 # The coefficients of the first generation, and the most velocity, in units of the bounds' range.
 FIRST_INERTIA, FIRST_COEFFICIENT, MOST_VELOCITY = 0.9, 2.0, 0.2
-# The standard deviation of elitist learning in the first and the last generation, in units of the bounds' range.
-FIRST_LEARNING, LAST_LEARNING = 1.0, 0.1
+# The range of the index of the leader's mutation: the higher, the finer.
+MUTATION_INDEX = (5.0, 30.0)
 
 
 @struct.dataclass
@@ -87,13 +91,11 @@ def adapted_coefficients(rate: jax.Array, phase: jax.Array, coefficients: jax.Ar
 
 @dataclass(frozen=True)
 class Swarm:
-    """dims: D; population: P; range: the genes of the bounds, between which particles move; generations: the number of
-    generations of the search, over which elitist learning becomes finer."""
+    """dims: D; population: P; range: the genes of the bounds, between which particles move."""
 
     dims: int
     population: int
     range: tuple[float, float]
-    generations: int
 
     name = "pso"
     capabilities = Capabilities()
@@ -122,7 +124,7 @@ class Swarm:
     def ask(self, key: jax.Array, state: SwarmState) -> tuple[jax.Array, SwarmState]:
         if not int(state.generation):
             return state.places, state
-        moved = _move(self.range, self.generations, key, state)
+        moved = _move(self.range, key, state)
         return moved.places, moved
 
     def tell(self, key: jax.Array, state: SwarmState, genomes: jax.Array, scores: Scores) -> SwarmState:
@@ -138,11 +140,11 @@ class Swarm:
         return {"spread": float(np.std(state.places, axis=0).mean()), "inertia": float(state.inertia)}
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _move(bounds: tuple[float, float], generations: int, key: jax.Array, state: SwarmState) -> SwarmState:
+@partial(jax.jit, static_argnums=0)
+def _move(bounds: tuple[float, float], key: jax.Array, state: SwarmState) -> SwarmState:
     """Move every particle, its velocity drawn to its own best place and to the leader's. A gene that would leave the
-    bounds stops at random between its place and the bound. In the phase of convergence the leader, which nothing draws
-    any further, tries its best place with one gene changed (elitist learning)."""
+    bounds stops at random between its place and the bound. The leader, which nothing draws any further, tries a
+    mutation of its best place instead."""
     low, high = bounds
     attraction, stopping, elite = jax.random.split(key, 3)
     shape, leader = state.places.shape, jnp.argmin(state.losses)
@@ -153,19 +155,23 @@ def _move(bounds: tuple[float, float], generations: int, key: jax.Array, state: 
     places, part = state.places + velocities, jax.random.uniform(stopping, shape)
     places = jnp.where(places < low, low + part * jnp.maximum(state.places - low, 0.0), places)
     places = jnp.where(places > high, high - part * jnp.maximum(high - state.places, 0.0), places)
-    learnt = _elite(bounds, elite, state.best[leader], state.generation / generations)
-    places = places.at[leader].set(jnp.where(state.phase == CONVERGENCE, learnt, places[leader]))
+    places = places.at[leader].set(mutated(bounds, elite, state.best[leader]))
     return state.replace(places=places, velocities=velocities)  # type: ignore[attr-defined]
 
 
-def _elite(bounds: tuple[float, float], key: jax.Array, best: jax.Array, progress: jax.Array) -> jax.Array:
-    """float32[D]: the best place with one of its genes changed."""
-    low, high = bounds
-    which, size = jax.random.split(key)
-    gene = jax.random.randint(which, (), 0, len(best))
-    deviation = FIRST_LEARNING - (FIRST_LEARNING - LAST_LEARNING) * jnp.clip(progress, 0.0, 1.0)
-    step = (high - low) * deviation * jax.random.normal(size)
-    return best.at[gene].set(jnp.clip(best[gene] + step, low, high))
+def mutated(bounds: tuple[float, float], key: jax.Array, place: jax.Array) -> jax.Array:
+    """float32[D]: a place in which a gene or a few are changed, by polynomial mutation (Deb and Agrawal, 1999): about
+    as often up as down, and never beyond the bounds."""
+    (low, high), dims = bounds, len(place)
+    which, one, how_fine, size = jax.random.split(key, 4)
+    changed = jax.random.uniform(which, (dims,)) < 1 / dims
+    changed = changed | (~changed.any() & (jnp.arange(dims) == jax.random.randint(one, (), 0, dims)))
+    power = jax.random.uniform(how_fine, minval=MUTATION_INDEX[0], maxval=MUTATION_INDEX[1]) + 1
+    drawn, below = jax.random.uniform(size, (dims,)), jnp.clip((place - low) / (high - low), 0.0, 1.0)
+    down = jnp.power(2 * drawn + (1 - 2 * drawn) * jnp.power(1 - below, power), 1 / power) - 1
+    up = 1 - jnp.power(2 * (1 - drawn) + (2 * drawn - 1) * jnp.power(below, power), 1 / power)
+    step = (high - low) * jnp.where(drawn < 0.5, down, up)
+    return jnp.where(changed, jnp.clip(place + step, low, high), place)
 
 
 @jax.jit
@@ -177,7 +183,7 @@ def _learn(key: jax.Array, state: SwarmState, places: jax.Array, loss: jax.Array
     taken = better | (state.generation == 0)
     best = jnp.where(taken[:, None], places, state.best)
     remembered = jnp.where(better, loss, state.losses)
-    factor = evolutionary_factor(places, jnp.argmin(remembered))
+    factor = evolutionary_factor(best, jnp.argmin(remembered))
     phase = next_phase(factor, state.phase)
     rate = jax.random.uniform(key, minval=RATES[0], maxval=RATES[1])
     return SwarmState(
@@ -196,4 +202,4 @@ def pso(settings: StrategySettings) -> Swarm:
     """Particle swarm optimisation between the bounds, whose coefficients follow the swarm's phase (Zhan et al., 2009);
     begins with a Latin hypercube, whatever sigma is."""
     population = settings.population or 2 * default_population(settings.dims)
-    return Swarm(settings.dims, population, settings.range, settings.generations)
+    return Swarm(settings.dims, population, settings.range)
