@@ -111,7 +111,9 @@ class ParentsCommand(click.Command):
 @click.option("--lm-eval", metavar="TASK", help="Score on a task of lm-eval.")
 @click.option("--method", metavar="NAME", help="One of `evojax-merge methods`. Default: ties; without a base, linear.")
 @click.option("--out", metavar="RUN", type=click.Path(), help="The run folder of the search.")
-@click.option("--budget-generations", type=click.IntRange(1, 1_000_000), default=50, show_default=True)
+@click.option(
+    "--budget-generations", type=click.IntRange(1, 1_000_000), help="Generations; default: a budget of 600 passes."
+)
 @click.option("--overwrite", "--force", "overwrite", is_flag=True, help="Replace FILE where it exists.")
 def init(
     file: Path,
@@ -122,7 +124,7 @@ def init(
     lm_eval: str | None,
     method: str | None,
     out: str | None,
-    budget_generations: int,
+    budget_generations: int | None,
     overwrite: bool,
 ) -> None:
     """Write the commented config of a first search to FILE (search.yaml), checked like one that is searched with. Asks

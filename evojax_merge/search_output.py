@@ -30,9 +30,9 @@ from evojax_merge.tasks.splits import Splits
 
 
 def print_setup(problem: SearchProblem[Backend], prepared: Splits[list[Any]], devices: Devices, planned: Plan) -> None:
-    """Print the search's devices, models, batches and plan."""
+    """Print the search's devices, models, batches, strategy and plan."""
     console.print(devices.describe(), highlight=False)
-    for line in problem.backend.describe_inputs(prepared):
+    for line in (*problem.backend.describe_inputs(prepared), *problem.notes):
         console.print(line, highlight=False, soft_wrap=True)
     for line in planned.summary():
         console.print(line, highlight=False, soft_wrap=True)
@@ -57,7 +57,7 @@ def why_complete(folder: RunFolder, problem: SearchProblem[Backend]) -> str | No
     if not all(path.exists() for path in written):
         return None
     course = course_of(rows, read_lines(folder.timing))
-    ended = stopped(problem.search.stop, course, problem.strategy.population) if "stopped_by" in result else None
+    ended = stopped(problem.search, course, problem.strategy.population) if "stopped_by" in result else None
     if ended is None and wanted > len(rows):
         return None
     saved = Checkpoints(folder).restore(say)

@@ -288,11 +288,10 @@ class Study(Described):
     space: a `MergeSpace`, `LayerPathSpace` or `PoolSpace` of `models`. tasks: the tasks that candidates are scored on,
     made by `tasks.ExactMatch` and its like, or mappings in a config's form; for pytrees also functions (model) -> a
     number, which JAX traces, or `host_callback(function)`. strategy: `strategies.cma_es(population=16)` and its like,
-    or a name; None: CMA-ES with its default population, or that of a pool. out: the run folder, which `run` needs.
-    seed: the seed of all random numbers. validation: the share of the examples that is kept back to choose the winner
-    on. resume, overwrite: continue, or replace, the run that lies in `out`. evaluation, export_dtype, scale: as in a
-    config.
-    search: other keys of a config's `search`, such as `finalists`, `rungs` and `stop`.
+    or a name, such as `auto`; None: CMA-ES with its default population, or that of a pool. out: the run folder, which
+    `run` needs. seed: the seed of all random numbers. validation: the share of the examples that is kept back to choose
+    the winner on. resume, overwrite: continue, or replace, the run that lies in `out`. evaluation, export_dtype, scale:
+    as in a config. search: other keys of a config's `search`, such as `finalists`, `rungs`, `stop` and `budget`.
     """
 
     def __init__(
@@ -390,19 +389,25 @@ class Study(Described):
 
     def run(
         self,
-        generations: int,
+        generations: int | None = None,
         on_generation: Callable[[Generation], None] = lambda generation: None,
         *,
         force: bool = False,
     ) -> Run:
-        """Search `generations` more generations in the run folder, choose the winner, write its model, and return the
-        run.
+        """Search `generations` more generations in the run folder, or as many as the study's `budget` pays for, choose
+        the winner, write its model, and return the run.
 
         A second call, or a study with `resume`, continues from the last saved generation. on_generation gets every
         generation. force: continue where the models or the passes do not fit into memory.
         """
         check_arguments(Study.run, locals())
-        if generations < 1:
+        budget = self._parsed.search.budget
+        if (generations is None) == (budget is None):
+            raise InputError(
+                "Study.run: generations", "missing; expected a number, or a budget of the study" if budget is None
+                else f"{generations}; the study has a budget, {budget}: leave them out",
+            )  # fmt: skip
+        if generations is not None and generations < 1:
             raise InputError("Study.run: generations", f"{generations}; expected 1 or more")
         if self.out is None:
             raise InputError("Study.run: out", "missing; a run needs a run folder, give it to Study")
@@ -411,9 +416,11 @@ class Study(Described):
                 "Study.run", f"{len(self._rows)} generations of this study were told by hand, in memory, and its run "
                 "folder has none of them; use another Study",
             )  # fmt: skip
-        saved = len(self._saved_history())
-        search = self._parsed.search.model_copy(update={"generations": saved + generations})
-        config = self._parsed.model_copy(update={"search": search})
+        config = self._parsed
+        if generations is not None:
+            wanted = len(self._saved_history()) + generations
+            search = config.search.model_copy(update={"generations": wanted})
+            config = config.model_copy(update={"search": search})
         begun: list[RunFolder] = []
         try:
             with PythonCall():

@@ -48,7 +48,7 @@ DEFAULT_COMPILE_OPTIONS = xla_compiler.get_compile_options
 QUICKLY_COMPILED = {
     f"test_{name}"
     for name in (
-        "adapters", "api", "architecture_seam", "architectures", "bad_input", "cards", "chat", "data_flow",
+        "adapters", "api", "architecture_seam", "architectures", "auto", "bad_input", "cards", "chat", "data_flow",
         "data_versions", "device_bench", "devices", "docs", "evaluator", "example_choice", "families", "fronts",
         "function", "generate", "gradients", "harness", "host_memory", "hostile", "longrope", "loops", "m2n2_bench",
         "mergekit_evolve", "mergekit_suite",

@@ -83,6 +83,12 @@ def test_a_name_that_says_its_role_stands_alone() -> None:
     ]  # fmt: skip
 
 
+def test_generations_are_counted_without_a_last_one_where_the_clock_ends_them() -> None:
+    progress = Progress()
+    progress.add_task("search", total=None, completed=3)
+    assert GenerationsColumn().render(progress.tasks[0]).plain == "3"
+
+
 @pytest.mark.parametrize(("completed", "shown"), [(0, "0/12"), (0.95, "0/12"), (5.0, "5/12"), (12, "12/12")])
 def test_whole_generations_are_counted_as_such(completed: float, shown: str) -> None:
     progress = Progress()

@@ -50,7 +50,7 @@ class Choices:
     lm_eval: str | None
     method: str | None
     out: str | None
-    generations: int
+    generations: int | None
 
 
 def init(path: Path, choices: Choices, overwrite: bool) -> None:

@@ -292,7 +292,7 @@ def _after_stage(on_generation: OnGeneration, stage: int, generation: Generation
 def _resolved_stage(stages: Sequence[StageConfig], number: int, problem: SearchProblem[Backend]) -> dict[str, Any]:
     """A stage for the run folder's config. Its population stays null where a stage before it searches for a path: the
     default depends on the dimensions, and these on the layers of that stage's winner."""
-    search = resolved_search(stages[number].search, problem.strategy)
+    search = resolved_search(problem.search, problem.strategy)
     if any(before.data_flow is not None for before in stages[:number]):
         search["population"] = stages[number].search.population
     return stages[number].model_dump(mode="json") | {"space": problem.backend.resolved()["space"], "search": search}

@@ -99,10 +99,14 @@ def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class GenerationsColumn(ProgressColumn):
-    """Completed generations of the requested ones, `5/50`."""
+    """Completed generations of the requested ones, `5/50`; without their number where the clock ends the search."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{int(task.completed)}/{task.total:.0f}")
+        return Text(_counted(int(task.completed), task.total))
+
+
+def _counted(number: int, of: float | None) -> str:
+    return f"{number}" if of is None else f"{number}/{of:.0f}"
 
 
 class SearchProgress(Progress):
@@ -141,7 +145,7 @@ def generation_figures(generation: Generation, columns: int) -> str:
 
 def generation_line(generation: Generation) -> str:
     """A generation as a line of at most `COLUMNS` columns."""
-    label = f"generation {generation.number}/{generation.generations}"
+    label = f"generation {_counted(generation.number, generation.generations)}"
     return label + generation_figures(generation, COLUMNS - len(label))
 
 
@@ -170,7 +174,7 @@ class SearchBar(Reporter):
     """The search's progress bar: generations in full, passes of the running one as its fraction. `on_generation`
     receives each generation as well."""
 
-    def __init__(self, progress: Progress, generations: int, on_generation: OnGeneration) -> None:
+    def __init__(self, progress: Progress, generations: int | None, on_generation: OnGeneration) -> None:
         self._progress, self._on_generation = progress, on_generation
         self._bar = progress.add_task("search", total=generations, info="compiling …")
         self._share = 0.0
@@ -184,7 +188,7 @@ class SearchBar(Reporter):
 
     def finished(self, generation: Generation) -> None:
         # A bar takes what the figures leave.
-        columns = COLUMNS - len(f"{generation.number}/{generation.generations}") - SHORTEST_BAR
+        columns = COLUMNS - len(_counted(generation.number, generation.generations)) - SHORTEST_BAR
         info = generation_figures(generation, columns).strip()
         self._progress.update(self._bar, completed=generation.number, info=info)
         line = generation_line(generation)
@@ -202,8 +206,8 @@ class SearchBar(Reporter):
 
 
 @contextmanager
-def search_bar(generations: int, on_generation: OnGeneration) -> Iterator[SearchBar]:
-    """A progress bar over the generations of a search."""
+def search_bar(generations: int | None, on_generation: OnGeneration) -> Iterator[SearchBar]:
+    """A progress bar over the generations of a search; None: the clock ends it."""
     columns = (BarColumn(bar_width=None), GenerationsColumn(), PlainColumn("{task.fields[info]}"))
     with SearchProgress(*columns, console=console, expand=True) as progress:
         yield SearchBar(progress, generations, on_generation)

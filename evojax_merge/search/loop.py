@@ -29,6 +29,7 @@ from evojax_merge.evaluation.scores import (
 )
 from evojax_merge.mergekit.write import shortest_decimal
 from evojax_merge.search.answers import ask, finalists, metrics, tell
+from evojax_merge.search.budgets import describe_length
 from evojax_merge.search.example_choice import ExampleChoice, choose_examples
 from evojax_merge.search.gradients import value_and_gradient
 from evojax_merge.search.protocols import (
@@ -61,6 +62,8 @@ from evojax_merge.search.validation import init_peak, validate
 
 # The number of the key that a strategy's first state is drawn from; generations have those from 0 on.
 INIT_KEY = 2**31 - 1
+# The generations of a search that the clock ends, for the room that its history needs on the disk.
+TIMED_GENERATIONS = 10_000
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,9 @@ class Generation:
     it was evaluated on, NaN where it failed or broke a guard; best, mean: of this generation, and best_so_far of all,
     on all examples (None: no such candidate yet); metrics: the strategy's, such as sigma; seconds: the duration of the
     evaluation; validation: the fitness of the best so far on the validation split, in generations that are validated;
-    generations: how many are wanted; best_parent: the fitness of the best parent among the candidates of the first
-    generation; seconds_left: about the time until the last generation; stage: the number of a chain's stage, from 1;
-    scores_of_best: the best candidate's mean by `task/metric`."""
+    generations: how many are wanted, None where the clock ends the search; best_parent: the fitness of the best parent
+    among the candidates of the first generation; seconds_left: about the time until the last generation; stage: the
+    number of a chain's stage, from 1; scores_of_best: the best candidate's mean by `task/metric`."""
 
     number: int
     fitness: np.ndarray
@@ -201,8 +204,7 @@ def evolve(
     genomes than its population.
     """
     reporter.log(
-        f"{strategy.name}: {space.dims} dimensions, population {strategy.population}, {config.generations} "
-        + ("generation" if config.generations == 1 else "generations")
+        f"{strategy.name}: {space.dims} dimensions, population {strategy.population}, {describe_length(config)}"
     )
     _, missing = plain_merges_of(space)
     if missing:
@@ -226,7 +228,7 @@ def evolve(
         genomes, state_after_ask = ask(strategy, key, state["strategy"], space.dims)
         context = context_of(strategy, state_after_ask)
         shards = [within(shard, context) for shard in shards]
-        ended = stopped(config.stop, course, len(genomes))
+        ended = stopped(config, course, len(genomes))
         if ended is not None:
             reporter.log(_ended_early(ended, number, number == first, config))
             break
@@ -291,7 +293,7 @@ def evolve(
                 metrics=values,
                 seconds=seconds,
                 validation=row.get("validation", {}).get("best_so_far"),
-                generations=config.generations,
+                generations=None if config.parsed_budget.seconds else config.generations,
                 best_parent=best_parent,
                 seconds_left=clock.seconds_left(config, done, course, len(genomes)),
                 scores_of_best=row["scores_of_best"],
@@ -326,8 +328,8 @@ class _Clock:
         self._start: tuple[float, int] | None = None
 
     def seconds_left(self, config: SearchConfig, done: int, course: Course, population: int) -> float | None:
-        """Seconds until the last generation, or until a limit of `search.stop`, whichever comes first; None after the
-        process's first generation. done: the number of generations so far."""
+        """Seconds until the last generation, or until a limit of `search.stop` or the budget, whichever comes first;
+        None after the process's first generation. done: the number of generations so far."""
         now, stop = time.perf_counter(), config.stop
         if self._start is None:
             self._start = now, done
@@ -336,14 +338,16 @@ class _Clock:
         if stop.evaluations is not None:
             remaining = min(remaining, (stop.evaluations - course.evaluations) // population)
         left = remaining * (now - self._start[0]) / (done - self._start[1])
-        return left if stop.seconds is None else max(0.0, min(left, stop.seconds - course.seconds))
+        limits = [seconds for seconds in (stop.seconds, config.parsed_budget.seconds) if seconds is not None]
+        return max(0.0, min(left, *(seconds - course.seconds for seconds in limits))) if limits else left
 
 
 def _ended_early(ended: Stopped, generations: int, is_saved: bool, config: SearchConfig) -> str:
     """One line; is_saved: an earlier process searched all of these generations."""
     if is_saved:
         return f"{generations} generations are saved: nothing to search ({ended.describe()})"
-    return f"stopped after generation {generations} of {config.generations} ({ended.describe()})"
+    of = "" if config.parsed_budget.seconds else f" of {config.generations}"
+    return f"stopped after generation {generations}{of} ({ended.describe()})"
 
 
 def _now_scored_on(generation: int, evaluator: GenomeEvaluator, fitness_evaluator: GenomeEvaluator) -> str:
@@ -391,7 +395,8 @@ def run_bytes(config: SearchConfig, strategy: Strategy, space: Space, examples: 
     one of them being written while the others are kept, and the history twice."""
     state = strategy.init(generation_key(0, INIT_KEY), space.start[None])
     arrays = 4 * HISTORY * (space.dims + examples) + 4 * config.finalists * space.dims + tree_nbytes(state)
-    history = config.generations * (400 + strategy.population * (45 + 14 * space.dims + 25 * tasks))
+    generations = TIMED_GENERATIONS if config.parsed_budget.seconds else config.generations
+    history = generations * (400 + strategy.population * (45 + 14 * space.dims + 25 * tasks))
     return (KEPT_CHECKPOINTS + 1) * arrays + 2 * history + 2**20
 
 

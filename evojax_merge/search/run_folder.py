@@ -72,7 +72,7 @@ from evojax_merge.search.run_parts import (
 from evojax_merge.yaml_reader import load_yaml
 
 # Keys that may differ between a run and its continuation.
-EXTENDABLE = (("search", "generations"), ("search", "stop"), ("log",))
+EXTENDABLE = (("search", "generations"), ("search", "budget"), ("search", "stop"), ("log",))
 POPULATION, GRADIENT = ("search", "population"), ("search", "gradient")
 _START_AGAIN = "cannot be continued by this one; pass --overwrite to start again, or choose another folder with --out"
 OTHER_VERSION = f"was begun by another version of this program, and {_START_AGAIN}"
