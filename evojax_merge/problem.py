@@ -4,10 +4,10 @@ A user's mistakes are found here, cheapest first: the space, the task files, the
 then the run folder.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, cast
+from typing import Any, Generic, Literal, cast
 
 import numpy as np
 from typing_extensions import TypeVar
@@ -16,17 +16,27 @@ from evojax_merge.backends.backend import Backend, Resolve
 from evojax_merge.backends.registry import find_backend
 from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import file_hash
-from evojax_merge.config import Config, SearchConfig, StageConfig, apply_overrides, parse
+from evojax_merge.config import AUTO, Config, SearchConfig, StageConfig, apply_overrides, parse
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.memory import available_memory, require_memory
 from evojax_merge.evaluation.targets import Target, live_target
 from evojax_merge.mergekit.evolve_config import from_mergekit_evolve
 from evojax_merge.plugins import files_of, named_plugins, source_files
 from evojax_merge.references import resolve_file, resolve_reference
+from evojax_merge.search.auto import Traits, choose, gradient_note
+from evojax_merge.search.budgets import within_budget
 from evojax_merge.search.example_choice import ExampleChoice, length_strata
 from evojax_merge.search.fronts import check_front_options
 from evojax_merge.search.gradients import check_gradient_options
-from evojax_merge.search.protocols import Differentiates, HasMoves, Space, Strategy, differentiates, plain_merges_of
+from evojax_merge.search.protocols import (
+    Differentiates,
+    HasMoves,
+    Space,
+    Strategy,
+    differentiates,
+    keeps_front,
+    plain_merges_of,
+)
 from evojax_merge.search.run_folder import RANDOM_NUMBERS, random_numbers
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
@@ -41,15 +51,18 @@ from evojax_merge.search.strategies.registry import (
 from evojax_merge.search.successive_halving import stratified_parts, stratified_shards
 from evojax_merge.search.validation import validation_split
 from evojax_merge.spaces.bounds import from_unit
+from evojax_merge.tasks.data_versions import dvc_record
 from evojax_merge.tasks.opening import open_task, resolved_config
 from evojax_merge.tasks.splits import Splits
-from evojax_merge.tasks.task import Task
+from evojax_merge.tasks.task import GUARD_WEIGHT, Task, TaskConfig
 from evojax_merge.yaml_reader import load_yaml
 
 # The most dimensions of a search: a mean and a standard deviation of each are kept and saved in every generation.
 MAX_DIMS = 1_000_000
 # Arrays of a population's genomes that a generation has at a time.
 GENOME_COPIES = 6
+# What the fitness measures tasks by: their own units, or the distance from the base to the best parent.
+ScaleBy = Literal["none", "parents"]
 
 
 # The kind of a problem's backend, for code that knows which one it is.
@@ -58,8 +71,11 @@ B = TypeVar("B", bound=Backend, default=Any, covariant=True)
 
 @dataclass(frozen=True)
 class SearchProblem(Generic[B]):
-    """A search, ready to run. `search`, `seed`: of its config; `splits`: the tasks on each split; `strata`: where rungs
-    choose their examples, for each task of `splits.choice` the strata that every rung has its share of, int[n] each."""
+    """A search, ready to run. `search`, `seed`: of its config, with the strategy that `auto` stands for, and the
+    generations that a budget pays for; `splits`: the tasks on each split; `strata`: where rungs choose their examples,
+    for each task of `splits.choice` the strata that every rung has its share of, int[n] each; `scale`: what tasks are
+    measured by; `guards`: the tolerance of each guarded task, by its name; `notes`: lines on the choice of the
+    strategy."""
 
     search: SearchConfig
     seed: int
@@ -67,6 +83,9 @@ class SearchProblem(Generic[B]):
     strategy: Strategy
     splits: Splits[list[Any]]
     strata: list[list[np.ndarray]]
+    scale: ScaleBy = "none"
+    guards: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def space(self) -> Any:
@@ -161,38 +180,138 @@ def build_problem(
     kind = find_backend(f"{where}: backend", config.backend, folder)
     kind.check(where, config)
     tasks = [
-        open_task(f"{where}: tasks[{i}]", task, folder, config.seed, resolve_file)
+        open_task(f"{where}: tasks[{i}]", _scored_section(task), folder, config.seed, resolve_file)
         for i, task in enumerate(config.tasks)
     ]
     backend = kind.open(where, config, folder, target, resolve, chained)
     for i, (task, _) in enumerate(tasks):
         backend.check_task(f"{where}: tasks[{i}]", task)
-    pool = config.pool
-    strategy = build_strategy(
-        f"{where}: search", config.search, backend.space, sum(task.weight > 0 for task in config.tasks),
-        None if pool is None else PoolSettings(
-            len(config.parents), len(pool.methods), pool.members(len(config.parents)), pool.selection, pool.replace
-        ),
+    pool, limits = config.pool, [section.limit for section in config.tasks]
+    settings = None if pool is None else PoolSettings(
+        len(config.parents), len(pool.methods), pool.members(len(config.parents)), pool.selection, pool.replace
     )  # fmt: skip
+    opened = open_search(
+        f"{where}: search", config.search, backend.space, tasks, limits, config.data_flow is None, settings,
+        any(section.guard for section in config.tasks),
+    )  # fmt: skip
+    strategy = opened.strategy
     if config.data_flow is not None and config.data_flow.scales == "none" and differentiates(strategy) is not None:
         raise InputError(
             f"{where}: search.strategy",
             f"{strategy.name}: which layers a path takes has no gradient, and scales: none leaves nothing that has "
             "one; take other scales, or path_ga (form: moves) or cma_es for the layers",
         )
-    return searchable(
-        where, config.search, config.seed, backend, strategy, tasks, [section.limit for section in config.tasks]
+    _check_guards(where, config, backend, strategy)
+    problem = searchable(where, opened, config.seed, backend, tasks, limits)
+    guards = {section.name: section.tolerance for section in config.tasks if section.guard}
+    metrics = [task.metric for task, _ in tasks]
+    return replace(problem, scale=_scale(f"{where}: scale", config, metrics, backend), guards=guards)
+
+
+def _scored_section(section: TaskConfig) -> TaskConfig:
+    """A task's section, with a weight that has the search score a guarded task."""
+    return section.model_copy(update={"weight": GUARD_WEIGHT}) if section.guard and not section.weight else section
+
+
+def _scale(where: str, config: Config, metrics: Sequence[str], backend: Any) -> ScaleBy:
+    """What tasks are measured by: of a config that does not say it, the parents where several metrics are unlike.
+    metrics: the tasks'."""
+    counted = [
+        (type(section), getattr(section, "kind", None), metric)
+        for section, metric in zip(config.tasks, metrics, strict=True)
+        if section.weight > 0
+    ]
+    comparable = len(backend.compared) > 1
+    if config.scale is None:
+        return "parents" if comparable and len(set(counted)) > 1 else "none"
+    if config.scale == "parents" and not comparable:
+        raise InputError(
+            where, "parents: there is one parent and no base, and so no distance between two scores; name a base or "
+            "another parent, or take scale: none",
+        )  # fmt: skip
+    return config.scale
+
+
+def _check_guards(where: str, config: Config, backend: Any, strategy: Strategy) -> None:
+    """Raises InputError for a guard where no base is, and for a search that does not compare candidates by one number
+    on all examples."""
+    number = next((i for i, section in enumerate(config.tasks) if section.guard), None)
+    if number is None:
+        return
+    key, search = f"{where}: tasks[{number}].guard", config.search
+    if not any(role == "base" for role, _ in backend.compared):
+        raise InputError(key, "true: compares candidates with the base, and there is none; name one, or leave it out")
+    if search.rungs > 1:
+        raise InputError(
+            key, f"true: a race (search.rungs: {search.rungs}) stops candidates on a part of the examples, which does "
+            "not show whether they keep a guard; leave rungs out",
+        )  # fmt: skip
+    if config.pool is not None or keeps_front(strategy) or differentiates(strategy) is not None:
+        raise InputError(
+            key, f"true: the strategy {strategy.name} does not go by one fitness of each candidate, in which a guard "
+            "could count; take another, such as cma_es",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OpenedSearch:
+    """A search whose strategy and number of generations are decided. notes: lines on the choice."""
+
+    search: SearchConfig
+    strategy: Strategy
+    notes: tuple[str, ...]
+
+
+def open_search(
+    where: str, search: SearchConfig, space: Space, tasks: Sequence[tuple[Any, Any]], limits: Sequence[int | None],
+    is_differentiable: bool = True, pool: PoolSettings | None = None, is_guarded: bool = False,
+) -> OpenedSearch:  # fmt: skip
+    """Decide on the strategy of a search, where it names `auto`, and on its generations, where it has a budget, and
+    make the strategy. tasks, limits: see `searchable`; is_differentiable: whether candidates have derivatives with
+    respect to all genes; pool: of a search over a pool's members; is_guarded: whether a task is a constraint. Raises
+    InputError as `build_strategy` does, and for a budget that the search cannot keep."""
+    traits = traits_of(search, space, tasks, limits, is_differentiable and pool is None, is_guarded)
+    objectives, notes = sum(task.weight > 0 for task, _ in tasks), []
+    if search.strategy == AUTO:
+        choice = choose(search, traits)
+        search, notes = choice.search, [choice.reason]
+
+    def make(changed: SearchConfig) -> Strategy:
+        return build_strategy(where, changed, space, objectives, pool)
+
+    search = within_budget(where, search, traits.examples, make)
+    strategy = make(search)
+    note = gradient_note(search, strategy, traits)
+    return OpenedSearch(search, strategy, (*notes, *([] if note is None else [note])))
+
+
+def traits_of(
+    search: SearchConfig, space: Space, tasks: Sequence[tuple[Any, Any]], limits: Sequence[int | None],
+    is_differentiable: bool, is_guarded: bool,
+) -> Traits:  # fmt: skip
+    """The properties of a search on which its strategy depends (see `open_search`)."""
+    weighted = [(task, limit) for (task, _), limit in zip(tasks, limits, strict=True) if task.weight > 0]
+    sizes = [task.size - round(search.validation * task.size) for task, _ in weighted]
+    examples = min(
+        size if limit is None else min(size, limit) for size, (_, limit) in zip(sizes, weighted, strict=True)
     )
+    differentiable: Differentiates | None = None
+    if is_differentiable and all(task.derivative is not None for task, _ in weighted):
+        differentiable = "fitness"
+    elif is_differentiable and all(task.derivative or task.companion() is not None for task, _ in weighted):
+        differentiable = "companion"
+    return Traits(differentiable, max(examples, 1), isinstance(space, HasMoves), is_guarded)
 
 
 def searchable(
-    where: str, search: SearchConfig, seed: int, backend: Backend, strategy: Strategy, tasks: Sequence[tuple[Any, Any]],
+    where: str, opened: OpenedSearch, seed: int, backend: Backend, tasks: Sequence[tuple[Any, Any]],
     limits: Sequence[int | None],
 ) -> SearchProblem:  # fmt: skip
-    """The search of a strategy over a backend's models. tasks: each on its searched and its held-out examples (None: it
-    has none); limits: for each task the number of searched examples that generations are scored on, None: all.
+    """A search over a backend's models. tasks: each on its searched and its held-out examples (None: it has none);
+    limits: for each task the number of searched examples that generations are scored on, None: all.
 
     Raises InputError where a split would have no example, and for a task that the strategy cannot differentiate."""
+    search, strategy = opened.search, opened.strategy
     full, validation = validation_split(
         f"{where}: search.validation", [task for task, _ in tasks], search.validation, seed
     )
@@ -209,7 +328,7 @@ def searchable(
         choice=choice,
     )
     strata = [length_strata(lengths(task), len(shards)) for task in choice or ()]
-    return SearchProblem(search, seed, backend, strategy, splits, strata)
+    return SearchProblem(search, seed, backend, strategy, splits, strata, notes=opened.notes)
 
 
 def _minibatches(
@@ -329,20 +448,23 @@ def plugins_of(config: Config, problem: SearchProblem) -> list[str]:
 
 
 def resolved_document(config: Config, problem: SearchProblem) -> dict[str, Any]:
-    """The config for the run folder: absolute paths, defaults filled in, the strategy's population, the hash of every
-    file that scores depend on (weights, the models' configs, the files of their tokenizers and chat templates, data,
-    functions, plugins), and the scheme of random masks. Keys whose defaults depend on the machine stay null."""
+    """The config for the run folder: absolute paths, defaults filled in, the strategy and its population, the hash of
+    every file that scores depend on (weights, the models' configs, the files of their tokenizers and chat templates,
+    data, functions, plugins), and the scheme of random masks. Keys whose defaults depend on the machine stay null."""
     backend, splits = problem.backend, problem.splits
     document = config.model_dump(mode="json") | backend.resolved()
     document.pop("out")
-    document["search"] = resolved_search(config.search, problem.strategy)
+    document["search"] = resolved_search(problem.search, problem.strategy)
     document["export_dtype"] = backend.export_dtype
     document["evaluation"]["compute_dtype"] = backend.compute_dtype
     document["tasks"] = list(map(resolved_config, config.tasks, splits.search, splits.heldout))
+    if config.scale is not None or problem.scale != "none":
+        document["scale"] = problem.scale
     files = {file for task in splits.search + splits.heldout for file in task.files} | backend.files()
     plugins = plugins_of(config, problem)
     if plugins:
         document["plugins"] = plugins
+    files |= {record for file in files if (record := dvc_record(file)) is not None}
     files |= source_files(extensions(config, problem)) | files_of(plugins)
     document["inputs"] = {str(file): file_hash(file) for file in sorted(files)}
     return document | random_numbers(backend.is_random)

@@ -33,11 +33,12 @@ from evojax_merge.config import (
     explain,
 )
 from evojax_merge.core import evolve_on
-from evojax_merge.errors import InputError
+from evojax_merge.errors import LOG, InputError
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.file_system import atomic_write, atomic_write_bytes
-from evojax_merge.problem import build_strategy, resolved_search, searchable
+from evojax_merge.problem import open_search, resolved_search, searchable
 from evojax_merge.python_calls import PythonCall
+from evojax_merge.report.progress import generation_line
 from evojax_merge.search.environment import recorded_session
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter
 from evojax_merge.search.protocols import Strategy, differentiates
@@ -75,7 +76,8 @@ class PytreeSearch:
     the searched parameters (one per parent, or one); history: a mapping a generation, as in a run folder's
     history.jsonl. chosen_on: the numbers of the validation split's examples, on which the winner was chosen; None
     without such a split; stopped: the criterion that ended the search before its last generation; table: the fitness of
-    the base, the parents, the uniform merge and the winner on the held-out examples, a mapping each."""
+    the base, the parents, the uniform merge and the winner on the held-out examples, a mapping each; notes: lines on
+    the choice of the strategy."""
 
     best: Any = field(repr=False)
     fitness: float
@@ -85,6 +87,7 @@ class PytreeSearch:
     chosen_on: tuple[int, ...] | None = field(repr=False, default=None)
     stopped: str | None = None
     table: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = field(repr=False, default=())
 
 
 def search_pytrees(
@@ -101,7 +104,8 @@ def search_pytrees(
     groups: Callable[[str], str] | None = None,
     strategy: str = "cma_es",
     population: int | None = None,
-    generations: int = 50,
+    generations: int | None = None,
+    budget: str | None = None,
     sigma: float = 1 / 6,
     seeds: Sequence[str] | None = None,
     rungs: int = 1,
@@ -131,13 +135,13 @@ def search_pytrees(
     method: any of merge_kernels.METHODS. parameters: the searched ones, with `low`, `high` and `start` (None: the
     method's first, within its usual bounds); `fixed`, `normalize`, `rescale` as in a config's space. groups: a leaf's
     path ("encoder/0/kernel") -> the name of the group whose parameters it shares; None: a group for each module of the
-    top level. strategy, population, generations, sigma, seeds, rungs, gradient: as in a config's search; the strategies
-    `gradient` and `hybrid` differentiate a traced fitness. validation: the share of the examples that is kept out of
-    the generations, and on which the winner is chosen; heldout: the share that decides nothing, and on which the winner
-    is compared with the base, the parents and the uniform merge (`table`); validate_every: the number of generations
-    between two evaluations on the validation split. stop: the criteria that end the search before its last generation,
-    any of `evaluations`, `seconds`, `target` and `stagnation`, as in a config. chunk: the number of candidates that are
-    computed together; None: one on a CPU, else all.
+    top level. strategy, population, generations, budget, sigma, seeds, rungs, gradient: as in a config's search; the
+    strategies `gradient` and `hybrid` differentiate a traced fitness, and `auto` takes the former for one. validation:
+    the share of the examples that is kept out of the generations, and on which the winner is chosen; heldout: the share
+    that decides nothing, and on which the winner is compared with the base, the parents and the uniform merge
+    (`table`); validate_every: the number of generations between two evaluations on the validation split. stop: the
+    criteria that end the search before its last generation, any of `evaluations`, `seconds`, `target` and `stagnation`,
+    as in a config. chunk: the number of candidates that are computed together; None: one on a CPU, else all.
 
     out: a run folder: history.jsonl, checkpoints, result.json and best/params.safetensors (leaves by their paths).
     resume continues a run there; overwrite starts it again.
@@ -156,9 +160,11 @@ def search_pytrees(
         raise InputError(WHERE, "parents: is empty")
     plugins.load()
     _, has_base = method_with_base(WHERE, method, base is not None, len(parents))
+    named = {"generations": generations, "budget": budget, "rungs": None if rungs == 1 else rungs}
     search = _valid(
-        "search", SearchConfig, strategy=strategy, population=population, generations=generations, sigma=sigma,
-        finalists=FINALISTS if validation else 1, seeds=None if seeds is None else list(seeds), rungs=rungs,
+        "search", SearchConfig, strategy=strategy, population=population, sigma=sigma,
+        **{key: value for key, value in named.items() if value is not None},
+        finalists=FINALISTS if validation else 1, seeds=None if seeds is None else list(seeds),
         rung_examples=rung_examples, validation=validation, validate_every=validate_every,
         stop={} if stop is None else dict(stop) if isinstance(stop, Mapping) else stop,
         gradient={} if gradient is None else gradient,
@@ -189,24 +195,26 @@ def search_pytrees(
     backend = FunctionBackend(
         merge, tuple(names), tuple(map(FilePath, names)), save_tree, EvaluationConfig(chunk=chunk), live_target()
     )
-    chosen_strategy = build_strategy(WHERE, search, backend.space)
     with PythonCall():
         task = _task(fitness, examples, merge)
-    if differentiates(chosen_strategy) is not None and not task.traced:
+    kept, held = (task, None) if not heldout else split_task(task, heldout, seed)
+    # Numbers without examples are scored together.
+    opened_search = open_search(WHERE, search, backend.space, [(kept, held)], [1 if examples is None else None])
+    search, follows = opened_search.search, differentiates(opened_search.strategy) is not None
+    if follows and not task.traced:
         raise InputError(
             WHERE, f"strategy: {strategy} follows the gradient of the fitness, and host_callback has none; pass a "
             "function that JAX can trace, or take another strategy, such as cma_es",
         )  # fmt: skip
     parts = search.gradient.minibatches
-    if differentiates(chosen_strategy) is not None and parts > 1 and examples is None:
+    if follows and parts > 1 and examples is None:
         raise InputError(WHERE, f"gradient.minibatches: {parts} are parts of the examples; give it `examples`")
-    kept, held = (task, None) if not heldout else split_task(task, heldout, seed)
-    problem = searchable(WHERE, search, seed, backend, chosen_strategy, [(kept, held)], [None])
+    problem = searchable(WHERE, opened_search, seed, backend, [(kept, held)], [None])
     with PythonCall(), ExitStack() as stack:
         storage: MemoryStorage | FolderStorage = MemoryStorage()
         folder = None
         if out is not None:
-            document = _document(search, chosen_strategy, merge, names, seed, examples)
+            document = _document(search, problem.strategy, merge, names, seed, examples)
             folder = stack.enter_context(opened(FilePath(out), document, resume=resume, overwrite=overwrite))
             check_room(folder, search.generations)
             stack.enter_context(recorded_session(folder))
@@ -224,6 +232,7 @@ def search_pytrees(
             chosen_on=None if validation_split is None else validation_split[0].indices,
             stopped=None if archive.stopped is None else archive.stopped.describe(),
             table=tuple({"role": row.role, "name": row.name, "fitness": row.fitness} for row in chosen.rows),
+            notes=problem.notes,
         )
         if folder is not None:
             _write(folder, result, chosen.genome)
@@ -269,15 +278,20 @@ HINT = "Look at what the fitness function returns for the parents, and at the bo
 
 
 class _Reporter(Reporter):
-    """Hands each generation on."""
+    """Hands each generation on, and prints nothing."""
 
     def __init__(self, on_generation: Callable[[Generation], None]) -> None:
         self._on_generation = on_generation
 
+    def log(self, text: str) -> None:
+        LOG.info("%s", text)
+
     def finished(self, generation: Generation) -> None:
+        self.log(generation_line(generation))
         self._on_generation(generation)
 
     def warn(self, text: str) -> None:
+        self.log(f"warning: {text}")
         # The warning names the caller of `search_pytrees`.
         warnings.warn(text, stacklevel=5)
 

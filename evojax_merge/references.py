@@ -8,6 +8,7 @@ from evojax_merge.checkpoints.derived import EMPTY, reference_to, resolve_model
 from evojax_merge.checkpoints.folder import hub_id, resolve
 from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.errors import InputError
+from evojax_merge.tasks.data_versions import OXEN, check_data_file, oxen_file
 from evojax_merge.tasks.task import local_file
 from evojax_merge.zoo import PREFIX
 from evojax_merge.zoo import resolve_reference as resolve_in_zoo
@@ -51,8 +52,15 @@ def resolve_headers(folders: HeaderFolders, where: object, reference: str, relat
 
 
 def resolve_file(where: str, reference: str, relative_to: Path) -> Path:
-    """A data file: a path, or `zoo:name`."""
-    return _of_the_zoo(where, reference) if reference.startswith(PREFIX) else local_file(where, reference, relative_to)
+    """A data file: a path, `zoo:name`, or `oxen:REPOSITORY@COMMIT:FILE`. Raises InputError where there is none, and
+    where its version is not the one that DVC or Git LFS tracks."""
+    if reference.startswith(PREFIX):
+        return _of_the_zoo(where, reference)
+    if reference.startswith(OXEN):
+        return oxen_file(where, reference, relative_to)
+    file = local_file(where, reference, relative_to)
+    check_data_file(where, file)
+    return file
 
 
 def _of_the_zoo(where: object, reference: str) -> Path:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from evojax_merge.errors import InputError
 
+# The beginning of a pointer of Git LFS.
+LFS_MARK = b"version https://git-lfs.github.com/spec/v1"
+
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -30,6 +33,13 @@ def open_regular(path: Path, expected: str) -> io.BufferedReader:
     """Open a regular file for reading. Raises as `check_regular` does."""
     check_regular(path, expected)
     return path.open("rb")
+
+
+def check_no_pointer(file: Path) -> None:
+    """Raises InputError for a pointer of Git LFS, which stands for a file that was not fetched."""
+    with open_regular(file, "a data file") as handle:
+        if handle.read(len(LFS_MARK)) == LFS_MARK:
+            raise InputError(file, "is a pointer of Git LFS and not the file itself; run `git lfs pull`")
 
 
 def read_regular(path: Path, expected: str, max_bytes: int | None = None) -> bytes:

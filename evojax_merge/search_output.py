@@ -20,6 +20,7 @@ from evojax_merge.search.run_folder import (
     earlier_winners,
     keep_winner,
     read_result,
+    to_line,
     write_front,
 )
 from evojax_merge.search.run_parts import RunFolder, check_replaceable_model, read_lines
@@ -29,9 +30,9 @@ from evojax_merge.tasks.splits import Splits
 
 
 def print_setup(problem: SearchProblem[Backend], prepared: Splits[list[Any]], devices: Devices, planned: Plan) -> None:
-    """Print the search's devices, models, batches and plan."""
+    """Print the search's devices, models, batches, strategy and plan."""
     console.print(devices.describe(), highlight=False)
-    for line in problem.backend.describe_inputs(prepared):
+    for line in (*problem.backend.describe_inputs(prepared), *problem.notes):
         console.print(line, highlight=False, soft_wrap=True)
     for line in planned.summary():
         console.print(line, highlight=False, soft_wrap=True)
@@ -56,7 +57,7 @@ def why_complete(folder: RunFolder, problem: SearchProblem[Backend]) -> str | No
     if not all(path.exists() for path in written):
         return None
     course = course_of(rows, read_lines(folder.timing))
-    ended = stopped(problem.search.stop, course, problem.strategy.population) if "stopped_by" in result else None
+    ended = stopped(problem.search, course, problem.strategy.population) if "stopped_by" in result else None
     if ended is None and wanted > len(rows):
         return None
     saved = Checkpoints(folder).restore(say)
@@ -79,6 +80,8 @@ def write_winner(folder: RunFolder, problem: SearchProblem[Backend], result: Res
     card = search_card(folder.path.name, problem, result, recipe, len(history))
     check = partial(check_replaceable_model, folder.model)
     problem.backend.export(recipe, result.genome, folder.model, card, check)
+    if result.answers:
+        atomic_write(folder.heldout_answers, "".join(map(to_line, result.answers)))
     write_result(result, len(history), folder.result)
     shown = result.report.terminal()
     if shown is not None:
@@ -89,7 +92,8 @@ def write_winner(folder: RunFolder, problem: SearchProblem[Backend], result: Res
         console.print(terminal_table(result.front(), "The front: no candidate is better in every task"))
         console.print(f"members: {folder.front} (export --member NUMBER)", highlight=False, soft_wrap=True)
     console.print(f"winner: {folder.model}", highlight=False, soft_wrap=True)
-    for sentence in (result.chosen_on(), *result.verdicts()):
+    measured = result.measured()
+    for sentence in (result.chosen_on(), *([] if measured is None else [measured]), *result.verdicts()):
         console.print(sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
     for earlier in earlier_winners(folder):
         line = _compared(earlier, len(history), result.winner.fitness)

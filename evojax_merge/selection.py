@@ -10,14 +10,16 @@ from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
 from evojax_merge.evaluation.scores import ScoredTask, fitness, means, task_weights
+from evojax_merge.goals import with_goals
 from evojax_merge.problem import SearchProblem, failure_hint
-from evojax_merge.report.comparison import FrontMember, Result, Row, model_name, rivals_of
+from evojax_merge.report.comparison import FrontMember, GuardResult, Result, Row, model_name, rivals_of
 from evojax_merge.report.intervals import Lead, leads_over
 from evojax_merge.search.fronts import front_of
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive, Finalist, rescore
 from evojax_merge.search.protocols import keeps_front, plain_merges_of
 from evojax_merge.tasks.splits import Splits
+from evojax_merge.tasks.task import GUARD_WEIGHT
 
 
 def open_evaluators(
@@ -27,11 +29,11 @@ def open_evaluators(
     progress: Callable[[int], None] = lambda done: None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Splits[SpaceEvaluator[Any]]:
-    """Load the bank and open evaluators of genomes on each of the splits. `progress` receives the bytes that were
-    loaded, `log` the evaluators' notes."""
+    """Load the bank and open evaluators of genomes on each of the splits, with the goal of the search. `progress`
+    receives the bytes that were loaded, `log` the evaluators' notes."""
     backend = problem.backend
     bank, population = backend.load(devices, progress), problem.strategy.population
-    return backend.evaluators(bank, prepared, population, devices, log)
+    return with_goals(problem, backend.evaluators(bank, prepared, population, devices, log), log)
 
 
 def open_evaluator(
@@ -60,7 +62,7 @@ def select_best(
     best, (label, baselines) = finalists[0], problem.space.baselines()
 
     def fitness_on(evaluator: SpaceEvaluator[Any], genomes: np.ndarray) -> np.ndarray:
-        return fitness(evaluator.tasks, evaluator.score(genomes, progress))
+        return fitness(evaluator.tasks, evaluator.score(genomes, progress), evaluator.goal)
 
     values = fitness_on(on.deciding, baselines)
     number = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
@@ -69,13 +71,13 @@ def select_best(
     if on.validation is not None:
         validated = (best.fitness, value)
         searched, plain_searched = (float(fitness_on(on.search, genome[None])[0]) for genome in (best.genome, plain))
-    table = [] if not problem.splits.heldout else _table(problem, heldout, best.genome, plain, progress)
+    table, answers = _table(problem, heldout, best.genome, plain, progress) if problem.splits.heldout else ([], ())
     return Result(
         genome=best.genome,
         search_fitness=searched,
         baseline=(label, plain_searched),
         scores=best.scores,
-        baseline_name=model_name(problem.parents[number]) if len(baselines) > 1 else "",
+        baseline_name=model_name(problem.parents[number]) if backend.baseline_role is None else "",
         rows=table,
         report=backend.report(best.genome, [model_name(parent) for parent in problem.parents]),
         validation=validated,
@@ -84,7 +86,24 @@ def select_best(
         compute_dtype=backend.final_compute_dtype,
         search_compute_dtype=backend.compute_dtype,
         shares=shares_of(heldout.tasks) if table else {},
+        scales=on.search.goal.scales,
+        guards=_guards(on.deciding, best, table),
+        answers=answers,
     )
+
+
+def _guards(deciding: SpaceEvaluator[Any], best: Finalist, table: Sequence[Row]) -> tuple[GuardResult, ...]:
+    """The winner beside the base on each guarded task."""
+    goal, heldout = deciding.goal, {row.role: row.scores for row in table if row.role in ("base", "winner")}
+    results = []
+    for (task, _), mean in zip(task_weights(deciding.tasks), best.task_means, strict=True):
+        if task.name in goal.guards:
+            guard, score = goal.guards[task.name], f"{task.name}/{task.metric}"
+            shown = (heldout["winner"][score], heldout["base"][score]) if heldout else None
+            results.append(
+                GuardResult(score, guard.tolerance, float(mean), guard.base, bool(mean >= guard.least), shown)
+            )
+    return tuple(results)
 
 
 def _front(
@@ -97,7 +116,8 @@ def _front(
     chosen = [finalists[i] for i in front[np.argsort(-objectives[front, 0], kind="stable")]]
     names = [f"{task.name}/{task.metric}" for task, _ in task_weights(heldout.tasks)]
     scores = heldout.score(np.stack([finalist.genome for finalist in chosen]), progress)
-    rows = zip(chosen, fitness(heldout.tasks, scores), means(heldout.tasks, scores), strict=True)
+    values = fitness(heldout.tasks, scores, heldout.goal)
+    rows = zip(chosen, values, means(heldout.tasks, scores), strict=True)
     return tuple(
         FrontMember(
             number=number,
@@ -117,8 +137,9 @@ def _table(
     winner: np.ndarray,
     plain: np.ndarray,
     progress: Callable[[int], None],
-) -> list[Row]:
-    """The rows of the held-out table: the stored models, the baseline where it is none of them, and the winner."""
+) -> tuple[list[Row], Sequence[dict[str, Any]]]:
+    """The rows of the held-out table: the stored models, the baseline where it is none of them, and the winner; and the
+    answers of the winner and of the best parent."""
     backend = problem.backend
     scored = [
         (role, model_name(path), 0, backend.score_stored(path, heldout, progress)) for role, path in backend.compared
@@ -128,13 +149,13 @@ def _table(
         role = backend.baseline_role
         scored.append((role, f"{role} {backend.name}", 1, finals))
     scored.append(("winner", f"evolved {backend.name}", 0, finals))
-    weighted = task_weights(heldout.tasks)
+    weighted = task_weights(heldout.tasks, heldout.goal)
     rows = [
-        Row(role, name, float(fitness(heldout.tasks, scores)[p]), means(heldout.tasks, scores)[p])
+        Row(role, name, float(fitness(heldout.tasks, scores, heldout.goal)[p]), means(heldout.tasks, scores)[p])
         for role, name, p, scores in scored
     ]
     examples = [[scores.matrices[task.name][task.metric][p] for task, _ in weighted] for _, _, p, scores in scored]
-    leads = leads_over(examples[-1], examples[:-1], [share for _, share in weighted], problem.seed)
+    leads = leads_over(examples[-1], examples[:-1], [weight for _, weight in weighted], problem.seed)
     rivals = [k for k, row in enumerate(rows[:-1]) if row.role in ("base", "parent") and row in rivals_of(rows)]
     by_task: dict[int, dict[str, Lead]] = {k: {} for k in rivals}
     for task, share in zip(heldout.tasks, shares_of(heldout.tasks).values(), strict=True):
@@ -144,15 +165,16 @@ def _table(
         ours, *others = ([scored[k][3].matrices[task.name][task.metric][scored[k][2]]] for k in (-1, *rivals))
         for k, lead in zip(rivals, leads_over(ours, others, [1.0], problem.seed), strict=True):
             by_task[k] |= {} if lead is None else {f"{task.name}/{task.metric}": lead}
-    return [
-        *(replace(row, lead=leads[k], task_leads=by_task.get(k, {})) for k, row in enumerate(rows[:-1])),
-        rows[-1],
-    ]
+    best_parent = next((k for k in rivals if rows[k].role == "parent"), None)
+    answered = [] if best_parent is None or not heldout.devices.is_main_process else [len(rows) - 1, best_parent]
+    answers = [row for k in answered for row in backend.answers(rows[k].name, heldout, scored[k][3], scored[k][2])]
+    compared = [replace(row, lead=leads[k], task_leads=by_task.get(k, {})) for k, row in enumerate(rows[:-1])]
+    return [*compared, rows[-1]], answers
 
 
 def shares_of(tasks: Sequence[ScoredTask]) -> dict[str, float]:
-    """`task/metric` of each task -> its share of the fitness."""
-    shares = {task.name: share for task, share in task_weights(tasks)}
+    """`task/metric` of each task -> its share of the fitness; 0 for one that is only shown, or only guarded."""
+    shares = {task.name: share for task, share in task_weights(tasks) if task.weight > GUARD_WEIGHT}
     return {f"{task.name}/{task.metric}": shares.get(task.name, 0.0) for task in tasks}
 
 
@@ -177,7 +199,7 @@ def passes_to_select(problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[
 
 @dataclass(frozen=True)
 class SelectionCounts:
-    """The most models that are scored on each split to choose the winner."""
+    """The most models that are scored on each split, beside the candidates of the generations."""
 
     search: int
     validation: int
@@ -195,3 +217,11 @@ def candidates_to_select(problem: SearchProblem[Backend]) -> SelectionCounts:
     if problem.splits.validation is None:
         return SelectionCounts(candidates, 0, heldout)
     return SelectionCounts(2, candidates, heldout)
+
+
+def models_to_measure(problem: SearchProblem) -> SelectionCounts:
+    """The models that are scored on each split before the first generation, for scales and guards (`with_goals`); those
+    on the examples of the generations count as on the search split."""
+    scaled = len(problem.backend.compared) if problem.scale == "parents" else 0
+    guarded = 1 if problem.guards else 0
+    return SelectionCounts(scaled + 2 * guarded, guarded if problem.splits.validation is not None else 0, 0)

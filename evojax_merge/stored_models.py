@@ -9,6 +9,7 @@ from typing import Any, Literal
 from evojax_merge import plugins
 from evojax_merge.backends.decoder.backend import stored_dtype
 from evojax_merge.backends.decoder.opening import context_length, stop_tokens
+from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
 from evojax_merge.checkpoints.bank import bank_bytes, load_stored
 from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import file_hash
@@ -160,6 +161,12 @@ def score_models(
         for line in token_warnings(evaluator.batched_tasks, evaluator.tokenizer, evaluator.config.vocab):
             warn(line)
         require_memory(path, "the model", bank_bytes(sources, evaluator.config), unused_memory())
+        vision = vision_of(evaluator.tokenizer, sources.folders)
+        if vision is not None:
+            prepared_images = vision.prepare()
+            if prepared_images is not None:
+                log(prepared_images)
+            evaluator.features = vision.table(None, evaluator.compute_dtype, evaluator.devices.put)
         stored = load_stored(sources, evaluator.config, 0, evaluator.compute_dtype)
         with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:
             scores = evaluator.stored(stored, progress)
@@ -191,7 +198,7 @@ def _model_folder(reference: str) -> Path:
 def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -> tuple[Sources, Evaluator]:
     """The sources of a stored model, by its headers alone, and its evaluator."""
     sources, decoder = open_sources([path])
-    tokenizer = load_tokenizer(path)
+    tokenizer = seeing_tokenizer(load_tokenizer(path), sources.folders[0])
     tokens = settings.tokens_per_batch or suitable_tokens(live_target())
     (batched_tasks,) = batch_tasks(
         [tasks], tokenizer, tokens, context_length(sources.folders, decoder.positions),

@@ -25,7 +25,8 @@ from evojax_merge.commands.search import run_search
 from evojax_merge.config import Config, SpaceConfig, parse
 from evojax_merge.errors import Failed, InputError, shown
 from evojax_merge.evaluation.devices import ONE_DEVICE
-from evojax_merge.evaluation.scores import Scores, TaskScores, fitness, means, score_matrix
+from evojax_merge.evaluation.scores import Scale, Scores, TaskScores, means, score_matrix
+from evojax_merge.goals import measured_scales, with_goal
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.problem import build_problem, config_from, open_backend, plugins_of, resolved_document
@@ -287,10 +288,10 @@ class Study(Described):
     space: a `MergeSpace`, `LayerPathSpace` or `PoolSpace` of `models`. tasks: the tasks that candidates are scored on,
     made by `tasks.ExactMatch` and its like, or mappings in a config's form; for pytrees also functions (model) -> a
     number, which JAX traces, or `host_callback(function)`. strategy: `strategies.cma_es(population=16)` and its like,
-    or a name; None: CMA-ES with its default population, or that of a pool. out: the run folder, which `run` needs.
-    seed: the seed of all random numbers. validation: the share of the examples that is kept back to choose the winner
-    on. resume, overwrite: continue, or replace, the run that lies in `out`. evaluation, export_dtype: as in a config.
-    search: other keys of a config's `search`, such as `finalists`, `rungs` and `stop`.
+    or a name, such as `auto`; None: CMA-ES with its default population, or that of a pool. out: the run folder, which
+    `run` needs. seed: the seed of all random numbers. validation: the share of the examples that is kept back to choose
+    the winner on. resume, overwrite: continue, or replace, the run that lies in `out`. evaluation, export_dtype, scale:
+    as in a config. search: other keys of a config's `search`, such as `finalists`, `rungs`, `stop` and `budget`.
     """
 
     def __init__(
@@ -307,6 +308,7 @@ class Study(Described):
         overwrite: bool = False,
         evaluation: Mapping[str, Any] | None = None,
         export_dtype: str | None = None,
+        scale: str | None = None,
         **search: Any,
     ) -> None:
         check_arguments(Study.__init__, locals())
@@ -327,6 +329,7 @@ class Study(Described):
         }
         document |= {} if evaluation is None else {"evaluation": evaluation}
         document |= {} if export_dtype is None else {"export_dtype": export_dtype}
+        document |= {} if scale is None else {"scale": scale}
         self.models, self.space, self.seed = models, space, seed
         self.out = None if out is None else Path(out)
         self._document: dict[str, Any] = as_yaml(str(WHERE), document)
@@ -386,19 +389,25 @@ class Study(Described):
 
     def run(
         self,
-        generations: int,
+        generations: int | None = None,
         on_generation: Callable[[Generation], None] = lambda generation: None,
         *,
         force: bool = False,
     ) -> Run:
-        """Search `generations` more generations in the run folder, choose the winner, write its model, and return the
-        run.
+        """Search `generations` more generations in the run folder, or as many as the study's `budget` pays for, choose
+        the winner, write its model, and return the run.
 
         A second call, or a study with `resume`, continues from the last saved generation. on_generation gets every
         generation. force: continue where the models or the passes do not fit into memory.
         """
         check_arguments(Study.run, locals())
-        if generations < 1:
+        budget = self._parsed.search.budget
+        if (generations is None) == (budget is None):
+            raise InputError(
+                "Study.run: generations", "missing; expected a number, or a budget of the study" if budget is None
+                else f"{generations}; the study has a budget, {budget}: leave them out",
+            )  # fmt: skip
+        if generations is not None and generations < 1:
             raise InputError("Study.run: generations", f"{generations}; expected 1 or more")
         if self.out is None:
             raise InputError("Study.run: out", "missing; a run needs a run folder, give it to Study")
@@ -407,9 +416,11 @@ class Study(Described):
                 "Study.run", f"{len(self._rows)} generations of this study were told by hand, in memory, and its run "
                 "folder has none of them; use another Study",
             )  # fmt: skip
-        saved = len(self._saved_history())
-        search = self._parsed.search.model_copy(update={"generations": saved + generations})
-        config = self._parsed.model_copy(update={"search": search})
+        config = self._parsed
+        if generations is not None:
+            wanted = len(self._saved_history()) + generations
+            search = config.search.model_copy(update={"generations": wanted})
+            config = config.model_copy(update={"search": search})
         begun: list[RunFolder] = []
         try:
             with PythonCall():
@@ -442,8 +453,7 @@ class Study(Described):
         with PythonCall():
             evaluator = self._evaluator(split).within(self._context())
             scores = evaluator.score(genomes)
-        # The sum is a run's, to the last bit.
-        matrix = replace(score_matrix(evaluator.tasks, scores), predicted=fitness(evaluator.tasks, scores))
+        matrix = score_matrix(evaluator.tasks, scores, evaluator.goal)
         if split == "search":
             self._latest = matrix, scores
         return matrix
@@ -514,7 +524,8 @@ class Study(Described):
             tasks = {"search": search, "validation": splits.validation, "heldout": splits.heldout}[split]
             if tasks is None:
                 raise InputError("Study.evaluate: split", "validation; the study keeps none back (validation)")
-            self._evaluators[split] = open_evaluator(self._problem, tasks, bank=self._bank)
+            evaluator = open_evaluator(self._problem, tasks, bank=self._bank)
+            self._evaluators[split] = with_goal(self._problem, evaluator, self._scales)
         return self._evaluators[split]
 
     @cached_property
@@ -524,6 +535,13 @@ class Study(Described):
     @cached_property
     def _batches(self) -> Any:
         return self._problem.prepare()
+
+    @cached_property
+    def _scales(self) -> Mapping[str, Scale]:
+        problem = self._problem
+        if problem.scale == "none":
+            return {}
+        return measured_scales(problem, open_evaluator(problem, self._batches.search, bank=self._bank))
 
     @cached_property
     def _bank(self) -> Any:

@@ -728,3 +728,19 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "imported []"
     assert done.stderr == ""
     assert len(done.stdout.splitlines()) > 1
+
+
+def test_a_merge_imports_no_torch(tmp_path: Path) -> None:
+    """Its import takes longer than a small merge, and transformers' classes of configs bring it along."""
+    build_family(tmp_path)
+    for file in tmp_path.glob("*/tokenizer*"):
+        file.unlink()
+    models = [{"model": f"parent{k}", "parameters": {"weight": 0.5}} for k in range(2)]
+    recipe = write(tmp_path / "recipe.yaml", {"merge_method": "linear", "models": models})
+    program = (
+        "import sys\nfrom evojax_merge.cli import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)\n"
+    )
+    arguments = ["merge", str(recipe), str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert (tmp_path / "out" / "model.safetensors").exists()

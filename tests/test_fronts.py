@@ -372,7 +372,7 @@ def test_killed_and_resumed_is_as_never_stopped(finished: Path, config_file: Pat
         for run in (out, finished)
     )
     assert set(left) == set(whole) and sum(name.startswith("best/front/") for name in left) > 1
-    for name in set(whole) - {"timing.jsonl", "report.html", "environment.json"}:
+    for name in set(whole) - {"timing.jsonl", "report.html", "environment.json", "run.log"}:
         assert left[name] == whole[name], name
 
 

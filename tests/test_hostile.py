@@ -17,6 +17,7 @@ from hostile import (
     checkpoints,
     configs,
     gguf,
+    goals,
     inspecting,
     links,
     messages,
@@ -29,6 +30,7 @@ from hostile import (
     shared_server,
     tasks,
     tasks_of_strangers,
+    versions,
 )
 from hostile import tokenizers as tokenizer_files
 
@@ -43,12 +45,14 @@ MODULES = (
     runs,
     links,
     gguf,
+    goals,
     quantised,
     tasks_of_strangers,
     messages,
     inspecting,
     chat,
     proof,
+    versions,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

@@ -112,6 +112,22 @@ def test_verdicts_say_by_how_much_and_whether_it_is_noise():
     )
 
 
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_search_without_a_better_candidate_is_called_that(validated):
+    """The winner is then the baseline, or as good; the split that the winner was chosen on is the one that counts."""
+
+    def chosen_on(winner, baseline):
+        searched, validation = ((0.9, 0.8), (winner, baseline)) if validated else ((winner, baseline), None)
+        return Result(
+            np.zeros(2), searched[0], ("first parent", searched[1]), ROWS, RESULT.report, validation,
+            baseline_name="stage-1",
+        ).chosen_on()  # fmt: skip
+
+    sentence = "Nothing that was searched beat the first parent stage-1."
+    assert chosen_on(0.5, 0.5).endswith(f". {sentence}")
+    assert sentence not in chosen_on(0.6, 0.5)
+
+
 def test_result_json_has_the_intervals(tmp_path):
     write_result(RESULT, 3, tmp_path / "result.json")
     document = json.loads((tmp_path / "result.json").read_text())

@@ -58,7 +58,8 @@ def test_every_key_of_a_config_is_listed_with_its_meaning(capsys: pytest.Capture
     assert known["search.seeds"].takes == "a list of up to 4 of uniform, parents, trimmed_parents or task_vectors"
     assert known["space.parameters.NAME.low"].takes == "a number that float32 holds"
     assert {key.of for key in keys if key.name == "tasks[].metric"} == {
-        ("likelihood", "multiple_choice", "exact_match"), ("generation",), ("gsm",), ("lm_eval",),
+        ("likelihood", "multiple_choice", "exact_match"), ("generation",), ("gsm",), ("lm_eval",), ("classification",),
+        ("regression",), ("text_to_text",), ("transcription",),
     }  # fmt: skip
     text = listed("keys", capsys)
     for name in known:
@@ -82,7 +83,13 @@ def test_a_name_that_says_its_role_stands_alone() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("completed", "shown"), [(0, "0/12"), (0.25, "0.2/12"), (5.0, "5/12"), (12, "12/12")])
+def test_generations_are_counted_without_a_last_one_where_the_clock_ends_them() -> None:
+    progress = Progress()
+    progress.add_task("search", total=None, completed=3)
+    assert GenerationsColumn().render(progress.tasks[0]).plain == "3"
+
+
+@pytest.mark.parametrize(("completed", "shown"), [(0, "0/12"), (0.95, "0/12"), (5.0, "5/12"), (12, "12/12")])
 def test_whole_generations_are_counted_as_such(completed: float, shown: str) -> None:
     progress = Progress()
     progress.add_task("search", total=12, completed=completed)

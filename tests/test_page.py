@@ -243,6 +243,13 @@ def test_every_number_on_the_page_is_one_of_the_run(tmp_path: Path) -> None:
         assert sentence in page.text
 
 
+def test_the_page_says_that_nothing_beat_the_first_parent(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    edit_result(run, search_fitness={"winner": -0.45, "first parent": -0.45})
+    write_page(RunFolder(run))
+    assert "Nothing that was searched beat the first parent." in Page(run / "report.html").text
+
+
 def test_the_importance_is_the_rank_correlation_of_the_last_half(tmp_path: Path) -> None:
     from scipy.stats import spearmanr
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from evojax_merge.config import SearchConfig
 from evojax_merge.models.paths import LayerPath
 from evojax_merge.search.loop import INIT_KEY, Archive, Generation, Reporter, generation_key
 from evojax_merge.search.protocols import HasMoves
+from evojax_merge.search.strategies import path_ga
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy, seeds_of
 from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.spaces.layer_path import LayerEdit, MoveSpace, ScaleBounds
@@ -99,6 +101,38 @@ def test_children_take_whole_moves_from_two_parents() -> None:
     assert lengths == {1, 2, 3, 4}
 
 
+@given(spaces(), st.integers(0, 2**31 - 1))
+@settings(max_examples=20)
+def test_members_score_differently_and_nothing_is_evaluated_twice(space: MoveSpace, seed: int) -> None:
+    """As far as there is anything else: equals fill the places that are left, and the draws of a child are counted."""
+    strategy, rng = make("path_ga", space, 6), np.random.default_rng(seed)
+    state, met = strategy.init(generation_key(seed, INIT_KEY), space.start[None]), set[bytes]()
+    for number in range(6):
+        genomes, state = strategy.ask(generation_key(seed, number), state)
+        genomes = np.asarray(genomes)
+        again = sum(genome.tobytes() in met for genome in genomes) + 6 - len(np.unique(genomes, axis=0))
+        # A space of this many genomes, of one move or none, is soon exhausted.
+        assert not again or space.count == 1 or max(space.move_genes[2:4]) == 1
+        met |= {genome.tobytes() for genome in genomes}
+        fitness = rng.integers(4, size=6) / 4
+        state = strategy.tell(generation_key(seed, number), state, genomes, scores_of(fitness))
+        best = np.unique(state.fitness)[::-1]
+        np.testing.assert_array_equal(state.fitness[: len(best)], best)
+    assert len(state.evaluated) == 36
+
+
+def test_the_latest_genomes_alone_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(path_ga, "MAX_EVALUATED", 8)
+    space = MoveSpace((6,), 3, 2, BOUNDS, False, 40, 0)
+    strategy = make("path_ga", space, 5)
+    state = strategy.init(generation_key(0, INIT_KEY), space.start[None])
+    for number in range(3):
+        genomes, state = strategy.ask(generation_key(0, number), state)
+        before, state = state, strategy.tell(generation_key(0, number), state, genomes, scores_of(np.zeros(5)))
+    assert len(state.evaluated) == 8
+    np.testing.assert_array_equal(state.evaluated[:3], before.evaluated[-3:])
+
+
 def test_members_are_the_best_and_of_equals_the_shorter() -> None:
     space = MoveSpace((4,), 3, 2, BOUNDS, False, 40, 0)
     strategy = make("path_ga", space, 3)
@@ -111,7 +145,8 @@ def test_members_are_the_best_and_of_equals_the_shorter() -> None:
     # A worse generation changes nothing; a better candidate takes the place of the failed one.
     others = np.stack([space.genome(moves[2:]), space.genome(moves[:2]), space.start])
     state = strategy.tell(generation_key(0, 1), state, others, scores_of(np.array([np.nan, -np.inf, 0.5])))
-    np.testing.assert_array_equal(state.members, [genomes[1], genomes[0], space.start])
+    # An equal of the best waits behind what scores otherwise.
+    np.testing.assert_array_equal(state.members, [genomes[1], space.start, genomes[0]])
     assert strategy.metrics(state) == {"moves": 1.0}
 
 
@@ -122,25 +157,41 @@ def test_members_are_the_best_and_of_equals_the_shorter() -> None:
 TARGET = (1, 2, 3, 2, 3, 10, 5)
 
 
-def closeness(path: LayerPath | None) -> float:
-    """Minus the edit distance (Levenshtein) of a path's layers from `TARGET`."""
+def closeness(path: LayerPath | None, target: Sequence[int] = TARGET) -> float:
+    """Minus the edit distance (Levenshtein) of a path's layers from a target's."""
     if path is None:
         return np.nan
-    row = list(range(len(TARGET) + 1))
+    row = list(range(len(target) + 1))
     for i, layer in enumerate(path.layers, 1):
         before, row[0] = row[0], i
-        for j, wanted in enumerate(TARGET, 1):
+        for j, wanted in enumerate(target, 1):
             before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (layer != wanted))
     return -float(row[-1])
 
 
-def best_of(name: str, space: MoveSpace, seed: int, generations: int) -> float:
+def trap(path: LayerPath | None) -> float:
+    """A deceptive landscape: a slope leads to three layers of the other parent, at 0; two middle layers run twice are
+    worse than most of it, and run four times the best path, at 1."""
+    looped = {2: -1.5, 4: 1.0}
+    for times, fitness in looped.items():
+        if path is not None and path.layers == (0, *(1, 2) * times, 3, 4, 5):
+            return fitness
+    return closeness(path, (0, 7, 8, 3, 10, 11))
+
+
+def best_of(
+    name: str, space: MoveSpace, seed: int, generations: int,
+    landscape: Callable[[LayerPath | None], float] = closeness, goal: float = 0.0,
+) -> float:  # fmt: skip
+    """The best fitness of a search that ends at the goal, or after so many generations."""
     strategy, best = make(name, space, 20), -np.inf
     state = strategy.init(generation_key(seed, INIT_KEY), space.start[None])
     for number in range(generations):
         genomes, state = strategy.ask(generation_key(seed, number), state)
-        fitness = np.array([closeness(path) for path in space.decode(np.asarray(genomes))])
+        fitness = np.array([landscape(path) for path in space.decode(np.asarray(genomes))])
         best = max(best, np.nanmax(fitness))
+        if best >= goal:
+            break
         state = strategy.tell(generation_key(seed, number), state, genomes, scores_of(fitness))
     return best
 
@@ -152,6 +203,13 @@ def test_it_finds_a_path_that_random_search_does_not() -> None:
     found = {name: [best_of(name, space, seed, 30) for seed in range(3)] for name in ("path_ga", "random")}
     assert sorted(found["path_ga"])[1] == 0
     assert max(found["random"]) < 0
+
+
+@pytest.mark.parametrize("seed", [1, 3, 4, 6, 7])
+def test_it_leaves_a_local_optimum(seed: int) -> None:
+    """A search whose members may score the same, and whose children may have been evaluated, ends at 0 from these
+    seeds."""
+    assert best_of("path_ga", MoveSpace((6, 6), 4, 2, BOUNDS, False, 14, 0), seed, 60, trap, 1.0) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def test_run_folder_is_complete(finished):
     assert "dare_ties" in card and "model: parent0" in card and "Held-out" in card and str(finished.parent) not in card
     assert {path.name for path in finished.iterdir()} == {
         "config.yaml", "history.jsonl", "history.backup.jsonl", "timing.jsonl", "checkpoints", "best", "result.json",
-        "report.html", "environment.json",
+        "report.html", "environment.json", "heldout_answers.jsonl", "run.log",
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.search.loop import INIT_KEY, generation_key
 from evojax_merge.search.protocols import capabilities_of
 from evojax_merge.search.seeding import seeded
+from evojax_merge.search.strategies import pso
 from evojax_merge.search.strategies.registry import StrategySettings, find_strategy, make_strategy
 from evojax_merge.search.strategies.restarts import MAX_MULTIPLE
 from evojax_merge.spaces.bounds import from_unit, to_unit
@@ -205,6 +206,97 @@ def test_bipop_spends_on_small_runs_what_it_spends_on_large_ones() -> None:
     large, small = (int(spent) for spent in state.spent)
     assert large + small == 600 and 0.25 < small / large < 2
     assert int(state.large) <= MAX_MULTIPLE
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The swarm
+
+
+def zhan_factor(places: np.ndarray, leader: int) -> float:
+    means = [
+        sum(np.sqrt(np.square(one - other).sum()) for other in places) / (len(places) - 1)
+        for one in places.astype(float)
+    ]
+    return (means[leader] - min(means)) / (max(means) - min(means))
+
+
+def zhan_degrees(f: float) -> list[float]:
+    """The memberships of exploration, exploitation, convergence and jumping out, piece by piece."""
+    exploration = 5 * f - 2 if 0.4 < f <= 0.6 else 1.0 if 0.6 < f <= 0.7 else -10 * f + 8 if 0.7 < f <= 0.8 else 0.0
+    exploitation = 10 * f - 2 if 0.2 < f <= 0.3 else 1.0 if 0.3 < f <= 0.4 else -5 * f + 3 if 0.4 < f <= 0.6 else 0.0
+    convergence = 1.0 if f <= 0.1 else -5 * f + 1.5 if f <= 0.3 else 0.0
+    jumping_out = 0.0 if f <= 0.7 else 5 * f - 3.5 if f <= 0.9 else 1.0
+    return [exploration, exploitation, convergence, jumping_out]
+
+
+def zhan_phase(f: float, phase: int) -> int:
+    degrees = zhan_degrees(f)
+    for candidate in (phase, (phase + 1) % 4):
+        if degrees[candidate] > 1e-6:
+            return candidate
+    return int(np.argmax(degrees))
+
+
+def zhan_coefficients(phase: int, rate: float, c1: float, c2: float) -> tuple[float, float]:
+    up, down = ((1, -1), (0.5, -0.5), (0.5, 0.5), (-1, 1))[phase]
+    c1, c2 = (min(max(c + rate * sign, 1.5), 2.5) for c, sign in ((c1, up), (c2, down)))
+    return (c1, c2) if c1 + c2 <= 4 else (4 * c1 / (c1 + c2), 4 * c2 / (c1 + c2))
+
+
+def test_the_rules_of_a_swarm_are_those_of_the_paper() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        places, leader = rng.normal(size=(7, 3)).astype(np.float32), int(rng.integers(7))
+        assert float(pso.evolutionary_factor(places, leader)) == pytest.approx(zhan_factor(places, leader), abs=1e-5)
+    # Between the bends, where rounding decides.
+    for f in np.linspace(0.005, 0.995, 66):
+        np.testing.assert_allclose(pso.memberships(f), zhan_degrees(f), atol=1e-5)
+        assert float(pso.adapted_inertia(f)) == pytest.approx(1 / (1 + 1.5 * np.exp(-2.6 * f)), rel=1e-5)
+        for phase in range(4):
+            assert int(pso.next_phase(f, jnp.int32(phase))) == zhan_phase(f, phase)
+    for phase in range(4):
+        rate, first = rng.uniform(0.05, 0.1), rng.uniform(1.5, 2.5, 2)
+        adapted = pso.adapted_coefficients(rate, phase, jnp.asarray(first, jnp.float32))
+        np.testing.assert_allclose(adapted, zhan_coefficients(phase, rate, *first), rtol=1e-5)
+
+
+def test_the_leader_tries_small_changes_of_its_best_place() -> None:
+    place, bounds = jnp.array([0.1, 0.25, 0.5, 0.9], jnp.float32), (0.0, 1.0)
+    tried = np.stack([np.asarray(pso.mutated(bounds, key, place)) for key in jax.random.split(jax.random.key(0), 200)])
+    steps = tried - np.asarray(place)
+    assert (np.abs(steps) > 0).any(axis=1).all() and tried.min() >= 0 and tried.max() <= 1
+    # A gene on average, or one where none was drawn; between the bounds up as often as down, and by little.
+    assert 1 <= (steps != 0).sum(axis=1).mean() < 1.7
+    inside = steps[:, 1:3][steps[:, 1:3] != 0]
+    assert 0.35 < np.mean(inside > 0) < 0.65 and np.median(np.abs(inside)) < 0.1
+
+
+def test_a_swarm_moves_by_its_coefficients_and_stays_between_the_bounds() -> None:
+    strategy = make("pso", 3, 12)
+    (low, high), fitness = strategy.range, lambda genomes: -np.square(genomes - 1.0).sum(axis=1)
+    state = init(strategy, 3)
+    # A gene of each of twelve equal parts of the range, but for the start.
+    parts = np.floor(12 * (np.asarray(state.places) - low) / (high - low))
+    assert all(len(np.unique(column[1:])) == 11 for column in parts.T)
+    for number in range(30):
+        before = state
+        genomes, state = strategy.ask(generation_key(0, number), state)
+        assert (np.asarray(genomes) >= low - 1e-6).all() and (np.asarray(genomes) <= high + 1e-6).all()
+        if number:
+            velocity, place, best = (np.asarray(part) for part in (before.velocities, before.places, before.best))
+            # Drawn by no more than the coefficients say, and no faster than a fifth of the range.
+            leader = best[np.argmin(before.losses)]
+            reach = float(before.inertia) * velocity[..., None] + np.stack(
+                [k * (best - place) + m * (leader - place) for k in (0, float(before.coefficients[0]))
+                 for m in (0, float(before.coefficients[1]))], axis=-1,
+            )  # fmt: skip
+            most = 0.2 * (high - low)
+            moved = np.asarray(state.velocities)
+            assert (moved >= np.clip(reach.min(-1), -most, most) - 1e-5).all()
+            assert (moved <= np.clip(reach.max(-1), -most, most) + 1e-5).all()
+        state = strategy.tell(generation_key(0, number), state, genomes, scores_of(fitness(np.asarray(genomes))))
+        expected = np.minimum(np.asarray(before.losses), -fitness(np.asarray(genomes)))
+        np.testing.assert_allclose(state.losses, expected, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------

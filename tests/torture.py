@@ -200,7 +200,7 @@ def contents(run: Path) -> dict[str, str]:
             if name.count("/") == 1:
                 found[name] = "checkpoint"
         elif path.is_file():
-            loose = name in ("timing.jsonl", "report.html", "environment.json")
+            loose = name in ("timing.jsonl", "report.html", "environment.json", "run.log")
             found[name] = "" if loose else sha256(path.read_bytes()).hexdigest()
     return found
 

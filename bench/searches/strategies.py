@@ -83,6 +83,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "gradient": {"minibatches": 4},
     },
     "hybrid": {"strategy": "hybrid", "gradient": {"generations": 80, "minibatches": 4}},
+    "auto": {"strategy": "auto"},
+    "cma_es+none": {"strategy": "cma_es", "seeds": []},
     "cma_es+rungs": {"strategy": "cma_es", "rungs": 4, "generations": 107},
     "cma_es+seeds": {"strategy": "cma_es", "seeds": SEEDS},
     "cma_es+rungs+seeds": {"strategy": "cma_es", "rungs": 4, "seeds": SEEDS, "generations": 107},
@@ -95,6 +97,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "pso+parents": {"strategy": "pso", "seeds": ["parents"]},
 }
+# The strategies that follow gradients here.
+FOLLOWS = ("gradient", "hybrid", "auto")
 # Generations on minibatches between two looks at all examples.
 LOOK_EVERY = 8
 # What others are compared with: how many passes they need to be where it ends.
@@ -311,7 +315,7 @@ def start_row(arguments: argparse.Namespace, experiment: Experiment, space: str,
         "family": arguments.family, "space": space, "variant": variant, "settings": settings, "seed": seed,
         "population": settings.get("population", population),
         "budget": arguments.passes or population * (arguments.generations or search.generations),
-        "gradient_cost": arguments.gradient_cost if settings.get("strategy") in ("gradient", "hybrid") else None,
+        "gradient_cost": arguments.gradient_cost if settings.get("strategy") in FOLLOWS else None,
         "dims": experiment.problem.space.dims, "machine": describe(),
     }  # fmt: skip
 
@@ -320,6 +324,8 @@ def search_config(row: Row) -> SearchConfig:
     """A row's search, with as many generations as its budget pays for, or more than it does where the strategy does not
     look at their number; the steps of `gradient` become smaller to the last one."""
     settings, budget, population = row["settings"], row["budget"], row["population"]
+    if settings["strategy"] == "auto":
+        return SearchConfig.model_validate({**settings, "budget": f"{budget} passes"})
     if settings["strategy"] == "gradient":
         minibatches = settings.get("gradient", {}).get("minibatches", 1)
         looks = 1 / LOOK_EVERY if minibatches > 1 else 0.0

@@ -178,6 +178,13 @@ class Backend(Protocol):
         """The scores of one of the compared models on the held-out split."""
         ...
 
+    def answers(
+        self, model: str, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
+    ) -> Sequence[dict[str, Any]]:
+        """The answers of the scored model `number`, a row for each task and example, as `score_rows` has them. model:
+        its name."""
+        ...
+
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> WinnerReport:
         """The report of a genome's candidate. parents: their short names."""
         ...

@@ -15,6 +15,7 @@ from evojax_merge.user_modules import importing_from, lacks_module, load_file
 _BUILT_IN = {
     "decoder": "evojax_merge.backends.decoder.opening:FACTORY",
     "function": "evojax_merge.backends.function.opening:FACTORY",
+    "torch": "evojax_merge.backends.torch.opening:FACTORY",
 }
 _registered: dict[str, BackendFactory] = {}
 

@@ -8,13 +8,16 @@ such a model has several sizes of it.
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from evojax_merge.checkpoints.config_file import check_values
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder
 from evojax_merge.checkpoints.folder import Tensor, is_float
 from evojax_merge.checkpoints.parents import EMBEDDINGS, find_token_tensors, tensor_shapes
 from evojax_merge.errors import InputError
-from evojax_merge.models.architecture import HEAD, known_architecture
+from evojax_merge.models.architecture import HEAD, Architecture, find_architecture, known_architecture
+from evojax_merge.models.config import DecoderConfig
 
 # The name of a layer's tensor, by the outermost list of layers.
 LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)\.(?P<tail>.+)$")
@@ -40,40 +43,60 @@ def check_against_config(folder: DecoderFolder, is_checked: Callable[[str], bool
     has. is_checked: whether a tensor of that name is compared. A folder without a config is not checked."""
     if not folder.whole.config:
         return
-    shapes = _shapes_of_architecture(folder)
+    architecture, shapes, fault = known_architecture(folder.config.get("model_type")), None, None
+    # transformers' class, whose import takes seconds, is only asked where the file by itself does not agree.
+    readings = () if architecture is None else (partial(_config_in_file, folder, architecture), folder.decoder_config)
+    for read in readings:
+        shapes = _shapes_of_architecture(folder, read)
+        fault = None if shapes is None else _fault(folder, shapes, is_checked)
+        if shapes is not None and fault is None:
+            return
     if shapes is None:
         _check_depth(folder)
-        shapes = dict(_usual_shapes(folder))
+        fault = _fault(folder, dict(_usual_shapes(folder)), is_checked)
+    if fault is not None:
+        raise fault
+
+
+def _fault(
+    folder: DecoderFolder, shapes: Mapping[str, Size], is_checked: Callable[[str], bool]
+) -> InputError | None:  # fmt: skip
+    """The first tensor that is missing or has another shape; None: each of them is as `shapes` says."""
     for name, expected in shapes.items():
-        if is_checked(name):
-            _check(folder, name, expected)
+        if not is_checked(name):
+            continue
+        tensor, in_file = folder.entries.get(name), folder.names.in_file(name)
+        if tensor is None:
+            return InputError(folder.path, f"has no tensor {in_file}, which its config.json asks for")
+        if not is_float(tensor.dtype):
+            expected_dtype = "expected float weights (a quantised model?)"
+            return InputError(tensor.file, f"{in_file} holds {tensor.dtype}; {expected_dtype}")
+        fits = len(tensor.shape) == len(expected) and all(
+            size in (None, actual) for size, actual in zip(expected, tensor.shape, strict=True)
+        )
+        if not fits:
+            sizes = ", ".join("…" if size is None else str(size) for size in expected)
+            return InputError(folder.path, f"{in_file} has shape {list(tensor.shape)}; its config.json says [{sizes}]")
+    return None
 
 
-def _check(folder: DecoderFolder, name: str, expected: Size) -> None:
-    tensor, in_file = folder.entries.get(name), folder.names.in_file(name)
-    if tensor is None:
-        raise InputError(folder.path, f"has no tensor {in_file}, which its config.json asks for")
-    if not is_float(tensor.dtype):
-        raise InputError(tensor.file, f"{in_file} holds {tensor.dtype}; expected float weights (a quantised model?)")
-    fits = len(tensor.shape) == len(expected) and all(
-        size in (None, actual) for size, actual in zip(expected, tensor.shape, strict=True)
-    )
-    if not fits:
-        sizes = ", ".join("…" if size is None else str(size) for size in expected)
-        raise InputError(folder.path, f"{in_file} has shape {list(tensor.shape)}; its config.json says [{sizes}]")
+def _config_in_file(folder: DecoderFolder, architecture: Architecture) -> DecoderConfig:
+    """The config by the keys that the file has, which may lack some: raises KeyError. RoPE changes no shape, and has
+    many spellings: it is left out."""
+    check_values(folder.where, folder.config)
+    values = {key: value for key, value in folder.config.items() if key in architecture.keys}
+    return architecture.read_config(values | {"rope_parameters": {"rope_theta": 10_000.0}})
 
 
-def _shapes_of_architecture(folder: DecoderFolder) -> Mapping[str, Size] | None:
-    """Shapes of all tensors by a known architecture; None where the architecture is unknown, and where its config has
-    values that no forward pass of this program supports: a merge does not run the model."""
-    architecture = known_architecture(folder.config.get("model_type"))
-    if architecture is None:
-        return None
+def _shapes_of_architecture(folder: DecoderFolder, read: Callable[[], DecoderConfig]) -> Mapping[str, Size] | None:
+    """Shapes of all tensors by the config of a known architecture; None where it cannot be read, or has values that no
+    forward pass of this program supports: a merge does not run the model."""
     try:
-        shapes = tensor_shapes(folder.decoder_config())
-    except InputError:
+        config = read()
+        shapes = tensor_shapes(config)
+    except (InputError, KeyError, TypeError, ValueError):
         return None
-    head = architecture.leaf(HEAD)
+    head = find_architecture(config.architecture).leaf(HEAD)
     classes = folder.whole.config.get("architectures")
     has_head = isinstance(classes, list) and any(str(class_name).endswith(WITH_HEAD) for class_name in classes)
     # A model that was saved without its head has no such tensor.

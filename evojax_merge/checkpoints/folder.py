@@ -25,8 +25,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from evojax_merge.checkpoints.json_files import read_json_object, shown
+from evojax_merge.data_packages import hub_failure
 from evojax_merge.errors import InputError
-from evojax_merge.regular_file import check_model_folder, check_regular, open_regular
+from evojax_merge.regular_file import check_model_folder, check_no_pointer, check_regular, open_regular
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -240,8 +241,8 @@ def resolve(where: object, reference: str, relative_to: Path, *, weights: bool =
     except InputError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(where, f"{reference}: no such folder, and the hub did not give it ({reason})") from None
+        what = f"{reference}: no such folder, and the hub did not give it ({hub_failure(error)})"
+        raise InputError(where, what) from None
 
 
 def local_model(reference: str, relative_to: Path) -> Path | None:
@@ -351,6 +352,7 @@ def read_header(file: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str
             what = "is a link to nothing" if file.is_symlink() else "is missing"
             raise InputError(file, f"{what}; expected a safetensors file")
         size = check_regular(file, "a safetensors file")
+        check_no_pointer(file)
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > size - 8:

@@ -31,6 +31,7 @@ from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.references import recipe_reference, resolve_file, resolve_headers
 from evojax_merge.report.progress import say
 from evojax_merge.spaces.search_parameters import find_method
+from evojax_merge.tasks.data_versions import pinned_reference
 from evojax_merge.tasks.records import HUB, SYMBOLIC, is_file_name, read_source
 from evojax_merge.yaml_reader import parse_yaml
 from evojax_merge.zoo import PREFIX
@@ -49,7 +50,7 @@ class Choices:
     lm_eval: str | None
     method: str | None
     out: str | None
-    generations: int
+    generations: int | None
 
 
 def init(path: Path, choices: Choices, overwrite: bool) -> None:
@@ -173,7 +174,7 @@ def _task_on(path: Path, data: str, has_template: bool) -> tuple[TaskSection, in
         file = resolve_file("--data", data, Path.cwd())
         records = read_source(file).records
         if not data.startswith(PREFIX) and path.parent.resolve() != Path.cwd():
-            data = str(file)
+            data = pinned_reference(str(file))
     task = task_for_records(data, records, has_template)
     kind = next(value for key, value, _ in task.lines if key == "kind")
     if not task.from_hub and (not is_file_name(data) or data.endswith(".parquet")):

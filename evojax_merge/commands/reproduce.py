@@ -5,6 +5,7 @@ from pathlib import Path
 
 from evojax_merge import plugins
 from evojax_merge.commands.search import run_search
+from evojax_merge.config import parse_budget
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.problem import read_config
 from evojax_merge.report.progress import console
@@ -63,14 +64,21 @@ def _changed_environment(folder: RunFolder) -> list[str]:
 
 def _without_clock(folder: RunFolder) -> list[str]:
     """The overrides of a run's config with which each search ends after the same generation, however long it takes: one
-    that `search.stop.seconds` ended has its number of generations."""
-    stages = load_yaml(folder.config).get("stages")
-    count = len(stages) if isinstance(stages, list) else 1
+    that `search.stop.seconds` ended has its number of evaluations, which no schedule depends on, and one whose budget
+    is a time its number of generations."""
+    document = load_yaml(folder.config)
+    stages = document.get("stages")
+    searches = [stage["search"] for stage in stages] if isinstance(stages, list) else [document["search"]]
+    count = len(searches)
     runs = [*(RunFolder(folder.stages / f"stage-{number}") for number in range(1, count)), folder]
     overrides = []
     for number, run in enumerate(runs):
         section = f"stages.{number}.search" if count > 1 else "search"
         overrides.append(f"{section}.stop.seconds=null")
-        if (read_result(run.result) or {}).get("stopped_by") == "seconds":
-            overrides.append(f"{section}.generations={len(run.read_history())}")
+        budget = parse_budget(str(searches[number].get("budget")))
+        history = run.read_history()
+        if budget is not None and budget.seconds is not None:
+            overrides += [f"{section}.budget=null", f"{section}.generations={len(history)}"]
+        elif (read_result(run.result) or {}).get("stopped_by") == "seconds":
+            overrides.append(f"{section}.stop.evaluations={history[-1]['evaluations']}")
     return overrides

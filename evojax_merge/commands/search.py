@@ -4,10 +4,11 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -35,10 +36,12 @@ from evojax_merge.problem import (
     stage_configs,
 )
 from evojax_merge.report.live_page import kept_page
+from evojax_merge.report.loggers import LoggedSearch, check_loggers, logged
 from evojax_merge.report.notices import print_warnings
 from evojax_merge.report.plan import format_advice
-from evojax_merge.report.progress import OnGeneration, console, say
+from evojax_merge.report.progress import OnGeneration, console, generation_record, say
 from evojax_merge.schema import MAX_NAME_BYTES
+from evojax_merge.search.loop import Generation
 from evojax_merge.search.run_folder import (
     INPUTS,
     Checkpoints,
@@ -51,9 +54,13 @@ from evojax_merge.search.run_folder import (
     removed_if_refused,
 )
 from evojax_merge.search.run_lock import check_not_in_use
+from evojax_merge.search.run_log import early_lines, run_log
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.tasks.opening import overlaps
 from evojax_merge.tasks.splits import Splits
+
+# The form of a search's output.
+Output = Literal["text", "json", "none"]
 
 
 class ResumeHint:
@@ -88,7 +95,7 @@ class ResumeHint:
 
 def search(
     path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str],
-    force: bool = False, plugin_names: Sequence[str] = (),
+    force: bool = False, plugin_names: Sequence[str] = (), output: Output = "text",
 ) -> None:  # fmt: skip
     """Search from a config file. A search that is broken off prints the command that continues it."""
     options = [part for override in overrides for part in ("--set", override)]
@@ -96,6 +103,7 @@ def search(
     options += [part for name in plugin_names for part in ("--plugin", name)]
     options += ["--distributed"] if jax.process_count() > 1 else []
     options += ["--force"] if force else []
+    options += {"text": [], "json": ["--json"], "none": ["--quiet"]}[output]
     asked = ["--out", str(out)] if out else []
     asked += ["--resume"] if resume else ["--overwrite"] if overwrite else []
     resume_hint = ResumeHint(_command(path, *asked, *options))
@@ -104,7 +112,29 @@ def search(
         config = read_config(path, overrides, seed)
         out = out or default_out(path, config)
         on_started = partial(resume_hint.on_started, _command(path, "--out", str(out), *options, "--resume"))
-        run_search(path, config, out, resume=resume, overwrite=overwrite, on_started=on_started, force=force)
+        with _printing(output) as on_generation:
+            run_search(
+                path, config, out, resume=resume, overwrite=overwrite, on_started=on_started,
+                on_generation=on_generation, force=force,
+            )  # fmt: skip
+
+
+@contextmanager
+def _printing(output: Output) -> Iterator[OnGeneration]:
+    """Have the block print texts and bars, nothing, or the generations as JSON, for which it yields a callback. Other
+    code, such as a user's function, prints on stderr where the lines are JSON."""
+    usual, lines = console.quiet, sys.stdout
+
+    def print_generation(generation: Generation) -> None:
+        if output == "json" and jax.process_index() == 0:
+            print(generation_record(generation), file=lines, flush=True)
+
+    console.quiet = usual or output != "text"
+    try:
+        with redirect_stdout(sys.stderr) if output == "json" else nullcontext():
+            yield print_generation
+    finally:
+        console.quiet = usual
 
 
 def default_out(path: Path, config: Config) -> Path:
@@ -112,6 +142,7 @@ def default_out(path: Path, config: Config) -> Path:
     return Path(config.out) if config.out else Path("runs") / path.stem
 
 
+@early_lines()
 def run_search(
     path: Path,
     config: Config,
@@ -132,6 +163,7 @@ def run_search(
         # Before the models and examples are opened, which can take minutes.
         check_not_in_use(out)
         check_place(out, resume=resume, overwrite=overwrite)
+    check_loggers(f"{path}: log", config.log)
     if config.stages is not None:
         _run_chain(path, config, config.stages, out, resume, overwrite, on_started, on_generation, force)
         return
@@ -144,7 +176,8 @@ def run_search(
     check_recorded_inputs(path, config.inputs or {}, document[INPUTS])
     with _opened(out, document, on_started, resume=resume, overwrite=overwrite) as folder:
         _log_warnings(path, config, problem, prepared)
-        _search(folder, problem, prepared, on_generation, force)
+        with logged(config.log, LoggedSearch(folder, folder, document), on_generation) as after_generation:
+            _search(folder, problem, prepared, after_generation, force)
 
 
 def _search(
@@ -179,6 +212,8 @@ def _opened(
                     stack.enter_context(removed_if_refused(folder))
             on_started(folder)
         _check_checkpoints(folder)
+        if jax.process_index() == 0:
+            stack.enter_context(run_log(folder))
         yield folder
 
 
@@ -232,8 +267,10 @@ def _run_chain(
             if winner is not None:
                 of_stage = stage_config(config, stage, winner)
                 problem = build_problem(path, of_stage, chained=True)
+            after_stage = partial(_after_stage, on_generation, number)
             if number == len(stages):
-                _search(run, problem, prepared[-1], on_generation, force)
+                with logged(config.log, LoggedSearch(run, run, document), after_stage) as after_generation:
+                    _search(run, problem, prepared[-1], after_generation, force)
                 return
             folder = RunFolder((run.stages / f"stage-{number}").resolve())
             if not (resume and folder.result.exists() and folder.model.exists()):
@@ -242,15 +279,20 @@ def _run_chain(
                     again = resume and is_run(folder)
                     open_run(folder.path, resolved_document(of_stage, problem), resume=again, overwrite=not again)
                 _check_checkpoints(folder)
-                _search(folder, problem, prepared[number - 1], on_generation, force)
+                with logged(config.log, LoggedSearch(run, folder, document), after_stage) as after_generation:
+                    _search(folder, problem, prepared[number - 1], after_generation, force)
             winner = str(folder.model)
             on_started(run)
+
+
+def _after_stage(on_generation: OnGeneration, stage: int, generation: Generation) -> None:
+    on_generation(replace(generation, stage=stage))
 
 
 def _resolved_stage(stages: Sequence[StageConfig], number: int, problem: SearchProblem[Backend]) -> dict[str, Any]:
     """A stage for the run folder's config. Its population stays null where a stage before it searches for a path: the
     default depends on the dimensions, and these on the layers of that stage's winner."""
-    search = resolved_search(stages[number].search, problem.strategy)
+    search = resolved_search(problem.search, problem.strategy)
     if any(before.data_flow is not None for before in stages[:number]):
         search["population"] = stages[number].search.population
     return stages[number].model_dump(mode="json") | {"space": problem.backend.resolved()["space"], "search": search}

@@ -47,7 +47,8 @@ class TaskShapes:
 class BatchedTask:
     """A task, its requests, and the batches of its scored rows and of its prompts, which have these `shapes`. `stop`:
     token ids that end a generation; `tokens_per_batch`, `merge_tokens`: the arguments that the batches were made for;
-    `share_prefixes`: true where rows share their common beginnings."""
+    `share_prefixes`: true where rows share their common beginnings; `has_images`: true where rows of any split have
+    positions of images."""
 
     task: Task
     requests: TaskRequests
@@ -58,6 +59,7 @@ class BatchedTask:
     tokens_per_batch: int
     share_prefixes: bool = True
     merge_tokens: int = 0
+    has_images: bool = False
 
     @property
     def batches(self) -> int:
@@ -129,6 +131,7 @@ def batch_tasks(
                 tokens_per_batch=tokens_per_batch,
                 share_prefixes=shares[i],
                 merge_tokens=merge_tokens,
+                has_images=any(map(_has_images, by_task[i])),
             )
             for i, task in enumerate(split)
         ]
@@ -188,6 +191,10 @@ def _check_lengths(requests: TaskRequests, context: int) -> None:
                 raise InputError(row.where, f"{wanted} do not fit the models' context of {context}")
 
 
+def _has_images(requests: TaskRequests) -> bool:
+    return any(min(row.tokens, default=0) < 0 for row in (*requests.scored, *requests.prompts))
+
+
 def _longest(requests: TaskRequests) -> int:
     """The most tokens that a model reads of a row. The last one of a scored row is only predicted."""
     return max([0, *(len(row.tokens) - 1 for row in requests.scored), *(len(row.tokens) for row in requests.prompts)])
@@ -204,7 +211,11 @@ def _check_switch(requests: TaskRequests, switch: int) -> None:
 
 
 def _check_tokens(requests: TaskRequests, tokenizer: Any, vocab: int) -> None:
+    image_token = getattr(tokenizer, "placeholder_id", None)
     for row in (*requests.scored, *requests.prompts):
+        if image_token is not None and image_token in row.tokens:
+            what = f"holds {shown(tokenizer.convert_ids_to_tokens(image_token))}, the token of an image, and no image"
+            raise InputError(row.where, f"{what} for it; expected a record with the image, or a text without the token")
         number = max(row.tokens, default=0)
         if number >= vocab:
             token = tokenizer.convert_ids_to_tokens(number)

@@ -126,6 +126,8 @@ def cost_of(jaxpr: Any, trips: Trips = scan_length, platform: Platform | None = 
         inner = [cost_of(part, trips, platform) for part in _parts(eqn, platform)]
         if name == "dot_general":
             products[_product(eqn)] += 1
+        elif name == "conv_general_dilated":
+            products[_convolution(eqn)] += 1
         elif name == "ragged_dot_general":
             products[_ragged_product(eqn)] += 1
         elif name == "cond":
@@ -184,6 +186,14 @@ def _product(eqn: Any) -> Product:
     left, right = (operand.aval for operand in eqn.invars)
     inner, out = prod(left.shape[axis] for axis in contracted), eqn.outvars[0].aval
     return Product(2 * inner * _size(out), _nbytes(left) + _nbytes(right) + _nbytes(out), str(left.dtype))
+
+
+def _convolution(eqn: Any) -> Product:
+    """A convolution as the product that it is: each of its results is one of a filter's numbers."""
+    image, filters = (operand.aval for operand in eqn.invars)
+    out, axis = eqn.outvars[0].aval, eqn.params["dimension_numbers"].rhs_spec[0]
+    inner = _size(filters) // filters.shape[axis]
+    return Product(2 * inner * _size(out), _nbytes(image) + _nbytes(filters) + _nbytes(out), str(image.dtype))
 
 
 def _ragged_product(eqn: Any) -> Product:

@@ -60,7 +60,7 @@ from evojax_merge.evaluation.programs import (
     Program,
     execute,
 )
-from evojax_merge.evaluation.scores import TaskScores, task_weights
+from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores, task_weights
 from evojax_merge.evaluation.targets import Target, live_target
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
@@ -321,7 +321,8 @@ class Evaluator:
 
     `chunk`: the number of candidates that share a pass on a device; None chooses it. `log` receives each choice.
     Choices that depend on the kind of device are made for `target`; `free_memory`: bytes that a pass may use on a
-    device beyond what is loaded; `temporary_bytes`: the bytes that a traced pass needs beyond its arguments.
+    device beyond what is loaded; `temporary_bytes`: the bytes that a traced pass needs beyond its arguments;
+    `features`: `[R, hidden]`, the features of the tasks' images (see models.decoder), None where there are none.
     """
 
     config: DecoderConfig
@@ -338,6 +339,7 @@ class Evaluator:
     target: Target = field(default_factory=live_target)
     free_memory: Callable[[], int] = free_memory
     temporary_bytes: Callable[[TracedPass], int | None] = compiled_temporary_bytes
+    features: Any = None
 
     @property
     def tasks(self) -> list[Task]:
@@ -350,6 +352,14 @@ class Evaluator:
     def passes(self, population: int) -> int:
         """The steps of progress that an evaluation reports."""
         return sum(batched_task.batches for batched_task in self.batched_tasks) * population
+
+    def features_of(self, batched_task: BatchedTask) -> Any:
+        """The features of images that a task's passes take; None for a task of texts."""
+        return self.features if batched_task.has_images else None
+
+    def _arrays_of(self, batched_task: BatchedTask, batch: ScoringBatch) -> dict[str, Any]:
+        features = self.features_of(batched_task)
+        return arrays_of(batch) | ({} if features is None else {"features": features})
 
     def subset(self, examples: Sequence[np.ndarray]) -> "Evaluator":
         """The same on some of the examples: for each of the tasks int[M], ascending. The batches keep their shapes, so
@@ -372,23 +382,23 @@ class Evaluator:
         return MergePopulation(LazyMergeFactory(spec, self.compute_dtype, self._prefetch_layers), bank, recipes)
 
     def population_gradient(
-        self, bank: Bank, spec: MergeSpec, recipes: Recipe, progress: Progress = lambda done: None
+        self, bank: Bank, spec: MergeSpec, recipes: Recipe, progress: Progress = lambda done: None, goal: Goal = PLAIN
     ) -> tuple[TaskScores, Recipe]:
         """Score P recipes (leading axis P on every leaf), and differentiate the fitness of each with respect to its
         numbers: a recipe of derivatives, float32 (see `differentiated`)."""
         population = self.merges(bank, spec, jax.tree.map(np.asarray, recipes)).differentiable()
-        return self.differentiated(population, progress)
+        return self.differentiated(population, progress, goal)
 
     def differentiated(
-        self, population: DifferentiablePopulation, progress: Progress = lambda done: None
+        self, population: DifferentiablePopulation, progress: Progress = lambda done: None, goal: Goal = PLAIN
     ) -> tuple[TaskScores, Any]:
         """Score P candidates, and differentiate the fitness of each with respect to its arrays, float32. The scores
         are only those of the tasks' fitness. NaN where a candidate failed. Every task that counts must have a
         derivative."""
         scores, gradient = TaskScores({}), jax.tree.map(np.zeros_like, population.candidates)
-        for task, share in task_weights(self.tasks):
+        for task, weight in task_weights(self.tasks, goal):
             i = self.tasks.index(task)
-            matrices, part = self.retry_on_oom(i, partial(self._gradient, population, share), progress)
+            matrices, part = self.retry_on_oom(i, partial(self._gradient, population, weight), progress)
             scores.matrices[task.name] = matrices
             gradient = jax.tree.map(np.add, gradient, part)
         return scores, gradient
@@ -501,11 +511,12 @@ class Evaluator:
             source = population.source(candidates, self.compute_dtype)
             if materialised:
                 source = yield from population.materialise(mesh, candidates)
-            prefix = yield from self._prefix(source, scoring.shared_prefix)
+            prefix = yield from self._prefix(source, scoring.shared_prefix, self.features_of(batched_task))
 
             def job(batch: ScoringBatch, source: Source = source, prefix: KVCache | None = prefix) -> Job:
                 spec = passes.ScoreSpec(self.config, source.factory, mesh, batched_task.requests.logits_fn)
-                arguments = (spec, (source.replicated, arrays_of(batch)), (source.candidates, prefix))
+                arrays = self._arrays_of(batched_task, batch)
+                arguments = (spec, (source.replicated, arrays), (source.candidates, prefix))
                 answers = yield Program(
                     SCORE, passes.score, arguments, source.size, holds=(source.holds, prefix),
                     merge_bytes=source.merge_bytes,
@@ -520,12 +531,14 @@ class Evaluator:
 
             yield Each(map(job, scoring.batches), read)
 
-    def _prefix(self, source: Source, shared_prefix: np.ndarray) -> Generator[Program, Any, KVCache | None]:
+    def _prefix(
+        self, source: Source, shared_prefix: np.ndarray, features: Any
+    ) -> Generator[Program, Any, KVCache | None]:
         """The KV cache of the prefix that a task's rows share, if there is one."""
         if not shared_prefix.size:
             return None
         spec = passes.PassSpec(self.config, source.factory, self.devices.mesh)
-        arguments = (spec, (source.replicated, shared_prefix), source.candidates)
+        arguments = (spec, (source.replicated, shared_prefix, features), source.candidates)
         return (
             yield Program(
                 PREFIX, passes.prefill_prefix, arguments, source.size, holds=source.holds,
@@ -534,10 +547,10 @@ class Evaluator:
         )  # fmt: skip
 
     def _gradient(
-        self, population: DifferentiablePopulation, share: float, batched_task: BatchedTask, progress: Progress
+        self, population: DifferentiablePopulation, weight: float, batched_task: BatchedTask, progress: Progress
     ) -> tuple[dict[str, np.ndarray], Any]:
-        """A task's scores of the metric that counts, float32[P, N], and the derivative of `share` times their mean with
-        respect to the candidates' arrays."""
+        """A task's scores of the metric that counts, float32[P, N], and the derivative of `weight` times their mean
+        with respect to the candidates' arrays."""
         task, requests = batched_task.task, batched_task.requests
         counts = np.array([len(row.tokens) - row.start for row in requests.scored])
         shape = (population.size, len(counts))
@@ -545,7 +558,7 @@ class Evaluator:
         if task.derivative == "nonlinear":
             # The weight of a total depends on the others, which may be in other batches.
             totals, greedy = self._score(population.to_score(), batched_task, lambda done: None)
-        slopes = task.score_gradient(Responses(totals, counts, greedy, [])) * (share / task.size)
+        slopes = task.score_gradient(Responses(totals, counts, greedy, [])) * (weight / task.size)
         gradient = jax.tree.map(np.zeros_like, population.candidates)
         model = self.devices.candidate_bytes(population.model_shape())
         size = self.gradient_chunk(population, batched_task) * self.devices.population
@@ -573,12 +586,14 @@ class Evaluator:
         source = population.source(candidates, self.compute_dtype)
         if materialised:
             source = yield from population.materialise(mesh, candidates)
-        prefix = yield from self._prefix(source, scoring.shared_prefix)
+        features = self.features_of(batched_task)
+        prefix = yield from self._prefix(source, scoring.shared_prefix, features)
 
         def job(batch: ScoringBatch) -> Job:
             real = np.where(batch.rows >= 0, weights[:, batch.rows], 0).astype(np.float32)
             spec = passes.ScoreSpec(self.config, source.factory, mesh, batched_task.requests.logits_fn)
-            arguments = (spec, (source.replicated, arrays_of(batch)), (source.candidates, prefix, real))
+            arrays = self._arrays_of(batched_task, batch)
+            arguments = (spec, (source.replicated, arrays), (source.candidates, prefix, real))
             answers = yield Program(
                 GRADIENT, passes.score_gradient, arguments, source.size, holds=(source.holds, prefix),
                 merge_bytes=source.merge_bytes,
@@ -595,7 +610,8 @@ class Evaluator:
         holds = (source.holds, prefix, gradient, cotangents)
         if prefix is not None:
             spec = passes.PassSpec(self.config, source.factory, mesh)
-            arguments = (spec, (source.replicated, scoring.shared_prefix), (source.candidates, cotangents))
+            shared = (source.replicated, scoring.shared_prefix, features)
+            arguments = (spec, shared, (source.candidates, cotangents))
             through = yield Program(
                 PREFIX_GRADIENT, passes.prefix_gradient, arguments, source.size, holds=holds,
                 merge_bytes=source.merge_bytes,
@@ -728,9 +744,10 @@ class Evaluator:
         prefix = None
         if shared_prefix.size:
             read = partial(passes.prefill_prefix, passes.PassSpec(self.config, factory, mesh))
-            prefix = jax.eval_shape(read, (population.replicated, shared_prefix), candidates)
+            shared = (population.replicated, shared_prefix, self.features_of(batched_task))
+            prefix = jax.eval_shape(read, shared, candidates)
         spec = passes.ScoreSpec(self.config, factory, mesh, batched_task.requests.logits_fn)
-        return spec, (population.replicated, arrays_of(batch)), (candidates, prefix)
+        return spec, (population.replicated, self._arrays_of(batched_task, batch)), (candidates, prefix)
 
     def _pass_bytes(self, traced: TracedPass, prefix: Any) -> int | None:
         temporaries = self.temporary_bytes(traced)
@@ -800,7 +817,7 @@ class Evaluator:
 
         def job() -> Job:
             source = yield from population.materialise(self.devices.mesh, candidates)
-            prefix = yield from self._prefix(source, prompts.shared_prefix)
+            prefix = yield from self._prefix(source, prompts.shared_prefix, self.features_of(batched_task))
             decoding = yield from self._decode_weights(source)
             for batch in prompts.batches:
                 state = yield from self._prefill_batch(source, decoding, prefix, batch, batched_task)
@@ -832,7 +849,8 @@ class Evaluator:
         arguments = (spec, None, np.zeros(source.size))
         state = yield Program(START, passes.init_decode, arguments, source.size, is_priced=False)
         for group in batch.prefill_groups:
-            shared = (source.replicated, np.int32(group.begin), *batch.prefill_group(group))
+            features = self.features_of(batched_task)
+            shared = (source.replicated, np.int32(group.begin), *batch.prefill_group(group), features)
             holds = (decoding.holds, prefix, state)
             state = yield Program(
                 PREFILL, passes.prefill, (spec, shared, (source.candidates, prefix), state), source.size, holds=holds
@@ -914,13 +932,14 @@ class Evaluator:
             batched_task.prompts.shared_prefix,
         )
         spec, prefix = self._decode_spec(PerCandidateModel(), batch, batched_task), None
+        features = self.features_of(batched_task)
         if shared_prefix.size:
             prefix_spec = passes.PassSpec(self.config, spec.factory, mesh)
-            read = trace(passes.prefill_prefix, prefix_spec, (None, shared_prefix), models)
+            read = trace(passes.prefill_prefix, prefix_spec, (None, shared_prefix, features), models)
             prefix = abstract_results(read, self.devices)
         group = max(batch.prefill_groups, key=lambda group: (group.end - group.begin) * group.width)
         state = abstract_results(trace(passes.init_decode, spec, None, np.zeros(groups)), self.devices)
-        shared = (None, np.int32(0), *batch.prefill_group(group))
+        shared = (None, np.int32(0), *batch.prefill_group(group), features)
         traced = trace(passes.prefill, spec, shared, (models, prefix), state)
         return candidate_bytes(models), 2 * candidate_bytes(state) + (self.temporary_bytes(traced) or 0)
 
@@ -947,6 +966,8 @@ class MergeEvaluator:
     def evaluate(self, recipes: Recipe, progress: Progress = lambda done: None) -> TaskScores:
         return self.evaluator.population(self.bank, self.spec, recipes, progress)
 
-    def value_and_gradient(self, recipes: Recipe, progress: Progress = lambda done: None) -> tuple[TaskScores, Recipe]:
+    def value_and_gradient(
+        self, recipes: Recipe, progress: Progress = lambda done: None, goal: Goal = PLAIN
+    ) -> tuple[TaskScores, Recipe]:
         """Scores, and the derivative of each candidate's fitness with respect to its recipe."""
-        return self.evaluator.population_gradient(self.bank, self.spec, recipes, progress)
+        return self.evaluator.population_gradient(self.bank, self.spec, recipes, progress, goal)

@@ -22,6 +22,7 @@ from evojax_merge.models.decoder import (
     CacheUpdate,
     HeadSource,
     KVCache,
+    LayerSource,
     forward,
     logits,
     target_logprobs,
@@ -217,30 +218,37 @@ def _apply_logits_fn(
 
 @partial(jax.jit, static_argnums=0)
 def prefill_prefix(spec: PassSpec, shared: Any, each: Any) -> KVCache:
-    """The KV cache of a shared prefix for each of P candidates. shared: the models' arrays, and the prefix int32[H],
-    one row; each: the candidates."""
+    """The KV cache of a shared prefix for each of P candidates. shared: the models' arrays, the prefix int32[H], one
+    row, and the features of images or None; each: the candidates."""
 
     def one(shared: Any, candidate: Any) -> KVCache:
-        replicated, shared_prefix = shared
+        replicated, shared_prefix, features = shared
         layout = prefix_layout(shared_prefix.shape[0])
         source = spec.factory(replicated, candidate)
-        _, cache = forward(spec.config, source, shared_prefix[None], layout, return_kv=True)
+        _, cache = forward(spec.config, source, shared_prefix[None], layout, return_kv=True, features=features)
         assert cache is not None
         return cache
 
     return vmap_sharded(spec.mesh, one, shared, each)
 
 
+def _hidden(spec: ScoreSpec, source: LayerSource, batch: Any, prefix: KVCache | None) -> jax.Array:
+    """The final hidden states of a batch."""
+    layout = SequenceLayout(batch["positions"], batch["segment_ids"])
+    features = batch.get("features")
+    return forward(spec.config, source, batch["tokens"], layout, prefix=prefix, features=features)[0]
+
+
 @partial(jax.jit, static_argnums=0)
 def score(spec: ScoreSpec, shared: Any, each: Any) -> tuple[jax.Array, jax.Array]:
     """float32[P, R] and bool[P, R]: a chunk of candidates on one batch (see `logprobs_from_hidden`). shared: the
-    models' arrays, and a batch's; each: the candidates, and their prefix's cache or None."""
+    models' arrays, and a batch's, the `features` of its images among them where it has any; each: the candidates, and
+    their prefix's cache or None."""
 
     def one(shared: Any, each: Any) -> tuple[jax.Array, jax.Array]:
         (replicated, batch), (candidate, prefix) = shared, each
         source = spec.factory(replicated, candidate)
-        layout = SequenceLayout(batch["positions"], batch["segment_ids"])
-        hidden, _ = forward(spec.config, source, batch["tokens"], layout, prefix=prefix)
+        hidden = _hidden(spec, source, batch, prefix)
         return logprobs_from_hidden(spec.config, source, hidden, batch, spec.logits_fn)
 
     return vmap_sharded(spec.mesh, one, shared, each)
@@ -254,11 +262,10 @@ def score_gradient(spec: ScoreSpec, shared: Any, each: Any) -> tuple[tuple[jax.A
 
     def one(shared: Any, each: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
         (replicated, batch), (candidate, prefix, weights) = shared, each
-        layout = SequenceLayout(batch["positions"], batch["segment_ids"])
 
         def goal(candidate: Any, prefix: KVCache | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             source = spec.factory(replicated, candidate)
-            hidden, _ = forward(spec.config, source, batch["tokens"], layout, prefix=prefix)
+            hidden = _hidden(spec, source, batch, prefix)
             totals, is_greedy = logprobs_from_hidden(spec.config, source, hidden, batch, spec.logits_fn)
             return jnp.sum(weights * totals), (totals, is_greedy)
 
@@ -274,11 +281,12 @@ def prefix_gradient(spec: PassSpec, shared: Any, each: Any) -> Any:
     float32. shared: as for `prefill_prefix`; each: the candidates, and the derivative with respect to the cache."""
 
     def one(shared: Any, each: Any) -> Any:
-        (replicated, shared_prefix), (candidate, cotangents) = shared, each
+        (replicated, shared_prefix, features), (candidate, cotangents) = shared, each
 
         def cache(candidate: Any) -> KVCache | None:
             tokens, layout = shared_prefix[None], prefix_layout(shared_prefix.shape[0])
-            return forward(spec.config, spec.factory(replicated, candidate), tokens, layout, return_kv=True)[1]
+            source = spec.factory(replicated, candidate)
+            return forward(spec.config, source, tokens, layout, return_kv=True, features=features)[1]
 
         output, pull_back = jax.vjp(cache, candidate)
         cotangents = jax.tree.map(lambda cotangent, leaf: cotangent.astype(leaf.dtype), cotangents, output)
@@ -367,14 +375,14 @@ def init_decode(spec: DecodeSpec, shared: None, each: jax.Array) -> DecodeState:
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 def prefill(spec: DecodeSpec, shared: Any, each: Any, state: DecodeState) -> DecodeState:
     """Prefill prompts and generate a first token after each (see models.generate). shared: the models' arrays, the
-    number of the first row, and the prompts' tokens and left padding; each: the candidates, and their prefix's cache or
-    None."""
+    number of the first row, the prompts' tokens and left padding, and the features of images or None; each: the
+    candidates, and their prefix's cache or None."""
 
     def local(shared: Any, each: Any) -> DecodeState:
-        (replicated, row, tokens, left_pad), ((candidates, prefix), state) = shared, each
+        (replicated, row, tokens, left_pad, features), ((candidates, prefix), state) = shared, each
         make = partial(spec.factory, replicated)
         return generate.prefill(
-            spec.config, make, candidates, state, spec.width, row, tokens, left_pad, spec.stop, prefix
+            spec.config, make, candidates, state, spec.width, row, tokens, left_pad, spec.stop, prefix, features
         )
 
     return shard_population(spec.mesh, local, shared, (each, state))

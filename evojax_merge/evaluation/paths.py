@@ -18,7 +18,7 @@ from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.evaluation.evaluator import DifferentiablePopulation, Evaluator, Progress, arrays_of, score_task
 from evojax_merge.evaluation.passes import logprobs_from_hidden
-from evojax_merge.evaluation.scores import TaskScores, task_weights
+from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores, task_weights
 from evojax_merge.models.architecture import architecture_of
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.layers import SequenceLayout
@@ -162,7 +162,7 @@ class PathEvaluator:
         return TaskScores(matrices, outputs)
 
     def value_and_gradient(
-        self, paths: Sequence[LayerPath | None], progress: Progress = lambda done: None
+        self, paths: Sequence[LayerPath | None], progress: Progress = lambda done: None, goal: Goal = PLAIN
     ) -> tuple[TaskScores, list[np.ndarray | None]]:
         """Score P paths on the metrics that the fitness is made of, and differentiate the fitness of each with respect
         to its scales: float64[T], NaN where a candidate failed. None, a candidate without a path, scores NaN and has no
@@ -188,7 +188,7 @@ class PathEvaluator:
                 # The number of candidates and rows that fit into a pass depends on the depth of the path.
                 self.by_config[config] = replace(self.evaluator, config=config, devices=ONE_DEVICE, chunk_sizes={})
             population = DifferentiablePopulation(PathFactory(), replicated, scales)
-            scores, scale_gradients = self.by_config[config].differentiated(population, progress)
+            scores, scale_gradients = self.by_config[config].differentiated(population, progress, goal)
             for task in tasks:
                 matrices[task.name][task.metric][members] = scores.matrices[task.name][task.metric]
             for p, path, gradient in zip(members, same_layers, scale_gradients, strict=True):
@@ -235,6 +235,7 @@ class PathEvaluator:
     ) -> tuple[np.ndarray, np.ndarray]:
         """float32[P, R] and bool[P, R]: every distinct path on one batch."""
         config, arrays = self.evaluator.config, arrays_of(batch)
+        features = self.evaluator.features_of(batched_task)
         assert batched_task.scoring is not None
         shared_prefix = batched_task.scoring.shared_prefix[None] if batched_task.scoring.shared_prefix.size else None
         layout = SequenceLayout(jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids))
@@ -243,7 +244,7 @@ class PathEvaluator:
         for parent in sorted({embedding_parent for _, embedding_parent in keys}):
             source = embedding_and_head(self.bank, parent)
             members = [i for i, (_, embedding_parent) in enumerate(keys) if embedding_parent == parent]
-            states = [embed_batch(config, source, batch.tokens, layout, shared_prefix)]
+            states = [embed_batch(config, source, batch.tokens, layout, shared_prefix, features)]
             for depth, steps, ended in segments(build_trie([keys[i][0] for i in members])):
                 del states[depth + 1 :]
                 states.append(self._run_layers(config, states[depth], layout, steps))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evojax_merge.evaluation.batched_tasks import BatchedTask
-from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.evaluation.scores import ScoredTask, TaskScores
 
 # The keys of a row, whatever the task is.
 KEYS = ("model", "task", "example", "score", "scores")
@@ -24,8 +24,7 @@ def sample_rows(
     rows = []
     for batched_task in batched_tasks:
         task, requests = batched_task.task, batched_task.requests
-        matrices = scores.matrices[task.name]
-        lines: list[dict[str, Any]] = [{"model": model, "task": task.name, "example": None} for _ in range(task.size)]
+        lines = score_rows(model, task, [None] * task.size, scores, p)
         answers: list[tuple[str, Sequence[Any], Sequence[Any]]] = []
         if task.name in scores.outputs:
             answers.append(("outputs", requests.prompts, scores.outputs[task.name][p]))
@@ -40,10 +39,26 @@ def sample_rows(
                 lines[row.example].setdefault(key, []).append(answer)
         for n, line in enumerate(lines):
             line["target"], line["extracted"] = task.target(n), task.extracted(n, line.get("outputs", []))
-            line["score"] = _finite(matrices[task.metric][p, n])
-            line["scores"] = {metric: _finite(matrix[p, n]) for metric, matrix in matrices.items()}
         rows += lines
     return rows
+
+
+def score_rows(
+    model: str, task: ScoredTask, examples: Sequence[Any], scores: TaskScores, p: int = 0
+) -> list[dict[str, Any]]:
+    """The scores of candidate `p` on a task, a row for each example. examples: each one's place in the data, or its
+    number there."""
+    matrices = scores.matrices[task.name]
+    return [
+        {
+            "model": model,
+            "task": task.name,
+            "example": example,
+            "score": _finite(matrices[task.metric][p, n]),
+            "scores": {metric: _finite(matrix[p, n]) for metric, matrix in matrices.items()},
+        }
+        for n, example in enumerate(examples)
+    ]
 
 
 def _finite(value: Any) -> float | None:

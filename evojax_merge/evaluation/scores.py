@@ -4,7 +4,7 @@ Letters: P candidates, N examples, T tasks. Higher is better, everywhere. A cand
 failed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -13,6 +13,12 @@ import numpy as np
 from evojax_merge.tasks.task import ScoredTask
 
 T = TypeVar("T", bound=ScoredTask)
+
+# The fitness of a candidate that breaks a guard by hardly anything. Every broken one lies between this and its double,
+# below all that keep their guards, and as far apart in float32 as other fitness is.
+BROKEN = -1e30
+# The part of a score by which it may differ where it is computed in other pieces.
+ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,10 @@ class Scores:
 
     values: float32[P, N], each candidate's score on each example, NaN where it was not evaluated; evaluated: bool[P,
     N]; task_of: int[N], the task of each example; tasks: the T tasks' names; weights: float64[T], the share of each in
-    the fitness, together 1; predicted: float64[P], the fitness on all examples where some were left out, NaN for a
-    candidate that failed; None: fitness is the mean over the evaluated examples. gradients: float32[P, D], the
-    derivatives of the candidates' fitness with respect to their genomes, where the strategy wants them.
+    the fitness, together 1, over the unit in which it is measured (see `Goal`); predicted: float64[P], the fitness that
+    candidates are compared by, on all examples where some were left out, NaN for a candidate that failed; None: fitness
+    is the weighted mean over the evaluated examples. gradients: float32[P, D], the derivatives of the candidates'
+    fitness with respect to their genomes, where the strategy wants them.
     """
 
     values: np.ndarray
@@ -68,22 +75,97 @@ class Scores:
         return np.where(np.isfinite(summed), summed, np.nan)
 
 
-def task_weights(tasks: Sequence[T]) -> list[tuple[T, float]]:
-    """The tasks that the fitness is made of, and the share of each; together 1. Tasks of weight 0 take no part, unless
-    there are no others: then all have the same share."""
+@dataclass(frozen=True)
+class Scale:
+    """The measure of a task: a mean counts as its distance from `zero`, in units of `unit`, which is above 0."""
+
+    zero: float
+    unit: float
+
+
+@dataclass(frozen=True)
+class Guard:
+    """The constraint on a task: a candidate's mean is not below the base's by more than `tolerance`."""
+
+    base: float
+    tolerance: float
+
+    @property
+    def least(self) -> float:
+        """The least mean that keeps the guard; the base itself keeps it, in whatever pieces it is computed."""
+        return self.base - self.tolerance - ROUNDING * max(1.0, abs(self.base))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The fitness beyond the tasks' weights. scales: by `task/metric`, a score without one counts as it is; guards: by
+    the task's name."""
+
+    scales: Mapping[str, Scale] = field(default_factory=dict)
+    guards: Mapping[str, Guard] = field(default_factory=dict)
+
+    def scale(self, task: ScoredTask) -> Scale:
+        return self.scales.get(f"{task.name}/{task.metric}", UNSCALED)
+
+    def offset(self, tasks: Sequence[ScoredTask]) -> float:
+        """The part of the fitness that no candidate changes: the weighted sum of means less this is the fitness."""
+        return sum(weight * self.scale(task).zero for task, weight in task_weights(tasks, self))
+
+
+UNSCALED = Scale(0.0, 1.0)
+PLAIN = Goal()
+
+
+def task_weights(tasks: Sequence[T], goal: Goal = PLAIN) -> list[tuple[T, float]]:
+    """The tasks that the fitness is made of, and the share of each over its unit; shares are together 1. Tasks of
+    weight 0 take no part, unless there are no others: then all have the same share."""
     weights = [task.weight for task in tasks] if any(task.weight for task in tasks) else [1.0] * len(tasks)
-    return [(task, weight / sum(weights)) for task, weight in zip(tasks, weights, strict=True) if weight > 0]
-
-
-def fitness(tasks: Sequence[ScoredTask], scores: TaskScores) -> np.ndarray:
-    """float64[P]: the weighted mean over tasks of the mean over examples of each task's metric; NaN where a
-    score is not finite."""
-    rows = [
-        share * scores.matrices[task.name][task.metric].mean(axis=1, dtype=np.float64)
-        for task, share in task_weights(tasks)
+    return [
+        (task, weight / sum(weights) / goal.scale(task).unit)
+        for task, weight in zip(tasks, weights, strict=True)
+        if weight > 0
     ]
-    summed = np.sum(rows, axis=0)
+
+
+def fitness(tasks: Sequence[ScoredTask], scores: TaskScores, goal: Goal = PLAIN) -> np.ndarray:
+    """float64[P]: the weighted mean over tasks of the mean over examples of each task's metric, as the goal's scales
+    measure it; NaN where a score is not finite."""
+    rows = [weight * _mean(task, scores) for task, weight in task_weights(tasks, goal)]
+    summed = np.sum(rows, axis=0) - goal.offset(tasks)
     return np.where(np.isfinite(summed), summed, np.nan)
+
+
+def violations(tasks: Sequence[ScoredTask], scores: TaskScores, goal: Goal) -> np.ndarray:
+    """float64[P]: by how much each candidate breaks the goal's guards, summed up in the units of the scales; 0 for one
+    that keeps them all."""
+    broken = [
+        np.maximum(0.0, goal.guards[task.name].least - _mean(task, scores)) / goal.scale(task).unit
+        for task in tasks
+        if task.name in goal.guards
+    ]
+    first = scores.matrices[tasks[0].name][tasks[0].metric]
+    return np.sum(broken, axis=0) if broken else np.zeros(len(first))
+
+
+def ranked_fitness(tasks: Sequence[ScoredTask], scores: TaskScores, goal: Goal = PLAIN) -> np.ndarray:
+    """float64[P]: the fitness that candidates are compared by. One that keeps the guards is better than one that breaks
+    any; of two that do, the one that breaks them less (Deb, An efficient constraint handling method for genetic
+    algorithms, 2000)."""
+    values = fitness(tasks, scores, goal)
+    if not goal.guards:
+        return values
+    broken = violations(tasks, scores, goal)
+    return np.where(np.isfinite(values) & (broken > 0), BROKEN * (1 + broken / (1 + broken)), values)
+
+
+def without_broken(values: np.ndarray) -> np.ndarray:
+    """Fitness that candidates are compared by, NaN where a guard is broken."""
+    return np.where(values <= BROKEN, np.nan, values)
+
+
+def _mean(task: ScoredTask, scores: TaskScores) -> np.ndarray:
+    mean: np.ndarray = scores.matrices[task.name][task.metric].mean(axis=1, dtype=np.float64)
+    return mean
 
 
 def means(tasks: Sequence[ScoredTask], scores: TaskScores) -> list[dict[str, float]]:
@@ -99,9 +181,9 @@ def means(tasks: Sequence[ScoredTask], scores: TaskScores) -> list[dict[str, flo
     ]
 
 
-def score_matrix(tasks: Sequence[ScoredTask], scores: TaskScores) -> Scores:
+def score_matrix(tasks: Sequence[ScoredTask], scores: TaskScores, goal: Goal = PLAIN) -> Scores:
     """The score matrix of candidates that were evaluated on every example."""
-    weighted = task_weights(tasks)
+    weighted = task_weights(tasks, goal)
     values = [scores.matrices[task.name][task.metric] for task, _ in weighted]
     matrix = np.concatenate(values, axis=1)
     return Scores(
@@ -109,5 +191,6 @@ def score_matrix(tasks: Sequence[ScoredTask], scores: TaskScores) -> Scores:
         evaluated=np.ones(matrix.shape, bool),
         task_of=np.repeat(np.arange(len(values)), [value.shape[1] for value in values]),
         tasks=tuple(task.name for task, _ in weighted),
-        weights=np.array([share for _, share in weighted]),
+        weights=np.array([weight for _, weight in weighted]),
+        predicted=ranked_fitness(tasks, scores, goal),
     )

@@ -93,6 +93,8 @@ def from_mergekit_evolve(path: Path, document: dict[str, Any]) -> dict[str, Any]
         "tokenizer_source": _tokenizer_source(path, theirs.genome, base),
         "space": space,
         "tasks": [_task(path, theirs, i) for i in range(len(theirs.tasks))],
+        # mergekit-evolve adds up scores as they are.
+        **({"scale": "none"} if len(theirs.tasks) > 1 else {}),
         "search": theirs.search.model_dump(),
         "evaluation": theirs.evaluation.model_dump(),
         "export_dtype": theirs.export_dtype,

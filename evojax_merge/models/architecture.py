@@ -108,6 +108,8 @@ class Architecture:
     of each product, such as a soft cap. always_maps_logits: whether every model of the family has such a function;
     transformers leaves it out inside of a larger model, so that a text decoder there is refused.
 
+    bidirectional_images: whether the positions of an image attend to each other in both directions.
+
     buffers: suffixes of the names of buffers that earlier files hold, and that no forward pass reads.
 
     no_adapter: the reason where PEFT has no adapters for all of its matrices.
@@ -133,6 +135,7 @@ class Architecture:
     final_norm: Callable[[Any, SharedWeights, jax.Array], jax.Array]
     map_logits: Callable[[Any, jax.Array], jax.Array] = lambda config, products: products
     always_maps_logits: bool = False
+    bidirectional_images: bool = False
     config_class: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     depths: Callable[[Any], Mapping[str, int]] = lambda config: {LAYERS: config.layers}

@@ -4,14 +4,16 @@
 weights, or a merge that is computed while the scan runs. `decode_step` feeds a few tokens to a model with a KV cache.
 Both run the block of the config's architecture and pass it the attention function.
 
-Shapes: tokens `[B, T]`, hidden states `[B, T, hidden]`, cached keys `[L, G, B, head_dim, S]` and values
-`[L, G, B, S, head_dim]` of G key-value heads: each head's keys and values are contiguous, in the order in which its
-matmuls read them. Weights keep Hugging Face's orientation `[out, in]`. A `SequenceLayout` gives every token's position
-and segment: rows may be padded on the left (for generation, every prompt ends in the last column) or on the right, may
-hold several segments that share a beginning, and may all follow one *prefix* that was prefilled before.
+Shapes: tokens `[B, T]`, hidden states `[B, T, hidden]`, features of images `[R, hidden]`, cached keys `[L, G, B,
+head_dim, S]` and values `[L, G, B, S, head_dim]` of G key-value heads: each head's keys and values are contiguous, in
+the order in which its matmuls read them. Weights keep Hugging Face's orientation `[out, in]`. A `SequenceLayout` gives
+every token's position and segment: rows may be padded on the left (for generation, every prompt ends in the last
+column) or on the right, may hold several segments that share a beginning, and may all follow one *prefix* that was
+prefilled before.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -100,12 +102,16 @@ class KVSegment:
 
 
 def attention_mask(window: jax.Array, queries: SequenceLayout, keys: SequenceLayout) -> jax.Array:
-    """The mask bool[B, T, S]: True for keys that are not later, inside the sliding window, and in the shared segment or
-    the query's own."""
+    """The mask bool[B, T, S]: True for keys that are not later, or of the query's own image (see `SequenceLayout`),
+    inside the sliding window, and in the shared segment or the query's own."""
     distance = queries.positions[:, :, None] - keys.positions[:, None, :]
     segment = keys.segment_ids[:, None, :]
     allowed = (segment == 0) | ((segment > 0) & (segment == queries.segment_ids[:, :, None]))
-    return (distance >= 0) & (distance < window) & allowed
+    seen = distance >= 0
+    if queries.image_ids is not None and keys.image_ids is not None:
+        same = queries.image_ids[:, :, None] == keys.image_ids[:, None, :]
+        seen |= same & (queries.image_ids >= 0)[:, :, None]
+    return seen & (distance < window) & allowed
 
 
 def gqa_attention(
@@ -167,6 +173,17 @@ def causal_attention(
     return jnp.concatenate([block(begin, end) for begin, end in pairwise(edges)], axis=1)
 
 
+def whole_attention(
+    query: jax.Array,
+    own: KVSegment,
+    prefix: Sequence[KVSegment],
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """`gqa_attention` of whole rows to themselves and to a prefix, where queries attend to later columns."""
+    return gqa_attention(query, [*prefix, own], scale, softcap)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The two ways through all layers
 
@@ -187,6 +204,7 @@ def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValu
     """The attention of whole rows to themselves and to a prefix, given as one layer's keys `[G, d, S]` and values
     `[G, S, d]`."""
     mask = attention_mask(window, layout, layout)
+    attention = causal_attention if layout.image_ids is None else whole_attention
     before = []
     if prefix is not None:
         before = [KVSegment(*prefix, attention_mask(window, layout, prefix_layout(prefix[1].shape[1])))]
@@ -201,7 +219,7 @@ def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValu
     ) -> tuple[jax.Array, KeyValue]:
         key, value = by_head(key, value)
         whole = KVSegment(key, value, mask)
-        return _attend_by_head(causal_attention, query, key.shape[0], whole, before, scale, softcap), (key, value)
+        return _attend_by_head(attention, query, key.shape[0], whole, before, scale, softcap), (key, value)
 
     return attend
 
@@ -222,6 +240,31 @@ def scan_with_prefetch(step: Callable[..., Any], x: Any, at: Callable[[Any], Any
     return x, out
 
 
+def embed(
+    config: DecoderConfig, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout, features: jax.Array | None
+) -> jax.Array:
+    """The hidden states before the first layer. features: `[R, hidden]`, the features of images: a negative token is
+    the position of row `~token`, which enters as it is; None: there is no negative token."""
+    architecture = architecture_of(config)
+    if features is None:
+        return architecture.embed(config, source, tokens, layout)
+    embedded = architecture.embed(config, source, jnp.maximum(tokens, 0), layout)
+    rows = features[jnp.maximum(~tokens, 0)].astype(embedded.dtype)
+    return jnp.where((tokens < 0)[..., None], rows, embedded)
+
+
+def image_layout(
+    config: DecoderConfig, tokens: jax.Array, layout: SequenceLayout, features: jax.Array | None
+) -> SequenceLayout:
+    """The layout of tokens with the `image_ids` that the config's architecture has use for. An image is a run of
+    negative tokens."""
+    if features is None or not architecture_of(config).bidirectional_images:
+        return layout
+    is_image = tokens < 0
+    begins = is_image & ~jnp.pad(is_image, ((0, 0), (1, 0)))[:, :-1]
+    return replace(layout, image_ids=jnp.where(is_image, jnp.cumsum(begins, axis=1), -1))
+
+
 def forward(
     config: DecoderConfig,
     source: LayerSource,
@@ -230,14 +273,16 @@ def forward(
     *,
     prefix: KVCache | None = None,
     return_kv: bool = False,
+    features: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """Run a prefill and return the final hidden states `[B, T, hidden]` (after the last norm), and the KV cache with
     `return_kv`.
 
     tokens: int32[B, T], laid out as `layout` says; `prefix`: the cache of one row (B = 1) that every row of the batch
-    follows.
+    follows; features: see `embed`.
     """
     architecture, slices = architecture_of(config), source.stacks[LAYERS]
+    layout = image_layout(config, tokens, layout, features)
     tables = architecture.position_tables(config, layout)
 
     def layer(x: jax.Array, slice_: Any, kinds_and_prefix: tuple[LayerKind, KVCache | None]) -> tuple[jax.Array, Any]:
@@ -252,7 +297,7 @@ def forward(
             lambda leaf: jax.lax.dynamic_index_in_dim(*without_upcast(leaf, index), keepdims=False), slices
         )
 
-    x = replicate(architecture.embed(config, source, tokens, layout))
+    x = replicate(embed(config, source, tokens, layout, features))
     kinds_and_prefix = (layer_kinds(config), prefix)
     if source.prefetch:
         x, kv = scan_with_prefetch(layer, x, at, kinds_and_prefix)

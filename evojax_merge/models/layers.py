@@ -49,10 +49,13 @@ class Attend(Protocol):
 @struct.dataclass
 class SequenceLayout:
     """positions: int32[B, T], each token's position in its sequence; segment_ids: int32[B, T], 0 for tokens that all
-    segments of a row attend to, a segment's number for tokens that it alone attends to, negative for padding."""
+    segments of a row attend to, a segment's number for tokens that it alone attends to, negative for padding.
+    image_ids: int32[B, T], where the positions of an image attend to each other in both directions, the number of the
+    image in its row, negative elsewhere; None: no position attends to a later one."""
 
     positions: jax.Array
     segment_ids: jax.Array
+    image_ids: jax.Array | None = None
 
 
 @struct.dataclass

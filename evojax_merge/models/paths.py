@@ -19,7 +19,7 @@ from flax import struct
 
 from evojax_merge.models.architecture import LAYERS, architecture_of
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import prefill_attention
+from evojax_merge.models.decoder import embed, image_layout, prefill_attention
 from evojax_merge.models.layers import LayerKind, SequenceLayout, Weights, prefix_layout, tables_of
 from evojax_merge.models.sources import StackedWeights
 
@@ -161,10 +161,12 @@ def path_config(bank: PathBank, layers: Sequence[int], config: DecoderConfig) ->
 @struct.dataclass
 class Activations:
     """Hidden states `[B, T, hidden]` of a batch's rows, and `[1, H, hidden]` of the shared prefix before the rows, if
-    there is one."""
+    there is one. image_ids, prefix_image_ids: those of their layouts (see `SequenceLayout`)."""
 
     rows: jax.Array
     shared_prefix: jax.Array | None
+    image_ids: jax.Array | None = None
+    prefix_image_ids: jax.Array | None = None
 
 
 @partial(jax.jit, static_argnums=0)
@@ -174,13 +176,16 @@ def embed_batch(
     tokens: jax.Array,
     layout: SequenceLayout,
     shared_prefix: jax.Array | None,
+    features: jax.Array | None = None,
 ) -> Activations:
-    """The activations before the first layer. shared_prefix: int32[1, H]."""
-    embed = partial(architecture_of(config).embed, config, source)
-    rows = embed(tokens, layout)
-    return Activations(
-        rows, None if shared_prefix is None else embed(shared_prefix, prefix_layout(shared_prefix.shape[1]))
-    )
+    """The activations before the first layer. shared_prefix: int32[1, H]; features: see `decoder.embed`."""
+    rows, before = embed(config, source, tokens, layout, features), None
+    image_ids, prefix_image_ids = image_layout(config, tokens, layout, features).image_ids, None
+    if shared_prefix is not None:
+        first = prefix_layout(shared_prefix.shape[1])
+        before = embed(config, source, shared_prefix, first, features)
+        prefix_image_ids = image_layout(config, shared_prefix, first, features).image_ids
+    return Activations(rows, before, image_ids, prefix_image_ids)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -200,20 +205,21 @@ def run_layers(
     """
     architecture = architecture_of(config)
     tables = architecture.position_tables(config, layout)
+    layout = replace(layout, image_ids=state.image_ids)
 
     def step(i: jax.Array, state: Activations) -> Activations:
         weights = bank.scaled_layer(layers[i], residual_scales[i])
         kind = jax.tree.map(lambda each: each[layers[i]], bank.kinds)
         shared_prefix, prefix = state.shared_prefix, None
         if shared_prefix is not None:
-            before = prefix_layout(shared_prefix.shape[1])
+            before = replace(prefix_layout(shared_prefix.shape[1]), image_ids=state.prefix_image_ids)
             attend = prefill_attention(kind.window, before)
             prefix_tables = tables_of(kind, architecture.position_tables(config, before))
             shared_prefix, kv = architecture.block(config, weights, shared_prefix, prefix_tables, attend)
             prefix = (kv[0][:, 0], kv[1][:, 0])
         attend = prefill_attention(kind.window, layout, prefix)
         rows, _ = architecture.block(config, weights, state.rows, tables_of(kind, tables), attend)
-        return Activations(rows, shared_prefix)
+        return replace(state, rows=rows, shared_prefix=shared_prefix)
 
     return jax.lax.fori_loop(0, count, step, state)
 

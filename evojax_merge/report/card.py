@@ -17,7 +17,7 @@ from evojax_merge.problem import SearchProblem
 from evojax_merge.report.comparison import Result, model_name
 from evojax_merge.report.front_matter import changed_front_matter, front_matter
 from evojax_merge.report.tables import markdown_table
-from evojax_merge.tasks.task import Task
+from evojax_merge.tasks.task import GUARD_WEIGHT, Task
 from evojax_merge.yaml_reader import parse_documents, take_last
 from evojax_merge.zoo import PREFIX
 
@@ -129,18 +129,20 @@ def search_card(name: str, problem: SearchProblem[Backend], result: Result, reci
     splits = problem.splits
     validation, heldout = splits.validation, splits.heldout
     tasks = "\n".join(
-        f"- `{task.name}`: metric {task.metric}, weight {task.weight:g}, "
-        f"{_sizes(task, validation[i] if validation and task.weight else None, heldout[i])}"
+        f"- `{task.name}`: metric {task.metric}, weight {task.weight if task.weight > GUARD_WEIGHT else 0:g}, "
+        + ("guarded, " if task.name in problem.guards else "")
+        + _sizes(task, validation[i] if validation and task.weight else None, heldout[i])
         for i, task in enumerate(problem.splits.search)
     )
-    backend = problem.backend
+    backend, measured = problem.backend, result.measured()
+    more = "" if measured is None else f" {measured}"
     models = {backend.references[path]: path for path in backend.merged_from(result.genome)}
     return (
         merge_card(name, [backend.name], models, recipe, result.winner.scores if result.rows else {})
         + result.report.card_section()
         + f"\n## How it was found\n\n{problem.strategy.name} over {backend.describe()}, "
         f"{generations} generations, seed {problem.seed}. Fitness is the weighted mean of\n\n{tasks}\n\n"
-        f"{result.chosen_on()}\n\n## Held-out scores\n\nOn examples that the search never saw:\n\n"
+        f"{result.chosen_on()}{more}\n\n## Held-out scores\n\nOn examples that the search never saw:\n\n"
         f"{markdown_table(result.rows)}\n"
         + _front_section(result)
         + "".join(f"\n**{sentence}**\n" for sentence in result.verdicts())

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from evojax_merge.checkpoints.derived import parts_of
 from evojax_merge.checkpoints.folder import hub_id
+from evojax_merge.evaluation.scores import Scale
 from evojax_merge.file_system import atomic_write
 from evojax_merge.report.intervals import Lead
 from evojax_merge.report.winner import WinnerReport
@@ -53,17 +54,42 @@ class FrontMember:
 
 
 @dataclass(frozen=True)
+class GuardResult:
+    """A guarded score `task/metric`: the means of the winner and of the base on the examples that the winner was chosen
+    on, and `kept`: whether the winner's is at most `tolerance` below. heldout: both on the held-out examples, None
+    without any."""
+
+    score: str
+    tolerance: float
+    winner: float
+    base: float
+    kept: bool
+    heldout: tuple[float, float] | None = None
+
+    def describe(self) -> str:
+        state = "keeps" if self.kept else "BREAKS"
+        allowed = f", of which {self.tolerance:g} less was allowed" if self.tolerance else ""
+        heldout = "" if self.heldout is None else "; held out {:.4f} and {:.4f}".format(*self.heldout)
+        return (
+            f"The winner {state} the guard of {_task_of(self.score)} ({_metric_of(self.score)}): it has "
+            f"{self.winner:.4f}, the base {self.base:.4f}{allowed}{heldout}."
+        )
+
+
+@dataclass(frozen=True)
 class Result:
     """The winner and its comparison with other models.
 
     `baseline`: the candidate that needs no search (the uniform merge, the first parent as it is, or the best of a
     pool's founders, by the split that the winner was chosen on) and its fitness on the search split; `baseline_name`:
-    the founder's name. `rows`: the held-out table, empty without held-out examples. `scores`: the winner's on the
-    examples that it was chosen on, float32[N], task by task. `report`: shows the winner. `validation`: the winner's
-    fitness and the baseline's on the validation split, where the winner was chosen on one; None: it was chosen on the
-    search split. `stopped_by`: the criterion that ended the search before its last generation. `members`: the front,
-    where the strategy keeps one. `compute_dtype`: the dtype of these scores' computation; `search_compute_dtype`: of
-    the generations'. `shares`: `task/metric` of each task of the table -> its share of the fitness.
+    the parent's or founder's name. `rows`: the held-out table, empty without held-out examples. `scores`: the winner's
+    on the examples that it was chosen on, float32[N], task by task. `report`: shows the winner. `validation`: the
+    winner's fitness and the baseline's on the validation split, where the winner was chosen on one; None: it was chosen
+    on the search split. `stopped_by`: the criterion that ended the search before its last generation. `members`: the
+    front, where the strategy keeps one. `compute_dtype`: the dtype of these scores' computation;
+    `search_compute_dtype`: of the generations'. `shares`: `task/metric` of each task of the table -> its share of the
+    fitness; `scales`: the scale of each that has one; `guards`: of each guarded task; `answers`: the winner's and the
+    best parent's to each held-out example, a row of plain values each.
     """
 
     genome: np.ndarray
@@ -79,6 +105,9 @@ class Result:
     baseline_name: str = ""
     scores: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32), repr=False)
     shares: Mapping[str, float] = field(default_factory=dict)
+    scales: Mapping[str, Scale] = field(default_factory=dict)
+    guards: tuple[GuardResult, ...] = ()
+    answers: Sequence[dict[str, Any]] = field(default=(), repr=False)
 
     @property
     def winner(self) -> Row:
@@ -96,21 +125,22 @@ class Result:
 
     def chosen_on(self) -> str:
         """A sentence: the split that the winner was chosen on, its score there, and the dtype where that is not the
-        generations'."""
+        generations'; then one more where no candidate was better than the baseline."""
         label, searched, search_fitness = self.baseline_label, self.baseline[1], self.search_fitness
+        winner, baseline = (search_fitness, searched) if self.validation is None else self.validation
+        unbeaten = f" {nothing_beat(label)}" if winner <= baseline else ""
         dtypes = ""
         if self.compute_dtype != self.search_compute_dtype:
             dtypes = f" (computed in {self.compute_dtype}, the generations in {self.search_compute_dtype})"
         if self.validation is None:
             return (
                 f"The winner was chosen on the search split: there it scored {search_fitness:.4f}, the {label} "
-                f"{searched:.4f}{dtypes}."
+                f"{searched:.4f}{dtypes}.{unbeaten}"
             )
-        winner, baseline = self.validation
         return (
             f"The winner was chosen on the validation split, on which no generation was scored: there it scored "
             f"{winner:.4f}, the {label} {baseline:.4f}; on the search split {search_fitness:.4f}, the {label} "
-            f"{searched:.4f}{dtypes}."
+            f"{searched:.4f}{dtypes}.{unbeaten}"
         )
 
     def front(self) -> list[Row]:
@@ -128,17 +158,35 @@ class Result:
         return [row(member) for member in self.members]
 
     def verdicts(self) -> list[str]:
-        """A sentence for each rival: by how much the winner is better on held-out data, and whether that is more than
-        noise; where the winner is not better, or by less than the printed digits, both figures. No sentence for a rival
-        that the winner beats by an unknown margin. Then a sentence for each task on which the winner is worse than the
-        base or the best parent beyond noise, and for each that does not tell the models of the table apart."""
+        """A sentence for each guard. Then one for each rival: by how much the winner is better on held-out data, and
+        whether that is more than noise; where the winner is not better, or by less than the printed digits, both
+        figures. No sentence for a rival that the winner beats by an unknown margin. Then a sentence for each task on
+        which the winner is worse than the base or the best parent beyond noise, and for each that does not tell the
+        models of the table apart."""
         by_rival = [sentence for row in self.rivals if (sentence := verdict(self.winner.fitness, row)) is not None]
-        return [*by_rival, *self._inherited(), *self._ties()]
+        return [*self.guard_sentences(), *by_rival, *self._inherited(), *self._ties()]
 
     def warnings(self) -> list[str]:
         """The verdicts in which the winner is worse."""
         worse = [verdict(self.winner.fitness, row) for row in self.rivals if self.winner.fitness < row.fitness]
-        return [*(sentence for sentence in worse if sentence is not None), *self._inherited()]
+        broken = [guard.describe() for guard in self.guards if not guard.kept]
+        return [*broken, *(sentence for sentence in worse if sentence is not None), *self._inherited()]
+
+    def guard_sentences(self) -> list[str]:
+        """A sentence for each guard, and one before them where no candidate keeps all of them."""
+        hopeless = "None of the candidates that the winner was chosen from keeps every guard: it breaks them least."
+        kept = all(guard.kept for guard in self.guards)
+        return [*([] if kept else [hopeless]), *(guard.describe() for guard in self.guards)]
+
+    def measured(self) -> str | None:
+        """A sentence on the unit of the fitness; None: it is that of the metrics."""
+        if not self.scales:
+            return None
+        scored = ", ".join(
+            f"{_task_of(score)} 0 for {scale.zero:.4f} and 1 for {scale.zero + scale.unit:.4f}"
+            for score, scale in self.scales.items()
+        )
+        return f"Fitness measures tasks by the parents' scores on the search split (scale: parents): {scored}."
 
     def losses(self) -> list[tuple[str, list[Row]]]:
         """For each score `task/metric` that is not the fitness itself, and in which the winner is worse beyond noise:
@@ -169,6 +217,11 @@ class Result:
             for score, values in columns.items()
             if len(values) == 1 and np.isfinite(value := next(iter(values)))
         ]
+
+
+def nothing_beat(label: str) -> str:
+    """The sentence about a baseline, by its label, that is as good as the winner."""
+    return f"Nothing that was searched beat the {label}."
 
 
 def verdict(ours: float, row: Row) -> str | None:
@@ -203,13 +256,17 @@ def _named(row: Row) -> str:
 
 def _weighed(score: str, share: float) -> str:
     """The metric of a score `task/metric`, and that it counts for nothing where it does."""
-    metric = score.rpartition("/")[2]
-    return metric if share else f"{metric}, weight 0"
+    return _metric_of(score) if share else f"{_metric_of(score)}, weight 0"
 
 
 def _task_of(score: str) -> str:
     """The task in the name of a score, `task/metric`."""
     return score.rpartition("/")[0]
+
+
+def _metric_of(score: str) -> str:
+    """The metric in the name of a score, `task/metric`."""
+    return score.rpartition("/")[2]
 
 
 def _interval(lead: Lead) -> str:
@@ -302,11 +359,16 @@ def write_result(result: Result, generations: int, file: Path) -> None:
             for score, rows in result.losses()
             for row in rows
         ],
+        # For each guarded task, on the examples of `chosen_on`.
+        **({} if not result.guards else {"guards": list(map(asdict, result.guards))}),
+        "verdicts": [*([] if (measured := result.measured()) is None else [measured]), *result.verdicts()],
         "warnings": result.warnings(),
         "chosen_on": "search" if result.validation is None else "validation",
         "search_fitness": dict(zip(compared, (result.search_fitness, result.baseline[1]), strict=True)),
         **validated,
-        **({"best_founder": result.baseline_name} if result.baseline_name else {}),
+        # A mean counts as its distance from `zero`, in units of `unit`.
+        **({} if not result.scales else {"scales": {name: asdict(scale) for name, scale in result.scales.items()}}),
+        **({"best_founder": result.baseline_name} if result.baseline[0] == "best founder" else {}),
         # The dtype of every score in this file; `history.jsonl` has those of the generations, in the config's
         # evaluation.compute_dtype.
         "compute_dtype": result.compute_dtype,

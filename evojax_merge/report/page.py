@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import escaped
 from evojax_merge.file_system import atomic_write
+from evojax_merge.report.answers import read_answers
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.drawings import Layer, family_tree, path_drawing
 from evojax_merge.report.parameters import read_parameters
@@ -108,12 +109,13 @@ def _run_page(run: RunData, refresh: bool, made: Any) -> str:
     thinned = ""
     if len(run.generations) < run.count:
         thinned = f" {len(run.generations)} of {run.count} generations are drawn, evenly spaced."
-    inputs = run.config.get("inputs")
+    inputs, answers = run.config.get("inputs"), read_answers(run)
     return _render(
         "run_page.html", charts, frames, refresh,
         title=f"{run.name}: evojax-merge", run=run, parameters=parameters, facts=facts(run), headline=headline(run),
         sentences=[] if result is None else sentences(result), notes=notes(run),
         thinned=thinned, heldout=None if result is None else heldout_table(result), front=front_table(result),
+        answers=answers,
         path=_path(run), tree=Markup(family_tree(result)) if result is not None and result.lineage else None,
         lineage=lineage_table(result), tasks=tasks, metrics=metrics,
         rungs_of=f", in the {len(run.generations)} generations that are drawn" if thinned else "",

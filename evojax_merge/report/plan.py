@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
+from evojax_merge.config import parse_budget
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.report.progress import cell
 
@@ -73,7 +74,8 @@ class Plan:
     arrays that are held for it. `groups`: groups of `model` devices each that score candidates side by side. candidate:
     one on all search examples; gradient: one with its gradient, on a minibatch (None: no gradient is followed);
     generation, run: the work of each group of devices for them. gradient_generations: the number of generations that
-    follow gradients; `generation` is one of those that do not, where there are both. advice: changes that would make it
+    follow gradients; `generation` is one of those that do not, where there are both. budget: the search's, which the
+    generations come from, if it has one. notes: lines on the choice of the strategy. advice: changes that would make it
     fit, where it does not.
     """
 
@@ -94,6 +96,8 @@ class Plan:
     disk_bytes: int
     download_bytes: int
     advice: tuple[str, ...]
+    budget: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -146,7 +150,7 @@ class Plan:
             (_CANDIDATE, self.candidate),
             (_GRADIENT, self.gradient),
             (f"a generation of {self.population}", self.generation),
-            (f"the run of {self.generations} generations{gradients}, and choosing the winner", self.run),
+            (f"the run of {self._length()}{gradients}, and choosing the winner", self.run),
         ):
             if work is None:
                 continue
@@ -157,7 +161,15 @@ class Plan:
             )
         download = f", {shown_bytes(self.download_bytes)} to download" if self.download_bytes else ""
         host = f"host: {shown_bytes(self.host_bytes)} of memory, {shown_bytes(self.disk_bytes)} of disk{download}"
-        return [*printed, host]
+        return [*self.notes, *printed, host]
+
+    def _length(self) -> str:
+        generations = f"{self.generations} generations"
+        if self.budget is None:
+            return generations
+        budget = parse_budget(self.budget)
+        most = "" if budget is None or budget.seconds is None else " at most"
+        return f"{generations}{most} (search.budget: {self.budget})"
 
     def what_would_fit(self) -> str:
         """The verdict on a search that does not fit, and changes that would make it fit."""

@@ -1,11 +1,15 @@
 """The terminal: the console, and progress bars in bytes, in candidate passes and in generations."""
 
+import io
+import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.constrain import Constrain
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -18,16 +22,29 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from evojax_merge.errors import LONGEST_LINE, escaped_lines, printable
+from evojax_merge.errors import LOG, LONGEST_LINE, escaped_lines, printable
 from evojax_merge.search.loop import Generation, Reporter
+
+# The columns of a line about a generation, at most, and those of the bar in it, at least, with the spaces around it.
+COLUMNS, SHORTEST_BAR = 80, 8
 
 
 class Terminal(Console):
-    """The console, which prints each text as one line, escaped."""
+    """The console, which prints each text as one line, escaped, and logs all that it prints, also where it is quiet."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        lines = (printable(text, LONGEST_LINE) if isinstance(text, str) else text for text in objects)
+        lines = [printable(text, LONGEST_LINE) if isinstance(text, str) else text for text in objects]
+        for line in lines:
+            for part in [line] if isinstance(line, str) else _drawn(line).splitlines():
+                LOG.info("%s", part.rstrip())
         super().print(*lines, **options)
+
+
+def _drawn(renderable: Any) -> str:
+    """A table or the like as a file shows it."""
+    file = io.StringIO()
+    Console(file=file, width=140).print(renderable)
+    return file.getvalue().rstrip()
 
 
 class PlainColumn(TextColumn):
@@ -82,17 +99,82 @@ def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class GenerationsColumn(ProgressColumn):
-    """Completed generations of the requested ones, `5/50`; within a generation with its fraction, `5.3/50`."""
+    """Completed generations of the requested ones, `5/50`; without their number where the clock ends the search."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.completed:.1f}".removesuffix(".0") + f"/{task.total:.0f}")
+        return Text(_counted(int(task.completed), task.total))
+
+
+def _counted(number: int, of: float | None) -> str:
+    return f"{number}" if of is None else f"{number}/{of:.0f}"
+
+
+class SearchProgress(Progress):
+    """A progress bar that fills a line of `COLUMNS`."""
+
+    def get_renderable(self) -> RenderableType:
+        return Constrain(super().get_renderable(), COLUMNS)
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration as `m:ss`, or `h:mm:ss` from an hour on."""
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def generation_figures(generation: Generation, columns: int) -> str:
+    """The best fitness so far, that of the best parent, the time left, failures and validation, in this order, as far
+    as the columns allow."""
+    g = generation
+
+    def shown(value: float | None) -> str:
+        return "none" if value is None else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
+
+    figures = {
+        "best": shown(g.best_so_far),
+        "best parent": None if g.best_parent is None else shown(g.best_parent),
+        "left": None if g.seconds_left is None else format_seconds(g.seconds_left),
+        "failed": str(g.failed) if g.failed else None,
+        "validation": None if g.validation is None else shown(g.validation),
+    }
+    text = ""
+    for part in (f"  {name} {value}" for name, value in figures.items() if value is not None):
+        text += part if len(text + part) <= columns else ""
+    return text
+
+
+def generation_line(generation: Generation) -> str:
+    """A generation as a line of at most `COLUMNS` columns."""
+    label = f"generation {_counted(generation.number, generation.generations)}"
+    return label + generation_figures(generation, COLUMNS - len(label))
+
+
+def generation_record(generation: Generation) -> str:
+    """A generation as a line of JSON, for scripts."""
+    g = generation
+    record = {
+        "stage": g.stage, "generation": g.number, "generations": g.generations, "best_so_far": g.best_so_far,
+        "best": g.best, "mean": g.mean, "best_parent": g.best_parent, "validation": g.validation,
+        "population": g.population,
+        "failed": g.failed, "seconds": round(g.seconds, 3),
+        "seconds_left": None if g.seconds_left is None else round(g.seconds_left, 1),
+        "scores_of_best": dict(g.scores_of_best), "metrics": g.metrics,
+    }  # fmt: skip
+    return json.dumps(_finite(record), ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for each number that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class SearchBar(Reporter):
     """The search's progress bar: generations in full, passes of the running one as its fraction. `on_generation`
     receives each generation as well."""
 
-    def __init__(self, progress: Progress, generations: int, on_generation: OnGeneration) -> None:
+    def __init__(self, progress: Progress, generations: int | None, on_generation: OnGeneration) -> None:
         self._progress, self._on_generation = progress, on_generation
         self._bar = progress.add_task("search", total=generations, info="compiling …")
         self._share = 0.0
@@ -105,22 +187,16 @@ class SearchBar(Reporter):
         self._progress.advance(self._bar, passes * self._share)
 
     def finished(self, generation: Generation) -> None:
-        g = generation
-
-        def shown(value: float | None) -> str:
-            return "none" if value is None else f"{value:.4f}"
-
-        failed = f"  failed {g.failed}" if g.failed else ""
-        info = (
-            f"best so far {shown(g.best_so_far)}  mean {shown(g.mean)}  "
-            + ("" if g.validation is None else f"validation {shown(g.validation)}  ")
-            + "".join(f"{name} {value:.3f}  " for name, value in g.metrics.items())
-            + f"{g.seconds / g.population:.3g} s/candidate{failed}"
-        )
-        self._progress.update(self._bar, completed=g.number, info=info)
-        if not console.is_terminal:
-            console.print(f"generation {g.number}: {info}", highlight=False)
-        self._on_generation(g)
+        # A bar takes what the figures leave.
+        columns = COLUMNS - len(_counted(generation.number, generation.generations)) - SHORTEST_BAR
+        info = generation_figures(generation, columns).strip()
+        self._progress.update(self._bar, completed=generation.number, info=info)
+        line = generation_line(generation)
+        if console.is_terminal:
+            LOG.info("%s", line)
+        else:
+            console.print(line, highlight=False, soft_wrap=True)
+        self._on_generation(generation)
 
     def log(self, text: str) -> None:
         say(text)
@@ -130,13 +206,10 @@ class SearchBar(Reporter):
 
 
 @contextmanager
-def search_bar(generations: int, on_generation: OnGeneration) -> Iterator[SearchBar]:
-    """A progress bar over the generations of a search."""
-    columns = (
-        PlainColumn("{task.description}"), BarColumn(), GenerationsColumn(),
-        PlainColumn("{task.fields[info]}"), TimeElapsedColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
+def search_bar(generations: int | None, on_generation: OnGeneration) -> Iterator[SearchBar]:
+    """A progress bar over the generations of a search; None: the clock ends it."""
+    columns = (BarColumn(bar_width=None), GenerationsColumn(), PlainColumn("{task.fields[info]}"))
+    with SearchProgress(*columns, console=console, expand=True) as progress:
         yield SearchBar(progress, generations, on_generation)
 
 

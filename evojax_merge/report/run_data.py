@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from evojax_merge.errors import InputError, escaped
 from evojax_merge.report.comparison import Row, verdict
@@ -121,6 +121,8 @@ class Result(BaseModel):
     # Parameter -> [groups][columns]; from search_pytrees group -> parameter -> [columns].
     parameters: dict[str, Any] = {}
     genome: list[float] = []
+    # The sentences of the terminal; a run of an earlier version has none.
+    sentences: list[str] = Field([], alias="verdicts")
 
     @property
     def winner(self) -> _Scored | None:
@@ -142,6 +144,8 @@ class Result(BaseModel):
 
     @property
     def verdicts(self) -> list[str]:
+        if self.sentences:
+            return self.sentences
         ours = None if self.winner is None else self.winner.heldout_fitness
         sentences = [] if ours is None else [verdict(ours, row) for row in self.rivals]
         return [sentence for sentence in sentences if sentence is not None]

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table as TerminalTable
 
 from evojax_merge.errors import escaped, escaped_lines
+from evojax_merge.report.comparison import nothing_beat
 from evojax_merge.report.progress import cell
 from evojax_merge.report.run_data import Result, RunData
 from evojax_merge.report.tables import LEAD, lead_cell
@@ -82,6 +83,9 @@ def _chosen_on(result: Result) -> list[str]:
         return []
     more = f", {texts[0]}" if texts else ""
     lines = [f"The winner was chosen on the {result.chosen_on} split: there it scored {scores['winner']:.4f}{more}."]
+    lines += [
+        nothing_beat(escaped(name)) for name, value in scores.items() if name != "winner" and scores["winner"] <= value
+    ]
     if result.stopped_by is not None:
         lines.append(f"The search was ended by its criterion {escaped(result.stopped_by)}.")
     return lines

@@ -7,7 +7,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast, runtime_checkable
 import numpy as np
 
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
-from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores
 from evojax_merge.search.protocols import ContextSpace, Evaluator, Progress, Space
 
 E = TypeVar("E", bound=Evaluator)
@@ -17,7 +17,9 @@ E = TypeVar("E", bound=Evaluator)
 class DifferentiableEvaluator(Protocol):
     """An evaluator that differentiates the fitness with respect to the candidates that a space decodes genomes to."""
 
-    def value_and_gradient(self, candidates: Any, progress: Progress = ...) -> tuple[TaskScores, Any]: ...
+    def value_and_gradient(
+        self, candidates: Any, progress: Progress = ..., goal: Goal = ...
+    ) -> tuple[TaskScores, Any]: ...
 
 
 @runtime_checkable
@@ -41,11 +43,12 @@ class DifferentiableSpace(Space, Protocol):
 
 @dataclass(frozen=True)
 class SpaceEvaluator(Generic[E]):
-    """Scores genomes of a space. Each process decodes and evaluates its share."""
+    """Scores genomes of a space. Each process decodes and evaluates its share. goal: what fitness is made of scores."""
 
     space: Space
     evaluator: E
     devices: Devices = ONE_DEVICE
+    goal: Goal = PLAIN
 
     @property
     def tasks(self) -> Any:
@@ -74,7 +77,7 @@ class SpaceEvaluator(Generic[E]):
         assert isinstance(space, DifferentiableSpace) and isinstance(evaluator, DifferentiableEvaluator)
         size, share = len(genomes), devices.local_indices(len(genomes))
         local_genomes = genomes if devices.processes == 1 else genomes[share]
-        scores, cotangents = evaluator.value_and_gradient(space.decode(local_genomes), progress)
+        scores, cotangents = evaluator.value_and_gradient(space.decode(local_genomes), progress, self.goal)
         gradients = space.pull_back(local_genomes, cotangents)
         if devices.processes == 1:
             return scores, gradients

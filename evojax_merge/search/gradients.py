@@ -8,7 +8,7 @@ import numpy as np
 from evojax_merge.config import GradientConfig, SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import fitness, means
-from evojax_merge.search.protocols import GradientEvaluator, Progress, Strategy, differentiates
+from evojax_merge.search.protocols import GradientEvaluator, Progress, Strategy, differentiates, goal_of
 from evojax_merge.search.successive_halving import HalvingResult, empty_matrix, enter_scores, shard_parts
 from evojax_merge.search.surrogate import SurrogateData
 
@@ -50,7 +50,7 @@ def value_and_gradient(
     search's fitness, so that candidates that were evaluated on the only minibatch count as complete."""
     evaluator = minibatches[number]
     scores, gradients = evaluator.value_and_gradient(genomes, progress)
-    values = fitness(evaluator.tasks, scores)
+    values = fitness(evaluator.tasks, scores, goal_of(evaluator))
     parts = shard_parts(minibatches)
     matrix = empty_matrix(parts, len(genomes))
     enter_scores(matrix, parts[number], np.arange(len(genomes)), scores)

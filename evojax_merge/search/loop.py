@@ -6,8 +6,8 @@ finds the same winner as one that was not.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
@@ -17,25 +17,37 @@ from evojax_merge import interrupts
 from evojax_merge.config import SearchConfig
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.devices import tree_nbytes
-from evojax_merge.evaluation.scores import ScoredTask, TaskScores, fitness, score_matrix, task_weights
+from evojax_merge.evaluation.scores import (
+    BROKEN,
+    ScoredTask,
+    TaskScores,
+    fitness,
+    score_matrix,
+    task_weights,
+    violations,
+    without_broken,
+)
 from evojax_merge.mergekit.write import shortest_decimal
 from evojax_merge.search.answers import ask, finalists, metrics, tell
+from evojax_merge.search.budgets import describe_length
 from evojax_merge.search.example_choice import ExampleChoice, choose_examples
 from evojax_merge.search.gradients import value_and_gradient
 from evojax_merge.search.protocols import (
     GenomeEvaluator,
     GradientEvaluator,
+    HasParents,
     Space,
     State,
     Strategy,
     context_of,
+    goal_of,
     plain_merges_of,
     wants_gradients,
     within,
 )
 from evojax_merge.search.run_folder import Saved
 from evojax_merge.search.run_parts import KEPT_CHECKPOINTS
-from evojax_merge.search.stopping import Stopped, course_of, seconds_of, stopped
+from evojax_merge.search.stopping import Course, Stopped, course_of, seconds_of, stopped
 from evojax_merge.search.successive_halving import (
     HalvingResult,
     describe_rungs,
@@ -50,14 +62,19 @@ from evojax_merge.search.validation import init_peak, validate
 
 # The number of the key that a strategy's first state is drawn from; generations have those from 0 on.
 INIT_KEY = 2**31 - 1
+# The generations of a search that the clock ends, for the room that its history needs on the disk.
+TIMED_GENERATIONS = 10_000
 
 
 @dataclass(frozen=True)
 class Generation:
     """The results of one generation. number: from 1; fitness: float64[P], each candidate's mean over the examples that
-    it was evaluated on, NaN where it failed; best, mean: of this generation, and best_so_far of all, on all examples
-    (None: no such candidate yet); metrics: the strategy's, such as sigma; seconds: the duration of the evaluation;
-    validation: the fitness of the best so far on the validation split, in generations that are validated."""
+    it was evaluated on, NaN where it failed or broke a guard; best, mean: of this generation, and best_so_far of all,
+    on all examples (None: no such candidate yet); metrics: the strategy's, such as sigma; seconds: the duration of the
+    evaluation; validation: the fitness of the best so far on the validation split, in generations that are validated;
+    generations: how many are wanted, None where the clock ends the search; best_parent: the fitness of the best parent
+    among the candidates of the first generation; seconds_left: about the time until the last generation; stage: the
+    number of a chain's stage, from 1; scores_of_best: the best candidate's mean by `task/metric`."""
 
     number: int
     fitness: np.ndarray
@@ -68,6 +85,11 @@ class Generation:
     metrics: dict[str, float]
     seconds: float
     validation: float | None = None
+    generations: int | None = None
+    best_parent: float | None = None
+    seconds_left: float | None = None
+    stage: int | None = None
+    scores_of_best: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def population(self) -> int:
@@ -182,8 +204,7 @@ def evolve(
     genomes than its population.
     """
     reporter.log(
-        f"{strategy.name}: {space.dims} dimensions, population {strategy.population}, {config.generations} "
-        + ("generation" if config.generations == 1 else "generations")
+        f"{strategy.name}: {space.dims} dimensions, population {strategy.population}, {describe_length(config)}"
     )
     _, missing = plain_merges_of(space)
     if missing:
@@ -195,7 +216,9 @@ def evolve(
         state["peak"] = init_peak(validation)
     state, first = storage.restore(state, reporter.log)
     course, ended, done = course_of(storage.read_history(), storage.read_timing()), None, first
+    best_parent = next((_best_parent(space, row) for row in storage.read_history()[:1]), None)
     followed: bool | None = None
+    clock = _Clock()
     is_fitness = bool(minibatches) and _goal(minibatches[0]) == _goal(shards[0])
     if config.generations <= first:
         reporter.log(f"{first} generations are saved, and {config.generations} wanted: nothing to search")
@@ -205,7 +228,7 @@ def evolve(
         genomes, state_after_ask = ask(strategy, key, state["strategy"], space.dims)
         context = context_of(strategy, state_after_ask)
         shards = [within(shard, context) for shard in shards]
-        ended = stopped(config.stop, course, len(genomes))
+        ended = stopped(config, course, len(genomes))
         if ended is not None:
             reporter.log(_ended_early(ended, number, number == first, config))
             break
@@ -236,6 +259,8 @@ def evolve(
         state_after_tell = tell(strategy, key, state_after_ask, genomes, halved.scores)
         state = next_state(state_after_tell, np.asarray(genomes), halved, state)
         values = metrics(strategy, state_after_tell)
+        if goal_of(shards[0]).guards:
+            values["guards_broken"] = int((halved.fitness <= BROKEN).sum())
         if by_gradient and number == first and not np.any(halved.scores.gradients):
             reporter.warn("the gradient is 0 everywhere: nothing that is searched changes the scores, to first order")
         row = history_row(number + 1, course.evaluations + len(genomes), np.asarray(genomes), halved, state, values)
@@ -256,10 +281,11 @@ def evolve(
             reporter.warn(course.trend.describe())
         storage.save(number + 1, state, row, timing)
         done = number + 1
+        best_parent = _best_parent(space, row) if number == 0 else best_parent
         reporter.finished(
             Generation(
                 number=number + 1,
-                fitness=halved.fitness,
+                fitness=without_broken(halved.fitness),
                 best=row["best"],
                 mean=row["mean"],
                 best_so_far=row["best_so_far"],
@@ -267,6 +293,10 @@ def evolve(
                 metrics=values,
                 seconds=seconds,
                 validation=row.get("validation", {}).get("best_so_far"),
+                generations=None if config.parsed_budget.seconds else config.generations,
+                best_parent=best_parent,
+                seconds_left=clock.seconds_left(config, done, course, len(genomes)),
+                scores_of_best=row["scores_of_best"],
             )
         )
     finite = np.isfinite(state["fitness"])
@@ -280,11 +310,44 @@ def evolve(
     )
 
 
+def _best_parent(space: Space, row: Mapping[str, Any]) -> float | None:
+    """The best fitness of a parent, on all examples, in a generation's row of the history; None: it has no parent."""
+    if row["best"] is None or not isinstance(space, HasParents):
+        return None
+    parents = space.parents_among(np.array(row["genomes"], np.float32))
+    met_all = np.array(row["examples"]) == max(row["examples"])
+    values = np.array(row["fitness"], float)[parents & met_all]
+    return _number(np.max(values, initial=-np.inf, where=np.isfinite(values)))
+
+
+class _Clock:
+    """Estimates the time that a search takes until its end. The first generation of a process, which compiles, does not
+    count."""
+
+    def __init__(self) -> None:
+        self._start: tuple[float, int] | None = None
+
+    def seconds_left(self, config: SearchConfig, done: int, course: Course, population: int) -> float | None:
+        """Seconds until the last generation, or until a limit of `search.stop` or the budget, whichever comes first;
+        None after the process's first generation. done: the number of generations so far."""
+        now, stop = time.perf_counter(), config.stop
+        if self._start is None:
+            self._start = now, done
+            return None
+        remaining = config.generations - done
+        if stop.evaluations is not None:
+            remaining = min(remaining, (stop.evaluations - course.evaluations) // population)
+        left = remaining * (now - self._start[0]) / (done - self._start[1])
+        limits = [seconds for seconds in (stop.seconds, config.parsed_budget.seconds) if seconds is not None]
+        return max(0.0, min(left, *(seconds - course.seconds for seconds in limits))) if limits else left
+
+
 def _ended_early(ended: Stopped, generations: int, is_saved: bool, config: SearchConfig) -> str:
     """One line; is_saved: an earlier process searched all of these generations."""
     if is_saved:
         return f"{generations} generations are saved: nothing to search ({ended.describe()})"
-    return f"stopped after generation {generations} of {config.generations} ({ended.describe()})"
+    of = "" if config.parsed_budget.seconds else f" of {config.generations}"
+    return f"stopped after generation {generations}{of} ({ended.describe()})"
 
 
 def _now_scored_on(generation: int, evaluator: GenomeEvaluator, fitness_evaluator: GenomeEvaluator) -> str:
@@ -332,7 +395,8 @@ def run_bytes(config: SearchConfig, strategy: Strategy, space: Space, examples: 
     one of them being written while the others are kept, and the history twice."""
     state = strategy.init(generation_key(0, INIT_KEY), space.start[None])
     arrays = 4 * HISTORY * (space.dims + examples) + 4 * config.finalists * space.dims + tree_nbytes(state)
-    history = config.generations * (400 + strategy.population * (45 + 14 * space.dims + 25 * tasks))
+    generations = TIMED_GENERATIONS if config.parsed_budget.seconds else config.generations
+    history = generations * (400 + strategy.population * (45 + 14 * space.dims + 25 * tasks))
     return (KEPT_CHECKPOINTS + 1) * arrays + 2 * history + 2**20
 
 
@@ -381,19 +445,20 @@ def history_row(
     state: dict[str, Any],
     metrics: dict[str, float],
 ) -> dict[str, Any]:
-    """`fitness` is each candidate's mean over as many `examples`, `task_scores` its mean on those of each task; `best`
-    and `scores_of_best` are of those that were evaluated on all of them, `mean` and `worst` of all candidates."""
-    values = halved.fitness
-    finite, complete = values[np.isfinite(values)], values[halved.complete]
+    """`fitness` is each candidate's mean over as many `examples`, None where it failed or broke a guard; `task_scores`
+    its mean on those of each task; `best` and `scores_of_best` are of those that were evaluated on all of them, `mean`
+    and `worst` of all candidates."""
+    values = without_broken(halved.fitness)
+    finite, complete = values[np.isfinite(values)], values[halved.complete & np.isfinite(values)]
     return {
         "generation": number,
         "best": _number(complete.max()) if complete.size else None,
         "mean": _number(finite.mean()) if finite.size else None,
         "worst": _number(finite.min()) if finite.size else None,
-        "best_so_far": _number(state["fitness"][0]),
+        "best_so_far": _number(without_broken(state["fitness"][:1])[0]),
         **{name: _number(value) for name, value in metrics.items()},
         "evaluations": evaluations,
-        "failed": int(len(values) - finite.size),
+        "failed": int((~np.isfinite(halved.fitness)).sum()),
         "scores_of_best": {name: _number(value) for name, value in halved.scores_of_best.items()},
         "fitness": [_number(value) for value in values],
         "examples": halved.examples.tolist(),
@@ -408,10 +473,11 @@ def history_row(
 @dataclass(frozen=True)
 class Finalist:
     """A candidate, float32[D], its fitness on the examples that the winner is chosen on, and there its means on the
-    tasks that count, float64[T], and its scores, float32[N], task by task."""
+    tasks that count, float64[T], and its scores, float32[N], task by task; violation: by how much it breaks guards."""
 
     genome: np.ndarray
     fitness: float
+    violation: float
     task_means: np.ndarray
     scores: np.ndarray
 
@@ -419,16 +485,19 @@ class Finalist:
 def rescore(space: Space, evaluator: GenomeEvaluator, archive: Archive, progress: Any) -> list[Finalist]:
     """The finalists on the examples that the winner is chosen on, the full search split or the validation split, best
     first: the best few of the search, the strategy's proposals, the start, the uniform merge and the parents, so that
-    no winner is worse there than a parent that the space contains. Candidates that are not finite are left out."""
+    no winner is worse there than a parent that the space contains and that keeps the guards. Candidates that are not
+    finite are left out."""
     evaluator = within(evaluator, archive.context)
     genomes = np.concatenate([archive.genomes, archive.proposed, space.start[None], plain_merges_of(space)[0]])
     genomes = genomes[np.isfinite(genomes).all(axis=1)]
     _, kept = np.unique(genomes, axis=0, return_index=True)
     genomes = genomes[np.sort(kept)]
-    scores = evaluator.score(genomes, progress)
-    values, matrix = fitness(evaluator.tasks, scores), score_matrix(evaluator.tasks, scores)
-    task_means = matrix.task_means
-    order = np.argsort(-np.where(np.isfinite(values), values, -np.inf), kind="stable")
+    scores, goal = evaluator.score(genomes, progress), goal_of(evaluator)
+    matrix, broken = score_matrix(evaluator.tasks, scores, goal), violations(evaluator.tasks, scores, goal)
+    values, task_means = fitness(evaluator.tasks, scores, goal), matrix.task_means
+    order = np.argsort(-np.where(np.isfinite(matrix.fitness), matrix.fitness, -np.inf), kind="stable")
     return [
-        Finalist(genomes[i], float(values[i]), task_means[i], matrix.values[i]) for i in order if np.isfinite(values[i])
+        Finalist(genomes[i], float(values[i]), float(broken[i]), task_means[i], matrix.values[i])
+        for i in order
+        if np.isfinite(values[i])
     ]

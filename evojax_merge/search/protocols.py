@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 import jax
 import numpy as np
 
-from evojax_merge.evaluation.scores import ScoredTask, Scores, TaskScores
+from evojax_merge.evaluation.scores import PLAIN, Goal, ScoredTask, Scores, TaskScores
 
 # Receives the number of candidate passes that are done.
 Progress = Callable[[int], None]
@@ -208,6 +208,15 @@ def plain_merges_of(space: Space) -> tuple[np.ndarray, Sequence[str]]:
     return space.plain_merges() if isinstance(space, HasPlainMerges) else (np.zeros((0, space.dims), np.float32), ())
 
 
+@runtime_checkable
+class HasParents(Protocol):
+    """A space whose candidates may be a parent as it is."""
+
+    def parents_among(self, genomes: np.ndarray) -> np.ndarray:
+        """bool[P]: true for the genomes, float32[P, D], that stand for a parent as it is."""
+        ...
+
+
 class Evaluator(Protocol):
     """Scores candidates on one split of the examples."""
 
@@ -241,6 +250,12 @@ class ContextEvaluator(GenomeEvaluator, Protocol):
 def within(evaluator: GenomeEvaluator, context: Any) -> GenomeEvaluator:
     """The evaluator of genomes that refer to `context` (see `context_of`); None: `evaluator` itself."""
     return evaluator if context is None else cast(ContextEvaluator, evaluator).within(context)
+
+
+def goal_of(evaluator: GenomeEvaluator) -> Goal:
+    """The evaluator's `goal`; for one without the attribute, the tasks' weights alone."""
+    goal: Goal = getattr(evaluator, "goal", PLAIN)
+    return goal
 
 
 class SubsetEvaluator(GenomeEvaluator, Protocol):

@@ -4,12 +4,15 @@ config.yaml      the resolved config, with the hash of every input file
 history.jsonl    one line a generation; nothing in it depends on the clock
 history.backup.jsonl  the same, from which a damaged history is restored
 timing.jsonl     seconds a generation
+run.log          all that the command prints, with the time of each line; appended to when the run goes on
+history.csv      the figures of the history as a table, where the config's log names csv
 environment.json  versions, devices, machine, command and duration of each process that worked on the run
 checkpoints/     the state after each generation (orbax), the last three kept
 best/            recipe.yaml and model/; for a strategy that keeps a front, front/ with the recipe of each member
 winners/         best/ as it was when the run had finished with fewer generations, with its result.json
 stages/          run folders of the stages before the last, in a chain
 result.json      held-out scores of the winner, the parents and the uniform merge
+heldout_answers.jsonl  the winner's and the best parent's answers to each held-out example
 report.html      the run as a page: figures, tables, the config
 lock             while a process works here: its id and host
 
@@ -51,6 +54,7 @@ from evojax_merge.file_system import (
 from evojax_merge.interrupts import defer_signals
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.search.run_lock import acquire, holder, release
+from evojax_merge.search.run_log import run_log
 from evojax_merge.search.run_parts import (
     CHECKPOINT_MARK,
     RunFolder,
@@ -62,12 +66,13 @@ from evojax_merge.search.run_parts import (
     entries,
     prune,
     read_lines,
+    remove_log,
     sweep,
 )
 from evojax_merge.yaml_reader import load_yaml
 
 # Keys that may differ between a run and its continuation.
-EXTENDABLE = (("search", "generations"), ("search", "stop"))
+EXTENDABLE = (("search", "generations"), ("search", "budget"), ("search", "stop"), ("log",))
 POPULATION, GRADIENT = ("search", "population"), ("search", "gradient")
 _START_AGAIN = "cannot be continued by this one; pass --overwrite to start again, or choose another folder with --out"
 OTHER_VERSION = f"was begun by another version of this program, and {_START_AGAIN}"
@@ -76,7 +81,7 @@ OTHER_MASKS = f"was begun by a version of this program that drew other random ma
 INPUTS, RANDOM_NUMBERS = "inputs", "random_numbers"
 
 
-def to_line(row: dict[str, Any]) -> str:
+def to_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
@@ -178,6 +183,7 @@ def opened(path: Path, document: dict[str, Any], *, resume: bool, overwrite: boo
             open_run(path, document, resume=resume, overwrite=overwrite)
             if not resume:
                 stack.enter_context(removed_if_refused(folder))
+        stack.enter_context(run_log(folder))
         yield folder
 
 
@@ -209,20 +215,22 @@ def removed_if_refused(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except InputError:
-        others = {*entries(folder.path)} - {folder.config, folder.environment, folder.lock}
+        others = {*entries(folder.path)} - {folder.config, folder.environment, folder.log, folder.lock}
         if all(path in folder.parts and not entries(path) for path in others):
             for path in others:
                 remove_empty_folder(path)
+            remove_log(folder)
             remove_file(folder.environment)
             remove_file(folder.config)
         raise
 
 
 def check_place(path: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Return whether a run lies at a path. Raises InputError where a run is neither to be resumed nor to be
-    overwritten, where something else lies there, or where there is nothing to resume."""
+    """Return whether a run lies at a path. Raises InputError where a run with progress is neither to be resumed nor to
+    be overwritten, where something else lies there, or where there is nothing to resume. A run without progress gives
+    way to any other."""
     occupied = _check_place(RunFolder(path), resume)
-    if occupied and not resume and not overwrite:
+    if occupied and not resume and not overwrite and RunFolder(path).has_progress():
         raise InputError(path, "holds a run already; pass --resume to continue it or --overwrite to start again")
     return occupied
 
@@ -360,7 +368,7 @@ def check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
     differences = _differences(load_yaml(folder.config), document)
     # Another method is another config, whatever it draws.
     for key, old, new in sorted(differences, key=lambda difference: difference[0] == (RANDOM_NUMBERS,)):
-        if key[:2] in EXTENDABLE:
+        if any(key[: len(extendable)] == extendable for extendable in EXTENDABLE):
             continue
         if key[-2:] == POPULATION and old is None:
             # Earlier versions wrote a population only where the config had one.

@@ -33,6 +33,9 @@ KEPT_CHECKPOINTS = 3
 CHECKPOINT_MARK = {"written_by": "evojax-merge"}
 # A mark near the start of a page: this program wrote it.
 PAGE_MARK = b'<meta name="generator" content="evojax-merge report">'
+# The starts of a log, the date and time of its first line, and of a table: this program wrote the file.
+LOG_MARK = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ")
+TABLE_MARK = re.compile(rb"generation,\w+/\w+")
 _METADATA = "_CHECKPOINT_METADATA"
 _STEP = re.compile("[1-9][0-9]*")
 _UNFINISHED_STEP = re.compile(r"[1-9][0-9]*\.orbax-checkpoint-tmp(-[0-9]+)?")
@@ -73,6 +76,15 @@ class RunFolder:
         return self.path / "environment.json"
 
     @property
+    def log(self) -> Path:
+        return self.path / "run.log"
+
+    @property
+    def table(self) -> Path:
+        """The history's figures as a table, which the logger `csv` writes."""
+        return self.path / "history.csv"
+
+    @property
     def best(self) -> Path:
         return self.path / "best"
 
@@ -102,6 +114,11 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def heldout_answers(self) -> Path:
+        """The winner's and the best parent's answers to each held-out example."""
+        return self.path / "heldout_answers.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -120,8 +137,9 @@ class RunFolder:
     @property
     def files(self) -> list[Path]:
         """The files that a search writes, those of best/ included."""
-        history = [self.history, self.history_backup, self.timing]
-        return [self.config, *history, self.environment, self.result, self.page, self.recipe, self.params]
+        history = [self.history, self.history_backup, self.timing, self.table]
+        results = [self.result, self.heldout_answers, self.page, self.recipe, self.params]
+        return [self.config, *history, self.environment, self.log, *results]
 
     @property
     def parts(self) -> list[Path]:
@@ -138,6 +156,14 @@ class RunFolder:
 
     def step(self, generation: int) -> Path:
         return self.checkpoints / str(generation)
+
+    def has_progress(self) -> bool:
+        """Return whether the run has anything to lose: a saved generation, a whole or damaged line of one, or a
+        result. A run without progress failed before the end of its first generation, or was killed there."""
+        lines = any(b"\n" in file.read_bytes() for file in (self.history, self.history_backup) if file.is_file())
+        steps = any(_STEP.fullmatch(path.name) for path in entries(self.checkpoints))
+        results = any(map(os.path.lexists, (self.result, self.recipe, self.params, self.model, self.front)))
+        return lines or steps or results or any(stage.has_progress() for stage in self.begun_stages())
 
     def kept_winners(self) -> list[Path]:
         """The folders of earlier winners, kept when the run had finished with fewer generations, in their order."""
@@ -217,6 +243,15 @@ def holds_page(path: Path) -> bool:
     except OSError:
         return False
     return not start or PAGE_MARK in start
+
+
+def may_replace(path: Path, mark: re.Pattern[bytes]) -> bool:
+    """Return whether there is no file of a name, or one that is empty or starts with a mark of this program."""
+    if not os.path.lexists(path):
+        return True
+    with regular_file(path).open("rb") as handle:
+        start = handle.read(100)
+    return not start or mark.match(start) is not None
 
 
 def check_replaceable_page(page: Path) -> None:
@@ -331,7 +366,9 @@ def clear(folder: RunFolder, generations: int) -> list[str]:
     _check_clear(folder)
     _check_names(folder, range(1, generations + 1))
     page = [folder.page] if holds_page(folder.page) else []
-    for file in (folder.result, *page, folder.recipe, folder.params):
+    table = [folder.table] if may_replace(folder.table, TABLE_MARK) else []
+    remove_log(folder)
+    for file in (folder.result, folder.heldout_answers, *page, *table, folder.recipe, folder.params):
         remove_file(file)
     stages = [stage.path for stage in folder.begun_stages()]
     for path in (folder.model, folder.front, *folder.kept_winners(), *stages):
@@ -352,6 +389,12 @@ def clear(folder: RunFolder, generations: int) -> list[str]:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             lines.append(f"{part}: {shown(names[0])}{more}, which evojax-merge did not write, stays")
     return lines
+
+
+def remove_log(folder: RunFolder) -> None:
+    """Remove a run's log; a file of the same name that this program did not write stays."""
+    if may_replace(folder.log, LOG_MARK):
+        remove_file(folder.log)
 
 
 def _check_clear(folder: RunFolder) -> None:

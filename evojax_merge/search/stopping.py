@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from evojax_merge.config import StopConfig
+from evojax_merge.config import SearchConfig, StopConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import decided_by_main
 from evojax_merge.search.validation import Check, Trend
@@ -51,6 +51,10 @@ def seconds_of(timing: dict[str, Any]) -> float:
     return float(timing["seconds"]) + float(timing.get("validation_seconds", 0.0))
 
 
+# The criterion that is no key of `search.stop`, but one of `search` itself.
+BUDGET = "budget"
+
+
 @dataclass(frozen=True)
 class Stopped:
     """The criterion, by its config key, that ended a search early, and how it was met."""
@@ -59,24 +63,25 @@ class Stopped:
     reason: str
 
     def describe(self) -> str:
-        return f"search.stop.{self.criterion}: {self.reason}"
+        section = "search" if self.criterion == BUDGET else "search.stop"
+        return f"{section}.{self.criterion}: {self.reason}"
 
 
-def stopped(stop: StopConfig, course: Course, population: int) -> Stopped | None:
+def stopped(search: SearchConfig, course: Course, population: int) -> Stopped | None:
     """The criterion that ends a search before a generation of `population` candidates; None: the search goes on. All
     processes of a run call this together."""
-    if stop == StopConfig():
+    if search.stop == StopConfig() and search.parsed_budget.seconds is None:
         return None
-    met = criteria_met(stop, course, population)
-    names = tuple(StopConfig.model_fields)
+    met = criteria_met(search, course, population)
+    names = (*StopConfig.model_fields, BUDGET)
     number = decided_by_main(names.index(next(iter(met))) if met else -1)
     return None if number < 0 else Stopped(names[number], met.get(names[number], "as the main process has it"))
 
 
-def criteria_met(stop: StopConfig, course: Course, population: int) -> dict[str, str]:
-    """The criteria that are met before a generation of `population` candidates, each with its reason. The criterion
-    that depends on the clock comes last."""
-    met = {}
+def criteria_met(search: SearchConfig, course: Course, population: int) -> dict[str, str]:
+    """The criteria that are met before a generation of `population` candidates, each with its reason. The criteria that
+    depend on the clock come last."""
+    stop, budget, met = search.stop, search.parsed_budget.seconds, {}
     if stop.target is not None and course.best >= stop.target:
         met["target"] = f"the best fitness, {course.best:.6g}, has reached {stop.target:g}"
     if stop.evaluations is not None and course.evaluations + population > stop.evaluations:
@@ -90,6 +95,8 @@ def criteria_met(stop: StopConfig, course: Course, population: int) -> dict[str,
         )
     if stop.seconds is not None and course.seconds >= stop.seconds:
         met["seconds"] = f"evaluations have taken {course.seconds:.1f} s, of {stop.seconds:g} s"
+    if budget is not None and course.seconds >= budget:
+        met[BUDGET] = f"evaluations have taken {course.seconds:.1f} s, of {search.budget}"
     return met
 
 

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.scores import Scores, TaskScores, fitness, means, task_weights
-from evojax_merge.search.protocols import GenomeEvaluator, Progress
+from evojax_merge.evaluation.scores import Scores, TaskScores, means, ranked_fitness, task_weights
+from evojax_merge.search.protocols import GenomeEvaluator, Progress, goal_of
 from evojax_merge.search.surrogate import HISTORY, SurrogateData, append_candidates, empty_surrogate, predict_fitness
 from evojax_merge.tasks.task import SplittableTask, Task
 
@@ -192,7 +192,8 @@ def successive_halving(
     """Evaluate genomes `float32[P, D]` by successive halving over examples, which are taken in `order`."""
     parts, population, tasks = order.parts, len(genomes), order.parts[0].evaluator.tasks
     values, predicted, examples = np.full(population, np.nan), np.full(population, np.nan), np.zeros(population, int)
-    matrix = empty_matrix(parts, population)
+    matrix, goal = empty_matrix(parts, population), goal_of(parts[0].evaluator)
+    offset = goal.offset(tasks)
     evaluated: list[TaskScores] = []
     stopped: list[PartialScores] = []
     running, begin = np.arange(population), 0
@@ -203,7 +204,7 @@ def successive_halving(
         if rung == 0:
             first = evaluated[0]
         joined = _joined(parts, evaluated)
-        values[running] = fitness(tasks, joined)
+        values[running] = ranked_fitness(tasks, joined, goal)
         examples[running] = sum(part.size for part in parts[:end])
         partial = _partial_scores(matrix, running, order.counts[rung])
         if end == len(parts):
@@ -212,7 +213,8 @@ def successive_halving(
                 whole = np.isfinite(values[running])
                 surrogate = append_candidates(surrogate, genomes[running[whole]], partial.contributions[whole])
             break
-        predicted[running] = np.where(np.isfinite(values[running]), _predicted(surrogate, genomes, partial), np.nan)
+        foreseen = _predicted(surrogate, genomes, partial) - offset
+        predicted[running] = np.where(np.isfinite(values[running]), foreseen, np.nan)
         best = _best(predicted[running], rung_size(population, rung + 1))
         if not best.size:
             break
@@ -223,7 +225,7 @@ def successive_halving(
     # Candidates of this generation that were evaluated on everything predict its other candidates best.
     for group in stopped:
         finite = np.isfinite(values[group.candidates])
-        predicted[group.candidates] = np.where(finite, _predicted(surrogate, genomes, group), np.nan)
+        predicted[group.candidates] = np.where(finite, _predicted(surrogate, genomes, group) - offset, np.nan)
     leader = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)[running]))
     matrix = replace(matrix, predicted=predicted)
     return HalvingResult(values, examples, complete, matrix, means(tasks, joined)[leader], first, surrogate)
@@ -231,14 +233,15 @@ def successive_halving(
 
 def empty_matrix(parts: Sequence[Part], population: int) -> Scores:
     """The score matrix before anything was evaluated."""
-    weighted = task_weights(parts[0].evaluator.tasks)
+    evaluator = parts[0].evaluator
+    weighted = task_weights(evaluator.tasks, goal_of(evaluator))
     task_of = np.zeros(sum(part.columns.size for part in parts), int)
     for t, (task, _) in enumerate(weighted):
         for part in parts:
             task_of[part.numbers[task.name]] = t
     shape = (population, len(task_of))
-    names, shares = tuple(task.name for task, _ in weighted), np.array([share for _, share in weighted])
-    return Scores(np.full(shape, np.nan, np.float32), np.zeros(shape, bool), task_of, names, shares)
+    names, weights = tuple(task.name for task, _ in weighted), np.array([weight for _, weight in weighted])
+    return Scores(np.full(shape, np.nan, np.float32), np.zeros(shape, bool), task_of, names, weights)
 
 
 def enter_scores(matrix: Scores, part: Part, candidates: np.ndarray, scores: TaskScores) -> None:

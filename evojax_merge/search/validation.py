@@ -12,7 +12,7 @@ import numpy as np
 
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import fitness, task_weights
-from evojax_merge.search.protocols import GenomeEvaluator
+from evojax_merge.search.protocols import GenomeEvaluator, goal_of
 from evojax_merge.search.successive_halving import T
 
 # The stream of a seed's random numbers that this split is drawn with.
@@ -75,7 +75,7 @@ def validate(
     error = None
     if finite.any():
         scores = validation.score(genomes[finite])
-        values[finite] = fitness(validation.tasks, scores)
+        values[finite] = fitness(validation.tasks, scores, goal_of(validation))
         if len(best) and np.isfinite(values[0]):
             rows = [scores.matrices[task.name][task.metric][0] for task, _ in task_weights(validation.tasks)]
             error = _standard_error(validation, np.concatenate(rows) - peak["scores"], peak)
@@ -89,12 +89,12 @@ def validate(
 def _standard_error(validation: GenomeEvaluator, differences: np.ndarray, peak: dict[str, np.ndarray]) -> float | None:
     """The standard error of the weighted mean of differences float32[N]; None before the first check, and where a task
     has one example."""
-    weighted = task_weights(validation.tasks)
+    weighted = task_weights(validation.tasks, goal_of(validation))
     if not np.isfinite(peak["fitness"]) or any(task.size < 2 for task, _ in weighted):
         return None
     ends = np.cumsum([task.size for task, _ in weighted])[:-1]
     parts = zip(weighted, np.split(differences.astype(np.float64), ends), strict=True)
-    return float(np.sqrt(sum(share**2 * part.var(ddof=1) / task.size for (task, share), part in parts)))
+    return float(np.sqrt(sum(weight**2 * part.var(ddof=1) / task.size for (task, weight), part in parts)))
 
 
 @dataclass(frozen=True)

@@ -49,3 +49,9 @@ def from_unit(unit: np.ndarray) -> np.ndarray:
     low = 2 * np.sqrt(EDGE * np.clip(unit, 0, 1)) - EDGE
     high = 1 + EDGE - 2 * np.sqrt(EDGE * np.clip(1 - unit, 0, 1))
     return np.where(unit < EDGE, low, np.where(unit > 1 - EDGE, high, unit))
+
+
+def rows_among(genomes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """bool[P]: true for the genomes, float32[P, D], that are one of the rows, float32[S, D]."""
+    listed = {row.tobytes() for row in np.asarray(rows, np.float32)}
+    return np.array([genome.tobytes() in listed for genome in np.asarray(genomes, np.float32)], bool)

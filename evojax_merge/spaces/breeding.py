@@ -61,6 +61,11 @@ class BreedingSpace:
         """Raises InputError: a pool's first candidates are its founders."""
         raise InputError(where, f"{name}: the first candidates of a pool are its founders; leave seeds out")
 
+    def parents_among(self, genomes: np.ndarray) -> np.ndarray:
+        """bool[P]: true for the genomes, float32[P, D], of founders."""
+        founders: np.ndarray = np.asarray(genomes)[:, METHOD] == NONE
+        return founders
+
     def within(self, context: np.ndarray) -> "BreedingSpace":
         """The space of a search that has bred `context: float32[M, D]`, which the strategy lends it."""
         return replace(self, genealogy=replace(self.genealogy, offspring=context))

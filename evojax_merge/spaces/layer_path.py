@@ -27,7 +27,7 @@ import numpy as np
 
 from evojax_merge.errors import InputError
 from evojax_merge.models.paths import LayerPath
-from evojax_merge.spaces.bounds import from_unit, to_unit, to_unit_with_slope
+from evojax_merge.spaces.bounds import from_unit, rows_among, to_unit, to_unit_with_slope
 
 # Hidden units of the scale network, of one hidden layer; and the width of the range, around 0, of its weights.
 NETWORK_WIDTH, NETWORK_SLOPE = 8, 8
@@ -131,6 +131,10 @@ class IndicatorSpace:
         ends = np.cumsum(self.depths)
         fits = [(end - depth, end) for depth, end in zip(self.depths, ends, strict=True) if depth <= self.max_steps]
         return _parents_alone(where, name, [self.genome((places >= first) & (places < end)) for first, end in fits])
+
+    def parents_among(self, genomes: np.ndarray) -> np.ndarray:
+        """bool[P]: true for the genomes, float32[P, D], of parents alone."""
+        return rows_among(genomes, self.seed_genomes("seeds", "parents"))
 
     def decode(self, genomes: np.ndarray) -> list[LayerPath | None]:
         """A path per genome; None where no layer is on, or more than `max_steps` are."""
@@ -356,6 +360,10 @@ class MoveSpace:
             for donor in donors
         ]
         return _parents_alone(where, name, [self.start, *map(self.genome, moves)])
+
+    def parents_among(self, genomes: np.ndarray) -> np.ndarray:
+        """bool[P]: true for the genomes, float32[P, D], of parents alone."""
+        return rows_among(genomes, self.seed_genomes("seeds", "parents"))
 
     def decode(self, genomes: np.ndarray) -> list[LayerPath | None]:
         """A path per genome; None where nothing is left, or more than `max_steps` layers are."""

@@ -17,10 +17,11 @@ from merge_kernels import Method, on_grid
 from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import LAYERS
 from evojax_merge.models.bank import Recipe
-from evojax_merge.spaces.bounds import from_unit, to_unit_with_slope
+from evojax_merge.spaces.bounds import from_unit, rows_among, to_unit_with_slope
 
 # The density of trimmed task vectors (TIES-Merging, arXiv 2306.01708).
 TRIMMED_DENSITY = 0.2
+UNIFORM = "the uniform merge"
 # The values of other parameters with which a parent of weight 1, and no other beside it, is merged to itself.
 UNCHANGED = {"density": 1.0, "lambda": 1.0, "gamma": 0.0, "epsilon": 0.0}
 
@@ -197,7 +198,7 @@ class GroupSpace:
             else:
                 missing.append((what, complaint))
 
-        add("the uniform merge", axis.outside(uniform), {mixing: np.array([uniform])})
+        add(UNIFORM, axis.outside(uniform), {mixing: np.array([uniform])})
         if mixing == fraction:
             for k, share in enumerate((0.0, 1.0)):
                 add(f"parents[{k}]", axis.outside(share), {mixing: np.array([share])})
@@ -215,6 +216,12 @@ class GroupSpace:
         genomes = np.stack([self.genome(row) for row in rows]) if rows else np.zeros((0, self.dims), np.float32)
         _, kept = np.unique(genomes, axis=0, return_index=True)
         return genomes[np.sort(kept)], tuple(f"{what} ({complaint})" for what, complaint in missing)
+
+    def parents_among(self, genomes: np.ndarray) -> np.ndarray:
+        """bool[P]: true for the genomes, float32[P, D], of parents alone."""
+        merges, missing = self.plain_merges()
+        uniform = 0 if any(line.startswith(UNIFORM) for line in missing) else 1
+        return rows_among(genomes, merges[uniform:])
 
     def _changed(self, searched: Mapping[str, SearchParameter]) -> str | None:
         """The parameter beside the weight that leaves no parent as it is, in words; None: there is none."""
@@ -387,6 +394,10 @@ class ParameterSpace:
     def plain_merges(self) -> tuple[np.ndarray, tuple[str, ...]]:
         """See GroupSpace."""
         return self.group_space.plain_merges()
+
+    def parents_among(self, genomes: np.ndarray) -> np.ndarray:
+        """See GroupSpace."""
+        return self.group_space.parents_among(genomes)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -105,7 +105,7 @@ class GsmConfig(TaskConfig):
 
     kind: Literal["gsm"] = Field(description="the kind of task")
     source: Location = Field(
-        description="a JSONL or parquet file, hub:owner/dataset[/config][:split], or gsm-symbolic:language"
+        description="a JSONL or parquet file, hub:owner/dataset[@revision][/config][:split], or gsm-symbolic:language"
     )
     match: Match = Field(
         "strict", description="which number is the answer: strict, as the pattern says; flexible, the last"

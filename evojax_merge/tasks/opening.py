@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from evojax_merge.errors import InputError, print_warning, shown
+from evojax_merge.tasks.data_versions import pinned_reference
 from evojax_merge.tasks.kinds import kind_of
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import FindFile, Opening, Place, SplittableTask, Task, TaskConfig, TaskKind, local_file
@@ -73,12 +74,14 @@ def split_task(task: T, share: float, seed: int) -> tuple[T, T]:
 
 
 def resolved_config(config: TaskConfig, search: Task, heldout: Task) -> dict[str, Any]:
-    """A task's section for a run folder: defaults filled in, files by their absolute paths. `search`, `heldout`: its
-    splits."""
-    section = config.model_dump(mode="json") | search.paths()
+    """A task's section for a run folder: defaults filled in, files by their absolute paths, or their repository and
+    commit. `search`, `heldout`: its splits."""
+    section = config.model_dump(mode="json") | {key: pinned_reference(path) for key, path in search.paths().items()}
+    if not config.guard:
+        section = {name: value for name, value in section.items() if name not in ("guard", "tolerance")}
     source = heldout.paths().get(kind_of(config).source or "")
     if config.heldout_source is not None and source is not None:
-        section["heldout"] = source
+        section["heldout"] = pinned_reference(source)
     return section
 
 

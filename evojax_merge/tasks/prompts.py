@@ -5,6 +5,7 @@ question, and a prefix may begin the answer. Texts, turns and tokens are those o
 tokens of a conversation those of transformers' `apply_chat_template`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,11 +16,12 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from evojax_merge.chat_templates import ChatTemplateError, folders_with_template, render_chat
 from evojax_merge.errors import InputError, shown
 from evojax_merge.schema import Form, Location, Name, Text, Whole
+from evojax_merge.tasks.images import RecordImage
 from evojax_merge.tasks.task import TaskConfig, token_ids
 from evojax_merge.tasks.templates import check_characters, look_up
 
 # One turn of a conversation, with `role` and `content`.
-Turn = Mapping[str, Any]
+Turn = dict[str, Any]
 
 FEWSHOT_DELIMITER = "\n\n"
 # Arguments of a template that the program sets itself.
@@ -27,6 +29,8 @@ RESERVED = (
     "messages", "conversations", "conversation", "chat_template", "tools", "documents", "add_generation_prompt",
     "continue_final_message", "return_assistant_tokens_mask",
 )  # fmt: skip
+# A chat template that reads turns of texts and images asks for the type of each.
+PARTS = re.compile(r"""['"]type['"]|\.type\b""")
 # Keys that have no meaning without a chat template.
 CHAT_KEYS = ("messages", "system_instruction", "fewshot_as_multiturn", "chat_template_kwargs")
 
@@ -92,11 +96,13 @@ class PromptConfig(TaskConfig):
 
 @dataclass(frozen=True)
 class Shot:
-    """An example that is shown with its answer: its prompt in text, or the turns of its conversation."""
+    """An example that is shown with its answer: its prompt in text, or the turns of its conversation, and its
+    images."""
 
     prompt: str
     turns: tuple[Turn, ...] = field(hash=False)
     answer: str
+    images: tuple[RecordImage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,29 +121,42 @@ class Prompts:
     multiturn: bool = True
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
-    def context(self, tokenizer: Any, where: str, prompt: str, turns: Sequence[Turn]) -> str:
-        """The text before the answer to a prompt, or to a conversation that ends with the user's turn. `where` names
-        the example. Raises InputError where the chat template fails."""
+    @property
+    def images(self) -> tuple[RecordImage, ...]:
+        """The images of the shown examples."""
+        return tuple(image for shot in self.shots for image in shot.images)
+
+    def context(
+        self, tokenizer: Any, where: str, prompt: str, turns: Sequence[Turn], images: Sequence[RecordImage] = ()
+    ) -> str:
+        """The text before the answer to a prompt, or to a conversation that ends with the user's turn, with a
+        placeholder for each of its images. `where` names the example. Raises InputError where the chat template
+        fails."""
         if not self.template:
             prefix = self.prefix and joined(prompt, self.delimiter, self.prefix)
             return f"{self._shown}{prompt}{prefix}"
+        seen = bool(images or self.images)
+        written = _Written.of(tokenizer, self._template(tokenizer)) if seen else _Written()
         # A conversation has one system turn at its beginning: that of the scored example.
-        systems, asked = _parted(turns or [_turn("user", prompt)])
+        systems, asked = _parted(written.turns(prompt, turns, len(images)))
         if self.system is not None:
             if systems:
                 raise InputError(where, f"{self.where}.system_instruction: the example has a system turn of its own")
-            systems = [_turn("system", self.system)]
+            systems = [written.turn("system", self.system)]
         if not self.multiturn:
-            return self._render(tokenizer, where, systems, [_turn("user", f"{self._shown}{prompt}")])
+            asked = written.turns(f"{self._shown}{prompt}", (), len(images))
+            return self._render(tokenizer, where, written, systems, asked)
         shown: list[Turn] = []
         for shot in self.shots:
-            shown += [*_parted(shot.turns or [_turn("user", shot.prompt)])[1], _turn("assistant", shot.answer)]
-        return self._render(tokenizer, where, systems, [*shown, *asked])
+            turns_shown = written.turns(shot.prompt, shot.turns, len(shot.images))
+            shown += [*_parted(turns_shown)[1], written.turn("assistant", shot.answer)]
+        return self._render(tokenizer, where, written, systems, [*shown, *asked])
 
-    def _render(self, tokenizer: Any, where: str, systems: list[Turn], conversation: list[Turn]) -> str:
-        key = f"{self.where}.apply_chat_template"
-        template = chat_template(key, tokenizer, None if self.template is True else str(self.template))
-        answer = [_turn("assistant", self.prefix)] if self.prefix else []
+    def _render(
+        self, tokenizer: Any, where: str, written: "_Written", systems: list[Turn], conversation: list[Turn]
+    ) -> str:
+        key, template = f"{self.where}.apply_chat_template", self._template(tokenizer)
+        answer = [written.turn("assistant", self.prefix)] if self.prefix else []
 
         def render(turns: list[Turn]) -> str:
             return render_chat(
@@ -158,6 +177,10 @@ class Prompts:
                 problem = f"the chat template of {named(tokenizer)} refuses a system turn ({error})"
                 raise InputError(key, f"{problem}; write it into the user's first turn instead") from None
             raise InputError(where, f"{key}: the chat template of {named(tokenizer)} failed ({error})") from None
+
+    def _template(self, tokenizer: Any) -> str:
+        name = None if self.template is True else str(self.template)
+        return chat_template(f"{self.where}.apply_chat_template", tokenizer, name)
 
     @cached_property
     def _shown(self) -> str:
@@ -180,6 +203,35 @@ class Prompts:
         whole = token_ids(tokenizer, context + target, add_special_tokens=False)
         start = len(token_ids(tokenizer, context.rstrip(), add_special_tokens=False))
         return whole, min(start, len(whole) - 1)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The form of a conversation's turns. placeholder: the text in an image's place, where turns are lists of texts and
+    images, transformers' form for models that see; None: turns are texts."""
+
+    placeholder: str | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Any, template: str) -> "_Written":
+        """The form that a chat template reads."""
+        return cls((getattr(tokenizer, "placeholder", "") or None) if PARTS.search(template) else None)
+
+    def turn(self, role: str, text: str, images: int = 0) -> Turn:
+        """A turn whose images stand where the placeholders are, or, without placeholders, before the text."""
+        if self.placeholder is None:
+            return _turn(role, text)
+        pieces, image = text.split(self.placeholder), {"type": "image"}
+        parts: list[Any] = [image] * images if len(pieces) == 1 else []
+        for number, piece in enumerate(pieces):
+            parts += ([image] if number else []) + ([{"type": "text", "text": piece}] if piece else [])
+        return {"role": role, "content": parts}
+
+    def turns(self, prompt: str, turns: Sequence[Turn], images: int) -> list[Turn]:
+        """The turns of a conversation, or of a prompt."""
+        if not turns:
+            return [self.turn("user", prompt, images)]
+        return [turn if self.placeholder is None else turn | self.turn(turn["role"], turn["content"]) for turn in turns]
 
 
 # Texts with nothing before or behind them.

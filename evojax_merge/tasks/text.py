@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field
 
 from evojax_merge.errors import InputError, print_warning
 from evojax_merge.schema import Name, Text, Whole
+from evojax_merge.tasks.images import RecordImage, expand_images, number_images, read_images
 from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
 from evojax_merge.tasks.prompts import (
     PLAIN,
@@ -43,7 +44,15 @@ from evojax_merge.tasks.task import (
     TaskRequests,
     brevity,
 )
-from evojax_merge.tasks.templates import check_names_field, check_stop, check_template, fill, look_up, only_field
+from evojax_merge.tasks.templates import (
+    check_names_field,
+    check_stop,
+    check_template,
+    fill,
+    look_up,
+    named_fields,
+    only_field,
+)
 
 Kind = Literal["likelihood", "multiple_choice", "exact_match"]
 Metric = Literal[
@@ -87,7 +96,8 @@ class TextConfig(PromptConfig):
 class Example:
     """One example in text. `targets`: the one target, or the choices, joined to what stands before them; `answer`: the
     number of the right choice, or the wanted text; `line`: its number in the file; `where`: its place, where that is no
-    line of the file; `choices`: the choices as the record has them; `turns`: in place of the prompt, a conversation."""
+    line of the file; `choices`: the choices as the record has them; `turns`: in place of the prompt, a conversation;
+    `images`: those of the prompt or the conversation."""
 
     prompt: str
     targets: tuple[str, ...]
@@ -96,6 +106,7 @@ class Example:
     where: str = ""
     choices: tuple[str, ...] = ()
     turns: tuple[Turn, ...] = field(default=(), hash=False)
+    images: tuple[RecordImage, ...] = ()
 
     @property
     def solution(self) -> str:
@@ -126,7 +137,9 @@ class TextTask(TaskDefaults):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return tuple(dict.fromkeys(Path(file) for file in (self.file, self.fewshot_file or self.file)))
+        images = (*self.prompts.images, *(image for example in self.examples for image in example.images))
+        data = (Path(file) for file in (self.file, self.fewshot_file or self.file))
+        return tuple(dict.fromkeys([*data, *(image.file for image in images if image.file is not None)]))
 
     @property
     def size(self) -> int:
@@ -310,7 +323,7 @@ def read_prompted(
     answers stand in the prompt. Raises InputError for a file that does not fit, or has too few examples to show."""
     file = opening.file(*opening.source("file", config.file))
     records = read_file(file)
-    examples = [_example(record, kind, fields) for record in records]
+    examples = [_example(record, kind, fields, file.parent) for record in records]
     shots, fewshot_file = [], None
     if config.num_fewshot:
         # Held-out examples have the same ones before them as those that are searched on.
@@ -320,7 +333,7 @@ def read_prompted(
         if len(shown) < config.num_fewshot:
             what = f"{config.num_fewshot}; {source} has only {len(shown)}"
             raise InputError(f"{opening.where}.num_fewshot", what)
-        shots = [_example(record, kind, fewshot_fields) for record in shown[: config.num_fewshot]]
+        shots = [_example(record, kind, fewshot_fields, source.parent) for record in shown[: config.num_fewshot]]
         fewshot_file = str(source) if config.fewshot_source is not None or source != file else None
         asked = {_identity(shot, kind) for shot in shots}
         kept = [number for number, example in enumerate(examples) if _identity(example, kind) not in asked]
@@ -331,7 +344,7 @@ def read_prompted(
     prefix = config.assistant_prefix
     prompts = Prompts(
         opening.where, config.delimiter, prefix,
-        tuple(Shot(shot.prompt, shot.turns, prefixed(prefix, shot.solution)) for shot in shots),
+        tuple(Shot(shot.prompt, shot.turns, prefixed(prefix, shot.solution), shot.images) for shot in shots),
         config.apply_chat_template, config.system_instruction, config.fewshot_as_multiturn,
         config.chat_template_kwargs,
     )  # fmt: skip
@@ -340,8 +353,8 @@ def read_prompted(
     )  # fmt: skip
 
 
-def _question(example: Example) -> tuple[str, str]:
-    return example.prompt, json.dumps(example.turns, sort_keys=True, default=str)
+def _question(example: Example) -> tuple[Any, ...]:
+    return example.prompt, json.dumps(example.turns, sort_keys=True, default=str), example.images
 
 
 def _identity(example: Example, kind: Kind) -> tuple[Any, ...]:
@@ -352,11 +365,13 @@ def _identity(example: Example, kind: Kind) -> tuple[Any, ...]:
 
 def read_examples(path: Path, kind: Kind, fields: Fields) -> list[Example]:
     """Read and check a task file. Raises InputError with the place of the first record that does not fit."""
-    return [_example(record, kind, fields) for record in read_file(path)]
+    return [_example(record, kind, fields, path.parent) for record in read_file(path)]
 
 
-def _example(record: Record, kind: Kind, fields: Fields) -> Example:
+def _example(record: Record, kind: Kind, fields: Fields, folder: Path) -> Example:
     where = record.where
+    texts = {*named_fields(fields.prompt), *named_fields(fields.target), fields.choices, fields.answer}
+    images = read_images(record, folder, texts)
     turns: list[Turn] = []
     if fields.messages is None:
         prompt = fill(where, f"{fields.where}.prompt", fields.prompt, record.fields)
@@ -387,7 +402,7 @@ def _example(record: Record, kind: Kind, fields: Fields) -> Example:
         # White space as an answer is never found; as a target it can be predicted.
         if not (target.strip() if kind == "exact_match" else target):
             raise InputError(where, "target: is empty")
-        return Example(prompt, (answer_text(target),), target, *place, turns=tuple(turns))
+        return Example(prompt, (answer_text(target),), target, *place, turns=tuple(turns), images=images)
     if answered:
         what = f"{fields.messages}: ends with the assistant's turn; expected the user's, which the choices answer"
         raise InputError(where, what)
@@ -404,7 +419,7 @@ def _example(record: Record, kind: Kind, fields: Fields) -> Example:
             where, f"{fields.choices}: the right one, {brief(choices[chosen])}, is there twice, and cannot win; "
             "expected choices that differ"
         )  # fmt: skip
-    return Example(prompt, tuple(map(answer_text, choices)), chosen, *place, tuple(choices), tuple(turns))
+    return Example(prompt, tuple(map(answer_text, choices)), chosen, *place, tuple(choices), tuple(turns), images)
 
 
 def _target(where: str, fields: Fields, record: Mapping[str, Any]) -> str:
@@ -463,9 +478,10 @@ def likelihood_rows(task: TextTask, tokenizer: Any) -> list[Row]:
     rows = []
     for number, example in enumerate(task.examples):
         where = task.where(example)
-        context = task.prompts.context(tokenizer, where, example.prompt, example.turns)
+        context, images = _context(task, tokenizer, example)
         for target in example.targets:
             tokens, start = task.prompts.encode_pair(tokenizer, context, target)
+            tokens = number_images(tokenizer, where, tokens, images)
             # Without a beginning-of-sequence token an empty prompt leaves the first token unscored.
             rows.append(Row(tuple(tokens), max(start, 1), where, number))
             if len(tokens) < 2 or start >= len(tokens):
@@ -476,13 +492,20 @@ def likelihood_rows(task: TextTask, tokenizer: Any) -> list[Row]:
     return rows
 
 
+def _context(task: TextTask, tokenizer: Any, example: Example) -> tuple[str, tuple[RecordImage, ...]]:
+    """The text before the answer to an example, with its images' places expanded, and these images in their order."""
+    where, images = task.where(example), (*task.prompts.images, *example.images)
+    text = task.prompts.context(tokenizer, where, example.prompt, example.turns, example.images)
+    return expand_images(tokenizer, where, text, images), images
+
+
 def prompt_rows(task: TextTask, tokenizer: Any) -> list[Row]:
     """One row per example, the prompt alone."""
     rows = []
     for number, example in enumerate(task.examples):
         where = task.where(example)
-        context = task.prompts.context(tokenizer, where, example.prompt, example.turns)
-        tokens = task.prompts.encode(tokenizer, context)
+        context, images = _context(task, tokenizer, example)
+        tokens = number_images(tokenizer, where, task.prompts.encode(tokenizer, context), images)
         if not tokens:
             raise InputError(where, "prompt: has no token")
         rows.append(Row(tuple(tokens), len(tokens), where, number))

@@ -15,7 +15,7 @@ PARTS = ("best", "checkpoints", "winners", "stages")
 # What a search may change in a run folder, and in the folder `disk` where parts of it are.
 OWN = (
     "config.yaml", "history.jsonl", "history.backup.jsonl", "timing.jsonl", "result.json", "report.html",
-    "environment.json",
+    "environment.json", "heldout_answers.jsonl", "run.log",
     "best/recipe.yaml", "best/model", *(f"checkpoints/{step}" for step in range(1, 6)), "winners/003",
     "stages/stage-1",
 )  # fmt: skip

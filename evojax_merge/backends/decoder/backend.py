@@ -10,6 +10,7 @@ import numpy as np
 
 from evojax_merge.backends.decoder.candidates import Candidates
 from evojax_merge.backends.decoder.planner import DecoderPlanner
+from evojax_merge.backends.decoder.vision import Vision
 from evojax_merge.checkpoints.bank import bank_bytes, load_stored
 from evojax_merge.checkpoints.derived import input_files, reference_to
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
@@ -27,6 +28,7 @@ from evojax_merge.evaluation.batched_tasks import (
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import Evaluator, Progress
 from evojax_merge.evaluation.planned_passes import DeviceSizes
+from evojax_merge.evaluation.samples import sample_rows
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.execute import merge_to
@@ -53,7 +55,8 @@ class DecoderModels:
 
     base, parents: their folders; references: each folder's name in recipes; sources: the models of the bank, the base
     first where the method needs one; other_modules: the model whose other modules the winner has, where text decoders
-    of larger models are merged; context: the most tokens that all models take; stop: the tokens that end a generation.
+    of larger models are merged; context: the most tokens that all models take; stop: the tokens that end a generation;
+    vision: the images of tasks, None where the models see none.
     """
 
     base: Path | None
@@ -66,6 +69,7 @@ class DecoderModels:
     other_modules: Path | None
     context: int
     stop: tuple[int, ...]
+    vision: Vision | None = None
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,8 @@ class DecoderBackend:
         return space.model_copy(update={"parent_groups": members}).model_dump(mode="json")
 
     def files(self) -> set[Path]:
-        return {file for _, folder in self.compared for file in input_files(folder)}
+        images = set() if self.models.vision is None else self.models.vision.files
+        return images | {file for _, folder in self.compared for file in input_files(folder)}
 
     def extensions(self) -> list[object]:
         return [*self.candidates.methods, architecture_of(self.models.decoder)]
@@ -229,7 +234,13 @@ class DecoderBackend:
         self.candidates.planned_population(self.planner(0).evaluator, 1, sizes.place)
         # Layer paths are planned as one model, but all of the parents' layers are loaded.
         sizes.bank = max(sizes.bank, self.held_bytes() // shards)
+        self.abstract_features(self.compute_dtype, sizes.place)
         return sizes
+
+    def abstract_features(self, dtype: str, place: Callable[..., Any]) -> Any:
+        """The features of the tasks' images as an abstract array, which `place` makes; None where there are none."""
+        vision = self.models.vision
+        return None if vision is None else vision.abstract_table(self.models.decoder.hidden, dtype, place)
 
     def planner(self, bank_bytes: int) -> DecoderPlanner:
         return DecoderPlanner(self, bank_bytes)
@@ -251,6 +262,9 @@ class DecoderBackend:
         devices: Devices,
         log: Callable[[str], None],
     ) -> Splits[SpaceEvaluator[Any]]:
+        prepared_images = None if self.models.vision is None else self.models.vision.prepare()
+        if prepared_images is not None:
+            log(prepared_images)
         # Batches of all splits have the same shapes, so a chunk that fits one split in a dtype fits all of them.
         chunk_sizes: dict[str, dict[Any, int]] = {self.compute_dtype: {}, self.final_compute_dtype: {}}
 
@@ -268,9 +282,14 @@ class DecoderBackend:
     ) -> SpaceEvaluator[Any]:  # fmt: skip
         decoder = Evaluator(
             self.models.decoder, self.models.tokenizer, tasks, dtype, self.settings.chunk, devices, log, chunk_sizes,
-            target=self.target,
+            target=self.target, features=self._features(None, dtype, devices),
         )  # fmt: skip
         return SpaceEvaluator(self.space, self.candidates.evaluator(decoder, bank), devices)
+
+    def _features(self, model: Path | None, dtype: str, devices: Devices) -> Any:
+        """The features of the tasks' images in front of candidates (None) or of a stored model; None where there are
+        none."""
+        return None if self.models.vision is None else self.models.vision.table(model, dtype, devices.put)
 
     def describe_work(self, evaluators: Sequence[SpaceEvaluator[Any]]) -> str:
         return self.candidates.describe_work([evaluator.evaluator for evaluator in evaluators])
@@ -288,8 +307,15 @@ class DecoderBackend:
             if aligned
             else open_sources([model])
         )
-        evaluator = replace(heldout.evaluator.evaluator, config=config)
+        candidates: Evaluator = heldout.evaluator.evaluator
+        features = self._features(model, candidates.compute_dtype, candidates.devices)
+        evaluator = replace(candidates, config=config, features=features)
         return evaluator.stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)
+
+    def answers(
+        self, model: str, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
+    ) -> list[dict[str, Any]]:
+        return sample_rows(model, heldout.evaluator.evaluator.batched_tasks, scores, number)
 
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> WinnerReport:
         return self.candidates.report(genome, parents)

@@ -11,6 +11,7 @@ from merge_kernels import Method
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.decoder.backend import DecoderBackend, DecoderModels, stored_dtype
 from evojax_merge.backends.decoder.candidates import Candidates, MergeCandidates, PathCandidates, PoolCandidates
+from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
 from evojax_merge.checkpoints.config_file import decoder_settings
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder
 from evojax_merge.checkpoints.folder import Folder
@@ -89,8 +90,9 @@ class DecoderFactory:
         # Layers of a path may come from models of any depth.
         open_all = open_decoders if config.data_flow else _of_one_depth
         sources, configs = open_all(opened, tokenizer_choice)
-        _check_tokens(opened, sources)
-        other_modules = _other_modules(where, config, folder, sources.folders, base, parents)
+        all_folders = sources.folders
+        other_modules = _other_modules(where, config, folder, all_folders, base, parents)
+        _check_tokens(opened, sources, other_modules)
         if None not in (other_modules, tokenizer_dir) and tokenizer_dir != other_modules:
             raise InputError(
                 where, f"tokenizer_source: expected {other_modules}, whose other modules the winner has: its images "
@@ -107,7 +109,8 @@ class DecoderFactory:
         for number in leaders if config.pool is None else range(len(sources.folders)):
             read_json_object(sources.folders[number].path / "generation_config.json", missing={})
         tokenizer_folder = tokenizer_dir or (base if base is not None else parents[0])
-        tokenizer = load_tokenizer(tokenizer_folder)
+        kept = next((opened_folder for opened_folder in all_folders if opened_folder.path == other_modules), None)
+        tokenizer = seeing_tokenizer(load_tokenizer(tokenizer_folder), kept)
         models = DecoderModels(
             base=base,
             parents=parents,
@@ -119,6 +122,7 @@ class DecoderFactory:
             other_modules=other_modules,
             context=context_length(sources.folders, configs[0].positions),
             stop=stop_tokens(tokenizer_folder, tokenizer),
+            vision=vision_of(tokenizer, all_folders),
         )
         return DecoderBackend(config, models, candidates, target)
 
@@ -237,13 +241,15 @@ def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> Path
     )
 
 
-def _check_tokens(folders: Sequence[Path], sources: Sources) -> None:
-    """Raises InputError where a model of a search lacks a token: a made-up row would be searched like a trained one."""
+def _check_tokens(folders: Sequence[Path], sources: Sources, other_modules: Path | None) -> None:
+    """Raises InputError where a model of a search lacks a token: a made-up row would be searched like a trained one. A
+    text model beside a larger one may lack the tokens that were added to the larger one's, such as that of images."""
     vocabulary = sources.vocabulary
     if vocabulary is None or not vocabulary.fills:
         return
     for folder, rows in zip(folders, vocabulary.rows, strict=True):
-        missing = np.flatnonzero(rows < 0)
+        added = () if other_modules is None else vocabulary.tokenizer.added_tokens_decoder
+        missing = np.array([token for token in np.flatnonzero(rows < 0) if token not in added])
         if missing.size:
             token = vocabulary.tokenizer.convert_ids_to_tokens(int(missing[0]))
             raise InputError(

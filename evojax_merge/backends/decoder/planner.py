@@ -50,6 +50,7 @@ class DecoderPlanner:
         return Evaluator(
             backend.models.decoder, backend.models.tokenizer, [], backend.compute_dtype, chunk, devices, target=target,
             free_memory=lambda: free, temporary_bytes=JaxprReader(target, devices).temporary_bytes,
+            features=backend.abstract_features(backend.compute_dtype, devices.abstract),
         )  # fmt: skip
 
     @cached_property
@@ -57,7 +58,9 @@ class DecoderPlanner:
         """The evaluator of the splits that no generation is scored on: in another dtype, fewer candidates may fit."""
         if self.backend.final_compute_dtype == self.backend.compute_dtype:
             return self.evaluator
-        return replace(self.evaluator, compute_dtype=self.backend.final_compute_dtype, chunk_sizes={})
+        dtype, devices = self.backend.final_compute_dtype, self.evaluator.devices
+        features = self.backend.abstract_features(dtype, devices.abstract)
+        return replace(self.evaluator, compute_dtype=dtype, chunk_sizes={}, features=features)
 
     @property
     def jobs(self) -> int:
@@ -101,7 +104,10 @@ class DecoderPlanner:
         """The compiler's reports on the passes of a task over a chunk of `size` candidates for each group of devices,
         in the chunks that `planned` has chosen, in their order. Raises JaxRuntimeError where it refuses one because it
         does not fit."""
-        evaluator = replace(planned, devices=compiler.devices, temporary_bytes=compiler.temporary_bytes)
+        evaluator = replace(
+            planned, devices=compiler.devices, temporary_bytes=compiler.temporary_bytes,
+            features=self.backend.abstract_features(planned.compute_dtype, compiler.place_leaf),
+        )  # fmt: skip
         population = self.backend.candidates.planned_population(
             evaluator, size * compiler.devices.population, compiler.place_leaf
         )

@@ -28,7 +28,8 @@ from evojax_merge.evaluation.planned_passes import (
     SizedPass,
 )
 from evojax_merge.evaluation.programs import GRADIENT, MATERIALISE, SCORE
-from evojax_merge.evaluation.scores import TaskScores, task_weights
+from evojax_merge.evaluation.samples import score_rows
+from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores, task_weights
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.file_system import atomic_folder, atomic_write
 from evojax_merge.mergekit.write import dump_documents
@@ -76,6 +77,9 @@ class TreeSpace:
 
     def named_values(self, genomes: np.ndarray, parents: Sequence[str]) -> dict[str, np.ndarray]:
         return self.group_space.named_values(genomes, parents)
+
+    def parents_among(self, genomes: np.ndarray) -> np.ndarray:
+        return self.group_space.parents_among(genomes)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -133,7 +137,8 @@ class Programs:
     _compiled: dict[Any, Any] = field(default_factory=dict)
 
     def of(self, make: Callable[..., Any], task: ArrayTask, *settings: Any) -> Any:
-        key = (make, task.name, *settings)
+        # A task and its differentiable companion share their name.
+        key = (make, task.name, task.metric, *settings)
         if key not in self._compiled:
             self._compiled[key] = make(self.merge, task, self.chunk, *settings)
         return self._compiled[key]
@@ -199,16 +204,16 @@ class TreeEvaluator:
         return np.stack(rows)
 
     def value_and_gradient(
-        self, genomes: np.ndarray, progress: Progress = lambda done: None
+        self, genomes: np.ndarray, progress: Progress = lambda done: None, goal: Goal = PLAIN
     ) -> tuple[TaskScores, np.ndarray]:
         """The scores, and float32[P, D], the derivative of each genome's fitness with respect to it. Every task that
         counts must be traced."""
         scores, gradient = TaskScores({}), None
-        for task, share in task_weights(self.tasks):
+        for task, weight in task_weights(self.tasks, goal):
             program = self.programs.of(gradient_program, task)
             rows, part = map(np.asarray, program(self.bank, jnp.asarray(genomes), task.rows))
             scores.matrices[task.name] = {task.metric: checked(task, rows)}
-            part = part if share == 1 else part * np.float32(share)
+            part = part if weight == 1 else part * np.float32(weight)
             gradient = part if gradient is None else gradient + part
             progress(len(genomes))
         assert gradient is not None
@@ -400,6 +405,11 @@ class FunctionBackend:
             scores.matrices[task.name] = {task.metric: checked(task, row[None])}
             progress(1)
         return scores
+
+    def answers(
+        self, model: str, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
+    ) -> list[dict[str, Any]]:
+        return [row for task in heldout.tasks for row in score_rows(model, task, task.indices, scores, number)]
 
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> MergeReport:
         values = {name: np.asarray(block) for name, block in self.merge.space.values(jnp.asarray(genome)).items()}

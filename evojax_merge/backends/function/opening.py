@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -108,16 +108,7 @@ class FunctionFactory:
     merges_recipes: ClassVar[bool] = False
 
     def check(self, where: str, config: Config) -> None:
-        for name in FOREIGN:
-            if getattr(config, name) is not None:
-                raise InputError(where, f"{name}: is for language models; backend: {config.backend} searches a space")
-        assert config.space is not None
-        for name in FOREIGN_IN_SPACE:
-            if getattr(config.space, name) != SpaceConfig.model_fields[name].default:
-                raise InputError(f"{where}: space", f"{name}: is for language models; leave it out")
-        if config.evaluation.model != 1:
-            raise InputError(where, f"evaluation.model: {config.evaluation.model}; pytrees are whole on each device")
-        method_with_base(f"{where}: space.method", config.space.method, config.base is not None, len(config.parents))
+        check_config(where, config, "pytrees are", FOREIGN_IN_SPACE)
 
     def open(
         self, where: str, config: Config, folder: Path, target: Target, resolve: Resolve, chained: bool
@@ -147,6 +138,21 @@ class FunctionFactory:
 
     def _load(self, where: str, path: Path) -> Any:
         return find_tree(where, str(path)) if is_reference(str(path)) else self.load(path)
+
+
+def check_config(where: str, config: Config, what: str, foreign_in_space: Sequence[str]) -> None:
+    """Raises InputError for keys of language models, and for a method that the models do not fit. what: the models, as
+    in "pytrees are"; foreign_in_space: the keys of `space` that only language models have."""
+    for name in FOREIGN:
+        if getattr(config, name) is not None:
+            raise InputError(where, f"{name}: is for language models; backend: {config.backend} searches a space")
+    assert config.space is not None
+    for name in foreign_in_space:
+        if getattr(config.space, name) != SpaceConfig.model_fields[name].default:
+            raise InputError(f"{where}: space", f"{name}: is for language models; leave it out")
+    if config.evaluation.model != 1:
+        raise InputError(where, f"evaluation.model: {config.evaluation.model}; {what} whole on each device")
+    method_with_base(f"{where}: space.method", config.space.method, config.base is not None, len(config.parents))
 
 
 def model_path(where: str, reference: str, folder: Path) -> Path:

@@ -65,5 +65,6 @@ GEMMA3 = replace(
     block=gemma_like.block,
     final_norm=gemma_like.final_norm,
     map_logits=gemma_like.map_logits,
+    bidirectional_images=True,
     gguf=llama_like_gguf("gemma3", gguf_settings, norm_offset=1.0),
 )

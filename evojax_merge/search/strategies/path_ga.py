@@ -3,8 +3,13 @@
 It follows genetic improvement (Le Goues et al., GenProg, 2012; Langdon and Harman, 2015): an individual is a list of
 edits of one object; a mutation adds, removes or changes one edit, a crossover takes whole edits from two parents.
 Strategies that move all genes of a genome at once would change every edit at each step.
+
+Many lists of moves mean one path, so that a population would soon hold one path in many spellings, and nothing would
+lead it away from there. Genomes that score the same therefore share one place among the members (clearing; Pétrowski,
+1996), and no genome is evaluated a second time (tabu search; Glover, 1989).
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,8 +31,10 @@ CROSSOVER_RATE = 0.5
 DUPLICATION_RATE = 0.25
 # The probability that a continuous gene, when drawn or changed, gets the value that changes nothing.
 NEUTRAL_RATE = 0.5
-# The most times that a child is drawn again where its genome has occurred before.
+# The most times that a child is drawn again where its genome has been evaluated before.
 MAX_DRAWS = 20
+# The number of genomes, the latest ones, that are not evaluated again.
+MAX_EVALUATED = 2**16
 
 # The genes of a move that is on.
 Move = tuple[float, ...]
@@ -35,19 +42,21 @@ Move = tuple[float, ...]
 
 @struct.dataclass
 class PathGAState:
-    """start: float32[D]; members: float32[P, D], the population, best first; fitness: float64[P], the members' fitness,
-    -inf where a member has none; told: int32[], the number of generations."""
+    """start: float32[D]; members: float32[P, D], the population; fitness: float64[P], the members' fitness, -inf where
+    a member has none; evaluated: uint64[M], fingerprints of the genomes that were evaluated, in their order, M 0 before
+    the first generation; told: int32[], the number of generations."""
 
     start: np.ndarray
     members: np.ndarray
     fitness: np.ndarray
+    evaluated: np.ndarray
     told: np.ndarray
 
 
 @dataclass(frozen=True)
 class PathGA:
-    """Truncation selection of parents and children (mu + lambda), binary tournaments for parents. Between two genomes
-    that score the same, the one with fewer moves is better."""
+    """Truncation selection of parents and children (mu + lambda), binary tournaments for parents. Of the genomes that
+    score the same, the one with the fewest moves is a member, and the others where there is room."""
 
     settings: StrategySettings
     population: int
@@ -77,8 +86,9 @@ class PathGA:
         def mutant() -> np.ndarray:
             return self._genome(self._mutated(rng, lists[rng.integers(len(lists))], start), start)
 
-        members = np.concatenate([start[None], self._unknown(mutant, start[None], self.population - 1)])
-        return PathGAState(start, members, np.full(self.population, -np.inf), np.zeros((), np.int32))
+        members = np.concatenate([start[None], self._unmet(mutant, {fingerprint(start)}, self.population - 1)])
+        unscored = np.full(self.population, -np.inf)
+        return PathGAState(start, members, unscored, np.zeros(0, np.uint64), np.zeros((), np.int32))
 
     def ask(self, key: jax.Array, state: PathGAState) -> tuple[jax.Array, PathGAState]:
         if int(state.told) == 0:
@@ -97,21 +107,30 @@ class PathGA:
                 moves = self._mutated(rng, moves, start)
             return self._genome(moves, start)
 
-        return jnp.asarray(self._unknown(child, members, self.population)), state
+        met = {*state.evaluated.tolist(), *map(fingerprint, members)}
+        return jnp.asarray(self._unmet(child, met, self.population)), state
 
     def tell(self, key: jax.Array, state: PathGAState, genomes: jax.Array, scores: Scores) -> PathGAState:
         generation, start = int(state.told), np.asarray(state.start)
         # The first generation is the population, also where seeds have replaced members.
         parents = slice(0, self.population if generation else 0)
-        every = np.concatenate([np.asarray(state.members)[parents], np.asarray(genomes, np.float32)])
+        children = np.asarray(genomes, np.float32)
+        every = np.concatenate([np.asarray(state.members)[parents], children])
         values = np.where(np.isfinite(scores.fitness), scores.fitness, -np.inf)
         fitness = np.concatenate([np.asarray(state.fitness)[parents], values])
         _, firsts = np.unique(every, axis=0, return_index=True)
         firsts = np.sort(firsts)
         lengths = np.array([len(self._moves(genome, start)) for genome in every[firsts]])
+        ranked = firsts[np.lexsort((lengths, -fitness[firsts]))]
+        # True where a better or shorter genome scores the same, and where a genome has no score.
+        again = np.isin(np.arange(len(ranked)), np.unique(fitness[ranked], return_index=True)[1], invert=True)
+        again |= ~np.isfinite(fitness[ranked])
         # With too few distinct genomes, the best are repeated.
-        order = np.resize(firsts[np.lexsort((lengths, -fitness[firsts]))], self.population)
-        return PathGAState(start, every[order], fitness[order], np.array(generation + 1, np.int32))
+        order = np.resize(ranked[np.argsort(again, kind="stable")], self.population)
+        evaluated = np.append(state.evaluated, np.array(list(map(fingerprint, children)), np.uint64))
+        return PathGAState(
+            start, every[order], fitness[order], evaluated[-MAX_EVALUATED:], np.array(generation + 1, np.int32)
+        )
 
     def finalists(self, state: PathGAState) -> np.ndarray:
         """No genomes: the best members are the search's best candidates."""
@@ -140,17 +159,17 @@ class PathGA:
     def _rows(self, genome: np.ndarray) -> np.ndarray:
         return genome.reshape(self._capacity, -1)
 
-    def _unknown(self, draw: Callable[[], np.ndarray], members: np.ndarray, count: int) -> np.ndarray:
-        """float32[count, D]: genomes that differ from each other and from `members`, as far as MAX_DRAWS draws each
-        find them."""
-        met, genomes = {genome.tobytes() for genome in members}, []
+    def _unmet(self, draw: Callable[[], np.ndarray], met: set[int], count: int) -> np.ndarray:
+        """float32[count, D]: genomes that differ from each other and from those with the fingerprints `met`, as far as
+        MAX_DRAWS draws each find them."""
+        met, genomes = set(met), []
         for _ in range(count):
             genome = draw()
             for _ in range(MAX_DRAWS):
-                if genome.tobytes() not in met:
+                if fingerprint(genome) not in met:
                     break
                 genome = draw()
-            met.add(genome.tobytes())
+            met.add(fingerprint(genome))
             genomes.append(genome)
         return np.stack(genomes)
 
@@ -204,6 +223,11 @@ class PathGA:
     @property
     def _continuous(self) -> list[int]:
         return [gene for gene, count in enumerate(self.settings.move_genes) if count == 0]
+
+
+def fingerprint(genome: np.ndarray) -> int:
+    """A number of 64 bits that is another one for another genome."""
+    return int.from_bytes(hashlib.blake2b(genome.tobytes(), digest_size=8).digest(), "little")
 
 
 @begin_with("parents")

@@ -1,0 +1,408 @@
+"""The vision side of a model: an image's features, which stand in the image's positions in front of the decoder.
+
+They depend on the image, the model's processor and its modules outside of the decoder, and on no candidate. The model's
+own processor and modules, in transformers and torch, make them once for each image, and the user's cache keeps them.
+"""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from evojax_merge.checkpoints.config_file import DECODER_PREFIX, DECODER_PREFIXES
+from evojax_merge.checkpoints.decoder_folder import LM_HEAD, DecoderFolder
+from evojax_merge.checkpoints.writer import PROCESSOR_FILES
+from evojax_merge.data_packages import cache_folder
+from evojax_merge.errors import InputError, shown
+from evojax_merge.file_system import atomic_file
+from evojax_merge.tasks.images import EXTRA, RecordImage
+
+# The larger models whose images are computed as transformers computes them. The others read texts alone: their
+# positions, masks or layers know of images.
+SEEING = ("gemma3", "idefics3", "llava", "llava_next", "vipllava")
+# The keys of config.json that name the token of an image's positions.
+PLACEHOLDER_KEYS = ("image_token_id", "image_token_index")
+# The key of config.json that names the token in an image's place, where it is another than that of its positions.
+PLACE_KEY = "boi_token_index"
+# A change of what a file of features holds.
+FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The text that a processor puts in an image's place, and the number of the image's positions in it."""
+
+    text: str
+    rows: int
+
+
+@dataclass(eq=False)
+class VisionSide:
+    """The vision side of a model. folder: the model; processor: the folder of its processor; placeholder: the text in
+    an image's place, token: that of each of its positions; encoded, read: the number of images whose features were
+    computed, or read from the cache."""
+
+    folder: DecoderFolder
+    processor: Path
+    placeholder: str
+    token: str
+    encoded: int = 0
+    read: int = 0
+
+    @cached_property
+    def key(self) -> str:
+        """The hash of all that features depend on beside the image: config, processor and tensors."""
+        import transformers
+
+        config = {name: value for name, value in self.folder.whole.config.items() if name != "text_config"}
+        total = hashlib.sha256(json.dumps([FORMAT, transformers.__version__, config], sort_keys=True).encode())
+        for file in processor_files(self.processor):
+            total.update(f"{file.name}\n".encode() + file.read_bytes())
+        for name, tensor in sorted(self.folder.other_modules.items()):
+            total.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+            for part in tensor.content():
+                total.update(part.data)
+        return total.hexdigest()
+
+    def expansion(self, image: RecordImage) -> Expansion:
+        """The text in an image's place. Raises InputError where the processor cannot prepare the image."""
+        text, _ = self._prepared(image)
+        return Expansion(text, text.count(self.token))
+
+    def features(self, image: RecordImage) -> np.ndarray:
+        """float32[rows, hidden]: an image's features, from the cache, or computed."""
+        stored = self._stored(image)
+        if stored is not None:
+            self.read += 1
+            return stored
+        features = self._encoded(image, self._prepared(image)[1])
+        self._store(image, features)
+        self.encoded += 1
+        return features
+
+    def release(self) -> None:
+        """Free the module, which is loaded again where another image needs it."""
+        vars(self).pop("_module", None)
+
+    # -----------------------------------------------------------------------------------------------------------
+    # The cache
+
+    def _file(self, image: RecordImage) -> Path:
+        name = hashlib.sha256(f"{self.key} {image.sha256}".encode()).hexdigest()
+        return cache_folder() / "features" / name[:2] / f"{name}.safetensors"
+
+    def _stored(self, image: RecordImage) -> np.ndarray | None:
+        """An image's features from the cache; None where they are not there, or the file is damaged."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            return load_file(self._file(image))["features"]
+        except (OSError, SafetensorError, KeyError):
+            return None
+
+    def _store(self, image: RecordImage, features: np.ndarray) -> None:
+        from safetensors.numpy import save_file
+
+        file = self._file(image)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file) as work:
+            save_file({"features": features}, work)
+
+    # -----------------------------------------------------------------------------------------------------------
+    # transformers
+
+    @cached_property
+    def _processor(self) -> Any:
+        """The model's processor, whose tokenizer keeps the last text that it was given."""
+        path = self.processor
+        if not processor_files(path):
+            raise InputError(path, "has no processor, which prepares images; expected preprocessor_config.json")
+        with _messages_of(path, "its processor cannot be loaded"):
+            from transformers import AutoProcessor
+
+            processor = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            processor.tokenizer = _Listener(processor.tokenizer)
+        return processor
+
+    def _prepared(self, image: RecordImage) -> tuple[str, dict[str, Any]]:
+        """The text in an image's place, and the image as the module takes it."""
+        pixels, processor = image.open(), self._processor
+        with _messages_of(image.where, f"the processor of {self.processor} cannot prepare it"):
+            inputs = processor(text=[self.placeholder], images=[pixels], return_tensors="pt")
+        (text,) = processor.tokenizer.texts
+        return text, dict(inputs)
+
+    @cached_property
+    def _module(self) -> Any:
+        """The model without its decoder's weights, which no feature depends on."""
+        path = self.folder.path
+        with _messages_of(path, "its vision tower cannot be loaded"), _quietly():
+            import torch
+            from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            config.text_config.num_hidden_layers, config.text_config.vocab_size = 0, 1
+            config.text_config.pad_token_id = None
+            tensors = {
+                name: torch.from_numpy(np.array(tensor.read(), np.float32))
+                for name, tensor in self.folder.other_modules.items()
+            }
+            model, report = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].from_pretrained(
+                None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+            )
+        decoder = (DECODER_PREFIXES.get(self.folder.whole.config["model_type"], DECODER_PREFIX), LM_HEAD)
+        missing = [f"lacks {name}" for name in report["missing_keys"] if not name.startswith(decoder)]
+        faults = missing + [f"has {name}" for key in ("unexpected_keys", "mismatched_keys") for name in report[key]]
+        if faults:
+            raise InputError(path, f"{min(faults)}; expected the tensors of its config's vision side")
+        return model.eval()
+
+    def _encoded(self, image: RecordImage, inputs: dict[str, Any]) -> np.ndarray:
+        import torch
+
+        model = self._module
+        taken = inspect.signature(model.get_image_features).parameters
+        with _messages_of(image.where, f"the vision tower of {self.folder.path} fails on it"), torch.no_grad():
+            output = model.get_image_features(
+                **{name: value for name, value in inputs.items() if name in taken}, return_dict=True
+            )
+            parts = [part.reshape(-1, part.shape[-1]) for part in output.pooler_output]
+            features: np.ndarray = torch.cat(parts).float().numpy()
+        return features
+
+
+class _Listener:
+    """A tokenizer that keeps the texts of its last call: a processor gives it those that images are expanded in."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.texts: list[str] = []
+
+    def __call__(self, text: Any, *arguments: Any, **options: Any) -> Any:
+        self.texts = [text] if isinstance(text, str) else list(text)
+        return self._tokenizer(text, *arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+@contextmanager
+def _messages_of(where: object, what: str) -> Iterator[None]:
+    """Raises the errors of transformers and torch as one line."""
+    try:
+        import torch  # noqa: F401
+
+        yield
+    except InputError:
+        raise
+    except ImportError as error:
+        package = error.name or "torch"
+        raise InputError(where, f"images need the package {package}; {EXTRA}") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(where, f"{what} ({reason})") from None
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps back the notes about a decoder without weights, and a bar for the tensors."""
+    from transformers.utils import logging
+
+    level, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shows_bars:
+            logging.enable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models that see, in a search
+
+
+@dataclass(eq=False)
+class VisionTokenizer:
+    """A larger model's tokenizer, which places images (see `tasks.images`). tokenizer: that of its
+    texts; side: the vision side; None: the tokenizer refuses images, for this reason. placeholder_id: None where the
+    tokenizer has no token for an image's positions."""
+
+    tokenizer: Any
+    side: VisionSide | None
+    refusal: str = ""
+    placeholder: str = ""
+    placeholder_id: int | None = None
+    # By the hash of an image: the image, the text in its place, and its first row among all features.
+    _placed: dict[str, tuple[RecordImage, Expansion, int]] = field(default_factory=dict)
+    rows: int = 0
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.tokenizer(*arguments, **options)
+
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    @property
+    def images(self) -> int:
+        """The number of images that were placed."""
+        return len(self._placed)
+
+    def expand_images(self, where: str, text: str, images: Sequence[RecordImage]) -> str:
+        if self.side is None:
+            if images:
+                raise InputError(where, f"has an image; {self.refusal}")
+            return text
+        first, *pieces = text.split(self.placeholder)
+        if len(pieces) != len(images):
+            raise InputError(
+                where, f"its prompt has {_counted(len(pieces), 'place')} for {_counted(len(images), 'image')}; "
+                f"expected one {self.placeholder} for each",
+            )  # fmt: skip
+        return first + "".join(self._place(image)[1].text + piece for image, piece in zip(images, pieces, strict=True))
+
+    def number_images(self, where: str, tokens: Sequence[int], images: Sequence[RecordImage]) -> list[int]:
+        rows = iter(row for image in images for row in self._rows_of(image))
+        count = sum(token == self.placeholder_id for token in tokens)
+        expected = sum(self._place(image)[1].rows for image in images)
+        if count != expected:
+            raise InputError(
+                where, f"has {count:,} positions of images, and the processor leaves {expected:,}; expected a target "
+                f"without {self.placeholder}",
+            )  # fmt: skip
+        return [~next(rows) if token == self.placeholder_id else token for token in tokens]
+
+    def table(self, side: VisionSide) -> np.ndarray:
+        """float32[rows, hidden]: the features of all images that were placed, by a vision side. Raises InputError where
+        it makes others than this tokenizer has positions for."""
+        parts = []
+        for image, expansion, _ in self._placed.values():
+            parts.append(side.features(image))
+            if len(parts[-1]) != expansion.rows:
+                raise InputError(
+                    side.folder.path, f"its vision tower makes {len(parts[-1]):,} features of {image.where}, which has "
+                    f"{expansion.rows:,} positions; expected models with one processor, which fits their towers",
+                )  # fmt: skip
+        return np.concatenate(parts)
+
+    def _place(self, image: RecordImage) -> tuple[RecordImage, Expansion, int]:
+        if image.sha256 not in self._placed:
+            assert self.side is not None
+            expansion = self.side.expansion(image)
+            self._placed[image.sha256] = image, expansion, self.rows
+            self.rows += expansion.rows
+        return self._placed[image.sha256]
+
+    def _rows_of(self, image: RecordImage) -> range:
+        _, expansion, first = self._place(image)
+        return range(first, first + expansion.rows)
+
+
+def seeing_tokenizer(tokenizer: Any, folder: DecoderFolder | None) -> Any:
+    """A tokenizer that places images, for the larger model in a folder; the tokenizer itself for a decoder alone."""
+    if folder is None or not folder.is_part:
+        return tokenizer
+    config, kind = folder.whole.config, folder.whole.config["model_type"]
+    number = next((config[key] for key in PLACEHOLDER_KEYS if config.get(key) is not None), None)
+    if number is None:
+        from transformers import CONFIG_MAPPING
+
+        number = getattr(CONFIG_MAPPING[kind](), PLACEHOLDER_KEYS[0])
+    # A text model's tokenizer may have a word under the number.
+    token = tokenizer.added_tokens_decoder.get(number) if isinstance(number, int) else None
+    if token is None:
+        refusal = f"the tokenizer of {tokenizer.name_or_path} lacks its token, {shown(number)} in the config.json of "
+        return VisionTokenizer(tokenizer, None, f"{refusal}{folder.path}; expected tokenizer_source: that model")
+    if kind not in SEEING:
+        refusal = f"texts alone are scored with {kind} models; expected {', '.join(SEEING)}, or a record without it"
+        return VisionTokenizer(tokenizer, None, refusal, token.content, number)
+    place = tokenizer.added_tokens_decoder.get(config.get(PLACE_KEY, number), token).content
+    side = VisionSide(folder, folder.path, place, token.content)
+    return VisionTokenizer(tokenizer, side, "", place, number)
+
+
+@dataclass(eq=False)
+class Vision:
+    """The images of a search's tasks in front of its models. tokenizer: has placed the images; kept: the vision side
+    that candidates have; sides: those of models, by their folders."""
+
+    tokenizer: VisionTokenizer
+    kept: VisionSide
+    sides: Mapping[Path, VisionSide]
+    _tables: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def files(self) -> set[Path]:
+        """The files that the features depend on beside the models' own."""
+        sides = self.sides.values() if self.tokenizer.images else ()
+        return {file for side in sides for file in processor_files(side.processor)}
+
+    def abstract_table(self, hidden: int, dtype: str, place: Callable[..., Any]) -> Any:
+        """The table of features as an abstract array, which `place` makes; None where there are no images."""
+        return place((self.tokenizer.rows, hidden), jnp.dtype(dtype)) if self.tokenizer.images else None
+
+    def table(self, model: Path | None, dtype: str, put: Callable[..., Any]) -> Any:
+        """`[rows, hidden]`, put on the devices: the features of all images in front of candidates (None), or of a
+        stored model, which has those of candidates where it has no vision side; None where there are no images."""
+        if not self.tokenizer.images:
+            return None
+        side = self.kept if model is None else self.sides.get(model, self.kept)
+        if side is not self.kept:
+            return put(self.tokenizer.table(side).astype(jnp.dtype(dtype)))
+        if dtype not in self._tables:
+            self._tables[dtype] = put(self.tokenizer.table(side).astype(jnp.dtype(dtype)))
+        return self._tables[dtype]
+
+    def prepare(self) -> str | None:
+        """Compute all features that a search needs and that the cache lacks, and return one line about them; None
+        where there are no images."""
+        if not self.tokenizer.images:
+            return None
+        sides = {side.key: side for side in self.sides.values()}.values()
+        for side in sides:
+            self.tokenizer.table(side)
+            side.release()
+        encoded, read = sum(side.encoded for side in sides), sum(side.read for side in sides)
+        return (
+            f"images: {self.tokenizer.images:,} ({self.tokenizer.rows:,} positions), {encoded:,} encoded by the vision "
+            f"tower, {read:,} read from {cache_folder() / 'features'}"
+        )
+
+
+def vision_of(tokenizer: Any, folders: Sequence[DecoderFolder]) -> Vision | None:
+    """The images of tasks in front of models in these folders; None where no images are computed for their
+    tokenizer."""
+    if not isinstance(tokenizer, VisionTokenizer) or tokenizer.side is None:
+        return None
+    kept = tokenizer.side
+    sides = {
+        # A model with an adapter has the processor of no folder of its own.
+        folder.path: VisionSide(
+            folder, folder.path if processor_files(folder.path) else kept.processor, kept.placeholder, kept.token
+        )
+        for folder in folders
+        if folder.is_part and folder.whole.config["model_type"] in SEEING
+    }
+    return Vision(tokenizer, kept, sides | {kept.folder.path: kept})
+
+
+def processor_files(folder: Path) -> list[Path]:
+    """The files of a folder's processor."""
+    return [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -1,0 +1,1 @@
+"""Any network that transformers opens, as a backend."""

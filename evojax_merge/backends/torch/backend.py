@@ -1,0 +1,166 @@
+"""Networks of torch as a backend: merges of their tensors, scored by the network as a function of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from evojax_merge.backends.function.backend import FunctionBackend
+from evojax_merge.backends.torch import network as networks
+from evojax_merge.backends.torch.folders import label_names, settings_of
+from evojax_merge.backends.torch.inputs import example_arrays, likelihood_arrays
+from evojax_merge.backends.torch.network import COMPARISONS, OUTPUT, SCORES, Network, Scorer, WrittenScorer
+from evojax_merge.checkpoints.tokens import load_tokenizer
+from evojax_merge.errors import InputError
+from evojax_merge.report.progress import say
+from evojax_merge.tasks.arrays import ArrayTask
+from evojax_merge.tasks.networks import WRITTEN, NetworkTask
+from evojax_merge.tasks.splits import Splits
+from evojax_merge.tasks.text import TextTask
+
+# Examples that a network is given at a time, of one candidate.
+BATCH = 32
+# The examples on which a network is asked twice, and compared with its form in JAX.
+PROBED = 2
+# The most that outputs of a network and of its form in JAX differ by, as a share of the largest.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchBackend(FunctionBackend):
+    """Merges of networks; see `Backend`. network: takes the merged tensors, by their names."""
+
+    network: Network
+    # The tasks as arrays, by name, metric and examples.
+    _tasks: dict[Any, ArrayTask] = field(default_factory=dict, repr=False)
+    # Why the network is called with each candidate instead of being traced; empty: it is traced.
+    _untraced: dict[str, str] = field(default_factory=dict, repr=False)
+
+    def check_task(self, where: str, task: Any) -> None:
+        if task.metric == "negative_word_error_rate" and find_spec("jiwer") is None:
+            raise InputError(where, f"metric: {task.metric} needs jiwer; pip install 'evojax-merge[speech]'")
+        if not isinstance(task, NetworkTask) and getattr(task, "kind", None) != "likelihood":
+            raise InputError(
+                where, f"{task.name}: a {type(task).__name__} asks no network of torch; expected one of kind: "
+                f"{', '.join(SCORES)}",
+            )  # fmt: skip
+
+    def prepare(self, splits: Splits[list[Any]]) -> Splits[list[ArrayTask]]:
+        described = dict(self._untraced)
+        prepared = super().prepare(splits.map(lambda tasks: list(map(self._prepared, tasks))))
+        for why in dict.fromkeys(self._untraced.values()):
+            names = [task for task, reason in self._untraced.items() if reason == why and task not in described]
+            if names:
+                say(self._way(why, names))
+        untraced = next((task for tasks in prepared.minibatches for task in tasks if not task.traced), None)
+        if untraced is not None:
+            raise InputError(
+                untraced.where, f"{untraced.name}: {self.network.name} has no gradient, because it is no function of "
+                f"JAX ({self._untraced[untraced.name]}); take a strategy without gradients, such as cma_es",
+            )  # fmt: skip
+        return prepared
+
+    def _way(self, why: str, tasks: Sequence[str]) -> str:
+        """One line on how the network is run for some tasks. why: see `_untraced`."""
+        if not why:
+            return f"{self.network.name}: a function of JAX, by torchax ({', '.join(tasks)})"
+        called = f"called with one candidate at a time ({', '.join(tasks)})"
+        return f"{self.network.name}: {called}, because JAX does not trace it ({why})"
+
+    def chunk(self, population: int) -> int:
+        """As many candidates together as a quarter of what an accelerator's memory has beside the bank holds."""
+        count = super().chunk(population)
+        if self.settings.chunk is not None or not self.target.is_accelerator:
+            return count
+        candidate = sum(leaf.sources[0].size for leaf in self.merge.tree.leaves if leaf.merged) * 4
+        room = (self.target.memory - self.held_bytes()) // 4
+        return max(1, min(count, int(room // candidate)))
+
+    def _prepared(self, task: Any) -> ArrayTask:
+        """A task as arrays. The examples of networks' tasks are prepared once for all splits."""
+        folder = self.models[0]
+        if isinstance(task, TextTask):
+            return self._array_task(task, likelihood_arrays(task, self.network, folder), f"task {task.name}")
+        key = (task.name, task.metric, id(task.examples))
+        if key not in self._tasks:
+            self._tasks[key] = self._array_task(task, example_arrays(task, self.network, folder), task.section)
+        return self._tasks[key].subset(task.indices)
+
+    def _array_task(self, task: Any, examples: Mapping[str, Any], where: str) -> ArrayTask:
+        if task.name not in self._untraced:
+            self._untraced[task.name] = self._why_untraced(task, examples, where)
+        traced = not self._untraced[task.name]
+        scorer: Scorer | WrittenScorer = Scorer(self.network, SCORES[task.kind](task.metric), BATCH, traced)
+        if task.metric in WRITTEN:
+            targets = tuple(example.target for example in task.examples)
+            tokenizer, compare = load_tokenizer(self.models[0]), COMPARISONS[task.metric]
+            scorer = WrittenScorer(self.network, tokenizer, compare, targets, task.max_new_tokens, BATCH)
+        return ArrayTask(
+            task.name, examples, scorer, metric=task.metric, weight=task.weight, traced=traced, where=where,
+            files=task.files,
+        )  # fmt: skip
+
+    def _why_untraced(self, task: Any, examples: Mapping[str, Any], where: str) -> str:
+        """Why JAX cannot trace the network on a task's examples; empty where it can. Raises InputError for a network
+        that fails on them, or whose outputs are random."""
+        if task.metric in WRITTEN:
+            return "it writes texts"
+        network, weights = self.network, self.merge.tree.source(0)
+        inputs = {name: array[:PROBED] for name, array in examples["inputs"].items()}
+        name = network.name
+        try:
+            once, again = network.call(weights, inputs), network.call(weights, inputs)
+        except (AttributeError, KeyError) as error:
+            raise InputError(
+                where, f"{task.name}: {name} has no output {OUTPUT!r} ({error}); expected a network with a head for "
+                f"{task.kind}",
+            ) from None  # fmt: skip
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(where, f"{task.name}: {name} fails on the first examples ({reason})") from None
+        if not np.allclose(once, again, rtol=TOLERANCE, equal_nan=True):
+            raise InputError(
+                where, f"{task.name}: {name} answers the same example differently when it is asked twice; a search "
+                "compares candidates, so outputs may not be random",
+            )  # fmt: skip
+        if task.kind == "classification" and once.ndim != 2:
+            raise InputError(where, f"{task.name}: {name} has outputs of shape {list(once.shape[1:])}; expected labels")
+        if task.kind == "regression" and once.shape[1:] != examples["target"].shape[1:]:
+            raise InputError(
+                where, f"{task.name}: {name} has outputs of shape {list(once.shape[1:])}, and targets are of "
+                f"{list(examples['target'].shape[1:])}",
+            )  # fmt: skip
+        environment, reason = networks.torchax_environment()
+        if environment is None:
+            return reason
+        try:
+            traced = np.asarray(jax.jit(network.trace)(weights, inputs))
+        # A network that torchax cannot trace fails with an error of any kind.
+        except Exception as error:
+            return f"torchax: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        difference = float(np.abs(traced - once).max())
+        if not difference <= TOLERANCE * max(1.0, float(np.abs(once).max())):
+            return f"torchax: outputs differ from torch's by {difference:.2g}"
+        return ""
+
+    def warnings(self, prepared: Splits[list[ArrayTask]]) -> list[str]:
+        lines = super().warnings(prepared)
+        first, named = self.models[0], label_names(self.models[0])
+        for model in self.models[1:]:
+            other = label_names(model)
+            differing = next((i for i in named if i in other and other[i] != named[i]), None)
+            if differing is not None:
+                lines.append(
+                    f"{model}: label {differing} is {other[differing]!r}, but {named[differing]!r} in {first}; merges "
+                    "are scored by the latter"
+                )
+            if settings_of(model, "preprocessor_config.json") != settings_of(first, "preprocessor_config.json"):
+                lines.append(f"{model}: prepares images in another way than {first}, whose way all candidates have")
+        return lines
+
+    def files(self) -> set[Path]:
+        return {file for model in self.models for file in model.iterdir() if file.is_file()}

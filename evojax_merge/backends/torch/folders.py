@@ -1,0 +1,140 @@
+"""Hugging Face folders as torch modules: the tensors that are merged, and the folder of a merge."""
+
+import json
+import logging
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from evojax_merge.backends.torch.network import Network, to_torch
+from evojax_merge.checkpoints.folder import INDEX_FILE
+from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.checkpoints.writer import CARD, MARKER
+from evojax_merge.errors import InputError, shown
+
+# A folder's files beside its weights that an exported folder has as well: of the processor and the tokenizer.
+COPIED = {".json", ".txt", ".model", ".jinja"}
+EXPECTED = "expected a folder with a config.json, as transformers writes it"
+WRITTEN = {"config.json", CARD, MARKER, INDEX_FILE}
+
+
+def architecture(folder: Path) -> str:
+    """The name of a folder's class in transformers. Raises InputError where transformers has none of it."""
+    import transformers
+
+    names = read_json_object(folder / "config.json", missing=EXPECTED).get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise InputError(
+            folder / "config.json", f"architectures: {shown(names)}; expected the name of transformers' class of the "
+            "model, such as [ViTForImageClassification]",
+        )  # fmt: skip
+    name: str = names[0]
+    if not isinstance(getattr(transformers, name, None), type):
+        raise InputError(
+            folder / "config.json", f"architectures: {shown(name)}; transformers {transformers.__version__} has no "
+            "such class, and code that comes with a model is not run",
+        )  # fmt: skip
+    return name
+
+
+def open_module(folder: Path) -> Any:
+    """The model of a folder by transformers' own class, in the dtype of its files. Raises InputError for a folder that
+    the class does not open, and for one that lacks tensors: transformers would draw them at random."""
+    import transformers
+
+    name = architecture(folder)
+    with _quiet():
+        try:
+            module, report = getattr(transformers, name).from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+            raise InputError(folder, f"{name} cannot open it ({' '.join(str(error).split())[:300]})") from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(
+            folder, f"lacks {len(missing)} tensor{'s' if len(missing) > 1 else ''} of {name}, such as {missing[0]}; "
+            "expected a model that was trained whole",
+        )  # fmt: skip
+    return module.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from drawing bars and logging reports."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def merged_tensors(module: Any) -> "OrderedDict[str, Any]":
+    """The tensors of a module that merges change, in its order: all floating-point parameters and buffers of its files,
+    such as a batch norm's means and variances. Tied parameters stand once."""
+    stored = set(module.state_dict())
+    tensors = OrderedDict(module.named_parameters())
+    tensors.update((name, buffer) for name, buffer in module.named_buffers() if name in stored)
+    return OrderedDict((name, tensor.detach()) for name, tensor in tensors.items() if tensor.is_floating_point())
+
+
+def to_arrays(tensors: Mapping[str, Any]) -> "OrderedDict[str, np.ndarray]":
+    """Tensors as arrays, without a copy."""
+    return OrderedDict((name, _array(tensor)) for name, tensor in tensors.items())
+
+
+def _array(tensor: Any) -> np.ndarray:
+    tensor = tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+    result: np.ndarray = tensor.numpy()
+    return result
+
+
+def open_network(module: Any) -> Network:
+    """The network of a module, whose tensors become float32."""
+    merged = set(merged_tensors(module))
+    module = module.float().requires_grad_(False)
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return Network(module, {name: tensor.detach() for name, tensor in tensors.items() if name not in merged})
+
+
+def save_merge(weights: Mapping[str, Any], source: Path, folder: Path) -> None:
+    """Write a merge as transformers does, with the files of `source` beside its weights."""
+    module = open_module(source)
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, array in weights.items():
+        tensors[name].data = to_torch(np.array(array))
+    with _quiet():
+        module.save_pretrained(folder)
+    for file in sorted(source.iterdir()):
+        target = folder / file.name
+        if file.is_file() and file.suffix in COPIED and file.name not in WRITTEN and not target.exists():
+            shutil.copyfile(file, target)
+
+
+def label_names(folder: Path) -> dict[int, str]:
+    """The names of a classifier's labels by number; those that stand for none (LABEL_0) are left out."""
+    names = read_json_object(folder / "config.json", missing={}).get("id2label")
+    if not isinstance(names, dict):
+        return {}
+    return {int(number): str(name) for number, name in names.items() if str(name) != f"LABEL_{number}"}
+
+
+def settings_of(folder: Path, name: str) -> str:
+    """The content of one of a folder's JSON files as comparable text; empty where it has none."""
+    document = read_json_object(folder / name, missing={})
+    return json.dumps(document, sort_keys=True) if document else ""

@@ -1,0 +1,238 @@
+"""Examples of networks' tasks as arrays, by the model's own processor: each example once."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evojax_merge.backends.torch.network import Network
+from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.checkpoints.tokens import load_tokenizer
+from evojax_merge.errors import InputError, did_you_mean, shown
+from evojax_merge.tasks.networks import WRITTEN, NetworkExample, NetworkTask
+from evojax_merge.tasks.text import TextTask
+
+# The target of a token that is none.
+NO_TOKEN = -100
+# A tokenizer that names no length has this one, or a larger number.
+NO_LENGTH = 10**6
+
+
+def example_arrays(task: NetworkTask, network: Network, folder: Path) -> dict[str, Any]:
+    """All examples of a task's file: `inputs`, the network's arguments by name, and `target`, with a leading axis of
+    examples. folder: of the processor. Raises InputError, with the file and line, for an example that cannot be
+    read."""
+    examples = task.examples
+    first = next(iter(examples[0].inputs))
+    if first == "image":
+        inputs = _images(examples, folder)
+    elif first == "audio":
+        inputs = _recordings(examples, folder)
+    elif first == "text":
+        inputs = _tokens(load_tokenizer(folder), _texts(examples), _length(network, folder))
+    else:
+        inputs = {name: np.stack([example.inputs[name] for example in examples]) for name in examples[0].inputs}
+    inputs = _accepted(network, inputs, examples[0].where, strict=first not in ("image", "audio", "text"))
+    if task.kind in ("classification", "regression"):
+        target = _labels(examples, network, folder) if task.kind == "classification" else _numbers(examples)
+        return {"inputs": inputs, "target": target}
+    target = _target_tokens(task, network, folder)
+    if task.metric in WRITTEN:
+        # Texts are compared with the target by its number.
+        return {"inputs": inputs, "target": np.arange(len(examples), dtype=np.int32)}
+    return {"inputs": inputs | {"decoder_input_ids": _shifted(target, network, folder)}, "target": target}
+
+
+def _accepted(network: Network, inputs: Mapping[str, Any], where: str, strict: bool) -> dict[str, Any]:
+    """The arrays that the network has arguments for. strict: raises InputError for one that it has none for."""
+    arguments = inspect.signature(network.module.forward).parameters
+    unknown = next((name for name in inputs if name not in arguments), None)
+    if strict and unknown is not None:
+        raise InputError(
+            where, f"array {unknown!r} is no argument of {network.name}{did_you_mean(unknown, list(arguments))}"
+        )
+    return {name: _fitting(array) for name, array in inputs.items() if name in arguments}
+
+
+def _fitting(array: np.ndarray) -> np.ndarray:
+    """An array in the dtype that JAX has of its kind."""
+    return array.astype(np.float32 if array.dtype.kind == "f" else bool if array.dtype.kind == "b" else np.int32)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Inputs
+
+
+def _images(examples: Sequence[NetworkExample], folder: Path) -> dict[str, np.ndarray]:
+    """`pixel_values` of images, by the model's image processor."""
+    import PIL.Image
+    import transformers
+
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(
+            folder, f"has no image processor that transformers opens ({' '.join(str(error).split())[:200]})"
+        ) from None
+    arrays = []
+    for example in examples:
+        if "image" not in example.inputs:
+            raise InputError(example.where, "has no image; expected one, as in the first example")
+        path = example.inputs["image"]
+        try:
+            with PIL.Image.open(path) as image:
+                pixels = image.convert("RGB")
+        # Pillow's decoders raise errors of many kinds for a damaged file.
+        except Exception as error:
+            what = " ".join(str(error).replace(str(path), path.name).split())[:200] or type(error).__name__
+            raise InputError(example.where, f"{path.name} cannot be read as an image ({what})") from None
+        arrays.append(processor(images=pixels, return_tensors="np")["pixel_values"][0])
+    shapes = {array.shape for array in arrays}
+    if len(shapes) > 1:
+        raise InputError(
+            folder, f"its image processor makes arrays of {len(shapes)} sizes, such as {sorted(shapes)[:2]}; expected "
+            "one that resizes images to one size",
+        )  # fmt: skip
+    return {"pixel_values": np.stack(arrays)}
+
+
+def _texts(examples: Sequence[NetworkExample]) -> list[str]:
+    for example in examples:
+        if "text" not in example.inputs:
+            raise InputError(example.where, "has no text; expected one, as in the first example")
+    return [example.inputs["text"] for example in examples]
+
+
+def _length(network: Network, folder: Path) -> int | None:
+    """The most tokens that a network takes; None: any number."""
+    limits = [
+        getattr(network.module.config, "max_position_embeddings", None),
+        read_json_object(folder / "tokenizer_config.json", missing={}).get("model_max_length"),
+    ]
+    return min((int(limit) for limit in limits if isinstance(limit, int) and 0 < limit < NO_LENGTH), default=None)
+
+
+def _tokens(tokenizer: Any, texts: list[str], length: int | None) -> dict[str, np.ndarray]:
+    """Tokens of texts, padded to the longest and cut at `length`."""
+    limit = {} if length is None else {"truncation": True, "max_length": length}
+    padding = tokenizer.pad_token is not None and len(texts) > 1
+    return dict(tokenizer(texts, padding=padding, return_tensors="np", **limit))
+
+
+def _recordings(examples: Sequence[NetworkExample], folder: Path) -> dict[str, np.ndarray]:
+    """Arrays of recordings, by the model's feature extractor."""
+    import transformers
+    from scipy.io import wavfile
+
+    try:
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(
+            folder, f"has no feature extractor that transformers opens ({' '.join(str(error).split())[:200]})"
+        ) from None
+    waves = []
+    for example in examples:
+        path = example.inputs["audio"]
+        try:
+            rate, wave = wavfile.read(path)
+        # The reader raises errors of many kinds for a damaged file.
+        except Exception as error:
+            what = " ".join(str(error).split())[:200] or type(error).__name__
+            raise InputError(example.where, f"{path.name} cannot be read as a .wav file ({what})") from None
+        if rate != extractor.sampling_rate:
+            raise InputError(
+                example.where, f"{path.name} has {rate:,} Hz; the model takes {extractor.sampling_rate:,}: resample it"
+            )
+        if wave.dtype.kind == "i":
+            wave = wave / np.iinfo(wave.dtype).max
+        waves.append(wave.astype(np.float32).mean(-1) if wave.ndim > 1 else wave.astype(np.float32))
+    return dict(extractor(waves, sampling_rate=extractor.sampling_rate, return_tensors="np"))
+
+
+def _target_tokens(task: NetworkTask, network: Network, folder: Path) -> np.ndarray:
+    """int32[N, T]: the tokens of the target texts. Raises InputError for a network that writes none."""
+    config = network.module.config
+    if not config.is_encoder_decoder:
+        raise InputError(
+            task.section, f"{task.name}: {network.name} is no encoder-decoder; a decoder takes kind: likelihood"
+        )
+    for example in task.examples:
+        if not isinstance(example.target, str) or not example.target.strip():
+            raise InputError(example.where, f"target: {shown(example.target)}; expected a text")
+    texts = [str(example.target) for example in task.examples]
+    labels = _tokens(load_tokenizer(folder), texts, _length(network, folder))
+    target = np.where(labels["attention_mask"] > 0, labels["input_ids"], NO_TOKEN).astype(np.int32)
+    # The decoder's first input, which some tokenizers begin texts with, is no token to score.
+    return target[:, 1:] if (target[:, 0] == config.decoder_start_token_id).all() else target
+
+
+def _shifted(target: np.ndarray, network: Network, folder: Path) -> np.ndarray:
+    """The decoder's inputs: the target behind the token that begins a text."""
+    config = network.module.config
+    if config.decoder_start_token_id is None:
+        raise InputError(folder / "config.json", "decoder_start_token_id: missing; expected the first token of a text")
+    first = np.full((len(target), 1), config.decoder_start_token_id, np.int32)
+    return np.concatenate([first, np.where(target[:, :-1] < 0, config.pad_token_id or 0, target[:, :-1])], axis=1)
+
+
+def likelihood_arrays(task: TextTask, network: Network, folder: Path) -> dict[str, Any]:
+    """The rows of a likelihood task, as a decoder is given them, and the next token of each scored place."""
+    length = _length(network, folder) or NO_LENGTH
+    rows = task.requests(load_tokenizer(folder), length).scored
+    shape = len(rows), max(len(row.tokens) for row in rows)
+    tokens, mask, target = (np.full(shape, value, np.int32) for value in (0, 0, NO_TOKEN))
+    for number, row in enumerate(rows):
+        count = len(row.tokens)
+        if count > length:
+            raise InputError(row.where, f"has {count:,} tokens; {network.name} takes {length:,}")
+        tokens[number, :count], mask[number, :count] = row.tokens, 1
+        target[number, row.start - 1 : count - 1] = row.tokens[row.start :]
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    return {"inputs": _accepted(network, inputs, rows[0].where, strict=False), "target": target}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Targets
+
+
+def _labels(examples: Sequence[NetworkExample], network: Network, folder: Path) -> np.ndarray:
+    """int32[N]: the labels' numbers. Raises InputError for a label that the model does not have."""
+    config = network.module.config
+    numbers = {str(name): int(number) for number, name in (config.id2label or {}).items()}
+    count = len(numbers)
+    labels = []
+    for example in examples:
+        label = example.target
+        number: Any = numbers.get(label) if isinstance(label, str) else label
+        if number is None and isinstance(label, str) and label.strip().isdigit():
+            number = int(label)
+        is_number = isinstance(number, (int, np.integer)) and not isinstance(number, (bool, np.bool_))
+        if not is_number or not 0 <= int(number) < count:
+            named = did_you_mean(label, list(numbers)) if isinstance(label, str) else ""
+            raise InputError(
+                example.where, f"label {shown(label)} is none of the {count} of {folder / 'config.json'}{named}; "
+                f"expected a number from 0 to {count - 1}, or a name of id2label",
+            )  # fmt: skip
+        labels.append(int(number))
+    return np.array(labels, np.int32)
+
+
+def _numbers(examples: Sequence[NetworkExample]) -> np.ndarray:
+    """float32[N, D]: the right numbers. Raises InputError for anything else, and where examples have different D."""
+    rows: list[np.ndarray] = []
+    for example in examples:
+        try:
+            row = np.atleast_1d(np.asarray(example.target, np.float32))
+        except (TypeError, ValueError):
+            row = np.zeros((0, 0), np.float32)
+        if row.ndim != 1 or not row.size or not np.isfinite(row).all() or (rows and row.shape != rows[0].shape):
+            expected = "a finite number, or a list of such" if not rows else f"{len(rows[0])}, as before"
+            raise InputError(example.where, f"target: {shown(example.target)}; expected {expected}")
+        rows.append(row)
+    return np.stack(rows)

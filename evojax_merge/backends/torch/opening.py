@@ -1,0 +1,103 @@
+"""Opening a search's networks: their folders, and the groups of tensors that share parameters."""
+
+import re
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from evojax_merge.backends.backend import Resolve
+from evojax_merge.backends.function.opening import FOREIGN_IN_SPACE, check_config, tree_merge
+from evojax_merge.backends.function.trees import open_trees
+from evojax_merge.checkpoints.folder import resolve as resolve_folder
+from evojax_merge.config import Config
+from evojax_merge.errors import InputError
+from evojax_merge.evaluation.targets import Target
+from evojax_merge.references import recipe_reference
+from evojax_merge.spaces.search_parameters import method_with_base
+
+if TYPE_CHECKING:
+    from evojax_merge.backends.torch.backend import TorchBackend
+
+# The keys of a space that only language models have.
+FOREIGN_KEYS = tuple(name for name in FOREIGN_IN_SPACE if name != "layers_per_group")
+
+
+class TorchFactory:
+    """Opens networks in folders that transformers opens: `backend: torch`."""
+
+    merges_recipes: ClassVar[bool] = False
+
+    def check(self, where: str, config: Config) -> None:
+        check_config(where, config, "networks are", FOREIGN_KEYS)
+        if find_spec("torch") is None:
+            raise InputError(f"{where}: backend", "torch: needs PyTorch; pip install 'evojax-merge[torch]'")
+
+    def open(
+        self, where: str, config: Config, folder: Path, target: Target, resolve: Resolve, chained: bool
+    ) -> "TorchBackend":
+        # The first import of torch takes seconds: a search over other models goes without.
+        from evojax_merge.backends.torch.backend import TorchBackend
+        from evojax_merge.backends.torch.folders import (
+            architecture,
+            merged_tensors,
+            open_module,
+            open_network,
+            save_merge,
+            to_arrays,
+        )
+
+        assert config.space is not None
+        _, has_base = method_with_base(
+            f"{where}: space.method", config.space.method, config.base is not None, len(config.parents)
+        )
+        named = [("base", config.base)] if config.base is not None else []
+        named += [(f"parents[{k}]", parent) for k, parent in enumerate(config.parents)]
+        paths = {key: resolve_folder(f"{where}: {key}", one, folder) for key, one in named if one is not None}
+        keys = [key for key in paths if has_base or key != "base"]
+        classes = {key: architecture(paths[key]) for key in keys}
+        for key, name in classes.items():
+            if name != classes[keys[0]]:
+                raise InputError(f"{where}: {key}", f"is a {name}, but {keys[0]} is a {classes[keys[0]]}")
+        modules = [open_module(paths[key]) for key in keys]
+        tree = open_trees(where, keys, [to_arrays(merged_tensors(module)) for module in modules])
+        groups = layer_groups(config.space.layers_per_group)
+        merge = tree_merge(f"{where}: space", tree, config.space, has_base, groups, config.seed)
+        references = {key: recipe_reference(str(one), paths[key]) for key, one in named}
+        document = {
+            "base": references.get("base"),
+            "parents": [references[f"parents[{k}]"] for k in range(len(config.parents))],
+            "space": {
+                key: value for key, value in config.space.model_dump(mode="json").items() if key not in FOREIGN_KEYS
+            },
+        }
+        models = tuple(paths[key] for key in keys)
+
+        def save(weights: Any, out: Path) -> None:
+            save_merge(weights, models[0], out)
+
+        return TorchBackend(
+            merge, tuple(references[key] for key in keys), models, save, config.evaluation, target, document, self,
+            network=open_network(modules[0]),
+        )  # fmt: skip
+
+
+def layer_groups(together: int | str) -> Callable[[str], str]:
+    """A tensor's name -> the name of its group: `together` neighbouring modules of the first numbered list on the way
+    to it (all: the whole list), or else the first two modules on the way."""
+
+    def group_of(name: str) -> str:
+        modules = name.split(".")[:-1]
+        number = next((i for i, part in enumerate(modules) if re.fullmatch(r"\d+", part)), None)
+        if number is None:
+            return ".".join(modules[:2]) or name
+        above = ".".join(modules[:number])
+        if together == "all":
+            return above
+        first = int(modules[number]) // int(together) * int(together)
+        return f"{above}.{first}" if together == 1 else f"{above}.{first}-{first + int(together) - 1}"
+
+    return group_of
+
+
+FACTORY = TorchFactory()

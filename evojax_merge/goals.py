@@ -1,0 +1,87 @@
+"""The goal of a search: the scales and guards of its fitness, from the scores of its base and parents."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evojax_merge.backends.backend import Backend
+from evojax_merge.errors import Failed
+from evojax_merge.evaluation.scores import ROUNDING, Goal, Guard, Scale, task_weights
+from evojax_merge.problem import SearchProblem
+from evojax_merge.report.comparison import model_name
+from evojax_merge.search.genomes import SpaceEvaluator
+from evojax_merge.tasks.splits import Splits
+
+
+def with_goals(
+    problem: SearchProblem, on: Splits[SpaceEvaluator[Any]], log: Callable[[str], None] = lambda text: None
+) -> Splits[SpaceEvaluator[Any]]:
+    """The evaluators of each split, with the goal of the search. `log` receives a line for each task's scale."""
+    scales = {} if problem.scale == "none" else measured_scales(problem, on.search, log)
+    if not scales and not problem.guards:
+        return on
+
+    def scaled(evaluator: SpaceEvaluator[Any]) -> SpaceEvaluator[Any]:
+        return replace(evaluator, goal=Goal(scales))
+
+    guarded = [with_goal(problem, evaluator, scales) for evaluator in (*on.shards, on.search)]
+    validation = None if on.validation is None else with_goal(problem, on.validation, scales)
+    return replace(on.map(scaled), shards=guarded[:-1], search=guarded[-1], validation=validation)
+
+
+def with_goal(
+    problem: SearchProblem, evaluator: SpaceEvaluator[Any], scales: Mapping[str, Scale]
+) -> SpaceEvaluator[Any]:
+    """The evaluator with these scales, and guards by the base's scores on its examples. Raises Failed where one of
+    these is not finite."""
+    if not problem.guards:
+        return replace(evaluator, goal=Goal(scales))
+    base = next(model for role, model in problem.backend.compared if role == "base")
+    scored = _means(problem, evaluator, base)
+    guards = {}
+    for task, _ in task_weights(evaluator.tasks):
+        if task.name in problem.guards:
+            if not np.isfinite(scored[task.name]):
+                raise Failed(f"guard of task {task.name}: the base's score is not finite: nothing compares with it")
+            guards[task.name] = Guard(scored[task.name], problem.guards[task.name])
+    return replace(evaluator, goal=Goal(scales, guards))
+
+
+def measured_scales(
+    problem: SearchProblem, search: SpaceEvaluator[Any], log: Callable[[str], None] = lambda text: None
+) -> dict[str, Scale]:
+    """The scale of each task that counts, by `task/metric`, from the scores of all models on the search split: from the
+    base, or where there is none the worst parent, to the best parent. A task on which these two are equal has none."""
+    scored = [(role, model, _means(problem, search, model)) for role, model in problem.backend.compared]
+    scales = {}
+    for task, _ in task_weights(search.tasks):
+        means = [(role, model, mean[task.name]) for role, model, mean in scored if np.isfinite(mean[task.name])]
+        parents = sorted((mean, model) for role, model, mean in means if role == "parent")
+        base = next(((mean, model) for role, model, mean in means if role == "base"), None)
+        what = f"scale of task {task.name} ({task.metric})"
+        if not parents:
+            log(f"{what}: 1, for no parent has a finite score")
+            continue
+        best, best_model = parents[-1]
+        zero, zero_model = parents[0] if base is None else base
+        start = f"{'the base' if base is not None else 'the worst parent'} {model_name(zero_model)}"
+        if abs(best - zero) <= ROUNDING * max(1.0, abs(zero)):
+            log(f"{what}: 1, for {start} and the best parent score the same, {zero:.4g}")
+            continue
+        scales[f"{task.name}/{task.metric}"] = Scale(zero, abs(best - zero))
+        log(f"{what}: 0 is {zero:.4g} ({start}), {'1' if best > zero else '-1'} is {best:.4g} (the best parent "
+            f"{model_name(best_model)})")  # fmt: skip
+    return scales
+
+
+def _means(problem: SearchProblem, evaluator: SpaceEvaluator[Any], model: Path) -> dict[str, float]:
+    """A model's mean on each task that counts."""
+    backend: Backend = problem.backend
+    scores = backend.score_stored(model, evaluator, lambda done: None)
+    return {
+        task.name: float(scores.matrices[task.name][task.metric][0].mean(dtype=np.float64))
+        for task, _ in task_weights(evaluator.tasks)
+    }

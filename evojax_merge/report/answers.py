@@ -1,0 +1,128 @@
+"""Wins and losses: the winner's answers to held-out examples beside the best parent's, from heldout_answers.jsonl."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Literal
+
+import numpy as np
+from markupsafe import Markup, escape
+from pydantic import BaseModel, ValidationError
+
+from evojax_merge.errors import escaped, escaped_lines
+from evojax_merge.report.run_data import RunData
+from evojax_merge.search.run_parts import RunFolder
+
+# What a page shows: examples of all tasks together, and characters of a text.
+MOST_EXAMPLES, MOST_CHARACTERS = 200, 1_000
+# Words with the space behind them; signs, and those of scripts that put no space between words, one by one.
+_WORD = re.compile(r"[\u3040-\u9fff]|[^\W\u3040-\u9fff]+\s*|\s+|\W")
+
+Outcome = Literal["won", "lost", "equal"]
+
+
+class _Answer(BaseModel):
+    """A line of heldout_answers.jsonl."""
+
+    model: str
+    task: str
+    example: str | int | None = None
+    score: float | None = None
+    outputs: list[str] | None = None
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An example: its place in the data, its right answer if it has one, the scores of the winner and of the parent,
+    and their texts, with marks where they differ; None for a task that is only scored."""
+
+    example: str
+    target: str | None
+    scores: tuple[float | None, float | None]
+    texts: tuple[Markup, Markup] | None
+
+    @property
+    def outcome(self) -> Outcome:
+        return _outcome(self.scores)
+
+
+@dataclass(frozen=True)
+class TaskPairs:
+    """A task's examples: how many are won, lost and equal, and those that are shown, the largest differences first."""
+
+    task: str
+    won: int
+    lost: int
+    equal: int
+    shown: Sequence[Pair]
+
+
+def read_answers(run: RunData) -> tuple[str, list[TaskPairs]] | None:
+    """The best parent's name, and the examples of each task. None where the run has no winner yet, or no answers."""
+    result, file = run.result, RunFolder(run.path).heldout_answers
+    if result is None or result.winner is None or not file.is_file():
+        return None
+    parent = next((row.name for row in result.rivals if row.role == "parent"), None)
+    if parent is None:
+        return None
+    by_model: dict[str, dict[str, list[_Answer]]] = {result.winner.name: {}, parent: {}}
+    try:
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                answer = _Answer.model_validate(json.loads(line))
+                by_model[answer.model].setdefault(answer.task, []).append(answer)
+    except (ValueError, ValidationError, RecursionError, KeyError):
+        run.notes.append(f"{file.name} cannot be read: it is not what the search wrote")
+        return None
+    ours, theirs = by_model.values()
+    if {task: len(rows) for task, rows in ours.items()} != {task: len(rows) for task, rows in theirs.items()}:
+        run.notes.append(f"{file.name} cannot be read: the models' examples differ")
+        return None
+    most = max(1, MOST_EXAMPLES // max(1, len(ours)))
+    return escaped(parent), [_task_pairs(task, ours[task], theirs[task], most) for task in list(ours)[:MOST_EXAMPLES]]
+
+
+def _task_pairs(task: str, ours: Sequence[_Answer], theirs: Sequence[_Answer], most: int) -> TaskPairs:
+    scores = np.array([[_value(answer.score) for answer in rows] for rows in (ours, theirs)])
+    differ = scores[0] != scores[1]
+    with np.errstate(invalid="ignore"):
+        gaps = np.where(differ, np.abs(scores[0] - scores[1]), 0.0)
+    order = [k for k in np.argsort(-gaps, kind="stable") if differ[k]]
+    won, shown = int((scores[0] > scores[1]).sum()), [_pair(ours[k], theirs[k]) for k in order[:most]]
+    return TaskPairs(escaped(task), won, int(differ.sum()) - won, int((~differ).sum()), shown)
+
+
+def _value(score: float | None) -> float:
+    """A score that is not finite is below every other."""
+    return -np.inf if score is None else score
+
+
+def _outcome(scores: tuple[float | None, float | None]) -> Outcome:
+    ours, theirs = map(_value, scores)
+    return "equal" if ours == theirs else "won" if ours > theirs else "lost"
+
+
+def _pair(ours: _Answer, theirs: _Answer) -> Pair:
+    texts = None
+    if ours.outputs is not None and theirs.outputs is not None:
+        texts = marked(_shown("\n".join(ours.outputs)), _shown("\n".join(theirs.outputs)))
+    target = None if ours.target is None else _shown(ours.target)
+    return Pair(escaped(str(ours.example)), target, (ours.score, theirs.score), texts)
+
+
+def _shown(text: str) -> str:
+    return escaped_lines(text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} …")
+
+
+def marked(first: str, second: str) -> tuple[Markup, Markup]:
+    """Two texts as HTML, in which the words that the other one does not have in their place are marked."""
+    words: list[list[str]] = [_WORD.findall(text) for text in (first, second)]
+    sides: tuple[list[Markup], list[Markup]] = ([], [])
+    for kind, *ends in SequenceMatcher(a=words[0], b=words[1], autojunk=False).get_opcodes():
+        for side, all_words, (begin, end) in zip(sides, words, (ends[:2], ends[2:]), strict=True):
+            text = escape("".join(all_words[begin:end]))
+            side.append(text if kind == "equal" or not text else Markup("<mark>{}</mark>").format(text))
+    return Markup("").join(sides[0]), Markup("").join(sides[1])

@@ -1,0 +1,106 @@
+"""Budgets of searches: the passes that a search takes, and the generations that a budget pays for.
+
+A pass is one candidate on all examples that a generation is scored on; on a part of them it is a part of a pass.
+"""
+
+from collections.abc import Callable
+
+from evojax_merge.config import MAX_GENERATIONS, SearchConfig
+from evojax_merge.errors import InputError
+from evojax_merge.search.protocols import Strategy, gradient_generations
+from evojax_merge.search.successive_halving import rung_shards, rung_size
+
+# The passes that a candidate takes with its gradient: see bench/results/strategies.md.
+GRADIENT_PASSES = 4.5
+# A sum of parts of passes is no more than a budget that it differs from by rounding.
+ROUNDING = 1e-6
+
+
+def search_passes(search: SearchConfig, strategy: Strategy, examples: int) -> float:
+    """The passes of all generations of a search. examples: the number of examples of its smallest task."""
+    rounds, starts = gradient_generations(strategy, search.generations)
+    followed, scored = rounds * gradient_passes(search, starts), search.generations - rounds
+    return followed + scored * scored_passes(search, strategy.population, examples)
+
+
+def gradient_passes(search: SearchConfig, starts: int) -> float:
+    """The passes of a generation that follows the gradients of `starts` candidates on a minibatch."""
+    return GRADIENT_PASSES * starts / search.gradient.minibatches
+
+
+def scored_passes(search: SearchConfig, population: int, examples: int) -> float:
+    """The passes of a generation that scores `population` candidates, in rungs where the search has some."""
+    ends = rung_shards(2 ** (min(search.rungs, examples.bit_length()) - 1))
+    parts = zip([0, *ends], ends, strict=False)
+    return sum(rung_size(population, rung) * (end - begin) for rung, (begin, end) in enumerate(parts)) / ends[-1]
+
+
+def within_budget(
+    where: str, search: SearchConfig, examples: int, make: Callable[[SearchConfig], Strategy]
+) -> SearchConfig:
+    """The search with as many generations as its budget of passes pays for, or, where the clock ends it, with more than
+    it will have. make: the strategy of a search. Raises InputError for a budget that pays for no generation, and for a
+    strategy that has to know how many there are where the clock decides."""
+    budget = search.parsed_budget
+    if budget.seconds is not None:
+        _check_timed(where, search)
+        return search.model_copy(update={"generations": MAX_GENERATIONS})
+    if budget.passes is None:
+        return search
+    affordable = budget.passes + ROUNDING
+
+    def of_length(generations: int) -> SearchConfig:
+        return search.model_copy(update={"generations": generations})
+
+    def passes(generations: int) -> float:
+        changed = of_length(generations)
+        return search_passes(changed, make(changed), examples)
+
+    def feasible(generations: int) -> float:
+        """The passes of so many generations; 0 where the strategy needs more of them."""
+        try:
+            return passes(generations)
+        except InputError:
+            return 0.0
+
+    generations = _most(lambda number: feasible(number) <= affordable)
+    if generations < 1 or not feasible(generations):
+        least = passes(generations + 1)
+        raise InputError(where, f"budget: {search.budget}; {search.strategy} takes {least:,.4g} passes at least")
+    return of_length(generations)
+
+
+def _most(holds: Callable[[int], bool]) -> int:
+    """The greatest number of generations for which a condition holds that holds for all lower ones; 0: for none."""
+    low, high = 0, 1
+    while high < MAX_GENERATIONS and holds(high):
+        low, high = high, min(2 * high, MAX_GENERATIONS)
+    if holds(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _check_timed(where: str, search: SearchConfig) -> None:
+    """Raises InputError for a search by the clock whose strategy has to know the number of its generations."""
+    options, missing = search.gradient, None
+    if search.strategy == "gradient" and options.schedule == "cosine":
+        missing = "whose cosine schedule ends at the last one; give generations, or gradient.schedule: constant"
+    elif search.strategy == "hybrid" and options.generations is None:
+        missing = "of which it follows gradients in a quarter; give generations, or gradient.generations"
+    elif search.strategy == "pool":
+        missing = "whose children it numbers from the start; give generations, or a budget of passes"
+    if missing is not None:
+        raise InputError(
+            where, f"budget: {search.budget}; {search.strategy} has to know the number of its generations, {missing}"
+        )
+
+
+def describe_length(search: SearchConfig) -> str:
+    """The length of a search in words: its generations, and the budget that they come from."""
+    generations = "1 generation" if search.generations == 1 else f"{search.generations:,} generations"
+    if search.budget is None:
+        return generations
+    return f"{search.budget} of evaluating" if search.parsed_budget.seconds else f"{generations} ({search.budget})"

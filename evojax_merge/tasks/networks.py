@@ -1,0 +1,223 @@
+"""Tasks of networks that are no language models: examples whose inputs a model's own processor prepares.
+
+Four kinds: `classification` (the likeliest label), `regression` (numbers), `text_to_text` and `transcription` (the
+target text of a text, an image or a recording). Scores are per example, and higher is better.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from evojax_merge.errors import InputError, shown
+from evojax_merge.schema import Location, Name, Whole
+from evojax_merge.tasks.arrays import read_examples
+from evojax_merge.tasks.records import Record, read_file
+from evojax_merge.tasks.task import Derivative, Opening, Place, TaskConfig, TaskDefaults, TaskKind
+
+Kind = Literal["classification", "regression", "text_to_text", "transcription"]
+# The kinds of inputs that a record of each kind of task may have.
+INPUTS: dict[Kind, tuple[str, ...]] = {
+    "classification": ("image", "text"),
+    "regression": ("image", "text"),
+    "text_to_text": ("image", "text"),
+    "transcription": ("audio",),
+}
+# Inputs whose fields hold the paths of files.
+FILES = ("image", "audio")
+# Metrics of texts that a network writes.
+WRITTEN = ("exact_match", "negative_word_error_rate")
+# A metric without a derivative -> the metric that stands for it in a search by gradients.
+COMPANIONS = dict.fromkeys(("accuracy", *WRITTEN), "log_probability")
+TextMetric = Literal["log_probability", "exact_match", "negative_word_error_rate"]
+# The endings of the files that a folder of images is searched for.
+IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+FILE = "JSONL, CSV or parquet with paths or texts, a folder of images by class, or an .npz of arrays"
+
+
+class SeenConfig(TaskConfig):
+    """The keys of tasks of networks that are given images, texts or arrays."""
+
+    file: Location = Field(description=FILE)
+    image: Name = Field("image", description="the field of an image's path, from the file's folder")
+    text: Name = Field("text", description="the field of a text; a record has an image, or a text")
+
+
+class ClassificationConfig(SeenConfig):
+    """A task of classifiers: the label of an image, a text, or arrays."""
+
+    kind: Literal["classification"] = Field(description="the kind of task")
+    target: Name = Field("label", description="the field, or array, of the label: its number or name")
+    metric: Literal["accuracy", "log_probability"] = Field(
+        "accuracy", description="the task's score; log_probability is that of the right label"
+    )
+
+
+class RegressionConfig(SeenConfig):
+    """A task of networks whose outputs are numbers."""
+
+    kind: Literal["regression"] = Field(description="the kind of task")
+    target: Name = Field("label", description="the field, or array, of the right number, or list of numbers")
+    metric: Literal["negative_squared_error", "negative_absolute_error"] = Field(
+        "negative_squared_error", description="the task's score: minus the mean over the numbers"
+    )
+
+
+class TextToTextConfig(SeenConfig):
+    """A task of encoder-decoders: a target text, by its log-probability per token or by what is written greedily."""
+
+    kind: Literal["text_to_text"] = Field(description="the kind of task")
+    target: Name = Field("target", description="the field of the target text")
+    metric: TextMetric = Field("log_probability", description="the task's score, of the target or of a written text")
+    max_new_tokens: Whole = Field(64, ge=1, le=100_000, description="how many tokens a network may write")
+
+
+class TranscriptionConfig(TaskConfig):
+    """A task of speech recognisers: the text of a recording, as `text_to_text`."""
+
+    kind: Literal["transcription"] = Field(description="the kind of task")
+    file: Location = Field(description="JSONL, CSV or parquet with paths of .wav files")
+    audio: Name = Field("audio", description="the field of a recording's path, from the file's folder")
+    target: Name = Field("text", description="the field of the recording's text")
+    metric: TextMetric = Field("log_probability", description="the task's score, of the target or of a written text")
+    max_new_tokens: Whole = Field(64, ge=1, le=100_000, description="how many tokens a network may write")
+
+
+@dataclass(frozen=True)
+class NetworkExample:
+    """An example. inputs: `image` or `audio` (a file), `text`, or arrays by the names of the network's arguments;
+    target: a label, numbers or a text; place: its file and line."""
+
+    inputs: Mapping[str, Any]
+    target: Any
+    place: Place
+
+    @property
+    def where(self) -> str:
+        file, line = self.place
+        return f"{file}:{line}" if line else file
+
+    @property
+    def content(self) -> Hashable:
+        """The example's input and target, by which equal examples are recognised."""
+        inputs = tuple((name, _hashable(value)) for name, value in sorted(self.inputs.items()))
+        return inputs, _hashable(self.target)
+
+
+def _hashable(value: Any) -> Hashable:
+    return value.tobytes() if isinstance(value, np.ndarray) else str(value)
+
+
+@dataclass(frozen=True)
+class NetworkTask(TaskDefaults):
+    """A task of networks. examples: all of its file's; indices: the numbers of those that the task has; files: what it
+    was made from; section: its place in the config; max_new_tokens: of texts that a network writes."""
+
+    name: str
+    kind: Kind
+    metric: str
+    weight: float
+    examples: tuple[NetworkExample, ...]
+    indices: tuple[int, ...]
+    files: tuple[Path, ...]
+    section: str
+    max_new_tokens: int = 0
+
+    @property
+    def size(self) -> int:
+        return len(self.indices)
+
+    def subset(self, examples: Sequence[int]) -> "NetworkTask":
+        return replace(self, indices=tuple(self.indices[i] for i in examples))
+
+    @property
+    def derivative(self) -> Derivative | None:
+        return None if self.metric in COMPANIONS else "linear"
+
+    def companion(self) -> Any:
+        return replace(self, metric=COMPANIONS[self.metric]) if self.metric in COMPANIONS else None
+
+    def target(self, example: int) -> str:
+        return str(self.examples[self.indices[example]].target)
+
+    def contents(self) -> Sequence[tuple[Hashable, Place]]:
+        return [(self.examples[i].content, self.examples[i].place) for i in self.indices]
+
+    def paths(self) -> dict[str, str]:
+        return {"file": str(self.files[0] if self.files[0].is_file() else self.files[0].parent.parent)}
+
+
+def open_network(config: Any, opening: Opening) -> NetworkTask:
+    """The task on the examples of one source. Raises InputError for a file that does not fit."""
+    file = opening.file(*opening.source("file", config.file))
+    if file.is_dir():
+        examples, files = _folder(file, config.kind)
+    elif file.suffix == ".npz":
+        examples, files = _arrays(file, config.target), (file,)
+    else:
+        examples = tuple(_example(record, config, file) for record in read_file(file))
+        named = [path for example in examples for name, path in example.inputs.items() if name in FILES]
+        files = (file, *dict.fromkeys(named))
+    return NetworkTask(
+        config.name, config.kind, config.metric, config.weight, examples, tuple(range(len(examples))), files,
+        opening.where, getattr(config, "max_new_tokens", 0),
+    )  # fmt: skip
+
+
+def _folder(folder: Path, kind: Kind) -> tuple[tuple[NetworkExample, ...], tuple[Path, ...]]:
+    """The images of a folder that has a folder for each class."""
+    if kind != "classification":
+        raise InputError(folder, f"is a folder, which holds images by class; {kind} has a file of records")
+    files = tuple(sorted(
+        image for label in folder.iterdir() if label.is_dir()
+        for image in label.iterdir() if image.suffix.lower() in IMAGES
+    ))  # fmt: skip
+    if not files:
+        raise InputError(folder, "holds no image in a folder of its class, such as cat/1.png")
+    return tuple(NetworkExample({"image": file}, file.parent.name, (str(file), 0)) for file in files), files
+
+
+def _arrays(file: Path, target: str) -> tuple[NetworkExample, ...]:
+    """The rows of an .npz file: the target's array, and one for each argument of the network."""
+    arrays = read_examples(file)
+    if target not in arrays:
+        raise InputError(file, f"has no array {target!r}, the target (it has {', '.join(arrays)})")
+    targets = arrays.pop(target)
+    if not arrays:
+        raise InputError(file, "has no array beside the target; expected one for each argument of the network")
+    return tuple(
+        NetworkExample({name: array[i] for name, array in arrays.items()}, targets[i], (str(file), i + 1))
+        for i in range(len(targets))
+    )
+
+
+def _example(record: Record, config: Any, file: Path) -> NetworkExample:
+    """The example of a record. Raises InputError where it lacks an input or a target."""
+    fields, target = record.fields, config.target
+    keys = INPUTS[config.kind]
+    given = [name for name in keys if getattr(config, name) in fields]
+    if len(given) != 1:
+        expected = " or ".join(repr(getattr(config, name)) for name in keys)
+        what = "both an image and a text" if given else "no input"
+        raise InputError(record.where, f"has {what}; expected the field {expected}")
+    if target not in fields:
+        raise InputError(record.where, f"has no field {target!r}, the target (it has {', '.join(fields)})")
+    name = given[0]
+    value = fields[getattr(config, name)]
+    if not isinstance(value, str) or not value:
+        raise InputError(record.where, f"{getattr(config, name)}: {shown(value)}; expected a text")
+    if name in FILES:
+        path = file.parent / value
+        if not path.is_file():
+            raise InputError(record.where, f"{getattr(config, name)}: {value}: no such file")
+        value = path.resolve()
+    return NetworkExample({name: value}, fields[target], (str(file), record.line) if record.line else (record.where, 0))
+
+
+CLASSIFICATION = TaskKind(ClassificationConfig, open_network, source="file")
+REGRESSION = TaskKind(RegressionConfig, open_network, source="file")
+TEXT_TO_TEXT = TaskKind(TextToTextConfig, open_network, source="file")
+TRANSCRIPTION = TaskKind(TranscriptionConfig, open_network, source="file")

@@ -1,0 +1,163 @@
+"""Tiny vision-language models with their processors, and transformers' scores of prompts with images."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from helpers import word_tokenizer, words
+from PIL import Image
+
+IMAGE_TOKEN, VOCAB = 60, 64
+# The sizes of the images: of one shape, wide, high, and smaller than the model's.
+SIZES = ((12, 12), (40, 16), (15, 33), (7, 9))
+
+
+def tokenizer(*special: str) -> Any:
+    """A tokenizer of words whose token `IMAGE_TOKEN` and those before it are the special ones."""
+    tokens = words(VOCAB)
+    tokens[IMAGE_TOKEN + 1 - len(special) : IMAGE_TOKEN + 1] = special
+    made = word_tokenizer(tokens)
+    made.add_special_tokens({"additional_special_tokens": list(special)})
+    return made
+
+
+def llava_processor() -> Any:
+    pixels = transformers.CLIPImageProcessorPil(size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12})
+    return transformers.LlavaProcessor(
+        pixels, tokenizer("<image>"), patch_size=4, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def llava_next_processor() -> Any:
+    pixels = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12}, image_grid_pinpoints=TILES
+    )
+    return transformers.LlavaNextProcessor(
+        pixels, tokenizer("<image>"), patch_size=4, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def idefics3_processor() -> Any:
+    pixels = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 24}, max_image_size={"longest_edge": 12})
+    tiles = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    special = (*tiles, "<global-img>", "<end_of_utterance>", "<fake_token_around_image>", "<image>")
+    return transformers.Idefics3Processor(pixels, tokenizer(*special), image_seq_len=4)
+
+
+def gemma3_processor() -> Any:
+    pixels = transformers.Gemma3ImageProcessorPil(size={"height": 8, "width": 8})
+    made = tokenizer("<begin>", "<end>", "<soft>")
+    # The names of these tokens are attributes, which the processor reads.
+    special = {"boi_token": "<begin>", "eoi_token": "<end>", "image_token": "<soft>"}
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made.backend_tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        pad_token="<pad>", extra_special_tokens=special,
+    )  # fmt: skip
+    return transformers.Gemma3Processor(pixels, made, image_seq_length=4)
+
+
+TILES = [[12, 24], [24, 12], [24, 24]]
+TEXT = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+CLIP = {"model_type": "clip_vision_model", "image_size": 12, "patch_size": 4, **VISION}
+LLAMA, IMAGES = {"model_type": "llama", **TEXT}, {"image_token_index": IMAGE_TOKEN}
+MISTRAL = {"model_type": "mistral", "sliding_window": None, "head_dim": 8, **TEXT}
+# model_type -> its settings, and its processor.
+SEEING: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
+    "llava": ({"text_config": LLAMA, "vision_config": CLIP, **IMAGES}, llava_processor),
+    "llava_next": (
+        {"text_config": MISTRAL, "vision_config": CLIP, "image_grid_pinpoints": TILES, **IMAGES}, llava_next_processor,
+    ),
+    "vipllava": ({"text_config": LLAMA, "vision_config": CLIP, "vision_feature_layers": [-1, 1], **IMAGES},
+                 llava_processor),
+    "gemma3": (
+        {"text_config": {"model_type": "gemma3_text", "query_pre_attn_scalar": 24, "sliding_window": 5,
+                         "layer_types": ["sliding_attention", "full_attention"], **TEXT, "head_dim": 8},
+         "vision_config": {"model_type": "siglip_vision_model", "image_size": 8, "patch_size": 2, **VISION},
+         "mm_tokens_per_image": 4, "boi_token_index": IMAGE_TOKEN - 2, "eoi_token_index": IMAGE_TOKEN - 1, **IMAGES},
+        gemma3_processor,
+    ),
+    "idefics3": (
+        {"text_config": LLAMA, "image_token_id": IMAGE_TOKEN, "scale_factor": 2,
+         "vision_config": {"model_type": "idefics3_vision", "image_size": 12, "patch_size": 3, **VISION}},
+        idefics3_processor,
+    ),
+}  # fmt: skip
+# The text in an image's place, where it is not `<image>`.
+PLACEHOLDERS = {"gemma3": "<begin>"}
+
+
+def seeing_model(kind: str) -> Any:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **SEEING[kind][0])
+    model = transformers.AutoModelForImageTextToText.from_config(config).float().eval()
+    for name, values in model.named_parameters():
+        torch.nn.init.normal_(values, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    return model
+
+
+def save_seeing(model: Any, folder: Path, seed: int, vision_noise: float = 0.0) -> Path:
+    """A copy with noise in every tensor of the decoder, and of the other modules with this noise, and its processor."""
+    torch.manual_seed(seed)
+    state = {}
+    for name, values in model.state_dict().items():
+        in_decoder = any(part in name for part in ("language_model", "text_model", "lm_head"))
+        state[name] = values + (0.05 if in_decoder else vision_noise) * torch.randn_like(values)
+    copy = type(model)(model.config)
+    copy.load_state_dict(state)
+    copy.save_pretrained(folder)
+    SEEING[model.config.model_type][1]().save_pretrained(folder)
+    return folder
+
+
+def load_seeing(folder: Path) -> tuple[Any, Any]:
+    """(model, processor) as transformers loads them from a folder, with all tensors that the model has."""
+    model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    return model.eval(), transformers.AutoProcessor.from_pretrained(folder)
+
+
+def write_images(folder: Path) -> list[Path]:
+    """Images of unlike sizes, by their files."""
+    rng, files = np.random.default_rng(0), []
+    for number, (width, height) in enumerate(SIZES):
+        pixels = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+        files.append(folder / f"{number}.png")
+        Image.fromarray(pixels).save(files[-1])
+    return files
+
+
+def _inputs(processor: Any, prompt: str, images: Sequence[Path]) -> dict[str, Any]:
+    opened = [Image.open(file).convert("RGB") for file in images]
+    return dict(processor(text=[prompt], images=opened or None, return_tensors="pt"))
+
+
+def seeing_logprobs(model: Any, processor: Any, prompt: str, images: Sequence[Path], target: str) -> np.ndarray:
+    """float64[len(target)]: the log-probability of each token of a target of words after a prompt with images."""
+    inputs, own = _inputs(processor, prompt, images), processor.tokenizer(target)["input_ids"]
+    ids = torch.cat([inputs["input_ids"], torch.tensor([own])], dim=1)
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "token_type_ids" in inputs:
+        inputs["token_type_ids"] = torch.cat([inputs["token_type_ids"], torch.zeros(1, len(own), dtype=int)], dim=1)
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -len(own) - 1 : -1]
+    return torch.log_softmax(logits.double(), -1)[range(len(own)), own].numpy()
+
+
+def seeing_text(model: Any, processor: Any, prompt: str, images: Sequence[Path], new: int) -> str:
+    """The greedy continuation of a prompt with images, as a text."""
+    inputs = _inputs(processor, prompt, images)
+    with torch.no_grad():
+        whole = model.generate(**inputs, max_new_tokens=new, do_sample=False, eos_token_id=2, pad_token_id=0)
+    generated = whole[0, inputs["input_ids"].shape[1] :]
+    return str(processor.tokenizer.decode(generated, skip_special_tokens=True))

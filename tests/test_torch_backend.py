@@ -1,0 +1,465 @@
+"""Networks that transformers opens are searched as language models are: classifiers of images and texts, and others."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from click.testing import CliRunner
+from helpers import Family, save, write_lines
+from PIL import Image
+from scipy.io import wavfile
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from evojax_merge.backends.torch import network as networks
+from evojax_merge.cli import cli
+from evojax_merge.errors import InputError
+from evojax_merge.evaluation.costs import cost_of
+from evojax_merge.problem import SearchProblem, build_problem, config_from
+from evojax_merge.selection import open_evaluators
+
+has_torchax = pytest.mark.skipif(networks.torchax_environment()[0] is None, reason="torchax is not installed")
+SIZE, CLASSES, IMAGES = 16, 4, 12
+PREPROCESSOR = {
+    "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": SIZE, "width": SIZE},
+    "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_rescale": True,
+}  # fmt: skip
+
+
+def draw_images(folder: Path) -> list[dict[str, Any]]:
+    """Images of four classes, each bright in another quarter; writes them, and a file of their labels."""
+    rng = np.random.default_rng(0)
+    records = []
+    for label in range(CLASSES):
+        for number in range(IMAGES):
+            pixels = rng.integers(0, 160, (2 * SIZE, 2 * SIZE, 3))
+            row, column = divmod(label, 2)
+            pixels[row * SIZE : (row + 1) * SIZE, column * SIZE : (column + 1) * SIZE] += 60
+            name = f"images/class{label}/{number:02}.png"
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
+            records.append({"image": name, "label": label})
+    (folder / "images.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return records
+
+
+def train(module: Any, inputs: dict[str, Any], labels: Any, steps: int) -> Any:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(steps):
+        module(**inputs, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two image classifiers of one base, each trained on two of the four classes, and the images. Read only."""
+    folder = tmp_path_factory.mktemp("vision")
+    records = draw_images(folder)
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=SIZE, patch_size=8,
+        id2label={i: f"class{i}" for i in range(CLASSES)}, label2id={f"class{i}": i for i in range(CLASSES)},
+    )  # fmt: skip
+    base = ViTForImageClassification(config).train()
+    base.save_pretrained(folder / "base")
+    (folder / "base" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    processor = AutoImageProcessor.from_pretrained(folder / "base")
+    images = [Image.open(folder / record["image"]) for record in records]
+    pixels, labels = processor(images, return_tensors="pt")["pixel_values"], torch.tensor([r["label"] for r in records])
+    for name, classes in (("left", (0, 1)), ("right", (2, 3))):
+        module = ViTForImageClassification.from_pretrained(folder / "base").train()
+        chosen = torch.isin(labels, torch.tensor(classes))
+        train(module, {"pixel_values": pixels[chosen]}, labels[chosen], 20).save_pretrained(folder / name)
+        (folder / name / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    return folder
+
+
+def document(folder: Path, **changes: Any) -> dict[str, Any]:
+    task = {"name": "quarter", "kind": "classification", "file": str(folder / "images.jsonl"), "heldout": 0.5}
+    return {
+        "backend": "torch", "base": str(folder / "base"), "parents": [str(folder / "left"), str(folder / "right")],
+        "space": {"method": "task_arithmetic", "parameters": {"weight": {"low": 0.0, "high": 1.5}}},
+        "tasks": [task],
+        "search": {"generations": 3, "population": 4}, "seed": 1,
+    } | changes  # fmt: skip
+
+
+def config_file(folder: Path, out: Path, **changes: Any) -> Path:
+    path = out / "config.yaml"
+    path.write_text(yaml.safe_dump(document(folder, **changes)))
+    return path
+
+
+def command(*arguments: Any) -> str:
+    result = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+def labels_by_transformers(model: Path, images: Sequence[Path]) -> np.ndarray:
+    """int[N]: the likeliest labels, by transformers alone."""
+    module = AutoModelForImageClassification.from_pretrained(model).eval()
+    pixels = AutoImageProcessor.from_pretrained(model)([Image.open(image) for image in images], return_tensors="pt")
+    with torch.no_grad():
+        return module(**pixels).logits.argmax(-1).numpy()
+
+
+def test_image_classifiers_are_planned_searched_resumed_and_exported(folder: Path, tmp_path: Path) -> None:
+    config, run, whole = config_file(folder, tmp_path), tmp_path / "run", tmp_path / "whole"
+    plan = command("plan", config)
+    assert "fits" in plan and plan.count("ViTForImageClassification: ") == 1
+    output = command("search", config, "--out", whole)
+    assert output.count("ViTForImageClassification: ") == 1
+    command("search", config, "--out", run, "--set", "search.generations=2")
+    command("search", config, "--out", run, "--resume")
+    assert (run / "history.jsonl").read_bytes() == (whole / "history.jsonl").read_bytes()
+    result = json.loads((run / "result.json").read_text())
+    assert [row["role"] for row in result["table"]] == ["base", "parent", "parent", "uniform", "winner"]
+
+    # Every model of the table has the scores that transformers alone gives it, and so has the exported winner.
+    problem = build_problem(config, config_from(config, document(folder), [], None))
+    task = problem.splits.heldout[0]
+    images = [task.examples[i].inputs["image"] for i in task.indices]
+    targets = np.array([task.examples[i].target for i in task.indices])
+    models = {0: folder / "base", 1: folder / "left", 2: folder / "right", 4: run / "best" / "model"}
+    for number, model in models.items():
+        accuracy = (labels_by_transformers(model, images) == targets).mean()
+        assert result["table"][number]["heldout_scores"]["quarter/accuracy"] == pytest.approx(accuracy, abs=1e-6)
+
+    exported = tmp_path / "exported"
+    command("export", run, exported)
+    assert {file.name for file in exported.iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+    assert (exported / "model.safetensors").read_bytes() == (run / "best/model/model.safetensors").read_bytes()
+    (recipe,) = yaml.safe_load_all((run / "best" / "recipe.yaml").read_text())
+    assert recipe["merge_method"] == "task_arithmetic"
+    assert problem.backend.merge.space.groups == (
+        "vit.embeddings", "vit.layers.0", "vit.layers.1", "vit.layernorm", "classifier",
+    )  # fmt: skip
+    assert "quarter" in (run / "report.html").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Networks of other kinds
+
+TEXTS = [{"text": f"w{5 + i} w{6 + i} w{7 + i % 3}", "label": i % 3, "target": f"w{9 + i} w{4 + i % 5}"}
+         for i in range(12)]  # fmt: skip
+SMALL: dict[str, Any] = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 64,
+    "max_position_embeddings": 32, "pad_token_id": 0,
+}  # fmt: skip
+# By kind of network: its class, its config, and a task on it.
+OTHERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "text classifier": (
+        "BertForSequenceClassification", lambda: transformers.BertConfig(**SMALL, num_labels=3),
+        {"kind": "classification", "file": "texts.jsonl", "metric": "log_probability"},
+    ),
+    "regression": (
+        "BertForSequenceClassification", lambda: transformers.BertConfig(**SMALL, num_labels=1),
+        {"kind": "regression", "file": "texts.jsonl"},
+    ),
+    "encoder-decoder": (
+        "T5ForConditionalGeneration", lambda: transformers.T5Config(
+            vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0,
+            pad_token_id=0, eos_token_id=2,
+        ),
+        {"kind": "text_to_text", "file": "texts.jsonl"},
+    ),
+    "batch norm": (
+        "ResNetForImageClassification", lambda: transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=3,
+        ),
+        {"kind": "classification", "file": "arrays.npz", "metric": "log_probability"},
+    ),
+    "convolutions": (
+        "ConvNextForImageClassification", lambda: transformers.ConvNextConfig(
+            hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, patch_size=2, num_labels=3,
+        ),
+        {"kind": "classification", "file": "arrays.npz", "metric": "log_probability"},
+    ),
+}  # fmt: skip
+
+
+def family_of(kind: str, folder: Path) -> dict[str, Any]:
+    """Two networks of a kind, and the config of a search over them."""
+    name, config, task = OTHERS[kind]
+    model = getattr(transformers, name)(config()).eval()
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, 64))]
+    for number in (1, 2):
+        save(randomised(model, number), folder / f"model{number}", tokens)
+    write_lines(folder / "texts.jsonl", TEXTS)
+    rng = np.random.default_rng(3)
+    pixels = rng.normal(size=(12, 3, SIZE, SIZE)).astype(np.float32)
+    np.savez(folder / "arrays.npz", pixel_values=pixels, label=np.arange(12) % 3)
+    return {
+        "backend": "torch", "parents": [str(folder / f"model{k}") for k in (1, 2)],
+        "space": {"method": "linear", "layers_per_group": "all"},
+        "tasks": [{"name": "task", "heldout": 0.25} | task | {"file": str(folder / task["file"])}],
+        "search": {"generations": 2, "population": 3},
+    }  # fmt: skip
+
+
+def randomised(model: Any, seed: int) -> Any:
+    """The model with random numbers in every floating-point tensor; variances stay positive."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            drawn = torch.randn(tensor.shape, generator=generator) * 0.2
+            tensor.copy_(drawn.abs() + 0.5 if name.endswith("running_var") else drawn)
+    return model
+
+
+def problem_of(path: Path, config: dict[str, Any]) -> SearchProblem:
+    return build_problem(path, config_from(path, config, [], None))
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_merge_has_the_scores_of_the_exported_model(kind: str, tmp_path: Path) -> None:
+    problem = problem_of(tmp_path / "config.yaml", family_of(kind, tmp_path))
+    prepared, (_, baselines) = problem.prepare(), problem.space.baselines()
+    # A network that JAX traces has the outputs that torch gives on the first examples, or it is called instead.
+    assert prepared.heldout[0].traced == (networks.torchax_environment()[0] is not None)
+    evaluators = open_evaluators(problem, prepared)
+    scores = evaluators.heldout.score(baselines).matrices["task"]
+    backend = problem.backend
+    backend.export("", baselines[0], tmp_path / "out", "---\n---\n", lambda: None)
+    # The mean of the parents, tensor by tensor, as transformers reads it.
+    name = OTHERS[kind][0]
+    out, *parents = (
+        getattr(transformers, name).from_pretrained(tmp_path / model).eval() for model in ("out", "model1", "model2")
+    )
+    states = [parent.state_dict() for parent in parents]
+    for key, tensor in out.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, (states[0][key] + states[1][key]) / 2)
+    # The same task on the exported model alone.
+    rows = prepared.heldout[0].rows[0]
+    inputs = {key: torch.tensor(value).long() if value.dtype == np.int32 else torch.tensor(value)
+              for key, value in rows["inputs"].items()}  # fmt: skip
+    with torch.no_grad():
+        logits = out(**inputs).logits
+    target = torch.tensor(rows["target"]).long()
+    (metric,) = scores
+    if metric == "negative_squared_error":
+        expected = -((logits - torch.tensor(rows["target"])) ** 2).mean(-1)
+    else:
+        chosen = logits.log_softmax(-1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
+        counts = (target >= 0).reshape(len(target), -1)
+        expected = torch.where(counts, chosen.reshape(counts.shape), 0.0).sum(-1) / counts.sum(-1)
+    np.testing.assert_allclose(scores[metric][0], expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_texts_that_an_encoder_decoder_writes_are_compared(tmp_path: Path) -> None:
+    config = family_of("encoder-decoder", tmp_path)
+    model = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "model1").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model1")
+    texts = [record["text"] for record in TEXTS]
+    with torch.no_grad():
+        tokens = model.generate(**tokenizer(texts, padding=True, return_tensors="pt"), max_new_tokens=3)
+    written = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    # Half of the targets are what the first parent writes.
+    records = [
+        {"text": text, "target": answer if i % 2 else "w4 w4 w4"}
+        for i, (text, answer) in enumerate(zip(texts, written, strict=True))
+    ]
+    write_lines(tmp_path / "written.jsonl", records)
+    task = {"name": "task", "kind": "text_to_text", "file": "written.jsonl", "metric": "exact_match", "heldout": 0.5,
+            "max_new_tokens": 3}  # fmt: skip
+    problem = problem_of(tmp_path / "config.yaml", config | {"tasks": [task]})
+    prepared = problem.prepare()
+    evaluators = open_evaluators(problem, prepared)
+    scores = problem.backend.score_stored(tmp_path / "model1", evaluators.heldout, lambda done: None)
+    expected = [records[i]["target"] == written[i] for i in prepared.heldout[0].indices]
+    assert scores.matrices["task"]["exact_match"][0].tolist() == expected
+
+
+def test_recordings_are_transcribed(tmp_path: Path) -> None:
+    pytest.importorskip("jiwer")
+    config = transformers.WhisperConfig(
+        vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, num_mel_bins=8,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_source_positions=50,
+        max_target_positions=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        begin_suppress_tokens=None, suppress_tokens=None,
+    )  # fmt: skip
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, 64))]
+    for number in (1, 2):
+        model = randomised(transformers.WhisperForConditionalGeneration(config).eval(), number)
+        save(model, tmp_path / f"model{number}", tokens)
+        transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(
+            tmp_path / f"model{number}"
+        )
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        wavfile.write(tmp_path / f"{number}.wav", 16_000, rng.integers(-9000, 9000, 8000).astype(np.int16))
+    write_lines(tmp_path / "speech.jsonl", [{"audio": f"{i}.wav", "text": f"w{5 + i} w9"} for i in range(4)])
+    task = {"kind": "transcription", "file": "speech.jsonl", "heldout": 0.5}
+    wrong_words = {"name": "words", "metric": "negative_word_error_rate", "max_new_tokens": 4}
+    problem = problem_of(
+        tmp_path / "config.yaml",
+        {"backend": "torch", "parents": ["model1", "model2"], "space": {"method": "linear"},
+         "tasks": [task | {"name": "sure"}, task | wrong_words]},
+    )  # fmt: skip
+    prepared = problem.prepare()
+    scores = open_evaluators(problem, prepared).heldout.score(problem.space.baselines()[1]).matrices
+    assert np.isfinite(scores["sure"]["log_probability"]).all()
+    assert (scores["words"]["negative_word_error_rate"] <= 0).all()
+
+
+@has_torchax
+def test_gradients_are_followed_through_a_network(folder: Path, tmp_path: Path) -> None:
+    search = {"generations": 3, "strategy": "hybrid", "population": 4, "gradient": {"minibatches": 2, "generations": 2}}
+    command("search", config_file(folder, tmp_path, search=search), "--out", tmp_path / "run")
+    lines = (tmp_path / "run" / "history.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+
+
+def test_a_decoder_has_the_scores_of_the_native_backend(family: Family, tmp_path: Path) -> None:
+    config = {
+        "parents": [str(parent) for parent in family.parents], "space": {"method": "linear"},
+        "tasks": [{"name": "words", "kind": "likelihood", "file": str(family.tasks), "heldout": 0.5}],
+        "search": {"generations": 1, "population": 2},
+    }  # fmt: skip
+    rows = []
+    for backend in ("decoder", "torch"):
+        problem = problem_of(tmp_path / "config.yaml", config | {"backend": backend})
+        evaluators = open_evaluators(problem, problem.prepare())
+        rows.append(evaluators.heldout.score(problem.space.baselines()[1]).matrices["words"]["log_probability"])
+    np.testing.assert_allclose(rows[1], rows[0], rtol=1e-4)
+
+
+def test_a_convolution_is_planned_as_a_product() -> None:
+    image, filters = np.ones((2, 3, 8, 8), np.float32), np.ones((4, 3, 3, 3), np.float32)
+    traced = jax.make_jaxpr(lambda x, y: jax.lax.conv(x, y, (1, 1), "VALID"))(image, filters)
+    assert cost_of(traced).flops == 2 * (2 * 4 * 6 * 6) * (3 * 3 * 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def test_a_folder_of_images_by_class_is_the_same_task(folder: Path, tmp_path: Path) -> None:
+    tasks = []
+    for file in ("images.jsonl", "images"):
+        task = {"name": "quarter", "kind": "classification", "file": str(folder / file)}
+        problem = problem_of(tmp_path / "config.yaml", document(folder, tasks=[task]))
+        tasks.append(problem.prepare().search[0])
+    first, second = (task.rows[0] for task in tasks)
+    assert set(first) == set(second) == {"inputs", "target"}
+    np.testing.assert_array_equal(first["target"], second["target"])
+    np.testing.assert_array_equal(first["inputs"]["pixel_values"], second["inputs"]["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"image": "broken.png", "label": 0}, r"data.jsonl:2: broken.png cannot be read as an image"),
+        ({"image": "missing.png", "label": 0}, r"data.jsonl:2: image: missing.png: no such file"),
+        ({"image": "one.png", "label": 4}, r"data.jsonl:2: label 4 is none of the 4 of .*config.json; expected a"),
+        ({"image": "one.png", "label": "klass1"}, r"data.jsonl:2: label 'klass1' .* \(did you mean 'class1'\?\)"),
+        ({"image": "one.png"}, r"data.jsonl:2: has no field 'label', the target \(it has image\)"),
+        ({"label": 1}, r"data.jsonl:2: has no input; expected the field 'image' or 'text'"),
+        ({"text": "w5", "label": 1}, r"data.jsonl:2: has no image; expected one, as in the first example"),
+    ],
+)  # fmt: skip
+def test_an_example_that_cannot_be_read_is_named(
+    folder: Path, record: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "one.png").write_bytes((folder / "images/class0/00.png").read_bytes())
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    data = write_lines(tmp_path / "data.jsonl", [{"image": "one.png", "label": "class0"}, record])
+    task = {"name": "quarter", "kind": "classification", "file": str(data), "heldout": 0.5}
+    with pytest.raises(InputError, match=message):
+        problem_of(tmp_path / "config.yaml", document(folder, tasks=[task])).prepare()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Wrong models and configs
+
+
+def copied(source: Path, target: Path, **changes: Any) -> Path:
+    """A copy of a model with changes of its config."""
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | changes))
+    return target
+
+
+def test_models_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None:
+    wider = ViTForImageClassification(ViTForImageClassification.from_pretrained(folder / "base").config)
+    wider.classifier = torch.nn.Linear(16, 5)
+    wider.config.num_labels = 5
+    wider.save_pretrained(tmp_path / "wider")
+    headless = transformers.ViTModel(wider.config)
+    headless.save_pretrained(tmp_path / "headless")
+    copied(tmp_path / "headless", tmp_path / "lacking", architectures=["ViTForImageClassification"])
+    copied(folder / "left", tmp_path / "unknown", architectures=["OwnNetwork"])
+    cases = [
+        ("wider", r"parents\[1\]: leaf 'classifier.weight' has shape \(5, 16\), but \(4, 16\) in base"),
+        ("headless", r"parents\[1\]: is a ViTModel, but base is a ViTForImageClassification"),
+        ("lacking", r"lacks 2 tensors of ViTForImageClassification, such as classifier"),
+        ("unknown", r"config.json: architectures: 'OwnNetwork'; transformers .* has no such class"),
+    ]
+    for name, message in cases:
+        parents = [str(folder / "left"), str(tmp_path / name)]
+        with pytest.raises(InputError, match=message):
+            problem_of(tmp_path / "config.yaml", document(folder, parents=parents))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"export_dtype": "float32"}, r"export_dtype: is for language models; backend: torch searches a space"),
+        ({"space": {"method": "linear", "smooth": True}}, r"space: smooth: is for language models"),
+        ({"tasks": [{"name": "a", "lm_eval": "arc_easy"}]}, r"tasks\[0\]: .*"),
+        ({"tasks": [{"name": "a", "kind": "regression", "file": "images"}]}, r"images: is a folder, which holds"),
+    ],
+)  # fmt: skip
+def test_a_config_that_networks_cannot_have_is_refused(
+    folder: Path, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    for task in changes.get("tasks", []):
+        if "file" in task:
+            task["file"] = str(folder / "images")
+    with pytest.raises(InputError, match=message):
+        problem_of(tmp_path / "config.yaml", document(folder, **changes))
+
+
+def test_a_network_that_answers_at_random_is_refused(folder: Path, tmp_path: Path) -> None:
+    problem = problem_of(tmp_path / "config.yaml", document(folder))
+    problem.backend.network.module.vit.embeddings.dropout = torch.nn.Dropout(0.5).train()
+    with pytest.raises(InputError, match=r"tasks\[0\]: quarter: ViTForImageClassification answers the same"):
+        problem.prepare()
+
+
+def test_without_torchax_gradients_are_refused_and_torch_is_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(networks, "torchax_environment", lambda: (None, "torchax is not installed"))
+    search = {"strategy": "gradient", "generations": 2}
+    task = {"name": "sure", "kind": "classification", "file": str(folder / "images.jsonl"), "metric": "log_probability"}
+    problem = problem_of(tmp_path / "config.yaml", document(folder, search=search, tasks=[task]))
+    with pytest.raises(InputError, match=r"tasks\[0\]: sure: ViTForImageClassification has no gradient, .*is not"):
+        problem.prepare()
+    output = capsys.readouterr().out.replace("\n", " ")
+    assert "called with one candidate at a time (sure), because JAX does not trace it (torchax is not in" in output
+    monkeypatch.setattr("evojax_merge.backends.torch.opening.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"backend: torch: needs PyTorch; pip install 'evojax-merge\[torch\]'"):
+        problem_of(tmp_path / "config.yaml", document(folder))

@@ -1,0 +1,331 @@
+"""Images in tasks: what vision-language models score and write about them is what transformers does."""
+
+import base64
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import sample, save, words, write_lines
+from reference.vision_models import (
+    PLACEHOLDERS,
+    SEEING,
+    load_seeing,
+    save_seeing,
+    seeing_logprobs,
+    seeing_model,
+    seeing_text,
+    write_images,
+)
+from transformers import AutoModelForCausalLM
+
+from evojax_merge import stored_models
+from evojax_merge.backends.decoder import vision
+from evojax_merge.checkpoints.tokens import load_tokenizer
+from evojax_merge.cli import cli
+from evojax_merge.cli import run as run_command
+from evojax_merge.config import TaskFile
+from evojax_merge.errors import InputError
+from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.stored_models import open_tasks, score_models
+
+# Each prompt's images by their numbers: one, two of unlike sizes, none, and one that came before.
+PROMPTS = (
+    ("<image> w5 w6 w7", (0,)),
+    ("w9 <image> w8 <image> w5", (1, 2)),
+    ("w4 w5 w6", ()),
+    ("<image> w5 w6 w7", (1,)),
+    ("w11 <image> w5", (3,)),
+    ("<image> w30 w6", (0,)),
+)  # fmt: skip
+SHARED = tuple(f"w4 <image> {'w5 w6 w7 ' * 9}w{10 + i}" for i in range(4))
+NEW = 6
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of features for each test; compiled programs stay where they are."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(vision, "cache_folder", lambda: folder)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and two parents, of which the second has a vision side of its own, images, and task files."""
+    folder = tmp_path_factory.mktemp("vision")
+    model = seeing_model("llava")
+    for seed, (name, noise) in enumerate((("base", 0.0), ("one", 0.0), ("two", 0.05))):
+        save_seeing(model, folder / name, seed, noise)
+    write_tasks(folder)
+    return folder
+
+
+def write_tasks(folder: Path) -> None:
+    files = write_images(folder)
+    texts, choices = [], []
+    for number, (prompt, images) in enumerate(PROMPTS):
+        names: Any = [files[i].name for i in images]
+        fields = {"prompt": prompt, "target": f"w{20 + number} w{33 - number}"}
+        fields |= {} if not names else {"image": names[0]} if len(names) == 1 else {"images": names}
+        texts.append(fields)
+        choices.append(fields | {"choices": [f"w{number + 4}", "w40 w41"], "answer": 0})
+    write_lines(folder / "tasks.jsonl", texts)
+    write_lines(folder / "choices.jsonl", choices)
+    # Questions about one image, behind a beginning that is worth prefilling once.
+    shared = [{"prompt": prompt, "target": f"w{20 + i}", "image": "0.png"} for i, prompt in enumerate(SHARED)]
+    write_lines(folder / "shared.jsonl", shared)
+
+
+def score(folder: Path, *tasks: dict[str, Any]) -> tuple[TaskScores, list[str]]:
+    """The scores of one model, and the lines of the log."""
+    scored: list[TaskScores] = []
+    lines: list[str] = []
+    file = TaskFile(tasks=[{"name": f"task{i}", **task} for i, task in enumerate(tasks)])  # type: ignore[list-item]
+    task_set = open_tasks("tasks.yaml", file, folder.parent)
+    score_models([str(folder)], task_set, lines.append, lines.append, lambda name, _, scores: scored.append(scores))
+    return scored[0], lines
+
+
+def images_of(root: Path, numbers: tuple[int, ...]) -> list[Path]:
+    return [root / f"{number}.png" for number in numbers]
+
+
+def check_scores(folder: Path, tasks: list[dict[str, Any]], placeholder: str) -> None:
+    """The scores of a likelihood, of choices and of texts are those of transformers, the second time as well."""
+    scores, lines = score(folder, *tasks)
+    assert any("images: 4 (" in line and "4 encoded by the vision tower, 0 read" in line for line in lines)
+    model, processor = load_seeing(folder)
+    for number, (prompt, numbers) in enumerate(PROMPTS):
+        prompt, images = prompt.replace("<image>", placeholder), images_of(folder.parent, numbers)
+        expected = seeing_logprobs(model, processor, prompt, images, f"w{20 + number} w{33 - number}")
+        assert scores.matrices["task0"]["log_probability"][0, number] == pytest.approx(expected.mean(), abs=1e-4)
+        sums = [seeing_logprobs(model, processor, prompt, images, c).sum() for c in (f"w{number + 4}", "w40 w41")]
+        assert scores.matrices["task1"]["margin"][0, number] == pytest.approx(sums[0] - sums[1], abs=2e-4)
+        assert scores.outputs["task2"][0][number] == seeing_text(model, processor, prompt, images, NEW)
+    again, lines = score(folder, *tasks)
+    assert any("0 encoded by the vision tower, 4 read" in line for line in lines)
+    for task, matrices in scores.matrices.items():
+        for metric, matrix in matrices.items():
+            np.testing.assert_array_equal(again.matrices[task][metric], matrix)
+
+
+TASKS: list[dict[str, Any]] = [
+    {"kind": "likelihood", "file": "tasks.jsonl"},
+    {"kind": "multiple_choice", "file": "choices.jsonl", "metric": "margin"},
+    {"kind": "generation", "file": "tasks.jsonl", "metric": "exact_match", "max_new_tokens": NEW},
+]
+
+
+@pytest.mark.parametrize("kind", sample(SEEING, 2))
+def test_scores_and_texts_are_transformers(kind: str, tmp_path: Path) -> None:
+    save_seeing(seeing_model(kind), tmp_path / "model", 0, 0.05)
+    write_tasks(tmp_path)
+    placeholder = PLACEHOLDERS.get(kind, "<image>")
+    for name in ("tasks.jsonl", "choices.jsonl"):
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace("<image>", placeholder))
+    check_scores(tmp_path / "model", TASKS, placeholder)
+
+
+def test_every_family_that_sees_is_in_the_table() -> None:
+    assert set(SEEING) == set(vision.SEEING)
+
+
+def command(*arguments: object) -> int:
+    return run_command(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False))
+
+
+def test_a_beginning_with_an_image_is_shared(root: Path) -> None:
+    tasks = [{"kind": "likelihood", "file": "shared.jsonl"},
+             {"kind": "generation", "file": "shared.jsonl", "max_new_tokens": NEW}]  # fmt: skip
+    scores, _ = score(root / "one", *tasks)
+    model, processor = load_seeing(root / "one")
+    for number, prompt in enumerate(SHARED):
+        expected = seeing_logprobs(model, processor, prompt, [root / "0.png"], f"w{20 + number}")
+        assert scores.matrices["task0"]["log_probability"][0, number] == pytest.approx(expected.mean(), abs=1e-4)
+        assert scores.outputs["task1"][0][number] == seeing_text(model, processor, prompt, [root / "0.png"], NEW)
+
+
+SPACES: dict[str, dict[str, Any]] = {
+    "merges": {"space": {"method": "dare_ties", "layers_per_group": 2}, "evaluation": {"chunk": 4}},
+    "paths": {"data_flow": {"moves": 2, "window": 1}},
+    "gradient": {"space": {"method": "task_arithmetic"}},
+    "pool": {"pool": {"methods": ["slerp"], "size": 4}},
+}
+
+
+def heldout_score(folder: Path, root: Path) -> float:
+    """The score of a folder on `tasks.jsonl` by transformers."""
+    model, processor = load_seeing(folder)
+    means = [
+        seeing_logprobs(model, processor, prompt, images_of(root, numbers), f"w{20 + i} w{33 - i}").mean()
+        for i, (prompt, numbers) in enumerate(PROMPTS)
+    ]
+    return float(np.mean(means))
+
+
+@pytest.mark.parametrize("space", sample(SPACES, 1))
+def test_a_search_exports_what_it_scored(
+    root: Path, space: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = {
+        "base": str(root / "base"), "parents": [str(root / "two"), str(root / "one")], **SPACES[space],
+        "tasks": [
+            {"name": "text", "kind": "likelihood", "heldout": str(root / "tasks.jsonl"),
+             "file": str(root / ("shared.jsonl" if space == "gradient" else "tasks.jsonl"))},
+        ],
+        "search": {"generations": 1, "population": 4} | ({"strategy": "gradient"} if space == "gradient" else {}),
+    }  # fmt: skip
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(document))
+    assert command("search", tmp_path / "search.yaml", "--out", tmp_path / "run") == 0
+    # The base's vision side is the first parent's and the candidates'; the other parent has its own.
+    assert "images: 4 (36 positions), 8 encoded by the vision tower, 0 read" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    table = json.loads((tmp_path / "run/result.json").read_text())["table"]
+    folders = {"winner": tmp_path / "run/best/model", "base": root / "base"}
+    for row in table:
+        folder = folders.get(row["role"], root / row["name"].split("/")[-1])
+        if row["role"] not in ("winner", "base", "parent"):
+            continue
+        (scored,) = row["heldout_scores"].values()
+        assert scored == pytest.approx(heldout_score(folder, root), abs=1e-4), row
+
+
+def refusal(root: Path, records: list[dict[str, Any]], model: str = "one", **task: Any) -> str:
+    write_lines(root / "bad.jsonl", records)
+    with pytest.raises(InputError) as caught:
+        score(root / model, {"kind": "likelihood", "file": "bad.jsonl", **task})
+    return str(caught.value)
+
+
+def test_what_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = {"prompt": "<image> w5", "target": "w6", "image": "0.png"}
+    assert "bad.jsonl:2: image: none.png: no such file" in refusal(root, [good, good | {"image": "none.png"}])
+    (root / "broken.png").write_bytes((root / "0.png").read_bytes()[:200])
+    assert "bad.jsonl:1: image: broken.png: cannot be read as an image" in refusal(
+        root, [good | {"image": "broken.png"}]
+    )
+    (root / "text.png").write_text("no image")
+    assert "bad.jsonl:1: image: text.png: cannot be read" in refusal(root, [good | {"image": "text.png"}])
+    assert "its prompt has 1 place for 2 images" in refusal(root, [good | {"image": ["0.png", "1.png"]}])
+    assert "its prompt has 0 places for 1 image" in refusal(root, [good | {"prompt": "w5"}])
+    assert "its prompt has 1 place for 0 images" in refusal(root, [{"prompt": "<image> w5", "target": "w6"}])
+    without = {"prompt": "w5", "target": "<image>"}
+    assert "holds '<image>', the token of an image, and no image" in refusal(root, [without])
+    assert "has 10 positions of images, and the processor leaves 9" in refusal(root, [good | {"target": "<image>"}])
+    assert "on the net" in refusal(root, [good | {"image": "https://example.org/a.png"}])
+    assert "not valid base64" in refusal(root, [good | {"image": "data:image/png;base64,=="}])
+    assert "expected an image" in refusal(root, [good | {"image": 3}])
+    monkeypatch.setattr("evojax_merge.tasks.images.MAX_PIXELS", 100)
+    assert "12 × 12 pixels; expected 100 at most" in refusal(root, [good])
+    monkeypatch.undo()
+
+
+def test_an_image_inside_of_a_record(root: Path) -> None:
+    record = {"prompt": "<image> w5", "target": "w6"}
+    content = base64.b64encode((root / "1.png").read_bytes()).decode()
+    write_lines(
+        root / "inside.jsonl", [record | {"image": f"data:image/png;base64,{content}"}, record | {"image": "1.png"}]
+    )
+    scores, lines = score(root / "one", {"kind": "likelihood", "file": "inside.jsonl"})
+    values = scores.matrices["task0"]["log_probability"][0]
+    assert values[0] == values[1] and any("images: 1 (9 positions)" in line for line in lines)
+
+
+def test_models_that_see_no_images(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"prompt": "<image> w5", "target": "w6", "image": "0.png"}
+    monkeypatch.setattr(vision, "SEEING", ("qwen2_5_vl",))
+    assert "has an image; texts alone are scored with llava models" in refusal(root, [record])
+    monkeypatch.undo()
+    text = AutoModelForCausalLM.from_config(seeing_model("llava").config.text_config)
+    write_images(tmp_path)
+    save(text, tmp_path / "text")
+    assert "has an image, and the models see none" in refusal(tmp_path, [record], "text")
+    # A field that a template names is a text.
+    write_lines(tmp_path / "named.jsonl", [{"image": "w5 w6", "target": "w7"}])
+    score(tmp_path / "text", {"kind": "likelihood", "file": "named.jsonl", "prompt": "w4 {image}"})
+
+
+def test_a_missing_package_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"prompt": "<image> w5", "target": "w6", "image": "0.png"}
+
+    def load(folder: Path) -> Any:
+        tokenizer = load_tokenizer(folder)
+        monkeypatch.setitem(sys.modules, "torch", None)
+        return tokenizer
+
+    monkeypatch.setattr(stored_models, "load_tokenizer", load)
+    assert "images need the package torch; pip install 'evojax-merge[vision]'" in refusal(root, [record])
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert "needs the package pillow; pip install 'evojax-merge[vision]'" in refusal(root, [record])
+
+
+def test_a_chat_has_its_images_where_its_template_puts_them(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(root / "one", folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ 'w4 ' if message['role'] == 'user' else 'w8 ' }}"
+        "{% for part in message['content'] %}{{ '<image> ' if part['type'] == 'image' else part['text'] + ' ' }}"
+        "{% endfor %}{% endfor %}{{ 'w9 ' if add_generation_prompt else '' }}"
+    )
+    write_images(tmp_path)
+    records: list[dict[str, Any]] = [
+        {"prompt": "w5", "target": "w6", "image": "3.png"},
+        {"prompt": "w5 w7", "target": "w10", "image": "0.png"},
+        {"prompt": "w11 <image> w12 <image>", "target": "w13", "images": ["1.png", "2.png"]},
+    ]
+    write_lines(tmp_path / "chat.jsonl", records)
+    chat = {"kind": "likelihood", "file": "chat.jsonl", "apply_chat_template": True}
+    scores, _ = score(folder, chat | {"num_fewshot": 1})
+    model, processor = load_seeing(folder)
+    shown = "w4 <image> w5 w8 w6 w4 "
+    texts = (f"{shown}<image> w5 w7 w9", f"{shown}w11 <image> w12 <image> w9")
+    for number, (text, images) in enumerate(zip(texts, ((3, 0), (3, 1, 2)), strict=True)):
+        expected = seeing_logprobs(model, processor, text, images_of(tmp_path, images), records[number + 1]["target"])
+        found = scores.matrices["task0"]["log_probability"][0, number]
+        assert found == pytest.approx(expected.mean(), abs=1e-4)
+
+
+def test_features_of_another_tower_are_not_taken(root: Path, tmp_path: Path) -> None:
+    write_lines(root / "single.jsonl", [{"prompt": "<image> w5", "target": "w6", "image": "0.png"}])
+    task = {"kind": "likelihood", "file": "single.jsonl"}
+    first, lines = score(root / "one", task)
+    assert "1 encoded" in " ".join(lines)
+    # The base has the same tower, the other parent another one.
+    assert "0 encoded" in " ".join(score(root / "base", task)[1])
+    assert "1 encoded" in " ".join(score(root / "two", task)[1])
+    # A damaged file is written again.
+    for file in (vision.cache_folder() / "features").rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:50])
+    again, lines = score(root / "one", task)
+    assert "1 encoded" in " ".join(lines)
+    np.testing.assert_array_equal(*(scores.matrices["task0"]["log_probability"] for scores in (first, again)))
+
+
+def test_a_text_model_merges_into_the_decoder(root: Path, tmp_path: Path) -> None:
+    """The text model lacks the token of images, whose rows are those of the model that sees."""
+    tokens = [token for token in words() if token != "w60"]
+    for name, seed in (("text", 1), ("japanese", 2)):
+        torch.manual_seed(seed)
+        config = seeing_model("llava").config.text_config
+        config.vocab_size = len(tokens)
+        save(AutoModelForCausalLM.from_config(config).float(), tmp_path / name, tokens)
+    document = {
+        "base": str(tmp_path / "text"), "parents": [str(root / "one"), str(tmp_path / "japanese")],
+        "tokenizer_source": str(root / "one"), "space": {"method": "ties"},
+        "tasks": [{"name": "text", "kind": "likelihood", "file": str(root / "shared.jsonl"),
+                   "heldout": str(root / "tasks.jsonl")}],
+        "search": {"generations": 1, "population": 4},
+    }  # fmt: skip
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(document))
+    assert command("plan", tmp_path / "search.yaml") == 0
+    assert command("search", tmp_path / "search.yaml", "--out", tmp_path / "run") == 0
+    table = json.loads((tmp_path / "run/result.json").read_text())["table"]
+    (scored,) = next(row for row in table if row["role"] == "winner")["heldout_scores"].values()
+    assert scored == pytest.approx(heldout_score(tmp_path / "run/best/model", root), abs=1e-4)
