@@ -13,7 +13,9 @@ _HIDDEN = ("merge_kernels", "jax", "jaxlib", "click", "contextlib", "concurrent"
 def hide_inner_frames(error: BaseException) -> bool:
     """Leave only the user's frames in the traceback of an error that the user's own function raised, itself or in a
     library that it called, and in that of its cause. Return whether it did; the traceback of an error of this program
-    stays whole."""
+    stays whole, and so does every traceback with JAX_TRACEBACK_FILTERING=off."""
+    if os.environ.get("JAX_TRACEBACK_FILTERING") == "off":
+        return False
     cause_is_users = error.__cause__ is not None and hide_inner_frames(error.__cause__)
     entries = list(_entries(error.__traceback__))
     ours = f"{Path(__file__).parent}{os.sep}"

@@ -1,6 +1,7 @@
 """Studies of pytrees, of models of other backends, of layer paths and of pools; runs that are read back."""
 
 import copy
+import re
 import traceback
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import toy_backend
 import yaml
 from helpers import Family
+from hostile import run_command
 from safetensors.numpy import load_file
 from test_backend_seam import TOY_FACTORY, TOY_KIND, network
 
@@ -174,6 +176,21 @@ def test_the_traceback_of_a_users_function_has_the_users_frames(tmp_path: Path) 
     frames = traceback.extract_tb(caught.value.__traceback__)
     assert [frame.name for frame in frames][-2:] == ["raises", "inner"]
     assert {frame.filename for frame in frames} == {__file__}
+
+
+def test_a_command_shows_the_users_frames_as_well(tmp_path: Path) -> None:
+    source = "def inner(model):\n    return model['w'] @ [1.0] * 9\n\ndef raises(model):\n    return inner(model)\n"
+    (tmp_path / "own.py").write_text(source)
+    np.savez(tmp_path / "one.npz", w=np.ones(3, np.float32))
+    config = {
+        "backend": "function", "parents": ["one.npz"], "space": {"method": "linear"},
+        "tasks": [{"name": "own", "kind": "arrays", "function": "own.py:raises"}], "search": {"population": 2},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    done = run_command("search", tmp_path / "config.yaml", folder=tmp_path)
+    assert done.returncode == 1
+    files = re.findall(r'File "(.*)", line', done.stderr)
+    assert files == [str(tmp_path / "own.py")] * 2, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------
