@@ -13,6 +13,7 @@ prefilled before.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -261,7 +262,7 @@ def image_layout(
         return layout
     is_image = tokens < 0
     begins = is_image & ~jnp.pad(is_image, ((0, 0), (1, 0)))[:, :-1]
-    return layout.replace(image_ids=jnp.where(is_image, jnp.cumsum(begins, axis=1), -1))
+    return replace(layout, image_ids=jnp.where(is_image, jnp.cumsum(begins, axis=1), -1))
 
 
 def forward(

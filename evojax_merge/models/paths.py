@@ -205,21 +205,21 @@ def run_layers(
     """
     architecture = architecture_of(config)
     tables = architecture.position_tables(config, layout)
-    layout = layout.replace(image_ids=state.image_ids)
+    layout = replace(layout, image_ids=state.image_ids)
 
     def step(i: jax.Array, state: Activations) -> Activations:
         weights = bank.scaled_layer(layers[i], residual_scales[i])
         kind = jax.tree.map(lambda each: each[layers[i]], bank.kinds)
         shared_prefix, prefix = state.shared_prefix, None
         if shared_prefix is not None:
-            before = prefix_layout(shared_prefix.shape[1]).replace(image_ids=state.prefix_image_ids)
+            before = replace(prefix_layout(shared_prefix.shape[1]), image_ids=state.prefix_image_ids)
             attend = prefill_attention(kind.window, before)
             prefix_tables = tables_of(kind, architecture.position_tables(config, before))
             shared_prefix, kv = architecture.block(config, weights, shared_prefix, prefix_tables, attend)
             prefix = (kv[0][:, 0], kv[1][:, 0])
         attend = prefill_attention(kind.window, layout, prefix)
         rows, _ = architecture.block(config, weights, state.rows, tables_of(kind, tables), attend)
-        return state.replace(rows=rows, shared_prefix=shared_prefix)
+        return replace(state, rows=rows, shared_prefix=shared_prefix)
 
     return jax.lax.fori_loop(0, count, step, state)
 
