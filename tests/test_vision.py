@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -226,15 +227,19 @@ def test_what_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
 
 
-def test_an_image_inside_of_a_record(root: Path) -> None:
-    record = {"prompt": "<image> w5", "target": "w6"}
-    content = base64.b64encode((root / "1.png").read_bytes()).decode()
-    write_lines(
-        root / "inside.jsonl", [record | {"image": f"data:image/png;base64,{content}"}, record | {"image": "1.png"}]
+def test_an_image_inside_of_a_record(root: Path, tmp_path: Path) -> None:
+    """A data URI, and a column of parquet with contents or paths, are the image that a file is."""
+    content, record = (root / "1.png").read_bytes(), {"prompt": "<image> w5", "target": "w6"}
+    uri = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    write_lines(root / "inside.jsonl", [record | {"image": image} for image in (uri, "1.png", str(root / "1.png"))])
+    column = [{"bytes": content, "path": None}, {"bytes": None, "path": str(root / "1.png")}]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([record | {"image": image} for image in column]), tmp_path / "inside.parquet"
     )
-    scores, lines = score(root / "one", {"kind": "likelihood", "file": "inside.jsonl"})
-    values = scores.matrices["task0"]["log_probability"][0]
-    assert values[0] == values[1] and any("images: 1 (9 positions)" in line for line in lines)
+    parquet = {"kind": "likelihood", "file": str(tmp_path / "inside.parquet")}
+    scores, lines = score(root / "one", {"kind": "likelihood", "file": "inside.jsonl"}, parquet)
+    values = [value for name in ("task0", "task1") for value in scores.matrices[name]["log_probability"][0]]
+    assert len(set(values)) == 1 and any("images: 1 (9 positions)" in line for line in lines)
 
 
 def test_models_that_see_no_images(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
