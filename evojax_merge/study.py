@@ -35,7 +35,7 @@ from evojax_merge.pytrees import HostFitness
 from evojax_merge.references import resolve_reference
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described, Table, parameter_table
-from evojax_merge.report.frame import gene_values, history_frame
+from evojax_merge.report.frame import history_frame
 from evojax_merge.search.answers import ask, metrics, tell
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Generation, generation_key, history_row, init_state, next_state
@@ -50,7 +50,17 @@ from evojax_merge.tasks import Arrays
 from evojax_merge.tasks.kinds import kind_of
 from evojax_merge.tasks.python_functions import PREFIX
 from evojax_merge.tasks.python_trees import PythonTree, hold_tree
-from evojax_merge.trials import Run, Trial, TrialSource, best_of, open_run, plot_of, score_table, trials_of
+from evojax_merge.trials import (
+    Run,
+    Trial,
+    TrialSource,
+    best_of,
+    named_values_of,
+    open_run,
+    plot_of,
+    score_table,
+    trials_of,
+)
 
 # The name of a study's document in messages.
 WHERE = Path("Study")
@@ -196,10 +206,7 @@ class Space(Described):
 
     def named_values(self, genomes: np.ndarray) -> Mapping[str, np.ndarray]:
         """The searched parameters of genomes float32[P, D] by their names, float[P] each."""
-        if not hasattr(self._space, "named_values"):
-            return gene_values(genomes)
-        values: Mapping[str, np.ndarray] = self._space.named_values(genomes, self.models.names)
-        return values
+        return named_values_of(self._space, genomes, self.models.names)
 
     def document(self) -> dict[str, Any]:
         """The space's key of a config."""
