@@ -477,7 +477,8 @@ class Study(Described):
             raise Failed(f"generation {number + 1}: all {len(values)} candidates failed, none has a finite fitness")
         _, state_after_ask = self._asked()
         before, key = self._before(), generation_key(self.seed, number)
-        strategy_state = tell(strategy, key, state_after_ask, genomes, matrix)
+        with PythonCall():
+            strategy_state = tell(strategy, key, state_after_ask, genomes, matrix)
         examples = matrix.evaluated.sum(axis=1)
         complete = np.isfinite(values) & matrix.evaluated.all(axis=1)
         of_best: dict[str, float] = {}
@@ -500,7 +501,8 @@ class Study(Described):
                 "Study.ask", f"the strategy {strategy.name} follows gradients, which a loop by hand does not have; "
                 "use run, or another strategy",
             )  # fmt: skip
-        return ask(strategy, generation_key(self.seed, self._generations), state, self.space.dims)
+        with PythonCall():
+            return ask(strategy, generation_key(self.seed, self._generations), state, self.space.dims)
 
     def _context(self) -> Any:
         """The part of the strategy's state that the space needs to decode genomes (see `LendsContext`)."""

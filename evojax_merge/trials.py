@@ -198,8 +198,8 @@ class Run(StoredRun):
         result = self.result
         tables: dict[str, Table] = {"held-out scores": score_table(result or {})}
         if is_run(self._folder) and self.history:
-            # Names of parameters need the models' headers, which need not be there any more.
-            with suppress(InputError):
+            # The models' headers need not be there any more, and an earlier version's history has other keys.
+            with suppress(InputError, LookupError):
                 best = best_of("Run", self.history, result, self._source())
                 tables["parameters of the best"] = parameter_table(best.parameters)
         return tables
