@@ -35,7 +35,7 @@ from evojax_merge.pytrees import HostFitness
 from evojax_merge.references import resolve_reference
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described, Table, parameter_table
-from evojax_merge.report.frame import gene_values, history_frame
+from evojax_merge.report.frame import history_frame
 from evojax_merge.search.answers import ask, metrics, tell
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Generation, generation_key, history_row, init_state, next_state
@@ -50,7 +50,17 @@ from evojax_merge.tasks import Arrays
 from evojax_merge.tasks.kinds import kind_of
 from evojax_merge.tasks.python_functions import PREFIX
 from evojax_merge.tasks.python_trees import PythonTree, hold_tree
-from evojax_merge.trials import Run, Trial, TrialSource, best_of, open_run, plot_of, score_table, trials_of
+from evojax_merge.trials import (
+    Run,
+    Trial,
+    TrialSource,
+    best_of,
+    named_values_of,
+    open_run,
+    plot_of,
+    score_table,
+    trials_of,
+)
 
 # The name of a study's document in messages.
 WHERE = Path("Study")
@@ -196,10 +206,7 @@ class Space(Described):
 
     def named_values(self, genomes: np.ndarray) -> Mapping[str, np.ndarray]:
         """The searched parameters of genomes float32[P, D] by their names, float[P] each."""
-        if not hasattr(self._space, "named_values"):
-            return gene_values(genomes)
-        values: Mapping[str, np.ndarray] = self._space.named_values(genomes, self.models.names)
-        return values
+        return named_values_of(self._space, genomes, self.models.names)
 
     def document(self) -> dict[str, Any]:
         """The space's key of a config."""
@@ -470,7 +477,8 @@ class Study(Described):
             raise Failed(f"generation {number + 1}: all {len(values)} candidates failed, none has a finite fitness")
         _, state_after_ask = self._asked()
         before, key = self._before(), generation_key(self.seed, number)
-        strategy_state = tell(strategy, key, state_after_ask, genomes, matrix)
+        with PythonCall():
+            strategy_state = tell(strategy, key, state_after_ask, genomes, matrix)
         examples = matrix.evaluated.sum(axis=1)
         complete = np.isfinite(values) & matrix.evaluated.all(axis=1)
         of_best: dict[str, float] = {}
@@ -493,7 +501,8 @@ class Study(Described):
                 "Study.ask", f"the strategy {strategy.name} follows gradients, which a loop by hand does not have; "
                 "use run, or another strategy",
             )  # fmt: skip
-        return ask(strategy, generation_key(self.seed, self._generations), state, self.space.dims)
+        with PythonCall():
+            return ask(strategy, generation_key(self.seed, self._generations), state, self.space.dims)
 
     def _context(self) -> Any:
         """The part of the strategy's state that the space needs to decode genomes (see `LendsContext`)."""

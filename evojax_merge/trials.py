@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.problem import build_problem, open_backend
 from evojax_merge.python_calls import Location, PythonCall, as_yaml, ignore, warn
 from evojax_merge.report.card import merge_card
+from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described, Table, parameter_table
-from evojax_merge.report.frame import NamedValues, history_frame
+from evojax_merge.report.frame import NamedValues, gene_values, history_frame
 from evojax_merge.run import StoredRun
 from evojax_merge.search.loop import saved_strategy_state
 from evojax_merge.search.protocols import context_of
@@ -167,8 +168,26 @@ class Run(StoredRun):
         """The history as a pandas table, a row for each candidate: `generation`, `candidate` (its number there, from
         0), `fitness`, `examples`, its mean on each task by the task's name, and its searched parameters, such as
         `weight[layers 0-3 attention][maths]`; `gene[0]` and so forth where the space has no named parameters. For a
-        search in stages, the history is the last stage's. Names of parameters need the first parent's headers."""
+        search in stages, the history is the last stage's. Names of parameters need the first parent's headers, and of
+        models of other backends all files."""
         return history_frame(self.history, self.named_values())
+
+    def named_values(self) -> NamedValues:
+        document = self.config
+        if "tasks" not in document or "backend" not in document:
+            return super().named_values()
+
+        @cache
+        def space() -> Any:
+            return self._open().space
+
+        def values(genomes: np.ndarray) -> Mapping[str, np.ndarray]:
+            with suppress(InputError):
+                # Models of other backends are opened as a whole.
+                return named_values_of(space(), genomes, model_names(list(map(Path, document["parents"]))))
+            return gene_values(genomes)
+
+        return values
 
     def plot(self) -> Any:
         """An Altair chart of the fitness over generations: best so far, best, mean, and validation where it was looked
@@ -179,8 +198,8 @@ class Run(StoredRun):
         result = self.result
         tables: dict[str, Table] = {"held-out scores": score_table(result or {})}
         if is_run(self._folder) and self.history:
-            # Names of parameters need the models' headers, which need not be there any more.
-            with suppress(InputError):
+            # The models' headers need not be there any more, and an earlier version's history has other keys.
+            with suppress(InputError, LookupError):
                 best = best_of("Run", self.history, result, self._source())
                 tables["parameters of the best"] = parameter_table(best.parameters)
         return tables
@@ -217,6 +236,14 @@ class Run(StoredRun):
             return problem.backend
         state = saved_strategy_state(saved, problem.seed, problem.strategy, problem.space)
         return problem.within(context_of(problem.strategy, state)).backend
+
+
+def named_values_of(space: Any, genomes: np.ndarray, parents: Sequence[str]) -> Mapping[str, np.ndarray]:
+    """The searched parameters of genomes float32[P, D] by their names, or their genes where the space has no names."""
+    if not hasattr(space, "named_values"):
+        return gene_values(genomes)
+    values: Mapping[str, np.ndarray] = space.named_values(genomes, parents)
+    return values
 
 
 def score_table(result: Mapping[str, Any]) -> Table:

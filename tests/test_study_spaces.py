@@ -130,7 +130,8 @@ def test_a_run_has_the_candidates_of_its_study(tmp_path: Path) -> None:
     assert run.trials == study.trials and run.best == study.best
     again = run.best.export(tmp_path / "again")
     assert (again / "params.safetensors").read_bytes() == (run.model / "params.safetensors").read_bytes()
-    assert len(run.to_frame()) == 4 and run.plot().to_dict()["datasets"]
+    assert run.to_frame().equals(study.to_frame()) and run.plot().to_dict()["datasets"]
+    assert "<th>weight parents[1]</th>" in run._repr_html_() and "held-out scores" in run._repr_html_()
 
 
 @pytest.mark.parametrize(

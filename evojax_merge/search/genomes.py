@@ -8,9 +8,9 @@ import numpy as np
 
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
 from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores
-from evojax_merge.search.protocols import ContextSpace, Evaluator, Progress, Space
+from evojax_merge.search.protocols import ContextSpace, Progress, ScoresCandidates, Space
 
-E = TypeVar("E", bound=Evaluator)
+E = TypeVar("E", bound=ScoresCandidates)
 
 
 @runtime_checkable

@@ -217,8 +217,8 @@ class HasParents(Protocol):
         ...
 
 
-class Evaluator(Protocol):
-    """Scores candidates on one split of the examples."""
+class ScoresCandidates(Protocol):
+    """Scores candidates, as a space decodes them, on one split of the examples."""
 
     @property
     def tasks(self) -> Sequence[ScoredTask]: ...
