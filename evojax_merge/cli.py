@@ -168,7 +168,7 @@ def completion(shell: str) -> None:
 )
 @click.option("--distributed", is_flag=True, help="This is one of several processes that share the search.")
 @click.option("--force", is_flag=True, help="Go on where the models or the passes do not fit into memory.")
-@click.option("--quiet", is_flag=True, help="Print nothing but warnings and errors; the run folder's run.log has all.")
+@click.option("--quiet", is_flag=True, help="Print nothing on stdout; the run folder's run.log has all lines.")
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each generation, and nothing else.")
 @with_plugins
 def search(

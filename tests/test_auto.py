@@ -21,7 +21,6 @@ from evojax_merge.commands.search import _resolved_stage
 from evojax_merge.config import MAX_GENERATIONS, Config, SearchConfig, explain
 from evojax_merge.errors import InputError
 from evojax_merge.problem import build_problem, read_config, stage_configs
-from evojax_merge.run import open_run
 from evojax_merge.search import loop
 from evojax_merge.search.auto import STEPS, Traits, choose, gradient_note
 from evojax_merge.search.budgets import describe_length, search_passes, within_budget
@@ -29,6 +28,7 @@ from evojax_merge.search.run_folder import read_result
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
 from evojax_merge.search.successive_halving import stratified_shards
+from evojax_merge.trials import open_run
 
 # ---------------------------------------------------------------------------------------------------------------
 # The choice

@@ -1,6 +1,7 @@
 """Layer paths: what a path computes, what its trie shares, which paths a genome means, and what is written of them."""
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -467,6 +468,7 @@ def test_stages_follow_each_other(chain: tuple[File, File]) -> None:
     assert (out / "report.html").exists()
     card = (out / "best/model/README.md").read_text()
     assert "## Layers" in card and "A = stage-1" in card
+    assert re.search(r"the first parent stage-1 -?[\d.]+\.", card)
     assert len((out / "history.jsonl").read_text().splitlines()) == 4
 
 

@@ -118,6 +118,11 @@ def test_run_folder_is_complete(finished):
     table = json.loads((finished / "result.json").read_text())["table"]
     assert [row["role"] for row in table] == ["base", "parent", "parent", "uniform", "winner"]
     assert all(set(row["heldout_scores"]) >= {"text/log_probability", "words/accuracy"} for row in table)
+    answers = [json.loads(line) for line in (finished / "heldout_answers.jsonl").read_text().splitlines()]
+    assert len({answer["model"] for answer in answers}) == 2
+    assert all(("outputs" in answer) == (answer["task"] == "words") for answer in answers)
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "Wins and losses" in page and "words: " in page
     card = (finished / "best/model/README.md").read_text()
     assert "dare_ties" in card and "model: parent0" in card and "Held-out" in card and str(finished.parent) not in card
     assert {path.name for path in finished.iterdir()} == {

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 import evojax_merge as em
 from evojax_merge.errors import LOG
+from evojax_merge.genealogy import Genealogy, founder_genomes
 from evojax_merge.report.progress import (
     COLUMNS,
     GenerationsColumn,
@@ -31,6 +32,8 @@ from evojax_merge.search.loop import Generation
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.search.run_log import begin_logs, early_lines, run_log
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.spaces.breeding import BreedingSpace
+from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, ScaleBounds
 
 GENERATIONS = 3
 SCORES = '''"""Scores of a linear model."""
@@ -175,6 +178,22 @@ def test_python_prints_nothing_and_logs(config: Path, capsys: pytest.CaptureFixt
     em.search_pytrees(trees, lambda tree: -((tree["w"] - 0.3) ** 2).sum(), generations=2, population=4, out=out)
     assert capsys.readouterr().out == ""
     assert [line.split("  ")[0] for line in logged_lines(out)][-2:] == ["generation 1/2", "generation 2/2"]
+
+
+def test_every_kind_of_space_knows_its_parents() -> None:
+    bounds = ScaleBounds(0.5, 2.0)
+    moves, other_head = (MoveSpace((4, 4), 2, 2, bounds, True, 8, parent) for parent in (0, 1))
+    assert moves.parents_among(np.stack([moves.start, moves.start + 1])).tolist() == [True, False]
+    assert not other_head.parents_among(other_head.start[None]).any()
+    series = IndicatorSpace((2, 3), 2, "none", bounds, 9, 1)
+    seeds = series.seed_genomes("seeds", "parents")
+    assert series.parents_among(seeds).tolist() == [False, True]
+    assert series.decode(seeds)[1].layers == (2, 3, 4)
+    founders = founder_genomes(2, 1)
+    child = founders[:1].copy()
+    child[0, 1:4] = [0, 1, 0]
+    pool = BreedingSpace((), 2, False, Genealogy(founders, np.zeros((0, founders.shape[1]), np.float32)))
+    assert pool.parents_among(np.concatenate([founders, child])).tolist() == [True, True, False]
 
 
 # ---------------------------------------------------------------------------------------------------------------

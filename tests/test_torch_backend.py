@@ -233,8 +233,9 @@ def problem_of(path: Path, config: dict[str, Any]) -> SearchProblem:
 def test_a_merge_has_the_scores_of_the_exported_model(kind: str, tmp_path: Path) -> None:
     problem = problem_of(tmp_path / "config.yaml", family_of(kind, tmp_path))
     prepared, (_, baselines) = problem.prepare(), problem.space.baselines()
-    # A network that JAX traces has the outputs that torch gives on the first examples, or it is called instead.
-    assert prepared.heldout[0].traced == (networks.torchax_environment()[0] is not None)
+    # A network that JAX traces has the outputs that torch gives on the first examples, or it is called instead. On a
+    # CPU one that mostly convolves is called in any case.
+    assert prepared.heldout[0].traced == (networks.torchax_environment()[0] is not None and kind != "batch norm")
     evaluators = open_evaluators(problem, prepared)
     scores = evaluators.heldout.score(baselines).matrices["task"]
     backend = problem.backend
@@ -273,9 +274,9 @@ def test_texts_that_an_encoder_decoder_writes_are_compared(tmp_path: Path) -> No
     with torch.no_grad():
         tokens = model.generate(**tokenizer(texts, padding=True, return_tensors="pt"), max_new_tokens=3)
     written = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    # Half of the targets are what the first parent writes.
+    # Every other target is what the first parent writes, if it writes anything.
     records = [
-        {"text": text, "target": answer if i % 2 else "w4 w4 w4"}
+        {"text": text, "target": answer if i % 2 and answer else "w4 w4 w4"}
         for i, (text, answer) in enumerate(zip(texts, written, strict=True))
     ]
     write_lines(tmp_path / "written.jsonl", records)
@@ -287,6 +288,7 @@ def test_texts_that_an_encoder_decoder_writes_are_compared(tmp_path: Path) -> No
     scores = problem.backend.score_stored(tmp_path / "model1", evaluators.heldout, lambda done: None)
     expected = [records[i]["target"] == written[i] for i in prepared.heldout[0].indices]
     assert scores.matrices["task"]["exact_match"][0].tolist() == expected
+    assert True in expected and False in expected
 
 
 def test_recordings_are_transcribed(tmp_path: Path) -> None:
@@ -319,6 +321,14 @@ def test_recordings_are_transcribed(tmp_path: Path) -> None:
     scores = open_evaluators(problem, prepared).heldout.score(problem.space.baselines()[1]).matrices
     assert np.isfinite(scores["sure"]["log_probability"]).all()
     assert (scores["words"]["negative_word_error_rate"] <= 0).all()
+
+
+@has_torchax
+def test_a_convolutional_network_is_traced_for_gradients(tmp_path: Path) -> None:
+    search = {"strategy": "gradient", "generations": 2}
+    problem = problem_of(tmp_path / "config.yaml", family_of("batch norm", tmp_path) | {"search": search})
+    (task,) = problem.prepare().minibatches[0]
+    assert task.traced
 
 
 @has_torchax

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -54,31 +55,35 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setattr(vision, "cache_folder", lambda: folder)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_family(folder: Path, kind: str) -> Path:
     """A base and two parents, of which the second has a vision side of its own, images, and task files."""
-    folder = tmp_path_factory.mktemp("vision")
-    model = seeing_model("llava")
+    model = seeing_model(kind)
     for seed, (name, noise) in enumerate((("base", 0.0), ("one", 0.0), ("two", 0.05))):
         save_seeing(model, folder / name, seed, noise)
-    write_tasks(folder)
+    write_tasks(folder, PLACEHOLDERS.get(kind, "<image>"))
     return folder
 
 
-def write_tasks(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_family(tmp_path_factory.mktemp("vision"), "llava")
+
+
+def write_tasks(folder: Path, placeholder: str) -> None:
     files = write_images(folder)
     texts, choices = [], []
     for number, (prompt, images) in enumerate(PROMPTS):
         names: Any = [files[i].name for i in images]
-        fields = {"prompt": prompt, "target": f"w{20 + number} w{33 - number}"}
+        fields = {"prompt": prompt.replace("<image>", placeholder), "target": f"w{20 + number} w{33 - number}"}
         fields |= {} if not names else {"image": names[0]} if len(names) == 1 else {"images": names}
         texts.append(fields)
         choices.append(fields | {"choices": [f"w{number + 4}", "w40 w41"], "answer": 0})
     write_lines(folder / "tasks.jsonl", texts)
     write_lines(folder / "choices.jsonl", choices)
     # Questions about one image, behind a beginning that is worth prefilling once.
-    shared = [{"prompt": prompt, "target": f"w{20 + i}", "image": "0.png"} for i, prompt in enumerate(SHARED)]
-    write_lines(folder / "shared.jsonl", shared)
+    shared = [prompt.replace("<image>", placeholder) for prompt in SHARED]
+    records = [{"prompt": prompt, "target": f"w{20 + i}", "image": "0.png"} for i, prompt in enumerate(shared)]
+    write_lines(folder / "shared.jsonl", records)
 
 
 def score(folder: Path, *tasks: dict[str, Any]) -> tuple[TaskScores, list[str]]:
@@ -124,10 +129,8 @@ TASKS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("kind", sample(SEEING, 2))
 def test_scores_and_texts_are_transformers(kind: str, tmp_path: Path) -> None:
     save_seeing(seeing_model(kind), tmp_path / "model", 0, 0.05)
-    write_tasks(tmp_path)
     placeholder = PLACEHOLDERS.get(kind, "<image>")
-    for name in ("tasks.jsonl", "choices.jsonl"):
-        (tmp_path / name).write_text((tmp_path / name).read_text().replace("<image>", placeholder))
+    write_tasks(tmp_path, placeholder)
     check_scores(tmp_path / "model", TASKS, placeholder)
 
 
@@ -160,32 +163,37 @@ SPACES: dict[str, dict[str, Any]] = {
 
 def heldout_score(folder: Path, root: Path) -> float:
     """The score of a folder on `tasks.jsonl` by transformers."""
-    model, processor = load_seeing(folder)
-    means = [
-        seeing_logprobs(model, processor, prompt, images_of(root, numbers), f"w{20 + i} w{33 - i}").mean()
-        for i, (prompt, numbers) in enumerate(PROMPTS)
-    ]
+    (model, processor), means = load_seeing(folder), []
+    for line, (_, numbers) in zip((root / "tasks.jsonl").read_text().splitlines(), PROMPTS, strict=True):
+        record = json.loads(line)
+        images = images_of(root, numbers)
+        means.append(seeing_logprobs(model, processor, record["prompt"], images, record["target"]).mean())
     return float(np.mean(means))
+
+
+# In Gemma 3 the positions of an image attend to later ones.
+KINDS = {"paths": "gemma3"}
 
 
 @pytest.mark.parametrize("space", sample(SPACES, 1))
 def test_a_search_exports_what_it_scored(
     root: Path, space: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if space in KINDS:
+        root = write_family(tmp_path, KINDS[space])
     document = {
         "base": str(root / "base"), "parents": [str(root / "two"), str(root / "one")], **SPACES[space],
         "tasks": [
             {"name": "text", "kind": "likelihood", "heldout": str(root / "tasks.jsonl"),
-             "file": str(root / ("shared.jsonl" if space == "gradient" else "tasks.jsonl"))},
+             "file": str(root / ("shared.jsonl" if space in ("gradient", "paths") else "tasks.jsonl"))},
         ],
         "search": {"generations": 1, "population": 4} | ({"strategy": "gradient"} if space == "gradient" else {}),
     }  # fmt: skip
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(document))
     assert command("search", tmp_path / "search.yaml", "--out", tmp_path / "run") == 0
     # The base's vision side is the first parent's and the candidates'; the other parent has its own.
-    assert "images: 4 (36 positions), 8 encoded by the vision tower, 0 read" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    positions, out = {"paths": 16}.get(space, 36), " ".join(capsys.readouterr().out.split())
+    assert f"images: 4 ({positions} positions), 8 encoded by the vision tower, 0 read" in out
     table = json.loads((tmp_path / "run/result.json").read_text())["table"]
     folders = {"winner": tmp_path / "run/best/model", "base": root / "base"}
     for row in table:
@@ -226,15 +234,19 @@ def test_what_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
 
 
-def test_an_image_inside_of_a_record(root: Path) -> None:
-    record = {"prompt": "<image> w5", "target": "w6"}
-    content = base64.b64encode((root / "1.png").read_bytes()).decode()
-    write_lines(
-        root / "inside.jsonl", [record | {"image": f"data:image/png;base64,{content}"}, record | {"image": "1.png"}]
+def test_an_image_inside_of_a_record(root: Path, tmp_path: Path) -> None:
+    """A data URI, and a column of parquet with contents or paths, are the image that a file is."""
+    content, record = (root / "1.png").read_bytes(), {"prompt": "<image> w5", "target": "w6"}
+    uri = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    write_lines(root / "inside.jsonl", [record | {"image": image} for image in (uri, "1.png", str(root / "1.png"))])
+    column = [{"bytes": content, "path": None}, {"bytes": None, "path": str(root / "1.png")}]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([record | {"image": image} for image in column]), tmp_path / "inside.parquet"
     )
-    scores, lines = score(root / "one", {"kind": "likelihood", "file": "inside.jsonl"})
-    values = scores.matrices["task0"]["log_probability"][0]
-    assert values[0] == values[1] and any("images: 1 (9 positions)" in line for line in lines)
+    parquet = {"kind": "likelihood", "file": str(tmp_path / "inside.parquet")}
+    scores, lines = score(root / "one", {"kind": "likelihood", "file": "inside.jsonl"}, parquet)
+    values = [value for name in ("task0", "task1") for value in scores.matrices[name]["log_probability"][0]]
+    assert len(set(values)) == 1 and any("images: 1 (9 positions)" in line for line in lines)
 
 
 def test_models_that_see_no_images(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,11 +54,13 @@ _COMBINING = ("scatter", "reduce", "select_and_scatter", "select_and_gather", "c
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product: its FLOPs, the bytes of its operands and its result, and the dtype of its operands."""
+    """A matrix product, or a convolution: its FLOPs, the bytes of its operands and its result, and the dtype of its
+    operands."""
 
     flops: int
     nbytes: int
     dtype: str
+    is_convolution: bool = False
 
     def seconds(self, target: Target) -> float:
         """By the roofline: the longer of its arithmetic and its traffic."""
@@ -142,6 +144,12 @@ def cost_of(jaxpr: Any, trips: Trips = scan_length, platform: Platform | None = 
     return Cost(products, elementwise) + inner_cost
 
 
+def convolution_share(cost: Cost) -> float:
+    """The share of a program's products that convolutions are, by FLOPs."""
+    flops = sum(product.flops * count for product, count in cost.products.items() if product.is_convolution)
+    return flops / max(1, sum(product.flops * count for product, count in cost.products.items()))
+
+
 def temporary_bytes(
     jaxpr: Any, donated: Sequence[Any] = (), platform: Platform | None = None, cut: Sequence[Axis] = (), shards: int = 1
 ) -> int:
@@ -193,7 +201,8 @@ def _convolution(eqn: Any) -> Product:
     image, filters = (operand.aval for operand in eqn.invars)
     out, axis = eqn.outvars[0].aval, eqn.params["dimension_numbers"].rhs_spec[0]
     inner = _size(filters) // filters.shape[axis]
-    return Product(2 * inner * _size(out), _nbytes(image) + _nbytes(filters) + _nbytes(out), str(image.dtype))
+    nbytes = _nbytes(image) + _nbytes(filters) + _nbytes(out)
+    return Product(2 * inner * _size(out), nbytes, str(image.dtype), is_convolution=True)
 
 
 def _ragged_product(eqn: Any) -> Product:

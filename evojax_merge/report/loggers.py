@@ -127,8 +127,9 @@ class WandB:
     """A run of Weights & Biases, offline unless `WANDB_MODE` is set; its files lie in the run folder's `wandb/`."""
 
     def __init__(self, search: LoggedSearch) -> None:
-        # This program's terminal is its own.
-        os.environ.setdefault("WANDB_CONSOLE", "off")
+        # The terminal is this program's.
+        for variable, value in (("WANDB_CONSOLE", "off"), ("WANDB_SILENT", "true")):
+            os.environ.setdefault(variable, value)
         import wandb
 
         place = search.folder.path.resolve()

@@ -155,8 +155,7 @@ def generation_record(generation: Generation) -> str:
     record = {
         "stage": g.stage, "generation": g.number, "generations": g.generations, "best_so_far": g.best_so_far,
         "best": g.best, "mean": g.mean, "best_parent": g.best_parent, "validation": g.validation,
-        "population": g.population,
-        "failed": g.failed, "seconds": round(g.seconds, 3),
+        "population": g.population, "failed": g.failed, "seconds": round(g.seconds, 3),
         "seconds_left": None if g.seconds_left is None else round(g.seconds_left, 1),
         "scores_of_best": dict(g.scores_of_best), "metrics": g.metrics,
     }  # fmt: skip

@@ -133,8 +133,11 @@ class IndicatorSpace:
         return _parents_alone(where, name, [self.genome((places >= first) & (places < end)) for first, end in fits])
 
     def parents_among(self, genomes: np.ndarray) -> np.ndarray:
-        """bool[P]: true for the genomes, float32[P, D], of parents alone."""
-        return rows_among(genomes, self.seed_genomes("seeds", "parents"))
+        """bool[P]: true for the genomes, float32[P, D], of the parent whose embedding and head all paths have."""
+        end = sum(self.depths[: self.embedding_parent + 1])
+        places = np.arange(self.num_indicators)
+        layers = (places >= end - self.depths[self.embedding_parent]) & (places < end)
+        return rows_among(genomes, self.genome(layers)[None])
 
     def decode(self, genomes: np.ndarray) -> list[LayerPath | None]:
         """A path per genome; None where no layer is on, or more than `max_steps` are."""
@@ -362,8 +365,9 @@ class MoveSpace:
         return _parents_alone(where, name, [self.start, *map(self.genome, moves)])
 
     def parents_among(self, genomes: np.ndarray) -> np.ndarray:
-        """bool[P]: true for the genomes, float32[P, D], of parents alone."""
-        return rows_among(genomes, self.seed_genomes("seeds", "parents"))
+        """bool[P]: true for the genomes, float32[P, D], of the unchanged first parent; none where paths have another
+        parent's embedding and head."""
+        return rows_among(genomes, self.start[None] if self.embedding_parent == 0 else np.zeros((0, self.dims)))
 
     def decode(self, genomes: np.ndarray) -> list[LayerPath | None]:
         """A path per genome; None where nothing is left, or more than `max_steps` layers are."""

@@ -160,10 +160,9 @@ class VisionSide:
                 None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
             )
         decoder = (DECODER_PREFIXES.get(self.folder.whole.config["model_type"], DECODER_PREFIX), LM_HEAD)
-        missing = [f"lacks {name}" for name in report["missing_keys"] if not name.startswith(decoder)]
-        faults = missing + [f"has {name}" for key in ("unexpected_keys", "mismatched_keys") for name in report[key]]
-        if faults:
-            raise InputError(path, f"{min(faults)}; expected the tensors of its config's vision side")
+        missing = [name for name in report["missing_keys"] if not name.startswith(decoder)]
+        if missing:
+            raise InputError(path, f"lacks {min(missing)}; expected all tensors of its config's vision side")
         return model.eval()
 
     def _encoded(self, image: RecordImage, inputs: dict[str, Any]) -> np.ndarray:
@@ -204,9 +203,8 @@ def _messages_of(where: object, what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except ImportError as error:
-        package = error.name or "torch"
-        raise InputError(where, f"images need the package {package}; {EXTRA}") from None
+    except ModuleNotFoundError as error:
+        raise InputError(where, f"images need the package {error.name}; {EXTRA}") from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(where, f"{what} ({reason})") from None
@@ -234,9 +232,9 @@ def _quietly() -> Iterator[None]:
 
 @dataclass(eq=False)
 class VisionTokenizer:
-    """A larger model's tokenizer, which places images (see `tasks.images`). tokenizer: that of its
-    texts; side: the vision side; None: the tokenizer refuses images, for this reason. placeholder_id: None where the
-    tokenizer has no token for an image's positions."""
+    """A larger model's tokenizer, which places images (see `tasks.images`). tokenizer: that of its texts; side: the
+    vision side, None where images are refused, for the reason `refusal`; placeholder: the text in an image's place;
+    placeholder_id: the token of each of its positions, None where the tokenizer has none."""
 
     tokenizer: Any
     side: VisionSide | None
@@ -320,16 +318,17 @@ def seeing_tokenizer(tokenizer: Any, folder: DecoderFolder | None) -> Any:
     if number is None:
         from transformers import CONFIG_MAPPING
 
-        number = getattr(CONFIG_MAPPING[kind](), PLACEHOLDER_KEYS[0])
+        number = getattr(CONFIG_MAPPING[kind](), PLACEHOLDER_KEYS[0], None)
     # A text model's tokenizer may have a word under the number.
-    token = tokenizer.added_tokens_decoder.get(number) if isinstance(number, int) else None
+    added = {str(token_id): token for token_id, token in tokenizer.added_tokens_decoder.items()}
+    token = added.get(str(number))
     if token is None:
         refusal = f"the tokenizer of {tokenizer.name_or_path} lacks its token, {shown(number)} in the config.json of "
         return VisionTokenizer(tokenizer, None, f"{refusal}{folder.path}; expected tokenizer_source: that model")
     if kind not in SEEING:
         refusal = f"texts alone are scored with {kind} models; expected {', '.join(SEEING)}, or a record without it"
         return VisionTokenizer(tokenizer, None, refusal, token.content, number)
-    place = tokenizer.added_tokens_decoder.get(config.get(PLACE_KEY, number), token).content
+    place = added.get(str(config.get(PLACE_KEY)), token).content
     side = VisionSide(folder, folder.path, place, token.content)
     return VisionTokenizer(tokenizer, side, "", place, number)
 
@@ -373,6 +372,7 @@ class Vision:
             return None
         sides = {side.key: side for side in self.sides.values()}.values()
         for side in sides:
+            side.encoded = side.read = 0
             self.tokenizer.table(side)
             side.release()
         encoded, read = sum(side.encoded for side in sides), sum(side.read for side in sides)

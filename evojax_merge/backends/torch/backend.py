@@ -16,6 +16,7 @@ from evojax_merge.backends.torch.inputs import example_arrays, likelihood_arrays
 from evojax_merge.backends.torch.network import COMPARISONS, OUTPUT, SCORES, Network, Scorer, WrittenScorer
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError
+from evojax_merge.evaluation.costs import convolution_share, cost_of
 from evojax_merge.report.progress import say
 from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.networks import WRITTEN, NetworkTask
@@ -51,7 +52,8 @@ class TorchBackend(FunctionBackend):
 
     def prepare(self, splits: Splits[list[Any]]) -> Splits[list[ArrayTask]]:
         described = dict(self._untraced)
-        prepared = super().prepare(splits.map(lambda tasks: list(map(self._prepared, tasks))))
+        follows_gradient = bool(splits.minibatches)
+        prepared = super().prepare(splits.map(lambda tasks: [self._prepared(task, follows_gradient) for task in tasks]))
         for why in dict.fromkeys(self._untraced.values()):
             names = [task for task, reason in self._untraced.items() if reason == why and task not in described]
             if names:
@@ -80,19 +82,21 @@ class TorchBackend(FunctionBackend):
         room = (self.target.memory - self.held_bytes()) // 4
         return max(1, min(count, int(room // candidate)))
 
-    def _prepared(self, task: Any) -> ArrayTask:
+    def _prepared(self, task: Any, follows_gradient: bool) -> ArrayTask:
         """A task as arrays. The examples of networks' tasks are prepared once for all splits."""
         folder = self.models[0]
         if isinstance(task, TextTask):
-            return self._array_task(task, likelihood_arrays(task, self.network, folder), f"task {task.name}")
+            arrays, where = likelihood_arrays(task, self.network, folder), f"task {task.name}"
+            return self._array_task(task, arrays, where, follows_gradient)
         key = (task.name, task.metric, id(task.examples))
         if key not in self._tasks:
-            self._tasks[key] = self._array_task(task, example_arrays(task, self.network, folder), task.section)
+            arrays = example_arrays(task, self.network, folder)
+            self._tasks[key] = self._array_task(task, arrays, task.section, follows_gradient)
         return self._tasks[key].subset(task.indices)
 
-    def _array_task(self, task: Any, examples: Mapping[str, Any], where: str) -> ArrayTask:
+    def _array_task(self, task: Any, examples: Mapping[str, Any], where: str, follows_gradient: bool) -> ArrayTask:
         if task.name not in self._untraced:
-            self._untraced[task.name] = self._why_untraced(task, examples, where)
+            self._untraced[task.name] = self._why_untraced(task, examples, where, follows_gradient)
         traced = not self._untraced[task.name]
         scorer: Scorer | WrittenScorer = Scorer(self.network, SCORES[task.kind](task.metric), BATCH, traced)
         if task.metric in WRITTEN:
@@ -104,9 +108,9 @@ class TorchBackend(FunctionBackend):
             files=task.files,
         )  # fmt: skip
 
-    def _why_untraced(self, task: Any, examples: Mapping[str, Any], where: str) -> str:
-        """Why JAX cannot trace the network on a task's examples; empty where it can. Raises InputError for a network
-        that fails on them, or whose outputs are random."""
+    def _why_untraced(self, task: Any, examples: Mapping[str, Any], where: str, follows_gradient: bool) -> str:
+        """Why JAX does not trace the network on a task's examples; empty where it does. Raises InputError for a network
+        that fails on them, or whose outputs are random. follows_gradient: whether the search needs the derivative."""
         if task.metric in WRITTEN:
             return "it writes texts"
         network, weights = self.network, self.merge.tree.source(0)
@@ -138,7 +142,12 @@ class TorchBackend(FunctionBackend):
         if environment is None:
             return reason
         try:
-            traced = np.asarray(jax.jit(network.trace)(weights, inputs))
+            program = jax.jit(network.trace).trace(weights, inputs)
+            # Most of the arithmetic: XLA's convolutions on CPUs take several times as long as torch's.
+            convolutions = convolution_share(cost_of(program.jaxpr))
+            if convolutions > 0.5 and not self.target.is_accelerator and not follows_gradient:
+                return "torch's convolutions are faster on a CPU"
+            traced = np.asarray(program.lower().compile()(weights, inputs))
         # A network that torchax cannot trace fails with an error of any kind.
         except Exception as error:
             return f"torchax: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
