@@ -219,7 +219,7 @@ def check_own_file(path: Path, option: str, what: str, holds: Callable[[Path], b
         raise InputError(path, f"{option}: exists, and holds no {what} of an earlier evaluation; choose another name")
 
 
-def holds_table(path: Path) -> bool:
+def is_score_table(path: Path) -> bool:
     """Return whether a file is empty, or an output of `evaluate --json`."""
     try:
         if not path.is_file():
@@ -230,7 +230,7 @@ def holds_table(path: Path) -> bool:
         return False
 
 
-def holds_samples(path: Path) -> bool:
+def is_samples_file(path: Path) -> bool:
     """Return whether a file is empty, or begins like an output of `evaluate --samples`."""
     try:
         if not path.is_file():

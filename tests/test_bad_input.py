@@ -648,15 +648,15 @@ def test_wrong_evaluations(models: Path, refused: Refusal) -> None:
 
 
 def test_files_take_the_place_of_their_like_alone(tmp_path: Path) -> None:
-    from evojax_merge.stored_models import check_own_file, holds_samples, holds_table
+    from evojax_merge.stored_models import check_own_file, is_samples_file, is_score_table
 
     file = tmp_path / "scores.json"
     row = {"model": "one", "fitness": None, "scores": {"text/accuracy": 0.5}}
     sample = {"model": "one", "task": "text", "example": "text.jsonl:1", "outputs": [], "score": 1.0, "scores": {}}
     others = ("{}", "mine", "[1]", json.dumps([row, row | {"note": 1}]), "[" * 9999, '{"prompt": "text"}\n')
     for option, holds, like in (
-        ("--json", holds_table, json.dumps([row])),
-        ("--samples", holds_samples, 2 * (json.dumps(sample) + "\n")),
+        ("--json", is_score_table, json.dumps([row])),
+        ("--samples", is_samples_file, 2 * (json.dumps(sample) + "\n")),
     ):
         for text in ("", like):
             file.write_text(text)

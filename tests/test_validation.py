@@ -19,7 +19,7 @@ from evojax_merge.search.loop import Reporter
 from evojax_merge.search.run_folder import Checkpoints, RunFolder, open_run
 from evojax_merge.search.validation import (
     CLEAR_ERRORS,
-    PARTING_FALLS,
+    OVERFIT_PATIENCE,
     Check,
     Trend,
     init_peak,
@@ -118,23 +118,23 @@ def test_search_and_validation_that_part_are_told_once(tmp_path):
 
 
 def test_a_trend_counts_clear_falls_at_rises_of_the_search():
-    def parted(*looks: tuple[float, float], error: float | None = 0.4) -> int | None:
+    def overfitting_since(*looks: tuple[float, float], error: float | None = 0.4) -> int | None:
         trend = Trend()
         for generation, (search, validation) in enumerate(looks, start=1):
             trend = trend.after(Check(generation, search, validation, error))
-        return trend.parted
+        return trend.overfitting_since
 
-    assert (PARTING_FALLS, CLEAR_ERRORS) == (3, 2)
-    assert parted((1, 8), (2, 9), (3, 8), (4, 7), (5, 8)) == 2
-    assert parted((1, 9), (2, 8), (3, 7)) is None
+    assert (OVERFIT_PATIENCE, CLEAR_ERRORS) == (3, 2)
+    assert overfitting_since((1, 8), (2, 9), (3, 8), (4, 7), (5, 8)) == 2
+    assert overfitting_since((1, 9), (2, 8), (3, 7)) is None
     # The same candidate as before says nothing new.
-    assert parted((1, 9), (2, 8), (2, 8), (3, 7), (3, 7)) is None
-    assert parted((1, 9), (2, 8), (2, 8), (3, 7), (3, 7), (4, 6)) == 1
+    assert overfitting_since((1, 9), (2, 8), (2, 8), (3, 7), (3, 7)) is None
+    assert overfitting_since((1, 9), (2, 8), (2, 8), (3, 7), (3, 7), (4, 6)) == 1
     # A new height begins again, and so does what is within noise; without two examples all is.
-    assert parted((1, 9), (2, 8), (3, 7), (4, 9.1), (5, 8), (6, 7), (7, 6)) == 4
-    assert parted((1, 9), (2, 8), (3, 7), (4, 8.3), (5, 8), (6, 7)) is None
-    assert parted((1, 9), (2, 8), (3, 7), (4, 6), error=0.5) is None
-    assert parted((1, 9), (2, 8), (3, 7), (4, 6), error=None) is None
+    assert overfitting_since((1, 9), (2, 8), (3, 7), (4, 9.1), (5, 8), (6, 7), (7, 6)) == 4
+    assert overfitting_since((1, 9), (2, 8), (3, 7), (4, 8.3), (5, 8), (6, 7)) is None
+    assert overfitting_since((1, 9), (2, 8), (3, 7), (4, 6), error=0.5) is None
+    assert overfitting_since((1, 9), (2, 8), (3, 7), (4, 6), error=None) is None
 
 
 def test_the_standard_error_is_that_of_paired_differences():

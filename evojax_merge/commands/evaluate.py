@@ -18,8 +18,8 @@ from evojax_merge.search.run_folder import (
 from evojax_merge.stored_models import (
     Split,
     check_own_file,
-    holds_samples,
-    holds_table,
+    is_samples_file,
+    is_score_table,
     read_tasks,
     score_models,
     score_table,
@@ -35,11 +35,11 @@ def evaluate(
 ) -> None:
     tasks = read_tasks(tasks_path, split)
     if json_file is not None:
-        check_own_file(json_file, "--json", "scores", holds_table)
+        check_own_file(json_file, "--json", "scores", is_score_table)
     if samples_file is not None:
         if json_file is not None and os.path.realpath(samples_file) == os.path.realpath(json_file):
             raise InputError(samples_file, "--samples: is the file of --json as well; choose another name")
-        check_own_file(samples_file, "--samples", "samples", holds_samples)
+        check_own_file(samples_file, "--samples", "samples", is_samples_file)
     samples: list[dict[str, Any]] = []
 
     def keep(model: str, evaluator: Evaluator, scores: TaskScores) -> None:

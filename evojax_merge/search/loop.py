@@ -275,8 +275,8 @@ def evolve(
             evaluator = within(validation, context_of(strategy, state_after_tell))
             row["validation"], state["peak"] = validate(evaluator, best, proposed, state["peak"])
             timing["validation_seconds"] = time.perf_counter() - started
-        parted, course = course.trend.parted, course.after(row, seconds_of(timing))
-        if course.trend.parted != parted:
+        overfitting_since, course = course.trend.overfitting_since, course.after(row, seconds_of(timing))
+        if course.trend.overfitting_since != overfitting_since:
             # Warn before saving: a warning about a saved generation was already given.
             reporter.warn(course.trend.describe())
         storage.save(number + 1, state, row, timing)

@@ -235,7 +235,7 @@ def _foreign(folder: Path, name: str, advice: str = _ADVICE) -> InputError:
     return InputError(folder, f"holds {shown(name)}, which evojax-merge did not write; {advice}")
 
 
-def holds_page(path: Path) -> bool:
+def is_run_page(path: Path) -> bool:
     """Return whether a file is empty, or a page that this program made of runs."""
     try:
         with path.open("rb") as handle:
@@ -256,7 +256,7 @@ def may_replace(path: Path, mark: re.Pattern[bytes]) -> bool:
 
 def check_replaceable_page(page: Path) -> None:
     """Raises InputError where another file has the name of a page."""
-    if regular_file(page).exists() and not holds_page(page):
+    if regular_file(page).exists() and not is_run_page(page):
         raise InputError(page, "exists, and is no page of evojax-merge; move it or choose another name")
 
 
@@ -365,7 +365,7 @@ def clear(folder: RunFolder, generations: int) -> list[str]:
     the folder is like that of a run that has not begun."""
     _check_clear(folder)
     _check_names(folder, range(1, generations + 1))
-    page = [folder.page] if holds_page(folder.page) else []
+    page = [folder.page] if is_run_page(folder.page) else []
     table = [folder.table] if may_replace(folder.table, TABLE_MARK) else []
     remove_log(folder)
     for file in (folder.result, folder.heldout_answers, *page, *table, folder.recipe, folder.params):

@@ -19,7 +19,7 @@ from evojax_merge.search.successive_halving import T
 VALIDATION_STREAM = 1
 # At so many rises of the search fitness in a row, the validation fitness has to be so many standard errors below its
 # highest, to be no accident.
-PARTING_FALLS, CLEAR_ERRORS = 3, 2.0
+OVERFIT_PATIENCE, CLEAR_ERRORS = 3, 2.0
 
 
 def validation_split(where: str, tasks: Sequence[T], share: float, seed: int) -> tuple[list[T], list[T]]:
@@ -112,13 +112,13 @@ class Check:
 class Trend:
     """The course of search and validation fitness. peak: the check with the highest validation fitness; last: the last
     check at which the search fitness had risen; falls: the number of consecutive such checks, up to that one, that were
-    clearly below the peak; parted: the generation of the peak since which there have been enough of them; None: search
-    and validation go together."""
+    clearly below the peak; overfitting_since: the generation of the peak since which there have been enough of them;
+    None: search and validation go together."""
 
     peak: Check | None = None
     last: Check | None = None
     falls: int = 0
-    parted: int | None = None
+    overfitting_since: int | None = None
 
     def after(self, check: Check) -> "Trend":
         if self.peak is None or self.last is None:
@@ -130,8 +130,10 @@ class Trend:
             return replace(self, peak=check, last=check, falls=0)
         is_clear = check.error is not None and self.peak.validation - check.validation > CLEAR_ERRORS * check.error
         falls = self.falls + 1 if is_clear else 0
-        parts = falls >= PARTING_FALLS and self.parted is None
-        return replace(self, last=check, falls=falls, parted=self.peak.generation if parts else self.parted)
+        parts = falls >= OVERFIT_PATIENCE and self.overfitting_since is None
+        return replace(
+            self, last=check, falls=falls, overfitting_since=self.peak.generation if parts else self.overfitting_since
+        )
 
     def describe(self) -> str:
         first, last = self.peak, self.last

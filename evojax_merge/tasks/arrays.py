@@ -13,7 +13,7 @@ from pydantic import Field
 
 from evojax_merge.errors import InputError, shown
 from evojax_merge.schema import Location
-from evojax_merge.tasks.function import load_function, users_code
+from evojax_merge.tasks.function import guard_user_function, load_function
 from evojax_merge.tasks.python_functions import is_reference
 from evojax_merge.tasks.python_trees import find_tree
 from evojax_merge.tasks.task import Derivative, Opening, Place, TaskConfig, TaskDefaults, TaskKind
@@ -129,7 +129,7 @@ def check_examples(where: object, examples: Any) -> None:
 
 def call_users(function: Callable[..., Any], reference: str, *arguments: Any) -> Any:
     """Call a function of the user's, whose failures are its own."""
-    with users_code(reference):
+    with guard_user_function(reference):
         return function(*arguments)
 
 

@@ -113,7 +113,7 @@ class Traced:
     def __call__(self, logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
         import jax.numpy as jnp
 
-        with users_code(self.function.reference):
+        with guard_user_function(self.function.reference):
             result = jnp.asarray(self.function.call(logits, targets, mask))
         if result.shape or jnp.iscomplexobj(result):
             kind = f"{result.dtype.name}{list(result.shape)}"
@@ -180,7 +180,7 @@ class FunctionTask(TaskDefaults):
         """One candidate's scores, float32[N]. The function is not called for a candidate that failed."""
         if self.inputs == "log_probabilities" and not np.isfinite(inputs).all():
             return np.full(self.size, np.nan, np.float32)
-        with users_code(self.function.reference):
+        with guard_user_function(self.function.reference):
             return checked(self.function, self.function.call(list(self.records), inputs), self.size)
 
     def target(self, example: int) -> str | None:
@@ -226,7 +226,7 @@ KIND = TaskKind(FunctionConfig, open_function, source="file")
 # A user's code
 
 
-class Ended(BaseException):
+class UserCodeExited(BaseException):
     """A user's code called a function that ends or replaces its process."""
 
 
@@ -235,7 +235,7 @@ class FunctionFailed(RuntimeError):
 
 
 @contextlib.contextmanager
-def users_code(name: str) -> Iterator[None]:
+def guard_user_function(name: str) -> Iterator[None]:
     """Run a user's code in the block. Raises FunctionFailed where the code would end the program (`sys.exit`,
     `os._exit`, `os.exec…`) or interrupt it without a signal. A SIGINT or SIGTERM in the block interrupts as always,
     even where the code catches the interruption. A process that the code forks ends at the end of the block: it would
@@ -246,7 +246,7 @@ def users_code(name: str) -> Iterator[None]:
         def call(*arguments: Any, **named: Any) -> Any:
             if os.getpid() != owner:
                 return real(*arguments, **named)
-            raise Ended(f"os.{end}({', '.join(map(repr, (*arguments, *named.values())))})")
+            raise UserCodeExited(f"os.{end}({', '.join(map(repr, (*arguments, *named.values())))})")
 
         return call
 
@@ -388,7 +388,7 @@ def _named_module(where: str, place: str, folder: Path) -> ModuleType:
 def _import(where: str, place: str, folder: Path, load: Callable[[], ModuleType]) -> ModuleType:
     """Import with `folder` on the path (see `importing_from`)."""
     try:
-        with importing_from(folder), users_code(place):
+        with importing_from(folder), guard_user_function(place):
             return load()
     except ModuleNotFoundError as error:
         if lacks_module(error, place):

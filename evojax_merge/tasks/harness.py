@@ -26,7 +26,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from evojax_merge.chat_templates import ChatTemplateError, render_chat
 from evojax_merge.errors import InputError, shown
 from evojax_merge.schema import Location, Name, Text, Whole
-from evojax_merge.tasks.function import FunctionFailed, users_code
+from evojax_merge.tasks.function import FunctionFailed, guard_user_function
 from evojax_merge.tasks.patterns import SECONDS, LimitedRegex, TooSlow, time_limit
 from evojax_merge.tasks.prompts import chat_template, encode_alone, prefix_token
 from evojax_merge.tasks.task import (
@@ -600,7 +600,7 @@ def _running(name: str, templates: Templates | None) -> Iterator[None]:
     """Encloses the code that a task runs, or, for a task that may run none, its templates. A refused template, or a
     pattern that takes too long, raises its own error: no function of the user's has failed."""
     try:
-        with users_code(name), rendered_apart(templates):
+        with guard_user_function(name), rendered_apart(templates):
             yield
     except FunctionFailed as error:
         if isinstance(error.__cause__, InputError if templates is not None else TooSlow):
