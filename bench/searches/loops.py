@@ -18,7 +18,7 @@ from evojax_merge.problem import SearchProblem
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "loops.yaml"
 EXPERTS = ("plus", "times")
 MERGE = ["data_flow=null", "space={method: task_arithmetic, parameters: {weight: {low: -0.5, high: 2.0}}}"]
-HALF = "search.generations=20"
+HALF = "search.generations=30"
 # The stages of each.
 SEARCHES: dict[str, list[list[str]]] = {
     "evolved merge, cma_es": [[*MERGE, "search.strategy=cma_es"]],

@@ -1,7 +1,7 @@
 """How often `path_ga` finds the loops of one family, from 20 seeds (a minute, and 3 more to train the family once).
 
     python -m bench path-seeds
-    python -m bench path-seeds --family 1 --generations 80
+    python -m bench path-seeds --family 1 --generations 40
 
 Searches of `configs/loops.yaml` that differ in their seed alone. A search has the loops where a candidate is as
 good as `plus` with its middle layers four times, or better. All searches share one evaluator, which computes the scores

@@ -6,11 +6,12 @@ Strategies that move all genes of a genome at once would change every edit at ea
 
 Many lists of moves mean one path, so that a population would soon hold one path in many spellings, and nothing would
 lead it away from there. Genomes that score the same therefore share one place among the members (clearing; Pétrowski,
-1996), and no genome is evaluated a second time (tabu search; Glover, 1989).
+1996), no genome is evaluated a second time (tabu search; Glover, 1989), and some candidates begin at the search's first
+genomes again (random immigrants; Grefenstette, 1992).
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +26,8 @@ from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.random_numbers import generator
 from evojax_merge.search.strategies.registry import StrategySettings, begin_with
 
+# The share of the candidates that are mutants of the genomes that the search began at, and not of members.
+NEWCOMER_RATE = 0.25
 # The share of the children that have two parents.
 CROSSOVER_RATE = 0.5
 # The share of the added moves that copy an existing move (gene duplication; Koza, 1995).
@@ -42,11 +45,12 @@ Move = tuple[float, ...]
 
 @struct.dataclass
 class PathGAState:
-    """start: float32[D]; members: float32[P, D], the population; fitness: float64[P], the members' fitness, -inf where
-    a member has none; evaluated: uint64[M], fingerprints of the genomes that were evaluated, in their order, M 0 before
-    the first generation; told: int32[], the number of generations."""
+    """seeds: float32[A, D], the genomes that the search began at, the start first; members: float32[P, D], the
+    population; fitness: float64[P], the members' fitness, -inf where a member has none; evaluated: uint64[M],
+    fingerprints of the genomes that were evaluated, in their order, M 0 before the first generation; told: int32[], the
+    number of generations."""
 
-    start: np.ndarray
+    seeds: np.ndarray
     members: np.ndarray
     fitness: np.ndarray
     evaluated: np.ndarray
@@ -80,20 +84,17 @@ class PathGA:
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> PathGAState:
         """The first members are the start and mutants of `genomes`."""
-        rng, start = generator(key), np.asarray(genomes[0], np.float32)
-        lists = [self._moves(genome, start) for genome in np.asarray(genomes, np.float32)]
-
-        def mutant() -> np.ndarray:
-            return self._genome(self._mutated(rng, lists[rng.integers(len(lists))], start), start)
-
-        members = np.concatenate([start[None], self._unmet(mutant, {fingerprint(start)}, self.population - 1)])
+        seeds = np.asarray(genomes, np.float32)
+        start, newcomer = seeds[0], self._newcomers(generator(key), seeds)
+        members = np.concatenate([start[None], self._unmet([newcomer] * (self.population - 1), {fingerprint(start)})])
         unscored = np.full(self.population, -np.inf)
-        return PathGAState(start, members, unscored, np.zeros(0, np.uint64), np.zeros((), np.int32))
+        return PathGAState(seeds, members, unscored, np.zeros(0, np.uint64), np.zeros((), np.int32))
 
     def ask(self, key: jax.Array, state: PathGAState) -> tuple[jax.Array, PathGAState]:
         if int(state.told) == 0:
             return jnp.asarray(state.members), state
-        rng, members, start = generator(key), np.asarray(state.members), np.asarray(state.start)
+        rng, members, seeds = generator(key), np.asarray(state.members), np.asarray(state.seeds)
+        start = seeds[0]
         scored = max(1, int(np.isfinite(state.fitness).sum()))
 
         def picked() -> list[Move]:
@@ -108,10 +109,12 @@ class PathGA:
             return self._genome(moves, start)
 
         met = {*state.evaluated.tolist(), *map(fingerprint, members)}
-        return jnp.asarray(self._unmet(child, met, self.population)), state
+        newcomers = round(NEWCOMER_RATE * self.population)
+        draws = [self._newcomers(rng, seeds)] * newcomers + [child] * (self.population - newcomers)
+        return jnp.asarray(self._unmet(draws, met)), state
 
     def tell(self, key: jax.Array, state: PathGAState, genomes: jax.Array, scores: Scores) -> PathGAState:
-        generation, start = int(state.told), np.asarray(state.start)
+        generation, start = int(state.told), np.asarray(state.seeds)[0]
         # The first generation is the population, also where seeds have replaced members.
         parents = slice(0, self.population if generation else 0)
         children = np.asarray(genomes, np.float32)
@@ -129,7 +132,7 @@ class PathGA:
         order = np.resize(ranked[np.argsort(again, kind="stable")], self.population)
         evaluated = np.append(state.evaluated, np.array(list(map(fingerprint, children)), np.uint64))
         return PathGAState(
-            start, every[order], fitness[order], evaluated[-MAX_EVALUATED:], np.array(generation + 1, np.int32)
+            state.seeds, every[order], fitness[order], evaluated[-MAX_EVALUATED:], np.array(generation + 1, np.int32)
         )
 
     def finalists(self, state: PathGAState) -> np.ndarray:
@@ -138,7 +141,7 @@ class PathGA:
 
     def metrics(self, state: PathGAState) -> dict[str, float]:
         """moves: the number of moves of the best member."""
-        return {"moves": float(len(self._moves(np.asarray(state.members)[0], np.asarray(state.start))))}
+        return {"moves": float(len(self._moves(np.asarray(state.members)[0], np.asarray(state.seeds)[0])))}
 
     def _moves(self, genome: np.ndarray, start: np.ndarray) -> list[Move]:
         """The moves of a genome that are on; none for the start, which means the same candidate."""
@@ -159,11 +162,23 @@ class PathGA:
     def _rows(self, genome: np.ndarray) -> np.ndarray:
         return genome.reshape(self._capacity, -1)
 
-    def _unmet(self, draw: Callable[[], np.ndarray], met: set[int], count: int) -> np.ndarray:
-        """float32[count, D]: genomes that differ from each other and from those with the fingerprints `met`, as far as
-        MAX_DRAWS draws each find them."""
+    def _newcomers(self, rng: np.random.Generator, seeds: np.ndarray) -> Callable[[], np.ndarray]:
+        """A function that draws a mutant of one of the genomes that the search began at."""
+        lists = [self._moves(genome, seeds[0]) for genome in seeds]
+
+        def newcomer() -> np.ndarray:
+            moves = lists[rng.integers(len(lists))]
+            for _ in range(int(rng.geometric(0.5))):
+                moves = self._mutated(rng, moves, seeds[0])
+            return self._genome(moves, seeds[0])
+
+        return newcomer
+
+    def _unmet(self, draws: Sequence[Callable[[], np.ndarray]], met: set[int]) -> np.ndarray:
+        """float32[C, D]: a genome by each of the functions; the genomes differ from each other and from those with the
+        fingerprints `met`, as far as MAX_DRAWS further draws find such."""
         met, genomes = set(met), []
-        for _ in range(count):
+        for draw in draws:
             genome = draw()
             for _ in range(MAX_DRAWS):
                 if fingerprint(genome) not in met:
