@@ -19,7 +19,7 @@ from evojax_merge.config import Config, EvaluationConfig, TaskFile, parse
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks, suitable_tokens, token_warnings
 from evojax_merge.evaluation.devices import unused_memory
-from evojax_merge.evaluation.evaluator import Evaluator
+from evojax_merge.evaluation.evaluator import DecoderEvaluator
 from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.samples import KEYS as SAMPLE_KEYS
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
@@ -135,7 +135,7 @@ def score_models(
     task_set: TaskSet,
     log: Log,
     warn: Log,
-    on_scored: Callable[[str, Evaluator, TaskScores], None] = lambda model, evaluator, scores: None,
+    on_scored: Callable[[str, DecoderEvaluator, TaskScores], None] = lambda model, evaluator, scores: None,
 ) -> list[Row]:
     """Score stored models, or runs' winners, on all examples. `on_scored` receives each model's scores."""
     tasks, settings = task_set.tasks, task_set.settings
@@ -195,7 +195,7 @@ def _model_folder(reference: str) -> Path:
     return run.model
 
 
-def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -> tuple[Sources, Evaluator]:
+def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -> tuple[Sources, DecoderEvaluator]:
     """The sources of a stored model, by its headers alone, and its evaluator."""
     sources, decoder = open_sources([path])
     tokenizer = seeing_tokenizer(load_tokenizer(path), sources.folders[0])
@@ -206,7 +206,7 @@ def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -
     )  # fmt: skip
     setting = settings.final_compute_dtype or settings.compute_dtype
     dtype = live_target().compute_dtype(setting, [stored_dtype(sources, 0)])
-    return sources, Evaluator(decoder, tokenizer, batched_tasks, dtype)
+    return sources, DecoderEvaluator(decoder, tokenizer, batched_tasks, dtype)
 
 
 def check_own_file(path: Path, option: str, what: str, holds: Callable[[Path], bool]) -> None:

@@ -42,7 +42,7 @@ from evojax_merge.checkpoints.parents import open_decoders, open_sources
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation import paths as path_evaluation
 from evojax_merge.evaluation.batched_tasks import batch_tasks
-from evojax_merge.evaluation.evaluator import Evaluator
+from evojax_merge.evaluation.evaluator import DecoderEvaluator
 from evojax_merge.evaluation.paths import PathEvaluator, build_trie, segments
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.schema import read_recipe
@@ -223,10 +223,10 @@ class Setting:
             for kind, metric in kinds
         ]
 
-    def evaluator(self, config: DecoderConfig | None = None) -> Evaluator:
+    def evaluator(self, config: DecoderConfig | None = None) -> DecoderEvaluator:
         tokenizer = word_tokenizer(words())
         batched_tasks = batch_tasks([self.tasks], tokenizer, 64, 256, (2,))[0]
-        return Evaluator(config or self.spec.configs[0], tokenizer, batched_tasks)
+        return DecoderEvaluator(config or self.spec.configs[0], tokenizer, batched_tasks)
 
     def paths(self) -> PathEvaluator:
         return PathEvaluator(self.evaluator(), self.bank, 12)
@@ -254,7 +254,7 @@ def test_too_large_a_pass_is_halved(setting: Setting, monkeypatch: pytest.Monkey
     scoring = batched_tasks[0].scoring
     assert scoring is not None
     largest = max(batch.tokens.size for batch in scoring.batches)
-    evaluator = Evaluator(setting.spec.configs[0], word_tokenizer(words()), batched_tasks, log=said.append)
+    evaluator = DecoderEvaluator(setting.spec.configs[0], word_tokenizer(words()), batched_tasks, log=said.append)
     found = PathEvaluator(evaluator, setting.bank, 12).evaluate(paths)
     assert said and all(text.startswith("likelihood: out of memory; going on with batches of ") for text in said)
     for name, metrics in whole.matrices.items():

@@ -20,7 +20,7 @@ from evojax_merge.errors import Failed
 from evojax_merge.evaluation import batched_tasks, passes
 from evojax_merge.evaluation import evaluator as evaluation
 from evojax_merge.evaluation.batched_tasks import batch_tasks
-from evojax_merge.evaluation.evaluator import Evaluator, arrays_of
+from evojax_merge.evaluation.evaluator import DecoderEvaluator, arrays_of
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
 from evojax_merge.evaluation.targets import find_target
 from evojax_merge.models import decoder
@@ -109,9 +109,9 @@ class Setting:
 
     def evaluator(
         self, tasks: list[TextTask] | None = None, chunk: int | None = None, per_batch: int = 128
-    ) -> Evaluator:
+    ) -> DecoderEvaluator:
         batched_tasks = batch_tasks([tasks or self.tasks], self.tokenizer, per_batch, 256, (2,))[0]
-        return Evaluator(self.config, self.tokenizer, batched_tasks, chunk=chunk)
+        return DecoderEvaluator(self.config, self.tokenizer, batched_tasks, chunk=chunk)
 
     def write(self, p: int, folder: Path) -> Any:
         """Candidate p on disk, as torch loads it."""
@@ -316,7 +316,7 @@ def test_other_splits_of_the_tasks_compile_nothing(ties: Setting) -> None:
     searched = [replace(task, examples=task.examples[::2]) for task in full]
     heldout = [replace(task, examples=task.examples[1::2]) for task in full]
     splits = batch_tasks([searched, full, heldout], ties.tokenizer, 128, 256, (2,))
-    evaluators = [Evaluator(ties.config, ties.tokenizer, batched_tasks, chunk=1) for batched_tasks in splits]
+    evaluators = [DecoderEvaluator(ties.config, ties.tokenizer, batched_tasks, chunk=1) for batched_tasks in splits]
     compiled_passes = [passes.score, passes.prefill, passes.decode]
     scores = [evaluators[1].population(ties.bank, ties.spec, ties.recipes)]
     compiled = [function._cache_size() for function in compiled_passes]

@@ -41,7 +41,7 @@ from evojax_merge.cli import cli
 from evojax_merge.cli import run as run_command
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
-from evojax_merge.evaluation.evaluator import Evaluator
+from evojax_merge.evaluation.evaluator import DecoderEvaluator
 from evojax_merge.evaluation.paths import PathEvaluator
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.schema import parse_recipe, read_recipe
@@ -314,9 +314,9 @@ class Models:
         examples = read_examples(self.file, "multiple_choice", Fields("{prompt}", "{target}", "choices", "answer", " "))
         return TextTask("choice", "multiple_choice", "margin", 1.0, str(self.file), tuple(examples))
 
-    def evaluator(self, config: Any) -> Evaluator:
+    def evaluator(self, config: Any) -> DecoderEvaluator:
         tokenizer = word_tokenizer(words(VOCAB))
-        return Evaluator(config, tokenizer, batch_tasks([[self.task()]], tokenizer, 256, 256, (2,))[0])
+        return DecoderEvaluator(config, tokenizer, batch_tasks([[self.task()]], tokenizer, 256, 256, (2,))[0])
 
 
 def say_in_older_words(config: dict[str, Any], older: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ import evojax_merge as em
 from evojax_merge.checkpoints.bank import load_bank, stored_tensors
 from evojax_merge.config import Config, SearchConfig
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.evaluator import Evaluator
+from evojax_merge.evaluation.evaluator import DecoderEvaluator
 from evojax_merge.evaluation.scores import Scores, TaskScores
 from evojax_merge.models.bank import take_candidate
 from evojax_merge.models.sources import lazy_merge
@@ -451,7 +451,7 @@ def test_brevity_is_shown_where_it_is_asked_for(config_file: Path) -> None:
     # What both ask alike is written once.
     full = open_evaluator(problem, problem.prepare().search)
     asked: list[str] = []
-    generate = Evaluator._generate
+    generate = DecoderEvaluator._generate
 
     def counted(self: Any, population: Any, batched_task: Any, progress: Any) -> Any:
         asked.append(batched_task.task.name)
@@ -459,7 +459,7 @@ def test_brevity_is_shown_where_it_is_asked_for(config_file: Path) -> None:
 
     steps: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Evaluator, "_generate", counted)
+        patch.setattr(DecoderEvaluator, "_generate", counted)
         scores = full.score(problem.space.start[None], steps.append)
     assert asked == ["sums"] and sum(steps) == full.passes(1)
     assert scores.outputs["sums"] == scores.outputs["short"]

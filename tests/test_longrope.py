@@ -22,7 +22,7 @@ from reference.torch_models import torch_logits, torch_logprobs
 
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
-from evojax_merge.evaluation.evaluator import Evaluator
+from evojax_merge.evaluation.evaluator import DecoderEvaluator
 from evojax_merge.tasks.text import Fields, TextTask, read_examples
 
 # Where the factors change.
@@ -98,7 +98,7 @@ def test_rows_on_both_sides_share_nothing(folder: Path, tmp_path: Path) -> None:
     file = write_lines(tmp_path / "texts.jsonl", texts([36, 39, 40, 60]))
     tasks = [task(file, "multiple_choice", "margin")]
     batched = batch_tasks([tasks], tokenizer, 256, 160, (2,), 64, config.position_switch)[0]
-    found = Evaluator(config, tokenizer, batched).stored(model).matrices["multiple_choice"]["margin"][0]
+    found = DecoderEvaluator(config, tokenizer, batched).stored(model).matrices["multiple_choice"]["margin"][0]
     model, expected = load_torch(folder), []
     for example in tasks[0].examples:
         totals = []

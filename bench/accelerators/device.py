@@ -48,7 +48,7 @@ from evojax_merge.checkpoints.parents import tensor_shapes
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.devices import tree_nbytes
-from evojax_merge.evaluation.evaluator import Evaluator, MergeEvaluator, row_update
+from evojax_merge.evaluation.evaluator import DecoderEvaluator, MergeEvaluator, row_update
 from evojax_merge.evaluation.memory import is_out_of_memory
 from evojax_merge.evaluation.passes import SharedModel
 from evojax_merge.evaluation.scores import TaskScores
@@ -197,11 +197,11 @@ class Models:
     """A problem, with weights that are made when a row first asks for them."""
 
     problem: SearchProblem
-    evaluator: Evaluator = field(init=False)
+    evaluator: DecoderEvaluator = field(init=False)
 
     def __post_init__(self) -> None:
         problem = self.problem
-        self.evaluator = Evaluator(
+        self.evaluator = DecoderEvaluator(
             problem.backend.models.decoder, problem.backend.models.tokenizer, problem.prepare().shards[0],
             problem.backend.compute_dtype,
             target=problem.target,

@@ -45,7 +45,7 @@ from bench.shared.machine import describe
 from bench.shared.strategy_peers import PEERS, PSO_MERGING, is_installed, run_peer, run_pso_merging
 from evojax_merge.config import SearchConfig
 from evojax_merge.evaluation.batched_tasks import BatchedTask
-from evojax_merge.evaluation.evaluator import Evaluator, MergeEvaluator
+from evojax_merge.evaluation.evaluator import DecoderEvaluator, MergeEvaluator
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.problem import SearchProblem, build_problem, read_config, resolved_document
@@ -285,7 +285,7 @@ def run_pso_merging_search(experiment: Experiment, population: int, seed: int, t
         whole = StackedWeights(stacks, {name: leaf.sources[s] for name, leaf in bank.shared.items()})
         return jax.tree.map(lambda values: np.asarray(values, np.float32), whole)
 
-    def scored(decoder: Evaluator, model: Any) -> TaskScores:
+    def scored(decoder: DecoderEvaluator, model: Any) -> TaskScores:
         return decoder.stored(jax.tree.map(lambda values: jnp.asarray(values, dtype), model))
 
     def evaluate(models: Sequence[Any]) -> np.ndarray:

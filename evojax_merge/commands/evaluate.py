@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.errors import InputError, print_warning
-from evojax_merge.evaluation.evaluator import Evaluator
+from evojax_merge.evaluation.evaluator import DecoderEvaluator
 from evojax_merge.evaluation.samples import sample_rows
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.file_system import atomic_write
@@ -42,7 +42,7 @@ def evaluate(
         check_own_file(samples_file, "--samples", "samples", is_samples_file)
     samples: list[dict[str, Any]] = []
 
-    def keep(model: str, evaluator: Evaluator, scores: TaskScores) -> None:
+    def keep(model: str, evaluator: DecoderEvaluator, scores: TaskScores) -> None:
         if samples_file is not None:
             samples.extend(sample_rows(model, evaluator.batched_tasks, scores))
 

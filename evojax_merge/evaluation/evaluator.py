@@ -316,7 +316,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 @dataclass
-class Evaluator:
+class DecoderEvaluator:
     """Scores populations of merges of one bank, and stored models, on one set of requests.
 
     `chunk`: the number of candidates that share a pass on a device; None chooses it. `log` receives each choice.
@@ -361,7 +361,7 @@ class Evaluator:
         features = self.features_of(batched_task)
         return arrays_of(batch) | ({} if features is None else {"features": features})
 
-    def subset(self, examples: Sequence[np.ndarray]) -> "Evaluator":
+    def subset(self, examples: Sequence[np.ndarray]) -> "DecoderEvaluator":
         """The same on some of the examples: for each of the tasks int[M], ascending. The batches keep their shapes, so
         that nothing is compiled for them."""
         chosen = [
@@ -948,7 +948,7 @@ class Evaluator:
 class MergeEvaluator:
     """Scores populations of merges of one bank, on the requests of an evaluator."""
 
-    evaluator: Evaluator
+    evaluator: DecoderEvaluator
     bank: Bank
     spec: MergeSpec
 

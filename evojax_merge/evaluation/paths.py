@@ -16,7 +16,13 @@ import numpy as np
 
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import ONE_DEVICE
-from evojax_merge.evaluation.evaluator import DifferentiablePopulation, Evaluator, Progress, arrays_of, score_task
+from evojax_merge.evaluation.evaluator import (
+    DecoderEvaluator,
+    DifferentiablePopulation,
+    Progress,
+    arrays_of,
+    score_task,
+)
 from evojax_merge.evaluation.passes import logprobs_from_hidden
 from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores, task_weights
 from evojax_merge.models.architecture import architecture_of
@@ -112,13 +118,13 @@ class PathEvaluator:
     """Scores populations of paths over one bank, on the requests of an evaluator. `max_length`: the most steps that a
     path has; `by_config`: the evaluators that differentiate models, by their config."""
 
-    evaluator: Evaluator
+    evaluator: DecoderEvaluator
     bank: PathBank
     max_length: int
     score_cache: dict[Key, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)
     outputs: dict[Key, dict[str, list[str]]] = field(default_factory=dict)
     work: PathWork = field(default_factory=PathWork)
-    by_config: dict[DecoderConfig, Evaluator] = field(default_factory=dict)
+    by_config: dict[DecoderConfig, DecoderEvaluator] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[Task]:

@@ -18,7 +18,7 @@ from merge_kernels import METHODS, draw_row_keys, merge_tensor
 from evojax_merge.checkpoints.bank import aligned_empty
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES, is_finite, tensor_digest
 from evojax_merge.checkpoints.parents import Sources, tensor_shapes
-from evojax_merge.evaluation.evaluator import MATERIALISE_FRACTION, Evaluator, Progress
+from evojax_merge.evaluation.evaluator import MATERIALISE_FRACTION, DecoderEvaluator, Progress
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.genealogy import Member
@@ -161,7 +161,7 @@ class PoolBank:
 class PoolEvaluator:
     """Scores members of a pool, on the requests of an evaluator."""
 
-    evaluator: Evaluator
+    evaluator: DecoderEvaluator
     bank: PoolBank
 
     @property

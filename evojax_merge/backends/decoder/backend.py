@@ -26,7 +26,7 @@ from evojax_merge.evaluation.batched_tasks import (
     token_warnings,
 )
 from evojax_merge.evaluation.devices import Devices
-from evojax_merge.evaluation.evaluator import Evaluator, Progress
+from evojax_merge.evaluation.evaluator import DecoderEvaluator, Progress
 from evojax_merge.evaluation.planned_passes import DeviceSizes
 from evojax_merge.evaluation.samples import sample_rows
 from evojax_merge.evaluation.scores import TaskScores
@@ -280,7 +280,7 @@ class DecoderBackend:
         self, bank: Any, devices: Devices, log: Callable[[str], None], chunk_sizes: dict[Any, int], dtype: str,
         tasks: list[BatchedTask],
     ) -> SpaceEvaluator[Any]:  # fmt: skip
-        decoder = Evaluator(
+        decoder = DecoderEvaluator(
             self.models.decoder, self.models.tokenizer, tasks, dtype, self.settings.chunk, devices, log, chunk_sizes,
             target=self.target, features=self._features(None, dtype, devices),
         )  # fmt: skip
@@ -307,7 +307,7 @@ class DecoderBackend:
             if aligned
             else open_sources([model])
         )
-        candidates: Evaluator = heldout.evaluator.evaluator
+        candidates: DecoderEvaluator = heldout.evaluator.evaluator
         features = self._features(model, candidates.compute_dtype, candidates.devices)
         evaluator = replace(candidates, config=config, features=features)
         return evaluator.stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)

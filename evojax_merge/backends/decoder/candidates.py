@@ -15,7 +15,7 @@ from evojax_merge.checkpoints.abstract_bank import Place, abstract_bank, abstrac
 from evojax_merge.checkpoints.bank import bank_bytes, held_bytes, load_bank, load_path_bank
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.evaluation.devices import Devices
-from evojax_merge.evaluation.evaluator import Evaluator, MergeEvaluator, Population, Progress
+from evojax_merge.evaluation.evaluator import DecoderEvaluator, MergeEvaluator, Population, Progress
 from evojax_merge.evaluation.passes import SharedModel
 from evojax_merge.evaluation.paths import PathEvaluator
 from evojax_merge.evaluation.pool import PoolBank, PoolEvaluator
@@ -68,11 +68,11 @@ class Candidates(Protocol):
         loaded."""
         ...
 
-    def evaluator(self, decoder: Evaluator, bank: Any) -> CandidateEvaluator:
+    def evaluator(self, decoder: DecoderEvaluator, bank: Any) -> CandidateEvaluator:
         """An evaluator of candidates from a bank, with the settings of `decoder`."""
         ...
 
-    def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
+    def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
         """A population that `evaluator` would score together, up to `size` of them, over abstract arrays that `place`
         makes: a search is planned with them before anything is loaded."""
         ...
@@ -137,10 +137,10 @@ class MergeCandidates:
     def load_bank(self, devices: Devices, progress: Progress) -> Bank:
         return load_bank(self.sources, self.decoder, self.spec, progress, devices.put)
 
-    def evaluator(self, decoder: Evaluator, bank: Bank) -> MergeEvaluator:
+    def evaluator(self, decoder: DecoderEvaluator, bank: Bank) -> MergeEvaluator:
         return MergeEvaluator(decoder, bank, self.spec)
 
-    def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
+    def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
         shapes = jax.eval_shape(self.space.decode, jax.ShapeDtypeStruct((size, self.space.dims), jnp.float32))
         # The values of the recipes make no difference.
         recipes = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
@@ -198,10 +198,10 @@ class PathCandidates:
     def load_bank(self, devices: Devices, progress: Progress) -> PathBank:
         return load_path_bank(self.sources, self.spec, progress)
 
-    def evaluator(self, decoder: Evaluator, bank: PathBank) -> PathEvaluator:
+    def evaluator(self, decoder: DecoderEvaluator, bank: PathBank) -> PathEvaluator:
         return PathEvaluator(decoder, replace(bank, compute_dtype=decoder.compute_dtype), self.space.max_length)
 
-    def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
+    def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
         """One path, with the depth of the first parent."""
         return _one_model(self.sources, self.spec.configs[0], evaluator.compute_dtype, place)
 
@@ -277,10 +277,10 @@ class PoolCandidates:
         bank.check_founders(progress)
         return bank
 
-    def evaluator(self, decoder: Evaluator, bank: PoolBank) -> PoolEvaluator:
+    def evaluator(self, decoder: DecoderEvaluator, bank: PoolBank) -> PoolEvaluator:
         return PoolEvaluator(decoder, bank)
 
-    def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
+    def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
         return _one_model(self.sources, self.decoder, evaluator.compute_dtype, place)
 
     def describe(self) -> str:

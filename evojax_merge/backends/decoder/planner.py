@@ -12,7 +12,7 @@ from evojax_merge.errors import Failed
 from evojax_merge.evaluation.batched_tasks import BatchedTask, one_row_batches
 from evojax_merge.evaluation.compilers import TargetCompiler, collectives
 from evojax_merge.evaluation.devices import MEMORY_SHARE, group_of
-from evojax_merge.evaluation.evaluator import Evaluator, Population, Progress
+from evojax_merge.evaluation.evaluator import DecoderEvaluator, Population, Progress
 from evojax_merge.evaluation.planned_passes import (
     JaxprReader,
     PassReader,
@@ -26,10 +26,10 @@ from evojax_merge.evaluation.planned_passes import (
 if TYPE_CHECKING:
     from evojax_merge.backends.decoder.backend import DecoderBackend
 
-PlanPasses = Callable[[Evaluator, Any, BatchedTask, PassReader], list[PlannedPass]]
+PlanPasses = Callable[[DecoderEvaluator, Any, BatchedTask, PassReader], list[PlannedPass]]
 # (the evaluator that has chosen chunks, a planner of passes, a task) -> the reports of the target's compiler on the
 # passes.
-AskCompiler = Callable[[Evaluator, PlanPasses, BatchedTask], list[Report]]
+AskCompiler = Callable[[DecoderEvaluator, PlanPasses, BatchedTask], list[Report]]
 
 
 @dataclass
@@ -40,21 +40,21 @@ class DecoderPlanner:
     bank_bytes: int
 
     @cached_property
-    def evaluator(self) -> Evaluator:
+    def evaluator(self) -> DecoderEvaluator:
         """An evaluator without tasks that makes the choices of one on the backend's target."""
         backend, target = self.backend, self.backend.target
         free = int(MEMORY_SHARE * max(0, target.memory - self.bank_bytes))
         # The plan of a search that does not fit shows the memory of one candidate.
         chunk = backend.settings.chunk if self.bank_bytes < target.memory else 1
         devices = group_of(backend.settings.model)
-        return Evaluator(
+        return DecoderEvaluator(
             backend.models.decoder, backend.models.tokenizer, [], backend.compute_dtype, chunk, devices, target=target,
             free_memory=lambda: free, temporary_bytes=JaxprReader(target, devices).temporary_bytes,
             features=backend.abstract_features(backend.compute_dtype, devices.abstract),
         )  # fmt: skip
 
     @cached_property
-    def _final(self) -> Evaluator:
+    def _final(self) -> DecoderEvaluator:
         """The evaluator of the splits that no generation is scored on: in another dtype, fewer candidates may fit."""
         if self.backend.final_compute_dtype == self.backend.compute_dtype:
             return self.evaluator
@@ -99,7 +99,7 @@ class DecoderPlanner:
         return cache(population)
 
     def _reports(
-        self, compiler: TargetCompiler, size: int, planned: Evaluator, plan_passes: PlanPasses, task: BatchedTask
+        self, compiler: TargetCompiler, size: int, planned: DecoderEvaluator, plan_passes: PlanPasses, task: BatchedTask
     ) -> list[Report]:
         """The compiler's reports on the passes of a task over a chunk of `size` candidates for each group of devices,
         in the chunks that `planned` has chosen, in their order. Raises JaxRuntimeError where it refuses one because it
@@ -118,13 +118,13 @@ class DecoderPlanner:
 
 
 def passes_of_task(
-    evaluator: Evaluator, population: Population, i: int, plan_passes: PlanPasses, ask: AskCompiler | None = None
+    evaluator: DecoderEvaluator, population: Population, i: int, plan_passes: PlanPasses, ask: AskCompiler | None = None
 ) -> list[SizedPass]:
     """The passes of the evaluator's task i over a chunk, with as much in a pass as fits. Where not even one candidate
     and one row fit: the passes with these, which no compiler is asked about."""
     reader = JaxprReader(evaluator.target, evaluator.devices)
 
-    def sized(evaluator: Evaluator, task: BatchedTask, ask: AskCompiler | None) -> list[SizedPass]:
+    def sized(evaluator: DecoderEvaluator, task: BatchedTask, ask: AskCompiler | None) -> list[SizedPass]:
         planned = plan_passes(evaluator, population, task, reader)
         reports = [None] * len(planned) if ask is None else ask(evaluator, plan_passes, task)
         return [
@@ -174,7 +174,7 @@ _NOTHING = np.zeros(0)
 
 
 def planned_passes(
-    evaluator: Evaluator, population: Population, batched_task: BatchedTask, reader: PassReader
+    evaluator: DecoderEvaluator, population: Population, batched_task: BatchedTask, reader: PassReader
 ) -> list[PlannedPass]:
     """The passes that evaluate one chunk of a population on a task's batches, on one group of devices."""
     passes, groups, name = list[PlannedPass](), evaluator.devices.population, batched_task.task.name
@@ -190,7 +190,7 @@ def planned_passes(
 
 
 def planned_gradient_passes(
-    evaluator: Evaluator, population: Population, batched_task: BatchedTask, reader: PassReader
+    evaluator: DecoderEvaluator, population: Population, batched_task: BatchedTask, reader: PassReader
 ) -> list[PlannedPass]:
     """The passes that differentiate one chunk of a population on a task's batches, on one group of devices."""
     name, passes, differentiable = batched_task.task.name, list[PlannedPass](), population.differentiable()
