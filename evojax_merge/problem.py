@@ -61,7 +61,7 @@ from evojax_merge.yaml_reader import load_yaml
 MAX_DIMS = 1_000_000
 # Arrays of a population's genomes that a generation has at a time.
 GENOME_COPIES = 6
-# What the fitness measures tasks by: their own units, or the distance from the base to the best parent.
+# The measure of tasks in the fitness: their own units, or the distance from the base to the best parent.
 ScaleBy = Literal["none", "parents"]
 
 
@@ -214,7 +214,7 @@ def _scored_section(section: TaskConfig) -> TaskConfig:
 
 
 def _scale(where: str, config: Config, metrics: Sequence[str], backend: Any) -> ScaleBy:
-    """What tasks are measured by: of a config that does not say it, the parents where several metrics are unlike.
+    """The measure of the tasks: where a config does not say it, the parents if several metrics are unlike.
     metrics: the tasks'."""
     counted = [
         (type(section), getattr(section, "kind", None), metric)

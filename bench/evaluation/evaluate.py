@@ -156,7 +156,7 @@ def peak_part(folder: Path, sizes: Sizes) -> None:
         evaluator.population, scorer.evaluator.bank, scorer.evaluator.spec, scorer.space.decode(genomes_for(problem, 2))
     )
     seconds[f"{name}, put together for {PASSES} passes"] = median_seconds(run, 5) / PASSES / 2
-    # Of a machine whose speed drifts, the best of both ends.
+    # The machine's speed drifts: the best of both ends counts.
     peak, done = max(before, matrix_peak()), sum(work(problem.backend.models.decoder, rows))
     print(f"\nmatrix product: {peak / 1e9:.0f} GFLOP/s\n\n| pass over 8 x 192 tokens | GFLOP/s | share of the peak |")
     print("| --- | ---: | ---: |")

@@ -43,7 +43,7 @@ MIXTURE: dict[str, Any] = {
     "vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_experts_per_tok": 2,
 }  # fmt: skip
 QWEN_MIXTURE = MIXTURE | {"num_experts": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
-# What a family has besides, or in place of the common sizes.
+# The settings of a family besides, or in place of, the common sizes.
 OWN: dict[str, dict[str, Any]] = {
     "mixtral": MIXTURE | {"num_local_experts": 8, "intermediate_size": 768},
     "qwen2_moe": QWEN_MIXTURE | {"shared_expert_intermediate_size": 768},

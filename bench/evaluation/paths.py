@@ -102,7 +102,7 @@ def time_peer(problem: SearchProblem, paths: Sequence[LayerPath]) -> tuple[np.nd
                     written = "o_proj" in tail or "down_proj" in tail
                     tensors[f"{head}layers.{step}.{tail}"] = values_ * float(factor) if written else values_
         model.load_state_dict(tensors, assign=True, strict=False)
-        # What has no tensor in a state dict (rotary frequencies) was made on no device.
+        # Rotary frequencies, which have no tensor in a state dict, were made on no device.
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
         model.tie_weights()
         model.eval()

@@ -31,7 +31,7 @@ from evojax_merge.search.loop import MemoryStorage, Reporter
 from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.zoo.arithmetic import ENGLISH, PACKAGED_SEED, Plan, save_records, split_hard_sums
 
-# What each strategy's candidates score: float64[E, T], in the order of their evaluation.
+# The scores of each strategy's candidates: float64[E, T], in the order of their evaluation.
 Search = Callable[[Experiment, int, int, int], np.ndarray]
 # How much of the weighted mean the first task is, in each run of CMA-ES.
 WEIGHTINGS = (0.2, 0.4, 0.6, 0.8)

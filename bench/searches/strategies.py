@@ -61,7 +61,7 @@ from evojax_merge.zoo.smollm2 import VERSION
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SEEDS = ["uniform", "parents", "task_vectors"]
-# What `search:` says in each. Where it names no population, that of the others; generations are as many as the budget
+# The section `search` of each. Where it names no population, that of the others; generations are as many as the budget
 # allows, or those that it names where the budget allows more.
 VARIANTS: dict[str, dict[str, Any]] = {
     "cma_es": {"strategy": "cma_es"},
@@ -101,7 +101,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 FOLLOWS = ("gradient", "hybrid", "auto")
 # Generations on minibatches between two looks at all examples.
 LOOK_EVERY = 8
-# What others are compared with: how many passes they need to be where it ends.
+# The strategy that others are compared with: how many passes they need to be where it ends.
 REFERENCE = "cma_es"
 
 
@@ -195,7 +195,7 @@ class TracedStorage(MemoryStorage):
         in_part = self._by_gradient and row["best"] is None
         self._by_gradient = wants_gradients(self._strategy, state["strategy"])
         if in_part and generation % LOOK_EVERY == 0:
-            # Of minibatches no candidate is known on all examples: where they have led to is scored, and counted.
+            # Minibatches score no candidate on all examples: the place that they led to is scored, and counted.
             ends = self._strategy.finalists(state["strategy"])
             started = time.perf_counter()
             values = fitness(self._searched.tasks, self._searched.score(ends))
@@ -484,7 +484,7 @@ def describe_row(row: Row) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is shown
+# Tables and plots
 
 
 def groups_of(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:

@@ -31,7 +31,7 @@ from evojax_merge.spaces.layer_path import IndicatorSpace
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 SHOWN = "whole_answers/accuracy"
-# Of every search: candidates are the same number, 16 a generation.
+# Every search has as many candidates, 16 a generation.
 PARAMETER_GENERATIONS = 100
 UNSEARCHED = {
     "uniform linear": ["space.method=linear", "space.parameters={weight: {}}"],

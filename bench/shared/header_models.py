@@ -26,7 +26,7 @@ MISTRAL_7B = {
 WORDS = 1000
 # Tokens of an example: of its prompt, and of what is scored or generated.
 PROMPT, ANSWER = 250, 100
-# What safetensors calls them.
+# Their names in safetensors.
 STORED_DTYPES = {"bfloat16": ("BF16", 2), "float32": ("F32", 4)}
 
 

@@ -17,12 +17,12 @@ PEERS = {
     "pymoo_nsga2": ("pymoo.algorithms.moo.nsga2", "NSGA2", "pop_size"),
 }
 PSO_MERGING = "pso_merging"
-# Of a swarm: how much of its velocity a particle keeps, and the most that it is drawn to the best place of its own and
-# to that of all, both times a random number (constriction: Clerc and Kennedy, 2002).
+# A swarm's constants: how much of its velocity a particle keeps, and the most that it is drawn to the best place of
+# its own and to that of all, both times a random number (constriction: Clerc and Kennedy, 2002).
 INERTIA, ATTRACTION = 0.7298, 1.49618
 # The shares of its task vector that a sparsified expert keeps, one after the other.
 KEPT = (0.8, 0.5, 0.2)
-# What a candidate that failed is told to have lost.
+# The loss of a candidate that failed.
 FAILED = 1e6
 
 

@@ -17,7 +17,7 @@ def report(path: Path, watch: bool) -> None:
     """Write the page of a run. watch: write it again whenever the run goes on, until it is finished."""
     plugins.load()
     folder = RunFolder(path)
-    # What the run writes while its page is made is seen as a change afterwards.
+    # The run may write while its page is made: that is seen as a change afterwards.
     sizes, run = _sizes(folder), write_page(folder)
     console.print(f"wrote {folder.page}: {_progress(run)}", highlight=False, soft_wrap=True)
     while watch and run.state != "finished":

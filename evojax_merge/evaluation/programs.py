@@ -108,7 +108,7 @@ def execute(evaluation: Evaluation, threads: bool) -> Any:
                             sent = _take(running, sent)
                     while item.keep is not None and running:
                         sent = _take(running, sent)
-                # What it holds may be freed while the next program is made.
+                # Its arrays may be freed while the next program is made.
                 del item
         except StopIteration as end:
             while running:

@@ -15,7 +15,7 @@ from evojax_merge.errors import escaped, escaped_lines
 from evojax_merge.report.run_data import RunData
 from evojax_merge.search.run_parts import RunFolder
 
-# What a page shows: examples of all tasks together, and characters of a text.
+# The most that a page shows: examples of all tasks together, and characters of a text.
 MOST_EXAMPLES, MOST_CHARACTERS = 200, 1_000
 # Words with the space behind them; signs, and those of scripts that put no space between words, one by one.
 _WORD = re.compile(r"[\u3040-\u9fff]|[^\W\u3040-\u9fff]+\s*|\s+|\W")

@@ -23,7 +23,7 @@ from evojax_merge.search.run_parts import RunFolder
 
 # The generations that are read, evenly spaced over the run, and beside them those that looked at the validation split.
 MOST_GENERATIONS, MOST_LOOKS = 400, 200
-# What a page shows: characters of a file, and a log's last lines, warnings, and characters of a line.
+# The most that a page shows: characters of a file, and a log's last lines, warnings, and characters of a line.
 MOST_TEXT, MOST_LINES, MOST_WARNINGS, LONGEST = 60_000, 200, 50, 1_000
 
 State = Literal["finished", "running", "stopped"]

@@ -102,7 +102,7 @@ class Task(ScoredTask, Protocol):
 
     @property
     def is_divisible(self) -> bool:
-        """Whether the examples can be divided among splits; otherwise every split has the whole task."""
+        """Return whether the examples can be divided among splits; otherwise every split has the whole task."""
         ...
 
     def subset(self, examples: Sequence[int]) -> "Task":

@@ -74,7 +74,7 @@ class TorchBackend(FunctionBackend):
         return f"{self.network.name}: {called}, because JAX does not trace it ({why})"
 
     def chunk(self, population: int) -> int:
-        """As many candidates together as a quarter of what an accelerator's memory has beside the bank holds."""
+        """The candidates that fit together into a quarter of the memory that an accelerator has beside the bank."""
         count = super().chunk(population)
         if self.settings.chunk is not None or not self.target.is_accelerator:
             return count
