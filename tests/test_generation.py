@@ -1,7 +1,7 @@
 """The generation kind: outputs against targets by each metric."""
 
-import builtins
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,20 +119,64 @@ def test_what_cannot_be_compared_is_refused(
         open_generation(tmp_path, targets, **keys)
 
 
-@pytest.mark.parametrize(("metric", "package"), [("rouge_l", "rouge-score"), ("chrf", "sacrebleu")])
+@pytest.mark.parametrize(
+    ("metric", "package"), [("rouge_l", "rouge-score"), ("chrf", "sacrebleu"), ("anls", "rapidfuzz")]
+)
 def test_a_missing_package_names_its_extra(
     metric: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = builtins.__import__
-
-    def lacking(name: str, *arguments: Any, **named: Any) -> Any:
-        if name.partition(".")[0] in ("rouge_score", "sacrebleu"):
-            raise ImportError(name)
-        return real(name, *arguments, **named)
-
-    from evojax_merge.tasks import generation
-
-    generation._rouge.cache_clear()
-    monkeypatch.setattr(builtins, "__import__", lacking)
+    monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
     with pytest.raises(InputError, match=rf"tasks\[0\].metric: {metric} needs .* {package}; .*\[text-metrics\]"):
         open_generation(tmp_path, ["a"], metric=metric)
+
+
+def _edits(first: str, second: str) -> int:
+    """Levenshtein's distance, by the recurrence."""
+    row = list(range(len(second) + 1))
+    for i, a in enumerate(first, 1):
+        row, before = [i], row
+        for j, b in enumerate(second, 1):
+            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (a != b)))
+    return row[-1]
+
+
+def test_anls_is_one_less_the_share_of_edits(tmp_path: Path) -> None:
+    target, outputs = "Red Bus", ["red bus", "red buses", "bus", "a red bus", "", "yellow car"]
+    shares = [_edits(output, target.lower()) / max(len(output), len(target)) for output in outputs]
+    expected = [0.0 if share >= 0.5 else 1 - share for share in shares]
+    assert expected[0] == 1 and 0 < expected[1] < 1 and expected[-1] == 0
+    task = open_generation(tmp_path, [target] * len(outputs), metric="anls")
+    assert score(task, outputs)[0] == pytest.approx(expected)
+
+
+def test_the_best_of_several_right_answers_counts(tmp_path: Path) -> None:
+    write_lines(
+        tmp_path / "data.jsonl",
+        [
+            {"prompt": "p", "target": "bus", "others": ["a bus", "coach"]},
+            {"prompt": "q", "target": "car", "others": []},
+        ],
+    )
+    section = {"name": "text", "kind": "generation", "file": "data.jsonl", "accept": "others"}
+    (config,) = parse(tmp_path / "tasks.yaml", {"tasks": [section]}, TaskFile).tasks
+    task = open_whole_task("tasks.yaml: tasks[0]", config, tmp_path)
+    assert isinstance(task, GenerationTask)
+    assert score(task, ["coach", "coach"], ["bus", "car"], ["a bus", "cars"]).tolist() == [[1, 0], [1, 1], [1, 0]]
+    assert score(task.subset([1]), ["car"]).tolist() == [[1]]
+    for others, what in ((None, "others: missing"), ("bus", "no list of texts"), (["bus", 3], "no list of texts")):
+        record = {"prompt": "p", "target": "bus"} | ({} if others is None else {"others": others})
+        write_lines(tmp_path / "data.jsonl", [record])
+        with pytest.raises(InputError, match=what) as error:
+            open_whole_task("tasks.yaml: tasks[0]", config, tmp_path)
+        assert "data.jsonl:1" in str(error.value)
+
+
+def test_an_answer_in_another_language_scores_0(tmp_path: Path) -> None:
+    target = "赤いバスが道路を走っています"
+    outputs = [target, "A red bus is driving down the road, past the old houses", "赤い"]
+    task = open_generation(tmp_path, [target] * 3, metric="rouge_l", language="ja")
+    scores = score(task, outputs)[0]
+    # ROUGE by characters: two of 14 are there in order, all of the output's.
+    assert scores.tolist() == pytest.approx([1, 0, 2 * (2 / 14) / (2 / 14 + 1)])
+    with pytest.raises(InputError, match="unknown language 'jp'"):
+        open_generation(tmp_path, [target], language="jp")

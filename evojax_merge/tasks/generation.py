@@ -1,14 +1,15 @@
 """Tasks whose outputs are compared with the target as texts, by one of several metrics.
 
 Scores are per example, between 0 and 1, and higher is better. The overlap of words and characters is measured by the
-packages rouge-score and sacrebleu, which are imported when a task asks for them.
+packages rouge-score, sacrebleu and rapidfuzz, which are imported when a task asks for them.
 """
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +18,7 @@ from pydantic import Field
 
 from evojax_merge.errors import InputError
 from evojax_merge.schema import Text, Whole
+from evojax_merge.tasks.language import check_language, language_of
 from evojax_merge.tasks.patterns import check_pattern, find_all
 from evojax_merge.tasks.prompts import PromptConfig
 from evojax_merge.tasks.task import Opening, Place, Responses, TaskDefaults, TaskKind, TaskRequests
@@ -31,9 +33,19 @@ from evojax_merge.tasks.text import (
     read_prompted,
 )
 
-Metric = Literal["exact_match", "contains", "regex", "rouge_l", "chrf", "bleu", "json"]
+Metric = Literal["exact_match", "contains", "regex", "rouge_l", "chrf", "bleu", "anls", "json"]
 # Metrics by which the target itself is right.
 EXACT = ("exact_match", "contains", "json")
+# By metric, the package that it needs and the package's module.
+PACKAGES = {
+    "rouge_l": ("rouge-score", "rouge_score"), "chrf": ("sacrebleu", "sacrebleu"), "bleu": ("sacrebleu", "sacrebleu"),
+    "anls": ("rapidfuzz", "rapidfuzz"),
+}  # fmt: skip
+# The edits, as a share of the longer text, from which on ANLS is 0.
+FAR = 0.5
+# Characters of scripts without spaces between words: kana, ideographs, Thai, Lao, Burmese and Khmer.
+_UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+WORDS = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 FENCED = re.compile(r"\s*```[^\n`]*\n(.*?)\n?\s*```\s*", re.DOTALL)
 
 
@@ -49,16 +61,25 @@ class GenerationConfig(PromptConfig):
     )
     max_new_tokens: Whole = Field(256, ge=1, le=1_000_000, description="how many tokens a model may write")
     stop: list[Text] = Field([], max_length=100, description="texts that end what a model writes")
+    accept: Text | None = Field(
+        None, description="the field with a list of further right answers; the best score over them counts"
+    )
+    language: Text | None = Field(
+        None, description="an answer in another language scores 0, where it is long enough to tell; default: any"
+    )
 
 
 @dataclass(frozen=True)
 class GenerationTask(TaskDefaults):
     """A task (tasks.task) that compares outputs with targets by its metric. `text` makes the requests to a model;
-    `pattern`: an expression whose last match in an output is compared; None: the whole output is."""
+    `pattern`: an expression whose last match in an output is compared; None: the whole output is. `accepted`: for each
+    example further right answers; `language`: the only one whose answers count (None: any does)."""
 
     text: TextTask
     metric: Metric
+    accepted: tuple[tuple[str, ...], ...]
     pattern: str | None = None
+    language: str | None = None
 
     @property
     def name(self) -> str:
@@ -77,7 +98,8 @@ class GenerationTask(TaskDefaults):
         return self.text.size
 
     def subset(self, examples: Sequence[int]) -> "GenerationTask":
-        return replace(self, text=self.text.subset(examples))
+        accepted = tuple(self.accepted[example] for example in examples)
+        return replace(self, text=self.text.subset(examples), accepted=accepted)
 
     def requests(self, tokenizer: Any, context: int) -> TaskRequests:
         return self.text.requests(tokenizer, context)
@@ -85,13 +107,16 @@ class GenerationTask(TaskDefaults):
     def score(self, responses: Responses) -> dict[str, np.ndarray]:
         # Candidates often agree: each distinct output is judged once.
         outputs = {(n, text) for row in responses.texts for n, text in enumerate(row)}
-        judged = {(n, text): self._judge(text, self.target(n)) for n, text in outputs}
+        judged = {(n, text): self._judge(text, (self.target(n), *self.accepted[n])) for n, text in outputs}
         scores = [[judged[n, text] for n, text in enumerate(row)] for row in responses.texts]
         return {self.metric: np.array(scores, np.float32).reshape(len(responses.texts), self.size)}
 
-    def _judge(self, output: str, target: str) -> float:
-        answer = output if self.pattern is None else extract_answer(output, self.pattern, f"task {self.name}")
-        return 0.0 if answer is None else compare(self.metric, answer, target, f"task {self.name}")
+    def _judge(self, output: str, targets: Sequence[str]) -> float:
+        where = f"task {self.name}"
+        answer = output if self.pattern is None else extract_answer(output, self.pattern, where)
+        if answer is None or (self.language is not None and language_of(answer) not in (None, self.language)):
+            return 0.0
+        return max(compare(self.metric, answer, target, where) for target in targets)
 
     def companion(self) -> TextTask | None:
         """The likelihood of the targets; None where they are expressions."""
@@ -124,6 +149,8 @@ def open_generation(config: GenerationConfig, opening: Opening) -> GenerationTas
     package is missing."""
     where = opening.where
     _check_package(f"{where}.metric", config.metric)
+    if config.language is not None:
+        check_language(f"{where}.language", config.language)
     fields = replace(checked_fields(where, config), objects=config.metric == "json")
     check_stop(where, config.stop)
     if config.messages is None:
@@ -135,15 +162,29 @@ def open_generation(config: GenerationConfig, opening: Opening) -> GenerationTas
         max_new_tokens=config.max_new_tokens, stop=tuple(config.stop), prompts=data.prompts,
         fewshot_file=data.fewshot_file,
     )  # fmt: skip
-    task = GenerationTask(text, config.metric, config.pattern)
+    accepted = tuple(
+        () if config.accept is None else _accepted(text.where(example), record, config.accept)
+        for example, record in zip(data.examples, data.records, strict=True)
+    )
+    task = GenerationTask(text, config.metric, accepted, config.pattern, config.language)
     if config.pattern is not None:
         check_pattern(where, config.pattern, config.max_new_tokens, probe_texts(text))
-    for example in text.examples:
-        _check_target(where, text.where(example), str(example.answer), config)
+    for example, further in zip(text.examples, accepted, strict=True):
+        for target in (str(example.answer), *further):
+            _check_target(where, text.where(example), target, config)
     return task
 
 
 KIND = TaskKind(GenerationConfig, open_generation, source="file")
+
+
+def _accepted(place: str, record: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """The further right answers of a record. Raises InputError where the field is missing, or is no list of texts."""
+    answers = record.get(name)
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        what = "missing" if name not in record else f"{brief(str(answers))} is no list of texts"
+        raise InputError(place, f"{name}: {what}; expected a list of further right answers")
+    return tuple(answers)
 
 
 def _check_target(where: str, place: str, target: str, config: GenerationConfig) -> None:
@@ -164,13 +205,11 @@ def _check_target(where: str, place: str, target: str, config: GenerationConfig)
 
 
 def _check_package(where: str, metric: Metric) -> None:
+    package, module = PACKAGES.get(metric, ("", ""))
     try:
-        if metric == "rouge_l":
-            _rouge()
-        elif metric in ("chrf", "bleu"):
-            import sacrebleu  # noqa: F401
+        if module:
+            import_module(module)
     except ImportError:
-        package = "rouge-score" if metric == "rouge_l" else "sacrebleu"
         what = f"{metric} needs the package {package}; pip install 'evojax-merge[text-metrics]'"
         raise InputError(where, what) from None
 
@@ -211,11 +250,19 @@ def _rouge_l(where: str, answer: str, target: str) -> float:
     return float(_rouge().score(target, answer)["rougeL"].fmeasure)
 
 
+class _Words:
+    """The words of a text for ROUGE, as the package has them for ASCII; it drops all other letters. A character of a
+    script without spaces is a word."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return WORDS.findall(text.lower())
+
+
 @cache
 def _rouge() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"])
+    return RougeScorer(["rougeL"], tokenizer=_Words())
 
 
 def _chrf(where: str, answer: str, target: str) -> float:
@@ -230,6 +277,15 @@ def _bleu(where: str, answer: str, target: str) -> float:
     return float(sentence_bleu(answer, [target]).score) / 100
 
 
+def _anls(where: str, answer: str, target: str) -> float:
+    """1 less the edits as a share of the longer text, without regard to case; 0 from half of it on (Biten et al., Scene
+    text visual question answering, 2019)."""
+    from rapidfuzz.distance import Levenshtein
+
+    distance = Levenshtein.normalized_distance(answer.strip().lower(), target.strip().lower())
+    return 0.0 if distance >= FAR else 1.0 - float(distance)
+
+
 _METRICS: dict[Metric, Callable[[str, str, str], float]] = {
     "exact_match": lambda where, answer, target: float(answer.strip() == target.strip()),
     "contains": lambda where, answer, target: float(target.strip() in answer),
@@ -237,6 +293,7 @@ _METRICS: dict[Metric, Callable[[str, str, str], float]] = {
     "rouge_l": _rouge_l,
     "chrf": _chrf,
     "bleu": _bleu,
+    "anls": _anls,
     "json": _same_fields,
 }
 assert set(_METRICS) == set(get_args(Metric))
