@@ -63,13 +63,13 @@ def measured_scales(
         base = next(((mean, model) for role, model, mean in means if role == "base"), None)
         what = f"scale of task {task.name} ({task.metric})"
         if not parents:
-            log(f"{what}: 1, for no parent has a finite score")
+            log(f"{what}: none, because no parent has a finite score")
             continue
         best, best_model = parents[-1]
         zero, zero_model = parents[0] if base is None else base
-        start = f"{'the base' if base is not None else 'the worst parent'} {model_name(zero_model)}"
+        start = f"the worst parent {model_name(zero_model)}" if base is None else "the base"
         if abs(best - zero) <= ROUNDING * max(1.0, abs(zero)):
-            log(f"{what}: 1, for {start} and the best parent score the same, {zero:.4g}")
+            log(f"{what}: none, because {start} and the best parent both score {zero:.4g}")
             continue
         scales[f"{task.name}/{task.metric}"] = Scale(zero, abs(best - zero))
         log(f"{what}: 0 is {zero:.4g} ({start}), {'1' if best > zero else '-1'} is {best:.4g} (the best parent "

@@ -191,7 +191,7 @@ def build_problem(
         len(config.parents), len(pool.methods), pool.members(len(config.parents)), pool.selection, pool.replace
     )  # fmt: skip
     opened = open_search(
-        f"{where}: search", config.search, backend.space, tasks, limits, config.data_flow is None, settings,
+        f"{where}: search", config.search, backend.space, tasks, limits, backend.has_derivatives, settings,
         any(section.guard for section in config.tasks),
     )  # fmt: skip
     strategy = opened.strategy

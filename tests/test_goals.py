@@ -198,7 +198,7 @@ def test_scores_of_one_metric_are_added_up_as_they_are(models: dict[str, Any], t
 
 def test_a_task_that_tells_no_parent_from_the_base_counts_as_it_is(models: dict[str, Any], tmp_path: Path) -> None:
     run, output = searched(tmp_path, "run", [right(), stretched(0.0)])
-    assert "scale of task up (stretched): 1, for the base base and the best parent score the same, -7" in output
+    assert "scale of task up (stretched): none, because the base and the best parent both score -7" in output
     assert set((run.result or {})["scales"]) == {"right/score"}
     said_so = "On the held-out examples of up (stretched) every model of the table scores -7.0000"
     assert said_so in output and said_so in (run.path / "report.html").read_text(encoding="utf-8")

@@ -468,6 +468,8 @@ def test_without_torchax_gradients_are_refused_and_torch_is_asked_for(
     problem = problem_of(tmp_path / "config.yaml", document(folder, search=search, tasks=[task]))
     with pytest.raises(InputError, match=r"tasks\[0\]: sure: ViTForImageClassification has no gradient, .*is not"):
         problem.prepare()
+    by_itself = problem_of(tmp_path / "config.yaml", document(folder, search={"strategy": "auto"}, tasks=[task]))
+    assert by_itself.strategy.name == "cma_es"
     output = capsys.readouterr().out.replace("\n", " ")
     assert "called with one candidate at a time (sure), because JAX does not trace it (torchax is not in" in output
     monkeypatch.setattr("evojax_merge.backends.torch.opening.find_spec", lambda name: None)

@@ -84,6 +84,11 @@ class Backend(Protocol):
     def baseline_role(self) -> str | None: ...
     @property
     def is_random(self) -> bool: ...
+    @property
+    def has_derivatives(self) -> bool:
+        """Return whether every gene has an effect that a gradient shows; scores decide for themselves whether they have
+        derivatives (see `tasks.task`)."""
+        ...
 
     # ---- Before the search
 

@@ -128,6 +128,11 @@ class DecoderBackend:
     def is_random(self) -> bool:
         return self.candidates.is_random
 
+    @property
+    def has_derivatives(self) -> bool:
+        # Which layers a path takes has none.
+        return self.config.data_flow is None
+
     # -----------------------------------------------------------------------------------------------------------
     # Before the search
 

@@ -288,6 +288,10 @@ class FunctionBackend:
     def is_random(self) -> bool:
         return self.merge.spec.method.random
 
+    @property
+    def has_derivatives(self) -> bool:
+        return True
+
     # -----------------------------------------------------------------------------------------------------------
     # Before the search
 

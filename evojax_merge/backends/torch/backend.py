@@ -41,6 +41,11 @@ class TorchBackend(FunctionBackend):
     # Why the network is called with each candidate instead of being traced; empty: it is traced.
     _untraced: dict[str, str] = field(default_factory=dict, repr=False)
 
+    @property
+    def has_derivatives(self) -> bool:
+        environment, _ = networks.torchax_environment()
+        return environment is not None
+
     def check_task(self, where: str, task: Any) -> None:
         if task.metric == "negative_word_error_rate" and find_spec("jiwer") is None:
             raise InputError(where, f"metric: {task.metric} needs jiwer; pip install 'evojax-merge[speech]'")
