@@ -41,10 +41,11 @@ with_plugins = click.option(
 @contextmanager
 def _starting(plugin_names: tuple[str, ...] = ()) -> Iterator[None]:
     """Run a command's imports in the block, then load the plugins. An interruption of a search during the imports
-    prints the command that continues it, as later interruptions do."""
+    prints the command that continues it or begins it again, as later interruptions do."""
     arguments = sys.argv[1:]
     again = printable(shlex.join(["evojax-merge", *arguments]), LONGEST_LINE)
-    resume_hint = f"stopped before it began. Continue with: {again}\n" if arguments[:1] == ["search"] else ""
+    next_step = "Continue" if "--resume" in arguments else "Start again"
+    resume_hint = f"stopped before it began. {next_step} with: {again}\n" if arguments[:1] == ["search"] else ""
     with interrupts.nothing_begun(f"{resume_hint}interrupted\n"):
         _start_jax()
         yield

@@ -41,6 +41,15 @@ def recipe_reference(reference: str, folder: Path) -> str:
     return f"{name}@{folder.name}" if hub_id(folder) == name else by_paths
 
 
+def canonical_reference(reference: str) -> str:
+    """The same text for all references of recipes to one model: `zoo:name` as the path of its folder, and the path of a
+    snapshot in the hub's cache as the hub id with the commit."""
+    if reference.startswith(PREFIX):
+        return str(resolve_in_zoo(reference))
+    name = hub_id(Path(reference))
+    return reference if name is None else f"{name}@{Path(reference).name}"
+
+
 def resolve_headers(folders: HeaderFolders, where: object, reference: str, relative_to: Path) -> Path:
     """Like `resolve_reference`, with no more than the headers of a model that is not on this machine."""
 

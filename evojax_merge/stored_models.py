@@ -33,7 +33,7 @@ from evojax_merge.report.progress import passes_bar
 from evojax_merge.search.run_folder import RunFolder, check_recorded_inputs, is_run
 from evojax_merge.search.validation import validation_split
 from evojax_merge.tasks.opening import open_splits, open_whole_task, repeated
-from evojax_merge.tasks.task import Task
+from evojax_merge.tasks.task import Task, about_backend
 from evojax_merge.yaml_reader import load_yaml
 
 Split = Literal["search", "validation", "heldout", "all"]
@@ -142,8 +142,8 @@ def score_models(
     for task in tasks:
         if not hasattr(task, "requests"):
             raise InputError(
-                task_set.where, f"{task.name}: a {type(task).__name__} asks no language model, and evaluate scores "
-                "these alone; a search's held-out table compares other models",
+                task_set.where, f"{task.name}: {about_backend(task, 'requests')}, and evaluate scores language models "
+                "alone; a search's held-out table compares other models",
             )  # fmt: skip
     paths = [_model_folder(model) for model in models]
     for line in ignored_revisions(models, Path.cwd()):

@@ -249,15 +249,16 @@ def named_values_of(space: Any, genomes: np.ndarray, parents: Sequence[str]) -> 
 def score_table(result: Mapping[str, Any]) -> Table:
     """The held-out scores of a `result.json`, a row for each model, with the winner's lead over it and the 95% interval
     of the lead."""
-    intervals = {rival.get("name"): rival for rival in result.get("better_than", {}).values()}
+    # A run of an earlier version has the intervals of the rivals alone.
+    intervals = {rival.get("name"): rival.get("interval") for rival in result.get("better_than", {}).values()}
+    table = result.get("table", [])
+    winner = next((row["heldout_fitness"] for row in table if row["role"] == "winner"), None)
     rows = []
-    for row in result.get("table", []):
-        rival = intervals.get(row["name"], {})
+    for row in table:
+        interval = row.get("interval") or intervals.get(row["name"])
         lead = None
-        if rival.get("interval") is not None:
-            low, high = rival["interval"]
-            difference = rival["winner_heldout_fitness"] - row["heldout_fitness"]
-            lead = f"{difference:+.3g} ({low:.3g} to {high:.3g})"
+        if winner is not None and interval is not None:
+            lead = f"{winner - row['heldout_fitness']:+.3g} ({interval[0]:.3g} to {interval[1]:.3g})"
         scores = {name: float(value) for name, value in row["heldout_scores"].items()}
         model = {"model": row["name"], "role": row["role"], "fitness": float(row["heldout_fitness"])}
         rows.append({**model, **scores, "the winner's lead (95%)": lead})

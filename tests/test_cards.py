@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
 from evojax_merge.checkpoints.folder import hub_id
-from evojax_merge.references import recipe_reference
+from evojax_merge.references import canonical_reference, recipe_reference
 from evojax_merge.report.card import card_in_dtype, merge_card, public_names
 from evojax_merge.report.front_matter import MAX_BYTES, read_front_matter
 
@@ -143,6 +143,7 @@ def test_recipes_name_models_so_that_they_are_found_from_any_place() -> None:
     for reference in ("owner/name", "owner/name@main", f"owner/name@{COMMIT}"):
         assert recipe_reference(reference, snapshot) == f"owner/name@{COMMIT}"
     assert recipe_reference(str(snapshot), snapshot) == str(snapshot)
+    assert canonical_reference(str(snapshot)) == canonical_reference(f"owner/name@{COMMIT}")
     assert recipe_reference("../models/one", Path("/home/models/one")) == "/home/models/one"
     assert recipe_reference("zoo:maths", Path("/cache/zoo/maths")) == "zoo:maths"
 

@@ -284,11 +284,16 @@ def test_depths_widths_and_architectures_that_differ(inspect: Callable[..., Any]
     rows = save(random_model(tiny_config(vocab_size=65)), tmp_path / "rows")
     report = inspect(base, deep)
     assert "passthrough" in sentence(report, "depth") and [m["layers"] for m in report["models"]] == [3, 4]
-    assert "cannot be merged" in sentence(inspect(base, wide), "shapes")
+    report = inspect(base, wide)
+    assert "cannot be merged" in sentence(report, "shapes") and "rows" not in kinds(report)
     assert "qwen2" in sentence(inspect(base, other), "architecture")
     report = inspect(base, rows)
     assert "tokenizer_source" in sentence(report, "rows") and "shapes" not in kinds(report)
     assert set(report["tensors"]["of_different_shapes"]) == {"model.embed_tokens.weight", "lm_head.weight"}
+    for folder, tokens in ((base, 64), (rows, 65)):
+        change_tensors(folder, lambda tensors, tokens=tokens: tensors.update({"lm_head.bias": torch.zeros(tokens)}))
+    report = inspect(base, rows)
+    assert "lm_head.bias" in report["tensors"]["of_different_shapes"] and "shapes" not in kinds(report)
 
 
 def test_weights_that_are_not_finite_are_counted_and_left_out(

@@ -1,6 +1,7 @@
 """The interval of a difference on held-out examples, against a naive bootstrap; where it is shown."""
 
 import json
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -14,7 +15,10 @@ from evojax_merge.report import intervals
 from evojax_merge.report.comparison import Result, Row, write_result
 from evojax_merge.report.intervals import Lead, bootstrap, leads_over
 from evojax_merge.report.merges import MergeReport
-from evojax_merge.report.tables import markdown_table, terminal_table
+from evojax_merge.report.run_data import Result as StoredResult
+from evojax_merge.report.run_tables import heldout_table
+from evojax_merge.report.tables import lead_cell, markdown_table, terminal_table
+from evojax_merge.trials import score_table
 
 
 @settings(max_examples=30)
@@ -135,4 +139,15 @@ def test_result_json_has_the_intervals(tmp_path):
     assert {role: (row["interval"], row["within_noise"]) for role, row in better.items()} == {
         "base": ([0.31, 0.5], False), "parent": ([-0.01, 0.12], True), "uniform": ([-0.2, -0.03], False),
     }  # fmt: skip
+    assert document["table"][0]["interval"] == [0.31, 0.5]
     assert document["chosen_on"] == "search" and not {"validation_fitness", "stopped_by"} & document.keys()
+
+
+def test_a_finished_run_shows_the_interval_of_every_model(tmp_path):
+    rows = [*ROWS[:2], Row("parent", "second", 0.3, {"t/m": 0.3}, Lead(0.2, 0.125, 0.25)), *ROWS[2:]]
+    write_result(replace(RESULT, rows=rows), 3, tmp_path / "result.json")
+    document = json.loads((tmp_path / "result.json").read_text())
+    table = heldout_table(StoredResult.model_validate(document))
+    assert [cells[2] for cells in table.rows] == [lead_cell(row.lead) for row in rows]
+    leads = {row["model"]: row["the winner's lead (95%)"] for row in score_table(document)}
+    assert leads["second"] == "+0.2 (0.125 to 0.25)" and leads["failed"] is None

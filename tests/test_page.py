@@ -554,6 +554,19 @@ def test_runs_are_compared_on_one_page(tmp_path: Path) -> None:
     assert (tmp_path / "notes.html").read_text() == "<p>mine"
 
 
+def test_runs_with_a_budget_are_listed_with_the_generations_that_it_paid_for(tmp_path: Path) -> None:
+    for name, finished in (("done", True), ("begun", False)):
+        config = make_run(tmp_path / name, 2, finished=finished) / "config.yaml"
+        document = yaml.safe_load(config.read_text())
+        document["search"]["budget"] = "90m"
+        del document["search"]["generations"]
+        config.write_text(yaml.safe_dump(document))
+    lines = run_command("runs", ".", folder=tmp_path).stdout.splitlines()
+    assert {name: next(line for line in lines if name in line).split("│")[3].strip() for name in ("done", "begun")} == {
+        "done": "2/2", "begun": "2/?",
+    }  # fmt: skip
+
+
 def test_runs_below_a_folder_are_listed(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "first")
     make_run(tmp_path / "runs" / "deep" / "second", finished=False)

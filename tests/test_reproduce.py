@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from evojax_merge.cli import cli, run
 
 GENERATIONS = 2
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def command(*arguments: object) -> int:
@@ -195,6 +196,16 @@ def test_a_run_is_reproduced_to_the_bit(finished: Path, capsys: pytest.CaptureFi
         assert (again / name).read_bytes() == (finished / name).read_bytes(), name
     assert command("reproduce", finished) == 2
     assert f"{again}: exists already; choose a new folder with --out" in capsys.readouterr().err
+
+
+def test_a_run_of_models_by_name_is_reproduced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run folder's config has the paths of models that the user's calls `zoo:base` and so forth."""
+    quick = ("search.population=4", "search.generations=2", "search.finalists=1", "tasks.0.limit=8", "tasks.1.limit=8")
+    options = [part for option in quick for part in ("--set", option)]
+    assert command("search", CONFIGS / "quickstart.yaml", "--out", tmp_path / "run", *options) == 0
+    assert "zoo:base" in (tmp_path / "run/best/recipe.yaml").read_text()
+    assert command("reproduce", tmp_path / "run") == 0
+    assert f"bit-identical: {tmp_path / 'run-reproduced'}" in capsys.readouterr().out
 
 
 def test_stages_are_reproduced(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ from hostile import Running, run_command, run_python, start_command
 from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.folder import read_header
 from evojax_merge.commands.export import export
+from evojax_merge.commands.search import ResumeHint
 from evojax_merge.config import SearchConfig
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.scores import Scores, TaskScores
@@ -265,6 +266,17 @@ def test_interrupt_saves_and_says_how_to_go_on(likelihood_file, finished_likelih
     going = shutil.copytree(finished_likelihood, tmp_path / "going")
     run("search", likelihood_file, "--out", going, "--resume", *longer)
     assert contents(going) == contents(out)
+
+
+@pytest.mark.parametrize(
+    ("resume", "says"),
+    [(False, "nothing was saved. Start again with: "), (True, "nothing was searched yet. Continue ")],
+)
+def test_an_interrupt_before_there_is_a_run_says_to_start_again(resume, says, monkeypatch, capsys):
+    monkeypatch.setattr("evojax_merge.interrupts.received", lambda: True)
+    with pytest.raises(KeyboardInterrupt), ResumeHint("evojax-merge search config.yaml", resume).on_exit():
+        raise KeyboardInterrupt
+    assert f"stopped; {says}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -39,6 +40,8 @@ GENERATIONS = 4
 REFERENCE = "reference/run"
 # How the names of checkpoints begin while they are written.
 UNFINISHED = tuple(f"{generation}." for generation in range(1, GENERATIONS + 1))
+# The command that goes on, or begins again where nothing was saved.
+NEXT = re.compile("(?:Continue|Start again) with: (evojax-merge search.*)")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 # What a killed process may be in the middle of, by files of the run folder that are there just then.
 MOMENTS: dict[str, Callable[[Path], bool]] = {
@@ -133,7 +136,7 @@ class Torture:
         if status not in expected or "Traceback" in stderr:
             self.fault(f"{number.name}: {shlex.join(arguments)} ended with {status}", stderr)
         elif status == 130:
-            told = "Continue with: evojax-merge search" in stderr or arguments[0] != "search"
+            told = NEXT.search(stderr) is not None or arguments[0] != "search"
             if stderr.splitlines()[-1:] != ["interrupted"] or not (told or stderr == "interrupted\n"):
                 self.fault(f"{number.name}: it does not say how to go on", stderr)
 
@@ -150,8 +153,8 @@ class Torture:
             command = [*begin, "--resume"] if _is_begun(run) else begin
             moment = self.rng.choice([None] * len(MOMENTS) + [*MOMENTS])
             stderr = self.kill(command, moment, run)
-            if "Continue with: " in stderr:
-                again = shlex.split(stderr.split("Continue with: ")[1].splitlines()[0])
+            if (hint := NEXT.search(stderr)) is not None:
+                again = shlex.split(hint[1])
                 if ("--resume" in again) != _is_begun(run):
                     self.fault(f"it says {again}, where the folder has {sorted(map(str, _entries(run)))}", stderr)
             if (run / "config.yaml").exists():

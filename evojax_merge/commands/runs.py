@@ -35,12 +35,17 @@ def runs(root: Path) -> None:
         return
     now = time.time()
     rows = [
-        [name, run.method, f"{run.count}/{run.search.get('generations', '?')}", run.best_so_far, run.state,
-         _age(now - changed)]
+        [name, run.method, f"{run.count}/{_planned(run)}", run.best_so_far, run.state, _age(now - changed)]
         for changed, name, run in sorted(listed, key=lambda row: (-row[0], row[1]))
     ]  # fmt: skip
     columns = ["run", "method", "generations", "best fitness", "state", "last change"]
     console.print(Table(columns, rows, frozenset({2, 3})).terminal())
+
+
+def _planned(run: RunData) -> int | str:
+    """The generations of a whole run; of one with a budget they are certain when it is finished."""
+    planned: int | str = run.search.get("generations", run.count if run.state == "finished" else "?")
+    return planned
 
 
 def _run_folders(root: Path) -> list[Path]:

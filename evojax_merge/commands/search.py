@@ -64,10 +64,11 @@ Output = Literal["text", "json", "none"]
 
 
 class ResumeHint:
-    """The command that continues a search, printed wherever the search is broken off."""
+    """The command that continues a search, or begins it again where nothing is saved, printed wherever the search is
+    broken off. resume: whether the search continues an earlier one."""
 
-    def __init__(self, command: str) -> None:
-        self._command = command
+    def __init__(self, command: str, resume: bool) -> None:
+        self._command, self._resume = command, resume
         self._folder: RunFolder | None = None
 
     def on_started(self, command: str, folder: RunFolder) -> None:
@@ -82,15 +83,15 @@ class ResumeHint:
         except BaseException as error:
             if interrupts.received() or isinstance(error, PeerLostError):
                 with defer_signals():
-                    hint = printable(f"stopped; {self._saved()}. Continue with: {self._command}", LONGEST_LINE)
+                    hint = printable(f"stopped; {self._saved()} with: {self._command}", LONGEST_LINE)
                     print(hint, file=sys.stderr, flush=True)
             raise
 
     def _saved(self) -> str:
         if self._folder is None:
-            return "nothing was searched yet"
+            return "nothing was searched yet. Continue" if self._resume else "nothing was saved. Start again"
         count = len(self._folder.read_history())
-        return "1 generation is saved" if count == 1 else f"{count} generations are saved"
+        return f"{'1 generation is' if count == 1 else f'{count} generations are'} saved. Continue"
 
 
 def search(
@@ -106,7 +107,7 @@ def search(
     options += {"text": [], "json": ["--json"], "none": ["--quiet"]}[output]
     asked = ["--out", str(out)] if out else []
     asked += ["--resume"] if resume else ["--overwrite"] if overwrite else []
-    resume_hint = ResumeHint(_command(path, *asked, *options))
+    resume_hint = ResumeHint(_command(path, *asked, *options), resume)
     with resume_hint.on_exit(), blamed_on_overrides(path, overrides):
         plugins.load()
         config = read_config(path, overrides, seed)

@@ -51,7 +51,7 @@ def _about_shapes(models: Sequence[Model], names: Sequence[str]) -> Iterator[Fin
             "passthrough recipe can take layers from all of them.",
         )  # fmt: skip
     differing = differing_shapes(models)
-    rows = [name for name in differing if differs_in_rows_alone(models, name)]
+    rows = differing_in_rows_alone(models, differing)
     if rows:
         yield Finding(
             "rows", f"The embeddings have different numbers of rows ({rows[0]}): say tokenizer_source in the config or "
@@ -81,11 +81,18 @@ def differing_shapes(models: Sequence[Model]) -> list[str]:
     return [name for name, forms in shapes.items() if len(forms) > 1]
 
 
-def differs_in_rows_alone(models: Sequence[Model], name: str) -> bool:
-    """Return whether a tensor outside of the layers has the same shape in all models but for its first axis."""
-    holders = [model for model in models if name in model.tensors]
-    layer, _ = place_of(holders[0].registered, name)
-    return layer is None and len({model.tensors[name].shape[1:] for model in holders}) == 1
+def differing_in_rows_alone(models: Sequence[Model], names: Sequence[str]) -> list[str]:
+    """The tensors outside of the layers, among those of different shapes, that have a row for each token: matrices with
+    the same columns in all models, and vectors that are as long as such a matrix, for example the bias of a head."""
+    shapes = {name: [model.tensors[name].shape for model in models if name in model.tensors] for name in names}
+    registered = models[0].registered
+    outside = [
+        name for name in names
+        if place_of(registered, name)[0] is None and len({shape[1:] for shape in shapes[name]}) == 1
+    ]  # fmt: skip
+    lengths = {name: [shape[:1] for shape in shapes[name]] for name in outside}
+    matrices = [lengths[name] for name in outside if len(shapes[name][0]) > 1]
+    return [name for name in outside if lengths[name] in matrices]
 
 
 def partly_held(models: Sequence[Model]) -> list[str]:

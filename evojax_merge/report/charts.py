@@ -333,12 +333,11 @@ def rung_chart(counts: Mapping[int, int]) -> Spec:
 
 
 def heldout_chart(result: Result) -> Spec:
-    """Held-out fitness, with the 95% interval of each rival's distance from the winner around the rival's score."""
-    leads = {(row.role, row.name): row.lead for row in result.rivals}
+    """Held-out fitness, with the 95% interval of each model's distance from the winner around its score."""
     winner = result.winner
     ours = winner.heldout_fitness if winner is not None else math.nan
     scored = [model for model in result.table if math.isfinite(model.heldout_fitness)]
-    intervals = [leads.get((model.role, model.name)) for model in scored]
+    intervals = [result.lead_over(model) for model in scored]
     labels = [model.label for model in scored]
     base = alt.Chart(
         _data(

@@ -314,6 +314,8 @@ def write_result(result: Result, generations: int, file: Path) -> None:
             "name": row.name,
             "heldout_fitness": row.fitness,
             "heldout_scores": row.scores,
+            # The 95% interval of the winner's lead over the model.
+            **({} if row.lead is None else {"interval": [row.lead.low, row.lead.high]}),
         }
 
     def of_front(member: FrontMember) -> dict[str, Any]:

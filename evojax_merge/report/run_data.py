@@ -59,12 +59,14 @@ class _Timing(BaseModel):
 
 
 class _Scored(BaseModel):
-    """A model in the table of result.json. Python's JSON holds NaN and Infinity."""
+    """A model in the table of result.json. Python's JSON holds NaN and Infinity. interval: of the winner's lead over
+    it; a run of an earlier version has those of the rivals alone, in `better_than`."""
 
     role: str
     name: str
     heldout_fitness: float
     heldout_scores: dict[str, float] = {}
+    interval: tuple[float, float] | None = None
 
     @property
     def label(self) -> str:
@@ -136,11 +138,18 @@ class Result(BaseModel):
             rival = self.better_than.get(scored.role)
             if rival is None or rival.name != scored.name or self.winner is None:
                 continue
-            lead = None
-            if rival.interval is not None:
-                lead = Lead(self.winner.heldout_fitness - scored.heldout_fitness, *rival.interval)
+            lead = self.lead_over(scored)
             rows.append(Row(scored.role, scored.name, scored.heldout_fitness, scored.heldout_scores, lead))
         return rows
+
+    def lead_over(self, scored: _Scored) -> Lead | None:
+        """The winner's lead over a model of the table; None where there is no interval."""
+        rival = self.better_than.get(scored.role)
+        of_rival = rival.interval if rival is not None and rival.name == scored.name else None
+        interval = scored.interval or of_rival
+        if self.winner is None or interval is None:
+            return None
+        return Lead(self.winner.heldout_fitness - scored.heldout_fitness, *interval)
 
     @property
     def verdicts(self) -> list[str]:

@@ -104,13 +104,12 @@ def notes(run: RunData) -> list[str]:
 
 
 def heldout_table(result: Result) -> Table:
-    leads = {(row.role, row.name): row for row in result.rivals}
     scores = list(dict.fromkeys(name for scored in result.table for name in scored.heldout_scores))
     rows = [
         [
             scored.label,
             scored.heldout_fitness,
-            lead_cell(leads[scored.role, scored.name]) if (scored.role, scored.name) in leads else "",
+            lead_cell(result.lead_over(scored)),
             *(scored.heldout_scores.get(name) for name in scores),
         ]
         for scored in result.table

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from evojax_merge.errors import escaped
 from evojax_merge.report.comparison import Row
+from evojax_merge.report.intervals import Lead
 from evojax_merge.report.progress import cell
 
 LEAD = "winner ahead by (95% interval)"
@@ -29,16 +30,16 @@ def terminal_table(rows: Sequence[Row], title: str) -> Table:
         style = "bold" if row.role == "winner" else ""
         label = row.name if _says_its_role(row) else f"{row.role} {row.name}"
         numbers = [f"{row.scores[column]:.4f}" for column in score_columns(rows)]
-        table.add_row(cell(label), f"{row.fitness:.4f}", *(lead_cell(row) for _ in leads), *numbers, style=style)
+        table.add_row(cell(label), f"{row.fitness:.4f}", *(lead_cell(row.lead) for _ in leads), *numbers, style=style)
     return table
 
 
-def lead_cell(row: Row) -> str:
+def lead_cell(lead: Lead | None) -> str:
     """The winner's lead over a row's model; `noise` where the interval holds 0."""
-    if row.lead is None:
+    if lead is None:
         return ""
-    interval = f"{row.lead.difference:+.4f} ({row.lead.low:.4f} to {row.lead.high:.4f})"
-    return f"{interval}, noise" if row.lead.within_noise else interval
+    interval = f"{lead.difference:+.4f} ({lead.low:.4f} to {lead.high:.4f})"
+    return f"{interval}, noise" if lead.within_noise else interval
 
 
 def _says_its_role(row: Row) -> bool:
@@ -54,7 +55,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
     for row in rows:
         numbers = [f"{row.scores[column]:.4f}" for column in score_columns(rows)]
         label = row.name if _says_its_role(row) else f"{row.role} `{row.name}`"
-        cells = [f"{row.fitness:.4f}", *(lead_cell(row) for _ in leads), *numbers]
+        cells = [f"{row.fitness:.4f}", *(lead_cell(row.lead) for _ in leads), *numbers]
         lines.append(f"| {_cell(label)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

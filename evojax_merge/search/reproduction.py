@@ -9,6 +9,7 @@ import numpy as np
 
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.file_system import resolved
+from evojax_merge.references import canonical_reference
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.yaml_reader import load_documents
 
@@ -60,7 +61,8 @@ def _largest(fitness: np.ndarray, other: np.ndarray) -> float:
 
 
 def _recipe(folder: RunFolder, run: RunFolder) -> Any:
-    """The documents of a winner's recipe, in which the path of its run folder has another name."""
+    """The documents of a winner's recipe, in which the path of its run folder has another name, and models go by their
+    canonical references: the config of a run folder has paths, where the user's had names."""
     place = str(resolved(run.path))
 
     def renamed(value: Any) -> Any:
@@ -68,7 +70,7 @@ def _recipe(folder: RunFolder, run: RunFolder) -> Any:
             return {key: renamed(part) for key, part in value.items()}
         if isinstance(value, list):
             return [renamed(part) for part in value]
-        return value.replace(place, "RUN") if isinstance(value, str) else value
+        return canonical_reference(value).replace(place, "RUN") if isinstance(value, str) else value
 
     return renamed(load_documents(folder.recipe)) if folder.recipe.is_file() else None
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -42,6 +42,9 @@ class ArrayTask(TaskDefaults):
     `count`; by default all. traced: whether JAX traces the function. where: the task in messages; untraced: what to do
     about a function that JAX cannot trace; files: what it was made from; places: see `paths`.
     """
+
+    kind: ClassVar[str] = "arrays"
+    backend: ClassVar[str] = "function"
 
     name: str
     examples: Any

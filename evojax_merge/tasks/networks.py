@@ -7,7 +7,7 @@ target text of a text, an image or a recording). Scores are per example, and hig
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -115,6 +115,8 @@ def _hashable(value: Any) -> Hashable:
 class NetworkTask(TaskDefaults):
     """A task of networks. examples: all of its file's; indices: the numbers of those that the task has; files: what it
     was made from; section: its place in the config; max_new_tokens: of texts that a network writes."""
+
+    backend: ClassVar[str] = "torch"
 
     name: str
     kind: Kind

@@ -159,6 +159,14 @@ class Task(ScoredTask, Protocol):
         ...
 
 
+def about_backend(task: Any, lacking: str) -> str:
+    """The reason why a task asks no language model: its kind is for another backend, or it has no member `lacking`."""
+    kind, backend = getattr(task, "kind", None), getattr(task, "backend", None)
+    if kind is None or backend is None:
+        return f"a {type(task).__name__} asks no language model (it has no {lacking})"
+    return f"tasks of kind: {kind} are for backend: {backend}"
+
+
 class TaskDefaults:
     """Members of `Task` that many kinds have no use for."""
 

@@ -45,7 +45,7 @@ from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.successive_halving import example_lengths
 from evojax_merge.spaces.search_parameters import parent_groups_of
 from evojax_merge.tasks.splits import Splits
-from evojax_merge.tasks.task import Task
+from evojax_merge.tasks.task import Task, about_backend
 from evojax_merge.yaml_reader import parse_documents
 
 
@@ -144,8 +144,8 @@ class DecoderBackend:
         lacking = [name for name in ("requests", "score") if not hasattr(task, name)]
         if lacking:
             raise InputError(
-                where, f"{task.name}: a {type(task).__name__} asks no language model (it has no {lacking[0]}); take "
-                "another kind of task, or the backend that it is for",
+                where, f"{task.name}: {about_backend(task, lacking[0])}; take another kind of task, or the backend "
+                "that it is for",
             )  # fmt: skip
 
     def example_lengths(self, task: Task) -> np.ndarray:
