@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -31,11 +31,12 @@ from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.problem import build_problem, config_from, open_backend, plugins_of, resolved_document
 from evojax_merge.python_calls import Location, PythonCall, as_yaml, genome_array, ignore
-from evojax_merge.pytrees import HostFitness
+from evojax_merge.pytrees import HostCallback, HostFitness
 from evojax_merge.references import resolve_reference
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described, Table, parameter_table
 from evojax_merge.report.frame import history_frame
+from evojax_merge.schema import Form
 from evojax_merge.search.answers import ask, metrics, tell
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Generation, generation_key, history_row, init_state, next_state
@@ -64,6 +65,7 @@ from evojax_merge.trials import (
 
 # The name of a study's document in messages.
 WHERE = Path("Study")
+Task = Mapping[str, Any] | HostCallback | Callable[..., Any]
 Split = Literal["search", "validation", "heldout"]
 # Stands for the tasks where a space is opened without any.
 _NO_TASKS = [{"name": "task", "kind": "likelihood", "file": "tasks.jsonl"}]
@@ -292,9 +294,9 @@ class PoolSpace(Space):
 class Study(Described):
     """A search for the best merge of models.
 
-    space: a `MergeSpace`, `LayerPathSpace` or `PoolSpace` of `models`. tasks: the tasks that candidates are scored on,
-    made by `tasks.ExactMatch` and its like, or mappings in a config's form; for pytrees also functions (model) -> a
-    number, which JAX traces, or `host_callback(function)`. strategy: `strategies.cma_es(population=16)` and its like,
+    space: a `MergeSpace`, `LayerPathSpace` or `PoolSpace` of `models`. tasks: the task, or a list of the tasks, that
+    candidates are scored on, made by `tasks.ExactMatch` and its like, or mappings in a config's form; for pytrees also
+    functions (model) -> a number, which JAX traces, or `host_callback(function)`. strategy: `strategies.cma_es(population=16)` and its like,
     or a name, such as `auto`; None: CMA-ES with its default population, or that of a pool. out: the run folder, which
     `run` needs. seed: the seed of all random numbers. validation: the share of the examples that is kept back to choose
     the winner on. resume, overwrite: continue, or replace, the run that lies in `out`. evaluation, export_dtype, scale:
@@ -305,7 +307,7 @@ class Study(Described):
         self,
         models: Models,
         space: Space,
-        tasks: Sequence[Mapping[str, Any] | HostFitness | Callable[..., Any]],
+        tasks: Annotated[Sequence[Task] | Task, Form("a task or a list of tasks, each of em.tasks or a function")],
         *,
         strategy: str | Mapping[str, Any] | None = None,
         out: Location | None = None,
@@ -327,10 +329,11 @@ class Study(Described):
         twice = next((key for key in search if key in section), None)
         if twice is not None:
             raise InputError(f"Study: {twice}", "is given by `strategy` as well; expected one of them")
+        listed: Sequence[Task] = tasks if isinstance(tasks, Sequence) else [tasks]
         document = {
             **models.document(),
             **space.document(),
-            "tasks": list(map(_section, tasks)),
+            "tasks": [_section(f"Study: tasks[{i}]", models, task) for i, task in enumerate(listed)],
             "search": {**section, "validation": validation, **search},
             "seed": seed,
         }
@@ -646,10 +649,13 @@ def _absolute(value: Any) -> Any:
     return f"{path.resolve()}{separator}{name}" if os.path.exists(path) else value
 
 
-def _section(task: Mapping[str, Any] | HostFitness | Callable[..., Any]) -> Mapping[str, Any]:
-    """A task's section of a config. A function alone is a task of pytrees."""
+def _section(where: str, models: Models, task: Task) -> Mapping[str, Any]:
+    """A task's section of a config. A function alone is a task of pytrees. Raises InputError for one where the models
+    are language models."""
     if isinstance(task, Mapping):
         return task
+    if models.decoder is not None:
+        raise InputError(where, "is a function alone; for language models use em.tasks.Function(f, file=…)")
     function, traced = (task.function, False) if isinstance(task, HostFitness) else (task, True)
     name = getattr(function, "__name__", "")
     return Arrays(function, name=name if name.isidentifier() else "fitness", traced=traced)

@@ -26,7 +26,7 @@ def half(records: list[dict[str, Any]], totals: np.ndarray) -> np.ndarray:
 SCALE = 2
 
 
-def make(family: Family, tasks: list[Any] | None = None, **changes: Any) -> em.Study:
+def make(family: Family, tasks: Any = None, **changes: Any) -> em.Study:
     models = em.load_models(family.base, family.parents)
     space = em.MergeSpace(models, "ties", layers_per_group="all", parameters={"weight": {}, "density": {"low": 0.3}})
     tasks = tasks or [
@@ -39,6 +39,11 @@ def make(family: Family, tasks: list[Any] | None = None, **changes: Any) -> em.S
 
 def python_task(family: Family, function: Callable[..., Any] = half) -> dict[str, Any]:
     return em.tasks.Function(function, name="mine", file=family.tasks, inputs="log_probabilities")
+
+
+def test_one_task_is_a_list_of_one(family: Family) -> None:
+    task = python_task(family)
+    assert make(family, task).config == make(family, [task]).config
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +341,16 @@ WRONG: list[tuple[Callable[[Family, em.Study], Any], str]] = [
         "Study: space: is a space of other models",
     ),
     (lambda family, study: em.Study(study.models, study.space, []), "Study: tasks: "),
-    (lambda family, study: em.Study(study.models, study.space, [3]), "Study: tasks[0]: 3"),
+    (lambda family, study: em.Study(study.models, study.space, [3]), "Study: tasks[0]: 3; expected a mapping"),
+    (lambda family, study: em.Study(study.models, study.space, [3]), "or a host_callback or a function"),
+    (
+        lambda family, study: em.Study(study.models, study.space, 3),
+        "Study: tasks: 3; expected a task or a list of tasks, each of em.tasks or a function",
+    ),
+    (
+        lambda family, study: em.Study(study.models, study.space, half),
+        "Study: tasks[0]: is a function alone; for language models use em.tasks.Function(f, file=…)",
+    ),
     (
         lambda family, study: make(family, [{"kind": "likely", "name": "text"}]),
         "Study: tasks[0].kind: there is no kind",

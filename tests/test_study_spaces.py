@@ -66,6 +66,14 @@ def test_a_study_of_pytrees_is_their_search() -> None:
     assert list(study.best.parameters)[:3] == names and set(study.space.groups) == {"encoder", "head"}
 
 
+@pytest.mark.parametrize("function", [closeness, em.host_callback(closeness)])
+def test_a_function_alone_is_a_list_of_one(function: Any) -> None:
+    one, listed = make(function), make([function])
+    assert one.config == listed.config
+    genomes = one.ask()
+    assert np.array_equal(one.evaluate(genomes).fitness, listed.evaluate(genomes).fitness)
+
+
 def test_a_study_of_pytrees_runs_resumes_and_exports(tmp_path: Path) -> None:
     tasks = [with_rows(heldout=0.25), em.tasks.Arrays(closeness, name="closeness", weight=0.5)]
     study = make(tasks, out=tmp_path / "run")
