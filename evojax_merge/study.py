@@ -296,11 +296,12 @@ class Study(Described):
 
     space: a `MergeSpace`, `LayerPathSpace` or `PoolSpace` of `models`. tasks: the task, or a list of the tasks, that
     candidates are scored on, made by `tasks.ExactMatch` and its like, or mappings in a config's form; for pytrees also
-    functions (model) -> a number, which JAX traces, or `host_callback(function)`. strategy: `strategies.cma_es(population=16)` and its like,
-    or a name, such as `auto`; None: CMA-ES with its default population, or that of a pool. out: the run folder, which
-    `run` needs. seed: the seed of all random numbers. validation: the share of the examples that is kept back to choose
-    the winner on. resume, overwrite: continue, or replace, the run that lies in `out`. evaluation, export_dtype, scale:
-    as in a config. search: other keys of a config's `search`, such as `finalists`, `rungs`, `stop` and `budget`.
+    functions (model) -> a number, which JAX traces, or `host_callback(function)`. strategy:
+    `strategies.cma_es(population=16)` and its like, or a name, such as `auto`; None: CMA-ES with its default
+    population, or that of a pool. out: the run folder, which `run` needs. seed: the seed of all random numbers.
+    validation: the share of the examples that is kept back to choose the winner on. resume, overwrite: continue, or
+    replace, the run that lies in `out`. evaluation, export_dtype, scale: as in a config. search: other keys of a
+    config's `search`, such as `finalists`, `rungs`, `stop` and `budget`.
     """
 
     def __init__(
