@@ -36,6 +36,7 @@ from evojax_merge.references import resolve_reference
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described, Table, parameter_table
 from evojax_merge.report.frame import history_frame
+from evojax_merge.run import best_facts
 from evojax_merge.schema import Form
 from evojax_merge.search.answers import ask, metrics, tell
 from evojax_merge.search.genomes import SpaceEvaluator
@@ -111,7 +112,7 @@ class Models(Described):
 
 def load_models(
     base: Any,
-    parents: Sequence[Any],
+    parents: Sequence[Any] | Mapping[str, Any],
     *,
     tokenizer_source: Location | None = None,
     other_modules: Location | None = None,
@@ -121,8 +122,8 @@ def load_models(
 
     base: the model that task vectors are taken from, or None. base, parents: folders, GGUF files, hub ids, adapters
     (`base+adapter`) or `zoo:` names, where relative paths start in the working directory; or pytrees of arrays of one
-    structure. tokenizer_source, other_modules: as in a config. backend: what the models are, as in a config; None:
-    language models, or pytrees where these are given.
+    structure, the parents also by their names: `{"maths": pytree, …}`. tokenizer_source, other_modules: as in a config.
+    backend: what the models are, as in a config; None: language models, or pytrees where these are given.
     """
     check_arguments(load_models, locals())
     plugins.load()
@@ -131,7 +132,12 @@ def load_models(
     if not parents:
         raise InputError("load_models: parents", "is empty; expected models to merge")
     named = [("base", base)] * (base is not None)
-    named += [(f"parents[{k}]", parent) for k, parent in enumerate(parents)]
+    if isinstance(parents, Mapping):
+        _check_names(parents)
+        of_parents = list(parents.items())
+    else:
+        of_parents = [(f"parents[{k}]", parent) for k, parent in enumerate(parents)]
+    named += of_parents
     pytrees = [(key, model) for key, model in named if not isinstance(model, str | PathLike)]
     if backend is None and pytrees and len(pytrees) < len(named):
         key, model = pytrees[0]
@@ -141,12 +147,21 @@ def load_models(
     held = {key: hold_tree(f"load_models: {key}", key, model) for key, model in pytrees}
     names = {key: held[key].reference if key in held else str(model) for key, model in named}
     paths = {key: _file(name) for key, name in names.items()}
-    parent_names = tuple(names[f"parents[{k}]"] for k in range(len(parents)))
-    parent_paths = tuple(paths[f"parents[{k}]"] for k in range(len(parents)))
+    parent_names = tuple(names[key] for key, _ in of_parents)
+    parent_paths = tuple(paths[key] for key, _ in of_parents)
     return Models(
         names.get("base"), parent_names, paths.get("base"), parent_paths, backend=backend or "function",
         _held=tuple(held.values()),
     )  # fmt: skip
+
+
+def _check_names(parents: Mapping[str, Any]) -> None:
+    """Raises InputError unless a mapping of parents has pytrees by names that stand well in tables."""
+    for name, parent in parents.items():
+        if isinstance(parent, str | PathLike):
+            raise InputError("load_models: parents", f"name {shown(parent)}; expected a list of paths or names")
+        if not name.isidentifier() or name == "base":
+            raise InputError("load_models: parents", f"{shown(name)}; expected names of letters, digits and _")
 
 
 def _file(reference: str) -> Path:
@@ -352,6 +367,9 @@ class Study(Described):
         with PythonCall():
             self._parsed: Config = config_from(WHERE, as_yaml(str(WHERE), document), [], None)
             self._problem = build_problem(WHERE, self._parsed)
+            if self._problem.scale != "none":
+                # Unlike metrics choose it; a config that says it is the same.
+                self._document["scale"] = self._problem.scale
             if self.out is not None and check_place(self.out, resume=resume, overwrite=overwrite) and resume:
                 check_same_config(RunFolder(self.out), resolved_document(self._parsed, self._problem))
         # The generations that `tell` ended, and the state of the search after them.
@@ -494,9 +512,11 @@ class Study(Described):
         )
         self._state = next_state(strategy_state, genomes, shown_by, before)
         evaluations = len(genomes) + (self.history[-1]["evaluations"] if number else 0)
-        self._rows.append(
-            history_row(number + 1, evaluations, genomes, shown_by, self._state, metrics(strategy, strategy_state))
-        )
+        row = history_row(number + 1, evaluations, genomes, shown_by, self._state, metrics(strategy, strategy_state))
+        if not isinstance(scores, Scores):
+            # Numbers of one's own do not say what they were measured on.
+            row["examples"] = [None] * len(genomes)
+        self._rows.append(row)
 
     def _asked(self) -> tuple[Any, Any]:
         strategy, state = self._problem.strategy, self._before()["strategy"]
@@ -591,9 +611,12 @@ class Study(Described):
     def best(self) -> Trial:
         """The winner that the run has chosen; before it has, and in a loop by hand, the candidate of the highest
         fitness on all examples. Raises InputError where there is no generation yet."""
+        return best_of("Study.best", self.history, self._result(), self._source)
+
+    def _result(self) -> dict[str, Any] | None:
+        """The `result.json` of the study's generations; None for those of a loop by hand."""
         saved = self.out is not None and not self._rows and bool(self._saved_history())
-        result = read_result(RunFolder(self.out).result) if saved and self.out is not None else None
-        return best_of("Study.best", self.history, result, self._source)
+        return read_result(RunFolder(self.out).result) if saved and self.out is not None else None
 
     @cached_property
     def _source(self) -> TrialSource:
@@ -622,8 +645,9 @@ class Study(Described):
             "strategy": self._problem.strategy.name,
             "population": self._problem.strategy.population,
             "tasks": [task.name for task in self._problem.splits.search],
+            **({} if self._problem.scale == "none" else {"scale": self._problem.scale}),
             "generations": len(history),
-            "best_fitness": history[-1]["best_so_far"] if history else None,
+            **best_facts(history, self._result()),
             "out": None if self.out is None else str(self.out),
         }
 
