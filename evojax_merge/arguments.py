@@ -96,6 +96,8 @@ def _is_section(hint: Any) -> bool:
 
 def _members(hint: Any) -> tuple[Any, ...]:
     """The members of a union; else the type alone."""
+    if get_origin(hint) is Annotated:
+        return _members(get_args(hint)[0])
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
@@ -124,7 +126,7 @@ def _words(annotation: Any) -> str:
 
 def _plural(annotation: Any) -> str:
     """Several values of a type, in words."""
-    if len(_members(annotation)) > 1:
+    if get_origin(annotation) is not Annotated and len(_members(annotation)) > 1:
         return " or ".join(dict.fromkeys(map(_plural, _members(annotation))))
     if (get_origin(annotation) or annotation) is Mapping:
         return "mappings with texts as keys"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from evojax_merge.file_system import atomic_write, atomic_write_bytes
 from evojax_merge.problem import open_search, resolved_search, searchable
 from evojax_merge.python_calls import PythonCall
 from evojax_merge.report.progress import generation_line
+from evojax_merge.schema import Form
 from evojax_merge.search.environment import recorded_session
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter
 from evojax_merge.search.protocols import Strategy, differentiates
@@ -61,6 +62,9 @@ class HostFitness:
     """A fitness that is called with each merged pytree in turn, instead of being compiled with the merge."""
 
     function: Callable[[Any], Any]
+
+
+HostCallback = Annotated[HostFitness, Form("a host_callback")]
 
 
 def host_callback(function: Callable[[Any], Any]) -> HostFitness:
@@ -92,7 +96,7 @@ class PytreeSearch:
 
 def search_pytrees(
     parents: Sequence[Any],
-    fitness: Callable[..., Any] | HostFitness,
+    fitness: Callable[..., Any] | HostCallback,
     *,
     base: Any = None,
     examples: Any = None,

@@ -1,10 +1,12 @@
 """A run folder, for reading: a search's progress and results."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from evojax_merge.arguments import check_arguments
 from evojax_merge.backends.decoder.opening import parameter_space
@@ -40,7 +42,7 @@ class StoredRun(Described):
             "parents": model_names([Path(parent) for parent in config.get("parents", ())]),
             "dimensions": len(last["genomes"][0]) if last else None,
             "generations": len(history),
-            "best_fitness": last.get("best_so_far"),
+            **best_facts(history, self.result),
             "finished": self.finished,
         }
 
@@ -137,6 +139,29 @@ class StoredRun(Described):
     def page(self) -> Path | None:
         """`report.html`: the run's figures and tables as one page for a browser."""
         return self._folder.page if self._folder.page.is_file() else None
+
+
+def winner_fitness(
+    history: Sequence[Mapping[str, Any]], result: Mapping[str, Any]
+) -> tuple[float | None, Literal["search", "validation"]]:
+    """The fitness of the winner of a `result.json`, and the split that it was measured on: in its generation, or, where
+    it was in none, among the finalists."""
+    genome = np.array(result["genome"], np.float32)
+    for row in history:
+        for number, candidate in enumerate(row["genomes"]):
+            if np.array_equal(np.array(candidate, np.float32), genome):
+                return row["fitness"][number], "search"
+    # A run of search_pytrees has the fitness of the split alone that the winner was chosen on.
+    split: Literal["search", "validation"] = "search" if result.get("search_fitness") else "validation"
+    return result[f"{split}_fitness"]["winner"], split
+
+
+def best_facts(history: Sequence[Mapping[str, Any]], result: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The best fitness in a prompt: the best so far, and once the winner is chosen the winner's, with its split."""
+    if result is None or result.get("generations") != len(history):
+        return {"best_fitness": history[-1].get("best_so_far") if history else None}
+    fitness, split = winner_fitness(history, result)
+    return {"best_fitness": fitness, "best_fitness_on": split}
 
 
 def method_in(config: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -31,11 +31,13 @@ from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.problem import build_problem, config_from, open_backend, plugins_of, resolved_document
 from evojax_merge.python_calls import Location, PythonCall, as_yaml, genome_array, ignore
-from evojax_merge.pytrees import HostFitness
+from evojax_merge.pytrees import HostCallback, HostFitness
 from evojax_merge.references import resolve_reference
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described, Table, parameter_table
 from evojax_merge.report.frame import history_frame
+from evojax_merge.run import best_facts
+from evojax_merge.schema import Form
 from evojax_merge.search.answers import ask, metrics, tell
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Generation, generation_key, history_row, init_state, next_state
@@ -64,6 +66,7 @@ from evojax_merge.trials import (
 
 # The name of a study's document in messages.
 WHERE = Path("Study")
+Task = Mapping[str, Any] | HostCallback | Callable[..., Any]
 Split = Literal["search", "validation", "heldout"]
 # Stands for the tasks where a space is opened without any.
 _NO_TASKS = [{"name": "task", "kind": "likelihood", "file": "tasks.jsonl"}]
@@ -109,7 +112,7 @@ class Models(Described):
 
 def load_models(
     base: Any,
-    parents: Sequence[Any],
+    parents: Sequence[Any] | Mapping[str, Any],
     *,
     tokenizer_source: Location | None = None,
     other_modules: Location | None = None,
@@ -119,8 +122,8 @@ def load_models(
 
     base: the model that task vectors are taken from, or None. base, parents: folders, GGUF files, hub ids, adapters
     (`base+adapter`) or `zoo:` names, where relative paths start in the working directory; or pytrees of arrays of one
-    structure. tokenizer_source, other_modules: as in a config. backend: what the models are, as in a config; None:
-    language models, or pytrees where these are given.
+    structure, the parents also by their names: `{"maths": pytree, …}`. tokenizer_source, other_modules: as in a config.
+    backend: what the models are, as in a config; None: language models, or pytrees where these are given.
     """
     check_arguments(load_models, locals())
     plugins.load()
@@ -129,7 +132,12 @@ def load_models(
     if not parents:
         raise InputError("load_models: parents", "is empty; expected models to merge")
     named = [("base", base)] * (base is not None)
-    named += [(f"parents[{k}]", parent) for k, parent in enumerate(parents)]
+    if isinstance(parents, Mapping):
+        _check_names(parents)
+        of_parents = list(parents.items())
+    else:
+        of_parents = [(f"parents[{k}]", parent) for k, parent in enumerate(parents)]
+    named += of_parents
     pytrees = [(key, model) for key, model in named if not isinstance(model, str | PathLike)]
     if backend is None and pytrees and len(pytrees) < len(named):
         key, model = pytrees[0]
@@ -139,12 +147,21 @@ def load_models(
     held = {key: hold_tree(f"load_models: {key}", key, model) for key, model in pytrees}
     names = {key: held[key].reference if key in held else str(model) for key, model in named}
     paths = {key: _file(name) for key, name in names.items()}
-    parent_names = tuple(names[f"parents[{k}]"] for k in range(len(parents)))
-    parent_paths = tuple(paths[f"parents[{k}]"] for k in range(len(parents)))
+    parent_names = tuple(names[key] for key, _ in of_parents)
+    parent_paths = tuple(paths[key] for key, _ in of_parents)
     return Models(
         names.get("base"), parent_names, paths.get("base"), parent_paths, backend=backend or "function",
         _held=tuple(held.values()),
     )  # fmt: skip
+
+
+def _check_names(parents: Mapping[str, Any]) -> None:
+    """Raises InputError unless a mapping of parents has pytrees by names that stand well in tables."""
+    for name, parent in parents.items():
+        if isinstance(parent, str | PathLike):
+            raise InputError("load_models: parents", f"name {shown(parent)}; expected a list of paths or names")
+        if not name.isidentifier() or name == "base":
+            raise InputError("load_models: parents", f"{shown(name)}; expected names of letters, digits and _")
 
 
 def _file(reference: str) -> Path:
@@ -292,20 +309,21 @@ class PoolSpace(Space):
 class Study(Described):
     """A search for the best merge of models.
 
-    space: a `MergeSpace`, `LayerPathSpace` or `PoolSpace` of `models`. tasks: the tasks that candidates are scored on,
-    made by `tasks.ExactMatch` and its like, or mappings in a config's form; for pytrees also functions (model) -> a
-    number, which JAX traces, or `host_callback(function)`. strategy: `strategies.cma_es(population=16)` and its like,
-    or a name, such as `auto`; None: CMA-ES with its default population, or that of a pool. out: the run folder, which
-    `run` needs. seed: the seed of all random numbers. validation: the share of the examples that is kept back to choose
-    the winner on. resume, overwrite: continue, or replace, the run that lies in `out`. evaluation, export_dtype, scale:
-    as in a config. search: other keys of a config's `search`, such as `finalists`, `rungs`, `stop` and `budget`.
+    space: a `MergeSpace`, `LayerPathSpace` or `PoolSpace` of `models`. tasks: the task, or a list of the tasks, that
+    candidates are scored on, made by `tasks.ExactMatch` and its like, or mappings in a config's form; for pytrees also
+    functions (model) -> a number, which JAX traces, or `host_callback(function)`. strategy:
+    `strategies.cma_es(population=16)` and its like, or a name, such as `auto`; None: CMA-ES with its default
+    population, or that of a pool. out: the run folder, which `run` needs. seed: the seed of all random numbers.
+    validation: the share of the examples that is kept back to choose the winner on. resume, overwrite: continue, or
+    replace, the run that lies in `out`. evaluation, export_dtype, scale: as in a config. search: other keys of a
+    config's `search`, such as `finalists`, `rungs`, `stop` and `budget`.
     """
 
     def __init__(
         self,
         models: Models,
         space: Space,
-        tasks: Sequence[Mapping[str, Any] | HostFitness | Callable[..., Any]],
+        tasks: Annotated[Sequence[Task] | Task, Form("a task or a list of tasks, each of em.tasks or a function")],
         *,
         strategy: str | Mapping[str, Any] | None = None,
         out: Location | None = None,
@@ -327,10 +345,11 @@ class Study(Described):
         twice = next((key for key in search if key in section), None)
         if twice is not None:
             raise InputError(f"Study: {twice}", "is given by `strategy` as well; expected one of them")
+        listed: Sequence[Task] = tasks if isinstance(tasks, Sequence) else [tasks]
         document = {
             **models.document(),
             **space.document(),
-            "tasks": list(map(_section, tasks)),
+            "tasks": [_section(f"Study: tasks[{i}]", models, task) for i, task in enumerate(listed)],
             "search": {**section, "validation": validation, **search},
             "seed": seed,
         }
@@ -348,6 +367,9 @@ class Study(Described):
         with PythonCall():
             self._parsed: Config = config_from(WHERE, as_yaml(str(WHERE), document), [], None)
             self._problem = build_problem(WHERE, self._parsed)
+            if self._problem.scale != "none":
+                # Unlike metrics choose it; a config that says it is the same.
+                self._document["scale"] = self._problem.scale
             if self.out is not None and check_place(self.out, resume=resume, overwrite=overwrite) and resume:
                 check_same_config(RunFolder(self.out), resolved_document(self._parsed, self._problem))
         # The generations that `tell` ended, and the state of the search after them.
@@ -490,9 +512,11 @@ class Study(Described):
         )
         self._state = next_state(strategy_state, genomes, shown_by, before)
         evaluations = len(genomes) + (self.history[-1]["evaluations"] if number else 0)
-        self._rows.append(
-            history_row(number + 1, evaluations, genomes, shown_by, self._state, metrics(strategy, strategy_state))
-        )
+        row = history_row(number + 1, evaluations, genomes, shown_by, self._state, metrics(strategy, strategy_state))
+        if not isinstance(scores, Scores):
+            # Numbers of one's own do not say what they were measured on.
+            row["examples"] = [None] * len(genomes)
+        self._rows.append(row)
 
     def _asked(self) -> tuple[Any, Any]:
         strategy, state = self._problem.strategy, self._before()["strategy"]
@@ -587,9 +611,12 @@ class Study(Described):
     def best(self) -> Trial:
         """The winner that the run has chosen; before it has, and in a loop by hand, the candidate of the highest
         fitness on all examples. Raises InputError where there is no generation yet."""
+        return best_of("Study.best", self.history, self._result(), self._source)
+
+    def _result(self) -> dict[str, Any] | None:
+        """The `result.json` of the study's generations; None for those of a loop by hand."""
         saved = self.out is not None and not self._rows and bool(self._saved_history())
-        result = read_result(RunFolder(self.out).result) if saved and self.out is not None else None
-        return best_of("Study.best", self.history, result, self._source)
+        return read_result(RunFolder(self.out).result) if saved and self.out is not None else None
 
     @cached_property
     def _source(self) -> TrialSource:
@@ -618,8 +645,9 @@ class Study(Described):
             "strategy": self._problem.strategy.name,
             "population": self._problem.strategy.population,
             "tasks": [task.name for task in self._problem.splits.search],
+            **({} if self._problem.scale == "none" else {"scale": self._problem.scale}),
             "generations": len(history),
-            "best_fitness": history[-1]["best_so_far"] if history else None,
+            **best_facts(history, self._result()),
             "out": None if self.out is None else str(self.out),
         }
 
@@ -646,10 +674,13 @@ def _absolute(value: Any) -> Any:
     return f"{path.resolve()}{separator}{name}" if os.path.exists(path) else value
 
 
-def _section(task: Mapping[str, Any] | HostFitness | Callable[..., Any]) -> Mapping[str, Any]:
-    """A task's section of a config. A function alone is a task of pytrees."""
+def _section(where: str, models: Models, task: Task) -> Mapping[str, Any]:
+    """A task's section of a config. A function alone is a task of pytrees. Raises InputError for one where the models
+    are language models."""
     if isinstance(task, Mapping):
         return task
+    if models.decoder is not None:
+        raise InputError(where, "is a function alone; for language models use em.tasks.Function(f, file=…)")
     function, traced = (task.function, False) if isinstance(task, HostFitness) else (task, True)
     name = getattr(function, "__name__", "")
     return Arrays(function, name=name if name.isidentifier() else "fitness", traced=traced)

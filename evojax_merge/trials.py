@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,9 +25,9 @@ from evojax_merge.report.card import merge_card
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described, Table, parameter_table
 from evojax_merge.report.frame import NamedValues, gene_values, history_frame
-from evojax_merge.run import StoredRun
+from evojax_merge.run import StoredRun, winner_fitness
 from evojax_merge.search.loop import saved_strategy_state
-from evojax_merge.search.protocols import context_of
+from evojax_merge.search.protocols import context_of, plain_merges_of
 from evojax_merge.search.run_folder import Checkpoints, check_inputs, check_masks, is_run
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.yaml_reader import parse_documents
@@ -50,16 +50,29 @@ class TrialSource:
 @dataclass(frozen=True, repr=False)
 class Trial(Described):
     """A candidate of a search. generation: the generation's number, from 1; candidate: its number in the generation,
-    from 0; both None for a winner that was in no generation. fitness: None where the candidate failed; examples: the
-    number of examples that it was evaluated on; scores: its mean on each task; genome: float32[D]."""
+    from 0; both None for a winner that was in no generation. fitness: None where the candidate failed; split: the
+    examples that the fitness was measured on, `search` or `validation`; examples: the number of examples that it was
+    evaluated on, None where that is not recorded; scores: its mean on each task; genome: float32[D]."""
 
     generation: int | None
     candidate: int | None
     fitness: float | None
+    split: Literal["search", "validation"]
     examples: int | None
     scores: dict[str, float | None]
     genome: np.ndarray = field(compare=False)
     _source: TrialSource = field(compare=False)
+
+    @property
+    def origin(self) -> str:
+        """The candidate's place in the generations; for a winner that was in none, the plain merge or the parent that
+        it is, or that the strategy proposed it."""
+        if self.generation is not None:
+            return f"candidate {self.candidate} of generation {self.generation}"
+        # The models' headers need not be there any more.
+        with suppress(InputError, LookupError):
+            return _origin_among_finalists(self._source.backend(), self.genome)
+        return "a finalist"
 
     @property
     def parameters(self) -> dict[str, float]:
@@ -106,19 +119,35 @@ class Trial(Described):
         backend.export(recipe, self.genome, out, card, partial(check_output, out, self._source.keep))
 
     def facts(self) -> dict[str, Any]:
-        place = {"generation": self.generation, "candidate": self.candidate}
-        return {"method": self._source.method} | place | {"fitness": self.fitness, "examples": self.examples}
+        return {
+            "method": self._source.method, "origin": self.origin, "fitness": self.fitness, "split": self.split,
+            "examples": self.examples,
+        }  # fmt: skip
 
     def tables(self) -> dict[str, Table]:
         scores = [{"task": name, "score": value} for name, value in self.scores.items()]
         return {"scores": scores, "parameters": parameter_table(self.parameters)}
 
 
+def _origin_among_finalists(backend: Backend, genome: np.ndarray) -> str:
+    """The origin of a winner that was in no generation (see `search.loop.rescore`)."""
+    space: Any = backend.space
+    parents = model_names([model for role, model in backend.compared if role == "parent"])
+    merges, (label, baselines) = plain_merges_of(space)[0], space.baselines()
+    named = [(f"the {label}", baselines[0])] if len(baselines) == 1 else []
+    if len(merges) == 1 + len(parents):
+        named += zip(["the uniform merge", *(f"the parent {name}" for name in parents)], merges, strict=True)
+    named.append(("the start", space.start))
+    equal = (name for name, merge in named if np.array_equal(merge, genome))
+    is_parent = hasattr(space, "parents_among") and space.parents_among(genome[None])[0]
+    return next(equal, "a parent" if is_parent else "the strategy's proposal")
+
+
 def trials_of(history: Sequence[Mapping[str, Any]], source: TrialSource) -> list[Trial]:
     """Every candidate of every generation of a history, in their order."""
     return [
         Trial(
-            row["generation"], number, row["fitness"][number], row["examples"][number],
+            row["generation"], number, row["fitness"][number], "search", row["examples"][number],
             {name: values[number] for name, values in row["task_scores"].items()},
             np.array(row["genomes"][number], np.float32), source,
         )
@@ -136,15 +165,12 @@ def best_of(
     if result is not None and result.get("generations") == len(history):
         genome = np.array(result["genome"], np.float32)
         same = (trial for trial in trials if np.array_equal(trial.genome, genome))
-        # A run of search_pytrees has the fitness of the split alone that the winner was chosen on.
-        fitness = result.get("search_fitness") or result["validation_fitness"]
-        winner = Trial(None, None, fitness["winner"], None, {}, genome, source)
-        return next(same, winner)
+        return next(same, Trial(None, None, *winner_fitness(history, result), None, {}, genome, source))
     finite = [trial for trial in trials if trial.fitness is not None]
     if not finite:
         raise InputError(where, "there is no generation yet; call run, or tell")
     most = max(trial.examples or 0 for trial in finite)
-    complete = [trial for trial in finite if trial.examples == most]
+    complete = [trial for trial in finite if trial.examples in (None, most)]
     return max(complete, key=lambda trial: trial.fitness or 0.0)
 
 

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.errors import InputError
+from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import DecoderEvaluator
 from evojax_merge.tasks.function import FunctionConfig, FunctionFailed
@@ -201,7 +201,7 @@ def test_texts_need_no_target(family: Family, folder: Path) -> None:
 )
 def test_wrong_result_names_function_and_shapes(name: str, said: str, folder: Path) -> None:
     task = task_of(folder, f"own.py:{name}")
-    with pytest.raises(TypeError, match=said):
+    with pytest.raises(Failed, match=said):
         task.score(answers([[""] * 6]))
 
 
@@ -213,9 +213,7 @@ def answers(texts: list[list[str]], totals: np.ndarray | None = None) -> Respons
 def test_traced_function_is_tried_before_anything_is_compiled(folder: Path) -> None:
     tokenizer = word_tokenizer(words())
     longest = max(len(tokenizer(record["target"])["input_ids"]) for record in RECORDS)
-    with pytest.raises(
-        TypeError, match=rf"own.py:per_token returned float32\[{longest}\] for a row; expected one real"
-    ):
+    with pytest.raises(Failed, match=rf"own.py:per_token returned float32\[{longest}\] for a row; expected one real"):
         task_of(folder, "own.py:per_token", "logits").requests(tokenizer, 256)
     with pytest.raises(Exception, match="bool"):
         task_of(folder, "own.py:decides", "logits").requests(tokenizer, 256)

@@ -2,8 +2,11 @@
 
 import re
 import sys
+import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from helpers import Family
 from hostile import run_command, run_python
 
 import evojax_merge as em
+from evojax_merge.search.protocols import plain_merges_of
 from evojax_merge.tasks.python_functions import digest
 
 FILES = ("history.jsonl", "best/recipe.yaml", "best/model/model.safetensors")
@@ -26,7 +30,7 @@ def half(records: list[dict[str, Any]], totals: np.ndarray) -> np.ndarray:
 SCALE = 2
 
 
-def make(family: Family, tasks: list[Any] | None = None, **changes: Any) -> em.Study:
+def make(family: Family, tasks: Any = None, **changes: Any) -> em.Study:
     models = em.load_models(family.base, family.parents)
     space = em.MergeSpace(models, "ties", layers_per_group="all", parameters={"weight": {}, "density": {"low": 0.3}})
     tasks = tasks or [
@@ -39,6 +43,11 @@ def make(family: Family, tasks: list[Any] | None = None, **changes: Any) -> em.S
 
 def python_task(family: Family, function: Callable[..., Any] = half) -> dict[str, Any]:
     return em.tasks.Function(function, name="mine", file=family.tasks, inputs="log_probabilities")
+
+
+def test_one_task_is_a_list_of_one(family: Family) -> None:
+    task = python_task(family)
+    assert make(family, task).config == make(family, [task]).config
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +113,7 @@ def test_fitness_of_ones_own_and_failures(family: Family) -> None:
     study.tell(genomes, [1.0, float("nan"), 3.0, 2.0])
     assert study.best.candidate == 2 and study.best.fitness == 3.0 and study.best.scores == {"fitness": 3.0}
     assert [trial.fitness for trial in study.trials] == [1.0, None, 3.0, 2.0]
+    assert {trial.examples for trial in study.trials} == {None} and "examples=None" in repr(study.best)
     assert not np.array_equal(study.ask(), genomes)
     with pytest.raises(em.Failed, match="generation 2: all 4 candidates failed"):
         study.tell(study.ask(), np.full(4, np.nan))
@@ -202,12 +212,33 @@ def test_objects_say_what_they_hold(study: em.Study, family: Family, tmp_path: P
             and f"dimensions={study.space.dims}" in repr(value)
         )
         assert "\n" not in repr(value) and "<th>method</th><td>ties</td>" in value._repr_html_()
+    best = f"best_fitness={study.best.fitness:.6g}, best_fitness_on='search'"
     for value in (study, run):
-        assert "generations=2" in repr(value) and f"{study.history[-1]['best_so_far']:.6g}" in repr(value)
+        assert "generations=2" in repr(value) and best in repr(value)
+    # Their metrics are unlike.
+    assert "scale='parents'" in repr(study) and "scale: parents" in study.to_yaml()
+    single = make(family, em.tasks.Likelihood(name="text", file=family.tasks))
+    assert "scale" not in repr(single) + single.to_yaml()
     assert "base='base'" in repr(study.models) and "layers=3" in repr(study.models)
-    assert "generation=" in repr(study.best)
+    assert "origin='candidate 3 of generation 2'" in repr(study.trials[-1]) and "split='search'" in repr(study.best)
     assert "<b>" not in em.Run(tmp_path / "<b>\x1b[31m")._repr_html_()
     assert "\x1b" not in em.Run(tmp_path / "<b>\x1b[31m")._repr_html_() + repr(em.Run(tmp_path / "<b>\x1b[31m"))
+
+
+def test_the_origin_of_a_winner_that_was_in_no_generation(study: em.Study) -> None:
+    uniform, _, parent = plain_merges_of(study.space._space)[0]
+    named = {"the uniform merge": uniform, "the parent parent1": parent, "the strategy's proposal": uniform + 0.01}
+    for origin, genome in named.items():
+        for best in (study.best, em.open_run(study.out).best):
+            trial = replace(best, generation=None, candidate=None, examples=None, genome=genome)
+            assert trial.origin == origin and f"<td>{escape(origin)}</td>" in trial._repr_html_()
+
+
+def test_scores_are_short_in_a_prompt(by_hand: em.Study) -> None:
+    scores = by_hand.evaluate(by_hand.ask())
+    start = f"Scores(candidates=4, examples={scores.values.shape[1]}, tasks=['text', 'choice'], fitness=["
+    assert repr(scores).startswith(start) and len(repr(scores)) < 160
+    assert repr(scores).endswith(f"best_candidate={scores.fitness.argmax()})")
 
 
 def test_notebooks_show_parameters_and_scores(study: em.Study, by_hand: em.Study, family: Family) -> None:
@@ -264,6 +295,14 @@ def test_a_function_is_a_fitness_wherever_a_file_is(family: Family, tmp_path: Pa
         done = run_command(*command, folder=tmp_path)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
         assert "python:half@" in done.stderr and "has not defined it" in done.stderr
+
+
+def test_a_wrong_number_of_scores_is_one_error_without_inner_frames(family: Family) -> None:
+    task = python_task(family, lambda records, totals: totals[1:])
+    study = make(family, task)
+    with pytest.raises(em.Failed, match=r"returned float\d\d\[\d+\]; expected \d+ numbers, one for each") as caught:
+        study.evaluate(study.ask())
+    assert {frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)} == {__file__}
 
 
 def test_a_run_is_not_resumed_with_a_changed_function(family: Family, tmp_path: Path) -> None:
@@ -336,7 +375,16 @@ WRONG: list[tuple[Callable[[Family, em.Study], Any], str]] = [
         "Study: space: is a space of other models",
     ),
     (lambda family, study: em.Study(study.models, study.space, []), "Study: tasks: "),
-    (lambda family, study: em.Study(study.models, study.space, [3]), "Study: tasks[0]: 3"),
+    (lambda family, study: em.Study(study.models, study.space, [3]), "Study: tasks[0]: 3; expected a mapping"),
+    (lambda family, study: em.Study(study.models, study.space, [3]), "or a host_callback or a function"),
+    (
+        lambda family, study: em.Study(study.models, study.space, 3),
+        "Study: tasks: 3; expected a task or a list of tasks, each of em.tasks or a function",
+    ),
+    (
+        lambda family, study: em.Study(study.models, study.space, half),
+        "Study: tasks[0]: is a function alone; for language models use em.tasks.Function(f, file=…)",
+    ),
     (
         lambda family, study: make(family, [{"kind": "likely", "name": "text"}]),
         "Study: tasks[0].kind: there is no kind",

@@ -66,6 +66,14 @@ def test_a_study_of_pytrees_is_their_search() -> None:
     assert list(study.best.parameters)[:3] == names and set(study.space.groups) == {"encoder", "head"}
 
 
+@pytest.mark.parametrize("function", [closeness, em.host_callback(closeness)])
+def test_a_function_alone_is_a_list_of_one(function: Any) -> None:
+    one, listed = make(function), make([function])
+    assert one.config == listed.config
+    genomes = one.ask()
+    assert np.array_equal(one.evaluate(genomes).fitness, listed.evaluate(genomes).fitness)
+
+
 def test_a_study_of_pytrees_runs_resumes_and_exports(tmp_path: Path) -> None:
     tasks = [with_rows(heldout=0.25), em.tasks.Arrays(closeness, name="closeness", weight=0.5)]
     study = make(tasks, out=tmp_path / "run")
@@ -91,6 +99,12 @@ def test_a_study_of_pytrees_runs_resumes_and_exports(tmp_path: Path) -> None:
     best.export(tmp_path / "best", overwrite=True)
 
 
+def test_parents_have_names() -> None:
+    study = make(parents={"one": ONE, "two": TWO})
+    assert "parents=['one', 'two']" in repr(study) and "weight[encoder][two]" in study.space.parameters(study.ask()[0])
+    assert np.array_equal(study.ask(), make().ask())
+
+
 def test_examples_are_divided_among_splits(tmp_path: Path) -> None:
     held = {"x": ROWS["x"] + 1}
     study = make([with_rows(heldout=held)], validation=0.25)
@@ -112,6 +126,17 @@ def test_functions_that_jax_cannot_trace(tmp_path: Path) -> None:
 def test_gradients_are_followed(tmp_path: Path) -> None:
     run = make(strategy=em.strategies.gradient(population=1), out=tmp_path / "run").run(2)
     assert run.history[1]["fitness"][0] > run.history[0]["fitness"][0]
+
+
+def test_a_prompt_has_the_fitness_of_a_winner_of_minibatches(tmp_path: Path) -> None:
+    study = make(
+        with_rows(), strategy=em.strategies.gradient(population=1, gradient={"minibatches": 4}), out=tmp_path / "run"
+    )
+    run = study.run(2)
+    assert study.history[-1]["best_so_far"] is None and study.best.fitness is not None
+    for value in (study, run):
+        assert f"best_fitness={study.best.fitness:.6g}, best_fitness_on='{study.best.split}'" in repr(value)
+        assert f"origin={study.best.origin!r}" in repr(value.best)
 
 
 def test_other_pytrees_do_not_resume_a_run(tmp_path: Path) -> None:
@@ -138,6 +163,8 @@ def test_a_run_has_the_candidates_of_its_study(tmp_path: Path) -> None:
     ("call", "named"),
     [
         (lambda: em.load_models(None, [ONE, "zoo:maths"]), "load_models: parents[0]: {"),
+        (lambda: em.load_models(BASE, {"a b": ONE}), "load_models: parents: 'a b'; expected names of letters"),
+        (lambda: em.load_models(None, {"maths": "zoo:maths"}), "parents: name 'zoo:maths'; expected a list"),
         (lambda: em.LayerPathSpace(em.load_models(None, [ONE, TWO])), "LayerPathSpace: data_flow: is for language"),
         (lambda: em.PoolSpace(em.load_models(None, [ONE, TWO])), "PoolSpace: pool: is for language models"),
         (lambda: make([with_rows(heldout=1.5)]), "heldout: expected a share"),

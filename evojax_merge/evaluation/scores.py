@@ -31,7 +31,7 @@ class TaskScores:
     log_probabilities: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
     """A population's score matrix, which a strategy receives.
 
@@ -73,6 +73,15 @@ class Scores:
             return self.predicted
         summed = self.task_means @ self.weights
         return np.where(np.isfinite(summed), summed, np.nan)
+
+    def __repr__(self) -> str:
+        (candidates, examples), values = self.values.shape, self.fitness
+        best = int(np.nanargmax(values)) if np.isfinite(values).any() else None
+        shown = np.array2string(values, precision=4, separator=", ", threshold=16, max_line_width=1000)
+        return (
+            f"Scores(candidates={candidates}, examples={examples}, tasks={list(self.tasks)}, fitness={shown}, "
+            f"best_candidate={best})"
+        )
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from evojax_merge.tasks.task import (
 from evojax_merge.tasks.templates import check_stop
 from evojax_merge.tasks.text import NO_TARGET, Kind, TextTask, checked_fields, read_prompted
 from evojax_merge.user_modules import importing_from, lacks_module, load_file
+from evojax_merge.users_traceback import WrongResultError
 
 Inputs = Literal["texts", "log_probabilities", "logits"]
 # The arguments of the function.
@@ -117,7 +118,7 @@ class Traced:
             result = jnp.asarray(self.function.call(logits, targets, mask))
         if result.shape or jnp.iscomplexobj(result):
             kind = f"{result.dtype.name}{list(result.shape)}"
-            raise TypeError(f"{self.function.reference} returned {kind} for a row; expected one real number")
+            raise WrongResultError(f"{self.function.reference} returned {kind} for a row; expected one real number")
         return result.astype(jnp.float32)
 
 
@@ -301,16 +302,16 @@ def _one_line(error: BaseException) -> str:
 
 
 def checked(function: UserFunction, returned: Any, count: int) -> np.ndarray:
-    """A function's result as float32[count]. Raises TypeError with the result's and the expected form."""
+    """A function's result as float32[count]. Raises WrongResultError with the result's and the expected form."""
     expected = f"expected {count} numbers, one for each record"
     try:
         values = np.asarray(returned)
     except ValueError:
-        raise TypeError(f"{function.reference} returned rows of different lengths; {expected}") from None
+        raise WrongResultError(f"{function.reference} returned rows of different lengths; {expected}") from None
     if values.dtype.kind not in "biuf":
-        raise TypeError(f"{function.reference} returned {type(returned).__name__} of {values.dtype}; {expected}")
+        raise WrongResultError(f"{function.reference} returned {type(returned).__name__} of {values.dtype}; {expected}")
     if values.shape != (count,):
-        raise TypeError(f"{function.reference} returned {values.dtype}{list(values.shape)}; {expected}")
+        raise WrongResultError(f"{function.reference} returned {values.dtype}{list(values.shape)}; {expected}")
     return values.astype(np.float32)
 
 
