@@ -606,6 +606,8 @@ def test_run_folder_of_another_config(models: Path, refused: Refusal) -> None:
         line = refused("search", path, "--out", out, "--resume", "--set", override)
         assert str(out / "config.yaml") in line
         assert differing in line
+    # A run without a generation gives way to the next one.
+    (out / "history.jsonl").write_text('{"generation": 1}\n')
     line = refused("search", path, "--out", out)
     assert str(out) in line
     assert "--resume" in line
