@@ -143,7 +143,7 @@ def load_models(
         key, model = pytrees[0]
         raise InputError(f"load_models: {key}", f"{shown(model)}; expected a path or a name, as other models have")
     if backend is None and not pytrees:
-        return _language_models(base, parents, tokenizer_source, other_modules)
+        return _language_models(base, [parent for _, parent in of_parents], tokenizer_source, other_modules)
     held = {key: hold_tree(f"load_models: {key}", key, model) for key, model in pytrees}
     names = {key: held[key].reference if key in held else str(model) for key, model in named}
     paths = {key: _file(name) for key, name in names.items()}
