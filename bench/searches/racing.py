@@ -342,7 +342,7 @@ def main() -> None:
     parser.add_argument("--rungs", type=int, default=4)
     parser.add_argument("--searches", nargs="+", choices=SEARCHES, default=SEARCHES, help="the first is compared with")
     arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
+    logging.getLogger().setLevel(logging.ERROR)
     problem = build_problem(CONFIG, read_config(CONFIG, [f"search.generations={arguments.generations}"], 0))
     results: dict[int, dict[str, Choice]] = {}
     rankings: list[Rankings] = []

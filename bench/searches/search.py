@@ -138,7 +138,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.peers < 2:
         parser.error("--peers: 2 or more, for the first is not counted: it loads what the others find loaded")
-    logging.disable(logging.WARNING)
+    logging.getLogger().setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -744,7 +744,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    logging.disable(logging.WARNING)
+    logging.getLogger().setLevel(logging.ERROR)
     names = arguments.strategies or ([REFERENCE] if arguments.overhead else list(VARIANTS))
     if arguments.overhead:
         overhead(arguments, [name for name in names if name in VARIANTS])
