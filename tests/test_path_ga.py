@@ -104,7 +104,7 @@ def test_children_take_whole_moves_from_two_parents() -> None:
 @given(spaces(), st.integers(0, 2**31 - 1))
 @settings(max_examples=20)
 def test_members_score_differently_and_nothing_is_evaluated_twice(space: MoveSpace, seed: int) -> None:
-    """As far as there is anything else: equals fill the places that are left, and the draws of a child are counted."""
+    """Equals fill only the places that nothing else is left for, and the draws of a child are counted."""
     strategy, rng = make("path_ga", space, 6), np.random.default_rng(seed)
     state, met = strategy.init(generation_key(seed, INIT_KEY), space.start[None]), set[bytes]()
     for number in range(6):

@@ -56,12 +56,12 @@ def test_a_study_of_pytrees_is_their_search() -> None:
     for _ in range(2):
         genomes = study.ask()
         study.tell(genomes, study.evaluate(genomes))
-    found = em.search_pytrees(
+    short = em.search_pytrees(
         [ONE, TWO], closeness, base=BASE, method="task_arithmetic", parameters={"weight": {"high": 1.5}}, population=4,
         generations=2, seed=3,
     )  # fmt: skip
-    assert [row["fitness"] for row in study.history] == [row["fitness"] for row in found.history]
-    assert study.best.fitness == found.history[-1]["best_so_far"]
+    assert [row["fitness"] for row in study.history] == [row["fitness"] for row in short.history]
+    assert study.best.fitness == short.history[-1]["best_so_far"]
     names = ["weight[encoder][parents[0]]", "weight[encoder][parents[1]]", "weight[head][parents[0]]"]
     assert list(study.best.parameters)[:3] == names and set(study.space.groups) == {"encoder", "head"}
 

@@ -300,8 +300,7 @@ def test_a_chat_has_its_images_where_its_template_puts_them(root: Path, tmp_path
     texts = (f"{shown}<image> w5 w7 w9", f"{shown}w11 <image> w12 <image> w9")
     for number, (text, images) in enumerate(zip(texts, ((3, 0), (3, 1, 2)), strict=True)):
         expected = seeing_logprobs(model, processor, text, images_of(tmp_path, images), records[number + 1]["target"])
-        found = scores.matrices["task0"]["log_probability"][0, number]
-        assert found == pytest.approx(expected.mean(), abs=1e-4)
+        assert scores.matrices["task0"]["log_probability"][0, number] == pytest.approx(expected.mean(), abs=1e-4)
 
 
 def test_features_of_another_tower_are_not_taken(root: Path, tmp_path: Path) -> None:

@@ -136,8 +136,8 @@ class Torture:
         if status not in expected or "Traceback" in stderr:
             self.fault(f"{number.name}: {shlex.join(arguments)} ended with {status}", stderr)
         elif status == 130:
-            told = NEXT.search(stderr) is not None or arguments[0] != "search"
-            if stderr.splitlines()[-1:] != ["interrupted"] or not (told or stderr == "interrupted\n"):
+            advises = NEXT.search(stderr) is not None or arguments[0] != "search"
+            if stderr.splitlines()[-1:] != ["interrupted"] or not (advises or stderr == "interrupted\n"):
                 self.fault(f"{number.name}: it does not say how to go on", stderr)
 
     def search(self, kills: int) -> None:

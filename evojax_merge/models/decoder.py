@@ -175,13 +175,13 @@ def causal_attention(
 
 def whole_attention(
     query: jax.Array,
-    own: KVSegment,
+    rows: KVSegment,
     prefix: Sequence[KVSegment],
     scale: float | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
     """`gqa_attention` of whole rows to themselves and to a prefix, where queries attend to later columns."""
-    return gqa_attention(query, [*prefix, own], scale, softcap)
+    return gqa_attention(query, [*prefix, rows], scale, softcap)
 
 
 # ---------------------------------------------------------------------------------------------------------------

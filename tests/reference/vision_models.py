@@ -144,14 +144,14 @@ def _inputs(processor: Any, prompt: str, images: Sequence[Path]) -> dict[str, An
 
 def seeing_logprobs(model: Any, processor: Any, prompt: str, images: Sequence[Path], target: str) -> np.ndarray:
     """float64[len(target)]: the log-probability of each token of a target of words after a prompt with images."""
-    inputs, own = _inputs(processor, prompt, images), processor.tokenizer(target)["input_ids"]
-    ids = torch.cat([inputs["input_ids"], torch.tensor([own])], dim=1)
+    inputs, wanted = _inputs(processor, prompt, images), processor.tokenizer(target)["input_ids"]
+    ids = torch.cat([inputs["input_ids"], torch.tensor([wanted])], dim=1)
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "token_type_ids" in inputs:
-        inputs["token_type_ids"] = torch.cat([inputs["token_type_ids"], torch.zeros(1, len(own), dtype=int)], dim=1)
+        inputs["token_type_ids"] = torch.cat([inputs["token_type_ids"], torch.zeros(1, len(wanted), dtype=int)], dim=1)
     with torch.no_grad():
-        logits = model(**inputs).logits[0, -len(own) - 1 : -1]
-    return torch.log_softmax(logits.double(), -1)[range(len(own)), own].numpy()
+        logits = model(**inputs).logits[0, -len(wanted) - 1 : -1]
+    return torch.log_softmax(logits.double(), -1)[range(len(wanted)), wanted].numpy()
 
 
 def seeing_text(model: Any, processor: Any, prompt: str, images: Sequence[Path], new: int) -> str:

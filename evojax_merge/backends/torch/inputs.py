@@ -65,19 +65,21 @@ def _fitting(array: np.ndarray) -> np.ndarray:
 # Inputs
 
 
+def _opened(folder: Path, loader: Any, what: str) -> Any:
+    """The folder's image processor or feature extractor, by transformers' class for all of them."""
+    try:
+        return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(folder, f"has no {what} that transformers opens ({reason})") from None
+
+
 def _images(examples: Sequence[NetworkExample], folder: Path) -> dict[str, np.ndarray]:
     """`pixel_values` of images, by the model's image processor."""
     import PIL.Image
     import transformers
 
-    try:
-        processor = transformers.AutoImageProcessor.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(
-            folder, f"has no image processor that transformers opens ({' '.join(str(error).split())[:200]})"
-        ) from None
+    processor = _opened(folder, transformers.AutoImageProcessor, "image processor")
     arrays = []
     for example in examples:
         if "image" not in example.inputs:
@@ -128,14 +130,7 @@ def _recordings(examples: Sequence[NetworkExample], folder: Path) -> dict[str, n
     import transformers
     from scipy.io import wavfile
 
-    try:
-        extractor = transformers.AutoFeatureExtractor.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(
-            folder, f"has no feature extractor that transformers opens ({' '.join(str(error).split())[:200]})"
-        ) from None
+    extractor = _opened(folder, transformers.AutoFeatureExtractor, "feature extractor")
     waves = []
     for example in examples:
         path = example.inputs["audio"]
