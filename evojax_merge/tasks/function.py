@@ -51,6 +51,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "logits": ("logits", "targets", "mask"),
     "arrays": ("model", "rows"),
     "model": ("model",),
+    "answers": ("record", "left", "right"),
 }
 METRIC = "score"
 # Exceptions that mean, to the command line, the end of the command or its user's mistake.
