@@ -7,7 +7,7 @@ let sending = false;
 const judge = byId("judge");
 judge.value = sessionStorage.getItem("judge") || "judge " + Math.floor(Math.random() * 1000);
 sessionStorage.setItem("judge", judge.value);
-judge.addEventListener("change", () => { sessionStorage.setItem("judge", judge.value); refresh(); });
+judge.addEventListener("change", () => { sessionStorage.setItem("judge", judge.value); open = null; refresh(); });
 
 function show(state) {
   const { question, standing } = state;
@@ -48,8 +48,10 @@ async function refresh() {
     fail("");
     if (!sending) show(await answer.json());
   } catch (error) {
-    fail("The search does not answer: " + error.message + ". Votes so far are kept.");
+    fail("The search does not answer; it may have ended. All votes are kept. (" + error.message + ")");
   }
+  // Ask again soon while the next candidates are being written, and seldom where nobody answers.
+  if (!open) setTimeout(refresh, byId("error").hidden ? 300 : 3000);
 }
 
 async function vote(choice) {
@@ -65,6 +67,7 @@ async function vote(choice) {
     fail("The vote was not counted: " + error.message);
   }
   sending = false;
+  if (!open) setTimeout(refresh, 300);
 }
 
 for (const choice of Object.values(KEYS)) byId(choice).addEventListener("click", () => vote(choice));
@@ -73,4 +76,3 @@ document.addEventListener("keydown", (event) => {
   if (event.key in KEYS) { event.preventDefault(); vote(KEYS[event.key]); }
 });
 refresh();
-setInterval(() => { if (!open && !sending) refresh(); }, 300);
