@@ -27,7 +27,7 @@ from evojax_merge.tasks.images import EXTRA, RecordImage
 
 # The larger models whose images are computed as transformers computes them. The others read texts alone: their
 # positions, masks or layers know of images.
-SEEING = ("gemma3", "idefics3", "llava", "llava_next", "vipllava")
+SEEING = ("gemma3", "idefics3", "internvl", "llava", "llava_next", "mistral3", "smolvlm", "vipllava")
 # The keys of config.json that name the token of an image's positions.
 PLACEHOLDER_KEYS = ("image_token_id", "image_token_index")
 # The key of config.json that names the token in an image's place, where it is another than that of its positions.
@@ -63,7 +63,10 @@ class VisionSide:
         import transformers
 
         config = {name: value for name, value in self.folder.whole.config.items() if name != "text_config"}
-        total = hashlib.sha256(json.dumps([FORMAT, transformers.__version__, config], sort_keys=True).encode())
+        # Where torchvision is installed, processors resize with it, and not quite as Pillow does.
+        resizing = transformers.utils.is_torchvision_available()
+        settings = [FORMAT, transformers.__version__, resizing, config]
+        total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for file in processor_files(self.processor):
             total.update(f"{file.name}\n".encode() + file.read_bytes())
         for name, tensor in sorted(self.folder.other_modules.items()):
@@ -168,7 +171,8 @@ class VisionSide:
     def _encoded(self, image: RecordImage, inputs: dict[str, Any]) -> np.ndarray:
         import torch
 
-        model = self._module
+        # The model below its head names all arguments, such as the sizes of images that are not resized to one.
+        model = self._module.base_model
         taken = inspect.signature(model.get_image_features).parameters
         with _messages_of(image.where, f"the vision tower of {self.folder.path} fails on it"), torch.no_grad():
             output = model.get_image_features(
@@ -207,7 +211,9 @@ def _messages_of(where: object, what: str) -> Iterator[None]:
         raise InputError(where, f"images need the package {error.name}; {EXTRA}") from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(where, f"{what} ({reason})") from None
+        # transformers' own words about a package that a processor lacks.
+        advice = f"; {EXTRA}" if isinstance(error, ImportError) else ""
+        raise InputError(where, f"{what} ({reason}){advice}") from None
 
 
 @contextmanager
