@@ -42,7 +42,7 @@ class PromptConfig(TaskConfig):
 
     kind: str = Field(description="the kind of task")
     file: Location = Field(
-        description="JSON lines, a .json list, .csv or .parquet file, or zoo:search.jsonl and its like"
+        description="JSON lines, .json, .csv or .parquet, zoo:search.jsonl and its like, or hub:owner/dataset:split"
     )
     prompt: Text = Field("{prompt}", description="a template over a record's fields")
     target: Text = Field("{target}", description="a template over a record's fields")
