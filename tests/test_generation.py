@@ -195,7 +195,7 @@ def test_vqa_accuracy_is_by_how_many_people_answered_so(tmp_path: Path) -> None:
     assert score(open_vqa(tmp_path, ["don't, 3.5"] * 4), ["Dont 3.5"], ["dont 35"]).tolist() == [[1], [0]]
     with pytest.raises(InputError, match=r"data.jsonl:1: answers: has 3; vqa_accuracy is for more than 3 people's"):
         open_vqa(tmp_path, ANSWERS[:3])
-    with pytest.raises(InputError, match="answers: .* is no list of texts"):
+    with pytest.raises(InputError, match=r"answers: .* is no list of texts"):
         open_vqa(tmp_path, [{"text": "2"}] * 4)
     with pytest.raises(InputError, match=r"tasks\[0\].accept: missing"):
         open_vqa(tmp_path, ANSWERS, accept=None)

@@ -299,8 +299,8 @@ def test_data_sets_of_questions_about_images_by_their_names(
     config = TaskFile(tasks=[{"name": "task0", **tasks[0]}]).tasks[0]  # type: ignore[list-item]
     search, heldout = open_task("tasks", config, root, 0)
     assert search.files == (data / "train-00000-of-00001.parquet",)
-    commit = "1" * 40
-    pinned = {"file": f"hub:SakanaAI/JA-VG-VQA-500@{commit}:train", "heldout": f"hub:SakanaAI/JA-VG-VQA-500@{commit}:test"}
+    name = f"hub:SakanaAI/JA-VG-VQA-500@{'1' * 40}"
+    pinned = {"file": f"{name}:train", "heldout": f"{name}:test"}
     assert resolved_config(config, search, heldout).items() >= pinned.items()
     with pytest.raises(InputError, match=r"row 0: the record has no field 'answer', which tasks.*target names"):
         score(root / "one", tasks[0] | {"target": "{answer}"})

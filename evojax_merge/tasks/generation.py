@@ -47,8 +47,10 @@ FAR = 0.5
 AGREEING = 3
 # Words that vqa_accuracy leaves out, and numbers that it writes in digits.
 ARTICLES = ("a", "an", "the")
-NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True))
-NUMBERS["none"] = "0"
+NUMBERS = {
+    "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
+    "eight": "8", "nine": "9", "ten": "10",
+}  # fmt: skip
 # Signs that it leaves out where one stands beside white space, or a number has a comma; else a space takes their place.
 # Apostrophes and points, but for those of decimals, are left out everywhere.
 SIGNS = re.escape(';/[]"{}()=+\\_-><@`,?!')
