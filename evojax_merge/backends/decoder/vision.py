@@ -32,8 +32,10 @@ SEEING = ("gemma3", "idefics3", "internvl", "llava", "llava_next", "mistral3", "
 PLACEHOLDER_KEYS = ("image_token_id", "image_token_index")
 # The key of config.json that names the token in an image's place, where it is another than that of its positions.
 PLACE_KEY = "boi_token_index"
+# The endings of a processor's settings that say who wrote it, and not what it does.
+UNCOMPARED = ("_class", "_type", "_name_or_path", "_version", "auto_map", "chat_template")
 # A change of what a file of features holds.
-FORMAT = "1"
+FORMAT = "2"
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,10 @@ class VisionSide:
         self.encoded += 1
         return features
 
+    def settings(self) -> dict[str, Any]:
+        """The processor's settings by their names; those of its parts as `image_processor.size.height`."""
+        return dict(_flat("", self._processor.to_dict()))
+
     def release(self) -> None:
         """Free the module, which is loaded again where another image needs it."""
         vars(self).pop("_module", None)
@@ -103,14 +109,19 @@ class VisionSide:
         return cache_folder() / "features" / name[:2] / f"{name}.safetensors"
 
     def _stored(self, image: RecordImage) -> np.ndarray | None:
-        """An image's features from the cache; None where they are not there, or the file is damaged."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+        """An image's features from the cache; None where they are not there, are those of another image, processor or
+        tower, or the file is damaged."""
+        from safetensors import SafetensorError, safe_open
 
         try:
-            return load_file(self._file(image))["features"]
-        except (OSError, SafetensorError, KeyError):
+            with safe_open(self._file(image), "numpy") as file:
+                is_same = (file.metadata() or {}) == self._metadata(image)
+                return file.get_tensor("features") if is_same else None
+        except (OSError, SafetensorError):
             return None
+
+    def _metadata(self, image: RecordImage) -> dict[str, str]:
+        return {"image": image.sha256, "vision": self.key}
 
     def _store(self, image: RecordImage, features: np.ndarray) -> None:
         from safetensors.numpy import save_file
@@ -118,7 +129,7 @@ class VisionSide:
         file = self._file(image)
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as work:
-            save_file({"features": features}, work)
+            save_file({"features": features}, work, self._metadata(image))
 
     # -----------------------------------------------------------------------------------------------------------
     # transformers
@@ -240,13 +251,15 @@ def _quietly() -> Iterator[None]:
 class VisionTokenizer:
     """A larger model's tokenizer, which places images (see `tasks.images`). tokenizer: that of its texts; side: the
     vision side, None where images are refused, for the reason `refusal`; placeholder: the text in an image's place;
-    placeholder_id: the token of each of its positions, None where the tokenizer has none."""
+    placeholder_id: the token of each of its positions, None where the tokenizer has none; sides: the vision sides of
+    all models that are scored, whose processors prepare images alike."""
 
     tokenizer: Any
     side: VisionSide | None
     refusal: str = ""
     placeholder: str = ""
     placeholder_id: int | None = None
+    sides: tuple[VisionSide, ...] = ()
     # By the hash of an image: the image, the text in its place, and its first row among all features.
     _placed: dict[str, tuple[RecordImage, Expansion, int]] = field(default_factory=dict)
     rows: int = 0
@@ -305,6 +318,8 @@ class VisionTokenizer:
     def _place(self, image: RecordImage) -> tuple[RecordImage, Expansion, int]:
         if image.sha256 not in self._placed:
             assert self.side is not None
+            for other in () if self._placed else self.sides:
+                check_processor(self.side, other)
             expansion = self.side.expansion(image)
             self._placed[image.sha256] = image, expansion, self.rows
             self.rows += expansion.rows
@@ -388,6 +403,33 @@ class Vision:
         )
 
 
+def check_processor(side: VisionSide, other: VisionSide) -> None:
+    """Raises InputError where the processor of another model prepares images in another way, by the first setting that
+    differs."""
+    if _contents(side.processor) == _contents(other.processor):
+        return
+    settings, others = side.settings(), other.settings()
+    for name in sorted(settings.keys() | others.keys()):
+        if settings.get(name) != others.get(name) and not name.endswith(UNCOMPARED):
+            raise InputError(
+                other.processor, f"its processor's {name} is {shown(others.get(name))}, and that of {side.processor} "
+                f"{shown(settings.get(name))}; expected one processor, which prepares the images of all models",
+            )  # fmt: skip
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in processor_files(folder)}
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The settings in a mapping of mappings, each by its whole name."""
+    if not isinstance(value, Mapping):
+        yield name, value
+        return
+    for key, part in value.items():
+        yield from _flat(f"{name}.{key}".removeprefix("."), part)
+
+
 def vision_of(tokenizer: Any, folders: Sequence[DecoderFolder]) -> Vision | None:
     """The images of tasks in front of models in these folders; None where no images are computed for their
     tokenizer."""
@@ -402,6 +444,7 @@ def vision_of(tokenizer: Any, folders: Sequence[DecoderFolder]) -> Vision | None
         for folder in folders
         if folder.is_part and folder.whole.config["model_type"] in SEEING
     }
+    tokenizer.sides = tuple(sides.values())
     return Vision(tokenizer, kept, sides | {kept.folder.path: kept})
 
 
