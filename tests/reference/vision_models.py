@@ -1,6 +1,7 @@
 """Tiny vision-language models with their processors, and transformers' scores of prompts with images."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,15 @@ def gemma3_processor() -> Any:
     return transformers.Gemma3Processor(pixels, made, image_seq_length=4)
 
 
+def qwen_processor(kind: str) -> Any:
+    size = {"shortest_edge": 64, "longest_edge": 1024}
+    pixels = transformers.Qwen2VLImageProcessorPil(size=size, patch_size=4, merge_size=2, temporal_patch_size=2)
+    made = tokenizer("<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>")
+    frames = getattr(transformers, "Qwen3VLVideoProcessor" if kind == "Qwen3VL" else "Qwen2VLVideoProcessor")
+    videos = frames(size=size, patch_size=4, merge_size=2, temporal_patch_size=2)
+    return getattr(transformers, f"{kind}Processor")(pixels, made, videos)
+
+
 TILES = [[12, 24], [24, 12], [24, 24]]
 TEXT = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -70,6 +80,14 @@ VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "n
 CLIP = {"model_type": "clip_vision_model", "image_size": 12, "patch_size": 4, **VISION}
 LLAMA, IMAGES = {"model_type": "llama", **TEXT}, {"image_token_index": IMAGE_TOKEN}
 MISTRAL = {"model_type": "mistral", "sliding_window": None, "head_dim": 8, **TEXT}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+QWEN_IMAGES = {
+    "image_token_id": IMAGE_TOKEN, "video_token_id": IMAGE_TOKEN - 1, "vision_end_token_id": IMAGE_TOKEN - 2,
+    "vision_start_token_id": IMAGE_TOKEN - 3,
+}  # fmt: skip
+QWEN_VISION = {
+    "depth": 2, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
 # model_type -> its settings, and its processor.
 SEEING: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     "llava": ({"text_config": LLAMA, "vision_config": CLIP, **IMAGES}, llava_processor),
@@ -90,9 +108,30 @@ SEEING: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
          "vision_config": {"model_type": "idefics3_vision", "image_size": 12, "patch_size": 3, **VISION}},
         idefics3_processor,
     ),
+    "qwen2_vl": (
+        {"text_config": {"model_type": "qwen2_vl_text", **TEXT, "rope_parameters": MROPE}, **QWEN_IMAGES,
+         "vision_config": {"model_type": "qwen2_vl_vision", **QWEN_VISION, "embed_dim": 16, "hidden_size": 32,
+                           "mlp_ratio": 2}},
+        partial(qwen_processor, "Qwen2VL"),
+    ),
+    "qwen2_5_vl": (
+        {"text_config": {"model_type": "qwen2_5_vl_text", **TEXT, "rope_parameters": MROPE}, **QWEN_IMAGES,
+         "vision_config": {"model_type": "qwen2_5_vl_vision", **QWEN_VISION, "intermediate_size": 24,
+                           "out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]}},
+        partial(qwen_processor, "Qwen2_5_VL"),
+    ),
+    "qwen3_vl": (
+        {"text_config": {"model_type": "qwen3_vl_text", **TEXT, "head_dim": 8, "num_hidden_layers": 3,
+                         "rope_parameters": MROPE | {"mrope_section": [2, 1, 1], "mrope_interleaved": True}},
+         "vision_config": {"model_type": "qwen3_vl_vision", **QWEN_VISION, "intermediate_size": 24,
+                           "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+         **QWEN_IMAGES},
+        partial(qwen_processor, "Qwen3VL"),
+    ),
 }  # fmt: skip
 # The text in an image's place, where it is not `<image>`.
-PLACEHOLDERS = {"gemma3": "<begin>"}
+QWEN_PLACE = "<|vision_start|> <|image_pad|> <|vision_end|>"
+PLACEHOLDERS = {"gemma3": "<begin>", "qwen2_vl": QWEN_PLACE, "qwen2_5_vl": QWEN_PLACE, "qwen3_vl": QWEN_PLACE}
 
 
 def seeing_model(kind: str) -> Any:
@@ -147,8 +186,9 @@ def seeing_logprobs(model: Any, processor: Any, prompt: str, images: Sequence[Pa
     inputs, wanted = _inputs(processor, prompt, images), processor.tokenizer(target)["input_ids"]
     ids = torch.cat([inputs["input_ids"], torch.tensor([wanted])], dim=1)
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if "token_type_ids" in inputs:
-        inputs["token_type_ids"] = torch.cat([inputs["token_type_ids"], torch.zeros(1, len(wanted), dtype=int)], dim=1)
+    for kind in ("token_type_ids", "mm_token_type_ids"):
+        if kind in inputs:
+            inputs[kind] = torch.cat([inputs[kind], torch.zeros(1, len(wanted), dtype=int)], dim=1)
     with torch.no_grad():
         logits = model(**inputs).logits[0, -len(wanted) - 1 : -1]
     return torch.log_softmax(logits.double(), -1)[range(len(wanted)), wanted].numpy()
@@ -157,6 +197,8 @@ def seeing_logprobs(model: Any, processor: Any, prompt: str, images: Sequence[Pa
 def seeing_text(model: Any, processor: Any, prompt: str, images: Sequence[Path], new: int) -> str:
     """The greedy continuation of a prompt with images, as a text."""
     inputs = _inputs(processor, prompt, images)
+    # That of the text before, which transformers would take for a text without images.
+    model.model.rope_deltas = None
     with torch.no_grad():
         whole = model.generate(**inputs, max_new_tokens=new, do_sample=False, eos_token_id=2, pad_token_id=0)
     generated = whole[0, inputs["input_ids"].shape[1] :]
