@@ -374,7 +374,8 @@ def init_decode(spec: DecodeSpec, shared: None, each: jax.Array) -> DecodeState:
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 def prefill(spec: DecodeSpec, shared: Any, each: Any, state: DecodeState) -> DecodeState:
     """Prefill prompts and generate a first token after each (see models.generate). shared: the models' arrays, the
-    number of the first row, the prompts' tokens and left padding, and their images or None; each: the candidates, and their prefix's cache or None."""
+    number of the first row, the prompts' tokens and left padding, and their images or None; each: the candidates, and
+    their prefix's cache or None."""
 
     def local(shared: Any, each: Any) -> DecodeState:
         (replicated, row, tokens, left_pad, images), ((candidates, prefix), state) = shared, each

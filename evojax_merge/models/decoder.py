@@ -27,7 +27,6 @@ from evojax_merge.models.images import ImageInputs
 from evojax_merge.models.layers import (
     Attend,
     KeyValue,
-    LayerKind,
     SequenceLayout,
     Weights,
     layer_kinds,
@@ -328,9 +327,7 @@ def forward(
         x, kv = scan_with_prefetch(layer, x, at, each_layer)
     else:
         # For gradients, a layer is computed again from the state before it, the only value that is kept.
-        x, kv = jax.lax.scan(
-            jax.checkpoint(lambda x, xs: layer(x, *xs), prevent_cse=False), x, (slices, each_layer)
-        )
+        x, kv = jax.lax.scan(jax.checkpoint(lambda x, xs: layer(x, *xs), prevent_cse=False), x, (slices, each_layer))
     x = architecture.final_norm(config, source, x)
     return x, KVCache(*kv) if return_kv else None
 

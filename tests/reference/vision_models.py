@@ -1,6 +1,6 @@
-"""Tiny vision-language models with their processors, and transformers' scores of prompts with images."""
+"""Tiny vision-language models with their processors, and images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,10 @@ import torch
 import transformers
 from helpers import word_tokenizer, words
 from PIL import Image
+
+from reference.vision_scores import load_seeing, records_score, seeing_logprobs, seeing_text
+
+__all__ = ["load_seeing", "records_score", "seeing_logprobs", "seeing_text"]
 
 IMAGE_TOKEN, VOCAB = 60, 64
 # The sizes of the images: of one shape, wide, high, and smaller than the model's.
@@ -157,15 +161,6 @@ def save_seeing(model: Any, folder: Path, seed: int, vision_noise: float = 0.0) 
     return folder
 
 
-def load_seeing(folder: Path) -> tuple[Any, Any]:
-    """(model, processor) as transformers loads them from a folder, with all tensors that the model has."""
-    model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    return model.eval(), transformers.AutoProcessor.from_pretrained(folder)
-
-
 def write_images(folder: Path) -> list[Path]:
     """Images of unlike sizes, by their files."""
     rng, files = np.random.default_rng(0), []
@@ -174,32 +169,3 @@ def write_images(folder: Path) -> list[Path]:
         files.append(folder / f"{number}.png")
         Image.fromarray(pixels).save(files[-1])
     return files
-
-
-def _inputs(processor: Any, prompt: str, images: Sequence[Path]) -> dict[str, Any]:
-    opened = [Image.open(file).convert("RGB") for file in images]
-    return dict(processor(text=[prompt], images=opened or None, return_tensors="pt"))
-
-
-def seeing_logprobs(model: Any, processor: Any, prompt: str, images: Sequence[Path], target: str) -> np.ndarray:
-    """float64[len(target)]: the log-probability of each token of a target of words after a prompt with images."""
-    inputs, wanted = _inputs(processor, prompt, images), processor.tokenizer(target)["input_ids"]
-    ids = torch.cat([inputs["input_ids"], torch.tensor([wanted])], dim=1)
-    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    for kind in ("token_type_ids", "mm_token_type_ids"):
-        if kind in inputs:
-            inputs[kind] = torch.cat([inputs[kind], torch.zeros(1, len(wanted), dtype=int)], dim=1)
-    with torch.no_grad():
-        logits = model(**inputs).logits[0, -len(wanted) - 1 : -1]
-    return torch.log_softmax(logits.double(), -1)[range(len(wanted)), wanted].numpy()
-
-
-def seeing_text(model: Any, processor: Any, prompt: str, images: Sequence[Path], new: int) -> str:
-    """The greedy continuation of a prompt with images, as a text."""
-    inputs = _inputs(processor, prompt, images)
-    # That of the text before, which transformers would take for a text without images.
-    model.model.rope_deltas = None
-    with torch.no_grad():
-        whole = model.generate(**inputs, max_new_tokens=new, do_sample=False, eos_token_id=2, pad_token_id=0)
-    generated = whole[0, inputs["input_ids"].shape[1] :]
-    return str(processor.tokenizer.decode(generated, skip_special_tokens=True))

@@ -14,7 +14,7 @@ from evojax_merge.backends.decoder.vision import Vision
 from evojax_merge.checkpoints.bank import bank_bytes, load_stored
 from evojax_merge.checkpoints.derived import input_files, reference_to
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
-from evojax_merge.checkpoints.parents import Sources, open_sources
+from evojax_merge.checkpoints.parents import Sources, as_decoder_of, open_sources
 from evojax_merge.checkpoints.tokens import TokenizerChoice
 from evojax_merge.config import Config, EvaluationConfig
 from evojax_merge.errors import InputError
@@ -314,6 +314,8 @@ class DecoderBackend:
         )
         candidates: DecoderEvaluator = heldout.evaluator.evaluator
         images = self._images(model, candidates.compute_dtype, candidates.devices)
+        # A text model takes images as the decoder that it merges into does.
+        config = as_decoder_of(config, self.models.decoder)
         evaluator = replace(candidates, config=config, images=images)
         return evaluator.stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)
 
