@@ -241,8 +241,8 @@ def _hidden(spec: ScoreSpec, source: LayerSource, batch: Any, prefix: KVCache | 
 @partial(jax.jit, static_argnums=0)
 def score(spec: ScoreSpec, shared: Any, each: Any) -> tuple[jax.Array, jax.Array]:
     """float32[P, R] and bool[P, R]: a chunk of candidates on one batch (see `logprobs_from_hidden`). shared: the
-    models' arrays, and a batch's, its `images` among them where it has any; each: the candidates, and
-    their prefix's cache or None."""
+    models' arrays, and a batch's, its `images` among them where it has any; each: the candidates, and their prefix's
+    cache or None."""
 
     def one(shared: Any, each: Any) -> tuple[jax.Array, jax.Array]:
         (replicated, batch), (candidate, prefix) = shared, each

@@ -4,12 +4,11 @@
 weights, or a merge that is computed while the scan runs. `decode_step` feeds a few tokens to a model with a KV cache.
 Both run the block of the config's architecture and pass it the attention function.
 
-Shapes: tokens `[B, T]`, hidden states `[B, T, hidden]`, cached keys `[L, G, B,
-head_dim, S]` and values `[L, G, B, S, head_dim]` of G key-value heads: each head's keys and values are contiguous, in
-the order in which its matmuls read them. Weights keep Hugging Face's orientation `[out, in]`. A `SequenceLayout` gives
-every token's position and segment: rows may be padded on the left (for generation, every prompt ends in the last
-column) or on the right, may hold several segments that share a beginning, and may all follow one *prefix* that was
-prefilled before.
+Shapes: tokens `[B, T]`, hidden states `[B, T, hidden]`, cached keys `[L, G, B, head_dim, S]` and values `[L, G, B, S,
+head_dim]` of G key-value heads: each head's keys and values are contiguous, in the order in which its matmuls read
+them. Weights keep Hugging Face's orientation `[out, in]`. A `SequenceLayout` gives every token's position and segment:
+rows may be padded on the left (for generation, every prompt ends in the last column) or on the right, may hold several
+segments that share a beginning, and may all follow one *prefix* that was prefilled before.
 """
 
 from collections.abc import Callable, Sequence
