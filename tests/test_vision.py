@@ -17,6 +17,7 @@ from reference.vision_models import (
     PLACEHOLDERS,
     SEEING,
     load_seeing,
+    records_score,
     save_seeing,
     seeing_logprobs,
     seeing_model,
@@ -166,12 +167,7 @@ SPACES: dict[str, dict[str, Any]] = {
 
 def heldout_score(folder: Path, root: Path) -> float:
     """The score of a folder on `tasks.jsonl` by transformers."""
-    (model, processor), means = load_seeing(folder), []
-    for line, (_, numbers) in zip((root / "tasks.jsonl").read_text().splitlines(), PROMPTS, strict=True):
-        record = json.loads(line)
-        images = images_of(root, numbers)
-        means.append(seeing_logprobs(model, processor, record["prompt"], images, record["target"]).mean())
-    return float(np.mean(means))
+    return records_score(folder, root / "tasks.jsonl")
 
 
 # In Gemma 3 the positions of an image attend to later ones.

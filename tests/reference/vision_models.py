@@ -1,6 +1,7 @@
-"""Tiny vision-language models with their processors, and transformers' scores of prompts with images."""
+"""Tiny vision-language models with their processors, and images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ import torch
 import transformers
 from helpers import word_tokenizer, words
 from PIL import Image
+
+from reference.vision_scores import load_seeing, records_score, seeing_logprobs, seeing_text
+
+__all__ = ["load_seeing", "records_score", "seeing_logprobs", "seeing_text"]
 
 IMAGE_TOKEN, VOCAB = 60, 64
 # The sizes of the images: of one shape, wide, high, and smaller than the model's.
@@ -89,6 +94,15 @@ def gemma3_processor() -> Any:
     return transformers.Gemma3Processor(pixels, made, image_seq_length=4)
 
 
+def qwen_processor(kind: str) -> Any:
+    size = {"shortest_edge": 64, "longest_edge": 1024}
+    pixels = transformers.Qwen2VLImageProcessorPil(size=size, patch_size=4, merge_size=2, temporal_patch_size=2)
+    made = tokenizer("<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>")
+    frames = getattr(transformers, "Qwen3VLVideoProcessor" if kind == "Qwen3VL" else "Qwen2VLVideoProcessor")
+    videos = frames(size=size, patch_size=4, merge_size=2, temporal_patch_size=2)
+    return getattr(transformers, f"{kind}Processor")(pixels, made, videos)
+
+
 TILES = [[12, 24], [24, 12], [24, 24]]
 TEXT = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -100,6 +114,14 @@ LLAMA, IMAGES = {"model_type": "llama", **TEXT}, {"image_token_index": IMAGE_TOK
 MISTRAL = {"model_type": "mistral", "sliding_window": None, "head_dim": 8, **TEXT}
 QWEN2 = {"model_type": "qwen2", **TEXT}
 PIXTRAL = {"model_type": "pixtral", "image_size": 24, "patch_size": 4, "head_dim": 8, **VISION}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+QWEN_IMAGES = {
+    "image_token_id": IMAGE_TOKEN, "video_token_id": IMAGE_TOKEN - 1, "vision_end_token_id": IMAGE_TOKEN - 2,
+    "vision_start_token_id": IMAGE_TOKEN - 3,
+}  # fmt: skip
+QWEN_VISION = {
+    "depth": 2, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
 # model_type, or a name -> its settings, and its processor.
 SEEING: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     "llava": ({"text_config": LLAMA, "vision_config": CLIP, **IMAGES}, llava_processor),
@@ -138,9 +160,33 @@ SEEING: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
          "vision_feature_select_strategy": "full", **IMAGES},
         pixtral_processor,
     ),
+    "qwen2_vl": (
+        {"text_config": {"model_type": "qwen2_vl_text", **TEXT, "rope_parameters": MROPE}, **QWEN_IMAGES,
+         "vision_config": {"model_type": "qwen2_vl_vision", **QWEN_VISION, "embed_dim": 16, "hidden_size": 32,
+                           "mlp_ratio": 2}},
+        partial(qwen_processor, "Qwen2VL"),
+    ),
+    "qwen2_5_vl": (
+        {"text_config": {"model_type": "qwen2_5_vl_text", **TEXT, "rope_parameters": MROPE}, **QWEN_IMAGES,
+         "vision_config": {"model_type": "qwen2_5_vl_vision", **QWEN_VISION, "intermediate_size": 24,
+                           "out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]}},
+        partial(qwen_processor, "Qwen2_5_VL"),
+    ),
+    "qwen3_vl": (
+        {"text_config": {"model_type": "qwen3_vl_text", **TEXT, "head_dim": 8, "num_hidden_layers": 3,
+                         "rope_parameters": MROPE | {"mrope_section": [2, 1, 1], "mrope_interleaved": True}},
+         "vision_config": {"model_type": "qwen3_vl_vision", **QWEN_VISION, "intermediate_size": 24,
+                           "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+         **QWEN_IMAGES},
+        partial(qwen_processor, "Qwen3VL"),
+    ),
 }  # fmt: skip
 # The text in an image's place, where it is not `<image>`.
-PLACEHOLDERS = {"gemma3": "<begin>", "internvl": "<IMG_CONTEXT>", "mistral3": "[IMG]", "pixtral": "[IMG]"}
+QWEN_PLACE = "<|vision_start|> <|image_pad|> <|vision_end|>"
+PLACEHOLDERS = {
+    "gemma3": "<begin>", "internvl": "<IMG_CONTEXT>", "mistral3": "[IMG]", "pixtral": "[IMG]", "qwen2_vl": QWEN_PLACE,
+    "qwen2_5_vl": QWEN_PLACE, "qwen3_vl": QWEN_PLACE,
+}  # fmt: skip
 
 
 def seeing_model(kind: str) -> Any:
@@ -167,15 +213,6 @@ def save_seeing(model: Any, folder: Path, seed: int, vision_noise: float = 0.0) 
     return folder
 
 
-def load_seeing(folder: Path) -> tuple[Any, Any]:
-    """(model, processor) as transformers loads them from a folder, with all tensors that the model has."""
-    model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    return model.eval(), transformers.AutoProcessor.from_pretrained(folder)
-
-
 def write_images(folder: Path) -> list[Path]:
     """Images of unlike sizes, by their files."""
     rng, files = np.random.default_rng(0), []
@@ -184,29 +221,3 @@ def write_images(folder: Path) -> list[Path]:
         files.append(folder / f"{number}.png")
         Image.fromarray(pixels).save(files[-1])
     return files
-
-
-def _inputs(processor: Any, prompt: str, images: Sequence[Path]) -> dict[str, Any]:
-    opened = [Image.open(file).convert("RGB") for file in images]
-    return dict(processor(text=[prompt], images=opened or None, return_tensors="pt"))
-
-
-def seeing_logprobs(model: Any, processor: Any, prompt: str, images: Sequence[Path], target: str) -> np.ndarray:
-    """float64[len(target)]: the log-probability of each token of a target of words after a prompt with images."""
-    inputs, wanted = _inputs(processor, prompt, images), processor.tokenizer(target)["input_ids"]
-    ids = torch.cat([inputs["input_ids"], torch.tensor([wanted])], dim=1)
-    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if "token_type_ids" in inputs:
-        inputs["token_type_ids"] = torch.cat([inputs["token_type_ids"], torch.zeros(1, len(wanted), dtype=int)], dim=1)
-    with torch.no_grad():
-        logits = model(**inputs).logits[0, -len(wanted) - 1 : -1]
-    return torch.log_softmax(logits.double(), -1)[range(len(wanted)), wanted].numpy()
-
-
-def seeing_text(model: Any, processor: Any, prompt: str, images: Sequence[Path], new: int) -> str:
-    """The greedy continuation of a prompt with images, as a text."""
-    inputs = _inputs(processor, prompt, images)
-    with torch.no_grad():
-        whole = model.generate(**inputs, max_new_tokens=new, do_sample=False, eos_token_id=2, pad_token_id=0)
-    generated = whole[0, inputs["input_ids"].shape[1] :]
-    return str(processor.tokenizer.decode(generated, skip_special_tokens=True))
