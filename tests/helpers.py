@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -67,6 +68,9 @@ def sample(cases: Iterable[T], count: int) -> list[T]:
         return cases
     return [cases[(2 * i + 1) * len(cases) // (2 * count)] for i in range(count)]
 
+
+# Runs with EVOJAX_TEST_ALL alone: a long way to what shorter tests meet as well.
+thorough = pytest.mark.skipif(not ALL, reason="make test-all runs it (EVOJAX_TEST_ALL)")
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 VOCAB = 64

@@ -22,6 +22,7 @@ from helpers import (
     finetune,
     random_model,
     random_records,
+    sample,
     save,
     state,
     tiny_config,
@@ -205,7 +206,7 @@ def expanded(reference: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("method", "dtype"),
-    [("linear", torch.float32), ("task_arithmetic", torch.bfloat16), ("ties", torch.float32)],
+    sample([("linear", torch.float32), ("task_arithmetic", torch.bfloat16), ("ties", torch.float32)], 1),
 )
 def test_adapters_of_one_base_are_held_as_factors(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Scores and merges are those of the models that they stand for, to the bit, from the base held once."""

@@ -11,6 +11,7 @@ import pytest
 import toy_backend
 import yaml
 from click.testing import CliRunner
+from helpers import thorough
 from safetensors.numpy import load_file, save_file
 
 import evojax_merge as em
@@ -120,6 +121,7 @@ def test_a_toy_is_planned_searched_resumed_and_exported(networks: dict[str, Any]
     assert "right" in (run / "report.html").read_text(encoding="utf-8")
 
 
+@thorough
 def test_a_killed_search_exports_the_best_so_far(networks: dict[str, Any], tmp_path: Path) -> None:
     config, run = config_file(tmp_path), tmp_path / "run"
     command("search", config, "--out", run)

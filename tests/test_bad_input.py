@@ -25,6 +25,7 @@ from helpers import (
     random_model,
     save,
     state,
+    thorough,
     tiny_config,
     words,
     write_lines,
@@ -680,6 +681,7 @@ def process(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
+@thorough
 def test_processes_say_one_line_and_exit_with_2(models: Path, tmp_path: Path) -> None:
     damage("NaN")(models / "two")
     before = contents(tmp_path)

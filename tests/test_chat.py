@@ -199,7 +199,7 @@ CHATS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 # Cases of which the scores are compared as well. Each costs the compilation of its own lengths.
-SCORED = tuple(CHATS) if ALL else ("chat", "shown as turns", "prefix")
+SCORED = tuple(CHATS) if ALL else ("shown as turns",)
 
 
 def harness_samples(

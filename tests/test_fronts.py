@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import build_family, random_records, sample, search_in, state, write_lines
+from helpers import build_family, random_records, sample, search_in, state, thorough, write_lines
 from hostile import run_command, start_command
 from pymoo.algorithms.moo.nsga2 import NSGA2
 from pymoo.indicators.hv import HV
@@ -341,6 +341,7 @@ def test_an_exported_member_is_what_was_scored_bit_for_bit(finished: Path, confi
     np.testing.assert_allclose(means, [one["scores"]["one/margin"] for one in members], atol=1e-6)
 
 
+@thorough
 def test_a_run_that_goes_on_replaces_its_front(finished: Path, config_file: Path, tmp_path: Path) -> None:
     """In two parts, the first of which ends with a front of its own: in the end all is as in one."""
     for more in (["--set", "search.generations=2"], ["--resume"]):
@@ -356,6 +357,7 @@ def test_a_run_that_goes_on_replaces_its_front(finished: Path, config_file: Path
         assert (kept / "front/member-1.yaml").is_file()
 
 
+@thorough
 def test_killed_and_resumed_is_as_never_stopped(finished: Path, config_file: Path, tmp_path: Path) -> None:
     # Of the same name, which stands in the card.
     out = tmp_path / finished.name

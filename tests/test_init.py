@@ -14,7 +14,18 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import VOCAB, Family, finetune, random_model, save, tiny_config, word_tokenizer, words, write_lines
+from helpers import (
+    VOCAB,
+    Family,
+    finetune,
+    random_model,
+    save,
+    thorough,
+    tiny_config,
+    word_tokenizer,
+    words,
+    write_lines,
+)
 from merge_kernels import METHODS
 
 from evojax_merge.cli import cli, run
@@ -73,6 +84,7 @@ def test_the_config_is_one_that_a_search_takes(init: Init, capsys: pytest.Captur
         assert "# " in line or line.startswith(("#", "  - ")) or line in ("", "#", "search:"), line
 
 
+@thorough
 def test_the_demo_family_is_planned_by_the_command_that_init_names(
     init: Init, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -886,7 +886,7 @@ def test_exact_cancellation_elects_plus(weight: tuple[float, float], ratio: floa
 # Zeros are common and equal magnitudes too: 1/256 is the step.
 tensors = arrays(np.float32, SMALL, elements=st.integers(-512, 512).map(lambda i: i / 256))
 weights = st.integers(1, 96).map(lambda i: i / 64)
-laws = settings(max_examples=200 if ALL else 30)
+laws = settings(max_examples=200 if ALL else 15)
 
 
 @laws

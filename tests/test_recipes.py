@@ -693,7 +693,7 @@ def loading(model_class: Any, folder: Path) -> tuple[dict[str, torch.Tensor], di
     return dict(model.state_dict()), told
 
 
-@pytest.mark.parametrize("kind", sample(architectures(), 9))
+@pytest.mark.parametrize("kind", sample(architectures(), 5))
 def test_a_merge_loads_as_its_sources_do(kind: str, tmp_path: Path) -> None:
     """No weight is missing, left over or made up, and the config means what the sources' means."""
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import Family
+from helpers import Family, thorough
 from hostile import run_command, run_python
 
 import evojax_merge as em
@@ -119,6 +119,7 @@ def test_fitness_of_ones_own_and_failures(family: Family) -> None:
         study.tell(study.ask(), np.full(4, np.nan))
 
 
+@thorough
 def test_a_study_resumes(family: Family, study: em.Study, tmp_path: Path) -> None:
     changes = {"out": tmp_path / "run", "validation": 0.25, "validate_every": 1}
     make(family, **changes).run(1)

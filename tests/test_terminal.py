@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from helpers import thorough
 from hostile import run_command, run_python
 from rich.console import Console
 from safetensors.numpy import save_file
@@ -140,6 +141,7 @@ def test_a_run_that_failed_before_its_first_generation_gives_way(config: Path) -
     assert "holds a run already" in search(config, status=2).stderr
 
 
+@thorough
 def test_a_users_log_and_table_stay_and_stop_nothing(config: Path) -> None:
     run = config.parent / "run"
     search(config, "--set", "search.generations=1")
