@@ -10,7 +10,7 @@ import lm_eval
 import numpy as np
 import pytest
 import yaml
-from helpers import ALL, Family, random_model, tiny_config, write_lines
+from helpers import ALL, Family, random_model, thorough, tiny_config, write_lines
 from hostile import build_world, run_command
 from hostile import config as search_config
 from lm_eval.models.huggingface import HFLM
@@ -480,6 +480,7 @@ def test_what_is_no_conversation_is_refused(
 # Commands
 
 
+@thorough
 def test_a_search_and_an_evaluation_score_chats(family: Family, tmp_path: Path) -> None:
     world = build_world(tmp_path / "world", family)
     template = "{% for m in messages %}w{{ 10 + m.role | length }} {{ m.content }} {% endfor %}"

@@ -19,6 +19,7 @@ from helpers import (
     Family,
     finetune,
     random_model,
+    sample,
     save,
     thorough,
     tiny_config,
@@ -127,7 +128,7 @@ def test_the_kind_of_task_goes_by_the_fields(
     assert task["kind"] == kind and task.items() >= keys.items()
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if searched_parameters(method)])
+@pytest.mark.parametrize("method", sample([name for name, method in METHODS.items() if searched_parameters(method)], 5))
 def test_every_method_that_can_be_searched(init: Init, method: str) -> None:
     parents = ("one", "two")[: METHODS[method].max_parents or 2]
     base = () if METHODS[method].base == "parent" else ("--base", "base")
