@@ -400,6 +400,7 @@ WRONG: list[tuple[Callable[[Family, em.Study], Any], str]] = [
     (lambda family, study: make(family, population=2), "Study: population: is given by `strategy` as well"),
     (lambda family, study: make(family, strategy=3), "Study: strategy: 3; expected a text or a mapping"),
     (lambda family, study: make(family, strategy=em.strategies.cma_es(population=1)), "population: 1"),
+    (lambda family, study: em.strategies.cma_es(pop=3), "strategies.cma_es: there is no option 'pop'"),
     (lambda family, study: make(family, strategy=em.strategies.cma_es(sigma="w")), "Study: search.sigma: expected"),
     (lambda family, study: make(family, validation=1.5), "Study: search.validation: expected"),
     (lambda family, study: make(family, seed=-1), "Study: seed: expected"),
