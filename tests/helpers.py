@@ -3,8 +3,11 @@
 Checkpoints are made with transformers and torch, so that what is read back was not written by what is tested.
 """
 
+import contextlib
+import io
 import json
 import os
+import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -286,6 +289,15 @@ def stand_in_for_the_zoo(cache: Path, family: Family) -> dict[str, Path]:
     for name, target in (folders | files).items():
         (packaged / name).symlink_to(target)
     return folders
+
+
+def run_here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`evojax-merge` with these arguments, in this process: programs that it traces and compiles serve the next command
+    as well, where a process of its own takes four times as long. (hostile.run_command: a real process.)"""
+    words = list(map(str, arguments))
+    with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
+        status = run(lambda: cli.main(words, standalone_mode=False))
+    return subprocess.CompletedProcess(["evojax-merge", *words], status, stdout.getvalue(), stderr.getvalue())
 
 
 def run_linear_merge(folder: Path, *models: object) -> int:

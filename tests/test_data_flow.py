@@ -23,7 +23,7 @@ from helpers import (
     hidden_states,
     load_torch,
     random_model,
-    random_records,
+    run_here,
     sample,
     save,
     state,
@@ -33,7 +33,7 @@ from helpers import (
     words,
     write_lines,
 )
-from hostile import run_command, start_command
+from hostile import start_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.layer_paths import torch_path_logits
@@ -215,7 +215,7 @@ class Setting:
     def __init__(self, root: File, header: int) -> None:
         self.folders = make_parents(root, "qwen2")
         self.bank, self.spec = open_paths(self.folders)
-        file = write_lines(root / "tasks.jsonl", random_records(6))
+        file = write_lines(root / "tasks.jsonl", even_records(6))
         before = "".join(f"w{4 + i % 50} " for i in range(header))
         fields = Fields(before + "{prompt}", "{target}", "choices", "answer", " ")
         kinds: list[tuple[Any, str]] = [("likelihood", "log_probability"), ("exact_match", "accuracy")]
@@ -417,7 +417,7 @@ def test_network_scales_are_within_bounds_and_one_in_the_middle() -> None:
 
 
 def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess:
-    done = run_command(*arguments)
+    done = run_here(*arguments)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 

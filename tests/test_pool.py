@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import build_family, random_records, state, thorough, tiny_config, write_lines
-from hostile import run_command, start_command
+from helpers import build_family, random_records, run_here, state, thorough, tiny_config, write_lines
+from hostile import start_command
 from merge_kernels import METHODS
 from reference.merging import slerp
 
@@ -266,7 +266,7 @@ def config_file(tmp_path_factory) -> Path:
 
 
 def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess:
-    done = run_command(*arguments)
+    done = run_here(*arguments)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 

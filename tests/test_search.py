@@ -1,4 +1,4 @@
-"""The search as a user runs it: real processes on real folders, killed, resumed, exported."""
+"""The search as a user runs it: commands on real folders; killed as a process, resumed, exported."""
 
 import json
 import re
@@ -21,8 +21,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import build_family, even_records, hidden_states, load_torch, sample, search_in, thorough, write_lines
-from hostile import Running, run_command, run_python, start_command
+from helpers import (
+    build_family,
+    even_records,
+    hidden_states,
+    load_torch,
+    run_here,
+    sample,
+    search_in,
+    thorough,
+    write_lines,
+)
+from hostile import Running, run_python, start_command
 
 from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.folder import read_header
@@ -47,7 +57,7 @@ GENERATIONS = 6
 
 
 def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess:
-    done = run_command(*arguments)
+    done = run_here(*arguments)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
