@@ -1,4 +1,4 @@
-"""Merge kernels against the float64 formulas of reference/merging.py, and against the installed mergekit and sd-mecha."""
+"""Merge kernels against the float64 formulas of reference/merging.py, the installed mergekit and sd-mecha."""
 
 import hashlib
 import itertools
