@@ -1,10 +1,11 @@
 """The demo family: tiny models whose weights come with the package, others of the same kind that are trained on the
-spot, a family of looped models, and a real small model taken from a package.
+spot, a family of looped models, one of a model that sees and a text model, and a real small model from a package.
 
 References: `zoo:base`, `zoo:maths`, `zoo:japanese` are models, `zoo:search.jsonl` and `zoo:heldout.jsonl` task files;
 `zoo:3/base` belongs to the family of seed 3, which is trained first, and `zoo:experts/sums` is one of six more experts
 of `zoo:base`, which are trained first as well. `zoo:loops/plus`, `zoo:loops/3/plus` belong to the looped families
-(loops), `zoo:smollm2/base` to the real model (smollm2). All of them are kept in the user's cache folder once made.
+(loops), `zoo:evovlm/vision` and `zoo:evovlm/3/vision` to those that see
+(evovlm), `zoo:smollm2/base` to the real model (smollm2). All of them are kept in the user's cache folder once made.
 """
 
 import re
@@ -51,6 +52,10 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
         from evojax_merge.zoo import loops
 
         return loops.resolve_reference(name.removeprefix("loops/"))
+    if name.startswith("evovlm/"):
+        from evojax_merge.zoo import evovlm
+
+        return evovlm.resolve_reference(name.removeprefix("evovlm/"))
     match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
     if match is None or match[2] not in MODELS + FILES:
         numbered = re.match(r"\d{1,9}/", name)
