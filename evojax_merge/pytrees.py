@@ -5,7 +5,6 @@ The search is the one for checkpoints, with pytrees in memory as its backend.
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -33,7 +32,7 @@ from evojax_merge.config import (
     explain,
 )
 from evojax_merge.core import evolve_on
-from evojax_merge.errors import LOG, InputError
+from evojax_merge.errors import LOG, InputError, print_warning
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.file_system import atomic_write, atomic_write_bytes
 from evojax_merge.problem import open_search, resolved_search, searchable
@@ -295,9 +294,7 @@ class _Reporter(Reporter):
         self._on_generation(generation)
 
     def warn(self, text: str) -> None:
-        self.log(f"warning: {text}")
-        # The warning names the caller of `search_pytrees`.
-        warnings.warn(text, stacklevel=5)
+        print_warning(text)
 
 
 def _write(folder: RunFolder, result: PytreeSearch, genome: np.ndarray) -> None:

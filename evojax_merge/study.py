@@ -362,9 +362,10 @@ class Study(Described):
         # The pytrees in the sections live as long as the study.
         self._tasks = document["tasks"]
         self._resume, self._overwrite = resume, overwrite
+        self._warned: set[str] = set()
         if self.out is None and (resume or overwrite):
             raise InputError(f"Study: {'resume' if resume else 'overwrite'}", "there is no run folder; give `out`")
-        with PythonCall():
+        with PythonCall(self._warned):
             self._parsed: Config = config_from(WHERE, as_yaml(str(WHERE), document), [], None)
             self._problem = build_problem(WHERE, self._parsed)
             if self._problem.scale != "none":
@@ -427,7 +428,8 @@ class Study(Described):
         the winner, write its model, and return the run.
 
         A second call, or a study with `resume`, continues from the last saved generation. on_generation gets every
-        generation. force: continue where the models or the passes do not fit into memory.
+        generation. force: continue where the models or the passes do not fit into memory. A warning is given once for
+        a study.
         """
         check_arguments(Study.run, locals())
         budget = self._parsed.search.budget
@@ -452,17 +454,17 @@ class Study(Described):
             config = config.model_copy(update={"search": search})
         begun: list[RunFolder] = []
         try:
-            with PythonCall():
+            with PythonCall(self._warned):
                 run_search(
                     WHERE, config, self.out, resume=self._resume, overwrite=self._overwrite, on_started=begun.append,
                     on_generation=on_generation, force=force,
                 )  # fmt: skip
+                return with_warnings(open_run(self.out))
         finally:
             self._state = None
             if begun:
                 # A run that was refused leaves nothing to continue.
                 self._resume, self._overwrite = is_run(RunFolder(self.out)), False
-        return with_warnings(open_run(self.out))
 
     # -------------------------------------------------------------------------------------------------------------
     # A loop by hand, in memory
