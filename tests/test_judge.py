@@ -2,8 +2,11 @@
 
 import json
 import re
+import signal
 import threading
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,17 @@ import pytest
 import yaml
 from browser import BROWSER, Browser
 from helpers import Family, build_family
-from hostile import run_command, start_command
+from hostile import Running, run_command, start_command
 from scipy.optimize import minimize
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import Failed, InputError
 from evojax_merge.judge.ballot import Ballot
 from evojax_merge.judge.pairs import RULES, information
 from evojax_merge.judge.posterior import BAR, Kernel, Posterior, distances_between, fit_preferences, outcomes_of
 from evojax_merge.judge.server import served
 from evojax_merge.judge.votes import Vote, VoteFile
 from evojax_merge.tasks.human import HumanTask
+from evojax_merge.tasks.language_judge import LanguageModelJudge
 from evojax_merge.tasks.text import Example, TextTask
 
 JUDGE = '''
@@ -217,8 +221,8 @@ def test_a_search_that_a_function_judges_and_its_replay(tmp_path: Path, family: 
     assert done.returncode == 0, done.stderr
     votes = votes_of(run)
     assert votes and all(vote["judge"] == "judge.py:shorter" for vote in votes)
-    rows = {row["role"]: row for row in json.loads((run / "result.json").read_text())["heldout"]}
-    assert rows["winner"]["scores"]["taste/preference"] == 0
+    rows = {row["role"]: row for row in json.loads((run / "result.json").read_text())["table"]}
+    assert rows["winner"]["heldout_scores"]["taste/preference"] == 0
     # The judge is not asked again: the votes of the file are taken.
     (tmp_path / "judge.py").write_text(JUDGE.replace("<", ">"))
     done = run_command("judge", str(path), "--out", str(replay), "--replay", str(run / "votes.jsonl"))
@@ -231,15 +235,16 @@ def test_a_search_that_a_function_judges_and_its_replay(tmp_path: Path, family: 
 def test_a_function_that_chooses_nothing_is_named(tmp_path: Path, family: Family) -> None:
     done = run_command("search", str(config(tmp_path, family, "judge.py:confused")), "--out", str(tmp_path / "run"))
     assert done.returncode == 1
-    assert "returned 'the first one'; expected 'left', 'right', 'tie' or 'both_bad'" in done.stderr
+    assert "returned 'the first one'; expected one of left, right, tie, both_bad" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"votes": 0}, "votes: 0"),
+        ({"votes": 0}, "votes: expected a whole number from 1"),
         ({"judge": "judge.py:nobody"}, "judge.py has no function 'nobody'"),
         ({"file": "missing.jsonl"}, "missing.jsonl: no such file"),
+        ({"limit": None, "judge": "judge.py:JUDGED"}, "judge.py has no function"),
     ],
 )
 def test_tasks_that_nobody_can_judge_are_refused(
@@ -247,6 +252,53 @@ def test_tasks_that_nobody_can_judge_are_refused(
 ) -> None:
     done = run_command("search", str(config(tmp_path, family, **changes)), "--out", str(tmp_path / "run"))
     assert done.returncode == 2 and message in done.stderr
+
+
+class Model(BaseHTTPRequestHandler):
+    """An OpenAI-compatible model that prefers the shorter answer, or, of answers of one length, the first one."""
+
+    failures = 0
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        first, second = re.split(r"# Answer [AB]\n", request["messages"][1]["content"])[1:]
+        if type(self).failures:
+            type(self).failures -= 1
+            self.send_error(503)
+            return
+        word = "B." if len(second.strip()) < len(first.strip()) else "A"
+        body = json.dumps({"choices": [{"message": {"content": word}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None: ...
+
+
+@pytest.fixture
+def model() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Model) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+def test_a_language_model_is_asked_in_both_orders(model: str) -> None:
+    judge = LanguageModelJudge(model, "small", "Which?", pauses=(0.0,))
+    assert judge.choose({}, "p", "long answer", "short") == "right"
+    assert judge.choose({}, "p", "short", "long answer") == "left"
+    # It takes the first of two equal answers, whichever that is.
+    assert judge.choose({}, "p", "abc", "xyz") == "tie"
+    assert judge.report() == "small: 3 votes; on 33% of the pairs the order decided, and these are ties"
+
+
+def test_a_language_model_that_does_not_answer_is_asked_again(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Model, "failures", 1)
+    assert LanguageModelJudge(model, "small", "Which?", pauses=(0.0,)).choose({}, "p", "ab", "a") == "right"
+    monkeypatch.setattr(Model, "failures", 9)
+    with pytest.raises(Failed, match=r"chat/completions does not answer \(status 503\); all votes are kept"):
+        LanguageModelJudge(model, "small", "Which?", pauses=(0.0,)).choose({}, "p", "ab", "a")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -339,8 +391,7 @@ def test_a_search_that_is_killed_between_votes_loses_none(tmp_path: Path, family
     counted = 0
     for _ in range(2):
         started = start_command("judge", str(path), "--out", str(run), *(["--resume"] if run.exists() else []))
-        assert started.stdout is not None
-        address = next(match[0] for line in started.stdout if (match := re.search(r"http://\S+", line)))
+        address = page_of(started)
         for _ in range(2):
             question = None
             while question is None:
@@ -348,6 +399,16 @@ def test_a_search_that_is_killed_between_votes_loses_none(tmp_path: Path, family
             vote = {"task": 0, "number": question["number"], "choice": "left", "judge": "ann"}
             assert httpx.post(f"{address}vote", json=vote).json()["counted"]
             counted += 1
-        started.kill()
+        started.send_signal(signal.SIGKILL)
         started.wait()
         assert len(votes_of(run)) == counted
+
+
+def page_of(started: Running) -> str:
+    """The address that a search prints once it is loaded."""
+    end = time.monotonic() + 300
+    printed = started.streams / "stdout"
+    while not printed.exists() or (match := re.search(r"http://\S+/", printed.read_text())) is None:
+        assert started.poll() is None and time.monotonic() < end, started.read("stderr")
+        time.sleep(0.05)
+    return match[0]

@@ -95,7 +95,9 @@ def _content(file: Path) -> Any:
         document = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return fingerprint(file)
-    return {key: value for key, value in document.items() if key not in ORIGIN} if isinstance(document, dict) else document
+    return (
+        {key: value for key, value in document.items() if key not in ORIGIN} if isinstance(document, dict) else document
+    )
 
 
 def is_pipeline(path: Path) -> bool:
@@ -162,7 +164,9 @@ def choose_components(
     known = list(dict.fromkeys(name for pipeline in pipelines for name in pipeline.classes))
     for name, value in wanted.items():
         if name not in known:
-            raise InputError(f"{where}.{name}", f"no model has it{did_you_mean(name, known)} (they have {', '.join(known)})")
+            raise InputError(
+                f"{where}.{name}", f"no model has it{did_you_mean(name, known)} (they have {', '.join(known)})"
+            )
         if value != MERGE and value not in by_reference:
             raise InputError(
                 f"{where}.{name}", f"{shown(value)}; expected {MERGE}, or one of the models: {', '.join(references)}"

@@ -15,7 +15,6 @@ import numpy as np
 from evojax_merge.errors import Failed
 from evojax_merge.judge.pairs import Rule, information, most_informative
 from evojax_merge.judge.posterior import (
-    Choice,
     Kernel,
     Outcomes,
     Posterior,
@@ -26,6 +25,7 @@ from evojax_merge.judge.posterior import (
 )
 from evojax_merge.judge.votes import Round, Vote, VoteFile, digest
 from evojax_merge.tasks.human import HumanTask
+from evojax_merge.tasks.votes import Choice
 
 # Nats of information below which a vote is not asked for: its winner is known, or the two are known to be equal.
 LEAST_INFORMATION = 0.005
@@ -76,6 +76,8 @@ class Ballot:
         self._rule = rule
         self._changed = threading.Condition(threading.RLock())
         self._round: Round | None = None
+        # The last generation that came.
+        self._latest: Round | None = None
         self._texts: Sequence[Sequence[str]] = ()
         self._most = 0
         self._pairs: list[tuple[int, int]] | None = None
@@ -94,11 +96,10 @@ class Ballot:
         one for each prompt of the task, once the judges have voted on them. task: the ballot's, on the examples that
         generations are scored on."""
         with self._changed:
-            earlier = [each for each in self._rounds() if each.closed]
-            number = sum(len(each.votes) for each in earlier)
-            left = max(0, self.task.votes - number)
+            one = self._latest = self._begin(genomes, texts, task)
+            earlier = self._rounds()[:-1]
+            left = max(0, self.task.votes - sum(len(each.votes) for each in earlier))
             share = -(-left // max(1, self._expected - len(earlier)))
-            one = self._begin(genomes, texts, task)
             if not one.closed:
                 self._kernel, self._most, self._pairs = self._fit_kernel(), min(left, share), None
                 self._update()
@@ -150,18 +151,21 @@ class Ballot:
             if self._error is not None:
                 raise Failed(f"task {self.task.name}: no judge can vote any more ({self._error})")
             if self.task.judge is not None:
-                question = self.question(self.task.judge.reference)
+                question = self.question(self.task.judge.name)
                 if question is None:
                     return
-                record = self._examples.records[question.example]
-                self.vote(question.number, _chosen(self.task, record, question), self.task.judge.reference)
+                record = dict(self._examples.records[question.example])
+                choice = self.task.judge.choose(record, question.prompt, question.left, question.right)
+                self.vote(question.number, choice, self.task.judge.name)
             else:
                 self._changed.notify_all()
                 self._changed.wait(WAIT)
                 self._wake()
 
     def _rounds(self) -> list[Round]:
-        return [each for each in self._file.of_task(self.task.name) if each.genomes.shape[1]]
+        """The generations so far. A file that is replayed has later ones as well, which say nothing yet."""
+        rounds = [each for each in self._file.of_task(self.task.name) if each.genomes.shape[1]]
+        return rounds if self._latest is None else rounds[: rounds.index(self._latest) + 1]
 
     def _fit_kernel(self) -> Kernel:
         rounds = self._rounds()
@@ -296,18 +300,3 @@ class Ballot:
         """The random numbers behind so many votes of the round, for one use of them."""
         assert self._round is not None
         return np.random.default_rng([self._seed % 2**32, int(self._round.digest, 16), votes, use])
-
-
-def _chosen(task: HumanTask, record: dict[str, object], question: Question) -> Choice:
-    """The choice of the function that votes in place of people."""
-    from evojax_merge.tasks.function import guard_user_function
-    from evojax_merge.users_traceback import WrongResultError
-
-    assert task.judge is not None
-    with guard_user_function(task.judge.reference):
-        choice = task.judge.call(dict(record), question.left, question.right)
-    if choice not in ("left", "right", "tie", "both_bad"):
-        raise WrongResultError(
-            f"{task.judge.reference} returned {choice!r}; expected 'left', 'right', 'tie' or 'both_bad'"
-        )
-    return choice

@@ -80,7 +80,7 @@ def judged(on: Splits[SpaceEvaluator[Any]], ballots: Mapping[str, Ballot]) -> Sp
         return on
 
     def extended(kind: type[Any], one: SpaceEvaluator[Any]) -> SpaceEvaluator[Any]:
-        return kind(one.space, one.evaluator, one.devices, one.goal, ballots)  # type: ignore[no-any-return]
+        return kind(one.space, one.evaluator, one.devices, one.goal, ballots)
 
     counts = {name: min(ballot.task.heldout_votes, _human(on.heldout, name).size) for name, ballot in ballots.items()}
     chosen = [np.arange(counts.get(task.name, task.size)) for task in on.heldout.tasks]
@@ -93,7 +93,7 @@ def judged(on: Splits[SpaceEvaluator[Any]], ballots: Mapping[str, Ballot]) -> Sp
 
 
 def _human(evaluator: SpaceEvaluator[Any], name: str) -> HumanTask:
-    return next(task for task in evaluator.tasks if task.name == name)  # type: ignore[no-any-return]
+    return next(task for task in evaluator.tasks if task.name == name)
 
 
 def _with_strengths(

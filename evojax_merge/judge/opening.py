@@ -74,6 +74,10 @@ def judging(
             )
             log(f"judge: {address}")
         yield ballots
+        for task in tasks:
+            line = None if task.judge is None else task.judge.report()
+            if line is not None:
+                log(line)
 
 
 def _human_tasks(problem: SearchProblem) -> list[HumanTask]:

@@ -17,12 +17,12 @@ A judge's weight multiplies those of the judge's votes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
-Choice = Literal["left", "right", "tie", "both_bad"]
+from evojax_merge.tasks.votes import Choice
+
 # The number of an outcome's loser or winner where it is the bar of acceptable answers.
 BAR = -1
 # The kernel's length in units of the median distance between genomes, and its standard deviation in logits.

@@ -43,6 +43,7 @@ def served(ballots: Sequence[Ballot], port: int = 0) -> Iterator[str]:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((HOST, port))
+        listening.listen()
     except OSError as error:
         listening.close()
         what = f"{port} cannot be listened on ({error.strerror}); choose another, or leave it out for any that is free"
@@ -99,8 +100,8 @@ def application(ballots: Sequence[Ballot], token: str) -> Any:
             return Response("not found", 404, HEADERS)
         body = await request.body()
         try:
-            row = json.loads(body) if len(body) <= MAX_BODY else None
-            number, choice, judge = int(row["number"]), str(row["choice"]), str(row["judge"])[:MAX_NAME]
+            row: Any = json.loads(body) if len(body) <= MAX_BODY else None
+            number, choice, judge = int(row["number"]), row["choice"], str(row["judge"])[:MAX_NAME]
             ballot = ballots[int(row["task"])]
         except (ValueError, TypeError, KeyError, IndexError):
             return Response("expected task, number, choice and judge", 400, HEADERS)

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import numpy as np
 
 from evojax_merge.errors import Failed, InputError
-from evojax_merge.judge.posterior import Choice
+from evojax_merge.tasks.votes import Choice
 
 CHOICES = get_args(Choice)
 DIGEST = 16
