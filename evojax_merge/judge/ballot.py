@@ -197,7 +197,7 @@ class Ballot:
 
     def _is_decided(self) -> bool:
         assert self._round is not None
-        return len(self._round.votes) >= self._most or self._best_pair() is None
+        return len(self._round.votes) >= self._most or not self._informs(self._differing())
 
     # -----------------------------------------------------------------------------------------------------------
     # The judges' side
@@ -285,16 +285,24 @@ class Ballot:
 
     def _best_pair(self) -> tuple[int, int] | None:
         """The pair of candidates whose vote says most; None: no vote says enough."""
-        assert self._posterior is not None and self._round is not None
-        size = len(self._round.genomes)
-        answers = [tuple(candidate) for candidate in self._texts]
-        allowed = np.array([[answers[i] != answers[j] for j in range(size)] for i in range(size)])
+        allowed = self._differing()
         for one in self._open.values():
             left, right = one.candidates
             allowed[left, right] = allowed[right, left] = False
-        if np.max(information(self._posterior), where=allowed, initial=0.0) < LEAST_INFORMATION:
+        if not allowed.any() or not self._informs(allowed):
             return None
+        assert self._posterior is not None and self._round is not None
         return self._rule(self._posterior, allowed, self._generator(len(self._round.votes) + len(self._open), 0))
+
+    def _differing(self) -> np.ndarray:
+        """bool[P, P]: the pairs of candidates whose answers differ."""
+        answers = [tuple(candidate) for candidate in self._texts]
+        return np.array([[one != other for other in answers] for one in answers])
+
+    def _informs(self, allowed: np.ndarray) -> bool:
+        """Return whether a vote on one of the allowed pairs, bool[P, P], says enough to be asked for."""
+        assert self._posterior is not None
+        return float(np.max(information(self._posterior), where=allowed, initial=0.0)) >= LEAST_INFORMATION
 
     def _generator(self, votes: int, use: int) -> np.random.Generator:
         """The random numbers behind so many votes of the round, for one use of them."""

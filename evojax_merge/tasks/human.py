@@ -101,8 +101,8 @@ class FunctionJudge:
 @dataclass(frozen=True)
 class HumanTask(TaskDefaults):
     """A task (tasks.task) whose metric, `preference`, comes from votes on the texts. `text` makes the requests to a
-    model; `records` are the examples in the file's form; `judge`: votes in place of people; None: people do; `judge_place`:
-    the function's name, valid from any folder."""
+    model; `records` are the examples in the file's form; `judge`: votes in place of people; None: people do;
+    `judge_place`: the function's name, valid from any folder."""
 
     text: TextTask
     records: tuple[dict[str, Any], ...]
