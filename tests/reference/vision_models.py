@@ -29,6 +29,14 @@ def tokenizer(*special: str) -> Any:
     return made
 
 
+def named_tokenizer(names: dict[str, str]) -> Any:
+    """A tokenizer whose special tokens are attributes of these names, which the processor reads."""
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer(*names.values()).backend_tokenizer, unk_token="<unk>", bos_token="<s>",
+        eos_token="</s>", pad_token="<pad>", extra_special_tokens=names,
+    )  # fmt: skip
+
+
 def llava_processor() -> Any:
     pixels = transformers.CLIPImageProcessorPil(size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12})
     return transformers.LlavaProcessor(
@@ -54,15 +62,35 @@ def idefics3_processor() -> Any:
     return transformers.Idefics3Processor(pixels, tokenizer(*special), image_seq_len=4)
 
 
+def smolvlm_processor() -> Any:
+    pixels = transformers.SmolVLMImageProcessor(size={"longest_edge": 24}, max_image_size={"longest_edge": 12})
+    tiles = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    made = tokenizer(*tiles, "<global-img>", "<end_of_utterance>", "<fake_token_around_image>", "<image>")
+    return transformers.SmolVLMProcessor(pixels, made, transformers.SmolVLMVideoProcessor(), image_seq_len=4)
+
+
+def internvl_processor() -> Any:
+    pixels = transformers.GotOcr2ImageProcessor(size={"height": 8, "width": 8}, max_patches=4)
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    made = named_tokenizer({**names, "video_token": "<video>"})
+    return transformers.InternVLProcessor(pixels, made, transformers.InternVLVideoProcessor(), image_seq_length=4)
+
+
+def pixtral_processor(merged: int = 1) -> Any:
+    """The processor of images of any size, whose rows end with a token. merged: how many patches in each direction
+    are one position."""
+    pixels = transformers.PixtralImageProcessor(size={"longest_edge": 24}, patch_size={"height": 4, "width": 4})
+    made = tokenizer("[IMG_BREAK]", "[IMG_END]", "[IMG]")
+    return transformers.PixtralProcessor(pixels, made, patch_size=4, spatial_merge_size=merged)
+
+
+def mistral3_processor() -> Any:
+    return pixtral_processor(merged=2)
+
+
 def gemma3_processor() -> Any:
     pixels = transformers.Gemma3ImageProcessorPil(size={"height": 8, "width": 8})
-    made = tokenizer("<begin>", "<end>", "<soft>")
-    # The names of these tokens are attributes, which the processor reads.
-    special = {"boi_token": "<begin>", "eoi_token": "<end>", "image_token": "<soft>"}
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made.backend_tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        pad_token="<pad>", extra_special_tokens=special,
-    )  # fmt: skip
+    made = named_tokenizer({"boi_token": "<begin>", "eoi_token": "<end>", "image_token": "<soft>"})
     return transformers.Gemma3Processor(pixels, made, image_seq_length=4)
 
 
@@ -84,6 +112,8 @@ VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "n
 CLIP = {"model_type": "clip_vision_model", "image_size": 12, "patch_size": 4, **VISION}
 LLAMA, IMAGES = {"model_type": "llama", **TEXT}, {"image_token_index": IMAGE_TOKEN}
 MISTRAL = {"model_type": "mistral", "sliding_window": None, "head_dim": 8, **TEXT}
+QWEN2 = {"model_type": "qwen2", **TEXT}
+PIXTRAL = {"model_type": "pixtral", "image_size": 24, "patch_size": 4, "head_dim": 8, **VISION}
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 QWEN_IMAGES = {
     "image_token_id": IMAGE_TOKEN, "video_token_id": IMAGE_TOKEN - 1, "vision_end_token_id": IMAGE_TOKEN - 2,
@@ -92,7 +122,7 @@ QWEN_IMAGES = {
 QWEN_VISION = {
     "depth": 2, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
 }  # fmt: skip
-# model_type -> its settings, and its processor.
+# model_type, or a name -> its settings, and its processor.
 SEEING: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     "llava": ({"text_config": LLAMA, "vision_config": CLIP, **IMAGES}, llava_processor),
     "llava_next": (
@@ -111,6 +141,24 @@ SEEING: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
         {"text_config": LLAMA, "image_token_id": IMAGE_TOKEN, "scale_factor": 2,
          "vision_config": {"model_type": "idefics3_vision", "image_size": 12, "patch_size": 3, **VISION}},
         idefics3_processor,
+    ),
+    "smolvlm": (
+        {"text_config": LLAMA, "image_token_id": IMAGE_TOKEN, "scale_factor": 2,
+         "vision_config": {"model_type": "smolvlm_vision", "image_size": 12, "patch_size": 3, **VISION}},
+        smolvlm_processor,
+    ),
+    "internvl": (
+        {"text_config": QWEN2, "image_token_id": IMAGE_TOKEN - 1, "image_seq_length": 4,
+         "vision_config": {"model_type": "internvl_vision", "image_size": [8, 8], "patch_size": [2, 2], **VISION}},
+        internvl_processor,
+    ),
+    "mistral3": (
+        {"text_config": MISTRAL, "vision_config": PIXTRAL, "spatial_merge_size": 2, **IMAGES}, mistral3_processor,
+    ),
+    "pixtral": (
+        {"model_type": "llava", "text_config": MISTRAL, "vision_config": PIXTRAL, "vision_feature_layer": -1,
+         "vision_feature_select_strategy": "full", **IMAGES},
+        pixtral_processor,
     ),
     "qwen2_vl": (
         {"text_config": {"model_type": "qwen2_vl_text", **TEXT, "rope_parameters": MROPE}, **QWEN_IMAGES,
@@ -136,15 +184,19 @@ SEEING: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
 }  # fmt: skip
 # The text in an image's place, where it is not `<image>`.
 QWEN_PLACE = "<|vision_start|> <|image_pad|> <|vision_end|>"
-PLACEHOLDERS = {"gemma3": "<begin>", "qwen2_vl": QWEN_PLACE, "qwen2_5_vl": QWEN_PLACE, "qwen3_vl": QWEN_PLACE}
+PLACEHOLDERS = {
+    "gemma3": "<begin>", "internvl": "<IMG_CONTEXT>", "mistral3": "[IMG]", "pixtral": "[IMG]", "qwen2_vl": QWEN_PLACE,
+    "qwen2_5_vl": QWEN_PLACE, "qwen3_vl": QWEN_PLACE,
+}  # fmt: skip
 
 
 def seeing_model(kind: str) -> Any:
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **SEEING[kind][0])
+    config = transformers.AutoConfig.for_model(**{"model_type": kind, **SEEING[kind][0]})
     model = transformers.AutoModelForImageTextToText.from_config(config).float().eval()
     for name, values in model.named_parameters():
         torch.nn.init.normal_(values, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    model.make_processor = SEEING[kind][1]
     return model
 
 
@@ -158,7 +210,7 @@ def save_seeing(model: Any, folder: Path, seed: int, vision_noise: float = 0.0) 
     copy = type(model)(model.config)
     copy.load_state_dict(state)
     copy.save_pretrained(folder)
-    SEEING[model.config.model_type][1]().save_pretrained(folder)
+    model.make_processor().save_pretrained(folder)
     return folder
 
 

@@ -29,13 +29,18 @@ from evojax_merge.tasks.images import EXTRA, RecordImage
 
 # The larger models whose images are computed as transformers computes them. The others read texts alone: their
 # positions, masks or layers know of images.
-SEEING = ("gemma3", "idefics3", "llava", "llava_next", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "vipllava")
+SEEING = (
+    "gemma3", "idefics3", "internvl", "llava", "llava_next", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
+    "smolvlm", "vipllava",
+)  # fmt: skip
 # The input of a vision tower that says how many patches an image has in time, height and width, for M-RoPE.
 GRID = "image_grid_thw"
 # The keys of config.json that name the token of an image's positions.
 PLACEHOLDER_KEYS = ("image_token_id", "image_token_index")
 # The key of config.json that names the token in an image's place, where it is another than that of its positions.
 PLACE_KEY = "boi_token_index"
+# The endings of a processor's settings that say who wrote it, and not what it does.
+UNCOMPARED = ("_class", "_type", "_name_or_path", "_version", "auto_map", "chat_template")
 # A change of what a file of features holds.
 FORMAT = "2"
 
@@ -78,7 +83,10 @@ class VisionSide:
         import transformers
 
         config = {name: value for name, value in self.folder.whole.config.items() if name != "text_config"}
-        total = hashlib.sha256(json.dumps([FORMAT, transformers.__version__, config], sort_keys=True).encode())
+        # Where torchvision is installed, processors resize with it, and not quite as Pillow does.
+        resizing = transformers.utils.is_torchvision_available()
+        settings = [FORMAT, transformers.__version__, resizing, config]
+        total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for file in processor_files(self.processor):
             total.update(f"{file.name}\n".encode() + file.read_bytes())
         for name, tensor in sorted(self.folder.other_modules.items()):
@@ -116,6 +124,10 @@ class VisionSide:
         self.encoded += 1
         return features
 
+    def settings(self) -> dict[str, Any]:
+        """The processor's settings by their names; those of its parts as `image_processor.size.height`."""
+        return dict(_flat("", self._processor.to_dict()))
+
     def release(self) -> None:
         """Free the module, which is loaded again where another image needs it."""
         vars(self).pop("_module", None)
@@ -128,14 +140,20 @@ class VisionSide:
         return cache_folder() / "features" / name[:2] / f"{name}.safetensors"
 
     def _stored(self, image: RecordImage) -> Features | None:
-        """An image's features from the cache; None where they are not there, or the file is damaged."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+        """An image's features from the cache; None where they are not there, are those of another image, processor or
+        tower, or the file is damaged."""
+        from safetensors import SafetensorError, safe_open
 
         try:
-            return Features(**load_file(self._file(image)))
-        except (OSError, SafetensorError, TypeError):
+            with safe_open(self._file(image), "numpy") as file:
+                if file.metadata() != self._metadata(image):
+                    return None
+                return Features(file.get_tensor("rows"), file.get_tensor("deepstack"))
+        except (OSError, SafetensorError):
             return None
+
+    def _metadata(self, image: RecordImage) -> dict[str, str]:
+        return {"image": image.sha256, "vision": self.key}
 
     def _store(self, image: RecordImage, features: Features) -> None:
         from safetensors.numpy import save_file
@@ -143,7 +161,7 @@ class VisionSide:
         file = self._file(image)
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as work:
-            save_file(vars(features), work)
+            save_file(vars(features), work, self._metadata(image))
 
     # -----------------------------------------------------------------------------------------------------------
     # transformers
@@ -203,7 +221,8 @@ class VisionSide:
     def _encoded(self, image: RecordImage, inputs: dict[str, Any]) -> Features:
         import torch
 
-        model = self._module
+        # The model below its head names all arguments, such as the sizes of images that are not resized to one.
+        model = self._module.base_model
         taken = inspect.signature(model.get_image_features).parameters
         with _messages_of(image.where, f"the vision tower of {self.folder.path} fails on it"), torch.no_grad():
             output = model.get_image_features(
@@ -248,7 +267,9 @@ def _messages_of(where: object, what: str) -> Iterator[None]:
         raise InputError(where, f"images need the package {error.name}; {EXTRA}") from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(where, f"{what} ({reason})") from None
+        # transformers' own words about a package that a processor lacks.
+        advice = f"; {EXTRA}" if isinstance(error, ImportError) else ""
+        raise InputError(where, f"{what} ({reason}){advice}") from None
 
 
 @contextmanager
@@ -275,13 +296,15 @@ def _quietly() -> Iterator[None]:
 class VisionTokenizer:
     """A larger model's tokenizer, which places images (see `tasks.images`). tokenizer: that of its texts; side: the
     vision side, None where images are refused, for the reason `refusal`; placeholder: the text in an image's place;
-    placeholder_id: the token of each of its positions, None where the tokenizer has none."""
+    placeholder_id: the token of each of its positions, None where the tokenizer has none; sides: the vision sides of
+    all models that are scored, whose processors prepare images alike."""
 
     tokenizer: Any
     side: VisionSide | None
     refusal: str = ""
     placeholder: str = ""
     placeholder_id: int | None = None
+    sides: tuple[VisionSide, ...] = ()
     # By the hash of an image: the image, the text in its place, and its first row among all features.
     _placed: dict[str, tuple[RecordImage, Expansion, int]] = field(default_factory=dict)
     rows: int = 0
@@ -349,6 +372,8 @@ class VisionTokenizer:
     def _place(self, image: RecordImage) -> tuple[RecordImage, Expansion, int]:
         if image.sha256 not in self._placed:
             assert self.side is not None
+            for other in () if self._placed else self.sides:
+                check_processor(self.side, other)
             expansion = self.side.expansion(image)
             self._placed[image.sha256] = image, expansion, self.rows
             self.rows += expansion.rows
@@ -442,6 +467,33 @@ class Vision:
         )
 
 
+def check_processor(side: VisionSide, other: VisionSide) -> None:
+    """Raises InputError where the processor of another model prepares images in another way, by the first setting that
+    differs."""
+    if _contents(side.processor) == _contents(other.processor):
+        return
+    settings, others = side.settings(), other.settings()
+    for name in sorted(settings.keys() | others.keys()):
+        if settings.get(name) != others.get(name) and not name.endswith(UNCOMPARED):
+            raise InputError(
+                other.processor, f"its processor's {name} is {shown(others.get(name))}, and that of {side.processor} "
+                f"{shown(settings.get(name))}; expected one processor, which prepares the images of all models",
+            )  # fmt: skip
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in processor_files(folder)}
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The settings in a mapping of mappings, each by its whole name."""
+    if not isinstance(value, Mapping):
+        yield name, value
+        return
+    for key, part in value.items():
+        yield from _flat(f"{name}.{key}".removeprefix("."), part)
+
+
 def vision_of(tokenizer: Any, folders: Sequence[DecoderFolder]) -> Vision | None:
     """The images of tasks in front of models in these folders; None where no images are computed for their
     tokenizer."""
@@ -456,6 +508,7 @@ def vision_of(tokenizer: Any, folders: Sequence[DecoderFolder]) -> Vision | None
         for folder in folders
         if folder.is_part and folder.whole.config["model_type"] in SEEING
     }
+    tokenizer.sides = tuple(sides.values())
     return Vision(tokenizer, kept, sides | {kept.folder.path: kept})
 
 
