@@ -4,6 +4,7 @@ stored."""
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import sample, state
 from reference.vision_models import save_seeing, seeing_model
