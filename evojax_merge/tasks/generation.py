@@ -314,8 +314,8 @@ class _Words:
 
 
 class _JapaneseWords:
-    """The words of a text for ROUGE as MeCab has them, in the form in which EvoVLM-JP was measured: without emoji, and
-    with one way to write a character."""
+    """The words of a text for ROUGE as fugashi has them, in the form in which EvoVLM-JP was measured: without emoji,
+    and with one way to write a character."""
 
     def __init__(self) -> None:
         from fugashi import Tagger

@@ -125,7 +125,7 @@ class VisionSide:
         return features
 
     def settings(self) -> dict[str, Any]:
-        """The processor's settings by their names; those of its parts as `image_processor.size.height`."""
+        """The processor's settings by their names; those of its parts behind the part's name and a point."""
         return dict(_flat("", self._processor.to_dict()))
 
     def release(self) -> None:
