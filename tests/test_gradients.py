@@ -38,14 +38,17 @@ DRAWS = draws_of(SHAPE)
 VALUES: dict[str, Any] = {
     "weight": [0.7, 0.45, 0.3], "density": [0.55, 0.7, 0.4], "lambda": 1.1, "t": 0.35, "select_topk": 0.6,
     "scale": [1.2], "epsilon": [0.1] * 3, "gamma": [0.01] * 3, "eps": 1e-8,
-    "r": 0.3, "alpha": 0.9,
+    "r": 0.3, "alpha": 0.9, "width": 0.5, "offset": 0.1,
 }  # fmt: skip
 SEARCHED = [(name, p.name) for name, method in METHODS.items() for p in method.parameters if p.searched]
 
 
 def numbers_of(name: str, parents: int) -> dict[str, Any]:
     """A value for every parameter, per parent or one."""
-    values = {"nearswap": {"t": 0.03}, "ramplus_tl": {"epsilon": 0.15}}.get(name, {})
+    cosine = {"alpha": 0.35}
+    values = {
+        "nearswap": {"t": 0.03}, "ramplus_tl": {"epsilon": 0.15}, "add_cosine_a": cosine, "add_cosine_b": cosine,
+    }.get(name, {})  # fmt: skip
     return {
         p.name: np.asarray((VALUES | values)[p.name], np.float64)[:parents]
         if p.per_parent

@@ -18,6 +18,7 @@ from hostile import (
     configs,
     gguf,
     goals,
+    images,
     inspecting,
     links,
     messages,
@@ -53,6 +54,7 @@ MODULES = (
     chat,
     proof,
     versions,
+    images,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

@@ -1,4 +1,4 @@
-"""Merge kernels against the float64 formulas of reference/merging.py, and against the installed mergekit."""
+"""Merge kernels against the float64 formulas of reference/merging.py, the installed mergekit and sd-mecha."""
 
 import hashlib
 import itertools
@@ -35,7 +35,20 @@ from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import TensorGroup
 from mergekit.sparsify import della_magprune
 from reference import merging
-from reference.merging import BAND, DARE, DELLA, ELECTED, MAGNITUDE, RAM, SPARSE, TASK_VECTORS, agreeing, rank_in_row
+from reference.merging import (
+    BAND,
+    DARE,
+    DELLA,
+    DIFFUSION,
+    ELECTED,
+    MAGNITUDE,
+    RAM,
+    SPARSE,
+    TASK_VECTORS,
+    agreeing,
+    rank_in_row,
+)
+from sd_mecha.extensions.builtin.merge_methods import cosine, linear, slicing, ties
 
 Numbers = dict[str, Any]
 Draws = Callable[[int], np.ndarray]
@@ -45,6 +58,7 @@ SIZES = (((1,), 2), ((7,), 5), ((1, 1), 3), ((5, 9), 2), ((16, 32), 3), ((4, 3, 
 # Two of them serve the other tests, so that little has to be compiled.
 SMALL, LARGE = (5, 9), (16, 32)
 BERNOULLI = (*DARE, *DELLA)
+OF_MERGEKIT = [name for name in METHODS if name not in DIFFUSION]
 BASED = (*TASK_VECTORS, *RAM, "model_stock", "sce", "nearswap", "arcee_fusion")
 SYMMETRIC = (*TASK_VECTORS, *RAM, "linear", "nuslerp", "multislerp", "karcher", "model_stock", "sce")
 NORMALIZED = ("linear", "nuslerp", "multislerp", *TASK_VECTORS)
@@ -152,11 +166,36 @@ def of_mergekit(
         return registry.get(name)([group], parameters=given | switches_of(name, options))[0].numpy()
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# sd-mecha in process
+
+
+def of_sd_mecha(name: str, models: Sequence[np.ndarray], parameters: Numbers) -> np.ndarray:
+    """The same merge by sd-mecha, in float64 (the geometric median ends where float32 rounds)."""
+    c, a, b, *more = (torch.tensor(np.asarray(x, np.float64)) for x in models)
+    numbers = {key: torch.tensor(float(value)) if key == "alpha" else value for key, value in parameters.items()}
+    functions = {
+        "add_cosine_a": cosine.add_cosine_a, "add_cosine_b": cosine.add_cosine_b, "tensor_sum": slicing.tensor_sum,
+        "top_k_tensor_sum": slicing.top_k_tensor_sum, "geometric_median": ties.geometric_median,
+    }  # fmt: skip
+    if name == "weighted_sum":
+        return linear.weighted_sum.__wrapped__({"key": a}, {"key": b}, **numbers, key="key").numpy()
+    if name in functions:
+        return functions[name].__wrapped__(a, b, *more, **numbers).numpy()
+    if name == "train_difference_mask":
+        numbers["alpha"] = linear.train_difference_mask.__wrapped__(a, b, c, **numbers)
+    return linear.add_difference.__wrapped__({"key": a}, {"key": b - c}, **numbers, key="key").numpy()
+
+
 def check(name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers) -> None:
     """Kernel against formula and mergekit. Where there is no answer, the kernel's is not finite; mergekit refuses."""
     found, expected = merged(name, options, models, parameters), expected_merge(name, options, models, parameters)
     assert found.dtype == np.float32
     assert found.shape == models[0].shape
+    if name in DIFFUSION:
+        assert_close(found, expected)
+        assert_close(found, of_sd_mecha(name, models, parameters))
+        return
     if np.isnan(expected).all():
         assert not np.isfinite(found).any()
         with pytest.raises(ValueError, match="zero"):
@@ -237,6 +276,8 @@ def cases(name: str, parents: int) -> list[tuple[Options, Numbers]]:
             rows += [(options, {"epsilon": epsilon} | extra) for epsilon in (1e-5, 0.05, 0.2) for extra in extras]
         elif name == "sce":
             rows += [(options, {"select_topk": share}) for share in (0.0, 0.001, 0.1, 0.5, 0.9, 1.0)]
+        elif name in DIFFUSION:
+            rows += [(METHODS[name].options, parameters) for parameters in diffusion_cases(name)]
         elif name == "nearswap":
             rows += [(options, {"t": t}) for t in (0.0, 1e-4, 0.05, 10.0)]
         elif name == "passthrough":
@@ -255,6 +296,15 @@ def cases(name: str, parents: int) -> list[tuple[Options, Numbers]]:
                     (replace(options, rescale=rescale), {"weight": next(weights)} | extra) for rescale in ("none", "l1")
                 ]
     return rows
+
+
+def diffusion_cases(name: str) -> list[Numbers]:
+    if name == "geometric_median":
+        return [{"eps": eps, "maxiter": n, "ftol": ftol} for eps, n, ftol in ((1e-6, 100, 1e-20), (0.1, 3, 0.0))]
+    if "tensor_sum" in name:
+        regions = ((0.5, 0.0), (0.0, 0.0), (1.0, 0.0), (0.3, 0.25), (0.6, 0.7), (0.137, 1.0), (1.0, 0.4))
+        return [{"width": width, "offset": offset} for width, offset in regions]
+    return [{"alpha": alpha} for alpha in (0.0, 0.3, 0.8, 1.0)]
 
 
 @pytest.mark.parametrize(("shape", "parents"), sample(SIZES, 1), ids=str)
@@ -418,7 +468,7 @@ def test_karcher_mean_is_where_the_tangents_cancel() -> None:
 # What the registry says of a method
 
 
-@pytest.mark.parametrize("name", sample(METHODS, 9))
+@pytest.mark.parametrize("name", sample(OF_MERGEKIT, 9))
 def test_registry_has_mergekit_s_names_defaults_and_numbers_of_parents(name: str) -> None:
     method, theirs = METHODS[name], registry.get(name).spec
     known = {parameter.name: parameter for parameter in theirs.parameters}
@@ -470,7 +520,7 @@ def test_prepared_arrays_are_as_many_as_the_method_says(name: str) -> None:
 
     prepared = prepare(METHODS[name], options, sources, parameters, row_keys)
     assert len(prepared.mask_keys) == METHODS[name].mask_keys(parents)
-    expected = ((SMALL[0], 2), np.uint32) if name in DARE else (SMALL, np.uint16)
+    expected = ((SMALL[0], 2), np.uint32) if name in (*DARE, "tensor_sum") else (SMALL, np.uint16)
     assert all((keys.shape, keys.dtype) == expected for keys in prepared.mask_keys)
     assert METHODS[name].mask_key_array(SMALL) == expected
     assert sorted(drawn) == (list(range(parents)) if name in BERNOULLI else [])

@@ -57,7 +57,7 @@ def test_training_meets_nothing_that_is_asked_for() -> None:
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return loops.resolve_reference("7/plus", SHORT).parent
+        return loops.family(SHORT).resolve_reference("7/plus").parent
 
 
 @thorough

@@ -311,7 +311,7 @@ def test_a_pool_a_path_and_a_front_are_drawn(tmp_path: Path) -> None:
          "heldout_scores": {"a/x": -0.11 * k, "b/x": 0.12 * k}, "genome": [0.5 + k] * 4}
         for k in range(3)
     ]  # fmt: skip
-    edit_result(run, lineage=bred, members=front, path={"layers": [0, 5], "scales": [1.0, 0.5]})
+    edit_result(run, lineage=bred, layers=4, members=front, path={"layers": [0, 5], "scales": [1.0, 0.5]})
     slices = [
         {"sources": [{"model": f"/gone/{name}", "layer_range": [k, k + 1]}]}
         for k, name in enumerate(["maths", "japanese"])
@@ -324,6 +324,17 @@ def test_a_pool_a_path_and_a_front_are_drawn(tmp_path: Path) -> None:
     for name in ("member-7", "member-9", "ties", "weight 0.25 0.75", "a/x, held out"):
         assert name in page.text
     assert page.source.count('<g class="founder">') == 2 and page.source.count('<g class="child">') == 1
+    # The thumbnail of each recipe: layers x parents, in runs of layers with one value, against the largest.
+    cells = re.findall(r'width="([\d.]+)" height="7" fill-opacity="([\d.]+)"><title>([^<]*)</title>', page.source)
+    wide = {1: 26.0, 2: 52.0, 3: 78.0}
+    assert [(float(width), float(shade), words) for width, shade, words in cells] == [
+        (wide[2], 0.667, "share of maths, layers 0 to 1: 0.5"), (wide[2], 0.667, "share of maths, layers 2 to 3: 0.5"),
+        (wide[2], 0.667, "share of japanese, layers 0 to 1: 0.5"),
+        (wide[2], 0.667, "share of japanese, layers 2 to 3: 0.5"),
+        (wide[1], 0.333, "weight of member-7, layer 0: 0.25"), (wide[3], 1.0, "weight of member-7, layers 1 to 3: 0.75"),
+        (wide[1], 1.0, "weight of maths, layer 0: 0.75"), (wide[3], 0.333, "weight of maths, layers 1 to 3: 0.25"),
+    ]  # fmt: skip
+    assert "member-9: ties of weight 0.25 0.75" in page.source
     assert page.column("front", "x") == [value for k in range(3) for value in (-0.1 * k, -0.11 * k)]
 
 

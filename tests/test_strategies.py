@@ -247,7 +247,9 @@ def test_the_rules_of_a_swarm_are_those_of_the_paper() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         places, leader = rng.normal(size=(7, 3)).astype(np.float32), int(rng.integers(7))
-        assert float(pso.evolutionary_factor(places, leader)) == pytest.approx(zhan_factor(places, leader), abs=1e-5)
+        factor = float(pso.evolutionary_factor(places, places[leader]))
+        assert factor == pytest.approx(zhan_factor(places, leader), abs=1e-5)
+        assert float(pso.evolutionary_factor(places, places[leader] + 99.0)) == 1.0
     # Between the bends, where rounding decides.
     for f in np.linspace(0.005, 0.995, 66):
         np.testing.assert_allclose(pso.memberships(f), zhan_degrees(f), atol=1e-5)
