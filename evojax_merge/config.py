@@ -545,6 +545,8 @@ class Config(Section):
             raise ValueError("tasks: all weights are 0; at least one task must be part of the fitness")
         if sum(part is not None for part in (self.space, self.data_flow, self.pool, self.stages)) != 1:
             raise ValueError("expected exactly one of the keys space, data_flow, pool, stages")
+        if self.components is not None and self.backend != "torch":
+            raise ValueError(f"components: is for diffusers folders, and backend: {self.backend} opens none")
         if self.pool is not None and self.search.strategy != "pool":
             raise ValueError(
                 f"search.strategy: {self.search.strategy}; a pool is searched by the strategy pool alone, leave it out"

@@ -146,8 +146,6 @@ def check_config(where: str, config: Config, what: str, foreign_in_space: Sequen
     for name in FOREIGN:
         if getattr(config, name) is not None:
             raise InputError(where, f"{name}: is for language models; backend: {config.backend} searches a space")
-    if config.components is not None and config.backend != "torch":
-        raise InputError(where, f"components: is for diffusers folders; backend: {config.backend} opens none")
     assert config.space is not None
     for name in foreign_in_space:
         if getattr(config.space, name) != SpaceConfig.model_fields[name].default:

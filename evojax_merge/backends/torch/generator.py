@@ -189,11 +189,7 @@ def open_generator(components: Components, modules: Mapping[str, Any]) -> Genera
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.float()
-    return Generator(pipeline, given_modules(pipeline, modules), device)
-
-
-def given_modules(pipeline: Any, modules: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: getattr(pipeline, name) for name in modules}
+    return Generator(pipeline, {name: getattr(pipeline, name) for name in modules}, device)
 
 
 def save_generator(components: Components, weights: Mapping[str, Any], folder: Path) -> None:

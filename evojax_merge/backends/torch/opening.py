@@ -63,7 +63,9 @@ class TorchFactory:
         if pipelines:
             if len(pipelines) < len(keys):
                 other = next(key for key in keys if key not in pipelines)
-                raise InputError(f"{where}: {other}", f"is no diffusers folder, as {pipelines[0]} is; expected one kind")
+                raise InputError(
+                    f"{where}: {other}", f"is no diffusers folder, as {pipelines[0]} is; expected one kind"
+                )
             return _open_pipelines(self, where, config, target, has_base, named, paths)
         for key, given in (("components", config.components), ("space.components", config.space.components)):
             if given not in (None, COMPONENTS):
@@ -120,7 +122,7 @@ def _open_pipelines(
     kinds = component_groups(["+".join(KINDS)] if parts == COMPONENTS else parts, KINDS)
     if kinds is None:
         raise InputError(
-            where, f"space.components: {', '.join(parts)}; expected {' and '.join(KINDS)}, each once, joined with + or not"
+            where, f"space.components: {', '.join(parts)}; expected {' and '.join(KINDS)}, apart or joined with +"
         )
     keys = [key for key in paths if has_base or key != "base"]
     references = [str(reference) for key, reference in named if key in keys]

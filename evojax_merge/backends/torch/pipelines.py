@@ -10,19 +10,20 @@ import numpy as np
 
 from evojax_merge.backends.function.backend import FunctionBackend
 from evojax_merge.backends.torch.generator import Generator
-from evojax_merge.checkpoints.pipelines import Components
+from evojax_merge.checkpoints.pipelines import MERGE, SHEET, Components
+from evojax_merge.checkpoints.writer import write_marker
 from evojax_merge.errors import InputError
 from evojax_merge.file_system import atomic_folder, atomic_write
-from evojax_merge.checkpoints.writer import write_marker
+from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.report.front_matter import changed_front_matter
 from evojax_merge.report.progress import say
 from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.function import checked, guard_user_function
 from evojax_merge.tasks.generated_images import ImageTask
 from evojax_merge.tasks.splits import Splits
+from evojax_merge.yaml_reader import parse_documents
 
-# The contact sheet in a winner's folder: the first held-out pictures of a model in a row.
-SHEET = "contact_sheet.png"
+# The pictures of a model in a row of the contact sheet, and their size there.
 COLUMNS, CELL = 8, 96
 
 
@@ -98,6 +99,15 @@ class PipelineBackend(FunctionBackend):
     def warnings(self, prepared: Splits[list[ArrayTask]]) -> list[str]:
         return [*super().warnings(prepared), *self.components.notes]
 
+    def recipe(self, genome: np.ndarray) -> str:
+        (document,) = parse_documents("recipe", super().recipe(genome))
+        names = dict(zip(self.models, self.names, strict=True))
+        kept = {
+            name: names[pipeline.path] for name, pipeline in self.components.kept.items()
+            if pipeline is not self.components.first
+        }  # fmt: skip
+        return dump_documents([document | {"components": dict.fromkeys(self.components.merged, MERGE) | kept}])
+
     def export(self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]) -> None:
         weights = self.merged(genome)
         with atomic_folder(out, overwrite=True, check=check) as folder:
@@ -113,9 +123,11 @@ class PipelineBackend(FunctionBackend):
     def _caption(self, task: ImageTask) -> str:
         rows = [*(f"{role} {self.references[model]}" for role, model in self.compared), self.baseline_role, "winner"]
         shown = min(COLUMNS, task.size)
-        return f"The first {shown} held-out examples of `{task.name}`, a row each: " + ", ".join(
-            f"`{Path(row).name if '/' in row else row}`" for row in rows
-        ) + "."
+        return (
+            f"The first {shown} held-out examples of `{task.name}`, a row each: "
+            + ", ".join(f"`{Path(row).name if '/' in row else row}`" for row in rows)
+            + "."
+        )
 
     def contact_sheet(self, task: ImageTask, winner: Mapping[str, Any]) -> bytes:
         """The first held-out pictures as a PNG: a row each for the base and the parents, the uniform merge and the
