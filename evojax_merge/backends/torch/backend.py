@@ -1,7 +1,8 @@
 """Networks of torch as a backend: merges of their tensors, scored by the network as a function of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,36 @@ import numpy as np
 from evojax_merge.backends.function.backend import FunctionBackend
 from evojax_merge.backends.torch import network as networks
 from evojax_merge.backends.torch.folders import label_names, settings_of
-from evojax_merge.backends.torch.inputs import example_arrays, likelihood_arrays
-from evojax_merge.backends.torch.network import COMPARISONS, OUTPUT, SCORES, Network, Scorer, WrittenScorer
+from evojax_merge.backends.torch.inputs import (
+    class_names,
+    class_prompts,
+    documents,
+    embedded_texts,
+    example_arrays,
+    is_zero_shot,
+    likelihood_arrays,
+)
+from evojax_merge.backends.torch.network import (
+    COMPARISONS,
+    OUTPUT,
+    SCORES,
+    Ask,
+    EmbeddingScorer,
+    Network,
+    Scorer,
+    WrittenScorer,
+    class_scores,
+    embeddings,
+    outputs,
+    ranking_scores,
+    similarity_scores,
+)
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.costs import convolution_share, cost_of
 from evojax_merge.report.progress import say
 from evojax_merge.tasks.arrays import ArrayTask
-from evojax_merge.tasks.networks import WRITTEN, NetworkTask
+from evojax_merge.tasks.networks import PAIRED, WRITTEN, NetworkTask
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.text import TextTask
 
@@ -52,7 +75,7 @@ class TorchBackend(FunctionBackend):
         if not isinstance(task, NetworkTask) and getattr(task, "kind", None) != "likelihood":
             raise InputError(
                 where, f"{task.name}: a {type(task).__name__} asks no network of torch; expected one of kind: "
-                f"{', '.join(SCORES)}",
+                f"{', '.join((*SCORES, *PAIRED))}",
             )  # fmt: skip
 
     def prepare(self, splits: Splits[list[Any]]) -> Splits[list[ArrayTask]]:
@@ -103,15 +126,35 @@ class TorchBackend(FunctionBackend):
         if task.name not in self._untraced:
             self._untraced[task.name] = self._why_untraced(task, examples, where, follows_gradient)
         traced = not self._untraced[task.name]
-        scorer: Scorer | WrittenScorer = Scorer(self.network, SCORES[task.kind](task.metric), BATCH, traced)
+        return ArrayTask(
+            task.name, examples, self._scorer(task, traced), metric=task.metric, weight=task.weight, traced=traced,
+            where=where, files=task.files,
+        )  # fmt: skip
+
+    def _scorer(self, task: Any, traced: bool) -> Callable[..., Any]:
+        """The function of a task: (weights, rows) -> float[N]."""
+        network = self.network
+        others = self._others(task)
         if task.metric in WRITTEN:
             targets = tuple(example.target for example in task.examples)
             tokenizer, compare = load_tokenizer(self.models[0]), COMPARISONS[task.metric]
-            scorer = WrittenScorer(self.network, tokenizer, compare, targets, task.max_new_tokens, BATCH)
-        return ArrayTask(
-            task.name, examples, scorer, metric=task.metric, weight=task.weight, traced=traced, where=where,
-            files=task.files,
-        )  # fmt: skip
+            return WrittenScorer(network, tokenizer, compare, targets, task.config.max_new_tokens, BATCH)
+        if task.kind == "similarity":
+            return EmbeddingScorer(network, similarity_scores(task.metric), None, BATCH, traced)
+        if task.kind == "retrieval":
+            return EmbeddingScorer(network, ranking_scores(task.metric, task.config.k), others, BATCH, traced)
+        if others is not None:
+            score = class_scores(task.metric, len(class_names(task)))
+            return EmbeddingScorer(network, score, others, BATCH, traced)
+        return Scorer(network, SCORES[task.kind](task.metric), BATCH, traced)
+
+    def _others(self, task: Any) -> Mapping[str, Any] | None:
+        """The inputs that all examples of a task are compared with: documents, or the prompts of classes."""
+        if task.kind == "retrieval":
+            return embedded_texts(self.network, self.models[0], documents(task), "document")
+        if isinstance(task, NetworkTask) and is_zero_shot(task, self.network):
+            return embedded_texts(self.network, self.models[0], class_prompts(task))
+        return None
 
     def _why_untraced(self, task: Any, examples: Mapping[str, Any], where: str, follows_gradient: bool) -> str:
         """Why JAX does not trace the network on a task's examples; empty where it does. Raises InputError for a network
@@ -120,9 +163,9 @@ class TorchBackend(FunctionBackend):
             return "it writes texts"
         network, weights = self.network, self.merge.tree.source(0)
         inputs = {name: array[:PROBED] for name, array in examples["inputs"].items()}
-        name = network.name
+        name, ask = network.name, self._ask(task)
         try:
-            once, again = network.call(weights, inputs), network.call(weights, inputs)
+            once, again = network.call(weights, inputs, ask), network.call(weights, inputs, ask)
         except (AttributeError, KeyError) as error:
             raise InputError(
                 where, f"{task.name}: {name} has no output {OUTPUT!r} ({error}); expected a network with a head for "
@@ -136,7 +179,7 @@ class TorchBackend(FunctionBackend):
                 where, f"{task.name}: {name} answers the same example differently when it is asked twice; a search "
                 "compares candidates, so outputs may not be random",
             )  # fmt: skip
-        if task.kind == "classification" and once.ndim != 2:
+        if ask is outputs and task.kind == "classification" and once.ndim != 2:
             raise InputError(where, f"{task.name}: {name} has outputs of shape {list(once.shape[1:])}; expected labels")
         if task.kind == "regression" and once.shape[1:] != examples["target"].shape[1:]:
             raise InputError(
@@ -147,7 +190,7 @@ class TorchBackend(FunctionBackend):
         if environment is None:
             return reason
         try:
-            program = jax.jit(network.trace).trace(weights, inputs)
+            program = jax.jit(partial(network.trace, ask=ask)).trace(weights, inputs)
             # Most of the arithmetic: XLA's convolutions on CPUs take several times as long as torch's.
             convolutions = convolution_share(cost_of(program.jaxpr))
             if convolutions > 0.5 and not self.target.is_accelerator and not follows_gradient:
@@ -160,6 +203,11 @@ class TorchBackend(FunctionBackend):
         if not difference <= TOLERANCE * max(1.0, float(np.abs(once).max())):
             return f"torchax: outputs differ from torch's by {difference:.2g}"
         return ""
+
+    def _ask(self, task: Any) -> Ask:
+        """What a task asks a network for, beside texts."""
+        by_text = isinstance(task, NetworkTask) and is_zero_shot(task, self.network)
+        return embeddings if task.kind in PAIRED or by_text else outputs
 
     def warnings(self, prepared: Splits[list[ArrayTask]]) -> list[str]:
         lines = super().warnings(prepared)

@@ -6,6 +6,7 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,23 @@ from evojax_merge.errors import InputError, shown
 # A folder's files beside its weights that an exported folder has as well: of the processor and the tokenizer.
 COPIED = {".json", ".txt", ".model", ".jinja"}
 EXPECTED = "expected a folder with a config.json, as transformers writes it"
+# The file that says which modules a sentence transformer has, and the name of its class.
+SENTENCE_FILE, SENTENCE = "modules.json", "SentenceTransformer"
+# The endings of files of weights that may hold code.
+PICKLED = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 WRITTEN = {"config.json", CARD, MARKER, INDEX_FILE}
 
 
 def architecture(folder: Path) -> str:
-    """The name of a folder's class in transformers. Raises InputError where transformers has none of it."""
+    """The name of a folder's class in transformers, or SENTENCE. Raises InputError where there is none of it."""
     import transformers
 
+    if (folder / SENTENCE_FILE).exists():
+        if find_spec("sentence_transformers") is None:
+            raise InputError(
+                folder, f"has a {SENTENCE_FILE}: sentence-transformers opens it; pip install 'evojax-merge[sentence]'"
+            )
+        return SENTENCE
     names = read_json_object(folder / "config.json", missing=EXPECTED).get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise InputError(
@@ -50,8 +61,11 @@ def open_module(folder: Path) -> Any:
     import transformers
 
     name = architecture(folder)
+    _check_safe(folder)
     with _quiet():
         try:
+            if name == SENTENCE:
+                return _open_sentence(folder)
             module, report = getattr(transformers, name).from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
@@ -64,6 +78,26 @@ def open_module(folder: Path) -> Any:
             "expected a model that was trained whole",
         )  # fmt: skip
     return module.eval()
+
+
+def _open_sentence(folder: Path) -> Any:
+    """The modules of a folder of sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+
+    module = SentenceTransformer(str(folder), device="cpu", local_files_only=True, trust_remote_code=False)
+    return module.eval()
+
+
+def _check_safe(folder: Path) -> None:
+    """Raises InputError for a folder whose weights are pickled alone: to read them would run what they hold."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
+    if pickled:
+        raise InputError(
+            folder, f"{pickled[0]}: is pickled, and reading it would run its code; expected safetensors, which "
+            "save_pretrained writes",
+        )  # fmt: skip
 
 
 @contextmanager
@@ -119,7 +153,10 @@ def save_merge(weights: Mapping[str, Any], source: Path, folder: Path) -> None:
     for name, array in weights.items():
         tensors[name].data = to_torch(np.array(array))
     with _quiet():
-        module.save_pretrained(folder)
+        if hasattr(module, "encode"):
+            module.save(str(folder), create_model_card=False)
+        else:
+            module.save_pretrained(folder)
     for file in sorted(source.iterdir()):
         target = folder / file.name
         if file.is_file() and file.suffix in COPIED and file.name not in WRITTEN and not target.exists():

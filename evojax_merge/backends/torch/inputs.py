@@ -26,6 +26,20 @@ def example_arrays(task: NetworkTask, network: Network, folder: Path) -> dict[st
     read."""
     examples = task.examples
     first = next(iter(examples[0].inputs))
+    if task.kind == "similarity":
+        first_texts, second_texts = ([example.inputs[name] for example in examples] for name in ("first", "second"))
+        return {
+            "inputs": embedded_texts(network, folder, first_texts), "target": _numbers(examples)[:, 0],
+            "second": embedded_texts(network, folder, second_texts),
+        }  # fmt: skip
+    if task.kind == "retrieval":
+        numbers = {text: number for number, text in enumerate(documents(task))}
+        relevant = np.zeros((len(examples), len(numbers)), bool)
+        for row, example in zip(relevant, examples, strict=True):
+            row[[numbers[text] for text in example.target]] = True
+        queries = [example.inputs["query"] for example in examples]
+        target = np.arange(len(examples), dtype=np.int32)
+        return {"inputs": embedded_texts(network, folder, queries, "query"), "relevant": relevant, "target": target}
     if first == "image":
         inputs = _images(examples, folder)
     elif first == "audio":
@@ -35,6 +49,8 @@ def example_arrays(task: NetworkTask, network: Network, folder: Path) -> dict[st
     else:
         inputs = {name: np.stack([example.inputs[name] for example in examples]) for name in examples[0].inputs}
     inputs = _accepted(network, inputs, examples[0].where, strict=first not in ("image", "audio", "text"))
+    if is_zero_shot(task, network):
+        return {"inputs": inputs, "target": _class_numbers(task)}
     if task.kind in ("classification", "regression"):
         target = _labels(examples, network, folder) if task.kind == "classification" else _numbers(examples)
         return {"inputs": inputs, "target": target}
@@ -47,13 +63,20 @@ def example_arrays(task: NetworkTask, network: Network, folder: Path) -> dict[st
 
 def _accepted(network: Network, inputs: Mapping[str, Any], where: str, strict: bool) -> dict[str, Any]:
     """The arrays that the network has arguments for. strict: raises InputError for one that it has none for."""
-    arguments = inspect.signature(network.module.forward).parameters
+    arguments = inspect.signature(_method(network, inputs)).parameters
     unknown = next((name for name in inputs if name not in arguments), None)
     if strict and unknown is not None:
         raise InputError(
             where, f"array {unknown!r} is no argument of {network.name}{did_you_mean(unknown, list(arguments))}"
         )
     return {name: _fitting(array) for name, array in inputs.items() if name in arguments}
+
+
+def _method(network: Network, inputs: Mapping[str, Any]) -> Any:
+    """The method of a network's module that takes some inputs."""
+    if network.compares_images:
+        return getattr(network.module, "get_image_features" if "pixel_values" in inputs else "get_text_features")
+    return network.module.forward
 
 
 def _fitting(array: np.ndarray) -> np.ndarray:
@@ -123,6 +146,50 @@ def _tokens(tokenizer: Any, texts: list[str], length: int | None) -> dict[str, n
     limit = {} if length is None else {"truncation": True, "max_length": length}
     padding = tokenizer.pad_token is not None and len(texts) > 1
     return dict(tokenizer(texts, padding=padding, return_tensors="np", **limit))
+
+
+def embedded_texts(network: Network, folder: Path, texts: list[str], role: str = "") -> dict[str, np.ndarray]:
+    """The tokens of texts whose embeddings are asked for. role: query or document, before which a sentence transformer
+    may put a prompt of its own."""
+    module = network.module
+    if not hasattr(module, "encode"):
+        tokens = _tokens(load_tokenizer(folder), texts, _length(network, folder))
+        return _accepted(network, tokens, str(folder), strict=False)
+    prompts = module.prompts or {}
+    prompt = prompts.get(role or module.default_prompt_name) or prompts.get(module.default_prompt_name) or ""
+    features = module.preprocess([prompt + text for text in texts])
+    return {name: _fitting(value.numpy()) for name, value in features.items() if hasattr(value, "numpy")}
+
+
+def documents(task: NetworkTask) -> list[str]:
+    """The documents of a retrieval, each once: those of the queries, and the corpus."""
+    return list(dict.fromkeys([text for example in task.examples for text in example.target] + list(task.corpus)))
+
+
+def is_zero_shot(task: NetworkTask, network: Network) -> bool:
+    """Return whether a task classifies images by the texts that name their classes."""
+    return task.kind == "classification" and network.compares_images
+
+
+def class_names(task: NetworkTask) -> list[str]:
+    """The names of the classes of a zero-shot classification."""
+    return task.config.classes or sorted({str(example.target) for example in task.examples})
+
+
+def class_prompts(task: NetworkTask) -> list[str]:
+    """The prompts of all classes, class by class."""
+    return [prompt.replace("{label}", name) for name in class_names(task) for prompt in task.config.prompts]
+
+
+def _class_numbers(task: NetworkTask) -> np.ndarray:
+    """int32[N]: the number of each example's class. Raises InputError for a label that is none of the classes."""
+    names = class_names(task)
+    numbers = {name: number for number, name in enumerate(names)}
+    for example in task.examples:
+        if str(example.target) not in numbers:
+            hint = did_you_mean(str(example.target), names)
+            raise InputError(example.where, f"label {shown(example.target)} is none of the {len(names)} classes{hint}")
+    return np.array([numbers[str(example.target)] for example in task.examples], np.int32)
 
 
 def _recordings(examples: Sequence[NetworkExample], folder: Path) -> dict[str, np.ndarray]:

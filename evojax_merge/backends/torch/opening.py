@@ -84,11 +84,11 @@ class TorchFactory:
 
 def layer_groups(together: int | str) -> Callable[[str], str]:
     """A tensor's name -> the name of its group: `together` neighbouring modules of the first numbered list on the way
-    to it (all: the whole list), or else the first two modules on the way."""
+    to it (all: the whole list), or else the first two modules on the way. A module of the top level is of no list."""
 
     def group_of(name: str) -> str:
         modules = name.split(".")[:-1]
-        number = next((i for i, part in enumerate(modules) if re.fullmatch(r"\d+", part)), None)
+        number = next((i for i, part in enumerate(modules) if i and re.fullmatch(r"\d+", part)), None)
         if number is None:
             return ".".join(modules[:2]) or name
         above = ".".join(modules[:number])
