@@ -90,7 +90,8 @@ def searched(config: dict[str, Any], tmp_path: Path) -> tuple[Path, dict[str, fl
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(config))
     result = CliRunner().invoke(cli, ["search", str(path), "--out", str(tmp_path / "run")])
-    assert result.exit_code == 0, (result.output, result.exception)
+    if result.exit_code:
+        raise result.exception or AssertionError(result.output)
     row = json.loads((tmp_path / "run" / "result.json").read_text())["table"][-1]
     assert row["role"] == "winner"
     return tmp_path / "run" / "best" / "model", row["heldout_scores"], problem_of(path, config)
@@ -142,7 +143,7 @@ def test_metrics_of_embeddings_have_their_definitions() -> None:
     logits = 20.0 * queries @ documents.T
     chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     scores = networks.ranking_scores("log_probability", 4)(queries, documents, {"relevant": relevant}, 20.0)
-    np.testing.assert_allclose(scores, np.log((chances * relevant).sum(-1)), rtol=1e-4)
+    np.testing.assert_allclose(scores, np.log((chances * relevant).sum(-1)), rtol=1e-4, atol=1e-6)
     # Equal documents: none of them is better placed for being the right one.
     same = np.ones((3, 1), np.float32)
     tied = networks.ranking_scores("reciprocal_rank", 3)(same[:1], same, {"relevant": np.eye(3, dtype=bool)[:1]}, 1.0)
