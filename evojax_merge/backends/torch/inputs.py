@@ -16,6 +16,8 @@ from evojax_merge.tasks.text import TextTask
 
 # The target of a token that is none.
 NO_TOKEN = -100
+# More labels than any network has.
+MOST_LABELS = 10**9
 # A tokenizer that names no length has this one, or a larger number.
 NO_LENGTH = 10**6
 
@@ -135,7 +137,7 @@ def _texts(examples: Sequence[NetworkExample]) -> list[str]:
 def _length(network: Network, folder: Path) -> int | None:
     """The most tokens that a network takes; None: any number."""
     limits = [
-        getattr(network.module.config, "max_position_embeddings", None),
+        getattr(getattr(network.module, "config", None), "max_position_embeddings", None),
         read_json_object(folder / "tokenizer_config.json", missing={}).get("model_max_length"),
     ]
     return min((int(limit) for limit in limits if isinstance(limit, int) and 0 < limit < NO_LENGTH), default=None)
@@ -219,8 +221,8 @@ def _recordings(examples: Sequence[NetworkExample], folder: Path) -> dict[str, n
 
 def _target_tokens(task: NetworkTask, network: Network, folder: Path) -> np.ndarray:
     """int32[N, T]: the tokens of the target texts. Raises InputError for a network that writes none."""
-    config = network.module.config
-    if not config.is_encoder_decoder:
+    config = getattr(network.module, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
         raise InputError(
             task.section, f"{task.name}: {network.name} is no encoder-decoder; a decoder takes kind: likelihood"
         )
@@ -265,9 +267,9 @@ def likelihood_arrays(task: TextTask, network: Network, folder: Path) -> dict[st
 
 def _labels(examples: Sequence[NetworkExample], network: Network, folder: Path) -> np.ndarray:
     """int32[N]: the labels' numbers. Raises InputError for a label that the model does not have."""
-    config = network.module.config
-    numbers = {str(name): int(number) for number, name in (config.id2label or {}).items()}
-    count = len(numbers)
+    names = getattr(getattr(network.module, "config", None), "id2label", None) or {}
+    numbers = {str(name): int(number) for number, name in names.items()}
+    count = len(numbers) or MOST_LABELS
     labels = []
     for example in examples:
         label = example.target
@@ -276,6 +278,8 @@ def _labels(examples: Sequence[NetworkExample], network: Network, folder: Path) 
             number = int(label)
         is_number = isinstance(number, (int, np.integer)) and not isinstance(number, (bool, np.bool_))
         if not is_number or not 0 <= int(number) < count:
+            if not numbers:
+                raise InputError(example.where, f"label {shown(label)}; expected the number of a label, from 0")
             named = did_you_mean(label, list(numbers)) if isinstance(label, str) else ""
             raise InputError(
                 example.where, f"label {shown(label)} is none of the {count} of {folder / 'config.json'}{named}; "
@@ -293,7 +297,12 @@ def _numbers(examples: Sequence[NetworkExample]) -> np.ndarray:
             row = np.atleast_1d(np.asarray(example.target, np.float32))
         except (TypeError, ValueError):
             row = np.zeros((0, 0), np.float32)
-        if row.ndim != 1 or not row.size or not np.isfinite(row).all() or (rows and row.shape != rows[0].shape):
+        if (
+            (row.ndim != 1 and not isinstance(example.target, np.ndarray))
+            or not row.size
+            or not np.isfinite(row).all()
+            or (rows and row.shape != rows[0].shape)
+        ):
             expected = "a finite number, or a list of such" if not rows else f"{len(rows[0])}, as before"
             raise InputError(example.where, f"target: {shown(example.target)}; expected {expected}")
         rows.append(row)

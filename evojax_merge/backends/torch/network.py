@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -81,6 +81,31 @@ class Network:
         result: jax.Array = environment.t2j_iso(answer)
         return result
 
+    def measured(
+        self, weights: Mapping[str, Any], batches: Sequence[Mapping[str, Any]], ask: "Ask"
+    ) -> dict[str, np.ndarray]:
+        """The weights with the means and variances of their batch norms measured anew, as the averages over batches
+        (see torch.optim.swa_utils.update_bn)."""
+        module = self._own_copy()
+        norms = {name: part for name, part in module.named_modules() if measures(part)}
+        state = {name: to_torch(array).float() for name, array in weights.items()}
+        changed = [f"{name}.{key}" for name in norms for key in ("running_mean", "running_var")]
+        state.update((name, state[name].clone()) for name in changed)
+        counts = {f"{name}.num_batches_tracked": torch.zeros((), dtype=torch.long) for name in norms}
+        momenta = {name: part.momentum for name, part in norms.items()}
+        try:
+            for part in norms.values():
+                # Without a momentum every batch counts alike.
+                part.train().momentum = None
+            with torch.no_grad():
+                for batch in batches:
+                    arguments = {name: to_torch(np.asarray(array)) for name, array in batch.items()}
+                    self._answer({**state, **self.constants, **counts}, arguments, ask)
+        finally:
+            for name, part in norms.items():
+                part.eval().momentum = momenta[name]
+        return {**weights, **{name: state[name].numpy().astype(weights[name].dtype) for name in changed}}
+
     def _answer(self, tensors: Mapping[str, Any], arguments: Mapping[str, Any], ask: "Ask") -> Any:
         named = {f"module.{name}": tensor for name, tensor in tensors.items()}
         return torch.func.functional_call(_Asked(self._own_copy(), ask), named, (dict(arguments),))
@@ -90,6 +115,11 @@ class Network:
             tensors = [*self.module.parameters(), *self.module.buffers()]
             self._copies.module = copy.deepcopy(self.module, {id(tensor): tensor for tensor in tensors})
         return self._copies.module
+
+
+def measures(module: Any) -> bool:
+    """Return whether a module is a batch norm that keeps means and variances."""
+    return isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
 
 
 class _Asked(torch.nn.Module):
@@ -258,11 +288,12 @@ def label_scores(metric: str) -> Callable[[Any, Mapping[str, Any]], Any]:
 
 
 def number_scores(metric: str) -> Callable[[Any, Mapping[str, Any]], Any]:
-    """(outputs float[N, D], rows) -> minus the mean squared, or absolute, difference from the target."""
+    """(outputs float[N, …], rows) -> minus the mean squared, or absolute, difference from the target."""
 
     def score(outputs: Any, rows: Mapping[str, Any]) -> Any:
         difference = outputs - rows["target"]
-        return -(jnp.square(difference) if metric == "negative_squared_error" else jnp.abs(difference)).mean(-1)
+        error = jnp.square(difference) if metric == "negative_squared_error" else jnp.abs(difference)
+        return -error.reshape(len(error), -1).mean(-1)
 
     return score
 
