@@ -1,11 +1,13 @@
 """The demo family: tiny models whose weights come with the package, others of the same kind that are trained on the
-spot, families of looped models, image classifiers and translators, and a real small model taken from a package.
+spot, families of looped models, of classifiers, of translators and of a model that sees with a text model, and a real
+small model from a package.
 
 References: `zoo:base`, `zoo:maths`, `zoo:japanese` are models, `zoo:search.jsonl` and `zoo:heldout.jsonl` task files;
 `zoo:3/base` belongs to the family of seed 3, which is trained first, and `zoo:experts/sums` is one of six more experts
 of `zoo:base`, which are trained first as well. `zoo:loops/plus`, `zoo:loops/3/plus` belong to the looped families
-(loops), `zoo:vit/low` and `zoo:t5/french` to networks that `backend: torch` opens (vit, t5), `zoo:smollm2/base` to the
-real model (smollm2). All of them are kept in the user's cache folder once made.
+(loops), `zoo:vit/low` and `zoo:t5/french` to networks that `backend: torch` opens (vit, t5), `zoo:evovlm/vision` and
+`zoo:evovlm/3/vision` to those that see (evovlm), `zoo:smollm2/base` to the real model (smollm2). All of them are kept in
+the user's cache folder once made.
 """
 
 import re
@@ -52,6 +54,10 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
         return smollm2.resolve_reference(name.removeprefix("smollm2/"))
     if name.partition("/")[0] == "experts":
         return _expert(name.partition("/")[2])
+    if name.startswith("evovlm/"):
+        from evojax_merge.zoo import evovlm
+
+        return evovlm.resolve_reference(name.removeprefix("evovlm/"))
     kind, _, rest = name.partition("/")
     if kind in TRAINED:
         family: TrainedFamily = import_module(f"evojax_merge.zoo.{kind}").FAMILY

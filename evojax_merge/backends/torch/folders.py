@@ -50,7 +50,7 @@ def open_module(folder: Path) -> Any:
     import transformers
 
     name = architecture(folder)
-    with _quiet():
+    with quiet_transformers():
         try:
             module, report = getattr(transformers, name).from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, output_loading_info=True
@@ -67,7 +67,7 @@ def open_module(folder: Path) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers from drawing bars and logging reports."""
     from transformers.utils import logging as transformers_logging
 
@@ -118,7 +118,7 @@ def save_merge(weights: Mapping[str, Any], source: Path, folder: Path) -> None:
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, array in weights.items():
         tensors[name].data = to_torch(np.array(array))
-    with _quiet():
+    with quiet_transformers():
         module.save_pretrained(folder)
     for file in sorted(source.iterdir()):
         target = folder / file.name

@@ -1,7 +1,7 @@
 """Opening a search's networks: their folders, and the groups of tensors that share parameters."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -9,17 +9,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.function.opening import FOREIGN_IN_SPACE, check_config, tree_merge
 from evojax_merge.backends.function.trees import open_trees
-from evojax_merge.config import Config
+from evojax_merge.checkpoints.folder import resolve as resolve_folder
+from evojax_merge.checkpoints.pipelines import Pipeline, choose_components, is_pipeline
+from evojax_merge.config import Config, SpaceConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.references import recipe_reference
+from evojax_merge.spaces.parameter import component_groups
 from evojax_merge.spaces.search_parameters import method_with_base
 
 if TYPE_CHECKING:
     from evojax_merge.backends.torch.backend import TorchBackend
+    from evojax_merge.backends.torch.pipelines import PipelineBackend
 
-# The keys of a space that only language models have.
-FOREIGN_KEYS = tuple(name for name in FOREIGN_IN_SPACE if name != "layers_per_group")
+# The keys of a space that only language models have; diffusers folders have components.
+FOREIGN_KEYS = tuple(name for name in FOREIGN_IN_SPACE if name not in ("layers_per_group", "components"))
+COMPONENTS = SpaceConfig.model_fields["components"].default
 
 
 class TorchFactory:
@@ -34,7 +39,7 @@ class TorchFactory:
 
     def open(
         self, where: str, config: Config, folder: Path, target: Target, resolve: Resolve, chained: bool
-    ) -> "TorchBackend":
+    ) -> "TorchBackend | PipelineBackend":
         # The first import of torch takes seconds: a search over other models goes without.
         from evojax_merge.backends.torch.backend import TorchBackend
         from evojax_merge.backends.torch.folders import (
@@ -54,6 +59,17 @@ class TorchFactory:
         named += [(f"parents[{k}]", parent) for k, parent in enumerate(config.parents)]
         paths = {key: resolve(f"{where}: {key}", one, folder) for key, one in named if one is not None}
         keys = [key for key in paths if has_base or key != "base"]
+        pipelines = [key for key in keys if is_pipeline(paths[key])]
+        if pipelines:
+            if len(pipelines) < len(keys):
+                other = next(key for key in keys if key not in pipelines)
+                raise InputError(
+                    f"{where}: {other}", f"is no diffusers folder, as {pipelines[0]} is; expected one kind"
+                )
+            return _open_pipelines(self, where, config, target, has_base, named, paths)
+        for key, given in (("components", config.components), ("space.components", config.space.components)):
+            if given not in (None, COMPONENTS):
+                raise InputError(where, f"{key}: is for diffusers folders, and {keys[0]} is none")
         classes = {key: architecture(paths[key]) for key in keys}
         for key, name in classes.items():
             if name != classes[keys[0]]:
@@ -67,9 +83,10 @@ class TorchFactory:
             "base": references.get("base"),
             "parents": [references[f"parents[{k}]"] for k in range(len(config.parents))],
             "space": {
-                key: value for key, value in config.space.model_dump(mode="json").items() if key not in FOREIGN_KEYS
+                key: value for key, value in config.space.model_dump(mode="json").items()
+                if key not in (*FOREIGN_KEYS, "components")
             },
-        }
+        }  # fmt: skip
         models = tuple(paths[key] for key in keys)
 
         def save(weights: Any, out: Path) -> None:
@@ -79,6 +96,61 @@ class TorchFactory:
             merge, tuple(references[key] for key in keys), models, save, config.evaluation, target, document, self,
             network=open_network(modules[0]),
         )  # fmt: skip
+
+
+def _open_pipelines(
+    factory: TorchFactory, where: str, config: Config, target: Target, has_base: bool,
+    named: Sequence[tuple[str, str | None]], paths: Mapping[str, Path],
+) -> "PipelineBackend":  # fmt: skip
+    """The backend of diffusers folders. named, paths: the references and the folders of the base and the parents, by
+    their keys in the config."""
+    if find_spec("diffusers") is None:
+        raise InputError(f"{where}: backend", "torch: needs diffusers; pip install 'evojax-merge[diffusion]'")
+    from evojax_merge.backends.torch.folders import to_arrays
+    from evojax_merge.backends.torch.generator import (
+        KINDS,
+        block_groups,
+        open_component,
+        open_generator,
+        save_generator,
+        tensors_of,
+    )
+    from evojax_merge.backends.torch.pipelines import PipelineBackend
+
+    assert config.space is not None
+    parts = config.space.components
+    kinds = component_groups(["+".join(KINDS)] if parts == COMPONENTS else parts, KINDS)
+    if kinds is None:
+        raise InputError(
+            where, f"space.components: {', '.join(parts)}; expected {' and '.join(KINDS)}, apart or joined with +"
+        )
+    keys = [key for key in paths if has_base or key != "base"]
+    references = [str(reference) for key, reference in named if key in keys]
+    folders = [Pipeline(paths[key]) for key in keys]
+    components = choose_components(f"{where}: components", folders, references, config.components or {})
+    modules = [{name: open_component(folder, name) for name in components.merged} for folder in folders]
+    tree = open_trees(where, keys, [to_arrays(tensors_of(one)) for one in modules])
+    groups = block_groups(list(tensors_of(modules[0])), config.space.layers_per_group, kinds)
+    merge = tree_merge(f"{where}: space", tree, config.space, has_base, groups.__getitem__, config.seed)
+    absolute = {key: recipe_reference(str(reference), paths[key]) for key, reference in named if key in paths}
+    by_reference = {str(reference): absolute[key] for key, reference in named if key in paths}
+    document = {
+        "base": absolute.get("base"),
+        "parents": [absolute[f"parents[{k}]"] for k in range(len(config.parents))],
+        "components": {name: by_reference.get(one, one) for name, one in (config.components or {}).items()},
+        "space": {
+            key: value for key, value in config.space.model_dump(mode="json").items()
+            if key not in (*FOREIGN_KEYS, *(["components"] if parts == COMPONENTS else []))
+        },
+    }  # fmt: skip
+
+    def save(weights: Any, out: Path) -> None:
+        save_generator(components, weights, out)
+
+    return PipelineBackend(
+        merge, tuple(absolute[key] for key in keys), tuple(paths[key] for key in keys), save, config.evaluation, target,
+        document, factory, generator=open_generator(components, modules[0]), components=components,
+    )  # fmt: skip
 
 
 def layer_groups(together: int | str) -> Callable[[str], str]:
