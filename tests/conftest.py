@@ -52,7 +52,7 @@ QUICKLY_COMPILED = {
         "data_versions", "device_bench", "devices", "docs", "evaluator", "example_choice", "families", "fronts",
         "function", "generate", "gradients", "harness", "host_memory", "hostile", "longrope", "loops", "m2n2_bench",
         "mergekit_evolve", "mergekit_suite",
-        "method_seam", "mixtures", "page", "parent_groups", "path_ga", "path_gradients", "plugins", "plugin_files",
+        "method_seam", "mixtures", "notebook", "page", "parent_groups", "path_ga", "path_gradients", "plugins", "plugin_files",
         "pool", "pytrees", "racing", "reproduce", "reproducible", "run_folder", "search", "spaces", "stopping",
         "strategies", "strategies_bench", "strategy_seam", "study", "study_spaces", "task_seam", "terminal",
         "text_decoders", "tokens", "torch_backend", "torture", "validation", "vision", "zoo",

@@ -76,11 +76,13 @@ def test_a_function_alone_is_a_list_of_one(function: Any) -> None:
 
 def test_a_study_of_pytrees_runs_resumes_and_exports(tmp_path: Path) -> None:
     tasks = [with_rows(heldout=0.25), em.tasks.Arrays(closeness, name="closeness", weight=0.5)]
-    study = make(tasks, out=tmp_path / "run")
+    study = make(tasks, out=tmp_path / "run", log=["csv"])
     whole = make(tasks, out=tmp_path / "whole").run(2)
     study.run(1)
-    run = make(tasks, out=tmp_path / "run", resume=True).run(1)
+    run = make(tasks, out=tmp_path / "run", resume=True, log=["csv"]).run(1)
     assert run.history == whole.history and run.finished
+    logged = (tmp_path / "run" / "history.csv").read_text().splitlines()
+    assert logged[0].startswith("generation,fitness/best_so_far") and [row[:2] for row in logged[1:]] == ["1,", "2,"]
     assert [row["role"] for row in run.table] == ["base", "parent", "parent", "uniform", "winner"]
     assert [row["name"] for row in run.table[:3]] == ["base", "parents[0]", "parents[1]"]
 
@@ -97,6 +99,25 @@ def test_a_study_of_pytrees_runs_resumes_and_exports(tmp_path: Path) -> None:
     with pytest.raises(em.InputError, match="exists already; choose another folder or pass overwrite=True"):
         best.export(tmp_path / "best")
     best.export(tmp_path / "best", overwrite=True)
+
+
+def test_a_study_gives_a_warning_once_and_names_the_programs_line(tmp_path: Path) -> None:
+    def flat(model: Any) -> Any:
+        return 0.0 * closeness(model)
+
+    study = make([flat], strategy={"strategy": "gradient", "population": 1}, out=tmp_path / "run")
+    with pytest.warns(UserWarning, match="the gradient is 0 everywhere") as caught:
+        study.run(1)
+        study.run(1)
+    texts = [str(warning.message) for warning in caught]
+    assert len(texts) == len(set(texts)) and {warning.filename for warning in caught} == {__file__}
+
+
+def test_a_study_logs_into_its_run_folder_alone(tmp_path: Path) -> None:
+    with pytest.raises(em.InputError, match="Study: log: there is no run folder to log in; give `out`"):
+        make(log=["csv"])
+    with pytest.raises(em.InputError, match="Study: log"):
+        make(out=tmp_path / "run", log=["table"])
 
 
 def test_parents_have_names() -> None:
