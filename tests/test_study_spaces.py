@@ -109,8 +109,8 @@ def test_a_study_gives_a_warning_once_and_names_the_programs_line(tmp_path: Path
     with pytest.warns(UserWarning, match="the gradient is 0 everywhere") as caught:
         study.run(1)
         study.run(1)
-    texts = [str(warning.message) for warning in caught]
-    assert len(texts) == len(set(texts)) and {warning.filename for warning in caught} == {__file__}
+    ours = [warning for warning in caught if warning.category is UserWarning]
+    assert len(ours) == 1 and ours[0].filename == __file__
 
 
 def test_a_study_logs_into_its_run_folder_alone(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_run_has_the_candidates_of_its_study(tmp_path: Path) -> None:
     again = run.best.export(tmp_path / "again")
     assert (again / "params.safetensors").read_bytes() == (run.model / "params.safetensors").read_bytes()
     assert run.to_frame().equals(study.to_frame()) and run.plot().to_dict()["datasets"]
-    assert "<th>weight parents[1]</th>" in run._repr_html_() and "held-out scores" in run._repr_html_()
+    assert ">weight parents[1]</th>" in run._repr_html_() and "held-out scores" in run._repr_html_()
 
 
 @pytest.mark.parametrize(

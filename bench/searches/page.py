@@ -118,7 +118,7 @@ def long_run(folder: Path) -> Path:
     folder.mkdir()
     rng = np.random.default_rng(0)
     (folder / "config.yaml").write_text(
-        f"base: base\nparents: [one, two]\nspace: {{method: ties}}\nseed: 0\n"
+        f"base: base\nparents: [one, two]\nspace: {{method: ties}}\nseed: 0\ninputs: {{}}\n"
         f"search: {{strategy: cma_es, population: {POPULATION}, generations: {GENERATIONS}}}\n"
     )
     best = -np.inf
