@@ -166,7 +166,7 @@ def score_models(
             prepared_images = vision.prepare()
             if prepared_images is not None:
                 log(prepared_images)
-            evaluator.features = vision.table(None, evaluator.compute_dtype, evaluator.devices.put)
+            evaluator.images = vision.table(None, evaluator.compute_dtype, evaluator.devices.put)
         stored = load_stored(sources, evaluator.config, 0, evaluator.compute_dtype)
         with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:
             scores = evaluator.stored(stored, progress)

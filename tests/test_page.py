@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family
+from helpers import Family, build_family, run_here
 from hostile import run_command, start_command
 
 from evojax_merge.errors import Failed
@@ -339,7 +339,7 @@ def test_a_search_writes_the_page_with_the_names_of_its_parameters(tmp_path: Pat
     }  # fmt: skip
     root = family.base.parent
     (root / "page.yaml").write_text(yaml.safe_dump(document))
-    done = run_command("search", root / "page.yaml", "--out", tmp_path / "run")
+    done = run_here("search", root / "page.yaml", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     page = Page(tmp_path / "run" / "report.html")
     assert "finished" in page.text and "refresh" not in page.source.partition("<style>")[0]
@@ -351,12 +351,12 @@ def test_a_search_writes_the_page_with_the_names_of_its_parameters(tmp_path: Pat
     assert weights["values"][-1] == pytest.approx(np.ravel(result["parameters"]["weight"]).tolist(), rel=1e-5, abs=1e-6)
     # The command makes the same page again.
     before = (tmp_path / "run" / "report.html").read_bytes()
-    assert run_command("report", tmp_path / "run").returncode == 0
+    assert run_here("report", tmp_path / "run").returncode == 0
     assert (tmp_path / "run" / "report.html").read_bytes() == before
     # A search that is complete leaves it, one that starts again removes it.
-    again = run_command("search", root / "page.yaml", "--out", tmp_path / "run", "--resume")
+    again = run_here("search", root / "page.yaml", "--out", tmp_path / "run", "--resume")
     assert again.returncode == 0 and (tmp_path / "run" / "report.html").read_bytes() == before
-    shown = run_command("show", tmp_path / "run").stdout
+    shown = run_here("show", tmp_path / "run").stdout
     assert "run: finished" in shown and "Held-out scores" in shown and "best/model" in shown
 
 
@@ -476,10 +476,10 @@ def test_a_run_without_a_generation_says_so(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", generations=0, finished=False)
     for file in ("history.jsonl", "timing.jsonl"):
         (run / file).unlink()
-    done = run_command("report", run)
+    done = run_here("report", run)
     assert done.returncode == 0, done.stderr
     assert "there is nothing to show yet" in Page(run / "report.html").text
-    assert "nothing to show yet" in run_command("show", run).stdout
+    assert "nothing to show yet" in run_here("show", run).stdout
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
@@ -506,14 +506,14 @@ def test_a_run_without_a_single_score_has_a_page(tmp_path: Path, pool: Any) -> N
     (run / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     write_page(RunFolder(run))
     assert "after generation 6" in Page(run / "report.html").text
-    assert run_command("show", run).returncode == 0
+    assert run_here("show", run).returncode == 0
 
 
 @pytest.mark.parametrize("command", ["report", "show"])
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, command: str) -> None:
     (tmp_path / "empty").mkdir()
     for name, says in (("empty", "is not a run folder"), ("missing", "no such folder")):
-        done = run_command(command, tmp_path / name)
+        done = run_here(command, tmp_path / name)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr
     assert list((tmp_path / "empty").iterdir()) == []
 
@@ -521,7 +521,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, command: str) -> Non
 def test_a_file_that_is_no_page_is_kept(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "report.html").write_text("<p>mine")
-    done = run_command("report", run)
+    done = run_here("report", run)
     assert done.returncode == 2 and "is no page of evojax-merge" in done.stderr
     clear(RunFolder(run), 6)
     assert (run / "report.html").read_text() == "<p>mine"
@@ -612,13 +612,13 @@ def test_runs_are_compared_on_one_page(tmp_path: Path) -> None:
     one = make_run(tmp_path / "a" / "run")
     two = make_run(tmp_path / "b" / "run", generations=4, finished=False, seed=5)
     out = tmp_path / "both.html"
-    done = run_command("compare", one, two, "--out", out)
+    done = run_here("compare", one, two, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "a/run" in done.stdout and "stopped" in done.stdout and "-0.1235" in done.stdout
     page = Page(out)
     assert set(page.specs) == {"by-generation", "by-evaluations", "heldout"}
     assert "search.generations" in page.text and "b/run: The run was stopped after generation 4" in page.text
-    assert run_command("compare", one, two, "--out", out).returncode == 0
+    assert run_here("compare", one, two, "--out", out).returncode == 0
     (tmp_path / "notes.html").write_text("<p>mine")
     for arguments, says in (
         ((one, two, "--out", tmp_path / "notes.html"), "is no page"),
@@ -654,7 +654,7 @@ def test_runs_below_a_folder_are_listed(tmp_path: Path) -> None:
     for text in ("first", "deep/second", "ties", "6/6", "finished", "stopped", "ago"):
         assert text in done.stdout
     assert "broken" not in done.stdout and done.stderr.startswith("warning: ") and done.stderr.count("\n") == 1
-    assert "first" in run_command("runs", tmp_path / "runs" / "first").stdout
+    assert "first" in run_here("runs", tmp_path / "runs" / "first").stdout
     (tmp_path / "none").mkdir()
     assert "no runs in none" in run_command("runs", "none", folder=tmp_path).stdout
     assert run_command("runs", "missing", folder=tmp_path).returncode == 2
@@ -708,7 +708,7 @@ def test_the_slider_shows_an_earlier_generation(tmp_path: Path) -> None:
 @in_a_browser
 def test_a_browser_draws_several_runs(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, generations=3 + k) for k, name in enumerate(["one", "two"])]
-    assert run_command("compare", *runs, "--out", tmp_path / "page.html").returncode == 0
+    assert run_here("compare", *runs, "--out", tmp_path / "page.html").returncode == 0
     seen, console = browse(tmp_path / "page.html", 400)
     assert seen["problems"] == [] and console == [] and seen["requests"] == [] and seen["scrolled"] <= 400
     assert len(seen["charts"]) == 3 and all(seen["charts"].values())

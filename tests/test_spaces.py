@@ -233,7 +233,13 @@ def test_start_may_be_a_bound() -> None:
 
 UNIFORM = {
     "weight": 1 / 3, "density": 1.0, "lambda": 1.0, "t": 0.5, "scale": 1.0, "select_topk": 1.0,
-    "epsilon": 0.15, "gamma": 0.01, "eps": 1e-8, "max_iter": 10, "tol": 1e-5, "r": 0.1, "alpha": 0.2,
+    "epsilon": 0.15, "gamma": 0.01, "eps": 1e-8, "max_iter": 10, "tol": 1e-5, "r": 0.1, "alpha": 1.0,
+    "width": 0.5, "offset": 0.0, "maxiter": 100, "ftol": 1e-20,
+}  # fmt: skip
+# Methods whose defaults are others.
+UNIFORM_OF = {
+    "ram": {"epsilon": 1e-5}, "ramplus_tl": {"epsilon": 1e-5, "alpha": 0.2}, "weighted_sum": {"alpha": 0.5},
+    "top_k_tensor_sum": {"width": 1.0}, "geometric_median": {"eps": 1e-6},
 }  # fmt: skip
 
 
@@ -241,7 +247,7 @@ UNIFORM = {
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "nearswap"])
 def test_uniform_start_is_the_uniform_merge(name: str) -> None:
     method = METHODS[name]
-    uniform = UNIFORM | ({"epsilon": 1e-5} if name in ("ram", "ramplus_tl") else {})
+    uniform = UNIFORM | UNIFORM_OF.get(name, {})
     for parameter in method.parameters:
         expected = (uniform[parameter.name],) * (3 if parameter.per_parent else 1)
         assert uniform_start(method, parameter.name, 3) == pytest.approx(expected)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import Family
+from helpers import Family, thorough
 from hostile import run_command, run_python
 
 import evojax_merge as em
@@ -119,6 +119,7 @@ def test_fitness_of_ones_own_and_failures(family: Family) -> None:
         study.tell(study.ask(), np.full(4, np.nan))
 
 
+@thorough
 def test_a_study_resumes(family: Family, study: em.Study, tmp_path: Path) -> None:
     changes = {"out": tmp_path / "run", "validation": 0.25, "validate_every": 1}
     make(family, **changes).run(1)
@@ -404,6 +405,7 @@ WRONG: list[tuple[Callable[[Family, em.Study], Any], str]] = [
     (lambda family, study: make(family, population=2), "Study: population: is given by `strategy` as well"),
     (lambda family, study: make(family, strategy=3), "Study: strategy: 3; expected a text or a mapping"),
     (lambda family, study: make(family, strategy=em.strategies.cma_es(population=1)), "population: 1"),
+    (lambda family, study: em.strategies.cma_es(pop=3), "strategies.cma_es: there is no option 'pop'"),
     (lambda family, study: make(family, strategy=em.strategies.cma_es(sigma="w")), "Study: search.sigma: expected"),
     (lambda family, study: make(family, validation=1.5), "Study: search.validation: expected"),
     (lambda family, study: make(family, seed=-1), "Study: seed: expected"),

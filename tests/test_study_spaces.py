@@ -14,12 +14,10 @@ import yaml
 from helpers import Family
 from hostile import run_command
 from safetensors.numpy import load_file
-from test_backend_seam import TOY_FACTORY, TOY_KIND, network
+from test_backend_seam import TOY_KIND, network, register_toy
 
 import evojax_merge as em
 from evojax_merge import plugins
-from evojax_merge.backends import registry
-from evojax_merge.tasks import kinds
 
 WANTED = {"encoder": np.array([1.0, 2.0, 3.0], np.float32), "head": np.array([4.0], np.float32)}
 BASE = {name: 0 * values for name, values in WANTED.items()}
@@ -247,8 +245,7 @@ def test_a_command_shows_the_users_frames_as_well(tmp_path: Path) -> None:
 
 
 def test_models_of_another_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "_registered", [*kinds._registered, TOY_KIND])
-    monkeypatch.setattr(registry, "_registered", {**registry._registered, "network": TOY_FACTORY})
+    register_toy(monkeypatch)
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     base = network(rng)

@@ -52,6 +52,10 @@ FLOAT_DTYPES = {
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# The beginnings of the names of weights' files: transformers', and diffusers'.
+STEMS = ("model", "diffusion_pytorch_model")
+# Files that may be pickles, which can run code when they are read.
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 # Everything about a model but its weights, as transformers reads it, and its card.
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 # Another program's names for the same weights, which some repositories hold beside the ones that transformers reads.
@@ -386,6 +390,12 @@ def read_header(file: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str
     return entries
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """The texts that stand beside the tensors of a safetensors file that `read_header` accepts."""
+    with safe_open(file, framework="numpy") as handle:
+        return dict(handle.metadata() or {})
+
+
 def _refused(file: Path) -> str | None:
     """The safetensors library's error about the file's header; None where it accepts the header."""
     try:
@@ -461,13 +471,19 @@ def open_folder(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Folder:
     """
     if path.is_file() and path.suffix == ".safetensors":
         return Folder(path, read_header(path, dtypes))
+    if path.is_file() and path.suffix.lower() in PICKLES:
+        raise InputError(
+            path, "is a pickle, which can run code when it is read; expected a safetensors file (its author, or your "
+            "image generator's interface, may convert it)",
+        )  # fmt: skip
     if not path.is_dir():
         raise InputError(path, "not a folder; expected a Hugging Face model folder, or a safetensors file")
-    index, single = path / INDEX_FILE, path / SINGLE_FILE
-    if single.exists():
-        return Folder(path, read_header(single, dtypes))
-    if index.exists():
-        return Folder(path, _open_shards(index, dtypes))
+    for stem in STEMS:
+        index, single = path / f"{stem}.safetensors.index.json", path / f"{stem}.safetensors"
+        if single.exists():
+            return Folder(path, read_header(single, dtypes))
+        if index.exists():
+            return Folder(path, _open_shards(index, dtypes))
     others = sorted(set(path.glob("*.safetensors")) - set(path.glob(FOREIGN_FILES)))
     if len(others) == 1:
         return Folder(path, read_header(others[0], dtypes))

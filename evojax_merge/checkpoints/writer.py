@@ -9,7 +9,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import BinaryIO
 
 import numpy as np
@@ -40,6 +40,8 @@ USUAL_FILES = {
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # This many evenly spaced blocks of a large file tell whether it is the file that was written.
 BLOCKS, BLOCK_BYTES = 64, 4096
+# The metadata by which libraries recognise a file of torch's tensors.
+PYTORCH: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -185,18 +187,22 @@ class TensorSpec:
 class ShardWriter:
     """Writes tensors, in the order of `specs`, as one `model.safetensors` or as shards with an index.
 
-    `specs` determine the headers, so that each tensor goes to disk as it comes and is not kept.
+    `specs` determine the headers, so that each tensor goes to disk as it comes and is not kept. stem: another beginning
+    of the files' names; metadata: the texts beside the tensors.
     """
 
-    def __init__(self, folder: Path, specs: dict[str, TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    def __init__(
+        self, folder: Path, specs: dict[str, TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES,
+        stem: str = "model", metadata: Mapping[str, str] = PYTORCH,
+    ) -> None:  # fmt: skip
         from huggingface_hub import split_state_dict_into_shards_factory
 
-        self.folder, self.specs = folder, specs
+        self.folder, self.specs, self.stem, self.metadata = folder, specs, stem, metadata
         split = split_state_dict_into_shards_factory(
             specs,
             get_storage_size=lambda spec: spec.nbytes,
             get_storage_id=lambda spec: None,
-            filename_pattern="model{suffix}.safetensors",
+            filename_pattern=f"{stem}{{suffix}}.safetensors",
             max_shard_size=max_shard_bytes,
         )
         self._order = [(file, name) for file, names in split.filename_to_tensors.items() for name in names]
@@ -247,10 +253,10 @@ class ShardWriter:
         if self._index is not None:
             total = sum(spec.nbytes for spec in self.specs.values())
             index = {"metadata": {"total_size": total}, "weight_map": self._index}
-            (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            (self.folder / f"{self.stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def _header(self, names: list[str]) -> bytes:
-        rows: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        rows: dict[str, object] = {"__metadata__": dict(self.metadata)} if self.metadata else {}
         offset = 0
         for name in names:
             spec = self.specs[name]

@@ -17,12 +17,14 @@ from evojax_merge.checkpoints.writer import (
 from evojax_merge.errors import print_warning
 from evojax_merge.file_system import check_free, recover
 from evojax_merge.mergekit.execute import merge_to
+from evojax_merge.mergekit.pipelines import PipelinePlan, merge_pipelines, prepare_pipelines
 from evojax_merge.mergekit.stages import StreamPlan, merge_stream, prepare_stream
 from evojax_merge.mergekit.streams import parse_stream, stream_warnings
 from evojax_merge.mergekit.unused_keys import blaming_slips, few_lines, without_unused_keys
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.references import resolve_reference
 from evojax_merge.report.card import merge_card
+from evojax_merge.report.front_matter import changed_front_matter
 from evojax_merge.report.notices import Log, log_unused_config_keys, print_warnings
 from evojax_merge.report.progress import console, merge_bar, say
 from evojax_merge.search.run_parts import RunFolder
@@ -86,6 +88,15 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
     with ExitStack() as stack:
         with blaming_slips([] if strict else given):
             stream = parse_stream(path, documents)
+            pipelines = prepare_pipelines(
+                stream, resolve_reference, options.dtype, options.seed, options.allow_nonfinite, strict
+            )
+        if pipelines is not None:
+            for line in (*few_lines(path, twice, "more keys stand twice"), *ignored, *pipelines.warnings):
+                warn(line)
+            write_pipeline(pipelines, out, options, text)
+            return
+        with blaming_slips([] if strict else given):
             planned = prepare_stream(
                 stream, out, options.dtype, options.seed, options.allow_nonfinite, resolve_reference,
                 options.copy_tokenizer, options.allow_crimes, strict,
@@ -99,6 +110,22 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
         card = card_of_merge(out, stream_plan, text) if options.card else None
         write = partial(merge_to, recipe=text if options.card else None, max_shard_bytes=options.max_shard_bytes)
         write_model(stream_plan, out, card, "merging", options.overwrite, inputs, write)
+
+
+def write_pipeline(pipelines: PipelinePlan, out: Path, options: MergeOptions, text: str) -> None:
+    """Do the planned merge of diffusers folders. text: its recipe as YAML."""
+    check = partial(check_output, out, [*pipelines.inputs, *_parts_of_runs(out)])
+    check()
+    require_space(out, pipelines.nbytes)
+    card = None
+    if options.card:
+        methods = [pipelines.recipe.method.name]
+        card = changed_front_matter(merge_card(out.name, methods, pipelines.models, text), {"library_name": "diffusers"})
+    with merge_bar("merging", "", sum(plan.nbytes for plan in pipelines.merges.values())) as progress:
+        merge_pipelines(
+            pipelines, out, card=card, recipe=text if options.card else None, max_shard_bytes=options.max_shard_bytes,
+            overwrite=options.overwrite, check=check, progress=progress,
+        )  # fmt: skip
 
 
 def write_model(

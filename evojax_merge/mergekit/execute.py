@@ -7,6 +7,7 @@ most `WORKERS + 2` tensors are in flight, so that memory does not grow with the 
 
 import json
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,9 +32,17 @@ from evojax_merge.checkpoints.config_file import (
 from evojax_merge.checkpoints.config_shapes import check_against_config
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, as_it_is, decoder_of, named_alike
 from evojax_merge.checkpoints.derived import Find, open_model, parts_of, resolve_model
-from evojax_merge.checkpoints.folder import is_finite, is_float
+from evojax_merge.checkpoints.folder import STEMS, is_finite, is_float, read_metadata
+from evojax_merge.checkpoints.generator_keys import scheme_name
 from evojax_merge.checkpoints.json_files import read_json_object, shown
-from evojax_merge.checkpoints.parents import Sources, check_alike, rows_differ, with_vocabulary_size
+from evojax_merge.checkpoints.parents import (
+    Sources,
+    check_alike,
+    common_kind,
+    is_merged_as,
+    rows_differ,
+    with_vocabulary_size,
+)
 from evojax_merge.checkpoints.tokens import (
     TOKENIZER_FILES,
     TokenizerChoice,
@@ -46,6 +55,7 @@ from evojax_merge.checkpoints.writer import (
     CARD,
     MAX_SHARD_BYTES,
     PROCESSOR_FILES,
+    PYTORCH,
     RECIPE,
     ShardWriter,
     TensorSpec,
@@ -126,6 +136,7 @@ def prepare(
     paths = [find(recipe.where, reference, recipe.path.parent) for reference in recipe.models]
     choice = None if recipe.tokenizer is None else _tokenizer_choice(recipe, recipe.tokenizer, find)
     sources, layouts, tied = _open(recipe, paths, choice, allow_crimes)
+    _check_one_scheme(sources)
     _check_same_tensors(recipe, sources, layouts)
     leader = _leader(recipe, sources)
     planned = plan(recipe, layouts, partial(_fitting, recipe, sources))
@@ -319,7 +330,7 @@ def _open(
     first = folders[0]
     for folder in folders[1:]:
         kind, expected = (model.config.get("model_type") for model in (folder, first))
-        if kind != expected and not allow_crimes:
+        if not is_merged_as(folder, common_kind(folders)) and not allow_crimes:
             _check_has_config(folder, first)
             _check_has_config(first, folder)
             raise InputError(
@@ -427,8 +438,9 @@ def _check_depths(architecture: Architecture, folders: Sequence[DecoderFolder], 
 
 def _check_configs(sources: Sources) -> None:
     """Raises InputError where configs of one known architecture mean different layers."""
-    kinds = {folder.config.get("model_type") for folder in sources.folders}
-    if len(kinds) == 1 and known_architecture(*kinds) is not None:
+    kind = common_kind(sources.folders)
+    is_one = all(is_merged_as(folder, kind) for folder in sources.folders)
+    if is_one and known_architecture(kind) is not None:
         first, *others = [comparable(folder.config) for folder in sources.folders]
         # Unequal values may mean the same layers: only reading both configs tells.
         if any(other != first for other in others):
@@ -455,6 +467,19 @@ def _fitting(
     if len(alike) == len(inputs):
         return inputs
     return {"refuse": inputs, "first": inputs[:1], "skip": alike}[_mismatch(recipe, name)]
+
+
+def _check_one_scheme(sources: Sources) -> None:
+    """Raises InputError for image generators whose tensors have the names of different tools."""
+    first, *others = sources.folders
+    expected = scheme_name(first.entries)
+    for folder in others:
+        actual = scheme_name(folder.entries)
+        if actual != expected and actual and expected:
+            raise InputError(
+                folder.path, f"its tensors have the names of {actual}, but those of {first.path} the names of "
+                f"{expected}; expected models of one kind in one form (diffusers converts between forms)",
+            )  # fmt: skip
 
 
 def _check_same_tensors(recipe: RecipeFile, sources: Sources, layouts: list[Layout]) -> None:
@@ -615,8 +640,15 @@ def write_outline(merge_plan: MergePlan, folder: Path) -> None:
 def write_weights(
     merge_plan: MergePlan, folder: Path, progress: Progress, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Merge all tensors, and write them as the safetensors files of a model folder."""
-    with ShardWriter(folder, merge_plan.specs, max_shard_bytes) as writer:
+    """Merge all tensors, and write them as the safetensors files of a model folder. The merge of a single file is a
+    single file as well, with the texts that stand beside its tensors; its hashes are left out, which are those of other
+    tensors."""
+    file, metadata = merge_plan.leader.path, PYTORCH
+    if file.is_file():
+        metadata = {key: text for key, text in read_metadata(file).items() if "hash" not in key}
+        max_shard_bytes = sys.maxsize
+    stem = next((stem for stem in STEMS if merge_plan.leader.files[0].name.startswith(stem)), STEMS[0])
+    with ShardWriter(folder, merge_plan.specs, max_shard_bytes, stem, metadata) as writer:
         for name, tensor in zip(writer.order, merged_tensors(merge_plan, writer.order), strict=True):
             writer.write(name, tensor)
             progress(merge_plan.specs[name].nbytes)

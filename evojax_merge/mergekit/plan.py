@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from merge_kernels import Method, Options, Parameter, Rescale
 
+from evojax_merge.checkpoints.generator_keys import blocks_of
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.mergekit.modules import MODULES, module_of
 from evojax_merge.mergekit.schema import (
@@ -77,11 +78,17 @@ def read_switch(value: Any) -> Any:
     return bool(value) if value in (0, 1) else value
 
 
+def contains(tensor: str, wanted: str) -> bool:
+    """Return whether a filter means a tensor: as a part of its name."""
+    return wanted in tensor
+
+
 def evaluate_setting(
-    where: str, tensor: str, setting: Setting, t: float, read: Callable[[Any], Any] = read_number
-) -> Any:
-    """A setting for one tensor: a scalar, a gradient over `t` in [0, 1], or the first filter that matches. `read`
-    converts the entries of a gradient; if all results are numbers, they are interpolated."""
+    where: str, tensor: str, setting: Setting, t: float, read: Callable[[Any], Any] = read_number,
+    matches: Callable[[str, str], bool] = contains,
+) -> Any:  # fmt: skip
+    """A setting for one tensor: a scalar, a gradient over `t` in [0, 1], or the first filter that `matches` the tensor.
+    `read` converts the entries of a gradient; if all results are numbers, they are interpolated."""
     if isinstance(setting, dict):
         setting = [setting]
     if not isinstance(setting, list):
@@ -100,8 +107,8 @@ def evaluate_setting(
     for entry in setting:
         entry = checked_mapping(where, entry, FILTER_KEYS)
         wanted = entry.get("filter")
-        if wanted in (None, "*") or wanted in tensor:
-            return evaluate_setting(where, tensor, entry.get("value"), t, read)
+        if wanted in (None, "*") or matches(tensor, wanted):
+            return evaluate_setting(where, tensor, entry.get("value"), t, read, matches)
     return None
 
 
@@ -145,17 +152,18 @@ def options_from(where: str, method: Method, switches: Mapping[str, Any], has_ba
 
 
 def _resolve(
-    recipe: RecipeFile, module: Module, part: Slice, parents: Sequence[tuple[Source, str]], tensor: str, t: float
-) -> tuple[Options, dict[str, np.ndarray]]:
+    recipe: RecipeFile, module: Module, part: Slice, parents: Sequence[tuple[Source, str]], tensor: str, t: float,
+    matches: Callable[[str, str], bool],
+) -> tuple[Options, dict[str, np.ndarray]]:  # fmt: skip
     """The options and parameters of one output tensor. `parents`: each with the tensor's name in it; where layers are
-    shifted, a parent's filters match that name. Raises InputError."""
+    shifted, a parent's filters match that name; matches: see `evaluate_setting`. Raises InputError."""
     where, method = recipe.where, recipe.method
     shared = (part.settings, module.settings, recipe.settings)
 
     def value(name: str, scopes: Sequence[Settings], tensor: str, read: Callable[[Any], Any] = read_number) -> Any:
         for scope in scopes:
             if name in scope:
-                setting = evaluate_setting(where, tensor, scope[name], t, read)
+                setting = evaluate_setting(where, tensor, scope[name], t, read, matches)
                 if setting is not None:
                     return setting
         return None
@@ -262,6 +270,8 @@ def _plan_module(recipe: RecipeFile, module: Module, layouts: Sequence[Layout], 
     index = {model: i for i, model in enumerate(recipe.models)}
     method = recipe.method
     tensor_plans = []
+    blocks = blocks_of(layouts[index[_first(module.slices[0]).model]].names())
+    matches, block_places = (blocks.matches if blocks.of else contains), blocks.places()
 
     def add(name: str, inputs: list[tuple[Source, str]], part: Slice, t: float) -> None:
         base_first = sorted(inputs, key=lambda pair: pair[0].model != part.base)
@@ -276,7 +286,8 @@ def _plan_module(recipe: RecipeFile, module: Module, layouts: Sequence[Layout], 
         # A base that is merged like any parent keeps its place.
         ordered = base_first if method.base != "parent" or method.base_is_first_parent else inputs
         merged = [(source, tensor) for source, tensor in ordered if (index[source.model], tensor) in chosen]
-        options, parameters = _resolve(recipe, module, part, merged[int(has_base) :], name, t)
+        t = block_places.get(name, t)
+        options, parameters = _resolve(recipe, module, part, merged[int(has_base) :], name, t, matches)
         offset = next((offset for text, offset in recipe.gain_offsets.items() if text in merged[0][1]), 0.0)
         inputs_by_index = tuple((index[source.model], tensor) for source, tensor in merged)
         tensor_plans.append(TensorPlan(name, inputs_by_index, options, parameters, offset))

@@ -1,9 +1,9 @@
 """Recipes as YAML, in mergekit's format: read and checked, not yet matched with tensors.
 
-Six settings go beyond mergekit: `random_seed`, which fixes the masks of random methods and which mergekit ignores;
+Seven settings go beyond mergekit: `random_seed`, which fixes the masks of random methods and which mergekit ignores;
 `rescale: density` (the DARE paper's 1/density), which mergekit refuses; `other_modules`, the model whose other modules
 the result has where text decoders alone are merged; `on_mismatch`, the treatment of tensors that not all models have
-alike; and two settings of a passthrough merge of slices: `ends`, the model whose embedding and head the result has, and
+alike; `components`, the parts of diffusers folders that are merged or kept; and two settings of a passthrough merge of slices: `ends`, the model whose embedding and head the result has, and
 `gain_offsets`, the numbers that are added to tensors before `scale` multiplies them, and subtracted after.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from merge_kernels import METHODS, Method
 
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
-from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.plugins import HINT
 from evojax_merge.yaml_reader import load_yaml
 
@@ -25,7 +25,7 @@ from evojax_merge.yaml_reader import load_yaml
 TOP_KEYS = {
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
     "tokenizer", "chat_template", "random_seed", "ends", "gain_offsets",
-    "other_modules", "on_mismatch",
+    "other_modules", "on_mismatch", "components",
 }  # fmt: skip
 MODULE_KEYS = {"models", "slices", "parameters"}
 SLICE_KEYS = {"sources", "parameters", "base_model"}
@@ -108,7 +108,8 @@ class RecipeFile:
     """A recipe as it stands in the file, checked but not yet matched with tensors. Relative paths start in the folder
     of `path`; `where`: the recipe's name in messages; gain_offsets: a filter -> the number that is added to its
     tensors; other_modules: only the models' text decoders are merged, and the other modules come from this model (None:
-    whole models are merged); on_mismatch: a setting of `ON_MISMATCH`'s words."""
+    whole models are merged); on_mismatch: a setting of `ON_MISMATCH`'s words;
+    components: a component of diffusers folders -> merge, or the model that gives it."""
 
     path: Path
     where: str
@@ -125,6 +126,7 @@ class RecipeFile:
     gain_offsets: Mapping[str, float] = field(default_factory=dict)
     other_modules: str | None = None
     on_mismatch: Setting = "refuse"
+    components: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
@@ -198,6 +200,7 @@ def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeF
         _gain_offsets(where, top, method),
         None if top.get("other_modules") is None else _reference(f"{where}: other_modules", top["other_modules"]),
         _on_mismatch(where, top.get("on_mismatch")),
+        _components(where, top.get("components")),
     )  # fmt: skip
     for module in recipe.modules:
         for part in module.slices:
@@ -251,6 +254,16 @@ def _on_mismatch(where: str, value: Any) -> Setting:
             expected = f"one of {', '.join(ON_MISMATCH)}, or a list of {{filter: …, value: …}}"
             raise InputError(where, f"on_mismatch: {word!r}; expected {expected}")
     return setting
+
+
+def _components(where: str, value: Any) -> dict[str, str]:
+    components = {} if value is None else value
+    if not isinstance(components, dict) or not all(isinstance(name, str) for name in components):
+        raise InputError(where, f"components: {shown(value)}; expected a mapping, such as {{unet: merge}}")
+    return {
+        name: model if model == "merge" else _reference(f"{where}: components.{name}", model)
+        for name, model in components.items()
+    }
 
 
 def _ends(where: str, top: dict[str, Any], method: Method) -> str | None:

@@ -159,7 +159,7 @@ class LazyMerge:
             return self._merge_part(leaf, parameters)
 
         def part(device: jax.Array, leaf: LeafBank, parameters: Parameters) -> jax.Array:
-            if leaf.mask_keys is not None and has_row_keys and axis != rows:
+            if self.spec.method.random and leaf.mask_keys is not None and has_row_keys and axis != rows:
                 first_column = device * prod(leaf.sources.shape[2:])
                 leaf = replace(leaf, mask_keys=keys_from_column(leaf.mask_keys, first_column))
             return self._merge_part(leaf, parameters)

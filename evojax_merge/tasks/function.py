@@ -216,6 +216,7 @@ def open_function(config: FunctionConfig, opening: Opening) -> FunctionTask:
     text = TextTask(
         config.name, kind, METRIC, config.weight, data.file, data.examples, max_new_tokens=config.max_new_tokens,
         stop=tuple(config.stop), prompts=data.prompts, fewshot_file=data.fewshot_file,
+        data_files=data.files,
     )  # fmt: skip
     return FunctionTask(text, tuple(map(dict, data.records)), function, config.inputs)
 

@@ -133,7 +133,8 @@ class Method:
     - `prepare(options, inputs)` measures a tensor, on the host.
     - `combine(options, inputs)` merges it, on the device: float32 `[...]`.
     - `mask_keys(K)`: the number of arrays of mask keys that are prepared. `random`: they are drawn. `has_row_keys`:
-      they are row keys, from which `combine` makes the numbers, and not a number per entry.
+      they are two words for each row, such as the keys from which `combine` makes drawn numbers, and not a number per
+      entry.
     - `interpolates`: the parameter that leads from the first parent, at 0, to the second, at 1.
     - `copies`: the parameter that multiplies the one parent; at 1 the merge is that parent, bit for bit. Such a method
       stacks layers: a merge of slices may then take the tensors outside of the layers from any one model.

@@ -20,6 +20,11 @@ SPARSE = (*MAGNITUDE, *BAND, *DARE, *DELLA)
 TASK_VECTORS = ("task_arithmetic", *SPARSE)
 ELECTED = ("ties", "dare_ties", "della", "breadcrumbs_ties")
 RAM = ("ram", "ramplus_tl")
+# Names of sd-mecha.
+DIFFUSION = (
+    "weighted_sum", "add_difference", "train_difference_mask", "add_cosine_a", "add_cosine_b", "tensor_sum",
+    "top_k_tensor_sum", "geometric_median",
+)  # fmt: skip
 LEVELS = 2**16
 
 
@@ -58,6 +63,8 @@ def merge(
         return ram(base, parents, *(float(parameters.get(key, 0)) for key in ("epsilon", "r", "alpha")))
     if name == "passthrough":
         return np.asarray(parameters["scale"][0] * parents[0])
+    if name in DIFFUSION:
+        return diffusion(name, base, parents, parameters)
     # The two that take deltas where there is a base.
     origin = base if options.has_base else np.zeros_like(base)
     vectors = [x - origin for x in parents]
@@ -214,6 +221,66 @@ def ram(base: np.ndarray, parents: Sequence[np.ndarray], epsilon: float, r: floa
         factor = np.where(count > 1, 1 / np.maximum(count, 1), 1 + r * min(ratio, alpha))
         merged = merged + np.where(mask, factor * delta, 0.0)
     return merged
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Image generators
+
+
+def diffusion(name: str, c: np.ndarray, parents: Sequence[np.ndarray], parameters: Mapping[str, Any]) -> np.ndarray:
+    """Merge by one of sd-mecha's methods; c: the base of those that have one."""
+    if name == "geometric_median":
+        return geometric_median(parents, *(float(parameters[key]) for key in ("eps", "maxiter", "ftol")))
+    a, b = parents
+    alpha = float(parameters.get("alpha", 0))
+    if name == "weighted_sum":
+        return (1 - alpha) * a + alpha * b
+    if name == "add_difference":
+        return a + alpha * (b - c)
+    if name == "train_difference_mask":
+        both = np.abs(b - a) + np.abs(b - c)
+        mask = np.where(both > 0, np.abs(b - a) / np.where(both > 0, both, 1.0), 0.0)
+        return np.asarray(a + 1.8 * alpha * mask * (b - c))
+    if name in ("add_cosine_a", "add_cosine_b"):
+        cosine = cosines(a, b, 0)
+        if name == "add_cosine_b":
+            cosine = (cosine + cosines(a, b, None)) / 2
+        share = 1 - np.clip(cosine - alpha, 0, 1)
+        return np.asarray((1 - share) * a + share * b)
+    width, offset = float(parameters["width"]), float(parameters["offset"]) % 1.0
+    size = a.size if name == "top_k_tensor_sum" else len(a)
+    inverted = width + offset > 1
+    first, last = (width + offset - 1, offset) if inverted else (offset, width + offset)
+    start, stop = round(first * size), round(last * size)
+    if name == "tensor_sum":
+        inside = (np.arange(size) >= start) & (np.arange(size) < stop)
+        return np.where((inside != inverted).reshape(-1, *[1] * (a.ndim - 1)), b, a)
+    # The entries of a, dealt out in the order of b's; those of a middle share of the magnitudes stay dealt out.
+    dealt = np.empty(size)
+    dealt[np.argsort(b, axis=None, kind="stable")] = np.sort(a, axis=None)
+    ascending = np.sort(np.abs(a), axis=None)
+    low, high = (ascending[rank - 1] if rank > 0 else -1.0 for rank in (start, stop))
+    inside = (np.abs(dealt) >= low) & (np.abs(dealt) <= high)
+    return np.where(inside != inverted, dealt, a.ravel()).reshape(a.shape)
+
+
+def cosines(a: np.ndarray, b: np.ndarray, axis: int | None) -> np.ndarray:
+    """The cosines of vectors along an axis, kept with length 1; 0 with a vector of zeros."""
+    lengths = [np.maximum(np.sqrt(np.square(x).sum(axis=axis, keepdims=True)), 1e-8) for x in (a, b)]
+    return np.asarray((a * b).sum(axis=axis, keepdims=True) / (lengths[0] * lengths[1]))
+
+
+def geometric_median(points: Sequence[np.ndarray], eps: float, maxiter: float, ftol: float) -> np.ndarray:
+    """The point whose distances to all points add up to the least, by Weiszfeld's iteration."""
+    median = sum(points) / len(points)
+    objective = np.mean([np.linalg.norm(x - median) for x in points])
+    for _ in range(int(maxiter)):
+        weights = [1 / max(float(np.linalg.norm(x - median)), eps) for x in points]
+        median = sum(w * x for w, x in zip(weights, points, strict=True)) / sum(weights)
+        before, objective = objective, np.mean([np.linalg.norm(x - median) for x in points])
+        if abs(before - objective) <= ftol * objective:
+            break
+    return np.asarray(median)
 
 
 def clipped_task_arithmetic(

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.function.opening import FOREIGN_IN_SPACE, check_config, tree_merge
 from evojax_merge.backends.function.trees import open_trees
-from evojax_merge.checkpoints.folder import resolve as resolve_folder
 from evojax_merge.config import Config
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.targets import Target
@@ -53,7 +52,7 @@ class TorchFactory:
         )
         named = [("base", config.base)] if config.base is not None else []
         named += [(f"parents[{k}]", parent) for k, parent in enumerate(config.parents)]
-        paths = {key: resolve_folder(f"{where}: {key}", one, folder) for key, one in named if one is not None}
+        paths = {key: resolve(f"{where}: {key}", one, folder) for key, one in named if one is not None}
         keys = [key for key in paths if has_base or key != "base"]
         classes = {key: architecture(paths[key]) for key in keys}
         for key, name in classes.items():

@@ -1,0 +1,151 @@
+"""The names of tensors in image generators: which tool's names a file has, and the blocks that people set weights of.
+
+A block has the name that people know: the blocks of a U-Net are IN00, IN01 … M00 … OUT00 …, whichever names its tensors
+have; those of a transformer have the name of their list and a number, such as double_blocks.7.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+# Everything before, beside and behind the numbered blocks of a network, and the autoencoder of pictures.
+BASE, VAE = "BASE", "VAE"
+# The prefix of the network in a file that holds a whole generator.
+WHOLE = "model.diffusion_model."
+VAES = ("first_stage_model.", "vae.")
+# The first tensors of the second text encoder, by which SDXL's names differ from SD 1's.
+SDXL = "conditioner."
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One tool's names of a generator's tensors. name: as people say; mark: the beginning of some tensors' names in the
+    network, by which the scheme is recognised; block: (name of a tensor of the network, all such names) -> its block;
+    prefix: of the network's tensors, in a file that holds other modules as well."""
+
+    name: str
+    mark: str
+    block: Callable[[str, Sequence[str]], str]
+    prefix: str = ""
+
+    def fits(self, names: Iterable[str]) -> bool:
+        pattern = re.compile(re.escape(self.prefix) + self.mark)
+        return any(map(pattern.match, names))
+
+
+def _ldm_block(name: str, names: Sequence[str]) -> str:
+    match = re.match(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.", name)
+    if match is not None:
+        return {"i": f"IN{int(match[2]):02}", "m": "M00", "o": f"OUT{int(match[2]):02}"}[name[0]]
+    return f"OUT{_most(r'output_blocks', names):02}" if name.startswith("out.") else BASE
+
+
+def _diffusers_block(name: str, names: Sequence[str]) -> str:
+    """The same blocks of a U-Net in diffusers' names: a resolution has as many residual networks going down, and one
+    more going up; the convolution that halves or doubles a picture is a block of its own, or the end of one."""
+    depth = _most(r"down_blocks\.\d+\.resnets", names) + 1
+    match = re.match(r"(down_blocks|up_blocks)\.(\d+)\.(\w+)\.(\d+)\.", name)
+    if match is not None:
+        level, part, number = int(match[2]), match[3], int(match[4])
+        if match[1] == "down_blocks":
+            return f"IN{1 + level * (depth + 1) + (depth if part == 'downsamplers' else number):02}"
+        return f"OUT{level * (depth + 1) + (depth if part == 'upsamplers' else number):02}"
+    if name.startswith("mid_block."):
+        return "M00"
+    if name.startswith("conv_in."):
+        return "IN00"
+    if name.startswith(("conv_norm_out.", "conv_out.")):
+        levels = _most(r"up_blocks", names) + 1
+        return f"OUT{levels * (depth + 1) - 1:02}"
+    return BASE
+
+
+def _most(module: str, names: Sequence[str]) -> int:
+    """The largest number of a numbered list of modules."""
+    pattern = re.compile(rf"{module}\.(\d+)\.")
+    return max((int(match[1]) for name in names if (match := pattern.match(name)) is not None), default=0)
+
+
+def _numbered_block(name: str, names: Sequence[str]) -> str:
+    match = re.match(r"((?:double|single|joint)_blocks|(?:single_)?transformer_blocks)\.(\d+)\.", name)
+    return BASE if match is None else f"{match[1]}.{match[2]}"
+
+
+LDM = Scheme("Stable Diffusion", r"input_blocks\.", _ldm_block, WHOLE)
+SCHEMES = (
+    LDM,
+    Scheme("a U-Net of Stable Diffusion", r"input_blocks\.", _ldm_block),
+    Scheme("a FLUX checkpoint", r"double_blocks\.", _numbered_block, WHOLE),
+    Scheme("FLUX", r"double_blocks\.", _numbered_block),
+    Scheme("an SD3 checkpoint", r"joint_blocks\.", _numbered_block, WHOLE),
+    Scheme("SD3", r"joint_blocks\.", _numbered_block),
+    Scheme("diffusers' U-Nets", r"(?:down_blocks|up_blocks)\.\d+\.resnets\.", _diffusers_block),
+    Scheme("diffusers' transformers", r"(?:single_)?transformer_blocks\.\d+\.", _numbered_block),
+)
+
+
+def scheme_of(names: Iterable[str]) -> Scheme | None:
+    """The scheme of a model's tensors; None for a model that is no image generator."""
+    listed = list(names)
+    return next((scheme for scheme in SCHEMES if scheme.fits(listed)), None)
+
+
+def scheme_name(names: Iterable[str]) -> str:
+    """The name of a model's scheme, in messages; empty for a model that is no image generator."""
+    listed = list(names)
+    scheme = scheme_of(listed)
+    if scheme is None:
+        return ""
+    return "SDXL" if scheme is LDM and _is_xl(listed) else scheme.name
+
+
+def _is_xl(names: Iterable[str]) -> bool:
+    return any(name.startswith(SDXL) for name in names)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a generator. of: each tensor's block, by the tensor's name; empty for any other model."""
+
+    of: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """All blocks, in the order in which a picture goes through them; `BASE` first, `VAE` last."""
+        rank = {"BASE": 0, "IN": 1, "M": 2, "OUT": 3, "double_blocks.": 1, "joint_blocks.": 1, "transformer_blocks.": 1,
+                "single_blocks.": 2, "single_transformer_blocks.": 2, "VAE": 9}  # fmt: skip
+
+        def key(block: str) -> tuple[int, int]:
+            kind = block.rstrip("0123456789")
+            return rank[kind], int(block.removeprefix(kind) or 0)
+
+        return sorted(set(self.of.values()), key=key)
+
+    def matches(self, tensor: str, wanted: str) -> bool:
+        """Return whether a filter of a recipe means a tensor: the name of the tensor's block, or else a part of the
+        tensor's name."""
+        return self.of[tensor] == wanted if wanted in self.names else wanted in tensor
+
+    def places(self) -> dict[str, float]:
+        """The positions in [0, 1] of the tensors of numbered blocks, in a gradient over these."""
+        numbered = [block for block in self.names if block not in (BASE, VAE)]
+        last = max(1, len(numbered) - 1)
+        place = {block: i / last for i, block in enumerate(numbered)}
+        return {tensor: place[block] for tensor, block in self.of.items() if block in place}
+
+
+def blocks_of(names: Sequence[str]) -> Blocks:
+    """The blocks of a model with tensors of these names. SD 1's autoencoder counts as `BASE`, as people have it."""
+    scheme = scheme_of(names)
+    if scheme is None:
+        return Blocks()
+    inner = [name.removeprefix(scheme.prefix) for name in names if name.startswith(scheme.prefix)]
+    vae = BASE if scheme is LDM and not _is_xl(names) else VAE
+
+    def block(name: str) -> str:
+        if name.startswith(VAES):
+            return vae
+        return scheme.block(name.removeprefix(scheme.prefix), inner) if name.startswith(scheme.prefix) else BASE
+
+    return Blocks({name: block(name) for name in names})

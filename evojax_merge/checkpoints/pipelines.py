@@ -1,0 +1,211 @@
+"""Diffusers folders: the components of a pipeline, which of them are merged, and which model gives the others.
+
+A folder has a `model_index.json`, which names a class for each component, and a folder of its own for each.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from evojax_merge.checkpoints.folder import PICKLES
+from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.checkpoints.writer import fingerprint
+from evojax_merge.errors import InputError, did_you_mean, shown
+
+INDEX = "model_index.json"
+# The components that are merged where a recipe or a config does not say.
+DENOISERS = ("unet", "transformer")
+# The word of a component that is merged.
+MERGE = "merge"
+# Each tokenizer comes from the model that gives its text encoder.
+TOKENIZERS = {f"tokenizer{number}": f"text_encoder{number}" for number in ("", "_2", "_3", "_4")}
+# The endings of a component's files that are copied.
+COPIED = {".json", ".txt", ".model", ".jinja", ".safetensors"}
+# Keys of configs that say where a component comes from, and nothing of what it is.
+ORIGIN = {"_name_or_path", "_diffusers_version", "transformers_version", "_commit_hash"}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A diffusers folder, by its index."""
+
+    path: Path
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        return read_json_object(self.path / INDEX, missing="expected a diffusers folder, which save_pretrained writes")
+
+    @cached_property
+    def classes(self) -> dict[str, tuple[str, str]]:
+        """The library and the class of each component. Raises InputError for an index of another form."""
+        classes = {}
+        for name, value in self.index.items():
+            if name.startswith("_") or not isinstance(value, list) or value == [None, None]:
+                continue
+            if len(value) != 2 or not all(isinstance(part, str) for part in value):
+                raise InputError(self.path / INDEX, f"{name}: {shown(value)}; expected a library and a class")
+            if not (self.path / name).is_dir():
+                raise InputError(self.path / INDEX, f"{name}: there is no folder {name}/ beside it")
+            classes[name] = (value[0], value[1])
+        return classes
+
+    @property
+    def class_name(self) -> str:
+        """The class of the pipeline. Raises InputError where the index names none."""
+        name = self.index.get("_class_name")
+        if not isinstance(name, str):
+            raise InputError(self.path / INDEX, f"_class_name: {shown(name)}; expected the name of diffusers' class")
+        return name
+
+    def files(self, component: str) -> list[Path]:
+        """The files of a component: its settings and, of its weights, those that are loaded without a variant."""
+        files = [file for file in sorted((self.path / component).rglob("*")) if file.is_file()]
+        copied = [file for file in files if file.suffix in COPIED]
+        plain = {file.name for file in copied}
+        variants = {file for file in copied if (name := _without_variant(file.name)) != file.name and name in plain}
+        if not any(file.suffix == ".safetensors" for file in copied) and any(f.suffix in PICKLES for f in files):
+            raise InputError(
+                self.path / component, "holds pickle files only, which can run code when they are read; expected "
+                "safetensors (save_pretrained writes them)",
+            )  # fmt: skip
+        return [file for file in copied if file not in variants]
+
+    def has_weights(self, component: str) -> bool:
+        return any(file.suffix == ".safetensors" for file in self.files(component))
+
+    def content(self, component: str) -> dict[str, Any]:
+        """A component's files by name, in a form that can be compared."""
+        return {str(file.relative_to(self.path / component)): _content(file) for file in self.files(component)}
+
+
+def _without_variant(name: str) -> str:
+    """The name of a weights' file without a variant, such as fp16."""
+    parts = name.split(".")
+    return ".".join([parts[0], *parts[2:]]) if len(parts) > 2 and parts[-1] == "safetensors" else name
+
+
+def _content(file: Path) -> Any:
+    if file.suffix != ".json":
+        return fingerprint(file)
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return fingerprint(file)
+    return {key: value for key, value in document.items() if key not in ORIGIN} if isinstance(document, dict) else document
+
+
+def is_pipeline(path: Path) -> bool:
+    """Return whether a folder is one of diffusers'. Raises InputError for one without its index."""
+    if not path.is_dir() or (path / "config.json").exists():
+        return False
+    if (path / INDEX).exists():
+        return True
+    parts = [name for name in DENOISERS if (path / name / "config.json").is_file()]
+    if parts:
+        raise InputError(path, f"has a folder {parts[0]}/ but no {INDEX}; expected a whole diffusers folder")
+    return False
+
+
+@dataclass(frozen=True)
+class Components:
+    """The components of a merge of pipelines. merged: those that are merged; kept: the others, and the pipeline that
+    gives each; notes: lines on what the pipelines do not have in common."""
+
+    pipelines: tuple[Pipeline, ...]
+    merged: tuple[str, ...]
+    kept: Mapping[str, Pipeline]
+    notes: tuple[str, ...]
+
+    @property
+    def first(self) -> Pipeline:
+        return self.pipelines[0]
+
+    def write_others(self, folder: Path) -> None:
+        """Write everything but the merged components' weights."""
+        index = dict(self.first.index)
+        for name, pipeline in self.kept.items():
+            index[name] = pipeline.index[name]
+            _copy(pipeline, name, folder, weights=True)
+        for name in self.merged:
+            _copy(self.first, name, folder, weights=False)
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy(pipeline: Pipeline, component: str, folder: Path, weights: bool) -> None:
+    (folder / component).mkdir(exist_ok=True)
+    for file in pipeline.files(component):
+        is_weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
+        if weights or not is_weights:
+            target = folder / component / file.relative_to(pipeline.path / component)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+
+
+def choose_components(
+    where: str, pipelines: Sequence[Pipeline], references: Sequence[str], wanted: Mapping[str, str]
+) -> Components:
+    """The components that are merged and kept. references: the pipelines' names in a recipe or config, the first of
+    which gives what `wanted` does not name; wanted: a component -> `MERGE`, or one of the references. Raises InputError
+    for a component that no pipeline has, and for pipelines that do not fit each other."""
+    first = pipelines[0]
+    for pipeline in pipelines[1:]:
+        if pipeline.class_name != first.class_name:
+            raise InputError(
+                pipeline.path / INDEX, f"_class_name: {pipeline.class_name}, but {first.class_name} in {first.path}; "
+                "expected pipelines of one class",
+            )  # fmt: skip
+    by_reference = dict(zip(references, pipelines, strict=True))
+    known = list(dict.fromkeys(name for pipeline in pipelines for name in pipeline.classes))
+    for name, value in wanted.items():
+        if name not in known:
+            raise InputError(f"{where}.{name}", f"no model has it{did_you_mean(name, known)} (they have {', '.join(known)})")
+        if value != MERGE and value not in by_reference:
+            raise InputError(
+                f"{where}.{name}", f"{shown(value)}; expected {MERGE}, or one of the models: {', '.join(references)}"
+            )
+        if value != MERGE and name not in by_reference[value].classes:
+            raise InputError(f"{where}.{name}", f"{value} has no such component")
+    chosen = dict.fromkeys((name for name in DENOISERS if name in first.classes), MERGE) | dict(wanted)
+    for tokenizer, encoder in TOKENIZERS.items():
+        if tokenizer in known and tokenizer not in chosen and chosen.get(encoder, MERGE) != MERGE:
+            chosen[tokenizer] = chosen[encoder]
+    merged = tuple(name for name in known if chosen.get(name) == MERGE)
+    if not merged:
+        raise InputError(where, f"none is merged; expected {MERGE} for one of {', '.join(known)}")
+    for name in merged:
+        _check_alike(f"{where}.{name}", name, pipelines)
+    names = [name for name in known if name not in merged and (name in first.classes or name in chosen)]
+    kept = {name: by_reference[chosen[name]] if name in chosen else first for name in names}
+    return Components(tuple(pipelines), merged, kept, _notes(pipelines, [name for name in kept if name not in chosen]))
+
+
+def _check_alike(where: str, name: str, pipelines: Sequence[Pipeline]) -> None:
+    first = pipelines[0]
+    for pipeline in pipelines:
+        if name not in pipeline.classes:
+            raise InputError(where, f"{pipeline.path} has no such component")
+        if not pipeline.has_weights(name):
+            raise InputError(where, f"has no weights in {pipeline.path}, so that there is nothing to merge")
+        if pipeline.classes[name] != first.classes[name]:
+            found, expected = (".".join(one.classes[name]) for one in (pipeline, first))
+            raise InputError(where, f"is a {found} in {pipeline.path}, but a {expected} in {first.path}")
+
+
+def _notes(pipelines: Sequence[Pipeline], names: Sequence[str]) -> tuple[str, ...]:
+    """A line for each pipeline whose components, of those that the first gives without being named, are others."""
+    first, lines = pipelines[0], []
+    for pipeline in pipelines[1:]:
+        others = [
+            name for name in names
+            if name in first.classes and (name not in pipeline.classes or pipeline.content(name) != first.content(name))
+        ]  # fmt: skip
+        if others:
+            lines.append(
+                f"{pipeline.path}: {', '.join(others)}: not as in {first.path}, whose {'are' if len(others) > 1 else 'is'}"
+                " kept (components: names another model)"
+            )
+    return tuple(lines)

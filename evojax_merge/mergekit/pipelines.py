@@ -1,0 +1,108 @@
+"""Merges of diffusers folders: a recipe's merge for each component that is merged, and copies of the others."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from evojax_merge.checkpoints.derived import Find
+from evojax_merge.checkpoints.pipelines import Components, Pipeline, choose_components, is_pipeline
+from evojax_merge.checkpoints.writer import CARD, MAX_SHARD_BYTES, RECIPE, write_marker
+from evojax_merge.errors import InputError, escaped_lines
+from evojax_merge.file_system import atomic_folder
+from evojax_merge.mergekit.execute import MergePlan, Progress, prepare, write_weights
+from evojax_merge.mergekit.schema import RecipeFile
+from evojax_merge.mergekit.streams import RecipeStream, stage_of
+
+# The keys of a recipe that are about a language model's tokens, layers or other modules.
+FOREIGN = ("tokenizer", "chat_template", "ends", "other_modules")
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """The merges of all merged components, checked and planned. models: the folder of each model, by its reference."""
+
+    recipe: RecipeFile
+    models: dict[str, Path]
+    components: Components
+    merges: dict[str, MergePlan]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of what is written."""
+        kept = [file for name, one in self.components.kept.items() for file in one.files(name)]
+        return sum(plan.nbytes for plan in self.merges.values()) + sum(file.stat().st_size for file in kept)
+
+    @property
+    def warnings(self) -> list[str]:
+        lines = [line for plan in self.merges.values() for line in plan.sources.warnings]
+        return [*self.components.notes, *dict.fromkeys(lines)]
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files and folders that are read."""
+        return [*self.models.values(), self.recipe.path]
+
+
+def prepare_pipelines(
+    stream: RecipeStream, find: Find, dtype: str | None, seed: int | None, allow_nonfinite: bool, strict: bool
+) -> PipelinePlan | None:
+    """Plan the merge of a recipe whose models are diffusers folders; None where they are none. Raises InputError where
+    some are, and for what such a recipe cannot say."""
+    recipe = stream.result
+    # A stage's result is no folder yet, and no pipeline.
+    stages = {stage.name for stage in stream.stages}
+    existing = [name for name in recipe.models if stage_of(name, stages) is None]
+    models = {name: find(recipe.where, name, recipe.path.parent) for name in existing}
+    others = [name for name, path in models.items() if not is_pipeline(path)]
+    if len(others) == len(models):
+        if recipe.components:
+            raise InputError(recipe.where, f"components: is for diffusers folders, and {recipe.models[0]} is none")
+        return None
+    if others:
+        raise InputError(recipe.where, f"{others[0]} is no diffusers folder, as the others are; expected one kind")
+    if stages:
+        raise InputError(recipe.where, "several documents: diffusers folders are merged by one")
+    foreign = [key for key in FOREIGN if getattr(recipe, key) is not None]
+    if foreign or len(recipe.modules) > 1 or any(part.count is not None for part in recipe.modules[0].slices):
+        what = foreign[0] if foreign else "slices and modules"
+        raise InputError(recipe.where, f"{what}: is for language models; a diffusers folder has components:")
+    pipelines = [Pipeline(path) for path in models.values()]
+    components = choose_components(f"{recipe.where}: components", pipelines, list(models), recipe.components)
+    merges = {
+        name: prepare(
+            _of_component(recipe, models, name), dtype, seed, allow_nonfinite,
+            lambda where, reference, relative_to, **more: Path(reference), copy_tokenizer=False, strict=strict,
+        )
+        for name in components.merged
+    }  # fmt: skip
+    return PipelinePlan(recipe, models, components, merges)
+
+
+def _of_component(recipe: RecipeFile, models: dict[str, Path], name: str) -> RecipeFile:
+    """The recipe of one component."""
+    folders = {reference: str(path / name) for reference, path in models.items()}
+    (module,) = recipe.modules
+    slices = tuple(
+        replace(
+            part, sources=tuple(replace(source, model=folders[source.model]) for source in part.sources),
+            base=None if part.base is None else folders[part.base],
+        )
+        for part in module.slices
+    )  # fmt: skip
+    base = None if recipe.base is None else folders[recipe.base]
+    return replace(recipe, base=base, modules=(replace(module, slices=slices),))
+
+
+def merge_pipelines(
+    plan: PipelinePlan, target: Path, *, card: str | None, recipe: str | None, max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False, check: Callable[[], None] = lambda: None, progress: Progress = lambda done: None,
+) -> None:  # fmt: skip
+    """Write the merged pipeline as a diffusers folder that appears complete or not at all; see `merge_to`."""
+    with atomic_folder(target, overwrite=overwrite, check=check) as folder:
+        plan.components.write_others(folder)
+        for name, merge_plan in plan.merges.items():
+            write_weights(merge_plan, folder / name, progress, max_shard_bytes)
+        for name, text in ((CARD, None if card is None else escaped_lines(card)), (RECIPE, recipe)):
+            if text is not None:
+                (folder / name).write_text(text, encoding="utf-8")
+        write_marker(folder)
