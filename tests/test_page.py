@@ -180,7 +180,9 @@ class Page(HTMLParser):
         spec = self.specs[chart]
         layers = [spec, *spec.get("layer", ())]
         data = next(layer["data"] for layer in layers if "data" in layer)
-        return list(csv.DictReader((data["values"] if "values" in data else spec["datasets"][data["name"]]).splitlines()))
+        return list(
+            csv.DictReader((data["values"] if "values" in data else spec["datasets"][data["name"]]).splitlines())
+        )
 
     def column(self, chart: str, name: str) -> list[float | None]:
         return [float(row[name]) if row[name] else None for row in self.rows(chart)]
@@ -258,8 +260,8 @@ def test_the_other_sections_show_the_runs_numbers_too(tmp_path: Path) -> None:
         row["failed"] = row["generation"] % 2
     (run / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     front = [
-        {"member": k + 1, "fitness": -0.21 - k, "scores": {"a/x": -0.13 * k, "b/x": 0.14 * k}, "heldout_fitness": -0.3 - k,
-         "heldout_scores": {"a/x": -0.11 * k, "b/x": 0.12 * k}, "genome": [0.5 + k] * 4}
+        {"member": k + 1, "fitness": -0.21 - k, "scores": {"a/x": -0.13 * k, "b/x": 0.14 * k},
+         "heldout_fitness": -0.3 - k, "heldout_scores": {"a/x": -0.11 * k, "b/x": 0.12 * k}, "genome": [0.5 + k] * 4}
         for k in range(3)
     ]  # fmt: skip
     edit_result(run, groups=[], members=front)
@@ -291,7 +293,7 @@ def test_drawn_candidates_and_the_sliders_frames_are_those_of_the_run(tmp_path: 
     page = Page(run / "report.html")
     rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     searched = {
-        tuple([*genome, float(f"{fitness:.6g}")])
+        (*genome, float(f"{fitness:.6g}"))
         for row in rows for genome, fitness in zip(row["genomes"], row["fitness"], strict=True)
     }  # fmt: skip
     drawn: dict[str, dict[str, float]] = {}
@@ -397,7 +399,8 @@ def test_a_pool_a_path_and_a_front_are_drawn(tmp_path: Path) -> None:
         (wide[2], 0.667, "share of maths, layers 0 to 1: 0.5"), (wide[2], 0.667, "share of maths, layers 2 to 3: 0.5"),
         (wide[2], 0.667, "share of japanese, layers 0 to 1: 0.5"),
         (wide[2], 0.667, "share of japanese, layers 2 to 3: 0.5"),
-        (wide[1], 0.333, "weight of member-7, layer 0: 0.25"), (wide[3], 1.0, "weight of member-7, layers 1 to 3: 0.75"),
+        (wide[1], 0.333, "weight of member-7, layer 0: 0.25"),
+        (wide[3], 1.0, "weight of member-7, layers 1 to 3: 0.75"),
         (wide[1], 1.0, "weight of maths, layer 0: 0.75"), (wide[3], 0.333, "weight of maths, layers 1 to 3: 0.25"),
     ]  # fmt: skip
     assert "member-9: ties of weight 0.25 0.75" in page.source
