@@ -44,7 +44,9 @@ def test_the_stored_notebook_shows_what_its_cells_do() -> None:
     for cell in code:
         assert not any(output.output_type in ("error", "stream") and output.get("name") != "stdout"
                        for output in cell.outputs)  # fmt: skip
-    shown = [str(output.get("text", output.get("data", {}).get("text/plain"))) for cell in code for output in cell.outputs]
+    shown = [
+        str(output.get("text", output.get("data", {}).get("text/plain"))) for cell in code for output in cell.outputs
+    ]
     assert any(text.startswith("generation 40/40") for text in shown)
     # The winner's share of right answers is above those of its parents.
     right = [float(share) for share in re.findall(r"([\d.]+)% right", shown[-1])]
