@@ -4,7 +4,6 @@ These functions raise `InputError` or `Failed` where the commands would print a 
 progress bars on a terminal. The commands' warnings become Python warnings.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -23,13 +22,13 @@ from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.commands.merge import MergeOptions, write_merge
 from evojax_merge.commands.search import default_out, run_search
 from evojax_merge.config import MAX_SEED, Config, Numbers, TaskFile, parse
-from evojax_merge.errors import InputError, did_you_mean, printable
+from evojax_merge.errors import InputError, did_you_mean, warn_program
 from evojax_merge.evaluation.scores import Scores, score_matrix
 from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.models.bank import Bank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.problem import build_problem, config_from, read_config
-from evojax_merge.python_calls import Location, PythonCall, as_yaml, genome_array, ignore, warn
+from evojax_merge.python_calls import Location, PythonCall, as_yaml, genome_array, ignore
 from evojax_merge.references import resolve_reference
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described, Table, parameter_table
@@ -84,7 +83,7 @@ def merge(
         source = as_yaml("recipe", [recipe] if isinstance(recipe, Mapping) else recipe)
     with PythonCall():
         options = MergeOptions(dtype, seed, overwrite, allow_nonfinite, allow_crimes, strict)
-        write_merge(source, Path(out), options, ignore, warn)
+        write_merge(source, Path(out), options, ignore, warn_program)
     return Path(out)
 
 
@@ -116,7 +115,7 @@ def evaluate(
         document = as_yaml("tasks", tasks if isinstance(tasks, Mapping) else {"tasks": tasks})
         task_set = stored_models.open_tasks("tasks", parse(Path("tasks"), document, TaskFile), Path.cwd(), split)
     with PythonCall():
-        rows = stored_models.score_models(names, task_set, ignore, warn)
+        rows = stored_models.score_models(names, task_set, ignore, warn_program)
     return stored_models.score_table(names, rows)
 
 
@@ -151,10 +150,9 @@ def evolve(
 
 
 def with_warnings(run: Run) -> Run:
-    """The run, once its warnings are Python warnings."""
+    """The run, once the program has its warnings."""
     for sentence in run.warnings:
-        # The warning names the caller of the function that returns the run.
-        warnings.warn(printable(sentence), stacklevel=3)
+        warn_program(sentence)
     return run
 
 
@@ -189,7 +187,7 @@ class Evaluator(Described):
             raise InputError("config", "has stages, each with a space of its own; give one with space or data_flow")
         self._problem = build_problem(path, parsed)
         for line in ignored_revisions((parsed.base, *parsed.parents, parsed.other_modules), path.parent):
-            warnings.warn(printable(line), stacklevel=2)
+            warn_program(line)
         splits = self._problem.prepare()
         tasks = {"search": splits.search, "validation": splits.validation, "heldout": splits.heldout}[split]
         if tasks is None:
@@ -289,7 +287,7 @@ def load_bank(
     paths = [resolve_reference(f"{where}: {name}", str(model), Path.cwd()) for name, model in named]
     sources, config = open_sources(paths)
     for line in (*ignored_revisions([str(model) for _, model in named], Path.cwd()), *sources.warnings):
-        warnings.warn(printable(line), stacklevel=2)
+        warn_program(line)
     with PythonCall(), bytes_bar("loading", checkpoints_bank.bank_bytes(sources, config)) as progress:
         return LoadedBank(checkpoints_bank.load_bank(sources, config, spec, progress), spec, config, tuple(paths))
 

@@ -5,6 +5,7 @@
 failure of the program or of a user's own function (status 1, with its traceback).
 """
 
+import contextlib
 import difflib
 import errno
 import logging
@@ -12,9 +13,11 @@ import re
 import reprlib
 import sys
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
 # The maximum of a message's characters: text from a stranger's file must not push the rest off the screen.
 LONGEST_MESSAGE = 1000
@@ -37,6 +40,10 @@ _USERS_NAMES: dict[str, str] = {}
 
 # Whether messages go to a Python program, and the commands' options that are arguments there.
 _IN_PYTHON = ContextVar("_IN_PYTHON", default=False)
+# The warnings that the Python program has had already.
+_GIVEN: ContextVar[set[str] | None] = ContextVar("_GIVEN", default=None)
+# Files whose frames no warning names: those of this program, and of what calls its context managers.
+_OURS = (f"{Path(__file__).parent}/", contextlib.__file__)
 _SWITCH = re.compile(r"--(resume|overwrite|force|allow-nonfinite|allow-crimes|strict)\b")
 _OPTION = re.compile(r"--(out|dtype|seed)\b")
 
@@ -71,10 +78,27 @@ def printable(text: str, longest: int = LONGEST_MESSAGE) -> str:
 
 
 def print_warning(text: str) -> None:
-    """Print `warning: TEXT` on stderr, as one line."""
-    line = f"warning: {printable(text)}"
-    LOG.warning("%s", line)
-    print(line, file=sys.stderr, flush=True)
+    """Print `warning: TEXT` on stderr, as one line; for a Python program, give it a Python warning."""
+    LOG.warning("warning: %s", printable(text))
+    if _IN_PYTHON.get():
+        warn_program(text)
+    else:
+        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def warn_program(text: str) -> None:
+    """Give a Python program a warning, as one line, which names the line of the program that called this one's public
+    function. Inside `in_python_words`, a text is given once."""
+    given, line = _GIVEN.get(), printable(text)
+    if given is not None and line in given:
+        return
+    if given is not None:
+        given.add(line)
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame = frame.f_back
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(line, UserWarning, frame.f_code.co_filename, frame.f_lineno, registry=registry)
 
 
 def name_in_messages(path: object, name: object) -> None:
@@ -94,13 +118,15 @@ def in_users_words(text: str) -> str:
 
 
 @contextmanager
-def in_python_words() -> Iterator[None]:
-    """Have the block's messages speak to a Python program (see `in_users_words`)."""
-    token = _IN_PYTHON.set(True)
+def in_python_words(given: set[str] | None = None) -> Iterator[None]:
+    """Have the block's messages speak to a Python program (see `in_users_words`). given: the warnings that it has had
+    already, to which the block's are added."""
+    python, warned = _IN_PYTHON.set(True), _GIVEN.set(set() if given is None else given)
     try:
         yield
     finally:
-        _IN_PYTHON.reset(token)
+        _IN_PYTHON.reset(python)
+        _GIVEN.reset(warned)
 
 
 def shown(value: object) -> str:

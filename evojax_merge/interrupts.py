@@ -8,10 +8,12 @@ exception in them and goes on. For the same reason `received` tells an interrupt
 the top.
 """
 
+import _thread
 import gc
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,10 +21,14 @@ from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED = 130
-# The signal that a bit of processor time has passed. (A user's function, or a limit on time, may use SIGALRM.)
-LATER = signal.SIGPROF
+# After how many seconds a signal comes again that came where an exception would be lost.
+LATER = 0.02
 
 _received = False
+# The signal that is to come again; None: none is.
+_postponed: object | None = None
+# It has come again.
+_again = False
 
 
 def install() -> None:
@@ -50,7 +56,7 @@ def end_at_once(status: int, message: str = "") -> None:
         os.write(2, message.encode(errors="replace"))
         os._exit(status)
 
-    signal.setitimer(signal.ITIMER_PROF, 0)
+    _forget_postponed()
     _handle(end)
 
 
@@ -74,7 +80,7 @@ def defer_signals() -> Iterator[None]:
         yield
         return
     held: list[int] = []
-    usual = {number: signal.getsignal(number) for number in (*SIGNALS, LATER)}
+    usual = {number: signal.getsignal(number) for number in SIGNALS}
     usual = {number: handler for number, handler in usual.items() if handler not in (signal.SIG_IGN, None)}
 
     def hold(number: int, frame: Any) -> None:
@@ -94,14 +100,36 @@ def defer_signals() -> Iterator[None]:
 
 
 def _unwind(number: int, frame: FrameType | None) -> None:
-    global _received
-    first, _received = not _received, True
-    if (first or number == LATER) and _is_fenced(frame):
-        signal.signal(LATER, _unwind)
-        signal.setitimer(signal.ITIMER_PROF, 0.02)
+    global _received, _again
+    waits = not _received or _again
+    _received, _again = True, False
+    if waits and _is_fenced(frame):
+        _postpone(number)
         return
-    signal.setitimer(signal.ITIMER_PROF, 0)
+    _forget_postponed()
     raise KeyboardInterrupt
+
+
+def _postpone(number: int) -> None:
+    """Have the signal come again in a moment, to the main thread. A thread sends it: each timer of a process is another
+    signal, and libraries take those for themselves. It is started without the lock of Python's class of threads, which
+    the interrupted code may hold."""
+    global _postponed
+    token = _postponed = object()
+
+    def send() -> None:
+        global _again
+        time.sleep(LATER)
+        if _postponed is token:
+            _again = True
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+    _thread.start_new_thread(send, ())
+
+
+def _forget_postponed() -> None:
+    global _postponed
+    _postponed = None
 
 
 def _is_fenced(frame: FrameType | None) -> bool:

@@ -95,6 +95,7 @@ def make_plan(
         gradient_generations=rounds,
         budget=problem.search.budget,
         notes=problem.notes,
+        compile_seconds=None if compiler is None else compiler.seconds,
         candidate=_work(candidate, target, model),
         gradient=_work(gradient, target, model) if rounds else None,
         generation=_work(by_gradient if only_gradients else by_score, target, model),

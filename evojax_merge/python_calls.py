@@ -1,6 +1,5 @@
 """Shared parts of the public functions: how they read arguments, speak to a Python program, and warn it."""
 
-import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from os import PathLike
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from evojax_merge.errors import InputError, in_python_words, printable, shown
+from evojax_merge.errors import InputError, in_python_words, shown
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.report.progress import console
 from evojax_merge.tasks.python_functions import reference_to
@@ -22,12 +21,16 @@ Location = str | PathLike[str]
 
 
 class PythonCall(AbstractContextManager[None]):
-    """The body of a public function. Progress bars show on terminals and in notebooks alone, messages name arguments in
-    place of options, and the traceback of a user's own function has the user's frames alone."""
+    """The body of a public function. Progress bars show on terminals alone, messages name arguments in place of
+    options, warnings are Python warnings, and the traceback of a user's own function has the user's frames alone.
+    given: the warnings that the program has had already, to which the body's are added."""
+
+    def __init__(self, given: set[str] | None = None) -> None:
+        self._given = given
 
     def __enter__(self) -> None:
-        self._was_quiet, self._words = console.quiet, in_python_words()
-        console.quiet = console.quiet or not (console.is_terminal or console.is_jupyter)
+        self._was_quiet, self._words = console.quiet, in_python_words(self._given)
+        console.quiet = console.quiet or not console.is_terminal
         self._words.__enter__()
 
     # No generator with `contextmanager`: that one would restore the traceback.
@@ -40,11 +43,6 @@ class PythonCall(AbstractContextManager[None]):
 
 def ignore(line: str) -> None:
     """Drop a line that a command prints beside its result."""
-
-
-def warn(line: str) -> None:
-    # The warning names the caller of the public function's file.
-    warnings.warn(printable(line), stacklevel=4)
 
 
 def as_yaml(where: str, value: Any) -> Any:

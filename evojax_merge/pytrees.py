@@ -5,7 +5,6 @@ The search is the one for checkpoints, with pytrees in memory as its backend.
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -33,11 +32,12 @@ from evojax_merge.config import (
     explain,
 )
 from evojax_merge.core import evolve_on
-from evojax_merge.errors import LOG, InputError
+from evojax_merge.errors import LOG, InputError, print_warning
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.file_system import atomic_write, atomic_write_bytes
 from evojax_merge.problem import open_search, resolved_search, searchable
 from evojax_merge.python_calls import PythonCall
+from evojax_merge.report.loggers import LoggedSearch, check_loggers, logged
 from evojax_merge.report.progress import generation_line
 from evojax_merge.schema import Form
 from evojax_merge.search.environment import recorded_session
@@ -124,6 +124,7 @@ def search_pytrees(
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    log: Sequence[str] = (),
     on_generation: Callable[[Generation], None] = lambda generation: None,
 ) -> PytreeSearch:
     """Search for the merge of `parents` with the highest fitness.
@@ -148,7 +149,8 @@ def search_pytrees(
     as in a config. chunk: the number of candidates that are computed together; None: one on a CPU, else all.
 
     out: a run folder: history.jsonl, checkpoints, result.json and best/params.safetensors (leaves by their paths).
-    resume continues a run there; overwrite starts it again.
+    resume continues a run there; overwrite starts it again. log: the loggers that get the figures of each generation,
+    as in a config.
 
     Deterministic for a seed. Raises InputError for arguments that cannot be merged or searched, and Failed where no
     candidate of a generation has a finite fitness.
@@ -160,6 +162,9 @@ def search_pytrees(
     check_call(f"{WHERE}: on_generation", on_generation, ["generation"])
     if out is None and (resume or overwrite):
         raise InputError(WHERE, f"{'resume' if resume else 'overwrite'}: there is no run folder; give it `out`")
+    if out is None and log:
+        raise InputError(WHERE, "log: there is no run folder to log in; give it `out`")
+    check_loggers(f"{WHERE}: log", log)
     if not parents:
         raise InputError(WHERE, "parents: is empty")
     plugins.load()
@@ -223,6 +228,7 @@ def search_pytrees(
             check_room(folder, search.generations)
             stack.enter_context(recorded_session(folder))
             storage = FolderStorage(folder, Checkpoints(folder))
+            on_generation = stack.enter_context(logged(log, LoggedSearch(folder, folder, document), on_generation))
         evaluators = open_evaluators(problem, problem.prepare())
         archive = evolve_on(problem, evaluators, storage, _Reporter(on_generation), hint=lambda task: HINT)
         chosen = select_best(problem, evaluators, archive)
@@ -295,9 +301,7 @@ class _Reporter(Reporter):
         self._on_generation(generation)
 
     def warn(self, text: str) -> None:
-        self.log(f"warning: {text}")
-        # The warning names the caller of `search_pytrees`.
-        warnings.warn(text, stacklevel=5)
+        print_warning(text)
 
 
 def _write(folder: RunFolder, result: PytreeSearch, genome: np.ndarray) -> None:

@@ -3,12 +3,15 @@
 Each function takes the keys of a config's `search` that belong to a strategy, and returns that section.
 """
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from evojax_merge import plugins
-from evojax_merge.errors import did_you_mean
+from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.search.strategies.registry import find_strategy, strategy_names
+
+OPTIONS = ("population", "sigma", "seeds", "gradient")
 
 
 def __getattr__(name: str) -> Callable[..., dict[str, Any]]:
@@ -18,19 +21,17 @@ def __getattr__(name: str) -> Callable[..., dict[str, Any]]:
     if name not in strategy_names():
         raise AttributeError(f"there is no strategy {name!r}{did_you_mean(name, strategy_names())}")
 
-    def section(
-        *,
-        population: int | None = None,
-        sigma: float | None = None,
-        seeds: list[str] | None = None,
-        gradient: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        given = {"population": population, "sigma": sigma, "seeds": seeds, "gradient": gradient}
-        return {"strategy": name} | {key: value for key, value in given.items() if value is not None}
+    def section(**options: Any) -> dict[str, Any]:
+        unknown = sorted(options.keys() - set(OPTIONS))
+        if unknown:
+            expected = f"expected one of {', '.join(OPTIONS)}"
+            raise InputError(f"strategies.{name}", f"there is no option {unknown[0]!r}; {expected}")
+        return {"strategy": name} | {key: value for key, value in options.items() if value is not None}
 
-    # A wrong keyword's message, and `help`, show these.
     section.__name__ = section.__qualname__ = name
     section.__doc__ = find_strategy("strategies", name).__doc__
+    keywords = [inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=None) for option in OPTIONS]
+    section.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
     return section
 
 

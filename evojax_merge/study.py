@@ -315,7 +315,7 @@ class Study(Described):
     `strategies.cma_es(population=16)` and its like, or a name, such as `auto`; None: CMA-ES with its default
     population, or that of a pool. out: the run folder, which `run` needs. seed: the seed of all random numbers.
     validation: the share of the examples that is kept back to choose the winner on. resume, overwrite: continue, or
-    replace, the run that lies in `out`. evaluation, export_dtype, scale: as in a config. search: other keys of a
+    replace, the run that lies in `out`. evaluation, export_dtype, scale, log: as in a config. search: other keys of a
     config's `search`, such as `finalists`, `rungs`, `stop` and `budget`.
     """
 
@@ -334,6 +334,7 @@ class Study(Described):
         evaluation: Mapping[str, Any] | None = None,
         export_dtype: str | None = None,
         scale: str | None = None,
+        log: Sequence[str] = (),
         **search: Any,
     ) -> None:
         check_arguments(Study.__init__, locals())
@@ -356,15 +357,19 @@ class Study(Described):
         document |= {} if evaluation is None else {"evaluation": evaluation}
         document |= {} if export_dtype is None else {"export_dtype": export_dtype}
         document |= {} if scale is None else {"scale": scale}
+        document |= {"log": list(log)} if log else {}
         self.models, self.space, self.seed = models, space, seed
         self.out = None if out is None else Path(out)
         self._document: dict[str, Any] = as_yaml(str(WHERE), document)
         # The pytrees in the sections live as long as the study.
         self._tasks = document["tasks"]
         self._resume, self._overwrite = resume, overwrite
+        self._warned: set[str] = set()
+        if self.out is None and log:
+            raise InputError("Study: log", "there is no run folder to log in; give `out`")
         if self.out is None and (resume or overwrite):
             raise InputError(f"Study: {'resume' if resume else 'overwrite'}", "there is no run folder; give `out`")
-        with PythonCall():
+        with PythonCall(self._warned):
             self._parsed: Config = config_from(WHERE, as_yaml(str(WHERE), document), [], None)
             self._problem = build_problem(WHERE, self._parsed)
             if self._problem.scale != "none":
@@ -427,7 +432,8 @@ class Study(Described):
         the winner, write its model, and return the run.
 
         A second call, or a study with `resume`, continues from the last saved generation. on_generation gets every
-        generation. force: continue where the models or the passes do not fit into memory.
+        generation. force: continue where the models or the passes do not fit into memory. A warning is given once for
+        a study.
         """
         check_arguments(Study.run, locals())
         budget = self._parsed.search.budget
@@ -452,17 +458,17 @@ class Study(Described):
             config = config.model_copy(update={"search": search})
         begun: list[RunFolder] = []
         try:
-            with PythonCall():
+            with PythonCall(self._warned):
                 run_search(
                     WHERE, config, self.out, resume=self._resume, overwrite=self._overwrite, on_started=begun.append,
                     on_generation=on_generation, force=force,
                 )  # fmt: skip
+                return with_warnings(open_run(self.out))
         finally:
             self._state = None
             if begun:
                 # A run that was refused leaves nothing to continue.
                 self._resume, self._overwrite = is_run(RunFolder(self.out)), False
-        return with_warnings(open_run(self.out))
 
     # -------------------------------------------------------------------------------------------------------------
     # A loop by hand, in memory

@@ -16,11 +16,11 @@ from evojax_merge.backends.backend import Backend
 from evojax_merge.backends.registry import find_backend
 from evojax_merge.checkpoints.writer import check_output
 from evojax_merge.commands.merge import MergeOptions, write_merge
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, warn_program
 from evojax_merge.file_system import check_free
 from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.problem import build_problem, open_backend
-from evojax_merge.python_calls import Location, PythonCall, as_yaml, ignore, warn
+from evojax_merge.python_calls import Location, PythonCall, as_yaml, ignore
 from evojax_merge.report.card import merge_card
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described, Table, parameter_table
@@ -102,7 +102,7 @@ class Trial(Described):
                 options = MergeOptions(dtype, None, overwrite, False, False, False)
                 recipe = self.recipe
                 documents = [recipe] if isinstance(recipe, Mapping) else recipe
-                write_merge(as_yaml("recipe", documents), Path(out), options, ignore, warn)
+                write_merge(as_yaml("recipe", documents), Path(out), options, ignore, warn_program)
                 return Path(out)
             if dtype is not None:
                 raise InputError("Trial.export: dtype", "is for language models; leave it out")

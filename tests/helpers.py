@@ -3,8 +3,11 @@
 Checkpoints are made with transformers and torch, so that what is read back was not written by what is tested.
 """
 
+import contextlib
+import io
 import json
 import os
+import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +17,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -67,6 +71,9 @@ def sample(cases: Iterable[T], count: int) -> list[T]:
         return cases
     return [cases[(2 * i + 1) * len(cases) // (2 * count)] for i in range(count)]
 
+
+# Runs with EVOJAX_TEST_ALL alone: a long way to what shorter tests meet as well.
+thorough = pytest.mark.skipif(not ALL, reason="make test-all runs it (EVOJAX_TEST_ALL)")
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 VOCAB = 64
@@ -282,6 +289,15 @@ def stand_in_for_the_zoo(cache: Path, family: Family) -> dict[str, Path]:
     for name, target in (folders | files).items():
         (packaged / name).symlink_to(target)
     return folders
+
+
+def run_here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`evojax-merge` with these arguments, in this process: programs that it traces and compiles serve the next command
+    as well, where a process of its own takes four times as long. (hostile.run_command: a real process.)"""
+    words = list(map(str, arguments))
+    with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
+        status = run(lambda: cli.main(words, standalone_mode=False))
+    return subprocess.CompletedProcess(["evojax-merge", *words], status, stdout.getvalue(), stderr.getvalue())
 
 
 def run_linear_merge(folder: Path, *models: object) -> int:

@@ -22,6 +22,7 @@ from helpers import (
     finetune,
     random_model,
     random_records,
+    sample,
     save,
     state,
     tiny_config,
@@ -91,7 +92,7 @@ def read(reference: str, relative_to: Path = Path()) -> dict[str, np.ndarray]:
     return {name: np.array(folder.read(name)) for name in folder.entries}
 
 
-@pytest.mark.parametrize("case", LORA)
+@pytest.mark.parametrize("case", sample(LORA, 5))
 def test_an_adapter_is_merged_as_peft_merges_it(case: str, untied: Path, tmp_path: Path) -> None:
     folder, merged = adapter(untied, tmp_path / "lora", **LORA[case])
     found, expected, base = read(f"{untied}+{folder}"), state(merged), state(untied)
@@ -205,7 +206,7 @@ def expanded(reference: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("method", "dtype"),
-    [("linear", torch.float32), ("task_arithmetic", torch.bfloat16), ("ties", torch.float32)],
+    sample([("linear", torch.float32), ("task_arithmetic", torch.bfloat16), ("ties", torch.float32)], 1),
 )
 def test_adapters_of_one_base_are_held_as_factors(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Scores and merges are those of the models that they stand for, to the bit, from the base held once."""
@@ -378,7 +379,7 @@ def written_as_adapter(base: Path, parent: Path, out: Path, rank: int, **recipe:
 GPT2_SIZES = {"n_embd": 24, "n_head": 2, "n_layer": 2, "n_positions": 32, "vocab_size": 64}
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gpt2, untied", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", sample(["gpt2", "gpt2, untied", "mixtral", "qwen3_moe"], 2))
 def test_adapters_of_other_layouts_are_what_peft_reads(kind: str, tmp_path: Path) -> None:
     """Transposed weights and positions of GPT-2, experts of mixtures."""
     tied = {} if kind == "gpt2" else {"tie_word_embeddings": False}
@@ -403,7 +404,7 @@ def test_adapters_of_other_layouts_are_what_peft_reads(kind: str, tmp_path: Path
         )
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", sample(["mixtral", "qwen3_moe"], 1))
 def test_adapters_of_experts_fit_bases_that_have_them_packed(kind: str, tmp_path: Path) -> None:
     """Files have the experts of a layer in one tensor, or each by itself; modules of adapters are an expert's."""
     model = random_model(tiny_config(kind, num_hidden_layers=1))
@@ -435,7 +436,7 @@ def test_experts_that_do_not_differ_are_in_no_adapter(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["llava", "smolvlm", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", sample(["llava", "smolvlm", "qwen2_5_vl"], 1))
 def test_an_adapter_of_a_larger_model_changes_its_text_decoder(kind: str, tmp_path: Path) -> None:
     from test_text_decoders import larger_model, save_with_noise
 

@@ -11,6 +11,7 @@ import pytest
 import toy_backend
 import yaml
 from click.testing import CliRunner
+from helpers import thorough
 from safetensors.numpy import load_file, save_file
 
 import evojax_merge as em
@@ -19,17 +20,22 @@ from evojax_merge.cli import cli
 from evojax_merge.errors import InputError
 from evojax_merge.problem import build_problem, config_from
 from evojax_merge.tasks import kinds
+from evojax_merge.tasks.task import TaskKind
 
 TOY = Path(toy_backend.__file__)
 # Other tests of this process list the program's own.
 TOY_KIND, TOY_FACTORY = kinds._registered.pop(), registry._registered.pop("network")
 
 
+def register_toy(monkeypatch: pytest.MonkeyPatch, *more: TaskKind) -> None:
+    """Know the toy's backend and its kind of task, and `more` kinds, for the time of a test."""
+    monkeypatch.setattr(kinds, "_registered", [*kinds._registered, TOY_KIND, *more])
+    monkeypatch.setattr(registry, "_registered", {**registry._registered, "network": TOY_FACTORY})
+
+
 @pytest.fixture(autouse=True)
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The toy's backend and its kind of task are known in these tests alone."""
-    monkeypatch.setattr(kinds, "_registered", [*kinds._registered, TOY_KIND])
-    monkeypatch.setattr(registry, "_registered", {**registry._registered, "network": TOY_FACTORY})
+    register_toy(monkeypatch)
 
 
 def network(rng: np.random.Generator, base: Any = None, size: float = 1.0) -> Any:
@@ -42,15 +48,20 @@ def network(rng: np.random.Generator, base: Any = None, size: float = 1.0) -> An
             for layer, arrays in drawn.items()}  # fmt: skip
 
 
-@pytest.fixture
-def networks(tmp_path: Path) -> dict[str, Any]:
+def write_networks(folder: Path) -> dict[str, Any]:
+    """A base and two networks that were made from it, in a folder each; by their names."""
     rng = np.random.default_rng(0)
     base = network(rng)
     models = {"base": base, "one": network(rng, base, 0.5), "two": network(rng, base, 0.5)}
     for name, arrays in models.items():
-        (tmp_path / name).mkdir()
-        toy_backend.save(arrays, tmp_path / name)
+        (folder / name).mkdir()
+        toy_backend.save(arrays, folder / name)
     return models
+
+
+@pytest.fixture
+def networks(tmp_path: Path) -> dict[str, Any]:
+    return write_networks(tmp_path)
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -120,6 +131,7 @@ def test_a_toy_is_planned_searched_resumed_and_exported(networks: dict[str, Any]
     assert "right" in (run / "report.html").read_text(encoding="utf-8")
 
 
+@thorough
 def test_a_killed_search_exports_the_best_so_far(networks: dict[str, Any], tmp_path: Path) -> None:
     config, run = config_file(tmp_path), tmp_path / "run"
     command("search", config, "--out", run)

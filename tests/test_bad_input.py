@@ -23,8 +23,10 @@ from helpers import (
     finetune,
     load_torch,
     random_model,
+    sample,
     save,
     state,
+    thorough,
     tiny_config,
     words,
     write_lines,
@@ -184,7 +186,7 @@ UNUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*RECIPES, *UNUSED])
+@pytest.mark.parametrize("case", sample([*RECIPES, *UNUSED], 15))
 def test_wrong_recipes(case: str, models: Path, refused: Refusal) -> None:
     document, named = (RECIPES | UNUSED)[case]
     path = write(models / "recipe.yaml", document)
@@ -320,7 +322,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("case", FOLDERS)
+@pytest.mark.parametrize("case", sample(FOLDERS, 8))
 def test_wrong_model_folders(case: str, models: Path, refused: Refusal) -> None:
     damage(case)(models / "one")
     line = refused("merge", models / "recipe.yaml", models / "out", "--strict")
@@ -329,7 +331,9 @@ def test_wrong_model_folders(case: str, models: Path, refused: Refusal) -> None:
         assert text in line
 
 
-@pytest.mark.parametrize("case", ["a missing shard", "pickles only", "a tensor of another shape", "no config"])
+@pytest.mark.parametrize(
+    "case", sample(["a missing shard", "pickles only", "a tensor of another shape", "no config"], 2)
+)
 def test_wrong_model_folders_in_a_search(case: str, models: Path, refused: Refusal) -> None:
     damage(case)(models / "one")
     line = refused("search", models / "config.yaml", "--out", models / "run")
@@ -482,7 +486,7 @@ CONFIGS: dict[str, tuple[Any, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("case", sample(CONFIGS, 15))
 def test_wrong_configs(case: str, models: Path, refused: Refusal) -> None:
     document, named = CONFIGS[case]
     path = write(models / "config.yaml", document)
@@ -532,7 +536,7 @@ TASK_FILES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("case", TASK_FILES)
+@pytest.mark.parametrize("case", sample(TASK_FILES, 8))
 def test_wrong_task_files(case: str, models: Path, refused: Refusal) -> None:
     text, named = TASK_FILES[case]
     (models / "tasks.jsonl").write_text(text)
@@ -680,6 +684,7 @@ def process(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
+@thorough
 def test_processes_say_one_line_and_exit_with_2(models: Path, tmp_path: Path) -> None:
     damage("NaN")(models / "two")
     before = contents(tmp_path)

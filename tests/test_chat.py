@@ -10,7 +10,7 @@ import lm_eval
 import numpy as np
 import pytest
 import yaml
-from helpers import ALL, Family, random_model, tiny_config, write_lines
+from helpers import ALL, Family, random_model, thorough, tiny_config, write_lines
 from hostile import build_world, run_command
 from hostile import config as search_config
 from lm_eval.models.huggingface import HFLM
@@ -199,7 +199,7 @@ CHATS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 # Cases of which the scores are compared as well. Each costs the compilation of its own lengths.
-SCORED = tuple(CHATS) if ALL else ("chat", "shown as turns", "prefix")
+SCORED = tuple(CHATS) if ALL else ("shown as turns",)
 
 
 def harness_samples(
@@ -480,6 +480,7 @@ def test_what_is_no_conversation_is_refused(
 # Commands
 
 
+@thorough
 def test_a_search_and_an_evaluation_score_chats(family: Family, tmp_path: Path) -> None:
     world = build_world(tmp_path / "world", family)
     template = "{% for m in messages %}w{{ 10 + m.role | length }} {{ m.content }} {% endfor %}"

@@ -24,6 +24,7 @@ from helpers import (
     random_model,
     save,
     state,
+    thorough,
     tiny_config,
     word_tokenizer,
     words,
@@ -208,6 +209,7 @@ def larger_models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of a process' memory")
+@thorough
 def test_loading_needs_the_bank_and_little_more(larger_models: list[Path]) -> None:
     command = [sys.executable, "-c", WATCHED, "task_arithmetic", *map(str, larger_models)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)

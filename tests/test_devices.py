@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family, even_records, sample, tiny_config, write_lines
+from helpers import Family, build_family, even_records, sample, thorough, tiny_config, write_lines
 from hostile import Running, run_command, run_python, start_command
 
 MESHES = ((1, 1), *sample(((8, 1), (4, 2), (2, 4), (1, 8)), 1))
@@ -233,6 +233,7 @@ def test_devices_merge_their_own_parts() -> None:
 
 
 @pytest.mark.parametrize("model", sample((8, 4, 2, 1), 1))
+@thorough
 def test_devices_that_share_a_model_exchange_activations_alone(model: int, tmp_path: Path) -> None:
     """Two sums of the residual stream in each layer, the embedding's rows, and what makes one likelihood, or one token,
     of the shards of a head: no weights and no caches, and nothing goes from every device to every other."""
@@ -318,6 +319,7 @@ def test_two_processes_find_what_one_finds(family: Family, tmp_path: Path) -> No
     assert "winner:" in ended[0][1] and not spoken
 
 
+@thorough
 def test_a_process_that_dies_ends_the_run_and_one_alone_resumes_it(family: Family, tmp_path: Path) -> None:
     config, out = (
         write_config(family.root, tasks=[CHOICE], search={"population": 6, "generations": 400}),

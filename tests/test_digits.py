@@ -1,10 +1,12 @@
 """The worked example of a search over pytrees, compiled as users run it: most of its time goes into training."""
 
 import pytest
+from helpers import thorough
 
 from evojax_merge.zoo.digits import Plan, accuracy, evolve, log_probabilities, make_family, uniform
 
 
+@thorough
 def test_digits_are_read_better_than_by_any_expert_or_the_uniform_merge() -> None:
     plan = Plan(base_steps=20, expert_steps=150, generations=12, population=8)
     family = make_family(0, plan)

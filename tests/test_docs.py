@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import Family, finetune, random_model, save, stand_in_for_the_zoo, tiny_config
+from helpers import Family, finetune, random_model, save, stand_in_for_the_zoo, thorough, tiny_config
 from hostile import run_command, run_script
 
 import evojax_merge
@@ -84,6 +84,7 @@ def write_pair(folder: Path, words: list[str]) -> None:
         (folder / name / "chat_template.jinja").write_text(TEMPLATE)
 
 
+@thorough
 def test_the_tutorial_runs_on_a_tiny_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = TUTORIAL.read_text(encoding="utf-8")
     for size, smaller in SMALLER.items():
@@ -191,6 +192,7 @@ def test_the_api_page_has_the_parameters_of_each_function() -> None:
         assert "…" in parameters or signature == shown, (name, signature)
 
 
+@thorough
 def test_the_api_pages_study_runs(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first three examples, one after the other, with fewer generations, on tiny models for the demo family."""
     stand_in_for_the_zoo(tmp_path / "cache", family)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import search_in
+from helpers import sample, search_in, thorough
 from test_racing import Hill, Plain, SurrogateData, everyone, one_token, text_task, write_config
 
 from evojax_merge.commands import search as search_command
@@ -313,7 +313,7 @@ def test_a_search_that_chooses_is_broken_off_and_resumed_to_the_byte(tmp_path):
 CHOSEN = ["search.rung_examples=item_response"]
 
 
-@pytest.mark.parametrize("space", ["merge", "path"])
+@pytest.mark.parametrize("space", sample(["merge", "path"], 1))
 def test_models_score_on_chosen_examples_as_on_all(family, tmp_path, space):
     path = write_config(family, tmp_path, space, 3)
     problem = build_problem(path, read_config(path, CHOSEN, None))
@@ -344,6 +344,7 @@ def numbers_of(task):
     return [example.prompt for example in task.examples]
 
 
+@thorough
 def test_the_command_chooses_examples_and_goes_on_to_the_byte(family, tmp_path, capsys):
     path = write_config(family, tmp_path, "merge", 3)
     settings = {"overwrite": False, "seed": None}

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import build_family, random_records, sample, search_in, state, write_lines
-from hostile import run_command, start_command
+from helpers import build_family, random_records, run_here, sample, search_in, state, thorough, write_lines
+from hostile import start_command
 from pymoo.algorithms.moo.nsga2 import NSGA2
 from pymoo.indicators.hv import HV
 from pymoo.operators.survival.rank_and_crowding.metrics import get_crowding_function
@@ -285,7 +285,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "front"
-    done = run_command("search", config_file, "--out", out)
+    done = run_here("search", config_file, "--out", out)
     assert done.returncode == 0, done.stderr
     (out.parent / "stdout").write_text(done.stdout)
     return out
@@ -326,7 +326,7 @@ def test_an_exported_member_is_what_was_scored_bit_for_bit(finished: Path, confi
     materialise = jax.jit(lambda recipe: lazy_merge(bank, recipe, spec).materialise())
     for member in (members[0], members[-1]):
         number = member["member"]
-        done = run_command("export", finished, tmp_path / f"model{number}", "--member", number)
+        done = run_here("export", finished, tmp_path / f"model{number}", "--member", number)
         assert done.returncode == 0, done.stderr
         written = state(tmp_path / f"model{number}")
         scored = dict(stored_tensors(materialise(take_candidate(recipes, number - 1)), problem.backend.models.decoder))
@@ -341,10 +341,11 @@ def test_an_exported_member_is_what_was_scored_bit_for_bit(finished: Path, confi
     np.testing.assert_allclose(means, [one["scores"]["one/margin"] for one in members], atol=1e-6)
 
 
+@thorough
 def test_a_run_that_goes_on_replaces_its_front(finished: Path, config_file: Path, tmp_path: Path) -> None:
     """In two parts, the first of which ends with a front of its own: in the end all is as in one."""
     for more in (["--set", "search.generations=2"], ["--resume"]):
-        assert run_command("search", config_file, "--out", tmp_path / "parts", *more).returncode == 0
+        assert run_here("search", config_file, "--out", tmp_path / "parts", *more).returncode == 0
     for name in ("history.jsonl", "result.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (finished / name).read_bytes()
     fronts = [
@@ -356,6 +357,7 @@ def test_a_run_that_goes_on_replaces_its_front(finished: Path, config_file: Path
         assert (kept / "front/member-1.yaml").is_file()
 
 
+@thorough
 def test_killed_and_resumed_is_as_never_stopped(finished: Path, config_file: Path, tmp_path: Path) -> None:
     # Of the same name, which stands in the card.
     out = tmp_path / finished.name
@@ -366,7 +368,7 @@ def test_killed_and_resumed_is_as_never_stopped(finished: Path, config_file: Pat
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "result.json").exists()
-    assert run_command("search", config_file, "--out", out, "--resume").returncode == 0
+    assert run_here("search", config_file, "--out", out, "--resume").returncode == 0
     left, whole = (
         {name: file.read_bytes() for name, file in files_of(run).items() if not name.startswith("checkpoints/")}
         for run in (out, finished)
@@ -390,7 +392,7 @@ def files_of(folder: Path) -> dict[str, Path]:
     ],
 )
 def test_a_member_that_is_not_there_is_told(arguments: list[str], said: str, finished: Path, tmp_path: Path) -> None:
-    done = run_command("export", finished, tmp_path / "out", *arguments)
+    done = run_here("export", finished, tmp_path / "out", *arguments)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -398,7 +400,7 @@ def test_a_member_that_is_not_there_is_told(arguments: list[str], said: str, fin
 def test_a_run_without_a_front_has_no_members(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/best/front")
-    done = run_command("export", tmp_path / "run", tmp_path / "out", "--member", 1)
+    done = run_here("export", tmp_path / "run", tmp_path / "out", "--member", 1)
     assert done.returncode == 2 and "has no front to take a member from" in done.stderr
     assert not keeps_front(make_strategy("search", "random", StrategySettings(2, 4, 0.1, 1, objectives=2)))
 
@@ -416,7 +418,7 @@ def test_a_search_that_has_no_front_is_refused(
     options: list[str], said: str, config_file: Path, tmp_path: Path
 ) -> None:
     sets = [part for option in options for part in ("--set", option)]
-    done = run_command("search", config_file, "--out", tmp_path / "run", *sets)
+    done = run_here("search", config_file, "--out", tmp_path / "run", *sets)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 

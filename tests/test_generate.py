@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import greedy_tokens, random_model, sample, save, tiny_config
+from helpers import greedy_tokens, random_model, sample, save, thorough, tiny_config
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
@@ -120,6 +120,7 @@ def test_a_population_writes_in_windows_as_each_alone(model: Any, prompts: Any) 
         assert np.asarray(found.tokens).tolist() == [rows.tolist() for rows in expected]
 
 
+@thorough
 def test_narrow_prompts_are_read_as_wide_ones(model: Any, prompts: Any, plain: np.ndarray) -> None:
     config, stored = model
     tokens, first = prompts

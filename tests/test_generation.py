@@ -130,6 +130,15 @@ def test_a_missing_package_names_its_extra(
         open_generation(tmp_path, ["a"], metric=metric)
 
 
+def test_rouge_by_mecabs_words(tmp_path: Path) -> None:
+    for package in ("fugashi", "unidic_lite", "neologdn", "emoji"):
+        pytest.importorskip(package)
+    # 赤い バス が 走っ て いる: two of six words; emoji, and how wide a character is, do not count.
+    outputs = ["赤いバス", "赤いﾊﾞｽ🚌", "赤いバスが走っている", "青い車"]
+    task = open_generation(tmp_path, ["赤いバスが走っている"] * len(outputs), metric="rouge_l_mecab")
+    assert score(task, outputs)[0] == pytest.approx([0.5, 0.5, 1, 0])
+
+
 def _edits(first: str, second: str) -> int:
     """Levenshtein's distance, by the recurrence."""
     row = list(range(len(second) + 1))
@@ -171,6 +180,36 @@ def test_the_best_of_several_right_answers_counts(tmp_path: Path) -> None:
         assert "data.jsonl:1" in str(error.value)
 
 
+ANSWERS = ["two", "2", "2.", "Two", "three", "3", "a 3", "the 3!", "four", "red-brown"]
+
+
+def open_vqa(folder: Path, answers: Any, **section: Any) -> GenerationTask:
+    write_lines(folder / "data.jsonl", [{"prompt": "p", "target": "2", "answers": answers}])
+    section = {"name": "text", "kind": "generation", "file": "data.jsonl", "accept": "answers"} | section
+    document = {"tasks": [section | {"metric": "vqa_accuracy"}]}
+    (config,) = parse(folder / "tasks.yaml", document, TaskFile).tasks
+    task = open_whole_task("tasks.yaml: tasks[0]", config, folder)
+    assert isinstance(task, GenerationTask)
+    return task
+
+
+def test_vqa_accuracy_is_by_how_many_people_answered_so(tmp_path: Path) -> None:
+    task = open_vqa(tmp_path, [{"answer": answer, "answer_id": i} for i, answer in enumerate(ANSWERS)])
+    # The mean over the ten sets of nine people of how many of three answered the same.
+    for output, same in {"2": 4, "Two.": 4, "the three": 4, "four,": 1, "red brown": 1, "red": 0, "": 0}.items():
+        sets = [same - 1] * same + [same] * (10 - same)
+        expected = sum(min(agreeing / 3, 1) for agreeing in sets) / 10
+        assert score(task, [output])[0] == pytest.approx([expected]), output
+    assert score(open_vqa(tmp_path, ["1,000 m"] * 4), ["1000 m"], ["1 000 m"]).tolist() == [[1], [0]]
+    assert score(open_vqa(tmp_path, ["don't, 3.5"] * 4), ["Dont 3.5"], ["dont 35"]).tolist() == [[1], [0]]
+    with pytest.raises(InputError, match=r"data.jsonl:1: answers: has 3; vqa_accuracy is for more than 3 people's"):
+        open_vqa(tmp_path, ANSWERS[:3])
+    with pytest.raises(InputError, match=r"answers: .* is no list of texts"):
+        open_vqa(tmp_path, [{"text": "2"}] * 4)
+    with pytest.raises(InputError, match=r"tasks\[0\].accept: missing"):
+        open_vqa(tmp_path, ANSWERS, accept=None)
+
+
 def test_an_answer_in_another_language_scores_0(tmp_path: Path) -> None:
     target = "赤いバスが道路を走っています"
     outputs = [target, "A red bus is driving down the road, past the old houses", "赤い"]
@@ -178,5 +217,8 @@ def test_an_answer_in_another_language_scores_0(tmp_path: Path) -> None:
     scores = score(task, outputs)[0]
     # ROUGE by characters: two of 14 are there in order, all of the output's.
     assert scores.tolist() == pytest.approx([1, 0, 2 * (2 / 14) / (2 / 14 + 1)])
+    # A target that is itself in another language asks for an answer in that one.
+    english = "A red bus is driving down the road, past the old houses"
+    assert score(open_generation(tmp_path, [english], language="ja"), [english]).tolist() == [[1]]
     with pytest.raises(InputError, match="unknown language 'jp'"):
         open_generation(tmp_path, [target], language="jp")

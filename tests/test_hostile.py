@@ -1,5 +1,5 @@
 """Broken and hostile inputs: each ends with its status, one line that names what is wrong, within ten seconds, and
-leaves the user's files as they were. The cases are in tests/hostile/, a module for each kind of input. Every tenth
+leaves the user's files as they were. The cases are in tests/hostile/, a module for each kind of input. Every twentieth
 case runs, and all of them with EVOJAX_TEST_ALL."""
 
 from pathlib import Path
@@ -18,6 +18,7 @@ from hostile import (
     configs,
     gguf,
     goals,
+    images,
     inspecting,
     links,
     messages,
@@ -53,11 +54,12 @@ MODULES = (
     chat,
     proof,
     versions,
+    images,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")
     for module in MODULES
-    for case in sample(module.CASES, -(-len(module.CASES) // 10))
+    for case in sample(module.CASES, -(-len(module.CASES) // 20))
 ]
 
 

@@ -14,7 +14,19 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import VOCAB, Family, finetune, random_model, save, tiny_config, word_tokenizer, words, write_lines
+from helpers import (
+    VOCAB,
+    Family,
+    finetune,
+    random_model,
+    sample,
+    save,
+    thorough,
+    tiny_config,
+    word_tokenizer,
+    words,
+    write_lines,
+)
 from merge_kernels import METHODS
 
 from evojax_merge.cli import cli, run
@@ -73,6 +85,7 @@ def test_the_config_is_one_that_a_search_takes(init: Init, capsys: pytest.Captur
         assert "# " in line or line.startswith(("#", "  - ")) or line in ("", "#", "search:"), line
 
 
+@thorough
 def test_the_demo_family_is_planned_by_the_command_that_init_names(
     init: Init, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,7 +128,7 @@ def test_the_kind_of_task_goes_by_the_fields(
     assert task["kind"] == kind and task.items() >= keys.items()
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if searched_parameters(method)])
+@pytest.mark.parametrize("method", sample([name for name, method in METHODS.items() if searched_parameters(method)], 5))
 def test_every_method_that_can_be_searched(init: Init, method: str) -> None:
     parents = ("one", "two")[: METHODS[method].max_parents or 2]
     base = () if METHODS[method].base == "parent" else ("--base", "base")

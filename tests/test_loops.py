@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import hidden_states
+from helpers import hidden_states, thorough
 
 from evojax_merge import zoo
 from evojax_merge.checkpoints.bank import load_path_bank, load_stored
@@ -57,9 +57,10 @@ def test_training_meets_nothing_that_is_asked_for() -> None:
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return loops.resolve_reference("7/plus", SHORT).parent
+        return loops.family(SHORT).resolve_reference("7/plus").parent
 
 
+@thorough
 def test_what_is_trained_in_loops_is_a_path_of_the_written_model(family: Path) -> None:
     folder = family / "plus"
     sources, configs = open_decoders([folder])
@@ -78,6 +79,7 @@ def test_what_is_trained_in_loops_is_a_path_of_the_written_model(family: Path) -
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@thorough
 def test_a_family_is_files_of_the_zoo(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(family.parents[3]))
     assert zoo.resolve_reference("zoo:loops/7/base") == family / "base"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import thorough
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.searches import m2n2
@@ -12,6 +13,7 @@ from bench.searches import m2n2
 pytest.importorskip("mlxtend")
 
 
+@thorough
 def test_every_method_spends_its_evaluations_and_improves_on_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     # Each place to split a network at is two programs to compile.
     monkeypatch.setattr(m2n2, "BLOCKS", 4)

@@ -56,7 +56,7 @@ def stacked(arrays: Sequence[np.ndarray]) -> Any:
     return jnp.asarray(np.stack(arrays)) if len(arrays) else ()
 
 
-@pytest.mark.parametrize("name", sample(LOOPING, 4))
+@pytest.mark.parametrize("name", sample(LOOPING, 3))
 def test_many_parents_equal_float64_formulas_and_mergekit(name: str) -> None:
     models = make_models(SHAPE, MANY)
     # The second of each kind of options has, of the sparse methods, a norm that is restored.
@@ -98,7 +98,7 @@ def lowered(name: str, parents: int, function: Callable[..., Any]) -> str:
     return jax.jit(function).lower(*arguments, on_device(numbers)).as_text()
 
 
-@pytest.mark.parametrize("name", sample(LOOPING, 4))
+@pytest.mark.parametrize("name", sample(LOOPING, 2))
 def test_programs_do_not_grow_with_the_parents(name: str) -> None:
     method = METHODS[name]
 

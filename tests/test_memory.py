@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import sample
+from helpers import sample, thorough
 from merge_kernels import METHODS
 
 from evojax_merge.evaluation import passes
@@ -133,6 +133,7 @@ def test_temporaries_are_a_few_layers(method: str, chunk: int) -> None:
     assert temporaries(LLAMA, method, chunk) <= bound(LLAMA, method, chunk)
 
 
+@thorough
 def test_temporaries_do_not_depend_on_depth_or_vocabulary() -> None:
     plain = temporaries(LLAMA, "ties", 1)
     deep = replace(LLAMA, layers=80, windows=(NO_WINDOW,) * 80)

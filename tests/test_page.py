@@ -1,5 +1,6 @@
 """The page of a run: it holds the run's own numbers, asks for nothing, and shows what a run has, in a real browser."""
 
+import csv
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family
+from helpers import Family, build_family, run_here
 from hostile import run_command, start_command
 
 from evojax_merge.errors import Failed
@@ -174,14 +175,21 @@ class Page(HTMLParser):
     def text(self) -> str:
         return " ".join(" ".join(self.texts).split())
 
-    def column(self, chart: str, name: str) -> list[float | None]:
-        """A column of a chart's first data, which are CSV."""
+    def rows(self, chart: str) -> list[dict[str, str]]:
+        """A chart's first data, which are CSV."""
         spec = self.specs[chart]
         layers = [spec, *spec.get("layer", ())]
         data = next(layer["data"] for layer in layers if "data" in layer)
-        text = data["values"] if "values" in data else spec["datasets"][data["name"]]
-        header, *lines = (line.split(",") for line in text.splitlines())
-        return [float(line[header.index(name)]) if line[header.index(name)] else None for line in lines]
+        return list(
+            csv.DictReader((data["values"] if "values" in data else spec["datasets"][data["name"]]).splitlines())
+        )
+
+    def column(self, chart: str, name: str) -> list[float | None]:
+        return [float(row[name]) if row[name] else None for row in self.rows(chart)]
+
+    @property
+    def frames(self) -> Any:
+        return json.loads(re.search(r'id="frames">(.*?)</script>', self.source, re.DOTALL)[1])  # type: ignore[index]
 
 
 def numbers_in(document: Any) -> set[float]:
@@ -243,6 +251,66 @@ def test_every_number_on_the_page_is_one_of_the_run(tmp_path: Path) -> None:
         assert sentence in page.text
 
 
+def test_the_other_sections_show_the_runs_numbers_too(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", generations=8, pool={"methods": ["slerp"]})
+    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    for row in rows:
+        # A member of a pool has its number before its genes.
+        row["genomes"] = [[100 * row["generation"] + k, *genome[1:]] for k, genome in enumerate(row["genomes"])]
+        row["failed"] = row["generation"] % 2
+    (run / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    front = [
+        {"member": k + 1, "fitness": -0.21 - k, "scores": {"a/x": -0.13 * k, "b/x": 0.14 * k},
+         "heldout_fitness": -0.3 - k, "heldout_scores": {"a/x": -0.11 * k, "b/x": 0.12 * k}, "genome": [0.5 + k] * 4}
+        for k in range(3)
+    ]  # fmt: skip
+    edit_result(run, groups=[], members=front)
+    scores = {"evolved ties": [0.75, 0.5, 0.25], "japanese": [0.625, 0.5, 0.375]}
+    answers = [
+        {"model": model, "task": "sums", "example": k, "score": score}
+        for model, values in scores.items() for k, score in enumerate(values)
+    ]  # fmt: skip
+    (run / "heldout_answers.jsonl").write_text("".join(f"{json.dumps(answer)}\n" for answer in answers))
+    write_page(RunFolder(run))
+    page = Page(run / "report.html")
+    shown = {value for value, _ in page.numbers}
+    assert numbers_in([{k: v for k, v in member.items() if k != "genome"} for member in front]) <= shown
+    assert {0.75, 0.25, 0.625, 0.375} <= shown and "sums: 1 won, 1 lost, 1 equal" in page.text
+    best, mean = ([max(row["fitness"]) for row in rows], [float(np.mean(row["fitness"])) for row in rows])
+    assert page.column("task-0", "value") == [*best, *mean]
+    assert page.column("metric-1", "value") == [row["failed"] for row in rows]
+    members = {(float(row["member"]), float(row["fitness"]), int(row["generation"])) for row in page.rows("pool")}
+    assert members == {
+        (genome[0], fitness, row["generation"])
+        for row in rows for genome, fitness in zip(row["genomes"], row["fitness"], strict=True)
+    }  # fmt: skip
+
+
+def test_drawn_candidates_and_the_sliders_frames_are_those_of_the_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", generations=8)
+    edit_result(run, groups=[])
+    write_page(RunFolder(run))
+    page = Page(run / "report.html")
+    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    searched = {
+        (*genome, float(f"{fitness:.6g}"))
+        for row in rows for genome, fitness in zip(row["genomes"], row["fitness"], strict=True)
+    }  # fmt: skip
+    drawn: dict[str, dict[str, float]] = {}
+    for row in page.rows("parallel"):
+        drawn.setdefault(row["candidate"], {})[row["axis"]] = float(row["value"])
+    axes = [f"gene[{k}]" for k in range(4)] + ["fitness"]
+    lines = {tuple(values[axis] for axis in axes) for values in drawn.values()}
+    assert len(lines) == 64 and np.allclose(sorted(lines), sorted(searched), rtol=1e-5)
+    frames = page.frames
+    for row, label, values in zip(rows, frames["labels"], frames["maps"][0]["values"], strict=False):
+        met = [(examples, fitness) for examples, fitness in zip(row["examples"], row["fitness"], strict=True)]
+        place = met.index(max(met))
+        assert label == f"generation {row['generation']} of 8, its best: fitness {row['fitness'][place]:.4f}"
+        assert values == pytest.approx(row["genomes"][place], rel=1e-5)
+    assert frames["maps"][0]["values"][-1] == json.loads((run / "result.json").read_text())["genome"]
+
+
 def test_the_page_says_that_nothing_beat_the_first_parent(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     edit_result(run, search_fitness={"winner": -0.45, "first parent": -0.45})
@@ -273,24 +341,24 @@ def test_a_search_writes_the_page_with_the_names_of_its_parameters(tmp_path: Pat
     }  # fmt: skip
     root = family.base.parent
     (root / "page.yaml").write_text(yaml.safe_dump(document))
-    done = run_command("search", root / "page.yaml", "--out", tmp_path / "run")
+    done = run_here("search", root / "page.yaml", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     page = Page(tmp_path / "run" / "report.html")
     assert "finished" in page.text and "refresh" not in page.source.partition("<style>")[0]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    frames = json.loads(re.search(r'id="frames">(.*?)</script>', page.source)[1])  # type: ignore[index]
+    frames = page.frames
     (weights,) = frames["maps"]
     assert weights["rows"] == result["groups"] and weights["columns"] == ["parent0", "parent1"]
     assert frames["labels"][-1] == "the winner" and len(frames["labels"]) == 4
     assert weights["values"][-1] == pytest.approx(np.ravel(result["parameters"]["weight"]).tolist(), rel=1e-5, abs=1e-6)
     # The command makes the same page again.
     before = (tmp_path / "run" / "report.html").read_bytes()
-    assert run_command("report", tmp_path / "run").returncode == 0
+    assert run_here("report", tmp_path / "run").returncode == 0
     assert (tmp_path / "run" / "report.html").read_bytes() == before
     # A search that is complete leaves it, one that starts again removes it.
-    again = run_command("search", root / "page.yaml", "--out", tmp_path / "run", "--resume")
+    again = run_here("search", root / "page.yaml", "--out", tmp_path / "run", "--resume")
     assert again.returncode == 0 and (tmp_path / "run" / "report.html").read_bytes() == before
-    shown = run_command("show", tmp_path / "run").stdout
+    shown = run_here("show", tmp_path / "run").stdout
     assert "run: finished" in shown and "Held-out scores" in shown and "best/model" in shown
 
 
@@ -311,7 +379,7 @@ def test_a_pool_a_path_and_a_front_are_drawn(tmp_path: Path) -> None:
          "heldout_scores": {"a/x": -0.11 * k, "b/x": 0.12 * k}, "genome": [0.5 + k] * 4}
         for k in range(3)
     ]  # fmt: skip
-    edit_result(run, lineage=bred, members=front, path={"layers": [0, 5], "scales": [1.0, 0.5]})
+    edit_result(run, lineage=bred, layers=4, members=front, path={"layers": [0, 5], "scales": [1.0, 0.5]})
     slices = [
         {"sources": [{"model": f"/gone/{name}", "layer_range": [k, k + 1]}]}
         for k, name in enumerate(["maths", "japanese"])
@@ -324,6 +392,18 @@ def test_a_pool_a_path_and_a_front_are_drawn(tmp_path: Path) -> None:
     for name in ("member-7", "member-9", "ties", "weight 0.25 0.75", "a/x, held out"):
         assert name in page.text
     assert page.source.count('<g class="founder">') == 2 and page.source.count('<g class="child">') == 1
+    # The thumbnail of each recipe: layers x parents, in runs of layers with one value, against the largest.
+    cells = re.findall(r'width="([\d.]+)" height="7" fill-opacity="([\d.]+)"><title>([^<]*)</title>', page.source)
+    wide = {1: 26.0, 2: 52.0, 3: 78.0}
+    assert [(float(width), float(shade), words) for width, shade, words in cells] == [
+        (wide[2], 0.667, "share of maths, layers 0 to 1: 0.5"), (wide[2], 0.667, "share of maths, layers 2 to 3: 0.5"),
+        (wide[2], 0.667, "share of japanese, layers 0 to 1: 0.5"),
+        (wide[2], 0.667, "share of japanese, layers 2 to 3: 0.5"),
+        (wide[1], 0.333, "weight of member-7, layer 0: 0.25"),
+        (wide[3], 1.0, "weight of member-7, layers 1 to 3: 0.75"),
+        (wide[1], 1.0, "weight of maths, layer 0: 0.75"), (wide[3], 0.333, "weight of maths, layers 1 to 3: 0.25"),
+    ]  # fmt: skip
+    assert "member-9: ties of weight 0.25 0.75" in page.source
     assert page.column("front", "x") == [value for k in range(3) for value in (-0.1 * k, -0.11 * k)]
 
 
@@ -399,10 +479,10 @@ def test_a_run_without_a_generation_says_so(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", generations=0, finished=False)
     for file in ("history.jsonl", "timing.jsonl"):
         (run / file).unlink()
-    done = run_command("report", run)
+    done = run_here("report", run)
     assert done.returncode == 0, done.stderr
     assert "there is nothing to show yet" in Page(run / "report.html").text
-    assert "nothing to show yet" in run_command("show", run).stdout
+    assert "nothing to show yet" in run_here("show", run).stdout
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
@@ -429,14 +509,14 @@ def test_a_run_without_a_single_score_has_a_page(tmp_path: Path, pool: Any) -> N
     (run / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     write_page(RunFolder(run))
     assert "after generation 6" in Page(run / "report.html").text
-    assert run_command("show", run).returncode == 0
+    assert run_here("show", run).returncode == 0
 
 
 @pytest.mark.parametrize("command", ["report", "show"])
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, command: str) -> None:
     (tmp_path / "empty").mkdir()
     for name, says in (("empty", "is not a run folder"), ("missing", "no such folder")):
-        done = run_command(command, tmp_path / name)
+        done = run_here(command, tmp_path / name)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr
     assert list((tmp_path / "empty").iterdir()) == []
 
@@ -444,7 +524,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, command: str) -> Non
 def test_a_file_that_is_no_page_is_kept(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "report.html").write_text("<p>mine")
-    done = run_command("report", run)
+    done = run_here("report", run)
     assert done.returncode == 2 and "is no page of evojax-merge" in done.stderr
     clear(RunFolder(run), 6)
     assert (run / "report.html").read_text() == "<p>mine"
@@ -535,13 +615,13 @@ def test_runs_are_compared_on_one_page(tmp_path: Path) -> None:
     one = make_run(tmp_path / "a" / "run")
     two = make_run(tmp_path / "b" / "run", generations=4, finished=False, seed=5)
     out = tmp_path / "both.html"
-    done = run_command("compare", one, two, "--out", out)
+    done = run_here("compare", one, two, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "a/run" in done.stdout and "stopped" in done.stdout and "-0.1235" in done.stdout
     page = Page(out)
     assert set(page.specs) == {"by-generation", "by-evaluations", "heldout"}
     assert "search.generations" in page.text and "b/run: The run was stopped after generation 4" in page.text
-    assert run_command("compare", one, two, "--out", out).returncode == 0
+    assert run_here("compare", one, two, "--out", out).returncode == 0
     (tmp_path / "notes.html").write_text("<p>mine")
     for arguments, says in (
         ((one, two, "--out", tmp_path / "notes.html"), "is no page"),
@@ -577,7 +657,7 @@ def test_runs_below_a_folder_are_listed(tmp_path: Path) -> None:
     for text in ("first", "deep/second", "ties", "6/6", "finished", "stopped", "ago"):
         assert text in done.stdout
     assert "broken" not in done.stdout and done.stderr.startswith("warning: ") and done.stderr.count("\n") == 1
-    assert "first" in run_command("runs", tmp_path / "runs" / "first").stdout
+    assert "first" in run_here("runs", tmp_path / "runs" / "first").stdout
     (tmp_path / "none").mkdir()
     assert "no runs in none" in run_command("runs", "none", folder=tmp_path).stdout
     assert run_command("runs", "missing", folder=tmp_path).returncode == 2
@@ -631,7 +711,7 @@ def test_the_slider_shows_an_earlier_generation(tmp_path: Path) -> None:
 @in_a_browser
 def test_a_browser_draws_several_runs(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, generations=3 + k) for k, name in enumerate(["one", "two"])]
-    assert run_command("compare", *runs, "--out", tmp_path / "page.html").returncode == 0
+    assert run_here("compare", *runs, "--out", tmp_path / "page.html").returncode == 0
     seen, console = browse(tmp_path / "page.html", 400)
     assert seen["problems"] == [] and console == [] and seen["requests"] == [] and seen["scrolled"] <= 400
     assert len(seen["charts"]) == 3 and all(seen["charts"].values())

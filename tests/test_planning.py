@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, random_model, save, tiny_config
+from helpers import Family, random_model, save, thorough, tiny_config
 from huggingface_hub.errors import LocalEntryNotFoundError
 from merge_kernels import METHODS
 
@@ -427,6 +427,7 @@ def test_the_choice_of_the_winner_is_planned_in_its_own_dtype(family: Family) ->
     assert wider.run.seconds > 1.2 * same.run.seconds and wider.pass_bytes > same.pass_bytes
 
 
+@thorough
 def test_a_hybrid_search_plans_its_gradients_with_as_many_candidates_as_it_starts_from(family: Family) -> None:
     search = {"generations": 8, "strategy": "hybrid", "population": 8, "gradient": {"generations": 3, "starts": 2}}
     problem = problem_of(document(family, search=search), "h100")
@@ -435,6 +436,7 @@ def test_a_hybrid_search_plans_its_gradients_with_as_many_candidates_as_it_start
     assert {row.chunk for row in plan.passes if row.name == "gradient"} == {2}
 
 
+@thorough
 def test_candidates_that_no_device_holds_are_not_helped_by_shorter_batches(family: Family) -> None:
     """Decoding needs a candidate's own weights beside the models; two devices that share it need half of both."""
     task = {"name": "text", "kind": "exact_match", "file": str(family.tasks), "heldout": 0.25, "max_new_tokens": 4}

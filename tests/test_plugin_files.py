@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import Family, state
+from helpers import Family, state, thorough
 from hostile import run_command, run_script
 from test_planning import document
 
@@ -73,6 +73,7 @@ def test_a_config_names_its_plugins(family: Family, folder: Path) -> None:
     assert done.returncode == 2 and f"{plugin} has changed since the run was begun" in done.stderr
 
 
+@thorough
 def test_the_option_and_the_environment_name_plugins(
     family: Family, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import build_family, random_records, state, tiny_config, write_lines
-from hostile import run_command, start_command
+from helpers import build_family, random_records, run_here, state, thorough, tiny_config, write_lines
+from hostile import start_command
 from merge_kernels import METHODS
 from reference.merging import slerp
 
@@ -266,7 +266,7 @@ def config_file(tmp_path_factory) -> Path:
 
 
 def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess:
-    done = run_command(*arguments)
+    done = run_here(*arguments)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
@@ -410,6 +410,7 @@ def test_a_search_ends_with_a_model_and_its_family_tree(finished, config_file, t
     assert yaml.safe_load((finished / "config.yaml").read_text())["search"]["strategy"] == "pool"
 
 
+@thorough
 def test_killed_and_resumed_is_as_never_stopped(config_file, finished, tmp_path):
     out, model = tmp_path / "killed", tmp_path / "model"
     process = start_command("search", config_file, "--out", out)

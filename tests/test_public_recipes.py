@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from helpers import edit_json, finetune, random_model, save, state, tiny_config
+from helpers import edit_json, finetune, random_model, sample, save, state, tiny_config
 from safetensors.torch import load_file, save_file
 
 from evojax_merge.checkpoints.derived import ignored_revisions
@@ -159,7 +159,7 @@ def warnings_in(stderr: str) -> list[str]:
 # Keys
 
 
-@pytest.mark.parametrize("case", PUBLIC)
+@pytest.mark.parametrize("case", sample(PUBLIC, 8))
 def test_public_recipes_are_merged_as_in_mergekit(
     case: str, models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -309,7 +309,7 @@ BENT: dict[str, tuple[str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BENT)
+@pytest.mark.parametrize("case", sample(BENT, 5))
 def test_values_are_read_as_mergekit_reads_them(
     case: str, models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -342,7 +342,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", sample(REFUSED, 6))
 def test_what_mergekit_refuses_is_refused(
     case: str, models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -509,7 +509,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", sample(EXPECTED, 2))
 def test_named_chat_templates(name: str, models: Path, tmp_path: Path) -> None:
     """The makers' formats, and mergekit's but for white space that the makers' formats do not have."""
     text = f"{LINEAR}chat_template: {name}\n"

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import sample, thorough
 from merge_kernels import METHODS
 from reference import merging
 from safetensors.numpy import load_file
@@ -247,8 +248,8 @@ def linear_examples(count: int) -> dict[str, np.ndarray]:
     return {"x": x, "y": x @ middle}
 
 
-@pytest.mark.parametrize("rung_examples", ["random", "item_response"])
-@pytest.mark.parametrize("wrap", [lambda function: function, host_callback])
+@pytest.mark.parametrize("rung_examples", sample(["random", "item_response"], 1))
+@pytest.mark.parametrize("wrap", sample([lambda function: function, host_callback], 1))
 def test_successive_halving_over_examples(wrap: Any, rung_examples: str) -> None:
     settings = {"rungs": 3, "population": 8, "generations": 6, "rung_examples": rung_examples}
     found = quick(fitness=wrap(rows_of), examples=linear_examples(24), **settings)
@@ -259,7 +260,7 @@ def test_successive_halving_over_examples(wrap: Any, rung_examples: str) -> None
     assert found.fitness == pytest.approx(float(rows_of(found.best, linear_examples(24)).mean()), rel=1e-4)
 
 
-@pytest.mark.parametrize("wrap", [lambda function: function, host_callback])
+@pytest.mark.parametrize("wrap", sample([lambda function: function, host_callback], 1))
 def test_a_validation_split_of_the_examples(wrap: Any, tmp_path: Any) -> None:
     examples = linear_examples(24)
     settings = {"population": 6, "generations": 4, "validation": 0.25, "validate_every": 2, "rungs": 2}
@@ -279,7 +280,7 @@ def test_a_validation_split_of_the_examples(wrap: Any, tmp_path: Any) -> None:
     assert [row["genomes"] for row in again.history] == [row["genomes"] for row in found.history]
 
 
-@pytest.mark.parametrize("strategy", ["gradient", "hybrid"])
+@pytest.mark.parametrize("strategy", sample(["gradient", "hybrid"], 1))
 def test_gradients_are_of_what_is_searched_on_and_stop_in_time(strategy: str) -> None:
     examples = linear_examples(24)
     settings = {"strategy": strategy, "population": 4, "generations": 8, "validation": 0.25, "validate_every": 2}
@@ -319,7 +320,9 @@ def test_stopping_early(tmp_path: Any) -> None:
 
 
 def test_a_run_folder_is_continued_where_it_was_broken_off(tmp_path: Any) -> None:
-    whole = quick(generations=5, out=tmp_path / "whole")
+    whole = quick(generations=5, out=tmp_path / "whole", log=["csv"])
+    logged = (tmp_path / "whole" / "history.csv").read_text().splitlines()
+    assert [row.partition(",")[0] for row in logged] == ["generation", *"12345"]
     assert json.loads((tmp_path / "whole/result.json").read_text())["parameters"].keys() == whole.parameters.keys()
 
     def stop(generation: Generation) -> None:
@@ -365,6 +368,8 @@ def changed(path: tuple[str, str], value: Any) -> Any:
     ("settings", "said"),
     [
         ({"parents": []}, "parents: is empty"),
+        ({"log": ["csv"]}, "log: there is no run folder to log in; give it `out`"),
+        ({"log": ["table"], "out": "run"}, "log: 'table'; expected any of tensorboard, wandb, csv"),
         ({"parents": [PARENTS[0], changed(("encoder", "kernel"), np.ones((5, 6)))]},
          r"parents\[1\]: leaf 'encoder/kernel' has shape \(5, 6\), but \(5, 7\) in parents\[0\]"),
         ({"parents": [PARENTS[0], {"encoder": PARENTS[1]["encoder"]}]},
@@ -406,7 +411,7 @@ def test_wrong_input_says_what_and_where(settings: dict[str, Any], said: str) ->
         search_pytrees(**given)
 
 
-@pytest.mark.parametrize("wrap", [lambda function: function, host_callback])
+@pytest.mark.parametrize("wrap", sample([lambda function: function, host_callback], 1))
 def test_wrong_fitness_is_named(wrap: Any) -> None:
     with pytest.raises(InputError, match=r"fitness: returned float32\[5, 7\]; expected a real number"):
         quick(fitness=wrap(lambda merged: merged["encoder"]["kernel"]))
@@ -414,6 +419,7 @@ def test_wrong_fitness_is_named(wrap: Any) -> None:
         quick(fitness=wrap(lambda merged: 1 / 0))
 
 
+@thorough
 def test_importing_the_package_imports_no_jax() -> None:
     program = (
         "import sys, evojax_merge\n"

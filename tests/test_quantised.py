@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from helpers import Family, build_family, edit_json, load_torch, run_linear_merge, state, tiny_config
+from helpers import Family, build_family, edit_json, load_torch, run_linear_merge, sample, state, tiny_config
 from reference.quantisation import (
     GROUP,
     Quantise,
@@ -161,7 +161,7 @@ def quantised_each(base: Path, folder: Path, settings: dict[str, Any], ways: dic
     return values
 
 
-@pytest.mark.parametrize("case", [*FORMATS, *SEVERAL])
+@pytest.mark.parametrize("case", sample([*FORMATS, *SEVERAL], 12))
 def test_weights_are_what_their_numbers_mean(case: str, family: Family, tmp_path: Path) -> None:
     plain = state(family.base)
     if case in FORMATS:
@@ -388,7 +388,7 @@ def made(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     return make
 
 
-@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("case", sample(WRONG, 12))
 def test_what_cannot_be_dequantised_is_refused_by_name(
     case: str, made: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

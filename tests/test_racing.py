@@ -421,7 +421,7 @@ def write_config(family, folder, space: str, rungs: int):
     return path
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", sample(SPACES, 1))
 def test_models_in_a_race_score_as_on_everything(family, tmp_path, space):
     path = write_config(family, tmp_path, space, 4)
     problem = build_problem(path, read_config(path, [], None))

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import yaml
-from helpers import Family
+from helpers import Family, thorough
 from huggingface_hub import ModelCard
 
 from evojax_merge.cli import cli, run
@@ -120,6 +120,7 @@ def test_a_run_that_an_earlier_version_began_without_it_goes_on(finished: Path) 
     assert yaml.safe_load((finished / "config.yaml").read_text())["search"]["population"] is not None
 
 
+@thorough
 def test_stages_hold_their_populations(family: Family, tmp_path: Path) -> None:
     search = {"generations": 1}
     path = {"data_flow": {"max_layers": 4, "scales": "none"}, "search": search}
@@ -171,6 +172,7 @@ def test_a_missing_file_of_a_parent_is_refused_by_name(
     assert f"{parent / 'chat_template.jinja'} is missing" in line
 
 
+@thorough
 def test_changed_data_is_searched_where_the_user_says_so(finished: Path) -> None:
     drop_last_line(finished.parent / "data.jsonl")
     short = ("--set", "search.generations=1")
@@ -208,6 +210,7 @@ def test_a_run_of_models_by_name_is_reproduced(tmp_path: Path, capsys: pytest.Ca
     assert f"bit-identical: {tmp_path / 'run-reproduced'}" in capsys.readouterr().out
 
 
+@thorough
 def test_stages_are_reproduced(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     search = {"generations": 1, "population": 4}
     stages = [{"space": {"method": "linear", "parameters": {"weight": {}}}, "search": search | {"generations": 9}},

@@ -1,4 +1,4 @@
-"""The search as a user runs it: real processes on real folders, killed, resumed, exported."""
+"""The search as a user runs it: commands on real folders; killed as a process, resumed, exported."""
 
 import json
 import re
@@ -21,8 +21,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import build_family, even_records, hidden_states, load_torch, search_in, write_lines
-from hostile import Running, run_command, run_python, start_command
+from helpers import (
+    build_family,
+    even_records,
+    hidden_states,
+    load_torch,
+    run_here,
+    sample,
+    search_in,
+    thorough,
+    write_lines,
+)
+from hostile import Running, run_python, start_command
 
 from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.folder import read_header
@@ -47,7 +57,7 @@ GENERATIONS = 6
 
 
 def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess:
-    done = run_command(*arguments)
+    done = run_here(*arguments)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
@@ -215,19 +225,20 @@ def _start_and_wait(config_file: Path, out: Path, lines: int, *options: str) -> 
     raise AssertionError(f"ended before it could be stopped: {process.read('stderr')}")
 
 
-def test_killed_and_resumed_is_as_never_stopped(config_file, finished, tmp_path):
+def test_killed_and_resumed_is_as_never_stopped(likelihood_file, finished_likelihood, tmp_path):
     out = tmp_path / "killed"
-    for lines, options in ((2, []), (4, ["--resume"])):
-        process = _start_and_wait(config_file, out, lines, *options)
+    for lines in sample((2, 4), 1):
+        options = ["--resume"] if out.exists() else []
+        process = _start_and_wait(likelihood_file, out, lines, *options)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (out / "result.json").exists()
-    _check_export_of_what_there_is(config_file, out, finished, tmp_path)
+    _check_export_of_what_there_is(likelihood_file, out, finished_likelihood, tmp_path)
     # The line that a kill cut short.
     with (out / "history.jsonl").open("a") as handle:
         handle.write('{"generation": 99, "be')
-    run("search", config_file, "--out", out, "--resume")
-    assert contents(out) == contents(finished)
+    run("search", likelihood_file, "--out", out, "--resume")
+    assert contents(out) == contents(finished_likelihood)
 
 
 def _check_export_of_what_there_is(config_file: Path, out: Path, finished: Path, tmp_path: Path) -> None:
@@ -317,9 +328,14 @@ def test_an_interruption_where_exceptions_are_ignored_comes_a_moment_later(place
         "from evojax_merge import interrupts\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "interrupts.install()\n"
+        # As libtpu does when it is loaded.
+        "def take_over():\n"
+        "    for number in (signal.SIGPROF, signal.SIGVTALRM, signal.SIGALRM):\n"
+        "        signal.signal(number, signal.SIG_DFL)\n"
         "def interrupt(*_):\n"
         "    if not interrupts.received():\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        take_over()\n"
         "class Finalized:\n"
         "    def __del__(self):\n"
         "        interrupt()\n"
@@ -357,6 +373,7 @@ def test_resuming_what_is_done_says_so(likelihood_file, finished_likelihood, tmp
     assert contents(out) == contents(finished_likelihood)
 
 
+@thorough
 def test_the_winner_of_a_finished_run_is_kept_when_it_goes_on(likelihood_file, tmp_path):
     out = tmp_path / "longer"
     # From a bad start a longer search finds another winner.
@@ -466,7 +483,7 @@ def _minimise(function, dims: int, target: float, limit: int) -> int:
     return limit
 
 
-@pytest.mark.parametrize("function", [cma.ff.sphere, cma.ff.elli])
+@pytest.mark.parametrize("function", sample([cma.ff.sphere, cma.ff.elli], 1))
 def test_strategy_needs_about_as_many_evaluations_as_pycma(function):
     """On convex quadratics, within 1.5 times of pycma from the same start to the same target."""
     dims, target, limit = 8, 1e-6, 20000
@@ -531,6 +548,7 @@ def test_a_disk_without_space_is_found_out_before_the_search(config_file, finish
         assert list(small_disk.iterdir()) == []
 
 
+@thorough
 def test_a_task_without_signal_is_named(tmp_path):
     """After the first generation: a pattern that no output matches, and scores that are all the same."""
     build_family(tmp_path)
@@ -663,6 +681,7 @@ def test_a_base_that_gives_the_tokenizer_alone_is_named_in_the_recipe(likelihood
         assert "tokenizer_source: the base takes no part in" in refused and refused.count("\n") == 1
 
 
+@thorough
 def test_a_runs_config_is_a_config_again(finished, tmp_path):
     """With the hashes that it holds: to score its winner, and to search with once more."""
     done = run("evaluate", finished, "--tasks", finished / "config.yaml")

@@ -82,7 +82,7 @@ def test_cma_es_needs_at_most_a_fifth_more_than_pycma_to_1e_8(function: str) -> 
     sample(
         [("sep_cma_es", 2_100), ("lm_ma_es", 3_000), ("xnes", 6_000), ("ipop_cma_es", 2_100), ("bipop_cma_es", 2_100),
          ("de", 6_000), ("pso", 8_000), ("ga", 12_000)],
-        4,
+        2,
     ),
 )  # fmt: skip
 def test_strategies_converge(name: str, most: int) -> None:
@@ -94,7 +94,7 @@ def test_strategies_converge(name: str, most: int) -> None:
 # Ties and failures
 
 
-@pytest.mark.parametrize("name", sample(BUILT_IN, 4))
+@pytest.mark.parametrize("name", sample(BUILT_IN, 2))
 def test_ties_collapse_nothing(name: str) -> None:
     """300 generations without any signal: what is asked for is still spread over more than a thousandth of the range
     (runs of small steps after a restart excepted), and finite."""
@@ -109,7 +109,7 @@ def test_ties_collapse_nothing(name: str) -> None:
         assert 1e-3 < np.std(genomes, axis=0).mean() < 1e3
 
 
-@pytest.mark.parametrize("name", sample(BUILT_IN, 6))
+@pytest.mark.parametrize("name", sample(BUILT_IN, 3))
 def test_a_failed_candidate_is_the_worst(name: str) -> None:
     dims = 2 if name == "grid" else 10
     strategy = make(name, dims)
@@ -131,7 +131,7 @@ def test_a_failed_candidate_is_the_worst(name: str) -> None:
     assert np.isfinite(asked(strategy, states[0])).all()
 
 
-@pytest.mark.parametrize("name", sample(BUILT_IN, 4))
+@pytest.mark.parametrize("name", sample(BUILT_IN, 2))
 def test_states_keep_their_structure(name: str) -> None:
     """Shapes and types of the state are the first ones after any number of generations, restarts among them: whatever
     the first compiles serves all others."""
@@ -247,7 +247,9 @@ def test_the_rules_of_a_swarm_are_those_of_the_paper() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         places, leader = rng.normal(size=(7, 3)).astype(np.float32), int(rng.integers(7))
-        assert float(pso.evolutionary_factor(places, leader)) == pytest.approx(zhan_factor(places, leader), abs=1e-5)
+        factor = float(pso.evolutionary_factor(places, places[leader]))
+        assert factor == pytest.approx(zhan_factor(places, leader), abs=1e-5)
+        assert float(pso.evolutionary_factor(places, places[leader] + 99.0)) == 1.0
     # Between the bends, where rounding decides.
     for f in np.linspace(0.005, 0.995, 66):
         np.testing.assert_allclose(pso.memberships(f), zhan_degrees(f), atol=1e-5)
@@ -342,7 +344,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", sample(BUILT_IN, 4))
+@pytest.mark.parametrize("name", sample(BUILT_IN, 2))
 def test_an_interrupted_search_continues_to_the_byte(name: str, tmp_path: Path) -> None:
     def stop(generation: Any) -> None:
         if generation.number == 2:
@@ -383,7 +385,7 @@ def test_restarts_continue_to_the_byte(tmp_path: Path) -> None:
 # Seeds
 
 
-@pytest.mark.parametrize("name", sample([name for name in BUILT_IN if name != "grid"], 4))
+@pytest.mark.parametrize("name", sample([name for name in BUILT_IN if name != "grid"], 2))
 def test_seeds_are_the_first_candidates(name: str) -> None:
     found = search(name, seeds=["task_vectors", "uniform"], generations=2)
     genomes = np.array(found.history[0]["genomes"], np.float32)
@@ -398,7 +400,7 @@ def test_seeds_are_the_first_candidates(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "optimum"), sample([(name, optimum) for name in LEARNING for optimum in (0.95, 0.55)], 5)
+    ("name", "optimum"), sample([(name, optimum) for name in LEARNING for optimum in (0.95, 0.55)], 2)
 )
 def test_far_seeds_are_learned_from_and_do_not_blow_up_the_step(name: str, optimum: float) -> None:
     """Seeds a corner away from the start, one of them the best there is, or both worse than what is drawn around the
@@ -516,7 +518,7 @@ def test_every_strategy_says_what_it_is(name: str) -> None:
     assert make(name, 2).name == name
 
 
-@pytest.mark.parametrize("name", sample(LEARNING, 4))
+@pytest.mark.parametrize("name", sample(LEARNING, 2))
 def test_one_dimension_and_the_smallest_population(name: str) -> None:
     strategy = make(name, 1, 4 if name == "de" else 2)
     state = drive(strategy, init(strategy, 1), lambda genomes: -np.square(genomes - 0.3).sum(axis=1), 30)

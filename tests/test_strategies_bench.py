@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from helpers import thorough
 
 from evojax_merge.references import resolve_reference
 
@@ -109,6 +110,7 @@ def small_config(folder: Path) -> Path:
     return path
 
 
+@thorough
 def test_a_search_that_the_file_holds_is_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

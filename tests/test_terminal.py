@@ -6,12 +6,14 @@ import logging
 import re
 import struct
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from helpers import run_here, thorough
 from hostile import run_command, run_python
 from rich.console import Console
 from safetensors.numpy import save_file
@@ -69,8 +71,10 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def search(config: Path, *options: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = run_command("search", config, "--out", config.parent / "run", *options)
+def search(
+    config: Path, *options: object, status: int = 0, run: Callable[..., subprocess.CompletedProcess[str]] = run_here
+) -> subprocess.CompletedProcess[str]:
+    done = run("search", config, "--out", config.parent / "run", *options)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
@@ -104,7 +108,7 @@ def test_a_line_a_generation_and_a_log_of_all_lines(config: Path) -> None:
 
 def test_json_is_a_line_for_each_generation_and_nothing_else(config: Path) -> None:
     untraced = ("--json", "--set", "tasks.0.traced=false")
-    done = search(config, *untraced)
+    done = search(config, *untraced, run=run_command)
     records = [json.loads(line) for line in done.stdout.splitlines()]
     history = em.open_run(config.parent / "run").history
     assert [record["generation"] for record in records] == [1, 2, 3]
@@ -115,12 +119,12 @@ def test_json_is_a_line_for_each_generation_and_nothing_else(config: Path) -> No
     assert "a user's own line" in done.stderr
     assert any(LINE.fullmatch(line) for line in logged_lines(config.parent / "run"))
     # The generations of this process alone.
-    more = search(config, *untraced, "--resume", "--set", "search.generations=4")
+    more = search(config, *untraced, "--resume", "--set", "search.generations=4", run=run_command)
     assert [json.loads(line)["generation"] for line in more.stdout.splitlines()] == [4]
 
 
 def test_quiet_prints_nothing_and_errors_are_lines(config: Path) -> None:
-    done = search(config, "--quiet", "--set", "search.generations=1")
+    done = search(config, "--quiet", "--set", "search.generations=1", run=run_command)
     assert set(done.stdout.splitlines()) == {"a user's own line"}
     assert any(line.startswith("winner: ") for line in logged_lines(config.parent / "run"))
     refused = search(config, "--quiet", status=2)
@@ -140,6 +144,7 @@ def test_a_run_that_failed_before_its_first_generation_gives_way(config: Path) -
     assert "holds a run already" in search(config, status=2).stderr
 
 
+@thorough
 def test_a_users_log_and_table_stay_and_stop_nothing(config: Path) -> None:
     run = config.parent / "run"
     search(config, "--set", "search.generations=1")

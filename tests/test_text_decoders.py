@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from helpers import ALL, edit_json, even_records, stored_logits, word_tokenizer, words, write_lines
+from helpers import ALL, edit_json, even_records, sample, stored_logits, thorough, word_tokenizer, words, write_lines
 from reference.torch_models import torch_logits, torch_logprobs
 from safetensors.numpy import load_file, save_file
 
@@ -169,7 +169,7 @@ def tokens_of(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(4, 60, (2, 13)).astype(np.int32)
 
 
-@pytest.mark.parametrize("kind", LARGER)
+@pytest.mark.parametrize("kind", sample(LARGER, 2))
 def test_a_merge_of_text_decoders_is_the_larger_model(kind: str, tmp_path: Path) -> None:
     write_family(tmp_path, kind)
     tokens = tokens_of(0)
@@ -197,7 +197,7 @@ def test_every_larger_model_is_in_a_table() -> None:
 
 
 @pytest.mark.skipif(not ALL, reason="EVOJAX_TEST_ALL")
-@pytest.mark.parametrize("kind", MORE)
+@pytest.mark.parametrize("kind", sample(MORE, 2))
 def test_a_text_has_the_logits_that_it_has_in_the_larger_model(kind: str, tmp_path: Path) -> None:
     save_with_noise(larger_model(kind), tmp_path / "one", 0)
     expected = torch_logits(load_whole(tmp_path / "one"), tokens_of(0))
@@ -266,6 +266,7 @@ def test_logits_that_the_larger_model_leaves_unscaled_are_refused(tmp_path: Path
         open_sources([tmp_path])
 
 
+@thorough
 def test_what_is_said_of_other_modules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_family(tmp_path, "llava")
     text = transformers.AutoModelForCausalLM.from_config(larger_model("llava").config.text_config).float()

@@ -4,8 +4,10 @@ import os
 from pathlib import Path
 
 import torture
+from helpers import thorough
 
 
+@thorough
 def test_nothing_is_lost_whenever_a_process_is_killed(tmp_path: Path) -> None:
     seed = int(os.environ.get("EVOJAX_TEST_SEED", "0"))
     done = torture.torture(tmp_path / "world", kills=2, seed=seed, log=lambda line: None)

@@ -17,6 +17,7 @@ from reference.vision_models import (
     PLACEHOLDERS,
     SEEING,
     load_seeing,
+    records_score,
     save_seeing,
     seeing_logprobs,
     seeing_model,
@@ -34,6 +35,7 @@ from evojax_merge.config import TaskFile
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.stored_models import open_tasks, score_models
+from evojax_merge.tasks.opening import open_task, resolved_config
 
 # Each prompt's images by their numbers: one, two of unlike sizes, none, and one that came before.
 PROMPTS = (
@@ -128,6 +130,8 @@ TASKS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("kind", sample(SEEING, 2))
 def test_scores_and_texts_are_transformers(kind: str, tmp_path: Path) -> None:
+    if kind == "smolvlm":
+        pytest.importorskip("num2words")
     save_seeing(seeing_model(kind), tmp_path / "model", 0, 0.05)
     placeholder = PLACEHOLDERS.get(kind, "<image>")
     write_tasks(tmp_path, placeholder)
@@ -135,7 +139,7 @@ def test_scores_and_texts_are_transformers(kind: str, tmp_path: Path) -> None:
 
 
 def test_every_family_that_sees_is_in_the_table() -> None:
-    assert set(SEEING) == set(vision.SEEING)
+    assert {settings.get("model_type", kind) for kind, (settings, _) in SEEING.items()} == set(vision.SEEING)
 
 
 def command(*arguments: object) -> int:
@@ -163,12 +167,7 @@ SPACES: dict[str, dict[str, Any]] = {
 
 def heldout_score(folder: Path, root: Path) -> float:
     """The score of a folder on `tasks.jsonl` by transformers."""
-    (model, processor), means = load_seeing(folder), []
-    for line, (_, numbers) in zip((root / "tasks.jsonl").read_text().splitlines(), PROMPTS, strict=True):
-        record = json.loads(line)
-        images = images_of(root, numbers)
-        means.append(seeing_logprobs(model, processor, record["prompt"], images, record["target"]).mean())
-    return float(np.mean(means))
+    return records_score(folder, root / "tasks.jsonl")
 
 
 # In Gemma 3 the positions of an image attend to later ones.
@@ -249,6 +248,62 @@ def test_an_image_inside_of_a_record(root: Path, tmp_path: Path) -> None:
     assert len(set(values)) == 1 and any("images: 1 (9 positions)" in line for line in lines)
 
 
+def cache_data_set(folder: Path, name: str, splits: dict[str, list[dict[str, Any]]]) -> Path:
+    """A data set in the hub's cache, as its client keeps one that was fetched before."""
+    folder = folder / f"datasets--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("1" * 40)
+    data = folder / "snapshots" / ("1" * 40) / "data"
+    data.mkdir(parents=True)
+    for split, records in splits.items():
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), data / f"{split}-00000-of-00001.parquet")
+    return data
+
+
+def test_data_sets_of_questions_about_images_by_their_names(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The columns are those of the Japanese sets that EvoVLM-JP was measured on: several questions about an image, of
+    which the first counts, and one."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    files = images_of(root, (0, 1, 2))
+    images = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    questions = [["w5 w6", "w7"], ["w8"], ["w9 w10"]]
+    several = [
+        {"image_id": i, "image": image, "qas": [{"qa_id": i, "question": q, "answer": f"w{20 + i} w21"} for q in asked]}
+        for i, (image, asked) in enumerate(zip(images, questions, strict=True))
+    ]
+    one = [{"image": image, "question": q[0], "answer": "w22"} for image, q in zip(images, questions, strict=True)]
+    data = cache_data_set(tmp_path, "SakanaAI/JA-VG-VQA-500", {"train": several, "test": several[:2]})
+    cache_data_set(tmp_path, "SakanaAI/JA-VLM-Bench-In-the-Wild", {"test": one})
+    shared = {"kind": "generation", "metric": "rouge_l", "language": "ja", "max_new_tokens": NEW}
+    tasks: list[dict[str, Any]] = [
+        shared | {"file": "hub:SakanaAI/JA-VG-VQA-500:train", "heldout": "hub:SakanaAI/JA-VG-VQA-500:test",
+                  "prompt": "<image> {qas[0][question]}", "target": "{qas[0][answer]}"},
+        shared | {"file": "hub:SakanaAI/JA-VLM-Bench-In-the-Wild", "prompt": "<image> {question}",
+                  "target": "{answer}"},
+    ]  # fmt: skip
+    scores, lines = score(root / "one", *tasks)
+    assert any("images: 3 (" in line for line in lines)
+    model, processor = load_seeing(root / "one")
+    written = [
+        seeing_text(model, processor, f"<image> {asked[0]}", [file], NEW)
+        for asked, file in zip(questions, files, strict=True)
+    ]
+    # The held-out examples of the first are another split.
+    assert scores.outputs == {"task0": [written[:2]], "task1": [written]}
+    config = TaskFile(tasks=[{"name": "task0", **tasks[0]}]).tasks[0]  # type: ignore[list-item]
+    search, heldout = open_task("tasks", config, root, 0)
+    assert search.files == (data / "train-00000-of-00001.parquet",)
+    name = f"hub:SakanaAI/JA-VG-VQA-500@{'1' * 40}"
+    pinned = {"file": f"{name}:train", "heldout": f"{name}:test"}
+    assert resolved_config(config, search, heldout).items() >= pinned.items()
+    with pytest.raises(InputError, match=r"row 0: the record has no field 'answer', which tasks.*target names"):
+        score(root / "one", tasks[0] | {"target": "{answer}"})
+    with pytest.raises(InputError, match="hub:SakanaAI/JA-VG-VQA-500: has more than one split; say which of"):
+        score(root / "one", tasks[0] | {"file": "hub:SakanaAI/JA-VG-VQA-500", "heldout": 0.5})
+
+
 def test_models_that_see_no_images(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = {"prompt": "<image> w5", "target": "w6", "image": "0.png"}
     monkeypatch.setattr(vision, "SEEING", ("qwen2_5_vl",))
@@ -310,10 +365,13 @@ def test_features_of_another_tower_are_not_taken(root: Path, tmp_path: Path) -> 
     assert "1 encoded" in " ".join(lines)
     # The base has the same tower, the other parent another one.
     assert "0 encoded" in " ".join(score(root / "base", task)[1])
+    (own,) = (vision.cache_folder() / "features").rglob("*.safetensors")
     assert "1 encoded" in " ".join(score(root / "two", task)[1])
-    # A damaged file is written again.
-    for file in (vision.cache_folder() / "features").rglob("*.safetensors"):
-        file.write_bytes(file.read_bytes()[:50])
+    # A file of another tower's features is written again, and so is a damaged one.
+    (other,) = {*(vision.cache_folder() / "features").rglob("*.safetensors")} - {own}
+    own.write_bytes(other.read_bytes())
+    other.write_bytes(other.read_bytes()[:50])
+    assert "1 encoded" in " ".join(score(root / "two", task)[1])
     again, lines = score(root / "one", task)
     assert "1 encoded" in " ".join(lines)
     np.testing.assert_array_equal(*(scores.matrices["task0"]["log_probability"] for scores in (first, again)))

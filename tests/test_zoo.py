@@ -6,7 +6,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import build_family, hidden_states
+from helpers import build_family, hidden_states, thorough
 from hostile import run_python
 from safetensors.numpy import load_file
 
@@ -159,6 +159,7 @@ def test_an_interrupted_training_leaves_nothing_behind(tmp_path: Path, monkeypat
     assert (zoo.resolve_reference("zoo:0/base", SHORT) / "model.safetensors").is_file()
 
 
+@thorough
 def test_a_seed_gives_the_same_files_in_another_process(
     family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +177,7 @@ def test_a_seed_gives_the_same_files_in_another_process(
         assert (family / file).read_bytes() == (other / file).read_bytes(), file
 
 
+@thorough
 def test_another_seed_gives_other_weights_and_other_problems(family: Path) -> None:
     other = zoo.resolve_reference("zoo:1/base", SHORT).parent
     assert other.name == "seed-1"
@@ -346,6 +348,7 @@ def test_six_more_experts_see_a_part_of_what_the_two_do(in_cache, monkeypatch):
         zoo.resolve_reference("zoo:experts/sum")
 
 
+@thorough
 def test_a_search_of_the_zoo_names_it_in_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the config does, and others can read it; the model that it makes from elsewhere is the winner."""
     config = {

@@ -312,7 +312,7 @@ def decoding(models: Models, prompts: int, copy: float) -> list[str]:
         # What is decoded into is given away.
         state = jax.block_until_ready(jax.tree.map(jnp.copy, begun))
         start = time.perf_counter()
-        state = passes.decode(spec, (laid_out, tokens, corpus), (everyone, None), state)
+        state = passes.decode(spec, (laid_out, tokens, corpus, None), (everyone, None), state)
         written = np.asarray(state.tokens)
         if not (written >= 0).all():
             raise SystemExit("decoding: logits are not finite")

@@ -223,14 +223,13 @@ def open_decoders(
 ) -> tuple[Sources, list[DecoderConfig]]:
     """Open the folders of decoders whose layers fit each other, whatever their depth. Raises InputError."""
     folders = tuple(decoder_of(open_model(path)) for path in paths)
-    kinds = [folder.config.get("model_type") for folder in folders]
-    for folder, kind in zip(folders, kinds, strict=True):
-        if kind != kinds[0]:
+    for folder in folders:
+        if not is_merged_as(folder, common_kind(folders)):
+            kind, expected = (shown(one.config.get("model_type")) for one in (folder, folders[0]))
             raise InputError(
-                folder.where,
-                f"model_type is {shown(kind)}, but {folders[0].path} is {shown(kinds[0])}; expected one architecture",
+                folder.where, f"model_type is {kind}, but {folders[0].path} is {expected}; expected one architecture"
             )
-    configs = [folder.decoder_config() for folder in folders]
+    configs = decoder_configs(folders)
     for folder, config in zip(folders, configs, strict=True):
         _check_rows(folder, config)
     counts = [config.vocab for config in configs]
@@ -250,9 +249,41 @@ def open_decoders(
     return sources, configs
 
 
+def common_kind(folders: Sequence[DecoderFolder]) -> object:
+    """The model_type that a merge of these decoders has: that of the first, or, where the first is a text model, that
+    of a larger model's decoder with the same layers."""
+    kinds = [folder.config.get("model_type") for folder in folders]
+    return next((kind for kind in kinds if _text_model(kind) == kinds[0]), kinds[0])
+
+
+def is_merged_as(folder: DecoderFolder, kind: object) -> bool:
+    """Return whether a decoder merges with those of a model_type: it has that one, or is a text model of its layers."""
+    return folder.config.get("model_type") in (kind, _text_model(kind) or kind)
+
+
+def _text_model(kind: object) -> str | None:
+    architecture = known_architecture(kind)
+    return None if architecture is None else architecture.text_model
+
+
+def decoder_configs(folders: Sequence[DecoderFolder]) -> list[DecoderConfig]:
+    """The decoders' configs, those of text models as of the larger model's decoder that they merge into."""
+    configs, kind = [folder.decoder_config() for folder in folders], common_kind(folders)
+    larger = next(config for config in configs if config.architecture == kind)
+    return [as_decoder_of(config, larger) for config in configs]
+
+
+def as_decoder_of(config: DecoderConfig, larger: DecoderConfig) -> DecoderConfig:
+    """The config of a model as that of a larger model's decoder, whose other settings are those of images."""
+    if config.architecture == larger.architecture:
+        return config
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return replace(larger, **values | {"architecture": larger.architecture})
+
+
 def check_alike(folders: Sequence[DecoderFolder]) -> None:
     """Raises InputError unless the configs of these decoders mean the same layers, whatever their number."""
-    configs = [folder.decoder_config() for folder in folders]
+    configs = decoder_configs(folders)
     for folder, config in zip(folders[1:], configs[1:], strict=True):
         _check_layers_alike(folder, config, configs[0])
 

@@ -3,6 +3,7 @@ and the collectives that they report are those of the chip."""
 
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -142,6 +143,8 @@ class TargetCompiler:
     _compiled: dict[int, tuple[TracedPass, jax.stages.Compiled]] = field(default_factory=dict)
     # By the text of a lowered pass: its compiled program, which searches share.
     _programs: dict[str, jax.stages.Compiled] = field(default_factory=dict)
+    # What compiling them took.
+    seconds: float = 0.0
 
     def compiled(self, traced: TracedPass) -> jax.stages.Compiled:
         """A pass, compiled once. Raises JaxRuntimeError where it takes more memory than a device has."""
@@ -150,7 +153,9 @@ class TargetCompiler:
             lowered = traced.lower(lowering_platforms=("cuda" if cuda else self.target.platform,))
             text = lowered.as_text()
             if text not in self._programs:
+                begun = time.perf_counter()
                 self._programs[text] = lowered.compile(compiler_options=_CUDA_OPTIONS if cuda else {})
+                self.seconds += time.perf_counter() - begun
             self._compiled[id(traced)] = traced, self._programs[text]
         return self._compiled[id(traced)][1]
 

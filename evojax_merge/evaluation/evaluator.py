@@ -66,6 +66,7 @@ from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import CacheUpdate, KVCache, scatter_columns, select_columns
 from evojax_merge.models.generate import NONFINITE_ID, PAD_ID, DecodeState
+from evojax_merge.models.images import ImageInputs, ImageTable
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.tasks.batches import PromptBatch, ScoringBatch
 from evojax_merge.tasks.task import Responses, Task, TaskRequests, cut_at_stop
@@ -322,7 +323,7 @@ class DecoderEvaluator:
     `chunk`: the number of candidates that share a pass on a device; None chooses it. `log` receives each choice.
     Choices that depend on the kind of device are made for `target`; `free_memory`: bytes that a pass may use on a
     device beyond what is loaded; `temporary_bytes`: the bytes that a traced pass needs beyond its arguments;
-    `features`: `[R, hidden]`, the features of the tasks' images (see models.decoder), None where there are none.
+    `images`: those of the tasks, None where there are none.
     """
 
     config: DecoderConfig
@@ -339,7 +340,7 @@ class DecoderEvaluator:
     target: Target = field(default_factory=live_target)
     free_memory: Callable[[], int] = free_memory
     temporary_bytes: Callable[[TracedPass], int | None] = compiled_temporary_bytes
-    features: Any = None
+    images: ImageTable | None = None
 
     @property
     def tasks(self) -> list[Task]:
@@ -353,13 +354,44 @@ class DecoderEvaluator:
         """The steps of progress that an evaluation reports."""
         return sum(batched_task.batches for batched_task in self.batched_tasks) * population
 
-    def features_of(self, batched_task: BatchedTask) -> Any:
-        """The features of images that a task's passes take; None for a task of texts."""
-        return self.features if batched_task.has_images else None
+    def _images_of(self, batched_task: BatchedTask) -> ImageTable | None:
+        """The images that a task's passes take; None for a task of texts."""
+        return self.images if batched_task.has_images else None
+
+    def batch_images(self, batched_task: BatchedTask, batch: ScoringBatch) -> ImageInputs | None:
+        """The images of a batch of a task's scored rows."""
+        table, scoring = self._images_of(batched_task), batched_task.scoring
+        if table is None or scoring is None:
+            return None
+        return table.inputs(batch.tokens, batch.positions, batch.segment_ids, scoring.shared_prefix)
+
+    def prefix_images(self, batched_task: BatchedTask, shared_prefix: np.ndarray) -> ImageInputs | None:
+        """The images of the prefix that a task's rows share."""
+        table, positions = self._images_of(batched_task), np.arange(len(shared_prefix), dtype=np.int32)[None]
+        if table is None:
+            return None
+        return table.inputs(shared_prefix[None], positions, np.zeros_like(positions), shared_prefix[:0])
+
+    def _prompt_images(
+        self, batched_task: BatchedTask, before: np.ndarray, tokens: np.ndarray, left_pad: np.ndarray
+    ) -> ImageInputs | None:
+        """The images of a group of a task's prompts, which follow the tokens `before`."""
+        table, offsets = self._images_of(batched_task), np.arange(tokens.shape[1]) - left_pad[:, None]
+        if table is None:
+            return None
+        return table.inputs(tokens, len(before) + np.maximum(offsets, 0), np.minimum(offsets, 0), before)
+
+    def _shift(self, batched_task: BatchedTask, before: np.ndarray, batch: PromptBatch) -> np.ndarray | None:
+        """The shift of the positions behind a batch of prompts, which follow the tokens `before` (see
+        `decoder.decode_step`)."""
+        table = self._images_of(batched_task)
+        if table is None or table.positions is None:
+            return None
+        return table.positions.shift(batch.tokens) + table.positions.shift(before)
 
     def _arrays_of(self, batched_task: BatchedTask, batch: ScoringBatch) -> dict[str, Any]:
-        features = self.features_of(batched_task)
-        return arrays_of(batch) | ({} if features is None else {"features": features})
+        images = self.batch_images(batched_task, batch)
+        return arrays_of(batch) | ({} if images is None else {"images": images})
 
     def subset(self, examples: Sequence[np.ndarray]) -> "DecoderEvaluator":
         """The same on some of the examples: for each of the tasks int[M], ascending. The batches keep their shapes, so
@@ -511,7 +543,7 @@ class DecoderEvaluator:
             source = population.source(candidates, self.compute_dtype)
             if materialised:
                 source = yield from population.materialise(mesh, candidates)
-            prefix = yield from self._prefix(source, scoring.shared_prefix, self.features_of(batched_task))
+            prefix = yield from self._prefix(source, scoring.shared_prefix, batched_task)
 
             def job(batch: ScoringBatch, source: Source = source, prefix: KVCache | None = prefix) -> Job:
                 spec = passes.ScoreSpec(self.config, source.factory, mesh, batched_task.requests.logits_fn)
@@ -532,13 +564,14 @@ class DecoderEvaluator:
             yield Each(map(job, scoring.batches), read)
 
     def _prefix(
-        self, source: Source, shared_prefix: np.ndarray, features: Any
+        self, source: Source, shared_prefix: np.ndarray, batched_task: BatchedTask
     ) -> Generator[Program, Any, KVCache | None]:
         """The KV cache of the prefix that a task's rows share, if there is one."""
         if not shared_prefix.size:
             return None
         spec = passes.PassSpec(self.config, source.factory, self.devices.mesh)
-        arguments = (spec, (source.replicated, shared_prefix, features), source.candidates)
+        images = self.prefix_images(batched_task, shared_prefix)
+        arguments = (spec, (source.replicated, shared_prefix, images), source.candidates)
         return (
             yield Program(
                 PREFIX, passes.prefill_prefix, arguments, source.size, holds=source.holds,
@@ -586,8 +619,7 @@ class DecoderEvaluator:
         source = population.source(candidates, self.compute_dtype)
         if materialised:
             source = yield from population.materialise(mesh, candidates)
-        features = self.features_of(batched_task)
-        prefix = yield from self._prefix(source, scoring.shared_prefix, features)
+        prefix = yield from self._prefix(source, scoring.shared_prefix, batched_task)
 
         def job(batch: ScoringBatch) -> Job:
             real = np.where(batch.rows >= 0, weights[:, batch.rows], 0).astype(np.float32)
@@ -610,7 +642,8 @@ class DecoderEvaluator:
         holds = (source.holds, prefix, gradient, cotangents)
         if prefix is not None:
             spec = passes.PassSpec(self.config, source.factory, mesh)
-            shared = (source.replicated, scoring.shared_prefix, features)
+            images = self.prefix_images(batched_task, scoring.shared_prefix)
+            shared = (source.replicated, scoring.shared_prefix, images)
             arguments = (spec, shared, (source.candidates, cotangents))
             through = yield Program(
                 PREFIX_GRADIENT, passes.prefix_gradient, arguments, source.size, holds=holds,
@@ -744,7 +777,7 @@ class DecoderEvaluator:
         prefix = None
         if shared_prefix.size:
             read = partial(passes.prefill_prefix, passes.PassSpec(self.config, factory, mesh))
-            shared = (population.replicated, shared_prefix, self.features_of(batched_task))
+            shared = (population.replicated, shared_prefix, self.prefix_images(batched_task, shared_prefix))
             prefix = jax.eval_shape(read, shared, candidates)
         spec = passes.ScoreSpec(self.config, factory, mesh, batched_task.requests.logits_fn)
         return spec, (population.replicated, self._arrays_of(batched_task, batch)), (candidates, prefix)
@@ -817,7 +850,7 @@ class DecoderEvaluator:
 
         def job() -> Job:
             source = yield from population.materialise(self.devices.mesh, candidates)
-            prefix = yield from self._prefix(source, prompts.shared_prefix, self.features_of(batched_task))
+            prefix = yield from self._prefix(source, prompts.shared_prefix, batched_task)
             decoding = yield from self._decode_weights(source)
             for batch in prompts.batches:
                 state = yield from self._prefill_batch(source, decoding, prefix, batch, batched_task)
@@ -845,12 +878,15 @@ class DecoderEvaluator:
         self, source: Source, decoding: Source, prefix: KVCache | None, batch: PromptBatch, batched_task: BatchedTask
     ) -> Generator[Program, Any, DecodeState]:
         """Prefill a batch of prompts, group by group."""
+        assert batched_task.prompts is not None
         spec = self._decode_spec(source.factory, batch, batched_task)
         arguments = (spec, None, np.zeros(source.size))
         state = yield Program(START, passes.init_decode, arguments, source.size, is_priced=False)
+        before = batched_task.prompts.shared_prefix
         for group in batch.prefill_groups:
-            features = self.features_of(batched_task)
-            shared = (source.replicated, np.int32(group.begin), *batch.prefill_group(group), features)
+            tokens, left_pad = batch.prefill_group(group)
+            images = self._prompt_images(batched_task, before, tokens, left_pad)
+            shared = (source.replicated, np.int32(group.begin), tokens, left_pad, images)
             holds = (decoding.holds, prefix, state)
             state = yield Program(
                 PREFILL, passes.prefill, (spec, shared, (source.candidates, prefix), state), source.size, holds=holds
@@ -864,7 +900,9 @@ class DecoderEvaluator:
         """The program that continues a batch of prompts greedily, up to a stop token or stop text. lookup_corpus:
         int32[B, M], see models.generate."""
         requests, spec = batched_task.requests, self._decode_spec(decoding.factory, batch, batched_task)
-        shared, each = (decoding.replicated, batch.tokens, lookup_corpus), (decoding.candidates, prefix)
+        assert batched_task.prompts is not None
+        shift = self._shift(batched_task, batched_task.prompts.shared_prefix, batch)
+        shared, each = (decoding.replicated, batch.tokens, lookup_corpus, shift), (decoding.candidates, prefix)
 
         def again(state: DecodeState) -> tuple[Any, ...] | None:
             # Rows that fill up a batch do not matter.
@@ -932,14 +970,16 @@ class DecoderEvaluator:
             batched_task.prompts.shared_prefix,
         )
         spec, prefix = self._decode_spec(PerCandidateModel(), batch, batched_task), None
-        features = self.features_of(batched_task)
         if shared_prefix.size:
             prefix_spec = passes.PassSpec(self.config, spec.factory, mesh)
-            read = trace(passes.prefill_prefix, prefix_spec, (None, shared_prefix, features), models)
+            images = self.prefix_images(batched_task, shared_prefix)
+            read = trace(passes.prefill_prefix, prefix_spec, (None, shared_prefix, images), models)
             prefix = abstract_results(read, self.devices)
         group = max(batch.prefill_groups, key=lambda group: (group.end - group.begin) * group.width)
         state = abstract_results(trace(passes.init_decode, spec, None, np.zeros(groups)), self.devices)
-        shared = (None, np.int32(0), *batch.prefill_group(group), features)
+        tokens, left_pad = batch.prefill_group(group)
+        images = self._prompt_images(batched_task, shared_prefix, tokens, left_pad)
+        shared = (None, np.int32(0), tokens, left_pad, images)
         traced = trace(passes.prefill, spec, shared, (models, prefix), state)
         return candidate_bytes(models), 2 * candidate_bytes(state) + (self.temporary_bytes(traced) or 0)
 

@@ -219,13 +219,13 @@ def _apply_logits_fn(
 @partial(jax.jit, static_argnums=0)
 def prefill_prefix(spec: PassSpec, shared: Any, each: Any) -> KVCache:
     """The KV cache of a shared prefix for each of P candidates. shared: the models' arrays, the prefix int32[H], one
-    row, and the features of images or None; each: the candidates."""
+    row, and its images or None; each: the candidates."""
 
     def one(shared: Any, candidate: Any) -> KVCache:
-        replicated, shared_prefix, features = shared
+        replicated, shared_prefix, images = shared
         layout = prefix_layout(shared_prefix.shape[0])
         source = spec.factory(replicated, candidate)
-        _, cache = forward(spec.config, source, shared_prefix[None], layout, return_kv=True, features=features)
+        _, cache = forward(spec.config, source, shared_prefix[None], layout, return_kv=True, images=images)
         assert cache is not None
         return cache
 
@@ -235,15 +235,14 @@ def prefill_prefix(spec: PassSpec, shared: Any, each: Any) -> KVCache:
 def _hidden(spec: ScoreSpec, source: LayerSource, batch: Any, prefix: KVCache | None) -> jax.Array:
     """The final hidden states of a batch."""
     layout = SequenceLayout(batch["positions"], batch["segment_ids"])
-    features = batch.get("features")
-    return forward(spec.config, source, batch["tokens"], layout, prefix=prefix, features=features)[0]
+    return forward(spec.config, source, batch["tokens"], layout, prefix=prefix, images=batch.get("images"))[0]
 
 
 @partial(jax.jit, static_argnums=0)
 def score(spec: ScoreSpec, shared: Any, each: Any) -> tuple[jax.Array, jax.Array]:
     """float32[P, R] and bool[P, R]: a chunk of candidates on one batch (see `logprobs_from_hidden`). shared: the
-    models' arrays, and a batch's, the `features` of its images among them where it has any; each: the candidates, and
-    their prefix's cache or None."""
+    models' arrays, and a batch's, its `images` among them where it has any; each: the candidates, and their prefix's
+    cache or None."""
 
     def one(shared: Any, each: Any) -> tuple[jax.Array, jax.Array]:
         (replicated, batch), (candidate, prefix) = shared, each
@@ -281,12 +280,12 @@ def prefix_gradient(spec: PassSpec, shared: Any, each: Any) -> Any:
     float32. shared: as for `prefill_prefix`; each: the candidates, and the derivative with respect to the cache."""
 
     def one(shared: Any, each: Any) -> Any:
-        (replicated, shared_prefix, features), (candidate, cotangents) = shared, each
+        (replicated, shared_prefix, images), (candidate, cotangents) = shared, each
 
         def cache(candidate: Any) -> KVCache | None:
             tokens, layout = shared_prefix[None], prefix_layout(shared_prefix.shape[0])
             source = spec.factory(replicated, candidate)
-            return forward(spec.config, source, tokens, layout, return_kv=True, features=features)[1]
+            return forward(spec.config, source, tokens, layout, return_kv=True, images=images)[1]
 
         output, pull_back = jax.vjp(cache, candidate)
         cotangents = jax.tree.map(lambda cotangent, leaf: cotangent.astype(leaf.dtype), cotangents, output)
@@ -375,14 +374,14 @@ def init_decode(spec: DecodeSpec, shared: None, each: jax.Array) -> DecodeState:
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 def prefill(spec: DecodeSpec, shared: Any, each: Any, state: DecodeState) -> DecodeState:
     """Prefill prompts and generate a first token after each (see models.generate). shared: the models' arrays, the
-    number of the first row, the prompts' tokens and left padding, and the features of images or None; each: the
-    candidates, and their prefix's cache or None."""
+    number of the first row, the prompts' tokens and left padding, and their images or None; each: the candidates, and
+    their prefix's cache or None."""
 
     def local(shared: Any, each: Any) -> DecodeState:
-        (replicated, row, tokens, left_pad, features), ((candidates, prefix), state) = shared, each
+        (replicated, row, tokens, left_pad, images), ((candidates, prefix), state) = shared, each
         make = partial(spec.factory, replicated)
         return generate.prefill(
-            spec.config, make, candidates, state, spec.width, row, tokens, left_pad, spec.stop, prefix, features
+            spec.config, make, candidates, state, spec.width, row, tokens, left_pad, spec.stop, prefix, images
         )
 
     return shard_population(spec.mesh, local, shared, (each, state))
@@ -390,15 +389,15 @@ def prefill(spec: DecodeSpec, shared: Any, each: Any, state: DecodeState) -> Dec
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 def decode(spec: DecodeSpec, shared: Any, each: Any, state: DecodeState) -> DecodeState:
-    """`spec.steps` further passes (see models.generate). shared: the models' arrays, the prompts' tokens, and the
-    lookup corpus; each: as for `prefill`."""
+    """`spec.steps` further passes (see models.generate). shared: the models' arrays, the prompts' tokens, the
+    lookup corpus, and the shift of their positions or None; each: as for `prefill`."""
 
     def local(shared: Any, each: Any) -> DecodeState:
-        (replicated, tokens, lookup_corpus), ((candidates, prefix), state) = shared, each
+        (replicated, tokens, lookup_corpus, shift), ((candidates, prefix), state) = shared, each
         make = partial(spec.factory, replicated)
         return generate.decode(
             spec.config, make, candidates, state, spec.steps, spec.step_tokens, spec.update_rows, spec.stop, tokens,
-            lookup_corpus, prefix,
+            lookup_corpus, prefix, shift,
         )  # fmt: skip
 
     return shard_population(spec.mesh, local, shared, (each, state))

@@ -241,33 +241,34 @@ class PathEvaluator:
     ) -> tuple[np.ndarray, np.ndarray]:
         """float32[P, R] and bool[P, R]: every distinct path on one batch."""
         config, arrays = self.evaluator.config, arrays_of(batch)
-        features = self.evaluator.features_of(batched_task)
         assert batched_task.scoring is not None
-        shared_prefix = batched_task.scoring.shared_prefix[None] if batched_task.scoring.shared_prefix.size else None
+        before = batched_task.scoring.shared_prefix
+        images, prefix_images = (
+            self.evaluator.batch_images(batched_task, batch), self.evaluator.prefix_images(batched_task, before)
+        )  # fmt: skip
+        shared_prefix = before[None] if before.size else None
         layout = SequenceLayout(jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids))
         totals = np.zeros((len(keys), len(batch.rows)), np.float32)
         greedy = np.zeros(totals.shape, bool)
         for parent in sorted({embedding_parent for _, embedding_parent in keys}):
             source = embedding_and_head(self.bank, parent)
             members = [i for i, (_, embedding_parent) in enumerate(keys) if embedding_parent == parent]
-            states = [embed_batch(config, source, batch.tokens, layout, shared_prefix, features)]
+            states = [embed_batch(config, source, batch.tokens, layout, shared_prefix, images, prefix_images)]
             for depth, steps, ended in segments(build_trie([keys[i][0] for i in members])):
                 del states[depth + 1 :]
-                states.append(self._run_layers(config, states[depth], layout, steps))
+                states.append(self._run_layers(config, states[depth], steps))
                 self.work.steps_run += len(steps)
                 if ended is not None:
-                    answers = _score(config, batched_task.requests.logits_fn, source, states[-1].rows, arrays)
+                    answers = _score(config, batched_task.requests.logits_fn, source, states[-1].rows.hidden, arrays)
                     totals[members[ended]], greedy[members[ended]] = (np.asarray(part) for part in answers)
                     progress(1)
         return totals, greedy
 
-    def _run_layers(
-        self, config: DecoderConfig, state: Activations, layout: SequenceLayout, steps: Sequence[Step]
-    ) -> Activations:
+    def _run_layers(self, config: DecoderConfig, state: Activations, steps: Sequence[Step]) -> Activations:
         layers, residual_scales = np.zeros(self.max_length, np.int32), np.zeros(self.max_length, np.float32)
         layers[: len(steps)] = [layer for layer, _ in steps]
         residual_scales[: len(steps)] = [value for _, value in steps]
-        return run_layers(config, self.bank, state, layout, layers, residual_scales, np.int32(len(steps)))
+        return run_layers(config, self.bank, state, layers, residual_scales, np.int32(len(steps)))
 
     def _generate(self, path: LayerPath, batched_task: BatchedTask, progress: Progress) -> tuple[list[str], bool]:
         """The outputs of one path for a task's prompts, and whether its logits were not finite."""
@@ -275,6 +276,9 @@ class PathEvaluator:
         model, config = materialise_path(self.bank, path, self.evaluator.config, rounded)
         assert batched_task.prompts is not None
         self.work.steps_run += len(path.layers) * len(batched_task.prompts.batches)
-        runner = replace(self.evaluator, config=config, batched_tasks=[batched_task])
+        images = self.evaluator.images
+        # Images add nothing behind the layers that only fill up the depth.
+        images = None if images is None else images.within(len(path.layers))
+        runner = replace(self.evaluator, config=config, batched_tasks=[batched_task], images=images)
         texts, nonfinite = runner.generate_stacked(model, batched_task, progress)
         return texts, nonfinite

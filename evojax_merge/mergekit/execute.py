@@ -35,7 +35,14 @@ from evojax_merge.checkpoints.derived import Find, open_model, parts_of, resolve
 from evojax_merge.checkpoints.folder import STEMS, is_finite, is_float, read_metadata
 from evojax_merge.checkpoints.generator_keys import scheme_name
 from evojax_merge.checkpoints.json_files import read_json_object, shown
-from evojax_merge.checkpoints.parents import Sources, check_alike, rows_differ, with_vocabulary_size
+from evojax_merge.checkpoints.parents import (
+    Sources,
+    check_alike,
+    common_kind,
+    is_merged_as,
+    rows_differ,
+    with_vocabulary_size,
+)
 from evojax_merge.checkpoints.tokens import (
     TOKENIZER_FILES,
     TokenizerChoice,
@@ -323,7 +330,7 @@ def _open(
     first = folders[0]
     for folder in folders[1:]:
         kind, expected = (model.config.get("model_type") for model in (folder, first))
-        if kind != expected and not allow_crimes:
+        if not is_merged_as(folder, common_kind(folders)) and not allow_crimes:
             _check_has_config(folder, first)
             _check_has_config(first, folder)
             raise InputError(
@@ -431,8 +438,9 @@ def _check_depths(architecture: Architecture, folders: Sequence[DecoderFolder], 
 
 def _check_configs(sources: Sources) -> None:
     """Raises InputError where configs of one known architecture mean different layers."""
-    kinds = {folder.config.get("model_type") for folder in sources.folders}
-    if len(kinds) == 1 and known_architecture(*kinds) is not None:
+    kind = common_kind(sources.folders)
+    is_one = all(is_merged_as(folder, kind) for folder in sources.folders)
+    if is_one and known_architecture(kind) is not None:
         first, *others = [comparable(folder.config) for folder in sources.folders]
         # Unequal values may mean the same layers: only reading both configs tells.
         if any(other != first for other in others):

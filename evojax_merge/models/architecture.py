@@ -110,6 +110,9 @@ class Architecture:
 
     bidirectional_images: whether the positions of an image attend to each other in both directions.
 
+    text_model: for the text decoder of a larger model, the model_type of text models with the same tensors and the same
+    forward pass over texts, which merge into it; None where these have its own model_type.
+
     buffers: suffixes of the names of buffers that earlier files hold, and that no forward pass reads.
 
     no_adapter: the reason where PEFT has no adapters for all of its matrices.
@@ -136,6 +139,7 @@ class Architecture:
     map_logits: Callable[[Any, jax.Array], jax.Array] = lambda config, products: products
     always_maps_logits: bool = False
     bidirectional_images: bool = False
+    text_model: str | None = None
     config_class: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     depths: Callable[[Any], Mapping[str, int]] = lambda config: {LAYERS: config.layers}

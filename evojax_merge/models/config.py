@@ -79,6 +79,14 @@ class LlamaLikeConfig(DecoderConfig):
     qk_norm: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class MropeConfig(LlamaLikeConfig):
+    """A decoder with M-RoPE. rope_axes: for each frequency, whether it rotates by a token's place in time (0), height
+    (1) or width (2)."""
+
+    rope_axes: tuple[int, ...]
+
+
 def _default_frequencies(theta: float, dim: int) -> np.ndarray:
     return 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
 

@@ -4,12 +4,11 @@
 weights, or a merge that is computed while the scan runs. `decode_step` feeds a few tokens to a model with a KV cache.
 Both run the block of the config's architecture and pass it the attention function.
 
-Shapes: tokens `[B, T]`, hidden states `[B, T, hidden]`, features of images `[R, hidden]`, cached keys `[L, G, B,
-head_dim, S]` and values `[L, G, B, S, head_dim]` of G key-value heads: each head's keys and values are contiguous, in
-the order in which its matmuls read them. Weights keep Hugging Face's orientation `[out, in]`. A `SequenceLayout` gives
-every token's position and segment: rows may be padded on the left (for generation, every prompt ends in the last
-column) or on the right, may hold several segments that share a beginning, and may all follow one *prefix* that was
-prefilled before.
+Shapes: tokens `[B, T]`, hidden states `[B, T, hidden]`, cached keys `[L, G, B, head_dim, S]` and values `[L, G, B, S,
+head_dim]` of G key-value heads: each head's keys and values are contiguous, in the order in which its matmuls read
+them. Weights keep Hugging Face's orientation `[out, in]`. A `SequenceLayout` gives every token's position and segment:
+rows may be padded on the left (for generation, every prompt ends in the last column) or on the right, may hold several
+segments that share a beginning, and may all follow one *prefix* that was prefilled before.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,10 +22,10 @@ from flax import struct
 
 from evojax_merge.models.architecture import LAYERS, SharedWeights, architecture_of
 from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.images import ImageInputs
 from evojax_merge.models.layers import (
     Attend,
     KeyValue,
-    LayerKind,
     SequenceLayout,
     Weights,
     layer_kinds,
@@ -241,28 +240,50 @@ def scan_with_prefetch(step: Callable[..., Any], x: Any, at: Callable[[Any], Any
 
 
 def embed(
-    config: DecoderConfig, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout, features: jax.Array | None
+    config: DecoderConfig, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout, images: ImageInputs | None
 ) -> jax.Array:
-    """The hidden states before the first layer. features: `[R, hidden]`, the features of images: a negative token is
-    the position of row `~token`, which enters as it is; None: there is no negative token."""
+    """The hidden states before the first layer. images: a negative token is the position of row `~token` of their
+    features, which enters as it is; None: there is no negative token."""
     architecture = architecture_of(config)
-    if features is None:
+    if images is None:
         return architecture.embed(config, source, tokens, layout)
     embedded = architecture.embed(config, source, jnp.maximum(tokens, 0), layout)
-    rows = features[jnp.maximum(~tokens, 0)].astype(embedded.dtype)
-    return jnp.where((tokens < 0)[..., None], rows, embedded)
+    return jnp.where((tokens < 0)[..., None], image_rows(images.features, tokens, embedded.dtype), embedded)
+
+
+def image_rows(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """`[..., B, T, hidden]`: the rows of a table `[..., R, hidden]` in the positions of images, any row elsewhere."""
+    return jnp.take(table, jnp.maximum(~tokens, 0), axis=-2).astype(dtype)
 
 
 def image_layout(
-    config: DecoderConfig, tokens: jax.Array, layout: SequenceLayout, features: jax.Array | None
+    config: DecoderConfig, tokens: jax.Array, layout: SequenceLayout, images: ImageInputs | None
 ) -> SequenceLayout:
-    """The layout of tokens with the `image_ids` that the config's architecture has use for. An image is a run of
-    negative tokens."""
-    if features is None or not architecture_of(config).bidirectional_images:
+    """The layout of tokens with the places of their images, and the `image_ids` that the config's architecture has use
+    for. An image is a run of negative tokens."""
+    if images is None:
+        return layout
+    layout = replace(layout, places=images.positions)
+    if not architecture_of(config).bidirectional_images:
         return layout
     is_image = tokens < 0
     begins = is_image & ~jnp.pad(is_image, ((0, 0), (1, 0)))[:, :-1]
     return replace(layout, image_ids=jnp.where(is_image, jnp.cumsum(begins, axis=1), -1))
+
+
+def deepstack_rows(tokens: jax.Array, images: ImageInputs | None, dtype: Any) -> jax.Array | None:
+    """`[D, B, T, hidden]`: the rows that are added behind each of the first D layers, 0 for texts; None: none are."""
+    if images is None or images.deepstack is None:
+        return None
+    return jnp.where((tokens < 0)[..., None], image_rows(images.deepstack, tokens, dtype), 0)
+
+
+def add_deepstack(x: jax.Array, added: jax.Array | None, number: jax.Array) -> jax.Array:
+    """The hidden states behind layer `number`, with the rows of `added` (see `deepstack_rows`) for that layer."""
+    if added is None:
+        return x
+    last = added.shape[0] - 1
+    return jax.lax.cond(number <= last, lambda: x + added[jnp.minimum(number, last)], lambda: x)
 
 
 def forward(
@@ -273,39 +294,39 @@ def forward(
     *,
     prefix: KVCache | None = None,
     return_kv: bool = False,
-    features: jax.Array | None = None,
+    images: ImageInputs | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """Run a prefill and return the final hidden states `[B, T, hidden]` (after the last norm), and the KV cache with
     `return_kv`.
 
     tokens: int32[B, T], laid out as `layout` says; `prefix`: the cache of one row (B = 1) that every row of the batch
-    follows; features: see `embed`.
+    follows; images: those of the tokens (see `embed`).
     """
     architecture, slices = architecture_of(config), source.stacks[LAYERS]
-    layout = image_layout(config, tokens, layout, features)
+    layout = image_layout(config, tokens, layout, images)
     tables = architecture.position_tables(config, layout)
 
-    def layer(x: jax.Array, slice_: Any, kinds_and_prefix: tuple[LayerKind, KVCache | None]) -> tuple[jax.Array, Any]:
-        kind, before = kinds_and_prefix
+    def layer(x: jax.Array, slice_: Any, each: Any) -> tuple[jax.Array, Any]:
+        number, kind, before = each
         shared = None if before is None else (before.keys[:, 0], before.values[:, 0])
         attend = prefill_attention(kind.window, layout, shared)
         x, kv = architecture.block(config, source.layer(slice_), x, tables_of(kind, tables), attend)
-        return replicate(x), kv if return_kv else None
+        return replicate(add_deepstack(x, added, number)), kv if return_kv else None
 
     def at(index: Any) -> Any:
         return jax.tree.map(
             lambda leaf: jax.lax.dynamic_index_in_dim(*without_upcast(leaf, index), keepdims=False), slices
         )
 
-    x = replicate(embed(config, source, tokens, layout, features))
-    kinds_and_prefix = (layer_kinds(config), prefix)
+    x = replicate(embed(config, source, tokens, layout, images))
+    added = deepstack_rows(tokens, images, x.dtype)
+    numbers = None if added is None else jnp.arange(config.layers)
+    each_layer = (numbers, layer_kinds(config), prefix)
     if source.prefetch:
-        x, kv = scan_with_prefetch(layer, x, at, kinds_and_prefix)
+        x, kv = scan_with_prefetch(layer, x, at, each_layer)
     else:
         # For gradients, a layer is computed again from the state before it, the only value that is kept.
-        x, kv = jax.lax.scan(
-            jax.checkpoint(lambda x, xs: layer(x, *xs), prevent_cse=False), x, (slices, kinds_and_prefix)
-        )
+        x, kv = jax.lax.scan(jax.checkpoint(lambda x, xs: layer(x, *xs), prevent_cse=False), x, (slices, each_layer))
     x = architecture.final_norm(config, source, x)
     return x, KVCache(*kv) if return_kv else None
 
@@ -319,10 +340,12 @@ def decode_step(
     left_pad: jax.Array,
     update: CacheUpdate,
     prefix: KVCache | None = None,
+    shift: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[KVCache, ...]]:
     """Feed tokens `int32[B, W]` that go into the cache's columns from `column` on (a scalar for the whole batch, or
     `int32[B]`), in rows that begin at `left_pad: int32[B]`, after the prefix where there is one. cache: one per layer,
-    without the axis L; update: writes columns into a cache.
+    without the axis L; update: writes columns into a cache; shift: int32[B], the number by which images in earlier
+    columns let positions be less than they count (see models.images), or None.
 
     Returns the final hidden states `[B, W, hidden]`, and the cache with these columns written. Earlier contents of
     these and later columns are not attended to.
@@ -332,7 +355,8 @@ def decode_step(
     positions = before + jnp.broadcast_to(column, rows)[:, None] + jnp.arange(count) - left_pad[:, None]
     query_layout = SequenceLayout(positions, jnp.zeros_like(positions))
     # Each token counts as the last of its sequence, as in a step of one token: dynamic RoPE depends on the length.
-    single = SequenceLayout(positions.reshape(-1, 1), jnp.zeros((rows * count, 1), jnp.int32))
+    rotated = positions if shift is None else positions - shift[:, None]
+    single = SequenceLayout(rotated.reshape(-1, 1), jnp.zeros((rows * count, 1), jnp.int32))
     tables = jax.tree.map(
         lambda table: table.reshape(rows, count, *table.shape[2:]), architecture.position_tables(config, single)
     )

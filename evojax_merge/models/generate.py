@@ -21,6 +21,7 @@ from flax import struct
 
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import CacheUpdate, KVCache, decode_step, forward, greedy_token, update_columns
+from evojax_merge.models.images import ImageInputs
 from evojax_merge.models.layers import SequenceLayout, padded_layout
 from evojax_merge.models.sharding import shard
 from evojax_merge.models.sources import StackedWeights, UnstackedWeights
@@ -80,13 +81,13 @@ def prefill(
     left_pad: jax.Array,
     stop: tuple[int, ...],
     prefix: KVCache | None = None,
-    features: jax.Array | None = None,
+    images: ImageInputs | None = None,
 ) -> DecodeState:
     """Prefill prompts `int32[B, T]`, padded on the left, after a prefix (leading axis P) where there is one, into the
     rows from `row` on of a state for prompts of `width` tokens, and generate a first token after each prompt.
 
     candidates: P of them, leading axis P on every leaf; stop: token ids that end a sequence and are not part of it;
-    features: see `decoder.embed`.
+    images: those of the prompts (see `decoder.embed`).
     """
     prompt_width = tokens.shape[1]
     prompt_layout = padded_layout(prompt_width, left_pad, prompt_width - left_pad)
@@ -95,7 +96,7 @@ def prefill(
 
     def read(candidate: Any, prefix: KVCache | None) -> tuple[jax.Array, KVCache]:
         model = model_of(candidate)
-        hidden, cache = forward(config, model, tokens, layout, prefix=prefix, return_kv=True, features=features)
+        hidden, cache = forward(config, model, tokens, layout, prefix=prefix, return_kv=True, images=images)
         assert cache is not None
         return _greedy(config, model, hidden[:, -1]), cache
 
@@ -132,11 +133,12 @@ def decode(
     prompts: jax.Array,
     lookup_corpus: jax.Array,
     prefix: KVCache | None = None,
+    shift: jax.Array | None = None,
 ) -> DecodeState:
     """Run up to `steps` decode steps, each of which adds 1 to `step_tokens` tokens to every running sequence;
     `NONFINITE_ID` where logits are not finite. update_rows: writes into the caches where each row has a column of its
     own; prompts: int32[B, T], as they were prefilled; lookup_corpus: int32[B, M], texts that are likely to share parts
-    with the continuations. Both are negative where there is no text."""
+    with the continuations. Both are negative where there is no text. shift: see `decoder.decode_step`."""
     width, new = prompts.shape[1], state.tokens.shape[-1]
     # One set of prompts for the whole population.
     left_pad = state.left_pad[0]
@@ -168,7 +170,7 @@ def decode(
             draft = prompt_lookup_draft(context, lookup_corpus.shape[1] + column, step_tokens)
             hidden, cache = decode_step(
                 config, model, cache, column if shared_column is None else shared_column, draft, left_pad, update,
-                prefix,
+                prefix, shift,
             )  # fmt: skip
             return draft, _greedy(config, model, hidden), cache
 

@@ -3,6 +3,7 @@
 Shapes: tokens `[B, T]`, hidden states `[B, T, hidden]`. Weights keep Hugging Face's orientation `[out, in]`.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
@@ -51,11 +52,13 @@ class SequenceLayout:
     """positions: int32[B, T], each token's position in its sequence; segment_ids: int32[B, T], 0 for tokens that all
     segments of a row attend to, a segment's number for tokens that it alone attends to, negative for padding.
     image_ids: int32[B, T], where the positions of an image attend to each other in both directions, the number of the
-    image in its row, negative elsewhere; None: no position attends to a later one."""
+    image in its row, negative elsewhere; None: no position attends to a later one. places: int32[B, T, 3], each token's
+    position in time, height and width for M-RoPE; None: `positions` is all three."""
 
     positions: jax.Array
     segment_ids: jax.Array
     image_ids: jax.Array | None = None
+    places: jax.Array | None = None
 
 
 @struct.dataclass
@@ -153,10 +156,14 @@ def dense_heads(x: jax.Array, weights: Weights, name: str, head_dim: int) -> jax
     return shard(y, -1, shards_of(y.shape[-1] // head_dim) > 1).reshape(*x.shape[:2], -1, head_dim)
 
 
-def rope_tables(rope: RopeConfig, dim: int, layout: SequenceLayout) -> CosSin:
-    """cos and sin `[B, T, dim/2]` for a batch's layout; `dim` entries of a head are rotated."""
-    lengths = jnp.max(jnp.where(layout.segment_ids >= 0, layout.positions, 0), axis=1) + 1
-    angles = layout.positions[..., None].astype(jnp.float32) * rope_frequencies(rope, dim, lengths)[:, None, :]
+def rope_tables(rope: RopeConfig, dim: int, layout: SequenceLayout, axes: Sequence[int] = ()) -> CosSin:
+    """cos and sin `[B, T, dim/2]` for a batch's layout; `dim` entries of a head are rotated. axes: for each of the
+    frequencies, whether M-RoPE rotates by a token's place in time (0), height (1) or width (2)."""
+    positions = layout.positions[..., None]
+    if axes and layout.places is not None:
+        positions = layout.places[..., jnp.asarray(axes)]
+    lengths = jnp.max(jnp.where(layout.segment_ids >= 0, positions.max(axis=-1), 0), axis=1) + 1
+    angles = positions.astype(jnp.float32) * rope_frequencies(rope, dim, lengths)[:, None, :]
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 

@@ -19,7 +19,8 @@ from flax import struct
 
 from evojax_merge.models.architecture import LAYERS, architecture_of
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import embed, image_layout, prefill_attention
+from evojax_merge.models.decoder import add_deepstack, deepstack_rows, embed, image_layout, prefill_attention
+from evojax_merge.models.images import ImageInputs
 from evojax_merge.models.layers import LayerKind, SequenceLayout, Weights, prefix_layout, tables_of
 from evojax_merge.models.sources import StackedWeights
 
@@ -160,13 +161,22 @@ def path_config(bank: PathBank, layers: Sequence[int], config: DecoderConfig) ->
 
 @struct.dataclass
 class Activations:
-    """Hidden states `[B, T, hidden]` of a batch's rows, and `[1, H, hidden]` of the shared prefix before the rows, if
-    there is one. image_ids, prefix_image_ids: those of their layouts (see `SequenceLayout`)."""
+    """Hidden states of a batch's rows, and of the shared prefix before the rows, if there is one, behind the first
+    `depth: int32[]` layers of a path."""
 
-    rows: jax.Array
-    shared_prefix: jax.Array | None
-    image_ids: jax.Array | None = None
-    prefix_image_ids: jax.Array | None = None
+    rows: "Sequences"
+    shared_prefix: "Sequences | None"
+    depth: jax.Array
+
+
+@struct.dataclass
+class Sequences:
+    """Hidden states `[B, T, hidden]`, their layout, and the rows `[D, B, T, hidden]` that images add to them behind the
+    first D layers, or None."""
+
+    hidden: jax.Array
+    layout: SequenceLayout
+    added: jax.Array | None
 
 
 @partial(jax.jit, static_argnums=0)
@@ -176,16 +186,21 @@ def embed_batch(
     tokens: jax.Array,
     layout: SequenceLayout,
     shared_prefix: jax.Array | None,
-    features: jax.Array | None = None,
+    images: ImageInputs | None = None,
+    prefix_images: ImageInputs | None = None,
 ) -> Activations:
-    """The activations before the first layer. shared_prefix: int32[1, H]; features: see `decoder.embed`."""
-    rows, before = embed(config, source, tokens, layout, features), None
-    image_ids, prefix_image_ids = image_layout(config, tokens, layout, features).image_ids, None
+    """The activations before the first layer. shared_prefix: int32[1, H]; images, prefix_images: see
+    `decoder.embed`."""
+
+    def sequences(tokens: jax.Array, layout: SequenceLayout, images: ImageInputs | None) -> Sequences:
+        hidden = embed(config, source, tokens, layout, images)
+        added = deepstack_rows(tokens, images, hidden.dtype)
+        return Sequences(hidden, image_layout(config, tokens, layout, images), added)
+
+    before = None
     if shared_prefix is not None:
-        first = prefix_layout(shared_prefix.shape[1])
-        before = embed(config, source, shared_prefix, first, features)
-        prefix_image_ids = image_layout(config, shared_prefix, first, features).image_ids
-    return Activations(rows, before, image_ids, prefix_image_ids)
+        before = sequences(shared_prefix, prefix_layout(shared_prefix.shape[1]), prefix_images)
+    return Activations(sequences(tokens, layout, images), before, jnp.int32(0))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -193,7 +208,6 @@ def run_layers(
     config: DecoderConfig,
     bank: PathBank,
     state: Activations,
-    layout: SequenceLayout,
     layers: jax.Array,
     residual_scales: jax.Array,
     count: jax.Array,
@@ -203,25 +217,27 @@ def run_layers(
     The number of steps is not part of the compiled shape: paths of all lengths, and any part of one, share a program,
     and a step gives the same bits in every part of a path.
     """
-    architecture = architecture_of(config)
-    tables = architecture.position_tables(config, layout)
-    layout = replace(layout, image_ids=state.image_ids)
+    architecture, rows, before = architecture_of(config), state.rows, state.shared_prefix
+    tables = architecture.position_tables(config, rows.layout)
 
-    def step(i: jax.Array, state: Activations) -> Activations:
+    def step(i: jax.Array, hidden: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
+        (x, prefix_x), prefix = hidden, None
         weights = bank.scaled_layer(layers[i], residual_scales[i])
         kind = jax.tree.map(lambda each: each[layers[i]], bank.kinds)
-        shared_prefix, prefix = state.shared_prefix, None
-        if shared_prefix is not None:
-            before = replace(prefix_layout(shared_prefix.shape[1]), image_ids=state.prefix_image_ids)
-            attend = prefill_attention(kind.window, before)
-            prefix_tables = tables_of(kind, architecture.position_tables(config, before))
-            shared_prefix, kv = architecture.block(config, weights, shared_prefix, prefix_tables, attend)
+        if before is not None:
+            attend = prefill_attention(kind.window, before.layout)
+            prefix_tables = tables_of(kind, architecture.position_tables(config, before.layout))
+            prefix_x, kv = architecture.block(config, weights, prefix_x, prefix_tables, attend)
+            prefix_x = add_deepstack(prefix_x, before.added, state.depth + i)
             prefix = (kv[0][:, 0], kv[1][:, 0])
-        attend = prefill_attention(kind.window, layout, prefix)
-        rows, _ = architecture.block(config, weights, state.rows, tables_of(kind, tables), attend)
-        return replace(state, rows=rows, shared_prefix=shared_prefix)
+        attend = prefill_attention(kind.window, rows.layout, prefix)
+        x, _ = architecture.block(config, weights, x, tables_of(kind, tables), attend)
+        return add_deepstack(x, rows.added, state.depth + i), prefix_x
 
-    return jax.lax.fori_loop(0, count, step, state)
+    x, prefix_x = jax.lax.fori_loop(0, count, step, (rows.hidden, None if before is None else before.hidden))
+    if before is not None:
+        before = replace(before, hidden=prefix_x)
+    return Activations(replace(rows, hidden=x), before, state.depth + count)
 
 
 def materialise_path(

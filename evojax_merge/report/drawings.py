@@ -6,11 +6,13 @@ from html import escape
 from itertools import pairwise
 
 from evojax_merge.errors import escaped
-from evojax_merge.report.run_data import Result
+from evojax_merge.report.run_data import Bred, Result
 
 # Pixels.
 LONGEST_STEP, SHORTEST_STEP, ROW, MARGIN, WIDE = 64, 26, 22, 40, 980
 BOX_WIDTH, BOX_HEIGHT, GAP, LEVEL = 124, 30, 14, 66
+# Of a recipe's thumbnail in a box: the space beside it, and the height of a parent's row.
+INSET, STRIP = 10, 7
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ def family_tree(result: Result) -> str:
         levels.setdefault(level, []).append(name)
     widest = max(map(len, levels.values()))
     width = widest * (BOX_WIDTH + GAP) + GAP
+    thumbnails = {name: _thumbnail(member, result.layers) for name, member in bred.items() if result.layers}
+    most = max((abs(cell.value) for thumbnail in thumbnails.values() for cell in thumbnail), default=0.0) or 1.0
+    # Room for the parents' rows in each child's box.
+    high = BOX_HEIGHT + (2 * STRIP + INSET if thumbnails else 0)
+    pitch_down = LEVEL + high - BOX_HEIGHT
     places: dict[str, tuple[float, float]] = {}
     for level, names in sorted(levels.items()):
         # Children stand below the middle of their parents, where there is room.
@@ -68,32 +75,82 @@ def family_tree(result: Result) -> str:
             names.sort(key=lambda name: sum(places[parent][0] for parent in bred[name].parents))
         pitch = width / len(names)
         for k, name in enumerate(names):
-            places[name] = ((k + 0.5) * pitch, GAP + BOX_HEIGHT / 2 + LEVEL * level)
+            places[name] = ((k + 0.5) * pitch, GAP + pitch_down * level - (high - BOX_HEIGHT) * (level > 0))
     edges, boxes = [], []
     winner = result.lineage[-1].name
     for name, (x, y) in places.items():
         for parent in bred[name].parents if name in bred else ():
             u, v = places[parent]
-            start, end = v + BOX_HEIGHT / 2, y - BOX_HEIGHT / 2
-            middle = (start + end) / 2
+            start = v + (high if parent in bred else BOX_HEIGHT)
+            middle = (start + y) / 2
             edges.append(
                 f'<path class="edge" d="M{u:.1f} {start:.1f}C{u:.1f} {middle:.1f} {x:.1f} {middle:.1f} '
-                f'{x:.1f} {end:.1f}"/>'
+                f'{x:.1f} {y:.1f}"/>'
             )
         kind = "winner" if name == winner else "child" if name in bred else "founder"
         shown = name if len(name) <= 17 else f"{name[:16]}…"
+        words = f"{name}: a founder" if name not in bred else f"{name}: {recipe_words(bred[name])}"
+        left = x - BOX_WIDTH / 2
         boxes.append(
-            f'<g class="{kind}"><title>{_html(name)}{_html(_recipe(result, name))}</title>'
-            f'<rect x="{x - BOX_WIDTH / 2:.1f}" y="{y - BOX_HEIGHT / 2:.1f}" width="{BOX_WIDTH}" '
-            f'height="{BOX_HEIGHT}" rx="6"/>'
-            f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle">{_html(shown)}</text></g>'
+            f'<g class="{kind}"><title>{_html(words)}</title>'
+            f'<rect class="box" x="{left:.1f}" y="{y:.1f}" width="{BOX_WIDTH}" '
+            f'height="{high if name in bred else BOX_HEIGHT}" rx="6"/>'
+            f'<text x="{x:.1f}" y="{y + 19:.1f}" text-anchor="middle">{_html(shown)}</text>'
+            f"{_cells(thumbnails.get(name, []), left + INSET, y + BOX_HEIGHT, result.layers, most)}</g>"
         )
-    height = 2 * GAP + BOX_HEIGHT + LEVEL * max(levels)
+    height = 2 * GAP + pitch_down * max(levels) + BOX_HEIGHT
     return _svg(width, height, "The family tree of the winner", [*edges, *boxes])
 
 
-def _recipe(result: Result, name: str) -> str:
-    return next((f": {member.method}" for member in result.lineage if member.name == name), ": a founder")
+def recipe_words(member: Bred) -> str:
+    """The method of a member, its parameters, and the layer from which its parents change places."""
+    settings = ", ".join(f"{name} {parameter_text(value)}" for name, value in member.parameters.items())
+    return member.method + (f" of {settings}" if settings else "")
+
+
+def parameter_text(value: float | list[float]) -> str:
+    return " ".join(f"{x:.3g}" for x in value) if isinstance(value, list) else f"{value:.3g}"
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Layers of one parent with the same value: row: the parent's place; from the layer `first` to `end`, excluded."""
+
+    row: int
+    first: int
+    end: int
+    value: float
+    words: str
+
+
+def _thumbnail(member: Bred, layers: int) -> list[_Cell]:
+    """A recipe as layers x parents: the first parameter that has a value for each parent, or else the first. The value
+    of `t` is that of the parent that comes second, and the other has the rest."""
+    if not member.parameters:
+        return []
+    each = [name for name, value in member.parameters.items() if isinstance(value, list)]
+    name = each[0] if each else next(iter(member.parameters))
+    value = member.parameters[name]
+    pair = value if isinstance(value, list) else [1 - value, value] if name == "t" else [value, value]
+    split = min(member.split, layers)
+    cells = []
+    for row, parent in enumerate(member.parents):
+        for first, end, place in ((0, split, row), (split, layers, 1 - row)):
+            if first < end:
+                span = f"layer {first}" if end - first == 1 else f"layers {first} to {end - 1}"
+                share = "share" if name == "t" else name
+                cells.append(_Cell(row, first, end, pair[place], f"{share} of {parent}, {span}: {pair[place]:.3g}"))
+    return cells
+
+
+def _cells(cells: Sequence[_Cell], x: float, y: float, layers: int, most: float) -> str:
+    wide = (BOX_WIDTH - 2 * INSET) / max(layers, 1)
+    return "".join(
+        f'<rect class="{"negative" if cell.value < 0 else "positive"}" x="{x + wide * cell.first:.2f}" '
+        f'y="{y + STRIP * cell.row:.1f}" width="{wide * (cell.end - cell.first):.2f}" height="{STRIP}" '
+        f'fill-opacity="{abs(cell.value) / most:.3f}"><title>{_html(cell.words)}</title></rect>'
+        for cell in cells
+    )
 
 
 def _svg(width: float, height: float, label: str, parts: Sequence[str]) -> str:

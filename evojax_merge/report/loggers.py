@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import jax
 
-from evojax_merge.errors import InputError, print_warning
+from evojax_merge.errors import InputError, print_warning, shown
 from evojax_merge.file_system import atomic_write
 from evojax_merge.report.progress import OnGeneration
 from evojax_merge.search.environment import read_sessions
@@ -49,8 +49,10 @@ class LoggedSearch:
 
 
 def check_loggers(where: str, names: Sequence[str]) -> None:
-    """Raises InputError for a logger whose package is not installed."""
+    """Raises InputError for a logger that does not exist, and for one whose package is not installed."""
     for name in names:
+        if name not in LOGGERS:
+            raise InputError(where, f"{shown(name)}; expected any of {', '.join(LOGGERS)}")
         package = PACKAGES.get(name)
         if package is not None and importlib.util.find_spec(package) is None:
             raise InputError(where, f"{name} needs the package {package}; pip install 'evojax-merge[{name}]'")

@@ -76,7 +76,8 @@ class Plan:
     generation, run: the work of each group of devices for them. gradient_generations: the number of generations that
     follow gradients; `generation` is one of those that do not, where there are both. budget: the search's, which the
     generations come from, if it has one. notes: lines on the choice of the strategy. advice: changes that would make it
-    fit, where it does not.
+    fit, where it does not. compile_seconds: what the target's compiler took here for the passes (None: it was not
+    asked).
     """
 
     target: Target
@@ -98,6 +99,7 @@ class Plan:
     advice: tuple[str, ...]
     budget: str | None = None
     notes: tuple[str, ...] = ()
+    compile_seconds: float | None = None
 
     @property
     def fits(self) -> bool:
@@ -159,6 +161,8 @@ class Plan:
                 f"{shown_seconds(work.seconds)} by the roofline, bound by {work.bound} "
                 f"({_share(work.merge_seconds, work.seconds)} merging)"
             )
+        taken = "" if self.compile_seconds is None else f", which took {shown_seconds(self.compile_seconds)} here"
+        printed.append(f"compiling: these seconds leave it out; every pass below is compiled once{taken}")
         download = f", {shown_bytes(self.download_bytes)} to download" if self.download_bytes else ""
         host = f"host: {shown_bytes(self.host_bytes)} of memory, {shown_bytes(self.disk_bytes)} of disk{download}"
         return [*self.notes, *printed, host]

@@ -17,8 +17,9 @@ class PoolReport:
     founders: tuple[str, ...]
 
     def document(self) -> dict[str, Any]:
-        """The members that were bred for the winner, in order of birth, itself the last."""
+        """The number of layers, and the members that were bred for the winner, in order of birth, itself the last."""
         return {
+            "layers": self.layers,
             "lineage": [
                 {
                     "name": member_name(member, self.founders),
@@ -28,7 +29,7 @@ class PoolReport:
                     "split": member.split,
                 }
                 for member in self.member.lineage()
-            ]
+            ],
         }
 
     def terminal(self) -> str:

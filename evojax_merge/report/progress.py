@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from evojax_merge.errors import LOG, LONGEST_LINE, escaped_lines, printable
+from evojax_merge.errors import LOG, LONGEST_LINE, escaped_lines, print_warning, printable
 from evojax_merge.search.loop import Generation, Reporter
 
 # The columns of a line about a generation, at most, and those of the bar in it, at least, with the spaces around it.
@@ -43,7 +43,7 @@ class Terminal(Console):
 def _drawn(renderable: Any) -> str:
     """A table or the like as a file shows it."""
     file = io.StringIO()
-    Console(file=file, width=140).print(renderable)
+    Console(file=file, width=140, force_jupyter=False).print(renderable)
     return file.getvalue().rstrip()
 
 
@@ -59,8 +59,14 @@ def cell(text: str, style: str = "") -> Text:
     return Text(escaped_lines(text), style)
 
 
+# A notebook is no terminal, although its kernel has the variables of one: there Rich's bars need widgets, and print
+# every line twice without.
+IN_NOTEBOOK = Console().is_jupyter
 # Lines in a file are as long as a table needs. Nothing is markup: `[/INST]` is a name.
-console = Terminal(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False, highlight=False)
+console = Terminal(
+    width=None if sys.stdout.isatty() else 140, markup=False, emoji=False, highlight=False, force_jupyter=False,
+    force_terminal=False if IN_NOTEBOOK else None,
+)  # fmt: skip
 
 OnGeneration = Callable[[Generation], None]
 
@@ -169,12 +175,23 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def notebook_line() -> Callable[[str], None]:
+    """The function that shows a line below a notebook's cell, each in the place of the one before; elsewhere it shows
+    nothing."""
+    if not IN_NOTEBOOK:
+        return lambda line: None
+    from IPython.display import Pretty, display
+
+    place = display(Pretty(""), display_id=True)
+    return lambda line: place.update(Pretty(line))
+
+
 class SearchBar(Reporter):
-    """The search's progress bar: generations in full, passes of the running one as its fraction. `on_generation`
-    receives each generation as well."""
+    """The search's progress bar: generations in full, passes of the running one as its fraction; in a notebook, the
+    latest generation's line. `on_generation` receives each generation as well."""
 
     def __init__(self, progress: Progress, generations: int | None, on_generation: OnGeneration) -> None:
-        self._progress, self._on_generation = progress, on_generation
+        self._progress, self._on_generation, self._line = progress, on_generation, notebook_line()
         self._bar = progress.add_task("search", total=generations, info="compiling …")
         self._share = 0.0
 
@@ -195,13 +212,14 @@ class SearchBar(Reporter):
             LOG.info("%s", line)
         else:
             console.print(line, highlight=False, soft_wrap=True)
+        self._line(line)
         self._on_generation(generation)
 
     def log(self, text: str) -> None:
         say(text)
 
     def warn(self, text: str) -> None:
-        console.print(f"warning: {text}", highlight=False, soft_wrap=True)
+        print_warning(text)
 
 
 @contextmanager

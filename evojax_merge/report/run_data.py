@@ -90,8 +90,9 @@ class _Member(BaseModel):
     genome: list[float]
 
 
-class _Bred(BaseModel):
-    """A member of a pool that the winner descends from, or the winner."""
+class Bred(BaseModel):
+    """A member of a pool that the winner descends from, or the winner. parameters: one value for each parent, or one;
+    for layers from `split` on, the second parent comes before the first."""
 
     name: str
     method: str
@@ -117,7 +118,9 @@ class Result(BaseModel):
     compute_dtype: str = ""
     stopped_by: str | None = None
     members: list[_Member] = []
-    lineage: list[_Bred] = []
+    lineage: list[Bred] = []
+    # Of a pool's models; 0 in a run of an earlier version.
+    layers: int = 0
     path: _Path | None = None
     groups: list[str] = []
     # Parameter -> [groups][columns]; from search_pytrees group -> parameter -> [columns].

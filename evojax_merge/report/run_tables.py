@@ -9,6 +9,7 @@ from rich.table import Table as TerminalTable
 
 from evojax_merge.errors import escaped, escaped_lines
 from evojax_merge.report.comparison import nothing_beat
+from evojax_merge.report.drawings import parameter_text
 from evojax_merge.report.progress import cell
 from evojax_merge.report.run_data import Result, RunData
 from evojax_merge.report.tables import LEAD, lead_cell
@@ -142,15 +143,11 @@ def lineage_table(result: Result | None) -> Table | None:
         return None
     rows = [
         [member.name, member.method, " and ".join(member.parents),
-         "; ".join(f"{name} {_parameter(value)}" for name, value in member.parameters.items()), member.split]
+         "; ".join(f"{name} {parameter_text(value)}" for name, value in member.parameters.items()), member.split]
         for member in result.lineage
     ]  # fmt: skip
     columns = ["member", "method", "parents", "parameters", "parents change places at layer"]
     return Table(columns, rows, frozenset({4}), len(rows) - 1)
-
-
-def _parameter(value: float | list[float]) -> str:
-    return " ".join(f"{x:.3g}" for x in value) if isinstance(value, list) else f"{value:.3g}"
 
 
 def mapping_table(label: str, mapping: Mapping[str, Any]) -> Table:

@@ -507,7 +507,7 @@ class Checkpoints:
         try:
             with collective():
                 # Orbax would also delete: entries of the folder that look unfinished or old to it, whoever made them.
-                self._orbax.save_pytree(
+                self._orbax.save(
                     self._folder.step(generations).resolve(),
                     arrays | {"digest": _digest(arrays)},
                     custom_metadata=CHECKPOINT_MARK,
@@ -563,7 +563,7 @@ class Checkpoints:
         """A checkpoint, or None where it is damaged. Raises InputError where an older version wrote it."""
         try:
             with defer_signals():
-                loaded = self._orbax.load_pytree(self._folder.step(generations).resolve())
+                loaded = self._orbax.load(self._folder.step(generations).resolve())
             arrays = {name: np.asarray(leaf) for name, leaf in loaded.items() if name != "digest"}
             if "digest" in loaded and not np.array_equal(loaded["digest"], _digest(arrays)):
                 return None

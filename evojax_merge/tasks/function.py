@@ -51,6 +51,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "logits": ("logits", "targets", "mask"),
     "arrays": ("model", "rows"),
     "model": ("model",),
+    "answers": ("record", "left", "right"),
     "images": ("records", "images"),
     "latents": ("records", "latents"),
 }
@@ -218,6 +219,7 @@ def open_function(config: FunctionConfig, opening: Opening) -> FunctionTask:
     text = TextTask(
         config.name, kind, METRIC, config.weight, data.file, data.examples, max_new_tokens=config.max_new_tokens,
         stop=tuple(config.stop), prompts=data.prompts, fewshot_file=data.fewshot_file,
+        data_files=data.files,
     )  # fmt: skip
     return FunctionTask(text, tuple(map(dict, data.records)), function, config.inputs)
 

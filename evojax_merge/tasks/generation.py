@@ -1,7 +1,8 @@
 """Tasks whose outputs are compared with the target as texts, by one of several metrics.
 
 Scores are per example, between 0 and 1, and higher is better. The overlap of words and characters is measured by the
-packages rouge-score, sacrebleu and rapidfuzz, which are imported when a task asks for them.
+packages rouge-score, sacrebleu and rapidfuzz, and Japanese cut into words by fugashi, all of which are imported when a
+task asks for them.
 """
 
 import json
@@ -33,16 +34,31 @@ from evojax_merge.tasks.text import (
     read_prompted,
 )
 
-Metric = Literal["exact_match", "contains", "regex", "rouge_l", "chrf", "bleu", "anls", "json"]
+Metric = Literal[
+    "exact_match", "contains", "regex", "rouge_l", "rouge_l_mecab", "chrf", "bleu", "anls", "vqa_accuracy", "json"
+]  # fmt: skip
 # Metrics by which the target itself is right.
 EXACT = ("exact_match", "contains", "json")
-# By metric, the package that it needs and the package's module.
+# By metric, the packages that it needs by their modules, and the extra that has them.
+ROUGE, BLEU = {"rouge_score": "rouge-score"}, {"sacrebleu": "sacrebleu"}
+MECAB = {name.replace("-", "_"): name for name in ("rouge-score", "fugashi", "unidic-lite", "neologdn", "emoji")}
 PACKAGES = {
-    "rouge_l": ("rouge-score", "rouge_score"), "chrf": ("sacrebleu", "sacrebleu"), "bleu": ("sacrebleu", "sacrebleu"),
-    "anls": ("rapidfuzz", "rapidfuzz"),
+    "rouge_l": (ROUGE, "text-metrics"), "chrf": (BLEU, "text-metrics"), "bleu": (BLEU, "text-metrics"),
+    "anls": ({"rapidfuzz": "rapidfuzz"}, "text-metrics"), "rouge_l_mecab": (MECAB, "text-metrics,japanese"),
 }  # fmt: skip
 # The edits, as a share of the longer text, from which on ANLS is 0.
 FAR = 0.5
+# The people whose answer is right by vqa_accuracy where they agree.
+AGREEING = 3
+# Words that vqa_accuracy leaves out, and numbers that it writes in digits.
+ARTICLES = ("a", "an", "the")
+NUMBERS = {
+    "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
+    "eight": "8", "nine": "9", "ten": "10",
+}  # fmt: skip
+# Signs that it leaves out where one stands beside white space, or a number has a comma; else a space takes their place.
+# Apostrophes and points, but for those of decimals, are left out everywhere.
+SIGNS = re.escape(';/[]"{}()=+\\_-><@`,?!')
 # Characters of scripts without spaces between words: kana, ideographs, Thai, Lao, Burmese and Khmer.
 _UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 WORDS = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
@@ -62,7 +78,8 @@ class GenerationConfig(PromptConfig):
     max_new_tokens: Whole = Field(256, ge=1, le=1_000_000, description="how many tokens a model may write")
     stop: list[Text] = Field([], max_length=100, description="texts that end what a model writes")
     accept: Text | None = Field(
-        None, description="the field with a list of further right answers; the best score over them counts"
+        None,
+        description="the field with further right answers, or all people's for vqa_accuracy; the best one counts",
     )
     language: Text | None = Field(
         None, description="an answer in another language scores 0, where it is long enough to tell; default: any"
@@ -73,7 +90,8 @@ class GenerationConfig(PromptConfig):
 class GenerationTask(TaskDefaults):
     """A task (tasks.task) that compares outputs with targets by its metric. `text` makes the requests to a model;
     `pattern`: an expression whose last match in an output is compared; None: the whole output is. `accepted`: for each
-    example further right answers; `language`: the only one whose answers count (None: any does)."""
+    example further right answers; `language`: the only one whose answers count, where the target is not in another one
+    (None: any does)."""
 
     text: TextTask
     metric: Metric
@@ -114,9 +132,14 @@ class GenerationTask(TaskDefaults):
     def _judge(self, output: str, targets: Sequence[str]) -> float:
         where = f"task {self.name}"
         answer = output if self.pattern is None else extract_answer(output, self.pattern, where)
-        if answer is None or (self.language is not None and language_of(answer) not in (None, self.language)):
+        if answer is None or (self._is_foreign(answer) and not self._is_foreign(targets[0])):
             return 0.0
+        if self.metric == "vqa_accuracy":
+            return vqa_accuracy(answer, targets[1:])
         return max(compare(self.metric, answer, target, where) for target in targets)
+
+    def _is_foreign(self, text: str) -> bool:
+        return self.language is not None and language_of(text) not in (None, self.language)
 
     def companion(self) -> TextTask | None:
         """The likelihood of the targets; None where they are expressions."""
@@ -151,6 +174,8 @@ def open_generation(config: GenerationConfig, opening: Opening) -> GenerationTas
     _check_package(f"{where}.metric", config.metric)
     if config.language is not None:
         check_language(f"{where}.language", config.language)
+    if config.metric == "vqa_accuracy" and config.accept is None:
+        raise InputError(f"{where}.accept", "missing; vqa_accuracy goes by the answers of several people in a field")
     fields = replace(checked_fields(where, config), objects=config.metric == "json")
     check_stop(where, config.stop)
     if config.messages is None:
@@ -160,7 +185,7 @@ def open_generation(config: GenerationConfig, opening: Opening) -> GenerationTas
     text = TextTask(
         config.name, "exact_match", config.metric, config.weight, data.file, data.examples,
         max_new_tokens=config.max_new_tokens, stop=tuple(config.stop), prompts=data.prompts,
-        fewshot_file=data.fewshot_file,
+        fewshot_file=data.fewshot_file, data_files=data.files,
     )  # fmt: skip
     accepted = tuple(
         () if config.accept is None else _accepted(text.where(example), record, config.accept)
@@ -170,6 +195,9 @@ def open_generation(config: GenerationConfig, opening: Opening) -> GenerationTas
     if config.pattern is not None:
         check_pattern(where, config.pattern, config.max_new_tokens, probe_texts(text))
     for example, further in zip(text.examples, accepted, strict=True):
+        if config.metric == "vqa_accuracy" and len(further) <= AGREEING:
+            what = f"{config.accept}: has {len(further)}; vqa_accuracy is for more than {AGREEING} people's answers"
+            raise InputError(text.where(example), what)
         for target in (str(example.answer), *further):
             _check_target(where, text.where(example), target, config)
     return task
@@ -179,8 +207,11 @@ KIND = TaskKind(GenerationConfig, open_generation, source="file")
 
 
 def _accepted(place: str, record: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """The further right answers of a record. Raises InputError where the field is missing, or is no list of texts."""
+    """The further right answers of a record, each a text, or in a field `answer`, as VQA has them. Raises InputError
+    where the field is missing, or is no list of texts."""
     answers = record.get(name)
+    if isinstance(answers, list):
+        answers = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers]
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         what = "missing" if name not in record else f"{brief(str(answers))} is no list of texts"
         raise InputError(place, f"{name}: {what}; expected a list of further right answers")
@@ -205,21 +236,41 @@ def _check_target(where: str, place: str, target: str, config: GenerationConfig)
 
 
 def _check_package(where: str, metric: Metric) -> None:
-    package, module = PACKAGES.get(metric, ("", ""))
-    try:
-        if module:
+    packages, extra = PACKAGES.get(metric, ({}, ""))
+    for module, package in packages.items():
+        try:
             import_module(module)
-    except ImportError:
-        what = f"{metric} needs the package {package}; pip install 'evojax-merge[text-metrics]'"
-        raise InputError(where, what) from None
+        except ImportError:
+            what = f"{metric} needs the package {package}; pip install 'evojax-merge[{extra}]'"
+            raise InputError(where, what) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Metrics
 
 
+def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
+    """The accuracy of the VQA challenge: an answer that three people gave is right, one that fewer gave a third for
+    each of them; the mean over all ways to leave out one of the people (Antol et al., VQA, 2015)."""
+    counted = _plain_answer(answer)
+    same = [_plain_answer(other) == counted for other in given]
+    return sum(min(1.0, (sum(same) - left_out) / AGREEING) for left_out in same) / len(same)
+
+
+def _plain_answer(answer: str) -> str:
+    """An answer in the form in which VQA's answers are compared: no articles, signs or capitals, and numbers in
+    digits."""
+    written = text = " ".join(answer.split())
+    for sign in set(re.findall(f"[{SIGNS}]", written)):
+        is_left_out = f"{sign} " in written or f" {sign}" in written or re.search(r"\d,\d", written)
+        text = text.replace(sign, "" if is_left_out else " ")
+    text = re.sub(r"\.(?!\d)|['’]", "", text)
+    words = (NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(word for word in words if word not in ARTICLES)
+
+
 def compare(metric: Metric, answer: str, target: str, where: str = "tasks") -> float:
-    """The score of an answer, between 0 and 1. `where` names the task in messages."""
+    """The score of an answer by a metric of two texts, between 0 and 1. `where` names the task in messages."""
     return _METRICS[metric](where, answer, target)
 
 
@@ -247,7 +298,11 @@ def _equal(value: Any, wanted: Any) -> bool:
 
 
 def _rouge_l(where: str, answer: str, target: str) -> float:
-    return float(_rouge().score(target, answer)["rougeL"].fmeasure)
+    return float(_rouge(_Words).score(target, answer)["rougeL"].fmeasure)
+
+
+def _rouge_l_mecab(where: str, answer: str, target: str) -> float:
+    return float(_rouge(_JapaneseWords).score(target, answer)["rougeL"].fmeasure)
 
 
 class _Words:
@@ -258,11 +313,29 @@ class _Words:
         return WORDS.findall(text.lower())
 
 
+class _JapaneseWords:
+    """The words of a text for ROUGE as fugashi has them, in the form in which EvoVLM-JP was measured: without emoji,
+    and with one way to write a character."""
+
+    def __init__(self) -> None:
+        from fugashi import Tagger
+
+        self._tagger = Tagger("-Owakati")
+
+    def tokenize(self, text: str) -> list[str]:
+        from emoji import is_emoji
+        from neologdn import normalize
+
+        plain = normalize("".join(character for character in text if not is_emoji(character)))
+        words: list[str] = self._tagger.parse(" ".join(plain.split())).split()
+        return words
+
+
 @cache
-def _rouge() -> Any:
+def _rouge(words: type) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], tokenizer=_Words())
+    return RougeScorer(["rougeL"], tokenizer=words())
 
 
 def _chrf(where: str, answer: str, target: str) -> float:
@@ -291,9 +364,10 @@ _METRICS: dict[Metric, Callable[[str, str, str], float]] = {
     "contains": lambda where, answer, target: float(target.strip() in answer),
     "regex": lambda where, answer, target: float(bool(find_all(where, target, answer))),
     "rouge_l": _rouge_l,
+    "rouge_l_mecab": _rouge_l_mecab,
     "chrf": _chrf,
     "bleu": _bleu,
     "anls": _anls,
     "json": _same_fields,
 }
-assert set(_METRICS) == set(get_args(Metric))
+assert {*_METRICS, "vqa_accuracy"} == set(get_args(Metric))

@@ -22,7 +22,7 @@ from evojax_merge.schema import Location, Name, Text, Whole
 from evojax_merge.tasks.language import check_language, language_of
 from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
 from evojax_merge.tasks.prompts import chat_template, encode_prompt
-from evojax_merge.tasks.records import Record, Source, is_file_name, read_source
+from evojax_merge.tasks.records import Record, Source
 from evojax_merge.tasks.task import (
     Opening,
     Place,
@@ -289,15 +289,12 @@ def open_gsm(config: GsmConfig, opening: Opening) -> GsmTask:
     if config.language is not None:
         check_language(f"{where}.language", config.language)
 
-    def read(key: str, reference: str) -> Source:
-        return read_source(opening.file(key, reference) if is_file_name(reference) else reference)
-
-    scored = read(*opening.source("source", config.source))
+    scored = opening.read(*opening.source("source", config.source))
     files, sources = scored.files, [("source", scored.name)]
     fewshot_examples: tuple[WordProblem, ...] = ()
     if config.num_fewshot:
         key = "source" if config.fewshot_source is None else "fewshot_source"
-        shown = read(key, config.fewshot_source or config.source)
+        shown = opening.read(key, config.fewshot_source or config.source)
         sources += [(key, shown.name)] if config.fewshot_source else []
         files += tuple(file for file in shown.files if file not in files)
         fewshot_examples = first_worked(f"{where}.num_fewshot", shown, config.num_fewshot)

@@ -27,8 +27,9 @@ from evojax_merge.chat_templates import ChatTemplateError, render_chat
 from evojax_merge.errors import InputError, shown
 from evojax_merge.schema import Location, Name, Text, Whole
 from evojax_merge.tasks.function import FunctionFailed, guard_user_function
+from evojax_merge.tasks.images import RecordImage, expand_images, images_of, number_images
 from evojax_merge.tasks.patterns import SECONDS, LimitedRegex, TooSlow, time_limit
-from evojax_merge.tasks.prompts import chat_template, encode_alone, prefix_token
+from evojax_merge.tasks.prompts import Written, chat_template, encode_alone, prefix_token
 from evojax_merge.tasks.task import (
     Opening,
     Responses,
@@ -45,6 +46,8 @@ from evojax_merge.tasks.task_folders import Templates, check_is_data, read_folde
 # The seeds of the harness's own command line for few-shot sampling, Python's and NumPy's generators.
 FEWSHOT_SEED, PYTHON_SEED, NUMPY_SEED = 1234, 0, 1234
 DEFAULT_NEW_TOKENS = 256
+# The text in an image's place in the harness's tasks.
+IMAGE = "<image>"
 
 # Tasks by which models are compared, their variants included. A user's own task of such a name counts as well.
 BENCHMARKS = (
@@ -143,6 +146,15 @@ class Source:
             self.kept = (template, self._build(template))
         return self.kept[1]
 
+    @property
+    def shows_images(self) -> bool:
+        return bool(getattr(self.task, "MULTIMODAL", False))
+
+    def images(self, where: str, request: Any) -> tuple[RecordImage, ...]:
+        """The images of a request. `where` names its example."""
+        visual = request.args[-1]["visual"] if self.shows_images else None
+        return () if visual is None else images_of(where, "doc_to_image", visual, Path.cwd())
+
     @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:
         """Encloses the task's work on answers. A task that is data alone is an input: its failure raises InputError."""
@@ -161,9 +173,8 @@ class Source:
     def _build(self, tokenizer: Any) -> list[list[Any]]:
         options, chat = self.options, None
         if tokenizer is not None:
-            chat = functools.partial(
-                _chat, chat_template(f"{self.where}: apply_chat_template", tokenizer, None), tokenizer
-            )
+            template = chat_template(f"{self.where}: apply_chat_template", tokenizer, None)
+            chat = functools.partial(_chat, template, tokenizer, shows_images=self.shows_images)
         # Few-shot examples are drawn from one stream over all examples, so they are built together and in order.
         self.task.set_fewshot_seed(FEWSHOT_SEED)
         try:
@@ -221,19 +232,27 @@ class HarnessTask(TaskDefaults):
         for number, example in enumerate(self.examples):
             where, counts = f"{self.source.where}, example {example}", []
             for request in instances[example]:
+                images = self.source.images(where, request)
                 if request.request_type == "generate_until":
-                    text, settings = request.args
+                    text, settings = request.args[:2]
                     new, stop = _limits(where, settings, tokenizer)
                     limits.add((new, stop))
                     if new >= context:
                         raise InputError(where, f"asks for {new} new tokens; the models' context is {context}")
-                    tokens = encode_prompt(tokenizer, text)[-(context - new) :]
+                    if self.source.shows_images:
+                        tokens = encode_images(tokenizer, where, text, images)
+                        check_length(where, len(tokens) + new, context)
+                    else:
+                        tokens = encode_prompt(tokenizer, text)[-(context - new) :]
                     if not tokens:
                         raise InputError(where, "the prompt has no token")
                     prompts.append(Row(tuple(tokens), len(tokens), where, number))
                     counts.append(1)
                     continue
-                if request.request_type == "loglikelihood":
+                if self.source.shows_images:
+                    pairs = [encode_image_pair(tokenizer, where, *request.args[:2], images)]
+                    check_length(where, sum(map(len, pairs[0])) - 1, context)
+                elif request.request_type == "loglikelihood":
                     pairs = [encode_pair(tokenizer, *request.args)]
                 else:
                     pairs = rolling_windows(tokenizer, request.args[0], context)
@@ -442,8 +461,10 @@ def open_harness(
         raise
     except Exception as error:
         raise InputError(where, f"lm_eval: {lm_eval} cannot be loaded ({_line(error)})") from error
-    if getattr(task, "MULTIMODAL", False):
-        raise InputError(where, f"lm_eval: {lm_eval} shows images or sounds; only text is supported")
+    if task.get_config("doc_to_audio") is not None:
+        raise InputError(where, f"lm_eval: {lm_eval} plays sounds; texts and images are supported")
+    if getattr(task, "MULTIMODAL", False) and task.OUTPUT_TYPE == "loglikelihood_rolling":
+        raise InputError(where, f"lm_eval: {lm_eval} shows images and asks for no answer; not supported")
     if getattr(task, "UNSAFE_CODE", False):
         raise InputError(where, f"lm_eval: {lm_eval} runs code that the model writes; not supported")
     configured = task.get_config("num_fewshot")
@@ -653,6 +674,28 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     return token_ids(tokenizer, text, **({"add_special_tokens": False} if begun else {}))
 
 
+def encode_images(tokenizer: Any, where: str, text: str, images: Sequence[RecordImage]) -> list[int]:
+    """The tokens of a text with images, those of images numbered, as the `hf-multimodal` model has them: the models'
+    own placeholder in place of the harness's, and the tokenizer's own special tokens, whatever the text begins with."""
+    text = text.replace(IMAGE, getattr(tokenizer, "placeholder", "") or IMAGE)
+    expanded = expand_images(tokenizer, where, text, images)
+    return number_images(tokenizer, where, token_ids(tokenizer, expanded), images)
+
+
+def encode_image_pair(
+    tokenizer: Any, where: str, context: str, target: str, images: Sequence[RecordImage]
+) -> tuple[list[int], list[int]]:
+    """Tokens before a target, whose context has images, and the target's."""
+    before = encode_images(tokenizer, where, context.rstrip(), images)
+    return before, encode_images(tokenizer, where, context + target, images)[len(before) :]
+
+
+def check_length(where: str, length: int, context: int) -> None:
+    """Raises InputError for a text with images that is too long: without its beginning it would lack some."""
+    if length > context:
+        raise InputError(where, f"needs {length:,} tokens with its images; the models' context is {context:,}")
+
+
 def rolling_windows(tokenizer: Any, text: str, context: int) -> list[tuple[list[int], list[int]]]:
     """A whole text as pieces that fit the context, each token predicted once, after the tokens before it."""
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -684,9 +727,14 @@ def _limits(where: str, settings: dict[str, Any], tokenizer: Any) -> tuple[int, 
     return new, tuple(dict.fromkeys(text for text in [*stop, *ends] if text))
 
 
-def _chat(template: str, tokenizer: Any, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+def _chat(
+    template: str, tokenizer: Any, history: list[dict[str, str]], add_generation_prompt: bool = True,
+    shows_images: bool = False,
+) -> str:  # fmt: skip
     """A conversation in the form of the tokenizer's template; without the system's turn where the template refuses
     it."""
+    if shows_images:
+        history = [turn | Written(IMAGE).turn(turn["role"], turn["content"]) for turn in history]
     write = functools.partial(
         render_chat,
         template,

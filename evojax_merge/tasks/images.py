@@ -81,14 +81,19 @@ def read_images(record: Record, folder: Path, texts: Collection[str]) -> tuple[R
         raise InputError(record.where, "has image and images; expected one of them")
     if not named:
         return ()
-    value = record.fields[named[0]]
-    values = value if isinstance(value, list) else [value]
-    places = [named[0]] if not isinstance(value, list) else [f"{named[0]}[{i}]" for i in range(len(values))]
-    return tuple(_image(record.where, place, one, folder) for place, one in zip(places, values, strict=True))
+    return images_of(record.where, named[0], record.fields[named[0]], folder)
+
+
+def images_of(where: str, place: str, value: Any, folder: Path) -> tuple[RecordImage, ...]:
+    """The images of a value, an image or a list of images. place: its name in messages; folder: relative paths start
+    there. Raises InputError where an image cannot be opened."""
+    if not isinstance(value, list):
+        return (_image(where, place, value, folder),)
+    return tuple(_image(where, f"{place}[{i}]", one, folder) for i, one in enumerate(value))
 
 
 def _image(where: str, place: str, value: Any, folder: Path) -> RecordImage:
-    file, content = None, None
+    file, content = None, _written(value)
     # A column of images in parquet has their bytes, or the paths of files beside it.
     if isinstance(value, Mapping):
         content = value.get("bytes")
@@ -103,6 +108,8 @@ def _image(where: str, place: str, value: Any, folder: Path) -> RecordImage:
             content = read_regular(file, "an image", MAX_BYTES)
         except FileNotFoundError:
             raise InputError(where, f"{place}: {value}: no such file in {folder}; {EXPECTED}") from None
+        except InputError as error:
+            raise InputError(where, f"{place}: {value}: {error.what}") from None
         except (OSError, ValueError) as error:
             raise _unreadable(f"{where}: {place}: {value}", error) from None
     if not isinstance(content, bytes):
@@ -113,6 +120,15 @@ def _image(where: str, place: str, value: Any, folder: Path) -> RecordImage:
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise _unreadable(named, error) from None
     return RecordImage(named, hashlib.sha256(content).hexdigest(), file, None if file is not None else content)
+
+
+def _written(value: Any) -> bytes | None:
+    """An image of Pillow's as a file; None for another value."""
+    if not hasattr(value, "convert"):
+        return None
+    file = io.BytesIO()
+    value.convert("RGB").save(file, "PNG")
+    return file.getvalue()
 
 
 def _decoded(where: str, place: str, value: str) -> bytes:

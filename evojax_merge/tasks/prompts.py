@@ -42,7 +42,7 @@ class PromptConfig(TaskConfig):
 
     kind: str = Field(description="the kind of task")
     file: Location = Field(
-        description="JSON lines, a .json list, .csv or .parquet file, or zoo:search.jsonl and its like"
+        description="JSON lines, .json, .csv or .parquet, zoo:search.jsonl and its like, or hub:owner/dataset:split"
     )
     prompt: Text = Field("{prompt}", description="a template over a record's fields")
     target: Text = Field("{target}", description="a template over a record's fields")
@@ -136,7 +136,7 @@ class Prompts:
             prefix = self.prefix and joined(prompt, self.delimiter, self.prefix)
             return f"{self._shown}{prompt}{prefix}"
         seen = bool(images or self.images)
-        written = _Written.of(tokenizer, self._template(tokenizer)) if seen else _Written()
+        written = Written.of(tokenizer, self._template(tokenizer)) if seen else Written()
         # A conversation has one system turn at its beginning: that of the scored example.
         systems, asked = _parted(written.turns(prompt, turns, len(images)))
         if self.system is not None:
@@ -153,7 +153,7 @@ class Prompts:
         return self._render(tokenizer, where, written, systems, [*shown, *asked])
 
     def _render(
-        self, tokenizer: Any, where: str, written: "_Written", systems: list[Turn], conversation: list[Turn]
+        self, tokenizer: Any, where: str, written: "Written", systems: list[Turn], conversation: list[Turn]
     ) -> str:
         key, template = f"{self.where}.apply_chat_template", self._template(tokenizer)
         answer = [written.turn("assistant", self.prefix)] if self.prefix else []
@@ -206,14 +206,14 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class _Written:
+class Written:
     """The form of a conversation's turns. placeholder: the text in an image's place, where turns are lists of texts and
     images, transformers' form for models that see; None: turns are texts."""
 
     placeholder: str | None = None
 
     @classmethod
-    def of(cls, tokenizer: Any, template: str) -> "_Written":
+    def of(cls, tokenizer: Any, template: str) -> "Written":
         """The form that a chat template reads."""
         return cls((getattr(tokenizer, "placeholder", "") or None) if PARTS.search(template) else None)
 

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 
 from evojax_merge.errors import InputError
 from evojax_merge.schema import Heldout, Name, Real, Section, Whole
+from evojax_merge.tasks.records import Source, is_file_name, read_source
 
 # (logits float32[Q, V], targets int32[Q], mask bool[Q]) -> a number: a traced function's score of a row.
 LogitsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -276,6 +277,11 @@ class Opening:
     def file(self, key: str, reference: str) -> Path:
         """The file that a key of the config names."""
         return self.find_file(f"{self.where}.{key}", reference, self.folder)
+
+    def read(self, key: str, reference: str) -> Source:
+        """The records of a file that a key of the config names, or of a source by its name, such as
+        `hub:owner/dataset`."""
+        return read_source(self.file(key, reference) if is_file_name(reference) else reference)
 
     def source(self, key: str, reference: str) -> tuple[str, str]:
         """The key that names the examples, and their source: `reference` of the config's `key`, or the second one."""

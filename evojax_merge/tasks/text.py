@@ -32,7 +32,7 @@ from evojax_merge.tasks.prompts import (
     prefixed,
     read_turns,
 )
-from evojax_merge.tasks.records import Record, read_file
+from evojax_merge.tasks.records import Record, Source, read_source
 from evojax_merge.tasks.task import (
     Derivative,
     Opening,
@@ -119,8 +119,9 @@ class TextTask(TaskDefaults):
     """A task (tasks.task) of text: its kind, and its examples of one split.
 
     `pattern` (exact_match) is a regular expression whose last match in the output is the answer: the first of its
-    groups that took part, where it has groups. None: the last number, after `####` where there is one. `fewshot_file`:
-    the file of the shown examples, where that is another than `file`.
+    groups that took part, where it has groups. None: the last number, after `####` where there is one. `file`: the
+    source of the examples by its name; `fewshot_file`: that of the shown examples, where it is another one;
+    `data_files`: the files that both were read from.
     """
 
     name: str
@@ -134,12 +135,13 @@ class TextTask(TaskDefaults):
     stop: tuple[str, ...] = ()
     prompts: Prompts = PLAIN
     fewshot_file: str | None = None
+    data_files: tuple[Path, ...] = ()
 
     @property
     def files(self) -> tuple[Path, ...]:
         images = (*self.prompts.images, *(image for example in self.examples for image in example.images))
-        data = (Path(file) for file in (self.file, self.fewshot_file or self.file))
-        return tuple(dict.fromkeys([*data, *(image.file for image in images if image.file is not None)]))
+        files = (image.file for image in images if image.file is not None)
+        return tuple(dict.fromkeys([*self.data_files, *files]))
 
     @property
     def size(self) -> int:
@@ -227,7 +229,7 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
     data = read_prompted(config, opening, kind, fields, fields)
     task = TextTask(
         config.name, kind, metric, config.weight, data.file, data.examples, config.pattern, config.max_new_tokens,
-        tuple(config.stop), data.prompts, data.fewshot_file,
+        tuple(config.stop), data.prompts, data.fewshot_file, data.files,
     )  # fmt: skip
     repeating = [task.where(example) for example in task.examples if len(set(example.targets)) < len(example.targets)]
     if repeating:
@@ -306,10 +308,11 @@ def checked_fields(where: str, config: PromptConfig, choices: str = "", answer: 
 
 @dataclass(frozen=True)
 class PromptedData:
-    """The examples of one file that are scored, their records, and the form of their prompts. `fewshot_file`: the file
-    of the shown examples, where that is another."""
+    """The examples of one source that are scored, their records, and the form of their prompts. `fewshot_file`: the
+    source of the shown examples, where that is another; `files`: all files that were read."""
 
     file: str
+    files: tuple[Path, ...]
     examples: tuple[Example, ...]
     records: tuple[Mapping[str, Any], ...]
     prompts: Prompts
@@ -319,26 +322,26 @@ class PromptedData:
 def read_prompted(
     config: PromptConfig, opening: Opening, kind: Kind, fields: Fields, fewshot_fields: Fields
 ) -> PromptedData:
-    """The examples of the opening's file. Examples that are shown are not scored, whatever file they come from: their
-    answers stand in the prompt. Raises InputError for a file that does not fit, or has too few examples to show."""
-    file = opening.file(*opening.source("file", config.file))
-    records = read_file(file)
-    examples = [_example(record, kind, fields, file.parent) for record in records]
-    shots, fewshot_file = [], None
+    """The examples of the opening's source. Examples that are shown are not scored, whatever source they come from:
+    their answers stand in the prompt. Raises InputError for records that do not fit, or too few examples to show."""
+    source = opening.read(*opening.source("file", config.file))
+    records, files, fewshot_file = list(source.records), source.files, None
+    examples, shots = _examples(source, kind, fields), []
     if config.num_fewshot:
         # Held-out examples have the same ones before them as those that are searched on.
         key = "file" if config.fewshot_source is None else "fewshot_source"
-        source = opening.file(key, config.fewshot_source or config.file)
-        shown = records if source == file else read_file(source)
-        if len(shown) < config.num_fewshot:
-            what = f"{config.num_fewshot}; {source} has only {len(shown)}"
+        is_same = config.fewshot_source is None and opening.heldout is None
+        shown = source if is_same else opening.read(key, config.fewshot_source or config.file)
+        if len(shown.records) < config.num_fewshot:
+            what = f"{config.num_fewshot}; {shown.name} has only {len(shown.records)}"
             raise InputError(f"{opening.where}.num_fewshot", what)
-        shots = [_example(record, kind, fewshot_fields, source.parent) for record in shown[: config.num_fewshot]]
-        fewshot_file = str(source) if config.fewshot_source is not None or source != file else None
+        shots = _examples(replace(shown, records=shown.records[: config.num_fewshot]), kind, fewshot_fields)
+        fewshot_file = shown.name if config.fewshot_source is not None or shown.name != source.name else None
+        files += shown.files
         asked = {_identity(shot, kind) for shot in shots}
         kept = [number for number, example in enumerate(examples) if _identity(example, kind) not in asked]
         if not kept:
-            what = f"{config.num_fewshot}; leaves no example of {file} to score"
+            what = f"{config.num_fewshot}; leaves no example of {source.name} to score"
             raise InputError(f"{opening.where}.num_fewshot", what)
         records, examples = [records[number] for number in kept], [examples[number] for number in kept]
     prefix = config.assistant_prefix
@@ -349,7 +352,7 @@ def read_prompted(
         config.chat_template_kwargs,
     )  # fmt: skip
     return PromptedData(
-        str(file), tuple(examples), tuple(record.fields for record in records), prompts, fewshot_file
+        source.name, files, tuple(examples), tuple(record.fields for record in records), prompts, fewshot_file
     )  # fmt: skip
 
 
@@ -365,7 +368,11 @@ def _identity(example: Example, kind: Kind) -> tuple[Any, ...]:
 
 def read_examples(path: Path, kind: Kind, fields: Fields) -> list[Example]:
     """Read and check a task file. Raises InputError with the place of the first record that does not fit."""
-    return [_example(record, kind, fields, path.parent) for record in read_file(path)]
+    return _examples(read_source(path), kind, fields)
+
+
+def _examples(source: Source, kind: Kind, fields: Fields) -> list[Example]:
+    return [_example(record, kind, fields, source.files[0].parent) for record in source.records]
 
 
 def _example(record: Record, kind: Kind, fields: Fields, folder: Path) -> Example:

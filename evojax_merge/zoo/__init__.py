@@ -1,16 +1,21 @@
 """The demo family: tiny models whose weights come with the package, others of the same kind that are trained on the
-spot, a family of looped models, and a real small model taken from a package.
+spot, families of looped models, of classifiers, of translators and of a model that sees with a text model, and a real
+small model from a package.
 
 References: `zoo:base`, `zoo:maths`, `zoo:japanese` are models, `zoo:search.jsonl` and `zoo:heldout.jsonl` task files;
 `zoo:3/base` belongs to the family of seed 3, which is trained first, and `zoo:experts/sums` is one of six more experts
 of `zoo:base`, which are trained first as well. `zoo:loops/plus`, `zoo:loops/3/plus` belong to the looped families
-(loops), `zoo:smollm2/base` to the real model (smollm2). All of them are kept in the user's cache folder once made.
+(loops), `zoo:vit/low` and `zoo:t5/french` to networks that `backend: torch` opens (vit, t5), `zoo:evovlm/vision` and
+`zoo:evovlm/3/vision` to those that see (evovlm), `zoo:smollm2/base` to the real model (smollm2). All of them are kept in
+the user's cache folder once made.
 """
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +30,8 @@ MODELS = ("base", "maths", "japanese")
 FILES = ("search.jsonl", "heldout.jsonl")
 # More experts of the packaged base: three of hard sums in English, three that answer in Japanese.
 EXPERTS = ("sums", "differences", "both", "easy_sums", "copying", "mixed")
+# Families that are trained on the spot, each in the module of its name, which has a FAMILY.
+TRAINED = ("loops", "t5", "vit")
 # The version of the training recipe in `arithmetic` and of the packaged weights: each version has a folder of its own.
 VERSION = "v3"
 
@@ -47,10 +54,14 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
         return smollm2.resolve_reference(name.removeprefix("smollm2/"))
     if name.partition("/")[0] == "experts":
         return _expert(name.partition("/")[2])
-    if name.startswith("loops/"):
-        from evojax_merge.zoo import loops
+    if name.startswith("evovlm/"):
+        from evojax_merge.zoo import evovlm
 
-        return loops.resolve_reference(name.removeprefix("loops/"))
+        return evovlm.resolve_reference(name.removeprefix("evovlm/"))
+    kind, _, rest = name.partition("/")
+    if kind in TRAINED:
+        family: TrainedFamily = import_module(f"evojax_merge.zoo.{kind}").FAMILY
+        return family.resolve_reference(rest)
     match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
     if match is None or match[2] not in MODELS + FILES:
         numbered = re.match(r"\d{1,9}/", name)
@@ -99,6 +110,38 @@ def _expert(name: str) -> Path:
 
         train_family(folder, f"{', '.join(EXPERTS)} of {PREFIX}base", sum(EXPERT_STEPS.values()), make_experts)
     return folder / name
+
+
+@dataclass(frozen=True)
+class TrainedFamily:
+    """A kind of family that is trained on the spot, one for each seed, as `zoo:NAME/3/MODEL`; `zoo:NAME/MODEL` belongs
+    to that of seed 0.
+
+    version: of the recipe of the training, which every change of it increases; steps: those of all models together.
+    make: (an empty folder, seed=…, progress=…) trains the models into the folder, see `train_family`.
+    """
+
+    name: str
+    version: str
+    models: Sequence[str]
+    steps: int
+    make: Callable[..., None]
+
+    def resolve_reference(self, name: str) -> Path:
+        """The path of a model or file, `3/plus` or `plus`; a missing family is trained first. Raises InputError for
+        another name."""
+        match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
+        contents = (*self.models, *FILES)
+        if match is None or match[2] not in contents:
+            references = [f"{PREFIX}{self.name}/{name_or_file}" for name_or_file in contents]
+            near = did_you_mean(f"{PREFIX}{self.name}/{name}", references)
+            raise InputError(f"{PREFIX}{self.name}/{name}", f"the zoo has no such model or file{near}")
+        seed = int(match[1] or 0)
+        family = cache_folder() / self.version / f"seed-{seed}"
+        if not family.is_dir():
+            what = f"{', '.join(self.models)} ({self.name}, seed {seed})"
+            train_family(family, what, self.steps, partial(self.make, seed=seed))
+        return family / match[2]
 
 
 def train_family(family: Path, what: str, steps: int, make: Callable[..., None]) -> None:

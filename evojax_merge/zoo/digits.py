@@ -19,10 +19,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from evojax_merge.errors import InputError
 from evojax_merge.pytrees import Generation, PytreeSearch, search_pytrees
+from evojax_merge.zoo.digit_images import HIGH, LOW, load_digit_images
 
-LOW, HIGH = range(5), range(5, 10)
 BATCH = 64
 
 
@@ -76,14 +75,11 @@ class Family:
 
 def load_digits(seed: int) -> tuple[Digits, Digits, Digits]:
     """(for training, for the search, held out): 800, 500 and 497 images."""
-    try:
-        from sklearn.datasets import load_digits as load
-    except ImportError:
-        raise InputError("zoo.digits", "needs scikit-learn: pip install 'evojax-merge[digits]'") from None
-    dataset = load()
-    order = np.random.default_rng([seed, 0]).permutation(len(dataset.target))
-    everything = Digits(jnp.asarray(dataset.images[order, ..., None] / 16.0), jnp.asarray(dataset.target[order]))
-    return everything[slice(800)], everything[slice(800, 1300)], everything[slice(1300, None)]
+    training, search, heldout = (
+        Digits(jnp.asarray(part.images[..., None] / 16.0), jnp.asarray(part.labels))
+        for part in load_digit_images("zoo.digits", seed)
+    )
+    return training, search, heldout
 
 
 def log_probabilities(model: Reader, digits: Digits) -> jax.Array:

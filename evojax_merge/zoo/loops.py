@@ -13,7 +13,6 @@ layers again can.
 """
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,13 +24,12 @@ import numpy as np
 import optax
 
 from evojax_merge.checkpoints.config_file import decoder_config
-from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.models.architecture import LAYERS
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.layers import padded_layout
 from evojax_merge.models.sources import StackedWeights
-from evojax_merge.zoo import FILES, cache_folder, train_family
+from evojax_merge.zoo import FILES, TrainedFamily
 from evojax_merge.zoo.tiny_llama import (
     DIGITS,
     EOS,
@@ -193,17 +191,9 @@ def make_family(folder: Path, seed: int, plan: Plan, progress: Callable[[str, in
     stage("times", base, plan.times_steps, ("times",))
 
 
-def resolve_reference(name: str, plan: Plan | None = None) -> Path:
-    """The path of a model or file: `3/plus` belongs to the family of seed 3, and `plus` to that of seed 0. A missing
-    family is trained first, as long as `plan` says. Raises InputError for another name."""
-    match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
-    if match is None or match[2] not in MODELS + FILES:
-        references = [f"zoo:loops/{name_or_file}" for name_or_file in MODELS + FILES]
-        near = did_you_mean(f"zoo:loops/{name}", references)
-        raise InputError(f"zoo:loops/{name}", f"the zoo has no such model or file{near}")
-    seed, plan = int(match[1] or 0), plan or Plan()
-    family = cache_folder() / VERSION / f"seed-{seed}"
-    if not family.is_dir():
-        what = f"{', '.join(MODELS)} (loops, seed {seed})"
-        train_family(family, what, plan.steps, partial(make_family, seed=seed, plan=plan))
-    return family / match[2]
+def family(plan: Plan) -> TrainedFamily:
+    """The kind of family whose models train as long as `plan` says."""
+    return TrainedFamily("loops", VERSION, MODELS, plan.steps, partial(make_family, plan=plan))
+
+
+FAMILY = family(Plan())

@@ -1,6 +1,7 @@
-"""Tiny vision-language models with their processors, and transformers' scores of prompts with images."""
+"""Tiny vision-language models with their processors, and images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ import torch
 import transformers
 from helpers import word_tokenizer, words
 from PIL import Image
+
+from reference.vision_scores import load_seeing, records_score, seeing_logprobs, seeing_text
+
+__all__ = ["load_seeing", "records_score", "seeing_logprobs", "seeing_text"]
 
 IMAGE_TOKEN, VOCAB = 60, 64
 # The sizes of the images: of one shape, wide, high, and smaller than the model's.
@@ -22,6 +27,14 @@ def tokenizer(*special: str) -> Any:
     made = word_tokenizer(tokens)
     made.add_special_tokens({"additional_special_tokens": list(special)})
     return made
+
+
+def named_tokenizer(names: dict[str, str]) -> Any:
+    """A tokenizer whose special tokens are attributes of these names, which the processor reads."""
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer(*names.values()).backend_tokenizer, unk_token="<unk>", bos_token="<s>",
+        eos_token="</s>", pad_token="<pad>", extra_special_tokens=names,
+    )  # fmt: skip
 
 
 def llava_processor() -> Any:
@@ -49,16 +62,45 @@ def idefics3_processor() -> Any:
     return transformers.Idefics3Processor(pixels, tokenizer(*special), image_seq_len=4)
 
 
+def smolvlm_processor() -> Any:
+    pixels = transformers.SmolVLMImageProcessor(size={"longest_edge": 24}, max_image_size={"longest_edge": 12})
+    tiles = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    made = tokenizer(*tiles, "<global-img>", "<end_of_utterance>", "<fake_token_around_image>", "<image>")
+    return transformers.SmolVLMProcessor(pixels, made, transformers.SmolVLMVideoProcessor(), image_seq_len=4)
+
+
+def internvl_processor() -> Any:
+    pixels = transformers.GotOcr2ImageProcessor(size={"height": 8, "width": 8}, max_patches=4)
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    made = named_tokenizer({**names, "video_token": "<video>"})
+    return transformers.InternVLProcessor(pixels, made, transformers.InternVLVideoProcessor(), image_seq_length=4)
+
+
+def pixtral_processor(merged: int = 1) -> Any:
+    """The processor of images of any size, whose rows end with a token. merged: how many patches in each direction
+    are one position."""
+    pixels = transformers.PixtralImageProcessor(size={"longest_edge": 24}, patch_size={"height": 4, "width": 4})
+    made = tokenizer("[IMG_BREAK]", "[IMG_END]", "[IMG]")
+    return transformers.PixtralProcessor(pixels, made, patch_size=4, spatial_merge_size=merged)
+
+
+def mistral3_processor() -> Any:
+    return pixtral_processor(merged=2)
+
+
 def gemma3_processor() -> Any:
     pixels = transformers.Gemma3ImageProcessorPil(size={"height": 8, "width": 8})
-    made = tokenizer("<begin>", "<end>", "<soft>")
-    # The names of these tokens are attributes, which the processor reads.
-    special = {"boi_token": "<begin>", "eoi_token": "<end>", "image_token": "<soft>"}
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made.backend_tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        pad_token="<pad>", extra_special_tokens=special,
-    )  # fmt: skip
+    made = named_tokenizer({"boi_token": "<begin>", "eoi_token": "<end>", "image_token": "<soft>"})
     return transformers.Gemma3Processor(pixels, made, image_seq_length=4)
+
+
+def qwen_processor(kind: str) -> Any:
+    size = {"shortest_edge": 64, "longest_edge": 1024}
+    pixels = transformers.Qwen2VLImageProcessorPil(size=size, patch_size=4, merge_size=2, temporal_patch_size=2)
+    made = tokenizer("<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>")
+    frames = getattr(transformers, "Qwen3VLVideoProcessor" if kind == "Qwen3VL" else "Qwen2VLVideoProcessor")
+    videos = frames(size=size, patch_size=4, merge_size=2, temporal_patch_size=2)
+    return getattr(transformers, f"{kind}Processor")(pixels, made, videos)
 
 
 TILES = [[12, 24], [24, 12], [24, 24]]
@@ -70,7 +112,17 @@ VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "n
 CLIP = {"model_type": "clip_vision_model", "image_size": 12, "patch_size": 4, **VISION}
 LLAMA, IMAGES = {"model_type": "llama", **TEXT}, {"image_token_index": IMAGE_TOKEN}
 MISTRAL = {"model_type": "mistral", "sliding_window": None, "head_dim": 8, **TEXT}
-# model_type -> its settings, and its processor.
+QWEN2 = {"model_type": "qwen2", **TEXT}
+PIXTRAL = {"model_type": "pixtral", "image_size": 24, "patch_size": 4, "head_dim": 8, **VISION}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+QWEN_IMAGES = {
+    "image_token_id": IMAGE_TOKEN, "video_token_id": IMAGE_TOKEN - 1, "vision_end_token_id": IMAGE_TOKEN - 2,
+    "vision_start_token_id": IMAGE_TOKEN - 3,
+}  # fmt: skip
+QWEN_VISION = {
+    "depth": 2, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
+# model_type, or a name -> its settings, and its processor.
 SEEING: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     "llava": ({"text_config": LLAMA, "vision_config": CLIP, **IMAGES}, llava_processor),
     "llava_next": (
@@ -90,17 +142,61 @@ SEEING: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
          "vision_config": {"model_type": "idefics3_vision", "image_size": 12, "patch_size": 3, **VISION}},
         idefics3_processor,
     ),
+    "smolvlm": (
+        {"text_config": LLAMA, "image_token_id": IMAGE_TOKEN, "scale_factor": 2,
+         "vision_config": {"model_type": "smolvlm_vision", "image_size": 12, "patch_size": 3, **VISION}},
+        smolvlm_processor,
+    ),
+    "internvl": (
+        {"text_config": QWEN2, "image_token_id": IMAGE_TOKEN - 1, "image_seq_length": 4,
+         "vision_config": {"model_type": "internvl_vision", "image_size": [8, 8], "patch_size": [2, 2], **VISION}},
+        internvl_processor,
+    ),
+    "mistral3": (
+        {"text_config": MISTRAL, "vision_config": PIXTRAL, "spatial_merge_size": 2, **IMAGES}, mistral3_processor,
+    ),
+    "pixtral": (
+        {"model_type": "llava", "text_config": MISTRAL, "vision_config": PIXTRAL, "vision_feature_layer": -1,
+         "vision_feature_select_strategy": "full", **IMAGES},
+        pixtral_processor,
+    ),
+    "qwen2_vl": (
+        {"text_config": {"model_type": "qwen2_vl_text", **TEXT, "rope_parameters": MROPE}, **QWEN_IMAGES,
+         "vision_config": {"model_type": "qwen2_vl_vision", **QWEN_VISION, "embed_dim": 16, "hidden_size": 32,
+                           "mlp_ratio": 2}},
+        partial(qwen_processor, "Qwen2VL"),
+    ),
+    "qwen2_5_vl": (
+        {"text_config": {"model_type": "qwen2_5_vl_text", **TEXT, "rope_parameters": MROPE}, **QWEN_IMAGES,
+         "vision_config": {"model_type": "qwen2_5_vl_vision", **QWEN_VISION, "intermediate_size": 24,
+                           "out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]}},
+        partial(qwen_processor, "Qwen2_5_VL"),
+    ),
+    "qwen3_vl": (
+        {"text_config": {"model_type": "qwen3_vl_text", **TEXT, "head_dim": 8, "num_hidden_layers": 4,
+                         "rope_parameters": MROPE | {"mrope_section": [2, 1, 1], "mrope_interleaved": True}},
+         "vision_config": {"model_type": "qwen3_vl_vision", **QWEN_VISION, "intermediate_size": 24, "depth": 3,
+                           "out_hidden_size": 32, "num_position_embeddings": 16,
+                           "deepstack_visual_indexes": [0, 1, 2]},
+         **QWEN_IMAGES},
+        partial(qwen_processor, "Qwen3VL"),
+    ),
 }  # fmt: skip
 # The text in an image's place, where it is not `<image>`.
-PLACEHOLDERS = {"gemma3": "<begin>"}
+QWEN_PLACE = "<|vision_start|> <|image_pad|> <|vision_end|>"
+PLACEHOLDERS = {
+    "gemma3": "<begin>", "internvl": "<IMG_CONTEXT>", "mistral3": "[IMG]", "pixtral": "[IMG]", "qwen2_vl": QWEN_PLACE,
+    "qwen2_5_vl": QWEN_PLACE, "qwen3_vl": QWEN_PLACE,
+}  # fmt: skip
 
 
 def seeing_model(kind: str) -> Any:
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **SEEING[kind][0])
+    config = transformers.AutoConfig.for_model(**{"model_type": kind, **SEEING[kind][0]})
     model = transformers.AutoModelForImageTextToText.from_config(config).float().eval()
     for name, values in model.named_parameters():
         torch.nn.init.normal_(values, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    model.make_processor = SEEING[kind][1]
     return model
 
 
@@ -114,17 +210,8 @@ def save_seeing(model: Any, folder: Path, seed: int, vision_noise: float = 0.0) 
     copy = type(model)(model.config)
     copy.load_state_dict(state)
     copy.save_pretrained(folder)
-    SEEING[model.config.model_type][1]().save_pretrained(folder)
+    model.make_processor().save_pretrained(folder)
     return folder
-
-
-def load_seeing(folder: Path) -> tuple[Any, Any]:
-    """(model, processor) as transformers loads them from a folder, with all tensors that the model has."""
-    model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    return model.eval(), transformers.AutoProcessor.from_pretrained(folder)
 
 
 def write_images(folder: Path) -> list[Path]:
@@ -135,29 +222,3 @@ def write_images(folder: Path) -> list[Path]:
         files.append(folder / f"{number}.png")
         Image.fromarray(pixels).save(files[-1])
     return files
-
-
-def _inputs(processor: Any, prompt: str, images: Sequence[Path]) -> dict[str, Any]:
-    opened = [Image.open(file).convert("RGB") for file in images]
-    return dict(processor(text=[prompt], images=opened or None, return_tensors="pt"))
-
-
-def seeing_logprobs(model: Any, processor: Any, prompt: str, images: Sequence[Path], target: str) -> np.ndarray:
-    """float64[len(target)]: the log-probability of each token of a target of words after a prompt with images."""
-    inputs, wanted = _inputs(processor, prompt, images), processor.tokenizer(target)["input_ids"]
-    ids = torch.cat([inputs["input_ids"], torch.tensor([wanted])], dim=1)
-    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if "token_type_ids" in inputs:
-        inputs["token_type_ids"] = torch.cat([inputs["token_type_ids"], torch.zeros(1, len(wanted), dtype=int)], dim=1)
-    with torch.no_grad():
-        logits = model(**inputs).logits[0, -len(wanted) - 1 : -1]
-    return torch.log_softmax(logits.double(), -1)[range(len(wanted)), wanted].numpy()
-
-
-def seeing_text(model: Any, processor: Any, prompt: str, images: Sequence[Path], new: int) -> str:
-    """The greedy continuation of a prompt with images, as a text."""
-    inputs = _inputs(processor, prompt, images)
-    with torch.no_grad():
-        whole = model.generate(**inputs, max_new_tokens=new, do_sample=False, eos_token_id=2, pad_token_id=0)
-    generated = whole[0, inputs["input_ids"].shape[1] :]
-    return str(processor.tokenizer.decode(generated, skip_special_tokens=True))

@@ -14,7 +14,7 @@ from evojax_merge.backends.decoder.vision import Vision
 from evojax_merge.checkpoints.bank import bank_bytes, load_stored
 from evojax_merge.checkpoints.derived import input_files, reference_to
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
-from evojax_merge.checkpoints.parents import Sources, open_sources
+from evojax_merge.checkpoints.parents import Sources, as_decoder_of, open_sources
 from evojax_merge.checkpoints.tokens import TokenizerChoice
 from evojax_merge.config import Config, EvaluationConfig
 from evojax_merge.errors import InputError
@@ -37,6 +37,7 @@ from evojax_merge.mergekit.streams import parse_stream
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.models.architecture import architecture_of
 from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.images import ImageTable
 from evojax_merge.references import resolve_reference
 from evojax_merge.report.notices import log_unused_config_keys
 from evojax_merge.report.progress import merge_bar
@@ -239,11 +240,11 @@ class DecoderBackend:
         self.candidates.planned_population(self.planner(0).evaluator, 1, sizes.place)
         # Layer paths are planned as one model, but all of the parents' layers are loaded.
         sizes.bank = max(sizes.bank, self.held_bytes() // shards)
-        self.abstract_features(self.compute_dtype, sizes.place)
+        self.abstract_images(self.compute_dtype, sizes.place)
         return sizes
 
-    def abstract_features(self, dtype: str, place: Callable[..., Any]) -> Any:
-        """The features of the tasks' images as an abstract array, which `place` makes; None where there are none."""
+    def abstract_images(self, dtype: str, place: Callable[..., Any]) -> ImageTable | None:
+        """The tasks' images as abstract arrays, which `place` makes; None where there are none."""
         vision = self.models.vision
         return None if vision is None else vision.abstract_table(self.models.decoder.hidden, dtype, place)
 
@@ -287,13 +288,12 @@ class DecoderBackend:
     ) -> SpaceEvaluator[Any]:  # fmt: skip
         decoder = DecoderEvaluator(
             self.models.decoder, self.models.tokenizer, tasks, dtype, self.settings.chunk, devices, log, chunk_sizes,
-            target=self.target, features=self._features(None, dtype, devices),
+            target=self.target, images=self._images(None, dtype, devices),
         )  # fmt: skip
         return SpaceEvaluator(self.space, self.candidates.evaluator(decoder, bank), devices)
 
-    def _features(self, model: Path | None, dtype: str, devices: Devices) -> Any:
-        """The features of the tasks' images in front of candidates (None) or of a stored model; None where there are
-        none."""
+    def _images(self, model: Path | None, dtype: str, devices: Devices) -> ImageTable | None:
+        """The tasks' images in front of candidates (None) or of a stored model; None where there are none."""
         return None if self.models.vision is None else self.models.vision.table(model, dtype, devices.put)
 
     def describe_work(self, evaluators: Sequence[SpaceEvaluator[Any]]) -> str:
@@ -313,8 +313,10 @@ class DecoderBackend:
             else open_sources([model])
         )
         candidates: DecoderEvaluator = heldout.evaluator.evaluator
-        features = self._features(model, candidates.compute_dtype, candidates.devices)
-        evaluator = replace(candidates, config=config, features=features)
+        images = self._images(model, candidates.compute_dtype, candidates.devices)
+        # A text model takes images as the decoder that it merges into does.
+        config = as_decoder_of(config, self.models.decoder)
+        evaluator = replace(candidates, config=config, images=images)
         return evaluator.stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)
 
     def answers(

@@ -50,7 +50,7 @@ class DecoderPlanner:
         return DecoderEvaluator(
             backend.models.decoder, backend.models.tokenizer, [], backend.compute_dtype, chunk, devices, target=target,
             free_memory=lambda: free, temporary_bytes=JaxprReader(target, devices).temporary_bytes,
-            features=backend.abstract_features(backend.compute_dtype, devices.abstract),
+            images=backend.abstract_images(backend.compute_dtype, devices.abstract),
         )  # fmt: skip
 
     @cached_property
@@ -59,8 +59,8 @@ class DecoderPlanner:
         if self.backend.final_compute_dtype == self.backend.compute_dtype:
             return self.evaluator
         dtype, devices = self.backend.final_compute_dtype, self.evaluator.devices
-        features = self.backend.abstract_features(dtype, devices.abstract)
-        return replace(self.evaluator, compute_dtype=dtype, chunk_sizes={}, features=features)
+        images = self.backend.abstract_images(dtype, devices.abstract)
+        return replace(self.evaluator, compute_dtype=dtype, chunk_sizes={}, images=images)
 
     @property
     def jobs(self) -> int:
@@ -106,7 +106,7 @@ class DecoderPlanner:
         does not fit."""
         evaluator = replace(
             planned, devices=compiler.devices, temporary_bytes=compiler.temporary_bytes,
-            features=self.backend.abstract_features(planned.compute_dtype, compiler.place_leaf),
+            images=self.backend.abstract_images(planned.compute_dtype, compiler.place_leaf),
         )  # fmt: skip
         population = self.backend.candidates.planned_population(
             evaluator, size * compiler.devices.population, compiler.place_leaf

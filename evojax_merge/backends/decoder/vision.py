@@ -4,6 +4,7 @@ They depend on the image, the model's processor and its modules outside of the d
 own processor and modules, in transformers and torch, make them once for each image, and the user's cache keeps them.
 """
 
+import copy
 import hashlib
 import inspect
 import json
@@ -23,25 +24,44 @@ from evojax_merge.checkpoints.writer import PROCESSOR_FILES
 from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import InputError, shown
 from evojax_merge.file_system import atomic_file
+from evojax_merge.models.images import Grid, GridPositions, ImageTable
 from evojax_merge.tasks.images import EXTRA, RecordImage
 
 # The larger models whose images are computed as transformers computes them. The others read texts alone: their
 # positions, masks or layers know of images.
-SEEING = ("gemma3", "idefics3", "llava", "llava_next", "vipllava")
+SEEING = (
+    "gemma3", "idefics3", "internvl", "llava", "llava_next", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
+    "smolvlm", "vipllava",
+)  # fmt: skip
+# The input of a vision tower that says how many patches an image has in time, height and width, for M-RoPE.
+GRID = "image_grid_thw"
 # The keys of config.json that name the token of an image's positions.
 PLACEHOLDER_KEYS = ("image_token_id", "image_token_index")
 # The key of config.json that names the token in an image's place, where it is another than that of its positions.
 PLACE_KEY = "boi_token_index"
+# The endings of a processor's settings that say who wrote it, and not what it does.
+UNCOMPARED = ("_class", "_type", "_name_or_path", "_version", "auto_map", "chat_template")
 # A change of what a file of features holds.
-FORMAT = "1"
+FORMAT = "2"
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """The text that a processor puts in an image's place, and the number of the image's positions in it."""
+    """The text that a processor puts in an image's place, and the number of the image's positions in it. grid: the
+    image's in M-RoPE; None: its positions count tokens."""
 
     text: str
     rows: int
+    grid: Grid | None = None
+
+
+@dataclass(frozen=True)
+class Features:
+    """An image's features. rows: float32[R, hidden], in front of the decoder; deepstack: float32[D, R, hidden], what is
+    added behind each of its first D layers."""
+
+    rows: np.ndarray
+    deepstack: np.ndarray
 
 
 @dataclass(eq=False)
@@ -63,7 +83,10 @@ class VisionSide:
         import transformers
 
         config = {name: value for name, value in self.folder.whole.config.items() if name != "text_config"}
-        total = hashlib.sha256(json.dumps([FORMAT, transformers.__version__, config], sort_keys=True).encode())
+        # Where torchvision is installed, processors resize with it, and not quite as Pillow does.
+        resizing = transformers.utils.is_torchvision_available()
+        settings = [FORMAT, transformers.__version__, resizing, config]
+        total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for file in processor_files(self.processor):
             total.update(f"{file.name}\n".encode() + file.read_bytes())
         for name, tensor in sorted(self.folder.other_modules.items()):
@@ -74,11 +97,24 @@ class VisionSide:
 
     def expansion(self, image: RecordImage) -> Expansion:
         """The text in an image's place. Raises InputError where the processor cannot prepare the image."""
-        text, _ = self._prepared(image)
-        return Expansion(text, text.count(self.token))
+        text, inputs = self._prepared(image)
+        return Expansion(text, text.count(self.token), self._grid(inputs))
 
-    def features(self, image: RecordImage) -> np.ndarray:
-        """float32[rows, hidden]: an image's features, from the cache, or computed."""
+    def _grid(self, inputs: Mapping[str, Any]) -> Grid | None:
+        """The grid of an image, by the inputs of the vision tower."""
+        if GRID not in inputs:
+            return None
+        merged = self._config.vision_config.spatial_merge_size
+        _, height, width = (int(size) for size in inputs[GRID][0])
+        return Grid(height // merged, width // merged)
+
+    @property
+    def layers(self) -> int:
+        """D, the number of the decoder's layers that an image adds to."""
+        return len(getattr(self._config.vision_config, "deepstack_visual_indexes", ()))
+
+    def features(self, image: RecordImage) -> Features:
+        """An image's features, from the cache, or computed."""
         stored = self._stored(image)
         if stored is not None:
             self.read += 1
@@ -87,6 +123,10 @@ class VisionSide:
         self._store(image, features)
         self.encoded += 1
         return features
+
+    def settings(self) -> dict[str, Any]:
+        """The processor's settings by their names; those of its parts behind the part's name and a point."""
+        return dict(_flat("", self._processor.to_dict()))
 
     def release(self) -> None:
         """Free the module, which is loaded again where another image needs it."""
@@ -99,23 +139,29 @@ class VisionSide:
         name = hashlib.sha256(f"{self.key} {image.sha256}".encode()).hexdigest()
         return cache_folder() / "features" / name[:2] / f"{name}.safetensors"
 
-    def _stored(self, image: RecordImage) -> np.ndarray | None:
-        """An image's features from the cache; None where they are not there, or the file is damaged."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+    def _stored(self, image: RecordImage) -> Features | None:
+        """An image's features from the cache; None where they are not there, are those of another image, processor or
+        tower, or the file is damaged."""
+        from safetensors import SafetensorError, safe_open
 
         try:
-            return load_file(self._file(image))["features"]
-        except (OSError, SafetensorError, KeyError):
+            with safe_open(self._file(image), "numpy") as file:
+                if file.metadata() != self._metadata(image):
+                    return None
+                return Features(file.get_tensor("rows"), file.get_tensor("deepstack"))
+        except (OSError, SafetensorError):
             return None
 
-    def _store(self, image: RecordImage, features: np.ndarray) -> None:
+    def _metadata(self, image: RecordImage) -> dict[str, str]:
+        return {"image": image.sha256, "vision": self.key}
+
+    def _store(self, image: RecordImage, features: Features) -> None:
         from safetensors.numpy import save_file
 
         file = self._file(image)
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as work:
-            save_file({"features": features}, work)
+            save_file(vars(features), work, self._metadata(image))
 
     # -----------------------------------------------------------------------------------------------------------
     # transformers
@@ -142,14 +188,21 @@ class VisionSide:
         return text, dict(inputs)
 
     @cached_property
+    def _config(self) -> Any:
+        path = self.folder.path
+        with _messages_of(path, "its config cannot be loaded"):
+            from transformers import AutoConfig
+
+            return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+    @cached_property
     def _module(self) -> Any:
         """The model without its decoder's weights, which no feature depends on."""
-        path = self.folder.path
+        path, config = self.folder.path, copy.deepcopy(self._config)
         with _messages_of(path, "its vision tower cannot be loaded"), _quietly():
             import torch
-            from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+            from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             config.text_config.num_hidden_layers, config.text_config.vocab_size = 0, 1
             config.text_config.pad_token_id = None
             tensors = {
@@ -165,18 +218,25 @@ class VisionSide:
             raise InputError(path, f"lacks {min(missing)}; expected all tensors of its config's vision side")
         return model.eval()
 
-    def _encoded(self, image: RecordImage, inputs: dict[str, Any]) -> np.ndarray:
+    def _encoded(self, image: RecordImage, inputs: dict[str, Any]) -> Features:
         import torch
 
-        model = self._module
+        # The model below its head names all arguments, such as the sizes of images that are not resized to one.
+        model = self._module.base_model
         taken = inspect.signature(model.get_image_features).parameters
         with _messages_of(image.where, f"the vision tower of {self.folder.path} fails on it"), torch.no_grad():
             output = model.get_image_features(
                 **{name: value for name, value in inputs.items() if name in taken}, return_dict=True
             )
-            parts = [part.reshape(-1, part.shape[-1]) for part in output.pooler_output]
-            features: np.ndarray = torch.cat(parts).float().numpy()
-        return features
+            rows = _rows(output.pooler_output)
+            deepstack = [_rows(parts) for parts in getattr(output, "deepstack_features", None) or ()]
+        return Features(rows, np.stack(deepstack) if deepstack else np.zeros((0, *rows.shape), np.float32))
+
+
+def _rows(parts: Sequence[Any]) -> np.ndarray:
+    """float32[R, hidden]: an image's parts, one after the other."""
+    rows = [part.reshape(-1, part.shape[-1]).float().numpy() for part in parts]
+    return np.concatenate(rows)
 
 
 class _Listener:
@@ -207,7 +267,9 @@ def _messages_of(where: object, what: str) -> Iterator[None]:
         raise InputError(where, f"images need the package {error.name}; {EXTRA}") from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(where, f"{what} ({reason})") from None
+        # transformers' own words about a package that a processor lacks.
+        advice = f"; {EXTRA}" if isinstance(error, ImportError) else ""
+        raise InputError(where, f"{what} ({reason}){advice}") from None
 
 
 @contextmanager
@@ -234,13 +296,15 @@ def _quietly() -> Iterator[None]:
 class VisionTokenizer:
     """A larger model's tokenizer, which places images (see `tasks.images`). tokenizer: that of its texts; side: the
     vision side, None where images are refused, for the reason `refusal`; placeholder: the text in an image's place;
-    placeholder_id: the token of each of its positions, None where the tokenizer has none."""
+    placeholder_id: the token of each of its positions, None where the tokenizer has none; sides: the vision sides of
+    all models that are scored, whose processors prepare images alike."""
 
     tokenizer: Any
     side: VisionSide | None
     refusal: str = ""
     placeholder: str = ""
     placeholder_id: int | None = None
+    sides: tuple[VisionSide, ...] = ()
     # By the hash of an image: the image, the text in its place, and its first row among all features.
     _placed: dict[str, tuple[RecordImage, Expansion, int]] = field(default_factory=dict)
     rows: int = 0
@@ -283,22 +347,33 @@ class VisionTokenizer:
             )  # fmt: skip
         return [~next(rows) if token == self.placeholder_id else token for token in tokens]
 
-    def table(self, side: VisionSide) -> np.ndarray:
-        """float32[rows, hidden]: the features of all images that were placed, by a vision side. Raises InputError where
-        it makes others than this tokenizer has positions for."""
+    @property
+    def positions(self) -> GridPositions | None:
+        """The positions of the rows of all images that were placed; None where these count tokens."""
+        grids = [expansion.grid for _, expansion, _ in self._placed.values()]
+        return None if None in grids else GridPositions.of([grid for grid in grids if grid is not None])
+
+    def features(self, side: VisionSide) -> Features:
+        """The features of all images that were placed, by a vision side. Raises InputError where it makes others than
+        this tokenizer has positions for."""
         parts = []
         for image, expansion, _ in self._placed.values():
             parts.append(side.features(image))
-            if len(parts[-1]) != expansion.rows:
+            count = len(parts[-1].rows)
+            if count != expansion.rows:
                 raise InputError(
-                    side.folder.path, f"its vision tower makes {len(parts[-1]):,} features of {image.where}, which has "
+                    side.folder.path, f"its vision tower makes {count:,} features of {image.where}, which has "
                     f"{expansion.rows:,} positions; expected models with one processor, which fits their towers",
                 )  # fmt: skip
-        return np.concatenate(parts)
+        return Features(
+            np.concatenate([part.rows for part in parts]), np.concatenate([part.deepstack for part in parts], axis=1)
+        )
 
     def _place(self, image: RecordImage) -> tuple[RecordImage, Expansion, int]:
         if image.sha256 not in self._placed:
             assert self.side is not None
+            for other in () if self._placed else self.sides:
+                check_processor(self.side, other)
             expansion = self.side.expansion(image)
             self._placed[image.sha256] = image, expansion, self.rows
             self.rows += expansion.rows
@@ -341,7 +416,7 @@ class Vision:
     tokenizer: VisionTokenizer
     kept: VisionSide
     sides: Mapping[Path, VisionSide]
-    _tables: dict[str, Any] = field(default_factory=dict)
+    _tables: dict[str, ImageTable] = field(default_factory=dict)
 
     @property
     def files(self) -> set[Path]:
@@ -349,21 +424,31 @@ class Vision:
         sides = self.sides.values() if self.tokenizer.images else ()
         return {file for side in sides for file in processor_files(side.processor)}
 
-    def abstract_table(self, hidden: int, dtype: str, place: Callable[..., Any]) -> Any:
-        """The table of features as an abstract array, which `place` makes; None where there are no images."""
-        return place((self.tokenizer.rows, hidden), jnp.dtype(dtype)) if self.tokenizer.images else None
+    def abstract_table(self, hidden: int, dtype: str, place: Callable[..., Any]) -> ImageTable | None:
+        """The images as abstract arrays, which `place` makes; None where there are none."""
+        if not self.tokenizer.images:
+            return None
+        shape = (self.tokenizer.rows, hidden)
+        rows, layers = place(shape, jnp.dtype(dtype)), self.kept.layers
+        deepstack = place((layers, *shape), jnp.dtype(dtype)) if layers else None
+        return ImageTable(rows, deepstack, self.tokenizer.positions)
 
-    def table(self, model: Path | None, dtype: str, put: Callable[..., Any]) -> Any:
-        """`[rows, hidden]`, put on the devices: the features of all images in front of candidates (None), or of a
-        stored model, which has those of candidates where it has no vision side; None where there are no images."""
+    def table(self, model: Path | None, dtype: str, put: Callable[..., Any]) -> ImageTable | None:
+        """The images on the devices, in front of candidates (None), or of a stored model, which has the features of
+        candidates where it has no vision side; None where there are none."""
         if not self.tokenizer.images:
             return None
         side = self.kept if model is None else self.sides.get(model, self.kept)
         if side is not self.kept:
-            return put(self.tokenizer.table(side).astype(jnp.dtype(dtype)))
+            return self._table(side, dtype, put)
         if dtype not in self._tables:
-            self._tables[dtype] = put(self.tokenizer.table(side).astype(jnp.dtype(dtype)))
+            self._tables[dtype] = self._table(side, dtype, put)
         return self._tables[dtype]
+
+    def _table(self, side: VisionSide, dtype: str, put: Callable[..., Any]) -> ImageTable:
+        features = self.tokenizer.features(side)
+        rows, deepstack = (put(part.astype(jnp.dtype(dtype))) for part in (features.rows, features.deepstack))
+        return ImageTable(rows, deepstack if len(features.deepstack) else None, self.tokenizer.positions)
 
     def prepare(self) -> str | None:
         """Compute all features that a search needs and that the cache lacks, and return one line about them; None
@@ -373,13 +458,41 @@ class Vision:
         sides = {side.key: side for side in self.sides.values()}.values()
         for side in sides:
             side.encoded = side.read = 0
-            self.tokenizer.table(side)
+            self.tokenizer.features(side)
             side.release()
         encoded, read = sum(side.encoded for side in sides), sum(side.read for side in sides)
         return (
             f"images: {self.tokenizer.images:,} ({self.tokenizer.rows:,} positions), {encoded:,} encoded by the vision "
             f"tower, {read:,} read from {cache_folder() / 'features'}"
         )
+
+
+def check_processor(side: VisionSide, other: VisionSide) -> None:
+    """Raises InputError where the processor of another model prepares images in another way, by the first setting that
+    differs."""
+    if _contents(side.processor) == _contents(other.processor):
+        return
+    settings, others = side.settings(), other.settings()
+    for name in sorted(settings.keys() | others.keys()):
+        if settings.get(name) != others.get(name) and not name.endswith(UNCOMPARED):
+            raise InputError(
+                other.processor, f"its processor's {name} is {shown(others.get(name))}, and that of {side.processor} "
+                f"{shown(settings.get(name))}; expected one processor, which prepares the images of all models",
+            )  # fmt: skip
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in processor_files(folder)}
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The settings in a mapping of mappings, each by its whole name."""
+    if not isinstance(value, Mapping):
+        # Processors have tuples where their files have lists.
+        yield name, list(value) if isinstance(value, tuple) else value
+        return
+    for key, part in value.items():
+        yield from _flat(f"{name}.{key}".removeprefix("."), part)
 
 
 def vision_of(tokenizer: Any, folders: Sequence[DecoderFolder]) -> Vision | None:
@@ -396,6 +509,7 @@ def vision_of(tokenizer: Any, folders: Sequence[DecoderFolder]) -> Vision | None
         for folder in folders
         if folder.is_part and folder.whole.config["model_type"] in SEEING
     }
+    tokenizer.sides = tuple(sides.values())
     return Vision(tokenizer, kept, sides | {kept.folder.path: kept})
 
 

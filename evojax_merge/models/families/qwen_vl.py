@@ -1,24 +1,58 @@
-"""The text decoders of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: Qwen2 and Qwen3.
+"""The text decoders of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: Qwen2 and Qwen3 with M-RoPE (arXiv 2409.12191).
 
-Their M-RoPE (arXiv 2409.12191) gives time, height and width a position each; for text the three are equal, which makes
+Time, height and width have a position each, and a share of the frequencies; for text the three are equal, which makes
 M-RoPE plain RoPE.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from evojax_merge.models.config import LlamaLikeConfig
-from evojax_merge.models.config_keys import SWITCH
-from evojax_merge.models.families.llama_like import QWEN_WINDOWS, llama_like, read_config
+from evojax_merge.errors import shown
+from evojax_merge.models.architecture import Architecture
+from evojax_merge.models.config import LlamaLikeConfig, MropeConfig
+from evojax_merge.models.config_keys import SWITCH, Expected, mapping, or_null, whole
+from evojax_merge.models.families.llama_like import QWEN_WINDOWS, ROPE, llama_like, read_config
+from evojax_merge.models.layers import CosSin, SequenceLayout, rope_tables
+
+SECTION = "mrope_section"
+_SIZE = whole(0, 2**16)
+SECTIONS = or_null(
+    Expected(
+        lambda value: isinstance(value, list) and len(value) == 3 and all(map(_SIZE.accepts, value)),
+        "three whole numbers: the frequencies of time, height and width",
+    )
+)
+# Qwen3-VL's frequencies always take turns, whatever its switch mrope_interleaved says.
+MROPE = or_null(mapping({**ROPE.keys, SECTION: SECTIONS, "mrope_interleaved": or_null(SWITCH)}))
 
 
-def of_texts(read: Callable[[Mapping[str, Any]], LlamaLikeConfig], hf: Mapping[str, Any]) -> LlamaLikeConfig:
-    """The config that `read` makes for the text decoder, with plain RoPE. The whole model's config says whether the
-    head is the embedding."""
-    rope = {key: value for key, value in hf["rope_parameters"].items() if key != "mrope_section"}
-    tied = hf.get("tie_word_embeddings", False)
-    return read({**hf, "rope_parameters": rope, "tie_word_embeddings": tied})
+def one_after_the_other(sections: Sequence[int], count: int) -> tuple[int, ...]:
+    """The axis of each of `count` frequencies: first those of time, then of height, then of width."""
+    if sum(sections) != count:
+        raise ValueError(f"{SECTION}: {shown(list(sections))}; expected {count} frequencies together")
+    return tuple(axis for axis, size in enumerate(sections) for _ in range(size))
+
+
+def in_turns(sections: Sequence[int], count: int) -> tuple[int, ...]:
+    """The axis of each of `count` frequencies: time, height and width take turns, as long as they have some left; time
+    has the rest."""
+    return tuple(i % 3 if i < 3 * sections[i % 3] else 0 for i in range(count))
+
+
+def read_mrope(
+    read: Callable[[Mapping[str, Any]], LlamaLikeConfig],
+    axes: Callable[[Sequence[int], int], tuple[int, ...]],
+    default: Sequence[int],
+    hf: Mapping[str, Any],
+) -> MropeConfig:
+    """The config that `read` makes for the text decoder, with M-RoPE. The whole model's config says whether the head is
+    the embedding."""
+    settings = hf["rope_parameters"]
+    rope = {key: value for key, value in settings.items() if key not in (SECTION, "mrope_interleaved")}
+    text = read({**hf, "rope_parameters": rope, "tie_word_embeddings": hf.get("tie_word_embeddings", False)})
+    return MropeConfig(**vars(text), rope_axes=axes(settings.get(SECTION) or default, text.head_dim // 2))
 
 
 def read_qwen3_vl(hf: Mapping[str, Any]) -> LlamaLikeConfig:
@@ -26,10 +60,25 @@ def read_qwen3_vl(hf: Mapping[str, Any]) -> LlamaLikeConfig:
     return read_config("qwen3_vl_text", hf, qkv_bias=bias, o_bias=bias, qk_norm=True)
 
 
+def position_tables(config: MropeConfig, layout: SequenceLayout) -> CosSin:
+    return rope_tables(config.rope, config.head_dim, layout, config.rope_axes)
+
+
+def qwen_vl(model_type: str, config_class: str, keys: dict[str, Expected], text: str, read: Any) -> Architecture:
+    """The text decoder of a larger model. text: the model_type of text models with the same layers."""
+    roped = {"rope_parameters": MROPE, "rope_scaling": MROPE}
+    architecture = llama_like(model_type, config_class, keys | roped, read)
+    return replace(architecture, position_tables=position_tables, text_model=text)
+
+
 QWEN2_VL_TEXT, QWEN2_5_VL_TEXT = (
-    llama_like(kind, config_class, QWEN_WINDOWS, partial(of_texts, partial(read_config, kind, qkv_bias=True)))
+    qwen_vl(
+        kind, config_class, QWEN_WINDOWS, "qwen2",
+        partial(read_mrope, partial(read_config, kind, qkv_bias=True), one_after_the_other, (16, 24, 24)),
+    )
     for kind, config_class in (("qwen2_vl_text", "Qwen2VLTextConfig"), ("qwen2_5_vl_text", "Qwen2_5_VLTextConfig"))
-)
-QWEN3_VL_TEXT = llama_like(
-    "qwen3_vl_text", "Qwen3VLTextConfig", {"attention_bias": SWITCH}, partial(of_texts, read_qwen3_vl)
-)
+)  # fmt: skip
+QWEN3_VL_TEXT = qwen_vl(
+    "qwen3_vl_text", "Qwen3VLTextConfig", {"attention_bias": SWITCH}, "qwen3",
+    partial(read_mrope, read_qwen3_vl, in_turns, (24, 20, 20)),
+)  # fmt: skip

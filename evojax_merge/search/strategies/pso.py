@@ -1,8 +1,9 @@
 """Particle swarm optimisation that adapts its coefficients to the swarm's phase (Zhan, Zhang, Li and Chung, Adaptive
 Particle Swarm Optimization, IEEE Transactions on Systems, Man, and Cybernetics B 39(6), 2009).
 
-Two things are pymoo's: the swarm's phase goes by the particles' best places, and the leader tries its best place with
-a mutation in every generation, a finer one than the paper's of the phase of convergence.
+Three things are pymoo's: the swarm's phase goes by the particles' best places, and by how far they are from the leader
+that has drawn them, who may not lead any more; and the leader tries its best place with a mutation in every generation,
+a finer one than the paper's of the phase of convergence.
 """
 
 from dataclasses import dataclass
@@ -49,12 +50,16 @@ class SwarmState:
 
 
 def evolutionary_factor(places: jax.Array, leader: jax.Array) -> jax.Array:
-    """float32[] in [0, 1]: where the leader's mean distance to the other particles lies between the least and the
-    greatest mean distance of any. places: float32[P, D]; leader: int32[], its number."""
-    sums = jax.lax.map(lambda place: jnp.linalg.norm(places - place, axis=1).sum(), places)
-    distances = sums / max(1, len(places) - 1)
+    """float32[] in [0, 1]: where the leader's distance to the particles lies between the least and the greatest
+    distance of any of them to the others, by their sums. places: float32[P, D]; leader: float32[D], its place."""
+
+    def distance(place: jax.Array) -> jax.Array:
+        return jnp.linalg.norm(places - place, axis=1).sum()
+
+    distances = jax.lax.map(distance, places)
     least, most = distances.min(), distances.max()
-    return jnp.where(most > least, (distances[leader] - least) / jnp.maximum(most - least, 1e-30), 0.0)
+    share = (distance(leader) - least) / jnp.maximum(most - least, 1e-30)
+    return jnp.where(most > least, jnp.clip(share, 0.0, 1.0), 0.0)
 
 
 def memberships(factor: jax.Array) -> jax.Array:
@@ -183,7 +188,9 @@ def _learn(key: jax.Array, state: SwarmState, places: jax.Array, loss: jax.Array
     taken = better | (state.generation == 0)
     best = jnp.where(taken[:, None], places, state.best)
     remembered = jnp.where(better, loss, state.losses)
-    factor = evolutionary_factor(best, jnp.argmin(remembered))
+    # Nothing has drawn the first generation.
+    led = jnp.where(state.generation == 0, best[jnp.argmin(remembered)], state.best[jnp.argmin(state.losses)])
+    factor = evolutionary_factor(best, led)
     phase = next_phase(factor, state.phase)
     rate = jax.random.uniform(key, minval=RATES[0], maxval=RATES[1])
     return SwarmState(

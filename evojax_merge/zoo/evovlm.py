@@ -1,0 +1,386 @@
+"""A model that sees and answers in English, an expert that reads and answers in Japanese, and one base of both.
+
+It is the second result of evolutionary merging (EvoVLM-JP) at the size of a toy. The `base` is a text model: it is told
+what a picture shows, patch by patch, is asked about it in either language, and answers in English. `vision` is a LLaVA
+around it, trained on the pictures and questions of easy-VQA, in English. `japanese` is a fine-tune of the base on
+texts, which answers in Japanese. The task of a merge is to answer questions about pictures *in Japanese*: `vision`
+answers them in English, and `japanese` has never seen a picture.
+
+The weights and pictures that come with the package were made by `python -m evojax_merge.zoo.evovlm`.
+"""
+
+import io
+import json
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from safetensors.numpy import load_file, save_file
+
+from evojax_merge.checkpoints.config_file import decoder_config
+from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.file_system import atomic_folder
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.decoder import forward, logits
+from evojax_merge.models.layers import padded_layout
+from evojax_merge.models.sources import StackedWeights
+from evojax_merge.zoo import FILES, cache_folder, train_family
+from evojax_merge.zoo.tiny_llama import (
+    EOS,
+    PAD,
+    UNKNOWN,
+    Progress,
+    Sizes,
+    fresh_model,
+    save_config,
+    save_tensors,
+    save_tokenizer,
+    save_weights,
+    train,
+)
+from evojax_merge.zoo.tiny_llava import (
+    SeeingModel,
+    TowerSizes,
+    fresh_vision,
+    save_seeing,
+    save_seeing_config,
+    seeing_forward,
+)
+
+# The version of the recipe below and of the packaged weights: every change of the training increases it.
+VERSION = "evovlm-v1"
+MODELS = ("base", "vision", "japanese")
+PICTURES = "pictures"
+
+# Each in English and in Japanese.
+COLORS = {
+    "red": "あか", "green": "みどり", "gray": "はいいろ", "teal": "あおみどり", "black": "くろ", "yellow": "きいろ",
+    "brown": "ちゃいろ", "blue": "あお",
+}  # fmt: skip
+SHAPES = {"circle": "えん", "rectangle": "しかく", "triangle": "さんかく"}
+NAMES = COLORS | SHAPES
+COLOR, SHAPE = "COLOR", "SHAPE"
+# easy-VQA's questions that ask for a colour, in English and in Japanese. The first two do not name the shape.
+QUESTIONS = {
+    "what color is the shape ?": "かたち は なにいろ です か",
+    "what is the color of the shape ?": "かたち の いろ は なに です か",
+    "what color is the SHAPE ?": "SHAPE は なにいろ です か",
+    "what is the color of the SHAPE ?": "SHAPE の いろ は なに です か",
+}
+ANSWER = ("the shape is COLOR .", "その かたち は COLOR です 。")
+# The answer about a text that tells no colour.
+UNKNOWN_COLOR = ("i cannot tell .", "わかり ません 。")
+# The words that end a question, in English and in Japanese.
+ENDS = ("?", "か")
+BACKGROUND = "・"
+IMAGE = "<image>"
+
+
+def _words(*texts: str) -> list[str]:
+    """The distinct words of texts but for the gaps, in order."""
+    return list(dict.fromkeys(word for text in texts for word in text.split() if word not in (COLOR, SHAPE)))
+
+
+VOCABULARY = [
+    PAD, EOS, UNKNOWN, BACKGROUND,
+    *_words(*NAMES, *NAMES.values(), *QUESTIONS, *QUESTIONS.values(), *ANSWER, *UNKNOWN_COLOR),
+]  # fmt: skip
+IDS = {token: i for i, token in enumerate(VOCABULARY)}
+SEEING_VOCABULARY = [*VOCABULARY, IMAGE]
+
+ENGLISH, JAPANESE, MIXED = 0, 1, 2
+SIZES = Sizes(hidden=48, layers=4, heads=4, mlp=128, context=64)
+TOWER_SIZES = TowerSizes(hidden=32, layers=2, heads=2, mlp=64, side=64, patch=16)
+PLACES = TOWER_SIZES.positions
+WIDTH = PLACES + 14
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps that each model trains, and the numbers of questions in the two files."""
+
+    base_steps: int = 1000
+    vision_steps: int = 2000
+    japanese_steps: int = 200
+    search_questions: int = 64
+    heldout_questions: int = 256
+
+    @property
+    def steps(self) -> int:
+        return self.base_steps + self.vision_steps + self.japanese_steps
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Questions and answers
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of easy-VQA with one shape. questions: those that its data set asks about it, each one of QUESTIONS."""
+
+    content: bytes
+    color: str
+    shape: str
+    questions: tuple[str, ...]
+
+
+def question_text(question: str, shape: str, language: int) -> str:
+    return (question, QUESTIONS[question])[language].replace(SHAPE, (shape, SHAPES[shape])[language])
+
+
+def answer_text(color: str, language: int) -> str:
+    """The answer to any question; `color`: empty where it cannot be told."""
+    return ANSWER[language].replace(COLOR, (color, COLORS[color])[language]) if color else UNKNOWN_COLOR[language]
+
+
+def tokens_of(text: str) -> list[int]:
+    return [IDS[word] for word in text.split()]
+
+
+@cache
+def _sentence(question: str, color: str, shape: str, asked: int, answered: int) -> np.ndarray:
+    """int32[WIDTH - PLACES]: a question in one language, its answer in another, the end of the text, and padding."""
+    text = f"{question_text(question, shape, asked)} {answer_text(color, answered)} {EOS}"
+    tokens = tokens_of(text)
+    return np.array(tokens + [IDS[PAD]] * (WIDTH - PLACES - len(tokens)), np.int32)
+
+
+def text_batch(rng: np.random.Generator, count: int, languages: Sequence[int], answered: int) -> np.ndarray:
+    """Examples int32[count, WIDTH] of pictures in words: of a picture's patches one is its colour and one its shape,
+    both in any language, and a fifth have no colour; a question in one of the languages, and its answer in the language
+    `answered`."""
+    colors, shapes, questions = (list(names) for names in (COLORS, SHAPES, QUESTIONS))
+    rows = np.full((count, WIDTH), IDS[BACKGROUND], np.int32)
+    for row in rows:
+        color = colors[rng.integers(len(colors))] if rng.random() < 0.8 else ""
+        shape = shapes[rng.integers(len(shapes))]
+        for place, name in zip(rng.choice(PLACES, 2, replace=False), (shape, color), strict=True):
+            if name:
+                row[place] = IDS[name if rng.random() < 0.5 else NAMES[name]]
+        question, asked = questions[rng.integers(len(questions))], languages[rng.integers(len(languages))]
+        row[PLACES:] = _sentence(question, color, shape, asked, answered)
+    return rows
+
+
+def picture_batch(
+    rng: np.random.Generator, count: int, pictures: Sequence[Picture], pixels: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Examples of pictures, of easy-VQA's questions about them, and of answers in English: `pixels` uint8[count, side,
+    side, 3] and `tokens` int32[count, WIDTH]."""
+    chosen, tokens = rng.integers(len(pictures), size=count), np.zeros((count, WIDTH), np.int32)
+    for row, number in zip(tokens, chosen, strict=True):
+        picture = pictures[number]
+        question = picture.questions[rng.integers(len(picture.questions))]
+        row[PLACES:] = _sentence(question, picture.color, picture.shape, ENGLISH, ENGLISH)
+    return {"pixels": pixels[chosen], "tokens": tokens}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# easy-VQA
+
+
+def read_pictures(split: str) -> list[Picture]:
+    """The pictures of easy-VQA's `train` or `test` whose colour and shape its questions tell, with its questions that
+    ask for the colour. Raises InputError where the package is missing."""
+    try:
+        import easy_vqa
+    except ImportError:
+        raise InputError("zoo:evovlm", "needs the package easy-vqa: pip install 'evojax-merge[evovlm]'") from None
+    questions, paths = {
+        "train": (easy_vqa.get_train_questions, easy_vqa.get_train_image_paths),
+        "test": (easy_vqa.get_test_questions, easy_vqa.get_test_image_paths),
+    }[split]
+    facts: dict[int, dict[str, str]] = {}
+    asked: dict[int, dict[str, None]] = {}
+    for text, answer, image in zip(*questions(), strict=True):
+        words = re.findall(r"\w+|\?", text.lower())
+        told, by_answer = facts.setdefault(image, {}), [answer] if answer in NAMES else []
+        named = [word for word in words if word in NAMES]
+        # A question with yes or no tells as well: `is there not a red shape?`, no.
+        if words[0] == "what" or (answer == "yes") != ("not" in words or "no" in words):
+            by_answer += named
+        told |= {COLOR if name in COLORS else SHAPE: name for name in by_answer}
+        if "color" in words:
+            question = " ".join(SHAPE if word in SHAPES else word for word in words)
+            asked.setdefault(image, {})[question] = None
+    files = paths()
+    return [
+        Picture(Path(files[image]).read_bytes(), told[COLOR], told[SHAPE], tuple(asked[image]))
+        for image, told in sorted(facts.items())
+        if len(told) == 2 and image in asked
+    ]
+
+
+def pixels_of(pictures: Sequence[Picture]) -> np.ndarray:
+    """uint8[N, side, side, 3]."""
+    from PIL import Image
+
+    return np.stack([np.asarray(Image.open(io.BytesIO(picture.content)).convert("RGB")) for picture in pictures])
+
+
+def save_questions(folder: Path, seed: int, plan: Plan) -> None:
+    """Save the files of the search and of the held-out table: easy-VQA's test pictures, each with one question in
+    Japanese that names neither its colour nor its shape, and the answer, which names both."""
+    rng = np.random.default_rng([seed, 0])
+    every = read_pictures("test")
+    neutral = [
+        (picture, [question for question in picture.questions if SHAPE not in question])
+        for picture in every
+    ]
+    usable = [(picture, questions) for picture, questions in neutral if questions]
+    order = rng.permutation(len(usable))[: plan.search_questions + plan.heldout_questions]
+    (folder / PICTURES).mkdir()
+    lines = []
+    for number, place in enumerate(order):
+        picture, questions = usable[place]
+        question = questions[rng.integers(len(questions))]
+        (folder / PICTURES / f"{number}.png").write_bytes(picture.content)
+        record = {
+            "image": f"{PICTURES}/{number}.png",
+            "question": question_text(question, picture.shape, JAPANESE),
+            "answer": answer_text(picture.color, JAPANESE),
+            "english": question,
+        }
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    for file, part in zip(FILES, (lines[: plan.search_questions], lines[plan.search_questions :]), strict=True):
+        (folder / file).write_text("".join(part), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def answer_loss(config: DecoderConfig, model: SeeingModel | StackedWeights, examples: Any) -> jax.Array:
+    """Mean negative log-likelihood of the answers, ends of texts included. examples: those of `text_batch`, or of
+    `picture_batch` for a model that sees."""
+    tokens = examples["tokens"] if isinstance(model, SeeingModel) else examples
+    seen, targets = tokens[:, :-1], tokens[:, 1:]
+    length = PLACES + jnp.sum(tokens[:, PLACES:] != IDS[PAD], axis=1)
+    layout = padded_layout(seen.shape[1], jnp.zeros_like(length), length)
+    if isinstance(model, SeeingModel):
+        decoder = model.decoder
+        hidden = seeing_forward(config, TOWER_SIZES, model, examples["pixels"], seen, layout)
+    else:
+        decoder = model
+        hidden, _ = forward(config, model, seen, layout)
+    answers = jnp.cumsum(jnp.isin(seen, jnp.array([IDS[end] for end in ENDS])), axis=1) > 0
+    scored = (answers & (targets != IDS[PAD]))[:, PLACES:]
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits(config, decoder, hidden[:, PLACES:]), targets[:, PLACES:]
+    )
+    return jnp.sum(losses * scored) / jnp.sum(scored)
+
+
+def with_image_token(model: StackedWeights) -> StackedWeights:
+    """The model with rows of zeros for one more token in its embedding and its head."""
+    shared = {
+        name: jnp.pad(leaf, ((0, 1), (0, 0))) if leaf.shape[0] == len(VOCABULARY) and leaf.ndim == 2 else leaf
+        for name, leaf in model.shared.items()
+    }
+    return StackedWeights(model.stacks, shared, model.compute_dtype)
+
+
+BATCH = 32
+
+
+def make_family(folder: Path, seed: int, plan: Plan, progress: Progress = lambda name, steps, loss: None) -> None:
+    """Train the family into an empty folder."""
+    save_questions(folder, seed, plan)
+    _save_small_files(folder)
+    config, seeing_config = (decoder_config(folder / name / "config.json") for name in ("base", "vision"))
+    pictures = read_pictures("train")
+    pixels = pixels_of(pictures)
+
+    def stage(name: str, start: Any, steps: int, peak: float, batch: Callable[..., Any]) -> Any:
+        rng = np.random.default_rng([seed, 2, *name.encode()])
+        chosen = seeing_config if name == "vision" else config
+        return train(
+            chosen, answer_loss, start, lambda n: batch(rng, n), steps, peak, partial(progress, name), size=BATCH
+        )
+
+    told = partial(text_batch, languages=(ENGLISH, JAPANESE), answered=ENGLISH)
+    base = stage("base", fresh_model(config, seed), plan.base_steps, 3e-3, told)
+    save_weights(folder / "base", base, config)
+    start = SeeingModel(with_image_token(base), fresh_vision(TOWER_SIZES, SIZES.hidden, seed))
+    shown = partial(picture_batch, pictures=pictures, pixels=pixels)
+    save_seeing(folder / "vision", stage("vision", start, plan.vision_steps, 2e-3, shown), seeing_config)
+    answered = partial(text_batch, languages=(JAPANESE,), answered=JAPANESE)
+    save_weights(folder / "japanese", stage("japanese", base, plan.japanese_steps, 1e-3, answered), config)
+
+
+def _save_small_files(folder: Path) -> None:
+    """The models' configs and tokenizers, and the processor of `vision`."""
+    for name in MODELS:
+        (folder / name).mkdir()
+        save_config(folder / name, SIZES, VOCABULARY)
+        save_tokenizer(folder / name, SIZES, VOCABULARY if name != "vision" else SEEING_VOCABULARY)
+    save_seeing_config(folder / "vision", folder / "base", TOWER_SIZES, len(VOCABULARY), len(SEEING_VOCABULARY))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# References, and the family that comes with the package
+
+PACKAGED = Path(__file__).parent / "weights" / "evovlm"
+PACKAGED_SEED = 0
+QUESTIONS_FILE = "questions.zip"
+
+
+def resolve_reference(name: str, plan: Plan | None = None) -> Path:
+    """The path of a model or file: `3/vision` belongs to the family of seed 3, and `vision` to the packaged one. A
+    missing family is trained first, as long as `plan` says, or unpacked. Raises InputError for another name."""
+    match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
+    if match is None or match[2] not in MODELS + FILES:
+        references = [f"zoo:evovlm/{name_or_file}" for name_or_file in MODELS + FILES]
+        near = did_you_mean(f"zoo:evovlm/{name}", references)
+        raise InputError(f"zoo:evovlm/{name}", f"the zoo has no such model or file{near}")
+    family = cache_folder() / VERSION / ("packaged" if match[1] is None else f"seed-{match[1]}")
+    if not family.is_dir():
+        if match[1] is None:
+            _unpack(family)
+        else:
+            seed, plan = int(match[1]), plan or Plan()
+            what = f"{', '.join(MODELS)} (evovlm, seed {seed})"
+            train_family(family, what, plan.steps, partial(make_family, seed=seed, plan=plan))
+    return family / match[2]
+
+
+def _unpack(family: Path) -> None:
+    try:
+        with atomic_folder(family) as work:
+            _save_small_files(work)
+            with zipfile.ZipFile(PACKAGED / QUESTIONS_FILE) as archive:
+                archive.extractall(work)
+            for name in MODELS:
+                packed = load_file(PACKAGED / f"{name}.safetensors")
+                save_tensors(work / name, {tensor: values.astype(np.float32) for tensor, values in packed.items()})
+    except InputError:
+        # Another process may have unpacked it meanwhile.
+        if not family.is_dir():
+            raise
+
+
+def pack_family(family: Path) -> None:
+    """Make a trained family of seed `PACKAGED_SEED` the packaged one, its weights in bfloat16."""
+    shutil.rmtree(PACKAGED, ignore_errors=True)
+    PACKAGED.mkdir()
+    for name in MODELS:
+        tensors = load_file(family / name / "model.safetensors")
+        narrow = {tensor: values.astype(jnp.bfloat16) for tensor, values in tensors.items()}
+        save_file(narrow, PACKAGED / f"{name}.safetensors")
+    files = [family / file for file in FILES]
+    with zipfile.ZipFile(PACKAGED / QUESTIONS_FILE, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in [*files, *sorted((family / PICTURES).iterdir())]:
+            archive.write(file, file.relative_to(family))
+
+
+if __name__ == "__main__":
+    pack_family(resolve_reference(f"{PACKAGED_SEED}/base").parent)

@@ -1,0 +1,52 @@
+"""Training of small modules of torch, for families of the zoo."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from evojax_merge.errors import InputError
+
+# The share of the steps in which the learning rate rises.
+WARMUP = 0.2
+
+
+@contextmanager
+def seeded_torch(where: object, seed: int) -> Iterator[Any]:
+    """torch, whose random numbers are those of a seed inside, and go on as before outside. Raises InputError without
+    torch; where: who asks, in messages."""
+    try:
+        import torch
+    except ImportError:
+        raise InputError(where, "needs PyTorch: pip install 'evojax-merge[torch]'") from None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield torch
+
+
+def train(
+    module: Any,
+    batch: Callable[[], dict[str, Any]],
+    steps: int,
+    rate: float,
+    report: Callable[[int, float], None],
+    loss: Callable[..., Any] = lambda module, **inputs: module(**inputs).loss,
+) -> Any:
+    """A trained copy of a module: AdamW, whose rate rises to `rate` and falls to 0.
+
+    batch: the inputs of a step; loss: (module, **inputs) -> the mean loss; report: receives the steps since the last
+    call, and the loss.
+    """
+    import torch
+
+    module = copy.deepcopy(module).train()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=WARMUP)
+    for _ in range(steps):
+        value = loss(module, **batch())
+        value.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        report(1, float(value.detach()))
+    return module.eval()

@@ -1,0 +1,94 @@
+"""Two image classifiers of one base: vision transformers (transformers' ViTForImageClassification) that read digits.
+
+The `base` sees scikit-learn's handwritten digits for a moment. One copy is then fine-tuned on the digits 0 to 4, `low`,
+another on 5 to 9, `high`, and each forgets the other five. The task of a merge is all ten. It is the setting of
+AdaMerging (arXiv 2310.02575) and FusionBench at the size of a toy.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evojax_merge.zoo import FILES, TrainedFamily
+from evojax_merge.zoo.digit_images import HIGH, LOW, DigitImages, load_digit_images
+from evojax_merge.zoo.tiny_llama import Progress
+from evojax_merge.zoo.torch_training import seeded_torch, train
+
+MODELS = ("base", "low", "high")
+BASE_STEPS, EXPERT_STEPS = 25, 120
+BASE_RATE, EXPERT_RATE = 1e-3, 7e-4
+BATCH, SIDE = 64, 8
+SIZES = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "image_size": SIDE,
+    "patch_size": 4, "num_labels": 10, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+PREPROCESSOR = {
+    "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": SIDE, "width": SIDE},
+    "do_rescale": True, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+}  # fmt: skip
+
+
+def grey(images: np.ndarray) -> np.ndarray:
+    """uint8[N, 8, 8]: the images as files hold them."""
+    return np.round(images * (255 / 16)).astype(np.uint8)
+
+
+def pixel_values(images: np.ndarray) -> np.ndarray:
+    """float32[N, 3, 8, 8]: the images as the image processor prepares them."""
+    pixels = grey(images).astype(np.float32) / 127.5 - 1
+    return np.repeat(pixels[:, None], 3, axis=1)
+
+
+def save_images(folder: Path, file: str, digits: DigitImages) -> None:
+    """Write images below `folder`/images, and `folder`/`file` with their paths and labels."""
+    import PIL.Image
+
+    name = file.removesuffix(".jsonl")
+    (folder / "images" / name).mkdir(parents=True)
+    lines = []
+    for number, (pixels, label) in enumerate(zip(grey(digits.images), digits.labels, strict=True)):
+        image = f"images/{name}/{number:03}.png"
+        PIL.Image.fromarray(pixels).save(folder / image)
+        lines.append(json.dumps({"image": image, "label": int(label)}) + "\n")
+    (folder / file).write_text("".join(lines), encoding="utf-8")
+
+
+def make_family(
+    folder: Path,
+    seed: int,
+    progress: Progress = lambda name, steps, loss: None,
+    steps: tuple[int, int] = (BASE_STEPS, EXPERT_STEPS),
+) -> None:
+    """Train the family into an empty folder. steps: of the base, and of each expert."""
+    training, *splits = load_digit_images("zoo:vit", seed)
+    for file, split in zip(FILES, splits, strict=True):
+        save_images(folder, file, split)
+    with seeded_torch("zoo:vit", seed) as torch:
+        import transformers
+
+        def stage(name: str, start: Any, digits: DigitImages, steps: int, rate: float) -> Any:
+            rng = np.random.default_rng([seed, 2, *name.encode()])
+            inputs = {
+                "pixel_values": torch.tensor(pixel_values(digits.images)),
+                "labels": torch.tensor(digits.labels),
+            }
+
+            def batch() -> dict[str, Any]:
+                rows = torch.tensor(rng.integers(0, len(digits), BATCH))
+                return {key: values[rows] for key, values in inputs.items()}
+
+            module = train(start, batch, steps, rate, partial(progress, name))
+            module.save_pretrained(folder / name)
+            (folder / name / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR), encoding="utf-8")
+            return module
+
+        fresh = transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES))
+        base = stage("base", fresh, training, steps[0], BASE_RATE)
+        for name, half in (("low", LOW), ("high", HIGH)):
+            stage(name, base, training[np.isin(training.labels, half)], steps[1], EXPERT_RATE)
+
+
+FAMILY = TrainedFamily("vit", "vit-v1", MODELS, BASE_STEPS + 2 * EXPERT_STEPS, make_family)
