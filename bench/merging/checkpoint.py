@@ -1,4 +1,4 @@
-"""How long does a merge of two 2 GB checkpoints of an image generator take, and how much memory (2 minutes, 6 GB of disk)?
+"""A merge of two 2 GB checkpoints of an image generator: seconds and memory (2 minutes, 6 GB of disk).
 
     python -m bench checkpoint
 

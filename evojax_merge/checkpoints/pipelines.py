@@ -211,7 +211,7 @@ def _notes(pipelines: Sequence[Pipeline], names: Sequence[str]) -> tuple[str, ..
         if others:
             kept = "are kept" if len(others) > 1 else "is kept"
             lines.append(
-                f"{pipeline.path}: {', '.join(others)}: not as in {first.path}, whose {kept} (components: names another "
-                "model)"
+                f"{pipeline.path}: {', '.join(others)}: not as in {first.path}, whose {kept} (components: names another"
+                " model)"
             )
     return tuple(lines)
