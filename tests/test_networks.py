@@ -119,6 +119,51 @@ def test_a_module_of_the_users_own_is_searched_and_exported(nets: Path, recalibr
     assert torch.allclose(model.norm.running_var, features.var((0, 2, 3)), rtol=1e-4) == recalibrate
 
 
+SCORES = """
+import numpy as np
+import torch
+
+
+def by_outputs(records, outputs):
+    assert len(outputs) == len(records) and outputs.shape[1:] == (3,)
+    return [output[record["label"]] for record, output in zip(records, outputs)]
+
+
+def by_module(records, module):
+    pixels = torch.tensor(np.stack([record["pixels"] for record in records]))
+    with torch.no_grad():
+        outputs = module(pixels).numpy()
+    return by_outputs(records, outputs)
+
+
+def wrong(records, outputs):
+    return outputs
+"""
+
+
+def test_functions_of_the_users_own_score_outputs_and_modules(nets: Path, tmp_path: Path) -> None:
+    (tmp_path / "scores.py").write_text(SCORES)
+    task = {"kind": "network", "file": str(nets / "arrays.npz"), "heldout": 0.5}
+    tasks = [task | {"name": "outputs", "function": "scores.py:by_outputs"},
+             task | {"name": "module", "function": "scores.py:by_module", "gets": "module"}]  # fmt: skip
+    problem = problem_of(tmp_path / "config.yaml", document(nets, tasks=tasks))
+    evaluators, (_, baselines) = open_evaluators(problem, problem.prepare()), problem.space.baselines()
+    scores = evaluators.heldout.score(baselines).matrices
+    model, arrays = made(nets).eval(), np.load(nets / "arrays.npz")
+    problem.backend.export("", baselines[0], tmp_path / "out", "---\n---\n", lambda: None)
+    load_model(model, tmp_path / "out" / "model.safetensors")
+    chosen = np.array(problem.splits.heldout[0].indices)
+    with torch.no_grad():
+        expected = model(torch.tensor(arrays["pixels"][chosen])).numpy()[range(6), arrays["label"][chosen]]
+    for name in ("outputs", "module"):
+        np.testing.assert_allclose(scores[name]["score"][0], expected, rtol=1e-5)
+    wrong = [task | {"name": "wrong", "function": "scores.py:wrong"}]
+    problem = problem_of(tmp_path / "config.yaml", document(nets, tasks=wrong))
+    evaluators = open_evaluators(problem, problem.prepare())
+    with pytest.raises(Exception, match=r"returned float32\[6, 3\]; expected 6 numbers, one for each record"):
+        evaluators.heldout.score(baselines)
+
+
 def test_networks_are_evaluated(tmp_path: Path) -> None:
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=SIDE, patch_size=4,

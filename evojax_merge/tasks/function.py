@@ -49,6 +49,9 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "texts": ("records", "texts"),
     "log_probabilities": ("records", "log_probabilities"),
     "logits": ("logits", "targets", "mask"),
+    "outputs": ("records", "outputs"),
+    "embeddings": ("records", "embeddings"),
+    "module": ("records", "module"),
     "arrays": ("model", "rows"),
     "model": ("model",),
 }

@@ -8,7 +8,8 @@ from evojax_merge.tasks.task import TaskConfig, TaskKind
 
 BUILT_IN = (
     text.KIND, generation.KIND, gsm.KIND, function.KIND, harness.KIND, networks.CLASSIFICATION, networks.REGRESSION,
-    networks.TEXT_TO_TEXT, networks.TRANSCRIPTION, networks.SIMILARITY, networks.RETRIEVAL, arrays.KIND,
+    networks.TEXT_TO_TEXT, networks.TRANSCRIPTION, networks.SIMILARITY, networks.RETRIEVAL, networks.NETWORK,
+    arrays.KIND,
 )  # fmt: skip
 _registered: list[TaskKind] = []
 

@@ -30,6 +30,7 @@ from evojax_merge.backends.torch.network import (
     SCORES,
     Ask,
     EmbeddingScorer,
+    FunctionScorer,
     Network,
     Scorer,
     WrittenScorer,
@@ -81,7 +82,7 @@ class TorchBackend(FunctionBackend):
         if not isinstance(task, NetworkTask) and getattr(task, "kind", None) != "likelihood":
             raise InputError(
                 where, f"{task.name}: a {type(task).__name__} asks no network of torch; expected one of kind: "
-                f"{', '.join((*SCORES, *PAIRED))}",
+                f"{', '.join((*SCORES, *PAIRED))} or network",
             )  # fmt: skip
 
     def prepare(self, splits: Splits[list[Any]]) -> Splits[list[ArrayTask]]:
@@ -169,6 +170,9 @@ class TorchBackend(FunctionBackend):
     def _scorer(self, task: Any, traced: bool) -> Callable[..., Any]:
         """The function of a task: (weights, rows) -> float[N]."""
         network = self.network
+        if isinstance(task, NetworkTask) and task.function is not None:
+            ask = None if task.config.gets == "module" else self._ask(task)
+            return FunctionScorer(network, task.function, [one.record for one in task.examples], ask, BATCH)
         others = self._others(task)
         if task.metric in WRITTEN:
             targets = tuple(example.target for example in task.examples)
@@ -196,6 +200,8 @@ class TorchBackend(FunctionBackend):
         that fails on them, or whose outputs are random. follows_gradient: whether the search needs the derivative."""
         if task.metric in WRITTEN:
             return "it writes texts"
+        if isinstance(task, NetworkTask) and getattr(task.config, "gets", "") == "module":
+            return "a function of Python gets the module"
         network, weights = self.network, self.merge.tree.source(0)
         inputs = {name: array[:PROBED] for name, array in examples["inputs"].items()}
         name, ask = network.name, self._ask(task)
@@ -223,6 +229,8 @@ class TorchBackend(FunctionBackend):
                 where, f"{task.name}: {name} has outputs of shape {list(once.shape[1:])}, and targets are of "
                 f"{list(examples['target'].shape[1:])}",
             )  # fmt: skip
+        if isinstance(task, NetworkTask) and task.function is not None:
+            return "a function of Python scores it"
         if self.settings.recalibrate:
             return "its batch norms are measured for each candidate"
         environment, reason = networks.torchax_environment()
@@ -246,7 +254,8 @@ class TorchBackend(FunctionBackend):
     def _ask(self, task: Any) -> Ask:
         """What a task asks a network for, beside texts."""
         by_text = isinstance(task, NetworkTask) and is_zero_shot(task, self.network)
-        return embeddings if task.kind in PAIRED or by_text else outputs
+        asked = isinstance(task, NetworkTask) and getattr(task.config, "gets", "") == "embeddings"
+        return embeddings if task.kind in PAIRED or by_text or asked else outputs
 
     def warnings(self, prepared: Splits[list[ArrayTask]]) -> list[str]:
         lines = super().warnings(prepared)
