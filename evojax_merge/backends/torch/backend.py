@@ -40,11 +40,14 @@ from evojax_merge.backends.torch.network import (
     ranking_scores,
     similarity_scores,
 )
+from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.costs import convolution_share, cost_of
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.memory import available_memory
+from evojax_merge.models.architecture import known_architecture
+from evojax_merge.report.plan import shown_bytes
 from evojax_merge.report.progress import say
 from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.networks import PAIRED, WRITTEN, NetworkTask
@@ -94,6 +97,11 @@ class TorchBackend(FunctionBackend):
                 (self._ask(task), _batches(arrays.rows[0]["inputs"]))
                 for task, arrays in zip(splits.search, prepared.search, strict=True)
             )
+        if not described and self._is_native():
+            say(
+                f"{self.network.name} is native as well: backend: decoder merges it layer by layer as it is scored; here "
+                f"every candidate is a whole model, of {shown_bytes(4 * self._numbers())} in float32"
+            )
         for why in dict.fromkeys(self._untraced.values()):
             names = [task for task, reason in self._untraced.items() if reason == why and task not in described]
             if names:
@@ -106,6 +114,15 @@ class TorchBackend(FunctionBackend):
             )  # fmt: skip
         return prepared
 
+    def _is_native(self) -> bool:
+        """Return whether backend: decoder opens the models as well."""
+        config = self.models[0] / "config.json"
+        return known_architecture(read_json_object(config, missing={}).get("model_type")) is not None
+
+    def _numbers(self) -> int:
+        """How many numbers of a candidate are merged."""
+        return sum(leaf.sources[0].size for leaf in self.merge.tree.leaves if leaf.merged)
+
     def _way(self, why: str, tasks: Sequence[str]) -> str:
         """One line on how the network is run for some tasks. why: see `_untraced`."""
         if not why:
@@ -117,8 +134,8 @@ class TorchBackend(FunctionBackend):
         programs = super().programs(population, devices)
         programs.finish = self.finished
         if not self.target.is_accelerator:
-            candidate = sum(leaf.sources[0].size for leaf in self.merge.tree.leaves if leaf.merged) * 4
-            programs.together = partial(on_cores, most=max(1, available_memory() // (4 * candidate)))
+            # A quarter of the memory, with candidates in float32.
+            programs.together = partial(on_cores, most=max(1, available_memory() // (16 * self._numbers())))
         return programs
 
     def finished(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -142,9 +159,8 @@ class TorchBackend(FunctionBackend):
         count = super().chunk(population)
         if self.settings.chunk is not None or not self.target.is_accelerator:
             return count
-        candidate = sum(leaf.sources[0].size for leaf in self.merge.tree.leaves if leaf.merged) * 4
         room = (self.target.memory - self.held_bytes()) // 4
-        return max(1, min(count, int(room // candidate)))
+        return max(1, min(count, int(room // (4 * self._numbers()))))
 
     def _prepared(self, task: Any, follows_gradient: bool) -> ArrayTask:
         """A task as arrays. The examples of networks' tasks are prepared once for all splits."""
