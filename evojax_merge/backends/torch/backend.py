@@ -99,8 +99,8 @@ class TorchBackend(FunctionBackend):
             )
         if not described and self._is_native():
             say(
-                f"{self.network.name} is native as well: backend: decoder merges it layer by layer as it is scored; here "
-                f"every candidate is a whole model, of {shown_bytes(4 * self._numbers())} in float32"
+                f"{self.network.name} is native as well: backend: decoder merges it layer by layer as it is scored; "
+                f"here every candidate is a whole model, of {shown_bytes(4 * self._numbers())} in float32"
             )
         for why in dict.fromkeys(self._untraced.values()):
             names = [task for task, reason in self._untraced.items() if reason == why and task not in described]
@@ -117,6 +117,8 @@ class TorchBackend(FunctionBackend):
     def _is_native(self) -> bool:
         """Return whether backend: decoder opens the models as well."""
         config = self.models[0] / "config.json"
+        if not config.is_file():
+            return False
         return known_architecture(read_json_object(config, missing={}).get("model_type")) is not None
 
     def _numbers(self) -> int:
