@@ -6,8 +6,8 @@ References: `zoo:base`, `zoo:maths`, `zoo:japanese` are models, `zoo:search.json
 `zoo:3/base` belongs to the family of seed 3, which is trained first, and `zoo:experts/sums` is one of six more experts
 of `zoo:base`, which are trained first as well. `zoo:loops/plus`, `zoo:loops/3/plus` belong to the looped families
 (loops), `zoo:vit/low` and `zoo:t5/french` to networks that `backend: torch` opens (vit, t5), `zoo:evovlm/vision` and
-`zoo:evovlm/3/vision` to those that see (evovlm), `zoo:smollm2/base` to the real model (smollm2). All of them are kept in
-the user's cache folder once made.
+`zoo:evovlm/3/vision` to those that see (evovlm), `zoo:smollm2/base` to the real model (smollm2). All of them are kept
+in the user's cache folder once made.
 """
 
 import re

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.function.opening import FOREIGN_IN_SPACE, check_config, tree_merge
 from evojax_merge.backends.function.trees import open_trees
-from evojax_merge.checkpoints.folder import resolve as resolve_folder
 from evojax_merge.checkpoints.pipelines import Pipeline, choose_components, is_pipeline
 from evojax_merge.config import Config, SpaceConfig
 from evojax_merge.errors import InputError
