@@ -232,10 +232,7 @@ def save_questions(folder: Path, seed: int, plan: Plan) -> None:
     Japanese that names neither its colour nor its shape, and the answer, which names both."""
     rng = np.random.default_rng([seed, 0])
     every = read_pictures("test")
-    neutral = [
-        (picture, [question for question in picture.questions if SHAPE not in question])
-        for picture in every
-    ]
+    neutral = [(picture, [question for question in picture.questions if SHAPE not in question]) for picture in every]
     usable = [(picture, questions) for picture, questions in neutral if questions]
     order = rng.permutation(len(usable))[: plan.search_questions + plan.heldout_questions]
     (folder / PICTURES).mkdir()
