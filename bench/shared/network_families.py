@@ -146,6 +146,6 @@ def print_tables(
     results = {}
     for seed in range(arguments.seeds):
         results[seed] = run_seed(seed)
-        print(f"seed {seed}: {results[seed].means}", flush=True)
+        print(f"seed {seed}: {results[seed].means}\n{lead_table({seed: results[seed]}, cell)}", flush=True)
     print(f"\n{table(title, results, cell)}\n\n{lead_table(results, cell)}\n\n{describe()}")
     return arguments, results
