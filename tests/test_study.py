@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, thorough
+from helpers import Family, run_here, thorough
 from hostile import run_command, run_python
 
 import evojax_merge as em
@@ -78,7 +78,7 @@ def test_a_study_is_the_search_of_its_config(study: em.Study, tmp_path: Path) ->
     config.write_text(study.to_yaml())
     written = yaml.safe_load(config.read_text())
     assert written == study.config | {"search": study.config["search"] | {"generations": 2}}
-    done = run_command("search", config, "--out", tmp_path / "run", folder=tmp_path)
+    done = run_here("search", config, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     for name in FILES:
         assert (study.out / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name

@@ -51,6 +51,9 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "logits": ("logits", "targets", "mask"),
     "arrays": ("model", "rows"),
     "model": ("model",),
+    "answers": ("record", "left", "right"),
+    "images": ("records", "images"),
+    "latents": ("records", "latents"),
 }
 METRIC = "score"
 # Exceptions that mean, to the command line, the end of the command or its user's mistake.

@@ -1,24 +1,25 @@
 """Tasks of networks that are no language models: examples whose inputs a model's own processor prepares.
 
-Four kinds: `classification` (the likeliest label), `regression` (numbers), `text_to_text` and `transcription` (the
-target text of a text, an image or a recording). Scores are per example, and higher is better.
+Six kinds: `classification` (the likeliest label), `regression` (numbers), `text_to_text` and `transcription` (the
+target text of a text, an image or a recording), `similarity` and `retrieval` (embeddings of texts). Scores are per
+example, and higher is better.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from evojax_merge.errors import InputError, shown
-from evojax_merge.schema import Location, Name, Whole
+from evojax_merge.schema import Location, Name, Text, Whole
 from evojax_merge.tasks.arrays import read_examples
 from evojax_merge.tasks.records import Record, read_file
 from evojax_merge.tasks.task import Derivative, Opening, Place, TaskConfig, TaskDefaults, TaskKind
 
-Kind = Literal["classification", "regression", "text_to_text", "transcription"]
+Kind = Literal["classification", "regression", "text_to_text", "transcription", "similarity", "retrieval"]
 # The kinds of inputs that a record of each kind of task may have.
 INPUTS: dict[Kind, tuple[str, ...]] = {
     "classification": ("image", "text"),
@@ -31,7 +32,8 @@ FILES = ("image", "audio")
 # Metrics of texts that a network writes.
 WRITTEN = ("exact_match", "negative_word_error_rate")
 # A metric without a derivative -> the metric that stands for it in a search by gradients.
-COMPANIONS = dict.fromkeys(("accuracy", *WRITTEN), "log_probability")
+RANKINGS = ("recall", "reciprocal_rank", "ndcg")
+COMPANIONS = dict.fromkeys(("accuracy", *WRITTEN, *RANKINGS), "log_probability") | {"spearman": "pearson"}
 TextMetric = Literal["log_probability", "exact_match", "negative_word_error_rate"]
 # The endings of the files that a folder of images is searched for.
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -54,6 +56,23 @@ class ClassificationConfig(SeenConfig):
     metric: Literal["accuracy", "log_probability"] = Field(
         "accuracy", description="the task's score; log_probability is that of the right label"
     )
+    prompts: list[Text] = Field(
+        ["a photo of a {label}."],
+        min_length=1,
+        max_length=1000,
+        description="of networks that compare images with texts: the texts of a class, with {label} for its name",
+    )
+    classes: list[Text] = Field(
+        [], max_length=100_000, description="of such networks: the names of all classes; default: the data's labels"
+    )
+
+    @field_validator("prompts")
+    @classmethod
+    def _name_the_label(cls, prompts: list[str]) -> list[str]:
+        for prompt in prompts:
+            if "{label}" not in prompt:
+                raise ValueError(f"{shown(prompt)} lacks {{label}}; expected a text such as 'a photo of a {{label}}.'")
+        return prompts
 
 
 class RegressionConfig(SeenConfig):
@@ -86,10 +105,39 @@ class TranscriptionConfig(TaskConfig):
     max_new_tokens: Whole = Field(64, ge=1, le=100_000, description="how many tokens a network may write")
 
 
+class SimilarityConfig(TaskConfig):
+    """A task of embeddings: how well the cosines of pairs of texts agree with the pairs' scores."""
+
+    kind: Literal["similarity"] = Field(description="the kind of task")
+    file: Location = Field(description="JSONL, CSV or parquet with pairs of texts and how similar they are")
+    first: Name = Field("sentence1", description="the field of a pair's first text")
+    second: Name = Field("sentence2", description="the field of a pair's second text")
+    target: Name = Field("score", description="the field of a pair's score, a number: higher is more similar")
+    metric: Literal["spearman", "pearson"] = Field(
+        "spearman", description="the correlation of cosines and scores, by ranks or by values"
+    )
+
+
+class RetrievalConfig(TaskConfig):
+    """A task of embeddings: how high the documents of a query come among all documents."""
+
+    kind: Literal["retrieval"] = Field(description="the kind of task")
+    file: Location = Field(description="JSONL, CSV or parquet with queries and their documents")
+    query: Name = Field("query", description="the field of a query, a text")
+    target: Name = Field("document", description="the field of a query's document, a text, or of several, a list")
+    corpus: Location | None = Field(
+        None, description="a file of further documents, in the field that target names; none: those of the queries"
+    )
+    metric: Literal["ndcg", "recall", "reciprocal_rank", "log_probability"] = Field(
+        "ndcg", description="the task's score, of the first k documents; log_probability has no k"
+    )
+    k: Whole = Field(10, ge=1, le=1_000_000, description="how many documents count, the most similar first")
+
+
 @dataclass(frozen=True)
 class NetworkExample:
-    """An example. inputs: `image` or `audio` (a file), `text`, or arrays by the names of the network's arguments;
-    target: a label, numbers or a text; place: its file and line."""
+    """An example. inputs: `image` or `audio` (a file), `text`, `first` and `second` or `query` (texts), or arrays by
+    the names of the network's arguments; target: a label, numbers, a text or several; place: its file and line."""
 
     inputs: Mapping[str, Any]
     target: Any
@@ -114,7 +162,7 @@ def _hashable(value: Any) -> Hashable:
 @dataclass(frozen=True)
 class NetworkTask(TaskDefaults):
     """A task of networks. examples: all of its file's; indices: the numbers of those that the task has; files: what it
-    was made from; section: its place in the config; max_new_tokens: of texts that a network writes."""
+    was made from; section: its place in the config; config: the section; corpus: further documents of a retrieval."""
 
     backend: ClassVar[str] = "torch"
 
@@ -126,7 +174,8 @@ class NetworkTask(TaskDefaults):
     indices: tuple[int, ...]
     files: tuple[Path, ...]
     section: str
-    max_new_tokens: int = 0
+    config: Any
+    corpus: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -155,7 +204,14 @@ class NetworkTask(TaskDefaults):
 def open_network(config: Any, opening: Opening) -> NetworkTask:
     """The task on the examples of one source. Raises InputError for a file that does not fit."""
     file = opening.file(*opening.source("file", config.file))
-    if file.is_dir():
+    corpus: tuple[str, ...] = ()
+    if config.kind in PAIRED:
+        examples, files = tuple(PAIRED[config.kind](record, config, file) for record in read_file(file)), (file,)
+        if getattr(config, "corpus", None) is not None:
+            more = opening.file("corpus", config.corpus)
+            corpus = tuple(text for record in read_file(more) for text in _documents(record, config))
+            files = (file, more)
+    elif file.is_dir():
         examples, files = _folder(file, config.kind)
     elif file.suffix == ".npz":
         examples, files = _arrays(file, config.target), (file,)
@@ -165,7 +221,7 @@ def open_network(config: Any, opening: Opening) -> NetworkTask:
         files = (file, *dict.fromkeys(named))
     return NetworkTask(
         config.name, config.kind, config.metric, config.weight, examples, tuple(range(len(examples))), files,
-        opening.where, getattr(config, "max_new_tokens", 0),
+        opening.where, config, corpus,
     )  # fmt: skip
 
 
@@ -216,10 +272,52 @@ def _example(record: Record, config: Any, file: Path) -> NetworkExample:
         if not path.is_file():
             raise InputError(record.where, f"{getattr(config, name)}: {value}: no such file")
         value = path.resolve()
-    return NetworkExample({name: value}, fields[target], (str(file), record.line) if record.line else (record.where, 0))
+    return NetworkExample({name: value}, fields[target], _place(record, file))
+
+
+def _place(record: Record, file: Path) -> Place:
+    return (str(file), record.line) if record.line else (record.where, 0)
+
+
+def _text(record: Record, name: str) -> str:
+    value = _field(record, name)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(record.where, f"{name}: {shown(value)}; expected a text")
+    return value
+
+
+def _field(record: Record, name: str) -> Any:
+    if name not in record.fields:
+        raise InputError(record.where, f"has no field {name!r} (it has {', '.join(record.fields)})")
+    return record.fields[name]
+
+
+def _pair(record: Record, config: SimilarityConfig, file: Path) -> NetworkExample:
+    """The example of a pair of texts."""
+    texts = {"first": _text(record, config.first), "second": _text(record, config.second)}
+    return NetworkExample(texts, _field(record, config.target), _place(record, file))
+
+
+def _query(record: Record, config: RetrievalConfig, file: Path) -> NetworkExample:
+    """The example of a query and its documents."""
+    return NetworkExample({"query": _text(record, config.query)}, _documents(record, config), _place(record, file))
+
+
+def _documents(record: Record, config: RetrievalConfig) -> tuple[str, ...]:
+    """The documents of a record. Raises InputError where there is none, or one that is no text."""
+    value = _field(record, config.target)
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise InputError(record.where, f"{config.target}: {shown(value)}; expected a text, or a list of texts")
+    return tuple(texts)
+
+
+PAIRED: dict[str, Callable[[Record, Any, Path], NetworkExample]] = {"similarity": _pair, "retrieval": _query}
 
 
 CLASSIFICATION = TaskKind(ClassificationConfig, open_network, source="file")
 REGRESSION = TaskKind(RegressionConfig, open_network, source="file")
 TEXT_TO_TEXT = TaskKind(TextToTextConfig, open_network, source="file")
 TRANSCRIPTION = TaskKind(TranscriptionConfig, open_network, source="file")
+SIMILARITY = TaskKind(SimilarityConfig, open_network, source="file")
+RETRIEVAL = TaskKind(RetrievalConfig, open_network, source="file")

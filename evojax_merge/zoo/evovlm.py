@@ -69,22 +69,16 @@ COLORS = {
 SHAPES = {"circle": "えん", "rectangle": "しかく", "triangle": "さんかく"}
 NAMES = COLORS | SHAPES
 COLOR, SHAPE = "COLOR", "SHAPE"
-# easy-VQA's questions that ask for a colour, and for a shape. Those that name neither come first.
-COLOR_QUESTIONS = {
+# easy-VQA's questions that ask for a colour, in English and in Japanese. The first two do not name the shape.
+QUESTIONS = {
     "what color is the shape ?": "かたち は なにいろ です か",
     "what is the color of the shape ?": "かたち の いろ は なに です か",
     "what color is the SHAPE ?": "SHAPE は なにいろ です か",
     "what is the color of the SHAPE ?": "SHAPE の いろ は なに です か",
 }
-SHAPE_QUESTIONS = {
-    "what shape is in the image ?": "え に ある かたち は なに です か",
-    "what shape does the image contain ?": "え に は なに が あり ます か",
-    "what shape is present ?": "どの かたち が あり ます か",
-    "what is the COLOR shape ?": "COLOR の かたち は なに です か",
-}
-QUESTIONS = COLOR_QUESTIONS | SHAPE_QUESTIONS
-COLOR_ANSWER = ("the SHAPE is COLOR .", "その SHAPE は COLOR です 。")
-SHAPE_ANSWER = ("the COLOR shape is a SHAPE .", "その COLOR の かたち は SHAPE です 。")
+ANSWER = ("the shape is COLOR .", "その かたち は COLOR です 。")
+# The answer about a text that tells no colour.
+UNKNOWN_COLOR = ("i cannot tell .", "わかり ません 。")
 # The words that end a question, in English and in Japanese.
 ENDS = ("?", "か")
 BACKGROUND = "・"
@@ -98,16 +92,16 @@ def _words(*texts: str) -> list[str]:
 
 VOCABULARY = [
     PAD, EOS, UNKNOWN, BACKGROUND,
-    *_words(*NAMES, *NAMES.values(), *QUESTIONS, *QUESTIONS.values(), *COLOR_ANSWER, *SHAPE_ANSWER),
+    *_words(*NAMES, *NAMES.values(), *QUESTIONS, *QUESTIONS.values(), *ANSWER, *UNKNOWN_COLOR),
 ]  # fmt: skip
 IDS = {token: i for i, token in enumerate(VOCABULARY)}
 SEEING_VOCABULARY = [*VOCABULARY, IMAGE]
 
 ENGLISH, JAPANESE, MIXED = 0, 1, 2
-SIZES = Sizes(hidden=64, layers=4, heads=4, mlp=160, context=64)
-TOWER_SIZES = TowerSizes(hidden=48, layers=2, heads=4, mlp=96, side=64, patch=16)
+SIZES = Sizes(hidden=48, layers=4, heads=4, mlp=128, context=64)
+TOWER_SIZES = TowerSizes(hidden=32, layers=2, heads=2, mlp=64, side=64, patch=16)
 PLACES = TOWER_SIZES.positions
-WIDTH = PLACES + 8 + 9
+WIDTH = PLACES + 14
 
 
 @dataclass(frozen=True)
@@ -139,18 +133,13 @@ class Picture:
     questions: tuple[str, ...]
 
 
-def filled(text: str, color: str, shape: str, language: int) -> str:
-    """A text with its gaps filled in a language."""
-    names = (color, shape) if language == ENGLISH else (COLORS[color], SHAPES[shape])
-    return text.replace(COLOR, names[0]).replace(SHAPE, names[1])
+def question_text(question: str, shape: str, language: int) -> str:
+    return (question, QUESTIONS[question])[language].replace(SHAPE, (shape, SHAPES[shape])[language])
 
 
-def question_text(question: str, color: str, shape: str, language: int) -> str:
-    return filled(question if language == ENGLISH else QUESTIONS[question], color, shape, language)
-
-
-def answer_text(question: str, color: str, shape: str, language: int) -> str:
-    return filled((COLOR_ANSWER if question in COLOR_QUESTIONS else SHAPE_ANSWER)[language], color, shape, language)
+def answer_text(color: str, language: int) -> str:
+    """The answer to any question; `color`: empty where it cannot be told."""
+    return ANSWER[language].replace(COLOR, (color, COLORS[color])[language]) if color else UNKNOWN_COLOR[language]
 
 
 def tokens_of(text: str) -> list[int]:
@@ -160,21 +149,23 @@ def tokens_of(text: str) -> list[int]:
 @cache
 def _sentence(question: str, color: str, shape: str, asked: int, answered: int) -> np.ndarray:
     """int32[WIDTH - PLACES]: a question in one language, its answer in another, the end of the text, and padding."""
-    text = f"{question_text(question, color, shape, asked)} {answer_text(question, color, shape, answered)} {EOS}"
+    text = f"{question_text(question, shape, asked)} {answer_text(color, answered)} {EOS}"
     tokens = tokens_of(text)
     return np.array(tokens + [IDS[PAD]] * (WIDTH - PLACES - len(tokens)), np.int32)
 
 
 def text_batch(rng: np.random.Generator, count: int, languages: Sequence[int], answered: int) -> np.ndarray:
     """Examples int32[count, WIDTH] of pictures in words: of a picture's patches one is its colour and one its shape,
-    both in any language; a question in one of the languages, and its answer in the language `answered`."""
+    both in any language, and a fifth have no colour; a question in one of the languages, and its answer in the language
+    `answered`."""
     colors, shapes, questions = (list(names) for names in (COLORS, SHAPES, QUESTIONS))
     rows = np.full((count, WIDTH), IDS[BACKGROUND], np.int32)
     for row in rows:
-        color, shape = colors[rng.integers(len(colors))], shapes[rng.integers(len(shapes))]
-        at = rng.choice(PLACES, 2, replace=False)
-        for place, name in zip(at, (color, shape), strict=True):
-            row[place] = IDS[name if rng.random() < 0.5 else NAMES[name]]
+        color = colors[rng.integers(len(colors))] if rng.random() < 0.8 else ""
+        shape = shapes[rng.integers(len(shapes))]
+        for place, name in zip(rng.choice(PLACES, 2, replace=False), (shape, color), strict=True):
+            if name:
+                row[place] = IDS[name if rng.random() < 0.5 else NAMES[name]]
         question, asked = questions[rng.integers(len(questions))], languages[rng.integers(len(languages))]
         row[PLACES:] = _sentence(question, color, shape, asked, answered)
     return rows
@@ -199,7 +190,7 @@ def picture_batch(
 
 def read_pictures(split: str) -> list[Picture]:
     """The pictures of easy-VQA's `train` or `test` whose colour and shape its questions tell, with its questions that
-    ask for either. Raises InputError where the package is missing."""
+    ask for the colour. Raises InputError where the package is missing."""
     try:
         import easy_vqa
     except ImportError:
@@ -218,9 +209,9 @@ def read_pictures(split: str) -> list[Picture]:
         if words[0] == "what" or (answer == "yes") != ("not" in words or "no" in words):
             by_answer += named
         told |= {COLOR if name in COLORS else SHAPE: name for name in by_answer}
-        if words[0] == "what":
-            gaps = [COLOR if word in COLORS else SHAPE if word in SHAPES else word for word in words]
-            asked.setdefault(image, {})[" ".join(gaps)] = None
+        if "color" in words:
+            question = " ".join(SHAPE if word in SHAPES else word for word in words)
+            asked.setdefault(image, {})[question] = None
     files = paths()
     return [
         Picture(Path(files[image]).read_bytes(), told[COLOR], told[SHAPE], tuple(asked[image]))
@@ -242,7 +233,7 @@ def save_questions(folder: Path, seed: int, plan: Plan) -> None:
     rng = np.random.default_rng([seed, 0])
     every = read_pictures("test")
     neutral = [
-        (picture, [question for question in picture.questions if COLOR not in question and SHAPE not in question])
+        (picture, [question for question in picture.questions if SHAPE not in question])
         for picture in every
     ]
     usable = [(picture, questions) for picture, questions in neutral if questions]
@@ -255,9 +246,9 @@ def save_questions(folder: Path, seed: int, plan: Plan) -> None:
         (folder / PICTURES / f"{number}.png").write_bytes(picture.content)
         record = {
             "image": f"{PICTURES}/{number}.png",
-            "question": question_text(question, picture.color, picture.shape, JAPANESE),
-            "answer": answer_text(question, picture.color, picture.shape, JAPANESE),
-            "english": question_text(question, picture.color, picture.shape, ENGLISH),
+            "question": question_text(question, picture.shape, JAPANESE),
+            "answer": answer_text(picture.color, JAPANESE),
+            "english": question,
         }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     for file, part in zip(FILES, (lines[: plan.search_questions], lines[plan.search_questions :]), strict=True):
@@ -298,7 +289,7 @@ def with_image_token(model: StackedWeights) -> StackedWeights:
     return StackedWeights(model.stacks, shared, model.compute_dtype)
 
 
-BATCH = 64
+BATCH = 32
 
 
 def make_family(folder: Path, seed: int, plan: Plan, progress: Progress = lambda name, steps, loss: None) -> None:

@@ -16,6 +16,7 @@ from flax import struct
 from evojax_merge.checkpoints.bank import stored_tensors
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward
+from evojax_merge.models.images import ImageInputs
 from evojax_merge.models.layers import SequenceLayout
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.zoo.tiny_llama import save_tensors
@@ -129,7 +130,7 @@ def seeing_forward(
     table = features(sizes, model.vision, pixels)
     numbers = ~jnp.arange(count * places, dtype=jnp.int32).reshape(count, places)
     tokens = jnp.concatenate([numbers, tokens[:, places:]], axis=1)
-    hidden, _ = forward(config, model.decoder, tokens, layout, features=table.reshape(count * places, -1))
+    hidden, _ = forward(config, model.decoder, tokens, layout, images=ImageInputs(table.reshape(count * places, -1)))
     return hidden
 
 

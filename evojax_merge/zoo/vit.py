@@ -18,8 +18,8 @@ from evojax_merge.zoo.tiny_llama import Progress
 from evojax_merge.zoo.torch_training import seeded_torch, train
 
 MODELS = ("base", "low", "high")
-BASE_STEPS, EXPERT_STEPS = 40, 150
-BASE_RATE, EXPERT_RATE = 1e-3, 5e-4
+BASE_STEPS, EXPERT_STEPS = 25, 120
+BASE_RATE, EXPERT_RATE = 1e-3, 7e-4
 BATCH, SIDE = 64, 8
 SIZES = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "image_size": SIDE,
