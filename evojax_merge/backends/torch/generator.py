@@ -164,7 +164,7 @@ def open_generator(components: Components, modules: Mapping[str, Any]) -> Genera
     import diffusers
 
     first = components.first
-    found = getattr(diffusers, first.class_name, None)
+    found: Any = getattr(diffusers, first.class_name, None)
     if not isinstance(found, type):
         raise InputError(
             first.path / INDEX, f"_class_name: {first.class_name}; diffusers {diffusers.__version__} has no such "
