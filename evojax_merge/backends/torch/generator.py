@@ -164,8 +164,8 @@ def open_generator(components: Components, modules: Mapping[str, Any]) -> Genera
     import diffusers
 
     first = components.first
-    found = getattr(diffusers, first.class_name, None)
-    if not isinstance(found, type):
+    pipeline_class: Any = getattr(diffusers, first.class_name, None)
+    if not callable(getattr(pipeline_class, "from_pretrained", None)):
         raise InputError(
             first.path / INDEX, f"_class_name: {first.class_name}; diffusers {diffusers.__version__} has no such "
             "class, and code that comes with a model is not run",
@@ -178,7 +178,7 @@ def open_generator(components: Components, modules: Mapping[str, Any]) -> Genera
             given[name] = open_component(pipeline, name)
     with quiet():
         try:
-            pipeline = found.from_pretrained(first.path, local_files_only=True, dtype=torch.float32, **given)
+            pipeline = pipeline_class.from_pretrained(first.path, local_files_only=True, dtype=torch.float32, **given)
         except OPENING as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(first.path, f"{first.class_name} cannot open it ({reason})") from None
