@@ -1,19 +1,15 @@
 """A model that sees and answers in English, an expert that reads and answers in Japanese, and one base of both.
 
-It is the second result of evolutionary merging (EvoVLM-JP) at the size of a toy. The `base` is a text model: it is told
+It is the second result of evolutionary merging (EvoVLM-JP) at the size of a toy. The `base` is a text model: it reads
 what a picture shows, patch by patch, is asked about it in either language, and answers in English. `vision` is a LLaVA
-around it, trained on the pictures and questions of easy-VQA, in English. `japanese` is a fine-tune of the base on
-texts, which answers in Japanese. The task of a merge is to answer questions about pictures *in Japanese*: `vision`
-answers them in English, and `japanese` has never seen a picture.
-
-The weights and pictures that come with the package were made by `python -m evojax_merge.zoo.evovlm`.
+around it, trained on easy-VQA's pictures and its questions about their colours, in English. `japanese` is a fine-tune
+of the base on texts, which answers in Japanese. The task of a merge is to answer questions about pictures *in
+Japanese*: `vision` answers them in English, and `japanese` has never seen a picture.
 """
 
 import io
 import json
 import re
-import shutil
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -24,16 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from safetensors.numpy import load_file, save_file
 
 from evojax_merge.checkpoints.config_file import decoder_config
-from evojax_merge.errors import InputError, did_you_mean
-from evojax_merge.file_system import atomic_folder
+from evojax_merge.errors import InputError
+from evojax_merge.models.architecture import EMBEDDING
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.layers import padded_layout
 from evojax_merge.models.sources import StackedWeights
-from evojax_merge.zoo import FILES, cache_folder, train_family
+from evojax_merge.zoo import FILES, TrainedFamily
 from evojax_merge.zoo.tiny_llama import (
     EOS,
     PAD,
@@ -42,7 +37,6 @@ from evojax_merge.zoo.tiny_llama import (
     Sizes,
     fresh_model,
     save_config,
-    save_tensors,
     save_tokenizer,
     save_weights,
     train,
@@ -51,12 +45,12 @@ from evojax_merge.zoo.tiny_llava import (
     SeeingModel,
     TowerSizes,
     fresh_vision,
-    save_seeing,
     save_seeing_config,
+    save_seeing_weights,
     seeing_forward,
 )
 
-# The version of the recipe below and of the packaged weights: every change of the training increases it.
+# The version of the recipe below: every change of the training increases it.
 VERSION = "evovlm-v1"
 MODELS = ("base", "vision", "japanese")
 PICTURES = "pictures"
@@ -108,9 +102,9 @@ WIDTH = PLACES + 14
 class Plan:
     """The steps that each model trains, and the numbers of questions in the two files."""
 
-    base_steps: int = 1000
-    vision_steps: int = 2000
-    japanese_steps: int = 200
+    base_steps: int = 100
+    vision_steps: int = 250
+    japanese_steps: int = 100
     search_questions: int = 64
     heldout_questions: int = 256
 
@@ -232,10 +226,7 @@ def save_questions(folder: Path, seed: int, plan: Plan) -> None:
     Japanese that names neither its colour nor its shape, and the answer, which names both."""
     rng = np.random.default_rng([seed, 0])
     every = read_pictures("test")
-    neutral = [
-        (picture, [question for question in picture.questions if SHAPE not in question])
-        for picture in every
-    ]
+    neutral = [(picture, [question for question in picture.questions if SHAPE not in question]) for picture in every]
     usable = [(picture, questions) for picture, questions in neutral if questions]
     order = rng.permutation(len(usable))[: plan.search_questions + plan.heldout_questions]
     (folder / PICTURES).mkdir()
@@ -290,34 +281,57 @@ def with_image_token(model: StackedWeights) -> StackedWeights:
 
 
 BATCH = 32
+# What the learning rate is multiplied by in the decoder's layers, its embedding, and its final norm and head: seeing is
+# learnt in early layers, another language in late ones.
+SLOW = 0.1
+VISION_PACES = ((1.0, 1.0, SLOW, SLOW), 1.0, SLOW)
+JAPANESE_PACES = ((SLOW, SLOW, 1.0, 1.0), SLOW, 1.0)
+
+
+def decoder_paces(model: StackedWeights, paces: tuple[tuple[float, ...], float, float]) -> StackedWeights:
+    """The paces of a decoder's weights."""
+    layers, embedding, ends = paces
+    stacks = {
+        stack: {name: np.reshape(np.float32(layers), (-1, *[1] * (leaf.ndim - 1))) for name, leaf in leaves.items()}
+        for stack, leaves in model.stacks.items()
+    }
+    shared = {name: np.float32(embedding if name == EMBEDDING else ends) for name in model.shared}
+    return StackedWeights(stacks, shared, model.compute_dtype)
 
 
 def make_family(folder: Path, seed: int, plan: Plan, progress: Progress = lambda name, steps, loss: None) -> None:
     """Train the family into an empty folder."""
     save_questions(folder, seed, plan)
-    _save_small_files(folder)
+    save_small_files(folder)
     config, seeing_config = (decoder_config(folder / name / "config.json") for name in ("base", "vision"))
     pictures = read_pictures("train")
     pixels = pixels_of(pictures)
 
-    def stage(name: str, start: Any, steps: int, peak: float, batch: Callable[..., Any]) -> Any:
+    def stage(
+        name: str, config: DecoderConfig, start: Any, steps: int, peak: float, batch: Callable[..., Any], paces: Any
+    ) -> Any:
         rng = np.random.default_rng([seed, 2, *name.encode()])
-        chosen = seeing_config if name == "vision" else config
-        return train(
-            chosen, answer_loss, start, lambda n: batch(rng, n), steps, peak, partial(progress, name), size=BATCH
-        )
+        report = partial(progress, name)
+        return train(config, answer_loss, start, partial(batch, rng), steps, peak, report, size=BATCH, paces=paces)
 
-    told = partial(text_batch, languages=(ENGLISH, JAPANESE), answered=ENGLISH)
-    base = stage("base", fresh_model(config, seed), plan.base_steps, 3e-3, told)
+    english = partial(text_batch, languages=(ENGLISH, JAPANESE), answered=ENGLISH)
+    base = stage("base", config, fresh_model(config, seed), plan.base_steps, 3e-3, english, None)
     save_weights(folder / "base", base, config)
+
     start = SeeingModel(with_image_token(base), fresh_vision(TOWER_SIZES, SIZES.hidden, seed))
+    vision_paces = {name: np.float32(1) for name in start.vision}
+    paces = SeeingModel(decoder_paces(start.decoder, VISION_PACES), vision_paces)
     shown = partial(picture_batch, pictures=pictures, pixels=pixels)
-    save_seeing(folder / "vision", stage("vision", start, plan.vision_steps, 2e-3, shown), seeing_config)
-    answered = partial(text_batch, languages=(JAPANESE,), answered=JAPANESE)
-    save_weights(folder / "japanese", stage("japanese", base, plan.japanese_steps, 1e-3, answered), config)
+    save_seeing_weights(
+        folder / "vision", stage("vision", seeing_config, start, plan.vision_steps, 2e-3, shown, paces), seeing_config
+    )
+    japanese = partial(text_batch, languages=(JAPANESE,), answered=JAPANESE)
+    expert_paces = decoder_paces(base, JAPANESE_PACES)
+    expert = stage("japanese", config, base, plan.japanese_steps, 2e-3, japanese, expert_paces)
+    save_weights(folder / "japanese", expert, config)
 
 
-def _save_small_files(folder: Path) -> None:
+def save_small_files(folder: Path) -> None:
     """The models' configs and tokenizers, and the processor of `vision`."""
     for name in MODELS:
         (folder / name).mkdir()
@@ -326,61 +340,9 @@ def _save_small_files(folder: Path) -> None:
     save_seeing_config(folder / "vision", folder / "base", TOWER_SIZES, len(VOCABULARY), len(SEEING_VOCABULARY))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# References, and the family that comes with the package
-
-PACKAGED = Path(__file__).parent / "weights" / "evovlm"
-PACKAGED_SEED = 0
-QUESTIONS_FILE = "questions.zip"
+def family(plan: Plan) -> TrainedFamily:
+    """The kind of family whose models train as long as `plan` says."""
+    return TrainedFamily("evovlm", VERSION, MODELS, plan.steps, partial(make_family, plan=plan))
 
 
-def resolve_reference(name: str, plan: Plan | None = None) -> Path:
-    """The path of a model or file: `3/vision` belongs to the family of seed 3, and `vision` to the packaged one. A
-    missing family is trained first, as long as `plan` says, or unpacked. Raises InputError for another name."""
-    match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
-    if match is None or match[2] not in MODELS + FILES:
-        references = [f"zoo:evovlm/{name_or_file}" for name_or_file in MODELS + FILES]
-        near = did_you_mean(f"zoo:evovlm/{name}", references)
-        raise InputError(f"zoo:evovlm/{name}", f"the zoo has no such model or file{near}")
-    family = cache_folder() / VERSION / ("packaged" if match[1] is None else f"seed-{match[1]}")
-    if not family.is_dir():
-        if match[1] is None:
-            _unpack(family)
-        else:
-            seed, plan = int(match[1]), plan or Plan()
-            what = f"{', '.join(MODELS)} (evovlm, seed {seed})"
-            train_family(family, what, plan.steps, partial(make_family, seed=seed, plan=plan))
-    return family / match[2]
-
-
-def _unpack(family: Path) -> None:
-    try:
-        with atomic_folder(family) as work:
-            _save_small_files(work)
-            with zipfile.ZipFile(PACKAGED / QUESTIONS_FILE) as archive:
-                archive.extractall(work)
-            for name in MODELS:
-                packed = load_file(PACKAGED / f"{name}.safetensors")
-                save_tensors(work / name, {tensor: values.astype(np.float32) for tensor, values in packed.items()})
-    except InputError:
-        # Another process may have unpacked it meanwhile.
-        if not family.is_dir():
-            raise
-
-
-def pack_family(family: Path) -> None:
-    """Make a trained family of seed `PACKAGED_SEED` the packaged one, its weights in bfloat16."""
-    shutil.rmtree(PACKAGED, ignore_errors=True)
-    PACKAGED.mkdir()
-    for name in MODELS:
-        tensors = load_file(family / name / "model.safetensors")
-        narrow = {tensor: values.astype(jnp.bfloat16) for tensor, values in tensors.items()}
-        save_file(narrow, PACKAGED / f"{name}.safetensors")
-    files = [family / file for file in FILES]
-    with zipfile.ZipFile(PACKAGED / QUESTIONS_FILE, "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in [*files, *sorted((family / PICTURES).iterdir())]:
-            archive.write(file, file.relative_to(family))
-
-
-if __name__ == "__main__":
-    pack_family(resolve_reference(f"{PACKAGED_SEED}/base").parent)
+FAMILY = family(Plan())
