@@ -14,7 +14,7 @@ import numpy as np
 
 from evojax_merge.errors import Failed
 from evojax_merge.judge.batch import Batch, Pair
-from evojax_merge.judge.pairs import Rule, information, most_informative
+from evojax_merge.judge.pairs import Rule, information, top_two
 from evojax_merge.judge.posterior import (
     Kernel,
     Outcomes,
@@ -71,7 +71,7 @@ class Ballot:
 
     def __init__(
         self, task: HumanTask, file: VoteFile, rounds: int, seed: int, wake: Callable[[], None] = lambda: None,
-        rule: Rule = most_informative, batch: Batch | None = None,
+        rule: Rule = top_two, batch: Batch | None = None,
     ) -> None:  # fmt: skip
         self.task, self._file, self._expected, self._seed, self._wake = task, file, rounds, seed, wake
         self._rule, self._batch = rule, batch
