@@ -201,6 +201,43 @@ def search(
     command.search(config, out, resume, overwrite, seed, list(overrides), force, plugin_names, output)
 
 
+@cli.command(short_help="Search for the merge whose answers people prefer.")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: the config's `out`, or runs/NAME.")
+@click.option("--resume", is_flag=True, help="Continue a run; no vote is asked for again.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of the page. Default: any that is free.")
+@click.option(
+    "--replay", type=click.Path(path_type=Path), help="Take the votes of this votes.jsonl of an equal search."
+)
+@click.option("--export", "pairs", type=click.Path(path_type=Path), help="Write pairs (.jsonl, and a page) and stop.")
+@click.option("--import", "choices", type=click.Path(path_type=Path), help="Votes on the pairs that were written.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override one key of CONFIG.")
+@with_plugins
+def judge(
+    config: Path,
+    out: Path | None,
+    resume: bool,
+    port: int,
+    replay: Path | None,
+    pairs: Path | None,
+    choices: Path | None,
+    overrides: tuple[str, ...],
+    plugin_names: tuple[str, ...],
+) -> None:
+    """Search like `search`, for the merge whose answers people prefer: CONFIG has a task of `kind: human`. Serves a
+    page on this machine where people choose between two answers."""
+    with _starting(plugin_names):
+        from evojax_merge.commands import search as command
+        from evojax_merge.judge.batch import VotesAwaited
+        from evojax_merge.judge.opening import JudgeOptions
+
+    judges = JudgeOptions(port, replay, pairs, choices)
+    try:
+        command.search(config, out, resume, False, None, list(overrides), plugin_names=plugin_names, judges=judges)
+    except VotesAwaited as awaited:
+        click.echo(f"{awaited}; then go on with --resume --import votes.jsonl")
+
+
 @cli.command(short_help="Say what a search would take: memory, work, time.")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--target", metavar="NAME", help="h100, 8xh100, v5p-8, v6e-8, cpu, … Default: the devices that are here.")

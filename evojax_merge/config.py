@@ -456,12 +456,17 @@ class EvaluationConfig(Section):
         None, description="of what chooses the winner and of the final table; default: compute_dtype"
     )
 
+    recalibrate: bool = Field(
+        False, description="of networks with batch norms: whether each candidate's are measured on the examples"
+    )
+
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the optional key where it is not given (see SearchConfig)."""
+        """Leave out the optional keys where they are not given (see SearchConfig)."""
         document: dict[str, Any] = serialise(self)
-        if self.final_compute_dtype is None:
-            document.pop("final_compute_dtype")
+        for name in ("final_compute_dtype", "recalibrate"):
+            if not getattr(self, name):
+                document.pop(name)
         return document
 
 
@@ -479,6 +484,9 @@ class Config(Section):
     )
     other_modules: Location | None = Field(
         None, description="of larger models: whose other modules the winner has; default: base, else the first parent"
+    )
+    components: dict[Name, Location] | None = Field(
+        None, description="of diffusers folders: a component -> merge, or the model that gives it"
     )
     space: SpaceConfig | None = Field(None, description="what is searched: the parameters of a merge")
     data_flow: DataFlowConfig | None = Field(None, description="or: the path through the layers of all parents")
@@ -528,7 +536,7 @@ class Config(Section):
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out optional keys at their defaults (see SearchConfig)."""
         document: dict[str, Any] = serialise(self)
-        for name in ("pool", "other_modules", "scale", "plugins", "log"):
+        for name in ("pool", "other_modules", "components", "scale", "plugins", "log"):
             if not document[name]:
                 document.pop(name)
         if self.backend == type(self).model_fields["backend"].default:
@@ -542,6 +550,8 @@ class Config(Section):
             raise ValueError("tasks: all weights are 0; at least one task must be part of the fitness")
         if sum(part is not None for part in (self.space, self.data_flow, self.pool, self.stages)) != 1:
             raise ValueError("expected exactly one of the keys space, data_flow, pool, stages")
+        if self.components is not None and self.backend != "torch":
+            raise ValueError(f"components: is for diffusers folders, and backend: {self.backend} opens none")
         if self.pool is not None and self.search.strategy != "pool":
             raise ValueError(
                 f"search.strategy: {self.search.strategy}; a pool is searched by the strategy pool alone, leave it out"

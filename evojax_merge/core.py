@@ -9,6 +9,8 @@ from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import barrier, local_devices
 from evojax_merge.evaluation.diagnostics import warnings
 from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.judge.evaluation import judged
+from evojax_merge.judge.opening import JudgeOptions, judging
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem, failure_hint
 from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar
@@ -30,6 +32,7 @@ def search(
     prepared: Splits[list[Any]],
     on_generation: OnGeneration,
     force: bool,
+    judges: JudgeOptions,
 ) -> None:
     """Search, choose the winner, export it and report. A run that has done all this is left unchanged."""
     complete = why_complete(folder, problem)
@@ -48,12 +51,14 @@ def search(
         with bytes_bar("loading", problem.backend.stored_bytes()) as progress:
             evaluators = open_evaluators(problem, prepared, devices, progress, say)
         generations = None if problem.search.parsed_budget.seconds else problem.search.generations
-        with search_bar(generations, on_generation) as reporter:
-            storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
-            archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)
-        print_work(folder, problem, evaluators)
-        with passes_bar("scoring", passes_to_select(problem, evaluators)) as progress:
-            result = select_best(problem, evaluators, archive, progress)
+        with judging(folder.votes, problem, say, judges) as ballots:
+            evaluators = judged(evaluators, ballots)
+            with search_bar(generations, on_generation) as reporter:
+                storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
+                archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)
+            print_work(folder, problem, evaluators)
+            with passes_bar("scoring", passes_to_select(problem, evaluators)) as progress:
+                result = select_best(problem, evaluators, archive, progress)
         if devices.is_main_process:
             write_winner(folder, problem.within(archive.context), result)
     barrier("written")

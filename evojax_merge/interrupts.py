@@ -111,9 +111,9 @@ def _unwind(number: int, frame: FrameType | None) -> None:
 
 
 def _postpone(number: int) -> None:
-    """Have the signal come again in a moment, to the main thread. By a thread: every timer that a process has is
-    another signal, which libraries take for themselves. `threading.Thread` waits for a lock that the interrupted code
-    may hold."""
+    """Have the signal come again in a moment, to the main thread. A thread sends it: each timer of a process is another
+    signal, and libraries take those for themselves. It is started without the lock of Python's class of threads, which
+    the interrupted code may hold."""
     global _postponed
     token = _postponed = object()
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
-from evojax_merge.evaluation.scores import ScoredTask, fitness, means, task_weights
+from evojax_merge.evaluation.scores import ScoredTask, TaskScores, fitness, means, task_weights
 from evojax_merge.goals import with_goals
 from evojax_merge.problem import SearchProblem, failure_hint
 from evojax_merge.report.comparison import FrontMember, GuardResult, Result, Row, model_name, rivals_of
@@ -20,6 +20,15 @@ from evojax_merge.search.loop import Archive, Finalist, rescore
 from evojax_merge.search.protocols import keeps_front, plain_merges_of
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import GUARD_WEIGHT
+
+
+@runtime_checkable
+class ComparesAnswers(Protocol):
+    """An evaluator that scores the models of the held-out table by comparing their answers."""
+
+    def compared(self, scored: Sequence[tuple[str, str, int, TaskScores]]) -> list[tuple[str, str, int, TaskScores]]:
+        """The same models, the winner last: role, name, and the scores in which the model stands, with its row."""
+        ...
 
 
 def open_evaluators(
@@ -149,6 +158,8 @@ def _table(
         role = backend.baseline_role
         scored.append((role, f"{role} {backend.name}", 1, finals))
     scored.append(("winner", f"evolved {backend.name}", 0, finals))
+    if isinstance(heldout, ComparesAnswers):
+        scored = heldout.compared(scored)
     weighted = task_weights(heldout.tasks, heldout.goal)
     rows = [
         Row(role, name, float(fitness(heldout.tasks, scores, heldout.goal)[p]), means(heldout.tasks, scores)[p])

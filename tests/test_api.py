@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, state, write_lines
+from helpers import Family, state, thorough, write_lines
 
 import evojax_merge as em
 from evojax_merge import cli
@@ -252,6 +252,7 @@ def test_wrong_banks_raise(options: dict, named: str, family: Family, silent: No
         em.load_bank(**({"parents": family.parents, "base": family.base} | options))
 
 
+@thorough
 def test_nothing_is_said_of_torch_where_it_is_absent(family: Family) -> None:
     """And it is said to who imports transformers for something else."""
     ours = (

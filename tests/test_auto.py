@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, search_in
+from helpers import Family, search_in, thorough
 from pydantic import ValidationError
 from test_racing import Hill, Plain, one_token, text_task
 
@@ -262,6 +262,7 @@ def test_plan_says_what_a_budget_means(config_file: Path, capsys: pytest.Capture
     assert " generations at most (search.budget: 1m), and choosing" in capsys.readouterr().out
 
 
+@thorough
 def test_stages_name_what_was_chosen_in_each(config_file: Path, tmp_path: Path) -> None:
     document = yaml.safe_load(config_file.read_text())
     space, search = document.pop("space"), document.pop("search")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from helpers import build_family, sample, search_in
+from helpers import build_family, sample, search_in, thorough
 from merge_kernels import METHODS
 from test_search import OwnScorer
 
@@ -215,6 +215,7 @@ def test_a_task_that_tells_no_model_from_another_says_so() -> None:
     assert tied.warnings() == []
 
 
+@thorough
 def test_a_search_from_python_warns_where_its_winner_is_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family = build_family(tmp_path)
     (tmp_path / "other.jsonl").write_bytes(family.tasks.read_bytes())

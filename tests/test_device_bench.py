@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import sample
+from helpers import sample, thorough
 from merge_kernels import tabulate
 
 from evojax_merge.evaluation.targets import Target, live_target
@@ -87,6 +87,7 @@ def test_a_row_that_does_not_fit_is_named() -> None:
     assert budget.row("three", lambda: ["3"]) == [] and budget.left_out == ["two (out of memory)", "three"]
 
 
+@thorough
 def test_a_random_bank_is_measured_as_its_weights_are(small: None, tmp_path: Path) -> None:
     _, problem = device.open_problem(tmp_path, cpu(), "tiny")
     bank, spec, models = device.random_bank(problem), problem.backend.candidates.spec, problem.backend.models

@@ -164,6 +164,7 @@ def test_other_methods_score_what_they_materialise(method: str, family: Family, 
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@thorough
 def test_untied_biased_models_and_bfloat16_export(tmp_path: Path) -> None:
     """What is scored is what would be written: rounded to the export dtype. Layers with biases, a head of its own."""
     family = build_family(tmp_path / "family", tiny_config("qwen2"), dtype=torch.bfloat16)
@@ -390,6 +391,7 @@ FAMILIES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", sample(FAMILIES, 1))
+@thorough
 def test_what_is_shared_is_computed_as_if_it_were_not(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

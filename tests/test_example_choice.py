@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import sample, search_in
+from helpers import sample, search_in, thorough
 from test_racing import Hill, Plain, SurrogateData, everyone, one_token, text_task, write_config
 
 from evojax_merge.commands import search as search_command
@@ -344,6 +344,7 @@ def numbers_of(task):
     return [example.prompt for example in task.examples]
 
 
+@thorough
 def test_the_command_chooses_examples_and_goes_on_to_the_byte(family, tmp_path, capsys):
     path = write_config(family, tmp_path, "merge", 3)
     settings = {"overwrite": False, "seed": None}

@@ -130,6 +130,15 @@ def test_a_missing_package_names_its_extra(
         open_generation(tmp_path, ["a"], metric=metric)
 
 
+def test_rouge_by_mecabs_words(tmp_path: Path) -> None:
+    for package in ("fugashi", "unidic_lite", "neologdn", "emoji"):
+        pytest.importorskip(package)
+    # 赤い バス が 走っ て いる: two of six words; emoji, and how wide a character is, do not count.
+    outputs = ["赤いバス", "赤いﾊﾞｽ🚌", "赤いバスが走っている", "青い車"]
+    task = open_generation(tmp_path, ["赤いバスが走っている"] * len(outputs), metric="rouge_l_mecab")
+    assert score(task, outputs)[0] == pytest.approx([0.5, 0.5, 1, 0])
+
+
 def _edits(first: str, second: str) -> int:
     """Levenshtein's distance, by the recurrence."""
     row = list(range(len(second) + 1))

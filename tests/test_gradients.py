@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Family, build_family, sample, tiny_config, write_lines
+from helpers import Family, build_family, sample, thorough, tiny_config, write_lines
 from merge_kernels import METHODS, CombineInputs, combine_differentiable, look_up_differentiable, on_grid, tabulate
 from merge_kernels.gradients import HALF_WIDTH
 from test_evaluator import Setting, behind_header
@@ -216,6 +216,7 @@ def test_layers_merged_on_the_way_have_the_gradients_of_whole_candidates(
 
 
 @pytest.mark.parametrize("kind", sample(["mistral", "qwen3", "mixtral"], 1))
+@thorough
 def test_other_architectures_have_gradients(kind: str, tmp_path: Path) -> None:
     setting = Setting(build_family(tmp_path, tiny_config(kind)), "task_arithmetic")
     evaluator = setting.evaluator([setting.short])
@@ -429,6 +430,7 @@ def test_a_search_by_gradients_that_was_stopped_is_the_same_search(
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@thorough
 def test_gradients_improve_the_fitness(family: Family, tmp_path: Path) -> None:
     run = em.evolve(document(family, "likelihood", strategy="gradient", generations=12), out=tmp_path / "run")
     best = [row["best"] for row in run.history]

@@ -35,6 +35,7 @@ from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import TensorGroup
 from mergekit.sparsify import della_magprune
 from reference import merging
+from reference.generators import of_sd_mecha
 from reference.merging import (
     BAND,
     DARE,
@@ -48,7 +49,6 @@ from reference.merging import (
     agreeing,
     rank_in_row,
 )
-from sd_mecha.extensions.builtin.merge_methods import cosine, linear, slicing, ties
 
 Numbers = dict[str, Any]
 Draws = Callable[[int], np.ndarray]
@@ -164,27 +164,6 @@ def of_mergekit(
             masks = masks_for_mergekit(name, options, models, parameters, row_keys or draws_of(models[0].shape))
             patch.setattr(torch, "bernoulli", lambda probabilities: next(masks))
         return registry.get(name)([group], parameters=given | switches_of(name, options))[0].numpy()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# sd-mecha in process
-
-
-def of_sd_mecha(name: str, models: Sequence[np.ndarray], parameters: Numbers) -> np.ndarray:
-    """The same merge by sd-mecha, in float64 (the geometric median ends where float32 rounds)."""
-    c, a, b, *more = (torch.tensor(np.asarray(x, np.float64)) for x in models)
-    numbers = {key: torch.tensor(float(value)) if key == "alpha" else value for key, value in parameters.items()}
-    functions = {
-        "add_cosine_a": cosine.add_cosine_a, "add_cosine_b": cosine.add_cosine_b, "tensor_sum": slicing.tensor_sum,
-        "top_k_tensor_sum": slicing.top_k_tensor_sum, "geometric_median": ties.geometric_median,
-    }  # fmt: skip
-    if name == "weighted_sum":
-        return linear.weighted_sum.__wrapped__({"key": a}, {"key": b}, **numbers, key="key").numpy()
-    if name in functions:
-        return functions[name].__wrapped__(a, b, *more, **numbers).numpy()
-    if name == "train_difference_mask":
-        numbers["alpha"] = linear.train_difference_mask.__wrapped__(a, b, c, **numbers)
-    return linear.add_difference.__wrapped__({"key": a}, {"key": b - c}, **numbers, key="key").numpy()
 
 
 def check(name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family
+from helpers import Family, build_family, thorough
 from hostile import config as search_config
 from merge_kernels import sums
 from test_spaces import make_space
@@ -103,6 +103,7 @@ def invoke(*arguments: object) -> int:
     return run(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False))
 
 
+@thorough
 def test_a_search_over_groups_of_which_some_count(
     crowd: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

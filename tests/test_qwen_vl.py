@@ -1,5 +1,6 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL with their images: M-RoPE, features inside of the decoder, and whole searches."""
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -8,12 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import edit_json, sample, save, words
+from helpers import edit_json, save, thorough, words
 from hostile import start_command
 from reference.vision_models import (
     PLACEHOLDERS,
@@ -23,16 +25,22 @@ from reference.vision_models import (
     seeing_logprobs,
     seeing_model,
     seeing_text,
+    write_images,
 )
 from safetensors.numpy import load_file, save_file
 from test_vision import NEW, SHARED, SPACES, _own_cache, command, heldout_score, score, write_family, write_tasks
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
 from evojax_merge.checkpoints.config_file import read_decoder_config
+from evojax_merge.checkpoints.decoder_folder import decoder_of
+from evojax_merge.checkpoints.folder import open_folder
+from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import architecture_of
 from evojax_merge.models.images import Grid, GridPositions
 from evojax_merge.models.layers import SequenceLayout
+from evojax_merge.tasks.images import RecordImage
 
 __all__ = ["_own_cache"]
 QWEN = [kind for kind in SEEING if kind.startswith("qwen")]
@@ -131,6 +139,28 @@ def test_a_beginning_with_an_image_is_shared(root: Path) -> None:
         assert scores.outputs["task1"][0][number] == seeing_text(model, processor, prompt, [root / "0.png"], NEW)
 
 
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_plan_counts_what_a_search_loads(kind: str, tmp_path: Path) -> None:
+    """The features in front of the decoder, those inside of it, and no other bytes."""
+    folder = save_seeing(seeing_model(kind), tmp_path / "model", 0)
+    decoder = decoder_of(open_folder(folder))
+    tokenizer = seeing_tokenizer(load_tokenizer(folder), decoder)
+    for file in write_images(tmp_path):
+        image = RecordImage(str(file), hashlib.sha256(file.read_bytes()).hexdigest(), file, None)
+        tokenizer.expand_images(str(file), tokenizer.placeholder, [image])
+    vision = vision_of(tokenizer, [decoder])
+    assert vision is not None
+    planned = vision.abstract_table(32, "bfloat16", jax.ShapeDtypeStruct)
+    loaded = vision.table(None, "bfloat16", jnp.asarray)
+    assert planned is not None and loaded is not None
+    for name in ("features", "deepstack"):
+        expected, found = getattr(planned, name), getattr(loaded, name)
+        assert (expected is None) == (found is None) == (kind != "qwen3_vl" and name == "deepstack")
+        assert found is None or (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert loaded.positions is not None and len(loaded.positions.spared) == len(loaded.features)
+
+
+@thorough
 def test_files_as_the_hub_has_them(tmp_path: Path) -> None:
     """Qwen2.5-VL's config.json has no text_config there, and its tensors other names."""
     save_seeing(seeing_model("qwen2_5_vl"), tmp_path / "model", 0, 0.05)
@@ -185,10 +215,10 @@ def score_alone(folder: Path, root: Path) -> float:
     return float(done.stdout.split()[-1])
 
 
-@pytest.mark.parametrize("space", sample(SPACES, 1))
+@thorough
+@pytest.mark.parametrize("space", SPACES)
 def test_a_search_exports_what_it_scored(space: str, root: Path, tmp_path: Path) -> None:
     config = search_config(root, tmp_path, space)
-    assert command("plan", config) == 0
     assert command("search", config, "--out", tmp_path / "run") == 0
     for name, scored in heldout_scores(tmp_path / "run").items():
         folder = tmp_path / "run/best/model" if name == "winner" else root / name
@@ -196,6 +226,7 @@ def test_a_search_exports_what_it_scored(space: str, root: Path, tmp_path: Path)
         assert scored == pytest.approx(expected, abs=1e-4), name
 
 
+@thorough
 def test_a_killed_search_ends_in_the_same_bytes(root: Path, tmp_path: Path) -> None:
     config = search_config(root, tmp_path, "merges", search={"generations": 4, "population": 4})
     assert command("search", config, "--out", tmp_path / "whole/run") == 0
@@ -231,7 +262,8 @@ def save_text_model(kind: str, folder: Path, seed: int, **changes: Any) -> None:
     save(AutoModelForCausalLM.from_config(config).float(), folder, tokens)
 
 
-@pytest.mark.parametrize("kind", sample(TEXT_MODELS, 1))
+@thorough
+@pytest.mark.parametrize("kind", TEXT_MODELS)
 def test_a_text_model_merges_into_the_decoder(kind: str, tmp_path: Path) -> None:
     root = write_family(tmp_path, kind)
     for name, seed in (("text", 1), ("japanese", 2)):

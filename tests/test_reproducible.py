@@ -46,7 +46,7 @@ def test_the_same_again_is_the_same_to_the_byte(family: Family, plain: Path, tmp
 
 
 @pytest.mark.parametrize(
-    "pieces", sample(["chunk=4", "tokens_per_batch=24", f"chunk={POPULATION}", "tokens_per_batch=100"], 2)
+    "pieces", sample(["chunk=4", "tokens_per_batch=24", f"chunk={POPULATION}", "tokens_per_batch=100"], 1)
 )
 def test_other_pieces_change_scores_by_rounding_and_nothing_else(
     family: Family, plain: Path, tmp_path: Path, pieces: str

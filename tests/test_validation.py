@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from helpers import even_records, sample, search_in, write_lines
+from helpers import even_records, sample, search_in, thorough, write_lines
 from test_racing import Hill, Plain, SurrogateData, everyone, numbers, text_task
 
 import evojax_merge as em
@@ -224,6 +224,7 @@ def test_the_winner_is_the_best_finalist_on_the_validation_split(config, finishe
 
 
 @pytest.mark.parametrize("space", sample(["merges", "paths"], 1))
+@thorough
 def test_what_chooses_the_winner_has_a_dtype_of_its_own(config, space, tmp_path, capsys):
     """Generations in bfloat16, finalists and the table in float32: as whoever evaluates the exported winner does."""
     document = yaml.safe_load(config.read_text())
@@ -321,6 +322,7 @@ def test_splits_of_an_own_loop(config):
         em.Evaluator(config, overrides=["search={}"], split="validation")
 
 
+@thorough
 def test_stages_validate_on_the_same_examples(config, tmp_path):
     document = yaml.safe_load(config.read_text())
     search = document.pop("search")

@@ -365,10 +365,13 @@ def test_features_of_another_tower_are_not_taken(root: Path, tmp_path: Path) -> 
     assert "1 encoded" in " ".join(lines)
     # The base has the same tower, the other parent another one.
     assert "0 encoded" in " ".join(score(root / "base", task)[1])
+    (own,) = (vision.cache_folder() / "features").rglob("*.safetensors")
     assert "1 encoded" in " ".join(score(root / "two", task)[1])
-    # A damaged file is written again.
-    for file in (vision.cache_folder() / "features").rglob("*.safetensors"):
-        file.write_bytes(file.read_bytes()[:50])
+    # A file of another tower's features is written again, and so is a damaged one.
+    (other,) = {*(vision.cache_folder() / "features").rglob("*.safetensors")} - {own}
+    own.write_bytes(other.read_bytes())
+    other.write_bytes(other.read_bytes()[:50])
+    assert "1 encoded" in " ".join(score(root / "two", task)[1])
     again, lines = score(root / "one", task)
     assert "1 encoded" in " ".join(lines)
     np.testing.assert_array_equal(*(scores.matrices["task0"]["log_probability"] for scores in (first, again)))

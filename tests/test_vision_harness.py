@@ -59,7 +59,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             **shared, "output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "gold",
             "metric_list": [{"metric": "acc", **mean}],
         },
-        "rolling": {**shared, "output_type": "loglikelihood_rolling", "metric_list": [{"metric": "word_perplexity"}]},
+        "rolling": {**shared, "output_type": "loglikelihood_rolling", "doc_to_target": "{{answer}}",
+                    "metric_list": [{"metric": "word_perplexity"}]},
         "heard": {**shared, "doc_to_audio": "images", "output_type": "generate_until",
                   "doc_to_target": "{{answer}}", "metric_list": [{"metric": "exact_match", **mean}]},
     }  # fmt: skip

@@ -4,27 +4,51 @@ stored."""
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import sample, state
 from reference.vision_models import save_seeing, seeing_model
 from safetensors.numpy import load_file, save_file
-from test_recipes import assert_same_weights, merge, mergekit_merge
+from test_recipes import assert_same_weights, merge, mergekit_merge, write
 
-# The names of tensors in files, where transformers writes others than those that mergekit knows.
-HUB_NAMES = {"qwen2_5_vl": {"model.language_model.": "model.", "model.visual.": "visual."}}
-DECODER = ("language_model.", "model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
+from evojax_merge.checkpoints.decoder_folder import decoder_of
+from evojax_merge.checkpoints.folder import open_folder
+from evojax_merge.errors import InputError
+from evojax_merge.mergekit.execute import prepare
+from evojax_merge.mergekit.schema import read_recipe
+
+# The beginnings of tensors' names as transformers writes them, and as mergekit knows them: where they differ, mergekit
+# leaves the tensors out without a word.
+NAMES = {
+    "llava": {
+        "language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head.",
+        "vision_tower.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector.",
+    },
+    "qwen2_5_vl": {"model.language_model.": "model.", "model.visual.": "visual."},
+}  # fmt: skip
+FORMAT, MODELS = {"format": "pt"}, ("base", "one", "two")
 KINDS = ("llava", "qwen2_5_vl", "qwen3_vl")
 
 
 def write_pair(folder: Path, kind: str) -> None:
     """A base and two parents, of which each has a vision side of its own."""
     model = seeing_model(kind)
-    for seed, name in enumerate(("base", "one", "two")):
-        file = save_seeing(model, folder / name, seed, 0.05) / "model.safetensors"
-        tensors = load_file(file)
-        for old, new in HUB_NAMES.get(kind, {}).items():
-            tensors = {tensor.replace(old, new): values for tensor, values in tensors.items()}
-        save_file(tensors, file, {"format": "pt"})
+    for seed, name in enumerate(MODELS):
+        save_seeing(model, folder / name, seed, 0.05)
+
+
+def rename_pair(folder: Path, kind: str) -> None:
+    """Give the tensors of `write_pair` the names that mergekit knows."""
+    for name in MODELS:
+        file = folder / name / "model.safetensors"
+        save_file({known_name(kind, tensor): values for tensor, values in load_file(file).items()}, file, FORMAT)
+
+
+def known_name(kind: str, tensor: str) -> str:
+    """mergekit's name of a tensor of a file."""
+    names = NAMES.get(kind, {})
+    begin = next((begin for begin in names if tensor.startswith(begin)), "")
+    return names.get(begin, "") + tensor.removeprefix(begin)
 
 
 def recipe(folder: Path, method: str) -> dict[str, Any]:
@@ -47,7 +71,52 @@ CASES = [(kind, method) for kind in KINDS for method in ("ties", "slerp", "task_
 @pytest.mark.parametrize(("kind", "method"), sample(CASES, 3))
 def test_whole_models_merge_as_in_mergekit(kind: str, method: str, tmp_path: Path) -> None:
     write_pair(tmp_path, kind)
+    rename_pair(tmp_path, kind)
     document = recipe(tmp_path, method)
     found = merge(tmp_path, document)
-    assert set(state(found)) == set(state(tmp_path / "one")), "a stored tensor is missing"
+    assert set(state(found)) == set(state(tmp_path / "one"))
     assert_same_weights(found, mergekit_merge(tmp_path, document))
+
+
+def test_no_tensor_depends_on_its_name(tmp_path: Path) -> None:
+    """LLaVA's files of all versions are merged alike, with all of their tensors."""
+    write_pair(tmp_path, "llava")
+    document = recipe(tmp_path, "task_arithmetic")
+    found = state(merge(tmp_path, document))
+    assert set(found) == set(state(tmp_path / "one"))
+    rename_pair(tmp_path, "llava")
+    expected = state(merge(tmp_path, document))
+    assert len(found) == len(expected)
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, expected[known_name("llava", name)], err_msg=name)
+
+
+@pytest.mark.parametrize("kind", sample(KINDS, 1))
+def test_merged_decoders_keep_the_other_tensors_of_the_named_model(kind: str, tmp_path: Path) -> None:
+    """Every tensor that is stored is that of the whole merge, where the decoder has it, or the named model's."""
+    write_pair(tmp_path, kind)
+    document = recipe(tmp_path, "task_arithmetic")
+    whole, found = (
+        state(merge(tmp_path, document)),
+        state(merge(tmp_path, document | {"other_modules": str(tmp_path / "two")})),
+    )
+    kept, decoder = state(tmp_path / "two"), decoder_of(open_folder(tmp_path / "two"))
+    assert set(found) == set(kept) == {*map(decoder.names.in_file, decoder.entries), *decoder.other_modules}
+    for name, values in found.items():
+        expected = kept[name] if name in decoder.other_modules else whole[name]
+        np.testing.assert_array_equal(values, expected, err_msg=name)
+
+
+def test_a_tensor_that_one_model_has_is_named(tmp_path: Path) -> None:
+    """A tensor that is left out of the merge stands in a warning; one that may matter stops it."""
+    write_pair(tmp_path, "qwen2_5_vl")
+    file = tmp_path / "two/model.safetensors"
+    tensors = load_file(file)
+    table = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file(tensors | {table: np.ones(4, np.float32)}, file, FORMAT)
+    document = recipe(tmp_path, "task_arithmetic")
+    warnings = prepare(read_recipe(write(tmp_path, document))).sources.warnings
+    assert any(table in line and "left out" in line for line in warnings)
+    save_file(tensors | {"visual.merger.extra.weight": np.ones(16, np.float32)}, file, FORMAT)
+    with pytest.raises(InputError, match=r"does not hold the same tensors as .*: visual\.merger\.extra\.weight"):
+        prepare(read_recipe(write(tmp_path, document)))

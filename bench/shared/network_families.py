@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,20 +12,29 @@ from bench.shared.machine import describe
 from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.report.intervals import Lead, leads_over
 from evojax_merge.search import loop
+from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Reporter
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage, open_run
 from evojax_merge.selection import open_evaluator, open_evaluators, select_best
+from evojax_merge.tasks.splits import Splits
 
+UNIFORM = "uniform merge"
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The held-out scores of a seed's models. means: by model; leads: of each winner over the best parent and over the
-    uniform merge."""
+    """The held-out scores of a seed's models. examples: float[N] of each model; targets: of the N examples; leads: of
+    each winner over the best parent and over the uniform merge."""
 
-    means: dict[str, float]
+    examples: dict[str, np.ndarray]
+    targets: tuple[str, ...]
     leads: dict[str, dict[str, Lead]]
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The mean score of each model."""
+        return {name: float(scores.mean()) for name, scores in self.examples.items()}
 
 
 def open_problem(config: str, family: str, seed: int, overrides: Sequence[str]) -> SearchProblem:
@@ -42,10 +52,9 @@ def open_problem(config: str, family: str, seed: int, overrides: Sequence[str]) 
     return build_problem(path, read_config(path, [*overrides, *of_seed], seed))
 
 
-def evolve(problem: SearchProblem, folder: Path) -> np.ndarray:
+def evolve(problem: SearchProblem, on: Splits[SpaceEvaluator[Any]], folder: Path) -> np.ndarray:
     """The winner of a search."""
     run = open_run(folder, {}, resume=False, overwrite=True)
-    on = open_evaluators(problem, problem.prepare())
     archive = loop.evolve(
         problem.search, problem.seed, problem.strategy, problem.space, on.shards,
         FolderStorage(run, Checkpoints(run)), Reporter(), minibatches=on.minibatches,
@@ -62,35 +71,40 @@ def run_seed(
     starts: Mapping[str, Sequence[str]],
     folder: Path,
 ) -> Scored:
-    """The models of a family, the merges that searches start from, and the winners of searches, on held-out examples.
+    """The models of a family, merges that nobody searched, and the winners of searches, on held-out examples.
 
-    score: `task/metric`; searches, starts: the overrides of each; the first start is the uniform merge.
+    score: `task/metric`; searches: the overrides of each; starts: those of searches whose start is such a merge.
     """
     task, metric = score.split("/")
-    by_model: dict[str, np.ndarray] = {}
     parents: list[str] = []
-
-    def score_genome(problem: SearchProblem, genome: np.ndarray) -> np.ndarray:
-        heldout = open_evaluator(problem, problem.prepare().heldout)
-        if not by_model:
-            for role, path in problem.backend.compared:
-                stored = problem.backend.score_stored(path, heldout, lambda done: None)
-                by_model[path.name] = stored.matrices[task][metric][0]
-                parents.extend([path.name] if role == "parent" else [])
-        return heldout.score(genome[None]).matrices[task][metric][0]
-
-    for name, overrides in starts.items():
-        problem = open_problem(config, family, seed, overrides)
-        by_model[name] = score_genome(problem, problem.space.start)
+    examples: dict[str, np.ndarray] = {}
     leads: dict[str, dict[str, Lead]] = {}
+
+    def score_genome(heldout: SpaceEvaluator[Any], genome: np.ndarray) -> np.ndarray:
+        row: np.ndarray = heldout.score(genome[None]).matrices[task][metric][0]
+        return row
+
     for name, overrides in searches.items():
         problem = open_problem(config, family, seed, overrides)
-        by_model[name] = score_genome(problem, evolve(problem, folder / f"{name}-{seed}"))
-        best = max(parents, key=lambda parent: float(by_model[parent].mean()))
-        rivals = {"best parent": by_model[best], "uniform": by_model[next(iter(starts))]}
-        compared = leads_over([by_model[name]], [[scores] for scores in rivals.values()], [1.0], seed)
-        leads[name] = {rival: lead for rival, lead in zip(rivals, compared, strict=True) if lead is not None}
-    return Scored({name: float(scores.mean()) for name, scores in by_model.items()}, leads)
+        on = open_evaluators(problem, problem.prepare())
+        if not examples:
+            for role, path in problem.backend.compared:
+                stored = problem.backend.score_stored(path, on.heldout, lambda done: None)
+                examples[path.name] = stored.matrices[task][metric][0]
+                parents.extend([path.name] if role == "parent" else [])
+            examples[UNIFORM] = score_genome(on.heldout, problem.space.baselines()[1][0])
+        examples[name] = score_genome(on.heldout, evolve(problem, on, folder / f"{name}-{seed}"))
+        best = max(parents, key=lambda parent: float(examples[parent].mean()))
+        rivals = [best, UNIFORM]
+        compared = leads_over([examples[name]], [[examples[rival]] for rival in rivals], [1.0], seed)
+        leads[name] = {
+            rival: lead for rival, lead in zip(("best parent", UNIFORM), compared, strict=True) if lead is not None
+        }
+    for name, overrides in starts.items():
+        problem = open_problem(config, family, seed, overrides)
+        examples[name] = score_genome(open_evaluator(problem, problem.prepare().heldout), problem.space.start)
+    scored = next(one for one in problem.splits.heldout if (one.name, one.metric) == (task, metric))
+    return Scored(examples, tuple(scored.target(i) for i in range(scored.size)), leads)
 
 
 def table(title: str, results: Mapping[int, Scored], cell: Callable[[float], str]) -> str:
@@ -121,14 +135,17 @@ def percent(value: float) -> str:
 
 
 def print_tables(
-    description: str, title: str, run_seed: Callable[[int], Scored], cell: Callable[[float], str] = percent
-) -> None:
-    """The program: run as many seeds as the command line says, and print their tables."""
-    parser = argparse.ArgumentParser(description=description)
+    parser: argparse.ArgumentParser,
+    title: str,
+    run_seed: Callable[[int], Scored],
+    cell: Callable[[float], str] = percent,
+) -> tuple[argparse.Namespace, dict[int, Scored]]:
+    """The program: run as many seeds as the command line says, and print their tables. Returns its options as well."""
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
     results = {}
     for seed in range(arguments.seeds):
         results[seed] = run_seed(seed)
-        print(f"seed {seed}: {results[seed].means}", flush=True)
+        print(f"seed {seed}: {results[seed].means}\n{lead_table({seed: results[seed]}, cell)}", flush=True)
     print(f"\n{table(title, results, cell)}\n\n{lead_table(results, cell)}\n\n{describe()}")
+    return arguments, results

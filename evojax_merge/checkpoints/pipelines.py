@@ -23,6 +23,8 @@ DENOISERS = ("unet", "transformer")
 MERGE = "merge"
 # Each tokenizer comes from the model that gives its text encoder.
 TOKENIZERS = {f"tokenizer{number}": f"text_encoder{number}" for number in ("", "_2", "_3", "_4")}
+# The first held-out pictures of a winner and of what it is compared with, in the winner's folder.
+SHEET = "contact_sheet.png"
 # The endings of a component's files that are copied.
 COPIED = {".json", ".txt", ".model", ".jinja", ".safetensors"}
 # Keys of configs that say where a component comes from, and nothing of what it is.
@@ -49,7 +51,10 @@ class Pipeline:
             if len(value) != 2 or not all(isinstance(part, str) for part in value):
                 raise InputError(self.path / INDEX, f"{name}: {shown(value)}; expected a library and a class")
             if not (self.path / name).is_dir():
-                raise InputError(self.path / INDEX, f"{name}: there is no folder {name}/ beside it")
+                raise InputError(
+                    self.path / INDEX, f"{name}: there is no folder {name}/ beside it; expected a whole diffusers "
+                    "folder (hf download REPOSITORY --local-dir FOLDER fetches one)",
+                )  # fmt: skip
             classes[name] = (value[0], value[1])
         return classes
 
@@ -95,7 +100,9 @@ def _content(file: Path) -> Any:
         document = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return fingerprint(file)
-    return {key: value for key, value in document.items() if key not in ORIGIN} if isinstance(document, dict) else document
+    if not isinstance(document, dict):
+        return document
+    return {key: value for key, value in document.items() if key not in ORIGIN}
 
 
 def is_pipeline(path: Path) -> bool:
@@ -162,7 +169,8 @@ def choose_components(
     known = list(dict.fromkeys(name for pipeline in pipelines for name in pipeline.classes))
     for name, value in wanted.items():
         if name not in known:
-            raise InputError(f"{where}.{name}", f"no model has it{did_you_mean(name, known)} (they have {', '.join(known)})")
+            near = did_you_mean(name, known)
+            raise InputError(f"{where}.{name}", f"no model has it{near} (they have {', '.join(known)})")
         if value != MERGE and value not in by_reference:
             raise InputError(
                 f"{where}.{name}", f"{shown(value)}; expected {MERGE}, or one of the models: {', '.join(references)}"
@@ -204,8 +212,9 @@ def _notes(pipelines: Sequence[Pipeline], names: Sequence[str]) -> tuple[str, ..
             if name in first.classes and (name not in pipeline.classes or pipeline.content(name) != first.content(name))
         ]  # fmt: skip
         if others:
+            kept = "are kept" if len(others) > 1 else "is kept"
             lines.append(
-                f"{pipeline.path}: {', '.join(others)}: not as in {first.path}, whose {'are' if len(others) > 1 else 'is'}"
-                " kept (components: names another model)"
+                f"{pipeline.path}: {', '.join(others)}: not as in {first.path}, whose {kept} (components: names another"
+                " model)"
             )
     return tuple(lines)

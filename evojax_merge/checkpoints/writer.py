@@ -253,7 +253,8 @@ class ShardWriter:
         if self._index is not None:
             total = sum(spec.nbytes for spec in self.specs.values())
             index = {"metadata": {"total_size": total}, "weight_map": self._index}
-            (self.folder / f"{self.stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            file = self.folder / f"{self.stem}.safetensors.index.json"
+            file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def _header(self, names: list[str]) -> bytes:
         rows: dict[str, object] = {"__metadata__": dict(self.metadata)} if self.metadata else {}

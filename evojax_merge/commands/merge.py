@@ -119,8 +119,8 @@ def write_pipeline(pipelines: PipelinePlan, out: Path, options: MergeOptions, te
     require_space(out, pipelines.nbytes)
     card = None
     if options.card:
-        methods = [pipelines.recipe.method.name]
-        card = changed_front_matter(merge_card(out.name, methods, pipelines.models, text), {"library_name": "diffusers"})
+        card = merge_card(out.name, [pipelines.recipe.method.name], pipelines.models, text)
+        card = changed_front_matter(card, {"library_name": "diffusers"})
     with merge_bar("merging", "", sum(plan.nbytes for plan in pipelines.merges.values())) as progress:
         merge_pipelines(
             pipelines, out, card=card, recipe=text if options.card else None, max_shard_bytes=options.max_shard_bytes,

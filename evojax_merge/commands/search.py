@@ -24,6 +24,7 @@ from evojax_merge.errors import LONGEST_LINE, InputError, PeerLostError, print_w
 from evojax_merge.evaluation.devices import barrier, unused_memory
 from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.interrupts import defer_signals
+from evojax_merge.judge.opening import NO_JUDGES, JudgeOptions, check_judges
 from evojax_merge.planning import advice, disk_bytes
 from evojax_merge.problem import (
     SearchProblem,
@@ -97,8 +98,10 @@ class ResumeHint:
 def search(
     path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str],
     force: bool = False, plugin_names: Sequence[str] = (), output: Output = "text",
+    judges: JudgeOptions = NO_JUDGES,
 ) -> None:  # fmt: skip
-    """Search from a config file. A search that is broken off prints the command that continues it."""
+    """Search from a config file. A search that is broken off prints the command that continues it. judges: of a
+    search that people judge."""
     options = [part for override in overrides for part in ("--set", override)]
     options += [] if seed is None else ["--seed", str(seed)]
     options += [part for name in plugin_names for part in ("--plugin", name)]
@@ -116,7 +119,7 @@ def search(
         with _printing(output) as on_generation:
             run_search(
                 path, config, out, resume=resume, overwrite=overwrite, on_started=on_started,
-                on_generation=on_generation, force=force,
+                on_generation=on_generation, force=force, judges=judges,
             )  # fmt: skip
 
 
@@ -154,6 +157,7 @@ def run_search(
     on_started: Callable[[RunFolder], None] = lambda folder: None,
     on_generation: OnGeneration = lambda generation: None,
     force: bool = False,
+    judges: JudgeOptions = NO_JUDGES,
 ) -> None:
     """Search from a config to a model in the run folder `out`. `path` names the config in messages, and relative paths
     start in its folder; `on_started` is called as soon as there is something to resume. Raises InputError where the
@@ -166,10 +170,11 @@ def run_search(
         check_place(out, resume=resume, overwrite=overwrite)
     check_loggers(f"{path}: log", config.log)
     if config.stages is not None:
-        _run_chain(path, config, config.stages, out, resume, overwrite, on_started, on_generation, force)
+        _run_chain(path, config, config.stages, out, resume, overwrite, on_started, on_generation, force, judges)
         return
     problem = build_problem(path, config)
     _check_outside(out, [problem])
+    check_judges(out, problem, judges, resume=resume)
     prepared = problem.prepare()
     require_space(out, disk_bytes(problem))
     _require_bank(path, problem, force)
@@ -178,7 +183,7 @@ def run_search(
     with _opened(out, document, on_started, resume=resume, overwrite=overwrite) as folder:
         _log_warnings(path, config, problem, prepared)
         with logged(config.log, LoggedSearch(folder, folder, document), on_generation) as after_generation:
-            _search(folder, problem, prepared, after_generation, force)
+            _search(folder, problem, prepared, after_generation, force, judges)
 
 
 def _search(
@@ -187,9 +192,10 @@ def _search(
     prepared: Splits[list[Any]],
     on_generation: OnGeneration,
     force: bool,
+    judges: JudgeOptions,
 ) -> None:
     with kept_page(folder, on_generation, print_warning) as after_generation:
-        core.search(folder, problem, prepared, after_generation, force)
+        core.search(folder, problem, prepared, after_generation, force, judges)
 
 
 def _command(path: Path, *options: str) -> str:
@@ -240,7 +246,7 @@ def _require_bank(path: Path, problem: SearchProblem[Backend], force: bool) -> N
 
 def _run_chain(
     path: Path, config: Config, stages: list[StageConfig], out: Path, resume: bool, overwrite: bool,
-    on_started: Callable[[RunFolder], None], on_generation: OnGeneration, force: bool,
+    on_started: Callable[[RunFolder], None], on_generation: OnGeneration, force: bool, judges: JudgeOptions,
 ) -> None:  # fmt: skip
     """Search in stages, one after the other: the winner of one is the first parent of the next. The last stage is the
     run itself, earlier ones have run folders of their own below `stages/`."""
@@ -271,7 +277,7 @@ def _run_chain(
             after_stage = partial(_after_stage, on_generation, number)
             if number == len(stages):
                 with logged(config.log, LoggedSearch(run, run, document), after_stage) as after_generation:
-                    _search(run, problem, prepared[-1], after_generation, force)
+                    _search(run, problem, prepared[-1], after_generation, force, judges)
                 return
             folder = RunFolder((run.stages / f"stage-{number}").resolve())
             if not (resume and folder.result.exists() and folder.model.exists()):
@@ -281,7 +287,7 @@ def _run_chain(
                     open_run(folder.path, resolved_document(of_stage, problem), resume=again, overwrite=not again)
                 _check_checkpoints(folder)
                 with logged(config.log, LoggedSearch(run, folder, document), after_stage) as after_generation:
-                    _search(folder, problem, prepared[number - 1], after_generation, force)
+                    _search(folder, problem, prepared[number - 1], after_generation, force, judges)
             winner = str(folder.model)
             on_started(run)
 

@@ -3,8 +3,9 @@
 Seven settings go beyond mergekit: `random_seed`, which fixes the masks of random methods and which mergekit ignores;
 `rescale: density` (the DARE paper's 1/density), which mergekit refuses; `other_modules`, the model whose other modules
 the result has where text decoders alone are merged; `on_mismatch`, the treatment of tensors that not all models have
-alike; `components`, the parts of diffusers folders that are merged or kept; and two settings of a passthrough merge of slices: `ends`, the model whose embedding and head the result has, and
-`gain_offsets`, the numbers that are added to tensors before `scale` multiplies them, and subtracted after.
+alike; `components`, the parts of diffusers folders that are merged or kept; and two settings of a passthrough merge of
+slices: `ends`, the model whose embedding and head the result has, and `gain_offsets`, the numbers that are added to
+tensors before `scale` multiplies them, and subtracted after.
 """
 
 import math

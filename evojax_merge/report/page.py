@@ -4,6 +4,7 @@ The page holds the libraries Vega, Vega-Lite and Vega-Embed once, for all its ch
 browser fetch nothing.
 """
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from evojax_merge.checkpoints.pipelines import SHEET
 from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import escaped
 from evojax_merge.file_system import atomic_write
@@ -43,6 +45,8 @@ REFRESH = 10
 TEMPLATES = Path(__file__).parent / "templates"
 # The charts of one kind that a page shows.
 MOST_CHARTS = 12
+# The largest contact sheet that a page holds.
+MOST_PICTURE_BYTES = 8 * 2**20
 # The axes of the drawn candidates.
 MOST_AXES = 12
 
@@ -115,8 +119,8 @@ def _run_page(run: RunData, refresh: bool, made: Any) -> str:
         title=f"{run.name}: evojax-merge", run=run, parameters=parameters, facts=facts(run), headline=headline(run),
         sentences=[] if result is None else sentences(result), notes=notes(run),
         thinned=thinned, heldout=None if result is None else heldout_table(result), front=front_table(result),
-        answers=answers,
-        path=_path(run), tree=Markup(family_tree(result)) if result is not None and result.lineage else None,
+        answers=answers, pictures=_pictures(run), path=_path(run),
+        tree=Markup(family_tree(result)) if result is not None and result.lineage else None,
         lineage=lineage_table(result), tasks=tasks, metrics=metrics,
         rungs_of=f", in the {len(run.generations)} generations that are drawn" if thinned else "",
         environment=mapping_table("", run.environment) if run.environment else None,
@@ -229,6 +233,16 @@ def _path(run: RunData) -> _Path | None:
         drawn.append(Layer(models.index(model), index, 1 / running))
     names = model_names([Path(model) for model in models])
     return _Path(Markup(path_drawing(drawn, names)), list(map(escaped, names)))
+
+
+def _pictures(run: RunData) -> tuple[str, list[str]] | None:
+    """The contact sheet in the winner's folder, as the address of a picture, and the models of its rows; None where
+    there is none."""
+    file = RunFolder(run.path).model / SHEET
+    if run.result is None or not file.is_file() or file.stat().st_size > MOST_PICTURE_BYTES:
+        return None
+    content = base64.b64encode(file.read_bytes()).decode()
+    return f"data:image/png;base64,{content}", [escaped(row.name) for row in run.result.table]
 
 
 def _rungs(run: RunData) -> dict[int, int]:

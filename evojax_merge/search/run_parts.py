@@ -114,6 +114,11 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def votes(self) -> Path:
+        """The votes of people, and of functions in their place (see `judge.votes`)."""
+        return self.path / "votes.jsonl"
+
+    @property
     def heldout_answers(self) -> Path:
         """The winner's and the best parent's answers to each held-out example."""
         return self.path / "heldout_answers.jsonl"

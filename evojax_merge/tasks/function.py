@@ -49,8 +49,14 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "texts": ("records", "texts"),
     "log_probabilities": ("records", "log_probabilities"),
     "logits": ("logits", "targets", "mask"),
+    "outputs": ("records", "outputs"),
+    "embeddings": ("records", "embeddings"),
+    "module": ("records", "module"),
     "arrays": ("model", "rows"),
     "model": ("model",),
+    "answers": ("record", "left", "right"),
+    "images": ("records", "images"),
+    "latents": ("records", "latents"),
 }
 METRIC = "score"
 # Exceptions that mean, to the command line, the end of the command or its user's mistake.

@@ -1,7 +1,8 @@
 """Tasks whose outputs are compared with the target as texts, by one of several metrics.
 
 Scores are per example, between 0 and 1, and higher is better. The overlap of words and characters is measured by the
-packages rouge-score, sacrebleu and rapidfuzz, which are imported when a task asks for them.
+packages rouge-score, sacrebleu and rapidfuzz, and Japanese cut into words by fugashi, all of which are imported when a
+task asks for them.
 """
 
 import json
@@ -33,13 +34,17 @@ from evojax_merge.tasks.text import (
     read_prompted,
 )
 
-Metric = Literal["exact_match", "contains", "regex", "rouge_l", "chrf", "bleu", "anls", "vqa_accuracy", "json"]
+Metric = Literal[
+    "exact_match", "contains", "regex", "rouge_l", "rouge_l_mecab", "chrf", "bleu", "anls", "vqa_accuracy", "json"
+]  # fmt: skip
 # Metrics by which the target itself is right.
 EXACT = ("exact_match", "contains", "json")
-# By metric, the package that it needs and the package's module.
+# By metric, the packages that it needs by their modules, and the extra that has them.
+ROUGE, BLEU = {"rouge_score": "rouge-score"}, {"sacrebleu": "sacrebleu"}
+MECAB = {name.replace("-", "_"): name for name in ("rouge-score", "fugashi", "unidic-lite", "neologdn", "emoji")}
 PACKAGES = {
-    "rouge_l": ("rouge-score", "rouge_score"), "chrf": ("sacrebleu", "sacrebleu"), "bleu": ("sacrebleu", "sacrebleu"),
-    "anls": ("rapidfuzz", "rapidfuzz"),
+    "rouge_l": (ROUGE, "text-metrics"), "chrf": (BLEU, "text-metrics"), "bleu": (BLEU, "text-metrics"),
+    "anls": ({"rapidfuzz": "rapidfuzz"}, "text-metrics"), "rouge_l_mecab": (MECAB, "text-metrics,japanese"),
 }  # fmt: skip
 # The edits, as a share of the longer text, from which on ANLS is 0.
 FAR = 0.5
@@ -231,13 +236,13 @@ def _check_target(where: str, place: str, target: str, config: GenerationConfig)
 
 
 def _check_package(where: str, metric: Metric) -> None:
-    package, module = PACKAGES.get(metric, ("", ""))
-    try:
-        if module:
+    packages, extra = PACKAGES.get(metric, ({}, ""))
+    for module, package in packages.items():
+        try:
             import_module(module)
-    except ImportError:
-        what = f"{metric} needs the package {package}; pip install 'evojax-merge[text-metrics]'"
-        raise InputError(where, what) from None
+        except ImportError:
+            what = f"{metric} needs the package {package}; pip install 'evojax-merge[{extra}]'"
+            raise InputError(where, what) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -293,7 +298,11 @@ def _equal(value: Any, wanted: Any) -> bool:
 
 
 def _rouge_l(where: str, answer: str, target: str) -> float:
-    return float(_rouge().score(target, answer)["rougeL"].fmeasure)
+    return float(_rouge(_Words).score(target, answer)["rougeL"].fmeasure)
+
+
+def _rouge_l_mecab(where: str, answer: str, target: str) -> float:
+    return float(_rouge(_JapaneseWords).score(target, answer)["rougeL"].fmeasure)
 
 
 class _Words:
@@ -304,11 +313,29 @@ class _Words:
         return WORDS.findall(text.lower())
 
 
+class _JapaneseWords:
+    """The words of a text for ROUGE as fugashi has them, in the form in which EvoVLM-JP was measured: without emoji,
+    and with one way to write a character."""
+
+    def __init__(self) -> None:
+        from fugashi import Tagger
+
+        self._tagger = Tagger("-Owakati")
+
+    def tokenize(self, text: str) -> list[str]:
+        from emoji import is_emoji
+        from neologdn import normalize
+
+        plain = normalize("".join(character for character in text if not is_emoji(character)))
+        words: list[str] = self._tagger.parse(" ".join(plain.split())).split()
+        return words
+
+
 @cache
-def _rouge() -> Any:
+def _rouge(words: type) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], tokenizer=_Words())
+    return RougeScorer(["rougeL"], tokenizer=words())
 
 
 def _chrf(where: str, answer: str, target: str) -> float:
@@ -337,6 +364,7 @@ _METRICS: dict[Metric, Callable[[str, str, str], float]] = {
     "contains": lambda where, answer, target: float(target.strip() in answer),
     "regex": lambda where, answer, target: float(bool(find_all(where, target, answer))),
     "rouge_l": _rouge_l,
+    "rouge_l_mecab": _rouge_l_mecab,
     "chrf": _chrf,
     "bleu": _bleu,
     "anls": _anls,

@@ -108,6 +108,8 @@ def _image(where: str, place: str, value: Any, folder: Path) -> RecordImage:
             content = read_regular(file, "an image", MAX_BYTES)
         except FileNotFoundError:
             raise InputError(where, f"{place}: {value}: no such file in {folder}; {EXPECTED}") from None
+        except InputError as error:
+            raise InputError(where, f"{place}: {value}: {error.what}") from None
         except (OSError, ValueError) as error:
             raise _unreadable(f"{where}: {place}: {value}", error) from None
     if not isinstance(content, bytes):

@@ -3,12 +3,23 @@
 from typing import Any
 
 from evojax_merge.errors import shown
-from evojax_merge.tasks import arrays, function, generation, gsm, harness, networks, text
+from evojax_merge.tasks import (
+    arrays,
+    function,
+    generated_images,
+    generation,
+    gsm,
+    harness,
+    human,
+    networks,
+    text,
+)
 from evojax_merge.tasks.task import TaskConfig, TaskKind
 
 BUILT_IN = (
-    text.KIND, generation.KIND, gsm.KIND, function.KIND, harness.KIND, networks.CLASSIFICATION, networks.REGRESSION,
-    networks.TEXT_TO_TEXT, networks.TRANSCRIPTION, arrays.KIND,
+    text.KIND, generation.KIND, gsm.KIND, function.KIND, harness.KIND, human.KIND, networks.CLASSIFICATION,
+    networks.REGRESSION, networks.TEXT_TO_TEXT, networks.TRANSCRIPTION, networks.SIMILARITY, networks.RETRIEVAL,
+    networks.NETWORK, generated_images.IMAGE_GENERATION, arrays.KIND,
 )  # fmt: skip
 _registered: list[TaskKind] = []
 

@@ -125,7 +125,7 @@ class VisionSide:
         return features
 
     def settings(self) -> dict[str, Any]:
-        """The processor's settings by their names; those of its parts as `image_processor.size.height`."""
+        """The processor's settings by their names; those of its parts behind the part's name and a point."""
         return dict(_flat("", self._processor.to_dict()))
 
     def release(self) -> None:
@@ -488,7 +488,8 @@ def _contents(folder: Path) -> dict[str, bytes]:
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The settings in a mapping of mappings, each by its whole name."""
     if not isinstance(value, Mapping):
-        yield name, value
+        # Processors have tuples where their files have lists.
+        yield name, list(value) if isinstance(value, tuple) else value
         return
     for key, part in value.items():
         yield from _flat(f"{name}.{key}".removeprefix("."), part)

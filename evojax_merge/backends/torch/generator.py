@@ -1,0 +1,234 @@
+"""A diffusers pipeline as a function of some of its components' tensors, which draws pictures."""
+
+import importlib
+import inspect
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evojax_merge.backends.torch.folders import merged_tensors, quiet_transformers
+from evojax_merge.backends.torch.network import to_torch
+from evojax_merge.checkpoints.folder import is_float, open_folder
+from evojax_merge.checkpoints.generator_keys import BASE, VAE, blocks_of
+from evojax_merge.checkpoints.pipelines import INDEX, Components, Pipeline
+from evojax_merge.errors import InputError
+from evojax_merge.tasks.generated_images import ImageTask
+
+# The libraries whose classes are run.
+LIBRARIES = ("diffusers", "transformers")
+# The errors of from_pretrained for a folder that does not fit its class.
+OPENING = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
+# The projections of attention, in diffusers' names.
+ATTENTION = re.compile(r"\.(?:to_[qkv]|to_out|add_[qkv]_proj|to_add_out|to_qkv)\.")
+# The parts of a block that may have parameters of their own.
+KINDS = ("attention", "other")
+
+
+def component_class(pipeline: Pipeline, name: str) -> Any:
+    """The class of a component. Raises InputError for one that is not of diffusers or transformers."""
+    library, class_name = pipeline.classes[name]
+    found = getattr(importlib.import_module(library), class_name, None) if library in LIBRARIES else None
+    if not isinstance(found, type):
+        raise InputError(
+            pipeline.path / INDEX, f"{name}: {library}.{class_name}; expected a class that diffusers or transformers "
+            "has, for code that comes with a model is not run",
+        )  # fmt: skip
+    return found
+
+
+def open_component(pipeline: Pipeline, name: str) -> Any:
+    """A component by its own class, in the dtype of its files. Raises InputError for a folder that the class does not
+    open, and for one that lacks tensors."""
+    options: dict[str, Any] = {"local_files_only": True}
+    if pipeline.has_weights(name):
+        entries = open_folder(pipeline.path / name).entries.values()
+        dtypes = [str(entry.dtype) for entry in entries if is_float(entry.dtype)]
+        dtype = getattr(torch, dtypes[0] if dtypes else "float32")
+        options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    folder = pipeline.path / name
+    component = component_class(pipeline, name)
+    with quiet():
+        try:
+            opened = component.from_pretrained(folder, **options)
+        except OPENING as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(folder, f"{component.__name__} cannot open it ({reason})") from None
+    if "output_loading_info" not in options:
+        return opened
+    module, report = opened
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(folder, f"lacks {len(missing)} tensors of {component.__name__}, such as {missing[0]}")
+    return module.eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep diffusers and transformers from drawing bars and logging reports."""
+    from diffusers.utils import logging as diffusers_logging
+
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    try:
+        with quiet_transformers():
+            yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+        diffusers_logging.enable_progress_bar()
+
+
+def tensors_of(modules: Mapping[str, Any]) -> "OrderedDict[str, Any]":
+    """The tensors that merges change, of the merged components by their names: `component.tensor`."""
+    return OrderedDict(
+        (f"{component}.{name}", tensor)
+        for component, module in modules.items()
+        for name, tensor in merged_tensors(module).items()
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Generator:
+    """A pipeline in float32 whose merged components get their tensors with each call. modules: the merged components;
+    device: where it draws."""
+
+    pipeline: Any = field(repr=False)
+    modules: Mapping[str, Any] = field(repr=False)
+    device: str
+
+    @property
+    def name(self) -> str:
+        return type(self.pipeline).__name__
+
+    def draw(self, weights: Mapping[str, Any], task: ImageTask, numbers: Sequence[int]) -> np.ndarray:
+        """float32[N, …]: the pictures, or latents, of some of a task's examples. The noise of each is made on the CPU,
+        and so is the same on all machines."""
+        tensors = _storage(self.modules)
+        for name, array in weights.items():
+            tensors[name].data = to_torch(array).to(self.device).float()
+        parts = []
+        for begin in range(0, len(numbers), task.batch):
+            batch = numbers[begin : begin + task.batch]
+            generators = [torch.Generator("cpu").manual_seed(task.seeds[i]) for i in batch]
+            arguments: dict[str, Any] = {"generator": generators, **task.settings}
+            if "prompt" in self.arguments:
+                arguments["prompt"] = [task.prompts[i] for i in batch]
+            else:
+                arguments["batch_size"] = len(batch)
+            output = "latent" if task.inputs == "latents" else "np"
+            with torch.no_grad():
+                drawn = self.pipeline(**arguments, output_type=output).images
+            parts.append(np.asarray(drawn.cpu().numpy() if isinstance(drawn, torch.Tensor) else drawn, np.float32))
+        return np.concatenate(parts)
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """The arguments of the pipeline's call."""
+        return inspect.signature(type(self.pipeline).__call__).parameters
+
+    def check(self, task: ImageTask) -> None:
+        """Raises InputError for a task that the pipeline cannot draw for."""
+        where, arguments = task.section, self.arguments
+        has_prompt = task.prompts[0] is not None
+        if has_prompt != ("prompt" in arguments):
+            what = "takes no prompt; leave `file` out" if has_prompt else "takes prompts; give a `file` of them"
+            raise InputError(where, f"{task.name}: a {self.name} {what}")
+        foreign = next((name for name in task.settings if name not in arguments), None)
+        if foreign is not None:
+            raise InputError(where, f"{task.name}: a {self.name} takes no {foreign}; leave it out")
+        if not has_prompt and "batch_size" not in arguments:
+            raise InputError(where, f"{task.name}: a {self.name} takes neither a prompt nor batch_size; expected one")
+        if task.inputs == "latents" and not hasattr(self.pipeline, "vae"):
+            raise InputError(where, f"{task.name}: a {self.name} has no latents; expected inputs: images")
+
+
+def _storage(modules: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters and buffers themselves, by the names of `tensors_of`."""
+    return {
+        f"{component}.{name}": tensor
+        for component, module in modules.items()
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+
+
+def open_generator(components: Components, modules: Mapping[str, Any]) -> Generator:
+    """The pipeline of the first model, with the components that other models give. modules: the merged components,
+    which become float32."""
+    import diffusers
+
+    first = components.first
+    pipeline_class: Any = getattr(diffusers, first.class_name, None)
+    if not callable(getattr(pipeline_class, "from_pretrained", None)):
+        raise InputError(
+            first.path / INDEX, f"_class_name: {first.class_name}; diffusers {diffusers.__version__} has no such "
+            "class, and code that comes with a model is not run",
+        )  # fmt: skip
+    given = {name: module.float().requires_grad_(False) for name, module in modules.items()}
+    for name, pipeline in components.kept.items():
+        # Checked for all: from_pretrained would run code that comes with a model.
+        component_class(pipeline, name)
+        if pipeline is not first:
+            given[name] = open_component(pipeline, name)
+    with quiet():
+        try:
+            pipeline = pipeline_class.from_pretrained(first.path, local_files_only=True, dtype=torch.float32, **given)
+        except OPENING as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(first.path, f"{first.class_name} cannot open it ({reason})") from None
+    pipeline.set_progress_bar_config(disable=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline.to(device)
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.float()
+    return Generator(pipeline, {name: getattr(pipeline, name) for name in modules}, device)
+
+
+def save_generator(components: Components, weights: Mapping[str, Any], folder: Path) -> None:
+    """Write a merge as a diffusers folder: the merged components by their own classes, in the dtype of their files, and
+    the others as they are."""
+    components.write_others(folder)
+    for component in components.merged:
+        module = open_component(components.first, component)
+        tensors = _storage({component: module})
+        for name, array in weights.items():
+            if name.startswith(f"{component}."):
+                tensors[name].data = to_torch(np.array(array))
+        with quiet():
+            module.save_pretrained(folder / component)
+
+
+def block_groups(names: Sequence[str], together: int | str, kinds: Sequence[Sequence[str]]) -> dict[str, str]:
+    """The group of each tensor, by its name in `tensors_of`: its block, or that of `together` neighbours (all: the
+    whole component). Components without blocks are a group each. kinds: the parts of a block that have parameters of
+    their own, out of `KINDS`."""
+    groups: dict[str, str] = {}
+    by_component: dict[str, list[str]] = {}
+    for name in names:
+        by_component.setdefault(name.partition(".")[0], []).append(name)
+    for component, members in by_component.items():
+        blocks = blocks_of([name.partition(".")[2] for name in members])
+        numbered = [block for block in blocks.names if block not in (BASE, VAE)]
+        labels = {block: block for block in blocks.names}
+        if together != "all":
+            for begin in range(0, len(numbered), int(together)):
+                part = numbered[begin : begin + int(together)]
+                labels |= dict.fromkeys(part, part[0] if len(part) == 1 else f"{part[0]}-{part[-1]}")
+        for name in members:
+            block = blocks.of.get(name.partition(".")[2])
+            label = component if block is None or together == "all" else labels[block]
+            groups[name] = VAE if label == "vae" else label
+    if len(kinds) > 1:
+        joined = {kind: "+".join(group) for group in kinds for kind in group}
+        return {
+            name: f"{label} {joined['attention' if ATTENTION.search(name) else 'other']}"
+            for name, label in groups.items()
+        }
+    return groups

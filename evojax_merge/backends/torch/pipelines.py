@@ -1,0 +1,149 @@
+"""Diffusers pipelines as a backend: merges of their components, scored by the pictures that they draw."""
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evojax_merge.backends.function.backend import FunctionBackend
+from evojax_merge.backends.torch.generator import Generator
+from evojax_merge.checkpoints.pipelines import MERGE, SHEET, Components
+from evojax_merge.checkpoints.writer import write_marker
+from evojax_merge.errors import InputError
+from evojax_merge.file_system import atomic_folder, atomic_write
+from evojax_merge.mergekit.write import dump_documents
+from evojax_merge.report.front_matter import changed_front_matter
+from evojax_merge.report.progress import say
+from evojax_merge.tasks.arrays import ArrayTask
+from evojax_merge.tasks.function import checked, guard_user_function
+from evojax_merge.tasks.generated_images import ImageTask
+from evojax_merge.tasks.splits import Splits
+from evojax_merge.yaml_reader import parse_documents
+
+# The pictures of a model in a row of the contact sheet, and their size there.
+COLUMNS, CELL = 8, 96
+
+
+@dataclass(frozen=True, eq=False)
+class PictureScorer:
+    """A task's function (weights, rows) -> float[N]: draws the pictures of the rows' numbers, and has the user's
+    function score them."""
+
+    generator: Generator
+    task: ImageTask
+
+    def __call__(self, weights: Mapping[str, Any], rows: Mapping[str, Any]) -> np.ndarray:
+        numbers = [int(number) for number in rows["number"]]
+        drawn, function = self.generator.draw(weights, self.task, numbers), self.task.function
+        if not np.isfinite(drawn).all():
+            return np.full(len(numbers), np.nan, np.float32)
+        records = [dict(self.task.records[i]) for i in numbers]
+        with guard_user_function(function.reference):
+            return checked(function, function.call(records, drawn), len(numbers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineBackend(FunctionBackend):
+    """Merges of pipelines; see `Backend`. generator: takes the merged tensors, by their names; components: which are
+    merged."""
+
+    generator: Generator
+    components: Components
+    # The held-out tasks of pictures, once they are prepared.
+    _heldout: list[ImageTask] = field(default_factory=list, repr=False)
+    _checked: set[str] = field(default_factory=set, repr=False)
+
+    @property
+    def has_derivatives(self) -> bool:
+        return False
+
+    def check_task(self, where: str, task: Any) -> None:
+        if not isinstance(task, ImageTask):
+            raise InputError(
+                where, f"{task.name}: a {type(task).__name__} asks no image generator; expected kind: image_generation"
+            )
+        self.generator.check(task)
+
+    def prepare(self, splits: Splits[list[Any]]) -> Splits[list[ArrayTask]]:
+        self._heldout[:] = [task for task in splits.heldout if task.size]
+        return super().prepare(splits.map(lambda tasks: [self._array_task(task) for task in tasks]))
+
+    def _array_task(self, task: ImageTask) -> ArrayTask:
+        if task.name not in self._checked:
+            self._check_repeatable(task)
+            self._checked.add(task.name)
+        array_task = ArrayTask(
+            task.name, {"number": np.arange(len(task.records))}, PictureScorer(self.generator, task),
+            metric=task.metric, weight=task.weight, traced=False, where=task.section, files=task.files,
+        )  # fmt: skip
+        return array_task.subset(task.indices)
+
+    def _check_repeatable(self, task: ImageTask) -> None:
+        """Raises InputError for a pipeline that fails, or draws other pictures from the same noise."""
+        weights, name = self.merge.tree.source(0), self.generator.name
+        try:
+            once, again = (self.generator.draw(weights, task, [task.indices[0]]) for _ in range(2))
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(task.section, f"{task.name}: {name} fails on the first example ({reason})") from None
+        if not np.allclose(once, again, atol=1e-4, equal_nan=True):
+            raise InputError(
+                task.section, f"{task.name}: {name} draws another picture from the same noise when it is asked twice; "
+                "a search compares candidates, so pictures may not be random",
+            )  # fmt: skip
+        say(f"{name}: draws pictures of one candidate at a time, from the same noise for each ({task.name})")
+
+    def warnings(self, prepared: Splits[list[ArrayTask]]) -> list[str]:
+        return [*super().warnings(prepared), *self.components.notes]
+
+    def recipe(self, genome: np.ndarray) -> str:
+        (document,) = parse_documents("recipe", super().recipe(genome))
+        names = dict(zip(self.models, self.names, strict=True))
+        kept = {
+            name: names[pipeline.path] for name, pipeline in self.components.kept.items()
+            if pipeline is not self.components.first
+        }  # fmt: skip
+        return dump_documents([document | {"components": dict.fromkeys(self.components.merged, MERGE) | kept}])
+
+    def export(self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]) -> None:
+        weights = self.merged(genome)
+        with atomic_folder(out, overwrite=True, check=check) as folder:
+            self.save(weights, folder)
+            card = changed_front_matter(card, {"library_name": "diffusers"})
+            drawable = next((task for task in self._heldout if task.inputs == "images"), None)
+            if drawable is not None:
+                (folder / SHEET).write_bytes(self.contact_sheet(drawable, weights))
+                card += f"\n## Pictures\n\n{self._caption(drawable)}\n\n![contact sheet]({SHEET})\n"
+            atomic_write(folder / "README.md", card)
+            write_marker(folder)
+
+    def _caption(self, task: ImageTask) -> str:
+        rows = [*(f"{role} {self.references[model]}" for role, model in self.compared), self.baseline_role, "winner"]
+        shown = min(COLUMNS, task.size)
+        return (
+            f"The first {shown} held-out examples of `{task.name}`, a row each: "
+            + ", ".join(f"`{Path(row).name if '/' in row else row}`" for row in rows)
+            + "."
+        )
+
+    def contact_sheet(self, task: ImageTask, winner: Mapping[str, Any]) -> bytes:
+        """The first held-out pictures as a PNG: a row each for the base and the parents, the uniform merge and the
+        winner, as in the held-out table."""
+        from PIL import Image
+
+        numbers = task.indices[:COLUMNS]
+        _, baselines = self.space.baselines()
+        models = [*(self.merge.tree.source(k) for k in range(len(self.models))), self.merged(baselines[0]), winner]
+        sheet = Image.new("RGB", (CELL * len(numbers), CELL * len(models)))
+        for row, weights in enumerate(models):
+            for column, pixels in enumerate(self.generator.draw(weights, task, numbers)):
+                levels = (np.clip(np.nan_to_num(pixels), 0, 1) * 255).astype(np.uint8)
+                picture = Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
+                picture = picture.resize((CELL, CELL), Image.Resampling.NEAREST if levels.shape[0] < CELL else None)
+                sheet.paste(picture.convert("RGB"), (CELL * column, CELL * row))
+        content = io.BytesIO()
+        sheet.save(content, "PNG")
+        return content.getvalue()

@@ -1,0 +1,99 @@
+"""Opens the ballots of a search: its votes file, and where people vote the page on which they do."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from evojax_merge import interrupts
+from evojax_merge.errors import InputError
+from evojax_merge.file_system import atomic_write_bytes
+from evojax_merge.judge.ballot import Ballot
+from evojax_merge.judge.batch import Batch, read_choices
+from evojax_merge.judge.votes import VoteFile
+from evojax_merge.problem import SearchProblem
+from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.tasks.human import HumanTask
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """port: of the page of judges; 0: any that is free. replay: a votes file of an equal search, whose votes are
+    taken. pairs: a file that pairs are written to, instead of a page that is served; choices: a file of votes on
+    such pairs."""
+
+    port: int = 0
+    replay: Path | None = None
+    pairs: Path | None = None
+    choices: Path | None = None
+
+
+NO_JUDGES = JudgeOptions()
+
+
+def check_judges(out: Path, problem: SearchProblem, options: JudgeOptions, *, resume: bool) -> None:
+    """Raises InputError for a search that nobody can judge, and for votes that it would lose."""
+    tasks = _human_tasks(problem)
+    if not tasks:
+        if options != NO_JUDGES:
+            raise InputError(str(out), "the config has no task of kind: human; search it with evojax-merge search")
+        return
+    if options.choices is not None and options.pairs is None:
+        raise InputError("--import", "goes with --export, the file for the pairs that are wanted next")
+    votes = RunFolder(out).votes
+    if not resume and votes.exists():
+        raise InputError(votes, "holds votes; --resume continues with them, or move the file (--replay takes it)")
+    if options.replay is not None and not options.replay.is_file():
+        raise InputError("--replay", f"{options.replay}: no such file")
+    if jax.process_count() > 1:
+        raise InputError(f"task {tasks[0].name}", "people judge searches of one process; leave --distributed out")
+    if len(problem.splits.shards) > 1:
+        raise InputError("search.rungs", f"have no meaning for task {tasks[0].name}, which people judge; say rungs: 1")
+    if problem.scale == "parents":
+        raise InputError("scale", f"task {tasks[0].name} has no score of a parent to measure by; say scale: none")
+
+
+@contextmanager
+def judging(
+    votes: Path, problem: SearchProblem, log: Callable[[str], None], options: JudgeOptions
+) -> Iterator[Mapping[str, Ballot]]:
+    """The ballots of the search's `kind: human` tasks by their names, while the block runs; none where it has no such
+    task. Raises InputError for a votes file that is not the search's, and for a page that cannot be served."""
+    tasks = _human_tasks(problem)
+    if not tasks:
+        yield {}
+        return
+    if options.replay is not None and not votes.exists():
+        atomic_write_bytes(votes, options.replay.read_bytes())
+    file, ballots = VoteFile(votes), {}
+    batch = None
+    if options.pairs is not None:
+        batch = Batch(options.pairs, {} if options.choices is None else read_choices(options.choices))
+    for task in tasks:
+        ballots[task.name] = Ballot(task, file, problem.search.generations, problem.seed, interrupts.check, batch=batch)
+    _check_rounds(votes, file, ballots)
+    with ExitStack() as stack:
+        if batch is None and any(task.judge is None for task in tasks):
+            from evojax_merge.judge.server import served
+
+            address = stack.enter_context(
+                served([each for each in ballots.values() if each.task.judge is None], options.port)
+            )
+            log(f"judge: {address}")
+        yield ballots
+        for task in tasks:
+            line = None if task.judge is None else task.judge.report()
+            if line is not None:
+                log(line)
+
+
+def _human_tasks(problem: SearchProblem) -> list[HumanTask]:
+    return [task for task in problem.splits.search if isinstance(task, HumanTask)]
+
+
+def _check_rounds(path: Path, file: VoteFile, ballots: Mapping[str, Ballot]) -> None:
+    for one in file.rounds:
+        if one.task not in ballots:
+            raise InputError(path, f"has votes on task {one.task!r}, which the search does not have")

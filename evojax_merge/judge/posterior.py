@@ -1,0 +1,171 @@
+"""Preferences from votes: a Bradley-Terry model whose strengths have a Gaussian-process prior over genomes.
+
+A candidate with genome x has the strength f(x). The probability that it wins a vote against x' is sigmoid(f(x) - f(x'))
+(Bradley and Terry, 1952). The prior is f ~ GP(0, k), with a Matérn kernel (nu = 5/2), so that votes on one generation
+say something about the next, whose genomes lie near. The posterior is Laplace's approximation (Chu and Ghahramani,
+2005), and the kernel's length and variance are those of a grid that explain the votes best (by the approximated
+evidence).
+
+A vote is one or more *outcomes*, each a pair with a weight:
+
+- left or right: the winner over the loser, weight 1;
+- tie: each over the other, weight 1/2;
+- both bad: a tie, and the bar of acceptable answers, whose strength is 0, over each of the two, weight 1/2.
+
+A judge's weight multiplies those of the judge's votes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import LinAlgError, cho_factor, cho_solve
+
+from evojax_merge.tasks.votes import Choice
+
+# The number of an outcome's loser or winner where it is the bar of acceptable answers.
+BAR = -1
+# The kernel's length in units of the median distance between genomes, and its standard deviation in logits.
+LENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
+DEVIATIONS = (1.0, 2.0, 4.0)
+# What a candidate's strength has of its own, as a share of the variance: two genomes that are nearly equal may write
+# different answers.
+NUGGET = 0.02
+STEPS = 50
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """V outcomes between candidates. winners, losers: int[V], numbers of candidates, or BAR; weights: float64[V]."""
+
+    winners: np.ndarray
+    losers: np.ndarray
+    weights: np.ndarray
+
+    def design(self, size: int) -> np.ndarray:
+        """float64[V, N]: 1 at the winner, -1 at the loser; the bar has no column."""
+        matrix, rows = np.zeros((len(self.winners), size + 1)), np.arange(len(self.winners))
+        matrix[rows, self.winners] += 1
+        matrix[rows, self.losers] -= 1
+        return matrix[:, :size]
+
+
+def outcomes_of(votes: Sequence[tuple[int, int, Choice, float]]) -> Outcomes:
+    """The outcomes of votes: left candidate, right candidate, the choice, the judge's weight."""
+    rows: list[tuple[int, int, float]] = []
+    for left, right, choice, weight in votes:
+        if choice == "left":
+            rows.append((left, right, weight))
+        elif choice == "right":
+            rows.append((right, left, weight))
+        else:
+            rows += [(left, right, weight / 2), (right, left, weight / 2)]
+            if choice == "both_bad":
+                rows += [(BAR, left, weight / 2), (BAR, right, weight / 2)]
+    table = np.array(rows, float).reshape(-1, 3)
+    return Outcomes(table[:, 0].astype(int), table[:, 1].astype(int), table[:, 2])
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Strengths of N candidates. mean: float64[N], logits; covariance: float64[N, N]; evidence: the logarithm of the
+    votes' probability."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    evidence: float
+
+    @property
+    def deviations(self) -> np.ndarray:
+        """float64[N]: the standard deviation of each strength."""
+        return np.sqrt(np.maximum(np.diag(self.covariance), 0.0))
+
+    def sample(self, count: int, generator: np.random.Generator) -> np.ndarray:
+        """float64[count, N]: strengths drawn from the posterior."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        noise = generator.standard_normal((count, len(values)))
+        return self.mean + (noise * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A Matérn kernel (nu = 5/2). length: in units of genomes; deviation: in logits."""
+
+    length: float
+    deviation: float
+
+    def __call__(self, distances: np.ndarray) -> np.ndarray:
+        """The covariance at distances, of any shape; at 0 with the share that each candidate has of its own."""
+        scaled = np.sqrt(5.0) * distances / self.length
+        smooth = (1 + scaled + scaled**2 / 3) * np.exp(-scaled)
+        return self.deviation**2 * ((1 - NUGGET) * smooth + NUGGET * (distances == 0))
+
+
+def fit_kernel(genomes: np.ndarray, outcomes: Outcomes) -> Kernel:
+    """The kernel, of a grid, that explains the outcomes between candidates with these genomes, float[N, D], best."""
+    distances = distances_between(genomes)
+    typical = float(np.median(distances[distances > 0])) if (distances > 0).any() else 1.0
+    kernels = [Kernel(scale * typical, deviation) for scale in LENGTHS for deviation in DEVIATIONS]
+    return max(kernels, key=lambda kernel: fit_preferences(genomes, outcomes, kernel).evidence)
+
+
+def fit_preferences(genomes: np.ndarray, outcomes: Outcomes, kernel: Kernel) -> Posterior:
+    """The posterior strengths of candidates with these genomes, float[N, D]."""
+    return _laplace(kernel(distances_between(genomes)), outcomes.design(len(genomes)), outcomes.weights)
+
+
+def distances_between(genomes: np.ndarray) -> np.ndarray:
+    """float64[N, N], the Euclidean distances between genomes float[N, D]."""
+    genomes = np.asarray(genomes, float)
+    return np.sqrt(np.maximum(((genomes[:, None] - genomes[None]) ** 2).sum(-1), 0.0))
+
+
+def _laplace(kernel: np.ndarray, design: np.ndarray, weights: np.ndarray) -> Posterior:
+    """Newton's method in the space of the votes' differences z = A f, whose prior covariance is A K A'."""
+    if not len(weights):
+        return Posterior(np.zeros(len(kernel)), kernel, 0.0)
+    cross = kernel @ design.T
+    prior = design @ cross
+    # f = K A' a at the mode; a is the gradient of the log-likelihood there.
+    dual = np.zeros(len(weights))
+    objective = -np.inf
+    for _ in range(STEPS):
+        differences = prior @ dual
+        probability = _sigmoid(-differences)
+        curvature = weights * probability * (1 - probability)
+        root = np.sqrt(curvature)
+        factor = _factor(np.eye(len(root)) + root[:, None] * prior * root[None])
+        target = curvature * differences + weights * probability
+        step = target - root * cho_solve(factor, root * (prior @ target)) - dual
+        size = 1.0
+        while True:
+            proposed = dual + size * step
+            moved = prior @ proposed
+            value = float(weights @ -np.logaddexp(0.0, -moved) - 0.5 * proposed @ moved)
+            if value >= objective or size < 1e-4:
+                break
+            size /= 2
+        dual, change, objective = proposed, value - objective, value
+        if change < TOLERANCE:
+            break
+    differences = prior @ dual
+    probability = _sigmoid(-differences)
+    root = np.sqrt(weights * probability * (1 - probability))
+    factor = _factor(np.eye(len(root)) + root[:, None] * prior * root[None])
+    scaled = root[:, None] * cross.T
+    covariance = kernel - scaled.T @ cho_solve(factor, scaled)
+    evidence = objective - float(np.log(np.diag(factor[0])).sum())
+    return Posterior(cross @ dual, (covariance + covariance.T) / 2, evidence)
+
+
+def _factor(matrix: np.ndarray) -> tuple[np.ndarray, bool]:
+    try:
+        factor, lower = cho_factor(matrix, lower=True)
+    except LinAlgError:
+        factor, lower = cho_factor(matrix + 1e-8 * np.eye(len(matrix)), lower=True)
+    return factor, bool(lower)
+
+
+def _sigmoid(values: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(0.5 * values))

@@ -1,0 +1,156 @@
+"""The page on which people vote, served on this machine alone.
+
+The address contains a random token, without which every request is refused, and the page asks nothing of any other
+host. One thread serves it while the search waits in another (see `Ballot`).
+"""
+
+import json
+import secrets
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from typing import Any
+
+from evojax_merge.errors import Failed, InputError
+from evojax_merge.judge.ballot import Ballot, Question
+from evojax_merge.judge.votes import CHOICES
+
+HOST = "127.0.0.1"
+# The characters of a judge's name, and of an answer that is shown at first.
+MAX_NAME = 100
+MAX_BODY = 10_000
+# Nothing but the page's own script and style; nobody frames it, and no address of it leaves the browser.
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
+}  # fmt: skip
+TYPES = {"judge.html": "text/html; charset=utf-8", "judge.js": "text/javascript", "judge.css": "text/css"}
+
+
+@contextmanager
+def served(ballots: Sequence[Ballot], port: int = 0) -> Iterator[str]:
+    """Serve the page of these ballots while the block runs, and yield its address. port: 0: any that is free. Raises
+    InputError where the port is in use, or the packages of the page are missing."""
+    try:
+        import uvicorn
+    except ImportError:
+        what = "the page of judges needs the packages starlette and uvicorn; pip install 'evojax-merge[judge]'"
+        raise InputError("judge", what) from None
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((HOST, port))
+        listening.listen()
+    except OSError as error:
+        listening.close()
+        what = f"{port} cannot be listened on ({error.strerror}); choose another, or leave it out for any that is free"
+        raise InputError("--port", what) from None
+    token = secrets.token_urlsafe(16)
+    app = application(ballots, token)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=_serve, args=(server, listening, ballots), daemon=True)
+    thread.start()
+    try:
+        yield f"http://{HOST}:{listening.getsockname()[1]}/{token}/"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=5)
+        listening.close()
+
+
+def _serve(server: Any, listening: socket.socket, ballots: Sequence[Ballot]) -> None:
+    try:
+        server.run(sockets=[listening])
+    except BaseException as error:
+        for ballot in ballots:
+            ballot.stop(error)
+
+
+def application(ballots: Sequence[Ballot], token: str) -> Any:
+    """The page as an ASGI application, at `/TOKEN/`."""
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+
+    def allowed(request: Request) -> bool:
+        return secrets.compare_digest(request.path_params["token"].encode(), token.encode())
+
+    async def page(request: Request) -> Response:
+        name = request.path_params.get("name", "judge.html")
+        if not allowed(request) or name not in TYPES:
+            return Response("not found", 404, HEADERS)
+        content = files(__package__).joinpath(name).read_bytes()
+        return Response(content, 200, HEADERS, media_type=TYPES[name])
+
+    async def state(request: Request) -> Response:
+        if not allowed(request):
+            return Response("not found", 404, HEADERS)
+        judge = request.query_params.get("judge", "")[:MAX_NAME]
+        return JSONResponse(await run_in_threadpool(_state, ballots, judge), headers=HEADERS)
+
+    async def vote(request: Request) -> Response:
+        # A form of another site cannot send JSON to us without asking first, which nothing here answers.
+        if not allowed(request) or request.headers.get("content-type") != "application/json":
+            return Response("not found", 404, HEADERS)
+        body = await request.body()
+        try:
+            row: Any = json.loads(body) if len(body) <= MAX_BODY else None
+            number, choice, judge = int(row["number"]), row["choice"], str(row["judge"])[:MAX_NAME]
+            ballot = ballots[int(row["task"])]
+        except (ValueError, TypeError, KeyError, IndexError):
+            return Response("expected task, number, choice and judge", 400, HEADERS)
+        if choice not in CHOICES:
+            return Response(f"choice: expected one of {', '.join(CHOICES)}", 400, HEADERS)
+        try:
+            counted = await run_in_threadpool(ballot.vote, number, choice, judge)
+        except Failed as error:
+            ballot.stop(error)
+            return Response(str(error), 500, HEADERS)
+        following = await run_in_threadpool(_state, ballots, judge)
+        return JSONResponse({"counted": counted} | following, headers=HEADERS)
+
+    return Starlette(
+        routes=[
+            Route("/{token}/", page),
+            Route("/{token}/state", state),
+            Route("/{token}/vote", vote, methods=["POST"]),
+            Route("/{token}/{name}", page),
+        ],
+        middleware=[_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
+    )
+
+
+def _middleware(kind: Any, **options: Any) -> Any:
+    from starlette.middleware import Middleware
+
+    return Middleware(kind, **options)
+
+
+def _state(ballots: Sequence[Ballot], judge: str) -> dict[str, Any]:
+    """The next question of a judge, and the standing of the search."""
+    standings = [ballot.standing() for ballot in ballots]
+    asked: tuple[int, Question] | None = None
+    for number, ballot in enumerate(ballots):
+        question = ballot.question(judge)
+        if question is not None:
+            asked = (number, question)
+            break
+    number = asked[0] if asked else 0
+    standing = standings[number]
+    return {
+        "question": None if asked is None else {
+            "task": number, "number": asked[1].number, "prompt": asked[1].prompt, "left": asked[1].left,
+            "right": asked[1].right, "text": ballots[number].task.question,
+        },
+        "standing": {
+            "round": standing.number, "votes": standing.votes, "most": standing.most, "left": standing.left,
+            "heldout": standing.heldout,
+            "strengths": [{"candidate": c, "mean": m, "deviation": d} for c, m, d in standing.strengths],
+        },
+    }  # fmt: skip

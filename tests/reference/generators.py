@@ -1,0 +1,60 @@
+"""Merges by the installed sd-mecha, tensor by tensor, and its blocks of Stable Diffusion's tensors."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sd_mecha.extensions import model_configs
+from sd_mecha.extensions.builtin.merge_methods import cosine, linear, slicing, ties
+from sd_mecha.extensions.builtin.model_configs.convert_sd1_blocks import convert_sd1_blocks_to_ldm
+from sd_mecha.extensions.builtin.model_configs.convert_sdxl_blocks import convert_sdxl_blocks_to_sgm
+from sd_mecha.extensions.builtin.model_configs.convert_sdxl_diffusers_unet_to_original import convert_unet_key
+
+
+def of_sd_mecha(name: str, models: Sequence[np.ndarray], parameters: Mapping[str, Any]) -> np.ndarray:
+    """Merge one tensor in float64 (the geometric median ends where float32 rounds). models: the base first, always."""
+    c, a, b, *more = (torch.tensor(np.asarray(x, np.float64)) for x in models)
+    numbers = {key: torch.tensor(float(value)) if key == "alpha" else value for key, value in parameters.items()}
+    functions = {
+        "add_cosine_a": cosine.add_cosine_a, "add_cosine_b": cosine.add_cosine_b, "tensor_sum": slicing.tensor_sum,
+        "top_k_tensor_sum": slicing.top_k_tensor_sum, "geometric_median": ties.geometric_median,
+    }  # fmt: skip
+    if name == "weighted_sum":
+        return np.asarray(linear.weighted_sum.__wrapped__({"key": a}, {"key": b}, **numbers, key="key"))
+    if name in functions:
+        return np.asarray(functions[name].__wrapped__(a, b, *more, **numbers))
+    if name == "train_difference_mask":
+        numbers["alpha"] = linear.train_difference_mask.__wrapped__(a, b, c, **numbers)
+    return np.asarray(linear.add_difference.__wrapped__({"key": a}, {"key": b - c}, **numbers, key="key"))
+
+
+class _Map(dict[str, str]):
+    """What a conversion writes down: the block of each tensor."""
+
+    class _Same:
+        def __getitem__(self, key: str) -> str:
+            return key
+
+    keys = _Same()  # type: ignore[assignment]
+
+
+def blocks_of_sd_mecha(kind: str) -> dict[str, str]:
+    """The block of every tensor of SD 1 (sd1) or SDXL (sdxl)."""
+    conversion = convert_sd1_blocks_to_ldm if kind == "sd1" else convert_sdxl_blocks_to_sgm
+    blocks = _Map()
+    conversion.__wrapped__.map_keys(blocks)
+    return dict(blocks.items())
+
+
+def tensor_names(config: str) -> list[str]:
+    """The names of a model's tensors, by one of sd-mecha's configs."""
+    return list(model_configs.resolve(config).keys())
+
+
+def diffusers_name(tensor: str) -> str | None:
+    """diffusers' name of a tensor of SDXL's U-Net; None where it has none."""
+    try:
+        return str(convert_unet_key(tensor))
+    except ValueError:
+        return None

@@ -1,0 +1,399 @@
+"""Image generators: files of tensors merge as sd-mecha merges them, and diffusers folders are merged and searched."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from helpers import ALL, sample, write_lines
+from reference.generators import blocks_of_sd_mecha, diffusers_name, of_sd_mecha, tensor_names
+from reference.merging import DIFFUSION
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from tiny_generators import SIZE, file_tensors, make_ddpm, make_stable_diffusion, save_file_of
+
+from evojax_merge.checkpoints.generator_keys import Blocks, blocks_of
+from evojax_merge.cli import cli
+from evojax_merge.commands.merge import MergeOptions, write_merge
+from evojax_merge.errors import InputError
+
+KINDS = ("sd1", "sdxl", "flux")
+FUNCTION = """
+import numpy as np
+
+def grey(records, images):
+    assert images.dtype == np.float32 and images.shape[1:] == (8, 8, 1) and len({r["seed"] for r in records}) > 0
+    return -np.abs(images.mean((1, 2, 3)) - 0.4)
+
+def first(records, latents):
+    assert latents.shape[1:] == (4, 4, 4) and all("prompt" in record for record in records)
+    return latents[:, 0, 0, 0]
+"""
+
+
+def merged(recipe: dict[str, Any], out: Path, **options: Any) -> list[str]:
+    """Merge, and return the warnings."""
+    warnings: list[str] = []
+    write_merge([recipe], out, MergeOptions(**options), lambda line: None, warnings.append)
+    return warnings
+
+
+def linear(models: Sequence[Path], weights: Sequence[Any], **more: Any) -> dict[str, Any]:
+    rows = [{"model": str(model), "parameters": {"weight": w}} for model, w in zip(models, weights, strict=True)]
+    return {"merge_method": "linear", "models": rows} | more
+
+
+def command(*arguments: Any) -> str:
+    result = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+@pytest.mark.parametrize(("kind", "config"), [("sd1", "sd1-ldm"), ("sdxl", "sdxl-sgm")])
+def test_blocks_are_those_of_sd_mecha(kind: str, config: str) -> None:
+    assert dict(blocks_of(tensor_names(config)).of) == blocks_of_sd_mecha(kind)
+
+
+def test_diffusers_names_have_the_same_blocks() -> None:
+    names = {name: diffusers_name(name) for name in tensor_names("sdxl-sgm") if "diffusion_model" in name}
+    assert sum(name is not None for name in names.values()) > 1500
+    expected = {theirs: blocks_of_sd_mecha("sdxl")[name] for name, theirs in names.items() if theirs is not None}
+    assert dict(blocks_of(list(expected)).of) == expected
+
+
+def test_blocks_stand_in_the_order_of_the_network() -> None:
+    names = blocks_of(list(file_tensors("sdxl", 0))).names
+    assert names == ["BASE", *(f"IN{i:02}" for i in range(9)), "M00", *(f"OUT{i:02}" for i in range(9)), "VAE"]
+    flux = blocks_of(list(file_tensors("flux", 0))).names
+    assert flux == ["BASE", *(f"double_blocks.{i}" for i in range(12)), *(f"single_blocks.{i}" for i in range(3))]
+    assert blocks_of(["model.layers.0.mlp.up_proj.weight"]) == Blocks()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Single files
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", sample(DIFFUSION, 3))
+def test_files_merge_as_sd_mecha_merges_them(kind: str, name: str, tmp_path: Path) -> None:
+    files = [save_file_of(kind, k, tmp_path / f"{k}.safetensors") for k in range(3)]
+    parameters: dict[str, Any] = {"alpha": 0.4}
+    if "tensor_sum" in name:
+        parameters = {"width": 0.3, "offset": 0.25}
+    if name == "geometric_median":
+        parameters = {"eps": 1e-6, "maxiter": 100, "ftol": 1e-20}
+    has_base = name in ("add_difference", "train_difference_mask")
+    recipe = {
+        "merge_method": name, "models": [{"model": str(file)} for file in files[1:]], "parameters": parameters,
+    } | ({"base_model": str(files[0])} if has_base else {})  # fmt: skip
+    merged(recipe, tmp_path / "out")
+    sources, found = [load_file(file) for file in files], load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == sources[1].keys()
+    for key, values in found.items():
+        if values.dtype == np.int64:
+            np.testing.assert_array_equal(values, sources[1][key])
+            continue
+        expected = of_sd_mecha(name, [source[key] for source in sources], parameters)
+        np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_a_file_stays_a_file_with_its_keys_dtypes_and_metadata(dtype: Any, tmp_path: Path) -> None:
+    files = [save_file_of("sd1", k, tmp_path / f"{k}.safetensors", dtype) for k in range(2)]
+    merged(linear(files, [0.5, 0.5]), tmp_path / "out", max_shard_bytes=1000)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors*")) == ["model.safetensors"]
+    with safe_open(files[0], "np") as first, safe_open(tmp_path / "out" / "model.safetensors", "np") as result:
+        # A hash of the first model's tensors is not one of the merge's.
+        assert result.metadata() == {"format": "pt", "modelspec.title": "number 0"}
+        assert set(result.keys()) == set(first.keys())
+        for key in first.keys():  # noqa: SIM118
+            assert result.get_slice(key).get_dtype() == first.get_slice(key).get_dtype()
+
+
+def test_recipes_set_values_by_block(tmp_path: Path) -> None:
+    """A filter that is a block's name means that block alone, and a gradient goes over the numbered blocks."""
+    for kind, wanted, within in (("sd1", "OUT11", "output_blocks.11"), ("flux", "double_blocks.1", "double_blocks.1.")):
+        files = [save_file_of(kind, k, tmp_path / f"{kind}{k}.safetensors") for k in range(2)]
+        rows = [{"filter": wanted, "value": 1.0}, {"filter": "BASE", "value": 0.5}, {"value": 0.0}]
+        recipe = {"merge_method": "weighted_sum", "models": [{"model": str(file)} for file in files]}
+        merged(recipe | {"parameters": {"alpha": rows}}, tmp_path / kind)
+        a, b, found = (load_file(file) for file in (*files, tmp_path / kind / "model.safetensors"))
+        for key, block in blocks_of(list(a)).of.items():
+            share = 1.0 if within in key or ".out." in key else 0.5 if block == "BASE" else 0.0
+            if a[key].dtype == np.float32:
+                np.testing.assert_allclose(found[key], a[key] + share * (b[key] - a[key]), atol=1e-6, err_msg=key)
+    values = [i / 24 for i in range(25)]
+    files = [tmp_path / f"sd1{k}.safetensors" for k in range(2)]
+    recipe = {"merge_method": "weighted_sum", "models": [{"model": str(file)} for file in files]}
+    merged(recipe | {"parameters": {"alpha": values}}, tmp_path / "gradient")
+    a, b, found = (load_file(file) for file in (*files, tmp_path / "gradient" / "model.safetensors"))
+    key = "model.diffusion_model.output_blocks.5.0.in_layers.2.weight"
+    np.testing.assert_allclose(found[key], a[key] + 18 / 24 * (b[key] - a[key]), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Diffusers folders
+
+
+@pytest.fixture(scope="module")
+def ddpm(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three generators without texts: a base, and two that differ from it, one with another scheduler. Read only."""
+    folder = tmp_path_factory.mktemp("ddpm")
+    base = make_ddpm(folder / "zero", 0)
+    models = [base, make_ddpm(folder / "one", 1, base=base), make_ddpm(folder / "two", 2, steps=500, base=base)]
+    (folder / "functions.py").write_text(FUNCTION)
+    return models
+
+
+@pytest.fixture(scope="module")
+def stable(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two generators with texts. Read only."""
+    folder = tmp_path_factory.mktemp("stable")
+    models = [make_stable_diffusion(folder / name, k) for k, name in enumerate(("one", "two"))]
+    (folder / "functions.py").write_text(FUNCTION)
+    write_lines(folder / "prompts.jsonl", [{"prompt": text} for text in ("a cat", "a dog", "a sea", "a tree")])
+    return models
+
+
+def unet(folder: Path) -> dict[str, np.ndarray]:
+    return dict(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+
+
+def test_folders_merge_and_diffusers_opens_the_result(ddpm: list[Path], tmp_path: Path) -> None:
+    from diffusers import DDPMPipeline
+
+    _, one, two = ddpm
+    weights = [[{"filter": "IN00", "value": value}, {"value": other}] for value, other in ((1.0, 0.25), (0.0, 0.75))]
+    (warning,) = merged(linear([one, two], weights), tmp_path / "out")
+    assert "scheduler: not as in" in warning and str(one) in warning
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.scheduler.config.num_train_timesteps == 1000
+    a, b = unet(one), unet(two)
+    for name, tensor in pipeline.unet.state_dict().items():
+        share = 0.0 if name.startswith("conv_in.") else 0.75
+        np.testing.assert_allclose(tensor.numpy(), (1 - share) * a[name] + share * b[name], atol=1e-6, err_msg=name)
+    for file in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json"):
+        assert json.loads((tmp_path / "out" / file).read_text()) == json.loads((one / file).read_text()), file
+    command("merge", write_recipe(tmp_path, linear([one, two], [0.5, 0.5])), tmp_path / "out", "--overwrite")
+
+
+def write_recipe(folder: Path, recipe: dict[str, Any]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def test_components_are_merged_or_kept_from_a_named_model(stable: list[Path], tmp_path: Path) -> None:
+    one, two = stable
+    recipe = linear([one, two], [0.5, 0.5], components={"text_encoder": str(two), "vae": "merge"})
+    assert merged(recipe, tmp_path / "out") == []
+    files = {"vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model", "text_encoder": "model"}
+    for name, stem in files.items():
+        a, b, found = (load_file(folder / name / f"{stem}.safetensors") for folder in (one, two, tmp_path / "out"))
+        assert found.keys() == a.keys()
+        for key in found:
+            expected = b[key] if name == "text_encoder" else (a[key] + b[key]) / 2
+            np.testing.assert_allclose(found[key], expected, atol=1e-6)
+    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_bytes() == (
+        two / "tokenizer" / "tokenizer.json"
+    ).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Search
+
+
+def config(folder: Path, models: Sequence[Path], **changes: Any) -> dict[str, Any]:
+    task = {
+        "name": "grey", "kind": "image_generation", "function": str(models[0].parent / "functions.py:grey"),
+        "images": 6, "steps": 2, "heldout": 0.5,
+    }  # fmt: skip
+    document = {
+        "backend": "torch", "parents": list(map(str, models)),
+        "space": {"method": "linear", "parameters": {"weight": {}}},
+        "tasks": [task], "search": {"generations": 2, "population": 4}, "seed": 1, "evaluation": {"chunk": 1},
+    } | changes  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(document))
+    return document
+
+
+def scores_by_diffusers(model: Path, seeds: Sequence[int]) -> np.ndarray:
+    """The scores of a generator's pictures, by diffusers alone."""
+    from diffusers import DDPMPipeline
+
+    pipeline = DDPMPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    images = pipeline(len(seeds), generators, num_inference_steps=2, output_type="np").images
+    assert images.shape == (len(seeds), SIZE, SIZE, 1)
+    return -np.abs(images.mean((1, 2, 3)) - 0.4)
+
+
+def test_generators_are_planned_searched_resumed_and_exported(ddpm: list[Path], tmp_path: Path) -> None:
+    from evojax_merge.problem import build_problem, config_from
+
+    document, run, whole = config(tmp_path, ddpm[1:]), tmp_path / "run", tmp_path / "whole"
+    file = tmp_path / "config.yaml"
+    output = command("search", file, "--out", whole)
+    assert output.count("DDPMPipeline: draws pictures of one candidate at a time") == 1
+    assert output.count("scheduler: not as in") == 1 and "plan: " in output
+    command("search", file, "--out", run, "--set", "search.generations=1")
+    command("search", file, "--out", run, "--resume")
+    assert (run / "history.jsonl").read_bytes() == (whole / "history.jsonl").read_bytes()
+    result = json.loads((run / "result.json").read_text())
+    assert [row["role"] for row in result["table"]] == ["parent", "parent", "uniform", "winner"]
+
+    # Every model of the table has the scores that its pictures have, drawn by diffusers alone from the same noise.
+    problem = build_problem(file, config_from(file, document, [], None))
+    heldout, searched = problem.splits.heldout[0], problem.splits.search[0]
+    seeds = [heldout.seeds[i] for i in heldout.indices]
+    assert not set(seeds) & {searched.seeds[i] for i in searched.indices}
+    model = run / "best" / "model"
+    # The second parent draws by the first one's scheduler, as every candidate does.
+    other = shutil.copytree(ddpm[2], tmp_path / "other")
+    shutil.copytree(ddpm[1] / "scheduler", other / "scheduler", dirs_exist_ok=True)
+    for number, folder in ((0, ddpm[1]), (1, other), (3, model)):
+        expected = scores_by_diffusers(folder, seeds).mean()
+        assert result["table"][number]["heldout_scores"]["grey/score"] == pytest.approx(expected, abs=1e-5)
+
+    # The sheet of pictures lies beside the winner, and stands in its card and in the run's page.
+    assert (model / "contact_sheet.png").stat().st_size > 100
+    assert "![contact sheet](contact_sheet.png)" in (model / "README.md").read_text()
+    assert "data:image/png;base64," in (run / "report.html").read_text()
+    assert "library_name: diffusers" in (model / "README.md").read_text()
+
+    # Its recipe gives it.
+    command("merge", next(run.glob("best/*.y*ml")), tmp_path / "again")
+    for name, tensor in unet(tmp_path / "again").items():
+        np.testing.assert_allclose(tensor, unet(model)[name], atol=1e-6, err_msg=name)
+    if ALL:
+        code = "import sys, diffusers; diffusers.DDPMPipeline.from_pretrained(sys.argv[1]); print(len(sys.argv))"
+        done = subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, text=True)
+        assert done.stdout.strip() == "2"
+
+
+def test_prompts_latents_and_the_groups_of_evosdxl(stable: list[Path], tmp_path: Path) -> None:
+    """The U-Net alone, its attention and the rest; latents of prompts; text encoder of the second model."""
+    from evojax_merge.problem import build_problem, config_from
+
+    folder = stable[0].parent
+    task = {
+        "name": "first", "kind": "image_generation", "function": str(folder / "functions.py:first"),
+        "file": str(folder / "prompts.jsonl"), "inputs": "latents", "steps": 2, "guidance": 3.0, "heldout": 0.5,
+    }  # fmt: skip
+    document = config(
+        tmp_path, stable, tasks=[task], components={"text_encoder": str(stable[1])},
+        space={"method": "linear", "layers_per_group": "all", "components": ["attention", "other"]},
+    )  # fmt: skip
+    file = tmp_path / "config.yaml"
+    problem = build_problem(file, config_from(file, document, [], None))
+    assert problem.backend.space.group_space.groups == ("unet other", "unet attention")
+    splits = problem.prepare()
+    assert problem.backend.space.dims == 4 and splits.search[0].size == 2
+    generator, backend = problem.backend.generator, problem.backend
+    encoder = load_file(stable[1] / "text_encoder" / "model.safetensors")
+    state = generator.pipeline.text_encoder.state_dict()
+    for name, tensor in encoder.items():
+        np.testing.assert_array_equal(state[name].numpy(), tensor)
+    scores = splits.search[0].function(backend.merge.tree.source(0), *splits.search[0].rows)
+    assert scores.shape == (2,) and np.isfinite(scores).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize("fault", ["scheme", "pickle", "index", "unknown", "nothing", "model", "kinds", "slices"])
+def test_what_cannot_be_merged_is_refused_in_a_line(fault: str, ddpm: list[Path], tmp_path: Path) -> None:
+    _, one, two = ddpm
+    models, more, said = [one, two], {}, ""
+    if fault == "scheme":
+        models = [save_file_of(kind, 0, tmp_path / f"{kind}.safetensors") for kind in ("sd1", "sdxl")]
+        said = "its tensors have the names of SDXL, but those of"
+    elif fault == "pickle":
+        models = [save_file_of("sd1", 0, tmp_path / "a.safetensors"), tmp_path / "b.ckpt"]
+        models[1].write_bytes(b"PK")
+        said = "b.ckpt: is a pickle, which can run code when it is read; expected a safetensors file"
+    elif fault == "index":
+        models = [one, shutil.copytree(two, tmp_path / "two")]
+        (models[1] / "model_index.json").unlink()
+        said = "has a folder unet/ but no model_index.json"
+    elif fault == "unknown":
+        more, said = {"components": {"unte": "merge"}}, "components.unte: no model has it (did you mean 'unet'?)"
+    elif fault == "nothing":
+        more, said = {"components": {"unet": str(one)}}, "none is merged"
+    elif fault == "model":
+        more, said = {"components": {"scheduler": "elsewhere"}}, "expected merge, or one of the models"
+    elif fault == "kinds":
+        models = [one, save_file_of("sd1", 0, tmp_path / "a.safetensors")]
+        said = "is no diffusers folder, as the others are"
+    recipe = linear(models, [0.5, 0.5], **more)
+    if fault == "slices":
+        sources = [{"model": str(model), "layer_range": [0, 1], "parameters": {"weight": 1}} for model in models]
+        recipe, said = {"merge_method": "linear", "slices": [{"sources": sources}]}, "is for language models"
+    with pytest.raises(InputError) as caught:
+        merged(recipe, tmp_path / "out")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fault", ["prompts", "guidance", "latents", "task", "parts", "function", "random"])
+def test_what_cannot_be_searched_is_refused_in_a_line(
+    fault: str, ddpm: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evojax_merge.problem import build_problem, config_from
+
+    document = config(tmp_path, ddpm[:2])
+    task: dict[str, Any] = document["tasks"][0]
+    if fault == "prompts":
+        del task["images"]
+        task["file"], said = str(write_lines(tmp_path / "p.jsonl", [{"prompt": "a"}] * 4)), "takes no prompt"
+    elif fault == "guidance":
+        task["guidance"], said = 2.0, "a DDPMPipeline takes no guidance_scale"
+    elif fault == "latents":
+        (tmp_path / "f.py").write_text("def f(records, latents):\n    return [0] * len(records)\n")
+        task |= {"inputs": "latents", "function": f"{tmp_path}/f.py:f"}
+        said = "a DDPMPipeline has no latents"
+    elif fault == "task":
+        (tmp_path / "f.py").write_text("def f(model):\n    return 0.0\n")
+        document["tasks"] = [{"name": "t", "kind": "arrays", "function": f"{tmp_path}/f.py:f"}]
+        said = "asks no image generator; expected kind: image_generation"
+    elif fault == "parts":
+        document["space"]["components"], said = ["attention", "mlp"], "expected attention and other"
+    elif fault == "function":
+        (tmp_path / "f.py").write_text("def f(images):\n    return 0\n")
+        task["function"], said = f"{tmp_path}/f.py:f", "inputs: images calls it with (records, images)"
+    else:
+        from evojax_merge.backends.torch.generator import Generator
+
+        rng = np.random.default_rng(0)
+        monkeypatch.setattr(Generator, "draw", lambda *_: rng.normal(size=(1, 8, 8, 1)).astype(np.float32))
+        said = "draws another picture from the same noise"
+    file = tmp_path / "config.yaml"
+    with pytest.raises(InputError) as caught:
+        build_problem(file, config_from(file, document, [], None)).prepare()
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_components_are_for_diffusers_folders(tmp_path: Path) -> None:
+    from evojax_merge.problem import config_from
+
+    document = config(tmp_path, [tmp_path / "a", tmp_path / "b"], components={"unet": "merge"}, backend="decoder")
+    with pytest.raises(InputError, match="components: is for diffusers folders"):
+        config_from(tmp_path / "config.yaml", document, [], None)
+    files = [save_file_of("sd1", k, tmp_path / f"{k}.safetensors") for k in range(2)]
+    with pytest.raises(InputError, match="components: is for diffusers folders"):
+        merged(linear(files, [0.5, 0.5], components={"unet": "merge"}), tmp_path / "out")
