@@ -33,7 +33,7 @@ def words_of(row: np.ndarray) -> list[str]:
 
 
 def test_every_text_is_answered_by_what_it_shows() -> None:
-    answers = {evovlm.answer_text(color, evovlm.JAPANESE): color for color in (*evovlm.COLORS, "")}
+    answers = {evovlm.plain_answer(color, evovlm.JAPANESE): color for color in (*evovlm.COLORS, "")}
     rows = evovlm.text_batch(np.random.default_rng(0), 400, (evovlm.JAPANESE,), evovlm.JAPANESE)
     met = set()
     for row in rows:

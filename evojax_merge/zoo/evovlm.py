@@ -1,10 +1,11 @@
-"""A model that sees and answers in English, an expert that reads and answers in Japanese, and one base of both.
+"""A model that sees and is asked in English, an expert that reads and answers in Japanese, and one base of both.
 
 It is the second result of evolutionary merging (EvoVLM-JP) at the size of a toy. The `base` is a text model: it reads
-what a picture shows, patch by patch, is asked about it in either language, and answers in English. `vision` is a LLaVA
-around it, trained on easy-VQA's pictures and its questions about their colours, in English. `japanese` is a fine-tune
-of the base on texts, which answers in Japanese. The task of a merge is to answer questions about pictures *in
-Japanese*: `vision` answers them in English, and `japanese` has never seen a picture.
+what a picture shows, patch by patch, is asked about it in either language, and answers in words of both. `vision` is a
+LLaVA around it, trained on easy-VQA's pictures and its questions about their colours, in English; it answers as the
+base does. `japanese` is a fine-tune of the base on texts, which answers in Japanese. The task of a merge is to answer
+questions about pictures *in Japanese*: `vision` mixes the languages, and `japanese` has never seen a picture. The
+skills combine because both languages say a thing in the same order, and the base saw them mixed.
 """
 
 import io
@@ -70,7 +71,9 @@ QUESTIONS = {
     "what color is the SHAPE ?": "SHAPE は なにいろ です か",
     "what is the color of the SHAPE ?": "SHAPE の いろ は なに です か",
 }
-ANSWER = ("the shape is COLOR .", "その かたち は COLOR です 。")
+# The words of an answer in each language, and its ending.
+ANSWER = (("the", "その"), ("shape", "かたち"), ("is", "は"), (COLOR, COLOR))
+ENDINGS = (".", "です 。")
 # The answer about a text that tells no colour.
 UNKNOWN_COLOR = ("i cannot tell .", "わかり ません 。")
 # The words that end a question, in English and in Japanese.
@@ -86,7 +89,8 @@ def _words(*texts: str) -> list[str]:
 
 VOCABULARY = [
     PAD, EOS, UNKNOWN, BACKGROUND,
-    *_words(*NAMES, *NAMES.values(), *QUESTIONS, *QUESTIONS.values(), *ANSWER, *UNKNOWN_COLOR),
+    *_words(*NAMES, *NAMES.values(), *QUESTIONS, *QUESTIONS.values(), *map(" ".join, ANSWER),
+           *ENDINGS, *UNKNOWN_COLOR),
 ]  # fmt: skip
 IDS = {token: i for i, token in enumerate(VOCABULARY)}
 SEEING_VOCABULARY = [*VOCABULARY, IMAGE]
@@ -103,8 +107,8 @@ class Plan:
     """The steps that each model trains, and the numbers of questions in the two files."""
 
     base_steps: int = 100
-    vision_steps: int = 250
-    japanese_steps: int = 100
+    vision_steps: int = 500
+    japanese_steps: int = 150
     search_questions: int = 64
     heldout_questions: int = 256
 
@@ -131,9 +135,23 @@ def question_text(question: str, shape: str, language: int) -> str:
     return (question, QUESTIONS[question])[language].replace(SHAPE, (shape, SHAPES[shape])[language])
 
 
-def answer_text(color: str, language: int) -> str:
-    """The answer to any question; `color`: empty where it cannot be told."""
-    return ANSWER[language].replace(COLOR, (color, COLORS[color])[language]) if color else UNKNOWN_COLOR[language]
+def answer_text(color: str, languages: Sequence[int], ending: int) -> str:
+    """The answer to any question, each of its words in a language, with the ending of a language. color: empty where it
+    cannot be told."""
+    if not color:
+        return UNKNOWN_COLOR[ending]
+    words = [pair[language] for pair, language in zip(ANSWER, languages, strict=True)]
+    words[-1] = (color, COLORS[color])[languages[-1]]
+    return " ".join([*words, ENDINGS[ending]])
+
+
+def plain_answer(color: str, language: int) -> str:
+    return answer_text(color, [language] * len(ANSWER), language)
+
+
+def mixed_answer(rng: np.random.Generator, color: str) -> str:
+    """Each word in any language, and the English ending."""
+    return answer_text(color, rng.integers(0, 2, len(ANSWER)).tolist(), ENGLISH)
 
 
 def tokens_of(text: str) -> list[int]:
@@ -141,17 +159,16 @@ def tokens_of(text: str) -> list[int]:
 
 
 @cache
-def _sentence(question: str, color: str, shape: str, asked: int, answered: int) -> np.ndarray:
-    """int32[WIDTH - PLACES]: a question in one language, its answer in another, the end of the text, and padding."""
-    text = f"{question_text(question, shape, asked)} {answer_text(color, answered)} {EOS}"
-    tokens = tokens_of(text)
+def _sentence(question: str, shape: str, asked: int, answer: str) -> np.ndarray:
+    """int32[WIDTH - PLACES]: a question in a language, its answer, the end of the text, and padding."""
+    tokens = tokens_of(f"{question_text(question, shape, asked)} {answer} {EOS}")
     return np.array(tokens + [IDS[PAD]] * (WIDTH - PLACES - len(tokens)), np.int32)
 
 
-def text_batch(rng: np.random.Generator, count: int, languages: Sequence[int], answered: int) -> np.ndarray:
+def text_batch(rng: np.random.Generator, count: int, asked: Sequence[int], answered: int) -> np.ndarray:
     """Examples int32[count, WIDTH] of pictures in words: of a picture's patches one is its colour and one its shape,
-    both in any language, and a fifth have no colour; a question in one of the languages, and its answer in the language
-    `answered`."""
+    both in any language, and a fifth have no colour; a question in one of the languages `asked`, and its answer in the
+    language `answered`, or MIXED."""
     colors, shapes, questions = (list(names) for names in (COLORS, SHAPES, QUESTIONS))
     rows = np.full((count, WIDTH), IDS[BACKGROUND], np.int32)
     for row in rows:
@@ -160,21 +177,22 @@ def text_batch(rng: np.random.Generator, count: int, languages: Sequence[int], a
         for place, name in zip(rng.choice(PLACES, 2, replace=False), (shape, color), strict=True):
             if name:
                 row[place] = IDS[name if rng.random() < 0.5 else NAMES[name]]
-        question, asked = questions[rng.integers(len(questions))], languages[rng.integers(len(languages))]
-        row[PLACES:] = _sentence(question, color, shape, asked, answered)
+        answer = mixed_answer(rng, color) if answered == MIXED else plain_answer(color, answered)
+        question = questions[rng.integers(len(questions))]
+        row[PLACES:] = _sentence(question, shape, asked[rng.integers(len(asked))], answer)
     return rows
 
 
 def picture_batch(
     rng: np.random.Generator, count: int, pictures: Sequence[Picture], pixels: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Examples of pictures, of easy-VQA's questions about them, and of answers in English: `pixels` uint8[count, side,
+    """Examples of pictures, of easy-VQA's questions about them, and of mixed answers: `pixels` uint8[count, side,
     side, 3] and `tokens` int32[count, WIDTH]."""
     chosen, tokens = rng.integers(len(pictures), size=count), np.zeros((count, WIDTH), np.int32)
     for row, number in zip(tokens, chosen, strict=True):
         picture = pictures[number]
         question = picture.questions[rng.integers(len(picture.questions))]
-        row[PLACES:] = _sentence(question, picture.color, picture.shape, ENGLISH, ENGLISH)
+        row[PLACES:] = _sentence(question, picture.shape, ENGLISH, mixed_answer(rng, picture.color))
     return {"pixels": pixels[chosen], "tokens": tokens}
 
 
@@ -238,7 +256,7 @@ def save_questions(folder: Path, seed: int, plan: Plan) -> None:
         record = {
             "image": f"{PICTURES}/{number}.png",
             "question": question_text(question, picture.shape, JAPANESE),
-            "answer": answer_text(picture.color, JAPANESE),
+            "answer": plain_answer(picture.color, JAPANESE),
             "english": question,
         }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
@@ -284,7 +302,7 @@ BATCH = 32
 # What the learning rate is multiplied by in the decoder's layers, its embedding, and its final norm and head: seeing is
 # learnt in early layers, another language in late ones.
 SLOW = 0.1
-VISION_PACES = ((1.0, 1.0, SLOW, SLOW), 1.0, SLOW)
+VISION_PACES = ((0.5, 0.5, SLOW, SLOW), SLOW, SLOW)
 JAPANESE_PACES = ((SLOW, SLOW, 1.0, 1.0), SLOW, 1.0)
 
 
@@ -314,8 +332,8 @@ def make_family(folder: Path, seed: int, plan: Plan, progress: Progress = lambda
         report = partial(progress, name)
         return train(config, answer_loss, start, partial(batch, rng), steps, peak, report, size=BATCH, paces=paces)
 
-    english = partial(text_batch, languages=(ENGLISH, JAPANESE), answered=ENGLISH)
-    base = stage("base", config, fresh_model(config, seed), plan.base_steps, 3e-3, english, None)
+    mixed = partial(text_batch, asked=(ENGLISH, JAPANESE), answered=MIXED)
+    base = stage("base", config, fresh_model(config, seed), plan.base_steps, 3e-3, mixed, None)
     save_weights(folder / "base", base, config)
 
     start = SeeingModel(with_image_token(base), fresh_vision(TOWER_SIZES, SIZES.hidden, seed))
@@ -325,9 +343,9 @@ def make_family(folder: Path, seed: int, plan: Plan, progress: Progress = lambda
     save_seeing_weights(
         folder / "vision", stage("vision", seeing_config, start, plan.vision_steps, 2e-3, shown, paces), seeing_config
     )
-    japanese = partial(text_batch, languages=(JAPANESE,), answered=JAPANESE)
+    japanese = partial(text_batch, asked=(JAPANESE,), answered=JAPANESE)
     expert_paces = decoder_paces(base, JAPANESE_PACES)
-    expert = stage("japanese", config, base, plan.japanese_steps, 2e-3, japanese, expert_paces)
+    expert = stage("japanese", config, base, plan.japanese_steps, 1e-3, japanese, expert_paces)
     save_weights(folder / "japanese", expert, config)
 
 
