@@ -49,7 +49,7 @@ QUICKLY_COMPILED = {
     f"test_{name}"
     for name in (
         "adapters", "api", "architecture_seam", "architectures", "auto", "backend_seam", "bad_input", "cards", "chat",
-        "data_flow", "data_versions", "defaults", "device_bench", "devices", "docs", "evaluator", "evovlm",
+        "data_flow", "data_versions", "defaults", "device_bench", "devices", "docs", "evaluator",
         "example_choice", "families", "fronts", "function", "generate", "goals", "gradients", "gsm", "harness",
         "host_memory", "hostile", "init", "inspect", "judge", "longrope", "loops", "m2n2_bench",
         "mergekit_evolve", "mergekit_suite",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,10 @@ DIGITS = [str(digit) for digit in range(10)]
 BATCH, CHUNK = 128, 50
 EMBEDDING_STD = 0.02
 
-# A pytree of weights.
-Model = TypeVar("Model")
 # Receives a model's name, the steps since the last call, and the loss.
 Progress = Callable[[str, int, float], None]
-# (config, model, a batch: a pytree of arrays [B, …]) -> the mean loss.
-Loss = Callable[[DecoderConfig, Any, Any], jax.Array]
+# (config, model, a batch int32[B, …]) -> the mean loss.
+Loss = Callable[[DecoderConfig, StackedWeights, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -65,18 +63,19 @@ ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98))
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _train_chunk(
-    config: DecoderConfig, loss: Loss, model: Model, paces: Model, state: Any, batches: Any, rates: jax.Array
-) -> tuple[Model, Any, jax.Array]:
-    """Take a step per batch of arrays `[steps, B, …]` with learning rates `float32[steps]` times `paces`. Returns the
-    model, the state and the mean loss."""
+    config: DecoderConfig, loss: Loss, model: StackedWeights, state: Any, batches: jax.Array, rates: jax.Array
+) -> tuple[StackedWeights, Any, jax.Array]:
+    """Take a step per batch of `int32[steps, B, …]` with learning rates `float32[steps]`. Returns the model, the state
+    and the mean loss."""
 
-    def step(carry: tuple[Model, Any], xs: tuple[Any, jax.Array]) -> tuple[tuple[Model, Any], jax.Array]:
+    def step(
+        carry: tuple[StackedWeights, Any], xs: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[StackedWeights, Any], jax.Array]:
         model, state = carry
-        batch, rate = xs
-        value, gradient = jax.value_and_grad(partial(loss, config))(model, batch)
+        tokens, rate = xs
+        value, gradient = jax.value_and_grad(partial(loss, config))(model, tokens)
         updates, state = ADAM.update(gradient, state)
-        moved = jax.tree.map(lambda leaf, update, pace: leaf - rate * pace * update, model, updates, paces)
-        return (moved, state), value
+        return (jax.tree.map(lambda leaf, update: leaf - rate * update, model, updates), state), value
 
     (model, state), losses = jax.lax.scan(step, (model, state), (batches, rates))
     return model, state, losses.mean()
@@ -94,25 +93,19 @@ def learning_rates(steps: int, peak: float) -> np.ndarray:
 def train(
     config: DecoderConfig,
     loss: Loss,
-    model: Model,
-    batch: Callable[[int], Any],
+    model: StackedWeights,
+    batch: Callable[[int], np.ndarray],
     steps: int,
     peak: float,
     progress: Callable[[int, float], None] = lambda steps, loss: None,
-    size: int = BATCH,
-    paces: Model | None = None,
-) -> Model:
-    """Train on `steps` batches of `size` examples (`batch(count)` gives arrays `[count, …]`). `progress` receives steps
-    and loss; paces: what each weight's learning rate is multiplied by, one for all by default."""
-    if paces is None:
-        paces = jax.tree.map(lambda leaf: np.float32(1), model)
+) -> StackedWeights:
+    """Train on `steps` batches (`batch(count)` gives `int32[count, …]`). `progress` receives steps and loss."""
     state, rates = ADAM.init(model), learning_rates(steps, peak)
     for start in range(0, steps, CHUNK):
         count = min(CHUNK, steps - start)
-        batches = jax.tree.map(
-            lambda examples, count=count: examples.reshape(count, size, *examples.shape[1:]), batch(count * size)
-        )
-        model, state, mean_loss = _train_chunk(config, loss, model, paces, state, batches, rates[start : start + count])
+        examples = batch(count * BATCH)
+        batches = examples.reshape(count, BATCH, *examples.shape[1:])
+        model, state, mean_loss = _train_chunk(config, loss, model, state, batches, rates[start : start + count])
         progress(count, float(mean_loss))
     return model
 
