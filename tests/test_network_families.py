@@ -15,7 +15,7 @@ from evojax_merge.zoo.digit_images import load_digit_images
 
 
 def test_the_image_classifiers_are_folders_of_transformers_with_images_and_labels(tmp_path: Path) -> None:
-    vit.make_family(tmp_path, seed=7, steps=(1, 1))
+    vit.make_family(tmp_path, seed=7, steps=(10, 10))
     weights = [
         transformers.AutoModelForImageClassification.from_pretrained(tmp_path / name).classifier.weight.detach()
         for name in vit.MODELS
@@ -54,7 +54,7 @@ def test_no_two_numbers_have_the_same_words() -> None:
 
 
 def test_the_translators_are_folders_of_transformers_with_numbers_that_none_was_trained_on(tmp_path: Path) -> None:
-    t5.make_family(tmp_path, seed=7, steps=(1, 1))
+    t5.make_family(tmp_path, seed=7, steps=(10, 10))
     training, *splits = t5.split_numbers(7)
     assert len(np.unique(np.concatenate([training, *splits]))) == t5.END - 1
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "french")
