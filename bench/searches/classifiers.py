@@ -4,7 +4,8 @@
 
 Each seed trains a family of its own (evojax_merge/zoo/vit.py), draws other images for the search and searches with
 another seed. The evolved merge is that of `configs/vit.yaml`; the one by gradients has the same space and follows the
-derivative of the right label's log-probability, as AdaMerging does that of an entropy. Beside them stand merges that nobody searched.
+derivative of the right label's log-probability, as AdaMerging does that of an entropy. Beside them stand merges that
+nobody searched.
 """
 
 import argparse

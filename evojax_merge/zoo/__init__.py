@@ -1,6 +1,6 @@
 """The demo family: tiny models whose weights come with the package, others of the same kind that are trained on the
-spot, families of looped models, of classifiers and of a model that sees with a text model, and a real
-small model from a package.
+spot, families of looped models, of classifiers and of a model that sees with a text model, and a real small model from
+a package.
 
 References: `zoo:base`, `zoo:maths`, `zoo:japanese` are models, `zoo:search.jsonl` and `zoo:heldout.jsonl` task files;
 `zoo:3/base` belongs to the family of seed 3, which is trained first, and `zoo:experts/sums` is one of six more experts
