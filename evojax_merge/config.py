@@ -456,12 +456,17 @@ class EvaluationConfig(Section):
         None, description="of what chooses the winner and of the final table; default: compute_dtype"
     )
 
+    recalibrate: bool = Field(
+        False, description="of networks with batch norms: whether each candidate's are measured on the examples"
+    )
+
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the optional key where it is not given (see SearchConfig)."""
+        """Leave out the optional keys where they are not given (see SearchConfig)."""
         document: dict[str, Any] = serialise(self)
-        if self.final_compute_dtype is None:
-            document.pop("final_compute_dtype")
+        for name in ("final_compute_dtype", "recalibrate"):
+            if not getattr(self, name):
+                document.pop(name)
         return document
 
 

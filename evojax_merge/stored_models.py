@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from evojax_merge import plugins
 from evojax_merge.backends.decoder.backend import stored_dtype
 from evojax_merge.backends.decoder.opening import context_length, stop_tokens
 from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
+from evojax_merge.backends.torch.opening import FACTORY as TORCH
 from evojax_merge.checkpoints.bank import bank_bytes, load_stored
 from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import file_hash
@@ -22,7 +24,8 @@ from evojax_merge.evaluation.devices import unused_memory
 from evojax_merge.evaluation.evaluator import DecoderEvaluator
 from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.samples import KEYS as SAMPLE_KEYS
-from evojax_merge.evaluation.scores import TaskScores, fitness, means
+from evojax_merge.evaluation.samples import sample_rows
+from evojax_merge.evaluation.scores import fitness, means
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.file_system import check_writable
 from evojax_merge.problem import read_config
@@ -33,9 +36,12 @@ from evojax_merge.report.progress import passes_bar
 from evojax_merge.search.run_folder import RunFolder, check_recorded_inputs, is_run
 from evojax_merge.search.validation import validation_split
 from evojax_merge.tasks.opening import open_splits, open_whole_task, repeated
+from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Task, about_backend
 from evojax_merge.yaml_reader import load_yaml
 
+# () -> a model's answers, as `sample_rows` has them.
+Answers = Callable[[], Sequence[dict[str, Any]]]
 Split = Literal["search", "validation", "heldout", "all"]
 
 # The keys of a row of the table that `evaluate --json` writes.
@@ -135,10 +141,12 @@ def score_models(
     task_set: TaskSet,
     log: Log,
     warn: Log,
-    on_scored: Callable[[str, DecoderEvaluator, TaskScores], None] = lambda model, evaluator, scores: None,
+    on_scored: Callable[[str, Answers], None] = lambda model, answers: None,
 ) -> list[Row]:
-    """Score stored models, or runs' winners, on all examples. `on_scored` receives each model's scores."""
+    """Score stored models, or runs' winners, on all examples. `on_scored` receives each model's answers."""
     tasks, settings = task_set.tasks, task_set.settings
+    if any(getattr(task, "backend", None) == "torch" for task in tasks):
+        return _score_networks(models, task_set, on_scored)
     for task in tasks:
         if not hasattr(task, "requests"):
             raise InputError(
@@ -171,7 +179,27 @@ def score_models(
         with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:
             scores = evaluator.stored(stored, progress)
         rows.append(Row("model", name, float(fitness(tasks, scores)[0]), means(tasks, scores)[0]))
-        on_scored(model, evaluator, scores)
+        on_scored(model, partial(sample_rows, model, evaluator.batched_tasks, scores))
+    return rows
+
+
+def _score_networks(
+    models: Sequence[str], task_set: TaskSet, on_scored: Callable[[str, Answers], None]
+) -> list[Row]:  # fmt: skip
+    """Score networks of torch, as `score_models`."""
+    rows = []
+    for model, name in zip(models, short_names(models), strict=True):
+        path = _model_folder(model)
+        backend = TORCH.open_stored(path, task_set.settings, live_target())
+        for task in task_set.tasks:
+            backend.check_task(task_set.where, task)
+        prepared = backend.prepare(Splits([], [], None, task_set.tasks))
+        evaluator = backend.evaluator([], prepared.heldout, 1)
+        with passes_bar(f"scoring {name}", len(task_set.tasks)) as progress:
+            scores = backend.score_stored(path, evaluator, progress)
+        tasks = prepared.heldout
+        rows.append(Row("model", name, float(fitness(tasks, scores)[0]), means(tasks, scores)[0]))
+        on_scored(model, partial(backend.answers, model, evaluator, scores, 0))
     return rows
 
 

@@ -1,5 +1,6 @@
 """The page of a run: it holds the run's own numbers, asks for nothing, and shows what a run has, in a real browser."""
 
+import csv
 import json
 import math
 import os
@@ -66,7 +67,9 @@ const wait = setInterval(() => {
       charts: Object.fromEntries([...document.querySelectorAll("[data-chart]")].map((place) => {
         const box = place.querySelector("svg")?.getBoundingClientRect();
         const marks = place.querySelectorAll("svg path, svg text").length;
-        return [place.dataset.chart, box && marks ? [box.right, box.height] : null];
+        const cut = [...place.querySelectorAll("svg text")].map((text) => text.getBoundingClientRect())
+          .filter((text) => text.left < box.left - 1 || text.right > box.right + 1).length;
+        return [place.dataset.chart, box && marks ? [box.right, box.height, cut] : null];
       })),
       images: document.querySelectorAll("img").length, bold: document.querySelectorAll("b").length,
       text: document.querySelector("main").innerText,
@@ -174,14 +177,21 @@ class Page(HTMLParser):
     def text(self) -> str:
         return " ".join(" ".join(self.texts).split())
 
-    def column(self, chart: str, name: str) -> list[float | None]:
-        """A column of a chart's first data, which are CSV."""
+    def rows(self, chart: str) -> list[dict[str, str]]:
+        """A chart's first data, which are CSV."""
         spec = self.specs[chart]
         layers = [spec, *spec.get("layer", ())]
         data = next(layer["data"] for layer in layers if "data" in layer)
-        text = data["values"] if "values" in data else spec["datasets"][data["name"]]
-        header, *lines = (line.split(",") for line in text.splitlines())
-        return [float(line[header.index(name)]) if line[header.index(name)] else None for line in lines]
+        return list(
+            csv.DictReader((data["values"] if "values" in data else spec["datasets"][data["name"]]).splitlines())
+        )
+
+    def column(self, chart: str, name: str) -> list[float | None]:
+        return [float(row[name]) if row[name] else None for row in self.rows(chart)]
+
+    @property
+    def frames(self) -> Any:
+        return json.loads(re.search(r'id="frames">(.*?)</script>', self.source, re.DOTALL)[1])  # type: ignore[index]
 
 
 def numbers_in(document: Any) -> set[float]:
@@ -243,6 +253,66 @@ def test_every_number_on_the_page_is_one_of_the_run(tmp_path: Path) -> None:
         assert sentence in page.text
 
 
+def test_the_other_sections_show_the_runs_numbers_too(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", generations=8, pool={"methods": ["slerp"]})
+    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    for row in rows:
+        # A member of a pool has its number before its genes.
+        row["genomes"] = [[100 * row["generation"] + k, *genome[1:]] for k, genome in enumerate(row["genomes"])]
+        row["failed"] = row["generation"] % 2
+    (run / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    front = [
+        {"member": k + 1, "fitness": -0.21 - k, "scores": {"a/x": -0.13 * k, "b/x": 0.14 * k},
+         "heldout_fitness": -0.3 - k, "heldout_scores": {"a/x": -0.11 * k, "b/x": 0.12 * k}, "genome": [0.5 + k] * 4}
+        for k in range(3)
+    ]  # fmt: skip
+    edit_result(run, groups=[], members=front)
+    scores = {"evolved ties": [0.75, 0.5, 0.25], "japanese": [0.625, 0.5, 0.375]}
+    answers = [
+        {"model": model, "task": "sums", "example": k, "score": score}
+        for model, values in scores.items() for k, score in enumerate(values)
+    ]  # fmt: skip
+    (run / "heldout_answers.jsonl").write_text("".join(f"{json.dumps(answer)}\n" for answer in answers))
+    write_page(RunFolder(run))
+    page = Page(run / "report.html")
+    shown = {value for value, _ in page.numbers}
+    assert numbers_in([{k: v for k, v in member.items() if k != "genome"} for member in front]) <= shown
+    assert {0.75, 0.25, 0.625, 0.375} <= shown and "sums: 1 won, 1 lost, 1 equal" in page.text
+    best, mean = ([max(row["fitness"]) for row in rows], [float(np.mean(row["fitness"])) for row in rows])
+    assert page.column("task-0", "value") == [*best, *mean]
+    assert page.column("metric-1", "value") == [row["failed"] for row in rows]
+    members = {(float(row["member"]), float(row["fitness"]), int(row["generation"])) for row in page.rows("pool")}
+    assert members == {
+        (genome[0], fitness, row["generation"])
+        for row in rows for genome, fitness in zip(row["genomes"], row["fitness"], strict=True)
+    }  # fmt: skip
+
+
+def test_drawn_candidates_and_the_sliders_frames_are_those_of_the_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", generations=8)
+    edit_result(run, groups=[])
+    write_page(RunFolder(run))
+    page = Page(run / "report.html")
+    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    searched = {
+        (*genome, float(f"{fitness:.6g}"))
+        for row in rows for genome, fitness in zip(row["genomes"], row["fitness"], strict=True)
+    }  # fmt: skip
+    drawn: dict[str, dict[str, float]] = {}
+    for row in page.rows("parallel"):
+        drawn.setdefault(row["candidate"], {})[row["axis"]] = float(row["value"])
+    axes = [f"gene[{k}]" for k in range(4)] + ["fitness"]
+    lines = {tuple(values[axis] for axis in axes) for values in drawn.values()}
+    assert len(lines) == 64 and np.allclose(sorted(lines), sorted(searched), rtol=1e-5)
+    frames = page.frames
+    for row, label, values in zip(rows, frames["labels"], frames["maps"][0]["values"], strict=False):
+        met = [(examples, fitness) for examples, fitness in zip(row["examples"], row["fitness"], strict=True)]
+        place = met.index(max(met))
+        assert label == f"generation {row['generation']} of 8, its best: fitness {row['fitness'][place]:.4f}"
+        assert values == pytest.approx(row["genomes"][place], rel=1e-5)
+    assert frames["maps"][0]["values"][-1] == json.loads((run / "result.json").read_text())["genome"]
+
+
 def test_the_page_says_that_nothing_beat_the_first_parent(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     edit_result(run, search_fitness={"winner": -0.45, "first parent": -0.45})
@@ -278,7 +348,7 @@ def test_a_search_writes_the_page_with_the_names_of_its_parameters(tmp_path: Pat
     page = Page(tmp_path / "run" / "report.html")
     assert "finished" in page.text and "refresh" not in page.source.partition("<style>")[0]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    frames = json.loads(re.search(r'id="frames">(.*?)</script>', page.source)[1])  # type: ignore[index]
+    frames = page.frames
     (weights,) = frames["maps"]
     assert weights["rows"] == result["groups"] and weights["columns"] == ["parent0", "parent1"]
     assert frames["labels"][-1] == "the winner" and len(frames["labels"]) == 4
@@ -331,7 +401,8 @@ def test_a_pool_a_path_and_a_front_are_drawn(tmp_path: Path) -> None:
         (wide[2], 0.667, "share of maths, layers 0 to 1: 0.5"), (wide[2], 0.667, "share of maths, layers 2 to 3: 0.5"),
         (wide[2], 0.667, "share of japanese, layers 0 to 1: 0.5"),
         (wide[2], 0.667, "share of japanese, layers 2 to 3: 0.5"),
-        (wide[1], 0.333, "weight of member-7, layer 0: 0.25"), (wide[3], 1.0, "weight of member-7, layers 1 to 3: 0.75"),
+        (wide[1], 0.333, "weight of member-7, layer 0: 0.25"),
+        (wide[3], 1.0, "weight of member-7, layers 1 to 3: 0.75"),
         (wide[1], 1.0, "weight of maths, layer 0: 0.75"), (wide[3], 0.333, "weight of maths, layers 1 to 3: 0.25"),
     ]  # fmt: skip
     assert "member-9: ties of weight 0.25 0.75" in page.source
@@ -619,7 +690,7 @@ def test_a_browser_draws_every_figure_and_asks_for_nothing(tmp_path: Path, width
     assert seen["width"] == width and seen["scrolled"] <= width
     for name, box in seen["charts"].items():
         assert box is not None, name
-        assert box[0] <= width and box[1] > 40, name
+        assert box[0] <= width and box[1] > 40 and box[2] == 0, name
     assert seen["images"] == 0 and seen["bold"] == 0 and HOSTILE.replace("/", "∕") in seen["text"]
 
 

@@ -320,7 +320,9 @@ def test_stopping_early(tmp_path: Any) -> None:
 
 
 def test_a_run_folder_is_continued_where_it_was_broken_off(tmp_path: Any) -> None:
-    whole = quick(generations=5, out=tmp_path / "whole")
+    whole = quick(generations=5, out=tmp_path / "whole", log=["csv"])
+    logged = (tmp_path / "whole" / "history.csv").read_text().splitlines()
+    assert [row.partition(",")[0] for row in logged] == ["generation", *"12345"]
     assert json.loads((tmp_path / "whole/result.json").read_text())["parameters"].keys() == whole.parameters.keys()
 
     def stop(generation: Generation) -> None:
@@ -366,6 +368,8 @@ def changed(path: tuple[str, str], value: Any) -> Any:
     ("settings", "said"),
     [
         ({"parents": []}, "parents: is empty"),
+        ({"log": ["csv"]}, "log: there is no run folder to log in; give it `out`"),
+        ({"log": ["table"], "out": "run"}, "log: 'table'; expected any of tensorboard, wandb, csv"),
         ({"parents": [PARENTS[0], changed(("encoder", "kernel"), np.ones((5, 6)))]},
          r"parents\[1\]: leaf 'encoder/kernel' has shape \(5, 6\), but \(5, 7\) in parents\[0\]"),
         ({"parents": [PARENTS[0], {"encoder": PARENTS[1]["encoder"]}]},

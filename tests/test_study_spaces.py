@@ -3,6 +3,7 @@
 import copy
 import re
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,13 @@ def test_a_function_alone_is_a_list_of_one(function: Any) -> None:
 
 def test_a_study_of_pytrees_runs_resumes_and_exports(tmp_path: Path) -> None:
     tasks = [with_rows(heldout=0.25), em.tasks.Arrays(closeness, name="closeness", weight=0.5)]
-    study = make(tasks, out=tmp_path / "run")
+    study = make(tasks, out=tmp_path / "run", log=["csv"])
     whole = make(tasks, out=tmp_path / "whole").run(2)
     study.run(1)
-    run = make(tasks, out=tmp_path / "run", resume=True).run(1)
+    run = make(tasks, out=tmp_path / "run", resume=True, log=["csv"]).run(1)
     assert run.history == whole.history and run.finished
+    logged = (tmp_path / "run" / "history.csv").read_text().splitlines()
+    assert logged[0].startswith("generation,fitness/best_so_far") and [row[:2] for row in logged[1:]] == ["1,", "2,"]
     assert [row["role"] for row in run.table] == ["base", "parent", "parent", "uniform", "winner"]
     assert [row["name"] for row in run.table[:3]] == ["base", "parents[0]", "parents[1]"]
 
@@ -95,6 +98,27 @@ def test_a_study_of_pytrees_runs_resumes_and_exports(tmp_path: Path) -> None:
     with pytest.raises(em.InputError, match="exists already; choose another folder or pass overwrite=True"):
         best.export(tmp_path / "best")
     best.export(tmp_path / "best", overwrite=True)
+
+
+def test_a_study_gives_a_warning_once_and_names_the_programs_line(tmp_path: Path) -> None:
+    def flat(model: Any) -> Any:
+        return 0.0 * closeness(model)
+
+    study = make([flat], strategy={"strategy": "gradient", "population": 1}, out=tmp_path / "run")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        study.run(1)
+        study.run(1)
+    ours = [warning for warning in caught if warning.category is UserWarning]
+    assert [str(warning.message).partition(":")[0] for warning in ours] == ["the gradient is 0 everywhere"]
+    assert ours[0].filename == __file__
+
+
+def test_a_study_logs_into_its_run_folder_alone(tmp_path: Path) -> None:
+    with pytest.raises(em.InputError, match="Study: log: there is no run folder to log in; give `out`"):
+        make(log=["csv"])
+    with pytest.raises(em.InputError, match="Study: log"):
+        make(out=tmp_path / "run", log=["table"])
 
 
 def test_parents_have_names() -> None:
@@ -154,7 +178,7 @@ def test_a_run_has_the_candidates_of_its_study(tmp_path: Path) -> None:
     again = run.best.export(tmp_path / "again")
     assert (again / "params.safetensors").read_bytes() == (run.model / "params.safetensors").read_bytes()
     assert run.to_frame().equals(study.to_frame()) and run.plot().to_dict()["datasets"]
-    assert "<th>weight parents[1]</th>" in run._repr_html_() and "held-out scores" in run._repr_html_()
+    assert ">weight parents[1]</th>" in run._repr_html_() and "held-out scores" in run._repr_html_()
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@
 The page of each run folder, as `evojax-merge report` makes it, is opened in a new headless Chromium from a server on
 this machine, a few times, the runs in turn. Chromium's own clock says when the first text is painted, when the document
 is read, and when the last figure is drawn (milliseconds since the navigation began; medians, and the slowest). Beside
-them stand the processor seconds of the whole browser, less those that it takes for an empty page: on a busy machine they
-say more. The long run is made up: random candidates of 22 genes.
+them stand the processor seconds of the whole browser, less those that it takes for an empty page: on a busy machine
+they say more. The long run is made up: random candidates of 22 genes.
 """
 
 import argparse
@@ -73,7 +73,8 @@ def processor_seconds() -> float:
 
 def opened(program: str, page: str, width: int) -> Opening:
     """Open a page in a browser of its own, until it is drawn."""
-    done, sent = threading.Event(), {}
+    done = threading.Event()
+    sent: dict[str, float] = {}
     head, mark, rest = page.partition("<title>")
     content = f"{head}{PROBE}{mark}{rest}".replace("default-src 'none'", "default-src 'none'; connect-src 'self'")
 
@@ -118,7 +119,7 @@ def long_run(folder: Path) -> Path:
     folder.mkdir()
     rng = np.random.default_rng(0)
     (folder / "config.yaml").write_text(
-        f"base: base\nparents: [one, two]\nspace: {{method: ties}}\nseed: 0\n"
+        f"base: base\nparents: [one, two]\nspace: {{method: ties}}\nseed: 0\ninputs: {{}}\n"
         f"search: {{strategy: cma_es, population: {POPULATION}, generations: {GENERATIONS}}}\n"
     )
     best = -np.inf

@@ -46,7 +46,7 @@ def backend_names() -> list[str]:
 
 def find_backend(where: str, name: str, folder: Path) -> BackendFactory:
     """The factory of a name, or the object that `FILE.py:NAME` or `PACKAGE:NAME` names; a file's path starts
-    in `folder`. Raises InputError where there is none."""
+    in `folder`. A function there makes a module of torch. Raises InputError where there is none."""
     if name in _registered:
         return _registered[name]
     if ":" in name:
@@ -76,6 +76,10 @@ def _imported(where: str, name: str, folder: Path) -> BackendFactory:
             raise InputError(where, f"there is no module {module_name!r}") from None
     factory = getattr(module, attribute, None)
     lacking = _lacking(factory)
+    if lacking and callable(factory):
+        from evojax_merge.backends.torch.opening import TorchFactory
+
+        return TorchFactory(factory)
     if lacking:
         raise InputError(where, f"{name} is {shown(factory)}, which lacks {lacking}; expected a BackendFactory")
     assert factory is not None

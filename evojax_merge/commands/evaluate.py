@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.errors import InputError, print_warning
-from evojax_merge.evaluation.evaluator import DecoderEvaluator
-from evojax_merge.evaluation.samples import sample_rows
-from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.file_system import atomic_write
 from evojax_merge.report.progress import console, say
 from evojax_merge.report.tables import terminal_table
@@ -16,6 +13,7 @@ from evojax_merge.search.run_folder import (
     to_line,
 )
 from evojax_merge.stored_models import (
+    Answers,
     Split,
     check_own_file,
     is_samples_file,
@@ -42,9 +40,9 @@ def evaluate(
         check_own_file(samples_file, "--samples", "samples", is_samples_file)
     samples: list[dict[str, Any]] = []
 
-    def keep(model: str, evaluator: DecoderEvaluator, scores: TaskScores) -> None:
+    def keep(model: str, answers: Answers) -> None:
         if samples_file is not None:
-            samples.extend(sample_rows(model, evaluator.batched_tasks, scores))
+            samples.extend(answers())
 
     rows = score_models(models, tasks, say, print_warning, keep)
     console.print(terminal_table(rows, f"Scores on {'; '.join(tasks.sizes)}"))

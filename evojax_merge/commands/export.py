@@ -123,6 +123,9 @@ def _export_genome(
             genome = np.array(result["genome"], np.float32)
         else:
             raise InputError(folder.path, "has no winner yet; finish it with search … --resume, or pass --best-so-far")
+        if problem.backend.settings.recalibrate:
+            # Batch norms are measured on the search's examples.
+            problem.prepare()
         recipe = problem.backend.recipe(genome)
         models = {problem.backend.references[model]: model for model in problem.backend.merged_from(genome)}
         card = merge_card(out.name, [problem.backend.name], models, recipe)

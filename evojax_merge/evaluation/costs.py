@@ -240,7 +240,7 @@ def _parts(eqn: Any, platform: Platform | None) -> Iterator[Any]:
 
 
 def _closed(jaxpr: Any) -> Any:
-    return ClosedJaxpr(jaxpr, ()) if hasattr(jaxpr, "eqns") else jaxpr
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 
 
 def _is_call(eqn: Any, parts: Sequence[Any]) -> bool:

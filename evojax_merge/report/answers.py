@@ -15,8 +15,9 @@ from evojax_merge.errors import escaped, escaped_lines
 from evojax_merge.report.run_data import RunData
 from evojax_merge.search.run_parts import RunFolder
 
-# The most that a page shows: examples of all tasks together, and characters of a text.
-MOST_EXAMPLES, MOST_CHARACTERS = 200, 1_000
+# The most that a page shows: examples of all tasks together, and characters of a text; and those of each outcome that
+# are in sight at once.
+MOST_EXAMPLES, MOST_CHARACTERS, IN_SIGHT = 200, 1_000, 3
 # Words with the space behind them; signs, and those of scripts that put no space between words, one by one.
 _WORD = re.compile(r"[\u3040-\u9fff]|[^\W\u3040-\u9fff]+\s*|\s+|\W")
 
@@ -45,6 +46,11 @@ class Pair:
     texts: tuple[Markup, Markup] | None
 
     @property
+    def short_name(self) -> str:
+        """The place in the data without its folder."""
+        return self.example.rpartition("/")[2]
+
+    @property
     def outcome(self) -> Outcome:
         return _outcome(self.scores)
 
@@ -58,6 +64,17 @@ class TaskPairs:
     lost: int
     equal: int
     shown: Sequence[Pair]
+
+    @property
+    def first(self) -> list[Pair]:
+        """The examples of the largest differences, of each outcome a few."""
+        of_outcome = {outcome: [pair for pair in self.shown if pair.outcome == outcome] for outcome in ("won", "lost")}
+        return [pair for pairs in of_outcome.values() for pair in pairs[:IN_SIGHT]]
+
+    @property
+    def others(self) -> list[Pair]:
+        in_sight = list(map(id, self.first))
+        return [pair for pair in self.shown if id(pair) not in in_sight]
 
 
 def read_answers(run: RunData) -> tuple[str, list[TaskPairs]] | None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from evojax_merge.errors import escaped, shown
 
-# The most rows of a table in a notebook.
-MOST_ROWS = 40
+# The most rows of a table in a notebook, which aligns all cells to the right where nothing else is said.
+MOST_ROWS, LEFT = 40, ' style="text-align:left"'
 _NAME = re.compile(r"([^\[\]]+)\[([^\[\]]*(?:\[[^\[\]]*\])?)\](?:\[(.*)\])?", re.DOTALL)
 Table = Sequence[Mapping[str, Any]]
 
@@ -30,11 +30,11 @@ class Described:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><th>{_html(name.replace('_', ' '))}</th><td>{_html(_in_table(value))}</td></tr>"
+            f"<tr><th{LEFT}>{_html(name.replace('_', ' '))}</th><td{LEFT}>{_html(_in_table(value))}</td></tr>"
             for name, value in self.facts().items()
         )
         tables = "".join(_table(caption, table) for caption, table in self.tables().items() if table)
-        return f"<table><caption>{_html(type(self).__name__)}</caption>{rows}</table>{tables}"
+        return f"<table><caption{LEFT}>{_html(type(self).__name__)}</caption>{rows}</table>{tables}"
 
 
 def parameter_table(values: Mapping[str, float]) -> Table:
@@ -51,14 +51,17 @@ def parameter_table(values: Mapping[str, float]) -> Table:
 
 def _table(caption: str, table: Table) -> str:
     columns = list(dict.fromkeys(column for row in table for column in row))
-    head = "".join(f"<th>{_html(column)}</th>" for column in columns)
+    words = {column: LEFT for column in columns if any(isinstance(row.get(column), str) for row in table)}
+    head = "".join(f"<th{words.get(column, '')}>{_html(column)}</th>" for column in columns)
     body = "".join(
-        f"<tr>{''.join(f'<td>{_html(_cell(row.get(column)))}</td>' for column in columns)}</tr>"
+        "<tr>"
+        + "".join(f"<td{words.get(column, '')}>{_html(_cell(row.get(column)))}</td>" for column in columns)
+        + "</tr>"
         for row in table[:MOST_ROWS]
     )
     more = len(table) - MOST_ROWS
     rest = f"<tr><td colspan={len(columns)}>… {more} more</td></tr>" if more > 0 else ""
-    return f"<table><caption>{_html(caption)}</caption><tr>{head}</tr>{body}{rest}</table>"
+    return f"<table><caption{LEFT}>{_html(caption)}</caption><tr>{head}</tr>{body}{rest}</table>"
 
 
 def _cell(value: Any) -> str:

@@ -84,7 +84,8 @@ def family_tree(result: Result) -> str:
             start = v + (high if parent in bred else BOX_HEIGHT)
             middle = (start + y) / 2
             edges.append(
-                f'<path class="edge" d="M{u:.1f} {start:.1f}C{u:.1f} {middle:.1f} {x:.1f} {middle:.1f} {x:.1f} {y:.1f}"/>'
+                f'<path class="edge" d="M{u:.1f} {start:.1f}C{u:.1f} {middle:.1f} {x:.1f} {middle:.1f} '
+                f'{x:.1f} {y:.1f}"/>'
             )
         kind = "winner" if name == winner else "child" if name in bred else "founder"
         shown = name if len(name) <= 17 else f"{name[:16]}…"
@@ -123,8 +124,8 @@ class _Cell:
 
 
 def _thumbnail(member: Bred, layers: int) -> list[_Cell]:
-    """A recipe as layers x parents: the first parameter that has a value for each parent, or else the first; slerp's `t`
-    is that of the parent that comes second, and the other has the rest."""
+    """A recipe as layers x parents: the first parameter that has a value for each parent, or else the first. The value
+    of `t` is that of the parent that comes second, and the other has the rest."""
     if not member.parameters:
         return []
     each = [name for name, value in member.parameters.items() if isinstance(value, list)]

@@ -43,7 +43,7 @@ class Terminal(Console):
 def _drawn(renderable: Any) -> str:
     """A table or the like as a file shows it."""
     file = io.StringIO()
-    Console(file=file, width=140).print(renderable)
+    Console(file=file, width=140, force_jupyter=False).print(renderable)
     return file.getvalue().rstrip()
 
 

@@ -18,7 +18,8 @@ from evojax_merge.tasks.task import TaskConfig, TaskKind
 
 BUILT_IN = (
     text.KIND, generation.KIND, gsm.KIND, function.KIND, harness.KIND, human.KIND, networks.CLASSIFICATION,
-    networks.REGRESSION, networks.TEXT_TO_TEXT, networks.TRANSCRIPTION, generated_images.IMAGE_GENERATION, arrays.KIND,
+    networks.REGRESSION, networks.TEXT_TO_TEXT, networks.TRANSCRIPTION, networks.SIMILARITY, networks.RETRIEVAL,
+    networks.NETWORK, generated_images.IMAGE_GENERATION, arrays.KIND,
 )  # fmt: skip
 _registered: list[TaskKind] = []
 

@@ -1,28 +1,32 @@
 """Tasks of networks that are no language models: examples whose inputs a model's own processor prepares.
 
-Four kinds: `classification` (the likeliest label), `regression` (numbers), `text_to_text` and `transcription` (the
-target text of a text, an image or a recording). Scores are per example, and higher is better.
+Seven kinds: `classification` (the likeliest label), `regression` (numbers), `text_to_text` and `transcription` (the
+target text of a text, an image or a recording), `similarity` and `retrieval` (embeddings of texts), and `network`
+(a user's own function of what the network computes). Scores are per example, and higher is better.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from evojax_merge.errors import InputError, shown
-from evojax_merge.schema import Location, Name, Whole
+from evojax_merge.schema import Location, Name, Text, Whole
 from evojax_merge.tasks.arrays import read_examples
+from evojax_merge.tasks.function import METRIC as SCORE
+from evojax_merge.tasks.function import UserFunction, load_function
 from evojax_merge.tasks.records import Record, read_file
 from evojax_merge.tasks.task import Derivative, Opening, Place, TaskConfig, TaskDefaults, TaskKind
 
-Kind = Literal["classification", "regression", "text_to_text", "transcription"]
+Kind = Literal["classification", "regression", "text_to_text", "transcription", "similarity", "retrieval", "network"]
 # The kinds of inputs that a record of each kind of task may have.
 INPUTS: dict[Kind, tuple[str, ...]] = {
     "classification": ("image", "text"),
     "regression": ("image", "text"),
+    "network": ("image", "text"),
     "text_to_text": ("image", "text"),
     "transcription": ("audio",),
 }
@@ -31,7 +35,8 @@ FILES = ("image", "audio")
 # Metrics of texts that a network writes.
 WRITTEN = ("exact_match", "negative_word_error_rate")
 # A metric without a derivative -> the metric that stands for it in a search by gradients.
-COMPANIONS = dict.fromkeys(("accuracy", *WRITTEN), "log_probability")
+RANKINGS = ("recall", "reciprocal_rank", "ndcg")
+COMPANIONS = dict.fromkeys(("accuracy", *WRITTEN, *RANKINGS), "log_probability") | {"spearman": "pearson"}
 TextMetric = Literal["log_probability", "exact_match", "negative_word_error_rate"]
 # The endings of the files that a folder of images is searched for.
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -54,6 +59,23 @@ class ClassificationConfig(SeenConfig):
     metric: Literal["accuracy", "log_probability"] = Field(
         "accuracy", description="the task's score; log_probability is that of the right label"
     )
+    prompts: list[Text] = Field(
+        ["a photo of a {label}."],
+        min_length=1,
+        max_length=1000,
+        description="of networks that compare images with texts: the texts of a class, with {label} for its name",
+    )
+    classes: list[Text] = Field(
+        [], max_length=100_000, description="of such networks: the names of all classes; default: the data's labels"
+    )
+
+    @field_validator("prompts")
+    @classmethod
+    def _name_the_label(cls, prompts: list[str]) -> list[str]:
+        for prompt in prompts:
+            if "{label}" not in prompt:
+                raise ValueError(f"{shown(prompt)} lacks {{label}}; expected a text such as 'a photo of a {{label}}.'")
+        return prompts
 
 
 class RegressionConfig(SeenConfig):
@@ -86,14 +108,56 @@ class TranscriptionConfig(TaskConfig):
     max_new_tokens: Whole = Field(64, ge=1, le=100_000, description="how many tokens a network may write")
 
 
+class SimilarityConfig(TaskConfig):
+    """A task of embeddings: how well the cosines of pairs of texts agree with the pairs' scores."""
+
+    kind: Literal["similarity"] = Field(description="the kind of task")
+    file: Location = Field(description="JSONL, CSV or parquet with pairs of texts and how similar they are")
+    first: Name = Field("sentence1", description="the field of a pair's first text")
+    second: Name = Field("sentence2", description="the field of a pair's second text")
+    target: Name = Field("score", description="the field of a pair's score, a number: higher is more similar")
+    metric: Literal["spearman", "pearson"] = Field(
+        "spearman", description="the correlation of cosines and scores, by ranks or by values"
+    )
+
+
+class RetrievalConfig(TaskConfig):
+    """A task of embeddings: how high the documents of a query come among all documents."""
+
+    kind: Literal["retrieval"] = Field(description="the kind of task")
+    file: Location = Field(description="JSONL, CSV or parquet with queries and their documents")
+    query: Name = Field("query", description="the field of a query, a text")
+    target: Name = Field("document", description="the field of a query's document, a text, or of several, a list")
+    corpus: Location | None = Field(
+        None, description="a file of further documents, in the field that target names; none: those of the queries"
+    )
+    metric: Literal["ndcg", "recall", "reciprocal_rank", "log_probability"] = Field(
+        "ndcg", description="the task's score, of the first k documents; log_probability has no k"
+    )
+    k: Whole = Field(10, ge=1, le=1_000_000, description="how many documents count, the most similar first")
+
+
+class NetworkConfig(SeenConfig):
+    """A task that a user's own function scores, by what a network computes for the examples or by the network itself:
+    (records, outputs) -> a number for each record."""
+
+    kind: Literal["network"] = Field(description="the kind of task")
+    function: Location = Field(description="path/to/file.py:name, or module:name, from the config's folder")
+    gets: Literal["outputs", "embeddings", "module"] = Field(
+        "outputs", description="what the function is called with, beside the records"
+    )
+
+
 @dataclass(frozen=True)
 class NetworkExample:
-    """An example. inputs: `image` or `audio` (a file), `text`, or arrays by the names of the network's arguments;
-    target: a label, numbers or a text; place: its file and line."""
+    """An example. inputs: `image` or `audio` (a file), `text`, `first` and `second` or `query` (texts), or arrays by
+    the names of the network's arguments; target: a label, numbers, a text or several; place: its file and line;
+    record: its fields in the file."""
 
     inputs: Mapping[str, Any]
     target: Any
     place: Place
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -114,7 +178,8 @@ def _hashable(value: Any) -> Hashable:
 @dataclass(frozen=True)
 class NetworkTask(TaskDefaults):
     """A task of networks. examples: all of its file's; indices: the numbers of those that the task has; files: what it
-    was made from; section: its place in the config; max_new_tokens: of texts that a network writes."""
+    was made from; section: its place in the config; config: the section; corpus: further documents of a retrieval;
+    function: a user's own."""
 
     backend: ClassVar[str] = "torch"
 
@@ -126,7 +191,9 @@ class NetworkTask(TaskDefaults):
     indices: tuple[int, ...]
     files: tuple[Path, ...]
     section: str
-    max_new_tokens: int = 0
+    config: Any
+    corpus: tuple[str, ...] = ()
+    function: UserFunction | None = None
 
     @property
     def size(self) -> int:
@@ -137,7 +204,7 @@ class NetworkTask(TaskDefaults):
 
     @property
     def derivative(self) -> Derivative | None:
-        return None if self.metric in COMPANIONS else "linear"
+        return None if self.metric in COMPANIONS or self.function is not None else "linear"
 
     def companion(self) -> Any:
         return replace(self, metric=COMPANIONS[self.metric]) if self.metric in COMPANIONS else None
@@ -149,23 +216,36 @@ class NetworkTask(TaskDefaults):
         return [(self.examples[i].content, self.examples[i].place) for i in self.indices]
 
     def paths(self) -> dict[str, str]:
-        return {"file": str(self.files[0] if self.files[0].is_file() else self.files[0].parent.parent)}
+        function = {} if self.function is None else {"function": self.function.place}
+        return {"file": str(self.files[0] if self.files[0].is_file() else self.files[0].parent.parent)} | function
 
 
 def open_network(config: Any, opening: Opening) -> NetworkTask:
     """The task on the examples of one source. Raises InputError for a file that does not fit."""
     file = opening.file(*opening.source("file", config.file))
-    if file.is_dir():
+    corpus: tuple[str, ...] = ()
+    if config.kind in PAIRED:
+        examples, files = tuple(PAIRED[config.kind](record, config, file) for record in read_file(file)), (file,)
+        if getattr(config, "corpus", None) is not None:
+            more = opening.file("corpus", config.corpus)
+            corpus = tuple(text for record in read_file(more) for text in _documents(record, config))
+            files = (file, more)
+    elif file.is_dir():
         examples, files = _folder(file, config.kind)
     elif file.suffix == ".npz":
-        examples, files = _arrays(file, config.target), (file,)
+        examples, files = _arrays(file, getattr(config, "target", None)), (file,)
     else:
         examples = tuple(_example(record, config, file) for record in read_file(file))
         named = [path for example in examples for name, path in example.inputs.items() if name in FILES]
         files = (file, *dict.fromkeys(named))
+    function = None
+    if isinstance(config, NetworkConfig):
+        function = load_function(f"{opening.where}.function", config.function, config.gets, opening.folder)
+        files = (*files, *function.files)
+    metric = getattr(config, "metric", SCORE)
     return NetworkTask(
-        config.name, config.kind, config.metric, config.weight, examples, tuple(range(len(examples))), files,
-        opening.where, getattr(config, "max_new_tokens", 0),
+        config.name, config.kind, metric, config.weight, examples, tuple(range(len(examples))), files,
+        opening.where, config, corpus, function,
     )  # fmt: skip
 
 
@@ -182,9 +262,12 @@ def _folder(folder: Path, kind: Kind) -> tuple[tuple[NetworkExample, ...], tuple
     return tuple(NetworkExample({"image": file}, file.parent.name, (str(file), 0)) for file in files), files
 
 
-def _arrays(file: Path, target: str) -> tuple[NetworkExample, ...]:
+def _arrays(file: Path, target: str | None) -> tuple[NetworkExample, ...]:
     """The rows of an .npz file: the target's array, and one for each argument of the network."""
     arrays = read_examples(file)
+    if target is None:
+        rows = [{name: array[i] for name, array in arrays.items()} for i in range(len(next(iter(arrays.values()))))]
+        return tuple(NetworkExample(row, None, (str(file), i + 1), row) for i, row in enumerate(rows))
     if target not in arrays:
         raise InputError(file, f"has no array {target!r}, the target (it has {', '.join(arrays)})")
     targets = arrays.pop(target)
@@ -198,14 +281,14 @@ def _arrays(file: Path, target: str) -> tuple[NetworkExample, ...]:
 
 def _example(record: Record, config: Any, file: Path) -> NetworkExample:
     """The example of a record. Raises InputError where it lacks an input or a target."""
-    fields, target = record.fields, config.target
+    fields, target = record.fields, getattr(config, "target", None)
     keys = INPUTS[config.kind]
     given = [name for name in keys if getattr(config, name) in fields]
     if len(given) != 1:
         expected = " or ".join(repr(getattr(config, name)) for name in keys)
         what = "both an image and a text" if given else "no input"
         raise InputError(record.where, f"has {what}; expected the field {expected}")
-    if target not in fields:
+    if target is not None and target not in fields:
         raise InputError(record.where, f"has no field {target!r}, the target (it has {', '.join(fields)})")
     name = given[0]
     value = fields[getattr(config, name)]
@@ -216,10 +299,54 @@ def _example(record: Record, config: Any, file: Path) -> NetworkExample:
         if not path.is_file():
             raise InputError(record.where, f"{getattr(config, name)}: {value}: no such file")
         value = path.resolve()
-    return NetworkExample({name: value}, fields[target], (str(file), record.line) if record.line else (record.where, 0))
+    answer = None if target is None else fields[target]
+    return NetworkExample({name: value}, answer, _place(record, file), fields)
+
+
+def _place(record: Record, file: Path) -> Place:
+    return (str(file), record.line) if record.line else (record.where, 0)
+
+
+def _text(record: Record, name: str) -> str:
+    value = _field(record, name)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(record.where, f"{name}: {shown(value)}; expected a text")
+    return value
+
+
+def _field(record: Record, name: str) -> Any:
+    if name not in record.fields:
+        raise InputError(record.where, f"has no field {name!r} (it has {', '.join(record.fields)})")
+    return record.fields[name]
+
+
+def _pair(record: Record, config: SimilarityConfig, file: Path) -> NetworkExample:
+    """The example of a pair of texts."""
+    texts = {"first": _text(record, config.first), "second": _text(record, config.second)}
+    return NetworkExample(texts, _field(record, config.target), _place(record, file))
+
+
+def _query(record: Record, config: RetrievalConfig, file: Path) -> NetworkExample:
+    """The example of a query and its documents."""
+    return NetworkExample({"query": _text(record, config.query)}, _documents(record, config), _place(record, file))
+
+
+def _documents(record: Record, config: RetrievalConfig) -> tuple[str, ...]:
+    """The documents of a record. Raises InputError where there is none, or one that is no text."""
+    value = _field(record, config.target)
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise InputError(record.where, f"{config.target}: {shown(value)}; expected a text, or a list of texts")
+    return tuple(texts)
+
+
+PAIRED: dict[str, Callable[[Record, Any, Path], NetworkExample]] = {"similarity": _pair, "retrieval": _query}
 
 
 CLASSIFICATION = TaskKind(ClassificationConfig, open_network, source="file")
 REGRESSION = TaskKind(RegressionConfig, open_network, source="file")
 TEXT_TO_TEXT = TaskKind(TextToTextConfig, open_network, source="file")
 TRANSCRIPTION = TaskKind(TranscriptionConfig, open_network, source="file")
+SIMILARITY = TaskKind(SimilarityConfig, open_network, source="file")
+RETRIEVAL = TaskKind(RetrievalConfig, open_network, source="file")
+NETWORK = TaskKind(NetworkConfig, open_network, source="file")

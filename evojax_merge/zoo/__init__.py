@@ -31,7 +31,7 @@ FILES = ("search.jsonl", "heldout.jsonl")
 # More experts of the packaged base: three of hard sums in English, three that answer in Japanese.
 EXPERTS = ("sums", "differences", "both", "easy_sums", "copying", "mixed")
 # Families that are trained on the spot, each in the module of its name, which has a FAMILY.
-TRAINED = ("loops", "vit")
+TRAINED = ("evovlm", "loops", "vit")
 # The version of the training recipe in `arithmetic` and of the packaged weights: each version has a folder of its own.
 VERSION = "v3"
 
@@ -54,10 +54,6 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
         return smollm2.resolve_reference(name.removeprefix("smollm2/"))
     if name.partition("/")[0] == "experts":
         return _expert(name.partition("/")[2])
-    if name.startswith("evovlm/"):
-        from evojax_merge.zoo import evovlm
-
-        return evovlm.resolve_reference(name.removeprefix("evovlm/"))
     kind, _, rest = name.partition("/")
     if kind in TRAINED:
         family: TrainedFamily = import_module(f"evojax_merge.zoo.{kind}").FAMILY

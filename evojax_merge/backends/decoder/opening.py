@@ -48,6 +48,8 @@ class DecoderFactory:
     merges_recipes = True
 
     def check(self, where: str, config: Config) -> None:
+        if config.evaluation.recalibrate:
+            raise InputError(where, "evaluation.recalibrate: language models have no batch norms; leave it out")
         if config.space is not None:
             method = find_method(f"{where}: space.method", config.space.method)
             check_models(where, method, config.base is not None, len(config.parents))

@@ -128,12 +128,16 @@ def gradient_program(merge: TreeMerge, task: ArrayTask, chunk: int) -> Any:
 @dataclass
 class Programs:
     """The compiled programs of a search. chunk: the number of candidates that are computed together; population: the
-    most that a program takes at a time. Tasks on other examples of one file share their programs."""
+    most that a program takes at a time; finish: makes a candidate of a merge, on the host; together: (function,
+    genomes) -> the function's results, for functions that JAX does not trace. Tasks on other examples of one file share
+    their programs."""
 
     merge: TreeMerge
     chunk: int
     population: int
     mesh: AnyMesh = None
+    finish: Callable[[Any], Any] = lambda model: model
+    together: Callable[[Callable[[Any], Any], Any], list[Any]] = lambda function, genomes: list(map(function, genomes))
     _compiled: dict[Any, Any] = field(default_factory=dict)
 
     def of(self, make: Callable[..., Any], task: ArrayTask, *settings: Any) -> Any:
@@ -197,7 +201,12 @@ class TreeEvaluator:
         return np.concatenate(rows)
 
     def _untraced(self, task: ArrayTask, genomes: np.ndarray) -> np.ndarray:
-        rows = [host_scores(task, self.programs.whole(self.bank, genome)) for genome in genomes]
+        programs = self.programs
+
+        def score(genome: np.ndarray) -> np.ndarray:
+            return host_scores(task, programs.finish(programs.whole(self.bank, genome)))
+
+        rows = programs.together(score, genomes)
         sizes = sorted({scores.size for scores in rows})
         if len(sizes) > 1:
             raise InputError(task.where, f"returned {sizes[0]} numbers for one candidate and {sizes[1]} for another")
@@ -369,6 +378,9 @@ class FunctionBackend:
             return population if self.target.is_accelerator else 1
         return min(self.settings.chunk, population)
 
+    def programs(self, population: int, devices: Devices) -> Programs:
+        return Programs(self.merge, self.chunk(population), population, devices.mesh)
+
     def load(self, devices: Devices, progress: Callable[[int], None]) -> TreeBank:
         bank = put_bank(self.merge.bank, devices.put)
         progress(self.stored_bytes())
@@ -378,13 +390,13 @@ class FunctionBackend:
         self, bank: TreeBank, prepared: Splits[list[ArrayTask]], population: int, devices: Devices = ONE_DEVICE,
         log: Callable[[str], None] = lambda text: None,
     ) -> Splits[SpaceEvaluator[Any]]:  # fmt: skip
-        programs = Programs(self.merge, self.chunk(population), population, devices.mesh)
+        programs = self.programs(population, devices)
         return prepared.map(lambda tasks: SpaceEvaluator(self.space, TreeEvaluator(tasks, bank, programs), devices))
 
     def evaluator(
         self, bank: TreeBank, tasks: list[ArrayTask], population: int, devices: Devices = ONE_DEVICE
     ) -> SpaceEvaluator[Any]:
-        programs = Programs(self.merge, self.chunk(population), population, devices.mesh)
+        programs = self.programs(population, devices)
         return SpaceEvaluator(self.space, TreeEvaluator(tasks, bank, programs), devices)
 
     def describe_work(self, evaluators: Sequence[SpaceEvaluator[Any]]) -> str:

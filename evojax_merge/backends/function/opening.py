@@ -108,6 +108,8 @@ class FunctionFactory:
     merges_recipes: ClassVar[bool] = False
 
     def check(self, where: str, config: Config) -> None:
+        if config.evaluation.recalibrate:
+            raise InputError(where, "evaluation.recalibrate: is for backend: torch; leave it out")
         check_config(where, config, "pytrees are", FOREIGN_IN_SPACE)
 
     def open(

@@ -1,25 +1,56 @@
 """Networks of torch as a backend: merges of their tensors, scored by the network as a function of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import torch
 
-from evojax_merge.backends.function.backend import FunctionBackend
+from evojax_merge.backends.function.backend import FunctionBackend, Programs
 from evojax_merge.backends.torch import network as networks
 from evojax_merge.backends.torch.folders import label_names, settings_of
-from evojax_merge.backends.torch.inputs import example_arrays, likelihood_arrays
-from evojax_merge.backends.torch.network import COMPARISONS, OUTPUT, SCORES, Network, Scorer, WrittenScorer
+from evojax_merge.backends.torch.inputs import (
+    class_names,
+    class_prompts,
+    documents,
+    embedded_texts,
+    example_arrays,
+    is_zero_shot,
+    likelihood_arrays,
+)
+from evojax_merge.backends.torch.network import (
+    COMPARISONS,
+    OUTPUT,
+    SCORES,
+    Ask,
+    EmbeddingScorer,
+    FunctionScorer,
+    Network,
+    Scorer,
+    WrittenScorer,
+    class_scores,
+    embeddings,
+    outputs,
+    ranking_scores,
+    similarity_scores,
+)
+from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.costs import convolution_share, cost_of
+from evojax_merge.evaluation.devices import Devices
+from evojax_merge.evaluation.memory import available_memory
+from evojax_merge.models.architecture import known_architecture
+from evojax_merge.report.plan import shown_bytes
 from evojax_merge.report.progress import say
 from evojax_merge.tasks.arrays import ArrayTask
-from evojax_merge.tasks.networks import WRITTEN, NetworkTask
+from evojax_merge.tasks.networks import PAIRED, WRITTEN, NetworkTask
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.text import TextTask
 
@@ -40,6 +71,8 @@ class TorchBackend(FunctionBackend):
     _tasks: dict[Any, ArrayTask] = field(default_factory=dict, repr=False)
     # Why the network is called with each candidate instead of being traced; empty: it is traced.
     _untraced: dict[str, str] = field(default_factory=dict, repr=False)
+    # What batch norms are measured on, and by what a task asks for: batches of the search's examples.
+    _calibration: list[tuple[Ask, list[Any]]] = field(default_factory=list, repr=False)
 
     @property
     def has_derivatives(self) -> bool:
@@ -52,13 +85,23 @@ class TorchBackend(FunctionBackend):
         if not isinstance(task, NetworkTask) and getattr(task, "kind", None) != "likelihood":
             raise InputError(
                 where, f"{task.name}: a {type(task).__name__} asks no network of torch; expected one of kind: "
-                f"{', '.join(SCORES)}",
+                f"{', '.join((*SCORES, *PAIRED))} or network",
             )  # fmt: skip
 
     def prepare(self, splits: Splits[list[Any]]) -> Splits[list[ArrayTask]]:
         described = dict(self._untraced)
         follows_gradient = bool(splits.minibatches)
         prepared = super().prepare(splits.map(lambda tasks: [self._prepared(task, follows_gradient) for task in tasks]))
+        if self.settings.recalibrate and not self._calibration:
+            self._calibration.extend(
+                (self._ask(task), _batches(arrays.rows[0]["inputs"]))
+                for task, arrays in zip(splits.search, prepared.search, strict=True)
+            )
+        if not described and self._is_native():
+            say(
+                f"{self.network.name} is native as well: backend: decoder merges it layer by layer as it is scored; "
+                f"here every candidate is a whole model, of {shown_bytes(4 * self._numbers())} in float32"
+            )
         for why in dict.fromkeys(self._untraced.values()):
             names = [task for task, reason in self._untraced.items() if reason == why and task not in described]
             if names:
@@ -71,6 +114,17 @@ class TorchBackend(FunctionBackend):
             )  # fmt: skip
         return prepared
 
+    def _is_native(self) -> bool:
+        """Return whether backend: decoder opens the models as well."""
+        config = self.models[0] / "config.json"
+        if not config.is_file():
+            return False
+        return known_architecture(read_json_object(config, missing={}).get("model_type")) is not None
+
+    def _numbers(self) -> int:
+        """How many numbers of a candidate are merged."""
+        return sum(leaf.sources[0].size for leaf in self.merge.tree.leaves if leaf.merged)
+
     def _way(self, why: str, tasks: Sequence[str]) -> str:
         """One line on how the network is run for some tasks. why: see `_untraced`."""
         if not why:
@@ -78,14 +132,37 @@ class TorchBackend(FunctionBackend):
         called = f"called with one candidate at a time ({', '.join(tasks)})"
         return f"{self.network.name}: {called}, because JAX does not trace it ({why})"
 
+    def programs(self, population: int, devices: Devices) -> Programs:
+        programs = super().programs(population, devices)
+        programs.finish = self.finished
+        if not self.target.is_accelerator:
+            # A quarter of the memory, with candidates in float32.
+            programs.together = partial(on_cores, most=max(1, available_memory() // (16 * self._numbers())))
+        return programs
+
+    def finished(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A candidate of a merge: with its batch norms measured anew, where the config says so."""
+        if not self.settings.recalibrate:
+            return weights
+        if not self._calibration:
+            raise InputError(
+                "evaluation.recalibrate", "batch norms are measured on the search's examples, which are not open; "
+                "evojax-merge export writes a run's candidates",
+            )  # fmt: skip
+        for ask, batches in self._calibration:
+            weights = self.network.measured(weights, batches, ask)
+        return weights
+
+    def merged(self, genome: np.ndarray) -> Any:
+        return self.finished(super().merged(genome))
+
     def chunk(self, population: int) -> int:
         """The candidates that fit together into a quarter of the memory that an accelerator has beside the bank."""
         count = super().chunk(population)
         if self.settings.chunk is not None or not self.target.is_accelerator:
             return count
-        candidate = sum(leaf.sources[0].size for leaf in self.merge.tree.leaves if leaf.merged) * 4
         room = (self.target.memory - self.held_bytes()) // 4
-        return max(1, min(count, int(room // candidate)))
+        return max(1, min(count, int(room // (4 * self._numbers()))))
 
     def _prepared(self, task: Any, follows_gradient: bool) -> ArrayTask:
         """A task as arrays. The examples of networks' tasks are prepared once for all splits."""
@@ -103,26 +180,51 @@ class TorchBackend(FunctionBackend):
         if task.name not in self._untraced:
             self._untraced[task.name] = self._why_untraced(task, examples, where, follows_gradient)
         traced = not self._untraced[task.name]
-        scorer: Scorer | WrittenScorer = Scorer(self.network, SCORES[task.kind](task.metric), BATCH, traced)
+        return ArrayTask(
+            task.name, examples, self._scorer(task, traced), metric=task.metric, weight=task.weight, traced=traced,
+            where=where, files=task.files,
+        )  # fmt: skip
+
+    def _scorer(self, task: Any, traced: bool) -> Callable[..., Any]:
+        """The function of a task: (weights, rows) -> float[N]."""
+        network = self.network
+        if isinstance(task, NetworkTask) and task.function is not None:
+            ask = None if task.config.gets == "module" else self._ask(task)
+            return FunctionScorer(network, task.function, [one.record for one in task.examples], ask, BATCH)
+        others = self._others(task)
         if task.metric in WRITTEN:
             targets = tuple(example.target for example in task.examples)
             tokenizer, compare = load_tokenizer(self.models[0]), COMPARISONS[task.metric]
-            scorer = WrittenScorer(self.network, tokenizer, compare, targets, task.max_new_tokens, BATCH)
-        return ArrayTask(
-            task.name, examples, scorer, metric=task.metric, weight=task.weight, traced=traced, where=where,
-            files=task.files,
-        )  # fmt: skip
+            return WrittenScorer(network, tokenizer, compare, targets, task.config.max_new_tokens, BATCH)
+        if task.kind == "similarity":
+            return EmbeddingScorer(network, similarity_scores(task.metric), None, BATCH, traced)
+        if task.kind == "retrieval":
+            return EmbeddingScorer(network, ranking_scores(task.metric, task.config.k), others, BATCH, traced)
+        if others is not None:
+            score = class_scores(task.metric, len(class_names(task)))
+            return EmbeddingScorer(network, score, others, BATCH, traced)
+        return Scorer(network, SCORES[task.kind](task.metric), BATCH, traced)
+
+    def _others(self, task: Any) -> Mapping[str, Any] | None:
+        """The inputs that all examples of a task are compared with: documents, or the prompts of classes."""
+        if task.kind == "retrieval":
+            return embedded_texts(self.network, self.models[0], documents(task), "document")
+        if isinstance(task, NetworkTask) and is_zero_shot(task, self.network):
+            return embedded_texts(self.network, self.models[0], class_prompts(task))
+        return None
 
     def _why_untraced(self, task: Any, examples: Mapping[str, Any], where: str, follows_gradient: bool) -> str:
         """Why JAX does not trace the network on a task's examples; empty where it does. Raises InputError for a network
         that fails on them, or whose outputs are random. follows_gradient: whether the search needs the derivative."""
         if task.metric in WRITTEN:
             return "it writes texts"
+        if isinstance(task, NetworkTask) and getattr(task.config, "gets", "") == "module":
+            return "a function of Python gets the module"
         network, weights = self.network, self.merge.tree.source(0)
         inputs = {name: array[:PROBED] for name, array in examples["inputs"].items()}
-        name = network.name
+        name, ask = network.name, self._ask(task)
         try:
-            once, again = network.call(weights, inputs), network.call(weights, inputs)
+            once, again = network.call(weights, inputs, ask), network.call(weights, inputs, ask)
         except (AttributeError, KeyError) as error:
             raise InputError(
                 where, f"{task.name}: {name} has no output {OUTPUT!r} ({error}); expected a network with a head for "
@@ -136,18 +238,24 @@ class TorchBackend(FunctionBackend):
                 where, f"{task.name}: {name} answers the same example differently when it is asked twice; a search "
                 "compares candidates, so outputs may not be random",
             )  # fmt: skip
-        if task.kind == "classification" and once.ndim != 2:
+        if ask is outputs and task.kind == "classification" and once.ndim != 2:
             raise InputError(where, f"{task.name}: {name} has outputs of shape {list(once.shape[1:])}; expected labels")
+        if ask is outputs and task.kind == "classification" and examples["target"].max() >= once.shape[1]:
+            raise InputError(where, f"{task.name}: label {examples['target'].max()}; {name} has {once.shape[1]} labels")
         if task.kind == "regression" and once.shape[1:] != examples["target"].shape[1:]:
             raise InputError(
                 where, f"{task.name}: {name} has outputs of shape {list(once.shape[1:])}, and targets are of "
                 f"{list(examples['target'].shape[1:])}",
             )  # fmt: skip
+        if isinstance(task, NetworkTask) and task.function is not None:
+            return "a function of Python scores it"
+        if self.settings.recalibrate:
+            return "its batch norms are measured for each candidate"
         environment, reason = networks.torchax_environment()
         if environment is None:
             return reason
         try:
-            program = jax.jit(network.trace).trace(weights, inputs)
+            program = jax.jit(partial(network.trace, ask=ask)).trace(weights, inputs)
             # Most of the arithmetic: XLA's convolutions on CPUs take several times as long as torch's.
             convolutions = convolution_share(cost_of(program.jaxpr))
             if convolutions > 0.5 and not self.target.is_accelerator and not follows_gradient:
@@ -160,6 +268,12 @@ class TorchBackend(FunctionBackend):
         if not difference <= TOLERANCE * max(1.0, float(np.abs(once).max())):
             return f"torchax: outputs differ from torch's by {difference:.2g}"
         return ""
+
+    def _ask(self, task: Any) -> Ask:
+        """What a task asks a network for, beside texts."""
+        by_text = isinstance(task, NetworkTask) and is_zero_shot(task, self.network)
+        asked = isinstance(task, NetworkTask) and getattr(task.config, "gets", "") == "embeddings"
+        return embeddings if task.kind in PAIRED or by_text or asked else outputs
 
     def warnings(self, prepared: Splits[list[ArrayTask]]) -> list[str]:
         lines = super().warnings(prepared)
@@ -177,4 +291,30 @@ class TorchBackend(FunctionBackend):
         return lines
 
     def files(self) -> set[Path]:
-        return {file for model in self.models for file in model.iterdir() if file.is_file()}
+        # Modules of a sentence transformer have folders with a number.
+        return {
+            file for model in self.models
+            for file in ([model] if model.is_file() else (*model.iterdir(), *model.glob("[0-9]*_*/*")))
+            if file.is_file()
+        }  # fmt: skip
+
+
+def _batches(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The inputs in batches. A last one of a single example has no variance, and is left out."""
+    size = len(next(iter(inputs.values())))
+    starts = [start for start in range(0, size, BATCH) if start == 0 or size - start > 1]
+    return [{name: array[start : start + BATCH] for name, array in inputs.items()} for start in starts]
+
+
+def on_cores(function: Callable[[Any], Any], genomes: Sequence[Any], most: int) -> list[Any]:
+    """The function's results, of as many genomes at a time as torch has threads, each with its share of them: that is
+    quicker than many threads for each operation of a small network. most: how many fit into the memory."""
+    threads = torch.get_num_threads()
+    workers = min(len(genomes), threads, most)
+    if workers <= 1:
+        return list(map(function, genomes))
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
+    try:
+        return list(pool.map(function, genomes))
+    finally:
+        pool.shutdown(cancel_futures=True)

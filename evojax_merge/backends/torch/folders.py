@@ -4,8 +4,10 @@ import json
 import logging
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from evojax_merge.backends.torch.network import Network, to_torch
+from evojax_merge.backends.torch.network import Network, measures, to_torch
 from evojax_merge.checkpoints.folder import INDEX_FILE
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.writer import CARD, MARKER
@@ -22,13 +24,25 @@ from evojax_merge.errors import InputError, shown
 # A folder's files beside its weights that an exported folder has as well: of the processor and the tokenizer.
 COPIED = {".json", ".txt", ".model", ".jinja"}
 EXPECTED = "expected a folder with a config.json, as transformers writes it"
+# The file that says which modules a sentence transformer has, and the name of its class.
+SENTENCE_FILE, SENTENCE = "modules.json", "SentenceTransformer"
+# The file of a module of the user's own in a folder.
+STATE_FILE = "model.safetensors"
+# The endings of files of weights that may hold code.
+PICKLED = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 WRITTEN = {"config.json", CARD, MARKER, INDEX_FILE}
 
 
 def architecture(folder: Path) -> str:
-    """The name of a folder's class in transformers. Raises InputError where transformers has none of it."""
+    """The name of a folder's class in transformers, or SENTENCE. Raises InputError where there is none of it."""
     import transformers
 
+    if (folder / SENTENCE_FILE).exists():
+        if find_spec("sentence_transformers") is None:
+            raise InputError(
+                folder, f"has a {SENTENCE_FILE}: sentence-transformers opens it; pip install 'evojax-merge[sentence]'"
+            )
+        return SENTENCE
     names = read_json_object(folder / "config.json", missing=EXPECTED).get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise InputError(
@@ -50,8 +64,11 @@ def open_module(folder: Path) -> Any:
     import transformers
 
     name = architecture(folder)
+    _check_safe(folder)
     with quiet_transformers():
         try:
+            if name == SENTENCE:
+                return _open_sentence(folder)
             module, report = getattr(transformers, name).from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
@@ -64,6 +81,26 @@ def open_module(folder: Path) -> Any:
             "expected a model that was trained whole",
         )  # fmt: skip
     return module.eval()
+
+
+def _open_sentence(folder: Path) -> Any:
+    """The modules of a folder of sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+
+    module = SentenceTransformer(str(folder), device="cpu", local_files_only=True, trust_remote_code=False)
+    return module.eval()
+
+
+def _check_safe(folder: Path) -> None:
+    """Raises InputError for a folder whose weights are pickled alone: to read them would run what they hold."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
+    if pickled:
+        raise InputError(
+            folder, f"{pickled[0]}: is pickled, and reading it would run its code; expected safetensors, which "
+            "save_pretrained writes",
+        )  # fmt: skip
 
 
 @contextmanager
@@ -112,23 +149,77 @@ def open_network(module: Any) -> Network:
     return Network(module, {name: tensor.detach() for name, tensor in tensors.items() if name not in merged})
 
 
-def save_merge(weights: Mapping[str, Any], source: Path, folder: Path) -> None:
-    """Write a merge as transformers does, with the files of `source` beside its weights."""
-    module = open_module(source)
+def _put(module: Any, weights: Mapping[str, Any]) -> None:
+    """Give a module the tensors of a merge."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, array in weights.items():
         tensors[name].data = to_torch(np.array(array))
+
+
+def save_merge(weights: Mapping[str, Any], source: Path, folder: Path) -> None:
+    """Write a merge as transformers does, with the files of `source` beside its weights."""
+    module = open_module(source)
+    _put(module, weights)
     with quiet_transformers():
-        module.save_pretrained(folder)
+        if hasattr(module, "encode"):
+            module.save(str(folder), create_model_card=False)
+        else:
+            module.save_pretrained(folder)
     for file in sorted(source.iterdir()):
         target = folder / file.name
         if file.is_file() and file.suffix in COPIED and file.name not in WRITTEN and not target.exists():
             shutil.copyfile(file, target)
 
 
+@dataclass(frozen=True)
+class OwnModules:
+    """State dicts in safetensors of a module of the user's. name: the backend in the config; make: () -> the module."""
+
+    where: str
+    name: str
+    make: Callable[[], Any]
+
+    def open(self, path: Path) -> Any:
+        """The module with the tensors of a file, or of a folder with one. Raises InputError where they do not fit."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_model
+
+        if path.is_dir():
+            _check_safe(path)
+        file = path / STATE_FILE if path.is_dir() else path
+        if file.suffix != ".safetensors":
+            raise InputError(
+                file, "expected a .safetensors file of a state dict: reading a pickled one would run its code"
+            )
+        module = self.make()
+        if not isinstance(module, torch.nn.Module):
+            raise InputError(self.where, f"{self.name} returned {shown(module)}; expected a torch.nn.Module")
+        try:
+            missing, unexpected = load_model(module, file, strict=False)
+        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+            raise InputError(file, f"does not fit {self.name} ({' '.join(str(error).split())[:300]})") from None
+        for names, what in ((missing, "lacks"), (unexpected, "has, and the module has not,")):
+            if names:
+                raise InputError(file, f"{what} {sorted(names)[0]}; expected the state dict of {self.name}'s module")
+        return module.eval()
+
+    def save(self, weights: Mapping[str, Any], source: Path, folder: Path) -> None:
+        """Write a merge as a state dict."""
+        from safetensors.torch import save_model
+
+        module = self.open(source)
+        _put(module, weights)
+        save_model(module, str(folder / STATE_FILE))
+
+
+def has_batch_norms(module: Any) -> bool:
+    """Return whether a module has a batch norm whose means and variances its files hold."""
+    return any(measures(part) for part in module.modules())
+
+
 def label_names(folder: Path) -> dict[int, str]:
     """The names of a classifier's labels by number; those that stand for none (LABEL_0) are left out."""
-    names = read_json_object(folder / "config.json", missing={}).get("id2label")
+    names = read_json_object(folder / "config.json", missing={}).get("id2label") if folder.is_dir() else None
     if not isinstance(names, dict):
         return {}
     return {int(number): str(name) for number, name in names.items() if str(name) != f"LABEL_{number}"}
@@ -136,5 +227,5 @@ def label_names(folder: Path) -> dict[int, str]:
 
 def settings_of(folder: Path, name: str) -> str:
     """The content of one of a folder's JSON files as comparable text; empty where it has none."""
-    document = read_json_object(folder / name, missing={})
+    document = read_json_object(folder / name, missing={}) if folder.is_dir() else None
     return json.dumps(document, sort_keys=True) if document else ""

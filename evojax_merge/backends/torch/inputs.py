@@ -16,6 +16,8 @@ from evojax_merge.tasks.text import TextTask
 
 # The target of a token that is none.
 NO_TOKEN = -100
+# More labels than any network has.
+MOST_LABELS = 10**9
 # A tokenizer that names no length has this one, or a larger number.
 NO_LENGTH = 10**6
 
@@ -26,6 +28,20 @@ def example_arrays(task: NetworkTask, network: Network, folder: Path) -> dict[st
     read."""
     examples = task.examples
     first = next(iter(examples[0].inputs))
+    if task.kind == "similarity":
+        first_texts, second_texts = ([example.inputs[name] for example in examples] for name in ("first", "second"))
+        return {
+            "inputs": embedded_texts(network, folder, first_texts), "target": _numbers(examples)[:, 0],
+            "second": embedded_texts(network, folder, second_texts),
+        }  # fmt: skip
+    if task.kind == "retrieval":
+        numbers = {text: number for number, text in enumerate(documents(task))}
+        relevant = np.zeros((len(examples), len(numbers)), bool)
+        for row, example in zip(relevant, examples, strict=True):
+            row[[numbers[text] for text in example.target]] = True
+        queries = [example.inputs["query"] for example in examples]
+        target = np.arange(len(examples), dtype=np.int32)
+        return {"inputs": embedded_texts(network, folder, queries, "query"), "relevant": relevant, "target": target}
     if first == "image":
         inputs = _images(examples, folder)
     elif first == "audio":
@@ -34,7 +50,13 @@ def example_arrays(task: NetworkTask, network: Network, folder: Path) -> dict[st
         inputs = _tokens(load_tokenizer(folder), _texts(examples), _length(network, folder))
     else:
         inputs = {name: np.stack([example.inputs[name] for example in examples]) for name in examples[0].inputs}
-    inputs = _accepted(network, inputs, examples[0].where, strict=first not in ("image", "audio", "text"))
+    strict = first not in ("image", "audio", "text") and task.function is None
+    inputs = _accepted(network, inputs, examples[0].where, strict)
+    if task.function is not None:
+        # The function is given the records by their numbers.
+        return {"inputs": inputs, "target": np.arange(len(examples), dtype=np.int32)}
+    if is_zero_shot(task, network):
+        return {"inputs": inputs, "target": _class_numbers(task)}
     if task.kind in ("classification", "regression"):
         target = _labels(examples, network, folder) if task.kind == "classification" else _numbers(examples)
         return {"inputs": inputs, "target": target}
@@ -47,13 +69,20 @@ def example_arrays(task: NetworkTask, network: Network, folder: Path) -> dict[st
 
 def _accepted(network: Network, inputs: Mapping[str, Any], where: str, strict: bool) -> dict[str, Any]:
     """The arrays that the network has arguments for. strict: raises InputError for one that it has none for."""
-    arguments = inspect.signature(network.module.forward).parameters
+    arguments = inspect.signature(_method(network, inputs)).parameters
     unknown = next((name for name in inputs if name not in arguments), None)
     if strict and unknown is not None:
         raise InputError(
             where, f"array {unknown!r} is no argument of {network.name}{did_you_mean(unknown, list(arguments))}"
         )
     return {name: _fitting(array) for name, array in inputs.items() if name in arguments}
+
+
+def _method(network: Network, inputs: Mapping[str, Any]) -> Any:
+    """The method of a network's module that takes some inputs."""
+    if network.compares_images:
+        return getattr(network.module, "get_image_features" if "pixel_values" in inputs else "get_text_features")
+    return network.module.forward
 
 
 def _fitting(array: np.ndarray) -> np.ndarray:
@@ -112,7 +141,7 @@ def _texts(examples: Sequence[NetworkExample]) -> list[str]:
 def _length(network: Network, folder: Path) -> int | None:
     """The most tokens that a network takes; None: any number."""
     limits = [
-        getattr(network.module.config, "max_position_embeddings", None),
+        getattr(getattr(network.module, "config", None), "max_position_embeddings", None),
         read_json_object(folder / "tokenizer_config.json", missing={}).get("model_max_length"),
     ]
     return min((int(limit) for limit in limits if isinstance(limit, int) and 0 < limit < NO_LENGTH), default=None)
@@ -123,6 +152,50 @@ def _tokens(tokenizer: Any, texts: list[str], length: int | None) -> dict[str, n
     limit = {} if length is None else {"truncation": True, "max_length": length}
     padding = tokenizer.pad_token is not None and len(texts) > 1
     return dict(tokenizer(texts, padding=padding, return_tensors="np", **limit))
+
+
+def embedded_texts(network: Network, folder: Path, texts: list[str], role: str = "") -> dict[str, np.ndarray]:
+    """The tokens of texts whose embeddings are asked for. role: query or document, before which a sentence transformer
+    may put a prompt of its own."""
+    module = network.module
+    if not hasattr(module, "encode"):
+        tokens = _tokens(load_tokenizer(folder), texts, _length(network, folder))
+        return _accepted(network, tokens, str(folder), strict=False)
+    prompts = module.prompts or {}
+    prompt = prompts.get(role or module.default_prompt_name) or prompts.get(module.default_prompt_name) or ""
+    features = module.preprocess([prompt + text for text in texts])
+    return {name: _fitting(value.numpy()) for name, value in features.items() if hasattr(value, "numpy")}
+
+
+def documents(task: NetworkTask) -> list[str]:
+    """The documents of a retrieval, each once: those of the queries, and the corpus."""
+    return list(dict.fromkeys([text for example in task.examples for text in example.target] + list(task.corpus)))
+
+
+def is_zero_shot(task: NetworkTask, network: Network) -> bool:
+    """Return whether a task classifies images by the texts that name their classes."""
+    return task.kind == "classification" and network.compares_images
+
+
+def class_names(task: NetworkTask) -> list[str]:
+    """The names of the classes of a zero-shot classification."""
+    return task.config.classes or sorted({str(example.target) for example in task.examples})
+
+
+def class_prompts(task: NetworkTask) -> list[str]:
+    """The prompts of all classes, class by class."""
+    return [prompt.replace("{label}", name) for name in class_names(task) for prompt in task.config.prompts]
+
+
+def _class_numbers(task: NetworkTask) -> np.ndarray:
+    """int32[N]: the number of each example's class. Raises InputError for a label that is none of the classes."""
+    names = class_names(task)
+    numbers = {name: number for number, name in enumerate(names)}
+    for example in task.examples:
+        if str(example.target) not in numbers:
+            hint = did_you_mean(str(example.target), names)
+            raise InputError(example.where, f"label {shown(example.target)} is none of the {len(names)} classes{hint}")
+    return np.array([numbers[str(example.target)] for example in task.examples], np.int32)
 
 
 def _recordings(examples: Sequence[NetworkExample], folder: Path) -> dict[str, np.ndarray]:
@@ -152,8 +225,8 @@ def _recordings(examples: Sequence[NetworkExample], folder: Path) -> dict[str, n
 
 def _target_tokens(task: NetworkTask, network: Network, folder: Path) -> np.ndarray:
     """int32[N, T]: the tokens of the target texts. Raises InputError for a network that writes none."""
-    config = network.module.config
-    if not config.is_encoder_decoder:
+    config = getattr(network.module, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
         raise InputError(
             task.section, f"{task.name}: {network.name} is no encoder-decoder; a decoder takes kind: likelihood"
         )
@@ -198,9 +271,9 @@ def likelihood_arrays(task: TextTask, network: Network, folder: Path) -> dict[st
 
 def _labels(examples: Sequence[NetworkExample], network: Network, folder: Path) -> np.ndarray:
     """int32[N]: the labels' numbers. Raises InputError for a label that the model does not have."""
-    config = network.module.config
-    numbers = {str(name): int(number) for number, name in (config.id2label or {}).items()}
-    count = len(numbers)
+    names = getattr(getattr(network.module, "config", None), "id2label", None) or {}
+    numbers = {str(name): int(number) for number, name in names.items()}
+    count = len(numbers) or MOST_LABELS
     labels = []
     for example in examples:
         label = example.target
@@ -209,6 +282,8 @@ def _labels(examples: Sequence[NetworkExample], network: Network, folder: Path) 
             number = int(label)
         is_number = isinstance(number, (int, np.integer)) and not isinstance(number, (bool, np.bool_))
         if not is_number or not 0 <= int(number) < count:
+            if not numbers:
+                raise InputError(example.where, f"label {shown(label)}; expected the number of a label, from 0")
             named = did_you_mean(label, list(numbers)) if isinstance(label, str) else ""
             raise InputError(
                 example.where, f"label {shown(label)} is none of the {count} of {folder / 'config.json'}{named}; "
@@ -226,7 +301,12 @@ def _numbers(examples: Sequence[NetworkExample]) -> np.ndarray:
             row = np.atleast_1d(np.asarray(example.target, np.float32))
         except (TypeError, ValueError):
             row = np.zeros((0, 0), np.float32)
-        if row.ndim != 1 or not row.size or not np.isfinite(row).all() or (rows and row.shape != rows[0].shape):
+        if (
+            (row.ndim != 1 and not isinstance(example.target, np.ndarray))
+            or not row.size
+            or not np.isfinite(row).all()
+            or (rows and row.shape != rows[0].shape)
+        ):
             expected = "a finite number, or a list of such" if not rows else f"{len(rows[0])}, as before"
             raise InputError(example.where, f"target: {shown(example.target)}; expected {expected}")
         rows.append(row)

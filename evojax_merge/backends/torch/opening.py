@@ -2,15 +2,22 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from evojax_merge.backends.backend import Resolve
-from evojax_merge.backends.function.opening import FOREIGN_IN_SPACE, check_config, tree_merge
+from evojax_merge.backends.function.opening import (
+    FOREIGN_IN_SPACE,
+    absolute_name,
+    check_config,
+    model_path,
+    tree_merge,
+)
 from evojax_merge.backends.function.trees import open_trees
 from evojax_merge.checkpoints.pipelines import Pipeline, choose_components, is_pipeline
-from evojax_merge.config import Config, SpaceConfig
+from evojax_merge.config import Config, EvaluationConfig, SpaceConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.references import recipe_reference
@@ -26,15 +33,21 @@ FOREIGN_KEYS = tuple(name for name in FOREIGN_IN_SPACE if name not in ("layers_p
 COMPONENTS = SpaceConfig.model_fields["components"].default
 
 
+@dataclass(frozen=True)
 class TorchFactory:
-    """Opens networks in folders that transformers opens: `backend: torch`."""
+    """Opens networks in folders that transformers opens (`backend: torch`), or state dicts of a module that `make`
+    makes (`backend: FILE.py:make`)."""
 
+    make: Callable[[], Any] | None = None
     merges_recipes: ClassVar[bool] = False
 
     def check(self, where: str, config: Config) -> None:
         check_config(where, config, "networks are", FOREIGN_KEYS)
+        self._check_torch(f"{where}: backend")
+
+    def _check_torch(self, where: str) -> None:
         if find_spec("torch") is None:
-            raise InputError(f"{where}: backend", "torch: needs PyTorch; pip install 'evojax-merge[torch]'")
+            raise InputError(where, "torch: needs PyTorch; pip install 'evojax-merge[torch]'")
 
     def open(
         self, where: str, config: Config, folder: Path, target: Target, resolve: Resolve, chained: bool
@@ -42,7 +55,9 @@ class TorchFactory:
         # The first import of torch takes seconds: a search over other models goes without.
         from evojax_merge.backends.torch.backend import TorchBackend
         from evojax_merge.backends.torch.folders import (
+            OwnModules,
             architecture,
+            has_batch_norms,
             merged_tensors,
             open_module,
             open_network,
@@ -56,9 +71,11 @@ class TorchFactory:
         )
         named = [("base", config.base)] if config.base is not None else []
         named += [(f"parents[{k}]", parent) for k, parent in enumerate(config.parents)]
-        paths = {key: resolve(f"{where}: {key}", one, folder) for key, one in named if one is not None}
+        own = None if self.make is None else OwnModules(f"{where}: backend", config.backend, self.make)
+        find = resolve if own is None else model_path
+        paths = {key: find(f"{where}: {key}", one, folder) for key, one in named if one is not None}
         keys = [key for key in paths if has_base or key != "base"]
-        pipelines = [key for key in keys if is_pipeline(paths[key])]
+        pipelines = [key for key in keys if own is None and is_pipeline(paths[key])]
         if pipelines:
             if len(pipelines) < len(keys):
                 other = next(key for key in keys if key not in pipelines)
@@ -69,11 +86,17 @@ class TorchFactory:
         for key, given in (("components", config.components), ("space.components", config.space.components)):
             if given not in (None, COMPONENTS):
                 raise InputError(where, f"{key}: is for diffusers folders, and {keys[0]} is none")
-        classes = {key: architecture(paths[key]) for key in keys}
-        for key, name in classes.items():
-            if name != classes[keys[0]]:
-                raise InputError(f"{where}: {key}", f"is a {name}, but {keys[0]} is a {classes[keys[0]]}")
-        modules = [open_module(paths[key]) for key in keys]
+        if own is None:
+            classes = {key: architecture(paths[key]) for key in keys}
+            for key, name in classes.items():
+                if name != classes[keys[0]]:
+                    raise InputError(f"{where}: {key}", f"is a {name}, but {keys[0]} is a {classes[keys[0]]}")
+        open_one, write = (open_module, save_merge) if own is None else (own.open, own.save)
+        modules = [open_one(paths[key]) for key in keys]
+        if config.evaluation.recalibrate and not has_batch_norms(modules[0]):
+            raise InputError(
+                where, f"evaluation.recalibrate: {type(modules[0]).__name__} has no batch norm; leave it out"
+            )
         tree = open_trees(where, keys, [to_arrays(merged_tensors(module)) for module in modules])
         groups = layer_groups(config.space.layers_per_group)
         merge = tree_merge(f"{where}: space", tree, config.space, has_base, groups, config.seed)
@@ -85,16 +108,31 @@ class TorchFactory:
                 key: value for key, value in config.space.model_dump(mode="json").items()
                 if key not in (*FOREIGN_KEYS, "components")
             },
-        }  # fmt: skip
+        } | ({} if own is None else {"backend": absolute_name(config.backend, folder)})  # fmt: skip
         models = tuple(paths[key] for key in keys)
 
         def save(weights: Any, out: Path) -> None:
-            save_merge(weights, models[0], out)
+            write(weights, models[0], out)
 
         return TorchBackend(
             merge, tuple(references[key] for key in keys), models, save, config.evaluation, target, document, self,
             network=open_network(modules[0]),
         )  # fmt: skip
+
+    def open_stored(self, path: Path, settings: EvaluationConfig, target: Target) -> "TorchBackend":
+        """A backend over one model alone, for its scores."""
+        from evojax_merge.backends.torch.backend import TorchBackend
+        from evojax_merge.backends.torch.folders import merged_tensors, open_module, open_network, save_merge, to_arrays
+
+        self._check_torch("evaluate")
+        module = open_module(path)
+        tree = open_trees(str(path), ["model"], [to_arrays(merged_tensors(module))])
+        merge = tree_merge(str(path), tree, SpaceConfig(method="linear"), False, layer_groups("all"), 0)
+
+        def save(weights: Any, out: Path) -> None:
+            save_merge(weights, path, out)
+
+        return TorchBackend(merge, (str(path),), (path,), save, settings, target, network=open_network(module))
 
 
 def _open_pipelines(
@@ -154,11 +192,11 @@ def _open_pipelines(
 
 def layer_groups(together: int | str) -> Callable[[str], str]:
     """A tensor's name -> the name of its group: `together` neighbouring modules of the first numbered list on the way
-    to it (all: the whole list), or else the first two modules on the way."""
+    to it (all: the whole list), or else the first two modules on the way. A module of the top level is of no list."""
 
     def group_of(name: str) -> str:
         modules = name.split(".")[:-1]
-        number = next((i for i, part in enumerate(modules) if re.fullmatch(r"\d+", part)), None)
+        number = next((i for i, part in enumerate(modules) if i and re.fullmatch(r"\d+", part)), None)
         if number is None:
             return ".".join(modules[:2]) or name
         above = ".".join(modules[:number])

@@ -50,8 +50,8 @@ class SwarmState:
 
 
 def evolutionary_factor(places: jax.Array, leader: jax.Array) -> jax.Array:
-    """float32[] in [0, 1]: where the leader's distance to the particles lies between the least and the greatest distance
-    of any of them to the others, by their sums. places: float32[P, D]; leader: float32[D], its place."""
+    """float32[] in [0, 1]: where the leader's distance to the particles lies between the least and the greatest
+    distance of any of them to the others, by their sums. places: float32[P, D]; leader: float32[D], its place."""
 
     def distance(place: jax.Array) -> jax.Array:
         return jnp.linalg.norm(places - place, axis=1).sum()

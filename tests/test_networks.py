@@ -1,0 +1,281 @@
+"""Networks with batch norms that are measured anew, modules of the user's own, and networks that `evaluate` scores."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_model, save_file, save_model
+
+from evojax_merge.backends.torch.backend import on_cores
+from evojax_merge.cli import cli
+from evojax_merge.errors import InputError
+from evojax_merge.problem import SearchProblem, build_problem, config_from
+from evojax_merge.selection import open_evaluators
+
+CLASSES, SIDE = 3, 8
+OWN = """
+import torch
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = torch.nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = torch.nn.BatchNorm2d(4)
+        self.head = torch.nn.Linear(4, 3)
+
+    def forward(self, pixels):
+        return self.head(torch.relu(self.norm(self.features(pixels))).mean((2, 3)))
+
+
+def make():
+    return Net()
+
+
+def nothing():
+    return 1
+"""
+
+
+def randomised(model: Any, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            drawn = torch.randn(tensor.shape, generator=generator) * 0.3
+            tensor.copy_(drawn.abs() + 0.5 if name.endswith("running_var") else drawn)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def nets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """State dicts of a module of the user's own, its file, and arrays. Read only."""
+    folder = tmp_path_factory.mktemp("nets")
+    (folder / "net.py").write_text(OWN)
+    for seed in (1, 2):
+        save_file(randomised(made(folder / "net.py"), seed).state_dict(), str(folder / f"net{seed}.safetensors"))
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(1.0, 2.0, (12, 1, SIDE, SIDE)).astype(np.float32)
+    np.savez(folder / "arrays.npz", pixels=pixels, label=np.arange(12) % CLASSES)
+    return folder
+
+
+def made(file: Path) -> Any:
+    """The module that a file makes."""
+    namespace: dict[str, Any] = {}
+    exec(file.read_text(), namespace)
+    return namespace["make"]()
+
+
+def document(folder: Path, **changes: Any) -> dict[str, Any]:
+    task = {"name": "classes", "kind": "classification", "file": str(folder / "arrays.npz"), "heldout": 0.5,
+            "metric": "log_probability"}  # fmt: skip
+    return {
+        "backend": f"{folder / 'net.py'}:make", "parents": [str(folder / f"net{seed}.safetensors") for seed in (1, 2)],
+        "space": {"method": "linear"}, "tasks": [task], "search": {"generations": 2, "population": 3},
+    } | changes  # fmt: skip
+
+
+def problem_of(path: Path, config: dict[str, Any]) -> SearchProblem:
+    return build_problem(path, config_from(path, config, [], None))
+
+
+def command(*arguments: Any) -> str:
+    result = CliRunner().invoke(cli, list(map(str, arguments)))
+    if result.exit_code:
+        raise result.exception or AssertionError(result.output)
+    return result.output
+
+
+def log_probability(module: Any, pixels: np.ndarray, labels: np.ndarray) -> float:
+    with torch.no_grad():
+        scores = module(torch.tensor(pixels)).log_softmax(-1)
+    return float(scores.gather(1, torch.tensor(labels)[:, None]).mean())
+
+
+def test_a_module_of_the_users_own_is_searched_and_exported(nets: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(document(nets)))
+    command("search", config, "--out", tmp_path / "run")
+    winner = json.loads((tmp_path / "run" / "result.json").read_text())["table"][-1]
+    model = made(nets / "net.py")
+    load_model(model, tmp_path / "run" / "best" / "model" / "model.safetensors")
+    chosen = np.array(problem_of(config, document(nets)).splits.heldout[0].indices)
+    arrays = np.load(nets / "arrays.npz")
+    score = log_probability(model.eval(), arrays["pixels"][chosen], arrays["label"][chosen])
+    assert winner["heldout_scores"]["classes/log_probability"] == pytest.approx(score, abs=1e-5)
+
+
+def test_the_module_of_the_guide_has_batch_norms_that_are_measured_anew(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "guides" / "any-network.md").read_text(encoding="utf-8")
+    code, config = re.findall(r"```(?:python|yaml)\n(.*?)```", page[page.index("## Modules of your own") :], re.DOTALL)
+    (tmp_path / "my_network.py").write_text(code)
+    (tmp_path / "search.yaml").write_text(config + "search: {generations: 2, population: 3}\n")
+    for number, name in enumerate(("first", "second")):
+        save_model(randomised(made(tmp_path / "my_network.py"), number), str(tmp_path / f"{name}.safetensors"))
+    pixels = np.random.default_rng(0).normal(1.0, 2.0, (12, 1, SIDE, SIDE)).astype(np.float32)
+    labels = np.arange(12) % CLASSES
+    np.savez(tmp_path / "images.npz", input=pixels, label=labels)
+    command("search", tmp_path / "search.yaml", "--out", tmp_path / "run")
+    winner = json.loads((tmp_path / "run" / "result.json").read_text())["table"][-1]
+    command("export", tmp_path / "run", tmp_path / "out")
+    model = made(tmp_path / "my_network.py")
+    load_model(model, tmp_path / "out" / "model.safetensors")
+    convolution, norm = model.eval()[:2]
+    problem = problem_of(tmp_path / "search.yaml", yaml.safe_load((tmp_path / "search.yaml").read_text()))
+    searched, heldout = (np.array(tasks[0].indices) for tasks in (problem.splits.search, problem.splits.heldout))
+    with torch.no_grad():
+        features = convolution(torch.tensor(pixels[searched]))
+        right = (model(torch.tensor(pixels[heldout])).argmax(-1).numpy() == labels[heldout]).mean()
+    torch.testing.assert_close(norm.running_mean, features.mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, features.var((0, 2, 3)))
+    assert winner["heldout_scores"]["classes/accuracy"] == pytest.approx(right)
+
+
+SCORES = """
+import numpy as np
+import torch
+
+
+def by_outputs(records, outputs):
+    assert len(outputs) == len(records) and outputs.shape[1:] == (3,)
+    return [output[record["label"]] for record, output in zip(records, outputs)]
+
+
+def by_module(records, module):
+    pixels = torch.tensor(np.stack([record["pixels"] for record in records]))
+    with torch.no_grad():
+        outputs = module(pixels).numpy()
+    return by_outputs(records, outputs)
+
+
+def wrong(records, outputs):
+    return outputs
+"""
+
+
+def test_functions_of_the_users_own_score_outputs_and_modules(nets: Path, tmp_path: Path) -> None:
+    (tmp_path / "scores.py").write_text(SCORES)
+    task = {"kind": "network", "file": str(nets / "arrays.npz"), "heldout": 0.5}
+    tasks = [task | {"name": "outputs", "function": "scores.py:by_outputs"},
+             task | {"name": "module", "function": "scores.py:by_module", "gets": "module"}]  # fmt: skip
+    problem = problem_of(tmp_path / "config.yaml", document(nets, tasks=tasks))
+    evaluators, (_, baselines) = open_evaluators(problem, problem.prepare()), problem.space.baselines()
+    scores = evaluators.heldout.score(baselines).matrices
+    model, arrays = made(nets / "net.py").eval(), np.load(nets / "arrays.npz")
+    problem.backend.export("", baselines[0], tmp_path / "out", "---\n---\n", lambda: None)
+    load_model(model, tmp_path / "out" / "model.safetensors")
+    chosen = np.array(problem.splits.heldout[0].indices)
+    with torch.no_grad():
+        expected = model(torch.tensor(arrays["pixels"][chosen])).numpy()[range(6), arrays["label"][chosen]]
+    for name in ("outputs", "module"):
+        np.testing.assert_allclose(scores[name]["score"][0], expected, rtol=1e-5)
+    wrong = [task | {"name": "wrong", "function": "scores.py:wrong"}]
+    problem = problem_of(tmp_path / "config.yaml", document(nets, tasks=wrong))
+    evaluators = open_evaluators(problem, problem.prepare())
+    with pytest.raises(Exception, match=r"returned float32\[6, 3\]; expected 6 numbers, one for each record"):
+        evaluators.heldout.score(baselines)
+
+
+def test_networks_are_evaluated(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=SIDE, patch_size=4,
+        num_channels=1, num_labels=CLASSES,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(size=(6, 1, SIDE, SIDE)).astype(np.float32)
+    np.savez(tmp_path / "arrays.npz", pixel_values=pixels, label=np.arange(6) % CLASSES)
+    tasks = tmp_path / "tasks.yaml"
+    section = {"name": "classes", "kind": "classification", "file": "arrays.npz"}
+    tasks.write_text(json.dumps({"tasks": [section]}))
+    model = randomised(transformers.ViTForImageClassification(config), 1)
+    model.save_pretrained(tmp_path / "model")
+    command(
+        "evaluate", tmp_path / "model", "--tasks", tasks, "--json", tmp_path / "scores.json", "--samples",
+        tmp_path / "samples.jsonl",
+    )  # fmt: skip
+    with torch.no_grad():
+        right = (model(torch.tensor(pixels)).logits.argmax(-1).numpy() == np.arange(6) % CLASSES).astype(float)
+    (row,) = json.loads((tmp_path / "scores.json").read_text())
+    assert row["scores"] == {"classes/accuracy": pytest.approx(right.mean())}
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [sample["score"] for sample in samples] == right.tolist()
+
+
+def test_candidates_that_are_called_share_the_cores() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        seen = on_cores(lambda genome: (genome, torch.get_num_threads()), [1, 2], most=8)
+        assert seen == [(1, 2), (2, 2)]
+        assert on_cores(lambda genome: genome + 1, [1, 2, 3], most=1) == [2, 3, 4]
+        with pytest.raises(ZeroDivisionError):
+            on_cores(lambda genome: 1 / genome, [1, 0], most=8)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_state_dicts_that_do_not_fit_are_named(nets: Path, tmp_path: Path) -> None:
+    state = made(nets / "net.py").state_dict()
+    save_file(
+        {name: tensor for name, tensor in state.items() if name != "head.bias"}, str(tmp_path / "less.safetensors")
+    )
+    save_file(state | {"more": torch.ones(1)}, str(tmp_path / "more.safetensors"))
+    save_file(state | {"head.bias": torch.ones(2)}, str(tmp_path / "other.safetensors"))
+    torch.save(state, tmp_path / "net.pt")
+    (tmp_path / "pickled").mkdir()
+    torch.save(state, tmp_path / "pickled" / "pytorch_model.bin")
+    cases = {
+        "less.safetensors": r"less.safetensors: lacks head.bias; expected the state dict of .*net.py:make's module",
+        "more.safetensors": r"more.safetensors: has, and the module has not, more;",
+        "other.safetensors": r"other.safetensors: does not fit .*size mismatch for head.bias",
+        "net.pt": r"net.pt: expected a .safetensors file of a state dict: reading a pickled one would run its code",
+        "pickled": r"pickled: pytorch_model.bin: is pickled, and reading it would run its code; expected safetensors",
+    }
+    for name, message in cases.items():
+        parents = [str(nets / "net1.safetensors"), str(tmp_path / name)]
+        with pytest.raises(InputError, match=message):
+            problem_of(tmp_path / "config.yaml", document(nets, parents=parents))
+
+
+def test_what_a_module_cannot_do_is_named(nets: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"backend: .*net.py:nothing returned 1; expected a torch.nn.Module"):
+        problem_of(tmp_path / "config.yaml", document(nets, backend=f"{nets / 'net.py'}:nothing"))
+    arrays = np.load(nets / "arrays.npz")
+    np.savez(tmp_path / "arrays.npz", pixels=arrays["pixels"], label=arrays["label"] + 1)
+    task = {"name": "classes", "kind": "classification", "file": str(tmp_path / "arrays.npz")}
+    with pytest.raises(InputError, match=r"tasks\[0\]: classes: label 3; Net has 3 labels"):
+        problem_of(tmp_path / "config.yaml", document(nets, tasks=[task])).prepare()
+
+
+def test_no_batch_norm_is_measured_where_there_is_none(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=SIDE, patch_size=4
+    )
+    for seed in (1, 2):
+        randomised(transformers.ViTForImageClassification(config), seed).save_pretrained(tmp_path / f"model{seed}")
+    task = {"name": "classes", "kind": "classification", "file": "arrays.npz"}
+    search = {
+        "backend": "torch", "parents": ["model1", "model2"], "space": {"method": "linear"}, "tasks": [task],
+        "evaluation": {"recalibrate": True},
+    }  # fmt: skip
+    np.savez(tmp_path / "arrays.npz", pixel_values=np.zeros((4, 3, SIDE, SIDE), np.float32), label=np.zeros(4, int))
+    with pytest.raises(InputError, match=r"evaluation.recalibrate: ViTForImageClassification has no batch norm"):
+        problem_of(tmp_path / "config.yaml", search)
+    with pytest.raises(InputError, match=r"evaluation.recalibrate: language models have no batch norms"):
+        problem_of(tmp_path / "config.yaml", search | {"backend": "decoder"})
+
+
+def test_uniform_scores_are_those_of_one_candidate_at_a_time(nets: Path, tmp_path: Path) -> None:
+    problem = problem_of(tmp_path / "config.yaml", document(nets, evaluation={"recalibrate": True}))
+    evaluators = open_evaluators(problem, problem.prepare())
+    genomes = np.random.default_rng(0).normal(size=(3, problem.space.dims)).astype(np.float32)
+    together = evaluators.heldout.score(genomes).matrices["classes"]["log_probability"]
+    alone = [evaluators.heldout.score(genome[None]).matrices["classes"]["log_probability"][0] for genome in genomes]
+    np.testing.assert_allclose(together, alone, rtol=1e-6)
