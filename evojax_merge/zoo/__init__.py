@@ -1,11 +1,11 @@
 """The demo family: tiny models whose weights come with the package, others of the same kind that are trained on the
-spot, families of looped models, of classifiers and of translators, and a real small model from a package.
+spot, families of looped models and of classifiers, and a real small model from a package.
 
 References: `zoo:base`, `zoo:maths`, `zoo:japanese` are models, `zoo:search.jsonl` and `zoo:heldout.jsonl` task files;
 `zoo:3/base` belongs to the family of seed 3, which is trained first, and `zoo:experts/sums` is one of six more experts
 of `zoo:base`, which are trained first as well. `zoo:loops/plus`, `zoo:loops/3/plus` belong to the looped families
-(loops), `zoo:vit/low` and `zoo:t5/french` to networks that `backend: torch` opens (vit, t5), `zoo:smollm2/base` to the
-real model (smollm2). All of them are kept in the user's cache folder once made.
+(loops), `zoo:vit/low` to image classifiers that `backend: torch` opens (vit), `zoo:smollm2/base` to the real model
+(smollm2). All of them are kept in the user's cache folder once made.
 """
 
 import re
@@ -29,7 +29,7 @@ FILES = ("search.jsonl", "heldout.jsonl")
 # More experts of the packaged base: three of hard sums in English, three that answer in Japanese.
 EXPERTS = ("sums", "differences", "both", "easy_sums", "copying", "mixed")
 # Families that are trained on the spot, each in the module of its name, which has a FAMILY.
-TRAINED = ("loops", "t5", "vit")
+TRAINED = ("loops", "vit")
 # The version of the training recipe in `arithmetic` and of the packaged weights: each version has a folder of its own.
 VERSION = "v3"
 
