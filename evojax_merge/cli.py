@@ -209,6 +209,8 @@ def search(
 @click.option(
     "--replay", type=click.Path(path_type=Path), help="Take the votes of this votes.jsonl of an equal search."
 )
+@click.option("--export", "pairs", type=click.Path(path_type=Path), help="Write pairs (.jsonl, and a page) and stop.")
+@click.option("--import", "choices", type=click.Path(path_type=Path), help="Votes on the pairs that were written.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override one key of CONFIG.")
 @with_plugins
 def judge(
@@ -217,6 +219,8 @@ def judge(
     resume: bool,
     port: int,
     replay: Path | None,
+    pairs: Path | None,
+    choices: Path | None,
     overrides: tuple[str, ...],
     plugin_names: tuple[str, ...],
 ) -> None:
@@ -224,12 +228,14 @@ def judge(
     page on this machine where people choose between two answers."""
     with _starting(plugin_names):
         from evojax_merge.commands import search as command
+        from evojax_merge.judge.batch import VotesAwaited
         from evojax_merge.judge.opening import JudgeOptions
 
-    command.search(
-        config, out, resume, False, None, list(overrides), plugin_names=plugin_names,
-        judges=JudgeOptions(port, replay),
-    )  # fmt: skip
+    judges = JudgeOptions(port, replay, pairs, choices)
+    try:
+        command.search(config, out, resume, False, None, list(overrides), plugin_names=plugin_names, judges=judges)
+    except VotesAwaited as awaited:
+        click.echo(f"{awaited}; then go on with --resume --import votes.jsonl")
 
 
 @cli.command(short_help="Say what a search would take: memory, work, time.")

@@ -249,7 +249,7 @@ def test_generators_are_planned_searched_resumed_and_exported(ddpm: list[Path], 
     file = tmp_path / "config.yaml"
     output = command("search", file, "--out", whole)
     assert output.count("DDPMPipeline: draws pictures of one candidate at a time") == 1
-    assert output.count("scheduler: not as in") == 1
+    assert output.count("scheduler: not as in") == 1 and "plan: " in output
     command("search", file, "--out", run, "--set", "search.generations=1")
     command("search", file, "--out", run, "--resume")
     assert (run / "history.jsonl").read_bytes() == (whole / "history.jsonl").read_bytes()
@@ -356,7 +356,7 @@ def test_what_cannot_be_searched_is_refused_in_a_line(
 ) -> None:
     from evojax_merge.problem import build_problem, config_from
 
-    document, models = config(tmp_path, ddpm[:2]), ddpm[:2]
+    document = config(tmp_path, ddpm[:2])
     task: dict[str, Any] = document["tasks"][0]
     if fault == "prompts":
         del task["images"]
@@ -368,8 +368,8 @@ def test_what_cannot_be_searched_is_refused_in_a_line(
         task |= {"inputs": "latents", "function": f"{tmp_path}/f.py:f"}
         said = "a DDPMPipeline has no latents"
     elif fault == "task":
-        (tmp_path / "images.jsonl").write_text("")
-        document["tasks"] = [{"name": "t", "kind": "arrays", "function": f"{models[0].parent}/functions.py:grey"}]
+        (tmp_path / "f.py").write_text("def f(model):\n    return 0.0\n")
+        document["tasks"] = [{"name": "t", "kind": "arrays", "function": f"{tmp_path}/f.py:f"}]
         said = "asks no image generator; expected kind: image_generation"
     elif fault == "parts":
         document["space"]["components"], said = ["attention", "mlp"], "expected attention and other"

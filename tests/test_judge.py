@@ -21,6 +21,7 @@ from scipy.optimize import minimize
 
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.judge.ballot import Ballot
+from evojax_merge.judge.batch import Batch, Pair, VotesAwaited, read_choices
 from evojax_merge.judge.pairs import RULES, information
 from evojax_merge.judge.posterior import BAR, Kernel, Posterior, distances_between, fit_preferences, outcomes_of
 from evojax_merge.judge.server import served
@@ -38,6 +39,9 @@ def shorter(record, left, right):
 def confused(record, left, right):
     return "the first one"
 '''
+
+
+HOSTILE = ["<script>document.title = 'owned'</script><b>bold</b>", "\x07\x1b[31m\u202e" + "long " * 20_000]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -254,6 +258,59 @@ def test_tasks_that_nobody_can_judge_are_refused(
     assert done.returncode == 2 and message in done.stderr
 
 
+def test_votes_come_by_file(tmp_path: Path, family: Family) -> None:
+    path, run, pairs = config(tmp_path, family, None), tmp_path / "run", tmp_path / "pairs.jsonl"
+    done = run_command("judge", str(path), "--out", str(run), "--export", str(pairs))
+    asked = 0
+    while pairs.exists():
+        assert done.returncode == 0 and "wait for votes" in done.stdout, done.stderr
+        rows = list(map(json.loads, pairs.read_text().splitlines()))
+        asked += len(rows)
+        votes = tmp_path / "choices.jsonl"
+        lines = [{"pair": row["name"], "choice": "left" if len(row["left"]) < len(row["right"]) else "right",
+                  "judge": "ann"} for row in rows]  # fmt: skip
+        votes.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        pairs.unlink()
+        done = run_command(
+            "judge", str(path), "--out", str(run), "--resume", "--import", str(votes), "--export", str(pairs)
+        )
+    assert done.returncode == 0 and (run / "result.json").exists(), done.stderr
+    assert len(votes_of(run)) == asked and {vote["judge"] for vote in votes_of(run)} == {"ann"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("x", "is no JSON"),
+        ('{"choice": "left"}', "expected pair and choice"),
+        ('{"pair": "a", "choice": "none"}', "choice: 'none'; expected one of left, right, tie, both_bad"),
+        ('{"pair": "b", "choice": "tie", "judge": "ann"}', "is a second vote of judge 'ann' on one pair"),
+    ],
+)
+def test_files_of_choices_that_cannot_count_are_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "votes.jsonl"
+    path.write_text('{"pair": "b", "choice": "left", "judge": "ann"}\n' + line + "\n")
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        read_choices(path)
+    assert str(caught.value).startswith(f"{path}:2")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+def test_a_page_of_pairs_works_from_a_file(tmp_path: Path) -> None:
+    pairs = [Pair(f"p{n}", "Which?", HOSTILE[0], HOSTILE[n % 2], "</script><i>x</i>") for n in range(3)]
+    with pytest.raises(VotesAwaited):
+        Batch(tmp_path / "pairs.jsonl").write(pairs)
+    with Browser(tmp_path) as browser:
+        browser.open((tmp_path / "pairs.html").as_uri())
+        assert browser.evaluate("left.lastElementChild.textContent") == HOSTILE[0]
+        for key in ("ArrowLeft", "ArrowUp", "Backspace", "ArrowDown", "ArrowRight"):
+            browser.press(key)
+        saved = tmp_path / "votes.jsonl"
+        saved.write_text(browser.evaluate("lines()"))
+        assert not browser.errors and browser.evaluate("document.title") == "evojax-merge: pairs"
+    assert read_choices(saved) == {"p0": [("left", "")], "p1": [("both_bad", "")], "p2": [("right", "")]}
+
+
 class Model(BaseHTTPRequestHandler):
     """An OpenAI-compatible model that prefers the shorter answer, or, of answers of one length, the first one."""
 
@@ -303,9 +360,6 @@ def test_a_language_model_that_does_not_answer_is_asked_again(model: str, monkey
 
 # ---------------------------------------------------------------------------------------------------------------
 # The page
-
-
-HOSTILE = ["<script>document.title = 'owned'</script><b>bold</b>", "\x07\x1b[31m\u202e" + "long " * 20_000]
 
 
 def ballot(folder: Path, texts: int = 2) -> Ballot:

@@ -59,7 +59,7 @@ def test_every_key_of_a_config_is_listed_with_its_meaning(capsys: pytest.Capture
     assert known["space.parameters.NAME.low"].takes == "a number that float32 holds"
     assert {key.of for key in keys if key.name == "tasks[].metric"} == {
         ("likelihood", "multiple_choice", "exact_match"), ("generation",), ("gsm",), ("lm_eval",), ("classification",),
-        ("regression",), ("text_to_text",), ("transcription",),
+        ("regression",), ("text_to_text",), ("transcription",), ("similarity",), ("retrieval",),
     }  # fmt: skip
     text = listed("keys", capsys)
     for name in known:

@@ -24,7 +24,7 @@ def test_the_image_classifiers_are_folders_of_transformers_with_images_and_label
     training, search, heldout = load_digit_images("digits", 7)
     seen = {image.tobytes() for image in training.images}
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "base")
-    for file, part, count in (("search", search, 500), ("heldout", heldout, 497)):
+    for file, part, count in (("search", search[:160], 160), ("heldout", heldout, 497)):
         records = [json.loads(line) for line in (tmp_path / f"{file}.jsonl").read_text().splitlines()]
         assert [record["label"] for record in records] == part.labels.tolist() and len(records) == count
         assert np.mean([image.tobytes() in seen for image in part.images]) < 0.01

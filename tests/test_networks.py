@@ -1,6 +1,7 @@
 """Networks with batch norms that are measured anew, modules of the user's own, and networks that `evaluate` scores."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from click.testing import CliRunner
-from safetensors.torch import load_model, save_file
+from safetensors.torch import load_model, save_file, save_model
 
 from evojax_merge.backends.torch.backend import on_cores
 from evojax_merge.cli import cli
@@ -57,16 +59,17 @@ def nets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nets")
     (folder / "net.py").write_text(OWN)
     for seed in (1, 2):
-        save_file(randomised(made(folder), seed).state_dict(), str(folder / f"net{seed}.safetensors"))
+        save_file(randomised(made(folder / "net.py"), seed).state_dict(), str(folder / f"net{seed}.safetensors"))
     rng = np.random.default_rng(0)
     pixels = rng.normal(1.0, 2.0, (12, 1, SIDE, SIDE)).astype(np.float32)
     np.savez(folder / "arrays.npz", pixels=pixels, label=np.arange(12) % CLASSES)
     return folder
 
 
-def made(folder: Path) -> Any:
+def made(file: Path) -> Any:
+    """The module that a file makes."""
     namespace: dict[str, Any] = {}
-    exec((folder / "net.py").read_text(), namespace)
+    exec(file.read_text(), namespace)
     return namespace["make"]()
 
 
@@ -96,27 +99,88 @@ def log_probability(module: Any, pixels: np.ndarray, labels: np.ndarray) -> floa
     return float(scores.gather(1, torch.tensor(labels)[:, None]).mean())
 
 
-@pytest.mark.parametrize("recalibrate", [False, True])
-def test_a_module_of_the_users_own_is_searched_and_exported(nets: Path, recalibrate: bool, tmp_path: Path) -> None:
+def test_a_module_of_the_users_own_is_searched_and_exported(nets: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(document(nets, evaluation={"recalibrate": recalibrate})))
+    config.write_text(json.dumps(document(nets)))
     command("search", config, "--out", tmp_path / "run")
     winner = json.loads((tmp_path / "run" / "result.json").read_text())["table"][-1]
-    command("export", tmp_path / "run", tmp_path / "out")
-    model = made(nets)
-    load_model(model, tmp_path / "out" / "model.safetensors")
-    task = problem_of(config, document(nets)).splits.heldout[0]
+    model = made(nets / "net.py")
+    load_model(model, tmp_path / "run" / "best" / "model" / "model.safetensors")
+    chosen = np.array(problem_of(config, document(nets)).splits.heldout[0].indices)
     arrays = np.load(nets / "arrays.npz")
-    chosen = np.array(task.indices)
     score = log_probability(model.eval(), arrays["pixels"][chosen], arrays["label"][chosen])
     assert winner["heldout_scores"]["classes/log_probability"] == pytest.approx(score, abs=1e-5)
-    # Measured anew, means and variances are those of the searched examples.
-    searched = torch.tensor(arrays["pixels"][np.setdiff1d(np.arange(12), chosen)])
+
+
+def test_the_module_of_the_guide_has_batch_norms_that_are_measured_anew(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "guides" / "any-network.md").read_text(encoding="utf-8")
+    code, config = re.findall(r"```(?:python|yaml)\n(.*?)```", page[page.index("## Modules of your own") :], re.DOTALL)
+    (tmp_path / "my_network.py").write_text(code)
+    (tmp_path / "search.yaml").write_text(config + "search: {generations: 2, population: 3}\n")
+    for number, name in enumerate(("first", "second")):
+        save_model(randomised(made(tmp_path / "my_network.py"), number), str(tmp_path / f"{name}.safetensors"))
+    pixels = np.random.default_rng(0).normal(1.0, 2.0, (12, 1, SIDE, SIDE)).astype(np.float32)
+    labels = np.arange(12) % CLASSES
+    np.savez(tmp_path / "images.npz", input=pixels, label=labels)
+    command("search", tmp_path / "search.yaml", "--out", tmp_path / "run")
+    winner = json.loads((tmp_path / "run" / "result.json").read_text())["table"][-1]
+    command("export", tmp_path / "run", tmp_path / "out")
+    model = made(tmp_path / "my_network.py")
+    load_model(model, tmp_path / "out" / "model.safetensors")
+    convolution, norm = model.eval()[:2]
+    problem = problem_of(tmp_path / "search.yaml", yaml.safe_load((tmp_path / "search.yaml").read_text()))
+    searched, heldout = (np.array(tasks[0].indices) for tasks in (problem.splits.search, problem.splits.heldout))
     with torch.no_grad():
-        features = model.features(searched)
-    measured = torch.allclose(model.norm.running_mean, features.mean((0, 2, 3)), atol=1e-5)
-    assert measured == recalibrate
-    assert torch.allclose(model.norm.running_var, features.var((0, 2, 3)), rtol=1e-4) == recalibrate
+        features = convolution(torch.tensor(pixels[searched]))
+        right = (model(torch.tensor(pixels[heldout])).argmax(-1).numpy() == labels[heldout]).mean()
+    torch.testing.assert_close(norm.running_mean, features.mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, features.var((0, 2, 3)))
+    assert winner["heldout_scores"]["classes/accuracy"] == pytest.approx(right)
+
+
+SCORES = """
+import numpy as np
+import torch
+
+
+def by_outputs(records, outputs):
+    assert len(outputs) == len(records) and outputs.shape[1:] == (3,)
+    return [output[record["label"]] for record, output in zip(records, outputs)]
+
+
+def by_module(records, module):
+    pixels = torch.tensor(np.stack([record["pixels"] for record in records]))
+    with torch.no_grad():
+        outputs = module(pixels).numpy()
+    return by_outputs(records, outputs)
+
+
+def wrong(records, outputs):
+    return outputs
+"""
+
+
+def test_functions_of_the_users_own_score_outputs_and_modules(nets: Path, tmp_path: Path) -> None:
+    (tmp_path / "scores.py").write_text(SCORES)
+    task = {"kind": "network", "file": str(nets / "arrays.npz"), "heldout": 0.5}
+    tasks = [task | {"name": "outputs", "function": "scores.py:by_outputs"},
+             task | {"name": "module", "function": "scores.py:by_module", "gets": "module"}]  # fmt: skip
+    problem = problem_of(tmp_path / "config.yaml", document(nets, tasks=tasks))
+    evaluators, (_, baselines) = open_evaluators(problem, problem.prepare()), problem.space.baselines()
+    scores = evaluators.heldout.score(baselines).matrices
+    model, arrays = made(nets / "net.py").eval(), np.load(nets / "arrays.npz")
+    problem.backend.export("", baselines[0], tmp_path / "out", "---\n---\n", lambda: None)
+    load_model(model, tmp_path / "out" / "model.safetensors")
+    chosen = np.array(problem.splits.heldout[0].indices)
+    with torch.no_grad():
+        expected = model(torch.tensor(arrays["pixels"][chosen])).numpy()[range(6), arrays["label"][chosen]]
+    for name in ("outputs", "module"):
+        np.testing.assert_allclose(scores[name]["score"][0], expected, rtol=1e-5)
+    wrong = [task | {"name": "wrong", "function": "scores.py:wrong"}]
+    problem = problem_of(tmp_path / "config.yaml", document(nets, tasks=wrong))
+    evaluators = open_evaluators(problem, problem.prepare())
+    with pytest.raises(Exception, match=r"returned float32\[6, 3\]; expected 6 numbers, one for each record"):
+        evaluators.heldout.score(baselines)
 
 
 def test_networks_are_evaluated(tmp_path: Path) -> None:
@@ -158,7 +222,7 @@ def test_candidates_that_are_called_share_the_cores() -> None:
 
 
 def test_state_dicts_that_do_not_fit_are_named(nets: Path, tmp_path: Path) -> None:
-    state = made(nets).state_dict()
+    state = made(nets / "net.py").state_dict()
     save_file(
         {name: tensor for name, tensor in state.items() if name != "head.bias"}, str(tmp_path / "less.safetensors")
     )

@@ -339,7 +339,9 @@ def test_gradients_are_followed_through_a_network(folder: Path, tmp_path: Path) 
     assert len(lines) == 3
 
 
-def test_a_decoder_has_the_scores_of_the_native_backend(family: Family, tmp_path: Path) -> None:
+def test_a_decoder_has_the_scores_of_the_native_backend(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = {
         "parents": [str(parent) for parent in family.parents], "space": {"method": "linear"},
         "tasks": [{"name": "words", "kind": "likelihood", "file": str(family.tasks), "heldout": 0.5}],
@@ -351,6 +353,7 @@ def test_a_decoder_has_the_scores_of_the_native_backend(family: Family, tmp_path
         evaluators = open_evaluators(problem, problem.prepare())
         rows.append(evaluators.heldout.score(problem.space.baselines()[1]).matrices["words"]["log_probability"])
     np.testing.assert_allclose(rows[1], rows[0], rtol=1e-4)
+    assert "is native as well: backend: decoder merges it layer by layer" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_convolution_is_planned_as_a_product() -> None:

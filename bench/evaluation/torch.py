@@ -2,18 +2,21 @@
 
     python -m bench torch
 
-A vision transformer and a convolutional network with batch norm, of random weights, and three parents made of it by
-noise; a candidate is a linear merge with weights of its own for each block. Ours: the search's evaluator over
-`backend: torch`, which merges and scores in one compiled program where torchax is installed, and else calls the network
-with each merge. The peer: state dicts averaged tensor by tensor in torch, `load_state_dict`, and a forward pass, with
-the same weights. Both score the same images by the same labels' log-probability, and must agree. They take turns; the
-first pass of either is not counted.
+Vision transformers, a convolutional network with batch norm and a UNet of diffusers, of random weights, and three
+parents made of each by noise; a candidate is a linear merge with weights of its own for each block. Ours: the
+search's evaluator, which merges and scores in one compiled program where JAX traces the network, and else calls the
+network with each merge, on all cores side by side. The peer: state dicts averaged tensor by tensor in torch,
+`load_state_dict`, and a forward pass, with the same weights. Both score the same examples in the same way, and must
+agree. They take turns; the first pass of either is not counted. Seconds are those of the clock, and of the processor
+(user and system): only the latter mean something on a machine that has other work.
 """
 
 import argparse
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -24,12 +27,35 @@ import numpy as np
 import torch
 import transformers
 import yaml
+from safetensors.torch import save_file
 
 from bench.shared.machine import describe, seconds_of
 from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.problem import build_problem, config_from
 
 PARENTS, CLASSES = 3, 10
+# The UNet: its file is a backend of its own.
+UNET = "UNet 32-64"
+UNET_FILE = """
+import torch
+from diffusers import UNet2DModel
+
+
+class Denoiser(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.unet = UNet2DModel(
+            sample_size=16, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8, attention_head_dim=8,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )
+
+    def forward(self, sample, timestep):
+        return self.unet(sample, timestep).sample
+
+
+def make():
+    return Denoiser()
+"""
 # name -> its class in transformers, its config, and the side of its images.
 SHAPES: dict[str, tuple[str, dict[str, Any], int]] = {
     "ViT 64 x 4": ("ViTForImageClassification", {
@@ -46,32 +72,50 @@ SHAPES: dict[str, tuple[str, dict[str, Any], int]] = {
 }  # fmt: skip
 
 
-def write_family(name: str, images: int, folder: Path) -> Path:
-    """Parents around one random network, a file of random images, and the config of a search over them."""
-    kind, sizes, side = SHAPES[name]
-    torch.manual_seed(0)
+def make(name: str) -> Any:
+    """A network of random weights."""
+    if name == UNET:
+        namespace: dict[str, Any] = {}
+        exec(UNET_FILE, namespace)
+        return namespace["make"]().eval()
+    kind, sizes, _ = SHAPES[name]
     network = getattr(transformers, kind)
-    base = network(network.config_class(**sizes, num_labels=CLASSES)).eval()
-    for number in range(PARENTS):
-        parent = network(base.config).eval()
-        parent.load_state_dict(
-            {key: tensor + 0.02 * torch.randn_like(tensor).abs() if tensor.is_floating_point() else tensor
-             for key, tensor in base.state_dict().items()}
-        )  # fmt: skip
-        parent.save_pretrained(folder / f"parent{number}")
+    return network(network.config_class(**sizes, num_labels=CLASSES)).eval()
+
+
+def write_family(name: str, images: int, folder: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """The config of a search over parents around one random network, with a file of random examples, and the parents'
+    state dicts."""
+    torch.manual_seed(0)
+    base = make(name)
+    states = [
+        {key: tensor + 0.02 * torch.randn_like(tensor).abs() if tensor.is_floating_point() else tensor.clone()
+         for key, tensor in base.state_dict().items()}
+        for _ in range(PARENTS)
+    ]  # fmt: skip
     rng = np.random.default_rng(0)
-    pixels = rng.normal(size=(2 * images, 3, side, side)).astype(np.float32)
-    np.savez(folder / "images.npz", pixel_values=pixels, label=rng.integers(0, CLASSES, 2 * images))
+    task: dict[str, Any] = {"name": "images", "file": "images.npz", "heldout": 0.5}
+    if name == UNET:
+        backend, parents = "unet.py:make", [f"parent{number}.safetensors" for number in range(PARENTS)]
+        (folder / "unet.py").write_text(UNET_FILE)
+        for parent, state in zip(parents, states, strict=True):
+            save_file(state, folder / parent)
+        sample, noise = rng.normal(size=(2, 2 * images, 3, 16, 16)).astype(np.float32)
+        np.savez(folder / "images.npz", sample=sample, label=noise, timestep=rng.integers(0, 1000, 2 * images))
+        task |= {"kind": "regression"}
+    else:
+        backend, parents = "torch", [f"parent{number}" for number in range(PARENTS)]
+        for parent, state in zip(parents, states, strict=True):
+            base.load_state_dict(state)
+            base.save_pretrained(folder / parent)
+        side = SHAPES[name][2]
+        pixels = rng.normal(size=(2 * images, 3, side, side)).astype(np.float32)
+        np.savez(folder / "images.npz", pixel_values=pixels, label=rng.integers(0, CLASSES, 2 * images))
+        task |= {"kind": "classification", "metric": "log_probability"}
     config = folder / "config.yaml"
-    config.write_text(
-        yaml.safe_dump({
-            "backend": "torch", "parents": [f"parent{number}" for number in range(PARENTS)],
-            "space": {"method": "linear", "normalize": False},
-            "tasks": [{"name": "images", "kind": "classification", "file": "images.npz", "metric": "log_probability",
-                       "heldout": 0.5}],
-        })
-    )  # fmt: skip
-    return config
+    space = {"method": "linear", "normalize": False}
+    config.write_text(yaml.safe_dump({"backend": backend, "parents": parents, "space": space, "tasks": [task]}))
+    return config, states
 
 
 def averaged(states: list[dict[str, Any]], weights: dict[str, np.ndarray], group_of: Any) -> dict[str, Any]:
@@ -83,26 +127,31 @@ def averaged(states: list[dict[str, Any]], weights: dict[str, np.ndarray], group
     }  # fmt: skip
 
 
-def compared(name: str, candidates: int, images: int, rounds: int, folder: Path) -> tuple[str, float, float]:
-    """How the network is run, and the median seconds per candidate, ours and the peer's."""
-    config = write_family(name, images, folder)
+def seconds(run: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of the clock and of the processor."""
+    begun = process_time()
+    clock = seconds_of(run)
+    return clock, process_time() - begun
+
+
+def compared(name: str, candidates: int, images: int, rounds: int, folder: Path) -> tuple[str, np.ndarray]:
+    """How the network is run, and the median seconds per candidate, float64[2, 2]: ours and the peer's, of the clock
+    and of the processor."""
+    config, states = write_family(name, images, folder)
     problem = build_problem(config, config_from(config, yaml.safe_load(config.read_text()), [], None))
     backend = problem.backend
     (tasks,) = problem.prepare().shards
     evaluator = backend.evaluator(backend.load(ONE_DEVICE, lambda done: None), tasks, candidates)
     genomes = np.random.default_rng(1).normal(size=(candidates, backend.space.dims)).astype(np.float32)
-    module = getattr(transformers, SHAPES[name][0]).from_pretrained(folder / "parent0").eval()
-    states = [
-        getattr(transformers, SHAPES[name][0]).from_pretrained(folder / f"parent{number}").state_dict()
-        for number in range(PARENTS)
-    ]
-    space = backend.merge.space
+    module, space = make(name), backend.merge.space
     labels = {path[0].key: label for path, label in zip(backend.merge.tree.paths, backend.merge.labels, strict=True)}
-    rows = tasks[0].rows[0]
-    pixels, target = torch.tensor(rows["inputs"]["pixel_values"]), torch.tensor(rows["target"]).long()
+    (rows,) = tasks[0].rows
+    inputs = {key: torch.tensor(value) for key, value in rows["inputs"].items()}
+    target = torch.tensor(rows["target"])
 
     def ours() -> np.ndarray:
-        return evaluator.score(genomes).matrices["images"]["log_probability"].mean(axis=1)
+        (matrix,) = evaluator.score(genomes).matrices["images"].values()
+        return matrix.mean(axis=1)
 
     def theirs() -> np.ndarray:
         means = []
@@ -111,29 +160,40 @@ def compared(name: str, candidates: int, images: int, rounds: int, folder: Path)
             weights = dict(zip(space.groups, values, strict=True))
             module.load_state_dict(averaged(states, weights, labels.__getitem__))
             with torch.inference_mode():
-                scores = module(pixel_values=pixels).logits.log_softmax(-1)
-            means.append(float(scores.gather(1, target[:, None]).mean()))
+                if name == UNET:
+                    means.append(-float((module(**inputs) - target).square().mean()))
+                else:
+                    scores = module(**inputs).logits.log_softmax(-1)
+                    means.append(float(scores.gather(1, target[:, None].long()).mean()))
         return np.array(means)
 
     np.testing.assert_allclose(ours(), theirs(), rtol=1e-3)
-    mine, peer = np.median([(seconds_of(ours), seconds_of(theirs)) for _ in range(rounds)], axis=0)
+    times = np.median([(seconds(ours), seconds(theirs)) for _ in range(rounds)], axis=0)
     way = "called" if any(backend._untraced.values()) else "traced"
-    return way, float(mine) / candidates, float(peer) / candidates
+    return way, times / candidates
 
 
 def main() -> None:
+    names = [*SHAPES, UNET]
     parser = argparse.ArgumentParser(description="Seconds per candidate, against a loop in torch.")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=names, default=names)
     parser.add_argument("--candidates", type=int, default=16)
-    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    print(f"{arguments.candidates} candidates, {arguments.images} images; torch {torch.__version__}; {describe()}\n")
-    print("| network | ours is | ours, ms | the loop, ms | ratio |\n| --- | --- | ---: | ---: | ---: |")
+    software = f"torch {torch.__version__} with {torch.get_num_threads()} threads"
+    print(f"{arguments.candidates} candidates; {software}; {describe()}\n")
+    print("| network | images | ours is | ours, ms | the loop, ms | ratio | ours, processor ms | the loop | ratio |")
+    print("| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name in arguments.shapes:
-        with tempfile.TemporaryDirectory() as folder:
-            way, mine, peer = compared(name, arguments.candidates, arguments.images, arguments.rounds, Path(folder))
-        print(f"| {name} | {way} | {mine * 1e3:.1f} | {peer * 1e3:.1f} | {peer / mine:.1f} |", flush=True)
+        for images in arguments.images:
+            with tempfile.TemporaryDirectory() as folder:
+                way, times = compared(name, arguments.candidates, images, arguments.rounds, Path(folder))
+            (clock, processor), (peer_clock, peer_processor) = times * 1e3
+            print(
+                f"| {name} | {images} | {way} | {clock:.1f} | {peer_clock:.1f} | {peer_clock / clock:.1f} | "
+                f"{processor:.1f} | {peer_processor:.1f} | {peer_processor / processor:.1f} |", flush=True,
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

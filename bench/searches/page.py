@@ -73,7 +73,8 @@ def processor_seconds() -> float:
 
 def opened(program: str, page: str, width: int) -> Opening:
     """Open a page in a browser of its own, until it is drawn."""
-    done, sent = threading.Event(), {}
+    done = threading.Event()
+    sent: dict[str, float] = {}
     head, mark, rest = page.partition("<title>")
     content = f"{head}{PROBE}{mark}{rest}".replace("default-src 'none'", "default-src 'none'; connect-src 'self'")
 

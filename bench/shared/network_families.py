@@ -42,7 +42,8 @@ def open_problem(config: str, family: str, seed: int, overrides: Sequence[str]) 
     path, prefix = CONFIGS / config, f"zoo:{family}/"
     written = read_config(path, overrides, seed)
     of_seed = [f"parents=[{', '.join(str(one).replace(prefix, f'{prefix}{seed}/') for one in written.parents)}]"]
-    of_seed += [f"base={prefix}{seed}/base"] if written.base is not None else []
+    for key, model in (("base", written.base), ("tokenizer_source", written.tokenizer_source)):
+        of_seed += [f"{key}={str(model).replace(prefix, f'{prefix}{seed}/')}"] if model is not None else []
     for number, task in enumerate(written.tasks):
         for key in ("file", "heldout"):
             value = getattr(task, key, None)
@@ -145,6 +146,6 @@ def print_tables(
     results = {}
     for seed in range(arguments.seeds):
         results[seed] = run_seed(seed)
-        print(f"seed {seed}: {results[seed].means}", flush=True)
+        print(f"seed {seed}: {results[seed].means}\n{lead_table({seed: results[seed]}, cell)}", flush=True)
     print(f"\n{table(title, results, cell)}\n\n{lead_table(results, cell)}\n\n{describe()}")
     return arguments, results

@@ -1,7 +1,7 @@
 """The names of tensors in image generators: which tool's names a file has, and the blocks that people set weights of.
 
 A block has the name that people know: the blocks of a U-Net are IN00, IN01 … M00 … OUT00 …, whichever names its tensors
-have; those of a transformer have the name of their list and a number, such as double_blocks.7.
+have; those of a transformer have the name of their list and a number.
 """
 
 import re

@@ -51,7 +51,10 @@ class Pipeline:
             if len(value) != 2 or not all(isinstance(part, str) for part in value):
                 raise InputError(self.path / INDEX, f"{name}: {shown(value)}; expected a library and a class")
             if not (self.path / name).is_dir():
-                raise InputError(self.path / INDEX, f"{name}: there is no folder {name}/ beside it")
+                raise InputError(
+                    self.path / INDEX, f"{name}: there is no folder {name}/ beside it; expected a whole diffusers "
+                    "folder (hf download REPOSITORY --local-dir FOLDER fetches one)",
+                )  # fmt: skip
             classes[name] = (value[0], value[1])
         return classes
 
@@ -211,7 +214,7 @@ def _notes(pipelines: Sequence[Pipeline], names: Sequence[str]) -> tuple[str, ..
         if others:
             kept = "are kept" if len(others) > 1 else "is kept"
             lines.append(
-                f"{pipeline.path}: {', '.join(others)}: not as in {first.path}, whose {kept} (components: names another "
-                "model)"
+                f"{pipeline.path}: {', '.join(others)}: not as in {first.path}, whose {kept} (components: names another"
+                " model)"
             )
     return tuple(lines)

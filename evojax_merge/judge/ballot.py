@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 import numpy as np
 
 from evojax_merge.errors import Failed
-from evojax_merge.judge.pairs import Rule, information, most_informative
+from evojax_merge.judge.batch import Batch, Pair
+from evojax_merge.judge.pairs import Rule, information, top_two
 from evojax_merge.judge.posterior import (
     Kernel,
     Outcomes,
@@ -66,14 +67,14 @@ class Standing:
 
 class Ballot:
     """Holds one task's rounds. rounds: how many the search will hold; seed: of prompts, sides and equal pairs; wake:
-    called where the search waits, so that signals are seen; rule: chooses the pairs."""
+    called where the search waits, so that signals are seen; rule: chooses the pairs; batch: votes come by file."""
 
     def __init__(
         self, task: HumanTask, file: VoteFile, rounds: int, seed: int, wake: Callable[[], None] = lambda: None,
-        rule: Rule = most_informative,
+        rule: Rule = top_two, batch: Batch | None = None,
     ) -> None:  # fmt: skip
         self.task, self._file, self._expected, self._seed, self._wake = task, file, rounds, seed, wake
-        self._rule = rule
+        self._rule, self._batch = rule, batch
         self._changed = threading.Condition(threading.RLock())
         self._round: Round | None = None
         # The last generation that came.
@@ -157,10 +158,30 @@ class Ballot:
                 record = dict(self._examples.records[question.example])
                 choice = self.task.judge.choose(record, question.prompt, question.left, question.right)
                 self.vote(question.number, choice, self.task.judge.name)
+            elif self._batch is not None:
+                self._vote_by_file(self._batch)
             else:
                 self._changed.notify_all()
                 self._changed.wait(WAIT)
                 self._wake()
+
+    def _vote_by_file(self, batch: Batch) -> None:
+        """Take the votes that were read on the pairs which the round wants next. Raises VotesAwaited where there are
+        none, once these pairs are written."""
+        assert self._round is not None
+        asked: list[tuple[str, str, Question]] = []
+        while (question := self.question(f"pair {len(asked)}")) is not None:
+            name = digest(self._round.digest, str(question.example), *map(str, question.candidates))
+            asked.append((f"pair {len(asked)}", name, question))
+        given = [(slot, question, vote) for slot, name, question in asked for vote in batch.votes.get(name, [])[:1]]
+        if not given:
+            batch.write([
+                Pair(name, self.task.question, question.prompt, question.left, question.right)
+                for _, name, question in asked
+            ])  # fmt: skip
+        for slot, question, (choice, judge) in given:
+            self.vote(question.number, choice, slot, judge=judge)
+        self._open = {}
 
     def _rounds(self) -> list[Round]:
         """The generations so far. A file that is replayed has later ones as well, which say nothing yet."""
@@ -224,17 +245,21 @@ class Ballot:
             )  # fmt: skip
             return self._open[judge]
 
-    def vote(self, number: int, choice: Choice, judge: str, weight: float = 1.0) -> bool:
-        """Write a judge's answer to a question down. False: the question is not open (any more)."""
+    def vote(self, number: int, choice: Choice, asked: str, weight: float = 1.0, judge: str = "") -> bool:
+        """Write the answer to a question of `asked` down; judge: who answered, where that is another. False: the
+        question is not open (any more)."""
         with self._changed:
-            question = self._open.get(judge)
+            question = self._open.get(asked)
             if question is None or question.number != number or self._round is None:
                 return False
-            del self._open[judge]
+            del self._open[asked]
             time = datetime.now(UTC).isoformat(timespec="seconds")
             left, right = question.candidates
             answers = digest(question.left), digest(question.right)
-            self._file.add(self._round, Vote(question.example, left, right, choice, answers, judge, weight, time))
+            self._file.add(
+                self._round,
+                Vote(question.example, left, right, choice, answers, judge or asked, weight, time),
+            )
             if self._pairs is None:
                 self._update()
             self._changed.notify_all()

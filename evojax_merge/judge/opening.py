@@ -11,6 +11,7 @@ from evojax_merge import interrupts
 from evojax_merge.errors import InputError
 from evojax_merge.file_system import atomic_write_bytes
 from evojax_merge.judge.ballot import Ballot
+from evojax_merge.judge.batch import Batch, read_choices
 from evojax_merge.judge.votes import VoteFile
 from evojax_merge.problem import SearchProblem
 from evojax_merge.search.run_parts import RunFolder
@@ -20,10 +21,13 @@ from evojax_merge.tasks.human import HumanTask
 @dataclass(frozen=True)
 class JudgeOptions:
     """port: of the page of judges; 0: any that is free. replay: a votes file of an equal search, whose votes are
-    taken."""
+    taken. pairs: a file that pairs are written to, instead of a page that is served; choices: a file of votes on
+    such pairs."""
 
     port: int = 0
     replay: Path | None = None
+    pairs: Path | None = None
+    choices: Path | None = None
 
 
 NO_JUDGES = JudgeOptions()
@@ -33,9 +37,11 @@ def check_judges(out: Path, problem: SearchProblem, options: JudgeOptions, *, re
     """Raises InputError for a search that nobody can judge, and for votes that it would lose."""
     tasks = _human_tasks(problem)
     if not tasks:
-        if options.replay is not None:
-            raise InputError("--replay", "the config has no task of kind: human")
+        if options != NO_JUDGES:
+            raise InputError(str(out), "the config has no task of kind: human; search it with evojax-merge search")
         return
+    if options.choices is not None and options.pairs is None:
+        raise InputError("--import", "goes with --export, the file for the pairs that are wanted next")
     votes = RunFolder(out).votes
     if not resume and votes.exists():
         raise InputError(votes, "holds votes; --resume continues with them, or move the file (--replay takes it)")
@@ -62,11 +68,14 @@ def judging(
     if options.replay is not None and not votes.exists():
         atomic_write_bytes(votes, options.replay.read_bytes())
     file, ballots = VoteFile(votes), {}
+    batch = None
+    if options.pairs is not None:
+        batch = Batch(options.pairs, {} if options.choices is None else read_choices(options.choices))
     for task in tasks:
-        ballots[task.name] = Ballot(task, file, problem.search.generations, problem.seed, interrupts.check)
+        ballots[task.name] = Ballot(task, file, problem.search.generations, problem.seed, interrupts.check, batch=batch)
     _check_rounds(votes, file, ballots)
     with ExitStack() as stack:
-        if any(task.judge is None for task in tasks):
+        if batch is None and any(task.judge is None for task in tasks):
             from evojax_merge.judge.server import served
 
             address = stack.enter_context(

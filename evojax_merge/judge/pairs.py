@@ -1,6 +1,6 @@
 """The pair of candidates on which a judge votes next.
 
-Three rules, of which `most_informative` is the program's; `python -m bench judge` compares them. Each takes the
+Four rules, of which `top_two` is the program's; `python -m bench judge` compares them. Each takes the
 candidates' posterior, the pairs that may be asked, bool[P, P], symmetric, and random numbers.
 """
 
@@ -39,6 +39,13 @@ def most_informative(posterior: Posterior, allowed: np.ndarray, generator: np.ra
     return _one_of(np.triu(table >= table.max() - 1e-12), generator)
 
 
+def challenged(posterior: Posterior, allowed: np.ndarray, generator: np.random.Generator) -> tuple[int, int]:
+    """A candidate that may be the best, that of one draw from the posterior, and the rival whose vote against it says
+    most about their difference."""
+    first = int(np.where(allowed.any(1), posterior.sample(1, generator)[0], -np.inf).argmax())
+    return first, int(np.where(allowed[first], information(posterior)[first], -np.inf).argmax())
+
+
 def information(posterior: Posterior) -> np.ndarray:
     """float64[P, P]: nats of information that a vote between two candidates has about the difference of their
     strengths: the mutual information of the two (Bayesian active learning by disagreement, Houlsby et al., 2011)."""
@@ -60,4 +67,9 @@ def _entropy(probability: np.ndarray) -> np.ndarray:
     return -(kept * np.log(kept) + (1 - kept) * np.log1p(-kept))
 
 
-RULES: dict[str, Rule] = {"random": random_pair, "top_two": top_two, "information": most_informative}
+RULES: dict[str, Rule] = {
+    "random": random_pair,
+    "top_two": top_two,
+    "information": most_informative,
+    "challenged": challenged,
+}

@@ -99,7 +99,9 @@ class ImageTable:
         self, tokens: np.ndarray, positions: np.ndarray, segment_ids: np.ndarray, before: np.ndarray
     ) -> ImageInputs:
         """The images of tokens `int32[B, T]` (see `GridPositions.places`)."""
-        places = None if self.positions is None else self.positions.places(tokens, positions, segment_ids, before)
+        places: Any = None
+        if self.positions is not None:
+            places = self.positions.places(tokens, positions, segment_ids, before)
         return ImageInputs(self.features, self.deepstack, places)
 
     def within(self, layers: int) -> "ImageTable":

@@ -11,6 +11,7 @@ projections (OLMo 2), its output is multiplied all the same, which is then the m
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -220,7 +221,7 @@ def run_layers(
     architecture, rows, before = architecture_of(config), state.rows, state.shared_prefix
     tables = architecture.position_tables(config, rows.layout)
 
-    def step(i: jax.Array, hidden: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
+    def step(i: jax.Array, hidden: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         (x, prefix_x), prefix = hidden, None
         weights = bank.scaled_layer(layers[i], residual_scales[i])
         kind = jax.tree.map(lambda each: each[layers[i]], bank.kinds)

@@ -250,7 +250,8 @@ class HarnessTask(TaskDefaults):
                     counts.append(1)
                     continue
                 if self.source.shows_images:
-                    pairs = [encode_image_pair(tokenizer, where, *request.args[:2], images)]
+                    before, target = request.args[:2]
+                    pairs = [encode_image_pair(tokenizer, where, before, target, images)]
                     check_length(where, sum(map(len, pairs[0])) - 1, context)
                 elif request.request_type == "loglikelihood":
                     pairs = [encode_pair(tokenizer, *request.args)]

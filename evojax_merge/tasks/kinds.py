@@ -19,7 +19,7 @@ from evojax_merge.tasks.task import TaskConfig, TaskKind
 BUILT_IN = (
     text.KIND, generation.KIND, gsm.KIND, function.KIND, harness.KIND, human.KIND, networks.CLASSIFICATION,
     networks.REGRESSION, networks.TEXT_TO_TEXT, networks.TRANSCRIPTION, networks.SIMILARITY, networks.RETRIEVAL,
-    generated_images.IMAGE_GENERATION, arrays.KIND,
+    networks.NETWORK, generated_images.IMAGE_GENERATION, arrays.KIND,
 )  # fmt: skip
 _registered: list[TaskKind] = []
 

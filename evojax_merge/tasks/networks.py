@@ -1,12 +1,12 @@
 """Tasks of networks that are no language models: examples whose inputs a model's own processor prepares.
 
-Six kinds: `classification` (the likeliest label), `regression` (numbers), `text_to_text` and `transcription` (the
-target text of a text, an image or a recording), `similarity` and `retrieval` (embeddings of texts). Scores are per
-example, and higher is better.
+Seven kinds: `classification` (the likeliest label), `regression` (numbers), `text_to_text` and `transcription` (the
+target text of a text, an image or a recording), `similarity` and `retrieval` (embeddings of texts), and `network`
+(a user's own function of what the network computes). Scores are per example, and higher is better.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,14 +16,17 @@ from pydantic import Field, field_validator
 from evojax_merge.errors import InputError, shown
 from evojax_merge.schema import Location, Name, Text, Whole
 from evojax_merge.tasks.arrays import read_examples
+from evojax_merge.tasks.function import METRIC as SCORE
+from evojax_merge.tasks.function import UserFunction, load_function
 from evojax_merge.tasks.records import Record, read_file
 from evojax_merge.tasks.task import Derivative, Opening, Place, TaskConfig, TaskDefaults, TaskKind
 
-Kind = Literal["classification", "regression", "text_to_text", "transcription", "similarity", "retrieval"]
+Kind = Literal["classification", "regression", "text_to_text", "transcription", "similarity", "retrieval", "network"]
 # The kinds of inputs that a record of each kind of task may have.
 INPUTS: dict[Kind, tuple[str, ...]] = {
     "classification": ("image", "text"),
     "regression": ("image", "text"),
+    "network": ("image", "text"),
     "text_to_text": ("image", "text"),
     "transcription": ("audio",),
 }
@@ -134,14 +137,27 @@ class RetrievalConfig(TaskConfig):
     k: Whole = Field(10, ge=1, le=1_000_000, description="how many documents count, the most similar first")
 
 
+class NetworkConfig(SeenConfig):
+    """A task that a user's own function scores, by what a network computes for the examples or by the network itself:
+    (records, outputs) -> a number for each record."""
+
+    kind: Literal["network"] = Field(description="the kind of task")
+    function: Location = Field(description="path/to/file.py:name, or module:name, from the config's folder")
+    gets: Literal["outputs", "embeddings", "module"] = Field(
+        "outputs", description="what the function is called with, beside the records"
+    )
+
+
 @dataclass(frozen=True)
 class NetworkExample:
     """An example. inputs: `image` or `audio` (a file), `text`, `first` and `second` or `query` (texts), or arrays by
-    the names of the network's arguments; target: a label, numbers, a text or several; place: its file and line."""
+    the names of the network's arguments; target: a label, numbers, a text or several; place: its file and line;
+    record: its fields in the file."""
 
     inputs: Mapping[str, Any]
     target: Any
     place: Place
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -162,7 +178,8 @@ def _hashable(value: Any) -> Hashable:
 @dataclass(frozen=True)
 class NetworkTask(TaskDefaults):
     """A task of networks. examples: all of its file's; indices: the numbers of those that the task has; files: what it
-    was made from; section: its place in the config; config: the section; corpus: further documents of a retrieval."""
+    was made from; section: its place in the config; config: the section; corpus: further documents of a retrieval;
+    function: a user's own."""
 
     backend: ClassVar[str] = "torch"
 
@@ -176,6 +193,7 @@ class NetworkTask(TaskDefaults):
     section: str
     config: Any
     corpus: tuple[str, ...] = ()
+    function: UserFunction | None = None
 
     @property
     def size(self) -> int:
@@ -186,7 +204,7 @@ class NetworkTask(TaskDefaults):
 
     @property
     def derivative(self) -> Derivative | None:
-        return None if self.metric in COMPANIONS else "linear"
+        return None if self.metric in COMPANIONS or self.function is not None else "linear"
 
     def companion(self) -> Any:
         return replace(self, metric=COMPANIONS[self.metric]) if self.metric in COMPANIONS else None
@@ -198,7 +216,8 @@ class NetworkTask(TaskDefaults):
         return [(self.examples[i].content, self.examples[i].place) for i in self.indices]
 
     def paths(self) -> dict[str, str]:
-        return {"file": str(self.files[0] if self.files[0].is_file() else self.files[0].parent.parent)}
+        function = {} if self.function is None else {"function": self.function.place}
+        return {"file": str(self.files[0] if self.files[0].is_file() else self.files[0].parent.parent)} | function
 
 
 def open_network(config: Any, opening: Opening) -> NetworkTask:
@@ -214,14 +233,19 @@ def open_network(config: Any, opening: Opening) -> NetworkTask:
     elif file.is_dir():
         examples, files = _folder(file, config.kind)
     elif file.suffix == ".npz":
-        examples, files = _arrays(file, config.target), (file,)
+        examples, files = _arrays(file, getattr(config, "target", None)), (file,)
     else:
         examples = tuple(_example(record, config, file) for record in read_file(file))
         named = [path for example in examples for name, path in example.inputs.items() if name in FILES]
         files = (file, *dict.fromkeys(named))
+    function = None
+    if isinstance(config, NetworkConfig):
+        function = load_function(f"{opening.where}.function", config.function, config.gets, opening.folder)
+        files = (*files, *function.files)
+    metric = getattr(config, "metric", SCORE)
     return NetworkTask(
-        config.name, config.kind, config.metric, config.weight, examples, tuple(range(len(examples))), files,
-        opening.where, config, corpus,
+        config.name, config.kind, metric, config.weight, examples, tuple(range(len(examples))), files,
+        opening.where, config, corpus, function,
     )  # fmt: skip
 
 
@@ -238,9 +262,12 @@ def _folder(folder: Path, kind: Kind) -> tuple[tuple[NetworkExample, ...], tuple
     return tuple(NetworkExample({"image": file}, file.parent.name, (str(file), 0)) for file in files), files
 
 
-def _arrays(file: Path, target: str) -> tuple[NetworkExample, ...]:
+def _arrays(file: Path, target: str | None) -> tuple[NetworkExample, ...]:
     """The rows of an .npz file: the target's array, and one for each argument of the network."""
     arrays = read_examples(file)
+    if target is None:
+        rows = [{name: array[i] for name, array in arrays.items()} for i in range(len(next(iter(arrays.values()))))]
+        return tuple(NetworkExample(row, None, (str(file), i + 1), row) for i, row in enumerate(rows))
     if target not in arrays:
         raise InputError(file, f"has no array {target!r}, the target (it has {', '.join(arrays)})")
     targets = arrays.pop(target)
@@ -254,14 +281,14 @@ def _arrays(file: Path, target: str) -> tuple[NetworkExample, ...]:
 
 def _example(record: Record, config: Any, file: Path) -> NetworkExample:
     """The example of a record. Raises InputError where it lacks an input or a target."""
-    fields, target = record.fields, config.target
+    fields, target = record.fields, getattr(config, "target", None)
     keys = INPUTS[config.kind]
     given = [name for name in keys if getattr(config, name) in fields]
     if len(given) != 1:
         expected = " or ".join(repr(getattr(config, name)) for name in keys)
         what = "both an image and a text" if given else "no input"
         raise InputError(record.where, f"has {what}; expected the field {expected}")
-    if target not in fields:
+    if target is not None and target not in fields:
         raise InputError(record.where, f"has no field {target!r}, the target (it has {', '.join(fields)})")
     name = given[0]
     value = fields[getattr(config, name)]
@@ -272,7 +299,8 @@ def _example(record: Record, config: Any, file: Path) -> NetworkExample:
         if not path.is_file():
             raise InputError(record.where, f"{getattr(config, name)}: {value}: no such file")
         value = path.resolve()
-    return NetworkExample({name: value}, fields[target], _place(record, file))
+    answer = None if target is None else fields[target]
+    return NetworkExample({name: value}, answer, _place(record, file), fields)
 
 
 def _place(record: Record, file: Path) -> Place:
@@ -321,3 +349,4 @@ TEXT_TO_TEXT = TaskKind(TextToTextConfig, open_network, source="file")
 TRANSCRIPTION = TaskKind(TranscriptionConfig, open_network, source="file")
 SIMILARITY = TaskKind(SimilarityConfig, open_network, source="file")
 RETRIEVAL = TaskKind(RetrievalConfig, open_network, source="file")
+NETWORK = TaskKind(NetworkConfig, open_network, source="file")

@@ -6,8 +6,8 @@ References: `zoo:base`, `zoo:maths`, `zoo:japanese` are models, `zoo:search.json
 `zoo:3/base` belongs to the family of seed 3, which is trained first, and `zoo:experts/sums` is one of six more experts
 of `zoo:base`, which are trained first as well. `zoo:loops/plus`, `zoo:loops/3/plus` belong to the looped families
 (loops), `zoo:vit/low` and `zoo:t5/french` to networks that `backend: torch` opens (vit, t5), `zoo:evovlm/vision` and
-`zoo:evovlm/3/vision` to those that see (evovlm), `zoo:smollm2/base` to the real model (smollm2). All of them are kept in
-the user's cache folder once made.
+`zoo:evovlm/3/vision` to those that see (evovlm), `zoo:smollm2/base` to the real model (smollm2). All of them are kept
+in the user's cache folder once made.
 """
 
 import re
@@ -31,7 +31,7 @@ FILES = ("search.jsonl", "heldout.jsonl")
 # More experts of the packaged base: three of hard sums in English, three that answer in Japanese.
 EXPERTS = ("sums", "differences", "both", "easy_sums", "copying", "mixed")
 # Families that are trained on the spot, each in the module of its name, which has a FAMILY.
-TRAINED = ("loops", "t5", "vit")
+TRAINED = ("evovlm", "loops", "t5", "vit")
 # The version of the training recipe in `arithmetic` and of the packaged weights: each version has a folder of its own.
 VERSION = "v3"
 
@@ -54,10 +54,6 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
         return smollm2.resolve_reference(name.removeprefix("smollm2/"))
     if name.partition("/")[0] == "experts":
         return _expert(name.partition("/")[2])
-    if name.startswith("evovlm/"):
-        from evojax_merge.zoo import evovlm
-
-        return evovlm.resolve_reference(name.removeprefix("evovlm/"))
     kind, _, rest = name.partition("/")
     if kind in TRAINED:
         family: TrainedFamily = import_module(f"evojax_merge.zoo.{kind}").FAMILY

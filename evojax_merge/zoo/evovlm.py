@@ -1,19 +1,16 @@
-"""A model that sees and answers in English, an expert that reads and answers in Japanese, and one base of both.
+"""A model that sees and is asked in English, an expert that reads and answers in Japanese, and one base of both.
 
-It is the second result of evolutionary merging (EvoVLM-JP) at the size of a toy. The `base` is a text model: it is told
-what a picture shows, patch by patch, is asked about it in either language, and answers in English. `vision` is a LLaVA
-around it, trained on the pictures and questions of easy-VQA, in English. `japanese` is a fine-tune of the base on
-texts, which answers in Japanese. The task of a merge is to answer questions about pictures *in Japanese*: `vision`
-answers them in English, and `japanese` has never seen a picture.
-
-The weights and pictures that come with the package were made by `python -m evojax_merge.zoo.evovlm`.
+It is the second result of evolutionary merging (EvoVLM-JP) at the size of a toy. The `base` is a text model: it reads
+what a picture shows, patch by patch, is asked about it in either language, and answers in words of both. `vision` is a
+LLaVA around it, trained on easy-VQA's pictures and its questions about their colours, in English; it answers as the
+base does. `japanese` is a fine-tune of the base on texts, which answers in Japanese. The task of a merge is to answer
+questions about pictures *in Japanese*: `vision` mixes the languages, and `japanese` has never seen a picture. The
+skills combine because both languages say a thing in the same order, and the base saw them mixed.
 """
 
 import io
 import json
 import re
-import shutil
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -24,16 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from safetensors.numpy import load_file, save_file
 
 from evojax_merge.checkpoints.config_file import decoder_config
-from evojax_merge.errors import InputError, did_you_mean
-from evojax_merge.file_system import atomic_folder
+from evojax_merge.errors import InputError
+from evojax_merge.models.architecture import EMBEDDING
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.layers import padded_layout
 from evojax_merge.models.sources import StackedWeights
-from evojax_merge.zoo import FILES, cache_folder, train_family
+from evojax_merge.zoo import FILES, TrainedFamily
 from evojax_merge.zoo.tiny_llama import (
     EOS,
     PAD,
@@ -42,7 +38,6 @@ from evojax_merge.zoo.tiny_llama import (
     Sizes,
     fresh_model,
     save_config,
-    save_tensors,
     save_tokenizer,
     save_weights,
     train,
@@ -51,12 +46,12 @@ from evojax_merge.zoo.tiny_llava import (
     SeeingModel,
     TowerSizes,
     fresh_vision,
-    save_seeing,
     save_seeing_config,
+    save_seeing_weights,
     seeing_forward,
 )
 
-# The version of the recipe below and of the packaged weights: every change of the training increases it.
+# The version of the recipe below: every change of the training increases it.
 VERSION = "evovlm-v1"
 MODELS = ("base", "vision", "japanese")
 PICTURES = "pictures"
@@ -76,7 +71,9 @@ QUESTIONS = {
     "what color is the SHAPE ?": "SHAPE は なにいろ です か",
     "what is the color of the SHAPE ?": "SHAPE の いろ は なに です か",
 }
-ANSWER = ("the shape is COLOR .", "その かたち は COLOR です 。")
+# The words of an answer in each language, and its ending.
+ANSWER = (("the", "その"), ("shape", "かたち"), ("is", "は"), (COLOR, COLOR))
+ENDINGS = (".", "です 。")
 # The answer about a text that tells no colour.
 UNKNOWN_COLOR = ("i cannot tell .", "わかり ません 。")
 # The words that end a question, in English and in Japanese.
@@ -92,7 +89,8 @@ def _words(*texts: str) -> list[str]:
 
 VOCABULARY = [
     PAD, EOS, UNKNOWN, BACKGROUND,
-    *_words(*NAMES, *NAMES.values(), *QUESTIONS, *QUESTIONS.values(), *ANSWER, *UNKNOWN_COLOR),
+    *_words(*NAMES, *NAMES.values(), *QUESTIONS, *QUESTIONS.values(), *map(" ".join, ANSWER),
+           *ENDINGS, *UNKNOWN_COLOR),
 ]  # fmt: skip
 IDS = {token: i for i, token in enumerate(VOCABULARY)}
 SEEING_VOCABULARY = [*VOCABULARY, IMAGE]
@@ -108,9 +106,9 @@ WIDTH = PLACES + 14
 class Plan:
     """The steps that each model trains, and the numbers of questions in the two files."""
 
-    base_steps: int = 1000
-    vision_steps: int = 2000
-    japanese_steps: int = 200
+    base_steps: int = 100
+    vision_steps: int = 500
+    japanese_steps: int = 150
     search_questions: int = 64
     heldout_questions: int = 256
 
@@ -137,9 +135,23 @@ def question_text(question: str, shape: str, language: int) -> str:
     return (question, QUESTIONS[question])[language].replace(SHAPE, (shape, SHAPES[shape])[language])
 
 
-def answer_text(color: str, language: int) -> str:
-    """The answer to any question; `color`: empty where it cannot be told."""
-    return ANSWER[language].replace(COLOR, (color, COLORS[color])[language]) if color else UNKNOWN_COLOR[language]
+def answer_text(color: str, languages: Sequence[int], ending: int) -> str:
+    """The answer to any question, each of its words in a language, with the ending of a language. color: empty where it
+    cannot be told."""
+    if not color:
+        return UNKNOWN_COLOR[ending]
+    words = [pair[language] for pair, language in zip(ANSWER, languages, strict=True)]
+    words[-1] = (color, COLORS[color])[languages[-1]]
+    return " ".join([*words, ENDINGS[ending]])
+
+
+def plain_answer(color: str, language: int) -> str:
+    return answer_text(color, [language] * len(ANSWER), language)
+
+
+def mixed_answer(rng: np.random.Generator, color: str) -> str:
+    """Each word in any language, and the English ending."""
+    return answer_text(color, rng.integers(0, 2, len(ANSWER)).tolist(), ENGLISH)
 
 
 def tokens_of(text: str) -> list[int]:
@@ -147,17 +159,16 @@ def tokens_of(text: str) -> list[int]:
 
 
 @cache
-def _sentence(question: str, color: str, shape: str, asked: int, answered: int) -> np.ndarray:
-    """int32[WIDTH - PLACES]: a question in one language, its answer in another, the end of the text, and padding."""
-    text = f"{question_text(question, shape, asked)} {answer_text(color, answered)} {EOS}"
-    tokens = tokens_of(text)
+def _sentence(question: str, shape: str, asked: int, answer: str) -> np.ndarray:
+    """int32[WIDTH - PLACES]: a question in a language, its answer, the end of the text, and padding."""
+    tokens = tokens_of(f"{question_text(question, shape, asked)} {answer} {EOS}")
     return np.array(tokens + [IDS[PAD]] * (WIDTH - PLACES - len(tokens)), np.int32)
 
 
-def text_batch(rng: np.random.Generator, count: int, languages: Sequence[int], answered: int) -> np.ndarray:
+def text_batch(rng: np.random.Generator, count: int, asked: Sequence[int], answered: int) -> np.ndarray:
     """Examples int32[count, WIDTH] of pictures in words: of a picture's patches one is its colour and one its shape,
-    both in any language, and a fifth have no colour; a question in one of the languages, and its answer in the language
-    `answered`."""
+    both in any language, and a fifth have no colour; a question in one of the languages `asked`, and its answer in the
+    language `answered`, or MIXED."""
     colors, shapes, questions = (list(names) for names in (COLORS, SHAPES, QUESTIONS))
     rows = np.full((count, WIDTH), IDS[BACKGROUND], np.int32)
     for row in rows:
@@ -166,21 +177,22 @@ def text_batch(rng: np.random.Generator, count: int, languages: Sequence[int], a
         for place, name in zip(rng.choice(PLACES, 2, replace=False), (shape, color), strict=True):
             if name:
                 row[place] = IDS[name if rng.random() < 0.5 else NAMES[name]]
-        question, asked = questions[rng.integers(len(questions))], languages[rng.integers(len(languages))]
-        row[PLACES:] = _sentence(question, color, shape, asked, answered)
+        answer = mixed_answer(rng, color) if answered == MIXED else plain_answer(color, answered)
+        question = questions[rng.integers(len(questions))]
+        row[PLACES:] = _sentence(question, shape, asked[rng.integers(len(asked))], answer)
     return rows
 
 
 def picture_batch(
     rng: np.random.Generator, count: int, pictures: Sequence[Picture], pixels: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Examples of pictures, of easy-VQA's questions about them, and of answers in English: `pixels` uint8[count, side,
+    """Examples of pictures, of easy-VQA's questions about them, and of mixed answers: `pixels` uint8[count, side,
     side, 3] and `tokens` int32[count, WIDTH]."""
     chosen, tokens = rng.integers(len(pictures), size=count), np.zeros((count, WIDTH), np.int32)
     for row, number in zip(tokens, chosen, strict=True):
         picture = pictures[number]
         question = picture.questions[rng.integers(len(picture.questions))]
-        row[PLACES:] = _sentence(question, picture.color, picture.shape, ENGLISH, ENGLISH)
+        row[PLACES:] = _sentence(question, picture.shape, ENGLISH, mixed_answer(rng, picture.color))
     return {"pixels": pixels[chosen], "tokens": tokens}
 
 
@@ -232,10 +244,7 @@ def save_questions(folder: Path, seed: int, plan: Plan) -> None:
     Japanese that names neither its colour nor its shape, and the answer, which names both."""
     rng = np.random.default_rng([seed, 0])
     every = read_pictures("test")
-    neutral = [
-        (picture, [question for question in picture.questions if SHAPE not in question])
-        for picture in every
-    ]
+    neutral = [(picture, [question for question in picture.questions if SHAPE not in question]) for picture in every]
     usable = [(picture, questions) for picture, questions in neutral if questions]
     order = rng.permutation(len(usable))[: plan.search_questions + plan.heldout_questions]
     (folder / PICTURES).mkdir()
@@ -247,7 +256,7 @@ def save_questions(folder: Path, seed: int, plan: Plan) -> None:
         record = {
             "image": f"{PICTURES}/{number}.png",
             "question": question_text(question, picture.shape, JAPANESE),
-            "answer": answer_text(picture.color, JAPANESE),
+            "answer": plain_answer(picture.color, JAPANESE),
             "english": question,
         }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
@@ -290,34 +299,57 @@ def with_image_token(model: StackedWeights) -> StackedWeights:
 
 
 BATCH = 32
+# What the learning rate is multiplied by in the decoder's layers, its embedding, and its final norm and head: seeing is
+# learnt in early layers, another language in late ones.
+SLOW = 0.1
+VISION_PACES = ((0.5, 0.5, SLOW, SLOW), SLOW, SLOW)
+JAPANESE_PACES = ((SLOW, SLOW, 1.0, 1.0), SLOW, 1.0)
+
+
+def decoder_paces(model: StackedWeights, paces: tuple[tuple[float, ...], float, float]) -> StackedWeights:
+    """The paces of a decoder's weights."""
+    layers, embedding, ends = paces
+    stacks = {
+        stack: {name: np.reshape(np.float32(layers), (-1, *[1] * (leaf.ndim - 1))) for name, leaf in leaves.items()}
+        for stack, leaves in model.stacks.items()
+    }
+    shared = {name: np.float32(embedding if name == EMBEDDING else ends) for name in model.shared}
+    return StackedWeights(stacks, shared, model.compute_dtype)
 
 
 def make_family(folder: Path, seed: int, plan: Plan, progress: Progress = lambda name, steps, loss: None) -> None:
     """Train the family into an empty folder."""
     save_questions(folder, seed, plan)
-    _save_small_files(folder)
+    save_small_files(folder)
     config, seeing_config = (decoder_config(folder / name / "config.json") for name in ("base", "vision"))
     pictures = read_pictures("train")
     pixels = pixels_of(pictures)
 
-    def stage(name: str, start: Any, steps: int, peak: float, batch: Callable[..., Any]) -> Any:
+    def stage(
+        name: str, config: DecoderConfig, start: Any, steps: int, peak: float, batch: Callable[..., Any], paces: Any
+    ) -> Any:
         rng = np.random.default_rng([seed, 2, *name.encode()])
-        chosen = seeing_config if name == "vision" else config
-        return train(
-            chosen, answer_loss, start, lambda n: batch(rng, n), steps, peak, partial(progress, name), size=BATCH
-        )
+        report = partial(progress, name)
+        return train(config, answer_loss, start, partial(batch, rng), steps, peak, report, size=BATCH, paces=paces)
 
-    told = partial(text_batch, languages=(ENGLISH, JAPANESE), answered=ENGLISH)
-    base = stage("base", fresh_model(config, seed), plan.base_steps, 3e-3, told)
+    mixed = partial(text_batch, asked=(ENGLISH, JAPANESE), answered=MIXED)
+    base = stage("base", config, fresh_model(config, seed), plan.base_steps, 3e-3, mixed, None)
     save_weights(folder / "base", base, config)
+
     start = SeeingModel(with_image_token(base), fresh_vision(TOWER_SIZES, SIZES.hidden, seed))
+    vision_paces = {name: np.float32(1) for name in start.vision}
+    paces = SeeingModel(decoder_paces(start.decoder, VISION_PACES), vision_paces)
     shown = partial(picture_batch, pictures=pictures, pixels=pixels)
-    save_seeing(folder / "vision", stage("vision", start, plan.vision_steps, 2e-3, shown), seeing_config)
-    answered = partial(text_batch, languages=(JAPANESE,), answered=JAPANESE)
-    save_weights(folder / "japanese", stage("japanese", base, plan.japanese_steps, 1e-3, answered), config)
+    save_seeing_weights(
+        folder / "vision", stage("vision", seeing_config, start, plan.vision_steps, 2e-3, shown, paces), seeing_config
+    )
+    japanese = partial(text_batch, asked=(JAPANESE,), answered=JAPANESE)
+    expert_paces = decoder_paces(base, JAPANESE_PACES)
+    expert = stage("japanese", config, base, plan.japanese_steps, 1e-3, japanese, expert_paces)
+    save_weights(folder / "japanese", expert, config)
 
 
-def _save_small_files(folder: Path) -> None:
+def save_small_files(folder: Path) -> None:
     """The models' configs and tokenizers, and the processor of `vision`."""
     for name in MODELS:
         (folder / name).mkdir()
@@ -326,61 +358,9 @@ def _save_small_files(folder: Path) -> None:
     save_seeing_config(folder / "vision", folder / "base", TOWER_SIZES, len(VOCABULARY), len(SEEING_VOCABULARY))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# References, and the family that comes with the package
-
-PACKAGED = Path(__file__).parent / "weights" / "evovlm"
-PACKAGED_SEED = 0
-QUESTIONS_FILE = "questions.zip"
+def family(plan: Plan) -> TrainedFamily:
+    """The kind of family whose models train as long as `plan` says."""
+    return TrainedFamily("evovlm", VERSION, MODELS, plan.steps, partial(make_family, plan=plan))
 
 
-def resolve_reference(name: str, plan: Plan | None = None) -> Path:
-    """The path of a model or file: `3/vision` belongs to the family of seed 3, and `vision` to the packaged one. A
-    missing family is trained first, as long as `plan` says, or unpacked. Raises InputError for another name."""
-    match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
-    if match is None or match[2] not in MODELS + FILES:
-        references = [f"zoo:evovlm/{name_or_file}" for name_or_file in MODELS + FILES]
-        near = did_you_mean(f"zoo:evovlm/{name}", references)
-        raise InputError(f"zoo:evovlm/{name}", f"the zoo has no such model or file{near}")
-    family = cache_folder() / VERSION / ("packaged" if match[1] is None else f"seed-{match[1]}")
-    if not family.is_dir():
-        if match[1] is None:
-            _unpack(family)
-        else:
-            seed, plan = int(match[1]), plan or Plan()
-            what = f"{', '.join(MODELS)} (evovlm, seed {seed})"
-            train_family(family, what, plan.steps, partial(make_family, seed=seed, plan=plan))
-    return family / match[2]
-
-
-def _unpack(family: Path) -> None:
-    try:
-        with atomic_folder(family) as work:
-            _save_small_files(work)
-            with zipfile.ZipFile(PACKAGED / QUESTIONS_FILE) as archive:
-                archive.extractall(work)
-            for name in MODELS:
-                packed = load_file(PACKAGED / f"{name}.safetensors")
-                save_tensors(work / name, {tensor: values.astype(np.float32) for tensor, values in packed.items()})
-    except InputError:
-        # Another process may have unpacked it meanwhile.
-        if not family.is_dir():
-            raise
-
-
-def pack_family(family: Path) -> None:
-    """Make a trained family of seed `PACKAGED_SEED` the packaged one, its weights in bfloat16."""
-    shutil.rmtree(PACKAGED, ignore_errors=True)
-    PACKAGED.mkdir()
-    for name in MODELS:
-        tensors = load_file(family / name / "model.safetensors")
-        narrow = {tensor: values.astype(jnp.bfloat16) for tensor, values in tensors.items()}
-        save_file(narrow, PACKAGED / f"{name}.safetensors")
-    files = [family / file for file in FILES]
-    with zipfile.ZipFile(PACKAGED / QUESTIONS_FILE, "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in [*files, *sorted((family / PICTURES).iterdir())]:
-            archive.write(file, file.relative_to(family))
-
-
-if __name__ == "__main__":
-    pack_family(resolve_reference(f"{PACKAGED_SEED}/base").parent)
+FAMILY = family(Plan())

@@ -65,17 +65,18 @@ ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98))
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _train_chunk(
-    config: DecoderConfig, loss: Loss, model: Model, state: Any, batches: Any, rates: jax.Array
+    config: DecoderConfig, loss: Loss, model: Model, paces: Model, state: Any, batches: Any, rates: jax.Array
 ) -> tuple[Model, Any, jax.Array]:
-    """Take a step per batch of arrays `[steps, B, …]` with learning rates `float32[steps]`. Returns the model, the
-    state and the mean loss."""
+    """Take a step per batch of arrays `[steps, B, …]` with learning rates `float32[steps]` times `paces`. Returns the
+    model, the state and the mean loss."""
 
     def step(carry: tuple[Model, Any], xs: tuple[Any, jax.Array]) -> tuple[tuple[Model, Any], jax.Array]:
         model, state = carry
         batch, rate = xs
         value, gradient = jax.value_and_grad(partial(loss, config))(model, batch)
         updates, state = ADAM.update(gradient, state)
-        return (jax.tree.map(lambda leaf, update: leaf - rate * update, model, updates), state), value
+        moved = jax.tree.map(lambda leaf, update, pace: leaf - rate * pace * update, model, updates, paces)
+        return (moved, state), value
 
     (model, state), losses = jax.lax.scan(step, (model, state), (batches, rates))
     return model, state, losses.mean()
@@ -99,16 +100,19 @@ def train(
     peak: float,
     progress: Callable[[int, float], None] = lambda steps, loss: None,
     size: int = BATCH,
+    paces: Model | None = None,
 ) -> Model:
     """Train on `steps` batches of `size` examples (`batch(count)` gives arrays `[count, …]`). `progress` receives steps
-    and loss."""
+    and loss; paces: what each weight's learning rate is multiplied by, one for all by default."""
+    if paces is None:
+        paces = jax.tree.map(lambda leaf: np.float32(1), model)
     state, rates = ADAM.init(model), learning_rates(steps, peak)
     for start in range(0, steps, CHUNK):
         count = min(CHUNK, steps - start)
         batches = jax.tree.map(
             lambda examples, count=count: examples.reshape(count, size, *examples.shape[1:]), batch(count * size)
         )
-        model, state, mean_loss = _train_chunk(config, loss, model, state, batches, rates[start : start + count])
+        model, state, mean_loss = _train_chunk(config, loss, model, paces, state, batches, rates[start : start + count])
         progress(count, float(mean_loss))
     return model
 

@@ -130,11 +130,12 @@ def seeing_forward(
     table = features(sizes, model.vision, pixels)
     numbers = ~jnp.arange(count * places, dtype=jnp.int32).reshape(count, places)
     tokens = jnp.concatenate([numbers, tokens[:, places:]], axis=1)
-    hidden, _ = forward(config, model.decoder, tokens, layout, images=ImageInputs(table.reshape(count * places, -1)))
+    images = ImageInputs(table.reshape(count * places, -1))
+    hidden, _ = forward(config, model.decoder, tokens, layout, images=images)
     return hidden
 
 
-def save_seeing(folder: Path, model: SeeingModel, config: DecoderConfig) -> None:
+def save_seeing_weights(folder: Path, model: SeeingModel, config: DecoderConfig) -> None:
     """Save the weights."""
     decoder = {f"{DECODER}{name}": values for name, values in stored_tensors(model.decoder, config)}
     save_tensors(folder, decoder | {name: np.asarray(values) for name, values in model.vision.items()})

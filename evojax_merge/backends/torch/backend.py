@@ -30,6 +30,7 @@ from evojax_merge.backends.torch.network import (
     SCORES,
     Ask,
     EmbeddingScorer,
+    FunctionScorer,
     Network,
     Scorer,
     WrittenScorer,
@@ -39,11 +40,14 @@ from evojax_merge.backends.torch.network import (
     ranking_scores,
     similarity_scores,
 )
+from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.costs import convolution_share, cost_of
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.memory import available_memory
+from evojax_merge.models.architecture import known_architecture
+from evojax_merge.report.plan import shown_bytes
 from evojax_merge.report.progress import say
 from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.networks import PAIRED, WRITTEN, NetworkTask
@@ -81,7 +85,7 @@ class TorchBackend(FunctionBackend):
         if not isinstance(task, NetworkTask) and getattr(task, "kind", None) != "likelihood":
             raise InputError(
                 where, f"{task.name}: a {type(task).__name__} asks no network of torch; expected one of kind: "
-                f"{', '.join((*SCORES, *PAIRED))}",
+                f"{', '.join((*SCORES, *PAIRED))} or network",
             )  # fmt: skip
 
     def prepare(self, splits: Splits[list[Any]]) -> Splits[list[ArrayTask]]:
@@ -92,6 +96,11 @@ class TorchBackend(FunctionBackend):
             self._calibration.extend(
                 (self._ask(task), _batches(arrays.rows[0]["inputs"]))
                 for task, arrays in zip(splits.search, prepared.search, strict=True)
+            )
+        if not described and self._is_native():
+            say(
+                f"{self.network.name} is native as well: backend: decoder merges it layer by layer as it is scored; "
+                f"here every candidate is a whole model, of {shown_bytes(4 * self._numbers())} in float32"
             )
         for why in dict.fromkeys(self._untraced.values()):
             names = [task for task, reason in self._untraced.items() if reason == why and task not in described]
@@ -105,6 +114,17 @@ class TorchBackend(FunctionBackend):
             )  # fmt: skip
         return prepared
 
+    def _is_native(self) -> bool:
+        """Return whether backend: decoder opens the models as well."""
+        config = self.models[0] / "config.json"
+        if not config.is_file():
+            return False
+        return known_architecture(read_json_object(config, missing={}).get("model_type")) is not None
+
+    def _numbers(self) -> int:
+        """How many numbers of a candidate are merged."""
+        return sum(leaf.sources[0].size for leaf in self.merge.tree.leaves if leaf.merged)
+
     def _way(self, why: str, tasks: Sequence[str]) -> str:
         """One line on how the network is run for some tasks. why: see `_untraced`."""
         if not why:
@@ -116,8 +136,8 @@ class TorchBackend(FunctionBackend):
         programs = super().programs(population, devices)
         programs.finish = self.finished
         if not self.target.is_accelerator:
-            candidate = sum(leaf.sources[0].size for leaf in self.merge.tree.leaves if leaf.merged) * 4
-            programs.together = partial(on_cores, most=max(1, available_memory() // (4 * candidate)))
+            # A quarter of the memory, with candidates in float32.
+            programs.together = partial(on_cores, most=max(1, available_memory() // (16 * self._numbers())))
         return programs
 
     def finished(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -141,9 +161,8 @@ class TorchBackend(FunctionBackend):
         count = super().chunk(population)
         if self.settings.chunk is not None or not self.target.is_accelerator:
             return count
-        candidate = sum(leaf.sources[0].size for leaf in self.merge.tree.leaves if leaf.merged) * 4
         room = (self.target.memory - self.held_bytes()) // 4
-        return max(1, min(count, int(room // candidate)))
+        return max(1, min(count, int(room // (4 * self._numbers()))))
 
     def _prepared(self, task: Any, follows_gradient: bool) -> ArrayTask:
         """A task as arrays. The examples of networks' tasks are prepared once for all splits."""
@@ -169,6 +188,9 @@ class TorchBackend(FunctionBackend):
     def _scorer(self, task: Any, traced: bool) -> Callable[..., Any]:
         """The function of a task: (weights, rows) -> float[N]."""
         network = self.network
+        if isinstance(task, NetworkTask) and task.function is not None:
+            ask = None if task.config.gets == "module" else self._ask(task)
+            return FunctionScorer(network, task.function, [one.record for one in task.examples], ask, BATCH)
         others = self._others(task)
         if task.metric in WRITTEN:
             targets = tuple(example.target for example in task.examples)
@@ -196,6 +218,8 @@ class TorchBackend(FunctionBackend):
         that fails on them, or whose outputs are random. follows_gradient: whether the search needs the derivative."""
         if task.metric in WRITTEN:
             return "it writes texts"
+        if isinstance(task, NetworkTask) and getattr(task.config, "gets", "") == "module":
+            return "a function of Python gets the module"
         network, weights = self.network, self.merge.tree.source(0)
         inputs = {name: array[:PROBED] for name, array in examples["inputs"].items()}
         name, ask = network.name, self._ask(task)
@@ -223,6 +247,8 @@ class TorchBackend(FunctionBackend):
                 where, f"{task.name}: {name} has outputs of shape {list(once.shape[1:])}, and targets are of "
                 f"{list(examples['target'].shape[1:])}",
             )  # fmt: skip
+        if isinstance(task, NetworkTask) and task.function is not None:
+            return "a function of Python scores it"
         if self.settings.recalibrate:
             return "its batch norms are measured for each candidate"
         environment, reason = networks.torchax_environment()
@@ -246,7 +272,8 @@ class TorchBackend(FunctionBackend):
     def _ask(self, task: Any) -> Ask:
         """What a task asks a network for, beside texts."""
         by_text = isinstance(task, NetworkTask) and is_zero_shot(task, self.network)
-        return embeddings if task.kind in PAIRED or by_text else outputs
+        asked = isinstance(task, NetworkTask) and getattr(task.config, "gets", "") == "embeddings"
+        return embeddings if task.kind in PAIRED or by_text or asked else outputs
 
     def warnings(self, prepared: Splits[list[ArrayTask]]) -> list[str]:
         lines = super().warnings(prepared)

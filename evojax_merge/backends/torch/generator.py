@@ -21,8 +21,8 @@ from evojax_merge.checkpoints.pipelines import INDEX, Components, Pipeline
 from evojax_merge.errors import InputError
 from evojax_merge.tasks.generated_images import ImageTask
 
-# The libraries whose classes are run, and their name of an argument of from_pretrained.
-LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}
+# The libraries whose classes are run.
+LIBRARIES = ("diffusers", "transformers")
 # The errors of from_pretrained for a folder that does not fit its class.
 OPENING = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
 # The projections of attention, in diffusers' names.
@@ -50,9 +50,8 @@ def open_component(pipeline: Pipeline, name: str) -> Any:
     if pipeline.has_weights(name):
         entries = open_folder(pipeline.path / name).entries.values()
         dtypes = [str(entry.dtype) for entry in entries if is_float(entry.dtype)]
-        key = LIBRARIES.get(pipeline.classes[name][0], "")
-        options |= {key: getattr(torch, dtypes[0] if dtypes else "float32"), "use_safetensors": True}
-        options["output_loading_info"] = True
+        dtype = getattr(torch, dtypes[0] if dtypes else "float32")
+        options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     folder = pipeline.path / name
     component = component_class(pipeline, name)
     with quiet():
@@ -165,8 +164,8 @@ def open_generator(components: Components, modules: Mapping[str, Any]) -> Genera
     import diffusers
 
     first = components.first
-    found = getattr(diffusers, first.class_name, None)
-    if not isinstance(found, type):
+    pipeline_class: Any = getattr(diffusers, first.class_name, None)
+    if not callable(getattr(pipeline_class, "from_pretrained", None)):
         raise InputError(
             first.path / INDEX, f"_class_name: {first.class_name}; diffusers {diffusers.__version__} has no such "
             "class, and code that comes with a model is not run",
@@ -179,7 +178,7 @@ def open_generator(components: Components, modules: Mapping[str, Any]) -> Genera
             given[name] = open_component(pipeline, name)
     with quiet():
         try:
-            pipeline = found.from_pretrained(first.path, local_files_only=True, torch_dtype=torch.float32, **given)
+            pipeline = pipeline_class.from_pretrained(first.path, local_files_only=True, dtype=torch.float32, **given)
         except OPENING as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(first.path, f"{first.class_name} cannot open it ({reason})") from None

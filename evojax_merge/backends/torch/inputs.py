@@ -50,7 +50,11 @@ def example_arrays(task: NetworkTask, network: Network, folder: Path) -> dict[st
         inputs = _tokens(load_tokenizer(folder), _texts(examples), _length(network, folder))
     else:
         inputs = {name: np.stack([example.inputs[name] for example in examples]) for name in examples[0].inputs}
-    inputs = _accepted(network, inputs, examples[0].where, strict=first not in ("image", "audio", "text"))
+    strict = first not in ("image", "audio", "text") and task.function is None
+    inputs = _accepted(network, inputs, examples[0].where, strict)
+    if task.function is not None:
+        # The function is given the records by their numbers.
+        return {"inputs": inputs, "target": np.arange(len(examples), dtype=np.int32)}
     if is_zero_shot(task, network):
         return {"inputs": inputs, "target": _class_numbers(task)}
     if task.kind in ("classification", "regression"):

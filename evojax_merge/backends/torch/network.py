@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from evojax_merge.tasks.function import UserFunction, checked, guard_user_function
+
 # The field of a module's output that tasks score.
 OUTPUT = "logits"
 # The tensor of CLIP's family whose exponential multiplies cosines, and what does so for networks without one.
@@ -80,6 +82,14 @@ class Network:
             answer = self._answer(tensors, arguments, ask)
         result: jax.Array = environment.t2j_iso(answer)
         return result
+
+    def loaded(self, weights: Mapping[str, Any]) -> Any:
+        """A module with a candidate's weights."""
+        module = copy.deepcopy(self.module)
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        for name, array in weights.items():
+            tensors[name].data = to_torch(array).float().clone()
+        return module.eval()
 
     def measured(
         self, weights: Mapping[str, Any], batches: Sequence[Mapping[str, Any]], ask: "Ask"
@@ -265,6 +275,28 @@ class WrittenScorer:
             texts += self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         targets = (self.targets[number] for number in rows["target"])
         return np.array([self.compare(*pair) for pair in zip(texts, targets, strict=True)], np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionScorer:
+    """A task's function (weights, rows) -> float[N] that a user's own computes: of the records, by the number that a
+    row has as target, and of the answers to `ask`, float[N, …], or, where there is none, of the module."""
+
+    network: Network
+    function: UserFunction
+    records: Sequence[Mapping[str, Any]]
+    ask: Ask | None
+    batch: int
+
+    def __call__(self, weights: Mapping[str, Any], rows: Mapping[str, Any]) -> np.ndarray:
+        ask, records = self.ask, [dict(self.records[number]) for number in rows["target"]]
+        if ask is None:
+            given: Any = self.network.loaded(weights)
+        else:
+            inputs = rows["inputs"]
+            given = in_batches(lambda part: self.network.call(weights, part, ask), inputs, self.batch, traced=False)
+        with guard_user_function(self.function.reference):
+            return checked(self.function, self.function.call(records, given), len(records))
 
 
 def _rows(rows: Mapping[str, Any], numbers: range) -> Any:

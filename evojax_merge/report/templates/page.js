@@ -59,7 +59,11 @@ async function draw() {
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
   for (const place of document.querySelectorAll("[data-chart]")) {
     const options = { actions: false, renderer: "svg", config, tooltip: { theme: dark ? "dark" : "light" } };
-    const { view } = await vegaEmbed(place, coloured(specs[place.dataset.chart]), options);
+    const spec = coloured(specs[place.dataset.chart]);
+    const map = /^map-(\d+)$/.exec(place.dataset.chart);
+    // The room for the names of rows is measured once.
+    if (map) spec.datasets = { [`cells${map[1]}`]: rows(Number(map[1]), Number(slider.value)) };
+    const { view } = await vegaEmbed(place, spec, options);
     views.set(place.dataset.chart, view);
   }
   if (slider) show(Number(slider.value));

@@ -1,0 +1,236 @@
+"""How far the votes of a simulated person take a search, against the score in that person's mind (ten minutes).
+
+    python -m bench judge
+    python -m bench judge --seeds 2 --kinds right --rules information random
+
+The person prefers the answer with the higher hidden score, and errs in a fifth of the votes. Kinds: `right`, answers to
+the sums of the demo family that have more of the right letters; `form`, answers of the wanted length and ending. Rows:
+`fitness` is the search that sees the hidden score itself; the three rules that choose the next pair; `one by one`,
+where a vote says whether one answer is good. All searches have the same generations, and all but `fitness` the same
+votes. With the package optuna-dashboard, `Optuna` asks for the better of two genomes of its preferential sampler, as
+many times. A figure is the mean hidden score of the winner, chosen as every search chooses it, less that of the
+uniform merge, as a share of what `fitness` gains.
+"""
+
+import argparse
+import difflib
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from bench.shared.machine import describe
+from evojax_merge.core import evolve_on
+from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.judge.ballot import Ballot
+from evojax_merge.judge.evaluation import judged
+from evojax_merge.judge.pairs import RULES
+from evojax_merge.judge.votes import VoteFile
+from evojax_merge.problem import SearchProblem, build_problem, config_from
+from evojax_merge.search.genomes import SpaceEvaluator
+from evojax_merge.search.loop import MemoryStorage, Reporter, rescore
+from evojax_merge.search.protocols import Progress
+from evojax_merge.selection import open_evaluators
+from evojax_merge.tasks.human import METRIC, HumanTask
+from evojax_merge.tasks.splits import Splits
+from evojax_merge.tasks.votes import Choice
+
+CONFIG: dict[str, Any] = {
+    "base": "zoo:base", "parents": ["zoo:maths", "zoo:japanese"],
+    "space": {
+        "method": "task_arithmetic", "components": ["attention+mlp+norm"], "layers_per_group": "all",
+        "parameters": {"weight": {"low": 0.0, "high": 1.5}},
+    },
+    "tasks": [{
+        "name": "taste", "kind": "human", "file": "zoo:search.jsonl", "heldout": "zoo:heldout.jsonl",
+        "max_new_tokens": 6, "limit": 32,
+    }],
+}  # fmt: skip
+NOISE = 0.2
+Hidden = Callable[[Mapping[str, Any], str], float]
+
+
+def right_letters(record: Mapping[str, Any], answer: str) -> float:
+    """The share of letters that agree with the right answer."""
+    return difflib.SequenceMatcher(None, answer.strip(), record["target"].strip(), autojunk=False).ratio()
+
+
+def wanted_form(record: Mapping[str, Any], answer: str) -> float:
+    """Half for the ending of the right answer, half for its number of words."""
+    words, wanted = answer.split(), record["target"].split()
+    ending = words[-1:] == wanted[-1:]
+    return 0.5 * ending + 0.5 / (1 + abs(len(words) - len(wanted)))
+
+
+KINDS: dict[str, Hidden] = {"right": right_letters, "form": wanted_form}
+
+
+@dataclass
+class Person:
+    """A judge who prefers the higher hidden score, and errs in a share `NOISE` of the votes."""
+
+    hidden: Hidden
+    generator: np.random.Generator
+    name: str = "person"
+    files: tuple[Path, ...] = ()
+
+    def choose(self, record: dict[str, Any], prompt: str, left: str, right: str) -> Choice:
+        difference = self.hidden(record, left) - self.hidden(record, right)
+        if difference == 0:
+            return "tie"
+        return "left" if (difference > 0) != (self.generator.random() < NOISE) else "right"
+
+    def likes(self, record: dict[str, Any], answer: str, least: float) -> bool:
+        return (self.hidden(record, answer) >= least) != (self.generator.random() < NOISE)
+
+    def report(self) -> str | None:
+        return None
+
+
+@dataclass(frozen=True)
+class HiddenEvaluator(SpaceEvaluator[Any]):
+    """Scores candidates by the hidden score."""
+
+    hidden: Hidden = right_letters
+
+    def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
+        scores = super().score(genomes, progress)
+        return _scored(self.tasks[0], scores, [
+            [self.hidden(record, text) for record, text in zip(self.tasks[0].records, texts, strict=True)]
+            for texts in scores.outputs["taste"]
+        ])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OneByOneEvaluator(SpaceEvaluator[Any]):
+    """Scores candidates by votes on single answers, the same number for each of a generation."""
+
+    person: Person | None = None
+    votes: int = 1
+    least: float = 0.5
+
+    def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
+        scores, person = super().score(genomes, progress), self.person
+        assert person is not None
+        records, rows = self.tasks[0].records, []
+        for texts in scores.outputs["taste"]:
+            asked = person.generator.choice(len(records), self.votes, replace=False)
+            liked = sum(person.likes(records[n], texts[n], self.least) for n in asked)
+            rows.append([(1 + liked) / (2 + self.votes)] * len(records))
+        return _scored(self.tasks[0], scores, rows)
+
+
+def _scored(task: HumanTask, scores: TaskScores, rows: Any) -> TaskScores:
+    return replace(scores, matrices={task.name: {METRIC: np.array(rows, np.float32).reshape(-1, task.size)}})
+
+
+def problem_of(seed: int, generations: int, population: int, votes: int) -> SearchProblem:
+    document = {**CONFIG, "seed": seed, "search": {"generations": generations, "population": population}}
+    document["tasks"] = [{**CONFIG["tasks"][0], "votes": votes}]
+    path = Path("judge.yaml")
+    return build_problem(path, config_from(path, yaml.safe_load(yaml.safe_dump(document)), [], None))
+
+
+def gain_of(winner: np.ndarray, problem: SearchProblem, truth: HiddenEvaluator) -> float:
+    """The hidden score of a genome less that of the uniform merge."""
+    plain = problem.space.baselines()[1][:1]
+    values = truth.score(np.stack([winner, plain[0]])).matrices["taste"][METRIC].mean(1)
+    return float(values[0] - values[1])
+
+
+def search(problem: SearchProblem, on: Splits[Any]) -> np.ndarray:
+    """The genome of the winner."""
+    archive = evolve_on(problem, on, MemoryStorage(), Reporter())
+    return rescore(problem.space, on.search, archive, lambda done: None)[0].genome
+
+
+def by_votes(problem: SearchProblem, on: Splits[Any], person: Person, rule: str) -> np.ndarray:
+    task = replace(problem.splits.search[0], judge=person)
+    with tempfile.TemporaryDirectory() as folder:
+        file = VoteFile(Path(folder) / "votes.jsonl")
+        ballot = Ballot(task, file, problem.search.generations, problem.seed, rule=RULES[rule])
+        return search(problem, judged(on, {"taste": ballot}))
+
+
+def by_optuna(problem: SearchProblem, truth: HiddenEvaluator, person: Person, votes: int) -> np.ndarray:
+    """The genome that Optuna's preferential sampler ends with: of each pair that it proposes, the person votes on the
+    answers to one prompt."""
+    import optuna
+    import torch
+    from optuna_dashboard.preferential import create_study
+    from optuna_dashboard.preferential.samplers.gp import PreferentialGPSampler
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # In float32 the sampler's own factorisations fail.
+    torch.set_default_dtype(torch.float64)
+    study = create_study(n_generate=2, sampler=PreferentialGPSampler(seed=problem.seed))
+    records, answers = truth.tasks[0].records, {}
+
+    def propose() -> Any:
+        trial = study.ask()
+        genome = np.array([trial.suggest_float(f"x{d}", 0.0, 1.0) for d in range(problem.space.dims)], np.float32)
+        answers[trial.number] = (genome, SpaceEvaluator.score(truth, genome[None]).outputs["taste"][0], trial)
+        return trial
+
+    best = propose()
+    for _ in range(votes):
+        other = propose()
+        n = int(person.generator.integers(len(records)))
+        choice = person.choose(records[n], "", answers[best.number][1][n], answers[other.number][1][n])
+        worse, better = (other, best) if choice in ("left", "tie") else (best, other)
+        study.report_preference(better, worse)
+        best = better
+    return answers[best.number][0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    rows = (*RULES, "one by one", "Optuna")
+    parser.add_argument("--rules", nargs="+", choices=rows, default=list(rows))
+    parser.add_argument("--votes", type=int, default=150)
+    parser.add_argument("--generations", type=int, default=8)
+    parser.add_argument("--population", type=int, default=8)
+    arguments = parser.parse_args()
+    if "Optuna" in arguments.rules and find_spec("optuna_dashboard") is None:
+        print("optuna-dashboard is not installed: its sampler is left out", flush=True)
+        arguments.rules.remove("Optuna")
+    on: Splits[SpaceEvaluator[Any]] | None = None
+    print("| kind, seed | fitness gains |" + "".join(f" {rule} |" for rule in arguments.rules))
+    print("| --- | ---: |" + " ---: |" * len(arguments.rules), flush=True)
+    for kind in arguments.kinds:
+        shares = []
+        for seed in range(arguments.seeds):
+            problem = problem_of(seed, arguments.generations, arguments.population, arguments.votes)
+            on = open_evaluators(problem, problem.prepare()) if on is None else on
+            shard = on.shards[0]
+            truth = HiddenEvaluator(shard.space, shard.evaluator, shard.devices, shard.goal, KINDS[kind])
+            seen = replace(on, shards=[truth], search=truth)
+            most = gain_of(search(problem, seen), problem, truth)
+            gains = []
+            for rule in arguments.rules:
+                person = Person(KINDS[kind], np.random.default_rng([seed, 7]))
+                if rule == "one by one":
+                    each = -(-arguments.votes // (arguments.generations * arguments.population))
+                    one = OneByOneEvaluator(shard.space, shard.evaluator, shard.devices, shard.goal, person, each)
+                    winner = search(problem, replace(on, shards=[one], search=one))
+                elif rule == "Optuna":
+                    winner = by_optuna(problem, truth, person, arguments.votes)
+                else:
+                    winner = by_votes(problem, on, person, rule)
+                gains.append(gain_of(winner, problem, truth) / most)
+            shares.append(gains)
+            print(f"| {kind}, {seed} | {most:+.3f} |" + "".join(f" {gain:.0%} |" for gain in gains), flush=True)
+        means = np.mean(shares, axis=0)
+        print(f"| {kind}, mean | |" + "".join(f" {mean:.0%} |" for mean in means), flush=True)
+    print(f"\n{arguments.votes} votes, {NOISE:.0%} of them wrong; {describe()}")
+
+
+if __name__ == "__main__":
+    main()
