@@ -94,7 +94,8 @@ def score(folder: Path, *tasks: dict[str, Any]) -> tuple[TaskScores, list[str]]:
     lines: list[str] = []
     file = TaskFile(tasks=[{"name": f"task{i}", **task} for i, task in enumerate(tasks)])  # type: ignore[list-item]
     task_set = open_tasks("tasks.yaml", file, folder.parent)
-    score_models([str(folder)], task_set, lines.append, lines.append, lambda name, _, scores: scored.append(scores))
+    # The scores are the last argument of what writes the rows of answers.
+    score_models([str(folder)], task_set, lines.append, lines.append, lambda _, rows: scored.append(rows.args[-1]))
     return scored[0], lines
 
 

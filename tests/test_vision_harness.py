@@ -80,7 +80,9 @@ def score(root: Path, *tasks: dict[str, Any], model: str = "model") -> TaskScore
     sections = [{"include_path": str(root), **task} for task in tasks]
     task_set = open_tasks("tasks.yaml", TaskFile(tasks=sections), root)  # type: ignore[arg-type]
     lines: list[str] = []
-    score_models([str(root / model)], task_set, lines.append, lines.append, lambda _, __, scores: scored.append(scores))
+    # The scores are the last argument of what writes the rows of answers.
+    write = lines.append
+    score_models([str(root / model)], task_set, write, write, lambda _, rows: scored.append(rows.args[-1]))
     return scored[0]
 
 
