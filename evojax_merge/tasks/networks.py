@@ -224,8 +224,9 @@ def open_network(config: Any, opening: Opening) -> NetworkTask:
     """The task on the examples of one source. Raises InputError for a file that does not fit."""
     file = opening.file(*opening.source("file", config.file))
     corpus: tuple[str, ...] = ()
+    files: tuple[Path, ...] = (file,)
     if config.kind in PAIRED:
-        examples, files = tuple(PAIRED[config.kind](record, config, file) for record in read_file(file)), (file,)
+        examples = tuple(PAIRED[config.kind](record, config, file) for record in read_file(file))
         if getattr(config, "corpus", None) is not None:
             more = opening.file("corpus", config.corpus)
             corpus = tuple(text for record in read_file(more) for text in _documents(record, config))
@@ -233,7 +234,7 @@ def open_network(config: Any, opening: Opening) -> NetworkTask:
     elif file.is_dir():
         examples, files = _folder(file, config.kind)
     elif file.suffix == ".npz":
-        examples, files = _arrays(file, getattr(config, "target", None)), (file,)
+        examples = _arrays(file, getattr(config, "target", None))
     else:
         examples = tuple(_example(record, config, file) for record in read_file(file))
         named = [path for example in examples for name, path in example.inputs.items() if name in FILES]

@@ -54,8 +54,8 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
         return _expert(name.partition("/")[2])
     kind, _, rest = name.partition("/")
     if kind in TRAINED:
-        family: TrainedFamily = import_module(f"evojax_merge.zoo.{kind}").FAMILY
-        return family.resolve_reference(rest)
+        trained: TrainedFamily = import_module(f"evojax_merge.zoo.{kind}").FAMILY
+        return trained.resolve_reference(rest)
     match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
     if match is None or match[2] not in MODELS + FILES:
         numbered = re.match(r"\d{1,9}/", name)

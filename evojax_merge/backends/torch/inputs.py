@@ -225,7 +225,7 @@ def _recordings(examples: Sequence[NetworkExample], folder: Path) -> dict[str, n
 
 def _target_tokens(task: NetworkTask, network: Network, folder: Path) -> np.ndarray:
     """int32[N, T]: the tokens of the target texts. Raises InputError for a network that writes none."""
-    config = getattr(network.module, "config", None)
+    config: Any = getattr(network.module, "config", None)
     if not getattr(config, "is_encoder_decoder", False):
         raise InputError(
             task.section, f"{task.name}: {network.name} is no encoder-decoder; a decoder takes kind: likelihood"

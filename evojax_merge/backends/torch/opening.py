@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.function.opening import (
@@ -39,7 +39,7 @@ class TorchFactory:
     makes (`backend: FILE.py:make`)."""
 
     make: Callable[[], Any] | None = None
-    merges_recipes: ClassVar[bool] = False
+    merges_recipes: bool = False
 
     def check(self, where: str, config: Config) -> None:
         check_config(where, config, "networks are", FOREIGN_KEYS)
