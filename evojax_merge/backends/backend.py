@@ -209,10 +209,12 @@ class Backend(Protocol):
 
 
 class BackendFactory(Protocol):
-    """Opens the models of a config of one kind: `backend: NAME`. merges_recipes: whether `merge` makes a candidate of
-    its recipe; otherwise the backend makes it of its genome."""
+    """Opens the models of a config of one kind: `backend: NAME`."""
 
-    merges_recipes: bool
+    @property
+    def merges_recipes(self) -> bool:
+        """Whether `merge` makes a candidate of its recipe; otherwise the backend makes it of its genome."""
+        ...
 
     def check(self, where: str, config: Config) -> None:
         """Raises InputError for a config that cannot be searched, before any file is opened."""

@@ -2,7 +2,7 @@
 
 The `base` sees scikit-learn's handwritten digits for a moment. One copy is then fine-tuned on the digits 0 to 4, `low`,
 another on 5 to 9, `high`, and each forgets the other five. The task of a merge is all ten. It is the setting of
-AdaMerging (arXiv 2310.02575) and FusionBench at the size of a toy.
+adaptive merging (Yang et al., arXiv 2310.02575) at the size of a toy.
 """
 
 import json
