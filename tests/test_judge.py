@@ -20,6 +20,7 @@ from hostile import Running, run_command, start_command
 from scipy.optimize import minimize
 
 from evojax_merge.errors import Failed, InputError
+from evojax_merge.judge import ballot as ballots
 from evojax_merge.judge.ballot import Ballot
 from evojax_merge.judge.batch import Batch, Pair, VotesAwaited, read_choices
 from evojax_merge.judge.pairs import RULES, information
@@ -408,6 +409,16 @@ def test_two_judges_have_different_questions_and_a_port_in_use_is_named(tmp_path
         port = int(address.split(":")[2].split("/")[0])
         with pytest.raises(InputError, match=f"{port} cannot be listened on"), served([one], port):
             pass
+
+
+def test_the_question_of_a_judge_who_left_goes_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = ballot(tmp_path)
+    voted_on(one, ["a", "b"])
+    left = one.question("ann")
+    assert left is not None and one.question("bob") is None
+    monkeypatch.setattr(ballots, "PATIENCE", -1.0)
+    assert one.question("bob") == left
+    assert not one.vote(left.number, "left", "ann") and one.vote(left.number, "left", "bob")
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")

@@ -6,6 +6,7 @@ any thread; the search waits in `strengths`.
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,6 +33,8 @@ from evojax_merge.tasks.votes import Choice
 LEAST_INFORMATION = 0.005
 # The standard deviation of strengths before the first vote.
 FIRST_DEVIATION = 2.0
+# Seconds after which a question that nobody answers goes to another judge, where none is left for that one.
+PATIENCE = 60.0
 # Seconds between two looks at signals while the search waits for votes.
 WAIT = 0.2
 
@@ -87,6 +90,8 @@ class Ballot:
         self._posterior: Posterior | None = None
         self._open: dict[str, Question] = {}
         self._number = 0
+        # When each question was asked, in seconds of a clock that nothing else depends on.
+        self._asked_at: dict[int, float] = {}
         self._error: BaseException | None = None
 
     # -----------------------------------------------------------------------------------------------------------
@@ -234,16 +239,26 @@ class Ballot:
             votes = len(self._round.votes) + len(self._open)
             chosen = None if votes >= self._most else self._next()
             if chosen is None:
-                return None
+                return self._left_behind(judge)
             (first, second), example = chosen
             generator = self._generator(votes, 1)
             left, right = (first, second) if generator.random() < 0.5 else (second, first)
             self._number += 1
+            self._asked_at[self._number] = time.monotonic()
             self._open[judge] = Question(
                 self._number, example, self._examples.prompt(example), self._texts[left][example],
                 self._texts[right][example], (left, right), (len(self._round.votes), self._most),
             )  # fmt: skip
             return self._open[judge]
+
+    def _left_behind(self, judge: str) -> Question | None:
+        """The oldest question whose judge seems to have left, now the question of `judge`; None: there is none."""
+        for other, question in self._open.items():
+            if time.monotonic() - self._asked_at[question.number] > PATIENCE:
+                self._asked_at[question.number] = time.monotonic()
+                self._open[judge] = self._open.pop(other)
+                return question
+        return None
 
     def vote(self, number: int, choice: Choice, asked: str, weight: float = 1.0, judge: str = "") -> bool:
         """Write the answer to a question of `asked` down; judge: who answered, where that is another. False: the
@@ -253,12 +268,12 @@ class Ballot:
             if question is None or question.number != number or self._round is None:
                 return False
             del self._open[asked]
-            time = datetime.now(UTC).isoformat(timespec="seconds")
+            now = datetime.now(UTC).isoformat(timespec="seconds")
             left, right = question.candidates
             answers = digest(question.left), digest(question.right)
             self._file.add(
                 self._round,
-                Vote(question.example, left, right, choice, answers, judge or asked, weight, time),
+                Vote(question.example, left, right, choice, answers, judge or asked, weight, now),
             )
             if self._pairs is None:
                 self._update()
