@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from merge_kernels import METHODS
+from reference.merging import DIFFUSION
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -41,6 +43,8 @@ from evojax_merge.search.loop import Archive, Reporter, evolve
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder
 from evojax_merge.zoo import MODELS, VERSION
 
+# The methods that mergekit has as well; image generators' are sd-mecha's.
+OF_MERGEKIT = [name for name in METHODS if name not in DIFFUSION]
 CONFIGS = {
     "llama": LlamaConfig, "mistral": MistralConfig, "mixtral": MixtralConfig, "qwen2": Qwen2Config,
     "qwen2_moe": Qwen2MoeConfig, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig,

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from helpers import ALL, sample
+from helpers import ALL, OF_MERGEKIT, sample
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -58,7 +58,6 @@ SIZES = (((1,), 2), ((7,), 5), ((1, 1), 3), ((5, 9), 2), ((16, 32), 3), ((4, 3, 
 # Two of them serve the other tests, so that little has to be compiled.
 SMALL, LARGE = (5, 9), (16, 32)
 BERNOULLI = (*DARE, *DELLA)
-OF_MERGEKIT = [name for name in METHODS if name not in DIFFUSION]
 BASED = (*TASK_VECTORS, *RAM, "model_stock", "sce", "nearswap", "arcee_fusion")
 SYMMETRIC = (*TASK_VECTORS, *RAM, "linear", "nuslerp", "multislerp", "karcher", "model_stock", "sce")
 NORMALIZED = ("linear", "nuslerp", "multislerp", *TASK_VECTORS)
