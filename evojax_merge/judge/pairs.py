@@ -49,8 +49,8 @@ def challenged(posterior: Posterior, allowed: np.ndarray, generator: np.random.G
 def information(posterior: Posterior) -> np.ndarray:
     """float64[P, P]: nats of information that a vote between two candidates has about the difference of their
     strengths: the mutual information of the two (Bayesian active learning by disagreement, Houlsby et al., 2011)."""
-    mean, own = posterior.mean, np.diag(posterior.covariance)
-    deviation = np.sqrt(np.maximum(own[:, None] + own[None] - 2 * posterior.covariance, 0.0))
+    mean, variances = posterior.mean, np.diag(posterior.covariance)
+    deviation = np.sqrt(np.maximum(variances[:, None] + variances[None] - 2 * posterior.covariance, 0.0))
     drawn = (mean[:, None] - mean[None])[..., None] + deviation[..., None] * POINTS
     probability = 0.5 * (1 + np.tanh(0.5 * drawn))
     return _entropy(probability @ WEIGHTS) - _entropy(probability) @ WEIGHTS

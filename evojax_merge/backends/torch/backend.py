@@ -270,7 +270,7 @@ class TorchBackend(FunctionBackend):
         return ""
 
     def _ask(self, task: Any) -> Ask:
-        """What a task asks a network for, beside texts."""
+        """The requests of a task to a network, beside texts."""
         by_text = isinstance(task, NetworkTask) and is_zero_shot(task, self.network)
         asked = isinstance(task, NetworkTask) and getattr(task.config, "gets", "") == "embeddings"
         return embeddings if task.kind in PAIRED or by_text or asked else outputs

@@ -148,7 +148,7 @@ Ask = Callable[[Any, Mapping[str, Any]], Any]
 
 
 def outputs(module: Any, inputs: Mapping[str, Any]) -> Any:
-    """What the module computes: its tensor, or that of its head."""
+    """The module's results: its tensor, or that of its head."""
     answer = module(**inputs)
     return answer if torch.is_tensor(answer) else answer[OUTPUT]
 

@@ -71,11 +71,11 @@ class TorchFactory:
         )
         named = [("base", config.base)] if config.base is not None else []
         named += [(f"parents[{k}]", parent) for k, parent in enumerate(config.parents)]
-        own = None if self.make is None else OwnModules(f"{where}: backend", config.backend, self.make)
-        find = resolve if own is None else model_path
+        own_modules = None if self.make is None else OwnModules(f"{where}: backend", config.backend, self.make)
+        find = resolve if own_modules is None else model_path
         paths = {key: find(f"{where}: {key}", one, folder) for key, one in named if one is not None}
         keys = [key for key in paths if has_base or key != "base"]
-        pipelines = [key for key in keys if own is None and is_pipeline(paths[key])]
+        pipelines = [key for key in keys if own_modules is None and is_pipeline(paths[key])]
         if pipelines:
             if len(pipelines) < len(keys):
                 other = next(key for key in keys if key not in pipelines)
@@ -86,12 +86,12 @@ class TorchFactory:
         for key, given in (("components", config.components), ("space.components", config.space.components)):
             if given not in (None, COMPONENTS):
                 raise InputError(where, f"{key}: is for diffusers folders, and {keys[0]} is none")
-        if own is None:
+        if own_modules is None:
             classes = {key: architecture(paths[key]) for key in keys}
             for key, name in classes.items():
                 if name != classes[keys[0]]:
                     raise InputError(f"{where}: {key}", f"is a {name}, but {keys[0]} is a {classes[keys[0]]}")
-        open_one, write = (open_module, save_merge) if own is None else (own.open, own.save)
+        open_one, write = (open_module, save_merge) if own_modules is None else (own_modules.open, own_modules.save)
         modules = [open_one(paths[key]) for key in keys]
         if config.evaluation.recalibrate and not has_batch_norms(modules[0]):
             raise InputError(
@@ -108,7 +108,7 @@ class TorchFactory:
                 key: value for key, value in config.space.model_dump(mode="json").items()
                 if key not in (*FOREIGN_KEYS, "components")
             },
-        } | ({} if own is None else {"backend": absolute_name(config.backend, folder)})  # fmt: skip
+        } | ({} if own_modules is None else {"backend": absolute_name(config.backend, folder)})  # fmt: skip
         models = tuple(paths[key] for key in keys)
 
         def save(weights: Any, out: Path) -> None:
