@@ -56,8 +56,8 @@ class Question:
 @dataclass(frozen=True)
 class Standing:
     """The part of a round that judges may see: its number from 1 on, the votes so far and at most, the votes that the
-    search has left, and the strengths of its candidates (mean, standard deviation), best first. heldout: whether the winner is
-    being compared; waiting: no question is open."""
+    search has left, and the strengths of its candidates (mean, standard deviation), best first. heldout: whether
+    the winner is being compared; waiting: no question is open."""
 
     number: int
     votes: int
