@@ -100,9 +100,9 @@ def test_files_merge_as_sd_mecha_merges_them(kind: str, name: str, tmp_path: Pat
         "merge_method": name, "models": [{"model": str(file)} for file in files[1:]], "parameters": parameters,
     } | ({"base_model": str(files[0])} if has_base else {})  # fmt: skip
     merged(recipe, tmp_path / "out")
-    sources, found = [load_file(file) for file in files], load_file(tmp_path / "out" / "model.safetensors")
-    assert found.keys() == sources[1].keys()
-    for key, values in found.items():
+    sources, written = [load_file(file) for file in files], load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == sources[1].keys()
+    for key, values in written.items():
         if values.dtype == np.int64:
             np.testing.assert_array_equal(values, sources[1][key])
             continue
@@ -130,18 +130,18 @@ def test_recipes_set_values_by_block(tmp_path: Path) -> None:
         rows = [{"filter": wanted, "value": 1.0}, {"filter": "BASE", "value": 0.5}, {"value": 0.0}]
         recipe = {"merge_method": "weighted_sum", "models": [{"model": str(file)} for file in files]}
         merged(recipe | {"parameters": {"alpha": rows}}, tmp_path / kind)
-        a, b, found = (load_file(file) for file in (*files, tmp_path / kind / "model.safetensors"))
+        a, b, written = (load_file(file) for file in (*files, tmp_path / kind / "model.safetensors"))
         for key, block in blocks_of(list(a)).of.items():
             share = 1.0 if within in key or ".out." in key else 0.5 if block == "BASE" else 0.0
             if a[key].dtype == np.float32:
-                np.testing.assert_allclose(found[key], a[key] + share * (b[key] - a[key]), atol=1e-6, err_msg=key)
+                np.testing.assert_allclose(written[key], a[key] + share * (b[key] - a[key]), atol=1e-6, err_msg=key)
     values = [i / 24 for i in range(25)]
     files = [tmp_path / f"sd1{k}.safetensors" for k in range(2)]
     recipe = {"merge_method": "weighted_sum", "models": [{"model": str(file)} for file in files]}
     merged(recipe | {"parameters": {"alpha": values}}, tmp_path / "gradient")
-    a, b, found = (load_file(file) for file in (*files, tmp_path / "gradient" / "model.safetensors"))
+    a, b, written = (load_file(file) for file in (*files, tmp_path / "gradient" / "model.safetensors"))
     key = "model.diffusion_model.output_blocks.5.0.in_layers.2.weight"
-    np.testing.assert_allclose(found[key], a[key] + 18 / 24 * (b[key] - a[key]), atol=1e-6)
+    np.testing.assert_allclose(written[key], a[key] + 18 / 24 * (b[key] - a[key]), atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -202,11 +202,11 @@ def test_components_are_merged_or_kept_from_a_named_model(stable: list[Path], tm
     assert merged(recipe, tmp_path / "out") == []
     files = {"vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model", "text_encoder": "model"}
     for name, stem in files.items():
-        a, b, found = (load_file(folder / name / f"{stem}.safetensors") for folder in (one, two, tmp_path / "out"))
-        assert found.keys() == a.keys()
-        for key in found:
+        a, b, written = (load_file(folder / name / f"{stem}.safetensors") for folder in (one, two, tmp_path / "out"))
+        assert written.keys() == a.keys()
+        for key in written:
             expected = b[key] if name == "text_encoder" else (a[key] + b[key]) / 2
-            np.testing.assert_allclose(found[key], expected, atol=1e-6)
+            np.testing.assert_allclose(written[key], expected, atol=1e-6)
     assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_bytes() == (
         two / "tokenizer" / "tokenizer.json"
     ).read_bytes()
@@ -319,34 +319,34 @@ def test_prompts_latents_and_the_groups_of_evosdxl(stable: list[Path], tmp_path:
 @pytest.mark.parametrize("fault", ["scheme", "pickle", "index", "unknown", "nothing", "model", "kinds", "slices"])
 def test_what_cannot_be_merged_is_refused_in_a_line(fault: str, ddpm: list[Path], tmp_path: Path) -> None:
     _, one, two = ddpm
-    models, more, said = [one, two], {}, ""
+    models, more, message = [one, two], {}, ""
     if fault == "scheme":
         models = [save_file_of(kind, 0, tmp_path / f"{kind}.safetensors") for kind in ("sd1", "sdxl")]
-        said = "its tensors have the names of SDXL, but those of"
+        message = "its tensors have the names of SDXL, but those of"
     elif fault == "pickle":
         models = [save_file_of("sd1", 0, tmp_path / "a.safetensors"), tmp_path / "b.ckpt"]
         models[1].write_bytes(b"PK")
-        said = "b.ckpt: is a pickle, which can run code when it is read; expected a safetensors file"
+        message = "b.ckpt: is a pickle, which can run code when it is read; expected a safetensors file"
     elif fault == "index":
         models = [one, shutil.copytree(two, tmp_path / "two")]
         (models[1] / "model_index.json").unlink()
-        said = "has a folder unet/ but no model_index.json"
+        message = "has a folder unet/ but no model_index.json"
     elif fault == "unknown":
-        more, said = {"components": {"unte": "merge"}}, "components.unte: no model has it (did you mean 'unet'?)"
+        more, message = {"components": {"unte": "merge"}}, "components.unte: no model has it (did you mean 'unet'?)"
     elif fault == "nothing":
-        more, said = {"components": {"unet": str(one)}}, "none is merged"
+        more, message = {"components": {"unet": str(one)}}, "none is merged"
     elif fault == "model":
-        more, said = {"components": {"scheduler": "elsewhere"}}, "expected merge, or one of the models"
+        more, message = {"components": {"scheduler": "elsewhere"}}, "expected merge, or one of the models"
     elif fault == "kinds":
         models = [one, save_file_of("sd1", 0, tmp_path / "a.safetensors")]
-        said = "is no diffusers folder, as the others are"
+        message = "is no diffusers folder, as the others are"
     recipe = linear(models, [0.5, 0.5], **more)
     if fault == "slices":
         sources = [{"model": str(model), "layer_range": [0, 1], "parameters": {"weight": 1}} for model in models]
-        recipe, said = {"merge_method": "linear", "slices": [{"sources": sources}]}, "is for language models"
+        recipe, message = {"merge_method": "linear", "slices": [{"sources": sources}]}, "is for language models"
     with pytest.raises(InputError) as caught:
         merged(recipe, tmp_path / "out")
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -360,32 +360,32 @@ def test_what_cannot_be_searched_is_refused_in_a_line(
     task: dict[str, Any] = document["tasks"][0]
     if fault == "prompts":
         del task["images"]
-        task["file"], said = str(write_lines(tmp_path / "p.jsonl", [{"prompt": "a"}] * 4)), "takes no prompt"
+        task["file"], message = str(write_lines(tmp_path / "p.jsonl", [{"prompt": "a"}] * 4)), "takes no prompt"
     elif fault == "guidance":
-        task["guidance"], said = 2.0, "a DDPMPipeline takes no guidance_scale"
+        task["guidance"], message = 2.0, "a DDPMPipeline takes no guidance_scale"
     elif fault == "latents":
         (tmp_path / "f.py").write_text("def f(records, latents):\n    return [0] * len(records)\n")
         task |= {"inputs": "latents", "function": f"{tmp_path}/f.py:f"}
-        said = "a DDPMPipeline has no latents"
+        message = "a DDPMPipeline has no latents"
     elif fault == "task":
         (tmp_path / "f.py").write_text("def f(model):\n    return 0.0\n")
         document["tasks"] = [{"name": "t", "kind": "arrays", "function": f"{tmp_path}/f.py:f"}]
-        said = "asks no image generator; expected kind: image_generation"
+        message = "asks no image generator; expected kind: image_generation"
     elif fault == "parts":
-        document["space"]["components"], said = ["attention", "mlp"], "expected attention and other"
+        document["space"]["components"], message = ["attention", "mlp"], "expected attention and other"
     elif fault == "function":
         (tmp_path / "f.py").write_text("def f(images):\n    return 0\n")
-        task["function"], said = f"{tmp_path}/f.py:f", "inputs: images calls it with (records, images)"
+        task["function"], message = f"{tmp_path}/f.py:f", "inputs: images calls it with (records, images)"
     else:
         from evojax_merge.backends.torch.generator import Generator
 
         rng = np.random.default_rng(0)
         monkeypatch.setattr(Generator, "draw", lambda *_: rng.normal(size=(1, 8, 8, 1)).astype(np.float32))
-        said = "draws another picture from the same noise"
+        message = "draws another picture from the same noise"
     file = tmp_path / "config.yaml"
     with pytest.raises(InputError) as caught:
         build_problem(file, config_from(file, document, [], None)).prepare()
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_components_are_for_diffusers_folders(tmp_path: Path) -> None:

@@ -246,6 +246,7 @@ def test_a_function_that_chooses_nothing_is_named(tmp_path: Path, family: Family
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"guard": True}, "guard: people give the base no score to compare with"),
         ({"votes": 0}, "votes: expected a whole number from 1"),
         ({"judge": "judge.py:nobody"}, "judge.py has no function 'nobody'"),
         ({"file": "missing.jsonl"}, "missing.jsonl: no such file"),

@@ -75,7 +75,7 @@ def expected_places(tokens: list[int], *images: int) -> np.ndarray:
 
 
 def test_positions_are_transformers() -> None:
-    """Of rows of unlike lengths, behind a shared prefix, and of segments that follow a beginning with an image."""
+    """The rows have unlike lengths, behind a shared prefix; segments follow a beginning with an image."""
     table = GridPositions.of(GRIDS)
     before, shared = row_of(None, 0, None), row_of(None, 3, None)
     segments = [row_of(None, 1, None, 2, None), row_of(None), row_of(2, None, None)]
@@ -86,12 +86,14 @@ def test_positions_are_transformers() -> None:
     for segment in segments:
         positions += range(len(before) + len(shared), len(before) + len(shared) + len(segment))
     arrays = [np.array(row, np.int32) for row in (packed, [[*positions, 0, 0]], [ids])]
-    (found,) = table.places(*arrays, np.array(before, np.int32))
+    (places,) = table.places(*arrays, np.array(before, np.int32))
     begin = len(shared)
     for number, (segment, of_images) in enumerate(zip(segments, images, strict=True), start=1):
         expected = expected_places(before + shared + segment, *of_images)[len(before) :]
-        np.testing.assert_array_equal(found[: len(shared)], expected[: len(shared)], err_msg=str(number))
-        np.testing.assert_array_equal(found[begin : begin + len(segment)], expected[len(shared) :], err_msg=str(number))
+        np.testing.assert_array_equal(places[: len(shared)], expected[: len(shared)], err_msg=str(number))
+        np.testing.assert_array_equal(
+            places[begin : begin + len(segment)], expected[len(shared) :], err_msg=str(number)
+        )
         begin += len(segment)
 
 
@@ -103,8 +105,8 @@ def test_tables_are_transformers(kind: str) -> None:
     rotary = model.model.language_model.rotary_emb
     expected = rotary(torch.zeros(1), torch.tensor(places).permute(2, 0, 1))
     layout = SequenceLayout(jnp.zeros((2, 7), jnp.int32), jnp.zeros((2, 7), jnp.int32), places=jnp.asarray(places))
-    for found, table in zip(architecture_of(config).position_tables(config, layout), expected, strict=True):
-        np.testing.assert_allclose(found, table[..., : found.shape[-1]], atol=1e-5)
+    for ours, table in zip(architecture_of(config).position_tables(config, layout), expected, strict=True):
+        np.testing.assert_allclose(ours, table[..., : ours.shape[-1]], atol=1e-5)
 
 
 def test_sections_that_are_not_those_of_the_head(tmp_path: Path) -> None:
@@ -154,9 +156,9 @@ def test_a_plan_counts_what_a_search_loads(kind: str, tmp_path: Path) -> None:
     loaded = vision.table(None, "bfloat16", jnp.asarray)
     assert planned is not None and loaded is not None
     for name in ("features", "deepstack"):
-        expected, found = getattr(planned, name), getattr(loaded, name)
-        assert (expected is None) == (found is None) == (kind != "qwen3_vl" and name == "deepstack")
-        assert found is None or (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        expected, ours = getattr(planned, name), getattr(loaded, name)
+        assert (expected is None) == (ours is None) == (kind != "qwen3_vl" and name == "deepstack")
+        assert ours is None or (ours.shape, ours.dtype) == (expected.shape, expected.dtype)
     assert loaded.positions is not None and len(loaded.positions.spared) == len(loaded.features)
 
 
@@ -291,5 +293,5 @@ def test_a_text_model_whose_layers_differ(root: Path, tmp_path: Path, capsys: py
     sees = str(root / "one")
     merged = {"base": str(tmp_path / "text"), "parents": [sees], "tokenizer_source": sees}
     assert command("plan", search_config(root, tmp_path, "merges", **merged)) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert "mlp" in said and "48" in said and "40" in said and said.count("evojax-merge") <= 1, said
+    message = " ".join(capsys.readouterr().err.split())
+    assert "mlp" in message and "48" in message and "40" in message and message.count("evojax-merge") <= 1, message

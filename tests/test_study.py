@@ -205,7 +205,7 @@ def test_a_plot_shows_the_history(study: em.Study, family: Family) -> None:
 
 
 def unstyled(value: Any) -> str:
-    """What a notebook shows of an object, without the alignment of cells."""
+    """The HTML of an object in a notebook, without the alignment of cells."""
     return re.sub(r' style="[^"]*"', "", value._repr_html_())
 
 

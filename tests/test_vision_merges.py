@@ -73,21 +73,21 @@ def test_whole_models_merge_as_in_mergekit(kind: str, method: str, tmp_path: Pat
     write_pair(tmp_path, kind)
     rename_pair(tmp_path, kind)
     document = recipe(tmp_path, method)
-    found = merge(tmp_path, document)
-    assert set(state(found)) == set(state(tmp_path / "one"))
-    assert_same_weights(found, mergekit_merge(tmp_path, document))
+    written = merge(tmp_path, document)
+    assert set(state(written)) == set(state(tmp_path / "one"))
+    assert_same_weights(written, mergekit_merge(tmp_path, document))
 
 
 def test_no_tensor_depends_on_its_name(tmp_path: Path) -> None:
     """LLaVA's files of all versions are merged alike, with all of their tensors."""
     write_pair(tmp_path, "llava")
     document = recipe(tmp_path, "task_arithmetic")
-    found = state(merge(tmp_path, document))
-    assert set(found) == set(state(tmp_path / "one"))
+    written = state(merge(tmp_path, document))
+    assert set(written) == set(state(tmp_path / "one"))
     rename_pair(tmp_path, "llava")
     expected = state(merge(tmp_path, document))
-    assert len(found) == len(expected)
-    for name, values in found.items():
+    assert len(written) == len(expected)
+    for name, values in written.items():
         np.testing.assert_array_equal(values, expected[known_name("llava", name)], err_msg=name)
 
 
@@ -96,13 +96,13 @@ def test_merged_decoders_keep_the_other_tensors_of_the_named_model(kind: str, tm
     """Every tensor that is stored is that of the whole merge, where the decoder has it, or the named model's."""
     write_pair(tmp_path, kind)
     document = recipe(tmp_path, "task_arithmetic")
-    whole, found = (
+    whole, written = (
         state(merge(tmp_path, document)),
         state(merge(tmp_path, document | {"other_modules": str(tmp_path / "two")})),
     )
     kept, decoder = state(tmp_path / "two"), decoder_of(open_folder(tmp_path / "two"))
-    assert set(found) == set(kept) == {*map(decoder.names.in_file, decoder.entries), *decoder.other_modules}
-    for name, values in found.items():
+    assert set(written) == set(kept) == {*map(decoder.names.in_file, decoder.entries), *decoder.other_modules}
+    for name, values in written.items():
         expected = kept[name] if name in decoder.other_modules else whole[name]
         np.testing.assert_array_equal(values, expected, err_msg=name)
 

@@ -59,10 +59,10 @@ class Opening:
 
 def browser() -> str:
     names = ("chromium", "chromium-browser", "google-chrome")
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
+    program = next((path for name in names if (path := shutil.which(name))), None)
+    if program is None:
         raise SystemExit("Chromium is not installed")
-    return found
+    return program
 
 
 def processor_seconds() -> float:
@@ -146,9 +146,14 @@ def table(openings: dict[str, list[Opening]], sizes: dict[str, int], empty: list
         "| --- |" + " ---: |" * 6,
     ]
     least = np.median([one.processor for one in empty])
-    for name, own in openings.items():
-        cells = [f"{np.nanmedian([getattr(one, part) for one in own]):,.0f}" for part in ("painted", "read", "drawn")]
-        cells += [f"{max(one.drawn for one in own):,.0f}", f"{np.median([one.processor for one in own]) - least:.2f}"]
+    for name, opened in openings.items():
+        cells = [
+            f"{np.nanmedian([getattr(one, part) for one in opened]):,.0f}" for part in ("painted", "read", "drawn")
+        ]
+        cells += [
+            f"{max(one.drawn for one in opened):,.0f}",
+            f"{np.median([one.processor for one in opened]) - least:.2f}",
+        ]
         lines.append(f"| {name} | {sizes[name] / 1e6:.2f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

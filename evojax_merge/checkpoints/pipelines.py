@@ -166,11 +166,11 @@ def choose_components(
                 "expected pipelines of one class",
             )  # fmt: skip
     by_reference = dict(zip(references, pipelines, strict=True))
-    known = list(dict.fromkeys(name for pipeline in pipelines for name in pipeline.classes))
+    component_names = list(dict.fromkeys(name for pipeline in pipelines for name in pipeline.classes))
     for name, value in wanted.items():
-        if name not in known:
-            near = did_you_mean(name, known)
-            raise InputError(f"{where}.{name}", f"no model has it{near} (they have {', '.join(known)})")
+        if name not in component_names:
+            near = did_you_mean(name, component_names)
+            raise InputError(f"{where}.{name}", f"no model has it{near} (they have {', '.join(component_names)})")
         if value != MERGE and value not in by_reference:
             raise InputError(
                 f"{where}.{name}", f"{shown(value)}; expected {MERGE}, or one of the models: {', '.join(references)}"
@@ -179,14 +179,14 @@ def choose_components(
             raise InputError(f"{where}.{name}", f"{value} has no such component")
     chosen = dict.fromkeys((name for name in DENOISERS if name in first.classes), MERGE) | dict(wanted)
     for tokenizer, encoder in TOKENIZERS.items():
-        if tokenizer in known and tokenizer not in chosen and chosen.get(encoder, MERGE) != MERGE:
+        if tokenizer in component_names and tokenizer not in chosen and chosen.get(encoder, MERGE) != MERGE:
             chosen[tokenizer] = chosen[encoder]
-    merged = tuple(name for name in known if chosen.get(name) == MERGE)
+    merged = tuple(name for name in component_names if chosen.get(name) == MERGE)
     if not merged:
-        raise InputError(where, f"none is merged; expected {MERGE} for one of {', '.join(known)}")
+        raise InputError(where, f"none is merged; expected {MERGE} for one of {', '.join(component_names)}")
     for name in merged:
         _check_alike(f"{where}.{name}", name, pipelines)
-    names = [name for name in known if name not in merged and (name in first.classes or name in chosen)]
+    names = [name for name in component_names if name not in merged and (name in first.classes or name in chosen)]
     kept = {name: by_reference[chosen[name]] if name in chosen else first for name in names}
     return Components(tuple(pipelines), merged, kept, _notes(pipelines, [name for name in kept if name not in chosen]))
 
@@ -199,8 +199,8 @@ def _check_alike(where: str, name: str, pipelines: Sequence[Pipeline]) -> None:
         if not pipeline.has_weights(name):
             raise InputError(where, f"has no weights in {pipeline.path}, so that there is nothing to merge")
         if pipeline.classes[name] != first.classes[name]:
-            found, expected = (".".join(one.classes[name]) for one in (pipeline, first))
-            raise InputError(where, f"is a {found} in {pipeline.path}, but a {expected} in {first.path}")
+            given, expected = (".".join(one.classes[name]) for one in (pipeline, first))
+            raise InputError(where, f"is a {given} in {pipeline.path}, but a {expected} in {first.path}")
 
 
 def _notes(pipelines: Sequence[Pipeline], names: Sequence[str]) -> tuple[str, ...]:

@@ -41,8 +41,8 @@ WAIT = 0.2
 
 @dataclass(frozen=True)
 class Question:
-    """Two answers to a prompt, blind. number: names it in its vote; left, right: the answers, with the candidates that
-    wrote them; `asked`: the votes so far and at most, in this round."""
+    """Two answers to a prompt, blind. number: names it in its vote; left, right: the answers; candidates: the numbers
+    of those that wrote them."""
 
     number: int
     example: int
@@ -50,7 +50,6 @@ class Question:
     left: str
     right: str
     candidates: tuple[int, int]
-    asked: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,7 @@ class Ballot:
             self._asked_at[self._number] = time.monotonic()
             self._open[judge] = Question(
                 self._number, example, self._examples.prompt(example), self._texts[left][example],
-                self._texts[right][example], (left, right), (len(self._round.votes), self._most),
+                self._texts[right][example], (left, right),
             )  # fmt: skip
             return self._open[judge]
 

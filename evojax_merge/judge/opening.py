@@ -51,6 +51,9 @@ def check_judges(out: Path, problem: SearchProblem, options: JudgeOptions, *, re
         raise InputError(f"task {tasks[0].name}", "people judge searches of one process; leave --distributed out")
     if len(problem.splits.shards) > 1:
         raise InputError("search.rungs", f"have no meaning for task {tasks[0].name}, which people judge; say rungs: 1")
+    guarded = next((task.name for task in tasks if task.name in problem.guards), None)
+    if guarded is not None:
+        raise InputError(f"task {guarded}", "guard: people give the base no score to compare with; leave it out")
     if problem.scale == "parents":
         raise InputError("scale", f"task {tasks[0].name} has no score of a parent to measure by; say scale: none")
 

@@ -30,7 +30,7 @@ def of_sd_mecha(name: str, models: Sequence[np.ndarray], parameters: Mapping[str
 
 
 class _Map(dict[str, str]):
-    """What a conversion writes down: the block of each tensor."""
+    """The block of each tensor, as a conversion writes it down."""
 
     class _Same:
         def __getitem__(self, key: str) -> str:

@@ -34,13 +34,13 @@ KINDS = ("attention", "other")
 def component_class(pipeline: Pipeline, name: str) -> Any:
     """The class of a component. Raises InputError for one that is not of diffusers or transformers."""
     library, class_name = pipeline.classes[name]
-    found = getattr(importlib.import_module(library), class_name, None) if library in LIBRARIES else None
-    if not isinstance(found, type):
+    kind = getattr(importlib.import_module(library), class_name, None) if library in LIBRARIES else None
+    if not isinstance(kind, type):
         raise InputError(
             pipeline.path / INDEX, f"{name}: {library}.{class_name}; expected a class that diffusers or transformers "
             "has, for code that comes with a model is not run",
         )  # fmt: skip
-    return found
+    return kind
 
 
 def open_component(pipeline: Pipeline, name: str) -> Any:

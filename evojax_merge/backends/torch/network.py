@@ -249,8 +249,8 @@ class EmbeddingScorer:
 
     def _embedded(self, weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
         run = self.network.trace if self.traced else self.network.call
-        found = in_batches(lambda part: run(weights, part, embeddings), inputs, self.batch, self.traced)
-        return found / jnp.linalg.norm(found, axis=-1, keepdims=True)
+        vectors = in_batches(lambda part: run(weights, part, embeddings), inputs, self.batch, self.traced)
+        return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 @dataclass(frozen=True, eq=False)
