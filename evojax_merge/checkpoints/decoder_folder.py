@@ -83,6 +83,39 @@ class TensorSlice(DenseTensor):
 
 
 @dataclass(frozen=True)
+class TransposedTensor(DenseTensor):
+    """Another tensor with its last two axes exchanged."""
+
+    of: Tensor
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.of.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        *others, rows, columns = self.of.shape
+        return (*others, columns, rows)
+
+    @property
+    def file(self) -> Path:
+        return self.of.file
+
+    @property
+    def mapped_files(self) -> tuple[MappedFile, ...]:
+        return self.of.mapped_files
+
+    def read(self) -> np.ndarray:
+        return np.ascontiguousarray(self.of.read().swapaxes(-2, -1))
+
+    def content(self) -> Iterator[np.ndarray]:
+        yield self.read().reshape(-1).view(np.uint8)
+
+    def release(self) -> None:
+        self.of.release()
+
+
+@dataclass(frozen=True)
 class TensorNames:
     """A decoder's tensor names in a file: `body` replaces the architecture's prefix `own_body`, `head` its name of the
     head, `own_head`; `projector` stands before the names of a projector's tensors."""
@@ -212,6 +245,8 @@ def decoder_of(folder: Folder) -> DecoderFolder:
     entries = {names.of_architecture(name): entry for name, entry in folder.entries.items() if is_own(name)}
     entries = _unpacked(folder, architecture, entries)
     entries = {name: entry for name, entry in entries.items() if not name.endswith(architecture.buffers)}
+    hidden = decoder_settings(folder.config).get("hidden_size")
+    entries = {name: _upright(architecture, name, entry, hidden) for name, entry in entries.items()}
     others = {name: entry for name, entry in folder.entries.items() if not is_own(name)}
     return DecoderFolder(folder.path, entries, folder, names, is_part, others)
 
@@ -245,6 +280,16 @@ def decoder_with_projector(whole: Folder) -> DecoderFolder:
             folder.other_modules[stored].shape[-1], activation, bool(config.get("multimodal_projector_bias", True))
         ),
     )  # fmt: skip
+
+
+def _upright(architecture: Architecture, name: str, entry: Tensor, hidden: object) -> Tensor:
+    """A tensor with its axes as the architecture has them. hidden: the width of the hidden state."""
+    leaf = architecture.leaf_of(name) if architecture.transposable else None
+    if leaf is None or leaf.name not in architecture.transposable or len(entry.shape) != len(leaf.shape):
+        return entry
+    transposed = TransposedTensor(entry)
+    axis = leaf.shape.index("hidden")
+    return transposed if entry.shape[axis] != hidden and transposed.shape[axis] == hidden else entry
 
 
 def _unpacked(folder: Folder, architecture: Architecture, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -120,6 +120,9 @@ class Architecture:
     packed: the names of stacked tensors in other forms of the files, and the leaves that each of them holds, one above
     the other: `[E, …]` for all experts where each expert has a tensor here.
 
+    transposable: leaves whose tensors some files hold with their last two axes exchanged; the axis that is as long as
+    the hidden state tells which.
+
     filters: the substring of tensor names that selects, in a recipe, each component and each leaf outside of the
     layers; by default the whole names. Where several components' filters are in the name of a layer's tensor, the first
     must be the tensor's component.
@@ -147,6 +150,7 @@ class Architecture:
     buffers: tuple[str, ...] = BUFFERS
     no_adapter: str = ""
     packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    transposable: tuple[str, ...] = ()
     gguf: Gguf | None = None
 
     def __post_init__(self) -> None:
