@@ -46,6 +46,7 @@ from evojax_merge.checkpoints.parents import (
     check_alike,
     common_kind,
     is_merged_as,
+    position_notes,
     rows_differ,
     with_vocabulary_size,
 )
@@ -165,6 +166,7 @@ def prepare(
     if recipe.on_mismatch == "refuse":
         try:
             _check_configs(sources)
+            sources = replace(sources, warnings=(*sources.warnings, *_position_notes(sources)))
         except InputError as error:
             if strict:
                 raise
@@ -454,6 +456,13 @@ def _check_configs(sources: Sources) -> None:
         # Unequal values may mean the same layers: only reading both configs tells.
         if any(other != first for other in others):
             check_alike(sources.folders)
+
+
+def _position_notes(sources: Sources) -> tuple[str, ...]:
+    """Lines on text models that get other positions in the larger model that they merge into."""
+    kinds = {folder.is_part for folder in sources.folders}
+    is_known = known_architecture(common_kind(sources.folders)) is not None
+    return position_notes(sources.folders) if len(kinds) == 2 and is_known else ()
 
 
 def _mismatch(recipe: RecipeFile, tensor: str) -> str:

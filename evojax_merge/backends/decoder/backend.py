@@ -318,8 +318,9 @@ class DecoderBackend:
         )
         candidates: DecoderEvaluator = heldout.evaluator.evaluator
         images = self._images(model, candidates.compute_dtype, candidates.devices)
-        # A text model takes images as the decoder that it merges into does.
-        config = as_decoder_of(config, self.models.decoder)
+        if self.models.other_modules is not None and not sources.folders[0].is_part:
+            # A text model takes images as the decoder that it merges into does.
+            config = as_decoder_of(config, self.models.decoder)
         evaluator = replace(candidates, config=config, images=images)
         return evaluator.stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)
 
