@@ -240,7 +240,7 @@ def judge(
 
 @cli.command(short_help="Say what a search would take: memory, work, time.")
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--target", metavar="NAME", help="h100, 8xh100, v5p-8, v6e-8, cpu, … Default: the devices that are here.")
+@click.option("--target", metavar="NAME", help="rtx4090, 8xh100, 2x8xh100, v5p-8, cpu, … Default: the devices here.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the plan here as well.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override one key of CONFIG.")
 @with_plugins

@@ -170,10 +170,11 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "temporaries": lambda row: shown_bytes(largest_pass(row)["temporary_bytes"]),
     "FLOP": lambda row: shown_number(row["flops"]).strip(),
     "moved": lambda row: shown_bytes(row["moved_bytes"]),
-    "s/candidate": lambda row: shown_seconds(row["seconds"]),
-    "merging": lambda row: f"{row['merging']:.0%}",
+    # What does not fit takes no time.
+    "s/candidate": lambda row: shown_seconds(row["seconds"]) if row["fits"] else "–",
+    "merging": lambda row: f"{row['merging']:.0%}" if row["fits"] else "–",
     "in full batches": lambda row: share(row["merging_in_full_batches"]),
-    "bound by": lambda row: row["bound"],
+    "bound by": lambda row: row["bound"] if row["fits"] else "–",
 }
 # Of what the targets' compilers say, pass by pass.
 COMPILED = (
