@@ -31,7 +31,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import jax
 
-from bench.shared.header_models import MISTRAL_7B, problem_for, write_examples, write_models
+from evojax_merge.benchmarks.header_models import MISTRAL_7B, problem_for, write_examples, write_models
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, collectives, target_compiler
 from evojax_merge.evaluation.programs import DECODE, MATERIALISE, PREFILL, SCORE
