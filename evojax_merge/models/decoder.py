@@ -26,6 +26,7 @@ from evojax_merge.models.images import ImageInputs
 from evojax_merge.models.layers import (
     Attend,
     KeyValue,
+    LayerKind,
     SequenceLayout,
     Weights,
     layer_kinds,
@@ -389,12 +390,24 @@ def deepstack_rows(tokens: jax.Array, images: ImageInputs | None, dtype: Any) ->
     return jnp.where((tokens < 0)[..., None], image_rows(images.deepstack, tokens, dtype), 0)
 
 
-def add_deepstack(x: jax.Array, added: jax.Array | None, number: jax.Array) -> jax.Array:
+def add_deepstack(x: jax.Array, added: jax.Array | None, number: jax.Array | None) -> jax.Array:
     """The hidden states behind layer `number`, with the rows of `added` (see `deepstack_rows`) for that layer."""
-    if added is None:
+    if added is None or number is None:
         return x
     last = added.shape[0] - 1
     return jax.lax.cond(number <= last, lambda: x + added[jnp.minimum(number, last)], lambda: x)
+
+
+def run_layer(
+    config: DecoderConfig, weights: Weights, x: jax.Array, number: jax.Array | None, kind: LayerKind,
+    layout: SequenceLayout, tables: Any, added: jax.Array | None, prefix: KeyValue | None,
+) -> tuple[jax.Array, KeyValue]:  # fmt: skip
+    """Layer `number` of a prefill: the hidden states `[B, T, hidden]` behind it, and its keys and values. tables: the
+    architecture's position tables for the layout; added: see `deepstack_rows`, None where `number` is not needed;
+    prefix: the layer's keys and values of the tokens before, as in `prefill_attention`."""
+    attend = prefill_attention(kind.window, layout, prefix)
+    x, kv = architecture_of(config).block(config, weights, x, tables_of(kind, tables), attend)
+    return replicate(add_deepstack(x, added, number)), kv
 
 
 def forward(
@@ -420,9 +433,8 @@ def forward(
     def layer(x: jax.Array, slice_: Any, each: Any) -> tuple[jax.Array, Any]:
         number, kind, before = each
         shared = None if before is None else (before.keys[:, 0], before.values[:, 0])
-        attend = prefill_attention(kind.window, layout, shared)
-        x, kv = architecture.block(config, source.layer(slice_), x, tables_of(kind, tables), attend)
-        return replicate(add_deepstack(x, added, number)), kv if return_kv else None
+        x, kv = run_layer(config, source.layer(slice_), x, number, kind, layout, tables, added, shared)
+        return x, kv if return_kv else None
 
     def at(index: Any) -> Any:
         return jax.tree.map(
