@@ -295,3 +295,20 @@ def test_a_text_model_whose_layers_differ(root: Path, tmp_path: Path, capsys: py
     assert command("plan", search_config(root, tmp_path, "merges", **merged)) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "mlp" in message and "48" in message and "40" in message and message.count("evojax-merge") <= 1, message
+
+
+def test_experts_are_read_in_either_orientation(tmp_path: Path) -> None:
+    """The first files of Qwen3-VL-MoE hold experts as `[experts, in, out]`."""
+    folder = save_seeing(seeing_model("qwen3_vl_moe"), tmp_path / "model", 0, 0.05)
+    write_tasks(tmp_path, PLACEHOLDERS["qwen3_vl_moe"])
+    task = {"kind": "likelihood", "file": "shared.jsonl"}
+    scores, _ = score(folder, task)
+    tensors = load_file(folder / "model.safetensors")
+    exchanged = {
+        name: np.ascontiguousarray(values.swapaxes(1, 2)) if ".experts." in name else values
+        for name, values in tensors.items()
+    }
+    assert any((exchanged[name].shape != tensors[name].shape) for name in tensors)
+    save_file(exchanged, folder / "model.safetensors", {"format": "pt"})
+    again, _ = score(folder, task)
+    np.testing.assert_array_equal(*(part.matrices["task0"]["log_probability"] for part in (scores, again)))

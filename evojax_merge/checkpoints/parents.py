@@ -3,7 +3,7 @@
 The bank and the streamed merge both read from `Sources`, so that both see the same rows and the same names.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from evojax_merge.chat_templates import note_templates
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of
 from evojax_merge.checkpoints.derived import open_model
 from evojax_merge.checkpoints.folder import (
+    Folder,
     Tensor,
     copy_finite,
     is_finite,
@@ -52,6 +53,9 @@ HEADS = (
     "vocab_projector", "predictions", "predictions.decoder", "linear", "decoder", "head", "lm_loss",
     "output_projection", "generator_lm_head", "pred_layer.proj",
 )  # fmt: skip
+
+
+OpenDecoder = Callable[[Folder], DecoderFolder]
 
 
 @dataclass(frozen=True)
@@ -207,22 +211,26 @@ class Sources:
         return self.folders[source].digest(self.name_in(source, tensor))
 
 
-def open_sources(paths: Sequence[Path], tokenizer: TokenizerChoice | None = None) -> tuple[Sources, DecoderConfig]:
-    """Open the folders of decoders of one depth and check that they can be merged with each other.
+def open_sources(
+    paths: Sequence[Path], tokenizer: TokenizerChoice | None = None, open_decoder: OpenDecoder = decoder_of
+) -> tuple[Sources, DecoderConfig]:
+    """Open the folders of decoders of one depth and check that they can be merged with each other. open_decoder: takes
+    the decoder out of a folder.
 
     Raises InputError for another architecture, tensor set, shape or config, naming the first difference.
     """
-    sources, configs = open_decoders(paths, tokenizer)
+    sources, configs = open_decoders(paths, tokenizer, open_decoder)
     for folder, config in zip(sources.folders[1:], configs[1:], strict=True):
         _check_config(folder.where, config, configs[0])
     return sources, configs[0]
 
 
 def open_decoders(
-    paths: Sequence[Path], tokenizer: TokenizerChoice | None = None
+    paths: Sequence[Path], tokenizer: TokenizerChoice | None = None, open_decoder: OpenDecoder = decoder_of
 ) -> tuple[Sources, list[DecoderConfig]]:
-    """Open the folders of decoders whose layers fit each other, whatever their depth. Raises InputError."""
-    folders = tuple(decoder_of(open_model(path)) for path in paths)
+    """Open the folders of decoders whose layers fit each other, whatever their depth; open_decoder: see `open_sources`.
+    Raises InputError."""
+    folders = tuple(open_decoder(open_model(path)) for path in paths)
     for folder in folders:
         if not is_merged_as(folder, common_kind(folders)):
             kind, expected = (shown(one.config.get("model_type")) for one in (folder, folders[0]))
