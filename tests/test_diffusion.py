@@ -19,7 +19,7 @@ from reference.generators import blocks_of_sd_mecha, diffusers_name, of_sd_mecha
 from reference.merging import DIFFUSION
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from tiny_generators import SIZE, file_tensors, make_ddpm, make_stable_diffusion, save_file_of
+from tiny_generators import SIZE, file_tensors, make_ddpm, make_sdxl, make_stable_diffusion, save_file_of
 
 from evojax_merge.checkpoints.generator_keys import Blocks, blocks_of
 from evojax_merge.cli import cli
@@ -310,6 +310,26 @@ def test_prompts_latents_and_the_groups_of_evosdxl(stable: list[Path], tmp_path:
         np.testing.assert_array_equal(state[name].numpy(), tensor)
     scores = splits.search[0].function(backend.merge.tree.source(0), *splits.search[0].rows)
     assert scores.shape == (2,) and np.isfinite(scores).all()
+
+
+def test_the_config_of_evosdxl_is_planned_on_folders_of_its_form(tmp_path: Path) -> None:
+    """configs/evosdxl.yaml beside four tiny models of SDXL's form: eight numbers, and the Japanese text encoders."""
+    from evojax_merge.problem import build_problem, read_config
+
+    file = Path(shutil.copy(Path(__file__).parents[1] / "configs" / "evosdxl.yaml", tmp_path))
+    for seed, name in enumerate(yaml.safe_load(file.read_text())["parents"]):
+        make_sdxl(tmp_path / name, seed)
+    (tmp_path / "scores.py").write_text("def score(records, images):\n    return images.mean((1, 2, 3))\n")
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("a cat", "a dog", "a sea", "a tree")])
+    assert "StableDiffusionXLPipeline: draws pictures" in command("plan", file)
+    problem = build_problem(file, read_config(file, [], None))
+    assert problem.backend.space.dims == 8
+    assert problem.backend.space.group_space.groups == ("unet other", "unet attention")
+    for name in ("text_encoder", "text_encoder_2"):
+        written = load_file(tmp_path / "jsdxl" / name / "model.safetensors")
+        state = getattr(problem.backend.generator.pipeline, name).state_dict()
+        for key, tensor in written.items():
+            np.testing.assert_array_equal(state[key].numpy(), tensor)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from evojax_merge.zoo.digit_images import load_digit_images
 
 
 def test_the_image_classifiers_are_folders_of_transformers_with_images_and_labels(tmp_path: Path) -> None:
-    vit.make_family(tmp_path, seed=7, steps=(10, 10))
+    vit.make_family(tmp_path, seed=7, steps=(10, 10, 10))
     weights = [
         transformers.AutoModelForImageClassification.from_pretrained(tmp_path / name).classifier.weight.detach()
         for name in vit.MODELS
