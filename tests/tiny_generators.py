@@ -1,4 +1,4 @@
-"""Tiny image generators: diffusers folders, and files of tensors with the names of Stable Diffusion, SDXL and FLUX."""
+"""Tiny image generators: diffusers folders, and files of tensors with the names of Stable Diffusion to FLUX."""
 
 import json
 from pathlib import Path
@@ -103,7 +103,7 @@ def make_sdxl(folder: Path, seed: int) -> Path:
 
 
 def file_tensors(kind: str, seed: int, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """The tensors of a single file: sd1, sdxl or flux; one or two for each block."""
+    """The tensors of a single file: sd1, sdxl, sd3 or flux; one or two for each block."""
     rng = np.random.default_rng(seed)
 
     def drawn(*shape: int) -> np.ndarray:
@@ -116,6 +116,14 @@ def file_tensors(kind: str, seed: int, dtype: Any = np.float32) -> dict[str, np.
             tensors[f"{whole}double_blocks.{i}.img_attn.qkv.weight"] = drawn(6, 4)
         for i in range(3):
             tensors[f"{whole}single_blocks.{i}.linear1.weight"] = drawn(6, 4)
+        return tensors
+    if kind == "sd3":
+        tensors = {f"{whole}x_embedder.proj.weight": drawn(6, 4, 2, 2), f"{whole}final_layer.linear.bias": drawn(4)}
+        for i in range(12):
+            tensors[f"{whole}joint_blocks.{i}.x_block.attn.qkv.weight"] = drawn(6, 4)
+            tensors[f"{whole}joint_blocks.{i}.context_block.attn.qkv.weight"] = drawn(6, 4)
+        tensors["first_stage_model.decoder.conv_in.weight"] = drawn(5, 4, 3, 3)
+        tensors["text_encoders.clip_l.transformer.text_model.final_layer_norm.bias"] = drawn(8)
         return tensors
     depth = 9 if kind == "sdxl" else 12
     tensors = {f"{whole}time_embed.0.weight": drawn(8, 4), f"{whole}out.2.weight": drawn(4, 4, 3, 3)}

@@ -3,8 +3,8 @@
     python -m bench generators
 
 Each seed trains a family of its own (evojax_merge/zoo/ddpm.py), draws other noise and searches with another seed. The
-evolved merge is that of `configs/ddpm.yaml`: a weight of each generator for every block of the U-Net. A model's score is
-the logarithm of the inception score of 128 pictures from fresh noise, by the classifier that the search follows; the
+evolved merge is that of `configs/ddpm.yaml`: a weight of each generator for every block of the U-Net. A model's score
+is the logarithm of the inception score of its pictures from fresh noise, by the classifier that the search follows; the
 last table has that of another classifier. Beside the winner stand merges that nobody searched.
 """
 

@@ -113,7 +113,8 @@ class TrainedFamily:
     to that of seed 0.
 
     version: of the recipe of the training, which every change of it increases; steps: those of all models together;
-    files: of tasks, beside the models. make: (an empty folder, seed=…, progress=…) trains the models into the folder, see `train_family`.
+    files: of tasks, beside the models.
+    make: (an empty folder, seed=…, progress=…) trains the models into the folder, see `train_family`.
     """
 
     name: str

@@ -20,12 +20,12 @@ from evojax_merge.zoo.torch_training import seeded_torch, train
 
 MODELS = ("base", "low", "high")
 # The steps of training of each model, and their rates.
-STEPS, RATES = (500, 150, 300), (3e-3, 1e-3, 2e-3)
-BATCH = 64
+STEPS, RATES = (400, 80, 160), (4e-3, 1e-3, 2e-3)
+BATCH = 32
 SIZES = {
-    "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "block_out_channels": (24, 48),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 8, "attention_head_dim": 24,
+    "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "block_out_channels": (16, 32),
+    "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 4,
+    "attention_head_dim": 16,
 }  # fmt: skip
 SCHEDULE = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"}
 

@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.modules["evojax_merge"] = sys.modules["merge_kernels"] = None  # type: ignore[assignment]
-
 import numpy as np
 import torch
 import transformers
@@ -131,4 +129,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Their import fails from here on, also by a library's own plugins.
+    sys.modules["evojax_merge"] = sys.modules["merge_kernels"] = None  # type: ignore[assignment]
     main()
