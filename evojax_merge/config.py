@@ -449,6 +449,9 @@ class EvaluationConfig(Section):
         description="tokens of each candidate in a pass, at most; default: chosen for the device",
     )
     model: Whole = Field(1, ge=1, le=100_000, description="how many devices share one copy of the models")
+    bank: Literal["auto", "device", "host", "disk"] = Field(
+        "auto", description="where the models are; host, disk: they come to the devices layer by layer"
+    )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the generations; auto: bfloat16 where all weights are and the devices multiply it"
     )
@@ -464,8 +467,8 @@ class EvaluationConfig(Section):
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out the optional keys where they are not given (see SearchConfig)."""
         document: dict[str, Any] = serialise(self)
-        for name in ("final_compute_dtype", "recalibrate"):
-            if not getattr(self, name):
+        for name in ("final_compute_dtype", "recalibrate", "bank"):
+            if getattr(self, name) == type(self).model_fields[name].default:
                 document.pop(name)
         return document
 

@@ -11,7 +11,7 @@ import numpy as np
 from evojax_merge.backends.decoder.candidates import Candidates
 from evojax_merge.backends.decoder.planner import DecoderPlanner
 from evojax_merge.backends.decoder.vision import Vision
-from evojax_merge.checkpoints.bank import bank_bytes, load_stored
+from evojax_merge.checkpoints.bank import bank_bytes
 from evojax_merge.checkpoints.decoder_folder import decoder_of
 from evojax_merge.checkpoints.derived import input_files, reference_to
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
@@ -239,7 +239,7 @@ class DecoderBackend:
 
     def device_sizes(self, shards: int) -> DeviceSizes:
         sizes = DeviceSizes(shards)
-        self.candidates.planned_population(self.planner(0).evaluator, 1, sizes.place)
+        self.candidates.place_bank(sizes.place)
         # Layer paths are planned as one model, but all of the parents' layers are loaded.
         sizes.bank = max(sizes.bank, self.held_bytes() // shards)
         self.abstract_images(self.compute_dtype, sizes.place)
@@ -322,7 +322,7 @@ class DecoderBackend:
             # A text model takes images as the decoder that it merges into does.
             config = as_decoder_of(config, self.models.decoder)
         evaluator = replace(candidates, config=config, images=images)
-        return evaluator.stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)
+        return self.candidates.score_stored(evaluator, sources, config, progress)
 
     def answers(
         self, model: str, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int

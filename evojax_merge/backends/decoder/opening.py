@@ -10,8 +10,16 @@ from merge_kernels import Method
 
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.decoder.backend import DecoderBackend, DecoderModels, stored_dtype
-from evojax_merge.backends.decoder.candidates import Candidates, MergeCandidates, PathCandidates, PoolCandidates
+from evojax_merge.backends.decoder.bank_place import bank_place
+from evojax_merge.backends.decoder.candidates import (
+    Candidates,
+    MergeCandidates,
+    PathCandidates,
+    PoolCandidates,
+    StreamedMerges,
+)
 from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
+from evojax_merge.checkpoints.bank import bank_bytes
 from evojax_merge.checkpoints.config_file import decoder_settings
 from evojax_merge.checkpoints.decoder_folder import PROJECTOR, DecoderFolder, decoder_of, decoder_with_projector
 from evojax_merge.checkpoints.folder import Folder
@@ -105,7 +113,7 @@ class DecoderFactory:
         sources = replace(sources, folders=sources.folders[: len(paths)])
         candidates = _candidates(
             where, config, method, bred_by, has_base, sources, tuple(configs[: len(paths)]),
-            None if base is None else references[base], tuple(references[parent] for parent in parents),
+            None if base is None else references[base], tuple(references[parent] for parent in parents), target,
         )  # fmt: skip
         # The winner's generation_config.json is the first model's, or that of the model whose ends a path keeps; a
         # pool's member may have that of any.
@@ -134,9 +142,14 @@ class DecoderFactory:
 
 def _candidates(
     where: str, config: Config, method: Method | None, bred_by: tuple[Method, ...], has_base: bool, sources: Sources,
-    configs: tuple[DecoderConfig, ...], base: str | None, names: tuple[str, ...],
+    configs: tuple[DecoderConfig, ...], base: str | None, names: tuple[str, ...], target: Target,
 ) -> Candidates:  # fmt: skip
     """The kind of candidates that a config asks for. base, names: the references of the base and the parents."""
+    if config.space is None and config.evaluation.bank in ("host", "disk"):
+        raise InputError(
+            f"{where}: evaluation.bank", f"{config.evaluation.bank}: only the merges of a space are scored layer by "
+            "layer; leave it out for layer paths and pools",
+        )  # fmt: skip
     decoder, export_dtype = configs[0], config.export_dtype or stored_dtype(sources, 0)
     if method is not None and config.space is not None:
         space = build_space(f"{where}: space", config.space, method, config.parents, decoder)
@@ -147,7 +160,10 @@ def _candidates(
             export_dtype,
             tuple((name, values) for name, values in space.constants if not method.parameter(name).searched),
         )
-        return MergeCandidates(space, spec, sources, decoder, base, names)
+        merges = MergeCandidates(space, spec, sources, decoder, base, names)
+        model_bytes, setting = bank_bytes(sources, decoder) // len(sources.folders), config.evaluation
+        place = bank_place(where, setting.bank, target, merges.held_bytes(), model_bytes, setting.model)
+        return merges if place == "device" else StreamedMerges(space, spec, sources, decoder, base, names, place)
     if config.pool is not None:
         _check_heads(where, sources)
         genes = genome_genes(bred_by, config.pool.split)

@@ -196,9 +196,7 @@ def planned_passes(
     """The passes that evaluate one chunk of a population on a task's batches, on one group of devices."""
     passes, groups, name = list[PlannedPass](), evaluator.devices.population, batched_task.task.name
     if batched_task.scoring is not None:
-        chunk = evaluator.scoring_chunk(population, batched_task)
-        first = population.first(chunk * groups)
-        passes += plan(evaluator.scoring(first, batched_task, chunk, _NOTHING, _NOTHING, _ignore), name, reader)
+        passes += plan(population.planned_scoring(evaluator, batched_task), name, reader)
     if batched_task.prompts is not None:
         chunk = evaluator.generation_chunk(population, batched_task)
         first = population.first(chunk * groups)
@@ -214,13 +212,5 @@ def planned_gradient_passes(
     assert differentiable is not None
     if batched_task.task.derivative == "nonlinear":
         # The weight of each total depends on all of them.
-        chunk = evaluator.scoring_chunk(population, batched_task)
-        first = population.first(chunk * evaluator.devices.population)
-        passes += plan(evaluator.scoring(first, batched_task, chunk, _NOTHING, _NOTHING, _ignore), name, reader)
-    size = evaluator.gradient_chunk(differentiable, batched_task) * evaluator.devices.population
-    candidates = differentiable.first(size).candidates
-    weights = np.zeros((size, len(batched_task.requests.scored)), np.float32)
-    differentiating = evaluator.differentiating(
-        differentiable, batched_task, np.arange(size), candidates, weights, _NOTHING, _NOTHING, _ignore
-    )
-    return [*passes, *plan(differentiating, name, reader)]
+        passes += plan(population.planned_scoring(evaluator, batched_task), name, reader)
+    return [*passes, *plan(differentiable.planned_gradient(evaluator, batched_task), name, reader)]
