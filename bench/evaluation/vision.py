@@ -29,9 +29,9 @@ import numpy as np
 import torch
 import transformers
 import yaml
+from bench.shared.header_models import word_tokenizer
 from PIL import Image
 
-from bench.shared.header_models import word_tokenizer
 from bench.shared.machine import describe
 from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.selection import open_evaluator
