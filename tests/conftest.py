@@ -51,7 +51,7 @@ QUICKLY_COMPILED = {
         "adapters", "api", "architecture_seam", "architectures", "auto", "backend_seam", "bad_input", "cards", "chat",
         "data_flow", "data_versions", "defaults", "bench", "devices", "docs", "evaluator",
         "example_choice", "families", "fronts", "function", "generate", "goals", "gradients", "gsm", "harness",
-        "host_memory", "hostile", "init", "inspect", "judge", "long_rows", "longrope", "loops", "m2n2_bench",
+        "host_memory", "hostile", "init", "inspect", "judge", "launching", "long_rows", "longrope", "loops", "m2n2_bench",
         "mergekit_evolve", "mergekit_suite",
         "method_seam", "mixtures", "notebook", "page", "parent_groups", "path_ga", "path_gradients", "plugins",
         "plugin_files",
