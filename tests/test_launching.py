@@ -63,7 +63,7 @@ def test_processes_of_a_node_divide_its_gpus(environment: dict[str, str], expect
 
 
 def test_gpus_that_cannot_be_divided_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="3 processes on a node cannot share its 8 GPUs equally; expected one process"):
+    with pytest.raises(InputError, match="3 processes on a node cannot share its 8 GPUs equally; expected one a node"):
         local_device_ids(on_node(3, 0, CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7"), tmp_path)
 
 

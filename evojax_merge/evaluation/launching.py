@@ -60,8 +60,8 @@ def local_device_ids(environment: Mapping[str, str] = os.environ, devices: Path 
     if count % numbers.local_processes:
         raise InputError(
             "--distributed",
-            f"{numbers.local_processes} processes on a node cannot share its {count} GPUs equally; expected one process "
-            f"a node (--ntasks-per-node=1, or mpirun --map-by ppr:1:node), or a number that divides {count}",
+            f"{numbers.local_processes} processes on a node cannot share its {count} GPUs equally; expected one a node "
+            f"(--ntasks-per-node=1, or mpirun --map-by ppr:1:node), or a number that divides {count}",
         )
     share = count // numbers.local_processes
     return list(range(numbers.local_process * share, (numbers.local_process + 1) * share))
