@@ -489,7 +489,7 @@ class Config(Section):
         None, description="of larger models: whose other modules the winner has; default: base, else the first parent"
     )
     components: dict[Name, Location] | None = Field(
-        None, description="of diffusers folders: a component -> merge, or the model that gives it"
+        None, description="a diffusers folder's -> merge, or the model that gives it; of LLaVAs, projector: merge"
     )
     space: SpaceConfig | None = Field(None, description="what is searched: the parameters of a merge")
     data_flow: DataFlowConfig | None = Field(None, description="or: the path through the layers of all parents")
@@ -553,8 +553,10 @@ class Config(Section):
             raise ValueError("tasks: all weights are 0; at least one task must be part of the fitness")
         if sum(part is not None for part in (self.space, self.data_flow, self.pool, self.stages)) != 1:
             raise ValueError("expected exactly one of the keys space, data_flow, pool, stages")
-        if self.components is not None and self.backend != "torch":
-            raise ValueError(f"components: is for diffusers folders, and backend: {self.backend} opens none")
+        if self.components is not None and self.backend not in ("torch", "decoder"):
+            raise ValueError(
+                f"components: is for diffusers folders and LLaVA's projector, and backend: {self.backend} opens neither"
+            )
         if self.pool is not None and self.search.strategy != "pool":
             raise ValueError(
                 f"search.strategy: {self.search.strategy}; a pool is searched by the strategy pool alone, leave it out"

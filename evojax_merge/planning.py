@@ -94,7 +94,7 @@ def make_plan(
         generations=generations,
         gradient_generations=rounds,
         budget=problem.search.budget,
-        notes=problem.notes,
+        notes=(*problem.notes, *planner.notes),
         compile_seconds=None if compiler is None else compiler.seconds,
         candidate=_work(candidate, target, model),
         gradient=_work(gradient, target, model) if rounds else None,

@@ -651,6 +651,45 @@ def test_quantised_models_are_planned_by_headers_alone(
     open_sources([by_headers, by_headers])
 
 
+def test_repositories_of_diffusers_are_planned_by_headers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+    from tiny_generators import make_ddpm
+
+    from evojax_merge.backends.torch.generator import open_component
+    from evojax_merge.checkpoints.pipelines import Pipeline
+
+    whole, small = make_ddpm(tmp_path / "whole", 0), tmp_path / "snapshots" / "0123456789abcdef"
+    weights = whole / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copyfile(weights, weights.with_suffix(".fp16.safetensors"))
+    names = [str(file.relative_to(whole)) for file in whole.rglob("*") if file.is_file()]
+    raw = weights.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    header.pop("__metadata__", None)
+
+    def download(name: str, *, local_files_only: bool = False, revision: Any = None, **patterns: Any) -> str:
+        if local_files_only:
+            raise LocalEntryNotFoundError("not here")
+        for file in filter_repo_objects(names, **patterns):
+            (small / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(whole / file, small / file)
+        return str(small)
+
+    found = SimpleNamespace(tensors={name: SimpleNamespace(**row) for name, row in header.items()})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi.parse_safetensors_file_metadata", lambda *_, **options: found)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **options: names)
+    folders = HeaderFolders(tmp_path / "headers")
+    folder = resolve_headers(folders, "parents", "owner/name", tmp_path)
+    assert folders.download_bytes == pytest.approx(len(raw), abs=2000) and not list(small.rglob("*.safetensors"))
+    shapes = [
+        {name: tensor.shape for name, tensor in open_component(Pipeline(path), "unet").state_dict().items()}
+        for path in (whole, folder)
+    ]
+    assert shapes[0] == shapes[1]
+
+
 def test_wrong_options_of_plan(family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config, taken = tmp_path / "config.yaml", tmp_path / "mine.json"
     config.write_text(yaml.safe_dump(document(family)))

@@ -30,6 +30,8 @@ class Planner(Protocol):
 
     # The number of passes that a candidate's gradient is planned as.
     gradient_passes: int
+    # Lines on what candidates compute beside the usual.
+    notes: tuple[str, ...]
 
     @property
     def jobs(self) -> int:

@@ -169,7 +169,7 @@ class LeafReader:
     def prepare(self, name: str, place: tuple[int, ...], arrays: LeafBank) -> Prepared:
         """The mask keys and statistics of a tensor that was read into `arrays`."""
         sources, spec = self.sources, self.spec
-        tensors = self._views(place, arrays)
+        tensors: list[np.ndarray] = self._views(place, arrays)
         if arrays.factors is not None:
             # All sources' tensors are read only to be measured, one name at a time.
             tensors = [sources.read(s, name) for s in range(len(sources.folders))] if spec.method.measures else []
@@ -183,7 +183,7 @@ class LeafReader:
     def _parents(self) -> int:
         return len(self.sources.folders) - self._first_parent
 
-    def _views(self, place: tuple[int, ...], arrays: LeafBank) -> list[np.ndarray]:
+    def _views(self, place: tuple[int, ...], arrays: Any) -> list[np.ndarray]:
         """The parts of `arrays.sources` that a tensor of each source is read into."""
         stored = arrays.sources.shape[self._source_axis]
         return [arrays.sources[(*place[:1], s, *place[1:])] for s in range(stored)]
@@ -231,7 +231,7 @@ def load_leaf(reader: LeafReader, pool: ThreadPoolExecutor, progress: Progress, 
     return put_leaf(reader.layout, arrays, stacked_statistics(reader, measured), put)
 
 
-def enter_mask_keys(arrays: LeafBank, place: tuple[int, ...], prepared: Prepared) -> None:
+def enter_mask_keys(arrays: Any, place: tuple[int, ...], prepared: Prepared) -> None:
     """Enter a tensor's mask keys in their place in the leaf's."""
     for number, values in enumerate(prepared.mask_keys):
         arrays.mask_keys[(*place[:1], number, *place[1:])] = values

@@ -41,7 +41,7 @@ def bank_on_host(
     layouts = {leaf.name: LeafReader(leaf, config, sources, spec).layout for leaf in stack_leaves(config, LAYERS)}
     shared = {leaf.name: LeafReader(leaf, config, sources, spec).layout for leaf in shared_leaves(config)}
 
-    def on_devices(layout: LeafBank, leaf: LeafBank) -> LeafBank:
+    def on_devices(layout: LeafBank, leaf: Any) -> LeafBank:
         return put_leaf(layout, replace(leaf, statistics={}), leaf.statistics, put)
 
     def load(number: int) -> Leaves:
@@ -104,7 +104,7 @@ class LayerFiles:
         """Read all layers once, and keep what the method measures."""
         method, measured, keys = self.reader.spec.method, [], []
         for number in range(self.reader.config.layers):
-            arrays = self.reader.empty(1)
+            arrays: Any = self.reader.empty(1)
             for place, name in self._places(number):
                 if method.measures or method.random:
                     self.reader.read(name, place, arrays)
@@ -121,7 +121,7 @@ class LayerFiles:
 
     def load(self, number: int) -> LeafBank:
         """Read a layer, and bring it to the devices."""
-        arrays = self.reader.empty(1)
+        arrays: Any = self.reader.empty(1)
         for place, name in self._places(number):
             self.reader.read(name, place, arrays)
             if self._is_prepared_anew:

@@ -185,7 +185,7 @@ def answer_gradient(spec: ScoreSpec, shared: Any, each: Any) -> Any:
             return jnp.sum(weights * totals), (totals, is_greedy)
 
         (_, answers), (slope, cotangent) = jax.value_and_grad(goal, argnums=(0, 1), has_aux=True)(parameters, x)
-        return answers, to_float32(slope), cotangent
+        return *answers, to_float32(slope), cotangent
 
     return vmap_sharded(spec.mesh, one, shared, each)
 

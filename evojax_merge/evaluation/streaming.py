@@ -100,11 +100,11 @@ class StreamedPopulation(Population):
         bank, size = self.replicated, size_of(candidates)
         spec = layer_passes.StackSpec(self.factory, mesh, bank.depth)
         shared = yield Program(START, layer_passes.materialise_ends, (spec, bank.shared, candidates.shared), size)
-        stacks = None
+        stacks: Any = None
         for number, leaves in bank.layers(range(bank.depth)):
             before, parameters = stacks, _layer_of(candidates.stacks[LAYERS], number)
             moved = partial(_written_bytes, leaves, bank.depth * size)
-            arguments = (spec, (leaves, np.int32(number)), parameters, stacks)
+            arguments: tuple[Any, ...] = (spec, (leaves, np.int32(number)), parameters, stacks)
             stacks = yield Program(
                 MATERIALISE, layer_passes.materialise_layer, arguments, size, holds=(shared, leaves), merge_bytes=moved
             )
@@ -170,7 +170,7 @@ def inputs_of(evaluator: DecoderEvaluator, batched_task: BatchedTask) -> Inputs:
     scoring, prefix = batched_task.scoring, None
     tokens = scoring.shared_prefix[None]
     if tokens.size:
-        prefix = {"tokens": tokens, "positions": np.arange(tokens.size, dtype=np.int32)[None]}
+        prefix = dict[str, Any](tokens=tokens, positions=np.arange(tokens.size, dtype=np.int32)[None])
         prefix["segment_ids"] = np.zeros_like(prefix["positions"])
         images = evaluator.prefix_images(batched_task, scoring.shared_prefix)
         prefix |= {} if images is None else {"images": images}
@@ -249,8 +249,9 @@ def _no_result(result: Any) -> None:
     begin."""
 
 
-def _enter(scores: Scores, i: int, rows: np.ndarray, batch: ScoringBatch, answers: Any) -> None:
-    totals, greedy = answers
+def _enter(scores: Scores, i: int, rows: np.ndarray, batch: ScoringBatch, results: Any) -> None:
+    """Enter the answers of a batch, the first two of a program's results."""
+    totals, greedy = results[:2]
     enter_rows(scores.totals[i], rows, batch, totals)
     enter_rows(scores.greedy[i], rows, batch, greedy)
 
@@ -271,7 +272,7 @@ def _through_layer(
         kv: KeyValue | None = None
         if task.prefix is not None:
             shared = (index, _layout(task.prefix))
-            arguments = (spec, shared, (weights, None), one.prefixes[i])
+            arguments: tuple[Any, ...] = (spec, shared, (weights, None), one.prefixes[i])
             one.prefixes[i], kv = yield Program(PREFIX, layer_passes.run_keeping, arguments, size, holds=weights)
         for b, arrays in enumerate(task.batches):
             arguments = (spec, (index, _layout(arrays)), (weights, kv), one.batches[i][b])
@@ -346,13 +347,12 @@ def differentiating(
                 padded = pad_chunk(weights[i], trail.rows, chunk)
                 real = np.where(batch.rows >= 0, padded[:, batch.rows], 0).astype(np.float32)
                 arguments = (head, (bank.shared, arrays), (trail.parameters.shared, states, real))
-                answers, slope, cotangent = yield Program(
-                    HEAD_GRADIENT, layer_passes.answer_gradient, arguments, chunk,
-                    read=lambda results, i=i, batch=batch: _enter(scores, i, trail.rows, batch, results[0]),
-                )  # fmt: skip
+                read = partial(_enter, scores, i, trail.rows, batch)
+                _, _, slope, cotangent = yield Program(
+                    HEAD_GRADIENT, layer_passes.answer_gradient, arguments, chunk, read=read
+                )
                 trail.ends = yield from _sum(trail.ends, slope, chunk)
                 cotangents.append(waits.keep(cotangent))
-                del answers
             # Nothing depends on the prefix's states behind the last layer.
             trail.behind.append((jax.tree.map(_zeros, last.prefixes[i]), cotangents))
 
@@ -389,7 +389,7 @@ def _onwards(
         kv: KeyValue | None = None
         prefix = None
         if task.prefix is not None:
-            arguments = (spec, (index, _layout(task.prefix)), (weights, None), before.prefixes[i])
+            arguments: tuple[Any, ...] = (spec, (index, _layout(task.prefix)), (weights, None), before.prefixes[i])
             prefix, kv = yield Program(PREFIX, layer_passes.run_keeping, arguments, size, holds=weights)
         states.prefixes.append(prefix)
         states.batches.append([])
@@ -412,7 +412,7 @@ def _back(
         kv: KeyValue | None = None
         kept: KeyValue | None = None
         if task.prefix is not None:
-            arguments = (spec, (index, _layout(task.prefix)), (weights, None), before.prefixes[i])
+            arguments: tuple[Any, ...] = (spec, (index, _layout(task.prefix)), (weights, None), before.prefixes[i])
             _, kv = yield Program(PREFIX, layer_passes.run_keeping, arguments, size, holds=weights)
         through, cotangents = trail.behind[i]
         for b, arrays in enumerate(task.batches):

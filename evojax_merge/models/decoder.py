@@ -37,6 +37,7 @@ from evojax_merge.models.layers import (
     tables_of,
     without_upcast,
 )
+from evojax_merge.models.projector import project
 from evojax_merge.models.sharding import model_shards, replicate, shard, shards_of
 
 # Rows of the LM head that are in memory at once while scoring, on all devices that share the head together.
@@ -355,12 +356,15 @@ def embed(
     config: DecoderConfig, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout, images: ImageInputs | None
 ) -> jax.Array:
     """The hidden states before the first layer. images: a negative token is the position of row `~token` of their
-    features, which enters as it is; None: there is no negative token."""
+    features, which enters as it is, or through the projector that a config has; None: there is no negative token."""
     architecture = architecture_of(config)
     if images is None:
         return architecture.embed(config, source, tokens, layout)
     embedded = architecture.embed(config, source, jnp.maximum(tokens, 0), layout)
-    return jnp.where((tokens < 0)[..., None], image_rows(images.features, tokens, embedded.dtype), embedded)
+    rows = image_rows(images.features, tokens, embedded.dtype)
+    if config.projector is not None:
+        rows = project(config.projector, source, rows)
+    return jnp.where((tokens < 0)[..., None], rows, embedded)
 
 
 def image_rows(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:

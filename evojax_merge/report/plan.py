@@ -75,7 +75,8 @@ class Plan:
     one on all search examples; gradient: one with its gradient, on a minibatch (None: no gradient is followed);
     generation, run: the work of each group of devices for them. gradient_generations: the number of generations that
     follow gradients; `generation` is one of those that do not, where there are both. budget: the search's, which the
-    generations come from, if it has one. notes: lines on the choice of the strategy. advice: changes that would make it
+    generations come from, if it has one. notes: lines on the choice of the strategy, and on what candidates compute
+    beside the usual. advice: changes that would make it
     fit, where it does not. compile_seconds: what the target's compiler took here for the passes (None: it was not
     asked).
     """

@@ -11,7 +11,9 @@ BankPlace = Literal["device", "host", "disk"]
 DEVICE_SHARE, HOST_SHARE = 0.9, 0.9
 
 
-def bank_place(where: str, setting: str, target: Target, bank_bytes: int, model_bytes: int, shards: int) -> BankPlace:
+def bank_place(
+    where: str, setting: BankPlace | Literal["auto"], target: Target, bank_bytes: int, model_bytes: int, shards: int
+) -> BankPlace:
     """The place that a config's `evaluation.bank` means. bank_bytes: of all models; model_bytes: of one
     candidate, which must have room beside them to generate; shards: the number of devices that share the models. Raises
     InputError where they are to be in the memory of a host that is too small."""
@@ -21,7 +23,7 @@ def bank_place(where: str, setting: str, target: Target, bank_bytes: int, model_
             f"{where}: evaluation.bank", f"host: the models take {bank_bytes / 1e9:,.1f} GB, and {host / 1e9:,.1f} GB "
             "of the host's memory are available; take disk, which reads them from their files",
         )  # fmt: skip
-    if setting == "device" or setting == "host" or setting == "disk":
+    if setting != "auto":
         return setting
     # A CPU's devices hold their copies in the same memory.
     copies = 1 if target.is_accelerator else target.devices_per_host

@@ -163,10 +163,10 @@ class MergeCandidates:
     def held_bytes(self) -> int:
         return held_bytes(self.sources, self.decoder, self.spec)
 
-    def load_bank(self, devices: Devices, progress: Progress) -> Bank:
+    def load_bank(self, devices: Devices, progress: Progress) -> Any:
         return load_bank(self.sources, self.decoder, self.spec, progress, devices.put)
 
-    def evaluator(self, decoder: DecoderEvaluator, bank: Bank) -> MergeEvaluator:
+    def evaluator(self, decoder: DecoderEvaluator, bank: Any) -> MergeEvaluator | StreamedEvaluator:
         return MergeEvaluator(decoder, bank, self.spec)
 
     def place_bank(self, place: Place) -> Bank:
@@ -243,6 +243,11 @@ class StreamedMerges(MergeCandidates):
         bank = abstract_streamed(abstract_bank(self.sources, self.decoder, self.spec, place))
         return StreamedEvaluator(evaluator, bank, self.spec).population(self.planned_recipes(size))
 
+    def describe_work(self, evaluators: Sequence[StreamedEvaluator]) -> str:
+        where = {"host": "the host's memory", "disk": "the models' files"}[self.place]
+        nbytes = evaluators[0].bank.layer_bytes * self.decoder.layers
+        return f"{self.decoder.layers} layers ({nbytes / 1e9:,.2f} GB) came from {where} once for all candidates"
+
     def score_stored(
         self, evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress
     ) -> TaskScores:
@@ -252,8 +257,8 @@ class StreamedMerges(MergeCandidates):
         spec = MergeSpec(method.name, options_from("", method, {}, False), 0, "float32")
         bank = bank_in_files(alone, config, spec, put=evaluator.devices.put)
         shape = (1, config.layers, len(architecture_of(config).components), 1)
-        ends = {leaf.name: {"scale": np.ones((1, 1), np.float32)} for leaf in shared_leaves(config)}
-        recipe = Recipe({LAYERS: {"scale": np.ones(shape, np.float32)}}, ends)
+        ends = {leaf.name: {"scale": jnp.ones((1, 1), jnp.float32)} for leaf in shared_leaves(config)}
+        recipe = Recipe({LAYERS: {"scale": jnp.ones(shape, jnp.float32)}}, ends)
         return StreamedEvaluator(replace(evaluator, chunk_sizes={}), bank, spec).evaluate(recipe, progress)
 
 

@@ -21,10 +21,11 @@ from evojax_merge.backends.decoder.candidates import (
 from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
 from evojax_merge.checkpoints.bank import bank_bytes
 from evojax_merge.checkpoints.config_file import decoder_settings
-from evojax_merge.checkpoints.decoder_folder import DecoderFolder
+from evojax_merge.checkpoints.decoder_folder import PROJECTOR, DecoderFolder, decoder_of, decoder_with_projector
 from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.checkpoints.json_files import read_json_object
-from evojax_merge.checkpoints.parents import Sources, open_decoders, open_sources
+from evojax_merge.checkpoints.parents import OpenDecoder, Sources, open_decoders, open_sources
+from evojax_merge.checkpoints.pipelines import MERGE
 from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer
 from evojax_merge.config import MAX_PATH_LAYERS, Config, DataFlowConfig, PoolConfig, SpaceConfig
 from evojax_merge.errors import InputError, did_you_mean, shown
@@ -99,7 +100,8 @@ class DecoderFactory:
         tokenizer_choice = None if tokenizer_dir is None else TokenizerChoice(opened.index(tokenizer_dir))
         # Layers of a path may come from models of any depth.
         open_all = open_decoders if config.data_flow else _of_one_depth
-        sources, configs = open_all(opened, tokenizer_choice)
+        open_decoder = merged_parts(where, config)
+        sources, configs = open_all(opened, tokenizer_choice, open_decoder)
         all_folders = sources.folders
         other_modules = _other_modules(where, config, folder, all_folders, base, parents)
         _check_tokens(opened, sources, other_modules)
@@ -133,6 +135,7 @@ class DecoderFactory:
             context=context_length(sources.folders, configs[0].positions),
             stop=stop_tokens(tokenizer_folder, tokenizer),
             vision=vision_of(tokenizer, all_folders),
+            open_decoder=open_decoder,
         )
         return DecoderBackend(config, models, candidates, target)
 
@@ -218,8 +221,24 @@ def _other_modules(
     return named
 
 
-def _of_one_depth(paths: Sequence[Path], tokenizer: TokenizerChoice | None) -> tuple[Sources, list[DecoderConfig]]:
-    sources, config = open_sources(paths, tokenizer)
+def merged_parts(where: str, config: Config) -> OpenDecoder:
+    """Takes the merged parts out of a folder: its text decoder, with the projector where the config merges it. Raises
+    InputError for other components."""
+    for name, source in (config.components or {}).items():
+        if (name, source) != (PROJECTOR, MERGE):
+            raise InputError(
+                where, f"components: {name}: {source}; expected {PROJECTOR}: {MERGE} beside the text decoder; "
+                "other_modules names the model that all else is from",
+            )  # fmt: skip
+    if config.components and config.space is None:
+        raise InputError(where, f"components: {PROJECTOR} is merged by a space alone; leave it out")
+    return decoder_with_projector if config.components else decoder_of
+
+
+def _of_one_depth(
+    paths: Sequence[Path], tokenizer: TokenizerChoice | None, open_decoder: OpenDecoder
+) -> tuple[Sources, list[DecoderConfig]]:
+    sources, config = open_sources(paths, tokenizer, open_decoder)
     return sources, [config] * len(paths)
 
 
@@ -289,7 +308,7 @@ def parameter_space(path: Path, config: Config) -> tuple[ParameterSpace, list[st
         return None
     names = [f"{path}: parents[{k}]" for k in range(len(config.parents))]
     parents = [resolve_reference(name, one, path.parent) for name, one in zip(names, config.parents, strict=True)]
-    _, decoder = open_sources(parents[:1])
+    _, decoder = open_sources(parents[:1], open_decoder=merged_parts(str(path), config))
     method = find_method(f"{path}: space.method", config.space.method)
     return build_space(f"{path}: space", config.space, method, config.parents, decoder), model_names(parents)
 
@@ -333,7 +352,7 @@ def build_space(
 ) -> ParameterSpace:
     """The parameter space of a config. parents: their names in the config. Raises InputError for unknown parameters and
     parents, and for meaningless bounds."""
-    shared = [leaf.name for leaf in architecture_of(decoder).shared]
+    shared = [leaf.name for leaf in architecture_of(decoder).shared if leaf.component != PROJECTOR]
     components = architecture_of(decoder).components
     named = [name.strip() for part in config.components for name in part.split("+")]
     # A router that is not named has parameters of its own, like shared leaves.
@@ -351,6 +370,8 @@ def build_space(
     search_parameters, constants = search_parameters_of(
         where, method, len(parents), config.parameters, config.fixed, parent_groups
     )
+    projector = tuple(leaf.name for leaf in shared_leaves(decoder) if leaf.component == PROJECTOR)
+    groups = (*groups, projector) if projector else groups
     together = config.layers_per_group
     space = ParameterSpace(
         method=method,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evojax_merge.checkpoints.decoder_folder import PROJECTOR
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.batched_tasks import BatchedTask, one_row_batches
 from evojax_merge.evaluation.compilers import TargetCompiler, collectives
@@ -22,6 +23,8 @@ from evojax_merge.evaluation.planned_passes import (
     SizedPass,
     plan,
 )
+from evojax_merge.models.architecture import leaves_of, tensor_grid, tensor_shape
+from evojax_merge.report.plan import shown_number
 
 if TYPE_CHECKING:
     from evojax_merge.backends.decoder.backend import DecoderBackend
@@ -65,6 +68,20 @@ class DecoderPlanner:
     @property
     def jobs(self) -> int:
         return 2 if self.evaluator.runs_two_jobs(0) else 1
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        config = self.backend.models.decoder
+        if config.projector is None:
+            return ()
+        leaves = [leaf for leaf in leaves_of(config) if len(leaf.shape) > 1]
+        sizes = {leaf.name: math.prod((*tensor_grid(config, leaf), *tensor_shape(config, leaf))) for leaf in leaves}
+        own = sum(sizes[leaf.name] for leaf in leaves if leaf.component == PROJECTOR)
+        layers = sum(sizes[leaf.name] for leaf in leaves if leaf.stack is not None)
+        return (
+            f"{PROJECTOR}: merged, and computed by every candidate: {shown_number(2 * own)}FLOP for each position, "
+            f"{own / layers:.2%} of what the layers take",
+        )  # fmt: skip
 
     @property
     def gradient_passes(self) -> int:

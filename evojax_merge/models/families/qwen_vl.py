@@ -46,13 +46,14 @@ def read_mrope(
     axes: Callable[[Sequence[int], int], tuple[int, ...]],
     default: Sequence[int],
     hf: Mapping[str, Any],
+    kind: type[MropeConfig] = MropeConfig,
 ) -> MropeConfig:
-    """The config that `read` makes for the text decoder, with M-RoPE. The whole model's config says whether the head is
-    the embedding."""
+    """The config that `read` makes for the text decoder, as one of a kind with M-RoPE. The whole model's config says
+    whether the head is the embedding."""
     settings = hf["rope_parameters"]
     rope = {key: value for key, value in settings.items() if key not in (SECTION, "mrope_interleaved")}
     text = read({**hf, "rope_parameters": rope, "tie_word_embeddings": hf.get("tie_word_embeddings", False)})
-    return MropeConfig(**vars(text), rope_axes=axes(settings.get(SECTION) or default, text.head_dim // 2))
+    return kind(**vars(text), rope_axes=axes(settings.get(SECTION) or default, text.head_dim // 2))
 
 
 def read_qwen3_vl(hf: Mapping[str, Any]) -> LlamaLikeConfig:
