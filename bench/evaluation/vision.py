@@ -33,6 +33,7 @@ from evojax_merge.benchmarks.header_models import word_tokenizer
 from PIL import Image
 
 from bench.shared.machine import describe
+from evojax_merge.benchmarks.header_models import word_tokenizer
 from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.selection import open_evaluator
 
