@@ -31,8 +31,8 @@ import transformers
 import yaml
 from PIL import Image
 
-from bench.shared.header_models import word_tokenizer
 from bench.shared.machine import describe
+from evojax_merge.benchmarks.header_models import word_tokenizer
 from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.selection import open_evaluator
 
