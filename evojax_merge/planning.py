@@ -80,7 +80,7 @@ def make_plan(
         also = _rows(planner.passes(prepared.search, whole, "final"), target, model)
     pass_bytes = max((planner.jobs * row.needed_bytes for row in (*rows, *also)), default=0)
     fits = sizes.bank + pass_bytes <= target.memory
-    on_host = (
+    on_host = sizes.on_host + (
         sizes.largest_leaf if target.is_accelerator else sizes.bank * target.devices_per_host // model + pass_bytes
     )
     return Plan(

@@ -219,7 +219,7 @@ LORA = {
         "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
         "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v",
     ),
-    "text_encoder": ("text_model.encoder.layers.0.self_attn.q_proj",),
+    "text_encoder": ("encoder.layers.0.self_attn.q_proj",),
 }
 
 
@@ -239,10 +239,12 @@ def save_lora(base: Path, file: Path, keys: str) -> dict[str, np.ndarray]:
             outputs, inputs = state[f"{module}.weight"].shape
             down, up = (rng.normal(size=size).astype(np.float32) for size in ((2, inputs), (outputs, 2)))
             changes[f"{component}.{module}.weight"] = up @ down * (1.5 if keys == "kohya" else 1.0)
+            # Trainers name the module that text encoders had around their layers.
+            module = module if component == "unet" else f"text_model.{module}"
             if keys == "kohya":
                 name = f"lora_{'te' if component == 'text_encoder' else 'unet'}_{module.replace('.', '_')}"
                 tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-                tensors[f"{name}.alpha"] = np.float32(3.0).reshape(())
+                tensors[f"{name}.alpha"] = np.array(3.0, np.float32)
             else:
                 tensors |= {f"{component}.{module}.lora_A.weight": down, f"{component}.{module}.lora_B.weight": up}
     save_file(tensors, file)
@@ -276,15 +278,18 @@ def test_a_lora_is_fused_into_the_generator_before_it(keys: str, stable: list[Pa
     np.testing.assert_allclose(np.asarray(backend.merge.tree.source(0)[name]), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("fault", ["other", "none", "pickle", "takes none"])
+@pytest.mark.parametrize("fault", ["other", "more", "none", "pickle", "takes none"])
 def test_a_lora_that_does_not_fit_is_refused_in_a_line(
     fault: str, stable: list[Path], ddpm: list[Path], tmp_path: Path
 ) -> None:
     file, base = tmp_path / "lora.safetensors", stable[0]
     factors = {"lora_A.weight": np.zeros((2, 8), np.float32), "lora_B.weight": np.zeros((8, 2), np.float32)}
-    save_file({f"unet.mid_block.no.such.to_q.{name}": values for name, values in factors.items()}, file)
-    message = "lora.safetensors has factors of 1 modules, of which"
-    if fault == "none":
+    modules = (LORA["unet"][0], "mid_block.no.such.to_q") if fault == "more" else ("mid_block.no.such.to_q",)
+    save_file({f"unet.{one}.{name}": values for one in modules for name, values in factors.items()}, file)
+    message = "Target modules {'mid_block.no.such.to_q'} not found in the base model"
+    if fault == "more":
+        message = "lora.safetensors has factors of 2 modules, of which"
+    elif fault == "none":
         save_file({"weight": np.zeros(1, np.float32)}, file)
         message = "holds no factors of a LoRA"
     elif fault == "pickle":
@@ -405,7 +410,7 @@ def test_the_config_of_evosdxl_is_planned_on_folders_of_its_form(tmp_path: Path)
     for seed, name in enumerate(yaml.safe_load(file.read_text())["parents"]):
         make_sdxl(tmp_path / name, seed)
     (tmp_path / "scores.py").write_text("def score(records, images):\n    return images.mean((1, 2, 3))\n")
-    write_lines(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("a cat", "a dog", "a sea", "a tree")])
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": letter * 3} for letter in "abcdefgh"])
     assert "StableDiffusionXLPipeline: draws pictures" in command("plan", file)
     problem = build_problem(file, read_config(file, [], None))
     assert problem.backend.space.dims == 8

@@ -10,13 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from evojax_merge.checkpoints.folder import open_folder, read_header
+from evojax_merge.checkpoints.folder import read_header
 from evojax_merge.checkpoints.pipelines import OPENING, Pipeline
 from evojax_merge.checkpoints.quiet import quiet_diffusers
 from evojax_merge.errors import InputError
 
 # The file of a LoRA in a folder, as diffusers saves it.
 LORA_FILE = "pytorch_lora_weights.safetensors"
+OUTER_MODULE = "text_model."
 # The ends of the first of a module's two factors' names.
 FIRST_FACTORS = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight", "_lora.down.weight")
 
@@ -48,12 +49,13 @@ def write_fused(where: str, base: Path, lora: Path, folder: Path) -> None:
         if file.is_file() and not (relative.parts[0] in fused and file.name.endswith((".safetensors", ".index.json"))):
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             os.symlink(file.resolve(), folder / relative)
-    for name, module in fused.items():
-        _save(pipeline, name, module, folder / name)
+    for name, (module, changed) in fused.items():
+        _save(pipeline, name, module, changed, folder / name)
 
 
-def _fused(where: str, kind: Any, base: Path, lora: Path) -> dict[str, Any]:
-    """The modules, in float32, that a LoRA changes, by the names of their components."""
+def _fused(where: str, kind: Any, base: Path, lora: Path) -> dict[str, tuple[Any, set[str]]]:
+    """The modules, in float32, that a LoRA changes, by the names of their components, and the weights that it
+    changes."""
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -62,35 +64,39 @@ def _fused(where: str, kind: Any, base: Path, lora: Path) -> dict[str, Any]:
             opened = kind.from_pretrained(base, local_files_only=True, dtype=torch.float32)
             opened.load_lora_weights(str(lora.parent), weight_name=lora.name, local_files_only=True)
             modules = {name: one for name, one in opened.components.items() if isinstance(one, torch.nn.Module)}
-            adapted = {
-                name: count for name, module in modules.items()
-                if (count := sum(isinstance(part, BaseTunerLayer) for part in module.modules()))
-            }  # fmt: skip
-            opened.fuse_lora(components=list(adapted))
+            weights = {
+                name: {f"{path}.weight" for path, part in module.named_modules() if isinstance(part, BaseTunerLayer)}
+                for name, module in modules.items()
+            }
+            fused = {name: (modules[name], changed) for name, changed in weights.items() if changed}
+            opened.fuse_lora(components=list(fused))
             opened.unload_lora_weights()
     except OPENING as error:
         raise InputError(where, f"diffusers cannot fuse it ({' '.join(str(error).split())[:300]})") from None
     expected = sum(name.endswith(FIRST_FACTORS) for name in read_header(lora))
-    if sum(adapted.values()) < expected:
+    actual = sum(len(changed) for _, changed in fused.values())
+    if actual < expected:
         raise InputError(
-            where, f"{lora.name} has factors of {expected} modules, of which {base} has {sum(adapted.values())}; "
-            "expected a LoRA of this generator",
+            where, f"{lora.name} has factors of {expected} modules, of which {base} has {actual}; expected a LoRA of "
+            "this generator",
         )  # fmt: skip
-    return {name: modules[name] for name in adapted}
+    return fused
 
 
-def _save(pipeline: Pipeline, name: str, module: Any, folder: Path) -> None:
-    """Write a component's weights, by the names and in the dtypes of the base's files."""
-    import torch
-    from safetensors.torch import save_file
+def _save(pipeline: Pipeline, name: str, module: Any, changed: set[str], folder: Path) -> None:
+    """Write a component's weights, by the names and in the dtypes of the base's files: the `changed` ones of a module,
+    and all others as they are."""
+    from safetensors.torch import load_file, save_file
 
+    files = [file for file in pipeline.files(name) if file.suffix == ".safetensors"]
+    tensors = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    # Transformers' modules in memory have names without the outer module that files of text encoders name.
+    in_file = {key.removeprefix(OUTER_MODULE): key for key in tensors} | {key: key for key in tensors}
     state = module.state_dict()
-    entries = open_folder(pipeline.path / name).entries
-    tensors = {
-        key: state[key].to(getattr(torch, str(entry.dtype))).contiguous()
-        for key, entry in entries.items()
-        if key in state
-    }
-    first = next(file for file in pipeline.files(name) if file.suffix == ".safetensors")
-    stem = first.name.partition("-00001-of-")[0].removesuffix(".safetensors")
+    for weight in changed:
+        if weight not in in_file:
+            raise InputError(pipeline.path / name, f"has no tensor {weight}, which the LoRA changes")
+        key = in_file[weight]
+        tensors[key] = state[weight].to(tensors[key].dtype).contiguous()
+    stem = files[0].name.partition("-00001-of-")[0].removesuffix(".safetensors")
     save_file(tensors, folder / f"{stem}.safetensors", {"format": "pt"})

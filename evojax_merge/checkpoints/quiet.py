@@ -27,7 +27,8 @@ def quiet_diffusers() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
 
     verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
+    # A LoRA that does not fit is logged as an error, and raised as well.
+    diffusers_logging.set_verbosity(logging.CRITICAL)
     diffusers_logging.disable_progress_bar()
     try:
         with quiet_transformers():

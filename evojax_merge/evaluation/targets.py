@@ -38,7 +38,8 @@ class Target:
 
     For each device: `memory`, the bytes that programs may use; `bandwidth`, bytes a second to and from it; `bfloat16`
     and `float32`, the peak FLOP/s of matrix products of operands of these dtypes, as JAX computes them by default
-    (float32: see `float32_products`; on a TPU one pass of bfloat16). NaN where they are not known.
+    (float32: see `float32_products`; on a TPU one pass of bfloat16); `link`, bytes a second from the host's memory. NaN
+    where they are not known.
 
     `devices`: the number of devices, in `hosts` machines together; `topology`: of a TPU slice, in its compiler's
     notation; `native_bfloat16`: whether an accelerator multiplies it faster than float32.
@@ -55,6 +56,7 @@ class Target:
     hosts: int = 1
     topology: str = ""
     native_bfloat16: bool = True
+    link: float = math.nan
 
     @property
     def is_accelerator(self) -> bool:
@@ -113,9 +115,15 @@ class Target:
 GB, GIB, TERA = 10**9, 2**30, 1e12
 
 
-def _gpu(name: str, kind: str, memory: float, bandwidth: float, bfloat16: float, float32: float) -> Target:
-    """One GPU; memory in GB, bandwidth in TB/s, peaks in TFLOP/s."""
-    return Target(name, "gpu", kind, int(memory * GB), bandwidth * TERA, bfloat16 * TERA, float32 * TERA)
+# Bytes a second of PCI Express with 16 lanes, in one direction, by its generation (PCI-SIG's specifications).
+PCIE_4, PCIE_5 = 31.5e9, 63.0e9
+
+
+def _gpu(
+    name: str, kind: str, memory: float, bandwidth: float, bfloat16: float, float32: float, link: float = PCIE_4
+) -> Target:
+    """One GPU; memory in GB, bandwidth in TB/s, peaks in TFLOP/s, the link to the host in bytes a second."""
+    return Target(name, "gpu", kind, int(memory * GB), bandwidth * TERA, bfloat16 * TERA, float32 * TERA, link=link)
 
 
 def _tpu(name: str, kind: str, memory: float, bandwidth: float, bfloat16: float) -> Target:
@@ -134,7 +142,7 @@ _GPUS = {
         # NVIDIA Ada GPU Architecture, whitepaper, appendix on the GeForce RTX 4090.
         _gpu("rtx4090", "NVIDIA GeForce RTX 4090", 25.2, 1.008, 165.2, 82.6),
         # NVIDIA RTX Blackwell GPU Architecture, whitepaper, appendix on the GeForce RTX 5090.
-        _gpu("rtx5090", "NVIDIA GeForce RTX 5090", 33.6, 1.792, 209.5, 104.8),
+        _gpu("rtx5090", "NVIDIA GeForce RTX 5090", 33.6, 1.792, 209.5, 104.8, PCIE_5),
         # NVIDIA L4 Tensor Core GPU, data sheet, halves of the figures with sparsity.
         _gpu("l4", "NVIDIA L4", 23, 0.3, 121, 60),
         # NVIDIA L40S, data sheet.
@@ -143,11 +151,11 @@ _GPUS = {
         _gpu("a100-40", "NVIDIA A100-SXM4-40GB", 42.3, 1.555, 312, 156),
         _gpu("a100-80", "NVIDIA A100-SXM4-80GB", 85, 2.039, 312, 156),
         # NVIDIA H100 Tensor Core GPU, data sheet, column of the SXM module, halves of the figures with sparsity.
-        _gpu("h100", "NVIDIA H100 80GB HBM3", 85, 3.352, 989, 494),
+        _gpu("h100", "NVIDIA H100 80GB HBM3", 85, 3.352, 989, 494, PCIE_5),
         # NVIDIA H200 Tensor Core GPU, data sheet, column of the SXM module, halves of the figures with sparsity.
-        _gpu("h200", "NVIDIA H200", 150, 4.8, 989, 494),
+        _gpu("h200", "NVIDIA H200", 150, 4.8, 989, 494, PCIE_5),
         # NVIDIA DGX B200, data sheet, an eighth of the system; halves of the figures with sparsity.
-        _gpu("b200", "NVIDIA B200", 191, 8, 2250, 1125),
+        _gpu("b200", "NVIDIA B200", 191, 8, 2250, 1125, PCIE_5),
     )
 }
 # Cloud TPU's documents: the pages of TPU v5e, v5p and v6e, tables of the chips.

@@ -240,6 +240,7 @@ class DecoderBackend:
     def device_sizes(self, shards: int) -> DeviceSizes:
         sizes = DeviceSizes(shards)
         self.candidates.place_bank(sizes.place)
+        sizes.on_host = self.candidates.host_bytes()
         # Layer paths are planned as one model, but all of the parents' layers are loaded.
         sizes.bank = max(sizes.bank, self.held_bytes() // shards)
         self.abstract_images(self.compute_dtype, sizes.place)

@@ -1,6 +1,7 @@
 """The kinds of candidates over language models: merges, layer paths and members of a pool. Each kind loads its models,
 and evaluates, writes and shows its candidates. This module holds all code that depends on the kind."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from evojax_merge.evaluation.planned_passes import DeviceSizes
 from evojax_merge.evaluation.pool import PoolBank, PoolEvaluator
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.streaming import StreamedEvaluator
+from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.plan import options_from
 from evojax_merge.mergekit.write import lineage_documents, path_document, recipe_document
 from evojax_merge.models.architecture import LAYERS, Leaf, architecture_of, shared_leaves
@@ -42,6 +44,7 @@ from evojax_merge.models.sources import StackedWeights
 from evojax_merge.models.streamed_bank import abstract_streamed
 from evojax_merge.report.merges import MergeReport
 from evojax_merge.report.paths import PathReport
+from evojax_merge.report.plan import shown_bytes, shown_seconds
 from evojax_merge.report.pool import PoolReport
 from evojax_merge.report.winner import WinnerReport
 from evojax_merge.spaces.breeding import BreedingSpace
@@ -80,6 +83,14 @@ class Candidates(Protocol):
 
     def held_bytes(self) -> int:
         """Bytes of the loaded bank."""
+        ...
+
+    def host_bytes(self) -> int:
+        """Bytes of the models that stay in the memory of the host."""
+        ...
+
+    def notes(self, target: Target, model: int) -> tuple[str, ...]:
+        """Lines of a plan, for devices that share a candidate in groups of `model`."""
         ...
 
     def load_bank(self, devices: Devices, progress: Progress) -> Any:
@@ -163,6 +174,12 @@ class MergeCandidates:
     def held_bytes(self) -> int:
         return held_bytes(self.sources, self.decoder, self.spec)
 
+    def host_bytes(self) -> int:
+        return 0
+
+    def notes(self, target: Target, model: int) -> tuple[str, ...]:
+        return ()
+
     def load_bank(self, devices: Devices, progress: Progress) -> Any:
         return load_bank(self.sources, self.decoder, self.spec, progress, devices.put)
 
@@ -189,7 +206,7 @@ class MergeCandidates:
         names = ", ".join(parameter.name for parameter in self.space.search_parameters)
         return f"{self.space.dims} parameters ({names}; {len(self.space.groups)} groups)"
 
-    def describe_work(self, evaluators: Sequence[MergeEvaluator]) -> str:
+    def describe_work(self, evaluators: Sequence[Any]) -> str:
         most = max((chunk for evaluator in evaluators for chunk in evaluator.evaluator.chunk_sizes.values()), default=0)
         few = {0: "no candidate", 1: "one candidate at a time"}.get(most, f"up to {most:,} candidates at a time")
         return f"each device scored {few}"
@@ -217,6 +234,22 @@ class StreamedMerges(MergeCandidates):
         self.place_bank(sizes.place)
         return sizes.bank
 
+    @property
+    def _whole_bytes(self) -> int:
+        return MergeCandidates.held_bytes(self)
+
+    def host_bytes(self) -> int:
+        return self._whole_bytes if self.place == "host" else 0
+
+    def notes(self, target: Target, model: int) -> tuple[str, ...]:
+        streamed = self._whole_bytes // model
+        where = {"host": "in the host's memory", "disk": "in their files"}[self.place]
+        rate = "" if math.isnan(target.link) else f", {shown_seconds(streamed / target.link)} or more by its link"
+        return (
+            f"bank: {shown_bytes(self._whole_bytes)} of models stay {where}; {shown_bytes(streamed)} come to each "
+            f"device once in a generation that is scored, and once for candidates that generate together{rate}",
+        )  # fmt: skip
+
     def load_bank(self, devices: Devices, progress: Progress) -> Any:
         load = {"host": bank_on_host, "disk": bank_in_files}[self.place]
         return load(self.sources, self.decoder, self.spec, progress, devices.put)
@@ -243,7 +276,7 @@ class StreamedMerges(MergeCandidates):
         bank = abstract_streamed(abstract_bank(self.sources, self.decoder, self.spec, place))
         return StreamedEvaluator(evaluator, bank, self.spec).population(self.planned_recipes(size))
 
-    def describe_work(self, evaluators: Sequence[StreamedEvaluator]) -> str:
+    def describe_work(self, evaluators: Sequence[Any]) -> str:
         where = {"host": "the host's memory", "disk": "the models' files"}[self.place]
         nbytes = evaluators[0].bank.layer_bytes * self.decoder.layers
         return f"{self.decoder.layers} layers ({nbytes / 1e9:,.2f} GB) came from {where} once for all candidates"
@@ -289,6 +322,12 @@ class PathCandidates:
 
     def held_bytes(self) -> int:
         return bank_bytes(self.sources, self.spec.configs[0])
+
+    def host_bytes(self) -> int:
+        return 0
+
+    def notes(self, target: Target, model: int) -> tuple[str, ...]:
+        return ()
 
     def load_bank(self, devices: Devices, progress: Progress) -> PathBank:
         return load_path_bank(self.sources, self.spec, progress)
@@ -374,6 +413,12 @@ class PoolCandidates:
     def held_bytes(self) -> int:
         """0: founders stay in their files, and bred members on the host."""
         return 0
+
+    def host_bytes(self) -> int:
+        return 0
+
+    def notes(self, target: Target, model: int) -> tuple[str, ...]:
+        return ()
 
     def load_bank(self, devices: Devices, progress: Progress) -> PoolBank:
         bank = self.bank

@@ -71,14 +71,16 @@ class DecoderPlanner:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        config = self.backend.models.decoder
+        config, backend = self.backend.models.decoder, self.backend
+        placed = backend.candidates.notes(backend.target, backend.settings.model)
         if config.projector is None:
-            return ()
+            return placed
         leaves = [leaf for leaf in leaves_of(config) if len(leaf.shape) > 1]
         sizes = {leaf.name: math.prod((*tensor_grid(config, leaf), *tensor_shape(config, leaf))) for leaf in leaves}
         own = sum(sizes[leaf.name] for leaf in leaves if leaf.component == PROJECTOR)
         layers = sum(sizes[leaf.name] for leaf in leaves if leaf.stack is not None)
         return (
+            *placed,
             f"{PROJECTOR}: merged, and computed by every candidate: {shown_number(2 * own)}FLOP for each position, "
             f"{own / layers:.2%} of what the layers take",
         )  # fmt: skip

@@ -503,7 +503,7 @@ class FunctionPlanner:
 
     gradient_passes = 1
     jobs = 1
-    notes = ()
+    notes: tuple[str, ...] = ()
 
     def passes(
         self, tasks: Sequence[ArrayTask], candidates: int, use: PlanUse, compiler: TargetCompiler | None = None
