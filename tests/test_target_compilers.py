@@ -10,12 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from helpers import Family
+from jax.sharding import SingleDeviceSharding
 from test_planning import document, header_models
 
 from evojax_merge.evaluation.compilers import CompilerMissing, collectives, target_compiler
 from evojax_merge.evaluation.targets import find_target
+from evojax_merge.models.decoder import prefill_attention
+from evojax_merge.models.layers import padded_layout
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import build_problem, config_from
 from evojax_merge.report.plan import Plan
@@ -181,6 +185,30 @@ def test_a_tpu_decodes_in_place(generating: Any) -> None:
     # What is brought into a core's own memory ahead of time is an operation of another name.
     copied = [math.prod(one.shape) for one in Compiled(plan, program).instructions() if one.operation == "copy"]
     assert copied and max(copied) < cache
+
+
+@pytest.mark.parametrize("name", ["v5p-8", "h100"])
+def test_attention_over_long_rows_takes_memory_by_their_length(name: str) -> None:
+    """A layer's attention of a 7B model: no array has an entry for every pair of positions."""
+    try:
+        compiler = target_compiler(find_target("target", name), 1)
+    except CompilerMissing as error:
+        pytest.skip(str(error))
+
+    def needed(length: int) -> int:
+        layout = padded_layout(length, jnp.zeros(1, jnp.int32), jnp.full(1, length))
+
+        def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            return prefill_attention(jnp.int32(10**6), layout)(query, key, value)[0]
+
+        place = SingleDeviceSharding(compiler.device)
+        shapes = [(1, length, heads, 128) for heads in (32, 8, 8)]
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in shapes]
+        return compiler.temporary_bytes(jax.jit(attend).trace(*arrays))
+
+    half, whole = needed(16384), needed(32768)
+    # A head's float32 products alone would be 4.3 GB.
+    assert whole < 2.2 * half and whole < 2 * 32768**2, (half, whole)
 
 
 @pytest.mark.parametrize(("name", "model"), CASES)

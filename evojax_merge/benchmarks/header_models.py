@@ -53,13 +53,14 @@ def write_models(folder: Path, config: dict[str, Any], parents: int, dtype: str 
         )
 
 
-def write_examples(folder: Path, count: int) -> None:
+def write_examples(folder: Path, count: int, prompt: int = PROMPT) -> None:
+    """Examples of `prompt` random words, and ANSWER words that are scored or generated."""
     rng = np.random.default_rng(0)
 
     def text(length: int) -> str:
         return " ".join(f"w{i}" for i in rng.integers(3, WORDS, length))
 
-    rows = [{"prompt": text(PROMPT), "target": text(ANSWER)} for _ in range(count)]
+    rows = [{"prompt": text(prompt), "target": text(ANSWER)} for _ in range(count)]
     (folder / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

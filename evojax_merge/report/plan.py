@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import RenderableType
 from rich.table import Table
 
 from evojax_merge.config import parse_budget
@@ -201,7 +202,7 @@ class Plan:
         for heading in columns:
             table.add_column(heading, justify="left" if heading in ("task", "pass") else "right")
         for row in self.passes:
-            cells = [
+            cells: list[RenderableType] = [
                 cell(row.task), row.name, f"{row.chunk:,}", f"{row.runs:,}", f"{row.steps:,}",
                 shown_bytes(row.held_bytes), shown_bytes(row.temporary_bytes),
                 "" if row.reported_bytes is None else shown_bytes(row.reported_bytes), shown_number(row.flops).strip(),
