@@ -30,8 +30,11 @@ class Planner(Protocol):
 
     # The number of passes that a candidate's gradient is planned as.
     gradient_passes: int
-    # Lines on what candidates compute beside the usual.
-    notes: tuple[str, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines on what candidates compute, and where models lie, beside the usual."""
+        ...
 
     @property
     def jobs(self) -> int:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,14 +35,18 @@ def median_seconds(run: Callable[[], Any], times: int, enough: float = math.inf)
     return float(np.median(seconds))
 
 
+def _wait(run: Callable[[], jax.Array]) -> None:
+    run().block_until_ready()
+
+
 def matrix_peak(dtype: str = "float32", enough: float = math.inf) -> float:
     """FLOP per second of the device's best matrix product of operands of a dtype, over a few sizes; over the smaller
     ones alone where these have taken `enough` seconds."""
     rates, begun = list[float](), time.perf_counter()
     for rows, inner, columns in CPU_PRODUCTS if jax.devices()[0].platform == "cpu" else ACCELERATOR_PRODUCTS:
         a, b = jnp.ones((rows, inner), dtype), jnp.ones((inner, columns), dtype)
-        product = jax.jit(jnp.matmul)
-        seconds = median_seconds(lambda run=product, a=a, b=b: run(a, b).block_until_ready(), RUNS, enough)
+        product = partial(jax.jit(jnp.matmul), a, b)
+        seconds = median_seconds(partial(_wait, product), RUNS, enough)
         rates.append(2 * rows * inner * columns / seconds)
         if time.perf_counter() - begun >= enough:
             break
@@ -54,4 +59,4 @@ def copy_bandwidth(enough: float = math.inf) -> float:
     nbytes = CPU_COPY_BYTES if jax.devices()[0].platform == "cpu" else ACCELERATOR_COPY_BYTES
     x = jnp.zeros(nbytes // 4, jnp.float32)
     add = jax.jit(lambda x: x + 1)
-    return 2 * nbytes / median_seconds(lambda: add(x).block_until_ready(), RUNS, enough)
+    return 2 * nbytes / median_seconds(partial(_wait, partial(add, x)), RUNS, enough)

@@ -102,14 +102,13 @@ class StreamedPopulation(Population):
         shared = yield Program(START, layer_passes.materialise_ends, (spec, bank.shared, candidates.shared), size)
         stacks: Any = None
         for number, leaves in bank.layers(range(bank.depth)):
-            before, parameters = stacks, _layer_of(candidates.stacks[LAYERS], number)
+            parameters = _layer_of(candidates.stacks[LAYERS], number)
             moved = partial(_written_bytes, leaves, bank.depth * size)
             arguments: tuple[Any, ...] = (spec, (leaves, np.int32(number)), parameters, stacks)
             stacks = yield Program(
                 MATERIALISE, layer_passes.materialise_layer, arguments, size, holds=(shared, leaves), merge_bytes=moved
             )
-            # No more than two layers are on their way.
-            jax.block_until_ready(before if before is None else jax.tree.leaves(stacks)[0])
+            jax.block_until_ready(stacks)
             del leaves, arguments, moved
         models = StackedWeights({LAYERS: stacks}, shared, self.factory.compute_dtype)
         return Source(PerCandidateModel(), None, models, models)
@@ -229,6 +228,8 @@ def scoring(
     for number, leaves in bank.layers(range(bank.depth)):
         layer = partial(_through_layer, spec, number, leaves, inputs, waits)
         yield Each(map(layer, waiting), _no_result, _no_result)
+        # The next layer is on its way meanwhile; the one after it has room only once this one is gone.
+        jax.block_until_ready([one.batches for one in waiting])
         counted.layer_done()
         del leaves, layer
 
@@ -334,6 +335,7 @@ def differentiating(
     for number, leaves in bank.layers(range(bank.depth)):
         layer = partial(_onwards, spec, number, leaves, inputs, waits)
         yield Each(map(layer, trails), _no_result, _no_result)
+        jax.block_until_ready([trail.before[-1].batches for trail in trails])
         counted.layer_done()
         del leaves, layer
 

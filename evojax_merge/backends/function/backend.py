@@ -503,7 +503,10 @@ class FunctionPlanner:
 
     gradient_passes = 1
     jobs = 1
-    notes: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ()
 
     def passes(
         self, tasks: Sequence[ArrayTask], candidates: int, use: PlanUse, compiler: TargetCompiler | None = None
