@@ -219,7 +219,7 @@ LORA = {
         "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
         "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v",
     ),
-    "text_encoder": ("encoder.layers.0.self_attn.q_proj",),
+    "text_encoder": ("encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn.out_proj"),
 }
 
 
