@@ -19,7 +19,7 @@ from evojax_merge.checkpoints.folder import is_float, open_folder
 from evojax_merge.checkpoints.generator_keys import BASE, VAE, blocks_of
 from evojax_merge.checkpoints.pipelines import INDEX, Components, Pipeline
 from evojax_merge.errors import InputError
-from evojax_merge.tasks.generated_images import ImageTask
+from evojax_merge.tasks.generated_images import DrawingTask
 
 # The libraries whose classes are run.
 LIBRARIES = ("diffusers", "transformers")
@@ -107,7 +107,7 @@ class Generator:
     def name(self) -> str:
         return type(self.pipeline).__name__
 
-    def draw(self, weights: Mapping[str, Any], task: ImageTask, numbers: Sequence[int]) -> np.ndarray:
+    def draw(self, weights: Mapping[str, Any], task: DrawingTask, numbers: Sequence[int]) -> np.ndarray:
         """float32[N, …]: the pictures, or latents, of some of a task's examples. The noise of each is made on the CPU,
         and so is the same on all machines."""
         tensors = _storage(self.modules)
@@ -133,7 +133,7 @@ class Generator:
         """The arguments of the pipeline's call."""
         return inspect.signature(type(self.pipeline).__call__).parameters
 
-    def check(self, task: ImageTask) -> None:
+    def check(self, task: DrawingTask) -> None:
         """Raises InputError for a task that the pipeline cannot draw for."""
         where, arguments = task.section, self.arguments
         has_prompt = task.prompts[0] is not None
