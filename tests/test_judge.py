@@ -435,7 +435,7 @@ def test_the_odds_of_yes_are_those_of_transformers(tmp_path: Path, family: Famil
     [
         ({"rubric": "{prompt}"}, "rubric: does not name {response}, the text that is judged"),
         ({"rubric": "{question} {response}"}, "the record has no field 'question', which rubric names"),
-        ({"judge": "nowhere"}, "judge: nowhere"),
+        ({"judge": "nowhere"}, "tasks[0].judge"),
         ({"no": " w5"}, "yes, no: expected two different texts"),
     ],
 )
