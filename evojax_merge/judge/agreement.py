@@ -12,14 +12,13 @@ SWAPPED: dict[Choice, Choice] = {"left": "right", "right": "left", "tie": "tie",
 @dataclass(frozen=True)
 class Agreement:
     """Two judges on the same pairs of answers. shared: the number of these pairs; agreed: on how many they chose the
-    same."""
+    same; kappa: Cohen's, the agreement beyond chance, None where chance alone would make them agree."""
 
     first: str
     second: str
     shared: int
     agreed: int
     kappa: float | None
-    """Cohen's kappa: the agreement beyond chance; None where chance alone would make them agree."""
 
     def describe(self) -> str:
         share = f"{self.agreed} of {self.shared} shared pairs alike"
