@@ -144,8 +144,8 @@ def write_search(folder: Path) -> Path:
 
 def search(path: Path, out: Path) -> None:
     """Run a search in this process, and print a line of JSON behind each evaluation of a population."""
-    from evojax_merge.cli import cli
     from evojax_merge.checkpoints.parents import Sources
+    from evojax_merge.cli import cli
     from evojax_merge.evaluation.streaming import StreamedEvaluator
 
     nbytes, read, evaluate = 0, Sources.read, StreamedEvaluator.evaluate

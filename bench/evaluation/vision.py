@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from evojax_merge.benchmarks.header_models import word_tokenizer
 from PIL import Image
 
 from bench.shared.machine import describe

@@ -65,11 +65,11 @@ def write_examples(folder: Path, count: int) -> None:
 
 def problem_for(
     folder: Path, parents: int, method: str, mode: str, target: Target, model: int = 1, dtype: str = "bfloat16",
-    tokens: int | None = None, **changes: Any,
+    tokens: int | None = None, bank: str = "device", strategy: str = "cma_es", **changes: Any,
 ) -> SearchProblem:  # fmt: skip
     """A search over the models of a folder, all but a hundredth of the examples searched (at least one is not). model:
     devices to a candidate; dtype: what is computed and exported in; tokens: of a batch, None for the target's own;
-    changes: keys of `search`."""
+    bank: the models' place; changes: keys of `search`."""
     task: dict[str, Any] = {"name": mode, "file": "examples.jsonl", "heldout": 0.01}
     task |= {"kind": "likelihood"} if mode == "likelihood" else {"kind": "exact_match", "max_new_tokens": ANSWER}
     space: dict[str, Any] = {"space": {"method": method}}
@@ -77,8 +77,9 @@ def problem_for(
         space = {"data_flow": {"form": "moves"}}
     document = space | {
         "base": "base", "parents": [f"parent{k}" for k in range(parents)], "tasks": [task],
-        "search": {"population": 8, "generations": 1} | changes,
-        "evaluation": {"compute_dtype": dtype, "model": model, "tokens_per_batch": tokens}, "export_dtype": dtype,
+        "search": {"strategy": strategy, "population": 8, "generations": 1} | changes,
+        "evaluation": {"compute_dtype": dtype, "model": model, "tokens_per_batch": tokens, "bank": bank},
+        "export_dtype": dtype,
     }  # fmt: skip
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(document))

@@ -1,7 +1,6 @@
 """Banks whose layers stay on the host, or in the models' own files, until they are needed."""
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,13 @@ from evojax_merge.checkpoints.bank import (
     Put,
     enter_mask_keys,
     load_bank,
-    load_leaf,
     put,
     put_leaf,
     stacked_statistics,
 )
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.errors import Failed
-from evojax_merge.models.architecture import LAYERS, shared_leaves, stack_leaves
+from evojax_merge.models.architecture import LAYERS, leaves_of, stack_leaves
 from evojax_merge.models.bank import LeafBank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.streamed_bank import Leaves, StreamedBank
@@ -38,50 +36,47 @@ def bank_on_host(
 ) -> StreamedBank:
     """Load all sources into the host's memory (see `load_bank`); `put` brings a layer's arrays to the devices."""
     bank = load_bank(sources, config, spec, progress, _on_host)
-    layouts = {leaf.name: LeafReader(leaf, config, sources, spec).layout for leaf in stack_leaves(config, LAYERS)}
-    shared = {leaf.name: LeafReader(leaf, config, sources, spec).layout for leaf in shared_leaves(config)}
+    layouts = {leaf.name: LeafReader(leaf, config, sources, spec).layout for leaf in leaves_of(config)}
 
-    def on_devices(layout: LeafBank, leaf: Any) -> LeafBank:
-        return put_leaf(layout, replace(leaf, statistics={}), leaf.statistics, put)
+    def on_devices(name: str, leaf: Any) -> LeafBank:
+        return put_leaf(layouts[name], replace(leaf, statistics={}), leaf.statistics, put)
 
     def load(number: int) -> Leaves:
         part = slice(number, number + 1)
         return {
-            name: on_devices(layouts[name], jax.tree.map(lambda array: array[part], leaf))
+            name: on_devices(name, jax.tree.map(lambda array: array[part], leaf))
             for name, leaf in bank.stacks[LAYERS].items()
         }
 
-    ends = {name: on_devices(layout, bank.shared[name]) for name, layout in shared.items()}
-    return StreamedBank(ends, config.layers, load, abstract_bank(sources, config, spec))
+    def load_ends(names: Sequence[str]) -> Leaves:
+        return {name: on_devices(name, bank.shared[name]) for name in names}
+
+    return StreamedBank(config.layers, load, load_ends, abstract_bank(sources, config, spec))
 
 
 def bank_in_files(
     sources: Sources, config: DecoderConfig, spec: MergeSpec, progress: Progress = lambda done: None, put: Put = put
 ) -> StreamedBank:
-    """A bank whose layers are read from the models' files whenever they are needed. All tensors are read once here, for
-    what the method measures; that, two numbers per row of random methods, and the leaves outside of the layers are
-    kept. `progress` receives the bytes of each finished tensor."""
-    readers = [LeafReader(leaf, config, sources, spec) for leaf in stack_leaves(config, LAYERS)]
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        ends = {
-            leaf.name: load_leaf(LeafReader(leaf, config, sources, spec), pool, progress, put)
-            for leaf in shared_leaves(config)
-        }
-        _release(sources, [leaf.tensor for leaf in shared_leaves(config)])
-        layers = {reader.leaf.name: LayerFiles(reader, put) for reader in readers}
-        for leaf in layers.values():
-            leaf.measure(progress)
-    files = FileStates.of(sources)
+    """A bank whose parts are read from the models' files whenever they are needed. All tensors are read once here where
+    the method measures them; that, and two numbers per row of random methods, are kept. `progress` receives the bytes
+    of each finished tensor."""
+    leaves = {leaf.name: LeafFiles(LeafReader(leaf, config, sources, spec), put) for leaf in leaves_of(config)}
+    for leaf in leaves.values():
+        leaf.measure(progress)
+    files, layers = FileStates.of(sources), [leaf.name for leaf in stack_leaves(config, LAYERS)]
 
     def load(number: int) -> Leaves:
-        return {name: leaf.load(number) for name, leaf in layers.items()}
+        return {name: leaves[name].load(number) for name in layers}
 
-    return StreamedBank(ends, config.layers, load, abstract_bank(sources, config, spec), files.check)
+    def load_ends(names: Sequence[str]) -> Leaves:
+        return {name: leaves[name].load(None) for name in names}
+
+    return StreamedBank(config.layers, load, load_ends, abstract_bank(sources, config, spec), files.check)
 
 
 @dataclass
-class LayerFiles:
-    """One leaf of the layers, in files. mask_keys, statistics: of all layers, where they are kept."""
+class LeafFiles:
+    """One leaf, in files. mask_keys, statistics: of the whole leaf, where they are kept."""
 
     reader: LeafReader
     put: Put
@@ -90,21 +85,31 @@ class LayerFiles:
 
     @property
     def _is_prepared_anew(self) -> bool:
-        """Return whether mask keys are as large as the weights: a layer's are made again whenever it is read."""
+        """Return whether mask keys are as large as the weights: those of a part are made again when it is read."""
         layout = self.reader.layout
         return layout.mask_keys is not None and not self.reader.spec.method.has_row_keys
 
-    def _places(self, number: int) -> Iterator[tuple[tuple[int, ...], str]]:
-        """The places of a layer's tensors among those of one layer, and their names."""
+    @property
+    def _parts(self) -> Sequence[int | None]:
+        """The parts that are read by themselves: the layers, or the whole leaf."""
+        return [None] if self.reader.leaf.stack is None else range(self.reader.config.layers)
+
+    def _empty(self, number: int | None) -> Any:
+        return self.reader.empty(None if number is None else 1)
+
+    def _places(self, number: int | None) -> Iterator[tuple[tuple[int, ...], str]]:
+        """The places of a part's tensors in the part, and their names."""
         for place, name in self.reader.tensors.items():
-            if place[0] == number:
+            if number is None:
+                yield place, name
+            elif place[0] == number:
                 yield (0, *place[1:]), name
 
     def measure(self, progress: Progress) -> None:
-        """Read all layers once, and keep what the method measures."""
+        """Read all parts once where the method measures them, and keep its results."""
         method, measured, keys = self.reader.spec.method, [], []
-        for number in range(self.reader.config.layers):
-            arrays: Any = self.reader.empty(1)
+        for number in self._parts:
+            arrays = self._empty(number)
             for place, name in self._places(number):
                 if method.measures or method.random:
                     self.reader.read(name, place, arrays)
@@ -117,20 +122,22 @@ class LayerFiles:
         if measured:
             self.statistics = stacked_statistics(self.reader, measured)
         if keys[0] is not None and not self._is_prepared_anew:
-            self.mask_keys = np.concatenate(keys)
+            self.mask_keys = keys[0] if len(keys) == 1 else np.concatenate(keys)
 
-    def load(self, number: int) -> LeafBank:
-        """Read a layer, and bring it to the devices."""
-        arrays: Any = self.reader.empty(1)
+    def load(self, number: int | None) -> LeafBank:
+        """Read a part, and bring it to the devices."""
+        arrays = self._empty(number)
         for place, name in self._places(number):
             self.reader.read(name, place, arrays)
             if self._is_prepared_anew:
                 enter_mask_keys(arrays, place, self.reader.prepare(name, place, arrays))
             _release(self.reader.sources, [name])
-        part = slice(number, number + 1)
-        if self.mask_keys is not None:
-            arrays = replace(arrays, mask_keys=self.mask_keys[part])
-        statistics = {name: values[part] for name, values in self.statistics.items()}
+        keys, statistics = self.mask_keys, self.statistics
+        if number is not None:
+            # The axis of the layers is one of one.
+            keys, statistics = jax.tree.map(lambda array: array[number : number + 1], (keys, statistics))
+        if keys is not None:
+            arrays = replace(arrays, mask_keys=keys)
         return put_leaf(self.reader.layout, arrays, statistics, self.put)
 
 

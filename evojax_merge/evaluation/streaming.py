@@ -39,7 +39,6 @@ from evojax_merge.evaluation.programs import (
     PREFIX,
     PREFIX_GRADIENT,
     RECIPE_GRADIENT,
-    START,
     SUM,
     Each,
     Evaluation,
@@ -99,17 +98,20 @@ class StreamedPopulation(Population):
     def materialise(self, mesh: AnyMesh, candidates: Recipe) -> Sourcing:
         bank, size = self.replicated, size_of(candidates)
         spec = layer_passes.StackSpec(self.factory, mesh, bank.depth)
-        shared = yield Program(START, layer_passes.materialise_ends, (spec, bank.shared, candidates.shared), size)
+        shared: dict[str, Any] = {}
+        for name in bank.shapes.shared:
+            one = (spec, bank.load_ends([name]), {name: candidates.shared[name]})
+            shared |= yield Program(MATERIALISE, layer_passes.materialise_ends, one, size)
+            del one
         stacks: Any = None
         for number, leaves in bank.layers(range(bank.depth)):
-            before, parameters = stacks, _layer_of(candidates.stacks[LAYERS], number)
+            parameters = _layer_of(candidates.stacks[LAYERS], number)
             moved = partial(_written_bytes, leaves, bank.depth * size)
             arguments: tuple[Any, ...] = (spec, (leaves, np.int32(number)), parameters, stacks)
             stacks = yield Program(
                 MATERIALISE, layer_passes.materialise_layer, arguments, size, holds=(shared, leaves), merge_bytes=moved
             )
-            # No more than two layers are on their way.
-            jax.block_until_ready(before if before is None else jax.tree.leaves(stacks)[0])
+            jax.block_until_ready(stacks)
             del leaves, arguments, moved
         models = StackedWeights({LAYERS: stacks}, shared, self.factory.compute_dtype)
         return Source(PerCandidateModel(), None, models, models)
@@ -213,24 +215,17 @@ def scoring(
     waiting = [Waiting(rows, recipes) for rows, recipes in population.chunks(chunk)]
     waits = _waiting(evaluator, inputs, size)
 
-    def embedding(one: Waiting) -> Job:
-        for task in inputs:
-            prefix = None
-            if task.prefix is not None:
-                prefix = yield _embed(spec, bank, one, task.prefix)
-            one.prefixes.append(prefix)
-            states = []
-            for arrays in task.batches:
-                states.append(waits.keep((yield _embed(spec, bank, one, arrays))))
-            one.batches.append(states)
-
-    yield Each(map(embedding, waiting), _no_result, _no_result)
+    ends = bank.before_layers()
+    yield Each((_embedding(spec, ends, inputs, waits, one) for one in waiting), _block, _no_part)
+    ends = bank.meanwhile(ends)
     counted = _LayerProgress(progress, bank.depth, sum(len(t.batches) for t in inputs) * population.size)
     for number, leaves in bank.layers(range(bank.depth)):
         layer = partial(_through_layer, spec, number, leaves, inputs, waits)
-        yield Each(map(layer, waiting), _no_result, _no_result)
+        yield Each(map(layer, waiting), _block, _no_part)
         counted.layer_done()
         del leaves, layer
+
+    ends = bank.behind_layers(ends)
 
     def answering(one: Waiting) -> Job:
         for i, (task, batched_task) in enumerate(zip(inputs, batched_tasks, strict=True)):
@@ -238,15 +233,19 @@ def scoring(
             batches = () if batched_task.scoring is None else batched_task.scoring.batches
             for batch, arrays, states in zip(batches, task.batches, one.batches[i], strict=True):
                 read = partial(_enter, scores, i, one.rows, batch)
-                arguments = (head, (bank.shared, arrays), (one.parameters.shared, states))
+                arguments = (head, (ends, arrays), (one.parameters.shared, states))
                 yield Program(HEAD, layer_passes.answer, arguments, chunk, read=read)
 
-    yield Each(map(answering, waiting), _no_result, _no_result)
+    yield Each(map(answering, waiting), _block, _no_part)
 
 
-def _no_result(result: Any) -> None:
-    """The results of these jobs are where the next ones take them from. As `Each.keep`: all jobs end before others
-    begin."""
+def _block(result: Any) -> None:
+    """Wait for a job: no more than two of them have arrays of their own, and the next layer is on its way meanwhile."""
+    jax.block_until_ready(result)
+
+
+def _no_part(result: Any) -> None:
+    """As `Each.keep`: all jobs end before others begin. Their results are where these take them from."""
 
 
 def _enter(scores: Scores, i: int, rows: np.ndarray, batch: ScoringBatch, results: Any) -> None:
@@ -256,9 +255,20 @@ def _enter(scores: Scores, i: int, rows: np.ndarray, batch: ScoringBatch, result
     enter_rows(scores.greedy[i], rows, batch, greedy)
 
 
-def _embed(spec: passes.PassSpec, bank: StreamedBank, one: Waiting, arrays: dict[str, Any]) -> Program:
-    arguments = (spec, (bank.shared, _layout(arrays)), one.parameters.shared)
-    return Program(EMBED, layer_passes.embed, arguments, len(jax.tree.leaves(one.parameters)[0]))
+def _embedding(spec: passes.PassSpec, ends: Leaves, inputs: Sequence[Inputs], waits: Room, one: Waiting) -> Job:
+    """Embed the tokens of a chunk's prefixes and batches."""
+    parameters = one.parameters.shared
+
+    def embed(arrays: dict[str, Any]) -> Program:
+        arguments = (spec, (ends, _layout(arrays)), parameters)
+        return Program(EMBED, layer_passes.embed, arguments, size_of(parameters))
+
+    for task in inputs:
+        one.prefixes.append(None if task.prefix is None else (yield embed(task.prefix)))
+        one.batches.append([])
+        for arrays in task.batches:
+            one.batches[-1].append(waits.keep((yield embed(arrays))))
+    return one.batches
 
 
 def _through_layer(
@@ -279,6 +289,7 @@ def _through_layer(
             one.batches[i][b] = waits.keep(
                 (yield Program(LAYER, layer_passes.run, arguments, size, holds=(weights, waits.held)))
             )
+    return one.batches
 
 
 def _merge(spec: passes.PassSpec, number: int, leaves: Leaves, recipes: Recipe) -> Program:
@@ -317,25 +328,20 @@ def differentiating(
     bank, mesh, config = population.replicated, evaluator.devices.mesh, evaluator.config
     spec = passes.PassSpec(config, population.factory, mesh)
     inputs = [inputs_of(evaluator, batched_task) for batched_task in batched_tasks]
-    trails = [Trail(rows, recipes) for rows, recipes in population.chunks(chunk)]
+    trails = [Trail(rows, recipes, [Waiting(rows, recipes)]) for rows, recipes in population.chunks(chunk)]
     waits = _waiting(evaluator, inputs, size * (bank.depth + 1))
 
-    def embedding(trail: Trail) -> Job:
-        start = Waiting(trail.rows, trail.parameters)
-        for task in inputs:
-            start.prefixes.append(None if task.prefix is None else (yield _embed(spec, bank, start, task.prefix)))
-            start.batches.append([])
-            for arrays in task.batches:
-                start.batches[-1].append(waits.keep((yield _embed(spec, bank, start, arrays))))
-        trail.before.append(start)
-
-    yield Each(map(embedding, trails), _no_result, _no_result)
+    ends = bank.before_layers()
+    yield Each((_embedding(spec, ends, inputs, waits, trail.before[0]) for trail in trails), _block, _no_part)
+    ends = bank.meanwhile(ends)
     counted = _LayerProgress(progress, 2 * bank.depth, sum(len(task.batches) for task in inputs) * population.size)
     for number, leaves in bank.layers(range(bank.depth)):
         layer = partial(_onwards, spec, number, leaves, inputs, waits)
-        yield Each(map(layer, trails), _no_result, _no_result)
+        yield Each(map(layer, trails), _block, _no_part)
         counted.layer_done()
         del leaves, layer
+
+    ends = bank.behind_layers(ends)
 
     def answering(trail: Trail) -> Job:
         last = trail.before.pop()
@@ -346,7 +352,7 @@ def differentiating(
             for batch, arrays, states in zip(batches, task.batches, last.batches[i], strict=True):
                 padded = pad_chunk(weights[i], trail.rows, chunk)
                 real = np.where(batch.rows >= 0, padded[:, batch.rows], 0).astype(np.float32)
-                arguments = (head, (bank.shared, arrays), (trail.parameters.shared, states, real))
+                arguments = (head, (ends, arrays), (trail.parameters.shared, states, real))
                 read = partial(_enter, scores, i, trail.rows, batch)
                 _, _, slope, cotangent = yield Program(
                     HEAD_GRADIENT, layer_passes.answer_gradient, arguments, chunk, read=read
@@ -356,12 +362,15 @@ def differentiating(
             # Nothing depends on the prefix's states behind the last layer.
             trail.behind.append((jax.tree.map(_zeros, last.prefixes[i]), cotangents))
 
-    yield Each(map(answering, trails), _no_result, _no_result)
+    yield Each(map(answering, trails), _block, _no_part)
+    ends = {}
     for number, leaves in bank.layers(range(bank.depth)[::-1]):
         layer = partial(_back, spec, number, leaves, inputs, waits, gradient)
-        yield Each(map(layer, trails), _no_result, _no_result)
+        yield Each(map(layer, trails), _block, _no_part)
         counted.layer_done()
         del leaves, layer
+
+    ends = bank.before_layers()
 
     def finishing(trail: Trail) -> Job:
         for task, (prefix, cotangents) in zip(inputs, trail.behind, strict=True):
@@ -370,12 +379,12 @@ def differentiating(
                 *([] if task.prefix is None else [(task.prefix, prefix)]),
             ]
             for arrays, cotangent in pairs:
-                arguments = (spec, (bank.shared, _layout(arrays)), (trail.parameters.shared, cotangent))
+                arguments = (spec, (ends, _layout(arrays)), (trail.parameters.shared, cotangent))
                 slope = yield Program(EMBED_GRADIENT, layer_passes.embed_gradient, arguments, chunk)
                 trail.ends = yield from _sum(trail.ends, slope, chunk)
         _add_rows(gradient.shared, trail.rows, trail.ends)
 
-    yield Each(map(finishing, trails), _no_result, _no_result)
+    yield Each(map(finishing, trails), _block, _no_part)
 
 
 def _onwards(
@@ -398,6 +407,7 @@ def _onwards(
             x, _ = yield Program(LAYER, layer_passes.run_keeping, arguments, size, holds=(weights, waits.held))
             states.batches[-1].append(waits.keep(x))
     trail.before.append(states)
+    return states.batches
 
 
 def _back(

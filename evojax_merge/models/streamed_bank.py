@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from evojax_merge.models.architecture import LAYERS
+from evojax_merge.models.architecture import EMBEDDING, HEAD, LAYERS
 from evojax_merge.models.bank import Bank, LeafBank
 
 Leaves = dict[str, LeafBank]
@@ -17,16 +17,16 @@ Leaves = dict[str, LeafBank]
 
 @dataclass(frozen=True)
 class StreamedBank:
-    """A bank without its layers, and the function that loads one.
+    """The functions that bring the parts of a bank to the devices.
 
-    shared: the leaves outside of the layers, on the devices. depth: L. load: (number) -> the layer's leaves on the
-    devices, with a leading axis of one on every array. shapes: the whole bank as abstract arrays. check: raises where
-    layers can no longer be loaded as they were.
+    depth: L. load: (number) -> the layer's leaves on the devices, with a leading axis of one on every array. load_ends:
+    (names) -> leaves outside of the layers. shapes: the whole bank as abstract arrays. check: raises where these can no
+    longer be loaded as they were.
     """
 
-    shared: Leaves
     depth: int
     load: Callable[[int], Leaves]
+    load_ends: Callable[[Sequence[str]], Leaves]
     shapes: Bank
     check: Callable[[], None] = lambda: None
 
@@ -35,6 +35,20 @@ class StreamedBank:
         """Bytes of one layer's sources."""
         leaves = jax.tree.leaves(self.shapes.stacks)
         return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves) // self.depth
+
+    def before_layers(self) -> Leaves:
+        """The leaves outside of the layers that embed tokens: all but the head, where that is a leaf of its own."""
+        self.check()
+        return self.load_ends([name for name in self.shapes.shared if name != HEAD])
+
+    def meanwhile(self, ends: Leaves) -> Leaves:
+        """The leaves that stay while layers come and go: an embedding only where it is the head as well."""
+        dropped = EMBEDDING if HEAD in self.shapes.shared else None
+        return {name: leaf for name, leaf in ends.items() if name != dropped}
+
+    def behind_layers(self, ends: Leaves) -> Leaves:
+        """The leaves outside of the layers that follow them, with the head. ends: those that stayed."""
+        return ends | self.load_ends([name for name in self.shapes.shared if name == HEAD])
 
     def layers(self, numbers: Sequence[int]) -> Iterator[tuple[int, Leaves]]:
         """Each layer, in the order of `numbers`; the next one is loaded while the caller uses the one before."""
@@ -52,7 +66,9 @@ class StreamedBank:
 def abstract_streamed(bank: Bank) -> StreamedBank:
     """The streamed bank of a bank of abstract arrays, for plans."""
     first = partial(jax.tree.map, lambda array: _shape(array, (1, *array.shape[1:])), bank.stacks[LAYERS])
-    return StreamedBank(bank.shared, depth_of(bank), lambda number: first(), bank)
+    return StreamedBank(
+        depth_of(bank), lambda number: first(), lambda names: {name: bank.shared[name] for name in names}, bank
+    )
 
 
 def depth_of(bank: Bank) -> int:

@@ -16,7 +16,6 @@ from evojax_merge.backends.decoder.bank_place import BankPlace
 from evojax_merge.checkpoints.abstract_bank import Place, abstract_bank, abstract_stored
 from evojax_merge.checkpoints.bank import (
     bank_bytes,
-    bank_of,
     held_bytes,
     leaf_layout,
     load_bank,
@@ -36,7 +35,7 @@ from evojax_merge.evaluation.streaming import StreamedEvaluator
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.plan import options_from
 from evojax_merge.mergekit.write import lineage_documents, path_document, recipe_document
-from evojax_merge.models.architecture import LAYERS, Leaf, architecture_of, shared_leaves
+from evojax_merge.models.architecture import HEAD, LAYERS, Leaf, architecture_of, leaves_of, shared_leaves
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathBank, PathSpec
@@ -255,13 +254,15 @@ class StreamedMerges(MergeCandidates):
         return load(self.sources, self.decoder, self.spec, progress, devices.put)
 
     def evaluator(self, decoder: DecoderEvaluator, bank: Any) -> StreamedEvaluator:
-        ahead = LAYERS_AHEAD * bank.layer_bytes // decoder.devices.model
+        sizes = DeviceSizes(decoder.devices.model)
+        self.place_bank(sizes.place)
         return StreamedEvaluator(
-            replace(decoder, free_memory=lambda: max(0, decoder.free_memory() - ahead)), bank, self.spec
+            replace(decoder, free_memory=lambda: max(0, decoder.free_memory() - sizes.bank)), bank, self.spec
         )
 
     def place_bank(self, place: Place) -> Any:
-        """The leaves outside of the layers, and two layers: one that computes, and the next."""
+        """The leaves outside of the layers but the head, which comes when layers have gone, and two layers: one that
+        computes, and the next."""
 
         def place_leaf(leaf: Leaf) -> Any:
             layout = leaf_layout(self.sources, self.decoder, self.spec, leaf)
@@ -270,7 +271,7 @@ class StreamedMerges(MergeCandidates):
                 lambda array: place((*depth, *array.shape[len(depth) :]), array.dtype, array.shard_axis), layout
             )
 
-        return bank_of(self.decoder, place_leaf)
+        return [place_leaf(leaf) for leaf in leaves_of(self.decoder) if leaf.name != HEAD]
 
     def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
         bank = abstract_streamed(abstract_bank(self.sources, self.decoder, self.spec, place))
