@@ -2,17 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
+
+import numpy as np
 
 from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import barrier, local_devices
 from evojax_merge.evaluation.diagnostics import warnings
 from evojax_merge.evaluation.scores import TaskScores
-from evojax_merge.judge.evaluation import judged
+from evojax_merge.judge.evaluation import judged, with_best
 from evojax_merge.judge.opening import JudgeOptions, judging
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem, failure_hint
+from evojax_merge.report.comparison import model_name
 from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar
 from evojax_merge.search.environment import recorded_session
 from evojax_merge.search.genomes import SpaceEvaluator
@@ -52,16 +56,26 @@ def search(
             evaluators = open_evaluators(problem, prepared, devices, progress, say)
         generations = None if problem.search.parsed_budget.seconds else problem.search.generations
         with judging(folder.votes, problem, say, judges) as ballots:
-            evaluators = judged(evaluators, ballots)
+            evaluators = judged(evaluators, ballots, partial(family_tree, problem))
             with search_bar(generations, on_generation) as reporter:
                 storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
                 archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)
+            archive = with_best(archive, ballots, problem.search.finalists)
             print_work(folder, problem, evaluators)
             with passes_bar("scoring", passes_to_select(problem, evaluators)) as progress:
                 result = select_best(problem, evaluators, archive, progress)
         if devices.is_main_process:
             write_winner(folder, problem.within(archive.context), result)
     barrier("written")
+
+
+def family_tree(problem: SearchProblem[Backend], context: Any, genome: np.ndarray) -> str | None:
+    """The family tree of a pool's candidate, in lines; None for a candidate without parents that the search has bred.
+    context: what the strategy lends the space."""
+    if context is None:
+        return None
+    names = [model_name(parent) for parent in problem.parents]
+    return problem.backend.within(context).report(genome, names).terminal()
 
 
 def evolve_on(

@@ -39,6 +39,12 @@ def first(records, latents):
     return latents[:, 0, 0, 0]
 """
 
+JUDGE = """
+def darker(record, left, right):
+    assert left.shape == right.shape == (8, 8, 1) and 0 <= left.min() <= left.max() <= 1 and "seed" in record
+    return "left" if left.mean() < right.mean() else "right"
+"""
+
 
 def merged(recipe: dict[str, Any], out: Path, **options: Any) -> list[str]:
     """Merge, and return the warnings."""
@@ -375,6 +381,28 @@ def test_generators_are_planned_searched_resumed_and_exported(ddpm: list[Path], 
         assert done.stdout.strip() == "2"
 
 
+def test_pictures_that_are_compared_are_searched_replayed_and_shown(ddpm: list[Path], tmp_path: Path) -> None:
+    """The judge prefers darker pictures, and is asked once."""
+    (tmp_path / "judge.py").write_text(JUDGE)
+    task = {
+        "name": "dark", "kind": "human_images", "judge": "judge.py:darker", "images": 6, "steps": 2, "heldout": 0.5,
+        "votes": 14, "heldout_votes": 3,
+    }  # fmt: skip
+    config(tmp_path, ddpm[1:], tasks=[task], search={"generations": 2, "population": 4})
+    file, run, replay = tmp_path / "config.yaml", tmp_path / "run", tmp_path / "replay"
+    command("search", file, "--out", run)
+    rows = {row["name"]: row for row in json.loads((run / "result.json").read_text())["table"]}
+    assert rows.pop("evolved linear")["heldout_scores"]["dark/preference"] == 0
+    assert len(rows) == 3 and all(-1 <= row["heldout_scores"]["dark/preference"] <= 1 for row in rows.values())
+    assert (run / "best" / "model" / "contact_sheet.png").exists()
+    votes = (run / "votes.jsonl").read_text()
+    assert votes.count('"vote"') >= 14
+    (tmp_path / "judge.py").write_text(JUDGE.replace("<", ">"))
+    command("judge", file, "--out", replay, "--replay", run / "votes.jsonl")
+    assert (replay / "votes.jsonl").read_text() == votes
+    assert (replay / "history.jsonl").read_bytes() == (run / "history.jsonl").read_bytes()
+
+
 def test_prompts_latents_and_the_groups_of_evosdxl(stable: list[Path], tmp_path: Path) -> None:
     """The U-Net alone, its attention and the rest; latents of prompts; text encoder of the second model."""
     from evojax_merge.problem import build_problem, config_from
@@ -480,7 +508,7 @@ def test_what_cannot_be_searched_is_refused_in_a_line(
     elif fault == "task":
         (tmp_path / "f.py").write_text("def f(model):\n    return 0.0\n")
         document["tasks"] = [{"name": "t", "kind": "arrays", "function": f"{tmp_path}/f.py:f"}]
-        message = "asks no image generator; expected kind: image_generation"
+        message = "asks no image generator; expected kind: image_generation or human_images"
     elif fault == "parts":
         document["space"]["components"], message = ["attention", "mlp"], "expected attention and other"
     elif fault == "function":

@@ -15,21 +15,27 @@ import numpy as np
 import pytest
 import yaml
 from browser import BROWSER, Browser
-from helpers import Family, build_family
-from hostile import Running, run_command, start_command
+from helpers import Family, build_family, run_here
+from hostile import Running, start_command
 from scipy.optimize import minimize
+from sklearn.metrics import cohen_kappa_score
 
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.judge import ballot as ballots
-from evojax_merge.judge.ballot import Ballot
+from evojax_merge.judge.agreement import SWAPPED, agreements
+from evojax_merge.judge.ballot import Ballot, Question
 from evojax_merge.judge.batch import Batch, Pair, VotesAwaited, read_choices
 from evojax_merge.judge.pairs import RULES, information
 from evojax_merge.judge.posterior import BAR, Kernel, Posterior, distances_between, fit_preferences, outcomes_of
 from evojax_merge.judge.server import served
-from evojax_merge.judge.votes import Vote, VoteFile
+from evojax_merge.judge.votes import Round, Vote, VoteFile
+from evojax_merge.tasks.generated_images import HumanImageTask
 from evojax_merge.tasks.human import HumanTask
 from evojax_merge.tasks.language_judge import LanguageModelJudge
+from evojax_merge.tasks.rubric import RubricConfig, open_rubric
+from evojax_merge.tasks.task import Opening, Responses
 from evojax_merge.tasks.text import Example, TextTask
+from evojax_merge.tasks.voting import Voting
 
 JUDGE = '''
 def shorter(record, left, right):
@@ -184,6 +190,18 @@ def test_lines_that_no_search_wrote_are_named(tmp_path: Path, line: str, message
     assert str(caught.value).startswith(f"{path}:3")
 
 
+def test_equal_votes_count_each_and_a_lost_one_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "votes.jsonl"
+    file = written(path)
+    for _ in range(2):
+        file.add(file.rounds[0], Vote(0, 0, 1, "left", ("x", "y"), "ann"))
+    assert len(VoteFile(path).rounds[0].votes) == 3
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], *lines[3:]]))
+    with pytest.raises(InputError, match=r"votes\.jsonl:3: is vote 2 of its round after 1 others"):
+        VoteFile(path)
+
+
 def test_a_vote_that_stands_twice_is_named(tmp_path: Path) -> None:
     path = tmp_path / "votes.jsonl"
     written(path)
@@ -191,6 +209,26 @@ def test_a_vote_that_stands_twice_is_named(tmp_path: Path) -> None:
     path.write_text("\n".join([*lines, lines[-1]]) + "\n")
     with pytest.raises(InputError, match="is the same vote once more"):
         VoteFile(path)
+
+
+def test_agreement_is_that_of_scikit_learn_whichever_side_an_answer_was_on() -> None:
+    rng = np.random.default_rng(3)
+    choices = ["left", "right", "tie", "both_bad"]
+    chosen = {name: [choices[n] for n in rng.integers(4, size=40)] for name in ("ann", "bob")}
+    chosen["bob"][:20] = chosen["ann"][:20]
+    one = Round("ab", "taste", np.zeros((2, 1)))
+    for n in range(40):
+        one.votes.append(Vote(n, 0, 1, chosen["ann"][n], ("", ""), "ann"))  # type: ignore[arg-type]
+        # The other judge sees the answers on the other sides.
+        one.votes.append(Vote(n, 1, 0, SWAPPED[chosen["bob"][n]], ("", ""), "bob"))  # type: ignore[index]
+    one.votes.append(Vote(40, 0, 1, "tie", ("", ""), "ann"))
+    (agreement,) = agreements([one])
+    assert (agreement.first, agreement.second, agreement.shared) == ("ann", "bob", 40)
+    assert agreement.agreed == sum(a == b for a, b in zip(chosen["ann"], chosen["bob"], strict=True)) >= 20
+    assert agreement.kappa == pytest.approx(cohen_kappa_score(chosen["ann"], chosen["bob"]))
+    # Judges who always choose the same agree, and no more than by chance.
+    same = Round("ab", "taste", np.zeros((2, 1)), [Vote(0, 0, 1, "left", ("", ""), name) for name in ("ann", "bob")])
+    assert agreements([same])[0].describe() == "ann and bob: 1 of 1 shared pairs alike"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -222,7 +260,7 @@ def votes_of(run: Path) -> list[dict[str, Any]]:
 
 def test_a_search_that_a_function_judges_and_its_replay(tmp_path: Path, family: Family) -> None:
     path, run, replay = config(tmp_path, family), tmp_path / "run", tmp_path / "replay"
-    done = run_command("search", str(path), "--out", str(run))
+    done = run_here("search", str(path), "--out", str(run))
     assert done.returncode == 0, done.stderr
     votes = votes_of(run)
     assert votes and all(vote["judge"] == "judge.py:shorter" for vote in votes)
@@ -230,7 +268,7 @@ def test_a_search_that_a_function_judges_and_its_replay(tmp_path: Path, family: 
     assert rows["winner"]["heldout_scores"]["taste/preference"] == 0
     # The judge is not asked again: the votes of the file are taken.
     (tmp_path / "judge.py").write_text(JUDGE.replace("<", ">"))
-    done = run_command("judge", str(path), "--out", str(replay), "--replay", str(run / "votes.jsonl"))
+    done = run_here("judge", str(path), "--out", str(replay), "--replay", str(run / "votes.jsonl"))
     assert done.returncode == 0, done.stderr
     assert votes_of(replay) == votes
     for name in ("history.jsonl", "best/recipe.yaml"):
@@ -238,7 +276,7 @@ def test_a_search_that_a_function_judges_and_its_replay(tmp_path: Path, family: 
 
 
 def test_a_function_that_chooses_nothing_is_named(tmp_path: Path, family: Family) -> None:
-    done = run_command("search", str(config(tmp_path, family, "judge.py:confused")), "--out", str(tmp_path / "run"))
+    done = run_here("search", str(config(tmp_path, family, "judge.py:confused")), "--out", str(tmp_path / "run"))
     assert done.returncode == 1
     assert "returned 'the first one'; expected one of left, right, tie, both_bad" in done.stderr
 
@@ -256,13 +294,13 @@ def test_a_function_that_chooses_nothing_is_named(tmp_path: Path, family: Family
 def test_tasks_that_nobody_can_judge_are_refused(
     tmp_path: Path, family: Family, changes: dict[str, Any], message: str
 ) -> None:
-    done = run_command("search", str(config(tmp_path, family, **changes)), "--out", str(tmp_path / "run"))
+    done = run_here("search", str(config(tmp_path, family, **changes)), "--out", str(tmp_path / "run"))
     assert done.returncode == 2 and message in done.stderr
 
 
 def test_votes_come_by_file(tmp_path: Path, family: Family) -> None:
     path, run, pairs = config(tmp_path, family, None), tmp_path / "run", tmp_path / "pairs.jsonl"
-    done = run_command("judge", str(path), "--out", str(run), "--export", str(pairs))
+    done = run_here("judge", str(path), "--out", str(run), "--export", str(pairs))
     asked = 0
     while pairs.exists():
         assert done.returncode == 0 and "wait for votes" in done.stdout, done.stderr
@@ -273,7 +311,7 @@ def test_votes_come_by_file(tmp_path: Path, family: Family) -> None:
                   "judge": "ann"} for row in rows]  # fmt: skip
         votes.write_text("".join(json.dumps(line) + "\n" for line in lines))
         pairs.unlink()
-        done = run_command(
+        done = run_here(
             "judge", str(path), "--out", str(run), "--resume", "--import", str(votes), "--export", str(pairs)
         )
     assert done.returncode == 0 and (run / "result.json").exists(), done.stderr
@@ -361,25 +399,179 @@ def test_a_language_model_that_does_not_answer_is_asked_again(model: str, monkey
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# A model in this process
+
+
+def rubric_task(folder: Path, family: Family, **changes: Any) -> Any:
+    document = {
+        "name": "polite", "kind": "rubric", "file": str(family.tasks), "judge": str(family.parents[0]),
+        "rubric": "w1 {prompt} w2 {response} w3", "yes": " w5", "no": " w6", "max_new_tokens": 4,
+    } | changes  # fmt: skip
+    return open_rubric(RubricConfig(**document), Opening("config.yaml: tasks[0]", folder))
+
+
+def test_the_odds_of_yes_are_those_of_transformers(tmp_path: Path, family: Family) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    task = rubric_task(tmp_path, family).subset([0, 1, 2])
+    texts = [["w7 w8", "w9", "w10 w11 w12"], ["w7 w8", "w4", ""]]
+    empty = np.zeros((2, 0), np.float32)
+    scores = task.score(Responses(empty, np.zeros(0, int), empty.astype(bool), texts))["log_odds"]
+    tokenizer = AutoTokenizer.from_pretrained(family.parents[0])
+    model = AutoModelForCausalLM.from_pretrained(family.parents[0]).eval()
+    for p, row in enumerate(texts):
+        for n, text in enumerate(row):
+            asked = f"w1 {task.records[n]['prompt']} w2 {text} w3"
+            with torch.no_grad():
+                logits = model(**tokenizer(asked, return_tensors="pt")).logits[0, -1]
+            yes, no = (tokenizer(word)["input_ids"][-1] for word in ("w5", "w6"))
+            assert scores[p, n] == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)
+    assert scores[0, 0] == scores[1, 0] and task.paths()["judge"] == str(family.parents[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rubric": "{prompt}"}, "rubric: does not name {response}, the text that is judged"),
+        ({"rubric": "{question} {response}"}, "the record has no field 'question', which rubric names"),
+        ({"judge": "nowhere"}, "tasks[0].judge"),
+        ({"no": " w5"}, "yes, no: expected two different texts"),
+    ],
+)
+def test_a_rubric_that_no_model_can_judge_by_is_refused(
+    tmp_path: Path, family: Family, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((InputError, ValueError), match=re.escape(message)):
+        rubric_task(tmp_path, family, **changes)
+
+
+def test_a_search_by_a_rubric(tmp_path: Path, family: Family) -> None:
+    path = config(tmp_path, family)
+    document = yaml.safe_load(path.read_text())
+    document["tasks"] = [{
+        "name": "polite", "kind": "rubric", "file": str(family.tasks), "judge": str(family.parents[0]),
+        "rubric": "{prompt} {response}", "yes": " w5", "no": " w6", "max_new_tokens": 2, "limit": 4,
+    }]  # fmt: skip
+    document["search"] = {"generations": 2, "population": 4}
+    path.write_text(yaml.safe_dump(document))
+    done = run_here("search", path, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    rows = {row["role"]: row["heldout_scores"]["polite/log_odds"] for row in result["table"]}
+    assert {"base", "parent", "winner"} <= rows.keys() and all(map(np.isfinite, rows.values()))
+    assert (
+        str(family.parents[0] / "config.json")
+        in yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["inputs"]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The page
 
 
-def ballot(folder: Path, texts: int = 2) -> Ballot:
+def ballot(folder: Path, rounds: int = 1, **voting: Any) -> Ballot:
     examples = tuple(Example(f"prompt <i>{n}</i>", (" x",), "x", n + 1) for n in range(3))
     text = TextTask("taste", "exact_match", "preference", 1.0, "prompts.jsonl", examples)
-    task = HumanTask(text, ({},) * 3, "Which <u>one</u>?", 30, 2)
-    return Ballot(task, VoteFile(folder / "votes.jsonl"), 1, 0)
+    task = HumanTask(text, ({},) * 3, Voting("Which <u>one</u>?", 30, 2, **voting))
+    return Ballot(task, VoteFile(folder / "votes.jsonl"), rounds, 0)
 
 
-def voted_on(one: Ballot, answers: list[str]) -> tuple[threading.Thread, list[np.ndarray]]:
+def voted_on(
+    one: Ballot, answers: list[str], genomes: np.ndarray | None = None
+) -> tuple[threading.Thread, list[np.ndarray]]:
     """A search that waits for the votes of a round in another thread; its strengths."""
-    genomes, strengths = np.linspace(0, 1, len(answers))[:, None], list[np.ndarray]()
+    genomes = np.linspace(0, 1, len(answers))[:, None] if genomes is None else genomes
+    strengths = list[np.ndarray]()
     texts = [[f"{answer} {n}" for n in range(3)] for answer in answers]
     thread = threading.Thread(target=lambda: strengths.append(one.strengths(one.task, genomes, texts)), daemon=True)
     thread.start()
     while one.standing().waiting:
+        assert thread.is_alive()
         time.sleep(0.01)
     return thread, strengths
+
+
+def asked_in_turn(one: Ballot, judges: list[str], choice: str = "left") -> list[Question]:
+    """The questions of some judges, each of which is answered before the next one is asked."""
+    questions = []
+    for judge in judges:
+        question = one.question(judge)
+        assert question is not None and one.vote(question.number, choice, judge)  # type: ignore[arg-type]
+        questions.append(question)
+    return questions
+
+
+def test_the_weight_of_a_judge_is_that_of_the_config(tmp_path: Path) -> None:
+    strengths = []
+    for name, weights in (("plain", {}), ("weighted", {"ann": 3.0, "bob": 0.0})):
+        (tmp_path / name).mkdir()
+        one = ballot(tmp_path / name, weights=weights)
+        voted_on(one, ["a", "b"])
+        asked_in_turn(one, ["ann"])
+        strengths.append(abs(one.standing().strengths[0][1]))
+        asked_in_turn(one, ["bob", "cid"])
+        (answered,) = VoteFile(tmp_path / name / "votes.jsonl").rounds
+        assert [vote.weight for vote in answered.votes] == [weights.get(judge, 1.0) for judge in ("ann", "bob", "cid")]
+    assert strengths[1] > 1.2 * strengths[0]
+
+
+def test_a_second_judge_answers_some_questions_of_the_first(tmp_path: Path) -> None:
+    one = ballot(tmp_path)
+    voted_on(one, ["a", "b", "c", "d"])
+    asked_in_turn(one, ["ann"] * 3)
+    questions = asked_in_turn(one, ["bob", "bob"])
+    (agreement,) = one.agreements()
+    assert agreement.shared == agreement.agreed == 1
+    assert (questions[1].candidates, questions[1].example) in [
+        ((vote.left, vote.right), vote.example) for vote in one._file.rounds[0].votes[:3]
+    ]
+    assert [line.describe() for line in one.standing().agreements] == ["ann and bob: 1 of 1 shared pairs alike"]
+
+
+def test_a_bout_is_some_prompts_in_a_row_and_goes_on_after_a_restart(tmp_path: Path) -> None:
+    one = ballot(tmp_path, bout=3)
+    voted_on(one, ["a", "b", "c", "d"])
+    first = asked_in_turn(one, ["ann"])
+    asked_in_turn(one, ["bob"])
+    assert one.bout("ann").rounds == 1
+    again = ballot(tmp_path, bout=3)
+    voted_on(again, ["a", "b", "c", "d"])
+    others = asked_in_turn(again, ["ann", "ann"], "right")
+    assert {question.candidates for question in (*first, *others)} == {first[0].candidates}
+    assert len({question.example for question in (*first, *others)}) == 3
+    bout = again.bout("ann")
+    assert (bout.rounds, bout.left, bout.right) == (3, 1, 2)
+    asked_in_turn(again, ["ann"])
+    assert again.bout("ann").rounds == 1
+
+
+def test_the_best_of_earlier_generations_meet_those_of_the_next(tmp_path: Path) -> None:
+    one, following = ballot(tmp_path, 2), np.array([[0.2], [0.3]], np.float32)
+    first = np.array([[0.0], [1.0]], np.float32)
+    assert one.incumbents(first).shape == (0, 1)
+    thread, _ = voted_on(one, ["a", "b"], first)
+    while (question := one.question("ann")) is not None:
+        one.vote(question.number, "left" if question.left.startswith("b") else "right", "ann")
+    thread.join(timeout=30)
+    best = one.incumbents(following, 1)
+    assert best.tolist() == [[1.0]] and one.best(2).tolist() == [[1.0], [0.0]]
+    thread, _ = voted_on(one, ["c", "d", "b"], np.concatenate([following, best]))
+    while (question := one.question("ann")) is not None:
+        one.vote(question.number, "tie", "ann")
+    thread.join(timeout=30)
+    # A search that meets the file again has the same candidates beside each generation.
+    replayed = ballot(tmp_path)
+    assert replayed.incumbents(first).shape == (0, 1)
+    assert replayed.incumbents(following, 1).tolist() == [[1.0]]
+
+
+def test_votes_of_another_run_are_refused(tmp_path: Path) -> None:
+    one = ballot(tmp_path)
+    voted_on(one, ["a", "b"])
+    asked_in_turn(one, ["ann"])
+    with pytest.raises(InputError, match=r"votes\.jsonl: its votes on task taste are of other candidates"):
+        ballot(tmp_path).strengths(one.task, np.array([[0.5], [0.6]]), [["x"] * 3, ["y"] * 3])
 
 
 def test_a_page_without_the_token_is_refused(tmp_path: Path) -> None:
@@ -422,6 +614,63 @@ def test_the_question_of_a_judge_who_left_goes_to_the_next(tmp_path: Path, monke
     assert not one.vote(left.number, "left", "ann") and one.vote(left.number, "left", "bob")
 
 
+def drawing_ballot(folder: Path) -> Ballot:
+    """A ballot on pictures, of which those of candidate k have the brightness k / 2."""
+    task = HumanImageTask(
+        "looks", 1.0, ({"seed": 1},) * 3, ("a <b>cat</b>", "a dog", "a tree"), (1, 2, 3), (("p.jsonl", 1),) * 3,
+        (0, 1, 2), {}, 8, "tasks[0]", None, "images", Voting("Which picture?", 30, 2),
+    )  # fmt: skip
+    return Ballot(task, VoteFile(folder / "votes.jsonl"), 1, 0)
+
+
+def drawn_by(one: Ballot, candidate: int, prompts: int = 3) -> list[str]:
+    assert isinstance(one.task, HumanImageTask)
+    pixels = np.linspace(0, 0.1, 64).reshape(8, 8, 1)
+    return [one.task.pictures.add(pixels + candidate / 2 + n / 100) for n in range(prompts)]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+def test_pictures_are_compared_in_a_browser(tmp_path: Path) -> None:
+    one = drawing_ballot(tmp_path)
+    strengths: list[np.ndarray] = []
+    drawn, genomes = [drawn_by(one, 0), drawn_by(one, 1)], np.array([[0.0], [1.0]])
+    thread = threading.Thread(target=lambda: strengths.append(one.strengths(one.task, genomes, drawn)), daemon=True)
+    thread.start()
+    with served([one]) as address, Browser(tmp_path) as browser:
+        assert httpx.get(f"{address}picture/{drawn[0][0]}").content.startswith(b"\x89PNG")
+        assert httpx.get(f"{address}picture/..%2fjudge.js").status_code == 404
+        assert httpx.get(f"{address}picture/{'0' * 32}").status_code == 404
+        assert httpx.get(f"{address.rsplit('/', 2)[0]}/x/picture/{drawn[0][0]}").status_code == 404
+        browser.open(address)
+        latest = 0
+        while True:
+            browser.wait(f"open === null ? !document.getElementById('waiting').hidden : open.number > {latest}")
+            if browser.evaluate("open === null"):
+                break
+            latest = browser.evaluate("open.number")
+            browser.wait("[...document.images].every((picture) => picture.complete)")
+            assert browser.evaluate("[...document.images].map((picture) => picture.naturalWidth)") == [8, 8]
+            shown = browser.evaluate("[...document.images].map((picture) => picture.src.split('/').pop())")
+            assert browser.evaluate("document.querySelectorAll('main b').length") == 0
+            browser.press("ArrowLeft" if shown[0] in drawn[1] else "ArrowRight")
+        thread.join(timeout=30)
+        assert not browser.errors and all(url.startswith((address, "data:", "about:")) for url in browser.requests)
+    assert strengths[0][1] > strengths[0][0]
+
+
+def test_pictures_stand_in_a_file_of_pairs_and_before_functions(tmp_path: Path) -> None:
+    one = drawing_ballot(tmp_path)
+    drawn = [drawn_by(one, 0), drawn_by(one, 1)]
+    assert one.task.content(drawn[1][0]).shape == (8, 8, 1)
+    assert one.task.content(drawn[1][0]).mean() == pytest.approx(0.55, abs=0.01)
+    batch = Batch(tmp_path / "pairs.jsonl")
+    by_file = Ballot(one.task, VoteFile(tmp_path / "file.jsonl"), 1, 0, batch=batch)
+    with pytest.raises(VotesAwaited):
+        by_file.strengths(one.task, np.array([[0.0], [1.0]]), drawn)
+    rows = list(map(json.loads, batch.pairs.read_text().splitlines()))
+    assert rows and all(row["pictures"] and row["left"].startswith("data:image/png;base64,") for row in rows)
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 @pytest.mark.parametrize("width", [400, 1200])
 def test_a_person_votes_in_a_browser(tmp_path: Path, width: int) -> None:
@@ -429,7 +678,10 @@ def test_a_person_votes_in_a_browser(tmp_path: Path, width: int) -> None:
     thread, strengths = voted_on(one, HOSTILE)
     with served([one]) as address, Browser(tmp_path, width) as browser:
         browser.open(address)
-        latest = 0
+        browser.wait("open !== null")
+        # The question stays the judge's under another name.
+        browser.evaluate("judge.value = '<img src=x>'; judge.dispatchEvent(new Event('change'))")
+        latest, moved = 0, set()
         for _ in range(30):
             browser.wait(
                 f"open === null ? document.getElementById('waiting').hidden === false : open.number > {latest}"
@@ -441,14 +693,18 @@ def test_a_person_votes_in_a_browser(tmp_path: Path, width: int) -> None:
             assert sorted(text[:5] for text in shown) == sorted(text[:5] for text in HOSTILE)
             assert browser.evaluate("document.getElementById('question').textContent") == "Which <u>one</u>?"
             assert browser.evaluate("document.documentElement.scrollWidth") <= width
+            moved.add(browser.evaluate("document.getElementById('changed').textContent")[:19])
             browser.press("ArrowLeft" if shown[0].startswith("<script>") else "ArrowRight")
         thread.join(timeout=30)
+        # Before the second vote nothing has moved yet.
+        assert "the last vote moved" in moved and not browser.evaluate("document.images.length")
         assert browser.evaluate("document.title") == "evojax-merge: judge"
         assert not browser.evaluate("document.querySelectorAll('main b, main i, main u').length")
         assert not browser.errors
         assert all(url.startswith((address, "data:", "about:")) for url in browser.requests)
     votes = one._file.rounds[0].votes
     assert votes and all((vote.left, vote.choice) in ((0, "left"), (1, "right")) for vote in votes)
+    assert {vote.judge for vote in votes} == {"<img src=x>"}
     assert strengths[0][0] > strengths[0][1]
 
 

@@ -4,7 +4,8 @@
     python -m bench judge --seeds 2 --kinds right --rules information random
 
 The person prefers the answer with the higher hidden score, and errs in a fifth of the votes. Kinds: `right`, answers to
-the sums of the demo family that have more of the right letters; `form`, answers of the wanted length and ending. Rows:
+the sums of the demo family that have more of the right letters; `form`, answers of the wanted length and ending;
+`pictures`, pictures of a small diffusion model whose stroke is neither too light nor too dark. Rows:
 `fitness` is the search that sees the hidden score itself; the three rules that choose the next pair; `one by one`,
 where a vote says whether one answer is good. All searches have the same generations, and all but `fitness` the same
 votes. With the package optuna-dashboard, `Optuna` asks for the better of two genomes of its preferential sampler, as
@@ -15,8 +16,9 @@ uniform merge, as a share of what `fitness` gains.
 import argparse
 import difflib
 import tempfile
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from bench.shared.machine import describe
 from evojax_merge.core import evolve_on
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.judge.ballot import Ballot
-from evojax_merge.judge.evaluation import judged
+from evojax_merge.judge.evaluation import judged, with_best
 from evojax_merge.judge.pairs import RULES
 from evojax_merge.judge.votes import VoteFile
 from evojax_merge.problem import SearchProblem, build_problem, config_from
@@ -36,9 +38,8 @@ from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import MemoryStorage, Reporter, rescore
 from evojax_merge.search.protocols import Progress
 from evojax_merge.selection import open_evaluators
-from evojax_merge.tasks.human import METRIC, HumanTask
 from evojax_merge.tasks.splits import Splits
-from evojax_merge.tasks.votes import Choice
+from evojax_merge.tasks.voting import METRIC, Choice, JudgedTask
 
 CONFIG: dict[str, Any] = {
     "base": "zoo:base", "parents": ["zoo:maths", "zoo:japanese"],
@@ -78,9 +79,18 @@ class Person:
     generator: np.random.Generator
     name: str = "person"
     files: tuple[Path, ...] = ()
+    # The seconds from each vote to the next question, which are those of a new generation where one has ended.
+    waited: list[float] = field(default_factory=list)
+    _chosen_at: float | None = None
 
     def choose(self, record: dict[str, Any], prompt: str, left: str, right: str) -> Choice:
-        difference = self.hidden(record, left) - self.hidden(record, right)
+        if self._chosen_at is not None:
+            self.waited.append(time.perf_counter() - self._chosen_at)
+        choice = self._choice(self.hidden(record, left) - self.hidden(record, right))
+        self._chosen_at = time.perf_counter()
+        return choice
+
+    def _choice(self, difference: float) -> Choice:
         if difference == 0:
             return "tie"
         return "left" if (difference > 0) != (self.generator.random() < NOISE) else "right"
@@ -125,7 +135,7 @@ class OneByOneEvaluator(SpaceEvaluator[Any]):
         return _scored(self.tasks[0], scores, rows)
 
 
-def _scored(task: HumanTask, scores: TaskScores, rows: Any) -> TaskScores:
+def _scored(task: JudgedTask, scores: TaskScores, rows: Any) -> TaskScores:
     return replace(scores, matrices={task.name: {METRIC: np.array(rows, np.float32).reshape(-1, task.size)}})
 
 
@@ -143,18 +153,19 @@ def gain_of(winner: np.ndarray, problem: SearchProblem, truth: HiddenEvaluator) 
     return float(values[0] - values[1])
 
 
-def search(problem: SearchProblem, on: Splits[Any]) -> np.ndarray:
+def search(problem: SearchProblem, on: Splits[Any], ballots: Mapping[str, Ballot] | None = None) -> np.ndarray:
     """The genome of the winner."""
-    archive = evolve_on(problem, on, MemoryStorage(), Reporter())
+    archive = with_best(evolve_on(problem, on, MemoryStorage(), Reporter()), ballots or {}, problem.search.finalists)
     return rescore(problem.space, on.search, archive, lambda done: None)[0].genome
 
 
 def by_votes(problem: SearchProblem, on: Splits[Any], person: Person, rule: str) -> np.ndarray:
-    task = replace(problem.splits.search[0], judge=person)
+    searched = problem.splits.search[0]
+    task = replace(searched, voting=replace(searched.voting, judge=person))
     with tempfile.TemporaryDirectory() as folder:
         file = VoteFile(Path(folder) / "votes.jsonl")
-        ballot = Ballot(task, file, problem.search.generations, problem.seed, rule=RULES[rule])
-        return search(problem, judged(on, {"taste": ballot}))
+        ballots = {"taste": Ballot(task, file, problem.search.generations, problem.seed, rule=RULES[rule])}
+        return search(problem, judged(on, ballots), ballots)
 
 
 def by_optuna(problem: SearchProblem, truth: HiddenEvaluator, person: Person, votes: int) -> np.ndarray:
@@ -204,6 +215,7 @@ def main() -> None:
     on: Splits[SpaceEvaluator[Any]] | None = None
     print("| kind, seed | fitness gains |" + "".join(f" {rule} |" for rule in arguments.rules))
     print("| --- | ---: |" + " ---: |" * len(arguments.rules), flush=True)
+    waited: list[float] = []
     for kind in arguments.kinds:
         shares = []
         for seed in range(arguments.seeds):
@@ -224,12 +236,17 @@ def main() -> None:
                     winner = by_optuna(problem, truth, person, arguments.votes)
                 else:
                     winner = by_votes(problem, on, person, rule)
+                    waited += person.waited
                 gains.append(gain_of(winner, problem, truth) / most)
             shares.append(gains)
             print(f"| {kind}, {seed} | {most:+.3f} |" + "".join(f" {gain:.0%} |" for gain in gains), flush=True)
         means = np.mean(shares, axis=0)
         print(f"| {kind}, mean | |" + "".join(f" {mean:.0%} |" for mean in means), flush=True)
     print(f"\n{arguments.votes} votes, {NOISE:.0%} of them wrong; {describe()}")
+    if waited:
+        # One vote in twenty is the last of its generation, and waits for the next.
+        median, most = np.quantile(waited, [0.5, 0.9])
+        print(f"from a vote to the next question: {median:.3f} s (median), under {most:.3f} s in nine of ten")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import Any
 from evojax_merge.backends.backend import BackendFactory
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.plugins import HINT
+from evojax_merge.references import resolve_reference
+from evojax_merge.tasks.rubric import Margins, provide_judges
 from evojax_merge.user_modules import importing_from, lacks_module, load_file
 
 # The built-in factories as module:object: a search imports only its own.
@@ -18,6 +20,16 @@ _BUILT_IN = {
     "torch": "evojax_merge.backends.torch.opening:FACTORY",
 }
 _registered: dict[str, BackendFactory] = {}
+
+
+def _open_judge(where: str, reference: str, folder: Path) -> tuple[Path, Margins]:
+    from evojax_merge.backends.decoder.judge_model import open_judge_model
+
+    path = resolve_reference(where, reference, folder)
+    return path, open_judge_model(path).margins
+
+
+provide_judges(_open_judge)
 
 
 def register_backend(name: str, factory: BackendFactory) -> None:

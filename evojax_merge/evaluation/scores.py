@@ -30,6 +30,16 @@ class TaskScores:
     outputs: dict[str, list[list[str]]] = field(default_factory=dict)
     log_probabilities: dict[str, np.ndarray] = field(default_factory=dict)
 
+    def candidates(self, numbers: Sequence[int]) -> "TaskScores":
+        """The scores of some of the candidates."""
+        rows = list(numbers)
+        return TaskScores(
+            {task: {metric: values[rows] for metric, values in metrics.items()}
+             for task, metrics in self.matrices.items()},
+            {task: [texts[p] for p in rows] for task, texts in self.outputs.items()},
+            {task: totals[rows] for task, totals in self.log_probabilities.items()},
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, repr=False)
 class Scores:

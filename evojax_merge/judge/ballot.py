@@ -7,13 +7,16 @@ any thread; the search waits in `strengths`.
 
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import takewhile
 
 import numpy as np
 
-from evojax_merge.errors import Failed
+from evojax_merge.errors import Failed, InputError
+from evojax_merge.judge.agreement import Agreement, agreements, asked
 from evojax_merge.judge.batch import Batch, Pair
 from evojax_merge.judge.pairs import Rule, information, top_two
 from evojax_merge.judge.posterior import (
@@ -26,17 +29,25 @@ from evojax_merge.judge.posterior import (
     outcomes_of,
 )
 from evojax_merge.judge.votes import Round, Vote, VoteFile, digest
-from evojax_merge.tasks.human import HumanTask
-from evojax_merge.tasks.votes import Choice
+from evojax_merge.tasks.voting import Choice, JudgedTask
 
 # Nats of information below which a vote is not asked for: its winner is known, or the two are known to be equal.
 LEAST_INFORMATION = 0.005
+# How many of the best candidates of earlier generations meet those of a new one: without them, votes would compare
+# candidates of one generation alone.
+INCUMBENTS = 2
 # The standard deviation of strengths before the first vote.
 FIRST_DEVIATION = 2.0
+# The share of a judge's questions that another judge has answered as well, so that their agreement is seen.
+SHARED = 0.15
 # Seconds after which a question that nobody answers goes to another judge, where none is left for that one.
 PATIENCE = 60.0
 # Seconds between two looks at signals while the search waits for votes.
 WAIT = 0.2
+
+
+# A genome, float32[D] -> what its candidate is made of, in lines; None: there is nothing to say.
+Describe = Callable[[np.ndarray], str | None]
 
 
 @dataclass(frozen=True)
@@ -53,30 +64,44 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Bout:
+    """The votes of a judge on two candidates in a row. rounds: how many; left, right: how many of them each won."""
+
+    rounds: int
+    left: int
+    right: int
+    votes: tuple[Vote, ...]
+
+
+@dataclass(frozen=True)
 class Standing:
     """The part of a round that judges may see: its number from 1 on, the votes so far and at most, the votes that the
     search has left, and the strengths of its candidates (mean, standard deviation), best first. heldout: whether
-    the winner is being compared; waiting: no question is open."""
+    the winner is being compared; waiting: no question is open; agreements: of judges, in all rounds; leader: what the
+    strongest candidate is made of, such as its family tree."""
 
     number: int
     votes: int
     most: int
     left: int
-    strengths: tuple[tuple[int, float, float], ...]
+    strengths: tuple[tuple[str, float, float], ...]
     heldout: bool
     waiting: bool
+    agreements: tuple[Agreement, ...] = ()
+    leader: str = ""
 
 
 class Ballot:
     """Holds one task's rounds. rounds: how many the search will hold; seed: of prompts, sides and equal pairs; wake:
-    called where the search waits, so that signals are seen; rule: chooses the pairs; batch: votes come by file."""
+    called where the search waits, so that signals are seen; rule: chooses the pairs; batch: votes come by file; done:
+    the generations that the search has behind it."""
 
     def __init__(
-        self, task: HumanTask, file: VoteFile, rounds: int, seed: int, wake: Callable[[], None] = lambda: None,
-        rule: Rule = top_two, batch: Batch | None = None,
+        self, task: JudgedTask, file: VoteFile, rounds: int, seed: int, wake: Callable[[], None] = lambda: None,
+        rule: Rule = top_two, batch: Batch | None = None, done: int = 0,
     ) -> None:  # fmt: skip
         self.task, self._file, self._expected, self._seed, self._wake = task, file, rounds, seed, wake
-        self._rule, self._batch = rule, batch
+        self._rule, self._batch, self._done = rule, batch, done
         self._changed = threading.Condition(threading.RLock())
         self._round: Round | None = None
         # The last generation that came.
@@ -92,18 +117,26 @@ class Ballot:
         # When each question was asked, in seconds of a clock that nothing else depends on.
         self._asked_at: dict[int, float] = {}
         self._error: BaseException | None = None
+        self._describe: Describe = lambda genome: None
 
     # -----------------------------------------------------------------------------------------------------------
     # The search's side
 
-    def strengths(self, task: HumanTask, genomes: np.ndarray, texts: Sequence[Sequence[str]]) -> np.ndarray:
+    def strengths(
+        self,
+        task: JudgedTask,
+        genomes: np.ndarray,
+        texts: Sequence[Sequence[str]],
+        describe: Describe = lambda one: None,
+    ) -> np.ndarray:
         """float64[P]: the posterior mean strengths of a generation's candidates, float32[P, D], which wrote `texts`,
         one for each prompt of the task, once the judges have voted on them. task: the ballot's, on the examples that
-        generations are scored on."""
+        generations are scored on; describe: what a genome's candidate is made of."""
         with self._changed:
+            self._describe = describe
             one = self._latest = self._begin(genomes, texts, task)
             earlier = self._rounds()[:-1]
-            left = max(0, self.task.votes - sum(len(each.votes) for each in earlier))
+            left = max(0, self.task.voting.votes - sum(len(each.votes) for each in earlier))
             share = -(-left // max(1, self._expected - len(earlier)))
             if not one.closed:
                 self._kernel, self._most, self._pairs = self._fit_kernel(), min(left, share), None
@@ -113,6 +146,30 @@ class Ballot:
             self._round = None
             return self.posterior(genomes)
 
+    def incumbents(self, genomes: np.ndarray, count: int = INCUMBENTS) -> np.ndarray:
+        """float64[K, D]: the best candidates before the generation of these genomes, float32[P, D], best first."""
+        with self._changed:
+            generations = self._generations()
+            met = (n for n, one in enumerate(generations) if np.array_equal(one.genomes[: len(genomes)], genomes))
+            earlier = generations[: next(met, len(generations))]
+            return self._best_of(earlier, count, genomes.shape[1])
+
+    def best(self, count: int) -> np.ndarray:
+        """float64[K, D]: the best candidates of all generations so far by the votes on them, best first."""
+        with self._changed:
+            rounds = self._rounds()
+            return self._best_of(rounds, count, rounds[0].genomes.shape[1] if rounds else 0)
+
+    def _best_of(self, rounds: Sequence[Round], count: int, dims: int) -> np.ndarray:
+        outcomes = self._outcomes(rounds)
+        if not len(outcomes.weights):
+            return np.zeros((0, dims))
+        genomes = np.concatenate([one.genomes for one in rounds])
+        mean = fit_preferences(genomes, outcomes, fit_kernel(genomes, outcomes)).mean
+        # A candidate that met several generations stands in each of their rounds.
+        order = dict.fromkeys(tuple(genomes[n]) for n in np.argsort(-mean, kind="stable"))
+        return np.array(list(order)[:count], float).reshape(-1, dims)
+
     def posterior(self, genomes: np.ndarray) -> np.ndarray:
         """float64[P]: the mean strengths of candidates, float32[P, D], by the votes so far."""
         rounds = list(self._rounds())
@@ -121,7 +178,7 @@ class Ballot:
         kernel = fit_kernel(before, outcomes) if len(outcomes.weights) else Kernel(1.0, FIRST_DEVIATION)
         return fit_preferences(np.concatenate([before, genomes]), outcomes, kernel).mean[len(before) :]
 
-    def meetings(self, task: HumanTask, winner: Sequence[str], others: Sequence[Sequence[str]]) -> np.ndarray:
+    def meetings(self, task: JudgedTask, winner: Sequence[str], others: Sequence[Sequence[str]]) -> np.ndarray:
         """float64[K, N]: for each of K models and each prompt of the held-out task 1 where the judges preferred the
         model's answer to the winner's, -1 where they preferred the winner's, 0 where neither, or the answers are
         equal."""
@@ -142,26 +199,42 @@ class Ballot:
                 result[max(preferred, other) - 1, vote.example] = 1.0 if preferred else -1.0
         return result
 
-    def _begin(self, genomes: np.ndarray, texts: Sequence[Sequence[str]], task: HumanTask) -> Round:
+    def _begin(self, genomes: np.ndarray, texts: Sequence[Sequence[str]], task: JudgedTask) -> Round:
         """The round of these candidates: a new one, or the one that the file has of them."""
         rows = [",".join(map(repr, map(float, row))) for row in genomes]
         name = digest(task.name, *rows, *(text for candidate in texts for text in candidate))
-        one = self._file.find(name) or self._file.open(name, task.name, genomes)
+        one = self._file.find(name)
+        if one is None:
+            self._check_is_next(genomes)
+            one = self._file.open(name, task.name, genomes)
         self._round, self._texts, self._examples, self._open = one, texts, task, {}
         return one
+
+    def _check_is_next(self, genomes: np.ndarray) -> None:
+        """Raises InputError where the file's next generation is not that of these genomes: its votes are of another
+        search."""
+        generations = self._generations()
+        begun = self._done if self._latest is None else generations.index(self._latest) + 1
+        later = generations[begun:]
+        if genomes.shape[1] and later:
+            raise InputError(
+                self._file.path, f"its votes on task {self.task.name} are of other candidates than this search's: it "
+                "is of another run, or of one with other settings; leave --replay out, or replay its own config",
+            )  # fmt: skip
 
     def _vote_until(self, decided: Callable[[], bool]) -> None:
         """Wait for votes, or ask the function that votes in place of people."""
         while not decided():
             if self._error is not None:
                 raise Failed(f"task {self.task.name}: no judge can vote any more ({self._error})")
-            if self.task.judge is not None:
-                question = self.question(self.task.judge.name)
+            judge = self.task.voting.judge
+            if judge is not None:
+                question = self.question(judge.name)
                 if question is None:
                     return
-                record = dict(self._examples.records[question.example])
-                choice = self.task.judge.choose(record, question.prompt, question.left, question.right)
-                self.vote(question.number, choice, self.task.judge.name)
+                left, right = map(self._examples.content, (question.left, question.right))
+                choice = judge.choose(self._examples.record(question.example), question.prompt, left, right)
+                self.vote(question.number, choice, judge.name)
             elif self._batch is not None:
                 self._vote_by_file(self._batch)
             else:
@@ -173,24 +246,39 @@ class Ballot:
         """Take the votes that were read on the pairs which the round wants next. Raises VotesAwaited where there are
         none, once these pairs are written."""
         assert self._round is not None
-        asked: list[tuple[str, str, Question]] = []
-        while (question := self.question(f"pair {len(asked)}")) is not None:
-            name = digest(self._round.digest, str(question.example), *map(str, question.candidates))
-            asked.append((f"pair {len(asked)}", name, question))
-        given = [(slot, question, vote) for slot, name, question in asked for vote in batch.votes.get(name, [])[:1]]
+        wanted: list[tuple[str, str, Question]] = []
+        while (question := self.question(f"pair {len(wanted)}")) is not None:
+            # A question that is asked again needs a vote of its own.
+            votes = [asked(vote) for vote in self._round.votes]
+            times = votes.count((*sorted(question.candidates), question.example))
+            name = digest(self._round.digest, str(question.example), *map(str, question.candidates), str(times))
+            wanted.append((f"pair {len(wanted)}", name, question))
+        given = [(slot, question, vote) for slot, name, question in wanted for vote in batch.votes.get(name, [])[:1]]
         if not given:
             batch.write([
-                Pair(name, self.task.question, question.prompt, question.left, question.right)
-                for _, name, question in asked
+                Pair(
+                    name, self.task.voting.question, question.prompt, self._shown(question.left),
+                    self._shown(question.right), self.task.shows_pictures,
+                )
+                for _, name, question in wanted
             ])  # fmt: skip
         for slot, question, (choice, judge) in given:
             self.vote(question.number, choice, slot, judge=judge)
         self._open = {}
 
+    def _shown(self, answer: str) -> str:
+        """An answer in a file of pairs: a text, or a picture as a data URI."""
+        picture = self._examples.picture(answer)
+        return answer if picture is None else f"data:image/png;base64,{b64encode(picture).decode()}"
+
     def _rounds(self) -> list[Round]:
         """The generations so far. A file that is replayed has later ones as well, which say nothing yet."""
-        rounds = [each for each in self._file.of_task(self.task.name) if each.genomes.shape[1]]
+        rounds = self._generations()
         return rounds if self._latest is None else rounds[: rounds.index(self._latest) + 1]
+
+    def _generations(self) -> list[Round]:
+        """All generations of the file."""
+        return [each for each in self._file.of_task(self.task.name) if each.genomes.shape[1]]
 
     def _fit_kernel(self) -> Kernel:
         rounds = self._rounds()
@@ -235,13 +323,11 @@ class Ballot:
                 return None
             if judge in self._open:
                 return self._open[judge]
-            votes = len(self._round.votes) + len(self._open)
-            chosen = None if votes >= self._most else self._next()
+            spent = len(self._round.votes) + len(self._open)
+            chosen = None if spent >= self._most else self._next_round(judge) or self._repeated(judge) or self._next()
             if chosen is None:
                 return self._left_behind(judge)
-            (first, second), example = chosen
-            generator = self._generator(votes, 1)
-            left, right = (first, second) if generator.random() < 0.5 else (second, first)
+            left, right, example = chosen
             self._number += 1
             self._asked_at[self._number] = time.monotonic()
             self._open[judge] = Question(
@@ -249,6 +335,45 @@ class Ballot:
                 self._texts[right][example], (left, right),
             )  # fmt: skip
             return self._open[judge]
+
+    def bout(self, judge: str) -> Bout:
+        """The judge's current bout, or the last one."""
+        with self._changed:
+            votes = [vote for vote in self._round.votes if vote.judge == judge] if self._round is not None else []
+            latest = [(vote.left, vote.right) for vote in votes[-1:]]
+            same = list(takewhile(lambda vote: (vote.left, vote.right) in latest, votes[::-1]))
+            # Two candidates may have met in several bouts.
+            fought = same[: (len(same) - 1) % self.task.voting.bout + 1]
+            won = [vote.choice for vote in fought]
+            return Bout(len(fought), won.count("left"), won.count("right"), tuple(fought[::-1]))
+
+    def _next_round(self, judge: str) -> tuple[int, int, int] | None:
+        """The next question of a bout that has begun; None: there is none."""
+        bout = self.bout(judge)
+        if self._pairs is not None or not 0 < bout.rounds < self.task.voting.bout:
+            return None
+        left, right = bout.votes[-1].left, bout.votes[-1].right
+        fought = {vote.example for vote in bout.votes}
+        examples = [n for n in self._differing_prompts(left, right) if n not in fought]
+        return (left, right, self._least_used(examples)) if examples else None
+
+    def _repeated(self, judge: str) -> tuple[int, int, int] | None:
+        """A question that another judge has answered, where the judge has answered few such; else None."""
+        assert self._round is not None
+        if self._pairs is not None:
+            return None
+        answered = {asked(vote) for vote in self._round.votes if vote.judge == judge}
+        others = {asked(vote): vote for vote in self._round.votes if vote.judge != judge}
+        if len(answered & others.keys()) >= SHARED * len(answered):
+            return None
+        left = (vote for question, vote in others.items() if question not in answered)
+        return next(((vote.left, vote.right, vote.example) for vote in left), None)
+
+    def rename(self, earlier: str, judge: str) -> None:
+        """Give a judge's open question to the name that the judge has now."""
+        with self._changed:
+            if earlier in self._open and judge not in self._open:
+                self._open[judge] = self._open.pop(earlier)
 
     def _left_behind(self, judge: str) -> Question | None:
         """The oldest question whose judge seems to have left, now the question of `judge`; None: there is none."""
@@ -259,21 +384,21 @@ class Ballot:
                 return question
         return None
 
-    def vote(self, number: int, choice: Choice, asked: str, weight: float = 1.0, judge: str = "") -> bool:
-        """Write the answer to a question of `asked` down; judge: who answered, where that is another. False: the
-        question is not open (any more)."""
+    def vote(self, number: int, choice: Choice, slot: str, judge: str = "") -> bool:
+        """Write the answer to a question of `slot` down: of a judge's name, or of another by which `judge` was asked.
+        False: the question is not open (any more)."""
         with self._changed:
-            question = self._open.get(asked)
+            question = self._open.get(slot)
             if question is None or question.number != number or self._round is None:
                 return False
-            del self._open[asked]
+            del self._open[slot]
             now = datetime.now(UTC).isoformat(timespec="seconds")
             left, right = question.candidates
-            answers = digest(question.left), digest(question.right)
+            answers, name = (digest(question.left), digest(question.right)), judge or slot
+            weight = self.task.voting.weights.get(name, 1.0)
             self._file.add(
-                self._round,
-                Vote(question.example, left, right, choice, answers, judge or asked, weight, now),
-            )
+                self._round, Vote(question.example, left, right, choice, answers, name, weight, now)
+            )  # fmt: skip
             if self._pairs is None:
                 self._update()
             self._changed.notify_all()
@@ -283,15 +408,36 @@ class Ballot:
         with self._changed:
             rounds = self._rounds()
             spent = sum(len(each.votes) for each in rounds)
-            strengths: tuple[tuple[int, float, float], ...] = ()
+            strengths: tuple[tuple[str, float, float], ...] = ()
+            leader = ""
             if self._posterior is not None and self._round is not None and self._pairs is None:
-                rows = zip(self._posterior.mean, self._posterior.deviations, strict=True)
-                named = [(number, float(mean), float(deviation)) for number, (mean, deviation) in enumerate(rows)]
+                rows = zip(self._round.genomes, self._posterior.mean, self._posterior.deviations, strict=True)
+                named = [(self._name(genome), float(mean), float(deviation)) for genome, mean, deviation in rows]
                 strengths = tuple(sorted(named, key=lambda row: -row[1]))
+                best = self._round.genomes[int(self._posterior.mean.argmax())]
+                leader = self._describe(best.astype(np.float32)) or ""
             return Standing(
                 len(rounds), len(self._round.votes) if self._round else 0, self._most if self._round else 0,
-                max(0, self.task.votes - spent), strengths, self._pairs is not None, self._round is None,
+                max(0, self.task.voting.votes - spent), strengths, self._pairs is not None, self._round is None,
+                tuple(self.agreements()), leader,
             )  # fmt: skip
+
+    def _name(self, genome: np.ndarray) -> str:
+        """A candidate's name: the generation in which it was first, and its number there, both from 1."""
+        for number, one in enumerate(self._rounds(), start=1):
+            places = np.flatnonzero((one.genomes == genome).all(1))
+            if len(places):
+                return f"{number}.{places[0] + 1}"
+        raise AssertionError
+
+    def agreements(self) -> list[Agreement]:
+        """How far the judges of the generations agree."""
+        return agreements(self._rounds())
+
+    def picture(self, name: str) -> bytes | None:
+        """A picture of the round, as a PNG; None: it has none of the name."""
+        with self._changed:
+            return self._examples.picture(name)
 
     def stop(self, error: BaseException) -> None:
         """End the search's wait: no judge can vote any more."""
@@ -299,28 +445,38 @@ class Ballot:
             self._error = error
             self._changed.notify_all()
 
-    def _next(self) -> tuple[tuple[int, int], int] | None:
-        """The next pair, and the prompt."""
+    def _next(self) -> tuple[int, int, int] | None:
+        """The next question: the candidates left and right, and the prompt."""
         assert self._round is not None
         if self._pairs is not None:
-            asked = {(max(vote.left, vote.right), vote.example) for vote in self._round.votes}
-            asked |= {(max(one.candidates), one.example) for one in self._open.values()}
-            for n in range(self._examples.size):
-                for winner, k in self._pairs:
-                    if self._texts[winner][n] != self._texts[k][n] and (k, n) not in asked:
-                        return (winner, k), n
+            voted = {(max(vote.left, vote.right), vote.example) for vote in self._round.votes}
+            voted |= {(max(one.candidates), one.example) for one in self._open.values()}
+            left = ((winner, k, n) for n in range(self._examples.size) for winner, k in self._pairs)
+            chosen = next(
+                ((winner, k, n) for winner, k, n in left
+                 if self._texts[winner][n] != self._texts[k][n] and (k, n) not in voted), None,
+            )  # fmt: skip
+        else:
+            pair = self._best_pair()
+            chosen = None if pair is None else (*pair, self._least_used(self._differing_prompts(*pair)))
+        if chosen is None:
             return None
-        pair = self._best_pair()
-        if pair is None:
-            return None
-        # The prompt that the round has used least.
+        first, second, example = chosen
+        is_swapped = self._generator(len(self._round.votes) + len(self._open), 1).random() >= 0.5
+        return (second, first, example) if is_swapped else (first, second, example)
+
+    def _differing_prompts(self, left: int, right: int) -> list[int]:
+        return [n for n in range(self._examples.size) if self._texts[left][n] != self._texts[right][n]]
+
+    def _least_used(self, examples: Sequence[int]) -> int:
+        """One of some prompts that the round has used least."""
+        assert self._round is not None
         used = np.zeros(self._examples.size)
         for example in [vote.example for vote in self._round.votes] + [one.example for one in self._open.values()]:
             used[example] += 1
-        differing = [n for n in range(self._examples.size) if self._texts[pair[0]][n] != self._texts[pair[1]][n]]
-        least = min(used[n] for n in differing)
+        least = min(used[n] for n in examples)
         generator = self._generator(len(self._round.votes) + len(self._open), 2)
-        return pair, int(generator.choice([n for n in differing if used[n] == least]))
+        return int(generator.choice([n for n in examples if used[n] == least]))
 
     def _best_pair(self) -> tuple[int, int] | None:
         """The pair of candidates whose vote says most; None: no vote says enough."""

@@ -13,7 +13,14 @@ from typing import Any, get_args
 
 from evojax_merge.errors import InputError
 from evojax_merge.file_system import atomic_write
-from evojax_merge.tasks.votes import Choice
+from evojax_merge.tasks.voting import Choice
+
+# The files of the page beside its pairs.
+PARTS = ("judge.html", "judge.css", "answers.js", "pairs.js")
+POLICY = (
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; img-src data:\">\n"
+)
 
 
 class VotesAwaited(Exception):
@@ -25,13 +32,14 @@ class VotesAwaited(Exception):
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair of a file. name: what its vote refers to it by."""
+    """A pair of a file. name: what its vote refers to it by; pictures: the answers are pictures, as data URIs."""
 
     name: str
     question: str
     prompt: str
     left: str
     right: str
+    pictures: bool = False
 
 
 @dataclass
@@ -45,18 +53,24 @@ class Batch:
         """Write the pairs and their page. Raises VotesAwaited, always."""
         rows = [vars(pair) for pair in pairs]
         atomic_write(self.pairs, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        room = files(__package__)
-        # Inside of a script element only "<" could end it.
-        content = {
-            "JUDGE_CSS": room.joinpath("judge.css").read_text("utf-8"),
-            "PAIRS_JS": room.joinpath("pairs.js").read_text("utf-8"),
-            "PAIRS": json.dumps(rows).replace("<", "\\u003c"),
-        }
-        page = room.joinpath("pairs.html").read_text("utf-8")
-        for name, text in content.items():
-            page = page.replace(f"{{{{{name}}}}}", text)
-        atomic_write(page_of(self.pairs), page)
+        atomic_write(page_of(self.pairs), _page(rows))
         raise VotesAwaited(len(pairs), self.pairs)
+
+
+def _page(rows: Sequence[dict[str, Any]]) -> str:
+    """The judges' page with everything inside, for a browser that reaches no server."""
+    room = files(__package__)
+    text = {name: room.joinpath(name).read_text("utf-8") for name in PARTS}
+    # Inside of a script element only "<" could end it.
+    data = json.dumps(rows).replace("<", "\\u003c")
+    scripts = [
+        f'<script type="application/json" id="pairs">{data}</script>',
+        *(f"<script>{text[name]}</script>" for name in ("answers.js", "pairs.js")),
+    ]
+    head, _, body = text["judge.html"].partition('<link rel="stylesheet" href="judge.css">')
+    body, _, end = body.partition('<script src="answers.js"></script>\n<script src="judge.js"></script>')
+    head = head.replace("evojax-merge: judge", "evojax-merge: pairs")
+    return "".join([head, POLICY, f"<style>{text['judge.css']}</style>", body, *scripts, end])
 
 
 def page_of(pairs: Path) -> Path:

@@ -1,17 +1,20 @@
-"""Evaluators whose scores on `kind: human` tasks are judges' votes."""
+"""Evaluators whose scores on tasks that people judge are the judges' votes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.judge.ballot import Ballot
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.protocols import Progress
-from evojax_merge.tasks.human import METRIC, HumanTask
+from evojax_merge.search.loop import Archive
+from evojax_merge.search.protocols import ContextSpace, Progress
+from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.splits import Splits
+from evojax_merge.tasks.voting import METRIC, JudgedTask
 
 # A model of the held-out table: its role, its name, the scores in which it stands, and its row there.
 Scored = tuple[str, str, int, TaskScores]
@@ -19,17 +22,31 @@ Scored = tuple[str, str, int, TaskScores]
 
 @dataclass(frozen=True)
 class AskingEvaluator(SpaceEvaluator[Any]):
-    """Scores generations: judges vote on the answers."""
+    """Scores generations: judges vote on the answers. describe: (context, genome) -> what its candidate is made of."""
 
     ballots: Mapping[str, Ballot] = field(default_factory=dict)
+    describe: Callable[[Any, np.ndarray], str | None] = lambda context, genome: None
+    context: Any = None
+
+    def within(self, context: Any) -> "AskingEvaluator":
+        return replace(cast(AskingEvaluator, super().within(context)), context=context)
 
     def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
-        scores = super().score(genomes, progress)
-        strengths = {
-            name: ballot.strengths(_human(self, name), np.asarray(genomes), scores.outputs[name])
+        genomes, count = np.asarray(genomes), len(genomes)
+        # A genome that refers to the strategy's state may mean nothing in the next generation.
+        incumbents = {
+            name: ballot.incumbents(genomes)[: 0 if isinstance(self.space, ContextSpace) else None]
             for name, ballot in self.ballots.items()
         }
-        return _with_strengths(self, scores, strengths)
+        scores = super().score(np.concatenate([genomes, *incumbents.values()]).astype(genomes.dtype), progress)
+        strengths, start = {}, count
+        for name, ballot in self.ballots.items():
+            end = start + len(incumbents[name])
+            texts = [*scores.outputs[name][:count], *scores.outputs[name][start:end]]
+            met = np.concatenate([genomes, incumbents[name]]).astype(genomes.dtype)
+            task, describe = _judged_task(self, name), partial(self.describe, self.context)
+            strengths[name], start = ballot.strengths(task, met, texts, describe)[:count], end
+        return _with_strengths(self, scores.candidates(range(count)), strengths)
 
 
 @dataclass(frozen=True)
@@ -54,46 +71,52 @@ class MeetingEvaluator(SpaceEvaluator[Any]):
     def compared(self, scored: Sequence[Scored]) -> list[Scored]:
         """The models with their scores on tasks that people judge, the winner last: 1 for a prompt on which the judges
         prefer the model to the winner, -1 where they prefer the winner, else 0; the winner has 0 on all of them."""
-        matrices: list[dict[str, dict[str, np.ndarray]]] = [
-            {task: {metric: values[p : p + 1] for metric, values in metrics.items()}
-             for task, metrics in scores.matrices.items()}
-            for _, _, p, scores in scored
-        ]  # fmt: skip
+        shown = [scores.candidates([p]) for _, _, p, scores in scored]
         for name, ballot in self.ballots.items():
-            task = _human(self, name)
+            task = _judged_task(self, name)
             texts = [scores.outputs[name][p] for _, _, p, scores in scored]
             met = ballot.meetings(task, texts[-1], texts[:-1])
             for k, row in enumerate((*met, np.zeros(task.size))):
-                matrices[k][name] = {METRIC: row[None].astype(np.float32)}
-        return [
-            (role, name, 0, TaskScores(
-                matrices[k], {task: [texts[p]] for task, texts in scores.outputs.items()},
-                {task: totals[p : p + 1] for task, totals in scores.log_probabilities.items()},
-            ))
-            for k, (role, name, p, scores) in enumerate(scored)
-        ]  # fmt: skip
+                shown[k].matrices[name] = {METRIC: row[None].astype(np.float32)}
+        return [(role, name, 0, shown[k]) for k, (role, name, _, _) in enumerate(scored)]
 
 
-def judged(on: Splits[SpaceEvaluator[Any]], ballots: Mapping[str, Ballot]) -> Splits[SpaceEvaluator[Any]]:
-    """The evaluators of each split, where `ballots` hold the tasks that people judge, by name."""
+def with_best(archive: Archive, ballots: Mapping[str, Ballot], count: int) -> Archive:
+    """The archive where the best candidates by all votes are finalists as well: votes on later generations say
+    something about earlier ones, too."""
+    best = [ballot.best(count).astype(archive.proposed.dtype) for ballot in ballots.values()]
+    return replace(archive, proposed=np.concatenate([archive.proposed, *(each for each in best if len(each))]))
+
+
+def judged(
+    on: Splits[SpaceEvaluator[Any]], ballots: Mapping[str, Ballot],
+    describe: Callable[[Any, np.ndarray], str | None] = lambda context, genome: None,
+) -> Splits[SpaceEvaluator[Any]]:  # fmt: skip
+    """The evaluators of each split, where `ballots` hold the tasks that people judge, by name. describe: (context,
+    genome) -> what its candidate is made of."""
     if not ballots:
         return on
 
-    def extended(kind: type[Any], one: SpaceEvaluator[Any]) -> SpaceEvaluator[Any]:
-        return kind(one.space, one.evaluator, one.devices, one.goal, ballots)
+    def extended(kind: type[Any], one: SpaceEvaluator[Any]) -> Any:
+        # A task of weight 0 is in the held-out split alone.
+        names = {task.name for task in one.tasks}
+        asked = {name: ballot for name, ballot in ballots.items() if name in names}
+        return kind(one.space, one.evaluator, one.devices, one.goal, asked)
 
-    counts = {name: min(ballot.task.heldout_votes, _human(on.heldout, name).size) for name, ballot in ballots.items()}
-    chosen = [np.arange(counts.get(task.name, task.size)) for task in on.heldout.tasks]
+    most = {name: ballot.task.voting.heldout_votes for name, ballot in ballots.items()}
+    chosen = [np.arange(min(most.get(task.name, task.size), task.size)) for task in on.heldout.tasks]
     return Splits(
-        shards=[extended(AskingEvaluator, shard) for shard in on.shards],
+        shards=[replace(extended(AskingEvaluator, shard), describe=describe) for shard in on.shards],
         search=extended(RememberingEvaluator, on.search),
         validation=None if on.validation is None else extended(RememberingEvaluator, on.validation),
         heldout=extended(MeetingEvaluator, on.heldout.subset(chosen)),
     )
 
 
-def _human(evaluator: SpaceEvaluator[Any], name: str) -> HumanTask:
-    return next(task for task in evaluator.tasks if task.name == name)
+def _judged_task(evaluator: SpaceEvaluator[Any], name: str) -> JudgedTask:
+    task: Any = next(task for task in evaluator.tasks if task.name == name)
+    judged: JudgedTask = task.compared if isinstance(task, ArrayTask) else task
+    return judged
 
 
 def _with_strengths(
@@ -101,7 +124,7 @@ def _with_strengths(
 ) -> TaskScores:
     """The scores where every example of a judged task has the candidate's strength."""
     matrices = {
-        name: {METRIC: np.repeat(values[:, None], _human(evaluator, name).size, 1).astype(np.float32)}
+        name: {METRIC: np.repeat(values[:, None], _judged_task(evaluator, name).size, 1).astype(np.float32)}
         for name, values in strengths.items()
     }
     return replace(scores, matrices=scores.matrices | matrices)

@@ -1,39 +1,62 @@
 "use strict";
-const byId = (id) => document.getElementById(id);
-const KEYS = { ArrowLeft: "left", ArrowRight: "right", ArrowUp: "tie", ArrowDown: "both_bad" };
 let open = null;
 let sending = false;
+// The strengths that were shown before the last vote, by the candidate's name.
+let before = {};
 
 const judge = byId("judge");
 judge.value = sessionStorage.getItem("judge") || "judge " + Math.floor(Math.random() * 1000);
 sessionStorage.setItem("judge", judge.value);
-judge.addEventListener("change", () => { sessionStorage.setItem("judge", judge.value); open = null; refresh(); });
+// The name under which the server knows this judge.
+let named = judge.value;
+judge.addEventListener("change", () => {
+  sessionStorage.setItem("judge", judge.value);
+  open = null;
+  refresh();
+});
 
 function show(state) {
-  const { question, standing } = state;
+  const { question, standing, bout } = state;
   open = question;
-  for (const id of ["prompt", "answers"]) byId(id).hidden = !question;
-  document.querySelector("nav").hidden = !question;
+  showQuestion(question);
   byId("waiting").hidden = Boolean(question);
-  if (question) {
-    // Texts of models are data: they never become markup.
-    byId("question").textContent = question.text;
-    byId("prompt").textContent = question.prompt;
-    byId("left").lastElementChild.textContent = question.left || "(nothing)";
-    byId("right").lastElementChild.textContent = question.right || "(nothing)";
-    byId("left").scrollTop = byId("right").scrollTop = 0;
-  }
   const where = standing.heldout ? "the winner meets the other models, on prompts that nobody voted on"
     : "generation " + standing.round;
-  const further = standing.heldout ? "" : ", " + standing.left + " left in all";
-  byId("progress").textContent = where + ": vote " + standing.votes + " of at most " + standing.most + further;
+  const next = standing.heldout ? "" : "; the next generation comes after " + (standing.most - standing.votes)
+    + " more at most, and " + standing.left + " are left in all";
+  byId("progress").textContent = where + ": vote " + standing.votes + " of at most " + standing.most + next;
   byId("bar").value = standing.most ? standing.votes / standing.most : 0;
-  const list = byId("strengths");
-  list.replaceChildren(...standing.strengths.map((row) => {
-    const item = document.createElement("li");
-    item.textContent = "candidate " + (row.candidate + 1) + ": " + row.mean.toFixed(2) + " ± " + row.deviation.toFixed(2);
-    return item;
+  byId("bout").hidden = !bout;
+  if (bout) {
+    const score = "left " + bout.left + ", right " + bout.right;
+    byId("bout").textContent = bout.ended ? "the last bout ended: " + score
+      : "round " + (bout.rounds + 1) + " of " + bout.length + ": " + score;
+  }
+  showStrengths(standing.strengths);
+  byId("leader").textContent = standing.leader && "the strongest, " + standing.strengths[0].candidate + ":\n" + standing.leader;
+  byId("agreements").replaceChildren(...standing.agreements.map((text) => line("li", text)));
+}
+
+function line(tag, text) {
+  const element = document.createElement(tag);
+  element.textContent = text;
+  return element;
+}
+
+function showStrengths(strengths) {
+  const ranks = Object.fromEntries(strengths.map((row, rank) => [row.candidate, rank]));
+  const moved = strengths.filter((row) => row.candidate in before && before[row.candidate].mean !== row.mean);
+  byId("changed").textContent = moved.length === 0 ? "" : "the last vote moved " + moved.map((row) => {
+    const was = before[row.candidate], change = row.mean - was.mean, climbed = was.rank - ranks[row.candidate];
+    const places = climbed ? " (" + (climbed > 0 ? "up " : "down ") + Math.abs(climbed) + ")" : "";
+    return { size: Math.abs(change), text: row.candidate + " by " + (change > 0 ? "+" : "") + change.toFixed(2) + places };
+  }).sort((one, other) => other.size - one.size).slice(0, 3).map((row) => row.text).join(", ");
+  byId("strengths").replaceChildren(...strengths.map((row) => {
+    const was = row.candidate in before ? " (was " + before[row.candidate].mean.toFixed(2) + " ± "
+      + before[row.candidate].deviation.toFixed(2) + ")" : "";
+    return line("li", row.candidate + ": " + row.mean.toFixed(2) + " ± " + row.deviation.toFixed(2) + was);
   }));
+  before = Object.fromEntries(strengths.map((row, rank) => [row.candidate, { ...row, rank }]));
 }
 
 function fail(text) {
@@ -43,7 +66,9 @@ function fail(text) {
 
 async function refresh() {
   try {
-    const answer = await fetch("state?judge=" + encodeURIComponent(judge.value));
+    const earlier = named === judge.value ? "" : "&earlier=" + encodeURIComponent(named);
+    named = judge.value;
+    const answer = await fetch("state?judge=" + encodeURIComponent(named) + earlier);
     if (!answer.ok) throw new Error(await answer.text());
     fail("");
     if (!sending) show(await answer.json());
@@ -70,9 +95,5 @@ async function vote(choice) {
   if (!open) setTimeout(refresh, 300);
 }
 
-for (const choice of Object.values(KEYS)) byId(choice).addEventListener("click", () => vote(choice));
-document.addEventListener("keydown", (event) => {
-  if (event.target === judge || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key in KEYS) { event.preventDefault(); vote(KEYS[event.key]); }
-});
+onChoice(vote);
 refresh();

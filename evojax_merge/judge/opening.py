@@ -1,11 +1,13 @@
 """Opens the ballots of a search: its votes file, and where people vote the page on which they do."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
 from evojax_merge import interrupts
 from evojax_merge.errors import InputError
@@ -15,7 +17,7 @@ from evojax_merge.judge.batch import Batch, read_choices
 from evojax_merge.judge.votes import VoteFile
 from evojax_merge.problem import SearchProblem
 from evojax_merge.search.run_parts import RunFolder
-from evojax_merge.tasks.human import HumanTask
+from evojax_merge.tasks.voting import JudgedTask
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,11 @@ NO_JUDGES = JudgeOptions()
 
 def check_judges(out: Path, problem: SearchProblem, options: JudgeOptions, *, resume: bool) -> None:
     """Raises InputError for a search that nobody can judge, and for votes that it would lose."""
-    tasks = _human_tasks(problem)
+    tasks = _judged_tasks(problem)
     if not tasks:
         if options != NO_JUDGES:
-            raise InputError(str(out), "the config has no task of kind: human; search it with evojax-merge search")
+            what = "the config has no task of kind: human or human_images; search it with evojax-merge search"
+            raise InputError(str(out), what)
         return
     if options.choices is not None and options.pairs is None:
         raise InputError("--import", "goes with --export, the file for the pairs that are wanted next")
@@ -62,9 +65,9 @@ def check_judges(out: Path, problem: SearchProblem, options: JudgeOptions, *, re
 def judging(
     votes: Path, problem: SearchProblem, log: Callable[[str], None], options: JudgeOptions
 ) -> Iterator[Mapping[str, Ballot]]:
-    """The ballots of the search's `kind: human` tasks by their names, while the block runs; none where it has no such
-    task. Raises InputError for a votes file that is not the search's, and for a page that cannot be served."""
-    tasks = _human_tasks(problem)
+    """The ballots of the tasks that people judge, by their names, while the block runs; empty where the search has no
+    such task. Raises InputError for a votes file that is not the search's, and for a page that cannot be served."""
+    tasks = _judged_tasks(problem)
     if not tasks:
         yield {}
         return
@@ -74,29 +77,46 @@ def judging(
     batch = None
     if options.pairs is not None:
         batch = Batch(options.pairs, {} if options.choices is None else read_choices(options.choices))
+    history = RunFolder(votes.parent).read_history()
     for task in tasks:
-        ballots[task.name] = Ballot(task, file, problem.search.generations, problem.seed, interrupts.check, batch=batch)
-    _check_rounds(votes, file, ballots)
+        ballots[task.name] = Ballot(
+            task, file, problem.search.generations, problem.seed, interrupts.check, batch=batch, done=len(history)
+        )
+    _check_rounds(votes, file, ballots, history)
     with ExitStack() as stack:
-        if batch is None and any(task.judge is None for task in tasks):
+        if batch is None and any(task.voting.judge is None for task in tasks):
             from evojax_merge.judge.server import served
 
             address = stack.enter_context(
-                served([each for each in ballots.values() if each.task.judge is None], options.port)
+                served([each for each in ballots.values() if each.task.voting.judge is None], options.port)
             )
             log(f"judge: {address}")
         yield ballots
         for task in tasks:
-            line = None if task.judge is None else task.judge.report()
-            if line is not None:
-                log(line)
+            line = None if task.voting.judge is None else task.voting.judge.report()
+            agreements = [agreement.describe() for agreement in ballots[task.name].agreements()]
+            for each in (*([] if line is None else [line]), *agreements):
+                log(each)
 
 
-def _human_tasks(problem: SearchProblem) -> list[HumanTask]:
-    return [task for task in problem.splits.search if isinstance(task, HumanTask)]
+def _judged_tasks(problem: SearchProblem) -> list[JudgedTask]:
+    return [task for task in problem.splits.search if isinstance(task, JudgedTask)]
 
 
-def _check_rounds(path: Path, file: VoteFile, ballots: Mapping[str, Ballot]) -> None:
+def _check_rounds(
+    path: Path, file: VoteFile, ballots: Mapping[str, Ballot], history: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raises InputError for votes of another search than that of the history's generations."""
     for one in file.rounds:
         if one.task not in ballots:
             raise InputError(path, f"has votes on task {one.task!r}, which the search does not have")
+    for task in ballots:
+        rounds = [one.genomes for one in file.of_task(task) if one.genomes.shape[1]]
+        # A generation is in the votes before it is in the history, which may have been cut back to a checkpoint.
+        for number, (genomes, row) in enumerate(zip(rounds, history, strict=False), start=1):
+            searched = np.array(row["genomes"], np.float32)
+            if not np.array_equal(genomes[: len(searched)].astype(np.float32), searched):
+                what = (
+                    f"its generation {number} of task {task} has other candidates than this run's: it is of another run"
+                )
+                raise InputError(path, f"{what}; expected the votes.jsonl that the run wrote")

@@ -1,24 +1,22 @@
 "use strict";
-const byId = (id) => document.getElementById(id);
-const KEYS = { ArrowLeft: "left", ArrowRight: "right", ArrowUp: "tie", ArrowDown: "both_bad" };
 const pairs = JSON.parse(byId("pairs").textContent);
 const choices = [];
 
 function show() {
   const pair = pairs[choices.length];
-  for (const id of ["prompt", "answers"]) byId(id).hidden = !pair;
-  byId("question").textContent = pair ? pair.question : "All pairs have votes: save them.";
-  if (pair) {
-    byId("prompt").textContent = pair.prompt;
-    byId("left").lastElementChild.textContent = pair.left || "(nothing)";
-    byId("right").lastElementChild.textContent = pair.right || "(nothing)";
-  }
+  showQuestion(pair);
+  if (!pair) byId("question").textContent = "All pairs have votes: save them.";
   byId("progress").textContent = choices.length + " of " + pairs.length + " votes";
   byId("bar").value = choices.length / pairs.length;
 }
 
 function vote(choice) {
   if (choices.length < pairs.length) choices.push(choice);
+  show();
+}
+
+function back() {
+  choices.pop();
   show();
 }
 
@@ -34,13 +32,13 @@ function save() {
   link.click();
 }
 
-for (const choice of Object.values(KEYS)) byId(choice).addEventListener("click", () => vote(choice));
-byId("back").addEventListener("click", () => { choices.pop(); show(); });
+byId("ranking").hidden = true;
+byId("back").hidden = byId("save").hidden = false;
+byId("back").addEventListener("click", back);
 byId("save").addEventListener("click", save);
+onChoice(vote);
 document.addEventListener("keydown", (event) => {
-  if (event.target.tagName === "INPUT" || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key in KEYS) { event.preventDefault(); vote(KEYS[event.key]); }
-  if (event.key === "Backspace") { event.preventDefault(); choices.pop(); show(); }
+  if (event.target !== byId("judge") && event.key === "Backspace") { event.preventDefault(); back(); }
 });
 window.addEventListener("beforeunload", (event) => { if (choices.length) event.preventDefault(); });
 show();

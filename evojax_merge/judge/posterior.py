@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
-from evojax_merge.tasks.votes import Choice
+from evojax_merge.tasks.voting import Choice
 
 # The number of an outcome's loser or winner where it is the bar of acceptable answers.
 BAR = -1

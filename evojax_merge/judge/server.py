@@ -27,7 +27,10 @@ HEADERS = {
     "img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
 }  # fmt: skip
-TYPES = {"judge.html": "text/html; charset=utf-8", "judge.js": "text/javascript", "judge.css": "text/css"}
+TYPES = {
+    "judge.html": "text/html; charset=utf-8", "answers.js": "text/javascript", "judge.js": "text/javascript",
+    "judge.css": "text/css",
+}  # fmt: skip
 
 
 @contextmanager
@@ -88,11 +91,17 @@ def application(ballots: Sequence[Ballot], token: str) -> Any:
         content = files(__package__).joinpath(name).read_bytes()
         return Response(content, 200, HEADERS, media_type=TYPES[name])
 
+    async def picture(request: Request) -> Response:
+        content = await run_in_threadpool(_picture, ballots, request.path_params["name"]) if allowed(request) else None
+        if content is None:
+            return Response("not found", 404, HEADERS)
+        return Response(content, 200, HEADERS, media_type="image/png")
+
     async def state(request: Request) -> Response:
         if not allowed(request):
             return Response("not found", 404, HEADERS)
-        judge = request.query_params.get("judge", "")[:MAX_NAME]
-        return JSONResponse(await run_in_threadpool(_state, ballots, judge), headers=HEADERS)
+        judge, earlier = (request.query_params.get(key, "")[:MAX_NAME] for key in ("judge", "earlier"))
+        return JSONResponse(await run_in_threadpool(_state, ballots, judge, earlier), headers=HEADERS)
 
     async def vote(request: Request) -> Response:
         # A form of another site cannot send JSON to us without asking first, which nothing here answers.
@@ -120,6 +129,7 @@ def application(ballots: Sequence[Ballot], token: str) -> Any:
             Route("/{token}/", page),
             Route("/{token}/state", state),
             Route("/{token}/vote", vote, methods=["POST"]),
+            Route("/{token}/picture/{name}", picture),
             Route("/{token}/{name}", page),
         ],
         middleware=[_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
@@ -132,8 +142,10 @@ def _middleware(kind: Any, **options: Any) -> Any:
     return Middleware(kind, **options)
 
 
-def _state(ballots: Sequence[Ballot], judge: str) -> dict[str, Any]:
-    """The next question of a judge, and the standing of the search."""
+def _state(ballots: Sequence[Ballot], judge: str, earlier: str = "") -> dict[str, Any]:
+    """The next question of a judge, and the standing of the search. earlier: the name that the judge had before."""
+    for ballot in ballots if earlier else ():
+        ballot.rename(earlier, judge)
     standings = [ballot.standing() for ballot in ballots]
     asked: tuple[int, Question] | None = None
     for number, ballot in enumerate(ballots):
@@ -142,15 +154,36 @@ def _state(ballots: Sequence[Ballot], judge: str) -> dict[str, Any]:
             asked = (number, question)
             break
     number = asked[0] if asked else 0
-    standing = standings[number]
+    standing, ballot = standings[number], ballots[number]
     return {
-        "question": None if asked is None else {
-            "task": number, "number": asked[1].number, "prompt": asked[1].prompt, "left": asked[1].left,
-            "right": asked[1].right, "text": ballots[number].task.question,
-        },
+        "question": None if asked is None else _question(ballot, number, asked[1]),
+        "bout": _bout(ballot, judge),
         "standing": {
             "round": standing.number, "votes": standing.votes, "most": standing.most, "left": standing.left,
-            "heldout": standing.heldout,
+            "heldout": standing.heldout, "leader": standing.leader,
             "strengths": [{"candidate": c, "mean": m, "deviation": d} for c, m, d in standing.strengths],
+            "agreements": [agreement.describe() for agreement in standing.agreements],
         },
+    }  # fmt: skip
+
+
+def _picture(ballots: Sequence[Ballot], name: str) -> bytes | None:
+    return next(filter(None, (ballot.picture(name) for ballot in ballots)), None)
+
+
+def _question(ballot: Ballot, number: int, question: Question) -> dict[str, Any]:
+    pictures = ballot.task.shows_pictures
+    left, right = (f"picture/{answer}" if pictures else answer for answer in (question.left, question.right))
+    return {
+        "task": number, "number": question.number, "question": ballot.task.voting.question, "prompt": question.prompt,
+        "left": left, "right": right, "pictures": pictures,
+    }  # fmt: skip
+
+
+def _bout(ballot: Ballot, judge: str) -> dict[str, Any] | None:
+    length, bout = ballot.task.voting.bout, ballot.bout(judge)
+    if length == 1 or not bout.rounds:
+        return None
+    return {
+        "rounds": bout.rounds, "length": length, "left": bout.left, "right": bout.right, "ended": bout.rounds == length
     }  # fmt: skip

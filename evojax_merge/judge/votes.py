@@ -13,7 +13,7 @@ meets a round of the file again takes its votes from there.
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_args
@@ -21,7 +21,7 @@ from typing import Any, get_args
 import numpy as np
 
 from evojax_merge.errors import Failed, InputError
-from evojax_merge.tasks.votes import Choice
+from evojax_merge.tasks.voting import Choice
 
 CHOICES = get_args(Choice)
 DIGEST = 16
@@ -36,7 +36,7 @@ def digest(*texts: str) -> str:
 class Vote:
     """A choice. example: the prompt's number in the task's split; left, right: numbers of candidates in their round;
     answers: the digests of the two answers; judge, weight: who chose, and how much that counts; time: UTC, ISO 8601,
-    which nothing depends on."""
+    which nothing depends on; number: the vote's in its round, from 0; None: the file was written without numbers."""
 
     example: int
     left: int
@@ -46,6 +46,7 @@ class Vote:
     judge: str = ""
     weight: float = 1.0
     time: str = ""
+    number: int | None = None
 
 
 @dataclass
@@ -88,6 +89,7 @@ class VoteFile:
         return self.rounds[-1]
 
     def add(self, to: Round, vote: Vote) -> None:
+        vote = replace(vote, number=len(to.votes))
         self._append({"vote": asdict(vote), "round": to.digest})
         to.votes.append(vote)
 
@@ -127,6 +129,9 @@ class VoteFile:
             raise InputError(where, f"is a vote on candidates {vote.left} and {vote.right} of {len(one.genomes)}")
         if vote in one.votes:
             raise InputError(where, "is the same vote once more; remove the line")
+        if vote.number not in (None, len(one.votes)):
+            what = f"is vote {vote.number} of its round after {len(one.votes)} others; lines are missing or doubled"
+            raise InputError(where, f"{what}; expected the file as the search wrote it")
         one.votes.append(vote)
 
     def _named(self, where: str, digest: str) -> Round:

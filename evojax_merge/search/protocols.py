@@ -171,6 +171,7 @@ class Space(Protocol):
         ...
 
 
+@runtime_checkable
 class ContextSpace(Space, Protocol):
     """A space whose genomes refer to the state of the strategy (see `LendsContext`)."""
 

@@ -39,8 +39,10 @@ class ArrayTask(TaskDefaults):
 
     function: (model, rows) -> float[N], higher is better; (model,) -> a number or float[N] where there are no
     `examples`, a pytree of arrays with a leading axis of examples. indices: the numbers of the task's examples, out of
-    `count`; by default all. traced: whether JAX traces the function. where: the task in messages; untraced: what to do
-    about a function that JAX cannot trace; files: what it was made from; places: see `paths`.
+    `count`; by default all. compared: the task as judges have it, where the function returns a text or a name for each
+    example, which are compared with each other, in place of scores. traced: whether JAX traces the function. where: the
+    task in messages; untraced: what to do about a function that JAX cannot trace; files: what it was made from;
+    places: see `paths`.
     """
 
     kind: ClassVar[str] = "arrays"
@@ -58,6 +60,7 @@ class ArrayTask(TaskDefaults):
     untraced: str = "say traced: false, and it is called with each merged model"
     files: tuple[Path, ...] = ()
     places: tuple[tuple[str, str], ...] = ()
+    compared: Any = None
 
     def __post_init__(self) -> None:
         if not self.count and self.examples is not None:
@@ -74,7 +77,8 @@ class ArrayTask(TaskDefaults):
         return self.examples is not None
 
     def subset(self, examples: Sequence[int]) -> "ArrayTask":
-        return replace(self, indices=tuple(self.indices[i] for i in examples))
+        compared = None if self.compared is None else self.compared.subset(examples)
+        return replace(self, indices=tuple(self.indices[i] for i in examples), compared=compared)
 
     @cached_property
     def rows(self) -> tuple[Any, ...]:

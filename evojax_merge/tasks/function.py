@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -34,12 +34,11 @@ from evojax_merge.tasks.task import (
     Opening,
     Place,
     Responses,
-    TaskDefaults,
     TaskKind,
     TaskRequests,
 )
 from evojax_merge.tasks.templates import check_stop
-from evojax_merge.tasks.text import NO_TARGET, Kind, TextTask, checked_fields, read_prompted
+from evojax_merge.tasks.text import NO_TARGET, Kind, TextRecordsTask, TextTask, checked_fields, read_prompted
 from evojax_merge.user_modules import importing_from, lacks_module, load_file
 from evojax_merge.users_traceback import WrongResultError
 
@@ -129,40 +128,18 @@ class Traced:
 
 
 @dataclass(frozen=True)
-class FunctionTask(TaskDefaults):
-    """A task (tasks.task) whose metric, `score`, a user's function computes. `text` makes the requests to a model, and
-    `records` are the examples in the file's form."""
+class FunctionTask(TextRecordsTask):
+    """A task (tasks.task) whose metric, `score`, a user's function computes."""
 
-    text: TextTask
-    records: tuple[dict[str, Any], ...]
     function: UserFunction
     inputs: Inputs
 
     @property
-    def name(self) -> str:
-        return self.text.name
-
-    @property
-    def metric(self) -> str:
-        return METRIC
-
-    @property
-    def weight(self) -> float:
-        return self.text.weight
-
-    @property
     def files(self) -> tuple[Path, ...]:
-        return (*self.text.files, *self.function.files)
-
-    @property
-    def size(self) -> int:
-        return self.text.size
-
-    def subset(self, examples: Sequence[int]) -> "FunctionTask":
-        return replace(self, text=self.text.subset(examples), records=tuple(self.records[i] for i in examples))
+        return (*super().files, *self.function.files)
 
     def requests(self, tokenizer: Any, context: int) -> TaskRequests:
-        requests = self.text.requests(tokenizer, context)
+        requests = super().requests(tokenizer, context)
         if self.inputs != "logits":
             return requests
         logits_fn = Traced(self.function)
@@ -199,7 +176,7 @@ class FunctionTask(TaskDefaults):
         return list(zip(contents, map(self.text.location, self.text.examples), strict=True))
 
     def paths(self) -> dict[str, str]:
-        return self.text.paths() | {"function": self.function.place}
+        return super().paths() | {"function": self.function.place}
 
     def failure_hint(self) -> str:
         return f"Look at what the function of task {self.name} returns"

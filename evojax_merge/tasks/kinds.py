@@ -12,14 +12,15 @@ from evojax_merge.tasks import (
     harness,
     human,
     networks,
+    rubric,
     text,
 )
 from evojax_merge.tasks.task import TaskConfig, TaskKind
 
 BUILT_IN = (
-    text.KIND, generation.KIND, gsm.KIND, function.KIND, harness.KIND, human.KIND, networks.CLASSIFICATION,
+    text.KIND, generation.KIND, gsm.KIND, function.KIND, harness.KIND, human.KIND, rubric.KIND, networks.CLASSIFICATION,
     networks.REGRESSION, networks.TEXT_TO_TEXT, networks.TRANSCRIPTION, networks.SIMILARITY, networks.RETRIEVAL,
-    networks.NETWORK, generated_images.IMAGE_GENERATION, arrays.KIND,
+    networks.NETWORK, generated_images.IMAGE_GENERATION, generated_images.HUMAN_IMAGES, arrays.KIND,
 )  # fmt: skip
 _registered: list[TaskKind] = []
 

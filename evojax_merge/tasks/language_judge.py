@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.errors import Failed, print_warning
-from evojax_merge.tasks.votes import Choice
+from evojax_merge.tasks.voting import Choice
 
 SYSTEM = (
     "You compare two answers to a prompt. Reply with one word: A where the first is better, B where the second is "

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import BeforeValidator, Field
@@ -208,6 +208,47 @@ class TextTask(TaskDefaults):
 
     def location(self, example: Example) -> Place:
         return (example.where, 0) if example.where else (self.file, example.line)
+
+
+@dataclass(frozen=True)
+class TextRecordsTask(TaskDefaults):
+    """A task (tasks.task) that asks for what `text` asks for, and has a score of its own in place of the text task's.
+    `records` are the examples in the file's form."""
+
+    text: TextTask
+    records: tuple[dict[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        return self.text.name
+
+    @property
+    def metric(self) -> str:
+        return self.text.metric
+
+    @property
+    def weight(self) -> float:
+        return self.text.weight
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.text.files
+
+    @property
+    def size(self) -> int:
+        return self.text.size
+
+    def subset(self, examples: Sequence[int]) -> Self:
+        return replace(self, text=self.text.subset(examples), records=tuple(self.records[i] for i in examples))
+
+    def requests(self, tokenizer: Any, context: int) -> TaskRequests:
+        return self.text.requests(tokenizer, context)
+
+    def contents(self) -> Sequence[tuple[Any, Place]]:
+        return self.text.contents()
+
+    def paths(self) -> dict[str, str]:
+        return self.text.paths()
 
 
 # ---------------------------------------------------------------------------------------------------------------

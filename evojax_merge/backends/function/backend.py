@@ -183,6 +183,11 @@ class TreeEvaluator:
     def evaluate(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
         scores = TaskScores({})
         for task in self.tasks:
+            if task.compared is not None:
+                for genome in genomes:
+                    add_answers(task, scores, self.programs.finish(self.programs.whole(self.bank, genome)))
+                    progress(1)
+                continue
             rows = (self._traced if task.traced else self._untraced)(task, genomes)
             scores.matrices[task.name] = {task.metric: checked(task, rows)}
             progress(len(genomes))
@@ -227,6 +232,13 @@ class TreeEvaluator:
             progress(len(genomes))
         assert gradient is not None
         return scores, gradient
+
+
+def add_answers(task: ArrayTask, scores: TaskScores, model: Any) -> None:
+    """Add a model's answers to the outputs, and zeros in place of its scores: judges compare the answers."""
+    answers = scores.outputs.setdefault(task.name, [])
+    answers.append(task.function(model, *task.rows))
+    scores.matrices[task.name] = {task.metric: np.zeros((len(answers), task.size), np.float32)}
 
 
 def host_scores(task: ArrayTask, model: Any) -> np.ndarray:
@@ -413,6 +425,10 @@ class FunctionBackend:
     def score_stored(self, model: Path, heldout: SpaceEvaluator[Any], progress: Callable[[int], None]) -> TaskScores:
         stored, scores = self.merge.tree.source(self.models.index(model)), TaskScores({})
         for task in heldout.tasks:
+            if task.compared is not None:
+                add_answers(task, scores, stored)
+                progress(1)
+                continue
             if task.traced:
                 answer = jax.jit(task.function)(stored, *task.rows)
                 row = row_of(task.where, np.asarray(answer), np.asarray).astype(np.float32)

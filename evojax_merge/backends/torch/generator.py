@@ -18,7 +18,7 @@ from evojax_merge.checkpoints.generator_keys import BASE, VAE, blocks_of
 from evojax_merge.checkpoints.pipelines import OPENING, Components, Pipeline
 from evojax_merge.checkpoints.quiet import quiet_diffusers
 from evojax_merge.errors import InputError
-from evojax_merge.tasks.generated_images import ImageTask
+from evojax_merge.tasks.generated_images import DrawingTask
 
 # The projections of attention, in diffusers' names.
 ATTENTION = re.compile(r"\.(?:to_[qkv]|to_out|add_[qkv]_proj|to_add_out|to_qkv)\.")
@@ -74,7 +74,7 @@ class Generator:
     def name(self) -> str:
         return type(self.pipeline).__name__
 
-    def draw(self, weights: Mapping[str, Any], task: ImageTask, numbers: Sequence[int]) -> np.ndarray:
+    def draw(self, weights: Mapping[str, Any], task: DrawingTask, numbers: Sequence[int]) -> np.ndarray:
         """float32[N, …]: the pictures, or latents, of some of a task's examples. The noise of each is made on the CPU,
         and so is the same on all machines."""
         tensors = _storage(self.modules)
@@ -100,7 +100,7 @@ class Generator:
         """The arguments of the pipeline's call."""
         return inspect.signature(type(self.pipeline).__call__).parameters
 
-    def check(self, task: ImageTask) -> None:
+    def check(self, task: DrawingTask) -> None:
         """Raises InputError for a task that the pipeline cannot draw for."""
         where, arguments = task.section, self.arguments
         has_prompt = task.prompts[0] is not None

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from evojax_merge.report.front_matter import changed_front_matter
 from evojax_merge.report.progress import say
 from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.function import checked, guard_user_function
-from evojax_merge.tasks.generated_images import ImageTask
+from evojax_merge.tasks.generated_images import DrawingTask, HumanImageTask, ImageTask, picture_of
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.yaml_reader import parse_documents
 
@@ -45,6 +45,18 @@ class PictureScorer:
             return checked(function, function.call(records, drawn), len(numbers))
 
 
+@dataclass(frozen=True, eq=False)
+class PictureWriter:
+    """A compared task's function (weights, rows) -> names: draws the pictures of the rows' numbers, and keeps them."""
+
+    generator: Generator
+    task: HumanImageTask
+
+    def __call__(self, weights: Mapping[str, Any], rows: Mapping[str, Any]) -> list[str]:
+        numbers = [int(number) for number in rows["number"]]
+        return [self.task.pictures.add(pixels) for pixels in self.generator.draw(weights, self.task, numbers)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PipelineBackend(FunctionBackend):
     """Merges of pipelines; see `Backend`. generator: takes the merged tensors, by their names; components: which are
@@ -53,7 +65,7 @@ class PipelineBackend(FunctionBackend):
     generator: Generator
     components: Components
     # The held-out tasks of pictures, once they are prepared.
-    _heldout: list[ImageTask] = field(default_factory=list, repr=False)
+    _heldout: list[DrawingTask] = field(default_factory=list, repr=False)
     _checked: set[str] = field(default_factory=set, repr=False)
 
     @property
@@ -61,27 +73,30 @@ class PipelineBackend(FunctionBackend):
         return False
 
     def check_task(self, where: str, task: Any) -> None:
-        if not isinstance(task, ImageTask):
+        if not isinstance(task, DrawingTask):
             raise InputError(
-                where, f"{task.name}: a {type(task).__name__} asks no image generator; expected kind: image_generation"
-            )
+                where, f"{task.name}: a {type(task).__name__} asks no image generator; expected kind: "
+                "image_generation or human_images",
+            )  # fmt: skip
         self.generator.check(task)
 
     def prepare(self, splits: Splits[list[Any]]) -> Splits[list[ArrayTask]]:
         self._heldout[:] = [task for task in splits.heldout if task.size]
         return super().prepare(splits.map(lambda tasks: [self._array_task(task) for task in tasks]))
 
-    def _array_task(self, task: ImageTask) -> ArrayTask:
+    def _array_task(self, task: Any) -> ArrayTask:
         if task.name not in self._checked:
             self._check_repeatable(task)
             self._checked.add(task.name)
+        compared = replace(task, indices=tuple(range(len(task.records)))) if isinstance(task, HumanImageTask) else None
+        function = PictureScorer(self.generator, task) if compared is None else PictureWriter(self.generator, compared)
         array_task = ArrayTask(
-            task.name, {"number": np.arange(len(task.records))}, PictureScorer(self.generator, task),
-            metric=task.metric, weight=task.weight, traced=False, where=task.section, files=task.files,
+            task.name, {"number": np.arange(len(task.records))}, function, metric=task.metric, weight=task.weight,
+            traced=False, where=task.section, files=task.files, compared=compared,
         )  # fmt: skip
         return array_task.subset(task.indices)
 
-    def _check_repeatable(self, task: ImageTask) -> None:
+    def _check_repeatable(self, task: DrawingTask) -> None:
         """Raises InputError for a pipeline that fails, or draws other pictures from the same noise."""
         weights, name = self.merge.tree.source(0), self.generator.name
         try:
@@ -120,7 +135,7 @@ class PipelineBackend(FunctionBackend):
             atomic_write(folder / "README.md", card)
             write_marker(folder)
 
-    def _caption(self, task: ImageTask) -> str:
+    def _caption(self, task: DrawingTask) -> str:
         rows = [*(f"{role} {self.references[model]}" for role, model in self.compared), self.baseline_role, "winner"]
         shown = min(COLUMNS, task.size)
         return (
@@ -129,7 +144,7 @@ class PipelineBackend(FunctionBackend):
             + "."
         )
 
-    def contact_sheet(self, task: ImageTask, winner: Mapping[str, Any]) -> bytes:
+    def contact_sheet(self, task: DrawingTask, winner: Mapping[str, Any]) -> bytes:
         """The first held-out pictures as a PNG: a row each for the base and the parents, the uniform merge and the
         winner, as in the held-out table."""
         from PIL import Image
@@ -140,9 +155,8 @@ class PipelineBackend(FunctionBackend):
         sheet = Image.new("RGB", (CELL * len(numbers), CELL * len(models)))
         for row, weights in enumerate(models):
             for column, pixels in enumerate(self.generator.draw(weights, task, numbers)):
-                levels = (np.clip(np.nan_to_num(pixels), 0, 1) * 255).astype(np.uint8)
-                picture = Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
-                picture = picture.resize((CELL, CELL), Image.Resampling.NEAREST if levels.shape[0] < CELL else None)
+                nearest = Image.Resampling.NEAREST if pixels.shape[0] < CELL else None
+                picture = picture_of(pixels).resize((CELL, CELL), nearest)
                 sheet.paste(picture.convert("RGB"), (CELL * column, CELL * row))
         content = io.BytesIO()
         sheet.save(content, "PNG")

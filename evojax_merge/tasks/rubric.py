@@ -1,0 +1,134 @@
+"""Tasks whose texts a model judges: `kind: rubric`.
+
+A candidate writes an answer to each prompt. Another model, the judge, reads a rubric with that answer, and the score is
+the logarithm of the odds that it goes on with "yes" rather than "no". The judge runs in this process, on the answers of
+all candidates of a generation at once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from evojax_merge.errors import Failed, InputError
+from evojax_merge.schema import Location, Text, Whole
+from evojax_merge.tasks.function import NO_TARGET
+from evojax_merge.tasks.prompts import PromptConfig, Prompts
+from evojax_merge.tasks.task import Opening, Responses, TaskKind
+from evojax_merge.tasks.templates import check_stop, check_template, fill, named_fields
+from evojax_merge.tasks.text import Example, TextRecordsTask, TextTask, checked_fields, read_prompted
+
+METRIC = "log_odds"
+# The field of a rubric that has the candidate's text.
+RESPONSE = "response"
+# A task of multiple choice -> each example's margin, float[N], by a stored model.
+Margins = Callable[[TextTask], np.ndarray]
+# (key of the config, reference to a model, the config's folder) -> the model's folder, and its margins.
+OpenJudge = Callable[[str, str, Path], tuple[Path, Margins]]
+_judges: list[OpenJudge] = []
+
+
+def provide_judges(open_judge: OpenJudge) -> None:
+    """Say how models are opened: tasks know none."""
+    _judges[:] = [open_judge]
+
+
+class RubricConfig(PromptConfig):
+    """A task whose texts a model in this process judges by a rubric."""
+
+    kind: Literal["rubric"] = Field(description="the kind of task")
+    judge: Location = Field(description="the model that judges: a folder, zoo:NAME or a hub id")
+    rubric: Text = Field(description="what the judge reads: a template over a record's fields and {response}")
+    yes: Text = Field(" yes", description="what the judge goes on with where a response is good")
+    no: Text = Field(" no", description="what it goes on with where a response is bad")
+    judge_chat_template: bool = Field(False, description="true: the rubric goes through the judge's chat template")
+    target: Text = Field("{target}", description="of shown examples: a template over a record's fields")
+    max_new_tokens: Whole = Field(256, ge=1, le=1_000_000, description="how many tokens a candidate may write")
+    stop: list[Text] = Field([], max_length=100, description="texts that end what a candidate writes")
+
+    @model_validator(mode="after")
+    def _has_two_verdicts(self) -> "RubricConfig":
+        if not self.yes.strip() or not self.no.strip() or self.yes == self.no:
+            raise ValueError("yes, no: expected two different texts")
+        return self
+
+
+@dataclass(frozen=True)
+class RubricJudge:
+    """A judge and its rubric. folder: the model's; where: the section of the config."""
+
+    folder: Path
+    margins: Margins
+    rubric: str
+    verdicts: tuple[str, str]
+    prompts: Prompts
+    where: str
+
+    def log_odds(self, asked: Sequence[tuple[dict[str, Any], str]]) -> np.ndarray:
+        """float32[M]: the logarithm of the odds of yes for M records with a response each."""
+        texts = [fill(self.where, "rubric", self.rubric, record | {RESPONSE: text}) for record, text in asked]
+        examples = tuple(Example(text, self.verdicts, 0, 0, where=f"{self.where}: a response") for text in texts)
+        task = TextTask("rubric", "multiple_choice", "margin", 1.0, self.where, examples, prompts=self.prompts)
+        return self.margins(task).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class RubricTask(TextRecordsTask):
+    """A task (tasks.task) whose metric, `log_odds`, is a judge's verdict."""
+
+    judge: RubricJudge
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (*super().files, *self._judges_files)
+
+    @cached_property
+    def _judges_files(self) -> tuple[Path, ...]:
+        return tuple(sorted(file for file in self.judge.folder.iterdir() if file.is_file()))
+
+    def score(self, responses: Responses) -> dict[str, np.ndarray]:
+        # Candidates often agree: each distinct response is judged once.
+        asked = list(dict.fromkeys((n, text) for texts in responses.texts for n, text in enumerate(texts)))
+        values = self.judge.log_odds([(self.records[n], text) for n, text in asked])
+        verdicts = dict(zip(asked, values, strict=True))
+        scores = [[verdicts[n, text] for n, text in enumerate(texts)] for texts in responses.texts]
+        return {METRIC: np.array(scores, np.float32).reshape(-1, self.size)}
+
+    def paths(self) -> dict[str, str]:
+        return super().paths() | {"judge": str(self.judge.folder)}
+
+    def failure_hint(self) -> str:
+        return f"Look at the judge of task {self.name}: its logits may not be finite"
+
+
+def open_rubric(config: RubricConfig, opening: Opening) -> RubricTask:
+    """The task on the records of one file. Raises InputError for a fault of the config, the judge or the file."""
+    where = opening.where
+    fields = checked_fields(where, config)
+    check_stop(where, config.stop)
+    check_template(f"{where}.rubric", config.rubric)
+    if RESPONSE not in named_fields(config.rubric):
+        raise InputError(f"{where}.rubric", f"does not name {{{RESPONSE}}}, the text that is judged")
+    if not _judges:
+        raise Failed(f"{where}: this program opens no models")
+    folder, margins = _judges[0](f"{where}.judge", config.judge, opening.folder)
+    # The judge reads the responses: a scored record needs no target, and this placeholder is never read.
+    data = read_prompted(config, opening, "exact_match", replace(fields, target=NO_TARGET), fields)
+    text = TextTask(
+        config.name, "exact_match", METRIC, config.weight, data.file, data.examples,
+        max_new_tokens=config.max_new_tokens, stop=tuple(config.stop), prompts=data.prompts,
+        fewshot_file=data.fewshot_file, data_files=data.files,
+    )  # fmt: skip
+    prompts = Prompts(where, template=config.judge_chat_template)
+    judge = RubricJudge(folder, margins, config.rubric, (config.yes, config.no), prompts, where)
+    records = tuple(map(dict, data.records))
+    for record in records[:1]:
+        fill(where, "rubric", config.rubric, record | {RESPONSE: ""})
+    return RubricTask(text, records, judge)
+
+
+KIND = TaskKind(RubricConfig, open_rubric, source="file")
