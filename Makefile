@@ -81,7 +81,10 @@ bench: .venv/bin/python
 
 bench-kernels: ARGUMENTS = --sweep --plot bench/results/kernels.png
 bench-strategies: ARGUMENTS = --peers --json runs/strategies.jsonl --plot bench/results/strategies.png
-bench-device: ARGUMENTS = --append
+
+# A command of the program, which needs no clone.
+bench-device: .venv/installed
+	$(BIN)/evojax-merge bench $(ARGUMENTS)
 
 bench-%: .venv/installed-test
 	$(BIN)/python -m bench $* $(ARGUMENTS)

@@ -240,7 +240,7 @@ def judge(
 
 @cli.command(short_help="Say what a search would take: memory, work, time.")
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--target", metavar="NAME", help="h100, 8xh100, v5p-8, v6e-8, cpu, … Default: the devices that are here.")
+@click.option("--target", metavar="NAME", help="rtx4090, 8xh100, 2x8xh100, v5p-8, cpu, … Default: the devices here.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the plan here as well.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override one key of CONFIG.")
 @with_plugins
@@ -257,6 +257,23 @@ def plan(
         from evojax_merge.commands import plan as command
 
     command.plan(config, target, json_file, list(overrides))
+
+
+@cli.command(short_help="Measure this device: merging, scoring, decoding, a generation of a search.")
+@click.option("--shape", metavar="NAME", help="Of the models: 7B, 3B, 1B, 100M, 10M. Default: the largest that fits.")
+@click.option(
+    "--seconds", type=click.FloatRange(1, 86_400), default=540, show_default=True, metavar="SECONDS",
+    help="What would take longer is left out.",
+)  # fmt: skip
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write figures, machine and versions here.")
+@click.option("--compare", type=click.Path(path_type=Path), help="An earlier file of --json to compare with.")
+def bench(shape: str | None, seconds: float, json_file: Path | None, compare: Path | None) -> None:
+    """Measure the device at hand on models of random weights, which are made on it: merge kernels against the device's
+    own copy, likelihood passes against its best matrix product, decoding, and a generation of a search."""
+    with _starting():
+        from evojax_merge.commands import bench as command
+
+    command.bench(shape, seconds, json_file, compare)
 
 
 @cli.command(short_help="Do one merge, described by a mergekit YAML.")

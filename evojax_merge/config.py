@@ -449,6 +449,9 @@ class EvaluationConfig(Section):
         description="tokens of each candidate in a pass, at most; default: chosen for the device",
     )
     model: Whole = Field(1, ge=1, le=100_000, description="how many devices share one copy of the models")
+    bank: Literal["auto", "device", "host", "disk"] = Field(
+        "auto", description="where the models are; host, disk: they come to the devices layer by layer"
+    )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the generations; auto: bfloat16 where all weights are and the devices multiply it"
     )
@@ -464,8 +467,8 @@ class EvaluationConfig(Section):
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out the optional keys where they are not given (see SearchConfig)."""
         document: dict[str, Any] = serialise(self)
-        for name in ("final_compute_dtype", "recalibrate"):
-            if not getattr(self, name):
+        for name in ("final_compute_dtype", "recalibrate", "bank"):
+            if getattr(self, name) == type(self).model_fields[name].default:
                 document.pop(name)
         return document
 
@@ -486,7 +489,7 @@ class Config(Section):
         None, description="of larger models: whose other modules the winner has; default: base, else the first parent"
     )
     components: dict[Name, Location] | None = Field(
-        None, description="of diffusers folders: a component -> merge, or the model that gives it"
+        None, description="a diffusers folder's -> merge, or the model that gives it; of LLaVAs, projector: merge"
     )
     space: SpaceConfig | None = Field(None, description="what is searched: the parameters of a merge")
     data_flow: DataFlowConfig | None = Field(None, description="or: the path through the layers of all parents")
@@ -550,8 +553,10 @@ class Config(Section):
             raise ValueError("tasks: all weights are 0; at least one task must be part of the fitness")
         if sum(part is not None for part in (self.space, self.data_flow, self.pool, self.stages)) != 1:
             raise ValueError("expected exactly one of the keys space, data_flow, pool, stages")
-        if self.components is not None and self.backend != "torch":
-            raise ValueError(f"components: is for diffusers folders, and backend: {self.backend} opens none")
+        if self.components is not None and self.backend not in ("torch", "decoder"):
+            raise ValueError(
+                f"components: is for diffusers folders and LLaVA's projector, and backend: {self.backend} opens neither"
+            )
         if self.pool is not None and self.search.strategy != "pool":
             raise ValueError(
                 f"search.strategy: {self.search.strategy}; a pool is searched by the strategy pool alone, leave it out"

@@ -13,7 +13,7 @@ from evojax_merge.config import SearchConfig
 from evojax_merge.evaluation.compilers import TargetCompiler
 from evojax_merge.evaluation.costs import Cost
 from evojax_merge.evaluation.planned_passes import PlanUse, SizedPass
-from evojax_merge.evaluation.targets import Target, gpu_memory_fraction
+from evojax_merge.evaluation.targets import Target, gpu_memory_fraction, single_hosts
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.plan import PassPlan, Plan, Work
 from evojax_merge.search.loop import run_bytes
@@ -80,7 +80,7 @@ def make_plan(
         also = _rows(planner.passes(prepared.search, whole, "final"), target, model)
     pass_bytes = max((planner.jobs * row.needed_bytes for row in (*rows, *also)), default=0)
     fits = sizes.bank + pass_bytes <= target.memory
-    on_host = (
+    on_host = sizes.on_host + (
         sizes.largest_leaf if target.is_accelerator else sizes.bank * target.devices_per_host // model + pass_bytes
     )
     return Plan(
@@ -94,7 +94,7 @@ def make_plan(
         generations=generations,
         gradient_generations=rounds,
         budget=problem.search.budget,
-        notes=problem.notes,
+        notes=(*problem.notes, *planner.notes),
         compile_seconds=None if compiler is None else compiler.seconds,
         candidate=_work(candidate, target, model),
         gradient=_work(gradient, target, model) if rounds else None,
@@ -174,8 +174,9 @@ def _work(cost: Cost, target: Target, model: int) -> Work:
 
 
 def advice(problem: SearchProblem[Backend], pass_bytes: int, held_bytes: int = 0) -> tuple[str, ...]:
-    """Changes that would make a search fit that does not. Bytes on a device: pass_bytes, of the largest pass;
-    held_bytes: of materialised candidates and caches, which no shorter batch makes smaller than those of one row."""
+    """Changes that would make a search fit that does not: settings, and the smallest targets. Bytes on a device:
+    pass_bytes, of the largest pass; held_bytes: of materialised candidates and caches, which no shorter batch makes
+    smaller than those of one row."""
     backend: Backend = problem.backend
     target, model = backend.target, backend.settings.model
     sizes = backend.device_sizes(model)
@@ -204,4 +205,24 @@ def advice(problem: SearchProblem[Backend], pass_bytes: int, held_bytes: int = 0
         remedies.append(f"{count - fewer} fewer of the {count} models")
     if sizes.bank + held_bytes < target.memory:
         remedies.append(backend.smaller_passes())
+    remedies += _larger_targets(problem, pass_bytes)
     return tuple(remedies) or ("a device with more memory, or smaller models",)
+
+
+def _larger_targets(problem: SearchProblem[Backend], pass_bytes: int) -> list[str]:
+    """The smallest targets of one host that hold a search whose largest pass needs pass_bytes on a device: one device,
+    and several that share the models. A CPU's are GPUs."""
+    backend: Backend = problem.backend
+    target, model = backend.target, backend.settings.model
+    candidates = single_hosts(target.platform if target.is_accelerator else "gpu")
+    banks = {shards: backend.device_sizes(shards).bank for shards in {other.devices for other in candidates}}
+
+    def fits(other: Target) -> bool:
+        return banks[other.devices] + pass_bytes * model / other.devices <= other.memory
+
+    alone = next((other for other in candidates if other.devices == 1 and fits(other)), None)
+    shared = next((other for other in candidates if other.devices > 1 and fits(other)), None)
+    named = [] if alone is None else [f"--target {alone.name}"]
+    if shared is not None:
+        named.append(f"--target {shared.name} with evaluation.model: {shared.devices}")
+    return named

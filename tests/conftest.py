@@ -49,15 +49,16 @@ QUICKLY_COMPILED = {
     f"test_{name}"
     for name in (
         "adapters", "api", "architecture_seam", "architectures", "auto", "backend_seam", "bad_input", "cards", "chat",
-        "data_flow", "data_versions", "defaults", "device_bench", "devices", "docs", "evaluator",
+        "data_flow", "data_versions", "defaults", "bench", "devices", "docs", "evaluator",
         "example_choice", "families", "fronts", "function", "generate", "goals", "gradients", "gsm", "harness",
-        "host_memory", "hostile", "init", "inspect", "judge", "longrope", "loops", "m2n2_bench",
+        "host_memory", "hostile", "init", "inspect", "judge", "launching", "long_rows", "longrope", "loops",
+        "m2n2_bench",
         "mergekit_evolve", "mergekit_suite",
         "method_seam", "mixtures", "notebook", "page", "parent_groups", "path_ga", "path_gradients", "plugins",
-        "plugin_files",
-        "pool", "pytrees", "racing", "reproduce", "reproducible", "run_folder", "search", "spaces", "stopping",
+        "plugin_files", "pool", "projector", "pytrees", "qwen_vl",
+        "racing", "reproduce", "reproducible", "run_folder", "search", "spaces", "stopping",
         "strategies", "strategies_bench", "strategy_seam", "study", "study_spaces", "task_seam", "terminal",
-        "text_decoders", "tokens", "torch_backend", "torture", "validation", "vision", "zoo",
+        "text_decoders", "tokens", "torch_backend", "torture", "validation", "vision", "vision_harness", "zoo",
     )
 }  # fmt: skip
 SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"

@@ -665,6 +665,32 @@ def test_a_repository_gives_the_model_and_nothing_else(
         assert {name: entry.shape for name, entry in open_folder(folder).entries.items()} == expected
 
 
+def test_a_repository_of_diffusers_has_its_components_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+    from tiny_generators import make_ddpm
+
+    repository, cache = make_ddpm(tmp_path / "repository", 0), tmp_path / "snapshots" / ("0123456789abcdef" * 3)[:40]
+    weights = repository / "unet" / "diffusion_pytorch_model.safetensors"
+    beside = [weights.with_suffix(suffix) for suffix in (".bin", ".fp16.safetensors", ".non_ema.safetensors")]
+    for file in [*beside, repository / "whole.safetensors"]:
+        file.write_bytes(b"0")
+
+    def download(name: str, *, revision: str | None, **patterns: Any) -> str:
+        names = [str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()]
+        for file in filter_repo_objects(names, **patterns):
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(repository / file, cache / file)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    folder = resolve("MODELS", "owner/name", tmp_path)
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
+
+
 def test_a_repository_in_the_hubs_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--owner--name"

@@ -18,15 +18,15 @@ from helpers import ALL, sample, write_lines
 from reference.generators import blocks_of_sd_mecha, diffusers_name, of_sd_mecha, tensor_names
 from reference.merging import DIFFUSION
 from safetensors import safe_open
-from safetensors.numpy import load_file
-from tiny_generators import SIZE, file_tensors, make_ddpm, make_stable_diffusion, save_file_of
+from safetensors.numpy import load_file, save_file
+from tiny_generators import SIZE, file_tensors, make_ddpm, make_sdxl, make_stable_diffusion, save_file_of
 
 from evojax_merge.checkpoints.generator_keys import Blocks, blocks_of
 from evojax_merge.cli import cli
 from evojax_merge.commands.merge import MergeOptions, write_merge
 from evojax_merge.errors import InputError
 
-KINDS = ("sd1", "sdxl", "flux")
+KINDS = ("sd1", "sdxl", "sd3", "flux")
 FUNCTION = """
 import numpy as np
 
@@ -79,6 +79,8 @@ def test_blocks_stand_in_the_order_of_the_network() -> None:
     assert names == ["BASE", *(f"IN{i:02}" for i in range(9)), "M00", *(f"OUT{i:02}" for i in range(9)), "VAE"]
     flux = blocks_of(list(file_tensors("flux", 0))).names
     assert flux == ["BASE", *(f"double_blocks.{i}" for i in range(12)), *(f"single_blocks.{i}" for i in range(3))]
+    sd3 = blocks_of(list(file_tensors("sd3", 0))).names
+    assert sd3 == ["BASE", *(f"joint_blocks.{i}" for i in range(12)), "VAE"]
     assert blocks_of(["model.layers.0.mlp.up_proj.weight"]) == Blocks()
 
 
@@ -212,6 +214,94 @@ def test_components_are_merged_or_kept_from_a_named_model(stable: list[Path], tm
     ).read_bytes()
 
 
+LORA = {
+    "unet": (
+        "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v",
+    ),
+    "text_encoder": ("encoder.layers.0.self_attn.q_proj",),
+}
+
+
+def weights_of(folder: Path, component: str) -> dict[str, np.ndarray]:
+    return dict(load_file(next((folder / component).glob("*.safetensors"))))
+
+
+def save_lora(base: Path, file: Path, keys: str) -> dict[str, np.ndarray]:
+    """Save a LoRA of rank 2 and alpha 3 by the names of diffusers or of kohya's trainer; the change of each weight, by
+    `component.weight`."""
+    rng = np.random.default_rng(0)
+    tensors: dict[str, np.ndarray] = {}
+    changes = {}
+    for component, modules in LORA.items():
+        state = weights_of(base, component)
+        for module in modules:
+            outputs, inputs = state[f"{module}.weight"].shape
+            down, up = (rng.normal(size=size).astype(np.float32) for size in ((2, inputs), (outputs, 2)))
+            changes[f"{component}.{module}.weight"] = up @ down * (1.5 if keys == "kohya" else 1.0)
+            # Trainers name the module that text encoders had around their layers.
+            module = module if component == "unet" else f"text_model.{module}"
+            if keys == "kohya":
+                name = f"lora_{'te' if component == 'text_encoder' else 'unet'}_{module.replace('.', '_')}"
+                tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+                tensors[f"{name}.alpha"] = np.array(3.0, np.float32)
+            else:
+                tensors |= {f"{component}.{module}.lora_A.weight": down, f"{component}.{module}.lora_B.weight": up}
+    save_file(tensors, file)
+    return changes
+
+
+@pytest.mark.parametrize("keys", ["diffusers", "kohya"])
+def test_a_lora_is_fused_into_the_generator_before_it(keys: str, stable: list[Path], tmp_path: Path) -> None:
+    one, two = stable
+    changes = save_lora(one, tmp_path / "lora.safetensors", keys)
+    fused = f"{one}+{tmp_path / 'lora.safetensors'}"
+    rows = [{"model": model, "parameters": {"weight": 0.5}} for model in (fused, str(two))]
+    recipe = {"merge_method": "linear", "models": rows, "components": {"unet": "merge", "text_encoder": fused}}
+    merged(recipe, tmp_path / "out")
+    for component in LORA:
+        a, b, written = (weights_of(folder, component) for folder in (one, two, tmp_path / "out"))
+        assert written.keys() == a.keys()
+        for name, values in written.items():
+            adapted = a[name] + changes.get(f"{component}.{name}", 0.0)
+            expected = (adapted + b[name]) / 2 if component == "unet" else adapted
+            np.testing.assert_allclose(values, expected, atol=1e-5, err_msg=name)
+    document = config(tmp_path, [Path(fused), two], tasks=[{
+        "name": "first", "kind": "image_generation", "function": str(one.parent / "functions.py:first"),
+        "file": str(one.parent / "prompts.jsonl"), "inputs": "latents", "steps": 1, "heldout": 0.5,
+    }])  # fmt: skip
+    from evojax_merge.problem import build_problem, config_from
+
+    backend = build_problem(tmp_path / "config.yaml", config_from(tmp_path / "config.yaml", document, [], None)).backend
+    name = f"unet.{LORA['unet'][0]}.weight"
+    expected = weights_of(one, "unet")[name.removeprefix("unet.")] + changes[name]
+    np.testing.assert_allclose(np.asarray(backend.merge.tree.source(0)[name]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("fault", ["other", "more", "none", "pickle", "takes none"])
+def test_a_lora_that_does_not_fit_is_refused_in_a_line(
+    fault: str, stable: list[Path], ddpm: list[Path], tmp_path: Path
+) -> None:
+    file, base = tmp_path / "lora.safetensors", stable[0]
+    factors = {"lora_A.weight": np.zeros((2, 8), np.float32), "lora_B.weight": np.zeros((8, 2), np.float32)}
+    modules = (LORA["unet"][0], "mid_block.no.such.to_q") if fault == "more" else ("mid_block.no.such.to_q",)
+    save_file({f"unet.{one}.{name}": values for one in modules for name, values in factors.items()}, file)
+    message = "Target modules {'mid_block.no.such.to_q'} not found in the base model"
+    if fault == "more":
+        message = "lora.safetensors has factors of 2 modules, of which"
+    elif fault == "none":
+        save_file({"weight": np.zeros(1, np.float32)}, file)
+        message = "holds no factors of a LoRA"
+    elif fault == "pickle":
+        file = file.rename(tmp_path / "lora.bin")
+        message = "expected a LoRA in safetensors"
+    elif fault == "takes none":
+        base, message = ddpm[0], "a DDPMPipeline takes no LoRA"
+    with pytest.raises(InputError) as caught:
+        merged(linear([Path(f"{base}+{file}"), stable[1]], [0.5, 0.5]), tmp_path / "out")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Search
 
@@ -310,6 +400,26 @@ def test_prompts_latents_and_the_groups_of_evosdxl(stable: list[Path], tmp_path:
         np.testing.assert_array_equal(state[name].numpy(), tensor)
     scores = splits.search[0].function(backend.merge.tree.source(0), *splits.search[0].rows)
     assert scores.shape == (2,) and np.isfinite(scores).all()
+
+
+def test_the_config_of_evosdxl_is_planned_on_folders_of_its_form(tmp_path: Path) -> None:
+    """configs/evosdxl.yaml beside four tiny models of SDXL's form: eight numbers, and the Japanese text encoders."""
+    from evojax_merge.problem import build_problem, read_config
+
+    file = Path(shutil.copy(Path(__file__).parents[1] / "configs" / "evosdxl.yaml", tmp_path))
+    for seed, name in enumerate(yaml.safe_load(file.read_text())["parents"]):
+        make_sdxl(tmp_path / name, seed)
+    (tmp_path / "scores.py").write_text("def score(records, images):\n    return images.mean((1, 2, 3))\n")
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": letter * 3} for letter in "abcdefgh"])
+    assert "StableDiffusionXLPipeline: draws pictures" in command("plan", file)
+    problem = build_problem(file, read_config(file, [], None))
+    assert problem.backend.space.dims == 8
+    assert problem.backend.space.group_space.groups == ("unet other", "unet attention")
+    for name in ("text_encoder", "text_encoder_2"):
+        written = load_file(tmp_path / "jsdxl" / name / "model.safetensors")
+        state = getattr(problem.backend.generator.pipeline, name).state_dict()
+        for key, tensor in written.items():
+            np.testing.assert_array_equal(state[key].numpy(), tensor)
 
 
 # ---------------------------------------------------------------------------------------------------------------

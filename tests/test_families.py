@@ -287,7 +287,7 @@ FAMILIES = {
     ),
 }  # fmt: skip
 # The text decoders of larger models, which are no models by themselves: tests/test_text_decoders.py.
-PARTS = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
+PARTS = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"}
 RUN = sample([name for name, row in FAMILIES.items() if ALL or not row.covered_elsewhere], 2)
 
 

@@ -1,6 +1,7 @@
 """Plans: what a search would take, on targets that are here and that are not."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from evojax_merge.checkpoints.headers import HeaderFolders, TensorHeader, write_
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
 from evojax_merge.cli import cli, run
 from evojax_merge.errors import InputError
+from evojax_merge.evaluation import compilers
 from evojax_merge.evaluation.costs import Cost, Product, cost_of, result_axes, temporary_bytes
 from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.evaluation.planned_passes import JaxprReader, merge_bytes
@@ -64,14 +66,46 @@ def test_targets_by_name() -> None:
     assert find_target("t", "v5p-8").devices == 4
     v5e = find_target("t", "v5e-16")
     assert (v5e.devices, v5e.hosts, v5e.devices_per_host) == (16, 4, 4)
-    for name, meant in {"h10O": "h100", "h100x4": "4xh100", "H100:8": "8xh100", "v5e8": "v5e-8"}.items():
+    hosts = find_target("t", "2x8xh100")
+    assert (hosts.devices, hosts.hosts, hosts.devices_per_host, hosts.kind) == (16, 2, 8, "NVIDIA H100 80GB HBM3")
+    assert find_target("t", "6xrtx3090").devices == 6 and find_target("t", "v6e-256").hosts == 64
+    wrong = {"h10O": "h100", "h100x4": "4xh100", "H100:8": "8xh100", "v5e8": "v5e-8", "rtx-4090": "rtx4090"}
+    for name, meant in wrong.items():
         with pytest.raises(InputError, match=f"no target '{name}' .did you mean '{meant}'"):
             find_target("--target", name)
-    for name, sizes in {"0xh100": "h100, 2xh100, 4xh100, 8xh100", "v5p": "v5p-8, v5p-16, v5p-32, v5p-64"}.items():
+    for name, sizes in {"v5p": "v5p-8, v5p-16, v5p-32, v5p-64", "a100": "a100-40, a100-80"}.items():
         with pytest.raises(InputError, match=f"no target '{name}'; expected one of {sizes}"):
+            find_target("--target", name)
+    for name in ("0xh100", "17xh100", "0x8xh100", "2x0xh100", "9999x8xh100"):
+        with pytest.raises(InputError, match=f"no target '{name}'; expected 1 to 16 GPUs to a host, such as 8xh100"):
             find_target("--target", name)
     with pytest.raises(InputError, match=r"evaluation.model: 3 does not divide the 4 devices"):
         v5e.check_shards("evaluation.model", 3)
+
+
+def test_the_documents_table_of_targets_has_their_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory in GB, bandwidth in GB/s, and the peak in bfloat16, of each chip; XLA's description of a GPU agrees."""
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "1")
+    page = (Path(__file__).parent.parent / "docs" / "accelerators.md").read_text()
+    rows = [
+        re.split(r" *\| *", line.strip("| "))
+        for line in page.splitlines()
+        if "TFLOP" not in line and line.count("|") == 6
+    ]
+    figures = {
+        row[0].split("`")[1]: [float(figure.replace(",", "")) for figure in row[1:4]]
+        for row in rows
+        if row[0].startswith("`")
+    }
+    chips = dict.fromkeys(re.sub(r"^(\d+x)+|^(v\d\w)-\d+$", r"\2", name) for name in target_names() if name != "cpu")
+    assert list(figures) == list(chips)
+    for name, shown in figures.items():
+        target = find_target("t", f"{name}-8" if name.startswith("v") else name)
+        rates = [target.memory / 1e9, target.bandwidth / 1e9, target.bfloat16 / 1e12]
+        assert shown == pytest.approx(rates, rel=0.01), name
+        if target.platform == "gpu":
+            described = compilers._GPUS[target.kind]
+            assert [described.memory / 1e9, described.bandwidth / 1e9] == pytest.approx(rates[:2], rel=0.06), name
 
 
 def test_a_gpu_has_the_share_of_its_memory_that_jax_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -566,6 +600,15 @@ def test_a_plan_for_7b_models_on_targets_that_are_not_here(
     assert "does not fit: 10" in said.out and "the largest pass" in said.out
     (line,) = [line for line in said.err.splitlines() if "what would make it fit: evaluation.model: 2" in line]
     assert "config.yaml: does not fit: 10" in line
+    # The table is explained, and has seconds of what fits alone.
+    assert "bytes that wait on a device for the pass" in said.out and "by the roofline" in said.out
+    assert plan("rtx4090", status=2)["candidate"]["seconds"] is None
+    said = capfd.readouterr()
+    assert "seconds" not in said.out and "roofline" not in said.out and "held: bytes" in said.out
+    offered = re.findall(r"--target (\S+?)(?: with evaluation.model: (\d+))?(?:,|$)", said.err.splitlines()[-1])
+    assert offered == [("a100-80", ""), ("2xa100-40", "2")]
+    for name, shards in offered:
+        assert plan(name, "--set", f"evaluation.model={shards or 1}")["run"]["seconds"] > 0
     for method, alone in (("della", della), ("dare_ties", dare)):
         shared = plan("8xh100", "--set", f"space.method={method}", "--set", "evaluation.model=8")
         assert shared["fits"] and shared["bank_bytes"] == pytest.approx(alone["bank_bytes"] / 8, rel=0.01)
@@ -606,6 +649,45 @@ def test_quantised_models_are_planned_by_headers_alone(
     ]
     assert entries[0] == entries[1]
     open_sources([by_headers, by_headers])
+
+
+def test_repositories_of_diffusers_are_planned_by_headers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+    from tiny_generators import make_ddpm
+
+    from evojax_merge.backends.torch.generator import open_component
+    from evojax_merge.checkpoints.pipelines import Pipeline
+
+    whole, small = make_ddpm(tmp_path / "whole", 0), tmp_path / "snapshots" / "0123456789abcdef"
+    weights = whole / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copyfile(weights, weights.with_suffix(".fp16.safetensors"))
+    names = [str(file.relative_to(whole)) for file in whole.rglob("*") if file.is_file()]
+    raw = weights.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    header.pop("__metadata__", None)
+
+    def download(name: str, *, local_files_only: bool = False, revision: Any = None, **patterns: Any) -> str:
+        if local_files_only:
+            raise LocalEntryNotFoundError("not here")
+        for file in filter_repo_objects(names, **patterns):
+            (small / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(whole / file, small / file)
+        return str(small)
+
+    found = SimpleNamespace(tensors={name: SimpleNamespace(**row) for name, row in header.items()})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi.parse_safetensors_file_metadata", lambda *_, **options: found)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **options: names)
+    folders = HeaderFolders(tmp_path / "headers")
+    folder = resolve_headers(folders, "parents", "owner/name", tmp_path)
+    assert folders.download_bytes == pytest.approx(len(raw), abs=2000) and not list(small.rglob("*.safetensors"))
+    shapes = [
+        {name: tensor.shape for name, tensor in open_component(Pipeline(path), "unet").state_dict().items()}
+        for path in (whole, folder)
+    ]
+    assert shapes[0] == shapes[1]
 
 
 def test_wrong_options_of_plan(family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -259,6 +259,8 @@ def save_text_model(kind: str, folder: Path, seed: int, **changes: Any) -> None:
         "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "rms_norm_eps",
     )  # fmt: skip
     shapes = {name: settings[name] for name in names} | {"head_dim": 8, "vocab_size": len(tokens)}
+    if "rope_theta" in changes:
+        rope |= {"rope_theta": changes.pop("rope_theta")}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(TEXT_MODELS[kind], **shapes | {"rope_parameters": rope} | changes)
     save(AutoModelForCausalLM.from_config(config).float(), folder, tokens)
@@ -295,3 +297,37 @@ def test_a_text_model_whose_layers_differ(root: Path, tmp_path: Path, capsys: py
     assert command("plan", search_config(root, tmp_path, "merges", **merged)) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "mlp" in message and "48" in message and "40" in message and message.count("evojax-merge") <= 1, message
+
+
+def test_a_text_model_of_another_base_frequency(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The frequencies of the model that sees win, and one line says so."""
+    for name, seed in (("text", 1), ("japanese", 2)):
+        save_text_model("qwen3_vl", tmp_path / name, seed, rope_theta=5e5)
+    sees = str(root / "one")
+    merged = {"base": str(tmp_path / "text"), "parents": [sees, str(tmp_path / "japanese")], "tokenizer_source": sees}
+    config = search_config(root, tmp_path, "gradient", **merged)
+    assert command("search", config, "--out", tmp_path / "run") == 0
+    lines = " ".join("".join(capsys.readouterr()).split())
+    note = f"rope.theta is 500000.0, and 10000.0 in {sees}; merges have the latter, and all models are scored with it"
+    assert f"{tmp_path / 'text'}, {tmp_path / 'japanese'}: {note}" in lines and lines.count("rope.theta") == 1
+    scored, out = heldout_scores(tmp_path / "run"), tmp_path / "run/best/model"
+    settings = json.loads((out / "config.json").read_text())["text_config"]["rope_parameters"]
+    assert settings["rope_theta"] == 1e4
+    assert scored["winner"] == pytest.approx(heldout_score(out, root), abs=1e-4)
+
+
+def test_experts_are_read_in_either_orientation(tmp_path: Path) -> None:
+    """The first files of Qwen3-VL-MoE hold experts as `[experts, in, out]`."""
+    folder = save_seeing(seeing_model("qwen3_vl_moe"), tmp_path / "model", 0, 0.05)
+    write_tasks(tmp_path, PLACEHOLDERS["qwen3_vl_moe"])
+    task = {"kind": "likelihood", "file": "shared.jsonl"}
+    scores, _ = score(folder, task)
+    tensors = load_file(folder / "model.safetensors")
+    exchanged = {
+        name: np.ascontiguousarray(values.swapaxes(1, 2)) if ".experts." in name else values
+        for name, values in tensors.items()
+    }
+    assert any((exchanged[name].shape != tensors[name].shape) for name in tensors)
+    save_file(exchanged, folder / "model.safetensors", {"format": "pt"})
+    again, _ = score(folder, task)
+    np.testing.assert_array_equal(*(part.matrices["task0"]["log_probability"] for part in (scores, again)))

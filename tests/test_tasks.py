@@ -19,24 +19,27 @@ from transformers import PreTrainedTokenizerFast
 
 from evojax_merge.config import TaskFile
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.batched_tasks import batch_tasks, token_warnings
+from evojax_merge.evaluation.batched_tasks import BatchedTask, TaskShapes, batch_tasks, token_warnings
 from evojax_merge.stored_models import open_tasks
 from evojax_merge.tasks import patterns
 from evojax_merge.tasks.batches import (
     BUCKETS,
+    MAX_BEHIND_IMAGE,
     MIN_SHARED_PREFIX,
     PAD,
     ScoringBatch,
     bucket_widths,
+    fill_scoring_batches,
     prompt_batches,
     scoring_batches,
+    scoring_shapes,
 )
 from evojax_merge.tasks.opening import open_task, open_whole_task, overlaps
 from evojax_merge.tasks.patterns import check_pattern, find_all
 from evojax_merge.tasks.prompts import encode_pair
 from evojax_merge.tasks.records import read_file
 from evojax_merge.tasks.splits import Splits
-from evojax_merge.tasks.task import Row, cut_at_stop
+from evojax_merge.tasks.task import Row, TaskRequests, cut_at_stop
 from evojax_merge.tasks.templates import check_template, fill
 from evojax_merge.tasks.text import (
     Example,
@@ -562,6 +565,55 @@ def test_choices_share_their_question() -> None:
     assert int((batch.segment_ids >= 0).sum()) == 30 + 0 + 1 + 2
     (alone,) = scoring_batches([rows], 1000, pack=False)
     assert sum(int((batch.segment_ids >= 0).sum()) for batch in alone.batches) == 30 + 31 + 32
+
+
+def questions(images: int, each: int, places: int = 40) -> list[Row]:
+    """Rows of questions about images in turn, each an example of its own."""
+    rng, rows = np.random.default_rng(0), []
+    for number in range(images * each):
+        first = number % images * places
+        words = rng.integers(10, 20, rng.integers(2, 9)).tolist()
+        tokens = (1, *(~row for row in range(first, first + places)), *words, 30, 31)
+        rows.append(Row(tokens, len(tokens) - 2, f"line {number}", number))
+    return rows
+
+
+def test_questions_about_one_image_share_it() -> None:
+    rows = questions(images=3, each=5)
+    (batches,) = scoring_batches([rows], 1000)
+    found: dict[int, Any] = {}
+    for batch in batches.batches:
+        found |= read_back(batch, batches.shared_prefix)
+        assert ((batch.tokens < 0).sum(axis=1) <= 40).all()
+    assert found == {i: (row.tokens[:-1], row.tokens[row.start :]) for i, row in enumerate(rows)}
+    assert sum(int((batch.tokens < 0).sum()) for batch in batches.batches) == 3 * 40
+    # Very many questions are several rows.
+    (batches,) = scoring_batches([questions(images=2, each=100)], 2048)
+    assert all(batch.tokens.shape[1] <= 41 + MAX_BEHIND_IMAGE for batch in batches.batches)
+    assert sum(int((batch.tokens < 0).sum()) for batch in batches.batches) < 20 * 40
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(20, 500), st.data())
+def test_some_questions_about_images_fit_the_shapes_of_all(
+    each: int, images: int, tokens_per_batch: int, data: st.DataObject
+) -> None:
+    rows = questions(images, each)
+    shapes = scoring_shapes([rows], tokens_per_batch).for_any(rows)
+    requests = TaskRequests(scored=tuple(rows))
+    scoring = fill_scoring_batches(rows, shapes)
+    whole = BatchedTask(task_of("likelihood", [Example("a", ("b",), "b", 1)] * len(rows)), requests,
+                        TaskShapes(shapes, None), scoring, None, (), tokens_per_batch)  # fmt: skip
+    chosen = np.array(sorted(data.draw(st.sets(st.integers(0, len(rows) - 1), min_size=1))))
+    part = whole.subset(chosen)
+    assert part.scoring is not None
+    found: dict[int, Any] = {}
+    for batch in part.scoring.batches:
+        found |= read_back(batch, part.scoring.shared_prefix)
+        size, width = batch.tokens.shape
+        ((spans, scored, longest),) = [limits for s, limits in shapes.limits.items() if s.width == width]
+        assert batch.target_index.shape == (size * spans, longest) and batch.targets.shape == (scored,)
+    assert found == {i: (rows[n].tokens[:-1], rows[n].tokens[rows[n].start :]) for i, n in enumerate(chosen)}
 
 
 @settings(max_examples=60)

@@ -96,6 +96,16 @@ MORE: dict[str, dict[str, Any]] = {
             **QWEN_VISION,
         },
     },
+    "qwen3_vl_moe": {
+        "text_config": {
+            "model_type": "qwen3_vl_moe_text", "head_dim": 8, **TEXT, "moe_intermediate_size": 24, "num_experts": 4,
+            "num_experts_per_tok": 2, "rope_parameters": MROPE | {"mrope_interleaved": True},
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl_moe_vision", "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+            **QWEN_VISION,
+        },
+    },
     "smolvlm": {
         "text_config": LLAMA, "vision_config": {"model_type": "smolvlm_vision", **VISION}, "image_token_id": 60,
     },

@@ -1,4 +1,4 @@
-"""Tiny image generators: diffusers folders, and files of tensors with the names of Stable Diffusion, SDXL and FLUX."""
+"""Tiny image generators: diffusers folders, and files of tensors with the names of Stable Diffusion to FLUX."""
 
 import json
 from pathlib import Path
@@ -29,43 +29,81 @@ def make_ddpm(folder: Path, seed: int, steps: int = 1000, base: Path | None = No
     return folder
 
 
-def make_stable_diffusion(folder: Path, seed: int) -> Path:
-    """A pipeline with a text encoder and an autoencoder, all random."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def clip_tokenizer(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """A tokenizer of letters, which is made of files in a folder, and the options of text encoders that go with it."""
+    from transformers import CLIPTokenizer
 
-    torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
-        sample_size=4, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8, norm_num_groups=4, attention_head_dim=4,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        in_channels=3, out_channels=3, block_out_channels=(4, 4), latent_channels=4, norm_num_groups=2, sample_size=8,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
     letters = [chr(code) for code in range(97, 123)]
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
-    config = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=16, bos_token_id=52, eos_token_id=53, pad_token_id=53,
+    files = [folder / name for name in ("vocab.json", "merges.txt")]
+    files[0].write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    files[1].write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(*map(str, files), model_max_length=16)
+    for file in files:
+        file.unlink()
+    return tokenizer, {
+        "vocab_size": len(words), "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 16, "bos_token_id": 52, "eos_token_id": 53,
+        "pad_token_id": 53,
+    }  # fmt: skip
+
+
+UNET = {
+    "sample_size": 4, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "block_out_channels": (8, 8),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 4, "attention_head_dim": 4,
+}  # fmt: skip
+
+
+def autoencoder() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, block_out_channels=(4, 4), latent_channels=4, norm_num_groups=2, sample_size=8,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
-    pipeline = StableDiffusionPipeline(
-        vae, CLIPTextModel(config), tokenizer, unet, DDIMScheduler(num_train_timesteps=50, clip_sample=False),
+
+
+def make_stable_diffusion(folder: Path, seed: int) -> Path:
+    """A pipeline with a text encoder and an autoencoder, all random."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(**UNET, cross_attention_dim=8)
+    vae = autoencoder()
+    tokenizer, options = clip_tokenizer(folder)
+    encoder = CLIPTextModel(CLIPTextConfig(**options))
+    StableDiffusionPipeline(
+        vae, encoder, tokenizer, unet, DDIMScheduler(num_train_timesteps=50, clip_sample=False),
         safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def make_sdxl(folder: Path, seed: int) -> Path:
+    """A pipeline of SDXL's form, with two text encoders, all random."""
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        **UNET, cross_attention_dim=16, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 8,
     )  # fmt: skip
-    pipeline.save_pretrained(folder)
-    for name in ("vocab.json", "merges.txt"):
-        (folder / name).unlink()
+    vae = autoencoder()
+    tokenizer, options = clip_tokenizer(folder)
+    first, second = CLIPTextConfig(**options), CLIPTextConfig(**options, projection_dim=8)
+    StableDiffusionXLPipeline(
+        vae, CLIPTextModel(first), CLIPTextModelWithProjection(second), tokenizer, tokenizer, unet,
+        DDIMScheduler(num_train_timesteps=50, clip_sample=False), add_watermarker=False,
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
 def file_tensors(kind: str, seed: int, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """The tensors of a single file: sd1, sdxl or flux; one or two for each block."""
+    """The tensors of a single file: sd1, sdxl, sd3 or flux; one or two for each block."""
     rng = np.random.default_rng(seed)
 
     def drawn(*shape: int) -> np.ndarray:
@@ -78,6 +116,14 @@ def file_tensors(kind: str, seed: int, dtype: Any = np.float32) -> dict[str, np.
             tensors[f"{whole}double_blocks.{i}.img_attn.qkv.weight"] = drawn(6, 4)
         for i in range(3):
             tensors[f"{whole}single_blocks.{i}.linear1.weight"] = drawn(6, 4)
+        return tensors
+    if kind == "sd3":
+        tensors = {f"{whole}x_embedder.proj.weight": drawn(6, 4, 2, 2), f"{whole}final_layer.linear.bias": drawn(4)}
+        for i in range(12):
+            tensors[f"{whole}joint_blocks.{i}.x_block.attn.qkv.weight"] = drawn(6, 4)
+            tensors[f"{whole}joint_blocks.{i}.context_block.attn.qkv.weight"] = drawn(6, 4)
+        tensors["first_stage_model.decoder.conv_in.weight"] = drawn(5, 4, 3, 3)
+        tensors["text_encoders.clip_l.transformer.text_model.final_layer_norm.bias"] = drawn(8)
         return tensors
     depth = 9 if kind == "sdxl" else 12
     tensors = {f"{whole}time_embed.0.weight": drawn(8, 4), f"{whole}out.2.weight": drawn(4, 4, 3, 3)}

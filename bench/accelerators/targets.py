@@ -31,7 +31,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import jax
 
-from bench.shared.header_models import MISTRAL_7B, problem_for, write_examples, write_models
+from evojax_merge.benchmarks.header_models import MISTRAL_7B, problem_for, write_examples, write_models
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, collectives, target_compiler
 from evojax_merge.evaluation.programs import DECODE, MATERIALISE, PREFILL, SCORE
@@ -170,10 +170,11 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "temporaries": lambda row: shown_bytes(largest_pass(row)["temporary_bytes"]),
     "FLOP": lambda row: shown_number(row["flops"]).strip(),
     "moved": lambda row: shown_bytes(row["moved_bytes"]),
-    "s/candidate": lambda row: shown_seconds(row["seconds"]),
-    "merging": lambda row: f"{row['merging']:.0%}",
+    # What does not fit takes no time.
+    "s/candidate": lambda row: shown_seconds(row["seconds"]) if row["fits"] else "–",
+    "merging": lambda row: f"{row['merging']:.0%}" if row["fits"] else "–",
     "in full batches": lambda row: share(row["merging_in_full_batches"]),
-    "bound by": lambda row: row["bound"],
+    "bound by": lambda row: row["bound"] if row["fits"] else "–",
 }
 # Of what the targets' compilers say, pass by pass.
 COMPILED = (

@@ -31,9 +31,10 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import numpy as np
 import yaml
 
-from bench.shared.machine import describe, matrix_peak, median_seconds, seconds_of
-from bench.shared.scored_rows import of_rows, work
+from bench.shared.machine import describe
 from bench.shared.torch_peer import score_rows
+from evojax_merge.benchmarks.references import matrix_peak, median_seconds, seconds_of
+from evojax_merge.benchmarks.scored_rows import of_rows, work
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.evaluation.batched_tasks import BatchedTask, shared_and_padding

@@ -22,8 +22,9 @@ import jax
 import numpy as np
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from bench.shared.machine import describe, matrix_peak, seconds_of
+from bench.shared.machine import describe
 from bench.shared.torch_peer import score_rows
+from evojax_merge.benchmarks.references import matrix_peak, seconds_of
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.evaluation import passes

@@ -29,7 +29,8 @@ import transformers
 import yaml
 from safetensors.torch import save_file
 
-from bench.shared.machine import describe, seconds_of
+from bench.shared.machine import describe
+from evojax_merge.benchmarks.references import seconds_of
 from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.problem import build_problem, config_from
 

@@ -26,10 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from merge_kernels import CombineInputs, combine, draw_row_keys, look_up, sums, tabulate
 
-from bench.merging.kernels import build_problem, medians, mergekit_call, seed_of
+from bench.merging.kernels import mergekit_call
 from bench.shared.machine import describe
 from bench.shared.random_family import problem_for, write_rows
 from evojax_merge.backends.decoder.candidates import MergeCandidates
+from evojax_merge.benchmarks.kernels import build_problem, medians, seed_of
 from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.models.bank import take_candidate
 from evojax_merge.models.decoder import forward, target_logprobs
@@ -121,7 +122,7 @@ def write_family(folder: Path, parents: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from bench.shared.header_models import word_tokenizer
+    from evojax_merge.benchmarks.header_models import word_tokenizer
 
     tokenizer = word_tokenizer(VOCAB)
     config = LlamaConfig(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from bench.shared.header_models import word_tokenizer
+from evojax_merge.benchmarks.header_models import word_tokenizer
 from evojax_merge.problem import SearchProblem, build_problem, read_config
 
 METHOD = "ties"

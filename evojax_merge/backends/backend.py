@@ -32,6 +32,11 @@ class Planner(Protocol):
     gradient_passes: int
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines on what candidates compute, and where models lie, beside the usual."""
+        ...
+
+    @property
     def jobs(self) -> int:
         """The number of passes that run side by side on a device."""
         ...

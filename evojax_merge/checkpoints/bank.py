@@ -7,13 +7,14 @@ more memory than the bank and one tensor. A method's statistics are measured on 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from merge_kernels import draw_row_keys, tabulate
+from merge_kernels import Prepared, draw_row_keys, tabulate
 
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.models.architecture import (
@@ -114,6 +115,90 @@ def leaf_layout(sources: Sources, config: DecoderConfig, spec: MergeSpec, leaf: 
     )
 
 
+@dataclass(frozen=True)
+class LeafReader:
+    """Reads the tensors of a leaf from all sources, and measures them for the method of a merge."""
+
+    leaf: Leaf
+    config: DecoderConfig
+    sources: Sources
+    spec: MergeSpec
+
+    @cached_property
+    def layout(self) -> LeafBank:
+        return leaf_layout(self.sources, self.config, self.spec, self.leaf)
+
+    @cached_property
+    def tensors(self) -> dict[tuple[int, ...], str]:
+        """The names of the leaf's tensors by their places in its grid."""
+        grid = tensor_grid(self.config, self.leaf)
+        return dict(zip(np.ndindex(grid), leaf_tensors(self.config, self.leaf), strict=True))
+
+    @property
+    def _first_parent(self) -> int:
+        return int(self.spec.options.has_base)
+
+    def empty(self, layers: int | None = None) -> LeafBank:
+        """Arrays for the whole leaf, or for so many of its layers."""
+
+        def array(spec: ArraySpec) -> np.ndarray:
+            shape = spec.shape if layers is None else (layers, *spec.shape[1:])
+            return aligned_empty(shape, spec.dtype)
+
+        arrays = jax.tree.map(array, self.layout)
+        if arrays.factors is not None:
+            # A parent of lower rank leaves the remaining numbers of its factors zero.
+            arrays.factors.a[:], arrays.factors.b[:] = 0, 0
+        empty: LeafBank = arrays
+        return empty
+
+    def read(self, name: str, place: tuple[int, ...], arrays: LeafBank) -> None:
+        """Read a tensor of all sources into its place in `arrays`. Raises InputError where one holds NaN or infinity,
+        which would spoil every score."""
+        for s, tensor in enumerate(self._views(place, arrays)):
+            if arrays.factors is None:
+                self.sources.read_into(s, name, tensor)
+            else:
+                self.sources.read_core_into(name, tensor)
+        if arrays.factors is not None:
+            for k in range(self._parents):
+                a, b = self.sources.finite_factors(self._first_parent + k, name)
+                of_parent = (*place[:1], k, *place[1:])
+                arrays.factors.a[of_parent][: len(a)], arrays.factors.b[of_parent][:, : len(b.T)] = a, b
+
+    def prepare(self, name: str, place: tuple[int, ...], arrays: LeafBank) -> Prepared:
+        """The mask keys and statistics of a tensor that was read into `arrays`."""
+        sources, spec = self.sources, self.spec
+        tensors: list[np.ndarray] = self._views(place, arrays)
+        if arrays.factors is not None:
+            # All sources' tensors are read only to be measured, one name at a time.
+            tensors = [sources.read(s, name) for s in range(len(sources.folders))] if spec.method.measures else []
+
+        def row_keys(k: int) -> np.ndarray:
+            return draw_row_keys(spec.seed, sources.digest(self._first_parent + k, name), sources.shape(0, name))
+
+        return tabulate(spec.method, spec.options, tensors, spec.prepared_for(self._parents), row_keys)
+
+    @property
+    def _parents(self) -> int:
+        return len(self.sources.folders) - self._first_parent
+
+    def _views(self, place: tuple[int, ...], arrays: Any) -> list[np.ndarray]:
+        """The parts of `arrays.sources` that a tensor of each source is read into."""
+        stored = arrays.sources.shape[self._source_axis]
+        return [arrays.sources[(*place[:1], s, *place[1:])] for s in range(stored)]
+
+    @property
+    def _source_axis(self) -> int:
+        return 0 if self.leaf.stack is None else 1
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of one tensor of all sources, as `bank_bytes` counts them."""
+        sources = self.layout.sources
+        return sources.nbytes // len(self.tensors) * len(self.sources.folders) // sources.shape[self._source_axis]
+
+
 def load_bank(
     sources: Sources,
     config: DecoderConfig,
@@ -128,58 +213,41 @@ def load_bank(
     of one base, or that base, the bank has each weight of the base once, and the adapters' factors.
     """
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return bank_of(config, lambda leaf: _load_leaf(leaf, config, sources, spec, pool, progress, put))
+        return bank_of(config, lambda leaf: load_leaf(LeafReader(leaf, config, sources, spec), pool, progress, put))
 
 
-def _load_leaf(
-    leaf: Leaf, config: DecoderConfig, sources: Sources, spec: MergeSpec, pool: ThreadPoolExecutor, progress: Progress,
-    put: Put,
-) -> LeafBank:  # fmt: skip
-    layout, grid, names = (
-        leaf_layout(sources, config, spec, leaf),
-        tensor_grid(config, leaf),
-        leaf_tensors(config, leaf),
-    )
-    arrays = jax.tree.map(lambda array: aligned_empty(array.shape, array.dtype), layout)
-    weights, factors, mask_keys = arrays.sources, arrays.factors, arrays.mask_keys
-    if factors is not None:
-        # A parent of lower rank leaves the remaining numbers of its factors zero.
-        factors.a[:], factors.b[:] = 0, 0
-    count, stored = len(sources.folders), weights.shape[len(grid[:1])]
-    shape, first_parent = sources.shape(0, names[0]), int(spec.options.has_base)
-    constants = spec.prepared_for(count - first_parent)
+def load_leaf(reader: LeafReader, pool: ThreadPoolExecutor, progress: Progress, put: Put) -> LeafBank:
+    """Load a whole leaf, and measure it."""
+    arrays = reader.empty()
 
     def load_tensor(place: tuple[int, ...], name: str) -> dict[str, np.ndarray]:
-        layer, expert = place[:1], place[1:]
-        tensors = [weights[(*layer, s, *expert)] for s in range(stored)]
-        if factors is None:
-            for s, tensor in enumerate(tensors):
-                sources.read_into(s, name, tensor)
-        else:
-            sources.read_core_into(name, tensors[0])
-            for k in range(count - first_parent):
-                a, b = sources.finite_factors(first_parent + k, name)
-                of_parent = (*layer, k, *expert)
-                factors.a[of_parent][: len(a)], factors.b[of_parent][:, : len(a)] = a, b
-            # All sources' tensors are read only to be measured, one name at a time.
-            tensors = [sources.read(s, name) for s in range(count)] if spec.method.measures else []
-
-        def row_keys(k: int) -> np.ndarray:
-            return draw_row_keys(spec.seed, sources.digest(first_parent + k, name), shape)
-
-        prepared = tabulate(spec.method, spec.options, tensors, constants, row_keys)
-        for number, values in enumerate(prepared.mask_keys):
-            mask_keys[(*layer, number, *expert)] = values
-        progress(weights.nbytes // len(names) * count // stored)
+        reader.read(name, place, arrays)
+        prepared = reader.prepare(name, place, arrays)
+        enter_mask_keys(arrays, place, prepared)
+        progress(reader.tensor_bytes)
         return prepared.statistics
 
-    measured = list(pool.map(load_tensor, np.ndindex(grid), names))
-    statistics = {
-        key: np.stack([statistics_of_tensor[key] for statistics_of_tensor in measured]).reshape(
-            (*grid, *measured[0][key].shape)
-        )
-        for key in measured[0]
+    measured = list(pool.map(load_tensor, reader.tensors, reader.tensors.values()))
+    return put_leaf(reader.layout, arrays, stacked_statistics(reader, measured), put)
+
+
+def enter_mask_keys(arrays: Any, place: tuple[int, ...], prepared: Prepared) -> None:
+    """Enter a tensor's mask keys in their place in the leaf's."""
+    for number, values in enumerate(prepared.mask_keys):
+        arrays.mask_keys[(*place[:1], number, *place[1:])] = values
+
+
+def stacked_statistics(reader: LeafReader, measured: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The statistics of a leaf from those of each of its tensors."""
+    grid = tensor_grid(reader.config, reader.leaf)
+    return {
+        key: np.stack([statistics[key] for statistics in measured]).reshape((*grid, *values.shape))
+        for key, values in measured[0].items()
     }
+
+
+def put_leaf(layout: LeafBank, arrays: LeafBank, statistics: dict[str, np.ndarray], put: Put) -> LeafBank:
+    """Bring a leaf's arrays to the devices, cut as its layout says; the statistics whole."""
     loaded: LeafBank = jax.tree.map(lambda spec, array: put(array, spec.shard_axis), layout, arrays)
     return replace(loaded, statistics={name: put(values, None) for name, values in statistics.items()})
 

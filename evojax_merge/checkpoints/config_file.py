@@ -59,7 +59,8 @@ def _neutral(head_dim: int, hidden: int, layers: int) -> dict[str, tuple[float, 
 # `text_config`, or, in earlier files, stand beside those of the other modules.
 LARGER_MODELS = {
     "gemma3", "got_ocr2", "idefics3", "internvl", "llava", "llava_next", "llava_next_video", "llava_onevision",
-    "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm", "video_llava", "vipllava",
+    "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "video_llava",
+    "vipllava",
 }  # fmt: skip
 # The text decoder's prefix in transformers' memory, whatever the files use: in these models, and in all others.
 DECODER_PREFIXES = {"idefics3": "model.text_model.", "smolvlm": "model.text_model."}

@@ -29,8 +29,12 @@ from evojax_merge.checkpoints.folder import DenseTensor, Folder, MappedFile, Ten
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
 from evojax_merge.models.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture, known_architecture
-from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.config import DecoderConfig, ProjectorConfig
+from evojax_merge.models.layers import ACTIVATIONS
+from evojax_merge.models.projector import FIRST, PREFIX
 
+# The part of a larger model that is merged with its text decoder where a config or a recipe says so.
+PROJECTOR = "projector"
 # transformers' name of every model's head.
 LM_HEAD = "lm_head.weight"
 # The beginnings of tensors' names in older files of larger models, and in transformers' memory; applied one after the
@@ -79,25 +83,63 @@ class TensorSlice(DenseTensor):
 
 
 @dataclass(frozen=True)
+class TransposedTensor(DenseTensor):
+    """Another tensor with its last two axes exchanged."""
+
+    of: Tensor
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.of.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        *others, rows, columns = self.of.shape
+        return (*others, columns, rows)
+
+    @property
+    def file(self) -> Path:
+        return self.of.file
+
+    @property
+    def mapped_files(self) -> tuple[MappedFile, ...]:
+        return self.of.mapped_files
+
+    def read(self) -> np.ndarray:
+        return np.ascontiguousarray(self.of.read().swapaxes(-2, -1))
+
+    def content(self) -> Iterator[np.ndarray]:
+        yield self.read().reshape(-1).view(np.uint8)
+
+    def release(self) -> None:
+        self.of.release()
+
+
+@dataclass(frozen=True)
 class TensorNames:
-    """A decoder's tensor names in a file: `body` replaces the architecture's prefix `own_body`, and `head` its name of
-    the head, `own_head`."""
+    """A decoder's tensor names in a file: `body` replaces the architecture's prefix `own_body`, `head` its name of the
+    head, `own_head`; `projector` stands before the names of a projector's tensors."""
 
     own_body: str = ""
     body: str = ""
     own_head: str | None = None
     head: str | None = None
+    projector: str = ""
 
     def in_file(self, tensor: str) -> str:
         """The name in the file of the architecture's tensor of this name, whether or not the file holds it."""
         if self.head is not None and tensor == self.own_head:
             return self.head
+        if tensor.startswith(PREFIX):
+            return self.projector + tensor
         return self.body + tensor.removeprefix(self.own_body) if tensor.startswith(self.own_body) else tensor
 
     def of_architecture(self, name: str) -> str:
         """The architecture's name of a tensor of the file."""
         if self.own_head is not None and name == self.head:
             return self.own_head
+        if name.startswith(self.projector + PREFIX):
+            return name.removeprefix(self.projector)
         return self.own_body + name.removeprefix(self.body) if name.startswith(self.body) else name
 
 
@@ -106,12 +148,19 @@ class DecoderFolder(Folder):
     """The decoder of a model folder: `entries` are the decoder's tensors, by the architecture's names, and `config` its
     settings, which say whether its head is its embedding. whole: the whole folder; names: the tensors' names in the
     files; is_part: True for the text decoder of a larger model; other_modules: the larger model's other tensors, by
-    their names in the file."""
+    their names in the file; projector: the larger model's projector, where its tensors are among the decoder's."""
 
     whole: Folder
     names: TensorNames = TensorNames()
     is_part: bool = False
     other_modules: Mapping[str, Tensor] = field(default_factory=dict)
+    projector: ProjectorConfig | None = None
+
+    @property
+    def vision_tensors(self) -> dict[str, Tensor]:
+        """The tensors outside of the text decoder, by their names in the file."""
+        merged = {self.names.in_file(name): entry for name, entry in self.entries.items() if name.startswith(PREFIX)}
+        return {**self.other_modules, **merged}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -154,7 +203,7 @@ class DecoderFolder(Folder):
                 f"model_type is {shown(kind)}, whose logits transformers leaves unscaled in a larger model; expected "
                 "another text decoder",
             )
-        return read_decoder_config(self.where, self.config)
+        return replace(read_decoder_config(self.where, self.config), projector=self.projector)
 
     def in_memory(self, tensor: str) -> str:
         """transformers' name of a decoder's tensor in memory, from the architecture's name."""
@@ -162,6 +211,8 @@ class DecoderFolder(Folder):
             return tensor
         if tensor == self.names.own_head:
             return LM_HEAD
+        if tensor.startswith(PREFIX):
+            return f"model.{tensor}"
         prefix = DECODER_PREFIXES.get(self.whole.config["model_type"], DECODER_PREFIX)
         return prefix + tensor.removeprefix(self.names.own_body)
 
@@ -194,8 +245,51 @@ def decoder_of(folder: Folder) -> DecoderFolder:
     entries = {names.of_architecture(name): entry for name, entry in folder.entries.items() if is_own(name)}
     entries = _unpacked(folder, architecture, entries)
     entries = {name: entry for name, entry in entries.items() if not name.endswith(architecture.buffers)}
+    hidden = decoder_settings(folder.config).get("hidden_size")
+    entries = {name: _upright(architecture, name, entry, hidden) for name, entry in entries.items()}
     others = {name: entry for name, entry in folder.entries.items() if not is_own(name)}
     return DecoderFolder(folder.path, entries, folder, names, is_part, others)
+
+
+def decoder_with_projector(whole: Folder) -> DecoderFolder:
+    """The decoder of a LLaVA's folder, with the projector's tensors among its own. Raises InputError for another
+    model, and as `decoder_of` does."""
+    folder = decoder_of(whole)
+    config, marker = folder.whole.config, f"{PREFIX}{FIRST}.weight"
+    stored = next((name for name in folder.other_modules if name.endswith(marker)), None)
+    if stored is None or config.get("model_type") != "llava":
+        kind = shown(config.get("model_type"))
+        raise InputError(
+            folder.path, f"its projector cannot be merged: model_type is {kind}; components: projector is for llava "
+            "models, which all of the models then are",
+        )  # fmt: skip
+    activation = config.get("projector_hidden_act", "gelu")
+    if activation not in ACTIVATIONS:
+        raise InputError(
+            folder.path / "config.json", f"projector_hidden_act: {shown(activation)}; expected one of "
+            f"{', '.join(ACTIVATIONS)}, to merge projectors",
+        )  # fmt: skip
+    names = replace(folder.names, projector=stored.removesuffix(marker))
+    prefix = names.projector + PREFIX
+    merged = {names.of_architecture(name): entry for name, entry in folder.other_modules.items()
+              if name.startswith(prefix)}  # fmt: skip
+    return replace(
+        folder, entries={**folder.entries, **merged}, names=names,
+        other_modules={name: entry for name, entry in folder.other_modules.items() if not name.startswith(prefix)},
+        projector=ProjectorConfig(
+            folder.other_modules[stored].shape[-1], activation, bool(config.get("multimodal_projector_bias", True))
+        ),
+    )  # fmt: skip
+
+
+def _upright(architecture: Architecture, name: str, entry: Tensor, hidden: object) -> Tensor:
+    """A tensor with its axes as the architecture has them. hidden: the width of the hidden state."""
+    leaf = architecture.leaf_of(name) if architecture.transposable else None
+    if leaf is None or leaf.name not in architecture.transposable or len(entry.shape) != len(leaf.shape):
+        return entry
+    transposed = TransposedTensor(entry)
+    axis = leaf.shape.index("hidden")
+    return transposed if entry.shape[axis] != hidden and transposed.shape[axis] == hidden else entry
 
 
 def _unpacked(folder: Folder, architecture: Architecture, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:

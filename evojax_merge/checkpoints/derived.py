@@ -1,9 +1,10 @@
 """Models whose weights are made while they are read, from files that are no Hugging Face model folder by themselves.
 
-`base+adapter` (mergekit's notation), an adapter alone, whose base its config names, a GGUF file and a quantised folder
-are such models. Each such model has a folder in the user's cache, with everything but weights (config and tokenizer:
-links to the base's, or made of the GGUF file), and with a file `SOURCES` that names the files that the weights are made
-of. All other code handles this folder like any other model's; messages name the original files.
+`base+adapter` (mergekit's notation), an adapter alone, whose base its config names, a GGUF file, a quantised folder and
+an image generator with a LoRA are such models. Each such model has a folder in the user's cache, with everything but
+weights (config and tokenizer: links to the base's, or made of the GGUF file), and with a file `SOURCES` that names the
+files that the weights are made of. All other code handles this folder like any other model's; messages name the
+original files.
 """
 
 import hashlib
@@ -34,6 +35,7 @@ from evojax_merge.checkpoints.folder import (
 )
 from evojax_merge.checkpoints.fp4 import open_modelopt, open_mxfp4
 from evojax_merge.checkpoints.fp8 import open_fp8
+from evojax_merge.checkpoints.generator_lora import lora_file, write_fused
 from evojax_merge.checkpoints.gguf_file import (
     SUFFIX,
     TENSORS,
@@ -47,6 +49,7 @@ from evojax_merge.checkpoints.gguf_file import (
 from evojax_merge.checkpoints.gptq import open_gptq
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.mlx import open_mlx
+from evojax_merge.checkpoints.pipelines import is_pipeline
 from evojax_merge.checkpoints.quantised import check_no_parts, dequantised_config, quantisation
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.checkpoints.writer import MARKER
@@ -108,6 +111,8 @@ QUANTISED: dict[str, Callable[[Path, Path], Folder]] = {
 KINDS: dict[str, Callable[[Path, Sequence[Path]], Folder]] = {
     "adapter": _open_adapted,
     "gguf": lambda path, paths: open_gguf(path, *paths),
+    # A diffusers folder, whose components are opened one by one.
+    "lora": lambda path, paths: open_folder(path),
     **{method: _of_quantised_folder(method, open_one) for method, open_one in QUANTISED.items()},
 }
 
@@ -216,6 +221,8 @@ def resolve_model(
     if adapter is not None:
         if is_adapter(model):
             raise InputError(where, f"{base} is an adapter; expected a model before the +")
+        if is_pipeline(model):
+            return _with_lora(str(where), model, lora_file(str(where), find(where, adapter, relative_to)))
         return _with_adapter(_as_folder(model), _adapter_folder(where, adapter, relative_to, find))
     if not is_adapter(model):
         return _as_folder(model)
@@ -272,6 +279,14 @@ def _with_adapter(base: Path, adapter: Path) -> Path:
     files = _small_files(base)
     sources = SourcesFile("adapter", (str(base), str(adapter)))
     return _stand_in(sources, f"{base.name}+{adapter.name}", sorted(files), partial(_link, files))
+
+
+def _with_lora(where: str, base: Path, lora: Path) -> Path:
+    """The folder that stands for a generator with a LoRA: with the changed components' weights, and links."""
+    states = [(file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(base.rglob("*")) if file.is_file()]
+    state = [*states, (lora.stat().st_size, lora.stat().st_mtime_ns)]
+    sources = SourcesFile("lora", (str(base), str(lora)))
+    return _stand_in(sources, f"{base.name}+{lora.stem}", state, partial(write_fused, where, base, lora))
 
 
 def _small_files(model: Path) -> dict[str, str]:

@@ -58,6 +58,9 @@ STEMS = ("model", "diffusion_pytorch_model")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 # Everything about a model but its weights, as transformers reads it, and its card.
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
+# The index of a diffusers folder, and other precisions and trainings of its components' weights.
+PIPELINE_INDEX = "model_index.json"
+VARIANTS = ["*.fp16*.safetensors", "*.bf16*.safetensors", "*.non_ema*.safetensors", "*/*/*"]
 # Another program's names for the same weights, which some repositories hold beside the ones that transformers reads.
 FOREIGN_FILES = "consolidated*"
 
@@ -319,6 +322,10 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     folder = fetch(revision, SMALL_FILES)
     if not weights:
         return folder
+    if (folder / PIPELINE_INDEX).exists():
+        # A folder for each component; weights in other precisions stand beside the ones that are read.
+        patterns = [f"*/*{suffix}" for suffix in (".json", ".model", ".txt", ".jinja", ".safetensors")]
+        return Path(snapshot_download(name, revision=folder.name, allow_patterns=patterns, ignore_patterns=VARIANTS))
     # The snapshot's folder has the name of its commit: the weights come from the same one.
     folder = fetch(folder.name, [SINGLE_FILE])
     if not (folder / SINGLE_FILE).exists():

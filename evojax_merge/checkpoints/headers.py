@@ -20,8 +20,10 @@ from evojax_merge.checkpoints.compressed_tensors import SHAPE, group_of, groups_
 from evojax_merge.checkpoints.config_file import decoder_settings, read_decoder_config
 from evojax_merge.checkpoints.folder import (
     INDEX_FILE,
+    PIPELINE_INDEX,
     SINGLE_FILE,
     SMALL_FILES,
+    VARIANTS,
     hub_reference,
     local_model,
     weight_map,
@@ -97,29 +99,24 @@ class HeaderFolders:
             folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
         except LocalEntryNotFoundError:
             return None
+        if (folder / PIPELINE_INDEX).exists():
+            return folder if all(any(part.glob("*.safetensors")) for part in _weighted(folder)) else None
         files = [SINGLE_FILE] if not (folder / INDEX_FILE).exists() else set(weight_map(folder / INDEX_FILE).values())
         return folder if all((folder / file).exists() for file in files) else None
 
     def _fetch(self, name: str, revision: str | None) -> Path:
-        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub import snapshot_download
 
         small = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES, ignore_patterns=["*/*"]))
-        folder = self.root / str(len(self.known))
-        folder.mkdir(parents=True)
+        if (small / PIPELINE_INDEX).exists():
+            return self._fetch_components(name, small.name)
+        folder = self._new_folder()
         for source in small.iterdir():
             (folder / source.name).symlink_to(source.resolve())
         index, files = folder / INDEX_FILE, dict[str, dict[str, TensorHeader]]()
         # The snapshot's folder has the name of its commit: the headers come from the same one.
         for file in sorted(set(weight_map(index).values())) if index.exists() else [SINGLE_FILE]:
-            metadata = HfApi().parse_safetensors_file_metadata(name, file, revision=small.name)
-            files[file] = {
-                tensor: TensorHeader(
-                    description.dtype,
-                    tuple(description.shape),
-                    description.data_offsets[1] - description.data_offsets[0],
-                )
-                for tensor, description in metadata.tensors.items()
-            }
+            files[file] = _headers(name, file, small.name)
         contents = shape_contents(
             folder, {name: description for tensors in files.values() for name, description in tensors.items()}
         )
@@ -127,6 +124,47 @@ class HeaderFolders:
             file_contents = {tensor: contents[tensor] for tensor in tensors if tensor in contents}
             self.download_bytes += write_header_only(folder / file, tensors, file_contents)
         return folder
+
+    def _fetch_components(self, name: str, commit: str) -> Path:
+        """The folder of a repository of diffusers, with the headers of its components' weights."""
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.utils import filter_repo_objects
+
+        patterns = [PIPELINE_INDEX, *(f"*/{pattern}" for pattern in SMALL_FILES)]
+        small = Path(snapshot_download(name, revision=commit, allow_patterns=patterns, ignore_patterns=VARIANTS))
+        files = HfApi().list_repo_files(name, revision=commit)
+        folder = self._new_folder()
+        for source in small.rglob("*"):
+            if source.is_file() and source.suffix != ".safetensors":
+                link = folder / source.relative_to(small)
+                link.parent.mkdir(exist_ok=True)
+                link.symlink_to(source.resolve())
+        for file in filter_repo_objects(files, allow_patterns=["*/*.safetensors"], ignore_patterns=VARIANTS):
+            self.download_bytes += write_header_only(folder / file, _headers(name, file, commit))
+        return folder
+
+    def _new_folder(self) -> Path:
+        folder = self.root / str(len(self.known))
+        folder.mkdir(parents=True)
+        return folder
+
+
+def _headers(name: str, file: str, commit: str) -> dict[str, TensorHeader]:
+    """The headers of the tensors of one of a repository's files."""
+    from huggingface_hub import HfApi
+
+    metadata = HfApi().parse_safetensors_file_metadata(name, file, revision=commit)
+    return {
+        tensor: TensorHeader(
+            description.dtype, tuple(description.shape), description.data_offsets[1] - description.data_offsets[0]
+        )
+        for tensor, description in metadata.tensors.items()
+    }
+
+
+def _weighted(pipeline: Path) -> list[Path]:
+    """The folders of a diffusers folder's components that have weights: those with a config of a model."""
+    return [part for part in pipeline.iterdir() if (part / "config.json").is_file()]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 The bank and the streamed merge both read from `Sources`, so that both see the same rows and the same names.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from evojax_merge.chat_templates import note_templates
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of
 from evojax_merge.checkpoints.derived import open_model
 from evojax_merge.checkpoints.folder import (
+    Folder,
     Tensor,
     copy_finite,
     is_finite,
@@ -40,7 +41,7 @@ from evojax_merge.models.architecture import (
     tensor_shape,
     tensors_of,
 )
-from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.config import DecoderConfig, RopeConfig
 
 # Architectures' names for the module with a row for each token: at the input, and at the output (also for its bias).
 EMBEDDINGS = (
@@ -52,6 +53,9 @@ HEADS = (
     "vocab_projector", "predictions", "predictions.decoder", "linear", "decoder", "head", "lm_loss",
     "output_projection", "generator_lm_head", "pred_layer.proj",
 )  # fmt: skip
+
+
+OpenDecoder = Callable[[Folder], DecoderFolder]
 
 
 @dataclass(frozen=True)
@@ -207,22 +211,26 @@ class Sources:
         return self.folders[source].digest(self.name_in(source, tensor))
 
 
-def open_sources(paths: Sequence[Path], tokenizer: TokenizerChoice | None = None) -> tuple[Sources, DecoderConfig]:
-    """Open the folders of decoders of one depth and check that they can be merged with each other.
+def open_sources(
+    paths: Sequence[Path], tokenizer: TokenizerChoice | None = None, open_decoder: OpenDecoder = decoder_of
+) -> tuple[Sources, DecoderConfig]:
+    """Open the folders of decoders of one depth and check that they can be merged with each other. open_decoder: takes
+    the decoder out of a folder.
 
     Raises InputError for another architecture, tensor set, shape or config, naming the first difference.
     """
-    sources, configs = open_decoders(paths, tokenizer)
+    sources, configs = open_decoders(paths, tokenizer, open_decoder)
     for folder, config in zip(sources.folders[1:], configs[1:], strict=True):
         _check_config(folder.where, config, configs[0])
     return sources, configs[0]
 
 
 def open_decoders(
-    paths: Sequence[Path], tokenizer: TokenizerChoice | None = None
+    paths: Sequence[Path], tokenizer: TokenizerChoice | None = None, open_decoder: OpenDecoder = decoder_of
 ) -> tuple[Sources, list[DecoderConfig]]:
-    """Open the folders of decoders whose layers fit each other, whatever their depth. Raises InputError."""
-    folders = tuple(decoder_of(open_model(path)) for path in paths)
+    """Open the folders of decoders whose layers fit each other, whatever their depth; open_decoder: see `open_sources`.
+    Raises InputError."""
+    folders = tuple(open_decoder(open_model(path)) for path in paths)
     for folder in folders:
         if not is_merged_as(folder, common_kind(folders)):
             kind, expected = (shown(one.config.get("model_type")) for one in (folder, folders[0]))
@@ -234,7 +242,7 @@ def open_decoders(
         _check_rows(folder, config)
     counts = [config.vocab for config in configs]
     vocabulary = None if tokenizer is None else align(paths, counts, tokenizer)
-    sources = Sources(folders, vocabulary, () if vocabulary is None else vocabulary.warnings)
+    sources = Sources(folders, vocabulary)
     # An untied head anywhere makes the merge untied.
     tied = all(config.head_is_embedding for config in configs)
     if vocabulary is not None:
@@ -243,8 +251,8 @@ def open_decoders(
     _check_shapes(sources, configs)
     for folder, config in zip(folders[1:], configs[1:], strict=True):
         _check_layers_alike(folder, config, configs[0])
-    if vocabulary is None:
-        sources = replace(sources, warnings=vocabulary_warnings(paths))
+    warnings = vocabulary_warnings(paths) if vocabulary is None else vocabulary.warnings
+    sources = replace(sources, warnings=(*warnings, *position_notes(folders)))
     note_templates([path for path in paths if has_chat_template(path)])
     return sources, configs
 
@@ -268,17 +276,50 @@ def _text_model(kind: object) -> str | None:
 
 def decoder_configs(folders: Sequence[DecoderFolder]) -> list[DecoderConfig]:
     """The decoders' configs, those of text models as of the larger model's decoder that they merge into."""
-    configs, kind = [folder.decoder_config() for folder in folders], common_kind(folders)
-    larger = next(config for config in configs if config.architecture == kind)
-    return [as_decoder_of(config, larger) for config in configs]
+    configs = [folder.decoder_config() for folder in folders]
+    larger = _larger(folders, configs)
+    if larger is None:
+        return configs
+    return [
+        config if folder.is_part else as_decoder_of(config, larger)
+        for folder, config in zip(folders, configs, strict=True)
+    ]
+
+
+def _larger(folders: Sequence[DecoderFolder], configs: Sequence[DecoderConfig]) -> DecoderConfig | None:
+    """The config of the first larger model's decoder; None: all are text models."""
+    return next((config for folder, config in zip(folders, configs, strict=True) if folder.is_part), None)
 
 
 def as_decoder_of(config: DecoderConfig, larger: DecoderConfig) -> DecoderConfig:
-    """The config of a model as that of a larger model's decoder, whose other settings are those of images."""
-    if config.architecture == larger.architecture:
-        return config
+    """The config of a text model as that of a larger model's decoder, which has the positions of the larger model, and
+    its other settings of images."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return replace(larger, **values | {"architecture": larger.architecture})
+    return replace(larger, **values | _positions(larger, config) | {"architecture": larger.architecture})
+
+
+def _positions(larger: DecoderConfig, config: DecoderConfig) -> dict[str, Any]:
+    """The settings of a larger model that say where tokens stand and how far they see: a text model that merges into it
+    may have others, of a longer context, say."""
+    names = [field.name for field in fields(config) if isinstance(getattr(config, field.name), RopeConfig)]
+    if config.layers == larger.layers:
+        names += ["windows", "position_kinds"]
+    return {name: getattr(larger, name) for name in names}
+
+
+def position_notes(folders: Sequence[DecoderFolder]) -> tuple[str, ...]:
+    """A line on the text models whose positions are not those of the larger model that they merge into; none where all
+    agree."""
+    paths: dict[str, list[str]] = {}
+    for folder, config in zip(folders, decoder_configs(folders), strict=True):
+        name, value, used = next(_differences(folder.decoder_config(), config), ("", None, None))
+        if name:
+            paths.setdefault(f"{name} is {shown(value)}, and {shown(used)}", []).append(str(folder.path))
+    larger = next((folder.path for folder in folders if folder.is_part), None)
+    return tuple(
+        f"{', '.join(named)}: {what} in {larger}; merges have the latter, and all models are scored with it"
+        for what, named in paths.items()
+    )
 
 
 def check_alike(folders: Sequence[DecoderFolder]) -> None:
@@ -351,9 +392,18 @@ def _check_rows(folder: DecoderFolder, config: DecoderConfig) -> None:
 
 
 def _check_config(where: object, config: DecoderConfig, expected: DecoderConfig) -> None:
-    # The message names the differing field of a part, such as RoPE, not the whole part.
-    values = {field.name: (getattr(config, field.name), getattr(expected, field.name)) for field in fields(config)}
-    parts = {name: pair for name, pair in values.items() if is_dataclass(pair[0])}
+    for name, value, first in _differences(config, expected):
+        raise InputError(where, f"{name} is {value}, but {first} in the first model; expected the same")
+
+
+def _differences(config: DecoderConfig, expected: DecoderConfig) -> Iterator[tuple[str, Any, Any]]:
+    """The settings that differ beside the architecture: name, value, and the expected one. A part, such as RoPE, gives
+    its differing fields."""
+    values = {
+        field.name: (getattr(config, field.name), getattr(expected, field.name))
+        for field in fields(config) if field.name != "architecture"
+    }  # fmt: skip
+    parts = {name: pair for name, pair in values.items() if all(map(is_dataclass, pair))}
     inner = {
         f"{name}.{field.name}": (getattr(value, field.name), getattr(first, field.name))
         for name, (value, first) in parts.items()
@@ -361,4 +411,4 @@ def _check_config(where: object, config: DecoderConfig, expected: DecoderConfig)
     }
     for name, (value, first) in (inner | values).items():
         if value != first:
-            raise InputError(where, f"{name} is {value}, but {first} in the first model; expected the same")
+            yield name, value, first

@@ -3,6 +3,7 @@
 A folder has a `model_index.json`, which names a class for each component, and a folder of its own for each.
 """
 
+import importlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evojax_merge.checkpoints.folder import PICKLES
+from evojax_merge.checkpoints.folder import PICKLES, PIPELINE_INDEX
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.writer import fingerprint
 from evojax_merge.errors import InputError, did_you_mean, shown
 
-INDEX = "model_index.json"
+INDEX = PIPELINE_INDEX
+# The libraries whose classes are run.
+LIBRARIES = ("diffusers", "transformers")
+# The errors of from_pretrained for a folder that does not fit its class.
+OPENING = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
 # The components that are merged where a recipe or a config does not say.
 DENOISERS = ("unet", "transformer")
 # The word of a component that is merged.
@@ -65,6 +70,29 @@ class Pipeline:
         if not isinstance(name, str):
             raise InputError(self.path / INDEX, f"_class_name: {shown(name)}; expected the name of diffusers' class")
         return name
+
+    def pipeline_class(self) -> Any:
+        """Diffusers' class of the pipeline. Raises InputError where diffusers has none of this name."""
+        import diffusers
+
+        kind: Any = getattr(diffusers, self.class_name, None)
+        if not callable(getattr(kind, "from_pretrained", None)):
+            raise InputError(
+                self.path / INDEX, f"_class_name: {self.class_name}; diffusers {diffusers.__version__} has no such "
+                "class, and code that comes with a model is not run",
+            )  # fmt: skip
+        return kind
+
+    def component_class(self, component: str) -> Any:
+        """The class of a component. Raises InputError for one that is not of diffusers or transformers."""
+        library, name = self.classes[component]
+        kind = getattr(importlib.import_module(library), name, None) if library in LIBRARIES else None
+        if not isinstance(kind, type):
+            raise InputError(
+                self.path / INDEX, f"{component}: {library}.{name}; expected a class that diffusers or transformers "
+                "has, for code that comes with a model is not run",
+            )  # fmt: skip
+        return kind
 
     def files(self, component: str) -> list[Path]:
         """The files of a component: its settings and, of its weights, those that are loaded without a variant."""

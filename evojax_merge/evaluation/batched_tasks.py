@@ -13,12 +13,14 @@ from evojax_merge.errors import InputError, shown
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.tasks.batches import (
     Batches,
+    Pack,
     PromptBatch,
     PromptShapes,
     ScoringBatch,
     ScoringShapes,
     fill_prompt_batches,
     fill_scoring_batches,
+    packs_in,
     prompt_shapes,
     scoring_shapes,
 )
@@ -77,7 +79,14 @@ class BatchedTask:
         """The task on some of its examples, int[M], ascending, in batches of the same shapes. The batches must have
         room for any examples."""
         requests = self.requests.subset(examples.tolist())
-        scoring, prompts = _filled(requests, self.shapes)
+        chosen = set(examples.tolist())
+        # Rows that were packed together stay so: others may be longer than all shapes.
+        numbers = [number for number, row in enumerate(self.requests.scored) if row.example in chosen]
+        places = {number: place for place, number in enumerate(numbers)}
+        packs = [] if self.scoring is None else [
+            tuple(places[number] for number in pack if number in places) for pack in packs_in(self.scoring)
+        ]  # fmt: skip
+        scoring, prompts = _filled(requests, self.shapes, list(filter(None, packs)))
         return replace(
             self, task=self.task.subset(examples.tolist()), requests=requests, scoring=scoring, prompts=prompts
         )
@@ -154,11 +163,11 @@ def _task_shapes(splits: Sequence[TaskRequests], tokens_per_batch: int, share: b
 
 
 def _filled(
-    requests: TaskRequests, shapes: TaskShapes
+    requests: TaskRequests, shapes: TaskShapes, packs: Sequence[Pack] | None = None
 ) -> tuple[Batches[ScoringBatch] | None, Batches[PromptBatch] | None]:
-    """Batches of these shapes."""
+    """Batches of these shapes. packs: see `fill_scoring_batches`."""
     return (
-        None if shapes.scoring is None else fill_scoring_batches(requests.scored, shapes.scoring),
+        None if shapes.scoring is None else fill_scoring_batches(requests.scored, shapes.scoring, packs),
         None if shapes.prompts is None else fill_prompt_batches(requests.prompts, shapes.prompts),
     )
 

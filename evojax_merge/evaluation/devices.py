@@ -7,6 +7,7 @@ devices and gather the scores: a generation costs a few numbers per candidate.
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from evojax_merge.errors import InputError, PeerLostError, shown
+from evojax_merge.evaluation.launching import launched, local_device_ids
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.models.bank import take_candidate
@@ -65,10 +67,11 @@ class Devices:
         return self.process == 0
 
     def describe(self) -> str:
-        device = jax.local_devices()[0]
-        shares = f"{self.population} x population, {self.model} x model"
-        others = f", process {self.process + 1} of {self.processes}" if self.processes > 1 else ""
-        return f"devices: {len(jax.local_devices())} x {device.device_kind} ({shares}){others}"
+        kind, each = jax.local_devices()[0].device_kind, len(jax.local_devices())
+        mesh = f"{self.population} x population, {self.model} x model"
+        if self.processes == 1:
+            return f"devices: {each} x {kind} ({mesh})"
+        return f"devices: {self.processes * each} x {kind} in {self.processes} processes, {each} each ({mesh} in each)"
 
     def sharding(self, shape: tuple[int, ...], sharded_axis: int | None = None) -> NamedSharding | None:
         """The sharding of an array of the bank on the mesh: along `model`, at an axis counted from its end, where its
@@ -176,10 +179,16 @@ def decided_by_main(value: int) -> int:
 
 def init_distributed() -> None:
     """Join the processes of one run. JAX recognises clusters (SLURM, Open MPI, a TPU pod); by hand
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set. Raises InputError where neither is there."""
+    JAX_COORDINATOR_ADDRESS is set, and JAX_NUM_PROCESSES and JAX_PROCESS_ID where no launcher numbers the processes.
+    Raises InputError where neither is there."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, *numbers = (os.environ.get(name, "").strip() for name in names)
     given: dict[str, Any] = {}
+    launcher = launched()
+    if launcher is not None and numbers == ["", ""]:
+        numbers = [str(launcher.processes), str(launcher.process)]
+    if "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        given["local_device_ids"] = local_device_ids()
     if address:
         _, _, port = address.rpartition(":")
         if not re.fullmatch(r"[^\s/]+:[0-9]{1,5}", address) or not 0 < int(port) < 2**16:
@@ -192,7 +201,7 @@ def init_distributed() -> None:
         count, process = map(int, numbers)
         if process >= count:
             raise InputError("--distributed", f"{names[2]}: {process}; expected a number below {names[1]}, {count}")
-        given = {"coordinator_address": address, "num_processes": count, "process_id": process}
+        given |= {"coordinator_address": address, "num_processes": count, "process_id": process}
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **given)
     except Exception as error:
@@ -206,7 +215,14 @@ def init_distributed() -> None:
 
 def local_devices(model: int = 1) -> Devices:
     """All devices of this process, in groups of `model` that share a candidate. Raises InputError where `model` does
-    not divide their number."""
+    not divide their number, or other processes have more or fewer."""
+    counts = Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        raise InputError(
+            "--distributed",
+            f"the processes have unlike numbers of devices ({', '.join(map(str, counts.values()))}); expected equally "
+            "many in each",
+        )
     live_target().check_shards("evaluation.model", model)
     return Devices(mesh_of(jax.local_devices(), model), jax.process_index(), jax.process_count())
 

@@ -8,7 +8,7 @@ that the compiler reports; a pass that runs out of memory is retried with less.
 """
 
 import math
-from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
@@ -114,7 +114,7 @@ def arrays_of(batch: ScoringBatch) -> dict[str, np.ndarray]:
     return vars(batch) | {"rows": batch.rows.astype(np.int32)}
 
 
-def _enter_rows(matrix: np.ndarray, rows: np.ndarray, batch: ScoringBatch, values: Any) -> None:
+def enter_rows(matrix: np.ndarray, rows: np.ndarray, batch: ScoringBatch, values: Any) -> None:
     """Enter the values of a pass for the candidates `rows` and a batch, [>= len(rows), R], in `matrix: [P, S]`."""
     real = batch.rows >= 0
     matrix[np.ix_(rows, batch.rows[real])] = np.asarray(values)[: len(rows), real]
@@ -198,10 +198,16 @@ class Population:
         return Source(self.factory, self.replicated, candidates)
         yield  # A generator without a program.
 
-    def differentiable(self) -> "DifferentiablePopulation | None":
+    def differentiable(self) -> Any:
         """The same candidates, to be differentiated with respect to the arrays of each; None where these are not
         differentiable."""
         return None
+
+    def planned_scoring(self, evaluator: "DecoderEvaluator", batched_task: BatchedTask) -> Evaluation:
+        """Score a task's rows for one chunk of candidates, without entering the results anywhere."""
+        chunk, nothing = evaluator.scoring_chunk(self, batched_task), np.zeros(0)
+        first = self.first(chunk * evaluator.devices.population)
+        return evaluator.scoring(first, batched_task, chunk, nothing, nothing, lambda done: None)
 
 
 @dataclass(frozen=True)
@@ -247,6 +253,14 @@ class DifferentiablePopulation(Population):
     def to_score(self) -> Population:
         """The same candidates, not to be differentiated."""
         return self
+
+    def planned_gradient(self, evaluator: "DecoderEvaluator", batched_task: BatchedTask) -> Evaluation:
+        """Differentiate a task's rows for one chunk of candidates, without entering the results anywhere."""
+        size, nothing = evaluator.gradient_chunk(self, batched_task) * evaluator.devices.population, np.zeros(0)
+        weights, first = np.zeros((size, len(batched_task.requests.scored)), np.float32), self.first(size)
+        return evaluator.differentiating(
+            self, batched_task, np.arange(size), first.candidates, weights, nothing, nothing, lambda done: None
+        )
 
     def pull_back(self, mesh: AnyMesh, candidates: Any, cotangents: Any, holds: Any) -> Job:
         """The derivative with respect to candidates, float32, of a function whose derivatives with respect to their
@@ -389,7 +403,8 @@ class DecoderEvaluator:
             return None
         return table.positions.shift(batch.tokens) + table.positions.shift(before)
 
-    def _arrays_of(self, batched_task: BatchedTask, batch: ScoringBatch) -> dict[str, Any]:
+    def batch_arrays(self, batched_task: BatchedTask, batch: ScoringBatch) -> dict[str, Any]:
+        """The arrays of a batch of a task's scored rows, its `images` among them where it has any."""
         images = self.batch_images(batched_task, batch)
         return arrays_of(batch) | ({} if images is None else {"images": images})
 
@@ -453,10 +468,19 @@ class DecoderEvaluator:
         return texts[0], bool(nonfinite[0])
 
     def _evaluate(self, population: Population, progress: Progress) -> TaskScores:
+        scored = (
+            self.retry_on_oom(i, partial(self._score, population), progress) for i in range(len(self.batched_tasks))
+        )
+        return self.with_texts(population, scored, progress)
+
+    def with_texts(
+        self, population: Population, scored: Iterable[tuple[np.ndarray, np.ndarray]], progress: Progress
+    ) -> TaskScores:
+        """The tasks' scores from the answers to their scored rows (for each task, float32[P, S] and bool[P, S]), and
+        from the continuations of their prompts, which are generated here."""
         scores = TaskScores({})
         written: dict[Hashable, tuple[list[list[str]], np.ndarray]] = {}
-        for i in range(len(self.batched_tasks)):
-            totals, greedy = self.retry_on_oom(i, partial(self._score, population), progress)
+        for i, (totals, greedy) in enumerate(scored):
             task, requests = self.batched_tasks[i].task, self.batched_tasks[i].requests
             # Requests that several tasks share, such as the accuracy and the brevity of one answer, are generated once.
             asked = (requests.prompts, requests.max_new_tokens, requests.stop)
@@ -477,6 +501,13 @@ class DecoderEvaluator:
     def retry_on_oom(self, i: int, run: Callable[[BatchedTask, Progress], Any], progress: Progress) -> Any:
         """Run request i; where that is out of memory, with half the candidates or rows in a pass, until it fits. Raises
         Failed where one candidate and one row do not fit."""
+        return self._retry([i], lambda count: run(self.batched_tasks[i], count), progress)
+
+    def retry_together(self, run: Callable[[Progress], Any], progress: Progress) -> Any:
+        """Like `retry_on_oom`, for all requests in one evaluation."""
+        return self._retry(range(len(self.batched_tasks)), run, progress)
+
+    def _retry(self, numbers: Sequence[int], run: Callable[[Progress], Any], progress: Progress) -> Any:
         while True:
             done = 0
 
@@ -486,13 +517,15 @@ class DecoderEvaluator:
                 progress(passes)
 
             try:
-                return run(self.batched_tasks[i], count)
+                return run(count)
             except (jax.errors.JaxRuntimeError, MemoryError, _TooLarge) as error:
                 if not _out_of_memory(error):
                     raise
-                if not self._halve(i):
+                halved = [self._halve(i) for i in numbers]
+                if not any(halved):
+                    names = ", ".join(self.batched_tasks[i].task.name for i in numbers)
                     raise Failed(
-                        f"{self.batched_tasks[i].task.name}: out of memory with one candidate and one row a pass "
+                        f"{names}: out of memory with one candidate and one row a pass "
                         f"({self.free_memory() / 1e6:,.0f} MB are free); take shorter examples or smaller models"
                     ) from error
                 # Passes that run again are not counted twice.
@@ -547,7 +580,7 @@ class DecoderEvaluator:
 
             def job(batch: ScoringBatch, source: Source = source, prefix: KVCache | None = prefix) -> Job:
                 spec = passes.ScoreSpec(self.config, source.factory, mesh, batched_task.requests.logits_fn)
-                arrays = self._arrays_of(batched_task, batch)
+                arrays = self.batch_arrays(batched_task, batch)
                 arguments = (spec, (source.replicated, arrays), (source.candidates, prefix))
                 answers = yield Program(
                     SCORE, passes.score, arguments, source.size, holds=(source.holds, prefix),
@@ -557,8 +590,8 @@ class DecoderEvaluator:
 
             def read(result: Any, rows: np.ndarray = rows) -> None:
                 batch, (part, is_greedy) = result
-                _enter_rows(totals, rows, batch, part)
-                _enter_rows(greedy, rows, batch, is_greedy)
+                enter_rows(totals, rows, batch, part)
+                enter_rows(greedy, rows, batch, is_greedy)
                 progress(len(rows))
 
             yield Each(map(job, scoring.batches), read)
@@ -624,7 +657,7 @@ class DecoderEvaluator:
         def job(batch: ScoringBatch) -> Job:
             real = np.where(batch.rows >= 0, weights[:, batch.rows], 0).astype(np.float32)
             spec = passes.ScoreSpec(self.config, source.factory, mesh, batched_task.requests.logits_fn)
-            arrays = self._arrays_of(batched_task, batch)
+            arrays = self.batch_arrays(batched_task, batch)
             arguments = (spec, (source.replicated, arrays), (source.candidates, prefix, real))
             answers = yield Program(
                 GRADIENT, passes.score_gradient, arguments, source.size, holds=(source.holds, prefix),
@@ -634,8 +667,8 @@ class DecoderEvaluator:
 
         def read(result: Any) -> None:
             batch, ((answers, is_greedy), _) = result
-            _enter_rows(totals, rows, batch, answers)
-            _enter_rows(greedy, rows, batch, is_greedy)
+            enter_rows(totals, rows, batch, answers)
+            enter_rows(greedy, rows, batch, is_greedy)
             progress(len(rows))
 
         gradient, cotangents = yield Each(map(job, scoring.batches), read, lambda result: result[1][1])
@@ -780,7 +813,7 @@ class DecoderEvaluator:
             shared = (population.replicated, shared_prefix, self.prefix_images(batched_task, shared_prefix))
             prefix = jax.eval_shape(read, shared, candidates)
         spec = passes.ScoreSpec(self.config, factory, mesh, batched_task.requests.logits_fn)
-        return spec, (population.replicated, self._arrays_of(batched_task, batch)), (candidates, prefix)
+        return spec, (population.replicated, self.batch_arrays(batched_task, batch)), (candidates, prefix)
 
     def _pass_bytes(self, traced: TracedPass, prefix: Any) -> int | None:
         temporaries = self.temporary_bytes(traced)

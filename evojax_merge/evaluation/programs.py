@@ -18,8 +18,10 @@ from evojax_merge.evaluation import passes
 
 # The names of programs in plans.
 MATERIALISE, CAST, UNSTACK, PREFIX, SCORE = "materialise", "cast", "unstack", "prefix", "score"
+EMBED, MERGE, LAYER, HEAD = "embed", "merge", "layer", "head"
 START, PREFILL, DECODE = "start", "prefill", "decode"
 GRADIENT, PREFIX_GRADIENT, RECIPE_GRADIENT = "gradient", "prefix gradient", "recipe gradient"
+EMBED_GRADIENT, LAYER_GRADIENT, HEAD_GRADIENT = "embed gradient", "layer gradient", "head gradient"
 SUM = "sum"
 
 
@@ -67,7 +69,8 @@ Job = Generator[Program, Any, Any]
 @dataclass(frozen=True)
 class Each:
     """Jobs that may run side by side. read: takes a job's result on the host, in the jobs' order; keep: (a job's
-    result) -> the part whose sum over all jobs is sent back; None: nothing is."""
+    result) -> the part whose sum over all jobs is sent back once all have ended (a None is no part); None: the
+    evaluation goes on before they have."""
 
     jobs: Iterator[Job]
     read: Callable[[Any], None]

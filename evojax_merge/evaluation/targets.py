@@ -38,7 +38,8 @@ class Target:
 
     For each device: `memory`, the bytes that programs may use; `bandwidth`, bytes a second to and from it; `bfloat16`
     and `float32`, the peak FLOP/s of matrix products of operands of these dtypes, as JAX computes them by default
-    (float32: see `float32_products`; on a TPU one pass of bfloat16). NaN where they are not known.
+    (float32: see `float32_products`; on a TPU one pass of bfloat16); `link`, bytes a second from the host's memory. NaN
+    where they are not known.
 
     `devices`: the number of devices, in `hosts` machines together; `topology`: of a TPU slice, in its compiler's
     notation; `native_bfloat16`: whether an accelerator multiplies it faster than float32.
@@ -55,6 +56,7 @@ class Target:
     hosts: int = 1
     topology: str = ""
     native_bfloat16: bool = True
+    link: float = math.nan
 
     @property
     def is_accelerator(self) -> bool:
@@ -111,58 +113,108 @@ class Target:
 
 
 GB, GIB, TERA = 10**9, 2**30, 1e12
-# By their `--target` name. Memory, bandwidth and peaks without sparsity are those of the vendors' data sheets; memory
-# is that which is left beside the driver, and on TPUs that which their compiler gives programs.
+
+
+# Bytes a second of PCI Express with 16 lanes, in one direction, by its generation (PCI-SIG's specifications).
+PCIE_4, PCIE_5 = 31.5e9, 63.0e9
+
+
+def _gpu(
+    name: str, kind: str, memory: float, bandwidth: float, bfloat16: float, float32: float, link: float = PCIE_4
+) -> Target:
+    """One GPU; memory in GB, bandwidth in TB/s, peaks in TFLOP/s, the link to the host in bytes a second."""
+    return Target(name, "gpu", kind, int(memory * GB), bandwidth * TERA, bfloat16 * TERA, float32 * TERA, link=link)
+
+
+def _tpu(name: str, kind: str, memory: float, bandwidth: float, bfloat16: float) -> Target:
+    """One chip; memory in GiB, bandwidth in TB/s, the peak in TFLOP/s."""
+    return Target(name, "tpu", kind, int(memory * GIB), bandwidth * TERA, bfloat16 * TERA, bfloat16 * TERA)
+
+
+# By their `--target` name. Bandwidths and peaks are those of the vendor's document beside each: dense products, without
+# sparsity, bfloat16 with float32 sums, and TF32. Memory is that which is left beside the driver, and on TPUs that which
+# their compiler gives programs.
 _GPUS = {
-    "a100": Target("a100", "gpu", "NVIDIA A100-SXM4-80GB", 85 * GB, 2.039 * TERA, 312 * TERA, 156 * TERA),
-    "h100": Target("h100", "gpu", "NVIDIA H100 80GB HBM3", 85 * GB, 3.352 * TERA, 989 * TERA, 494 * TERA),
-    "h200": Target("h200", "gpu", "NVIDIA H200", 150 * GB, 4.8 * TERA, 989 * TERA, 494 * TERA),
-    "l4": Target("l4", "gpu", "NVIDIA L4", 23 * GB, 0.3 * TERA, 121 * TERA, 60 * TERA),
+    chip.name: chip
+    for chip in (
+        # NVIDIA Ampere GA102 GPU Architecture, whitepaper, table of the GeForce RTX 3090.
+        _gpu("rtx3090", "NVIDIA GeForce RTX 3090", 25.3, 0.936, 71, 35.6),
+        # NVIDIA Ada GPU Architecture, whitepaper, appendix on the GeForce RTX 4090.
+        _gpu("rtx4090", "NVIDIA GeForce RTX 4090", 25.2, 1.008, 165.2, 82.6),
+        # NVIDIA RTX Blackwell GPU Architecture, whitepaper, appendix on the GeForce RTX 5090.
+        _gpu("rtx5090", "NVIDIA GeForce RTX 5090", 33.6, 1.792, 209.5, 104.8, PCIE_5),
+        # NVIDIA L4 Tensor Core GPU, data sheet, halves of the figures with sparsity.
+        _gpu("l4", "NVIDIA L4", 23, 0.3, 121, 60),
+        # NVIDIA L40S, data sheet.
+        _gpu("l40s", "NVIDIA L40S", 47.6, 0.864, 362, 183),
+        # NVIDIA A100 Tensor Core GPU, data sheet, columns of the SXM modules with 40 and 80 GB.
+        _gpu("a100-40", "NVIDIA A100-SXM4-40GB", 42.3, 1.555, 312, 156),
+        _gpu("a100-80", "NVIDIA A100-SXM4-80GB", 85, 2.039, 312, 156),
+        # NVIDIA H100 Tensor Core GPU, data sheet, column of the SXM module, halves of the figures with sparsity.
+        _gpu("h100", "NVIDIA H100 80GB HBM3", 85, 3.352, 989, 494, PCIE_5),
+        # NVIDIA H200 Tensor Core GPU, data sheet, column of the SXM module, halves of the figures with sparsity.
+        _gpu("h200", "NVIDIA H200", 150, 4.8, 989, 494, PCIE_5),
+        # NVIDIA DGX B200, data sheet, an eighth of the system; halves of the figures with sparsity.
+        _gpu("b200", "NVIDIA B200", 191, 8, 2250, 1125, PCIE_5),
+    )
 }
+# Cloud TPU's documents: the pages of TPU v5e, v5p and v6e, tables of the chips.
 _TPUS = {
-    "v5e": Target("v5e", "tpu", "TPU v5 lite", int(15.75 * GIB), 0.819 * TERA, 197 * TERA, 197 * TERA),
-    "v5p": Target("v5p", "tpu", "TPU v5", int(95.74 * GIB), 2.765 * TERA, 459 * TERA, 459 * TERA),
-    "v6e": Target("v6e", "tpu", "TPU v6 lite", int(31.25 * GIB), 1.64 * TERA, 918 * TERA, 918 * TERA),
+    chip.name: chip
+    for chip in (
+        _tpu("v5e", "TPU v5 lite", 15.75, 0.819, 197),
+        _tpu("v5p", "TPU v5", 95.74, 2.765, 459),
+        _tpu("v6e", "TPU v6 lite", 31.25, 1.64, 918),
+    )
 }
 # The size in a slice's name -> its topology, and its number of hosts. v5p counts two cores to a chip.
+_FLAT = {
+    1: ("1x1", 1), 4: ("2x2", 1), 8: ("2x4", 1), 16: ("4x4", 4), 32: ("4x8", 8), 64: ("8x8", 16), 128: ("8x16", 32),
+    256: ("16x16", 64),
+}  # fmt: skip
 _SLICES = {
-    "v5e": {1: ("1x1", 1), 4: ("2x2", 1), 8: ("2x4", 1), 16: ("4x4", 4), 32: ("4x8", 8), 64: ("8x8", 16)},
-    "v5p": {8: ("2x2x1", 1), 16: ("2x2x2", 2), 32: ("2x2x4", 4), 64: ("2x4x4", 8)},
-    "v6e": {1: ("1x1", 1), 4: ("2x2", 1), 8: ("2x4", 1), 16: ("4x4", 4), 32: ("4x8", 8), 64: ("8x8", 16)},
-}
+    "v5e": _FLAT,
+    "v5p": {
+        8: ("2x2x1", 1), 16: ("2x2x2", 2), 32: ("2x2x4", 4), 64: ("2x4x4", 8), 128: ("4x4x4", 16), 256: ("4x4x8", 32),
+    },
+    "v6e": _FLAT,
+}  # fmt: skip
+# Of GPUs: the numbers of a host's that names are offered with, and the most of them, and of hosts, that a name can say.
 _GPU_COUNTS = (1, 2, 4, 8)
+MOST_GPUS, MOST_HOSTS = 16, 1024
+_GPU_NAME = re.compile(r"(?:(?:(\d{1,4})x)?(\d{1,4})x)?([a-z].*)")
 
 
 def target_names() -> list[str]:
-    """The names that `find_target` takes."""
+    """Names that `find_target` takes. It takes other numbers of GPUs and of hosts as well."""
     gpus = [chip if count == 1 else f"{count}x{chip}" for chip in _GPUS for count in _GPU_COUNTS]
-    return ["cpu", *gpus, *(f"{chip}-{size}" for chip, sizes in _SLICES.items() for size in sizes)]
-
-
-def _chip(name: str) -> str:
-    """The chip of a target's name: the part behind a number of GPUs, or before a slice's size."""
-    return re.sub(r"^\d+x|-\d+$", "", name)
+    hosts = [f"2x{_GPU_COUNTS[-1]}x{chip}" for chip in _GPUS]
+    return ["cpu", *gpus, *hosts, *(f"{chip}-{size}" for chip, sizes in _SLICES.items() for size in sizes)]
 
 
 def find_target(where: str, name: str) -> Target:
-    """The target of a name: `cpu` (this machine's), a GPU (`h100`, `8xh100`), or a TPU slice (`v5p-8`). Raises
-    InputError with the nearest known name."""
+    """The target of a name: `cpu` (this machine's), a GPU (`h100`), several of one host (`8xh100`) or of several
+    (`2x8xh100`), or a TPU slice (`v5p-8`). Raises InputError with the nearest known name."""
     if name == "cpu":
         return cpu_target()
+    match = _GPU_NAME.fullmatch(name)
+    if match is not None and match[3] in _GPUS:
+        hosts, count = int(match[1] or 1), int(match[2] or 1)
+        if not (0 < count <= MOST_GPUS and 0 < hosts <= MOST_HOSTS):
+            raise InputError(
+                where,
+                f"there is no target {name!r}; expected 1 to {MOST_GPUS} GPUs to a host, such as 8x{match[3]}, and up "
+                f"to {MOST_HOSTS:,} hosts, such as 2x8x{match[3]}",
+            )
+        chip = _GPUS[match[3]]
+        memory = int(gpu_memory_fraction() * chip.memory)
+        return replace(chip, name=name, devices=hosts * count, hosts=hosts, memory=memory)
     if name not in target_names():
         # The number of GPUs stands before their name.
         turned = re.sub(r"^(\w*?[a-z]\d+)[x*:-](\d+)$", r"\2x\1", name.lower())
-        of_the_chip = [
-            target_name
-            for target_name in target_names()
-            if target_name != "cpu" and _chip(target_name) == _chip(turned)
-        ]
-        other_size = bool(of_the_chip) and turned not in of_the_chip
-        hint = f"; expected one of {', '.join(of_the_chip)}" if other_size else did_you_mean(turned, target_names())
+        other_sizes = [other for other in target_names() if other.startswith(f"{turned.partition('-')[0]}-")]
+        hint = f"; expected one of {', '.join(other_sizes)}" if other_sizes else did_you_mean(turned, target_names())
         raise InputError(where, f"there is no target {name!r}{hint}")
-    if match := re.fullmatch(r"(?:(\d+)x)?([a-z]+\d+)", name):
-        count, chip = int(match[1] or 1), _GPUS[match[2]]
-        return replace(chip, name=name, devices=count, memory=int(gpu_memory_fraction() * chip.memory))
     chip_name, _, size = name.partition("-")
     topology, hosts = _SLICES[chip_name][int(size)]
     devices = math.prod(map(int, topology.split("x")))
@@ -170,9 +222,13 @@ def find_target(where: str, name: str) -> Target:
 
 
 def one_host(target: Target) -> Target:
-    """One host's part of a named TPU slice, as a slice of its own; any other target unchanged."""
-    if target.platform != "tpu" or target.hosts == 1:
+    """One host's part of a named target of several, as a target of its own; any other target unchanged."""
+    if target.hosts == 1 or not target.is_accelerator:
         return target
+    if target.platform == "gpu":
+        return replace(
+            target, name=target.name.partition("x")[2], devices=target.devices_per_host, hosts=1
+        )  # fmt: skip
     chip = target.name.partition("-")[0]
     names = (f"{chip}-{size}" for size, (_, hosts) in _SLICES[chip].items() if hosts == 1)
     return next(
@@ -180,6 +236,15 @@ def one_host(target: Target) -> Target:
         for candidate in map(partial(find_target, "target"), names)
         if candidate.devices == target.devices_per_host
     )
+
+
+def single_hosts(platform: Platform) -> list[Target]:
+    """The targets of one host of a platform, from the one with the least memory together; of as much memory, fewer
+    devices first."""
+    names = (name for name in target_names() if name != "cpu")
+    targets = [target for target in map(partial(find_target, "target"), names) if target.platform == platform]
+    alone = [target for target in targets if target.hosts == 1]
+    return sorted(alone, key=lambda target: (target.devices * target.memory, target.devices))
 
 
 def gpu_memory_fraction() -> float:

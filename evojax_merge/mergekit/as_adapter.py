@@ -87,6 +87,8 @@ def prepare_adapter(stream_plan: StreamPlan, rank: int) -> Path:
     if architecture.no_adapter:
         raise InputError("--as adapter", f"{architecture.model_type}: {architecture.no_adapter}; expected --as model")
     leader = merge_plan.leader
+    if recipe.components:
+        raise InputError(recipe.where, "components: an adapter of a text decoder has no projector; expected --as model")
     if leader.other_modules and leader.path != base.path:
         raise InputError(
             recipe.where, f"other_modules: those of {leader.path}, and the base is {base.path}; an adapter changes no "

@@ -30,7 +30,13 @@ from evojax_merge.checkpoints.config_file import (
     layer_types,
 )
 from evojax_merge.checkpoints.config_shapes import check_against_config
-from evojax_merge.checkpoints.decoder_folder import DecoderFolder, as_it_is, decoder_of, named_alike
+from evojax_merge.checkpoints.decoder_folder import (
+    DecoderFolder,
+    as_it_is,
+    decoder_of,
+    decoder_with_projector,
+    named_alike,
+)
 from evojax_merge.checkpoints.derived import Find, open_model, parts_of, resolve_model
 from evojax_merge.checkpoints.folder import STEMS, is_finite, is_float, read_metadata
 from evojax_merge.checkpoints.generator_keys import scheme_name
@@ -40,6 +46,7 @@ from evojax_merge.checkpoints.parents import (
     check_alike,
     common_kind,
     is_merged_as,
+    position_notes,
     rows_differ,
     with_vocabulary_size,
 )
@@ -159,6 +166,7 @@ def prepare(
     if recipe.on_mismatch == "refuse":
         try:
             _check_configs(sources)
+            sources = replace(sources, warnings=(*sources.warnings, *_position_notes(sources)))
         except InputError as error:
             if strict:
                 raise
@@ -323,9 +331,12 @@ def _open(
     A merge does not run the model, so that a config need not be one that this program can run. Raises InputError.
     """
     whole = recipe.other_modules is None
+    if recipe.components and whole:
+        raise InputError(recipe.where, "components: without other_modules whole models are merged; name that model too")
+    open_decoder = decoder_with_projector if recipe.components else decoder_of
     opened = [open_model(path) for path in paths]
     folders = tuple(
-        as_it_is(model) if whole and is_larger_model(model.config) else decoder_of(model) for model in opened
+        as_it_is(model) if whole and is_larger_model(model.config) else open_decoder(model) for model in opened
     )
     first = folders[0]
     for folder in folders[1:]:
@@ -445,6 +456,13 @@ def _check_configs(sources: Sources) -> None:
         # Unequal values may mean the same layers: only reading both configs tells.
         if any(other != first for other in others):
             check_alike(sources.folders)
+
+
+def _position_notes(sources: Sources) -> tuple[str, ...]:
+    """Lines on text models that get other positions in the larger model that they merge into."""
+    kinds = {folder.is_part for folder in sources.folders}
+    is_known = known_architecture(common_kind(sources.folders)) is not None
+    return position_notes(sources.folders) if len(kinds) == 2 and is_known else ()
 
 
 def _mismatch(recipe: RecipeFile, tensor: str) -> str:

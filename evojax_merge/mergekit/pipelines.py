@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from evojax_merge.checkpoints.decoder_folder import PROJECTOR
 from evojax_merge.checkpoints.derived import Find
-from evojax_merge.checkpoints.pipelines import Components, Pipeline, choose_components, is_pipeline
+from evojax_merge.checkpoints.pipelines import MERGE, Components, Pipeline, choose_components, is_pipeline
 from evojax_merge.checkpoints.writer import CARD, MAX_SHARD_BYTES, RECIPE, write_marker
 from evojax_merge.errors import InputError, escaped_lines
 from evojax_merge.file_system import atomic_folder
@@ -55,8 +56,11 @@ def prepare_pipelines(
     models = {name: find(recipe.where, name, recipe.path.parent) for name in existing}
     others = [name for name, path in models.items() if not is_pipeline(path)]
     if len(others) == len(models):
-        if recipe.components:
-            raise InputError(recipe.where, f"components: is for diffusers folders, and {recipe.models[0]} is none")
+        if recipe.components and recipe.components != {PROJECTOR: MERGE}:
+            raise InputError(
+                recipe.where, f"components: is for diffusers folders, and {recipe.models[0]} is none; expected "
+                f"{PROJECTOR}: {MERGE} for LLaVAs, or no such key",
+            )  # fmt: skip
         return None
     if others:
         raise InputError(recipe.where, f"{others[0]} is no diffusers folder, as the others are; expected one kind")

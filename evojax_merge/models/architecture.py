@@ -40,16 +40,16 @@ class Leaf:
     """One tensor, or one per layer of a stack, or one per expert of each layer.
 
     name: the leaf's name in the pytree; tensor: the tensor's name in the file, with `{layer}` in a stack and `{expert}`
-    where each expert has a tensor; component: one of `COMPONENTS` or `ROUTER` in a stack, else embedding, norm or head;
-    shape: the names of its axes in `Architecture.dimensions`, experts first where each has a tensor; stack: the name of
-    its stack, None for a leaf outside of the layers. sharded_axis: the axis of `[…, out, in]`, counted from the end,
-    that is sharded where devices share a model (the outputs of a matrix that reads the hidden state, the inputs of one
-    that writes it, the rows of the vocabulary); None: each device has the whole leaf. writes_residual: whether a
-    layer's contribution to the residual stream is proportional to this leaf (together with the other leaves that have
-    the flag), so that a layer path's scale can be folded into it: an output projection, or the gain of the norm behind
-    it. gain_offset: the number that is added to the leaf before it multiplies; 1 for a norm that stores its gain less
-    one; a scale multiplies the gain itself. transposed: whether the leaf is a linear module's weight stored `[in, out]`
-    (transformers' Conv1D). present_if: whether a model of a config has the leaf.
+    where each expert has a tensor; component: one of `COMPONENTS` or `ROUTER` in a stack, else embedding, norm, head or
+    projector; shape: the names of its axes in `Architecture.dimensions`, experts first where each has a tensor; stack:
+    the name of its stack, None for a leaf outside of the layers. sharded_axis: the axis of `[…, out, in]`, counted from
+    the end, that is sharded where devices share a model (the outputs of a matrix that reads the hidden state, the
+    inputs of one that writes it, the rows of the vocabulary); None: each device has the whole leaf. writes_residual:
+    whether a layer's contribution to the residual stream is proportional to this leaf (together with the other leaves
+    that have the flag), so that a layer path's scale can be folded into it: an output projection, or the gain of the
+    norm behind it. gain_offset: the number that is added to the leaf before it multiplies; 1 for a norm that stores its
+    gain less one; a scale multiplies the gain itself. transposed: whether the leaf is a linear module's weight stored
+    `[in, out]` (transformers' Conv1D). present_if: whether a model of a config has the leaf.
     """
 
     name: str
@@ -120,6 +120,9 @@ class Architecture:
     packed: the names of stacked tensors in other forms of the files, and the leaves that each of them holds, one above
     the other: `[E, …]` for all experts where each expert has a tensor here.
 
+    transposable: leaves whose tensors some files hold with their last two axes exchanged; the axis that is as long as
+    the hidden state tells which.
+
     filters: the substring of tensor names that selects, in a recipe, each component and each leaf outside of the
     layers; by default the whole names. Where several components' filters are in the name of a layer's tensor, the first
     must be the tensor's component.
@@ -147,6 +150,7 @@ class Architecture:
     buffers: tuple[str, ...] = BUFFERS
     no_adapter: str = ""
     packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    transposable: tuple[str, ...] = ()
     gguf: Gguf | None = None
 
     def __post_init__(self) -> None:
@@ -193,7 +197,7 @@ def _complaint(leaves: tuple[Leaf, ...], components: tuple[str, ...], filters: M
     if missing is not None:
         return f"has no leaf {missing!r}"
     for leaf in leaves:
-        expected = components if leaf.stack is not None else ("embedding", "norm", "head")
+        expected = components if leaf.stack is not None else ("embedding", "norm", "head", "projector")
         if leaf.component not in expected:
             return f"leaf {leaf.name!r}: component {leaf.component!r}; expected one of {', '.join(expected)}"
         if (leaf.stack is None) == ("{layer}" in leaf.tensor):
@@ -283,7 +287,10 @@ def find_architecture(model_type: object) -> Architecture:
 
 
 def architecture_of(config: DecoderConfig) -> Architecture:
-    return find_architecture(config.architecture)
+    from evojax_merge.models.projector import with_projector
+
+    architecture = find_architecture(config.architecture)
+    return architecture if config.projector is None else with_projector(architecture)
 
 
 def dimensions(config: DecoderConfig) -> Mapping[str, int]:

@@ -35,6 +35,16 @@ class RopeConfig:
     long_factors: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """The projector in front of the decoder of a LLaVA: two linear layers with an activation between them. width: of
+    the features that it reads, those of the vision tower."""
+
+    width: int
+    activation: str
+    has_bias: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """The part of a config that the program reads for any decoder; an architecture's own config adds the fields that
@@ -44,7 +54,8 @@ class DecoderConfig:
     positions that layer i attends to, its own included (`NO_WINDOW`: all). `head_is_embedding` says that the output
     head is the transposed input embedding. `position_kinds[i]` is the index of the position tables that layer i takes;
     empty where there is only one set. `positions`: the number of positions where each has an embedding; None: any
-    number.
+    number. `projector`: the projector of a larger model, where it is merged as the decoder is; None: features of images
+    are those behind it.
     """
 
     architecture: str
@@ -58,6 +69,7 @@ class DecoderConfig:
     head_is_embedding: bool = False
     position_kinds: tuple[int, ...] = ()
     positions: int | None = None
+    projector: ProjectorConfig | None = None
 
     @property
     def position_switch(self) -> int | None:

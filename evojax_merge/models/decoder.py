@@ -26,6 +26,7 @@ from evojax_merge.models.images import ImageInputs
 from evojax_merge.models.layers import (
     Attend,
     KeyValue,
+    LayerKind,
     SequenceLayout,
     Weights,
     layer_kinds,
@@ -36,12 +37,17 @@ from evojax_merge.models.layers import (
     tables_of,
     without_upcast,
 )
+from evojax_merge.models.projector import project
 from evojax_merge.models.sharding import model_shards, replicate, shard, shards_of
 
 # Rows of the LM head that are in memory at once while scoring, on all devices that share the head together.
 VOCAB_TILE = 8192
 # The least number of queries in a block of causal attention, and the most blocks.
 QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 4
+# Pairs of a row's queries and columns beyond which no array holds an entry for each pair: rows of more than 2,048
+# tokens. They are taken in blocks of so many queries, and so many columns.
+MAX_PAIRS = 2048**2
+LONG_QUERIES, LONG_COLUMNS = 512, 1024
 
 
 class HeadSource(Protocol):
@@ -124,11 +130,7 @@ def gqa_attention(
     query = query.reshape(batch, steps, groups, heads // groups, dim).transpose(2, 0, 3, 1, 4)
     logits = []
     for segment in segments:
-        raw = _grouped_matmul(query, segment.key, "nd,ds->ns", jnp.float32) * scale
-        if softcap is not None:
-            raw = softcap * jnp.tanh(raw / softcap)
-        # Finite, so that a padding row in which everything is masked stays finite as well.
-        logits.append(jnp.where(segment.mask[None, :, None], raw, jnp.finfo(jnp.float32).min))
+        logits.append(_masked_logits(query, segment, scale, softcap))
     probs = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(segments[0].value.dtype)
     attn_out, begin = [], 0
     for segment in segments:
@@ -136,6 +138,15 @@ def gqa_attention(
         attn_out.append(_grouped_matmul(probs[..., begin:end], segment.value, "ns,sd->nd"))
         begin = end
     return sum(attn_out[1:], attn_out[0]).transpose(1, 3, 0, 2, 4).reshape(batch, steps, heads * dim)
+
+
+def _masked_logits(query: jax.Array, segment: KVSegment, scale: float, softcap: float | None) -> jax.Array:
+    """The scaled products of queries `[G, B, R, T, d]` and a segment's keys, `float32[G, B, R, T, S]`; where the mask
+    is False the least finite number, so that a padding row in which everything is masked stays finite as well."""
+    raw = _grouped_matmul(query, segment.key, "nd,ds->ns", jnp.float32) * scale
+    if softcap is not None:
+        raw = softcap * jnp.tanh(raw / softcap)
+    return jnp.where(segment.mask[None, :, None], raw, jnp.finfo(jnp.float32).min)
 
 
 def _grouped_matmul(left: jax.Array, right: jax.Array, subscripts: str, dtype: Any = None) -> jax.Array:
@@ -183,6 +194,103 @@ def whole_attention(
     return gqa_attention(query, [*prefix, rows], scale, softcap)
 
 
+@struct.dataclass
+class LongSegment:
+    """Keys `[G, B, d, S]` and values `[G, B, S, d]` to attend to (without B where all rows share them), with the layout
+    of their columns in place of a mask."""
+
+    key: jax.Array
+    value: jax.Array
+    layout: SequenceLayout
+
+
+def blockwise_attention(
+    query: jax.Array,
+    layout: SequenceLayout,
+    segments: Sequence[LongSegment],
+    window: jax.Array,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """`gqa_attention` in blocks of queries and columns, with a running softmax (arXiv 2205.14135): its memory grows
+    with a row's length, and not with the length's square. layout: the queries'. A gradient computes the blocks
+    again."""
+    batch, steps, heads, dim = query.shape
+    groups, scale = segments[0].key.shape[0], dim**-0.5 if scale is None else scale
+    # Key-value heads first, like keys and values; blocks before all.
+    query = query.reshape(batch, steps, groups, heads // groups, dim).transpose(2, 0, 3, 1, 4)
+    columns = [
+        (
+            _blocks(segment.key, -1, LONG_COLUMNS),
+            _blocks(segment.value, -2, LONG_COLUMNS),
+            _layout_blocks(segment.layout, LONG_COLUMNS),
+        )
+        for segment in segments
+    ]
+
+    def attend(block: tuple[jax.Array, SequenceLayout]) -> jax.Array:
+        query, layout = block
+
+        def add(carry: Any, column_block: Any) -> tuple[Any, None]:
+            (peak, total, summed), (key, value, key_layout) = carry, column_block
+            mask = attention_mask(window, layout, key_layout)
+            raw = _masked_logits(query, KVSegment(key, value, mask), scale, softcap)
+            # The result does not depend on it.
+            higher = jax.lax.stop_gradient(jnp.maximum(peak, raw.max(axis=-1, keepdims=True)))
+            weights, shrunk = jnp.exp(raw - higher), jnp.exp(peak - higher)
+            products = _grouped_matmul(weights.astype(value.dtype), value, "ns,sd->nd", jnp.float32)
+            return (higher, total * shrunk + weights.sum(axis=-1, keepdims=True), summed * shrunk + products), None
+
+        lowest = jnp.full((*query.shape[:-1], 1), jnp.finfo(jnp.float32).min, jnp.float32)
+        carry = lowest, jnp.zeros_like(lowest), jnp.zeros(query.shape, jnp.float32)
+        for column_blocks in columns:
+            carry, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), carry, column_blocks)
+        _, total, summed = carry
+        return (summed / total).astype(segments[0].value.dtype)
+
+    blocks = _blocks(query, 3, LONG_QUERIES), _layout_blocks(layout, LONG_QUERIES)
+    out = jax.lax.map(jax.checkpoint(attend, prevent_cse=False), blocks)
+    # [blocks, G, B, R, queries, d] -> [B, blocks, queries, G, R, d]
+    return out.transpose(2, 0, 4, 1, 3, 5).reshape(batch, -1, heads * dim)[:, :steps]
+
+
+def long_attention(
+    query: jax.Array,
+    rows: LongSegment,
+    prefix: Sequence[LongSegment],
+    window: jax.Array,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """`blockwise_attention` of whole rows to themselves and to a prefix. Where no query attends to a later column, each
+    part of the queries is only multiplied with the columns up to its own."""
+    steps, parts = query.shape[1], MAX_QUERY_BLOCKS if rows.layout.image_ids is None else 1
+    edges = [steps * i // parts for i in range(parts + 1)]
+
+    def part(begin: int, end: int) -> jax.Array:
+        upto, queries = (jax.tree.map(lambda leaf, i=i: leaf[:, i:end], rows.layout) for i in (0, begin))
+        columns = LongSegment(rows.key[..., :end], rows.value[:, :, :end], upto)
+        return blockwise_attention(query[:, begin:end], queries, [*prefix, columns], window, scale, softcap)
+
+    return jnp.concatenate([part(begin, end) for begin, end in pairwise(edges)], axis=1)
+
+
+def _blocks(array: jax.Array, axis: int, size: int, fill: int = 0) -> jax.Array:
+    """An axis in blocks of a size, or of its length, which lead: `[blocks, …, size, …]`. The last one is filled up."""
+    axis %= array.ndim
+    size = min(size, array.shape[axis])
+    count = -(-array.shape[axis] // size)
+    padding = [(0, count * size - length if i == axis else 0) for i, length in enumerate(array.shape)]
+    padded = jnp.pad(array, padding, constant_values=fill) if padding[axis][1] else array
+    return jnp.moveaxis(padded.reshape(*array.shape[:axis], count, size, *array.shape[axis + 1 :]), axis, 0)
+
+
+def _layout_blocks(layout: SequenceLayout, size: int) -> SequenceLayout:
+    """The columns of a layout in blocks, without their places; columns that fill up the last one are padding."""
+    images = None if layout.image_ids is None else _blocks(layout.image_ids, 1, size, -1)
+    return SequenceLayout(_blocks(layout.positions, 1, size), _blocks(layout.segment_ids, 1, size, -1), images)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The two ways through all layers
 
@@ -202,11 +310,9 @@ def _attend_by_head(attention: Callable[..., jax.Array], query: jax.Array, kv_he
 def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValue | None = None) -> Attend:
     """The attention of whole rows to themselves and to a prefix, given as one layer's keys `[G, d, S]` and values
     `[G, S, d]`."""
-    mask = attention_mask(window, layout, layout)
-    attention = causal_attention if layout.image_ids is None else whole_attention
-    before = []
-    if prefix is not None:
-        before = [KVSegment(*prefix, attention_mask(window, layout, prefix_layout(prefix[1].shape[1])))]
+    steps = layout.positions.shape[1]
+    is_long = steps * (steps + (0 if prefix is None else prefix[1].shape[1])) > MAX_PAIRS
+    before = [] if prefix is None else [(*prefix, prefix_layout(prefix[1].shape[1]))]
 
     def attend(
         query: jax.Array,
@@ -217,8 +323,15 @@ def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValu
         softcap: float | None = None,
     ) -> tuple[jax.Array, KeyValue]:
         key, value = by_head(key, value)
-        whole = KVSegment(key, value, mask)
-        return _attend_by_head(attention, query, key.shape[0], whole, before, scale, softcap), (key, value)
+        attention: Callable[..., jax.Array]
+        if is_long:
+            attention, rows = long_attention, LongSegment(key, value, layout)
+            arguments: tuple[Any, ...] = rows, [LongSegment(*earlier) for earlier in before], window
+        else:
+            masked = [KVSegment(k, v, attention_mask(window, layout, columns)) for k, v, columns in before]
+            attention = causal_attention if layout.image_ids is None else whole_attention
+            arguments = KVSegment(key, value, attention_mask(window, layout, layout)), masked
+        return _attend_by_head(attention, query, key.shape[0], *arguments, scale, softcap), (key, value)
 
     return attend
 
@@ -243,12 +356,15 @@ def embed(
     config: DecoderConfig, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout, images: ImageInputs | None
 ) -> jax.Array:
     """The hidden states before the first layer. images: a negative token is the position of row `~token` of their
-    features, which enters as it is; None: there is no negative token."""
+    features, which enters as it is, or through the projector that a config has; None: there is no negative token."""
     architecture = architecture_of(config)
     if images is None:
         return architecture.embed(config, source, tokens, layout)
     embedded = architecture.embed(config, source, jnp.maximum(tokens, 0), layout)
-    return jnp.where((tokens < 0)[..., None], image_rows(images.features, tokens, embedded.dtype), embedded)
+    rows = image_rows(images.features, tokens, embedded.dtype)
+    if config.projector is not None:
+        rows = project(config.projector, source, rows)
+    return jnp.where((tokens < 0)[..., None], rows, embedded)
 
 
 def image_rows(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
@@ -278,12 +394,24 @@ def deepstack_rows(tokens: jax.Array, images: ImageInputs | None, dtype: Any) ->
     return jnp.where((tokens < 0)[..., None], image_rows(images.deepstack, tokens, dtype), 0)
 
 
-def add_deepstack(x: jax.Array, added: jax.Array | None, number: jax.Array) -> jax.Array:
+def add_deepstack(x: jax.Array, added: jax.Array | None, number: jax.Array | None) -> jax.Array:
     """The hidden states behind layer `number`, with the rows of `added` (see `deepstack_rows`) for that layer."""
-    if added is None:
+    if added is None or number is None:
         return x
     last = added.shape[0] - 1
     return jax.lax.cond(number <= last, lambda: x + added[jnp.minimum(number, last)], lambda: x)
+
+
+def run_layer(
+    config: DecoderConfig, weights: Weights, x: jax.Array, number: jax.Array | None, kind: LayerKind,
+    layout: SequenceLayout, tables: Any, added: jax.Array | None, prefix: KeyValue | None,
+) -> tuple[jax.Array, KeyValue]:  # fmt: skip
+    """Layer `number` of a prefill: the hidden states `[B, T, hidden]` behind it, and its keys and values. tables: the
+    architecture's position tables for the layout; added: see `deepstack_rows`, None where `number` is not needed;
+    prefix: the layer's keys and values of the tokens before, as in `prefill_attention`."""
+    attend = prefill_attention(kind.window, layout, prefix)
+    x, kv = architecture_of(config).block(config, weights, x, tables_of(kind, tables), attend)
+    return replicate(add_deepstack(x, added, number)), kv
 
 
 def forward(
@@ -309,9 +437,8 @@ def forward(
     def layer(x: jax.Array, slice_: Any, each: Any) -> tuple[jax.Array, Any]:
         number, kind, before = each
         shared = None if before is None else (before.keys[:, 0], before.values[:, 0])
-        attend = prefill_attention(kind.window, layout, shared)
-        x, kv = architecture.block(config, source.layer(slice_), x, tables_of(kind, tables), attend)
-        return replicate(add_deepstack(x, added, number)), kv if return_kv else None
+        x, kv = run_layer(config, source.layer(slice_), x, number, kind, layout, tables, added, shared)
+        return x, kv if return_kv else None
 
     def at(index: Any) -> Any:
         return jax.tree.map(

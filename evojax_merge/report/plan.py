@@ -75,7 +75,8 @@ class Plan:
     one on all search examples; gradient: one with its gradient, on a minibatch (None: no gradient is followed);
     generation, run: the work of each group of devices for them. gradient_generations: the number of generations that
     follow gradients; `generation` is one of those that do not, where there are both. budget: the search's, which the
-    generations come from, if it has one. notes: lines on the choice of the strategy. advice: changes that would make it
+    generations come from, if it has one. notes: lines on the choice of the strategy, and on what candidates compute
+    beside the usual. advice: changes that would make it
     fit, where it does not. compile_seconds: what the target's compiler took here for the passes (None: it was not
     asked).
     """
@@ -106,23 +107,30 @@ class Plan:
         return self.bank_bytes + self.pass_bytes <= self.target.memory
 
     def as_json(self) -> dict[str, Any]:
-        """The plan as plain data; rates that are not known are null."""
+        """The plan as plain data; rates that are not known are null, and so are the seconds of what does not fit."""
         target = {
             key: None if isinstance(value, float) and math.isnan(value) else value
             for key, value in asdict(self.target).items()
         }
-        return asdict(self) | {"target": target, "fits": self.fits}
+        data = asdict(self) | {"target": target, "fits": self.fits}
+        if not self.fits:
+            for work in (data[name] for name in ("candidate", "gradient", "generation", "run")):
+                if work is not None:
+                    work |= {key: None for key in work if key.endswith("seconds")}
+            for row in data["passes"]:
+                row["seconds"] = None
+        return data
 
     def summary(self) -> list[str]:
         """Two lines: the memory, and the work."""
         what, work = _CANDIDATE, self.candidate
         if self.gradient is not None:
             what, work = _GRADIENT, self.gradient
+        time = f"; by the roofline the search takes {shown_seconds(self.run.seconds)} or more" if self.fits else ""
         return [
             f"plan: {shown_bytes(self.bank_bytes)} of models and up to {shown_bytes(self.pass_bytes)} for a pass, of "
             f"{shown_bytes(self.target.memory)} on each device",
-            f"plan: {shown_number(work.flops)}FLOP for {what}; by the roofline the search takes "
-            f"{shown_seconds(self.run.seconds)} or more",
+            f"plan: {shown_number(work.flops)}FLOP for {what}{time}",
         ]
 
     def verdict(self) -> str:
@@ -156,13 +164,17 @@ class Plan:
         ):
             if work is None:
                 continue
-            printed.append(
-                f"{name}: {shown_number(work.flops)}FLOP, {shown_number(work.moved_bytes)}B moved, "
-                f"{shown_seconds(work.seconds)} by the roofline, bound by {work.bound} "
+            time = (
+                f", {shown_seconds(work.seconds)} by the roofline, bound by {work.bound} "
                 f"({_share(work.merge_seconds, work.seconds)} merging)"
             )
+            printed.append(
+                f"{name}: {shown_number(work.flops)}FLOP, {shown_number(work.moved_bytes)}B moved"
+                f"{time if self.fits else ''}"
+            )
         taken = "" if self.compile_seconds is None else f", which took {shown_seconds(self.compile_seconds)} here"
-        printed.append(f"compiling: these seconds leave it out; every pass below is compiled once{taken}")
+        omitted = "these seconds leave it out; " if self.fits else ""
+        printed.append(f"compiling: {omitted}every pass below is compiled once{taken}")
         download = f", {shown_bytes(self.download_bytes)} to download" if self.download_bytes else ""
         host = f"host: {shown_bytes(self.host_bytes)} of memory, {shown_bytes(self.disk_bytes)} of disk{download}"
         return [*self.notes, *printed, host]
@@ -180,21 +192,43 @@ class Plan:
         return f"{self.verdict()}; {format_advice(self.advice)}"
 
     def table(self) -> Table:
-        """The passes, and the cost of each."""
+        """The passes, and the cost of each; the seconds of those alone that fit."""
         table = Table(title="Passes: bytes on a device, seconds for a candidate", title_justify="left")
-        for heading in ("task", "pass"):
-            table.add_column(heading)
-        headings = ("candidates", "runs", "steps", "held", "temporaries", "compiler says", "FLOP", "moved", "seconds")
-        for heading in headings:
-            table.add_column(heading, justify="right")
+        columns = dict(COLUMNS)
+        if not self.fits:
+            table.title = "Passes: bytes on a device"
+            del columns["seconds"]
+        for heading in columns:
+            table.add_column(heading, justify="left" if heading in ("task", "pass") else "right")
         for row in self.passes:
-            table.add_row(
+            cells = [
                 cell(row.task), row.name, f"{row.chunk:,}", f"{row.runs:,}", f"{row.steps:,}",
                 shown_bytes(row.held_bytes), shown_bytes(row.temporary_bytes),
                 "" if row.reported_bytes is None else shown_bytes(row.reported_bytes), shown_number(row.flops).strip(),
                 shown_bytes(row.moved_bytes), shown_seconds(row.seconds),
-            )  # fmt: skip
+            ]  # fmt: skip
+            table.add_row(*cells[: len(columns)])
         return table
+
+    def legend(self) -> list[str]:
+        """One line for each column of the table, which says what it holds."""
+        return [f"{heading}: {meaning}" for heading, meaning in COLUMNS.items() if self.fits or heading != "seconds"]
+
+
+# The headings of the passes' table, and what each column holds.
+COLUMNS = {
+    "task": "the task of the config",
+    "pass": "the compiled program: score, or materialise, prefill and decode for a task that generates",
+    "candidates": "share one run of it on a device, or on the devices that share a model",
+    "runs": "of it for these candidates, in a generation that is scored on all search examples",
+    "steps": "of one run, at most: tokens that are written one after the other",
+    "held": "bytes that wait on a device for the pass: candidates' own weights, and caches",
+    "temporaries": "bytes on a device while it runs, its results included, as estimated from the program",
+    "compiler says": "the same by the target's own compiler, where it is installed; it counts in place of the estimate",
+    "FLOP": "of matrix products, for one candidate, in all runs",
+    "moved": "bytes to and from a device's memory, for one candidate, in all runs",
+    "seconds": "at least, for one candidate, in all runs: each product at the peak or at the memory's bandwidth",
+}
 
 
 def format_advice(advice: Sequence[str]) -> str:

@@ -104,6 +104,22 @@ def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.advance(task, done)
 
 
+@contextmanager
+def named_bar(label: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar in steps that have names; the function is called where each begins."""
+    columns = (PlainColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), PlainColumn("{task.fields[step]}"))
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=total, step="")
+        names = list[str]()
+
+        def begin(name: str) -> None:
+            progress.update(task, completed=len(names), step=name)
+            names.append(name)
+
+        yield begin
+        progress.update(task, completed=total, step="")
+
+
 class GenerationsColumn(ProgressColumn):
     """Completed generations of the requested ones, `5/50`; without their number where the clock ends the search."""
 

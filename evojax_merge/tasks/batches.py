@@ -2,14 +2,14 @@
 
 Shared parts of rows are computed once. The *shared prefix* is the beginning that all rows of a task have in common
 (few-shot examples, say): it is prefilled once per candidate, and the batches hold the tokens behind it. Scored rows of
-one example (the choices of a question) are packed into one row: their common prefix, and behind it each one's own
-tokens as a segment that attends to the prefix and to itself (tree attention). Packed rows are bucketed by length so
-that padding is least; inside a bucket all batches have one shape. The same batches serve every candidate of a run.
+one example (the choices of a question), and those that begin with the same image, are packed into one row: their common
+prefix, and behind it each one's own tokens as a segment that attends to the prefix and to itself (tree attention).
+Packed rows are bucketed by length so that padding is least; inside a bucket all batches have one shape. The same
+batches serve every candidate of a run.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -25,8 +25,13 @@ PROMPT_PADDING = 0.1
 LENGTH_STEP = 8
 # A shorter shared prefix stays in the rows: prefilling it alone costs more.
 MIN_SHARED_PREFIX = 32
+# The most tokens of rows behind an image that they share, or as many as the image has where these are more: each pays
+# for its distance to all others of a packed row.
+MAX_BEHIND_IMAGE = 256
 # Padding in segment_ids, and in a batch's row numbers.
 PAD = -1
+# The numbers of the rows that are packed together.
+Pack = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -172,44 +177,69 @@ def shared_prefix_length(rows: Sequence[Row]) -> int:
     return length if length >= MIN_SHARED_PREFIX else 0
 
 
-def pack_rows(rows: Sequence[Row], shared_prefix: int, pack: bool = True) -> list[PackedRow]:
-    """Rows without their shared prefix, those of one example packed together; `pack` False: each alone."""
-    numbered = list(enumerate(rows))
+def packs_of(rows: Sequence[Row], shared_prefix: int, pack: bool = True) -> list[Pack]:
+    """The rows that are packed together, by their numbers: those of one example, and those that begin with the same
+    image behind the shared prefix; `pack` False: each row alone."""
     if not pack:
-        return [_packed_row([numbered_row], shared_prefix) for numbered_row in numbered]
-    groups = [list(group) for _, group in groupby(numbered, key=lambda numbered_row: numbered_row[1].example)]
-    packed_rows = []
-    for group in groups:
-        shared = _example_prefix_length(group, shared_prefix)
-        packed_rows += (
-            [_packed_row(group, shared_prefix)]
-            if shared
-            else [_packed_row([numbered_row], shared_prefix) for numbered_row in group]
-        )
-    return packed_rows
+        return [(number,) for number in range(len(rows))]
+    groups: dict[object, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(_beginning(row, shared_prefix) or row.example, []).append(number)
+    return [part for group in groups.values() for part in _of_a_size(rows, group, shared_prefix)]
 
 
-def _example_prefix_length(group: Sequence[tuple[int, Row]], shared_prefix: int) -> int:
-    """The number of tokens behind the shared prefix that a group of rows has in common, no target among them."""
-    rows = [row for _, row in group]
+def _beginning(row: Row, shared_prefix: int) -> tuple[int, ...]:
+    """The tokens of a row behind the shared prefix, up to its last image; none where no image is there."""
+    tokens = row.tokens[shared_prefix:]
+    return tokens[: max((place + 1 for place, token in enumerate(tokens) if token < 0), default=0)]
+
+
+def _of_a_size(rows: Sequence[Row], group: Sequence[int], shared_prefix: int) -> Iterator[Pack]:
+    """The packs of a group of rows: each alone where they share nothing, and no more behind an image than its pack may
+    hold."""
+    begin = _common_length([rows[number] for number in group], shared_prefix)
+    if not begin:
+        yield from ((number,) for number in group)
+        return
+    if not _beginning(rows[group[0]], shared_prefix):
+        yield tuple(group)
+        return
+    pack, size = list[int](), 0
+    for number in group:
+        behind = len(rows[number].tokens) - shared_prefix - begin
+        if pack and size + behind > max(begin, MAX_BEHIND_IMAGE):
+            yield tuple(pack)
+            pack, size = [], 0
+        pack.append(number)
+        size += behind
+    yield tuple(pack)
+
+
+def _common_length(rows: Sequence[Row], shared_prefix: int) -> int:
+    """The number of tokens behind the shared prefix that rows have in common, no target among them."""
     if len(rows) == 1:
         return rows[0].start - shared_prefix
     return min(common_prefix_length([row.tokens for row in rows]), min(row.start for row in rows)) - shared_prefix
 
 
+def pack_rows(rows: Sequence[Row], shared_prefix: int, packs: Sequence[Pack]) -> list[PackedRow]:
+    """Rows without their shared prefix, packed together."""
+    return [_packed_row([(number, rows[number]) for number in pack], shared_prefix) for pack in packs]
+
+
 def _packed_row(group: Sequence[tuple[int, Row]], shared_prefix: int) -> PackedRow:
-    example_prefix = _example_prefix_length(group, shared_prefix)
-    tokens = list(group[0][1].tokens[shared_prefix : shared_prefix + example_prefix])
-    positions, segment_ids, spans = list(range(shared_prefix, shared_prefix + example_prefix)), [0] * example_prefix, []
+    common = _common_length([row for _, row in group], shared_prefix)
+    tokens = list(group[0][1].tokens[shared_prefix : shared_prefix + common])
+    positions, segment_ids, spans = list(range(shared_prefix, shared_prefix + common)), [0] * common, []
     for segment, (number, row) in enumerate(group, start=1):
         # The last token is only predicted.
-        suffix = row.tokens[shared_prefix + example_prefix : -1]
+        suffix = row.tokens[shared_prefix + common : -1]
         # Token i of the row stands in this column.
-        columns = [*range(example_prefix), *range(len(tokens), len(tokens) + len(suffix))]
+        columns = [*range(common), *range(len(tokens), len(tokens) + len(suffix))]
         predicted_at = tuple(columns[i - shared_prefix - 1] for i in range(row.start, len(row.tokens)))
         spans.append(ScoredSpan(number, predicted_at, row.tokens[row.start :]))
         tokens += suffix
-        positions += range(shared_prefix + example_prefix, len(row.tokens) - 1)
+        positions += range(shared_prefix + common, len(row.tokens) - 1)
         segment_ids += [segment] * len(suffix)
     return PackedRow(tuple(tokens), tuple(positions), tuple(segment_ids), tuple(spans))
 
@@ -298,7 +328,7 @@ def _grouped(lengths: np.ndarray, shapes: Sequence[Shape]) -> Iterator[tuple[Sha
 @dataclass(frozen=True)
 class ScoringShapes:
     """The shapes of the batches of a task's scored rows. shared_prefix: the number of tokens that all rows begin with;
-    pack: whether rows of one example are packed together; limits: for each shape the most spans of a packed row, the
+    pack: whether rows are packed together; limits: for each shape the most spans of a packed row, the
     most targets of a batch, and the most targets of a span."""
 
     shared_prefix: int
@@ -307,11 +337,16 @@ class ScoringShapes:
 
     def for_any(self, rows: Sequence[Row]) -> "ScoringShapes":
         """The same shapes with room for any of the rows in a batch."""
-        packed_rows = pack_rows(rows, self.shared_prefix, self.pack)
-        lengths = np.array([len(packed.tokens) for packed in packed_rows])
+        packed_rows = pack_rows(rows, self.shared_prefix, packs_of(rows, self.shared_prefix, self.pack))
         limits = {}
         for shape, (spans, scored, longest) in self.limits.items():
-            fitting = [packed_rows[i] for i in np.flatnonzero((lengths > shape.above) & (lengths <= shape.width))]
+            # Some of a pack's examples are shorter than all of them.
+            fitting = [
+                packed
+                for packed in packed_rows
+                if len(packed.tokens) > shape.above
+                and (len(packed.tokens) <= shape.width or len({rows[span.row].example for span in packed.spans}) > 1)
+            ]
             most = sum(sorted((packed.scored for packed in fitting), reverse=True)[: shape.size])
             limits[shape] = (
                 max([spans, *(len(packed.spans) for packed in fitting)]),
@@ -337,7 +372,7 @@ def scoring_shapes(
 ) -> ScoringShapes:  # fmt: skip
     """The shapes of the batches that `scoring_batches` makes."""
     shared_prefix = shared_prefix_length([row for rows in splits for row in rows]) if share else 0
-    packed_rows = [pack_rows(rows, shared_prefix, pack) for rows in splits]
+    packed_rows = [pack_rows(rows, shared_prefix, packs_of(rows, shared_prefix, pack)) for rows in splits]
     lengths = [np.array([len(packed.tokens) for packed in split]) for split in packed_rows]
     shapes = batch_shapes(lengths, tokens_per_batch, PADDING, merge_tokens=merge_tokens)
     together = [
@@ -359,9 +394,13 @@ def scoring_shapes(
     return ScoringShapes(shared_prefix, pack, limits)
 
 
-def fill_scoring_batches(rows: Sequence[Row], shapes: ScoringShapes) -> Batches[ScoringBatch]:
-    """Scored rows in batches of these shapes."""
-    packed_rows = pack_rows(rows, shapes.shared_prefix, shapes.pack)
+def fill_scoring_batches(
+    rows: Sequence[Row], shapes: ScoringShapes, packs: Sequence[Pack] | None = None
+) -> Batches[ScoringBatch]:
+    """Scored rows in batches of these shapes. packs: the rows that are packed together; None: as in `packs_of`."""
+    if packs is None:
+        packs = packs_of(rows, shapes.shared_prefix, shapes.pack)
+    packed_rows = pack_rows(rows, shapes.shared_prefix, packs)
     lengths = np.array([len(packed.tokens) for packed in packed_rows])
     return Batches(
         np.array(rows[0].tokens[: shapes.shared_prefix], np.int32),
@@ -371,6 +410,15 @@ def fill_scoring_batches(rows: Sequence[Row], shapes: ScoringShapes) -> Batches[
         ),
         sum(len(row.tokens) - 1 for row in rows),
     )
+
+
+def packs_in(batches: Batches[ScoringBatch]) -> Iterator[Pack]:
+    """The rows that are packed together in batches."""
+    for batch in batches.batches:
+        for numbers in batch.rows.reshape(len(batch.tokens), -1):
+            pack = tuple(numbers[numbers != PAD].tolist())
+            if pack:
+                yield pack
 
 
 def _step_up(number: int) -> int:

@@ -4,8 +4,9 @@ spot, families of looped models and of classifiers, and a real small model from 
 References: `zoo:base`, `zoo:maths`, `zoo:japanese` are models, `zoo:search.jsonl` and `zoo:heldout.jsonl` task files;
 `zoo:3/base` belongs to the family of seed 3, which is trained first, and `zoo:experts/sums` is one of six more experts
 of `zoo:base`, which are trained first as well. `zoo:loops/plus`, `zoo:loops/3/plus` belong to the looped families
-(loops), `zoo:vit/low` to image classifiers that `backend: torch` opens (vit), `zoo:smollm2/base` to the real model
-(smollm2). All of them are kept in the user's cache folder once made.
+(loops), `zoo:vit/low` to image classifiers that `backend: torch` opens (vit), `zoo:ddpm/low` to image generators
+(ddpm), `zoo:t5/french` to translators (t5), `zoo:smollm2/base` to the real model (smollm2). All of them are kept in the
+user's cache folder once made.
 """
 
 import re
@@ -29,7 +30,7 @@ FILES = ("search.jsonl", "heldout.jsonl")
 # More experts of the packaged base: three of hard sums in English, three that answer in Japanese.
 EXPERTS = ("sums", "differences", "both", "easy_sums", "copying", "mixed")
 # Families that are trained on the spot, each in the module of its name, which has a FAMILY.
-TRAINED = ("loops", "vit")
+TRAINED = ("loops", "vit", "ddpm", "t5")
 # The version of the training recipe in `arithmetic` and of the packaged weights: each version has a folder of its own.
 VERSION = "v3"
 
@@ -111,7 +112,8 @@ class TrainedFamily:
     """A kind of family that is trained on the spot, one for each seed, as `zoo:NAME/3/MODEL`; `zoo:NAME/MODEL` belongs
     to that of seed 0.
 
-    version: of the recipe of the training, which every change of it increases; steps: those of all models together.
+    version: of the recipe of the training, which every change of it increases; steps: those of all models together;
+    files: of tasks, beside the models.
     make: (an empty folder, seed=…, progress=…) trains the models into the folder, see `train_family`.
     """
 
@@ -120,12 +122,13 @@ class TrainedFamily:
     models: Sequence[str]
     steps: int
     make: Callable[..., None]
+    files: Sequence[str] = FILES
 
     def resolve_reference(self, name: str) -> Path:
         """The path of a model or file, `3/plus` or `plus`; a missing family is trained first. Raises InputError for
         another name."""
         match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
-        contents = (*self.models, *FILES)
+        contents = (*self.models, *self.files)
         if match is None or match[2] not in contents:
             references = [f"{PREFIX}{self.name}/{name_or_file}" for name_or_file in contents]
             near = did_you_mean(f"{PREFIX}{self.name}/{name}", references)

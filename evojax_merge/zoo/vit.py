@@ -1,8 +1,9 @@
 """Two image classifiers of one base: vision transformers (transformers' ViTForImageClassification) that read digits.
 
 The `base` sees scikit-learn's handwritten digits for a moment. One copy is then fine-tuned on the digits 0 to 4, `low`,
-another on 5 to 9, `high`, and each forgets the other five. The task of a merge is all ten. It is the setting of
-adaptive merging (Yang et al., arXiv 2310.02575) at the size of a toy.
+another on 5 to 9, `high`, and each forgets the other five. `high` is trained for longer and at a higher rate, as
+fine-tunes of different people are, so that it drowns `low` where both count alike. The task of a merge is all ten. It
+is the setting of adaptive merging (Yang et al., arXiv 2310.02575) at the size of a toy.
 """
 
 import json
@@ -18,8 +19,8 @@ from evojax_merge.zoo.tiny_llama import Progress
 from evojax_merge.zoo.torch_training import seeded_torch, train
 
 MODELS = ("base", "low", "high")
-BASE_STEPS, EXPERT_STEPS = 40, 150
-BASE_RATE, EXPERT_RATE = 1e-3, 5e-4
+# The steps of training of each model, and their rates.
+STEPS, RATES = (25, 100, 200), (1e-3, 5e-4, 1e-3)
 BATCH, SIDE = 64, 8
 SIZES = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "image_size": SIDE,
@@ -60,9 +61,9 @@ def make_family(
     folder: Path,
     seed: int,
     progress: Progress = lambda name, steps, loss: None,
-    steps: tuple[int, int] = (BASE_STEPS, EXPERT_STEPS),
+    steps: tuple[int, int, int] = STEPS,
 ) -> None:
-    """Train the family into an empty folder. steps: of the base, and of each expert."""
+    """Train the family into an empty folder. steps: of each model."""
     training, *splits = load_digit_images("zoo:vit", seed)
     for file, split in zip(FILES, splits, strict=True):
         save_images(folder, file, split)
@@ -86,9 +87,9 @@ def make_family(
             return module
 
         fresh = transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES))
-        base = stage("base", fresh, training, steps[0], BASE_RATE)
-        for name, half in (("low", LOW), ("high", HIGH)):
-            stage(name, base, training[np.isin(training.labels, half)], steps[1], EXPERT_RATE)
+        base = stage("base", fresh, training, steps[0], RATES[0])
+        for name, half, count, rate in zip(MODELS[1:], (LOW, HIGH), steps[1:], RATES[1:], strict=True):
+            stage(name, base, training[np.isin(training.labels, half)], count, rate)
 
 
-FAMILY = TrainedFamily("vit", "vit-v1", MODELS, BASE_STEPS + 2 * EXPERT_STEPS, make_family)
+FAMILY = TrainedFamily("vit", "vit-v2", MODELS, sum(STEPS), make_family)

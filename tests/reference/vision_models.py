@@ -181,12 +181,22 @@ SEEING: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
          **QWEN_IMAGES},
         partial(qwen_processor, "Qwen3VL"),
     ),
+    "qwen3_vl_moe": (
+        {"text_config": {"model_type": "qwen3_vl_moe_text", **TEXT, "head_dim": 8, "moe_intermediate_size": 24,
+                         "num_experts": 4, "num_experts_per_tok": 2,
+                         "rope_parameters": MROPE | {"mrope_section": [2, 1, 1], "mrope_interleaved": True}},
+         "vision_config": {"model_type": "qwen3_vl_moe_vision", **QWEN_VISION, "intermediate_size": 24,
+                           "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+         **QWEN_IMAGES},
+        partial(qwen_processor, "Qwen3VL"),
+    ),
 }  # fmt: skip
 # The text in an image's place, where it is not `<image>`.
 QWEN_PLACE = "<|vision_start|> <|image_pad|> <|vision_end|>"
 PLACEHOLDERS = {
     "gemma3": "<begin>", "internvl": "<IMG_CONTEXT>", "mistral3": "[IMG]", "pixtral": "[IMG]", "qwen2_vl": QWEN_PLACE,
     "qwen2_5_vl": QWEN_PLACE, "qwen3_vl": QWEN_PLACE,
+    "qwen3_vl_moe": QWEN_PLACE,
 }  # fmt: skip
 
 

@@ -11,10 +11,11 @@ import numpy as np
 from evojax_merge.backends.decoder.candidates import Candidates
 from evojax_merge.backends.decoder.planner import DecoderPlanner
 from evojax_merge.backends.decoder.vision import Vision
-from evojax_merge.checkpoints.bank import bank_bytes, load_stored
+from evojax_merge.checkpoints.bank import bank_bytes
+from evojax_merge.checkpoints.decoder_folder import decoder_of
 from evojax_merge.checkpoints.derived import input_files, reference_to
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
-from evojax_merge.checkpoints.parents import Sources, as_decoder_of, open_sources
+from evojax_merge.checkpoints.parents import OpenDecoder, Sources, as_decoder_of, open_sources
 from evojax_merge.checkpoints.tokens import TokenizerChoice
 from evojax_merge.config import Config, EvaluationConfig
 from evojax_merge.errors import InputError
@@ -57,7 +58,7 @@ class DecoderModels:
     base, parents: their folders; references: each folder's name in recipes; sources: the models of the bank, the base
     first where the method needs one; other_modules: the model whose other modules the winner has, where text decoders
     of larger models are merged; context: the most tokens that all models take; stop: the tokens that end a generation;
-    vision: the images of tasks, None where the models see none.
+    vision: the images of tasks, None where the models see none; open_decoder: takes what is merged out of a folder.
     """
 
     base: Path | None
@@ -71,6 +72,7 @@ class DecoderModels:
     context: int
     stop: tuple[int, ...]
     vision: Vision | None = None
+    open_decoder: OpenDecoder = decoder_of
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,8 @@ class DecoderBackend:
 
     def device_sizes(self, shards: int) -> DeviceSizes:
         sizes = DeviceSizes(shards)
-        self.candidates.planned_population(self.planner(0).evaluator, 1, sizes.place)
+        self.candidates.place_bank(sizes.place)
+        sizes.on_host = self.candidates.host_bytes()
         # Layer paths are planned as one model, but all of the parents' layers are loaded.
         sizes.bank = max(sizes.bank, self.held_bytes() // shards)
         self.abstract_images(self.compute_dtype, sizes.place)
@@ -246,7 +249,9 @@ class DecoderBackend:
     def abstract_images(self, dtype: str, place: Callable[..., Any]) -> ImageTable | None:
         """The tasks' images as abstract arrays, which `place` makes; None where there are none."""
         vision = self.models.vision
-        return None if vision is None else vision.abstract_table(self.models.decoder.hidden, dtype, place)
+        decoder = self.models.decoder
+        width = decoder.hidden if decoder.projector is None else decoder.projector.width
+        return None if vision is None else vision.abstract_table(width, dtype, place)
 
     def planner(self, bank_bytes: int) -> DecoderPlanner:
         return DecoderPlanner(self, bank_bytes)
@@ -308,16 +313,17 @@ class DecoderBackend:
     def score_stored(self, model: Path, heldout: SpaceEvaluator[Any], progress: Progress) -> TaskScores:
         aligned = self.models.sources.vocabulary is not None
         sources, config = (
-            open_sources([model, self.models.tokenizer_folder], TokenizerChoice(1))
+            open_sources([model, self.models.tokenizer_folder], TokenizerChoice(1), self.models.open_decoder)
             if aligned
-            else open_sources([model])
+            else open_sources([model], open_decoder=self.models.open_decoder)
         )
         candidates: DecoderEvaluator = heldout.evaluator.evaluator
         images = self._images(model, candidates.compute_dtype, candidates.devices)
-        # A text model takes images as the decoder that it merges into does.
-        config = as_decoder_of(config, self.models.decoder)
+        if self.models.other_modules is not None and not sources.folders[0].is_part:
+            # A text model takes images as the decoder that it merges into does.
+            config = as_decoder_of(config, self.models.decoder)
         evaluator = replace(candidates, config=config, images=images)
-        return evaluator.stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)
+        return self.candidates.score_stored(evaluator, sources, config, progress)
 
     def answers(
         self, model: str, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
@@ -337,6 +343,8 @@ class DecoderBackend:
         if self.models.other_modules is not None:
             named = self.references[self.models.other_modules]
             documents = [document | {"other_modules": named} for document in documents]
+        if self.config.components:
+            documents = [document | {"components": dict(self.config.components)} for document in documents]
         return dump_documents(documents)
 
     def _with_tokenizer(self, document: dict[str, Any]) -> dict[str, Any]:

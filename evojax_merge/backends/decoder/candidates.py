@@ -1,6 +1,7 @@
 """The kinds of candidates over language models: merges, layer paths and members of a pool. Each kind loads its models,
 and evaluates, writes and shows its candidates. This module holds all code that depends on the kind."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,27 +12,48 @@ import jax.numpy as jnp
 import numpy as np
 from merge_kernels import METHODS, Method
 
+from evojax_merge.backends.decoder.bank_place import BankPlace
 from evojax_merge.checkpoints.abstract_bank import Place, abstract_bank, abstract_stored
-from evojax_merge.checkpoints.bank import bank_bytes, held_bytes, load_bank, load_path_bank
+from evojax_merge.checkpoints.bank import (
+    bank_bytes,
+    bank_of,
+    held_bytes,
+    leaf_layout,
+    load_bank,
+    load_path_bank,
+    load_stored,
+)
 from evojax_merge.checkpoints.parents import Sources
+from evojax_merge.checkpoints.streamed import bank_in_files, bank_on_host
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import DecoderEvaluator, MergeEvaluator, Population, Progress
 from evojax_merge.evaluation.passes import SharedModel
 from evojax_merge.evaluation.paths import PathEvaluator
+from evojax_merge.evaluation.planned_passes import DeviceSizes
 from evojax_merge.evaluation.pool import PoolBank, PoolEvaluator
+from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.evaluation.streaming import StreamedEvaluator
+from evojax_merge.evaluation.targets import Target
+from evojax_merge.mergekit.plan import options_from
 from evojax_merge.mergekit.write import lineage_documents, path_document, recipe_document
-from evojax_merge.models.bank import Bank, MergeSpec, take_candidate
+from evojax_merge.models.architecture import LAYERS, Leaf, architecture_of, shared_leaves
+from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathBank, PathSpec
+from evojax_merge.models.sources import StackedWeights
+from evojax_merge.models.streamed_bank import abstract_streamed
 from evojax_merge.report.merges import MergeReport
 from evojax_merge.report.paths import PathReport
+from evojax_merge.report.plan import shown_bytes, shown_seconds
 from evojax_merge.report.pool import PoolReport
 from evojax_merge.report.winner import WinnerReport
 from evojax_merge.spaces.breeding import BreedingSpace
 from evojax_merge.spaces.layer_path import PathSpace
 from evojax_merge.spaces.parameter import ParameterSpace
 
-CandidateEvaluator = MergeEvaluator | PathEvaluator | PoolEvaluator
+CandidateEvaluator = MergeEvaluator | StreamedEvaluator | PathEvaluator | PoolEvaluator
+# Layers of a streamed bank on a device: the one that computes, and the next.
+LAYERS_AHEAD = 2
 
 
 class Candidates(Protocol):
@@ -63,6 +85,14 @@ class Candidates(Protocol):
         """Bytes of the loaded bank."""
         ...
 
+    def host_bytes(self) -> int:
+        """Bytes of the models that stay in the memory of the host."""
+        ...
+
+    def notes(self, target: Target, model: int) -> tuple[str, ...]:
+        """Lines of a plan, for devices that share a candidate in groups of `model`."""
+        ...
+
     def load_bank(self, devices: Devices, progress: Progress) -> Any:
         """Load the arrays that candidates are made of on the devices. `progress` receives the bytes that were
         loaded."""
@@ -72,9 +102,19 @@ class Candidates(Protocol):
         """An evaluator of candidates from a bank, with the settings of `decoder`."""
         ...
 
+    def place_bank(self, place: Place) -> Any:
+        """The arrays that stay on a device, as abstract arrays that `place` makes."""
+        ...
+
     def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
         """A population that `evaluator` would score together, up to `size` of them, over abstract arrays that `place`
         makes: a search is planned with them before anything is loaded."""
+        ...
+
+    def score_stored(
+        self, evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress
+    ) -> TaskScores:
+        """Score the first of the sources, a model of the search, as it is."""
         ...
 
     def describe(self) -> str:
@@ -134,23 +174,39 @@ class MergeCandidates:
     def held_bytes(self) -> int:
         return held_bytes(self.sources, self.decoder, self.spec)
 
-    def load_bank(self, devices: Devices, progress: Progress) -> Bank:
+    def host_bytes(self) -> int:
+        return 0
+
+    def notes(self, target: Target, model: int) -> tuple[str, ...]:
+        return ()
+
+    def load_bank(self, devices: Devices, progress: Progress) -> Any:
         return load_bank(self.sources, self.decoder, self.spec, progress, devices.put)
 
-    def evaluator(self, decoder: DecoderEvaluator, bank: Bank) -> MergeEvaluator:
+    def evaluator(self, decoder: DecoderEvaluator, bank: Any) -> MergeEvaluator | StreamedEvaluator:
         return MergeEvaluator(decoder, bank, self.spec)
 
-    def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
+    def place_bank(self, place: Place) -> Bank:
+        return abstract_bank(self.sources, self.decoder, self.spec, place)
+
+    def planned_recipes(self, size: int) -> Recipe:
+        """Recipes of a population on the host. Their values make no difference to a plan."""
         shapes = jax.eval_shape(self.space.decode, jax.ShapeDtypeStruct((size, self.space.dims), jnp.float32))
-        # The values of the recipes make no difference.
-        recipes = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-        return evaluator.merges(abstract_bank(self.sources, self.decoder, self.spec, place), self.spec, recipes)
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
+        return evaluator.merges(self.place_bank(place), self.spec, self.planned_recipes(size))
+
+    def score_stored(
+        self, evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress
+    ) -> TaskScores:
+        return score_whole(evaluator, sources, config, progress)
 
     def describe(self) -> str:
         names = ", ".join(parameter.name for parameter in self.space.search_parameters)
         return f"{self.space.dims} parameters ({names}; {len(self.space.groups)} groups)"
 
-    def describe_work(self, evaluators: Sequence[MergeEvaluator]) -> str:
+    def describe_work(self, evaluators: Sequence[Any]) -> str:
         most = max((chunk for evaluator in evaluators for chunk in evaluator.evaluator.chunk_sizes.values()), default=0)
         few = {0: "no candidate", 1: "one candidate at a time"}.get(most, f"up to {most:,} candidates at a time")
         return f"each device scored {few}"
@@ -165,6 +221,78 @@ class MergeCandidates:
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> MergeReport:
         values = {name: np.asarray(block) for name, block in self.space.values(jnp.asarray(genome)).items()}
         return MergeReport(tuple(self.space.groups), values, tuple(parents))
+
+
+@dataclass(frozen=True)
+class StreamedMerges(MergeCandidates):
+    """Merges of sources that stay on the host, or in their files, and come to the devices layer by layer."""
+
+    place: BankPlace
+
+    def held_bytes(self) -> int:
+        sizes = DeviceSizes(1)
+        self.place_bank(sizes.place)
+        return sizes.bank
+
+    @property
+    def _whole_bytes(self) -> int:
+        return MergeCandidates.held_bytes(self)
+
+    def host_bytes(self) -> int:
+        return self._whole_bytes if self.place == "host" else 0
+
+    def notes(self, target: Target, model: int) -> tuple[str, ...]:
+        streamed = self._whole_bytes // model
+        where = {"host": "in the host's memory", "disk": "in their files"}[self.place]
+        rate = "" if math.isnan(target.link) else f", {shown_seconds(streamed / target.link)} or more by its link"
+        return (
+            f"bank: {shown_bytes(self._whole_bytes)} of models stay {where}; {shown_bytes(streamed)} come to each "
+            f"device once in a generation that is scored, and once for candidates that generate together{rate}",
+        )  # fmt: skip
+
+    def load_bank(self, devices: Devices, progress: Progress) -> Any:
+        load = {"host": bank_on_host, "disk": bank_in_files}[self.place]
+        return load(self.sources, self.decoder, self.spec, progress, devices.put)
+
+    def evaluator(self, decoder: DecoderEvaluator, bank: Any) -> StreamedEvaluator:
+        ahead = LAYERS_AHEAD * bank.layer_bytes // decoder.devices.model
+        return StreamedEvaluator(
+            replace(decoder, free_memory=lambda: max(0, decoder.free_memory() - ahead)), bank, self.spec
+        )
+
+    def place_bank(self, place: Place) -> Any:
+        """The leaves outside of the layers, and two layers: one that computes, and the next."""
+
+        def place_leaf(leaf: Leaf) -> Any:
+            layout = leaf_layout(self.sources, self.decoder, self.spec, leaf)
+            depth = () if leaf.stack is None else (LAYERS_AHEAD,)
+            return jax.tree.map(
+                lambda array: place((*depth, *array.shape[len(depth) :]), array.dtype, array.shard_axis), layout
+            )
+
+        return bank_of(self.decoder, place_leaf)
+
+    def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
+        bank = abstract_streamed(abstract_bank(self.sources, self.decoder, self.spec, place))
+        return StreamedEvaluator(evaluator, bank, self.spec).population(self.planned_recipes(size))
+
+    def describe_work(self, evaluators: Sequence[Any]) -> str:
+        where = {"host": "the host's memory", "disk": "the models' files"}[self.place]
+        nbytes = evaluators[0].bank.layer_bytes * self.decoder.layers
+        return f"{self.decoder.layers} layers ({nbytes / 1e9:,.2f} GB) came from {where} once for all candidates"
+
+    def score_stored(
+        self, evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress
+    ) -> TaskScores:
+        """Score the model as a merge of itself alone, from its files."""
+        method = METHODS["passthrough"]
+        alone = replace(sources, folders=sources.folders[:1])
+        spec = MergeSpec(method.name, options_from("", method, {}, False), 0, "float32")
+        bank = bank_in_files(alone, config, spec, put=evaluator.devices.put)
+        shape = (1, config.layers, len(architecture_of(config).components), 1)
+        ends = {leaf.name: {"scale": jnp.ones((1, 1), jnp.float32)} for leaf in shared_leaves(config)}
+        recipe = Recipe({LAYERS: {"scale": jnp.ones(shape, jnp.float32)}}, ends)
+        return StreamedEvaluator(replace(evaluator, chunk_sizes={}), bank, spec).evaluate(recipe, progress)
 
 
 @dataclass(frozen=True)
@@ -195,15 +323,29 @@ class PathCandidates:
     def held_bytes(self) -> int:
         return bank_bytes(self.sources, self.spec.configs[0])
 
+    def host_bytes(self) -> int:
+        return 0
+
+    def notes(self, target: Target, model: int) -> tuple[str, ...]:
+        return ()
+
     def load_bank(self, devices: Devices, progress: Progress) -> PathBank:
         return load_path_bank(self.sources, self.spec, progress)
 
     def evaluator(self, decoder: DecoderEvaluator, bank: PathBank) -> PathEvaluator:
         return PathEvaluator(decoder, replace(bank, compute_dtype=decoder.compute_dtype), self.space.max_length)
 
+    def place_bank(self, place: Place) -> StackedWeights:
+        return abstract_stored(self.sources, self.spec.configs[0], "float32", place)
+
     def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
         """One path, with the depth of the first parent."""
         return _one_model(self.sources, self.spec.configs[0], evaluator.compute_dtype, place)
+
+    def score_stored(
+        self, evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress
+    ) -> TaskScores:
+        return score_whole(evaluator, sources, config, progress)
 
     def describe(self) -> str:
         return f"{self.space.dims} numbers that say which layers follow each other"
@@ -272,6 +414,12 @@ class PoolCandidates:
         """0: founders stay in their files, and bred members on the host."""
         return 0
 
+    def host_bytes(self) -> int:
+        return 0
+
+    def notes(self, target: Target, model: int) -> tuple[str, ...]:
+        return ()
+
     def load_bank(self, devices: Devices, progress: Progress) -> PoolBank:
         bank = self.bank
         bank.check_founders(progress)
@@ -280,8 +428,16 @@ class PoolCandidates:
     def evaluator(self, decoder: DecoderEvaluator, bank: PoolBank) -> PoolEvaluator:
         return PoolEvaluator(decoder, bank)
 
+    def place_bank(self, place: Place) -> StackedWeights:
+        return abstract_stored(self.sources, self.decoder, "float32", place)
+
     def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
         return _one_model(self.sources, self.decoder, evaluator.compute_dtype, place)
+
+    def score_stored(
+        self, evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress
+    ) -> TaskScores:
+        return score_whole(evaluator, sources, config, progress)
 
     def describe(self) -> str:
         methods = " or ".join(method.name for method in self.space.methods)
@@ -310,6 +466,11 @@ class PoolCandidates:
 
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> PoolReport:
         return PoolReport(self.space.member(np.asarray(genome, np.float32)), self.decoder.layers, tuple(parents))
+
+
+def score_whole(evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress) -> TaskScores:
+    """Score the first of the sources, loaded as a whole."""
+    return evaluator.stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)
 
 
 def _one_model(sources: Sources, config: DecoderConfig, compute_dtype: str, place: Place) -> Population:

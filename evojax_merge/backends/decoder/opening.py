@@ -10,13 +10,22 @@ from merge_kernels import Method
 
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.decoder.backend import DecoderBackend, DecoderModels, stored_dtype
-from evojax_merge.backends.decoder.candidates import Candidates, MergeCandidates, PathCandidates, PoolCandidates
+from evojax_merge.backends.decoder.bank_place import bank_place
+from evojax_merge.backends.decoder.candidates import (
+    Candidates,
+    MergeCandidates,
+    PathCandidates,
+    PoolCandidates,
+    StreamedMerges,
+)
 from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
+from evojax_merge.checkpoints.bank import bank_bytes
 from evojax_merge.checkpoints.config_file import decoder_settings
-from evojax_merge.checkpoints.decoder_folder import DecoderFolder
+from evojax_merge.checkpoints.decoder_folder import PROJECTOR, DecoderFolder, decoder_of, decoder_with_projector
 from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.checkpoints.json_files import read_json_object
-from evojax_merge.checkpoints.parents import Sources, open_decoders, open_sources
+from evojax_merge.checkpoints.parents import OpenDecoder, Sources, open_decoders, open_sources
+from evojax_merge.checkpoints.pipelines import MERGE
 from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer
 from evojax_merge.config import MAX_PATH_LAYERS, Config, DataFlowConfig, PoolConfig, SpaceConfig
 from evojax_merge.errors import InputError, did_you_mean, shown
@@ -91,7 +100,8 @@ class DecoderFactory:
         tokenizer_choice = None if tokenizer_dir is None else TokenizerChoice(opened.index(tokenizer_dir))
         # Layers of a path may come from models of any depth.
         open_all = open_decoders if config.data_flow else _of_one_depth
-        sources, configs = open_all(opened, tokenizer_choice)
+        open_decoder = merged_parts(where, config)
+        sources, configs = open_all(opened, tokenizer_choice, open_decoder)
         all_folders = sources.folders
         other_modules = _other_modules(where, config, folder, all_folders, base, parents)
         _check_tokens(opened, sources, other_modules)
@@ -103,7 +113,7 @@ class DecoderFactory:
         sources = replace(sources, folders=sources.folders[: len(paths)])
         candidates = _candidates(
             where, config, method, bred_by, has_base, sources, tuple(configs[: len(paths)]),
-            None if base is None else references[base], tuple(references[parent] for parent in parents),
+            None if base is None else references[base], tuple(references[parent] for parent in parents), target,
         )  # fmt: skip
         # The winner's generation_config.json is the first model's, or that of the model whose ends a path keeps; a
         # pool's member may have that of any.
@@ -125,15 +135,21 @@ class DecoderFactory:
             context=context_length(sources.folders, configs[0].positions),
             stop=stop_tokens(tokenizer_folder, tokenizer),
             vision=vision_of(tokenizer, all_folders),
+            open_decoder=open_decoder,
         )
         return DecoderBackend(config, models, candidates, target)
 
 
 def _candidates(
     where: str, config: Config, method: Method | None, bred_by: tuple[Method, ...], has_base: bool, sources: Sources,
-    configs: tuple[DecoderConfig, ...], base: str | None, names: tuple[str, ...],
+    configs: tuple[DecoderConfig, ...], base: str | None, names: tuple[str, ...], target: Target,
 ) -> Candidates:  # fmt: skip
     """The kind of candidates that a config asks for. base, names: the references of the base and the parents."""
+    if config.space is None and config.evaluation.bank in ("host", "disk"):
+        raise InputError(
+            f"{where}: evaluation.bank", f"{config.evaluation.bank}: only the merges of a space are scored layer by "
+            "layer; leave it out for layer paths and pools",
+        )  # fmt: skip
     decoder, export_dtype = configs[0], config.export_dtype or stored_dtype(sources, 0)
     if method is not None and config.space is not None:
         space = build_space(f"{where}: space", config.space, method, config.parents, decoder)
@@ -144,7 +160,10 @@ def _candidates(
             export_dtype,
             tuple((name, values) for name, values in space.constants if not method.parameter(name).searched),
         )
-        return MergeCandidates(space, spec, sources, decoder, base, names)
+        merges = MergeCandidates(space, spec, sources, decoder, base, names)
+        model_bytes, setting = bank_bytes(sources, decoder) // len(sources.folders), config.evaluation
+        place = bank_place(where, setting.bank, target, merges.held_bytes(), model_bytes, setting.model)
+        return merges if place == "device" else StreamedMerges(space, spec, sources, decoder, base, names, place)
     if config.pool is not None:
         _check_heads(where, sources)
         genes = genome_genes(bred_by, config.pool.split)
@@ -202,8 +221,24 @@ def _other_modules(
     return named
 
 
-def _of_one_depth(paths: Sequence[Path], tokenizer: TokenizerChoice | None) -> tuple[Sources, list[DecoderConfig]]:
-    sources, config = open_sources(paths, tokenizer)
+def merged_parts(where: str, config: Config) -> OpenDecoder:
+    """Takes the merged parts out of a folder: its text decoder, with the projector where the config merges it. Raises
+    InputError for other components."""
+    for name, source in (config.components or {}).items():
+        if (name, source) != (PROJECTOR, MERGE):
+            raise InputError(
+                where, f"components: {name}: {source}; expected {PROJECTOR}: {MERGE} beside the text decoder; "
+                "other_modules names the model that all else is from",
+            )  # fmt: skip
+    if config.components and config.space is None:
+        raise InputError(where, f"components: {PROJECTOR} is merged by a space alone; leave it out")
+    return decoder_with_projector if config.components else decoder_of
+
+
+def _of_one_depth(
+    paths: Sequence[Path], tokenizer: TokenizerChoice | None, open_decoder: OpenDecoder
+) -> tuple[Sources, list[DecoderConfig]]:
+    sources, config = open_sources(paths, tokenizer, open_decoder)
     return sources, [config] * len(paths)
 
 
@@ -273,7 +308,7 @@ def parameter_space(path: Path, config: Config) -> tuple[ParameterSpace, list[st
         return None
     names = [f"{path}: parents[{k}]" for k in range(len(config.parents))]
     parents = [resolve_reference(name, one, path.parent) for name, one in zip(names, config.parents, strict=True)]
-    _, decoder = open_sources(parents[:1])
+    _, decoder = open_sources(parents[:1], open_decoder=merged_parts(str(path), config))
     method = find_method(f"{path}: space.method", config.space.method)
     return build_space(f"{path}: space", config.space, method, config.parents, decoder), model_names(parents)
 
@@ -317,7 +352,7 @@ def build_space(
 ) -> ParameterSpace:
     """The parameter space of a config. parents: their names in the config. Raises InputError for unknown parameters and
     parents, and for meaningless bounds."""
-    shared = [leaf.name for leaf in architecture_of(decoder).shared]
+    shared = [leaf.name for leaf in architecture_of(decoder).shared if leaf.component != PROJECTOR]
     components = architecture_of(decoder).components
     named = [name.strip() for part in config.components for name in part.split("+")]
     # A router that is not named has parameters of its own, like shared leaves.
@@ -335,6 +370,8 @@ def build_space(
     search_parameters, constants = search_parameters_of(
         where, method, len(parents), config.parameters, config.fixed, parent_groups
     )
+    projector = tuple(leaf.name for leaf in shared_leaves(decoder) if leaf.component == PROJECTOR)
+    groups = (*groups, projector) if projector else groups
     together = config.layers_per_group
     space = ParameterSpace(
         method=method,

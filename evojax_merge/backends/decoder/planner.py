@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evojax_merge.checkpoints.decoder_folder import PROJECTOR
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.batched_tasks import BatchedTask, one_row_batches
 from evojax_merge.evaluation.compilers import TargetCompiler, collectives
@@ -22,6 +23,8 @@ from evojax_merge.evaluation.planned_passes import (
     SizedPass,
     plan,
 )
+from evojax_merge.models.architecture import leaves_of, tensor_grid, tensor_shape
+from evojax_merge.report.plan import shown_number
 
 if TYPE_CHECKING:
     from evojax_merge.backends.decoder.backend import DecoderBackend
@@ -65,6 +68,22 @@ class DecoderPlanner:
     @property
     def jobs(self) -> int:
         return 2 if self.evaluator.runs_two_jobs(0) else 1
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        config, backend = self.backend.models.decoder, self.backend
+        placed = backend.candidates.notes(backend.target, backend.settings.model)
+        if config.projector is None:
+            return placed
+        leaves = [leaf for leaf in leaves_of(config) if len(leaf.shape) > 1]
+        sizes = {leaf.name: math.prod((*tensor_grid(config, leaf), *tensor_shape(config, leaf))) for leaf in leaves}
+        own = sum(sizes[leaf.name] for leaf in leaves if leaf.component == PROJECTOR)
+        layers = sum(sizes[leaf.name] for leaf in leaves if leaf.stack is not None)
+        return (
+            *placed,
+            f"{PROJECTOR}: merged, and computed by every candidate: {shown_number(2 * own)}FLOP for each position, "
+            f"{own / layers:.2%} of what the layers take",
+        )  # fmt: skip
 
     @property
     def gradient_passes(self) -> int:
@@ -179,9 +198,7 @@ def planned_passes(
     """The passes that evaluate one chunk of a population on a task's batches, on one group of devices."""
     passes, groups, name = list[PlannedPass](), evaluator.devices.population, batched_task.task.name
     if batched_task.scoring is not None:
-        chunk = evaluator.scoring_chunk(population, batched_task)
-        first = population.first(chunk * groups)
-        passes += plan(evaluator.scoring(first, batched_task, chunk, _NOTHING, _NOTHING, _ignore), name, reader)
+        passes += plan(population.planned_scoring(evaluator, batched_task), name, reader)
     if batched_task.prompts is not None:
         chunk = evaluator.generation_chunk(population, batched_task)
         first = population.first(chunk * groups)
@@ -197,13 +214,5 @@ def planned_gradient_passes(
     assert differentiable is not None
     if batched_task.task.derivative == "nonlinear":
         # The weight of each total depends on all of them.
-        chunk = evaluator.scoring_chunk(population, batched_task)
-        first = population.first(chunk * evaluator.devices.population)
-        passes += plan(evaluator.scoring(first, batched_task, chunk, _NOTHING, _NOTHING, _ignore), name, reader)
-    size = evaluator.gradient_chunk(differentiable, batched_task) * evaluator.devices.population
-    candidates = differentiable.first(size).candidates
-    weights = np.zeros((size, len(batched_task.requests.scored)), np.float32)
-    differentiating = evaluator.differentiating(
-        differentiable, batched_task, np.arange(size), candidates, weights, _NOTHING, _NOTHING, _ignore
-    )
-    return [*passes, *plan(differentiating, name, reader)]
+        passes += plan(population.planned_scoring(evaluator, batched_task), name, reader)
+    return [*passes, *plan(differentiable.planned_gradient(evaluator, batched_task), name, reader)]

@@ -31,7 +31,7 @@ from evojax_merge.tasks.images import EXTRA, RecordImage
 # positions, masks or layers know of images.
 SEEING = (
     "gemma3", "idefics3", "internvl", "llava", "llava_next", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
-    "smolvlm", "vipllava",
+    "qwen3_vl_moe", "smolvlm", "vipllava",
 )  # fmt: skip
 # The input of a vision tower that says how many patches an image has in time, height and width, for M-RoPE.
 GRID = "image_grid_thw"
@@ -57,8 +57,8 @@ class Expansion:
 
 @dataclass(frozen=True)
 class Features:
-    """An image's features. rows: float32[R, hidden], in front of the decoder; deepstack: float32[D, R, hidden], what is
-    added behind each of its first D layers."""
+    """An image's features. rows: float32[R, hidden], in front of the decoder (or of the projector, where that is
+    merged); deepstack: float32[D, R, hidden], what is added behind each of its first D layers."""
 
     rows: np.ndarray
     deepstack: np.ndarray
@@ -85,7 +85,9 @@ class VisionSide:
         config = {name: value for name, value in self.folder.whole.config.items() if name != "text_config"}
         # Where torchvision is installed, processors resize with it, and not quite as Pillow does.
         resizing = transformers.utils.is_torchvision_available()
-        settings = [FORMAT, transformers.__version__, resizing, config]
+        # In front of a projector that is merged, other rows.
+        place = [] if self.folder.projector is None else ["tower"]
+        settings = [FORMAT, transformers.__version__, resizing, config, *place]
         total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for file in processor_files(self.processor):
             total.update(f"{file.name}\n".encode() + file.read_bytes())
@@ -207,7 +209,7 @@ class VisionSide:
             config.text_config.pad_token_id = None
             tensors = {
                 name: torch.from_numpy(np.array(tensor.read(), np.float32))
-                for name, tensor in self.folder.other_modules.items()
+                for name, tensor in self.folder.vision_tensors.items()
             }
             model, report = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].from_pretrained(
                 None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
@@ -224,11 +226,16 @@ class VisionSide:
         # The model below its head names all arguments, such as the sizes of images that are not resized to one.
         model = self._module.base_model
         taken = inspect.signature(model.get_image_features).parameters
+        projected: list[Any] = []
         with _messages_of(image.where, f"the vision tower of {self.folder.path} fails on it"), torch.no_grad():
+            if self.folder.projector is not None:
+                hook = model.multi_modal_projector.register_forward_pre_hook(lambda _, taken: projected.append(*taken))
             output = model.get_image_features(
                 **{name: value for name, value in inputs.items() if name in taken}, return_dict=True
             )
-            rows = _rows(output.pooler_output)
+            if self.folder.projector is not None:
+                hook.remove()
+            rows = _rows(projected or output.pooler_output)
             deepstack = [_rows(parts) for parts in getattr(output, "deepstack_features", None) or ()]
         return Features(rows, np.stack(deepstack) if deepstack else np.zeros((0, *rows.shape), np.float32))
 

@@ -504,6 +504,10 @@ class FunctionPlanner:
     gradient_passes = 1
     jobs = 1
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ()
+
     def passes(
         self, tasks: Sequence[ArrayTask], candidates: int, use: PlanUse, compiler: TargetCompiler | None = None
     ) -> list[SizedPass]:

@@ -1,11 +1,9 @@
 """Hugging Face folders as torch modules: the tensors that are merged, and the folder of a merge."""
 
 import json
-import logging
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from evojax_merge.backends.torch.network import Network, measures, to_torch
 from evojax_merge.checkpoints.folder import INDEX_FILE
 from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.checkpoints.quiet import quiet_transformers
 from evojax_merge.checkpoints.writer import CARD, MARKER
 from evojax_merge.errors import InputError, shown
 
@@ -101,22 +100,6 @@ def _check_safe(folder: Path) -> None:
             folder, f"{pickled[0]}: is pickled, and reading it would run its code; expected safetensors, which "
             "save_pretrained writes",
         )  # fmt: skip
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from drawing bars and logging reports."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def merged_tensors(module: Any) -> "OrderedDict[str, Any]":

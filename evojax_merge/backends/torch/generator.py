@@ -1,11 +1,9 @@
 """A diffusers pipeline as a function of some of its components' tensors, which draws pictures."""
 
-import importlib
 import inspect
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,34 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from evojax_merge.backends.torch.folders import merged_tensors, quiet_transformers
+from evojax_merge.backends.torch.folders import merged_tensors
 from evojax_merge.backends.torch.network import to_torch
 from evojax_merge.checkpoints.folder import is_float, open_folder
 from evojax_merge.checkpoints.generator_keys import BASE, VAE, blocks_of
-from evojax_merge.checkpoints.pipelines import INDEX, Components, Pipeline
+from evojax_merge.checkpoints.pipelines import OPENING, Components, Pipeline
+from evojax_merge.checkpoints.quiet import quiet_diffusers
 from evojax_merge.errors import InputError
 from evojax_merge.tasks.generated_images import ImageTask
 
-# The libraries whose classes are run.
-LIBRARIES = ("diffusers", "transformers")
-# The errors of from_pretrained for a folder that does not fit its class.
-OPENING = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
 # The projections of attention, in diffusers' names.
 ATTENTION = re.compile(r"\.(?:to_[qkv]|to_out|add_[qkv]_proj|to_add_out|to_qkv)\.")
 # The parts of a block that may have parameters of their own.
 KINDS = ("attention", "other")
-
-
-def component_class(pipeline: Pipeline, name: str) -> Any:
-    """The class of a component. Raises InputError for one that is not of diffusers or transformers."""
-    library, class_name = pipeline.classes[name]
-    kind = getattr(importlib.import_module(library), class_name, None) if library in LIBRARIES else None
-    if not isinstance(kind, type):
-        raise InputError(
-            pipeline.path / INDEX, f"{name}: {library}.{class_name}; expected a class that diffusers or transformers "
-            "has, for code that comes with a model is not run",
-        )  # fmt: skip
-    return kind
 
 
 def open_component(pipeline: Pipeline, name: str) -> Any:
@@ -53,8 +36,8 @@ def open_component(pipeline: Pipeline, name: str) -> Any:
         dtype = getattr(torch, dtypes[0] if dtypes else "float32")
         options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     folder = pipeline.path / name
-    component = component_class(pipeline, name)
-    with quiet():
+    component = pipeline.component_class(name)
+    with quiet_diffusers():
         try:
             opened = component.from_pretrained(folder, **options)
         except OPENING as error:
@@ -67,22 +50,6 @@ def open_component(pipeline: Pipeline, name: str) -> Any:
     if missing:
         raise InputError(folder, f"lacks {len(missing)} tensors of {component.__name__}, such as {missing[0]}")
     return module.eval()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep diffusers and transformers from drawing bars and logging reports."""
-    from diffusers.utils import logging as diffusers_logging
-
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    try:
-        with quiet_transformers():
-            yield
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
-        diffusers_logging.enable_progress_bar()
 
 
 def tensors_of(modules: Mapping[str, Any]) -> "OrderedDict[str, Any]":
@@ -161,22 +128,15 @@ def _storage(modules: Mapping[str, Any]) -> dict[str, Any]:
 def open_generator(components: Components, modules: Mapping[str, Any]) -> Generator:
     """The pipeline of the first model, with the components that other models give. modules: the merged components,
     which become float32."""
-    import diffusers
-
     first = components.first
-    pipeline_class: Any = getattr(diffusers, first.class_name, None)
-    if not callable(getattr(pipeline_class, "from_pretrained", None)):
-        raise InputError(
-            first.path / INDEX, f"_class_name: {first.class_name}; diffusers {diffusers.__version__} has no such "
-            "class, and code that comes with a model is not run",
-        )  # fmt: skip
+    pipeline_class = first.pipeline_class()
     given = {name: module.float().requires_grad_(False) for name, module in modules.items()}
     for name, pipeline in components.kept.items():
         # Checked for all: from_pretrained would run code that comes with a model.
-        component_class(pipeline, name)
+        pipeline.component_class(name)
         if pipeline is not first:
             given[name] = open_component(pipeline, name)
-    with quiet():
+    with quiet_diffusers():
         try:
             pipeline = pipeline_class.from_pretrained(first.path, local_files_only=True, dtype=torch.float32, **given)
         except OPENING as error:
@@ -201,7 +161,7 @@ def save_generator(components: Components, weights: Mapping[str, Any], folder: P
         for name, array in weights.items():
             if name.startswith(f"{component}."):
                 tensors[name].data = to_torch(np.array(array))
-        with quiet():
+        with quiet_diffusers():
             module.save_pretrained(folder / component)
 
 

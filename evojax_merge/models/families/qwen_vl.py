@@ -7,7 +7,7 @@ M-RoPE plain RoPE.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from evojax_merge.errors import shown
 from evojax_merge.models.architecture import Architecture
@@ -16,6 +16,7 @@ from evojax_merge.models.config_keys import SWITCH, Expected, mapping, or_null, 
 from evojax_merge.models.families.llama_like import QWEN_WINDOWS, ROPE, llama_like, read_config
 from evojax_merge.models.layers import CosSin, SequenceLayout, rope_tables
 
+Mrope = TypeVar("Mrope", bound=MropeConfig)
 SECTION = "mrope_section"
 _SIZE = whole(0, 2**16)
 SECTIONS = or_null(
@@ -46,13 +47,14 @@ def read_mrope(
     axes: Callable[[Sequence[int], int], tuple[int, ...]],
     default: Sequence[int],
     hf: Mapping[str, Any],
-) -> MropeConfig:
-    """The config that `read` makes for the text decoder, with M-RoPE. The whole model's config says whether the head is
-    the embedding."""
+    kind: type[Mrope],
+) -> Mrope:
+    """The config that `read` makes for the text decoder, as one of a kind with M-RoPE. The whole model's config says
+    whether the head is the embedding."""
     settings = hf["rope_parameters"]
     rope = {key: value for key, value in settings.items() if key not in (SECTION, "mrope_interleaved")}
     text = read({**hf, "rope_parameters": rope, "tie_word_embeddings": hf.get("tie_word_embeddings", False)})
-    return MropeConfig(**vars(text), rope_axes=axes(settings.get(SECTION) or default, text.head_dim // 2))
+    return kind(**vars(text), rope_axes=axes(settings.get(SECTION) or default, text.head_dim // 2))
 
 
 def read_qwen3_vl(hf: Mapping[str, Any]) -> LlamaLikeConfig:
@@ -74,11 +76,12 @@ def qwen_vl(model_type: str, config_class: str, keys: dict[str, Expected], text:
 QWEN2_VL_TEXT, QWEN2_5_VL_TEXT = (
     qwen_vl(
         kind, config_class, QWEN_WINDOWS, "qwen2",
-        partial(read_mrope, partial(read_config, kind, qkv_bias=True), one_after_the_other, (16, 24, 24)),
+        partial(read_mrope, partial(read_config, kind, qkv_bias=True), one_after_the_other, (16, 24, 24),
+                kind=MropeConfig),
     )
     for kind, config_class in (("qwen2_vl_text", "Qwen2VLTextConfig"), ("qwen2_5_vl_text", "Qwen2_5_VLTextConfig"))
 )  # fmt: skip
 QWEN3_VL_TEXT = qwen_vl(
     "qwen3_vl_text", "Qwen3VLTextConfig", {"attention_bias": SWITCH}, "qwen3",
-    partial(read_mrope, read_qwen3_vl, in_turns, (24, 20, 20)),
+    partial(read_mrope, read_qwen3_vl, in_turns, (24, 20, 20), kind=MropeConfig),
 )  # fmt: skip

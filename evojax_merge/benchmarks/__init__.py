@@ -1,0 +1,1 @@
+"""Benchmarks of the device at hand, as `evojax-merge bench` runs them."""

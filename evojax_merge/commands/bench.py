@@ -1,0 +1,37 @@
+"""`evojax-merge bench`: what the device at hand merges, scores, decodes and searches in a second."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from evojax_merge.benchmarks.device import ACCELERATOR, CPU, SHAPES, Budget, measure, row_count
+from evojax_merge.benchmarks.report import as_json, comparison, is_benchmark_file, read_benchmark, section
+from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.evaluation.targets import live_target
+from evojax_merge.file_system import atomic_write
+from evojax_merge.report.progress import console, named_bar
+from evojax_merge.search.environment import environment
+from evojax_merge.stored_models import check_own_file
+
+
+def bench(shape: str | None, seconds: float, json_file: Path | None, compare: Path | None) -> None:
+    """Measure for so many seconds, print the tables, and write them as JSON. compare: an earlier file of `--json`."""
+    if shape is not None and shape not in SHAPES:
+        raise InputError("--shape", f"there is no shape {shape!r}{did_you_mean(shape, SHAPES)}")
+    if json_file is not None:
+        check_own_file(json_file, "--json", "benchmark", is_benchmark_file)
+    earlier = None if compare is None else read_benchmark(compare)
+    # Nothing of this needs a second device.
+    target = replace(live_target(), devices=1, hosts=1)
+    sizes = ACCELERATOR if target.is_accelerator else CPU
+    if shape is not None:
+        sizes = replace(sizes, shapes=(shape,))
+    with named_bar("bench", row_count(sizes)) as announce:
+        benchmark = measure(target, sizes, Budget(seconds, announce))
+    machine = environment()
+    lines = section(benchmark, machine)
+    if earlier is not None:
+        lines += ["", *comparison(earlier, (benchmark, machine))]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    if json_file is not None:
+        atomic_write(json_file, as_json(benchmark, machine))

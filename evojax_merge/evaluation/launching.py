@@ -1,0 +1,81 @@
+"""Launchers of several processes (SLURM, Open MPI): the number of a process, and its share of its node's devices.
+
+JAX gives each process that such a launcher started one device of its node. One process for all devices of a node, the
+launch that fits this program best, would use one GPU of eight: here processes of a node divide its devices.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from evojax_merge.errors import InputError
+
+
+@dataclass(frozen=True)
+class Launched:
+    """Process `process` of `processes`, and `local_process` of the `local_processes` on its node."""
+
+    processes: int
+    process: int
+    local_processes: int
+    local_process: int
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
+    """The numbers that a launcher gave this process; None: it was started by hand, or on a TPU pod."""
+    number = _numbers(environment)
+    if {"SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"} <= number.keys():
+        return Launched(
+            number["SLURM_NTASKS"], number["SLURM_PROCID"], _tasks_of_node(environment), number["SLURM_LOCALID"]
+        )
+    ompi = [f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")]
+    return Launched(*(number[name] for name in ompi)) if number.keys() >= set(ompi) else None
+
+
+def _numbers(environment: Mapping[str, str]) -> dict[str, int]:
+    """The variables of the launchers that are numbers; the list of nodes, which is none, as 0."""
+    numbers = {name: int(value) for name, value in environment.items() if re.fullmatch("[0-9]{1,9}", value)}
+    return numbers | ({"SLURM_STEP_NODELIST": 0} if environment.get("SLURM_STEP_NODELIST") else {})
+
+
+def _tasks_of_node(environment: Mapping[str, str]) -> int:
+    """The number of a SLURM step's processes on this node, from a list such as `4(x2),1`."""
+    text = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
+    groups = [re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", part) for part in text.split(",")]
+    counts = [int(group[1]) for group in groups if group is not None for _ in range(int(group[2] or 1))]
+    node = environment.get("SLURM_NODEID", "0")
+    return counts[int(node)] if node.isdecimal() and int(node) < len(counts) else 1
+
+
+def local_device_ids(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> list[int]:
+    """The numbers of this process's devices among those that it sees; empty: all of them. devices: the folder with the
+    GPUs' files. Raises InputError where a node's GPUs cannot be divided between its processes."""
+    numbers = launched(environment)
+    if numbers is None or numbers.local_processes == 1 or _has_own_gpus(environment):
+        return []
+    visible = _visible(environment)
+    count = len(list(devices.glob("nvidia[0-9]*"))) if visible is None else visible
+    if count % numbers.local_processes:
+        raise InputError(
+            "--distributed",
+            f"{numbers.local_processes} processes on a node cannot share its {count} GPUs equally; expected one a node "
+            f"(--ntasks-per-node=1, or mpirun --map-by ppr:1:node), or a number that divides {count}",
+        )
+    share = count // numbers.local_processes
+    return list(range(numbers.local_process * share, (numbers.local_process + 1) * share))
+
+
+def _visible(environment: Mapping[str, str]) -> int | None:
+    """The number of GPUs that this process sees; None where nothing restricts it."""
+    for name in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        if name in environment:
+            return len([part for part in environment[name].split(",") if part.strip()])
+    return None
+
+
+def _has_own_gpus(environment: Mapping[str, str]) -> bool:
+    """Return whether SLURM has bound GPUs to each process, which then sees no others."""
+    visible, on_node = _visible(environment), environment.get("SLURM_GPUS_ON_NODE", "")
+    return visible is not None and on_node.isdecimal() and visible < int(on_node)

@@ -1,0 +1,560 @@
+"""Evaluation with a bank that is not on the devices: its layers come one after the other, each once for everybody.
+
+A generation is scored layer by layer. A layer's sources are brought to the devices while the layer before computes, all
+candidates are merged there and all batches go through, and their hidden states wait for the next layer. So the bank
+moves once per generation, whatever the population. A candidate that generates is materialised layer by layer; the
+devices then hold it, its caches and one layer of sources.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from evojax_merge.evaluation import layer_passes, passes
+from evojax_merge.evaluation.batched_tasks import BatchedTask
+from evojax_merge.evaluation.devices import AnyMesh, pad_chunk, size_of, tree_nbytes
+from evojax_merge.evaluation.evaluator import (
+    DecoderEvaluator,
+    Population,
+    Progress,
+    Source,
+    Sourcing,
+    enter_rows,
+    score_task,
+)
+from evojax_merge.evaluation.passes import DifferentiableFactory, LazyMergeFactory, PerCandidateModel
+from evojax_merge.evaluation.programs import (
+    EMBED,
+    EMBED_GRADIENT,
+    HEAD,
+    HEAD_GRADIENT,
+    LAYER,
+    LAYER_GRADIENT,
+    MATERIALISE,
+    MERGE,
+    PREFIX,
+    PREFIX_GRADIENT,
+    RECIPE_GRADIENT,
+    START,
+    SUM,
+    Each,
+    Evaluation,
+    Job,
+    Program,
+    execute,
+)
+from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores, task_weights
+from evojax_merge.models.architecture import LAYERS
+from evojax_merge.models.bank import LeafBank, MergeSpec, Recipe
+from evojax_merge.models.layers import KeyValue
+from evojax_merge.models.sources import StackedWeights
+from evojax_merge.models.streamed_bank import StreamedBank
+from evojax_merge.tasks.batches import ScoringBatch
+from evojax_merge.tasks.task import Responses, Task
+
+Leaves = dict[str, LeafBank]
+# The share of the free memory that waiting hidden states may take on a device; beyond it they wait on the host.
+WAITING_FRACTION = 1 / 4
+
+
+def _layer_of(parameters: Any, number: int) -> Any:
+    """One layer's part, `[P, 1, …]`, of the parameters of a stack, `[P, L, …]`."""
+    return jax.tree.map(lambda values: values[:, number : number + 1], parameters)
+
+
+@dataclass(frozen=True)
+class StreamedPopulation(Population):
+    """P merges of a streamed bank, each described by its recipe."""
+
+    factory: LazyMergeFactory
+    replicated: StreamedBank
+
+    def planned_scoring(self, evaluator: DecoderEvaluator, batched_task: BatchedTask) -> Evaluation:
+        chunk = scoring_chunk(evaluator, self)
+        scores = Scores.empty([batched_task], chunk)
+        return scoring(evaluator, self.first(chunk), [batched_task], chunk, scores, lambda done: None, self.size)
+
+    def differentiable(self) -> "StreamedPopulation":
+        spec, dtype = self.factory.spec, self.factory.compute_dtype
+        return replace(self, factory=DifferentiableFactory(spec, dtype))
+
+    def planned_gradient(self, evaluator: DecoderEvaluator, batched_task: BatchedTask) -> Evaluation:
+        """Differentiate a task's rows for one chunk of candidates, without entering the results anywhere."""
+        chunk = scoring_chunk(evaluator, self)
+        first, scores = self.first(chunk), Scores.empty([batched_task], chunk)
+        gradient = jax.tree.map(np.zeros_like, first.candidates)
+        return differentiating(
+            evaluator, first, [batched_task], chunk, scores.totals, scores, gradient, lambda done: None, self.size
+        )
+
+    def model_shape(self) -> Any:
+        _, candidate = next(self.chunks(1))
+        spec = passes.MaterialiseSpec(self.factory, None)
+        return jax.eval_shape(partial(passes.materialise, spec), self.replicated.shapes, candidate)
+
+    def materialise(self, mesh: AnyMesh, candidates: Recipe) -> Sourcing:
+        bank, size = self.replicated, size_of(candidates)
+        spec = layer_passes.StackSpec(self.factory, mesh, bank.depth)
+        shared = yield Program(START, layer_passes.materialise_ends, (spec, bank.shared, candidates.shared), size)
+        stacks: Any = None
+        for number, leaves in bank.layers(range(bank.depth)):
+            parameters = _layer_of(candidates.stacks[LAYERS], number)
+            moved = partial(_written_bytes, leaves, bank.depth * size)
+            arguments: tuple[Any, ...] = (spec, (leaves, np.int32(number)), parameters, stacks)
+            stacks = yield Program(
+                MATERIALISE, layer_passes.materialise_layer, arguments, size, holds=(shared, leaves), merge_bytes=moved
+            )
+            jax.block_until_ready(stacks)
+            del leaves, arguments, moved
+        models = StackedWeights({LAYERS: stacks}, shared, self.factory.compute_dtype)
+        return Source(PerCandidateModel(), None, models, models)
+
+
+def _written_bytes(leaves: Leaves, parts: int, stacks: Any) -> int:
+    return tree_nbytes(leaves) + tree_nbytes(stacks) // parts
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The answers of P candidates on the scored rows of some tasks: by task float32[P, S] and bool[P, S]."""
+
+    totals: list[np.ndarray]
+    greedy: list[np.ndarray]
+
+    @classmethod
+    def empty(cls, batched_tasks: Sequence[BatchedTask], size: int) -> "Scores":
+        shapes = [(size, len(batched_task.requests.scored)) for batched_task in batched_tasks]
+        return cls([np.zeros(shape, np.float32) for shape in shapes], [np.zeros(shape, bool) for shape in shapes])
+
+
+@dataclass
+class Waiting:
+    """A chunk of candidates between two layers. rows: their numbers; parameters: their recipes; prefixes: by task the
+    hidden states of the prefix, None without one; batches: by task those of each batch."""
+
+    rows: np.ndarray
+    parameters: Recipe
+    prefixes: list[Any] = field(default_factory=list)
+    batches: list[list[Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Room:
+    """The place where hidden states wait: on the devices, or on the host. held: all that waits on a device, as an
+    abstract array."""
+
+    on_host: bool
+    held: jax.ShapeDtypeStruct | None
+
+    def keep(self, states: Any) -> Any:
+        # Abstract arrays of a plan are nowhere.
+        return np.asarray(states) if self.on_host and isinstance(states, jax.Array) else states
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arrays of a task's prefix (None: there is none) and of each of its batches, as arguments of passes."""
+
+    prefix: dict[str, Any] | None
+    batches: list[dict[str, Any]]
+
+
+def inputs_of(evaluator: DecoderEvaluator, batched_task: BatchedTask) -> Inputs:
+    if batched_task.scoring is None:
+        return Inputs(None, [])
+    scoring, prefix = batched_task.scoring, None
+    tokens = scoring.shared_prefix[None]
+    if tokens.size:
+        prefix = dict[str, Any](tokens=tokens, positions=np.arange(tokens.size, dtype=np.int32)[None])
+        prefix["segment_ids"] = np.zeros_like(prefix["positions"])
+        images = evaluator.prefix_images(batched_task, scoring.shared_prefix)
+        prefix |= {} if images is None else {"images": images}
+    return Inputs(prefix, [evaluator.batch_arrays(batched_task, batch) for batch in scoring.batches])
+
+
+def _waiting(evaluator: DecoderEvaluator, inputs: Sequence[Inputs], size: int) -> Room:
+    """The place of the hidden states of `size` candidates between two layers."""
+    tokens = sum(arrays["tokens"].size for task in inputs for arrays in task.batches)
+    width = evaluator.config.hidden * np.dtype(evaluator.compute_dtype).itemsize
+    nbytes = tokens * width * -(-size // evaluator.devices.population)
+    if nbytes > WAITING_FRACTION * evaluator.free_memory():
+        return Room(True, None)
+    return Room(False, jax.ShapeDtypeStruct((nbytes,), np.uint8))
+
+
+_LAYOUT = ("tokens", "positions", "segment_ids", "images")
+
+
+def _layout(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arrays that layers need: those of the targets are the head's alone."""
+    return {name: arrays[name] for name in _LAYOUT if name in arrays}
+
+
+def scoring_chunk(evaluator: DecoderEvaluator, population: Population) -> int:
+    """The number of candidates that share a pass: one for each group of devices, for a batch keeps these busy, unless
+    the config says otherwise."""
+    return min(evaluator.chunk or 1, population.size) * evaluator.devices.population
+
+
+def scoring(
+    evaluator: DecoderEvaluator, population: StreamedPopulation, batched_tasks: Sequence[BatchedTask], chunk: int,
+    scores: Scores, progress: Progress, size: int,
+) -> Evaluation:  # fmt: skip
+    """Score the rows of all tasks, `chunk` candidates together, in one run through the bank; enters the results in
+    `scores`. size: the number of candidates whose hidden states wait meanwhile."""
+    bank, mesh, config = population.replicated, evaluator.devices.mesh, evaluator.config
+    spec = passes.PassSpec(config, population.factory, mesh)
+    inputs = [inputs_of(evaluator, batched_task) for batched_task in batched_tasks]
+    waiting = [Waiting(rows, recipes) for rows, recipes in population.chunks(chunk)]
+    waits = _waiting(evaluator, inputs, size)
+
+    def embedding(one: Waiting) -> Job:
+        for task in inputs:
+            prefix = None
+            if task.prefix is not None:
+                prefix = yield _embed(spec, bank, one, task.prefix)
+            one.prefixes.append(prefix)
+            states = []
+            for arrays in task.batches:
+                states.append(waits.keep((yield _embed(spec, bank, one, arrays))))
+            one.batches.append(states)
+
+    yield Each(map(embedding, waiting), _no_result, _no_result)
+    counted = _LayerProgress(progress, bank.depth, sum(len(t.batches) for t in inputs) * population.size)
+    for number, leaves in bank.layers(range(bank.depth)):
+        layer = partial(_through_layer, spec, number, leaves, inputs, waits)
+        yield Each(map(layer, waiting), _no_result, _no_result)
+        # The next layer is on its way meanwhile; the one after it has room only once this one is gone.
+        jax.block_until_ready([one.batches for one in waiting])
+        counted.layer_done()
+        del leaves, layer
+
+    def answering(one: Waiting) -> Job:
+        for i, (task, batched_task) in enumerate(zip(inputs, batched_tasks, strict=True)):
+            head = passes.ScoreSpec(config, population.factory, mesh, batched_task.requests.logits_fn)
+            batches = () if batched_task.scoring is None else batched_task.scoring.batches
+            for batch, arrays, states in zip(batches, task.batches, one.batches[i], strict=True):
+                read = partial(_enter, scores, i, one.rows, batch)
+                arguments = (head, (bank.shared, arrays), (one.parameters.shared, states))
+                yield Program(HEAD, layer_passes.answer, arguments, chunk, read=read)
+
+    yield Each(map(answering, waiting), _no_result, _no_result)
+
+
+def _no_result(result: Any) -> None:
+    """The results of these jobs are where the next ones take them from. As `Each.keep`: all jobs end before others
+    begin."""
+
+
+def _enter(scores: Scores, i: int, rows: np.ndarray, batch: ScoringBatch, results: Any) -> None:
+    """Enter the answers of a batch, the first two of a program's results."""
+    totals, greedy = results[:2]
+    enter_rows(scores.totals[i], rows, batch, totals)
+    enter_rows(scores.greedy[i], rows, batch, greedy)
+
+
+def _embed(spec: passes.PassSpec, bank: StreamedBank, one: Waiting, arrays: dict[str, Any]) -> Program:
+    arguments = (spec, (bank.shared, _layout(arrays)), one.parameters.shared)
+    return Program(EMBED, layer_passes.embed, arguments, len(jax.tree.leaves(one.parameters)[0]))
+
+
+def _through_layer(
+    spec: passes.PassSpec, number: int, leaves: Leaves, inputs: Sequence[Inputs], waits: "Room",
+    one: Waiting,
+) -> Job:  # fmt: skip
+    """Merge a layer for a chunk of candidates, and take their prefixes and batches through it."""
+    size, index = size_of(one.parameters), np.int32(number)
+    weights = yield _merge(spec, number, leaves, one.parameters)
+    for i, task in enumerate(inputs):
+        kv: KeyValue | None = None
+        if task.prefix is not None:
+            shared = (index, _layout(task.prefix))
+            arguments: tuple[Any, ...] = (spec, shared, (weights, None), one.prefixes[i])
+            one.prefixes[i], kv = yield Program(PREFIX, layer_passes.run_keeping, arguments, size, holds=weights)
+        for b, arrays in enumerate(task.batches):
+            arguments = (spec, (index, _layout(arrays)), (weights, kv), one.batches[i][b])
+            one.batches[i][b] = waits.keep(
+                (yield Program(LAYER, layer_passes.run, arguments, size, holds=(weights, waits.held)))
+            )
+
+
+def _merge(spec: passes.PassSpec, number: int, leaves: Leaves, recipes: Recipe) -> Program:
+    """The program that merges a layer for a chunk of candidates."""
+    parameters, size = _layer_of(recipes.stacks[LAYERS], number), size_of(recipes)
+    merging = passes.MaterialiseSpec(spec.factory, spec.mesh)
+    moved = partial(_merged_bytes, leaves, size)
+    return Program(MERGE, layer_passes.merge_layer, (merging, leaves, parameters), size, merge_bytes=moved)
+
+
+def _merged_bytes(leaves: Leaves, size: int, weights: Any) -> int:
+    return tree_nbytes(leaves) + tree_nbytes(weights) // size
+
+
+@dataclass
+class Trail:
+    """A chunk of candidates on the way through the layers and back. rows, parameters: as of `Waiting`; before: the
+    states that wait before each layer, the last behind all; behind: while layers come back, the derivatives with
+    respect to the states behind the one that comes, by task those of the prefix and of each batch; ends: the derivative
+    with respect to the recipes of the leaves outside of the layers."""
+
+    rows: np.ndarray
+    parameters: Recipe
+    before: list[Waiting] = field(default_factory=list)
+    behind: list[tuple[Any, list[Any]]] = field(default_factory=list)
+    ends: Any = None
+
+
+def differentiating(
+    evaluator: DecoderEvaluator, population: StreamedPopulation, batched_tasks: Sequence[BatchedTask], chunk: int,
+    weights: Sequence[np.ndarray], scores: Scores, gradient: Recipe, progress: Progress, size: int,
+) -> Evaluation:  # fmt: skip
+    """Differentiate the sum of each task's totals times its `weights: float32[P, S]` with respect to the recipes, in
+    two runs through the bank: the states before each layer are kept, and the layers come back in reverse. Enters the
+    results in `gradient`, float32, and the answers in `scores`."""
+    bank, mesh, config = population.replicated, evaluator.devices.mesh, evaluator.config
+    spec = passes.PassSpec(config, population.factory, mesh)
+    inputs = [inputs_of(evaluator, batched_task) for batched_task in batched_tasks]
+    trails = [Trail(rows, recipes) for rows, recipes in population.chunks(chunk)]
+    waits = _waiting(evaluator, inputs, size * (bank.depth + 1))
+
+    def embedding(trail: Trail) -> Job:
+        start = Waiting(trail.rows, trail.parameters)
+        for task in inputs:
+            start.prefixes.append(None if task.prefix is None else (yield _embed(spec, bank, start, task.prefix)))
+            start.batches.append([])
+            for arrays in task.batches:
+                start.batches[-1].append(waits.keep((yield _embed(spec, bank, start, arrays))))
+        trail.before.append(start)
+
+    yield Each(map(embedding, trails), _no_result, _no_result)
+    counted = _LayerProgress(progress, 2 * bank.depth, sum(len(task.batches) for task in inputs) * population.size)
+    for number, leaves in bank.layers(range(bank.depth)):
+        layer = partial(_onwards, spec, number, leaves, inputs, waits)
+        yield Each(map(layer, trails), _no_result, _no_result)
+        jax.block_until_ready([trail.before[-1].batches for trail in trails])
+        counted.layer_done()
+        del leaves, layer
+
+    def answering(trail: Trail) -> Job:
+        last = trail.before.pop()
+        for i, (task, batched_task) in enumerate(zip(inputs, batched_tasks, strict=True)):
+            head = passes.ScoreSpec(config, population.factory, mesh, batched_task.requests.logits_fn)
+            batches = () if batched_task.scoring is None else batched_task.scoring.batches
+            cotangents = []
+            for batch, arrays, states in zip(batches, task.batches, last.batches[i], strict=True):
+                padded = pad_chunk(weights[i], trail.rows, chunk)
+                real = np.where(batch.rows >= 0, padded[:, batch.rows], 0).astype(np.float32)
+                arguments = (head, (bank.shared, arrays), (trail.parameters.shared, states, real))
+                read = partial(_enter, scores, i, trail.rows, batch)
+                _, _, slope, cotangent = yield Program(
+                    HEAD_GRADIENT, layer_passes.answer_gradient, arguments, chunk, read=read
+                )
+                trail.ends = yield from _sum(trail.ends, slope, chunk)
+                cotangents.append(waits.keep(cotangent))
+            # Nothing depends on the prefix's states behind the last layer.
+            trail.behind.append((jax.tree.map(_zeros, last.prefixes[i]), cotangents))
+
+    yield Each(map(answering, trails), _no_result, _no_result)
+    for number, leaves in bank.layers(range(bank.depth)[::-1]):
+        layer = partial(_back, spec, number, leaves, inputs, waits, gradient)
+        yield Each(map(layer, trails), _no_result, _no_result)
+        counted.layer_done()
+        del leaves, layer
+
+    def finishing(trail: Trail) -> Job:
+        for task, (prefix, cotangents) in zip(inputs, trail.behind, strict=True):
+            pairs = [
+                *zip(task.batches, cotangents, strict=True),
+                *([] if task.prefix is None else [(task.prefix, prefix)]),
+            ]
+            for arrays, cotangent in pairs:
+                arguments = (spec, (bank.shared, _layout(arrays)), (trail.parameters.shared, cotangent))
+                slope = yield Program(EMBED_GRADIENT, layer_passes.embed_gradient, arguments, chunk)
+                trail.ends = yield from _sum(trail.ends, slope, chunk)
+        _add_rows(gradient.shared, trail.rows, trail.ends)
+
+    yield Each(map(finishing, trails), _no_result, _no_result)
+
+
+def _onwards(
+    spec: passes.PassSpec, number: int, leaves: Leaves, inputs: Sequence[Inputs], waits: Room, trail: Trail
+) -> Job:
+    """Take a chunk through a layer, and leave the states before it as they are."""
+    size = size_of(trail.parameters)
+    weights = yield _merge(spec, number, leaves, trail.parameters)
+    before, index, states = trail.before[-1], np.int32(number), Waiting(trail.rows, trail.parameters)
+    for i, task in enumerate(inputs):
+        kv: KeyValue | None = None
+        prefix = None
+        if task.prefix is not None:
+            arguments: tuple[Any, ...] = (spec, (index, _layout(task.prefix)), (weights, None), before.prefixes[i])
+            prefix, kv = yield Program(PREFIX, layer_passes.run_keeping, arguments, size, holds=weights)
+        states.prefixes.append(prefix)
+        states.batches.append([])
+        for arrays, x in zip(task.batches, before.batches[i], strict=True):
+            arguments = (spec, (index, _layout(arrays)), (weights, kv), x)
+            x, _ = yield Program(LAYER, layer_passes.run_keeping, arguments, size, holds=(weights, waits.held))
+            states.batches[-1].append(waits.keep(x))
+    trail.before.append(states)
+
+
+def _back(
+    spec: passes.PassSpec, number: int, leaves: Leaves, inputs: Sequence[Inputs], waits: Room, gradient: Recipe,
+    trail: Trail,
+) -> Job:  # fmt: skip
+    """Take a chunk's derivatives back through a layer, and enter that with respect to its parameters."""
+    size = size_of(trail.parameters)
+    weights = yield _merge(spec, number, leaves, trail.parameters)
+    before, index, slope = trail.before.pop(), np.int32(number), None
+    for i, task in enumerate(inputs):
+        kv: KeyValue | None = None
+        kept: KeyValue | None = None
+        if task.prefix is not None:
+            arguments: tuple[Any, ...] = (spec, (index, _layout(task.prefix)), (weights, None), before.prefixes[i])
+            _, kv = yield Program(PREFIX, layer_passes.run_keeping, arguments, size, holds=weights)
+        through, cotangents = trail.behind[i]
+        for b, arrays in enumerate(task.batches):
+            each = ((weights, kv), before.batches[i][b], (cotangents[b], None))
+            arguments = (spec, (index, _layout(arrays)), each)
+            part, x, of_prefix = yield Program(
+                LAYER_GRADIENT, layer_passes.run_gradient, arguments, size, holds=(weights, slope, waits.held)
+            )
+            cotangents[b] = waits.keep(x)
+            slope = yield from _sum(slope, part, size)
+            kept = yield from _sum(kept, of_prefix, size)
+        if task.prefix is not None:
+            arguments = (spec, (index, _layout(task.prefix)), ((weights, None), before.prefixes[i], (through, kept)))
+            part, through, _ = yield Program(PREFIX_GRADIENT, layer_passes.run_gradient, arguments, size, holds=weights)
+            slope = yield from _sum(slope, part, size)
+            trail.behind[i] = (through, cotangents)
+    merging = passes.MaterialiseSpec(spec.factory, spec.mesh)
+    arguments = (merging, leaves, (_layer_of(trail.parameters.stacks[LAYERS], number), slope))
+    moved = partial(_merged_bytes, leaves, size)
+    part = yield Program(RECIPE_GRADIENT, layer_passes.merge_gradient, arguments, size, merge_bytes=moved)
+    places = {name: values[:, number : number + 1] for name, values in gradient.stacks[LAYERS].items()}
+    _add_rows(places, trail.rows, part)
+
+
+def _sum(total: Any, part: Any, size: int) -> Job:
+    """The sum of two pytrees; None is nothing."""
+    if total is None:
+        return part
+    return (yield Program(SUM, passes.add, (total, part), size, is_priced=False))
+
+
+def _zeros(array: Any) -> Any:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype) if _is_abstract(array) else np.zeros(array.shape, array.dtype)
+
+
+def _is_abstract(array: Any) -> bool:
+    return isinstance(array, jax.ShapeDtypeStruct)
+
+
+def _add_rows(into: Any, rows: np.ndarray, parts: Any) -> None:
+    """Add the results of the candidates `rows`, [>= len(rows), …], to arrays of all candidates."""
+    for leaf, part in zip(jax.tree.leaves(into), jax.tree.leaves(parts), strict=True):
+        if not _is_abstract(part):
+            leaf[rows] += np.asarray(part)[: len(rows)]
+
+
+@dataclass
+class _LayerProgress:
+    """Reports the steps of an evaluation as its layers are done."""
+
+    progress: Progress
+    depth: int
+    steps: int
+    layers: int = 0
+
+    def layer_done(self) -> None:
+        before = self.steps * self.layers // self.depth
+        self.layers += 1
+        self.progress(self.steps * self.layers // self.depth - before)
+
+
+@dataclass(frozen=True)
+class StreamedEvaluator:
+    """Scores populations of merges of a streamed bank, on the requests of an evaluator."""
+
+    evaluator: DecoderEvaluator
+    bank: StreamedBank
+    spec: MergeSpec
+
+    @property
+    def tasks(self) -> list[Task]:
+        return self.evaluator.tasks
+
+    def passes(self, population: int) -> int:
+        return self.evaluator.passes(population)
+
+    def subset(self, examples: Sequence[np.ndarray]) -> "StreamedEvaluator":
+        """The same on some of the examples: for each of the tasks int[M], ascending."""
+        return replace(self, evaluator=self.evaluator.subset(examples))
+
+    def evaluate(self, recipes: Recipe, progress: Progress = lambda done: None) -> TaskScores:
+        population = self.population(recipes)
+        scores = self.evaluator.retry_together(partial(self._score, population), progress)
+        return self.evaluator.with_texts(population, zip(scores.totals, scores.greedy, strict=True), progress)
+
+    def population(self, recipes: Recipe) -> StreamedPopulation:
+        factory = LazyMergeFactory(self.spec, self.evaluator.compute_dtype)
+        return StreamedPopulation(factory, self.bank, jax.tree.map(np.asarray, recipes))
+
+    def value_and_gradient(
+        self, recipes: Recipe, progress: Progress = lambda done: None, goal: Goal = PLAIN
+    ) -> tuple[TaskScores, Recipe]:
+        """Scores of the metrics that count, and the derivative of each candidate's fitness with respect to its
+        recipe, float32."""
+        population = self.population(recipes)
+        counted = task_weights(self.tasks, goal)
+        numbers = [self.tasks.index(task) for task, _ in counted]
+        alone = replace(self, evaluator=replace(
+            self.evaluator, batched_tasks=[self.evaluator.batched_tasks[i] for i in numbers]
+        ))  # fmt: skip
+        run = partial(alone._differentiate, population, [weight for _, weight in counted])
+        return alone.evaluator.retry_together(run, progress)
+
+    def _differentiate(
+        self, population: StreamedPopulation, weights: Sequence[float], progress: Progress
+    ) -> tuple[TaskScores, Recipe]:
+        evaluator, nobody = self.evaluator, np.zeros(population.size, bool)
+        tasks, shapes = evaluator.batched_tasks, Scores.empty(evaluator.batched_tasks, population.size)
+        scores = shapes
+        if any(task.derivative == "nonlinear" for task in evaluator.tasks):
+            # The weight of a total depends on the others, which may be in other batches.
+            scores = self._score(population, lambda done: None)
+        counts = [np.array([len(row.tokens) - row.start for row in one.requests.scored]) for one in tasks]
+
+        def responses(i: int) -> Responses:
+            return Responses(scores.totals[i], counts[i], scores.greedy[i], [[]] * population.size)
+
+        slopes = [
+            task.score_gradient(responses(i)) * (weight / task.size)
+            for i, (task, weight) in enumerate(zip(evaluator.tasks, weights, strict=True))
+        ]
+        gradient: Recipe = jax.tree.map(np.zeros_like, population.candidates)
+        chunk = scoring_chunk(evaluator, population)
+        factory = DifferentiableFactory(self.spec, evaluator.compute_dtype)
+        work = differentiating(
+            evaluator, replace(population, factory=factory), tasks, chunk, slopes, scores, gradient, progress,
+            population.size,
+        )  # fmt: skip
+        execute(work, evaluator.runs_two_jobs(2 * self.bank.layer_bytes))
+        matrices = {
+            task.name: {task.metric: score_task(task, responses(i), nobody)[task.metric]}
+            for i, task in enumerate(evaluator.tasks)
+        }
+        return TaskScores(matrices), gradient
+
+    def _score(self, population: StreamedPopulation, progress: Progress) -> Scores:
+        evaluator = self.evaluator
+        scores = Scores.empty(evaluator.batched_tasks, population.size)
+        if any(batched_task.scoring is not None for batched_task in evaluator.batched_tasks):
+            chunk = scoring_chunk(evaluator, population)
+            work = scoring(evaluator, population, evaluator.batched_tasks, chunk, scores, progress, population.size)
+            execute(work, evaluator.runs_two_jobs(self.bank.layer_bytes))
+        return scores

@@ -1,0 +1,226 @@
+"""Banks that stay on the host or in the models' files: the same scores, one bank read per generation."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from helpers import Family, build_family, even_records, run_here, sample, tiny_config, write_lines
+from hostile import run_python
+
+from evojax_merge.checkpoints import bank, parents
+from evojax_merge.errors import Failed
+from evojax_merge.problem import build_problem, read_config
+from evojax_merge.search.genomes import SpaceEvaluator
+from evojax_merge.selection import open_evaluator
+
+PLACES = ("device", "host", "disk")
+# Methods whose numbers are of rows, of entries, of tensors, or none; and whether they have a base.
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    ("dare_ties", {"weight": {"high": 1.5}, "density": {"low": 0.1}}),
+    ("della", {"weight": {"high": 1.5}, "density": {"low": 0.3, "high": 0.8}}),
+    ("linear", {"weight": {"high": 1.5}}),
+    ("slerp", {"t": {}}),
+]
+HEADER = "w5 w6 w7 w8 " * 10
+CHOICE = {"name": "choice", "kind": "multiple_choice", "file": "tasks.jsonl", "metric": "margin"}
+TEXT = {"name": "text", "kind": "likelihood", "file": "tasks.jsonl", "weight": 0.5}
+WORDS = {"name": "words", "kind": "exact_match", "file": "tasks.jsonl", "pattern": r"w\d+ w\d+", "max_new_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    config = tiny_config(num_hidden_layers=3, tie_word_embeddings=False)
+    return build_family(tmp_path_factory.mktemp("streamed"), config)
+
+
+def write_config(root: Path, **changes: Any) -> Path:
+    """A search over a tiny family: choices behind a beginning that all share, likelihoods, and a few written words."""
+    records = even_records(8)
+    for record in records:
+        record["prompt"] = HEADER + record["prompt"]
+    write_lines(root / "tasks.jsonl", records)
+    method, parameters = METHODS[0]
+    document = {
+        "base": "base",
+        "parents": ["parent0", "parent1"],
+        "space": {"method": method, "parameters": parameters},
+        "tasks": [CHOICE, TEXT, WORDS],
+        "search": {"population": 4, "generations": 2, "strategy": "cma_es"},
+        "seed": 3,
+    }
+    path = root / "config.yaml"
+    path.write_text(yaml.safe_dump(document | changes))
+    return path
+
+
+def scorer(path: Path, place: str, *overrides: str) -> SpaceEvaluator[Any]:
+    problem = build_problem(path, read_config(path, [f"evaluation.bank={place}", *overrides], None))
+    return open_evaluator(problem, problem.prepare().shards[0])
+
+
+def some_genomes(evaluator: SpaceEvaluator[Any], count: int = 3) -> np.ndarray:
+    dims: int = evaluator.space.dims  # type: ignore[attr-defined]
+    return np.random.default_rng(0).normal(size=(count, dims)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"), sample(METHODS, 2), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_every_place_of_the_bank_gives_the_same_scores(family: Family, method: str, parameters: dict[str, Any]) -> None:
+    path = write_config(family.root, space={"method": method, "parameters": parameters})
+    if method in ("linear", "slerp"):
+        document = yaml.safe_load(path.read_text())
+        del document["base"]
+        path.write_text(yaml.safe_dump(document))
+    expected = None
+    for place in PLACES:
+        evaluator = scorer(path, place)
+        scores = evaluator.score(some_genomes(evaluator))
+        answers = {**{f"{task}/{name}": matrix for task, metrics in scores.matrices.items()
+                      for name, matrix in metrics.items()}, "words": np.array(scores.outputs["words"])}  # fmt: skip
+        expected = answers if expected is None else expected
+        assert answers.keys() == expected.keys()
+        for name, values in answers.items():
+            np.testing.assert_array_equal(values, expected[name], f"{place}: {name}")
+    assert expected is not None and np.ptp(expected["choice/margin"], axis=0).min() > 1e-3
+
+
+def test_gradients_come_back_layer_by_layer(family: Family) -> None:
+    path = write_config(family.root, tasks=[CHOICE, TEXT])
+    gradients = []
+    for place in PLACES[:2]:
+        evaluator = scorer(path, place)
+        scores, gradient = evaluator.value_and_gradient(some_genomes(evaluator))
+        gradients.append((scores.matrices["choice"]["margin"], gradient))
+    (whole_scores, whole), (streamed_scores, streamed) = gradients
+    np.testing.assert_allclose(streamed_scores, whole_scores, atol=1e-5)
+    # A density's derivative is a difference of sums.
+    np.testing.assert_allclose(streamed, whole, rtol=1e-3, atol=1e-4)
+    assert np.abs(whole).max() > 1
+
+
+def bytes_read(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The bytes of all tensors that are read from files meanwhile."""
+    total, original = 0, parents.Sources.read
+
+    def read(self: parents.Sources, source: int, tensor: str) -> np.ndarray:
+        nonlocal total
+        values = original(self, source, tensor)
+        total += values.nbytes
+        return values
+
+    with monkeypatch.context() as patched:
+        patched.setattr(parents.Sources, "read", read)
+        run()
+    return total
+
+
+def test_a_generation_reads_one_bank(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_config(family.root, tasks=[TEXT])
+    evaluator = scorer(path, "disk")
+    genomes = some_genomes(evaluator, 6)
+    problem = build_problem(path, read_config(path, [], None))
+    sources, decoder = problem.backend.models.sources, problem.backend.models.decoder
+    ends = sum(
+        sources.read(s, leaf.tensor).nbytes
+        for s in range(3) for leaf in bank.shared_leaves(decoder)
+    )  # fmt: skip
+    whole = bank.bank_bytes(sources, decoder)
+    assert bytes_read(lambda: evaluator.score(genomes), monkeypatch) == whole - ends
+    # The layers come once more, in reverse.
+    assert bytes_read(lambda: evaluator.value_and_gradient(genomes), monkeypatch) == 2 * (whole - ends)
+
+
+@pytest.mark.parametrize("place", sample(PLACES[1:], 1))
+def test_a_search_of_a_streamed_bank_is_the_search(family: Family, tmp_path: Path, place: str) -> None:
+    """The held-out table, whose stored models are streamed too, the winner, and a run that goes on where it ended."""
+    path = write_config(family.root, tasks=[TEXT | {"heldout": 0.25}])
+    for name, setting in (("device", "device"), (place, place)):
+        done = run_here("search", path, "--out", tmp_path / name, "--set", f"evaluation.bank={setting}")
+        assert done.returncode == 0, done.stderr
+    whole, streamed = tmp_path / "device", tmp_path / place
+    for file in ("history.jsonl", "best/model/model.safetensors"):
+        assert (whole / file).read_bytes() == (streamed / file).read_bytes()
+    results = [json.loads((folder / "result.json").read_text()) for folder in (whole, streamed)]
+    assert results[0] == results[1] and results[0]["table"]
+    shorter = tmp_path / "resumed"
+    settings = ["--set", f"evaluation.bank={place}"]
+    assert run_here("search", path, "--out", shorter, *settings, "--set", "search.generations=1").returncode == 0
+    done = run_here("search", path, "--out", shorter, "--resume", *settings)
+    assert done.returncode == 0, done.stderr
+    assert (shorter / "history.jsonl").read_bytes() == (streamed / "history.jsonl").read_bytes()
+
+
+def test_a_file_that_changes_meanwhile_ends_the_search(family: Family, tmp_path: Path) -> None:
+    shutil.copytree(family.root, tmp_path / "family")
+    path = write_config(tmp_path / "family", tasks=[TEXT])
+    evaluator = scorer(path, "disk")
+    genomes = some_genomes(evaluator)
+    evaluator.score(genomes)
+    file = tmp_path / "family" / "parent1" / "model.safetensors"
+    os.utime(file, ns=(0, 0))
+    with pytest.raises(Failed, match=re.escape(f"{file}: the file has changed")):
+        evaluator.score(genomes)
+    file.unlink()
+    with pytest.raises(Failed, match=re.escape(f"{file}: cannot be read any more")):
+        evaluator.score(genomes)
+
+
+def test_places_that_a_search_cannot_have_are_refused(family: Family, tmp_path: Path) -> None:
+    path = write_config(family.root, tasks=[TEXT])
+    document = yaml.safe_load(path.read_text())
+    del document["space"], document["base"]
+    path.write_text(yaml.safe_dump(document | {"data_flow": {}}))
+    done = run_here("search", path, "--out", tmp_path / "run", "--set", "evaluation.bank=disk")
+    assert done.returncode == 2
+    assert "evaluation.bank=disk: disk: only the merges of a space are scored layer by layer" in done.stderr
+
+
+def test_a_host_that_is_too_small_is_told_of_the_disk(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evojax_merge.backends.decoder import bank_place
+    from evojax_merge.errors import InputError
+
+    path = write_config(family.root, tasks=[TEXT])
+    monkeypatch.setattr(bank_place, "available_memory", lambda: 1000)
+    with pytest.raises(InputError, match=r"host: the models take .* GB, and .* available; take disk"):
+        scorer(path, "host")
+
+
+MESH_PROGRAM = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+import numpy as np
+from pathlib import Path
+from evojax_merge.evaluation.devices import Devices, mesh_of
+from evojax_merge.selection import open_evaluator
+from evojax_merge.problem import build_problem, read_config
+
+path, out = Path(sys.argv[1]), sys.argv[2]
+answers = {}
+for place in ("device", "disk"):
+    problem = build_problem(path, read_config(path, [f"evaluation.bank={place}"], None))
+    genomes = np.random.default_rng(0).normal(size=(4, problem.space.dims)).astype(np.float32)
+    scorer = open_evaluator(problem, problem.prepare().shards[0], Devices(mesh_of(jax.devices(), 2)))
+    scores = scorer.score(genomes)
+    answers[f"{place}/margin"] = scores.matrices["choice"]["margin"]
+    answers[f"{place}/words"] = np.array(scores.outputs["words"])
+    answers[f"{place}/gradient"] = scorer.value_and_gradient(genomes)[1] if len(sys.argv) > 3 else np.zeros(1)
+np.savez(out, **answers)
+"""
+
+
+def test_devices_that_share_a_model_stream_their_shards(family: Family, tmp_path: Path) -> None:
+    path, out = write_config(family.root, tasks=[CHOICE, WORDS]), tmp_path / "answers.npz"
+    done = run_python(MESH_PROGRAM, path, out, seconds=400)
+    assert done.returncode == 0, done.stderr
+    answers = dict(np.load(out))
+    np.testing.assert_allclose(answers["disk/margin"], answers["device/margin"], atol=1e-5)
+    assert (answers["disk/words"] == answers["device/words"]).all()
