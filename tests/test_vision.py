@@ -399,3 +399,29 @@ def test_a_text_model_merges_into_the_decoder(root: Path, tmp_path: Path) -> Non
     table = json.loads((tmp_path / "run/result.json").read_text())["table"]
     (scored,) = next(row for row in table if row["role"] == "winner")["heldout_scores"].values()
     assert scored == pytest.approx(heldout_score(tmp_path / "run/best/model", root), abs=1e-4)
+
+
+def test_the_recipe_of_evovlm_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On tiny models of its parents' architectures, with questions of the columns that its data set has."""
+    model = seeing_model("llava_next")
+    save_seeing(model, tmp_path / "vision", 0, 0.0)
+    text = model.config.text_config
+    text.vocab_size = len(words())
+    for seed, name in enumerate(("base", "japanese")):
+        torch.manual_seed(seed)
+        save(AutoModelForCausalLM.from_config(text).float(), tmp_path / name, words())
+    (image, *_) = write_images(tmp_path)
+    record = {"image": image.name, "qas": [{"question": "w5 w6", "answer": "w7"}]}
+    write_lines(tmp_path / "questions.jsonl", [record] * 10)
+    document = yaml.safe_load((Path(__file__).parents[1] / "configs/evovlm.yaml").read_text())
+    vision_parent, japanese = document["parents"]
+    local = {document["base"]: "base", vision_parent: "vision", japanese: "japanese"}
+    for key in ("base", "tokenizer_source", "other_modules"):
+        document[key] = local[document[key]]
+    document["parents"] = [local[parent] for parent in document["parents"]]
+    # By characters: MeCab is a package of its own.
+    document["tasks"][0] |= {"file": "questions.jsonl", "metric": "rouge_l"}
+    (tmp_path / "evovlm.yaml").write_text(yaml.safe_dump(document))
+    assert command("plan", tmp_path / "evovlm.yaml") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "fits: " in out and "the run of 60 generations" in out
