@@ -30,7 +30,7 @@ from bench.shared.machine import describe
 from evojax_merge.core import evolve_on
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.judge.ballot import Ballot
-from evojax_merge.judge.evaluation import judged, with_best
+from evojax_merge.judge.evaluation import judged, judged_task, with_best
 from evojax_merge.judge.pairs import RULES
 from evojax_merge.judge.votes import VoteFile
 from evojax_merge.problem import SearchProblem, build_problem, config_from
@@ -132,9 +132,9 @@ class HiddenEvaluator(SpaceEvaluator[Any]):
 
     def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
         scores = super().score(genomes, progress)
-        return _scored(self.tasks[0], scores, [
+        return _scored(judged_task(self, "taste"), scores, [
             [self.hidden(record, answer) for record, answer in zip(*seen, strict=True)]
-            for seen in answers_of(self.tasks[0], scores)
+            for seen in answers_of(judged_task(self, "taste"), scores)
         ])  # fmt: skip
 
 
@@ -150,11 +150,11 @@ class OneByOneEvaluator(SpaceEvaluator[Any]):
         scores, person = super().score(genomes, progress), self.person
         assert person is not None
         rows = []
-        for records, answers in answers_of(self.tasks[0], scores):
+        for records, answers in answers_of(judged_task(self, "taste"), scores):
             asked = person.generator.choice(len(records), self.votes, replace=False)
             liked = sum(person.likes(records[n], answers[n], self.least) for n in asked)
             rows.append([(1 + liked) / (2 + self.votes)] * len(records))
-        return _scored(self.tasks[0], scores, rows)
+        return _scored(judged_task(self, "taste"), scores, rows)
 
 
 def answers_of(task: JudgedTask, scores: TaskScores) -> Iterator[tuple[list[dict[str, Any]], list[Any]]]:
@@ -215,7 +215,7 @@ def by_optuna(problem: SearchProblem, truth: HiddenEvaluator, person: Person, vo
         trial = study.ask()
         genome = np.array([trial.suggest_float(f"x{d}", 0.0, 1.0) for d in range(problem.space.dims)], np.float32)
         scores = SpaceEvaluator.score(truth, genome[None])
-        answers[trial.number] = (genome, *next(answers_of(truth.tasks[0], scores)))
+        answers[trial.number] = (genome, *next(answers_of(judged_task(truth, "taste"), scores)))
         return trial
 
     best = propose()
