@@ -25,7 +25,7 @@ SIZES = {
     "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 4,
     "attention_head_dim": 16,
 }  # fmt: skip
-SCHEDULE = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"}
+SCHEDULE: dict[str, Any] = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"}
 
 
 def make_family(folder: Path, seed: int, progress: Progress) -> None:
