@@ -139,6 +139,17 @@ def test_devices_that_share_a_candidate_exchange_activations(compiled: Any, name
     assert sum(nbytes for _, nbytes in exchanged.values()) < found.plan.bank_bytes / 2
 
 
+def test_hosts_that_share_a_candidate_exchange_activations(family: Family, tmp_path: Path) -> None:
+    """Two hosts of four chips: no weights go from one to the other."""
+    sizes = SIZES | {"num_key_value_heads": 8}
+    models = header_models(family, tmp_path, sizes, ("base", "a", "b"))
+    plan, programs = compile_passes(family, models, "v5e-16", {"model": 8, "chunk": 1})
+    exchanged = collectives(programs[0])
+    assert set(exchanged) == {"all-reduce"}
+    assert exchanged["all-reduce"][0] - 2 * sizes["num_hidden_layers"] in range(1, 5)
+    assert sum(nbytes for _, nbytes in exchanged.values()) < plan.bank_bytes / 2
+
+
 @pytest.mark.parametrize(("name", "model", "chunk"), [("v5e-1", 1, 2), ("v5e-8", 4, 2), ("h100", 1, 2)])
 def test_mixtures_are_compiled(name: str, model: int, chunk: int, family: Family, tmp_path: Path) -> None:
     """Several candidates side by side, and parts of every expert on devices that share a candidate, which exchange no

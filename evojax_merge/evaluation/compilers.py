@@ -82,7 +82,7 @@ class CompilerMissing(Exception):
 
 
 def compile_devices(target: Target) -> list[Any]:
-    """The devices of one host of a target, for which programs can be compiled but not run. Raises CompilerMissing."""
+    """The devices of a target, for which programs can be compiled but not run. Raises CompilerMissing."""
     if target.platform == "cpu":
         return [jax.local_devices(backend="cpu")[0]]
     find, extra, packages = {
@@ -95,7 +95,7 @@ def compile_devices(target: Target) -> list[Any]:
             "is estimated"
         )
     try:
-        return list(find(target))[: target.devices_per_host]
+        return list(find(target))
     except (RuntimeError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CompilerMissing(
@@ -109,17 +109,16 @@ def _tpu_devices(target: Target) -> Sequence[Any]:
     # Otherwise libtpu asks a cloud's metadata server for the machine's TPUs. Several processes may compile at a time.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # The compiler takes no part of a larger slice: it numbers devices by their places in the whole.
-    host = one_host(target)
-    name, grid = f"{host.name.partition('-')[0]}:{host.topology}", [*map(int, host.topology.split("x")), 1]
-    return topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=grid[:3]).devices
+    name, grid = f"{target.name.partition('-')[0]}:{target.topology}", one_host(target).topology.split("x")
+    bounds = [*map(int, grid), 1][:3]
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=bounds).devices
 
 
 def _cuda_devices(target: Target) -> Sequence[Any]:
     from jax.experimental import topologies
 
     return topologies.get_topology_desc(
-        platform="cuda", topology_name=target.name, topology=f"1x1x{target.devices_per_host}",
+        platform="cuda", topology_name=target.name, topology=f"1x{target.hosts}x{target.devices_per_host}",
         target_config=_gpu_description(target.kind),
     ).devices  # fmt: skip
 
@@ -207,9 +206,10 @@ class TargetCompiler:
 
 
 def target_compiler(target: Target, model: int) -> TargetCompiler:
-    """The compiler for one host of a target, whose devices share candidates in groups of `model`. Raises
-    CompilerMissing where it is not installed."""
-    devices = compile_devices(target)
+    """The compiler for a target whose devices share candidates in groups of `model`: for one of its hosts, or, where a
+    group has the devices of several, for all of them. Raises CompilerMissing where it is not installed."""
+    # The compiler takes no part of a larger slice: it numbers devices by their places in the whole.
+    devices = compile_devices(target if model > target.devices_per_host else one_host(target))
     return TargetCompiler(target, Devices(mesh_of(devices, model)), devices[0])
 
 

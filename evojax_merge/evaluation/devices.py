@@ -36,7 +36,9 @@ HEARTBEAT = 30
 
 @dataclass(frozen=True)
 class Devices:
-    """mesh: this process's devices, axes population and model; None: one device. Process `process` of `processes`."""
+    """mesh: axes population and model, of this process's devices, or of all processes' where a candidate is shared by
+    more devices than a process has; None: one device. Candidates are divided between `processes` processes, of which
+    this is number `process`; those that share a mesh count as one."""
 
     mesh: AnyMesh = None
     process: int = 0
@@ -67,11 +69,12 @@ class Devices:
         return self.process == 0
 
     def describe(self) -> str:
-        kind, each = jax.local_devices()[0].device_kind, len(jax.local_devices())
+        kind, each, hosts = jax.local_devices()[0].device_kind, len(jax.local_devices()), jax.process_count()
         mesh = f"{self.population} x population, {self.model} x model"
-        if self.processes == 1:
+        if hosts == 1:
             return f"devices: {each} x {kind} ({mesh})"
-        return f"devices: {self.processes * each} x {kind} in {self.processes} processes, {each} each ({mesh} in each)"
+        where = "in each" if self.processes > 1 else "over all"
+        return f"devices: {hosts * each} x {kind} in {hosts} processes, {each} each ({mesh} {where})"
 
     def sharding(self, shape: tuple[int, ...], sharded_axis: int | None = None) -> NamedSharding | None:
         """The sharding of an array of the bank on the mesh: along `model`, at an axis counted from its end, where its
@@ -103,7 +106,7 @@ class Devices:
         sharding = self.sharding(array.shape, sharded_axis)
         if sharding is None:
             return jax.block_until_ready(jax.device_put(array, may_alias=True))
-        return jax.block_until_ready(jax.device_put(array, sharding))
+        return jax.block_until_ready(placed(array, sharding))
 
     def local_indices(self, size: int) -> np.ndarray:
         """The indices of the `size` candidates that this process scores; the last one repeats where there are too
@@ -123,6 +126,23 @@ class Devices:
 
 
 ONE_DEVICE = Devices()
+
+
+def placed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has, on the devices of a mesh: each process places the parts of its own."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def on_host(array: Any) -> np.ndarray:
+    """A pass's result on the host. Processes that share a mesh have parts of it, and gather the whole together."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        with collective():
+            return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
 
 
 def group_of(model: int) -> Devices:
@@ -214,8 +234,9 @@ def init_distributed() -> None:
 
 
 def local_devices(model: int = 1) -> Devices:
-    """All devices of this process, in groups of `model` that share a candidate. Raises InputError where `model` does
-    not divide their number, or other processes have more or fewer."""
+    """All devices of this process, in groups of `model` that share a candidate; or those of all processes together,
+    where a group has more devices than a process. Raises InputError where `model` and the number of a process's devices
+    do not divide each other, or other processes have more or fewer."""
     counts = Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         raise InputError(
@@ -224,11 +245,13 @@ def local_devices(model: int = 1) -> Devices:
             "many in each",
         )
     live_target().check_shards("evaluation.model", model)
+    if model > len(jax.local_devices()):
+        return Devices(mesh_of(jax.devices(), model), jax.process_index())
     return Devices(mesh_of(jax.local_devices(), model), jax.process_index(), jax.process_count())
 
 
 def mesh_of(devices: Sequence[Any], model: int) -> Mesh | None:
-    """The mesh of one process's devices, in groups of `model`; None: there is one device."""
+    """The mesh of some devices, in groups of `model` that follow each other; None: there is one device."""
     if len(devices) == 1:
         return None
     grid = np.array(devices).reshape(-1, model)

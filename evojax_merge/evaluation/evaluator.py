@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from evojax_merge.errors import Failed, shown
 from evojax_merge.evaluation import passes
@@ -24,7 +25,9 @@ from evojax_merge.evaluation.devices import (
     AnyMesh,
     Devices,
     free_memory,
+    on_host,
     pad_chunk,
+    placed,
     size_of,
     tree_nbytes,
 )
@@ -117,7 +120,13 @@ def arrays_of(batch: ScoringBatch) -> dict[str, np.ndarray]:
 def enter_rows(matrix: np.ndarray, rows: np.ndarray, batch: ScoringBatch, values: Any) -> None:
     """Enter the values of a pass for the candidates `rows` and a batch, [>= len(rows), R], in `matrix: [P, S]`."""
     real = batch.rows >= 0
-    matrix[np.ix_(rows, batch.rows[real])] = np.asarray(values)[: len(rows), real]
+    matrix[np.ix_(rows, batch.rows[real])] = on_host(values)[: len(rows), real]
+
+
+def _beside(values: np.ndarray, array: jax.Array) -> jax.Array:
+    """Values in the place of an array on its devices."""
+    sharding = array.sharding
+    return placed(values, sharding) if isinstance(sharding, NamedSharding) else jax.device_put(values, sharding)
 
 
 def step_tokens(target: Target, batch: PromptBatch) -> int:
@@ -635,7 +644,7 @@ class DecoderEvaluator:
             )
             part = execute(differentiating, self.runs_two_jobs(model))
             for leaf, leaf_part in zip(jax.tree.leaves(gradient), jax.tree.leaves(part), strict=True):
-                leaf[rows] = np.asarray(leaf_part)[: len(rows)]
+                leaf[rows] = on_host(leaf_part)[: len(rows)]
         responses = Responses(totals, counts, greedy, [[]] * population.size)
         nobody = np.zeros(population.size, bool)
         return {task.metric: score_task(task, responses, nobody)[task.metric]}, gradient
@@ -890,7 +899,7 @@ class DecoderEvaluator:
 
                 def read(state: DecodeState, batch: PromptBatch = batch) -> None:
                     real = batch.rows >= 0
-                    outputs[:, batch.rows[real]] = np.asarray(state.tokens)[: len(rows), real]
+                    outputs[:, batch.rows[real]] = on_host(state.tokens)[: len(rows), real]
                     progress(len(rows))
 
                 yield self._decode(decoding, prefix, batch, batched_task, state, lookup_corpus[batch.rows], read)
@@ -939,12 +948,12 @@ class DecoderEvaluator:
 
         def again(state: DecodeState) -> tuple[Any, ...] | None:
             # Rows that fill up a batch do not matter.
-            done = np.asarray(state.done) | (batch.rows < 0)
+            done = on_host(state.done) | (batch.rows < 0)
             if requests.stop and state is not start and not done.all():
-                done = done | self._stopped(np.asarray(state.tokens), requests)
+                done = done | self._stopped(on_host(state.tokens), requests)
             if done.all():
                 return None
-            return spec, shared, each, replace(state, done=jax.device_put(done, state.done.sharding))
+            return spec, shared, each, replace(state, done=_beside(done, state.done))
 
         # The prefill gives the first token; each further one takes a step, unless draft tokens are accepted.
         return Program(

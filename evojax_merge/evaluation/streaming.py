@@ -16,7 +16,7 @@ import numpy as np
 
 from evojax_merge.evaluation import layer_passes, passes
 from evojax_merge.evaluation.batched_tasks import BatchedTask
-from evojax_merge.evaluation.devices import AnyMesh, pad_chunk, size_of, tree_nbytes
+from evojax_merge.evaluation.devices import AnyMesh, on_host, pad_chunk, size_of, tree_nbytes
 from evojax_merge.evaluation.evaluator import (
     DecoderEvaluator,
     Population,
@@ -155,7 +155,7 @@ class Room:
 
     def keep(self, states: Any) -> Any:
         # Abstract arrays of a plan are nowhere.
-        return np.asarray(states) if self.on_host and isinstance(states, jax.Array) else states
+        return on_host(states) if self.on_host and isinstance(states, jax.Array) else states
 
 
 @dataclass(frozen=True)
@@ -466,7 +466,7 @@ def _add_rows(into: Any, rows: np.ndarray, parts: Any) -> None:
     """Add the results of the candidates `rows`, [>= len(rows), …], to arrays of all candidates."""
     for leaf, part in zip(jax.tree.leaves(into), jax.tree.leaves(parts), strict=True):
         if not _is_abstract(part):
-            leaf[rows] += np.asarray(part)[: len(rows)]
+            leaf[rows] += on_host(part)[: len(rows)]
 
 
 @dataclass

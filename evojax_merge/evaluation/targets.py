@@ -107,9 +107,14 @@ class Target:
         return "bfloat16" if native and set(weights) == {"bfloat16"} else "float32"
 
     def check_shards(self, where: str, model: int) -> None:
-        """Raises InputError where a host's devices cannot be divided into groups of `model` that share a candidate."""
-        if self.devices_per_host % model:
-            raise InputError(where, f"{model} does not divide the {self.devices_per_host} devices of a process")
+        """Raises InputError where devices cannot be divided into groups of `model` that share a candidate: parts of a
+        host, or several whole hosts."""
+        each = self.devices_per_host
+        if each % model and (model % each or self.devices % model):
+            raise InputError(
+                where, f"{model} does not divide the {each} devices of a process"
+                + ("" if self.hosts == 1 else f", nor the {self.devices} of all, in whole processes"),
+            )  # fmt: skip
 
 
 GB, GIB, TERA = 10**9, 2**30, 1e12
