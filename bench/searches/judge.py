@@ -158,7 +158,7 @@ class OneByOneEvaluator(SpaceEvaluator[Any]):
 
 
 def answers_of(task: JudgedTask, scores: TaskScores) -> Iterator[tuple[list[dict[str, Any]], list[Any]]]:
-    """Of each candidate the records of the task and the answers to them, as a judge sees them."""
+    """The records of the task and the answers to them as a judge sees them, for each candidate."""
     records = [task.record(n) for n in range(task.size)]
     return ((records, list(map(task.content, answers))) for answers in scores.outputs["taste"])
 

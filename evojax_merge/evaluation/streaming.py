@@ -245,7 +245,7 @@ def _block(result: Any) -> None:
 
 
 def _no_part(result: Any) -> None:
-    """As `Each.keep`: all jobs end before others begin. Their results are where these take them from."""
+    """Keep nothing of a job, as `Each.keep`: all jobs end before others begin, which find their results in place."""
 
 
 def _enter(scores: Scores, i: int, rows: np.ndarray, batch: ScoringBatch, results: Any) -> None:

@@ -77,12 +77,12 @@ class DecoderPlanner:
             return placed
         leaves = [leaf for leaf in leaves_of(config) if len(leaf.shape) > 1]
         sizes = {leaf.name: math.prod((*tensor_grid(config, leaf), *tensor_shape(config, leaf))) for leaf in leaves}
-        own = sum(sizes[leaf.name] for leaf in leaves if leaf.component == PROJECTOR)
+        projector = sum(sizes[leaf.name] for leaf in leaves if leaf.component == PROJECTOR)
         layers = sum(sizes[leaf.name] for leaf in leaves if leaf.stack is not None)
         return (
             *placed,
-            f"{PROJECTOR}: merged, and computed by every candidate: {shown_number(2 * own)}FLOP for each position, "
-            f"{own / layers:.2%} of what the layers take",
+            f"{PROJECTOR}: merged, and computed by every candidate: {shown_number(2 * projector)}FLOP for each position, "
+            f"{projector / layers:.2%} of what the layers take",
         )  # fmt: skip
 
     @property
