@@ -110,8 +110,9 @@ class Measurement:
 
 @dataclass
 class Benchmark:
-    """The figures that were measured on a device. copy_bandwidth: bytes a second of one addition to a large array; matrix_peak:
-    FLOP a second of the best matrix product; left_out: rows that were not measured, with their reasons."""
+    """The figures that were measured on a device. copy_bandwidth: bytes a second of one addition to a large array;
+    matrix_peak: FLOP a second of the best matrix product; left_out: rows that were not measured, with their
+    reasons."""
 
     shape: str
     parameters: int

@@ -81,8 +81,8 @@ class DecoderPlanner:
         layers = sum(sizes[leaf.name] for leaf in leaves if leaf.stack is not None)
         return (
             *placed,
-            f"{PROJECTOR}: merged, and computed by every candidate: {shown_number(2 * projector)}FLOP for each position, "
-            f"{projector / layers:.2%} of what the layers take",
+            f"{PROJECTOR}: merged, and computed by every candidate: {shown_number(2 * projector)}FLOP for each "
+            f"position, {projector / layers:.2%} of what the layers take",
         )  # fmt: skip
 
     @property
