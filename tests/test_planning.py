@@ -580,10 +580,17 @@ def test_a_plan_for_7b_models_on_targets_that_are_not_here(
     config.write_text(yaml.safe_dump(document(family, **changes)))
 
     def plan(target: str, *options: str, status: int = 0) -> dict[str, Any]:
-        assert command("plan", config, "--target", target, "--json", out, *options) == status
+        whole = () if "evaluation.bank=auto" in options else ("--set", "evaluation.bank=device")
+        assert command("plan", config, "--target", target, "--json", out, *whole, *options) == status
         (found,) = json.loads(out.read_text())
         return found
 
+    # Two layers at a time, and an embedding, of what stays in the host's memory.
+    for target, ahead in (("rtx4090", 5e9), ("h100", 5e9)):
+        streamed = plan(target, "--set", "evaluation.bank=auto")
+        assert streamed["fits"] and streamed["bank_bytes"] < ahead and streamed["host_bytes"] > 57.9e9
+        assert "stay in the host's memory" in streamed["notes"][-1]
+    capfd.readouterr()
     h100 = plan("h100")
     # Four models of 7.24 billion parameters, two bytes each.
     assert h100["bank_bytes"] == pytest.approx(57.9e9, rel=0.01) and h100["fits"]
