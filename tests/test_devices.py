@@ -273,7 +273,10 @@ def free_port() -> int:
         return int(place.getsockname()[1])
 
 
-def start(config: Path, out: Path, processes: int, *options: str) -> list[Running]:
+def start(
+    config: Path, out: Path, processes: int, *options: str, more: tuple[tuple[str, str], ...] = ()
+) -> list[Running]:
+    """Start processes that share a search. more: variables of their environment beside those of the cluster."""
     port = free_port()
     started = []
     for number in range(processes):
@@ -281,6 +284,7 @@ def start(config: Path, out: Path, processes: int, *options: str) -> list[Runnin
             ("JAX_COORDINATOR_ADDRESS", f"127.0.0.1:{port}"),
             ("JAX_NUM_PROCESSES", str(processes)),
             ("JAX_PROCESS_ID", str(number)),
+            *more,
         )
         started.append(
             start_command("search", config, "--out", out, "--distributed", *options, environment=environment)

@@ -527,11 +527,6 @@ def test_what_cannot_be_searched_is_refused_in_a_line(
 
 
 def test_components_are_for_diffusers_folders(tmp_path: Path) -> None:
-    from evojax_merge.problem import config_from
-
-    document = config(tmp_path, [tmp_path / "a", tmp_path / "b"], components={"unet": "merge"}, backend="decoder")
-    with pytest.raises(InputError, match="components: is for diffusers folders"):
-        config_from(tmp_path / "config.yaml", document, [], None)
     files = [save_file_of("sd1", k, tmp_path / f"{k}.safetensors") for k in range(2)]
     with pytest.raises(InputError, match="components: is for diffusers folders"):
         merged(linear(files, [0.5, 0.5], components={"unet": "merge"}), tmp_path / "out")

@@ -405,7 +405,7 @@ def test_a_language_model_that_does_not_answer_is_asked_again(model: str, monkey
 def rubric_task(folder: Path, family: Family, **changes: Any) -> Any:
     document = {
         "name": "polite", "kind": "rubric", "file": str(family.tasks), "judge": str(family.parents[0]),
-        "rubric": "w1 {prompt} w2 {response} w3", "yes": " w5", "no": " w6", "max_new_tokens": 4,
+        "rubric": "w1 {prompt} w2 {response} w3", "good": " w5", "bad": " w6", "max_new_tokens": 4,
     } | changes  # fmt: skip
     return open_rubric(RubricConfig(**document), Opening("config.yaml: tasks[0]", folder))
 
@@ -436,7 +436,7 @@ def test_the_odds_of_yes_are_those_of_transformers(tmp_path: Path, family: Famil
         ({"rubric": "{prompt}"}, "rubric: does not name {response}, the text that is judged"),
         ({"rubric": "{question} {response}"}, "the record has no field 'question', which rubric names"),
         ({"judge": "nowhere"}, "tasks[0].judge"),
-        ({"no": " w5"}, "yes, no: expected two different texts"),
+        ({"bad": " w5"}, "good, bad: expected two different texts"),
     ],
 )
 def test_a_rubric_that_no_model_can_judge_by_is_refused(
@@ -451,7 +451,7 @@ def test_a_search_by_a_rubric(tmp_path: Path, family: Family) -> None:
     document = yaml.safe_load(path.read_text())
     document["tasks"] = [{
         "name": "polite", "kind": "rubric", "file": str(family.tasks), "judge": str(family.parents[0]),
-        "rubric": "{prompt} {response}", "yes": " w5", "no": " w6", "max_new_tokens": 2, "limit": 4,
+        "rubric": "{prompt} {response}", "good": " w5", "bad": " w6", "max_new_tokens": 2, "limit": 4,
     }]  # fmt: skip
     document["search"] = {"generations": 2, "population": 4}
     path.write_text(yaml.safe_dump(document))

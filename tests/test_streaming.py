@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family, even_records, run_here, sample, tiny_config, write_lines
-from hostile import run_python
+from helpers import Family, build_family, even_records, run_here, sample, thorough, tiny_config, write_lines
+from hostile import run_command, run_python, start_command
 
 from evojax_merge.checkpoints import bank, parents
 from evojax_merge.errors import Failed
@@ -207,16 +209,38 @@ for place in ("device", "disk"):
     scorer = open_evaluator(problem, problem.prepare().shards[0], Devices(mesh_of(jax.devices(), 2)))
     scores = scorer.score(genomes)
     answers[f"{place}/margin"] = scores.matrices["choice"]["margin"]
-    answers[f"{place}/words"] = np.array(scores.outputs["words"])
-    answers[f"{place}/gradient"] = scorer.value_and_gradient(genomes)[1] if len(sys.argv) > 3 else np.zeros(1)
+    answers[f"{place}/texts"] = np.array([scores.outputs[task] for task in sorted(scores.outputs)])
 np.savez(out, **answers)
 """
 
 
 def test_devices_that_share_a_model_stream_their_shards(family: Family, tmp_path: Path) -> None:
-    path, out = write_config(family.root, tasks=[CHOICE, WORDS]), tmp_path / "answers.npz"
+    tasks = [[CHOICE], [CHOICE, WORDS]][len(sample((1, 2), 1)) - 1]
+    path, out = write_config(family.root, tasks=tasks), tmp_path / "answers.npz"
     done = run_python(MESH_PROGRAM, path, out, seconds=400)
     assert done.returncode == 0, done.stderr
     answers = dict(np.load(out))
     np.testing.assert_allclose(answers["disk/margin"], answers["device/margin"], atol=1e-5)
-    assert (answers["disk/words"] == answers["device/words"]).all()
+    assert (answers["disk/texts"] == answers["device/texts"]).all()
+
+
+@thorough
+def test_a_streamed_search_that_is_killed_goes_on_to_the_byte(family: Family, tmp_path: Path) -> None:
+    path = write_config(family.root, tasks=[TEXT], search={"population": 4, "generations": 12, "strategy": "cma_es"})
+    setting = ("--set", "evaluation.bank=disk")
+    assert run_command("search", path, "--out", tmp_path / "whole", *setting).returncode == 0
+    killed, options = tmp_path / "killed", list[str]()
+    for lines in (2, 5, 9):
+        process = start_command("search", path, "--out", killed, *setting, *options)
+        while process.poll() is None and not has_lines(killed / "history.jsonl", lines):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        options = ["--resume"]
+    assert run_command("search", path, "--out", killed, *setting, "--resume").returncode == 0
+    for file in ("history.jsonl", "best/model/model.safetensors", "result.json"):
+        assert (killed / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+def has_lines(file: Path, count: int) -> bool:
+    return file.exists() and file.read_bytes().count(b"\n") >= count

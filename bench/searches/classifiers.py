@@ -1,4 +1,4 @@
-"""Two image classifiers of disjoint classes, merged and searched, over five seeds (10 minutes).
+"""Two image classifiers of disjoint classes, merged and searched, over five seeds (7 minutes of one core).
 
     python -m bench classifiers
 

@@ -5,11 +5,11 @@
 
 The person prefers the answer with the higher hidden score, and errs in a fifth of the votes. Kinds: `right`, answers to
 the sums of the demo family that have more of the right letters; `form`, answers of the wanted length and ending;
-`pictures`, pictures of a small diffusion model whose stroke is neither too light nor too dark. Rows:
-`fitness` is the search that sees the hidden score itself; the three rules that choose the next pair; `one by one`,
-where a vote says whether one answer is good. All searches have the same generations, and all but `fitness` the same
-votes. With the package optuna-dashboard, `Optuna` asks for the better of two genomes of its preferential sampler, as
-many times. A figure is the mean hidden score of the winner, chosen as every search chooses it, less that of the
+`pictures`, digits of two generators whose stroke is neither too light nor too dark (with the package diffusers).
+Columns: `fitness gains` is of the search that sees the hidden score itself; the rules that choose the next pair; `one
+by one`, where a vote says whether one answer is good. All searches have the same generations, and all but `fitness` the
+same votes. With the package optuna-dashboard, `Optuna` asks for the better of two genomes of its preferential sampler,
+as many times. A figure is the mean hidden score of the winner, chosen as every search chooses it, less that of the
 uniform merge, as a share of what `fitness` gains.
 """
 
@@ -17,7 +17,7 @@ import argparse
 import difflib
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +30,7 @@ from bench.shared.machine import describe
 from evojax_merge.core import evolve_on
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.judge.ballot import Ballot
-from evojax_merge.judge.evaluation import judged, with_best
+from evojax_merge.judge.evaluation import judged, judged_task, with_best
 from evojax_merge.judge.pairs import RULES
 from evojax_merge.judge.votes import VoteFile
 from evojax_merge.problem import SearchProblem, build_problem, config_from
@@ -53,7 +53,10 @@ CONFIG: dict[str, Any] = {
     }],
 }  # fmt: skip
 NOISE = 0.2
-Hidden = Callable[[Mapping[str, Any], str], float]
+# The share of ink that a picture's judge likes best.
+INK = 0.4
+# (the record of a prompt, what a judge sees as its answer: a text or a picture) -> the score in the judge's mind
+Hidden = Callable[[Mapping[str, Any], Any], float]
 
 
 def right_letters(record: Mapping[str, Any], answer: str) -> float:
@@ -68,7 +71,26 @@ def wanted_form(record: Mapping[str, Any], answer: str) -> float:
     return 0.5 * ending + 0.5 / (1 + abs(len(words) - len(wanted)))
 
 
-KINDS: dict[str, Hidden] = {"right": right_letters, "form": wanted_form}
+def even_stroke(record: Mapping[str, Any], picture: np.ndarray) -> float:
+    """1 for a picture with the wanted share of ink, and less for a lighter or a darker one."""
+    return 1 - abs(float(picture.mean()) - INK)
+
+
+KINDS: dict[str, Hidden] = {"right": right_letters, "form": wanted_form, "pictures": even_stroke}
+
+
+def config_of(kind: str) -> dict[str, Any]:
+    """The config of a kind's searches, but for the votes and the search."""
+    if kind != "pictures":
+        return CONFIG
+    from bench.shared.digit_generators import FAMILY
+
+    return {
+        "backend": "torch", "base": str(FAMILY.resolve_reference("base")),
+        "parents": [str(FAMILY.resolve_reference(name)) for name in ("low", "high")],
+        "space": {"method": "task_arithmetic", "parameters": {"weight": {"low": -0.5, "high": 2.0}}},
+        "tasks": [{"name": "taste", "kind": "human_images", "images": 64, "heldout": 0.5, "steps": 4, "batch": 32}],
+    }  # fmt: skip
 
 
 @dataclass
@@ -83,7 +105,7 @@ class Person:
     waited: list[float] = field(default_factory=list)
     _chosen_at: float | None = None
 
-    def choose(self, record: dict[str, Any], prompt: str, left: str, right: str) -> Choice:
+    def choose(self, record: dict[str, Any], prompt: str, left: Any, right: Any) -> Choice:
         if self._chosen_at is not None:
             self.waited.append(time.perf_counter() - self._chosen_at)
         choice = self._choice(self.hidden(record, left) - self.hidden(record, right))
@@ -95,7 +117,7 @@ class Person:
             return "tie"
         return "left" if (difference > 0) != (self.generator.random() < NOISE) else "right"
 
-    def likes(self, record: dict[str, Any], answer: str, least: float) -> bool:
+    def likes(self, record: dict[str, Any], answer: Any, least: float) -> bool:
         return (self.hidden(record, answer) >= least) != (self.generator.random() < NOISE)
 
     def report(self) -> str | None:
@@ -110,9 +132,9 @@ class HiddenEvaluator(SpaceEvaluator[Any]):
 
     def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
         scores = super().score(genomes, progress)
-        return _scored(self.tasks[0], scores, [
-            [self.hidden(record, text) for record, text in zip(self.tasks[0].records, texts, strict=True)]
-            for texts in scores.outputs["taste"]
+        return _scored(judged_task(self, "taste"), scores, [
+            [self.hidden(record, answer) for record, answer in zip(*seen, strict=True)]
+            for seen in answers_of(judged_task(self, "taste"), scores)
         ])  # fmt: skip
 
 
@@ -127,21 +149,28 @@ class OneByOneEvaluator(SpaceEvaluator[Any]):
     def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
         scores, person = super().score(genomes, progress), self.person
         assert person is not None
-        records, rows = self.tasks[0].records, []
-        for texts in scores.outputs["taste"]:
+        rows = []
+        for records, answers in answers_of(judged_task(self, "taste"), scores):
             asked = person.generator.choice(len(records), self.votes, replace=False)
-            liked = sum(person.likes(records[n], texts[n], self.least) for n in asked)
+            liked = sum(person.likes(records[n], answers[n], self.least) for n in asked)
             rows.append([(1 + liked) / (2 + self.votes)] * len(records))
-        return _scored(self.tasks[0], scores, rows)
+        return _scored(judged_task(self, "taste"), scores, rows)
+
+
+def answers_of(task: JudgedTask, scores: TaskScores) -> Iterator[tuple[list[dict[str, Any]], list[Any]]]:
+    """Of each candidate the records of the task and the answers to them, as a judge sees them."""
+    records = [task.record(n) for n in range(task.size)]
+    return ((records, list(map(task.content, answers))) for answers in scores.outputs["taste"])
 
 
 def _scored(task: JudgedTask, scores: TaskScores, rows: Any) -> TaskScores:
     return replace(scores, matrices={task.name: {METRIC: np.array(rows, np.float32).reshape(-1, task.size)}})
 
 
-def problem_of(seed: int, generations: int, population: int, votes: int) -> SearchProblem:
-    document = {**CONFIG, "seed": seed, "search": {"generations": generations, "population": population}}
-    document["tasks"] = [{**CONFIG["tasks"][0], "votes": votes}]
+def problem_of(kind: str, seed: int, generations: int, population: int, votes: int) -> SearchProblem:
+    config = config_of(kind)
+    document = {**config, "seed": seed, "search": {"generations": generations, "population": population}}
+    document["tasks"] = [{**config["tasks"][0], "votes": votes}]
     path = Path("judge.yaml")
     return build_problem(path, config_from(path, yaml.safe_load(yaml.safe_dump(document)), [], None))
 
@@ -180,19 +209,21 @@ def by_optuna(problem: SearchProblem, truth: HiddenEvaluator, person: Person, vo
     # In float32 the sampler's own factorisations fail.
     torch.set_default_dtype(torch.float64)
     study = create_study(n_generate=2, sampler=PreferentialGPSampler(seed=problem.seed))
-    records, answers = truth.tasks[0].records, {}
+    answers = {}
 
     def propose() -> Any:
         trial = study.ask()
         genome = np.array([trial.suggest_float(f"x{d}", 0.0, 1.0) for d in range(problem.space.dims)], np.float32)
-        answers[trial.number] = (genome, SpaceEvaluator.score(truth, genome[None]).outputs["taste"][0], trial)
+        scores = SpaceEvaluator.score(truth, genome[None])
+        answers[trial.number] = (genome, *next(answers_of(judged_task(truth, "taste"), scores)))
         return trial
 
     best = propose()
     for _ in range(votes):
         other = propose()
+        (_, records, ours), (_, _, theirs) = answers[best.number], answers[other.number]
         n = int(person.generator.integers(len(records)))
-        choice = person.choose(records[n], "", answers[best.number][1][n], answers[other.number][1][n])
+        choice = person.choose(records[n], "", ours[n], theirs[n])
         worse, better = (other, best) if choice in ("left", "tie") else (best, other)
         study.report_preference(better, worse)
         best = better
@@ -202,6 +233,7 @@ def by_optuna(problem: SearchProblem, truth: HiddenEvaluator, person: Person, vo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     rows = (*RULES, "one by one", "Optuna")
     parser.add_argument("--rules", nargs="+", choices=rows, default=list(rows))
@@ -209,17 +241,20 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--population", type=int, default=8)
     arguments = parser.parse_args()
+    if "pictures" in arguments.kinds and find_spec("diffusers") is None:
+        print("diffusers is not installed: pictures are left out", flush=True)
+        arguments.kinds.remove("pictures")
     if "Optuna" in arguments.rules and find_spec("optuna_dashboard") is None:
         print("optuna-dashboard is not installed: its sampler is left out", flush=True)
         arguments.rules.remove("Optuna")
-    on: Splits[SpaceEvaluator[Any]] | None = None
     print("| kind, seed | fitness gains |" + "".join(f" {rule} |" for rule in arguments.rules))
     print("| --- | ---: |" + " ---: |" * len(arguments.rules), flush=True)
     waited: list[float] = []
     for kind in arguments.kinds:
-        shares = []
-        for seed in range(arguments.seeds):
-            problem = problem_of(seed, arguments.generations, arguments.population, arguments.votes)
+        shares: list[list[float]] = []
+        on: Splits[SpaceEvaluator[Any]] | None = None
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+            problem = problem_of(kind, seed, arguments.generations, arguments.population, arguments.votes)
             on = open_evaluators(problem, problem.prepare()) if on is None else on
             shard = on.shards[0]
             truth = HiddenEvaluator(shard.space, shard.evaluator, shard.devices, shard.goal, KINDS[kind])

@@ -249,8 +249,8 @@ class Ballot:
         wanted: list[tuple[str, str, Question]] = []
         while (question := self.question(f"pair {len(wanted)}")) is not None:
             # A question that is asked again needs a vote of its own.
-            votes = [asked(vote) for vote in self._round.votes]
-            times = votes.count((*sorted(question.candidates), question.example))
+            votes, (left, right) = [asked(vote) for vote in self._round.votes], question.candidates
+            times = votes.count((min(left, right), max(left, right), question.example))
             name = digest(self._round.digest, str(question.example), *map(str, question.candidates), str(times))
             wanted.append((f"pair {len(wanted)}", name, question))
         given = [(slot, question, vote) for slot, name, question in wanted for vote in batch.votes.get(name, [])[:1]]

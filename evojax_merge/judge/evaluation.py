@@ -44,7 +44,7 @@ class AskingEvaluator(SpaceEvaluator[Any]):
             end = start + len(incumbents[name])
             texts = [*scores.outputs[name][:count], *scores.outputs[name][start:end]]
             met = np.concatenate([genomes, incumbents[name]]).astype(genomes.dtype)
-            task, describe = _judged_task(self, name), partial(self.describe, self.context)
+            task, describe = judged_task(self, name), partial(self.describe, self.context)
             strengths[name], start = ballot.strengths(task, met, texts, describe)[:count], end
         return _with_strengths(self, scores.candidates(range(count)), strengths)
 
@@ -73,7 +73,7 @@ class MeetingEvaluator(SpaceEvaluator[Any]):
         prefer the model to the winner, -1 where they prefer the winner, else 0; the winner has 0 on all of them."""
         shown = [scores.candidates([p]) for _, _, p, scores in scored]
         for name, ballot in self.ballots.items():
-            task = _judged_task(self, name)
+            task = judged_task(self, name)
             texts = [scores.outputs[name][p] for _, _, p, scores in scored]
             met = ballot.meetings(task, texts[-1], texts[:-1])
             for k, row in enumerate((*met, np.zeros(task.size))):
@@ -113,7 +113,8 @@ def judged(
     )
 
 
-def _judged_task(evaluator: SpaceEvaluator[Any], name: str) -> JudgedTask:
+def judged_task(evaluator: SpaceEvaluator[Any], name: str) -> JudgedTask:
+    """The task of a name whose answers judges compare."""
     task: Any = next(task for task in evaluator.tasks if task.name == name)
     judged: JudgedTask = task.compared if isinstance(task, ArrayTask) else task
     return judged
@@ -124,7 +125,7 @@ def _with_strengths(
 ) -> TaskScores:
     """The scores where every example of a judged task has the candidate's strength."""
     matrices = {
-        name: {METRIC: np.repeat(values[:, None], _judged_task(evaluator, name).size, 1).astype(np.float32)}
+        name: {METRIC: np.repeat(values[:, None], judged_task(evaluator, name).size, 1).astype(np.float32)}
         for name, values in strengths.items()
     }
     return replace(scores, matrices=scores.matrices | matrices)

@@ -94,7 +94,8 @@ def _of_component(recipe: RecipeFile, models: dict[str, Path], name: str) -> Rec
         for part in module.slices
     )  # fmt: skip
     base = None if recipe.base is None else folders[recipe.base]
-    return replace(recipe, base=base, modules=(replace(module, slices=slices),))
+    # The keys of `components` are of the folder, whose component is a model by itself.
+    return replace(recipe, base=base, modules=(replace(module, slices=slices),), components={})
 
 
 def merge_pipelines(

@@ -43,8 +43,8 @@ class RubricConfig(PromptConfig):
     kind: Literal["rubric"] = Field(description="the kind of task")
     judge: Location = Field(description="the model that judges: a folder, zoo:NAME or a hub id")
     rubric: Text = Field(description="what the judge reads: a template over a record's fields and {response}")
-    yes: Text = Field(" yes", description="what the judge goes on with where a response is good")
-    no: Text = Field(" no", description="what it goes on with where a response is bad")
+    good: Text = Field(" yes", description="what the judge goes on with where a response is good")
+    bad: Text = Field(" no", description="what it goes on with where a response is bad")
     judge_chat_template: bool = Field(False, description="true: the rubric goes through the judge's chat template")
     target: Text = Field("{target}", description="of shown examples: a template over a record's fields")
     max_new_tokens: Whole = Field(256, ge=1, le=1_000_000, description="how many tokens a candidate may write")
@@ -52,8 +52,8 @@ class RubricConfig(PromptConfig):
 
     @model_validator(mode="after")
     def _has_two_verdicts(self) -> "RubricConfig":
-        if not self.yes.strip() or not self.no.strip() or self.yes == self.no:
-            raise ValueError("yes, no: expected two different texts")
+        if not self.good.strip() or not self.bad.strip() or self.good == self.bad:
+            raise ValueError("good, bad: expected two different texts")
         return self
 
 
@@ -124,7 +124,7 @@ def open_rubric(config: RubricConfig, opening: Opening) -> RubricTask:
         fewshot_file=data.fewshot_file, data_files=data.files,
     )  # fmt: skip
     prompts = Prompts(where, template=config.judge_chat_template)
-    judge = RubricJudge(folder, margins, config.rubric, (config.yes, config.no), prompts, where)
+    judge = RubricJudge(folder, margins, config.rubric, (config.good, config.bad), prompts, where)
     records = tuple(map(dict, data.records))
     for record in records[:1]:
         fill(where, "rubric", config.rubric, record | {RESPONSE: ""})
