@@ -1,4 +1,4 @@
-"""A vision-language model and a text model that answers in Japanese, merged and searched, over five seeds (5 minutes).
+"""A vision-language model and a text model that answers in Japanese, merged and searched, over five seeds (8 minutes).
 
     python -m bench evovlm
 
