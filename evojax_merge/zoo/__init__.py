@@ -1,15 +1,18 @@
 """The demo family: tiny models whose weights come with the package, others of the same kind that are trained on the
-spot, families of looped models and of classifiers, and a real small model from a package.
+spot, families of looped models, of classifiers and of a vision-language model with a text model, and a real small model
+from a package.
 
 References: `zoo:base`, `zoo:maths`, `zoo:japanese` are models, `zoo:search.jsonl` and `zoo:heldout.jsonl` task files;
 `zoo:3/base` belongs to the family of seed 3, which is trained first, and `zoo:experts/sums` is one of six more experts
 of `zoo:base`, which are trained first as well. `zoo:loops/plus`, `zoo:loops/3/plus` belong to the looped families
-(loops), `zoo:vit/low` to image classifiers that `backend: torch` opens (vit), `zoo:smollm2/base` to the real model
-(smollm2). All of them are kept in the user's cache folder once made.
+(loops), `zoo:vit/low` to image classifiers that `backend: torch` opens (vit), `zoo:evovlm/vision` to the models of the
+table-top EvoVLM, which come with the package (evovlm), `zoo:smollm2/base` to the real model (smollm2). All of them are
+kept in the user's cache folder once made.
 """
 
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +31,8 @@ MODELS = ("base", "maths", "japanese")
 FILES = ("search.jsonl", "heldout.jsonl")
 # More experts of the packaged base: three of hard sums in English, three that answer in Japanese.
 EXPERTS = ("sums", "differences", "both", "easy_sums", "copying", "mixed")
-# Families that are trained on the spot, each in the module of its name, which has a FAMILY.
-TRAINED = ("loops", "vit")
+# Kinds of families, each in the module of its name, which has a FAMILY.
+KINDS = ("evovlm", "loops", "vit")
 # The version of the training recipe in `arithmetic` and of the packaged weights: each version has a folder of its own.
 VERSION = "v3"
 
@@ -53,9 +56,9 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
     if name.partition("/")[0] == "experts":
         return _expert(name.partition("/")[2])
     kind, _, rest = name.partition("/")
-    if kind in TRAINED:
-        trained: TrainedFamily = import_module(f"evojax_merge.zoo.{kind}").FAMILY
-        return trained.resolve_reference(rest)
+    if kind in KINDS:
+        family_kind: Family = import_module(f"evojax_merge.zoo.{kind}").FAMILY
+        return family_kind.resolve_reference(rest)
     match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
     if match is None or match[2] not in MODELS + FILES:
         numbered = re.match(r"\d{1,9}/", name)
@@ -64,7 +67,9 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
     if match[1] is None:
         family = cache_folder() / VERSION / "packaged"
         if not family.is_dir():
-            _unpack(family)
+            from evojax_merge.zoo.arithmetic import unpack_family
+
+            unpack(family, unpack_family)
         return family / match[2]
     seed = int(match[1])
     family = cache_folder() / VERSION / f"seed-{seed}"
@@ -77,13 +82,13 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
     return family / match[2]
 
 
-def _unpack(family: Path) -> None:
+def unpack(family: Path, write: Callable[[Path], None]) -> None:
+    """Have models that come with the package written; the folder takes its name when it is complete."""
     from evojax_merge.file_system import atomic_folder
-    from evojax_merge.zoo.arithmetic import unpack_family
 
     try:
         with atomic_folder(family) as work:
-            unpack_family(work)
+            write(work)
     except InputError:
         # Another process may have unpacked it meanwhile.
         if not family.is_dir():
@@ -107,22 +112,22 @@ def _expert(name: str) -> Path:
 
 
 @dataclass(frozen=True)
-class TrainedFamily:
-    """A kind of family that is trained on the spot, one for each seed, as `zoo:NAME/3/MODEL`; `zoo:NAME/MODEL` belongs
-    to that of seed 0.
+class Family(ABC):
+    """A kind of family, one for each seed, as `zoo:NAME/3/MODEL`; `zoo:NAME/MODEL` belongs to that of seed 0.
 
-    version: of the recipe of the training, which every change of it increases; steps: those of all models together.
-    make: (an empty folder, seed=…, progress=…) trains the models into the folder, see `train_family`.
+    version: of the recipe of the models, which every change of it increases.
     """
 
     name: str
     version: str
     models: Sequence[str]
-    steps: int
-    make: Callable[..., None]
+
+    @abstractmethod
+    def write(self, family: Path, seed: int) -> None:
+        """Write the models and files of a seed into a folder that does not exist."""
 
     def resolve_reference(self, name: str) -> Path:
-        """The path of a model or file, `3/plus` or `plus`; a missing family is trained first. Raises InputError for
+        """The path of a model or file, `3/plus` or `plus`; a missing family is written first. Raises InputError for
         another name."""
         match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
         contents = (*self.models, *FILES)
@@ -133,9 +138,37 @@ class TrainedFamily:
         seed = int(match[1] or 0)
         family = cache_folder() / self.version / f"seed-{seed}"
         if not family.is_dir():
-            what = f"{', '.join(self.models)} ({self.name}, seed {seed})"
-            train_family(family, what, self.steps, partial(self.make, seed=seed))
+            self.write(family, seed)
         return family / match[2]
+
+
+@dataclass(frozen=True)
+class TrainedFamily(Family):
+    """A kind of family that is trained on the spot.
+
+    steps: of all models together. make: (an empty folder, seed=…, progress=…) trains the models into the folder, see
+    `train_family`.
+    """
+
+    steps: int
+    make: Callable[..., None]
+
+    def write(self, family: Path, seed: int) -> None:
+        what = f"{', '.join(self.models)} ({self.name}, seed {seed})"
+        train_family(family, what, self.steps, partial(self.make, seed=seed))
+
+
+@dataclass(frozen=True)
+class PackagedFamily(Family):
+    """A kind of family whose models come with the package; the seed draws the examples of its files.
+
+    make: (an empty folder, seed=…) writes models and files into the folder.
+    """
+
+    make: Callable[..., None]
+
+    def write(self, family: Path, seed: int) -> None:
+        unpack(family, partial(self.make, seed=seed))
 
 
 def train_family(family: Path, what: str, steps: int, make: Callable[..., None]) -> None:

@@ -131,8 +131,8 @@ def save_config(folder: Path, sizes: Sizes, vocabulary: Sequence[str]) -> None:
     GenerationConfig(**ends).save_pretrained(folder)
 
 
-def save_tokenizer(folder: Path, sizes: Sizes, vocabulary: Sequence[str]) -> None:
-    """Save a tokenizer whose tokens are the words between spaces."""
+def save_tokenizer(folder: Path, sizes: Sizes, vocabulary: Sequence[str], special: Sequence[str] = ()) -> None:
+    """Save a tokenizer whose tokens are the words between spaces; special: words that need no spaces."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -141,7 +141,7 @@ def save_tokenizer(folder: Path, sizes: Sizes, vocabulary: Sequence[str]) -> Non
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN,
-        clean_up_tokenization_spaces=False, model_max_length=sizes.context,
+        clean_up_tokenization_spaces=False, model_max_length=sizes.context, additional_special_tokens=[*special],
     ).save_pretrained(folder)  # fmt: skip
 
 
