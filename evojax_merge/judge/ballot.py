@@ -369,7 +369,7 @@ class Ballot:
         left = (vote for question, vote in others.items() if question not in answered)
         return next(((vote.left, vote.right, vote.example) for vote in left), None)
 
-    def rename(self, earlier: str, judge: str) -> None:
+    def hand_over(self, earlier: str, judge: str) -> None:
         """Give a judge's open question to the name that the judge has now."""
         with self._changed:
             if earlier in self._open and judge not in self._open:

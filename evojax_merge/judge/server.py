@@ -145,7 +145,7 @@ def _middleware(kind: Any, **options: Any) -> Any:
 def _state(ballots: Sequence[Ballot], judge: str, earlier: str = "") -> dict[str, Any]:
     """The next question of a judge, and the standing of the search. earlier: the name that the judge had before."""
     for ballot in ballots if earlier else ():
-        ballot.rename(earlier, judge)
+        ballot.hand_over(earlier, judge)
     standings = [ballot.standing() for ballot in ballots]
     asked: tuple[int, Question] | None = None
     for number, ballot in enumerate(ballots):
