@@ -75,13 +75,13 @@ def test_half_of_one_expert_and_half_of_the_other_answer_in_japanese(folder: Pat
             )
             vision.get_parameter(name).data.copy_(moved)
         with torch.no_grad():
-            found = vision(**inputs).logits.argmax(-1)
+            predicted = vision(**inputs).logits.argmax(-1)
         ends = inputs["attention_mask"].sum(1)
         return float(
             np.mean(
                 [
                     row[end - len(answer) - 1 : end - 1].tolist() == answer
-                    for row, end, answer in zip(found, ends, written, strict=True)
+                    for row, end, answer in zip(predicted, ends, written, strict=True)
                 ]
             )
         )

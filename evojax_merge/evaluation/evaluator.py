@@ -1031,7 +1031,7 @@ class MergeEvaluator:
     """Scores populations of merges of one bank, on the requests of an evaluator."""
 
     evaluator: DecoderEvaluator
-    bank: Bank
+    bank: Any
     spec: MergeSpec
 
     @property
@@ -1041,7 +1041,7 @@ class MergeEvaluator:
     def passes(self, population: int) -> int:
         return self.evaluator.passes(population)
 
-    def subset(self, examples: Sequence[np.ndarray]) -> "MergeEvaluator":
+    def subset(self, examples: Sequence[np.ndarray]) -> Self:
         """The same on some of the examples: for each of the tasks int[M], ascending."""
         return replace(self, evaluator=self.evaluator.subset(examples))
 

@@ -19,6 +19,7 @@ from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import AnyMesh, on_host, pad_chunk, size_of, tree_nbytes
 from evojax_merge.evaluation.evaluator import (
     DecoderEvaluator,
+    MergeEvaluator,
     Population,
     Progress,
     Source,
@@ -48,12 +49,12 @@ from evojax_merge.evaluation.programs import (
 )
 from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores, task_weights
 from evojax_merge.models.architecture import LAYERS
-from evojax_merge.models.bank import LeafBank, MergeSpec, Recipe
+from evojax_merge.models.bank import LeafBank, Recipe
 from evojax_merge.models.layers import KeyValue
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.models.streamed_bank import StreamedBank
 from evojax_merge.tasks.batches import ScoringBatch
-from evojax_merge.tasks.task import Responses, Task
+from evojax_merge.tasks.task import Responses
 
 Leaves = dict[str, LeafBank]
 # The share of the free memory that waiting hidden states may take on a device; beyond it they wait on the host.
@@ -485,23 +486,10 @@ class _LayerProgress:
 
 
 @dataclass(frozen=True)
-class StreamedEvaluator:
+class StreamedEvaluator(MergeEvaluator):
     """Scores populations of merges of a streamed bank, on the requests of an evaluator."""
 
-    evaluator: DecoderEvaluator
     bank: StreamedBank
-    spec: MergeSpec
-
-    @property
-    def tasks(self) -> list[Task]:
-        return self.evaluator.tasks
-
-    def passes(self, population: int) -> int:
-        return self.evaluator.passes(population)
-
-    def subset(self, examples: Sequence[np.ndarray]) -> "StreamedEvaluator":
-        """The same on some of the examples: for each of the tasks int[M], ascending."""
-        return replace(self, evaluator=self.evaluator.subset(examples))
 
     def evaluate(self, recipes: Recipe, progress: Progress = lambda done: None) -> TaskScores:
         population = self.population(recipes)

@@ -376,8 +376,8 @@ def fit(
     report: Callable[[int, float], None],
     loss: Callable[..., Any] = lambda module, **inputs: module(**inputs).loss,
 ) -> Any:
-    """As `train`, with clipped gradients, without a decay of the weights, and with a shorter memory of the gradients'
-    squares: a projector that is trained without these stays far from the words."""
+    """A trained copy of a module like that of `train`, with clipped gradients, without a decay of the weights, and with
+    a shorter memory of the gradients' squares: a projector that is trained without these stays far from the words."""
     import torch
 
     module = copy.deepcopy(module).train()

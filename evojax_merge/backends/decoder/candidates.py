@@ -50,7 +50,7 @@ from evojax_merge.spaces.breeding import BreedingSpace
 from evojax_merge.spaces.layer_path import PathSpace
 from evojax_merge.spaces.parameter import ParameterSpace
 
-CandidateEvaluator = MergeEvaluator | StreamedEvaluator | PathEvaluator | PoolEvaluator
+CandidateEvaluator = MergeEvaluator | PathEvaluator | PoolEvaluator
 # Layers of a streamed bank on a device: the one that computes, and the next.
 LAYERS_AHEAD = 2
 
@@ -182,7 +182,7 @@ class MergeCandidates:
     def load_bank(self, devices: Devices, progress: Progress) -> Any:
         return load_bank(self.sources, self.decoder, self.spec, progress, devices.put)
 
-    def evaluator(self, decoder: DecoderEvaluator, bank: Any) -> MergeEvaluator | StreamedEvaluator:
+    def evaluator(self, decoder: DecoderEvaluator, bank: Any) -> MergeEvaluator:
         return MergeEvaluator(decoder, bank, self.spec)
 
     def place_bank(self, place: Place) -> Bank:
