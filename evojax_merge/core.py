@@ -14,6 +14,7 @@ from evojax_merge.evaluation.diagnostics import warnings
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.judge.evaluation import judged, with_best
 from evojax_merge.judge.opening import JudgeOptions, judging
+from evojax_merge.judge.proposals import proposing
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem, failure_hint
 from evojax_merge.report.comparison import model_name
@@ -57,6 +58,7 @@ def search(
         generations = None if problem.search.parsed_budget.seconds else problem.search.generations
         with judging(folder.votes, problem, say, judges) as ballots:
             evaluators = judged(evaluators, ballots, partial(family_tree, problem))
+            problem = proposing(problem, ballots)
             with search_bar(generations, on_generation) as reporter:
                 storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
                 archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)

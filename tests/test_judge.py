@@ -14,19 +14,29 @@ import httpx
 import numpy as np
 import pytest
 import yaml
-from browser import BROWSER, Browser
 from helpers import Family, build_family, run_here
 from hostile import Running, start_command
 from scipy.optimize import minimize
 from sklearn.metrics import cohen_kappa_score
 
+from bench.shared.browser import BROWSER, Browser
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.judge import ballot as ballots
 from evojax_merge.judge.agreement import SWAPPED, agreements
 from evojax_merge.judge.ballot import Ballot, Question
 from evojax_merge.judge.batch import Batch, Pair, VotesAwaited, read_choices
 from evojax_merge.judge.pairs import RULES, information
-from evojax_merge.judge.posterior import BAR, Kernel, Posterior, distances_between, fit_preferences, outcomes_of
+from evojax_merge.judge.posterior import (
+    BAR,
+    Kernel,
+    Posterior,
+    Preferences,
+    distances_between,
+    fit_kernel,
+    fit_preferences,
+    outcomes_of,
+)
+from evojax_merge.judge.proposals import propose
 from evojax_merge.judge.server import served
 from evojax_merge.judge.votes import Round, Vote, VoteFile
 from evojax_merge.tasks.generated_images import HumanImageTask
@@ -143,6 +153,19 @@ def test_a_pair_is_one_that_may_be_asked(rule: str) -> None:
     posterior = Posterior(np.array([9.0, 0.0, 5.0, 1.0]), np.eye(4), 0.0)
     for seed in range(20):
         assert sorted(RULES[rule](posterior, allowed, np.random.default_rng(seed))) == [1, 3]
+
+
+def test_proposals_lie_where_the_votes_say_that_strengths_are_high() -> None:
+    rng = np.random.default_rng(4)
+    genomes, best = rng.normal(size=(20, 2)).astype(np.float32) / 4, np.array([0.4, -0.2])
+    distances = np.linalg.norm(genomes - best, axis=1)
+    votes = [(a, b, "left" if distances[a] < distances[b] else "right", 1.0) for a in range(20) for b in range(a)]
+    outcomes = outcomes_of(votes)  # type: ignore[arg-type]
+    preferences = Preferences(genomes, outcomes, fit_kernel(genomes, outcomes))
+    proposed = propose(preferences, 6, 0.1, np.random.default_rng(0))
+    assert proposed.dtype == np.float32 and len(np.unique(proposed, axis=0)) == 6
+    assert np.median(np.linalg.norm(proposed - best, axis=1)) < 0.5 * np.median(distances)
+    np.testing.assert_array_equal(proposed, propose(preferences, 6, 0.1, np.random.default_rng(0)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -591,6 +614,40 @@ def test_a_page_without_the_token_is_refused(tmp_path: Path) -> None:
         assert httpx.post(f"{address}vote", json=vote).json()["counted"]
         # A vote that is sent again is not counted again.
         assert not httpx.post(f"{address}vote", json=vote).json()["counted"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "[" * 9000, "[]", '{"task": 0}', '{"task": -9, "number": 1, "choice": "left", "judge": "ann"}',
+        '{"task": 0, "number": Infinity, "choice": "left", "judge": "ann"}', b"\xff", " " * 20_000,
+    ],
+)  # fmt: skip
+def test_a_vote_that_is_none_is_refused(tmp_path: Path, body: str | bytes) -> None:
+    one = ballot(tmp_path)
+    voted_on(one, ["a", "b"])
+    with served([one]) as address:
+        answer = httpx.post(f"{address}vote", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400 and answer.text == "expected task, number, choice and judge"
+    assert not one._file.rounds[0].votes
+
+
+def test_a_name_that_no_file_can_hold_hinders_nobody(tmp_path: Path) -> None:
+    one = ballot(tmp_path)
+    voted_on(one, ["a", "b", "c", "d"])
+    with served([one]) as address:
+        for judge in ("\ud800\x1b[31m<b>\0", "bob"):
+            for _ in range(3):
+                # As a browser sends the name: in a query half of a surrogate pair is U+FFFD.
+                question = one.question(judge)
+                assert question is not None
+                vote = {"task": 0, "number": question.number, "choice": "left", "judge": judge}
+                content = json.dumps(vote)
+                answer = httpx.post(f"{address}vote", content=content, headers={"Content-Type": "application/json"})
+                assert answer.json()["counted"]
+        (line,) = httpx.get(f"{address}state?judge=bob").json()["standing"]["agreements"]
+    assert line.startswith("bob and \ud800\x1b[31m<b>\0: ")
+    assert {vote.judge for vote in VoteFile(one._file.path).rounds[0].votes} == {"\ud800\x1b[31m<b>\0", "bob"}
 
 
 def test_two_judges_have_different_questions_and_a_port_in_use_is_named(tmp_path: Path) -> None:

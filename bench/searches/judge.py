@@ -18,6 +18,7 @@ import difflib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,12 +27,15 @@ from typing import Any
 import numpy as np
 import yaml
 
+from bench.shared.browser import Browser
 from bench.shared.machine import describe
 from evojax_merge.core import evolve_on
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.judge.ballot import Ballot
 from evojax_merge.judge.evaluation import judged, judged_task, with_best
 from evojax_merge.judge.pairs import RULES
+from evojax_merge.judge.proposals import proposing
+from evojax_merge.judge.server import served
 from evojax_merge.judge.votes import VoteFile
 from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.search.genomes import SpaceEvaluator
@@ -55,6 +59,18 @@ CONFIG: dict[str, Any] = {
 NOISE = 0.2
 # The share of ink that a picture's judge likes best.
 INK = 0.4
+KEYS: dict[Choice, str] = {"left": "ArrowLeft", "right": "ArrowRight", "tie": "ArrowUp", "both_bad": "ArrowDown"}
+# The seconds from each key to the next question on the page, by the browser's own clock.
+TIMER = """
+var seconds = [], pressed = null, number = 0;
+document.addEventListener("keydown", () => { pressed = performance.now(); number = open ? open.number : 0; }, true);
+new MutationObserver(() => {
+  if (pressed === null || open === null || open.number <= number) return;
+  seconds.push((performance.now() - pressed) / 1000);
+  pressed = null;
+}).observe(document.body, { subtree: true, childList: true, characterData: true, attributes: true });
+0
+"""
 # (the record of a prompt, what a judge sees as its answer: a text or a picture) -> the score in the judge's mind
 Hidden = Callable[[Mapping[str, Any], Any], float]
 
@@ -194,7 +210,36 @@ def by_votes(problem: SearchProblem, on: Splits[Any], person: Person, rule: str)
     with tempfile.TemporaryDirectory() as folder:
         file = VoteFile(Path(folder) / "votes.jsonl")
         ballots = {"taste": Ballot(task, file, problem.search.generations, problem.seed, rule=RULES[rule])}
-        return search(problem, judged(on, ballots), ballots)
+        return search(proposing(problem, ballots), judged(on, ballots), ballots)
+
+
+def by_page(problem: SearchProblem, on: Splits[Any], person: Person) -> tuple[np.ndarray, list[str]]:
+    """The genome of the winner of a search whose person votes on the page of judges, in a headless Chromium; and the
+    addresses that the browser asked for elsewhere, and what its console complained of."""
+    task = problem.splits.search[0]
+    records = {task.prompt(n): task.record(n) for n in range(task.size)}
+    with tempfile.TemporaryDirectory() as folder:
+        ballot = Ballot(task, VoteFile(Path(folder) / "votes.jsonl"), problem.search.generations, problem.seed)
+        with (
+            served([ballot]) as address, Browser(Path(folder)) as browser, ThreadPoolExecutor(1) as thread
+        ):  # fmt: skip
+            ballots = {task.name: ballot}
+            winner = thread.submit(search, proposing(problem, ballots), judged(on, ballots), ballots)
+            browser.open(address)
+            browser.evaluate(TIMER)
+            while not winner.done():
+                if not browser.evaluate("open !== null && !sending"):
+                    time.sleep(0.005)
+                    continue
+                prompt, *names = browser.evaluate("[open.prompt, open.left, open.right]")
+                left, right = (task.content(name.removeprefix("picture/")) for name in names)
+                choice = person.choose(records[prompt], prompt, left, right)
+                latest = browser.evaluate("open.number")
+                browser.press(KEYS[choice])
+                browser.wait(f"open === null || open.number > {latest}", seconds=600)
+            person.waited[:] = browser.evaluate("seconds")
+            complaints = [url for url in browser.requests if not url.startswith((address, "data:", "about:"))]
+            return winner.result(), complaints + browser.errors
 
 
 def by_optuna(problem: SearchProblem, truth: HiddenEvaluator, person: Person, votes: int) -> np.ndarray:
@@ -236,7 +281,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     rows = (*RULES, "one by one", "Optuna")
-    parser.add_argument("--rules", nargs="+", choices=rows, default=list(rows))
+    parser.add_argument("--rules", nargs="+", choices=(*rows, "page"), default=list(rows))
     parser.add_argument("--votes", type=int, default=150)
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--population", type=int, default=8)
@@ -250,6 +295,7 @@ def main() -> None:
     print("| kind, seed | fitness gains |" + "".join(f" {rule} |" for rule in arguments.rules))
     print("| --- | ---: |" + " ---: |" * len(arguments.rules), flush=True)
     waited: list[float] = []
+    elsewhere: list[str] = []
     for kind in arguments.kinds:
         shares: list[list[float]] = []
         on: Splits[SpaceEvaluator[Any]] | None = None
@@ -269,6 +315,10 @@ def main() -> None:
                     winner = search(problem, replace(on, shards=[one], search=one))
                 elif rule == "Optuna":
                     winner = by_optuna(problem, truth, person, arguments.votes)
+                elif rule == "page":
+                    winner, complaints = by_page(problem, on, person)
+                    waited += person.waited
+                    elsewhere += complaints
                 else:
                     winner = by_votes(problem, on, person, rule)
                     waited += person.waited
@@ -282,6 +332,8 @@ def main() -> None:
         # One vote in twenty is the last of its generation, and waits for the next.
         median, most = np.quantile(waited, [0.5, 0.9])
         print(f"from a vote to the next question: {median:.3f} s (median), under {most:.3f} s in nine of ten")
+    if "page" in arguments.rules:
+        print(f"requests to elsewhere, and errors of the page: {', '.join(elsewhere) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from evojax_merge.judge.posterior import (
     Kernel,
     Outcomes,
     Posterior,
+    Preferences,
     distances_between,
     fit_kernel,
     fit_preferences,
@@ -35,7 +36,7 @@ from evojax_merge.tasks.voting import Choice, JudgedTask
 LEAST_INFORMATION = 0.005
 # How many of the best candidates of earlier generations meet those of a new one: without them, votes would compare
 # candidates of one generation alone.
-INCUMBENTS = 2
+INCUMBENTS = 4
 # The standard deviation of strengths before the first vote.
 FIRST_DEVIATION = 2.0
 # The share of a judge's questions that another judge has answered as well, so that their agreement is seen.
@@ -139,7 +140,8 @@ class Ballot:
             left = max(0, self.task.voting.votes - sum(len(each.votes) for each in earlier))
             share = -(-left // max(1, self._expected - len(earlier)))
             if not one.closed:
-                self._kernel, self._most, self._pairs = self._fit_kernel(), min(left, share), None
+                self._kernel = self._preferences_of(self._rounds(), genomes.shape[1]).kernel
+                self._most, self._pairs = min(left, share), None
                 self._update()
                 self._vote_until(self._is_decided)
                 self._file.close(one)
@@ -161,22 +163,34 @@ class Ballot:
             return self._best_of(rounds, count, rounds[0].genomes.shape[1] if rounds else 0)
 
     def _best_of(self, rounds: Sequence[Round], count: int, dims: int) -> np.ndarray:
-        outcomes = self._outcomes(rounds)
-        if not len(outcomes.weights):
+        preferences = self._preferences_of(rounds, dims)
+        if not len(preferences.outcomes.weights):
             return np.zeros((0, dims))
-        genomes = np.concatenate([one.genomes for one in rounds])
-        mean = fit_preferences(genomes, outcomes, fit_kernel(genomes, outcomes)).mean
+        mean = preferences.at(preferences.genomes).mean
         # A candidate that met several generations stands in each of their rounds.
-        order = dict.fromkeys(tuple(genomes[n]) for n in np.argsort(-mean, kind="stable"))
+        order = dict.fromkeys(tuple(preferences.genomes[n]) for n in np.argsort(-mean, kind="stable"))
         return np.array(list(order)[:count], float).reshape(-1, dims)
 
     def posterior(self, genomes: np.ndarray) -> np.ndarray:
         """float64[P]: the mean strengths of candidates, float32[P, D], by the votes so far."""
-        rounds = list(self._rounds())
-        before = np.concatenate([np.zeros((0, genomes.shape[1])), *(each.genomes for each in rounds)])
+        return self._preferences_of(self._rounds(), genomes.shape[1]).at(genomes).mean
+
+    def preferences(self, generations: int, dims: int) -> Preferences:
+        """What the votes on so many first generations of candidates, float32[P, D], show."""
+        with self._changed:
+            return self._preferences_of(self._generations()[:generations], dims)
+
+    def _preferences_of(self, rounds: Sequence[Round], dims: int) -> Preferences:
+        genomes = np.concatenate([np.zeros((0, dims)), *(one.genomes for one in rounds)])
         outcomes = self._outcomes(rounds)
-        kernel = fit_kernel(before, outcomes) if len(outcomes.weights) else Kernel(1.0, FIRST_DEVIATION)
-        return fit_preferences(np.concatenate([before, genomes]), outcomes, kernel).mean[len(before) :]
+        return Preferences(genomes, outcomes, self._kernel_of(genomes, outcomes))
+
+    @staticmethod
+    def _kernel_of(genomes: np.ndarray, outcomes: Outcomes) -> Kernel:
+        if len(outcomes.weights):
+            return fit_kernel(genomes, outcomes)
+        distances = distances_between(genomes)
+        return Kernel(float(np.median(distances[distances > 0])) if (distances > 0).any() else 1.0, FIRST_DEVIATION)
 
     def meetings(self, task: JudgedTask, winner: Sequence[str], others: Sequence[Sequence[str]]) -> np.ndarray:
         """float64[K, N]: for each of K models and each prompt of the held-out task 1 where the judges preferred the
@@ -279,14 +293,6 @@ class Ballot:
     def _generations(self) -> list[Round]:
         """All generations of the file."""
         return [each for each in self._file.of_task(self.task.name) if each.genomes.shape[1]]
-
-    def _fit_kernel(self) -> Kernel:
-        rounds = self._rounds()
-        genomes, outcomes = np.concatenate([each.genomes for each in rounds]), self._outcomes(rounds)
-        if len(outcomes.weights):
-            return fit_kernel(genomes, outcomes)
-        distances = distances_between(genomes)
-        return Kernel(float(np.median(distances[distances > 0])) if (distances > 0).any() else 1.0, FIRST_DEVIATION)
 
     @staticmethod
     def _outcomes(rounds: Sequence[Round]) -> Outcomes:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from evojax_merge import interrupts
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, printable
 from evojax_merge.file_system import atomic_write_bytes
 from evojax_merge.judge.ballot import Ballot
 from evojax_merge.judge.batch import Batch, read_choices
@@ -96,7 +96,7 @@ def judging(
             line = None if task.voting.judge is None else task.voting.judge.report()
             agreements = [agreement.describe() for agreement in ballots[task.name].agreements()]
             for each in (*([] if line is None else [line]), *agreements):
-                log(each)
+                log(printable(each))
 
 
 def _judged_tasks(problem: SearchProblem) -> list[JudgedTask]:

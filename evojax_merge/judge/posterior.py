@@ -115,6 +115,23 @@ def fit_preferences(genomes: np.ndarray, outcomes: Outcomes, kernel: Kernel) -> 
     return _laplace(kernel(distances_between(genomes)), outcomes.design(len(genomes)), outcomes.weights)
 
 
+@dataclass(frozen=True)
+class Preferences:
+    """The outcomes of votes between candidates with these genomes, float64[N, D], and the kernel that explains them."""
+
+    genomes: np.ndarray
+    outcomes: Outcomes
+    kernel: Kernel
+
+    def at(self, genomes: np.ndarray) -> Posterior:
+        """The posterior strengths of candidates, voted on or not, with genomes float[P, D]."""
+        size, fitted = (
+            len(self.genomes),
+            fit_preferences(np.concatenate([self.genomes, genomes]), self.outcomes, self.kernel),
+        )
+        return Posterior(fitted.mean[size:], fitted.covariance[size:, size:], fitted.evidence)
+
+
 def distances_between(genomes: np.ndarray) -> np.ndarray:
     """float64[N, N], the Euclidean distances between genomes float[N, D]."""
     genomes = np.asarray(genomes, float)

@@ -78,11 +78,15 @@ def application(ballots: Sequence[Ballot], token: str) -> Any:
     from starlette.concurrency import run_in_threadpool
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import Request
-    from starlette.responses import JSONResponse, Response
+    from starlette.responses import Response
     from starlette.routing import Route
 
     def allowed(request: Request) -> bool:
         return secrets.compare_digest(request.path_params["token"].encode(), token.encode())
+
+    def answer(row: dict[str, Any]) -> Response:
+        # In ASCII: a name may hold half of a surrogate pair, which UTF-8 does not have.
+        return Response(json.dumps(row), 200, HEADERS, media_type="application/json")
 
     async def page(request: Request) -> Response:
         name = request.path_params.get("name", "judge.html")
@@ -101,7 +105,7 @@ def application(ballots: Sequence[Ballot], token: str) -> Any:
         if not allowed(request):
             return Response("not found", 404, HEADERS)
         judge, earlier = (request.query_params.get(key, "")[:MAX_NAME] for key in ("judge", "earlier"))
-        return JSONResponse(await run_in_threadpool(_state, ballots, judge, earlier), headers=HEADERS)
+        return answer(await run_in_threadpool(_state, ballots, judge, earlier))
 
     async def vote(request: Request) -> Response:
         # A form of another site cannot send JSON to us without asking first, which nothing here answers.
@@ -112,7 +116,7 @@ def application(ballots: Sequence[Ballot], token: str) -> Any:
             row: Any = json.loads(body) if len(body) <= MAX_BODY else None
             number, choice, judge = int(row["number"]), row["choice"], str(row["judge"])[:MAX_NAME]
             ballot = ballots[int(row["task"])]
-        except (ValueError, TypeError, KeyError, IndexError):
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError):
             return Response("expected task, number, choice and judge", 400, HEADERS)
         if choice not in CHOICES:
             return Response(f"choice: expected one of {', '.join(CHOICES)}", 400, HEADERS)
@@ -122,7 +126,7 @@ def application(ballots: Sequence[Ballot], token: str) -> Any:
             ballot.stop(error)
             return Response(str(error), 500, HEADERS)
         following = await run_in_threadpool(_state, ballots, judge)
-        return JSONResponse({"counted": counted} | following, headers=HEADERS)
+        return answer({"counted": counted} | following)
 
     return Starlette(
         routes=[

@@ -1,4 +1,4 @@
-"""A headless Chromium that a test drives by the DevTools protocol, over two pipes."""
+"""A headless Chromium that a test or a benchmark drives by the DevTools protocol, over two pipes."""
 
 import itertools
 import json

@@ -1,0 +1,107 @@
+"""Candidates that the votes propose: Bayesian optimisation around the strongest candidate, in place of CMA-ES.
+
+CMA-ES goes by the order of a generation's candidates, which a few votes hardly show. The posterior of all votes says
+more: where strengths are high, and where they may be. A generation consists of genomes that are the best in draws
+from the posterior (Thompson sampling), among those drawn around the strongest candidate so far and around the highest
+mean strength near it, with steps that shorten from generation to generation (after TuRBO, Eriksson et al., arXiv
+1910.01739, and GimmBO, arXiv 2601.18585).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from evojax_merge.evaluation.scores import Scores
+from evojax_merge.judge.ballot import Ballot
+from evojax_merge.judge.posterior import Preferences
+from evojax_merge.problem import SearchProblem
+from evojax_merge.search.protocols import State, Strategy
+
+# The strategy in whose place votes propose candidates. Others use the strengths like any fitness.
+REPLACED = "cma_es"
+# The steps of the last generation, as a share of those of the first.
+LAST_STEP = 0.5
+# Genomes that are drawn around a centre, and steps from the strongest candidate to the highest mean strength.
+DRAWN, CLIMBS = 200, 3
+
+
+@dataclass(frozen=True)
+class ProposedByVotes:
+    """The strategy of a judged search. first: draws the first generation; dims: D; sigma: the standard deviation of
+    steps in the first generation; generations: of the search. State: `first`'s, and `ended`, int32[]: the number of
+    generations that votes have ended."""
+
+    first: Strategy
+    ballot: Ballot
+    dims: int
+    sigma: float
+    generations: int
+
+    @property
+    def name(self) -> str:
+        return self.first.name
+
+    @property
+    def population(self) -> int:
+        return self.first.population
+
+    def init(self, key: jax.Array, genomes: np.ndarray) -> State:
+        return {"first": self.first.init(key, genomes), "ended": np.int32(0)}
+
+    def ask(self, key: jax.Array, state: Any) -> tuple[Any, State]:
+        ended = int(state["ended"])
+        preferences = self.ballot.preferences(ended, self.dims)
+        if not len(preferences.outcomes.weights):
+            return self.first.ask(key, state["first"])[0], state
+        generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        return propose(preferences, self.population, self._step(ended), generator), state
+
+    def tell(self, key: jax.Array, state: Any, genomes: Any, scores: Scores) -> State:
+        return {"first": state["first"], "ended": np.int32(state["ended"] + 1)}
+
+    def finalists(self, state: Any) -> np.ndarray:
+        """None: the posterior's own best genome is one that nobody has seen, and seldom as good as its mean says."""
+        return np.zeros((0, self.dims), np.float32)
+
+    def metrics(self, state: Any) -> dict[str, float]:
+        return {"sigma": self._step(int(state["ended"]))}
+
+    def _step(self, ended: int) -> float:
+        """The standard deviation of steps in the generation after so many."""
+        return self.sigma * LAST_STEP ** (ended / max(1, self.generations - 1))
+
+
+def propose(preferences: Preferences, count: int, step: float, generator: np.random.Generator) -> np.ndarray:
+    """float32[count, D]: genomes that may be better than all candidates so far."""
+    strongest = preferences.genomes[preferences.at(preferences.genomes).mean.argmax()].astype(np.float32)
+    highest = strongest
+    for _ in range(CLIMBS):
+        choices = np.concatenate([highest[None], _around(highest, step / 2, DRAWN, generator)])
+        highest = choices[preferences.at(choices).mean.argmax()]
+    drawn = np.concatenate([_around(centre, step, max(DRAWN, count), generator) for centre in (strongest, highest)])
+    proposed = list[np.ndarray]()
+    while len(proposed) < count:
+        best = preferences.at(drawn).sample(count, generator).argmax(1)
+        # In the order of the draws, each once.
+        proposed += [drawn[n] for n in dict.fromkeys(best.tolist())]
+        drawn = np.delete(drawn, best, axis=0)
+    return np.array(proposed[:count])
+
+
+def _around(centre: np.ndarray, step: float, count: int, generator: np.random.Generator) -> np.ndarray:
+    # As strategies do, in the precision in which candidates are made.
+    return (centre + step * generator.standard_normal((count, len(centre)))).astype(np.float32)
+
+
+def proposing(problem: SearchProblem[Any], ballots: Mapping[str, Ballot]) -> SearchProblem[Any]:
+    """The problem where votes propose the candidates, if votes on one task are the whole fitness, and the strategy is
+    the one that they replace."""
+    counting = [task.name for task in problem.splits.search if task.weight > 0]
+    if problem.search.strategy != REPLACED or len(counting) != 1 or counting[0] not in ballots:
+        return problem
+    search, ballot = problem.search, ballots[counting[0]]
+    proposed = ProposedByVotes(problem.strategy, ballot, problem.space.dims, search.sigma, search.generations)
+    return replace(problem, strategy=proposed)
