@@ -3,9 +3,11 @@
 import json
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from functools import partialmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from evojax_merge.judge.posterior import (
 from evojax_merge.judge.proposals import propose
 from evojax_merge.judge.server import served
 from evojax_merge.judge.votes import Round, Vote, VoteFile
+from evojax_merge.tasks import language_judge
 from evojax_merge.tasks.generated_images import HumanImageTask
 from evojax_merge.tasks.human import HumanTask
 from evojax_merge.tasks.language_judge import LanguageModelJudge
@@ -310,15 +313,59 @@ def test_a_function_that_chooses_nothing_is_named(tmp_path: Path, family: Family
         ({"guard": True}, "guard: people give the base no score to compare with"),
         ({"votes": 0}, "votes: expected a whole number from 1"),
         ({"judge": "judge.py:nobody"}, "judge.py has no function 'nobody'"),
+        ({"votes": -1}, "votes: expected a whole number from 1"),
+        ({"heldout_votes": 0}, "heldout_votes: expected a whole number from 1"),
         ({"file": "missing.jsonl"}, "missing.jsonl: no such file"),
+        ({"file": "empty.jsonl"}, "empty.jsonl"),
+        ({"file": "nameless.jsonl"}, "nameless.jsonl:1"),
         ({"limit": None, "judge": "judge.py:JUDGED"}, "judge.py has no function"),
     ],
 )
 def test_tasks_that_nobody_can_judge_are_refused(
     tmp_path: Path, family: Family, changes: dict[str, Any], message: str
 ) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "nameless.jsonl").write_text('{"question": "w1"}\n')
     done = run_here("search", str(config(tmp_path, family, **changes)), "--out", str(tmp_path / "run"))
-    assert done.returncode == 2 and message in done.stderr
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_port_in_use_is_named(tmp_path: Path, family: Family) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        path = config(tmp_path, family, None)
+        done = run_here("judge", path, "--out", tmp_path / "run", "--port", port)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"error: --port: {port} cannot be listened on" in done.stderr
+
+
+def test_an_address_that_stops_answering_ends_the_search_and_keeps_the_votes(
+    tmp_path: Path, family: Family, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language_judge, "TIMEOUT", 5)
+    monkeypatch.setattr(LanguageModelJudge, "__init__", partialmethod(LanguageModelJudge.__init__, pauses=(0.0,)))
+    monkeypatch.setattr(Model, "answers", 6)
+    path, run = config(tmp_path, family, None, judge_address=model, judge_model="small"), tmp_path / "run"
+    done = run_here("search", path, "--out", run)
+    assert done.returncode == 1 and "does not answer (status 503); all votes are kept, and --resume" in done.stderr
+    assert "Traceback" not in done.stderr and len(votes_of(run)) == 3
+    monkeypatch.setattr(Model, "answers", None)
+    done = run_here("search", path, "--out", run, "--resume")
+    assert done.returncode == 0 and len(votes_of(run)) > 3, done.stderr
+
+
+def test_votes_of_another_run_are_named(tmp_path: Path, family: Family) -> None:
+    path = config(tmp_path, family)
+    assert run_here("search", path, "--out", tmp_path / "run").returncode == 0
+    votes = tmp_path / "run" / "votes.jsonl"
+    done = run_here("judge", path, "--out", tmp_path / "other", "--set", "seed=7", "--replay", votes)
+    assert done.returncode == 2 and "are of other candidates than this search's" in done.stderr
+    assert done.stderr.count("\n") == 1
+    lines = votes.read_text().splitlines(keepends=True)
+    for name, kept in (("cut", lines[1:]), ("doubled", [*lines[:2], *lines[1:]])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(kept))
+        done = run_here("judge", path, "--out", tmp_path / name, "--replay", tmp_path / f"{name}.jsonl")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "votes.jsonl:" in done.stderr
 
 
 def test_votes_come_by_file(tmp_path: Path, family: Family) -> None:
@@ -378,14 +425,18 @@ class Model(BaseHTTPRequestHandler):
     """An OpenAI-compatible model that prefers the shorter answer, or, of answers of one length, the first one."""
 
     failures = 0
+    # How many requests are answered before none is; None: all.
+    answers: int | None = None
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         first, second = re.split(r"# Answer [AB]\n", request["messages"][1]["content"])[1:]
-        if type(self).failures:
-            type(self).failures -= 1
+        if type(self).failures or type(self).answers == 0:
+            type(self).failures = max(0, type(self).failures - 1)
             self.send_error(503)
             return
+        if type(self).answers is not None:
+            type(self).answers -= 1
         word = "B." if len(second.strip()) < len(first.strip()) else "A"
         body = json.dumps({"choices": [{"message": {"content": word}}]}).encode()
         self.send_response(200)
@@ -747,7 +798,8 @@ def test_a_person_votes_in_a_browser(tmp_path: Path, width: int) -> None:
                 break
             latest = browser.evaluate("open.number")
             shown = browser.evaluate("[left.lastElementChild.textContent, right.lastElementChild.textContent]")
-            assert sorted(text[:5] for text in shown) == sorted(text[:5] for text in HOSTILE)
+            # To the last letter, and nothing of it as markup or as a command.
+            assert sorted(text[:-2] for text in shown) == sorted(HOSTILE)
             assert browser.evaluate("document.getElementById('question').textContent") == "Which <u>one</u>?"
             assert browser.evaluate("document.documentElement.scrollWidth") <= width
             moved.add(browser.evaluate("document.getElementById('changed').textContent")[:19])

@@ -36,7 +36,7 @@ from evojax_merge.tasks.voting import Choice, JudgedTask
 LEAST_INFORMATION = 0.005
 # How many of the best candidates of earlier generations meet those of a new one: without them, votes would compare
 # candidates of one generation alone.
-INCUMBENTS = 4
+INCUMBENTS = 12
 # The standard deviation of strengths before the first vote.
 FIRST_DEVIATION = 2.0
 # The share of a judge's questions that another judge has answered as well, so that their agreement is seen.
@@ -119,6 +119,8 @@ class Ballot:
         self._asked_at: dict[int, float] = {}
         self._error: BaseException | None = None
         self._describe: Describe = lambda genome: None
+        # The answers of all candidates so far, by the bytes of their genomes.
+        self.answers: dict[bytes, Sequence[str]] = {}
 
     # -----------------------------------------------------------------------------------------------------------
     # The search's side
@@ -135,10 +137,13 @@ class Ballot:
         generations are scored on; describe: what a genome's candidate is made of."""
         with self._changed:
             self._describe = describe
+            self.answers |= {genome.tobytes(): written for genome, written in zip(genomes, texts, strict=True)}
             one = self._latest = self._begin(genomes, texts, task)
             earlier = self._rounds()[:-1]
             left = max(0, self.task.voting.votes - sum(len(each.votes) for each in earlier))
-            share = -(-left // max(1, self._expected - len(earlier)))
+            remaining = self._expected - len(earlier)
+            # The last generation has two shares: its votes say which of the best candidates wins.
+            share = -(-left // (remaining + 1)) if remaining > 1 else left
             if not one.closed:
                 self._kernel = self._preferences_of(self._rounds(), genomes.shape[1]).kernel
                 self._most, self._pairs = min(left, share), None

@@ -35,17 +35,24 @@ class AskingEvaluator(SpaceEvaluator[Any]):
         genomes, count = np.asarray(genomes), len(genomes)
         # A genome that refers to the strategy's state may mean nothing in the next generation.
         incumbents = {
-            name: ballot.incumbents(genomes)[: 0 if isinstance(self.space, ContextSpace) else None]
+            name: ballot.incumbents(genomes)[: 0 if isinstance(self.space, ContextSpace) else None].astype(
+                genomes.dtype
+            )
             for name, ballot in self.ballots.items()
         }
-        scores = super().score(np.concatenate([genomes, *incumbents.values()]).astype(genomes.dtype), progress)
-        strengths, start = {}, count
+        # A search that goes on knows none of the answers before.
+        forgotten = {
+            one.tobytes(): one for name, ballot in self.ballots.items() for one in incumbents[name]
+            if one.tobytes() not in ballot.answers
+        }  # fmt: skip
+        scores = super().score(np.stack([*genomes, *forgotten.values()]), progress)
+        strengths = {}
         for name, ballot in self.ballots.items():
-            end = start + len(incumbents[name])
-            texts = [*scores.outputs[name][:count], *scores.outputs[name][start:end]]
-            met = np.concatenate([genomes, incumbents[name]]).astype(genomes.dtype)
+            again = dict(zip(forgotten, scores.outputs[name][count:], strict=True))
+            earlier = [again.get(one.tobytes()) or ballot.answers[one.tobytes()] for one in incumbents[name]]
+            met = np.concatenate([genomes, incumbents[name]])
             task, describe = judged_task(self, name), partial(self.describe, self.context)
-            strengths[name], start = ballot.strengths(task, met, texts, describe)[:count], end
+            strengths[name] = ballot.strengths(task, met, [*scores.outputs[name][:count], *earlier], describe)[:count]
         return _with_strengths(self, scores.candidates(range(count)), strengths)
 
 
