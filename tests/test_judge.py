@@ -16,11 +16,12 @@ import httpx
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family, run_here
+from helpers import Family, build_family, run_here, thorough
 from hostile import Running, start_command
 from scipy.optimize import minimize
 from sklearn.metrics import cohen_kappa_score
 
+from bench.searches import judge as judge_bench
 from bench.shared.browser import BROWSER, Browser
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.judge import ballot as ballots
@@ -41,6 +42,7 @@ from evojax_merge.judge.posterior import (
 from evojax_merge.judge.proposals import propose
 from evojax_merge.judge.server import served
 from evojax_merge.judge.votes import Round, Vote, VoteFile
+from evojax_merge.selection import open_evaluators
 from evojax_merge.tasks import language_judge
 from evojax_merge.tasks.generated_images import HumanImageTask
 from evojax_merge.tasks.human import HumanTask
@@ -815,6 +817,26 @@ def test_a_person_votes_in_a_browser(tmp_path: Path, width: int) -> None:
     assert votes and all((vote.left, vote.choice) in ((0, "left"), (1, "right")) for vote in votes)
     assert {vote.judge for vote in votes} == {"<img src=x>"}
     assert strengths[0][0] > strengths[0][1]
+
+
+@thorough
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+@pytest.mark.parametrize("kind", judge_bench.KINDS)
+def test_a_simulated_person_votes_through_a_whole_search_in_a_browser(kind: str) -> None:
+    if kind == "pictures":
+        pytest.importorskip("diffusers")
+    problem = judge_bench.problem_of(kind, 0, 8, 8, 150)
+    on = open_evaluators(problem, problem.prepare())
+    shard = on.shards[0]
+    truth = judge_bench.HiddenEvaluator(
+        shard.space, shard.evaluator, shard.devices, shard.goal, judge_bench.KINDS[kind]
+    )
+    person = judge_bench.Person(judge_bench.KINDS[kind], np.random.default_rng([0, 7]))
+    winner, complaints = judge_bench.by_page(problem, on, person)
+    assert not complaints
+    # A generation ends early where no vote would say much.
+    assert 100 < len(person.waited) < 150
+    assert judge_bench.gain_of(winner, problem, truth) > 0
 
 
 def test_a_search_that_is_killed_between_votes_loses_none(tmp_path: Path, family: Family) -> None:
