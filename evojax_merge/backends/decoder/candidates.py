@@ -35,7 +35,15 @@ from evojax_merge.evaluation.streaming import StreamedEvaluator
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.plan import options_from
 from evojax_merge.mergekit.write import lineage_documents, path_document, recipe_document
-from evojax_merge.models.architecture import HEAD, LAYERS, Leaf, architecture_of, leaves_of, shared_leaves
+from evojax_merge.models.architecture import (
+    EMBEDDING,
+    HEAD,
+    LAYERS,
+    Leaf,
+    architecture_of,
+    shared_leaves,
+    stack_leaves,
+)
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathBank, PathSpec
@@ -261,17 +269,28 @@ class StreamedMerges(MergeCandidates):
         )
 
     def place_bank(self, place: Place) -> Any:
-        """The leaves outside of the layers but the head, which comes when layers have gone, and two layers: one that
-        computes, and the next."""
+        """The parts that are on the devices together, of those in turn that take most: the leaves that embed tokens;
+        two layers, one that computes and the next, beside the leaves that stay; and these with the head."""
 
-        def place_leaf(leaf: Leaf) -> Any:
+        def place_leaf(leaf: Leaf, place: Place) -> Any:
             layout = leaf_layout(self.sources, self.decoder, self.spec, leaf)
             depth = () if leaf.stack is None else (LAYERS_AHEAD,)
             return jax.tree.map(
                 lambda array: place((*depth, *array.shape[len(depth) :]), array.dtype, array.shard_axis), layout
             )
 
-        return [place_leaf(leaf) for leaf in leaves_of(self.decoder) if leaf.name != HEAD]
+        def nbytes(leaves: Sequence[Leaf]) -> int:
+            sizes = DeviceSizes(1)
+            for leaf in leaves:
+                place_leaf(leaf, sizes.place)
+            return sizes.bank
+
+        leaves = {leaf.name: leaf for leaf in shared_leaves(self.decoder)}
+        staying = [leaf for leaf in leaves.values() if leaf.name not in (EMBEDDING, HEAD) or HEAD not in leaves]
+        before = [leaf for leaf in leaves.values() if leaf.name != HEAD]
+        behind = [*staying, leaves[HEAD]] if HEAD in leaves else staying
+        together = max(before, [*staying, *stack_leaves(self.decoder, LAYERS)], behind, key=nbytes)
+        return [place_leaf(leaf, place) for leaf in together]
 
     def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
         bank = abstract_streamed(abstract_bank(self.sources, self.decoder, self.spec, place))
