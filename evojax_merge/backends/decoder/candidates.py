@@ -24,10 +24,11 @@ from evojax_merge.checkpoints.bank import (
 )
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.checkpoints.streamed import bank_in_files, bank_on_host
+from evojax_merge.checkpoints.streamed_paths import path_bank_in_files, path_bank_on_host
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import DecoderEvaluator, MergeEvaluator, Population, Progress
 from evojax_merge.evaluation.passes import SharedModel
-from evojax_merge.evaluation.paths import PathEvaluator
+from evojax_merge.evaluation.paths import PathEvaluator, StreamedPathEvaluator
 from evojax_merge.evaluation.planned_passes import DeviceSizes
 from evojax_merge.evaluation.pool import PoolBank, PoolEvaluator
 from evojax_merge.evaluation.scores import TaskScores
@@ -67,7 +68,7 @@ class Candidates(Protocol):
     """A kind of candidates. `name`: the method or kind, in tables; `export_dtype`: the dtype that they are rounded to
     and written in; `methods`: the methods that merge them; `is_random`: whether random masks are drawn;
     `baseline_role`: the role of the space's baseline in the table, None where the parents' rows show it already;
-    `gradient_passes`: the number of passes that a candidate's gradient is planned as."""
+    `gradient_passes`: the number of passes that a candidate's gradient is planned as, 0 where it has none."""
 
     @property
     def space(self) -> Any: ...
@@ -304,15 +305,7 @@ class StreamedMerges(MergeCandidates):
     def score_stored(
         self, evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress
     ) -> TaskScores:
-        """Score the model as a merge of itself alone, from its files."""
-        method = METHODS["passthrough"]
-        alone = replace(sources, folders=sources.folders[:1])
-        spec = MergeSpec(method.name, options_from("", method, {}, False), 0, "float32")
-        bank = bank_in_files(alone, config, spec, put=evaluator.devices.put)
-        shape = (1, config.layers, len(architecture_of(config).components), 1)
-        ends = {leaf.name: {"scale": jnp.ones((1, 1), jnp.float32)} for leaf in shared_leaves(config)}
-        recipe = Recipe({LAYERS: {"scale": jnp.ones(shape, jnp.float32)}}, ends)
-        return StreamedEvaluator(replace(evaluator, chunk_sizes={}), bank, spec).evaluate(recipe, progress)
+        return score_in_files(evaluator, sources, config, progress)
 
 
 @dataclass(frozen=True)
@@ -393,6 +386,53 @@ class PathCandidates:
         path = self.space.decode(genome[None])[0]
         assert path is not None, "a genome without a path has no finite fitness, and is never written"
         return path
+
+
+@dataclass(frozen=True)
+class StreamedPaths(PathCandidates):
+    """Paths through layers that stay on the host, or in their files, and come to the device when a path does."""
+
+    place: BankPlace
+
+    gradient_passes = 0
+
+    def held_bytes(self) -> int:
+        sizes = DeviceSizes(1)
+        self.place_bank(sizes.place)
+        return sizes.bank
+
+    def host_bytes(self) -> int:
+        return PathCandidates.held_bytes(self) if self.place == "host" else 0
+
+    def notes(self, target: Target, model: int) -> tuple[str, ...]:
+        where = {"host": "in the host's memory", "disk": "in their files"}[self.place]
+        nbytes = shown_bytes(PathCandidates.held_bytes(self))
+        return (
+            f"bank: {nbytes} of models stay {where}; for each step of a path a layer comes to the device, once where "
+            "paths begin alike",
+        )
+
+    def load_bank(self, devices: Devices, progress: Progress) -> Any:
+        load = {"host": path_bank_on_host, "disk": path_bank_in_files}[self.place]
+        return load(self.sources, self.spec, progress)
+
+    def evaluator(self, decoder: DecoderEvaluator, bank: Any) -> StreamedPathEvaluator:
+        layout = replace(bank.layout, compute_dtype=decoder.compute_dtype)
+        return StreamedPathEvaluator(decoder, replace(bank, layout=layout), self.space.max_length)
+
+    def place_bank(self, place: Place) -> Any:
+        """Two layers, one that computes and the next, and one parent's leaves outside of the layers."""
+        config = self.spec.configs[0]
+        two = replace(
+            config, layers=LAYERS_AHEAD, windows=config.windows[:LAYERS_AHEAD],
+            position_kinds=config.position_kinds[:LAYERS_AHEAD],
+        )  # fmt: skip
+        return abstract_stored(self.sources, two, "float32", place)
+
+    def score_stored(
+        self, evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress
+    ) -> TaskScores:
+        return score_in_files(evaluator, sources, config, progress)
 
 
 @dataclass(frozen=True)
@@ -491,6 +531,20 @@ class PoolCandidates:
 def score_whole(evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress) -> TaskScores:
     """Score the first of the sources, loaded as a whole."""
     return evaluator.stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)
+
+
+def score_in_files(
+    evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress
+) -> TaskScores:
+    """Score the first of the sources as a merge of itself alone, layer by layer from its files."""
+    method = METHODS["passthrough"]
+    alone = replace(sources, folders=sources.folders[:1])
+    spec = MergeSpec(method.name, options_from("", method, {}, False), 0, "float32")
+    bank = bank_in_files(alone, config, spec, put=evaluator.devices.put)
+    shape = (1, config.layers, len(architecture_of(config).components), 1)
+    ends = {leaf.name: {"scale": jnp.ones((1, 1), jnp.float32)} for leaf in shared_leaves(config)}
+    recipe = Recipe({LAYERS: {"scale": jnp.ones(shape, jnp.float32)}}, ends)
+    return StreamedEvaluator(replace(evaluator, chunk_sizes={}), bank, spec).evaluate(recipe, progress)
 
 
 def _one_model(sources: Sources, config: DecoderConfig, compute_dtype: str, place: Place) -> Population:
