@@ -9,8 +9,9 @@ the sums of the demo family that have more of the right letters; `form`, answers
 Columns: `fitness gains` is of the search that sees the hidden score itself; the rules that choose the next pair; `one
 by one`, where a vote says whether one answer is good. All searches have the same generations, and all but `fitness` the
 same votes. With the package optuna-dashboard, `Optuna` asks for the better of two genomes of its preferential sampler,
-as many times. `--rules page`, with Chromium, has the person vote on the page of judges, by its keys. A figure is the mean hidden score of the winner, chosen as every search chooses it, less that of the
-uniform merge, as a share of what `fitness` gains.
+as many times. `--rules page`, with Chromium, has the person vote on the page of judges, by its keys. A figure is the
+mean hidden score of the winner, chosen as every search chooses it, less that of the uniform merge, as a share of what
+`fitness` gains.
 """
 
 import argparse
