@@ -346,14 +346,18 @@ def test_an_address_that_stops_answering_ends_the_search_and_keeps_the_votes(
 ) -> None:
     monkeypatch.setattr(language_judge, "TIMEOUT", 5)
     monkeypatch.setattr(LanguageModelJudge, "__init__", partialmethod(LanguageModelJudge.__init__, pauses=(0.0,)))
-    monkeypatch.setattr(Model, "answers", 6)
+    monkeypatch.setattr(Model, "answers", 14)
     path, run = config(tmp_path, family, None, judge_address=model, judge_model="small"), tmp_path / "run"
     done = run_here("search", path, "--out", run)
     assert done.returncode == 1 and "does not answer (status 503); all votes are kept, and --resume" in done.stderr
-    assert "Traceback" not in done.stderr and len(votes_of(run)) == 3
+    assert "Traceback" not in done.stderr and len(votes_of(run)) == 7
     monkeypatch.setattr(Model, "answers", None)
     done = run_here("search", path, "--out", run, "--resume")
-    assert done.returncode == 0 and len(votes_of(run)) > 3, done.stderr
+    assert done.returncode == 0 and len(votes_of(run)) > 7, done.stderr
+    # Votes propose the candidates, and the search goes on as if nothing had been between.
+    assert run_here("search", path, "--out", tmp_path / "whole").returncode == 0
+    assert votes_of(run) == votes_of(tmp_path / "whole")
+    assert (run / "history.jsonl").read_bytes() == (tmp_path / "whole" / "history.jsonl").read_bytes()
 
 
 def test_votes_of_another_run_are_named(tmp_path: Path, family: Family) -> None:

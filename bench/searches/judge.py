@@ -245,7 +245,7 @@ def by_page(problem: SearchProblem, on: Splits[Any], person: Person) -> tuple[np
 
 def by_optuna(problem: SearchProblem, truth: HiddenEvaluator, person: Person, votes: int) -> np.ndarray:
     """The genome that Optuna's preferential sampler ends with: of each pair that it proposes, the person votes on the
-    answers to one prompt."""
+    answers to one prompt. Where the sampler's own factorisation fails, again and again, its search ends."""
     import optuna
     import torch
     from optuna_dashboard.preferential import create_study
@@ -257,16 +257,28 @@ def by_optuna(problem: SearchProblem, truth: HiddenEvaluator, person: Person, vo
     study = create_study(n_generate=2, sampler=PreferentialGPSampler(seed=problem.seed))
     answers = {}
 
-    def propose() -> Any:
+    def suggest() -> Any:
         trial = study.ask()
-        genome = np.array([trial.suggest_float(f"x{d}", 0.0, 1.0) for d in range(problem.space.dims)], np.float32)
+        try:
+            return trial, np.array([trial.suggest_float(f"x{d}", 0.0, 1.0) for d in range(problem.space.dims)])
+        except torch.linalg.LinAlgError:
+            return None
+
+    def propose() -> Any:
+        suggested = next(filter(None, (suggest() for _ in range(5))), None)
+        if suggested is None:
+            return None
+        trial, genome = suggested[0], suggested[1].astype(np.float32)
         scores = SpaceEvaluator.score(truth, genome[None])
         answers[trial.number] = (genome, *next(answers_of(judged_task(truth, "taste"), scores)))
         return trial
 
     best = propose()
-    for _ in range(votes):
+    for spent in range(votes):
         other = propose()
+        if other is None:
+            print(f"Optuna's sampler fails after {spent} votes", flush=True)
+            break
         (_, records, ours), (_, _, theirs) = answers[best.number], answers[other.number]
         n = int(person.generator.integers(len(records)))
         choice = person.choose(records[n], "", ours[n], theirs[n])
