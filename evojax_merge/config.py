@@ -250,6 +250,8 @@ class StopConfig(Section):
 
 # The strategy that stands for one that the program chooses (see `search.auto`).
 AUTO = "auto"
+# The strategy of a search whose fitness is people's votes on one task, and the kinds of such tasks.
+VOTES, JUDGED_KINDS = "votes", ("human", "human_images")
 # The most generations of a search.
 MAX_GENERATIONS = 1_000_000
 
@@ -525,15 +527,20 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _pools_strategy(cls, document: Any) -> Any:
-        """Fill in the strategy of a pool, which has only one."""
-        if not isinstance(document, dict) or document.get("pool") is None:
+    def _own_strategy(cls, document: Any) -> Any:
+        """Fill in the strategy of a pool, which has only one, and of a search whose fitness is votes on one task."""
+        if not isinstance(document, dict):
             return document
         search = {} if document.get("search") is None else document["search"]
-        if not isinstance(search, dict):
+        if not isinstance(search, dict) or search.get("strategy", AUTO) != AUTO:
             return document
-        chosen = {} if search.get("strategy", AUTO) != AUTO else {"strategy": "pool"}
-        return document | {"search": search | chosen}
+        if document.get("pool") is not None:
+            return document | {"search": search | {"strategy": "pool"}}
+        tasks = document["tasks"] if isinstance(document.get("tasks"), list) else []
+        counting = [task for task in tasks if isinstance(task, dict) and task.get("weight") != 0]
+        if document.get("stages") is None and [task.get("kind") in JUDGED_KINDS for task in counting] == [True]:
+            return document | {"search": search | {"strategy": VOTES}}
+        return document
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from evojax_merge.backends.backend import Backend, Resolve
 from evojax_merge.backends.registry import find_backend
 from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import file_hash
-from evojax_merge.config import AUTO, Config, SearchConfig, StageConfig, apply_overrides, parse
+from evojax_merge.config import AUTO, JUDGED_KINDS, VOTES, Config, SearchConfig, StageConfig, apply_overrides, parse
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.memory import available_memory, require_memory
 from evojax_merge.evaluation.targets import Target, live_target
@@ -201,6 +201,13 @@ def build_problem(
             f"{strategy.name}: which layers a path takes has no gradient, and scales: none leaves nothing that has "
             "one; take other scales, or path_ga (form: moves) or cma_es for the layers",
         )
+    counting = [section for section in config.tasks if section.weight > 0]
+    judged = [section for section in counting if getattr(section, "kind", None) in JUDGED_KINDS]
+    if config.search.strategy == VOTES and (len(judged), len(counting)) != (1, 1):
+        raise InputError(
+            f"{where}: search.strategy", f"{VOTES}: needs one task in the fitness, which people judge (kind: "
+            f"{' or '.join(JUDGED_KINDS)}); take another strategy, such as cma_es",
+        )  # fmt: skip
     _check_guards(where, config, backend, strategy)
     problem = searchable(where, opened, config.seed, backend, tasks, limits)
     guards = {section.name: section.tolerance for section in config.tasks if section.guard}

@@ -1,4 +1,4 @@
-"""Candidates that the votes propose: Bayesian optimisation around the strongest candidate, in place of CMA-ES.
+"""The strategy `votes`: Bayesian optimisation around the strongest candidate.
 
 CMA-ES goes by the order of a generation's candidates, which a few votes hardly show. The posterior of all votes says
 more: where strengths are high, and where they may be. A generation consists of genomes that are the best in draws
@@ -14,18 +14,25 @@ from typing import Any
 import jax
 import numpy as np
 
+from evojax_merge.config import VOTES
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.judge.ballot import Ballot
 from evojax_merge.judge.posterior import Preferences
 from evojax_merge.problem import SearchProblem
 from evojax_merge.search.protocols import State, Strategy
+from evojax_merge.search.strategies.cma_es import cma_es
+from evojax_merge.search.strategies.registry import StrategySettings
 
-# The strategy in whose place votes propose candidates. Others use the strengths like any fitness.
-REPLACED = "cma_es"
 # The steps of the last generation, as a share of those of the first.
 LAST_STEP = 0.5
 # Genomes that are drawn around a centre, and steps from the strongest candidate to the highest mean strength.
 DRAWN, CLIMBS = 200, 3
+
+
+def votes(settings: StrategySettings) -> Strategy:
+    """Votes on the one task that people judge propose the candidates: draws from their posterior near the strongest."""
+    # The first generation is drawn before anyone has voted; `proposing` joins the later ones to the votes.
+    return replace(cma_es(settings), name=VOTES)
 
 
 @dataclass(frozen=True)
@@ -97,11 +104,10 @@ def _around(centre: np.ndarray, step: float, count: int, generator: np.random.Ge
 
 
 def proposing(problem: SearchProblem[Any], ballots: Mapping[str, Ballot]) -> SearchProblem[Any]:
-    """The problem where votes propose the candidates, if votes on one task are the whole fitness, and the strategy is
-    the one that they replace."""
-    counting = [task.name for task in problem.splits.search if task.weight > 0]
-    if problem.search.strategy != REPLACED or len(counting) != 1 or counting[0] not in ballots:
+    """The problem with its strategy, if that is `votes`, joined to the votes on the task that is the fitness."""
+    if problem.search.strategy != VOTES:
         return problem
-    search, ballot = problem.search, ballots[counting[0]]
+    (ballot,) = [ballots[task.name] for task in problem.splits.search if task.weight > 0]
+    search = problem.search
     proposed = ProposedByVotes(problem.strategy, ballot, problem.space.dims, search.sigma, search.generations)
     return replace(problem, strategy=proposed)

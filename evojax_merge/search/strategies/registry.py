@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from evojax_merge.config import AUTO, GradientConfig, SearchConfig, Seed
+from evojax_merge.config import AUTO, VOTES, GradientConfig, SearchConfig, Seed
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.plugins import HINT
 from evojax_merge.search.protocols import Capabilities, Strategy, capabilities_of
@@ -81,6 +81,7 @@ _BUILT_IN = {
     "random": "evojax_merge.search.strategies.random:random",
     "grid": "evojax_merge.search.strategies.grid:grid",
     "pool": "evojax_merge.search.strategies.pool:pool",
+    VOTES: "evojax_merge.judge.proposals:votes",
     AUTO: "evojax_merge.search.auto:auto",
 }
 # The members of the protocol `Strategy`.
