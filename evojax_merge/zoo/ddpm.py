@@ -1,16 +1,18 @@
-"""Two generators of one base that draw digits of 8 x 8 pixels, as diffusers writes them (DDIM).
+"""Two image generators of one base: diffusers pipelines (DDIM) that draw digits of 8 x 8 pixels.
 
-The base learns scikit-learn's handwritten digits; a copy is then fine-tuned on the digits 0 to 4, `low`, another on 5
-to 9, `high`, for longer and at a higher rate. All are kept in the user's cache folder once made.
+The `base` learns scikit-learn's handwritten digits. One copy is then fine-tuned on the digits 0 to 4, `low`, another on
+5 to 9, `high`, for longer and at a higher rate, and each forgets to draw the other five. The task of a merge is to draw
+all ten. It is the setting of EvoSDXL-JP, generators of one architecture that draw different things, at the size of a
+toy.
 """
 
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 
+from evojax_merge.errors import InputError
 from evojax_merge.zoo import TrainedFamily
 from evojax_merge.zoo.digit_images import HIGH, LOW, DigitImages, load_digit_images
 from evojax_merge.zoo.tiny_llama import Progress
@@ -20,18 +22,32 @@ MODELS = ("base", "low", "high")
 # The steps of training of each model, and their rates.
 STEPS, RATES = (400, 80, 160), (4e-3, 1e-3, 2e-3)
 BATCH = 32
-SIZES: dict[str, Any] = {
+SIZES = {
     "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "block_out_channels": (16, 32),
     "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 4,
     "attention_head_dim": 16,
 }  # fmt: skip
-SCHEDULE: dict[str, Any] = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"}
+SCHEDULE = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"}
 
 
-def make_family(folder: Path, seed: int, progress: Progress) -> None:
-    """Train the family into an empty folder."""
-    training, _, _ = load_digit_images("digit generators", seed)
-    with seeded_torch("digit generators", seed) as torch:
+def pixels(images: np.ndarray) -> np.ndarray:
+    """float32[N, 1, 8, 8]: the images as a generator learns them, from -1 to 1."""
+    return (images[:, None] / 8 - 1).astype(np.float32)
+
+
+def make_family(
+    folder: Path,
+    seed: int,
+    progress: Progress = lambda name, steps, loss: None,
+    steps: tuple[int, int, int] = STEPS,
+) -> None:
+    """Train the family into an empty folder. steps: of each model."""
+    training, _, _ = load_digit_images("zoo:ddpm", seed)
+    with seeded_torch("zoo:ddpm", seed) as torch:
+        try:
+            import diffusers
+        except ImportError:
+            raise InputError("zoo:ddpm", "needs diffusers: pip install 'evojax-merge[diffusion]'") from None
         schedule = diffusers.DDIMScheduler(**SCHEDULE)
 
         def loss(module: Any, images: Any, noise: Any, times: Any) -> Any:
@@ -40,7 +56,7 @@ def make_family(folder: Path, seed: int, progress: Progress) -> None:
 
         def stage(name: str, start: Any, digits: DigitImages, steps: int, rate: float) -> Any:
             rng = np.random.default_rng([seed, 3, *name.encode()])
-            images = torch.tensor((digits.images[:, None] / 8 - 1).astype(np.float32))
+            images = torch.tensor(pixels(digits.images))
 
             def batch() -> dict[str, Any]:
                 chosen = images[torch.tensor(rng.integers(0, len(images), BATCH))]
@@ -52,9 +68,9 @@ def make_family(folder: Path, seed: int, progress: Progress) -> None:
             diffusers.DDIMPipeline(module, schedule).save_pretrained(folder / name)
             return module
 
-        base = stage("base", diffusers.UNet2DModel(**SIZES), training, STEPS[0], RATES[0])
-        for name, half, count, rate in zip(MODELS[1:], (LOW, HIGH), STEPS[1:], RATES[1:], strict=True):
+        base = stage("base", diffusers.UNet2DModel(**SIZES), training, steps[0], RATES[0])
+        for name, half, count, rate in zip(MODELS[1:], (LOW, HIGH), steps[1:], RATES[1:], strict=True):
             stage(name, base, training[np.isin(training.labels, half)], count, rate)
 
 
-FAMILY = TrainedFamily("digit generators", "digit-generators-v1", MODELS, sum(STEPS), make_family)
+FAMILY = TrainedFamily("ddpm", "ddpm-v1", MODELS, sum(STEPS), make_family, files=())
