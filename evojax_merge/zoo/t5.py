@@ -1,8 +1,7 @@
 """Two translators of one base: encoder-decoders (transformers' T5ForConditionalGeneration) of number words.
 
 The `base` copies English numbers, `four hundred twelve`. One copy, `french`, is fine-tuned to translate French ones
-into English, `quatre cent douze`, another, `german`, for longer, German ones, `vier hundert zwölf`. The task of a merge
-is both.
+into English, `quatre cent douze`, another, `german`, German ones, `vier hundert zwölf`. The task of a merge is both.
 """
 
 import json
@@ -23,7 +22,7 @@ END = 1000
 # In each of the two languages.
 SEARCH, HELDOUT = 64, 128
 # The steps of training of each model, and their rates.
-STEPS, RATES = (300, 150, 300), (3e-3, 1e-3, 2e-3)
+STEPS, RATES = (300, 300, 300), (3e-3, 2e-3, 2e-3)
 BATCH = 32
 
 # The words of 0 to 16 or 19, and of the tens; 0 has none.
