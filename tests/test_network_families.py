@@ -64,7 +64,7 @@ def test_the_translators_are_folders_of_transformers_with_numbers_that_none_was_
         assert records == t5.records(numbers) and len(records) == 2 * len(numbers)
         # The models are trained on what the tokenizer makes of the files.
         inputs = tokenizer([record["text"] for record in records[::2]], padding=True, return_tensors="np")
-        np.testing.assert_array_equal(inputs["input_ids"], t5.tokens(numbers, t5.french))
+        np.testing.assert_array_equal(inputs["input_ids"], t5.tokens(numbers, [t5.french]))
     assert model.config.vocab_size == len(tokenizer)
 
 

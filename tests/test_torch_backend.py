@@ -1,6 +1,8 @@
 """Networks that transformers opens are searched as language models are: classifiers of images and texts, and others."""
 
 import json
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -478,3 +480,15 @@ def test_without_torchax_gradients_are_refused_and_torch_is_asked_for(
     monkeypatch.setattr("evojax_merge.backends.torch.opening.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"backend: torch: needs PyTorch; pip install 'evojax-merge\[torch\]'"):
         problem_of(tmp_path / "config.yaml", document(folder))
+
+
+def test_a_torchax_that_does_not_fit_torch_is_named_with_the_versions_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchax", None)
+    networks.torchax_environment.cache_clear()
+    try:
+        environment, reason = networks.torchax_environment()
+    finally:
+        networks.torchax_environment.cache_clear()
+    assert environment is None and "\n" not in reason
+    versions = rf"torchax \S+ does not import with torch {re.escape(torch.__version__)}"
+    assert re.fullmatch(rf"{versions} \(.*\); torchax 0\.0\.14\S+ and later do", reason)

@@ -1,12 +1,14 @@
 """Two translators of one base: encoder-decoders (transformers' T5ForConditionalGeneration) of number words.
 
-The `base` copies English numbers, `four hundred twelve`. One copy, `french`, is fine-tuned to translate French ones
-into English, `quatre cent douze`, another, `german`, German ones, `vier hundert zwölf`. The task of a merge is both.
+The `base` sees numbers in French, `quatre cent douze`, and in German, `vier hundert zwölf`, for a moment, and has to
+write them in English. One copy is then fine-tuned on French, another on German, and each forgets the other language. The
+task of a merge is both.
 """
 
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ END = 1000
 # In each of the two languages.
 SEARCH, HELDOUT = 64, 128
 # The steps of training of each model, and their rates.
-STEPS, RATES = (300, 300, 300), (3e-3, 2e-3, 2e-3)
+STEPS, RATES = (100, 300, 300), (3e-3, 2e-3, 2e-3)
 BATCH = 32
 
 # The words of 0 to 16 or 19, and of the tens; 0 has none.
@@ -108,9 +110,12 @@ def records(numbers: Sequence[int]) -> list[dict[str, str]]:
     ]
 
 
-def tokens(numbers: Sequence[int], language: Language) -> np.ndarray:
-    """int64[N, T]: the tokens of numbers in a language, with the text's end, padded."""
-    rows = [[*(IDS[word] for word in language(int(number))), IDS[EOS]] for number in numbers]
+def tokens(numbers: Sequence[int], languages: Sequence[Language]) -> np.ndarray:
+    """int64[N, T]: the tokens of numbers in languages that take turns, with the text's end, padded."""
+    rows = [
+        [*(IDS[word] for word in language(int(number))), IDS[EOS]]
+        for number, language in zip(numbers, cycle(languages), strict=False)
+    ]
     padded = np.full((len(rows), max(map(len, rows))), IDS[PAD])
     for row, ids in zip(padded, rows, strict=True):
         row[: len(ids)] = ids
@@ -145,12 +150,13 @@ def make_family(
     with seeded_torch("zoo:t5", seed) as torch:
         import transformers
 
-        def stage(name: str, start: Any, source: Language, steps: int, rate: float) -> Any:
+        def stage(name: str, start: Any, languages: Sequence[Language], steps: int, rate: float) -> Any:
             rng = np.random.default_rng([seed, 2, *name.encode()])
 
             def batch() -> dict[str, Any]:
                 numbers = rng.choice(training, BATCH)
-                text, labels = (torch.tensor(tokens(numbers, language)) for language in (source, english))
+                text = torch.tensor(tokens(numbers, languages))
+                labels = torch.tensor(tokens(numbers, [english]))
                 return {
                     "input_ids": text, "attention_mask": (text != IDS[PAD]).long(),
                     "labels": torch.where(labels == IDS[PAD], -100, labels),
@@ -162,9 +168,9 @@ def make_family(
             return module
 
         fresh = transformers.T5ForConditionalGeneration(transformers.T5Config(**SIZES))
-        base = stage("base", fresh, english, steps[0], RATES[0])
+        base = stage("base", fresh, (french, german), steps[0], RATES[0])
         for name, language, count, rate in zip(MODELS[1:], (french, german), steps[1:], RATES[1:], strict=True):
-            stage(name, base, language, count, rate)
+            stage(name, base, [language], count, rate)
 
 
 FAMILY = TrainedFamily("t5", "t5-v1", MODELS, sum(STEPS), make_family)
