@@ -1,4 +1,4 @@
-"""Two translators of different languages, merged and searched, over five seeds (5 minutes).
+"""Two translators of different languages, merged and searched, over five seeds (7 minutes of one core).
 
     python -m bench translators
 

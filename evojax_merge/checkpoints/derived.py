@@ -2,9 +2,9 @@
 
 `base+adapter` (mergekit's notation), an adapter alone, whose base its config names, a GGUF file, a quantised folder and
 an image generator, in a folder or in a single file, with a LoRA are such models. Each such model has a folder in the
-user's cache, with everything but weights (config and tokenizer: links to the base's, or made of the GGUF file), and with
-a file `SOURCES` that names the files that the weights are made of. All other code handles this folder like any other
-model's; messages name the original files.
+user's cache, with everything but weights (config and tokenizer: links to the base's, or made of the GGUF file), and
+with a file `SOURCES` that names the files that the weights are made of. All other code handles this folder like any
+other model's; messages name the original files.
 """
 
 import hashlib

@@ -81,7 +81,9 @@ def diffusers_module(module: str, names: Sequence[str]) -> str | None:
     if match is not None:
         # A residual network, attention, and a residual network.
         number, inner = int(match[1]), match[2]
-        return f"mid_block.attentions.0.{inner}" if number == 1 else _residual(f"mid_block.resnets.{number // 2}", inner)
+        return (
+            f"mid_block.attentions.0.{inner}" if number == 1 else _residual(f"mid_block.resnets.{number // 2}", inner)
+        )
     match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", module)
     if match is None:
         return None

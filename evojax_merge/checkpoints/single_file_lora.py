@@ -1,15 +1,14 @@
-"""LoRA files in single-file checkpoints of image generators: tensors with a LoRA's factors, expanded while they are read.
+"""LoRA files in single-file checkpoints of image generators: a LoRA's factors are expanded while tensors are read.
 
 A LoRA names the modules that it changes by the names of kohya's trainer, which joins their parts by `_`
-(`lora_unet_input_blocks_4_1_….lora_down.weight`, or with diffusers' names of the modules), or by those of diffusers and
-PEFT (`unet.down_blocks.0.….lora_A.weight`). The fused weight is `W + alpha / r · up down`, computed in float32 and rounded
-to the checkpoint's dtype once; alpha is r where the file names none. The factors of a convolution are those of its
-weight as a matrix `[out, in · height · width]`. OpenCLIP's text encoders hold queries, keys and values in one tensor, of
-which three modules change a third each.
+(`lora_unet_input_blocks_4_1_….lora_down.weight`, or with diffusers' names of the modules), or by those of diffusers
+and PEFT (`unet.down_blocks.0.….lora_A.weight`). The fused weight is `W + alpha / r · up down`, computed in float32 and
+rounded to the checkpoint's dtype once; alpha is r where the file names none. The factors of a convolution are those of
+its weight as a matrix `[out, in · height · width]`. OpenCLIP's text encoders hold queries, keys and values in one
+tensor, of which three modules change a third each.
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,8 +116,8 @@ class FusedTensor(DenseTensor):
 def open_with_lora(base: Path, lora: Path) -> Folder:
     """Open a single-file checkpoint with a LoRA. Reads headers, and the alphas.
 
-    Raises InputError for a file of another kind than a plain LoRA, and for one that changes other modules, or modules of
-    other shapes, than the checkpoint has.
+    Raises InputError for a file of another kind than a plain LoRA, and for one that changes other modules, or modules
+    of other shapes, than the checkpoint has.
     """
     checkpoint = open_folder(base)
     if scheme_of(checkpoint.entries) is None:
@@ -214,8 +213,11 @@ def _change(lora: Path, module: str, parts: Mapping[str, Tensor], place: Place, 
         rows //= 3
         begin = rows * place.part
     entries = math.prod(weight.shape[1:])
-    if len(down.shape) < 2 or len(up.shape) < 2 or math.prod(down.shape) != rank * entries or (
-        up.shape[0] != rows or math.prod(up.shape) != rows * rank
+    if (
+        len(down.shape) < 2
+        or len(up.shape) < 2
+        or math.prod(down.shape) != rank * entries
+        or (up.shape[0] != rows or math.prod(up.shape) != rows * rank)
     ):
         raise InputError(
             lora, f"{module}: has factors of shapes {list(down.shape)} and {list(up.shape)}, which do not fit the "

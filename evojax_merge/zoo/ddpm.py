@@ -20,8 +20,8 @@ from evojax_merge.zoo.torch_training import seeded_torch, train
 
 MODELS = ("base", "low", "high")
 # The steps of training of each model, and their rates.
-STEPS, RATES = (400, 80, 160), (4e-3, 1e-3, 2e-3)
-BATCH = 32
+STEPS, RATES = (400, 300, 400), (4e-3, 2e-3, 2e-3)
+BATCH = 64
 SIZES = {
     "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "block_out_channels": (16, 32),
     "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 4,

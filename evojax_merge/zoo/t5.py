@@ -1,8 +1,8 @@
 """Two translators of one base: encoder-decoders (transformers' T5ForConditionalGeneration) of number words.
 
-The `base` sees numbers in French, `quatre cent douze`, and in German, `vier hundert zwölf`, for a moment, and has to
-write them in English. One copy is then fine-tuned on French, another on German, and each forgets the other language. The
-task of a merge is both.
+The `base` sees numbers in French, `quatre cent douze`, and in German, `vier hundert zwölf`, for a moment, and
+writes them in English. One copy is then fine-tuned on French, another on German, and each forgets the other language.
+The task of a merge is both.
 """
 
 import json

@@ -1,5 +1,6 @@
 """Merges by the installed sd-mecha, tensor by tensor, and its blocks of Stable Diffusion's tensors."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -94,7 +95,7 @@ def lora_modules_of_sd_mecha(trainer: str, checkpoint: str) -> dict[str, tuple[s
     for tensor, names in tensors.items():
         for number, name in enumerate(names):
             # Trainers leave norms, which have vectors, and what is around a text encoder's layers alone.
-            is_module = name.startswith(("unet.", "te")) and not any(one in name for one in ("projection", "embeddings"))
+            is_module = name.startswith(("unet.", "te")) and not re.search("projection|embeddings", name)
             if is_module and name.endswith(".weight") and len(shapes[tensor]) > 1:
                 module = f"lora_{name.removesuffix('.weight').replace('.', '_')}"
                 modules[module] = (tensor, number if len(names) > 1 else None)
