@@ -71,7 +71,7 @@ def test_the_translators_are_folders_of_transformers_with_numbers_that_none_was_
 def test_the_image_generators_are_folders_of_diffusers_that_draw_digits_pictures(tmp_path: Path) -> None:
     from diffusers import DDIMPipeline
 
-    ddpm.make_family(tmp_path, seed=7, steps=(2, 2, 2))
+    ddpm.make_family(tmp_path, seed=7, plan=ddpm.Training(steps=(2, 2, 2)))
     weights = []
     for name in ddpm.MODELS:
         pipeline = DDIMPipeline.from_pretrained(tmp_path / name)

@@ -83,8 +83,11 @@ def config_of(kind: str) -> dict[str, Any]:
     """The config of a kind's searches, but for the votes and the search."""
     if kind != "pictures":
         return CONFIG
+    from bench.shared.digit_generators import FAMILY
+
     return {
-        "backend": "torch", "base": "zoo:ddpm/base", "parents": ["zoo:ddpm/low", "zoo:ddpm/high"],
+        "backend": "torch", "base": str(FAMILY.resolve_reference("base")),
+        "parents": [str(FAMILY.resolve_reference(name)) for name in ("low", "high")],
         "space": {"method": "task_arithmetic", "parameters": {"weight": {"low": -0.5, "high": 2.0}}},
         "tasks": [{"name": "taste", "kind": "human_images", "images": 64, "heldout": 0.5, "steps": 4, "batch": 32}],
     }  # fmt: skip

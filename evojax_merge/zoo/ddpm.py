@@ -6,6 +6,7 @@ all ten. It is the setting of EvoSDXL-JP, generators of one architecture that dr
 toy.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,17 @@ from evojax_merge.zoo.tiny_llama import Progress
 from evojax_merge.zoo.torch_training import seeded_torch, train
 
 MODELS = ("base", "low", "high")
-# The steps of training of each model, and their rates.
-STEPS, RATES = (400, 300, 400), (4e-3, 2e-3, 2e-3)
-BATCH = 64
+
+
+@dataclass(frozen=True)
+class Training:
+    """steps: of each model; rates: their highest learning rates; batch: the images of a step."""
+
+    steps: tuple[int, int, int] = (400, 300, 400)
+    rates: tuple[float, float, float] = (4e-3, 2e-3, 2e-3)
+    batch: int = 64
+
+
 SIZES = {
     "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "block_out_channels": (16, 32),
     "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 4,
@@ -39,9 +48,9 @@ def make_family(
     folder: Path,
     seed: int,
     progress: Progress = lambda name, steps, loss: None,
-    steps: tuple[int, int, int] = STEPS,
+    plan: Training = Training(),
 ) -> None:
-    """Train the family into an empty folder. steps: of each model."""
+    """Train the family into an empty folder."""
     training, _, _ = load_digit_images("zoo:ddpm", seed)
     with seeded_torch("zoo:ddpm", seed) as torch:
         try:
@@ -59,8 +68,8 @@ def make_family(
             images = torch.tensor(pixels(digits.images))
 
             def batch() -> dict[str, Any]:
-                chosen = images[torch.tensor(rng.integers(0, len(images), BATCH))]
-                times = torch.tensor(rng.integers(0, SCHEDULE["num_train_timesteps"], BATCH))
+                chosen = images[torch.tensor(rng.integers(0, len(images), plan.batch))]
+                times = torch.tensor(rng.integers(0, SCHEDULE["num_train_timesteps"], plan.batch))
                 noise = torch.tensor(rng.standard_normal(chosen.shape, np.float32))
                 return {"images": chosen, "noise": noise, "times": times}
 
@@ -68,9 +77,9 @@ def make_family(
             diffusers.DDIMPipeline(module, schedule).save_pretrained(folder / name)
             return module
 
-        base = stage("base", diffusers.UNet2DModel(**SIZES), training, steps[0], RATES[0])
-        for name, half, count, rate in zip(MODELS[1:], (LOW, HIGH), steps[1:], RATES[1:], strict=True):
+        base = stage("base", diffusers.UNet2DModel(**SIZES), training, plan.steps[0], plan.rates[0])
+        for name, half, count, rate in zip(MODELS[1:], (LOW, HIGH), plan.steps[1:], plan.rates[1:], strict=True):
             stage(name, base, training[np.isin(training.labels, half)], count, rate)
 
 
-FAMILY = TrainedFamily("ddpm", "ddpm-v1", MODELS, sum(STEPS), make_family, files=())
+FAMILY = TrainedFamily("ddpm", "ddpm-v1", MODELS, sum(Training.steps), make_family, files=())
