@@ -1,4 +1,4 @@
-"""Two image generators of disjoint classes, merged and searched, over five seeds (10 minutes).
+"""Two image generators of disjoint classes, merged and searched, over five seeds (15 minutes of one core).
 
     python -m bench generators
 
