@@ -31,12 +31,12 @@ class Training:
     batch: int = 64
 
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "block_out_channels": (16, 32),
     "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 4,
     "attention_head_dim": 16,
 }  # fmt: skip
-SCHEDULE = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"}
+SCHEDULE: dict[str, Any] = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"}
 
 
 def pixels(images: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ The task of a merge is both.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -101,7 +101,7 @@ def split_numbers(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return numbers[SEARCH + HELDOUT :], numbers[:SEARCH], numbers[SEARCH : SEARCH + HELDOUT]
 
 
-def records(numbers: Sequence[int]) -> list[dict[str, str]]:
+def records(numbers: Iterable[int]) -> list[dict[str, str]]:
     """The records of a task file: numbers in French, or in German, and in English."""
     return [
         {"text": " ".join(language(number)), "target": " ".join(english(number))}
@@ -110,7 +110,7 @@ def records(numbers: Sequence[int]) -> list[dict[str, str]]:
     ]
 
 
-def tokens(numbers: Sequence[int], languages: Sequence[Language]) -> np.ndarray:
+def tokens(numbers: Iterable[int], languages: Sequence[Language]) -> np.ndarray:
     """int64[N, T]: the tokens of numbers in languages that take turns, with the text's end, padded."""
     rows = [
         [*(IDS[word] for word in language(int(number))), IDS[EOS]]
