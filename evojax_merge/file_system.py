@@ -179,6 +179,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False, check: Callable[[], 
     check()
     with hidden_folder(target) as work:
         yield work
+        _let_others_read(work)
         if place.exists():
             # Else a power failure could take both.
             _flush(work)
@@ -187,6 +188,15 @@ def atomic_folder(target: Path, *, overwrite: bool = False, check: Callable[[], 
             check()
             _swap(work, place)
     recover(target)
+
+
+def _let_others_read(folder: Path) -> None:
+    """Give the files that a library made for their owner alone the mode that others have. Links of other files keep
+    theirs."""
+    for file in folder.rglob("*"):
+        status = file.lstat()
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and stat.S_IMODE(status.st_mode) == 0o600:
+            file.chmod(0o644)
 
 
 @contextmanager

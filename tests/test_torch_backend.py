@@ -2,6 +2,7 @@
 
 import json
 import re
+import stat
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -150,6 +151,9 @@ def test_image_classifiers_are_planned_searched_resumed_and_exported(folder: Pat
         "model.safetensors",
         "preprocessor_config.json",
     }
+    assert "library_name: transformers" in (exported / "README.md").read_text()
+    # Whatever library wrote a file, others may read it as they may the rest.
+    assert {stat.S_IMODE(file.stat().st_mode) for file in exported.iterdir()} == {0o644}
     assert (exported / "model.safetensors").read_bytes() == (run / "best/model/model.safetensors").read_bytes()
     (recipe,) = yaml.safe_load_all((run / "best" / "recipe.yaml").read_text())
     assert recipe["merge_method"] == "task_arithmetic"
@@ -437,9 +441,15 @@ def test_models_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None:
     headless = transformers.ViTModel(wider.config)
     headless.save_pretrained(tmp_path / "headless")
     copied(tmp_path / "headless", tmp_path / "lacking", architectures=["ViTForImageClassification"])
+    names = {i: f"class{i}" for i in range(CLASSES)}
+    copied(folder / "left", tmp_path / "turned", id2label={i: names[CLASSES - 1 - i] for i in names})
+    larger = ViTConfig.from_pretrained(folder / "base", hidden_size=24)
+    ViTForImageClassification(larger).save_pretrained(tmp_path / "larger")
     copied(folder / "left", tmp_path / "unknown", architectures=["OwnNetwork"])
     cases = [
-        ("wider", r"parents\[1\]: leaf 'classifier.weight' has shape \(5, 16\), but \(4, 16\) in base"),
+        ("wider", r"parents\[1\]: has 5 labels, but base has 4; expected the labels of base, in the same order"),
+        ("larger", r"parents\[1\]: leaf '.*' has shape \(1, 1, 24\), but \(1, 1, 16\) in base"),
+        ("turned", r"parents\[1\]: label 'class3' is number 0, but 3 in base; expected the labels of base"),
         ("headless", r"parents\[1\]: is a ViTModel, but base is a ViTForImageClassification"),
         ("lacking", r"lacks 2 tensors of ViTForImageClassification, such as classifier"),
         ("unknown", r"config.json: architectures: 'OwnNetwork'; transformers .* has no such class"),

@@ -275,9 +275,15 @@ def load_path_bank(sources: Sources, spec: PathSpec, progress: Progress = lambda
     for leaf in shared_leaves(config):
         shared[leaf.name] = tuple(jax.device_put(sources.read_finite(s, leaf.tensor)) for s in range(len(spec.configs)))
         progress(sum(values.nbytes for values in shared[leaf.name]))
+    return replace(path_layout(spec), layers=layers, shared=shared)
+
+
+def path_layout(spec: PathSpec) -> PathBank:
+    """A bank of paths without arrays of weights."""
     kinds = jax.tree.map(lambda *each: jnp.concatenate(each), *map(layer_kinds, spec.configs))
-    outputs = tuple((leaf.name, leaf.gain_offset) for leaf in stack_leaves(config, LAYERS) if leaf.writes_residual)
-    return PathBank(layers, shared, kinds, origins, outputs, spec.export_dtype)
+    leaves = stack_leaves(spec.configs[0], LAYERS)
+    outputs = tuple((leaf.name, leaf.gain_offset) for leaf in leaves if leaf.writes_residual)
+    return PathBank({}, {}, kinds, spec.origins, outputs, spec.export_dtype)
 
 
 def _entries(sources: Sources, leaf: Leaf, config: DecoderConfig) -> int:

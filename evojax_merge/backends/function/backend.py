@@ -348,6 +348,11 @@ class FunctionBackend:
         return dict(zip(self.models, self.names, strict=True))
 
     @property
+    def library(self) -> str:
+        """The library that opens an exported folder, by its name on the hub."""
+        return "jax"
+
+    @property
     def loaded(self) -> int:
         return len(self.models)
 
@@ -388,7 +393,7 @@ class FunctionBackend:
     def describe_inputs(self, prepared: Splits[list[ArrayTask]]) -> list[str]:
         examples = sum(task.size for task in prepared.search)
         lines = [f"{role}: {self.references[model]}" for role, model in self.compared]
-        return [*lines, f"per candidate: {examples:,} examples in {len(prepared.search)} tasks"]
+        return [*lines, f"per candidate: {examples:,} examples of {', '.join(task.name for task in prepared.search)}"]
 
     def warnings(self, prepared: Splits[list[ArrayTask]]) -> list[str]:
         return []
@@ -527,7 +532,7 @@ class FunctionBackend:
     def export(self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]) -> None:
         with atomic_folder(out, overwrite=True, check=check) as folder:
             self.save(self.merged(genome), folder)
-            atomic_write(folder / "README.md", changed_front_matter(card, {"library_name": "jax"}))
+            atomic_write(folder / "README.md", changed_front_matter(card, {"library_name": self.library}))
             write_marker(folder)
 
 

@@ -78,6 +78,12 @@ class TorchBackend(FunctionBackend):
         environment, _ = networks.torchax_environment()
         return environment is not None
 
+    @property
+    def library(self) -> str:
+        if hasattr(self.network.module, "encode"):
+            return "sentence-transformers"
+        return "transformers" if hasattr(self.network.module, "save_pretrained") else "pytorch"
+
     def check_task(self, where: str, task: Any) -> None:
         if task.metric == "negative_word_error_rate" and find_spec("jiwer") is None:
             raise InputError(where, f"metric: {task.metric} needs jiwer; pip install 'evojax-merge[speech]'")

@@ -21,6 +21,7 @@ from evojax_merge.config import Config, EvaluationConfig, SpaceConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.references import recipe_reference
+from evojax_merge.report.progress import say
 from evojax_merge.spaces.parameter import component_groups
 from evojax_merge.spaces.search_parameters import method_with_base
 
@@ -92,7 +93,10 @@ class TorchFactory:
                 if name != classes[keys[0]]:
                     raise InputError(f"{where}: {key}", f"is a {name}, but {keys[0]} is a {classes[keys[0]]}")
         open_one, write = (open_module, save_merge) if own_modules is None else (own_modules.open, own_modules.save)
+        say("opening the models by PyTorch")
         modules = [open_one(paths[key]) for key in keys]
+        if own_modules is None:
+            _check_labels(where, dict(zip(keys, modules, strict=True)))
         if config.evaluation.recalibrate and not has_batch_norms(modules[0]):
             raise InputError(
                 where, f"evaluation.recalibrate: {type(modules[0]).__name__} has no batch norm; leave it out"
@@ -133,6 +137,24 @@ class TorchFactory:
             save_merge(weights, path, out)
 
         return TorchBackend(merge, (str(path),), (path,), save, settings, target, network=open_network(module))
+
+
+def _check_labels(where: str, modules: Mapping[str, Any]) -> None:
+    """Raises InputError where two classifiers number their labels differently: a merge has one head."""
+    (first, expected), *others = ((key, module.config.id2label) for key, module in modules.items())
+    for key, labels in others:
+        if len(labels) != len(expected):
+            raise InputError(
+                f"{where}: {key}", f"has {len(labels)} labels, but {first} has {len(expected)}; expected the labels of "
+                f"{first}, in the same order",
+            )  # fmt: skip
+        numbers = {name: number for number, name in expected.items()}
+        moved = [(name, number) for number, name in labels.items() if numbers.get(name, number) != number]
+        for name, number in moved[:1]:
+            raise InputError(
+                f"{where}: {key}", f"label {name!r} is number {number}, but {numbers[name]} in {first}; expected the "
+                f"labels of {first}, in the same order",
+            )  # fmt: skip
 
 
 def _open_pipelines(
