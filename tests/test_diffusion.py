@@ -488,7 +488,7 @@ def test_what_cannot_be_merged_is_refused_in_a_line(fault: str, ddpm: list[Path]
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("fault", ["prompts", "guidance", "latents", "task", "parts", "function", "random"])
+@pytest.mark.parametrize("fault", ["prompts", "guidance", "latents", "task", "parts", "function", "missing", "random"])
 def test_what_cannot_be_searched_is_refused_in_a_line(
     fault: str, ddpm: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -514,6 +514,10 @@ def test_what_cannot_be_searched_is_refused_in_a_line(
     elif fault == "function":
         (tmp_path / "f.py").write_text("def f(images):\n    return 0\n")
         task["function"], message = f"{tmp_path}/f.py:f", "inputs: images calls it with (records, images)"
+    elif fault == "missing":
+        find = "evojax_merge.backends.torch.opening.find_spec"
+        monkeypatch.setattr(find, lambda name: None if name == "diffusers" else name)
+        message = "torch: needs diffusers; pip install 'evojax-merge[diffusion]'"
     else:
         from evojax_merge.backends.torch.generator import Generator
 

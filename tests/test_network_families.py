@@ -10,7 +10,7 @@ from PIL import Image
 
 from evojax_merge import zoo
 from evojax_merge.errors import InputError
-from evojax_merge.zoo import vit
+from evojax_merge.zoo import ddpm, t5, vit
 from evojax_merge.zoo.digit_images import load_digit_images
 
 
@@ -31,6 +31,56 @@ def test_the_image_classifiers_are_folders_of_transformers_with_images_and_label
         # The models are trained on what the processor makes of the files.
         pixels = processor(Image.open(tmp_path / records[3]["image"]).convert("RGB"), return_tensors="np")
         np.testing.assert_allclose(pixels["pixel_values"][0], vit.pixel_values(part.images)[3], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (97, ("ninety seven", "quatre vingt dix sept", "sieben und neunzig")),
+        (471, ("four hundred seventy one", "quatre cent soixante onze", "vier hundert ein und siebzig")),
+        (300, ("three hundred", "trois cent", "drei hundert")),
+        (116, ("one hundred sixteen", "cent seize", "ein hundert sechzehn")),
+        (80, ("eighty", "quatre vingt", "achtzig")),
+        (77, ("seventy seven", "soixante dix sept", "sieben und siebzig")),
+    ],
+)
+def test_numbers_in_words(number: int, words: tuple[str, str, str]) -> None:
+    assert tuple(" ".join(language(number)) for language in (t5.english, t5.french, t5.german)) == words
+
+
+def test_no_two_numbers_have_the_same_words() -> None:
+    for language in (t5.english, t5.french, t5.german):
+        assert len({tuple(language(number)) for number in range(1, t5.END)}) == t5.END - 1
+
+
+def test_the_translators_are_folders_of_transformers_with_numbers_that_none_was_trained_on(tmp_path: Path) -> None:
+    t5.make_family(tmp_path, seed=7, steps=(1, 1, 1))
+    training, *splits = t5.split_numbers(7)
+    assert len(np.unique(np.concatenate([training, *splits]))) == t5.END - 1
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "french")
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "german")
+    for file, numbers in zip(zoo.FILES, splits, strict=True):
+        records = [json.loads(line) for line in (tmp_path / file).read_text(encoding="utf-8").splitlines()]
+        assert records == t5.records(numbers) and len(records) == 2 * len(numbers)
+        # The models are trained on what the tokenizer makes of the files.
+        inputs = tokenizer([record["text"] for record in records[::2]], padding=True, return_tensors="np")
+        np.testing.assert_array_equal(inputs["input_ids"], t5.tokens(numbers, [t5.french]))
+    assert model.config.vocab_size == len(tokenizer)
+
+
+def test_the_image_generators_are_folders_of_diffusers_that_draw_digits_pictures(tmp_path: Path) -> None:
+    from diffusers import DDIMPipeline
+
+    ddpm.make_family(tmp_path, seed=7, plan=ddpm.Training(steps=(2, 2, 2)))
+    weights = []
+    for name in ddpm.MODELS:
+        pipeline = DDIMPipeline.from_pretrained(tmp_path / name)
+        pipeline.set_progress_bar_config(disable=True)
+        assert pipeline(batch_size=2, num_inference_steps=1, output_type="np").images.shape == (2, 8, 8, 1)
+        weights.append(pipeline.unet.conv_in.weight.detach())
+    assert all(not np.allclose(a, b) for a, b in zip(weights, [*weights[1:], weights[0]], strict=True))
+    training, _, _ = load_digit_images("digits", 7)
+    assert ddpm.pixels(training.images).min() == -1 and ddpm.pixels(training.images).max() == 1
 
 
 def test_a_family_is_trained_once_for_each_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

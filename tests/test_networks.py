@@ -212,11 +212,11 @@ def test_candidates_that_are_called_share_the_cores() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        seen = on_cores(lambda genome: (genome, torch.get_num_threads()), [1, 2], most=8)
+        seen = on_cores(lambda genome: (genome, torch.get_num_threads()), [1, 2], workers=2)
         assert seen == [(1, 2), (2, 2)]
-        assert on_cores(lambda genome: genome + 1, [1, 2, 3], most=1) == [2, 3, 4]
+        assert on_cores(lambda genome: genome + 1, [1, 2, 3], workers=1) == [2, 3, 4]
         with pytest.raises(ZeroDivisionError):
-            on_cores(lambda genome: 1 / genome, [1, 0], most=8)
+            on_cores(lambda genome: 1 / genome, [1, 0], workers=2)
     finally:
         torch.set_num_threads(threads)
 

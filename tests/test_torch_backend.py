@@ -1,8 +1,11 @@
 """Networks that transformers opens are searched as language models are: classifiers of images and texts, and others."""
 
 import json
+import re
 import stat
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from transformers import (
 )
 
 from evojax_merge.backends.torch import network as networks
+from evojax_merge.backends.torch.backend import on_cores
 from evojax_merge.cli import cli
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.costs import cost_of
@@ -237,9 +241,8 @@ def problem_of(path: Path, config: dict[str, Any]) -> SearchProblem:
 def test_a_merge_has_the_scores_of_the_exported_model(kind: str, tmp_path: Path) -> None:
     problem = problem_of(tmp_path / "config.yaml", family_of(kind, tmp_path))
     prepared, (_, baselines) = problem.prepare(), problem.space.baselines()
-    # A network that JAX traces has the outputs that torch gives on the first examples, or it is called instead. On a
-    # CPU one that mostly convolves is called in any case.
-    assert prepared.heldout[0].traced == (networks.torchax_environment()[0] is not None and kind != "batch norm")
+    # A network that JAX traces has the outputs that torch gives on the first examples, or it is called instead.
+    assert prepared.heldout[0].traced == (networks.torchax_environment()[0] is not None)
     evaluators = open_evaluators(problem, prepared)
     scores = evaluators.heldout.score(baselines).matrices["task"]
     backend = problem.backend
@@ -328,11 +331,22 @@ def test_recordings_are_transcribed(tmp_path: Path) -> None:
 
 
 @has_torchax
-def test_a_convolutional_network_is_traced_for_gradients(tmp_path: Path) -> None:
+def test_candidates_of_a_convolutional_network_run_apart(tmp_path: Path) -> None:
+    """On a CPU each has a run of one program by itself; several threads share them, and gradients go the same way."""
     search = {"strategy": "gradient", "generations": 2}
     problem = problem_of(tmp_path / "config.yaml", family_of("batch norm", tmp_path) | {"search": search})
-    (task,) = problem.prepare().minibatches[0]
-    assert task.traced
+    prepared = problem.prepare()
+    evaluator = open_evaluators(problem, prepared).search.evaluator
+    genomes = np.random.default_rng(0).normal(size=(5, problem.space.dims)).astype(np.float32)
+    alone = np.concatenate([evaluator.evaluate(genome[None]).matrices["task"]["log_probability"] for genome in genomes])
+    programs = evaluator.programs
+    programs.workers, programs.together = 2, partial(on_cores, workers=2)
+    together = evaluator.evaluate(genomes).matrices["task"]["log_probability"]
+    assert programs.runs_apart(evaluator.tasks[0], None)
+    np.testing.assert_array_equal(together, alone)
+    scores, gradients = evaluator.value_and_gradient(genomes)
+    np.testing.assert_allclose(scores.matrices["task"]["log_probability"], alone, rtol=1e-5)
+    assert gradients.shape == genomes.shape and np.isfinite(gradients).all()
 
 
 @has_torchax
@@ -488,3 +502,15 @@ def test_without_torchax_gradients_are_refused_and_torch_is_asked_for(
     monkeypatch.setattr("evojax_merge.backends.torch.opening.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"backend: torch: needs PyTorch; pip install 'evojax-merge\[torch\]'"):
         problem_of(tmp_path / "config.yaml", document(folder))
+
+
+def test_a_torchax_that_does_not_fit_torch_is_named_with_the_versions_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchax", None)
+    networks.torchax_environment.cache_clear()
+    try:
+        environment, reason = networks.torchax_environment()
+    finally:
+        networks.torchax_environment.cache_clear()
+    assert environment is None and "\n" not in reason
+    versions = rf"torchax \S+ does not import with torch {re.escape(torch.__version__)}"
+    assert re.fullmatch(rf"{versions} \(.*\); torchax 0\.0\.14\S+ and later do", reason)

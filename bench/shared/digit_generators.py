@@ -1,60 +1,14 @@
-"""Two generators of one base that draw digits of 8 x 8 pixels, as diffusers writes them (DDIM).
+"""The generators of digits whose pictures the simulated person judges: the zoo's, after a shorter training.
 
-The base learns scikit-learn's handwritten digits; a copy is then fine-tuned on the digits 0 to 4, `low`, another on 5
-to 9, `high`, for longer and at a higher rate. All are kept in the user's cache folder once made.
+All are kept in the user's cache folder once made.
 """
 
 from functools import partial
-from pathlib import Path
-from typing import Any
-
-import diffusers
-import numpy as np
 
 from evojax_merge.zoo import TrainedFamily
-from evojax_merge.zoo.digit_images import HIGH, LOW, DigitImages, load_digit_images
-from evojax_merge.zoo.tiny_llama import Progress
-from evojax_merge.zoo.torch_training import seeded_torch, train
+from evojax_merge.zoo.ddpm import MODELS, Training, make_family
 
-MODELS = ("base", "low", "high")
-# The steps of training of each model, and their rates.
-STEPS, RATES = (400, 80, 160), (4e-3, 1e-3, 2e-3)
-BATCH = 32
-SIZES: dict[str, Any] = {
-    "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "block_out_channels": (16, 32),
-    "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 4,
-    "attention_head_dim": 16,
-}  # fmt: skip
-SCHEDULE: dict[str, Any] = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"}
-
-
-def make_family(folder: Path, seed: int, progress: Progress) -> None:
-    """Train the family into an empty folder."""
-    training, _, _ = load_digit_images("digit generators", seed)
-    with seeded_torch("digit generators", seed) as torch:
-        schedule = diffusers.DDIMScheduler(**SCHEDULE)
-
-        def loss(module: Any, images: Any, noise: Any, times: Any) -> Any:
-            drawn = module(schedule.add_noise(images, noise, times), times).sample
-            return (drawn - noise).square().mean()
-
-        def stage(name: str, start: Any, digits: DigitImages, steps: int, rate: float) -> Any:
-            rng = np.random.default_rng([seed, 3, *name.encode()])
-            images = torch.tensor((digits.images[:, None] / 8 - 1).astype(np.float32))
-
-            def batch() -> dict[str, Any]:
-                chosen = images[torch.tensor(rng.integers(0, len(images), BATCH))]
-                times = torch.tensor(rng.integers(0, SCHEDULE["num_train_timesteps"], BATCH))
-                noise = torch.tensor(rng.standard_normal(chosen.shape, np.float32))
-                return {"images": chosen, "noise": noise, "times": times}
-
-            module = train(start, batch, steps, rate, partial(progress, name), loss)
-            diffusers.DDIMPipeline(module, schedule).save_pretrained(folder / name)
-            return module
-
-        base = stage("base", diffusers.UNet2DModel(**SIZES), training, STEPS[0], RATES[0])
-        for name, half, count, rate in zip(MODELS[1:], (LOW, HIGH), STEPS[1:], RATES[1:], strict=True):
-            stage(name, base, training[np.isin(training.labels, half)], count, rate)
-
-
-FAMILY = TrainedFamily("digit generators", "digit-generators-v1", MODELS, sum(STEPS), make_family)
+TRAINING = Training(steps=(400, 80, 160), rates=(4e-3, 1e-3, 2e-3), batch=32)
+FAMILY = TrainedFamily(
+    "digit generators", "digit-generators-v1", MODELS, sum(TRAINING.steps), partial(make_family, plan=TRAINING)
+)

@@ -24,12 +24,14 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 @dataclass(frozen=True)
 class Scored:
-    """The held-out scores of a seed's models. examples: float[N] of each model; targets: of the N examples; leads: of
-    each winner over the best parent and over the uniform merge."""
+    """The held-out scores of a seed's models. examples: float[N] of each model; targets: of the N examples, where they
+    have any; leads: of each winner over the best parent and over the uniform merge; beside: the mean scores of each
+    model by other metrics."""
 
     examples: dict[str, np.ndarray]
-    targets: tuple[str, ...]
+    targets: tuple[str | None, ...]
     leads: dict[str, dict[str, Lead]]
+    beside: dict[str, dict[str, float]]
 
     @property
     def means(self) -> dict[str, float]:
@@ -70,30 +72,36 @@ def run_seed(
     searches: Mapping[str, Sequence[str]],
     starts: Mapping[str, Sequence[str]],
     folder: Path,
+    beside: Sequence[str] = (),
 ) -> Scored:
     """The models of a family, merges that nobody searched, and the winners of searches, on held-out examples.
 
-    score: `task/metric`; searches: the overrides of each; starts: those of searches whose start is such a merge.
+    score: `task/metric`, and beside: others; searches: the overrides of each; starts: those of searches whose start is
+    such a merge.
     """
-    task, metric = score.split("/")
     parents: list[str] = []
     examples: dict[str, np.ndarray] = {}
     leads: dict[str, dict[str, Lead]] = {}
+    means: dict[str, dict[str, float]] = {other: {} for other in beside}
 
-    def score_genome(heldout: SpaceEvaluator[Any], genome: np.ndarray) -> np.ndarray:
-        row: np.ndarray = heldout.score(genome[None]).matrices[task][metric][0]
-        return row
+    def keep(name: str, scores: Any) -> None:
+        for key in (score, *beside):
+            task, metric = key.split("/")
+            row = scores.matrices[task][metric][0]
+            if key == score:
+                examples[name] = row
+            else:
+                means[key][name] = float(row.mean())
 
     for name, overrides in searches.items():
         problem = open_problem(config, family, seed, overrides)
         on = open_evaluators(problem, problem.prepare())
         if not examples:
             for role, path in problem.backend.compared:
-                stored = problem.backend.score_stored(path, on.heldout, lambda done: None)
-                examples[path.name] = stored.matrices[task][metric][0]
+                keep(path.name, problem.backend.score_stored(path, on.heldout, lambda done: None))
                 parents.extend([path.name] if role == "parent" else [])
-            examples[UNIFORM] = score_genome(on.heldout, problem.space.baselines()[1][0])
-        examples[name] = score_genome(on.heldout, evolve(problem, on, folder / f"{name}-{seed}"))
+            keep(UNIFORM, on.heldout.score(problem.space.baselines()[1][:1]))
+        keep(name, on.heldout.score(evolve(problem, on, folder / f"{name}-{seed}")[None]))
         best = max(parents, key=lambda parent: float(examples[parent].mean()))
         rivals = [best, UNIFORM]
         compared = leads_over([examples[name]], [[examples[rival]] for rival in rivals], [1.0], seed)
@@ -102,18 +110,17 @@ def run_seed(
         }
     for name, overrides in starts.items():
         problem = open_problem(config, family, seed, overrides)
-        examples[name] = score_genome(open_evaluator(problem, problem.prepare().heldout), problem.space.start)
-    scored = next(one for one in problem.splits.heldout if (one.name, one.metric) == (task, metric))
-    return Scored(examples, tuple(scored.target(i) for i in range(scored.size)), leads)
+        keep(name, open_evaluator(problem, problem.prepare().heldout).score(problem.space.start[None]))
+    scored = next(one for one in problem.splits.heldout if f"{one.name}/{one.metric}" == score)
+    return Scored(examples, tuple(scored.target(i) for i in range(scored.size)), leads, means)
 
 
-def table(title: str, results: Mapping[int, Scored], cell: Callable[[float], str]) -> str:
+def table(title: str, results: Mapping[int, Mapping[str, float]], cell: Callable[[float], str]) -> str:
     """Markdown: a row for each model, its score for each seed, and their mean."""
-    names = list(next(iter(results.values())).means)
     head = [*(f"seed {seed}" for seed in results), "mean"]
     lines = [f"| {title} | {' | '.join(head)} |", "| --- |" + " ---: |" * len(head)]
-    for name in names:
-        values = [scored.means[name] for scored in results.values()]
+    for name in next(iter(results.values())):
+        values = [means[name] for means in results.values()]
         lines.append(f"| {name} | {' | '.join(map(cell, [*values, float(np.mean(values))]))} |")
     return "\n".join(lines)
 
@@ -147,5 +154,8 @@ def print_tables(
     for seed in range(arguments.seeds):
         results[seed] = run_seed(seed)
         print(f"seed {seed}: {results[seed].means}\n{lead_table({seed: results[seed]}, cell)}", flush=True)
-    print(f"\n{table(title, results, cell)}\n\n{lead_table(results, cell)}\n\n{describe()}")
+    print(f"\n{table(title, {seed: one.means for seed, one in results.items()}, cell)}\n\n{lead_table(results, cell)}")
+    for key in results[0].beside:
+        print(f"\n{table(key, {seed: one.beside[key] for seed, one in results.items()}, cell)}")
+    print(f"\n{describe()}")
     return arguments, results

@@ -1,10 +1,10 @@
 """Models whose weights are made while they are read, from files that are no Hugging Face model folder by themselves.
 
 `base+adapter` (mergekit's notation), an adapter alone, whose base its config names, a GGUF file, a quantised folder and
-an image generator with a LoRA are such models. Each such model has a folder in the user's cache, with everything but
-weights (config and tokenizer: links to the base's, or made of the GGUF file), and with a file `SOURCES` that names the
-files that the weights are made of. All other code handles this folder like any other model's; messages name the
-original files.
+an image generator, in a folder or in a single file, with a LoRA are such models. Each such model has a folder in the
+user's cache, with everything but weights (config and tokenizer: links to the base's, or made of the GGUF file), and
+with a file `SOURCES` that names the files that the weights are made of. All other code handles this folder like any
+other model's; messages name the original files.
 """
 
 import hashlib
@@ -51,6 +51,7 @@ from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.mlx import open_mlx
 from evojax_merge.checkpoints.pipelines import is_pipeline
 from evojax_merge.checkpoints.quantised import check_no_parts, dequantised_config, quantisation
+from evojax_merge.checkpoints.single_file_lora import open_with_lora
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.checkpoints.writer import MARKER
 from evojax_merge.data_packages import cache_folder
@@ -62,6 +63,7 @@ SOURCES = "evojax_merge_sources.json"
 # The version of these folders' content: every change of the content increases it.
 VERSION = 5
 EMPTY: Mapping[str, Path] = MappingProxyType({})
+SAFETENSORS = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ KINDS: dict[str, Callable[[Path, Sequence[Path]], Folder]] = {
     "gguf": lambda path, paths: open_gguf(path, *paths),
     # A diffusers folder, whose components are opened one by one.
     "lora": lambda path, paths: open_folder(path),
+    # The checkpoint's own path says that the model is a single file.
+    "single-file lora": lambda path, paths: open_with_lora(*paths),
     **{method: _of_quantised_folder(method, open_one) for method, open_one in QUANTISED.items()},
 }
 
@@ -221,6 +225,8 @@ def resolve_model(
     if adapter is not None:
         if is_adapter(model):
             raise InputError(where, f"{base} is an adapter; expected a model before the +")
+        if model.is_file() and model.suffix == SAFETENSORS:
+            return _with_single_file_lora(model, lora_file(str(where), find(where, adapter, relative_to)))
         if is_pipeline(model):
             return _with_lora(str(where), model, lora_file(str(where), find(where, adapter, relative_to)))
         return _with_adapter(_as_folder(model), _adapter_folder(where, adapter, relative_to, find))
@@ -287,6 +293,12 @@ def _with_lora(where: str, base: Path, lora: Path) -> Path:
     state = [*states, (lora.stat().st_size, lora.stat().st_mtime_ns)]
     sources = SourcesFile("lora", (str(base), str(lora)))
     return _stand_in(sources, f"{base.name}+{lora.stem}", state, partial(write_fused, where, base, lora))
+
+
+def _with_single_file_lora(base: Path, lora: Path) -> Path:
+    """The folder that stands for a single-file checkpoint with a LoRA: without files of its own."""
+    sources = SourcesFile("single-file lora", (str(base), str(lora)))
+    return _stand_in(sources, f"{base.stem}+{lora.stem}", [], lambda folder: None)
 
 
 def _small_files(model: Path) -> dict[str, str]:

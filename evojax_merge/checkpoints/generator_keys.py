@@ -61,6 +61,49 @@ def _diffusers_block(name: str, names: Sequence[str]) -> str:
     return BASE
 
 
+# The modules of a residual network, and those around a U-Net's blocks, in LDM's names and in diffusers'.
+RESIDUAL = {
+    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
+    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+}  # fmt: skip
+AROUND = {
+    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
+    "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
+}  # fmt: skip
+
+
+def diffusers_module(module: str, names: Sequence[str]) -> str | None:
+    """diffusers' name of a module of a U-Net with LDM's names, which `names` are; None where it has none."""
+    if module in AROUND:
+        return AROUND[module]
+    match = re.fullmatch(r"middle_block\.(\d+)\.(.+)", module)
+    if match is not None:
+        # A residual network, attention, and a residual network.
+        number, inner = int(match[1]), match[2]
+        return (
+            f"mid_block.attentions.0.{inner}" if number == 1 else _residual(f"mid_block.resnets.{number // 2}", inner)
+        )
+    match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", module)
+    if match is None:
+        return None
+    number, inner = int(match[2]), match[4]
+    # The first convolution that halves the picture ends the first resolution.
+    halves = [int(name.split(".")[1]) for name in names if re.match(r"input_blocks\.\d+\.0\.op\.", name)]
+    depth = min(halves) if halves else _most(r"input_blocks", names) + 1
+    level, place = divmod(number - (match[1] == "input"), depth)
+    blocks = f"{'down' if match[1] == 'input' else 'up'}_blocks.{level}"
+    if inner == "op":
+        return f"{blocks}.downsamplers.0.conv"
+    if inner == "conv":
+        return f"{blocks}.upsamplers.0.conv"
+    return _residual(f"{blocks}.resnets.{place}", inner) if match[3] == "0" else f"{blocks}.attentions.{place}.{inner}"
+
+
+def _residual(network: str, inner: str) -> str | None:
+    return f"{network}.{RESIDUAL[inner]}" if inner in RESIDUAL else None
+
+
 def _most(module: str, names: Sequence[str]) -> int:
     """The largest number of a numbered list of modules."""
     pattern = re.compile(rf"{module}\.(\d+)\.")

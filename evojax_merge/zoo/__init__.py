@@ -1,20 +1,21 @@
 """The demo family: tiny models whose weights come with the package, others of the same kind that are trained on the
-spot, families of looped models, of classifiers and of a vision-language model with a text model, and a real small model
-from a package.
+spot, families of looped models, classifiers, image generators and translators, a vision-language model with a text
+model, and a real small model from a package.
 
 References: `zoo:base`, `zoo:maths`, `zoo:japanese` are models, `zoo:search.jsonl` and `zoo:heldout.jsonl` task files;
 `zoo:3/base` belongs to the family of seed 3, which is trained first, and `zoo:experts/sums` is one of six more experts
 of `zoo:base`, which are trained first as well. `zoo:loops/plus`, `zoo:loops/3/plus` belong to the looped families
-(loops), `zoo:vit/low` to image classifiers that `backend: torch` opens (vit), `zoo:evovlm/vision` to the models of the
-table-top EvoVLM, which come with the package (evovlm), `zoo:smollm2/base` to the real model (smollm2). All of them are
-kept in the user's cache folder once made.
+(loops). `backend: torch` opens the image classifiers of `zoo:vit/low` (vit), the image generators of `zoo:ddpm/low`
+(ddpm) and the translators of `zoo:t5/french` (t5). `zoo:evovlm/vision` belongs to the models of the table-top EvoVLM,
+which come with the package (evovlm), `zoo:smollm2/base` to the real model (smollm2). All of them are kept in the user's
+cache folder once made.
 """
 
 import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -32,7 +33,7 @@ FILES = ("search.jsonl", "heldout.jsonl")
 # More experts of the packaged base: three of hard sums in English, three that answer in Japanese.
 EXPERTS = ("sums", "differences", "both", "easy_sums", "copying", "mixed")
 # Kinds of families, each in the module of its name, which has a FAMILY.
-KINDS = ("evovlm", "loops", "vit")
+KINDS = ("ddpm", "evovlm", "loops", "t5", "vit")
 # The version of the training recipe in `arithmetic` and of the packaged weights: each version has a folder of its own.
 VERSION = "v3"
 
@@ -115,12 +116,13 @@ def _expert(name: str) -> Path:
 class Family(ABC):
     """A kind of family, one for each seed, as `zoo:NAME/3/MODEL`; `zoo:NAME/MODEL` belongs to that of seed 0.
 
-    version: of the recipe of the models, which every change of it increases.
+    version: of the recipe of the models, which every change of it increases; files: of tasks, beside the models.
     """
 
     name: str
     version: str
     models: Sequence[str]
+    files: Sequence[str] = field(default=FILES, kw_only=True)
 
     @abstractmethod
     def write(self, family: Path, seed: int) -> None:
@@ -130,7 +132,7 @@ class Family(ABC):
         """The path of a model or file, `3/plus` or `plus`; a missing family is written first. Raises InputError for
         another name."""
         match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
-        contents = (*self.models, *FILES)
+        contents = (*self.models, *self.files)
         if match is None or match[2] not in contents:
             references = [f"{PREFIX}{self.name}/{name_or_file}" for name_or_file in contents]
             near = did_you_mean(f"{PREFIX}{self.name}/{name}", references)

@@ -17,6 +17,7 @@ from evojax_merge.checkpoints.writer import write_marker
 from evojax_merge.config import EvaluationConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.compilers import TargetCompiler, collectives
+from evojax_merge.evaluation.costs import convolution_share, cost_of
 from evojax_merge.evaluation.devices import ONE_DEVICE, AnyMesh, Devices, shard_population, tree_nbytes
 from evojax_merge.evaluation.passes import TracedPass, trace
 from evojax_merge.evaluation.planned_passes import (
@@ -44,6 +45,8 @@ from evojax_merge.tasks.python_trees import flatten, shown_path
 from evojax_merge.tasks.splits import Splits
 
 Write = Callable[[Any, Path], None]
+# The share of a program's arithmetic that convolutions are, above which its candidates run apart.
+MOSTLY = 0.5
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,14 @@ def _scores(merge: TreeMerge, task: ArrayTask, bank: TreeBank, genome: jax.Array
     return row_of(task.where, task.function(merge(bank, genome), *rows), jnp.asarray).astype(jnp.float32)
 
 
+def over_candidates(function: Callable[[jax.Array], Any], genomes: jax.Array, chunk: int) -> Any:
+    """The function's results for each genome, `chunk` of them at a time. A single one is in no loop: see
+    `Programs.runs_apart`."""
+    if len(genomes) == 1:
+        return jax.tree.map(lambda leaf: leaf[None], function(genomes[0]))
+    return jax.lax.map(function, genomes, batch_size=None if chunk == 1 else chunk)
+
+
 def score_program(merge: TreeMerge, task: ArrayTask, chunk: int, mesh: AnyMesh = None) -> Any:
     """(bank, genomes float32[P, D], rows) -> float32[P, N], compiled: merges and scores `chunk` candidates together."""
 
@@ -98,7 +109,7 @@ def score_program(merge: TreeMerge, task: ArrayTask, chunk: int, mesh: AnyMesh =
     def program(bank: TreeBank, genomes: jax.Array, rows: tuple[Any, ...]) -> jax.Array:
         def local(shared: Any, genomes: jax.Array) -> jax.Array:
             one = partial(_scores, merge, task, shared[0])
-            return jax.lax.map(lambda genome: one(genome, shared[1]), genomes, batch_size=chunk)
+            return over_candidates(lambda genome: one(genome, shared[1]), genomes, chunk)
 
         result: jax.Array = shard_population(mesh, local, (bank, rows), genomes)
         return result
@@ -120,7 +131,8 @@ def gradient_program(merge: TreeMerge, task: ArrayTask, chunk: int) -> Any:
             (_, scores), gradient = jax.value_and_grad(mean, has_aux=True)(genome)
             return scores, gradient
 
-        return jax.lax.map(score_and_gradient, genomes, batch_size=min(chunk, len(genomes)))
+        results: tuple[jax.Array, jax.Array] = over_candidates(score_and_gradient, genomes, min(chunk, len(genomes)))
+        return results
 
     return program
 
@@ -128,17 +140,23 @@ def gradient_program(merge: TreeMerge, task: ArrayTask, chunk: int) -> Any:
 @dataclass
 class Programs:
     """The compiled programs of a search. chunk: the number of candidates that are computed together; population: the
-    most that a program takes at a time; finish: makes a candidate of a merge, on the host; together: (function,
-    genomes) -> the function's results, for functions that JAX does not trace. Tasks on other examples of one file share
-    their programs."""
+    most that are scored at a time; is_on_cpu: whether they run on a CPU; finish: makes a candidate of a merge, on the
+    host; workers: how many calls run side by side; together: (function, calls) -> the function's results, by as many
+    workers. Tasks on other examples of one file share their programs."""
 
     merge: TreeMerge
     chunk: int
     population: int
     mesh: AnyMesh = None
+    is_on_cpu: bool = False
     finish: Callable[[Any], Any] = lambda model: model
-    together: Callable[[Callable[[Any], Any], Any], list[Any]] = lambda function, genomes: list(map(function, genomes))
+    workers: int = 1
+    together: Callable[[Callable[[Any], Any], Any], list[Any]] = lambda function, calls: list(map(function, calls))
     _compiled: dict[Any, Any] = field(default_factory=dict)
+    # Whether a task's candidates run apart, by its name and metric.
+    _apart: dict[tuple[str, str], bool] = field(default_factory=dict)
+    # The programs that were run, by what they are compiled for.
+    _warm: set[Any] = field(default_factory=set)
 
     def of(self, make: Callable[..., Any], task: ArrayTask, *settings: Any) -> Any:
         # A task and its differentiable companion share their name.
@@ -154,10 +172,29 @@ class Programs:
 
     @cached_property
     def sizes(self) -> list[int]:
-        """The populations that programs are compiled for, ascending: those of the rungs."""
+        """The populations that programs are compiled for, ascending: a worker's share of those of the rungs."""
         groups = 1 if self.mesh is None else self.mesh.shape["population"]
         sizes = {rung_size(self.population, rung) for rung in range(self.population.bit_length())}
-        return sorted({-(-size // groups) * groups for size in sizes})
+        return sorted({-(-(-(-size // groups) * groups) // self.workers) for size in sizes})
+
+    def runs_apart(self, task: ArrayTask, program: Any, *arguments: Any) -> bool:
+        """Return whether each candidate has a run of the program by itself. XLA for CPUs takes many times as long for a
+        convolution in a loop, here that over candidates, as for one outside of loops; it is products of small matrices
+        for which a loop is the quickest."""
+        key = (task.name, task.metric)
+        if key not in self._apart:
+            self._apart[key] = (
+                self.is_on_cpu and self.chunk == 1 and self.mesh is None
+                and convolution_share(cost_of(program.trace(*arguments).jaxpr)) > MOSTLY
+            )  # fmt: skip
+        return self._apart[key]
+
+    def side_by_side(self, function: Callable[[Any], Any], calls: Sequence[Any], key: Any) -> list[Any]:
+        """The function's results. Calls with a new `key` follow one call by itself, so that it alone compiles."""
+        if key in self._warm or len(calls) < 2:
+            return self.together(function, calls)
+        self._warm.add(key)
+        return [function(calls[0]), *self.together(function, calls[1:])]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -194,16 +231,22 @@ class TreeEvaluator:
         return scores
 
     def _traced(self, task: ArrayTask, genomes: np.ndarray) -> np.ndarray:
-        programs, rows = self.programs, []
+        programs = self.programs
         program = programs.of(score_program, task, programs.mesh)
-        for begin in range(0, len(genomes), programs.population):
-            part = genomes[begin : begin + programs.population]
+        # A task without examples has no rungs.
+        sizes = programs.sizes[-1:] if task.examples is None else programs.sizes
+        share = min(-(-len(genomes) // programs.workers), sizes[-1])
+        size = next(size for size in sizes if size >= share)
+        if programs.runs_apart(task, program, self.bank, np.resize(genomes, (size, genomes.shape[1])), task.rows):
+            size = share = 1
+
+        def score(part: np.ndarray) -> np.ndarray:
             # Padded to a size for which the program is compiled.
-            sizes = programs.sizes[-1:] if task.examples is None else programs.sizes
-            size = next(size for size in sizes if size >= len(part))
             padded = np.concatenate([part, np.repeat(part[:1], size - len(part), axis=0)])
-            rows.append(np.asarray(program(self.bank, padded, task.rows))[: len(part)])
-        return np.concatenate(rows)
+            return np.asarray(program(self.bank, padded, task.rows))[: len(part)]
+
+        parts = [genomes[begin : begin + share] for begin in range(0, len(genomes), share)]
+        return np.concatenate(programs.side_by_side(score, parts, (task.name, task.metric, size, task.size)))
 
     def _untraced(self, task: ArrayTask, genomes: np.ndarray) -> np.ndarray:
         programs = self.programs
@@ -225,7 +268,10 @@ class TreeEvaluator:
         scores, gradient = TaskScores({}), None
         for task, weight in task_weights(self.tasks, goal):
             program = self.programs.of(gradient_program, task)
-            rows, part = map(np.asarray, program(self.bank, jnp.asarray(genomes), task.rows))
+            apart = self.programs.runs_apart(task, program, self.bank, genomes, task.rows)
+            parts = [genomes[i : i + 1] for i in range(len(genomes))] if apart else [genomes]
+            results = [program(self.bank, genomes_of_part, task.rows) for genomes_of_part in parts]
+            rows, part = (np.concatenate(arrays) for arrays in zip(*results, strict=True))
             scores.matrices[task.name] = {task.metric: checked(task, rows)}
             part = part if weight == 1 else part * np.float32(weight)
             gradient = part if gradient is None else gradient + part
@@ -396,7 +442,8 @@ class FunctionBackend:
         return min(self.settings.chunk, population)
 
     def programs(self, population: int, devices: Devices) -> Programs:
-        return Programs(self.merge, self.chunk(population), population, devices.mesh)
+        is_on_cpu = not self.target.is_accelerator
+        return Programs(self.merge, self.chunk(population), population, devices.mesh, is_on_cpu)
 
     def load(self, devices: Devices, progress: Callable[[int], None]) -> TreeBank:
         bank = put_bank(self.merge.bank, devices.put)

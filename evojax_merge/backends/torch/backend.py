@@ -43,7 +43,6 @@ from evojax_merge.backends.torch.network import (
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.costs import convolution_share, cost_of
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.models.architecture import known_architecture
@@ -96,8 +95,7 @@ class TorchBackend(FunctionBackend):
 
     def prepare(self, splits: Splits[list[Any]]) -> Splits[list[ArrayTask]]:
         described = dict(self._untraced)
-        follows_gradient = bool(splits.minibatches)
-        prepared = super().prepare(splits.map(lambda tasks: [self._prepared(task, follows_gradient) for task in tasks]))
+        prepared = super().prepare(splits.map(lambda tasks: [self._prepared(task) for task in tasks]))
         if self.settings.recalibrate and not self._calibration:
             self._calibration.extend(
                 (self._ask(task), _batches(arrays.rows[0]["inputs"]))
@@ -143,7 +141,9 @@ class TorchBackend(FunctionBackend):
         programs.finish = self.finished
         if not self.target.is_accelerator:
             # A quarter of the memory, with candidates in float32.
-            programs.together = partial(on_cores, most=max(1, available_memory() // (16 * self._numbers())))
+            most = max(1, available_memory() // (16 * self._numbers()))
+            programs.workers = min(torch.get_num_threads(), most)
+            programs.together = partial(on_cores, workers=programs.workers)
         return programs
 
     def finished(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -170,21 +170,21 @@ class TorchBackend(FunctionBackend):
         room = (self.target.memory - self.held_bytes()) // 4
         return max(1, min(count, int(room // (4 * self._numbers()))))
 
-    def _prepared(self, task: Any, follows_gradient: bool) -> ArrayTask:
+    def _prepared(self, task: Any) -> ArrayTask:
         """A task as arrays. The examples of networks' tasks are prepared once for all splits."""
         folder = self.models[0]
         if isinstance(task, TextTask):
             arrays, where = likelihood_arrays(task, self.network, folder), f"task {task.name}"
-            return self._array_task(task, arrays, where, follows_gradient)
+            return self._array_task(task, arrays, where)
         key = (task.name, task.metric, id(task.examples))
         if key not in self._tasks:
             arrays = example_arrays(task, self.network, folder)
-            self._tasks[key] = self._array_task(task, arrays, task.section, follows_gradient)
+            self._tasks[key] = self._array_task(task, arrays, task.section)
         return self._tasks[key].subset(task.indices)
 
-    def _array_task(self, task: Any, examples: Mapping[str, Any], where: str, follows_gradient: bool) -> ArrayTask:
+    def _array_task(self, task: Any, examples: Mapping[str, Any], where: str) -> ArrayTask:
         if task.name not in self._untraced:
-            self._untraced[task.name] = self._why_untraced(task, examples, where, follows_gradient)
+            self._untraced[task.name] = self._why_untraced(task, examples, where)
         traced = not self._untraced[task.name]
         return ArrayTask(
             task.name, examples, self._scorer(task, traced), metric=task.metric, weight=task.weight, traced=traced,
@@ -219,9 +219,9 @@ class TorchBackend(FunctionBackend):
             return embedded_texts(self.network, self.models[0], class_prompts(task))
         return None
 
-    def _why_untraced(self, task: Any, examples: Mapping[str, Any], where: str, follows_gradient: bool) -> str:
+    def _why_untraced(self, task: Any, examples: Mapping[str, Any], where: str) -> str:
         """Why JAX does not trace the network on a task's examples; empty where it does. Raises InputError for a network
-        that fails on them, or whose outputs are random. follows_gradient: whether the search needs the derivative."""
+        that fails on them, or whose outputs are random."""
         if task.metric in WRITTEN:
             return "it writes texts"
         if isinstance(task, NetworkTask) and getattr(task.config, "gets", "") == "module":
@@ -261,12 +261,7 @@ class TorchBackend(FunctionBackend):
         if environment is None:
             return reason
         try:
-            program = jax.jit(partial(network.trace, ask=ask)).trace(weights, inputs)
-            # Most of the arithmetic: XLA's convolutions on CPUs take several times as long as torch's.
-            convolutions = convolution_share(cost_of(program.jaxpr))
-            if convolutions > 0.5 and not self.target.is_accelerator and not follows_gradient:
-                return "torch's convolutions are faster on a CPU"
-            traced = np.asarray(program.lower().compile()(weights, inputs))
+            traced = np.asarray(jax.jit(partial(network.trace, ask=ask))(weights, inputs))
         # A network that torchax cannot trace fails with an error of any kind.
         except Exception as error:
             return f"torchax: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -312,15 +307,15 @@ def _batches(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{name: array[start : start + BATCH] for name, array in inputs.items()} for start in starts]
 
 
-def on_cores(function: Callable[[Any], Any], genomes: Sequence[Any], most: int) -> list[Any]:
-    """The function's results, of as many genomes at a time as torch has threads, each with its share of them: that is
-    quicker than many threads for each operation of a small network. most: how many fit into the memory."""
-    threads = torch.get_num_threads()
-    workers = min(len(genomes), threads, most)
+def on_cores(function: Callable[[Any], Any], calls: Sequence[Any], workers: int) -> list[Any]:
+    """The function's results, by as many threads of Python, each with its share of torch's threads: that is quicker
+    than many threads for each operation of a small network."""
+    workers = min(len(calls), workers)
     if workers <= 1:
-        return list(map(function, genomes))
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
+        return list(map(function, calls))
+    threads = torch.get_num_threads() // workers
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, threads),))
     try:
-        return list(pool.map(function, genomes))
+        return list(pool.map(function, calls))
     finally:
         pool.shutdown(cancel_futures=True)
