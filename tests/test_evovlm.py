@@ -2,18 +2,22 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import sample, thorough
 from PIL import Image
 from reference.vision_scores import load_seeing
 from transformers import AutoModelForCausalLM
 
 from evojax_merge import zoo
+from evojax_merge.cli import cli, run
 from evojax_merge.errors import InputError
 from evojax_merge.zoo import evovlm
 
@@ -89,6 +93,37 @@ def test_half_of_one_expert_and_half_of_the_other_answer_in_japanese(folder: Pat
     assert right([1, 0], [0, 1]) > 0.75
     for seeing, speaking in (([1, 1], [0, 0]), ([0, 0], [1, 1]), ([0.5, 0.5], [0.5, 0.5])):
         assert right(seeing, speaking) < 0.15
+
+
+@thorough
+def test_a_search_exports_a_model_that_transformers_scores_alike(folder: Path, tmp_path: Path) -> None:
+    """A gradient's winner answers in Japanese, and the folder, in a process without this program, has its score."""
+    document = yaml.safe_load((Path(__file__).parents[1] / "configs/evovlm_tabletop.yaml").read_text())
+    document |= {"base": str(folder / "base"), "parents": [str(folder / "vision"), str(folder / "japanese")]}
+    document |= {"tokenizer_source": str(folder / "vision")}
+    document["search"] = {
+        "strategy": "gradient", "generations": 12, "population": 1, "gradient": {"learning_rate": 0.2}
+    }  # fmt: skip
+    for task in document["tasks"]:
+        task |= {"file": str(folder / "search.jsonl"), "heldout": str(folder / "heldout.jsonl"), "limit": 40}
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(document))
+    arguments = ["search", str(tmp_path / "search.yaml"), "--out", str(tmp_path / "run")]
+    assert run(lambda: cli.main(arguments, standalone_mode=False)) == 0
+    rows = json.loads((tmp_path / "run/result.json").read_text())["table"]
+    scores = {row["role"]: row["heldout_scores"] for row in rows}
+    assert scores["winner"]["japanese/accuracy"] > 0.6 > 0.1 > scores["uniform"]["japanese/accuracy"]
+    prompts = [
+        {"image": str(folder / record["image"]), "prompt": f"<image> {record['question']}",
+         "target": f"{record['answer']} </s>"}
+        for record in records(folder, "heldout.jsonl")
+    ]  # fmt: skip
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    script = Path(__file__).parent / "reference/vision_scores.py"
+    printed = subprocess.run(
+        [sys.executable, script, tmp_path / "run/best/model", tmp_path / "prompts.jsonl"],
+        check=True, capture_output=True, text=True, cwd=tmp_path, env={"PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    assert float(printed.stdout) == pytest.approx(scores["winner"]["answers/log_probability"], abs=1e-4)
 
 
 @thorough

@@ -585,11 +585,15 @@ def test_a_plan_for_7b_models_on_targets_that_are_not_here(
         (found,) = json.loads(out.read_text())
         return found
 
-    # Two layers at a time, and an embedding, of what stays in the host's memory.
-    for target, ahead in (("rtx4090", 5e9), ("h100", 5e9)):
+    # Two layers at a time of what stays in the host's memory.
+    for target, ahead in (("rtx4090", 3.5e9), ("h100", 3.5e9)):
         streamed = plan(target, "--set", "evaluation.bank=auto")
         assert streamed["fits"] and streamed["bank_bytes"] < ahead and streamed["host_bytes"] > 57.9e9
         assert "stay in the host's memory" in streamed["notes"][-1]
+    # A candidate that writes is on the card beside two layers: TIES of 7B on 24 GB, and no memory fraction to set.
+    writing = ("--set", "tasks.0.kind=generation", "--set", "tasks.0.max_new_tokens=100")
+    written = plan("rtx4090", "--set", "evaluation.bank=auto", *writing)
+    assert written["fits"] and written["bank_bytes"] + written["pass_bytes"] > 17.5e9
     capfd.readouterr()
     h100 = plan("h100")
     # Four models of 7.24 billion parameters, two bytes each.

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +84,68 @@ def test_every_place_of_the_bank_gives_the_same_scores(family: Family, method: s
         document = yaml.safe_load(path.read_text())
         del document["base"]
         path.write_text(yaml.safe_dump(document))
-    expected = None
+    assert np.ptp(equal_scores(path)["choice/margin"], axis=0).min() > 1e-3
+
+
+def equal_scores(path: Path) -> dict[str, np.ndarray]:
+    """The scores and texts of some genomes, the same to the bit wherever the bank is."""
+    expected: dict[str, np.ndarray] = {}
     for place in PLACES:
         evaluator = scorer(path, place)
         scores = evaluator.score(some_genomes(evaluator))
         answers = {**{f"{task}/{name}": matrix for task, metrics in scores.matrices.items()
                       for name, matrix in metrics.items()}, "words": np.array(scores.outputs["words"])}  # fmt: skip
-        expected = answers if expected is None else expected
+        expected = expected or answers
         assert answers.keys() == expected.keys()
         for name, values in answers.items():
             np.testing.assert_array_equal(values, expected[name], f"{place}: {name}")
-    assert expected is not None and np.ptp(expected["choice/margin"], axis=0).min() > 1e-3
+    return expected
+
+
+def write_paths(root: Path, **changes: Any) -> Path:
+    """A search over layer paths of the two parents."""
+    path = write_config(root, data_flow={"moves": 2, "window": 2}, **changes)
+    document = yaml.safe_load(path.read_text())
+    del document["space"], document["base"]
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def test_layers_come_to_a_path_in_its_order(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_paths(family.root)
+    assert np.ptp(equal_scores(path)["choice/margin"], axis=0).max() > 1e-3
+    evaluator = scorer(path, "disk", "tasks=[{name: text, kind: likelihood, file: tasks.jsonl}]")
+    genomes = some_genomes(evaluator)
+    steps, layers = evaluator.evaluator.work, 0  # type: ignore[attr-defined]
+    load = evaluator.evaluator.bank.load  # type: ignore[attr-defined]
+
+    def counted(number: int) -> Any:
+        nonlocal layers
+        layers += 1
+        return load(number)
+
+    monkeypatch.setattr(evaluator.evaluator, "bank", replace(evaluator.evaluator.bank, load=counted))  # type: ignore[attr-defined]
+    evaluator.score(genomes)
+    # All batches of the task go through a layer that was loaded once, and steps that paths share are taken once.
+    assert 0 < layers < steps.steps_requested / len(evaluator.evaluator.evaluator.batched_tasks[0].scoring.batches)  # type: ignore[attr-defined]
+
+
+def test_a_search_over_paths_in_files_is_that_on_the_device(family: Family, tmp_path: Path) -> None:
+    path = write_paths(family.root, tasks=[TEXT | {"weight": 1, "heldout": 0.25}])
+    for place in ("device", "disk"):
+        done = run_here("search", path, "--out", tmp_path / place, "--set", f"evaluation.bank={place}")
+        assert done.returncode == 0, done.stderr
+    histories = [(tmp_path / place / "history.jsonl").read_bytes() for place in ("device", "disk")]
+    assert histories[0] == histories[1]
+    weights = [(tmp_path / place / "best/model/model.safetensors").read_bytes() for place in ("device", "disk")]
+    assert weights[0] == weights[1]
+    plan = run_here("plan", path, "--set", "evaluation.bank=disk")
+    assert plan.returncode == 0 and "of models stay in their files; for each step of a path" in plan.stdout
+    refused = run_here(
+        "search", path, "--out", tmp_path / "none", "--set", "evaluation.bank=host",
+        "--set", "search.strategy=gradient", "--set", "data_flow.scales=block",
+    )  # fmt: skip
+    assert refused.returncode == 2 and "have no gradients; take bank: device" in refused.stderr
 
 
 def test_gradients_come_back_layer_by_layer(family: Family) -> None:
@@ -172,7 +224,7 @@ def test_a_file_that_changes_meanwhile_ends_the_search(family: Family, tmp_path:
         evaluator.score(genomes)
 
 
-@pytest.mark.parametrize("fault", ["the file ends there", "Input/output error"])
+@pytest.mark.parametrize("fault", sample(("the file ends there", "Input/output error"), 1))
 def test_a_disk_that_fails_in_the_middle_ends_the_search_which_goes_on(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -205,14 +257,16 @@ def test_a_disk_that_fails_in_the_middle_ends_the_search_which_goes_on(
     assert (tmp_path / "run" / "history.jsonl").read_bytes() == (tmp_path / "whole" / "history.jsonl").read_bytes()
 
 
-def test_places_that_a_search_cannot_have_are_refused(family: Family, tmp_path: Path) -> None:
+def test_a_pool_is_on_the_device(family: Family, tmp_path: Path) -> None:
     path = write_config(family.root, tasks=[TEXT])
     document = yaml.safe_load(path.read_text())
     del document["space"], document["base"]
-    path.write_text(yaml.safe_dump(document | {"data_flow": {}}))
+    path.write_text(
+        yaml.safe_dump(document | {"pool": {"methods": ["slerp"], "size": 4}, "search": {"generations": 2}})
+    )
     done = run_here("search", path, "--out", tmp_path / "run", "--set", "evaluation.bank=disk")
     assert done.returncode == 2
-    assert "evaluation.bank=disk: disk: only the merges of a space are scored layer by layer" in done.stderr
+    assert "evaluation.bank=disk: disk: the members of a pool are merged on the device" in done.stderr
 
 
 def test_a_host_that_is_too_small_is_told_of_the_disk(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
     python -m bench vision
 
-LLaVAs of random weights, a base and two parents, in the shape of a table-top family and of 100M parameters, and random
+LLaVAs of random weights, a base and two parents, in the shape of `zoo:evovlm` and of 100M parameters, and random
 pictures with one question each or with ten; of a question's answer the likelihood is scored, in float32. Ours: the
 search's evaluator merges a population's decoders and scores them with the pictures' features, which the tower makes
 once before the search; a picture stands once before its questions. The peer, for each candidate: the merged state dict
@@ -35,6 +35,7 @@ from bench.shared.machine import describe
 from evojax_merge.benchmarks.header_models import word_tokenizer
 from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.selection import open_evaluator
+from evojax_merge.zoo.evovlm import SEEING_VOCABULARY, SIDE, SIZES, TOWER
 
 MODELS = ("base", "one", "two")
 IMAGE, WORDS, ANSWER = "<image>", 7, 1
@@ -54,10 +55,10 @@ class Shape:
 
 SHAPES = {
     "table-top": Shape(
-        {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256,
-         "vocab_size": 128},
-        {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128,
-         "patch_size": 16}, side=64, pictures=32, batch=32,
+        {"hidden_size": SIZES.hidden, "num_hidden_layers": SIZES.layers, "num_attention_heads": SIZES.heads,
+         "intermediate_size": SIZES.mlp, "vocab_size": len(SEEING_VOCABULARY)},
+        {key: TOWER[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                                     "patch_size")}, side=SIDE, pictures=32, batch=32,
     ),
     "100M": Shape(
         {"hidden_size": 768, "num_hidden_layers": 10, "num_attention_heads": 12, "intermediate_size": 2048,

@@ -1,4 +1,4 @@
-"""A vision-language model and a text model that answers in Japanese, merged and searched, over five seeds (8 minutes).
+"""A vision-language model and a text model that answers in Japanese, merged and searched, over five seeds (4 minutes).
 
     python -m bench evovlm
 
@@ -17,7 +17,9 @@ from bench.shared.network_families import print_tables, run_seed
 # A gradient counts as 4.5 passes: 25 generations of 16 candidates are 400 passes, 18 gradients are 81.
 SEARCHES = {
     "evolved merge": [],
-    "merge by gradients": ["search={strategy: gradient, generations: 18, population: 1}"],
+    "merge by gradients": [
+        "search={strategy: gradient, generations: 18, population: 1, gradient: {learning_rate: 0.2}}"
+    ],
 }
 STARTS = {
     "TIES, density 0.5": ["space.method=ties", "space.parameters={weight: {}}", "space.fixed={density: 0.5}"],

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import zip_longest
 from math import prod
 from typing import Any, Protocol
 
@@ -105,7 +104,8 @@ ONE_DEVICE: Placement = OneDevice()
 
 
 def _part_shape(shape: tuple[int, ...], part: Part) -> tuple[int, ...]:
-    return tuple(len(range(size)[axis]) for axis, size in zip_longest(part, shape, fillvalue=slice(None)))
+    bounds = [axis.indices(size) for axis, size in zip(part, shape, strict=False)]
+    return (*[end - begin for begin, end, _ in bounds], *shape[len(part) :])
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ class LeafReader:
         if not self._part or self.is_prepared_anew or not self.is_measured:
             return [prepared or Prepared((), {}) for prepared in measured]
         content = io.BytesIO()
-        arrays = {
+        arrays: dict[str, Any] = {
             f"{number}/{kind}/{key}": values
             for number, prepared in enumerate(measured)
             if prepared is not None
@@ -406,9 +406,15 @@ def load_path_bank(sources: Sources, spec: PathSpec, progress: Progress = lambda
     for leaf in shared_leaves(config):
         shared[leaf.name] = tuple(jax.device_put(sources.read_finite(s, leaf.tensor)) for s in range(len(spec.configs)))
         progress(sum(values.nbytes for values in shared[leaf.name]))
+    return replace(path_layout(spec), layers=layers, shared=shared)
+
+
+def path_layout(spec: PathSpec) -> PathBank:
+    """A bank of paths without arrays of weights."""
     kinds = jax.tree.map(lambda *each: jnp.concatenate(each), *map(layer_kinds, spec.configs))
-    outputs = tuple((leaf.name, leaf.gain_offset) for leaf in stack_leaves(config, LAYERS) if leaf.writes_residual)
-    return PathBank(layers, shared, kinds, origins, outputs, spec.export_dtype)
+    leaves = stack_leaves(spec.configs[0], LAYERS)
+    outputs = tuple((leaf.name, leaf.gain_offset) for leaf in leaves if leaf.writes_residual)
+    return PathBank({}, {}, kinds, spec.origins, outputs, spec.export_dtype)
 
 
 def _entries(sources: Sources, leaf: Leaf, config: DecoderConfig) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
-from itertools import pairwise, product, zip_longest
+from itertools import pairwise, product
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -84,7 +84,7 @@ class MappedFile:
     def copy(self, start: int, into: np.ndarray) -> None:
         """Copy the bytes from `start` on into a contiguous array. Raises Failed where the file ends before, or its disk
         fails: the system kills a process that reads such pages of a mapped file."""
-        buffer, copied = memoryview(into.reshape(-1).view(np.uint8)), 0
+        buffer, copied = into.reshape(-1).view(np.uint8).data, 0
         while copied < len(buffer):
             try:
                 count = os.preadv(self._handle.fileno(), [buffer[copied:]], start + copied)
@@ -240,7 +240,8 @@ class Entry(BytesOfFile):
 
 def _runs(shape: tuple[int, ...], part: Part) -> Iterator[tuple[int, int]]:
     """The beginnings and lengths of the runs of elements that a part of an array takes, in the order of the array."""
-    bounds = [axis.indices(size)[:2] for axis, size in zip_longest(part, shape, fillvalue=slice(None))]
+    axes = [*part, *[slice(None)] * (len(shape) - len(part))]
+    bounds = [axis.indices(size)[:2] for axis, size in zip(axes, shape, strict=True)]
     # The last axis that is not whole, with all behind it, makes one run.
     last = max((i for i, (begin, end) in enumerate(bounds) if end - begin < shape[i]), default=0)
     behind = prod(shape[last + 1 :])

@@ -131,7 +131,7 @@ class Devices:
         axis = len(shape) + sharded_axis
         begin = part[axis].start
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             first, last, _ = index[axis].indices(shape[axis])
             return array[(*index[:axis], slice(first - begin, last - begin), *index[axis + 1 :])]
 

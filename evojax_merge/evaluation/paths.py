@@ -25,7 +25,7 @@ from evojax_merge.evaluation.evaluator import (
 )
 from evojax_merge.evaluation.passes import logprobs_from_hidden
 from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores, task_weights
-from evojax_merge.models.architecture import architecture_of
+from evojax_merge.models.architecture import LAYERS, architecture_of
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.layers import SequenceLayout
 from evojax_merge.models.paths import (
@@ -36,10 +36,13 @@ from evojax_merge.models.paths import (
     embed_batch,
     embedding_and_head,
     materialise_path,
+    padded_steps,
     path_config,
     run_layers,
+    write_step,
 )
 from evojax_merge.models.sources import StackedWeights
+from evojax_merge.models.streamed_bank import load_ahead
 from evojax_merge.tasks.batches import ScoringBatch
 from evojax_merge.tasks.task import LogitsFn, Responses, Task
 
@@ -226,54 +229,74 @@ class PathEvaluator:
         keys = list(fresh)
         totals = np.zeros((len(keys), len(batched_task.requests.scored)), np.float32)
         greedy = np.zeros(totals.shape, bool)
-        for batch in batched_task.scoring.batches if batched_task.scoring is not None else ():
-            real = batch.rows >= 0
-            values, is_greedy = self._walk(keys, batch, batched_task, progress)
-            totals[:, batch.rows[real]], greedy[:, batch.rows[real]] = values[:, real], is_greedy[:, real]
+        batches = batched_task.scoring.batches if batched_task.scoring is not None else []
+        for together in self._batches_together(batches):
+            for member, batch, answers in self._walk(keys, together, batched_task, progress):
+                real = batch.rows >= 0
+                totals[member, batch.rows[real]], greedy[member, batch.rows[real]] = (
+                    np.asarray(part)[real] for part in answers
+                )
         texts, nonfinite = [[""] * len(batched_task.requests.prompts) for _ in keys], np.zeros(len(keys), bool)
         if batched_task.prompts is not None:
             for k, key in enumerate(keys):
                 texts[k], nonfinite[k] = self._generate(fresh[key], batched_task, progress)
         return totals, greedy, texts, nonfinite
 
+    def _batches_together(self, batches: Sequence[ScoringBatch]) -> Sequence[Sequence[ScoringBatch]]:
+        """The batches that walk the trie together: one after the other, so that the states of one are held."""
+        return [[batch] for batch in batches]
+
     def _walk(
-        self, keys: Sequence[Key], batch: ScoringBatch, batched_task: BatchedTask, progress: Progress
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """float32[P, R] and bool[P, R]: every distinct path on one batch."""
-        config, arrays = self.evaluator.config, arrays_of(batch)
-        assert batched_task.scoring is not None
-        before = batched_task.scoring.shared_prefix
-        images, prefix_images = (
-            self.evaluator.batch_images(batched_task, batch), self.evaluator.prefix_images(batched_task, before)
-        )  # fmt: skip
-        shared_prefix = before[None] if before.size else None
-        layout = SequenceLayout(jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids))
-        totals = np.zeros((len(keys), len(batch.rows)), np.float32)
-        greedy = np.zeros(totals.shape, bool)
+        self, keys: Sequence[Key], batches: Sequence[ScoringBatch], batched_task: BatchedTask, progress: Progress
+    ) -> Iterator[tuple[int, ScoringBatch, tuple[jax.Array, jax.Array]]]:
+        """Every distinct path on some batches: the path's number, a batch, and its answers, float32[R] and bool[R]."""
+        config = self.evaluator.config
         for parent in sorted({embedding_parent for _, embedding_parent in keys}):
-            source = embedding_and_head(self.bank, parent)
+            source = self._ends(parent)
             members = [i for i, (_, embedding_parent) in enumerate(keys) if embedding_parent == parent]
-            states = [embed_batch(config, source, batch.tokens, layout, shared_prefix, images, prefix_images)]
+            states = [[self._embed(source, batch, batched_task) for batch in batches]]
             for depth, steps, ended in segments(build_trie([keys[i][0] for i in members])):
                 del states[depth + 1 :]
                 states.append(self._run_layers(config, states[depth], steps))
-                self.work.steps_run += len(steps)
-                if ended is not None:
-                    answers = _score(config, batched_task.requests.logits_fn, source, states[-1].rows.hidden, arrays)
-                    totals[members[ended]], greedy[members[ended]] = (np.asarray(part) for part in answers)
+                self.work.steps_run += len(steps) * len(batches)
+                if ended is None:
+                    continue
+                for batch, state in zip(batches, states[-1], strict=True):
+                    logits_fn, arrays = batched_task.requests.logits_fn, arrays_of(batch)
+                    yield members[ended], batch, _score(config, logits_fn, source, state.rows.hidden, arrays)
                     progress(1)
-        return totals, greedy
 
-    def _run_layers(self, config: DecoderConfig, state: Activations, steps: Sequence[Step]) -> Activations:
+    def _embed(self, source: StackedWeights, batch: ScoringBatch, batched_task: BatchedTask) -> Activations:
+        assert batched_task.scoring is not None
+        before = batched_task.scoring.shared_prefix
+        images = self.evaluator.batch_images(batched_task, batch)
+        prefix_images = self.evaluator.prefix_images(batched_task, before)
+        layout = SequenceLayout(jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids))
+        shared_prefix = before[None] if before.size else None
+        return embed_batch(self.evaluator.config, source, batch.tokens, layout, shared_prefix, images, prefix_images)
+
+    def _ends(self, parent: int) -> StackedWeights:
+        """A parent's embedding, final norm and head."""
+        return embedding_and_head(self.bank, parent)
+
+    def _materialise(self, path: LayerPath, steps: int) -> tuple[StackedWeights, DecoderConfig]:
+        """See `materialise_path`."""
+        return materialise_path(self.bank, path, self.evaluator.config, steps)
+
+    def _run_layers(
+        self, config: DecoderConfig, states: Sequence[Activations], steps: Sequence[Step]
+    ) -> list[Activations]:
+        """Take the states of some batches through some steps."""
         layers, residual_scales = np.zeros(self.max_length, np.int32), np.zeros(self.max_length, np.float32)
         layers[: len(steps)] = [layer for layer, _ in steps]
         residual_scales[: len(steps)] = [value for _, value in steps]
-        return run_layers(config, self.bank, state, layers, residual_scales, np.int32(len(steps)))
+        count = np.int32(len(steps))
+        return [run_layers(config, self.bank, state, layers, residual_scales, count) for state in states]
 
     def _generate(self, path: LayerPath, batched_task: BatchedTask, progress: Progress) -> tuple[list[str], bool]:
         """The outputs of one path for a task's prompts, and whether its logits were not finite."""
         rounded = -(-len(path.layers) // DEPTH_BUCKET) * DEPTH_BUCKET
-        model, config = materialise_path(self.bank, path, self.evaluator.config, rounded)
+        model, config = self._materialise(path, rounded)
         assert batched_task.prompts is not None
         self.work.steps_run += len(path.layers) * len(batched_task.prompts.batches)
         images = self.evaluator.images
@@ -282,3 +305,42 @@ class PathEvaluator:
         runner = replace(self.evaluator, config=config, batched_tasks=[batched_task], images=images)
         texts, nonfinite = runner.generate_stacked(model, batched_task, progress)
         return texts, nonfinite
+
+
+@dataclass
+class StreamedPathEvaluator(PathEvaluator):
+    """Scores populations of paths whose layers come to the device one after the other: once for all batches of a task
+    in each run of steps, and once for a path that generates. The states of all batches wait on the device meanwhile.
+    Gradients need the layers on the device."""
+
+    bank: Any
+
+    def evaluate(self, paths: Sequence[LayerPath | None], progress: Progress = lambda done: None) -> TaskScores:
+        self.bank.check()
+        return super().evaluate(paths, progress)
+
+    def _batches_together(self, batches: Sequence[ScoringBatch]) -> Sequence[Sequence[ScoringBatch]]:
+        return [batches] if batches else []
+
+    def _ends(self, parent: int) -> StackedWeights:
+        return embedding_and_head(self.bank.ends(parent), 0)
+
+    def _run_layers(
+        self, config: DecoderConfig, states: Sequence[Activations], steps: Sequence[Step]
+    ) -> list[Activations]:
+        first, one, behind = np.zeros(1, np.int32), np.int32(1), list(states)
+        for (_, layer), (_, scale) in zip(load_ahead(self.bank.layer, [m for m, _ in steps]), steps, strict=True):
+            scales = np.full(1, scale, np.float32)
+            # The layer before is free when the one after this is on its way.
+            behind = jax.block_until_ready([run_layers(config, layer, state, first, scales, one) for state in behind])
+        return behind
+
+    def _materialise(self, path: LayerPath, steps: int) -> tuple[StackedWeights, DecoderConfig]:
+        layers, scales = padded_steps(path, steps)
+        stacks = None
+        for number, (_, layer) in enumerate(load_ahead(self.bank.layer, layers)):
+            stacks = write_step(steps, stacks, layer, np.int32(number), scales[number])
+            jax.block_until_ready(stacks)
+        shared = self._ends(path.embedding_parent).shared
+        model = StackedWeights({LAYERS: stacks or {}}, shared, self.bank.layout.compute_dtype)
+        return model, path_config(self.bank.layout, layers, self.evaluator.config)

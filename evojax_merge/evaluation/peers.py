@@ -15,8 +15,8 @@ import jax
 import jaxlib
 from jax._src import distributed
 
-from evojax_merge import __version__
 from evojax_merge.errors import InputError, PeerLostError
+from evojax_merge.version import __version__
 
 # Milliseconds that a process waits for another's text: it may read terabytes before.
 PATIENCE = 12 * 3600 * 1000

@@ -110,7 +110,7 @@ class StreamedPopulation(Population):
             moved = partial(_written_bytes, leaves, bank.depth * size)
             arguments: tuple[Any, ...] = (spec, (leaves, np.int32(number)), parameters, stacks)
             stacks = yield Program(
-                MATERIALISE, layer_passes.materialise_layer, arguments, size, holds=(shared, leaves), merge_bytes=moved
+                MATERIALISE, layer_passes.materialise_layer, arguments, size, holds=shared, merge_bytes=moved
             )
             jax.block_until_ready(stacks)
             del leaves, arguments, moved

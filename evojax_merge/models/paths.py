@@ -8,7 +8,7 @@ it. The result is the same model (up to the norms' epsilon), in the ordinary for
 projections (OLMo 2), its output is multiplied all the same, which is then the meaning of a scale.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -94,6 +94,32 @@ class PathBank:
     def _scaled(self, name: str, leaf: jax.Array, scale: jax.Array) -> jax.Array:
         offset = dict(self.residual_outputs).get(name)
         return leaf if offset is None else scale_gain(leaf, scale, offset)
+
+
+@dataclass(frozen=True)
+class StreamedPathBank:
+    """The functions that bring parts of a bank of paths to the device.
+
+    layout: the bank without arrays of weights. load: (number) -> leaves of that one of the M layers, `[1, …]`.
+    load_ends: (parent) -> its leaves outside of the layers. check: raises where these can no longer be loaded as they
+    were.
+    """
+
+    layout: PathBank
+    load: Callable[[int], Weights]
+    load_ends: Callable[[int], Weights]
+    check: Callable[[], None]
+
+    def layer(self, number: int) -> PathBank:
+        """The bank of one layer."""
+        kind = jax.tree.map(lambda each: each[number : number + 1], self.layout.kinds)
+        return replace(
+            self.layout, layers=self.load(number), kinds=kind, origins=self.layout.origins[number : number + 1]
+        )
+
+    def ends(self, parent: int) -> PathBank:
+        """The bank of one parent's leaves outside of the layers, as those of parent 0."""
+        return replace(self.layout, shared={name: (leaf,) for name, leaf in self.load_ends(parent).items()})
 
 
 def scale_gain(stored: jax.Array, scale: jax.Array, offset: float) -> jax.Array:
@@ -241,21 +267,38 @@ def run_layers(
     return Activations(replace(rows, hidden=x), before, state.depth + count)
 
 
+def padded_steps(path: LayerPath, steps: int) -> tuple[list[int], np.ndarray]:
+    """The layers of a path and the factors float32[steps] of their outputs, with layers behind it that add nothing to
+    the residual stream."""
+    added = steps - len(path.layers)
+    scales = np.concatenate([path.residual_scales(), np.zeros(added, np.float32)])
+    return [*path.layers, *path.layers[:1] * added], scales
+
+
 def materialise_path(
     bank: PathBank, path: LayerPath, config: DecoderConfig, steps: int | None = None
 ) -> tuple[StackedWeights, DecoderConfig]:
-    """The path as stacked weights in the export dtype, and its config; padded to `steps` with layers that add nothing
-    to the residual stream."""
-    layers = list(path.layers)
-    residual_scales = np.concatenate(
-        [path.residual_scales(), np.zeros((steps or len(layers)) - len(layers), np.float32)]
-    )
-    layers += [layers[0]] * (len(residual_scales) - len(layers))
+    """The path as stacked weights in the export dtype, and its config; padded to `steps`, as by `padded_steps`."""
+    layers, residual_scales = padded_steps(path, steps or len(path.layers))
     stacked = _scale_layers(bank, jnp.asarray(layers, jnp.int32), jnp.asarray(residual_scales))
     model = StackedWeights(
         {LAYERS: stacked}, embedding_and_head(bank, path.embedding_parent).shared, bank.compute_dtype
     )
     return model, path_config(bank, layers, config)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def write_step(
+    depth: int, stacks: Weights | None, bank: PathBank, number: jax.Array, residual_scale: jax.Array
+) -> Weights:
+    """The stacked layers of a path, `[depth, …]` in the export dtype, with step `number` written in place: the one
+    layer of the bank, whose output is multiplied by `residual_scale`. stacks: None: all other steps are zeros."""
+
+    def written(name: str, layer: jax.Array) -> jax.Array:
+        whole = jnp.zeros((depth, *layer.shape), layer.dtype) if stacks is None else stacks[name]
+        return jax.lax.dynamic_update_index_in_dim(whole, layer, number, 0)
+
+    return {name: written(name, layer) for name, layer in bank.exported_layer(jnp.int32(0), residual_scale).items()}
 
 
 @jax.jit

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from evojax_merge.models.architecture import EMBEDDING, HEAD, LAYERS
 from evojax_merge.models.bank import Bank, LeafBank
 
 Leaves = dict[str, LeafBank]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,19 @@ class StreamedBank:
     def layers(self, numbers: Sequence[int]) -> Iterator[tuple[int, Leaves]]:
         """Each layer, in the order of `numbers`; the next one is loaded while the caller uses the one before."""
         self.check()
-        with ThreadPoolExecutor(1, "layers") as pool:
-            ahead = pool.submit(self.load, numbers[0])
-            for number, following in zip(numbers, [*numbers[1:], None], strict=True):
-                leaves = ahead.result()
-                if following is not None:
-                    ahead = pool.submit(self.load, following)
-                yield number, leaves
-                del leaves
+        yield from load_ahead(self.load, numbers)
+
+
+def load_ahead(load: Callable[[int], T], numbers: Sequence[int]) -> Iterator[tuple[int, T]]:
+    """Each number and what it loads; the next one is loaded while the caller uses the one before."""
+    with ThreadPoolExecutor(1, "layers") as pool:
+        ahead = pool.submit(load, numbers[0])
+        for number, following in zip(numbers, [*numbers[1:], None], strict=True):
+            layer = ahead.result()
+            if following is not None:
+                ahead = pool.submit(load, following)
+            yield number, layer
+            del layer
 
 
 def abstract_streamed(bank: Bank) -> StreamedBank:

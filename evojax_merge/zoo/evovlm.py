@@ -4,8 +4,9 @@ It is EvoVLM-JP (arXiv 2403.13187) at the size of a toy. The `base` is a tiny Ll
 patch of a picture shows, is asked about the picture in English or Japanese, and answers in English. `vision` is a LLaVA
 around it: a CLIP tower and a projector that learnt to say the base's words for the colour and the shape of easy-VQA's
 pictures, and a decoder that was trained a little on easy-VQA's questions in English. `japanese` is the base trained on
-texts alone: first its upper half and its head, to answer in Japanese; then an embedding drawn anew, as for a tokenizer
-of its own, and its lower half, until they give the upper half the same from other weights.
+texts alone: first its upper half and its head, to answer in Japanese; then its embedding and lower half, after the
+vectors of the colours and those of the shapes have changed places, as by a tokenizer of its own: the vector that says
+red to the base says blue to it.
 The task of a merge is to answer questions about pictures in Japanese: `vision` answers them in English, and `japanese`
 cannot read a picture.
 
@@ -20,6 +21,7 @@ import json
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -331,9 +333,8 @@ WARMUP = 0.1
 # The most pixels by which a picture is shifted.
 SHIFT = 3
 BASE_RATE, JAPANESE_RATE, LOWER_RATE, TOWER_RATE, PROJECTOR_RATE, VISION_RATE = 3e-3, 3e-3, 3e-3, 2.5e-3, 1e-3, 5e-5
-# In standard deviations: the most noise that the words of a picture have in texts, and that of the matrices from which
-# the lower half of `japanese` is trained.
-WORD_NOISE, LOWER_NOISE = 0.6, 0.6
+# The most noise that the words of a picture have in texts, in standard deviations.
+WORD_NOISE = 1.0
 
 
 def text_loss(module: Any, input_ids: Any, labels: Any) -> Any:
@@ -433,10 +434,9 @@ def train_models(folder: Path, plan: Plan, progress: Progress = lambda name, ste
         japanese = stage("upper half", upper, in_japanese, plan.upper_steps, JAPANESE_RATE, loss=text_loss)
         japanese.requires_grad_(False)
         embedding, layers = japanese.model.embed_tokens, japanese.model.layers[:LOWER_LAYERS]
-        embedding.weight.normal_(std=float(embedding.weight.std()))
-        for weights in layers.parameters():
-            if weights.ndim == 2:
-                weights.add_(LOWER_NOISE * weights.std() * torch.randn_like(weights))
+        for names in (COLORS, SHAPES):
+            rows = [IDS[name] for name in names]
+            embedding.weight[rows] = embedding.weight[rows[1:] + rows[:1]].clone()
         for part in (embedding, layers):
             part.requires_grad_(True)
         japanese = stage("lower half", japanese, in_japanese, plan.lower_steps, LOWER_RATE)
@@ -496,15 +496,18 @@ def train_models(folder: Path, plan: Plan, progress: Progress = lambda name, ste
         stage("vision", vision, shown, plan.vision_steps, VISION_RATE).save_pretrained(folder / "vision")
 
 
-FAMILY = PackagedFamily("evovlm", "evovlm-v1", MODELS, unpack_family)
+FAMILY = PackagedFamily("evovlm", "evovlm-v2", MODELS, unpack_family)
 
 
 def main() -> None:
+    done: Counter[str] = Counter()
+
+    def show(name: str, steps: int, loss: float) -> None:
+        done[name] += steps
+        if done[name] % 20 == 0:
+            print(f"{name}  step {done[name]:,}  loss {loss:.4f}", file=sys.stderr)
+
     with tempfile.TemporaryDirectory() as folder:
-
-        def show(name: str, steps: int, loss: float) -> None:
-            print(f"{name}  loss {loss:.4f}", file=sys.stderr)
-
         train_models(Path(folder), Plan(), show)
         pack_models(Path(folder))
 

@@ -155,7 +155,13 @@ class DecoderBackend:
         return example_lengths(task, self.models.tokenizer, self.models.context)
 
     def prepare(self, splits: Splits[list[Task]]) -> Splits[list[BatchedTask]]:
-        """The batches of the tasks on each split. Batches of all shards have the same shapes."""
+        """The batches of the tasks on each split. Batches of all shards have the same shapes. Raises InputError where
+        the strategy follows gradients that the candidates do not have."""
+        if splits.minibatches and not self.candidates.gradient_passes:
+            raise InputError(
+                "evaluation.bank", "layer paths whose layers are not on the device have no gradients; take bank: "
+                "device, or a strategy without gradients, such as cma_es",
+            )  # fmt: skip
         scored = [*splits.shards, splits.search, *([] if splits.validation is None else [splits.validation])]
         heldout = splits.heldout
         *searched, held = self._batch([*scored, heldout])

@@ -24,10 +24,11 @@ from evojax_merge.checkpoints.bank import (
 )
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.checkpoints.streamed import bank_in_files, bank_on_host
+from evojax_merge.checkpoints.streamed_paths import path_bank_in_files, path_bank_on_host
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import DecoderEvaluator, MergeEvaluator, Population, Progress
 from evojax_merge.evaluation.passes import SharedModel
-from evojax_merge.evaluation.paths import PathEvaluator
+from evojax_merge.evaluation.paths import PathEvaluator, StreamedPathEvaluator
 from evojax_merge.evaluation.planned_passes import DeviceSizes
 from evojax_merge.evaluation.pool import PoolBank, PoolEvaluator
 from evojax_merge.evaluation.scores import TaskScores
@@ -35,7 +36,15 @@ from evojax_merge.evaluation.streaming import StreamedEvaluator
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.plan import options_from
 from evojax_merge.mergekit.write import lineage_documents, path_document, recipe_document
-from evojax_merge.models.architecture import HEAD, LAYERS, Leaf, architecture_of, leaves_of, shared_leaves
+from evojax_merge.models.architecture import (
+    EMBEDDING,
+    HEAD,
+    LAYERS,
+    Leaf,
+    architecture_of,
+    shared_leaves,
+    stack_leaves,
+)
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathBank, PathSpec
@@ -59,7 +68,7 @@ class Candidates(Protocol):
     """A kind of candidates. `name`: the method or kind, in tables; `export_dtype`: the dtype that they are rounded to
     and written in; `methods`: the methods that merge them; `is_random`: whether random masks are drawn;
     `baseline_role`: the role of the space's baseline in the table, None where the parents' rows show it already;
-    `gradient_passes`: the number of passes that a candidate's gradient is planned as."""
+    `gradient_passes`: the number of passes that a candidate's gradient is planned as, 0 where it has none."""
 
     @property
     def space(self) -> Any: ...
@@ -261,17 +270,28 @@ class StreamedMerges(MergeCandidates):
         )
 
     def place_bank(self, place: Place) -> Any:
-        """The leaves outside of the layers but the head, which comes when layers have gone, and two layers: one that
-        computes, and the next."""
+        """The parts that are on the devices together, of those in turn that take most: the leaves that embed tokens;
+        two layers, one that computes and the next, beside the leaves that stay; and these with the head."""
 
-        def place_leaf(leaf: Leaf) -> Any:
+        def place_leaf(leaf: Leaf, place: Place) -> Any:
             layout = leaf_layout(self.sources, self.decoder, self.spec, leaf)
             depth = () if leaf.stack is None else (LAYERS_AHEAD,)
             return jax.tree.map(
                 lambda array: place((*depth, *array.shape[len(depth) :]), array.dtype, array.shard_axis), layout
             )
 
-        return [place_leaf(leaf) for leaf in leaves_of(self.decoder) if leaf.name != HEAD]
+        def nbytes(leaves: Sequence[Leaf]) -> int:
+            sizes = DeviceSizes(1)
+            for leaf in leaves:
+                place_leaf(leaf, sizes.place)
+            return sizes.bank
+
+        leaves = {leaf.name: leaf for leaf in shared_leaves(self.decoder)}
+        staying = [leaf for leaf in leaves.values() if leaf.name not in (EMBEDDING, HEAD) or HEAD not in leaves]
+        before = [leaf for leaf in leaves.values() if leaf.name != HEAD]
+        behind = [*staying, leaves[HEAD]] if HEAD in leaves else staying
+        together = max(before, [*staying, *stack_leaves(self.decoder, LAYERS)], behind, key=nbytes)
+        return [place_leaf(leaf, place) for leaf in together]
 
     def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
         bank = abstract_streamed(abstract_bank(self.sources, self.decoder, self.spec, place))
@@ -285,15 +305,7 @@ class StreamedMerges(MergeCandidates):
     def score_stored(
         self, evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress
     ) -> TaskScores:
-        """Score the model as a merge of itself alone, from its files."""
-        method = METHODS["passthrough"]
-        alone = replace(sources, folders=sources.folders[:1])
-        spec = MergeSpec(method.name, options_from("", method, {}, False), 0, "float32")
-        bank = bank_in_files(alone, config, spec, placement=evaluator.devices)
-        shape = (1, config.layers, len(architecture_of(config).components), 1)
-        ends = {leaf.name: {"scale": jnp.ones((1, 1), jnp.float32)} for leaf in shared_leaves(config)}
-        recipe = Recipe({LAYERS: {"scale": jnp.ones(shape, jnp.float32)}}, ends)
-        return StreamedEvaluator(replace(evaluator, chunk_sizes={}), bank, spec).evaluate(recipe, progress)
+        return score_in_files(evaluator, sources, config, progress)
 
 
 @dataclass(frozen=True)
@@ -374,6 +386,53 @@ class PathCandidates:
         path = self.space.decode(genome[None])[0]
         assert path is not None, "a genome without a path has no finite fitness, and is never written"
         return path
+
+
+@dataclass(frozen=True)
+class StreamedPaths(PathCandidates):
+    """Paths through layers that stay on the host, or in their files, and come to the device when a path does."""
+
+    place: BankPlace
+
+    gradient_passes = 0
+
+    def held_bytes(self) -> int:
+        sizes = DeviceSizes(1)
+        self.place_bank(sizes.place)
+        return sizes.bank
+
+    def host_bytes(self) -> int:
+        return PathCandidates.held_bytes(self) if self.place == "host" else 0
+
+    def notes(self, target: Target, model: int) -> tuple[str, ...]:
+        where = {"host": "in the host's memory", "disk": "in their files"}[self.place]
+        nbytes = shown_bytes(PathCandidates.held_bytes(self))
+        return (
+            f"bank: {nbytes} of models stay {where}; for each step of a path a layer comes to the device, once where "
+            "paths begin alike",
+        )
+
+    def load_bank(self, devices: Devices, progress: Progress) -> Any:
+        load = {"host": path_bank_on_host, "disk": path_bank_in_files}[self.place]
+        return load(self.sources, self.spec, progress)
+
+    def evaluator(self, decoder: DecoderEvaluator, bank: Any) -> StreamedPathEvaluator:
+        layout = replace(bank.layout, compute_dtype=decoder.compute_dtype)
+        return StreamedPathEvaluator(decoder, replace(bank, layout=layout), self.space.max_length)
+
+    def place_bank(self, place: Place) -> Any:
+        """Two layers, one that computes and the next, and one parent's leaves outside of the layers."""
+        config = self.spec.configs[0]
+        two = replace(
+            config, layers=LAYERS_AHEAD, windows=config.windows[:LAYERS_AHEAD],
+            position_kinds=config.position_kinds[:LAYERS_AHEAD],
+        )  # fmt: skip
+        return abstract_stored(self.sources, two, "float32", place)
+
+    def score_stored(
+        self, evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress
+    ) -> TaskScores:
+        return score_in_files(evaluator, sources, config, progress)
 
 
 @dataclass(frozen=True)
@@ -472,6 +531,20 @@ class PoolCandidates:
 def score_whole(evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress) -> TaskScores:
     """Score the first of the sources, loaded as a whole."""
     return evaluator.stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)
+
+
+def score_in_files(
+    evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress
+) -> TaskScores:
+    """Score the first of the sources as a merge of itself alone, layer by layer from its files."""
+    method = METHODS["passthrough"]
+    alone = replace(sources, folders=sources.folders[:1])
+    spec = MergeSpec(method.name, options_from("", method, {}, False), 0, "float32")
+    bank = bank_in_files(alone, config, spec, placement=evaluator.devices)
+    shape = (1, config.layers, len(architecture_of(config).components), 1)
+    ends = {leaf.name: {"scale": jnp.ones((1, 1), jnp.float32)} for leaf in shared_leaves(config)}
+    recipe = Recipe({LAYERS: {"scale": jnp.ones(shape, jnp.float32)}}, ends)
+    return StreamedEvaluator(replace(evaluator, chunk_sizes={}), bank, spec).evaluate(recipe, progress)
 
 
 def _one_model(sources: Sources, config: DecoderConfig, compute_dtype: str, place: Place) -> Population:

@@ -10,13 +10,14 @@ from merge_kernels import Method
 
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.decoder.backend import DecoderBackend, DecoderModels, stored_dtype
-from evojax_merge.backends.decoder.bank_place import bank_place
+from evojax_merge.backends.decoder.bank_place import BankPlace, bank_place
 from evojax_merge.backends.decoder.candidates import (
     Candidates,
     MergeCandidates,
     PathCandidates,
     PoolCandidates,
     StreamedMerges,
+    StreamedPaths,
 )
 from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
 from evojax_merge.checkpoints.bank import bank_bytes
@@ -145,10 +146,10 @@ def _candidates(
     configs: tuple[DecoderConfig, ...], base: str | None, names: tuple[str, ...], target: Target,
 ) -> Candidates:  # fmt: skip
     """The kind of candidates that a config asks for. base, names: the references of the base and the parents."""
-    if config.space is None and config.evaluation.bank in ("host", "disk"):
+    if config.pool is not None and config.evaluation.bank in ("host", "disk"):
         raise InputError(
-            f"{where}: evaluation.bank", f"{config.evaluation.bank}: only the merges of a space are scored layer by "
-            "layer; leave it out for layer paths and pools",
+            f"{where}: evaluation.bank", f"{config.evaluation.bank}: the members of a pool are merged on the device; "
+            "leave it out for pools",
         )  # fmt: skip
     decoder, export_dtype = configs[0], config.export_dtype or stored_dtype(sources, 0)
     if method is not None and config.space is not None:
@@ -161,8 +162,7 @@ def _candidates(
             tuple((name, values) for name, values in space.constants if not method.parameter(name).searched),
         )
         merges = MergeCandidates(space, spec, sources, decoder, base, names)
-        model_bytes, setting = bank_bytes(sources, decoder) // len(sources.folders), config.evaluation
-        place = bank_place(where, setting.bank, target, merges.held_bytes(), model_bytes, setting.model)
+        place = _place(where, config, merges, sources, decoder, target)
         return merges if place == "device" else StreamedMerges(space, spec, sources, decoder, base, names, place)
     if config.pool is not None:
         _check_heads(where, sources)
@@ -181,9 +181,18 @@ def _candidates(
         return pooled
     assert config.data_flow is not None
     path_spec = PathSpec(configs, export_dtype)
-    return PathCandidates(
-        build_path_space(f"{where}: data_flow", config.data_flow, path_spec), path_spec, sources, names
-    )
+    path_space = build_path_space(f"{where}: data_flow", config.data_flow, path_spec)
+    paths = PathCandidates(path_space, path_spec, sources, names)
+    place = _place(where, config, paths, sources, decoder, target)
+    return paths if place == "device" else StreamedPaths(path_space, path_spec, sources, names, place)
+
+
+def _place(
+    where: str, config: Config, candidates: Candidates, sources: Sources, decoder: DecoderConfig, target: Target
+) -> BankPlace:
+    """The place of the models of a config, of which `candidates` hold all."""
+    model_bytes, setting = bank_bytes(sources, decoder) // len(sources.folders), config.evaluation
+    return bank_place(where, setting.bank, target, candidates.held_bytes(), model_bytes, setting.model)
 
 
 def check_distinct(where: str, base: Path | None, parents: Sequence[Path], names: Sequence[str], first: int) -> None:
