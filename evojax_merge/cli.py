@@ -190,6 +190,9 @@ def search(
         raise InputError("--resume", "cannot go with --overwrite")
     if quiet and as_json:
         raise InputError("--json", "cannot go with --quiet")
+    if distributed:
+        # JAX's text on a lost process would stand before the line that says so: this leaves it out.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "4")
     with _starting(plugin_names):
         if distributed:
             from evojax_merge.evaluation.devices import init_distributed

@@ -274,9 +274,10 @@ def free_port() -> int:
 
 
 def start(
-    config: Path, out: Path, processes: int, *options: str, more: tuple[tuple[str, str], ...] = ()
+    config: Path | list[Path], out: Path, processes: int, *options: str, more: tuple[tuple[str, str], ...] = ()
 ) -> list[Running]:
-    """Start processes that share a search. more: variables of their environment beside those of the cluster."""
+    """Start processes that share a search. config: of all, or of each; more: variables of their environment beside
+    those of the cluster."""
     port = free_port()
     started = []
     for number in range(processes):
@@ -286,9 +287,8 @@ def start(
             ("JAX_PROCESS_ID", str(number)),
             *more,
         )
-        started.append(
-            start_command("search", config, "--out", out, "--distributed", *options, environment=environment)
-        )
+        file = config[number] if isinstance(config, list) else config
+        started.append(start_command("search", file, "--out", out, "--distributed", *options, environment=environment))
     return started
 
 
@@ -336,10 +336,9 @@ def test_a_process_that_dies_ends_the_run_and_one_alone_resumes_it(family: Famil
         time.sleep(0.2)
     processes[1].send_signal(signal.SIGKILL)
     (code, _, errors), _ = finish(processes)
-    # Where the loss shows in a meeting that JAX's coordination service holds (orbax's, while saving), JAX may end the
-    # process before we can say anything.
-    told = code == 1 and "another process of this run has gone" in errors and "--resume" in errors
-    assert told or (code == -signal.SIGABRT and "another task died" in errors), (code, errors)
+    assert code == 1 and "another process of this run has gone" in errors and "--resume" in errors, (code, errors)
+    # Where JAX misses it first, in a thread of its own, the hint is in the same line.
+    assert len([line for line in errors.splitlines() if not line.startswith("warning")]) <= 2, errors
     saved = len(history(out))
     assert saved >= 2
     config = write_config(family.root, tasks=[CHOICE], search={"population": 6, "generations": saved + 2})

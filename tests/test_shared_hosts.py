@@ -1,11 +1,14 @@
 """One candidate over several processes: the mesh's axis `model` spans them."""
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +19,54 @@ from helpers import build_family, sample, thorough, tiny_config
 from test_devices import CHOICE, finish, history, start, write_config
 
 from evojax_merge.errors import InputError
+from evojax_merge.evaluation.peers import compare_versions
 from evojax_merge.evaluation.targets import find_target
 
-# Scores, texts and gradients of some merges by four devices that share each candidate.
+# Scores and texts of some merges by four devices that share each candidate, and the bytes of weights that each process
+# has read.
 PROGRAM = """
-import sys
+import json, sys
 import jax
 processes = int(sys.argv[3])
 jax.config.update("jax_num_cpu_devices", 4 // processes)
 import numpy as np
 from pathlib import Path
+from evojax_merge.checkpoints.folder import MappedFile
 from evojax_merge.evaluation.devices import init_distributed, local_devices
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.selection import open_evaluator
 
 if processes > 1:
     init_distributed()
-path, out, model = Path(sys.argv[1]), sys.argv[2], int(sys.argv[4])
-problem = build_problem(path, read_config(path, [f"evaluation.model={model}"], None))
+path, out = Path(sys.argv[1]), sys.argv[2]
+problem = build_problem(path, read_config(path, ["evaluation.model=4", *json.loads(sys.argv[4])], None))
 genomes = np.random.default_rng(0).random((3, problem.space.dims)).astype(np.float32)
-devices = local_devices(model)
+devices = local_devices(4)
 print(devices.describe())
+read, copy = [], MappedFile.copy
+def counted(self, start, into):
+    read.append(into.nbytes)
+    copy(self, start, into)
+MappedFile.copy = counted
 scorer = open_evaluator(problem, problem.prepare().shards[0], devices)
 scores = scorer.score(genomes)
+print("read:", sum(read))
 answers = {"margin": scores.matrices["choice"]["margin"], **{k: np.array(v) for k, v in scores.outputs.items()}}
 if devices.is_main_process:
     np.savez(out, **answers)
 """
 
 
-def run_program(config: Path, out: Path, processes: int, model: int) -> tuple[dict[str, Any], str]:
-    """The answers of so many processes together, and the line that they begin with."""
+@dataclass(frozen=True)
+class Ended:
+    """The answers of processes together, the line that they begin with, and the bytes of weights that each has read."""
+
+    answers: dict[str, Any]
+    line: str
+    read: list[int]
+
+
+def run_program(config: Path, out: Path, processes: int, *overrides: str) -> Ended:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
@@ -56,28 +76,55 @@ def run_program(config: Path, out: Path, processes: int, model: int) -> tuple[di
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes),
             "JAX_PROCESS_ID": str(process),
         }  # fmt: skip
-        command = [sys.executable, "-c", PROGRAM, str(config), str(out), str(processes), str(model)]
+        command = [sys.executable, "-c", PROGRAM, str(config), str(out), str(processes), json.dumps(overrides)]
         return subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
 
     running = [started(process) for process in range(processes)]
     texts = [process.communicate(timeout=800)[0] for process in running]
     assert [process.returncode for process in running] == [0] * processes
-    return dict(np.load(out)), next(line for line in texts[0].splitlines() if line.startswith("devices:"))
+    line = next(line for line in texts[0].splitlines() if line.startswith("devices:"))
+    read = [int(line.split()[1]) for text in texts for line in text.splitlines() if line.startswith("read:")]
+    return Ended(dict(np.load(out)), line, read)
+
+
+def four_heads(root: Path) -> Path:
+    """The config of a search over a family whose heads four devices can divide."""
+    family = build_family(root, tiny_config(num_attention_heads=4, num_key_value_heads=4))
+    return write_config(family.root)
 
 
 def test_two_processes_that_share_each_candidate_score_as_one(tmp_path: Path) -> None:
-    sizes = {"num_attention_heads": 4, "num_key_value_heads": 4}
-    family = build_family(tmp_path, tiny_config(**sizes))
-    config = write_config(family.root)
+    config = four_heads(tmp_path)
     document = yaml.safe_load(config.read_text())
     # Choices; and, in the thorough form, texts.
     config.write_text(yaml.safe_dump(document | {"tasks": document["tasks"][: len(sample((1, 2), 1))]}))
-    alone, _ = run_program(config, tmp_path / "one.npz", 1, 4)
-    shared, line = run_program(config, tmp_path / "two.npz", 2, 4)
-    assert line == "devices: 4 x cpu in 2 processes, 2 each (1 x population, 4 x model over all)"
-    np.testing.assert_allclose(shared["margin"], alone["margin"], atol=1e-5)
-    assert shared.keys() == alone.keys()
-    assert all((shared[name] == alone[name]).all() for name in shared if name != "margin")
+    alone, shared = (run_program(config, tmp_path / f"{count}.npz", count) for count in (1, 2))
+    assert shared.line == "devices: 4 x cpu in 2 processes, 2 each (1 x population, 4 x model over all)"
+    np.testing.assert_allclose(shared.answers["margin"], alone.answers["margin"], atol=1e-5)
+    assert shared.answers.keys() == alone.answers.keys()
+    assert all((shared.answers[name] == alone.answers[name]).all() for name in shared.answers if name != "margin")
+    # TIES measures tensors whole: a process reads every other one whole, and its half of the rest.
+    assert abs(sum(shared.read) / alone.read[0] - 1.5) < 0.05 and max(shared.read) < 0.9 * alone.read[0], shared.read
+
+
+# A method that measures nothing, one with random rows, and one whose random numbers are of entries: and the share of
+# the weights that one of two processes reads for a generation.
+READ = [("task_arithmetic", "device", 0.5), ("dare_ties", "disk", 1.25), ("task_arithmetic", "disk", 0.5)]
+
+
+@pytest.mark.parametrize(("method", "place", "share"), sample(READ, 1))
+def test_a_process_reads_the_shards_of_its_devices(method: str, place: str, share: float, tmp_path: Path) -> None:
+    config, parameters = four_heads(tmp_path), {"weight": {"high": 1.5}}
+    if method != "task_arithmetic":
+        parameters |= {"density": {"low": 0.3, "high": 0.8}}
+    document = yaml.safe_load(config.read_text())
+    space = {"method": method, "parameters": parameters}
+    config.write_text(yaml.safe_dump(document | {"space": space, "tasks": document["tasks"][:1]}))
+    setting = f"evaluation.bank={place}"
+    alone, shared = (run_program(config, tmp_path / f"{count}.npz", count, setting) for count in (1, 2))
+    np.testing.assert_allclose(shared.answers["margin"], alone.answers["margin"], atol=1e-5)
+    whole = sum((tmp_path / name / "model.safetensors").stat().st_size for name in ("base", "parent0", "parent1"))
+    assert all(abs(read / whole - share) < 0.05 for read in shared.read), (whole, shared.read)
 
 
 def test_groups_of_whole_hosts_share_a_candidate() -> None:
@@ -89,12 +136,46 @@ def test_groups_of_whole_hosts_share_a_candidate() -> None:
             target.check_shards("evaluation.model", model)
 
 
+def test_processes_of_unlike_versions_are_refused() -> None:
+    one = {"host": "a", "versions": {"evojax-merge": "1.0", "jax": "0.10.2", "jaxlib": "0.10.2"}}
+    compare_versions([one, one])
+    for package, version in (("evojax-merge", "0.9"), ("jax", "0.10.1")):
+        other = {"host": "b", "versions": one["versions"] | {package: version}}  # type: ignore[operator]
+        with pytest.raises(InputError, match=rf"{package} is {version} in process 1 \(b\), but .* in process 0 \(a\)"):
+            compare_versions([one, other])
+
+
+def test_hosts_with_unlike_files_are_refused(tmp_path: Path) -> None:
+    """A model's file that differs; folders may differ, as on hosts with disks of their own."""
+    four_heads(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.copy(tmp_path / "b" / "parent0" / "model.safetensors", tmp_path / "b" / "parent1" / "model.safetensors")
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+
+    def started(process: int) -> subprocess.Popen[str]:
+        """A process of its own: a forked one ends without JAX's meeting of all processes at the end."""
+        environment = {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(process),
+            "JAX_NUM_CPU_DEVICES": "2",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "evojax_merge", "search", str(tmp_path / "ab"[process] / "config.yaml")]
+        command += ["--out", str(tmp_path / "run"), "--distributed", "--set", "evaluation.model=4"]
+        return subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+
+    for process in [started(0), started(1)]:
+        (line,) = process.communicate(timeout=600)[1].splitlines()
+        assert process.returncode == 2
+        assert line.startswith(f"error: --distributed: {tmp_path}/b/parent1/model.safetensors of process 1 ")
+        assert line.endswith("expected the same files on every host")
+
+
 @thorough
 def test_a_search_by_processes_that_share_candidates_is_resumed_to_the_byte(tmp_path: Path) -> None:
     """One of two processes is killed; the other ends, and both go on from where they were."""
-    sizes = {"num_attention_heads": 4, "num_key_value_heads": 4}
-    family = build_family(tmp_path, tiny_config(**sizes))
-    config = write_config(family.root, tasks=[CHOICE], search={"population": 6, "generations": 20})
+    four_heads(tmp_path)
+    config = write_config(tmp_path, tasks=[CHOICE], search={"population": 6, "generations": 8})
     settings = ("--set", "evaluation.model=4")
     devices = (("JAX_NUM_CPU_DEVICES", "2"),)
     assert [code for code, _, _ in finish(start(config, tmp_path / "whole", 2, *settings, more=devices))] == [0, 0]
@@ -103,7 +184,9 @@ def test_a_search_by_processes_that_share_candidates_is_resumed_to_the_byte(tmp_
     while processes[0].poll() is None and not ((killed / "history.jsonl").exists() and len(history(killed)) > 3):
         time.sleep(0.01)
     processes[1].send_signal(signal.SIGKILL)
-    assert processes[0].wait() != 0
+    assert processes[0].wait() == 1
+    error = processes[0].read("stderr")
+    assert "another process of this run has gone" in error and "--resume" in error and "Traceback" not in error
     ended = finish(start(config, killed, 2, *settings, "--resume", more=devices))
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert (killed / "history.jsonl").read_bytes() == (tmp_path / "whole" / "history.jsonl").read_bytes()

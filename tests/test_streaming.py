@@ -1,5 +1,6 @@
 """Banks that stay on the host or in the models' files: the same scores, one bank read per generation."""
 
+import errno
 import json
 import os
 import re
@@ -17,7 +18,8 @@ import yaml
 from helpers import Family, build_family, even_records, run_here, sample, thorough, tiny_config, write_lines
 from hostile import run_command, run_python, start_command
 
-from evojax_merge.checkpoints import bank, parents
+from evojax_merge.checkpoints import bank
+from evojax_merge.checkpoints.folder import MappedFile
 from evojax_merge.errors import Failed
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.search.genomes import SpaceEvaluator
@@ -161,17 +163,16 @@ def test_gradients_come_back_layer_by_layer(family: Family) -> None:
 
 
 def bytes_read(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> int:
-    """The bytes of all tensors that are read from files meanwhile."""
-    total, original = 0, parents.Sources.read
+    """The bytes that are read from files meanwhile."""
+    total, original = 0, MappedFile.copy
 
-    def read(self: parents.Sources, source: int, tensor: str) -> np.ndarray:
+    def copy(self: MappedFile, start: int, into: np.ndarray) -> None:
         nonlocal total
-        values = original(self, source, tensor)
-        total += values.nbytes
-        return values
+        total += into.nbytes
+        original(self, start, into)
 
     with monkeypatch.context() as patched:
-        patched.setattr(parents.Sources, "read", read)
+        patched.setattr(MappedFile, "copy", copy)
         run()
     return total
 
@@ -221,6 +222,39 @@ def test_a_file_that_changes_meanwhile_ends_the_search(family: Family, tmp_path:
     file.unlink()
     with pytest.raises(Failed, match=re.escape(f"{file}: cannot be read any more")):
         evaluator.score(genomes)
+
+
+@pytest.mark.parametrize("fault", sample(("the file ends there", "Input/output error"), 1))
+def test_a_disk_that_fails_in_the_middle_ends_the_search_which_goes_on(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """One line, exit status 1, and the history of a search that nothing befell once the file is back."""
+    path, setting = write_config(family.root, tasks=[TEXT]), ("--set", "evaluation.bank=disk")
+    assert run_here("search", path, "--out", tmp_path / "whole", *setting).returncode == 0
+    count, preadv, file = 0, os.preadv, family.root / "parent1" / "model.safetensors"
+
+    def failing(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        """Reads as before until a part of the second generation was read."""
+        nonlocal count
+        history = tmp_path / "run" / "history.jsonl"
+        count += has_lines(history, 1)
+        if count > 20 and os.path.samestat(os.fstat(descriptor), file.stat()):
+            if fault == "the file ends there":
+                return preadv(descriptor, buffers, file.stat().st_size)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(descriptor, buffers, offset)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", failing)
+        done = run_here("search", path, "--out", tmp_path / "run", *setting)
+    assert done.returncode == 1, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "error" in line]
+    assert len(lines) == 1 and re.fullmatch(
+        rf"error: {re.escape(str(file))}: cannot be read from byte .*{fault}.*", lines[0]
+    )
+    assert "--resume" in lines[0] and has_lines(tmp_path / "run" / "history.jsonl", 1)
+    assert run_here("search", path, "--out", tmp_path / "run", *setting, "--resume").returncode == 0
+    assert (tmp_path / "run" / "history.jsonl").read_bytes() == (tmp_path / "whole" / "history.jsonl").read_bytes()
 
 
 def test_a_pool_is_on_the_device(family: Family, tmp_path: Path) -> None:

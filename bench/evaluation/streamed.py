@@ -4,15 +4,18 @@
     python -m bench streamed --large FOLDER               # three models of 14.5 GB, written to FOLDER: 60 GB of disk
 
 The first scores one population with the bank on the device, in the host's memory and in the models' files, in turn, and
-compares every score. The second searches for two generations in a process of its own, whose largest resident set
-(mapped files included) and bytes read from files are counted at every evaluation of a population.
+compares every score; then it searches for two generations with each, and compares the whole histories. The second
+searches for two generations in a process of its own, whose largest resident set (mapped files included) and bytes read
+from files are counted at every evaluation of a population.
 """
 
 import argparse
+import hashlib
 import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,8 @@ from bench.shared.machine import describe
 
 CONFIG = Path("configs/smollm2.yaml")
 PLACES = ("device", "host", "disk")
+# The examples of the searches whose histories are compared.
+EXAMPLES = 6
 # The shapes of Mistral 7B.
 SHAPES = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
@@ -83,6 +88,40 @@ def pairs(population: int, rounds: int, overrides: list[str]) -> str:
     ]
     header = "| bank | s a candidate | of the processor | to the device | of the processor |\n|---|---:|---:|---:|---:|"
     return "\n".join([f"{population} candidates, {rounds} rounds; all scores are equal to the bit", "", header, *rows])
+
+
+def histories(population: int, overrides: list[str]) -> str:
+    """A line on the histories of one search with the bank in each place: two generations by the shortest examples, with
+    the held-out table and the winner's export."""
+    from evojax_merge.problem import build_problem, read_config
+
+    problem = build_problem(CONFIG, read_config(CONFIG, [], None))
+    (file,) = problem.splits.search[0].paths().values()
+    records = sorted(Path(file).read_text(encoding="utf-8").splitlines(), key=len)[:EXAMPLES]
+    contents: dict[str, bytes] = {}
+    with tempfile.TemporaryDirectory() as root:
+        examples = Path(root) / "shortest.jsonl"
+        examples.write_text("\n".join(records), encoding="utf-8")
+        settings = [
+            *overrides, f"tasks.0.file={examples}", "tasks.0.heldout=0.34", "tasks.0.limit=null",
+            f"search.population={population}", "search.generations=2", "search.finalists=1",
+        ]  # fmt: skip
+        for place in PLACES:
+            out = Path(root) / place
+            command = [sys.executable, "-m", "evojax_merge", "search", str(CONFIG), "--out", str(out)]
+            for setting in [*settings, f"evaluation.bank={place}"]:
+                command += ["--set", setting]
+            subprocess.run(command, check=True, stdout=sys.stderr)
+            contents[place] = (out / "history.jsonl").read_bytes()
+    whole = contents["device"]
+    different = [place for place in PLACES if contents[place] != whole]
+    if different:
+        raise SystemExit(f"history.jsonl differs from that of device: {', '.join(different)}")
+    lines = whole.count(b"\n")
+    return (
+        f"histories equal: yes ({', '.join(PLACES)}: {lines} generations of {population}, {len(whole):,} bytes each, "
+        f"sha256 {hashlib.sha256(whole).hexdigest()[:16]})"
+    )
 
 
 def write_models(folder: Path) -> None:
@@ -144,17 +183,16 @@ def write_search(folder: Path) -> Path:
 
 def search(path: Path, out: Path) -> None:
     """Run a search in this process, and print a line of JSON behind each evaluation of a population."""
-    from evojax_merge.checkpoints.parents import Sources
+    from evojax_merge.checkpoints.folder import MappedFile
     from evojax_merge.cli import cli
     from evojax_merge.evaluation.streaming import StreamedEvaluator
 
-    nbytes, read, evaluate = 0, Sources.read, StreamedEvaluator.evaluate
+    nbytes, copy, evaluate = 0, MappedFile.copy, StreamedEvaluator.evaluate
 
-    def counted_read(self: Sources, source: int, tensor: str) -> np.ndarray:
+    def counted_copy(self: MappedFile, start: int, into: np.ndarray) -> None:
         nonlocal nbytes
-        values = read(self, source, tensor)
-        nbytes += values.nbytes
-        return values
+        copy(self, start, into)
+        nbytes += into.nbytes
 
     def counted_evaluate(self: StreamedEvaluator, recipes: Any, progress: Any = lambda done: None) -> Any:
         before, clock, processor = nbytes, time.perf_counter(), processor_seconds()
@@ -169,7 +207,7 @@ def search(path: Path, out: Path) -> None:
         print("EVALUATED " + json.dumps(row), flush=True)
         return scores
 
-    Sources.read, StreamedEvaluator.evaluate = counted_read, counted_evaluate  # type: ignore[method-assign]
+    MappedFile.copy, StreamedEvaluator.evaluate = counted_copy, counted_evaluate  # type: ignore[method-assign]
     run_command: Any = cli.main
     run_command(["search", str(path), "--out", str(out), "--overwrite"], standalone_mode=False)
     print("MEMORY " + str(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss), flush=True)
@@ -222,7 +260,11 @@ def main() -> None:
     if options.search:
         search(*options.search)
         return
-    report = large(options.large) if options.large else pairs(options.population, options.rounds, options.set)
+    if options.large:
+        report = large(options.large)
+    else:
+        report = pairs(options.population, options.rounds, options.set)
+        report += "\n\n" + histories(options.population, options.set)
     print(describe())
     print(report)
 

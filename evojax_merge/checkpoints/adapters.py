@@ -23,7 +23,16 @@ from merge_kernels import add_low_rank
 from safetensors.numpy import save_file
 
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of
-from evojax_merge.checkpoints.folder import DenseTensor, Folder, MappedFile, Tensor, is_float, read_header
+from evojax_merge.checkpoints.folder import (
+    DenseTensor,
+    Folder,
+    MappedFile,
+    Part,
+    Tensor,
+    copy_finite,
+    is_float,
+    read_header,
+)
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, nearest, shown
 from evojax_merge.models.architecture import EMBEDDING, HEAD, known_architecture
@@ -235,6 +244,9 @@ class AdaptedTensor:
     def read(self) -> np.ndarray:
         # A search's programs expand factors with the same function, so that both compute the same values.
         return np.asarray(_expand(self.base.read(), *self.factors())).astype(self.dtype, copy=False)
+
+    def copy_into(self, part: Part, into: np.ndarray) -> bool:
+        return copy_finite(self.read()[part], into)
 
     def content(self) -> Iterator[np.ndarray]:
         # The parts, not the product: its last bits depend on the machine, and random masks must not.

@@ -4,18 +4,20 @@ Loading copies tensor by tensor from memory-mapped files into arrays that were a
 more memory than the bank and one tensor. A method's statistics are measured on the way.
 """
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from merge_kernels import Prepared, draw_row_keys, tabulate
 
+from evojax_merge.checkpoints.folder import Part
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.models.architecture import (
     LAYERS,
@@ -38,8 +40,6 @@ from evojax_merge.models.sources import StackedWeights
 # JAX takes a NumPy array on the CPU as it is, without a copy, where it is aligned to this many bytes.
 ALIGNMENT = 64
 Progress = Callable[[int], None]
-# (array, the axis, counted from the end, that is sharded where devices share a model) -> the array on its devices.
-Put = Callable[[np.ndarray, int | None], jax.Array]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -58,9 +58,54 @@ def common_dtype(sources: Sources, tensor: str) -> np.dtype:
     return widest
 
 
-def put(array: np.ndarray, sharded_axis: int | None = None) -> jax.Array:
+def put(array: np.ndarray) -> jax.Array:
     """Put a whole array onto the device. Waits, so that the host's copy can be freed before the next leaf is read."""
     return jax.block_until_ready(jax.device_put(array, may_alias=True))
+
+
+class Placement(Protocol):
+    """The places of a bank's arrays where several devices, of several processes perhaps, share a model. sharded_axis:
+    the axis, counted from the end, that is sharded then; None: each device has the whole array."""
+
+    def part(self, shape: tuple[int, ...], sharded_axis: int | None) -> Part:
+        """The part of an array of this shape that this process's devices hold; empty: all of it."""
+        ...
+
+    def put(self, array: np.ndarray, sharded_axis: int | None, whole: tuple[int, ...]) -> jax.Array:
+        """Bring this process's part of an array of the shape `whole` to its devices."""
+        ...
+
+    def measures(self, number: int) -> bool:
+        """Return whether this process measures tensor `number` of those that several processes measure together."""
+        ...
+
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        """The content of each process. All of them do this together."""
+        ...
+
+
+class OneDevice:
+    """Whole arrays on one device."""
+
+    def part(self, shape: tuple[int, ...], sharded_axis: int | None) -> Part:
+        return ()
+
+    def put(self, array: np.ndarray, sharded_axis: int | None, whole: tuple[int, ...]) -> jax.Array:
+        return put(array)
+
+    def measures(self, number: int) -> bool:
+        return True
+
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        return [content]
+
+
+ONE_DEVICE: Placement = OneDevice()
+
+
+def _part_shape(shape: tuple[int, ...], part: Part) -> tuple[int, ...]:
+    bounds = [axis.indices(size) for axis, size in zip(part, shape, strict=False)]
+    return (*[end - begin for begin, end, _ in bounds], *shape[len(part) :])
 
 
 @dataclass(frozen=True)
@@ -117,12 +162,15 @@ def leaf_layout(sources: Sources, config: DecoderConfig, spec: MergeSpec, leaf: 
 
 @dataclass(frozen=True)
 class LeafReader:
-    """Reads the tensors of a leaf from all sources, and measures them for the method of a merge."""
+    """Reads the tensors of a leaf from all sources, and measures them for the method of a merge. A process whose
+    devices hold a part of the leaf reads that part; processes that share a model divide the tensors that have to be
+    read whole to be measured."""
 
     leaf: Leaf
     config: DecoderConfig
     sources: Sources
     spec: MergeSpec
+    placement: Placement = ONE_DEVICE
 
     @cached_property
     def layout(self) -> LeafBank:
@@ -138,12 +186,31 @@ class LeafReader:
     def _first_parent(self) -> int:
         return int(self.spec.options.has_base)
 
+    @property
+    def _part(self) -> Part:
+        """The part of each tensor that this process's devices hold."""
+        return self._part_of(self.layout.sources, len(self.sources.shape(0, self.leaf.tensor_of())))
+
+    def _part_of(self, spec: Any, axes: int) -> Part:
+        """This process's part of the last axes of a layout's array."""
+        return self.placement.part(spec.shape, spec.shard_axis)[-axes:] if axes else ()
+
+    @property
+    def is_measured(self) -> bool:
+        """Return whether tensors have to be read whole to be measured, or to draw their random numbers."""
+        return self.spec.method.measures or self.spec.method.random
+
+    @property
+    def is_prepared_anew(self) -> bool:
+        """Return whether mask keys are as large as the weights: those of a part are made again when it is read."""
+        return self.layout.mask_keys is not None and not self.spec.method.has_row_keys
+
     def empty(self, layers: int | None = None) -> LeafBank:
-        """Arrays for the whole leaf, or for so many of its layers."""
+        """Arrays for this process's part of the whole leaf, or of so many of its layers."""
 
         def array(spec: ArraySpec) -> np.ndarray:
-            shape = spec.shape if layers is None else (layers, *spec.shape[1:])
-            return aligned_empty(shape, spec.dtype)
+            shape = _part_shape(spec.shape, self.placement.part(spec.shape, spec.shard_axis))
+            return aligned_empty(shape if layers is None else (layers, *shape[1:]), spec.dtype)
 
         arrays = jax.tree.map(array, self.layout)
         if arrays.factors is not None:
@@ -153,18 +220,78 @@ class LeafReader:
         return empty
 
     def read(self, name: str, place: tuple[int, ...], arrays: LeafBank) -> None:
-        """Read a tensor of all sources into its place in `arrays`. Raises InputError where one holds NaN or infinity,
-        which would spoil every score."""
+        """Read this process's part of a tensor of all sources into its place in `arrays`. Raises InputError where one
+        holds NaN or infinity, which would spoil every score."""
         for s, tensor in enumerate(self._views(place, arrays)):
             if arrays.factors is None:
-                self.sources.read_into(s, name, tensor)
+                self.sources.read_into(s, name, tensor, self._part)
             else:
-                self.sources.read_core_into(name, tensor)
-        if arrays.factors is not None:
-            for k in range(self._parents):
-                a, b = self.sources.finite_factors(self._first_parent + k, name)
-                of_parent = (*place[:1], k, *place[1:])
-                arrays.factors.a[of_parent][: len(a)], arrays.factors.b[of_parent][:, : len(b.T)] = a, b
+                self.sources.read_core_into(name, tensor, self._part)
+        self._read_factors(name, place, arrays)
+
+    def _read_factors(self, name: str, place: tuple[int, ...], arrays: LeafBank) -> None:
+        factors, layout = arrays.factors, self.layout.factors
+        if factors is None or layout is None:
+            return
+        parts = [self._part_of(spec, 2) for spec in (layout.a, layout.b)]
+        for k in range(self._parents):
+            a, b = self.sources.finite_factors(self._first_parent + k, name)
+            of_parent = (*place[:1], k, *place[1:])
+            into_a, into_b = np.asarray(factors.a)[of_parent], np.asarray(factors.b)[of_parent]
+            into_a[: len(a)], into_b[:, : len(b.T)] = a[parts[0]], b[parts[1]]
+
+    def read_measured(self, number: int, name: str, place: tuple[int, ...], arrays: LeafBank) -> Prepared | None:
+        """Read a tensor as `read` does, and measure it; None where another process does that. The result is without the
+        mask keys that were entered in `arrays`. number: of the tensor among the leaf's."""
+        if not self._part:
+            self.read(name, place, arrays)
+            prepared = self.prepare(name, place, arrays)
+        elif self.is_prepared_anew or (self.is_measured and self.placement.measures(number)):
+            reader, first = replace(self, placement=ONE_DEVICE), (0, *place[1:]) if place else ()
+            whole = reader.empty(None if self.leaf.stack is None else 1)
+            reader.read(name, first, whole)
+            prepared = reader.prepare(name, first, whole)
+            for tensor, values in zip(self._views(place, arrays), reader._views(first, whole), strict=True):
+                tensor[...] = values[self._part]
+            self._read_factors(name, place, arrays)
+        else:
+            self.read(name, place, arrays)
+            return None
+        if self._part and not self.is_prepared_anew:
+            return prepared
+        self.enter_mask_keys(arrays.mask_keys, place, prepared)
+        return replace(prepared, mask_keys=())
+
+    def enter_mask_keys(self, mask_keys: Any, place: tuple[int, ...], prepared: Prepared) -> None:
+        """Enter this process's part of a tensor's mask keys in their place in the leaf's."""
+        for number, values in enumerate(prepared.mask_keys):
+            part = self._part_of(self.layout.mask_keys, values.ndim)
+            mask_keys[(*place[:1], number, *place[1:])] = values[part]
+
+    def gathered(self, measured: Sequence[Prepared | None]) -> list[Prepared]:
+        """The results of measuring all tensors of the leaf, from those that each process has measured (None: another
+        process did). Processes that share the leaf do this together."""
+        if not self._part or self.is_prepared_anew or not self.is_measured:
+            return [prepared or Prepared((), {}) for prepared in measured]
+        content = io.BytesIO()
+        arrays: dict[str, Any] = {
+            f"{number}/{kind}/{key}": values
+            for number, prepared in enumerate(measured)
+            if prepared is not None
+            for kind, each in (("key", dict(enumerate(prepared.mask_keys))), ("statistic", prepared.statistics))
+            for key, values in each.items()
+        }
+        np.savez(content, **arrays)
+        results: list[tuple[dict[int, np.ndarray], dict[str, np.ndarray]]] = [({}, {}) for _ in measured]
+        for each in self.placement.gather_bytes(content.getvalue()):
+            with np.load(io.BytesIO(each)) as archive:
+                for name, values in archive.items():
+                    number, kind, key = name.split("/", 2)
+                    if kind == "key":
+                        results[int(number)][0][int(key)] = values
+                    else:
+                        results[int(number)][1][key] = values
+        return [Prepared(tuple(keys[i] for i in range(len(keys))), statistics) for keys, statistics in results]
 
     def prepare(self, name: str, place: tuple[int, ...], arrays: LeafBank) -> Prepared:
         """The mask keys and statistics of a tensor that was read into `arrays`."""
@@ -204,37 +331,35 @@ def load_bank(
     config: DecoderConfig,
     spec: MergeSpec,
     progress: Progress = lambda done: None,
-    put: Put = put,
+    placement: Placement = ONE_DEVICE,
 ) -> Bank:
     """Load all sources and measure the statistics that `spec.method` needs. `progress` receives the bytes of each
-    finished tensor; `put` brings an array to its devices.
+    finished tensor.
 
     The first of the `sources` must be the base where the method takes deltas from one. Where all sources are adapters
     of one base, or that base, the bank has each weight of the base once, and the adapters' factors.
     """
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return bank_of(config, lambda leaf: load_leaf(LeafReader(leaf, config, sources, spec), pool, progress, put))
+        return bank_of(
+            config, lambda leaf: load_leaf(LeafReader(leaf, config, sources, spec, placement), pool, progress)
+        )
 
 
-def load_leaf(reader: LeafReader, pool: ThreadPoolExecutor, progress: Progress, put: Put) -> LeafBank:
-    """Load a whole leaf, and measure it."""
-    arrays = reader.empty()
+def load_leaf(reader: LeafReader, pool: ThreadPoolExecutor, progress: Progress) -> LeafBank:
+    """Load this process's part of a leaf, and measure it."""
+    arrays, tensors = reader.empty(), list(reader.tensors.items())
 
-    def load_tensor(place: tuple[int, ...], name: str) -> dict[str, np.ndarray]:
-        reader.read(name, place, arrays)
-        prepared = reader.prepare(name, place, arrays)
-        enter_mask_keys(arrays, place, prepared)
+    def load_tensor(number: int) -> Prepared | None:
+        place, name = tensors[number]
+        prepared = reader.read_measured(number, name, place, arrays)
         progress(reader.tensor_bytes)
-        return prepared.statistics
+        return prepared
 
-    measured = list(pool.map(load_tensor, reader.tensors, reader.tensors.values()))
-    return put_leaf(reader.layout, arrays, stacked_statistics(reader, measured), put)
-
-
-def enter_mask_keys(arrays: Any, place: tuple[int, ...], prepared: Prepared) -> None:
-    """Enter a tensor's mask keys in their place in the leaf's."""
-    for number, values in enumerate(prepared.mask_keys):
-        arrays.mask_keys[(*place[:1], number, *place[1:])] = values
+    measured = reader.gathered(list(pool.map(load_tensor, range(len(tensors)))))
+    for (place, _), prepared in zip(tensors, measured, strict=True):
+        reader.enter_mask_keys(arrays.mask_keys, place, prepared)
+    statistics = stacked_statistics(reader, [prepared.statistics for prepared in measured])
+    return put_leaf(reader.layout, arrays, statistics, reader.placement)
 
 
 def stacked_statistics(reader: LeafReader, measured: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -246,10 +371,16 @@ def stacked_statistics(reader: LeafReader, measured: Sequence[dict[str, np.ndarr
     }
 
 
-def put_leaf(layout: LeafBank, arrays: LeafBank, statistics: dict[str, np.ndarray], put: Put) -> LeafBank:
-    """Bring a leaf's arrays to the devices, cut as its layout says; the statistics whole."""
-    loaded: LeafBank = jax.tree.map(lambda spec, array: put(array, spec.shard_axis), layout, arrays)
-    return replace(loaded, statistics={name: put(values, None) for name, values in statistics.items()})
+def put_leaf(layout: LeafBank, arrays: LeafBank, statistics: dict[str, np.ndarray], placement: Placement) -> LeafBank:
+    """Bring this process's part of a leaf's arrays, or of one layer of them, to the devices, cut as the leaf's layout
+    says; the statistics whole."""
+
+    def put_array(spec: ArraySpec, array: np.ndarray) -> jax.Array:
+        return placement.put(array, spec.shard_axis, (array.shape[0], *spec.shape[1:]))
+
+    loaded: LeafBank = jax.tree.map(put_array, layout, arrays)
+    whole = {name: placement.put(values, None, values.shape) for name, values in statistics.items()}
+    return replace(loaded, statistics=whole)
 
 
 def common_rank(sources: Sources, names: Sequence[str]) -> int | None:

@@ -16,7 +16,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from io import FileIO
+from itertools import pairwise, product
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -26,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.data_packages import hub_failure
-from evojax_merge.errors import InputError
+from evojax_merge.errors import Failed, InputError
 from evojax_merge.regular_file import check_model_folder, check_no_pointer, check_regular, open_regular
 
 DTYPES: dict[str, np.dtype] = {
@@ -65,11 +67,36 @@ VARIANTS = ["*.fp16*.safetensors", "*.bf16*.safetensors", "*.non_ema*.safetensor
 FOREIGN_FILES = "consolidated*"
 
 
+# The slices of a tensor's first axes that a process needs, such as its devices' rows; empty: all of it.
+Part = tuple[slice, ...]
+
+
 @dataclass(frozen=True)
 class MappedFile:
-    """A file whose bytes are mapped into memory when they are first asked for."""
+    """A file whose bytes are mapped into memory when they are first asked for, or copied without being mapped."""
 
     path: Path
+
+    @cached_property
+    def _handle(self) -> FileIO:
+        return FileIO(self.path)
+
+    def copy(self, start: int, into: np.ndarray) -> None:
+        """Copy the bytes from `start` on into a contiguous array. Raises Failed where the file ends before, or its disk
+        fails: the system kills a process that reads such pages of a mapped file."""
+        buffer, copied = into.reshape(-1).view(np.uint8).data, 0
+        while copied < len(buffer):
+            try:
+                count = os.preadv(self._handle.fileno(), [buffer[copied:]], start + copied)
+                reason = "the file ends there, in the middle of a tensor"
+            except OSError as error:
+                count, reason = 0, error.strerror or str(error)
+            if not count:
+                raise Failed(
+                    f"{self.path}: cannot be read from byte {start + copied:,} on ({reason}); put the whole file back "
+                    "on a sound disk: a search goes on with --resume"
+                )
+            copied += count
 
     @cached_property
     def _map(self) -> mmap.mmap:
@@ -83,12 +110,13 @@ class MappedFile:
     def release(self, start: int, stop: int) -> None:
         """Release the pages that reading these bytes has mapped; the next reading maps them again."""
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        if hasattr(mmap, "MADV_DONTNEED"):
+        if "_map" in self.__dict__ and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, first, stop - first)
 
     def close(self) -> None:
-        """Release the mapped file; the next reading maps it again. An array that was read keeps the mapping."""
-        self.__dict__.pop("_map", None)
+        """Release the file; the next reading opens it again. An array that was read keeps its mapping."""
+        for name in ("_map", "_handle"):
+            self.__dict__.pop(name, None)
 
 
 class Tensor(Protocol):
@@ -126,6 +154,10 @@ class Tensor(Protocol):
         """The values, `[*shape]` in the tensor's dtype, not to be written to."""
         ...
 
+    def copy_into(self, part: Part, into: np.ndarray) -> bool:
+        """Copy a part of the values into a contiguous array of its shape; False where one is NaN or infinite."""
+        ...
+
     def content(self) -> Iterator[np.ndarray]:
         """The bytes that the tensor is made of, `uint8[n]` each, which identify it on every machine."""
         ...
@@ -148,6 +180,9 @@ class DenseTensor:
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
         outputs, inputs = self.shape
         return np.zeros((0, inputs), np.float32), np.zeros((outputs, 0), np.float32)
+
+    def copy_into(self: Tensor, part: Part, into: np.ndarray) -> bool:
+        return copy_finite(self.read()[part], into)
 
 
 @dataclass(frozen=True)
@@ -186,6 +221,35 @@ class Entry(BytesOfFile):
         if self.start % self.dtype.itemsize:
             raw = raw.copy()
         return raw.view(self.dtype).reshape(self.shape)
+
+    def copy_into(self, part: Part, into: np.ndarray) -> bool:
+        """Read no more of the file than the part, and map nothing."""
+        direct = into.dtype == self.dtype
+        piece = np.empty(0 if direct else PIECE, self.dtype)
+        target, finite, done = into.reshape(-1), True, 0
+        for start, count in _runs(self.shape, part):
+            for offset in range(0, count, PIECE):
+                size = min(PIECE, count - offset)
+                values = target[done : done + size] if direct else piece[:size]
+                self.mapped.copy(self.start + (start + offset) * self.dtype.itemsize, values)
+                if not direct:
+                    target[done : done + size] = values
+                finite, done = finite and _finite_piece(values), done + size
+        return finite
+
+
+def _runs(shape: tuple[int, ...], part: Part) -> Iterator[tuple[int, int]]:
+    """The beginnings and lengths of the runs of elements that a part of an array takes, in the order of the array."""
+    axes = [*part, *[slice(None)] * (len(shape) - len(part))]
+    bounds = [axis.indices(size)[:2] for axis, size in zip(axes, shape, strict=True)]
+    # The last axis that is not whole, with all behind it, makes one run.
+    last = max((i for i, (begin, end) in enumerate(bounds) if end - begin < shape[i]), default=0)
+    behind = prod(shape[last + 1 :])
+    begin, end = bounds[last] if bounds else (0, 1)
+    strides = [prod(shape[i + 1 :]) for i in range(last)]
+    for place in product(*(range(*bound) for bound in bounds[:last])):
+        first = sum(number * stride for number, stride in zip(place, strides, strict=True))
+        yield first + begin * behind, (end - begin) * behind
 
 
 def is_float(dtype: np.dtype) -> bool:

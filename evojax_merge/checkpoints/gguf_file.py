@@ -96,7 +96,9 @@ class GgufTensor(BytesOfFile):
 
     def read(self) -> np.ndarray:
         gguf = import_gguf(self.file)
-        raw = self.mapped.read(self.start, self.stop).reshape(*self.shape[:-1], -1)
+        raw = np.empty(self.stop - self.start, np.uint8)
+        self.mapped.copy(self.start, raw)
+        raw = raw.reshape(*self.shape[:-1], -1)
         # Scales that are not finite make values that are not; the callers refuse these with the tensor's name.
         with np.errstate(all="ignore"):
             values = gguf.dequantize(raw, gguf.GGMLQuantizationType(self.kind))

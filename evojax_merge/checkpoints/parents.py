@@ -16,6 +16,7 @@ from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of
 from evojax_merge.checkpoints.derived import open_model
 from evojax_merge.checkpoints.folder import (
     Folder,
+    Part,
     Tensor,
     copy_finite,
     is_finite,
@@ -180,16 +181,21 @@ class Sources:
             raise self._not_finite(source, tensor)
         return values
 
-    def read_into(self, source: int, tensor: str, into: np.ndarray) -> None:
-        """Like `read_finite`, into an array of the tensor's shape."""
-        if not copy_finite(self.read(source, tensor), into):
+    def read_into(self, source: int, tensor: str, into: np.ndarray, part: Part = ()) -> None:
+        """Like `read_finite`, a part of the tensor into an array of the part's shape."""
+        if self.vocabulary is not None and self.has_rows(tensor):
+            finite = copy_finite(self.read(source, tensor)[part], into)
+        else:
+            finite = self.entry(source, tensor).copy_into(part, into)
+        if not finite:
             raise self._not_finite(source, tensor)
 
-    def read_core_into(self, tensor: str, into: np.ndarray) -> None:
-        """The matrix of `common_core`, into an array of its shape. Raises InputError as `read_finite` does."""
+    def read_core_into(self, tensor: str, into: np.ndarray, part: Part = ()) -> None:
+        """A part of the matrix of `common_core`, into an array of its shape. Raises InputError as `read_finite`
+        does."""
         core = self.common_core(tensor)
         assert core is not None
-        if not copy_finite(core.read(), into):
+        if not core.copy_into(part, into):
             raise InputError(core.file, f"{tensor} holds NaN or Inf; expected finite weights")
 
     def finite_factors(self, source: int, tensor: str) -> tuple[np.ndarray, np.ndarray]:

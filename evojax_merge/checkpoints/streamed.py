@@ -7,18 +7,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from merge_kernels import Prepared
 
 from evojax_merge.checkpoints.abstract_bank import abstract_bank
 from evojax_merge.checkpoints.bank import (
+    ONE_DEVICE,
     LeafReader,
+    Placement,
     Progress,
-    Put,
-    enter_mask_keys,
     load_bank,
-    put,
     put_leaf,
     stacked_statistics,
 )
+from evojax_merge.checkpoints.folder import Part
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.errors import Failed
 from evojax_merge.models.architecture import LAYERS, leaves_of, stack_leaves
@@ -27,19 +28,35 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.streamed_bank import Leaves, StreamedBank
 
 
-def _on_host(array: np.ndarray, sharded_axis: int | None = None) -> Any:
-    return array
+@dataclass(frozen=True)
+class _OnHost:
+    """The parts of a placement, which stay in the host's memory."""
+
+    placement: Placement
+
+    def part(self, shape: tuple[int, ...], sharded_axis: int | None) -> Part:
+        return self.placement.part(shape, sharded_axis)
+
+    def put(self, array: np.ndarray, sharded_axis: int | None, whole: tuple[int, ...]) -> Any:
+        return array
+
+    def measures(self, number: int) -> bool:
+        return self.placement.measures(number)
+
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        return self.placement.gather_bytes(content)
 
 
 def bank_on_host(
-    sources: Sources, config: DecoderConfig, spec: MergeSpec, progress: Progress = lambda done: None, put: Put = put
-) -> StreamedBank:
-    """Load all sources into the host's memory (see `load_bank`); `put` brings a layer's arrays to the devices."""
-    bank = load_bank(sources, config, spec, progress, _on_host)
+    sources: Sources, config: DecoderConfig, spec: MergeSpec, progress: Progress = lambda done: None,
+    placement: Placement = ONE_DEVICE,
+) -> StreamedBank:  # fmt: skip
+    """Load all sources into the host's memory (see `load_bank`)."""
+    bank = load_bank(sources, config, spec, progress, _OnHost(placement))
     layouts = {leaf.name: LeafReader(leaf, config, sources, spec).layout for leaf in leaves_of(config)}
 
     def on_devices(name: str, leaf: Any) -> LeafBank:
-        return put_leaf(layouts[name], replace(leaf, statistics={}), leaf.statistics, put)
+        return put_leaf(layouts[name], replace(leaf, statistics={}), leaf.statistics, placement)
 
     def load(number: int) -> Leaves:
         part = slice(number, number + 1)
@@ -55,12 +72,13 @@ def bank_on_host(
 
 
 def bank_in_files(
-    sources: Sources, config: DecoderConfig, spec: MergeSpec, progress: Progress = lambda done: None, put: Put = put
-) -> StreamedBank:
+    sources: Sources, config: DecoderConfig, spec: MergeSpec, progress: Progress = lambda done: None,
+    placement: Placement = ONE_DEVICE,
+) -> StreamedBank:  # fmt: skip
     """A bank whose parts are read from the models' files whenever they are needed. All tensors are read once here where
     the method measures them; that, and two numbers per row of random methods, are kept. `progress` receives the bytes
     of each finished tensor."""
-    leaves = {leaf.name: LeafFiles(LeafReader(leaf, config, sources, spec), put) for leaf in leaves_of(config)}
+    leaves = {leaf.name: LeafFiles(LeafReader(leaf, config, sources, spec, placement)) for leaf in leaves_of(config)}
     for leaf in leaves.values():
         leaf.measure(progress)
     files, layers = FileStates.of(sources), [leaf.name for leaf in stack_leaves(config, LAYERS)]
@@ -76,18 +94,11 @@ def bank_in_files(
 
 @dataclass
 class LeafFiles:
-    """One leaf, in files. mask_keys, statistics: of the whole leaf, where they are kept."""
+    """One leaf, in files. mask_keys, statistics: of this process's part of the leaf, where they are kept."""
 
     reader: LeafReader
-    put: Put
     mask_keys: np.ndarray | None = None
     statistics: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def _is_prepared_anew(self) -> bool:
-        """Return whether mask keys are as large as the weights: those of a part are made again when it is read."""
-        layout = self.reader.layout
-        return layout.mask_keys is not None and not self.reader.spec.method.has_row_keys
 
     @property
     def _parts(self) -> Sequence[int | None]:
@@ -106,31 +117,40 @@ class LeafFiles:
                 yield (0, *place[1:]), name
 
     def measure(self, progress: Progress) -> None:
-        """Read all parts once where the method measures them, and keep its results."""
-        method, measured, keys = self.reader.spec.method, [], []
+        """Read all parts once where the method measures them, and keep its results. Processes that share the model
+        divide the tensors."""
+        reader = self.reader
+        results: list[Prepared | None] = []
+        keys: list[Any] = []
         for number in self._parts:
             arrays = self._empty(number)
             for place, name in self._places(number):
-                if method.measures or method.random:
-                    self.reader.read(name, place, arrays)
-                    prepared = self.reader.prepare(name, place, arrays)
-                    enter_mask_keys(arrays, place, prepared)
-                    measured.append(prepared.statistics)
-                    _release(self.reader.sources, [name])
-                progress(self.reader.tensor_bytes)
-            keys.append(arrays.mask_keys)
-        if measured:
-            self.statistics = stacked_statistics(self.reader, measured)
-        if keys[0] is not None and not self._is_prepared_anew:
+                prepared = None
+                if reader.is_measured and (reader.is_prepared_anew or reader.placement.measures(len(results))):
+                    prepared = reader.read_measured(len(results), name, place, arrays)
+                    _release(reader.sources, [name])
+                results.append(prepared)
+                progress(reader.tensor_bytes)
+            keys.append(None if reader.is_prepared_anew else arrays.mask_keys)
+        if not reader.is_measured:
+            return
+        measured = reader.gathered(results)
+        self.statistics = stacked_statistics(reader, [prepared.statistics for prepared in measured])
+        if keys[0] is not None:
+            numbered = iter(measured)
+            for number, part in zip(self._parts, keys, strict=True):
+                for place, _ in self._places(number):
+                    reader.enter_mask_keys(part, place, next(numbered))
             self.mask_keys = keys[0] if len(keys) == 1 else np.concatenate(keys)
 
     def load(self, number: int | None) -> LeafBank:
         """Read a part, and bring it to the devices."""
         arrays = self._empty(number)
         for place, name in self._places(number):
-            self.reader.read(name, place, arrays)
-            if self._is_prepared_anew:
-                enter_mask_keys(arrays, place, self.reader.prepare(name, place, arrays))
+            if self.reader.is_prepared_anew:
+                self.reader.read_measured(0, name, place, arrays)
+            else:
+                self.reader.read(name, place, arrays)
             _release(self.reader.sources, [name])
         keys, statistics = self.mask_keys, self.statistics
         if number is not None:
@@ -138,7 +158,7 @@ class LeafFiles:
             keys, statistics = jax.tree.map(lambda array: array[number : number + 1], (keys, statistics))
         if keys is not None:
             arrays = replace(arrays, mask_keys=keys)
-        return put_leaf(self.reader.layout, arrays, statistics, self.put)
+        return put_leaf(self.reader.layout, arrays, statistics, self.reader.placement)
 
 
 def _release(sources: Sources, names: list[str]) -> None:

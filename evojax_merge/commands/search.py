@@ -21,8 +21,9 @@ from evojax_merge.checkpoints.writer import (
 )
 from evojax_merge.config import Config, StageConfig, blamed_on_overrides
 from evojax_merge.errors import LONGEST_LINE, InputError, PeerLostError, print_warning, printable
-from evojax_merge.evaluation.devices import barrier, unused_memory
+from evojax_merge.evaluation.devices import barrier, losing_peers, unused_memory
 from evojax_merge.evaluation.memory import require_memory
+from evojax_merge.evaluation.peers import check_files
 from evojax_merge.interrupts import defer_signals
 from evojax_merge.judge.opening import NO_JUDGES, JudgeOptions, check_judges
 from evojax_merge.planning import advice, disk_bytes
@@ -111,7 +112,7 @@ def search(
     asked = ["--out", str(out)] if out else []
     asked += ["--resume"] if resume else ["--overwrite"] if overwrite else []
     resume_hint = ResumeHint(_command(path, *asked, *options), resume)
-    with resume_hint.on_exit(), blamed_on_overrides(path, overrides):
+    with resume_hint.on_exit(), losing_peers(), blamed_on_overrides(path, overrides):
         plugins.load()
         config = read_config(path, overrides, seed)
         out = out or default_out(path, config)
@@ -180,6 +181,7 @@ def run_search(
     _require_bank(path, problem, force)
     document = resolved_document(config, problem)
     check_recorded_inputs(path, config.inputs or {}, document[INPUTS])
+    check_files(document[INPUTS])
     with _opened(out, document, on_started, resume=resume, overwrite=overwrite) as folder:
         _log_warnings(path, config, problem, prepared)
         with logged(config.log, LoggedSearch(folder, folder, document), on_generation) as after_generation:
@@ -260,6 +262,7 @@ def _run_chain(
         _require_bank(path, problem, force)
     document = resolved_document(configs[0], problems[0])
     check_recorded_inputs(path, config.inputs or {}, document[INPUTS])
+    check_files(document[INPUTS])
     for key in ("space", "data_flow", "search"):
         document.pop(key)
     document |= random_numbers(any(problem.backend.is_random for problem in problems))

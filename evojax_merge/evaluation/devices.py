@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from evojax_merge.errors import InputError, PeerLostError, shown
 from evojax_merge.evaluation.launching import launched, local_device_ids
 from evojax_merge.evaluation.memory import available_memory
+from evojax_merge.evaluation.peers import check_versions, report_aborts
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.models.bank import take_candidate
 
@@ -32,6 +33,9 @@ AnyMesh = Mesh | AbstractMesh | None
 MEMORY_SHARE = 0.8
 # Seconds without a heartbeat after which a process is taken to be dead.
 HEARTBEAT = 30
+# Parts of the messages of passes whose other processes have gone: of the coordination service, and of the libraries
+# that exchange arrays on CPUs and GPUs.
+PEER_WORDS = ("CoordinationService", "Gloo", "gloo", "NCCL", "UNAVAILABLE: Task")
 
 
 @dataclass(frozen=True)
@@ -100,13 +104,55 @@ class Devices:
         names = ("population", *("model" if i == axis else None for i in range(1, len(leaf.shape))))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, PartitionSpec(*names)))
 
-    def put(self, array: np.ndarray, sharded_axis: int | None = None) -> jax.Array:
-        """Put an array of the bank on the devices (see `sharding`). Waits, so that the host's copy can be freed before
-        the next leaf is read."""
-        sharding = self.sharding(array.shape, sharded_axis)
+    def part(self, shape: tuple[int, ...], sharded_axis: int | None) -> tuple[slice, ...]:
+        """The part of an array of the bank that the devices of this process hold (see `sharding`); empty: all of it."""
+        sharding = self.sharding(shape, sharded_axis)
+        if sharding is None or sharding.is_fully_addressable or sharding.is_fully_replicated or sharded_axis is None:
+            return ()
+        axis = len(shape) + sharded_axis
+        places = sharding.addressable_devices_indices_map(shape).values()
+        bounds = [place[axis].indices(shape[axis])[:2] for place in places if place is not None]
+        begin, end = min(begin for begin, _ in bounds), max(end for _, end in bounds)
+        whole = [slice(None)] * len(shape)
+        return () if end - begin == shape[axis] else (*whole[:axis], slice(begin, end), *whole[axis + 1 :])
+
+    def put(
+        self, array: np.ndarray, sharded_axis: int | None = None, whole: tuple[int, ...] | None = None
+    ) -> jax.Array:
+        """Put an array of the bank on the devices (see `sharding`); whole: the shape of that array where `array` is
+        this process's part of it. Waits, so that the host's copy can be freed before the next leaf is read."""
+        shape = array.shape if whole is None else whole
+        sharding = self.sharding(shape, sharded_axis)
         if sharding is None:
             return jax.block_until_ready(jax.device_put(array, may_alias=True))
-        return jax.block_until_ready(placed(array, sharding))
+        part = () if whole is None else self.part(shape, sharded_axis)
+        if not part or sharded_axis is None:
+            return jax.block_until_ready(placed(array, sharding))
+        axis = len(shape) + sharded_axis
+        begin = part[axis].start
+
+        def shard(index: Any) -> np.ndarray:
+            first, last, _ = index[axis].indices(shape[axis])
+            return array[(*index[:axis], slice(first - begin, last - begin), *index[axis + 1 :])]
+
+        return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, shard))
+
+    def measures(self, number: int) -> bool:
+        """Return whether this process measures tensor `number` of those that processes measure together."""
+        return number % jax.process_count() == jax.process_index()
+
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        """The content of each process of the run, in their order."""
+        if jax.process_count() == 1:
+            return [content]
+        from jax.experimental import multihost_utils
+
+        with collective():
+            sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(content))))
+            padded = np.zeros(sizes.max(), np.uint8)
+            padded[: len(content)] = np.frombuffer(content, np.uint8)
+            rows = np.asarray(multihost_utils.process_allgather(padded))
+        return [row[:size].tobytes() for row, size in zip(rows.reshape(len(sizes), -1), sizes, strict=True)]
 
     def local_indices(self, size: int) -> np.ndarray:
         """The indices of the `size` candidates that this process scores; the last one repeats where there are too
@@ -170,6 +216,18 @@ def collective() -> Iterator[None]:
         raise PeerLostError from error
 
 
+@contextmanager
+def losing_peers() -> Iterator[None]:
+    """Encloses the work of a run. Raises PeerLostError where a pass that processes share fails because one of them has
+    gone."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or not any(word in str(error) for word in PEER_WORDS):
+            raise
+        raise PeerLostError from error
+
+
 def _concerns_peer(error: BaseException | None) -> bool:
     """Return True where JAX raised an error, or its cause, over another process. Orbax wraps such errors in its own."""
     if error is None:
@@ -200,7 +258,7 @@ def decided_by_main(value: int) -> int:
 def init_distributed() -> None:
     """Join the processes of one run. JAX recognises clusters (SLURM, Open MPI, a TPU pod); by hand
     JAX_COORDINATOR_ADDRESS is set, and JAX_NUM_PROCESSES and JAX_PROCESS_ID where no launcher numbers the processes.
-    Raises InputError where neither is there."""
+    Raises InputError where neither is there, or processes run different versions."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, *numbers = (os.environ.get(name, "").strip() for name in names)
     given: dict[str, Any] = {}
@@ -231,6 +289,8 @@ def init_distributed() -> None:
             "--distributed",
             f"no other processes were found ({reason}); expected {', '.join(names)}",
         ) from None
+    report_aborts()
+    check_versions()
 
 
 def local_devices(model: int = 1) -> Devices:

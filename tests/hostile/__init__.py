@@ -343,6 +343,7 @@ def _become(request: dict[str, Any]) -> None:
     # JAX reads these when it is imported: each command compiles as the module that runs it (tests/conftest.py).
     jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS"))
     jax.config.update("jax_disable_most_optimizations", os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1")
+    jax.config.update("jax_num_cpu_devices", int(os.environ.get("JAX_NUM_CPU_DEVICES", "-1")))
     first, *rest = request["arguments"] or [""]
     try:
         if first == "-c":

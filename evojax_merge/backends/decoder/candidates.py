@@ -189,7 +189,7 @@ class MergeCandidates:
         return ()
 
     def load_bank(self, devices: Devices, progress: Progress) -> Any:
-        return load_bank(self.sources, self.decoder, self.spec, progress, devices.put)
+        return load_bank(self.sources, self.decoder, self.spec, progress, devices)
 
     def evaluator(self, decoder: DecoderEvaluator, bank: Any) -> MergeEvaluator:
         return MergeEvaluator(decoder, bank, self.spec)
@@ -260,7 +260,7 @@ class StreamedMerges(MergeCandidates):
 
     def load_bank(self, devices: Devices, progress: Progress) -> Any:
         load = {"host": bank_on_host, "disk": bank_in_files}[self.place]
-        return load(self.sources, self.decoder, self.spec, progress, devices.put)
+        return load(self.sources, self.decoder, self.spec, progress, devices)
 
     def evaluator(self, decoder: DecoderEvaluator, bank: Any) -> StreamedEvaluator:
         sizes = DeviceSizes(decoder.devices.model)
@@ -540,7 +540,7 @@ def score_in_files(
     method = METHODS["passthrough"]
     alone = replace(sources, folders=sources.folders[:1])
     spec = MergeSpec(method.name, options_from("", method, {}, False), 0, "float32")
-    bank = bank_in_files(alone, config, spec, put=evaluator.devices.put)
+    bank = bank_in_files(alone, config, spec, placement=evaluator.devices)
     shape = (1, config.layers, len(architecture_of(config).components), 1)
     ends = {leaf.name: {"scale": jnp.ones((1, 1), jnp.float32)} for leaf in shared_leaves(config)}
     recipe = Recipe({LAYERS: {"scale": jnp.ones(shape, jnp.float32)}}, ends)
