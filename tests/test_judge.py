@@ -42,6 +42,7 @@ from evojax_merge.judge.posterior import (
 from evojax_merge.judge.proposals import propose
 from evojax_merge.judge.server import served
 from evojax_merge.judge.votes import Round, Vote, VoteFile
+from evojax_merge.problem import build_problem, read_config
 from evojax_merge.selection import open_evaluators
 from evojax_merge.tasks import language_judge
 from evojax_merge.tasks.generated_images import HumanImageTask
@@ -284,6 +285,22 @@ def config(folder: Path, family: Family, judge: str | None = "judge.py:shorter",
 def votes_of(run: Path) -> list[dict[str, Any]]:
     lines = map(json.loads, (run / "votes.jsonl").read_text().splitlines())
     return [{key: value for key, value in line["vote"].items() if key != "time"} for line in lines if "vote" in line]
+
+
+def test_votes_propose_where_they_are_the_whole_fitness(tmp_path: Path, family: Family) -> None:
+    path = config(tmp_path, family)
+
+    def opened(*overrides: str) -> Any:
+        return build_problem(path, read_config(path, overrides, None))
+
+    assert opened().search.strategy == opened().strategy.name == "votes"
+    assert opened("search.strategy=sep_cma_es").strategy.name == "sep_cma_es"
+    text = f"{{name: text, kind: likelihood, file: {family.tasks}}}"
+    document = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(document | {"tasks": [*document["tasks"], yaml.safe_load(text)]}))
+    assert opened().search.strategy == "cma_es"
+    with pytest.raises(InputError, match=r"search.strategy: votes: needs one task in the fitness, which people judge"):
+        opened("search.strategy=votes")
 
 
 def test_a_search_that_a_function_judges_and_its_replay(tmp_path: Path, family: Family) -> None:
