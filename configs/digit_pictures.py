@@ -11,7 +11,7 @@ from sklearn.neural_network import MLPClassifier
 
 # The label of a picture that is no digit.
 NONE = 10
-# What a picture is labelled with: (pictures float[N, 64]) -> probabilities float[N, 11].
+# A labeller of pictures: (pictures float[N, 64]) -> probabilities float[N, 11].
 Classifier = Callable[[np.ndarray], np.ndarray]
 
 

@@ -107,9 +107,9 @@ def test_two_processes_that_share_each_candidate_score_as_one(tmp_path: Path) ->
     assert abs(sum(shared.read) / alone.read[0] - 1.5) < 0.05 and max(shared.read) < 0.9 * alone.read[0], shared.read
 
 
-# A method that measures nothing, one with random rows, and one whose random numbers are of entries: and the share of
-# the weights that one of two processes reads for a generation.
-READ = [("task_arithmetic", "device", 0.5), ("dare_ties", "disk", 1.25), ("task_arithmetic", "disk", 0.5)]
+# A method that measures nothing, and one that measures each tensor once, which the processes divide; and the share of
+# the weights that one of two processes reads for a generation, in the mean.
+READ = [("task_arithmetic", "device", 0.5), ("dare_ties", "disk", 1.0), ("task_arithmetic", "disk", 0.5)]
 
 
 @pytest.mark.parametrize(("method", "place", "share"), sample(READ, 1))
@@ -124,7 +124,7 @@ def test_a_process_reads_the_shards_of_its_devices(method: str, place: str, shar
     alone, shared = (run_program(config, tmp_path / f"{count}.npz", count, setting) for count in (1, 2))
     np.testing.assert_allclose(shared.answers["margin"], alone.answers["margin"], atol=1e-5)
     whole = sum((tmp_path / name / "model.safetensors").stat().st_size for name in ("base", "parent0", "parent1"))
-    assert all(abs(read / whole - share) < 0.05 for read in shared.read), (whole, shared.read)
+    assert abs(np.mean(shared.read) / whole - share) < 0.05 and max(shared.read) / whole < share + 0.25
 
 
 def test_groups_of_whole_hosts_share_a_candidate() -> None:

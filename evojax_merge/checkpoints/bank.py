@@ -205,6 +205,11 @@ class LeafReader:
         """Return whether mask keys are as large as the weights: those of a part are made again when it is read."""
         return self.layout.mask_keys is not None and not self.spec.method.has_row_keys
 
+    def measures(self, number: int) -> bool:
+        """Return whether this process measures tensor `number` of the leaf's: each one where it holds them whole, or
+        where mask keys are made again."""
+        return self.is_measured and (not self._part or self.is_prepared_anew or self.placement.measures(number))
+
     def empty(self, layers: int | None = None) -> LeafBank:
         """Arrays for this process's part of the whole leaf, or of so many of its layers."""
 
@@ -246,7 +251,7 @@ class LeafReader:
         if not self._part:
             self.read(name, place, arrays)
             prepared = self.prepare(name, place, arrays)
-        elif self.is_prepared_anew or (self.is_measured and self.placement.measures(number)):
+        elif self.measures(number):
             reader, first = replace(self, placement=ONE_DEVICE), (0, *place[1:]) if place else ()
             whole = reader.empty(None if self.leaf.stack is None else 1)
             reader.read(name, first, whole)

@@ -126,7 +126,7 @@ class LeafFiles:
             arrays = self._empty(number)
             for place, name in self._places(number):
                 prepared = None
-                if reader.is_measured and (reader.is_prepared_anew or reader.placement.measures(len(results))):
+                if reader.measures(len(results)):
                     prepared = reader.read_measured(len(results), name, place, arrays)
                     _release(reader.sources, [name])
                 results.append(prepared)

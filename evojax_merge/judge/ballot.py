@@ -181,7 +181,7 @@ class Ballot:
         return self._preferences_of(self._rounds(), genomes.shape[1]).at(genomes).mean
 
     def preferences(self, generations: int, dims: int) -> Preferences:
-        """What the votes on so many first generations of candidates, float32[P, D], show."""
+        """The preferences that the votes on so many first generations of candidates, float32[P, D], show."""
         with self._changed:
             return self._preferences_of(self._generations()[:generations], dims)
 
