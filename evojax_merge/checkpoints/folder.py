@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import re
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,7 +80,10 @@ class MappedFile:
 
     @cached_property
     def _handle(self) -> FileIO:
-        return FileIO(self.path)
+        handle = FileIO(self.path)
+        # Python warns of a file that is left to be closed.
+        weakref.finalize(self, handle.close)
+        return handle
 
     def copy(self, start: int, into: np.ndarray) -> None:
         """Copy the bytes from `start` on into a contiguous array. Raises Failed where the file ends before, or its disk
@@ -115,8 +119,9 @@ class MappedFile:
 
     def close(self) -> None:
         """Release the file; the next reading opens it again. An array that was read keeps its mapping."""
-        for name in ("_map", "_handle"):
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("_map", None)
+        if "_handle" in self.__dict__:
+            self.__dict__.pop("_handle").close()
 
 
 class Tensor(Protocol):
