@@ -23,8 +23,8 @@ from evojax_merge.tasks.generated_images import DrawingTask, HumanImageTask, Ima
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.yaml_reader import parse_documents
 
-# The pictures of a model in a row of the contact sheet, and their size there.
-COLUMNS, CELL = 8, 96
+# The pictures of a model in a row of the contact sheet, and in pixels a picture's place there and the gap around it.
+COLUMNS, CELL, GAP = 12, 96, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,12 +152,12 @@ class PipelineBackend(FunctionBackend):
         numbers = task.indices[:COLUMNS]
         _, baselines = self.space.baselines()
         models = [*(self.merge.tree.source(k) for k in range(len(self.models))), self.merged(baselines[0]), winner]
-        sheet = Image.new("RGB", (CELL * len(numbers), CELL * len(models)))
+        sheet, side = Image.new("RGB", (CELL * len(numbers), CELL * len(models)), "white"), CELL - 2 * GAP
         for row, weights in enumerate(models):
             for column, pixels in enumerate(self.generator.draw(weights, task, numbers)):
                 nearest = Image.Resampling.NEAREST if pixels.shape[0] < CELL else None
-                picture = picture_of(pixels).resize((CELL, CELL), nearest)
-                sheet.paste(picture.convert("RGB"), (CELL * column, CELL * row))
+                picture = picture_of(pixels).resize((side, side), nearest)
+                sheet.paste(picture.convert("RGB"), (CELL * column + GAP, CELL * row + GAP))
         content = io.BytesIO()
         sheet.save(content, "PNG")
         return content.getvalue()
