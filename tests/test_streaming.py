@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -318,10 +319,12 @@ def test_a_streamed_search_that_is_killed_goes_on_to_the_byte(family: Family, tm
     setting = ("--set", "evaluation.bank=disk")
     assert run_command("search", path, "--out", tmp_path / "whole", *setting).returncode == 0
     killed, options = tmp_path / "killed", list[str]()
+    instants = random.Random(os.environ.get("EVOJAX_TEST_SEED", "0"))
     for lines in (2, 5, 9):
         process = start_command("search", path, "--out", killed, *setting, *options)
         while process.poll() is None and not has_lines(killed / "history.jsonl", lines):
             time.sleep(0.005)
+        time.sleep(instants.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
         process.wait()
         options = ["--resume"]
