@@ -34,7 +34,7 @@ from safetensors.numpy import load_file, save_file
 from evojax_merge.errors import InputError
 from evojax_merge.zoo import FILES, PackagedFamily
 from evojax_merge.zoo.tiny_llama import EOS, PAD, UNKNOWN, Progress, Sizes, save_config, save_tensors, save_tokenizer
-from evojax_merge.zoo.torch_training import seeded_torch
+from evojax_merge.zoo.torch_training import seeded_torch, train
 
 MODELS = ("base", "vision", "japanese")
 PICTURES = "pictures"
@@ -369,33 +369,20 @@ def words_loss(module: Any, pixel_values: Any, words: Any) -> Any:
     return ((projector(patches) - words) ** 2).mean()
 
 
-def fit(
-    module: Any,
-    batch: Callable[[], dict[str, Any]],
-    steps: int,
-    rate: float,
-    report: Callable[[int, float], None],
-    loss: Callable[..., Any] = lambda module, **inputs: module(**inputs).loss,
-) -> Any:
-    """A trained copy of a module like that of `train`, with clipped gradients, without a decay of the weights, and with
-    a shorter memory of the gradients' squares: a projector that is trained without these stays far from the words."""
+def clipped_one_cycle(weights: list[Any], steps: int, rate: float) -> tuple[Any, Any]:
+    """AdamW with clipped gradients, without a decay of the weights, and with a shorter memory of the gradients'
+    squares: a projector that is trained without these stays far from the words."""
     import torch
 
-    module = copy.deepcopy(module).train()
-    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
+
+    def clip(*_: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+
+    optimizer.register_step_pre_hook(clip)
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=steps, pct_start=WARMUP, cycle_momentum=False
     )
-    for _ in range(steps):
-        value = loss(module, **batch())
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        report(1, float(value.detach()))
-    return module.eval()
 
 
 def train_models(folder: Path, plan: Plan, progress: Progress = lambda name, steps, loss: None, seed: int = 0) -> None:
@@ -416,7 +403,7 @@ def train_models(folder: Path, plan: Plan, progress: Progress = lambda name, ste
             def inputs() -> dict[str, Any]:
                 return {key: torch.from_numpy(values) for key, values in batch(rng).items()}
 
-            return fit(module, inputs, steps, rate, partial(progress, name), **loss)
+            return train(module, inputs, steps, rate, partial(progress, name), optimiser=clipped_one_cycle, **loss)
 
         def in_japanese(rng: np.random.Generator) -> dict[str, np.ndarray]:
             return text_batch(rng, BATCH, JAPANESE)

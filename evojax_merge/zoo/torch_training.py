@@ -24,6 +24,14 @@ def seeded_torch(where: object, seed: int) -> Iterator[Any]:
         yield torch
 
 
+def one_cycle(weights: list[Any], steps: int, rate: float) -> tuple[Any, Any]:
+    """AdamW, whose rate rises to `rate` and falls to 0."""
+    import torch
+
+    optimizer = torch.optim.AdamW(weights, lr=rate)
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=WARMUP)
+
+
 def train(
     module: Any,
     batch: Callable[[], dict[str, Any]],
@@ -31,17 +39,16 @@ def train(
     rate: float,
     report: Callable[[int, float], None],
     loss: Callable[..., Any] = lambda module, **inputs: module(**inputs).loss,
+    optimiser: Callable[[list[Any], int, float], tuple[Any, Any]] = one_cycle,
 ) -> Any:
-    """A trained copy of a module: AdamW, whose rate rises to `rate` and falls to 0.
+    """A trained copy of a module, whose parameters that require no gradient stay as they are.
 
     batch: the inputs of a step; loss: (module, **inputs) -> the mean loss; report: receives the steps since the last
-    call, and the loss.
+    call, and the loss; optimiser: (parameters, steps, rate) -> the optimiser and its schedule.
     """
-    import torch
-
     module = copy.deepcopy(module).train()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=WARMUP)
+    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer, schedule = optimiser(weights, steps, rate)
     for _ in range(steps):
         value = loss(module, **batch())
         value.backward()

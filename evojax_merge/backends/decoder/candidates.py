@@ -62,6 +62,8 @@ from evojax_merge.spaces.parameter import ParameterSpace
 CandidateEvaluator = MergeEvaluator | PathEvaluator | PoolEvaluator
 # Layers of a streamed bank on a device: the one that computes, and the next.
 LAYERS_AHEAD = 2
+# The places of banks that are not on the devices, in words.
+STREAMED_FROM = {"host": "in the host's memory", "disk": "in their files"}
 
 
 class Candidates(Protocol):
@@ -238,9 +240,7 @@ class StreamedMerges(MergeCandidates):
     place: BankPlace
 
     def held_bytes(self) -> int:
-        sizes = DeviceSizes(1)
-        self.place_bank(sizes.place)
-        return sizes.bank
+        return _bytes_on_device(self)
 
     @property
     def _whole_bytes(self) -> int:
@@ -251,10 +251,10 @@ class StreamedMerges(MergeCandidates):
 
     def notes(self, target: Target, model: int) -> tuple[str, ...]:
         streamed = self._whole_bytes // model
-        where = {"host": "in the host's memory", "disk": "in their files"}[self.place]
         rate = "" if math.isnan(target.link) else f", {shown_seconds(streamed / target.link)} or more by its link"
         return (
-            f"bank: {shown_bytes(self._whole_bytes)} of models stay {where}; {shown_bytes(streamed)} come to each "
+            f"bank: {shown_bytes(self._whole_bytes)} of models stay {STREAMED_FROM[self.place]}; "
+            f"{shown_bytes(streamed)} come to each "
             f"device once in a generation that is scored, and once for candidates that generate together{rate}",
         )  # fmt: skip
 
@@ -397,19 +397,16 @@ class StreamedPaths(PathCandidates):
     gradient_passes = 0
 
     def held_bytes(self) -> int:
-        sizes = DeviceSizes(1)
-        self.place_bank(sizes.place)
-        return sizes.bank
+        return _bytes_on_device(self)
 
     def host_bytes(self) -> int:
         return PathCandidates.held_bytes(self) if self.place == "host" else 0
 
     def notes(self, target: Target, model: int) -> tuple[str, ...]:
-        where = {"host": "in the host's memory", "disk": "in their files"}[self.place]
         nbytes = shown_bytes(PathCandidates.held_bytes(self))
         return (
-            f"bank: {nbytes} of models stay {where}; for each step of a path a layer comes to the device, once where "
-            "paths begin alike",
+            f"bank: {nbytes} of models stay {STREAMED_FROM[self.place]}; for each step of a path a layer comes to the "
+            "device, once where paths begin alike",
         )
 
     def load_bank(self, devices: Devices, progress: Progress) -> Any:
@@ -531,6 +528,13 @@ class PoolCandidates:
 def score_whole(evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress) -> TaskScores:
     """Score the first of the sources, loaded as a whole."""
     return evaluator.stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)
+
+
+def _bytes_on_device(candidates: Candidates) -> int:
+    """The bytes of the arrays that stay on a device, which has a candidate to itself."""
+    sizes = DeviceSizes(1)
+    candidates.place_bank(sizes.place)
+    return sizes.bank
 
 
 def score_in_files(

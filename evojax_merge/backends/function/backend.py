@@ -348,7 +348,7 @@ class FunctionBackend:
         return dict(zip(self.models, self.names, strict=True))
 
     @property
-    def library(self) -> str:
+    def hub_library(self) -> str:
         """The library that opens an exported folder, by its name on the hub."""
         return "jax"
 
@@ -532,7 +532,7 @@ class FunctionBackend:
     def export(self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]) -> None:
         with atomic_folder(out, overwrite=True, check=check) as folder:
             self.save(self.merged(genome), folder)
-            atomic_write(folder / "README.md", changed_front_matter(card, {"library_name": self.library}))
+            atomic_write(folder / "README.md", changed_front_matter(card, {"library_name": self.hub_library}))
             write_marker(folder)
 
 

@@ -79,7 +79,7 @@ class TorchBackend(FunctionBackend):
         return environment is not None
 
     @property
-    def library(self) -> str:
+    def hub_library(self) -> str:
         if hasattr(self.network.module, "encode"):
             return "sentence-transformers"
         return "transformers" if hasattr(self.network.module, "save_pretrained") else "pytorch"
