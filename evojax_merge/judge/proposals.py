@@ -4,7 +4,8 @@ CMA-ES goes by the order of a generation's candidates, which a few votes hardly 
 more: where strengths are high, and where they may be. A generation consists of genomes that are the best in draws
 from the posterior (Thompson sampling), among those drawn around the strongest candidate so far and around the highest
 mean strength near it, with steps that shorten from generation to generation (after TuRBO, Eriksson et al., arXiv
-1910.01739, and GimmBO, arXiv 2601.18585).
+1910.01739, and GimmBO, arXiv 2601.18585). Genomes stay inside the bounds: beyond them other genomes stand for merges
+that were met before, which no distance between genomes says.
 """
 
 from collections.abc import Mapping
@@ -22,11 +23,14 @@ from evojax_merge.problem import SearchProblem
 from evojax_merge.search.protocols import State, Strategy
 from evojax_merge.search.strategies.cma_es import cma_es
 from evojax_merge.search.strategies.registry import StrategySettings
+from evojax_merge.spaces.bounds import EDGE
 
 # The steps of the last generation, as a share of those of the first.
 LAST_STEP = 0.5
 # Genomes that are drawn around a centre, and steps from the strongest candidate to the highest mean strength.
 DRAWN, CLIMBS = 200, 3
+# The step from the strongest candidate to the highest mean strength that may win, in units of the bounds' range.
+FINAL_STEP = 0.05
 
 
 def votes(settings: StrategySettings) -> Strategy:
@@ -62,7 +66,7 @@ class ProposedByVotes:
         ended = int(state["ended"])
         preferences = self.ballot.preferences(ended, self.dims)
         if not len(preferences.outcomes.weights):
-            return self.first.ask(key, state["first"])[0], state
+            return _inside(np.asarray(self.first.ask(key, state["first"])[0])), state
         generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         return propose(preferences, self.population, self._step(ended), generator), state
 
@@ -70,8 +74,12 @@ class ProposedByVotes:
         return {"first": state["first"], "ended": np.int32(state["ended"] + 1)}
 
     def finalists(self, state: Any) -> np.ndarray:
-        """None: the posterior's own best genome is one that nobody has seen, and seldom as good as its mean says."""
-        return np.zeros((0, self.dims), np.float32)
+        """float32[1, D]: the highest mean strength near the strongest candidate. A candidate that the votes put
+        first has had some luck in them, of which this genome has less."""
+        preferences = self.ballot.preferences(int(state["ended"]), self.dims)
+        if not len(preferences.outcomes.weights):
+            return np.zeros((0, self.dims), np.float32)
+        return highest(preferences, strongest(preferences), FINAL_STEP, np.random.default_rng(0))[None]
 
     def metrics(self, state: Any) -> dict[str, float]:
         return {"sigma": self._step(int(state["ended"]))}
@@ -83,24 +91,39 @@ class ProposedByVotes:
 
 def propose(preferences: Preferences, count: int, step: float, generator: np.random.Generator) -> np.ndarray:
     """float32[count, D]: genomes that may be better than all candidates so far."""
-    strongest = preferences.genomes[preferences.at(preferences.genomes).mean.argmax()].astype(np.float32)
-    highest = strongest
-    for _ in range(CLIMBS):
-        choices = np.concatenate([highest[None], _around(highest, step / 2, DRAWN, generator)])
-        highest = choices[preferences.at(choices).mean.argmax()]
-    drawn = np.concatenate([_around(centre, step, max(DRAWN, count), generator) for centre in (strongest, highest)])
+    best = strongest(preferences)
+    centres = best, highest(preferences, best, step / 2, generator)
+    drawn = np.concatenate([_around(centre, step, max(DRAWN, count), generator) for centre in centres])
     proposed = list[np.ndarray]()
     while len(proposed) < count:
-        best = preferences.at(drawn).sample(count, generator).argmax(1)
+        firsts = preferences.at(drawn).sample(count, generator).argmax(1)
         # In the order of the draws, each once.
-        proposed += [drawn[n] for n in dict.fromkeys(best.tolist())]
-        drawn = np.delete(drawn, best, axis=0)
+        proposed += [drawn[n] for n in dict.fromkeys(firsts.tolist())]
+        drawn = np.delete(drawn, firsts, axis=0)
     return np.array(proposed[:count])
+
+
+def strongest(preferences: Preferences) -> np.ndarray:
+    """float32[D]: the candidate with the highest mean strength."""
+    return preferences.genomes[preferences.at(preferences.genomes).mean.argmax()].astype(np.float32)
+
+
+def highest(preferences: Preferences, start: np.ndarray, step: float, generator: np.random.Generator) -> np.ndarray:
+    """float32[D]: a genome near the start with a higher mean strength than there."""
+    for _ in range(CLIMBS):
+        choices = np.concatenate([start[None], _around(start, step, DRAWN, generator)])
+        start = choices[preferences.at(choices).mean.argmax()]
+    return start
 
 
 def _around(centre: np.ndarray, step: float, count: int, generator: np.random.Generator) -> np.ndarray:
     # As strategies do, in the precision in which candidates are made.
-    return (centre + step * generator.standard_normal((count, len(centre)))).astype(np.float32)
+    return _inside((centre + step * generator.standard_normal((count, len(centre)))).astype(np.float32))
+
+
+def _inside(genomes: np.ndarray) -> np.ndarray:
+    """The genomes, each gene at the nearest that no other stands for (see `bounds.to_unit`)."""
+    return np.clip(genomes, np.float32(-EDGE), np.float32(1 + EDGE))
 
 
 def proposing(problem: SearchProblem[Any], ballots: Mapping[str, Ballot]) -> SearchProblem[Any]:
