@@ -2,10 +2,11 @@
 
 CMA-ES goes by the order of a generation's candidates, which a few votes hardly show. The posterior of all votes says
 more: where strengths are high, and where they may be. A generation consists of genomes that are the best in draws
-from the posterior (Thompson sampling), among those drawn around the strongest candidate so far and around the highest
-mean strength near it, with steps that shorten from generation to generation (after TuRBO, Eriksson et al., arXiv
-1910.01739, and GimmBO, arXiv 2601.18585). Genomes stay inside the bounds: beyond them other genomes stand for merges
-that were met before, which no distance between genomes says.
+from the posterior (Thompson sampling), among those drawn around the strongest candidate so far, around the highest
+mean strength near it, and around its rivals, the best candidates of other draws, with steps that shorten from
+generation to generation (after TuRBO, Eriksson et al., arXiv 1910.01739, and GimmBO, arXiv 2601.18585). Genomes stay
+inside the bounds: beyond them other genomes stand for merges that were met before, which no distance between genomes
+says.
 """
 
 from collections.abc import Mapping
@@ -27,10 +28,9 @@ from evojax_merge.spaces.bounds import EDGE
 
 # The steps of the last generation, as a share of those of the first.
 LAST_STEP = 0.5
-# Genomes that are drawn around a centre, and steps from the strongest candidate to the highest mean strength.
+# Genomes that are drawn around a centre, or around all rivals together; steps from the strongest candidate to the
+# highest mean strength.
 DRAWN, CLIMBS = 200, 3
-# The step from the strongest candidate to the highest mean strength that may win, in units of the bounds' range.
-FINAL_STEP = 0.05
 
 
 def votes(settings: StrategySettings) -> Strategy:
@@ -74,12 +74,9 @@ class ProposedByVotes:
         return {"first": state["first"], "ended": np.int32(state["ended"] + 1)}
 
     def finalists(self, state: Any) -> np.ndarray:
-        """float32[1, D]: the highest mean strength near the strongest candidate. A candidate that the votes put
-        first has had some luck in them, of which this genome has less."""
-        preferences = self.ballot.preferences(int(state["ended"]), self.dims)
-        if not len(preferences.outcomes.weights):
-            return np.zeros((0, self.dims), np.float32)
-        return highest(preferences, strongest(preferences), FINAL_STEP, np.random.default_rng(0))[None]
+        """None: the posterior's own best genome is one that nobody has seen, and no better than those that
+        the votes put first."""
+        return np.zeros((0, self.dims), np.float32)
 
     def metrics(self, state: Any) -> dict[str, float]:
         return {"sigma": self._step(int(state["ended"]))}
@@ -91,29 +88,24 @@ class ProposedByVotes:
 
 def propose(preferences: Preferences, count: int, step: float, generator: np.random.Generator) -> np.ndarray:
     """float32[count, D]: genomes that may be better than all candidates so far."""
-    best = strongest(preferences)
-    centres = best, highest(preferences, best, step / 2, generator)
-    drawn = np.concatenate([_around(centre, step, max(DRAWN, count), generator) for centre in centres])
+    strongest = preferences.genomes[preferences.at(preferences.genomes).mean.argmax()].astype(np.float32)
+    highest = strongest
+    for _ in range(CLIMBS):
+        choices = np.concatenate([highest[None], _around(highest, step / 2, DRAWN, generator)])
+        highest = choices[preferences.at(choices).mean.argmax()]
+    candidates = np.unique(preferences.genomes, axis=0).astype(np.float32)
+    rivals = candidates[np.unique(preferences.at(candidates).sample(count, generator).argmax(1))]
+    drawn = np.concatenate([
+        *(_around(centre, step, max(DRAWN, count), generator) for centre in (strongest, highest)),
+        *(_around(rival, step, -(-DRAWN // len(rivals)), generator) for rival in rivals),
+    ])  # fmt: skip
     proposed = list[np.ndarray]()
     while len(proposed) < count:
-        firsts = preferences.at(drawn).sample(count, generator).argmax(1)
+        best = preferences.at(drawn).sample(count, generator).argmax(1)
         # In the order of the draws, each once.
-        proposed += [drawn[n] for n in dict.fromkeys(firsts.tolist())]
-        drawn = np.delete(drawn, firsts, axis=0)
+        proposed += [drawn[n] for n in dict.fromkeys(best.tolist())]
+        drawn = np.delete(drawn, best, axis=0)
     return np.array(proposed[:count])
-
-
-def strongest(preferences: Preferences) -> np.ndarray:
-    """float32[D]: the candidate with the highest mean strength."""
-    return preferences.genomes[preferences.at(preferences.genomes).mean.argmax()].astype(np.float32)
-
-
-def highest(preferences: Preferences, start: np.ndarray, step: float, generator: np.random.Generator) -> np.ndarray:
-    """float32[D]: a genome near the start with a higher mean strength than there."""
-    for _ in range(CLIMBS):
-        choices = np.concatenate([start[None], _around(start, step, DRAWN, generator)])
-        start = choices[preferences.at(choices).mean.argmax()]
-    return start
 
 
 def _around(centre: np.ndarray, step: float, count: int, generator: np.random.Generator) -> np.ndarray:
