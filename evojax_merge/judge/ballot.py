@@ -18,7 +18,7 @@ import numpy as np
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.judge.agreement import Agreement, agreements, asked
 from evojax_merge.judge.batch import Batch, Pair
-from evojax_merge.judge.pairs import Rule, information, top_two
+from evojax_merge.judge.pairs import Rule, challenged, information
 from evojax_merge.judge.posterior import (
     Kernel,
     Outcomes,
@@ -116,7 +116,7 @@ class Ballot:
 
     def __init__(
         self, task: JudgedTask, file: VoteFile, rounds: int, seed: int, wake: Callable[[], None] = lambda: None,
-        rule: Rule = top_two, batch: Batch | None = None, done: int = 0,
+        rule: Rule = challenged, batch: Batch | None = None, done: int = 0,
     ) -> None:  # fmt: skip
         self.task, self._file, self._expected, self._seed, self._wake = task, file, rounds, seed, wake
         self._rule, self._batch, self._done = rule, batch, done

@@ -1,6 +1,6 @@
 """The pair of candidates on which a judge votes next.
 
-Four rules, of which `top_two` is the program's; `python -m bench judge` compares them. Each takes the
+Four rules, of which `challenged` is the program's; `python -m bench judge` compares them. Each takes the
 candidates' posterior, the pairs that may be asked, bool[P, P], symmetric, and random numbers.
 """
 

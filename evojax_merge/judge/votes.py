@@ -58,9 +58,9 @@ class Round:
     digest: str
     task: str
     genomes: np.ndarray
-    answers: tuple[str, ...] = ()
     votes: list[Vote] = field(default_factory=list)
     closed: bool = False
+    answers: tuple[str, ...] = ()
 
 
 class VoteFile:
@@ -88,7 +88,7 @@ class VoteFile:
         """Begin a round."""
         rows = [[float(gene) for gene in row] for row in genomes]
         self._append({"round": digest, "task": task, "genomes": rows, "answers": list(answers)})
-        self.rounds.append(Round(digest, task, np.asarray(genomes, float), tuple(answers)))
+        self.rounds.append(Round(digest, task, np.asarray(genomes, float), answers=tuple(answers)))
         return self.rounds[-1]
 
     def add(self, to: Round, vote: Vote) -> None:
@@ -153,4 +153,4 @@ def _round_of(where: str, row: dict[str, Any], earlier: Sequence[Round]) -> Roun
     answers = tuple(map(str, row.get("answers", [])))
     if answers and len(answers) != len(genomes):
         raise InputError(where, f"answers: expected one digest for each of the {len(genomes)} genomes")
-    return Round(str(row["round"]), str(row["task"]), genomes, answers)
+    return Round(str(row["round"]), str(row["task"]), genomes, answers=answers)
