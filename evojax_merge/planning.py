@@ -123,10 +123,12 @@ def _planned_generations(search: SearchConfig, strategy: Strategy, by_gradient: 
 
 
 def disk_bytes(problem: SearchProblem[Backend]) -> int:
-    """Bytes that a run needs on the disk. Candidates need nothing; the winner is about as large as one parent."""
+    """Bytes that a run needs on the disk. Candidates need nothing, but for members of a pool that are kept in files;
+    the winner is about as large as one parent."""
+    kept = problem.backend.device_sizes(problem.backend.settings.model).on_disk
     model = problem.backend.stored_bytes() // problem.backend.loaded
     examples, tasks = sum(task.size for shard in problem.splits.shards for task in shard), len(problem.splits.search)
-    return model + run_bytes(problem.search, problem.strategy, problem.space, examples, tasks)
+    return kept + model + run_bytes(problem.search, problem.strategy, problem.space, examples, tasks)
 
 
 def _cost(passes: Sequence[SizedPass], target: Target) -> Cost:

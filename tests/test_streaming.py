@@ -22,6 +22,7 @@ from hostile import run_command, run_python, start_command
 from evojax_merge.checkpoints import bank
 from evojax_merge.checkpoints.folder import MappedFile
 from evojax_merge.errors import Failed
+from evojax_merge.genealogy import FIRST, GENES, METHOD, NUMBER, SECOND, founder_genomes
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.selection import open_evaluator
@@ -43,7 +44,7 @@ WORDS = {"name": "words", "kind": "exact_match", "file": "tasks.jsonl", "pattern
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     config = tiny_config(num_hidden_layers=3, tie_word_embeddings=False)
-    return build_family(tmp_path_factory.mktemp("streamed"), config)
+    return build_family(tmp_path_factory.mktemp("streamed"), config, 3)
 
 
 def write_config(root: Path, **changes: Any) -> Path:
@@ -258,16 +259,63 @@ def test_a_disk_that_fails_in_the_middle_ends_the_search_which_goes_on(
     assert (tmp_path / "run" / "history.jsonl").read_bytes() == (tmp_path / "whole" / "history.jsonl").read_bytes()
 
 
-def test_a_pool_is_on_the_device(family: Family, tmp_path: Path) -> None:
-    path = write_config(family.root, tasks=[TEXT])
+def write_pool(root: Path, **changes: Any) -> Path:
+    """A search over a pool of three founders, whose children are bred by two methods."""
+    pool = {"methods": ["slerp", "dare_ties"], "split": True, "size": 3}
+    search = {"population": 4, "generations": 3}
+    path = write_config(root, pool=pool, search=search, parents=[f"parent{k}" for k in range(3)], **changes)
     document = yaml.safe_load(path.read_text())
-    del document["space"], document["base"]
-    path.write_text(
-        yaml.safe_dump(document | {"pool": {"methods": ["slerp"], "size": 4}, "search": {"generations": 2}})
-    )
-    done = run_here("search", path, "--out", tmp_path / "run", "--set", "evaluation.bank=disk")
-    assert done.returncode == 2
-    assert "evaluation.bank=disk: disk: the members of a pool are merged on the device" in done.stderr
+    del document["space"]
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def bred(space: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Genomes of the second generation of a pool, and of all before: children of children, by both methods."""
+    rng, births = np.random.default_rng(1), np.zeros((7, space.dims), np.float32)
+    births[:, GENES:] = rng.random(births[:, GENES:].shape)
+    births[:, NUMBER], births[:, METHOD] = np.arange(7), np.arange(7) % 2
+    births[:3] = founder_genomes(3, space.dims - GENES)
+    births[3:, FIRST : SECOND + 1] = [[0, 1], [2, 1], [4, 3], [3, 4]]
+    return births[[5, 6, 0]], births[3:]
+
+
+def test_children_are_bred_layer_by_layer(family: Family) -> None:
+    """Scores and texts are the same to the bit wherever the members are."""
+    path, answers = write_pool(family.root), {}
+    for place in PLACES:
+        evaluator = scorer(path, place)
+        genomes, context = bred(evaluator.space)
+        scores = evaluator.within(context).score(genomes)
+        answers[place] = [scores.matrices["choice"]["margin"], scores.matrices["text"]["log_probability"]]
+        answers[place] += [np.array(scores.outputs["words"])]
+    for place in PLACES[1:]:
+        for values, expected in zip(answers[place], answers["device"], strict=True):
+            np.testing.assert_array_equal(values, expected, place)
+    assert np.ptp(answers["device"][0], axis=0).min() > 1e-3
+
+
+@pytest.mark.parametrize("place", PLACES[1:])
+def test_a_search_of_a_streamed_pool_is_the_search(family: Family, tmp_path: Path, place: str) -> None:
+    """The history, the table and the winner are those of a pool on the device, to the byte; so they are of a run that
+    goes on where it ended. Nothing of the members stays when a run is over."""
+    path = write_pool(family.root, tasks=[TEXT | {"heldout": 0.25}])
+    for name, setting in (("device", "device"), (place, place)):
+        done = run_here("search", path, "--out", tmp_path / name, "--set", f"evaluation.bank={setting}")
+        assert done.returncode == 0, done.stderr
+    expected = run_files(tmp_path / "device")
+    assert run_files(tmp_path / place) == expected
+    settings = ["--set", f"evaluation.bank={place}"]
+    for more in (["--set", "search.generations=2"], ["--resume"]):
+        done = run_here("search", path, "--out", tmp_path / "resumed", *settings, *more)
+        assert done.returncode == 0, done.stderr
+    assert run_files(tmp_path / "resumed") == expected
+    assert not [*tmp_path.glob("*/members")]
+
+
+def run_files(run: Path) -> dict[str, bytes]:
+    names = ("history.jsonl", "best/model/model.safetensors", "best/recipe.yaml", "result.json")
+    return {name: (run / name).read_bytes() for name in names}
 
 
 def test_a_host_that_is_too_small_is_told_of_the_disk(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:

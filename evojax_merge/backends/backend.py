@@ -158,8 +158,9 @@ class Backend(Protocol):
 
     # ---- The search
 
-    def load(self, devices: Devices, progress: Progress) -> Any:
-        """Load the bank on the devices. `progress` receives the bytes that were loaded."""
+    def load(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
+        """Load the bank on the devices. `progress` receives the bytes that were loaded; folder: the place of files that
+        a search keeps candidates in, None: a temporary one."""
         ...
 
     def evaluators(

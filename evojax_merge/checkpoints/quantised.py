@@ -80,7 +80,7 @@ class QuantisedTensor(DenseTensor):
         return tuple(mapped for part in self.parts for mapped in part.mapped_files)
 
     def read(self) -> np.ndarray:
-        return self.formula.values([part.read() for part in self.parts]).astype(self.dtype, order="C")
+        return self.formula.values([part.load() for part in self.parts]).astype(self.dtype, order="C")
 
     def content(self) -> Iterator[np.ndarray]:
         for part in self.parts:

@@ -63,7 +63,7 @@ class Change:
 
     def product(self) -> np.ndarray:
         """float32[rows, in · …]: the change."""
-        down, up = (part.read().astype(np.float32) for part in self.parts)
+        down, up = (part.load().astype(np.float32) for part in self.parts)
         rank = len(down)
         product: np.ndarray = np.float32(self.scale) * (up.reshape(-1, rank) @ down.reshape(rank, -1))
         return product
@@ -97,7 +97,7 @@ class FusedTensor(DenseTensor):
         return tuple(mapped for part in self._parts for mapped in part.mapped_files)
 
     def read(self) -> np.ndarray:
-        fused = self.base.read().astype(np.float32).reshape(self.shape[0], -1)
+        fused = self.base.load().astype(np.float32).reshape(self.shape[0], -1)
         for change in self.changes:
             fused[change.rows] += change.product()
         return fused.reshape(self.shape).astype(self.dtype)

@@ -1,6 +1,6 @@
 """Banks whose layers stay on the host, or in the models' own files, until they are needed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from evojax_merge.checkpoints.bank import (
     put_leaf,
     stacked_statistics,
 )
-from evojax_merge.checkpoints.folder import Part
+from evojax_merge.checkpoints.folder import Part, files_of
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.errors import Failed
 from evojax_merge.models.architecture import LAYERS, leaves_of, stack_leaves
@@ -177,9 +177,11 @@ class FileStates:
     @classmethod
     def of(cls, sources: Sources) -> "FileStates":
         """The states of the files that hold the tensors of these sources."""
-        entries = (entry for folder in sources.folders for entry in folder.entries.values())
-        paths = {mapped.path for entry in entries for mapped in entry.mapped_files}
-        return cls({path: _state(path) for path in sorted(paths)})
+        return cls.of_files(file for folder in sources.folders for file in files_of(folder.entries.values()))
+
+    @classmethod
+    def of_files(cls, files: Iterable[Path]) -> "FileStates":
+        return cls({path: _state(path) for path in sorted(set(files))})
 
     def check(self) -> None:
         """Raises Failed where a file is no longer the one that the search began with."""

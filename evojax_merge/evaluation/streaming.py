@@ -138,7 +138,7 @@ class StreamedPopulation(Population, ABC):
 
 
 @dataclass(frozen=True)
-class StreamedMerges(StreamedPopulation):
+class StreamedMergePopulation(StreamedPopulation):
     """P merges of a streamed bank, each described by its recipe."""
 
     factory: LazyMergeFactory
@@ -171,7 +171,7 @@ class StreamedMerges(StreamedPopulation):
             yield _layer_part(number, leaves, candidates)
             del leaves
 
-    def differentiable(self) -> "StreamedMerges":
+    def differentiable(self) -> "StreamedMergePopulation":
         spec, dtype = self.factory.spec, self.factory.compute_dtype
         return replace(self, factory=DifferentiableFactory(spec, dtype))
 
@@ -391,7 +391,7 @@ class Trail:
 
 
 def differentiating(
-    evaluator: DecoderEvaluator, population: StreamedMerges, batched_tasks: Sequence[BatchedTask], chunk: int,
+    evaluator: DecoderEvaluator, population: StreamedMergePopulation, batched_tasks: Sequence[BatchedTask], chunk: int,
     weights: Sequence[np.ndarray], scores: Scores, gradient: Recipe, progress: Progress, size: int,
 ) -> Evaluation:  # fmt: skip
     """Differentiate the sum of each task's totals times its `weights: float32[P, S]` with respect to the recipes, in
@@ -568,9 +568,9 @@ class StreamedEvaluator(MergeEvaluator):
     def evaluate(self, recipes: Recipe, progress: Progress = lambda done: None) -> TaskScores:
         return evaluate(self.evaluator, self.population(recipes), progress)
 
-    def population(self, recipes: Recipe) -> StreamedMerges:
+    def population(self, recipes: Recipe) -> StreamedMergePopulation:
         factory = LazyMergeFactory(self.spec, self.evaluator.compute_dtype)
-        return StreamedMerges(factory, self.bank, jax.tree.map(np.asarray, recipes))
+        return StreamedMergePopulation(factory, self.bank, jax.tree.map(np.asarray, recipes))
 
     def value_and_gradient(
         self, recipes: Recipe, progress: Progress = lambda done: None, goal: Goal = PLAIN
@@ -587,7 +587,7 @@ class StreamedEvaluator(MergeEvaluator):
         return alone.evaluator.retry_together(run, progress)
 
     def _differentiate(
-        self, population: StreamedMerges, weights: Sequence[float], progress: Progress
+        self, population: StreamedMergePopulation, weights: Sequence[float], progress: Progress
     ) -> tuple[TaskScores, Recipe]:
         evaluator, nobody = self.evaluator, np.zeros(population.size, bool)
         tasks, shapes = evaluator.batched_tasks, Scores.empty(evaluator.batched_tasks, population.size)

@@ -246,7 +246,7 @@ class DecoderBackend:
     def device_sizes(self, shards: int) -> DeviceSizes:
         sizes = DeviceSizes(shards)
         self.candidates.place_bank(sizes.place)
-        sizes.on_host = self.candidates.host_bytes()
+        sizes.on_host, sizes.on_disk = self.candidates.host_bytes(), self.candidates.disk_bytes()
         # Layer paths are planned as one model, but all of the parents' layers are loaded.
         sizes.bank = max(sizes.bank, self.held_bytes() // shards)
         self.abstract_images(self.compute_dtype, sizes.place)
@@ -268,8 +268,8 @@ class DecoderBackend:
     # -----------------------------------------------------------------------------------------------------------
     # The search
 
-    def load(self, devices: Devices, progress: Progress) -> Any:
-        return self.candidates.load_bank(devices, progress)
+    def load(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
+        return self.candidates.load_bank(devices, progress, folder)
 
     def evaluators(
         self,

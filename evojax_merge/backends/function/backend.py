@@ -445,7 +445,7 @@ class FunctionBackend:
         is_on_cpu = not self.target.is_accelerator
         return Programs(self.merge, self.chunk(population), population, devices.mesh, is_on_cpu)
 
-    def load(self, devices: Devices, progress: Callable[[int], None]) -> TreeBank:
+    def load(self, devices: Devices, progress: Callable[[int], None], folder: Path | None) -> TreeBank:
         bank = put_bank(self.merge.bank, devices.put)
         progress(self.stored_bytes())
         return bank
