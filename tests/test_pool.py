@@ -336,7 +336,9 @@ def test_a_child_between_its_parents(config_file):
         early = place[0] < 1 if leaf.stack is not None else leaf.component == "embedding"
         ordered = [parent[name].astype(np.float64) for parent in ((first, second) if early else (second, first))]
         expected = slerp(*ordered, 0.25)
-        np.testing.assert_allclose(np.asarray(bank.store.read(member, name), np.float64), expected, rtol=2**-8, atol=1e-4)
+        np.testing.assert_allclose(
+            np.asarray(bank.store.read(member, name), np.float64), expected, rtol=2**-8, atol=1e-4
+        )
 
 
 def test_a_child_that_no_recipe_could_give_has_failed(config_file):

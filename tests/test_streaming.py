@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,17 @@ import pytest
 import yaml
 from helpers import Family, build_family, even_records, run_here, sample, thorough, tiny_config, write_lines
 from hostile import run_command, run_python, start_command
+from test_adapters import adapter
+from test_quantised import quantised
 
+from evojax_merge.backends.decoder import bank_place
 from evojax_merge.checkpoints import bank
 from evojax_merge.checkpoints.folder import MappedFile
-from evojax_merge.errors import Failed
-from evojax_merge.genealogy import FIRST, GENES, METHOD, NUMBER, SECOND, founder_genomes
+from evojax_merge.checkpoints.members import MembersInFiles, member_folders
+from evojax_merge.checkpoints.writer import TensorSpec
+from evojax_merge.errors import Failed, InputError
+from evojax_merge.evaluation.pool import StreamedPoolEvaluator
+from evojax_merge.genealogy import FIRST, GENES, METHOD, NUMBER, SECOND, Member, founder_genomes
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.selection import open_evaluator
@@ -259,6 +265,39 @@ def test_a_disk_that_fails_in_the_middle_ends_the_search_which_goes_on(
     assert (tmp_path / "run" / "history.jsonl").read_bytes() == (tmp_path / "whole" / "history.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["adapters", "quantised"])
+def test_a_disk_that_fails_under_packed_weights_and_factors_ends_in_one_line(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Nothing of streamed models is mapped into memory, where the system would kill the process."""
+    root = tmp_path / "family"
+    shutil.copytree(family.root, root)
+    if kind == "adapters":
+        file, _ = adapter(root / "base", root / "lora0")
+        adapter(root / "base", root / "lora1", seed=1)
+        parents, file = ["base+lora0", "base+lora1"], file / "adapter_model.safetensors"
+    else:
+        quantised(root / "parent1", root / "packed", "GPTQ")
+        parents, file = ["parent0", "packed"], root / "packed" / "model.safetensors"
+
+    def mapped(self: MappedFile, start: int, stop: int) -> np.ndarray:
+        raise AssertionError(f"{self.path} is mapped")
+
+    monkeypatch.setattr(MappedFile, "read", mapped)
+    evaluator, preadv = scorer(write_config(root, tasks=[TEXT], parents=parents), "disk"), os.preadv
+    genomes = some_genomes(evaluator, 1)
+    evaluator.score(genomes)
+
+    def failing(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if os.path.samestat(os.fstat(descriptor), file.stat()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(Failed, match=rf"{re.escape(str(file))}: cannot be read from byte .*Input/output error"):
+        evaluator.score(genomes)
+
+
 def write_pool(root: Path, **changes: Any) -> Path:
     """A search over a pool of three founders, whose children are bred by two methods."""
     pool = {"methods": ["slerp", "dare_ties"], "split": True, "size": 3}
@@ -313,19 +352,104 @@ def test_a_search_of_a_streamed_pool_is_the_search(family: Family, tmp_path: Pat
     assert not [*tmp_path.glob("*/members")]
 
 
+def test_a_founder_that_changes_or_fails_ends_the_search(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(family.root, tmp_path / "family")
+    evaluator = scorer(write_pool(tmp_path / "family", tasks=[TEXT]), "host")
+    genomes, context = bred(evaluator.space)
+    evaluator, file = evaluator.within(context), tmp_path / "family/parent1/model.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", lambda descriptor, buffers, offset: 0)
+        with pytest.raises(Failed, match=r"model.safetensors: cannot be read from byte .*the file ends there"):
+            evaluator.score(genomes)
+    os.utime(file, ns=(0, 0))
+    with pytest.raises(Failed, match=re.escape(f"{file}: the file has changed")):
+        evaluator.score(genomes)
+
+
+def test_members_in_files_are_complete_or_gone(tmp_path: Path) -> None:
+    """A run that goes on takes the members that it wrote, and no others; one whose file changes ends it."""
+    first, second = Member(0), Member(1)
+    child = Member(2, (first, second), "slerp", {"t": np.float64(0.5)})
+    other = Member(2, (first, second), "slerp", {"t": np.float64(0.25)})
+    values = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float32)}
+    specs = {name: TensorSpec(array.shape, array.dtype) for name, array in values.items()}
+
+    def opened(drawn_from: str = "seed 0") -> MembersInFiles:
+        return MembersInFiles(tmp_path / "members", specs, drawn_from)
+
+    def broken() -> Iterator[tuple[str, np.ndarray]]:
+        yield "a", values["a"]
+        raise KeyboardInterrupt
+
+    store = opened()
+    with pytest.raises(KeyboardInterrupt):
+        store.write(child, broken())
+    assert child not in store and not [*tmp_path.glob("members/*")]
+    store.write(child, values.items())
+    again = opened()
+    assert child in again and other not in opened() and child not in opened("seed 1")
+    for name, array in values.items():
+        np.testing.assert_array_equal(again.read(child, name), array)
+    # A member of another lineage takes the name, and what no member is asked for goes.
+    third = Member(3, (first, child), "slerp", {"t": np.float64(0.5)})
+    again.write(third, values.items())
+    fresh = opened()
+    fresh.write(other, values.items())
+    assert [path.name for path in tmp_path.glob("members/*")] == ["member-2"] and third not in fresh
+    fresh.check()
+    file = tmp_path / "members/member-2/model.safetensors"
+    os.utime(file, ns=(0, 0))
+    with pytest.raises(Failed, match=re.escape(f"{file}: the file has changed")):
+        fresh.check()
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    assert other not in opened()
+    fresh.drop(other)
+    assert not [*tmp_path.glob("members/*")]
+
+
+def test_slots_bound_the_members_in_files(family: Family, tmp_path: Path) -> None:
+    """Parents that are not kept are bred again, to the bit; no more than the parents and `slots` are in files."""
+    path, found = write_pool(family.root, tasks=[TEXT]), []
+    for slots in (1, 3):
+        evaluator = scorer(path, "disk", f"pool.slots={slots}")
+        genomes, context = bred(evaluator.space)
+        evaluator, store = evaluator.within(context), evaluator.evaluator.bank.store  # type: ignore[attr-defined]
+        found += [evaluator.score(part).matrices["text"]["log_probability"] for part in (genomes, context[:1], genomes)]
+        assert len(member_folders(store.folder)) == 2
+    for values in found:
+        np.testing.assert_array_equal(values, found[1] if len(values) == 1 else found[0])
+
+
+@thorough
+@pytest.mark.parametrize("place", PLACES[1:])
+def test_a_streamed_pool_that_is_killed_goes_on_to_the_byte(family: Family, tmp_path: Path, place: str) -> None:
+    path = write_pool(family.root, tasks=[TEXT])
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"search": {"population": 4, "generations": 12}}))
+    setting = ("--set", f"evaluation.bank={place}")
+    assert run_command("search", path, "--out", tmp_path / "whole", *setting).returncode == 0
+    kill_at_random(path, tmp_path / "killed", *setting)
+    assert run_command("search", path, "--out", tmp_path / "killed", *setting, "--resume").returncode == 0
+    assert run_files(tmp_path / "killed") == run_files(tmp_path / "whole")
+    assert not [*tmp_path.glob("*/members")]
+
+
 def run_files(run: Path) -> dict[str, bytes]:
     names = ("history.jsonl", "best/model/model.safetensors", "best/recipe.yaml", "result.json")
     return {name: (run / name).read_bytes() for name in names}
 
 
 def test_a_host_that_is_too_small_is_told_of_the_disk(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    from evojax_merge.backends.decoder import bank_place
-    from evojax_merge.errors import InputError
-
-    path = write_config(family.root, tasks=[TEXT])
     monkeypatch.setattr(bank_place, "available_memory", lambda: 1000)
-    with pytest.raises(InputError, match=r"host: the models take .* GB, and .* available; take disk"):
-        scorer(path, "host")
+    with pytest.raises(InputError, match=r"host: the models take .* of the host's memory, and .* available; take disk"):
+        scorer(write_config(family.root, tasks=[TEXT]), "host")
+    pool = write_pool(family.root, tasks=[TEXT])
+    for place in PLACES[:2]:
+        with pytest.raises(InputError, match=rf"{place}: the models take .* of the host's memory, and .*; take disk"):
+            scorer(pool, place)
+    # No place is named: the members are in files.
+    assert isinstance(scorer(pool, "auto").evaluator, StreamedPoolEvaluator)
 
 
 MESH_PROGRAM = """
@@ -366,19 +490,24 @@ def test_a_streamed_search_that_is_killed_goes_on_to_the_byte(family: Family, tm
     path = write_config(family.root, tasks=[TEXT], search={"population": 4, "generations": 12, "strategy": "cma_es"})
     setting = ("--set", "evaluation.bank=disk")
     assert run_command("search", path, "--out", tmp_path / "whole", *setting).returncode == 0
-    killed, options = tmp_path / "killed", list[str]()
-    instants = random.Random(os.environ.get("EVOJAX_TEST_SEED", "0"))
+    killed = tmp_path / "killed"
+    kill_at_random(path, killed, *setting)
+    assert run_command("search", path, "--out", killed, *setting, "--resume").returncode == 0
+    for file in ("history.jsonl", "best/model/model.safetensors", "result.json"):
+        assert (killed / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+def kill_at_random(path: Path, out: Path, *setting: str) -> None:
+    """Kill a search of twelve generations three times, each time a little after a line of its history."""
+    options, instants = list[str](), random.Random(os.environ.get("EVOJAX_TEST_SEED", "0"))
     for lines in (2, 5, 9):
-        process = start_command("search", path, "--out", killed, *setting, *options)
-        while process.poll() is None and not has_lines(killed / "history.jsonl", lines):
+        process = start_command("search", path, "--out", out, *setting, *options)
+        while process.poll() is None and not has_lines(out / "history.jsonl", lines):
             time.sleep(0.005)
         time.sleep(instants.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
         process.wait()
         options = ["--resume"]
-    assert run_command("search", path, "--out", killed, *setting, "--resume").returncode == 0
-    for file in ("history.jsonl", "best/model/model.safetensors", "result.json"):
-        assert (killed / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
 
 def has_lines(file: Path, count: int) -> bool:

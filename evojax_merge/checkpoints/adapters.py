@@ -387,7 +387,7 @@ def _embedding(decoder: DecoderFolder) -> str:
 
 def _equal(left: Tensor, right: Tensor) -> bool:
     """Return whether two tensors of one shape have the same values. Reads both."""
-    return left.dtype == right.dtype and np.array_equal(left.read(), right.read())
+    return left.dtype == right.dtype and np.array_equal(left.load(), right.load())
 
 
 def _read_tensors(adapter: Path) -> Mapping[str, Tensor]:

@@ -192,7 +192,7 @@ class DenseTensor:
         return np.zeros((0, inputs), np.float32), np.zeros((outputs, 0), np.float32)
 
     def load(self: Tensor) -> np.ndarray:
-        # Computed from parts that were loaded.
+        # A tensor that is computed loads what it is computed from.
         return self.read()
 
     def copy_into(self: Tensor, part: Part, into: np.ndarray) -> bool:
@@ -539,7 +539,7 @@ class Folder:
 
     def digest(self, name: str) -> bytes:
         """sha256 of the tensor's content and name, which identifies this parent's tensor in random methods."""
-        return tensor_digest(name, *self.entries[name].content())
+        return tensor_digest(name, self.entries[name].content())
 
 
 def files_of(tensors: Iterable[Tensor]) -> list[Path]:
@@ -547,7 +547,7 @@ def files_of(tensors: Iterable[Tensor]) -> list[Path]:
     return sorted({mapped.path for tensor in tensors for mapped in tensor.mapped_files})
 
 
-def tensor_digest(name: str, *content: np.ndarray) -> bytes:
+def tensor_digest(name: str, content: Iterable[np.ndarray]) -> bytes:
     """sha256 of a tensor's content (the bytes that the tensor is made of) and of its name in a file. content:
     contiguous, any dtype."""
     digest = hashlib.sha256()

@@ -174,7 +174,7 @@ def part_of(
 
 def check_groups(name: str, tensor: Tensor, groups: int) -> None:
     """Raises InputError where a tensor of `INDICES` holds a number that no group has."""
-    numbers = tensor.read()
+    numbers = tensor.load()
     if numbers.min() < 0 or numbers.max() >= groups:
         raise InputError(tensor.file, f"{name}: expected the numbers of {groups} groups, from 0 on")
 

@@ -223,7 +223,7 @@ def _change(lora: Path, module: str, parts: Mapping[str, Tensor], place: Place, 
             lora, f"{module}: has factors of shapes {list(down.shape)} and {list(up.shape)}, which do not fit the "
             f"{rows} x {entries} entries of {place.tensor}; expected a LoRA of this kind of generator",
         )  # fmt: skip
-    alpha = float(parts["alpha"].read().reshape(-1)[0]) if "alpha" in parts else float(rank)
+    alpha = float(parts["alpha"].load().reshape(-1)[0]) if "alpha" in parts else float(rank)
     if not math.isfinite(alpha):
         raise InputError(lora, f"{module}.alpha: {alpha}; expected a finite number")
     return Change(slice(begin, begin + rows), down, up, alpha / rank)

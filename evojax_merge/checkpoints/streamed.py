@@ -128,7 +128,6 @@ class LeafFiles:
                 prepared = None
                 if reader.measures(len(results)):
                     prepared = reader.read_measured(len(results), name, place, arrays)
-                    _release(reader.sources, [name])
                 results.append(prepared)
                 progress(reader.tensor_bytes)
             keys.append(None if reader.is_prepared_anew else arrays.mask_keys)
@@ -151,7 +150,6 @@ class LeafFiles:
                 self.reader.read_measured(0, name, place, arrays)
             else:
                 self.reader.read(name, place, arrays)
-            _release(self.reader.sources, [name])
         keys, statistics = self.mask_keys, self.statistics
         if number is not None:
             # The axis of the layers is one of one.
@@ -159,13 +157,6 @@ class LeafFiles:
         if keys is not None:
             arrays = replace(arrays, mask_keys=keys)
         return put_leaf(self.reader.layout, arrays, statistics, self.reader.placement)
-
-
-def _release(sources: Sources, names: list[str]) -> None:
-    """Release the memory that reading tensors of these names has mapped."""
-    for source in range(len(sources.folders)):
-        for name in names:
-            sources.release(source, name)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,6 @@ def _read_layer(sources: Sources, spec: PathSpec, number: int) -> Arrays:
         for place in np.ndindex(grid):
             name = leaf.tensor_of(layer, *place)
             sources.read_into(source, name, arrays[leaf.name][(0, *place)])
-            sources.release(source, name)
     return arrays
 
 

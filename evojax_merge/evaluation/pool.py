@@ -239,7 +239,7 @@ class MemberTensor:
             self._digests[member] = (
                 self.bank.sources.digest(self._source(member), self.name)
                 if member.is_founder
-                else tensor_digest(self.name, self._parent(member))
+                else tensor_digest(self.name, [self._parent(member)])
             )
         return self._digests[member]
 

@@ -38,7 +38,7 @@ def bank_place(where: str, setting: BankPlace | Literal["auto"], target: Target,
     # A CPU's devices hold their copies in the same memory.
     copies = 1 if target.is_accelerator else target.devices_per_host
     beside = 0 if target.is_accelerator else room.beside
-    has_room = not (is_here and target.is_accelerator) or room.beside <= HOST_SHARE * host
+    has_room = not is_here or room.beside <= HOST_SHARE * host
     if has_room and room.on_device * copies + beside <= DEVICE_SHARE * target.memory * shards:
         return "device"
     if target.is_accelerator and (not is_here or room.on_host <= HOST_SHARE * host):
