@@ -1,10 +1,10 @@
 """The paths of a run folder's files, the check that they are the search's own, and their removal when a search starts
 again.
 
-`best/`, `checkpoints/`, `members/`, `stages/` and `winners/` may be links to folders on another disk, and a user may keep
-files of their own in them, and beside them. A file is removed only where the search wrote it: its name and its form are
-the search's. Any other file in a folder that would go as a whole stops the replacement, with a message that names the
-file.
+`best/`, `checkpoints/`, `members/`, `stages/` and `winners/` may be links to folders on another disk, and a user may
+keep files of their own in them, and beside them. A file is removed only where the search wrote it: its name and its
+form are the search's. Any other file in a folder that would go as a whole stops the replacement, with a message that
+names the file.
 """
 
 import json

@@ -639,6 +639,25 @@ def _beside_bank(candidates: Candidates, decoder: DecoderEvaluator) -> DecoderEv
     return replace(decoder, free_memory=lambda: max(0, decoder.free_memory() - sizes.bank))
 
 
+# The candidates whose models stay elsewhere than on the devices, by the kind of those whose models are there.
+_STREAMED: dict[type, Any] = {
+    MergeCandidates: StreamedMerges, PathCandidates: StreamedPaths, PoolCandidates: StreamedPool
+}  # fmt: skip
+
+
+def placed_at(candidates: Candidates, place: BankPlace) -> Candidates:
+    """Candidates whose models are on the devices, with these at another place."""
+    if place == "device":
+        return candidates
+    streamed: Candidates = _STREAMED[type(candidates)](**vars(candidates), place=place)
+    return streamed
+
+
+def is_on_devices(candidates: Candidates) -> bool:
+    """Return whether the models of candidates are on the devices."""
+    return type(candidates) in _STREAMED
+
+
 def score_whole(evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress) -> TaskScores:
     """Score the first of the sources, loaded as a whole."""
     return evaluator.stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)

@@ -16,9 +16,7 @@ from evojax_merge.backends.decoder.candidates import (
     MergeCandidates,
     PathCandidates,
     PoolCandidates,
-    StreamedMerges,
-    StreamedPaths,
-    StreamedPool,
+    placed_at,
 )
 from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
 from evojax_merge.checkpoints.bank import bank_bytes
@@ -157,27 +155,23 @@ def _candidates(
             tuple((name, values) for name, values in space.constants if not method.parameter(name).searched),
         )
         merges = MergeCandidates(space, spec, sources, decoder, base, names)
-        place = _place(where, config, merges, sources, decoder, target)
-        return merges if place == "device" else StreamedMerges(space, spec, sources, decoder, base, names, place)
+        return placed_at(merges, _place(where, config, merges, sources, decoder, target))
     if config.pool is not None:
         _check_heads(where, sources)
         genes = genome_genes(bred_by, config.pool.split)
         breeding = BreedingSpace(bred_by, decoder.layers, config.pool.split, founding_genealogy(len(names), genes))
         size = config.pool.members(len(names))
-        fields = (
+        pooled = PoolCandidates(
             breeding, sources, decoder, has_base, base if has_base else None, names, export_dtype, config.seed,
             config.pool.slots or size, size,
         )  # fmt: skip
-        pooled = PoolCandidates(*fields)
         room = Room(_model_bytes(sources, decoder), pooled.host_bytes(), pooled.host_bytes())
-        place = bank_place(where, config.evaluation.bank, target, room, config.evaluation.model)
-        return pooled if place == "device" else StreamedPool(*fields, place)
+        return placed_at(pooled, bank_place(where, config.evaluation.bank, target, room, config.evaluation.model))
     assert config.data_flow is not None
     path_spec = PathSpec(configs, export_dtype)
     path_space = build_path_space(f"{where}: data_flow", config.data_flow, path_spec)
     paths = PathCandidates(path_space, path_spec, sources, names)
-    place = _place(where, config, paths, sources, decoder, target)
-    return paths if place == "device" else StreamedPaths(path_space, path_spec, sources, names, place)
+    return placed_at(paths, _place(where, config, paths, sources, decoder, target))
 
 
 def _place(

@@ -426,6 +426,9 @@ class FunctionBackend:
         self.abstract_bank(sizes.place)
         return sizes
 
+    def streamed(self) -> None:
+        """None: trees are on the devices."""
+
     def planner(self, bank_bytes: int) -> "FunctionPlanner":
         return FunctionPlanner(self, bank_bytes)
 
