@@ -3,8 +3,8 @@
     python -m bench long-rows
     python -m bench long-rows --targets v5p-8 --lengths 32768
 
-A base and a parent of Mistral-7B's shapes in bfloat16, headers alone; the candidates of a linear merge that share a pass,
-and one row of so many tokens, of which the last 100 are scored. Bytes are those of a device, beside the bank.
+A base and a parent of Mistral-7B's shapes in bfloat16, headers alone; the candidates of a linear merge that share
+a pass, and one row of so many tokens, of which the last 100 are scored. Bytes are those of a device, beside the bank.
 """
 
 import argparse
@@ -47,7 +47,8 @@ def main() -> None:
                 plan = make_plan(problem, problem.prepare(), compiler=compiler)
             (row,) = plan.passes
             reported = "" if row.reported_bytes is None else shown_bytes(row.reported_bytes)
-            print(f"| {name} | {length:,} | {row.chunk} | {shown_bytes(row.temporary_bytes)} | {reported} |", flush=True)
+            estimated = shown_bytes(row.temporary_bytes)
+            print(f"| {name} | {length:,} | {row.chunk} | {estimated} | {reported} |", flush=True)
     print(f"\n{describe()}")
 
 
