@@ -192,6 +192,9 @@ def test_a_generation_reads_one_bank(family: Family, monkeypatch: pytest.MonkeyP
     problem = build_problem(path, read_config(path, [], None))
     whole = bank.bank_bytes(problem.backend.models.sources, problem.backend.models.decoder)
     assert bytes_read(lambda: evaluator.score(genomes), monkeypatch) == whole
+    # Candidates that generate are materialised together.
+    writer = scorer(path, "disk", "tasks=[{name: words, kind: exact_match, file: tasks.jsonl, max_new_tokens: 2}]")
+    assert bytes_read(lambda: writer.score(genomes), monkeypatch) == whole
     # The layers come once more, in reverse, and at last what tokens are embedded by.
     ahead, both = bytes_read(lambda: evaluator.value_and_gradient(genomes), monkeypatch), 2 * whole
     assert whole < ahead < both
@@ -307,6 +310,17 @@ def write_pool(root: Path, **changes: Any) -> Path:
     del document["space"]
     path.write_text(yaml.safe_dump(document))
     return path
+
+
+def test_a_generation_of_a_pool_reads_its_parents_once(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = scorer(write_pool(family.root, tasks=[TEXT]), "disk")
+    genomes, context = bred(evaluator.space)
+    evaluator = evaluator.within(context)
+    evaluator.score(genomes)
+    member = evaluator.evaluator.bank.member_bytes()  # type: ignore[attr-defined]
+    # Of three genomes two are children of the same parents, by two methods, and one is a founder; one method takes the
+    # base, and hashes founders' tensors for its masks.
+    assert bytes_read(lambda: evaluator.score(genomes), monkeypatch) == 4 * member
 
 
 def bred(space: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -32,6 +32,7 @@ from evojax_merge.evaluation.streaming import Bring, Part, StreamedPopulation, e
 from evojax_merge.genealogy import Member
 from evojax_merge.models.architecture import (
     EMBEDDING,
+    FINAL_NORM,
     HEAD,
     Leaf,
     depths,
@@ -74,7 +75,7 @@ def steps_of(config: DecoderConfig) -> list[list[LeavesOfPart]]:
     """The parts that a pass needs together: those that embed tokens, each of the layers, and those behind them. An
     embedding comes twice where it is the head as well."""
     leaves = {leaf.name: leaf for leaf in shared_leaves(config)}
-    before = [leaf for name, leaf in leaves.items() if name != HEAD]
+    before = [leaf for name, leaf in leaves.items() if name not in (FINAL_NORM, HEAD)]
     behind = [leaf for name, leaf in leaves.items() if name != EMBEDDING or HEAD not in leaves]
     layers: list[list[LeavesOfPart]] = [[(stack_leaves(config), number)] for number in range(config.layers)]
     return [[([leaf], None) for leaf in before], *layers, [([leaf], None) for leaf in behind]]
@@ -384,6 +385,9 @@ class StreamedMemberPopulation(StreamedPopulation):
     @property
     def depth(self) -> int:
         return self.config.layers
+
+    def abstract(self, devices: Devices) -> "StreamedMemberPopulation":
+        return replace(self, load=abstract_load(self.config, self.export_dtype, devices))
 
     @property
     def layer_bytes(self) -> int:

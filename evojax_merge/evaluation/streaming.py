@@ -17,7 +17,7 @@ import numpy as np
 
 from evojax_merge.evaluation import layer_passes, passes
 from evojax_merge.evaluation.batched_tasks import BatchedTask
-from evojax_merge.evaluation.devices import AnyMesh, on_host, pad_chunk, size_of, tree_nbytes
+from evojax_merge.evaluation.devices import AnyMesh, Devices, on_host, pad_chunk, size_of, tree_nbytes
 from evojax_merge.evaluation.evaluator import (
     DecoderEvaluator,
     MergeEvaluator,
@@ -53,7 +53,7 @@ from evojax_merge.models.architecture import LAYERS
 from evojax_merge.models.bank import LeafBank, Recipe
 from evojax_merge.models.layers import KeyValue
 from evojax_merge.models.sources import StackedWeights
-from evojax_merge.models.streamed_bank import StreamedBank
+from evojax_merge.models.streamed_bank import StreamedBank, abstract_streamed
 from evojax_merge.tasks.batches import ScoringBatch
 from evojax_merge.tasks.task import Responses
 
@@ -170,6 +170,9 @@ class StreamedMergePopulation(StreamedPopulation):
         for number, leaves in self.replicated.layers(range(self.depth)):
             yield _layer_part(number, leaves, candidates)
             del leaves
+
+    def abstract(self, devices: Devices) -> "StreamedMergePopulation":
+        return replace(self, replicated=abstract_streamed(self.replicated.shapes))
 
     def differentiable(self) -> "StreamedMergePopulation":
         spec, dtype = self.factory.spec, self.factory.compute_dtype

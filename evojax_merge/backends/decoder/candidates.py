@@ -2,7 +2,6 @@
 and evaluates, writes and shows its candidates. This module holds all code that depends on the kind."""
 
 import math
-import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
@@ -583,25 +582,27 @@ class StreamedPool(PoolCandidates):
         where = "in the host's memory" if self.place == "host" else "in files of the run"
         # Parents go to the device to be merged, and the child comes back before it is scored.
         moved = member * (PARENTS + int(self.has_base) + 1) + member // model
-        rate = "" if math.isnan(target.link) else f", {shown_seconds(moved / target.link)} or more by its link"
+        rate = "" if math.isnan(target.link) else f", {shown_seconds(moved / target.link)} or more"
+        link = f"; {shown_bytes(moved)} go over the link for each child{rate}" if target.is_accelerator else ""
         return (
             f"bank: bred members ({shown_bytes(member)} each, up to {shown_bytes(self.members_bytes)}) stay {where}, "
-            f"founders {STREAMED_FROM['disk']}; {shown_bytes(moved)} go over the link for each child{rate}",
+            f"founders {STREAMED_FROM['disk']}{link}",
         )  # fmt: skip
 
     def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> PoolBank:
         bank = self._bank(MembersOnHost())
         if self.place == "disk":
-            temporary = folder or Path(tempfile.mkdtemp(prefix="evojax-merge-members-"))
+            if folder is None:
+                temporary = tempfile.TemporaryDirectory(prefix="evojax-merge-members-")
+                weakref.finalize(bank, temporary.cleanup)
+                folder = Path(temporary.name)
             specs = {
                 name: TensorSpec(tensor_shape(self.decoder, leaf), bank.dtype)
                 for part in parts_of(self.decoder)
                 for name, leaf, _ in part_tensors(self.decoder, part)
             }
             drawn_from = f"seed {self.seed}, {self.export_dtype}"
-            bank.store = MembersInFiles(temporary / f"process-{devices.process}", specs, drawn_from)
-            if folder is None:
-                weakref.finalize(bank, shutil.rmtree, temporary, ignore_errors=True)
+            bank.store = MembersInFiles(folder / f"process-{devices.process}", specs, drawn_from)
         bank.check_founders(progress)
         return bank
 
