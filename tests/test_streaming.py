@@ -24,7 +24,7 @@ from test_quantised import quantised
 from evojax_merge.backends.decoder import bank_place
 from evojax_merge.checkpoints import bank
 from evojax_merge.checkpoints.folder import MappedFile
-from evojax_merge.checkpoints.members import MembersInFiles, member_folders
+from evojax_merge.checkpoints.members import MembersInFiles, Tensors, member_folders
 from evojax_merge.checkpoints.writer import TensorSpec
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.pool import StreamedPoolEvaluator
@@ -380,6 +380,48 @@ def test_a_founder_that_changes_or_fails_ends_the_search(
     os.utime(file, ns=(0, 0))
     with pytest.raises(Failed, match=re.escape(f"{file}: the file has changed")):
         evaluator.score(genomes)
+
+
+def test_a_disk_that_fails_in_the_middle_leaves_members_that_the_run_goes_on_with(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, setting, out = write_pool(family.root, tasks=[TEXT]), ("--set", "evaluation.bank=disk"), tmp_path / "run"
+    assert run_here("search", path, "--out", tmp_path / "whole", *setting).returncode == 0
+    preadv, files = os.preadv, [folder / "model.safetensors" for folder in (family.base, *family.parents)]
+
+    def failing(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        """Reads as before until a member is kept for the third generation."""
+        is_founder = any(os.path.samestat(os.fstat(descriptor), file.stat()) for file in files)
+        if is_founder and has_lines(out / "history.jsonl", 2) and member_folders(out / "members/process-0"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(descriptor, buffers, offset)
+
+    def fail() -> set[str]:
+        """Search until the disk fails; the members that are left."""
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "preadv", failing)
+            done = run_here("search", path, "--out", out, "--overwrite", *setting)
+        (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+        assert done.returncode == 1 and "model.safetensors: cannot be read from byte" in line, line
+        return {member.name for member in member_folders(out / "members/process-0")}
+
+    left, written, write = fail(), set[str](), MembersInFiles.write
+
+    def counted(self: MembersInFiles, member: Member, tensors: Tensors) -> None:
+        written.add(f"member-{member.number}")
+        write(self, member, tensors)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MembersInFiles, "write", counted)
+        assert run_here("search", path, "--out", out, *setting, "--resume").returncode == 0
+    assert run_files(out) == run_files(tmp_path / "whole")
+    assert left and not left & written and not (out / "members").exists()
+    assert fail()
+    (out / "members" / "mine.txt").write_text("a user's own")
+    done = run_here("search", path, "--out", out, "--overwrite", "--set", "evaluation.bank=host")
+    assert done.returncode == 0 and "'mine.txt', which evojax-merge did not write, stays" in done.stderr
+    assert [*(out / "members").iterdir()] == [out / "members" / "mine.txt"]
+    assert run_files(out) == run_files(tmp_path / "whole")
 
 
 def test_members_in_files_are_complete_or_gone(tmp_path: Path) -> None:
