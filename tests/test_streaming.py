@@ -523,6 +523,8 @@ answers = {}
 for place in ("device", "disk"):
     problem = build_problem(path, read_config(path, [f"evaluation.bank={place}"], None))
     genomes = np.random.default_rng(0).normal(size=(4, problem.space.dims)).astype(np.float32)
+    if problem.strategy.name == "pool":
+        _, genomes = problem.space.baselines()
     scorer = open_evaluator(problem, problem.prepare().shards[0], Devices(mesh_of(jax.devices(), 2)))
     scores = scorer.score(genomes)
     answers[f"{place}/margin"] = scores.matrices["choice"]["margin"]
@@ -531,9 +533,12 @@ np.savez(out, **answers)
 """
 
 
-def test_devices_that_share_a_model_stream_their_shards(family: Family, tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", sample((write_pool, write_config), 1))
+def test_devices_that_share_a_model_stream_their_shards(
+    family: Family, tmp_path: Path, write: Callable[..., Path]
+) -> None:
     tasks = [[CHOICE], [CHOICE, WORDS]][len(sample((1, 2), 1)) - 1]
-    path, out = write_config(family.root, tasks=tasks), tmp_path / "answers.npz"
+    path, out = write(family.root, tasks=tasks), tmp_path / "answers.npz"
     done = run_python(MESH_PROGRAM, path, out, seconds=400)
     assert done.returncode == 0, done.stderr
     answers = dict(np.load(out))
