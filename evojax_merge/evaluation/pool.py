@@ -129,6 +129,7 @@ class PoolBank:
     def check_founders(self, progress: Progress) -> None:
         """Raises InputError where a founder or the base holds NaN or infinity. `progress` receives the bytes that were
         read."""
+        # From now on the files have to stay as they are.
         self._files.check()
         for source in range(len(self.sources.folders)):
             for part in parts_of(self.config):
@@ -279,10 +280,12 @@ class ChildrenBeingBred:
 
             def enter(tensor: tuple[MemberTensor, Leaf, tuple[int, ...]]) -> None:
                 of_member, leaf, place = tensor
-                for row, number in enumerate(numbers):
+                # A layer has an axis of one.
+                index = (slice(None), *([0] if leaf.stack else []), *place)
+                for number in np.unique(numbers):
                     values = of_member.of(self.members[number])
-                    # A layer has an axis of one; numbers that fill up a chunk repeat the last one.
-                    arrays[leaf.name][(row, *([0] if leaf.stack else []), *place)] = values
+                    # Numbers that fill up a chunk repeat the last one.
+                    arrays[leaf.name][index][numbers == number] = values
                     if not is_finite(values):
                         self.finite[number] = False
 
@@ -366,7 +369,7 @@ class BredPartsFactory:
         return BredParts(parts.stacks, parts.shared, self.compute_dtype)  # type: ignore[arg-type]
 
 
-# (a part, the numbers of a chunk's members) -> the weights of a leaf outside of the layers, or of a layer.
+# (a part) -> (the numbers of a chunk's members, int[N]) -> their weights of that part, by leaf.
 LoadPart = Callable[[LeavesOfPart], Callable[[np.ndarray], Any]]
 
 
