@@ -31,6 +31,7 @@ from evojax_merge.judge.batch import Batch, Pair, VotesAwaited, read_choices
 from evojax_merge.judge.pairs import RULES, information
 from evojax_merge.judge.posterior import (
     BAR,
+    LAPSE,
     Kernel,
     Posterior,
     Preferences,
@@ -44,6 +45,7 @@ from evojax_merge.judge.server import served
 from evojax_merge.judge.votes import Round, Vote, VoteFile
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.selection import open_evaluators
+from evojax_merge.spaces.bounds import EDGE
 from evojax_merge.tasks import language_judge
 from evojax_merge.tasks.generated_images import HumanImageTask
 from evojax_merge.tasks.human import HumanTask
@@ -88,22 +90,27 @@ def test_strengths_are_the_mode_and_the_curvature_of_the_posterior() -> None:
     def strength(f: np.ndarray, number: int) -> float:
         return 0.0 if number == BAR else float(f[number])
 
+    def winning(difference: float) -> float:
+        return LAPSE + (1 - 2 * LAPSE) / (1 + float(np.exp(-difference)))
+
     def loss(f: np.ndarray) -> float:
         total = 0.5 * f @ inverse @ f
         for winner, loser, weight in zip(outcomes.winners, outcomes.losers, outcomes.weights, strict=True):
-            total += weight * np.log1p(np.exp(strength(f, loser) - strength(f, winner)))
+            total -= weight * np.log(winning(strength(f, winner) - strength(f, loser)))
         return float(total)
 
     mode = minimize(loss, np.zeros(6), tol=1e-12).x
     curvature = inverse.copy()
     for winner, loser, weight in zip(outcomes.winners, outcomes.losers, outcomes.weights, strict=True):
-        p = 1 / (1 + np.exp(strength(mode, loser) - strength(mode, winner)))
+        p = winning(strength(mode, winner) - strength(mode, loser))
         step = np.zeros(6)
         if winner != BAR:
             step[winner] += 1
         if loser != BAR:
             step[loser] -= 1
-        curvature += weight * p * (1 - p) * np.outer(step, step)
+        # Fisher's information of a vote that is won with probability p.
+        slope = (p - LAPSE) * (1 - LAPSE - p) / (1 - 2 * LAPSE)
+        curvature += weight * slope**2 / (p * (1 - p)) * np.outer(step, step)
     fitted = fit_preferences(genomes, outcomes, kernel)
     np.testing.assert_allclose(fitted.mean, mode, atol=1e-4)
     np.testing.assert_allclose(fitted.covariance, np.linalg.inv(curvature), atol=1e-4)
@@ -137,6 +144,13 @@ def test_strengths_agree_with_those_that_voters_have() -> None:
     assert np.corrcoef(mean, true)[0, 1] > 0.9
 
 
+def test_a_lapse_changes_little_where_many_votes_agree() -> None:
+    genomes, kernel, right = np.array([[0.0], [1.0]]), Kernel(0.5, 2.0), [(0, 1, "left", 1.0)] * 8
+    without = fit_preferences(genomes, outcomes_of(right), kernel).mean  # type: ignore[arg-type]
+    lapsed = fit_preferences(genomes, outcomes_of([*right, (0, 1, "right", 1.0)]), kernel).mean  # type: ignore[arg-type]
+    assert lapsed[0] - lapsed[1] > 0.6 * (without[0] - without[1]) > 0
+
+
 def test_information_is_that_of_simulated_votes() -> None:
     rng = np.random.default_rng(2)
     factor = rng.normal(size=(3, 3))
@@ -147,7 +161,7 @@ def test_information_is_that_of_simulated_votes() -> None:
         return -(p * np.log(p) + (1 - p) * np.log(1 - p))
 
     for left, right in ((0, 1), (0, 2), (1, 2)):
-        p = 1 / (1 + np.exp(drawn[:, right] - drawn[:, left]))
+        p = LAPSE + (1 - 2 * LAPSE) / (1 + np.exp(drawn[:, right] - drawn[:, left]))
         expected = entropy(p.mean()) - entropy(p).mean()
         assert information(posterior)[left, right] == pytest.approx(expected, abs=2e-3)
 
@@ -172,6 +186,16 @@ def test_proposals_lie_where_the_votes_say_that_strengths_are_high() -> None:
     assert proposed.dtype == np.float32 and len(np.unique(proposed, axis=0)) == 6
     assert np.median(np.linalg.norm(proposed - best, axis=1)) < 0.5 * np.median(distances)
     np.testing.assert_array_equal(proposed, propose(preferences, 6, 0.1, np.random.default_rng(0)))
+
+
+def test_proposals_stay_inside_the_bounds() -> None:
+    # The more of the gene, the better: the best is at the upper bound.
+    genomes = np.linspace(0.4, 1.0, 10)[:, None].astype(np.float32)
+    votes = [(a, b, "left", 1.0) for a in range(10) for b in range(a)]
+    outcomes = outcomes_of(votes)  # type: ignore[arg-type]
+    preferences = Preferences(genomes, outcomes, fit_kernel(genomes, outcomes))
+    proposed = propose(preferences, 6, 0.5, np.random.default_rng(0))
+    assert (np.abs(proposed - 0.5) <= 0.5 + EDGE + 1e-6).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -204,6 +228,8 @@ def test_a_vote_whose_line_is_cut_is_asked_for_again(tmp_path: Path) -> None:
         ('{"closed": "zz"}', "belongs to round 'zz', which no earlier line begins"),
         ('{"round": "ab", "task": "taste", "genomes": [[1, 2]]}', "begins round 'ab' once more"),
         ('{"round": "cd", "task": "taste", "genomes": [[1, NaN]]}', "expected rows of finite numbers"),
+        ('{"round": "cd", "task": "taste", "genomes": [[1], [2]], "answers": ["ef"]}',
+         "answers: expected one digest for each of the 2 genomes"),
         ('{"vote": {"example": 0, "left": 0, "right": 7, "choice": "tie", "answers": ["", ""]}, "round": "ab"}',
          "is a vote on candidates 0 and 7 of 2"),
         ('{"vote": {"example": 0, "left": 0, "right": 1, "choice": "x", "answers": ["", ""]}, "round": "ab"}',
@@ -661,6 +687,22 @@ def test_the_best_of_earlier_generations_meet_those_of_the_next(tmp_path: Path) 
     replayed = ballot(tmp_path)
     assert replayed.incumbents(first).shape == (0, 1)
     assert replayed.incumbents(following, 1).tolist() == [[1.0]]
+
+
+def test_candidates_with_the_same_answers_are_as_good_as_each_other(tmp_path: Path) -> None:
+    # The first and the third are far apart, and nobody votes on the third.
+    genomes = np.array([[0.0], [0.3], [9.0]], np.float32)
+    strengths = {}
+    for third in "ac":
+        file = VoteFile(tmp_path / f"{third}.jsonl")
+        one = file.open("ab", "taste", genomes, ["a", "b", third])
+        for _ in range(6):
+            file.add(one, Vote(0, 0, 1, "left", ("x", "y"), "ann"))
+        again = Ballot(ballot(tmp_path).task, VoteFile(file.path), 1, 0)
+        strengths[third] = again.preferences(1, 1).at(genomes).mean
+    same, other = strengths["a"], strengths["c"]
+    assert same[2] == pytest.approx(same[0], abs=0.1) and same[0] - same[1] > 1
+    assert abs(other[2]) < 0.1
 
 
 def test_votes_of_another_run_are_refused(tmp_path: Path) -> None:

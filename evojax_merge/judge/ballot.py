@@ -41,6 +41,8 @@ INCUMBENTS = 12
 FIRST_DEVIATION = 2.0
 # The share of a judge's questions that another judge has answered as well, so that their agreement is seen.
 SHARED = 0.15
+# How many votes for a tie count as much as that two candidates gave the same answers.
+EQUAL = 10.0
 # Seconds after which a question that nobody answers goes to another judge, where none is left for that one.
 PATIENCE = 60.0
 # Seconds between two looks at signals while the search waits for votes.
@@ -90,6 +92,21 @@ class Standing:
     waiting: bool
     agreements: tuple[Agreement, ...] = ()
     leader: str = ""
+
+
+def _equals(rounds: Sequence[Round]) -> list[tuple[int, int, Choice, float]]:
+    """Ties of candidates that gave the answers of an earlier one to all prompts, though their genomes differ: they are
+    as good as each other, and nobody has to be asked."""
+    first: dict[str, tuple[int, bytes]] = {}
+    ties: dict[bytes, tuple[int, int, Choice, float]] = {}
+    start = 0
+    for one in rounds:
+        for number, (genome, answers) in enumerate(zip(one.genomes, one.answers, strict=False), start):
+            earliest, same = first.setdefault(answers, (number, genome.tobytes()))
+            if genome.tobytes() != same:
+                ties[genome.tobytes()] = (earliest, number, "tie", EQUAL)
+        start += len(one.genomes)
+    return list(ties.values())
 
 
 class Ballot:
@@ -225,7 +242,7 @@ class Ballot:
         one = self._file.find(name)
         if one is None:
             self._check_is_next(genomes)
-            one = self._file.open(name, task.name, genomes)
+            one = self._file.open(name, task.name, genomes, [digest(*candidate) for candidate in texts])
         self._round, self._texts, self._examples, self._open = one, texts, task, {}
         return one
 
@@ -302,11 +319,12 @@ class Ballot:
     @staticmethod
     def _outcomes(rounds: Sequence[Round]) -> Outcomes:
         starts = np.cumsum([0, *(len(each.genomes) for each in rounds)])
-        return outcomes_of([
+        votes: list[tuple[int, int, Choice, float]] = [
             (start + vote.left, start + vote.right, vote.choice, vote.weight)
             for start, each in zip(starts, rounds, strict=False)
             for vote in each.votes
-        ])  # fmt: skip
+        ]
+        return outcomes_of(votes + _equals(rounds) if votes else [])
 
     def _update(self) -> None:
         """The strengths of the round's candidates by the votes so far."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from evojax_merge.judge.posterior import Posterior
+from evojax_merge.judge.posterior import Posterior, winning
 
 Rule = Callable[[Posterior, np.ndarray, np.random.Generator], tuple[int, int]]
 DRAWS = 100
@@ -52,7 +52,7 @@ def information(posterior: Posterior) -> np.ndarray:
     mean, variances = posterior.mean, np.diag(posterior.covariance)
     deviation = np.sqrt(np.maximum(variances[:, None] + variances[None] - 2 * posterior.covariance, 0.0))
     drawn = (mean[:, None] - mean[None])[..., None] + deviation[..., None] * POINTS
-    probability = 0.5 * (1 + np.tanh(0.5 * drawn))
+    probability = winning(drawn)
     return _entropy(probability @ WEIGHTS) - _entropy(probability) @ WEIGHTS
 
 

@@ -1,10 +1,12 @@
 """Preferences from votes: a Bradley-Terry model whose strengths have a Gaussian-process prior over genomes.
 
 A candidate with genome x has the strength f(x). The probability that it wins a vote against x' is sigmoid(f(x) - f(x'))
-(Bradley and Terry, 1952). The prior is f ~ GP(0, k), with a Matérn kernel (nu = 5/2), so that votes on one generation
-say something about the next, whose genomes lie near. The posterior is Laplace's approximation (Chu and Ghahramani,
-2005), and the kernel's length and variance are those of a grid that explain the votes best (by the approximated
-evidence).
+(Bradley and Terry, 1952), but for lapses: in a share `LAPSE` of the votes a judge chooses the other one, however far
+apart the two are. The prior is f ~ GP(0, k), with a Matérn kernel (nu = 5/2), so that votes on one generation say
+something about the next, whose genomes lie near. The posterior is Laplace's approximation (Chu and Ghahramani, 2005),
+with the expected curvature of the likelihood in place of its own, which lapses can make negative. The kernel's length
+and variance are those of a grid that explain the votes best (by the approximated evidence). The grid has no longer and
+flatter kernels: some votes are explained best by a plane with hardly a slope, whose highest point is a corner.
 
 A vote is one or more *outcomes*, each a pair with a weight:
 
@@ -26,8 +28,10 @@ from evojax_merge.tasks.voting import Choice
 # The number of an outcome's loser or winner where it is the bar of acceptable answers.
 BAR = -1
 # The kernel's length in units of the median distance between genomes, and its standard deviation in logits.
-LENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
-DEVIATIONS = (1.0, 2.0, 4.0)
+LENGTHS = (0.5, 1.0)
+DEVIATIONS = (2.0, 4.0)
+# The share of votes in which a judge errs, whatever the strengths.
+LAPSE = 0.15
 # What a candidate's strength has of its own, as a share of the variance: two genomes that are nearly equal may write
 # different answers.
 NUGGET = 0.02
@@ -149,26 +153,23 @@ def _laplace(kernel: np.ndarray, design: np.ndarray, weights: np.ndarray) -> Pos
     objective = -np.inf
     for _ in range(STEPS):
         differences = prior @ dual
-        probability = _sigmoid(-differences)
-        curvature = weights * probability * (1 - probability)
-        root = np.sqrt(curvature)
+        slope, curvature = _derivatives(differences)
+        root = np.sqrt(weights * curvature)
         factor = _factor(np.eye(len(root)) + root[:, None] * prior * root[None])
-        target = curvature * differences + weights * probability
+        target = weights * (curvature * differences + slope)
         step = target - root * cho_solve(factor, root * (prior @ target)) - dual
         size = 1.0
         while True:
             proposed = dual + size * step
             moved = prior @ proposed
-            value = float(weights @ -np.logaddexp(0.0, -moved) - 0.5 * proposed @ moved)
+            value = float(weights @ np.log(winning(moved)) - 0.5 * proposed @ moved)
             if value >= objective or size < 1e-4:
                 break
             size /= 2
         dual, change, objective = proposed, value - objective, value
         if change < TOLERANCE:
             break
-    differences = prior @ dual
-    probability = _sigmoid(-differences)
-    root = np.sqrt(weights * probability * (1 - probability))
+    root = np.sqrt(weights * _derivatives(prior @ dual)[1])
     factor = _factor(np.eye(len(root)) + root[:, None] * prior * root[None])
     scaled = root[:, None] * cross.T
     covariance = kernel - scaled.T @ cho_solve(factor, scaled)
@@ -182,6 +183,18 @@ def _factor(matrix: np.ndarray) -> tuple[np.ndarray, bool]:
     except LinAlgError:
         factor, lower = cho_factor(matrix + 1e-8 * np.eye(len(matrix)), lower=True)
     return factor, bool(lower)
+
+
+def winning(differences: np.ndarray) -> np.ndarray:
+    """The probability that a judge prefers the first of two whose strengths differ by so much."""
+    return LAPSE + (1 - 2 * LAPSE) * _sigmoid(differences)
+
+
+def _derivatives(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The slope of the logarithm of `winning`, and minus its curvature, as expected over both results of a vote."""
+    strength, probability = _sigmoid(differences), winning(differences)
+    slope = (1 - 2 * LAPSE) * strength * (1 - strength)
+    return slope / probability, slope**2 / (probability * (1 - probability))
 
 
 def _sigmoid(values: np.ndarray) -> np.ndarray:

@@ -2,9 +2,11 @@
 
 CMA-ES goes by the order of a generation's candidates, which a few votes hardly show. The posterior of all votes says
 more: where strengths are high, and where they may be. A generation consists of genomes that are the best in draws
-from the posterior (Thompson sampling), among those drawn around the strongest candidate so far and around the highest
-mean strength near it, with steps that shorten from generation to generation (after TuRBO, Eriksson et al., arXiv
-1910.01739, and GimmBO, arXiv 2601.18585).
+from the posterior (Thompson sampling), among those drawn around the strongest candidate so far, around the highest
+mean strength near it, and around its rivals, the best candidates of other draws, with steps that shorten from
+generation to generation (after TuRBO, Eriksson et al., arXiv 1910.01739, and GimmBO, arXiv 2601.18585). Genomes stay
+inside the bounds: beyond them other genomes stand for merges that were met before, which no distance between genomes
+says.
 """
 
 from collections.abc import Mapping
@@ -22,10 +24,12 @@ from evojax_merge.problem import SearchProblem
 from evojax_merge.search.protocols import State, Strategy
 from evojax_merge.search.strategies.cma_es import cma_es
 from evojax_merge.search.strategies.registry import StrategySettings
+from evojax_merge.spaces.bounds import EDGE
 
 # The steps of the last generation, as a share of those of the first.
 LAST_STEP = 0.5
-# Genomes that are drawn around a centre, and steps from the strongest candidate to the highest mean strength.
+# Genomes that are drawn around a centre, or around all rivals together; steps from the strongest candidate to the
+# highest mean strength.
 DRAWN, CLIMBS = 200, 3
 
 
@@ -62,7 +66,7 @@ class ProposedByVotes:
         ended = int(state["ended"])
         preferences = self.ballot.preferences(ended, self.dims)
         if not len(preferences.outcomes.weights):
-            return self.first.ask(key, state["first"])[0], state
+            return _inside(np.asarray(self.first.ask(key, state["first"])[0])), state
         generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         return propose(preferences, self.population, self._step(ended), generator), state
 
@@ -70,7 +74,8 @@ class ProposedByVotes:
         return {"first": state["first"], "ended": np.int32(state["ended"] + 1)}
 
     def finalists(self, state: Any) -> np.ndarray:
-        """None: the posterior's own best genome is one that nobody has seen, and seldom as good as its mean says."""
+        """None: the posterior's own best genome is one that nobody has seen, and no better than those that
+        the votes put first."""
         return np.zeros((0, self.dims), np.float32)
 
     def metrics(self, state: Any) -> dict[str, float]:
@@ -88,7 +93,12 @@ def propose(preferences: Preferences, count: int, step: float, generator: np.ran
     for _ in range(CLIMBS):
         choices = np.concatenate([highest[None], _around(highest, step / 2, DRAWN, generator)])
         highest = choices[preferences.at(choices).mean.argmax()]
-    drawn = np.concatenate([_around(centre, step, max(DRAWN, count), generator) for centre in (strongest, highest)])
+    candidates = np.unique(preferences.genomes, axis=0).astype(np.float32)
+    rivals = candidates[np.unique(preferences.at(candidates).sample(count, generator).argmax(1))]
+    drawn = np.concatenate([
+        *(_around(centre, step, max(DRAWN, count), generator) for centre in (strongest, highest)),
+        *(_around(rival, step, -(-DRAWN // len(rivals)), generator) for rival in rivals),
+    ])  # fmt: skip
     proposed = list[np.ndarray]()
     while len(proposed) < count:
         best = preferences.at(drawn).sample(count, generator).argmax(1)
@@ -100,7 +110,12 @@ def propose(preferences: Preferences, count: int, step: float, generator: np.ran
 
 def _around(centre: np.ndarray, step: float, count: int, generator: np.random.Generator) -> np.ndarray:
     # As strategies do, in the precision in which candidates are made.
-    return (centre + step * generator.standard_normal((count, len(centre)))).astype(np.float32)
+    return _inside((centre + step * generator.standard_normal((count, len(centre)))).astype(np.float32))
+
+
+def _inside(genomes: np.ndarray) -> np.ndarray:
+    """The genomes, each gene at the nearest that no other stands for (see `bounds.to_unit`)."""
+    return np.clip(genomes, np.float32(-EDGE), np.float32(1 + EDGE))
 
 
 def proposing(problem: SearchProblem[Any], ballots: Mapping[str, Ballot]) -> SearchProblem[Any]:

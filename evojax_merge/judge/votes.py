@@ -2,7 +2,8 @@
 
 A line is one of
 
-    {"round": DIGEST, "task": …, "genomes": [[…], …]}    candidates whose answers are compared from now on
+    {"round": DIGEST, "task": …, "genomes": [[…], …], "answers": [DIGEST, …]}
+                                                         candidates whose answers are compared from now on
     {"vote": {…}, "round": DIGEST, …}                    a choice between two of them on one prompt (see `Vote`)
     {"closed": DIGEST}                                   the round's strengths went to the search
 
@@ -52,11 +53,12 @@ class Vote:
 @dataclass
 class Round:
     """P candidates of one generation, or of the held-out comparison. genomes: float64[P, D], without columns where the
-    candidates have none."""
+    candidates have none; answers: the digest of each candidate's answers to all prompts."""
 
     digest: str
     task: str
     genomes: np.ndarray
+    answers: tuple[str, ...] = ()
     votes: list[Vote] = field(default_factory=list)
     closed: bool = False
 
@@ -82,10 +84,11 @@ class VoteFile:
     def of_task(self, task: str) -> Iterator[Round]:
         return (each for each in self.rounds if each.task == task)
 
-    def open(self, digest: str, task: str, genomes: np.ndarray) -> Round:
+    def open(self, digest: str, task: str, genomes: np.ndarray, answers: Sequence[str] = ()) -> Round:
         """Begin a round."""
-        self._append({"round": digest, "task": task, "genomes": [[float(gene) for gene in row] for row in genomes]})
-        self.rounds.append(Round(digest, task, np.asarray(genomes, float)))
+        rows = [[float(gene) for gene in row] for row in genomes]
+        self._append({"round": digest, "task": task, "genomes": rows, "answers": list(answers)})
+        self.rounds.append(Round(digest, task, np.asarray(genomes, float), tuple(answers)))
         return self.rounds[-1]
 
     def add(self, to: Round, vote: Vote) -> None:
@@ -147,4 +150,7 @@ def _round_of(where: str, row: dict[str, Any], earlier: Sequence[Round]) -> Roun
         raise InputError(where, "genomes: expected rows of finite numbers, all of one length")
     if any(each.digest == row["round"] for each in earlier):
         raise InputError(where, f"begins round {row['round']!r} once more; remove the line")
-    return Round(str(row["round"]), str(row["task"]), genomes)
+    answers = tuple(map(str, row.get("answers", [])))
+    if answers and len(answers) != len(genomes):
+        raise InputError(where, f"answers: expected one digest for each of the {len(genomes)} genomes")
+    return Round(str(row["round"]), str(row["task"]), genomes, answers)
