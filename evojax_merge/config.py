@@ -173,7 +173,7 @@ class PoolConfig(Section):
     )
     split: bool = Field(False, description="whether a child's parents change places at a layer drawn at random")
     slots: Whole | None = Field(
-        None, ge=1, le=MAX_POPULATION, description="bred members that stay in memory between generations; default: size"
+        None, ge=1, le=MAX_POPULATION, description="bred members that are kept between generations; default: size"
     )
 
     def members(self, founders: int) -> int:

@@ -23,7 +23,7 @@ from evojax_merge.search.environment import recorded_session
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive, Reporter, Storage, evolve
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage
-from evojax_merge.search.run_parts import RunFolder, check_room
+from evojax_merge.search.run_parts import RunFolder, check_room, remove_members
 from evojax_merge.search_output import print_setup, print_work, why_complete, write_winner
 from evojax_merge.selection import open_evaluators, passes_to_select, select_best
 from evojax_merge.tasks.splits import Splits
@@ -54,7 +54,7 @@ def search(
 
     with recorded_session(folder) if devices.is_main_process else nullcontext():
         with bytes_bar("loading", problem.backend.stored_bytes()) as progress:
-            evaluators = open_evaluators(problem, prepared, devices, progress, say)
+            evaluators = open_evaluators(problem, prepared, devices, progress, say, folder.members)
         generations = None if problem.search.parsed_budget.seconds else problem.search.generations
         with judging(folder.votes, problem, say, judges) as ballots:
             evaluators = judged(evaluators, ballots, partial(family_tree, problem))
@@ -68,6 +68,7 @@ def search(
                 result = select_best(problem, evaluators, archive, progress)
         if devices.is_main_process:
             write_winner(folder, problem.within(archive.context), result)
+            remove_members(folder)
     barrier("written")
 
 

@@ -182,7 +182,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False, check: Callable[[], 
         _let_others_read(work)
         if place.exists():
             # Else a power failure could take both.
-            _flush(work)
+            flush(work)
         with _locked(place.parent):
             check_free(target, overwrite)
             check()
@@ -318,7 +318,8 @@ def _remove_made(folders: Sequence[Path]) -> None:
         remove_empty_folder(folder)
 
 
-def _flush(folder: Path) -> None:
+def flush(folder: Path) -> None:
+    """Wait until the content of a folder's files is on the disk."""
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as handle:

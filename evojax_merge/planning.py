@@ -15,7 +15,7 @@ from evojax_merge.evaluation.costs import Cost
 from evojax_merge.evaluation.planned_passes import PlanUse, SizedPass
 from evojax_merge.evaluation.targets import Target, gpu_memory_fraction, single_hosts
 from evojax_merge.problem import SearchProblem
-from evojax_merge.report.plan import PassPlan, Plan, Work
+from evojax_merge.report.plan import PassPlan, Plan, Work, shown_bytes
 from evojax_merge.search.loop import run_bytes
 from evojax_merge.search.protocols import Strategy, gradient_generations
 from evojax_merge.search.successive_halving import rung_shards, rung_size
@@ -123,10 +123,12 @@ def _planned_generations(search: SearchConfig, strategy: Strategy, by_gradient: 
 
 
 def disk_bytes(problem: SearchProblem[Backend]) -> int:
-    """Bytes that a run needs on the disk. Candidates need nothing; the winner is about as large as one parent."""
+    """Bytes that a run needs on the disk. Candidates need nothing, but for members of a pool that are kept in files;
+    the winner is about as large as one parent."""
+    kept = problem.backend.device_sizes(problem.backend.settings.model).on_disk
     model = problem.backend.stored_bytes() // problem.backend.loaded
     examples, tasks = sum(task.size for shard in problem.splits.shards for task in shard), len(problem.splits.search)
-    return model + run_bytes(problem.search, problem.strategy, problem.space, examples, tasks)
+    return kept + model + run_bytes(problem.search, problem.strategy, problem.space, examples, tasks)
 
 
 def _cost(passes: Sequence[SizedPass], target: Target) -> Cost:
@@ -188,6 +190,11 @@ def advice(problem: SearchProblem[Backend], pass_bytes: int, held_bytes: int = 0
         return fits(backend.device_sizes(shards).bank, needed=pass_bytes * model / shards)
 
     remedies = []
+    streamed = backend.streamed()
+    if streamed is not None and fits(streamed.device_sizes(model).bank) and _has_gradients(problem, streamed):
+        place, on_host = streamed.settings.bank, streamed.device_sizes(model).on_host
+        room = f" ({shown_bytes(on_host)} of the host's memory; disk needs none)" if place == "host" else ""
+        remedies.append(f"evaluation.bank: {place}{room}")
     shards = [m for m in range(2 * model, MOST_SHARDS + 1, model) if m & (m - 1) == 0 or m == target.devices_per_host]
     enough = next(filter(fits_shared, shards), None)
     if enough is not None and target.is_accelerator:
@@ -207,6 +214,11 @@ def advice(problem: SearchProblem[Backend], pass_bytes: int, held_bytes: int = 0
         remedies.append(backend.smaller_passes())
     remedies += _larger_targets(problem, pass_bytes)
     return tuple(remedies) or ("a device with more memory, or smaller models",)
+
+
+def _has_gradients(problem: SearchProblem[Backend], backend: Backend) -> bool:
+    """Return whether a backend's candidates have the gradients that the search follows, if it does."""
+    return not problem.splits.minibatches or backend.planner(0).gradient_passes > 0
 
 
 def _larger_targets(problem: SearchProblem[Backend], pass_bytes: int) -> list[str]:

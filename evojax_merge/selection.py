@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -37,11 +38,12 @@ def open_evaluators(
     devices: Devices = ONE_DEVICE,
     progress: Callable[[int], None] = lambda done: None,
     log: Callable[[str], None] = lambda text: None,
+    folder: Path | None = None,
 ) -> Splits[SpaceEvaluator[Any]]:
     """Load the bank and open evaluators of genomes on each of the splits, with the goal of the search. `progress`
-    receives the bytes that were loaded, `log` the evaluators' notes."""
+    receives the bytes that were loaded, `log` the evaluators' notes; folder: see `Backend.load`."""
     backend = problem.backend
-    bank, population = backend.load(devices, progress), problem.strategy.population
+    bank, population = backend.load(devices, progress, folder), problem.strategy.population
     return with_goals(problem, backend.evaluators(bank, prepared, population, devices, log), log)
 
 
@@ -50,7 +52,7 @@ def open_evaluator(
 ) -> SpaceEvaluator[Any]:
     """Score genomes on the prepared tasks of one split as generations are scored. bank: None: it is loaded."""
     backend = problem.backend
-    bank = backend.load(devices, lambda done: None) if bank is None else bank
+    bank = backend.load(devices, lambda done: None, None) if bank is None else bank
     return backend.evaluator(bank, tasks, problem.strategy.population, devices)
 
 

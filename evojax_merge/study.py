@@ -585,7 +585,7 @@ class Study(Described):
     @cached_property
     def _bank(self) -> Any:
         with PythonCall():
-            return self._problem.backend.load(ONE_DEVICE, lambda done: None)
+            return self._problem.backend.load(ONE_DEVICE, lambda done: None, None)
 
     # -------------------------------------------------------------------------------------------------------------
     # Results

@@ -1,6 +1,8 @@
-"""Attention over long rows: in blocks it is what it is at once, and its memory grows with the row's length."""
+"""Attention over long rows: in blocks, and by the kernels of libraries, it is what it is at once, and its memory grows
+with the row's length."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,8 +12,10 @@ import pytest
 from helpers import sample
 
 from evojax_merge.evaluation.costs import temporary_bytes
-from evojax_merge.models import decoder
-from evojax_merge.models.decoder import prefill_attention
+from evojax_merge.models import attention as attention_module
+from evojax_merge.models import fused_attention
+from evojax_merge.models.attention import prefill_attention
+from evojax_merge.models.fused_attention import cudnn_attention, fused_kernels, splash_attention
 from evojax_merge.models.layers import SequenceLayout, padded_layout
 
 HEADS, GROUPS, DIM, ROWS, STEPS, PREFIX = 4, 2, 8, 2, 37, 21
@@ -23,6 +27,12 @@ def packed_layout() -> SequenceLayout:
     segments = np.array([0] * 10 + [1] * 8 + [2] * 8 + [3] * 8 + [-1] * 3)
     positions = np.concatenate([np.arange(10), *[10 + np.arange(8)] * 3, np.zeros(3)])
     return SequenceLayout(*(jnp.asarray(np.tile(row, (ROWS, 1)), jnp.int32) for row in (positions, segments)))
+
+
+def answer_layout() -> SequenceLayout:
+    """A prompt, and an answer that is scored, as a segment of its own."""
+    layout = padded_layout(STEPS, jnp.asarray([0, 0]), jnp.asarray([37, 30]))
+    return replace(layout, segment_ids=jnp.where(layout.segment_ids < 0, -1, jnp.arange(STEPS) >= 25))
 
 
 def image_layout() -> SequenceLayout:
@@ -42,6 +52,7 @@ CASES: dict[str, tuple[SequenceLayout, int, bool, dict[str, float]]] = {
     "a sliding window": (PADDED, 7, False, {"scale": 0.3}),
     "a cap": (PADDED, WIDE, False, {"softcap": 2.0}),
     "segments that share a beginning": (packed_layout(), WIDE, False, {}),
+    "a prompt and an answer behind a prefix": (after_prefix(answer_layout()), WIDE, True, {}),
     "segments behind a prefix, a window, a cap": (after_prefix(packed_layout()), 25, True, {"softcap": 5.0}),
     "images that attend to themselves": (image_layout(), 9, False, {}),
     "images behind a prefix": (after_prefix(image_layout()), WIDE, True, {}),
@@ -66,31 +77,75 @@ def attention(layout: SequenceLayout, window: int, has_prefix: bool, options: di
     return attend, arrays
 
 
-@pytest.mark.parametrize("case", sample(CASES, 2))
-def test_blocks_give_what_the_whole_gives_and_its_gradient(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def values_and_gradients(case: str) -> Any:
+    """A function of nothing: the output of a case's attention, and the gradient of a weighted sum of it."""
     layout, *_ = CASES[case]
     attend, arrays = attention(*CASES[case])
     # Padding attends to what it likes.
     kept = (layout.segment_ids >= 0)[..., None]
     weights = jnp.asarray(np.random.default_rng(1).standard_normal((ROWS, STEPS, HEADS * DIM)), jnp.float32) * kept
 
-    def both(*arrays: jax.Array) -> Any:
-        def total(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-            out = attend(*arrays)
-            return (out * weights).sum(), out
+    def total(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = attend(*arrays)
+        return (out * weights).sum(), jnp.where(kept, out, 0)
 
-        return jax.value_and_grad(total, argnums=range(len(arrays)), has_aux=True)(*arrays)
+    def both() -> tuple[jax.Array, Any]:
+        # Another function each time: a compiled program is kept by its function.
+        (_, out), gradients = jax.jit(jax.value_and_grad(lambda *each: total(*each), range(5), has_aux=True))(*arrays)
+        return out, gradients
 
-    (_, whole), whole_gradients = jax.jit(both)(*arrays)
-    monkeypatch.setattr(decoder, "MAX_PAIRS", 0)
-    monkeypatch.setattr(decoder, "LONG_QUERIES", 4)
-    monkeypatch.setattr(decoder, "LONG_COLUMNS", 6)
-    # Another function: a compiled program is kept by its function.
-    (_, blocks), gradients = jax.jit(lambda *arrays: both(*arrays))(*arrays)
-    assert np.isfinite(np.asarray(blocks)).all()
-    np.testing.assert_allclose(np.where(kept, blocks, 0), np.where(kept, whole, 0), atol=2e-6)
-    for blockwise, at_once in zip(gradients, whole_gradients, strict=True):
-        np.testing.assert_allclose(blockwise, at_once, atol=2e-5)
+    return both
+
+
+def is_close(got: Any, whole: Any) -> None:
+    assert np.isfinite(np.asarray(got[0])).all()
+    np.testing.assert_allclose(got[0], whole[0], atol=1e-5)
+    for gradient, at_once in zip(got[1], whole[1], strict=True):
+        np.testing.assert_allclose(gradient, at_once, atol=5e-5)
+
+
+@pytest.mark.parametrize("case", sample(CASES, 2))
+def test_blocks_give_what_the_whole_gives_and_its_gradient(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = values_and_gradients(case)
+    whole = both()
+    monkeypatch.setattr(attention_module, "MAX_PAIRS", 0)
+    monkeypatch.setattr(attention_module, "LONG_QUERIES", 4)
+    monkeypatch.setattr(attention_module, "LONG_COLUMNS", 6)
+    is_close(both(), whole)
+
+
+FUSED = {
+    "cudnn": ("padded on both sides", "a prompt and an answer behind a prefix", "segments that share a beginning"),
+    "splash": ("padded on both sides", "a prompt and an answer behind a prefix", "a cap", "a sliding window"),
+}
+
+
+@pytest.mark.parametrize(("kernel", "case"), sample([(name, case) for name in FUSED for case in FUSED[name]], 3))
+def test_kernels_of_libraries_give_what_the_whole_gives_and_its_gradient(
+    kernel: str, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU: splash attention is interpreted, and the form of `jax.nn.dot_product_attention` for all platforms
+    stands for cuDNN's."""
+    both = values_and_gradients(case)
+    whole = both()
+
+    def kernels(dtype: Any, head_dim: int, scale: float | None, softcap: float | None) -> dict[str, Any]:
+        scale = head_dim**-0.5 if scale is None else scale
+        if kernel == "cudnn":
+            return {"cpu": partial(cudnn_attention, scale=scale, implementation="xla")}
+        return {"cpu": partial(splash_attention, scale=scale, softcap=softcap, interpret=True)}
+
+    monkeypatch.setattr(attention_module, "MAX_PAIRS", 0)
+    monkeypatch.setattr(attention_module, "fused_kernels", kernels)
+    monkeypatch.setattr(fused_attention, "SPLASH_BLOCK", 128)
+    is_close(both(), whole)
+
+
+def test_a_kernel_takes_what_its_library_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_attention, "_has_cudnn", lambda: True)
+    assert set(fused_kernels(jnp.bfloat16, 128, None, None)) == {"tpu", "cuda"}
+    for dtype, head_dim, softcap in ((jnp.float32, 128, None), (jnp.bfloat16, 256, None), (jnp.bfloat16, 128, 30.0)):
+        assert set(fused_kernels(dtype, head_dim, None, softcap)) == {"tpu"}
 
 
 @pytest.mark.parametrize("follows_gradient", [False, True])

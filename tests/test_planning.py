@@ -609,8 +609,10 @@ def test_a_plan_for_7b_models_on_targets_that_are_not_here(
     said = capfd.readouterr()
     assert f"{base} is a folder here, which has no revisions; v2 is ignored" in said.err
     assert "does not fit: 10" in said.out and "the largest pass" in said.out
-    (line,) = [line for line in said.err.splitlines() if "what would make it fit: evaluation.model: 2" in line]
-    assert "config.yaml: does not fit: 10" in line
+    (line,) = [
+        line for line in said.err.splitlines() if "what would make it fit: evaluation.bank: host (101 GB" in line
+    ]
+    assert "config.yaml: does not fit: 10" in line and ", or evaluation.model: 2" in line
     # The table is explained, and has seconds of what fits alone.
     assert "bytes that wait on a device for the pass" in said.out and "by the roofline" in said.out
     assert plan("rtx4090", status=2)["candidate"]["seconds"] is None
@@ -624,6 +626,16 @@ def test_a_plan_for_7b_models_on_targets_that_are_not_here(
         shared = plan("8xh100", "--set", f"space.method={method}", "--set", "evaluation.model=8")
         assert shared["fits"] and shared["bank_bytes"] == pytest.approx(alone["bank_bytes"] / 8, rel=0.01)
     assert plan("v5p-8", "--set", "space.method=della")["fits"]
+    # Of a pool a card has one candidate, or two layers of it; its members are on the host, or on the disk.
+    pool = ("--set", "space=null", "--set", "pool={methods: [slerp], size: 8}", "--set", "search={generations: 3}")
+    member = 14.48e9
+    found = {place: plan("rtx4090", *pool, "--set", f"evaluation.bank={place}") for place in ("auto", "host", "disk")}
+    assert found["auto"] == plan("rtx4090", *pool)
+    assert found["auto"]["host_bytes"] > 16 * member > 60e9 > found["disk"]["host_bytes"]
+    assert found["disk"]["disk_bytes"] > 17 * member > found["host"]["disk_bytes"]
+    for place in ("host", "disk"):
+        assert found[place]["fits"] and found[place]["bank_bytes"] < 1e9
+        assert "go over the link for each child" in found[place]["notes"][-1]
 
 
 @pytest.mark.parametrize(

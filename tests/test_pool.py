@@ -301,12 +301,13 @@ def test_what_is_scored_is_what_the_lineage_gives(config_file, tmp_path):
     assert {one.method for one in members} == set(RANDOM_METHODS) and min(len(one.lineage()) for one in members) > 2
     assert any(0 < one.split < problem.backend.models.decoder.layers for member in members for one in member.lineage())
     scores, folders = evaluator.score(np.array(births[-3:])), []
-    for genome, weights in zip(births[-3:], bank.weights(members), strict=True):
+    bank.hold(members)
+    for genome, member in zip(births[-3:], members, strict=True):
         folders.append(execute(problem.backend.candidates.to_recipe(genome), tmp_path / str(len(folders))))
         written = state(folders[-1])
-        assert set(weights) == set(written) == {name for name, _, _ in tensors_of(problem.backend.models.decoder)}
-        for name, values in weights.items():
-            np.testing.assert_array_equal(np.asarray(values, np.float32), written[name], err_msg=name)
+        assert set(written) == {name for name, _, _ in tensors_of(problem.backend.models.decoder)}
+        for name, values in written.items():
+            np.testing.assert_array_equal(np.asarray(bank.store.read(member, name), np.float32), values, err_msg=name)
     run("evaluate", *folders, "--tasks", _tasks(config_file, tmp_path), "--json", tmp_path / "scores.json")
     told = [row["fitness"] for row in json.loads((tmp_path / "scores.json").read_text())]
     np.testing.assert_allclose(told, fitness(evaluator.tasks, scores), atol=1e-6)
@@ -328,13 +329,16 @@ def test_a_child_between_its_parents(config_file):
     space = problem.space
     layers = problem.backend.models.decoder.layers
     genome = child(space, FOUNDERS, (2, 0), 0, [0.25, 1.5 / (layers + 1)])
-    (weights,) = evaluator.evaluator.bank.weights(space.decode(genome[None]))
+    (member,), bank = space.decode(genome[None]), evaluator.evaluator.bank
+    bank.hold([member])
     first, second = state(config_file.parent / "parent2"), state(config_file.parent / "parent0")
     for name, leaf, place in tensors_of(problem.backend.models.decoder):
         early = place[0] < 1 if leaf.stack is not None else leaf.component == "embedding"
         ordered = [parent[name].astype(np.float64) for parent in ((first, second) if early else (second, first))]
         expected = slerp(*ordered, 0.25)
-        np.testing.assert_allclose(np.asarray(weights[name], np.float64), expected, rtol=2**-8, atol=1e-4)
+        np.testing.assert_allclose(
+            np.asarray(bank.store.read(member, name), np.float64), expected, rtol=2**-8, atol=1e-4
+        )
 
 
 def test_a_child_that_no_recipe_could_give_has_failed(config_file):

@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,17 @@ import pytest
 import yaml
 from helpers import Family, build_family, even_records, run_here, sample, thorough, tiny_config, write_lines
 from hostile import run_command, run_python, start_command
+from test_adapters import adapter
+from test_quantised import quantised
 
+from evojax_merge.backends.decoder import bank_place
 from evojax_merge.checkpoints import bank
 from evojax_merge.checkpoints.folder import MappedFile
-from evojax_merge.errors import Failed
+from evojax_merge.checkpoints.members import MembersInFiles, Tensors, member_folders
+from evojax_merge.checkpoints.writer import TensorSpec
+from evojax_merge.errors import Failed, InputError
+from evojax_merge.evaluation.pool import StreamedPoolEvaluator
+from evojax_merge.genealogy import FIRST, GENES, METHOD, NUMBER, SECOND, Member, founder_genomes
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.selection import open_evaluator
@@ -43,7 +50,7 @@ WORDS = {"name": "words", "kind": "exact_match", "file": "tasks.jsonl", "pattern
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     config = tiny_config(num_hidden_layers=3, tie_word_embeddings=False)
-    return build_family(tmp_path_factory.mktemp("streamed"), config)
+    return build_family(tmp_path_factory.mktemp("streamed"), config, 3)
 
 
 def write_config(root: Path, **changes: Any) -> Path:
@@ -185,6 +192,9 @@ def test_a_generation_reads_one_bank(family: Family, monkeypatch: pytest.MonkeyP
     problem = build_problem(path, read_config(path, [], None))
     whole = bank.bank_bytes(problem.backend.models.sources, problem.backend.models.decoder)
     assert bytes_read(lambda: evaluator.score(genomes), monkeypatch) == whole
+    # Candidates that generate are materialised together.
+    writer = scorer(path, "disk", "tasks=[{name: words, kind: exact_match, file: tasks.jsonl, max_new_tokens: 2}]")
+    assert bytes_read(lambda: writer.score(genomes), monkeypatch) == whole
     # The layers come once more, in reverse, and at last what tokens are embedded by.
     ahead, both = bytes_read(lambda: evaluator.value_and_gradient(genomes), monkeypatch), 2 * whole
     assert whole < ahead < both
@@ -258,26 +268,244 @@ def test_a_disk_that_fails_in_the_middle_ends_the_search_which_goes_on(
     assert (tmp_path / "run" / "history.jsonl").read_bytes() == (tmp_path / "whole" / "history.jsonl").read_bytes()
 
 
-def test_a_pool_is_on_the_device(family: Family, tmp_path: Path) -> None:
-    path = write_config(family.root, tasks=[TEXT])
+@pytest.mark.parametrize("kind", ["adapters", "quantised"])
+def test_a_disk_that_fails_under_packed_weights_and_factors_ends_in_one_line(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Nothing of streamed models is mapped into memory, where the system would kill the process."""
+    root = tmp_path / "family"
+    shutil.copytree(family.root, root)
+    if kind == "adapters":
+        file, _ = adapter(root / "base", root / "lora0")
+        adapter(root / "base", root / "lora1", seed=1)
+        parents, file = ["base+lora0", "base+lora1"], file / "adapter_model.safetensors"
+    else:
+        quantised(root / "parent1", root / "packed", "GPTQ")
+        parents, file = ["parent0", "packed"], root / "packed" / "model.safetensors"
+
+    def mapped(self: MappedFile, start: int, stop: int) -> np.ndarray:
+        raise AssertionError(f"{self.path} is mapped")
+
+    monkeypatch.setattr(MappedFile, "read", mapped)
+    evaluator, preadv = scorer(write_config(root, tasks=[TEXT], parents=parents), "disk"), os.preadv
+    genomes = some_genomes(evaluator, 1)
+    evaluator.score(genomes)
+
+    def failing(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if os.path.samestat(os.fstat(descriptor), file.stat()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(Failed, match=rf"{re.escape(str(file))}: cannot be read from byte .*Input/output error"):
+        evaluator.score(genomes)
+
+
+def write_pool(root: Path, **changes: Any) -> Path:
+    """A search over a pool of three founders, whose children are bred by two methods."""
+    pool = {"methods": ["slerp", "dare_ties"], "split": True, "size": 3}
+    search = {"population": 4, "generations": 3}
+    path = write_config(root, pool=pool, search=search, parents=[f"parent{k}" for k in range(3)], **changes)
     document = yaml.safe_load(path.read_text())
-    del document["space"], document["base"]
-    path.write_text(
-        yaml.safe_dump(document | {"pool": {"methods": ["slerp"], "size": 4}, "search": {"generations": 2}})
-    )
-    done = run_here("search", path, "--out", tmp_path / "run", "--set", "evaluation.bank=disk")
-    assert done.returncode == 2
-    assert "evaluation.bank=disk: disk: the members of a pool are merged on the device" in done.stderr
+    del document["space"]
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def test_a_generation_of_a_pool_reads_its_parents_once(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = scorer(write_pool(family.root, tasks=[TEXT]), "disk")
+    genomes, context = bred(evaluator.space)
+    evaluator = evaluator.within(context)
+    evaluator.score(genomes)
+    member = evaluator.evaluator.bank.member_bytes()  # type: ignore[attr-defined]
+    # Of three genomes two are children of the same parents, by two methods, and one is a founder; one method takes the
+    # base, and hashes founders' tensors for its masks.
+    assert bytes_read(lambda: evaluator.score(genomes), monkeypatch) == 4 * member
+
+
+def bred(space: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Genomes of the second generation of a pool, and of all before: children of children, by both methods."""
+    rng, births = np.random.default_rng(1), np.zeros((7, space.dims), np.float32)
+    births[:, GENES:] = rng.random(births[:, GENES:].shape)
+    births[:, NUMBER], births[:, METHOD] = np.arange(7), np.arange(7) % 2
+    births[:3] = founder_genomes(3, space.dims - GENES)
+    births[3:, FIRST : SECOND + 1] = [[0, 1], [2, 1], [4, 3], [3, 4]]
+    return births[[5, 6, 0]], births[3:]
+
+
+def test_children_are_bred_layer_by_layer(family: Family) -> None:
+    """Scores and texts are the same to the bit wherever the members are."""
+    path, answers = write_pool(family.root), {}
+    for place in PLACES:
+        evaluator = scorer(path, place)
+        genomes, context = bred(evaluator.space)
+        scores = evaluator.within(context).score(genomes)
+        answers[place] = [scores.matrices["choice"]["margin"], scores.matrices["text"]["log_probability"]]
+        answers[place] += [np.array(scores.outputs["words"])]
+    for place in PLACES[1:]:
+        for values, expected in zip(answers[place], answers["device"], strict=True):
+            np.testing.assert_array_equal(values, expected, place)
+    assert np.ptp(answers["device"][0], axis=0).min() > 1e-3
+
+
+@pytest.mark.parametrize("place", PLACES[1:])
+def test_a_search_of_a_streamed_pool_is_the_search(family: Family, tmp_path: Path, place: str) -> None:
+    """The history, the table and the winner are those of a pool on the device, to the byte; so they are of a run that
+    goes on where it ended. Nothing of the members stays when a run is over."""
+    path = write_pool(family.root, tasks=[TEXT | {"heldout": 0.25}])
+    for name, setting in (("device", "device"), (place, place)):
+        done = run_here("search", path, "--out", tmp_path / name, "--set", f"evaluation.bank={setting}")
+        assert done.returncode == 0, done.stderr
+    expected = run_files(tmp_path / "device")
+    assert run_files(tmp_path / place) == expected
+    settings = ["--set", f"evaluation.bank={place}"]
+    for more in (["--set", "search.generations=2"], ["--resume"]):
+        done = run_here("search", path, "--out", tmp_path / "resumed", *settings, *more)
+        assert done.returncode == 0, done.stderr
+    assert run_files(tmp_path / "resumed") == expected
+    assert not [*tmp_path.glob("*/members")]
+
+
+def test_a_founder_that_changes_or_fails_ends_the_search(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(family.root, tmp_path / "family")
+    evaluator = scorer(write_pool(tmp_path / "family", tasks=[TEXT]), "host")
+    genomes, context = bred(evaluator.space)
+    evaluator, file = evaluator.within(context), tmp_path / "family/parent1/model.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", lambda descriptor, buffers, offset: 0)
+        with pytest.raises(Failed, match=r"model.safetensors: cannot be read from byte .*the file ends there"):
+            evaluator.score(genomes)
+    os.utime(file, ns=(0, 0))
+    with pytest.raises(Failed, match=re.escape(f"{file}: the file has changed")):
+        evaluator.score(genomes)
+
+
+def test_a_disk_that_fails_in_the_middle_leaves_members_that_the_run_goes_on_with(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, setting, out = write_pool(family.root, tasks=[TEXT]), ("--set", "evaluation.bank=disk"), tmp_path / "run"
+    assert run_here("search", path, "--out", tmp_path / "whole", *setting).returncode == 0
+    preadv, files = os.preadv, [folder / "model.safetensors" for folder in (family.base, *family.parents)]
+
+    def failing(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        """Reads as before until a member is kept for the third generation."""
+        is_founder = any(os.path.samestat(os.fstat(descriptor), file.stat()) for file in files)
+        if is_founder and has_lines(out / "history.jsonl", 2) and member_folders(out / "members/process-0"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(descriptor, buffers, offset)
+
+    def fail() -> set[str]:
+        """Search until the disk fails; the members that are left."""
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "preadv", failing)
+            done = run_here("search", path, "--out", out, "--overwrite", *setting)
+        (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+        assert done.returncode == 1 and "model.safetensors: cannot be read from byte" in line, line
+        return {member.name for member in member_folders(out / "members/process-0")}
+
+    left, written, write = fail(), set[str](), MembersInFiles.write
+
+    def counted(self: MembersInFiles, member: Member, tensors: Tensors) -> None:
+        written.add(f"member-{member.number}")
+        write(self, member, tensors)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MembersInFiles, "write", counted)
+        assert run_here("search", path, "--out", out, *setting, "--resume").returncode == 0
+    assert run_files(out) == run_files(tmp_path / "whole")
+    assert left and not left & written and not (out / "members").exists()
+    assert fail()
+    (out / "members" / "mine.txt").write_text("a user's own")
+    done = run_here("search", path, "--out", out, "--overwrite", "--set", "evaluation.bank=host")
+    assert done.returncode == 0 and "'mine.txt', which evojax-merge did not write, stays" in done.stderr
+    assert [*(out / "members").iterdir()] == [out / "members" / "mine.txt"]
+    assert run_files(out) == run_files(tmp_path / "whole")
+
+
+def test_members_in_files_are_complete_or_gone(tmp_path: Path) -> None:
+    """A run that goes on takes the members that it wrote, and no others; one whose file changes ends it."""
+    first, second = Member(0), Member(1)
+    child = Member(2, (first, second), "slerp", {"t": np.float64(0.5)})
+    other = Member(2, (first, second), "slerp", {"t": np.float64(0.25)})
+    values = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float32)}
+    specs = {name: TensorSpec(array.shape, array.dtype) for name, array in values.items()}
+
+    def opened(drawn_from: str = "seed 0") -> MembersInFiles:
+        return MembersInFiles(tmp_path / "members", specs, drawn_from)
+
+    def broken() -> Iterator[tuple[str, np.ndarray]]:
+        yield "a", values["a"]
+        raise KeyboardInterrupt
+
+    store = opened()
+    with pytest.raises(KeyboardInterrupt):
+        store.write(child, broken())
+    assert child not in store and not [*tmp_path.glob("members/*")]
+    store.write(child, values.items())
+    again = opened()
+    assert child in again and other not in opened() and child not in opened("seed 1")
+    for name, array in values.items():
+        np.testing.assert_array_equal(again.read(child, name), array)
+    # A member of another lineage takes the name, and what no member is asked for goes.
+    third = Member(3, (first, child), "slerp", {"t": np.float64(0.5)})
+    again.write(third, values.items())
+    fresh = opened()
+    fresh.write(other, values.items())
+    assert [path.name for path in tmp_path.glob("members/*")] == ["member-2"] and third not in fresh
+    fresh.check()
+    file = tmp_path / "members/member-2/model.safetensors"
+    os.utime(file, ns=(0, 0))
+    with pytest.raises(Failed, match=re.escape(f"{file}: the file has changed")):
+        fresh.check()
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    assert other not in opened()
+    fresh.drop(other)
+    assert not [*tmp_path.glob("members/*")]
+
+
+def test_slots_bound_the_members_in_files(family: Family, tmp_path: Path) -> None:
+    """Parents that are not kept are bred again, to the bit; no more than the parents and `slots` are in files."""
+    path, found = write_pool(family.root, tasks=[TEXT]), []
+    for slots in (1, 3):
+        evaluator = scorer(path, "disk", f"pool.slots={slots}")
+        genomes, context = bred(evaluator.space)
+        evaluator, store = evaluator.within(context), evaluator.evaluator.bank.store  # type: ignore[attr-defined]
+        found += [evaluator.score(part).matrices["text"]["log_probability"] for part in (genomes, context[:1], genomes)]
+        assert len(member_folders(store.folder)) == 2
+    for values in found:
+        np.testing.assert_array_equal(values, found[1] if len(values) == 1 else found[0])
+
+
+@thorough
+@pytest.mark.parametrize("place", PLACES[1:])
+def test_a_streamed_pool_that_is_killed_goes_on_to_the_byte(family: Family, tmp_path: Path, place: str) -> None:
+    path = write_pool(family.root, tasks=[TEXT])
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"search": {"population": 4, "generations": 12}}))
+    setting = ("--set", f"evaluation.bank={place}")
+    assert run_command("search", path, "--out", tmp_path / "whole", *setting).returncode == 0
+    kill_at_random(path, tmp_path / "killed", *setting)
+    assert run_command("search", path, "--out", tmp_path / "killed", *setting, "--resume").returncode == 0
+    assert run_files(tmp_path / "killed") == run_files(tmp_path / "whole")
+    assert not [*tmp_path.glob("*/members")]
+
+
+def run_files(run: Path) -> dict[str, bytes]:
+    names = ("history.jsonl", "best/model/model.safetensors", "best/recipe.yaml", "result.json")
+    return {name: (run / name).read_bytes() for name in names}
 
 
 def test_a_host_that_is_too_small_is_told_of_the_disk(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    from evojax_merge.backends.decoder import bank_place
-    from evojax_merge.errors import InputError
-
-    path = write_config(family.root, tasks=[TEXT])
     monkeypatch.setattr(bank_place, "available_memory", lambda: 1000)
-    with pytest.raises(InputError, match=r"host: the models take .* GB, and .* available; take disk"):
-        scorer(path, "host")
+    with pytest.raises(InputError, match=r"host: the models take .* of the host's memory, and .* available; take disk"):
+        scorer(write_config(family.root, tasks=[TEXT]), "host")
+    pool = write_pool(family.root, tasks=[TEXT])
+    for place in PLACES[:2]:
+        with pytest.raises(InputError, match=rf"{place}: the models take .* of the host's memory, and .*; take disk"):
+            scorer(pool, place)
+    # No place is named: the members are in files.
+    assert isinstance(scorer(pool, "auto").evaluator, StreamedPoolEvaluator)
 
 
 MESH_PROGRAM = """
@@ -295,6 +523,8 @@ answers = {}
 for place in ("device", "disk"):
     problem = build_problem(path, read_config(path, [f"evaluation.bank={place}"], None))
     genomes = np.random.default_rng(0).normal(size=(4, problem.space.dims)).astype(np.float32)
+    if problem.strategy.name == "pool":
+        _, genomes = problem.space.baselines()
     scorer = open_evaluator(problem, problem.prepare().shards[0], Devices(mesh_of(jax.devices(), 2)))
     scores = scorer.score(genomes)
     answers[f"{place}/margin"] = scores.matrices["choice"]["margin"]
@@ -303,9 +533,12 @@ np.savez(out, **answers)
 """
 
 
-def test_devices_that_share_a_model_stream_their_shards(family: Family, tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", sample((write_pool, write_config), 1))
+def test_devices_that_share_a_model_stream_their_shards(
+    family: Family, tmp_path: Path, write: Callable[..., Path]
+) -> None:
     tasks = [[CHOICE], [CHOICE, WORDS]][len(sample((1, 2), 1)) - 1]
-    path, out = write_config(family.root, tasks=tasks), tmp_path / "answers.npz"
+    path, out = write(family.root, tasks=tasks), tmp_path / "answers.npz"
     done = run_python(MESH_PROGRAM, path, out, seconds=400)
     assert done.returncode == 0, done.stderr
     answers = dict(np.load(out))
@@ -318,19 +551,24 @@ def test_a_streamed_search_that_is_killed_goes_on_to_the_byte(family: Family, tm
     path = write_config(family.root, tasks=[TEXT], search={"population": 4, "generations": 12, "strategy": "cma_es"})
     setting = ("--set", "evaluation.bank=disk")
     assert run_command("search", path, "--out", tmp_path / "whole", *setting).returncode == 0
-    killed, options = tmp_path / "killed", list[str]()
-    instants = random.Random(os.environ.get("EVOJAX_TEST_SEED", "0"))
+    killed = tmp_path / "killed"
+    kill_at_random(path, killed, *setting)
+    assert run_command("search", path, "--out", killed, *setting, "--resume").returncode == 0
+    for file in ("history.jsonl", "best/model/model.safetensors", "result.json"):
+        assert (killed / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+def kill_at_random(path: Path, out: Path, *setting: str) -> None:
+    """Kill a search of twelve generations three times, each time a little after a line of its history."""
+    options, instants = list[str](), random.Random(os.environ.get("EVOJAX_TEST_SEED", "0"))
     for lines in (2, 5, 9):
-        process = start_command("search", path, "--out", killed, *setting, *options)
-        while process.poll() is None and not has_lines(killed / "history.jsonl", lines):
+        process = start_command("search", path, "--out", out, *setting, *options)
+        while process.poll() is None and not has_lines(out / "history.jsonl", lines):
             time.sleep(0.005)
         time.sleep(instants.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
         process.wait()
         options = ["--resume"]
-    assert run_command("search", path, "--out", killed, *setting, "--resume").returncode == 0
-    for file in ("history.jsonl", "best/model/model.safetensors", "result.json"):
-        assert (killed / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
 
 def has_lines(file: Path, count: int) -> bool:

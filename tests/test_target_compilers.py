@@ -18,8 +18,8 @@ from test_planning import document, header_models
 
 from evojax_merge.evaluation.compilers import CompilerMissing, collectives, target_compiler
 from evojax_merge.evaluation.targets import find_target
-from evojax_merge.models.decoder import prefill_attention
-from evojax_merge.models.layers import padded_layout
+from evojax_merge.models.attention import prefill_attention
+from evojax_merge.models.layers import SequenceLayout
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import build_problem, config_from
 from evojax_merge.report.plan import Plan
@@ -198,28 +198,30 @@ def test_a_tpu_decodes_in_place(generating: Any) -> None:
     assert copied and max(copied) < cache
 
 
-@pytest.mark.parametrize("name", ["v5p-8", "h100"])
-def test_attention_over_long_rows_takes_memory_by_their_length(name: str) -> None:
-    """A layer's attention of a 7B model: no array has an entry for every pair of positions."""
+@pytest.mark.parametrize(("name", "kernel"), [("v5p-8", "tpu_custom_call"), ("h100", "__cudnn$fmha")])
+def test_attention_over_long_rows_takes_the_library_and_memory_by_their_length(name: str, kernel: str) -> None:
+    """A layer's attention of a 7B model: no array has an entry for every pair of positions, with a library's kernel for
+    rows of one sequence, nor in the blocks of other rows."""
     try:
         compiler = target_compiler(find_target("target", name), 1)
     except CompilerMissing as error:
         pytest.skip(str(error))
 
-    def needed(length: int) -> int:
-        layout = padded_layout(length, jnp.zeros(1, jnp.int32), jnp.full(1, length))
-
-        def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-            return prefill_attention(jnp.int32(10**6), layout)(query, key, value)[0]
+    def attention(length: int) -> Any:
+        def attend(segments: jax.Array, *operands: jax.Array) -> jax.Array:
+            layout = SequenceLayout(jnp.broadcast_to(jnp.arange(length), segments.shape), segments)
+            return prefill_attention(jnp.int32(10**6), layout)(*operands)[0]
 
         place = SingleDeviceSharding(compiler.device)
         shapes = [(1, length, heads, 128) for heads in (32, 8, 8)]
         arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in shapes]
-        return compiler.temporary_bytes(jax.jit(attend).trace(*arrays))
+        return jax.jit(attend).trace(jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=place), *arrays)
 
-    half, whole = needed(16384), needed(32768)
+    whole = attention(32768)
+    assert kernel in (compiler.compiled(whole).as_text() or "")
+    needed = [compiler.temporary_bytes(traced) for traced in (attention(16384), whole)]
     # A head's float32 products alone would be 4.3 GB.
-    assert whole < 2.2 * half and whole < 2 * 32768**2, (half, whole)
+    assert needed[1] < 2.2 * needed[0] and needed[1] < 2 * 32768**2, needed
 
 
 @pytest.mark.parametrize(("name", "model"), CASES)

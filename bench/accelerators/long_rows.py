@@ -1,10 +1,10 @@
-"""Memory of a likelihood pass over long rows of a 7B model, by the targets' compilers (minutes for each).
+"""Memory of a likelihood pass over long rows of a 7B model, by the targets' compilers (a minute for each).
 
     python -m bench long-rows
     python -m bench long-rows --targets v5p-8 --lengths 32768
 
-A base and a parent of Mistral-7B's shapes in bfloat16, headers alone; a candidate of a linear merge, and one row of so
-many tokens, of which the last 100 are scored. Bytes are those of a device, beside the bank.
+A base and a parent of Mistral-7B's shapes in bfloat16, headers alone; the candidates of a linear merge that share
+a pass, and one row of so many tokens, of which the last 100 are scored. Bytes are those of a device, beside the bank.
 """
 
 import argparse
@@ -29,8 +29,8 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["v5p-8", "h100"], metavar="TARGET")
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 16384, 32768], help="tokens of a row")
     arguments = parser.parse_args()
-    print("| target | tokens of a row | estimated | compiler says |")
-    print("| --- | ---: | ---: | ---: |")
+    print("| target | tokens of a row | candidates a pass | estimated | compiler says |")
+    print("| --- | ---: | ---: | ---: | ---: |")
     for name in arguments.targets:
         target = find_target("--targets", name)
         try:
@@ -43,11 +43,12 @@ def main() -> None:
                 folder = Path(root)
                 write_models(folder, MISTRAL_7B, 1)
                 write_examples(folder, 2, prompt=length - ANSWER)
-                problem = problem_for(folder, 1, "linear", "likelihood", target, population=1)
+                problem = problem_for(folder, 1, "linear", "likelihood", target, tokens=length)
                 plan = make_plan(problem, problem.prepare(), compiler=compiler)
             (row,) = plan.passes
             reported = "" if row.reported_bytes is None else shown_bytes(row.reported_bytes)
-            print(f"| {name} | {length:,} | {shown_bytes(row.temporary_bytes)} | {reported} |", flush=True)
+            estimated = shown_bytes(row.temporary_bytes)
+            print(f"| {name} | {length:,} | {row.chunk} | {estimated} | {reported} |", flush=True)
     print(f"\n{describe()}")
 
 

@@ -1,12 +1,14 @@
 """A bank in files, against the device: seconds of SmolLM2's merges; or a search over three models of 7B shapes.
 
     python -m bench streamed                              # SmolLM2-135M and two fine-tunes: 10 minutes
+    python -m bench streamed --set space=null --set 'pool={methods: [slerp, dare_ties]}'
     python -m bench streamed --large FOLDER               # three models of 14.5 GB, written to FOLDER: 60 GB of disk
 
 The first scores one population with the bank on the device, in the host's memory and in the models' files, in turn, and
-compares every score; then it searches for two generations with each, and compares the whole histories. The second
-searches for two generations in a process of its own, whose largest resident set (mapped files included) and bytes read
-from files are counted at every evaluation of a population.
+compares every score; then it searches for two generations with each, and compares the whole histories. The second does
+so with a pool, and scores children of the two fine-tunes. The third searches for two generations in a process of its
+own, whose largest resident set (mapped files included) and bytes read from files are counted at every evaluation of a
+population.
 """
 
 import argparse
@@ -26,6 +28,8 @@ import numpy as np
 import yaml
 
 from bench.shared.machine import describe
+from evojax_merge.genealogy import FIRST, METHOD, NUMBER, SECOND
+from evojax_merge.spaces.breeding import BreedingSpace
 
 CONFIG = Path("configs/smollm2.yaml")
 PLACES = ("device", "host", "disk")
@@ -54,6 +58,18 @@ def processor_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def random_genomes(space: Any, population: int) -> np.ndarray:
+    """Genomes of merges; of a pool those of children of the first two founders, by each of the methods in turn."""
+    rng = np.random.default_rng(0)
+    if not isinstance(space, BreedingSpace):
+        return rng.normal(size=(population, space.dims)).astype(np.float32)
+    genomes = rng.random((population, space.dims)).astype(np.float32)
+    genomes[:, NUMBER] = len(space.genealogy.founders) + np.arange(population)
+    genomes[:, [FIRST, SECOND]] = 0, 1
+    genomes[:, METHOD] = np.arange(population) % len(space.methods)
+    return genomes
+
+
 def pairs(population: int, rounds: int, overrides: list[str]) -> str:
     """A table of seconds per candidate in each place. The first round compiles and is not counted."""
     from evojax_merge.problem import build_problem, read_config
@@ -63,7 +79,7 @@ def pairs(population: int, rounds: int, overrides: list[str]) -> str:
     for place in PLACES:
         problem = build_problem(CONFIG, read_config(CONFIG, [f"evaluation.bank={place}", *overrides], None))
         scorers[place] = open_evaluator(problem, problem.prepare().shards[0])
-    genomes = np.random.default_rng(0).normal(size=(population, problem.space.dims)).astype(np.float32)
+    genomes = random_genomes(problem.space, population)
     times: dict[str, list[Timed]] = {place: [] for place in PLACES}
     expected: np.ndarray | None = None
     for number in range(rounds + 1):

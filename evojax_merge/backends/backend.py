@@ -148,6 +148,11 @@ class Backend(Protocol):
         """The bank's sizes where `shards` devices share it."""
         ...
 
+    def streamed(self) -> "Backend | None":
+        """The backend with its models on the host, or on the disk where the host has no room for them; None where they
+        are there already, or cannot be."""
+        ...
+
     def planner(self, bank_bytes: int) -> Planner:
         """A planner for the target, with `bank_bytes` loaded on each device."""
         ...
@@ -158,8 +163,9 @@ class Backend(Protocol):
 
     # ---- The search
 
-    def load(self, devices: Devices, progress: Progress) -> Any:
-        """Load the bank on the devices. `progress` receives the bytes that were loaded."""
+    def load(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
+        """Load the bank on the devices. `progress` receives the bytes that were loaded; folder: the place of files that
+        a search keeps candidates in, None: a temporary one."""
         ...
 
     def evaluators(

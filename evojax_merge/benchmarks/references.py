@@ -54,9 +54,14 @@ def matrix_peak(dtype: str = "float32", enough: float = math.inf) -> float:
 
 
 def copy_bandwidth(enough: float = math.inf) -> float:
-    """Bytes per second, read and written together, of one addition to a large array, into memory of its own; `enough`:
-    seconds after which fewer runs do."""
+    """Bytes per second, read and written together, of one addition to a large array in place; `enough`: seconds after
+    which fewer runs do. Into fresh memory a CPU's system would have to map every page first, which takes far longer."""
     nbytes = CPU_COPY_BYTES if jax.devices()[0].platform == "cpu" else ACCELERATOR_COPY_BYTES
     x = jnp.zeros(nbytes // 4, jnp.float32)
-    add = jax.jit(lambda x: x + 1)
-    return 2 * nbytes / median_seconds(partial(_wait, partial(add, x)), RUNS, enough)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def run() -> None:
+        nonlocal x
+        x = add(x).block_until_ready()
+
+    return 2 * nbytes / median_seconds(run, RUNS, enough)

@@ -74,8 +74,9 @@ def _machine(benchmark: Benchmark, environment: Mapping[str, Any]) -> str:
     driver = f"; {environment['driver']}" if environment["driver"] else ""
     return (
         f"`evojax-merge bench`: {environment['processor']}, {environment['cores']} cores; {versions}; "
-        f"{environment['runtime']}{driver}. An addition to a large array moves {benchmark.copy_bandwidth / 1e9:,.1f} "
-        f"GB/s, the best matrix product in {benchmark.dtype} does {benchmark.matrix_peak / 1e12:.3g} TFLOP/s. The "
+        f"{environment['runtime']}{driver}. An addition to a large array in place moves "
+        f"{benchmark.copy_bandwidth / 1e9:,.1f} GB/s, the best matrix product in {benchmark.dtype} does "
+        f"{benchmark.matrix_peak / 1e12:.3g} TFLOP/s. The "
         f"models are of the shape {benchmark.shape}, {benchmark.parameters / 1e6:,.0f} M parameters in "
         f"{benchmark.dtype}, a base and {PARENTS} parents."
     )

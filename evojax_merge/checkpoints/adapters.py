@@ -243,10 +243,13 @@ class AdaptedTensor:
 
     def read(self) -> np.ndarray:
         # A search's programs expand factors with the same function, so that both compute the same values.
-        return np.asarray(_expand(self.base.read(), *self.factors())).astype(self.dtype, copy=False)
+        return np.asarray(_expand(self.base.load(), *self.factors())).astype(self.dtype, copy=False)
+
+    def load(self) -> np.ndarray:
+        return self.read()
 
     def copy_into(self, part: Part, into: np.ndarray) -> bool:
-        return copy_finite(self.read()[part], into)
+        return copy_finite(self.load()[part], into)
 
     def content(self) -> Iterator[np.ndarray]:
         # The parts, not the product: its last bits depend on the machine, and random masks must not.
@@ -284,7 +287,7 @@ class DoraTensor(DenseTensor):
         return (*self.sum.mapped_files, *self.magnitude.mapped_files)
 
     def read(self) -> np.ndarray:
-        unrounded = np.asarray(_expand(self.sum.base.read().astype(np.float32), *self.sum.factors()))
+        unrounded = np.asarray(_expand(self.sum.base.load().astype(np.float32), *self.sum.factors()))
         axis = 0 if self.sum.transposed else 1
         norms = np.linalg.norm(unrounded, axis=axis, keepdims=True)
         return (np.expand_dims(_float32(self.magnitude).reshape(-1), axis) / norms * unrounded).astype(self.dtype)
@@ -302,7 +305,7 @@ _expand = jax.jit(add_low_rank)
 
 
 def _float32(tensor: Tensor) -> np.ndarray:
-    return tensor.read().astype(np.float32, copy=False)
+    return tensor.load().astype(np.float32, copy=False)
 
 
 def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
@@ -384,7 +387,7 @@ def _embedding(decoder: DecoderFolder) -> str:
 
 def _equal(left: Tensor, right: Tensor) -> bool:
     """Return whether two tensors of one shape have the same values. Reads both."""
-    return left.dtype == right.dtype and np.array_equal(left.read(), right.read())
+    return left.dtype == right.dtype and np.array_equal(left.load(), right.load())
 
 
 def _read_tensors(adapter: Path) -> Mapping[str, Tensor]:

@@ -304,7 +304,7 @@ class LeafReader:
         tensors: list[np.ndarray] = self._views(place, arrays)
         if arrays.factors is not None:
             # All sources' tensors are read only to be measured, one name at a time.
-            tensors = [sources.read(s, name) for s in range(len(sources.folders))] if spec.method.measures else []
+            tensors = [sources.load(s, name) for s in range(len(sources.folders))] if spec.method.measures else []
 
         def row_keys(k: int) -> np.ndarray:
             return draw_row_keys(spec.seed, sources.digest(self._first_parent + k, name), sources.shape(0, name))
@@ -409,7 +409,7 @@ def load_path_bank(sources: Sources, spec: PathSpec, progress: Progress = lambda
         layers[leaf.name] = put(stack)
     shared = {}
     for leaf in shared_leaves(config):
-        shared[leaf.name] = tuple(jax.device_put(sources.read_finite(s, leaf.tensor)) for s in range(len(spec.configs)))
+        shared[leaf.name] = tuple(jax.device_put(sources.load_finite(s, leaf.tensor)) for s in range(len(spec.configs)))
         progress(sum(values.nbytes for values in shared[leaf.name]))
     return replace(path_layout(spec), layers=layers, shared=shared)
 
@@ -449,7 +449,7 @@ def load_stored(
     shared = {}
     for leaf in leaves_of(config):
         if leaf.stack is None:
-            shared[leaf.name] = jax.device_put(sources.read_finite(source, leaf.tensor))
+            shared[leaf.name] = jax.device_put(sources.load_finite(source, leaf.tensor))
             continue
         grid, first = tensor_grid(config, leaf), leaf.tensor_of()
         stack = aligned_empty((*grid, *sources.shape(source, first)), sources.entry(source, first).dtype)

@@ -96,7 +96,7 @@ def _eight_bits(stored: Mapping[str, Tensor], name: str, dtype: np.dtype) -> Qua
     weight, module = stored[name], name.removesuffix(".weight")
     check_matrix(name, weight, np.dtype(np.int8))
     layout = stored.get(f"{module}{LAYOUT}")
-    if layout is not None and layout.read().any():
+    if layout is not None and layout.load().any():
         raise InputError(weight.file, f"{module}{LAYOUT}: expected 0, rows of outputs; save it again with transformers")
     scales = part_of(stored, weight, f"{module}{SCALES}", FLOATS, (weight.shape[0],))
     return QuantisedTensor(dtype, weight.shape, (weight, scales), RowScales())
@@ -129,7 +129,7 @@ def _read_state(tensor: Tensor, name: str) -> dict[str, Any]:
     if tensor.dtype not in BYTES:
         raise InputError(tensor.file, f"{name} is {tensor.dtype}; expected uint8, the bytes of JSON")
     try:
-        state = json.loads(tensor.read().tobytes())
+        state = json.loads(tensor.load().tobytes())
         sizes = [*state["shape"], *(state[key] for key in ("blocksize", "nested_blocksize") if key in state)]
         whole = len(state["shape"]) == 2 and all(type(size) is int and size > 0 for size in sizes)
         if whole and math.isfinite(float(state.get("nested_offset", 0.0))):

@@ -188,7 +188,7 @@ def group_of(quantised: Path, groups: Sequence[Group], module: str) -> Group:
 
 def _packed_shape(stored: Mapping[str, Tensor], packed: Tensor, module: str, bits: int) -> tuple[int, int]:
     """The shape of a packed matrix, whose last words may be padded. Raises InputError for another number of words."""
-    stored_shape = part_of(stored, packed, f"{module}{SHAPE}", INDICES, (2,)).read()
+    stored_shape = part_of(stored, packed, f"{module}{SHAPE}", INDICES, (2,)).load()
     rows, columns = (int(size) for size in stored_shape)
     if packed.shape != (rows, -(-columns * bits // 32)):
         raise InputError(
@@ -234,7 +234,7 @@ def _dequantised(
     if name in stored and strategy == "group":
         indices = part_of(stored, kept, name, INDICES, (columns,))
         # -1 throughout: inputs are grouped in their order.
-        if (indices.read() != -1).any():
+        if (indices.load() != -1).any():
             check_groups(name, indices, grid[1])
             parts.append(indices)
     formula = Scales(shape, step, bits, zeros is not None, packed)

@@ -75,8 +75,13 @@ class TensorSlice(DenseTensor):
     def read(self) -> np.ndarray:
         return self.of.read()[self.place]
 
+    def load(self) -> np.ndarray:
+        values = np.empty(self.shape, self.dtype)
+        self.of.copy_into(tuple(slice(i, i + 1) if isinstance(i, int) else i for i in self.place), values)
+        return values
+
     def content(self) -> Iterator[np.ndarray]:
-        yield np.ascontiguousarray(self.read()).reshape(-1).view(np.uint8)
+        yield self.load().reshape(-1).view(np.uint8)
 
     def release(self) -> None:
         self.of.release()
@@ -108,8 +113,11 @@ class TransposedTensor(DenseTensor):
     def read(self) -> np.ndarray:
         return np.ascontiguousarray(self.of.read().swapaxes(-2, -1))
 
+    def load(self) -> np.ndarray:
+        return np.ascontiguousarray(self.of.load().swapaxes(-2, -1))
+
     def content(self) -> Iterator[np.ndarray]:
-        yield self.read().reshape(-1).view(np.uint8)
+        yield self.load().reshape(-1).view(np.uint8)
 
     def release(self) -> None:
         self.of.release()

@@ -14,7 +14,7 @@ import mmap
 import os
 import re
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
@@ -159,8 +159,13 @@ class Tensor(Protocol):
         """The values, `[*shape]` in the tensor's dtype, not to be written to."""
         ...
 
+    def load(self) -> np.ndarray:
+        """The values in memory of their own. Raises Failed where the file cannot be read."""
+        ...
+
     def copy_into(self, part: Part, into: np.ndarray) -> bool:
-        """Copy a part of the values into a contiguous array of its shape; False where one is NaN or infinite."""
+        """Copy a part of the values into a contiguous array of its shape; False where one is NaN or infinite. Raises
+        Failed where the file cannot be read."""
         ...
 
     def content(self) -> Iterator[np.ndarray]:
@@ -186,8 +191,12 @@ class DenseTensor:
         outputs, inputs = self.shape
         return np.zeros((0, inputs), np.float32), np.zeros((outputs, 0), np.float32)
 
+    def load(self: Tensor) -> np.ndarray:
+        # A tensor that is computed loads what it is computed from.
+        return self.read()
+
     def copy_into(self: Tensor, part: Part, into: np.ndarray) -> bool:
-        return copy_finite(self.read()[part], into)
+        return copy_finite(self.load()[part], into)
 
 
 @dataclass(frozen=True)
@@ -210,7 +219,10 @@ class BytesOfFile(DenseTensor):
         return (self.mapped,)
 
     def content(self) -> Iterator[np.ndarray]:
-        yield self.mapped.read(self.start, self.stop)
+        for start in range(self.start, self.stop, CONTENT_PIECE):
+            piece = np.empty(min(CONTENT_PIECE, self.stop - start), np.uint8)
+            self.mapped.copy(start, piece)
+            yield piece
 
     def release(self) -> None:
         self.mapped.release(self.start, self.stop)
@@ -226,6 +238,11 @@ class Entry(BytesOfFile):
         if self.start % self.dtype.itemsize:
             raw = raw.copy()
         return raw.view(self.dtype).reshape(self.shape)
+
+    def load(self) -> np.ndarray:
+        values = np.empty(self.shape, self.dtype)
+        self.mapped.copy(self.start, values)
+        return values
 
     def copy_into(self, part: Part, into: np.ndarray) -> bool:
         """Read no more of the file than the part, and map nothing."""
@@ -261,6 +278,8 @@ def is_float(dtype: np.dtype) -> bool:
     return dtype in FLOAT_DTYPES.values() or dtype == np.float64
 
 
+# Bytes of a file that are read together to identify them.
+CONTENT_PIECE = 2**24
 # The number of values that are checked together; so small a piece stays in the cache.
 PIECE = 2**17
 
@@ -502,13 +521,9 @@ class Folder:
         return read_json_object(self.path / "config.json", missing={})
 
     @property
-    def _mapped(self) -> dict[Path, MappedFile]:
-        return {mapped.path: mapped for entry in self.entries.values() for mapped in entry.mapped_files}
-
-    @property
     def files(self) -> list[Path]:
         """The files that the weights lie in."""
-        return sorted(self._mapped)
+        return files_of(self.entries.values())
 
     def read(self, name: str) -> np.ndarray:
         return self.entries[name].read()
@@ -519,15 +534,20 @@ class Folder:
 
     def close(self) -> None:
         """Release the mapped files; the next reading maps them again. An array that was read keeps its mapping."""
-        for mapped in self._mapped.values():
+        for mapped in {mapped for entry in self.entries.values() for mapped in entry.mapped_files}:
             mapped.close()
 
     def digest(self, name: str) -> bytes:
         """sha256 of the tensor's content and name, which identifies this parent's tensor in random methods."""
-        return tensor_digest(name, *self.entries[name].content())
+        return tensor_digest(name, self.entries[name].content())
 
 
-def tensor_digest(name: str, *content: np.ndarray) -> bytes:
+def files_of(tensors: Iterable[Tensor]) -> list[Path]:
+    """The files that tensors lie in."""
+    return sorted({mapped.path for tensor in tensors for mapped in tensor.mapped_files})
+
+
+def tensor_digest(name: str, content: Iterable[np.ndarray]) -> bytes:
     """sha256 of a tensor's content (the bytes that the tensor is made of) and of its name in a file. content:
     contiguous, any dtype."""
     digest = hashlib.sha256()

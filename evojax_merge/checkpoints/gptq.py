@@ -102,5 +102,5 @@ def _without_padding_biases(quantised: Path, entries: Mapping[str, Tensor]) -> d
         if name in expected
         or not name.endswith(".bias")
         or name.rpartition(".")[0] not in quantised_modules
-        or tensor.read().any()
+        or tensor.load().any()
     }

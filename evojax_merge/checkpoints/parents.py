@@ -168,30 +168,36 @@ class Sources:
     def read(self, source: int, tensor: str) -> np.ndarray:
         """One source's tensor, with its rows in the common order: in its own dtype, or float32 where rows are filled
         in from others."""
-        if self.vocabulary is None or not self.has_rows(tensor):
-            return self.folders[source].read(self.name_in(source, tensor))
-        donors = {model for parts in self.vocabulary.fills.values() for model, _ in parts}
-        tensors = {s: self.folders[s].read(self.name_in(s, tensor)) for s in donors | {source}}
-        return aligned_rows(self.vocabulary, source, tensors)
+        return self._values(source, tensor, lambda entry: entry.read())
 
-    def read_finite(self, source: int, tensor: str) -> np.ndarray:
-        """Like `read`. Raises InputError where the tensor holds NaN or infinity, which would spoil every score."""
-        values = self.read(source, tensor)
+    def load(self, source: int, tensor: str) -> np.ndarray:
+        """Like `read`, in memory of its own. Raises Failed where a file cannot be read."""
+        return self._values(source, tensor, lambda entry: entry.load())
+
+    def _values(self, source: int, tensor: str, values: Callable[[Tensor], np.ndarray]) -> np.ndarray:
+        if self.vocabulary is None or not self.has_rows(tensor):
+            return values(self.entry(source, tensor))
+        donors = {model for parts in self.vocabulary.fills.values() for model, _ in parts}
+        return aligned_rows(self.vocabulary, source, {s: values(self.entry(s, tensor)) for s in donors | {source}})
+
+    def load_finite(self, source: int, tensor: str) -> np.ndarray:
+        """Like `load`. Raises InputError where the tensor holds NaN or infinity, which would spoil every score."""
+        values = self.load(source, tensor)
         if not is_finite(values):
             raise self._not_finite(source, tensor)
         return values
 
     def read_into(self, source: int, tensor: str, into: np.ndarray, part: Part = ()) -> None:
-        """Like `read_finite`, a part of the tensor into an array of the part's shape."""
+        """Like `load_finite`, a part of the tensor into an array of the part's shape."""
         if self.vocabulary is not None and self.has_rows(tensor):
-            finite = copy_finite(self.read(source, tensor)[part], into)
+            finite = copy_finite(self.load(source, tensor)[part], into)
         else:
             finite = self.entry(source, tensor).copy_into(part, into)
         if not finite:
             raise self._not_finite(source, tensor)
 
     def read_core_into(self, tensor: str, into: np.ndarray, part: Part = ()) -> None:
-        """A part of the matrix of `common_core`, into an array of its shape. Raises InputError as `read_finite`
+        """A part of the matrix of `common_core`, into an array of its shape. Raises InputError as `load_finite`
         does."""
         core = self.common_core(tensor)
         assert core is not None

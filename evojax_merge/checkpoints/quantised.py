@@ -80,7 +80,7 @@ class QuantisedTensor(DenseTensor):
         return tuple(mapped for part in self.parts for mapped in part.mapped_files)
 
     def read(self) -> np.ndarray:
-        return self.formula.values([part.read() for part in self.parts]).astype(self.dtype, order="C")
+        return self.formula.values([part.load() for part in self.parts]).astype(self.dtype, order="C")
 
     def content(self) -> Iterator[np.ndarray]:
         for part in self.parts:
@@ -174,7 +174,7 @@ def part_of(
 
 def check_groups(name: str, tensor: Tensor, groups: int) -> None:
     """Raises InputError where a tensor of `INDICES` holds a number that no group has."""
-    numbers = tensor.read()
+    numbers = tensor.load()
     if numbers.min() < 0 or numbers.max() >= groups:
         raise InputError(tensor.file, f"{name}: expected the numbers of {groups} groups, from 0 on")
 

@@ -63,7 +63,7 @@ class Change:
 
     def product(self) -> np.ndarray:
         """float32[rows, in · …]: the change."""
-        down, up = (part.read().astype(np.float32) for part in self.parts)
+        down, up = (part.load().astype(np.float32) for part in self.parts)
         rank = len(down)
         product: np.ndarray = np.float32(self.scale) * (up.reshape(-1, rank) @ down.reshape(rank, -1))
         return product
@@ -97,7 +97,7 @@ class FusedTensor(DenseTensor):
         return tuple(mapped for part in self._parts for mapped in part.mapped_files)
 
     def read(self) -> np.ndarray:
-        fused = self.base.read().astype(np.float32).reshape(self.shape[0], -1)
+        fused = self.base.load().astype(np.float32).reshape(self.shape[0], -1)
         for change in self.changes:
             fused[change.rows] += change.product()
         return fused.reshape(self.shape).astype(self.dtype)
@@ -223,7 +223,7 @@ def _change(lora: Path, module: str, parts: Mapping[str, Tensor], place: Place, 
             lora, f"{module}: has factors of shapes {list(down.shape)} and {list(up.shape)}, which do not fit the "
             f"{rows} x {entries} entries of {place.tensor}; expected a LoRA of this kind of generator",
         )  # fmt: skip
-    alpha = float(parts["alpha"].read().reshape(-1)[0]) if "alpha" in parts else float(rank)
+    alpha = float(parts["alpha"].load().reshape(-1)[0]) if "alpha" in parts else float(rank)
     if not math.isfinite(alpha):
         raise InputError(lora, f"{module}.alpha: {alpha}; expected a finite number")
     return Change(slice(begin, begin + rows), down, up, alpha / rank)

@@ -1,6 +1,6 @@
 """Banks whose layers stay on the host, or in the models' own files, until they are needed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from evojax_merge.checkpoints.bank import (
     put_leaf,
     stacked_statistics,
 )
-from evojax_merge.checkpoints.folder import Part
+from evojax_merge.checkpoints.folder import Part, files_of
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.errors import Failed
 from evojax_merge.models.architecture import LAYERS, leaves_of, stack_leaves
@@ -128,7 +128,6 @@ class LeafFiles:
                 prepared = None
                 if reader.measures(len(results)):
                     prepared = reader.read_measured(len(results), name, place, arrays)
-                    _release(reader.sources, [name])
                 results.append(prepared)
                 progress(reader.tensor_bytes)
             keys.append(None if reader.is_prepared_anew else arrays.mask_keys)
@@ -151,7 +150,6 @@ class LeafFiles:
                 self.reader.read_measured(0, name, place, arrays)
             else:
                 self.reader.read(name, place, arrays)
-            _release(self.reader.sources, [name])
         keys, statistics = self.mask_keys, self.statistics
         if number is not None:
             # The axis of the layers is one of one.
@@ -159,13 +157,6 @@ class LeafFiles:
         if keys is not None:
             arrays = replace(arrays, mask_keys=keys)
         return put_leaf(self.reader.layout, arrays, statistics, self.reader.placement)
-
-
-def _release(sources: Sources, names: list[str]) -> None:
-    """Release the memory that reading tensors of these names has mapped."""
-    for source in range(len(sources.folders)):
-        for name in names:
-            sources.release(source, name)
 
 
 @dataclass(frozen=True)
@@ -177,9 +168,11 @@ class FileStates:
     @classmethod
     def of(cls, sources: Sources) -> "FileStates":
         """The states of the files that hold the tensors of these sources."""
-        entries = (entry for folder in sources.folders for entry in folder.entries.values())
-        paths = {mapped.path for entry in entries for mapped in entry.mapped_files}
-        return cls({path: _state(path) for path in sorted(paths)})
+        return cls.of_files(file for folder in sources.folders for file in files_of(folder.entries.values()))
+
+    @classmethod
+    def of_files(cls, files: Iterable[Path]) -> "FileStates":
+        return cls({path: _state(path) for path in sorted(set(files))})
 
     def check(self) -> None:
         """Raises Failed where a file is no longer the one that the search began with."""

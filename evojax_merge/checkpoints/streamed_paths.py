@@ -52,10 +52,9 @@ def _read_layer(sources: Sources, spec: PathSpec, number: int) -> Arrays:
         for place in np.ndindex(grid):
             name = leaf.tensor_of(layer, *place)
             sources.read_into(source, name, arrays[leaf.name][(0, *place)])
-            sources.release(source, name)
     return arrays
 
 
 def _read_ends(sources: Sources, spec: PathSpec, parent: int) -> Arrays:
     """A parent's leaves outside of the layers."""
-    return {leaf.name: sources.read_finite(parent, leaf.tensor) for leaf in shared_leaves(spec.configs[0])}
+    return {leaf.name: sources.load_finite(parent, leaf.tensor) for leaf in shared_leaves(spec.configs[0])}

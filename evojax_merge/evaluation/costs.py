@@ -48,8 +48,8 @@ _REDUCTIONS = {
     "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin",
     "concatenate",
 }  # fmt: skip
-# Kernels with a jaxpr that combines two entries into one.
-_COMBINING = ("scatter", "reduce", "select_and_scatter", "select_and_gather", "cumred")
+# Kernels with a jaxpr of their own, which is not run on arrays in memory.
+_KERNELS = ("scatter", "reduce", "select_and_scatter", "select_and_gather", "cumred", "pallas_call")
 
 
 @dataclass(frozen=True)
@@ -221,10 +221,10 @@ def _ragged_product(eqn: Any) -> Product:
 
 
 def _parts(eqn: Any, platform: Platform | None) -> Iterator[Any]:
-    """The closed jaxprs that an equation runs on its operands; not the jaxpr with which a kernel, such as a scatter
-    that adds, combines two entries. Among branches for a platform each, only the one for `platform`; for None the
-    default."""
-    if eqn.primitive.name.startswith(_COMBINING):
+    """The closed jaxprs that an equation runs on its operands; not that with which a kernel, such as a scatter that
+    adds, combines two entries, nor that of a Pallas kernel, which computes in a core's own memory. Among branches for a
+    platform each, only the one for `platform`; for None the default."""
+    if eqn.primitive.name.startswith(_KERNELS):
         return
     platforms = eqn.params.get("branches_platforms")
     if platforms is not None:

@@ -104,6 +104,19 @@ class Devices:
         names = ("population", *("model" if i == axis else None for i in range(1, len(leaf.shape))))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, PartitionSpec(*names)))
 
+    def put_candidates(self, array: np.ndarray, sharded_axis: int | None) -> jax.Array:
+        """Put an array that each candidate has (leading axis P) on the devices (see `abstract_candidates`)."""
+        sharding = self.abstract_candidates(array, sharded_axis).sharding
+        return jax.block_until_ready(
+            jax.device_put(array, may_alias=True) if sharding is None else placed(array, sharding)
+        )
+
+    def abstract_candidates(self, array: Any, sharded_axis: int | None) -> jax.ShapeDtypeStruct:
+        """An abstract array that each candidate has; the devices of a group cut one of its axes, counted from its end,
+        where its length allows."""
+        cut = sharded_axis if is_sharded(array.shape, sharded_axis, self.model) else None
+        return self.abstract_of_candidates(array, None if cut is None else len(array.shape) + cut)
+
     def part(self, shape: tuple[int, ...], sharded_axis: int | None) -> tuple[slice, ...]:
         """The part of an array of the bank that the devices of this process hold (see `sharding`); empty: all of it."""
         sharding = self.sharding(shape, sharded_axis)

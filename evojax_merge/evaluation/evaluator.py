@@ -202,6 +202,10 @@ class Population:
         """One candidate's shapes where it has to be materialised first; None where it is in memory."""
         return None
 
+    def abstract(self, devices: Devices) -> "Population":
+        """The same candidates without arrays that come to the devices part by part: a plan loads nothing."""
+        return self
+
     def materialise(self, mesh: AnyMesh, candidates: Any) -> Sourcing:
         """A chunk that exists as a whole."""
         return Source(self.factory, self.replicated, candidates)
@@ -1004,7 +1008,8 @@ class DecoderEvaluator:
         # One candidate for each group of devices.
         _, candidates = next(population.chunks(groups))
         reader = JaxprReader(self.target, self.devices)
-        models = abstract_result(population.materialise(mesh, candidates), reader).candidates
+        materialising = population.abstract(self.devices).materialise(mesh, candidates)
+        models = abstract_result(materialising, reader).candidates
         if not self.target.is_accelerator:
             return candidate_bytes(models), 0
         batch, shared_prefix = (

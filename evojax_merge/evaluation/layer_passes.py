@@ -3,7 +3,7 @@
 A candidate's hidden states wait between the layers while other batches and candidates go through the same one. Shapes:
 P candidates of a chunk (leading axis on every leaf that each has), hidden states `[P, B, T, hidden]`. `leaves` are one
 layer of the bank, with a leading axis of one on every array; `parameters` are that layer's part of the recipes, `[P, 1,
-…]`.
+…]`. Children of a pool have no leaves in common, and their weights in the place of parameters.
 """
 
 from dataclasses import dataclass

@@ -37,10 +37,13 @@ def available_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
 def require_memory(where: object, what: str, nbytes: int, available: int) -> None:
     """Raises InputError where `what` takes more memory than there is, with both figures."""
     if nbytes > available:
-        raise InputError(where, f"{what} takes {_shown(nbytes)} of memory, but {_shown(available)} are available")
+        raise InputError(
+            where, f"{what} takes {format_bytes(nbytes)} of memory, but {format_bytes(available)} are available"
+        )
 
 
-def _shown(nbytes: int) -> str:
+def format_bytes(nbytes: int) -> str:
+    """A number of bytes in a message."""
     return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.1f} MB"
 
 

@@ -1,36 +1,95 @@
 """Scoring members of a pool: founders, and children that are bred when they are asked for.
 
-A member is its tensors, in host memory, made as `evojax-merge merge` makes them of its recipe: each measured exactly,
-merged in float32 and cast to the export dtype, with random masks drawn by the parents' content. The scored weights are
-therefore, to the bit, the result of the member's lineage of recipes. Founders are read from their files whenever they
-are needed. Some bred members are kept; any other is bred again from its ancestors.
+A member's tensors are made as `evojax-merge merge` makes them of its recipe: each measured exactly, merged in float32
+and cast to the export dtype, with random masks drawn by the parents' content. The scored weights are therefore, to the
+bit, the result of the member's lineage of recipes. Founders are read from their files whenever they are needed. Parents
+are kept as wholes, some of them beyond a generation; any other is bred again from its ancestors.
 """
 
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from functools import cached_property
+from math import prod
+from typing import Any
 
+import jax
 import numpy as np
+from flax import struct
 from merge_kernels import METHODS, draw_row_keys, merge_tensor
 
 from evojax_merge.checkpoints.bank import aligned_empty
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES, is_finite, tensor_digest
+from evojax_merge.checkpoints.members import MemberStore
 from evojax_merge.checkpoints.parents import Sources, tensor_shapes
+from evojax_merge.checkpoints.streamed import FileStates
+from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import MATERIALISE_FRACTION, DecoderEvaluator, Progress
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.evaluation.streaming import Bring, Part, StreamedPopulation, evaluate
 from evojax_merge.genealogy import Member
-from evojax_merge.models.architecture import depths, leaves_of, tensor_grid, tensor_shape, tensors_of
+from evojax_merge.models.architecture import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    Leaf,
+    depths,
+    shared_leaves,
+    stack_leaves,
+    tensor_grid,
+    tensor_shape,
+)
+from evojax_merge.models.bank import Bank, LeafBank, Recipe
 from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.layers import Weights
 from evojax_merge.models.sources import StackedWeights
+from evojax_merge.models.streamed_bank import load_ahead
 from evojax_merge.tasks.task import Task
 
-# A bred member: its tensors by their names in a file, in the export dtype.
-Weights = dict[str, np.ndarray]
 # Tensors that are merged at a time.
 WORKERS = 4
+# The leaves of a part of the model, and the number of its layer; None: a leaf outside of the layers.
+LeavesOfPart = tuple[Sequence[Leaf], int | None]
+
+
+def parts_of(config: DecoderConfig) -> Iterator[LeavesOfPart]:
+    """The parts of a model: each leaf outside of the layers, and each layer."""
+    yield from (([leaf], None) for leaf in shared_leaves(config))
+    for stack, depth in depths(config).items():
+        yield from ((stack_leaves(config, stack), number) for number in range(depth))
+
+
+def part_tensors(config: DecoderConfig, part: LeavesOfPart) -> Iterator[tuple[str, Leaf, tuple[int, ...]]]:
+    """The tensors of a part: the name in a file, the leaf, and the index among the experts where the leaf has these."""
+    leaves, number = part
+    for leaf in leaves:
+        if number is None:
+            yield leaf.tensor, leaf, ()
+        else:
+            yield from ((leaf.tensor_of(number, *i), leaf, i) for i in np.ndindex(tensor_grid(config, leaf)[1:]))
+
+
+def steps_of(config: DecoderConfig) -> list[list[LeavesOfPart]]:
+    """The parts that a pass needs together: those that embed tokens, each of the layers, and those behind them. An
+    embedding comes twice where it is the head as well."""
+    leaves = {leaf.name: leaf for leaf in shared_leaves(config)}
+    before = [leaf for name, leaf in leaves.items() if name not in (FINAL_NORM, HEAD)]
+    behind = [leaf for name, leaf in leaves.items() if name != EMBEDDING or HEAD not in leaves]
+    layers: list[list[LeavesOfPart]] = [[(stack_leaves(config), number)] for number in range(config.layers)]
+    return [[([leaf], None) for leaf in before], *layers, [([leaf], None) for leaf in behind]]
+
+
+def part_shape(config: DecoderConfig, leaf: Leaf) -> tuple[int, ...]:
+    """The shape of a leaf in its part of the model, where a layer has an axis of one."""
+    grid = () if leaf.stack is None else (1, *tensor_grid(config, leaf)[1:])
+    return (*grid, *tensor_shape(config, leaf))
+
+
+def part_bytes(config: DecoderConfig, export_dtype: str, part: LeavesOfPart) -> int:
+    """Bytes of a part of a member."""
+    return sum(prod(part_shape(config, leaf)) for leaf in part[0]) * FLOAT_DTYPES[export_dtype].itemsize
 
 
 @dataclass
@@ -38,7 +97,8 @@ class PoolBank:
     """The founders' files and the weights of bred members.
 
     sources: the base first where `has_base`, then the founders by number; seed: of random methods; export_dtype: the
-    dtype that members are rounded to; slots: the number of bred members that are kept, the most recent parents.
+    dtype that members are rounded to; slots: the number of bred members that are kept, the most recent parents; store:
+    keeps them.
     """
 
     sources: Sources
@@ -47,7 +107,9 @@ class PoolBank:
     seed: int
     export_dtype: str
     slots: int
-    _kept: OrderedDict[Member, Weights] = field(default_factory=OrderedDict)
+    store: MemberStore
+    # The members that are kept, the most recent parents last.
+    _kept: dict[Member, None] = field(default_factory=dict)
     # The number of children that were bred, repetitions included.
     bred: int = 0
 
@@ -60,101 +122,178 @@ class PoolBank:
         shapes = tensor_shapes(self.config).values()
         return sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes) * self.dtype.itemsize
 
+    @cached_property
+    def _files(self) -> FileStates:
+        return FileStates.of(self.sources)
+
     def check_founders(self, progress: Progress) -> None:
         """Raises InputError where a founder or the base holds NaN or infinity. `progress` receives the bytes that were
         read."""
-        for s in range(len(self.sources.folders)):
-            for name, _, _ in tensors_of(self.config):
-                progress(self.sources.read_finite(s, name).nbytes)
-                if not self.sources.has_rows(name):
-                    self.sources.release(s, name)
+        # From now on the files have to stay as they are.
+        self._files.check()
+        for source in range(len(self.sources.folders)):
+            for part in parts_of(self.config):
+                for name, _, _ in part_tensors(self.config, part):
+                    progress(self.sources.load_finite(source, name).nbytes)
 
-    def weights(self, members: Sequence[Member]) -> Iterator[Weights]:
-        """The tensors of each of the members, in their order, one after the other.
+    def hold(self, members: Iterable[Member]) -> None:
+        """Keep these members as wholes. Raises Failed where a file has changed since the search began.
 
-        Ancestors that are not in memory are bred first, in order of birth, and freed after their last child: besides
-        the members asked for, no more are held at any time than the pool had members.
+        Members that are not kept are bred, after those of their ancestors that are missing, in order of birth; an
+        ancestor goes after its last child. Besides the members asked for, or the `slots` latest of them, no more are
+        held at any time than the pool had members.
         """
+        self._files.check()
+        self.store.check()
+        asked = {member for member in members if not member.is_founder}
         missing: set[Member] = set()
-        waiting = [*members]
+        waiting = [*asked]
         while waiting:
             member = waiting.pop()
-            if not (member.is_founder or member in self._kept or member in missing):
+            if member in self.store:
+                # A run before this one may have left it.
+                self._kept.setdefault(member)
+            elif not (member.is_founder or member in missing):
                 missing.add(member)
                 waiting += member.parents
-        wanted = Counter(parent for member in missing for parent in member.parents) + Counter(members)
-        held = {member: self._kept[member] for member in wanted if member in self._kept}
-        # A child is bred when its turn comes, its ancestors before.
-        order = iter(sorted(missing, key=lambda member: member.number))
+        children = Counter(parent for member in missing for parent in member.parents)
+        for member in sorted(missing, key=lambda member: member.number):
+            self.store.write(member, self._tensors(member))
+            self._kept[member] = None
+            self.bred += 1
+            children.subtract(member.parents)
+            self._evict({*asked, *(parent for parent, count in children.items() if count > 0)})
+        for member in sorted(asked, key=lambda member: member.number):
+            self._kept.pop(member, None)
+            self._kept[member] = None
+        self._evict(asked)
+
+    def _evict(self, needed: set[Member]) -> None:
+        """Remove the earliest of the members that are kept, but for those that are needed, down to `slots`."""
+        for member in [member for member in self._kept if member not in needed]:
+            if len(self._kept) <= self.slots:
+                return
+            del self._kept[member]
+            self.store.drop(member)
+
+    def _tensors(self, member: Member) -> Iterator[tuple[str, np.ndarray]]:
+        """A member's tensors, part by part, bred of parents that are kept."""
+
+        def bred(tensor: tuple[str, Leaf, tuple[int, ...]]) -> tuple[str, np.ndarray]:
+            return tensor[0], MemberTensor(self, tensor[0], layer_of(self.config, part)).of(member)
+
         with ThreadPoolExecutor(WORKERS) as pool:
-            for member in members:
-                while not member.is_founder and member not in held:
-                    self._breed_next(next(order), held, wanted, pool)
-                yield self._founder(member) if member.is_founder else held[member]
-                self._let_go(member, held, wanted)
+            for part in parts_of(self.config):
+                yield from pool.map(bred, part_tensors(self.config, part))
 
-    def _breed_next(
-        self, child: Member, held: dict[Member, Weights], wanted: Counter[Member], pool: ThreadPoolExecutor
-    ) -> None:
-        held[child] = self._bred(child, held, pool)
-        self.bred += 1
-        for parent in child.parents:
-            if not parent.is_founder:
-                self._keep(parent, held[parent])
-            self._let_go(parent, held, wanted)
 
-    @staticmethod
-    def _let_go(member: Member, held: dict[Member, Weights], wanted: Counter[Member]) -> None:
-        wanted[member] -= 1
-        if wanted[member] <= 0:
-            held.pop(member, None)
+def layer_of(config: DecoderConfig, part: LeavesOfPart) -> int:
+    """The layer that a part is merged like: the embedding goes with the first one, all else outside of the layers with
+    the last."""
+    leaves, number = part
+    if number is not None:
+        return number
+    return 0 if leaves[0].component == "embedding" else config.layers - 1
 
-    def _keep(self, member: Member, weights: Weights) -> None:
-        self._kept[member] = weights
-        self._kept.move_to_end(member)
-        while len(self._kept) > self.slots:
-            self._kept.popitem(last=False)
 
-    def _founder(self, member: Member) -> Weights:
-        source = member.number + int(self.has_base)
-        return {name: self.sources.read(source, name).astype(self.dtype) for name, _, _ in tensors_of(self.config)}
+@dataclass(frozen=True)
+class MemberTensor:
+    """A tensor of members of a pool, by its name in a file, merged like that of a layer. A parent's is read once,
+    whatever the number of its children."""
 
-    def _bred(self, child: Member, held: dict[Member, Weights], pool: ThreadPoolExecutor) -> Weights:
-        """The child's tensors; its parents are held, or founders."""
-        method = METHODS[child.method]
-        has_base = method.uses_base(self.has_base)
+    bank: PoolBank
+    name: str
+    layer: int
+    _read: dict[Member | None, np.ndarray] = field(default_factory=dict)
+    _digests: dict[Member, bytes] = field(default_factory=dict)
+
+    def of(self, member: Member) -> np.ndarray:
+        """The tensor of one member, in the export dtype: read where the member is kept or a founder, else bred."""
+        bank = self.bank
+        if member.is_founder or member in bank.store:
+            return self._parent(member).astype(bank.dtype, copy=False)
+        method = METHODS[member.method]
+        has_base = method.uses_base(bank.has_base)
         options = replace(method.options, has_base=has_base)
+        parents = member.ordered(self.layer)
+        tensors = [*map(self._parent, parents)]
         # Export would refuse a recipe with such numbers.
-        is_meaningless = method.validate(options, child.parameters) is not None
+        if method.validate(options, member.parameters) is not None:
+            return np.full(tensors[0].shape, np.nan, bank.dtype)
 
-        def merged(name: str, layer: int) -> np.ndarray:
-            parents = child.ordered(layer)
-            tensors = [self._read(parent, name, held) for parent in parents]
-            if is_meaningless:
-                return np.full(tensors[0].shape, np.nan, self.dtype)
-            sources = [self.sources.read(0, name), *tensors] if has_base else tensors
+        def row_keys(k: int) -> np.ndarray:
+            return draw_row_keys(bank.seed, self._digest(parents[k]), tensors[k].shape)
 
-            def row_keys(k: int) -> np.ndarray:
-                return draw_row_keys(self.seed, self._digest(parents[k], name, held), tensors[k].shape)
+        sources = [self._parent(None), *tensors] if has_base else tensors
+        return merge_tensor(method, options, sources, member.parameters, row_keys, bank.dtype)
 
-            return merge_tensor(method, options, sources, child.parameters, row_keys, self.dtype)
+    def _parent(self, member: Member | None) -> np.ndarray:
+        """The tensor of a founder (None: of the base), in its own dtype, or of a member that is kept."""
+        if member not in self._read:
+            if member is None or member.is_founder:
+                self._read[member] = self.bank.sources.load(self._source(member), self.name)
+            else:
+                self._read[member] = self.bank.store.read(member, self.name)
+        return self._read[member]
 
-        # Tensors outside of the layers: the embedding goes with the first layer, all else with the last.
-        placed = {
-            name: place[0] if place else 0 if leaf.component == "embedding" else self.config.layers - 1
-            for name, leaf, place in tensors_of(self.config)
-        }
-        return dict(zip(placed, pool.map(merged, placed, placed.values()), strict=True))
+    def _digest(self, member: Member) -> bytes:
+        if member not in self._digests:
+            self._digests[member] = (
+                self.bank.sources.digest(self._source(member), self.name)
+                if member.is_founder
+                else tensor_digest(self.name, [self._parent(member)])
+            )
+        return self._digests[member]
 
-    def _read(self, member: Member, name: str, held: dict[Member, Weights]) -> np.ndarray:
-        if member.is_founder:
-            return self.sources.read(member.number + int(self.has_base), name)
-        return held[member][name]
+    def _source(self, member: Member | None) -> int:
+        return 0 if member is None else member.number + int(self.bank.has_base)
 
-    def _digest(self, member: Member, name: str, held: dict[Member, Weights]) -> bytes:
-        if member.is_founder:
-            return self.sources.digest(member.number + int(self.has_base), name)
-        return tensor_digest(name, held[member][name])
+
+@dataclass(frozen=True)
+class ChildrenBeingBred:
+    """Members of a pool, part by part: children of members that are kept, such members, and founders. members: P of
+    them; finite: bool[P], whether all weights that were bred so far are finite."""
+
+    bank: PoolBank
+    members: Sequence[Member]
+    finite: np.ndarray
+
+    @classmethod
+    def of(cls, bank: PoolBank, members: Sequence[Member]) -> "ChildrenBeingBred":
+        """Members, of which the pool keeps from now on what they are bred of."""
+        children = [member for member in members if not (member.is_founder or member in bank.store)]
+        bank.hold([*(set(members) - set(children)), *(parent for child in children for parent in child.parents)])
+        bank.bred += len(children)
+        return cls(bank, members, np.ones(len(members), bool))
+
+    def breeder(self, part: LeavesOfPart) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+        """(the numbers of some of the members, int[N]) -> that part's weights by leaf, `[N, 1, …]` of a layer. Parents'
+        tensors are read once for all calls."""
+        config, dtype = self.bank.config, self.bank.dtype
+        tensors = [
+            (MemberTensor(self.bank, name, layer_of(config, part)), leaf, place)
+            for name, leaf, place in part_tensors(config, part)
+        ]
+
+        def breed(numbers: np.ndarray) -> dict[str, np.ndarray]:
+            arrays = {leaf.name: aligned_empty((len(numbers), *part_shape(config, leaf)), dtype) for leaf in part[0]}
+
+            def enter(tensor: tuple[MemberTensor, Leaf, tuple[int, ...]]) -> None:
+                of_member, leaf, place = tensor
+                # A layer has an axis of one.
+                index = (slice(None), *([0] if leaf.stack else []), *place)
+                for number in np.unique(numbers):
+                    values = of_member.of(self.members[number])
+                    # Numbers that fill up a chunk repeat the last one.
+                    arrays[leaf.name][index][numbers == number] = values
+                    if not is_finite(values):
+                        self.finite[number] = False
+
+            with ThreadPoolExecutor(WORKERS) as pool:
+                list(pool.map(enter, tensors))
+            return arrays
+
+        return breed
 
 
 @dataclass(frozen=True)
@@ -175,27 +314,191 @@ class PoolEvaluator:
         """Score the members, as many bred and scored together as fit into memory. A member with a weight that is not
         finite has failed, whether or not the examples meet it: export would refuse its recipe."""
         size = max(1, int(MATERIALISE_FRACTION * available_memory()) // self.bank.member_bytes())
-        weights, parts = self.bank.weights(members), []
+        parts = []
         for begin in range(0, len(members), size):
-            models, finite = self._stacked(len(members[begin : begin + size]), weights)
-            parts.append(_where(finite, self.evaluator.models(models, progress)))
+            children = ChildrenBeingBred.of(self.bank, members[begin : begin + size])
+            models = self._stacked(children)
+            parts.append(_where(children.finite, self.evaluator.models(models, progress)))
         return _joined(parts)
 
-    def _stacked(self, count: int, weights: Iterator[Weights]) -> tuple[StackedWeights, np.ndarray]:
-        """The next `count` of the weights as one population, a leading axis P on every leaf; and which are finite,
-        bool[P]."""
-        config, bank = self.evaluator.config, self.bank
-        stacks: dict[str, Weights] = {stack: {} for stack in depths(config)}
-        shared: Weights = {}
-        for leaf in leaves_of(config):
-            shape = (count, *tensor_grid(config, leaf), *tensor_shape(config, leaf))
-            (shared if leaf.stack is None else stacks[leaf.stack])[leaf.name] = aligned_empty(shape, bank.dtype)
-        finite = np.zeros(count, bool)
-        for p, member in enumerate(islice(weights, count)):
-            finite[p] = all(map(is_finite, member.values()))
-            for name, leaf, place in tensors_of(config):
-                (shared if leaf.stack is None else stacks[leaf.stack])[leaf.name][(p, *place)] = member[name]
-        return StackedWeights(stacks, shared, self.evaluator.compute_dtype), finite  # type: ignore[arg-type]
+    def _stacked(self, children: ChildrenBeingBred) -> StackedWeights:
+        """Children as one population, a leading axis P on every leaf."""
+        config, numbers = self.evaluator.config, np.arange(len(children.members))
+        stacks: dict[str, dict[str, np.ndarray]] = {
+            stack: {
+                leaf.name: aligned_empty(
+                    (len(numbers), *tensor_grid(config, leaf), *tensor_shape(config, leaf)), children.bank.dtype
+                )
+                for leaf in stack_leaves(config, stack)
+            }
+            for stack in depths(config)
+        }
+        shared: dict[str, np.ndarray] = {}
+        for leaves, layer in parts_of(config):
+            arrays = children.breeder((leaves, layer))(numbers)
+            if layer is None:
+                shared |= arrays
+                continue
+            for leaf in leaves:
+                stacks[str(leaf.stack)][leaf.name][:, layer] = arrays[leaf.name][:, 0]
+        return StackedWeights(stacks, shared, self.evaluator.compute_dtype)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Layer by layer
+
+
+@struct.dataclass
+class BredParts(StackedWeights):
+    """Parts of a child, where a merge has its sources."""
+
+    def merge_layer(self, slice_: Weights) -> Weights:
+        return slice_
+
+    def materialise(self) -> "BredParts":
+        return self
+
+
+@dataclass(frozen=True)
+class BredPartsFactory:
+    """Candidates are the weights of a part of the model, which was bred for them."""
+
+    compute_dtype: str
+
+    def __call__(self, leaves: Bank, parts: Recipe) -> BredParts:
+        return BredParts(parts.stacks, parts.shared, self.compute_dtype)  # type: ignore[arg-type]
+
+
+# (a part) -> (the numbers of a chunk's members, int[N]) -> their weights of that part, by leaf.
+LoadPart = Callable[[LeavesOfPart], Callable[[np.ndarray], Any]]
+
+
+@dataclass(frozen=True)
+class StreamedMemberPopulation(StreamedPopulation):
+    """P members of a pool, by their numbers in the population, whose parts are bred when they are needed, and brought
+    to the devices. load: brings a part of a chunk of members, on the devices."""
+
+    factory: BredPartsFactory
+    replicated: None
+    candidates: np.ndarray
+    config: DecoderConfig
+    export_dtype: str
+    load: LoadPart
+
+    @property
+    def depth(self) -> int:
+        return self.config.layers
+
+    def abstract(self, devices: Devices) -> "StreamedMemberPopulation":
+        return replace(self, load=abstract_load(self.config, self.export_dtype, devices))
+
+    @property
+    def layer_bytes(self) -> int:
+        return part_bytes(self.config, self.export_dtype, (stack_leaves(self.config), 0))
+
+    def parts(self, chunks: Sequence[np.ndarray]) -> Iterator[Bring]:
+        steps = steps_of(self.config)
+        ahead = load_ahead(self._loader(steps, chunks), range(len(steps) * len(chunks)))
+        for _ in steps:
+            yield lambda numbers: next(ahead)[1]
+
+    def _loader(self, steps: Sequence[Sequence[LeavesOfPart]], chunks: Sequence[np.ndarray]) -> Callable[[int], Part]:
+        """(number of a step for all chunks, one after the other) -> its part."""
+        loading: tuple[int, list[Callable[[np.ndarray], Any]]] = -1, []
+
+        def load(place: int) -> Part:
+            nonlocal loading
+            number, chunk = divmod(place, len(chunks))
+            if number != loading[0]:
+                loading = number, [self.load(part) for part in steps[number]]
+            return self._part(steps[number], loading[1], chunks[chunk])
+
+        return load
+
+    def _part(
+        self, parts: Sequence[LeavesOfPart], loads: Sequence[Callable[[np.ndarray], Any]], numbers: np.ndarray
+    ) -> Part:
+        leaves = {leaf.name: without_arrays(leaf) for part, _ in parts for leaf in part}
+        weights: dict[str, Any] = {}
+        for load in loads:
+            weights |= load(numbers)
+        return leaves, weights
+
+    def ends(self, candidates: np.ndarray) -> Iterator[Part]:
+        for leaf in shared_leaves(self.config):
+            part: LeavesOfPart = [leaf], None
+            yield self._part([part], [self.load(part)], candidates)
+
+    def layers(self, candidates: np.ndarray) -> Iterator[Part]:
+        def load(number: int) -> Part:
+            part = stack_leaves(self.config), number
+            return self._part([part], [self.load(part)], candidates)
+
+        for _, part in load_ahead(load, range(self.depth)):
+            yield part
+            del part
+
+    def model_shape(self) -> Any:
+        dtype = FLOAT_DTYPES[self.export_dtype]
+
+        def shape(leaf: Leaf) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((1, *tensor_grid(self.config, leaf), *tensor_shape(self.config, leaf)), dtype)
+
+        def shapes(leaves: Sequence[Leaf]) -> dict[str, jax.ShapeDtypeStruct]:
+            return {leaf.name: shape(leaf) for leaf in leaves}
+
+        stacks: Any = {stack: shapes(stack_leaves(self.config, stack)) for stack in depths(self.config)}
+        shared: Any = shapes(shared_leaves(self.config))
+        return StackedWeights(stacks, shared, self.factory.compute_dtype)
+
+
+def without_arrays(leaf: Leaf) -> LeafBank:
+    """A leaf of a bank that has no sources: where devices share a model, its shards alone are read."""
+    return LeafBank(None, shard_axis=leaf.sharded_axis, has_experts=leaf.has_experts)  # type: ignore[arg-type]
+
+
+def on_devices(children: ChildrenBeingBred, devices: Devices) -> LoadPart:
+    """Brings the parts of children to the devices."""
+
+    def load(part: LeavesOfPart) -> Callable[[np.ndarray], Any]:
+        breed, axes = children.breeder(part), {leaf.name: leaf.sharded_axis for leaf in part[0]}
+        return lambda numbers: {
+            name: devices.put_candidates(array, axes[name]) for name, array in breed(numbers).items()
+        }
+
+    return load
+
+
+def abstract_load(config: DecoderConfig, export_dtype: str, devices: Devices) -> LoadPart:
+    """Makes arrays that take no memory in the place of parts, for plans."""
+    dtype = FLOAT_DTYPES[export_dtype]
+
+    def abstract(leaf: Leaf, numbers: np.ndarray) -> Any:
+        array = np.broadcast_to(np.zeros((), dtype), (len(numbers), *part_shape(config, leaf)))
+        return array if devices.mesh is None else devices.abstract_candidates(array, leaf.sharded_axis)
+
+    return lambda part: lambda numbers: {leaf.name: abstract(leaf, numbers) for leaf in part[0]}
+
+
+@dataclass(frozen=True)
+class StreamedPoolEvaluator(PoolEvaluator):
+    """Scores members whose layers come to the devices one after the other, bred when they are needed: a child that is
+    scored by likelihood never exists as a whole, and a parent's layer is read once for all children."""
+
+    def evaluate(self, members: Sequence[Member], progress: Progress = lambda done: None) -> TaskScores:
+        children = ChildrenBeingBred.of(self.bank, members)
+        population = member_population(
+            self.evaluator, self.bank.config, self.bank.export_dtype, len(members),
+            on_devices(children, self.evaluator.devices),
+        )  # fmt: skip
+        return _where(children.finite, evaluate(self.evaluator, population, progress))
+
+
+def member_population(
+    evaluator: DecoderEvaluator, config: DecoderConfig, export_dtype: str, size: int, load: LoadPart
+) -> StreamedMemberPopulation:
+    factory = BredPartsFactory(evaluator.compute_dtype)
+    return StreamedMemberPopulation(factory, None, np.arange(size), config, export_dtype, load)
 
 
 def _where(finite: np.ndarray, scores: TaskScores) -> TaskScores:

@@ -6,7 +6,8 @@ moves once per generation, whatever the population. A candidate that generates i
 devices then hold it, its caches and one layer of sources.
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from evojax_merge.evaluation import layer_passes, passes
 from evojax_merge.evaluation.batched_tasks import BatchedTask
-from evojax_merge.evaluation.devices import AnyMesh, on_host, pad_chunk, size_of, tree_nbytes
+from evojax_merge.evaluation.devices import AnyMesh, Devices, on_host, pad_chunk, size_of, tree_nbytes
 from evojax_merge.evaluation.evaluator import (
     DecoderEvaluator,
     MergeEvaluator,
@@ -52,7 +53,7 @@ from evojax_merge.models.architecture import LAYERS
 from evojax_merge.models.bank import LeafBank, Recipe
 from evojax_merge.models.layers import KeyValue
 from evojax_merge.models.sources import StackedWeights
-from evojax_merge.models.streamed_bank import StreamedBank
+from evojax_merge.models.streamed_bank import StreamedBank, abstract_streamed
 from evojax_merge.tasks.batches import ScoringBatch
 from evojax_merge.tasks.task import Responses
 
@@ -61,24 +62,119 @@ Leaves = dict[str, LeafBank]
 WAITING_FRACTION = 1 / 4
 
 
-def _layer_of(parameters: Any, number: int) -> Any:
-    """One layer's part, `[P, 1, …]`, of the parameters of a stack, `[P, L, …]`."""
-    return jax.tree.map(lambda values: values[:, number : number + 1], parameters)
+def _end_part(ends: Leaves, recipes: Recipe) -> "Part":
+    return ends, recipes.shared
+
+
+def _layer_part(number: int, leaves: Leaves, recipes: Recipe) -> "Part":
+    """A layer's leaves, and the recipes' parameters for it, `[P, 1, …]` of `[P, L, …]`."""
+    return leaves, jax.tree.map(lambda values: values[:, number : number + 1], recipes.stacks[LAYERS])
+
+
+# A part of the model, brought to the devices for a chunk of candidates: what all of them share, and what each has. A
+# pass merges the candidates' weights of the two.
+Part = tuple[Leaves, Any]
+# (a chunk of candidates, by its arrays) -> its part. Chunks come one after the other, in their order.
+Bring = Callable[[Any], Part]
 
 
 @dataclass(frozen=True)
-class StreamedPopulation(Population):
-    """P merges of a streamed bank, each described by its recipe."""
+class StreamedPopulation(Population, ABC):
+    """P candidates whose parts come to the devices one after the other."""
 
-    factory: LazyMergeFactory
-    replicated: StreamedBank
+    factory: Any
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """L."""
+        ...
+
+    @property
+    @abstractmethod
+    def layer_bytes(self) -> int:
+        """Bytes of what comes to the devices for a layer."""
+        ...
+
+    @abstractmethod
+    def parts(self, chunks: Sequence[Any]) -> Iterator[Bring]:
+        """The leaves that embed tokens, each of the layers, and the leaves behind them, for all chunks of candidates;
+        the next part is loaded meanwhile."""
+        ...
+
+    @abstractmethod
+    def ends(self, candidates: Any) -> Iterator[Part]:
+        """The leaves outside of the layers for one chunk, one by one."""
+        ...
+
+    @abstractmethod
+    def layers(self, candidates: Any) -> Iterator[Part]:
+        """The layers for one chunk."""
+        ...
 
     def planned_scoring(self, evaluator: DecoderEvaluator, batched_task: BatchedTask) -> Evaluation:
         chunk = scoring_chunk(evaluator, self)
         scores = Scores.empty([batched_task], chunk)
         return scoring(evaluator, self.first(chunk), [batched_task], chunk, scores, lambda done: None, self.size)
 
-    def differentiable(self) -> "StreamedPopulation":
+    def materialise(self, mesh: AnyMesh, candidates: Any) -> Sourcing:
+        size = size_of(candidates)
+        spec = layer_passes.StackSpec(self.factory, mesh, self.depth)
+        shared: dict[str, Any] = {}
+        for part in self.ends(candidates):
+            shared |= yield Program(MATERIALISE, layer_passes.materialise_ends, (spec, *part), size)
+            del part
+        stacks: Any = None
+        for number, (leaves, each) in enumerate(self.layers(candidates)):
+            moved = partial(_written_bytes, (leaves, each), self.depth * size)
+            arguments: tuple[Any, ...] = (spec, (leaves, np.int32(number)), each, stacks)
+            stacks = yield Program(
+                MATERIALISE, layer_passes.materialise_layer, arguments, size, holds=shared, merge_bytes=moved
+            )
+            jax.block_until_ready(stacks)
+            del leaves, each, arguments, moved
+        models = StackedWeights({LAYERS: stacks}, shared, self.factory.compute_dtype)
+        return Source(PerCandidateModel(), None, models, models)
+
+
+@dataclass(frozen=True)
+class StreamedMergePopulation(StreamedPopulation):
+    """P merges of a streamed bank, each described by its recipe."""
+
+    factory: LazyMergeFactory
+    replicated: StreamedBank
+
+    @property
+    def depth(self) -> int:
+        return self.replicated.depth
+
+    @property
+    def layer_bytes(self) -> int:
+        return self.replicated.layer_bytes
+
+    def parts(self, chunks: Sequence[Recipe]) -> Iterator[Bring]:
+        bank = self.replicated
+        ends = bank.before_layers()
+        yield partial(_end_part, ends)
+        ends = bank.meanwhile(ends)
+        for number, leaves in bank.layers(range(bank.depth)):
+            yield partial(_layer_part, number, leaves)
+            del leaves
+        yield partial(_end_part, bank.behind_layers(ends))
+
+    def ends(self, candidates: Recipe) -> Iterator[Part]:
+        for name in self.replicated.shapes.shared:
+            yield self.replicated.load_ends([name]), {name: candidates.shared[name]}
+
+    def layers(self, candidates: Recipe) -> Iterator[Part]:
+        for number, leaves in self.replicated.layers(range(self.depth)):
+            yield _layer_part(number, leaves, candidates)
+            del leaves
+
+    def abstract(self, devices: Devices) -> "StreamedMergePopulation":
+        return replace(self, replicated=abstract_streamed(self.replicated.shapes))
+
+    def differentiable(self) -> "StreamedMergePopulation":
         spec, dtype = self.factory.spec, self.factory.compute_dtype
         return replace(self, factory=DifferentiableFactory(spec, dtype))
 
@@ -96,30 +192,9 @@ class StreamedPopulation(Population):
         spec = passes.MaterialiseSpec(self.factory, None)
         return jax.eval_shape(partial(passes.materialise, spec), self.replicated.shapes, candidate)
 
-    def materialise(self, mesh: AnyMesh, candidates: Recipe) -> Sourcing:
-        bank, size = self.replicated, size_of(candidates)
-        spec = layer_passes.StackSpec(self.factory, mesh, bank.depth)
-        shared: dict[str, Any] = {}
-        for name in bank.shapes.shared:
-            one = (spec, bank.load_ends([name]), {name: candidates.shared[name]})
-            shared |= yield Program(MATERIALISE, layer_passes.materialise_ends, one, size)
-            del one
-        stacks: Any = None
-        for number, leaves in bank.layers(range(bank.depth)):
-            parameters = _layer_of(candidates.stacks[LAYERS], number)
-            moved = partial(_written_bytes, leaves, bank.depth * size)
-            arguments: tuple[Any, ...] = (spec, (leaves, np.int32(number)), parameters, stacks)
-            stacks = yield Program(
-                MATERIALISE, layer_passes.materialise_layer, arguments, size, holds=shared, merge_bytes=moved
-            )
-            jax.block_until_ready(stacks)
-            del leaves, arguments, moved
-        models = StackedWeights({LAYERS: stacks}, shared, self.factory.compute_dtype)
-        return Source(PerCandidateModel(), None, models, models)
 
-
-def _written_bytes(leaves: Leaves, parts: int, stacks: Any) -> int:
-    return tree_nbytes(leaves) + tree_nbytes(stacks) // parts
+def _written_bytes(part: Part, parts: int, stacks: Any) -> int:
+    return tree_nbytes(part) + tree_nbytes(stacks) // parts
 
 
 @dataclass(frozen=True)
@@ -137,11 +212,11 @@ class Scores:
 
 @dataclass
 class Waiting:
-    """A chunk of candidates between two layers. rows: their numbers; parameters: their recipes; prefixes: by task the
+    """A chunk of candidates between two layers. rows: their numbers; candidates: their arrays; prefixes: by task the
     hidden states of the prefix, None without one; batches: by task those of each batch."""
 
     rows: np.ndarray
-    parameters: Recipe
+    candidates: Any
     prefixes: list[Any] = field(default_factory=list)
     batches: list[list[Any]] = field(default_factory=list)
 
@@ -210,34 +285,34 @@ def scoring(
 ) -> Evaluation:  # fmt: skip
     """Score the rows of all tasks, `chunk` candidates together, in one run through the bank; enters the results in
     `scores`. size: the number of candidates whose hidden states wait meanwhile."""
-    bank, mesh, config = population.replicated, evaluator.devices.mesh, evaluator.config
+    mesh, config = evaluator.devices.mesh, evaluator.config
     spec = passes.PassSpec(config, population.factory, mesh)
     inputs = [inputs_of(evaluator, batched_task) for batched_task in batched_tasks]
-    waiting = [Waiting(rows, recipes) for rows, recipes in population.chunks(chunk)]
+    waiting = [Waiting(rows, candidates) for rows, candidates in population.chunks(chunk)]
     waits = _waiting(evaluator, inputs, size)
+    parts = population.parts([one.candidates for one in waiting])
 
-    ends = bank.before_layers()
-    yield Each((_embedding(spec, ends, inputs, waits, one) for one in waiting), _block, _no_part)
-    ends = bank.meanwhile(ends)
-    counted = _LayerProgress(progress, bank.depth, sum(len(t.batches) for t in inputs) * population.size)
-    for number, leaves in bank.layers(range(bank.depth)):
-        layer = partial(_through_layer, spec, number, leaves, inputs, waits)
-        yield Each(map(layer, waiting), _block, _no_part)
+    def each(job: Callable[[Part, Waiting], Job]) -> Each:
+        """A job for each chunk and its part of the next of `parts`, which is gone when the jobs are."""
+        bring = next(parts)
+        return Each((job(bring(one.candidates), one) for one in waiting), _block, _no_part)
+
+    yield each(partial(_embedding, spec, inputs, waits))
+    counted = _LayerProgress(progress, population.depth, sum(len(t.batches) for t in inputs) * population.size)
+    for number in range(population.depth):
+        yield each(partial(_through_layer, spec, number, inputs, waits))
         counted.layer_done()
-        del leaves, layer
 
-    ends = bank.behind_layers(ends)
-
-    def answering(one: Waiting) -> Job:
+    def answering(part: Part, one: Waiting) -> Job:
+        ends, candidates = part
         for i, (task, batched_task) in enumerate(zip(inputs, batched_tasks, strict=True)):
             head = passes.ScoreSpec(config, population.factory, mesh, batched_task.requests.logits_fn)
             batches = () if batched_task.scoring is None else batched_task.scoring.batches
             for batch, arrays, states in zip(batches, task.batches, one.batches[i], strict=True):
                 read = partial(_enter, scores, i, one.rows, batch)
-                arguments = (head, (ends, arrays), (one.parameters.shared, states))
-                yield Program(HEAD, layer_passes.answer, arguments, chunk, read=read)
+                yield Program(HEAD, layer_passes.answer, (head, (ends, arrays), (candidates, states)), chunk, read=read)
 
-    yield Each(map(answering, waiting), _block, _no_part)
+    yield each(answering)
 
 
 def _block(result: Any) -> None:
@@ -256,13 +331,13 @@ def _enter(scores: Scores, i: int, rows: np.ndarray, batch: ScoringBatch, result
     enter_rows(scores.greedy[i], rows, batch, greedy)
 
 
-def _embedding(spec: passes.PassSpec, ends: Leaves, inputs: Sequence[Inputs], waits: Room, one: Waiting) -> Job:
+def _embedding(spec: passes.PassSpec, inputs: Sequence[Inputs], waits: Room, part: Part, one: Waiting) -> Job:
     """Embed the tokens of a chunk's prefixes and batches."""
-    parameters = one.parameters.shared
+    ends, candidates = part
 
     def embed(arrays: dict[str, Any]) -> Program:
-        arguments = (spec, (ends, _layout(arrays)), parameters)
-        return Program(EMBED, layer_passes.embed, arguments, size_of(parameters))
+        arguments = (spec, (ends, _layout(arrays)), candidates)
+        return Program(EMBED, layer_passes.embed, arguments, size_of(one.candidates))
 
     for task in inputs:
         one.prefixes.append(None if task.prefix is None else (yield embed(task.prefix)))
@@ -273,12 +348,12 @@ def _embedding(spec: passes.PassSpec, ends: Leaves, inputs: Sequence[Inputs], wa
 
 
 def _through_layer(
-    spec: passes.PassSpec, number: int, leaves: Leaves, inputs: Sequence[Inputs], waits: "Room",
-    one: Waiting,
-) -> Job:  # fmt: skip
+    spec: passes.PassSpec, number: int, inputs: Sequence[Inputs], waits: Room, part: Part, one: Waiting
+) -> Job:
     """Merge a layer for a chunk of candidates, and take their prefixes and batches through it."""
-    size, index = size_of(one.parameters), np.int32(number)
-    weights = yield _merge(spec, number, leaves, one.parameters)
+    size, index = size_of(one.candidates), np.int32(number)
+    weights = yield _merge(spec, part, size)
+    del part
     for i, task in enumerate(inputs):
         kv: KeyValue | None = None
         if task.prefix is not None:
@@ -293,16 +368,15 @@ def _through_layer(
     return one.batches
 
 
-def _merge(spec: passes.PassSpec, number: int, leaves: Leaves, recipes: Recipe) -> Program:
+def _merge(spec: passes.PassSpec, part: Part, size: int) -> Program:
     """The program that merges a layer for a chunk of candidates."""
-    parameters, size = _layer_of(recipes.stacks[LAYERS], number), size_of(recipes)
     merging = passes.MaterialiseSpec(spec.factory, spec.mesh)
-    moved = partial(_merged_bytes, leaves, size)
-    return Program(MERGE, layer_passes.merge_layer, (merging, leaves, parameters), size, merge_bytes=moved)
+    moved = partial(_merged_bytes, tree_nbytes(part[0]), size)
+    return Program(MERGE, layer_passes.merge_layer, (merging, *part), size, merge_bytes=moved)
 
 
-def _merged_bytes(leaves: Leaves, size: int, weights: Any) -> int:
-    return tree_nbytes(leaves) + tree_nbytes(weights) // size
+def _merged_bytes(sources: int, size: int, weights: Any) -> int:
+    return sources + tree_nbytes(weights) // size
 
 
 @dataclass
@@ -320,7 +394,7 @@ class Trail:
 
 
 def differentiating(
-    evaluator: DecoderEvaluator, population: StreamedPopulation, batched_tasks: Sequence[BatchedTask], chunk: int,
+    evaluator: DecoderEvaluator, population: StreamedMergePopulation, batched_tasks: Sequence[BatchedTask], chunk: int,
     weights: Sequence[np.ndarray], scores: Scores, gradient: Recipe, progress: Progress, size: int,
 ) -> Evaluation:  # fmt: skip
     """Differentiate the sum of each task's totals times its `weights: float32[P, S]` with respect to the recipes, in
@@ -333,7 +407,10 @@ def differentiating(
     waits = _waiting(evaluator, inputs, size * (bank.depth + 1))
 
     ends = bank.before_layers()
-    yield Each((_embedding(spec, ends, inputs, waits, trail.before[0]) for trail in trails), _block, _no_part)
+    yield Each(
+        (_embedding(spec, inputs, waits, (ends, trail.parameters.shared), trail.before[0]) for trail in trails), _block,
+        _no_part,
+    )  # fmt: skip
     ends = bank.meanwhile(ends)
     counted = _LayerProgress(progress, 2 * bank.depth, sum(len(task.batches) for task in inputs) * population.size)
     for number, leaves in bank.layers(range(bank.depth)):
@@ -393,7 +470,7 @@ def _onwards(
 ) -> Job:
     """Take a chunk through a layer, and leave the states before it as they are."""
     size = size_of(trail.parameters)
-    weights = yield _merge(spec, number, leaves, trail.parameters)
+    weights = yield _merge(spec, _layer_part(number, leaves, trail.parameters), size)
     before, index, states = trail.before[-1], np.int32(number), Waiting(trail.rows, trail.parameters)
     for i, task in enumerate(inputs):
         kv: KeyValue | None = None
@@ -417,7 +494,7 @@ def _back(
 ) -> Job:  # fmt: skip
     """Take a chunk's derivatives back through a layer, and enter that with respect to its parameters."""
     size = size_of(trail.parameters)
-    weights = yield _merge(spec, number, leaves, trail.parameters)
+    weights = yield _merge(spec, _layer_part(number, leaves, trail.parameters), size)
     before, index, slope = trail.before.pop(), np.int32(number), None
     for i, task in enumerate(inputs):
         kv: KeyValue | None = None
@@ -441,8 +518,8 @@ def _back(
             slope = yield from _sum(slope, part, size)
             trail.behind[i] = (through, cotangents)
     merging = passes.MaterialiseSpec(spec.factory, spec.mesh)
-    arguments = (merging, leaves, (_layer_of(trail.parameters.stacks[LAYERS], number), slope))
-    moved = partial(_merged_bytes, leaves, size)
+    arguments = (merging, leaves, (_layer_part(number, leaves, trail.parameters)[1], slope))
+    moved = partial(_merged_bytes, tree_nbytes(leaves), size)
     part = yield Program(RECIPE_GRADIENT, layer_passes.merge_gradient, arguments, size, merge_bytes=moved)
     places = {name: values[:, number : number + 1] for name, values in gradient.stacks[LAYERS].items()}
     _add_rows(places, trail.rows, part)
@@ -492,13 +569,11 @@ class StreamedEvaluator(MergeEvaluator):
     bank: StreamedBank
 
     def evaluate(self, recipes: Recipe, progress: Progress = lambda done: None) -> TaskScores:
-        population = self.population(recipes)
-        scores = self.evaluator.retry_together(partial(self._score, population), progress)
-        return self.evaluator.with_texts(population, zip(scores.totals, scores.greedy, strict=True), progress)
+        return evaluate(self.evaluator, self.population(recipes), progress)
 
-    def population(self, recipes: Recipe) -> StreamedPopulation:
+    def population(self, recipes: Recipe) -> StreamedMergePopulation:
         factory = LazyMergeFactory(self.spec, self.evaluator.compute_dtype)
-        return StreamedPopulation(factory, self.bank, jax.tree.map(np.asarray, recipes))
+        return StreamedMergePopulation(factory, self.bank, jax.tree.map(np.asarray, recipes))
 
     def value_and_gradient(
         self, recipes: Recipe, progress: Progress = lambda done: None, goal: Goal = PLAIN
@@ -515,14 +590,14 @@ class StreamedEvaluator(MergeEvaluator):
         return alone.evaluator.retry_together(run, progress)
 
     def _differentiate(
-        self, population: StreamedPopulation, weights: Sequence[float], progress: Progress
+        self, population: StreamedMergePopulation, weights: Sequence[float], progress: Progress
     ) -> tuple[TaskScores, Recipe]:
         evaluator, nobody = self.evaluator, np.zeros(population.size, bool)
         tasks, shapes = evaluator.batched_tasks, Scores.empty(evaluator.batched_tasks, population.size)
         scores = shapes
         if any(task.derivative == "nonlinear" for task in evaluator.tasks):
             # The weight of a total depends on the others, which may be in other batches.
-            scores = self._score(population, lambda done: None)
+            scores = score_rows(evaluator, population, lambda done: None)
         counts = [np.array([len(row.tokens) - row.start for row in one.requests.scored]) for one in tasks]
 
         def responses(i: int) -> Responses:
@@ -546,11 +621,18 @@ class StreamedEvaluator(MergeEvaluator):
         }
         return TaskScores(matrices), gradient
 
-    def _score(self, population: StreamedPopulation, progress: Progress) -> Scores:
-        evaluator = self.evaluator
-        scores = Scores.empty(evaluator.batched_tasks, population.size)
-        if any(batched_task.scoring is not None for batched_task in evaluator.batched_tasks):
-            chunk = scoring_chunk(evaluator, population)
-            work = scoring(evaluator, population, evaluator.batched_tasks, chunk, scores, progress, population.size)
-            execute(work, evaluator.runs_two_jobs(self.bank.layer_bytes))
-        return scores
+
+def evaluate(evaluator: DecoderEvaluator, population: StreamedPopulation, progress: Progress) -> TaskScores:
+    """Score a streamed population on all tasks."""
+    scores = evaluator.retry_together(partial(score_rows, evaluator, population), progress)
+    return evaluator.with_texts(population, zip(scores.totals, scores.greedy, strict=True), progress)
+
+
+def score_rows(evaluator: DecoderEvaluator, population: StreamedPopulation, progress: Progress) -> Scores:
+    """Score the rows of all tasks."""
+    scores = Scores.empty(evaluator.batched_tasks, population.size)
+    if any(batched_task.scoring is not None for batched_task in evaluator.batched_tasks):
+        chunk = scoring_chunk(evaluator, population)
+        work = scoring(evaluator, population, evaluator.batched_tasks, chunk, scores, progress, population.size)
+        execute(work, evaluator.runs_two_jobs(population.layer_bytes))
+    return scores

@@ -19,8 +19,9 @@ import numpy as np
 from flax import struct
 
 from evojax_merge.models.architecture import LAYERS, architecture_of
+from evojax_merge.models.attention import prefill_attention
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import add_deepstack, deepstack_rows, embed, image_layout, prefill_attention
+from evojax_merge.models.decoder import add_deepstack, deepstack_rows, embed, image_layout
 from evojax_merge.models.images import ImageInputs
 from evojax_merge.models.layers import LayerKind, SequenceLayout, Weights, prefix_layout, tables_of
 from evojax_merge.models.sources import StackedWeights

@@ -53,7 +53,8 @@ class _MaterialisedWeights:
         return self._cast(self.shared[name])
 
     def lm_head_rows(self, start: jax.Array | int, rows: int, shards: int) -> jax.Array:
-        return slice_shards(self.shared.get(HEAD, self.shared[EMBEDDING]), start, rows, shards)
+        head = self.shared[HEAD if HEAD in self.shared else EMBEDDING]
+        return slice_shards(head, start, rows, shards)
 
     def head(self, slices: jax.Array) -> jax.Array:
         return self._cast(slices)

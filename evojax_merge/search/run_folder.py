@@ -9,6 +9,7 @@ history.csv      the figures of the history as a table, where the config's log n
 environment.json  versions, devices, machine, command and duration of each process that worked on the run
 checkpoints/     the state after each generation (orbax), the last three kept
 best/            recipe.yaml and model/; for a strategy that keeps a front, front/ with the recipe of each member
+members/         of a pool whose members are kept in files, while it is searched: the weights of parents
 winners/         best/ as it was when the run had finished with fewer generations, with its result.json
 stages/          run folders of the stages before the last, in a chain
 result.json      held-out scores of the winner, the parents and the uniform merge

@@ -1,9 +1,10 @@
 """The paths of a run folder's files, the check that they are the search's own, and their removal when a search starts
 again.
 
-`best/`, `checkpoints/`, `stages/` and `winners/` may be links to folders on another disk, and a user may keep files of
-their own in them, and beside them. A file is removed only where the search wrote it: its name and its form are the
-search's. Any other file in a folder that would go as a whole stops the replacement, with a message that names the file.
+`best/`, `checkpoints/`, `members/`, `stages/` and `winners/` may be links to folders on another disk, and a user may
+keep files of their own in them, and beside them. A file is removed only where the search wrote it: its name and its
+form are the search's. Any other file in a folder that would go as a whole stops the replacement, with a message that
+names the file.
 """
 
 import json
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evojax_merge.checkpoints.members import member_folders
 from evojax_merge.checkpoints.writer import check_ours
 from evojax_merge.errors import InputError, shown
 from evojax_merge.file_system import (
@@ -48,6 +50,7 @@ _ORBAX_NAME = re.compile(
 _MEMBER = re.compile(r"member-[1-9][0-9]*\.yaml")
 _KEPT_WINNER = re.compile(r"[0-9]{3,}(-[0-9]+)?")
 _STAGE = re.compile(r"stage-[1-9][0-9]*")
+_PROCESS = re.compile(r"process-(0|[1-9][0-9]*)")
 _ADVICE = "move it, or choose another folder with --out"
 
 
@@ -124,6 +127,11 @@ class RunFolder:
         return self.path / "heldout_answers.jsonl"
 
     @property
+    def members(self) -> Path:
+        """Members of a pool that are kept in files while the search runs."""
+        return self.path / "members"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -149,7 +157,7 @@ class RunFolder:
     @property
     def parts(self) -> list[Path]:
         """The folders that belong to the run; anything else beside them is its user's."""
-        return [self.best, self.checkpoints, self.stages, self.winners]
+        return [self.best, self.checkpoints, self.members, self.stages, self.winners]
 
     def read_history(self) -> list[dict[str, Any]]:
         return read_lines(self.history)
@@ -361,6 +369,17 @@ def prune(folder: RunFolder) -> None:
             remove_folder(folder.step(generation))
 
 
+def remove_members(folder: RunFolder) -> None:
+    """Remove the members of a pool that were kept in files; a file that a user keeps beside them stays."""
+    for path in entries(folder.members):
+        if _PROCESS.fullmatch(path.name) and is_real_folder(path):
+            remove_leftovers(path)
+            for member in member_folders(path):
+                remove_folder(member)
+            remove_empty_folder(path)
+    remove_empty_folder(folder.members)
+
+
 def clear(folder: RunFolder, generations: int) -> list[str]:
     """Delete what a search wrote, and nothing that a user put beside it: a line names the files that stay in the run's
     parts. Raises InputError, before anything is deleted, where a user's file lies in a folder that would go as a whole,
@@ -379,6 +398,7 @@ def clear(folder: RunFolder, generations: int) -> list[str]:
     for path in (folder.model, folder.front, *folder.kept_winners(), *stages):
         if path.exists():
             remove_folder(path)
+    remove_members(folder)
     remove_file(folder.timing)
     remove_file(folder.environment)
     remove_file(folder.history)

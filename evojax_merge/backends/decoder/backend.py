@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.backends.decoder.candidates import Candidates
+from evojax_merge.backends.decoder.bank_place import BankPlace
+from evojax_merge.backends.decoder.candidates import Candidates, is_on_devices, placed_at
 from evojax_merge.backends.decoder.planner import DecoderPlanner
 from evojax_merge.backends.decoder.vision import Vision
 from evojax_merge.checkpoints.bank import bank_bytes
@@ -28,10 +29,11 @@ from evojax_merge.evaluation.batched_tasks import (
 )
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import DecoderEvaluator, Progress
+from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.evaluation.planned_passes import DeviceSizes
 from evojax_merge.evaluation.samples import sample_rows
 from evojax_merge.evaluation.scores import TaskScores
-from evojax_merge.evaluation.targets import Target
+from evojax_merge.evaluation.targets import Target, live_target
 from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.stages import merge_stream, prepare_stream
 from evojax_merge.mergekit.streams import parse_stream
@@ -246,11 +248,21 @@ class DecoderBackend:
     def device_sizes(self, shards: int) -> DeviceSizes:
         sizes = DeviceSizes(shards)
         self.candidates.place_bank(sizes.place)
-        sizes.on_host = self.candidates.host_bytes()
+        sizes.on_host, sizes.on_disk = self.candidates.host_bytes(), self.candidates.disk_bytes()
         # Layer paths are planned as one model, but all of the parents' layers are loaded.
         sizes.bank = max(sizes.bank, self.held_bytes() // shards)
         self.abstract_images(self.compute_dtype, sizes.place)
         return sizes
+
+    def streamed(self) -> "DecoderBackend | None":
+        if not is_on_devices(self.candidates):
+            return None
+        on_host = placed_at(self.candidates, "host").host_bytes()
+        # A CPU's models are in the memory of the host in any case.
+        has_room = self.target.is_accelerator and (self.target != live_target() or on_host <= available_memory())
+        place: BankPlace = "host" if has_room else "disk"
+        config = self.config.model_copy(update={"evaluation": self.settings.model_copy(update={"bank": place})})
+        return replace(self, candidates=placed_at(self.candidates, place), config=config)
 
     def abstract_images(self, dtype: str, place: Callable[..., Any]) -> ImageTable | None:
         """The tasks' images as abstract arrays, which `place` makes; None where there are none."""
@@ -268,8 +280,8 @@ class DecoderBackend:
     # -----------------------------------------------------------------------------------------------------------
     # The search
 
-    def load(self, devices: Devices, progress: Progress) -> Any:
-        return self.candidates.load_bank(devices, progress)
+    def load(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
+        return self.candidates.load_bank(devices, progress, folder)
 
     def evaluators(
         self,

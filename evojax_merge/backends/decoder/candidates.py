@@ -2,6 +2,8 @@
 and evaluates, writes and shows its candidates. This module holds all code that depends on the kind."""
 
 import math
+import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,15 +24,30 @@ from evojax_merge.checkpoints.bank import (
     load_path_bank,
     load_stored,
 )
+from evojax_merge.checkpoints.folder import FLOAT_DTYPES
+from evojax_merge.checkpoints.members import MembersInFiles, MembersOnHost, MemberStore
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.checkpoints.streamed import bank_in_files, bank_on_host
 from evojax_merge.checkpoints.streamed_paths import path_bank_in_files, path_bank_on_host
+from evojax_merge.checkpoints.writer import TensorSpec
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import DecoderEvaluator, MergeEvaluator, Population, Progress
 from evojax_merge.evaluation.passes import SharedModel
 from evojax_merge.evaluation.paths import PathEvaluator, StreamedPathEvaluator
 from evojax_merge.evaluation.planned_passes import DeviceSizes
-from evojax_merge.evaluation.pool import PoolBank, PoolEvaluator
+from evojax_merge.evaluation.pool import (
+    LeavesOfPart,
+    PoolBank,
+    PoolEvaluator,
+    StreamedPoolEvaluator,
+    abstract_load,
+    member_population,
+    part_bytes,
+    part_shape,
+    part_tensors,
+    parts_of,
+    steps_of,
+)
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.streaming import StreamedEvaluator
 from evojax_merge.evaluation.targets import Target
@@ -44,6 +61,7 @@ from evojax_merge.models.architecture import (
     architecture_of,
     shared_leaves,
     stack_leaves,
+    tensor_shape,
 )
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
@@ -55,7 +73,7 @@ from evojax_merge.report.paths import PathReport
 from evojax_merge.report.plan import shown_bytes, shown_seconds
 from evojax_merge.report.pool import PoolReport
 from evojax_merge.report.winner import WinnerReport
-from evojax_merge.spaces.breeding import BreedingSpace
+from evojax_merge.spaces.breeding import PARENTS, BreedingSpace
 from evojax_merge.spaces.layer_path import PathSpace
 from evojax_merge.spaces.parameter import ParameterSpace
 
@@ -99,13 +117,17 @@ class Candidates(Protocol):
         """Bytes of the models that stay in the memory of the host."""
         ...
 
+    def disk_bytes(self) -> int:
+        """Bytes of the files that candidates are kept in while a search runs."""
+        ...
+
     def notes(self, target: Target, model: int) -> tuple[str, ...]:
         """Lines of a plan, for devices that share a candidate in groups of `model`."""
         ...
 
-    def load_bank(self, devices: Devices, progress: Progress) -> Any:
+    def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
         """Load the arrays that candidates are made of on the devices. `progress` receives the bytes that were
-        loaded."""
+        loaded; folder: the place of files that candidates are kept in, None: a temporary one."""
         ...
 
     def evaluator(self, decoder: DecoderEvaluator, bank: Any) -> CandidateEvaluator:
@@ -187,10 +209,13 @@ class MergeCandidates:
     def host_bytes(self) -> int:
         return 0
 
+    def disk_bytes(self) -> int:
+        return 0
+
     def notes(self, target: Target, model: int) -> tuple[str, ...]:
         return ()
 
-    def load_bank(self, devices: Devices, progress: Progress) -> Any:
+    def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
         return load_bank(self.sources, self.decoder, self.spec, progress, devices)
 
     def evaluator(self, decoder: DecoderEvaluator, bank: Any) -> MergeEvaluator:
@@ -258,16 +283,12 @@ class StreamedMerges(MergeCandidates):
             f"device once in a generation that is scored, and once for candidates that generate together{rate}",
         )  # fmt: skip
 
-    def load_bank(self, devices: Devices, progress: Progress) -> Any:
+    def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
         load = {"host": bank_on_host, "disk": bank_in_files}[self.place]
         return load(self.sources, self.decoder, self.spec, progress, devices)
 
     def evaluator(self, decoder: DecoderEvaluator, bank: Any) -> StreamedEvaluator:
-        sizes = DeviceSizes(decoder.devices.model)
-        self.place_bank(sizes.place)
-        return StreamedEvaluator(
-            replace(decoder, free_memory=lambda: max(0, decoder.free_memory() - sizes.bank)), bank, self.spec
-        )
+        return StreamedEvaluator(_beside_bank(self, decoder), bank, self.spec)
 
     def place_bank(self, place: Place) -> Any:
         """The parts that are on the devices together, of those in turn that take most: the leaves that embed tokens;
@@ -339,10 +360,13 @@ class PathCandidates:
     def host_bytes(self) -> int:
         return 0
 
+    def disk_bytes(self) -> int:
+        return 0
+
     def notes(self, target: Target, model: int) -> tuple[str, ...]:
         return ()
 
-    def load_bank(self, devices: Devices, progress: Progress) -> PathBank:
+    def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> PathBank:
         return load_path_bank(self.sources, self.spec, progress)
 
     def evaluator(self, decoder: DecoderEvaluator, bank: PathBank) -> PathEvaluator:
@@ -409,7 +433,7 @@ class StreamedPaths(PathCandidates):
             "device, once where paths begin alike",
         )
 
-    def load_bank(self, devices: Devices, progress: Progress) -> Any:
+    def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
         load = {"host": path_bank_on_host, "disk": path_bank_in_files}[self.place]
         return load(self.sources, self.spec, progress)
 
@@ -435,7 +459,8 @@ class StreamedPaths(PathCandidates):
 @dataclass(frozen=True)
 class PoolCandidates:
     """Members of a pool. has_base: whether the sources begin with a base; base: its reference in recipes; founders:
-    references, by number; seed: of random methods; slots: the number of bred members that are kept in memory."""
+    references, by number; seed: of random methods; slots: the number of bred members that are kept between generations;
+    size: that of the pool."""
 
     space: BreedingSpace
     sources: Sources
@@ -446,6 +471,7 @@ class PoolCandidates:
     export_dtype: str
     seed: int
     slots: int
+    size: int
 
     name = "pool"
     baseline_role = None
@@ -459,10 +485,14 @@ class PoolCandidates:
     def is_random(self) -> bool:
         return any(method.random for method in self.space.methods)
 
+    def _bank(self, store: MemberStore) -> PoolBank:
+        return PoolBank(self.sources, self.decoder, self.has_base, self.seed, self.export_dtype, self.slots, store)
+
     @property
-    def bank(self) -> PoolBank:
-        """A bank without bred members."""
-        return PoolBank(self.sources, self.decoder, self.has_base, self.seed, self.export_dtype, self.slots)
+    def members_bytes(self) -> int:
+        """Bytes of the bred members that are kept at a time: while a member is bred again, at most as many of its
+        ancestors as the pool had members."""
+        return (max(self.slots, self.size) + self.size) * self._bank(MembersOnHost()).member_bytes()
 
     def within(self, context: Any) -> "PoolCandidates":
         return replace(self, space=self.space.within(context))
@@ -472,13 +502,16 @@ class PoolCandidates:
         return 0
 
     def host_bytes(self) -> int:
+        return self.members_bytes
+
+    def disk_bytes(self) -> int:
         return 0
 
     def notes(self, target: Target, model: int) -> tuple[str, ...]:
         return ()
 
-    def load_bank(self, devices: Devices, progress: Progress) -> PoolBank:
-        bank = self.bank
+    def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> PoolBank:
+        bank = self._bank(MembersOnHost())
         bank.check_founders(progress)
         return bank
 
@@ -523,6 +556,107 @@ class PoolCandidates:
 
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> PoolReport:
         return PoolReport(self.space.member(np.asarray(genome, np.float32)), self.decoder.layers, tuple(parents))
+
+
+@dataclass(frozen=True)
+class StreamedPool(PoolCandidates):
+    """Members of a pool that stay in the host's memory, or in files, and whose children come to the devices layer by
+    layer."""
+
+    place: BankPlace
+
+    def held_bytes(self) -> int:
+        return _bytes_on_device(self)
+
+    def host_bytes(self) -> int:
+        """A part of all parents, and of the children that come to the devices, beside the members."""
+        largest = max(part_bytes(self.decoder, self.export_dtype, part) for part in parts_of(self.decoder))
+        members = self.members_bytes if self.place == "host" else 0
+        return members + largest * (self.size + int(self.has_base) + LAYERS_AHEAD)
+
+    def disk_bytes(self) -> int:
+        return self.members_bytes if self.place == "disk" else 0
+
+    def notes(self, target: Target, model: int) -> tuple[str, ...]:
+        member = self._bank(MembersOnHost()).member_bytes()
+        where = "in the host's memory" if self.place == "host" else "in files of the run"
+        # Parents go to the device to be merged, and the child comes back before it is scored.
+        moved = member * (PARENTS + int(self.has_base) + 1) + member // model
+        rate = "" if math.isnan(target.link) else f", {shown_seconds(moved / target.link)} or more"
+        link = f"; {shown_bytes(moved)} go over the link for each child{rate}" if target.is_accelerator else ""
+        return (
+            f"bank: bred members ({shown_bytes(member)} each, up to {shown_bytes(self.members_bytes)}) stay {where}, "
+            f"founders {STREAMED_FROM['disk']}{link}",
+        )  # fmt: skip
+
+    def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> PoolBank:
+        bank = self._bank(MembersOnHost())
+        if self.place == "disk":
+            if folder is None:
+                temporary = tempfile.TemporaryDirectory(prefix="evojax-merge-members-")
+                weakref.finalize(bank, temporary.cleanup)
+                folder = Path(temporary.name)
+            specs = {
+                name: TensorSpec(tensor_shape(self.decoder, leaf), bank.dtype)
+                for part in parts_of(self.decoder)
+                for name, leaf, _ in part_tensors(self.decoder, part)
+            }
+            drawn_from = f"seed {self.seed}, {self.export_dtype}"
+            bank.store = MembersInFiles(folder / f"process-{devices.process}", specs, drawn_from)
+        bank.check_founders(progress)
+        return bank
+
+    def evaluator(self, decoder: DecoderEvaluator, bank: PoolBank) -> StreamedPoolEvaluator:
+        return StreamedPoolEvaluator(_beside_bank(self, decoder), bank)
+
+    def place_bank(self, place: Place) -> Any:
+        """The parts of a step that are on a device together, of those in turn that take most, for the candidate that
+        computes and the next."""
+
+        def nbytes(step: Sequence[LeavesOfPart]) -> int:
+            return sum(part_bytes(self.decoder, self.export_dtype, part) for part in step)
+
+        dtype = FLOAT_DTYPES[self.export_dtype]
+        return [
+            place((LAYERS_AHEAD, *part_shape(self.decoder, leaf)), dtype, leaf.sharded_axis)
+            for leaves, _ in max(steps_of(self.decoder), key=nbytes)
+            for leaf in leaves
+        ]
+
+    def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
+        load = abstract_load(self.decoder, self.export_dtype, evaluator.devices)
+        return member_population(evaluator, self.decoder, self.export_dtype, size, load)
+
+    def score_stored(
+        self, evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress
+    ) -> TaskScores:
+        return score_in_files(evaluator, sources, config, progress)
+
+
+def _beside_bank(candidates: Candidates, decoder: DecoderEvaluator) -> DecoderEvaluator:
+    """The evaluator, with as much free memory as the arrays that stay on its devices leave."""
+    sizes = DeviceSizes(decoder.devices.model)
+    candidates.place_bank(sizes.place)
+    return replace(decoder, free_memory=lambda: max(0, decoder.free_memory() - sizes.bank))
+
+
+# The candidates whose models stay elsewhere than on the devices, by the kind of those whose models are there.
+_STREAMED: dict[type, Any] = {
+    MergeCandidates: StreamedMerges, PathCandidates: StreamedPaths, PoolCandidates: StreamedPool
+}  # fmt: skip
+
+
+def placed_at(candidates: Candidates, place: BankPlace) -> Candidates:
+    """Candidates whose models are on the devices, with these at another place."""
+    if place == "device":
+        return candidates
+    streamed: Candidates = _STREAMED[type(candidates)](**vars(candidates), place=place)
+    return streamed
+
+
+def is_on_devices(candidates: Candidates) -> bool:
+    """Return whether the models of candidates are on the devices."""
+    return type(candidates) in _STREAMED
 
 
 def score_whole(evaluator: DecoderEvaluator, sources: Sources, config: DecoderConfig, progress: Progress) -> TaskScores:

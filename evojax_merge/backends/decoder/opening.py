@@ -10,14 +10,13 @@ from merge_kernels import Method
 
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.decoder.backend import DecoderBackend, DecoderModels, stored_dtype
-from evojax_merge.backends.decoder.bank_place import BankPlace, bank_place
+from evojax_merge.backends.decoder.bank_place import BankPlace, Room, bank_place
 from evojax_merge.backends.decoder.candidates import (
     Candidates,
     MergeCandidates,
     PathCandidates,
     PoolCandidates,
-    StreamedMerges,
-    StreamedPaths,
+    placed_at,
 )
 from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
 from evojax_merge.checkpoints.bank import bank_bytes
@@ -30,7 +29,6 @@ from evojax_merge.checkpoints.pipelines import MERGE
 from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer
 from evojax_merge.config import MAX_PATH_LAYERS, Config, DataFlowConfig, PoolConfig, SpaceConfig
 from evojax_merge.errors import InputError, did_you_mean, shown
-from evojax_merge.evaluation.memory import available_memory, require_memory
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.genealogy import founding_genealogy
 from evojax_merge.mergekit.schema import check_parent_count
@@ -146,11 +144,6 @@ def _candidates(
     configs: tuple[DecoderConfig, ...], base: str | None, names: tuple[str, ...], target: Target,
 ) -> Candidates:  # fmt: skip
     """The kind of candidates that a config asks for. base, names: the references of the base and the parents."""
-    if config.pool is not None and config.evaluation.bank in ("host", "disk"):
-        raise InputError(
-            f"{where}: evaluation.bank", f"{config.evaluation.bank}: the members of a pool are merged on the device; "
-            "leave it out for pools",
-        )  # fmt: skip
     decoder, export_dtype = configs[0], config.export_dtype or stored_dtype(sources, 0)
     if method is not None and config.space is not None:
         space = build_space(f"{where}: space", config.space, method, config.parents, decoder)
@@ -162,8 +155,7 @@ def _candidates(
             tuple((name, values) for name, values in space.constants if not method.parameter(name).searched),
         )
         merges = MergeCandidates(space, spec, sources, decoder, base, names)
-        place = _place(where, config, merges, sources, decoder, target)
-        return merges if place == "device" else StreamedMerges(space, spec, sources, decoder, base, names, place)
+        return placed_at(merges, _place(where, config, merges, sources, decoder, target))
     if config.pool is not None:
         _check_heads(where, sources)
         genes = genome_genes(bred_by, config.pool.split)
@@ -171,28 +163,28 @@ def _candidates(
         size = config.pool.members(len(names))
         pooled = PoolCandidates(
             breeding, sources, decoder, has_base, base if has_base else None, names, export_dtype, config.seed,
-            config.pool.slots or size,
+            config.pool.slots or size, size,
         )  # fmt: skip
-        # While a member is bred again, at most as many of its ancestors are held as the pool had members.
-        held = pooled.slots + size
-        require_memory(
-            f"{where}: pool", f"holding {held:,} bred members", held * pooled.bank.member_bytes(), available_memory()
-        )
-        return pooled
+        room = Room(_model_bytes(sources, decoder), pooled.host_bytes(), pooled.host_bytes())
+        return placed_at(pooled, bank_place(where, config.evaluation.bank, target, room, config.evaluation.model))
     assert config.data_flow is not None
     path_spec = PathSpec(configs, export_dtype)
     path_space = build_path_space(f"{where}: data_flow", config.data_flow, path_spec)
     paths = PathCandidates(path_space, path_spec, sources, names)
-    place = _place(where, config, paths, sources, decoder, target)
-    return paths if place == "device" else StreamedPaths(path_space, path_spec, sources, names, place)
+    return placed_at(paths, _place(where, config, paths, sources, decoder, target))
 
 
 def _place(
     where: str, config: Config, candidates: Candidates, sources: Sources, decoder: DecoderConfig, target: Target
 ) -> BankPlace:
     """The place of the models of a config, of which `candidates` hold all."""
-    model_bytes, setting = bank_bytes(sources, decoder) // len(sources.folders), config.evaluation
-    return bank_place(where, setting.bank, target, candidates.held_bytes(), model_bytes, setting.model)
+    models = candidates.held_bytes()
+    room = Room(models + _model_bytes(sources, decoder), 0, models)
+    return bank_place(where, config.evaluation.bank, target, room, config.evaluation.model)
+
+
+def _model_bytes(sources: Sources, decoder: DecoderConfig) -> int:
+    return bank_bytes(sources, decoder) // len(sources.folders)
 
 
 def check_distinct(where: str, base: Path | None, parents: Sequence[Path], names: Sequence[str], first: int) -> None:

@@ -426,6 +426,9 @@ class FunctionBackend:
         self.abstract_bank(sizes.place)
         return sizes
 
+    def streamed(self) -> None:
+        """None: trees are on the devices."""
+
     def planner(self, bank_bytes: int) -> "FunctionPlanner":
         return FunctionPlanner(self, bank_bytes)
 
@@ -445,7 +448,7 @@ class FunctionBackend:
         is_on_cpu = not self.target.is_accelerator
         return Programs(self.merge, self.chunk(population), population, devices.mesh, is_on_cpu)
 
-    def load(self, devices: Devices, progress: Callable[[int], None]) -> TreeBank:
+    def load(self, devices: Devices, progress: Callable[[int], None], folder: Path | None) -> TreeBank:
         bank = put_bank(self.merge.bank, devices.put)
         progress(self.stored_bytes())
         return bank
