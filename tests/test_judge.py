@@ -147,7 +147,7 @@ def test_strengths_agree_with_those_that_voters_have() -> None:
 def test_a_lapse_changes_little_where_many_votes_agree() -> None:
     genomes, kernel, right = np.array([[0.0], [1.0]]), Kernel(0.5, 2.0), [(0, 1, "left", 1.0)] * 8
     without = fit_preferences(genomes, outcomes_of(right), kernel).mean  # type: ignore[arg-type]
-    lapsed = fit_preferences(genomes, outcomes_of([*right, (0, 1, "right", 1.0)]), kernel).mean  # type: ignore[arg-type]
+    lapsed = fit_preferences(genomes, outcomes_of([*right, (0, 1, "right", 1.0)]), kernel).mean  # type: ignore[list-item]
     assert lapsed[0] - lapsed[1] > 0.6 * (without[0] - without[1]) > 0
 
 
