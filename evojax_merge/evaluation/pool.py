@@ -281,11 +281,11 @@ class ChildrenBeingBred:
             def enter(tensor: tuple[MemberTensor, Leaf, tuple[int, ...]]) -> None:
                 of_member, leaf, place = tensor
                 # A layer has an axis of one.
-                index = (slice(None), *([0] if leaf.stack else []), *place)
+                array = arrays[leaf.name][:, 0] if leaf.stack else arrays[leaf.name]
                 for number in np.unique(numbers):
                     values = of_member.of(self.members[number])
                     # Numbers that fill up a chunk repeat the last one.
-                    arrays[leaf.name][index][numbers == number] = values
+                    array[(numbers == number, *place)] = values
                     if not is_finite(values):
                         self.finite[number] = False
 
