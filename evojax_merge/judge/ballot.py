@@ -9,7 +9,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import takewhile
 
@@ -162,7 +162,9 @@ class Ballot:
             # The last generation has two shares: its votes say which of the best candidates wins.
             share = -(-left // (remaining + 1)) if remaining > 1 else left
             if not one.closed:
-                self._kernel = self._preferences_of(self._rounds(), genomes.shape[1]).kernel
+                # By the votes before the round, so that a search that goes on in its middle asks the same questions.
+                before = [replace(each, votes=[]) if each is one else each for each in self._rounds()]
+                self._kernel = self._preferences_of(before, genomes.shape[1]).kernel
                 self._most, self._pairs = min(left, share), None
                 self._update()
                 self._vote_until(self._is_decided)
