@@ -629,13 +629,13 @@ def test_a_plan_for_7b_models_on_targets_that_are_not_here(
     # Of a pool a card has one candidate, or two layers of it; its members are on the host, or on the disk.
     pool = ("--set", "space=null", "--set", "pool={methods: [slerp], size: 8}", "--set", "search={generations: 3}")
     member = 14.48e9
-    found = {place: plan("rtx4090", *pool, "--set", f"evaluation.bank={place}") for place in ("auto", "host", "disk")}
-    assert found["auto"] == plan("rtx4090", *pool)
-    assert found["auto"]["host_bytes"] > 16 * member > 60e9 > found["disk"]["host_bytes"]
-    assert found["disk"]["disk_bytes"] > 17 * member > found["host"]["disk_bytes"]
+    plans = {place: plan("rtx4090", *pool, "--set", f"evaluation.bank={place}") for place in ("auto", "host", "disk")}
+    assert plans["auto"] == plan("rtx4090", *pool)
+    assert plans["auto"]["host_bytes"] > 16 * member > 60e9 > plans["disk"]["host_bytes"]
+    assert plans["disk"]["disk_bytes"] > 17 * member > plans["host"]["disk_bytes"]
     for place in ("host", "disk"):
-        assert found[place]["fits"] and found[place]["bank_bytes"] < 1e9
-        assert "go over the link for each child" in found[place]["notes"][-1]
+        assert plans[place]["fits"] and plans[place]["bank_bytes"] < 1e9
+        assert "go over the link for each child" in plans[place]["notes"][-1]
 
 
 @pytest.mark.parametrize(

@@ -467,15 +467,17 @@ def test_members_in_files_are_complete_or_gone(tmp_path: Path) -> None:
 
 def test_slots_bound_the_members_in_files(family: Family, tmp_path: Path) -> None:
     """Parents that are not kept are bred again, to the bit; no more than the parents and `slots` are in files."""
-    path, found = write_pool(family.root, tasks=[TEXT]), []
+    path, results = write_pool(family.root, tasks=[TEXT]), []
     for slots in (1, 3):
         evaluator = scorer(path, "disk", f"pool.slots={slots}")
         genomes, context = bred(evaluator.space)
         evaluator, store = evaluator.within(context), evaluator.evaluator.bank.store  # type: ignore[attr-defined]
-        found += [evaluator.score(part).matrices["text"]["log_probability"] for part in (genomes, context[:1], genomes)]
+        results += [
+            evaluator.score(part).matrices["text"]["log_probability"] for part in (genomes, context[:1], genomes)
+        ]
         assert len(member_folders(store.folder)) == 2
-    for values in found:
-        np.testing.assert_array_equal(values, found[1] if len(values) == 1 else found[0])
+    for values in results:
+        np.testing.assert_array_equal(values, results[1] if len(values) == 1 else results[0])
 
 
 @thorough

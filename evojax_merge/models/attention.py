@@ -92,7 +92,7 @@ def _grouped_matmul(left: jax.Array, right: jax.Array, subscripts: str, dtype: A
 
 def causal_attention(
     query: jax.Array,
-    own: KVSegment,
+    rows: KVSegment,
     prefix: Sequence[KVSegment],
     scale: float | None = None,
     softcap: float | None = None,
@@ -104,7 +104,7 @@ def causal_attention(
     edges = [steps * i // blocks for i in range(blocks + 1)]
 
     def block(begin: int, end: int) -> jax.Array:
-        upto = KVSegment(own.key[..., :end], own.value[:, :, :end], own.mask[:, begin:end, :end])
+        upto = KVSegment(rows.key[..., :end], rows.value[:, :, :end], rows.mask[:, begin:end, :end])
         earlier = [KVSegment(segment.key, segment.value, segment.mask[:, begin:end]) for segment in prefix]
         return gqa_attention(query[:, begin:end], [*earlier, upto], scale, softcap)
 
