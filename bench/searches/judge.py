@@ -8,10 +8,10 @@ the sums of the demo family that have more of the right letters; `form`, answers
 `pictures`, digits of two generators whose stroke is neither too light nor too dark (with the package diffusers).
 Columns: `fitness gains` is of the search that sees the hidden score itself; the rules that choose the next pair; `one
 by one`, where a vote says whether one answer is good. All searches have the same generations, and all but `fitness` the
-same votes. With the package optuna-dashboard, `Optuna` asks for the better of two genomes of its preferential sampler,
-as many times. `--rules page`, with Chromium, has the person vote on the page of judges, by its keys. A figure is the
-mean hidden score of the winner, chosen as every search chooses it, less that of the uniform merge, as a share of what
-`fitness` gains.
+same votes. With the packages optuna-dashboard and botorch, `Optuna` asks for the better of two genomes of its
+preferential sampler, as many times. `--rules page`, with Chromium, has the person vote on the page of judges, by its
+keys. A figure is the mean hidden score of the winner, chosen as every search chooses it, less that of the uniform
+merge, as a share of what `fitness` gains.
 """
 
 import argparse
@@ -245,46 +245,59 @@ def by_page(problem: SearchProblem, on: Splits[Any], person: Person) -> tuple[np
 
 def by_optuna(problem: SearchProblem, truth: HiddenEvaluator, person: Person, votes: int) -> np.ndarray:
     """The genome that Optuna's preferential sampler ends with: of each pair that it proposes, the person votes on the
-    answers to one prompt. Where the sampler's own factorisation fails, again and again, its search ends."""
+    answers to one prompt. Where a factorisation of the sampler fails, a new sampler goes on with the same votes, as in
+    a process that is started again; where the new one fails too, that candidate is drawn at random."""
     import optuna
     import torch
-    from optuna_dashboard.preferential import create_study
+    from optuna_dashboard.preferential import create_study, load_study
     from optuna_dashboard.preferential.samplers.gp import PreferentialGPSampler
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # In float32 the sampler's own factorisations fail.
+    # In float32 the sampler's own factorisations fail more often.
     torch.set_default_dtype(torch.float64)
-    study = create_study(n_generate=2, sampler=PreferentialGPSampler(seed=problem.seed))
+    storage, name, seeds = optuna.storages.InMemoryStorage(), "taste", np.random.default_rng(problem.seed)
+    study = create_study(
+        n_generate=2, study_name=name, storage=storage, sampler=PreferentialGPSampler(seed=problem.seed)
+    )
     answers = {}
+    new = random = 0
 
     def suggest() -> Any:
         trial = study.ask()
-        try:
-            return trial, np.array([trial.suggest_float(f"x{d}", 0.0, 1.0) for d in range(problem.space.dims)])
-        except torch.linalg.LinAlgError:
-            return None
+        return trial, [trial.suggest_float(f"x{d}", 0.0, 1.0) for d in range(problem.space.dims)]
+
+    def go_on(sampler: Any) -> Any:
+        return load_study(study_name=name, storage=storage, sampler=sampler(seed=int(seeds.integers(2**31))))
 
     def propose() -> Any:
-        suggested = next(filter(None, (suggest() for _ in range(5))), None)
-        if suggested is None:
-            return None
-        trial, genome = suggested[0], suggested[1].astype(np.float32)
+        nonlocal study, new, random
+        try:
+            trial, values = suggest()
+        except torch.linalg.LinAlgError:
+            new += 1
+            study = go_on(PreferentialGPSampler)
+            try:
+                trial, values = suggest()
+            except torch.linalg.LinAlgError:
+                random += 1
+                study = go_on(optuna.samplers.RandomSampler)
+                trial, values = suggest()
+                study = go_on(PreferentialGPSampler)
+        genome = np.array(values, np.float32)
         scores = SpaceEvaluator.score(truth, genome[None])
         answers[trial.number] = (genome, *next(answers_of(judged_task(truth, "taste"), scores)))
         return trial
 
     best = propose()
-    for spent in range(votes):
+    for _ in range(votes):
         other = propose()
-        if other is None:
-            print(f"Optuna's sampler fails after {spent} votes", flush=True)
-            break
         (_, records, ours), (_, _, theirs) = answers[best.number], answers[other.number]
         n = int(person.generator.integers(len(records)))
         choice = person.choose(records[n], "", ours[n], theirs[n])
         worse, better = (other, best) if choice in ("left", "tie") else (best, other)
         study.report_preference(better, worse)
         best = better
+    print(f"Optuna's sampler failed {new} times; {random} of {votes} candidates were drawn at random", flush=True)
     return answers[best.number][0]
 
 
@@ -302,8 +315,8 @@ def main() -> None:
     if "pictures" in arguments.kinds and find_spec("diffusers") is None:
         print("diffusers is not installed: pictures are left out", flush=True)
         arguments.kinds.remove("pictures")
-    if "Optuna" in arguments.rules and find_spec("optuna_dashboard") is None:
-        print("optuna-dashboard is not installed: its sampler is left out", flush=True)
+    if "Optuna" in arguments.rules and not (find_spec("optuna_dashboard") and find_spec("botorch")):
+        print("optuna-dashboard or botorch is not installed: their sampler is left out", flush=True)
         arguments.rules.remove("Optuna")
     print("| kind, seed | fitness gains |" + "".join(f" {rule} |" for rule in arguments.rules))
     print("| --- | ---: |" + " ---: |" * len(arguments.rules), flush=True)

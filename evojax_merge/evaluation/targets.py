@@ -2,7 +2,8 @@
 
 A `Target` makes every choice that depends on the kind of device (how many tokens go through a pass, how many candidates
 share one, whether the next layer is prefetched). No choice asks JAX for this machine's devices while a program is
-traced: a program may be compiled for others.
+traced: a program may be compiled for others. Only the attention of long rows (`models.fused_attention`), like JAX's
+own, asks whether cuDNN is installed.
 """
 
 import math

@@ -111,17 +111,6 @@ def causal_attention(
     return jnp.concatenate([block(begin, end) for begin, end in pairwise(edges)], axis=1)
 
 
-def whole_attention(
-    query: jax.Array,
-    rows: KVSegment,
-    prefix: Sequence[KVSegment],
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> jax.Array:
-    """`gqa_attention` of whole rows to themselves and to a prefix, where queries attend to later columns."""
-    return gqa_attention(query, [*prefix, rows], scale, softcap)
-
-
 @struct.dataclass
 class LongSegment:
     """Keys `[G, B, d, S]` and values `[G, B, S, d]` to attend to (without B where all rows share them), with the layout
@@ -314,8 +303,10 @@ def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValu
             arguments: tuple[Any, ...] = rows, [LongSegment(*earlier) for earlier in before], window
         else:
             masked = [KVSegment(k, v, attention_mask(window, layout, columns)) for k, v, columns in before]
-            attention = causal_attention if layout.image_ids is None else whole_attention
-            arguments = KVSegment(key, value, attention_mask(window, layout, layout)), masked
+            whole = KVSegment(key, value, attention_mask(window, layout, layout))
+            is_causal = layout.image_ids is None
+            attention = causal_attention if is_causal else gqa_attention
+            arguments = (whole, masked) if is_causal else ([*masked, whole],)
         return attend_by_head(attention, query, key.shape[0], *arguments, scale, softcap), (key, value)
 
     return attend
