@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
+from threadpoolctl import ThreadpoolController
 
 from evojax_merge.tasks.voting import Choice
 
@@ -37,6 +38,9 @@ LAPSE = 0.15
 NUGGET = 0.02
 STEPS = 50
 TOLERANCE = 1e-6
+# Several threads only slow matrices of this size down, on a busy machine a hundredfold, and sum in another order on
+# each number of cores: a replay gives the same bytes with one.
+one_thread = ThreadpoolController().wrap(limits=1, user_api="blas")
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Posterior:
         """float64[N]: the standard deviation of each strength."""
         return np.sqrt(np.maximum(np.diag(self.covariance), 0.0))
 
+    @one_thread
     def sample(self, count: int, generator: np.random.Generator) -> np.ndarray:
         """float64[count, N]: strengths drawn from the posterior."""
         values, vectors = np.linalg.eigh(self.covariance)
@@ -142,6 +147,7 @@ def distances_between(genomes: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(((genomes[:, None] - genomes[None]) ** 2).sum(-1), 0.0))
 
 
+@one_thread
 def _laplace(kernel: np.ndarray, design: np.ndarray, weights: np.ndarray) -> Posterior:
     """Newton's method in the space of the votes' differences z = A f, whose prior covariance is A K A'."""
     if not len(weights):
