@@ -208,6 +208,7 @@ def search(
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: the config's `out`, or runs/NAME.")
 @click.option("--resume", is_flag=True, help="Continue a run; no vote is asked for again.")
+@click.option("--overwrite", is_flag=True, help="Replace a run that has no votes.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of the page. Default: any that is free.")
 @click.option(
     "--replay", type=click.Path(path_type=Path), help="Take the votes of this votes.jsonl of an equal search."
@@ -220,6 +221,7 @@ def judge(
     config: Path,
     out: Path | None,
     resume: bool,
+    overwrite: bool,
     port: int,
     replay: Path | None,
     pairs: Path | None,
@@ -234,11 +236,13 @@ def judge(
         from evojax_merge.judge.batch import VotesAwaited
         from evojax_merge.judge.opening import JudgeOptions
 
+    if resume and overwrite:
+        raise InputError("--resume", "cannot go with --overwrite")
     judges = JudgeOptions(port, replay, pairs, choices)
     try:
-        command.search(config, out, resume, False, None, list(overrides), plugin_names=plugin_names, judges=judges)
+        command.search(config, out, resume, overwrite, None, list(overrides), plugin_names=plugin_names, judges=judges)
     except VotesAwaited as awaited:
-        click.echo(f"{awaited}; then go on with --resume --import votes.jsonl")
+        click.echo(f"{awaited}; then go on with --resume --import votes.jsonl --export {pairs}")
 
 
 @cli.command(short_help="Say what a search would take: memory, work, time.")

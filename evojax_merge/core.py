@@ -37,7 +37,7 @@ def search(
     prepared: Splits[list[Any]],
     on_generation: OnGeneration,
     force: bool,
-    judges: JudgeOptions,
+    judges: JudgeOptions | None,
 ) -> None:
     """Search, choose the winner, export it and report. A run that has done all this is left unchanged."""
     complete = why_complete(folder, problem)
@@ -56,7 +56,7 @@ def search(
         with bytes_bar("loading", problem.backend.stored_bytes()) as progress:
             evaluators = open_evaluators(problem, prepared, devices, progress, say, folder.members)
         generations = None if problem.search.parsed_budget.seconds else problem.search.generations
-        with judging(folder.votes, problem, say, judges) as ballots:
+        with judging(folder, problem, say, judges or JudgeOptions()) as ballots:
             evaluators = judged(evaluators, ballots, partial(family_tree, problem))
             problem = proposing(problem, ballots)
             with search_bar(generations, on_generation) as reporter:

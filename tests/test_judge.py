@@ -27,7 +27,8 @@ from evojax_merge.errors import Failed, InputError
 from evojax_merge.judge import ballot as ballots
 from evojax_merge.judge.agreement import SWAPPED, agreements
 from evojax_merge.judge.ballot import Ballot, Question
-from evojax_merge.judge.batch import Batch, Pair, VotesAwaited, read_choices
+from evojax_merge.judge.batch import Pair, VotesAwaited, read_choices, write_pairs
+from evojax_merge.judge.batch import votes_of as choices_of
 from evojax_merge.judge.pairs import RULES, information
 from evojax_merge.judge.posterior import (
     BAR,
@@ -375,6 +376,16 @@ def test_tasks_that_nobody_can_judge_are_refused(
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_a_config_without_judges_is_named(tmp_path: Path, family: Family) -> None:
+    task = {"name": "sums", "kind": "likelihood", "file": str(family.tasks), "prompt": "{prompt}", "target": "{target}"}
+    document = yaml.safe_load(config(tmp_path, family).read_text()) | {"tasks": [task]}
+    path = tmp_path / "sums.yaml"
+    path.write_text(yaml.safe_dump(document))
+    done = run_here("judge", path, "--out", tmp_path / "run")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"{path}: tasks: has none of kind: human or human_images" in done.stderr
+
+
 def test_a_port_in_use_is_named(tmp_path: Path, family: Family) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
@@ -419,29 +430,70 @@ def test_votes_of_another_run_are_named(tmp_path: Path, family: Family) -> None:
 
 def test_votes_come_by_file(tmp_path: Path, family: Family) -> None:
     path, run, pairs = config(tmp_path, family, None), tmp_path / "run", tmp_path / "pairs.jsonl"
-    done = run_here("judge", str(path), "--out", str(run), "--export", str(pairs))
-    asked = 0
-    while pairs.exists():
-        assert done.returncode == 0 and "wait for votes" in done.stdout, done.stderr
-        rows = list(map(json.loads, pairs.read_text().splitlines()))
-        asked += len(rows)
-        votes = tmp_path / "choices.jsonl"
-        lines = [{"pair": row["name"], "choice": "left" if len(row["left"]) < len(row["right"]) else "right",
-                  "judge": "ann"} for row in rows]  # fmt: skip
+    votes = tmp_path / "choices.jsonl"
+
+    def judge(*options: Any) -> Any:
+        done = run_here("judge", path, "--out", run, *options, "--export", pairs)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    def choose(rows: list[dict[str, str]]) -> None:
+        """Two judges prefer the shorter answer."""
+        lines = [
+            {"pair": row["pair"], "choice": "left" if len(row["left"]) < len(row["right"]) else "right", "judge": name}
+            for row in rows for name in ("ann", "bob")
+        ]  # fmt: skip
         votes.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    done, voted_on = judge(), set[str]()
+    first: list[dict[str, str]] = []
+    while pairs.exists():
+        assert f"then go on with --resume --import votes.jsonl --export {pairs}" in done.stdout
+        rows = list(map(json.loads, pairs.read_text().splitlines()))
         pairs.unlink()
-        done = run_here(
-            "judge", str(path), "--out", str(run), "--resume", "--import", str(votes), "--export", str(pairs)
-        )
-    assert done.returncode == 0 and (run / "result.json").exists(), done.stderr
-    assert len(votes_of(run)) == asked and {vote["judge"] for vote in votes_of(run)} == {"ann"}
+        voted_on |= {row["pair"] for row in rows}
+        if not first:
+            # A part of the votes comes first; the others count as well, though other pairs are wanted by then.
+            first = rows
+            choose(rows[:1])
+            assert f"{votes}: took 2 votes\n" in judge("--resume", "--import", votes).stdout
+            voted_on |= {row["pair"] for row in map(json.loads, pairs.read_text().splitlines())} - voted_on
+            rows = [*rows, *map(json.loads, pairs.read_text().splitlines())]
+            pairs.unlink()
+            choose(rows)
+            done = judge("--resume", "--import", votes)
+            assert f"{votes}: took {2 * len(voted_on) - 2} votes; 2 had been taken before\n" in done.stdout
+        else:
+            choose(rows)
+            done = judge("--resume", "--import", votes)
+    assert (run / "result.json").exists()
+    assert sorted((vote["pair"], vote["judge"]) for vote in votes_of(run)) == sorted(
+        (name, judge) for name in voted_on for judge in ("ann", "bob")
+    )
+
+
+def test_file_votes_that_cannot_count_are_named(tmp_path: Path, family: Family) -> None:
+    """One on a pair of another run ends the search before it begins; one that came late is told."""
+    path, run, pairs = config(tmp_path, family, None), tmp_path / "run", tmp_path / "pairs.jsonl"
+    assert run_here("judge", path, "--out", run, "--export", pairs).returncode == 0
+    votes = tmp_path / "choices.jsonl"
+    votes.write_text('{"pair": "zzz", "choice": "left"}\n')
+    done = run_here("judge", path, "--out", run, "--resume", "--import", votes)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"{votes}: has a vote on pair 'zzz', which this search has not written" in done.stderr
+    file = VoteFile(run / "votes.jsonl")
+    (one,) = file.rounds
+    file.close(one)
+    votes.write_text(json.dumps({"pair": next(iter(file.pairs)), "choice": "tie"}) + "\n")
+    taken = choices_of(votes, VoteFile(file.path), {one.task: {}})
+    assert taken.describe() == "took 0 votes; 1 came after their generation had ended, and do not count"
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("x", "is no JSON"),
-        ('{"choice": "left"}', "expected pair and choice"),
+        ('{"choice": "left"}', """its keys are choice; expected {"pair": NAME, "choice": …}"""),
         ('{"pair": "a", "choice": "none"}', "choice: 'none'; expected one of left, right, tie, both_bad"),
         ('{"pair": "b", "choice": "tie", "judge": "ann"}', "is a second vote of judge 'ann' on one pair"),
     ],
@@ -457,8 +509,7 @@ def test_files_of_choices_that_cannot_count_are_named(tmp_path: Path, line: str,
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 def test_a_page_of_pairs_works_from_a_file(tmp_path: Path) -> None:
     pairs = [Pair(f"p{n}", "Which?", HOSTILE[0], HOSTILE[n % 2], "</script><i>x</i>") for n in range(3)]
-    with pytest.raises(VotesAwaited):
-        Batch(tmp_path / "pairs.jsonl").write(pairs)
+    write_pairs(tmp_path / "pairs.jsonl", pairs)
     with Browser(tmp_path) as browser:
         browser.open((tmp_path / "pairs.html").as_uri())
         assert browser.evaluate("left.lastElementChild.textContent") == HOSTILE[0]
@@ -787,6 +838,38 @@ def test_the_question_of_a_judge_who_left_goes_to_the_next(tmp_path: Path, monke
     assert not one.vote(left.number, "left", "ann") and one.vote(left.number, "left", "bob")
 
 
+def test_the_question_of_a_closed_page_goes_to_the_next_at_once(tmp_path: Path) -> None:
+    one = ballot(tmp_path)
+    voted_on(one, ["a", "b"])
+    with served([one]) as address:
+
+        def question(judge: str) -> Any:
+            return httpx.get(f"{address}state?judge={judge}").json()["question"]
+
+        left = question("ann")
+        assert left is not None and question("bob") is None
+        assert httpx.post(f"{address.rsplit('/', 2)[0]}/x/leave?judge=ann").status_code == 404
+        assert httpx.post(f"{address}leave?judge=ann").status_code == 204
+        assert {left["left"], left["right"]} == {question("bob")["left"], question("bob")["right"]}
+
+
+def test_links_to_the_page_stay_good_and_it_says_when_the_search_has_ended(tmp_path: Path) -> None:
+    one = ballot(tmp_path)
+    voted_on(one, ["a", "b"])
+
+    def wait_for_the_end(address: str) -> None:
+        while not httpx.get(f"{address}state?judge=ann").json()["ended"]:
+            time.sleep(0.1)
+
+    with served([one], token="x" * 22) as address:
+        assert address.endswith(f"/{'x' * 22}/")
+        assert not httpx.get(f"{address}state?judge=ann").json()["ended"]
+        waiting = threading.Thread(target=wait_for_the_end, args=(address,), daemon=True)
+        waiting.start()
+    waiting.join(timeout=10)
+    assert not waiting.is_alive()
+
+
 def drawing_ballot(folder: Path) -> Ballot:
     """A ballot on pictures, of which those of candidate k have the brightness k / 2."""
     task = HumanImageTask(
@@ -836,11 +919,11 @@ def test_pictures_stand_in_a_file_of_pairs_and_before_functions(tmp_path: Path) 
     drawn = [drawn_by(one, 0), drawn_by(one, 1)]
     assert one.task.content(drawn[1][0]).shape == (8, 8, 1)
     assert one.task.content(drawn[1][0]).mean() == pytest.approx(0.55, abs=0.01)
-    batch = Batch(tmp_path / "pairs.jsonl")
-    by_file = Ballot(one.task, VoteFile(tmp_path / "file.jsonl"), 1, 0, batch=batch)
+    pairs = tmp_path / "pairs.jsonl"
+    by_file = Ballot(one.task, VoteFile(tmp_path / "file.jsonl"), 1, 0, pairs=pairs)
     with pytest.raises(VotesAwaited):
         by_file.strengths(one.task, np.array([[0.0], [1.0]]), drawn)
-    rows = list(map(json.loads, batch.pairs.read_text().splitlines()))
+    rows = list(map(json.loads, pairs.read_text().splitlines()))
     assert rows and all(row["pictures"] and row["left"].startswith("data:image/png;base64,") for row in rows)
 
 

@@ -25,7 +25,7 @@ from evojax_merge.evaluation.devices import barrier, losing_peers, unused_memory
 from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.peers import check_files
 from evojax_merge.interrupts import defer_signals
-from evojax_merge.judge.opening import NO_JUDGES, JudgeOptions, check_judges
+from evojax_merge.judge.opening import JudgeOptions, check_judges
 from evojax_merge.planning import advice, disk_bytes
 from evojax_merge.problem import (
     SearchProblem,
@@ -99,10 +99,11 @@ class ResumeHint:
 def search(
     path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str],
     force: bool = False, plugin_names: Sequence[str] = (), output: Output = "text",
-    judges: JudgeOptions = NO_JUDGES,
+    judges: JudgeOptions | None = None,
 ) -> None:  # fmt: skip
-    """Search from a config file. A search that is broken off prints the command that continues it. judges: of a
-    search that people judge."""
+    """Search from a config file. A search that is broken off prints the command that continues it. judges: of the
+    command `judge`."""
+    command = partial(_command, "search" if judges is None else "judge", path)
     options = [part for override in overrides for part in ("--set", override)]
     options += [] if seed is None else ["--seed", str(seed)]
     options += [part for name in plugin_names for part in ("--plugin", name)]
@@ -111,12 +112,14 @@ def search(
     options += {"text": [], "json": ["--json"], "none": ["--quiet"]}[output]
     asked = ["--out", str(out)] if out else []
     asked += ["--resume"] if resume else ["--overwrite"] if overwrite else []
-    resume_hint = ResumeHint(_command(path, *asked, *options), resume)
+    options += ["--port", str(judges.port)] if judges is not None and judges.port else []
+    options += ["--export", str(judges.pairs)] if judges is not None and judges.pairs else []
+    resume_hint = ResumeHint(command(*asked, *options), resume)
     with resume_hint.on_exit(), losing_peers(), blamed_on_overrides(path, overrides):
         plugins.load()
         config = read_config(path, overrides, seed)
         out = out or default_out(path, config)
-        on_started = partial(resume_hint.on_started, _command(path, "--out", str(out), *options, "--resume"))
+        on_started = partial(resume_hint.on_started, command("--out", str(out), *options, "--resume"))
         with _printing(output) as on_generation:
             run_search(
                 path, config, out, resume=resume, overwrite=overwrite, on_started=on_started,
@@ -158,7 +161,7 @@ def run_search(
     on_started: Callable[[RunFolder], None] = lambda folder: None,
     on_generation: OnGeneration = lambda generation: None,
     force: bool = False,
-    judges: JudgeOptions = NO_JUDGES,
+    judges: JudgeOptions | None = None,
 ) -> None:
     """Search from a config to a model in the run folder `out`. `path` names the config in messages, and relative paths
     start in its folder; `on_started` is called as soon as there is something to resume. Raises InputError where the
@@ -175,7 +178,7 @@ def run_search(
         return
     problem = build_problem(path, config)
     _check_outside(out, [problem])
-    check_judges(out, problem, judges, resume=resume)
+    check_judges(path, out, problem, judges, resume=resume)
     prepared = problem.prepare()
     require_space(out, disk_bytes(problem))
     _require_bank(path, problem, force)
@@ -194,14 +197,14 @@ def _search(
     prepared: Splits[list[Any]],
     on_generation: OnGeneration,
     force: bool,
-    judges: JudgeOptions,
+    judges: JudgeOptions | None,
 ) -> None:
     with kept_page(folder, on_generation, print_warning) as after_generation:
         core.search(folder, problem, prepared, after_generation, force, judges)
 
 
-def _command(path: Path, *options: str) -> str:
-    return shlex.join(["evojax-merge", "search", str(path), *options])
+def _command(name: str, path: Path, *options: str) -> str:
+    return shlex.join(["evojax-merge", name, str(path), *options])
 
 
 @contextmanager
@@ -248,7 +251,8 @@ def _require_bank(path: Path, problem: SearchProblem[Backend], force: bool) -> N
 
 def _run_chain(
     path: Path, config: Config, stages: list[StageConfig], out: Path, resume: bool, overwrite: bool,
-    on_started: Callable[[RunFolder], None], on_generation: OnGeneration, force: bool, judges: JudgeOptions,
+    on_started: Callable[[RunFolder], None], on_generation: OnGeneration, force: bool,
+    judges: JudgeOptions | None,
 ) -> None:  # fmt: skip
     """Search in stages, one after the other: the winner of one is the first parent of the next. The last stage is the
     run itself, earlier ones have run folders of their own below `stages/`."""
@@ -256,6 +260,12 @@ def _run_chain(
     configs = stage_configs(config)
     problems = [build_problem(path, of_stage, chained=i > 0) for i, of_stage in enumerate(configs)]
     _check_outside(out, problems)
+    if judges is not None and (judges.replay or judges.pairs or judges.choices):
+        what = "people judge a search in stages on its page; leave --replay, --export and --import out"
+        raise InputError(f"{path}: stages", what)
+    folders = [*(_stage_folder(RunFolder(out), number).path for number in range(1, len(stages))), out]
+    for place, problem in zip(folders, problems, strict=True):
+        check_judges(path, place, problem, judges, resume=resume)
     prepared = [problem.prepare() for problem in problems]
     require_space(out, sum(map(disk_bytes, problems)))
     for problem in problems:
@@ -282,7 +292,7 @@ def _run_chain(
                 with logged(config.log, LoggedSearch(run, run, document), after_stage) as after_generation:
                     _search(run, problem, prepared[-1], after_generation, force, judges)
                 return
-            folder = RunFolder((run.stages / f"stage-{number}").resolve())
+            folder = _stage_folder(run, number)
             if not (resume and folder.result.exists() and folder.model.exists()):
                 on_started(folder)
                 if jax.process_index() == 0:
@@ -293,6 +303,10 @@ def _run_chain(
                     _search(folder, problem, prepared[number - 1], after_generation, force, judges)
             winner = str(folder.model)
             on_started(run)
+
+
+def _stage_folder(run: RunFolder, number: int) -> RunFolder:
+    return RunFolder((run.stages / f"stage-{number}").resolve())
 
 
 def _after_stage(on_generation: OnGeneration, stage: int, generation: Generation) -> None:

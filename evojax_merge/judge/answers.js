@@ -5,7 +5,7 @@ const KEYS = { ArrowLeft: "left", ArrowRight: "right", ArrowUp: "tie", ArrowDown
 
 // Show a question, or none. An answer is a text, or the address of a picture.
 function showQuestion(question) {
-  for (const id of ["answers", "choices"]) byId(id).hidden = !question;
+  for (const id of ["answers", "hint", "choices"]) byId(id).hidden = !question;
   byId("prompt").hidden = !question || !question.prompt;
   if (!question) return;
   // Texts of models are data: they never become markup.

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import takewhile
+from pathlib import Path
 
 import numpy as np
 
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.judge.agreement import Agreement, agreements, asked
-from evojax_merge.judge.batch import Batch, Pair
+from evojax_merge.judge.batch import Pair, VotesAwaited, write_pairs
 from evojax_merge.judge.pairs import Rule, challenged, information
 from evojax_merge.judge.posterior import (
     Kernel,
@@ -29,7 +30,7 @@ from evojax_merge.judge.posterior import (
     fit_preferences,
     outcomes_of,
 )
-from evojax_merge.judge.votes import Round, Vote, VoteFile, digest
+from evojax_merge.judge.votes import FilePair, Round, Vote, VoteFile, digest
 from evojax_merge.tasks.voting import Choice, JudgedTask
 
 # Nats of information below which a vote is not asked for: its winner is known, or the two are known to be equal.
@@ -43,8 +44,9 @@ FIRST_DEVIATION = 2.0
 SHARED = 0.15
 # How many votes for a tie count as much as that two candidates gave the same answers.
 EQUAL = 10.0
-# Seconds after which a question that nobody answers goes to another judge, where none is left for that one.
-PATIENCE = 60.0
+# Seconds after which a question whose judge asks no more goes to another judge, where none is left for that one. A
+# page that is open asks every five seconds.
+PATIENCE = 15.0
 # Seconds between two looks at signals while the search waits for votes.
 WAIT = 0.2
 
@@ -111,15 +113,17 @@ def _equals(rounds: Sequence[Round]) -> list[tuple[int, int, Choice, float]]:
 
 class Ballot:
     """Holds one task's rounds. rounds: how many the search will hold; seed: of prompts, sides and equal pairs; wake:
-    called where the search waits, so that signals are seen; rule: chooses the pairs; batch: votes come by file; done:
-    the generations that the search has behind it."""
+    called where the search waits, so that signals are seen; rule: chooses the pairs; pairs: the file for the pairs that
+    wait for votes, where these come by file; done: the generations that the search has behind it; log: prints a
+    line."""
 
     def __init__(
         self, task: JudgedTask, file: VoteFile, rounds: int, seed: int, wake: Callable[[], None] = lambda: None,
-        rule: Rule = challenged, batch: Batch | None = None, done: int = 0,
+        rule: Rule = challenged, pairs: Path | None = None, done: int = 0,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:  # fmt: skip
         self.task, self._file, self._expected, self._seed, self._wake = task, file, rounds, seed, wake
-        self._rule, self._batch, self._done = rule, batch, done
+        self._rule, self._pairs_file, self._done, self._log = rule, pairs, done, log
         self._changed = threading.Condition(threading.RLock())
         self._round: Round | None = None
         # The last generation that came.
@@ -262,6 +266,7 @@ class Ballot:
 
     def _vote_until(self, decided: Callable[[], bool]) -> None:
         """Wait for votes, or ask the function that votes in place of people."""
+        is_told = False
         while not decided():
             if self._error is not None:
                 raise Failed(f"task {self.task.name}: no judge can vote any more ({self._error})")
@@ -273,36 +278,32 @@ class Ballot:
                 left, right = map(self._examples.content, (question.left, question.right))
                 choice = judge.choose(self._examples.record(question.example), question.prompt, left, right)
                 self.vote(question.number, choice, judge.name)
-            elif self._batch is not None:
-                self._vote_by_file(self._batch)
+            elif self._pairs_file is not None:
+                self._write_pairs(self._pairs_file)
             else:
+                if not is_told:
+                    self._log(self._waiting_line())
+                    is_told = True
                 self._changed.notify_all()
                 self._changed.wait(WAIT)
                 self._wake()
 
-    def _vote_by_file(self, batch: Batch) -> None:
-        """Take the votes that were read on the pairs which the round wants next. Raises VotesAwaited where there are
-        none, once these pairs are written."""
+    def _write_pairs(self, path: Path) -> None:
+        """Write the pairs that the round wants votes on next. Raises VotesAwaited, always."""
         assert self._round is not None
-        wanted: list[tuple[str, str, Question]] = []
-        while (question := self.question(f"pair {len(wanted)}")) is not None:
-            # A question that is asked again needs a vote of its own.
-            votes, (left, right) = [asked(vote) for vote in self._round.votes], question.candidates
-            times = votes.count((min(left, right), max(left, right), question.example))
-            name = digest(self._round.digest, str(question.example), *map(str, question.candidates), str(times))
-            wanted.append((f"pair {len(wanted)}", name, question))
-        given = [(slot, question, vote) for slot, name, question in wanted for vote in batch.votes.get(name, [])[:1]]
-        if not given:
-            batch.write([
-                Pair(
-                    name, self.task.voting.question, question.prompt, self._shown(question.left),
-                    self._shown(question.right), self.task.shows_pictures,
-                )
-                for _, name, question in wanted
-            ])  # fmt: skip
-        for slot, question, (choice, judge) in given:
-            self.vote(question.number, choice, slot, judge=judge)
+        pairs: list[Pair] = []
+        while (question := self.question(f"pair {len(pairs)}")) is not None:
+            # A question that is asked again, after other votes, needs votes of its own.
+            place = (question.example, *question.candidates)
+            name = digest(self._round.digest, *map(str, place), str(len(self._round.votes)))
+            self._file.ask(self._round, FilePair(name, *place, (digest(question.left), digest(question.right))))
+            left, right = self._shown(question.left), self._shown(question.right)
+            pairs.append(
+                Pair(name, self.task.voting.question, question.prompt, left, right, self.task.shows_pictures)
+            )  # fmt: skip
         self._open = {}
+        write_pairs(path, pairs)
+        raise VotesAwaited(len(pairs), path)
 
     def _shown(self, answer: str) -> str:
         """An answer in a file of pairs: a text, or a picture as a data URI."""
@@ -339,6 +340,12 @@ class Ballot:
         kept = slice(start, start + len(self._round.genomes))
         self._posterior = Posterior(fitted.mean[kept], fitted.covariance[kept, kept], fitted.evidence)
 
+    def _waiting_line(self) -> str:
+        assert self._round is not None
+        what = f"generation {len(self._rounds())}" if self._pairs is None else "the winner against the other models"
+        given = f", {len(self._round.votes)} are there" if self._round.votes else ""
+        return f"{self.task.name}: {what}: waiting for votes, at most {self._most}{given}"
+
     def _is_decided(self) -> bool:
         assert self._round is not None
         return len(self._round.votes) >= self._most or not self._informs(self._differing())
@@ -353,6 +360,7 @@ class Ballot:
             if self._round is None or self._round.closed:
                 return None
             if judge in self._open:
+                self._asked_at[self._open[judge].number] = time.monotonic()
                 return self._open[judge]
             spent = len(self._round.votes) + len(self._open)
             chosen = None if spent >= self._most else self._next_round(judge) or self._repeated(judge) or self._next()
@@ -415,20 +423,23 @@ class Ballot:
                 return question
         return None
 
-    def vote(self, number: int, choice: Choice, slot: str, judge: str = "") -> bool:
-        """Write the answer to a question of `slot` down: of a judge's name, or of another by which `judge` was asked.
-        False: the question is not open (any more)."""
+    def leave(self, judge: str) -> None:
+        """Give a judge's open question back: others may answer it."""
         with self._changed:
-            question = self._open.get(slot)
+            self._open.pop(judge, None)
+
+    def vote(self, number: int, choice: Choice, judge: str) -> bool:
+        """Write a judge's answer to a question down. False: the question is not open (any more)."""
+        with self._changed:
+            question = self._open.get(judge)
             if question is None or question.number != number or self._round is None:
                 return False
-            del self._open[slot]
+            del self._open[judge]
             now = datetime.now(UTC).isoformat(timespec="seconds")
             left, right = question.candidates
-            answers, name = (digest(question.left), digest(question.right)), judge or slot
-            weight = self.task.voting.weights.get(name, 1.0)
+            answers, weight = (digest(question.left), digest(question.right)), self.task.voting.weights.get(judge, 1.0)
             self._file.add(
-                self._round, Vote(question.example, left, right, choice, answers, name, weight, now)
+                self._round, Vote(question.example, left, right, choice, answers, judge, weight, now)
             )  # fmt: skip
             if self._pairs is None:
                 self._update()

@@ -6,13 +6,15 @@ later one reads the votes and goes on, until the next generation needs some.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
 from evojax_merge.errors import InputError
 from evojax_merge.file_system import atomic_write
+from evojax_merge.judge.votes import Round, Vote, VoteFile
 from evojax_merge.tasks.voting import Choice
 
 # The files of the page beside its pairs.
@@ -32,9 +34,9 @@ class VotesAwaited(Exception):
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair of a file. name: what its vote refers to it by; pictures: the answers are pictures, as data URIs."""
+    """A pair of a file. pair: the name by which votes refer to it; pictures: the answers are pictures, as data URIs."""
 
-    name: str
+    pair: str
     question: str
     prompt: str
     left: str
@@ -42,19 +44,11 @@ class Pair:
     pictures: bool = False
 
 
-@dataclass
-class Batch:
-    """pairs: the file to write pairs to; votes: by a pair's name, the choices that were read, each with its judge."""
-
-    pairs: Path
-    votes: Mapping[str, list[tuple[Choice, str]]] = field(default_factory=dict)
-
-    def write(self, pairs: Sequence[Pair]) -> None:
-        """Write the pairs and their page. Raises VotesAwaited, always."""
-        rows = [vars(pair) for pair in pairs]
-        atomic_write(self.pairs, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        atomic_write(page_of(self.pairs), _page(rows))
-        raise VotesAwaited(len(pairs), self.pairs)
+def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
+    """Write pairs and the page on which people vote on them."""
+    rows = [vars(pair) for pair in pairs]
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    atomic_write(page_of(path), _page(rows))
 
 
 def _page(rows: Sequence[dict[str, Any]]) -> str:
@@ -78,14 +72,54 @@ def page_of(pairs: Path) -> Path:
     return pairs.with_suffix(".html")
 
 
+@dataclass(frozen=True)
+class FileVotes:
+    """The votes of a file: those to write down, each with its round; and how many are written down already, and how
+    many came after their generation had ended."""
+
+    added: Sequence[tuple[Round, Vote]]
+    counted: int
+    late: int
+
+    def describe(self) -> str:
+        rest = [f"{self.counted} had been taken before"] if self.counted else []
+        rest += [f"{self.late} came after their generation had ended, and do not count"] if self.late else []
+        return f"took {len(self.added)} votes" + "".join(f"; {each}" for each in rest)
+
+
+def votes_of(path: Path, file: VoteFile, weights: Mapping[str, Mapping[str, float]]) -> FileVotes:
+    """The votes of a file of choices on pairs that a search has written. weights: of judges, by task. Raises InputError
+    for a pair that the search has not written."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    added: list[tuple[Round, Vote]] = []
+    counted = late = 0
+    for name, choices in read_choices(path).items():
+        if name not in file.pairs:
+            what = f"has a vote on pair {name!r}, which this search has not written"
+            raise InputError(path, f"{what}; expected votes on the pairs of --export")
+        one, pair = file.pairs[name]
+        for choice, judge in choices:
+            if any((vote.pair, vote.judge) == (name, judge) for vote in one.votes):
+                counted += 1
+            elif one.closed:
+                late += 1
+            else:
+                weight = weights[one.task].get(judge, 1.0)
+                added.append((
+                    one, Vote(pair.example, pair.left, pair.right, choice, pair.answers, judge, weight, now, pair=name)
+                ))  # fmt: skip
+    return FileVotes(added, counted, late)
+
+
 def read_choices(path: Path) -> dict[str, list[tuple[Choice, str]]]:
-    """The votes of a file: JSON lines with `pair`, `choice` and perhaps `judge`. Raises InputError for other lines, and
-    for a judge who votes twice on one pair."""
+    """The choices of a file, each with its judge, by the pair's name: JSON lines with `pair`, `choice` and perhaps
+    `judge`. Raises InputError for other lines, and for a judge who votes twice on one pair."""
     votes: dict[str, list[tuple[Choice, str]]] = {}
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError("--import", f"{path}: cannot be read ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError("--import", f"{path}: cannot be read ({reason})") from None
     for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
         row = _row(where, line)
@@ -106,5 +140,6 @@ def _row(where: str, line: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(where, f"is no JSON ({error})") from None
     if not isinstance(row, dict) or not isinstance(row.get("pair"), str):
-        raise InputError(where, "expected pair and choice")
+        what = f"its keys are {', '.join(row) or 'none'}" if isinstance(row, dict) else f"is {line[:40]}"
+        raise InputError(where, f'{what}; expected {{"pair": NAME, "choice": …}}, with the name that the pair has')
     return row

@@ -1,6 +1,8 @@
 "use strict";
 let open = null;
 let sending = false;
+let ended = false;
+let timer = 0;
 // The strengths that were shown before the last vote, by the candidate's name.
 let before = {};
 
@@ -18,13 +20,14 @@ judge.addEventListener("change", () => {
 function show(state) {
   const { question, standing, bout } = state;
   open = question;
+  ended = state.ended;
   showQuestion(question);
   byId("waiting").hidden = Boolean(question);
-  const where = standing.heldout ? "the winner meets the other models, on prompts that nobody voted on"
-    : "generation " + standing.round;
-  const next = standing.heldout ? "" : "; the next generation comes after " + (standing.most - standing.votes)
-    + " more at most, and " + standing.left + " are left in all";
-  byId("progress").textContent = where + ": vote " + standing.votes + " of at most " + standing.most + next;
+  byId("waiting").textContent = ended ? "The search has ended, and all votes are kept. Thank you."
+    : standing.waiting ? "The next candidates are being written …" : "Other judges have the questions that are left.";
+  const where = standing.heldout ? "last, the winner against the other models: " : "generation " + standing.round + ": ";
+  const next = standing.heldout ? "" : " (" + standing.left + " left for all generations)";
+  byId("progress").textContent = ended ? "" : where + standing.votes + " of at most " + standing.most + " votes" + next;
   byId("bar").value = standing.most ? standing.votes / standing.most : 0;
   byId("bout").hidden = !bout;
   if (bout) {
@@ -65,18 +68,21 @@ function fail(text) {
 }
 
 async function refresh() {
+  clearTimeout(timer);
   try {
     const earlier = named === judge.value ? "" : "&earlier=" + encodeURIComponent(named);
     named = judge.value;
     const answer = await fetch("state?judge=" + encodeURIComponent(named) + earlier);
     if (!answer.ok) throw new Error(await answer.text());
     fail("");
-    if (!sending) show(await answer.json());
+    const state = await answer.json();
+    const isSame = open && state.question && open.number === state.question.number;
+    if (!sending && !isSame) show(state);
   } catch (error) {
     fail("The search does not answer; it may have ended. All votes are kept. (" + error.message + ")");
   }
-  // Ask again soon while the next candidates are being written, and seldom where nobody answers.
-  if (!open) setTimeout(refresh, byId("error").hidden ? 300 : 3000);
+  // Ask again soon while the next candidates are being written. Otherwise it shows that the judge is still there.
+  if (!ended) timer = setTimeout(refresh, open ? 5000 : byId("error").hidden ? 300 : 3000);
 }
 
 async function vote(choice) {
@@ -92,8 +98,11 @@ async function vote(choice) {
     fail("The vote was not counted: " + error.message);
   }
   sending = false;
-  if (!open) setTimeout(refresh, 300);
+  clearTimeout(timer);
+  if (!ended) timer = setTimeout(refresh, open ? 5000 : 300);
 }
+
+window.addEventListener("pagehide", () => navigator.sendBeacon("leave?judge=" + encodeURIComponent(named)));
 
 onChoice(vote);
 refresh();

@@ -1,5 +1,6 @@
 """Opens the ballots of a search: its votes file, and where people vote the page on which they do."""
 
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from evojax_merge import interrupts
 from evojax_merge.errors import InputError, printable
 from evojax_merge.file_system import atomic_write_bytes
 from evojax_merge.judge.ballot import Ballot
-from evojax_merge.judge.batch import Batch, read_choices
+from evojax_merge.judge.batch import votes_of
+from evojax_merge.judge.server import listen, served
 from evojax_merge.judge.votes import VoteFile
 from evojax_merge.problem import SearchProblem
 from evojax_merge.search.run_parts import RunFolder
@@ -24,7 +26,7 @@ from evojax_merge.tasks.voting import JudgedTask
 class JudgeOptions:
     """port: of the page of judges; 0: any that is free. replay: a votes file of an equal search, whose votes are
     taken. pairs: a file that pairs are written to, instead of a page that is served; choices: a file of votes on
-    such pairs."""
+    pairs that were written before."""
 
     port: int = 0
     replay: Path | None = None
@@ -32,24 +34,25 @@ class JudgeOptions:
     choices: Path | None = None
 
 
-NO_JUDGES = JudgeOptions()
-
-
-def check_judges(out: Path, problem: SearchProblem, options: JudgeOptions, *, resume: bool) -> None:
-    """Raises InputError for a search that nobody can judge, and for votes that it would lose."""
+def check_judges(path: Path, out: Path, problem: SearchProblem, options: JudgeOptions | None, *, resume: bool) -> None:
+    """Raises InputError for a search that nobody can judge, and for votes that it would lose. path: the config;
+    options: None where nobody asked for judges."""
     tasks = _judged_tasks(problem)
     if not tasks:
-        if options != NO_JUDGES:
-            what = "the config has no task of kind: human or human_images; search it with evojax-merge search"
-            raise InputError(str(out), what)
+        if options is not None:
+            what = "has none of kind: human or human_images, for people to judge; evojax-merge search takes the config"
+            raise InputError(f"{path}: tasks", what)
         return
-    if options.choices is not None and options.pairs is None:
-        raise InputError("--import", "goes with --export, the file for the pairs that are wanted next")
+    options = options or JudgeOptions()
     votes = RunFolder(out).votes
     if not resume and votes.exists():
         raise InputError(votes, "holds votes; --resume continues with them, or move the file (--replay takes it)")
     if options.replay is not None and not options.replay.is_file():
         raise InputError("--replay", f"{options.replay}: no such file")
+    if options.choices is not None:
+        votes_of(options.choices, VoteFile(votes), _weights(tasks))
+    if options.pairs is None and _by_people(tasks):
+        listen(options.port).close()
     if jax.process_count() > 1:
         raise InputError(f"task {tasks[0].name}", "people judge searches of one process; leave --distributed out")
     if len(problem.splits.shards) > 1:
@@ -63,7 +66,7 @@ def check_judges(out: Path, problem: SearchProblem, options: JudgeOptions, *, re
 
 @contextmanager
 def judging(
-    votes: Path, problem: SearchProblem, log: Callable[[str], None], options: JudgeOptions
+    folder: RunFolder, problem: SearchProblem, log: Callable[[str], None], options: JudgeOptions
 ) -> Iterator[Mapping[str, Ballot]]:
     """The ballots of the tasks that people judge, by their names, while the block runs; empty where the search has no
     such task. Raises InputError for a votes file that is not the search's, and for a page that cannot be served."""
@@ -71,32 +74,51 @@ def judging(
     if not tasks:
         yield {}
         return
+    votes = folder.votes
     if options.replay is not None and not votes.exists():
         atomic_write_bytes(votes, options.replay.read_bytes())
     file, ballots = VoteFile(votes), {}
-    batch = None
-    if options.pairs is not None:
-        batch = Batch(options.pairs, {} if options.choices is None else read_choices(options.choices))
-    history = RunFolder(votes.parent).read_history()
+    if options.choices is not None:
+        choices = votes_of(options.choices, file, _weights(tasks))
+        for one, vote in choices.added:
+            file.add(one, vote)
+        log(f"{options.choices}: {choices.describe()}")
+    history = folder.read_history()
     for task in tasks:
         ballots[task.name] = Ballot(
-            task, file, problem.search.generations, problem.seed, interrupts.check, batch=batch, done=len(history)
-        )
+            task, file, problem.search.generations, problem.seed, interrupts.check, pairs=options.pairs,
+            done=len(history), log=log,
+        )  # fmt: skip
     _check_rounds(votes, file, ballots, history)
     with ExitStack() as stack:
-        if batch is None and any(task.voting.judge is None for task in tasks):
-            from evojax_merge.judge.server import served
-
-            address = stack.enter_context(
-                served([each for each in ballots.values() if each.task.voting.judge is None], options.port)
-            )
-            log(f"judge: {address}")
+        people = _by_people(tasks)
+        if options.pairs is None and people:
+            pages = [ballots[task.name] for task in people]
+            address = stack.enter_context(served(pages, options.port, _token(folder.judge_token)))
+            log(f"judge: open {address} on this machine, and vote; Ctrl-C stops, and keeps all votes")
         yield ballots
         for task in tasks:
             line = None if task.voting.judge is None else task.voting.judge.report()
             agreements = [agreement.describe() for agreement in ballots[task.name].agreements()]
             for each in (*([] if line is None else [line]), *agreements):
                 log(printable(each))
+
+
+def _token(path: Path) -> str:
+    """The token in the addresses of a run's pages: links to them stay good when the run goes on."""
+    if not path.exists():
+        atomic_write_bytes(path, secrets.token_urlsafe(16).encode())
+        path.chmod(0o600)
+    return path.read_text("utf-8").strip()
+
+
+def _weights(tasks: Sequence[JudgedTask]) -> dict[str, Mapping[str, float]]:
+    return {task.name: task.voting.weights for task in tasks}
+
+
+def _by_people(tasks: Sequence[JudgedTask]) -> list[JudgedTask]:
+    """The tasks on which people vote, and no function in their place."""
+    return [task for task in tasks if task.voting.judge is None]
 
 
 def _judged_tasks(problem: SearchProblem) -> list[JudgedTask]:

@@ -22,7 +22,7 @@ function back() {
 
 function lines() {
   const judge = byId("judge").value;
-  return choices.map((choice, n) => JSON.stringify({ pair: pairs[n].name, choice, judge }) + "\n").join("");
+  return choices.map((choice, n) => JSON.stringify({ pair: pairs[n].pair, choice, judge }) + "\n").join("");
 }
 
 function save() {

@@ -8,9 +8,11 @@ import json
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
+from importlib.util import find_spec
 from typing import Any
 
 from evojax_merge.errors import Failed, InputError
@@ -21,6 +23,8 @@ HOST = "127.0.0.1"
 # The characters of a judge's name, and of an answer that is shown at first.
 MAX_NAME = 100
 MAX_BODY = 10_000
+# Seconds that the page is still served after the search's end, so that judges who wait see it.
+FAREWELL = 1.5
 # Nothing but the page's own script and style; nobody frames it, and no address of it leaves the browser.
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -34,14 +38,34 @@ TYPES = {
 
 
 @contextmanager
-def served(ballots: Sequence[Ballot], port: int = 0) -> Iterator[str]:
-    """Serve the page of these ballots while the block runs, and yield its address. port: 0: any that is free. Raises
-    InputError where the port is in use, or the packages of the page are missing."""
+def served(ballots: Sequence[Ballot], port: int = 0, token: str | None = None) -> Iterator[str]:
+    """Serve the page of these ballots while the block runs, and yield its address. port: as in `listen`; token: of the
+    address, by default a new one. Where the block ends well, the page says so. Raises InputError as `listen` does."""
+    listening = listen(port)
+    import uvicorn
+
+    token = token or secrets.token_urlsafe(16)
+    ended = threading.Event()
+    app = application(ballots, token, ended)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=_serve, args=(server, listening, ballots), daemon=True)
+    thread.start()
     try:
-        import uvicorn
-    except ImportError:
+        yield f"http://{HOST}:{listening.getsockname()[1]}/{token}/"
+        ended.set()
+        time.sleep(FAREWELL)
+    finally:
+        server.should_exit = True
+        thread.join(timeout=5)
+        listening.close()
+
+
+def listen(port: int) -> socket.socket:
+    """A socket on a port of this machine; 0: any that is free. Raises InputError where the port is in use, or the
+    packages of the page are missing."""
+    if find_spec("uvicorn") is None or find_spec("starlette") is None:
         what = "the page of judges needs the packages starlette and uvicorn; pip install 'evojax-merge[judge]'"
-        raise InputError("judge", what) from None
+        raise InputError("judge", what)
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -51,17 +75,7 @@ def served(ballots: Sequence[Ballot], port: int = 0) -> Iterator[str]:
         listening.close()
         what = f"{port} cannot be listened on ({error.strerror}); choose another, or leave it out for any that is free"
         raise InputError("--port", what) from None
-    token = secrets.token_urlsafe(16)
-    app = application(ballots, token)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=_serve, args=(server, listening, ballots), daemon=True)
-    thread.start()
-    try:
-        yield f"http://{HOST}:{listening.getsockname()[1]}/{token}/"
-    finally:
-        server.should_exit = True
-        thread.join(timeout=5)
-        listening.close()
+    return listening
 
 
 def _serve(server: Any, listening: socket.socket, ballots: Sequence[Ballot]) -> None:
@@ -72,8 +86,8 @@ def _serve(server: Any, listening: socket.socket, ballots: Sequence[Ballot]) -> 
             ballot.stop(error)
 
 
-def application(ballots: Sequence[Ballot], token: str) -> Any:
-    """The page as an ASGI application, at `/TOKEN/`."""
+def application(ballots: Sequence[Ballot], token: str, ended: threading.Event) -> Any:
+    """The page as an ASGI application, at `/TOKEN/`. ended: is set once the search has its winner."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -105,7 +119,14 @@ def application(ballots: Sequence[Ballot], token: str) -> Any:
         if not allowed(request):
             return Response("not found", 404, HEADERS)
         judge, earlier = (request.query_params.get(key, "")[:MAX_NAME] for key in ("judge", "earlier"))
-        return answer(await run_in_threadpool(_state, ballots, judge, earlier))
+        return answer(await run_in_threadpool(_state, ballots, judge, earlier) | {"ended": ended.is_set()})
+
+    async def leave(request: Request) -> Response:
+        if not allowed(request):
+            return Response("not found", 404, HEADERS)
+        for ballot in ballots:
+            await run_in_threadpool(ballot.leave, request.query_params.get("judge", "")[:MAX_NAME])
+        return Response(status_code=204, headers=HEADERS)
 
     async def vote(request: Request) -> Response:
         # A form of another site cannot send JSON to us without asking first, which nothing here answers.
@@ -126,13 +147,14 @@ def application(ballots: Sequence[Ballot], token: str) -> Any:
             ballot.stop(error)
             return Response(str(error), 500, HEADERS)
         following = await run_in_threadpool(_state, ballots, judge)
-        return answer({"counted": counted} | following)
+        return answer({"counted": counted, "ended": ended.is_set()} | following)
 
     return Starlette(
         routes=[
             Route("/{token}/", page),
             Route("/{token}/state", state),
             Route("/{token}/vote", vote, methods=["POST"]),
+            Route("/{token}/leave", leave, methods=["POST"]),
             Route("/{token}/picture/{name}", picture),
             Route("/{token}/{name}", page),
         ],
@@ -164,7 +186,7 @@ def _state(ballots: Sequence[Ballot], judge: str, earlier: str = "") -> dict[str
         "bout": _bout(ballot, judge),
         "standing": {
             "round": standing.number, "votes": standing.votes, "most": standing.most, "left": standing.left,
-            "heldout": standing.heldout, "leader": standing.leader,
+            "heldout": standing.heldout, "waiting": standing.waiting, "leader": standing.leader,
             "strengths": [{"candidate": c, "mean": m, "deviation": d} for c, m, d in standing.strengths],
             "agreements": [agreement.describe() for agreement in standing.agreements],
         },

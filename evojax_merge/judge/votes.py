@@ -4,7 +4,8 @@ A line is one of
 
     {"round": DIGEST, "task": …, "genomes": [[…], …], "answers": [DIGEST, …]}
                                                          candidates whose answers are compared from now on
-    {"vote": {…}, "round": DIGEST, …}                    a choice between two of them on one prompt (see `Vote`)
+    {"pair": {…}, "round": DIGEST}                       two of them that stand in a file for votes (see `FilePair`)
+    {"vote": {…}, "round": DIGEST}                       a choice between two of them on one prompt (see `Vote`)
     {"closed": DIGEST}                                   the round's strengths went to the search
 
 A line is on the disk before anything depends on it, so that a search that is killed loses no vote, and a search that
@@ -21,7 +22,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from evojax_merge.errors import Failed, InputError
+from evojax_merge.errors import Failed, InputError, print_warning
 from evojax_merge.tasks.voting import Choice
 
 CHOICES = get_args(Choice)
@@ -37,7 +38,8 @@ def digest(*texts: str) -> str:
 class Vote:
     """A choice. example: the prompt's number in the task's split; left, right: numbers of candidates in their round;
     answers: the digests of the two answers; judge, weight: who chose, and how much that counts; time: UTC, ISO 8601,
-    which nothing depends on; number: the vote's in its round, from 0; None: the file was written without numbers."""
+    which nothing depends on; number: the vote's in its round, from 0; None: the file was written without numbers; pair:
+    the name of the `FilePair` that it is on, "" for none."""
 
     example: int
     left: int
@@ -48,6 +50,19 @@ class Vote:
     weight: float = 1.0
     time: str = ""
     number: int | None = None
+    pair: str = ""
+
+
+@dataclass(frozen=True)
+class FilePair:
+    """A question in a file for votes, of the candidates left and right. name: what votes refer to it by; the others as
+    in `Vote`."""
+
+    name: str
+    example: int
+    left: int
+    right: int
+    answers: tuple[str, str]
 
 
 @dataclass
@@ -69,10 +84,13 @@ class VoteFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rounds: list[Round] = []
+        # By their names, with their rounds.
+        self.pairs: dict[str, tuple[Round, FilePair]] = {}
         text = path.read_bytes() if path.exists() else b""
         # A process that was killed while it wrote leaves a line without its end: that vote was never confirmed.
         whole = text[: text.rfind(b"\n") + 1]
         if whole != text:
+            print_warning(f"{path}: its last line was cut off, and is removed; a vote in it is asked for again")
             with path.open("r+b") as file:
                 file.truncate(len(whole))
         for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), start=1):
@@ -90,6 +108,12 @@ class VoteFile:
         self._append({"round": digest, "task": task, "genomes": rows, "answers": list(answers)})
         self.rounds.append(Round(digest, task, np.asarray(genomes, float), answers=tuple(answers)))
         return self.rounds[-1]
+
+    def ask(self, one: Round, pair: FilePair) -> None:
+        """Remember a pair that is written to a file."""
+        if pair.name not in self.pairs:
+            self._append({"pair": asdict(pair), "round": one.digest})
+            self.pairs[pair.name] = one, pair
 
     def add(self, to: Round, vote: Vote) -> None:
         vote = replace(vote, number=len(to.votes))
@@ -114,6 +138,9 @@ class VoteFile:
             row = json.loads(line)
             if "vote" in row:
                 self._add_read(where, row)
+            elif "pair" in row:
+                one, fields = self._named(where, row["round"]), row["pair"]
+                self.pairs[fields["name"]] = one, FilePair(**(fields | {"answers": tuple(fields["answers"])}))
             elif "closed" in row:
                 self._named(where, row["closed"]).closed = True
             else:
@@ -121,7 +148,8 @@ class VoteFile:
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(where, f"is no line of a votes file ({type(error).__name__}: {error})") from None
+            what = f"is no line of a votes file ({type(error).__name__}: {error})"
+            raise InputError(where, f"{what}; expected the file as the search wrote it, or a copy of that") from None
 
     def _add_read(self, where: str, row: dict[str, Any]) -> None:
         one, fields = self._named(where, row["round"]), dict(row["vote"])

@@ -122,6 +122,11 @@ class RunFolder:
         return self.path / "votes.jsonl"
 
     @property
+    def judge_token(self) -> Path:
+        """The token in the addresses of its pages for judges."""
+        return self.path / "judge-token"
+
+    @property
     def heldout_answers(self) -> Path:
         """The winner's and the best parent's answers to each held-out example."""
         return self.path / "heldout_answers.jsonl"
