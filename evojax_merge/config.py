@@ -475,6 +475,14 @@ class EvaluationConfig(Section):
         return document
 
 
+def _with_strategy(section: Any, name: str) -> Any:
+    """The section of a search, or of one of its stages, with this strategy where it names none."""
+    search = {} if not isinstance(section, dict) or section.get("search") is None else section["search"]
+    if not isinstance(section, dict) or not isinstance(search, dict) or search.get("strategy", AUTO) != AUTO:
+        return section
+    return section | {"search": search | {"strategy": name}}
+
+
 class Config(Section):
     """A whole search: over one space, or in stages."""
 
@@ -531,16 +539,15 @@ class Config(Section):
         """Fill in the strategy of a pool, which has only one, and of a search whose fitness is votes on one task."""
         if not isinstance(document, dict):
             return document
-        search = {} if document.get("search") is None else document["search"]
-        if not isinstance(search, dict) or search.get("strategy", AUTO) != AUTO:
-            return document
         if document.get("pool") is not None:
-            return document | {"search": search | {"strategy": "pool"}}
+            return _with_strategy(document, "pool")
         tasks = document["tasks"] if isinstance(document.get("tasks"), list) else []
         counting = [task for task in tasks if isinstance(task, dict) and task.get("weight") != 0]
-        if document.get("stages") is None and [task.get("kind") in JUDGED_KINDS for task in counting] == [True]:
-            return document | {"search": search | {"strategy": VOTES}}
-        return document
+        if [task.get("kind") in JUDGED_KINDS for task in counting] != [True]:
+            return document
+        if isinstance(document.get("stages"), list):
+            return document | {"stages": [_with_strategy(stage, VOTES) for stage in document["stages"]]}
+        return _with_strategy(document, VOTES)
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -376,6 +376,23 @@ def test_tasks_that_nobody_can_judge_are_refused(
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_each_stage_of_a_search_is_judged(tmp_path: Path, family: Family) -> None:
+    path = config(tmp_path, family, votes=4)
+    document = yaml.safe_load(path.read_text())
+    stage = {"space": document.pop("space"), "search": document.pop("search") | {"generations": 2}}
+    path.write_text(yaml.safe_dump(document | {"stages": [stage, stage]}))
+    run = tmp_path / "run"
+    done = run_here("judge", path, "--out", run)
+    assert done.returncode == 0, done.stderr
+    for folder in (run / "stages" / "stage-1", run):
+        written = yaml.safe_load((folder / "config.yaml").read_text())
+        searches = [written["search"]] if "search" in written else [one["search"] for one in written["stages"]]
+        assert all(search["strategy"] == "votes" for search in searches)
+        assert votes_of(folder)
+    done = run_here("judge", path, "--out", tmp_path / "other", "--export", tmp_path / "pairs.jsonl")
+    assert done.returncode == 2 and "stages: people judge a search in stages on its page" in done.stderr
+
+
 def test_a_config_without_judges_is_named(tmp_path: Path, family: Family) -> None:
     task = {"name": "sums", "kind": "likelihood", "file": str(family.tasks), "prompt": "{prompt}", "target": "{target}"}
     document = yaml.safe_load(config(tmp_path, family).read_text()) | {"tasks": [task]}
