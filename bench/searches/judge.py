@@ -12,6 +12,7 @@ same votes. With the packages optuna-dashboard and botorch, `Optuna` asks for th
 preferential sampler, as many times. `--rules page`, with Chromium, has the person vote on the page of judges, by its
 keys. A figure is the mean hidden score of the winner, chosen as every search chooses it, less that of the uniform
 merge, as a share of what `fitness` gains.
+Models and examples of a kind are opened once, with the first seed, which draws the pictures' noise.
 """
 
 import argparse
