@@ -123,7 +123,8 @@ def test_the_config_reference_is_what_the_program_lists() -> None:
 def test_links_lead_to_files_and_headings(page: Path) -> None:
     for target, anchor in LINK.findall(BLOCK.sub("", page.read_text(encoding="utf-8"))):
         path = (page.parent / target).resolve() if target else page
-        assert path.exists(), target
+        # A link to a folder works on disk, but not in the site, whose strict build refuses it.
+        assert path.is_file(), target
         assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
 
 
