@@ -82,6 +82,7 @@ def test_front_matter_keeps_its_meaning() -> None:
         ("adam", ("random", "de"), None),
         ("wieght", ("weight", "density"), "weight"),
         ("lin", ("linear", "slerp"), "linear"),
+        ("tys", ("dare_ties", "slerp", "ties"), "ties"),
         ("model", ("model_stock", "della"), "model_stock"),
         ("self_attn.q_porj", ("model.layers.0.self_attn.q_proj.weight",), "model.layers.0.self_attn.q_proj.weight"),
         ("x" * 1_000_000, ("weight",), None),
