@@ -14,10 +14,9 @@ from evojax_merge import plugins
 from evojax_merge.arguments import check_arguments
 from evojax_merge.backends.backend import Backend
 from evojax_merge.backends.registry import find_backend
-from evojax_merge.checkpoints.writer import check_output
+from evojax_merge.checkpoints.writer import check_new_model, check_output
 from evojax_merge.commands.merge import MergeOptions, write_merge
 from evojax_merge.errors import InputError, warn_program
-from evojax_merge.file_system import check_free
 from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.problem import build_problem, open_backend
 from evojax_merge.python_calls import Location, PythonCall, as_yaml, ignore
@@ -112,7 +111,7 @@ class Trial(Described):
     def _write(self, out: Path, overwrite: bool) -> None:
         """Write the model of the genome, whose backend makes candidates of genomes."""
         backend = self._source.backend()
-        check_free(out, overwrite)
+        check_new_model(out, overwrite, self._source.keep)
         recipe = backend.recipe(self.genome)
         models = {backend.references[model]: model for model in backend.merged_from(self.genome)}
         card = merge_card(out.name, [backend.name], models, recipe)

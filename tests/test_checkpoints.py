@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from evojax_merge.checkpoints.writer import (
     MARKER,
     ShardWriter,
     TensorSpec,
+    check_new_model,
     check_output,
     require_space,
     write_marker,
@@ -168,6 +170,7 @@ def test_stored_model_gives_its_tensors_back(family: Family) -> None:
 # by how much it grew at most, the size of the bank, and that of the largest tensor.
 WATCHED = """
 import sys, threading, time
+from contextlib import nullcontext
 from pathlib import Path
 from merge_kernels import METHODS
 from evojax_merge.checkpoints.bank import bank_bytes, load_bank
@@ -435,6 +438,7 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced_unasked(tmp_path: Path)
 # while it removes what was there.
 KILLED = """
 import os, shutil, signal, sys
+from contextlib import nullcontext
 from pathlib import Path
 from evojax_merge import file_system
 target, moment = Path(sys.argv[1]), sys.argv[2]
@@ -525,6 +529,22 @@ def test_what_this_program_wrote_may_be_replaced(kind: str, family: Family, tmp_
     assert [path.name for path in target.iterdir()] == ["new"]
     # A link still leads to where it led.
     assert target.is_symlink() == (kind == "linked")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_overwrite_is_suggested_for_a_folder_that_it_would_replace_alone(
+    family: Family, tmp_path: Path, overwrite: bool
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds 'notes\.txt', which evojax-merge did not write; choose"):
+        check_new_model(mine, overwrite, [])
+    ours = model_of_ours(family, tmp_path / "ours")
+    with pytest.raises(InputError, match="which this command reads; choose another folder"):
+        check_new_model(ours, overwrite, [ours])
+    with nullcontext() if overwrite else pytest.raises(InputError, match=r"exists already; .* or pass --overwrite"):
+        check_new_model(ours, overwrite, [family.base])
 
 
 def test_what_a_user_adds_during_a_merge_is_kept(family: Family, tmp_path: Path) -> None:

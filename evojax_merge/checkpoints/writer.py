@@ -17,6 +17,7 @@ import numpy as np
 from evojax_merge.checkpoints.folder import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.errors import InputError
+from evojax_merge.file_system import check_free
 from evojax_merge.version import __version__
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -89,6 +90,14 @@ def check_output(target: Path, keep: Sequence[Path]) -> None:
         if os.path.ismount(place):
             raise InputError(target, "is a mount point, which cannot be replaced; choose a folder inside of it")
         check_ours(target)
+
+
+def check_new_model(target: Path, overwrite: bool, keep: Sequence[Path]) -> None:
+    """Raises InputError where a model must not be written to `target`. The message suggests --overwrite for a folder
+    that it would replace, and for no other. keep: see `check_output`."""
+    if os.path.isdir(target):
+        check_output(target, keep)
+    check_free(target, overwrite)
 
 
 def check_outside(target: Path, keep: Sequence[Path]) -> None:

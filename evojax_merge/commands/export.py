@@ -10,11 +10,11 @@ import numpy as np
 from evojax_merge import plugins
 from evojax_merge.backends.backend import BackendFactory
 from evojax_merge.backends.registry import find_backend
-from evojax_merge.checkpoints.writer import check_output
-from evojax_merge.commands.merge import card_of_merge, write_model
+from evojax_merge.checkpoints.writer import check_new_model, check_output
+from evojax_merge.commands.merge import card_of_merge, local_inputs, parts_of_runs, write_model
 from evojax_merge.config import Config
 from evojax_merge.errors import Failed, InputError
-from evojax_merge.file_system import check_free, recover
+from evojax_merge.file_system import recover
 from evojax_merge.mergekit.as_adapter import RankError, prepare_adapter, write_as_adapter
 from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.stages import prepare_stream
@@ -56,7 +56,6 @@ def export(
         raise InputError(run, "is not a run folder of a search" if run.exists() else "no such folder")
     plugins.load_named(f"{folder.config}: plugins", load_yaml(folder.config).get("plugins", []), folder.path)
     recover(out)
-    check_free(out, overwrite)
     if member is not None and _factory(folder).merges_recipes:
         file = find_member(folder, member)
         _export(folder, read_stream(file), file.read_text(encoding="utf-8"), None, out, dtype, overwrite, rank)
@@ -84,6 +83,7 @@ def _export(
 ) -> None:  # fmt: skip
     """Write the model of a run's recipe, or its adapter of a rank. `text`: the recipe as YAML; `card`: None makes one
     from the recipe."""
+    check_new_model(out, overwrite, [*folder.parts, *local_inputs(stream), *parts_of_runs(out)])
     if any(recipe.method.random for recipe in (*(stage.recipe for stage in stream.stages), stream.result)):
         check_masks(folder)
     with prepare_stream(stream, out, dtype, find=resolve_reference) as stream_plan:
@@ -113,6 +113,7 @@ def _export_genome(
     for value, option in ((dtype, "--dtype"), (rank, "--as-adapter")):
         if value is not None:
             raise InputError(folder.path, f"{option}: is for language models, and this run has others; leave it out")
+    check_new_model(out, overwrite, folder.parts)
     with locked(folder.path, resume=True):
         check_inputs(folder)
         problem = build_problem(folder.config, config_from(folder.config, load_yaml(folder.config), [], None))

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from evojax_merge import plugins
+from evojax_merge.checkpoints.folder import local_path
 from evojax_merge.checkpoints.writer import (
     MAX_SHARD_BYTES,
+    check_new_model,
     check_output,
     require_space,
 )
 from evojax_merge.errors import print_warning
-from evojax_merge.file_system import check_free, recover
+from evojax_merge.file_system import recover
 from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.pipelines import PipelinePlan, merge_pipelines, prepare_pipelines
 from evojax_merge.mergekit.stages import StreamPlan, merge_stream, prepare_stream
-from evojax_merge.mergekit.streams import parse_stream, stream_warnings
+from evojax_merge.mergekit.streams import RecipeStream, parse_stream, stream_warnings
 from evojax_merge.mergekit.unused_keys import blaming_slips, few_lines, without_unused_keys
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.references import resolve_reference
@@ -72,7 +74,6 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
     """Do the merge of a recipe (a file, or the documents of its YAML) and write the model."""
     plugins.load()
     recover(out)
-    check_free(out, options.overwrite)
     strict = options.strict
     twice: list[str] = []
     repeated = (
@@ -80,14 +81,15 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
     )
     if isinstance(recipe, Path):
         path, given, text = recipe, load_documents(recipe, repeated), recipe.read_text(encoding="utf-8")
-        no_file: Path | None = None
     else:
         path, given, text = Path("recipe"), recipe, dump_documents(recipe)
-        no_file = path
     documents, ignored = (given, []) if strict else without_unused_keys(path, given)
     with ExitStack() as stack:
         with blaming_slips([] if strict else given):
             stream = parse_stream(path, documents)
+        recipe_file = [recipe] if isinstance(recipe, Path) else []
+        check_new_model(out, options.overwrite, [*local_inputs(stream), *recipe_file, *parts_of_runs(out)])
+        with blaming_slips([] if strict else given):
             pipelines = prepare_pipelines(
                 stream, resolve_reference, options.dtype, options.seed, options.allow_nonfinite, strict
             )
@@ -106,7 +108,7 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
         for line in (*said_twice, *ignored, *stream_warnings(stream), *stream_plan.warnings):
             warn(line)
         log_unused_config_keys(list(stream_plan.models.values()), log)
-        inputs = [path for path in stream_plan.inputs if path != no_file]
+        inputs = [file for file in stream_plan.inputs if recipe_file or file != path]
         card = card_of_merge(out, stream_plan, text) if options.card else None
         write = partial(merge_to, recipe=text if options.card else None, max_shard_bytes=options.max_shard_bytes)
         write_model(stream_plan, out, card, "merging", options.overwrite, inputs, write)
@@ -114,7 +116,7 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
 
 def write_pipeline(pipelines: PipelinePlan, out: Path, options: MergeOptions, text: str) -> None:
     """Do the planned merge of diffusers folders. text: its recipe as YAML."""
-    check = partial(check_output, out, [*pipelines.inputs, *_parts_of_runs(out)])
+    check = partial(check_output, out, [*pipelines.inputs, *parts_of_runs(out)])
     check()
     require_space(out, pipelines.nbytes)
     card = None
@@ -134,7 +136,7 @@ def write_model(
 ) -> T:  # fmt: skip
     """Do planned merges and write the result, unless `out` may not be written to (see `check_output`) or the disk is
     too full. `write`: see `merge_stream`."""
-    check = partial(check_output, out, [*keep, *_parts_of_runs(out)])
+    check = partial(check_output, out, [*keep, *parts_of_runs(out)])
     check()
     require_space(out, stream_plan.peak_bytes)
     bar = partial(merge_bar, label)
@@ -148,7 +150,17 @@ def card_of_merge(out: Path, stream_plan: StreamPlan, text: str) -> str:
     return merge_card(out.name, methods, models, text)
 
 
-def _parts_of_runs(out: Path) -> list[Path]:
+def local_inputs(stream: RecipeStream) -> list[Path]:
+    """The models on this machine that a recipe names, before any is opened."""
+    recipes = [*(stage.recipe for stage in stream.stages), stream.result]
+    references = {reference for recipe in recipes for reference in (*recipe.models, recipe.tokenizer_model or "")}
+    # A base and its adapter are joined by +, and a name of a stage is no folder's.
+    names = {name for reference in references for name in (reference, *reference.split("+")) if name}
+    local = (local_path(name, stream.path.parent) for name in names - {stage.name for stage in stream.stages})
+    return [path for path in local if path is not None]
+
+
+def parts_of_runs(out: Path) -> list[Path]:
     """The parts of the runs in whose folders `out` would lie."""
     # Parts of a run may be links.
     above = {*Path(os.path.realpath(out)).parents, *Path(os.path.abspath(out)).parents}
