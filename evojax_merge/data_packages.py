@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,18 +25,24 @@ def cache_folder() -> Path:
 
 
 def hub_failure(error: Exception) -> str:
-    """Why the hub did not give something, as part of a line; where a token may help, the variable that holds it."""
-    from huggingface_hub import get_token
-    from huggingface_hub.errors import RepositoryNotFoundError
+    """Why the hub did not give something, as part of a line: no network, no such repository, or else the reason that
+    the hub gives."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, OfflineModeIsEnabled):
+            return "the variable HF_HUB_OFFLINE forbids the network"
         # The hub does not say whether a repository is private, gated, or does not exist.
-        if isinstance(cause, RepositoryNotFoundError) and get_token() is None:
-            return f"{reason}; for a private or gated repository put a token into the variable HF_TOKEN"
+        if isinstance(cause, RepositoryNotFoundError):
+            token = "put a token into the variable HF_TOKEN" if get_token() is None else "HF_TOKEN has no access to it"
+            return f"no such repository is public; where it is private or gated, {token}"
+        # The client's exceptions differ between its versions; the socket's, at the end of the chain, do not.
+        if isinstance(cause, socket.gaierror | ConnectionError | TimeoutError):
+            return f"no network reaches {constants.ENDPOINT}: {cause}"
         cause = cause.__cause__ or cause.__context__
-    return reason
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

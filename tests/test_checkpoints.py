@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -721,8 +722,24 @@ def test_a_repository_in_the_hubs_cache_needs_no_network(tmp_path: Path, monkeyp
     for reference in ("owner/name", "owner/name@main", f"owner/name@{commit}"):
         _, config = open_sources([resolve("MODELS", reference, tmp_path)])
         assert config.layers == 3
-    with pytest.raises(InputError, match="owner/other: no such folder, and the hub did not give it"):
+    with pytest.raises(InputError, match=r"owner/other: no such folder, and the hub did not give it \(.*HF_HUB_OFFLINE"):
         resolve("MODELS", "owner/other", tmp_path)
+
+
+def test_a_model_that_is_nowhere_says_that_there_is_no_network_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        try:
+            raise socket.gaierror(-2, "Name or service not known")
+        except socket.gaierror as error:
+            raise OSError("Got: ConnectError: [Errno -2]\nPlease check your connection") from error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(InputError) as caught:
+        resolve("parents", "owner/name", tmp_path)
+    assert "no network reaches https://huggingface.co: [Errno -2] Name or service not known" in str(caught.value)
+    assert str(caught.value).endswith("check the name, or give the path of a model folder on this machine")
 
 
 # ---------------------------------------------------------------------------------------------------------------

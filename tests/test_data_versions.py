@@ -263,5 +263,5 @@ def test_a_repository_that_may_want_a_token_names_the_variable(monkeypatch: pyte
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(InputError, match=r"put a token into the variable HF_TOKEN\)"):
+    with pytest.raises(InputError, match=r"no such repository is public; .* put a token into the variable HF_TOKEN\)"):
         read_source("hub:some/gated:train")

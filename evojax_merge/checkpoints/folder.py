@@ -320,6 +320,10 @@ BEYOND_FLOAT32 = (2 - 2**-24) * 2.0**127
 _INTEGERS = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32), 8: (np.int64, np.uint64)}
 
 
+# The end of messages about a model that is neither here nor on the hub.
+OTHER_REFERENCE = "check the name, or give the path of a model folder on this machine"
+
+
 def resolve(where: object, reference: str, relative_to: Path, *, weights: bool = True) -> Path:
     """The path of a local model, or the downloaded folder of a hub id (`owner/name`, `owner/name@revision`). The hub's
     client draws a progress bar. Without `weights` only the small files are downloaded, for the tokenizer.
@@ -337,7 +341,7 @@ def resolve(where: object, reference: str, relative_to: Path, *, weights: bool =
         raise
     except Exception as error:
         what = f"{reference}: no such folder, and the hub did not give it ({hub_failure(error)})"
-        raise InputError(where, what) from None
+        raise InputError(where, f"{what}; {OTHER_REFERENCE}") from None
 
 
 def local_model(reference: str, relative_to: Path) -> Path | None:

@@ -20,6 +20,7 @@ from evojax_merge.checkpoints.compressed_tensors import SHAPE, group_of, groups_
 from evojax_merge.checkpoints.config_file import decoder_settings, read_decoder_config
 from evojax_merge.checkpoints.folder import (
     INDEX_FILE,
+    OTHER_REFERENCE,
     PIPELINE_INDEX,
     SINGLE_FILE,
     SMALL_FILES,
@@ -30,6 +31,7 @@ from evojax_merge.checkpoints.folder import (
 )
 from evojax_merge.checkpoints.parents import tensor_shapes
 from evojax_merge.checkpoints.quantised import dequantised_config
+from evojax_merge.data_packages import hub_failure
 from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import known_architecture
 
@@ -85,8 +87,8 @@ class HeaderFolders:
             except InputError:
                 raise
             except Exception as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise InputError(where, f"{reference}: the hub did not give its headers ({reason})") from None
+                what = f"{reference}: no such folder, and the hub did not give its headers ({hub_failure(error)})"
+                raise InputError(where, f"{what}; {OTHER_REFERENCE}") from None
         return self.known[reference]
 
     @staticmethod
