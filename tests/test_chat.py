@@ -322,6 +322,21 @@ def test_a_system_turn_of_the_record_leads_the_conversation(model: Path, tmp_pat
         open_talks(tmp_path, SYSTEM, system_instruction="Think.").requests(tokenizer, CONTEXT)
 
 
+def test_sharegpts_turns_are_those_of_role_and_content(model: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(model)
+    names = {"user": "human", "assistant": "gpt"}
+    shared = [{"talk": [{"from": names[t["role"]], "value": t["content"]} for t in talk["talk"]]} for talk in TALKS]
+    first, second = (open_talks(tmp_path, talks).requests(tokenizer, CONTEXT).scored for talks in (TALKS, shared))
+    assert [(row.tokens, row.start) for row in first] == [(row.tokens, row.start) for row in second]
+
+
+def test_a_conversation_that_ends_with_the_users_turn_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"talk: ends with a turn of the role 'user'; expected the assistant's.*target"
+    ):
+        open_talks(tmp_path, [{"talk": [turn("user", "Hi?")]}])
+
+
 def test_extra_keys_of_turns_reach_the_template(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(
         tmp_path, "{% for m in messages %}{{ m.name | default('?') }}: {{ m.content }}{% endfor %}"

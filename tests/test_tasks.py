@@ -246,10 +246,15 @@ def test_records_that_do_not_fit_are_named_by_their_line(kind: Any, line: str, n
 
 
 def test_a_misspelt_field_is_told_with_the_key_that_names_it(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "sums.jsonl", [{"question": {"text": "1 + 1"}, "answer": "2"}])
+    path = write_lines(tmp_path / "sums.jsonl", [{"question": {"text": "1 + 1"}, "answer": "2", "talk": [{}]}])
     for changes, told in (
         ({"prompt": "{qestion}"}, "'qestion', which config.yaml: tasks[0].prompt names (did you mean 'question'? it "),
         ({"prompt": "{question[txt]}"}, "'question[txt]', which config.yaml: tasks[0].prompt names (did you mean 'te"),
+        (
+            {"prompt": "{talk[1][content]}"},
+            "'talk[1]', which config.yaml: tasks[0].prompt names (it has 1; of a "
+            "conversation, messages: talk and apply_chat_template: true read any number)",
+        ),
         ({"prompt": "{answer}", "target": "{x}"}, "'x', which config.yaml: tasks[0].target names (it has question, a"),
     ):
         config = TextConfig(name="n", kind="likelihood", file="sums.jsonl", **changes)

@@ -31,6 +31,8 @@ RESERVED = (
 )  # fmt: skip
 # A chat template that reads turns of texts and images asks for the type of each.
 PARTS = re.compile(r"""['"]type['"]|\.type\b""")
+# Roles of ShareGPT's turns, {from: human, value: a text}, by the names that chat templates have for them.
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 # Keys that have no meaning without a chat template.
 CHAT_KEYS = ("messages", "system_instruction", "fewshot_as_multiturn", "chat_template_kwargs")
 
@@ -52,7 +54,8 @@ class PromptConfig(TaskConfig):
     )
     system_instruction: Text | None = Field(None, description="the first turn of a chat")
     messages: Name | None = Field(
-        None, description="in place of prompt: the field that holds a chat's turns, [{role, content}, …]"
+        None,
+        description="in place of prompt: the field of a chat's turns, [{role, content}, …] or [{from, value}, …]",
     )
     assistant_prefix: Text = Field("", description="a text that begins the answer")
     num_fewshot: Whole = Field(0, ge=0, le=10_000, description="how many examples are shown with their answers")
@@ -290,17 +293,26 @@ def named(tokenizer: Any) -> str:
 
 
 def read_turns(where: str, key: str, name: str, record: Mapping[str, Any]) -> list[Turn]:
-    """The conversation in a field of a record. Raises InputError where there is none; `key` is the key of the config
-    that names the field."""
+    """The conversation in a field of a record, also in ShareGPT's form. Raises InputError where there is none; `key`
+    is the key of the config that names the field."""
     turns = look_up(where, key, (name,), record)
-    expected = "expected a list of turns, [{role: user, content: a text}, …]"
+    expected = "expected a list of turns, [{role: user, content: a text}, …] or [{from: human, value: a text}, …]"
     if not isinstance(turns, list) or not turns:
         raise InputError(where, f"{name}: {shown(turns)}; {expected}")
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(part), str) for part in ("role", "content")):
-            raise InputError(where, f"{name}[{number}]: {shown(turn)}; {expected}")
+    conversation = [_named_as_in_templates(turn) if isinstance(turn, Mapping) else {} for turn in turns]
+    for number, turn in enumerate(conversation):
+        if not all(isinstance(turn.get(part), str) for part in ("role", "content")):
+            raise InputError(where, f"{name}[{number}]: {shown(turns[number])}; {expected}")
+    return conversation
+
+
+def _named_as_in_templates(turn: Mapping[str, Any]) -> Turn:
     # Parquet has null where a turn lacks a key that others have; transformers leaves such keys out.
-    return [{key: value for key, value in turn.items() if value is not None} for turn in turns]
+    given = {key: value for key, value in turn.items() if value is not None}
+    if isinstance(given.get("from"), str) and "value" in given and "role" not in given:
+        role = given.pop("from")
+        return {"role": SHAREGPT_ROLES.get(role, role), "content": given.pop("value")} | given
+    return given
 
 
 def check_prompts(where: str, config: PromptConfig) -> None:

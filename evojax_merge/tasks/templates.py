@@ -107,6 +107,9 @@ def look_up(where: str, key: str, path: tuple[str, ...], record: Mapping[str, An
             value = value[int(name)]
         else:
             has = f" ({_near(name, value)}it has {_listed(value)})" if isinstance(value, Mapping) else ""
+            if isinstance(value, list) and name.isdecimal() and all(isinstance(entry, Mapping) for entry in value):
+                turns = f"of a conversation, messages: {path[0]} and apply_chat_template: true read any number"
+                has = f" (it has {len(value)}; {turns})"
             raise InputError(where, f"the record has no field {_shown(path[: depth + 1])!r}, which {key} names{has}")
     return value
 

@@ -446,6 +446,9 @@ def _example(record: Record, kind: Kind, fields: Fields, folder: Path) -> Exampl
             if not turns:
                 raise InputError(where, f"{fields.messages}: holds the assistant's turn alone; expected the user's")
         else:
+            if turns and fields.target == "{target}" and "target" not in record.fields:
+                what = f"{fields.messages}: ends with a turn of the role {brief(turns[-1]['role'])}"
+                raise InputError(where, f"{what}; expected the assistant's, which is scored, or {fields.where}.target")
             target = _target(where, fields, record.fields)
         # White space as an answer is never found; as a target it can be predicted.
         if not (target.strip() if kind == "exact_match" else target):
