@@ -90,13 +90,14 @@ def inspect(models: tuple[str, ...], base: str | None, json_file: Path | None, p
 
 
 class ParentsCommand(click.Command):
-    """A command whose option --parents takes every argument up to the next option."""
+    """A command whose option --parents takes every argument up to the next option, or to the name of a config."""
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
         repeated: list[str] = []
         inside = False
         for argument in arguments:
-            inside = argument == "--parents" or (inside and not argument.startswith("-"))
+            is_config = argument.endswith((".yaml", ".yml")) and not os.path.isdir(argument)
+            inside = argument == "--parents" or (inside and not argument.startswith("-") and not is_config)
             repeated += ["--parents", argument] if inside and argument != "--parents" else [argument] * (not inside)
         return super().parse_args(context, repeated)
 
@@ -104,10 +105,8 @@ class ParentsCommand(click.Command):
 @cli.command(cls=ParentsCommand, short_help="Write the commented config of a first search.")
 @click.argument("file", type=click.Path(path_type=Path), default=Path("search.yaml"))
 @click.option("--base", metavar="MODEL", type=click.Path(), help="The model that task vectors are taken from.")
-@click.option(
-    "--parents", multiple=True, metavar="MODEL...", type=click.Path(), help="The models that are merged; after FILE."
-)
-@click.option("--data", metavar="FILE", type=click.Path(), help="JSON lines that candidates are scored on.")
+@click.option("--parents", multiple=True, metavar="MODEL...", type=click.Path(), help="The models that are merged.")
+@click.option("--data", metavar="FILE", type=click.Path(), help="A data file that candidates are scored on.")
 @click.option("--hub", metavar="OWNER/DATASET", help="Score on a data set of the hub: [/CONFIG][:SPLIT] may follow.")
 @click.option("--lm-eval", metavar="TASK", help="Score on a task of lm-eval.")
 @click.option("--method", metavar="NAME", help="One of `evojax-merge methods`. Default: ties; without a base, linear.")

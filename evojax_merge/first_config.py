@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,7 +13,8 @@ from merge_kernels import Method, Parameter
 from evojax_merge.errors import InputError, shown
 from evojax_merge.tasks.gsm import read_problem
 from evojax_merge.tasks.harness import is_benchmark
-from evojax_merge.tasks.records import Record
+from evojax_merge.tasks.prompts import read_turns
+from evojax_merge.tasks.records import FORMS, Record, is_file_name
 
 # Fields of a prompt and of what follows it, by the names that data sets have for them.
 PAIRS = (
@@ -22,9 +24,8 @@ PAIRS = (
 )  # fmt: skip
 CHOICES, ANSWERS, STEMS = ("choices", "options"), ("answer", "answerKey", "label", "gold"), ("question", "prompt")
 TEXTS = ("text", "content")
-# Conversations: the field, and a turn's keys for its role and its text; and the roles of a model's turns.
-CHATS = (("messages", "role", "content"), ("conversations", "from", "value"))
-MODEL_ROLES = ("assistant", "gpt", "model")
+# Fields of conversations.
+CHATS = ("messages", "conversations")
 EXPECTED = (
     "question and answer, prompt and completion (or instruction and output, and the like), choices and answer, "
     "messages, or text"
@@ -50,53 +51,109 @@ Line = tuple[str, Any, str]
 
 @dataclass(frozen=True)
 class TaskSection:
-    """The section of a task: its keys in order, with their comments. from_hub: whether its data may come from a hub."""
+    """The section of a task: its keys in order, with their comments."""
 
     lines: tuple[Line, ...]
-    from_hub: bool = False
+
+    @property
+    def uses_template(self) -> bool:
+        """Return whether prompts go through a chat template."""
+        return any(key == "apply_chat_template" and value for key, value, _ in self.lines)
+
+
+@dataclass(frozen=True)
+class ModelTemplates:
+    """The chat templates of a search's models. owner: the model whose template prompts can go through; None where no
+    model has one. is_shared: whether all parents have it, and the base as well unless it has none."""
+
+    owner: str | None = None
+    is_shared: bool = False
+
+    def lines(self) -> list[Line]:
+        """The key of a task whose prompts are written for chats and as plain text alike."""
+        if self.is_shared:
+            return [("apply_chat_template", True, "prompts go through the chat template that the models share")]
+        if self.owner is not None:
+            return [("apply_chat_template", False, "plain text, since not all models have the same chat template")]
+        return []
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The kind of task
 
 
-def task_for_records(source: str, records: Sequence[Record], has_chat_template: bool) -> TaskSection:
+def task_for_records(source: str, records: Sequence[Record], templates: ModelTemplates) -> TaskSection:
     """The section of a task on these records, by the fields of the first. source: the reference to the data. Raises
-    InputError where the fields say no kind of task."""
+    InputError where the fields say no kind of task, and where conversations cannot be scored as plain text."""
     record = records[0]
     fields = record.fields
-    chat, choices = _conversation(fields), next((name for name in CHOICES if name in fields), None)
+    choices = next((name for name in CHOICES if name in fields), None)
     if choices is not None:
-        return _multiple_choice(source, record, choices)
+        return _multiple_choice(source, record, choices, templates)
     if {"question", "answer"} <= fields.keys() and _is_problem(record):
-        return _problems(source, records, has_chat_template)
+        return _problems(source, records, templates)
+    chat = next((name for name in CHATS if "assistant" in _roles(record, name)[1:]), None)
     if chat is not None:
-        comment = "the turns before the model's first, without a chat template"
-        return _likelihood(source, (("prompt", chat[0], comment), ("target", chat[1], "the model's first turn")))
+        return _chat(source, chat, templates) if templates.owner else _plain_chat(source, chat, records)
     pair = next((pair for pair in PAIRS if {*pair} <= fields.keys()), None)
     if pair is not None:
-        return _pair(source, fields, *pair)
+        return _pair(source, fields, *pair, templates)
     text = next((name for name in TEXTS if name in fields), None)
     if text is not None:
         prompt = ("prompt", "", "the whole text is predicted")
-        return _likelihood(source, (prompt, ("target", f"{{{text}}}", "a template over a record's fields")))
+        return _likelihood(source, [prompt, ("target", f"{{{text}}}", "a template over a record's fields")])
+    for name in CHATS:
+        if name in fields:
+            # Its message about a turn says more than the names of the fields.
+            read_turns(record.where, name, name, fields)
     names = ", ".join(map(str, list(fields)[:12])) or "none"
     raise InputError(record.where, f"its fields ({names}) say no kind of task; expected {EXPECTED}")
 
 
-def _conversation(fields: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The templates of the turns before the model's first, and of that turn; None where the record is no
-    conversation."""
-    for name, role, text in CHATS:
-        turns = fields.get(name)
-        if not isinstance(turns, list):
-            continue
-        roles = [turn.get(role) if isinstance(turn, Mapping) else None for turn in turns]
-        first = next((number for number, who in enumerate(roles) if who in MODEL_ROLES), 0)
-        if first:
-            before = "".join(f"{{{name}[{number}][{text}]}}\n" for number in range(first))
-            return before, f"{{{name}[{first}][{text}]}}"
-    return None
+def _roles(record: Record, field: str) -> list[str]:
+    """The roles of a conversation's turns, by their names in chat templates; empty where a field holds none."""
+    try:
+        return [turn["role"] for turn in read_turns(record.where, field, field, record.fields)]
+    except InputError:
+        return []
+
+
+def _chat(source: str, field: str, templates: ModelTemplates) -> TaskSection:
+    template = "that the models share" if templates.is_shared else f"of {templates.owner}; not all models have the same"
+    return _likelihood(
+        source,
+        [
+            ("messages", field, "a record's turns: the assistant's last is scored, and all before it are its prompt"),
+            ("apply_chat_template", True, f"turns go through the chat template {template}"),
+        ],
+    )
+
+
+def _plain_chat(source: str, field: str, records: Sequence[Record]) -> TaskSection:
+    """Without a chat template a task has templates of its own, which read the same turns of every record."""
+    roles = _roles(records[0], field)
+    first = roles.index("assistant", 1)
+    for record in records:
+        others = _roles(record, field)
+        if others[: first + 1] != roles[: first + 1]:
+            raise InputError(
+                record.where, f"{field}: its turns ({', '.join(others) or 'none'}) are others than the first record's "
+                f"({', '.join(roles)}); expected the same up to the first reply, or models with a chat template, for "
+                f"which `messages: {field}` reads any turns"
+            )  # fmt: skip
+    text = "content" if "content" in records[0].fields[field][0] else "value"
+    longer = any(len(_roles(record, field)) > first + 1 for record in records)
+    rest = "; later turns are left out: to score the last reply takes a chat template" if longer else ""
+    return _likelihood(
+        source,
+        [
+            (
+                "prompt", "".join(f"{{{field}[{number}][{text}]}}\n" for number in range(first)),
+                "the turns before the model's first, as plain text: no model has a chat template",
+            ),
+            ("target", f"{{{field}[{first}][{text}]}}", f"the model's first turn{rest}"),
+        ],
+    )  # fmt: skip
 
 
 def _is_problem(record: Record) -> bool:
@@ -107,23 +164,27 @@ def _is_problem(record: Record) -> bool:
     return True
 
 
-def _problems(source: str, records: Sequence[Record], has_chat_template: bool) -> TaskSection:
+def _problems(source: str, records: Sequence[Record], templates: ModelTemplates) -> TaskSection:
     worked = "####" in str(records[0].fields["answer"])
     lines: list[Line] = [
         ("name", "problems", "what the task is called in tables"),
         ("kind", "gsm", "worked problems with a number as answer, as in GSM8K"),
-        ("source", source, "a file of JSON lines or parquet, or hub:owner/dataset"),
+        ("source", source, _form(source)),
         ("heldout", 0.2, "this share is never searched on; or a second source"),
         ("match", "strict" if worked else "flexible", "strict: the number after ####; flexible: the last"),
+        *templates.lines(),
     ]
-    if has_chat_template:
-        lines.append(("apply_chat_template", True, "problems are asked in the models' chat template"))
     if worked and len(records) >= ENOUGH_TO_SHOW:
         lines.append(("num_fewshot", 2, "the first two are shown with their answers, and not scored"))
-    return TaskSection((*lines, ("max_new_tokens", 256, "how much a model may write")), from_hub=True)
+    return TaskSection((*lines, ("max_new_tokens", 256, "how much a model may write")))
 
 
-def _multiple_choice(source: str, record: Record, choices: str) -> TaskSection:
+def _form(source: str) -> str:
+    """The form of a data source, for its comment."""
+    return FORMS.get(Path(source).suffix, "one JSON object a line") if is_file_name(source) else "a data set to fetch"
+
+
+def _multiple_choice(source: str, record: Record, choices: str, templates: ModelTemplates) -> TaskSection:
     answer, stem = (next((name for name in names if name in record.fields), None) for names in (ANSWERS, STEMS))
     if answer is None or stem is None:
         missing = " or ".join(ANSWERS if answer is None else STEMS)
@@ -132,9 +193,10 @@ def _multiple_choice(source: str, record: Record, choices: str) -> TaskSection:
         (
             ("name", "choices", "what the task is called in tables"),
             ("kind", "multiple_choice", "the most likely of the choices is the answer"),
-            ("file", source, "one JSON object a line"),
+            ("file", source, _form(source)),
             ("heldout", 0.2, "this share is never searched on; or a second file"),
-            ("prompt", f"Question: {{{stem}}}\nAnswer:", "a template over a record's fields"),
+            *templates.lines(),
+            ("prompt", _question(stem, templates), "a template over a record's fields"),
             ("choices", choices, "the field with the choices"),
             ("answer", answer, "the field with the right one: by text, place or letter"),
             ("metric", "margin", "smoother than accuracy: the right choice's lead over the best wrong one"),
@@ -142,22 +204,30 @@ def _multiple_choice(source: str, record: Record, choices: str) -> TaskSection:
     )
 
 
-def _pair(source: str, fields: Mapping[str, Any], prompt: str, target: str) -> TaskSection:
-    template = f"Question: {{{prompt}}}\nAnswer:" if prompt == "question" else f"{{{prompt}}}"
+def _question(field: str, templates: ModelTemplates) -> str:
+    """The template of a prompt that asks a question: a chat's turn is the question alone."""
+    return f"{{{field}}}" if templates.is_shared else f"Question: {{{field}}}\nAnswer:"
+
+
+def _pair(source: str, fields: Mapping[str, Any], prompt: str, target: str, templates: ModelTemplates) -> TaskSection:
+    template = _question(prompt, templates) if prompt == "question" else f"{{{prompt}}}"
     if prompt == "instruction" and isinstance(fields.get("input"), str):
         template += "\n{input}"
     answer = str(fields[target]).rpartition("####")
-    lines: tuple[Line, ...] = (
-        ("prompt", template, "a template over a record's fields"), ("target", f"{{{target}}}", "what should follow it"),
-    )  # fmt: skip
+    lines: list[Line] = [
+        *templates.lines(),
+        ("prompt", template, "a template over a record's fields"),
+        ("target", f"{{{target}}}", "what should follow it"),
+    ]
     if NUMBER.fullmatch(answer[2].strip()) is None:
         return _likelihood(source, lines)
-    written = 256 if answer[1] else 32
+    # In a chat models explain their answers.
+    written = 256 if answer[1] or templates.is_shared else 32
     return TaskSection(
         (
             ("name", "answers", "what the task is called in tables"),
             ("kind", "exact_match", "right where the last number is the target's (whole texts: pattern: ^(.+)$)"),
-            ("file", source, "one JSON object a line"),
+            ("file", source, _form(source)),
             ("heldout", 0.2, "this share is never searched on; or a second file"),
             *lines,
             ("max_new_tokens", written, "how much a model may write"),
@@ -165,19 +235,19 @@ def _pair(source: str, fields: Mapping[str, Any], prompt: str, target: str) -> T
     )
 
 
-def _likelihood(source: str, lines: tuple[Line, ...]) -> TaskSection:
+def _likelihood(source: str, lines: Sequence[Line]) -> TaskSection:
     return TaskSection(
         (
             ("name", "text", "what the task is called in tables"),
             ("kind", "likelihood", "the mean log-probability of the target's tokens; answers to find: exact_match"),
-            ("file", source, "one JSON object a line"),
+            ("file", source, _form(source)),
             ("heldout", 0.2, "this share is never searched on; or a second file"),
             *lines,
         )
     )
 
 
-def task_of_harness(name: str, has_chat_template: bool) -> TaskSection:
+def task_of_harness(name: str, templates: ModelTemplates) -> TaskSection:
     """The section of a task of lm-eval."""
     lines: list[Line] = [
         ("lm_eval", name, "the task's name in lm-eval"),
@@ -185,9 +255,7 @@ def task_of_harness(name: str, has_chat_template: bool) -> TaskSection:
     ]
     if is_benchmark(name):
         lines.append(("split", "train", "models are compared on its test examples, which no search should see"))
-    if has_chat_template:
-        lines.append(("apply_chat_template", True, "prompts go through the models' chat template"))
-    return TaskSection((*lines, ("docs", 200, "only its first examples")), from_hub=True)
+    return TaskSection((*lines, *templates.lines(), ("docs", 200, "only its first examples")))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -196,12 +264,13 @@ def task_of_harness(name: str, has_chat_template: bool) -> TaskSection:
 
 @dataclass(frozen=True)
 class FirstConfig:
-    """The choices of a first config. tokenizer_source: None where the models share their tokens. examples: those of the
-    data; None: not known. generations: None: the search has a budget of passes."""
+    """The choices of a first config. tokenizer_source: the model whose tokenizer the winner has, and why it is named;
+    None: no key is needed. examples: those of the data; None: not known. generations: None: the search has a budget of
+    passes."""
 
     base: str | None
     parents: tuple[str, ...]
-    tokenizer_source: str | None
+    tokenizer_source: tuple[str, str] | None
     method: Method
     layers: int
     task: TaskSection
@@ -219,8 +288,7 @@ class FirstConfig:
         lines.append(_row("parents:", "the models that are merged"))
         lines += [f"  - {_value(parent)}" for parent in self.parents]
         if self.tokenizer_source is not None:
-            comment = "the tokenizers differ: rows of the vocabulary are aligned by token"
-            lines.append(_line("tokenizer_source", self.tokenizer_source, comment))
+            lines.append(_line("tokenizer_source", *self.tokenizer_source))
         lines += ["", *self._space(), "", _row("tasks:", "what candidates are scored on")]
         for number, line in enumerate(self.task.lines):
             lines.append(_line(*line, indent="    " if number else "  - "))

@@ -722,7 +722,9 @@ def test_a_repository_in_the_hubs_cache_needs_no_network(tmp_path: Path, monkeyp
     for reference in ("owner/name", "owner/name@main", f"owner/name@{commit}"):
         _, config = open_sources([resolve("MODELS", reference, tmp_path)])
         assert config.layers == 3
-    with pytest.raises(InputError, match=r"owner/other: no such folder, and the hub did not give it \(.*HF_HUB_OFFLINE"):
+    with pytest.raises(
+        InputError, match=r"owner/other: no such folder, and the hub did not give it \(.*HF_HUB_OFFLINE"
+    ):
         resolve("MODELS", "owner/other", tmp_path)
 
 

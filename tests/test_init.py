@@ -6,16 +6,17 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import yaml
 from helpers import (
-    VOCAB,
     Family,
     finetune,
     random_model,
@@ -23,7 +24,6 @@ from helpers import (
     save,
     thorough,
     tiny_config,
-    word_tokenizer,
     words,
     write_lines,
 )
@@ -79,7 +79,7 @@ def test_the_config_is_one_that_a_search_takes(init: Init, capsys: pytest.Captur
     assert config.space is not None and config.space.method == "ties" and config.tokenizer_source is None
     assert config.search.generations == 7 and set(config.space.parameters) == {"weight", "density"}
     problem = build_problem(path, config)
-    assert f"{problem.space.dims} parameters" in shown
+    assert f"{problem.space.dims} parameters of 2 parents" in shown
     # Every key has its comment.
     for line in path.read_text().splitlines():
         assert "# " in line or line.startswith(("#", "  - ")) or line in ("", "#", "search:"), line
@@ -148,15 +148,133 @@ def test_other_tokens_are_aligned(init: Init, tmp_path: Path) -> None:
     assert document("b.yaml")["tokenizer_source"] == "one" and document("b.yaml")["space"]["method"] == "linear"
 
 
-def test_problems_are_asked_in_the_chat_template_of_the_base(init: Init, tmp_path: Path) -> None:
-    model = random_model(tiny_config(tie_word_embeddings=True))
-    chat = save(model, tmp_path / "chat")
-    tokenizer = word_tokenizer(words(VOCAB))
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-    tokenizer.save_pretrained(chat)
-    data = records(*({"question": f"w{number}", "answer": f"#### {number}"} for number in range(10)))
-    assert init("--base", "chat", "--parents", "one", "two", "--data", data) == 0
-    assert document()["tasks"][0]["apply_chat_template"] is True
+# ---------------------------------------------------------------------------------------------------------------
+# Chats
+
+TEMPLATE = "{% for m in messages %}w{{ 10 + m.role | length }} {{ m.content }} {% endfor %}"
+USER, REPLY = {"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}
+SYSTEM = {"role": "system", "content": "w8"}
+
+
+def with_templates(**templates: str) -> tuple[str, ...]:
+    """The arguments for the three models, of which copies have these chat templates."""
+    names = []
+    for name in ("base", "one", "two"):
+        names.append(f"{name}-chat")
+        shutil.copytree(Path(name).resolve(), names[-1])
+        if name in templates:
+            (Path(names[-1]) / "chat_template.jinja").write_text(templates[name])
+    return ("--base", names[0], "--parents", *names[1:])
+
+
+def test_conversations_are_scored_by_their_last_reply_wherever_a_model_has_a_chat_template(init: Init) -> None:
+    """Whatever turns a record has, what is scored is a reply, and never the user's words."""
+    talks = [[USER, REPLY], [SYSTEM, USER, REPLY], [USER, REPLY, USER | {"content": "w9"}, REPLY | {"content": "w4"}]]
+    data = records(*({"messages": turns} for turns in talks))
+    assert init(*with_templates(base=TEMPLATE, one=TEMPLATE, two=TEMPLATE), "--data", data) == 0
+    assert "chat template that the models share" in Path("search.yaml").read_text()
+    (task,) = document()["tasks"]
+    assert (task["messages"], task["apply_chat_template"]) == ("messages", True) and "prompt" not in task
+    path = Path("search.yaml").absolute()
+    config = read_config(path, [], None)
+    splits = build_problem(path, config).splits
+    scored: list[Any] = [splits.search[0], splits.heldout[0]]
+    assert {example.answer for task in scored for example in task.examples} == {"w7", "w4"}
+
+
+def test_sharegpts_conversations_are_read_by_messages(init: Init) -> None:
+    talk = [{"from": "human", "value": "w5"}, {"from": "gpt", "value": "w6"}]
+    models = with_templates(base=TEMPLATE, one=TEMPLATE, two=TEMPLATE)
+    assert init(*models, "--data", records({"conversations": talk})) == 0
+    assert document()["tasks"][0]["messages"] == "conversations"
+
+
+@pytest.mark.parametrize("field", ["question", "prompt"])
+def test_prompts_are_a_users_turns_where_all_models_share_a_chat_template(init: Init, field: str) -> None:
+    data = records({field: "w5", "answer": "w6"})
+    assert init(*with_templates(base=TEMPLATE, one=TEMPLATE, two=TEMPLATE), "--data", data) == 0
+    (task,) = document()["tasks"]
+    assert (task["prompt"], task["apply_chat_template"]) == (f"{{{field}}}", True)
+    assert "tokenizer_source" not in document()
+
+
+def test_a_base_without_a_chat_template_takes_that_of_its_fine_tunes(init: Init) -> None:
+    problems = ({"question": f"w{number}", "answer": f"#### {number}"} for number in range(10))
+    assert init(*with_templates(one=TEMPLATE, two=TEMPLATE), "--data", records(*problems)) == 0
+    assert document()["tasks"][0]["apply_chat_template"] is True and document()["tokenizer_source"] == "one-chat"
+    assert "base has no chat template" in Path("search.yaml").read_text()
+
+
+def test_different_chat_templates_leave_prompts_as_text_and_a_comment_says_so(init: Init) -> None:
+    models = with_templates(base=TEMPLATE, one=TEMPLATE, two=f"{TEMPLATE}w4")
+    problems = [{"question": f"w{number}", "answer": f"#### {number}"} for number in range(10)]
+    choices = [{"question": "w5", "choices": ["w6", "w7"], "answer": 1}]
+    for examples in (problems, choices, [{"question": "w5", "answer": "w6"}]):
+        assert init(*models, "--data", records(*examples), "--overwrite") == 0
+        text = Path("search.yaml").read_text()
+        assert "plain text, since not all models have the same chat template" in text
+        assert document()["tasks"][0]["apply_chat_template"] is False
+    assert init(*models, "--data", records({"messages": [USER, REPLY]}), "--overwrite") == 0
+    assert "chat template of base; not all models have the same" in Path("search.yaml").read_text()
+    assert document()["tasks"][0]["messages"] == "messages"
+
+
+def test_without_a_chat_template_all_records_need_the_same_turns(
+    init: Init, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talks = [{"messages": [USER, REPLY]}, {"messages": [SYSTEM, USER, REPLY]}]
+    for first, second in (talks, talks[::-1]):
+        assert init(*MODELS, "--data", records(first, second)) == 2
+        line = capsys.readouterr().err
+        assert "data.jsonl:2: messages: its turns (" in line and "`messages: messages` reads any turns" in line
+    assert init(*MODELS, "--data", records({"messages": [USER, REPLY, USER, REPLY]})) == 0
+    assert "the model's first turn; later turns are left out" in Path("search.yaml").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Names and files
+
+
+@pytest.mark.parametrize(
+    ("name", "comment"),
+    [
+        ("data.csv", "a line of names and rows"), ("data.json", "a list of objects, or one object a line"),
+        ("data.jsonl", "one JSON object a line"), ("data.parquet", "rows"),
+    ],
+)  # fmt: skip
+def test_the_comment_of_the_data_says_the_form_of_the_file(init: Init, name: str, comment: str) -> None:
+    rows = [{"prompt": f"w{number}", "completion": "w6"} for number in range(5, 15)]
+    if name == "data.jsonl":
+        write_lines(Path(name), rows)
+    elif name == "data.json":
+        Path(name).write_text(json.dumps(rows))
+    else:
+        frame = pandas.DataFrame(rows)
+        frame.to_csv(name, index=False) if name == "data.csv" else frame.to_parquet(name)
+    assert init(*MODELS, "--data", name) == 0
+    (line,) = (line for line in Path("search.yaml").read_text().splitlines() if "file:" in line)
+    assert line.endswith(f"{name:<{41 - len('    file: ')}} # {comment}".lstrip())
+
+
+def test_the_summary_counts_every_split(init: Init, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_lines(Path("data.jsonl"), [{"prompt": f"w{n}", "completion": f"w{n}"} for n in range(60)])
+    assert init(*MODELS, "--data", str(data)) == 0
+    counts = "searched on 36 examples, with 12 kept back to choose the winner on and 12 held out"
+    assert counts in capsys.readouterr().out
+
+
+def test_one_parent_without_a_base_is_refused(init: Init, capsys: pytest.CaptureFixture[str]) -> None:
+    assert init("--parents", "one", "--data", "tasks.jsonl") == 2
+    assert "--parents: one parent, and there is no base: every candidate" in capsys.readouterr().err
+    assert init("--base", "base", "--parents", "one", "--data", "tasks.jsonl", "--method", "linear") == 2
+    assert "linear does not use the base" in capsys.readouterr().err and not Path("search.yaml").exists()
+    assert init("--base", "base", "--parents", "one", "--data", "tasks.jsonl") == 0
+    assert "of 1 parent, searched" in capsys.readouterr().out
+
+
+def test_the_configs_name_may_follow_the_parents(init: Init) -> None:
+    assert init("--base", "base", "--parents", "one", "two", "mine.yaml", "--data", "tasks.jsonl") == 0
+    assert document("mine.yaml")["parents"] == ["one", "two"]
 
 
 def test_a_config_in_another_folder_names_models_and_data_by_full_paths(
@@ -178,10 +296,11 @@ def test_names_that_yaml_would_read_as_something_else(init: Init, tmp_path: Path
 
 
 def test_a_task_of_the_harness_is_searched_on_its_training_examples() -> None:
-    from evojax_merge.first_config import task_of_harness
+    from evojax_merge.first_config import ModelTemplates, task_of_harness
 
     sections = {
-        name: {key: value for key, value, _ in task_of_harness(name, False).lines} for name in ("gsm8k", "mine")
+        name: {key: value for key, value, _ in task_of_harness(name, ModelTemplates()).lines}
+        for name in ("gsm8k", "mine")
     }
     assert sections["gsm8k"]["split"] == "train" and "split" not in sections["mine"]
 

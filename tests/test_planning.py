@@ -727,7 +727,9 @@ def test_a_hub_that_cannot_be_reached_is_one_line(family: Family, tmp_path: Path
     """The tests have no network (HF_HUB_OFFLINE)."""
     folders = HeaderFolders(tmp_path)
     assert folders.resolve("parents", str(family.base), tmp_path) == family.base
-    what = r"nobody/nothing: no such folder, and the hub did not give its headers \(the variable HF_HUB_OFFLINE .* path of"
+    what = (
+        r"nobody/nothing: no such folder, and the hub did not give its headers \(the variable HF_HUB_OFFLINE .* path of"
+    )
     with pytest.raises(InputError, match=what):
         folders.resolve("parents", "nobody/nothing", tmp_path)
     with pytest.raises(InputError, match="no such folder; expected a model folder or a hub id"):

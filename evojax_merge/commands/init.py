@@ -22,6 +22,7 @@ from evojax_merge.errors import InputError, shown
 from evojax_merge.file_system import atomic_write, check_writable
 from evojax_merge.first_config import (
     FirstConfig,
+    ModelTemplates,
     TaskSection,
     searched_parameters,
     task_for_records,
@@ -32,7 +33,7 @@ from evojax_merge.references import recipe_reference, resolve_file, resolve_head
 from evojax_merge.report.progress import say
 from evojax_merge.spaces.search_parameters import find_method
 from evojax_merge.tasks.data_versions import pinned_reference
-from evojax_merge.tasks.records import HUB, SYMBOLIC, is_file_name, read_source
+from evojax_merge.tasks.records import is_file_name, read_source
 from evojax_merge.yaml_reader import parse_yaml
 from evojax_merge.zoo import PREFIX
 
@@ -92,6 +93,12 @@ def complete(choices: Choices) -> tuple[Choices, Method]:
     if base is None and method.base == "required":
         base = ask("--base", f"base, which {method.name} takes task vectors from: ")
     check_models("--parents", method, base is not None, len(parents))
+    if len(parents) == 1 and not method.uses_base(base is not None):
+        reason = "there is no base" if base is None else f"{method.name} does not use the base"
+        raise InputError(
+            "--parents", f"one parent, and {reason}: every candidate would be that parent; name a second parent, or "
+            "--base and a method that takes task vectors from it, such as ties"
+        )  # fmt: skip
     return replace(choices, base=base, parents=parents, data=data, lm_eval=lm_eval), method
 
 
@@ -105,18 +112,27 @@ def first_config(
     if choices.base is not None:
         base_folder = resolve("--base", choices.base, Path.cwd())
         base, merged = _valid_in(path, choices.base, base_folder), [base_folder, *folders]
-    has_template = chat_template(merged[0]) is not None
+    names = (*(() if base is None else ("base",)), *parents)
+    differ = _tokens_differ(merged)
+    # A base that takes no part in the merge has no rows to align.
+    first = 1 if differ and base is not None and not method.uses_base(True) else 0
+    by_model = [chat_template(folder) for folder in merged]
+    owner = next((number for number in range(first, len(by_model)) if by_model[number] is not None), None)
+    # A base is often trained without the template that its fine-tunes have.
+    compared = by_model[1:] if base is not None and by_model[0] is None else by_model
+    templates = ModelTemplates(None if owner is None else names[owner], owner is not None and len({*compared}) == 1)
     if choices.lm_eval is not None:
-        task, examples = task_of_harness(choices.lm_eval, has_template), None
+        task, examples = task_of_harness(choices.lm_eval, templates), None
     else:
         assert choices.data is not None
-        task, examples = _task_on(path, choices.data, has_template)
-    # A base that takes no part in the merge has no rows to align.
-    tokenizer_source = "base" if method.uses_base(base is not None) else parents[0]
+        task, examples = _task_on(path, choices.data, templates)
+    source = owner if owner is not None and task.uses_template else first
+    reasons = ["the tokenizers differ: rows of the vocabulary are aligned by token"] if differ else []
+    reasons += [] if source == first else [f"{names[first]} has no chat template"]
     return FirstConfig(
         base=base,
         parents=parents,
-        tokenizer_source=tokenizer_source if _tokens_differ(merged) else None,
+        tokenizer_source=(names[source], "; ".join(reasons)) if reasons else None,
         method=method,
         layers=decoder_of(open_model(folders[0])).decoder_config().layers,
         task=task,
@@ -166,7 +182,7 @@ def _tokens_differ(folders: Sequence[Path]) -> bool:
     return any(count_differing_tokens(with_tokens[0], other) for other in with_tokens[1:])
 
 
-def _task_on(path: Path, data: str, has_template: bool) -> tuple[TaskSection, int]:
+def _task_on(path: Path, data: str, templates: ModelTemplates) -> tuple[TaskSection, int]:
     """The section of the task on a data set, and the number of its records."""
     if not is_file_name(data):
         records = read_source(data).records
@@ -175,20 +191,16 @@ def _task_on(path: Path, data: str, has_template: bool) -> tuple[TaskSection, in
         records = read_source(file).records
         if not data.startswith(PREFIX) and path.parent.resolve() != Path.cwd():
             data = pinned_reference(str(file))
-    task = task_for_records(data, records, has_template)
-    kind = next(value for key, value, _ in task.lines if key == "kind")
-    if not task.from_hub and (not is_file_name(data) or data.endswith(".parquet")):
-        raise InputError(
-            "--data", f"{data}: a task of the kind {kind} reads a file of JSON lines, and worked problems alone come "
-            f"from {HUB}, {SYMBOLIC} or parquet; write its records to a file",
-        )  # fmt: skip
-    return task, len(records)
+    return task_for_records(data, records, templates), len(records)
 
 
 def _summary(problem: SearchProblem) -> str:
     """The search of the checked config, in a line."""
-    search, heldout = (sum(task.size for task in tasks) for tasks in (problem.splits.search, problem.splits.heldout))
+    splits = (problem.splits.search, problem.splits.validation or (), problem.splits.heldout)
+    search, validation, heldout = (sum(task.size for task in tasks) for tasks in splits)
+    kept = f"{validation:,} kept back to choose the winner on and " if validation else ""
+    parents = f"{len(problem.parents)} parent{'s' if len(problem.parents) > 1 else ''}"
     return (
-        f"written; {problem.space.dims} parameters of {len(problem.parents)} parents, searched on {search:,} examples, "
-        f"with {heldout:,} held out"
+        f"written; {problem.space.dims} parameters of {parents}, searched on {search:,} examples, "
+        f"with {kept}{heldout:,} held out"
     )
