@@ -146,18 +146,21 @@ def format_seconds(seconds: float) -> str:
 
 def generation_figures(generation: Generation, columns: int) -> str:
     """The best fitness so far, that of the best parent, the time left, failures and validation, in this order, as far
-    as the columns allow."""
+    as the columns allow. Where no candidate has met all examples yet, the first and the last are those of the
+    generation: its best on its minibatch or by the companion, and that of the strategy's proposals."""
     g = generation
 
-    def shown(value: float | None) -> str:
-        return "none" if value is None else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
+    def shown(value: float | None) -> str | None:
+        return None if value is None else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
 
+    is_known = g.best_so_far is not None
+    name = "best" if is_known else "companion" if g.scored_on == "companion" else "on its minibatch"
     figures = {
-        "best": shown(g.best_so_far),
-        "best parent": None if g.best_parent is None else shown(g.best_parent),
+        name: shown(g.best_so_far if is_known else g.best_of_part),
+        "best parent": shown(g.best_parent),
         "left": None if g.seconds_left is None else format_seconds(g.seconds_left),
         "failed": str(g.failed) if g.failed else None,
-        "validation": None if g.validation is None else shown(g.validation),
+        "validation": shown(g.validation if is_known else g.proposed_validation),
     }
     text = ""
     for part in (f"  {name} {value}" for name, value in figures.items() if value is not None):
