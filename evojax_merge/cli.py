@@ -259,7 +259,8 @@ def plan(
     plugin_names: tuple[str, ...],
 ) -> None:
     """Say, from the models' headers alone, whether the search of CONFIG fits a target's memory, how much it computes
-    and moves, and how long that takes at least."""
+    and moves, and how long that takes at least. The last lines are the verdict and the time; docs/accelerators.md says
+    what each column of the table holds."""
     with _starting(plugin_names):
         from evojax_merge.commands import plan as command
 
