@@ -72,6 +72,8 @@ const wait = setInterval(() => {
           .filter((text) => text.left < box.left - 1 || text.right > box.right + 1).length;
         return [place.dataset.chart, box && marks ? [box.right, box.height, cut] : null];
       })),
+      wide: [...document.querySelectorAll("#heldout .scroll, .headline > div")]
+        .filter((place) => place.scrollWidth > place.clientWidth).length,
       images: document.querySelectorAll("img").length, bold: document.querySelectorAll("b").length,
       text: document.querySelector("main").innerText,
       background: getComputedStyle(document.body).backgroundColor,
@@ -781,6 +783,23 @@ def test_a_browser_draws_every_figure_and_asks_for_nothing(tmp_path: Path, width
         assert box is not None, name
         assert box[0] <= width and box[1] > 40 and box[2] == 0, name
     assert seen["images"] == 0 and seen["bold"] == 0 and HOSTILE.replace("/", "∕") in seen["text"]
+
+
+@in_a_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_scores_fit_a_telephone_and_a_laptop(tmp_path: Path, width: int) -> None:
+    run = make_run(tmp_path / "run")
+    table = make_result(6, 4)["table"]
+    for scored in table:
+        scored["name"] = scored["name"].replace("ties", "task_arithmetic")
+        scored["heldout_fitness"] -= 12
+        scored["heldout_scores"] = {"japanese_sums/log_probability": -12.0898, "whole_answers/accuracy": 0.8555}
+        scored["interval"] = [11.8525, 12.1424]
+    edit_result(run, table=table)
+    write_page(RunFolder(run))
+    seen, _ = browse(run / "report.html", width)
+    assert seen["width"] == width and seen["wide"] == 0
+    assert seen["text"].count("whole_answers/accuracy") >= 4
 
 
 @in_a_browser

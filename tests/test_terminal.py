@@ -90,6 +90,8 @@ def test_a_line_a_generation_and_a_log_of_all_lines(config: Path) -> None:
     first = search(config, "--set", "search.generations=2", "--set", "log=[csv]")
     lines = [line for line in first.stdout.splitlines() if line.startswith("generation ")]
     assert len(lines) == 2 and all(LINE.fullmatch(line.replace("/2", "/3")) for line in lines)
+    # A file has no characters of bars.
+    assert "━━━━ " not in first.stdout and re.search(r"^loading .* took \d:\d\d$", first.stdout, re.MULTILINE)
     assert set(lines) <= set(logged_lines(run)) and any(line.startswith("parent: ") for line in logged_lines(run))
     # The best parent is the better of the two candidates that are a parent alone.
     best_parent = float(lines[0].split("best parent ")[1].split()[0])

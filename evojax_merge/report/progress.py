@@ -5,12 +5,14 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.constrain import Constrain
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -68,11 +70,21 @@ _columns = os.environ.get("COLUMNS", "")
 FILE_COLUMNS = int(_columns) if _columns.isdecimal() and int(_columns) else 140
 # Nothing is markup: `[/INST]` is a name.
 console = Terminal(
-    width=None if sys.stdout.isatty() else FILE_COLUMNS, markup=False, emoji=False, highlight=False, force_jupyter=False,
-    force_terminal=False if IN_NOTEBOOK else None,
+    width=None if sys.stdout.isatty() else FILE_COLUMNS, markup=False, emoji=False, highlight=False,
+    force_jupyter=False, force_terminal=False if IN_NOTEBOOK else None,
 )  # fmt: skip
 
 OnGeneration = Callable[[Generation], None]
+
+
+@contextmanager
+def _progress(*columns: ProgressColumn, done: str) -> Iterator[Progress]:
+    """Bars on a terminal. Elsewhere a line at the end, `done` and the time that it took."""
+    started = time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield progress
+    if not console.is_terminal:
+        say(f"{done} took {format_seconds(time.monotonic() - started)}")
 
 
 @contextmanager
@@ -84,7 +96,7 @@ def bytes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
         DownloadColumn(binary_units=True),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with _progress(*columns, done=f"{label} {decimal(total)}") as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.advance(task, done)
 
@@ -103,7 +115,7 @@ def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with _progress(*columns, done=label) as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.advance(task, done)
 
@@ -112,7 +124,7 @@ def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 def named_bar(label: str, total: int) -> Iterator[Callable[[str], None]]:
     """A progress bar in steps that have names; the function is called where each begins."""
     columns = (PlainColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), PlainColumn("{task.fields[step]}"))
-    with Progress(*columns, console=console) as progress:
+    with _progress(*columns, done=label) as progress:
         task = progress.add_task(label, total=total, step="")
         names = list[str]()
 
@@ -249,7 +261,8 @@ class SearchBar(Reporter):
 def search_bar(generations: int | None, on_generation: OnGeneration) -> Iterator[SearchBar]:
     """A progress bar over the generations of a search; None: the clock ends it."""
     columns = (BarColumn(bar_width=None), GenerationsColumn(), PlainColumn("{task.fields[info]}"))
-    with SearchProgress(*columns, console=console, expand=True) as progress:
+    # In a file each generation has its line.
+    with SearchProgress(*columns, console=console, expand=True, disable=not console.is_terminal) as progress:
         yield SearchBar(progress, generations, on_generation)
 
 
