@@ -201,10 +201,9 @@ class Plan:
     def table(self) -> Table:
         """The passes, and the cost of each; the seconds of those alone that fit."""
         table = Table(title="Passes: bytes on a device, seconds for a candidate", title_justify="left")
-        headings = HEADINGS
+        headings = HEADINGS if self.fits else HEADINGS[:-1]
         if not self.fits:
             table.title = "Passes: bytes on a device"
-            headings = HEADINGS[:-1]
         for heading in headings:
             table.add_column(heading, justify="left" if heading in ("task", "pass") else "right", overflow="fold")
         for row in self.passes:
