@@ -15,7 +15,8 @@ INTRODUCTION = """\
 # Config reference
 
 ```sh
-evojax-merge keys           # this list
+evojax-merge keys           # the sections
+evojax-merge keys all       # this list
 evojax-merge keys search    # the keys of a section
 ```
 

@@ -69,7 +69,18 @@ def _start_jax() -> None:
             jax.config.update(f"jax_{option}", value)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """The group of all commands."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as interruption:
+            # Click prints an empty line at a KeyboardInterrupt, and none at its own exception.
+            raise click.Abort from interruption
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
     """Evolve merges of open-weight models, on accelerators, in JAX."""
@@ -258,7 +269,8 @@ def plan(
     plugin_names: tuple[str, ...],
 ) -> None:
     """Say, from the models' headers alone, whether the search of CONFIG fits a target's memory, how much it computes
-    and moves, and how long that takes at least."""
+    and moves, and how long that takes at least. The last lines are the verdict and the time; docs/accelerators.md says
+    what each column of the table holds."""
     with _starting(plugin_names):
         from evojax_merge.commands import plan as command
 
@@ -509,8 +521,8 @@ def architectures() -> None:
 @cli.command(short_help="List the keys of a search's config, with their defaults and meanings.")
 @click.argument("section", required=False)
 def keys(section: str | None) -> None:
-    """List the keys that a search's config may have: what each takes, its default, and what it means. SECTION: only
-    this key and those in it (search, space.parameters, tasks)."""
+    """List the keys that a search's config may have: what each takes, its default, and what it means. SECTION: this key
+    and those in it (search, space.parameters, tasks), or all; without it, the sections."""
     _list("keys", section)
 
 

@@ -280,7 +280,7 @@ class FirstConfig:
 
     def text(self, commands: Sequence[str]) -> str:
         """The YAML. commands: the next ones, for its head."""
-        head = [f"A search for the best merge of {len(self.parents)} parents; all keys: evojax-merge keys", ""]
+        head = [f"A search for the best merge of {len(self.parents)} parents; all keys: evojax-merge keys all", ""]
         lines = [f"# {text}".rstrip() for text in (*head, *(f"    {shown_command(line)}" for line in commands))]
         lines.append("")
         if self.base is not None:

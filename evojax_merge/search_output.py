@@ -96,15 +96,15 @@ def write_winner(folder: RunFolder, problem: SearchProblem[Backend], result: Res
     for sentence in (result.chosen_on(), *([] if measured is None else [measured]), *result.verdicts()):
         console.print(sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
     for earlier in earlier_winners(folder):
-        line = _compared(earlier, len(history), result.winner.fitness)
+        line = _compared(earlier, len(history), result.winner.fitness, folder)
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _compared(earlier: EarlierWinner, generations: int, fitness: float) -> str:
+def _compared(earlier: EarlierWinner, generations: int, fitness: float, folder: RunFolder) -> str:
     """One line that compares the winner with an earlier one, on the examples that no search has seen."""
     now, before = f"{fitness:.4f}", f"{earlier.heldout_fitness:.4f}"
     verdict = "equal to" if now == before else "better than" if fitness > earlier.heldout_fitness else "WORSE than"
     return (
         f"held out, the winner of {generations} generations ({now}) is {verdict} that of {earlier.generations} "
-        f"({before}), which is kept in {earlier.path}"
+        f"({before}), which is kept: {earlier.path / folder.model.name} is a model folder like {folder.model}"
     )

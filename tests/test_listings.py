@@ -61,9 +61,14 @@ def test_every_key_of_a_config_is_listed_with_its_meaning(capsys: pytest.Capture
         ("likelihood", "multiple_choice", "exact_match"), ("generation",), ("gsm",), ("lm_eval",), ("classification",),
         ("regression",), ("text_to_text",), ("transcription",), ("similarity",), ("retrieval",),
     }  # fmt: skip
-    text = listed("keys", capsys)
+    text = listed("keys all", capsys)
     for name in known:
         assert f"│ {name} " in text
+    # Without a section, a line for each of them, and how to see more.
+    *lines, how = listed("keys", capsys).splitlines()
+    names = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+    assert names == [name for name in known if "." not in name and "[" not in name]
+    assert "evojax-merge keys search" in how and "evojax-merge keys all" in how
 
 
 def test_the_keys_of_a_section_alone(capsys: pytest.CaptureFixture[str]) -> None:

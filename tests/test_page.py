@@ -25,6 +25,7 @@ from evojax_merge.report import live_page
 from evojax_merge.report.live_page import kept_page
 from evojax_merge.report.page import write_page
 from evojax_merge.report.run_data import MOST_GENERATIONS, read_run
+from evojax_merge.report.run_tables import headline
 from evojax_merge.search.run_parts import RunFolder, clear
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -71,6 +72,8 @@ const wait = setInterval(() => {
           .filter((text) => text.left < box.left - 1 || text.right > box.right + 1).length;
         return [place.dataset.chart, box && marks ? [box.right, box.height, cut] : null];
       })),
+      wide: [...document.querySelectorAll("#heldout .scroll, .headline > div")]
+        .filter((place) => place.scrollWidth > place.clientWidth).length,
       images: document.querySelectorAll("img").length, bold: document.querySelectorAll("b").length,
       text: document.querySelector("main").innerText,
       background: getComputedStyle(document.body).backgroundColor,
@@ -170,6 +173,8 @@ class Page(HTMLParser):
             self.numbers.append((float(str(attributes["value"])), text))
         elif tag == "script" and attributes.get("id") == "specs":
             self.specs = json.loads(text)
+        elif tag == "wbr":
+            self.texts[-1] += text
         elif tag not in ("script", "style"):
             self.texts.append(text)
 
@@ -248,9 +253,31 @@ def test_every_number_on_the_page_is_one_of_the_run(tmp_path: Path) -> None:
     assert page.column("seconds", "value") == [0.5] * 6
     for sentence in (
         "On held-out data the evolved model is better than the best parent japanese by 0.5265 (95% interval 0.4265 to "
-        "0.6265).", "The winner was chosen on the search split: there it scored -0.1100, the uniform merge -0.4500.",
+        "0.6265).",
+        "The winner was chosen on the search split, where the finalists (the best candidates and any last proposal of "
+        "the strategy) were scored again: there it scored -0.1100, the uniform merge -0.4500.",
     ):  # fmt: skip
         assert sentence in page.text
+
+
+def test_the_figures_at_the_top_have_the_shares_that_are_not_the_fitness(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    table = make_result(6, 4)["table"]
+    for scored in table:
+        scored["heldout_scores"] = {
+            "sums/log_probability": scored["heldout_fitness"], "whole/accuracy": scored["heldout_fitness"] + 1,
+            "words/perplexity": 3.5,
+        }  # fmt: skip
+    edit_result(run, table=table)
+    figures = headline(read_run(run))
+    assert [(figure.label, dict(figure.shares)) for figure in figures] == [
+        ("winner, held out", {"whole/accuracy": pytest.approx(0.876544)}),
+        ("uniform merge, held out", {"whole/accuracy": 0.5}),
+        ("best parent japanese, held out", {"whole/accuracy": pytest.approx(0.35)}),
+        ("base, held out", {"whole/accuracy": pytest.approx(0.1)}),
+    ]
+    write_page(RunFolder(run))
+    assert Page(run / "report.html").text.count("whole/accuracy") == len(figures) + 1
 
 
 def test_the_other_sections_show_the_runs_numbers_too(tmp_path: Path) -> None:
@@ -449,6 +476,69 @@ def test_a_long_run_gives_a_small_page(tmp_path: Path) -> None:
     assert (1250.0, "1250.0") in page.numbers
 
 
+def on_minibatches(run: Path, **changes: Any) -> list[dict[str, Any]]:
+    """Turn a run's history into one of gradient steps on minibatches, whose candidates no generation knows on all
+    examples; returns its rows."""
+    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"best": None, "best_so_far": None, "examples": [8] * len(row["fitness"])} | changes
+        if "validation" in row:
+            row["validation"] = {"best_so_far": None, "finalists": [row["generation"] / -10]}
+    (run / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return rows
+
+
+def legend(page: Page) -> list[str]:
+    """The entries of the legend of the fitness over generations."""
+    layers = page.specs["fitness"]["layer"]
+    (names,) = {
+        tuple(layer["encoding"]["color"]["scale"]["domain"]) for layer in layers if "color" in layer["encoding"]
+    }
+    return list(names)
+
+
+def test_gradients_on_minibatches_have_a_curve_of_their_steps(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", population=1, finished=False)
+    rows = on_minibatches(run)
+    write_page(RunFolder(run), working=True)
+    page, last = Page(run / "report.html"), f"{rows[-1]['fitness'][0]:.4f}"
+    assert legend(page) == ["best on its minibatch", "validation"]
+    assert page.column("fitness", "part") == [row["fitness"][0] for row in rows]
+    assert page.column("fitness", "validation") == [None, None, -0.3, None, None, -0.6]
+    assert "scored on one minibatch" in page.text and "ashed lines" not in page.text and "median" not in page.text
+    assert "best fitness of the last generation, on its minibatch" in page.text
+    assert (rows[-1]["fitness"][0], last.replace("-", "−")) in page.numbers
+    assert f"fitness of the last generation {last}, on its minibatch" in run_here("show", run).stdout
+    for command in (("runs", run), ("compare", run, make_run(tmp_path / "other"), "--out", tmp_path / "both.html")):
+        assert f"{last} on its minibatch" in " ".join(run_here(*command).stdout.split())
+    both = Page(tmp_path / "both.html")
+    assert len([row for row in both.rows("by-generation") if row["run"] == "run"]) == 6
+    assert "The generations of run have their best on a minibatch each." in both.text
+    # A finished run has the winner's fitness, on all of the split.
+    (run / "result.json").write_text(json.dumps(make_result(6, 4)))
+    assert "fitness of the winner -0.1100, on the search split" in run_here("show", run).stdout
+    assert "-0.1100" in run_here("runs", run).stdout
+
+
+def test_steps_on_a_companion_are_named_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", population=2, finished=False)
+    rows = on_minibatches(run, companion=True)
+    best = max(rows[-1]["fitness"])
+    assert f"fitness of the last generation {best:.4f}, by the companion" in run_here("show", run).stdout
+
+
+def test_every_entry_of_the_legend_has_a_curve(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    write_page(RunFolder(run))
+    page = Page(run / "report.html")
+    assert legend(page) == ["best so far", "best of the generation", "median", "10th to 90th percentile", "validation"]
+    # The rules of this run lie near its curves, and those of the next far from them.
+    assert "Dashed lines" in page.text
+    edit_result(run, search_fitness={"winner": -0.1, "uniform merge": -1e6}, better_than={})
+    write_page(RunFolder(run))
+    assert "Dashed lines" not in Page(run / "report.html").text
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Runs that are not finished
 
@@ -510,7 +600,8 @@ def test_a_run_without_a_single_score_has_a_page(tmp_path: Path, pool: Any) -> N
         row["scores_of_best"] = {}
     (run / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     write_page(RunFolder(run))
-    assert "after generation 6" in Page(run / "report.html").text
+    page = Page(run / "report.html")
+    assert "after generation 6" in page.text and "fitness" not in page.specs
     assert run_here("show", run).returncode == 0
 
 
@@ -692,6 +783,23 @@ def test_a_browser_draws_every_figure_and_asks_for_nothing(tmp_path: Path, width
         assert box is not None, name
         assert box[0] <= width and box[1] > 40 and box[2] == 0, name
     assert seen["images"] == 0 and seen["bold"] == 0 and HOSTILE.replace("/", "∕") in seen["text"]
+
+
+@in_a_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_scores_fit_a_telephone_and_a_laptop(tmp_path: Path, width: int) -> None:
+    run = make_run(tmp_path / "run")
+    table = make_result(6, 4)["table"]
+    for scored in table:
+        scored["name"] = scored["name"].replace("ties", "task_arithmetic")
+        scored["heldout_fitness"] -= 12
+        scored["heldout_scores"] = {"japanese_sums/log_probability": -12.0898, "whole_answers/accuracy": 0.8555}
+        scored["interval"] = [11.8525, 12.1424]
+    edit_result(run, table=table)
+    write_page(RunFolder(run))
+    seen, _ = browse(run / "report.html", width)
+    assert seen["width"] == width and seen["wide"] == 0
+    assert seen["text"].count("whole_answers/accuracy") >= 3
 
 
 @in_a_browser

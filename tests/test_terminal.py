@@ -90,6 +90,8 @@ def test_a_line_a_generation_and_a_log_of_all_lines(config: Path) -> None:
     first = search(config, "--set", "search.generations=2", "--set", "log=[csv]")
     lines = [line for line in first.stdout.splitlines() if line.startswith("generation ")]
     assert len(lines) == 2 and all(LINE.fullmatch(line.replace("/2", "/3")) for line in lines)
+    # A file has no characters of bars.
+    assert "━━━━ " not in first.stdout and re.search(r"^loading .* took \d:\d\d$", first.stdout, re.MULTILINE)
     assert set(lines) <= set(logged_lines(run)) and any(line.startswith("parent: ") for line in logged_lines(run))
     # The best parent is the better of the two candidates that are a parent alone.
     best_parent = float(lines[0].split("best parent ")[1].split()[0])
@@ -104,6 +106,19 @@ def test_a_line_a_generation_and_a_log_of_all_lines(config: Path) -> None:
         assert int(figures["generation"]) == expected["generation"]
         assert float(figures["fitness/best_so_far"]) == expected["best_so_far"]
         assert float(figures["tasks/fit/score"]) == expected["scores_of_best"]["fit/score"]
+
+
+def test_gradients_on_minibatches_show_the_fitness_of_each_step(config: Path) -> None:
+    steps = ("search.strategy=gradient", "search.population=1", "search.gradient={minibatches: 2}")
+    looks = ("search.validation=0.25", "search.validate_every=2")
+    done = search(config, *(part for value in (*steps, *looks) for part in ("--set", value)))
+    history = em.open_run(config.parent / "run").history
+    assert [row["best_so_far"] for row in history] == [None] * GENERATIONS and "none" not in done.stdout
+    lines = [line for line in done.stdout.splitlines() if line.startswith("generation ")]
+    for line, row in zip(lines, history, strict=True):
+        assert line.startswith(f"generation {row['generation']}/3  on its minibatch {row['fitness'][0]:.4f}")
+    assert lines[1].endswith(f"  validation {history[1]['validation']['finalists'][0]:.4f}")
+    assert "fitness on the search split, each gradient step on one of its 2 minibatches" in done.stdout
 
 
 def test_json_is_a_line_for_each_generation_and_nothing_else(config: Path) -> None:
@@ -229,6 +244,16 @@ def test_a_line_names_generation_best_parent_and_time() -> None:
         number=12, generations=50, best_so_far=0.8, best_parent=0.75, seconds_left=192.4, failed=3, validation=0.7
     )
     assert generation_line(usual) == "generation 12/50  best 0.8000  best parent 0.7500  left 3:13  failed 3"
+    # Before a candidate is known on all examples, the line names the examples or the score that it was scored by.
+    partly = {"best_so_far": None, "best_parent": None, "fitness": np.array([-0.5, np.nan, -0.25]), "validation": None}
+    lines = {
+        "minibatch": "on its minibatch -0.2500  left",
+        "companion": "companion -0.2500  left",
+        "all examples": "left",
+    }
+    for scored_on, words in lines.items():
+        line = generation_line(generation(number=1, generations=2, scored_on=scored_on, **partly))
+        assert line.startswith(f"generation 1/2  {words} ")
     assert [format_seconds(seconds) for seconds in (0, 59.5, 3600, 90061)] == ["0:00", "1:00", "1:00:00", "25:01:01"]
 
 

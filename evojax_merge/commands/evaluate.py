@@ -45,7 +45,9 @@ def evaluate(
             samples.extend(answers())
 
     rows = score_models(models, tasks, say, print_warning, keep)
-    console.print(terminal_table(rows, f"Scores on {'; '.join(tasks.sizes)}"))
+    # A title of the table would break at its width.
+    console.print(f"Scores on {'; '.join(tasks.sizes)}", soft_wrap=True)
+    console.print(terminal_table(rows))
     if json_file is not None:
         atomic_write(json_file, json.dumps(score_table(models, rows), indent=1, ensure_ascii=False) + "\n")
     if samples_file is not None:

@@ -51,8 +51,8 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
         for line in stage_plan.lines():
             console.print(line, highlight=False, soft_wrap=True)
         console.print(stage_plan.table())
-    for line in plans[-1].legend():
-        console.print(line, highlight=False, soft_wrap=True)
+        for line in stage_plan.conclusion():
+            console.print(line, highlight=False, soft_wrap=True)
     if json_file is not None:
         atomic_write(json_file, json.dumps([stage_plan.as_json() for stage_plan in plans], indent=1) + "\n")
     for stage_plan in plans:

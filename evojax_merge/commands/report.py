@@ -33,5 +33,5 @@ def _sizes(folder: RunFolder) -> list[int]:
 
 
 def _progress(run: RunData) -> str:
-    best = "" if run.best_so_far is None else f", best fitness {run.best_so_far:.4f}"
+    best = "" if run.best is None else f", {run.best.describe()}"
     return f"{run.state}, {run.count} generations{best}"

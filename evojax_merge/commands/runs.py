@@ -7,7 +7,7 @@ from pathlib import Path
 from evojax_merge.errors import InputError, print_warning
 from evojax_merge.report.progress import console
 from evojax_merge.report.run_data import RunData, read_run
-from evojax_merge.report.run_tables import Table
+from evojax_merge.report.run_tables import Table, best_cell
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_parts import RunFolder
 
@@ -35,7 +35,7 @@ def runs(root: Path) -> None:
         return
     now = time.time()
     rows = [
-        [name, run.method, f"{run.count}/{_planned(run)}", run.best_so_far, run.state, _age(now - changed)]
+        [name, run.method, f"{run.count}/{_planned(run)}", best_cell(run), run.state, _age(now - changed)]
         for changed, name, run in sorted(listed, key=lambda row: (-row[0], row[1]))
     ]  # fmt: skip
     columns = ["run", "method", "generations", "best fitness", "state", "last change"]

@@ -12,8 +12,8 @@ def show(path: Path) -> None:
     """Print a run's state, its progress and, where it has chosen a winner, its held-out scores."""
     run, folder = read_run(path), RunFolder(path)
     lines = [f"{run.name}: {run.state}", facts(run)]
-    if run.best_so_far is not None:
-        lines.append(f"best fitness so far {run.best_so_far:.4f}, on the search split")
+    if run.best is not None:
+        lines.append(run.best.describe())
     for line in (*lines, *notes(run)):
         console.print(line, highlight=False, soft_wrap=True)
     if run.result is None:

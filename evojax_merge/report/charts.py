@@ -17,11 +17,16 @@ from evojax_merge.genealogy import NUMBER
 from evojax_merge.report.parameters import Frames, Map, Sampled
 from evojax_merge.report.run_data import Generation, Result, RunData, spread
 
-INK, SOFT, LINE, ACCENT, FAINT, OTHER, PAPER = (
-    f"var(--{name})" for name in ("ink", "soft", "line", "accent", "faint", "other", "paper")
+INK, SOFT, LINE, ACCENT, FAINT, OTHER, PAPER, BAND = (
+    f"var(--{name})" for name in ("ink", "soft", "line", "accent", "faint", "other", "paper", "band")
 )
 SERIES = [f"var(--series-{k})" for k in range(1, 9)]
 Spec = dict[str, Any]
+# The columns of the fitness over generations that a tooltip shows, and their titles.
+TOOLTIPS = {
+    "so_far": "best so far", "best": "best", "part": "best on its minibatch", "high": "90th percentile",
+    "median": "median", "low": "10th percentile", "validation": "validation",
+}  # fmt: skip
 # The points of a curve in small charts.
 MOST_POINTS = 250
 # The members of a pool that are drawn.
@@ -56,8 +61,9 @@ def _spec(chart: Any, height: int) -> Spec:
 
 def _generations(numbers: Sequence[int]) -> Any:
     # Few numbers would stand between the generations as well.
-    few = sorted(set(numbers)) if len(set(numbers)) <= 6 else alt.Undefined
-    axis = alt.Axis(format="d", tickMinStep=1, grid=False, values=few)
+    few = sorted(set(numbers))
+    ticks: dict[str, Any] = {"values": few, "tickCount": len(few)} if len(few) <= 6 else {}
+    axis = alt.Axis(format="d", tickMinStep=1, grid=False, **ticks)
     return alt.X("generation:Q", title="generation", axis=axis, scale=alt.Scale(nice=False, zero=False, padding=8))
 
 
@@ -69,55 +75,55 @@ def _tooltip(*fields: tuple[str, str]) -> list[Any]:
 
 def fitness_chart(run: RunData) -> Spec:
     """Fitness over generations: the best so far, each generation's best, median and spread, validation, and rules for
-    what needs no search."""
+    what needs no search. A series without a value has no place in the legend."""
     rows = run.fitness_rows
+    has_spread = any(len(g.row.fitness) > 1 for g in rows)
     columns: dict[str, Sequence[Any]] = {
         "generation": [g.number for g in rows],
         "best": [g.row.best for g in rows],
-        "median": [g.median for g in rows],
-        "low": [g.low for g in rows],
-        "high": [g.high for g in rows],
+        "part": [g.row.best_of_part for g in rows],
+        "median": [g.median if has_spread else None for g in rows],
+        "low": [g.low if has_spread else None for g in rows],
+        "high": [g.high if has_spread else None for g in rows],
         "so_far": [g.row.best_so_far for g in rows],
-        "validation": [g.row.validation.get("best_so_far") for g in rows],
+        "validation": [g.row.validation_fitness for g in rows],
     }
-    rules = _rules(run)
-    domain = _domain(rows, rules)
-    y: dict[str, Any] = {"scale": alt.Scale(domain=domain, nice=True, zero=False), "title": "fitness, search split"}
+    known = {name for name, values in columns.items() if any(value is not None for value in values)}
+    rules = shown_rules(run)
+    y: dict[str, Any] = {
+        "scale": alt.Scale(domain=_domain(rows, rules), nice=True, zero=False), "title": "fitness, search split",
+    }  # fmt: skip
     base = alt.Chart(_data(**columns)).encode(x=_generations(columns["generation"]))
-    colours = {"best so far": ACCENT, "best of the generation": FAINT, "median": SOFT}
-    if any(value is not None for value in columns["validation"]):
-        colours["validation, best so far"] = OTHER
-    colour = alt.Color(
-        "series:N", title=None, scale=alt.Scale(domain=list(colours), range=list(colours.values())),
-        legend=alt.Legend(orient="top", symbolStrokeWidth=3, symbolType="stroke", symbolOpacity=1, columns=2),
-    )  # fmt: skip
-    tips = _tooltip(
-        ("generation", "generation"), ("so_far", "best so far"), ("best", "best"), ("high", "90th percentile"),
-        ("median", "median"), ("low", "10th percentile"), ("validation", "validation"),
-    )  # fmt: skip
-
-    def series(name: str, field: str, mark: Any) -> Any:
-        y_axis = alt.Y(f"{field}:Q", **y)
-        return mark.transform_calculate(series=f"'{name}'").encode(y=y_axis, color=colour)
-
     # A line of one point is none.
     few = alt.OverlayMarkDef(size=24) if len(rows) <= 10 else False
-    layers = [
-        base.mark_area(opacity=0.16, color=SOFT, clip=True).encode(y=alt.Y("low:Q", **y), y2="high:Q"),
-        series("median", "median", base.mark_line(strokeWidth=1.5, clip=True, point=few)),
-        series("best of the generation", "best", base.mark_circle(size=16, opacity=1, clip=True)),
-        series(
-            "best so far", "so_far", base.mark_line(strokeWidth=2.5, interpolate="step-after", clip=True, point=few)
+    looks = base.transform_filter("isValid(datum.validation)")
+    drawn = {
+        "10th to 90th percentile": ("low", BAND, base.mark_area(clip=True).encode(y2="high:Q")),
+        "median": ("median", SOFT, base.mark_line(strokeWidth=1.5, clip=True, point=few)),
+        "best on its minibatch": (
+            "part", FAINT if "so_far" in known else ACCENT, base.mark_line(strokeWidth=1.5, clip=True, point=few)
         ),
+        "best of the generation": ("best", FAINT, base.mark_circle(size=16, opacity=1, clip=True)),
+        "best so far": (
+            "so_far", ACCENT, base.mark_line(strokeWidth=2.5, interpolate="step-after", clip=True, point=few)
+        ),
+        "validation": (
+            "validation", OTHER, looks.mark_line(point=alt.OverlayMarkDef(size=26), strokeWidth=1.5, clip=True)
+        ),
+    }  # fmt: skip
+    drawn = {name: series for name, series in drawn.items() if series[0] in known}
+    # The legend begins with the best.
+    names = [name for name in reversed(drawn) if name != "validation"] + ["validation"] * ("validation" in drawn)
+    colour = alt.Color(
+        "series:N", title=None, scale=alt.Scale(domain=names, range=[drawn[name][1] for name in names]),
+        legend=alt.Legend(orient="top", symbolType="stroke", symbolStrokeWidth=4, symbolOpacity=1),
+    )  # fmt: skip
+    layers = [
+        mark.transform_calculate(series=f"'{name}'").encode(y=alt.Y(f"{field}:Q", **y), color=colour)
+        for name, (field, _, mark) in drawn.items()
     ]
-    if "validation, best so far" in colours:
-        checks = base.transform_filter("isValid(datum.validation)").mark_line(
-            point=alt.OverlayMarkDef(size=26), strokeWidth=1.5, clip=True
-        )
-        layers.append(series("validation, best so far", "validation", checks))
-    shown = [rule for rule in rules if domain[0] <= rule[1] <= domain[1]]
-    if shown:
-        labels, values, splits = zip(*shown, strict=True)
+    if rules:
+        labels, values, splits = zip(*rules, strict=True)
         lines = alt.Chart(_data(name=labels, value=values, split=splits))
         layers.append(
             lines.mark_rule(strokeDash=[4, 4], color=SOFT, clip=True).encode(
@@ -132,33 +138,41 @@ def fitness_chart(run: RunData) -> Spec:
             some = lines.transform_filter(f"datum.split {test} 'search'")
             names = some.mark_text(align="right", dx=-4, color=SOFT, limit=260, **place)
             layers.append(names.encode(y=alt.Y("value:Q", **y), x=alt.value("width"), text="name:N"))
-    layers.append(base.mark_point(size=260, opacity=0, clip=True).encode(y=alt.Y("best:Q", **y), tooltip=tips))
+    tips = _tooltip(("generation", "generation"), *(item for item in TOOLTIPS.items() if item[0] in known))
+    points = base.mark_point(size=260, opacity=0, clip=True)
+    layers += [points.encode(y=alt.Y(f"{name}:Q", **y), tooltip=tips) for name in ("best", "part") if name in known]
     return _spec(alt.layer(*layers), 340)
 
 
-def _rules(run: RunData) -> list[tuple[str, float, str]]:
-    """Scores that need no search, and their splits: the baseline's on the search split, the rivals' held out."""
+def shown_rules(run: RunData) -> list[tuple[str, float, str]]:
+    """Scores that need no search and lie near the curves, by name, with their splits: the baseline's on the search
+    split, the rivals' held out."""
     if run.result is None:
         return []
     rules = [(name, value, "search") for name, value in run.result.search_fitness.items() if name != "winner"]
     for rival in run.result.rivals:
         role = {"uniform": "", "parent": "best parent "}.get(rival.role, "" if rival.name == rival.role else "base ")
         rules.append((f"{role}{rival.name}, held out", rival.fitness, "heldout"))
-    return [rule for rule in rules if math.isfinite(rule[1])]
+    low, high, margin = _range(run.fitness_rows)
+    return [rule for rule in rules if low - 10 * margin <= rule[1] <= high + 10 * margin]
+
+
+def _range(rows: Sequence[Generation]) -> tuple[float, float, float]:
+    """The lowest and the highest fitness of the curves, without the first generations' worst, and a margin around
+    both."""
+    curves = [x for g in rows for x in (g.row.best_so_far, g.median, g.row.validation_fitness) if x is not None]
+    low = [g.low for g in rows if g.low is not None]
+    if not curves or not low:
+        return 0.0, 1.0, 0.0
+    high, bottom = max(curves), min(float(np.quantile(low, 0.1)), float(np.quantile(curves, 0.02)))
+    return bottom, high, 0.06 * (high - bottom) or 0.5
 
 
 def _domain(rows: Sequence[Generation], rules: Sequence[tuple[str, float, str]]) -> list[float]:
-    """The shown range of fitness: that of the curves without the first generations' worst, and of rules near it."""
-    curves = [
-        x for g in rows for x in (g.row.best_so_far, g.median, g.row.validation.get("best_so_far")) if x is not None
-    ]
-    low = [g.low for g in rows if g.low is not None]
-    if not curves or not low:
-        return [0.0, 1.0]
-    high, bottom = max(curves), min(float(np.quantile(low, 0.1)), float(np.quantile(curves, 0.02)))
-    margin = 0.06 * (high - bottom) or 0.5
-    near = [value for _, value, _ in rules if bottom - 10 * margin <= value <= high + 10 * margin]
-    return [min([bottom, *near]) - margin, max([high, *near]) + margin]
+    """The shown range of fitness: that of the curves and the rules."""
+    low, high, margin = _range(rows)
+    values = [value for _, value, _ in rules]
+    return [min([low, *values]) - margin, max([high, *values]) + margin]
 
 
 def curve_chart(numbers: Sequence[int], series: Mapping[str, Sequence[float | None]], title: str) -> Spec:
@@ -431,13 +445,15 @@ def pool_chart(run: RunData) -> Spec:
 
 def history_chart(history: Sequence[Mapping[str, Any]]) -> alt.Chart:
     """The fitness over generations as a chart of its own: best so far, best, mean, and that of the best so far on the
-    validation split where generations looked at it. history: rows of `history.jsonl`."""
+    validation split where generations looked at it; for steps on minibatches, the mean. history: rows of
+    `history.jsonl`."""
     # A companion of the fitness has another scale.
     rows = [row for row in history if "companion" not in row]
     keys = ("best_so_far", "best", "mean")
     series = {key.replace("_", " "): [(row["generation"], row[key]) for row in rows] for key in keys}
     checks = [(row["generation"], row["validation"]["best_so_far"]) for row in rows if "validation" in row]
     series |= {"validation of best": checks} if checks else {}
+    series = {name: points for name, points in series.items() if any(value is not None for _, value in points)}
     points = [
         {"generation": number, "series": name, "fitness": value}
         for name, values in series.items()
@@ -458,13 +474,14 @@ def history_chart(history: Sequence[Mapping[str, Any]]) -> alt.Chart:
 
 
 def compared_fitness(runs: Mapping[str, RunData], x: str) -> Spec:
-    """The best so far of several runs. x: generation or evaluations."""
+    """The best so far of several runs, or each generation's best on its minibatch before there is one. x: generation or
+    evaluations."""
     rows = [
-        (name, g.row.generation if x == "generation" else g.row.evaluations, g.row.best_so_far)
+        (name, g.row.generation if x == "generation" else g.row.evaluations, value)
         for name, run in runs.items()
         for rows in [run.fitness_rows]
         for g in [rows[place] for place in spread(len(rows), MOST_POINTS)]
-        if g.row.best_so_far is not None
+        if (value := g.row.best_of_part if g.row.best_so_far is None else g.row.best_so_far) is not None
     ]
     fields: dict[str, Any] = {"run": [r[0] for r in rows], "x": [r[1] for r in rows], "fitness": [r[2] for r in rows]}
     chart = (
@@ -479,7 +496,14 @@ def compared_fitness(runs: Mapping[str, RunData], x: str) -> Spec:
             y=alt.Y("fitness:Q", title="best fitness so far", scale=alt.Scale(zero=False, nice=True)),
             color=_run_colour(
                 list(runs),
-                alt.Legend(orient="top", symbolType="stroke", symbolStrokeWidth=3, columns=2, labelLimit=140),
+                alt.Legend(
+                    orient="top",
+                    symbolType="stroke",
+                    symbolStrokeWidth=3,
+                    columns=2,
+                    labelLimit=140,
+                    values=list(dict.fromkeys(fields["run"])),
+                ),
             ),
             tooltip=["run:N", alt.Tooltip("x:Q", title=x, format="d"), alt.Tooltip("fitness:Q", format=".4f")],
         )

@@ -134,13 +134,12 @@ class Result:
             dtypes = f" (computed in {self.compute_dtype}, the generations in {self.search_compute_dtype})"
         if self.validation is None:
             return (
-                f"The winner was chosen on the search split: there it scored {search_fitness:.4f}, the {label} "
-                f"{searched:.4f}{dtypes}.{unbeaten}"
+                f"{chosen_on('search')}: there it scored {search_fitness:.4f}, the {label} {searched:.4f}{dtypes}."
+                f"{unbeaten}"
             )
         return (
-            f"The winner was chosen on the validation split, on which no generation was scored: there it scored "
-            f"{winner:.4f}, the {label} {baseline:.4f}; on the search split {search_fitness:.4f}, the {label} "
-            f"{searched:.4f}{dtypes}.{unbeaten}"
+            f"{chosen_on('validation')}: there it scored {winner:.4f}, the {label} {baseline:.4f}; on the search split "
+            f"{search_fitness:.4f}, the {label} {searched:.4f}{dtypes}.{unbeaten}"
         )
 
     def front(self) -> list[Row]:
@@ -217,6 +216,16 @@ class Result:
             for score, values in columns.items()
             if len(values) == 1 and np.isfinite(value := next(iter(values)))
         ]
+
+
+def chosen_on(split: str) -> str:
+    """The start of a sentence: the split that the winner was chosen on, and why its score is not the generations' best
+    fitness."""
+    how = {
+        "search": "where the finalists (the best candidates and any last proposal of the strategy) were scored again",
+        "validation": "on which no generation was scored",
+    }
+    return f"The winner was chosen on the {split} split, {how[split]}"
 
 
 def nothing_beat(label: str) -> str:

@@ -12,6 +12,8 @@ from evojax_merge.models.architecture import model_types
 from evojax_merge.report.progress import cell
 from evojax_merge.search.strategies.registry import find_strategy, strategy_names
 
+# The name that stands for all sections of a config.
+ALL = "all"
 BASES = {"required": "required", "optional": "optional", "parent": "one of the models"}
 
 
@@ -43,11 +45,22 @@ def architectures_table() -> Table:
     return table
 
 
-def keys_table(section: str | None) -> Table:
-    """Every key that a search's config may have, its type, its default and its meaning; with a section, only that key
-    and the keys in it. Raises InputError for an unknown section."""
+def sections_table() -> Table:
+    """Each key at the top of a search's config, with the number of the keys in it and its meaning."""
     keys = list(keys_of(Config))
-    if section is not None:
+    table = _table("section", "keys in it", "meaning")
+    for top in keys:
+        if top.name.partition(".")[0] == top.name:
+            inner = {key.name for key in keys if key.name.startswith((f"{top.name}.", f"{top.name}["))}
+            _row(table, top.name, len(inner) or "", top.meaning)
+    return table
+
+
+def keys_table(section: str) -> Table:
+    """A section of a search's config, or `all`: its keys, with their types, defaults and meanings. Raises InputError
+    for an unknown section."""
+    keys = list(keys_of(Config))
+    if section != ALL:
         chosen = [key for key in keys if key.name == section or key.name.startswith((f"{section}.", f"{section}["))]
         if not chosen:
             raise InputError("keys", f"{section}: no such key{did_you_mean(section, {key.name for key in keys})}")

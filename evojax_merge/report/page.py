@@ -86,7 +86,7 @@ def run_page(run: RunData, *, refresh: bool = False) -> str:
 
 def _run_page(run: RunData, refresh: bool, made: Any) -> str:
     charts, parameters, result = Charts(), read_parameters(run), run.result
-    if run.fitness_rows:
+    if any(generation.median is not None for generation in run.fitness_rows):
         charts.specs["fitness"] = made.fitness_chart(run)
     tasks = charts.add("task", made.task_charts(run)[:MOST_CHARTS])
     metrics = charts.add("metric", made.metric_charts(run)[:MOST_CHARTS])
@@ -118,7 +118,10 @@ def _run_page(run: RunData, refresh: bool, made: Any) -> str:
         "run_page.html", charts, frames, refresh,
         title=f"{run.name}: evojax-merge", run=run, parameters=parameters, facts=facts(run), headline=headline(run),
         sentences=[] if result is None else sentences(result), notes=notes(run),
-        thinned=thinned, heldout=None if result is None else heldout_table(result), front=front_table(result),
+        thinned=thinned, takes_minibatches=_takes_minibatches(run), rules=bool(made.shown_rules(run)),
+        spread=any(len(generation.row.fitness) > 1 for generation in run.fitness_rows),
+        validated=any(generation.row.validation_fitness is not None for generation in run.fitness_rows),
+        heldout=None if result is None else heldout_table(result), front=front_table(result),
         answers=answers, pictures=_pictures(run), path=_path(run),
         tree=Markup(family_tree(result)) if result is not None and result.lineage else None,
         lineage=lineage_table(result), tasks=tasks, metrics=metrics,
@@ -141,8 +144,14 @@ def compare_page(runs: Mapping[str, RunData]) -> str:
     return _render(
         "compare_page.html", charts, None, False,
         title=f"{len(runs)} runs compared", runs=runs_table(runs), heldout=winners_table(runs),
-        differences=differences(runs), notes=[f"{name}: {note}" for name, run in runs.items() for note in notes(run)],
+        differences=differences(runs), minibatches=[name for name, run in runs.items() if _takes_minibatches(run)],
+        notes=[f"{name}: {note}" for name, run in runs.items() for note in notes(run)],
     )  # fmt: skip
+
+
+def _takes_minibatches(run: RunData) -> bool:
+    """Whether generations have a fitness on their minibatch alone."""
+    return any(generation.row.best_of_part is not None for generation in run.fitness_rows)
 
 
 def _render(template: str, charts: Charts, frames: Any, refresh: bool, **values: Any) -> str:
@@ -165,7 +174,8 @@ def _templates() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters |= {"number": _number, "cell": _cell}
+    filters: dict[str, Any] = {"number": _number, "cell": _cell, "breakable": _breakable}
+    environment.filters |= filters
     return environment
 
 
@@ -203,6 +213,11 @@ def _cell(value: Any) -> Markup:
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
         return _number(value)
     return escape(escaped(str(value)))
+
+
+def _breakable(name: str) -> Markup:
+    """A name such as `task/metric`, which may go on in another line after its slashes."""
+    return Markup("/<wbr>").join(name.split("/"))
 
 
 @dataclass(frozen=True)

@@ -142,8 +142,15 @@ class Plan:
             f"(models {shown_bytes(self.bank_bytes)}, the largest pass {shown_bytes(self.pass_bytes)})"
         )
 
+    def conclusion(self) -> list[str]:
+        """The verdict and, where the search fits, the time of the run: short lines, which stand last."""
+        if not self.fits:
+            return [self.verdict()]
+        seconds = shown_seconds(self.run.seconds)
+        return [self.verdict(), f"time: {seconds} or more for {self._length()} and the choice of the winner"]
+
     def lines(self) -> list[str]:
-        """The plan as lines, without the passes' table."""
+        """The plan as lines, without the passes' table and the conclusion."""
         target = self.target
         rates = (
             f"{shown_bytes(target.memory)}, {shown_number(target.bandwidth)}B/s, {shown_number(target.bfloat16)}FLOP/s "
@@ -154,7 +161,6 @@ class Plan:
         printed = [
             f"target {target.name}: {target.devices} x {target.kind}{hosts} ({rates} each{nominal}), in {self.groups} "
             f"group{'s' if self.groups > 1 else ''} of {self.model}",
-            self.verdict(),
         ]
         gradients = "" if self.gradient is None else f" ({self.gradient_generations} with gradients)"
         for name, work in (
@@ -195,12 +201,11 @@ class Plan:
     def table(self) -> Table:
         """The passes, and the cost of each; the seconds of those alone that fit."""
         table = Table(title="Passes: bytes on a device, seconds for a candidate", title_justify="left")
-        columns = dict(COLUMNS)
+        headings = HEADINGS if self.fits else HEADINGS[:-1]
         if not self.fits:
             table.title = "Passes: bytes on a device"
-            del columns["seconds"]
-        for heading in columns:
-            table.add_column(heading, justify="left" if heading in ("task", "pass") else "right")
+        for heading in headings:
+            table.add_column(heading, justify="left" if heading in ("task", "pass") else "right", overflow="fold")
         for row in self.passes:
             cells: list[RenderableType] = [
                 cell(row.task), row.name, f"{row.chunk:,}", f"{row.runs:,}", f"{row.steps:,}",
@@ -208,28 +213,14 @@ class Plan:
                 "" if row.reported_bytes is None else shown_bytes(row.reported_bytes), shown_number(row.flops).strip(),
                 shown_bytes(row.moved_bytes), shown_seconds(row.seconds),
             ]  # fmt: skip
-            table.add_row(*cells[: len(columns)])
+            table.add_row(*cells[: len(headings)])
         return table
 
-    def legend(self) -> list[str]:
-        """One line for each column of the table, which says what it holds."""
-        return [f"{heading}: {meaning}" for heading, meaning in COLUMNS.items() if self.fits or heading != "seconds"]
 
-
-# The headings of the passes' table, and what each column holds.
-COLUMNS = {
-    "task": "the task of the config",
-    "pass": "the compiled program: score, or materialise, prefill and decode for a task that generates",
-    "candidates": "share one run of it on a device, or on the devices that share a model",
-    "runs": "of it for these candidates, in a generation that is scored on all search examples",
-    "steps": "of one run, at most: tokens that are written one after the other",
-    "held": "bytes that wait on a device for the pass: candidates' own weights, and caches",
-    "temporaries": "bytes on a device while it runs, its results included, as estimated from the program",
-    "compiler says": "the same by the target's own compiler, where it is installed; it counts in place of the estimate",
-    "FLOP": "of matrix products, for one candidate, in all runs",
-    "moved": "bytes to and from a device's memory, for one candidate, in all runs",
-    "seconds": "at least, for one candidate, in all runs: each product at the peak or at the memory's bandwidth",
-}
+# The headings of the passes' table; docs/accelerators.md says what each column holds.
+HEADINGS = (
+    "task", "pass", "candidates", "runs", "steps", "held", "temporaries", "compiler says", "FLOP", "moved", "seconds",
+)  # fmt: skip
 
 
 def format_advice(advice: Sequence[str]) -> str:

@@ -3,13 +3,16 @@
 import io
 import json
 import math
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.constrain import Constrain
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -62,13 +65,26 @@ def cell(text: str, style: str = "") -> Text:
 # A notebook is no terminal, although its kernel has the variables of one: there Rich's bars need widgets, and print
 # every line twice without.
 IN_NOTEBOOK = Console().is_jupyter
-# Lines in a file are as long as a table needs. Nothing is markup: `[/INST]` is a name.
+# The columns of a file: as many as a table needs, unless the user says how many.
+_columns = os.environ.get("COLUMNS", "")
+FILE_COLUMNS = int(_columns) if _columns.isdecimal() and int(_columns) else 140
+# Nothing is markup: `[/INST]` is a name.
 console = Terminal(
-    width=None if sys.stdout.isatty() else 140, markup=False, emoji=False, highlight=False, force_jupyter=False,
-    force_terminal=False if IN_NOTEBOOK else None,
+    width=None if sys.stdout.isatty() else FILE_COLUMNS, markup=False, emoji=False, highlight=False,
+    force_jupyter=False, force_terminal=False if IN_NOTEBOOK else None,
 )  # fmt: skip
 
 OnGeneration = Callable[[Generation], None]
+
+
+@contextmanager
+def _progress(*columns: ProgressColumn, done: str) -> Iterator[Progress]:
+    """Bars on a terminal. Elsewhere a line at the end, `done` and the time that it took."""
+    started = time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield progress
+    if not console.is_terminal:
+        say(f"{done} took {format_seconds(time.monotonic() - started)}")
 
 
 @contextmanager
@@ -80,7 +96,7 @@ def bytes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
         DownloadColumn(binary_units=True),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with _progress(*columns, done=f"{label} {decimal(total)}") as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.advance(task, done)
 
@@ -99,7 +115,7 @@ def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with _progress(*columns, done=label) as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.advance(task, done)
 
@@ -108,7 +124,7 @@ def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 def named_bar(label: str, total: int) -> Iterator[Callable[[str], None]]:
     """A progress bar in steps that have names; the function is called where each begins."""
     columns = (PlainColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), PlainColumn("{task.fields[step]}"))
-    with Progress(*columns, console=console) as progress:
+    with _progress(*columns, done=label) as progress:
         task = progress.add_task(label, total=total, step="")
         names = list[str]()
 
@@ -146,18 +162,21 @@ def format_seconds(seconds: float) -> str:
 
 def generation_figures(generation: Generation, columns: int) -> str:
     """The best fitness so far, that of the best parent, the time left, failures and validation, in this order, as far
-    as the columns allow."""
+    as the columns allow. Where no candidate has met all examples yet, the first and the last are those of the
+    generation: its best on its minibatch or by the companion, and that of the strategy's proposals."""
     g = generation
 
-    def shown(value: float | None) -> str:
-        return "none" if value is None else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
+    def shown(value: float | None) -> str | None:
+        return None if value is None else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
 
+    is_known = g.best_so_far is not None
+    name = "best" if is_known else "companion" if g.scored_on == "companion" else "on its minibatch"
     figures = {
-        "best": shown(g.best_so_far),
-        "best parent": None if g.best_parent is None else shown(g.best_parent),
+        name: shown(g.best_so_far if is_known else g.best_of_part),
+        "best parent": shown(g.best_parent),
         "left": None if g.seconds_left is None else format_seconds(g.seconds_left),
         "failed": str(g.failed) if g.failed else None,
-        "validation": None if g.validation is None else shown(g.validation),
+        "validation": shown(g.validation if is_known else g.proposed_validation),
     }
     text = ""
     for part in (f"  {name} {value}" for name, value in figures.items() if value is not None):
@@ -242,7 +261,8 @@ class SearchBar(Reporter):
 def search_bar(generations: int | None, on_generation: OnGeneration) -> Iterator[SearchBar]:
     """A progress bar over the generations of a search; None: the clock ends it."""
     columns = (BarColumn(bar_width=None), GenerationsColumn(), PlainColumn("{task.fields[info]}"))
-    with SearchProgress(*columns, console=console, expand=True) as progress:
+    # In a file each generation has its line.
+    with SearchProgress(*columns, console=console, expand=True, disable=not console.is_terminal) as progress:
         yield SearchBar(progress, generations, on_generation)
 
 

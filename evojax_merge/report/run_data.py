@@ -26,6 +26,7 @@ MOST_GENERATIONS, MOST_LOOKS = 400, 200
 # The most that a page shows: characters of a file, and a log's last lines, warnings, and characters of a line.
 MOST_TEXT, MOST_LINES, MOST_WARNINGS, LONGEST = 60_000, 200, 50, 1_000
 
+SEARCH_SPLIT = "on the search split"
 State = Literal["finished", "running", "stopped"]
 Parsed = TypeVar("Parsed", bound=BaseModel)
 Scores = dict[str, float | None]
@@ -50,6 +51,22 @@ class _Row(BaseModel):
     genomes: list[list[float]]
     companion: bool = False
     validation: dict[str, Any] = {}
+
+    @property
+    def best_of_part(self) -> float | None:
+        """The best fitness where all candidates met the same part of the examples, a minibatch; None where some met all
+        of them."""
+        finite = [value for value in self.fitness if value is not None]
+        is_part = self.best is None and len(set(self.examples)) == 1
+        return max(finite, default=None) if is_part else None
+
+    @property
+    def validation_fitness(self) -> float | None:
+        """The validation fitness of the best so far or, where no candidate has met all examples yet, the best of the
+        strategy's proposals; None in a generation that did not look at it."""
+        if self.best_so_far is not None:
+            return self.validation.get("best_so_far")
+        return max((x for x in self.validation.get("finalists", ()) if x is not None), default=None)
 
 
 class _Timing(BaseModel):
@@ -112,7 +129,7 @@ class Result(BaseModel):
     generations: int = 0
     table: list[_Scored] = []
     better_than: dict[str, _Rival] = {}
-    chosen_on: str = "search"
+    chosen_on: Literal["search", "validation"] = "search"
     search_fitness: dict[str, float] = {}
     validation_fitness: dict[str, float] = {}
     compute_dtype: str = ""
@@ -186,6 +203,23 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class BestFitness:
+    """The best fitness that a run knows, in words: `best fitness so far` and `on the search split`."""
+
+    name: str
+    value: float
+    where: str
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether the fitness is one on the search split, as other runs have it."""
+        return self.where == SEARCH_SPLIT
+
+    def describe(self) -> str:
+        return f"{self.name} {self.value:.4f}, {self.where}"
+
+
+@dataclass(frozen=True)
 class RunData:
     """A run. count: its whole number of generations; generations: those that were read, see MOST_GENERATIONS; every
     one of them where there are no more. log: its last lines, and warnings: those of all its lines; notes: sentences
@@ -226,8 +260,19 @@ class RunData:
         return self.generations[-1].row if self.generations else None
 
     @property
-    def best_so_far(self) -> float | None:
-        return self.last.best_so_far if self.last else None
+    def best(self) -> BestFitness | None:
+        """The best fitness of a candidate on all examples; where no generation measured one, the winner's, and before
+        there is a winner, the last generation's best on its minibatch or by the companion."""
+        if self.last is None:
+            return None
+        if self.last.best_so_far is not None:
+            return BestFitness("best fitness so far", self.last.best_so_far, SEARCH_SPLIT)
+        if self.result is not None and "winner" in self.result.search_fitness:
+            return BestFitness("fitness of the winner", self.result.search_fitness["winner"], SEARCH_SPLIT)
+        if self.last.best_of_part is None:
+            return None
+        where = "by the companion" if self.last.companion else "on its minibatch"
+        return BestFitness("best fitness of the last generation", self.last.best_of_part, where)
 
     @property
     def seconds(self) -> float:

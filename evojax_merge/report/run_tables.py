@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table as TerminalTable
 
 from evojax_merge.errors import escaped, escaped_lines
-from evojax_merge.report.comparison import nothing_beat
+from evojax_merge.report.comparison import chosen_on, nothing_beat
 from evojax_merge.report.drawings import parameter_text
 from evojax_merge.report.progress import cell
 from evojax_merge.report.run_data import Result, RunData
@@ -16,6 +16,8 @@ from evojax_merge.report.tables import LEAD, lead_cell
 
 # The rows of a table of keys.
 MOST_ROWS = 400
+# The shares beside each figure at the top of a page.
+MOST_SHARES = 2
 
 
 @dataclass(frozen=True)
@@ -55,21 +57,51 @@ def facts(run: RunData) -> str:
     return escaped(" · ".join(part for part in parts if part))
 
 
-def headline(run: RunData) -> list[tuple[str, float | None, str]]:
-    """The figures at the top: a label, a number, and `winner` for that of the winner."""
-    result = run.result
-    if result is None or not result.table:
-        figures = [] if run.last is None else [("best fitness so far", run.best_so_far, "winner")]
-        if result is not None:
-            scores = result.validation_fitness or result.search_fitness
-            label = f"winner, {result.chosen_on} split"
-            figures = [(label, value, "winner") for name, value in scores.items() if name == "winner"]
-        return figures
-    figures = [] if result.winner is None else [("winner, held out", result.winner.heldout_fitness, "winner")]
+@dataclass(frozen=True)
+class Figure:
+    """A figure at the top of a page. shares: beside it the model's scores that are shares, such as an accuracy, by
+    `task/metric`."""
+
+    label: str
+    value: float | None
+    is_winner: bool = False
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+
+def headline(run: RunData) -> list[Figure]:
+    """The figures at the top of a run's page."""
+    result, best = run.result, run.best
+    if result is None:
+        return [] if best is None else [Figure(f"{best.name}, {best.where}", best.value, True)]
+    if not result.table:
+        scores = result.validation_fitness or result.search_fitness
+        label = f"winner, {result.chosen_on} split"
+        return [Figure(label, value, True) for name, value in scores.items() if name == "winner"]
+    names = _shares(result)
+
+    def shares(scores: Mapping[str, float]) -> dict[str, float]:
+        return {escaped(name): scores[name] for name in names}
+
+    winner = result.winner
+    figures = []
+    if winner is not None:
+        figures.append(Figure("winner, held out", winner.heldout_fitness, True, shares(winner.heldout_scores)))
     for row in sorted(result.rivals, key=lambda row: -row.fitness):
         role = {"uniform": "uniform merge", "parent": f"best parent {row.name}"}.get(row.role, "base")
-        figures.append((f"{escaped(role)}, held out", row.fitness, ""))
+        figures.append(Figure(f"{escaped(role)}, held out", row.fitness, shares=shares(row.scores)))
     return figures
+
+
+def _shares(result: Result) -> list[str]:
+    """The first scores of the table that are from 0 to 1 for all models, and are not the fitness itself."""
+    rows = result.table
+    names = [
+        name
+        for name in rows[0].heldout_scores
+        if all(0 <= row.heldout_scores.get(name, -1) <= 1 for row in rows)
+        and any(row.heldout_scores[name] != row.heldout_fitness for row in rows)
+    ]
+    return names[:MOST_SHARES]
 
 
 def sentences(result: Result) -> list[str]:
@@ -83,7 +115,7 @@ def _chosen_on(result: Result) -> list[str]:
     if "winner" not in scores:
         return []
     more = f", {texts[0]}" if texts else ""
-    lines = [f"The winner was chosen on the {result.chosen_on} split: there it scored {scores['winner']:.4f}{more}."]
+    lines = [f"{chosen_on(result.chosen_on)}: there it scored {scores['winner']:.4f}{more}."]
     lines += [
         nothing_beat(escaped(name)) for name, value in scores.items() if name != "winner" and scores["winner"] <= value
     ]
@@ -156,6 +188,12 @@ def mapping_table(label: str, mapping: Mapping[str, Any]) -> Table:
     return Table(["", label], [*rows[:MOST_ROWS], *more], wrap=True)
 
 
+def best_cell(run: RunData) -> float | str | None:
+    """The best fitness in a column of those on the search split, which is named where it is another."""
+    best = run.best
+    return best if best is None else best.value if best.is_comparable else f"{best.value:.4f} {best.where}"
+
+
 def runs_table(runs: Mapping[str, RunData]) -> Table:
     """A line for each run: its state, its progress, its best fitness and its winner's held-out scores."""
     rows = []
@@ -164,7 +202,7 @@ def runs_table(runs: Mapping[str, RunData]) -> Table:
         best = [row.fitness for row in run.result.rivals if row.role == "parent"] if run.result is not None else []
         progress = f"{run.count}/{wanted}" if wanted is not None else str(run.count)
         rows.append(
-            [name, run.method, run.state, progress, run.best_so_far, None if winner is None else winner.heldout_fitness,
+            [name, run.method, run.state, progress, best_cell(run), None if winner is None else winner.heldout_fitness,
              best[0] if best else None, run.seconds]
         )  # fmt: skip
     columns = [

@@ -16,9 +16,9 @@ def score_columns(rows: Sequence[Row]) -> list[str]:
     return list(rows[0].scores)
 
 
-def terminal_table(rows: Sequence[Row], title: str) -> Table:
+def terminal_table(rows: Sequence[Row], title: str | None = None) -> Table:
     """A table of scores. Names stand in it unchanged, whichever console prints it: `[/INST]` is a name, not markup."""
-    table = Table(title=cell(title, "table.title"), title_justify="left")
+    table = Table(title=None if title is None else cell(title, "table.title"), title_justify="left")
     table.add_column("model")
     table.add_column("fitness", justify="right")
     leads = [LEAD] if any(row.lead is not None for row in rows) else []

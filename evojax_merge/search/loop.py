@@ -8,7 +8,7 @@ finds the same winner as one that was not.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -62,6 +62,8 @@ from evojax_merge.search.validation import init_peak, validate
 
 # The number of the key that a strategy's first state is drawn from; generations have those from 0 on.
 INIT_KEY = 2**31 - 1
+# What a generation's fitness is measured on: also a minibatch, or a smooth companion of the fitness.
+ScoredOn = Literal["all examples", "minibatch", "companion"]
 # The generations of a search that the clock ends, for the room that its history needs on the disk.
 TIMED_GENERATIONS = 10_000
 
@@ -74,7 +76,9 @@ class Generation:
     evaluation; validation: the fitness of the best so far on the validation split, in generations that are validated;
     generations: how many are wanted, None where the clock ends the search; best_parent: the fitness of the best parent
     among the candidates of the first generation; seconds_left: about the time until the last generation; stage: the
-    number of a chain's stage, from 1; scores_of_best: the best candidate's mean by `task/metric`."""
+    number of a chain's stage, from 1; scores_of_best: the best candidate's mean by `task/metric`; scored_on: the
+    meaning of `fitness`, on a minibatch where generations take turns with several; proposed_validation: the best
+    fitness of the strategy's proposals on the validation split, in generations that are validated."""
 
     number: int
     fitness: np.ndarray
@@ -90,10 +94,18 @@ class Generation:
     seconds_left: float | None = None
     stage: int | None = None
     scores_of_best: Mapping[str, float | None] = field(default_factory=dict)
+    scored_on: ScoredOn = "all examples"
+    proposed_validation: float | None = None
 
     @property
     def population(self) -> int:
         return len(self.fitness)
+
+    @property
+    def best_of_part(self) -> float | None:
+        """The best of `fitness` where that is of a minibatch or a companion; None for one on all examples."""
+        finite = self.fitness[np.isfinite(self.fitness)]
+        return float(finite.max()) if self.scored_on != "all examples" and finite.size else None
 
 
 @dataclass(frozen=True)
@@ -203,8 +215,10 @@ def evolve(
     Raises Failed in the generation in which every candidate fails, and where a strategy asks for another number of
     genomes than its population.
     """
+    steps = f", each gradient step on one of its {len(minibatches)} minibatches" if len(minibatches) > 1 else ""
     reporter.log(
-        f"{strategy.name}: {space.dims} dimensions, population {strategy.population}, {describe_length(config)}"
+        f"{strategy.name}: {space.dims} dimensions, population {strategy.population}, {describe_length(config)}; "
+        f"fitness on the search split{steps}"
     )
     _, missing = plain_merges_of(space)
     if missing:
@@ -282,6 +296,10 @@ def evolve(
         storage.save(number + 1, state, row, timing)
         done = number + 1
         best_parent = _best_parent(space, row) if number == 0 else best_parent
+        look: Mapping[str, Any] = row.get("validation", {})
+        scored_on: ScoredOn = "all examples"
+        if by_gradient and (not is_fitness or len(minibatches) > 1):
+            scored_on = "minibatch" if is_fitness else "companion"
         reporter.finished(
             Generation(
                 number=number + 1,
@@ -292,11 +310,13 @@ def evolve(
                 failed=row["failed"],
                 metrics=values,
                 seconds=seconds,
-                validation=row.get("validation", {}).get("best_so_far"),
+                validation=look.get("best_so_far"),
                 generations=None if config.parsed_budget.seconds else config.generations,
                 best_parent=best_parent,
                 seconds_left=clock.seconds_left(config, done, course, len(genomes)),
                 scores_of_best=row["scores_of_best"],
+                scored_on=scored_on,
+                proposed_validation=max((x for x in look.get("finalists", ()) if x is not None), default=None),
             )
         )
     finite = np.isfinite(state["fitness"])

@@ -18,7 +18,8 @@ function coloured(value) {
   return variable ? colour(variable[1]) : value;
 }
 
-function theme() {
+// The configuration of a chart of so many pixels.
+function theme(width) {
   const [ink, soft, line] = ["--ink", "--soft", "--line"].map(colour);
   const font = getComputedStyle(document.body).fontFamily;
   return {
@@ -28,11 +29,11 @@ function theme() {
     view: { stroke: null },
     axis: {
       labelColor: soft, titleColor: soft, gridColor: line, domainColor: line, tickColor: line, labelFontSize: 12,
-      titleFontSize: 12, titleFontWeight: "normal", titlePadding: 10, labelPadding: 6, tickCount: 5,
+      titleFontSize: 12, titleFontWeight: "normal", titlePadding: 10, labelPadding: 6, tickCount: 5, labelSeparation: 6,
     },
     legend: {
       labelColor: ink, titleColor: soft, labelFontSize: 12.5, titleFontSize: 12.5, titleFontWeight: "normal",
-      labelLimit: 240, padding: 4,
+      labelLimit: 240, padding: 4, columns: width < 620 ? 2 : 0,
     },
     title: { color: ink, fontSize: 13, fontWeight: 550, anchor: "start", offset: 10, limit: 320 },
     text: { color: soft, fontSize: 12 },
@@ -55,9 +56,9 @@ const slider = document.querySelector(".slider input");
 slider?.addEventListener("input", () => show(Number(slider.value)));
 
 async function draw() {
-  const config = theme();
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
   for (const place of document.querySelectorAll("[data-chart]")) {
+    const config = theme(place.clientWidth);
     const options = { actions: false, renderer: "svg", config, tooltip: { theme: dark ? "dark" : "light" } };
     const spec = coloured(specs[place.dataset.chart]);
     const map = /^map-(\d+)$/.exec(place.dataset.chart);
