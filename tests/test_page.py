@@ -539,6 +539,17 @@ def test_every_entry_of_the_legend_has_a_curve(tmp_path: Path) -> None:
     assert "Dashed lines" not in Page(run / "report.html").text
 
 
+def test_shares_of_a_judged_search_are_not_drawn_among_its_strengths(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    edit_result(run, search_fitness={"winner": -0.11})
+    write_page(RunFolder(run))
+    assert "uniform ties, held out" in str(Page(run / "report.html").specs["fitness"])
+    table = [row | {"heldout_scores": {"taste/preference": 0.5}} for row in make_result(6, 4)["table"]]
+    edit_result(run, table=table)
+    write_page(RunFolder(run))
+    assert "held out" not in str(Page(run / "report.html").specs["fitness"])
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Runs that are not finished
 

@@ -150,7 +150,9 @@ def shown_rules(run: RunData) -> list[tuple[str, float, str]]:
     if run.result is None:
         return []
     rules = [(name, value, "search") for name, value in run.result.search_fitness.items() if name != "winner"]
-    for rival in run.result.rivals:
+    # Judges' votes are strengths in a search, and shares of prompts on the held-out split: they share no axis.
+    rivals = () if run.result.is_judged else run.result.rivals
+    for rival in rivals:
         role = {"uniform": "", "parent": "best parent "}.get(rival.role, "" if rival.name == rival.role else "base ")
         rules.append((f"{role}{rival.name}, held out", rival.fitness, "heldout"))
     low, high, margin = _range(run.fitness_rows)

@@ -20,6 +20,7 @@ from evojax_merge.run import StoredRun, method_in
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_lock import check_not_in_use
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.tasks.voting import METRIC
 
 # The generations that are read, evenly spaced over the run, and beside them those that looked at the validation split.
 MOST_GENERATIONS, MOST_LOOKS = 400, 200
@@ -145,6 +146,11 @@ class Result(BaseModel):
     genome: list[float] = []
     # The sentences of the terminal; a run of an earlier version has none.
     sentences: list[str] = Field([], alias="verdicts")
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the scores of a task are judges' votes."""
+        return any(name.endswith(f"/{METRIC}") for row in self.table for name in row.heldout_scores)
 
     @property
     def winner(self) -> _Scored | None:
