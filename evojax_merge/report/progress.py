@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -65,12 +64,9 @@ def cell(text: str, style: str = "") -> Text:
 # A notebook is no terminal, although its kernel has the variables of one: there Rich's bars need widgets, and print
 # every line twice without.
 IN_NOTEBOOK = Console().is_jupyter
-# The columns of a file: as many as a table needs, unless the user says how many.
-_columns = os.environ.get("COLUMNS", "")
-FILE_COLUMNS = int(_columns) if _columns.isdecimal() and int(_columns) else 140
-# Nothing is markup: `[/INST]` is a name.
+# Lines in a file are as long as a table needs. Nothing is markup: `[/INST]` is a name.
 console = Terminal(
-    width=None if sys.stdout.isatty() else FILE_COLUMNS, markup=False, emoji=False, highlight=False,
+    width=None if sys.stdout.isatty() else 140, markup=False, emoji=False, highlight=False,
     force_jupyter=False, force_terminal=False if IN_NOTEBOOK else None,
 )  # fmt: skip
 
