@@ -887,6 +887,26 @@ def test_links_to_the_page_stay_good_and_it_says_when_the_search_has_ended(tmp_p
     assert not waiting.is_alive()
 
 
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+def test_an_answer_of_the_server_from_before_a_vote_is_not_shown_after_it(tmp_path: Path) -> None:
+    one = ballot(tmp_path)
+    voted_on(one, ["a", "b", "c", "d"])
+    with served([one]) as address, Browser(tmp_path) as browser:
+        browser.open(address)
+        browser.wait("open !== null")
+        browser.evaluate(
+            "(() => { const send = window.fetch; window.fetch = async (...request) => {"
+            " const answer = await send(...request);"
+            " if (request[0].startsWith('state')) await new Promise((done) => setTimeout(done, 300));"
+            " return answer; }; refresh().then(() => { window.late = true; }); })()"
+        )
+        first = browser.evaluate("open.number")
+        browser.press("ArrowLeft")
+        browser.wait(f"open !== null && open.number > {first}")
+        browser.wait("window.late === true")
+        assert browser.evaluate("open.number") > first and not browser.errors
+
+
 def drawing_ballot(folder: Path) -> Ballot:
     """A ballot on pictures, of which those of candidate k have the brightness k / 2."""
     task = HumanImageTask(

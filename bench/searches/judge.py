@@ -227,18 +227,23 @@ def by_page(problem: SearchProblem, on: Splits[Any], person: Person) -> tuple[np
         ):  # fmt: skip
             ballots = {task.name: ballot}
             winner = thread.submit(search, proposing(problem, ballots), judged(on, ballots), ballots)
-            browser.open(address)
-            browser.evaluate(TIMER)
-            while not winner.done():
-                if not browser.evaluate("open !== null && !sending"):
-                    time.sleep(0.005)
-                    continue
-                prompt, *names = browser.evaluate("[open.prompt, open.left, open.right]")
-                left, right = (task.content(name.removeprefix("picture/")) for name in names)
-                choice = person.choose(records[prompt], prompt, left, right)
-                latest = browser.evaluate("open.number")
-                browser.press(KEYS[choice])
-                browser.wait(f"open === null || open.number > {latest}", seconds=600)
+            try:
+                browser.open(address)
+                browser.evaluate(TIMER)
+                while not winner.done():
+                    if not browser.evaluate("open !== null && !sending"):
+                        time.sleep(0.005)
+                        continue
+                    prompt, *names = browser.evaluate("[open.prompt, open.left, open.right]")
+                    left, right = (task.content(name.removeprefix("picture/")) for name in names)
+                    choice = person.choose(records[prompt], prompt, left, right)
+                    latest = browser.evaluate("open.number")
+                    browser.press(KEYS[choice])
+                    browser.wait(f"open === null || open.number > {latest}", seconds=600)
+            except BaseException as error:
+                # Else the search would wait for votes for ever.
+                ballot.stop(error)
+                raise
             person.waited[:] = browser.evaluate("seconds")
             complaints = [url for url in browser.requests if not url.startswith((address, "data:", "about:"))]
             return winner.result(), complaints + browser.errors

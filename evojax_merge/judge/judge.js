@@ -3,6 +3,8 @@ let open = null;
 let sending = false;
 let ended = false;
 let timer = 0;
+// Counts the beginnings and ends of votes: what the server said before one is out of date after it.
+let votes = 0;
 // The strengths that were shown before the last vote, by the candidate's name.
 let before = {};
 
@@ -69,6 +71,7 @@ function fail(text) {
 
 async function refresh() {
   clearTimeout(timer);
+  const begun = votes;
   try {
     const earlier = named === judge.value ? "" : "&earlier=" + encodeURIComponent(named);
     named = judge.value;
@@ -77,7 +80,7 @@ async function refresh() {
     fail("");
     const state = await answer.json();
     const isSame = open && state.question && open.number === state.question.number;
-    if (!sending && !isSame) show(state);
+    if (votes === begun && !isSame) show(state);
   } catch (error) {
     fail("The search does not answer; it may have ended. All votes are kept. (" + error.message + ")");
   }
@@ -88,6 +91,7 @@ async function refresh() {
 async function vote(choice) {
   if (!open || sending) return;
   sending = true;
+  votes++;
   try {
     const body = JSON.stringify({ task: open.task, number: open.number, choice, judge: judge.value });
     const answer = await fetch("vote", { method: "POST", headers: { "Content-Type": "application/json" }, body });
@@ -98,6 +102,7 @@ async function vote(choice) {
     fail("The vote was not counted: " + error.message);
   }
   sending = false;
+  votes++;
   clearTimeout(timer);
   if (!ended) timer = setTimeout(refresh, open ? 5000 : 300);
 }
