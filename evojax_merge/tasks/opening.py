@@ -93,8 +93,7 @@ def _check_fair(where: str, config: TaskConfig) -> None:
         return
     why = f"{test_set.name} is a benchmark, and a search on its test examples makes its score meaningless"
     if not test_set.meant:
-        instead = f"take {test_set.instead} or examples of your own, or say on_test_set: true"
-        raise InputError(where, f"on_test_set: {why}; {instead}")
+        raise InputError(where, f"on_test_set: {why}; take {test_set.instead}, or say on_test_set: true")
     print_warning(f"{where}: {why}")
 
 
