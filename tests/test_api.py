@@ -179,6 +179,9 @@ def test_what_the_command_warns_of_is_a_warning(family: Family, tmp_path: Path) 
     with pytest.warns(UserWarning, match="1 of 2 examples repeat others") as caught:
         em.evaluate(family.base, [{"name": "text", "kind": "likelihood", "file": file}])
     assert [Path(one.filename) for one in caught] == [Path(__file__)]
+    file = write_lines(tmp_path / "several.jsonl", [{"prompt": f"w{i}", "target": f"{i} 2"} for i in range(4, 6)])
+    with pytest.warns(UserWarning, match=r"^evaluate: tasks\[0\].pattern: missing; 2 of 2 targets hold more than one"):
+        em.evaluate(family.base, {"name": "numbers", "kind": "exact_match", "file": file, "max_new_tokens": 2})
 
 
 @pytest.mark.parametrize(
