@@ -36,6 +36,7 @@ from evojax_merge.report.progress import bytes_bar
 from evojax_merge.search.loop import Generation
 from evojax_merge.selection import open_evaluator
 from evojax_merge.spaces.search_parameters import constants_of, method_with_base, options_of
+from evojax_merge.tasks.kinds import find_kind
 from evojax_merge.trials import Run, open_run
 from evojax_merge.yaml_reader import parse_documents
 
@@ -97,10 +98,10 @@ def evaluate(
     score on every task by the task's name.
 
     models: folders, hub ids, `zoo:` names, or runs (or their folders), which stand for their winners. tasks: a YAML
-    file with `tasks:` (such as a search's config), its content as a mapping, or the list of tasks alone; relative paths
-    then start in the working directory. split: `search`, `validation` or `heldout`, the examples that a search of these
-    tasks, with its seed, has in this split; `all`: all examples, or, for a task with a second source of held-out
-    examples, these.
+    file with `tasks:` (such as a search's config), its content as a mapping, or a task or a list of tasks alone;
+    relative paths then start in the working directory. split: `search`, `validation` or `heldout`, the examples that a
+    search of these tasks, with its seed, has in this split; `all`: all examples, or, for a task with a second source of
+    held-out examples, these.
     """
     check_arguments(evaluate, locals())
     asked = [models] if isinstance(models, str | PathLike | Run) else list(models)
@@ -112,8 +113,13 @@ def evaluate(
         task_set = stored_models.read_tasks(Path(tasks), split)
     else:
         plugins.load()
-        document = as_yaml("tasks", tasks if isinstance(tasks, Mapping) else {"tasks": tasks})
-        task_set = stored_models.open_tasks("tasks", parse(Path("tasks"), document, TaskFile), Path.cwd(), split)
+        where = "evaluate"
+        document = as_yaml(where, tasks)
+        if isinstance(document, list):
+            document = {"tasks": document}
+        elif "name" in document or find_kind(document) is not None:
+            document = {"tasks": [document]}
+        task_set = stored_models.open_tasks(where, parse(Path(where), document, TaskFile), Path.cwd(), split)
     with PythonCall():
         rows = stored_models.score_models(names, task_set, ignore, warn_program)
     return stored_models.score_table(names, rows)

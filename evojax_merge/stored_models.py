@@ -38,6 +38,7 @@ from evojax_merge.search.validation import validation_split
 from evojax_merge.tasks.opening import open_splits, open_whole_task, repeated
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Task, about_backend
+from evojax_merge.tasks.text import ignored_numbers
 from evojax_merge.yaml_reader import load_yaml
 
 # () -> a model's answers, as `sample_rows` has them.
@@ -160,7 +161,8 @@ def score_models(
         # Errors of a later model show before the first is scored.
         _open_evaluator(path, tasks, settings)
     for i, task in enumerate(tasks):
-        for line in repeated(f"{task_set.where}: tasks[{i}]", task):
+        place = f"{task_set.where}: tasks[{i}]"
+        for line in ignored_numbers(place, task) + repeated(place, task):
             warn(line)
     rows = []
     for model, path, name in zip(models, paths, short_names(models), strict=True):

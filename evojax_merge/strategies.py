@@ -1,14 +1,18 @@
 """Search strategies for `Study`, by their names: `strategies.cma_es(population=16)`.
 
-Each function takes the keys of a config's `search` that belong to a strategy, and returns that section.
+Each function takes the keys of a config's `search` that belong to a strategy, and returns that section. It raises
+InputError for an option that does not exist, and for a value that does not fit its option.
 """
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from evojax_merge import plugins
+from evojax_merge.config import SearchConfig, parse
 from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.python_calls import as_yaml
 from evojax_merge.search.strategies.registry import find_strategy, strategy_names
 
 OPTIONS = ("population", "sigma", "seeds", "gradient")
@@ -21,18 +25,21 @@ def __getattr__(name: str) -> Callable[..., dict[str, Any]]:
     if name not in strategy_names():
         raise AttributeError(f"there is no strategy {name!r}{did_you_mean(name, strategy_names())}")
 
-    def section(**options: Any) -> dict[str, Any]:
+    def strategy(**options: Any) -> dict[str, Any]:
         unknown = sorted(options.keys() - set(OPTIONS))
         if unknown:
             expected = f"expected one of {', '.join(OPTIONS)}"
             raise InputError(f"strategies.{name}", f"there is no option {unknown[0]!r}; {expected}")
-        return {"strategy": name} | {key: value for key, value in options.items() if value is not None}
+        section = {"strategy": name} | {key: value for key, value in options.items() if value is not None}
+        where = f"strategies.{name}"
+        parse(Path(where), as_yaml(where, section), SearchConfig)
+        return section
 
-    section.__name__ = section.__qualname__ = name
-    section.__doc__ = find_strategy("strategies", name).__doc__
+    strategy.__name__ = strategy.__qualname__ = name
+    strategy.__doc__ = find_strategy("strategies", name).__doc__
     keywords = [inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=None) for option in OPTIONS]
-    section.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
-    return section
+    strategy.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    return strategy
 
 
 def __dir__() -> list[str]:

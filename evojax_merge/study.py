@@ -1,7 +1,8 @@
 """Searches as objects: models, the space of their merges, and a study that searches it.
 
-Each object is a part of a config document, checked where it is made. A study runs as `evojax-merge search` runs the
-document, and its run folder is the same to the byte.
+Each object is a part of a config document. A space and the models in it are checked where the space is made, and the
+tasks where the study is made. A study runs as `evojax-merge search` runs the document, and its run folder is the same
+to the byte.
 """
 
 import os
@@ -127,6 +128,8 @@ def load_models(
     """
     check_arguments(load_models, locals())
     plugins.load()
+    if backend is not None:
+        find_backend("load_models: backend", backend, Path.cwd())
     if isinstance(parents, str):
         raise InputError("load_models: parents", f"{shown(parents)}; expected a list or a tuple")
     if not parents:

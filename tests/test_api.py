@@ -135,6 +135,9 @@ def test_evaluate_gives_what_the_command_writes(family: Family, run: Path, tmp_p
     )
     assert em.evaluate(models, tmp_path / "tasks.yaml") == rows
     assert em.evaluate(models[0], {"tasks": tasks(family)}) == rows[:1]
+    # One task need not stand in a list.
+    [row] = em.evaluate(models[0], tasks(family)[0])
+    assert row["scores"] == {"text/log_probability": rows[0]["scores"]["text/log_probability"]}
     # A run stands for its winner.
     assert em.evaluate(run / "best" / "model", tasks(family))[0] == rows[1] | {"model": str(run / "best" / "model")}
 
@@ -176,6 +179,9 @@ def test_what_the_command_warns_of_is_a_warning(family: Family, tmp_path: Path) 
     with pytest.warns(UserWarning, match="1 of 2 examples repeat others") as caught:
         em.evaluate(family.base, [{"name": "text", "kind": "likelihood", "file": file}])
     assert [Path(one.filename) for one in caught] == [Path(__file__)]
+    file = write_lines(tmp_path / "several.jsonl", [{"prompt": f"w{i}", "target": f"{i} 2"} for i in range(4, 6)])
+    with pytest.warns(UserWarning, match=r"^evaluate: tasks\[0\].pattern: missing; 2 of 2 targets hold more than one"):
+        em.evaluate(family.base, {"name": "numbers", "kind": "exact_match", "file": file, "max_new_tokens": 2})
 
 
 @pytest.mark.parametrize(
@@ -183,9 +189,10 @@ def test_what_the_command_warns_of_is_a_warning(family: Family, tmp_path: Path) 
     [
         ([], [{}], "models: is empty"),
         ("nowhere", None, "MODELS: nowhere: no such folder"),
-        (".", [], "tasks: tasks: expected a list of 1"),
-        (".", [{"kind": "text"}], "tasks: tasks"),
-        (".", {"task": []}, "tasks: task: unknown key .did you mean 'tasks'"),
+        (".", [], "^evaluate: tasks: expected a list of 1"),
+        (".", [{"kind": "text"}], r"^evaluate: tasks\[0\].kind: there is no kind"),
+        (".", {"kind": "likelihood"}, r"^evaluate: tasks\[0\].name: missing"),
+        (".", {"task": []}, "^evaluate: task: unknown key .did you mean 'tasks'"),
         (".", "nowhere.yaml", "nowhere.yaml: no such file"),
     ],
 )

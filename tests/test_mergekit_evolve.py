@@ -168,6 +168,24 @@ def test_tasks_and_limits_are_those_of_the_file(family4: Family, tmp_path: Path)
     assert (first.num_fewshot, first.apply_chat_template, first.fewshot_as_multiturn) == (2, False, False)
 
 
+def test_a_benchmark_is_searched_by_what_the_refusal_advises(
+    family4: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = {"name": "gsm8k_mine", "include_path": "."}
+    path = write_config(tmp_path, family4, {"merge_method": "ties"}, tasks=[task])
+    definition = yaml.safe_load((tmp_path / "own_task.yaml").read_text())
+    definition |= {"task": "gsm8k_mine", "training_split": "test"}
+    (tmp_path / "gsm8k_mine.yaml").write_text(yaml.safe_dump(definition))
+    advice = r"take split: train or a task of your own \(include_path\), or say on_test_set: true$"
+    with pytest.raises(InputError, match=advice):
+        open_problem(path)
+    for key, value in {"split": "train", "on_test_set": True}.items():
+        path = write_config(tmp_path, family4, {"merge_method": "ties"}, tasks=[task | {key: value}])
+        [opened] = open_problem(path).splits.search
+        assert opened.size == 8
+    assert capsys.readouterr().err.count("is a benchmark") == 1
+
+
 def test_filters_are_groups_of_components() -> None:
     path = Path("evolve.yaml")
     assert filter_components(path, []) == ["norm+attention+mlp+embed+final_norm+head"]

@@ -34,7 +34,7 @@ from evojax_merge.tasks.batches import (
     scoring_batches,
     scoring_shapes,
 )
-from evojax_merge.tasks.opening import open_task, open_whole_task, overlaps
+from evojax_merge.tasks.opening import data_warnings, open_task, open_whole_task
 from evojax_merge.tasks.patterns import check_pattern, find_all
 from evojax_merge.tasks.prompts import encode_pair
 from evojax_merge.tasks.records import read_file
@@ -312,7 +312,7 @@ def test_examples_that_are_searched_on_and_held_out_are_counted(
         TextConfig(name="o", kind="likelihood", file="other.jsonl", heldout=0.5),
     ]
     full, held = zip(*(open_task("config", config, tmp_path, 0) for config in configs), strict=True)
-    lines = overlaps("config", configs, Splits([list(full)], list(full), None, list(held)))
+    lines = data_warnings("config", configs, Splits([list(full)], list(full), None, list(held)))
     assert [int(line.split()[2]) for line in lines if " repeat " in line] == [repeats] * bool(repeats)
     assert [int(line.split()[2]) for line in lines if "searched" in line] == [shared] * bool(shared)
     assert all(line.startswith("config: tasks[0].heldout: ") for line in lines)
@@ -747,6 +747,32 @@ def test_targets_that_mostly_hold_no_number_are_warned_of(
     assert error.count("\n") == warned
     open_task("tasks[0]", config.model_copy(update={"pattern": ".+"}), tmp_path, 0)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("target", "keys", "warned"),
+    [
+        ("{a} {b} 1 です 。", {}, True),
+        ("{b} is what is left of {a}", {"heldout": 0.5}, True),
+        ("{a} {b}", {"pattern": "^(.+)$"}, False),
+        ("{a} {b}", {"metric": "brevity"}, False),
+        ("{a} + {b} = 9 #### 9", {}, False),
+        ("1,{a}0{b}", {}, False),
+    ],
+)
+def test_targets_of_several_numbers_without_a_pattern_are_warned_of_once(
+    target: str, keys: dict[str, Any], warned: bool, tmp_path: Path
+) -> None:
+    for name in ("search", "heldout"):
+        records = [{"q": f"{name} {i}", "t": target.format(a=i, b=i + 1)} for i in range(6)]
+        write_lines(tmp_path / f"{name}.jsonl", [*records, {"q": name, "t": "7"}])
+    section = {"name": "n", "file": "search.jsonl", "prompt": "{q}", "target": "{t}", "heldout": "heldout.jsonl"}
+    config = TextConfig(kind="exact_match", **section | keys)
+    search, heldout = open_task("config: tasks[0]", config, tmp_path, 0)
+    lines = data_warnings("config", [config], Splits([search], [search], None, [heldout]))
+    count, total = (12, 14) if config.heldout_source else (6, 7)
+    beginning = f"config: tasks[0].pattern: missing; {count} of {total} targets hold more than one number ("
+    assert [line.startswith(beginning) for line in lines] == [True] * warned
 
 
 def test_samples_hold_the_wanted_answer_and_the_one_that_was_found() -> None:

@@ -58,7 +58,7 @@ from evojax_merge.search.run_folder import (
 from evojax_merge.search.run_lock import check_not_in_use
 from evojax_merge.search.run_log import early_lines, run_log
 from evojax_merge.search.run_parts import RunFolder
-from evojax_merge.tasks.opening import overlaps
+from evojax_merge.tasks.opening import data_warnings
 from evojax_merge.tasks.splits import Splits
 
 # The form of a search's output.
@@ -326,7 +326,7 @@ def _log_warnings(path: Path, config: Config, problem: SearchProblem[Backend], p
     """Print warnings about the models and the examples before a search."""
     print_warnings(revision_warnings(path, config))
     print_warnings(problem.backend.warnings(prepared))
-    print_warnings(overlaps(str(path), config.tasks, problem.splits))
+    print_warnings(data_warnings(str(path), config.tasks, problem.splits))
 
 
 def _check_outside(out: Path, problems: Sequence[SearchProblem]) -> None:

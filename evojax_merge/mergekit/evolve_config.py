@@ -49,6 +49,7 @@ class EvolveTask(Section):
     limit: Whole | None = Field(None, ge=1, le=10**9)
     heldout: Heldout = HELDOUT
     include_path: Location | None = None
+    split: Literal["train"] | None = None
     on_test_set: bool = False
 
 
@@ -195,6 +196,7 @@ def _task(path: Path, theirs: EvolveConfig, i: int) -> dict[str, Any]:
         "heldout": task.heldout,
         "num_fewshot": theirs.num_fewshot,
         "include_path": task.include_path,
+        "split": task.split,
         "apply_chat_template": theirs.apply_chat_template,
         "fewshot_as_multiturn": theirs.fewshot_as_multiturn,
         "on_test_set": task.on_test_set,

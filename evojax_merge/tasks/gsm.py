@@ -337,7 +337,9 @@ def check_worked_answers(where: str, style: Style, problems: Sequence[WordProble
 
 
 def test_set(config: GsmConfig) -> TestSet | None:
-    return TestSet(config.source, "the train split", config.on_test_set) if is_test_set(config.source) else None
+    if not is_test_set(config.source):
+        return None
+    return TestSet(config.source, "the train split or examples of your own", config.on_test_set)
 
 
 KIND = TaskKind(GsmConfig, open_gsm, source="source", test_set=test_set)

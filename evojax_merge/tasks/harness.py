@@ -436,8 +436,9 @@ def open_task(config: HarnessConfig, opening: Opening) -> HarnessTask:
 
 
 def test_set(config: HarnessConfig) -> TestSet | None:
-    searched = config.split != "train" and is_benchmark(config.lm_eval)
-    return TestSet(config.lm_eval, "split: train", config.on_test_set) if searched else None
+    if config.split == "train" or not is_benchmark(config.lm_eval):
+        return None
+    return TestSet(config.lm_eval, "split: train or a task of your own (include_path)", config.on_test_set)
 
 
 KIND = TaskKind(HarnessConfig, open_task, source="lm_eval", key="lm_eval", test_set=test_set)

@@ -11,6 +11,7 @@ from evojax_merge.tasks.data_versions import pinned_reference
 from evojax_merge.tasks.kinds import kind_of
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import FindFile, Opening, Place, SplittableTask, Task, TaskConfig, TaskKind, local_file
+from evojax_merge.tasks.text import ignored_numbers
 
 T = TypeVar("T", bound=SplittableTask)
 
@@ -93,23 +94,23 @@ def _check_fair(where: str, config: TaskConfig) -> None:
         return
     why = f"{test_set.name} is a benchmark, and a search on its test examples makes its score meaningless"
     if not test_set.meant:
-        instead = f"take {test_set.instead} or examples of your own, or say on_test_set: true"
-        raise InputError(where, f"on_test_set: {why}; {instead}")
+        raise InputError(where, f"on_test_set: {why}; take {test_set.instead}, or say on_test_set: true")
     print_warning(f"{where}: {why}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Repeated examples
+# Warnings about the data
 
 
-def overlaps(
+def data_warnings(
     where: str,
     tasks: Sequence[TaskConfig],
     splits: Splits[list[Task]],
 ) -> list[str]:
-    """Warnings about examples that make held-out scores say less than they seem to: a line for each task with examples
-    that stand more than once in its data, and a line for each task whose held-out (or validation) examples are among
-    the searched ones. `where` is the config, `splits` those of its tasks."""
+    """Warnings about examples that make scores say less than they seem to: a line for each task of which only the last
+    of several numbers counts, a line for each task with examples that stand more than once in its data, and a line for
+    each task whose held-out (or validation) examples are among the searched ones. `where` is the config, `splits` those
+    of its tasks."""
     validation = splits.validation or []
     searched = {key for task in splits.search if task.weight > 0 for key, _ in task.contents()}
     chosen_on = {key for task in validation if task.weight > 0 for key, _ in task.contents()}
@@ -118,6 +119,7 @@ def overlaps(
         task = f"{where}: tasks[{number}]"
         # A task of weight 0 is not divided.
         kept_back = [validation[number]] if validation and config.weight > 0 else []
+        lines += ignored_numbers(task, search, *kept_back, held)
         if config.heldout_source is not None:
             lines += repeated(task, search, *kept_back) + repeated(f"{task}.heldout", held)
         else:

@@ -39,6 +39,7 @@ from evojax_merge.tasks.task import (
     Place,
     Responses,
     Row,
+    Task,
     TaskDefaults,
     TaskKind,
     TaskRequests,
@@ -620,13 +621,37 @@ def extract_answer(text: str, pattern: str | None, where: str = "tasks") -> str 
     """The answer in an output: the last match of `pattern` that is not empty, or the last number (after `####` if
     there). `where` names the task in messages."""
     if pattern is None:
-        matches = re.findall(NUMBER, text.rsplit("####", 1)[-1]) or re.findall(NUMBER, text)
-        return matches[-1].replace(",", "") if matches else None
+        numbers = _numbers(text)
+        return numbers[-1].replace(",", "") if numbers else None
     filled = [match for match in find_all(where, pattern, text) if match[0]]
     if not filled:
         return None
     taken = [group for group in filled[-1].groups() if group is not None] if filled[-1].re.groups else [filled[-1][0]]
     return taken[0].strip() if taken else None
+
+
+def _numbers(text: str) -> list[str]:
+    """The numbers after the last `####`; where there are none, all numbers of the text."""
+    return re.findall(NUMBER, text.rsplit("####", 1)[-1]) or re.findall(NUMBER, text)
+
+
+def ignored_numbers(where: str, *splits: Task) -> list[str]:
+    """A line, if a task compares the last number alone, and most targets hold more numbers than that: an output whose
+    other numbers are wrong counts as right. `where` names the task, `splits` are its splits."""
+    answers = [
+        str(example.answer)
+        for task in splits
+        if isinstance(task, TextTask) and task.metric == "accuracy" and task.kind == "exact_match"
+        if task.pattern is None
+        for example in task.examples
+    ]
+    several = [answer for answer in answers if len(_numbers(answer)) > 1]
+    if len(several) <= len(answers) / 2:
+        return []
+    return [
+        f"{where}.pattern: missing; {len(several)} of {len(answers)} targets hold more than one number "
+        f"({several[0].strip()[:100]!r}), and only the last one is compared; pattern: ^(.+)$ compares whole texts"
+    ]
 
 
 def same_answer(found: str | None, wanted: str, pattern: str | None) -> bool:
