@@ -520,6 +520,20 @@ def test_gradients_on_minibatches_have_a_curve_of_their_steps(tmp_path: Path) ->
     assert "-0.1100" in run_here("runs", run).stdout
 
 
+def test_a_finished_run_is_listed_with_its_winners_fitness(tmp_path: Path) -> None:
+    # The winner is not the best so far: some candidates met a part of the examples, or validation chose another.
+    run, other = make_run(tmp_path / "done"), make_run(tmp_path / "begun", finished=False)
+    best = f"{json.loads((run / 'history.jsonl').read_text().splitlines()[-1])['best_so_far']:.4f}"
+    for command in (("show", run), ("report", run)):
+        shown = run_here(*command).stdout
+        assert "fitness of the winner -0.1100, on the search split" in shown and best not in shown
+    assert "-0.1100" in (shown := run_here("runs", run).stdout) and best not in shown
+    # Before there is a winner, the best so far is listed.
+    shown = run_here("compare", run, other, "--out", tmp_path / "both.html").stdout
+    lines = {name: next(line for line in shown.splitlines() if f" {name} " in line) for name in ("done", "begun")}
+    assert "-0.1100" in lines["done"] and best not in lines["done"] and best in lines["begun"]
+
+
 def test_steps_on_a_companion_are_named_so(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", population=2, finished=False)
     rows = on_minibatches(run, companion=True)

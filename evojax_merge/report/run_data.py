@@ -210,7 +210,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class BestFitness:
-    """The best fitness that a run knows, in words: `best fitness so far` and `on the search split`."""
+    """The fitness that a run is listed with, in words: `fitness of the winner` and `on the search split`."""
 
     name: str
     value: float
@@ -267,14 +267,16 @@ class RunData:
 
     @property
     def best(self) -> BestFitness | None:
-        """The best fitness of a candidate on all examples; where no generation measured one, the winner's, and before
-        there is a winner, the last generation's best on its minibatch or by the companion."""
+        """The winner's fitness on the whole search split; before there is a winner, the best fitness of a candidate on
+        all examples of its generation; where no generation measured one, the last generation's best on its minibatch or
+        by the companion."""
         if self.last is None:
             return None
-        if self.last.best_so_far is not None:
-            return BestFitness("best fitness so far", self.last.best_so_far, SEARCH_SPLIT)
+        # The best so far may have met a part of the split (`limit`), and validation may choose another winner.
         if self.result is not None and "winner" in self.result.search_fitness:
             return BestFitness("fitness of the winner", self.result.search_fitness["winner"], SEARCH_SPLIT)
+        if self.last.best_so_far is not None:
+            return BestFitness("best fitness so far", self.last.best_so_far, SEARCH_SPLIT)
         if self.last.best_of_part is None:
             return None
         where = "by the companion" if self.last.companion else "on its minibatch"
