@@ -151,8 +151,8 @@ def score_models(
     for task in tasks:
         if not hasattr(task, "requests"):
             raise InputError(
-                task_set.where, f"{task.name}: {about_backend(task, 'requests')}, and evaluate scores language models "
-                "alone; a search's held-out table compares other models",
+                task_set.where, f"{task.name}: {about_backend(task, 'requests')}; evaluate scores language models and "
+                "networks of backend: torch, and a search's held-out table compares other models",
             )  # fmt: skip
     paths = [_model_folder(model) for model in models]
     for line in ignored_revisions(models, Path.cwd()):

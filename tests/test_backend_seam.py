@@ -255,7 +255,7 @@ def test_language_models_refuse_tasks_on_arrays(family: Any, tmp_path: Path) -> 
     path.write_text(yaml.safe_dump({"tasks": [task]}))
     result = CliRunner().invoke(cli, ["evaluate", str(family.base), "--tasks", str(path)])
     assert isinstance(result.exception, InputError)
-    says = "fit: tasks of kind: arrays are for backend: function, and evaluate scores language models alone"
+    says = "fit: tasks of kind: arrays are for backend: function; evaluate scores language models and networks"
     assert says in str(result.exception)
 
 

@@ -479,6 +479,18 @@ def test_a_config_that_networks_cannot_have_is_refused(
         problem_of(tmp_path / "config.yaml", document(folder, **changes))
 
 
+def test_a_network_is_pointed_to_its_backend_where_language_models_are_expected(folder: Path, tmp_path: Path) -> None:
+    hint = "; a search with backend: torch opens a ViTForImageClassification"
+    shown = " ".join(command("inspect", folder / "base", folder / "left").split())
+    assert shown.count(f"the architecture vit is not one of those that are searched{hint}.") == 2
+    task = {"name": "sums", "kind": "likelihood", "file": str(tmp_path / "sums.jsonl")}
+    (tmp_path / "sums.jsonl").write_text('{"prompt": "1 + 1 =", "target": " 2"}\n' * 4)
+    config = config_file(folder, tmp_path, backend="decoder", tasks=[task])
+    result = CliRunner().invoke(cli, ["search", str(config), "--out", str(tmp_path / "run")])
+    assert isinstance(result.exception, InputError) and str(result.exception).endswith(hint)
+    assert "model_type is 'vit'" in str(result.exception)
+
+
 def test_a_network_that_answers_at_random_is_refused(folder: Path, tmp_path: Path) -> None:
     problem = problem_of(tmp_path / "config.yaml", document(folder))
     problem.backend.network.module.vit.embeddings.dropout = torch.nn.Dropout(0.5).train()

@@ -174,7 +174,7 @@ def read_decoder_config(path: object, raw: Mapping[str, Any]) -> DecoderConfig:
     try:
         architecture = find_architecture(raw.get("model_type"))
     except ValueError as error:
-        raise InputError(path, str(error)) from None
+        raise InputError(path, f"{error}{torch_hint(raw)}") from None
     check_unquantised(path, raw)
     check_values(path, raw)
     if architecture.config_class is not None:
@@ -196,6 +196,19 @@ def read_decoder_config(path: object, raw: Mapping[str, Any]) -> DecoderConfig:
                 f"not read it (expected {neutral[0]:g}, or no such key)",
             )
     return config
+
+
+def torch_hint(config: Mapping[str, Any]) -> str:
+    """The end of a message on a model of no registered architecture: `backend: torch` opens it. Empty where
+    transformers does not open it."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind, classes = config.get("model_type"), config.get("architectures")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES or not isinstance(classes, list) or not classes:
+        return ""
+    # The names that transformers exports, by which the class itself is not imported.
+    return f"; a search with backend: torch opens a {classes[0]}" if classes[0] in dir(transformers) else ""
 
 
 def _class_values(path: object, raw: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:

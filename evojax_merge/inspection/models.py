@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evojax_merge.checkpoints.config_file import torch_hint
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of, named_alike
 from evojax_merge.checkpoints.derived import open_model, stored_as
 from evojax_merge.checkpoints.folder import Tensor
@@ -112,7 +113,9 @@ def _read_model(reference: str, folder: DecoderFolder, first_with_tokens: Path |
 def _why_unsearchable(folder: DecoderFolder) -> str | None:
     kind = folder.config.get("model_type")
     if known_architecture(kind) is None:
-        return "no config.json" if kind is None else f"the architecture {kind} is not one of those that are searched"
+        if kind is None:
+            return "no config.json"
+        return f"the architecture {kind} is not one of those that are searched{torch_hint(folder.config)}"
     try:
         folder.decoder_config()
     except InputError as error:
