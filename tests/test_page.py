@@ -752,6 +752,23 @@ def test_runs_are_compared_on_one_page(tmp_path: Path) -> None:
     assert (tmp_path / "notes.html").read_text() == "<p>mine"
 
 
+def test_runs_with_unlike_tasks_are_compared_with_a_note(tmp_path: Path) -> None:
+    sums = {"name": "sums", "kind": "likelihood", "file": "/gone/sums.jsonl", "metric": None, "limit": None}
+    # A run of an earlier version lacks a key.
+    one = make_run(tmp_path / "one", tasks=[sums])
+    same = make_run(tmp_path / "same", tasks=[{k: v for k, v in sums.items() if k != "limit"}], seed=5)
+    other = make_run(
+        tmp_path / "other", tasks=[sums | {"file": "/gone/more.jsonl"}, {"name": "[b]fit", "kind": "arrays"}]
+    )
+    out = tmp_path / "both.html"
+    assert "note: " not in run_here("compare", one, same, "--out", out).stdout
+    says = "The tasks of the runs differ ([b]fit, sums.file): their fitnesses do not compare."
+    assert run_here("compare", one, same, other, "--out", out).stdout.count(f"note: {says}\n") == 1
+    assert says in Page(out).text
+    scaled = make_run(tmp_path / "scaled", tasks=[sums], scale="parents")
+    assert "The tasks of the runs differ (scale)" in run_here("compare", one, scaled, "--out", out).stdout
+
+
 def test_runs_with_a_budget_are_listed_with_the_generations_that_it_paid_for(tmp_path: Path) -> None:
     for name, finished in (("done", True), ("begun", False)):
         config = make_run(tmp_path / name, 2, finished=finished) / "config.yaml"

@@ -36,6 +36,7 @@ from evojax_merge.report.run_tables import (
     notes,
     runs_table,
     sentences,
+    task_note,
     winners_table,
 )
 from evojax_merge.search.run_parts import RunFolder, check_replaceable_page
@@ -145,7 +146,9 @@ def compare_page(runs: Mapping[str, RunData]) -> str:
         "compare_page.html", charts, None, False,
         title=f"{len(runs)} runs compared", runs=runs_table(runs), heldout=winners_table(runs),
         differences=differences(runs), minibatches=[name for name, run in runs.items() if _takes_minibatches(run)],
-        notes=[f"{name}: {note}" for name, run in runs.items() for note in notes(run)],
+        notes=[
+            *filter(None, [task_note(runs)]), *(f"{name}: {note}" for name, run in runs.items() for note in notes(run)),
+        ],
     )  # fmt: skip
 
 

@@ -14,8 +14,8 @@ from evojax_merge.report.progress import cell
 from evojax_merge.report.run_data import Result, RunData
 from evojax_merge.report.tables import LEAD, lead_cell
 
-# The rows of a table of keys.
-MOST_ROWS = 400
+# The rows of a table of keys, and the keys that a sentence lists.
+MOST_ROWS, MOST_UNLIKE = 400, 6
 # The shares beside each figure at the top of a page.
 MOST_SHARES = 2
 
@@ -220,6 +220,30 @@ def winners_table(runs: Mapping[str, RunData]) -> Table:
         if winner is not None
     ]
     return Table(["run", "fitness", *scores], rows, frozenset(range(1, 2 + len(scores))))
+
+
+def task_note(runs: Mapping[str, RunData]) -> str | None:
+    """A sentence on the tasks, or keys of a task, in which the runs differ; None where there are none. A key that a run
+    of an earlier version lacks does not count."""
+    sections = []
+    for run in runs.values():
+        tasks = run.config.get("tasks")
+        listed = [task for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
+        sections.append({str(task.get("name")): dict(_flat(task)) for task in listed})
+    names = dict.fromkeys(name for section in sections for name in section)
+    unlike = [name for name in names if not all(name in section for section in sections)]
+    shared = [name for name in names if name not in unlike]
+    for name in shared:
+        texts = [section[name] for section in sections]
+        keys = dict.fromkeys(key for text in texts for key in text)
+        unlike += [f"{name}.{key}" for key in keys if len({text[key] for text in texts if key in text}) > 1]
+    if len({str(run.config.get("scale")) for run in runs.values()}) > 1:
+        unlike.append("scale")
+    if not unlike:
+        return None
+    more = f" and {len(unlike) - MOST_UNLIKE} more" if len(unlike) > MOST_UNLIKE else ""
+    listed_keys = escaped(", ".join(unlike[:MOST_UNLIKE]))
+    return f"The tasks of the runs differ ({listed_keys}{more}): their fitnesses do not compare."
 
 
 def differences(runs: Mapping[str, RunData]) -> Table:
