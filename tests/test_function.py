@@ -194,8 +194,8 @@ def test_texts_need_no_target(family: Family, folder: Path) -> None:
     [
         ("one_short", r"own.py:one_short returned float64\[5\]; expected 6 numbers"),
         ("a_column", r"float64\[6, 1\]; expected 6"),
-        ("words", "list of <U5; expected 6 numbers"),
-        ("nothing", "NoneType of object; expected 6 numbers"),
+        ("words", "own.py:words returned a list of texts; expected 6 numbers"),
+        ("nothing", "own.py:nothing returned None; expected 6 numbers"),
         ("ragged", "rows of different lengths; expected 6 numbers"),
     ],
 )

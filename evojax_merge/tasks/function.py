@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from pydantic import Field, model_validator
 
-from evojax_merge.errors import InputError, PeerLostError, did_you_mean
+from evojax_merge.errors import InputError, PeerLostError, did_you_mean, shown
 from evojax_merge.schema import Location, Text, Whole
 from evojax_merge.tasks import python_functions
 from evojax_merge.tasks.prompts import PromptConfig
@@ -293,7 +293,13 @@ def checked(function: UserFunction, returned: Any, count: int) -> np.ndarray:
     except ValueError:
         raise WrongResultError(f"{function.reference} returned rows of different lengths; {expected}") from None
     if values.dtype.kind not in "biuf":
-        raise WrongResultError(f"{function.reference} returned {type(returned).__name__} of {values.dtype}; {expected}")
+        if values.dtype.kind in "US" and values.shape:
+            result = "a list of texts" if isinstance(returned, list) else "texts"
+        elif values.dtype.kind == "O" or not values.shape:
+            result = shown(returned)
+        else:
+            result = f"{values.dtype}{list(values.shape)}"
+        raise WrongResultError(f"{function.reference} returned {result}; {expected}")
     if values.shape != (count,):
         raise WrongResultError(f"{function.reference} returned {values.dtype}{list(values.shape)}; {expected}")
     return values.astype(np.float32)
