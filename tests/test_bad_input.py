@@ -145,6 +145,17 @@ RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a config of mergekit-evolve": ({"genome": {}, "tasks": []}, ("mergekit-evolve", "evojax-merge search")),
     "an adapter that is not there": (recipe(base_model="base+adapter"), ("base+adapter", "adapter: no such folder")),
     "two tokenizers": (recipe(tokenizer_source="union", tokenizer={}), ("tokenizer_source", "tokenizer")),
+    "a tokenizer that is not there": (recipe(tokenizer_source="./words"), ("recipe.yaml: tokenizer_source: ./words",)),
+    "a tokenizer that is not there, in a section": (
+        recipe(tokenizer={"source": "./words"}), ("recipe.yaml: tokenizer.source: ./words",),
+    ),
+    "a t of a model": (
+        {"merge_method": "slerp", "base_model": "one", "models": [
+            {"model": "one"}, {"model": "two", "parameters": {"t": 0.5}},
+        ]},
+        ("t: missing for the merge", "parameters of the recipe or of a slice (models[1].parameters.t: ignored, all "
+         "models share one t)"),
+    ),
     "a token of nowhere": (
         recipe(tokenizer={"tokens": {"w9": {"source": "three"}}}), ("tokenizer.tokens.w9", "three"),
     ),
@@ -154,7 +165,7 @@ RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
             "merge_method": "linear",
             "slices": [{"sources": [{"model": "one", "layer_range": [1, 5], "parameters": {"weight": 1}}]}],
         },
-        ("layer_range", "3"),
+        ("slices[0].sources[0]: layer_range [1, 5] goes to layer 4, but one has no layer 3: it has layers 0 to 2",),
     ),
     "layers in the wrong order": (
         {"merge_method": "linear", "slices": [{"sources": [{"model": "one", "layer_range": [2, 1]}]}]},

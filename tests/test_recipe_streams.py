@@ -382,7 +382,10 @@ WRONG: dict[str, tuple[str | list[Any], tuple[str, ...]]] = {
             ]},
             {"merge_method": "passthrough", "slices": [{"sources": [{"model": "deep", "layer_range": [2, 6]}]}]},
         ],
-        ("document 2", "layer_range: deep has no layer 5 (it has 5, from 0 on)"),
+        (
+            "document 2: slices[0].sources[0]: layer_range [2, 6] goes to layer 5, but deep has no layer 5: it has "
+            "layers 0 to 4",
+        ),
     ),
 }  # fmt: skip
 

@@ -290,7 +290,7 @@ def _tokenizer_choice(recipe: RecipeFile, setting: TokenizerSetting, find: Find)
 
     source: Any = setting.source
     if recipe.tokenizer_model is not None:
-        source = find(f"{recipe.where}: tokenizer_source", source, recipe.path.parent, weights=False)
+        source = find(f"{recipe.where}: {setting.key}", source, recipe.path.parent, weights=False)
     elif source not in ("union", "base"):
         source = models.index(source)
     rules = {

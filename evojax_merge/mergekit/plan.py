@@ -314,9 +314,10 @@ def _plan_module(recipe: RecipeFile, module: Module, layouts: Sequence[Layout], 
             part = Slice(0, (Source(recipe.ends, 0, {}),), {}, part.base)
         add(name, [(source, name) for source in part.sources], part, 0.0)
     done = 0
-    for part in module.slices:
+    section = f"{recipe.where}: {'' if module.name == 'default' else f'modules.{module.name}.'}slices"
+    for number, part in enumerate(module.slices):
         assert part.count is not None
-        head = _one_stack(recipe, part, layouts, index)
+        head = _one_stack(f"{section}[{number}]", part, layouts, index)
         first_source = _first(part)
         for offset in range(part.count):
             # A gradient over a single layer takes its last value, as mergekit does.
@@ -363,22 +364,22 @@ def _check_depth(recipe: RecipeFile, model: str, actual: Layout, first: str, exp
         )
 
 
-def _one_stack(recipe: RecipeFile, part: Slice, layouts: Sequence[Layout], index: Mapping[str, int]) -> str:
-    """The stack that a slice's layers belong to. Raises InputError where a source has several stacks, or lacks a
-    layer."""
-    for source in part.sources:
+def _one_stack(where: str, part: Slice, layouts: Sequence[Layout], index: Mapping[str, int]) -> str:
+    """The stack that a slice's layers belong to. where: the slice, in messages. Raises InputError where a source has
+    several stacks, or lacks a layer."""
+    for number, source in enumerate(part.sources):
         stacks = layouts[index[source.model]].stacks
         if len(stacks) != 1:
             names = ", ".join(stacks) or "none"
-            raise InputError(
-                recipe.where, f"slices: {source.model} has not one stack of numbered layers ({names}); use models:"
-            )
+            raise InputError(where, f"{source.model} has not one stack of numbered layers ({names}); use models:")
         (head, layers), *_ = stacks.items()
-        for layer in range(source.first, source.first + (part.count or 0)):
+        end = source.first + (part.count or 0)
+        for layer in range(source.first, end):
             if layer not in layers:
                 raise InputError(
-                    recipe.where, f"layer_range: {source.model} has no layer {layer} (it has {len(layers)}, from 0 on)"
-                )
+                    f"{where}.sources[{number}]", f"layer_range [{source.first}, {end}] goes to layer {end - 1}, but "
+                    f"{source.model} has no layer {layer}: it has layers {min(layers)} to {max(layers)}",
+                )  # fmt: skip
     return head
 
 

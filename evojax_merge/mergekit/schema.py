@@ -97,8 +97,10 @@ class TokenSetting:
 
 @dataclass(frozen=True)
 class TokenizerSetting:
-    """The source of the tokens: union, base, or a model, which need not be a merged one."""
+    """The source of the tokens: union, base, or a model, which need not be a merged one. key: the recipe's key that
+    names it, tokenizer_source or tokenizer.source."""
 
+    key: str
     source: str
     tokens: Mapping[str, TokenSetting]
     pad_to_multiple_of: int
@@ -429,7 +431,7 @@ def _tokenizer(where: str, top: dict[str, Any]) -> TokenizerSetting | None:
     if source is not None and section is not None:
         raise InputError(where, "expected at most one of the keys tokenizer_source, tokenizer")
     if source is not None:
-        return TokenizerSetting(_reference(f"{where}: tokenizer_source", source), {}, 1)
+        return TokenizerSetting("tokenizer_source", _reference(f"{where}: tokenizer_source", source), {}, 1)
     if section is None:
         return None
     where = f"{where}: tokenizer"
@@ -441,6 +443,7 @@ def _tokenizer(where: str, top: dict[str, Any]) -> TokenizerSetting | None:
     if type(pad) is not int or not 1 <= pad <= MAX_PADDING:
         raise InputError(where, f"pad_to_multiple_of: {pad!r}; expected a whole number from 1 to {MAX_PADDING}")
     return TokenizerSetting(
+        "tokenizer.source",
         _reference(f"{where}.source", section.get("source", "union")),
         {str(token): _token(f"{where}.tokens.{token}", entry) for token, entry in tokens.items()},
         pad,

@@ -48,15 +48,22 @@ ADVICE = {
 @dataclass(frozen=True)
 class Typo:
     """An unused key at a place of a recipe, and the `name` that was likely meant. model: the reference of the model
-    that has the key, where a model has it."""
+    that has the key, where a model has it. is_misplaced: the key has the meant name, but all models share its value."""
 
     name: str
     place: str
     model: Any
+    is_misplaced: bool = False
+
+    @property
+    def advice(self) -> str:
+        return f"ignored, all models share one {self.name}" if self.is_misplaced else f"did you mean '{self.name}'?"
 
     def explains(self, error: str) -> bool:
         """Return whether an error names the meant key, and not as a part of a tensor's name, which may hold any
-        word."""
+        word; a misplaced key explains only that it is missing."""
+        if self.is_misplaced:
+            return error.startswith(f"{self.name}: missing")
         return re.search(rf"(?<![\w.]){re.escape(self.name)}\b", error) is not None
 
     def rank(self, error: str) -> tuple[bool, bool, bool]:
@@ -173,6 +180,7 @@ class _RecipeNormaliser:
         """The settings of one model."""
         if self.method is not None and isinstance(value, dict):
             shared = {p.name for p in self.method.parameters if not p.per_parent} | {*self.method.yaml_options}
+            self.typos += [Typo(key, f"{place}.{key}", self.model, is_misplaced=True) for key in value if key in shared]
             value = self._known(place, value, set(value) - shared, f"{self.method.name} has one for all models")
         return self.settings(place, value)
 
@@ -296,7 +304,7 @@ def _normalised(documents: Sequence[Any]) -> list[tuple[Any, str, _RecipeNormali
 @contextmanager
 def blaming_slips(documents: Sequence[Any]) -> Iterator[None]:
     """Add to an InputError of the block the unused key of the documents that was likely meant to be a key in the
-    error's message. documents: as parsed from YAML."""
+    error's message, or that stands in the wrong place. documents: as parsed from YAML."""
     try:
         yield
     except InputError as error:
@@ -306,8 +314,7 @@ def blaming_slips(documents: Sequence[Any]) -> Iterator[None]:
         if not matches:
             raise
         document, typo = min(matches, key=lambda match: match[1].rank(what))
-        meant = f"{document}{typo.place}: did you mean '{typo.name}'?"
-        raise InputError(error.where, f"{what} ({meant})") from None
+        raise InputError(error.where, f"{what} ({document}{typo.place}: {typo.advice})") from None
 
 
 def few_lines(path: Path, lines: Sequence[str], more: str) -> list[str]:
