@@ -879,10 +879,12 @@ def blamed_on_overrides(path: Path, overrides: Sequence[str]) -> Iterator[None]:
         text, prefix = f"{error.where}: {error.what}", f"{path}: "
         # The last value of a key that is set twice counts.
         for override in reversed(overrides) if text.startswith(prefix) else ():
-            complaint = _complaint(path, override.partition("=")[0], text.removeprefix(prefix))
+            key, _, value = override.partition("=")
+            complaint = _complaint(path, key, text.removeprefix(prefix))
             if complaint is not None:
                 shown = override if len(override) <= 80 else f"{override[:60]} […]"
-                raise InputError(f"--set {shown}", complaint) from None
+                # The override names the value already.
+                raise InputError(f"--set {shown}", complaint.removeprefix(f"{value}; ")) from None
         raise
 
 
@@ -900,6 +902,8 @@ def _complaint(path: Path, key: str, text: str) -> str | None:
         # The message is about a section that holds the key: it names the key in it, or the override has made the whole
         # section.
         above, _, last = key.rpartition(".")
+        if named == above and message.startswith(f"{last}: "):
+            continue
         part_named = named == above and re.search(rf"\b{re.escape(last)}\b", message)
         if part_named or (key.startswith(f"{named}.") and not _holds(path, named)):
             return f"{named_key}: {message}"

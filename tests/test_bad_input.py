@@ -517,6 +517,7 @@ def test_wrong_configs(case: str, models: Path, refused: Refusal) -> None:
         ("search={sigma: wide}", ("--set search={sigma: wide}: sigma: expected a number",)),
         ("parents.0=tow", ("--set parents.0=tow: tow: no such folder",)),
         ("tasks.0.file=tasks.json", ("--set tasks.0.file=tasks.json: tasks.json: no such file",)),
+        ("data_flow.scales=matrix", ("--set data_flow.scales=matrix: the form moves has block, none",)),
         ("space.method=tiez", ("--set space.method=tiez: unknown method 'tiez'", "'ties'")),
         ("space.parameters.weight.low=9", ("--set space.parameters.weight.low=9: ", "low 9 is not below")),
         ("parents.7=one", ("--set", "parents.7")),

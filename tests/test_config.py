@@ -204,6 +204,8 @@ def test_of_two_overrides_of_a_key_the_last_counts() -> None:
         # A part of what was set, and what the set key is a part of.
         (("search", "sigma: expected less"), ["search={sigma: 9}"], "--set search={sigma: 9}: sigma: expected less"),
         (("space", "low 3 is not below 2"), ["space.low=3"], "--set space.low=3: space: low 3 is not below 2"),
+        (("space", "low: 3 is above 2"), ["space.low=3"], "--set space.low=3: 3 is above 2"),
+        (("search.rungs", "2; leave it out"), ["search.rungs=2"], "--set search.rungs=2: leave it out"),
         (("serch", "unknown key"), ["serch.sigma=1"], "--set serch.sigma=1: serch: unknown key"),
         (("seed", "x" * 900), ["seed=" + "9" * 100], f"--set seed={'9' * 55} […]: {'x' * 900}"),
         # The file's own mistakes stay its own.
