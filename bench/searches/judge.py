@@ -218,7 +218,8 @@ def by_votes(problem: SearchProblem, on: Splits[Any], person: Person, rule: str)
 def by_page(problem: SearchProblem, on: Splits[Any], person: Person) -> tuple[np.ndarray, list[str]]:
     """The genome of the winner of a search whose person votes on the page of judges, in a headless Chromium; and the
     addresses that the browser asked for elsewhere, and what its console complained of."""
-    task = problem.splits.search[0]
+    # The evaluators' own, which keeps their pictures: they are opened once for all seeds.
+    task = judged_task(on.shards[0], "taste")
     records = {task.prompt(n): task.record(n) for n in range(task.size)}
     with tempfile.TemporaryDirectory() as folder:
         ballot = Ballot(task, VoteFile(Path(folder) / "votes.jsonl"), problem.search.generations, problem.seed)
