@@ -410,8 +410,8 @@ def test_a_run_without_a_front_has_no_members(finished: Path, tmp_path: Path) ->
     [
         (["tasks.1.weight=0"], "search.strategy: pareto: has one objective here; expected two tasks or more"),
         (["tasks.1.weight=0", "search.strategy=niches"], "niches: has one objective here"),
-        (["search.rungs=2"], "rungs: 2; a race stops candidates by their weighted fitness, and pareto compares"),
-        (["search.population=5000"], "population: 5,000; pareto takes 4,096 at most"),
+        (["search.rungs=2"], "rungs=2: a race stops candidates by their weighted fitness, and pareto compares"),
+        (["search.population=5000"], "population=5000: 5,000; pareto takes 4,096 at most"),
     ],
 )
 def test_a_search_that_has_no_front_is_refused(
