@@ -93,7 +93,8 @@ def complete(choices: Choices) -> tuple[Choices, Method]:
     if base is None and method.base == "required":
         base = ask("--base", f"base, which {method.name} takes task vectors from: ")
     check_models("--parents", method, base is not None, len(parents))
-    if len(parents) == 1 and not method.uses_base(base is not None):
+    # A method of one model changes the model itself.
+    if len(parents) == 1 != method.max_parents and not method.uses_base(base is not None):
         reason = "there is no base" if base is None else f"{method.name} does not use the base"
         raise InputError(
             "--parents", f"one parent, and {reason}: every candidate would be that parent; name a second parent, or "
