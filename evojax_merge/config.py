@@ -477,8 +477,10 @@ class EvaluationConfig(Section):
 
 def _with_strategy(section: Any, name: str) -> Any:
     """The section of a search, or of one of its stages, with this strategy where it names none."""
-    search = {} if not isinstance(section, dict) or section.get("search") is None else section["search"]
-    if not isinstance(section, dict) or not isinstance(search, dict) or search.get("strategy", AUTO) != AUTO:
+    if not isinstance(section, dict):
+        return section
+    search = {} if section.get("search") is None else section["search"]
+    if not isinstance(search, dict) or search.get("strategy", AUTO) != AUTO:
         return section
     return section | {"search": search | {"strategy": name}}
 

@@ -266,7 +266,8 @@ class Ballot:
 
     def _vote_until(self, decided: Callable[[], bool]) -> None:
         """Wait for votes, or ask the function that votes in place of people."""
-        is_told = False
+        if self.task.voting.judge is None and self._pairs_file is None and not decided():
+            self._log(self._waiting_line())
         while not decided():
             if self._error is not None:
                 raise Failed(f"task {self.task.name}: no judge can vote any more ({self._error})")
@@ -281,9 +282,6 @@ class Ballot:
             elif self._pairs_file is not None:
                 self._write_pairs(self._pairs_file)
             else:
-                if not is_told:
-                    self._log(self._waiting_line())
-                    is_told = True
                 self._changed.notify_all()
                 self._changed.wait(WAIT)
                 self._wake()

@@ -88,7 +88,7 @@ def fitness_chart(run: RunData) -> Spec:
         "so_far": [g.row.best_so_far for g in rows],
         "validation": [g.row.validation_fitness for g in rows],
     }
-    known = {name for name, values in columns.items() if any(value is not None for value in values)}
+    measured = {name for name, values in columns.items() if any(value is not None for value in values)}
     rules = shown_rules(run)
     y: dict[str, Any] = {
         "scale": alt.Scale(domain=_domain(rows, rules), nice=True, zero=False), "title": "fitness, search split",
@@ -101,7 +101,7 @@ def fitness_chart(run: RunData) -> Spec:
         "10th to 90th percentile": ("low", BAND, base.mark_area(clip=True).encode(y2="high:Q")),
         "median": ("median", SOFT, base.mark_line(strokeWidth=1.5, clip=True, point=few)),
         "best on its minibatch": (
-            "part", FAINT if "so_far" in known else ACCENT, base.mark_line(strokeWidth=1.5, clip=True, point=few)
+            "part", FAINT if "so_far" in measured else ACCENT, base.mark_line(strokeWidth=1.5, clip=True, point=few)
         ),
         "best of the generation": ("best", FAINT, base.mark_circle(size=16, opacity=1, clip=True)),
         "best so far": (
@@ -111,7 +111,7 @@ def fitness_chart(run: RunData) -> Spec:
             "validation", OTHER, looks.mark_line(point=alt.OverlayMarkDef(size=26), strokeWidth=1.5, clip=True)
         ),
     }  # fmt: skip
-    drawn = {name: series for name, series in drawn.items() if series[0] in known}
+    drawn = {name: series for name, series in drawn.items() if series[0] in measured}
     # The legend begins with the best.
     names = [name for name in reversed(drawn) if name != "validation"] + ["validation"] * ("validation" in drawn)
     colour = alt.Color(
@@ -138,9 +138,9 @@ def fitness_chart(run: RunData) -> Spec:
             some = lines.transform_filter(f"datum.split {test} 'search'")
             names = some.mark_text(align="right", dx=-4, color=SOFT, limit=260, **place)
             layers.append(names.encode(y=alt.Y("value:Q", **y), x=alt.value("width"), text="name:N"))
-    tips = _tooltip(("generation", "generation"), *(item for item in TOOLTIPS.items() if item[0] in known))
+    tips = _tooltip(("generation", "generation"), *(item for item in TOOLTIPS.items() if item[0] in measured))
     points = base.mark_point(size=260, opacity=0, clip=True)
-    layers += [points.encode(y=alt.Y(f"{name}:Q", **y), tooltip=tips) for name in ("best", "part") if name in known]
+    layers += [points.encode(y=alt.Y(f"{name}:Q", **y), tooltip=tips) for name in ("best", "part") if name in measured]
     return _spec(alt.layer(*layers), 340)
 
 
