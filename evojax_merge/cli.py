@@ -302,7 +302,9 @@ def bench(shape: str | None, seconds: float, json_file: Path | None, compare: Pa
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
 @click.option("--allow-nonfinite", is_flag=True, help="Merge even where a parent holds NaN or Inf.")
 @click.option("--allow-crimes/--no-allow-crimes", help="Merge different architectures if their tensors agree.")
-@click.option("--strict", is_flag=True, help="Refuse keys and parameters that have no meaning, in place of a warning.")
+@click.option(
+    "--strict", is_flag=True, help="Refuse keys, parameters, filters without a meaning, in place of a warning."
+)
 @click.option("--out-shard-size", type=ShardSize(), help="Split the weights into files of this size. Default: 5B.")
 @click.option(
     "--copy-tokenizer/--no-copy-tokenizer", default=True, help="Whether OUT gets the first model's tokenizer."

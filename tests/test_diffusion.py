@@ -152,6 +152,20 @@ def test_recipes_set_values_by_block(tmp_path: Path) -> None:
     np.testing.assert_allclose(written[key], a[key] + 18 / 24 * (b[key] - a[key]), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "meant"), [("OUT15", "'OUT11'"), ("in04", "'IN04'"), ("mid_block", "known: BASE, IN00"), ("M0", "")]
+)
+def test_a_block_that_there_is_not_is_named_with_those_that_there_are(wanted: str, meant: str, tmp_path: Path) -> None:
+    files = [save_file_of("sd1", k, tmp_path / f"{k}.safetensors") for k in range(2)]
+    rows = [{"filter": wanted, "value": 1.0}, {"value": 0.0}]
+    recipe = {"merge_method": "weighted_sum", "models": [{"model": str(file)} for file in files]}
+    (warning,) = merged(recipe | {"parameters": {"alpha": rows}}, tmp_path / "out")
+    assert f"alpha: the filter '{wanted}' means no tensor" in warning and meant in warning
+    with pytest.raises(InputError, match="means no tensor"):
+        merged(recipe | {"parameters": {"alpha": rows}}, tmp_path / "strict", strict=True)
+    assert not (tmp_path / "strict").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Diffusers folders
 
@@ -202,6 +216,15 @@ def write_recipe(folder: Path, recipe: dict[str, Any]) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+def test_a_filter_of_one_merged_component_is_none_of_the_others(stable: list[Path], tmp_path: Path) -> None:
+    weight = [{"filter": "token_embedding", "value": 1.0}, {"filter": "IN00", "value": 0.25}, {"value": 0.5}]
+    recipe = linear(stable, [weight, 0.5], components={"text_encoder": "merge", "unet": "merge"})
+    assert not any("means no tensor" in line for line in merged(recipe, tmp_path / "out", strict=True))
+    recipe["models"][0]["parameters"]["weight"].insert(0, {"filter": "in99", "value": 0})
+    with pytest.raises(InputError, match="the filter 'in99' means no tensor"):
+        merged(recipe, tmp_path / "none", strict=True)
 
 
 def test_components_are_merged_or_kept_from_a_named_model(stable: list[Path], tmp_path: Path) -> None:

@@ -505,9 +505,89 @@ def test_what_was_evaluated_is_what_is_written(name: str, found_family: Family, 
     model = jax.jit(lambda recipe: lazy_merge(bank, recipe, spec).materialise())(recipe)
     evaluated = dict(stored_tensors(model, decoder))
     written = state(merge(tmp_path, document))
+    assert not prepare(read_recipe(tmp_path / "recipe.yaml")).unmatched
     assert set(evaluated) == set(written)
     for tensor, values in written.items():
         np.testing.assert_allclose(evaluated[tensor], values, rtol=2e-6, atol=1e-6, err_msg=tensor)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Filters without a tensor
+
+
+def linear_document(family: Family, weight: Any = 0.5, **more: Any) -> dict[str, Any]:
+    return {"merge_method": "linear", "models": inputs(family, weight=[weight, 0.5])} | more
+
+
+def filtered(wanted: str) -> list[dict[str, Any]]:
+    return [{"filter": wanted, "value": 0.25}, {"value": 0.5}]
+
+
+def sliced(family: Family, wanted: str) -> dict[str, Any]:
+    sources = [{"model": str(parent), "layer_range": [0, 2]} for parent in family.parents]
+    last = {"model": str(family.parents[0]), "layer_range": [1, 2], "parameters": {"weight": filtered(wanted)}}
+    return {
+        "merge_method": "linear",
+        "parameters": {"weight": 0.5},
+        "slices": [{"sources": sources}, {"sources": [last]}],
+    }
+
+
+MISMATCH = [{"filter": "lm_hed", "value": "first"}, {"value": "refuse"}]
+# A document with a filter that means no tensor, its key, and a part of the hint.
+UNMATCHED: dict[str, tuple[Callable[[Family], dict[str, Any]], str, str]] = {
+    "a model's": (lambda f: linear_document(f, filtered("self_attnn")), "weight", "'self_attn'"),
+    "for all": (
+        lambda f: linear_document(f, parameters={"normalize": {"filter": "mpl", "value": True}}), "normalize", "'mlp'"
+    ),
+    "of a gradient": (
+        lambda f: linear_document(f, [{"filter": "mlpp", "value": [0.1, 0.4]}, {"value": 1}]), "weight", "'mlp'"
+    ),
+    "in another case": (lambda f: linear_document(f, filtered("EMBED_TOKENS")), "weight", "'embed_tokens'"),
+    "of a slice's source": (lambda f: sliced(f, "q_prj"), "weight", "'q_proj'"),
+    "a layer that there is not": (lambda f: linear_document(f, filtered("layers.17.")), "weight", "'layers'"),
+    "of a mismatch": (lambda f: linear_document(f, on_mismatch=MISMATCH), "on_mismatch", "known: "),
+    "of a module": (
+        lambda f: {
+            "merge_method": "linear",
+            "modules": {"text_decoder": {"models": inputs(f, weight=[filtered("normm"), 1])}},
+        },
+        "weight", "'norm'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNMATCHED)
+def test_a_filter_that_means_no_tensor_is_named(
+    case: str, family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, key, meant = UNMATCHED[case]
+    document = make(family)
+    merge(tmp_path, document)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "means no tensor" in line]
+    assert len(lines) == 1 and f"{key}: the filter '" in lines[0] and meant in lines[0], lines
+    with pytest.raises(InputError, match="means no tensor"):
+        merge(tmp_path, document, strict=True)
+    assert not list(tmp_path.glob("merged1*"))
+
+
+def test_filters_that_mean_a_tensor_are_not_named(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parts of names, the layers of a taller result, a star, and a filter that an earlier one always comes before."""
+    rows = [{"filter": text, "value": 0.5} for text in ("q_proj", "layers.2.", "self_attn.q", "*", "mlp")]
+    merge(tmp_path, linear_document(family, rows), strict=True)
+    merge(tmp_path, sliced(family, "layers.2."), strict=True)
+    assert "means no tensor" not in capsys.readouterr().err
+
+
+def test_many_filters_without_a_tensor_are_counted(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merge(tmp_path, linear_document(family, [{"filter": f"none{i}", "value": 0} for i in range(50)] + [{"value": 1}]))
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("means no tensor" in line for line in lines) == 20
+    assert any("30 more filters mean no tensor" in line for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from evojax_merge.checkpoints.writer import (
     check_output,
     require_space,
 )
-from evojax_merge.errors import print_warning
+from evojax_merge.errors import InputError, print_warning
 from evojax_merge.file_system import recover
 from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.pipelines import PipelinePlan, merge_pipelines, prepare_pipelines
@@ -41,8 +41,8 @@ class MergeOptions:
 
     `dtype`, `seed`: in place of the recipe's. `overwrite`: replace a model that evojax-merge wrote. `allow_nonfinite`,
     `allow_crimes`: see `prepare_stream`. `strict`: an error, not a warning, where mergekit ignores a key of a recipe or
-    reads it as something else. `copy_tokenizer`: write the first model's tokenizer as well. `card`: write a card and
-    the recipe as well. `max_shard_bytes`: the most bytes in a file of weights."""
+    reads it as something else, and where a filter means no tensor. `copy_tokenizer`: write the first model's tokenizer
+    as well. `card`: write a card and the recipe as well. `max_shard_bytes`: the most bytes in a file of weights."""
 
     dtype: str | None = None
     seed: int | None = None
@@ -93,8 +93,9 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
             pipelines = prepare_pipelines(
                 stream, resolve_reference, options.dtype, options.seed, options.allow_nonfinite, strict
             )
+        said_twice = few_lines(path, twice, "more keys stand twice")
         if pipelines is not None:
-            for line in (*few_lines(path, twice, "more keys stand twice"), *ignored, *pipelines.warnings):
+            for line in (*said_twice, *ignored, *unmatched_lines(path, pipelines, strict), *pipelines.warnings):
                 warn(line)
             write_pipeline(pipelines, out, options, text)
             return
@@ -104,14 +105,23 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
                 options.copy_tokenizer, options.allow_crimes, strict,
             )  # fmt: skip
             stream_plan = stack.enter_context(planned)
-        said_twice = few_lines(path, twice, "more keys stand twice")
-        for line in (*said_twice, *ignored, *stream_warnings(stream), *stream_plan.warnings):
+        unmatched = unmatched_lines(path, stream_plan, strict)
+        for line in (*said_twice, *ignored, *unmatched, *stream_warnings(stream), *stream_plan.warnings):
             warn(line)
         log_unused_config_keys(list(stream_plan.models.values()), log)
         inputs = [file for file in stream_plan.inputs if recipe_file or file != path]
         card = card_of_merge(out, stream_plan, text) if options.card else None
         write = partial(merge_to, recipe=text if options.card else None, max_shard_bytes=options.max_shard_bytes)
         write_model(stream_plan, out, card, "merging", options.overwrite, inputs, write)
+
+
+def unmatched_lines(path: Path, plan: StreamPlan | PipelinePlan, strict: bool) -> list[str]:
+    """A line about each filter of a planned recipe that means no tensor. Raises InputError for the first, with
+    `strict`."""
+    if strict and plan.unmatched:
+        raise InputError(*plan.unmatched[0])
+    lines = [f"{where}: {sentence}" for where, sentence in plan.unmatched]
+    return few_lines(path, lines, "more filters mean no tensor")
 
 
 def write_pipeline(pipelines: PipelinePlan, out: Path, options: MergeOptions, text: str) -> None:

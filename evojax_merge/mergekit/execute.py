@@ -71,7 +71,16 @@ from evojax_merge.checkpoints.writer import (
 from evojax_merge.errors import InputError, escaped_lines
 from evojax_merge.file_system import atomic_folder
 from evojax_merge.mergekit.modules import module_kind
-from evojax_merge.mergekit.plan import Layout, TensorPlan, evaluate_setting, layout, module_layouts, output_layers, plan
+from evojax_merge.mergekit.plan import (
+    Layout,
+    TensorPlan,
+    evaluate_setting,
+    layout,
+    module_layouts,
+    output_layers,
+    plan,
+    unmatched_filters,
+)
 from evojax_merge.mergekit.schema import RECIPE_DTYPES, RecipeFile, TokenizerSetting
 from evojax_merge.mergekit.templates import CHAT_TEMPLATES
 from evojax_merge.models.architecture import BUFFERS, LAYERS, Architecture, known_architecture
@@ -96,7 +105,8 @@ class MergePlan:
 
     `leader`: the folder that gives the result its tensors' names, its generation settings and, where only text decoders
     are merged, its other modules. `tokenizer`: the folder whose tokenizer is copied; None: none is written. `config`:
-    the merged decoder's config, without the dtype.
+    the merged decoder's config, without the dtype. `unmatched`: the recipe's filters that mean no tensor, each with a
+    sentence about it.
     """
 
     recipe: RecipeFile
@@ -108,6 +118,7 @@ class MergePlan:
     chat_template: str | None
     config: dict[str, Any]
     allow_nonfinite: bool
+    unmatched: Mapping[str, str]
 
     @property
     def inputs(self) -> list[Path]:
@@ -186,7 +197,7 @@ def prepare(
             load_tokenizer(tokenizer)  # it is written anew, with the template
     return MergePlan(
         recipe, sources, tuple(tensor_plans), specs, leader, tokenizer, template,
-        _merged_config(recipe, sources, leader, layouts, tied), allow_nonfinite,
+        _merged_config(recipe, sources, leader, layouts, tied), allow_nonfinite, unmatched_filters(recipe, planned),
     )  # fmt: skip
 
 

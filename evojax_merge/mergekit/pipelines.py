@@ -39,6 +39,16 @@ class PipelinePlan:
         return [*self.components.notes, *dict.fromkeys(lines)]
 
     @property
+    def unmatched(self) -> list[tuple[str, str]]:
+        """The name of the recipe and a sentence for each of its filters that means no tensor of any component."""
+        first, *others = [plan.unmatched for plan in self.merges.values()]
+        return [
+            (self.recipe.where, sentence)
+            for wanted, sentence in first.items()
+            if all(wanted in unmatched for unmatched in others)
+        ]
+
+    @property
     def inputs(self) -> list[Path]:
         """The files and folders that are read."""
         return [*self.models.values(), self.recipe.path]

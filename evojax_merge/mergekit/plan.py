@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from merge_kernels import Method, Options, Parameter, Rescale
 
 from evojax_merge.checkpoints.generator_keys import blocks_of
-from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.mergekit.modules import MODULES, module_of
 from evojax_merge.mergekit.schema import (
     FILTER_KEYS,
@@ -191,6 +191,45 @@ def _resolve(
     if complaint is not None:
         raise InputError(where, f"{tensor}: {complaint}")
     return options, parameters
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Filters that mean nothing
+
+
+def unmatched_filters(recipe: RecipeFile, tensor_plans: Sequence[TensorPlan]) -> dict[str, str]:
+    """The filters of a recipe that mean none of its planned tensors, each with a sentence that names its key and
+    the names that there are: a typo would give tensors another value without a word."""
+    names = {name for one in tensor_plans for name in (one.name, *(tensor for _, tensor in one.inputs))}
+    blocks = blocks_of([one.name for one in tensor_plans]).names
+    parts = {part for name in names for part in name.split(".") if not part.isdigit()} - {"weight", "bias"}
+    sentences: dict[str, str] = {}
+    for key, wanted in _filters(recipe):
+        if wanted not in ("*", *blocks) and not any(wanted in name for name in names):
+            hint = did_you_mean(wanted, blocks or parts)
+            sentences.setdefault(wanted, f"{key}: the filter {shown(wanted)} means no tensor{hint}")
+    return sentences
+
+
+def _filters(recipe: RecipeFile) -> Iterator[tuple[str, str]]:
+    """The filters of a recipe, each with the key of its setting."""
+    scopes: list[Settings] = [recipe.settings, {"on_mismatch": recipe.on_mismatch}]
+    for module in recipe.modules:
+        scopes.append(module.settings)
+        for part in module.slices:
+            scopes += [part.settings, *(source.settings for source in part.sources)]
+    for settings in scopes:
+        for name, setting in settings.items():
+            yield from ((name, wanted) for wanted in _named_filters(setting))
+    yield from (("gain_offsets", wanted) for wanted in recipe.gain_offsets)
+
+
+def _named_filters(setting: Setting) -> Iterator[str]:
+    entries = setting if isinstance(setting, list) else [setting]
+    for entry in entries:
+        if isinstance(entry, dict):
+            yield from [] if entry.get("filter") is None else [entry["filter"]]
+            yield from _named_filters(entry.get("value"))
 
 
 # ---------------------------------------------------------------------------------------------------------------

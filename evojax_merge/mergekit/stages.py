@@ -66,6 +66,11 @@ class StreamPlan:
         return list(lines)
 
     @property
+    def unmatched(self) -> list[tuple[str, str]]:
+        """The name of a recipe and a sentence for each of its filters that means no tensor."""
+        return [(merge.recipe.where, sentence) for merge in self.merges for sentence in merge.unmatched.values()]
+
+    @property
     def last_uses(self) -> list[int]:
         """For each stage, the number of the last merge that needs its result; the stage's own number, where only
         planning needs the result, for its tokenizer."""
