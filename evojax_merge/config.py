@@ -265,7 +265,7 @@ class Budget:
     seconds: float | None = None
 
 
-_BUDGET = re.compile(r"(\d{1,12}(?:\.\d{1,6})?) ?(pass|passes|s|m|min|h|d)")
+_BUDGET = re.compile(r"(\d{1,12}(?:\.\d{1,6})?) ?(pass|passes|s|m|min|h|d)", re.ASCII)
 _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 

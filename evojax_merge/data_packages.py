@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from evojax_merge.errors import InputError
-from evojax_merge.file_system import atomic_file
+from evojax_merge.file_system import atomic_file, make_folder
 
 
 class PackageUnavailable(InputError):
@@ -73,7 +73,7 @@ def cached_wheel(requirement: str, *options: str) -> Path:
     folder = cache_folder() / "wheels"
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     if not list(folder.glob(pattern)):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         # Another process may look for the wheel meanwhile.
         with fetched_wheel(requirement, *options) as path, atomic_file(folder / path.name) as work:
             shutil.copyfile(path, work)

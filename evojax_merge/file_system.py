@@ -108,7 +108,7 @@ def check_writable(path: Path) -> None:
 
 def remove_file(file: Path) -> None:
     """Remove a regular file, if it is there. A link, folder, pipe, socket or device stays."""
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         if stat.S_ISREG(os.lstat(file).st_mode):
             os.unlink(file)
 
@@ -121,6 +121,14 @@ def remove_link(link: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Folders
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder where there is none, and those above it. Raises as `atomic_file` does where it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
 
 
 def remove_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ from hostile import (
     Case,
     Server,
     build_world,
+    caches,
     chat,
     check,
     checkpoints,
@@ -55,6 +56,7 @@ MODULES = (
     proof,
     versions,
     images,
+    caches,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

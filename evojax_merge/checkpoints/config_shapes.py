@@ -20,7 +20,7 @@ from evojax_merge.models.architecture import HEAD, Architecture, find_architectu
 from evojax_merge.models.config import DecoderConfig
 
 # The name of a layer's tensor, by the outermost list of layers.
-LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)\.(?P<tail>.+)$")
+LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|layer|h|blocks|block)\.)(?P<index>[0-9]{1,9})\.(?P<tail>.+)$")
 ATTENTION = re.compile(
     r"(?:self_attn|self_attention|attention|attn)\.(?:self\.|attention\.)?"
     r"(?P<kind>[qkvo]_proj|query|key|value|out_proj)\.weight"

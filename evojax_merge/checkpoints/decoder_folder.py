@@ -315,7 +315,7 @@ def _unpacked(folder: Folder, architecture: Architecture, entries: Mapping[str, 
 def _parts(architecture: Architecture, name: str, entry: Tensor) -> dict[str, Tensor]:
     """The architecture's tensors that a tensor is, or packs, by name."""
     for pattern, held in architecture.packed.items():
-        match = re.fullmatch(re.escape(pattern).replace(re.escape("{layer}"), r"(\d+)"), name)
+        match = re.fullmatch(re.escape(pattern).replace(re.escape("{layer}"), "([0-9]{1,9})"), name)
         leaves = [leaf for leaf in architecture.leaves if leaf.name in held]
         if match is None or any(len(entry.shape) != len(leaf.shape) for leaf in leaves):
             continue

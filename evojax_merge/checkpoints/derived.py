@@ -134,13 +134,13 @@ def _sources(path: Path) -> SourcesFile | None:
 
 
 def open_model(path: Path) -> Folder:
-    """Open a model by its headers. Raises InputError as `open_folder` does, where sources do not fit each other, and
-    where parts of quantised matrices are left."""
+    """Open a model by its headers. Raises InputError as `open_folder` does, where sources do not fit each other, where
+    there is no tensor, and where parts of quantised matrices are left."""
     sources = _sources(path)
-    if sources is not None:
-        return KINDS[sources.kind](path, list(map(Path, sources.paths)))
-    folder = open_folder(path)
-    if folder.config:
+    folder = open_folder(path) if sources is None else KINDS[sources.kind](path, list(map(Path, sources.paths)))
+    if not folder.entries:
+        raise InputError(path, "has no tensor; expected the weights of a model")
+    if sources is None and folder.config:
         check_no_parts(folder.entries, None)
     return folder
 

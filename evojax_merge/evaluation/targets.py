@@ -188,7 +188,7 @@ _SLICES = {
 # Of GPUs: the numbers of a host's that names are offered with, and the most of them, and of hosts, that a name can say.
 _GPU_COUNTS = (1, 2, 4, 8)
 MOST_GPUS, MOST_HOSTS = 16, 1024
-_GPU_NAME = re.compile(r"(?:(?:(\d{1,4})x)?(\d{1,4})x)?([a-z].*)")
+_GPU_NAME = re.compile(r"(?:(?:(\d{1,4})x)?(\d{1,4})x)?([a-z].*)", re.ASCII)
 
 
 def target_names() -> list[str]:
@@ -217,7 +217,7 @@ def find_target(where: str, name: str) -> Target:
         return replace(chip, name=name, devices=hosts * count, hosts=hosts, memory=memory)
     if name not in target_names():
         # The number of GPUs stands before their name.
-        turned = re.sub(r"^(\w*?[a-z]\d+)[x*:-](\d+)$", r"\2x\1", name.lower())
+        turned = re.sub(r"^(\w*?[a-z]\d+)[x*:-](\d+)$", r"\2x\1", name.lower(), flags=re.ASCII)
         other_sizes = [other for other in target_names() if other.startswith(f"{turned.partition('-')[0]}-")]
         hint = f"; expected one of {', '.join(other_sizes)}" if other_sizes else did_you_mean(turned, target_names())
         raise InputError(where, f"there is no target {name!r}{hint}")

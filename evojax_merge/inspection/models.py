@@ -128,7 +128,7 @@ def _why_unsearchable(folder: DecoderFolder) -> str | None:
 def place_of(architecture: Architecture | None, name: str) -> tuple[int | None, str]:
     """The layer of a tensor, None outside of the layers, and its component; an unknown architecture's by the words in
     its name."""
-    number = re.search(r"\.(\d+)\.", f".{name}")
+    number = re.search(r"\.([0-9]{1,9})\.", f".{name}")
     leaf = None if architecture is None else architecture.leaf_of(name)
     if leaf is not None:
         return (None, leaf.name) if leaf.stack is None else (int(number[1]) if number else None, leaf.component)

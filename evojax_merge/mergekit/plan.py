@@ -27,12 +27,13 @@ from evojax_merge.mergekit.schema import (
 # A layer's number inside a tensor's name, in the architectures that number their layers: the outermost, where a layer's
 # parts are numbered too (T5: `encoder.block.3.layer.0`).
 LAYER_NAME = re.compile(
-    r"^(?P<head>(?:.*?\.)??(?:layers|layer|h|blocks|block|transformer_blocks)\.)(?P<index>\d+)(?P<tail>\..+)$"
+    r"^(?P<head>(?:.*?\.)??(?:layers|layer|h|blocks|block|transformer_blocks)\.)"
+    r"(?P<index>0|[1-9][0-9]{0,8})(?P<tail>\..+)$"
 )
 # Modules before the layers, in the architectures' names (embed_out is GPT-NeoX's head).
 BEFORE_LAYERS = re.compile(r"(?:^|[._])(?:wte|wpe|embed(?!_out)\w*|\w+_embed\w*)(?:\.|$)")
 # The number of a tensor in any other list, such as that of a module's convolutions.
-NUMBERED = re.compile(r"^(?P<head>.*?\.)(?P<index>\d+)\.")
+NUMBERED = re.compile(r"^(?P<head>.*?\.)(?P<index>[0-9]{1,9})\.")
 # The projection behind the layers of Qwen's vision towers, which takes the last value of a gradient over the layers.
 BEHIND_LAYERS = re.compile(r"(?:^|\.)visual\.merger\.mlp\.")
 

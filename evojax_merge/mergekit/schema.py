@@ -248,6 +248,7 @@ def _dtype(where: str, key: str, value: Any) -> str | None:
 
 def _on_mismatch(where: str, value: Any) -> Setting:
     setting = "refuse" if value is None else value
+    _check_setting(where, "on_mismatch", setting)
     entries = setting if isinstance(setting, list) else [setting]
     for entry in entries:
         word = (

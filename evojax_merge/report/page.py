@@ -7,6 +7,7 @@ browser fetch nothing.
 import base64
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -18,8 +19,9 @@ from markupsafe import Markup, escape
 
 from evojax_merge.checkpoints.pipelines import SHEET
 from evojax_merge.data_packages import cache_folder
-from evojax_merge.errors import escaped
-from evojax_merge.file_system import atomic_write
+from evojax_merge.errors import Failed, InputError, escaped
+from evojax_merge.file_system import atomic_write, make_folder
+from evojax_merge.regular_file import read_regular
 from evojax_merge.report.answers import read_answers
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.drawings import Layer, family_tree, path_drawing
@@ -189,18 +191,16 @@ def _part(name: str) -> Markup:
 @cache
 def _vega() -> str:
     """The libraries as one script. Bundling takes seconds: the user's cache keeps the script."""
-    file = cache_folder() / f"vega-{metadata.version('vl-convert-python')}.js"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    name = f"vega-{metadata.version('vl-convert-python')}.js"
+    # The page does without a cache.
+    with suppress(OSError, InputError, Failed):
+        return read_regular(cache_folder() / name, "a script").decode()
     import vl_convert
 
     script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, script)
-    except OSError:
-        # The page does without a cache.
-        return script
+    with suppress(OSError, InputError, Failed):
+        make_folder(cache_folder())
+        atomic_write(cache_folder() / name, script)
     return script
 
 

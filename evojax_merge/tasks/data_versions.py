@@ -18,7 +18,7 @@ from typing import Any
 
 from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import InputError, name_in_messages
-from evojax_merge.file_system import atomic_file
+from evojax_merge.file_system import atomic_file, make_folder
 from evojax_merge.regular_file import check_no_pointer, open_regular
 from evojax_merge.yaml_reader import load_yaml
 
@@ -68,7 +68,7 @@ def oxen_file(where: str, reference: str, relative_to: Path) -> Path:
                 repo.restore(str(tree / inside), source=commit)
                 if not (tree / inside).is_file():
                     raise InputError(where, f"{reference}: {inside} is no file at the commit {commit}")
-                (cache / commit / inside).parent.mkdir(parents=True, exist_ok=True)
+                make_folder((cache / commit / inside).parent)
                 with atomic_file(cache / commit / inside) as work:
                     shutil.copyfile(tree / inside, work)
     file = cache / commit / inside

@@ -633,20 +633,27 @@ def _running(name: str, templates: Templates | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lm_eval_context() -> Iterator[None]:
-    """Turns the harness's progress bars off, and seeds random numbers like its command line: some tasks shuffle their
-    choices with the global generators."""
+    """Turns the harness's progress bars and the log of its data sets off, whose errors are raised as well, and seeds
+    random numbers like its command line: some tasks shuffle their choices with the global generators."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    log = logging.getLogger("datasets")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     random.seed(PYTHON_SEED)
     np.random.seed(NUMPY_SEED)  # noqa: NPY002
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
+        log.setLevel(level)
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
+    """The first line of an error. The library of data sets says "an error occurred", and what occurred in the cause."""
+    if type(error).__module__.startswith("datasets.") and error.__cause__ is not None:
+        return _line(error.__cause__)
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

@@ -60,9 +60,9 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
     if kind in KINDS:
         family_kind: Family = import_module(f"evojax_merge.zoo.{kind}").FAMILY
         return family_kind.resolve_reference(rest)
-    match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
+    match = re.fullmatch(r"(?:([0-9]{1,9})/)?([^/]+)", name)
     if match is None or match[2] not in MODELS + FILES:
-        numbered = re.match(r"\d{1,9}/", name)
+        numbered = re.match(r"[0-9]{1,9}/", name)
         references = [f"{PREFIX}{numbered[0] if numbered else ''}{name_or_file}" for name_or_file in MODELS + FILES]
         raise InputError(f"{PREFIX}{name}", f"the zoo has no such model or file{did_you_mean(reference, references)}")
     if match[1] is None:
@@ -131,7 +131,7 @@ class Family(ABC):
     def resolve_reference(self, name: str) -> Path:
         """The path of a model or file, `3/plus` or `plus`; a missing family is written first. Raises InputError for
         another name."""
-        match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
+        match = re.fullmatch(r"(?:([0-9]{1,9})/)?([^/]+)", name)
         contents = (*self.models, *self.files)
         if match is None or match[2] not in contents:
             references = [f"{PREFIX}{self.name}/{name_or_file}" for name_or_file in contents]

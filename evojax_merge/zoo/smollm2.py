@@ -29,7 +29,7 @@ from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.data_packages import opened_wheel
 from evojax_merge.errors import InputError, did_you_mean
-from evojax_merge.file_system import atomic_folder, atomic_write
+from evojax_merge.file_system import atomic_folder, atomic_write, make_folder
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.layers import SequenceLayout
@@ -63,7 +63,7 @@ def resolve_reference(name: str) -> Path:
         raise InputError(f"{prefix}{name}", f"no such model or file{near}")
     path = cache_folder() / VERSION / name
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             _MAKERS[name](path)
         except InputError:

@@ -63,6 +63,12 @@ def failing(world: World) -> None:
 
 
 NAMES = "1 to 200 characters"
+
+
+def target(name: str, given: str, *says: str) -> Case:
+    return Case(f"a target {name}", lambda w: ("plan", "config.yaml", "--target", given), ("there is no target", *says))
+
+
 CASES: list[Case] = [
     # Numbers.
     Case("a truth value for a number", searching(generations=True), ("config.yaml", "search.generations", "true")),
@@ -167,5 +173,14 @@ CASES: list[Case] = [
     Case("a value of 5,000 digits", arguments("--set", "seed=" + "9" * 5000), ("--set seed", "1,000 digits")),
     Case("a value nested 5,000 deep", arguments("--set", "seed=" + "[" * 5000 + "]" * 5000), ("seed",)),
     Case("a key of 5,000 parts", arguments("--set", "a." * 5000 + "b=1"), ("a", "unknown key")),
+    # Digits of other scripts, and sizes that are none.
+    target("of full-width digits", "２xh100", "did you mean '8xh100'?"),
+    target("of Arabic digits", "٢x٨xh100"),
+    target("in superscript", "²xh100"),
+    target("of a TPU in full-width digits", "v5e-８", "v5e-8"),
+    Case("a budget of full-width digits", lambda w: (w.write("config.yaml", config(search={"budget": "５０ passes"})),
+         SEARCH)[1], ("search.budget", "passes or a time")),
+    Case("a family of a full-width number", changed(parents=["zoo:３/maths", "one"]),
+         ("zoo:３/maths", "no such model")),
     Case("an unknown key in other letters", arguments("--set", "größe=1"), ("größe", "unknown key")),
 ]  # fmt: skip

@@ -287,4 +287,60 @@ WEIGHTS = [
     Case("NaN, evaluated", value(NORM, np.nan), (FILE, NORM, "NaN or Inf"), EVALUATE),
     Case("NaN, merged", value(NORM, np.nan), (FILE, NORM, "NaN or Inf"), MERGE),
 ]
-CASES = HEADERS + FILES + INDEXES + WEIGHTS
+
+
+def without_tensors(*names: str, metadata: dict[str, str] | None = None) -> Callable[[World], None]:
+    """Files of weights that hold no tensor."""
+
+    def change(world: World) -> None:
+        for name in names:
+            world.write(name, with_header(json.dumps({} if metadata is None else {"__metadata__": metadata}).encode()))
+
+    return change
+
+
+def single_files(world: World) -> None:
+    """A recipe of two files by themselves, without tensors."""
+    without_tensors("a.safetensors", "b.safetensors")(world)
+    world.write("recipe.yaml", {"merge_method": "linear", "models": [
+        {"model": name, "parameters": {"weight": 1}} for name in ("a.safetensors", "b.safetensors")
+    ]})  # fmt: skip
+
+
+def empty_index(world: World) -> None:
+    (world / FILE).unlink()
+    world.write(INDEX, json.dumps({"metadata": {"total_size": 0}, "weight_map": {}}))
+
+
+def numbered(number: str) -> Callable[[World], None]:
+    """Both parents have one more tensor, of a layer of this number."""
+
+    def change(world: World) -> None:
+        for model in ("base", "one", "two"):
+            head, data = read(world / model / "model.safetensors")
+            end = len(data)
+            head[f"model.layers.{number}.mlp.up_proj.weight"] = {
+                "dtype": "F32", "shape": [1, 1], "data_offsets": [end, end + 4],
+            }  # fmt: skip
+            world.write(f"{model}/model.safetensors", with_header(json.dumps(head).encode(), data + bytes(4)))
+
+    return change
+
+
+NO_TENSOR = "has no tensor"
+EMPTY = [
+    Case("no tensor", without_tensors(FILE), ("one", NO_TENSOR)),
+    Case("no tensor but a text", without_tensors(FILE, metadata={"format": "pt"}), ("one", NO_TENSOR), MERGE),
+    Case("no tensor in the base", without_tensors("base/model.safetensors"), ("base", NO_TENSOR), MERGE),
+    Case("no tensor in any model", without_tensors(*(f"{name}/model.safetensors" for name in ("base", "one", "two"))),
+         ("base", NO_TENSOR), MERGE),
+    Case("no tensor in files by themselves", single_files, ("a.safetensors", NO_TENSOR), MERGE),
+    Case("no tensor, inspected", without_tensors(FILE), ("one", NO_TENSOR), ("inspect", "one", "two")),
+    Case("no tensor, evaluated", without_tensors(FILE), ("one", NO_TENSOR), EVALUATE),
+    Case("no tensor, planned", without_tensors(FILE), ("one",), ("plan", "config.yaml")),
+    Case("an index of nothing", empty_index, (INDEX, "weight_map: {}"), MERGE),
+    Case("a layer of a full-width number", numbered("１"), ("model.layers.１.mlp.up_proj.weight",)),
+    Case("a layer that begins with 0", numbered("01"), ("model.layers.01.mlp.up_proj.weight",)),
+    Case("a layer of 5,000 digits", numbered("9" * 5000), ("model.layers.999",)),
+]  # fmt: skip
+CASES = HEADERS + FILES + INDEXES + WEIGHTS + EMPTY

@@ -108,6 +108,19 @@ CODE = [
          ("tasks[0].allow_code", "include_path")),
 ]  # fmt: skip
 
+
+def data_is(content: str) -> Change:
+    return harness(more=lambda world: world.write("own/data.jsonl", content))
+
+
+BROKEN_DATA = [
+    case("data that are no JSON", data_is("not json\n"), "JSON parse error"),
+    case("data that end in the middle", data_is(json.dumps(DATA[0]) + '\n{"q": '), "JSON parse error"),
+    case("data that are one number", data_is("1\n"), "cannot be loaded"),
+    case("data that are nothing", data_is(""), "cannot be loaded"),
+    case("data of two forms", data_is('{"q": 1}\n{"q": {"a": [1]}}\n'), "cannot be loaded"),
+]
+
 TEMPLATES = [
     case(f"the template {name}", harness(doc_to_text=template), *says, seconds=40.0)
     for name, template, *says in (
@@ -325,4 +338,4 @@ NAMES = [
          "merge_method": "linear", "modules": {}}) and MERGE, ("recipe.yaml", "modules")),
 ]  # fmt: skip
 
-CASES = CODE + TEMPLATES + DATA_FILES + YAMLS + RECORDS + ENVIRONMENT + NAMES
+CASES = CODE + BROKEN_DATA + TEMPLATES + DATA_FILES + YAMLS + RECORDS + ENVIRONMENT + NAMES

@@ -23,7 +23,7 @@ from evojax_merge.checkpoints.decoder_folder import LM_HEAD, DecoderFolder
 from evojax_merge.checkpoints.writer import PROCESSOR_FILES
 from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import InputError, shown
-from evojax_merge.file_system import atomic_file
+from evojax_merge.file_system import atomic_file, make_folder
 from evojax_merge.models.images import Grid, GridPositions, ImageTable
 from evojax_merge.tasks.images import EXTRA, RecordImage
 
@@ -161,7 +161,7 @@ class VisionSide:
         from safetensors.numpy import save_file
 
         file = self._file(image)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         with atomic_file(file) as work:
             save_file(vars(features), work, self._metadata(image))
 

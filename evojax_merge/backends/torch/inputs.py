@@ -278,7 +278,7 @@ def _labels(examples: Sequence[NetworkExample], network: Network, folder: Path) 
     for example in examples:
         label = example.target
         number: Any = numbers.get(label) if isinstance(label, str) else label
-        if number is None and isinstance(label, str) and label.strip().isdigit():
+        if number is None and isinstance(label, str) and label.strip().isascii() and label.strip().isdigit():
             number = int(label)
         is_number = isinstance(number, (int, np.integer)) and not isinstance(number, (bool, np.bool_))
         if not is_number or not 0 <= int(number) < count:

@@ -218,7 +218,7 @@ def layer_groups(together: int | str) -> Callable[[str], str]:
 
     def group_of(name: str) -> str:
         modules = name.split(".")[:-1]
-        number = next((i for i, part in enumerate(modules) if i and re.fullmatch(r"\d+", part)), None)
+        number = next((i for i, part in enumerate(modules) if i and re.fullmatch("[0-9]{1,9}", part)), None)
         if number is None:
             return ".".join(modules[:2]) or name
         above = ".".join(modules[:number])
