@@ -1,8 +1,10 @@
 """Opens the ballots of a search: its votes file, and where people vote the page on which they do."""
 
+import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ import jax
 import numpy as np
 
 from evojax_merge import interrupts
-from evojax_merge.errors import InputError, printable
-from evojax_merge.file_system import atomic_write_bytes
+from evojax_merge.errors import InputError, cannot_write, printable
+from evojax_merge.file_system import atomic_write_bytes, remove_file
 from evojax_merge.judge.ballot import Ballot
 from evojax_merge.judge.batch import votes_of
 from evojax_merge.judge.server import listen, served
@@ -20,6 +22,9 @@ from evojax_merge.judge.votes import VoteFile
 from evojax_merge.problem import SearchProblem
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.tasks.voting import JudgedTask
+
+TOKEN_LENGTH = 22
+TOKEN = re.compile(rf"[\w-]{{{TOKEN_LENGTH}}}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,11 @@ def check_judges(path: Path, out: Path, problem: SearchProblem, options: JudgeOp
         raise InputError("--replay", f"{options.replay}: no such file")
     if options.choices is not None:
         votes_of(options.choices, VoteFile(votes), _weights(tasks))
-    if options.pairs is None and _by_people(tasks):
-        listen(options.port).close()
+    # Before the port is tried: processes on one machine would all try it.
     if jax.process_count() > 1:
         raise InputError(f"task {tasks[0].name}", "people judge searches of one process; leave --distributed out")
+    if options.pairs is None and _by_people(tasks):
+        listen(options.port).close()
     if len(problem.splits.shards) > 1:
         raise InputError("search.rungs", f"have no meaning for task {tasks[0].name}, which people judge; say rungs: 1")
     guarded = next((task.name for task in tasks if task.name in problem.guards), None)
@@ -105,11 +111,25 @@ def judging(
 
 
 def _token(path: Path) -> str:
-    """The token in the addresses of a run's pages: links to them stay good when the run goes on."""
-    if not path.exists():
-        atomic_write_bytes(path, secrets.token_urlsafe(16).encode())
-        path.chmod(0o600)
-    return path.read_text("utf-8").strip()
+    """The token in the addresses of a run's pages: links to them stay good when the run goes on. Its file is its
+    user's alone from its first moment; a token that others could read, or that is none, makes way for a new one. Raises
+    InputError for a link."""
+    if path.is_symlink():
+        raise InputError(path, "is a link; expected a file of the run, or none")
+    try:
+        with suppress(FileNotFoundError):
+            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+                token = file.read(TOKEN_LENGTH + 2).strip().decode("ascii", "replace")
+                is_private = not os.fstat(file.fileno()).st_mode & 0o077
+            if is_private and TOKEN.fullmatch(token):
+                return token
+            remove_file(path)
+        token = secrets.token_urlsafe(TOKEN_LENGTH * 3 // 4)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
+            file.write(token.encode())
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    return token
 
 
 def _weights(tasks: Sequence[JudgedTask]) -> dict[str, Mapping[str, float]]:
