@@ -442,7 +442,7 @@ def test_votes_of_another_run_are_named(tmp_path: Path, family: Family) -> None:
     for name, kept in (("cut", lines[1:]), ("doubled", [*lines[:2], *lines[1:]])):
         (tmp_path / f"{name}.jsonl").write_text("".join(kept))
         done = run_here("judge", path, "--out", tmp_path / name, "--replay", tmp_path / f"{name}.jsonl")
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "votes.jsonl:" in done.stderr
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"{name}.jsonl:" in done.stderr
 
 
 def test_votes_come_by_file(tmp_path: Path, family: Family) -> None:
@@ -502,7 +502,7 @@ def test_file_votes_that_cannot_count_are_named(tmp_path: Path, family: Family) 
     (one,) = file.rounds
     file.close(one)
     votes.write_text(json.dumps({"pair": next(iter(file.pairs)), "choice": "tie"}) + "\n")
-    taken = choices_of(votes, VoteFile(file.path), {one.task: {}})
+    taken = choices_of(votes, read_choices(votes), VoteFile(file.path), {one.task: {}})
     assert taken.describe() == "took 0 votes; 1 came after their generation had ended, and do not count"
 
 

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from evojax_merge import interrupts
 from evojax_merge.errors import InputError, cannot_write, printable
 from evojax_merge.file_system import atomic_write_bytes, remove_file
 from evojax_merge.judge.ballot import Ballot
-from evojax_merge.judge.batch import votes_of
+from evojax_merge.judge.batch import Choices, read_choices, votes_of
 from evojax_merge.judge.server import listen, served
-from evojax_merge.judge.votes import VoteFile
+from evojax_merge.judge.votes import Limits, VoteFile
 from evojax_merge.problem import SearchProblem
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.tasks.voting import JudgedTask
@@ -31,17 +32,25 @@ TOKEN = re.compile(rf"[\w-]{{{TOKEN_LENGTH}}}", re.ASCII)
 class JudgeOptions:
     """port: of the page of judges; 0: any that is free. replay: a votes file of an equal search, whose votes are
     taken. pairs: a file that pairs are written to, instead of a page that is served; choices: a file of votes on
-    pairs that were written before."""
+    pairs that were written before, or a pipe."""
 
     port: int = 0
     replay: Path | None = None
     pairs: Path | None = None
     choices: Path | None = None
 
+    @cached_property
+    def chosen(self) -> Choices:
+        """The choices of the file. A pipe can be read once."""
+        return {} if self.choices is None else read_choices(self.choices)
 
-def check_judges(path: Path, out: Path, problem: SearchProblem, options: JudgeOptions | None, *, resume: bool) -> None:
-    """Raises InputError for a search that nobody can judge, and for votes that it would lose. path: the config;
-    options: None where nobody asked for judges."""
+
+def check_judges(
+    path: Path, out: Path, problem: SearchProblem, options: JudgeOptions | None, *, resume: bool, chained: bool = False
+) -> None:  # fmt: skip
+    """Raises InputError for a search that nobody can judge, for votes that it would lose, and for those that are not
+    its own. path: the config; options: None where nobody asked for judges; chained: whether an earlier stage may give
+    the genomes other dimensions."""
     tasks = _judged_tasks(problem)
     if not tasks:
         if options is not None:
@@ -54,8 +63,12 @@ def check_judges(path: Path, out: Path, problem: SearchProblem, options: JudgeOp
         raise InputError(votes, "holds votes; --resume continues with them, or move the file (--replay takes it)")
     if options.replay is not None and not options.replay.is_file():
         raise InputError("--replay", f"{options.replay}: no such file")
+    source = votes if options.replay is None or votes.exists() else options.replay
+    file = VoteFile(source, _limits(problem, None if chained else problem.space.dims))
+    if source == options.replay and not file.rounds:
+        raise InputError("--replay", f"{source}: holds no votes; expected the votes.jsonl of a run")
     if options.choices is not None:
-        votes_of(options.choices, VoteFile(votes), _weights(tasks))
+        votes_of(options.choices, options.chosen, file, _weights(tasks))
     # Before the port is tried: processes on one machine would all try it.
     if jax.process_count() > 1:
         raise InputError(f"task {tasks[0].name}", "people judge searches of one process; leave --distributed out")
@@ -83,9 +96,10 @@ def judging(
     votes = folder.votes
     if options.replay is not None and not votes.exists():
         atomic_write_bytes(votes, options.replay.read_bytes())
-    file, ballots = VoteFile(votes), {}
+    file, ballots = VoteFile(votes, _limits(problem, problem.space.dims)), {}
+    file.mend()
     if options.choices is not None:
-        choices = votes_of(options.choices, file, _weights(tasks))
+        choices = votes_of(options.choices, options.chosen, file, _weights(tasks))
         for one, vote in choices.added:
             file.add(one, vote)
         log(f"{options.choices}: {choices.describe()}")
@@ -95,7 +109,7 @@ def judging(
             task, file, problem.search.generations, problem.seed, interrupts.check, pairs=options.pairs,
             done=len(history), log=log,
         )  # fmt: skip
-    _check_rounds(votes, file, ballots, history)
+    _check_rounds(votes, file, history)
     with ExitStack() as stack:
         people = _by_people(tasks)
         if options.pairs is None and people:
@@ -145,14 +159,17 @@ def _judged_tasks(problem: SearchProblem) -> list[JudgedTask]:
     return [task for task in problem.splits.search if isinstance(task, JudgedTask)]
 
 
-def _check_rounds(
-    path: Path, file: VoteFile, ballots: Mapping[str, Ballot], history: Sequence[Mapping[str, Any]]
-) -> None:
+def _limits(problem: SearchProblem, dims: int | None) -> dict[str, Limits]:
+    heldout = {task.name: task.size for task in problem.splits.heldout}
+    return {
+        task.name: Limits(dims, task.size, min(heldout[task.name], task.voting.heldout_votes))
+        for task in _judged_tasks(problem)
+    }
+
+
+def _check_rounds(path: Path, file: VoteFile, history: Sequence[Mapping[str, Any]]) -> None:
     """Raises InputError for votes of another search than that of the history's generations."""
-    for one in file.rounds:
-        if one.task not in ballots:
-            raise InputError(path, f"has votes on task {one.task!r}, which the search does not have")
-    for task in ballots:
+    for task in {one.task for one in file.rounds}:
         rounds = [one.genomes for one in file.of_task(task) if one.genomes.shape[1]]
         # A generation is in the votes before it is in the history, which may have been cut back to a checkpoint.
         for number, (genomes, row) in enumerate(zip(rounds, history, strict=False), start=1):
