@@ -265,7 +265,7 @@ def _run_chain(
         raise InputError(f"{path}: stages", what)
     folders = [*(_stage_folder(RunFolder(out), number).path for number in range(1, len(stages))), out]
     for place, problem in zip(folders, problems, strict=True):
-        check_judges(path, place, problem, judges, resume=resume, chained=True)
+        check_judges(path, place, problem, judges, resume=resume)
     prepared = [problem.prepare() for problem in problems]
     require_space(out, sum(map(disk_bytes, problems)))
     for problem in problems:

@@ -143,7 +143,8 @@ def _row(where: str, line: bytes) -> tuple[str, Choice, str]:
     if not isinstance(row, dict) or not isinstance(row.get("pair"), str):
         what = f"its keys are {', '.join(row) or 'none'}" if isinstance(row, dict) else f"is {shown(row)}"
         raise InputError(where, f'{what}; expected {{"pair": NAME, "choice": …}}, with the name that the pair has')
-    choice, judge = row.get("choice"), row.get("judge", "")
+    choice: Any = row.get("choice")
+    judge = row.get("judge", "")
     if choice not in get_args(Choice):
         raise InputError(where, f"choice: {shown(choice)}; expected one of {', '.join(get_args(Choice))}")
     if not isinstance(judge, str):

@@ -1,10 +1,8 @@
 """Opens the ballots of a search: its votes file, and where people vote the page on which they do."""
 
-import os
-import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,18 +12,15 @@ import jax
 import numpy as np
 
 from evojax_merge import interrupts
-from evojax_merge.errors import InputError, cannot_write, printable
-from evojax_merge.file_system import atomic_write_bytes, remove_file
+from evojax_merge.errors import InputError, printable
+from evojax_merge.file_system import atomic_file, atomic_write_bytes
 from evojax_merge.judge.ballot import Ballot
 from evojax_merge.judge.batch import Choices, read_choices, votes_of
 from evojax_merge.judge.server import listen, served
-from evojax_merge.judge.votes import Limits, VoteFile
+from evojax_merge.judge.votes import VoteFile
 from evojax_merge.problem import SearchProblem
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.tasks.voting import JudgedTask
-
-TOKEN_LENGTH = 22
-TOKEN = re.compile(rf"[\w-]{{{TOKEN_LENGTH}}}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -45,12 +40,9 @@ class JudgeOptions:
         return {} if self.choices is None else read_choices(self.choices)
 
 
-def check_judges(
-    path: Path, out: Path, problem: SearchProblem, options: JudgeOptions | None, *, resume: bool, chained: bool = False
-) -> None:  # fmt: skip
+def check_judges(path: Path, out: Path, problem: SearchProblem, options: JudgeOptions | None, *, resume: bool) -> None:
     """Raises InputError for a search that nobody can judge, for votes that it would lose, and for those that are not
-    its own. path: the config; options: None where nobody asked for judges; chained: whether an earlier stage may give
-    the genomes other dimensions."""
+    its own. path: the config; options: None where nobody asked for judges."""
     tasks = _judged_tasks(problem)
     if not tasks:
         if options is not None:
@@ -64,7 +56,7 @@ def check_judges(
     if options.replay is not None and not options.replay.is_file():
         raise InputError("--replay", f"{options.replay}: no such file")
     source = votes if options.replay is None or votes.exists() else options.replay
-    file = VoteFile(source, _limits(problem, None if chained else problem.space.dims))
+    file = VoteFile(source, _sizes(problem))
     if source == options.replay and not file.rounds:
         raise InputError("--replay", f"{source}: holds no votes; expected the votes.jsonl of a run")
     if options.choices is not None:
@@ -96,7 +88,7 @@ def judging(
     votes = folder.votes
     if options.replay is not None and not votes.exists():
         atomic_write_bytes(votes, options.replay.read_bytes())
-    file, ballots = VoteFile(votes, _limits(problem, problem.space.dims)), {}
+    file, ballots = VoteFile(votes, _sizes(problem)), {}
     file.mend()
     if options.choices is not None:
         choices = votes_of(options.choices, options.chosen, file, _weights(tasks))
@@ -109,7 +101,7 @@ def judging(
             task, file, problem.search.generations, problem.seed, interrupts.check, pairs=options.pairs,
             done=len(history), log=log,
         )  # fmt: skip
-    _check_rounds(votes, file, history)
+    _check_rounds(votes, file, problem.space.dims, history)
     with ExitStack() as stack:
         people = _by_people(tasks)
         if options.pairs is None and people:
@@ -125,25 +117,16 @@ def judging(
 
 
 def _token(path: Path) -> str:
-    """The token in the addresses of a run's pages: links to them stay good when the run goes on. Its file is its
-    user's alone from its first moment; a token that others could read, or that is none, makes way for a new one. Raises
-    InputError for a link."""
+    """The token in the addresses of a run's pages: links to them stay good when the run goes on. One that others can
+    read makes way for a new one. Raises InputError for a link."""
     if path.is_symlink():
         raise InputError(path, "is a link; expected a file of the run, or none")
-    try:
-        with suppress(FileNotFoundError):
-            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-                token = file.read(TOKEN_LENGTH + 2).strip().decode("ascii", "replace")
-                is_private = not os.fstat(file.fileno()).st_mode & 0o077
-            if is_private and TOKEN.fullmatch(token):
-                return token
-            remove_file(path)
-        token = secrets.token_urlsafe(TOKEN_LENGTH * 3 // 4)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
-            file.write(token.encode())
-    except OSError as error:
-        raise cannot_write(path, error) from None
-    return token
+    if not path.exists() or path.stat().st_mode & 0o077:
+        with atomic_file(path) as work:
+            # Nobody else can read it, not for a moment.
+            work.touch(0o600, exist_ok=False)
+            work.write_text(secrets.token_urlsafe(16))
+    return path.read_text("utf-8").strip()
 
 
 def _weights(tasks: Sequence[JudgedTask]) -> dict[str, Mapping[str, float]]:
@@ -159,18 +142,19 @@ def _judged_tasks(problem: SearchProblem) -> list[JudgedTask]:
     return [task for task in problem.splits.search if isinstance(task, JudgedTask)]
 
 
-def _limits(problem: SearchProblem, dims: int | None) -> dict[str, Limits]:
+def _sizes(problem: SearchProblem) -> dict[str, tuple[int, int]]:
     heldout = {task.name: task.size for task in problem.splits.heldout}
-    return {
-        task.name: Limits(dims, task.size, min(heldout[task.name], task.voting.heldout_votes))
-        for task in _judged_tasks(problem)
-    }
+    tasks = _judged_tasks(problem)
+    return {task.name: (task.size, min(heldout[task.name], task.voting.heldout_votes)) for task in tasks}
 
 
-def _check_rounds(path: Path, file: VoteFile, history: Sequence[Mapping[str, Any]]) -> None:
-    """Raises InputError for votes of another search than that of the history's generations."""
-    for task in {one.task for one in file.rounds}:
+def _check_rounds(path: Path, file: VoteFile, dims: int, history: Sequence[Mapping[str, Any]]) -> None:
+    """Raises InputError for votes of another search than that of the history's generations, or of other dimensions."""
+    for task in dict.fromkeys(one.task for one in file.rounds):
         rounds = [one.genomes for one in file.of_task(task) if one.genomes.shape[1]]
+        if any(genomes.shape[1] != dims for genomes in rounds):
+            what = f"its votes on task {task} are on candidates of another space: it is of another run"
+            raise InputError(path, f"{what}; expected the votes.jsonl of this run, or of an equal one")
         # A generation is in the votes before it is in the history, which may have been cut back to a checkpoint.
         for number, (genomes, row) in enumerate(zip(rounds, history, strict=False), start=1):
             searched = np.array(row["genomes"], np.float32)

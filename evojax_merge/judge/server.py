@@ -168,7 +168,7 @@ def application(ballots: Sequence[Ballot], token: str, ended: threading.Event) -
             return Response(f"choice: expected one of {', '.join(CHOICES)}", 400, HEADERS)
         try:
             counted = await run_in_threadpool(ballot.vote, number, choice, judge)
-        except Failed as error:
+        except (Failed, InputError) as error:
             ballot.stop(error)
             return Response(str(error), 500, HEADERS)
         following = await run_in_threadpool(_state, ballots, judge)

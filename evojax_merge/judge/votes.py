@@ -24,9 +24,10 @@ import numpy as np
 from pydantic import ConfigDict, Field, InstanceOf, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from evojax_merge.errors import Failed, InputError, print_warning, shown
-from evojax_merge.file_system import regular_file
+from evojax_merge.errors import InputError, print_warning, shown
+from evojax_merge.file_system import atomic_write_bytes, regular_file
 from evojax_merge.regular_file import lines_of
+from evojax_merge.search.run_folder import append_line
 from evojax_merge.tasks.voting import Choice, Weight
 
 CHOICES = get_args(Choice)
@@ -88,22 +89,13 @@ class Round:
     answers: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Limits:
-    """A task's votes as a search may have them. dims: of its genomes, None: not known yet; searched, heldout: the
-    numbers of examples that a generation and the held-out comparison may ask about."""
-
-    dims: int | None
-    searched: int
-    heldout: int
-
-
 class VoteFile:
-    """The rounds of a file, which grows as votes are added. limits: of the search's tasks, by their names.
-    Raises InputError for lines that no search wrote, and for votes beyond the limits."""
+    """The rounds of a file, which grows as votes are added. sizes: by the names of the search's tasks, the numbers of
+    examples that a generation, and the held-out comparison, may ask about. Raises InputError for lines that no search
+    wrote, and for votes on other tasks and examples."""
 
-    def __init__(self, path: Path, limits: Mapping[str, Limits] | None = None) -> None:
-        self.path, self._limits = path, limits
+    def __init__(self, path: Path, sizes: Mapping[str, tuple[int, int]] | None = None) -> None:
+        self.path, self._sizes = path, sizes
         self.rounds: list[Round] = []
         # By their names, with their rounds.
         self.pairs: dict[str, tuple[Round, FilePair]] = {}
@@ -121,11 +113,12 @@ class VoteFile:
             aside = self.path.with_name(f"{self.path.name}.broken")
             what = f"its last line cannot be read, and stands in {aside.name} now; a vote in it is asked for again"
             print_warning(f"{self.path}: {what}")
-            _append(regular_file(aside), self._broken + b"\n")
+            earlier = regular_file(aside).read_bytes() if aside.exists() else b""
+            atomic_write_bytes(aside, earlier + self._broken + b"\n")
             with self.path.open("r+b") as file:
                 file.truncate(file.seek(0, os.SEEK_END) - len(self._broken) - (not self._lacks_end))
         elif self._lacks_end:
-            _append(self.path, b"\n")
+            append_line(self.path, "\n")
         self._broken, self._lacks_end = b"", False
 
     def find(self, digest: str) -> Round | None:
@@ -158,7 +151,7 @@ class VoteFile:
 
     def _append(self, line: dict[str, Any]) -> None:
         self.mend()
-        _append(self.path, json.dumps(line).encode() + b"\n")
+        append_line(self.path, json.dumps(line) + "\n")
 
     def _read(self, where: str, line: bytes) -> None:
         try:
@@ -203,10 +196,9 @@ class VoteFile:
             raise InputError(where, f"is a vote on candidates {left} and {right} of {count}")
         if left == right:
             raise InputError(where, f"is a vote on candidate {left} and itself")
-        if self._limits is not None:
-            most = self._limits[one.task].searched if dims else self._limits[one.task].heldout
-            if asked.example >= most:
-                raise InputError(where, f"example: {asked.example}; the task has {most} to vote on, from 0 on")
+        most = asked.example + 1 if self._sizes is None else self._sizes[one.task][0 if dims else 1]
+        if asked.example >= most:
+            raise InputError(where, f"example: {asked.example}; the task has {most} to vote on, from 0 on")
 
     def _named(self, where: str, digest: str) -> Round:
         one = self.find(digest)
@@ -228,24 +220,9 @@ class VoteFile:
             raise InputError(where, f"begins round {name!r} once more; remove the line")
         if answers and len(answers) != len(genomes):
             raise InputError(where, f"answers: expected one digest for each of the {len(genomes)} genomes")
-        if self._limits is not None and task not in self._limits:
+        if self._sizes is not None and task not in self._sizes:
             raise InputError(where, f"has votes on task {shown(task)}, which the search does not have")
-        dims = None if self._limits is None else self._limits[task].dims
-        if dims is not None and genomes.shape[1] not in (0, dims):
-            what = f"genomes: rows of {genomes.shape[1]} numbers, where this search has {dims}"
-            raise InputError(where, f"{what}; its votes are of another search")
         return Round(name, task, genomes, answers=tuple(answers))
-
-
-def _append(path: Path, content: bytes) -> None:
-    """Append to a file, on the disk when this returns."""
-    try:
-        with path.open("ab") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise Failed(f"{path}: cannot be written ({error.strerror}); the votes before are kept") from None
 
 
 def _is_json(line: bytes) -> bool:

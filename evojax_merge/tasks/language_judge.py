@@ -54,15 +54,15 @@ class _Bounded(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        seconds = self._end - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError
-        self._connection.settimeout(seconds)
-        count = self._stream.readinto(buffer)
+        # A time of 0 would mean no waiting at all.
+        self._connection.settimeout(max(1e-3, self._end - time.monotonic()))
+        count: int = self._stream.readinto(buffer)
         self._left -= count
         if self._left < 0:
             raise Unanswered(f"its answer has over {MAX_BYTES:,} bytes")
-        return int(count)
+        if time.monotonic() > self._end:
+            raise TimeoutError
+        return count
 
     def close(self) -> None:
         self._stream.close()
@@ -75,36 +75,22 @@ class _Answer(http.client.HTTPResponse):
         self.fp = io.BufferedReader(_Bounded(connection, self.fp.detach()))
 
 
-class _Connection(http.client.HTTPConnection):
-    response_class = _Answer
-
-
-class _SecureConnection(http.client.HTTPSConnection):
-    response_class = _Answer
-
-
-class _Http(urllib.request.HTTPHandler):
-    def http_open(self, request: Any) -> Any:
-        return self.do_open(_Connection, request)
-
-
-class _Https(urllib.request.HTTPSHandler):
-    def https_open(self, request: Any) -> Any:
-        return self.do_open(_SecureConnection, request)
+class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
+        bounded: Any = type("BoundedConnection", (http_class,), {"response_class": _Answer})
+        return super().do_open(bounded, req, **options)
 
 
 def check_address(address: str, allows_plain: bool) -> None:
     """Raises ValueError for an address that no judge has, and for one that would get the key and the texts over a
     network in plain text, unless `allows_plain`."""
-    if not re.fullmatch(r"https?://[^/?#@]+(/[^?#]*)?", address) or not re.fullmatch("[!-~]+", address):
-        what = "a user, a password, a question mark and spaces have no place in it, and the key stands in"
+    if not re.fullmatch(r"https?://(?=[!-~]+\Z)[^/?#@:][^/?#@]*(/[^?#]*)?", address):
+        what = "no user, password, question mark or space: the key stands in"
         raise ValueError(f"expected http://… or https://…, a host and perhaps a path; {what} {KEY}")
-    parts = urlsplit(address)
-    if not parts.hostname or parts.port == 0:
-        raise ValueError("expected a host, and a port from 1 to 65535 where one is given")
-    if parts.scheme == "http" and not allows_plain and not _is_this_machine(parts.hostname):
+    host, _ = str(urlsplit(address).hostname), urlsplit(address).port
+    if address.startswith("http:") and not allows_plain and not _is_this_machine(host):
         what = "would get the prompts, the answers and the key in plain text; expected https://"
-        raise ValueError(f"{parts.hostname[:100]} {what}, or judge_insecure: true")
+        raise ValueError(f"{host[:100]} {what}, or judge_insecure: true")
 
 
 def _is_this_machine(host: str) -> bool:
@@ -185,12 +171,10 @@ class LanguageModelJudge:
 
 def _exchange(address: str, body: bytes) -> str:
     """The text that a model sends back. Raises Unanswered. No redirect is followed: the key is for this address."""
-    key, proxies = read_key(), {} if _is_this_machine(urlsplit(address).hostname or "") else None
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(proxies), _Http(), _Https(), urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-    ):  # fmt: skip
+    key, proxies = read_key(), dict[str, str]() if _is_this_machine(urlsplit(address).hostname or "") else None
+    opener, standard = urllib.request.OpenerDirector(), urllib.request
+    errors = standard.HTTPDefaultErrorHandler(), standard.HTTPErrorProcessor()
+    for handler in (standard.ProxyHandler(proxies), _Handler(), *errors):
         opener.add_handler(handler)
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     try:
