@@ -11,6 +11,7 @@ from hostile import (
     SEARCH,
     Case,
     Server,
+    addresses,
     build_world,
     chat,
     check,
@@ -32,6 +33,7 @@ from hostile import (
     tasks,
     tasks_of_strangers,
     versions,
+    votes,
 )
 from hostile import tokenizers as tokenizer_files
 
@@ -55,6 +57,8 @@ MODULES = (
     proof,
     versions,
     images,
+    votes,
+    addresses,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

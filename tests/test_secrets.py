@@ -8,11 +8,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from helpers import Family
+from hostile import config, start_command
 
 from evojax_merge.errors import Failed, InputError, first_line, hide, print_warning, printable, without_secrets
+from evojax_merge.search.environment import recorded_session
+from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.tasks import language_judge
 from evojax_merge.tasks.language_judge import KEY, LanguageModelJudge, check_address
 
@@ -58,6 +64,34 @@ def test_users_and_passwords_of_addresses_and_hidden_tokens_are_left_out(monkeyp
 def test_the_first_line_of_an_error() -> None:
     assert first_line(ValueError("  one\u2028two\nthree")) == "one\u2028two"
     assert first_line(ValueError("\n")) == "ValueError"
+
+
+def test_no_traceback_or_log_shows_a_secret(tmp_path: Path, family: Family) -> None:
+    """A user's function that asks a server, and whose library quotes the request."""
+    (tmp_path / "own.py").write_text(
+        "import os\n\ndef score(records, outputs):\n"
+        "    raise RuntimeError(f'{os.environ[\"SERVICE_KEY\"].encode()!r} at https://ann:word@host.example/')\n"
+    )
+    task = {"name": "own", "kind": "function", "file": str(family.tasks), "function": "own.py:score",
+            "max_new_tokens": 1}  # fmt: skip
+    document = config(base=str(family.base), parents=[str(parent) for parent in family.parents], tasks=[task])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
+    variables = [("SERVICE_KEY", f"{SECRET}\n{SECRET}é")]
+    started = start_command("search", "config.yaml", "--out", "run", folder=tmp_path, environment=variables)
+    assert started.wait() == 1
+    assert "RuntimeError: b'[SERVICE_KEY]' at https://[…]@host.example/" in started.read("stderr")
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert "[SERVICE_KEY]" in log
+    assert SECRET not in started.read("stderr") + started.read("stdout") + log
+
+
+def test_no_recorded_command_shows_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY, SECRET)
+    monkeypatch.setattr("sys.argv", ["evojax-merge", "search", "--set", f"tasks.0.judge_model={SECRET}"])
+    with recorded_session(RunFolder(tmp_path)):
+        pass
+    text = (tmp_path / "environment.json").read_text()
+    assert f"judge_model=[{KEY}]" in text and SECRET not in text
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -144,8 +144,8 @@ def _judged_tasks(problem: SearchProblem) -> list[JudgedTask]:
 
 def _sizes(problem: SearchProblem) -> dict[str, tuple[int, int]]:
     heldout = {task.name: task.size for task in problem.splits.heldout}
-    tasks = _judged_tasks(problem)
-    return {task.name: (task.size, min(heldout[task.name], task.voting.heldout_votes)) for task in tasks}
+    judged = _judged_tasks(problem)
+    return {task.name: (task.size, min(heldout[task.name], task.voting.heldout_votes)) for task in judged}
 
 
 def _check_rounds(path: Path, file: VoteFile, dims: int, history: Sequence[Mapping[str, Any]]) -> None:

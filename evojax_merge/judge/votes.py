@@ -110,7 +110,7 @@ class VoteFile:
     def mend(self) -> None:
         """Make lines appendable: end the last line, and move one that cannot be read to `votes.jsonl.broken`."""
         if self._broken:
-            aside = self.path.with_name(f"{self.path.name}.broken")
+            aside = self.path.with_name("votes.jsonl.broken")
             what = f"its last line cannot be read, and stands in {aside.name} now; a vote in it is asked for again"
             print_warning(f"{self.path}: {what}")
             earlier = regular_file(aside).read_bytes() if aside.exists() else b""
