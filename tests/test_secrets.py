@@ -16,6 +16,7 @@ import yaml
 from helpers import Family
 from hostile import config, start_command
 
+from evojax_merge import errors
 from evojax_merge.errors import Failed, InputError, first_line, hide, print_warning, printable, without_secrets
 from evojax_merge.search.environment import recorded_session
 from evojax_merge.search.run_parts import RunFolder
@@ -55,6 +56,7 @@ def test_no_message_shows_a_secret(name: str, key: str, monkeypatch: pytest.Monk
 def test_users_and_passwords_of_addresses_and_hidden_tokens_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "https://ann:pass-word@host.example/x, ssh://git@host and http://host/@b, see a@b.example"
     assert printable(text) == "https://[…]@host.example/x, ssh://[…]@host and http://host/@b, see a@b.example"
+    monkeypatch.setattr(errors, "_SECRETS", {})
     hide(SECRET, "token of the hub")
     assert printable(f"403: {SECRET}") == "403: [token of the hub]"
     monkeypatch.setenv("SHORT_KEY", "the")

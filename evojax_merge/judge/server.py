@@ -100,6 +100,7 @@ def application(ballots: Sequence[Ballot], token: str, ended: threading.Event) -
     """The page as an ASGI application, at `/TOKEN/`. ended: is set once the search has its winner."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
+    from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import Response
@@ -183,14 +184,8 @@ def application(ballots: Sequence[Ballot], token: str, ended: threading.Event) -
             Route("/{token}/picture/{name}", picture),
             Route("/{token}/{name}", page),
         ],
-        middleware=[_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
     )
-
-
-def _middleware(kind: Any, **options: Any) -> Any:
-    from starlette.middleware import Middleware
-
-    return Middleware(kind, **options)
 
 
 def _state(ballots: Sequence[Ballot], judge: str, earlier: str = "") -> dict[str, Any]:
