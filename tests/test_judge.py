@@ -1143,6 +1143,8 @@ def test_a_search_that_is_killed_between_votes_loses_none(tmp_path: Path, family
         started.send_signal(signal.SIGKILL)
         started.wait()
         assert len(votes_of(run)) == counted
+        log, token = (run / "run.log").read_text(), address.split("/")[3]
+        assert f"judge: open {address.replace(token, '[judge-token]')} on this machine" in log and token not in log
 
 
 def page_of(started: Running) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers import Family, run_here
+from hostile import run_python
 
 from evojax_merge.errors import InputError
 from evojax_merge.judge.batch import read_choices
@@ -154,6 +155,37 @@ def test_a_last_line_is_a_vote_or_stands_beside(
     assert aside.read_bytes() == (b"older\n" if broken is None else b"older\n" + broken + b"\n")
     said = capsys.readouterr().err
     assert ("votes.jsonl.broken" in said) == (broken is not None) and said.count("\n") == (broken is not None)
+
+
+FULL = """
+import resource, signal, sys
+import numpy as np
+from pathlib import Path
+from evojax_merge.errors import Failed
+from evojax_merge.judge.votes import Vote, VoteFile
+
+path = Path(sys.argv[1])
+file = VoteFile(path)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20,) * 2)
+try:
+    file.add(file.rounds[0], Vote(1, 1, 0, "tie", ("x", "y"), "bob"))
+except Failed as error:
+    print(error)
+"""
+
+
+def test_a_vote_that_the_disk_has_no_room_for_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "votes.jsonl"
+    written(path)
+    before = path.read_bytes()
+    done = run_python(FULL, path)
+    assert done.stdout.startswith(f"{path}: could not be written (File too large)"), done
+    assert path.read_bytes() == before + json.dumps({"vote": {"example": 1, "left": 1}}).encode()[:20]
+    file = VoteFile(path)
+    file.add(file.rounds[0], Vote(1, 1, 0, "tie", ("x", "y"), "bob"))
+    assert [vote.judge for vote in VoteFile(path).rounds[0].votes] == ["ann", "bob"]
+    assert path.read_bytes().startswith(before)
 
 
 def test_a_line_in_the_middle_that_cannot_be_read_is_named(tmp_path: Path) -> None:

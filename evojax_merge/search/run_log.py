@@ -5,6 +5,7 @@ before, gets no line.
 """
 
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,9 @@ from logging.handlers import MemoryHandler
 
 from evojax_merge.errors import LOG, Failed, InputError, PeerLostError, print_warning, without_secrets
 from evojax_merge.search.run_parts import LOG_MARK, RunFolder, may_replace
+
+# The token in the address of the judges' page.
+_TOKEN = re.compile(r"(?<=//127\.0\.0\.1:)(\d+/)[\w-]{22}(?=/)")
 
 
 class _RunLines(MemoryHandler):
@@ -86,8 +90,8 @@ def _opened(folder: RunFolder) -> logging.Handler:
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        # A traceback, too, may quote a request.
-        return without_secrets(super().format(record))
+        # A traceback, too, may quote a request. Others may read the log, and not the token of the judges' page.
+        return _TOKEN.sub(r"\1[judge-token]", without_secrets(super().format(record)))
 
 
 class _LogFile(logging.FileHandler):
