@@ -16,7 +16,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from typing import Any
 
-from evojax_merge.errors import Failed, InputError
+from evojax_merge.errors import InputError
 from evojax_merge.judge.ballot import Ballot, Question
 from evojax_merge.judge.votes import CHOICES
 
@@ -169,7 +169,8 @@ def application(ballots: Sequence[Ballot], token: str, ended: threading.Event) -
             return Response(f"choice: expected one of {', '.join(CHOICES)}", 400, HEADERS)
         try:
             counted = await run_in_threadpool(ballot.vote, number, choice, judge)
-        except (Failed, InputError) as error:
+        except Exception as error:
+            # The search says so: the server prints nothing.
             ballot.stop(error)
             return Response(str(error), 500, HEADERS)
         following = await run_in_threadpool(_state, ballots, judge)
