@@ -18,7 +18,7 @@ if __name__ == "__main__":  # Before click: an interruption should not find the 
 
 import click
 
-from evojax_merge.errors import LONGEST_LINE, Failed, InputError, PeerLostError, printable
+from evojax_merge.errors import LONGEST_LINE, Failed, InputError, PeerLostError, printable, without_secrets
 from evojax_merge.interrupts import INTERRUPTED
 from evojax_merge.jax_environment import check_environment, no_devices
 from evojax_merge.mergekit.flags import ShardSize, given_without_meaning, without_meaning
@@ -602,7 +602,7 @@ def main() -> None:
         import traceback
 
         hide_inner_frames(error)
-        traceback.print_exception(error)
+        print(without_secrets("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         status = FAILED
     # The work is done: from now on a signal only ends the program sooner.
     interrupts.end_at_once(status)

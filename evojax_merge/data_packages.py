@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, first_line, hide
 from evojax_merge.file_system import atomic_file, make_folder
 
 
@@ -30,19 +30,21 @@ def hub_failure(error: Exception) -> str:
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
+    token = get_token()
+    hide(token or "", "HF_TOKEN")
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OfflineModeIsEnabled):
             return "the variable HF_HUB_OFFLINE forbids the network"
         # The hub does not say whether a repository is private, gated, or does not exist.
         if isinstance(cause, RepositoryNotFoundError):
-            token = "put a token into the variable HF_TOKEN" if get_token() is None else "HF_TOKEN has no access to it"
-            return f"no such repository is public; where it is private or gated, {token}"
+            remedy = "put a token into the variable HF_TOKEN" if token is None else "HF_TOKEN has no access to it"
+            return f"no such repository is public; where it is private or gated, {remedy}"
         # The client's exceptions differ between its versions; the socket's, at the end of the chain, do not.
         if isinstance(cause, socket.gaierror | ConnectionError | TimeoutError):
             return f"no network reaches {constants.ENDPOINT}: {cause}"
         cause = cause.__cause__ or cause.__context__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 @contextmanager
@@ -56,7 +58,7 @@ def fetched_wheel(requirement: str, *options: str) -> Iterator[Path]:
         run = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
         if run.returncode or len(wheels) != 1:
-            reason = (run.stderr.strip() or run.stdout.strip() or "it said nothing").splitlines()[-1]
+            reason = (run.stderr.strip() or run.stdout.strip() or "it said nothing").rpartition("\n")[2]
             raise PackageUnavailable(requirement, f"pip could not download it ({reason})")
         yield wheels[0]
 

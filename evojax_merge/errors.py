@@ -8,7 +8,9 @@ failure of the program or of a user's own function (status 1, with its traceback
 import contextlib
 import difflib
 import errno
+import json
 import logging
+import os
 import re
 import reprlib
 import sys
@@ -18,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from urllib.parse import quote
 
 # The maximum of a message's characters: text from a stranger's file must not push the rest off the screen.
 LONGEST_MESSAGE = 1000
@@ -34,6 +37,13 @@ LOG = logging.getLogger("evojax_merge")
 LOG.addHandler(logging.NullHandler())
 LOG.propagate = False
 LOG.setLevel(logging.INFO)
+
+# Environment variables whose values are secrets, and the fewest characters of a secret: shorter ones are words.
+_SECRET_NAME, SHORTEST_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE), 8
+# Secrets that stand in no environment variable, with their names in messages.
+_SECRETS: dict[str, str] = {}
+# The user and the password of an address.
+_USER_OF_ADDRESS = re.compile(r"(?<=://)[^/?#\s@]+@")
 
 # The user's names of files that the program has made in its cache, by their paths in the cache.
 _USERS_NAMES: dict[str, str] = {}
@@ -66,15 +76,43 @@ def escaped_lines(text: str) -> str:
     return "\n".join(map(escaped, text.split("\n")))
 
 
+def hide(secret: str, name: str) -> None:
+    """Have messages and logs show `[name]` in place of a secret that stands in no environment variable."""
+    _SECRETS[secret] = name
+
+
+def without_secrets(text: str) -> str:
+    """The text with names in place of secrets: `[OPENAI_API_KEY]` for the value of this environment variable, and so
+    for each one whose name ends in KEY, TOKEN, SECRET or PASSWORD, in the forms that Python, JSON and addresses give
+    it; and without the users and passwords of addresses."""
+    variables = {value: name for name, value in os.environ.items() if _SECRET_NAME.search(name)}
+    forms: dict[str, str] = {}
+    for secret, name in (variables | _SECRETS).items():
+        encoded = [secret.encode(encoding, "backslashreplace") for encoding in ("utf-8", "latin-1")]
+        written = [repr(secret)[1:-1], ascii(secret)[1:-1], *(repr(part)[2:-1] for part in encoded), quote(encoded[0])]
+        # A library may show one line of a text, or cut white space off.
+        for form in (secret, *map(str.strip, re.split(r"[\r\n]+", secret)), *written, json.dumps(secret)[1:-1]):
+            if len(form) >= SHORTEST_SECRET:
+                forms[form] = f"[{name}]"
+    for form in sorted(forms, key=len, reverse=True):
+        text = text.replace(form, forms[form])
+    return _USER_OF_ADDRESS.sub("[…]@", text)
+
+
+def first_line(error: object) -> str:
+    """The first line of what a library's exception says; the name of its type where it says nothing."""
+    return str(error).strip().partition("\n")[0].strip() or type(error).__name__
+
+
 def printable(text: str, longest: int = LONGEST_MESSAGE) -> str:
-    """The text in the user's words (see `name_in_messages`), escaped; where it has more than `longest` characters,
-    without its middle."""
+    """The text in the user's words (see `name_in_messages`), without secrets, escaped; where it has more than
+    `longest` characters, without its middle."""
 
     def shortened(text: str) -> str:
         tail = longest // 3
         return text if len(text) <= longest else f"{text[: longest - tail - 5]} […] {text[len(text) - tail :]}"
 
-    return shortened(escaped(shortened(in_users_words(text))))
+    return shortened(escaped(shortened(without_secrets(in_users_words(text)))))
 
 
 def print_warning(text: str) -> None:

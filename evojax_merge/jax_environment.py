@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from evojax_merge.errors import InputError, shown
+from evojax_merge.errors import InputError, first_line, shown
 
 FLAGS, PLATFORMS = "XLA_FLAGS", "JAX_PLATFORMS"
 MAX_FILE_BYTES = 2**20
@@ -44,14 +44,13 @@ def _try_flags() -> None:
         output = pipe.read()
     _, status = os.waitpid(child, 0)
     if status:
-        first = re.sub(r"^\w+ [\d:. ]+ \S+:\d+\] ", "", next(iter(output.splitlines()), "no reason given"))
+        first = re.sub(r"^\w+ [\d:. ]+ \S+:\d+\] ", "", output.partition("\n")[0] or "no reason given")
         raise InputError(FLAGS, f"XLA does not take them ({first})")
 
 
 def no_devices(error: RuntimeError) -> InputError:
     """The InputError for JAX's error about devices that could not be started."""
     given = os.environ.get(PLATFORMS)
-    first_line = next(iter(str(error).splitlines()), "")
     if not given:
-        return InputError("JAX", f"finds no devices ({first_line})")
-    return InputError(PLATFORMS, f"{shown(given)}; expected cpu, cuda or tpu, or leave it out ({first_line})")
+        return InputError("JAX", f"finds no devices ({first_line(error)})")
+    return InputError(PLATFORMS, f"{shown(given)}; expected cpu, cuda or tpu, or leave it out ({first_line(error)})")

@@ -9,6 +9,8 @@ from evojax_merge.errors import InputError
 
 # The beginning of a pointer of Git LFS.
 LFS_MARK = b"version https://git-lfs.github.com/spec/v1"
+# The largest file that is read line by line.
+MAX_BYTES = 4 << 30
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -42,16 +44,25 @@ def check_no_pointer(file: Path) -> None:
             raise InputError(file, "is a pointer of Git LFS and not the file itself; run `git lfs pull`")
 
 
-def read_regular(path: Path, expected: str, max_bytes: int | None = None) -> bytes:
-    """The content of a regular file. Raises InputError where it has more than `max_bytes`, and as `check_regular`
-    does."""
-    with open_regular(path, expected) as handle:
+def read_regular(path: Path, expected: str, max_bytes: int | None = None, *, or_pipe: bool = False) -> bytes:
+    """The content of a regular file, or, with `or_pipe`, of whatever is in its place. Raises InputError where it has
+    more than `max_bytes`, and as `check_regular` does."""
+    with path.open("rb") if or_pipe else open_regular(path, expected) as handle:
         # Files of the kernel report a size of 0, and may have no end.
         content = handle.read(-1 if max_bytes is None else max_bytes + 1)
     if max_bytes is not None and len(content) > max_bytes:
         size = max(path.stat().st_size, len(content))
         raise InputError(path, f"has {size:,} bytes; expected {expected} of at most {max_bytes:,}")
     return content
+
+
+def lines_of(
+    path: Path, expected: str, max_bytes: int = MAX_BYTES, *, or_pipe: bool = False
+) -> tuple[list[bytes], bytes]:
+    """The lines of a file, without their ends, and what follows the last end. A line feed alone ends a line: texts in
+    JSON may hold the other line ends of Unicode. Raises as `read_regular` does."""
+    *lines, rest = read_regular(path, expected, max_bytes, or_pipe=or_pipe).split(b"\n")
+    return lines, rest
 
 
 def copy_regular(source: Path, target: Path, expected: str) -> None:

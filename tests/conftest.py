@@ -59,9 +59,9 @@ QUICKLY_COMPILED = {
         "mergekit_evolve", "mergekit_suite",
         "method_seam", "mixtures", "notebook", "page", "parent_groups", "path_ga", "path_gradients", "plugins",
         "plugin_files", "pool", "projector", "pytrees", "qwen_vl",
-        "racing", "reproduce", "reproducible", "run_folder", "search", "spaces", "stopping",
+        "racing", "reproduce", "reproducible", "run_folder", "search", "secrets", "spaces", "stopping",
         "strategies", "strategies_bench", "strategy_seam", "study", "study_spaces", "task_seam", "terminal",
-        "text_decoders", "tokens", "torch_backend", "torture", "validation", "vision", "vision_harness", "zoo",
+        "text_decoders", "tokens", "torch_backend", "torture", "validation", "vision", "vision_harness", "votes", "zoo",
     )
 }  # fmt: skip
 SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"

@@ -11,6 +11,7 @@ from hostile import (
     SEARCH,
     Case,
     Server,
+    addresses,
     build_world,
     caches,
     chat,
@@ -33,6 +34,7 @@ from hostile import (
     tasks,
     tasks_of_strangers,
     versions,
+    votes,
 )
 from hostile import tokenizers as tokenizer_files
 
@@ -57,6 +59,8 @@ MODULES = (
     versions,
     images,
     caches,
+    votes,
+    addresses,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

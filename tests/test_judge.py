@@ -1,12 +1,14 @@
 """People as judges: the strengths that votes show, the votes file, searches that judges decide, and their page."""
 
 import json
+import os
 import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partialmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,10 +27,12 @@ from bench.searches import judge as judge_bench
 from bench.shared.browser import BROWSER, Browser
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.judge import ballot as ballots
+from evojax_merge.judge import opening
 from evojax_merge.judge.agreement import SWAPPED, agreements
 from evojax_merge.judge.ballot import Ballot, Question
 from evojax_merge.judge.batch import Pair, VotesAwaited, read_choices, write_pairs
 from evojax_merge.judge.batch import votes_of as choices_of
+from evojax_merge.judge.opening import _token as judge_token
 from evojax_merge.judge.pairs import RULES, information
 from evojax_merge.judge.posterior import (
     BAR,
@@ -442,7 +446,7 @@ def test_votes_of_another_run_are_named(tmp_path: Path, family: Family) -> None:
     for name, kept in (("cut", lines[1:]), ("doubled", [*lines[:2], *lines[1:]])):
         (tmp_path / f"{name}.jsonl").write_text("".join(kept))
         done = run_here("judge", path, "--out", tmp_path / name, "--replay", tmp_path / f"{name}.jsonl")
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "votes.jsonl:" in done.stderr
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"{name}.jsonl:" in done.stderr
 
 
 def test_votes_come_by_file(tmp_path: Path, family: Family) -> None:
@@ -502,7 +506,7 @@ def test_file_votes_that_cannot_count_are_named(tmp_path: Path, family: Family) 
     (one,) = file.rounds
     file.close(one)
     votes.write_text(json.dumps({"pair": next(iter(file.pairs)), "choice": "tie"}) + "\n")
-    taken = choices_of(votes, VoteFile(file.path), {one.task: {}})
+    taken = choices_of(votes, read_choices(votes), VoteFile(file.path), {one.task: {}})
     assert taken.describe() == "took 0 votes; 1 came after their generation had ended, and do not count"
 
 
@@ -800,6 +804,107 @@ def test_a_page_without_the_token_is_refused(tmp_path: Path) -> None:
         assert not httpx.post(f"{address}vote", json=vote).json()["counted"]
 
 
+def test_requests_of_other_pages_are_refused(tmp_path: Path) -> None:
+    one = ballot(tmp_path)
+    voted_on(one, ["a", "b"])
+    with served([one]) as address:
+        own = address.rsplit("/", 2)[0]
+        number = httpx.get(f"{address}state?judge=ann", headers={"Origin": own}).json()["question"]["number"]
+        vote = {"task": 0, "number": number, "choice": "left", "judge": "ann"}
+        others = ["https://evil.example", "null", own.replace("http", "https"), "http://127.0.0.1", f"{own}0",
+                  own.replace("127.0.0.1", "localhost"), "", "http://127.0.0.1:1"]  # fmt: skip
+        for origin in others:
+            headers = {"Origin": origin}
+            assert httpx.get(f"{address}state?judge=eve", headers=headers).status_code == 404, origin
+            assert httpx.post(f"{address}vote", json=vote, headers=headers).status_code == 404, origin
+            assert httpx.post(f"{address}leave?judge=ann", headers=headers).status_code == 404, origin
+        assert not one._file.rounds[0].votes
+        # Through a tunnel the host has another name.
+        through = {"Host": "localhost:8000", "Origin": "http://localhost:8000"}
+        assert httpx.post(f"{address}vote", json=vote, headers=through).json()["counted"]
+
+
+MALFORMED = [
+    b"garbage\r\n\r\n", b"GET /\xff\xfe HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+    b"GET /%ff HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+    b"GET http://[::1/ HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: \xff\r\n\r\n",
+    b"GET / HTTP/9.9\r\nHost: 127.0.0.1\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: -5\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n",
+    b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+    b"CONNECT x:1 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+    b"POST /TOKEN/vote HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{",
+    b"POST /TOKEN/vote HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked"
+    b"\r\n\r\nzz\r\n",
+    b"GET /TOKEN/picture/%00 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+]  # fmt: skip
+
+
+def test_requests_that_are_none_print_nothing_and_hinder_nobody(tmp_path: Path, capfd: Any, caplog: Any) -> None:
+    one = ballot(tmp_path)
+    voted_on(one, ["a", "b"])
+    with served([one]) as address:
+        port, token = int(address.split(":")[2].split("/")[0]), address.split("/")[3]
+        for request in MALFORMED:
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                connection.sendall(request.replace(b"TOKEN", token.encode()))
+                connection.settimeout(0.1)
+                with suppress(OSError):
+                    connection.recv(100)
+        assert httpx.get(f"{address}state?judge=ann").json()["question"] is not None
+    assert not any(capfd.readouterr()) and not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_no_more_of_a_body_is_read_than_it_may_have(tmp_path: Path) -> None:
+    one = ballot(tmp_path)
+    voted_on(one, ["a", "b"])
+    with served([one]) as address:
+        port, token = int(address.split(":")[2].split("/")[0]), address.split("/")[3]
+        head = f"POST /{token}/vote HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+            with suppress(ConnectionError):
+                for _ in range(1000):
+                    connection.sendall(b"10000\r\n" + b" " * 65536 + b"\r\n")
+                pytest.fail("all was read")
+
+
+def test_the_token_is_its_users_alone_from_its_first_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, modes = tmp_path / "judge-token", list[int]()
+    write = Path.write_text
+
+    def watched(self: Path, text: str) -> int:
+        modes.append(self.stat().st_mode & 0o777)
+        return write(self, text)
+
+    usual = os.umask(0)
+    try:
+        monkeypatch.setattr(Path, "write_text", watched)
+        token = judge_token(path)
+    finally:
+        os.umask(usual)
+    assert modes == [0o600] == [path.stat().st_mode & 0o777] and re.fullmatch(r"[\w-]{22}", token)
+    assert judge_token(path) == token and list(tmp_path.iterdir()) == [path]
+    # Others may have read it.
+    path.chmod(0o640)
+    assert judge_token(path) != token and path.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "secret").write_bytes(b"of another file")
+    path.unlink()
+    path.symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match="judge-token: is a link"):
+        judge_token(path)
+
+
+def test_one_process_alone_tries_the_port(tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, tried = config(tmp_path, family, None), list[int]()
+    monkeypatch.setattr(opening, "listen", tried.append)
+    problem = build_problem(path, read_config(path, [], None))
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with pytest.raises(InputError, match="people judge searches of one process; leave --distributed out"):
+        opening.check_judges(path, tmp_path / "run", problem, opening.JudgeOptions(port=8000), resume=False)
+    assert not tried
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -1038,6 +1143,8 @@ def test_a_search_that_is_killed_between_votes_loses_none(tmp_path: Path, family
         started.send_signal(signal.SIGKILL)
         started.wait()
         assert len(votes_of(run)) == counted
+        log, token = (run / "run.log").read_text(), address.split("/")[3]
+        assert f"judge: open {address.replace(token, '[judge-token]')} on this machine" in log and token not in log
 
 
 def page_of(started: Running) -> str:

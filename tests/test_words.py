@@ -32,7 +32,7 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef
 # Files whose names are no Python names: what is written, read, or lies in a model's folder.
 SUFFIXES = (
     ".json", ".jsonl", ".yaml", ".yml", ".png", ".svg", ".toml", ".safetensors", ".gguf", ".jinja", ".bin", ".lock",
-    ".cff", ".npz", ".model", ".txt", ".html",
+    ".cff", ".npz", ".model", ".txt", ".html", ".broken",
 )  # fmt: skip
 # Libraries whose names pages and docstrings may use.
 LIBRARIES = {

@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from evojax_merge.checkpoints.writer import MARKER, RECIPE
-from evojax_merge.errors import Failed, InputError
+from evojax_merge.errors import Failed, InputError, hide
 from evojax_merge.regular_file import read_regular
 from evojax_merge.report.card import public_recipe
 from evojax_merge.report.progress import console
@@ -33,6 +33,7 @@ def publish(run: Path, repo: str, push: bool, private: bool) -> None:
         token = huggingface_hub.get_token()
         if token is None:
             raise InputError("HF_TOKEN", "is not set; expected a token of the hub with write access")
+        hide(token, "HF_TOKEN")
         try:
             api = huggingface_hub.HfApi(token=token)
             api.create_repo(repo, private=private, exist_ok=True)

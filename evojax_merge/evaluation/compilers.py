@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from evojax_merge.errors import first_line
 from evojax_merge.evaluation.devices import Devices, mesh_of
 from evojax_merge.evaluation.passes import TracedPass
 from evojax_merge.evaluation.targets import Target, one_host
@@ -97,10 +98,8 @@ def compile_devices(target: Target) -> list[Any]:
     try:
         return list(find(target))
     except (RuntimeError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CompilerMissing(
-            f"the compiler of {target.name} cannot be asked ({reason}): what passes need is estimated"
-        ) from None
+        what = f"the compiler of {target.name} cannot be asked ({first_line(error)})"
+        raise CompilerMissing(f"{what}: what passes need is estimated") from None
 
 
 def _tpu_devices(target: Target) -> Sequence[Any]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from evojax_merge.errors import InputError, PeerLostError, shown
+from evojax_merge.errors import InputError, PeerLostError, first_line, shown
 from evojax_merge.evaluation.launching import launched, local_device_ids
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.evaluation.peers import check_versions, report_aborts
@@ -297,11 +297,8 @@ def init_distributed() -> None:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **given)
     except Exception as error:
         # JAX recognises clusters by variables of many programs, and believes them.
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(
-            "--distributed",
-            f"no other processes were found ({reason}); expected {', '.join(names)}",
-        ) from None
+        what = f"no other processes were found ({first_line(error)}); expected {', '.join(names)}"
+        raise InputError("--distributed", what) from None
     report_aborts()
     check_versions()
 

@@ -12,11 +12,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, shown
 from evojax_merge.file_system import atomic_write
 from evojax_merge.judge.votes import Round, Vote, VoteFile
+from evojax_merge.regular_file import lines_of
 from evojax_merge.tasks.voting import Choice
 
+# Each judge's choices, with the judge's name, by the name of the pair; and the largest file of them.
+Choices = Mapping[str, Sequence[tuple[Choice, str]]]
+MAX_BYTES = 64 << 20
 # The files of the page beside its pairs.
 PARTS = ("judge.html", "judge.css", "answers.js", "pairs.js")
 POLICY = (
@@ -87,18 +91,20 @@ class FileVotes:
         return f"took {len(self.added)} votes" + "".join(f"; {each}" for each in rest)
 
 
-def votes_of(path: Path, file: VoteFile, weights: Mapping[str, Mapping[str, float]]) -> FileVotes:
-    """The votes of a file of choices on pairs that a search has written. weights: of judges, by task. Raises InputError
-    for a pair that the search has not written."""
+def votes_of(
+    path: Path, choices: Choices, file: VoteFile, weights: Mapping[str, Mapping[str, float]]
+) -> FileVotes:  # fmt: skip
+    """The votes in choices on pairs that a search has written. path: the choices' file; weights: of judges, by task.
+    Raises InputError for a pair that the search has not written."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     added: list[tuple[Round, Vote]] = []
     counted = late = 0
-    for name, choices in read_choices(path).items():
+    for name, given in choices.items():
         if name not in file.pairs:
             what = f"has a vote on pair {name!r}, which this search has not written"
             raise InputError(path, f"{what}; expected votes on the pairs of --export")
         one, pair = file.pairs[name]
-        for choice, judge in choices:
+        for choice, judge in given:
             if any((vote.pair, vote.judge) == (name, judge) for vote in one.votes):
                 counted += 1
             elif one.closed:
@@ -111,35 +117,36 @@ def votes_of(path: Path, file: VoteFile, weights: Mapping[str, Mapping[str, floa
     return FileVotes(added, counted, late)
 
 
-def read_choices(path: Path) -> dict[str, list[tuple[Choice, str]]]:
-    """The choices of a file, each with its judge, by the pair's name: JSON lines with `pair`, `choice` and perhaps
-    `judge`. Raises InputError for other lines, and for a judge who votes twice on one pair."""
+def read_choices(path: Path) -> Choices:
+    """The choices of a file, which may be a pipe: JSON lines with `pair`, `choice` and perhaps `judge`. Raises
+    InputError for other lines, and for a judge who votes twice on one pair."""
     votes: dict[str, list[tuple[Choice, str]]] = {}
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError("--import", f"{path}: cannot be read ({reason})") from None
-    for number, line in enumerate(lines, start=1):
-        where = f"{path}:{number}"
-        row = _row(where, line)
-        choice: Any = row.get("choice")
-        judge = str(row.get("judge", ""))
-        if choice not in get_args(Choice):
-            raise InputError(where, f"choice: {choice!r}; expected one of {', '.join(get_args(Choice))}")
-        given = votes.setdefault(str(row.get("pair")), [])
-        if any(judge == other for _, other in given):
-            raise InputError(where, f"is a second vote of judge {judge!r} on one pair; remove one")
-        given.append((choice, judge))
+        lines, rest = lines_of(path, "a file of votes", MAX_BYTES, or_pipe=True)
+    except OSError as error:
+        raise InputError("--import", f"{path}: cannot be read ({error.strerror})") from None
+    for number, line in enumerate([*lines, rest], start=1):
+        if line.strip():
+            name, choice, judge = _row(f"{path}:{number}", line)
+            if any(judge == other for _, other in votes.setdefault(name, [])):
+                raise InputError(f"{path}:{number}", f"is a second vote of judge {judge!r} on one pair; remove one")
+            votes[name].append((choice, judge))
     return votes
 
 
-def _row(where: str, line: str) -> dict[str, Any]:
+def _row(where: str, line: bytes) -> tuple[str, Choice, str]:
+    """The pair, the choice and the judge of a line."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(where, f"is no JSON ({error})") from None
     if not isinstance(row, dict) or not isinstance(row.get("pair"), str):
-        what = f"its keys are {', '.join(row) or 'none'}" if isinstance(row, dict) else f"is {line[:40]}"
+        what = f"its keys are {', '.join(row) or 'none'}" if isinstance(row, dict) else f"is {shown(row)}"
         raise InputError(where, f'{what}; expected {{"pair": NAME, "choice": …}}, with the name that the pair has')
-    return row
+    choice: Any = row.get("choice")
+    judge = row.get("judge", "")
+    if choice not in get_args(Choice):
+        raise InputError(where, f"choice: {shown(choice)}; expected one of {', '.join(get_args(Choice))}")
+    if not isinstance(judge, str):
+        raise InputError(where, f"judge: {shown(judge)}; expected a text")
+    return row["pair"], choice, judge

@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import numpy as np
 
 from evojax_merge import interrupts
 from evojax_merge.errors import InputError, printable
-from evojax_merge.file_system import atomic_write_bytes
+from evojax_merge.file_system import atomic_file, atomic_write_bytes
 from evojax_merge.judge.ballot import Ballot
-from evojax_merge.judge.batch import votes_of
+from evojax_merge.judge.batch import Choices, read_choices, votes_of
 from evojax_merge.judge.server import listen, served
 from evojax_merge.judge.votes import VoteFile
 from evojax_merge.problem import SearchProblem
@@ -26,17 +27,22 @@ from evojax_merge.tasks.voting import JudgedTask
 class JudgeOptions:
     """port: of the page of judges; 0: any that is free. replay: a votes file of an equal search, whose votes are
     taken. pairs: a file that pairs are written to, instead of a page that is served; choices: a file of votes on
-    pairs that were written before."""
+    pairs that were written before, or a pipe."""
 
     port: int = 0
     replay: Path | None = None
     pairs: Path | None = None
     choices: Path | None = None
 
+    @cached_property
+    def chosen(self) -> Choices:
+        """The choices of the file. A pipe can be read once."""
+        return {} if self.choices is None else read_choices(self.choices)
+
 
 def check_judges(path: Path, out: Path, problem: SearchProblem, options: JudgeOptions | None, *, resume: bool) -> None:
-    """Raises InputError for a search that nobody can judge, and for votes that it would lose. path: the config;
-    options: None where nobody asked for judges."""
+    """Raises InputError for a search that nobody can judge, for votes that it would lose, and for those that are not
+    its own. path: the config; options: None where nobody asked for judges."""
     tasks = _judged_tasks(problem)
     if not tasks:
         if options is not None:
@@ -49,12 +55,17 @@ def check_judges(path: Path, out: Path, problem: SearchProblem, options: JudgeOp
         raise InputError(votes, "holds votes; --resume continues with them, or move the file (--replay takes it)")
     if options.replay is not None and not options.replay.is_file():
         raise InputError("--replay", f"{options.replay}: no such file")
+    source = votes if options.replay is None or votes.exists() else options.replay
+    file = VoteFile(source, _sizes(problem))
+    if source == options.replay and not file.rounds:
+        raise InputError("--replay", f"{source}: holds no votes; expected the votes.jsonl of a run")
     if options.choices is not None:
-        votes_of(options.choices, VoteFile(votes), _weights(tasks))
-    if options.pairs is None and _by_people(tasks):
-        listen(options.port).close()
+        votes_of(options.choices, options.chosen, file, _weights(tasks))
+    # Before the port is tried: processes on one machine would all try it.
     if jax.process_count() > 1:
         raise InputError(f"task {tasks[0].name}", "people judge searches of one process; leave --distributed out")
+    if options.pairs is None and _by_people(tasks):
+        listen(options.port).close()
     if len(problem.splits.shards) > 1:
         raise InputError("search.rungs", f"have no meaning for task {tasks[0].name}, which people judge; say rungs: 1")
     guarded = next((task.name for task in tasks if task.name in problem.guards), None)
@@ -77,9 +88,10 @@ def judging(
     votes = folder.votes
     if options.replay is not None and not votes.exists():
         atomic_write_bytes(votes, options.replay.read_bytes())
-    file, ballots = VoteFile(votes), {}
+    file, ballots = VoteFile(votes, _sizes(problem)), {}
+    file.mend()
     if options.choices is not None:
-        choices = votes_of(options.choices, file, _weights(tasks))
+        choices = votes_of(options.choices, options.chosen, file, _weights(tasks))
         for one, vote in choices.added:
             file.add(one, vote)
         log(f"{options.choices}: {choices.describe()}")
@@ -89,7 +101,7 @@ def judging(
             task, file, problem.search.generations, problem.seed, interrupts.check, pairs=options.pairs,
             done=len(history), log=log,
         )  # fmt: skip
-    _check_rounds(votes, file, ballots, history)
+    _check_rounds(votes, file, problem.space.dims, history)
     with ExitStack() as stack:
         people = _by_people(tasks)
         if options.pairs is None and people:
@@ -105,10 +117,15 @@ def judging(
 
 
 def _token(path: Path) -> str:
-    """The token in the addresses of a run's pages: links to them stay good when the run goes on."""
-    if not path.exists():
-        atomic_write_bytes(path, secrets.token_urlsafe(16).encode())
-        path.chmod(0o600)
+    """The token in the addresses of a run's pages: links to them stay good when the run goes on. One that others can
+    read makes way for a new one. Raises InputError for a link."""
+    if path.is_symlink():
+        raise InputError(path, "is a link; expected a file of the run, or none")
+    if not path.exists() or path.stat().st_mode & 0o077:
+        with atomic_file(path) as work:
+            # Nobody else can read it, not for a moment.
+            work.touch(0o600, exist_ok=False)
+            work.write_text(secrets.token_urlsafe(16))
     return path.read_text("utf-8").strip()
 
 
@@ -125,15 +142,19 @@ def _judged_tasks(problem: SearchProblem) -> list[JudgedTask]:
     return [task for task in problem.splits.search if isinstance(task, JudgedTask)]
 
 
-def _check_rounds(
-    path: Path, file: VoteFile, ballots: Mapping[str, Ballot], history: Sequence[Mapping[str, Any]]
-) -> None:
-    """Raises InputError for votes of another search than that of the history's generations."""
-    for one in file.rounds:
-        if one.task not in ballots:
-            raise InputError(path, f"has votes on task {one.task!r}, which the search does not have")
-    for task in ballots:
+def _sizes(problem: SearchProblem) -> dict[str, tuple[int, int]]:
+    heldout = {task.name: task.size for task in problem.splits.heldout}
+    judged = _judged_tasks(problem)
+    return {task.name: (task.size, min(heldout[task.name], task.voting.heldout_votes)) for task in judged}
+
+
+def _check_rounds(path: Path, file: VoteFile, dims: int, history: Sequence[Mapping[str, Any]]) -> None:
+    """Raises InputError for votes of another search than that of the history's generations, or of other dimensions."""
+    for task in dict.fromkeys(one.task for one in file.rounds):
         rounds = [one.genomes for one in file.of_task(task) if one.genomes.shape[1]]
+        if any(genomes.shape[1] != dims for genomes in rounds):
+            what = f"its votes on task {task} are on candidates of another space: it is of another run"
+            raise InputError(path, f"{what}; expected the votes.jsonl of this run, or of an equal one")
         # A generation is in the votes before it is in the history, which may have been cut back to a checkpoint.
         for number, (genomes, row) in enumerate(zip(rounds, history, strict=False), start=1):
             searched = np.array(row["genomes"], np.float32)

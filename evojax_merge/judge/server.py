@@ -4,6 +4,7 @@ The address contains a random token, without which every request is refused, and
 host. One thread serves it while the search waits in another (see `Ballot`).
 """
 
+import asyncio
 import json
 import secrets
 import socket
@@ -15,7 +16,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from typing import Any
 
-from evojax_merge.errors import Failed, InputError
+from evojax_merge.errors import InputError
 from evojax_merge.judge.ballot import Ballot, Question
 from evojax_merge.judge.votes import CHOICES
 
@@ -25,11 +26,12 @@ MAX_NAME = 100
 MAX_BODY = 10_000
 # Seconds that the page is still served after the search's end, so that judges who wait see it.
 FAREWELL = 1.5
-# Nothing but the page's own script and style; nobody frames it, and no address of it leaves the browser.
+# Nothing but the page's own script and style; nobody frames it, and its address goes to nobody else. (Without any
+# referrer, browsers would send the origin of some of its own requests as "null".)
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-    "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
+    "Referrer-Policy": "same-origin", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
 }  # fmt: skip
 TYPES = {
     "judge.html": "text/html; charset=utf-8", "answers.js": "text/javascript", "judge.js": "text/javascript",
@@ -47,7 +49,11 @@ def served(ballots: Sequence[Ballot], port: int = 0, token: str | None = None) -
     token = token or secrets.token_urlsafe(16)
     ended = threading.Event()
     app = application(ballots, token, ended)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+    # The terminal is the search's: nothing that a stranger sends is printed on it.
+    server = uvicorn.Server(uvicorn.Config(
+        app, http="h11", ws="none", lifespan="off", log_config=None, log_level="critical", access_log=False,
+        proxy_headers=False, timeout_graceful_shutdown=1,
+    ))  # fmt: skip
     thread = threading.Thread(target=_serve, args=(server, listening, ballots), daemon=True)
     thread.start()
     try:
@@ -79,8 +85,12 @@ def listen(port: int) -> socket.socket:
 
 
 def _serve(server: Any, listening: socket.socket, ballots: Sequence[Ballot]) -> None:
+    async def serve() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        await server.serve(sockets=[listening])
+
     try:
-        server.run(sockets=[listening])
+        asyncio.run(serve())
     except BaseException as error:
         for ballot in ballots:
             ballot.stop(error)
@@ -90,13 +100,29 @@ def application(ballots: Sequence[Ballot], token: str, ended: threading.Event) -
     """The page as an ASGI application, at `/TOKEN/`. ended: is set once the search has its winner."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
+    from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import Response
     from starlette.routing import Route
 
     def allowed(request: Request) -> bool:
-        return secrets.compare_digest(request.path_params["token"].encode(), token.encode())
+        # Browsers send the origin of a page with its requests. The host is one of ours (see `allowed_hosts`).
+        own = f"http://{request.headers.get('host')}"
+        is_own = request.headers.get("origin", own) == own
+        return is_own and secrets.compare_digest(request.path_params["token"].encode(), token.encode())
+
+    async def body_of(request: Request) -> bytes | None:
+        """The body of a request; None where it is cut off, or over MAX_BODY bytes, of which no more are read."""
+        body = b""
+        try:
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY:
+                    return None
+        except ClientDisconnect:
+            return None
+        return body
 
     def answer(row: dict[str, Any]) -> Response:
         # In ASCII: a name may hold half of a surrogate pair, which UTF-8 does not have.
@@ -132,18 +158,19 @@ def application(ballots: Sequence[Ballot], token: str, ended: threading.Event) -
         # A form of another site cannot send JSON to us without asking first, which nothing here answers.
         if not allowed(request) or request.headers.get("content-type") != "application/json":
             return Response("not found", 404, HEADERS)
-        body = await request.body()
+        body = await body_of(request)
         try:
-            row: Any = json.loads(body) if len(body) <= MAX_BODY else None
+            row: Any = None if body is None else json.loads(body)
             number, choice, judge = int(row["number"]), row["choice"], str(row["judge"])[:MAX_NAME]
             ballot = ballots[int(row["task"])]
         except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError):
-            return Response("expected task, number, choice and judge", 400, HEADERS)
+            return Response("expected task, number, choice and judge", 400, HEADERS | {"Connection": "close"})
         if choice not in CHOICES:
             return Response(f"choice: expected one of {', '.join(CHOICES)}", 400, HEADERS)
         try:
             counted = await run_in_threadpool(ballot.vote, number, choice, judge)
-        except Failed as error:
+        except Exception as error:
+            # The search says so: the server prints nothing.
             ballot.stop(error)
             return Response(str(error), 500, HEADERS)
         following = await run_in_threadpool(_state, ballots, judge)
@@ -158,14 +185,8 @@ def application(ballots: Sequence[Ballot], token: str, ended: threading.Event) -
             Route("/{token}/picture/{name}", picture),
             Route("/{token}/{name}", page),
         ],
-        middleware=[_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
     )
-
-
-def _middleware(kind: Any, **options: Any) -> Any:
-    from starlette.middleware import Middleware
-
-    return Middleware(kind, **options)
 
 
 def _state(ballots: Sequence[Ballot], judge: str, earlier: str = "") -> dict[str, Any]:

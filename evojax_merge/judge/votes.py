@@ -14,19 +14,30 @@ meets a round of the file again takes its votes from there.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import numpy as np
+from pydantic import ConfigDict, Field, InstanceOf, Strict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
 
-from evojax_merge.errors import Failed, InputError, print_warning
-from evojax_merge.tasks.voting import Choice
+from evojax_merge.errors import InputError, print_warning, shown
+from evojax_merge.file_system import atomic_write_bytes, regular_file
+from evojax_merge.regular_file import lines_of
+from evojax_merge.search.run_folder import append_line
+from evojax_merge.tasks.voting import Choice, Weight
 
 CHOICES = get_args(Choice)
 DIGEST = 16
+# The largest votes file.
+MAX_BYTES = 1 << 30
+Natural = Annotated[int, Strict(), Field(ge=0)]
+# A name may hold half of a surrogate pair, which pydantic does not take for text.
+AnyText = InstanceOf[str]
+_GENOMES = TypeAdapter(list[list[Annotated[float, Strict(), Field(allow_inf_nan=False)]]])
 
 
 def digest(*texts: str) -> str:
@@ -34,35 +45,35 @@ def digest(*texts: str) -> str:
     return sha256(json.dumps(texts).encode()).hexdigest()[:DIGEST]
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Vote:
     """A choice. example: the prompt's number in the task's split; left, right: numbers of candidates in their round;
     answers: the digests of the two answers; judge, weight: who chose, and how much that counts; time: UTC, ISO 8601,
     which nothing depends on; number: the vote's in its round, from 0; None: the file was written without numbers; pair:
     the name of the `FilePair` that it is on, "" for none."""
 
-    example: int
-    left: int
-    right: int
+    example: Natural
+    left: Natural
+    right: Natural
     choice: Choice
-    answers: tuple[str, str]
-    judge: str = ""
-    weight: float = 1.0
-    time: str = ""
-    number: int | None = None
-    pair: str = ""
+    answers: tuple[AnyText, AnyText]
+    judge: AnyText = ""
+    weight: Annotated[Weight, Strict()] = 1.0
+    time: AnyText = ""
+    number: Natural | None = None
+    pair: AnyText = ""
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class FilePair:
     """A question in a file for votes, of the candidates left and right. name: what votes refer to it by; the others as
     in `Vote`."""
 
-    name: str
-    example: int
-    left: int
-    right: int
-    answers: tuple[str, str]
+    name: AnyText
+    example: Natural
+    left: Natural
+    right: Natural
+    answers: tuple[AnyText, AnyText]
 
 
 @dataclass
@@ -79,22 +90,36 @@ class Round:
 
 
 class VoteFile:
-    """The rounds of a file, which grows as votes are added. Raises InputError for lines that no search wrote."""
+    """The rounds of a file, which grows as votes are added. sizes: by the names of the search's tasks, the numbers of
+    examples that a generation, and the held-out comparison, may ask about. Raises InputError for lines that no search
+    wrote, and for votes on other tasks and examples."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, sizes: Mapping[str, tuple[int, int]] | None = None) -> None:
+        self.path, self._sizes = path, sizes
         self.rounds: list[Round] = []
         # By their names, with their rounds.
         self.pairs: dict[str, tuple[Round, FilePair]] = {}
-        text = path.read_bytes() if path.exists() else b""
-        # A process that was killed while it wrote leaves a line without its end: that vote was never confirmed.
-        whole = text[: text.rfind(b"\n") + 1]
-        if whole != text:
-            print_warning(f"{path}: its last line was cut off, and is removed; a vote in it is asked for again")
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
-        for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), start=1):
-            self._read(f"{path}:{number}", line)
+        lines, rest = lines_of(path, "a votes file", MAX_BYTES) if path.exists() else ([], b"")
+        self._lacks_end, lines = bool(rest), [*lines, *([rest] if rest else [])]
+        # A process that was killed while it wrote leaves a part of a line: that vote was never confirmed.
+        self._broken = lines.pop() if lines and lines[-1].strip() and not _is_json(lines[-1]) else b""
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                self._read(f"{path}:{number}", line)
+
+    def mend(self) -> None:
+        """Make lines appendable: end the last line, and move one that cannot be read to `votes.jsonl.broken`."""
+        if self._broken:
+            aside = self.path.with_name("votes.jsonl.broken")
+            what = f"its last line cannot be read, and stands in {aside.name} now; a vote in it is asked for again"
+            print_warning(f"{self.path}: {what}")
+            earlier = regular_file(aside).read_bytes() if aside.exists() else b""
+            atomic_write_bytes(aside, earlier + self._broken + b"\n")
+            with self.path.open("r+b") as file:
+                file.truncate(file.seek(0, os.SEEK_END) - len(self._broken) - (not self._lacks_end))
+        elif self._lacks_end:
+            append_line(self.path, "\n")
+        self._broken, self._lacks_end = b"", False
 
     def find(self, digest: str) -> Round | None:
         return next((each for each in self.rounds if each.digest == digest), None)
@@ -125,60 +150,84 @@ class VoteFile:
         one.closed = True
 
     def _append(self, line: dict[str, Any]) -> None:
-        try:
-            with self.path.open("ab") as file:
-                file.write(json.dumps(line).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise Failed(f"{self.path}: cannot be written ({error.strerror}); the votes before are kept") from None
+        self.mend()
+        append_line(self.path, json.dumps(line) + "\n")
 
-    def _read(self, where: str, line: str) -> None:
+    def _read(self, where: str, line: bytes) -> None:
         try:
             row = json.loads(line)
             if "vote" in row:
                 self._add_read(where, row)
             elif "pair" in row:
-                one, fields = self._named(where, row["round"]), row["pair"]
-                self.pairs[fields["name"]] = one, FilePair(**(fields | {"answers": tuple(fields["answers"])}))
+                one, pair = self._named(where, row["round"]), FilePair(**row["pair"])
+                self._check(where, one, pair)
+                self.pairs[pair.name] = one, pair
             elif "closed" in row:
                 self._named(where, row["closed"]).closed = True
             else:
-                self.rounds.append(_round_of(where, row, self.rounds))
+                self.rounds.append(self._round_of(where, row))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            if isinstance(error, InputError):
-                raise
             what = f"is no line of a votes file ({type(error).__name__}: {error})"
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                what = f"{'.'.join(map(str, first['loc']))}: {shown(first['input'])} ({first['msg']})"
             raise InputError(where, f"{what}; expected the file as the search wrote it, or a copy of that") from None
 
     def _add_read(self, where: str, row: dict[str, Any]) -> None:
-        one, fields = self._named(where, row["round"]), dict(row["vote"])
-        vote = Vote(**(fields | {"answers": tuple(fields["answers"])}))
-        if vote.choice not in CHOICES:
-            raise InputError(where, f"choice: {vote.choice!r}; expected one of {', '.join(CHOICES)}")
-        if not (0 <= vote.left < len(one.genomes) and 0 <= vote.right < len(one.genomes)):
-            raise InputError(where, f"is a vote on candidates {vote.left} and {vote.right} of {len(one.genomes)}")
-        if vote in one.votes:
+        one, fields = self._named(where, row["round"]), row["vote"]
+        if fields["choice"] not in CHOICES:
+            raise InputError(where, f"choice: {shown(fields['choice'])}; expected one of {', '.join(CHOICES)}")
+        vote = Vote(**fields)
+        self._check(where, one, vote)
+        count = len(one.votes)
+        # Only votes of files without numbers can be anywhere.
+        if vote in (one.votes if vote.number is None else one.votes[vote.number :][:1]):
             raise InputError(where, "is the same vote once more; remove the line")
-        if vote.number not in (None, len(one.votes)):
-            what = f"is vote {vote.number} of its round after {len(one.votes)} others; lines are missing or doubled"
+        if vote.number not in (None, count):
+            what = f"is vote {vote.number} of its round after {count} others; lines are missing or doubled"
             raise InputError(where, f"{what}; expected the file as the search wrote it")
         one.votes.append(vote)
+
+    def _check(self, where: str, one: Round, asked: Vote | FilePair) -> None:
+        """Raises InputError for a question that the round does not have."""
+        left, right, (count, dims) = asked.left, asked.right, one.genomes.shape
+        # In the held-out comparison the winner, the first, meets the others.
+        if max(left, right) >= count or (not dims and min(left, right) > 0):
+            raise InputError(where, f"is a vote on candidates {left} and {right} of {count}")
+        if left == right:
+            raise InputError(where, f"is a vote on candidate {left} and itself")
+        most = asked.example + 1 if self._sizes is None else self._sizes[one.task][0 if dims else 1]
+        if asked.example >= most:
+            raise InputError(where, f"example: {asked.example}; the task has {most} to vote on, from 0 on")
 
     def _named(self, where: str, digest: str) -> Round:
         one = self.find(digest)
         if one is None:
-            raise InputError(where, f"belongs to round {digest!r}, which no earlier line begins")
+            raise InputError(where, f"belongs to round {shown(digest)}, which no earlier line begins")
         return one
 
+    def _round_of(self, where: str, row: dict[str, Any]) -> Round:
+        name, task, answers = row["round"], row["task"], row.get("answers", [])
+        if not all(isinstance(text, str) for text in (name, task, *answers)):
+            raise InputError(where, "round, task, answers: expected texts")
+        try:
+            genomes = np.array(_GENOMES.validate_python(row["genomes"]), float)
+        except ValueError:
+            genomes = np.zeros(0)
+        if genomes.ndim != 2 or not len(genomes):
+            raise InputError(where, "genomes: expected rows of finite numbers, all of one length")
+        if self.find(name) is not None:
+            raise InputError(where, f"begins round {name!r} once more; remove the line")
+        if answers and len(answers) != len(genomes):
+            raise InputError(where, f"answers: expected one digest for each of the {len(genomes)} genomes")
+        if self._sizes is not None and task not in self._sizes:
+            raise InputError(where, f"has votes on task {shown(task)}, which the search does not have")
+        return Round(name, task, genomes, answers=tuple(answers))
 
-def _round_of(where: str, row: dict[str, Any], earlier: Sequence[Round]) -> Round:
-    genomes = np.array(row["genomes"], float)
-    if genomes.ndim != 2 or not len(genomes) or not np.isfinite(genomes).all():
-        raise InputError(where, "genomes: expected rows of finite numbers, all of one length")
-    if any(each.digest == row["round"] for each in earlier):
-        raise InputError(where, f"begins round {row['round']!r} once more; remove the line")
-    answers = tuple(map(str, row.get("answers", [])))
-    if answers and len(answers) != len(genomes):
-        raise InputError(where, f"answers: expected one digest for each of the {len(genomes)} genomes")
-    return Round(str(row["round"]), str(row["task"]), genomes, answers=answers)
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -87,9 +87,9 @@ def read_answers(run: RunData) -> tuple[str, list[TaskPairs]] | None:
         return None
     by_model: dict[str, dict[str, list[_Answer]]] = {result.winner.name: {}, parent: {}}
     try:
-        with file.open(encoding="utf-8", errors="replace") as lines:
+        with file.open("rb") as lines:
             for line in lines:
-                answer = _Answer.model_validate(json.loads(line))
+                answer = _Answer.model_validate(json.loads(line.decode(errors="replace")))
                 by_model[answer.model].setdefault(answer.task, []).append(answer)
     except (ValueError, ValidationError, RecursionError, KeyError):
         run.notes.append(f"{file.name} cannot be read: it is not what the search wrote")

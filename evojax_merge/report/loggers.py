@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import jax
 
-from evojax_merge.errors import InputError, print_warning, shown
+from evojax_merge.errors import InputError, first_line, print_warning, shown
 from evojax_merge.file_system import atomic_write
 from evojax_merge.report.progress import OnGeneration
 from evojax_merge.search.environment import read_sessions
@@ -70,8 +70,7 @@ def logged(names: Sequence[str], search: LoggedSearch, on_generation: OnGenerati
             work(*arguments)
         except Exception as error:
             loggers.pop(name, None)
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            print_warning(f"log: {name} failed ({reason}), and gets nothing more of this search")
+            print_warning(f"log: {name} failed ({first_line(error)}), and gets nothing more of this search")
 
     def open_logger(name: str) -> None:
         loggers[name] = LOGGERS[name](search)

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from evojax_merge.errors import InputError, escaped
+from evojax_merge.regular_file import lines_of
 from evojax_merge.report.comparison import Row, verdict
 from evojax_merge.report.intervals import Lead
 from evojax_merge.run import StoredRun, method_in
@@ -354,7 +355,7 @@ def _lines(path: Path) -> tuple[int, list[bytes]]:
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    return lines_of(path, "a file of a run")[0] if path.is_file() else []
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -413,8 +414,8 @@ def _log(path: Path) -> tuple[list[str], list[str]]:
     last: deque[str] = deque(maxlen=MOST_LINES)
     warnings: list[str] = []
     if path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
+        with path.open("rb") as lines:
+            for line in (part.decode(errors="replace") for part in lines):
                 last.append(escaped(line.rstrip("\n")[:LONGEST]))
                 if "warning" in line[:LONGEST].lower() and len(warnings) < MOST_WARNINGS:
                     warnings.append(last[-1])

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from evojax_merge.errors import Failed, InputError, printable, shown
+from evojax_merge.errors import Failed, InputError, printable, shown, without_secrets
 from evojax_merge.file_system import atomic_write
 from evojax_merge.search.run_log import begin_logs
 from evojax_merge.search.run_parts import RunFolder
@@ -59,7 +59,8 @@ def recorded_session(folder: RunFolder) -> Iterator[None]:
     """Append this process's environment, command, start and end to the sessions of a run, whose log begins. A session
     whose process was killed has no end."""
     sessions, began = read_sessions(folder), time.monotonic()
-    session = {"command": shlex.join(sys.argv), "started": _now(), "ended": None, "seconds": None} | environment()
+    command = without_secrets(shlex.join(sys.argv))
+    session = {"command": command, "started": _now(), "ended": None, "seconds": None} | environment()
     _write(folder, [*sessions, session])
     begin_logs()
     try:

@@ -10,6 +10,7 @@ import numpy as np
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.file_system import resolved
 from evojax_merge.references import canonical_reference
+from evojax_merge.regular_file import lines_of
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.yaml_reader import load_documents
 
@@ -27,7 +28,7 @@ def parting(run: RunFolder, again: RunFolder) -> str | None:
 
 def _difference(one: RunFolder, other: RunFolder, run: RunFolder, again: RunFolder) -> str | None:
     lines, other_lines = (
-        folder.history.read_bytes().splitlines() if folder.history.is_file() else [] for folder in (one, other)
+        lines_of(folder.history, "a history")[0] if folder.history.is_file() else [] for folder in (one, other)
     )
     for number, (line, other_line) in enumerate(itertools.zip_longest(lines, other_lines), start=1):
         if line != other_line:

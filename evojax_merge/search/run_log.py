@@ -5,13 +5,17 @@ before, gets no line.
 """
 
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 
-from evojax_merge.errors import LOG, Failed, InputError, PeerLostError, print_warning
+from evojax_merge.errors import LOG, Failed, InputError, PeerLostError, print_warning, without_secrets
 from evojax_merge.search.run_parts import LOG_MARK, RunFolder, may_replace
+
+# The token in the address of the judges' page.
+_TOKEN = re.compile(r"(?<=//127\.0\.0\.1:)(\d+/)[\w-]{22}(?=/)")
 
 
 class _RunLines(MemoryHandler):
@@ -78,10 +82,16 @@ def _opened(folder: RunFolder) -> logging.Handler:
     except OSError as error:
         print_warning(f"{folder.log}: cannot be written ({error.strerror}), so this run has no log")
         return logging.NullHandler()
-    formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter = _Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     file.setFormatter(formatter)
     return file
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        # A traceback, too, may quote a request. Others may read the log, and not the token of the judges' page.
+        return _TOKEN.sub(r"\1[judge-token]", without_secrets(super().format(record)))
 
 
 class _LogFile(logging.FileHandler):

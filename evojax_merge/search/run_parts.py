@@ -29,6 +29,7 @@ from evojax_merge.file_system import (
     remove_leftovers,
     resolved,
 )
+from evojax_merge.regular_file import lines_of
 
 KEPT_CHECKPOINTS = 3
 # A mark in a checkpoint's metadata: this program wrote the checkpoint.
@@ -204,7 +205,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if not path.is_file():
         return rows
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    for line in lines_of(path, "a history")[0]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):

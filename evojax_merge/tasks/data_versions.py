@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from evojax_merge.data_packages import cache_folder
-from evojax_merge.errors import InputError, name_in_messages
+from evojax_merge.errors import InputError, name_in_messages, without_secrets
 from evojax_merge.file_system import atomic_file, make_folder
 from evojax_merge.regular_file import check_no_pointer, open_regular
 from evojax_merge.yaml_reader import load_yaml
@@ -100,7 +100,7 @@ def _answers_of(where: str, reference: str, repository: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(without_secrets(str(error)).split())[:200] or type(error).__name__
         raise InputError(where, f"{reference}: Oxen did not give it out of {repository} ({reason})") from None
 
 

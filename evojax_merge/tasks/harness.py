@@ -24,7 +24,7 @@ import yaml
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from evojax_merge.chat_templates import ChatTemplateError, render_chat
-from evojax_merge.errors import InputError, shown
+from evojax_merge.errors import InputError, first_line, shown
 from evojax_merge.schema import Location, Name, Text, Whole
 from evojax_merge.tasks.function import FunctionFailed, guard_user_function
 from evojax_merge.tasks.images import RecordImage, expand_images, images_of, number_images
@@ -168,7 +168,7 @@ class Source:
                 raise
             if isinstance(error, TimeoutError):
                 raise InputError(self.where, f"takes more than {SECONDS:g} s to score an answer") from None
-            raise InputError(self.where, f"lm-eval cannot score an answer ({_line(error)})") from error
+            raise InputError(self.where, f"lm-eval cannot score an answer ({first_line(error)})") from error
 
     def _build(self, tokenizer: Any) -> list[list[Any]]:
         options, chat = self.options, None
@@ -194,7 +194,7 @@ class Source:
             raise
         except Exception as error:
             # A task is a program of its makers, templates and functions included.
-            raise InputError(self.where, f"lm-eval cannot build its requests ({_line(error)})") from error
+            raise InputError(self.where, f"lm-eval cannot build its requests ({first_line(error)})") from error
         by_example: dict[int, list[Any]] = {}
         for instance in self.task.instances:
             by_example.setdefault(instance.doc_id, []).append(instance)
@@ -462,7 +462,10 @@ def open_harness(
     except InputError:
         raise
     except Exception as error:
-        raise InputError(where, f"lm_eval: {lm_eval} cannot be loaded ({_line(error)})") from error
+        # The library of data sets says "an error occurred", and what occurred in the cause.
+        is_outer = type(error).__module__.startswith("datasets.") and error.__cause__ is not None
+        reason = first_line(error.__cause__ if is_outer else error)
+        raise InputError(where, f"lm_eval: {lm_eval} cannot be loaded ({reason})") from error
     if task.get_config("doc_to_audio") is not None:
         raise InputError(where, f"lm_eval: {lm_eval} plays sounds; texts and images are supported")
     if getattr(task, "MULTIMODAL", False) and task.OUTPUT_TYPE == "loglikelihood_rolling":
@@ -648,13 +651,6 @@ def lm_eval_context() -> Iterator[None]:
         log.setLevel(level)
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error. The library of data sets says "an error occurred", and what occurred in the cause."""
-    if type(error).__module__.startswith("datasets.") and error.__cause__ is not None:
-        return _line(error.__cause__)
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # ---------------------------------------------------------------------------------------------------------------

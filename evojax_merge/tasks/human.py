@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from evojax_merge.schema import Text, Whole
 from evojax_merge.tasks.function import NO_TARGET
-from evojax_merge.tasks.language_judge import LanguageModelJudge
+from evojax_merge.tasks.language_judge import LanguageModelJudge, check_address, read_key
 from evojax_merge.tasks.prompts import PromptConfig
 from evojax_merge.tasks.task import Opening, Responses, TaskKind
 from evojax_merge.tasks.templates import check_stop
@@ -25,6 +25,7 @@ class HumanConfig(VotesConfig, PromptConfig):
         None, description="an OpenAI-compatible address, such as http://127.0.0.1:8000/v1, whose model votes"
     )
     judge_model: Text | None = Field(None, description="the name of the model at judge_address")
+    judge_insecure: bool = Field(False, description="true: an http:// address of another machine may get the key")
     target: Text = Field("{target}", description="of shown examples: a template over a record's fields")
     max_new_tokens: Whole = Field(256, ge=1, le=1_000_000, description="how many tokens a model may write")
     stop: list[Text] = Field([], max_length=100, description="texts that end what a model writes")
@@ -35,8 +36,11 @@ class HumanConfig(VotesConfig, PromptConfig):
             raise ValueError("judge_address: goes with judge_model, the name of the model there")
         if self.judge is not None and self.judge_address is not None:
             raise ValueError("judge: a function votes, or the model at judge_address; leave one out")
-        if self.judge_address is not None and not self.judge_address.startswith(("http://", "https://")):
-            raise ValueError(f"judge_address: {self.judge_address!r}; expected http://… or https://…")
+        if self.judge_address is not None:
+            try:
+                check_address(self.judge_address, self.judge_insecure)
+            except ValueError as error:
+                raise ValueError(f"judge_address: {error}") from None
         return self
 
 
@@ -77,6 +81,8 @@ class HumanTask(TextRecordsTask):
 def open_human(config: HumanConfig, opening: Opening) -> HumanTask:
     """The task on the records of one file. Raises InputError for a fault of the config, the function or the file."""
     where, address = opening.where, config.judge_address
+    if address is not None:
+        read_key()
     model = None if address is None else LanguageModelJudge(address, str(config.judge_model), config.question)
     voting = voting_of(config, opening, model)
     fields = checked_fields(where, config)

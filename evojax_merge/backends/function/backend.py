@@ -15,7 +15,7 @@ from evojax_merge.backends.function.trees import TreeBank, TreeMerge, put_bank
 from evojax_merge.checkpoints.abstract_bank import anywhere
 from evojax_merge.checkpoints.writer import write_marker
 from evojax_merge.config import EvaluationConfig
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, first_line
 from evojax_merge.evaluation.compilers import TargetCompiler, collectives
 from evojax_merge.evaluation.costs import convolution_share, cost_of
 from evojax_merge.evaluation.devices import ONE_DEVICE, AnyMesh, Devices, shard_population, tree_nbytes
@@ -560,8 +560,7 @@ def score_count(merge: TreeMerge, task: ArrayTask) -> int:
     try:
         shape = jax.eval_shape(partial(_scores, merge, task), merge.bank, start, task.rows)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(task.where, f"JAX cannot trace it ({reason}); {task.untraced}") from error
+        raise InputError(task.where, f"JAX cannot trace it ({first_line(error)}); {task.untraced}") from error
     return int(shape.size)
 
 
