@@ -18,6 +18,7 @@ from evojax_merge.schema import Location, Name, Text, Whole
 from evojax_merge.tasks.arrays import read_examples
 from evojax_merge.tasks.function import METRIC as SCORE
 from evojax_merge.tasks.function import UserFunction, load_function
+from evojax_merge.tasks.images import image_content, open_image
 from evojax_merge.tasks.records import Record, read_file
 from evojax_merge.tasks.task import Derivative, Opening, Place, TaskConfig, TaskDefaults, TaskKind
 
@@ -171,6 +172,14 @@ class NetworkExample:
         return inputs, _hashable(self.target)
 
 
+def image_file(example: NetworkExample) -> tuple[str, bytes]:
+    """The place of an example's image in messages, and its file's content. Raises InputError where it cannot be
+    read."""
+    path = example.inputs["image"]
+    where = example.where if example.where == str(path) else f"{example.where}: {path.name}"
+    return where, image_content(where, path)
+
+
 def _hashable(value: Any) -> Hashable:
     return value.tobytes() if isinstance(value, np.ndarray) else str(value)
 
@@ -239,6 +248,10 @@ def open_network(config: Any, opening: Opening) -> NetworkTask:
         examples = tuple(_example(record, config, file) for record in read_file(file))
         named = [path for example in examples for name, path in example.inputs.items() if name in FILES]
         files = (file, *dict.fromkeys(named))
+    for example in examples:
+        # An array may have the name as well.
+        if isinstance(example.inputs.get("image"), Path):
+            open_image(*image_file(example)).close()
     function = None
     if isinstance(config, NetworkConfig):
         function = load_function(f"{opening.where}.function", config.function, config.gets, opening.folder)
