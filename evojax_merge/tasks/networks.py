@@ -187,8 +187,8 @@ def _hashable(value: Any) -> Hashable:
 @dataclass(frozen=True)
 class NetworkTask(TaskDefaults):
     """A task of networks. examples: all of its file's; indices: the numbers of those that the task has; files: what it
-    was made from; section: its place in the config; config: the section; corpus: further documents of a retrieval;
-    function: a user's own."""
+    was made from; places: see `paths`; section: its place in the config; config: the section; corpus: further documents
+    of a retrieval; function: a user's own."""
 
     backend: ClassVar[str] = "torch"
 
@@ -199,6 +199,7 @@ class NetworkTask(TaskDefaults):
     examples: tuple[NetworkExample, ...]
     indices: tuple[int, ...]
     files: tuple[Path, ...]
+    places: Mapping[str, str]
     section: str
     config: Any
     corpus: tuple[str, ...] = ()
@@ -225,8 +226,7 @@ class NetworkTask(TaskDefaults):
         return [(self.examples[i].content, self.examples[i].place) for i in self.indices]
 
     def paths(self) -> dict[str, str]:
-        function = {} if self.function is None else {"function": self.function.place}
-        return {"file": str(self.files[0] if self.files[0].is_file() else self.files[0].parent.parent)} | function
+        return dict(self.places)
 
 
 def open_network(config: Any, opening: Opening) -> NetworkTask:
@@ -234,12 +234,13 @@ def open_network(config: Any, opening: Opening) -> NetworkTask:
     file = opening.file(*opening.source("file", config.file))
     corpus: tuple[str, ...] = ()
     files: tuple[Path, ...] = (file,)
+    places = {"file": str(file)}
     if config.kind in PAIRED:
         examples = tuple(PAIRED[config.kind](record, config, file) for record in read_file(file))
         if getattr(config, "corpus", None) is not None:
             more = opening.file("corpus", config.corpus)
             corpus = tuple(text for record in read_file(more) for text in _documents(record, config))
-            files = (file, more)
+            files, places["corpus"] = (file, more), str(more)
     elif file.is_dir():
         examples, files = _folder(file, config.kind)
     elif file.suffix == ".npz":
@@ -255,11 +256,11 @@ def open_network(config: Any, opening: Opening) -> NetworkTask:
     function = None
     if isinstance(config, NetworkConfig):
         function = load_function(f"{opening.where}.function", config.function, config.gets, opening.folder)
-        files = (*files, *function.files)
+        files, places["function"] = (*files, *function.files), function.place
     metric = getattr(config, "metric", SCORE)
     return NetworkTask(
         config.name, config.kind, metric, config.weight, examples, tuple(range(len(examples))), files,
-        opening.where, config, corpus, function,
+        places, opening.where, config, corpus, function,
     )  # fmt: skip
 
 
