@@ -23,6 +23,8 @@ from hostile import (
     links,
     messages,
     outputs,
+    own_modules,
+    pictures,
     proof,
     quantised,
     recipes,
@@ -55,6 +57,8 @@ MODULES = (
     proof,
     versions,
     images,
+    pictures,
+    own_modules,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

@@ -131,6 +131,11 @@ def long_gif() -> bytes:
     return bytes(content)
 
 
+def damaged(content: bytes) -> bytes:
+    """A compressed TIFF whose pixels, behind the header of 8 bytes, are no code."""
+    return content[:8] + b"\xff" * 32 + content[40:]
+
+
 FORMATS = "cannot be read as an image"
 REFUSED: dict[str, tuple[bytes, str]] = {
     **{form: (file_of(COLOURS, form), f"{FORMATS}; expected PNG, JPEG, WEBP, GIF, BMP, TIFF")
@@ -143,6 +148,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "cut JPEG": (file_of(np.tile(COLOURS, (20, 20, 1)), "JPEG")[:-300], f"{FORMATS} (image file is truncated"),
     "cut GIF": (file_of(COLOURS, "GIF")[:40], FORMATS),
     "cut WebP": (file_of(COLOURS, "WEBP")[:-8], FORMATS),
+    "damaged TIFF": (damaged(file_of(COLOURS, "TIFF", compression="tiff_lzw")), FORMATS),
     "cut TIFF": (file_of(COLOURS, "TIFF")[:40], FORMATS),
     "bomb": (bmp(60_000, 60_000), "could be decompression bomb"),
     "picture below Pillow's bombs": (bmp(10_000, 10_000), "has 10,000 × 10,000 pixels; expected 64,000,000 at most"),
@@ -155,8 +161,9 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_picture_that_cannot_be_had_is_refused(
-    name: str, inside: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    name: str, inside: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     content, message = REFUSED[name]
     monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
     (tmp_path / "a.png").write_bytes(content)
@@ -165,7 +172,7 @@ def test_a_picture_that_cannot_be_had_is_refused(
             "tasks.jsonl:1", "image", {"bytes": content} if inside else "a.png", tmp_path,
         )]  # fmt: skip
     assert str(caught.value).startswith("tasks.jsonl:1: image: " + ("" if inside else "a.png: "))
-    assert message in str(caught.value) and not recwarn.list
+    assert message in str(caught.value) and not recwarn.list and capfd.readouterr().err == ""
 
 
 def test_a_picture_of_pillows_has_the_pixels_of_its_file(tmp_path: Path) -> None:

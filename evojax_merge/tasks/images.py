@@ -10,6 +10,7 @@ import binascii
 import hashlib
 import io
 import os
+import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -35,6 +36,8 @@ EXTRA = "pip install 'evojax-merge[vision]'"
 RANGELESS = {"I": "signed or 32-bit whole numbers", "F": "floating-point numbers"}
 # The tags of a TIFF for the bits of a channel, and for its colours; the value there of one in which 0 is white.
 BITS, COLOURS, WHITE_IS_ZERO = 258, 262, 0
+# Held while stderr leads elsewhere.
+_STDERR = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -190,17 +193,23 @@ def _rgb(where: str, image: Any) -> Any:
 
 @contextmanager
 def _decoding(where: str) -> Iterator[None]:
-    """Let the block raise InputError for all that Pillow's decoders raise for damaged files, and print no warnings."""
+    """Let the block raise InputError for all that Pillow's decoders raise for damaged files, and print nothing: no
+    warnings, nor what libtiff writes to stderr."""
     from PIL import UnidentifiedImageError
 
-    with warnings.catch_warnings():
+    with _STDERR, warnings.catch_warnings(), open(os.devnull, "wb") as nowhere:
         warnings.simplefilter("ignore")
+        stderr = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
         try:
             yield
         except UnidentifiedImageError:
             raise _unreadable(where) from None
         except Exception as error:
             raise _unreadable(where, error) from None
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _unreadable(where: str, error: Exception | None = None) -> InputError:

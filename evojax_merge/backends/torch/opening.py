@@ -131,7 +131,9 @@ class TorchFactory:
         space = SpaceConfig(method="linear", layers_per_group="all")
         # A stored model's batch norms are measured already.
         settings = settings.model_copy(update={"recalibrate": False})
-        config = Config.model_construct(backend=name, parents=[str(path)], space=space, evaluation=settings)
+        config = Config.model_construct(
+            backend=name, parents=[str(path)], space=space, evaluation=settings, tasks=[]
+        )  # fmt: skip
         return self.open(where, config, path.parent, target, lambda *_: path, False)
 
 
