@@ -307,8 +307,8 @@ def test_a_resolved_config_is_resolved_to_itself(
     assert all(os.path.isabs(file) for file in document[INPUTS])
 
 
-RUNS = ["networks", "own modules by a module", "pytrees"]
-MORE_RUNS = ["decoder, space", "stages", "path", "pool", "judged", "generators"]
+RUNS = ["networks", "pytrees"]
+MORE_RUNS = ["own modules by a module", "decoder, space", "stages", "path", "pool", "judged", "generators"]
 
 
 @pytest.mark.parametrize("name", [*RUNS, *(pytest.param(name, marks=thorough) for name in MORE_RUNS)])

@@ -109,7 +109,8 @@ HEADERS: dict[str, tuple[Callable[[], bytes], str]] = {
 }  # fmt: skip
 # Files whose pixels cannot be had.
 PIXELS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "a cut PNG": (lambda: picture("PNG")[:-20], "(image file is truncated"),
+    "a cut PNG": (lambda: picture("PNG", np.random.default_rng(0).integers(0, 255, (9, 9, 3)).astype(np.uint8))[:-60],
+                  "(image file is truncated"),
     "a cut JPEG": (lambda: picture("JPEG", np.tile(np.arange(192, dtype=np.uint8).reshape(8, 8, 3), (9, 9, 1)))[:-200],
                    "(image file is truncated"),
     "a TIFF of floats": (lambda: picture("TIFF", np.eye(8, dtype=np.float32)), "has pixels of floating-point numbers"),
