@@ -598,6 +598,7 @@ class TaskFile(Section):
 
     tasks: list[AnyTask] = Field(min_length=1, max_length=1000)
     evaluation: EvaluationConfig = EvaluationConfig()
+    backend: Name = Config.model_fields["backend"].default
     plugins: Plugins = Field([])
 
     @model_validator(mode="after")

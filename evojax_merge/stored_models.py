@@ -11,7 +11,10 @@ from evojax_merge import plugins
 from evojax_merge.backends.decoder.backend import stored_dtype
 from evojax_merge.backends.decoder.opening import context_length, stop_tokens
 from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
+from evojax_merge.backends.function.opening import model_path
+from evojax_merge.backends.registry import find_backend
 from evojax_merge.backends.torch.opening import FACTORY as TORCH
+from evojax_merge.backends.torch.opening import TorchFactory
 from evojax_merge.checkpoints.bank import bank_bytes, load_stored
 from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import file_hash
@@ -60,6 +63,9 @@ class TaskSet:
     settings: EvaluationConfig
     # In words, the number of scored examples of each task.
     sizes: tuple[str, ...]
+    # The backend that the file names, and the folder in which the path of one begins.
+    backend: str
+    folder: Path
 
 
 def read_tasks(path: Path, split: Split = "all") -> TaskSet:
@@ -68,7 +74,7 @@ def read_tasks(path: Path, split: Split = "all") -> TaskSet:
     document = load_yaml(path)
     if isinstance(document, dict) and document.keys() & {"parents", "genome"}:
         config = read_config(path, [], None)
-        file = TaskFile(tasks=config.tasks, evaluation=config.evaluation)
+        file = TaskFile(tasks=config.tasks, evaluation=config.evaluation, backend=config.backend)
         task_set = open_tasks(str(path), file, path.parent, split, config.seed, _validation_share(config))
         _check_recorded_inputs(path, config, task_set)
         return task_set
@@ -107,6 +113,8 @@ def open_tasks(
             tasks,
             file.evaluation,
             tuple(f"the {split_task.size} {words} examples of {split_task.name}" for split_task in tasks),
+            file.backend,
+            folder,
         )
     tasks = [
         open_whole_task(f"{where}: tasks[{i}]", task, folder, seed, resolve_file) for i, task in enumerate(file.tasks)
@@ -118,7 +126,7 @@ def open_tasks(
         else f"all {task.size} examples of {task.name}, searched or not"
         for task, config in zip(tasks, file.tasks, strict=True)
     )
-    return TaskSet(where, tasks, file.evaluation, sizes)
+    return TaskSet(where, tasks, file.evaluation, sizes, file.backend, folder)
 
 
 def _on_split(where: str, file: TaskFile, folder: Path, split: Split, seed: int, validation: float) -> list[Task]:
@@ -146,8 +154,11 @@ def score_models(
 ) -> list[Row]:
     """Score stored models, or runs' winners, on all examples. `on_scored` receives each model's answers."""
     tasks, settings = task_set.tasks, task_set.settings
-    if any(getattr(task, "backend", None) == "torch" for task in tasks):
-        return _score_networks(models, task_set, on_scored)
+    factory = find_backend(f"{task_set.where}: backend", task_set.backend, task_set.folder)
+    if not isinstance(factory, TorchFactory) and any(getattr(task, "backend", None) == "torch" for task in tasks):
+        factory = TORCH
+    if isinstance(factory, TorchFactory):
+        return _score_networks(models, factory, task_set, on_scored)
     for task in tasks:
         if not hasattr(task, "requests"):
             raise InputError(
@@ -186,13 +197,16 @@ def score_models(
 
 
 def _score_networks(
-    models: Sequence[str], task_set: TaskSet, on_scored: Callable[[str, Answers], None]
+    models: Sequence[str], factory: TorchFactory, task_set: TaskSet, on_scored: Callable[[str, Answers], None]
 ) -> list[Row]:  # fmt: skip
     """Score networks of torch, as `score_models`."""
+    voted = next((task.name for task in task_set.tasks if hasattr(task, "voting")), None)
+    if voted is not None:
+        raise InputError(task_set.where, f"{voted}: has scores of votes alone, in a search; leave it out")
     rows = []
-    for model, name in zip(models, short_names(models), strict=True):
-        path = _model_folder(model)
-        backend = TORCH.open_stored(path, task_set.settings, live_target())
+    paths = [_model_folder(model, resolve_reference if factory.make is None else model_path) for model in models]
+    for model, path, name in zip(models, paths, short_names(models), strict=True):
+        backend = factory.open_stored(task_set.where, task_set.backend, path, task_set.settings, live_target())
         for task in task_set.tasks:
             backend.check_task(task_set.where, task)
         prepared = backend.prepare(Splits([], [], None, task_set.tasks))
@@ -210,9 +224,9 @@ def score_table(models: Sequence[str], rows: Sequence[Row]) -> list[dict[str, An
     return [{"model": m, "fitness": row.fitness, "scores": row.scores} for m, row in zip(models, rows, strict=True)]
 
 
-def _model_folder(reference: str) -> Path:
-    """The folder of a model, or of a run's winner."""
-    path = resolve_reference("MODELS", reference, Path.cwd())
+def _model_folder(reference: str, find: Callable[[str, str, Path], Path] = resolve_reference) -> Path:
+    """The place of a model, or of a run's winner."""
+    path = find("MODELS", reference, Path.cwd())
     run = RunFolder(path)
     if (path / "config.json").exists() or not is_run(run):
         return path

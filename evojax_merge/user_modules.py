@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,16 @@ def load_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def reference_from_anywhere(reference: str, folder: Path) -> str:
+    """The reference `FILE.py:NAME`, or `MODULE:NAME` of a module that was imported from a file in `folder`, with the
+    file's full path; any other as it is."""
+    place, _, name = reference.rpartition(":")
+    if place.endswith(".py"):
+        return f"{(folder / os.path.expanduser(place)).resolve()}:{name}"
+    file = Path(getattr(sys.modules.get(place), "__file__", None) or "")
+    return f"{file.resolve()}:{name}" if file.name and file.resolve().parent == folder.resolve() else reference
 
 
 @contextmanager

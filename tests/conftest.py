@@ -59,7 +59,8 @@ QUICKLY_COMPILED = {
         "mergekit_evolve", "mergekit_suite",
         "method_seam", "mixtures", "notebook", "page", "parent_groups", "path_ga", "path_gradients", "plugins",
         "plugin_files", "pool", "projector", "pytrees", "qwen_vl",
-        "racing", "reproduce", "reproducible", "run_folder", "search", "secrets", "spaces", "stopping",
+        "racing", "reproduce", "reproducible", "resolved_configs", "run_folder", "search", "secrets", "spaces",
+        "stopping",
         "strategies", "strategies_bench", "strategy_seam", "study", "study_spaces", "task_seam", "terminal",
         "text_decoders", "tokens", "torch_backend", "torture", "validation", "vision", "vision_harness", "votes", "zoo",
     )

@@ -208,7 +208,7 @@ def test_a_function_that_is_not_traced_is_called_with_each_model(linear: Path, t
         ({"backend": "nowhere.py:KIND"}, r"backend: nowhere.py: no such file"),
         ({"backend": "nowhere_at_all:KIND"}, r"backend: there is no module 'nowhere_at_all'"),
         ({"backend": f"{TOY}:em"}, r"lacks check, open; expected a BackendFactory"),
-        ({"backend": f"{TOY}:missing"}, r"is None, which lacks check, open"),
+        ({"backend": f"{TOY}:missing"}, r"toy_backend.py has no 'missing' \(known: .*save\)"),
         ({"export_dtype": "float32"}, r"export_dtype: is for language models"),
         ({"evaluation": {"model": 2}}, r"evaluation.model: "),
         ({"parents": ["one", "three"]}, r"parents\[1\]: three: no such file or folder"),

@@ -388,6 +388,15 @@ def test_generators_are_planned_searched_resumed_and_exported(ddpm: list[Path], 
         expected = scores_by_diffusers(folder, seeds).mean()
         assert result["table"][number]["heldout_scores"]["grey/score"] == pytest.approx(expected, abs=1e-5)
 
+    # `evaluate` draws the same pictures, of the run's winner and of any folder.
+    command(
+        "evaluate", run, model, ddpm[1], "--tasks", run / "config.yaml", "--split", "heldout", "--json",
+        tmp_path / "scores.json",
+    )  # fmt: skip
+    scores = [row["scores"]["grey/score"] for row in json.loads((tmp_path / "scores.json").read_text())]
+    kept = [result["table"][number]["heldout_scores"]["grey/score"] for number in (3, 3, 0)]
+    assert scores == pytest.approx(kept, abs=1e-5)
+
     # The sheet of pictures lies beside the winner, and stands in its card and in the run's page.
     assert (model / "contact_sheet.png").stat().st_size > 100
     assert "![contact sheet](contact_sheet.png)" in (model / "README.md").read_text()

@@ -100,7 +100,7 @@ def task_of(folder: Path, function: str, gets: str = "texts", **changes: Any) ->
 
 def test_a_kept_config_names_the_function_from_any_folder(folder: Path) -> None:
     (folder / "beside.py").write_text(SOURCE)
-    found = {"own.py:total": f"{folder / 'own.py'}:total", "beside:total": "beside:total"}
+    found = {"own.py:total": f"{folder / 'own.py'}:total", "beside:total": f"{folder / 'beside.py'}:total"}
     for function, kept in found.items():
         config = config_of(function, "logits")
         section = resolved_config(config, *open_task("config", config, folder, 0))

@@ -25,6 +25,8 @@ from hostile import (
     links,
     messages,
     outputs,
+    own_modules,
+    pictures,
     proof,
     quantised,
     recipes,
@@ -61,6 +63,8 @@ MODULES = (
     caches,
     votes,
     addresses,
+    pictures,
+    own_modules,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

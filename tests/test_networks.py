@@ -11,9 +11,10 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner
-from safetensors.torch import load_model, save_file, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 
 from evojax_merge.backends.torch.backend import on_cores
+from evojax_merge.backends.torch.folders import open_module
 from evojax_merge.cli import cli
 from evojax_merge.errors import InputError
 from evojax_merge.problem import SearchProblem, build_problem, config_from
@@ -208,6 +209,51 @@ def test_networks_are_evaluated(tmp_path: Path) -> None:
     assert [sample["score"] for sample in samples] == right.tolist()
 
 
+def test_modules_of_the_users_own_are_evaluated(nets: Path, tmp_path: Path) -> None:
+    """Files, runs and winners, by a run's config and by a file of tasks that names the backend."""
+    config, run, out = tmp_path / "config.yaml", tmp_path / "run", tmp_path / "scores.json"
+    config.write_text(json.dumps(document(nets, evaluation={"recalibrate": True})))
+    command("search", config, "--out", run)
+    table = json.loads((run / "result.json").read_text())["table"]
+    expected = [table[number]["heldout_scores"]["classes/log_probability"] for number in (-1, -1, 0)]
+    models = (run, run / "best" / "model", nets / "net1.safetensors")
+    command("evaluate", *models, "--tasks", run / "config.yaml", "--split", "heldout", "--json", out)
+    scores = [row["scores"]["classes/log_probability"] for row in json.loads(out.read_text())]
+    assert scores == pytest.approx(expected, abs=1e-5)
+    alone = {"tasks": document(nets)["tasks"], "backend": "net.py:make"}
+    (tmp_path / "net.py").write_text(OWN)
+    (tmp_path / "tasks.yaml").write_text(json.dumps(alone))
+    command("evaluate", *models, "--tasks", tmp_path / "tasks.yaml", "--json", out)
+    model, arrays = made(nets / "net.py").eval(), np.load(nets / "arrays.npz")
+    for row, file in zip(json.loads(out.read_text()), (models[1] / "model.safetensors",) * 2 + models[2:], strict=True):
+        load_model(model, file)
+        score = log_probability(model, arrays["pixels"], arrays["label"])
+        assert row["scores"]["classes/log_probability"] == pytest.approx(score, abs=1e-5)
+    (tmp_path / "tasks.yaml").write_text(json.dumps({"tasks": alone["tasks"]}))
+    with pytest.raises(InputError, match=r"own modules need backend: FILE.py:NAME"):
+        command("evaluate", run, "--tasks", tmp_path / "tasks.yaml")
+
+
+@pytest.mark.parametrize("name", ["image", "text", "audio"])
+def test_an_array_may_have_any_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import torch\n\n\nclass Net(torch.nn.Linear):\n"
+        f"    def forward(self, {name}):\n        return super().forward({name})\n\n\n"
+        "def make():\n    return Net(4, 3)\n"
+    )
+    for seed in (1, 2):
+        save_model(randomised(made(tmp_path / "own.py"), seed), str(tmp_path / f"own{seed}.safetensors"))
+    rows, labels = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32), np.arange(8) % CLASSES
+    np.savez(tmp_path / "arrays.npz", label=labels, **{name: rows})
+    task = {"name": "classes", "kind": "classification", "file": "arrays.npz", "metric": "log_probability"}
+    parents = ["own1.safetensors", "own2.safetensors"]
+    problem = problem_of(
+        tmp_path / "config.yaml", document(tmp_path, backend="own.py:make", parents=parents, tasks=[task])
+    )
+    (prepared,) = problem.prepare().search
+    np.testing.assert_array_equal(prepared.rows[0]["inputs"][name], rows[np.array(problem.splits.search[0].indices)])
+
+
 def test_candidates_that_are_called_share_the_cores() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
@@ -228,6 +274,9 @@ def test_state_dicts_that_do_not_fit_are_named(nets: Path, tmp_path: Path) -> No
     )
     save_file(state | {"more": torch.ones(1)}, str(tmp_path / "more.safetensors"))
     save_file(state | {"head.bias": torch.ones(2)}, str(tmp_path / "other.safetensors"))
+    for file, prefix in (("parallel", "module."), ("compiled", "_orig_mod."), ("both", "module._orig_mod.")):
+        prefixed = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+        save_file(prefixed, str(tmp_path / f"{file}.safetensors"))
     torch.save(state, tmp_path / "net.pt")
     (tmp_path / "pickled").mkdir()
     torch.save(state, tmp_path / "pickled" / "pytorch_model.bin")
@@ -235,6 +284,9 @@ def test_state_dicts_that_do_not_fit_are_named(nets: Path, tmp_path: Path) -> No
         "less.safetensors": r"less.safetensors: lacks head.bias; expected the state dict of .*net.py:make's module",
         "more.safetensors": r"more.safetensors: has, and the module has not, more;",
         "other.safetensors": r"other.safetensors: does not fit .*size mismatch for head.bias",
+        "parallel.safetensors": r"parallel.safetensors: lacks .*; its names begin with 'module\.', which DataParallel",
+        "compiled.safetensors": r"compiled.safetensors: lacks .*; its names begin with '_orig_mod\.', which",
+        "both.safetensors": r"both.safetensors: lacks .*; its names begin with 'module\._orig_mod\.', which",
         "net.pt": r"net.pt: expected a .safetensors file of a state dict: reading a pickled one would run its code",
         "pickled": r"pickled: pytorch_model.bin: is pickled, and reading it would run its code; expected safetensors",
     }
@@ -242,6 +294,39 @@ def test_state_dicts_that_do_not_fit_are_named(nets: Path, tmp_path: Path) -> No
         parents = [str(nets / "net1.safetensors"), str(tmp_path / name)]
         with pytest.raises(InputError, match=message):
             problem_of(tmp_path / "config.yaml", document(nets, parents=parents))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_folders_of_wrapped_models_are_named(prefix: str, tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=SIDE, patch_size=4
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({f"{prefix}{name}": tensor for name, tensor in state.items()}, tmp_path / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    with pytest.raises(InputError, match=rf"lacks \d+ tensors of ViT.*; its names begin with '{re.escape(prefix)}'"):
+        open_module(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("net.py:mak", r"backend: net.py has no 'mak' \(did you mean 'make'\?\)"),
+        ("net.py:", r"backend: net.py has no '' \(known: Net, make, nothing\)"),
+        ("net:mak", r"backend: net has no 'mak' \(did you mean 'make'\?\)"),
+        ("nets.py:make", r"backend: nets.py: no such file"),
+        ("needs.py:Net", r"backend: needs.py:Net is called without arguments \(missing a required argument: 'width'"),
+        ("wrong.py:make", r"backend: wrong.py cannot be imported \(line 1: ZeroDivisionError"),
+        (":make", r"backend:  cannot be imported \(ValueError"),
+    ],
+)
+def test_names_of_backends_that_are_not_there(backend: str, message: str, nets: Path, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(OWN)
+    (tmp_path / "needs.py").write_text("class Net:\n    def __init__(self, width):\n        pass\n")
+    (tmp_path / "wrong.py").write_text("1 / 0\n")
+    with pytest.raises(InputError, match=message):
+        problem_of(tmp_path / "config.yaml", document(nets, backend=backend))
 
 
 def test_what_a_module_cannot_do_is_named(nets: Path, tmp_path: Path) -> None:

@@ -399,7 +399,7 @@ def test_a_folder_of_images_by_class_is_the_same_task(folder: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"image": "broken.png", "label": 0}, r"data.jsonl:2: broken.png cannot be read as an image"),
+        ({"image": "broken.png", "label": 0}, r"data.jsonl:2: broken.png: cannot be read as an image"),
         ({"image": "missing.png", "label": 0}, r"data.jsonl:2: image: missing.png: no such file"),
         ({"image": "one.png", "label": 4}, r"data.jsonl:2: label 4 is none of the 4 of .*config.json; expected a"),
         ({"image": "one.png", "label": "klass1"}, r"data.jsonl:2: label 'klass1' .* \(did you mean 'class1'\?\)"),

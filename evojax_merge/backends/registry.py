@@ -1,6 +1,6 @@
 """Backends by their names in a config."""
 
-import os
+import inspect
 import re
 from importlib import import_module
 from pathlib import Path
@@ -10,8 +10,8 @@ from evojax_merge.backends.backend import BackendFactory
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.plugins import HINT
 from evojax_merge.references import resolve_reference
+from evojax_merge.tasks.function import users_module
 from evojax_merge.tasks.rubric import Margins, provide_judges
-from evojax_merge.user_modules import importing_from, lacks_module, load_file
 
 # The built-in factories as module:object: a search imports only its own.
 _BUILT_IN = {
@@ -72,28 +72,24 @@ def find_backend(where: str, name: str, folder: Path) -> BackendFactory:
 
 def _imported(where: str, name: str, folder: Path) -> BackendFactory:
     module_name, _, attribute = name.rpartition(":")
-    path = folder / os.path.expanduser(module_name)
-    if module_name.endswith(".py"):
-        if not os.path.isfile(path):
-            raise InputError(where, f"{module_name}: no such file")
-        with importing_from(path.resolve().parent):
-            module = load_file(path.resolve())
-    else:
-        try:
-            with importing_from(folder):
-                module = import_module(module_name)
-        except ModuleNotFoundError as error:
-            if not lacks_module(error, module_name):
-                raise
-            raise InputError(where, f"there is no module {module_name!r}") from None
-    factory = getattr(module, attribute, None)
+    module = users_module(where, module_name, folder)
+    if not hasattr(module, attribute):
+        names = [name for name, value in vars(module).items() if not name.startswith("_") and (
+            getattr(value, "__module__", None) == module.__name__ or not _lacking(value))]  # fmt: skip
+        raise InputError(where, f"{module_name} has no {attribute!r}{did_you_mean(attribute, names)}")
+    factory = getattr(module, attribute)
     lacking = _lacking(factory)
     if lacking and callable(factory):
         from evojax_merge.backends.torch.opening import TorchFactory
 
+        try:
+            inspect.signature(factory).bind()
+        except ValueError:
+            pass  # Functions that are not written in Python may have no signature.
+        except TypeError as error:
+            raise InputError(where, f"{name} is called without arguments ({error})") from None
         return TorchFactory(factory)
     if lacking:
         raise InputError(where, f"{name} is {shown(factory)}, which lacks {lacking}; expected a BackendFactory")
-    assert factory is not None
     result: BackendFactory = factory
     return result

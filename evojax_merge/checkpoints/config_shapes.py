@@ -13,7 +13,7 @@ from typing import Any
 
 from evojax_merge.checkpoints.config_file import check_values
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder
-from evojax_merge.checkpoints.folder import Tensor, is_float
+from evojax_merge.checkpoints.folder import Tensor, is_float, wrapper_hint
 from evojax_merge.checkpoints.parents import EMBEDDINGS, find_token_tensors, tensor_shapes
 from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import HEAD, Architecture, find_architecture, known_architecture
@@ -67,7 +67,8 @@ def _fault(
             continue
         tensor, in_file = folder.entries.get(name), folder.names.in_file(name)
         if tensor is None:
-            return InputError(folder.path, f"has no tensor {in_file}, which its config.json asks for")
+            hint = wrapper_hint([in_file], map(folder.names.in_file, folder.entries))
+            return InputError(folder.path, f"has no tensor {in_file}, which its config.json asks for{hint}")
         if not is_float(tensor.dtype):
             expected_dtype = "expected float weights (a quantised model?)"
             return InputError(tensor.file, f"{in_file} holds {tensor.dtype}; {expected_dtype}")

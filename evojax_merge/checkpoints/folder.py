@@ -14,7 +14,7 @@ import mmap
 import os
 import re
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
@@ -66,6 +66,8 @@ PIPELINE_INDEX = "model_index.json"
 VARIANTS = ["*.fp16*.safetensors", "*.bf16*.safetensors", "*.non_ema*.safetensors", "*/*/*"]
 # Another program's names for the same weights, which some repositories hold beside the ones that transformers reads.
 FOREIGN_FILES = "consolidated*"
+# What DataParallel and torch.compile put before the names of a module's tensors.
+WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.)+")
 
 
 # The slices of a tensor's first axes that a process needs, such as its devices' rows; empty: all of it.
@@ -322,6 +324,17 @@ _INTEGERS = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32), 8: (np.int64, n
 
 # The end of messages about a model that is neither here nor on the hub.
 OTHER_REFERENCE = "check the name, or give the path of a model folder on this machine"
+
+
+def wrapper_hint(missing: Collection[str], extra: Iterable[str]) -> str:
+    """The end of a message on tensors that a file lacks: it names the prefix where the tensors that it has in excess
+    are those behind one of a wrapper. Empty for others."""
+    for name in extra:
+        prefix = WRAPPERS.match(name)
+        if prefix is not None and name[prefix.end() :] in missing:
+            wrappers = "which DataParallel (module.) and torch.compile (_orig_mod.) add"
+            return f"; its names begin with {prefix[0]!r}, {wrappers}: save the state dict of the module inside"
+    return ""
 
 
 def resolve(where: object, reference: str, relative_to: Path, *, weights: bool = True) -> Path:

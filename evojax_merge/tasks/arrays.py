@@ -111,7 +111,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file. Raises InputError for any other file, and for arrays of anything but numbers."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+            # A member that is no .npy file is bytes.
+            arrays = {name: np.asarray(archive[name]) for name in archive.files}
     except (OSError, ValueError, TypeError, AttributeError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(path, f"is no .npz file of numbers ({' '.join(str(error).split())[:200]})") from None
     for name, array in arrays.items():

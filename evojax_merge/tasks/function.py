@@ -39,7 +39,7 @@ from evojax_merge.tasks.task import (
 )
 from evojax_merge.tasks.templates import check_stop
 from evojax_merge.tasks.text import NO_TARGET, Kind, TextRecordsTask, TextTask, checked_fields, read_prompted
-from evojax_merge.user_modules import importing_from, lacks_module, load_file
+from evojax_merge.user_modules import importing_from, lacks_module, load_file, reference_from_anywhere
 from evojax_merge.users_traceback import WrongResultError
 
 Inputs = Literal["texts", "log_probabilities", "logits"]
@@ -101,7 +101,7 @@ class FunctionConfig(PromptConfig):
 @dataclass(frozen=True)
 class UserFunction:
     """A function that the config names. `reference` is that name; `files` are the source files that hold the function;
-    `place`: a name that is valid from any folder, where the config names a file."""
+    `place`: a name that is valid from any folder (see `reference_from_anywhere`)."""
 
     reference: str
     call: Callable[..., Any]
@@ -332,7 +332,7 @@ def load_function(where: str, reference: str, inputs: str, folder: Path) -> User
     place, separator, name = reference.rpartition(":")
     if not (separator and place and name.isidentifier()):
         raise InputError(where, f"{reference!r}; expected module:name or path/to/file.py:name")
-    module = _file_module(where, place, folder) if place.endswith(".py") else _named_module(where, place, folder)
+    module = users_module(where, place, folder)
     functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     function = getattr(module, name, None)
     if function is None:
@@ -340,8 +340,8 @@ def load_function(where: str, reference: str, inputs: str, folder: Path) -> User
     if not callable(function):
         raise InputError(where, f"{reference} is of type {type(function).__name__}; expected a function")
     _check_arguments(where, reference, function, inputs)
-    absolute_reference = f"{Path(str(module.__file__)).resolve()}:{name}" if place.endswith(".py") else reference
-    return UserFunction(reference, function, _source_files(module, function), absolute_reference)
+    place_anywhere = reference_from_anywhere(reference, folder)
+    return UserFunction(reference, function, _source_files(module, function), place_anywhere)
 
 
 def _check_arguments(where: str, reference: str, function: Callable[..., Any], inputs: str) -> None:
@@ -364,16 +364,15 @@ def _source_files(module: ModuleType, function: Callable[..., Any]) -> tuple[Pat
     return tuple(sorted(Path(file).resolve() for file in files if file is not None and Path(file).is_file()))
 
 
-def _file_module(where: str, place: str, folder: Path) -> ModuleType:
-    path = next((path for path in (folder / place, Path(os.path.expanduser(place))) if os.path.isfile(path)), None)
-    if path is None:
+def users_module(where: str, place: str, folder: Path) -> ModuleType:
+    """The module of a Python file (`place` ends in .py) or of a name, both looked for from `folder` on. Raises
+    InputError where there is none, and where it cannot be imported."""
+    if not place.endswith(".py"):
+        return _import(where, place, folder, lambda: importlib.import_module(place))
+    path = (folder / os.path.expanduser(place)).resolve()
+    if not os.path.isfile(path):
         raise InputError(where, f"{place}: no such file")
-    path = path.resolve()
     return _import(where, place, path.parent, lambda: load_file(path))
-
-
-def _named_module(where: str, place: str, folder: Path) -> ModuleType:
-    return _import(where, place, folder, lambda: importlib.import_module(place))
 
 
 def _import(where: str, place: str, folder: Path, load: Callable[[], ModuleType]) -> ModuleType:

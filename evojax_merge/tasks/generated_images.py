@@ -20,6 +20,7 @@ from pydantic import Field
 from evojax_merge.errors import InputError, shown
 from evojax_merge.schema import Location, Name, Real, Text, Whole
 from evojax_merge.tasks.function import UserFunction, load_function
+from evojax_merge.tasks.images import open_image
 from evojax_merge.tasks.records import read_file
 from evojax_merge.tasks.task import Opening, Place, TaskConfig, TaskDefaults, TaskKind
 from evojax_merge.tasks.voting import METRIC, VotesConfig, Voting, voting_of
@@ -181,11 +182,9 @@ class HumanImageTask(DrawingTask):
         return dict(self.records[self.indices[example]])
 
     def content(self, answer: str) -> np.ndarray:
-        from PIL import Image
-
         file = self.pictures.read(answer)
         assert file is not None
-        pixels = np.asarray(Image.open(io.BytesIO(file)), np.float32) / 255
+        pixels = np.asarray(open_image(answer, file), np.float32) / 255
         return pixels if pixels.ndim == 3 else pixels[..., None]
 
     def picture(self, name: str) -> bytes | None:

@@ -514,6 +514,11 @@ def _harness(where: str) -> None:
     for logger in ("lm_eval", "datasets"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    # It opens pictures of any format, and Pillow would have Ghostscript, a program, draw one of PostScript.
+    with contextlib.suppress(ImportError):
+        from PIL import EpsImagePlugin
+
+        EpsImagePlugin.gs_binary = False
 
 
 @functools.cache

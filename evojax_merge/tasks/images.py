@@ -10,10 +10,15 @@ import binascii
 import hashlib
 import io
 import os
-from collections.abc import Collection, Mapping, Sequence
+import threading
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from evojax_merge.errors import InputError, shown
 from evojax_merge.regular_file import read_regular
@@ -27,6 +32,12 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_BYTES, MAX_PIXELS = 64 * 2**20, 64 * 10**6
 EXPECTED = "expected an image: a path from the data file's folder on, a data URI, or {bytes}"
 EXTRA = "pip install 'evojax-merge[vision]'"
+# Pillow's modes without a range from black to white, in words.
+RANGELESS = {"I": "signed or 32-bit whole numbers", "F": "floating-point numbers"}
+# The tags of a TIFF for the bits of a channel, and for its colours; the value there of one in which 0 is white.
+BITS, COLOURS, WHITE_IS_ZERO = 258, 262, 0
+# Held while stderr leads elsewhere.
+_STDERR = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -40,16 +51,10 @@ class RecordImage:
     inside: bytes | None = field(compare=False, repr=False)
 
     def open(self) -> Any:
-        """The image as Pillow has it: RGB, turned as its camera says. Raises InputError where it cannot be read."""
-        from PIL import ImageOps
-
-        content = read_regular(self.file, "an image", MAX_BYTES) if self.file is not None else self.inside
+        """The image, see `read_rgb`."""
+        content = self.inside if self.file is None else image_content(self.where, self.file)
         assert content is not None
-        try:
-            with _opened(self.where, content) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
-            raise _unreadable(self.where, error) from None
+        return read_rgb(self.where, content)
 
 
 def expand_images(tokenizer: Any, where: str, text: str, images: Sequence[RecordImage]) -> str:
@@ -93,7 +98,7 @@ def images_of(where: str, place: str, value: Any, folder: Path) -> tuple[RecordI
 
 
 def _image(where: str, place: str, value: Any, folder: Path) -> RecordImage:
-    file, content = None, _written(value)
+    file, content = None, _written(f"{where}: {place}", value)
     # A column of images in parquet has their bytes, or the paths of files beside it.
     if isinstance(value, Mapping):
         content = value.get("bytes")
@@ -104,30 +109,20 @@ def _image(where: str, place: str, value: Any, folder: Path) -> RecordImage:
         raise InputError(where, f"{place}: {shown(value)} is on the net; download it, and name the file")
     elif isinstance(value, str):
         file = folder / os.path.expanduser(value)
-        try:
-            content = read_regular(file, "an image", MAX_BYTES)
-        except FileNotFoundError:
-            raise InputError(where, f"{place}: {value}: no such file in {folder}; {EXPECTED}") from None
-        except InputError as error:
-            raise InputError(where, f"{place}: {value}: {error.what}") from None
-        except (OSError, ValueError) as error:
-            raise _unreadable(f"{where}: {place}: {value}", error) from None
+        content = image_content(f"{where}: {place}: {value}", file)
     if not isinstance(content, bytes):
         raise InputError(where, f"{place}: {shown(value)}; {EXPECTED}")
     named = f"{where}: {place}" + ("" if file is None else f": {value}")
-    try:
-        _opened(named, content).close()
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise _unreadable(named, error) from None
+    open_image(named, content).close()
     return RecordImage(named, hashlib.sha256(content).hexdigest(), file, None if file is not None else content)
 
 
-def _written(value: Any) -> bytes | None:
+def _written(where: str, value: Any) -> bytes | None:
     """An image of Pillow's as a file; None for another value."""
     if not hasattr(value, "convert"):
         return None
     file = io.BytesIO()
-    value.convert("RGB").save(file, "PNG")
+    _rgb(where, value).save(file, "PNG")
     return file.getvalue()
 
 
@@ -141,22 +136,82 @@ def _decoded(where: str, place: str, value: str) -> bytes:
         raise InputError(where, f"{place}: not valid base64 ({error})") from None
 
 
-def _opened(where: str, content: bytes) -> Any:
-    """Pillow's image of a file's content, its pixels not yet read. Raises InputError for one of too many pixels."""
+def image_content(where: str, file: Path) -> bytes:
+    """The content of an image's file. Raises InputError where it cannot be read."""
+    try:
+        return read_regular(file, "an image", MAX_BYTES)
+    except FileNotFoundError:
+        raise InputError(where, f"no such file in {file.parent}; {EXPECTED}") from None
+    except InputError as error:
+        raise InputError(where, error.what) from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(where, error) from None
+
+
+def open_image(where: str, content: bytes) -> Any:
+    """Pillow's image of a file's content, its pixels not yet read. Raises InputError for what is no image of `FORMATS`,
+    and for one of no or too many pixels."""
     try:
         from PIL import Image
     except ImportError:
         raise InputError(where, f"needs the package pillow; {EXTRA}") from None
-    try:
+    with _decoding(where):
         image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise _unreadable(where, error) from None
-    if image.width * image.height > MAX_PIXELS:
+    if not 0 < image.width * image.height <= MAX_PIXELS:
         size = f"{image.width:,} × {image.height:,} pixels"
-        raise InputError(where, f"has {size}; expected {MAX_PIXELS:,} at most")
+        raise InputError(where, f"has {size}; expected {MAX_PIXELS:,} at most, and 1 at least")
     return image
 
 
-def _unreadable(where: str, error: Exception) -> InputError:
-    formats = ", ".join(FORMATS)
-    return InputError(where, f"cannot be read as an image ({' '.join(str(error).split())[:200]}); expected {formats}")
+def read_rgb(where: str, content: bytes) -> Any:
+    """Pillow's RGB image of a file's content: the first of several frames or pages, turned as its camera says, without
+    its transparency, 16 bits of a channel as 8. Raises InputError as `open_image` does, for pixels that cannot be read,
+    and for those that have no range from black to white."""
+    with open_image(where, content) as image:
+        return _rgb(where, image)
+
+
+def _rgb(where: str, image: Any) -> Any:
+    """An image of Pillow's as `read_rgb` returns it."""
+    from PIL import Image, ImageOps
+
+    if image.mode in RANGELESS:
+        what = f"has pixels of {RANGELESS[image.mode]}, whose black and white its format does not say"
+        raise InputError(where, f"{what}; expected 8 or 16 bits a channel")
+    with _decoding(where):
+        image.load()
+        tags = getattr(image, "tag_v2", {})
+        # A damaged EXIF turns nothing.
+        with suppress(Exception):
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            levels = np.asarray(image) * (255 / (2 ** tags.get(BITS, (16,))[0] - 1))
+            levels = 255 - levels if tags.get(COLOURS) == WHITE_IS_ZERO else levels
+            image = Image.fromarray(levels.round().astype(np.uint8))
+        return image.convert("RGB")
+
+
+@contextmanager
+def _decoding(where: str) -> Iterator[None]:
+    """Let the block raise InputError for all that Pillow's decoders raise for damaged files, and print nothing: no
+    warnings, nor what libtiff writes to stderr."""
+    from PIL import UnidentifiedImageError
+
+    with _STDERR, warnings.catch_warnings(), open(os.devnull, "wb") as nowhere:
+        warnings.simplefilter("ignore")
+        stderr = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        except UnidentifiedImageError:
+            raise _unreadable(where) from None
+        except Exception as error:
+            raise _unreadable(where, error) from None
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def _unreadable(where: str, error: Exception | None = None) -> InputError:
+    reason = "" if error is None else f" ({' '.join(str(error).split())[:200] or type(error).__name__})"
+    return InputError(where, f"cannot be read as an image{reason}; expected {', '.join(FORMATS)}")

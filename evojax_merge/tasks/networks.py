@@ -18,6 +18,7 @@ from evojax_merge.schema import Location, Name, Text, Whole
 from evojax_merge.tasks.arrays import read_examples
 from evojax_merge.tasks.function import METRIC as SCORE
 from evojax_merge.tasks.function import UserFunction, load_function
+from evojax_merge.tasks.images import image_content, open_image
 from evojax_merge.tasks.records import Record, read_file
 from evojax_merge.tasks.task import Derivative, Opening, Place, TaskConfig, TaskDefaults, TaskKind
 
@@ -171,6 +172,14 @@ class NetworkExample:
         return inputs, _hashable(self.target)
 
 
+def image_file(example: NetworkExample) -> tuple[str, bytes]:
+    """The place of an example's image in messages, and its file's content. Raises InputError where it cannot be
+    read."""
+    path = example.inputs["image"]
+    where = example.where if example.where == str(path) else f"{example.where}: {path.name}"
+    return where, image_content(where, path)
+
+
 def _hashable(value: Any) -> Hashable:
     return value.tobytes() if isinstance(value, np.ndarray) else str(value)
 
@@ -178,8 +187,8 @@ def _hashable(value: Any) -> Hashable:
 @dataclass(frozen=True)
 class NetworkTask(TaskDefaults):
     """A task of networks. examples: all of its file's; indices: the numbers of those that the task has; files: what it
-    was made from; section: its place in the config; config: the section; corpus: further documents of a retrieval;
-    function: a user's own."""
+    was made from; places: see `paths`; section: its place in the config; config: the section; corpus: further documents
+    of a retrieval; function: a user's own."""
 
     backend: ClassVar[str] = "torch"
 
@@ -190,6 +199,7 @@ class NetworkTask(TaskDefaults):
     examples: tuple[NetworkExample, ...]
     indices: tuple[int, ...]
     files: tuple[Path, ...]
+    places: Mapping[str, str]
     section: str
     config: Any
     corpus: tuple[str, ...] = ()
@@ -216,8 +226,7 @@ class NetworkTask(TaskDefaults):
         return [(self.examples[i].content, self.examples[i].place) for i in self.indices]
 
     def paths(self) -> dict[str, str]:
-        function = {} if self.function is None else {"function": self.function.place}
-        return {"file": str(self.files[0] if self.files[0].is_file() else self.files[0].parent.parent)} | function
+        return dict(self.places)
 
 
 def open_network(config: Any, opening: Opening) -> NetworkTask:
@@ -225,12 +234,13 @@ def open_network(config: Any, opening: Opening) -> NetworkTask:
     file = opening.file(*opening.source("file", config.file))
     corpus: tuple[str, ...] = ()
     files: tuple[Path, ...] = (file,)
+    places = {"file": str(file)}
     if config.kind in PAIRED:
         examples = tuple(PAIRED[config.kind](record, config, file) for record in read_file(file))
         if getattr(config, "corpus", None) is not None:
             more = opening.file("corpus", config.corpus)
             corpus = tuple(text for record in read_file(more) for text in _documents(record, config))
-            files = (file, more)
+            files, places["corpus"] = (file, more), str(more)
     elif file.is_dir():
         examples, files = _folder(file, config.kind)
     elif file.suffix == ".npz":
@@ -239,14 +249,18 @@ def open_network(config: Any, opening: Opening) -> NetworkTask:
         examples = tuple(_example(record, config, file) for record in read_file(file))
         named = [path for example in examples for name, path in example.inputs.items() if name in FILES]
         files = (file, *dict.fromkeys(named))
+    for example in examples:
+        # An array may have the name as well.
+        if isinstance(example.inputs.get("image"), Path):
+            open_image(*image_file(example)).close()
     function = None
     if isinstance(config, NetworkConfig):
         function = load_function(f"{opening.where}.function", config.function, config.gets, opening.folder)
-        files = (*files, *function.files)
+        files, places["function"] = (*files, *function.files), function.place
     metric = getattr(config, "metric", SCORE)
     return NetworkTask(
         config.name, config.kind, metric, config.weight, examples, tuple(range(len(examples))), files,
-        opening.where, config, corpus, function,
+        places, opening.where, config, corpus, function,
     )  # fmt: skip
 
 

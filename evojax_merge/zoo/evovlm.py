@@ -16,7 +16,6 @@ python -m evojax_merge.zoo.evovlm    # trains the models anew, into the package
 """
 
 import copy
-import io
 import json
 import re
 import sys
@@ -32,6 +31,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from evojax_merge.errors import InputError
+from evojax_merge.tasks.images import read_rgb
 from evojax_merge.zoo import FILES, PackagedFamily
 from evojax_merge.zoo.tiny_llama import EOS, PAD, UNKNOWN, Progress, Sizes, save_config, save_tensors, save_tokenizer
 from evojax_merge.zoo.torch_training import seeded_torch, train
@@ -183,9 +183,7 @@ def read_pictures(split: str) -> list[Picture]:
 
 def pixels_of(pictures: Sequence[Picture]) -> np.ndarray:
     """uint8[N, side, side, 3]."""
-    from PIL import Image
-
-    return np.stack([np.asarray(Image.open(io.BytesIO(picture.content)).convert("RGB")) for picture in pictures])
+    return np.stack([np.asarray(read_rgb("easy-VQA", picture.content)) for picture in pictures])
 
 
 def save_questions(folder: Path, seed: int, plan: Plan) -> None:

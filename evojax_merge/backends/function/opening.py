@@ -23,6 +23,7 @@ from evojax_merge.spaces.search_parameters import method_with_base, options_of, 
 from evojax_merge.tasks.arrays import read_npz
 from evojax_merge.tasks.python_functions import is_reference
 from evojax_merge.tasks.python_trees import find_tree, shown_path
+from evojax_merge.user_modules import reference_from_anywhere
 
 # The winner's file in its folder.
 PARAMS = "params.safetensors"
@@ -131,7 +132,7 @@ class FunctionFactory:
             "space": {
                 key: value for key, value in config.space.model_dump(mode="json").items() if key not in FOREIGN_IN_SPACE
             },
-            "backend": absolute_name(config.backend, folder),
+            "backend": reference_from_anywhere(config.backend, folder),
         }
         models = tuple(paths[key] for key in keys)
         return FunctionBackend(
@@ -166,12 +167,6 @@ def model_path(where: str, reference: str, folder: Path) -> Path:
     if not os.path.exists(path):
         raise InputError(where, f"{reference}: no such file or folder")
     return path.resolve()
-
-
-def absolute_name(backend: str, folder: Path) -> str:
-    """A backend's name in a config that may lie in any folder."""
-    file, _, name = backend.rpartition(":")
-    return f"{(folder / os.path.expanduser(file)).resolve()}:{name}" if file.endswith(".py") else backend
 
 
 FACTORY = FunctionFactory()

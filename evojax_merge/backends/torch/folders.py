@@ -14,15 +14,16 @@ import numpy as np
 import torch
 
 from evojax_merge.backends.torch.network import Network, measures, to_torch
-from evojax_merge.checkpoints.folder import INDEX_FILE
+from evojax_merge.checkpoints.folder import INDEX_FILE, wrapper_hint
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.quiet import quiet_transformers
 from evojax_merge.checkpoints.writer import CARD, MARKER
 from evojax_merge.errors import InputError, shown
+from evojax_merge.tasks.function import guard_user_function
 
 # A folder's files beside its weights that an exported folder has as well: of the processor and the tokenizer.
 COPIED = {".json", ".txt", ".model", ".jinja"}
-EXPECTED = "expected a folder with a config.json, as transformers writes it"
+EXPECTED = "expected a folder with a config.json, as transformers writes it; own modules need backend: FILE.py:NAME"
 # The file that says which modules a sentence transformer has, and the name of its class.
 SENTENCE_FILE, SENTENCE = "modules.json", "SentenceTransformer"
 # The file of a module of the user's own in a folder.
@@ -75,10 +76,9 @@ def open_module(folder: Path) -> Any:
             raise InputError(folder, f"{name} cannot open it ({' '.join(str(error).split())[:300]})") from None
     missing = sorted(report["missing_keys"])
     if missing:
-        raise InputError(
-            folder, f"lacks {len(missing)} tensor{'s' if len(missing) > 1 else ''} of {name}, such as {missing[0]}; "
-            "expected a model that was trained whole",
-        )  # fmt: skip
+        hint = wrapper_hint(missing, report["unexpected_keys"]) or "; expected a model that was trained whole"
+        count = f"{len(missing)} tensor{'s' if len(missing) > 1 else ''}"
+        raise InputError(folder, f"lacks {count} of {name}, such as {missing[0]}{hint}")
     return module.eval()
 
 
@@ -174,16 +174,18 @@ class OwnModules:
             raise InputError(
                 file, "expected a .safetensors file of a state dict: reading a pickled one would run its code"
             )
-        module = self.make()
+        with guard_user_function(self.name):
+            module = self.make()
         if not isinstance(module, torch.nn.Module):
             raise InputError(self.where, f"{self.name} returned {shown(module)}; expected a torch.nn.Module")
         try:
             missing, unexpected = load_model(module, file, strict=False)
         except (OSError, SafetensorError, RuntimeError, ValueError) as error:
             raise InputError(file, f"does not fit {self.name} ({' '.join(str(error).split())[:300]})") from None
+        hint = wrapper_hint(missing, unexpected) or f"; expected the state dict of {self.name}'s module"
         for names, what in ((missing, "lacks"), (unexpected, "has, and the module has not,")):
             if names:
-                raise InputError(file, f"{what} {sorted(names)[0]}; expected the state dict of {self.name}'s module")
+                raise InputError(file, f"{what} {sorted(names)[0]}{hint}")
         return module.eval()
 
     def save(self, weights: Mapping[str, Any], source: Path, folder: Path) -> None:

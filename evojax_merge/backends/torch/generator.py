@@ -13,7 +13,7 @@ import torch
 
 from evojax_merge.backends.torch.folders import merged_tensors
 from evojax_merge.backends.torch.network import to_torch
-from evojax_merge.checkpoints.folder import is_float, open_folder
+from evojax_merge.checkpoints.folder import is_float, open_folder, wrapper_hint
 from evojax_merge.checkpoints.generator_keys import BASE, VAE, blocks_of
 from evojax_merge.checkpoints.pipelines import OPENING, Components, Pipeline
 from evojax_merge.checkpoints.quiet import quiet_diffusers
@@ -48,7 +48,8 @@ def open_component(pipeline: Pipeline, name: str) -> Any:
     module, report = opened
     missing = sorted(report["missing_keys"])
     if missing:
-        raise InputError(folder, f"lacks {len(missing)} tensors of {component.__name__}, such as {missing[0]}")
+        hint = wrapper_hint(missing, report["unexpected_keys"])
+        raise InputError(folder, f"lacks {len(missing)} tensors of {component.__name__}, such as {missing[0]}{hint}")
     return module.eval()
 
 

@@ -11,7 +11,8 @@ from evojax_merge.backends.torch.network import Network
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError, did_you_mean, shown
-from evojax_merge.tasks.networks import WRITTEN, NetworkExample, NetworkTask
+from evojax_merge.tasks.images import read_rgb
+from evojax_merge.tasks.networks import WRITTEN, NetworkExample, NetworkTask, image_file
 from evojax_merge.tasks.text import TextTask
 
 # The target of a token that is none.
@@ -27,7 +28,7 @@ def example_arrays(task: NetworkTask, network: Network, folder: Path) -> dict[st
     examples. folder: of the processor. Raises InputError, with the file and line, for an example that cannot be
     read."""
     examples = task.examples
-    first = next(iter(examples[0].inputs))
+    first, value = next(iter(examples[0].inputs.items()))
     if task.kind == "similarity":
         first_texts, second_texts = ([example.inputs[name] for example in examples] for name in ("first", "second"))
         return {
@@ -42,16 +43,17 @@ def example_arrays(task: NetworkTask, network: Network, folder: Path) -> dict[st
         queries = [example.inputs["query"] for example in examples]
         target = np.arange(len(examples), dtype=np.int32)
         return {"inputs": embedded_texts(network, folder, queries, "query"), "relevant": relevant, "target": target}
-    if first == "image":
+    # An array's name is an argument of the network, whatever it is.
+    are_arrays = isinstance(value, np.ndarray | np.generic)
+    if are_arrays:
+        inputs = {name: np.stack([example.inputs[name] for example in examples]) for name in examples[0].inputs}
+    elif first == "image":
         inputs = _images(examples, folder)
     elif first == "audio":
         inputs = _recordings(examples, folder)
-    elif first == "text":
-        inputs = _tokens(load_tokenizer(folder), _texts(examples), _length(network, folder))
     else:
-        inputs = {name: np.stack([example.inputs[name] for example in examples]) for name in examples[0].inputs}
-    strict = first not in ("image", "audio", "text") and task.function is None
-    inputs = _accepted(network, inputs, examples[0].where, strict)
+        inputs = _tokens(load_tokenizer(folder), _texts(examples), _length(network, folder))
+    inputs = _accepted(network, inputs, examples[0].where, strict=are_arrays and task.function is None)
     if task.function is not None:
         # The function is given the records by their numbers.
         return {"inputs": inputs, "target": np.arange(len(examples), dtype=np.int32)}
@@ -105,7 +107,6 @@ def _opened(folder: Path, loader: Any, what: str) -> Any:
 
 def _images(examples: Sequence[NetworkExample], folder: Path) -> dict[str, np.ndarray]:
     """`pixel_values` of images, by the model's image processor."""
-    import PIL.Image
     import transformers
 
     processor = _opened(folder, transformers.AutoImageProcessor, "image processor")
@@ -113,15 +114,7 @@ def _images(examples: Sequence[NetworkExample], folder: Path) -> dict[str, np.nd
     for example in examples:
         if "image" not in example.inputs:
             raise InputError(example.where, "has no image; expected one, as in the first example")
-        path = example.inputs["image"]
-        try:
-            with PIL.Image.open(path) as image:
-                pixels = image.convert("RGB")
-        # Pillow's decoders raise errors of many kinds for a damaged file.
-        except Exception as error:
-            what = " ".join(str(error).replace(str(path), path.name).split())[:200] or type(error).__name__
-            raise InputError(example.where, f"{path.name} cannot be read as an image ({what})") from None
-        arrays.append(processor(images=pixels, return_tensors="np")["pixel_values"][0])
+        arrays.append(processor(images=read_rgb(*image_file(example)), return_tensors="np")["pixel_values"][0])
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
         raise InputError(

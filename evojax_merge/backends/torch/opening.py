@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.function.opening import (
     FOREIGN_IN_SPACE,
-    absolute_name,
     check_config,
     model_path,
     tree_merge,
@@ -24,6 +23,7 @@ from evojax_merge.references import recipe_reference
 from evojax_merge.report.progress import say
 from evojax_merge.spaces.parameter import component_groups
 from evojax_merge.spaces.search_parameters import method_with_base
+from evojax_merge.user_modules import reference_from_anywhere
 
 if TYPE_CHECKING:
     from evojax_merge.backends.torch.backend import TorchBackend
@@ -112,7 +112,7 @@ class TorchFactory:
                 key: value for key, value in config.space.model_dump(mode="json").items()
                 if key not in (*FOREIGN_KEYS, "components")
             },
-        } | ({} if own_modules is None else {"backend": absolute_name(config.backend, folder)})  # fmt: skip
+        } | ({} if own_modules is None else {"backend": reference_from_anywhere(config.backend, folder)})  # fmt: skip
         models = tuple(paths[key] for key in keys)
 
         def save(weights: Any, out: Path) -> None:
@@ -123,20 +123,18 @@ class TorchFactory:
             network=open_network(modules[0]),
         )  # fmt: skip
 
-    def open_stored(self, path: Path, settings: EvaluationConfig, target: Target) -> "TorchBackend":
-        """A backend over one model alone, for its scores."""
-        from evojax_merge.backends.torch.backend import TorchBackend
-        from evojax_merge.backends.torch.folders import merged_tensors, open_module, open_network, save_merge, to_arrays
-
-        self._check_torch("evaluate")
-        module = open_module(path)
-        tree = open_trees(str(path), ["model"], [to_arrays(merged_tensors(module))])
-        merge = tree_merge(str(path), tree, SpaceConfig(method="linear"), False, layer_groups("all"), 0)
-
-        def save(weights: Any, out: Path) -> None:
-            save_merge(weights, path, out)
-
-        return TorchBackend(merge, (str(path),), (path,), save, settings, target, network=open_network(module))
+    def open_stored(
+        self, where: str, name: str, path: Path, settings: EvaluationConfig, target: Target
+    ) -> "TorchBackend | PipelineBackend":
+        """A backend over one model alone, for its scores. name: the backend's, in the file `where`."""
+        self._check_torch(where)
+        space = SpaceConfig(method="linear", layers_per_group="all")
+        # A stored model's batch norms are measured already.
+        settings = settings.model_copy(update={"recalibrate": False})
+        config = Config.model_construct(
+            backend=name, parents=[str(path)], space=space, evaluation=settings, tasks=[]
+        )  # fmt: skip
+        return self.open(where, config, path.parent, target, lambda *_: path, False)
 
 
 def _check_labels(where: str, modules: Mapping[str, Any]) -> None:
