@@ -26,9 +26,9 @@ _KINDS = (
 )
 
 
-def file_inside(where: object, folder: Path, name: object, *, plain: bool = False) -> Path:
-    """The path of what a file calls `name`, in `folder`. where: the place of the name in messages. plain: it has no
-    folder before it. Links are followed: the hub's cache is made of them, and no file can name one that is not there.
+def file_inside(where: object, folder: Path, name: object, *, plain: bool = False, advice: str = "") -> Path:
+    """The path of what a file calls `name`, in `folder`. where: the place of the name in messages; plain: whether it
+    has no folder before it; advice: the end of the message. Links are followed: the hub's cache is made of them.
 
     Raises InputError unless the name is a relative path that stays inside of the folder on every system.
     """
@@ -39,7 +39,7 @@ def file_inside(where: object, folder: Path, name: object, *, plain: bool = Fals
         or any(part == ".." or len(part.encode()) > MAX_NAME_BYTES for part in parts) or len(name) > MAX_PATH
     ):  # fmt: skip
         what = "a plain name" if plain else "a plain path"
-        raise InputError(where, f"{shown(name)} lies outside of its folder; expected {what} inside of {folder}")
+        raise InputError(where, f"{shown(name)} lies outside of its folder; expected {what} inside of {folder}{advice}")
     return folder / name
 
 
