@@ -35,7 +35,7 @@ def file_inside(where: object, folder: Path, name: object, *, plain: bool = Fals
     parts = PurePosixPath(name).parts if isinstance(name, str) else ()
     if (
         not isinstance(name, str) or not parts or (plain and name != parts[0]) or "\\" in name or escaped(name) != name
-        or parts[0] == "/" or parts[0].startswith("~") or re.match("[A-Za-z]:", name)
+        or name.startswith(("/", "~")) or re.match("[A-Za-z]:", name)
         or any(part == ".." or len(part.encode()) > MAX_NAME_BYTES for part in parts) or len(name) > MAX_PATH
     ):  # fmt: skip
         what = "a plain name" if plain else "a plain path"

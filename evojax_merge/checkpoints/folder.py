@@ -578,11 +578,8 @@ def open_folder(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Folder:
     """
     if path.is_file() and path.suffix == ".safetensors":
         return Folder(path, read_header(path, dtypes))
-    if path.is_file() and path.suffix.lower() in PICKLES:
-        raise InputError(
-            path, "is a pickle, which can run code when it is read; expected a safetensors file (its author, or your "
-            "image generator's interface, may convert it)",
-        )  # fmt: skip
+    if path.is_file():
+        check_no_pickle(path)
     if not path.is_dir():
         raise InputError(path, "not a folder; expected a Hugging Face model folder, or a safetensors file")
     for stem in STEMS:
@@ -608,6 +605,15 @@ def open_folder(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Folder:
         path,
         f"holds no {SINGLE_FILE} and no {INDEX_FILE}; expected safetensors weights, or a GGUF file by its own name",
     )
+
+
+def check_no_pickle(file: Path) -> None:
+    """Raises InputError for a file with the name of a pickle."""
+    if file.suffix.lower() in PICKLES:
+        raise InputError(
+            file, "is a pickle, which can run code when it is read; expected a safetensors file (its author, or your "
+            "image generator's interface, may convert it)",
+        )  # fmt: skip
 
 
 def _open_files(files: Sequence[Path], dtypes: Mapping[str, np.dtype]) -> dict[str, Entry]:

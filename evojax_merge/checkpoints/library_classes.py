@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.checkpoints.config_file import check_dtype
-from evojax_merge.checkpoints.folder import PICKLES, weight_map
+from evojax_merge.checkpoints.folder import check_no_pickle, weight_map
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
 from evojax_merge.regular_file import file_inside
@@ -72,7 +72,13 @@ def check_folder(folder: Path) -> None:
     for name, key in (("tokenizer_config.json", "fast_tokenizer_files"), ("config.json", "transformers_weights")):
         value = documents[name].get(key)
         for file in value if isinstance(value, list) else [] if value is None else [value]:
-            check_weights(file_inside(f"{folder / name}: {key}", folder, file))
+            check_no_pickle(file_inside(f"{folder / name}: {key}", folder, file))
+    templates = documents["tokenizer_config.json"].get("chat_template")
+    if isinstance(templates, list):
+        templates = [one.get("name", "default") for one in templates if isinstance(one, dict)]
+    # A saved tokenizer has a file for each of several templates.
+    for template in templates if isinstance(templates, (list, dict)) else ():
+        file_inside(f"{folder / 'tokenizer_config.json'}: chat_template", folder, template, plain=True)
     if "audio_tokenizer" in documents["processor_config.json"]:
         raise InputError(folder / "processor_config.json", "audio_tokenizer: names another model; expected none")
     for index in folder.glob("*.safetensors.index.json"):
@@ -89,9 +95,3 @@ def _check_named(file: Path, key: str, name: Any, kinds: Sequence[str]) -> None:
         kind = getattr(transformers, candidate, None)
         if kind is not None and not is_kind("transformers", kind, kinds):
             raise InputError(file, f"{key}: {shown(name)}; expected a class of the kind {kinds[0]}")
-
-
-def check_weights(file: Path) -> None:
-    """Raises InputError for the name of a pickle, which can run code when it is read."""
-    if file.suffix.lower() in PICKLES:
-        raise InputError(file, "is a pickle, which can run code when it is read; expected a safetensors file")
