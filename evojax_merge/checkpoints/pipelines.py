@@ -143,8 +143,8 @@ def open_component(pipeline: Pipeline, name: str, dtype: str | None = None) -> A
             if not is_model:
                 return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             module, report = kind.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=getattr(torch, dtype or "float32"),
-                output_loading_info=True,
+                folder, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+                dtype=getattr(torch, dtype or "float32"), output_loading_info=True,
             )  # fmt: skip
     except OPENING as error:
         reason = " ".join(str(error).split())[:300]
