@@ -16,6 +16,7 @@ from hostile import (
     check,
     checkpoints,
     configs,
+    folders,
     gguf,
     goals,
     images,
@@ -55,6 +56,7 @@ MODULES = (
     proof,
     versions,
     images,
+    folders,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")
