@@ -2,15 +2,21 @@
 over all places of the package that join a path with something that is no constant."""
 
 import ast
+from base64 import b64decode
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers import write_lines
 
 import evojax_merge
+from evojax_merge.config import TaskFile
 from evojax_merge.errors import InputError
 from evojax_merge.regular_file import file_inside
+from evojax_merge.tasks.networks import INPUTS as NETWORKS
+from evojax_merge.tasks.opening import open_splits, resolved_config
 
 ROOT = Path(evojax_merge.__file__).parent
 # Methods and functions of others that give a path, or several.
@@ -230,3 +236,48 @@ def test_names_that_are_taken(name: str, tmp_path: Path) -> None:
     else:
         with pytest.raises(InputError):
             file_inside("index.json", tmp_path, name, plain=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Images, which the user's config may place
+
+
+PNG = b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
+TASKS: dict[str, dict[str, Any]] = {
+    "likelihood": {}, "exact_match": {}, "generation": {}, "multiple_choice": {}, "human": {"votes": 1},
+    "classification": {"target": "number"}, "regression": {"target": "number"}, "text_to_text": {},
+    "transcription": {"audio": "image", "target": "target"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_task_names_the_folder_of_its_images(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "pictures/below").mkdir(parents=True)
+    for number in range(4):
+        (tmp_path / f"pictures/below/{number}.png").write_bytes(PNG)
+    fields = {"target": "w6", "choices": ["w6", "w7"], "answer": 0, "number": 1} | (
+        {} if kind in NETWORKS else {"prompt": "w5"}
+    )
+
+    def opened(prefix: str, **more: Any) -> dict[str, Any]:
+        records = [fields | {"image": f"{prefix}{number}.png"} for number in range(4)]
+        write_lines(tmp_path / "data/a.jsonl", records)
+        section = {"name": "task", "kind": kind, "file": "data/a.jsonl", **TASKS[kind], **more}
+        config = TaskFile(tasks=[section]).tasks[0]  # type: ignore[list-item]
+        search, heldout = open_splits("tasks", config, tmp_path, 0)
+        files = {file for file in (*search.files, *heldout.files) if file.suffix == ".png"}
+        assert {file.resolve() for file in files} == {tmp_path / f"pictures/below/{n}.png" for n in range(4)}
+        return resolved_config(config, search, heldout)
+
+    for prefix, more in {
+        "../pictures/below/": {},
+        f"{tmp_path}/pictures/below/": {},
+        "../": {"images": "pictures"},
+    }.items():
+        with pytest.raises(InputError, match=r"a.jsonl:1: image: .* lies outside of its folder; .* images: FOLDER"):
+            opened(prefix, **more)
+    section = opened("below/", images="pictures")
+    assert section["images"] == str(tmp_path / "pictures")
+    # A run's config is read from another folder.
+    assert opened("below/", **{key: section[key] for key in ("images", "file")}) == section

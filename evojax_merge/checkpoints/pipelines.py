@@ -160,7 +160,8 @@ def open_pipeline(pipeline: Pipeline, given: Mapping[str, Any]) -> Any:
     would open pickles, and run files of their folders. Raises InputError where it does not take them."""
     kind = pipeline.pipeline_class()
     taken = inspect.signature(kind.__init__).parameters
-    values = {name: None if isinstance(value, list) else value for name, value in pipeline.index.items()}
+    values = dict.fromkeys(kind._optional_components)
+    values |= {name: None if isinstance(value, list) else value for name, value in pipeline.index.items()}
     values |= {name: open_component(pipeline, name, "float32") for name in pipeline.classes if name not in given}
     values |= given
     try:

@@ -26,8 +26,6 @@ OXEN = "oxen:"
 OXEN_FORM = "oxen:REPOSITORY@COMMIT:FILE"
 # A commit's id, and the fewest characters of one that may stand for it.
 COMMIT, SHORTEST_ID = re.compile("[0-9a-f]{32}"), 6
-# A hash as DVC records it, of a file or a folder: a part of a path in its cache.
-MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 # The end of the name of a file in which DVC records another one, and of a hash that is one of a folder.
 DVC_SUFFIX, FOLDER_SUFFIX = ".dvc", ".dir"
 
@@ -168,7 +166,7 @@ def _recorded_md5(record: Path, file: Path) -> str | None:
     tracked = record.with_name(record.name.removesuffix(DVC_SUFFIX))
     out = next((out for out in outs or () if isinstance(out, dict) and out.get("path") == tracked.name), None)
     md5 = None if out is None else out.get("md5")
-    if not isinstance(md5, str) or not MD5.fullmatch(md5):
+    if not isinstance(md5, str):
         return None
     if not md5.endswith(FOLDER_SUFFIX):
         return md5 if tracked == file else None
@@ -178,7 +176,8 @@ def _recorded_md5(record: Path, file: Path) -> str | None:
 def _listed_md5(folder: Path, md5: str, file: Path) -> str | None:
     """The MD5 of a file in DVC's list of a folder's files, which its cache holds under the folder's hash."""
     root = next((above for above in folder.parents if (above / ".dvc").is_dir()), None)
-    if root is None:
+    # The hash becomes a path.
+    if root is None or not re.fullmatch(r"[0-9a-f]{32}\.dir", md5):
         return None
     name = PurePosixPath(md5[:2]) / md5[2:]
     lists = [root / ".dvc" / "cache" / place / name for place in ("files/md5", "")]

@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hostile import MERGE, SEARCH, Case, World, config, recipe
+from hostile.tasks_of_strangers import case, harness
 
 Change = Callable[[World], Any]
 MODELS = ("base", "one", "two")
@@ -359,4 +360,23 @@ PICTURES = [
          record("zero.png"), lambda world: os.symlink("/dev/zero", world / "data/zero.png")),
          ("zero.png: is no regular file",)),
 ]  # fmt: skip
-CASES = [*COMPONENTS, *PICKLED_COMPONENTS, *LORAS, *SHARDS, *FILES, *ADAPTERS, *CLASSES, *NETWORKS, *PICTURES]
+INCLUDED = [
+    case(f"a YAML included {what}", harness(
+         include=name, more=write("outside.yaml", "metric_list: []\n")), "own.yaml: include: ", "lies outside of ")
+    for what, name in {
+        "from outside": "../outside.yaml", "by a whole path": "/etc/hostname", "by a way round": "sub/../../outside.yaml",
+        "in a list": ["own.yaml", "../outside.yaml"],
+    }.items()
+]  # fmt: skip
+CASES = [
+    *COMPONENTS,
+    *PICKLED_COMPONENTS,
+    *LORAS,
+    *SHARDS,
+    *FILES,
+    *ADAPTERS,
+    *CLASSES,
+    *NETWORKS,
+    *PICTURES,
+    *INCLUDED,
+]
