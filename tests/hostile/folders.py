@@ -364,8 +364,8 @@ INCLUDED = [
     case(f"a YAML included {what}", harness(
          include=name, more=write("outside.yaml", "metric_list: []\n")), "own.yaml: include: ", "lies outside of ")
     for what, name in {
-        "from outside": "../outside.yaml", "by a whole path": "/etc/hostname", "by a way round": "sub/../../outside.yaml",
-        "in a list": ["own.yaml", "../outside.yaml"],
+        "from outside": "../outside.yaml", "by a whole path": "/etc/hostname",
+        "by a way round": "sub/../../outside.yaml", "in a list": ["../outside.yaml"],
     }.items()
 ]  # fmt: skip
 CASES = [
