@@ -14,8 +14,6 @@ LFS_MARK = b"version https://git-lfs.github.com/spec/v1"
 
 # The maximum of a file name's bytes in file systems.
 MAX_NAME_BYTES = 255
-# The maximum of a path's characters inside of a stranger's folder.
-MAX_PATH = 1000
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -36,7 +34,7 @@ def file_inside(where: object, folder: Path, name: object, *, plain: bool = Fals
     if (
         not isinstance(name, str) or not parts or (plain and name != parts[0]) or "\\" in name or escaped(name) != name
         or name.startswith(("/", "~")) or re.match("[A-Za-z]:", name)
-        or any(part == ".." or len(part.encode()) > MAX_NAME_BYTES for part in parts) or len(name) > MAX_PATH
+        or any(part == ".." or len(part.encode()) > MAX_NAME_BYTES for part in parts) or len(name) > 4 * MAX_NAME_BYTES
     ):  # fmt: skip
         what = "a plain name" if plain else "a plain path"
         raise InputError(where, f"{shown(name)} lies outside of its folder; expected {what} inside of {folder}{advice}")

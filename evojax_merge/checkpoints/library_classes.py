@@ -34,7 +34,6 @@ NAMED_IN = (
     "config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
     "video_preprocessor_config.json",
 )  # fmt: skip
-ADAPTER = "adapter_config.json"
 
 
 def is_kind(library: str, kind: Any, kinds: Sequence[str]) -> bool:
@@ -45,14 +44,13 @@ def is_kind(library: str, kind: Any, kinds: Sequence[str]) -> bool:
 
 def library_class(where: object, key: str, library: str, name: object, kinds: Sequence[str]) -> Any:
     """The class that a file names. Raises InputError, with the file `where`, unless it is one of the library's own, of
-    one of these kinds: an Auto class opens others, by code that comes with a model."""
-    module = importlib.import_module(library)
+    one of these kinds (none: the library is another): an Auto class opens others, by code that comes with a model."""
+    module = importlib.import_module(library) if kinds else None
     kind = getattr(module, name, None) if isinstance(name, str) else None
-    if not is_kind(library, kind, kinds):
-        raise InputError(
-            where, f"{key}: {shown(name)}; {library} {module.__version__} has no such class of a model, and code that "
-            "comes with a model is not run",
-        )  # fmt: skip
+    if module is None or not is_kind(library, kind, kinds):
+        owner = f"{library} {getattr(module, '__version__', '')}".strip()
+        what = f"{owner} has no such class of a model, and code that comes with a model is not run"
+        raise InputError(where, f"{key}: {shown(name)}; {what}")
     return kind
 
 

@@ -79,12 +79,7 @@ class Pipeline:
     def component_class(self, component: str) -> Any:
         """The class of a component. Raises InputError for one that is not of diffusers or transformers."""
         library, name = self.classes[component]
-        if library not in COMPONENTS:
-            raise InputError(
-                self.path / INDEX, f"{component}: {library}.{name}; expected a class that diffusers or transformers "
-                "has, for code that comes with a model is not run",
-            )  # fmt: skip
-        return library_class(self.path / INDEX, component, library, name, COMPONENTS[library])
+        return library_class(self.path / INDEX, component, library, name, COMPONENTS.get(library, ()))
 
     def files(self, component: str) -> list[Path]:
         """The files of a component: its settings and, of its weights, those that are loaded without a variant."""

@@ -80,9 +80,7 @@ class HarnessConfig(TaskConfig):
         None, ge=0, le=10_000, description="how many examples are shown; default: the task's own"
     )
     include_path: Location | None = Field(None, description="a folder with task YAMLs of your own")
-    images: Location | None = Field(
-        None, description="the folder in which documents name their images; default: the working directory"
-    )
+    images: Location | None = Field(None, description="the folder of documents' images; default: where you run")
     allow_code: bool = Field(
         False, description="true: functions, scripts and templates that the YAMLs of include_path name are run"
     )

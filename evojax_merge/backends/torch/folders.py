@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from evojax_merge.backends.torch.network import Network, measures, to_torch
+from evojax_merge.checkpoints.adapters import ADAPTER_CONFIG
 from evojax_merge.checkpoints.folder import INDEX_FILE, PICKLES
 from evojax_merge.checkpoints.json_files import LIMIT_BYTES, read_json_object
-from evojax_merge.checkpoints.library_classes import ADAPTER, check_folder, library_class
+from evojax_merge.checkpoints.library_classes import check_folder, library_class
 from evojax_merge.checkpoints.quiet import quiet_transformers
 from evojax_merge.checkpoints.writer import CARD, MARKER
 from evojax_merge.errors import InputError, shown
@@ -28,8 +29,6 @@ COPIED = {".json", ".txt", ".model", ".jinja"}
 EXPECTED = "expected a folder with a config.json, as transformers writes it"
 # The file that says which modules a sentence transformer has, and the name of its class.
 SENTENCE_FILE, SENTENCE = "modules.json", "SentenceTransformer"
-# What the settings of a sentence transformer's module may say to transformers.
-MODEL_SETTINGS = ("dtype", "torch_dtype", "attn_implementation")
 # The file of a module of the user's own in a folder.
 STATE_FILE = "model.safetensors"
 WRITTEN = {"config.json", CARD, MARKER, INDEX_FILE}
@@ -108,27 +107,26 @@ def _module_folders(folder: Path) -> list[Path]:
             )  # fmt: skip
         folders.append(folder if path == "" else file_inside(f"{where}.path", folder, path))
         for settings in folders[-1].glob("sentence_*_config.json"):
+            # Arguments of transformers: of the model these alone, and of the tokenizer any that are words.
             for key, value in read_json_object(settings, missing={}).items():
-                _check_settings(f"{settings}: {key}", key, value)
+                given = value if isinstance(value, dict) else {key: value} if value else {}
+                for one, argument in given.items() if key.endswith(("_args", "_kwargs")) else ():
+                    is_known = one in ("dtype", "torch_dtype", "attn_implementation")
+                    if not (is_known or key.startswith(("tokenizer", "processor"))) or not re.fullmatch(
+                        r"[\w-]+", str(argument)
+                    ):
+                        raise InputError(f"{settings}: {key}", f"{shown(one)}: {shown(argument)}; expected a word")
     return folders
-
-
-def _check_settings(where: str, key: str, value: Any) -> None:
-    """Raises InputError for arguments that a module's settings give to transformers, unless they are plain values."""
-    if not key.endswith(("_args", "_kwargs")) or not value:
-        return
-    for name, one in value.items() if isinstance(value, dict) else [(key, value)]:
-        is_plain = isinstance(one, (bool, int, float)) or (isinstance(one, str) and re.fullmatch(r"[\w-]+", one))
-        if not is_plain or (not key.startswith(("tokenizer", "processor")) and name not in MODEL_SETTINGS):
-            raise InputError(where, f"{shown(name)}: {shown(one)}; expected {', '.join(MODEL_SETTINGS)}, a word each")
 
 
 def _check_safe(folder: Path) -> None:
     """Raises InputError for a folder whose weights are pickled alone: to read them would run what they hold. And for
     what `check_folder` refuses."""
     check_folder(folder)
-    if (folder / ADAPTER).exists():
-        raise InputError(folder, f"{ADAPTER}: names another model beside this one; expected a model without an adapter")
+    if (folder / ADAPTER_CONFIG).exists():
+        raise InputError(
+            folder, f"{ADAPTER_CONFIG}: names another model beside this one; expected a model without an adapter"
+        )
     if any(folder.glob("*.safetensors")):
         return
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in PICKLES)
