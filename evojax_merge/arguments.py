@@ -12,7 +12,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from evojax_merge.errors import InputError, shown
-from evojax_merge.schema import MAX_NAME_BYTES, Form
+from evojax_merge.regular_file import MAX_NAME_BYTES
+from evojax_merge.schema import Form
 
 # Characters of a path, on Linux.
 MAX_PATH = 4096

@@ -1,16 +1,21 @@
-"""Checks that files of strangers are regular files: reading a pipe would wait, and reading a device would never end."""
+"""Checks of files of strangers: what they name lies inside of their folder, and they are regular files, since reading a
+pipe would wait, and reading a device would never end."""
 
 import io
+import re
 import shutil
 import stat
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, escaped, shown
 
 # The beginning of a pointer of Git LFS.
 LFS_MARK = b"version https://git-lfs.github.com/spec/v1"
 # The largest file that is read line by line.
 MAX_BYTES = 4 << 30
+
+# The maximum of a file name's bytes in file systems.
+MAX_NAME_BYTES = 255
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -19,6 +24,23 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+
+
+def file_inside(where: object, folder: Path, name: object, *, plain: bool = False, advice: str = "") -> Path:
+    """The path of what a file calls `name`, in `folder`. where: the place of the name in messages; plain: whether it
+    has no folder before it; advice: the end of the message. Links are followed: the hub's cache is made of them.
+
+    Raises InputError unless the name is a relative path that stays inside of the folder on every system.
+    """
+    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+    if (
+        not isinstance(name, str) or not parts or (plain and name != parts[0]) or "\\" in name or escaped(name) != name
+        or name.startswith(("/", "~")) or re.match("[A-Za-z]:", name)
+        or any(part == ".." or len(part.encode()) > MAX_NAME_BYTES for part in parts) or len(name) > 4 * MAX_NAME_BYTES
+    ):  # fmt: skip
+        what = "a plain name" if plain else "a plain path"
+        raise InputError(where, f"{shown(name)} lies outside of its folder; expected {what} inside of {folder}{advice}")
+    return folder / name
 
 
 def check_regular(path: Path, expected: str) -> int:

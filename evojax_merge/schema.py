@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from evojax_merge.regular_file import MAX_NAME_BYTES
+
 # The largest number in float32.
 FLOAT32_MAX = 3.4028234663852886e38
-# The maximum of a file name's bytes in file systems.
-MAX_NAME_BYTES = 255
 # Seeds go into 64-bit integers with a sign.
 MAX_SEED = 2**63 - 1
 

@@ -191,6 +191,19 @@ def test_a_file_that_dvc_tracks_is_the_recorded_one(tracked: Path, name: str) ->
     assert resolve_file("file", name, tracked) == file
 
 
+@pytest.mark.parametrize("place", ["../outside", "../../../../outside", "/outside", "ab/../../outside"])
+def test_a_list_of_files_outside_of_dvcs_cache_is_not_read(tracked: Path, place: str) -> None:
+    """A folder's hash, which is a part of the list's path."""
+    md5 = f"{place}.dir"
+    out = {"md5": md5, "nfiles": 1, "hash": "md5", "path": "folder"}
+    (tracked / "folder.dvc").write_text(yaml.safe_dump({"outs": [out]}))
+    outside = (tracked / ".dvc/cache/files/md5" / md5[:2] / md5[2:]).resolve()
+    if place != "/outside":
+        (tracked / ".dvc/cache/files/md5" / md5[:2]).mkdir(parents=True, exist_ok=True)
+        outside.write_text(json.dumps([{"md5": FIRST, "relpath": "b.jsonl"}]))
+    assert resolve_file("file", "folder/b.jsonl", tracked) == tracked / "folder/b.jsonl"
+
+
 def test_a_file_that_dvc_has_not_fetched_names_the_command(tracked: Path) -> None:
     (tracked / "a.jsonl").unlink()
     with pytest.raises(InputError, match=r"^file: a.jsonl: no such file; DVC tracks it: run `dvc pull .*a.jsonl.dvc`$"):

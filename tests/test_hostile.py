@@ -18,6 +18,7 @@ from hostile import (
     check,
     checkpoints,
     configs,
+    folders,
     gguf,
     goals,
     images,
@@ -65,6 +66,7 @@ MODULES = (
     addresses,
     pictures,
     own_modules,
+    folders,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

@@ -238,12 +238,12 @@ def test_an_image_inside_of_a_record(root: Path, tmp_path: Path) -> None:
     """A data URI, and a column of parquet with contents or paths, are the image that a file is."""
     content, record = (root / "1.png").read_bytes(), {"prompt": "<image> w5", "target": "w6"}
     uri = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-    write_lines(root / "inside.jsonl", [record | {"image": image} for image in (uri, "1.png", str(root / "1.png"))])
-    column = [{"bytes": content, "path": None}, {"bytes": None, "path": str(root / "1.png")}]
+    write_lines(root / "inside.jsonl", [record | {"image": image} for image in (uri, "1.png", "./1.png")])
+    column = [{"bytes": content, "path": None}, {"bytes": None, "path": "1.png"}]
     pyarrow.parquet.write_table(
         pyarrow.Table.from_pylist([record | {"image": image} for image in column]), tmp_path / "inside.parquet"
     )
-    parquet = {"kind": "likelihood", "file": str(tmp_path / "inside.parquet")}
+    parquet = {"kind": "likelihood", "file": str(tmp_path / "inside.parquet"), "images": str(root)}
     scores, lines = score(root / "one", {"kind": "likelihood", "file": "inside.jsonl"}, parquet)
     values = [value for name in ("task0", "task1") for value in scores.matrices[name]["log_probability"][0]]
     assert len(set(values)) == 1 and any("images: 1 (9 positions)" in line for line in lines)

@@ -289,7 +289,7 @@ class LeafReader:
         np.savez(content, **arrays)
         results: list[tuple[dict[int, np.ndarray], dict[str, np.ndarray]]] = [({}, {}) for _ in measured]
         for each in self.placement.gather_bytes(content.getvalue()):
-            with np.load(io.BytesIO(each)) as archive:
+            with np.load(io.BytesIO(each), allow_pickle=False) as archive:
                 for name, values in archive.items():
                     number, kind, key = name.split("/", 2)
                     if kind == "key":

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.data_packages import hub_failure
 from evojax_merge.errors import Failed, InputError
-from evojax_merge.regular_file import check_model_folder, check_no_pointer, check_regular, open_regular
+from evojax_merge.regular_file import check_model_folder, check_no_pointer, check_regular, file_inside, open_regular
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -58,7 +58,7 @@ INDEX_FILE = "model.safetensors.index.json"
 # The beginnings of the names of weights' files: transformers', and diffusers'.
 STEMS = ("model", "diffusion_pytorch_model")
 # Files that may be pickles, which can run code when they are read.
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 # Everything about a model but its weights, as transformers reads it, and its card.
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 # The index of a diffusers folder, and other precisions and trainings of its components' weights.
@@ -443,15 +443,16 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, as a safetensors index maps them. Raises InputError where the file is anything else."""
+    """Tensor name -> file name, as a safetensors index maps them. Raises InputError where the file is anything else, or
+    names anything but safetensors files of its folder."""
     names = read_json_object(index, missing={}).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise InputError(
             index, f"weight_map: {shown(names)}; expected a safetensors index (tensor names -> file names)"
         )
     for name, file in names.items():
-        if not isinstance(file, str) or not file:
-            raise InputError(index, f"weight_map.{name}: {shown(file)}; expected the name of a file")
+        if file_inside(f"{index}: weight_map.{name}", index.parent, file).suffix != ".safetensors":
+            raise InputError(index, f"weight_map.{name}: {shown(file)}; expected the name of a safetensors file")
     return names
 
 
@@ -584,11 +585,8 @@ def open_folder(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Folder:
     """
     if path.is_file() and path.suffix == ".safetensors":
         return Folder(path, read_header(path, dtypes))
-    if path.is_file() and path.suffix.lower() in PICKLES:
-        raise InputError(
-            path, "is a pickle, which can run code when it is read; expected a safetensors file (its author, or your "
-            "image generator's interface, may convert it)",
-        )  # fmt: skip
+    if path.is_file():
+        check_no_pickle(path)
     if not path.is_dir():
         raise InputError(path, "not a folder; expected a Hugging Face model folder, or a safetensors file")
     for stem in STEMS:
@@ -604,7 +602,7 @@ def open_folder(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Folder:
         return Folder(path, _open_files(others, dtypes))
     if others:
         raise InputError(path, f"holds {len(others)} safetensors files but no {INDEX_FILE}")
-    if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
+    if any(file.suffix.lower() in PICKLES for file in path.iterdir()):
         raise InputError(
             path,
             "holds pickle files only, which can run code when they are read; convert it once with "
@@ -614,6 +612,15 @@ def open_folder(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Folder:
         path,
         f"holds no {SINGLE_FILE} and no {INDEX_FILE}; expected safetensors weights, or a GGUF file by its own name",
     )
+
+
+def check_no_pickle(file: Path) -> None:
+    """Raises InputError for a file with the name of a pickle."""
+    if file.suffix.lower() in PICKLES:
+        raise InputError(
+            file, "is a pickle, which can run code when it is read; expected a safetensors file (its author, or your "
+            "image generator's interface, may convert it)",
+        )  # fmt: skip
 
 
 def _open_files(files: Sequence[Path], dtypes: Mapping[str, np.dtype]) -> dict[str, Entry]:
@@ -634,9 +641,6 @@ def _open_shards(index: Path, dtypes: Mapping[str, np.dtype]) -> dict[str, Entry
     places = weight_map(index)
     shards = {file: index.parent / file for file in sorted(set(places.values()))}
     for file, shard in shards.items():
-        # The name itself must stay inside; the file may be a link (the hub's cache is made of links).
-        if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise InputError(index, f"weight_map points outside its folder: {shown(file)}")
         if not os.path.lexists(shard):
             raise InputError(index, f"shard {shown(file)} is missing")
     entries = _open_files(list(shards.values()), dtypes)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.checkpoints.folder import read_header
-from evojax_merge.checkpoints.pipelines import OPENING, Pipeline
+from evojax_merge.checkpoints.pipelines import OPENING, Pipeline, open_pipeline
 from evojax_merge.checkpoints.quiet import quiet_diffusers
 from evojax_merge.errors import InputError
 
@@ -38,12 +38,9 @@ def write_fused(where: str, base: Path, lora: Path, folder: Path) -> None:
     if find_spec("diffusers") is None or find_spec("peft") is None:
         raise InputError(where, "needs diffusers and peft; pip install 'evojax-merge[diffusion]'")
     pipeline = Pipeline(base)
-    kind = pipeline.pipeline_class()
-    for name in pipeline.classes:
-        pipeline.component_class(name)
-    if not hasattr(kind, "load_lora_weights"):
-        raise InputError(where, f"a {kind.__name__} takes no LoRA")
-    fused = _fused(where, kind, base, lora)
+    if not hasattr(pipeline.pipeline_class(), "load_lora_weights"):
+        raise InputError(where, f"a {pipeline.class_name} takes no LoRA")
+    fused = _fused(where, pipeline, lora)
     for file in base.rglob("*"):
         relative = file.relative_to(base)
         if file.is_file() and not (relative.parts[0] in fused and file.name.endswith((".safetensors", ".index.json"))):
@@ -53,16 +50,18 @@ def write_fused(where: str, base: Path, lora: Path, folder: Path) -> None:
         _save(pipeline, name, module, changed, folder / name)
 
 
-def _fused(where: str, kind: Any, base: Path, lora: Path) -> dict[str, tuple[Any, set[str]]]:
+def _fused(where: str, pipeline: Pipeline, lora: Path) -> dict[str, tuple[Any, set[str]]]:
     """The modules, in float32, that a LoRA changes, by the names of their components, and the weights that it
     changes."""
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    opened = open_pipeline(pipeline, {})
     try:
         with quiet_diffusers():
-            opened = kind.from_pretrained(base, local_files_only=True, dtype=torch.float32)
-            opened.load_lora_weights(str(lora.parent), weight_name=lora.name, local_files_only=True)
+            opened.load_lora_weights(
+                str(lora.parent), weight_name=lora.name, local_files_only=True, use_safetensors=True
+            )
             modules = {name: one for name, one in opened.components.items() if isinstance(one, torch.nn.Module)}
             weights = {
                 name: {f"{path}.weight" for path, part in module.named_modules() if isinstance(part, BaseTunerLayer)}
@@ -77,8 +76,8 @@ def _fused(where: str, kind: Any, base: Path, lora: Path) -> dict[str, tuple[Any
     actual = sum(len(changed) for _, changed in fused.values())
     if actual < expected:
         raise InputError(
-            where, f"{lora.name} has factors of {expected} modules, of which {base} has {actual}; expected a LoRA of "
-            "this generator",
+            where, f"{lora.name} has factors of {expected} modules, of which {pipeline.path} has {actual}; expected a "
+            "LoRA of this generator",
         )  # fmt: skip
     return fused
 

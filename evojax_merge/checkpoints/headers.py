@@ -34,6 +34,7 @@ from evojax_merge.checkpoints.quantised import dequantised_config
 from evojax_merge.data_packages import hub_failure
 from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import known_architecture
+from evojax_merge.regular_file import file_inside
 
 EMPTY: Mapping[str, bytes] = MappingProxyType({})
 
@@ -142,7 +143,8 @@ class HeaderFolders:
                 link.parent.mkdir(exist_ok=True)
                 link.symlink_to(source.resolve())
         for file in filter_repo_objects(files, allow_patterns=["*/*.safetensors"], ignore_patterns=VARIANTS):
-            self.download_bytes += write_header_only(folder / file, _headers(name, file, commit))
+            place = file_inside(name, folder, file)
+            self.download_bytes += write_header_only(place, _headers(name, file, commit))
         return folder
 
     def _new_folder(self) -> Path:

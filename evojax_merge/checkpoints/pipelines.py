@@ -3,7 +3,7 @@
 A folder has a `model_index.json`, which names a class for each component, and a folder of its own for each.
 """
 
-import importlib
+import inspect
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evojax_merge.checkpoints.folder import PICKLES, PIPELINE_INDEX
+from evojax_merge.checkpoints.folder import PICKLES, PIPELINE_INDEX, is_float, open_folder, wrapper_hint
 from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.checkpoints.library_classes import COMPONENTS, check_folder, is_kind, library_class
+from evojax_merge.checkpoints.quiet import quiet_diffusers
 from evojax_merge.checkpoints.writer import fingerprint
 from evojax_merge.errors import InputError, did_you_mean, shown
+from evojax_merge.regular_file import file_inside
 
 INDEX = PIPELINE_INDEX
-# The libraries whose classes are run.
-LIBRARIES = ("diffusers", "transformers")
 # The errors of from_pretrained for a folder that does not fit its class.
 OPENING = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
 # The components that are merged where a recipe or a config does not say.
@@ -55,7 +56,7 @@ class Pipeline:
                 continue
             if len(value) != 2 or not all(isinstance(part, str) for part in value):
                 raise InputError(self.path / INDEX, f"{name}: {shown(value)}; expected a library and a class")
-            if not (self.path / name).is_dir():
+            if not file_inside(self.path / INDEX, self.path, name, plain=True).is_dir():
                 raise InputError(
                     self.path / INDEX, f"{name}: there is no folder {name}/ beside it; expected a whole diffusers "
                     "folder (hf download REPOSITORY --local-dir FOLDER fetches one)",
@@ -73,26 +74,12 @@ class Pipeline:
 
     def pipeline_class(self) -> Any:
         """Diffusers' class of the pipeline. Raises InputError where diffusers has none of this name."""
-        import diffusers
-
-        kind: Any = getattr(diffusers, self.class_name, None)
-        if not callable(getattr(kind, "from_pretrained", None)):
-            raise InputError(
-                self.path / INDEX, f"_class_name: {self.class_name}; diffusers {diffusers.__version__} has no such "
-                "class, and code that comes with a model is not run",
-            )  # fmt: skip
-        return kind
+        return library_class(self.path / INDEX, "_class_name", "diffusers", self.class_name, ("DiffusionPipeline",))
 
     def component_class(self, component: str) -> Any:
         """The class of a component. Raises InputError for one that is not of diffusers or transformers."""
         library, name = self.classes[component]
-        kind = getattr(importlib.import_module(library), name, None) if library in LIBRARIES else None
-        if not isinstance(kind, type):
-            raise InputError(
-                self.path / INDEX, f"{component}: {library}.{name}; expected a class that diffusers or transformers "
-                "has, for code that comes with a model is not run",
-            )  # fmt: skip
-        return kind
+        return library_class(self.path / INDEX, component, library, name, COMPONENTS.get(library, ()))
 
     def files(self, component: str) -> list[Path]:
         """The files of a component: its settings and, of its weights, those that are loaded without a variant."""
@@ -100,7 +87,8 @@ class Pipeline:
         copied = [file for file in files if file.suffix in COPIED]
         plain = {file.name for file in copied}
         variants = {file for file in copied if (name := _without_variant(file.name)) != file.name and name in plain}
-        if not any(file.suffix == ".safetensors" for file in copied) and any(f.suffix in PICKLES for f in files):
+        endings = {file.suffix.lower() for file in files}
+        if ".safetensors" not in endings and not endings.isdisjoint(PICKLES):
             raise InputError(
                 self.path / component, "holds pickle files only, which can run code when they are read; expected "
                 "safetensors (save_pretrained writes them)",
@@ -131,6 +119,53 @@ def _content(file: Path) -> Any:
     if not isinstance(document, dict):
         return document
     return {key: value for key, value in document.items() if key not in ORIGIN}
+
+
+def open_component(pipeline: Pipeline, name: str, dtype: str | None = None) -> Any:
+    """A component by its own class, in a dtype of torch, or in that of its files. Raises InputError for a folder that
+    the class does not open, and for one that lacks tensors."""
+    import torch
+
+    kind, folder = pipeline.component_class(name), pipeline.path / name
+    check_folder(folder)
+    library, _ = pipeline.classes[name]
+    is_model = is_kind(library, kind, COMPONENTS[library][:1])
+    if dtype is None and is_model:
+        dtypes = [str(entry.dtype) for entry in open_folder(folder).entries.values() if is_float(entry.dtype)]
+        dtype = dtypes[0] if dtypes else "float32"
+    try:
+        with quiet_diffusers():
+            if not is_model:
+                return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            module, report = kind.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+                dtype=getattr(torch, dtype or "float32"), output_loading_info=True,
+            )  # fmt: skip
+    except OPENING as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(folder, f"{kind.__name__} cannot open it ({reason})") from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        hint = wrapper_hint(missing, report["unexpected_keys"])
+        raise InputError(folder, f"lacks {len(missing)} tensors of {kind.__name__}, such as {missing[0]}{hint}")
+    return module.eval()
+
+
+def open_pipeline(pipeline: Pipeline, given: Mapping[str, Any]) -> Any:
+    """The pipeline in float32, with the components that are `given`. Its class gets its components opened: by itself it
+    would open pickles, and run files of their folders. Raises InputError where it does not take them."""
+    kind = pipeline.pipeline_class()
+    taken = inspect.signature(kind.__init__).parameters
+    values = dict.fromkeys(kind._optional_components)
+    values |= {name: None if isinstance(value, list) else value for name, value in pipeline.index.items()}
+    values |= {name: open_component(pipeline, name, "float32") for name in pipeline.classes if name not in given}
+    values |= given
+    try:
+        with quiet_diffusers():
+            return kind(**{name: value for name, value in values.items() if name in taken})
+    except OPENING as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(pipeline.path, f"{pipeline.class_name} cannot open it ({reason})") from None
 
 
 def is_pipeline(path: Path) -> bool:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from evojax_merge.checkpoints.config_file import check_dtype
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.checkpoints.json_files import read_json_object, shown
+from evojax_merge.checkpoints.library_classes import check_folder
 from evojax_merge.errors import InputError
 from evojax_merge.regular_file import check_regular, read_regular
 
@@ -84,8 +84,7 @@ def load_tokenizer(folder: Path) -> Any:
     if not has_tokenizer(folder):
         raise InputError(folder, "has no tokenizer (expected tokenizer.json or tokenizer.model)")
     _check_files(folder)
-    # A tokenizer's class may be known by the model's config alone.
-    check_dtype(folder / "config.json", read_json_object(folder / "config.json", missing={}))
+    check_folder(folder)
     code = _wanted_code(folder)
     if needs_code(folder):
         raise InputError(

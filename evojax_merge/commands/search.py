@@ -37,12 +37,12 @@ from evojax_merge.problem import (
     stage_config,
     stage_configs,
 )
+from evojax_merge.regular_file import MAX_NAME_BYTES
 from evojax_merge.report.live_page import kept_page
 from evojax_merge.report.loggers import LoggedSearch, check_loggers, logged
 from evojax_merge.report.notices import print_warnings
 from evojax_merge.report.plan import format_advice
 from evojax_merge.report.progress import OnGeneration, console, generation_record, say
-from evojax_merge.schema import MAX_NAME_BYTES
 from evojax_merge.search.loop import Generation
 from evojax_merge.search.run_folder import (
     INPUTS,

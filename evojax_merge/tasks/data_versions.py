@@ -176,7 +176,8 @@ def _recorded_md5(record: Path, file: Path) -> str | None:
 def _listed_md5(folder: Path, md5: str, file: Path) -> str | None:
     """The MD5 of a file in DVC's list of a folder's files, which its cache holds under the folder's hash."""
     root = next((above for above in folder.parents if (above / ".dvc").is_dir()), None)
-    if root is None:
+    # The hash becomes a path.
+    if root is None or not re.fullmatch(r"[0-9a-f]{32}\.dir", md5):
         return None
     name = PurePosixPath(md5[:2]) / md5[2:]
     lists = [root / ".dvc" / "cache" / place / name for place in ("files/md5", "")]

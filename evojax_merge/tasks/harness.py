@@ -80,6 +80,7 @@ class HarnessConfig(TaskConfig):
         None, ge=0, le=10_000, description="how many examples are shown; default: the task's own"
     )
     include_path: Location | None = Field(None, description="a folder with task YAMLs of your own")
+    images: Location | None = Field(None, description="the folder of documents' images; default: where you run")
     allow_code: bool = Field(
         False, description="true: functions, scripts and templates that the YAMLs of include_path name are run"
     )
@@ -119,6 +120,7 @@ class Options:
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool = True
     system_instruction: str | None = None
+    images: Path | None = None
 
 
 @dataclass
@@ -153,7 +155,7 @@ class Source:
     def images(self, where: str, request: Any) -> tuple[RecordImage, ...]:
         """The images of a request. `where` names its example."""
         visual = request.args[-1]["visual"] if self.shows_images else None
-        return () if visual is None else images_of(where, "doc_to_image", visual, Path.cwd())
+        return () if visual is None else images_of(where, "doc_to_image", visual, self.options.images or Path.cwd())
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:
@@ -345,8 +347,9 @@ class HarnessTask(TaskDefaults):
         return [answer[0] if isinstance(answer, list) and len(answer) == 1 else answer for answer in answers]
 
     def paths(self) -> dict[str, str]:
-        include = self.source.options.include_path
-        return {} if include is None else {"include_path": str(include)}
+        options = self.source.options
+        named = {"include_path": options.include_path, "images": options.images}
+        return {key: str(folder) for key, folder in named.items() if folder is not None}
 
     def _given(self, responses: Responses, p: int) -> list[tuple[Any, ...] | None]:
         """Candidate p's answers by example, in the form of the harness's models; None where an answer is not finite."""
@@ -430,6 +433,7 @@ def open_task(config: HarnessConfig, opening: Opening) -> HarnessTask:
     options = Options(
         include, config.allow_code, config.num_fewshot, config.docs, config.split, config.apply_chat_template,
         config.fewshot_as_multiturn, config.system_instruction,
+        None if config.images is None else opening.images(config.images, opening.folder),
     )  # fmt: skip
     _, name = opening.source("lm_eval", config.lm_eval)
     return open_harness(where, name, config.metric, config.name, config.weight, options)

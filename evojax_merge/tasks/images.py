@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from evojax_merge.errors import InputError, shown
-from evojax_merge.regular_file import read_regular
+from evojax_merge.regular_file import file_inside, read_regular
 from evojax_merge.tasks.records import Record
 
 # The fields of a record that hold images.
@@ -31,6 +31,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 # A larger file or image is no picture that a model was trained on.
 MAX_BYTES, MAX_PIXELS = 64 * 2**20, 64 * 10**6
 EXPECTED = "expected an image: a path from the data file's folder on, a data URI, or {bytes}"
+# The end of messages on files that records name outside of the folder.
+ELSEWHERE = "; where the files lie elsewhere, name their folder in the task: images: FOLDER"
 EXTRA = "pip install 'evojax-merge[vision]'"
 # Pillow's modes without a range from black to white, in words.
 RANGELESS = {"I": "signed or 32-bit whole numbers", "F": "floating-point numbers"}
@@ -77,7 +79,7 @@ def number_images(tokenizer: Any, where: str, tokens: Sequence[int], images: Seq
 
 
 def read_images(record: Record, folder: Path, texts: Collection[str]) -> tuple[RecordImage, ...]:
-    """The images of a record. folder: relative paths start there; texts: the fields that a task reads as texts.
+    """The images of a record. folder: paths start there, and stay inside; texts: the fields that a task reads as texts.
 
     Raises InputError where an image cannot be opened; its pixels are not read.
     """
@@ -90,8 +92,8 @@ def read_images(record: Record, folder: Path, texts: Collection[str]) -> tuple[R
 
 
 def images_of(where: str, place: str, value: Any, folder: Path) -> tuple[RecordImage, ...]:
-    """The images of a value, an image or a list of images. place: its name in messages; folder: relative paths start
-    there. Raises InputError where an image cannot be opened."""
+    """The images of a value, an image or a list of images. place: its name in messages; folder: paths start there,
+    and stay inside. Raises InputError where an image cannot be opened."""
     if not isinstance(value, list):
         return (_image(where, place, value, folder),)
     return tuple(_image(where, f"{place}[{i}]", one, folder) for i, one in enumerate(value))
@@ -108,7 +110,7 @@ def _image(where: str, place: str, value: Any, folder: Path) -> RecordImage:
     elif isinstance(value, str) and value.startswith(("http://", "https://")):
         raise InputError(where, f"{place}: {shown(value)} is on the net; download it, and name the file")
     elif isinstance(value, str):
-        file = folder / os.path.expanduser(value)
+        file = file_inside(f"{where}: {place}", folder, value, advice=ELSEWHERE)
         content = image_content(f"{where}: {place}: {value}", file)
     if not isinstance(content, bytes):
         raise InputError(where, f"{place}: {shown(value)}; {EXPECTED}")

@@ -14,12 +14,14 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from evojax_merge.errors import InputError, shown
+from evojax_merge.regular_file import file_inside
 from evojax_merge.schema import Location, Name, Text, Whole
 from evojax_merge.tasks.arrays import read_examples
 from evojax_merge.tasks.function import METRIC as SCORE
 from evojax_merge.tasks.function import UserFunction, load_function
-from evojax_merge.tasks.images import image_content, open_image
+from evojax_merge.tasks.images import ELSEWHERE, image_content, open_image
 from evojax_merge.tasks.records import Record, read_file
+from evojax_merge.tasks.task import IMAGES as IMAGES_FROM
 from evojax_merge.tasks.task import Derivative, Opening, Place, TaskConfig, TaskDefaults, TaskKind
 
 Kind = Literal["classification", "regression", "text_to_text", "transcription", "similarity", "retrieval", "network"]
@@ -48,6 +50,7 @@ class SeenConfig(TaskConfig):
     """The keys of tasks of networks that are given images, texts or arrays."""
 
     file: Location = Field(description=FILE)
+    images: Location | None = Field(None, description=IMAGES_FROM)
     image: Name = Field("image", description="the field of an image's path, from the file's folder")
     text: Name = Field("text", description="the field of a text; a record has an image, or a text")
 
@@ -103,6 +106,7 @@ class TranscriptionConfig(TaskConfig):
 
     kind: Literal["transcription"] = Field(description="the kind of task")
     file: Location = Field(description="JSONL, CSV or parquet with paths of .wav files")
+    images: Location | None = Field(None, description=IMAGES_FROM)
     audio: Name = Field("audio", description="the field of a recording's path, from the file's folder")
     target: Name = Field("text", description="the field of the recording's text")
     metric: TextMetric = Field("log_probability", description="the task's score, of the target or of a written text")
@@ -246,7 +250,9 @@ def open_network(config: Any, opening: Opening) -> NetworkTask:
     elif file.suffix == ".npz":
         examples = _arrays(file, getattr(config, "target", None))
     else:
-        examples = tuple(_example(record, config, file) for record in read_file(file))
+        folder = opening.images(config.images, file.parent)
+        places |= {} if config.images is None else {"images": str(folder)}
+        examples = tuple(_example(record, config, file, folder) for record in read_file(file))
         named = [path for example in examples for name, path in example.inputs.items() if name in FILES]
         files = (file, *dict.fromkeys(named))
     for example in examples:
@@ -294,8 +300,8 @@ def _arrays(file: Path, target: str | None) -> tuple[NetworkExample, ...]:
     )
 
 
-def _example(record: Record, config: Any, file: Path) -> NetworkExample:
-    """The example of a record. Raises InputError where it lacks an input or a target."""
+def _example(record: Record, config: Any, file: Path, folder: Path) -> NetworkExample:
+    """The example of a record, which names files in `folder`. Raises InputError where it lacks an input or a target."""
     fields, target = record.fields, getattr(config, "target", None)
     keys = INPUTS[config.kind]
     given = [name for name in keys if getattr(config, name) in fields]
@@ -310,7 +316,7 @@ def _example(record: Record, config: Any, file: Path) -> NetworkExample:
     if not isinstance(value, str) or not value:
         raise InputError(record.where, f"{getattr(config, name)}: {shown(value)}; expected a text")
     if name in FILES:
-        path = file.parent / value
+        path = file_inside(f"{record.where}: {getattr(config, name)}", folder, value, advice=ELSEWHERE)
         if not path.is_file():
             raise InputError(record.where, f"{getattr(config, name)}: {value}: no such file")
         value = path.resolve()

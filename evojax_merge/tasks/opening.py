@@ -78,8 +78,8 @@ def resolved_config(config: TaskConfig, search: Task, heldout: Task) -> dict[str
     """A task's section for a run folder: defaults filled in, files by their absolute paths, or their repository and
     commit. `search`, `heldout`: its splits."""
     section = config.model_dump(mode="json") | {key: pinned_reference(path) for key, path in search.paths().items()}
-    if not config.guard:
-        section = {name: value for name, value in section.items() if name not in ("guard", "tolerance")}
+    unsaid = {*(() if config.guard else ("guard", "tolerance")), *(() if section.get("images") else ("images",))}
+    section = {name: value for name, value in section.items() if name not in unsaid}
     source = heldout.paths().get(kind_of(config).source or "")
     if config.heldout_source is not None and source is not None:
         section["heldout"] = pinned_reference(source)

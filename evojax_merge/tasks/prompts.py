@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -17,7 +18,7 @@ from evojax_merge.chat_templates import ChatTemplateError, folders_with_template
 from evojax_merge.errors import InputError, shown
 from evojax_merge.schema import Form, Location, Name, Text, Whole
 from evojax_merge.tasks.images import RecordImage
-from evojax_merge.tasks.task import TaskConfig, token_ids
+from evojax_merge.tasks.task import IMAGES, TaskConfig, token_ids
 from evojax_merge.tasks.templates import check_characters, look_up
 
 # One turn of a conversation, with `role` and `content`.
@@ -46,6 +47,7 @@ class PromptConfig(TaskConfig):
     file: Location = Field(
         description="JSON lines, .json, .csv or .parquet, zoo:search.jsonl and its like, or hub:owner/dataset:split"
     )
+    images: Location | None = Field(None, description=IMAGES)
     prompt: Text = Field("{prompt}", description="a template over a record's fields")
     target: Text = Field("{target}", description="a template over a record's fields")
     delimiter: Text = Field(" ", description="what joins a prompt to its target where neither has white space there")
@@ -113,7 +115,7 @@ class Prompts:
     """The form of a task's prompts. where: the section of the config; prefix: the text that begins an answer; shots:
     the examples that are shown; template: whether the tokenizer's chat template writes the prompts, or the name of one
     of its templates; system, multiturn, options: the keys system_instruction, fewshot_as_multiturn and
-    chat_template_kwargs."""
+    chat_template_kwargs; images_from: the folder that the key images names."""
 
     where: str = "tasks"
     delimiter: str = " "
@@ -123,6 +125,7 @@ class Prompts:
     system: str | None = None
     multiturn: bool = True
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    images_from: Path | None = None
 
     @property
     def images(self) -> tuple[RecordImage, ...]:

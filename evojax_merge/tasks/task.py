@@ -246,6 +246,8 @@ class TaskConfig(Section):
         return self.heldout if isinstance(self.heldout, str) else None
 
 
+# The description of the key `images`.
+IMAGES = "the folder in which records name their files; default: the data file's"
 # (where, reference, folder) -> the existing file that `reference` names, looked for from `folder` on.
 FindFile = Callable[[str, str, Path], Path]
 
@@ -277,6 +279,13 @@ class Opening:
     def file(self, key: str, reference: str) -> Path:
         """The file that a key of the config names."""
         return self.find_file(f"{self.where}.{key}", reference, self.folder)
+
+    def images(self, named: str | None, default: Path) -> Path:
+        """The folder in which records name files: the one that the config's `images` names, or the default."""
+        folder = default if named is None else self.file("images", named)
+        if not folder.is_dir():
+            raise InputError(f"{self.where}.images", f"{named}: is no folder; expected one in which records name files")
+        return folder
 
     def read(self, key: str, reference: str) -> Source:
         """The records of a file that a key of the config names, or of a source by its name, such as

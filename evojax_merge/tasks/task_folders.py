@@ -58,7 +58,7 @@ def read_folder(where: str, folder: Path) -> tuple[dict[str, Any], dict[str, Inp
     unreadable: dict[str, InputError] = {}
     for path in _yaml_paths(where, folder):
         try:
-            TaskIndex.process_cfg(_read(path.resolve(), []), path, index)
+            TaskIndex.process_cfg(_read(path.resolve(), [], folder.resolve()), path, index)
         except InputError as error:
             unreadable.setdefault(path.stem, error)
         except Exception:
@@ -82,8 +82,9 @@ def _yaml_paths(where: str, folder: Path) -> list[Path]:
     return sorted(paths, key=Path.as_posix)
 
 
-def _read(path: Path, seen: list[Path]) -> dict[str, Any]:
-    """A task's YAML with the YAMLs that it includes, merged like in lm_eval.tasks: its own keys count first."""
+def _read(path: Path, seen: list[Path], folder: Path) -> dict[str, Any]:
+    """A task's YAML with the YAMLs of the folder that it includes, merged like in lm_eval.tasks: its own keys count
+    first."""
     if path in seen:
         raise InputError(path, "include: includes itself, or is included twice")
     if len(seen) > MAX_INCLUDES:
@@ -98,8 +99,10 @@ def _read(path: Path, seen: list[Path]) -> dict[str, Any]:
     for name in included if isinstance(included, list) else [included]:
         if not isinstance(name, str) or isinstance(name, FunctionName):
             raise InputError(path, f"include: {shown(name)}; expected the name of a YAML file")
-        merged |= {key: value for key, value in _read((path.parent / name).resolve(), seen).items()
-                   if key != "task_list"}  # fmt: skip
+        file = (path.parent / name).resolve()
+        if folder not in file.parents:
+            raise InputError(path, f"include: {shown(name)} lies outside of {folder}; expected a YAML inside of it")
+        merged |= {key: value for key, value in _read(file, seen, folder).items() if key != "task_list"}
     return merged | config
 
 

@@ -201,7 +201,8 @@ class TextTask(TaskDefaults):
         ]
 
     def paths(self) -> dict[str, str]:
-        return {"file": self.file} | ({} if self.fewshot_file is None else {"fewshot_source": self.fewshot_file})
+        named = {"fewshot_source": self.fewshot_file, "images": self.prompts.images_from}
+        return {"file": self.file} | {key: str(value) for key, value in named.items() if value is not None}
 
     def where(self, example: Example) -> str:
         """The example's place in messages."""
@@ -368,7 +369,8 @@ def read_prompted(
     their answers stand in the prompt. Raises InputError for records that do not fit, or too few examples to show."""
     source = opening.read(*opening.source("file", config.file))
     records, files, fewshot_file = list(source.records), source.files, None
-    examples, shots = _examples(source, kind, fields), []
+    folder = None if config.images is None else opening.images(config.images, opening.folder)
+    examples, shots = _examples(source, kind, fields, folder), []
     if config.num_fewshot:
         # Held-out examples have the same ones before them as those that are searched on.
         key = "file" if config.fewshot_source is None else "fewshot_source"
@@ -377,7 +379,7 @@ def read_prompted(
         if len(shown.records) < config.num_fewshot:
             what = f"{config.num_fewshot}; {shown.name} has only {len(shown.records)}"
             raise InputError(f"{opening.where}.num_fewshot", what)
-        shots = _examples(replace(shown, records=shown.records[: config.num_fewshot]), kind, fewshot_fields)
+        shots = _examples(replace(shown, records=shown.records[: config.num_fewshot]), kind, fewshot_fields, folder)
         fewshot_file = shown.name if config.fewshot_source is not None or shown.name != source.name else None
         files += shown.files
         asked = {_identity(shot, kind) for shot in shots}
@@ -391,7 +393,7 @@ def read_prompted(
         opening.where, config.delimiter, prefix,
         tuple(Shot(shot.prompt, shot.turns, prefixed(prefix, shot.solution), shot.images) for shot in shots),
         config.apply_chat_template, config.system_instruction, config.fewshot_as_multiturn,
-        config.chat_template_kwargs,
+        config.chat_template_kwargs, folder,
     )  # fmt: skip
     return PromptedData(
         source.name, files, tuple(examples), tuple(record.fields for record in records), prompts, fewshot_file
@@ -413,8 +415,8 @@ def read_examples(path: Path, kind: Kind, fields: Fields) -> list[Example]:
     return _examples(read_source(path), kind, fields)
 
 
-def _examples(source: Source, kind: Kind, fields: Fields) -> list[Example]:
-    return [_example(record, kind, fields, source.files[0].parent) for record in source.records]
+def _examples(source: Source, kind: Kind, fields: Fields, folder: Path | None = None) -> list[Example]:
+    return [_example(record, kind, fields, folder or source.files[0].parent) for record in source.records]
 
 
 def _example(record: Record, kind: Kind, fields: Fields, folder: Path) -> Example:

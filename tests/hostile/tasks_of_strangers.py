@@ -82,7 +82,7 @@ CODE = [
          "own/more.txt", "doc_to_text: !function code.f\n")), "doc_to_text", ALLOW),
     case("a function of a file outside of the folder", harness(
          doc_to_text=..., include="../code.txt", more=lambda world: (world.write(
-         "code.txt", "doc_to_text: !function own.code.f\n"))), "own.code.f", ALLOW),
+         "code.txt", "doc_to_text: !function own.code.f\n"))), "include: '../code.txt' lies outside of "),
     case("a Python object", harness(raw="metadata: !!python/object/apply:os.system ['touch code_was_run']\n"),
          "own.yaml", "YAML"),
     case("a Python name", harness(raw="metadata: !!python/name:os.system ''\n"), "own.yaml", "YAML"),

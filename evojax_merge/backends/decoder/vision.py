@@ -20,6 +20,7 @@ import numpy as np
 
 from evojax_merge.checkpoints.config_file import DECODER_PREFIX, DECODER_PREFIXES
 from evojax_merge.checkpoints.decoder_folder import LM_HEAD, DecoderFolder
+from evojax_merge.checkpoints.library_classes import check_folder
 from evojax_merge.checkpoints.writer import PROCESSOR_FILES
 from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import InputError, shown
@@ -174,6 +175,7 @@ class VisionSide:
         path = self.processor
         if not processor_files(path):
             raise InputError(path, "has no processor, which prepares images; expected preprocessor_config.json")
+        check_folder(path)
         with _messages_of(path, "its processor cannot be loaded"):
             from transformers import AutoProcessor
 
@@ -192,6 +194,7 @@ class VisionSide:
     @cached_property
     def _config(self) -> Any:
         path = self.folder.path
+        check_folder(path)
         with _messages_of(path, "its config cannot be loaded"):
             from transformers import AutoConfig
 
@@ -212,8 +215,9 @@ class VisionSide:
                 for name, tensor in self.folder.vision_tensors.items()
             }
             model, report = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].from_pretrained(
-                None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
-            )
+                None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True,
+                trust_remote_code=False, use_safetensors=True,
+            )  # fmt: skip
         decoder = (DECODER_PREFIXES.get(self.folder.whole.config["model_type"], DECODER_PREFIX), LM_HEAD)
         missing = [name for name in report["missing_keys"] if not name.startswith(decoder)]
         if missing:

@@ -1,6 +1,7 @@
 """Hugging Face folders as torch modules: the tensors that are merged, and the folder of a merge."""
 
 import json
+import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -14,11 +15,14 @@ import numpy as np
 import torch
 
 from evojax_merge.backends.torch.network import Network, measures, to_torch
-from evojax_merge.checkpoints.folder import INDEX_FILE, wrapper_hint
-from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.checkpoints.adapters import ADAPTER_CONFIG
+from evojax_merge.checkpoints.folder import INDEX_FILE, PICKLES, wrapper_hint
+from evojax_merge.checkpoints.json_files import LIMIT_BYTES, read_json_object
+from evojax_merge.checkpoints.library_classes import check_folder, library_class
 from evojax_merge.checkpoints.quiet import quiet_transformers
 from evojax_merge.checkpoints.writer import CARD, MARKER
 from evojax_merge.errors import InputError, shown
+from evojax_merge.regular_file import file_inside, read_regular
 from evojax_merge.tasks.function import guard_user_function
 
 # A folder's files beside its weights that an exported folder has as well: of the processor and the tokenizer.
@@ -28,15 +32,11 @@ EXPECTED = "expected a folder with a config.json, as transformers writes it; own
 SENTENCE_FILE, SENTENCE = "modules.json", "SentenceTransformer"
 # The file of a module of the user's own in a folder.
 STATE_FILE = "model.safetensors"
-# The endings of files of weights that may hold code.
-PICKLED = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 WRITTEN = {"config.json", CARD, MARKER, INDEX_FILE}
 
 
 def architecture(folder: Path) -> str:
     """The name of a folder's class in transformers, or SENTENCE. Raises InputError where there is none of it."""
-    import transformers
-
     if (folder / SENTENCE_FILE).exists():
         if find_spec("sentence_transformers") is None:
             raise InputError(
@@ -49,13 +49,8 @@ def architecture(folder: Path) -> str:
             folder / "config.json", f"architectures: {shown(names)}; expected the name of transformers' class of the "
             "model, such as [ViTForImageClassification]",
         )  # fmt: skip
-    name: str = names[0]
-    if not isinstance(getattr(transformers, name, None), type):
-        raise InputError(
-            folder / "config.json", f"architectures: {shown(name)}; transformers {transformers.__version__} has no "
-            "such class, and code that comes with a model is not run",
-        )  # fmt: skip
-    return name
+    kind = library_class(folder / "config.json", "architectures", "transformers", names[0], ("PreTrainedModel",))
+    return str(kind.__name__)
 
 
 def open_module(folder: Path) -> Any:
@@ -64,13 +59,14 @@ def open_module(folder: Path) -> Any:
     import transformers
 
     name = architecture(folder)
-    _check_safe(folder)
+    for part in _module_folders(folder) if name == SENTENCE else [folder]:
+        _check_safe(part)
     with quiet_transformers():
         try:
             if name == SENTENCE:
                 return _open_sentence(folder)
             module, report = getattr(transformers, name).from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+                folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise InputError(folder, f"{name} cannot open it ({' '.join(str(error).split())[:300]})") from None
@@ -86,15 +82,54 @@ def _open_sentence(folder: Path) -> Any:
     """The modules of a folder of sentence-transformers."""
     from sentence_transformers import SentenceTransformer
 
-    module = SentenceTransformer(str(folder), device="cpu", local_files_only=True, trust_remote_code=False)
+    module = SentenceTransformer(
+        str(folder), device="cpu", local_files_only=True, trust_remote_code=False,
+        model_kwargs={"use_safetensors": True},
+    )  # fmt: skip
     return module.eval()
 
 
+def _module_folders(folder: Path) -> list[Path]:
+    """The folders of a sentence transformer's modules. Raises InputError for modules of other classes than
+    sentence-transformers', for folders outside, and for settings that would open more than the model itself."""
+    file, folders = folder / SENTENCE_FILE, []
+    try:
+        modules = json.loads(read_regular(file, "a JSON file", LIMIT_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise InputError(file, f"not valid JSON ({error})") from None
+    for number, module in enumerate(modules if isinstance(modules, list) else [modules]):
+        where, values = f"{file}: [{number}]", module if isinstance(module, dict) else {}
+        name, path = values.get("type"), values.get("path")
+        if not isinstance(name, str) or not re.fullmatch(r"sentence_transformers(\.\w+)+", name):
+            raise InputError(
+                where, f"type: {shown(name)}; expected a class of sentence_transformers: code that comes with a model "
+                "is not run",
+            )  # fmt: skip
+        folders.append(folder if path == "" else file_inside(f"{where}.path", folder, path))
+        for settings in folders[-1].glob("sentence_*_config.json"):
+            # Arguments of transformers: of the model these alone, and of the tokenizer any that are words.
+            for key, value in read_json_object(settings, missing={}).items():
+                given = value if isinstance(value, dict) else {key: value} if value else {}
+                for one, argument in given.items() if key.endswith(("_args", "_kwargs")) else ():
+                    is_known = one in ("dtype", "torch_dtype", "attn_implementation")
+                    if not (is_known or key.startswith(("tokenizer", "processor"))) or not re.fullmatch(
+                        r"[\w-]+", str(argument)
+                    ):
+                        raise InputError(f"{settings}: {key}", f"{shown(one)}: {shown(argument)}; expected a word")
+    return folders
+
+
 def _check_safe(folder: Path) -> None:
-    """Raises InputError for a folder whose weights are pickled alone: to read them would run what they hold."""
+    """Raises InputError for a folder whose weights are pickled alone: to read them would run what they hold. And for
+    what `check_folder` refuses."""
+    check_folder(folder)
+    if (folder / ADAPTER_CONFIG).exists():
+        raise InputError(
+            folder, f"{ADAPTER_CONFIG}: names another model beside this one; expected a model without an adapter"
+        )
     if any(folder.glob("*.safetensors")):
         return
-    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in PICKLES)
     if pickled:
         raise InputError(
             folder, f"{pickled[0]}: is pickled, and reading it would run its code; expected safetensors, which "

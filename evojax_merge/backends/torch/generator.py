@@ -13,9 +13,8 @@ import torch
 
 from evojax_merge.backends.torch.folders import merged_tensors
 from evojax_merge.backends.torch.network import to_torch
-from evojax_merge.checkpoints.folder import is_float, open_folder, wrapper_hint
 from evojax_merge.checkpoints.generator_keys import BASE, VAE, blocks_of
-from evojax_merge.checkpoints.pipelines import OPENING, Components, Pipeline
+from evojax_merge.checkpoints.pipelines import Components, open_component, open_pipeline
 from evojax_merge.checkpoints.quiet import quiet_diffusers
 from evojax_merge.errors import InputError
 from evojax_merge.tasks.generated_images import DrawingTask
@@ -24,33 +23,6 @@ from evojax_merge.tasks.generated_images import DrawingTask
 ATTENTION = re.compile(r"\.(?:to_[qkv]|to_out|add_[qkv]_proj|to_add_out|to_qkv)\.")
 # The parts of a block that may have parameters of their own.
 KINDS = ("attention", "other")
-
-
-def open_component(pipeline: Pipeline, name: str) -> Any:
-    """A component by its own class, in the dtype of its files. Raises InputError for a folder that the class does not
-    open, and for one that lacks tensors."""
-    options: dict[str, Any] = {"local_files_only": True}
-    if pipeline.has_weights(name):
-        entries = open_folder(pipeline.path / name).entries.values()
-        dtypes = [str(entry.dtype) for entry in entries if is_float(entry.dtype)]
-        dtype = getattr(torch, dtypes[0] if dtypes else "float32")
-        options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    folder = pipeline.path / name
-    component = pipeline.component_class(name)
-    with quiet_diffusers():
-        try:
-            opened = component.from_pretrained(folder, **options)
-        except OPENING as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(folder, f"{component.__name__} cannot open it ({reason})") from None
-    if "output_loading_info" not in options:
-        return opened
-    module, report = opened
-    missing = sorted(report["missing_keys"])
-    if missing:
-        hint = wrapper_hint(missing, report["unexpected_keys"])
-        raise InputError(folder, f"lacks {len(missing)} tensors of {component.__name__}, such as {missing[0]}{hint}")
-    return module.eval()
 
 
 def tensors_of(modules: Mapping[str, Any]) -> "OrderedDict[str, Any]":
@@ -129,20 +101,9 @@ def _storage(modules: Mapping[str, Any]) -> dict[str, Any]:
 def open_generator(components: Components, modules: Mapping[str, Any]) -> Generator:
     """The pipeline of the first model, with the components that other models give. modules: the merged components,
     which become float32."""
-    first = components.first
-    pipeline_class = first.pipeline_class()
     given = {name: module.float().requires_grad_(False) for name, module in modules.items()}
-    for name, pipeline in components.kept.items():
-        # Checked for all: from_pretrained would run code that comes with a model.
-        pipeline.component_class(name)
-        if pipeline is not first:
-            given[name] = open_component(pipeline, name)
-    with quiet_diffusers():
-        try:
-            pipeline = pipeline_class.from_pretrained(first.path, local_files_only=True, dtype=torch.float32, **given)
-        except OPENING as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(first.path, f"{first.class_name} cannot open it ({reason})") from None
+    given |= {name: open_component(one, name) for name, one in components.kept.items() if one is not components.first}
+    pipeline = open_pipeline(components.first, given)
     pipeline.set_progress_bar_config(disable=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline.to(device)

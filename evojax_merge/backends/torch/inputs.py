@@ -9,6 +9,7 @@ import numpy as np
 
 from evojax_merge.backends.torch.network import Network
 from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.checkpoints.library_classes import check_folder
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.tasks.images import read_rgb
@@ -98,6 +99,7 @@ def _fitting(array: np.ndarray) -> np.ndarray:
 
 def _opened(folder: Path, loader: Any, what: str) -> Any:
     """The folder's image processor or feature extractor, by transformers' class for all of them."""
+    check_folder(folder)
     try:
         return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:

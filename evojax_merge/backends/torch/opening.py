@@ -15,7 +15,7 @@ from evojax_merge.backends.function.opening import (
     tree_merge,
 )
 from evojax_merge.backends.function.trees import open_trees
-from evojax_merge.checkpoints.pipelines import Pipeline, choose_components, is_pipeline
+from evojax_merge.checkpoints.pipelines import Pipeline, choose_components, is_pipeline, open_component
 from evojax_merge.config import Config, EvaluationConfig, SpaceConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.targets import Target
@@ -167,7 +167,6 @@ def _open_pipelines(
     from evojax_merge.backends.torch.generator import (
         KINDS,
         block_groups,
-        open_component,
         open_generator,
         save_generator,
         tensors_of,
