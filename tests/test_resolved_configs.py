@@ -49,12 +49,12 @@ def margins(model, rows):
 def better(record, left, right):
     return "tie"
 """
-TEXTS = {"file": "tasks.jsonl", "heldout": "other.jsonl"}
+TEXTS = {"file": "tasks.jsonl", "heldout": "other.jsonl", "images": "pictures"}
 SHOWN = TEXTS | {"num_fewshot": 1, "fewshot_source": "shown.jsonl"}
 WRITING = {"max_new_tokens": 2}
 # A section for each kind of task, and for each form of its files; every key that may name a file is in one of them.
 SECTIONS: dict[str, dict[str, Any]] = {
-    "likelihood": {"kind": "likelihood", "file": "tasks.jsonl"},
+    "likelihood": {"kind": "likelihood", "file": "tasks.jsonl", "images": "pictures"},
     "multiple choice": {"kind": "multiple_choice", **TEXTS},
     "exact match, shown examples": {"kind": "exact_match", **SHOWN, **WRITING},
     "generation": {"kind": "generation", "metric": "exact_match", **SHOWN, **WRITING},
@@ -62,22 +62,23 @@ SECTIONS: dict[str, dict[str, Any]] = {
             "fewshot_source": "shown_sums.jsonl"},
     "function": {"kind": "function", "function": "world_functions.py:score", **SHOWN, **WRITING},
     "function of a module": {"kind": "function", "function": "world_functions:logits", "inputs": "logits", **TEXTS},
-    "lm-eval": {"lm_eval": "mine", "include_path": "harness", "heldout": "other"},
+    "lm-eval": {"lm_eval": "mine", "include_path": "harness", "heldout": "other", "images": "pictures"},
     "human": {"kind": "human", "judge": "world_functions.py:better", **SHOWN, **WRITING},
     "human without a function": {"kind": "human", **TEXTS, **WRITING},
     "rubric": {"kind": "rubric", "judge": "one", "rubric": "{prompt} {response}", "good": "w5", "bad": "w6", **SHOWN,
                **WRITING},
     "classification of a folder": {"kind": "classification", "file": "pictures"},
     "classification of two folders": {"kind": "classification", "file": "pictures", "heldout": "other_pictures"},
-    "classification of records": {"kind": "classification", "file": "pictures.jsonl", "heldout": "pictures"},
+    "classification of records": {"kind": "classification", "file": "pictures.jsonl", "heldout": "pictures", "images": "."},
     "classification of arrays": {"kind": "classification", "file": "arrays.npz"},
-    "regression": {"kind": "regression", "file": "pictures.jsonl"},
-    "text to text": {"kind": "text_to_text", "file": "tasks.jsonl", "text": "prompt", "heldout": "other.jsonl"},
-    "transcription": {"kind": "transcription", "file": "sounds.jsonl"},
+    "regression": {"kind": "regression", "file": "pictures.jsonl", "images": "."},
+    "text to text": {"kind": "text_to_text", "file": "tasks.jsonl", "text": "prompt", "heldout": "other.jsonl",
+                     "images": "."},
+    "transcription": {"kind": "transcription", "file": "sounds.jsonl", "images": "."},
     "similarity": {"kind": "similarity", "file": "pairs.jsonl", "heldout": "other_pairs.jsonl"},
     "retrieval": {"kind": "retrieval", "file": "queries.jsonl", "corpus": "corpus.jsonl"},
     "network": {"kind": "network", "file": "arrays.npz", "function": "world_functions.py:score"},
-    "network of a folder": {"kind": "network", "file": "pictures.jsonl", "function": "world_functions:score"},
+    "network of a folder": {"kind": "network", "file": "pictures.jsonl", "images": ".", "function": "world_functions:score"},
     "pictures of prompts": {"kind": "image_generation", "file": "prompts.jsonl",
                             "function": "world_functions.py:score"},
     "pictures": {"kind": "image_generation", "images": 4, "steps": 2, "function": "world_functions:score"},

@@ -318,7 +318,7 @@ def _example(record: Record, config: Any, file: Path, folder: Path) -> NetworkEx
     if name in FILES:
         path = file_inside(f"{record.where}: {getattr(config, name)}", folder, value, advice=ELSEWHERE)
         if not path.is_file():
-            raise InputError(record.where, f"{getattr(config, name)}: {value}: no such file")
+            raise InputError(record.where, f"{getattr(config, name)}: {value}: no such file in {folder}")
         value = path.resolve()
     answer = None if target is None else fields[target]
     return NetworkExample({name: value}, answer, _place(record, file), fields)

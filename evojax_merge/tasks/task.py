@@ -282,7 +282,7 @@ class Opening:
 
     def images(self, named: str | None, default: Path) -> Path:
         """The folder in which records name files: the one that the config's `images` names, or the default."""
-        folder = default if named is None else self.file("images", named)
+        folder = default if named is None else (self.folder / os.path.expanduser(named)).resolve()
         if not folder.is_dir():
             raise InputError(f"{self.where}.images", f"{named}: is no folder; expected one in which records name files")
         return folder
