@@ -125,7 +125,7 @@ class ParentsCommand(click.Command):
 @click.option(
     "--budget-generations", type=click.IntRange(1, 1_000_000), help="Generations; default: a budget of 600 passes."
 )
-@click.option("--overwrite", "--force", "overwrite", is_flag=True, help="Replace FILE where it exists.")
+@click.option("--overwrite", "--force", "overwrite", is_flag=True, help="Replace FILE, if init wrote it.")
 def init(
     file: Path,
     base: str | None,

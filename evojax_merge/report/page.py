@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 from evojax_merge.checkpoints.pipelines import SHEET
 from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import escaped
-from evojax_merge.file_system import atomic_write
+from evojax_merge.file_system import OutputFile, atomic_write
 from evojax_merge.report.answers import read_answers
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.drawings import Layer, family_tree, path_drawing
@@ -39,7 +39,7 @@ from evojax_merge.report.run_tables import (
     task_note,
     winners_table,
 )
-from evojax_merge.search.run_parts import RunFolder, check_replaceable_page
+from evojax_merge.search.run_parts import RunFolder, is_page
 
 # Seconds between two looks of a browser at a page that is still written.
 REFRESH = 10
@@ -69,8 +69,8 @@ def write_page(folder: RunFolder, *, working: bool | None = None) -> RunData:
     """Write a run's `report.html`; returns the run as it is there. working: see `read_run`. Raises InputError where
     another file has that name."""
     run = read_run(folder.path, working=working)
-    check_replaceable_page(folder.page)
-    atomic_write(folder.page, run_page(run, refresh=run.state == "running"))
+    page = OutputFile(folder.page, "", "is no page", is_page)
+    page.write(run_page(run, refresh=run.state == "running"))
     return run
 
 
