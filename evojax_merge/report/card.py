@@ -54,20 +54,20 @@ def _public_documents(documents: Sequence[Any], references: Mapping[str, str]) -
             return [replaced(part) for part in value]
         if not isinstance(value, str):
             return value
-        # Any other path of this machine, alone or behind a stage's name and a +, is cut to its last part, for the rest
-        # of it says nothing to others.
+        # Any other path, alone or behind a stage's name and a +, is cut to its last part, for the rest of it says
+        # nothing to others.
         parts = [value] if os.path.lexists(value) else value.split("+")
-        names = [Path(part).name if os.path.isabs(part) and os.path.lexists(part) else part for part in parts]
+        names = [references.get(part) or (Path(part).name if os.path.isabs(part) else part) for part in parts]
         return references.get(value, "+".join(names))
 
     return [replaced(document) for document in documents]
 
 
-def public_recipe(recipe: str, where: Path) -> str:
-    """A recipe as YAML, in which paths of this machine are cut to their last part; unchanged where it names none.
-    `where` names it in messages."""
+def public_recipe(recipe: str, where: Path, names: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A recipe as YAML, in which models have their public `names`, and other absolute paths are cut to their last part;
+    unchanged where it has none. `where` names it in messages."""
     documents = parse_documents(where, recipe, take_last)
-    public = _public_documents(documents, {})
+    public = _public_documents(documents, names)
     return recipe if public == documents else dump_documents(public)
 
 
