@@ -85,7 +85,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise cannot_write(path, error) from None
     finally:
-        work.unlink(missing_ok=True)
+        # Its disk may have become read-only.
+        with suppress(OSError):
+            work.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, text: str) -> None:
