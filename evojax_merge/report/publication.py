@@ -16,7 +16,7 @@ from evojax_merge.checkpoints.pipelines import SHEET
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.regular_file import read_regular
-from evojax_merge.report.card import public_names, public_recipe
+from evojax_merge.report.card import map_texts, public_names, public_recipe
 from evojax_merge.report.run_data import Result, RunData
 from evojax_merge.search.run_parts import RunFolder
 
@@ -36,7 +36,7 @@ class Publication:
 
     def __init__(self, run: Path, config: Mapping[str, Any], with_answers: bool) -> None:
         self.with_answers = with_answers
-        models = [m for m in (config.get("base"), *config.get("parents", ())) if os.path.isabs(str(m))]
+        models = [m for m in (config.get("base"), *(config.get("parents") or ())) if os.path.isabs(str(m))]
         self.names = dict(zip(models, public_names([Path(model) for model in models]), strict=True))
         inputs = config.get("inputs") or {}
         files = (*models, *inputs, os.path.abspath(run), os.path.realpath(run), sys.prefix, Path(__file__).parent)
@@ -65,28 +65,20 @@ class Publication:
                 return name + place.removeprefix(model)
         return place.rpartition("/")[2]
 
-    def value(self, value: Any) -> Any:
+    def value(self, document: Any) -> Any:
         """A document of JSON or YAML whose texts are public, in keys as well."""
-        if isinstance(value, dict):
-            return {self.value(key): self.value(part) for key, part in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.value(part) for part in value]
-        if not isinstance(value, str):
-            return value
-        return Path(value).name if os.path.isabs(value) and self.known(value) == value else self.text(value)
+        return map_texts(document, lambda key, text: self._of_document(text))
 
-    def config(self, value: Any) -> Any:
-        """A config without texts that are more than a word."""
-        if isinstance(value, dict):
-            return {key: self.config(part) for key, part in value.items()}
-        if isinstance(value, list):
-            return [self.config(part) for part in value]
-        is_text = (
-            isinstance(value, str)
-            and not os.path.isabs(value)
-            and (not _WORD.fullmatch(value) or "{" in value or "://" in value)
-        )
-        return LEFT_OUT if is_text and not self.with_answers else value
+    def _of_document(self, text: str) -> str:
+        return Path(text).name if os.path.isabs(text) and self.known(text) == text else self.text(text)
+
+    def _of_config(self, key: str, text: str) -> str:
+        is_word = os.path.isabs(text) or (_WORD.fullmatch(text) and "{" not in text and "://" not in text)
+        return self._of_document(text) if is_word or self.with_answers else LEFT_OUT
+
+    def _of_model(self, key: str, text: str) -> str:
+        is_private = os.path.isabs(text) and (_PATH_KEY.search(key) or self.known(text) != text)
+        return self._of_document(text) if is_private else text
 
     def file(self, file: Path) -> str | None:
         """The public text of a file of the winner, or of its recipe or result; None where it is public as it is."""
@@ -101,23 +93,14 @@ class Publication:
             document = json.loads(text)
         except (ValueError, RecursionError):
             raise InputError(file, "is no JSON, and cannot be published") from None
-        public = self.value(document) if file.name == "result.json" else self._without_paths(document)
+        public = self.value(document) if file.name == "result.json" else map_texts(document, self._of_model)
         return None if public == document else json.dumps(public, indent=1, ensure_ascii=False) + "\n"
-
-    def _without_paths(self, value: Any, key: str = "") -> Any:
-        if isinstance(value, dict):
-            return {name: self._without_paths(part, name) for name, part in value.items()}
-        if isinstance(value, list):
-            return [self._without_paths(part, key) for part in value]
-        is_path = isinstance(value, str) and os.path.isabs(value)
-        return self.value(value) if is_path and (_PATH_KEY.search(key) or self.known(value) != value) else value
 
     def run(self, run: RunData) -> RunData:
         """The run of a page for the public."""
-        config = self.value(self.config(run.config))
-        sessions = run.environment.get("sessions", ())
-        environment = [{name: part for name, part in session.items() if name != "command"}
-                       for session in sessions if isinstance(session, dict)]  # fmt: skip
+        config = map_texts(run.config, self._of_config)
+        sessions = [session for session in run.environment.get("sessions", ()) if isinstance(session, dict)]
+        environment = [{name: part for name, part in each.items() if name != "command"} for each in sessions]
         log, warnings = (list(map(self.text, lines)) if self.with_answers else [] for lines in (run.log, run.warnings))
         result = None if run.result is None else self.value(run.result.model_dump(by_alias=True))
         return replace(

@@ -215,6 +215,25 @@ def in_part(world: World) -> tuple[str, ...]:
     return (*JUDGE, "run/best/a.jsonl")
 
 
+PUBLISH = ("publish", "run", "--repo", "me/mine")
+WINNER = "best/model"
+
+
+def linked(name: str) -> Callable[[World], None]:
+    """A file of a finished run lies elsewhere, behind a link."""
+
+    def change(world: World) -> None:
+        file = put_run(world) / name
+        file.rename(world / "elsewhere")
+        file.symlink_to(world / "elsewhere")
+
+    return change
+
+
+def holding(name: str, content: str) -> Callable[[World], None]:
+    return lambda world: (put_run(world) / name).write_text(content) and None
+
+
 CASES: list[Case] = [
     *(holds(output, content) for output, contents in STAY for content in contents),
     *(output.case(what, make, says) for output in OUTPUTS for what, make, says in SPECIAL),
@@ -263,6 +282,16 @@ CASES: list[Case] = [
       for output in OUTPUTS if output not in (PAGE_OUT, INIT_OUT)),
     *(output.case("below a file", no, "(Not a directory)", name=f"tasks.jsonl/{output.name}")
       for output in (SCORES_OUT, BENCH_OUT, COMPARE_OUT, PAIRS_OUT)),
+    # Uploads: no link is followed, and nothing goes up that cannot be read
+    *(Case(f"publish: a link for {name}", linked(name), (f"run/{name}: is a link, which is not followed",), PUBLISH)
+      for name in ("result.json", "best/recipe.yaml", f"{WINNER}/README.md", f"{WINNER}/config.json",
+                   f"{WINNER}/model.safetensors", f"{WINNER}/tokenizer.json", f"{WINNER}/mergekit_config.yml")),
+    *(Case(f"publish: {name} is no JSON", holding(name, content), (f"run/{name}: is no JSON",), PUBLISH)
+      for name, content in (("result.json", "{"), (f"{WINNER}/config.json", "[" * 100_000),
+                            (f"{WINNER}/tokenizer_config.json", "mine"))),
+    Case("publish: a thesis in the winner's folder", holding(f"{WINNER}/thesis.tex", "mine"),
+         ("warning: run/best/model/thesis.tex: evojax-merge did not write it, and it is not uploaded",), PUBLISH,
+         status=0, seconds=60.0),
     # What this program wrote, and what is empty, is replaced
     own(SCORES_OUT, "earlier scores", "scores"),
     own(SAMPLES_OUT, "an empty file", ""),
