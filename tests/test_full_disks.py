@@ -21,6 +21,7 @@ from evojax_merge.judge.votes import VoteFile
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage
 
 PAGE = 4096
+REASONS = ("No space left on device", "Read-only file system", "is not writable for you")
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "moment", "fault", "left"), sample(CASES, 13))
+@pytest.mark.parametrize(("kind", "moment", "fault", "left"), sample(CASES, 2))
 def test_a_search_whose_disk_fails_goes_on_to_the_same_bytes(
     kind: str, moment: str, fault: Any, left: int, family: Family, disk: Path,
     undisturbed: Callable[[str], dict[str, Any]],
@@ -195,7 +196,7 @@ def test_a_search_whose_disk_fails_goes_on_to_the_same_bytes(
     trouble.end()
     if done.returncode:
         line = error_of(done)
-        assert str(disk) in line and ("No space left" in line or "Read-only" in line or "MB free" in line), line
+        assert str(disk) in line and any(reason in line for reason in REASONS), line
     else:
         # What was left was enough for what matters.
         assert left
@@ -239,8 +240,9 @@ COMMANDS: dict[str, Callable[[Path, Path, Path], tuple[object, ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", [Full, ReadOnly])
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("command", "fault"), sample([(command, fault) for command in COMMANDS for fault in (Full, ReadOnly)], 4)
+)
 def test_a_command_whose_output_cannot_be_written_leaves_nothing(
     command: str, fault: Any, family: Family, finished: Path, disk: Path, tmp_path: Path
 ) -> None:
@@ -266,7 +268,7 @@ def test_a_command_whose_output_cannot_be_written_leaves_nothing(
     assert len(files()) > len(before) or command == "export over a model"
 
 
-@pytest.mark.parametrize("fault", [Full, ReadOnly])
+@pytest.mark.parametrize("fault", sample([ReadOnly, Full], 1))
 def test_pairs_for_votes_are_whole_or_not_there(fault: Any, family: Family, disk: Path, tmp_path: Path) -> None:
     """The run is on a disk with room, its pairs are not."""
     document = yaml.safe_load(write_config(family, "judged").read_text())
