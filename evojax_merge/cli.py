@@ -125,7 +125,7 @@ class ParentsCommand(click.Command):
 @click.option(
     "--budget-generations", type=click.IntRange(1, 1_000_000), help="Generations; default: a budget of 600 passes."
 )
-@click.option("--overwrite", "--force", "overwrite", is_flag=True, help="Replace FILE where it exists.")
+@click.option("--overwrite", "--force", "overwrite", is_flag=True, help="Replace FILE, if init wrote it.")
 def init(
     file: Path,
     base: str | None,
@@ -491,13 +491,14 @@ def reproduce(run: Path, out: Path | None, plugin_names: tuple[str, ...]) -> Non
 )
 @click.option("--push", is_flag=True, help="Upload. Without it, the files are listed and nothing leaves this machine.")
 @click.option("--private", is_flag=True, help="A repository that is made is private.")
-def publish(run: Path, repo: str, push: bool, private: bool) -> None:
-    """List, or with --push upload, the winner of the finished run RUN with its model card, recipe and result. Recipes
-    name models of this machine by the last part of their paths."""
+@click.option("--with-answers", is_flag=True, help="Upload prompts, answers, pictures and the log of the run as well.")
+def publish(run: Path, repo: str, push: bool, private: bool, with_answers: bool) -> None:
+    """List, or with --push upload, the winner of the finished run RUN with its model card, recipe, result and page. No
+    file has a path of this machine: models are named by the last part of theirs."""
     with _starting():
         from evojax_merge.commands import publish as command
 
-    command.publish(run, repo, push, private)
+    command.publish(run, repo, push, private, with_answers)
 
 
 @cli.command(short_help="List the merge methods, with their parameters and bounds.")

@@ -12,8 +12,9 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from evojax_merge.errors import InputError, cannot_write
@@ -22,6 +23,8 @@ from evojax_merge.errors import InputError, cannot_write
 # name and may get it back, and of a folder that is being deleted.
 NEW, OLD, GONE = ".evojax-merge-new.", ".evojax-merge-old.", ".evojax-merge-gone."
 _RANDOM = "[0-9a-z_]{8}"
+# The beginning of a file by which this program recognises what it wrote.
+MOST_READ = 2**26
 
 
 def resolved(path: Path) -> Path:
@@ -82,7 +85,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise cannot_write(path, error) from None
     finally:
-        work.unlink(missing_ok=True)
+        # Its disk may have become read-only.
+        with suppress(OSError):
+            work.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, text: str) -> None:
@@ -104,6 +109,66 @@ def check_writable(path: Path) -> None:
         work.unlink()
     except OSError as error:
         raise InputError(path, f"cannot be written ({error.strerror})") from None
+
+
+def may_replace(path: Path, is_own: Callable[[bytes], object]) -> bool:
+    """Return whether there is no file of a name, or one that is empty or that this program wrote, as `is_own` tells
+    from its first MOST_READ bytes. Raises InputError where the file cannot be replaced by another file."""
+    place = regular_file(path)
+    try:
+        with place.open("rb") as handle:
+            content = handle.read(MOST_READ)
+        return not content or bool(is_own(content))
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        # It is not in the format of the file that would take its place.
+        return False
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file that a command writes under a name of the user's. `option`: the name's option, in messages; `is_not`: what
+    any other file is not, in messages; `is_own`: recognises what this program wrote (see `may_replace`)."""
+
+    path: Path
+    option: str
+    is_not: str
+    is_own: Callable[[bytes], object]
+
+    def check(self) -> None:
+        """Raises InputError where the file cannot be written, or would replace one that this program did not write."""
+        try:
+            check_writable(self.path)
+            self._check_own()
+        except InputError as error:
+            raise InputError(self.path, f"{self.option}: {error.what}" if self.option else error.what) from None
+
+    def write(self, content: str | bytes) -> None:
+        """Write the file. Raises InputError where another one has got its name since the check."""
+        self._check_own()
+        atomic_write_bytes(self.path, content.encode("utf-8") if isinstance(content, str) else content)
+
+    def _check_own(self) -> None:
+        if not may_replace(self.path, self.is_own):
+            raise InputError(self.path, f"exists, and {self.is_not} of evojax-merge; move it or choose another name")
+
+
+def check_outputs(outputs: Sequence[OutputFile | None], others: Mapping[str, Path], made: Path | None = None) -> None:
+    """Raises InputError, before any work, where a file must not be written (see `OutputFile.check`), is that of another
+    output, or is one of `others`, files that the command reads or writes itself, by their names in messages. A None
+    was not asked for. `made`: a folder that the command makes where it is missing."""
+    names = {resolved(path): name for name, path in others.items()}
+    for output in filter(None, outputs):
+        place = resolved(output.path)
+        if place in names:
+            what = f"is the file of {names[place]} as well; choose another name"
+            raise InputError(output.path, f"{output.option}: {what}")
+        names[place] = output.option
+        if made is None or place.parent != resolved(made) or made.exists():
+            output.check()
 
 
 def remove_file(file: Path) -> None:

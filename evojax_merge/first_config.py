@@ -34,6 +34,8 @@ NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?")
 # Groups of neighbouring layers that share their parameters: enough to tell the ends from the middle.
 LAYER_GROUPS = 8
 COMMENT_COLUMN = 41
+# The first line of a file that `init` wrote.
+HEAD = re.compile(rb"# A search for the best merge of \d+ parents; all keys: evojax-merge keys all\n")
 # The budget of a first search: about 50 generations of CMA-ES, or more steps than gradients need.
 PASSES = 600
 # The examples above which a share is kept back to choose the winner on, and worked examples are shown.

@@ -30,7 +30,6 @@ from evojax_merge.evaluation.samples import KEYS as SAMPLE_KEYS
 from evojax_merge.evaluation.samples import sample_rows
 from evojax_merge.evaluation.scores import fitness, means
 from evojax_merge.evaluation.targets import live_target
-from evojax_merge.file_system import check_writable
 from evojax_merge.problem import read_config
 from evojax_merge.references import resolve_file, resolve_reference
 from evojax_merge.report.comparison import Row, short_names
@@ -50,8 +49,6 @@ Split = Literal["search", "validation", "heldout", "all"]
 
 # The keys of a row of the table that `evaluate --json` writes.
 TABLE_KEYS = {"model", "fitness", "scores"}
-# The most bytes of a line that `evaluate --samples` wrote earlier.
-LONGEST_SAMPLE = 2**26
 
 
 @dataclass(frozen=True)
@@ -253,35 +250,14 @@ def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -
     return sources, DecoderEvaluator(decoder, tokenizer, batched_tasks, dtype)
 
 
-def check_own_file(path: Path, option: str, what: str, holds: Callable[[Path], bool]) -> None:
-    """Raises InputError where a file cannot be written, or would replace a file of another kind."""
-    try:
-        check_writable(path)
-    except InputError as error:
-        raise InputError(path, f"{option}: {error.what}") from None
-    if path.exists() and not holds(path):
-        raise InputError(path, f"{option}: exists, and holds no {what} of an earlier evaluation; choose another name")
+def is_score_table(content: bytes) -> bool:
+    """Return whether a file's content is an output of `evaluate --json`."""
+    rows = json.loads(content)
+    named = isinstance(rows, list) and all(isinstance(row, dict) and row.keys() == TABLE_KEYS for row in rows)
+    return named and len(rows) > 0
 
 
-def is_score_table(path: Path) -> bool:
-    """Return whether a file is empty, or an output of `evaluate --json`."""
-    try:
-        if not path.is_file():
-            return False
-        rows = json.loads(path.read_bytes() or "[]")
-        return isinstance(rows, list) and all(isinstance(row, dict) and row.keys() == TABLE_KEYS for row in rows)
-    except (OSError, ValueError, RecursionError):
-        return False
-
-
-def is_samples_file(path: Path) -> bool:
-    """Return whether a file is empty, or begins like an output of `evaluate --samples`."""
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as lines:
-            line = lines.readline(LONGEST_SAMPLE)
-        row = json.loads(line or "{}")
-        return not line or (isinstance(row, dict) and row.keys() >= set(SAMPLE_KEYS))
-    except (OSError, ValueError, RecursionError):
-        return False
+def is_samples_file(content: bytes) -> bool:
+    """Return whether a file begins like an output of `evaluate --samples`."""
+    row = json.loads(content.partition(b"\n")[0])
+    return isinstance(row, dict) and row.keys() >= set(SAMPLE_KEYS)

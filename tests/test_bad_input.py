@@ -667,23 +667,30 @@ def test_wrong_evaluations(models: Path, refused: Refusal) -> None:
 
 
 def test_files_take_the_place_of_their_like_alone(tmp_path: Path) -> None:
-    from evojax_merge.stored_models import check_own_file, is_samples_file, is_score_table
+    from evojax_merge.file_system import OutputFile, check_outputs
+    from evojax_merge.stored_models import is_samples_file, is_score_table
 
     file = tmp_path / "scores.json"
     row = {"model": "one", "fitness": None, "scores": {"text/accuracy": 0.5}}
     sample = {"model": "one", "task": "text", "example": "text.jsonl:1", "outputs": [], "score": 1.0, "scores": {}}
-    others = ("{}", "mine", "[1]", json.dumps([row, row | {"note": 1}]), "[" * 9999, '{"prompt": "text"}\n')
-    for option, holds, like in (
+    others = ("{}", "[]", "mine", "[1]", json.dumps([row, row | {"note": 1}]), "[" * 9999, '{"prompt": "text"}\n')
+    for option, is_own, like in (
         ("--json", is_score_table, json.dumps([row])),
         ("--samples", is_samples_file, 2 * (json.dumps(sample) + "\n")),
     ):
+        output = OutputFile(file, option, "holds no scores", is_own)
         for text in ("", like):
             file.write_text(text)
-            check_own_file(file, option, "scores", holds)
+            check_outputs([output, None], {})
         for text in others:
             file.write_text(text)
             with pytest.raises(InputError, match=rf"scores\.json: {option}: exists"):
-                check_own_file(file, option, "scores", holds)
+                check_outputs([output], {})
+        # Somebody else may write the file while the command works.
+        file.write_text("mine")
+        with pytest.raises(InputError, match=r"scores\.json: exists"):
+            output.write(like)
+        assert file.read_text() == "mine"
     assert contents(tmp_path) == {"scores.json"}
 
 

@@ -2,8 +2,10 @@
 
 import ast
 import os
+import re
 import socket
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,136 @@ def test_one_module_deletes_renames_and_replaces_files() -> None:
     (deleting,) = [file for file in files if file.name == "file_system.py"]
     assert len(deletions(deleting)) > 5
     assert [line for file in files if file != deleting for line in deletions(file)] == []
+
+
+# Calls that write a file, beside those of file_system.py itself.
+WRITERS = {
+    "write_text", "write_bytes", "touch", "symlink_to", "hardlink_to", "symlink", "link", "copy2", "copyfile",
+    "copyfileobj", "copytree", "copy_regular", "save", "savez", "savetxt", "savefig", "save_file", "save_model",
+    "save_pretrained", "tofile", "memmap", "to_csv", "FileHandler", "SummaryWriter", "mkstemp", "NamedTemporaryFile",
+    "truncate", "extractall", "extract",
+}  # fmt: skip
+# The functions that write without file_system.py, by the reason why nothing of a user's can be lost there.
+FILLS = "fills a new folder, which `atomic_folder` or `hidden_folder` made and which gets its name at the end"
+TEMPORARY = "fills a temporary folder, which goes when the command ends"
+ATOMIC = "writes a new file of `atomic_file`"
+APPENDS = "appends a line to a file of the run, which was checked when the run was opened"
+MEMORY = "writes to memory"
+NO_FILE = "saves through one of the functions above and below, or opens for reading"
+WITHOUT_FILE_SYSTEM = {
+    FILLS: {
+        "backends/function/opening.py": ["save_tree"], "backends/function/backend.py": ["FunctionBackend.export"],
+        "backends/torch/folders.py": ["save_merge", "OwnModules.save"],
+        "backends/torch/generator.py": ["save_generator"], "backends/torch/pipelines.py": ["PipelineBackend.export"],
+        "checkpoints/adapters.py": ["write_adapter"],
+        "checkpoints/derived.py": ["_link", "_of_quantised.write", "_stand_in"],
+        "checkpoints/generator_lora.py": ["write_fused", "_save"],
+        "checkpoints/gguf_file.py": ["write_config", "write_tokenizer", "write_tensor_table"],
+        "checkpoints/pipelines.py": ["Components.write_others", "_copy"],
+        "checkpoints/writer.py": [
+            "write_marker", "ShardWriter.write", "ShardWriter.reserve", "ShardWriter._write_index",
+        ],
+        "mergekit/as_adapter.py": ["write_as_adapter"], "mergekit/pipelines.py": ["merge_pipelines"],
+        "mergekit/execute.py": ["merge_to", "_write_small_files", "_write_tokenizer", "_write_config"],
+        "regular_file.py": ["copy_regular"], "search/run_folder.py": ["keep_winner", "write_front"],
+        "zoo/arithmetic.py": ["save_records", "pack_family"], "zoo/ddpm.py": ["make_family.stage"],
+        "zoo/evovlm.py": ["save_questions", "save_small_files", "pack_models", "train_models"],
+        "zoo/loops.py": ["make_family"], "zoo/smollm2.py": ["make_expert"],
+        "zoo/t5.py": ["save_tokenizer", "make_family", "make_family.stage"],
+        "zoo/tiny_llama.py": ["save_config", "save_tokenizer"], "zoo/vit.py": ["save_images", "make_family.stage"],
+    },
+    TEMPORARY: {
+        "benchmarks/header_models.py": ["write_models", "write_examples", "problem_for"],
+        "checkpoints/headers.py": [
+            "write_header_only", "HeaderFolders._fetch", "HeaderFolders._fetch_components",
+        ],
+        "checkpoints/tokens.py": ["as_loaded"], "commands/publish.py": ["stage"],
+        "tasks/data_versions.py": ["_working_tree"], "tasks/generated_images.py": ["Pictures.add"],
+        "zoo/smollm2.py": ["make_base"],
+    },
+    ATOMIC: {
+        "backends/decoder/vision.py": ["VisionSide._store"], "data_packages.py": ["cached_wheel"],
+        "tasks/data_versions.py": ["oxen_file"],
+    },
+    APPENDS: {
+        "judge/votes.py": ["VoteFile.__init__", "VoteFile._append"],
+        "report/loggers.py": ["TensorBoard.log", "Table.log"],
+        "search/run_folder.py": ["append_line", "Checkpoints.save"],
+        "search/run_lock.py": ["acquire", "check_not_in_use"],
+    },
+    MEMORY: {
+        "backends/torch/pipelines.py": ["PipelineBackend.contact_sheet"],
+        "checkpoints/bank.py": ["LeafReader.gathered"],
+        "report/inspection.py": ["picture"], "tasks/generated_images.py": ["png_of"], "tasks/images.py": ["_written"],
+    },
+    NO_FILE: {
+        "cli.py": ["main"], "pytrees.py": ["_write"], "search/loop.py": ["evolve"],
+        "search/run_folder.py": ["FolderStorage.save"],
+    },
+}  # fmt: skip
+
+
+def writes_in(node: ast.AST, function: str = "") -> Iterator[str]:
+    """The functions below a node that write, each by its name within the module."""
+    for child in ast.iter_child_nodes(node):
+        inside = function
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            inside = f"{function}.{child.name}".removeprefix(".")
+        if isinstance(child, ast.Call):
+            called = child.func
+            name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+            of_module = isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id
+            arguments = (*child.args[:2], *(word.value for word in child.keywords if word.arg == "mode"))
+            modes = [arg.value for arg in arguments if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            writing = any(re.fullmatch("[rwaxbt+]*[wax+][bt+]*", mode) for mode in modes)
+            opens = name == "open" and (of_module == "os" or writing)
+            copies = name == "copy" and of_module == "shutil"
+            if name in WRITERS or opens or copies or (name == "dump" and len(child.args) > 1):
+                yield inside
+        yield from writes_in(child, inside)
+
+
+def test_every_file_is_written_by_one_module_or_for_a_reason() -> None:
+    """`atomic_write` and its like replace a file only where it stands whole, and `OutputFile` a user's never."""
+    expected = {f"{file}: {name}" for files in WITHOUT_FILE_SYSTEM.values() for file in files for name in files[file]}
+    written = {
+        f"{file.relative_to(package)}: {name}"
+        for package in PACKAGES
+        for file in sorted(package.rglob("*.py"))
+        if file.name != "file_system.py"
+        for name in writes_in(ast.parse(file.read_text(encoding="utf-8")))
+    }
+    assert written - expected == set(), "write through file_system.py, or say in WITHOUT_FILE_SYSTEM why not"
+    assert expected - written == set(), "in WITHOUT_FILE_SYSTEM, and writes nothing"
+
+
+@pytest.mark.parametrize(
+    ("code", "writes"),
+    [
+        ("open(x, 'w')", True), ("x.open(mode='ab')", True), ("x.open('r+b')", True), ("os.open(x, 1)", True),
+        ("np.save(x, y)", True), ("shutil.copy(x, y)", True), ("json.dump(x, y)", True), ("x.touch()", True),
+        ("open(x)", False), ("x.open('rb')", False), ("json.dumps(x)", False), ("x.copy()", False),
+    ],
+)  # fmt: skip
+def test_the_search_for_writes_sees_them(code: str, writes: bool) -> None:
+    assert bool([*writes_in(ast.parse(f"def f():\n    {code}"))]) is writes
+
+
+def test_commands_write_files_that_users_name_as_output_files() -> None:
+    """Each has a kind by which the command recognises its own (see `OutputFile`): none is written in another way."""
+    commands = [*(PACKAGES[0] / "commands").glob("*.py"), PACKAGES[0] / "judge" / "batch.py"]
+    named = {"atomic_write", "atomic_write_bytes", "atomic_file"}
+    importing = [
+        f"{file.name}: {alias.name}"
+        for file in commands
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.name in named
+    ]
+    assert importing == []
+    makers = {file.name for file in commands if "OutputFile(" in file.read_text(encoding="utf-8")}
+    assert makers == {"bench.py", "compare.py", "evaluate.py", "init.py", "inspect.py", "plan.py", "batch.py"}
 
 
 def test_a_file_is_written_where_its_link_leads(tmp_path: Path) -> None:

@@ -313,8 +313,12 @@ def test_an_existing_file_is_kept_unless_asked_for(init: Init, capsys: pytest.Ca
     Path("search.yaml").write_text("mine: true\n")
     assert init(*MODELS, "--data", "tasks.jsonl") == 2
     assert "exists already" in capsys.readouterr().err and document() == {"mine": True}
-    assert init(*MODELS, "--data", "tasks.jsonl", "--force") == 0
-    assert document()["base"] == "base"
+    assert init(*MODELS, "--data", "tasks.jsonl", "--force") == 2
+    assert "is no first config of evojax-merge" in capsys.readouterr().err and document() == {"mine": True}
+    Path("search.yaml").unlink()
+    for options in ((), ("--force",)):
+        assert init(*MODELS, "--data", "tasks.jsonl", *options) == 0
+        assert document()["base"] == "base"
 
 
 @pytest.mark.parametrize(

@@ -43,13 +43,10 @@ def read_benchmark(file: Path) -> tuple[Benchmark, dict[str, Any]]:
         ) from None
 
 
-def is_benchmark_file(path: Path) -> bool:
-    """Return whether a file is empty, or an output of `bench --json`."""
-    try:
-        document = json.loads(path.read_bytes() or "{}")
-        return isinstance(document, dict) and (not document or document.keys() >= KEYS)
-    except (OSError, ValueError, RecursionError):
-        return False
+def is_benchmark_file(content: bytes) -> bool:
+    """Return whether a file's content is an output of `bench --json`."""
+    document = json.loads(content)
+    return isinstance(document, dict) and document.keys() >= KEYS
 
 
 def section(benchmark: Benchmark, environment: Mapping[str, Any]) -> list[str]:

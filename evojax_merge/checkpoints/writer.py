@@ -127,11 +127,17 @@ def _lineage(path: Path) -> set[tuple[int, int] | None]:
 
 def check_ours(folder: Path) -> None:
     """Raises InputError, naming the first file that this program did not write, or that has changed since."""
-    expected = _marked_files(folder)
-    if expected is None:
-        carded = _has_card(folder)
-        expected = {n: None for n in os.listdir(folder) if carded and (n in USUAL_FILES or SHARD_NAME.fullmatch(n))}
-    _check_entries(folder, "", expected)
+    _check_entries(folder, "", own_names(folder))
+
+
+def own_names(folder: Path) -> Mapping[str, str | None]:
+    """The names, in a model folder, of the files that this program wrote, with their fingerprints where it noted
+    them."""
+    marked = _marked_files(folder)
+    if marked is not None:
+        return marked
+    carded = _has_card(folder)
+    return {n: None for n in os.listdir(folder) if carded and (n in USUAL_FILES or SHARD_NAME.fullmatch(n))}
 
 
 def _check_entries(folder: Path, above: str, expected: Mapping[str, str | None]) -> None:

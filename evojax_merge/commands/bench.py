@@ -7,18 +7,17 @@ from evojax_merge.benchmarks.device import ACCELERATOR, CPU, SHAPES, Budget, mea
 from evojax_merge.benchmarks.report import as_json, comparison, is_benchmark_file, read_benchmark, section
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.evaluation.targets import live_target
-from evojax_merge.file_system import atomic_write
+from evojax_merge.file_system import OutputFile, check_outputs
 from evojax_merge.report.progress import console, named_bar
 from evojax_merge.search.environment import environment
-from evojax_merge.stored_models import check_own_file
 
 
 def bench(shape: str | None, seconds: float, json_file: Path | None, compare: Path | None) -> None:
     """Measure for so many seconds, print the tables, and write them as JSON. compare: an earlier file of `--json`."""
     if shape is not None and shape not in SHAPES:
         raise InputError("--shape", f"there is no shape {shape!r}{did_you_mean(shape, SHAPES)}")
-    if json_file is not None:
-        check_own_file(json_file, "--json", "benchmark", is_benchmark_file)
+    output = None if json_file is None else OutputFile(json_file, "--json", "holds no benchmark", is_benchmark_file)
+    check_outputs([output], {} if compare is None else {"--compare": compare})
     earlier = None if compare is None else read_benchmark(compare)
     # Nothing of this needs a second device.
     target = replace(live_target(), devices=1, hosts=1)
@@ -33,5 +32,5 @@ def bench(shape: str | None, seconds: float, json_file: Path | None, compare: Pa
         lines += ["", *comparison(earlier, (benchmark, machine))]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
-    if json_file is not None:
-        atomic_write(json_file, as_json(benchmark, machine))
+    if output is not None:
+        output.write(as_json(benchmark, machine))

@@ -3,25 +3,25 @@
 from pathlib import Path
 
 from evojax_merge.errors import InputError
-from evojax_merge.file_system import atomic_write, check_writable
+from evojax_merge.file_system import OutputFile, check_outputs
 from evojax_merge.report.comparison import short_names
 from evojax_merge.report.page import compare_page
 from evojax_merge.report.progress import console
 from evojax_merge.report.run_data import read_run
 from evojax_merge.report.run_tables import runs_table, task_note
-from evojax_merge.search.run_parts import check_replaceable_page
+from evojax_merge.search.run_parts import RunFolder, is_page
 
 
 def compare(paths: list[Path], out: Path) -> None:
     """Print a line for each run, and write their page."""
     if len({path.absolute() for path in paths}) < len(paths):
         raise InputError("compare", "names a run twice; expected different runs")
-    check_replaceable_page(out)
-    check_writable(out)
+    page = OutputFile(out, "--out", "is no page", is_page)
+    check_outputs([page], {f"the page of {path}": RunFolder(path).page for path in paths})
     names = short_names([str(path.absolute()) for path in paths])
     runs = {name: read_run(path) for name, path in zip(names, paths, strict=True)}
     console.print(runs_table(runs).terminal())
     if (note := task_note(runs)) is not None:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    atomic_write(out, compare_page(runs))
+    page.write(compare_page(runs))
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)

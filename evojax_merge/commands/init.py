@@ -19,8 +19,9 @@ from evojax_merge.checkpoints.folder import local_path
 from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.checkpoints.tokens import chat_template, count_differing_tokens, has_tokenizer
 from evojax_merge.errors import InputError, shown
-from evojax_merge.file_system import atomic_write, check_writable
+from evojax_merge.file_system import OutputFile
 from evojax_merge.first_config import (
+    HEAD,
     FirstConfig,
     ModelTemplates,
     TaskSection,
@@ -61,7 +62,8 @@ def init(path: Path, choices: Choices, overwrite: bool) -> None:
         raise InputError(path, f"expected a name that ends in {' or '.join(YAML_ENDINGS)}")
     if os.path.lexists(path) and not overwrite:
         raise InputError(path, "exists already; choose another name or pass --overwrite")
-    check_writable(path)
+    output = OutputFile(path, "", "is no first config", HEAD.match)
+    output.check()
     plugins.load()
     commands = [shlex.join(["evojax-merge", name, str(path)]) for name in ("plan", "search")]
     choices, method = complete(choices)
@@ -69,7 +71,7 @@ def init(path: Path, choices: Choices, overwrite: bool) -> None:
         resolve = partial(resolve_headers, HeaderFolders(Path(root)))
         text = first_config(path, choices, method, resolve).text(commands)
         problem = build_problem(path, config_from(path, parse_yaml(path, text), [], None), resolve=resolve)
-    atomic_write(path, text)
+    output.write(text)
     say(f"{path}: {_summary(problem)}")
     say("Next:")
     for command in commands:

@@ -11,7 +11,7 @@ from evojax_merge.config import blamed_on_overrides
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, target_compiler
 from evojax_merge.evaluation.targets import Target, find_target, live_target
-from evojax_merge.file_system import atomic_write
+from evojax_merge.file_system import OutputFile, check_outputs
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import (
     build_problem,
@@ -23,16 +23,13 @@ from evojax_merge.references import resolve_headers
 from evojax_merge.report.notices import print_warnings
 from evojax_merge.report.plan import is_plan_file
 from evojax_merge.report.progress import console, say
-from evojax_merge.stored_models import (
-    check_own_file,
-)
 
 
 def plan(path: Path, target_name: str | None, json_file: Path | None, overrides: list[str]) -> None:
     """Print the cost of a config file's search on a target; None: on this machine's devices. json_file: receives a list
     of plans, one for each stage. Raises InputError, at the end, where one does not fit."""
-    if json_file is not None:
-        check_own_file(json_file, "--json", "plan", is_plan_file)
+    output = None if json_file is None else OutputFile(json_file, "--json", "holds no plan", is_plan_file)
+    check_outputs([output], {"CONFIG": path})
     with blamed_on_overrides(path, overrides):
         plugins.load()
         config = read_config(path, overrides, None)
@@ -53,8 +50,8 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
         console.print(stage_plan.table())
         for line in stage_plan.conclusion():
             console.print(line, highlight=False, soft_wrap=True)
-    if json_file is not None:
-        atomic_write(json_file, json.dumps([stage_plan.as_json() for stage_plan in plans], indent=1) + "\n")
+    if output is not None:
+        output.write(json.dumps([stage_plan.as_json() for stage_plan in plans], indent=1) + "\n")
     for stage_plan in plans:
         if not stage_plan.fits:
             raise InputError(path, stage_plan.what_would_fit())

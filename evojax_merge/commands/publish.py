@@ -8,25 +8,33 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from evojax_merge.checkpoints.writer import MARKER, RECIPE
-from evojax_merge.errors import Failed, InputError, hide
-from evojax_merge.regular_file import read_regular
-from evojax_merge.report.card import public_recipe
+from evojax_merge.checkpoints.pipelines import SHEET
+from evojax_merge.checkpoints.writer import MARKER, own_names
+from evojax_merge.errors import Failed, InputError, hide, print_warning
+from evojax_merge.report.page import run_page
 from evojax_merge.report.progress import console
+from evojax_merge.report.publication import Publication
+from evojax_merge.report.run_data import read_run
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.yaml_reader import load_yaml
 
 
-def publish(run: Path, repo: str, push: bool, private: bool) -> None:
+def publish(run: Path, repo: str, push: bool, private: bool, with_answers: bool = False) -> None:
     """List the files of a run's winner, and upload them to the hub with `push`."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise InputError("--repo", f"{repo}: expected owner/name as on the hub ({error})") from None
     with tempfile.TemporaryDirectory() as folder:
-        files = _stage(run, Path(folder))
+        files = stage(run, Path(folder), with_answers)
         for file in files:
-            console.print(f"{file.name}  {file.stat().st_size:,} bytes", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                f"{file.relative_to(folder)}  {file.stat().st_size:,} bytes",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
         if not push:
             console.print(f"nothing was uploaded; --push uploads these {len(files)} files to {repo}", highlight=False)
             return
@@ -44,20 +52,33 @@ def publish(run: Path, repo: str, push: bool, private: bool) -> None:
     console.print(f"uploaded {len(files)} files: {commit}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _stage(run: Path, place: Path) -> list[Path]:
-    """Fill a folder with the files to upload, as links, and recipes without paths of this machine. Return the files.
-    Raises InputError where the run has no winner."""
+def stage(run: Path, place: Path, with_answers: bool) -> list[Path]:
+    """Fill a folder with the files to upload: those that this program wrote, as links, or without paths of this machine
+    where they have any. Return the files. Raises InputError where the run has no winner, or links in place of files."""
     folder = RunFolder(run)
     if not is_run(folder):
         raise InputError(run, "is not a run folder of a search" if run.exists() else "no such folder")
     if not (folder.result.is_file() and folder.recipe.is_file() and folder.model.is_dir()):
         raise InputError(run, "has no winner to publish; finish it with search … --resume")
-    model = [file for file in sorted(folder.model.iterdir()) if file.is_file() and file.name != MARKER]
-    others = [file for file in (folder.recipe, folder.result, run / "report.html") if file.is_file()]
-    for file in (*model, *others):
-        if file.name in (folder.recipe.name, RECIPE):
-            text = public_recipe(read_regular(file, "a recipe").decode(errors="replace"), file)
-            (place / file.name).write_text(text, encoding="utf-8")
+    publication = Publication(run, load_yaml(folder.config), with_answers)
+    own = own_names(folder.model).keys() - {MARKER, *(() if with_answers else (SHEET,))}
+    files = {folder.recipe.name: folder.recipe, folder.result.name: folder.result}
+    for file in sorted(folder.model.rglob("*")):
+        name = file.relative_to(folder.model).as_posix()
+        if name in own:
+            files[name] = file
+        elif name not in (MARKER, SHEET) and not (file.is_dir() and not file.is_symlink()):
+            print_warning(f"{file}: evojax-merge did not write it, and it is not uploaded")
+    for name, file in files.items():
+        if file.is_symlink():
+            raise InputError(file, "is a link, which is not followed; put the file itself in its place")
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        text = publication.file(file)
+        if text is None:
+            os.symlink(file.resolve(), place / name)
         else:
-            os.symlink(file.resolve(), place / file.name)
-    return sorted(place.iterdir())
+            (place / name).write_text(text, encoding="utf-8")
+    if folder.page.is_file():
+        page = run_page(read_run(run, working=False), publication=publication)
+        (place / folder.page.name).write_text(page, encoding="utf-8")
+    return sorted(path for path in place.rglob("*") if path.is_file())

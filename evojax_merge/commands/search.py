@@ -25,7 +25,7 @@ from evojax_merge.evaluation.devices import barrier, losing_peers, unused_memory
 from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.peers import check_files
 from evojax_merge.interrupts import defer_signals
-from evojax_merge.judge.opening import JudgeOptions, check_judges
+from evojax_merge.judge.opening import JudgeOptions, check_export, check_judges
 from evojax_merge.planning import advice, disk_bytes
 from evojax_merge.problem import (
     SearchProblem,
@@ -172,6 +172,7 @@ def run_search(
         # Before the models and examples are opened, which can take minutes.
         check_not_in_use(out)
         check_place(out, resume=resume, overwrite=overwrite)
+    check_export(path, out, judges or JudgeOptions())
     check_loggers(f"{path}: log", config.log)
     if config.stages is not None:
         _run_chain(path, config, config.stages, out, resume, overwrite, on_started, on_generation, force, judges)

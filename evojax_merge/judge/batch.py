@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from evojax_merge.errors import InputError, shown
-from evojax_merge.file_system import atomic_write
+from evojax_merge.file_system import OutputFile
 from evojax_merge.judge.votes import Round, Vote, VoteFile
 from evojax_merge.regular_file import lines_of
 from evojax_merge.tasks.voting import Choice
@@ -23,6 +23,7 @@ Choices = Mapping[str, Sequence[tuple[Choice, str]]]
 MAX_BYTES = 64 << 20
 # The files of the page beside its pairs.
 PARTS = ("judge.html", "judge.css", "answers.js", "pairs.js")
+TITLE = "<title>evojax-merge: pairs</title>"
 POLICY = (
     "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'unsafe-inline'; "
     "style-src 'unsafe-inline'; img-src data:\">\n"
@@ -48,11 +49,24 @@ class Pair:
     pictures: bool = False
 
 
+def pair_files(path: Path) -> tuple[OutputFile, OutputFile]:
+    """The file of pairs and the page on which people vote on them. `path`: that of --export."""
+    pairs = OutputFile(path, "--export", "holds no pairs", _holds_pairs)
+    page = OutputFile(page_of(path), "the page of --export", "is no page of pairs", lambda text: TITLE.encode() in text)
+    return pairs, page
+
+
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
-    """Write pairs and the page on which people vote on them."""
+    """Write the files of pairs (see `pair_files`)."""
+    file, page = pair_files(path)
     rows = [vars(pair) for pair in pairs]
-    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    atomic_write(page_of(path), _page(rows))
+    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    page.write(_page(rows))
+
+
+def _holds_pairs(content: bytes) -> bool:
+    row = json.loads(content.partition(b"\n")[0])
+    return isinstance(row, dict) and row.keys() >= {"pair", "question", "prompt", "left", "right"}
 
 
 def _page(rows: Sequence[dict[str, Any]]) -> str:
@@ -67,7 +81,7 @@ def _page(rows: Sequence[dict[str, Any]]) -> str:
     ]
     head, _, body = text["judge.html"].partition('<link rel="stylesheet" href="judge.css">')
     body, _, end = body.partition('<script src="answers.js"></script>\n<script src="judge.js"></script>')
-    head = head.replace("evojax-merge: judge", "evojax-merge: pairs")
+    head = head.replace("<title>evojax-merge: judge</title>", TITLE)
     return "".join([head, POLICY, f"<style>{text['judge.css']}</style>", body, *scripts, end])
 
 

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from evojax_merge import interrupts
+from evojax_merge.checkpoints.writer import check_outside
 from evojax_merge.errors import InputError, printable
-from evojax_merge.file_system import atomic_file, atomic_write_bytes
+from evojax_merge.file_system import atomic_file, atomic_write_bytes, check_outputs
 from evojax_merge.judge.ballot import Ballot
-from evojax_merge.judge.batch import Choices, read_choices, votes_of
+from evojax_merge.judge.batch import Choices, pair_files, read_choices, votes_of
 from evojax_merge.judge.server import listen, served
 from evojax_merge.judge.votes import VoteFile
 from evojax_merge.problem import SearchProblem
@@ -38,6 +39,20 @@ class JudgeOptions:
     def chosen(self) -> Choices:
         """The choices of the file. A pipe can be read once."""
         return {} if self.choices is None else read_choices(self.choices)
+
+
+def check_export(path: Path, out: Path, options: JudgeOptions) -> None:
+    """Raises InputError where the files of --export would take the place of others, or lie in a part of the run.
+    `path`: the config; `out`: the run folder."""
+    if options.pairs is None:
+        return
+    run, named = RunFolder(out), {"--import": options.choices, "--replay": options.replay, "CONFIG": path}
+    others = {f"the run's {file.name}": file for file in (*run.files, run.votes, run.judge_token, run.lock)}
+    others |= {name: file for name, file in named.items() if file is not None}
+    outputs = pair_files(options.pairs)
+    check_outputs(outputs, others, made=out)
+    for output in outputs:
+        check_outside(output.path, run.parts)
 
 
 def check_judges(path: Path, out: Path, problem: SearchProblem, options: JudgeOptions | None, *, resume: bool) -> None:

@@ -3,7 +3,7 @@
 import itertools
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -44,30 +44,38 @@ def public_names(folders: Sequence[Path], taken: Collection[str] = ()) -> list[s
     return names
 
 
+def map_texts(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:
+    """A document of YAML or JSON with other texts. `change` takes the key that a text stands under, and the text; a
+    key is a text under no key ("")."""
+    if isinstance(value, dict):
+        return {
+            change("", k) if isinstance(k, str) else k: map_texts(part, change, str(k)) for k, part in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [map_texts(part, change, key) for part in value]
+    return change(key, value) if isinstance(value, str) else value
+
+
 def _public_documents(documents: Sequence[Any], references: Mapping[str, str]) -> list[Any]:
     """A recipe's documents in which models that lie on this machine have their public names."""
 
-    def replaced(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: replaced(part) for key, part in value.items()}
-        if isinstance(value, list):
-            return [replaced(part) for part in value]
-        if not isinstance(value, str):
+    def replaced(key: str, value: str) -> str:
+        if not key:
             return value
-        # Any other path of this machine, alone or behind a stage's name and a +, is cut to its last part, for the rest
-        # of it says nothing to others.
+        # Any other path, alone or behind a stage's name and a +, is cut to its last part, for the rest of it says
+        # nothing to others.
         parts = [value] if os.path.lexists(value) else value.split("+")
-        names = [Path(part).name if os.path.isabs(part) and os.path.lexists(part) else part for part in parts]
+        names = [references.get(part) or (Path(part).name if os.path.isabs(part) else "") or part for part in parts]
         return references.get(value, "+".join(names))
 
-    return [replaced(document) for document in documents]
+    return [map_texts(document, replaced) for document in documents]
 
 
-def public_recipe(recipe: str, where: Path) -> str:
-    """A recipe as YAML, in which paths of this machine are cut to their last part; unchanged where it names none.
-    `where` names it in messages."""
+def public_recipe(recipe: str, where: Path, names: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A recipe as YAML, in which models have their public `names`, and other absolute paths are cut to their last part;
+    unchanged where it has none. `where` names it in messages."""
     documents = parse_documents(where, recipe, take_last)
-    public = _public_documents(documents, {})
+    public = _public_documents(documents, names)
     return recipe if public == documents else dump_documents(public)
 
 

@@ -1,21 +1,25 @@
 """An inspection of models as tables on the terminal, as plain data, and as a picture."""
 
+import io
 import json
+import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from evojax_merge.file_system import atomic_file
 from evojax_merge.inspection.findings import Finding, differing_shapes, partly_held
 from evojax_merge.inspection.models import Model
 from evojax_merge.inspection.weights import Comparison, TaskVector
 from evojax_merge.report.progress import cell
 
-# The first bytes of the pictures that this program writes.
-PICTURE_STARTS = {".png": b"\x89PNG", ".svg": b"<svg"}
+# By the endings of pictures, what this program's hold and no others: a chunk of text behind a PNG's header, and a
+# comment.
+PICTURE_MARKS = {".png": b"tEXtSoftware\0evojax-merge", ".svg": b"<!-- drawn by evojax-merge -->"}
+# The bytes of a PNG's signature and header.
+PNG_HEADER = 33
 # The components that come first, in a layer and outside of the layers.
 ORDER = ("attention", "mlp", "norm", "router", "embed", "final_norm", "head")
 
@@ -207,24 +211,19 @@ def _model_json(model: Model, name: str) -> Mapping[str, Any]:
     }  # fmt: skip
 
 
-def is_inspection_file(path: Path) -> bool:
-    """Return whether a file is empty, or an output of `inspect --json`."""
-    try:
-        if not path.is_file():
-            return False
-        document = json.loads(path.read_bytes() or "null")
-        return document is None or (isinstance(document, dict) and document.keys() >= {"models", "pairs", "findings"})
-    except (OSError, ValueError, RecursionError):
-        return False
+def is_inspection_file(content: bytes) -> bool:
+    """Return whether a file's content is an output of `inspect --json`."""
+    document = json.loads(content)
+    return isinstance(document, dict) and document.keys() >= {"models", "pairs", "findings"}
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The picture
 
 
-def draw(names: Sequence[str], comparison: Comparison, path: Path) -> None:
-    """Draw the distances of all pairs, and where there are task vectors their norms by layer and component and their
-    cosines, to `path` (PNG or SVG, by its ending)."""
+def picture(names: Sequence[str], comparison: Comparison, ending: str) -> bytes:
+    """A picture, `.png` or `.svg`, of the distances of all pairs, and where there are task vectors of their norms by
+    layer and component and of their cosines."""
     import altair as alt
 
     distances = np.full((len(names), len(names)), np.nan)
@@ -239,8 +238,15 @@ def draw(names: Sequence[str], comparison: Comparison, path: Path) -> None:
         scale = alt.Scale(scheme="redblue", domain=[1, -1])
         panels.append(_matrix(comparison.cosines, parents, "cosines of task vectors", scale))
     chart = alt.hconcat(*panels).resolve_scale(color="independent")
-    with atomic_file(path) as work:
-        chart.save(str(work), format=path.suffix.lower().removeprefix("."), scale_factor=2)
+    mark = PICTURE_MARKS[ending]
+    if ending == ".svg":
+        drawing = io.StringIO()
+        chart.save(drawing, format="svg")
+        return drawing.getvalue().encode() + mark
+    drawn = io.BytesIO()
+    chart.save(drawn, format="png", scale_factor=2)
+    chunk = struct.pack(">I", len(mark) - 4) + mark + struct.pack(">I", zlib.crc32(mark))
+    return drawn.getvalue()[:PNG_HEADER] + chunk + drawn.getvalue()[PNG_HEADER:]
 
 
 def _norms(vector: TaskVector, names: Sequence[str], comparison: Comparison) -> Any:
@@ -283,15 +289,3 @@ def _matrix(values: np.ndarray, names: Sequence[str], title: str, scale: Any) ->
     figures = base.mark_text(fill="black", stroke="white", strokeWidth=3).encode(text=alt.Text("value:Q", format=".2f"))
     plain = base.mark_text(fill="black").encode(text=alt.Text("value:Q", format=".2f"))
     return (squares + figures + plain).properties(title=title, width=280, height=280)
-
-
-def is_picture(path: Path) -> bool:
-    """Return whether a file is empty, or begins like a picture of its ending."""
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as handle:
-            start = handle.read(8)
-        return not start or start.startswith(PICTURE_STARTS.get(path.suffix.lower(), b"\0"))
-    except OSError:
-        return False

@@ -20,12 +20,13 @@ from markupsafe import Markup, escape
 from evojax_merge.checkpoints.pipelines import SHEET
 from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import Failed, InputError, escaped
-from evojax_merge.file_system import atomic_write, make_folder
+from evojax_merge.file_system import OutputFile, atomic_write, make_folder
 from evojax_merge.regular_file import read_regular
 from evojax_merge.report.answers import read_answers
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.drawings import Layer, family_tree, path_drawing
 from evojax_merge.report.parameters import read_parameters
+from evojax_merge.report.publication import Publication
 from evojax_merge.report.run_data import RunData, read_run
 from evojax_merge.report.run_tables import (
     differences,
@@ -41,7 +42,7 @@ from evojax_merge.report.run_tables import (
     task_note,
     winners_table,
 )
-from evojax_merge.search.run_parts import RunFolder, check_replaceable_page
+from evojax_merge.search.run_parts import RunFolder, is_page
 
 # Seconds between two looks of a browser at a page that is still written.
 REFRESH = 10
@@ -71,24 +72,28 @@ def write_page(folder: RunFolder, *, working: bool | None = None) -> RunData:
     """Write a run's `report.html`; returns the run as it is there. working: see `read_run`. Raises InputError where
     another file has that name."""
     run = read_run(folder.path, working=working)
-    check_replaceable_page(folder.page)
-    atomic_write(folder.page, run_page(run, refresh=run.state == "running"))
+    page = OutputFile(folder.page, "", "is no page", is_page)
+    page.write(run_page(run, refresh=run.state == "running"))
     return run
 
 
-def run_page(run: RunData, *, refresh: bool = False) -> str:
-    """The page of a run. refresh: make browsers load it again and again."""
+def run_page(run: RunData, *, refresh: bool = False, publication: Publication | None = None) -> str:
+    """The page of a run. `refresh`: make browsers load it again and again; `publication`: of a page for the public."""
     from altair.utils.schemapi import debug_mode
 
     from evojax_merge.report import charts as made
 
     # Altair checks each part of a chart against its schema, which takes most of the time.
     with debug_mode(False):
-        return _run_page(run, refresh, made)
+        page = _run_page(run, refresh, made, publication)
+    return page if publication is None else publication.known(page)
 
 
-def _run_page(run: RunData, refresh: bool, made: Any) -> str:
-    charts, parameters, result = Charts(), read_parameters(run), run.result
+def _run_page(run: RunData, refresh: bool, made: Any, publication: Publication | None) -> str:
+    charts, parameters = Charts(), read_parameters(run)
+    with_answers = publication is None or publication.with_answers
+    run = run if publication is None else publication.run(run)
+    result = run.result
     if any(generation.median is not None for generation in run.fitness_rows):
         charts.specs["fitness"] = made.fitness_chart(run)
     tasks = charts.add("task", made.task_charts(run)[:MOST_CHARTS])
@@ -116,7 +121,7 @@ def _run_page(run: RunData, refresh: bool, made: Any) -> str:
     thinned = ""
     if len(run.generations) < run.count:
         thinned = f" {len(run.generations)} of {run.count} generations are drawn, evenly spaced."
-    inputs, answers = run.config.get("inputs"), read_answers(run)
+    inputs, answers = run.config.get("inputs"), read_answers(run) if with_answers else None
     return _render(
         "run_page.html", charts, frames, refresh,
         title=f"{run.name}: evojax-merge", run=run, parameters=parameters, facts=facts(run), headline=headline(run),
@@ -125,7 +130,7 @@ def _run_page(run: RunData, refresh: bool, made: Any) -> str:
         spread=any(len(generation.row.fitness) > 1 for generation in run.fitness_rows),
         validated=any(generation.row.validation_fitness is not None for generation in run.fitness_rows),
         heldout=None if result is None else heldout_table(result), front=front_table(result),
-        answers=answers, pictures=_pictures(run), path=_path(run),
+        answers=answers, pictures=_pictures(run) if with_answers else None, path=_path(run),
         tree=Markup(family_tree(result)) if result is not None and result.lineage else None,
         lineage=lineage_table(result), tasks=tasks, metrics=metrics,
         rungs_of=f", in the {len(run.generations)} generations that are drawn" if thinned else "",

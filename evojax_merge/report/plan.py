@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
@@ -227,15 +226,11 @@ def format_advice(advice: Sequence[str]) -> str:
     return f"what would make it fit: {', or '.join(advice)}"
 
 
-def is_plan_file(path: Path) -> bool:
-    """Return whether a file is empty, or an output of `plan --json`."""
-    try:
-        if not path.is_file():
-            return False
-        plans, keys = json.loads(path.read_bytes() or "[]"), {"target", "fits", "passes"}
-        return isinstance(plans, list) and all(isinstance(plan, dict) and plan.keys() >= keys for plan in plans)
-    except (OSError, ValueError, RecursionError):
-        return False
+def is_plan_file(content: bytes) -> bool:
+    """Return whether a file's content is an output of `plan --json`."""
+    plans, keys = json.loads(content), {"target", "fits", "passes"}
+    named = isinstance(plans, list) and all(isinstance(plan, dict) and plan.keys() >= keys for plan in plans)
+    return named and len(plans) > 0
 
 
 def _share(part: float, whole: float) -> str:

@@ -14,13 +14,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from evojax_merge.errors import InputError, escaped
+from evojax_merge.file_system import may_replace
 from evojax_merge.regular_file import lines_of
 from evojax_merge.report.comparison import Row, verdict
 from evojax_merge.report.intervals import Lead
 from evojax_merge.run import StoredRun, method_in
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_lock import check_not_in_use
-from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.search.run_parts import LOG_MARK, RunFolder
 from evojax_merge.tasks.voting import METRIC
 
 # The generations that are read, evenly spaced over the run, and beside them those that looked at the validation split.
@@ -413,7 +414,8 @@ def _log(path: Path) -> tuple[list[str], list[str]]:
     """The last lines of a log, and its first warnings."""
     last: deque[str] = deque(maxlen=MOST_LINES)
     warnings: list[str] = []
-    if path.is_file():
+    # A file of another kind, or one that a link leads to, is not the run's to show.
+    if path.is_file() and not path.is_symlink() and may_replace(path, LOG_MARK.match):
         with path.open("rb") as lines:
             for line in (part.decode(errors="replace") for part in lines):
                 last.append(escaped(line.rstrip("\n")[:LONGEST]))

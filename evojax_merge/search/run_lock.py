@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from evojax_merge.errors import InputError, print_warning
@@ -56,8 +57,12 @@ def acquire(folder: RunFolder) -> int:
     if holder(folder.lock) is None:
         os.close(handle)
         raise InputError(folder.lock, "is no lock of this program, which needs a file of this name; move it")
-    os.ftruncate(handle, 0)
-    os.write(handle, f"{os.getpid()} on {socket.gethostname()}\n".encode())
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()} on {socket.gethostname()}\n".encode())
+    except OSError:
+        os.close(handle)
+        raise
     _held.add(handle)
     return handle
 
@@ -66,7 +71,9 @@ def release(folder: RunFolder, handle: int) -> None:
     """Release the lock, where this process still has it."""
     if handle in _held:
         # The file is removed before the lock is released: no other process can have taken the lock.
-        remove_file(folder.lock)
+        # On a disk that has become read-only it stays, and locks nobody out.
+        with suppress(OSError):
+            remove_file(folder.lock)
         _held.remove(handle)
         os.close(handle)
 

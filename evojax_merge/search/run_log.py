@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 
 from evojax_merge.errors import LOG, Failed, InputError, PeerLostError, print_warning, without_secrets
-from evojax_merge.search.run_parts import LOG_MARK, RunFolder, may_replace
+from evojax_merge.file_system import may_replace
+from evojax_merge.search.run_parts import LOG_MARK, RunFolder
 
 # The token in the address of the judges' page.
 _TOKEN = re.compile(r"(?<=//127\.0\.0\.1:)(\d+/)[\w-]{22}(?=/)")
@@ -73,7 +74,7 @@ def begin_logs() -> None:
 def _opened(folder: RunFolder) -> logging.Handler:
     """The log's file; where it cannot be written, a handler that drops all lines, and a warning."""
     try:
-        if not may_replace(folder.log, LOG_MARK):
+        if not may_replace(folder.log, LOG_MARK.match):
             raise InputError(folder.log, "is no log of evojax-merge, so this run has none")
         file = _LogFile(folder)
     except InputError as error:

@@ -21,6 +21,7 @@ from evojax_merge.errors import InputError, shown
 from evojax_merge.file_system import (
     check_free,
     is_real_folder,
+    may_replace,
     recover,
     regular_file,
     remove_empty_folder,
@@ -254,29 +255,9 @@ def _foreign(folder: Path, name: str, advice: str = _ADVICE) -> InputError:
     return InputError(folder, f"holds {shown(name)}, which evojax-merge did not write; {advice}")
 
 
-def is_run_page(path: Path) -> bool:
-    """Return whether a file is empty, or a page that this program made of runs."""
-    try:
-        with path.open("rb") as handle:
-            start = handle.read(1000)
-    except OSError:
-        return False
-    return not start or PAGE_MARK in start
-
-
-def may_replace(path: Path, mark: re.Pattern[bytes]) -> bool:
-    """Return whether there is no file of a name, or one that is empty or starts with a mark of this program."""
-    if not os.path.lexists(path):
-        return True
-    with regular_file(path).open("rb") as handle:
-        start = handle.read(100)
-    return not start or mark.match(start) is not None
-
-
-def check_replaceable_page(page: Path) -> None:
-    """Raises InputError where another file has the name of a page."""
-    if regular_file(page).exists() and not is_run_page(page):
-        raise InputError(page, "exists, and is no page of evojax-merge; move it or choose another name")
+def is_page(content: bytes) -> bool:
+    """Return whether a file's content is a page that this program made of runs."""
+    return PAGE_MARK in content[:1000]
 
 
 def check_replaceable_model(model: Path) -> None:
@@ -395,8 +376,8 @@ def clear(folder: RunFolder, generations: int) -> list[str]:
     the folder is like that of a run that has not begun."""
     _check_clear(folder)
     _check_names(folder, range(1, generations + 1))
-    page = [folder.page] if is_run_page(folder.page) else []
-    table = [folder.table] if may_replace(folder.table, TABLE_MARK) else []
+    page = [folder.page] if may_replace(folder.page, is_page) else []
+    table = [folder.table] if may_replace(folder.table, TABLE_MARK.match) else []
     remove_log(folder)
     for file in (folder.result, folder.heldout_answers, *page, *table, folder.recipe, folder.params):
         remove_file(file)
@@ -424,7 +405,7 @@ def clear(folder: RunFolder, generations: int) -> list[str]:
 
 def remove_log(folder: RunFolder) -> None:
     """Remove a run's log; a file of the same name that this program did not write stays."""
-    if may_replace(folder.log, LOG_MARK):
+    if may_replace(folder.log, LOG_MARK.match):
         remove_file(folder.log)
 
 
