@@ -91,18 +91,20 @@ WITHOUT_FILE_SYSTEM = {
     },
     ATOMIC: {
         "backends/decoder/vision.py": ["VisionSide._store"], "data_packages.py": ["cached_wheel"],
+        "judge/opening.py": ["_token"],
         "tasks/data_versions.py": ["oxen_file"],
     },
     APPENDS: {
-        "judge/votes.py": ["VoteFile.__init__", "VoteFile._append"],
+        "judge/votes.py": ["VoteFile.mend"],
         "report/loggers.py": ["TensorBoard.log", "Table.log"],
         "search/run_folder.py": ["append_line", "Checkpoints.save"],
         "search/run_lock.py": ["acquire", "check_not_in_use"],
     },
     MEMORY: {
         "backends/torch/pipelines.py": ["PipelineBackend.contact_sheet"],
+        "tasks/images.py": ["_written", "_decoding"],
         "checkpoints/bank.py": ["LeafReader.gathered"],
-        "report/inspection.py": ["picture"], "tasks/generated_images.py": ["png_of"], "tasks/images.py": ["_written"],
+        "report/inspection.py": ["picture"], "tasks/generated_images.py": ["png_of"],
     },
     NO_FILE: {
         "cli.py": ["main"], "pytrees.py": ["_write"], "search/loop.py": ["evolve"],

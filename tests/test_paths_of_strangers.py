@@ -155,6 +155,7 @@ ALLOWED = {
         "backends/torch/folders.py: settings_of",
     ],
     "the names of a folder's entries": [
+        "commands/publish.py: stage",
         "checkpoints/derived.py: _link", "checkpoints/writer.py: _check_entries", "tasks/task_folders.py: _yaml_paths",
     ],
     "a name that Pipeline.classes has checked": [
@@ -171,11 +172,12 @@ ALLOWED = {
         "tasks/generated_images.py: read", "tasks/task_folders.py: _read", "tasks/harness.py: _yaml_files",
     ],
     "what the user says, in a config, a recipe or on the command line": [
-        "backends/function/opening.py: model_path", "backends/function/opening.py: absolute_name",
-        "backends/registry.py: _imported", "checkpoints/folder.py: local_path", "commands/search.py: default_out",
+        "backends/function/opening.py: model_path", "user_modules.py: reference_from_anywhere",
+        "checkpoints/folder.py: local_path", "commands/search.py: default_out",
         "plugins.py: _load_named", "tasks/data_versions.py: _repository",
         "tasks/data_versions.py: dvc_record", "tasks/data_versions.py: _recorded_md5",
-        "tasks/function.py: _file_module", "tasks/harness.py: open_task", "tasks/task.py: local_file",
+        "tasks/function.py: users_module", "tasks/task.py: images", "tasks/harness.py: open_task",
+        "tasks/task.py: local_file",
     ],
     "what the system says": [
         "evaluation/memory.py: _groups", "evaluation/memory.py: _left", "file_system.py: regular_file",
