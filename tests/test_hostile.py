@@ -29,6 +29,7 @@ from hostile import (
     runs,
     safetensors_files,
     shared_server,
+    strangers_runs,
     tasks,
     tasks_of_strangers,
     versions,
@@ -55,6 +56,7 @@ MODULES = (
     proof,
     versions,
     images,
+    strangers_runs,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

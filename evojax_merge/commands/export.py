@@ -40,7 +40,7 @@ from evojax_merge.search.run_folder import (
     locked,
 )
 from evojax_merge.search.run_parts import RunFolder
-from evojax_merge.search.run_schema import read_result, read_run_config
+from evojax_merge.search.run_schema import MAX_DOCUMENT, read_result, read_run_config
 from evojax_merge.yaml_reader import parse_documents
 
 
@@ -73,7 +73,9 @@ def export(
         more = "finish it with search … --resume, or pass --best-so-far"
         raise InputError(run, f"has no winner yet (no best/recipe.yaml); {more}")
     stream, card_file = read_stream(folder.recipe), folder.model / "README.md"
-    card = read_regular(card_file, "a model card").decode(errors="replace") if card_file.exists() else None
+    card = (
+        read_regular(card_file, "a model card", MAX_DOCUMENT).decode(errors="replace") if card_file.exists() else None
+    )
     _export(folder, stream, folder.recipe.read_text(encoding="utf-8"), card, out, dtype, overwrite, rank)
 
 

@@ -5,9 +5,7 @@ from pathlib import Path
 
 from evojax_merge import plugins
 from evojax_merge.commands.search import run_search
-from evojax_merge.config import parse_budget
 from evojax_merge.errors import Failed, InputError
-from evojax_merge.mergekit.streams import read_stream
 from evojax_merge.problem import read_config
 from evojax_merge.report.progress import console
 from evojax_merge.search.environment import differences, environment, read_sessions
@@ -15,6 +13,7 @@ from evojax_merge.search.reproduction import parting
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import read_result, read_run_config
+from evojax_merge.yaml_reader import load_documents
 
 
 def reproduce(run: Path, out: Path | None) -> None:
@@ -50,7 +49,7 @@ def _check_finished(run: Path, folder: RunFolder) -> None:
     if not (folder.is_finished() and folder.recipe.is_file() and folder.model.is_dir()):
         raise InputError(run, "has no winner to compare with; finish it with search … --resume")
     # A damaged recipe shows before the long work.
-    read_stream(folder.recipe)
+    load_documents(folder.recipe)
 
 
 def _changed_environment(folder: RunFolder) -> list[str]:
@@ -66,17 +65,16 @@ def _without_clock(folder: RunFolder) -> list[str]:
     """The overrides of a run's config with which each search ends after the same generation, however long it takes: one
     that `search.stop.seconds` ended has its number of evaluations, which no schedule depends on, and one whose budget
     is a time its number of generations."""
-    document = read_run_config(folder.config)
-    searches = [stage["search"] for stage in document.get("stages") or [document]]
+    config = read_config(folder.config, [], None)
+    searches = [stage.search for stage in config.stages or [config]]
     count = len(searches)
     runs = [*(RunFolder(folder.stages / f"stage-{number}") for number in range(1, count)), folder]
     overrides = []
     for number, run in enumerate(runs):
         section = f"stages.{number}.search" if count > 1 else "search"
         overrides.append(f"{section}.stop.seconds=null")
-        budget = parse_budget(str(searches[number].get("budget")))
         history = run.read_history()
-        if budget is not None and budget.seconds is not None:
+        if searches[number].parsed_budget.seconds is not None:
             overrides += [f"{section}.budget=null", f"{section}.generations={len(history)}"]
         elif history and (result := read_result(run.result)) is not None and result.stopped_by == "seconds":
             overrides.append(f"{section}.stop.evaluations={history[-1]['evaluations']}")

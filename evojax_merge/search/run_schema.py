@@ -116,6 +116,17 @@ class TimingLine(Stored):
     validation_seconds: Annotated[Number, Field(ge=0)] = 0.0
 
 
+class AnswerLine(Stored):
+    """A line of heldout_answers.jsonl."""
+
+    model: str
+    task: str
+    example: str | int | None = None
+    score: float | None = None
+    outputs: list[str] | None = None
+    target: str | None = None
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Documents
 
@@ -290,7 +301,7 @@ def whole_lines(file: Path) -> Iterator[bytes]:
             if not line.endswith(b"\n") and len(line) < MAX_LINE:
                 return
             if number == MAX_GENERATIONS:
-                raise InputError(file, f"has more than {MAX_GENERATIONS:,} lines; expected one for each generation")
+                raise InputError(file, f"has more than {MAX_GENERATIONS:,} lines; expected fewer")
             yield line.removesuffix(b"\n")
 
 

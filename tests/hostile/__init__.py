@@ -92,7 +92,7 @@ class Case:
     `says`: texts that the one line on stderr must contain. `leaves`: files and folders, by their path in the world,
     that may be there afterwards and were not before; `rewrites`: those that may be others afterwards, or gone; all else
     must be as it was, to the byte. `seconds`: the time by which the command has ended. `lines`: how many lines stderr
-    may have (a user's traceback has more).
+    may have (a user's traceback has more). `prints`: texts that stdout must contain.
     """
 
     name: str
@@ -106,6 +106,7 @@ class Case:
     lines: int = 1
     stdin: str = ""
     environment: tuple[tuple[str, str], ...] = ()
+    prints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -375,6 +376,8 @@ def snapshot(root: Path) -> dict[str, str]:
         name = str(path.relative_to(root))
         if path.is_symlink():
             found[name] = f"-> {os.readlink(path)}"
+        elif path.is_file() and path.stat().st_size > 2**30:
+            found[name] = f"{path.stat().st_size} bytes"  # A sparse file: reading it would take the memory.
         elif path.is_file():
             found[name] = sha256(path.read_bytes()).hexdigest()
         else:
@@ -397,6 +400,8 @@ def check(case: Case, world: World, server: Server) -> Done:
         assert len(lines) == case.lines and lines[-1].startswith("error: ") and len(lines[-1]) < 2000, shown
     for text in case.says:
         assert text in done.stderr, f"{text!r} is not in: {shown}"
+    for text in case.prints:
+        assert text in done.stdout, f"{text!r} is not in: {shown}"
     after = snapshot(world.root)
     new, other = set(after) - set(before), {name for name in before if before[name] != after.get(name)}
     new = {name for name in new if not any(_within(name, allowed) for allowed in (*case.leaves, *case.rewrites))}
