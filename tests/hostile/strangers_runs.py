@@ -124,9 +124,8 @@ def path_result(run: Path, scales: list[float], *documents: Any) -> None:
 
 def layers(*ranges: Any, **keys: Any) -> dict[str, Any]:
     """A recipe of slices of one model."""
-    return (
-        PASSTHROUGH | {"slices": [{"sources": [{"model": "/gone/one", "layer_range": one}]} for one in ranges]} | keys
-    )
+    slices = [{"sources": [{"model": "/gone/one", "layer_range": layer_range}]} for layer_range in ranges]
+    return PASSTHROUGH | {"slices": slices} | keys
 
 
 def drawn(scales: list[float], *documents: Any) -> Change:
@@ -217,7 +216,7 @@ CASES: list[Case] = [
             "ends before it begins": [layers([2, 0])],
             "needs its own result": [layers([0, 2], name="a") | {"base_model": "a"}],
             "has an unknown method": [layers([0, 2], merge_method="nothing")],
-            "names a model by a number": [PASSTHROUGH | {"slices": [{"sources": [{"model": 3, "layer_range": [0, 2]}]}]}],
+            "names a model by a number": [PASSTHROUGH | {"slices": [{"sources": [{"model": 3}]}]}],
         }.items()
     ),
     # history.jsonl
@@ -263,7 +262,7 @@ CASES: list[Case] = [
     # environment.json
     noted("an environment that is a list", write("environment.json", "[1]"), "environment.json"),
     noted("sessions that are a mapping", write("environment.json", '{"sessions": {}}'), "environment.json", "sessions"),
-    noted("sessions that are numbers", write("environment.json", '{"sessions": [1]}'), "environment.json", "sessions.0"),
+    noted("sessions of numbers", write("environment.json", '{"sessions": [1]}'), "environment.json", "sessions.0"),
     noted("an environment of a million levels", write("environment.json", deep("[", "]", '{"sessions": {}}')),
           "environment.json", "is not JSON"),
     noted("versions of versions", write("environment.json", '{"sessions": [{"versions": {"a": {"b": 1}}}]}'),
@@ -292,12 +291,10 @@ CASES: list[Case] = [
     refused("a search that is a list, reproduced", config(search=[1]), REPRODUCE, "run/config.yaml", "search"),
     refused("a budget that is none, reproduced", config(search={"budget": "x"}), REPRODUCE, "run/config.yaml",
             "budget"),
-    refused("no search, reproduced", config(search=...), REPRODUCE, "run", ""),
     refused("a seed that is a list, resumed", config(seed=[1]), RESUME, "run/config.yaml", "seed"),
     # The winner's recipe and model
     *(
-        refused(f"a recipe that {what}, {command[0]}", recipe(*documents), command, "run/best/recipe.yaml", *says)
-        for command in (EXPORT, REPRODUCE)
+        refused(f"a recipe that {what}, exported", recipe(*documents), EXPORT, "run/best/recipe.yaml", *says)
         for what, documents, says in (
             ("is a list", [[1]], ("mapping",)),
             ("has no sources", [PASSTHROUGH | {"slices": [{}]}], ("sources",)),
