@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.checkpoints.folder import PICKLES, PIPELINE_INDEX
-from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.checkpoints.json_files import read_json, read_json_object
 from evojax_merge.checkpoints.writer import fingerprint
 from evojax_merge.errors import InputError, did_you_mean, shown
 
 INDEX = PIPELINE_INDEX
 # The libraries whose classes are run.
 LIBRARIES = ("diffusers", "transformers")
-# The errors of from_pretrained for a folder that does not fit its class.
-OPENING = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
 # The components that are merged where a recipe or a config does not say.
 DENOISERS = ("unet", "transformer")
 # The word of a component that is merged.
@@ -125,8 +123,8 @@ def _content(file: Path) -> Any:
     if file.suffix != ".json":
         return fingerprint(file)
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+        document = read_json(file)
+    except InputError:
         return fingerprint(file)
     if not isinstance(document, dict):
         return document

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from evojax_merge.backends.torch.checks import check_counts, check_json, check_model
 from evojax_merge.backends.torch.network import Network, measures, to_torch
-from evojax_merge.checkpoints.folder import INDEX_FILE
+from evojax_merge.checkpoints.folder import INDEX_FILE, read_header
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.quiet import quiet_transformers
 from evojax_merge.checkpoints.writer import CARD, MARKER
-from evojax_merge.errors import InputError, shown
+from evojax_merge.errors import InputError, library_errors, shown
 
 # A folder's files beside its weights that an exported folder has as well: of the processor and the tokenizer.
 COPIED = {".json", ".txt", ".model", ".jinja"}
@@ -64,15 +65,14 @@ def open_module(folder: Path) -> Any:
 
     name = architecture(folder)
     _check_safe(folder)
-    with quiet_transformers():
-        try:
-            if name == SENTENCE:
-                return _open_sentence(folder)
-            module, report = getattr(transformers, name).from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise InputError(folder, f"{name} cannot open it ({' '.join(str(error).split())[:300]})") from None
+    kind = getattr(transformers, name, None)
+    with quiet_transformers(), library_errors(folder, f"{name} cannot open it"):
+        if name == SENTENCE:
+            return _open_sentence(folder)
+        check_model(folder, lambda config: kind(kind.config_class.from_dict(dict(config))))
+        module, report = kind.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(
@@ -86,6 +86,11 @@ def _open_sentence(folder: Path) -> Any:
     """The modules of a folder of sentence-transformers."""
     from sentence_transformers import SentenceTransformer
 
+    for part in (folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())):
+        check_json(part)
+        for file in sorted(part.glob("*.safetensors")):
+            read_header(file)
+        check_counts(part / "config.json")
     module = SentenceTransformer(str(folder), device="cpu", local_files_only=True, trust_remote_code=False)
     return module.eval()
 
@@ -164,7 +169,6 @@ class OwnModules:
 
     def open(self, path: Path) -> Any:
         """The module with the tensors of a file, or of a folder with one. Raises InputError where they do not fit."""
-        from safetensors import SafetensorError
         from safetensors.torch import load_model
 
         if path.is_dir():
@@ -177,10 +181,8 @@ class OwnModules:
         module = self.make()
         if not isinstance(module, torch.nn.Module):
             raise InputError(self.where, f"{self.name} returned {shown(module)}; expected a torch.nn.Module")
-        try:
+        with library_errors(file, f"does not fit {self.name}"):
             missing, unexpected = load_model(module, file, strict=False)
-        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-            raise InputError(file, f"does not fit {self.name} ({' '.join(str(error).split())[:300]})") from None
         for names, what in ((missing, "lacks"), (unexpected, "has, and the module has not,")):
             if names:
                 raise InputError(file, f"{what} {sorted(names)[0]}; expected the state dict of {self.name}'s module")

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from evojax_merge.backends.torch.checks import check_counts, check_model, check_processor
 from evojax_merge.backends.torch.folders import merged_tensors
 from evojax_merge.backends.torch.network import to_torch
 from evojax_merge.checkpoints.folder import is_float, open_folder
 from evojax_merge.checkpoints.generator_keys import BASE, VAE, blocks_of
-from evojax_merge.checkpoints.pipelines import OPENING, Components, Pipeline
+from evojax_merge.checkpoints.pipelines import Components, Pipeline
 from evojax_merge.checkpoints.quiet import quiet_diffusers
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, library_errors
 from evojax_merge.tasks.generated_images import DrawingTask
 
 # The projections of attention, in diffusers' names.
@@ -37,12 +38,9 @@ def open_component(pipeline: Pipeline, name: str) -> Any:
         options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     folder = pipeline.path / name
     component = pipeline.component_class(name)
-    with quiet_diffusers():
-        try:
-            opened = component.from_pretrained(folder, **options)
-        except OPENING as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(folder, f"{component.__name__} cannot open it ({reason})") from None
+    with quiet_diffusers(), library_errors(folder, f"{component.__name__} cannot open it"):
+        check_component(folder, component)
+        opened = component.from_pretrained(folder, **options)
     if "output_loading_info" not in options:
         return opened
     module, report = opened
@@ -50,6 +48,17 @@ def open_component(pipeline: Pipeline, name: str) -> Any:
     if missing:
         raise InputError(folder, f"lacks {len(missing)} tensors of {component.__name__}, such as {missing[0]}")
     return module.eval()
+
+
+def check_component(folder: Path, kind: Any) -> None:
+    """Raises InputError for a component's folder that its class should not be given: see `check_model`."""
+    if issubclass(kind, torch.nn.Module):
+        of_diffusers = hasattr(kind, "from_config") and not hasattr(kind, "config_class")
+        build = kind.from_config if of_diffusers else lambda config: kind(kind.config_class.from_dict(dict(config)))
+        check_model(folder, build)
+    else:
+        check_processor(folder)
+        check_counts(folder / "scheduler_config.json")
 
 
 def tensors_of(modules: Mapping[str, Any]) -> "OrderedDict[str, Any]":
@@ -136,18 +145,16 @@ def open_generator(components: Components, modules: Mapping[str, Any]) -> Genera
         pipeline.component_class(name)
         if pipeline is not first:
             given[name] = open_component(pipeline, name)
-    with quiet_diffusers():
-        try:
-            pipeline = pipeline_class.from_pretrained(first.path, local_files_only=True, dtype=torch.float32, **given)
-        except OPENING as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(first.path, f"{first.class_name} cannot open it ({reason})") from None
-    pipeline.set_progress_bar_config(disable=True)
+        elif name not in given:
+            check_component(first.path / name, first.component_class(name))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline.to(device)
-    for module in pipeline.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.float()
+    with quiet_diffusers(), library_errors(first.path, f"{first.class_name} cannot open it"):
+        pipeline = pipeline_class.from_pretrained(first.path, local_files_only=True, dtype=torch.float32, **given)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(device)
+        for module in pipeline.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.float()
     return Generator(pipeline, {name: getattr(pipeline, name) for name in modules}, device)
 
 

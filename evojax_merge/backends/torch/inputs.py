@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from evojax_merge.backends.torch.checks import check_processor
 from evojax_merge.backends.torch.network import Network
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.tokens import load_tokenizer
-from evojax_merge.errors import InputError, did_you_mean, shown
+from evojax_merge.errors import InputError, did_you_mean, library_errors, shown
 from evojax_merge.tasks.networks import WRITTEN, NetworkExample, NetworkTask
 from evojax_merge.tasks.text import TextTask
 
@@ -96,11 +97,9 @@ def _fitting(array: np.ndarray) -> np.ndarray:
 
 def _opened(folder: Path, loader: Any, what: str) -> Any:
     """The folder's image processor or feature extractor, by transformers' class for all of them."""
-    try:
+    check_processor(folder)
+    with library_errors(folder, f"has no {what} that transformers opens"):
         return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(folder, f"has no {what} that transformers opens ({reason})") from None
 
 
 def _images(examples: Sequence[NetworkExample], folder: Path) -> dict[str, np.ndarray]:
@@ -121,7 +120,13 @@ def _images(examples: Sequence[NetworkExample], folder: Path) -> dict[str, np.nd
         except Exception as error:
             what = " ".join(str(error).replace(str(path), path.name).split())[:200] or type(error).__name__
             raise InputError(example.where, f"{path.name} cannot be read as an image ({what})") from None
-        arrays.append(processor(images=pixels, return_tensors="np")["pixel_values"][0])
+        with library_errors(folder / "preprocessor_config.json", f"its image processor fails on {path.name}"):
+            arrays.append(np.asarray(processor(images=pixels, return_tensors="np")["pixel_values"][0], np.float32))
+        if not np.isfinite(arrays[-1]).all():
+            raise InputError(
+                folder / "preprocessor_config.json", f"its image processor makes numbers of {path.name} that are not "
+                "finite (image_mean, image_std, rescale_factor)",
+            )  # fmt: skip
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
         raise InputError(
@@ -151,7 +156,8 @@ def _tokens(tokenizer: Any, texts: list[str], length: int | None) -> dict[str, n
     """Tokens of texts, padded to the longest and cut at `length`."""
     limit = {} if length is None else {"truncation": True, "max_length": length}
     padding = tokenizer.pad_token is not None and len(texts) > 1
-    return dict(tokenizer(texts, padding=padding, return_tensors="np", **limit))
+    with library_errors(tokenizer.name_or_path, "its tokenizer fails on the examples' texts"):
+        return dict(tokenizer(texts, padding=padding, return_tensors="np", **limit))
 
 
 def embedded_texts(network: Network, folder: Path, texts: list[str], role: str = "") -> dict[str, np.ndarray]:
@@ -163,7 +169,8 @@ def embedded_texts(network: Network, folder: Path, texts: list[str], role: str =
         return _accepted(network, tokens, str(folder), strict=False)
     prompts = module.prompts or {}
     prompt = prompts.get(role or module.default_prompt_name) or prompts.get(module.default_prompt_name) or ""
-    features = module.preprocess([prompt + text for text in texts])
+    with library_errors(folder, f"{network.name} fails on the examples' texts"):
+        features = module.preprocess([prompt + text for text in texts])
     return {name: _fitting(value.numpy()) for name, value in features.items() if hasattr(value, "numpy")}
 
 
@@ -204,6 +211,11 @@ def _recordings(examples: Sequence[NetworkExample], folder: Path) -> dict[str, n
     from scipy.io import wavfile
 
     extractor = _opened(folder, transformers.AutoFeatureExtractor, "feature extractor")
+    rate_of_model: Any = getattr(extractor, "sampling_rate", None)
+    if not isinstance(rate_of_model, int) or rate_of_model < 1:
+        raise InputError(
+            folder / "preprocessor_config.json", f"sampling_rate: {shown(rate_of_model)}; expected samples a second"
+        )
     waves = []
     for example in examples:
         path = example.inputs["audio"]
@@ -213,14 +225,15 @@ def _recordings(examples: Sequence[NetworkExample], folder: Path) -> dict[str, n
         except Exception as error:
             what = " ".join(str(error).split())[:200] or type(error).__name__
             raise InputError(example.where, f"{path.name} cannot be read as a .wav file ({what})") from None
-        if rate != extractor.sampling_rate:
+        if rate != rate_of_model:
             raise InputError(
-                example.where, f"{path.name} has {rate:,} Hz; the model takes {extractor.sampling_rate:,}: resample it"
+                example.where, f"{path.name} has {rate:,} Hz; the model takes {rate_of_model:,}: resample it"
             )
         if wave.dtype.kind == "i":
             wave = wave / np.iinfo(wave.dtype).max
         waves.append(wave.astype(np.float32).mean(-1) if wave.ndim > 1 else wave.astype(np.float32))
-    return dict(extractor(waves, sampling_rate=extractor.sampling_rate, return_tensors="np"))
+    with library_errors(folder / "preprocessor_config.json", "its feature extractor fails on the recordings"):
+        return dict(extractor(waves, sampling_rate=rate_of_model, return_tensors="np"))
 
 
 def _target_tokens(task: NetworkTask, network: Network, folder: Path) -> np.ndarray:
