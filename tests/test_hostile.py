@@ -22,6 +22,7 @@ from hostile import (
     inspecting,
     links,
     messages,
+    networks,
     outputs,
     proof,
     quantised,
@@ -57,6 +58,7 @@ MODULES = (
     versions,
     images,
     strangers_runs,
+    networks,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

@@ -1,6 +1,7 @@
 """Checks of a folder before torch's libraries open it: these take a stranger's numbers as they are, and would build and
 allocate for hours what no file holds."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -73,7 +74,7 @@ def check_model(folder: Path, build: Callable[[Mapping[str, Any]], Any]) -> None
     # Not every module can be built without its tensors. The library says what is wrong with the config.
     except Exception:
         return
-    stored = sum(entry.size for entry in entries)
+    stored = sum(math.prod(entry.shape) for entry in entries)
     if asked > 2 * stored + MOST_UNSTORED:
         raise InputError(config, f"describes a model of {asked:,} numbers; its weights have {stored:,}")
 

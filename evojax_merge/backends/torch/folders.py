@@ -66,10 +66,13 @@ def open_module(folder: Path) -> Any:
     name = architecture(folder)
     _check_safe(folder)
     kind = getattr(transformers, name, None)
+    if name == SENTENCE:
+        _check_sentence(folder)
+    else:
+        check_model(folder, lambda config: kind(kind.config_class.from_dict(dict(config))))
     with quiet_transformers(), library_errors(folder, f"{name} cannot open it"):
         if name == SENTENCE:
             return _open_sentence(folder)
-        check_model(folder, lambda config: kind(kind.config_class.from_dict(dict(config))))
         module, report = kind.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
@@ -86,13 +89,17 @@ def _open_sentence(folder: Path) -> Any:
     """The modules of a folder of sentence-transformers."""
     from sentence_transformers import SentenceTransformer
 
+    module = SentenceTransformer(str(folder), device="cpu", local_files_only=True, trust_remote_code=False)
+    return module.eval()
+
+
+def _check_sentence(folder: Path) -> None:
+    """Raises InputError for a module of a sentence transformer that its class should not be given."""
     for part in (folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())):
         check_json(part)
         for file in sorted(part.glob("*.safetensors")):
             read_header(file)
         check_counts(part / "config.json")
-    module = SentenceTransformer(str(folder), device="cpu", local_files_only=True, trust_remote_code=False)
-    return module.eval()
 
 
 def _check_safe(folder: Path) -> None:

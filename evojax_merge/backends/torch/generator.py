@@ -38,8 +38,8 @@ def open_component(pipeline: Pipeline, name: str) -> Any:
         options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     folder = pipeline.path / name
     component = pipeline.component_class(name)
+    check_component(folder, component)
     with quiet_diffusers(), library_errors(folder, f"{component.__name__} cannot open it"):
-        check_component(folder, component)
         opened = component.from_pretrained(folder, **options)
     if "output_loading_info" not in options:
         return opened
