@@ -90,6 +90,8 @@ class Pipeline:
                 self.path / INDEX, f"{component}: {library}.{name}; expected a class that diffusers or transformers "
                 "has, for code that comes with a model is not run",
             )  # fmt: skip
+        if component == "vae" and not hasattr(kind, "decode"):
+            raise InputError(self.path / INDEX, f"{component}: {library}.{name}; expected a class that decodes latents")
         return kind
 
     def files(self, component: str) -> list[Path]:

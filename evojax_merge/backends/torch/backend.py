@@ -230,7 +230,11 @@ class TorchBackend(FunctionBackend):
         inputs = {name: array[:PROBED] for name, array in examples["inputs"].items()}
         name, ask = network.name, self._ask(task)
         try:
-            with library_errors(where, f"{task.name}: {name} fails on the first examples", (AttributeError, KeyError)):
+            with library_errors(
+                where,
+                f"{task.name}: {name} of {self.models[0]} fails on the first examples",
+                (AttributeError, KeyError),
+            ):
                 once, again = network.call(weights, inputs, ask), network.call(weights, inputs, ask)
         except (AttributeError, KeyError) as error:
             raise InputError(

@@ -15,14 +15,20 @@ from evojax_merge.errors import InputError, shown
 
 # Files of a tokenizer, which are larger than any other JSON of a model, and which `load_tokenizer` checks.
 VOCABULARIES = ("tokenizer.json", "vocab.json")
-# Keys of configs that count modules, each of which has a tensor, and keys that count entries of a list.
+# Keys of configs that count modules, each of which has a tensor.
 MODULES = re.compile(r"(?:.*_)?(?:layers?|depths?|blocks?|stages|experts|layers_per_block)")
-ENTRIES = re.compile(r"(?:.*_)?(?:labels|timesteps|mel_bins|feature_size|n_fft|chunk_length|hop_length)")
-MOST_MODULES, MOST_ENTRIES = 1_000, 1_000_000
+# Keys of configs, each with the least and the most that its numbers may be: also of entries of lists, and of sizes.
+KEYS: tuple[tuple[re.Pattern[str], int, int], ...] = (
+    (MODULES, 0, 1_000),
+    (re.compile(r"(?:.*_)?labels"), 0, 10**6),
+    (re.compile(r"(?:.*_)?(?:timesteps|mel_bins|feature_size|sampling_rate|n_fft|chunk_length|hop_length)"), 1, 10**6),
+    (re.compile(r"(?:.*_)?heads|(?:hidden|image|patch|sample)_size|(?:num|in|out)_channels|d_model"), 1, 10**6),
+    (re.compile(r"(?:.*_)?(?:size|dim|channels|embeddings)"), -1, 10**8),
+)
 # Numbers of a module that may be in no file: such as tables of positions.
 MOST_UNSTORED = 10**8
 # The sides of a picture, and their names in the configs of image processors.
-SIDES, MOST_SIDE = {"height", "width", "shortest_edge", "longest_edge"}, 16_384
+SIDES, MOST_SIDE = ("size", "crop_size", "height", "width", "shortest_edge", "longest_edge"), 16_384
 
 
 def check_json(folder: Path) -> None:
@@ -33,12 +39,13 @@ def check_json(folder: Path) -> None:
 
 
 def check_counts(file: Path, tensors: int = 0) -> None:
-    """Raises InputError for a config that asks for more modules than there are tensors, or for endless lists.
-    tensors: how many the weights beside it have."""
+    """Raises InputError for a config that asks for more modules than there are tensors in the weights beside it, or for
+    sizes that no model has."""
     for key, name, value in _numbers("", read_json_object(file, missing={})):
-        most = MOST_ENTRIES if ENTRIES.fullmatch(name) else max(MOST_MODULES, tensors)
-        if (MODULES.fullmatch(name) or ENTRIES.fullmatch(name)) and not value <= most:
-            raise InputError(file, f"{key}: {value:,}; expected at most {most:,}")
+        names, least, most = next((known for known in KEYS if known[0].fullmatch(name)), (None, value, value))
+        most = max(most, tensors) if names is MODULES else most
+        if not least <= value <= most:
+            raise InputError(file, f"{key}: {value:,}; expected {least:,} to {most:,}")
     labels = read_json_object(file, missing={}).get("id2label")
     if labels is not None and not (
         isinstance(labels, dict) and all(key.isascii() and key.isdigit() and len(key) < 10 for key in labels)
@@ -66,6 +73,7 @@ def check_model(folder: Path, build: Callable[[Mapping[str, Any]], Any]) -> None
         check_counts(config)
         return
     entries = open_folder(folder).entries.values()
+    stored = sum(math.prod(entry.shape) for entry in entries)
     check_counts(config, len(entries))
     try:
         with torch.device("meta"):
@@ -74,7 +82,6 @@ def check_model(folder: Path, build: Callable[[Mapping[str, Any]], Any]) -> None
     # Not every module can be built without its tensors. The library says what is wrong with the config.
     except Exception:
         return
-    stored = sum(math.prod(entry.shape) for entry in entries)
     if asked > 2 * stored + MOST_UNSTORED:
         raise InputError(config, f"describes a model of {asked:,} numbers; its weights have {stored:,}")
 
@@ -83,7 +90,11 @@ def check_processor(folder: Path) -> None:
     """Raises InputError for an image processor or a feature extractor whose config has impossible sizes or rates."""
     check_json(folder)
     file = folder / "preprocessor_config.json"
-    check_counts(file)
-    for key, name, value in _numbers("", read_json_object(file, missing={})):
-        if (name in SIDES or name in ("size", "crop_size")) and not 0 < value <= MOST_SIDE:
+    document = read_json_object(file, missing={})
+    rate = document.get("sampling_rate", 1)
+    if not isinstance(rate, int) or isinstance(rate, bool):
+        raise InputError(file, f"sampling_rate: {shown(rate)}; expected the number of samples in a second")
+    for key, name, value in _numbers("", document):
+        if name in SIDES and not 0 < value <= MOST_SIDE:
             raise InputError(file, f"{key}: {value:,}; expected a picture's side of 1 to {MOST_SIDE:,} pixels")
+    check_counts(file)

@@ -211,11 +211,6 @@ def _recordings(examples: Sequence[NetworkExample], folder: Path) -> dict[str, n
     from scipy.io import wavfile
 
     extractor = _opened(folder, transformers.AutoFeatureExtractor, "feature extractor")
-    rate_of_model: Any = getattr(extractor, "sampling_rate", None)
-    if not isinstance(rate_of_model, int) or rate_of_model < 1:
-        raise InputError(
-            folder / "preprocessor_config.json", f"sampling_rate: {shown(rate_of_model)}; expected samples a second"
-        )
     waves = []
     for example in examples:
         path = example.inputs["audio"]
@@ -225,15 +220,15 @@ def _recordings(examples: Sequence[NetworkExample], folder: Path) -> dict[str, n
         except Exception as error:
             what = " ".join(str(error).split())[:200] or type(error).__name__
             raise InputError(example.where, f"{path.name} cannot be read as a .wav file ({what})") from None
-        if rate != rate_of_model:
+        if rate != extractor.sampling_rate:
             raise InputError(
-                example.where, f"{path.name} has {rate:,} Hz; the model takes {rate_of_model:,}: resample it"
+                example.where, f"{path.name} has {rate:,} Hz; the model takes {extractor.sampling_rate:,}: resample it"
             )
         if wave.dtype.kind == "i":
             wave = wave / np.iinfo(wave.dtype).max
         waves.append(wave.astype(np.float32).mean(-1) if wave.ndim > 1 else wave.astype(np.float32))
     with library_errors(folder / "preprocessor_config.json", "its feature extractor fails on the recordings"):
-        return dict(extractor(waves, sampling_rate=rate_of_model, return_tensors="np"))
+        return dict(extractor(waves, sampling_rate=extractor.sampling_rate, return_tensors="np"))
 
 
 def _target_tokens(task: NetworkTask, network: Network, folder: Path) -> np.ndarray:

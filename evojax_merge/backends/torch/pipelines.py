@@ -99,7 +99,7 @@ class PipelineBackend(FunctionBackend):
     def _check_repeatable(self, task: DrawingTask) -> None:
         """Raises InputError for a pipeline that fails, or draws other pictures from the same noise."""
         weights, name = self.merge.tree.source(0), self.generator.name
-        with library_errors(task.section, f"{task.name}: {name} fails on the first example"):
+        with library_errors(task.section, f"{task.name}: {name} of {self.models[0]} fails on the first example"):
             once, again = (self.generator.draw(weights, task, [task.indices[0]]) for _ in range(2))
         if not np.allclose(once, again, atol=1e-4, equal_nan=True):
             raise InputError(
