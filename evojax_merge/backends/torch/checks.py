@@ -27,8 +27,8 @@ KEYS: tuple[tuple[re.Pattern[str], int, int], ...] = (
 )
 # Numbers of a module that may be in no file: such as tables of positions.
 MOST_UNSTORED = 10**8
-# The sides of a picture, and their names in the configs of image processors.
-SIDES, MOST_SIDE = ("size", "crop_size", "height", "width", "shortest_edge", "longest_edge"), 16_384
+# The sides of a picture, and their names in the configs of image processors. Some have pixels for edges.
+SIDES, EDGES, MOST_SIDE = ("size", "crop_size", "height", "width"), ("shortest_edge", "longest_edge"), 16_384
 
 
 def check_json(folder: Path) -> None:
@@ -94,7 +94,9 @@ def check_processor(folder: Path) -> None:
     rate = document.get("sampling_rate", 1)
     if not isinstance(rate, int) or isinstance(rate, bool):
         raise InputError(file, f"sampling_rate: {shown(rate)}; expected the number of samples in a second")
-    for key, name, value in _numbers("", document):
-        if name in SIDES and not 0 < value <= MOST_SIDE:
+    numbers = list(_numbers("", document))
+    sides = SIDES if {*EDGES} <= {name for _, name, _ in numbers} else SIDES + EDGES
+    for key, name, value in numbers:
+        if name in sides and not 0 < value <= MOST_SIDE:
             raise InputError(file, f"{key}: {value:,}; expected a picture's side of 1 to {MOST_SIDE:,} pixels")
     check_counts(file)

@@ -66,16 +66,17 @@ def open_module(folder: Path) -> Any:
     name = architecture(folder)
     _check_safe(folder)
     kind = getattr(transformers, name, None)
-    if name == SENTENCE:
-        _check_sentence(folder)
-    else:
-        check_model(folder, lambda config: kind(kind.config_class.from_dict(dict(config))))
-    with quiet_transformers(), library_errors(folder, f"{name} cannot open it"):
+    fails = f"{name} cannot open it"
+    with quiet_transformers():
         if name == SENTENCE:
-            return _open_sentence(folder)
-        module, report = kind.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+            _check_sentence(folder)
+            with library_errors(folder, fails):
+                return _open_sentence(folder)
+        check_model(folder, lambda config: kind(kind.config_class.from_dict(dict(config))))
+        with library_errors(folder, fails):
+            module, report = kind.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(

@@ -38,7 +38,8 @@ def open_component(pipeline: Pipeline, name: str) -> Any:
         options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     folder = pipeline.path / name
     component = pipeline.component_class(name)
-    check_component(folder, component)
+    with quiet_diffusers():
+        check_component(folder, component)
     with quiet_diffusers(), library_errors(folder, f"{component.__name__} cannot open it"):
         opened = component.from_pretrained(folder, **options)
     if "output_loading_info" not in options:
@@ -146,7 +147,8 @@ def open_generator(components: Components, modules: Mapping[str, Any]) -> Genera
         if pipeline is not first:
             given[name] = open_component(pipeline, name)
         elif name not in given:
-            check_component(first.path / name, first.component_class(name))
+            with quiet_diffusers():
+                check_component(first.path / name, first.component_class(name))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with quiet_diffusers(), library_errors(first.path, f"{first.class_name} cannot open it"):
         pipeline = pipeline_class.from_pretrained(first.path, local_files_only=True, dtype=torch.float32, **given)
