@@ -71,7 +71,10 @@ def open_module(folder: Path) -> Any:
         if name == SENTENCE:
             _check_sentence(folder)
             with library_errors(folder, fails):
-                return _open_sentence(folder)
+                from sentence_transformers import SentenceTransformer
+
+                module = SentenceTransformer(str(folder), device="cpu", local_files_only=True, trust_remote_code=False)
+                return module.eval()
         check_model(folder, lambda config: kind(kind.config_class.from_dict(dict(config))))
         with library_errors(folder, fails):
             module, report = kind.from_pretrained(
@@ -83,14 +86,6 @@ def open_module(folder: Path) -> Any:
             folder, f"lacks {len(missing)} tensor{'s' if len(missing) > 1 else ''} of {name}, such as {missing[0]}; "
             "expected a model that was trained whole",
         )  # fmt: skip
-    return module.eval()
-
-
-def _open_sentence(folder: Path) -> Any:
-    """The modules of a folder of sentence-transformers."""
-    from sentence_transformers import SentenceTransformer
-
-    module = SentenceTransformer(str(folder), device="cpu", local_files_only=True, trust_remote_code=False)
     return module.eval()
 
 
