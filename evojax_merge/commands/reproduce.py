@@ -66,7 +66,7 @@ def _without_clock(folder: RunFolder) -> list[str]:
     that `search.stop.seconds` ended has its number of evaluations, which no schedule depends on, and one whose budget
     is a time its number of generations."""
     config = read_config(folder.config, [], None)
-    searches = [stage.search for stage in config.stages or [config]]
+    searches = [config.search] if config.stages is None else [stage.search for stage in config.stages]
     count = len(searches)
     runs = [*(RunFolder(folder.stages / f"stage-{number}") for number in range(1, count)), folder]
     overrides = []

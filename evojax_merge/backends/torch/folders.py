@@ -65,7 +65,7 @@ def open_module(folder: Path) -> Any:
 
     name = architecture(folder)
     _check_safe(folder)
-    kind = getattr(transformers, name, None)
+    kind: Any = getattr(transformers, name, None)
     fails = f"{name} cannot open it"
     with quiet_transformers():
         if name == SENTENCE:
