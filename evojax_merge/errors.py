@@ -196,6 +196,22 @@ def cannot_write(where: object, error: OSError, more: str = "") -> Exception:
     return Failed(f"{where}: {text}") if full else InputError(where, text)
 
 
+@contextmanager
+def library_errors(where: object, what: str, others: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+    """Raise InputError for whatever another library raises in the block, which gives it a stranger's file: `what` and,
+    in brackets, the library's words. `where` names the file; others: errors that the caller knows better."""
+    try:
+        yield
+    # A library's constructor raises anything for numbers that it did not expect; a panic in Rust is no Exception.
+    except BaseException as error:
+        if isinstance(error, (InputError, Failed, KeyboardInterrupt, SystemExit, *others)):
+            raise
+        kind, text = type(error).__name__, " ".join(str(error).split())[:300]
+        # One word alone, such as the key of a KeyError, says nothing.
+        reason = text if " " in text else f"{kind}: {text}" if text else kind
+        raise InputError(where, f"{what} ({reason})") from None
+
+
 class PeerLostError(Exception):
     """Another process of the run has gone."""
 

@@ -1,5 +1,6 @@
 """A run folder, for reading: a search's progress and results."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +17,10 @@ from evojax_merge.problem import config_from, stage_config
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described
 from evojax_merge.report.frame import NamedValues, gene_values
-from evojax_merge.search.run_folder import is_run, read_result
-from evojax_merge.search.run_parts import RunFolder, read_lines
-from evojax_merge.yaml_reader import load_documents, load_yaml
+from evojax_merge.search.run_folder import is_run
+from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.search.run_schema import StoredResult, read_result, read_run_config
+from evojax_merge.yaml_reader import load_documents
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,9 +42,9 @@ class StoredRun(Described):
             "folder": str(self.path),
             "method": self.method,
             "parents": model_names([Path(parent) for parent in config.get("parents", ())]),
-            "dimensions": len(last["genomes"][0]) if last else None,
+            "dimensions": len(last["genomes"][0]) if last.get("genomes") else None,
             "generations": len(history),
-            **best_facts(history, self.result),
+            **best_facts(history, read_result(self._folder.result)),
             "finished": self.finished,
         }
 
@@ -53,8 +55,7 @@ class StoredRun(Described):
     @property
     def config(self) -> dict[str, Any]:
         """The config with all defaults and absolute paths; `inputs`: a hash of every file that scores depend on."""
-        document: dict[str, Any] = load_yaml(self._folder.config)
-        return document
+        return read_run_config(self._folder.config)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -64,18 +65,17 @@ class StoredRun(Described):
     @property
     def timing(self) -> list[dict[str, Any]]:
         """The seconds of each generation."""
-        return read_lines(self._folder.timing)
+        return self._folder.read_timing()
 
     @property
     def finished(self) -> bool:
         """Return whether the search has chosen its winner after the last saved generation."""
-        result = self.result or {}
-        return (self.model or self.params) is not None and result.get("generations", -1) >= len(self.history)
+        return (self.model or self.params) is not None and self._folder.is_finished()
 
     @property
     def result(self) -> dict[str, Any] | None:
         """`result.json`: the held-out table, the winner's parameters by group, its genome."""
-        return read_result(self._folder.result)
+        return None if read_result(self._folder.result) is None else json.loads(self._folder.result.read_bytes())
 
     @property
     def table(self) -> list[dict[str, Any]]:
@@ -142,24 +142,25 @@ class StoredRun(Described):
 
 
 def winner_fitness(
-    history: Sequence[Mapping[str, Any]], result: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]], result: StoredResult
 ) -> tuple[float | None, Literal["search", "validation"]]:
     """The fitness of the winner of a `result.json`, and the split that it was measured on: in its generation, or, where
     it was in none, among the finalists."""
-    genome = np.array(result["genome"], np.float32)
+    genome = np.array(result.genome, np.float32)
     for row in history:
         for number, candidate in enumerate(row["genomes"]):
             if np.array_equal(np.array(candidate, np.float32), genome):
                 return row["fitness"][number], "search"
     # A run of search_pytrees has the fitness of the split alone that the winner was chosen on.
-    split: Literal["search", "validation"] = "search" if result.get("search_fitness") else "validation"
-    return result[f"{split}_fitness"]["winner"], split
+    if result.search_fitness:
+        return result.search_fitness.get("winner"), "search"
+    return result.validation_fitness.get("winner"), "validation"
 
 
-def best_facts(history: Sequence[Mapping[str, Any]], result: Mapping[str, Any] | None) -> dict[str, Any]:
+def best_facts(history: Sequence[Mapping[str, Any]], result: StoredResult | None) -> dict[str, Any]:
     """The best fitness in a prompt: the best so far, and once the winner is chosen the winner's, with its split."""
-    if result is None or result.get("generations") != len(history):
-        return {"best_fitness": history[-1].get("best_so_far") if history else None}
+    if result is None or result.generations != len(history):
+        return {"best_fitness": history[-1]["best_so_far"] if history else None}
     fitness, split = winner_fitness(history, result)
     return {"best_fitness": fitness, "best_fitness_on": split}
 
@@ -167,5 +168,4 @@ def best_facts(history: Sequence[Mapping[str, Any]], result: Mapping[str, Any] |
 def method_in(config: Mapping[str, Any]) -> str:
     """The name of a config's merge method, or of the kind of its space."""
     space = config.get("space") or config.get("search_pytrees") or {}
-    method = space.get("method") if isinstance(space, Mapping) else None
-    return method or next((key for key in ("data_flow", "pool", "stages") if config.get(key)), "unknown")
+    return space.get("method") or next((key for key in ("data_flow", "pool", "stages") if config.get(key)), "unknown")

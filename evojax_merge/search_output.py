@@ -19,11 +19,11 @@ from evojax_merge.search.run_folder import (
     EarlierWinner,
     earlier_winners,
     keep_winner,
-    read_result,
     to_line,
     write_front,
 )
-from evojax_merge.search.run_parts import RunFolder, check_replaceable_model, read_lines
+from evojax_merge.search.run_parts import RunFolder, check_replaceable_model
+from evojax_merge.search.run_schema import read_result
 from evojax_merge.search.stopping import course_of, stopped
 from evojax_merge.search.successive_halving import describe_halving
 from evojax_merge.tasks.splits import Splits
@@ -51,13 +51,13 @@ def why_complete(folder: RunFolder, problem: SearchProblem[Backend]) -> str | No
     """One line, if a run folder holds all the results of a search of its saved generations, and no more are wanted;
     else None. All processes of a run call this together."""
     result, rows, wanted = read_result(folder.result), folder.read_history(), problem.search.generations
-    if result is None or result.get("generations") != len(rows):
+    if result is None or result.generations != len(rows):
         return None
-    written = [folder.recipe, folder.model, *([folder.front] if "members" in result else [])]
+    written = [folder.recipe, folder.model, *([folder.front] if result.members else [])]
     if not all(path.exists() for path in written):
         return None
-    course = course_of(rows, read_lines(folder.timing))
-    ended = stopped(problem.search, course, problem.strategy.population) if "stopped_by" in result else None
+    course = course_of(rows, folder.read_timing())
+    ended = stopped(problem.search, course, problem.strategy.population) if result.stopped_by is not None else None
     if ended is None and wanted > len(rows):
         return None
     saved = Checkpoints(folder).restore(say)

@@ -43,8 +43,9 @@ from evojax_merge.search.answers import ask, metrics, tell
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Generation, generation_key, history_row, init_state, next_state
 from evojax_merge.search.protocols import capabilities_of, context_of, wants_gradients
-from evojax_merge.search.run_folder import Checkpoints, check_place, check_same_config, is_run, read_result
+from evojax_merge.search.run_folder import Checkpoints, check_place, check_same_config, is_run
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.search.run_schema import StoredResult, read_result
 from evojax_merge.search.successive_halving import HalvingResult
 from evojax_merge.search.surrogate import empty_surrogate
 from evojax_merge.selection import open_evaluator
@@ -622,7 +623,7 @@ class Study(Described):
         fitness on all examples. Raises InputError where there is no generation yet."""
         return best_of("Study.best", self.history, self._result(), self._source)
 
-    def _result(self) -> dict[str, Any] | None:
+    def _result(self) -> StoredResult | None:
         """The `result.json` of the study's generations; None for those of a loop by hand."""
         saved = self.out is not None and not self._rows and bool(self._saved_history())
         return read_result(RunFolder(self.out).result) if saved and self.out is not None else None
@@ -665,7 +666,7 @@ class Study(Described):
         if not history:
             return self.space.tables()
         if not self._rows and self.out is not None and is_run(RunFolder(self.out)):
-            scores = score_table(read_result(RunFolder(self.out).result) or {})
+            scores = score_table(read_result(RunFolder(self.out).result))
         else:
             scores = [{"task": name, "score of the best": value} for name, value in self.best.scores.items()]
         return {"scores": scores, "parameters of the best": parameter_table(self.best.parameters)}

@@ -29,6 +29,7 @@ from evojax_merge.search.loop import saved_strategy_state
 from evojax_merge.search.protocols import context_of, plain_merges_of
 from evojax_merge.search.run_folder import Checkpoints, check_inputs, check_masks, is_run
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.search.run_schema import StoredResult, read_result
 from evojax_merge.yaml_reader import parse_documents
 
 
@@ -146,7 +147,7 @@ def trials_of(history: Sequence[Mapping[str, Any]], source: TrialSource) -> list
     """Every candidate of every generation of a history, in their order."""
     return [
         Trial(
-            row["generation"], number, row["fitness"][number], "search", row["examples"][number],
+            row["generation"], number, row["fitness"][number], "search", row["examples"][number] or None,
             {name: values[number] for name, values in row["task_scores"].items()},
             np.array(row["genomes"][number], np.float32), source,
         )
@@ -156,13 +157,13 @@ def trials_of(history: Sequence[Mapping[str, Any]], source: TrialSource) -> list
 
 
 def best_of(
-    where: str, history: Sequence[Mapping[str, Any]], result: Mapping[str, Any] | None, source: TrialSource
+    where: str, history: Sequence[Mapping[str, Any]], result: StoredResult | None, source: TrialSource
 ) -> Trial:
-    """The winner that a search has chosen; before it has, the candidate of the highest fitness on all examples. result:
-    the document of `result.json`. Raises InputError where there is no generation yet."""
+    """The winner that a search has chosen; before it has, the candidate of the highest fitness on all examples.
+    Raises InputError where there is no generation yet."""
     trials = trials_of(history, source)
-    if result is not None and result.get("generations") == len(history):
-        genome = np.array(result["genome"], np.float32)
+    if result is not None and result.generations == len(history):
+        genome = np.array(result.genome, np.float32)
         same = (trial for trial in trials if np.array_equal(trial.genome, genome))
         return next(same, Trial(None, None, *winner_fitness(history, result), None, {}, genome, source))
     finite = [trial for trial in trials if trial.fitness is not None]
@@ -187,7 +188,7 @@ class Run(StoredRun):
     def best(self) -> Trial:
         """The winner that the search has chosen; before it has, the candidate of the highest fitness on all examples.
         Raises InputError where there is no generation yet."""
-        return best_of("Run.best", self.history, self.result, self._source())
+        return best_of("Run.best", self.history, read_result(self._folder.result), self._source())
 
     def to_frame(self) -> Any:
         """The history as a pandas table, a row for each candidate: `generation`, `candidate` (its number there, from
@@ -220,8 +221,8 @@ class Run(StoredRun):
         return plot_of("Run.plot", self.history)
 
     def tables(self) -> dict[str, Table]:
-        result = self.result
-        tables: dict[str, Table] = {"held-out scores": score_table(result or {})}
+        result = read_result(self._folder.result)
+        tables: dict[str, Table] = {"held-out scores": score_table(result)}
         if is_run(self._folder) and self.history:
             # The models' headers need not be there any more, and an earlier version's history has other keys.
             with suppress(InputError, LookupError):
@@ -271,22 +272,18 @@ def named_values_of(space: Any, genomes: np.ndarray, parents: Sequence[str]) -> 
     return values
 
 
-def score_table(result: Mapping[str, Any]) -> Table:
+def score_table(result: StoredResult | None) -> Table:
     """The held-out scores of a `result.json`, a row for each model, with the winner's lead over it and the 95% interval
     of the lead."""
-    # A run of an earlier version has the intervals of the rivals alone.
-    intervals = {rival.get("name"): rival.get("interval") for rival in result.get("better_than", {}).values()}
-    table = result.get("table", [])
-    winner = next((row["heldout_fitness"] for row in table if row["role"] == "winner"), None)
+    result = result or StoredResult()
     rows = []
-    for row in table:
-        interval = row.get("interval") or intervals.get(row["name"])
-        lead = None
-        if winner is not None and interval is not None:
-            lead = f"{winner - row['heldout_fitness']:+.3g} ({interval[0]:.3g} to {interval[1]:.3g})"
-        scores = {name: float(value) for name, value in row["heldout_scores"].items()}
-        model = {"model": row["name"], "role": row["role"], "fitness": float(row["heldout_fitness"])}
-        rows.append({**model, **scores, "the winner's lead (95%)": lead})
+    for row in result.table:
+        interval, lead = result.interval_over(row), None
+        if result.winner is not None and interval is not None:
+            difference = result.winner.heldout_fitness - row.heldout_fitness
+            lead = f"{difference:+.3g} ({interval[0]:.3g} to {interval[1]:.3g})"
+        scores = {"model": row.name, "role": row.role, "fitness": row.heldout_fitness, **row.heldout_scores}
+        rows.append({**scores, "the winner's lead (95%)": lead})
     return rows
 
 

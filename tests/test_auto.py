@@ -24,8 +24,8 @@ from evojax_merge.problem import build_problem, read_config, stage_configs
 from evojax_merge.search import loop
 from evojax_merge.search.auto import STEPS, Traits, choose, gradient_note
 from evojax_merge.search.budgets import describe_length, search_passes, within_budget
-from evojax_merge.search.run_folder import read_result
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.search.run_schema import read_result
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
 from evojax_merge.search.successive_halving import stratified_shards
 from evojax_merge.trials import open_run
@@ -246,7 +246,8 @@ def test_a_timed_run_is_reproduced_to_the_generation_that_the_clock_ended(
 ) -> None:
     out = tmp_path / "run"
     assert command("search", config_file, "--out", out, *BY_CMA_ES, "--set", "search.budget=3s") == 0
-    assert (read_result(RunFolder(out).result) or {})["stopped_by"] == "budget"
+    result = read_result(RunFolder(out).result)
+    assert result is not None and result.stopped_by == "budget"
     recorded = open_run(out).config["search"]
     assert recorded["budget"] == "3s" and "generations" not in recorded and len(open_run(out).history) == 3
     assert command("show", out) == 0

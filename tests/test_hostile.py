@@ -25,6 +25,7 @@ from hostile import (
     inspecting,
     links,
     messages,
+    networks,
     outputs,
     overwriting,
     own_modules,
@@ -35,6 +36,7 @@ from hostile import (
     runs,
     safetensors_files,
     shared_server,
+    strangers_runs,
     tasks,
     tasks_of_strangers,
     versions,
@@ -69,6 +71,8 @@ MODULES = (
     pictures,
     own_modules,
     folders,
+    strangers_runs,
+    networks,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

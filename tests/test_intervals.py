@@ -149,5 +149,5 @@ def test_a_finished_run_shows_the_interval_of_every_model(tmp_path):
     document = json.loads((tmp_path / "result.json").read_text())
     table = heldout_table(StoredResult.model_validate(document))
     assert [cells[2] for cells in table.rows] == [lead_cell(row.lead) for row in rows]
-    leads = {row["model"]: row["the winner's lead (95%)"] for row in score_table(document)}
+    leads = {row["model"]: row["the winner's lead (95%)"] for row in score_table(StoredResult.model_validate(document))}
     assert leads["second"] == "+0.2 (0.125 to 0.25)" and leads["failed"] is None

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.checkpoints.folder import read_header
-from evojax_merge.checkpoints.pipelines import OPENING, Pipeline, open_pipeline
+from evojax_merge.checkpoints.pipelines import Pipeline, open_pipeline
 from evojax_merge.checkpoints.quiet import quiet_diffusers
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, library_errors
 
 # The file of a LoRA in a folder, as diffusers saves it.
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -57,21 +57,16 @@ def _fused(where: str, pipeline: Pipeline, lora: Path) -> dict[str, tuple[Any, s
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     opened = open_pipeline(pipeline, {})
-    try:
-        with quiet_diffusers():
-            opened.load_lora_weights(
-                str(lora.parent), weight_name=lora.name, local_files_only=True, use_safetensors=True
-            )
-            modules = {name: one for name, one in opened.components.items() if isinstance(one, torch.nn.Module)}
-            weights = {
-                name: {f"{path}.weight" for path, part in module.named_modules() if isinstance(part, BaseTunerLayer)}
-                for name, module in modules.items()
-            }
-            fused = {name: (modules[name], changed) for name, changed in weights.items() if changed}
-            opened.fuse_lora(components=list(fused))
-            opened.unload_lora_weights()
-    except OPENING as error:
-        raise InputError(where, f"diffusers cannot fuse it ({' '.join(str(error).split())[:300]})") from None
+    with quiet_diffusers(), library_errors(where, "diffusers cannot fuse it"):
+        opened.load_lora_weights(str(lora.parent), weight_name=lora.name, local_files_only=True, use_safetensors=True)
+        modules = {name: one for name, one in opened.components.items() if isinstance(one, torch.nn.Module)}
+        weights = {
+            name: {f"{path}.weight" for path, part in module.named_modules() if isinstance(part, BaseTunerLayer)}
+            for name, module in modules.items()
+        }
+        fused = {name: (modules[name], changed) for name, changed in weights.items() if changed}
+        opened.fuse_lora(components=list(fused))
+        opened.unload_lora_weights()
     expected = sum(name.endswith(FIRST_FACTORS) for name in read_header(lora))
     actual = sum(len(changed) for _, changed in fused.values())
     if actual < expected:

@@ -20,7 +20,7 @@ from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES, BytesOfFile, Folder, MappedFile
 from evojax_merge.checkpoints.gguf_header import read_gguf_header
 from evojax_merge.checkpoints.json_files import read_json_object
-from evojax_merge.errors import InputError, shown
+from evojax_merge.errors import InputError, library_errors, shown
 from evojax_merge.models.architecture import (
     Architecture,
     Leaf,
@@ -292,14 +292,9 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
     kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
     if model not in kinds:
         raise InputError(file.path, f"tokenizer.ggml.model: {shown(model)}; expected one of {', '.join(kinds)}")
-    try:
+    with library_errors(file.path, "tokenizer.ggml.tokens: they make no tokenizer"):
         backend = kinds[model](file)
         _add_marked(file, backend)
-    except (InputError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(file.path, f"tokenizer.ggml.tokens: they make no tokenizer ({reason})") from None
     # Some files do not say that texts begin with a token: texts of SentencePiece and of Llama 3 do.
     begins = model == "llama" or file.metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS
     if file.value("tokenizer.ggml.add_bos_token", SWITCH, begins) and "bos" in file.special_ids:

@@ -20,9 +20,17 @@ def read_json_object(path: Path, *, missing: Mapping[str, Any] | str) -> dict[st
     Hugging Face model folder with a config.json").
 
     NaN and Infinity are read as Python's json does (the configs of some architectures hold them): code that uses a
-    number has to check it. Raises InputError for a file that cannot be read, that is over `LIMIT_BYTES`, that is not
-    UTF-8 or not JSON, that nests deeper than `LIMIT_DEPTH`, that is no object, or that gives one key two values.
+    number has to check it. Raises InputError as `read_json` does, and for a file that holds no object.
     """
+    value = read_json(path, missing=missing)
+    if not isinstance(value, dict):
+        raise InputError(path, f"holds {shown(value)}; expected a JSON object")
+    return value
+
+
+def read_json(path: Path, *, missing: Mapping[str, Any] | str = "expected a JSON file") -> Any:
+    """The JSON that the file holds. Raises InputError for a file that cannot be read, that is over `LIMIT_BYTES`, that
+    is not UTF-8 or not JSON, that nests deeper than `LIMIT_DEPTH`, or that gives one key two values."""
     try:
         raw = read_regular(path, "a JSON file", LIMIT_BYTES)
     except (FileNotFoundError, NotADirectoryError):  # or `path` lies "in" a single file of weights
@@ -46,8 +54,6 @@ def read_json_object(path: Path, *, missing: Mapping[str, Any] | str) -> dict[st
         raise InputError(path, f"nests too deep; expected JSON of at most {LIMIT_DEPTH} levels") from None
     except ValueError as error:  # json's own errors, and integers of thousands of digits
         raise InputError(path, f"not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(path, f"holds {shown(value)}; expected a JSON object")
     if _deeper(value, LIMIT_DEPTH):
         raise InputError(path, f"nests too deep; expected JSON of at most {LIMIT_DEPTH} levels")
     return value

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.checkpoints.folder import PICKLES, PIPELINE_INDEX, is_float, open_folder, wrapper_hint
-from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.checkpoints.json_files import read_json, read_json_object
 from evojax_merge.checkpoints.library_classes import COMPONENTS, check_folder, is_kind, library_class
+from evojax_merge.checkpoints.network_checks import check_counts, check_model, check_processor
 from evojax_merge.checkpoints.quiet import quiet_diffusers
 from evojax_merge.checkpoints.writer import fingerprint
-from evojax_merge.errors import InputError, did_you_mean, shown
+from evojax_merge.errors import InputError, did_you_mean, library_errors, shown
 from evojax_merge.regular_file import file_inside
 
 INDEX = PIPELINE_INDEX
-# The errors of from_pretrained for a folder that does not fit its class.
-OPENING = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
 # The components that are merged where a recipe or a config does not say.
 DENOISERS = ("unet", "transformer")
 # The word of a component that is merged.
@@ -79,7 +78,10 @@ class Pipeline:
     def component_class(self, component: str) -> Any:
         """The class of a component. Raises InputError for one that is not of diffusers or transformers."""
         library, name = self.classes[component]
-        return library_class(self.path / INDEX, component, library, name, COMPONENTS.get(library, ()))
+        kind = library_class(self.path / INDEX, component, library, name, COMPONENTS.get(library, ()))
+        if component == "vae" and not hasattr(kind, "decode"):
+            raise InputError(self.path / INDEX, f"{component}: {library}.{name}; expected a class that decodes latents")
+        return kind
 
     def files(self, component: str) -> list[Path]:
         """The files of a component: its settings and, of its weights, those that are loaded without a variant."""
@@ -113,8 +115,8 @@ def _content(file: Path) -> Any:
     if file.suffix != ".json":
         return fingerprint(file)
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+        document = read_json(file)
+    except InputError:
         return fingerprint(file)
     if not isinstance(document, dict):
         return document
@@ -130,20 +132,23 @@ def open_component(pipeline: Pipeline, name: str, dtype: str | None = None) -> A
     check_folder(folder)
     library, _ = pipeline.classes[name]
     is_model = is_kind(library, kind, COMPONENTS[library][:1])
+    with quiet_diffusers():
+        if is_model:
+            build = kind.from_config if library == "diffusers" else lambda c: kind(kind.config_class.from_dict(dict(c)))
+            check_model(folder, build)
+        else:
+            check_processor(folder)
+            check_counts(folder / "scheduler_config.json")
     if dtype is None and is_model:
         dtypes = [str(entry.dtype) for entry in open_folder(folder).entries.values() if is_float(entry.dtype)]
         dtype = dtypes[0] if dtypes else "float32"
-    try:
-        with quiet_diffusers():
-            if not is_model:
-                return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            module, report = kind.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-                dtype=getattr(torch, dtype or "float32"), output_loading_info=True,
-            )  # fmt: skip
-    except OPENING as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(folder, f"{kind.__name__} cannot open it ({reason})") from None
+    with quiet_diffusers(), library_errors(folder, f"{kind.__name__} cannot open it"):
+        if not is_model:
+            return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        module, report = kind.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+            dtype=getattr(torch, dtype or "float32"), output_loading_info=True,
+        )  # fmt: skip
     missing = sorted(report["missing_keys"])
     if missing:
         hint = wrapper_hint(missing, report["unexpected_keys"])
@@ -160,12 +165,8 @@ def open_pipeline(pipeline: Pipeline, given: Mapping[str, Any]) -> Any:
     values |= {name: None if isinstance(value, list) else value for name, value in pipeline.index.items()}
     values |= {name: open_component(pipeline, name, "float32") for name in pipeline.classes if name not in given}
     values |= given
-    try:
-        with quiet_diffusers():
-            return kind(**{name: value for name, value in values.items() if name in taken})
-    except OPENING as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(pipeline.path, f"{pipeline.class_name} cannot open it ({reason})") from None
+    with quiet_diffusers(), library_errors(pipeline.path, f"{pipeline.class_name} cannot open it"):
+        return kind(**{name: value for name, value in values.items() if name in taken})
 
 
 def is_pipeline(path: Path) -> bool:

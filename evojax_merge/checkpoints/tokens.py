@@ -15,7 +15,7 @@ import numpy as np
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.checkpoints.library_classes import check_folder
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, library_errors
 from evojax_merge.regular_file import check_regular, read_regular
 
 TOKENIZER_FILES = (
@@ -93,16 +93,11 @@ def load_tokenizer(folder: Path) -> Any:
         )
     # A tokenizer.json needs no code, whatever class wraps it.
     loader = AutoTokenizer if code is None else PreTrainedTokenizerFast
-    try:
+    with library_errors(folder, "its tokenizer cannot be loaded"):
         tokenizer = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         # Some damaged tokenizers load all the same, and fail only in use.
         tokenizer("")
         return tokenizer
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(folder, f"its tokenizer cannot be loaded ({reason or type(error).__name__})") from None
 
 
 def has_tokenizer(folder: Path) -> bool:

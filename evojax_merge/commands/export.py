@@ -38,10 +38,10 @@ from evojax_merge.search.run_folder import (
     find_member,
     is_run,
     locked,
-    read_result,
 )
 from evojax_merge.search.run_parts import RunFolder
-from evojax_merge.yaml_reader import load_yaml, parse_documents
+from evojax_merge.search.run_schema import MAX_DOCUMENT, read_result, read_run_config
+from evojax_merge.yaml_reader import parse_documents
 
 
 def export(
@@ -54,13 +54,13 @@ def export(
     folder = RunFolder(run)
     if not is_run(folder):
         raise InputError(run, "is not a run folder of a search" if run.exists() else "no such folder")
-    plugins.load_named(f"{folder.config}: plugins", load_yaml(folder.config).get("plugins", []), folder.path)
+    plugins.load_named(f"{folder.config}: plugins", read_run_config(folder.config).get("plugins", []), folder.path)
     recover(out)
     if member is not None and _factory(folder).merges_recipes:
         file = find_member(folder, member)
         _export(folder, read_stream(file), file.read_text(encoding="utf-8"), None, out, dtype, overwrite, rank)
         return
-    finished = (read_result(folder.result) or {}).get("generations", -1) >= len(folder.read_history())
+    finished = folder.is_finished()
     if not _factory(folder).merges_recipes:
         _export_genome(folder, out, dtype, overwrite, rank, best_so_far and not finished)
         return
@@ -73,7 +73,9 @@ def export(
         more = "finish it with search … --resume, or pass --best-so-far"
         raise InputError(run, f"has no winner yet (no best/recipe.yaml); {more}")
     stream, card_file = read_stream(folder.recipe), folder.model / "README.md"
-    card = read_regular(card_file, "a model card").decode(errors="replace") if card_file.exists() else None
+    card = (
+        read_regular(card_file, "a model card", MAX_DOCUMENT).decode(errors="replace") if card_file.exists() else None
+    )
     _export(folder, stream, folder.recipe.read_text(encoding="utf-8"), card, out, dtype, overwrite, rank)
 
 
@@ -102,7 +104,7 @@ def _export(
 
 def _factory(folder: RunFolder) -> BackendFactory:
     """The factory of a run's backend."""
-    name = load_yaml(folder.config).get("backend", Config.model_fields["backend"].default)
+    name = read_run_config(folder.config).get("backend", Config.model_fields["backend"].default)
     return find_backend(f"{folder.config}: backend", name, folder.path)
 
 
@@ -116,12 +118,12 @@ def _export_genome(
     check_new_model(out, overwrite, folder.parts)
     with locked(folder.path, resume=True):
         check_inputs(folder)
-        problem = build_problem(folder.config, config_from(folder.config, load_yaml(folder.config), [], None))
+        problem = build_problem(folder.config, config_from(folder.config, read_run_config(folder.config), [], None))
         result, saved = read_result(folder.result), Checkpoints(folder).restore(say)
         if best_so_far and saved is not None:
             genome = saved.arrays["genomes"][0]
         elif result is not None and not best_so_far:
-            genome = np.array(result["genome"], np.float32)
+            genome = np.array(result.genome, np.float32)
         else:
             raise InputError(folder.path, "has no winner yet; finish it with search … --resume, or pass --best-so-far")
         if problem.backend.settings.recalibrate:
@@ -166,7 +168,7 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
 def _stage_begun_last(folder: RunFolder) -> tuple[RunFolder, Config]:
     """The run folder of a search that was broken off, and its config; for a chain, those of the stage that was
     running."""
-    config = config_from(folder.config, load_yaml(folder.config), [], None)
+    config = config_from(folder.config, read_run_config(folder.config), [], None)
     if config.stages is None:
         return folder, config
     before = [RunFolder(folder.stages / f"stage-{number}") for number in range(1, len(config.stages))]

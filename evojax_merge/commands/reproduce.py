@@ -5,15 +5,15 @@ from pathlib import Path
 
 from evojax_merge import plugins
 from evojax_merge.commands.search import run_search
-from evojax_merge.config import parse_budget
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.problem import read_config
 from evojax_merge.report.progress import console
 from evojax_merge.search.environment import differences, environment, read_sessions
 from evojax_merge.search.reproduction import parting
-from evojax_merge.search.run_folder import is_run, read_result
+from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_parts import RunFolder
-from evojax_merge.yaml_reader import load_documents, load_yaml
+from evojax_merge.search.run_schema import read_result, read_run_config
+from evojax_merge.yaml_reader import load_documents
 
 
 def reproduce(run: Path, out: Path | None) -> None:
@@ -44,10 +44,9 @@ def _check_finished(run: Path, folder: RunFolder) -> None:
     """Raises InputError where a folder holds no finished run that a config describes."""
     if not is_run(folder):
         raise InputError(run, "is not a run folder of a search" if run.exists() else "no such folder")
-    if "search_pytrees" in load_yaml(folder.config):
+    if "search_pytrees" in read_run_config(folder.config):
         raise InputError(run, "is a run of search_pytrees, whose functions no config holds; run its program again")
-    finished = (read_result(folder.result) or {}).get("generations", -1) >= len(folder.read_history())
-    if not (finished and folder.recipe.is_file() and folder.model.is_dir()):
+    if not (folder.is_finished() and folder.recipe.is_file() and folder.model.is_dir()):
         raise InputError(run, "has no winner to compare with; finish it with search … --resume")
     # A damaged recipe shows before the long work.
     load_documents(folder.recipe)
@@ -66,19 +65,17 @@ def _without_clock(folder: RunFolder) -> list[str]:
     """The overrides of a run's config with which each search ends after the same generation, however long it takes: one
     that `search.stop.seconds` ended has its number of evaluations, which no schedule depends on, and one whose budget
     is a time its number of generations."""
-    document = load_yaml(folder.config)
-    stages = document.get("stages")
-    searches = [stage["search"] for stage in stages] if isinstance(stages, list) else [document["search"]]
+    config = read_config(folder.config, [], None)
+    searches = [config.search] if config.stages is None else [stage.search for stage in config.stages]
     count = len(searches)
     runs = [*(RunFolder(folder.stages / f"stage-{number}") for number in range(1, count)), folder]
     overrides = []
     for number, run in enumerate(runs):
         section = f"stages.{number}.search" if count > 1 else "search"
         overrides.append(f"{section}.stop.seconds=null")
-        budget = parse_budget(str(searches[number].get("budget")))
         history = run.read_history()
-        if budget is not None and budget.seconds is not None:
+        if searches[number].parsed_budget.seconds is not None:
             overrides += [f"{section}.budget=null", f"{section}.generations={len(history)}"]
-        elif (read_result(run.result) or {}).get("stopped_by") == "seconds":
+        elif history and (result := read_result(run.result)) is not None and result.stopped_by == "seconds":
             overrides.append(f"{section}.stop.evaluations={history[-1]['evaluations']}")
     return overrides

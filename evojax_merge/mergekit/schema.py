@@ -8,7 +8,6 @@ slices: `ends`, the model whose embedding and head the result has, and `gain_off
 tensors before `scale` multiplies them, and subtracted after.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +48,8 @@ MAX_SEED = 2**63 - 1
 MAX_NUMBER = float(np.finfo(np.float32).max)
 # The maximum of a gradient's entries: models have fewer layers.
 MAX_GRADIENT = 10_000
+# The maximum of a slice's end: the layers of a slice are listed.
+MAX_LAYERS = 100_000
 # The maximum of rows that no token has.
 MAX_PADDING = 2**16
 
@@ -358,11 +359,11 @@ def _layer_range(where: str, value: Any) -> tuple[int, int]:
     other value."""
     try:
         first, end = (float(layer) for layer in value if isinstance(value, list))
-        if 0 <= first < end < math.inf and first == int(first) and end == int(end):
+        if 0 <= first < end <= MAX_LAYERS and first == int(first) and end == int(end):
             return int(first), int(end)
     except (TypeError, ValueError, OverflowError):
         pass
-    raise InputError(where, f"layer_range: {value!r}; expected [first, end] with first < end")
+    raise InputError(where, f"layer_range: {value!r}; expected [first, end] with first < end <= {MAX_LAYERS:,}")
 
 
 def _with_base(sources: Sequence[Source], base: str | None) -> tuple[Source, ...]:

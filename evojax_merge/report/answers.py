@@ -1,6 +1,5 @@
 """Wins and losses: the winner's answers to held-out examples beside the best parent's, from heldout_answers.jsonl."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +8,11 @@ from typing import Literal
 
 import numpy as np
 from markupsafe import Markup, escape
-from pydantic import BaseModel, ValidationError
 
 from evojax_merge.errors import escaped, escaped_lines
 from evojax_merge.report.run_data import RunData
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.search.run_schema import AnswerLine, parse, whole_lines
 
 # The most that a page shows: examples of all tasks together, and characters of a text; and those of each outcome that
 # are in sight at once.
@@ -22,17 +21,6 @@ MOST_EXAMPLES, MOST_CHARACTERS, IN_SIGHT = 200, 1_000, 3
 _WORD = re.compile(r"[\u3040-\u9fff]|[^\W\u3040-\u9fff]+\s*|\s+|\W")
 
 Outcome = Literal["won", "lost", "equal"]
-
-
-class _Answer(BaseModel):
-    """A line of heldout_answers.jsonl."""
-
-    model: str
-    task: str
-    example: str | int | None = None
-    score: float | None = None
-    outputs: list[str] | None = None
-    target: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,13 +73,12 @@ def read_answers(run: RunData) -> tuple[str, list[TaskPairs]] | None:
     parent = next((row.name for row in result.rivals if row.role == "parent"), None)
     if parent is None:
         return None
-    by_model: dict[str, dict[str, list[_Answer]]] = {result.winner.name: {}, parent: {}}
+    by_model: dict[str, dict[str, list[AnswerLine]]] = {result.winner.name: {}, parent: {}}
     try:
-        with file.open("rb") as lines:
-            for line in lines:
-                answer = _Answer.model_validate(json.loads(line.decode(errors="replace")))
-                by_model[answer.model].setdefault(answer.task, []).append(answer)
-    except (ValueError, ValidationError, RecursionError, KeyError):
+        for line in whole_lines(file):
+            answer, _ = parse(AnswerLine, line)
+            by_model[answer.model].setdefault(answer.task, []).append(answer)
+    except (ValueError, KeyError):
         run.notes.append(f"{file.name} cannot be read: it is not what the search wrote")
         return None
     ours, theirs = by_model.values()
@@ -102,7 +89,7 @@ def read_answers(run: RunData) -> tuple[str, list[TaskPairs]] | None:
     return escaped(parent), [_task_pairs(task, ours[task], theirs[task], most) for task in list(ours)[:MOST_EXAMPLES]]
 
 
-def _task_pairs(task: str, ours: Sequence[_Answer], theirs: Sequence[_Answer], most: int) -> TaskPairs:
+def _task_pairs(task: str, ours: Sequence[AnswerLine], theirs: Sequence[AnswerLine], most: int) -> TaskPairs:
     scores = np.array([[_value(answer.score) for answer in rows] for rows in (ours, theirs)])
     differ = scores[0] != scores[1]
     with np.errstate(invalid="ignore"):
@@ -122,7 +109,7 @@ def _outcome(scores: tuple[float | None, float | None]) -> Outcome:
     return "equal" if ours == theirs else "won" if ours > theirs else "lost"
 
 
-def _pair(ours: _Answer, theirs: _Answer) -> Pair:
+def _pair(ours: AnswerLine, theirs: AnswerLine) -> Pair:
     texts = None
     if ours.outputs is not None and theirs.outputs is not None:
         texts = marked(_shown("\n".join(ours.outputs)), _shown("\n".join(theirs.outputs)))

@@ -416,7 +416,7 @@ def pool_chart(run: RunData) -> Spec:
     born = {
         int(genome[NUMBER]): (g.number, fitness)
         for g in run.fitness_rows
-        for genome, fitness in zip(g.row.genomes, g.row.fitness, strict=False)
+        for genome, fitness in zip(g.row.genomes, g.row.fitness, strict=True)
         if fitness is not None and genome
     }
     numbers = [list(born)[place] for place in spread(len(born), MOST_MEMBERS)]
@@ -453,7 +453,7 @@ def history_chart(history: Sequence[Mapping[str, Any]]) -> alt.Chart:
     rows = [row for row in history if "companion" not in row]
     keys = ("best_so_far", "best", "mean")
     series = {key.replace("_", " "): [(row["generation"], row[key]) for row in rows] for key in keys}
-    checks = [(row["generation"], row["validation"]["best_so_far"]) for row in rows if "validation" in row]
+    checks = [(row["generation"], row["validation"].get("best_so_far")) for row in rows if "validation" in row]
     series |= {"validation of best": checks} if checks else {}
     series = {name: points for name, points in series.items() if any(value is not None for _, value in points)}
     points = [

@@ -6,7 +6,8 @@ from html import escape
 from itertools import pairwise
 
 from evojax_merge.errors import escaped
-from evojax_merge.report.run_data import Bred, Result
+from evojax_merge.report.run_data import Result
+from evojax_merge.search.run_schema import Bred
 
 # Pixels.
 LONGEST_STEP, SHORTEST_STEP, ROW, MARGIN, WIDE = 64, 26, 22, 40, 980

@@ -21,6 +21,7 @@ from evojax_merge.checkpoints.pipelines import SHEET
 from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import Failed, InputError, escaped
 from evojax_merge.file_system import OutputFile, atomic_write, make_folder
+from evojax_merge.mergekit.streams import read_stream
 from evojax_merge.regular_file import read_regular
 from evojax_merge.report.answers import read_answers
 from evojax_merge.report.comparison import model_names
@@ -135,7 +136,7 @@ def _run_page(run: RunData, refresh: bool, made: Any, publication: Publication |
         lineage=lineage_table(result), tasks=tasks, metrics=metrics,
         rungs_of=f", in the {len(run.generations)} generations that are drawn" if thinned else "",
         environment=mapping_table("", run.environment) if run.environment else None,
-        inputs=mapping_table("sha256", inputs) if isinstance(inputs, dict) else None,
+        inputs=mapping_table("sha256", inputs) if inputs is not None else None,
     )  # fmt: skip
 
 
@@ -236,19 +237,19 @@ class _Path:
 
 def _path(run: RunData) -> _Path | None:
     """The winner's layers, by the recipe, whose slices name each layer's model."""
-    from evojax_merge.yaml_reader import parse_documents, take_last
-
+    file = RunFolder(run.path).recipe
     if run.result is None or run.result.path is None or run.recipe is None:
         return None
-    layers: list[tuple[str, int]] = []
-    for document in parse_documents("recipe", run.recipe, take_last):
-        for part in document.get("slices", ()):
-            for source in part["sources"][:1]:
-                first, end = source["layer_range"]
-                layers += [(source["model"], index) for index in range(first, end)]
     scales, running = run.result.path.scales, 1.0
-    if not layers or len(scales) != len(layers):
+    try:
+        recipe = read_stream(file).result
+    except InputError as error:
+        run.notes.append(f"{file.name} cannot be read: {error.what}")
         return None
+    slices = [(part.sources[0], part.count or 0) for part in recipe.modules[0].slices]
+    if not scales or len(scales) != sum(count for _, count in slices):
+        return None
+    layers = [(source.model, index) for source, count in slices for index in range(source.first, source.first + count)]
     models = list(dict.fromkeys(model for model, _ in layers))
     drawn = []
     for (model, index), scale in zip(layers, scales, strict=True):

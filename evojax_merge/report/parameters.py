@@ -72,7 +72,7 @@ def read_parameters(run: RunData) -> Parameters | None:
     except InputError:
         named_values = gene_values
     half = [generation for generation in run.fitness_rows if 2 * generation.number > run.count]
-    late, drawn = _candidates(half, MOST_RANKED, genes), _candidates(run.fitness_rows, MOST_DRAWN, genes)
+    late, drawn = _candidates(half, MOST_RANKED), _candidates(run.fitness_rows, MOST_DRAWN)
     labels, framed = _framed(run, genes)
     genomes = np.array([genome for _, genome in (*late, *drawn)] + framed, np.float32)
     # A few sizes alone: the names are computed in JAX, which compiles for each.
@@ -91,13 +91,13 @@ def read_parameters(run: RunData) -> Parameters | None:
     )
 
 
-def _candidates(generations: list[Generation], most: int, genes: int) -> list[tuple[float, list[float]]]:
+def _candidates(generations: list[Generation], most: int) -> list[tuple[float, list[float]]]:
     """The fitness and genome of at most so many of the candidates that have a fitness, evenly spaced."""
     rows = [
         (fitness, genome)
         for generation in generations
-        for fitness, genome in zip(generation.row.fitness, generation.row.genomes, strict=False)
-        if fitness is not None and len(genome) == genes
+        for fitness, genome in zip(generation.row.fitness, generation.row.genomes, strict=True)
+        if fitness is not None
     ]
     return [rows[place] for place in spread(len(rows), most)]
 
@@ -141,7 +141,7 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 def _framed(run: RunData, genes: int) -> tuple[list[str], list[list[float]]]:
     """The frames of the slider: a label and a genome each."""
-    generations = [generation for generation in run.generations if len(generation.genome) == genes]
+    generations = [generation for generation in run.generations if generation.genome]
     generations = [
         generations[place] for place in spread(len(generations), max(1, min(MOST_FRAMES, MOST_CELLS // genes)))
     ]
@@ -157,8 +157,7 @@ def _framed(run: RunData, genes: int) -> tuple[list[str], list[list[float]]]:
 
 def _winner_alone(run: RunData, result: Result) -> Frames:
     """The winner's parameters from result.json, where those of other candidates have no names any more."""
-    parents = run.config.get("parents")
-    names, maps = model_names([Path(str(parent)) for parent in parents] if isinstance(parents, list) else []), []
+    names, maps = model_names(list(map(Path, run.config.get("parents", ())))), []
     for name, table in result.parameters.items():
         values = np.asarray(table, float)
         columns = names if len(names) == values.shape[1] else [str(k + 1) for k in range(values.shape[1])]

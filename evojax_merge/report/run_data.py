@@ -4,24 +4,35 @@ Only the files of the folder are read, and a run may be writing them at the same
 does not count, and every file but config.yaml may be missing.
 """
 
-import json
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from evojax_merge.errors import InputError, escaped
 from evojax_merge.file_system import may_replace
-from evojax_merge.regular_file import lines_of
+from evojax_merge.regular_file import open_regular, read_regular
 from evojax_merge.report.comparison import Row, verdict
 from evojax_merge.report.intervals import Lead
-from evojax_merge.run import StoredRun, method_in
+from evojax_merge.run import method_in
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_lock import check_not_in_use
 from evojax_merge.search.run_parts import LOG_MARK, RunFolder
+from evojax_merge.search.run_schema import (
+    A_FILE,
+    MAX_DOCUMENT,
+    Environment,
+    HistoryLine,
+    Kind,
+    Scored,
+    StoredResult,
+    TimingLine,
+    parse,
+    read_run_config,
+    whole_lines,
+)
 from evojax_merge.tasks.voting import METRIC
 
 # The generations that are read, evenly spaced over the run, and beside them those that looked at the validation split.
@@ -31,29 +42,10 @@ MOST_TEXT, MOST_LINES, MOST_WARNINGS, LONGEST = 60_000, 200, 50, 1_000
 
 SEARCH_SPLIT = "on the search split"
 State = Literal["finished", "running", "stopped"]
-Parsed = TypeVar("Parsed", bound=BaseModel)
-Scores = dict[str, float | None]
 
 
-class _Row(BaseModel):
-    """A line of history.jsonl. Further numbers in it are the strategy's metrics."""
-
-    model_config = ConfigDict(extra="allow")
-
-    generation: int
-    best: float | None = None
-    mean: float | None = None
-    worst: float | None = None
-    best_so_far: float | None = None
-    evaluations: int = 0
-    failed: int = 0
-    scores_of_best: Scores = {}
-    fitness: list[float | None]
-    examples: list[int] = []
-    task_scores: dict[str, list[float | None]] = {}
-    genomes: list[list[float]]
-    companion: bool = False
-    validation: dict[str, Any] = {}
+class HistoryRow(HistoryLine):
+    """A line of history.jsonl."""
 
     @property
     def best_of_part(self) -> float | None:
@@ -68,95 +60,17 @@ class _Row(BaseModel):
         """The validation fitness of the best so far or, where no candidate has met all examples yet, the best of the
         strategy's proposals; None in a generation that did not look at it."""
         if self.best_so_far is not None:
-            return self.validation.get("best_so_far")
-        return max((x for x in self.validation.get("finalists", ()) if x is not None), default=None)
+            return self.validation.best_so_far
+        return max((x for x in self.validation.finalists if x is not None), default=None)
 
 
-class _Timing(BaseModel):
-    generation: int
-    seconds: float
-    validation_seconds: float = 0.0
-
-
-class _Scored(BaseModel):
-    """A model in the table of result.json. Python's JSON holds NaN and Infinity. interval: of the winner's lead over
-    it; a run of an earlier version has those of the rivals alone, in `better_than`."""
-
-    role: str
-    name: str
-    heldout_fitness: float
-    heldout_scores: dict[str, float] = {}
-    interval: tuple[float, float] | None = None
-
-    @property
-    def label(self) -> str:
-        """The name, with the role before it where the name does not say it."""
-        return self.name if self.role in ("winner", "uniform", self.name) else f"{self.role} {self.name}"
-
-
-class _Rival(BaseModel):
-    name: str
-    interval: tuple[float, float] | None = None
-
-
-class _Member(BaseModel):
-    """A member of a front."""
-
-    member: int
-    fitness: float
-    scores: dict[str, float]
-    heldout_fitness: float
-    heldout_scores: dict[str, float]
-    genome: list[float]
-
-
-class Bred(BaseModel):
-    """A member of a pool that the winner descends from, or the winner. parameters: one value for each parent, or one;
-    for layers from `split` on, the second parent comes before the first."""
-
-    name: str
-    method: str
-    parents: list[str]
-    parameters: dict[str, float | list[float]]
-    split: int
-
-
-class _Path(BaseModel):
-    layers: list[int]
-    scales: list[float]
-
-
-class Result(BaseModel):
+class Result(StoredResult):
     """result.json."""
-
-    generations: int = 0
-    table: list[_Scored] = []
-    better_than: dict[str, _Rival] = {}
-    chosen_on: Literal["search", "validation"] = "search"
-    search_fitness: dict[str, float] = {}
-    validation_fitness: dict[str, float] = {}
-    compute_dtype: str = ""
-    stopped_by: str | None = None
-    members: list[_Member] = []
-    lineage: list[Bred] = []
-    # Of a pool's models; 0 in a run of an earlier version.
-    layers: int = 0
-    path: _Path | None = None
-    groups: list[str] = []
-    # Parameter -> [groups][columns]; from search_pytrees group -> parameter -> [columns].
-    parameters: dict[str, Any] = {}
-    genome: list[float] = []
-    # The sentences of the terminal; a run of an earlier version has none.
-    sentences: list[str] = Field([], alias="verdicts")
 
     @property
     def is_judged(self) -> bool:
         """Whether the scores of a task are judges' votes."""
         return any(name.endswith(f"/{METRIC}") for row in self.table for name in row.heldout_scores)
-
-    @property
-    def winner(self) -> _Scored | None:
-        return next((scored for scored in self.table if scored.role == "winner"), None)
 
     @property
     def rivals(self) -> list[Row]:
@@ -170,11 +84,9 @@ class Result(BaseModel):
             rows.append(Row(scored.role, scored.name, scored.heldout_fitness, scored.heldout_scores, lead))
         return rows
 
-    def lead_over(self, scored: _Scored) -> Lead | None:
+    def lead_over(self, scored: Scored) -> Lead | None:
         """The winner's lead over a model of the table; None where there is no interval."""
-        rival = self.better_than.get(scored.role)
-        of_rival = rival.interval if rival is not None and rival.name == scored.name else None
-        interval = scored.interval or of_rival
+        interval = self.interval_over(scored)
         if self.winner is None or interval is None:
             return None
         return Lead(self.winner.heldout_fitness - scored.heldout_fitness, *interval)
@@ -193,7 +105,7 @@ class Generation:
     """A generation that was read. median, low, high: of the candidates' fitness, and its 10th and 90th percentile;
     genome, genome_fitness: the best of the candidates that were evaluated on the most examples."""
 
-    row: _Row
+    row: HistoryRow
     median: float | None
     low: float | None
     high: float | None
@@ -239,7 +151,7 @@ class RunData:
     config_text: str
     count: int
     generations: list[Generation]
-    timing: list[_Timing]
+    timing: list[TimingLine]
     result: Result | None
     recipe: str | None
     environment: dict[str, Any]
@@ -258,13 +170,12 @@ class RunData:
     @property
     def search(self) -> dict[str, Any]:
         """The section `search` of the config; for a search in stages, the last stage's."""
-        stages = self.config.get("stages")
-        last = stages[-1] if isinstance(stages, list) and stages else self.config
-        section = last.get("search") if isinstance(last, dict) else None
-        return section if isinstance(section, dict) else {}
+        last = (self.config.get("stages") or [self.config])[-1]
+        section: dict[str, Any] = last.get("search") or {}
+        return section
 
     @property
-    def last(self) -> _Row | None:
+    def last(self) -> HistoryRow | None:
         return self.generations[-1].row if self.generations else None
 
     @property
@@ -304,30 +215,34 @@ def read_run(path: Path, *, working: bool | None = None) -> RunData:
     if not is_run(folder):
         raise InputError(path, "is not a run folder of a search")
     notes: list[str] = []
+    config = read_run_config(folder.config, notes)
     count, lines = _lines(folder.history)
-    rows = [_parsed(_Row, line, folder.history, notes) for line in lines]
-    clock = [_parsed(_Timing, line, folder.timing, notes) for line in _whole_lines(folder.timing)]
-    result = _parsed(Result, folder.result.read_bytes(), folder.result, notes) if folder.result.is_file() else None
+    rows = [row for line in lines if (row := _parsed(HistoryRow, line, folder.history, notes))]
+    clock = [_parsed(TimingLine, line, folder.timing, notes) for line in whole_lines(folder.timing)]
+    result = _document(Result, folder.result, notes)
     state: State = "finished"
-    if result is None or result.generations < count:
+    if result is None or result[0].generations < count:
         state = "running" if (_in_use(path) if working is None else working) else "stopped"
         if result is not None:
-            notes.append(f"The winner of {result.generations} generations is not shown: the run has gone on since.")
+            notes.append(f"The winner of {result[0].generations} generations is not shown: the run has gone on since.")
         result = None
-    environment = _text(path / "environment.json", whole=True)
-    log, warnings = _log(path / "run.log")
-    config_text = _text(folder.config) or ""
+    environment = _document(Environment, folder.environment, notes)
+    log, warnings = _log(folder.log)
+    dims = next((row.dims for row in rows), None)
+    if any(row.dims not in (None, dims) for row in rows):
+        notes.append(f"{folder.history.name} cannot be read: genomes of several lengths")
+        rows = [row for row in rows if row.dims in (None, dims)]
     return RunData(
         path=path.absolute(),
         state=state,
-        config=StoredRun(path).config,
-        config_text=config_text,
+        config=config,
+        config_text=_text(folder.config) or "",
         count=count,
-        generations=[_summary(row) for row in rows if row],
+        generations=[_summary(row) for row in rows],
         timing=[line for line in clock if line],
-        result=result,
+        result=None if result is None else result[0],
         recipe=_text(folder.recipe),
-        environment=_mapping(environment, path / "environment.json", notes),
+        environment={} if environment is None else environment[1],
         log=log,
         warnings=warnings,
         notes=list(dict.fromkeys(notes)),
@@ -337,26 +252,13 @@ def read_run(path: Path, *, working: bool | None = None) -> RunData:
 def _lines(path: Path) -> tuple[int, list[bytes]]:
     """The number of a file's whole lines, and some of the lines: evenly spaced from the first to the last, and those
     that hold a look at the validation split."""
-    if not path.is_file():
-        return 0, []
-    starts, validated = [0], []
-    with path.open("rb") as handle:
-        for number, line in enumerate(handle):
-            if line.endswith(b"\n"):
-                starts.append(starts[-1] + len(line))
-                if b'"validation": {' in line:
-                    validated.append(number)
-        count = len(starts) - 1
-        numbers = {*spread(count, MOST_GENERATIONS), *(validated[k] for k in spread(len(validated), MOST_LOOKS))}
-        lines = []
-        for number in sorted(numbers):
-            handle.seek(starts[number])
-            lines.append(handle.read(starts[number + 1] - starts[number]))
-    return count, lines
-
-
-def _whole_lines(path: Path) -> list[bytes]:
-    return lines_of(path, "a file of a run")[0] if path.is_file() else []
+    count, validated = 0, []
+    for count, line in enumerate(whole_lines(path), start=1):
+        if b'"validation": {' in line:
+            validated.append(count - 1)
+    numbers = {*spread(count, MOST_GENERATIONS), *(validated[k] for k in spread(len(validated), MOST_LOOKS))}
+    # A running search may have added lines since.
+    return count, [line for number, line in zip(range(count), whole_lines(path), strict=False) if number in numbers]
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -364,32 +266,33 @@ def spread(count: int, most: int) -> list[int]:
     return sorted({int(number) for number in np.linspace(0, count - 1, min(count, most))})
 
 
-def _parsed(kind: type[Parsed], text: bytes, file: Path, notes: list[str]) -> Parsed | None:
-    """The document of a file or of a line of it; where it has another form, None and a note."""
+def _parsed(kind: type[Kind], text: bytes, file: Path, notes: list[str]) -> Kind | None:
+    """A line of a file; where it has another form, None and a note."""
     try:
-        # Python's parser, since result.json may hold NaN.
-        return kind.model_validate(json.loads(text))
-    except (ValueError, RecursionError) as error:
-        what = "is not JSON"
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            what = f"{'.'.join(map(str, first['loc'])) or 'document'}: {first['msg']}"
-        notes.append(f"{file.name} cannot be read: {what}")
+        return parse(kind, text)[0]
+    except ValueError as error:
+        notes.append(f"{file.name} cannot be read: {error}")
         return None
 
 
-def _summary(row: _Row) -> Generation:
+def _document(kind: type[Kind], file: Path, notes: list[str]) -> tuple[Kind, Any] | None:
+    """The document of a file, and its plain data; None where there is none, and a note where it has another form."""
+    try:
+        return parse(kind, read_regular(file, A_FILE, MAX_DOCUMENT)) if file.is_file() else None
+    except ValueError as error:
+        notes.append(f"{file.name} cannot be read: {error}")
+        return None
+
+
+def _summary(row: HistoryRow) -> Generation:
     fitness = np.array([np.nan if value is None else value for value in row.fitness], float)
     finite = fitness[np.isfinite(fitness)]
-    median, low, high = map(float, np.quantile(finite, [0.5, 0.1, 0.9])) if finite.size else (None, None, None)
-    genome: list[float] = []
-    best: float | None = None
-    if finite.size and len(row.genomes) == len(fitness):
-        met = np.array(row.examples if len(row.examples) == len(fitness) else [0] * len(fitness))
-        met = np.where(np.isfinite(fitness), met, -1)
-        place = int(np.argmax(np.where(met == met.max(), fitness, -np.inf)))
-        genome, best = row.genomes[place], float(fitness[place])
-    return Generation(row, median, low, high, genome, best)
+    if not finite.size:
+        return Generation(row, None, None, None, [], None)
+    median, low, high = map(float, np.quantile(finite, [0.5, 0.1, 0.9]))
+    met = np.where(np.isfinite(fitness), row.examples or 0, -1)
+    place = int(np.argmax(np.where(met == met.max(), fitness, -np.inf)))
+    return Generation(row, median, low, high, row.genomes[place], float(fitness[place]))
 
 
 def _in_use(path: Path) -> bool:
@@ -400,14 +303,12 @@ def _in_use(path: Path) -> bool:
     return False
 
 
-def _text(path: Path, whole: bool = False) -> str | None:
+def _text(path: Path) -> str | None:
     """The text of a file, its end cut off where it is long; None where there is no such file."""
     if not path.is_file():
         return None
-    text = path.read_bytes().decode(errors="replace")
-    if whole or len(text) <= MOST_TEXT:
-        return text
-    return f"{text[:MOST_TEXT]}\n… ({len(text) - MOST_TEXT} more characters)"
+    text = read_regular(path, A_FILE, MAX_DOCUMENT).decode(errors="replace")
+    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}\n… ({len(text) - MOST_TEXT} more characters)"
 
 
 def _log(path: Path) -> tuple[list[str], list[str]]:
@@ -416,20 +317,11 @@ def _log(path: Path) -> tuple[list[str], list[str]]:
     warnings: list[str] = []
     # A file of another kind, or one that a link leads to, is not the run's to show.
     if path.is_file() and not path.is_symlink() and may_replace(path, LOG_MARK.match):
-        with path.open("rb") as lines:
-            for line in (part.decode(errors="replace") for part in lines):
-                last.append(escaped(line.rstrip("\n")[:LONGEST]))
-                if "warning" in line[:LONGEST].lower() and len(warnings) < MOST_WARNINGS:
+        with open_regular(path, A_FILE) as handle:
+            handle.seek(max(0, path.stat().st_size - MAX_DOCUMENT))
+            for raw in handle:
+                line = raw.decode(errors="replace").rstrip("\n")[:LONGEST]
+                last.append(escaped(line))
+                if "warning" in line.lower() and len(warnings) < MOST_WARNINGS:
                     warnings.append(last[-1])
     return list(last), warnings
-
-
-def _mapping(text: str | None, file: Path, notes: list[str]) -> dict[str, Any]:
-    try:
-        document = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict):
-        notes.append(f"{file.name} cannot be read: it is no JSON object")
-        return {}
-    return document

@@ -227,9 +227,7 @@ def task_note(runs: Mapping[str, RunData]) -> str | None:
     of an earlier version lacks does not count."""
     sections = []
     for run in runs.values():
-        tasks = run.config.get("tasks")
-        listed = [task for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
-        sections.append({str(task.get("name")): dict(_flat(task)) for task in listed})
+        sections.append({str(task.get("name")): dict(_flat(task)) for task in run.config.get("tasks", ())})
     names = dict.fromkeys(name for section in sections for name in section)
     unlike = [name for name in names if not all(name in section for section in sections)]
     shared = [name for name in names if name not in unlike]

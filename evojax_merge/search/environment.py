@@ -21,8 +21,10 @@ import jax
 
 from evojax_merge.errors import Failed, InputError, printable, shown, without_secrets
 from evojax_merge.file_system import atomic_write
+from evojax_merge.regular_file import read_regular
 from evojax_merge.search.run_log import begin_logs
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.search.run_schema import A_FILE, MAX_DOCUMENT, Environment, parse
 from evojax_merge.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "numpy", "evosax", "transformers")
@@ -74,12 +76,12 @@ def recorded_session(folder: RunFolder) -> Iterator[None]:
 
 def read_sessions(folder: RunFolder) -> list[dict[str, Any]]:
     """The sessions of a run in their order; none where the file is missing or damaged."""
-    try:
-        document = json.loads(folder.environment.read_bytes()) if folder.environment.is_file() else None
-        sessions = document["sessions"] if isinstance(document, dict) else None
-    except (OSError, ValueError, KeyError, RecursionError):
+    if not folder.environment.is_file():
         return []
-    return [session for session in sessions if isinstance(session, dict)] if isinstance(sessions, list) else []
+    try:
+        return parse(Environment, read_regular(folder.environment, A_FILE, MAX_DOCUMENT))[0].sessions
+    except (OSError, ValueError):
+        return []
 
 
 def differences(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -1,7 +1,6 @@
 """The comparison of two run folders: whether one reproduces the other to the bit, and where it parts from it."""
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ import numpy as np
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.file_system import resolved
 from evojax_merge.references import canonical_reference
-from evojax_merge.regular_file import lines_of
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.search.run_schema import HistoryLine, parse, whole_lines
 from evojax_merge.yaml_reader import load_documents
 
 
@@ -27,9 +26,7 @@ def parting(run: RunFolder, again: RunFolder) -> str | None:
 
 
 def _difference(one: RunFolder, other: RunFolder, run: RunFolder, again: RunFolder) -> str | None:
-    lines, other_lines = (
-        lines_of(folder.history, "a history")[0] if folder.history.is_file() else [] for folder in (one, other)
-    )
+    lines, other_lines = (list(whole_lines(folder.history)) for folder in (one, other))
     for number, (line, other_line) in enumerate(itertools.zip_longest(lines, other_lines), start=1):
         if line != other_line:
             return f"generation {number} of {len(lines)} is the first that differs{_scores(line, other_line)}"
@@ -46,13 +43,13 @@ def _scores(line: bytes | None, other_line: bytes | None) -> str:
     if line is None or other_line is None:
         return ": one run has no such generation"
     try:
-        row, other = json.loads(line), json.loads(other_line)
-        if row["genomes"] != other["genomes"]:
-            return ": its candidates are others"
-        # A failed candidate has null for its fitness.
-        gap = _largest(*(np.array(document["fitness"], np.float64) for document in (row, other)))
-    except (ValueError, KeyError, TypeError, RecursionError):
+        row, other = (parse(HistoryLine, text)[0] for text in (line, other_line))
+    except ValueError:
         return ": its line is damaged"
+    if row.genomes != other.genomes:
+        return ": its candidates are others"
+    # A failed candidate has null for its fitness.
+    gap = _largest(*(np.array(history_line.fitness, np.float64) for history_line in (row, other)))
     return f": its candidates are the same, and their fitness differs by up to {gap:.1e}"
 
 

@@ -54,6 +54,7 @@ from evojax_merge.file_system import (
 )
 from evojax_merge.interrupts import defer_signals
 from evojax_merge.mergekit.write import dump_yaml
+from evojax_merge.regular_file import read_regular
 from evojax_merge.search.run_lock import acquire, holder, release
 from evojax_merge.search.run_log import run_log
 from evojax_merge.search.run_parts import (
@@ -66,9 +67,17 @@ from evojax_merge.search.run_parts import (
     clear,
     entries,
     prune,
-    read_lines,
     remove_log,
     sweep,
+)
+from evojax_merge.search.run_schema import (
+    A_FILE,
+    MAX_FILE,
+    HistoryLine,
+    StoredResult,
+    read_lines,
+    read_result,
+    read_run_config,
 )
 from evojax_merge.yaml_reader import load_yaml
 
@@ -103,10 +112,11 @@ def restore_history(folder: RunFolder, length: int, digest: bytes, say: Callable
 
     A line that was being written and those of a generation that was not saved go without a message; `say` reports any
     other difference. Where both files are damaged, only the lines before the damage are left."""
-    contents = [path.read_bytes() if path.is_file() else b"" for path in (folder.history, folder.history_backup)]
+    files = (folder.history, folder.history_backup)
+    contents = [read_regular(path, A_FILE, MAX_FILE) if path.is_file() else b"" for path in files]
     whole = next((text[:length] for text in contents if hashlib.sha256(text[:length]).digest() == digest), None)
     if whole is None:
-        lines = [read_lines(path) for path in (folder.history, folder.history_backup)]
+        lines = [read_lines(path, HistoryLine) for path in files]
         longest = max(lines, key=len)
         whole = "".join(map(to_line, longest)).encode()
         say(
@@ -115,7 +125,7 @@ def restore_history(folder: RunFolder, length: int, digest: bytes, say: Callable
         )
     elif contents[0][:length] != whole:
         say(f"{folder.history.name} was not as it had been written; it is restored from its backup")
-    for path, before in zip((folder.history, folder.history_backup), contents, strict=True):
+    for path, before in zip(files, contents, strict=True):
         if before != whole:
             atomic_write(path, whole.decode())
 
@@ -124,7 +134,7 @@ def restore_timing(folder: RunFolder, generations: int) -> None:
     """Keep the lines of the first `generations`; where one is damaged, those before it. They depend on the
     clock, and nothing depends on them but when `search.stop.seconds` are over."""
     if folder.timing.exists():
-        rows = [row for row in read_lines(folder.timing) if row["generation"] <= generations]
+        rows = [row for row in folder.read_timing() if row["generation"] <= generations]
         atomic_write(folder.timing, "".join(map(to_line, rows)))
 
 
@@ -151,9 +161,8 @@ def open_run(
     generations = last_stage.get("search", {}).get("generations", 0)
     if occupied and resume:
         check_same_config(folder, document)
-        result = read_result(folder.result) or {}
-        finished = result.get("generations")
-        if not (isinstance(finished, int) and finished >= generations) and "stopped_by" not in result:
+        result = read_result(folder.result) or StoredResult()
+        if result.generations < generations and result.stopped_by is None:
             # Before long work.
             check_room(folder, generations)
     if resume and "generations" in document.get("search", {}):
@@ -271,7 +280,7 @@ def random_numbers(is_random: bool) -> dict[str, str]:
 
 def check_masks(folder: RunFolder) -> None:
     """Raises InputError where this program would draw other random masks than a run was scored with."""
-    if load_yaml(folder.config).get(RANDOM_NUMBERS) != merge_kernels.SCHEME:
+    if read_run_config(folder.config).get(RANDOM_NUMBERS) != merge_kernels.SCHEME:
         raise InputError(
             folder.path,
             "was searched by a version of this program that drew other random masks; what it has exported itself (in "
@@ -300,15 +309,6 @@ class EarlierWinner:
     heldout_fitness: float
 
 
-def read_result(file: Path) -> dict[str, Any] | None:
-    """The document of a `result.json`, or None where there is none that can be read."""
-    try:
-        document = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    return document if isinstance(document, dict) else None
-
-
 def keep_winner(folder: RunFolder, recipe: str) -> None:
     """Keep a finished run's winner in `winners/GENERATIONS`, unless `recipe`, the new winner's, is the same: recipe,
     model, front and result, all of them or none. Weights are hard links where their disk allows it."""
@@ -320,7 +320,7 @@ def keep_winner(folder: RunFolder, recipe: str) -> None:
     if any(read_result(winner / folder.result.name) == result for winner in folder.kept_winners()):
         # A process was killed after it had kept this winner.
         return
-    name = f"{result.get('generations', 0):03d}"
+    name = f"{result.generations:03d}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     place = next(folder.winners / name for name in names if not os.path.lexists(folder.winners / name))
     with atomic_folder(place) as work:
@@ -357,16 +357,16 @@ def earlier_winners(folder: RunFolder) -> list[EarlierWinner]:
     """The winners that were kept, in the order of their generations."""
     winners = []
     for path in folder.kept_winners():
-        result = read_result(path / folder.result.name) or {}
-        fitness = [row["heldout_fitness"] for row in result.get("table", ()) if row["role"] == "winner"]
-        winners += [EarlierWinner(path, result["generations"], value) for value in fitness]
+        result = read_result(path / folder.result.name)
+        if result is not None and result.winner is not None:
+            winners.append(EarlierWinner(path, result.generations, result.winner.heldout_fitness))
     return winners
 
 
 def check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
     """Raises InputError where a run folder holds the run of another config, or of other input files. document: as
     `config.yaml` would have it."""
-    differences = _differences(load_yaml(folder.config), document)
+    differences = _differences(read_run_config(folder.config), document)
     # Another method is another config, whatever it draws.
     for key, old, new in sorted(differences, key=lambda difference: difference[0] == (RANDOM_NUMBERS,)):
         if any(key[: len(extendable)] == extendable for extendable in EXTENDABLE):
@@ -390,7 +390,7 @@ def check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
 
 def check_inputs(folder: RunFolder) -> None:
     """Raises InputError where a file that a run's scores depend on has changed or is gone."""
-    for file, digest in load_yaml(folder.config)[INPUTS].items():
+    for file, digest in read_run_config(folder.config)[INPUTS].items():
         current = file_hash(Path(file)) if Path(file).is_file() else None
         if current != digest:
             raise _other_input(folder, file, digest, current)
@@ -615,7 +615,7 @@ class FolderStorage:
         return self._folder.read_history()
 
     def read_timing(self) -> list[dict[str, Any]]:
-        return read_lines(self._folder.timing)
+        return self._folder.read_timing()
 
     def describe(self, generations: int) -> str:
         if not generations:

@@ -13,6 +13,7 @@ from evojax_merge.errors import InputError, print_warning
 from evojax_merge.file_system import remove_file
 from evojax_merge.search.run_parts import RunFolder
 
+LONGEST = 1000
 LOCK = re.compile(rb"(\d+) on (\S+)\n")
 
 
@@ -106,7 +107,8 @@ def holder(lock: Path) -> bytes | None:
     if lock.exists() and not lock.is_file():
         return None
     try:
-        content = lock.read_bytes()
+        with lock.open("rb") as handle:
+            content = handle.read(LONGEST)
     except OSError:
         return b""
     return content.strip() if not content or LOCK.fullmatch(content) else None

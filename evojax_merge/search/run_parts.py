@@ -30,7 +30,16 @@ from evojax_merge.file_system import (
     remove_leftovers,
     resolved,
 )
-from evojax_merge.regular_file import lines_of
+from evojax_merge.regular_file import read_regular
+from evojax_merge.search.run_schema import (
+    A_FILE,
+    MAX_DOCUMENT,
+    HistoryLine,
+    TimingLine,
+    read_lines,
+    read_result,
+    whole_lines,
+)
 
 KEPT_CHECKPOINTS = 3
 # A mark in a checkpoint's metadata: this program wrote the checkpoint.
@@ -167,11 +176,19 @@ class RunFolder:
         return [self.best, self.checkpoints, self.members, self.stages, self.winners]
 
     def read_history(self) -> list[dict[str, Any]]:
-        return read_lines(self.history)
+        return read_lines(self.history, HistoryLine)
+
+    def read_timing(self) -> list[dict[str, Any]]:
+        return read_lines(self.timing, TimingLine)
+
+    def is_finished(self) -> bool:
+        """Return whether the search has chosen its winner after the last saved generation."""
+        result = read_result(self.result)
+        return result is not None and result.generations >= len(self.read_history())
 
     def steps(self) -> list[int]:
         """The generations of the run's checkpoints, in their order."""
-        last = max(len(read_lines(file)) for file in (self.history, self.history_backup))
+        last = max(len(read_lines(file, HistoryLine)) for file in (self.history, self.history_backup))
         return sorted(int(path.name) for path in entries(self.checkpoints) if _is_own_step(path, last))
 
     def step(self, generation: int) -> Path:
@@ -180,7 +197,7 @@ class RunFolder:
     def has_progress(self) -> bool:
         """Return whether the run has anything to lose: a saved generation, a whole or damaged line of one, or a
         result. A run without progress failed before the end of its first generation, or was killed there."""
-        lines = any(b"\n" in file.read_bytes() for file in (self.history, self.history_backup) if file.is_file())
+        lines = any(next(whole_lines(file), None) is not None for file in (self.history, self.history_backup))
         steps = any(_STEP.fullmatch(path.name) for path in entries(self.checkpoints))
         results = any(map(os.path.lexists, (self.result, self.recipe, self.params, self.model, self.front)))
         return lines or steps or results or any(stage.has_progress() for stage in self.begun_stages())
@@ -200,23 +217,6 @@ def entries(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file, from its start to the first that was cut short or is no JSON object with a
-    generation's number."""
-    rows: list[dict[str, Any]] = []
-    if not path.is_file():
-        return rows
-    for line in lines_of(path, "a history")[0]:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(record, dict) or not isinstance(record.get("generation"), int):
-            break
-        rows.append(record)
-    return rows
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The search's own
 
@@ -227,8 +227,9 @@ def _is_own_step(path: Path, last: int) -> bool:
         return False
     metadata = path / _METADATA
     try:
-        custom = json.loads(metadata.read_bytes() if metadata.is_file() else b"")["custom_metadata"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        content = read_regular(metadata, A_FILE, MAX_DOCUMENT) if metadata.is_file() else b""
+        custom = json.loads(content)["custom_metadata"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, InputError):
         # The metadata are damaged.
         return _foreign_in_step(path) is None and (int(path.name) <= last or any(path.iterdir()))
     # Earlier versions left no mark.

@@ -32,9 +32,9 @@ class Course:
         elif row["best"] is not None:
             # In the other generations no candidate was evaluated on all examples.
             course = replace(course, stale=self.stale + 1)
-        if best is None or look is None or look["best_so_far"] is None:
+        if best is None or look is None or look.get("best_so_far") is None:
             return course
-        check = Check(row["generation"], best, look["best_so_far"], look["standard_error"])
+        check = Check(row["generation"], best, look["best_so_far"], look.get("standard_error"))
         return replace(course, trend=self.trend.after(check))
 
 

@@ -164,7 +164,8 @@ def _recorded_md5(record: Path, file: Path) -> str | None:
     document = load_yaml(record)
     outs = document.get("outs") if isinstance(document, dict) else None
     tracked = record.with_name(record.name.removesuffix(DVC_SUFFIX))
-    out = next((out for out in outs or () if isinstance(out, dict) and out.get("path") == tracked.name), None)
+    listed = outs if isinstance(outs, list) else []
+    out = next((out for out in listed if isinstance(out, dict) and out.get("path") == tracked.name), None)
     md5 = None if out is None else out.get("md5")
     if not isinstance(md5, str):
         return None

@@ -9,6 +9,7 @@ The modules beside this one each hold a list `CASES`, by the kind of input.
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import shutil
@@ -92,7 +93,8 @@ class Case:
     `says`: texts that the one line on stderr must contain. `leaves`: files and folders, by their path in the world,
     that may be there afterwards and were not before; `rewrites`: those that may be others afterwards, or gone; all else
     must be as it was, to the byte. `seconds`: the time by which the command has ended. `lines`: how many lines stderr
-    may have (a user's traceback has more).
+    may have (a user's traceback has more). `prints`: texts that stdout must contain. `imports`: modules that the
+    server imports before it forks: what several cases would import, each for itself.
     """
 
     name: str
@@ -106,6 +108,8 @@ class Case:
     lines: int = 1
     stdin: str = ""
     environment: tuple[tuple[str, str], ...] = ()
+    prints: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,10 +172,11 @@ class Server:
         seconds: float,
         stdin: str = "",
         environment: Sequence[tuple[str, str]] = (),
+        imports: Sequence[str] = (),
     ) -> Done:
         """Run `evojax-merge` with these arguments in `folder`; kill it after `seconds`."""
         request = self._request(self._folder, arguments, folder, stdin, environment)
-        answer = self.ask(request | {"seconds": seconds})
+        answer = self.ask(request | {"seconds": seconds, "imports": imports})
         streams = [(self._folder / name).read_text(errors="replace") for name in ("stdout", "stderr")]
         return Done(answer["status"], *streams, answer["seconds"])
 
@@ -285,6 +290,8 @@ def serve() -> None:
                 ended[child] = status
             print(json.dumps({"status": status}), flush=True)
             continue
+        for name in request.get("imports", ()):
+            importlib.import_module(name)
         started = time.monotonic()
         child = os.fork()
         if child == 0:
@@ -375,6 +382,8 @@ def snapshot(root: Path) -> dict[str, str]:
         name = str(path.relative_to(root))
         if path.is_symlink():
             found[name] = f"-> {os.readlink(path)}"
+        elif path.is_file() and path.stat().st_size > 2**30:
+            found[name] = f"{path.stat().st_size} bytes"  # A sparse file: reading it would take the memory.
         elif path.is_file():
             found[name] = sha256(path.read_bytes()).hexdigest()
         else:
@@ -387,7 +396,10 @@ def check(case: Case, world: World, server: Server) -> Done:
     changed = case.change(world)
     arguments = changed if isinstance(changed, tuple) else case.command
     before = snapshot(world.root)
-    done = server.run(arguments, world.root, seconds=3 * case.seconds, stdin=case.stdin, environment=case.environment)
+    done = server.run(
+        arguments, world.root, seconds=3 * case.seconds, stdin=case.stdin, environment=case.environment,
+        imports=case.imports,
+    )  # fmt: skip
     shown = f"status {done.status} after {done.seconds:.1f} s\nstdout: {done.stdout[-2000:]}\nstderr: {done.stderr}"
     assert done.status == case.status, shown
     assert done.seconds < case.seconds, shown
@@ -397,6 +409,8 @@ def check(case: Case, world: World, server: Server) -> Done:
         assert len(lines) == case.lines and lines[-1].startswith("error: ") and len(lines[-1]) < 2000, shown
     for text in case.says:
         assert text in done.stderr, f"{text!r} is not in: {shown}"
+    for text in case.prints:
+        assert text in done.stdout, f"{text!r} is not in: {shown}"
     after = snapshot(world.root)
     new, other = set(after) - set(before), {name for name in before if before[name] != after.get(name)}
     new = {name for name in new if not any(_within(name, allowed) for allowed in (*case.leaves, *case.rewrites))}

@@ -23,7 +23,7 @@ from evojax_merge.checkpoints.decoder_folder import LM_HEAD, DecoderFolder
 from evojax_merge.checkpoints.library_classes import check_folder
 from evojax_merge.checkpoints.writer import PROCESSOR_FILES
 from evojax_merge.data_packages import cache_folder
-from evojax_merge.errors import InputError, shown
+from evojax_merge.errors import InputError, library_errors, shown
 from evojax_merge.file_system import atomic_file, make_folder
 from evojax_merge.models.images import Grid, GridPositions, ImageTable
 from evojax_merge.tasks.images import EXTRA, RecordImage
@@ -271,16 +271,13 @@ def _messages_of(where: object, what: str) -> Iterator[None]:
     try:
         import torch  # noqa: F401
 
-        yield
-    except InputError:
-        raise
+        with library_errors(where, what, (ImportError,)):
+            yield
     except ModuleNotFoundError as error:
         raise InputError(where, f"images need the package {error.name}; {EXTRA}") from None
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    except ImportError as error:
         # transformers' own words about a package that a processor lacks.
-        advice = f"; {EXTRA}" if isinstance(error, ImportError) else ""
-        raise InputError(where, f"{what} ({reason}){advice}") from None
+        raise InputError(where, f"{what} ({' '.join(str(error).split())[:200]}); {EXTRA}") from None
 
 
 @contextmanager

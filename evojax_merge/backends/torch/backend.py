@@ -42,7 +42,7 @@ from evojax_merge.backends.torch.network import (
 )
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.tokens import load_tokenizer
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, library_errors
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.models.architecture import known_architecture
@@ -230,15 +230,17 @@ class TorchBackend(FunctionBackend):
         inputs = {name: array[:PROBED] for name, array in examples["inputs"].items()}
         name, ask = network.name, self._ask(task)
         try:
-            once, again = network.call(weights, inputs, ask), network.call(weights, inputs, ask)
+            with library_errors(
+                where,
+                f"{task.name}: {name} of {self.models[0]} fails on the first examples",
+                (AttributeError, KeyError),
+            ):
+                once, again = network.call(weights, inputs, ask), network.call(weights, inputs, ask)
         except (AttributeError, KeyError) as error:
             raise InputError(
                 where, f"{task.name}: {name} has no output {OUTPUT!r} ({error}); expected a network with a head for "
                 f"{task.kind}",
             ) from None  # fmt: skip
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(where, f"{task.name}: {name} fails on the first examples ({reason})") from None
         if not np.allclose(once, again, rtol=TOLERANCE, equal_nan=True):
             raise InputError(
                 where, f"{task.name}: {name} answers the same example differently when it is asked twice; a search "

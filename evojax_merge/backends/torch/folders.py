@@ -16,13 +16,14 @@ import torch
 
 from evojax_merge.backends.torch.network import Network, measures, to_torch
 from evojax_merge.checkpoints.adapters import ADAPTER_CONFIG
-from evojax_merge.checkpoints.folder import INDEX_FILE, PICKLES, wrapper_hint
-from evojax_merge.checkpoints.json_files import LIMIT_BYTES, read_json_object
+from evojax_merge.checkpoints.folder import INDEX_FILE, PICKLES, read_header, wrapper_hint
+from evojax_merge.checkpoints.json_files import read_json, read_json_object
 from evojax_merge.checkpoints.library_classes import check_folder, library_class
+from evojax_merge.checkpoints.network_checks import check_counts, check_json, check_model
 from evojax_merge.checkpoints.quiet import quiet_transformers
 from evojax_merge.checkpoints.writer import CARD, MARKER
-from evojax_merge.errors import InputError, shown
-from evojax_merge.regular_file import file_inside, read_regular
+from evojax_merge.errors import InputError, library_errors, shown
+from evojax_merge.regular_file import file_inside
 from evojax_merge.tasks.function import guard_user_function
 
 # A folder's files beside its weights that an exported folder has as well: of the processor and the tokenizer.
@@ -61,15 +62,24 @@ def open_module(folder: Path) -> Any:
     name = architecture(folder)
     for part in _module_folders(folder) if name == SENTENCE else [folder]:
         _check_safe(part)
+    kind: Any = getattr(transformers, name, None)
+    fails = f"{name} cannot open it"
     with quiet_transformers():
-        try:
-            if name == SENTENCE:
-                return _open_sentence(folder)
-            module, report = getattr(transformers, name).from_pretrained(
+        if name == SENTENCE:
+            _check_sentence(folder)
+            with library_errors(folder, fails):
+                from sentence_transformers import SentenceTransformer
+
+                module = SentenceTransformer(
+                    str(folder), device="cpu", local_files_only=True, trust_remote_code=False,
+                    model_kwargs={"use_safetensors": True},
+                )  # fmt: skip
+                return module.eval()
+        check_model(folder, lambda config: kind(kind.config_class.from_dict(dict(config))))
+        with library_errors(folder, fails):
+            module, report = kind.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise InputError(folder, f"{name} cannot open it ({' '.join(str(error).split())[:300]})") from None
     missing = sorted(report["missing_keys"])
     if missing:
         hint = wrapper_hint(missing, report["unexpected_keys"]) or "; expected a model that was trained whole"
@@ -78,25 +88,20 @@ def open_module(folder: Path) -> Any:
     return module.eval()
 
 
-def _open_sentence(folder: Path) -> Any:
-    """The modules of a folder of sentence-transformers."""
-    from sentence_transformers import SentenceTransformer
-
-    module = SentenceTransformer(
-        str(folder), device="cpu", local_files_only=True, trust_remote_code=False,
-        model_kwargs={"use_safetensors": True},
-    )  # fmt: skip
-    return module.eval()
+def _check_sentence(folder: Path) -> None:
+    """Raises InputError for a module of a sentence transformer that its class should not be given."""
+    for part in (folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())):
+        check_json(part)
+        for file in sorted(part.glob("*.safetensors")):
+            read_header(file)
+        check_counts(part / "config.json")
 
 
 def _module_folders(folder: Path) -> list[Path]:
     """The folders of a sentence transformer's modules. Raises InputError for modules of other classes than
     sentence-transformers', for folders outside, and for settings that would open more than the model itself."""
     file, folders = folder / SENTENCE_FILE, []
-    try:
-        modules = json.loads(read_regular(file, "a JSON file", LIMIT_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise InputError(file, f"not valid JSON ({error})") from None
+    modules = read_json(file)
     for number, module in enumerate(modules if isinstance(modules, list) else [modules]):
         where, values = f"{file}: [{number}]", module if isinstance(module, dict) else {}
         name, path = values.get("type"), values.get("path")
@@ -199,7 +204,6 @@ class OwnModules:
 
     def open(self, path: Path) -> Any:
         """The module with the tensors of a file, or of a folder with one. Raises InputError where they do not fit."""
-        from safetensors import SafetensorError
         from safetensors.torch import load_model
 
         if path.is_dir():
@@ -213,10 +217,8 @@ class OwnModules:
             module = self.make()
         if not isinstance(module, torch.nn.Module):
             raise InputError(self.where, f"{self.name} returned {shown(module)}; expected a torch.nn.Module")
-        try:
+        with library_errors(file, f"does not fit {self.name}"):
             missing, unexpected = load_model(module, file, strict=False)
-        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-            raise InputError(file, f"does not fit {self.name} ({' '.join(str(error).split())[:300]})") from None
         hint = wrapper_hint(missing, unexpected) or f"; expected the state dict of {self.name}'s module"
         for names, what in ((missing, "lacks"), (unexpected, "has, and the module has not,")):
             if names:

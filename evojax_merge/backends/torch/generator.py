@@ -16,7 +16,7 @@ from evojax_merge.backends.torch.network import to_torch
 from evojax_merge.checkpoints.generator_keys import BASE, VAE, blocks_of
 from evojax_merge.checkpoints.pipelines import Components, open_component, open_pipeline
 from evojax_merge.checkpoints.quiet import quiet_diffusers
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, library_errors
 from evojax_merge.tasks.generated_images import DrawingTask
 
 # The projections of attention, in diffusers' names.
@@ -103,13 +103,14 @@ def open_generator(components: Components, modules: Mapping[str, Any]) -> Genera
     which become float32."""
     given = {name: module.float().requires_grad_(False) for name, module in modules.items()}
     given |= {name: open_component(one, name) for name, one in components.kept.items() if one is not components.first}
-    pipeline = open_pipeline(components.first, given)
-    pipeline.set_progress_bar_config(disable=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline.to(device)
-    for module in pipeline.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.float()
+    device, first = "cuda" if torch.cuda.is_available() else "cpu", components.first
+    pipeline = open_pipeline(first, given)
+    with quiet_diffusers(), library_errors(first.path, f"{first.class_name} cannot open it"):
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(device)
+        for module in pipeline.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.float()
     return Generator(pipeline, {name: getattr(pipeline, name) for name in modules}, device)
 
 

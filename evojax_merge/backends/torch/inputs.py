@@ -10,8 +10,9 @@ import numpy as np
 from evojax_merge.backends.torch.network import Network
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.library_classes import check_folder
+from evojax_merge.checkpoints.network_checks import check_processor
 from evojax_merge.checkpoints.tokens import load_tokenizer
-from evojax_merge.errors import InputError, did_you_mean, shown
+from evojax_merge.errors import InputError, did_you_mean, library_errors, shown
 from evojax_merge.tasks.images import read_rgb
 from evojax_merge.tasks.networks import WRITTEN, NetworkExample, NetworkTask, image_file
 from evojax_merge.tasks.text import TextTask
@@ -100,11 +101,9 @@ def _fitting(array: np.ndarray) -> np.ndarray:
 def _opened(folder: Path, loader: Any, what: str) -> Any:
     """The folder's image processor or feature extractor, by transformers' class for all of them."""
     check_folder(folder)
-    try:
+    check_processor(folder)
+    with library_errors(folder, f"has no {what} that transformers opens"):
         return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(folder, f"has no {what} that transformers opens ({reason})") from None
 
 
 def _images(examples: Sequence[NetworkExample], folder: Path) -> dict[str, np.ndarray]:
@@ -116,7 +115,15 @@ def _images(examples: Sequence[NetworkExample], folder: Path) -> dict[str, np.nd
     for example in examples:
         if "image" not in example.inputs:
             raise InputError(example.where, "has no image; expected one, as in the first example")
-        arrays.append(processor(images=read_rgb(*image_file(example)), return_tensors="np")["pixel_values"][0])
+        where, content = image_file(example)
+        pixels = read_rgb(where, content)
+        with library_errors(folder / "preprocessor_config.json", f"its image processor fails on {where}"):
+            arrays.append(np.asarray(processor(images=pixels, return_tensors="np")["pixel_values"][0], np.float32))
+        if not np.isfinite(arrays[-1]).all():
+            raise InputError(
+                folder / "preprocessor_config.json", f"its image processor makes numbers of {where} that are not "
+                "finite (image_mean, image_std, rescale_factor)",
+            )  # fmt: skip
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
         raise InputError(
@@ -146,7 +153,8 @@ def _tokens(tokenizer: Any, texts: list[str], length: int | None) -> dict[str, n
     """Tokens of texts, padded to the longest and cut at `length`."""
     limit = {} if length is None else {"truncation": True, "max_length": length}
     padding = tokenizer.pad_token is not None and len(texts) > 1
-    return dict(tokenizer(texts, padding=padding, return_tensors="np", **limit))
+    with library_errors(tokenizer.name_or_path, "its tokenizer fails on the examples' texts"):
+        return dict(tokenizer(texts, padding=padding, return_tensors="np", **limit))
 
 
 def embedded_texts(network: Network, folder: Path, texts: list[str], role: str = "") -> dict[str, np.ndarray]:
@@ -158,7 +166,8 @@ def embedded_texts(network: Network, folder: Path, texts: list[str], role: str =
         return _accepted(network, tokens, str(folder), strict=False)
     prompts = module.prompts or {}
     prompt = prompts.get(role or module.default_prompt_name) or prompts.get(module.default_prompt_name) or ""
-    features = module.preprocess([prompt + text for text in texts])
+    with library_errors(folder, f"{network.name} fails on the examples' texts"):
+        features = module.preprocess([prompt + text for text in texts])
     return {name: _fitting(value.numpy()) for name, value in features.items() if hasattr(value, "numpy")}
 
 
@@ -215,7 +224,8 @@ def _recordings(examples: Sequence[NetworkExample], folder: Path) -> dict[str, n
         if wave.dtype.kind == "i":
             wave = wave / np.iinfo(wave.dtype).max
         waves.append(wave.astype(np.float32).mean(-1) if wave.ndim > 1 else wave.astype(np.float32))
-    return dict(extractor(waves, sampling_rate=extractor.sampling_rate, return_tensors="np"))
+    with library_errors(folder / "preprocessor_config.json", "its feature extractor fails on the recordings"):
+        return dict(extractor(waves, sampling_rate=extractor.sampling_rate, return_tensors="np"))
 
 
 def _target_tokens(task: NetworkTask, network: Network, folder: Path) -> np.ndarray:

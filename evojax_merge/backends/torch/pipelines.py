@@ -12,7 +12,7 @@ from evojax_merge.backends.function.backend import FunctionBackend
 from evojax_merge.backends.torch.generator import Generator
 from evojax_merge.checkpoints.pipelines import MERGE, SHEET, Components
 from evojax_merge.checkpoints.writer import write_marker
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, library_errors
 from evojax_merge.file_system import atomic_folder, atomic_write
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.report.front_matter import changed_front_matter
@@ -99,11 +99,8 @@ class PipelineBackend(FunctionBackend):
     def _check_repeatable(self, task: DrawingTask) -> None:
         """Raises InputError for a pipeline that fails, or draws other pictures from the same noise."""
         weights, name = self.merge.tree.source(0), self.generator.name
-        try:
+        with library_errors(task.section, f"{task.name}: {name} of {self.models[0]} fails on the first example"):
             once, again = (self.generator.draw(weights, task, [task.indices[0]]) for _ in range(2))
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(task.section, f"{task.name}: {name} fails on the first example ({reason})") from None
         if not np.allclose(once, again, atol=1e-4, equal_nan=True):
             raise InputError(
                 task.section, f"{task.name}: {name} draws another picture from the same noise when it is asked twice; "
