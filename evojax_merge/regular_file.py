@@ -11,8 +11,6 @@ from evojax_merge.errors import InputError, escaped, shown
 
 # The beginning of a pointer of Git LFS.
 LFS_MARK = b"version https://git-lfs.github.com/spec/v1"
-# The largest file that is read line by line.
-MAX_BYTES = 4 << 30
 
 # The maximum of a file name's bytes in file systems.
 MAX_NAME_BYTES = 255
@@ -78,9 +76,7 @@ def read_regular(path: Path, expected: str, max_bytes: int | None = None, *, or_
     return content
 
 
-def lines_of(
-    path: Path, expected: str, max_bytes: int = MAX_BYTES, *, or_pipe: bool = False
-) -> tuple[list[bytes], bytes]:
+def lines_of(path: Path, expected: str, max_bytes: int, *, or_pipe: bool = False) -> tuple[list[bytes], bytes]:
     """The lines of a file, without their ends, and what follows the last end. A line feed alone ends a line: texts in
     JSON may hold the other line ends of Unicode. Raises as `read_regular` does."""
     *lines, rest = read_regular(path, expected, max_bytes, or_pipe=or_pipe).split(b"\n")
