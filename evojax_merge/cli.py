@@ -429,10 +429,11 @@ def export(
 @cli.command(short_help="Write a run as one HTML page.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--watch", is_flag=True, help="Write the page again whenever the run goes on, until it is finished.")
-def report(run: Path, watch: bool) -> None:
+@with_plugins
+def report(run: Path, watch: bool, plugin_names: tuple[str, ...]) -> None:
     """Write RUN/report.html, from the run folder alone: one file, which a browser opens without a network. A search
     writes it as well, at its end and every so often before."""
-    with _starting():
+    with _starting(plugin_names):
         from evojax_merge.commands import report as command
 
     command.report(run, watch)

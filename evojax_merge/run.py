@@ -117,8 +117,9 @@ class StoredRun(Described):
 
     def last_stage(self) -> Config:
         """The config of the search, or of its last stage, without its tasks: their kinds and functions need not be
-        known to this process, but for a pool's."""
-        folder, document = self._folder, self.config
+        known to this process, but for a pool's. To read a run imports no plugin that it names: it may be a
+        stranger's."""
+        folder, document = self._folder, {key: value for key, value in self.config.items() if key != "plugins"}
         if not document.get("pool"):
             document |= {"tasks": [{"name": "task", "kind": "likelihood", "file": "tasks.jsonl"}]}
         config = config_from(folder.config, document, [], None)

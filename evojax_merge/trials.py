@@ -200,6 +200,7 @@ class Run(StoredRun):
 
     def named_values(self) -> NamedValues:
         document = self.config
+        plugins.load_named(f"{self._folder.config}: plugins", document.get("plugins", []), self._folder.path)
         if "tasks" not in document or "backend" not in document:
             return super().named_values()
 
@@ -232,8 +233,7 @@ class Run(StoredRun):
 
     def _source(self) -> TrialSource:
         folder, document = self._folder, self.config
-        name = document.get("backend", "decoder")
-        plugins.load_named(f"{folder.config}: plugins", document.get("plugins", []), folder.path)
+        name, named_values = document.get("backend", "decoder"), self.named_values()
 
         def check() -> None:
             self._check_models()
@@ -242,7 +242,7 @@ class Run(StoredRun):
                 check_masks(folder)
 
         return TrialSource(
-            self.method, self.named_values(), self._open, find_backend(f"{folder.config}: backend", name, folder.path)
+            self.method, named_values, self._open, find_backend(f"{folder.config}: backend", name, folder.path)
             .merges_recipes, check, tuple(folder.parts),
         )  # fmt: skip
 

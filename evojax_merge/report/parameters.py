@@ -71,6 +71,8 @@ def read_parameters(run: RunData) -> Parameters | None:
         named_values = StoredRun(run.path).named_values()
     except InputError:
         named_values = gene_values
+        if run.config.get("plugins"):
+            run.notes.append("Parameters have numbers: report imports no plugin of a run but what --plugin FILE names.")
     half = [generation for generation in run.fitness_rows if 2 * generation.number > run.count]
     late, drawn = _candidates(half, MOST_RANKED), _candidates(run.fitness_rows, MOST_DRAWN)
     labels, framed = _framed(run, genes)

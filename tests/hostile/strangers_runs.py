@@ -51,6 +51,12 @@ def write(name: str, content: str | bytes) -> Change:
     return lambda run: (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+def with_plugin(run: Path) -> None:
+    """The run's config names a plugin that leaves a mark where it is imported."""
+    (run / "plugin.py").write_text("open('code_was_run', 'w')\n")
+    config(plugins=["plugin.py"])(run)
+
+
 def deep(opening: str, closing: str, around: str = "{}") -> str:
     return around.replace("{}", opening * DEEP + closing * DEEP)
 
@@ -310,6 +316,11 @@ CASES: list[Case] = [
     refused("a model's config of many levels", write("best/model/config.json", deep("[", "]", '{"a": {}}')), EVALUATE,
             "best/model/config.json"),
     refused("a result and no model", lambda run: shutil.rmtree(run / "best/model"), PUBLISH, "no winner to publish"),
+    # Code
+    *(
+        read(f"a plugin that writes a file, by {command[0]}", with_plugin, command=command)
+        for command in (SHOW, REPORT, COMPARE, RUNS)
+    ),
     # Other files
     read("a log of zeros", sparse("run.log", 2**27), command=REPORT),
     read("a log of 10 GB", sparse("run.log"), command=REPORT),
