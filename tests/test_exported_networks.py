@@ -136,11 +136,11 @@ def write_examples(kind: str, folder: Path) -> tuple[str, list[dict[str, Any]]]:
         if kind in ("ViT", "ConvNeXt", "ResNet", "CLIP"):
             image = folder / f"{number}.png"
             Image.fromarray(rng.integers(0, 255, (SIDE, SIDE, 3)).astype(np.uint8)).save(image)
-            record = {"image": str(image), "label": f"w{5 + number % CLASSES}" if kind == "CLIP" else number % CLASSES}
+            record = {"image": image.name, "label": f"w{5 + number % CLASSES}" if kind == "CLIP" else number % CLASSES}
         elif kind == "Whisper":
             audio = folder / f"{number}.wav"
             wavfile.write(audio, 16_000, rng.integers(-9000, 9000, 8000).astype(np.int16))
-            record = {"audio": str(audio), "target": " ".join(words[:2])}
+            record = {"audio": audio.name, "target": " ".join(words[:2])}
         elif kind == "sentence transformer":
             record = {"sentence1": " ".join(words[:3]), "sentence2": " ".join(words[3:]), "score": number % 4}
         else:

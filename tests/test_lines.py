@@ -104,9 +104,9 @@ def test_what_counts_as_reading_lines_otherwise(code: str, expected: bool) -> No
 def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     path.write_bytes("a\u2028b\x85c\x0bd\re\r\n\nf".encode())
-    assert lines_of(path, "lines") == (["a\u2028b\x85c\x0bd\re\r".encode(), b""], b"f")
+    assert lines_of(path, "lines", 100) == (["a\u2028b\x85c\x0bd\re\r".encode(), b""], b"f")
     path.write_bytes(b"")
-    assert lines_of(path, "lines") == ([], b"")
+    assert lines_of(path, "lines", 100) == ([], b"")
     path.write_bytes(b"a\n\n")
     with pytest.raises(InputError, match=r"has 3 bytes; expected lines of at most 2"):
         lines_of(path, "lines", 2)

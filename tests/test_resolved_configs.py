@@ -4,6 +4,7 @@ from any folder, means the same, and is written again as it is."""
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,9 @@ def write_pictures(folder: Path, name: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models and files of all kinds. Read only."""
+    # A worker may make the folder again, and would have the modules of the one before.
+    for name in [name for name in sys.modules if name.startswith("world_")]:
+        del sys.modules[name]
     folder = tmp_path_factory.mktemp("world") / NAME
     build_family(folder)
     for old, new in (("parent0", "one"), ("parent1", "two")):

@@ -82,7 +82,8 @@ def read_answers(run: RunData) -> tuple[str, list[TaskPairs]] | None:
         run.notes.append(f"{file.name} cannot be read: it is not what the search wrote")
         return None
     ours, theirs = by_model.values()
-    if {task: len(rows) for task, rows in ours.items()} != {task: len(rows) for task, rows in theirs.items()}:
+    counts, their_counts = ({task: len(rows) for task, rows in answers.items()} for answers in (ours, theirs))
+    if not counts or counts != their_counts:
         run.notes.append(f"{file.name} cannot be read: the models' examples differ")
         return None
     most = max(1, MOST_EXAMPLES // max(1, len(ours)))
