@@ -352,7 +352,7 @@ PICTURES = [
               "../notes/1.png", {"kind": "generation", "max_new_tokens": 4}, PLAN),
       }.items()),
     Case("pictures in a list", record(["1.png", "../notes/1.png"], "images"), ("tasks.jsonl:1: images[0]",)),
-    Case("pictures' folder that is not there", record("1.png", images="nowhere"), ("tasks[0].images: ", "no such")),
+    Case("pictures' folder that is not there", record("1.png", images="nowhere"), ("tasks[0].images: ", "no folder")),
     Case("pictures' folder that is a file", record("1.png", images="recipe.yaml"), ("tasks[0].images: ", "no folder")),
     Case("pictures' folder that is a number", record("1.png", images=7), ("tasks[0].images: ",)),
     Case("a picture by an address of files", record("file:///etc/passwd"), ("no such file",)),

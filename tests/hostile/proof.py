@@ -82,7 +82,7 @@ CASES: list[Case] = [
     ),
     Case(
         "a record that would command a terminal",
-        a_run(lambda run: [record([{"versions": {"jax": "\x1b[31m"}, "system": [[]] * 9}])(run),
+        a_run(lambda run: [record([{"versions": {"jax": "\x1b[31m"}, "system": {}}])(run),
                            (run / "history.jsonl").write_text('{"genomes": 1}\n')]),
         ("versions.jax: \\x1b[31m then",), REPRODUCE, status=1, leaves=("run-reproduced",), seconds=60,
     ),

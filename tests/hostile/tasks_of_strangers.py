@@ -223,7 +223,7 @@ YAMLS = [
          f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 10)}]}}\n" if n else "m0: &m0 {a: 1}\n" for n in range(9))),
          "own.yaml", "values"),
     case("a YAML that includes itself", harness(include="own.yaml"), "own.yaml", "includes itself"),
-    Case("a YAML that includes a device", harness(include="/dev/zero"), ("/dev/zero", "regular")),
+    Case("a YAML that includes a device", harness(include="/dev/zero"), ("/dev/zero", "lies outside")),
     case("a YAML that includes a number", harness(include=7), "include", "7"),
     case("a pipe among the YAMLs", lambda world: (harness()(world), (world / "own/own.yaml").unlink(),
          os.mkfifo(world / "own/own.yaml"))[0], "own.yaml", "regular"),
