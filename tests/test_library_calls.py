@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import evojax_merge
-from evojax_merge.checkpoints.library_classes import COMPONENTS, check_folder, library_class
+from evojax_merge.checkpoints.allowed_classes import COMPONENTS, check_folder, library_class
 from evojax_merge.errors import InputError
 
 ROOT = Path(evojax_merge.__file__).parent

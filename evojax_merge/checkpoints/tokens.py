@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from evojax_merge.checkpoints.allowed_classes import check_folder
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.checkpoints.json_files import read_json_object, shown
-from evojax_merge.checkpoints.library_classes import check_folder
 from evojax_merge.errors import InputError, library_errors
 from evojax_merge.regular_file import check_regular, read_regular
 

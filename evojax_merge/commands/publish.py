@@ -61,11 +61,11 @@ def stage(run: Path, place: Path, with_answers: bool) -> list[Path]:
     if not (folder.result.is_file() and folder.recipe.is_file() and folder.model.is_dir()):
         raise InputError(run, "has no winner to publish; finish it with search … --resume")
     publication = Publication(run, load_yaml(folder.config), with_answers)
-    own = own_names(folder.model).keys() - {MARKER, *(() if with_answers else (SHEET,))}
+    written = own_names(folder.model).keys() - {MARKER, *(() if with_answers else (SHEET,))}
     files = {folder.recipe.name: folder.recipe, folder.result.name: folder.result}
     for file in sorted(folder.model.rglob("*")):
         name = file.relative_to(folder.model).as_posix()
-        if name in own:
+        if name in written:
             files[name] = file
         elif name not in (MARKER, SHEET) and not (file.is_dir() and not file.is_symlink()):
             print_warning(f"{file}: evojax-merge did not write it, and it is not uploaded")

@@ -108,8 +108,8 @@ def application(ballots: Sequence[Ballot], token: str, ended: threading.Event) -
 
     def allowed(request: Request) -> bool:
         # Browsers send the origin of a page with its requests. The host is one of ours (see `allowed_hosts`).
-        own = f"http://{request.headers.get('host')}"
-        is_own = request.headers.get("origin", own) == own
+        own_origin = f"http://{request.headers.get('host')}"
+        is_own = request.headers.get("origin", own_origin) == own_origin
         return is_own and secrets.compare_digest(request.path_params["token"].encode(), token.encode())
 
     async def body_of(request: Request) -> bytes | None:

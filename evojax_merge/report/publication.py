@@ -42,9 +42,9 @@ class Publication:
         files = (*models, *inputs, os.path.abspath(run), os.path.realpath(run), sys.prefix, Path(__file__).parent)
         folders = {str(Path(file).parent) for file in files if os.path.isabs(file)}
         folders |= {os.getcwd(), str(Path.home()), tempfile.gettempdir()}
-        known = sorted({*self.names, *folders} - {"/"}, key=len, reverse=True)
+        places = sorted({*self.names, *folders} - {"/"}, key=len, reverse=True)
         # A path in a page of HTML or in its JSON may be escaped.
-        forms = dict.fromkeys(form for path in known for form in (path, escape(path), json.dumps(path)[1:-1]))
+        forms = dict.fromkeys(form for path in places for form in (path, escape(path), json.dumps(path)[1:-1]))
         paths = "|".join(map(re.escape, forms)) or r"(?!)"
         self._known = re.compile(rf"(?:file://)?(?:{paths})(?![\w.-])(?:/+{_PART})*/*")
         self._any = re.compile(rf"(?<![\w.~/<\\-])(?:file://)?/{_PART}(?:/+{_PART})+/*")

@@ -64,7 +64,7 @@ Kind = TypeVar("Kind", bound=Stored)
 
 
 class Look(Stored):
-    """What a generation saw of the validation split."""
+    """A generation's scores on the validation split."""
 
     best_so_far: Number | None = None
     standard_error: Number | None = None

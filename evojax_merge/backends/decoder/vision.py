@@ -18,9 +18,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from evojax_merge.checkpoints.allowed_classes import check_folder
 from evojax_merge.checkpoints.config_file import DECODER_PREFIX, DECODER_PREFIXES
 from evojax_merge.checkpoints.decoder_folder import LM_HEAD, DecoderFolder
-from evojax_merge.checkpoints.library_classes import check_folder
 from evojax_merge.checkpoints.writer import PROCESSOR_FILES
 from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import InputError, library_errors, shown

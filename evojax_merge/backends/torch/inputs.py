@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from evojax_merge.backends.torch.network import Network
+from evojax_merge.checkpoints.allowed_classes import check_folder
 from evojax_merge.checkpoints.json_files import read_json_object
-from evojax_merge.checkpoints.library_classes import check_folder
 from evojax_merge.checkpoints.network_checks import check_processor
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError, did_you_mean, library_errors, shown
