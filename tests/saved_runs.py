@@ -269,8 +269,12 @@ def make(out: Path, checkout: Path, work: Path, names: Sequence[str]) -> list[st
 def files_of(folder: Path) -> dict[str, str]:
     """The files below a folder, each with what is compared of it. Votes have the time at which they came."""
     compared = contents(folder)
-    for name in compared:
-        if name.endswith("votes.jsonl"):
+    for name in list(compared):
+        run, _, inside = name.partition("checkpoints/")
+        if inside:
+            del compared[name]
+            compared[f"{run}checkpoints/{Path(inside).parts[0]}"] = "checkpoint"
+        elif name.endswith("votes.jsonl"):
             rows = [json.loads(line) for line in (folder / name).read_bytes().split(b"\n")[:-1]]
             timeless = [row | {"vote": row["vote"] | {"time": ""}} if "vote" in row else row for row in rows]
             compared[name] = sha256(json.dumps(timeless).encode()).hexdigest()
