@@ -150,14 +150,14 @@ def run_files(run: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def undisturbed(family: Family) -> Callable[[str], dict[str, Any]]:
     """The files of a run of each kind that nothing befell."""
-    known: dict[str, dict[str, Any]] = {}
+    references: dict[str, dict[str, Any]] = {}
 
     def files(kind: str) -> dict[str, Any]:
-        if kind not in known:
+        if kind not in references:
             done = run_here("search", write_config(family, kind), "--out", family.root / kind)
             assert done.returncode == 0, done.stderr
-            known[kind] = run_files(family.root / kind)
-        return known[kind]
+            references[kind] = run_files(family.root / kind)
+        return references[kind]
 
     return files
 

@@ -1,5 +1,5 @@
-"""What `publish` would upload of runs of several kinds has no path of the machine, no key, and no prompt or answer
-unless the user asks for them."""
+"""The files that `publish` would upload of runs of several kinds have no path of the machine, no key, and no prompt or
+answer unless the user asks for them."""
 
 import json
 import os
