@@ -12,6 +12,10 @@ from evojax_merge.errors import InputError, escaped, shown
 # The beginning of a pointer of Git LFS.
 LFS_MARK = b"version https://git-lfs.github.com/spec/v1"
 
+# What compressed arrays may take in memory: this, or so many times the bytes of their files where that is more. Arrays
+# of zeros compress a thousandfold, and random numbers not at all.
+MAX_UNPACKED, MAX_RATIO = 4 * 2**30, 20
+
 # The maximum of a file name's bytes in file systems.
 MAX_NAME_BYTES = 255
 
@@ -74,6 +78,16 @@ def read_regular(path: Path, expected: str, max_bytes: int | None = None, *, or_
         size = max(path.stat().st_size, len(content))
         raise InputError(path, f"has {size:,} bytes; expected {expected} of at most {max_bytes:,}")
     return content
+
+
+def check_unpacked(path: Path, unpacked: int, packed: int) -> None:
+    """Raises InputError where arrays of a file or folder would take far more memory than it has bytes. unpacked: their
+    bytes in memory; packed: the bytes on the disk."""
+    if unpacked > max(MAX_UNPACKED, MAX_RATIO * packed):
+        raise InputError(
+            path, f"has {packed:,} bytes that unpack to {unpacked:,}; expected at most {MAX_UNPACKED:,}, or "
+            f"{MAX_RATIO} times its own bytes"
+        )  # fmt: skip
 
 
 def lines_of(path: Path, expected: str, max_bytes: int, *, or_pipe: bool = False) -> tuple[list[bytes], bytes]:

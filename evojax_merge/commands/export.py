@@ -121,7 +121,7 @@ def _export_genome(
         problem = build_problem(folder.config, config_from(folder.config, read_run_config(folder.config), [], None))
         result, saved = read_result(folder.result), Checkpoints(folder).restore(say)
         if best_so_far and saved is not None:
-            genome = saved.arrays["genomes"][0]
+            genome, _ = saved.best(problem.space.dims)
         elif result is not None and not best_so_far:
             genome = np.array(result.genome, np.float32)
         else:
@@ -146,7 +146,7 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
         saved = Checkpoints(running).restore(say)
         if saved is None:
             raise InputError(folder.path, "has saved no generation yet; continue it with search … --resume")
-        fitness = float(saved.arrays["fitness"][0])
+        genome, fitness = saved.best(problem.space.dims)
         if not math.isfinite(fitness):
             raise Failed(
                 f"{folder.path}: of no candidate of {saved.generations} generations the fitness on all examples is "
@@ -154,7 +154,7 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
             )
         state = saved_strategy_state(saved, problem.seed, problem.strategy, problem.space)
         problem = problem.within(context_of(problem.strategy, state))
-        text = problem.backend.recipe(saved.arrays["genomes"][0])
+        text = problem.backend.recipe(genome)
         stream = parse_stream(running.recipe, parse_documents(running.recipe, text))
         _export(folder, stream, text, None, out, dtype, overwrite, rank)
     chosen_on = "whole search split" if problem.splits.validation is None else "validation split"

@@ -25,6 +25,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,7 +55,7 @@ from evojax_merge.file_system import (
 )
 from evojax_merge.interrupts import defer_signals
 from evojax_merge.mergekit.write import dump_yaml
-from evojax_merge.regular_file import read_regular
+from evojax_merge.regular_file import check_unpacked, read_regular
 from evojax_merge.search.run_lock import acquire, holder, release
 from evojax_merge.search.run_log import run_log
 from evojax_merge.search.run_parts import (
@@ -463,6 +464,15 @@ class Saved:
         """The saved arrays of one part of the state, a mapping."""
         return replace(self, arrays={path: array for path, array in self.arrays.items() if path.startswith(f"{name}.")})
 
+    def best(self, dims: int) -> tuple[np.ndarray, float]:
+        """The best candidate so far: its genome float32[dims] and its fitness, -inf where none is known. Raises
+        InputError where the saved genomes are of another length."""
+        like = {"genomes": np.zeros((0, dims), np.float32), "fitness": np.zeros(0)}
+        state = replace(self, arrays={name: self.arrays[name] for name in like}).state(like)
+        if not len(state["genomes"]) == len(state["fitness"]) > 0 or not np.isfinite(state["genomes"][0]).all():
+            raise InputError("checkpoints", OTHER_VERSION)
+        return state["genomes"][0], float(state["fitness"][0])
+
     def state(self, like: Any) -> Any:
         """The state, in the structure of `like`, in which an axis of length 0 stands for one that grows. Raises
         InputError where the saved structure is another."""
@@ -561,21 +571,35 @@ class Checkpoints:
         return saved
 
     def _load(self, generations: int) -> Saved | None:
-        """A checkpoint, or None where it is damaged. Raises InputError where an older version wrote it."""
+        """A checkpoint, or None where it is damaged. Raises InputError where an older version wrote it, and where it
+        unpacks to far more than its own bytes."""
+        path = self._folder.step(generations).resolve()
         try:
             with defer_signals():
-                loaded = self._orbax.load(self._folder.step(generations).resolve())
+                described = jax.tree.leaves(self._orbax.metadata(path).metadata)
+                # A chunk is unpacked whole, whatever part of it the array has.
+                unpacked = sum(
+                    each.dtype.itemsize * max(map(math.prod, (each.shape, each.storage_metadata.chunk_shape)))
+                    for each in described
+                )
+                check_unpacked(path, unpacked, sum(file.stat().st_size for file in path.rglob("*")))
+                loaded = self._orbax.load(path)
             arrays = {name: np.asarray(leaf) for name, leaf in loaded.items() if name != "digest"}
             if "digest" in loaded and not np.array_equal(loaded["digest"], _digest(arrays)):
                 return None
+        except InputError:
+            raise
         except Exception:
             # Orbax raises anything for bytes that it did not write.
             return None
-        if not {"digest", "history.length", "history.digest"} <= loaded.keys():
+        state = {name.removeprefix("state."): leaf for name, leaf in arrays.items() if name.startswith("state.")}
+        length, digest = arrays.get("history.length"), arrays.get("history.digest")
+        if (
+            "digest" not in loaded or length is None or digest is None or (length.shape, length.dtype) != ((), np.int64)
+            or (digest.shape, digest.dtype) != ((32,), np.uint8) or not {"genomes", "fitness"} <= state.keys()
+        ):  # fmt: skip
             raise InputError(self._folder.path, OTHER_VERSION)
-        length, digest = int(arrays.pop("history.length")), arrays.pop("history.digest").tobytes()
-        state = {name.removeprefix("state."): array for name, array in arrays.items()}
-        return Saved(generations, state, length, digest)
+        return Saved(generations, state, int(length), digest.tobytes())
 
 
 class FolderStorage:

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from evojax_merge.errors import InputError, shown
+from evojax_merge.regular_file import check_regular, check_unpacked
 from evojax_merge.schema import Location
 from evojax_merge.tasks.function import guard_user_function, load_function
 from evojax_merge.tasks.python_functions import is_reference
@@ -107,13 +108,20 @@ class ArrayTask(TaskDefaults):
         return f"Look at what the function of task {self.name} returns"
 
 
+# NumPy raises these for archives that are none, or whose arrays are not what they say.
+MALFORMED = (ValueError, TypeError, AttributeError, EOFError, KeyError, MemoryError, zipfile.BadZipFile)
+
+
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file. Raises InputError for any other file, and for arrays of anything but numbers."""
+    """The arrays of an .npz file. Raises InputError for any other file, for arrays of anything but numbers, and for an
+    archive that unpacks to far more than its own bytes."""
     try:
         with np.load(path, allow_pickle=False) as archive:
+            packed = check_regular(path, "an .npz file")
+            check_unpacked(path, sum(member.file_size for member in archive.zip.infolist()), packed)
             # A member that is no .npy file is bytes.
             arrays = {name: np.asarray(archive[name]) for name in archive.files}
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (*MALFORMED, OSError) as error:
         raise InputError(path, f"is no .npz file of numbers ({' '.join(str(error).split())[:200]})") from None
     for name, array in arrays.items():
         if array.dtype.kind not in "biuf":

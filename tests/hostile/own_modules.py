@@ -73,6 +73,24 @@ def examples(content: bytes) -> Change:
     return own(lambda world: world.write("arrays.npz", content), source=PLAIN)
 
 
+def claimed(world: World) -> None:
+    """An array that says that it has a trillion numbers, and has none."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**12,)})
+    world.write("arrays.npz", archive(**{"image.npy": header.getvalue(), "label.npy": header.getvalue()}))
+
+
+def bomb(world: World) -> None:
+    """Five gigabytes of zeros in five megabytes."""
+    with (
+        zipfile.ZipFile(world / "arrays.npz", "w", zipfile.ZIP_DEFLATED) as file,
+        file.open("image.npy", "w", force_zip64=True) as member,
+    ):
+        np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": (5 * 2**30,)})
+        for _ in range(5 * 2**10):
+            member.write(bytes(2**20))
+
+
 def pickled(world: World) -> None:
     np.savez(world / "arrays.npz", image=np.array([{}, {}], object), label=np.arange(2), allow_pickle=True)
 
@@ -142,6 +160,8 @@ ARRAYS = [
     Case("texts", arrays(image=np.array(["a", "b"]), label=np.arange(2)), (f"{FILE}image: an array of <U1",)),
     Case("complex numbers", arrays(image=np.ones(2, complex), label=np.arange(2)), (f"{FILE}image: an array of",)),
     Case("objects", own(pickled, source=PLAIN), (f"{FILE}is no .npz file of numbers (",)),
+    Case("a trillion numbers that are claimed", own(claimed, source=PLAIN), (f"{FILE}is no .npz file of numbers (",)),
+    Case("five gigabytes of zeros", own(bomb, source=PLAIN), (FILE, "unpack to 5,368,709,")),
     Case("no archive", examples(b"no archive"), (f"{FILE}is no .npz file of numbers (",)),
     Case("no bytes", examples(b""), (f"{FILE}is no .npz file of numbers (",)),
     Case("an archive of texts", examples(archive(label=b"1 2 3")), (f"{FILE}label: an array of |S5",)),

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from evojax_merge.search.run_folder import CHECKPOINT_MARK, _digest
 from hostile import SEARCH, Case, World
 from hostile.runs import put_run
 
@@ -19,8 +21,10 @@ SHOW, REPORT, RUNS = ("show", "run"), ("report", "run"), ("runs", ".")
 COMPARE = ("compare", "run", "other", "--out", "compare.html")
 EXPORT, FRONT = ("export", "run", "out"), ("export", "run", "out", "--member", "1")
 REPRODUCE, RESUME = ("reproduce", "run"), (*SEARCH, "--resume")
+BEST_SO_FAR = ("export", "run", "out", "--best-so-far")
 EVALUATE, PUBLISH = ("evaluate", "run", "--tasks", "tasks.yaml"), ("publish", "run", "--repo", "one/two")
 NAN, INFINITY = float("nan"), float("inf")
+ZEROS = np.zeros((5, 77), np.float32)
 # Larger than any file of a search; sparse.
 HUGE = 10 * 2**30
 # Deeper than a parser of Python goes.
@@ -136,6 +140,37 @@ def layers(*ranges: Any, **keys: Any) -> dict[str, Any]:
 
 def drawn(scales: list[float], *documents: Any) -> Change:
     return lambda run: path_result(run, scales, *documents)
+
+
+def saved_as(**changes: Any) -> Change:
+    """Other arrays in every checkpoint, with a digest that is right; `...` removes one. The run was broken off."""
+
+    def change(run: Path) -> None:
+        from orbax.checkpoint import v1 as ocp
+
+        for step in (run / "checkpoints").resolve().iterdir():
+            loaded = {name: np.asarray(leaf) for name, leaf in ocp.load(step).items() if name != "digest"}
+            arrays = {name: array for name, array in (loaded | changes).items() if array is not ...}
+            shutil.rmtree(step)
+            ocp.save(step, arrays | {"digest": _digest(arrays)}, custom_metadata=CHECKPOINT_MARK)
+        (run / "result.json").unlink()
+
+    return change
+
+
+def resized(name: str, size: int) -> Change:
+    """An array of every checkpoint that claims `size` rows, none of which is on the disk."""
+
+    def change(run: Path) -> None:
+        import tensorstore
+
+        for step in (run / "checkpoints").resolve().iterdir():
+            store = {"driver": "ocdbt", "base": f"file://{step}/state", "path": f"{name}/"}
+            array = tensorstore.open({"driver": "zarr3", "kvstore": store}).result()
+            array.resize(exclusive_max=[size, *array.shape[1:]]).result()
+        (run / "result.json").unlink()
+
+    return change
 
 
 def refused(name: str, change: Change, command: tuple[str, ...], *says: str) -> Case:
@@ -321,6 +356,26 @@ CASES: list[Case] = [
         read(f"a plugin that writes a file, by {command[0]}", with_plugin, command=command)
         for command in (SHOW, REPORT, COMPARE, RUNS)
     ),
+    # Checkpoints
+    *(
+        Case(f"a checkpoint {what}, {command[0]}", a_run(change, command), tuple(says), command,
+             rewrites=("run/environment.json", "run/run.log"))
+        for command in (RESUME, BEST_SO_FAR)
+        for what, change, *says in (
+            ("with a history of two lengths", saved_as(**{"history.length": np.arange(2)}), "version"),
+            ("with a history of length 0.5", saved_as(**{"history.length": np.array(0.5)}), "version"),
+            ("without a history", saved_as(**{"history.digest": ...}), "version"),
+            ("without genomes", saved_as(**{"state.genomes": ...}), "version"),
+            ("without fitness", saved_as(**{"state.fitness": ...}), "version"),
+            ("of a single genome", saved_as(**{"state.genomes": ZEROS[0]}), "version"),
+            ("of genomes of many genes", saved_as(**{"state.genomes": ZEROS}), "version"),
+            ("of one fitness", saved_as(**{"state.fitness": np.array(0.5)}), "version"),
+            ("of a trillion genomes", resized("state.genomes", 10**12), "run/checkpoints/", "unpack to"),
+            ("of a trillion bytes of history", resized("history.digest", 10**12), "run/checkpoints/", "unpack to"),
+        )
+    ),
+    refused("a checkpoint of genomes that are not numbers",
+            saved_as(**{"state.genomes": np.full((5, 40), NAN, np.float32)}), BEST_SO_FAR, "version"),
     # Other files
     read("a log of zeros", sparse("run.log", 2**27), command=REPORT),
     read("a log of 10 GB", sparse("run.log"), command=REPORT),
