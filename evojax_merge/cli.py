@@ -20,7 +20,7 @@ import click
 
 from evojax_merge.errors import LONGEST_LINE, Failed, InputError, PeerLostError, printable, without_secrets
 from evojax_merge.interrupts import INTERRUPTED
-from evojax_merge.jax_environment import check_environment, no_devices
+from evojax_merge.jax_environment import check_environment, keep_compiled_programs, no_devices
 from evojax_merge.mergekit.flags import ShardSize, given_without_meaning, without_meaning
 from evojax_merge.users_traceback import hide_inner_frames
 
@@ -56,17 +56,11 @@ def _starting(plugin_names: tuple[str, ...] = ()) -> Iterator[None]:
 
 
 def _start_jax() -> None:
-    """Keep compiled programs across runs, in the user's cache folder; environment variables of JAX's cache take
-    precedence."""
+    """Import JAX, which keeps compiled programs from now on."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     check_environment()
-    import jax
-
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evojax-merge" / "compiled"
-    for option, value in (("compilation_cache_dir", str(cache)), ("persistent_cache_min_compile_time_secs", 0.2)):
-        if f"JAX_{option.upper()}" not in os.environ:
-            jax.config.update(f"jax_{option}", value)
+    keep_compiled_programs()
 
 
 class Commands(click.Group):

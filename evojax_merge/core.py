@@ -1,5 +1,6 @@
 """The main path: from a checked search to a winner in its run folder."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -12,12 +13,14 @@ from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import barrier, local_devices
 from evojax_merge.evaluation.diagnostics import warnings
 from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.evaluation.timings import read_timings, record_timings, timing
 from evojax_merge.judge.evaluation import judged, with_best
 from evojax_merge.judge.opening import JudgeOptions, judging
 from evojax_merge.judge.proposals import proposing
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem, failure_hint
 from evojax_merge.report.comparison import model_name
+from evojax_merge.report.plan import Plan
 from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar
 from evojax_merge.search.environment import recorded_session
 from evojax_merge.search.genomes import SpaceEvaluator
@@ -25,7 +28,7 @@ from evojax_merge.search.loop import Archive, Reporter, Storage, evolve
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage
 from evojax_merge.search.run_parts import RunFolder, check_room, remove_members
 from evojax_merge.search_output import print_setup, print_work, why_complete, write_winner
-from evojax_merge.selection import open_evaluators, passes_to_select, select_best
+from evojax_merge.selection import open_evaluators, select_best
 from evojax_merge.tasks.splits import Splits
 
 FORCE = "--force goes on all the same"
@@ -47,29 +50,37 @@ def search(
         return
     check_room(folder, problem.search.generations)
     devices = local_devices(problem.backend.settings.model)
-    planned = make_plan(problem, prepared)
+    planned = make_plan(problem, prepared, timings=read_timings())
     print_setup(problem, prepared, devices, planned)
     if planned.target.is_accelerator and not planned.fits and not force:
         raise InputError(folder.path, f"{planned.what_would_fit()} ({FORCE})")
 
     with recorded_session(folder) if devices.is_main_process else nullcontext():
-        with bytes_bar("loading", problem.backend.stored_bytes()) as progress:
-            evaluators = open_evaluators(problem, prepared, devices, progress, say, folder.members)
+        evaluators = open_evaluators(problem, prepared, devices, bytes_bar, say, folder.members, passes_bar)
         generations = None if problem.search.parsed_budget.seconds else problem.search.generations
         with judging(folder, problem, say, judges or JudgeOptions()) as ballots:
             evaluators = judged(evaluators, ballots, partial(family_tree, problem))
             problem = proposing(problem, ballots)
-            with search_bar(generations, on_generation) as reporter:
+            with search_bar(generations, on_generation, planned.ending_seconds) as reporter:
                 storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
                 archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)
             archive = with_best(archive, ballots, problem.search.finalists)
             print_work(folder, problem, evaluators)
-            with passes_bar("scoring", passes_to_select(problem, evaluators)) as progress:
-                result = select_best(problem, evaluators, archive, progress)
+            result = select_best(problem, evaluators, archive, passes_bar)
         if devices.is_main_process:
             write_winner(folder, problem.within(archive.context), result)
             remove_members(folder)
+            _record_timing(planned, folder)
     barrier("written")
+
+
+def _record_timing(planned: Plan, folder: RunFolder) -> None:
+    """Record how many times its bound a generation took, for later plans. The first one, which compiled, does not
+    count, and neither do generations of two kinds."""
+    seconds = [row["seconds"] for row in folder.read_timing()[1:]]
+    if len(seconds) > 1 and planned.generation.seconds > 0 and planned.gradient_generations in (0, planned.generations):
+        factor = statistics.median(seconds) / planned.generation.seconds
+        record_timings([timing(planned.kind, factor, planned.bank_bytes, "search")])
 
 
 def family_tree(problem: SearchProblem[Backend], context: Any, genome: np.ndarray) -> str | None:

@@ -15,32 +15,37 @@ from evojax_merge.report.comparison import model_name
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.tasks.splits import Splits
 
+Progress = Callable[[int], None]
+
 
 def with_goals(
-    problem: SearchProblem, on: Splits[SpaceEvaluator[Any]], log: Callable[[str], None] = lambda text: None
-) -> Splits[SpaceEvaluator[Any]]:
-    """The evaluators of each split, with the goal of the search. `log` receives a line for each task's scale."""
-    scales = {} if problem.scale == "none" else measured_scales(problem, on.search, log)
+    problem: SearchProblem, on: Splits[SpaceEvaluator[Any]], log: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda passes: None,
+) -> Splits[SpaceEvaluator[Any]]:  # fmt: skip
+    """The evaluators of each split, with the goal of the search. `log` receives a line for each task's scale,
+    `progress` the passes of the models that are measured."""
+    scales = {} if problem.scale == "none" else measured_scales(problem, on.search, log, progress)
     if not scales and not problem.guards:
         return on
 
     def scaled(evaluator: SpaceEvaluator[Any]) -> SpaceEvaluator[Any]:
         return replace(evaluator, goal=Goal(scales))
 
-    guarded = [with_goal(problem, evaluator, scales) for evaluator in (*on.shards, on.search)]
-    validation = None if on.validation is None else with_goal(problem, on.validation, scales)
+    guarded = [with_goal(problem, evaluator, scales, progress) for evaluator in (*on.shards, on.search)]
+    validation = None if on.validation is None else with_goal(problem, on.validation, scales, progress)
     return replace(on.map(scaled), shards=guarded[:-1], search=guarded[-1], validation=validation)
 
 
 def with_goal(
-    problem: SearchProblem, evaluator: SpaceEvaluator[Any], scales: Mapping[str, Scale]
-) -> SpaceEvaluator[Any]:
+    problem: SearchProblem, evaluator: SpaceEvaluator[Any], scales: Mapping[str, Scale],
+    progress: Progress = lambda passes: None,
+) -> SpaceEvaluator[Any]:  # fmt: skip
     """The evaluator with these scales, and guards by the base's scores on its examples. Raises Failed where one of
     these is not finite."""
     if not problem.guards:
         return replace(evaluator, goal=Goal(scales))
     base = next(model for role, model in problem.backend.compared if role == "base")
-    scored = _means(problem, evaluator, base)
+    scored = _means(problem, evaluator, base, progress)
     guards = {}
     for task, _ in task_weights(evaluator.tasks):
         if task.name in problem.guards:
@@ -51,11 +56,12 @@ def with_goal(
 
 
 def measured_scales(
-    problem: SearchProblem, search: SpaceEvaluator[Any], log: Callable[[str], None] = lambda text: None
-) -> dict[str, Scale]:
+    problem: SearchProblem, search: SpaceEvaluator[Any], log: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda passes: None,
+) -> dict[str, Scale]:  # fmt: skip
     """The scale of each task that counts, by `task/metric`, from the scores of all models on the search split: from the
     base, or where there is none the worst parent, to the best parent. A task on which these two are equal has none."""
-    scored = [(role, model, _means(problem, search, model)) for role, model in problem.backend.compared]
+    scored = [(role, model, _means(problem, search, model, progress)) for role, model in problem.backend.compared]
     scales = {}
     for task, _ in task_weights(search.tasks):
         means = [(role, model, mean[task.name]) for role, model, mean in scored if np.isfinite(mean[task.name])]
@@ -77,10 +83,10 @@ def measured_scales(
     return scales
 
 
-def _means(problem: SearchProblem, evaluator: SpaceEvaluator[Any], model: Path) -> dict[str, float]:
+def _means(problem: SearchProblem, evaluator: SpaceEvaluator[Any], model: Path, progress: Progress) -> dict[str, float]:
     """A model's mean on each task that counts."""
     backend: Backend = problem.backend
-    scores = backend.score_stored(model, evaluator, lambda done: None)
+    scores = backend.score_stored(model, evaluator, progress)
     return {
         task.name: float(scores.matrices[task.name][task.metric][0].mean(dtype=np.float64))
         for task, _ in task_weights(evaluator.tasks)

@@ -13,13 +13,14 @@ from evojax_merge.config import SearchConfig
 from evojax_merge.evaluation.compilers import TargetCompiler
 from evojax_merge.evaluation.costs import Cost
 from evojax_merge.evaluation.planned_passes import PlanUse, SizedPass
-from evojax_merge.evaluation.targets import Target, gpu_memory_fraction, single_hosts
+from evojax_merge.evaluation.targets import Target, gpu_memory_fraction, live_target, single_hosts
+from evojax_merge.evaluation.timings import Timing, WorkKind, estimated_factor, kind_of_pass
 from evojax_merge.problem import SearchProblem
-from evojax_merge.report.plan import PassPlan, Plan, Work, shown_bytes
+from evojax_merge.report.plan import CHOOSING, GENERATIONS, HELDOUT, MEASURING, PassPlan, Plan, Work, shown_bytes
 from evojax_merge.search.loop import run_bytes
 from evojax_merge.search.protocols import Strategy, gradient_generations
 from evojax_merge.search.successive_halving import rung_shards, rung_size
-from evojax_merge.selection import candidates_to_select, models_to_measure
+from evojax_merge.selection import SelectionCounts, candidates_to_select, models_to_measure
 from evojax_merge.tasks.splits import Splits
 
 # Bytes of the host that the program itself takes: the interpreter, JAX, the compiler at work.
@@ -33,9 +34,11 @@ def make_plan(
     prepared: Splits[list[Any]],
     download_bytes: int = 0,
     compiler: TargetCompiler | None = None,
+    timings: Sequence[Timing] = (),
 ) -> Plan:
     """The plan of a search for its problem's target. prepared: the tasks as the backend prepared them; download_bytes:
-    of the models that are not on this machine; compiler: reports the memory of every pass; None: estimates alone."""
+    of the models that are not on this machine; compiler: reports the memory of every pass; None: estimates alone;
+    timings: of work that was measured on this machine's devices."""
     backend: Backend = problem.backend
     target, model = backend.target, backend.settings.model
     groups, sizes = target.devices // model, backend.device_sizes(model)
@@ -61,19 +64,26 @@ def make_plan(
     by_gradient = gradient * math.ceil(starts / groups)
     by_score = candidate * (_shard_passes(problem, len(prepared.shards), groups) / len(prepared.shards))
     counts, measured = candidates_to_select(problem), models_to_measure(problem)
-    selection = (
-        cost_on(prepared.search, counts.search + measured.search)
-        + cost_on(prepared.validation, counts.validation + measured.validation)
-        + cost_on(prepared.heldout, counts.heldout)
-    )
+
+    def scoring(models: SelectionCounts) -> Cost:
+        """The cost of models that are scored one after the other."""
+        on_search = cost_on(prepared.search, models.search) + cost_on(prepared.validation, models.validation)
+        return (on_search + cost_on(prepared.heldout, models.heldout)) * (1 / groups)
+
     generations = _planned_generations(
         problem.search, problem.strategy, by_gradient.seconds(target) / model, by_score.seconds(target) / model
     )
     rounds, _ = gradient_generations(problem.strategy, generations)
     rounds = min(rounds, generations)
-    followed = by_gradient * rounds + by_score * (generations - rounds)
-    run = followed + selection * (1 / groups)
+    parts = {
+        MEASURING: scoring(measured),
+        GENERATIONS: by_gradient * rounds + by_score * (generations - rounds),
+        CHOOSING: scoring(replace(counts, heldout=0)),
+        HELDOUT: scoring(SelectionCounts(0, 0, counts.heldout)),
+    }
+    run = sum(parts.values(), Cost())
     only_gradients = rounds == generations
+    by_kind = _seconds_by_kind([scored] * (not only_gradients) + [differentiated] * (rounds > 0), target)
     rows = _rows([*([] if only_gradients else scored), *differentiated], target, model)
     also: Sequence[PassPlan] = ()
     if backend.final_compute_dtype != backend.compute_dtype:
@@ -100,6 +110,9 @@ def make_plan(
         gradient=_work(gradient, target, model) if rounds else None,
         generation=_work(by_gradient if only_gradients else by_score, target, model),
         run=_work(run, target, model),
+        parts={name: _work(cost, target, model) for name, cost in parts.items() if cost.seconds(target)},
+        factor=estimated_factor(by_kind, sizes.bank, timings if target == live_target() else ()),
+        kind=max(by_kind, key=lambda kind: by_kind[kind], default="scoring"),
         host_bytes=PROCESS_BYTES + on_host,
         disk_bytes=disk_bytes(problem) + download_bytes,
         download_bytes=download_bytes,
@@ -129,6 +142,15 @@ def disk_bytes(problem: SearchProblem[Backend]) -> int:
     model = problem.backend.stored_bytes() // problem.backend.loaded
     examples, tasks = sum(task.size for shard in problem.splits.shards for task in shard), len(problem.splits.search)
     return kept + model + run_bytes(problem.search, problem.strategy, problem.space, examples, tasks)
+
+
+def _seconds_by_kind(uses: Sequence[Sequence[SizedPass]], target: Target) -> dict[WorkKind, float]:
+    """The roofline's seconds of the passes, by the kind of their work."""
+    seconds: dict[WorkKind, float] = {}
+    for sized in (each for passes in uses for each in passes):
+        kind = kind_of_pass(sized.planned.name)
+        seconds[kind] = seconds.get(kind, 0.0) + sized.planned.cost(target).seconds(target)
+    return seconds
 
 
 def _cost(passes: Sequence[SizedPass], target: Target) -> Cost:

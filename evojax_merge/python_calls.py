@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 
 from evojax_merge.errors import InputError, in_python_words, shown
+from evojax_merge.jax_environment import keep_compiled_programs
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.report.progress import console
 from evojax_merge.tasks.python_functions import reference_to
@@ -21,14 +22,15 @@ Location = str | PathLike[str]
 
 
 class PythonCall(AbstractContextManager[None]):
-    """The body of a public function. Progress bars show on terminals alone, messages name arguments in place of
-    options, warnings are Python warnings, and the traceback of a user's own function has the user's frames alone.
-    given: the warnings that the program has had already, to which the body's are added."""
+    """The body of a public function. Compiled programs are kept, progress bars show on terminals alone, messages name
+    arguments in place of options, warnings are Python warnings, and the traceback of a user's own function has the
+    user's frames alone. given: the warnings that the program has had already, to which the body's are added."""
 
     def __init__(self, given: set[str] | None = None) -> None:
         self._given = given
 
     def __enter__(self) -> None:
+        keep_compiled_programs()
         self._was_quiet, self._words = console.quiet, in_python_words(self._given)
         console.quiet = console.quiet or not console.is_terminal
         self._words.__enter__()

@@ -1,6 +1,7 @@
 """From a search's archive to the winner: re-scoring, and the comparison on held-out examples."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,12 +16,22 @@ from evojax_merge.goals import with_goals
 from evojax_merge.problem import SearchProblem, failure_hint
 from evojax_merge.report.comparison import FrontMember, GuardResult, Result, Row, model_name, rivals_of
 from evojax_merge.report.intervals import Lead, leads_over
+from evojax_merge.report.plan import CHOOSING, HELDOUT, MEASURING
 from evojax_merge.search.fronts import front_of
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive, Finalist, rescore
 from evojax_merge.search.protocols import keeps_front, plain_merges_of
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import GUARD_WEIGHT
+
+Progress = Callable[[int], None]
+# (the name of a part of the work, its steps at most) -> a context that yields the function that receives steps done.
+Phase = Callable[[str, int], AbstractContextManager[Progress]]
+
+
+def silent_phase(name: str, steps: int) -> AbstractContextManager[Progress]:
+    """A part of the work that shows no progress."""
+    return nullcontext(lambda steps: None)
 
 
 @runtime_checkable
@@ -36,15 +47,24 @@ def open_evaluators(
     problem: SearchProblem[Backend],
     prepared: Splits[list[Any]],
     devices: Devices = ONE_DEVICE,
-    progress: Callable[[int], None] = lambda done: None,
+    loading: Phase = silent_phase,
     log: Callable[[str], None] = lambda text: None,
     folder: Path | None = None,
+    measuring: Phase = silent_phase,
 ) -> Splits[SpaceEvaluator[Any]]:
-    """Load the bank and open evaluators of genomes on each of the splits, with the goal of the search. `progress`
-    receives the bytes that were loaded, `log` the evaluators' notes; folder: see `Backend.load`."""
-    backend = problem.backend
-    bank, population = backend.load(devices, progress, folder), problem.strategy.population
-    return with_goals(problem, backend.evaluators(bank, prepared, population, devices, log), log)
+    """Load the bank and open evaluators of genomes on each of the splits, with the goal of the search, for which the
+    base and the parents are scored. The steps of `loading` are bytes, those of `measuring` passes; `log` receives the
+    evaluators' notes; folder: see `Backend.load`."""
+    backend, population = problem.backend, problem.strategy.population
+    with loading("loading", backend.stored_bytes()) as progress:
+        bank = backend.load(devices, progress, folder)
+    on = backend.evaluators(bank, prepared, population, devices, log)
+    counts = models_to_measure(problem)
+    if not counts.search:
+        return with_goals(problem, on, log)
+    validation = 0 if on.validation is None else on.validation.passes(counts.validation)
+    with measuring(MEASURING, on.search.passes(counts.search) + validation) as progress:
+        return with_goals(problem, on, log, progress)
 
 
 def open_evaluator(
@@ -60,29 +80,35 @@ def select_best(
     problem: SearchProblem[Backend],
     on: Splits[SpaceEvaluator[Any]],
     archive: Archive,
-    progress: Callable[[int], None] = lambda done: None,
+    phase: Phase = silent_phase,
 ) -> Result:
     """Choose the winner among the finalists, on the validation split where there is one, else on the whole search
     split; then score the winner and the models that it is compared with on the held-out split. Raises Failed where no
     finalist has finite scores."""
     problem, on = problem.within(archive.context), on.map(lambda evaluator: evaluator.within(archive.context))
-    backend, heldout = problem.backend, on.heldout
-    finalists = rescore(problem.space, on.deciding, archive, progress)
-    if not finalists:
-        raise Failed(_no_winner(problem, archive))
-    best, (label, baselines) = finalists[0], problem.space.baselines()
+    backend, heldout, counts = problem.backend, on.heldout, candidates_to_select(problem)
+    on_validation = 0 if on.validation is None else on.validation.passes(counts.validation)
+    with phase(CHOOSING, on.search.passes(counts.search) + on_validation) as progress:
+        finalists = rescore(problem.space, on.deciding, archive, progress)
+        if not finalists:
+            raise Failed(_no_winner(problem, archive))
+        best, (label, baselines) = finalists[0], problem.space.baselines()
 
-    def fitness_on(evaluator: SpaceEvaluator[Any], genomes: np.ndarray) -> np.ndarray:
-        return fitness(evaluator.tasks, evaluator.score(genomes, progress), evaluator.goal)
+        def fitness_on(evaluator: SpaceEvaluator[Any], genomes: np.ndarray) -> np.ndarray:
+            return fitness(evaluator.tasks, evaluator.score(genomes, progress), evaluator.goal)
 
-    values = fitness_on(on.deciding, baselines)
-    number = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
-    plain, value = baselines[number], float(values[number])
-    searched, plain_searched, validated = best.fitness, value, None
-    if on.validation is not None:
-        validated = (best.fitness, value)
-        searched, plain_searched = (float(fitness_on(on.search, genome[None])[0]) for genome in (best.genome, plain))
-    table, answers = _table(problem, heldout, best.genome, plain, progress) if problem.splits.heldout else ([], ())
+        values = fitness_on(on.deciding, baselines)
+        number = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
+        plain, value = baselines[number], float(values[number])
+        searched, plain_searched, validated = best.fitness, value, None
+        if on.validation is not None:
+            validated = (best.fitness, value)
+            searched, plain_searched = (
+                float(fitness_on(on.search, genome[None])[0]) for genome in (best.genome, plain)
+            )
+    with phase(HELDOUT, heldout.passes(counts.heldout)) as progress:
+        table, answers = _table(problem, heldout, best.genome, plain, progress) if problem.splits.heldout else ([], ())
+        front = _front(heldout, finalists, progress) if keeps_front(problem.strategy) else ()
     return Result(
         genome=best.genome,
         search_fitness=searched,
@@ -93,7 +119,7 @@ def select_best(
         report=backend.report(best.genome, [model_name(parent) for parent in problem.parents]),
         validation=validated,
         stopped_by=None if archive.stopped is None else archive.stopped.criterion,
-        members=_front(heldout, finalists, progress) if keeps_front(problem.strategy) else (),
+        members=front,
         compute_dtype=backend.final_compute_dtype,
         search_compute_dtype=backend.compute_dtype,
         shares=shares_of(heldout.tasks) if table else {},
@@ -117,9 +143,7 @@ def _guards(deciding: SpaceEvaluator[Any], best: Finalist, table: Sequence[Row])
     return tuple(results)
 
 
-def _front(
-    heldout: SpaceEvaluator[Any], finalists: Sequence[Finalist], progress: Callable[[int], None]
-) -> tuple[FrontMember, ...]:
+def _front(heldout: SpaceEvaluator[Any], finalists: Sequence[Finalist], progress: Progress) -> tuple[FrontMember, ...]:
     """The finalists that are the front on the examples that the winner is chosen on, from the best in the first task
     on; scored on the held-out split."""
     objectives = np.stack([finalist.task_means for finalist in finalists])
@@ -147,7 +171,7 @@ def _table(
     heldout: SpaceEvaluator[Any],
     winner: np.ndarray,
     plain: np.ndarray,
-    progress: Callable[[int], None],
+    progress: Progress,
 ) -> tuple[list[Row], Sequence[dict[str, Any]]]:
     """The rows of the held-out table: the stored models, the baseline where it is none of them, and the winner; and the
     answers of the winner and of the best parent."""
@@ -201,13 +225,6 @@ def _no_winner(problem: SearchProblem[Backend], archive: Archive) -> str:
         f"{problem.search.finalists} best, what the strategy proposed, the start and the parents has finite scores on "
         f"the {split} of {metrics}. {failure_hint(problem.splits.search[0])}"
     )
-
-
-def passes_to_select(problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]]) -> int:
-    """The steps of progress that `select_best` reports at most."""
-    counts = candidates_to_select(problem)
-    on_validation = 0 if on.validation is None else on.validation.passes(counts.validation)
-    return on.search.passes(counts.search) + on_validation + on.heldout.passes(counts.heldout)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ where the device multiplies it natively, else in float32. The first of several d
   share of the best matrix product. The FLOPs are those of the layers' and the head's products.
 - decoding: greedy, a token of each prompt a step, without draft tokens, which random weights say nothing about; the
   prompts' prefill is not counted. The weights are read in every step.
-- a generation: of a search by likelihood with CMA-ES, everything included but the first one, which compiles.
+- a generation: of searches by likelihood, by answers and by gradients, everything included but the first ones, which
+  compile; and its seconds over the plan's bound, by which later plans estimate.
 """
 
 import tempfile
@@ -34,20 +35,21 @@ from evojax_merge.benchmarks.references import copy_bandwidth, matrix_peak, medi
 from evojax_merge.benchmarks.scored_rows import of_rows, work
 from evojax_merge.checkpoints.abstract_bank import abstract_bank, abstract_stored
 from evojax_merge.checkpoints.parents import tensor_shapes
+from evojax_merge.core import evolve_on
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation import passes
-from evojax_merge.evaluation.devices import tree_nbytes
-from evojax_merge.evaluation.evaluator import DecoderEvaluator, MergeEvaluator, row_update
+from evojax_merge.evaluation.devices import ONE_DEVICE, tree_nbytes
+from evojax_merge.evaluation.evaluator import DecoderEvaluator, row_update
 from evojax_merge.evaluation.memory import is_out_of_memory
 from evojax_merge.evaluation.passes import SharedModel
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import Target
+from evojax_merge.evaluation.timings import Timing, WorkKind, timing
 from evojax_merge.models.bank import Bank, LeafBank
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem
-from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.loop import MemoryStorage, Reporter, evolve
+from evojax_merge.search.loop import MemoryStorage, Reporter
 
 
 def llama(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:
@@ -277,7 +279,16 @@ def require_finite(what: str, scores: TaskScores) -> None:
                 raise Failed(f"{what}: scores are not finite")
 
 
-STORED, MERGED, SEARCHED = "a stored model", "TIES, merged inside the pass", "TIES, CMA-ES, by likelihood"
+STORED, MERGED = "a stored model", "TIES, merged inside the pass"
+GRADIENT_STRATEGY = "adam"
+# The searches: their tasks, strategies, and the kinds of work that they are.
+SEARCHES: dict[str, tuple[str, str, WorkKind]] = {
+    "TIES, CMA-ES, by likelihood": ("likelihood", "cma_es", "scoring"),
+    "TIES, CMA-ES, by answers": ("exact_match", "cma_es", "decoding"),
+    "TIES, by gradients": ("likelihood", GRADIENT_STRATEGY, "gradient"),
+}
+# The column of a generation's seconds over its bound by the roofline.
+BOUNDED = "times its bound"
 
 
 def prompts_name(count: int) -> str:
@@ -286,9 +297,11 @@ def prompts_name(count: int) -> str:
 
 @dataclass
 class Measurer:
-    """Measures the rows of a benchmark on models of random weights. copy: bytes a second; peak: FLOP a second."""
+    """Measures the rows of a benchmark on models of random weights. copy: bytes a second; peak: FLOP a second; folder:
+    of the models' headers."""
 
     models: Models
+    folder: Path
     sizes: Sizes
     copy: float
     peak: float
@@ -381,30 +394,34 @@ class Measurer:
             },
         )  # fmt: skip
 
-    def searching(self) -> Measurement:
-        models, problem, population = self.models, self.models.problem, self.sizes.population
-        assert isinstance(problem.backend.candidates, MergeCandidates)
-        scorer = SpaceEvaluator(
-            problem.space, MergeEvaluator(models.evaluator, models.bank, problem.backend.candidates.spec)
+    def searching(self, name: str) -> Measurement:
+        mode, strategy, _ = SEARCHES[name]
+        models, target, sizes = self.models, self.models.problem.target, self.sizes
+        problem = problem_for(
+            self.folder, PARENTS, "ties", mode, target, 1, models.problem.backend.compute_dtype, strategy=strategy,
+            population=1 if strategy == GRADIENT_STRATEGY else sizes.population, generations=sizes.generations + 1,
+        )  # fmt: skip
+        prepared, storage, ends = problem.prepare(), MemoryStorage(), [time.perf_counter()]
+        on = problem.backend.evaluators(
+            models.bank, prepared, problem.strategy.population, ONE_DEVICE, lambda line: None
         )
-        ends = [time.perf_counter()]
 
         class Clock(Reporter):
             def finished(self, generation: Any) -> None:
                 ends.append(time.perf_counter())
 
-        evolve(problem.search, 0, problem.strategy, problem.space, [scorer], MemoryStorage(), Clock())
-        first, *others = np.diff(ends)
-        rows, seconds = models.evaluator.batched_tasks[0].requests.scored, float(np.median(others))
-        flops = population * sum(work(problem.backend.models.decoder, rows))
-        tokens = sum(len(row.tokens) for row in rows)
-        workload = models.workload(f"{population} candidates of {len(rows)} examples, {tokens:,} tokens")
+        evolve_on(problem, on, storage, Clock())
+        first, _, *others = np.diff(ends)
+        (batched,), seconds = on.search.evaluator.evaluator.batched_tasks, float(np.median(others))
+        evaluated = float(np.median([row["seconds"] for row in storage.read_timing()[1:]]))
+        rows = batched.requests.scored or batched.requests.prompts
+        planned, population = make_plan(problem, prepared), problem.strategy.population
+        workload = models.workload(f"{population} candidates of {len(rows)} examples")
         return Measurement(
-            "a generation", SEARCHED, workload,
+            "a generation", name, workload,
             {
-                "candidates": population, "examples": len(rows), "tokens of each candidate": tokens, "s": seconds,
-                "s/candidate": seconds / population, "share of the best product": flops / seconds / self.peak,
-                "the first, with compiling, s": float(first),
+                "candidates": population, "examples": len(rows), "s": seconds, "s/candidate": seconds / population,
+                BOUNDED: evaluated / planned.generation.seconds, "the first, with compiling, s": float(first),
             },
         )  # fmt: skip
 
@@ -419,13 +436,13 @@ def measure(target: Target, sizes: Sizes, budget: Budget) -> Benchmark:
         benchmark = Benchmark(
             shape, parameters, dtype, copy_bandwidth(budget.references), matrix_peak(dtype, budget.references)
         )  # fmt: skip
-        measurer = Measurer(Models(problem), sizes, benchmark.copy_bandwidth, benchmark.matrix_peak)
+        measurer = Measurer(Models(problem), Path(folder), sizes, benchmark.copy_bandwidth, benchmark.matrix_peak)
         runs: dict[str, Callable[[], Measurement]] = {
             **{method: partial(measurer.merging, method) for method in METHODS},
             **{prompts_name(count): partial(measurer.decoding, count) for count in sizes.prompts},
             STORED: partial(measurer.scoring, False),
             MERGED: partial(measurer.scoring, True),
-            SEARCHED: measurer.searching,
+            **{name: partial(measurer.searching, name) for name in SEARCHES},
         }
         for name, run in runs.items():
             benchmark.rows.extend(budget.row(name, run))
@@ -433,6 +450,16 @@ def measure(target: Target, sizes: Sizes, budget: Budget) -> Benchmark:
         return benchmark
 
 
+def timings_of(benchmark: Benchmark) -> list[Timing]:
+    """The measured factors of each kind of work, for later plans."""
+    nbytes = benchmark.parameters * np.dtype(jnp.dtype(benchmark.dtype)).itemsize * (1 + PARENTS)
+    return [
+        timing(SEARCHES[row.name][2], row.figures[BOUNDED], nbytes, "bench")
+        for row in benchmark.rows
+        if row.name in SEARCHES
+    ]
+
+
 def row_count(sizes: Sizes) -> int:
     """The number of rows of a benchmark."""
-    return len(METHODS) + len(sizes.prompts) + 3
+    return len(METHODS) + len(sizes.prompts) + 2 + len(SEARCHES)

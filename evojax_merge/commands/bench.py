@@ -3,10 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-from evojax_merge.benchmarks.device import ACCELERATOR, CPU, SHAPES, Budget, measure, row_count
+from evojax_merge.benchmarks.device import ACCELERATOR, CPU, SHAPES, Budget, measure, row_count, timings_of
 from evojax_merge.benchmarks.report import as_json, comparison, is_benchmark_file, read_benchmark, section
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.evaluation.targets import live_target
+from evojax_merge.evaluation.timings import record_timings
 from evojax_merge.file_system import OutputFile, check_outputs
 from evojax_merge.report.progress import console, named_bar
 from evojax_merge.search.environment import environment
@@ -26,6 +27,7 @@ def bench(shape: str | None, seconds: float, json_file: Path | None, compare: Pa
         sizes = replace(sizes, shapes=(shape,))
     with named_bar("bench", row_count(sizes)) as announce:
         benchmark = measure(target, sizes, Budget(seconds, announce))
+    record_timings(timings_of(benchmark))
     machine = environment()
     lines = section(benchmark, machine)
     if earlier is not None:

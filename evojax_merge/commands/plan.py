@@ -11,6 +11,7 @@ from evojax_merge.config import blamed_on_overrides
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, target_compiler
 from evojax_merge.evaluation.targets import Target, find_target, live_target
+from evojax_merge.evaluation.timings import read_timings
 from evojax_merge.file_system import OutputFile, check_outputs
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import (
@@ -40,7 +41,7 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
             for stage, config_of_stage in enumerate(stage_configs(config)):
                 problem = build_problem(path, config_of_stage, chained=stage > 0, target=target, resolve=resolve)
                 compiler = _compiler(target, config.evaluation.model)
-                plans.append(make_plan(problem, problem.prepare(), folders.download_bytes, compiler))
+                plans.append(make_plan(problem, problem.prepare(), folders.download_bytes, compiler, read_timings()))
     print_warnings(revision_warnings(path, config))
     for number, stage_plan in enumerate(plans, start=1):
         if len(plans) > 1:

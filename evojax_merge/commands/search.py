@@ -42,7 +42,7 @@ from evojax_merge.report.live_page import kept_page
 from evojax_merge.report.loggers import LoggedSearch, check_loggers, logged
 from evojax_merge.report.notices import print_warnings
 from evojax_merge.report.plan import format_advice
-from evojax_merge.report.progress import OnGeneration, console, generation_record, say
+from evojax_merge.report.progress import OnGeneration, console, generation_record, say, working
 from evojax_merge.search.loop import Generation
 from evojax_merge.search.run_folder import (
     INPUTS,
@@ -120,7 +120,7 @@ def search(
         config = read_config(path, overrides, seed)
         out = out or default_out(path, config)
         on_started = partial(resume_hint.on_started, command("--out", str(out), *options, "--resume"))
-        with _printing(output) as on_generation:
+        with _printing(output) as on_generation, working("reading the models and the tasks"):
             run_search(
                 path, config, out, resume=resume, overwrite=overwrite, on_started=on_started,
                 on_generation=on_generation, force=force, judges=judges,

@@ -8,6 +8,7 @@ own, asks whether cuDNN is installed.
 
 import math
 import os
+import platform
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -279,6 +280,16 @@ def live_target() -> Target:
         chip_target, name=kind, memory=int(stats.get("bytes_limit", chip_target.memory)), devices=count, hosts=hosts,
         native_bfloat16=version is None or int(version[1]) >= 8,
     )  # fmt: skip
+
+
+def processor_name() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def cpu_target() -> Target:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import jax
 
 from evojax_merge.report.page import write_page
-from evojax_merge.report.progress import OnGeneration
+from evojax_merge.report.progress import OnGeneration, working
 from evojax_merge.search.loop import Generation
 from evojax_merge.search.run_parts import RunFolder
 
@@ -39,7 +39,8 @@ def kept_page(folder: RunFolder, on_generation: OnGeneration, warn: Callable[[st
     finally:
         # A run that was refused, or was complete before, stays as it is.
         if folder.history.exists() and (page.content() != before or not folder.page.exists()):
-            page.write(working=False)
+            with working("drawing the page"):
+                page.write(is_working=False)
 
 
 class _Page:
@@ -55,13 +56,13 @@ class _Page:
     def update(self) -> None:
         started = time.monotonic()
         if started >= self._due:
-            self.write(working=True)
+            self.write(is_working=True)
             ended = time.monotonic()
             self._due = ended + max(INTERVAL, TIMES * (ended - started))
 
-    def write(self, *, working: bool) -> None:
+    def write(self, *, is_working: bool) -> None:
         try:
-            write_page(self._folder, working=working)
+            write_page(self._folder, working=is_working)
         except Exception as error:
             if not self.warned:
                 self._warn(f"{self._folder.page.name} could not be written: {error}")

@@ -7,7 +7,7 @@ whichever takes longer, and merging at the bandwidth, one after the other.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import RenderableType
@@ -15,8 +15,12 @@ from rich.table import Table
 
 from evojax_merge.config import parse_budget
 from evojax_merge.evaluation.targets import Target
+from evojax_merge.evaluation.timings import NOT_MEASURED, Factor, WorkKind
 from evojax_merge.report.progress import cell
 
+# The parts of a run, by their names.
+MEASURING, GENERATIONS = "measuring base and parents", "the generations"
+ENDING = CHOOSING, HELDOUT = "choosing the winner", "scoring on held-out examples"
 _CANDIDATE, _GRADIENT = "a candidate on all search examples", "a candidate and its gradient, on a minibatch"
 
 
@@ -76,9 +80,9 @@ class Plan:
     generation, run: the work of each group of devices for them. gradient_generations: the number of generations that
     follow gradients; `generation` is one of those that do not, where there are both. budget: the search's, which the
     generations come from, if it has one. notes: lines on the choice of the strategy, and on what candidates compute
-    beside the usual. advice: changes that would make it
-    fit, where it does not. compile_seconds: what the target's compiler took here for the passes (None: it was not
-    asked).
+    beside the usual. advice: changes that would make it fit, where it does not. compile_seconds: what the target's
+    compiler took here for the passes (None: it was not asked). parts: those of the run, in their order, by name.
+    factor: the seconds that such a run takes over its bound; kind: the kind of work that most of a generation is.
     """
 
     target: Target
@@ -101,6 +105,19 @@ class Plan:
     budget: str | None = None
     notes: tuple[str, ...] = ()
     compile_seconds: float | None = None
+    parts: Mapping[str, Work] = field(default_factory=dict)
+    factor: Factor = NOT_MEASURED
+    kind: WorkKind = "scoring"
+
+    @property
+    def estimated_seconds(self) -> float:
+        """About the seconds that the run takes, without loading, compiling and writing the winner."""
+        return self.run.seconds * self.factor.value
+
+    def ending_seconds(self, generation: float) -> float:
+        """About the seconds from the last generation to the winner, where a generation takes `generation` seconds."""
+        ending = sum(self.parts[name].seconds for name in self.parts if name in ENDING)
+        return generation * ending / self.generation.seconds if self.generation.seconds > 0 else 0.0
 
     @property
     def fits(self) -> bool:
@@ -112,9 +129,12 @@ class Plan:
             key: None if isinstance(value, float) and math.isnan(value) else value
             for key, value in asdict(self.target).items()
         }
-        data = asdict(self) | {"target": target, "fits": self.fits}
+        data = asdict(self) | {"target": target, "fits": self.fits, "factor": self.factor.model_dump()}
         if not self.fits:
-            for work in (data[name] for name in ("candidate", "gradient", "generation", "run")):
+            for work in (
+                *(data[name] for name in ("candidate", "gradient", "generation", "run")),
+                *data["parts"].values(),
+            ):
                 if work is not None:
                     work |= {key: None for key in work if key.endswith("seconds")}
             for row in data["passes"]:
@@ -126,7 +146,7 @@ class Plan:
         what, work = _CANDIDATE, self.candidate
         if self.gradient is not None:
             what, work = _GRADIENT, self.gradient
-        time = f"; by the roofline the search takes {shown_seconds(self.run.seconds)} or more" if self.fits else ""
+        time = f"; the search takes {self._time()}" if self.fits else ""
         return [
             f"plan: {shown_bytes(self.bank_bytes)} of models and up to {shown_bytes(self.pass_bytes)} for a pass, of "
             f"{shown_bytes(self.target.memory)} on each device",
@@ -145,8 +165,13 @@ class Plan:
         """The verdict and, where the search fits, the time of the run: short lines, which stand last."""
         if not self.fits:
             return [self.verdict()]
-        seconds = shown_seconds(self.run.seconds)
-        return [self.verdict(), f"time: {seconds} or more for {self._length()} and the choice of the winner"]
+        return [self.verdict(), f"time: {self._time()}, for {self._length()} and the choice of the winner"]
+
+    def _time(self) -> str:
+        """The estimate of the run, its source, and its bound."""
+        factor, about = self.factor, shown_seconds(self.estimated_seconds)
+        source = factor.source or "a guess: `evojax-merge bench` measures it"
+        return f"about {about} ({factor.value:.2g} times its bound by the roofline, {source})"
 
     def lines(self) -> list[str]:
         """The plan as lines, without the passes' table and the conclusion."""
@@ -178,6 +203,11 @@ class Plan:
                 f"{name}: {shown_number(work.flops)}FLOP, {shown_number(work.moved_bytes)}B moved"
                 f"{time if self.fits else ''}"
             )
+        if self.fits:
+            shares = ", ".join(
+                f"{name} {shown_seconds(part.seconds * self.factor.value)}" for name, part in self.parts.items()
+            )
+            printed.append(f"about, in their order: loading, {shares}, writing the winner")
         taken = "" if self.compile_seconds is None else f", which took {shown_seconds(self.compile_seconds)} here"
         omitted = "these seconds leave it out; " if self.fits else ""
         printed.append(f"compiling: {omitted}every pass below is compiled once{taken}")

@@ -1,12 +1,18 @@
-"""The terminal: the console, and progress bars in bytes, in candidate passes and in generations."""
+"""The terminal: the console, and progress bars in bytes, in candidate passes and in generations.
+
+No work is silent for long: a bar shows it on a terminal, and elsewhere a line every few seconds (`Heartbeat`).
+"""
 
 import io
 import json
 import math
+import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -31,10 +37,19 @@ from evojax_merge.search.loop import Generation, Reporter
 COLUMNS, SHORTEST_BAR = 80, 8
 
 
+# After so many seconds without a line the work under way is named.
+SILENCE_SECONDS = 8.0
+
+
 class Terminal(Console):
     """The console, which prints each text as one line, escaped, and logs all that it prints, also where it is quiet."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.printed_at = time.monotonic()
+
     def print(self, *objects: Any, **options: Any) -> None:
+        self.printed_at = time.monotonic()
         lines = [printable(text, LONGEST_LINE) if isinstance(text, str) else text for text in objects]
         for line in lines:
             for part in [line] if isinstance(line, str) else _drawn(line).splitlines():
@@ -73,11 +88,64 @@ console = Terminal(
 OnGeneration = Callable[[Generation], None]
 
 
+class Heartbeat:
+    """Names the work under way on the console, which is no terminal, after every SILENCE_SECONDS without a line.
+
+    Parts of the work may have parts: the innermost is named.
+    """
+
+    def __init__(self) -> None:
+        self._work: list[Callable[[], str]] = []
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def during(self, describe: Callable[[], str]) -> Iterator[None]:
+        """Name the work of the block by what `describe` returns when it is called, from another thread."""
+        self._work.append(describe)
+        if self._thread is None and not console.is_terminal and not IN_NOTEBOOK:
+            self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+            self._thread.start()
+        try:
+            yield
+        finally:
+            self._work.remove(describe)
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(max(0.1, console.printed_at + SILENCE_SECONDS - time.monotonic()))
+            work = self._work[-1:]
+            if work and time.monotonic() - console.printed_at >= SILENCE_SECONDS:
+                # The log of a run is of what happened.
+                console.printed_at = time.monotonic()
+                super(Terminal, console).print(printable(work[0](), LONGEST_LINE), highlight=False, soft_wrap=True)
+            elif not work:
+                console.printed_at = time.monotonic()
+
+
+HEARTBEAT = Heartbeat()
+
+
+def working(what: str) -> AbstractContextManager[None]:
+    """Name the block's work, which has no bar, wherever it takes long."""
+    started = time.monotonic()
+    return HEARTBEAT.during(lambda: f"{what}: {format_seconds(time.monotonic() - started)} so far")
+
+
+def _describe_bar(progress: Progress) -> str:
+    """A bar as a line."""
+    task = progress.tasks[0]
+    step = task.fields.get("step")
+    share = f" {step}," if step else f" {task.percentage:.0f}%," if task.total and task.completed else ""
+    left = "" if task.time_remaining is None else f", about {format_seconds(task.time_remaining)} left"
+    return f"{task.description}:{share} {format_seconds(task.elapsed or 0)} so far{left}"
+
+
 @contextmanager
 def _progress(*columns: ProgressColumn, done: str) -> Iterator[Progress]:
-    """Bars on a terminal. Elsewhere a line at the end, `done` and the time that it took."""
+    """Bars on a terminal. Elsewhere a line at the end, `done` and the time that it took, and some meanwhile."""
     started = time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    progress = Progress(*columns, console=console, disable=not console.is_terminal)
+    with progress, HEARTBEAT.during(lambda: _describe_bar(progress)):
         yield progress
     if not console.is_terminal:
         say(f"{done} took {format_seconds(time.monotonic() - started)}")
@@ -219,21 +287,41 @@ def notebook_line() -> Callable[[str], None]:
 
 class SearchBar(Reporter):
     """The search's progress bar: generations in full, passes of the running one as its fraction; in a notebook, the
-    latest generation's line. `on_generation` receives each generation as well."""
+    latest generation's line. ending: (seconds of a generation) -> about the seconds from the last generation to the
+    end of the search, which `seconds_left` counts. `on_generation` receives each generation as well."""
 
-    def __init__(self, progress: Progress, generations: int | None, on_generation: OnGeneration) -> None:
+    def __init__(
+        self, progress: Progress, generations: int | None, on_generation: OnGeneration,
+        ending: Callable[[float], float],
+    ) -> None:  # fmt: skip
         self._progress, self._on_generation, self._line = progress, on_generation, notebook_line()
         self._bar = progress.add_task("search", total=generations, info="compiling …")
-        self._share = 0.0
+        self._ending, self._seconds = ending, list[float]()
+        self._passes, self._done, self._number, self._began = 1, 0, 1, time.monotonic()
+        self._end: float | None = None
 
     def evaluating(self, generation: int, passes: int) -> None:
-        self._share = 1.0 / max(passes, 1)
+        self._passes, self._done, self._number, self._began = max(passes, 1), 0, generation + 1, time.monotonic()
         self._progress.update(self._bar, completed=generation)
 
     def advanced(self, passes: int) -> None:
-        self._progress.advance(self._bar, passes * self._share)
+        self._done += passes
+        self._progress.advance(self._bar, passes / self._passes)
+
+    def describe(self) -> str:
+        """A line about the generation under way."""
+        number, now = _counted(self._number, self._progress.tasks[0].total), time.monotonic()
+        state = f"{self._done} of {self._passes} passes" if self._done or self._seconds else "compiling"
+        left = "" if self._end is None else f", about {format_seconds(max(0.0, self._end - now))} left"
+        return f"generation {number}: {state}, {format_seconds(now - self._began)} so far{left}"
 
     def finished(self, generation: Generation) -> None:
+        # The first generation of a process compiles; later ones tell how long one takes.
+        self._seconds.append(generation.seconds)
+        if generation.seconds_left is not None:
+            seconds_left = generation.seconds_left + self._ending(statistics.median(self._seconds[1:]))
+            generation = replace(generation, seconds_left=seconds_left)
+            self._end = time.monotonic() + seconds_left
         # A bar takes what the figures leave.
         columns = COLUMNS - len(_counted(generation.number, generation.generations)) - SHORTEST_BAR
         info = generation_figures(generation, columns).strip()
@@ -254,12 +342,16 @@ class SearchBar(Reporter):
 
 
 @contextmanager
-def search_bar(generations: int | None, on_generation: OnGeneration) -> Iterator[SearchBar]:
-    """A progress bar over the generations of a search; None: the clock ends it."""
+def search_bar(
+    generations: int | None, on_generation: OnGeneration, ending: Callable[[float], float] = lambda seconds: 0.0
+) -> Iterator[SearchBar]:
+    """A progress bar over the generations of a search; None: the clock ends it. ending: see `SearchBar`."""
     columns = (BarColumn(bar_width=None), GenerationsColumn(), PlainColumn("{task.fields[info]}"))
     # In a file each generation has its line.
     with SearchProgress(*columns, console=console, expand=True, disable=not console.is_terminal) as progress:
-        yield SearchBar(progress, generations, on_generation)
+        bar = SearchBar(progress, generations, on_generation, ending)
+        with HEARTBEAT.during(bar.describe):
+            yield bar
 
 
 def say(text: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from evojax_merge.errors import Failed, InputError, printable, shown, without_secrets
+from evojax_merge.evaluation.targets import processor_name
 from evojax_merge.file_system import atomic_write
 from evojax_merge.regular_file import read_regular
 from evojax_merge.search.run_log import begin_logs
@@ -49,7 +50,7 @@ def environment() -> dict[str, Any]:
         "runtime": " ".join(devices[0].client.platform_version.split()),
         "driver": _first_line(Path("/proc/driver/nvidia/version")),
         "processes": jax.process_count(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": platform.platform(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -139,13 +140,3 @@ def _first_line(file: Path) -> str | None:
         return " ".join(file.read_text(encoding="utf-8", errors="replace").partition("\n")[0].split())
     except OSError:
         return None
-
-
-def _processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

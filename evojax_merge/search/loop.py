@@ -5,6 +5,7 @@ and the state after each generation is saved, so that a run that was killed and 
 finds the same winner as one that was not.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,10 +76,11 @@ class Generation:
     on all examples (None: no such candidate yet); metrics: the strategy's, such as sigma; seconds: the duration of the
     evaluation; validation: the fitness of the best so far on the validation split, in generations that are validated;
     generations: how many are wanted, None where the clock ends the search; best_parent: the fitness of the best parent
-    among the candidates of the first generation; seconds_left: about the time until the last generation; stage: the
-    number of a chain's stage, from 1; scores_of_best: the best candidate's mean by `task/metric`; scored_on: the
-    meaning of `fitness`, on a minibatch where generations take turns with several; proposed_validation: the best
-    fitness of the strategy's proposals on the validation split, in generations that are validated."""
+    among the candidates of the first generation; seconds_left: about the time until the last generation,
+    and on the terminal until the end of the search; stage: the number of a chain's stage, from 1; scores_of_best: the
+    best candidate's mean by `task/metric`; scored_on: the meaning of `fitness`, on a minibatch where generations take
+    turns with several; proposed_validation: the best fitness of the strategy's proposals on the validation split, in
+    generations that are validated."""
 
     number: int
     fitness: np.ndarray
@@ -313,7 +315,7 @@ def evolve(
                 validation=look.get("best_so_far"),
                 generations=None if config.parsed_budget.seconds else config.generations,
                 best_parent=best_parent,
-                seconds_left=clock.seconds_left(config, done, course, len(genomes)),
+                seconds_left=clock.seconds_left(config, done, course, len(genomes), seconds),
                 scores_of_best=row["scores_of_best"],
                 scored_on=scored_on,
                 proposed_validation=max((x for x in look.get("finalists", ()) if x is not None), default=None),
@@ -341,24 +343,31 @@ def _best_parent(space: Space, row: Mapping[str, Any]) -> float | None:
 
 
 class _Clock:
-    """Estimates the time that a search takes until its end. The first generation of a process, which compiles, does not
-    count."""
+    """Estimates the time that a search takes until its last generation. A process's first generation compiles the
+    evaluation, and what is between it and the second compiles the strategy: both do not count."""
 
     def __init__(self) -> None:
-        self._start: tuple[float, int] | None = None
+        self._evaluations, self._others = list[float](), list[float]()
+        self._ended: float | None = None
 
-    def seconds_left(self, config: SearchConfig, done: int, course: Course, population: int) -> float | None:
+    def seconds_left(
+        self, config: SearchConfig, done: int, course: Course, population: int, seconds: float
+    ) -> float | None:
         """Seconds until the last generation, or until a limit of `search.stop` or the budget, whichever comes first;
-        None after the process's first generation. done: the number of generations so far."""
+        None after the process's first generation. done: the number of generations so far; seconds: the duration of the
+        latest one's evaluation."""
         now, stop = time.perf_counter(), config.stop
-        if self._start is None:
-            self._start = now, done
+        before, self._ended = self._ended, now
+        if before is None:
             return None
+        self._evaluations.append(seconds)
+        self._others.append(now - before - seconds)
+        each = statistics.median(self._evaluations) + statistics.median(self._others[1:] or [0.0])
         remaining = config.generations - done
         if stop.evaluations is not None:
             remaining = min(remaining, (stop.evaluations - course.evaluations) // population)
-        left = remaining * (now - self._start[0]) / (done - self._start[1])
         limits = [seconds for seconds in (stop.seconds, config.parsed_budget.seconds) if seconds is not None]
+        left = remaining * each
         return max(0.0, min(left, *(seconds - course.seconds for seconds in limits))) if limits else left
 
 
