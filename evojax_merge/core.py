@@ -10,6 +10,7 @@ import numpy as np
 
 from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import InputError
+from evojax_merge.evaluation.compilations import compilations
 from evojax_merge.evaluation.devices import barrier, local_devices
 from evojax_merge.evaluation.diagnostics import warnings
 from evojax_merge.evaluation.scores import TaskScores
@@ -49,7 +50,7 @@ def search(
         console.print(f"the run is complete; its winner: {folder.model}", highlight=False, soft_wrap=True)
         return
     check_room(folder, problem.search.generations)
-    devices = local_devices(problem.backend.settings.model)
+    devices, compiled_before = local_devices(problem.backend.settings.model), compilations()
     planned = make_plan(problem, prepared, timings=read_timings())
     print_setup(problem, prepared, devices, planned)
     if planned.target.is_accelerator and not planned.fits and not force:
@@ -67,6 +68,7 @@ def search(
             archive = with_best(archive, ballots, problem.search.finalists)
             print_work(folder, problem, evaluators)
             result = select_best(problem, evaluators, archive, passes_bar)
+            say((compilations() - compiled_before).describe())
         if devices.is_main_process:
             write_winner(folder, problem.within(archive.context), result)
             remove_members(folder)

@@ -23,7 +23,7 @@ SMALL = Sizes(
     generations=2, repeats=1,
 )  # fmt: skip
 # The order in which they are measured: what needs the stored model comes before the bank takes its place.
-ROWS = ["slerp", "3 prompts", device.STORED, device.MERGED, device.SEARCHED]
+ROWS = ["slerp", "3 prompts", device.STORED, device.MERGED, *device.SEARCHES]
 
 
 @pytest.fixture

@@ -280,7 +280,7 @@ def require_finite(what: str, scores: TaskScores) -> None:
 
 
 STORED, MERGED = "a stored model", "TIES, merged inside the pass"
-GRADIENT_STRATEGY = "adam"
+GRADIENT_STRATEGY = "gradient"
 # The searches: their tasks, strategies, and the kinds of work that they are.
 SEARCHES: dict[str, tuple[str, str, WorkKind]] = {
     "TIES, CMA-ES, by likelihood": ("likelihood", "cma_es", "scoring"),
@@ -402,9 +402,8 @@ class Measurer:
             population=1 if strategy == GRADIENT_STRATEGY else sizes.population, generations=sizes.generations + 1,
         )  # fmt: skip
         prepared, storage, ends = problem.prepare(), MemoryStorage(), [time.perf_counter()]
-        on = problem.backend.evaluators(
-            models.bank, prepared, problem.strategy.population, ONE_DEVICE, lambda line: None
-        )
+        population = problem.strategy.population
+        on = problem.backend.evaluators(models.bank, prepared, population, ONE_DEVICE, lambda line: None)
 
         class Clock(Reporter):
             def finished(self, generation: Any) -> None:
@@ -415,7 +414,7 @@ class Measurer:
         (batched,), seconds = on.search.evaluator.evaluator.batched_tasks, float(np.median(others))
         evaluated = float(np.median([row["seconds"] for row in storage.read_timing()[1:]]))
         rows = batched.requests.scored or batched.requests.prompts
-        planned, population = make_plan(problem, prepared), problem.strategy.population
+        planned = make_plan(problem, prepared)
         workload = models.workload(f"{population} candidates of {len(rows)} examples")
         return Measurement(
             "a generation", name, workload,

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from evojax_merge.errors import Failed, InputError, printable, shown, without_secrets
+from evojax_merge.evaluation.compilations import compilations
 from evojax_merge.evaluation.targets import processor_name
 from evojax_merge.file_system import atomic_write
 from evojax_merge.regular_file import read_regular
@@ -35,7 +36,7 @@ VARIABLES = (
     "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "XLA_FLAGS",
 )  # fmt: skip
 # The keys of a session that say when it ran and how it was started, and not in which environment.
-OCCASION = ("command", "started", "ended", "seconds")
+OCCASION = ("command", "started", "ended", "seconds", "compiled")
 
 
 def environment() -> dict[str, Any]:
@@ -61,7 +62,7 @@ def environment() -> dict[str, Any]:
 def recorded_session(folder: RunFolder) -> Iterator[None]:
     """Append this process's environment, command, start and end to the sessions of a run, whose log begins. A session
     whose process was killed has no end."""
-    sessions, began = read_sessions(folder), time.monotonic()
+    sessions, began, compiled_before = read_sessions(folder), time.monotonic(), compilations()
     command = without_secrets(shlex.join(sys.argv))
     session = {"command": command, "started": _now(), "ended": None, "seconds": None} | environment()
     _write(folder, [*sessions, session])
@@ -69,7 +70,11 @@ def recorded_session(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     finally:
-        session |= {"ended": _now(), "seconds": round(time.monotonic() - began, 3)}
+        compiled = compilations() - compiled_before
+        session |= {
+            "ended": _now(), "seconds": round(time.monotonic() - began, 3),
+            "compiled": {"programs": compiled.compiled, "seconds": round(compiled.seconds, 3), "kept": compiled.kept},
+        }  # fmt: skip
         # A full disk has its own message already.
         with suppress(Failed, InputError):
             _write(folder, [*sessions, session])
