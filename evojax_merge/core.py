@@ -1,11 +1,14 @@
 """The main path: from a checked search to a winner in its run folder."""
 
 import statistics
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from threading import Event
 from typing import Any
 
+import jax
 import numpy as np
 
 from evojax_merge.backends.backend import Backend
@@ -18,11 +21,11 @@ from evojax_merge.evaluation.timings import read_timings, record_timings, timing
 from evojax_merge.judge.evaluation import judged, with_best
 from evojax_merge.judge.opening import JudgeOptions, judging
 from evojax_merge.judge.proposals import proposing
-from evojax_merge.planning import make_plan
+from evojax_merge.planning import compile_ahead, make_plan
 from evojax_merge.problem import SearchProblem, failure_hint
 from evojax_merge.report.comparison import model_name
 from evojax_merge.report.plan import Plan
-from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar
+from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar, working
 from evojax_merge.search.environment import recorded_session
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive, Reporter, Storage, evolve
@@ -32,6 +35,8 @@ from evojax_merge.search_output import print_setup, print_work, why_complete, wr
 from evojax_merge.selection import open_evaluators, select_best
 from evojax_merge.tasks.splits import Splits
 
+# Models of fewer bytes load before anything is compiled.
+COMPILE_BESIDE_BYTES = 2**28
 FORCE = "--force goes on all the same"
 
 
@@ -57,7 +62,8 @@ def search(
         raise InputError(folder.path, f"{planned.what_would_fit()} ({FORCE})")
 
     with recorded_session(folder) if devices.is_main_process else nullcontext():
-        evaluators = open_evaluators(problem, prepared, devices, bytes_bar, say, folder.members, passes_bar)
+        with _compiling_beside(problem, prepared):
+            evaluators = open_evaluators(problem, prepared, devices, bytes_bar, say, folder.members, passes_bar)
         generations = None if problem.search.parsed_budget.seconds else problem.search.generations
         with judging(folder, problem, say, judges or JudgeOptions()) as ballots:
             evaluators = judged(evaluators, ballots, partial(family_tree, problem))
@@ -74,6 +80,26 @@ def search(
             remove_members(folder)
             _record_timing(planned, folder)
     barrier("written")
+
+
+@contextmanager
+def _compiling_beside(problem: SearchProblem[Backend], prepared: Splits[list[Any]]) -> Iterator[None]:
+    """Compile the search's passes while the block loads models, where that takes longer than compiling them twice
+    would. The programs are handed over in JAX's folder of compiled programs."""
+    is_kept = jax.config.values["jax_compilation_cache_dir"] and jax.config.values["jax_enable_compilation_cache"]
+    # GPUs of several processes tune kernels together.
+    if not is_kept or jax.process_count() > 1 or problem.backend.stored_bytes() < COMPILE_BESIDE_BYTES:
+        yield
+        return
+    cancelled = Event()
+    with ThreadPoolExecutor(1) as pool:
+        compiling = pool.submit(compile_ahead, problem, prepared, cancelled)
+        try:
+            yield
+            with working("compiling"):
+                compiling.result()
+        finally:
+            cancelled.set()
 
 
 def _record_timing(planned: Plan, folder: RunFolder) -> None:

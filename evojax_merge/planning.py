@@ -5,8 +5,12 @@ The passes are those of the search itself: its backend plans them, over abstract
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from threading import Event
 from typing import Any
+
+import jax
 
 from evojax_merge.backends.backend import Backend
 from evojax_merge.config import SearchConfig
@@ -118,6 +122,25 @@ def make_plan(
         download_bytes=download_bytes,
         advice=() if fits else advice(problem, pass_bytes, max((row.held_bytes for row in rows), default=0)),
     )
+
+
+def compile_ahead(problem: SearchProblem[Backend], prepared: Splits[list[Any]], cancelled: Event) -> None:
+    """Compile the passes of a generation, and those over the held-out examples, into JAX's folder of compiled programs,
+    from headers alone. A pass that cannot be compiled is left to the search, which reports it."""
+    planner = problem.backend.planner(problem.backend.device_sizes(problem.backend.settings.model).bank)
+    _, starts = gradient_generations(problem.strategy, problem.search.generations)
+    uses: list[tuple[list[Any], int, PlanUse]] = [
+        *((tasks, starts, "gradient") for tasks in prepared.minibatches[:1]),
+        *((tasks, problem.strategy.population, "scores") for tasks in prepared.shards[:1]),
+        (prepared.heldout, 2, "final"),
+    ]  # fmt: skip
+    for tasks, candidates, use in uses:
+        for sized in planner.passes(tasks, candidates, use):
+            if cancelled.is_set():
+                return
+            if sized.planned.traced is not None:
+                with suppress(jax.errors.JaxRuntimeError):
+                    sized.planned.traced.lower().compile()
 
 
 def _planned_generations(search: SearchConfig, strategy: Strategy, by_gradient: float, by_score: float) -> int:
