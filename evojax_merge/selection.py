@@ -1,6 +1,6 @@
 """From a search's archive to the winner: re-scoring, and the comparison on held-out examples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from evojax_merge.goals import with_goals
 from evojax_merge.problem import SearchProblem, failure_hint
 from evojax_merge.report.comparison import FrontMember, GuardResult, Result, Row, model_name, rivals_of
 from evojax_merge.report.intervals import Lead, leads_over
+from evojax_merge.report.meetings import Meetings
 from evojax_merge.report.plan import CHOOSING, HELDOUT, MEASURING
 from evojax_merge.search.fronts import front_of
 from evojax_merge.search.genomes import SpaceEvaluator
@@ -40,6 +41,10 @@ class ComparesAnswers(Protocol):
 
     def compared(self, scored: Sequence[tuple[str, str, int, TaskScores]]) -> list[tuple[str, str, int, TaskScores]]:
         """The same models, the winner last: role, name, and the scores in which the model stands, with its row."""
+        ...
+
+    def meetings(self, scored: Sequence[tuple[str, str, int, TaskScores]]) -> list[dict[str, Meetings]]:
+        """For each model but the winner, the last of those that were compared: `task/metric` -> their meetings."""
         ...
 
 
@@ -184,8 +189,10 @@ def _table(
         role = backend.baseline_role
         scored.append((role, f"{role} {backend.name}", 1, finals))
     scored.append(("winner", f"evolved {backend.name}", 0, finals))
+    met = list[dict[str, Meetings]]()
     if isinstance(heldout, ComparesAnswers):
         scored = heldout.compared(scored)
+        met = heldout.meetings(scored)
     weighted = task_weights(heldout.tasks, heldout.goal)
     rows = [
         Row(role, name, float(fitness(heldout.tasks, scores, heldout.goal)[p]), means(heldout.tasks, scores)[p])
@@ -206,7 +213,14 @@ def _table(
     answered = [] if best_parent is None or not heldout.devices.is_main_process else [len(rows) - 1, best_parent]
     answers = [row for k in answered for row in backend.answers(rows[k].name, heldout, scored[k][3], scored[k][2])]
     compared = [replace(row, lead=leads[k], task_leads=by_task.get(k, {})) for k, row in enumerate(rows[:-1])]
-    return [*compared, rows[-1]], answers
+    return [*(_with_meetings(row, met[k]) if met else row for k, row in enumerate(compared)), rows[-1]], answers
+
+
+def _with_meetings(row: Row, meetings: Mapping[str, Meetings]) -> Row:
+    """The row with its meetings, and without the leads for which too few people voted."""
+    few = {score for score, each in meetings.items() if each.too_few}
+    leads = {score: lead for score, lead in row.task_leads.items() if score not in few}
+    return replace(row, lead=None if few else row.lead, task_leads=leads, meetings=meetings)
 
 
 def shares_of(tasks: Sequence[ScoredTask]) -> dict[str, float]:

@@ -8,7 +8,9 @@ from typing import Any, cast
 import numpy as np
 
 from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.judge.activity import Activity
 from evojax_merge.judge.ballot import Ballot
+from evojax_merge.report.meetings import Meetings
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive
 from evojax_merge.search.protocols import ContextSpace, Progress
@@ -22,11 +24,13 @@ Scored = tuple[str, str, int, TaskScores]
 
 @dataclass(frozen=True)
 class AskingEvaluator(SpaceEvaluator[Any]):
-    """Scores generations: judges vote on the answers. describe: (context, genome) -> what its candidate is made of."""
+    """Scores generations: judges vote on the answers. describe: (context, genome) -> what its candidate is made of;
+    activity: what the page says in the meantime."""
 
     ballots: Mapping[str, Ballot] = field(default_factory=dict)
     describe: Callable[[Any, np.ndarray], str | None] = lambda context, genome: None
     context: Any = None
+    activity: Activity = field(default_factory=Activity)
 
     def within(self, context: Any) -> "AskingEvaluator":
         return replace(cast(AskingEvaluator, super().within(context)), context=context)
@@ -45,7 +49,9 @@ class AskingEvaluator(SpaceEvaluator[Any]):
             one.tobytes(): one for name, ballot in self.ballots.items() for one in incumbents[name]
             if one.tobytes() not in ballot.answers
         }  # fmt: skip
+        progress = self.activity.writing(self.passes(count + len(forgotten)), progress)
         scores = super().score(np.stack([*genomes, *forgotten.values()]), progress)
+        self.activity.asking()
         strengths = {}
         for name, ballot in self.ballots.items():
             again = dict(zip(forgotten, scores.outputs[name][count:], strict=True))
@@ -53,6 +59,7 @@ class AskingEvaluator(SpaceEvaluator[Any]):
             met = np.concatenate([genomes, incumbents[name]])
             task, describe = judged_task(self, name), partial(self.describe, self.context)
             strengths[name] = ballot.strengths(task, met, [*scores.outputs[name][:count], *earlier], describe)[:count]
+        self.activity.counting()
         return _with_strengths(self, scores.candidates(range(count)), strengths)
 
 
@@ -87,6 +94,18 @@ class MeetingEvaluator(SpaceEvaluator[Any]):
                 shown[k].matrices[name] = {METRIC: row[None].astype(np.float32)}
         return [(role, name, 0, shown[k]) for k, (role, name, _, _) in enumerate(scored)]
 
+    def meetings(self, scored: Sequence[Scored]) -> list[dict[str, Meetings]]:
+        """For each model but the winner, the last of those that were compared: `task/metric` -> their meetings."""
+
+        def met(name: str, scores: TaskScores) -> Meetings:
+            choices, (ours,), (texts,) = scores.matrices[name][METRIC][0], winner.outputs[name], scores.outputs[name]
+            same = sum(one == other for one, other in zip(ours, texts, strict=True))
+            won, lost = int((choices < 0).sum()), int((choices > 0).sum())
+            return Meetings(won, lost, len(ours) - won - lost - same, same)
+
+        *others, (_, _, _, winner) = scored
+        return [{f"{name}/{METRIC}": met(name, scores) for name in self.ballots} for _, _, _, scores in others]
+
 
 def with_best(archive: Archive, ballots: Mapping[str, Ballot], count: int) -> Archive:
     """The archive where the best candidates by all votes are finalists as well: votes on later generations say
@@ -98,9 +117,10 @@ def with_best(archive: Archive, ballots: Mapping[str, Ballot], count: int) -> Ar
 def judged(
     on: Splits[SpaceEvaluator[Any]], ballots: Mapping[str, Ballot],
     describe: Callable[[Any, np.ndarray], str | None] = lambda context, genome: None,
+    activity: Activity | None = None,
 ) -> Splits[SpaceEvaluator[Any]]:  # fmt: skip
-    """The evaluators of each split, where `ballots` hold the tasks that people judge, by name. describe: (context,
-    genome) -> what its candidate is made of."""
+    """The evaluators of each split, where `ballots` hold the tasks that people judge, by name. describe, activity: as
+    `AskingEvaluator` has them."""
     if not ballots:
         return on
 
@@ -113,7 +133,10 @@ def judged(
     most = {name: ballot.task.voting.heldout_votes for name, ballot in ballots.items()}
     chosen = [np.arange(min(most.get(task.name, task.size), task.size)) for task in on.heldout.tasks]
     return Splits(
-        shards=[replace(extended(AskingEvaluator, shard), describe=describe) for shard in on.shards],
+        shards=[
+            replace(extended(AskingEvaluator, shard), describe=describe, activity=activity or Activity())
+            for shard in on.shards
+        ],
         search=extended(RememberingEvaluator, on.search),
         validation=None if on.validation is None else extended(RememberingEvaluator, on.validation),
         heldout=extended(MeetingEvaluator, on.heldout.subset(chosen)),

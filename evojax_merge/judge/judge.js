@@ -3,6 +3,9 @@ let open = null;
 let sending = false;
 let ended = false;
 let timer = 0;
+// How often in a row the search has not answered, and how often it may: its process has ended then, or was stopped.
+let failures = 0;
+const MOST_FAILURES = 5;
 // Counts the beginnings and ends of votes: what the server said before one is out of date after it.
 let votes = 0;
 // The strengths that were shown before the last vote, by the candidate's name.
@@ -24,13 +27,14 @@ function show(state) {
   open = question;
   ended = state.ended;
   showQuestion(question);
+  if (!question) byId("question").textContent = state.title;
   byId("waiting").hidden = Boolean(question);
-  byId("waiting").textContent = ended ? "The search has ended, and all votes are kept. Thank you."
-    : standing.waiting ? "The next candidates are being written …" : "Other judges have the questions that are left.";
+  byId("waiting").textContent = standing.waiting ? state.activity : "Other judges have the questions that are left.";
+  showResult(state.result);
   const where = standing.heldout ? "last, the winner against the other models: " : "generation " + standing.round + ": ";
   const next = standing.heldout ? "" : " (" + standing.left + " left for all generations)";
-  byId("progress").textContent = ended ? "" : where + standing.votes + " of at most " + standing.most + " votes" + next;
-  byId("bar").value = standing.most ? standing.votes / standing.most : 0;
+  byId("progress").textContent = standing.waiting ? "" : where + standing.votes + " of at most " + standing.most + " votes" + next;
+  byId("bar").value = standing.waiting ? state.share : standing.most ? standing.votes / standing.most : 0;
   byId("bout").hidden = !bout;
   if (bout) {
     const score = "left " + bout.left + ", right " + bout.right;
@@ -40,6 +44,18 @@ function show(state) {
   showStrengths(standing.strengths);
   byId("leader").textContent = standing.leader && "the strongest, " + standing.strengths[0].candidate + ":\n" + standing.leader;
   byId("agreements").replaceChildren(...standing.agreements.map((text) => line("li", text)));
+}
+
+// The winner's proof: sentences, and a table of its meetings with the other models.
+function showResult(result) {
+  byId("result").hidden = !result;
+  if (!result) return;
+  byId("verdicts").replaceChildren(...result.sentences.map((text) => line("li", text)));
+  byId("meetings").replaceChildren(...[result.columns, ...result.table].map((cells, number) => {
+    const row = document.createElement("tr");
+    row.replaceChildren(...cells.map((text) => line(number ? "td" : "th", text)));
+    return row;
+  }));
 }
 
 function line(tag, text) {
@@ -78,14 +94,25 @@ async function refresh() {
     const answer = await fetch("state?judge=" + encodeURIComponent(named) + earlier);
     if (!answer.ok) throw new Error(await answer.text());
     fail("");
+    failures = 0;
     const state = await answer.json();
     const isSame = open && state.question && open.number === state.question.number;
     if (votes === begun && !isSame) show(state);
   } catch (error) {
-    fail("The search does not answer; it may have ended. All votes are kept. (" + error.message + ")");
+    failures++;
+    fail("The search does not answer (try " + failures + " of " + MOST_FAILURES + ": " + error.message + ").");
   }
+  if (failures === MOST_FAILURES) return giveUp();
   // Ask again soon while the next candidates are being written. Otherwise it shows that the judge is still there.
-  if (!ended) timer = setTimeout(refresh, open ? 5000 : byId("error").hidden ? 300 : 3000);
+  if (!ended) timer = setTimeout(refresh, failures ? 3000 : open ? 5000 : 300);
+}
+
+function giveUp() {
+  open = null;
+  showQuestion(null);
+  byId("waiting").hidden = true;
+  fail("The search has ended or was stopped, and this page asks it no more. All votes are kept. Once the search goes on "
+    + "(evojax-merge judge … --resume), reload this page.");
 }
 
 async function vote(choice) {

@@ -15,6 +15,7 @@ from evojax_merge import interrupts
 from evojax_merge.checkpoints.writer import check_outside
 from evojax_merge.errors import InputError, printable
 from evojax_merge.file_system import atomic_file, atomic_write_bytes, check_outputs
+from evojax_merge.judge.activity import Activity
 from evojax_merge.judge.ballot import Ballot
 from evojax_merge.judge.batch import Choices, pair_files, read_choices, votes_of
 from evojax_merge.judge.server import listen, served
@@ -93,12 +94,13 @@ def check_judges(path: Path, out: Path, problem: SearchProblem, options: JudgeOp
 @contextmanager
 def judging(
     folder: RunFolder, problem: SearchProblem, log: Callable[[str], None], options: JudgeOptions
-) -> Iterator[Mapping[str, Ballot]]:
-    """The ballots of the tasks that people judge, by their names, while the block runs; empty where the search has no
-    such task. Raises InputError for a votes file that is not the search's, and for a page that cannot be served."""
+) -> Iterator[tuple[Mapping[str, Ballot], Activity]]:
+    """The ballots of the tasks that people judge, by their names, while the block runs, empty where the search has no
+    such task; and what their page says meanwhile. Raises InputError for a votes file that is not the search's, and for
+    a page that cannot be served."""
     tasks = _judged_tasks(problem)
     if not tasks:
-        yield {}
+        yield {}, Activity()
         return
     votes = folder.votes
     if options.replay is not None and not votes.exists():
@@ -111,6 +113,7 @@ def judging(
             file.add(one, vote)
         log(f"{options.choices}: {choices.describe()}")
     history = folder.read_history()
+    activity = Activity(None if problem.search.parsed_budget.seconds else problem.search.generations, len(history))
     for task in tasks:
         ballots[task.name] = Ballot(
             task, file, problem.search.generations, problem.seed, interrupts.check, pairs=options.pairs,
@@ -121,9 +124,9 @@ def judging(
         people = _by_people(tasks)
         if options.pairs is None and people:
             pages = [ballots[task.name] for task in people]
-            address = stack.enter_context(served(pages, options.port, _token(folder.judge_token)))
+            address = stack.enter_context(served(pages, options.port, _token(folder.judge_token), activity))
             log(f"judge: open {address} on this machine, and vote; Ctrl-C stops, and keeps all votes")
-        yield ballots
+        yield ballots, activity
         for task in tasks:
             line = None if task.voting.judge is None else task.voting.judge.report()
             agreements = [agreement.describe() for agreement in ballots[task.name].agreements()]
