@@ -39,12 +39,11 @@ def silent_phase(name: str, steps: int) -> AbstractContextManager[Progress]:
 class ComparesAnswers(Protocol):
     """An evaluator that scores the models of the held-out table by comparing their answers."""
 
-    def compared(self, scored: Sequence[tuple[str, str, int, TaskScores]]) -> list[tuple[str, str, int, TaskScores]]:
-        """The same models, the winner last: role, name, and the scores in which the model stands, with its row."""
-        ...
-
-    def meetings(self, scored: Sequence[tuple[str, str, int, TaskScores]]) -> list[dict[str, Meetings]]:
-        """For each model but the winner, the last of those that were compared: `task/metric` -> their meetings."""
+    def compared(
+        self, scored: Sequence[tuple[str, str, int, TaskScores]]
+    ) -> tuple[list[tuple[str, str, int, TaskScores]], Sequence[Mapping[str, Meetings]]]:
+        """The same models, the winner last: role, name, and the scores in which the model stands, with its row; and for
+        each `task/metric` -> the winner's meetings with it."""
         ...
 
 
@@ -189,10 +188,10 @@ def _table(
         role = backend.baseline_role
         scored.append((role, f"{role} {backend.name}", 1, finals))
     scored.append(("winner", f"evolved {backend.name}", 0, finals))
-    met = list[dict[str, Meetings]]()
+    met: Sequence[Mapping[str, Meetings]] = [{}] * len(scored)
     if isinstance(heldout, ComparesAnswers):
-        scored = heldout.compared(scored)
-        met = heldout.meetings(scored)
+        scored, met = heldout.compared(scored)
+    too_few = [{score for score, meetings in each.items() if meetings.too_few} for each in met]
     weighted = task_weights(heldout.tasks, heldout.goal)
     rows = [
         Row(role, name, float(fitness(heldout.tasks, scores, heldout.goal)[p]), means(heldout.tasks, scores)[p])
@@ -208,19 +207,16 @@ def _table(
             continue
         ours, *others = ([scored[k][3].matrices[task.name][task.metric][scored[k][2]]] for k in (-1, *rivals))
         for k, lead in zip(rivals, leads_over(ours, others, [1.0], problem.seed), strict=True):
-            by_task[k] |= {} if lead is None else {f"{task.name}/{task.metric}": lead}
+            score = f"{task.name}/{task.metric}"
+            by_task[k] |= {} if lead is None or score in too_few[k] else {score: lead}
     best_parent = next((k for k in rivals if rows[k].role == "parent"), None)
     answered = [] if best_parent is None or not heldout.devices.is_main_process else [len(rows) - 1, best_parent]
     answers = [row for k in answered for row in backend.answers(rows[k].name, heldout, scored[k][3], scored[k][2])]
-    compared = [replace(row, lead=leads[k], task_leads=by_task.get(k, {})) for k, row in enumerate(rows[:-1])]
-    return [*(_with_meetings(row, met[k]) if met else row for k, row in enumerate(compared)), rows[-1]], answers
-
-
-def _with_meetings(row: Row, meetings: Mapping[str, Meetings]) -> Row:
-    """The row with its meetings, and without the leads for which too few people voted."""
-    few = {score for score, each in meetings.items() if each.too_few}
-    leads = {score: lead for score, lead in row.task_leads.items() if score not in few}
-    return replace(row, lead=None if few else row.lead, task_leads=leads, meetings=meetings)
+    compared = [
+        replace(row, lead=None if too_few[k] else leads[k], task_leads=by_task.get(k, {}), meetings=met[k])
+        for k, row in enumerate(rows[:-1])
+    ]
+    return [*compared, rows[-1]], answers
 
 
 def shares_of(tasks: Sequence[ScoredTask]) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""What a search does while it asks judges nothing, and at its end its result: the words of their page."""
+"""What a search does while it asks judges nothing, and its result: the words of their page."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.filesize import decimal
@@ -15,93 +15,76 @@ COLUMNS = ("model", "winner preferred", "model preferred", "neither", "same answ
 
 @dataclass
 class Step:
-    """A piece of work. total, done: its units, 0 where they are unknown; seconds: those that the last one of its kind
-    took; None: none was measured; started: on the monotonic clock."""
+    """A piece of work. total, done: its units, total 0 where they are unknown; last: the seconds that the last
+    generation took for the same; started: seconds of the monotonic clock."""
 
     what: str
-    total: int
-    seconds: float | None
-    started: float
+    total: int = 0
+    last: float | None = None
+    started: float = field(default_factory=lambda: time.monotonic())
     done: int = 0
 
     def describe(self) -> str:
-        passed = time.monotonic() - self.started
-        done = f", {self.done / self.total:.0%} done" if self.total else ""
-        left = ""
-        if self.seconds is not None:
-            last = format_seconds(self.seconds)
-            left = f", about {format_seconds(self.seconds - passed)} left" if passed < self.seconds else ""
-            left += f" (the last generation's took {last})"
+        passed, left, basis = time.monotonic() - self.started, 0.0, ""
+        if self.last is not None:
+            left, basis = self.last - passed, f" (the last generation's took {format_seconds(self.last)})"
         elif 0 < self.done < self.total:
-            rest = passed * (self.total - self.done) / self.done
-            left = f", about {format_seconds(rest)} left at the rate so far"
-        return f"{self.what}{done}; {format_seconds(passed)} so far{left}."
+            left, basis = passed * (self.total / self.done - 1), " at the rate so far"
+        share = f", {self.done / self.total:.0%} done" if self.total else ""
+        about = f", about {format_seconds(left)} left" if left > 0 else ""
+        return f"{self.what}{share}; {format_seconds(passed)} so far{about}{basis}."
 
 
 class Activity:
     """The search writes it, and the page reads it from another thread. generations: that the search will hold; None:
-    the clock ends it; done: those that it has behind it."""
+    the clock ends it; done: those that it has behind it. A method that takes `progress` returns it for the page too."""
 
     def __init__(self, generations: int | None = None, done: int = 0) -> None:
         self._of, self._number = "" if generations is None else f" of {generations}", done
-        self._has_asked = self.has_ended = False
-        self._writing: float | None = None
-        self._step = Step("Before the first pair: the search begins", 0, None, time.monotonic())
+        self._step, self.has_ended = Step("Before the first pair: the search begins"), False
+        self._last: float | None = None
         self._result: dict[str, Any] | None = None
 
     def loading(self, nbytes: int, progress: Callable[[int], None]) -> Callable[[int], None]:
-        """The models are loaded from here on. Return `progress` for the page as well, as the others do."""
         what = f"Before the first pair, step 1 of 2: {decimal(nbytes)} of models are being loaded"
-        return self._begin(what, nbytes, progress)
+        return self._begin(Step(what, nbytes), progress)
 
     def writing(self, passes: int, progress: Callable[[int], None]) -> Callable[[int], None]:
-        """The next generation's candidates write their answers from here on."""
         self._number += 1
-        what = f"the candidates of generation {self._number}{self._of} are writing their answers"
-        # The first ones wait for programs that are compiled, which says nothing of later ones.
-        what = f"Next, {what}" if self._has_asked else f"Before the first pair, step 2 of 2: {what}"
-        return self._begin(what, passes, progress, self._writing)
+        start = "Before the first pair, step 2 of 2:" if self._last is None else "Next,"
+        what = f"{start} the candidates of generation {self._number}{self._of} are writing their answers"
+        return self._begin(Step(what, passes, self._last), progress)
 
     def asking(self) -> None:
-        """The answers are written, and judges vote on them."""
-        self._has_asked, self._writing = True, time.monotonic() - self._step.started
+        self._last = time.monotonic() - self._step.started
 
     def counting(self) -> None:
-        """The generation has its votes."""
-        self._begin(f"Generation {self._number}{self._of} has its votes, and the search works with them", 0)
+        self._step = Step(f"Generation {self._number}{self._of} has its votes, and the search works with them")
 
     def choosing(self, passes: int, progress: Callable[[int], None]) -> Callable[[int], None]:
-        """The generations are over."""
         what = (
             "The last generation has its votes: the winner is being chosen, and it and the other models write answers"
         )
-        return self._begin(f"{what} to held-out prompts", passes, progress)
+        return self._begin(Step(f"{what} to held-out prompts", passes), progress)
 
     def conclude(self, result: Result) -> None:
-        """The winner is chosen, and has met the other models."""
         met = [(row, meetings) for row in result.rows for meetings in row.meetings.values()]
-        table = [
-            [row.label(), *map(str, (one.won, one.lost, one.neither, one.same)), one.share()]
-            for row, one in met
-        ]  # fmt: skip
+        table = [[row.label(), *map(str, (one.won, one.lost, one.neither, one.same)), one.share()] for row, one in met]
         unproven = ["No prompt was held out: no vote says whether the winner is better than the other models."]
         sentences = result.verdicts() if result.rows else unproven
         self._result = {"sentences": sentences, "columns": COLUMNS, "table": table}
-        self._begin("The winner is chosen, and is being written to best/model in the run's folder", 0)
+        self._step = Step("The winner is chosen, and is being written to best/model in the run's folder")
 
     def state(self) -> dict[str, Any]:
-        step = self._step
-        text = step.describe()
-        if self.has_ended:
-            text = "The search has ended, and all votes are kept. Thank you."
-            text += " The winner is best/model in the run's folder." if self._result else ""
-        share = 1.0 if self.has_ended else step.done / step.total if step.total else 0.0
+        step, share, text = self._step, 1.0, "The search has ended, and all votes are kept. Thank you."
+        if not self.has_ended:
+            share, text = step.done / step.total if step.total else 0.0, step.describe()
+        elif self._result is not None:
+            text += " The winner is best/model in the run's folder."
         return {"ended": self.has_ended, "activity": text, "share": share, "result": self._result}
 
-    def _begin(
-        self, what: str, total: int, progress: Callable[[int], None] = lambda done: None, seconds: float | None = None
-    ) -> Callable[[int], None]:
-        step = self._step = Step(what, total, seconds, time.monotonic())
+    def _begin(self, step: Step, progress: Callable[[int], None]) -> Callable[[int], None]:
+        self._step = step
 
         def advance(done: int) -> None:
             step.done = min(step.total, step.done + done)

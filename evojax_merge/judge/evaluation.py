@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import eq
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +19,7 @@ from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.voting import METRIC, JudgedTask
 
+NO_PAGE = Activity()
 # A model of the held-out table: its role, its name, the scores in which it stands, and its row there.
 Scored = tuple[str, str, int, TaskScores]
 
@@ -82,29 +84,23 @@ class MeetingEvaluator(SpaceEvaluator[Any]):
 
     ballots: Mapping[str, Ballot] = field(default_factory=dict)
 
-    def compared(self, scored: Sequence[Scored]) -> list[Scored]:
+    def compared(self, scored: Sequence[Scored]) -> tuple[list[Scored], list[dict[str, Meetings]]]:
         """The models with their scores on tasks that people judge, the winner last: 1 for a prompt on which the judges
-        prefer the model to the winner, -1 where they prefer the winner, else 0; the winner has 0 on all of them."""
-        shown = [scores.candidates([p]) for _, _, p, scores in scored]
+        prefer the model to the winner, -1 where they prefer the winner, else 0; the winner has 0 on all of them. And
+        for each model `task/metric` -> the winner's meetings with it."""
+        shown, meetings = (
+            [scores.candidates([p]) for _, _, p, scores in scored],
+            [dict[str, Meetings]() for _ in scored],
+        )
         for name, ballot in self.ballots.items():
             task = judged_task(self, name)
             texts = [scores.outputs[name][p] for _, _, p, scores in scored]
             met = ballot.meetings(task, texts[-1], texts[:-1])
             for k, row in enumerate((*met, np.zeros(task.size))):
                 shown[k].matrices[name] = {METRIC: row[None].astype(np.float32)}
-        return [(role, name, 0, shown[k]) for k, (role, name, _, _) in enumerate(scored)]
-
-    def meetings(self, scored: Sequence[Scored]) -> list[dict[str, Meetings]]:
-        """For each model but the winner, the last of those that were compared: `task/metric` -> their meetings."""
-
-        def met(name: str, scores: TaskScores) -> Meetings:
-            choices, (ours,), (texts,) = scores.matrices[name][METRIC][0], winner.outputs[name], scores.outputs[name]
-            same = sum(one == other for one, other in zip(ours, texts, strict=True))
-            won, lost = int((choices < 0).sum()), int((choices > 0).sum())
-            return Meetings(won, lost, len(ours) - won - lost - same, same)
-
-        *others, (_, _, _, winner) = scored
-        return [{f"{name}/{METRIC}": met(name, scores) for name in self.ballots} for _, _, _, scores in others]
+                won, lost, same = (row < 0).sum(), (row > 0).sum(), sum(map(eq, texts[k], texts[-1]))
+                meetings[k][f"{name}/{METRIC}"] = Meetings(won, lost, task.size - won - lost - same, same)
+        return [(role, name, 0, shown[k]) for k, (role, name, _, _) in enumerate(scored)], meetings
 
 
 def with_best(archive: Archive, ballots: Mapping[str, Ballot], count: int) -> Archive:
@@ -117,7 +113,7 @@ def with_best(archive: Archive, ballots: Mapping[str, Ballot], count: int) -> Ar
 def judged(
     on: Splits[SpaceEvaluator[Any]], ballots: Mapping[str, Ballot],
     describe: Callable[[Any, np.ndarray], str | None] = lambda context, genome: None,
-    activity: Activity | None = None,
+    activity: Activity = NO_PAGE,
 ) -> Splits[SpaceEvaluator[Any]]:  # fmt: skip
     """The evaluators of each split, where `ballots` hold the tasks that people judge, by name. describe, activity: as
     `AskingEvaluator` has them."""
@@ -133,10 +129,7 @@ def judged(
     most = {name: ballot.task.voting.heldout_votes for name, ballot in ballots.items()}
     chosen = [np.arange(min(most.get(task.name, task.size), task.size)) for task in on.heldout.tasks]
     return Splits(
-        shards=[
-            replace(extended(AskingEvaluator, shard), describe=describe, activity=activity or Activity())
-            for shard in on.shards
-        ],
+        shards=[replace(extended(AskingEvaluator, one), describe=describe, activity=activity) for one in on.shards],
         search=extended(RememberingEvaluator, on.search),
         validation=None if on.validation is None else extended(RememberingEvaluator, on.validation),
         heldout=extended(MeetingEvaluator, on.heldout.subset(chosen)),

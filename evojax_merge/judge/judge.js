@@ -102,17 +102,16 @@ async function refresh() {
     failures++;
     fail("The search does not answer (try " + failures + " of " + MOST_FAILURES + ": " + error.message + ").");
   }
-  if (failures === MOST_FAILURES) return giveUp();
+  if (failures === MOST_FAILURES) {
+    open = null;
+    showQuestion(null);
+    byId("waiting").hidden = true;
+    fail("The search has ended or was stopped, and this page asks it no more. All votes are kept. Once the search goes on "
+      + "(evojax-merge judge … --resume), reload this page.");
+    return;
+  }
   // Ask again soon while the next candidates are being written. Otherwise it shows that the judge is still there.
   if (!ended) timer = setTimeout(refresh, failures ? 3000 : open ? 5000 : 300);
-}
-
-function giveUp() {
-  open = null;
-  showQuestion(null);
-  byId("waiting").hidden = true;
-  fail("The search has ended or was stopped, and this page asks it no more. All votes are kept. Once the search goes on "
-    + "(evojax-merge judge … --resume), reload this page.");
 }
 
 async function vote(choice) {
