@@ -10,7 +10,7 @@ import numpy as np
 
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.judge.activity import Activity
-from evojax_merge.judge.ballot import Ballot
+from evojax_merge.judge.ballot import INCUMBENTS, Ballot
 from evojax_merge.report.meetings import Meetings
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive
@@ -19,7 +19,6 @@ from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.voting import METRIC, JudgedTask
 
-NO_PAGE = Activity()
 # A model of the held-out table: its role, its name, the scores in which it stands, and its row there.
 Scored = tuple[str, str, int, TaskScores]
 
@@ -40,12 +39,8 @@ class AskingEvaluator(SpaceEvaluator[Any]):
     def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
         genomes, count = np.asarray(genomes), len(genomes)
         # A genome that refers to the strategy's state may mean nothing in the next generation.
-        incumbents = {
-            name: ballot.incumbents(genomes)[: 0 if isinstance(self.space, ContextSpace) else None].astype(
-                genomes.dtype
-            )
-            for name, ballot in self.ballots.items()
-        }
+        most = 0 if isinstance(self.space, ContextSpace) else INCUMBENTS
+        incumbents = {name: one.incumbents(genomes, most).astype(genomes.dtype) for name, one in self.ballots.items()}
         # A search that goes on knows none of the answers before.
         forgotten = {
             one.tobytes(): one for name, ballot in self.ballots.items() for one in incumbents[name]
@@ -113,23 +108,24 @@ def with_best(archive: Archive, ballots: Mapping[str, Ballot], count: int) -> Ar
 def judged(
     on: Splits[SpaceEvaluator[Any]], ballots: Mapping[str, Ballot],
     describe: Callable[[Any, np.ndarray], str | None] = lambda context, genome: None,
-    activity: Activity = NO_PAGE,
+    activity: Activity | None = None,
 ) -> Splits[SpaceEvaluator[Any]]:  # fmt: skip
     """The evaluators of each split, where `ballots` hold the tasks that people judge, by name. describe, activity: as
     `AskingEvaluator` has them."""
     if not ballots:
         return on
 
-    def extended(kind: type[Any], one: SpaceEvaluator[Any]) -> Any:
+    def extended(kind: Callable[..., Any], one: SpaceEvaluator[Any]) -> Any:
         # A task of weight 0 is in the held-out split alone.
         names = {task.name for task in one.tasks}
         asked = {name: ballot for name, ballot in ballots.items() if name in names}
-        return kind(one.space, one.evaluator, one.devices, one.goal, asked)
+        return kind(one.space, one.evaluator, one.devices, one.goal, ballots=asked)
 
+    asking = partial(AskingEvaluator, describe=describe, activity=activity or Activity())
     most = {name: ballot.task.voting.heldout_votes for name, ballot in ballots.items()}
     chosen = [np.arange(min(most.get(task.name, task.size), task.size)) for task in on.heldout.tasks]
     return Splits(
-        shards=[replace(extended(AskingEvaluator, one), describe=describe, activity=activity) for one in on.shards],
+        shards=[extended(asking, shard) for shard in on.shards],
         search=extended(RememberingEvaluator, on.search),
         validation=None if on.validation is None else extended(RememberingEvaluator, on.validation),
         heldout=extended(MeetingEvaluator, on.heldout.subset(chosen)),

@@ -31,18 +31,18 @@ function show(state) {
   byId("waiting").hidden = Boolean(question);
   byId("waiting").textContent = standing.waiting ? state.activity : "Other judges have the questions that are left.";
   showResult(state.result);
-  const where = standing.heldout ? "last, the winner against the other models: " : "generation " + standing.round + ": ";
+  const where = standing.heldout ? "last, the winner against the other models: " : "generation " + standing.number + ": ";
   const next = standing.heldout ? "" : " (" + standing.left + " left for all generations)";
   byId("progress").textContent = standing.waiting ? "" : where + standing.votes + " of at most " + standing.most + " votes" + next;
   byId("bar").value = standing.waiting ? state.share : standing.most ? standing.votes / standing.most : 0;
   byId("bout").hidden = !bout;
   if (bout) {
-    const score = "left " + bout.left + ", right " + bout.right;
-    byId("bout").textContent = bout.ended ? "the last bout ended: " + score
-      : "round " + (bout.rounds + 1) + " of " + bout.length + ": " + score;
+    const rounds = bout.votes.length, won = (side) => bout.votes.filter((choice) => choice === side).length;
+    byId("bout").textContent = (rounds === bout.length ? "the last bout ended" : "round " + (rounds + 1) + " of " + bout.length)
+      + ": left " + won("left") + ", right " + won("right");
   }
-  showStrengths(standing.strengths);
-  byId("leader").textContent = standing.leader && "the strongest, " + standing.strengths[0].candidate + ":\n" + standing.leader;
+  showStrengths(standing.strengths.map(([candidate, mean, deviation]) => ({ candidate, mean, deviation })));
+  byId("leader").textContent = standing.leader && "the strongest, " + standing.strengths[0][0] + ":\n" + standing.leader;
   byId("agreements").replaceChildren(...standing.agreements.map((text) => line("li", text)));
 }
 
@@ -72,11 +72,8 @@ function showStrengths(strengths) {
     const places = climbed ? " (" + (climbed > 0 ? "up " : "down ") + Math.abs(climbed) + ")" : "";
     return { size: Math.abs(change), text: row.candidate + " by " + (change > 0 ? "+" : "") + change.toFixed(2) + places };
   }).sort((one, other) => other.size - one.size).slice(0, 3).map((row) => row.text).join(", ");
-  byId("strengths").replaceChildren(...strengths.map((row) => {
-    const was = row.candidate in before ? " (was " + before[row.candidate].mean.toFixed(2) + " ± "
-      + before[row.candidate].deviation.toFixed(2) + ")" : "";
-    return line("li", row.candidate + ": " + row.mean.toFixed(2) + " ± " + row.deviation.toFixed(2) + was);
-  }));
+  byId("strengths").replaceChildren(...strengths.map((row) =>
+    line("li", row.candidate + ": " + row.mean.toFixed(2) + " ± " + row.deviation.toFixed(2))));
   before = Object.fromEntries(strengths.map((row, rank) => [row.candidate, { ...row, rank }]));
 }
 

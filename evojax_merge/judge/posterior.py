@@ -134,10 +134,8 @@ class Preferences:
 
     def at(self, genomes: np.ndarray) -> Posterior:
         """The posterior strengths of candidates, voted on or not, with genomes float[P, D]."""
-        size, fitted = (
-            len(self.genomes),
-            fit_preferences(np.concatenate([self.genomes, genomes]), self.outcomes, self.kernel),
-        )
+        size, joined = len(self.genomes), np.concatenate([self.genomes, genomes])
+        fitted = fit_preferences(joined, self.outcomes, self.kernel)
         return Posterior(fitted.mean[size:], fitted.covariance[size:, size:], fitted.evidence)
 
 

@@ -198,25 +198,18 @@ def _state(ballots: Sequence[Ballot], judge: str, earlier: str = "") -> dict[str
     for ballot in ballots if earlier else ():
         ballot.hand_over(earlier, judge)
     standings = [ballot.standing() for ballot in ballots]
-    asked: tuple[int, Question] | None = None
-    for number, ballot in enumerate(ballots):
-        question = ballot.question(judge)
-        if question is not None:
-            asked = (number, question)
-            break
-    number = asked[0] if asked else next((n for n, one in enumerate(standings) if not one.waiting), 0)
-    standing, ballot = standings[number], ballots[number]
+    questions = enumerate(ballot.question(judge) for ballot in ballots)
+    number, question = next((each for each in questions if each[1] is not None), (None, None))
+    if number is None:
+        number = next((n for n, standing in enumerate(standings) if not standing["waiting"]), 0)
+    ballot, voting = ballots[number], ballots[number].task.voting
+    votes = [vote.choice for vote in ballot.bout(judge)] if voting.bout > 1 else []
     return {
-        "question": None if asked is None else _question(ballot, number, asked[1]),
-        "bout": _bout(ballot, judge),
-        "title": ballot.task.voting.question,
-        "standing": {
-            "round": standing.number, "votes": standing.votes, "most": standing.most, "left": standing.left,
-            "heldout": standing.heldout, "waiting": standing.waiting, "leader": standing.leader,
-            "strengths": [{"candidate": c, "mean": m, "deviation": d} for c, m, d in standing.strengths],
-            "agreements": [agreement.describe() for agreement in standing.agreements],
-        },
-    }  # fmt: skip
+        "title": voting.question,
+        "question": None if question is None else _question(ballot, number, question),
+        "standing": standings[number],
+        "bout": {"votes": votes, "length": voting.bout} if votes else None,
+    }
 
 
 def _picture(ballots: Sequence[Ballot], name: str) -> bytes | None:
@@ -229,13 +222,4 @@ def _question(ballot: Ballot, number: int, question: Question) -> dict[str, Any]
     return {
         "task": number, "number": question.number, "question": ballot.task.voting.question, "prompt": question.prompt,
         "left": left, "right": right, "pictures": pictures,
-    }  # fmt: skip
-
-
-def _bout(ballot: Ballot, judge: str) -> dict[str, Any] | None:
-    length, bout = ballot.task.voting.bout, ballot.bout(judge)
-    if length == 1 or not bout.rounds:
-        return None
-    return {
-        "rounds": bout.rounds, "length": length, "left": bout.left, "right": bout.right, "ended": bout.rounds == length
     }  # fmt: skip
