@@ -1149,10 +1149,11 @@ def gated(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     load, score, write = core.open_evaluators, SpaceEvaluator.score, core.write_winner
     generations = itertools.count(1)
 
-    def open_half(problem: Any, prepared: Any, devices: Any, progress: Any, *others: Any) -> Any:
-        progress(problem.backend.stored_bytes() // 2)
-        gate.reach("loading")
-        return load(problem, prepared, devices, progress, *others)
+    def open_half(problem: Any, prepared: Any, devices: Any, loading: Any, *others: Any) -> Any:
+        with loading("loading", 2) as progress:
+            progress(1)
+            gate.reach("loading")
+        return load(problem, prepared, devices, loading, *others)
 
     def score_slowly(self: Any, genomes: Any, progress: Any = lambda done: None) -> Any:
         if isinstance(self, AskingEvaluator | RememberingEvaluator):
@@ -1183,19 +1184,20 @@ def test_the_page_says_what_happens_at_each_of_its_moments(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
 
-    def shown(browser: Browser, moment: str, words: str) -> str:
-        """The text of a moment, which a page that is loaded again shows as well, without the seconds that pass."""
-        browser.wait(f"({WAITING}).startsWith({json.dumps(words)})")
-        texts[moment] = browser.evaluate(WAITING)
-        before = browser.evaluate("document.querySelector('main').innerText + document.querySelector('h1').innerText")
-        assert browser.evaluate("document.getElementById('ranking').open") is False
+    def seen(browser: Browser) -> str:
+        """The page's words, without the seconds that pass."""
+        return re.sub(r"\d+:\d+( so far)?|, about", "", browser.evaluate("document.body.innerText"))
+
+    def shows(browser: Browser, moment: str, words: str) -> None:
+        """The words of a moment are shown, and no figure of the posterior; the same where the page is loaded again."""
+        browser.wait(f"new RegExp({json.dumps(f'^{words}$')}).test({WAITING})")
+        before = seen(browser)
+        assert browser.evaluate("document.getElementById('ranking').open") is False and "±" not in before
         browser.screenshot(tmp_path / f"{moment}.png")
         browser.evaluate("window.isOld = true")
         browser.evaluate("location.reload()")
         browser.wait(f"window.isOld === undefined && document.readyState === 'complete' && ({WAITING}) !== ''")
-        after = browser.evaluate("document.querySelector('main').innerText + document.querySelector('h1').innerText")
-        assert re.sub(r"\d+:\d+", "", after) == re.sub(r"\d+:\d+", "", before)
-        return texts[moment]
+        assert seen(browser) == before
 
     def vote(browser: Browser) -> None:
         browser.wait("open !== null")
@@ -1205,44 +1207,32 @@ def test_the_page_says_what_happens_at_each_of_its_moments(
             browser.wait(f"!sending && (open === null || open.number > {latest})")
 
     def judge() -> None:
+        so_far, left = r"; 0:\d+ so far", r", about \d+:\d+ left at the rate so far\."
         with Browser(tmp_path, 1000, 600) as browser:
             with gate.during("loading"):
                 browser.open(f"http://127.0.0.1:{port}/{(run / 'judge-token').read_text()}/")
-                first = shown(browser, "loading", "Before the first pair, step 1 of 2: ")
-                assert re.search(
-                    r"of models are being loaded, 50% done; 0:\d+ so far, about 0:\d+ left at the rate", first
-                )
+                begun = "Before the first pair, step 1 of 2: the models are being loaded, 50% done"
+                shows(browser, "loading", begun + so_far + left)
             with gate.during("writing 1"):
-                written = shown(
-                    browser, "writing", "Before the first pair, step 2 of 2: the candidates of generation 1 of 2"
-                )
-                assert (
-                    re.search(r"are writing their answers, \d+% done; 0:\d+ so far", written) and "last" not in written
-                )
+                written = r"the candidates of generation 1 of 2 are writing their answers, \d+% done"
+                shows(browser, "writing", f"Before the first pair, step 2 of 2: {written}{so_far}{left}")
             vote(browser)
             with gate.during("writing 2"):
-                following = shown(
-                    browser, "between", "Next, the candidates of generation 2 of 2 are writing their answers, "
-                )
-                assert re.search(
-                    r"% done; 0:\d+ so far(, about 0:\d+ left)? \(the last generation's took 0:\d+\)\.$", following
-                )
+                written = r"Next, the candidates of generation 2 of 2 are writing their answers, \d+% done"
+                last = r"(, about 0:\d+ left)? \(the last generation's took 0:\d+\)\."
+                shows(browser, "between", written + so_far + last)
             vote(browser)
             with gate.during("choosing"):
-                chosen = shown(
-                    browser, "choosing", "The last generation has its votes: the winner is being chosen, and "
-                )
-                assert re.search(
-                    r"held-out prompts, \d+% done; 0:\d+ so far, about \d+:\d+ left at the rate so far\.$", chosen
-                )
+                chosen = r"The last generation has its votes: the winner is being chosen, \d+% done"
+                shows(browser, "choosing", chosen + so_far + left)
                 assert not browser.evaluate(RESULT)
             vote(browser)
             with gate.during("writing the winner"):
-                shown(
-                    browser, "chosen", "The winner is chosen, and is being written to best/model in the run's folder; "
-                )
+                over = "The search is over: its winner is being written to best/model in the run's folder"
+                shows(browser, "chosen", over + so_far + r"\.")
                 texts["result"] = browser.evaluate(RESULT)
-            shown(browser, "ended", "The search has ended, and all votes are kept. Thank you. The winner is best/model")
+            thanks = "The search has ended, and all votes are kept. Thank you. The winner is best/model"
+            shows(browser, "ended", thanks + r" in the run's folder\.")
             assert browser.evaluate(RESULT) == texts["result"]
             assert not browser.errors
 

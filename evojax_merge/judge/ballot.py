@@ -30,6 +30,7 @@ from evojax_merge.judge.posterior import (
     fit_kernel,
     fit_preferences,
     outcomes_of,
+    typical_distance,
 )
 from evojax_merge.judge.votes import FilePair, Round, Vote, VoteFile, digest
 from evojax_merge.tasks.voting import Choice, JudgedTask
@@ -181,14 +182,9 @@ class Ballot:
     def _preferences_of(self, rounds: Sequence[Round], dims: int) -> Preferences:
         genomes = np.concatenate([np.zeros((0, dims)), *(one.genomes for one in rounds)])
         outcomes = self._outcomes(rounds)
-        return Preferences(genomes, outcomes, self._kernel_of(genomes, outcomes))
-
-    @staticmethod
-    def _kernel_of(genomes: np.ndarray, outcomes: Outcomes) -> Kernel:
         if len(outcomes.weights):
-            return fit_kernel(genomes, outcomes)
-        distances = distances_between(genomes)
-        return Kernel(float(np.median(distances[distances > 0])) if (distances > 0).any() else 1.0, FIRST_DEVIATION)
+            return Preferences(genomes, outcomes, fit_kernel(genomes, outcomes))
+        return Preferences(genomes, outcomes, Kernel(typical_distance(distances_between(genomes)), FIRST_DEVIATION))
 
     def meetings(self, task: JudgedTask, winner: Sequence[str], others: Sequence[Sequence[str]]) -> np.ndarray:
         """float64[K, N]: for each of K models and each prompt of the held-out task 1 where the judges preferred the
@@ -198,8 +194,7 @@ class Ballot:
             texts = [winner, *others]
             one = self._begin(np.zeros((len(texts), 0)), texts, task)
             self._pairs = [(0, k) for k in range(1, len(texts))]
-            differing = [(k, n) for k in range(1, len(texts)) for n in range(task.size) if texts[k][n] != winner[n]]
-            self._most = len(differing)
+            self._most = sum(text != ours for other in others for text, ours in zip(other, winner, strict=True))
             if not one.closed:
                 self._vote_until(lambda: len(one.votes) >= self._most)
                 self._file.close(one)
@@ -207,8 +202,8 @@ class Ballot:
         result = np.zeros((len(others), task.size))
         for vote in one.votes:
             if vote.choice in ("left", "right"):
-                preferred, other = (vote.left, vote.right) if vote.choice == "left" else (vote.right, vote.left)
-                result[max(preferred, other) - 1, vote.example] = 1.0 if preferred else -1.0
+                preferred = vote.left if vote.choice == "left" else vote.right
+                result[max(vote.left, vote.right) - 1, vote.example] = 1.0 if preferred else -1.0
         return result
 
     def _begin(self, genomes: np.ndarray, texts: Sequence[Sequence[str]], task: JudgedTask) -> Round:
@@ -299,9 +294,8 @@ class Ballot:
         """The strengths of the round's candidates by the votes so far."""
         rounds = self._rounds()
         assert self._kernel is not None and self._round is not None
-        fitted = fit_preferences(
-            np.concatenate([each.genomes for each in rounds]), self._outcomes(rounds), self._kernel
-        )
+        genomes = np.concatenate([each.genomes for each in rounds])
+        fitted = fit_preferences(genomes, self._outcomes(rounds), self._kernel)
         start = sum(len(each.genomes) for each in rounds[: rounds.index(self._round)])
         kept = slice(start, start + len(self._round.genomes))
         self._posterior = Posterior(fitted.mean[kept], fitted.covariance[kept, kept], fitted.evidence)

@@ -67,10 +67,8 @@ class RememberingEvaluator(SpaceEvaluator[Any]):
     ballots: Mapping[str, Ballot] = field(default_factory=dict)
 
     def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
-        scores = super().score(genomes, progress)
-        return _with_strengths(
-            self, scores, {name: ballot.posterior(np.asarray(genomes)) for name, ballot in self.ballots.items()}
-        )
+        strengths = {name: ballot.posterior(np.asarray(genomes)) for name, ballot in self.ballots.items()}
+        return _with_strengths(self, super().score(genomes, progress), strengths)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ async function refresh() {
     failures++;
     fail("The search does not answer (try " + failures + " of " + MOST_FAILURES + ": " + error.message + ").");
   }
-  if (failures === MOST_FAILURES) {
+  if (failures >= MOST_FAILURES) {
     open = null;
     showQuestion(null);
     byId("waiting").hidden = true;

@@ -177,7 +177,5 @@ def _check_rounds(path: Path, file: VoteFile, dims: int, history: Sequence[Mappi
         for number, (genomes, row) in enumerate(zip(rounds, history, strict=False), start=1):
             searched = np.array(row["genomes"], np.float32)
             if not np.array_equal(genomes[: len(searched)].astype(np.float32), searched):
-                what = (
-                    f"its generation {number} of task {task} has other candidates than this run's: it is of another run"
-                )
-                raise InputError(path, f"{what}; expected the votes.jsonl that the run wrote")
+                what = f"its generation {number} of task {task} has other candidates than this run's"
+                raise InputError(path, f"{what}: it is of another run; expected the votes.jsonl that the run wrote")
