@@ -80,7 +80,7 @@ def check_judges(path: Path, out: Path, problem: SearchProblem, options: JudgeOp
     # Before the port is tried: processes on one machine would all try it.
     if jax.process_count() > 1:
         raise InputError(f"task {tasks[0].name}", "people judge searches of one process; leave --distributed out")
-    if options.pairs is None and _by_people(tasks):
+    if options.pairs is None and any(task.voting.judge is None for task in tasks):
         listen(options.port).close()
     if len(problem.splits.shards) > 1:
         raise InputError("search.rungs", f"have no meaning for task {tasks[0].name}, which people judge; say rungs: 1")
@@ -121,9 +121,8 @@ def judging(
         )  # fmt: skip
     _check_rounds(votes, file, problem.space.dims, history)
     with ExitStack() as stack:
-        people = _by_people(tasks)
-        if options.pairs is None and people:
-            pages = [ballots[task.name] for task in people]
+        pages = [ballots[task.name] for task in tasks if task.voting.judge is None]
+        if options.pairs is None and pages:
             address = stack.enter_context(served(pages, options.port, _token(folder.judge_token), activity))
             log(f"judge: open {address} on this machine, and vote; Ctrl-C stops, and keeps all votes")
         yield ballots, activity
@@ -149,11 +148,6 @@ def _token(path: Path) -> str:
 
 def _weights(tasks: Sequence[JudgedTask]) -> dict[str, Mapping[str, float]]:
     return {task.name: task.voting.weights for task in tasks}
-
-
-def _by_people(tasks: Sequence[JudgedTask]) -> list[JudgedTask]:
-    """The tasks on which people vote, and no function in their place."""
-    return [task for task in tasks if task.voting.judge is None]
 
 
 def _judged_tasks(problem: SearchProblem) -> list[JudgedTask]:
