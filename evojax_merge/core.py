@@ -62,23 +62,25 @@ def search(
         raise InputError(folder.path, f"{planned.what_would_fit()} ({FORCE})")
 
     with recorded_session(folder) if devices.is_main_process else nullcontext():
-        with _compiling_beside(problem, prepared):
-            evaluators = open_evaluators(problem, prepared, devices, bytes_bar, say, folder.members, passes_bar)
         generations = None if problem.search.parsed_budget.seconds else problem.search.generations
-        with judging(folder, problem, say, judges or JudgeOptions()) as ballots:
-            evaluators = judged(evaluators, ballots, partial(family_tree, problem))
+        with judging(folder, problem, say, judges or JudgeOptions()) as (ballots, activity):
+            loading, measuring = activity.shown(bytes_bar), activity.shown(passes_bar)
+            with _compiling_beside(problem, prepared):
+                evaluators = open_evaluators(problem, prepared, devices, loading, say, folder.members, measuring)
+            evaluators = judged(evaluators, ballots, partial(family_tree, problem), activity)
             problem = proposing(problem, ballots)
             with search_bar(generations, on_generation, planned.ending_seconds) as reporter:
                 storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
                 archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)
             archive = with_best(archive, ballots, problem.search.finalists)
             print_work(folder, problem, evaluators)
-            result = select_best(problem, evaluators, archive, passes_bar)
+            result = select_best(problem, evaluators, archive, activity.shown(passes_bar))
+            activity.conclude(result)
             say((compilations() - compiled_before).describe())
-        if devices.is_main_process:
-            write_winner(folder, problem.within(archive.context), result)
-            remove_members(folder)
-            _record_timing(planned, folder)
+            if devices.is_main_process:
+                write_winner(folder, problem.within(archive.context), result)
+                remove_members(folder)
+                _record_timing(planned, folder)
     barrier("written")
 
 

@@ -1,6 +1,6 @@
 """From a search's archive to the winner: re-scoring, and the comparison on held-out examples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from evojax_merge.goals import with_goals
 from evojax_merge.problem import SearchProblem, failure_hint
 from evojax_merge.report.comparison import FrontMember, GuardResult, Result, Row, model_name, rivals_of
 from evojax_merge.report.intervals import Lead, leads_over
+from evojax_merge.report.meetings import Meetings
 from evojax_merge.report.plan import CHOOSING, HELDOUT, MEASURING
 from evojax_merge.search.fronts import front_of
 from evojax_merge.search.genomes import SpaceEvaluator
@@ -38,8 +39,11 @@ def silent_phase(name: str, steps: int) -> AbstractContextManager[Progress]:
 class ComparesAnswers(Protocol):
     """An evaluator that scores the models of the held-out table by comparing their answers."""
 
-    def compared(self, scored: Sequence[tuple[str, str, int, TaskScores]]) -> list[tuple[str, str, int, TaskScores]]:
-        """The same models, the winner last: role, name, and the scores in which the model stands, with its row."""
+    def compared(
+        self, scored: Sequence[tuple[str, str, int, TaskScores]]
+    ) -> tuple[list[tuple[str, str, int, TaskScores]], Sequence[Mapping[str, Meetings]]]:
+        """The same models, the winner last: role, name, and the scores in which the model stands, with its row; and for
+        each `task/metric` -> the winner's meetings with it."""
         ...
 
 
@@ -184,8 +188,10 @@ def _table(
         role = backend.baseline_role
         scored.append((role, f"{role} {backend.name}", 1, finals))
     scored.append(("winner", f"evolved {backend.name}", 0, finals))
+    met: Sequence[Mapping[str, Meetings]] = [{}] * len(scored)
     if isinstance(heldout, ComparesAnswers):
-        scored = heldout.compared(scored)
+        scored, met = heldout.compared(scored)
+    too_few = [{score for score, meetings in each.items() if meetings.too_few} for each in met]
     weighted = task_weights(heldout.tasks, heldout.goal)
     rows = [
         Row(role, name, float(fitness(heldout.tasks, scores, heldout.goal)[p]), means(heldout.tasks, scores)[p])
@@ -201,11 +207,15 @@ def _table(
             continue
         ours, *others = ([scored[k][3].matrices[task.name][task.metric][scored[k][2]]] for k in (-1, *rivals))
         for k, lead in zip(rivals, leads_over(ours, others, [1.0], problem.seed), strict=True):
-            by_task[k] |= {} if lead is None else {f"{task.name}/{task.metric}": lead}
+            score = f"{task.name}/{task.metric}"
+            by_task[k] |= {} if lead is None or score in too_few[k] else {score: lead}
     best_parent = next((k for k in rivals if rows[k].role == "parent"), None)
     answered = [] if best_parent is None or not heldout.devices.is_main_process else [len(rows) - 1, best_parent]
     answers = [row for k in answered for row in backend.answers(rows[k].name, heldout, scored[k][3], scored[k][2])]
-    compared = [replace(row, lead=leads[k], task_leads=by_task.get(k, {})) for k, row in enumerate(rows[:-1])]
+    compared = [
+        replace(row, lead=None if too_few[k] else leads[k], task_leads=by_task.get(k, {}), meetings=met[k])
+        for k, row in enumerate(rows[:-1])
+    ]
     return [*compared, rows[-1]], answers
 
 

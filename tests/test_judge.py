@@ -1,5 +1,6 @@
 """People as judges: the strengths that votes show, the votes file, searches that judges decide, and their page."""
 
+import itertools
 import json
 import os
 import re
@@ -8,7 +9,9 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partialmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,19 +24,22 @@ import yaml
 from helpers import Family, build_family, run_here, thorough
 from hostile import Running, start_command
 from scipy.optimize import minimize
+from scipy.stats import binomtest
 from sklearn.metrics import cohen_kappa_score
 
 from bench.searches import judge as judge_bench
 from bench.shared.browser import BROWSER, Browser
+from evojax_merge import core
 from evojax_merge.errors import Failed, InputError
+from evojax_merge.judge import activity, opening, server
 from evojax_merge.judge import ballot as ballots
-from evojax_merge.judge import opening
-from evojax_merge.judge.agreement import SWAPPED, agreements
+from evojax_merge.judge.agreement import agreements
 from evojax_merge.judge.ballot import Ballot, Question
 from evojax_merge.judge.batch import Pair, VotesAwaited, read_choices, write_pairs
 from evojax_merge.judge.batch import votes_of as choices_of
+from evojax_merge.judge.evaluation import AskingEvaluator, RememberingEvaluator
 from evojax_merge.judge.opening import _token as judge_token
-from evojax_merge.judge.pairs import RULES, information
+from evojax_merge.judge.pairs import information
 from evojax_merge.judge.posterior import (
     BAR,
     LAPSE,
@@ -49,6 +55,13 @@ from evojax_merge.judge.proposals import propose
 from evojax_merge.judge.server import served
 from evojax_merge.judge.votes import Round, Vote, VoteFile
 from evojax_merge.problem import build_problem, read_config
+from evojax_merge.report.comparison import Result, Row
+from evojax_merge.report.intervals import Lead
+from evojax_merge.report.meetings import Meetings
+from evojax_merge.report.run_data import read_run
+from evojax_merge.report.run_tables import heldout_table
+from evojax_merge.report.tables import markdown_table
+from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.selection import open_evaluators
 from evojax_merge.spaces.bounds import EDGE
 from evojax_merge.tasks import language_judge
@@ -58,7 +71,7 @@ from evojax_merge.tasks.language_judge import LanguageModelJudge
 from evojax_merge.tasks.rubric import RubricConfig, open_rubric
 from evojax_merge.tasks.task import Opening, Responses
 from evojax_merge.tasks.text import Example, TextTask
-from evojax_merge.tasks.voting import Voting
+from evojax_merge.tasks.voting import SWAPPED, Voting
 
 JUDGE = '''
 def shorter(record, left, right):
@@ -171,13 +184,13 @@ def test_information_is_that_of_simulated_votes() -> None:
         assert information(posterior)[left, right] == pytest.approx(expected, abs=2e-3)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", judge_bench.RULES)
 def test_a_pair_is_one_that_may_be_asked(rule: str) -> None:
     allowed = np.zeros((4, 4), bool)
     allowed[1, 3] = allowed[3, 1] = True
     posterior = Posterior(np.array([9.0, 0.0, 5.0, 1.0]), np.eye(4), 0.0)
     for seed in range(20):
-        assert sorted(RULES[rule](posterior, allowed, np.random.default_rng(seed))) == [1, 3]
+        assert sorted(judge_bench.RULES[rule](posterior, allowed, np.random.default_rng(seed))) == [1, 3]
 
 
 def test_proposals_lie_where_the_votes_say_that_strengths_are_high() -> None:
@@ -342,6 +355,9 @@ def test_a_search_that_a_function_judges_and_its_replay(tmp_path: Path, family: 
     assert votes and all(vote["judge"] == "judge.py:shorter" for vote in votes)
     rows = {row["role"]: row for row in json.loads((run / "result.json").read_text())["table"]}
     assert rows["winner"]["heldout_scores"]["taste/preference"] == 0
+    # The page of the run says it as well: two votes are too few.
+    table = heldout_table(read_run(run).result)
+    assert [cells[2] for cells in table.rows] == ["too few votes to say"] * (len(table.rows) - 1) + [""]
     # The judge is not asked again: the votes of the file are taken.
     (tmp_path / "judge.py").write_text(JUDGE.replace("<", ">"))
     done = run_here("judge", str(path), "--out", str(replay), "--replay", str(run / "votes.jsonl"))
@@ -681,7 +697,7 @@ def voted_on(
     texts = [[f"{answer} {n}" for n in range(3)] for answer in answers]
     thread = threading.Thread(target=lambda: strengths.append(one.strengths(one.task, genomes, texts)), daemon=True)
     thread.start()
-    while one.standing().waiting:
+    while one.standing()["waiting"]:
         assert thread.is_alive()
         time.sleep(0.01)
     return thread, strengths
@@ -704,7 +720,7 @@ def test_the_weight_of_a_judge_is_that_of_the_config(tmp_path: Path) -> None:
         one = ballot(tmp_path / name, weights=weights)
         voted_on(one, ["a", "b"])
         asked_in_turn(one, ["ann"])
-        strengths.append(abs(one.standing().strengths[0][1]))
+        strengths.append(abs(one.standing()["strengths"][0][1]))
         asked_in_turn(one, ["bob", "cid"])
         (answered,) = VoteFile(tmp_path / name / "votes.jsonl").rounds
         assert [vote.weight for vote in answered.votes] == [weights.get(judge, 1.0) for judge in ("ann", "bob", "cid")]
@@ -721,7 +737,7 @@ def test_a_second_judge_answers_some_questions_of_the_first(tmp_path: Path) -> N
     assert (questions[1].candidates, questions[1].example) in [
         ((vote.left, vote.right), vote.example) for vote in one._file.rounds[0].votes[:3]
     ]
-    assert [line.describe() for line in one.standing().agreements] == ["ann and bob: 1 of 1 shared pairs alike"]
+    assert one.standing()["agreements"] == ["ann and bob: 1 of 1 shared pairs alike"]
 
 
 def test_a_bout_is_some_prompts_in_a_row_and_goes_on_after_a_restart(tmp_path: Path) -> None:
@@ -729,16 +745,15 @@ def test_a_bout_is_some_prompts_in_a_row_and_goes_on_after_a_restart(tmp_path: P
     voted_on(one, ["a", "b", "c", "d"])
     first = asked_in_turn(one, ["ann"])
     asked_in_turn(one, ["bob"])
-    assert one.bout("ann").rounds == 1
+    assert len(one.bout("ann")) == 1
     again = ballot(tmp_path, bout=3)
     voted_on(again, ["a", "b", "c", "d"])
     others = asked_in_turn(again, ["ann", "ann"], "right")
     assert {question.candidates for question in (*first, *others)} == {first[0].candidates}
     assert len({question.example for question in (*first, *others)}) == 3
-    bout = again.bout("ann")
-    assert (bout.rounds, bout.left, bout.right) == (3, 1, 2)
+    assert [vote.choice for vote in again.bout("ann")] == ["left", "right", "right"]
     asked_in_turn(again, ["ann"])
-    assert again.bout("ann").rounds == 1
+    assert len(again.bout("ann")) == 1
 
 
 def test_the_best_of_earlier_generations_meet_those_of_the_next(tmp_path: Path) -> None:
@@ -1107,6 +1122,222 @@ def test_a_person_votes_in_a_browser(tmp_path: Path, width: int) -> None:
     assert strengths[0][0] > strengths[0][1]
 
 
+class Gate:
+    """Stops a search where it first calls `reach` with a moment, until that is over."""
+
+    def __init__(self) -> None:
+        self.changed, self.at, self.is_open, self.over = threading.Condition(), "", False, set[str]()
+
+    def reach(self, moment: str) -> None:
+        with self.changed:
+            self.at = moment
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: moment in self.over or self.is_open)
+
+    @contextmanager
+    def during(self, moment: str) -> Iterator[None]:
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.at == moment, timeout=120), f"{moment}: still at {self.at}"
+        yield
+        with self.changed:
+            self.over.add(moment)
+            self.changed.notify_all()
+
+
+def gated(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop searches in the middle of each piece of work that judges wait for."""
+    load, score, write = core.open_evaluators, SpaceEvaluator.score, core.write_winner
+    generations = itertools.count(1)
+
+    def open_half(problem: Any, prepared: Any, devices: Any, loading: Any, *others: Any) -> Any:
+        with loading("loading", 2) as progress:
+            progress(1)
+            gate.reach("loading")
+        return load(problem, prepared, devices, loading, *others)
+
+    def score_slowly(self: Any, genomes: Any, progress: Any = lambda done: None) -> Any:
+        if isinstance(self, AskingEvaluator | RememberingEvaluator):
+            progress(1)
+            gate.reach("choosing" if isinstance(self, RememberingEvaluator) else f"writing {next(generations)}")
+        return score(self, genomes, progress)
+
+    def write_slowly(*arguments: Any) -> None:
+        gate.reach("writing the winner")
+        write(*arguments)
+
+    monkeypatch.setattr(core, "open_evaluators", open_half)
+    monkeypatch.setattr(SpaceEvaluator, "score", score_slowly)
+    monkeypatch.setattr(core, "write_winner", write_slowly)
+
+
+WAITING = "document.getElementById('waiting').hidden ? '' : document.getElementById('waiting').textContent"
+RESULT = "document.getElementById('result').hidden ? '' : document.getElementById('result').innerText"
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+def test_the_page_says_what_happens_at_each_of_its_moments(
+    tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run, gate, texts = config(tmp_path, family, None, votes=4), tmp_path / "run", Gate(), dict[str, str]()
+    gated(gate, monkeypatch)
+    monkeypatch.setattr(server, "FAREWELL", 4.0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def seen(browser: Browser) -> str:
+        """The page's words, without the seconds that pass."""
+        return re.sub(r"\d+:\d+( so far)?|, about", "", browser.evaluate("document.body.innerText"))
+
+    def shows(browser: Browser, moment: str, words: str) -> None:
+        """The words of a moment are shown, and no figure of the posterior; the same where the page is loaded again."""
+        browser.wait(f"new RegExp({json.dumps(f'^{words}$')}).test({WAITING})")
+        before = seen(browser)
+        assert browser.evaluate("document.getElementById('ranking').open") is False and "±" not in before
+        browser.screenshot(tmp_path / f"{moment}.png")
+        browser.evaluate("window.isOld = true")
+        browser.evaluate("location.reload()")
+        browser.wait(f"window.isOld === undefined && document.readyState === 'complete' && ({WAITING}) !== ''")
+        assert seen(browser) == before
+
+    def vote(browser: Browser) -> None:
+        browser.wait("open !== null")
+        while browser.evaluate("open !== null"):
+            latest = browser.evaluate("open.number")
+            browser.press("ArrowLeft")
+            browser.wait(f"!sending && (open === null || open.number > {latest})")
+
+    def judge() -> None:
+        so_far, left = r"; 0:\d+ so far", r", about \d+:\d+ left at the rate so far\."
+        with Browser(tmp_path, 1000, 600) as browser:
+            with gate.during("loading"):
+                browser.open(f"http://127.0.0.1:{port}/{(run / 'judge-token').read_text()}/")
+                begun = "Before the first pair, step 1 of 2: the models are being loaded, 50% done"
+                shows(browser, "loading", begun + so_far + left)
+            with gate.during("writing 1"):
+                written = r"the candidates of generation 1 of 2 are writing their answers, \d+% done"
+                shows(browser, "writing", f"Before the first pair, step 2 of 2: {written}{so_far}{left}")
+            vote(browser)
+            with gate.during("writing 2"):
+                written = r"Next, the candidates of generation 2 of 2 are writing their answers, \d+% done"
+                last = r"(, about 0:\d+ left)? \(the last generation's took 0:\d+\)\."
+                shows(browser, "between", written + so_far + last)
+            vote(browser)
+            with gate.during("choosing"):
+                chosen = r"The last generation has its votes: the winner is being chosen, \d+% done"
+                shows(browser, "choosing", chosen + so_far + left)
+                assert not browser.evaluate(RESULT)
+            vote(browser)
+            with gate.during("writing the winner"):
+                over = "The search is over: its winner is being written to best/model in the run's folder"
+                shows(browser, "chosen", over + so_far + r"\.")
+                texts["result"] = browser.evaluate(RESULT)
+            thanks = "The search has ended, and all votes are kept. Thank you. The winner is best/model"
+            shows(browser, "ended", thanks + r" in the run's folder\.")
+            assert browser.evaluate(RESULT) == texts["result"]
+            assert not browser.errors
+
+    with ThreadPoolExecutor(1) as thread:
+        judging = thread.submit(judge)
+
+        def stop(done: Any) -> None:
+            if done.exception() is not None:
+                gate.is_open = True
+                os.kill(os.getpid(), signal.SIGINT)
+
+        judging.add_done_callback(stop)
+        done = run_here("judge", path, "--out", run, "--port", port, "--set", "search.generations=2")
+        judging.result()
+    assert done.returncode == 0, done.stderr
+    # Two held-out votes prove nothing, and neither the page, the terminal nor the card claims or measures anything.
+    verdicts, card = (
+        json.loads((run / "result.json").read_text())["verdicts"],
+        (run / "best/model/README.md").read_text(),
+    )
+    judged = [text for text in verdicts if "held-out meetings" in text]
+    assert len(judged) == 3 and all(text.endswith("too few votes to say.") for text in judged)
+    for text in judged:
+        assert text in texts["result"] and text in done.stdout and text in card
+    for place in (texts["result"], done.stdout, card):
+        assert "too few votes to say" in place and not re.search(r"interval -?\d|better than|worse than", place)
+    # Base, parents and uniform merge, each in a row of the table.
+    assert re.search(r"base\t\d\t\d\t\d\t\d\ttoo few votes to say", texts["result"])
+    assert texts["result"].count("\ttoo few votes to say") == 4
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+def test_a_page_whose_search_is_gone_says_so_and_asks_no_more(tmp_path: Path) -> None:
+    one = ballot(tmp_path)
+    voted_on(one, ["a", "b"])
+    with Browser(tmp_path) as browser:
+        with suppress(KeyboardInterrupt), served([one]) as address:
+            browser.open(address)
+            browser.wait("open !== null")
+            raise KeyboardInterrupt
+        browser.evaluate("failures = MOST_FAILURES - 2; refresh()")
+        browser.wait("document.getElementById('error').textContent.includes('does not answer (try 4 of 5: ')")
+        browser.wait("document.getElementById('error').textContent.startsWith('The search has ended or was stopped')")
+        asked = len(browser.requests)
+        assert browser.evaluate("document.getElementById('answers').hidden && open === null")
+        assert browser.evaluate("new Promise((done) => setTimeout(() => done(true), 3500))")
+        assert len(browser.requests) == asked
+
+
+def test_the_time_left_is_that_of_the_last_generation_or_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(activity.time, "monotonic", lambda: now[0])
+    one = activity.Activity(3)
+    words = lambda: one.state()["activity"].partition("; ")[2]  # noqa: E731
+    advance = one.writing(4, lambda done: None)
+    now[0] += 30
+    assert words() == "0:30 so far."
+    advance(1)
+    assert words() == "0:30 so far, about 1:30 left at the rate so far."
+    one.asking()
+    now[0] += 1000
+    one.counting()
+    one.writing(4, lambda done: None)
+    now[0] += 10
+    assert words() == "0:10 so far, about 0:20 left (the last generation's took 0:30)."
+    now[0] += 25
+    assert words() == "0:35 so far (the last generation's took 0:30)."
+
+
+@pytest.mark.parametrize(("won", "lost", "neither"), [(12, 1, 1), (0, 11, 0), (10, 0, 0), (7, 5, 9), (0, 0, 12)])
+def test_meetings_have_the_exact_interval_of_scipy(won: int, lost: int, neither: int) -> None:
+    sentence = Meetings(won, lost, neither, 2).sentence("the base x")
+    start, _, share = sentence.partition("; its share: ")
+    assert start == (
+        f"Judges preferred the evolved model to the base x in {won} of {won + lost + neither} held-out meetings, the "
+        f"base x in {lost}, and neither in {neither} (to 2 more prompts both give the same answer)"
+    )
+    if not won + lost:
+        assert share == "no vote for either."
+        return
+    interval = binomtest(won, won + lost).proportion_ci(0.95, "exact")
+    noise = ", within noise" if interval.low <= 0.5 <= interval.high else ""
+    assert share == f"{won / (won + lost):.0%}, 95% interval {interval.low:.0%} to {interval.high:.0%}{noise}."
+
+
+def test_nine_votes_are_too_few_and_ten_say_something() -> None:
+    few, enough = Meetings(9, 0, 0, 5), Meetings(9, 0, 1, 5)
+    assert few.share() == "too few votes to say" != enough.share()
+    lead = Lead(0.9, 0.7, 1.0)
+    rows = [Row("base", "x", -0.9, {"taste/preference": -0.9}, lead, meetings={"taste/preference": enough}),
+            Row("winner", "w", 0.0, {"taste/preference": 0.0})]  # fmt: skip
+    assert "+0.9000 (0.7000 to 1.0000)" in markdown_table(rows)
+    # Another task beside it: the fitness says nothing where one of its tasks has too few votes.
+    scores, meetings = {"taste/preference": -0.9, "sums/accuracy": 0.1}, {"taste/preference": few}
+    mixed = replace(rows[0], scores=scores, meetings=meetings, lead=None, name="y", fitness=-0.2)
+    winner = replace(rows[1], scores={"taste/preference": 0.0, "sums/accuracy": 0.0})
+    assert "| base `y` | -0.2000 | too few votes to say | -0.9000 | 0.1000 |" in markdown_table([mixed, winner])
+    result = Result(np.zeros(1), 0.0, ("uniform", 0.0), [mixed, winner], None)  # type: ignore[arg-type]
+    assert result.verdicts() == [few.sentence("the base y")] and not result.warnings()
+    better = replace(mixed, meetings={"taste/preference": enough}, lead=lead)
+    sentences = replace(result, rows=[better, winner]).verdicts()
+    assert sentences[0].startswith("On held-out data the evolved model is better than the base y by 0.9000")
+    assert sentences[1:] == [enough.sentence("the base y")]
+
+
 @thorough
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 @pytest.mark.parametrize("kind", judge_bench.KINDS)
@@ -1148,7 +1379,7 @@ def test_a_search_that_is_killed_between_votes_loses_none(tmp_path: Path, family
 
 
 def page_of(started: Running) -> str:
-    """The address that a search prints once it is loaded."""
+    """The address of the page that a search prints."""
     end = time.monotonic() + 300
     printed = started.streams / "stdout"
     while not printed.exists() or (match := re.search(r"http://\S+/", printed.read_text())) is None:

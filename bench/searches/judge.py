@@ -35,7 +35,8 @@ from evojax_merge.core import evolve_on
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.judge.ballot import Ballot
 from evojax_merge.judge.evaluation import judged, judged_task, with_best
-from evojax_merge.judge.pairs import RULES
+from evojax_merge.judge.pairs import Rule, challenged, information
+from evojax_merge.judge.posterior import Posterior
 from evojax_merge.judge.proposals import proposing
 from evojax_merge.judge.server import served
 from evojax_merge.judge.votes import VoteFile
@@ -73,8 +74,46 @@ new MutationObserver(() => {
 }).observe(document.body, { subtree: true, childList: true, characterData: true, attributes: true });
 0
 """
+# The draws of `top_two`.
+DRAWS = 100
 # (the record of a prompt, what a judge sees as its answer: a text or a picture) -> the score in the judge's mind
 Hidden = Callable[[Mapping[str, Any], Any], float]
+
+
+def random_pair(posterior: Posterior, allowed: np.ndarray, generator: np.random.Generator) -> tuple[int, int]:
+    """Any pair."""
+    return _one_of(np.triu(allowed), generator)
+
+
+def top_two(posterior: Posterior, allowed: np.ndarray, generator: np.random.Generator) -> tuple[int, int]:
+    """Two candidates that may be the best: the best of one draw from the posterior, and the best of another draw among
+    those that may be compared with it (top-two Thompson sampling, Russo, 2016)."""
+    draws = posterior.sample(DRAWS, generator)
+    able = allowed.any(1)
+    first = int(np.where(able, draws[0], -np.inf).argmax())
+    rivals = np.where(allowed[first], draws[1:], -np.inf)
+    ahead = np.flatnonzero(rivals.max(1) > draws[1:, first])
+    return first, int(rivals[ahead[0] if len(ahead) else 0].argmax())
+
+
+def most_informative(posterior: Posterior, allowed: np.ndarray, generator: np.random.Generator) -> tuple[int, int]:
+    """The pair whose vote says most about the strengths; among equals one by chance."""
+    table = np.where(allowed, information(posterior), -np.inf)
+    return _one_of(np.triu(table >= table.max() - 1e-12), generator)
+
+
+def _one_of(pairs: np.ndarray, generator: np.random.Generator) -> tuple[int, int]:
+    rows, columns = np.nonzero(pairs)
+    number = int(generator.integers(len(rows)))
+    return int(rows[number]), int(columns[number])
+
+
+RULES: dict[str, Rule] = {
+    "random": random_pair,
+    "top_two": top_two,
+    "information": most_informative,
+    "challenged": challenged,
+}
 
 
 def right_letters(record: Mapping[str, Any], answer: str) -> float:

@@ -4,9 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from evojax_merge.judge.votes import Round, Vote
-from evojax_merge.tasks.voting import Choice
-
-SWAPPED: dict[Choice, Choice] = {"left": "right", "right": "left", "tie": "tie", "both_bad": "both_bad"}
+from evojax_merge.tasks.voting import SWAPPED, Choice
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from evojax_merge.judge.posterior import (
     fit_kernel,
     fit_preferences,
     outcomes_of,
+    typical_distance,
 )
 from evojax_merge.judge.votes import FilePair, Round, Vote, VoteFile, digest
 from evojax_merge.tasks.voting import Choice, JudgedTask
@@ -66,34 +68,6 @@ class Question:
     left: str
     right: str
     candidates: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Bout:
-    """The votes of a judge on two candidates in a row. rounds: how many; left, right: how many of them each won."""
-
-    rounds: int
-    left: int
-    right: int
-    votes: tuple[Vote, ...]
-
-
-@dataclass(frozen=True)
-class Standing:
-    """The part of a round that judges may see: its number from 1 on, the votes so far and at most, the votes that the
-    search has left, and the strengths of its candidates (mean, standard deviation), best first. heldout: whether
-    the winner is being compared; waiting: no question is open; agreements: of judges, in all rounds; leader: what the
-    strongest candidate is made of, such as its family tree."""
-
-    number: int
-    votes: int
-    most: int
-    left: int
-    strengths: tuple[tuple[str, float, float], ...]
-    heldout: bool
-    waiting: bool
-    agreements: tuple[Agreement, ...] = ()
-    leader: str = ""
 
 
 def _equals(rounds: Sequence[Round]) -> list[tuple[int, int, Choice, float]]:
@@ -147,12 +121,9 @@ class Ballot:
     # The search's side
 
     def strengths(
-        self,
-        task: JudgedTask,
-        genomes: np.ndarray,
-        texts: Sequence[Sequence[str]],
+        self, task: JudgedTask, genomes: np.ndarray, texts: Sequence[Sequence[str]],
         describe: Describe = lambda one: None,
-    ) -> np.ndarray:
+    ) -> np.ndarray:  # fmt: skip
         """float64[P]: the posterior mean strengths of a generation's candidates, float32[P, D], which wrote `texts`,
         one for each prompt of the task, once the judges have voted on them. task: the ballot's, on the examples that
         generations are scored on; describe: what a genome's candidate is made of."""
@@ -211,14 +182,9 @@ class Ballot:
     def _preferences_of(self, rounds: Sequence[Round], dims: int) -> Preferences:
         genomes = np.concatenate([np.zeros((0, dims)), *(one.genomes for one in rounds)])
         outcomes = self._outcomes(rounds)
-        return Preferences(genomes, outcomes, self._kernel_of(genomes, outcomes))
-
-    @staticmethod
-    def _kernel_of(genomes: np.ndarray, outcomes: Outcomes) -> Kernel:
         if len(outcomes.weights):
-            return fit_kernel(genomes, outcomes)
-        distances = distances_between(genomes)
-        return Kernel(float(np.median(distances[distances > 0])) if (distances > 0).any() else 1.0, FIRST_DEVIATION)
+            return Preferences(genomes, outcomes, fit_kernel(genomes, outcomes))
+        return Preferences(genomes, outcomes, Kernel(typical_distance(distances_between(genomes)), FIRST_DEVIATION))
 
     def meetings(self, task: JudgedTask, winner: Sequence[str], others: Sequence[Sequence[str]]) -> np.ndarray:
         """float64[K, N]: for each of K models and each prompt of the held-out task 1 where the judges preferred the
@@ -228,8 +194,7 @@ class Ballot:
             texts = [winner, *others]
             one = self._begin(np.zeros((len(texts), 0)), texts, task)
             self._pairs = [(0, k) for k in range(1, len(texts))]
-            differing = [(k, n) for k in range(1, len(texts)) for n in range(task.size) if texts[k][n] != winner[n]]
-            self._most = len(differing)
+            self._most = sum(text != ours for other in others for text, ours in zip(other, winner, strict=True))
             if not one.closed:
                 self._vote_until(lambda: len(one.votes) >= self._most)
                 self._file.close(one)
@@ -237,8 +202,8 @@ class Ballot:
         result = np.zeros((len(others), task.size))
         for vote in one.votes:
             if vote.choice in ("left", "right"):
-                preferred, other = (vote.left, vote.right) if vote.choice == "left" else (vote.right, vote.left)
-                result[max(preferred, other) - 1, vote.example] = 1.0 if preferred else -1.0
+                preferred = vote.left if vote.choice == "left" else vote.right
+                result[max(vote.left, vote.right) - 1, vote.example] = 1.0 if preferred else -1.0
         return result
 
     def _begin(self, genomes: np.ndarray, texts: Sequence[Sequence[str]], task: JudgedTask) -> Round:
@@ -296,9 +261,7 @@ class Ballot:
             name = digest(self._round.digest, *map(str, place), str(len(self._round.votes)))
             self._file.ask(self._round, FilePair(name, *place, (digest(question.left), digest(question.right))))
             left, right = self._shown(question.left), self._shown(question.right)
-            pairs.append(
-                Pair(name, self.task.voting.question, question.prompt, left, right, self.task.shows_pictures)
-            )  # fmt: skip
+            pairs.append(Pair(name, self.task.voting.question, question.prompt, left, right, self.task.shows_pictures))
         self._open = {}
         write_pairs(path, pairs)
         raise VotesAwaited(len(pairs), path)
@@ -331,9 +294,8 @@ class Ballot:
         """The strengths of the round's candidates by the votes so far."""
         rounds = self._rounds()
         assert self._kernel is not None and self._round is not None
-        fitted = fit_preferences(
-            np.concatenate([each.genomes for each in rounds]), self._outcomes(rounds), self._kernel
-        )
+        genomes = np.concatenate([each.genomes for each in rounds])
+        fitted = fit_preferences(genomes, self._outcomes(rounds), self._kernel)
         start = sum(len(each.genomes) for each in rounds[: rounds.index(self._round)])
         kept = slice(start, start + len(self._round.genomes))
         self._posterior = Posterior(fitted.mean[kept], fitted.covariance[kept, kept], fitted.evidence)
@@ -373,24 +335,21 @@ class Ballot:
             )  # fmt: skip
             return self._open[judge]
 
-    def bout(self, judge: str) -> Bout:
-        """The judge's current bout, or the last one."""
+    def bout(self, judge: str) -> list[Vote]:
+        """The votes of the judge's current bout, or of the last one: on two candidates in a row."""
         with self._changed:
             votes = [vote for vote in self._round.votes if vote.judge == judge] if self._round is not None else []
             latest = [(vote.left, vote.right) for vote in votes[-1:]]
             same = list(takewhile(lambda vote: (vote.left, vote.right) in latest, votes[::-1]))
             # Two candidates may have met in several bouts.
-            fought = same[: (len(same) - 1) % self.task.voting.bout + 1]
-            won = [vote.choice for vote in fought]
-            return Bout(len(fought), won.count("left"), won.count("right"), tuple(fought[::-1]))
+            return same[: (len(same) - 1) % self.task.voting.bout + 1][::-1]
 
     def _next_round(self, judge: str) -> tuple[int, int, int] | None:
         """The next question of a bout that has begun; None: there is none."""
         bout = self.bout(judge)
-        if self._pairs is not None or not 0 < bout.rounds < self.task.voting.bout:
+        if self._pairs is not None or not 0 < len(bout) < self.task.voting.bout:
             return None
-        left, right = bout.votes[-1].left, bout.votes[-1].right
-        fought = {vote.example for vote in bout.votes}
+        left, right, fought = bout[-1].left, bout[-1].right, {vote.example for vote in bout}
         examples = [n for n in self._differing_prompts(left, right) if n not in fought]
         return (left, right, self._least_used(examples)) if examples else None
 
@@ -436,31 +395,32 @@ class Ballot:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             left, right = question.candidates
             answers, weight = (digest(question.left), digest(question.right)), self.task.voting.weights.get(judge, 1.0)
-            self._file.add(
-                self._round, Vote(question.example, left, right, choice, answers, judge, weight, now)
-            )  # fmt: skip
+            self._file.add(self._round, Vote(question.example, left, right, choice, answers, judge, weight, now))
             if self._pairs is None:
                 self._update()
             self._changed.notify_all()
             return True
 
-    def standing(self) -> Standing:
+    def standing(self) -> dict[str, Any]:
+        """The part of a round that judges see. number: from 1 on; votes, most: those so far, and at most; left: those
+        for all generations; heldout: the winner is being compared; waiting: no question is open; agreements: of judges,
+        in all rounds; strengths: candidate, mean and standard deviation, best first; leader: what the strongest is made
+        of, such as its family tree."""
         with self._changed:
-            rounds = self._rounds()
+            rounds, one = self._rounds(), self._round
             spent = sum(len(each.votes) for each in rounds)
-            strengths: tuple[tuple[str, float, float], ...] = ()
-            leader = ""
-            if self._posterior is not None and self._round is not None and self._pairs is None:
-                rows = zip(self._round.genomes, self._posterior.mean, self._posterior.deviations, strict=True)
-                named = [(self._name(genome), float(mean), float(deviation)) for genome, mean, deviation in rows]
-                strengths = tuple(sorted(named, key=lambda row: -row[1]))
-                best = self._round.genomes[int(self._posterior.mean.argmax())]
-                leader = self._describe(best.astype(np.float32)) or ""
-            return Standing(
-                len(rounds), len(self._round.votes) if self._round else 0, self._most if self._round else 0,
-                max(0, self.task.voting.votes - spent), strengths, self._pairs is not None, self._round is None,
-                tuple(self.agreements()), leader,
-            )  # fmt: skip
+            strengths, leader = list[tuple[str, float, float]](), ""
+            if self._posterior is not None and one is not None and self._pairs is None:
+                mean = self._posterior.mean
+                rows = zip(one.genomes, mean, self._posterior.deviations, strict=True)
+                strengths = [(self._name(genome), float(mean), float(deviation)) for genome, mean, deviation in rows]
+                leader = self._describe(one.genomes[int(mean.argmax())].astype(np.float32)) or ""
+            return {
+                "number": len(rounds), "votes": len(one.votes) if one else 0, "most": self._most if one else 0,
+                "left": max(0, self.task.voting.votes - spent), "heldout": self._pairs is not None,
+                "waiting": one is None, "agreements": [each.describe() for each in self.agreements()],
+                "strengths": sorted(strengths, key=lambda row: -row[1]), "leader": leader,
+            }  # fmt: skip
 
     def _name(self, genome: np.ndarray) -> str:
         """A candidate's name: the generation in which it was first, and its number there, both from 1."""

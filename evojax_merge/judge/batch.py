@@ -105,9 +105,7 @@ class FileVotes:
         return f"took {len(self.added)} votes" + "".join(f"; {each}" for each in rest)
 
 
-def votes_of(
-    path: Path, choices: Choices, file: VoteFile, weights: Mapping[str, Mapping[str, float]]
-) -> FileVotes:  # fmt: skip
+def votes_of(path: Path, choices: Choices, file: VoteFile, weights: Mapping[str, Mapping[str, float]]) -> FileVotes:
     """The votes in choices on pairs that a search has written. path: the choices' file; weights: of judges, by task.
     Raises InputError for a pair that the search has not written."""
     now = datetime.now(UTC).isoformat(timespec="seconds")

@@ -15,6 +15,7 @@ from evojax_merge import interrupts
 from evojax_merge.checkpoints.writer import check_outside
 from evojax_merge.errors import InputError, printable
 from evojax_merge.file_system import atomic_file, atomic_write_bytes, check_outputs
+from evojax_merge.judge.activity import Activity
 from evojax_merge.judge.ballot import Ballot
 from evojax_merge.judge.batch import Choices, pair_files, read_choices, votes_of
 from evojax_merge.judge.server import listen, served
@@ -79,7 +80,7 @@ def check_judges(path: Path, out: Path, problem: SearchProblem, options: JudgeOp
     # Before the port is tried: processes on one machine would all try it.
     if jax.process_count() > 1:
         raise InputError(f"task {tasks[0].name}", "people judge searches of one process; leave --distributed out")
-    if options.pairs is None and _by_people(tasks):
+    if options.pairs is None and any(task.voting.judge is None for task in tasks):
         listen(options.port).close()
     if len(problem.splits.shards) > 1:
         raise InputError("search.rungs", f"have no meaning for task {tasks[0].name}, which people judge; say rungs: 1")
@@ -93,12 +94,13 @@ def check_judges(path: Path, out: Path, problem: SearchProblem, options: JudgeOp
 @contextmanager
 def judging(
     folder: RunFolder, problem: SearchProblem, log: Callable[[str], None], options: JudgeOptions
-) -> Iterator[Mapping[str, Ballot]]:
-    """The ballots of the tasks that people judge, by their names, while the block runs; empty where the search has no
-    such task. Raises InputError for a votes file that is not the search's, and for a page that cannot be served."""
+) -> Iterator[tuple[Mapping[str, Ballot], Activity]]:
+    """The ballots of the tasks that people judge, by their names, while the block runs, empty where the search has no
+    such task; and what their page says meanwhile. Raises InputError for a votes file that is not the search's, and for
+    a page that cannot be served."""
     tasks = _judged_tasks(problem)
     if not tasks:
-        yield {}
+        yield {}, Activity()
         return
     votes = folder.votes
     if options.replay is not None and not votes.exists():
@@ -111,6 +113,7 @@ def judging(
             file.add(one, vote)
         log(f"{options.choices}: {choices.describe()}")
     history = folder.read_history()
+    activity = Activity(None if problem.search.parsed_budget.seconds else problem.search.generations, len(history))
     for task in tasks:
         ballots[task.name] = Ballot(
             task, file, problem.search.generations, problem.seed, interrupts.check, pairs=options.pairs,
@@ -118,12 +121,11 @@ def judging(
         )  # fmt: skip
     _check_rounds(votes, file, problem.space.dims, history)
     with ExitStack() as stack:
-        people = _by_people(tasks)
-        if options.pairs is None and people:
-            pages = [ballots[task.name] for task in people]
-            address = stack.enter_context(served(pages, options.port, _token(folder.judge_token)))
+        pages = [ballots[task.name] for task in tasks if task.voting.judge is None]
+        if options.pairs is None and pages:
+            address = stack.enter_context(served(pages, options.port, _token(folder.judge_token), activity))
             log(f"judge: open {address} on this machine, and vote; Ctrl-C stops, and keeps all votes")
-        yield ballots
+        yield ballots, activity
         for task in tasks:
             line = None if task.voting.judge is None else task.voting.judge.report()
             agreements = [agreement.describe() for agreement in ballots[task.name].agreements()]
@@ -148,11 +150,6 @@ def _weights(tasks: Sequence[JudgedTask]) -> dict[str, Mapping[str, float]]:
     return {task.name: task.voting.weights for task in tasks}
 
 
-def _by_people(tasks: Sequence[JudgedTask]) -> list[JudgedTask]:
-    """The tasks on which people vote, and no function in their place."""
-    return [task for task in tasks if task.voting.judge is None]
-
-
 def _judged_tasks(problem: SearchProblem) -> list[JudgedTask]:
     return [task for task in problem.splits.search if isinstance(task, JudgedTask)]
 
@@ -174,7 +171,5 @@ def _check_rounds(path: Path, file: VoteFile, dims: int, history: Sequence[Mappi
         for number, (genomes, row) in enumerate(zip(rounds, history, strict=False), start=1):
             searched = np.array(row["genomes"], np.float32)
             if not np.array_equal(genomes[: len(searched)].astype(np.float32), searched):
-                what = (
-                    f"its generation {number} of task {task} has other candidates than this run's: it is of another run"
-                )
-                raise InputError(path, f"{what}; expected the votes.jsonl that the run wrote")
+                what = f"its generation {number} of task {task} has other candidates than this run's"
+                raise InputError(path, f"{what}: it is of another run; expected the votes.jsonl that the run wrote")

@@ -114,7 +114,7 @@ class Kernel:
 def fit_kernel(genomes: np.ndarray, outcomes: Outcomes) -> Kernel:
     """The kernel, of a grid, that explains the outcomes between candidates with these genomes, float[N, D], best."""
     distances = distances_between(genomes)
-    typical = float(np.median(distances[distances > 0])) if (distances > 0).any() else 1.0
+    typical = typical_distance(distances)
     kernels = [Kernel(scale * typical, deviation) for scale in LENGTHS for deviation in DEVIATIONS]
     return max(kernels, key=lambda kernel: fit_preferences(genomes, outcomes, kernel).evidence)
 
@@ -134,10 +134,8 @@ class Preferences:
 
     def at(self, genomes: np.ndarray) -> Posterior:
         """The posterior strengths of candidates, voted on or not, with genomes float[P, D]."""
-        size, fitted = (
-            len(self.genomes),
-            fit_preferences(np.concatenate([self.genomes, genomes]), self.outcomes, self.kernel),
-        )
+        size, joined = len(self.genomes), np.concatenate([self.genomes, genomes])
+        fitted = fit_preferences(joined, self.outcomes, self.kernel)
         return Posterior(fitted.mean[size:], fitted.covariance[size:, size:], fitted.evidence)
 
 
@@ -145,6 +143,11 @@ def distances_between(genomes: np.ndarray) -> np.ndarray:
     """float64[N, N], the Euclidean distances between genomes float[N, D]."""
     genomes = np.asarray(genomes, float)
     return np.sqrt(np.maximum(((genomes[:, None] - genomes[None]) ** 2).sum(-1), 0.0))
+
+
+def typical_distance(distances: np.ndarray) -> float:
+    """The median of the distances above 0; 1 where all are 0."""
+    return float(np.median(distances[distances > 0])) if (distances > 0).any() else 1.0
 
 
 @one_thread

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from evojax_merge.errors import InputError
+from evojax_merge.judge.activity import Activity
 from evojax_merge.judge.ballot import Ballot, Question
 from evojax_merge.judge.votes import CHOICES
 
@@ -40,15 +41,18 @@ TYPES = {
 
 
 @contextmanager
-def served(ballots: Sequence[Ballot], port: int = 0, token: str | None = None) -> Iterator[str]:
+def served(
+    ballots: Sequence[Ballot], port: int = 0, token: str | None = None, activity: Activity | None = None
+) -> Iterator[str]:
     """Serve the page of these ballots while the block runs, and yield its address. port: as in `listen`; token: of the
-    address, by default a new one. Where the block ends well, the page says so. Raises InputError as `listen` does."""
+    address, by default a new one; activity: what the search does. Where the block ends well, the page says so. Raises
+    InputError as `listen` does."""
     listening = listen(port)
     import uvicorn
 
     token = token or secrets.token_urlsafe(16)
-    ended = threading.Event()
-    app = application(ballots, token, ended)
+    activity = activity or Activity()
+    app = application(ballots, token, activity)
     # The terminal is the search's: nothing that a stranger sends is printed on it.
     server = uvicorn.Server(uvicorn.Config(
         app, http="h11", ws="none", lifespan="off", log_config=None, log_level="critical", access_log=False,
@@ -58,7 +62,7 @@ def served(ballots: Sequence[Ballot], port: int = 0, token: str | None = None) -
     thread.start()
     try:
         yield f"http://{HOST}:{listening.getsockname()[1]}/{token}/"
-        ended.set()
+        activity.has_ended = True
         time.sleep(FAREWELL)
     finally:
         server.should_exit = True
@@ -96,8 +100,8 @@ def _serve(server: Any, listening: socket.socket, ballots: Sequence[Ballot]) -> 
             ballot.stop(error)
 
 
-def application(ballots: Sequence[Ballot], token: str, ended: threading.Event) -> Any:
-    """The page as an ASGI application, at `/TOKEN/`. ended: is set once the search has its winner."""
+def application(ballots: Sequence[Ballot], token: str, activity: Activity) -> Any:
+    """The page as an ASGI application, at `/TOKEN/`."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
@@ -145,7 +149,7 @@ def application(ballots: Sequence[Ballot], token: str, ended: threading.Event) -
         if not allowed(request):
             return Response("not found", 404, HEADERS)
         judge, earlier = (request.query_params.get(key, "")[:MAX_NAME] for key in ("judge", "earlier"))
-        return answer(await run_in_threadpool(_state, ballots, judge, earlier) | {"ended": ended.is_set()})
+        return answer(await run_in_threadpool(_state, ballots, judge, earlier) | activity.state())
 
     async def leave(request: Request) -> Response:
         if not allowed(request):
@@ -174,7 +178,7 @@ def application(ballots: Sequence[Ballot], token: str, ended: threading.Event) -
             ballot.stop(error)
             return Response(str(error), 500, HEADERS)
         following = await run_in_threadpool(_state, ballots, judge)
-        return answer({"counted": counted, "ended": ended.is_set()} | following)
+        return answer({"counted": counted} | following | activity.state())
 
     return Starlette(
         routes=[
@@ -194,24 +198,18 @@ def _state(ballots: Sequence[Ballot], judge: str, earlier: str = "") -> dict[str
     for ballot in ballots if earlier else ():
         ballot.hand_over(earlier, judge)
     standings = [ballot.standing() for ballot in ballots]
-    asked: tuple[int, Question] | None = None
-    for number, ballot in enumerate(ballots):
-        question = ballot.question(judge)
-        if question is not None:
-            asked = (number, question)
-            break
-    number = asked[0] if asked else 0
-    standing, ballot = standings[number], ballots[number]
+    questions = enumerate(ballot.question(judge) for ballot in ballots)
+    number, question = next((each for each in questions if each[1] is not None), (None, None))
+    if number is None:
+        number = next((n for n, standing in enumerate(standings) if not standing["waiting"]), 0)
+    ballot, voting = ballots[number], ballots[number].task.voting
+    votes = [vote.choice for vote in ballot.bout(judge)] if voting.bout > 1 else []
     return {
-        "question": None if asked is None else _question(ballot, number, asked[1]),
-        "bout": _bout(ballot, judge),
-        "standing": {
-            "round": standing.number, "votes": standing.votes, "most": standing.most, "left": standing.left,
-            "heldout": standing.heldout, "waiting": standing.waiting, "leader": standing.leader,
-            "strengths": [{"candidate": c, "mean": m, "deviation": d} for c, m, d in standing.strengths],
-            "agreements": [agreement.describe() for agreement in standing.agreements],
-        },
-    }  # fmt: skip
+        "title": voting.question,
+        "question": None if question is None else _question(ballot, number, question),
+        "standing": standings[number],
+        "bout": {"votes": votes, "length": voting.bout} if votes else None,
+    }
 
 
 def _picture(ballots: Sequence[Ballot], name: str) -> bytes | None:
@@ -224,13 +222,4 @@ def _question(ballot: Ballot, number: int, question: Question) -> dict[str, Any]
     return {
         "task": number, "number": question.number, "question": ballot.task.voting.question, "prompt": question.prompt,
         "left": left, "right": right, "pictures": pictures,
-    }  # fmt: skip
-
-
-def _bout(ballot: Ballot, judge: str) -> dict[str, Any] | None:
-    length, bout = ballot.task.voting.bout, ballot.bout(judge)
-    if length == 1 or not bout.rounds:
-        return None
-    return {
-        "rounds": bout.rounds, "length": length, "left": bout.left, "right": bout.right, "ended": bout.rounds == length
     }  # fmt: skip

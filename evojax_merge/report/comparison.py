@@ -13,6 +13,7 @@ from evojax_merge.checkpoints.folder import hub_id
 from evojax_merge.evaluation.scores import Scale
 from evojax_merge.file_system import atomic_write
 from evojax_merge.report.intervals import Lead
+from evojax_merge.report.meetings import Meetings
 from evojax_merge.report.winner import WinnerReport
 from evojax_merge.tasks.python_functions import PREFIX, is_reference
 
@@ -21,7 +22,7 @@ from evojax_merge.tasks.python_functions import PREFIX, is_reference
 class Row:
     """One line of the final table: held-out scores of a model. lead: the winner's lead over the model; None where there
     is no winner, or no interval. task_leads: `task/metric` -> the lead in this task alone, of the base and the best
-    parent."""
+    parent. meetings: `task/metric` -> the winner's meetings with the model, of each task that people judge."""
 
     role: str
     name: str
@@ -29,6 +30,17 @@ class Row:
     scores: dict[str, float]
     lead: Lead | None = None
     task_leads: Mapping[str, Lead] = field(default_factory=dict)
+    meetings: Mapping[str, Meetings] = field(default_factory=dict)
+
+    def label(self, quote: str = "") -> str:
+        """The name, with the role before it and quotes around it, except for `evolved ties`, a model that is called
+        `base`, or one of several that are compared: these say their role."""
+        says_role = self.role in ("winner", "uniform", "model", self.name)
+        return self.name if says_role else f"{self.role} {quote}{self.name}{quote}"
+
+    @property
+    def has_too_few_votes(self) -> bool:
+        return any(meetings.too_few for meetings in self.meetings.values())
 
 
 def rivals_of(rows: Sequence[Row]) -> list[Row]:
@@ -159,17 +171,19 @@ class Result:
     def verdicts(self) -> list[str]:
         """A sentence for each guard. Then one for each rival: by how much the winner is better on held-out data, and
         whether that is more than noise; where the winner is not better, or by less than the printed digits, both
-        figures. No sentence for a rival that the winner beats by an unknown margin. Then a sentence for each task on
+        figures; where people judge, how often they preferred the winner. No sentence for a rival that the winner beats
+        by an unknown margin. Then a sentence for each task on
         which the winner is worse than the base or the best parent beyond noise, and for each that does not tell the
         models of the table apart."""
-        by_rival = [sentence for row in self.rivals if (sentence := verdict(self.winner.fitness, row)) is not None]
+        by_rival = [sentence for row in self.rivals for sentence in _sentences(self.winner.fitness, row)]
         return [*self.guard_sentences(), *by_rival, *self._inherited(), *self._ties()]
 
     def warnings(self) -> list[str]:
         """The verdicts in which the winner is worse."""
-        worse = [verdict(self.winner.fitness, row) for row in self.rivals if self.winner.fitness < row.fitness]
+        rivals = [row for row in self.rivals if self.winner.fitness < row.fitness and not row.has_too_few_votes]
+        worse = [sentence for row in rivals for sentence in _sentences(self.winner.fitness, row)]
         broken = [guard.describe() for guard in self.guards if not guard.kept]
-        return [*broken, *(sentence for sentence in worse if sentence is not None), *self._inherited()]
+        return [*broken, *worse, *self._inherited()]
 
     def guard_sentences(self) -> list[str]:
         """A sentence for each guard, and one before them where no candidate keeps all of them."""
@@ -255,6 +269,14 @@ def verdict(ours: float, row: Row) -> str | None:
     noise = "" if lead is None or not lead.within_noise else ", within noise"
     spread = "" if lead is None else f" (a difference of {lead.difference:.4f}{noise}; {_interval(lead)})"
     return f"{start} worse than {name}: it has {shown[0]}, that has {shown[1]}{spread}."
+
+
+def _sentences(ours: float, row: Row) -> list[str]:
+    """The verdict on the winner, whose held-out fitness is `ours`, and a rival. Judges' votes speak in its place where
+    they are the whole fitness, or too few."""
+    judged = [meetings.sentence(_named(row)) for meetings in row.meetings.values()]
+    fitness = verdict(ours, row) if row.meetings.keys() < row.scores.keys() and not row.has_too_few_votes else None
+    return judged if fitness is None else [fitness, *judged]
 
 
 def _named(row: Row) -> str:

@@ -142,7 +142,7 @@ def heldout_table(result: Result) -> Table:
         [
             scored.label,
             scored.heldout_fitness,
-            lead_cell(result.lead_over(scored)),
+            lead_cell(result.lead_over(scored), result.is_judged and scored.role != "winner"),
             *(scored.heldout_scores.get(name) for name in scores),
         ]
         for scored in result.table

@@ -7,6 +7,7 @@ from rich.table import Table
 from evojax_merge.errors import escaped
 from evojax_merge.report.comparison import Row
 from evojax_merge.report.intervals import Lead
+from evojax_merge.report.meetings import TOO_FEW_VOTES
 from evojax_merge.report.progress import cell
 
 LEAD = "winner ahead by (95% interval)"
@@ -21,42 +22,40 @@ def terminal_table(rows: Sequence[Row], title: str | None = None) -> Table:
     table = Table(title=None if title is None else cell(title, "table.title"), title_justify="left")
     table.add_column("model")
     table.add_column("fitness", justify="right")
-    leads = [LEAD] if any(row.lead is not None for row in rows) else []
+    leads = [LEAD] if any(lead_cell(row.lead, row.has_too_few_votes) for row in rows) else []
     for column in leads:
         table.add_column(column, justify="right")
     for column in score_columns(rows):
         table.add_column(cell(column), justify="right")
     for row in rows:
         style = "bold" if row.role == "winner" else ""
-        label = row.name if _says_its_role(row) else f"{row.role} {row.name}"
         numbers = [f"{row.scores[column]:.4f}" for column in score_columns(rows)]
-        table.add_row(cell(label), f"{row.fitness:.4f}", *(lead_cell(row.lead) for _ in leads), *numbers, style=style)
+        table.add_row(
+            cell(row.label()),
+            f"{row.fitness:.4f}",
+            *(lead_cell(row.lead, row.has_too_few_votes) for _ in leads),
+            *numbers,
+            style=style,
+        )
     return table
 
 
-def lead_cell(lead: Lead | None) -> str:
+def lead_cell(lead: Lead | None, has_too_few_votes: bool = False) -> str:
     """The winner's lead over a row's model; `noise` where the interval holds 0."""
     if lead is None:
-        return ""
+        return TOO_FEW_VOTES if has_too_few_votes else ""
     interval = f"{lead.difference:+.4f} ({lead.low:.4f} to {lead.high:.4f})"
     return f"{interval}, noise" if lead.within_noise else interval
 
 
-def _says_its_role(row: Row) -> bool:
-    """Return whether the name needs no role before it: `evolved ties`, a model that is called `base`, or one of several
-    that are compared."""
-    return row.role in ("winner", "uniform", "model", row.name)
-
-
 def markdown_table(rows: Sequence[Row]) -> str:
-    leads = [LEAD] if any(row.lead is not None for row in rows) else []
+    leads = [LEAD] if any(lead_cell(row.lead, row.has_too_few_votes) for row in rows) else []
     columns = ["fitness", *leads, *score_columns(rows)]
     lines = [f"| model | {' | '.join(map(_cell, columns))} |", "| --- |" + " ---: |" * len(columns)]
     for row in rows:
         numbers = [f"{row.scores[column]:.4f}" for column in score_columns(rows)]
-        label = row.name if _says_its_role(row) else f"{row.role} `{row.name}`"
-        cells = [f"{row.fitness:.4f}", *(lead_cell(row.lead) for _ in leads), *numbers]
-        lines.append(f"| {_cell(label)} | " + " | ".join(cells) + " |")
+        cells = [f"{row.fitness:.4f}", *(lead_cell(row.lead, row.has_too_few_votes) for _ in leads), *numbers]
+        lines.append(f"| {_cell(row.label('`'))} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

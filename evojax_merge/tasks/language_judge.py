@@ -20,14 +20,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from evojax_merge.errors import Failed, InputError, print_warning
-from evojax_merge.tasks.voting import Choice
+from evojax_merge.tasks.voting import SWAPPED, Choice
 
 SYSTEM = (
     "You compare two answers to a prompt. Reply with one word: A where the first is better, B where the second is "
     "better, TIE where they are as good as each other, BAD where both are bad."
 )
 CHOICES: dict[str, Choice] = {"A": "left", "B": "right", "TIE": "tie", "BAD": "both_bad"}
-SWAPPED: dict[Choice, Choice] = {"left": "right", "right": "left", "tie": "tie", "both_bad": "both_bad"}
 # Seconds that an answer may take in all, and between two tries; and the bytes that it may have.
 TIMEOUT, PAUSES = 120, (1.0, 4.0, 16.0)
 MAX_BYTES = 8 << 20

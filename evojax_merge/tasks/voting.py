@@ -19,6 +19,8 @@ from evojax_merge.users_traceback import WrongResultError
 METRIC = "preference"
 # The choices that a judge of two answers has.
 Choice = Literal["left", "right", "tie", "both_bad"]
+# The same choice where the answers change sides.
+SWAPPED: dict[Choice, Choice] = {"left": "right", "right": "left", "tie": "tie", "both_bad": "both_bad"}
 Weight = Annotated[Real, Field(ge=0.0, le=1000.0)]
 
 
@@ -141,6 +143,4 @@ def voting_of(config: VotesConfig, opening: Opening, judge: Judge | None = None)
     if config.judge is not None:
         function = load_function(f"{opening.where}.judge", config.judge, "answers", opening.folder)
         judge, place = FunctionJudge(function), function.place
-    return Voting(
-        config.question, config.votes, config.heldout_votes, config.bout, config.judges, judge, place
-    )  # fmt: skip
+    return Voting(config.question, config.votes, config.heldout_votes, config.bout, config.judges, judge, place)
