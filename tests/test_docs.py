@@ -57,7 +57,8 @@ def shell_lines(text: str) -> list[list[str]]:
 
 def typed(block: str) -> list[str]:
     """Commands of a block that shows what they print."""
-    return [line.removeprefix("$ ") for line in block.splitlines() if line.startswith("$ ")]
+    lines = block.replace("\\\n", " ").splitlines()
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
 
 
 def joined(block: str) -> list[str]:
