@@ -1,4 +1,4 @@
-"""Draws docs/images/overview.svg, the picture of the README.
+"""Draws docs/images/overview.svg, the picture of docs/index.md.
 
 python docs/figures.py
 """

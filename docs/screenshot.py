@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 PICTURE = Path(__file__).resolve().parent / "images" / "report.png"
-WIDTH, HEIGHT = 1180, 2240
+WIDTH, HEIGHT = 1180, 1130
 
 
 def main(run: Path) -> None:

@@ -189,7 +189,8 @@ def search(
     as_json: bool,
     plugin_names: tuple[str, ...],
 ) -> None:
-    """Search for the best merge that CONFIG describes, and export the winner."""
+    """Search for the best merge that CONFIG describes, and export the winner. docs/glossary.md explains the words of
+    the lines that it prints."""
     if resume and overwrite:
         raise InputError("--resume", "cannot go with --overwrite")
     if quiet and as_json:

@@ -48,9 +48,17 @@ TEMPLATE = (
 
 
 def shell_lines(text: str) -> list[list[str]]:
-    """Words of each command in a page's shell blocks, comments left out."""
+    """Words of each command in a page's shell blocks, and behind a prompt in those that show what it prints; comments
+    left out."""
     blocks = [block.replace("\\\n", " ") for language, block in BLOCK.findall(text) if language == "sh"]
+    blocks += ["\n".join(typed(block)) for language, block in BLOCK.findall(text) if language == "console"]
     return [words for block in blocks for line in joined(block) if (words := shlex.split(line, comments=True))]
+
+
+def typed(block: str) -> list[str]:
+    """Commands of a block that shows what they print."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
 
 
 def joined(block: str) -> list[str]:
@@ -178,6 +186,23 @@ def test_configs_in_pages_have_known_keys(page: Path) -> None:
                 if isinstance(document, dict) and document.keys() <= top:
                     for name, value in document.items():
                         assert not list(unknown(value, name)), block
+
+
+@pytest.mark.parametrize("guide", sorted(ROOT.glob("docs/guides/*.md")), ids=lambda guide: guide.stem)
+def test_a_guide_begins_with_a_command_and_what_it_prints(guide: Path) -> None:
+    title, _, text = guide.read_text(encoding="utf-8").partition("\n")
+    assert title.startswith("# ") and text.lstrip("\n").startswith("```console\n$ ")
+    _, block = BLOCK.findall(text)[0]
+    assert len(typed(block)) < len(block.splitlines()), "the command's output is missing"
+
+
+def test_the_glossary_explains_the_words_of_the_terminal() -> None:
+    page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    words = re.findall(r"^\| ([^|]+) \|", page, re.MULTILINE)[2:]
+    assert 20 <= len(words) <= 30 and words == sorted(words, key=str.lower)
+    for word in ("bank", "companion", "materialise", "minibatch", "pass", "recalibrate", "rung", "validation"):
+        assert word in ", ".join(words), word
+    assert "docs/glossary.md" in str(cli.commands["search"].help)
 
 
 def test_the_api_page_has_the_parameters_of_each_function() -> None:
