@@ -80,7 +80,8 @@ def search(
             if devices.is_main_process:
                 write_winner(folder, problem.within(archive.context), result)
                 remove_members(folder)
-                _record_timing(planned, folder)
+                if not ballots:
+                    _record_timing(planned, folder)
     barrier("written")
 
 
@@ -106,7 +107,7 @@ def _compiling_beside(problem: SearchProblem[Backend], prepared: Splits[list[Any
 
 def _record_timing(planned: Plan, folder: RunFolder) -> None:
     """Record how many times its bound a generation took, for later plans. The first one, which compiled, does not
-    count, and neither do generations of two kinds."""
+    count, and neither do generations of two kinds. Judges are no work of a device: their runs are not recorded."""
     seconds = [row["seconds"] for row in folder.read_timing()[1:]]
     if len(seconds) > 1 and planned.generation.seconds > 0 and planned.gradient_generations in (0, planned.generations):
         factor = statistics.median(seconds) / planned.generation.seconds
