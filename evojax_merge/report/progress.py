@@ -101,8 +101,12 @@ class Heartbeat:
     @contextmanager
     def during(self, describe: Callable[[], str]) -> Iterator[None]:
         """Name the work of the block by what `describe` returns when it is called, from another thread."""
+        if not self._work:
+            console.printed_at = time.monotonic()
         self._work.append(describe)
-        if self._thread is None and not console.is_terminal and not IN_NOTEBOOK:
+        # A process that was forked has no thread of its parent's.
+        is_watching = self._thread is not None and self._thread.is_alive()
+        if not is_watching and not console.is_terminal and not IN_NOTEBOOK:
             self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
             self._thread.start()
         try:
@@ -112,14 +116,12 @@ class Heartbeat:
 
     def _watch(self) -> None:
         while True:
-            time.sleep(max(0.1, console.printed_at + SILENCE_SECONDS - time.monotonic()))
+            time.sleep(SILENCE_SECONDS / 16)
             work = self._work[-1:]
             if work and time.monotonic() - console.printed_at >= SILENCE_SECONDS:
+                console.printed_at = time.monotonic()
                 # The log of a run is of what happened.
-                console.printed_at = time.monotonic()
                 super(Terminal, console).print(printable(work[0](), LONGEST_LINE), highlight=False, soft_wrap=True)
-            elif not work:
-                console.printed_at = time.monotonic()
 
 
 HEARTBEAT = Heartbeat()

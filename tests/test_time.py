@@ -1,0 +1,291 @@
+"""The time of a search: no silence, the time that is left, estimates from measurements, and compiled programs that
+later processes find again."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from helpers import Family, run_here, thorough
+from hostile import run_python
+
+from evojax_merge import jax_environment
+from evojax_merge.config import Config
+from evojax_merge.evaluation import timings
+from evojax_merge.evaluation.timings import NOT_MEASURED, Timing, estimated_factor, read_timings, record_timings, timing
+from evojax_merge.planning import make_plan
+from evojax_merge.problem import build_problem, config_from
+from evojax_merge.report import progress
+from evojax_merge.report.plan import CHOOSING, GENERATIONS, HELDOUT, MEASURING, Plan
+from evojax_merge.report.progress import passes_bar, search_bar, working
+from evojax_merge.search.loop import Generation, _Clock
+from evojax_merge.search.stopping import course_of
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "evojax-merge"
+
+
+def document(family: Family, **changes: Any) -> dict[str, Any]:
+    task = {"name": "text", "kind": "likelihood", "file": str(family.tasks), "heldout": 0.25}
+    return {
+        "base": str(family.base), "parents": [str(parent) for parent in family.parents], "tasks": [task],
+        "space": {"method": "task_arithmetic"}, "search": {"generations": 3, "population": 4},
+    } | changes  # fmt: skip
+
+
+def plan_of(document: dict[str, Any], timings: list[Timing] | None = None) -> Plan:
+    problem = build_problem(Path("config.yaml"), config_from(Path("config.yaml"), document, [], None))
+    return make_plan(problem, problem.prepare(), timings=timings or [])
+
+
+def write_config(folder: Path, family: Family, **changes: Any) -> Path:
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(document(family, **changes)))
+    return file
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# No silence
+
+
+def test_work_without_a_line_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "SILENCE_SECONDS", 0.1)
+    with working("reading the models"):
+        time.sleep(0.35)
+        with passes_bar("choosing the winner", 4) as advance:
+            advance(3)
+            time.sleep(0.35)
+    lines = capsys.readouterr().out.splitlines()
+    outer, inner = ([line for line in lines if line.startswith(what)] for what in ("reading", "choosing"))
+    assert len(outer) >= 2 and all(line == "reading the models: 0:01 so far" for line in outer)
+    # The innermost work is named, and the last line says how long it took.
+    assert len(inner) >= 3 and re.match(r"choosing the winner: 75%, 0:01 so far", inner[0])
+    assert inner[-1] == "choosing the winner took 0:01"
+    time.sleep(0.25)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_generation_under_way_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "SILENCE_SECONDS", 0.1)
+    with search_bar(3, lambda generation: None) as bar:
+        bar.evaluating(0, 8)
+        time.sleep(0.7)
+        bar.finished(generation(1, 2.0, None))
+        bar.evaluating(1, 8)
+        bar.advanced(5)
+        time.sleep(0.25)
+    out = capsys.readouterr().out
+    assert "generation 1/3: compiling, 0:01 so far" in out and "generation 2/3: 5 of 8 passes, 0:01 so far" in out
+
+
+def test_each_part_of_a_search_says_that_it_ended(family: Family, tmp_path: Path) -> None:
+    done = run_here("search", write_config(tmp_path, family, scale="parents"), "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    parts = ["loading ", f"{MEASURING} took ", "generation 1/3 ", "generation 3/3 ", f"{CHOOSING} took ",
+             f"{HELDOUT} took ", "compiling took ", "exporting "]  # fmt: skip
+    places = [done.stdout.index(f"\n{part}") for part in parts]
+    assert places == sorted(places)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The time that is left
+
+
+def generation(number: int, seconds: float, seconds_left: float | None) -> Generation:
+    return Generation(number, np.zeros(4), 0.5, 0.5, 0.5, 0, {}, seconds, generations=3, seconds_left=seconds_left)
+
+
+def test_the_time_left_counts_the_ending(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first generation compiles: the others tell how long the ending takes."""
+    shown: list[Generation] = []
+    with search_bar(3, shown.append, lambda seconds: 5 * seconds) as bar:
+        bar.finished(generation(1, 100.0, None))
+        bar.finished(generation(2, 4.0, 6.0))
+        assert "left" in bar.describe()
+        bar.finished(generation(3, 8.0, 0.0))
+    assert [each.seconds_left for each in shown] == [None, 26.0, 30.0]
+    assert "generation 3/3  best 0.5000  left 0:30" in capsys.readouterr().out
+
+
+def test_what_a_process_compiles_at_first_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first generation of 200 s, a strategy that takes 50 s once, and generations of 3 s with 1 s between them."""
+    now, course = 200.0, course_of([], [])
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    search = Config.model_validate(
+        {"parents": ["a", "b"], "tasks": [{"name": "t", "kind": "likelihood", "file": "t.jsonl"}],
+         "space": {"method": "ties"}, "search": {"generations": 12}}
+    ).search  # fmt: skip
+    clock = _Clock()
+    assert clock.seconds_left(search, 1, course, 4, 200.0) is None
+    now += 53.0
+    assert clock.seconds_left(search, 2, course, 4, 3.0) == pytest.approx(10 * 3.0)
+    now += 4.0
+    assert clock.seconds_left(search, 3, course, 4, 3.0) == pytest.approx(9 * 4.0)
+    limited = search.model_copy(update={"stop": search.stop.model_copy(update={"evaluations": 20})})
+    assert clock.seconds_left(limited, 3, replace(course, evaluations=12), 4, 3.0) == pytest.approx(2 * 3.5, abs=0.6)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Estimates
+
+
+def test_a_plan_has_its_parts_and_an_estimate(family: Family, cache: Path) -> None:
+    guess = plan_of(document(family, scale="parents"))
+    assert list(guess.parts) == [MEASURING, GENERATIONS, CHOOSING, HELDOUT]
+    assert sum(part.seconds for part in guess.parts.values()) == pytest.approx(guess.run.seconds)
+    assert guess.factor == NOT_MEASURED and "a guess: `evojax-merge bench` measures it" in guess.conclusion()[-1]
+    ending = guess.parts[CHOOSING].seconds + guess.parts[HELDOUT].seconds
+    assert guess.ending_seconds(2.0) == pytest.approx(2.0 * ending / guess.generation.seconds)
+    measured = plan_of(document(family), [timing("scoring", 7.0, 10**6, "bench")])
+    assert measured.estimated_seconds == pytest.approx(7 * measured.run.seconds)
+    assert re.search(
+        r"about .* \(7 times its bound by the roofline, as bench measured here on \d{4}-", measured.summary()[1]
+    )
+    assert measured.as_json()["factor"]["value"] == 7 and set(measured.as_json()["parts"]) == set(measured.parts)
+
+
+def test_a_target_that_is_not_here_is_guessed(family: Family) -> None:
+    from evojax_merge.evaluation.targets import find_target
+
+    problem = build_problem(
+        Path("config.yaml"), config_from(Path("config.yaml"), document(family), [], None),
+        target=find_target("target", "h100"),
+    )  # fmt: skip
+    here = [timing("scoring", 7.0, 10**6, "bench")]
+    assert make_plan(problem, problem.prepare(), timings=here).factor == NOT_MEASURED
+
+
+def test_the_nearest_measurement_of_each_kind_counts() -> None:
+    small, large = timing("scoring", 50.0, 10**5, "search"), timing("scoring", 2.0, 10**9, "bench")
+    texts = timing("decoding", 8.0, 10**9, "search")
+    assert estimated_factor({"scoring": 1.0}, 2 * 10**5, [small, large]).value == 50
+    assert estimated_factor({"scoring": 1.0}, 10**8, [small, large]).value == 2
+    both = estimated_factor({"scoring": 1.0, "decoding": 3.0}, 10**9, [large, texts])
+    assert both.value == pytest.approx((2 + 3 * 8) / 4)
+    # A kind that was not measured takes as long as scoring; nothing measured, nothing known.
+    assert estimated_factor({"gradient": 1.0}, 10**9, [large]).value == 2
+    assert estimated_factor({"scoring": 1.0}, 10**9, [texts]) == NOT_MEASURED
+    again = large.model_copy(update={"factor": 3.0})
+    assert estimated_factor({"scoring": 1.0}, 10**9, [large, again]).value == 3
+
+
+def test_searches_record_how_long_they_took(family: Family, tmp_path: Path, cache: Path) -> None:
+    done = run_here("search", write_config(tmp_path, family), "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    (recorded,) = read_timings()
+    seconds = [json.loads(line)["seconds"] for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()]
+    bound = plan_of(document(family)).generation.seconds
+    assert (recorded.kind, recorded.source) == ("scoring", "search")
+    assert recorded.factor == pytest.approx(np.median(seconds[1:]) / bound, rel=1e-3)
+    said = run_here("plan", tmp_path / "config.yaml")
+    assert "as a search measured here on " in said.stdout
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '[{"device": "x"}]', "[" * 100_000, '[{"factor": -1}]'])
+def test_a_damaged_file_of_timings_is_no_error(content: str, cache: Path) -> None:
+    cache.mkdir(parents=True)
+    (cache / "timings.json").write_text(content)
+    assert read_timings() == []
+    record_timings([timing("scoring", 2.0, 10**6, "bench")])
+    assert [each.factor for each in read_timings()] == [2.0]
+
+
+def test_the_file_of_timings_keeps_the_latest(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timings, "MAX_TIMINGS", 3)
+    for factor in range(1, 6):
+        record_timings([timing("scoring", float(factor), 10**6, "search")])
+    assert [each.factor for each in read_timings()] == [3.0, 4.0, 5.0]
+    elsewhere = read_timings()[0].model_copy(update={"device": "another machine"})
+    record_timings([elsewhere])
+    assert [each.factor for each in read_timings()] == [4.0, 5.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Compiled programs
+
+
+def compiled(run: Path) -> list[dict[str, Any]]:
+    """The sessions' counts of compiled programs."""
+    return [session["compiled"] for session in json.loads((run / "environment.json").read_text())["sessions"]]
+
+
+SEARCH = "import sys; from evojax_merge.__main__ import main; main()"
+
+
+def test_a_second_run_and_a_resumed_one_compile_nothing(family: Family, tmp_path: Path) -> None:
+    """In processes of their own: what a run leaves in the folder of compiled programs serves the next one, on other
+    random numbers and with answers in the held-out table as well."""
+    answers = {"name": "answers", "kind": "exact_match", "file": str(family.tasks), "heldout": 0.25, "weight": 0}
+    tasks = [*document(family)["tasks"], answers | {"max_new_tokens": 4}]
+    config = write_config(tmp_path, family, tasks=tasks)
+    for out, options in (
+        ("one", []),
+        ("two", ["--seed", "7"]),
+        ("two", ["--seed", "7", "--resume", "--set", "search.generations=5"]),
+    ):
+        done = run_python(SEARCH, "search", config, "--out", tmp_path / out, *options)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"\ncompiling took [\d.]+ s, for [\d,]+ programs", done.stdout)
+    for session in compiled(tmp_path / "two"):
+        assert session["programs"] == 0 and session["kept"] > 10, session
+    assert "0 programs; " in done.stdout
+
+
+AHEAD = """
+import sys
+from pathlib import Path
+from threading import Event
+from evojax_merge.jax_environment import keep_compiled_programs
+keep_compiled_programs()
+from evojax_merge.evaluation.compilations import compilations
+from evojax_merge.planning import compile_ahead
+from evojax_merge.problem import build_problem, read_config
+from evojax_merge.selection import open_evaluators
+import numpy as np
+path = Path(sys.argv[1])
+problem = build_problem(path, read_config(path, [], None))
+prepared = problem.prepare()
+compilations()
+compile_ahead(problem, prepared, Event())
+ahead = compilations()
+on = open_evaluators(problem, prepared)
+genomes = np.zeros((problem.strategy.population, problem.space.dims), np.float32) + problem.space.start
+before = compilations()
+on.shards[0].score(genomes)
+print(ahead.compiled, (compilations() - before).kept)
+"""
+
+
+@thorough
+def test_what_is_compiled_ahead_is_what_a_generation_runs(family: Family, tmp_path: Path) -> None:
+    """The passes that are compiled from headers alone are found again by the evaluator."""
+    config = write_config(tmp_path, family)
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    done = subprocess.run([sys.executable, "-c", AHEAD, config], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    ahead, kept = map(int, done.stdout.split()[-2:])
+    assert ahead >= 2 and kept >= 1
+
+
+def test_programs_used_longest_ago_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax_environment, "MAX_COMPILED_BYTES", 250)
+    for age, name in enumerate(("new", "middle", "old")):
+        file = tmp_path / f"jit_{name}-cache"
+        file.write_bytes(bytes(100))
+        os.utime(file, (1e9 - 1000 * age,) * 2)
+    (tmp_path / "mine").write_bytes(bytes(1000))
+    jax_environment._remove_oldest(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["jit_middle-cache", "jit_new-cache", "mine"]
+    jax_environment._remove_oldest(tmp_path / "none")
