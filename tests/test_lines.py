@@ -17,6 +17,7 @@ REASONS = {
     ("evaluation/memory.py", "_groups"): "a file of the kernel",
     ("evaluation/memory.py", "_left"): "a file of the kernel",
     ("evaluation/memory.py", "_machine"): "a file of the kernel",
+    ("evaluation/targets.py", "processor_name"): "a file of the kernel",
     ("jax_environment.py", "_try_flags"): "what XLA prints",
     ("jinja_process.py", "_limit_memory"): "a file of the kernel",
     ("jinja_process.py", "_serve"): "JSON in ASCII from the process that started this one",
@@ -24,7 +25,6 @@ REASONS = {
     ("report/loggers.py", "_earlier"): "CSV, whose reader has rules of its own for line ends",
     ("report/progress.py", "print"): "a table that the program has drawn",
     ("search/environment.py", "_first_line"): "a file of the kernel",
-    ("search/environment.py", "_processor"): "a file of the kernel",
     ("search/run_folder.py", "append_line"): "a line that is written",
     ("tasks/function.py", "_one_line"): "the message of a user's exception, whose lines are joined",
 }

@@ -134,7 +134,8 @@ def test_what_a_process_compiles_at_first_does_not_count(monkeypatch: pytest.Mon
     now += 4.0
     assert clock.seconds_left(search, 3, course, 4, 3.0) == pytest.approx(9 * 4.0)
     limited = search.model_copy(update={"stop": search.stop.model_copy(update={"evaluations": 20})})
-    assert clock.seconds_left(limited, 3, replace(course, evaluations=12), 4, 3.0) == pytest.approx(2 * 3.5, abs=0.6)
+    now += 4.0
+    assert clock.seconds_left(limited, 3, replace(course, evaluations=12), 4, 3.0) == pytest.approx(2 * 4.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -230,11 +231,8 @@ def test_a_second_run_and_a_resumed_one_compile_nothing(family: Family, tmp_path
     answers = {"name": "answers", "kind": "exact_match", "file": str(family.tasks), "heldout": 0.25, "weight": 0}
     tasks = [*document(family)["tasks"], answers | {"max_new_tokens": 4}]
     config = write_config(tmp_path, family, tasks=tasks)
-    for out, options in (
-        ("one", []),
-        ("two", ["--seed", "7"]),
-        ("two", ["--seed", "7", "--resume", "--set", "search.generations=5"]),
-    ):
+    other = ["--seed", "7"]
+    for out, options in (("one", []), ("two", other), ("two", [*other, "--resume", "--set", "search.generations=5"])):
         done = run_python(SEARCH, "search", config, "--out", tmp_path / out, *options)
         assert done.returncode == 0, done.stderr
         assert re.search(r"\ncompiling took [\d.]+ s, for [\d,]+ programs", done.stdout)
@@ -276,7 +274,7 @@ def test_what_is_compiled_ahead_is_what_a_generation_runs(family: Family, tmp_pa
     done = subprocess.run([sys.executable, "-c", AHEAD, config], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     ahead, kept = map(int, done.stdout.split()[-2:])
-    assert ahead >= 2 and kept >= 1
+    assert ahead >= 1 and kept >= 1
 
 
 def test_programs_used_longest_ago_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
