@@ -87,7 +87,8 @@ def headline(run: RunData) -> list[Figure]:
     if winner is not None:
         figures.append(Figure("winner, held out", winner.heldout_fitness, True, shares(winner.heldout_scores)))
     for row in sorted(result.rivals, key=lambda row: -row.fitness):
-        role = {"uniform": "uniform merge", "parent": f"best parent {row.name}"}.get(row.role, "base")
+        roles = {"uniform": "uniform merge", "parent": f"best parent {row.name}", "greedy": f"greedy {row.name}"}
+        role = roles.get(row.role, "base")
         figures.append(Figure(f"{escaped(role)}, held out", row.fitness, shares=shares(row.scores)))
     return figures
 

@@ -63,6 +63,13 @@ class TreeSpace:
     def start(self) -> np.ndarray:
         return self.group_space.start
 
+    @property
+    def parents(self) -> int:
+        return self.group_space.parents
+
+    def averages(self, where: str, members: np.ndarray) -> np.ndarray:
+        return self.group_space.averages(where, members)
+
     def decode(self, genomes: np.ndarray) -> np.ndarray:
         return genomes
 
