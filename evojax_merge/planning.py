@@ -216,7 +216,7 @@ def _rows(passes: Sequence[SizedPass], target: Target, model: int) -> tuple[Pass
 def _work(cost: Cost, target: Target, model: int) -> Work:
     return Work(
         cost.flops, cost.nbytes, cost.seconds(target) / model, cost.merge_seconds(target) / model,
-        cost.compute_seconds(target) / model,
+        cost.compute_seconds(target) / model, cost.called_seconds / model,
     )  # fmt: skip
 
 
