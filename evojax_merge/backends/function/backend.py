@@ -595,7 +595,7 @@ class FunctionPlanner:
     @property
     def notes(self) -> tuple[str, ...]:
         return tuple(
-            f"{name}: JAX does not trace it; measured on this machine: {shown_seconds(points[-1][1])} for a candidate on "
+            f"{name}: JAX does not trace it; measured here: {shown_seconds(points[-1][1])} for a candidate on "
             f"{points[-1][0]} of the examples"
             for (name, _), points in self._measured.items()
         )
