@@ -324,7 +324,7 @@ class Study(Described):
 
     Names of plugins and of the program stand for what they register: strategies (`dir(em.strategies)`) in `strategy`,
     merge methods (`evojax-merge methods`) in `MergeSpace` and `PoolSpace`, kinds of tasks as `kind` of a mapping, and
-    backends in `load_models`. In the `table` of a run, `interval` is the 95% interval of the winner's lead over a model.
+    backends in `load_models`. In the `table` of a run, `interval` is that of the winner's lead over a model, at 95%.
     """
 
     def __init__(

@@ -259,7 +259,7 @@ def test_notebooks_show_parameters_and_scores(study: em.Study, by_hand: em.Study
         assert f"<td>{weight:.3g}</td>" in shown and f"<td>{winner:.3g}</td>" in shown and " to " in shown
     assert f"<td>{by_hand.best.scores['text']:.3g}</td>" in unstyled(by_hand)
     head, *lines = str(run.table).splitlines()
-    for title in ("heldout fitness", "text/log_probability", "interval"):
+    for title in ("heldout_fitness", "text/log_probability", "interval"):
         end = head.index(title) + len(title)
         # Numbers end where their title ends.
         assert {line[end:][:2].strip() for line in lines} == {""} and all(line[:end][-1:] != " " for line in lines[:-1])

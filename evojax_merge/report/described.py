@@ -52,7 +52,7 @@ class PrintedTable(list[dict[str, Any]]):
             cells = (
                 " to ".join(map(_figure, value)) if isinstance(value, list) else _figure(value) for value in values
             )
-            texts = [escaped(name.replace("_", " ")), *map(escaped, cells)]
+            texts = [escaped(name), *map(escaped, cells)]
             width, is_text = max(map(len, texts)), any(isinstance(value, str) for value in values)
             columns.append([text.ljust(width) if is_text else text.rjust(width) for text in texts])
         return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True)) or super().__str__()
