@@ -173,6 +173,8 @@ class Plan:
     def _time(self) -> str:
         """The estimate of the run, its source, and its bound."""
         factor, about = self.factor, shown_seconds(self.estimated_seconds)
+        if self.run.called_seconds:
+            return f"about {about} ({factor.source})"
         source = factor.source or "a guess: `evojax-merge bench` measures it"
         return f"about {about} ({factor.value:.2g} times its bound by the roofline, {source})"
 
