@@ -15,7 +15,7 @@ from evojax_merge.config import Config
 from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.problem import config_from, stage_config
 from evojax_merge.report.comparison import model_names
-from evojax_merge.report.described import Described, PrintedTable
+from evojax_merge.report.described import Described
 from evojax_merge.report.frame import NamedValues, gene_values
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_parts import RunFolder
@@ -82,6 +82,9 @@ class StoredRun(Described):
         """The held-out scores of winner, base, parents, uniform merge and controls, a mapping each; `print` shows them
         as a table. interval: where the difference between the winner's fitness and the model's lies on other examples
         like these, in 95 of 100 draws; where it holds 0, the difference is within noise."""
+        # It imports this module.
+        from evojax_merge.report.run_tables import PrintedTable
+
         return PrintedTable((self.result or {}).get("table", []))
 
     @property

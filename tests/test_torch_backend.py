@@ -145,6 +145,11 @@ def test_image_classifiers_are_planned_searched_resumed_and_exported(folder: Pat
         accuracy = (labels_by_transformers(model, images) == targets).mean()
         assert result["table"][number]["heldout_scores"]["quarter/accuracy"] == pytest.approx(accuracy, abs=1e-6)
 
+    answers = [json.loads(line) for line in (run / "heldout_answers.jsonl").read_text().splitlines()]
+    assert [answer["image"] for answer in answers] == [str(image) for image in images] * 2
+    scored = command("evaluate", folder / "left", folder / "right", "--tasks", config)
+    assert scored.count("opening the models by PyTorch") == scored.count("ViTForImageClassification: ") == 1
+
     exported = tmp_path / "exported"
     command("export", run, exported)
     assert {file.name for file in exported.iterdir()} >= {

@@ -37,31 +37,6 @@ class Described:
         return f"<table><caption{LEFT}>{_html(type(self).__name__)}</caption>{rows}</table>{tables}"
 
 
-class PrintedTable(list[dict[str, Any]]):
-    """Rows that `print` shows as a table: columns of equal width, numbers to the right, with four decimals."""
-
-    def __str__(self) -> str:
-        rows = [
-            {key: value for name, part in row.items()
-             for key, value in (part.items() if isinstance(part, Mapping) else [(name, part)])}
-            for row in self
-        ]  # fmt: skip
-        columns = []
-        for name in dict.fromkeys(name for row in rows for name in row):
-            values = [row.get(name) for row in rows]
-            cells = (
-                " to ".join(map(_figure, value)) if isinstance(value, list) else _figure(value) for value in values
-            )
-            texts = [escaped(name), *map(escaped, cells)]
-            width, is_text = max(map(len, texts)), any(isinstance(value, str) for value in values)
-            columns.append([text.ljust(width) if is_text else text.rjust(width) for text in texts])
-        return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True)) or super().__str__()
-
-
-def _figure(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
-
-
 def parameter_table(values: Mapping[str, float]) -> Table:
     """Named parameters as a row for each group of tensors: `weight[layers 0-3][maths]` stands in the row `layers 0-3`
     and the column `weight maths`."""

@@ -55,12 +55,12 @@ class Terminal(Console):
         self.printed_at = time.monotonic()
         lines = [printable(text, LONGEST_LINE) if isinstance(text, str) else text for text in objects]
         for line in lines:
-            for part in [line] if isinstance(line, str) else _drawn(line).splitlines():
+            for part in [line] if isinstance(line, str) else drawn(line).splitlines():
                 LOG.info("%s", part.rstrip())
         super().print(*lines, **options)
 
 
-def _drawn(renderable: Any) -> str:
+def drawn(renderable: Any) -> str:
     """A table or the like as a file shows it."""
     file = io.StringIO()
     Console(file=file, width=140, force_jupyter=False).print(renderable)

@@ -11,10 +11,9 @@ from evojax_merge.config import Budget, parse_budget
 from evojax_merge.errors import escaped, escaped_lines
 from evojax_merge.report.comparison import chosen_on, nothing_beat
 from evojax_merge.report.drawings import parameter_text
-from evojax_merge.report.progress import cell, format_seconds
+from evojax_merge.report.progress import cell, drawn, format_seconds
 from evojax_merge.report.run_data import Result, RunData
 from evojax_merge.report.tables import LEAD, lead_cell
-from evojax_merge.search.budgets import GRADIENT_PASSES
 
 # The rows of a table of keys, and the keys that a sentence lists.
 MOST_ROWS, MOST_UNLIKE = 400, 6
@@ -43,7 +42,21 @@ class Table:
         return table
 
 
+class PrintedTable(list[dict[str, Any]]):
+    """Rows that `print` shows as a table, with a column for each key, and for each key of a mapping in them."""
+
+    def __str__(self) -> str:
+        nested = [[value if isinstance(value, dict) else {key: value} for key, value in row.items()] for row in self]
+        rows = [{key: value for part in parts for key, value in part.items()} for parts in nested]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        cells = [[row.get(key) for key in columns] for row in rows]
+        words = {number for row in cells for number, value in enumerate(row) if isinstance(value, str)}
+        return drawn(Table(columns, cells, frozenset(range(len(columns))) - words).terminal())
+
+
 def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(_shown, value))
     return "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
@@ -204,18 +217,10 @@ def progress_cell(run: RunData) -> str:
         return f"{run.count}; {format_seconds(run.seconds)} of {format_seconds(budget.seconds)}"
     if budget.passes is None:
         return str(run.count) if wanted is None else f"{run.count}/{wanted}"
-    rows, gradient = [generation.row for generation in run.generations], run.search.get("gradient") or {}
-    most = max((count for row in rows for count in row.examples), default=0) or 1
-    passes = 0.0
-    for row in rows:
-        candidates = len(row.fitness)
-        follows = run.search.get("strategy") == "gradient" or candidates < (run.search.get("population") or 0)
-        if row.companion or (gradient and follows):
-            passes += GRADIENT_PASSES * candidates / gradient.get("minibatches", 1)
-        else:
-            passes += sum(row.examples) / most
-    # Of a long run not every generation is read.
-    return f"{run.count}; {passes * run.count / max(1, len(rows)):,.0f} of {budget.passes:,.0f} passes"
+    counts = [generation.row.examples for generation in run.generations]
+    # Of a long run not every generation is read. Steps that follow gradients take more than their examples say.
+    passes = run.count * sum(map(sum, counts)) / max(1, len(counts) * max(map(max, filter(None, counts)), default=1))
+    return f"{run.count}; {'' if run.search.get('gradient') else f'{passes:,.0f} of '}{budget.passes:,.0f} passes"
 
 
 def runs_table(runs: Mapping[str, RunData]) -> Table:

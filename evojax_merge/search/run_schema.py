@@ -249,14 +249,6 @@ class Environment(Stored):
     sessions: list[dict[str, Fact]] = []
 
 
-class StoredGradient(Stored):
-    """A section `search.gradient` of config.yaml."""
-
-    model_config = ConfigDict(extra="allow")
-
-    minibatches: Annotated[Count, Field(ge=1)] = 1
-
-
 class StoredSearch(Stored):
     """A section `search` of config.yaml."""
 
@@ -264,9 +256,7 @@ class StoredSearch(Stored):
 
     generations: Annotated[Count, Field(le=MAX_GENERATIONS)] | None = None
     strategy: str | None = None
-    population: Count | None = None
     budget: str | None = None
-    gradient: StoredGradient | None = None
 
 
 class StoredStage(Stored):
