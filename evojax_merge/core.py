@@ -107,8 +107,9 @@ def _compiling_beside(problem: SearchProblem[Backend], prepared: Splits[list[Any
 
 def _record_timing(planned: Plan, folder: RunFolder) -> None:
     """Record how many times its bound a generation took, for later plans. The first one, which compiled, does not
-    count, and neither do generations of two kinds. Judges are no work of a device: their runs are not recorded."""
-    seconds = [row["seconds"] for row in folder.read_timing()[1:]]
+    count, and neither do generations of two kinds. Judges, and functions that JAX does not trace, are no work of a
+    device: their runs are not recorded."""
+    seconds = [] if planned.run.called_seconds else [row["seconds"] for row in folder.read_timing()[1:]]
     if len(seconds) > 1 and planned.generation.seconds > 0 and planned.gradient_generations in (0, planned.generations):
         factor = statistics.median(seconds) / planned.generation.seconds
         record_timings([timing(planned.kind, factor, planned.bank_bytes, "search")])

@@ -18,7 +18,7 @@ from evojax_merge.evaluation.compilers import TargetCompiler
 from evojax_merge.evaluation.costs import Cost
 from evojax_merge.evaluation.planned_passes import PlanUse, SizedPass
 from evojax_merge.evaluation.targets import Target, gpu_memory_fraction, live_target, single_hosts
-from evojax_merge.evaluation.timings import Timing, WorkKind, estimated_factor, kind_of_pass
+from evojax_merge.evaluation.timings import CALLED, Timing, WorkKind, estimated_factor, kind_of_pass
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.plan import CHOOSING, GENERATIONS, HELDOUT, MEASURING, PassPlan, Plan, Work, shown_bytes
 from evojax_merge.search.loop import run_bytes
@@ -115,7 +115,9 @@ def make_plan(
         generation=_work(by_gradient if only_gradients else by_score, target, model),
         run=_work(run, target, model),
         parts={name: _work(cost, target, model) for name, cost in parts.items() if cost.seconds(target)},
-        factor=estimated_factor(by_kind, sizes.bank, timings if target == live_target() else ()),
+        factor=CALLED
+        if run.called_seconds
+        else estimated_factor(by_kind, sizes.bank, timings if target == live_target() else ()),
         kind=max(by_kind, key=lambda kind: by_kind[kind], default="scoring"),
         host_bytes=PROCESS_BYTES + on_host,
         disk_bytes=disk_bytes(problem) + download_bytes,
@@ -216,7 +218,7 @@ def _rows(passes: Sequence[SizedPass], target: Target, model: int) -> tuple[Pass
 def _work(cost: Cost, target: Target, model: int) -> Work:
     return Work(
         cost.flops, cost.nbytes, cost.seconds(target) / model, cost.merge_seconds(target) / model,
-        cost.compute_seconds(target) / model,
+        cost.compute_seconds(target) / model, cost.called_seconds / model,
     )  # fmt: skip
 
 

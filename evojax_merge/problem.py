@@ -33,6 +33,7 @@ from evojax_merge.search.protocols import (
     HasMoves,
     Space,
     Strategy,
+    capabilities_of,
     differentiates,
     keeps_front,
     plain_merges_of,
@@ -41,6 +42,7 @@ from evojax_merge.search.run_folder import RANDOM_NUMBERS, random_numbers
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
 from evojax_merge.search.strategies.cma_es import default_population
+from evojax_merge.search.strategies.greedy import averages_of
 from evojax_merge.search.strategies.registry import (
     PoolSettings,
     StrategySettings,
@@ -288,6 +290,9 @@ def open_search(
 
     search = within_budget(where, search, traits.examples, make)
     strategy = make(search)
+    most = capabilities_of(strategy).generations
+    if most is not None:
+        search = search.model_copy(update={"generations": min(most, search.generations)})
     note = gradient_note(search, strategy, traits)
     return OpenedSearch(search, strategy, (*notes, *([] if note is None else [note])))
 
@@ -335,6 +340,13 @@ def searchable(
         choice=choice,
     )
     strata = [length_strata(lengths(task), len(shards)) for task in choice or ()]
+    if search.controls:
+        averages_of(f"{where}: search.controls", backend.space)
+        if not splits.heldout or search.strategy == VOTES:
+            lacking = "votes are for the search's candidates" if splits.heldout else "there are no held-out examples"
+            raise InputError(
+                f"{where}: search.controls", f"are rows of the held-out table, and {lacking}; leave it out"
+            )
     return SearchProblem(search, seed, backend, strategy, splits, strata, notes=opened.notes)
 
 
@@ -413,6 +425,8 @@ def build_strategy(
         objectives,
         space.move_genes if isinstance(space, HasMoves) else (),
         pool,
+        space,
+        search.rungs,
     )
     strategy = make_strategy(where, search.strategy, settings)
     if named_seeds is None:

@@ -112,6 +112,7 @@ def search_pytrees(
     budget: str | None = None,
     sigma: float = 1 / 6,
     seeds: Sequence[str] | None = None,
+    controls: Sequence[str] = (),
     rungs: int = 1,
     rung_examples: str = "random",
     validation: float = 0.0,
@@ -143,10 +144,11 @@ def search_pytrees(
     top level. strategy, population, generations, budget, sigma, seeds, rungs, gradient: as in a config's search; the
     strategies `gradient` and `hybrid` differentiate a traced fitness, and `auto` takes the former for one. validation:
     the share of the examples that is kept out of the generations, and on which the winner is chosen; heldout: the share
-    that decides nothing, and on which the winner is compared with the base, the parents and the uniform merge
-    (`table`); validate_every: the number of generations between two evaluations on the validation split. stop: the
-    criteria that end the search before its last generation, any of `evaluations`, `seconds`, `target` and `stagnation`,
-    as in a config. chunk: the number of candidates that are computed together; None: one on a CPU, else all.
+    that decides nothing, and on which the winner is compared with the base, the parents, the uniform merge and the
+    `controls` (`["greedy"]`) in `table`; validate_every: the number of generations between two evaluations on the
+    validation split. stop: the criteria that end the search before its last generation, any of `evaluations`,
+    `seconds`, `target` and `stagnation`, as in a config. chunk: the number of candidates that are computed together;
+    None: one on a CPU, else all.
 
     out: a run folder: history.jsonl, checkpoints, result.json and best/params.safetensors (leaves by their paths).
     resume continues a run there; overwrite starts it again. log: the loggers that get the figures of each generation,
@@ -173,7 +175,7 @@ def search_pytrees(
     search = _valid(
         "search", SearchConfig, strategy=strategy, population=population, sigma=sigma,
         **{key: value for key, value in named.items() if value is not None},
-        finalists=FINALISTS if validation else 1, seeds=None if seeds is None else list(seeds),
+        finalists=FINALISTS if validation else 1, seeds=None if seeds is None else list(seeds), controls=list(controls),
         rung_examples=rung_examples, validation=validation, validate_every=validate_every,
         stop={} if stop is None else dict(stop) if isinstance(stop, Mapping) else stop,
         gradient={} if gradient is None else gradient,

@@ -79,8 +79,13 @@ class StoredRun(Described):
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """The held-out scores of winner, base, parents and uniform merge, a mapping each."""
-        return list((self.result or {}).get("table", []))
+        """The held-out scores of winner, base, parents, uniform merge and controls, a mapping each; `print` shows them
+        as a table. interval: where the difference between the winner's fitness and the model's lies on other examples
+        like these, in 95 of 100 draws; where it holds 0, the difference is within noise."""
+        # It imports this module.
+        from evojax_merge.report.run_tables import PrintedTable
+
+        return PrintedTable((self.result or {}).get("table", []))
 
     @property
     def warnings(self) -> list[str]:

@@ -22,6 +22,7 @@ from evojax_merge.search.fronts import front_of
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive, Finalist, rescore
 from evojax_merge.search.protocols import keeps_front, plain_merges_of
+from evojax_merge.search.strategies.greedy import Greedy, greedy_soup
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import GUARD_WEIGHT
 
@@ -110,8 +111,10 @@ def select_best(
             searched, plain_searched = (
                 float(fitness_on(on.search, genome[None])[0]) for genome in (best.genome, plain)
             )
+        controls = [_greedy(problem, on.deciding, progress) for _ in problem.search.controls]
     with phase(HELDOUT, heldout.passes(counts.heldout)) as progress:
-        table, answers = _table(problem, heldout, best.genome, plain, progress) if problem.splits.heldout else ([], ())
+        genomes = {"winner": best.genome, "plain": plain, **dict(controls)}
+        table, answers = _table(problem, heldout, genomes, progress) if problem.splits.heldout else ([], ())
         front = _front(heldout, finalists, progress) if keeps_front(problem.strategy) else ()
     return Result(
         genome=best.genome,
@@ -131,6 +134,16 @@ def select_best(
         guards=_guards(on.deciding, best, table),
         answers=answers,
     )
+
+
+def _greedy(
+    problem: SearchProblem[Backend], deciding: SpaceEvaluator[Any], progress: Progress
+) -> tuple[str, np.ndarray]:
+    """The greedy soup by the examples that the winner is chosen on: its name, and its genome, float32[D]."""
+    members, genome = greedy_soup(problem.space, deciding, progress)
+    names = [model_name(parent) for parent, is_member in zip(problem.parents, members, strict=True) if is_member]
+    few = ", ".join(names) if len(names) <= 3 else f"{len(names)} of {len(members)} parents"
+    return f"soup of {few}", genome
 
 
 def _guards(deciding: SpaceEvaluator[Any], best: Finalist, table: Sequence[Row]) -> tuple[GuardResult, ...]:
@@ -173,20 +186,21 @@ def _front(heldout: SpaceEvaluator[Any], finalists: Sequence[Finalist], progress
 def _table(
     problem: SearchProblem[Backend],
     heldout: SpaceEvaluator[Any],
-    winner: np.ndarray,
-    plain: np.ndarray,
+    genomes: Mapping[str, np.ndarray],
     progress: Progress,
 ) -> tuple[list[Row], Sequence[dict[str, Any]]]:
-    """The rows of the held-out table: the stored models, the baseline where it is none of them, and the winner; and the
-    answers of the winner and of the best parent."""
+    """The rows of the held-out table: the stored models, the baseline where it is none of them, the controls and the
+    winner; and the answers of the winner and of the best parent. genomes: of the winner, of the baseline, then of each
+    control by its name."""
     backend = problem.backend
     scored = [
         (role, model_name(path), 0, backend.score_stored(path, heldout, progress)) for role, path in backend.compared
     ]
-    finals = heldout.score(np.stack([winner, plain]), progress)
+    finals = heldout.score(np.stack(list(genomes.values())), progress)
     if backend.baseline_role is not None:
         role = backend.baseline_role
         scored.append((role, f"{role} {backend.name}", 1, finals))
+    scored += [("greedy", name, p, finals) for p, name in enumerate(genomes) if p > 1]
     scored.append(("winner", f"evolved {backend.name}", 0, finals))
     met: Sequence[Mapping[str, Meetings]] = [{}] * len(scored)
     if isinstance(heldout, ComparesAnswers):
@@ -253,7 +267,10 @@ def candidates_to_select(problem: SearchProblem[Backend]) -> SelectionCounts:
     _, baselines = problem.space.baselines()
     # Besides the finalists: the strategy's proposal, the start, the uniform merge and the parents.
     candidates = problem.search.finalists + 2 + plain + len(baselines) + front
-    heldout = len(problem.backend.compared) + 2 + front
+    heldout = len(problem.backend.compared) + 2 + front + len(problem.search.controls)
+    for _ in problem.search.controls:
+        soup = Greedy(problem.space)
+        candidates += soup.population * (soup.capabilities.generations or 0)
     if problem.splits.validation is None:
         return SelectionCounts(candidates, 0, heldout)
     return SelectionCounts(2, candidates, heldout)

@@ -320,7 +320,11 @@ class Study(Described):
     population, or that of a pool. out: the run folder, which `run` needs. seed: the seed of all random numbers.
     validation: the share of the examples that is kept back to choose the winner on. resume, overwrite: continue, or
     replace, the run that lies in `out`. evaluation, export_dtype, scale, log: as in a config. search: other keys of a
-    config's `search`, such as `finalists`, `rungs`, `stop` and `budget`.
+    config's `search`, such as `finalists`, `rungs`, `stop`, `budget` and `controls`.
+
+    Names of plugins and of the program stand for what they register: strategies (`dir(em.strategies)`) in `strategy`,
+    merge methods (`evojax-merge methods`) in `MergeSpace` and `PoolSpace`, kinds of tasks as `kind` of a mapping, and
+    backends in `load_models`. In the `table` of a run, `interval` is that of the winner's lead over a model, at 95%.
     """
 
     def __init__(

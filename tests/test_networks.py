@@ -17,6 +17,8 @@ from evojax_merge.backends.torch.backend import on_cores
 from evojax_merge.backends.torch.folders import open_module
 from evojax_merge.cli import cli
 from evojax_merge.errors import InputError
+from evojax_merge.evaluation.devices import ONE_DEVICE
+from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.selection import open_evaluators
 
@@ -182,6 +184,25 @@ def test_functions_of_the_users_own_score_outputs_and_modules(nets: Path, tmp_pa
     evaluators = open_evaluators(problem, problem.prepare())
     with pytest.raises(Exception, match=r"returned float32\[6, 3\]; expected 6 numbers, one for each record"):
         evaluators.heldout.score(baselines)
+
+
+def test_the_time_of_a_function_that_is_called_is_measured(nets: Path, tmp_path: Path) -> None:
+    """A function that sleeps: the plan has its seconds, for the generations and for the choice of the winner."""
+    (tmp_path / "slow.py").write_text(
+        "import time\ndef slow(records, module):\n    time.sleep(len(records) / 20)\n    return [1.0] * len(records)\n"
+    )
+    task = {"name": "slow", "kind": "network", "file": str(nets / "arrays.npz"), "heldout": 0.5,
+            "function": "slow.py:slow", "gets": "module"}  # fmt: skip
+    problem = problem_of(tmp_path / "config.yaml", document(nets, tasks=[task]))
+    plan = make_plan(problem, problem.prepare())
+    workers = problem.backend.programs(1, ONE_DEVICE).workers
+    assert 0.05 * 6 / workers <= plan.candidate.seconds < 2 * 0.05 * 6
+    assert plan.candidate.bound == "the functions that are called, as measured here"
+    assert plan.estimated_seconds == pytest.approx(plan.run.seconds) and plan.run.seconds > 6 * plan.candidate.seconds
+    (time,) = (line for line in plan.conclusion() if line.startswith("time: "))
+    assert "(measured here on some examples: JAX does not trace it), for 2 generations" in time
+    (note,) = (line for line in plan.notes if line.startswith("slow: "))
+    assert re.fullmatch(r"slow: JAX does not trace it; measured here: .* s for a candidate on 6 of the examples", note)
 
 
 def test_networks_are_evaluated(tmp_path: Path) -> None:

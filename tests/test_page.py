@@ -770,17 +770,23 @@ def test_runs_with_unlike_tasks_are_compared_with_a_note(tmp_path: Path) -> None
     assert "The tasks of the runs differ (scale)" in run_here("compare", one, scaled, "--out", out).stdout
 
 
-def test_runs_with_a_budget_are_listed_with_the_generations_that_it_paid_for(tmp_path: Path) -> None:
-    for name, finished in (("done", True), ("begun", False)):
-        config = make_run(tmp_path / name, 2, finished=finished) / "config.yaml"
-        document = yaml.safe_load(config.read_text())
-        document["search"]["budget"] = "90m"
-        del document["search"]["generations"]
-        config.write_text(yaml.safe_dump(document))
-    lines = run_command("runs", ".", folder=tmp_path).stdout.splitlines()
-    assert {name: next(line for line in lines if name in line).split("│")[3].strip() for name in ("done", "begun")} == {
-        "done": "2/2", "begun": "2/?",
+def test_runs_with_a_budget_are_listed_with_the_part_that_is_spent(tmp_path: Path) -> None:
+    searches: dict[str, tuple[dict[str, Any], str]] = {
+        "clock": ({"strategy": "cma_es", "budget": "90m"}, "2; 0:01 of 1:30:00"),
+        "race": ({"strategy": "cma_es", "budget": "600 passes", "population": 8}, "2; 12 of 600 passes"),
+        "steps": (
+            {"strategy": "gradient", "budget": "600 passes", "gradient": {"minibatches": 4}}, "2; 600 passes"
+        ),
+        "plain": ({"strategy": "cma_es", "generations": 5}, "2/5"),
     }  # fmt: skip
+    for name, (search, _) in searches.items():
+        make_run(tmp_path / name, 2, search=search, finished=name != "plain")
+    lines = run_command("runs", ".", folder=tmp_path).stdout.splitlines()
+    for name, (_, says) in searches.items():
+        assert next(line for line in lines if f"│ {name} " in line).split("│")[3].strip() == says
+    out = tmp_path / "both.html"
+    shown = run_here("compare", tmp_path / "clock", tmp_path / "race", "--out", out).stdout + Page(out).text
+    assert "1:30:00" in shown and "600 passes" in shown
 
 
 def test_runs_below_a_folder_are_listed(tmp_path: Path) -> None:

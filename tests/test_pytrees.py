@@ -121,6 +121,51 @@ def test_what_is_no_weight_is_the_base_s_and_dtypes_stay() -> None:
     assert set(found.parameters) == {"half", "wide"}
 
 
+@pytest.mark.parametrize(
+    "settings", sample([{}, {"method": "task_arithmetic", "base": BASE}, {"parameters": {"weight": {"high": 2}}}], 2)
+)
+def test_the_greedy_soup_leaves_out_a_parent_that_hurts(settings: dict[str, Any]) -> None:
+    rng, wanted = np.random.default_rng(0), np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree(9))])
+    far, near = tree(7), [tree(seed, tree(9), 0.5) for seed in (11, 12, 13)]
+    parents = [far, *near]
+    rows = rng.normal(size=(24, wanted.size)).astype(np.float32)
+
+    def flat(merged: Any) -> Any:
+        return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(merged)])
+
+    def errors(merged: Any, examples: Any) -> Any:
+        return -jnp.square((examples - flat(merged)) @ jnp.ones(wanted.size) / 9) - jnp.abs(flat(merged) - wanted).sum()
+
+    # By NumPy alone: one parent after the other, the best first.
+    def score(members: list[int], examples: np.ndarray) -> float:
+        average = np.mean([np.asarray(flat(parents[k])) for k in members], axis=0)
+        return float(np.mean(-(((examples - average).sum(axis=1) / 9) ** 2) - np.abs(average - wanted).sum()))
+
+    result = quick(parents, errors, examples=rows, heldout=0.25, validation=0.25, controls=["greedy"], **settings)
+    assert result.chosen_on is not None
+    chosen = rows[list(result.chosen_on)]
+    ranked = sorted(range(4), key=lambda k: -score([k], chosen))
+    soup = ranked[:1]
+    for parent in ranked[1:]:
+        if score([*soup, parent], chosen) >= score(soup, chosen):
+            soup.append(parent)
+    assert 0 not in soup and len(soup) > 1
+    (row,) = (row for row in result.table if row["role"] == "greedy")
+    assert row["name"] == f"soup of {', '.join(f'parents[{k}]' for k in sorted(soup))}"
+    # The strategy goes by the examples that it searches on.
+    found = quick(parents, errors, examples=rows, strategy="greedy", population=None, generations=50, **settings)
+    assert len(found.history) == 4
+    ranked = sorted(range(4), key=lambda k: -score([k], rows))
+    soup = ranked[:1]
+    for parent in ranked[1:]:
+        if score([*soup, parent], rows) >= score(soup, rows):
+            soup.append(parent)
+    weights = np.array([values["weight"] for values in found.parameters.values()])
+    np.testing.assert_allclose(weights, np.tile(np.isin(range(4), soup) / len(soup), (len(weights), 1)), atol=1e-6)
+    assert found.history[-1]["soup"] == len(soup)
+    np.testing.assert_allclose(found.fitness, score(soup, rows), rtol=1e-4)
+
+
 def test_containers_and_names_of_leaves_do_not_matter_to_the_kernels() -> None:
     """The same arrays as a dict, in another order, and in lists: one group's merge is the same bit for bit."""
 
@@ -402,6 +447,18 @@ def changed(path: tuple[str, str], value: Any) -> Any:
         ({"stop": {"target": "high"}}, "stop.target: 'high'; expected a number"),
         ({"stop": 5}, r"stop: 5; expected a mapping"),
         ({"examples": {"x": np.ones(3), "y": np.ones(4)}}, r"examples: leading axes of \[3, 4\]"),
+        ({"strategy": "greedy", "parents": PARENTS[:1]},
+         "strategy: greedy averages the weights of parents; expected the merge of 2 parents or more"),
+        ({"strategy": "greedy", "method": "slerp"},
+         "strategy: the space lacks the averages of some parents: slerp averages no weights; expected one of linear, "),
+        ({"strategy": "greedy", "seeds": ["uniform"]}, "seeds: the strategy greedy takes none, it has its own"),
+        ({"strategy": "greedy", "rungs": 2, "examples": np.ones((8, 1)), "fitness": lambda merged, rows: rows[:, 0]},
+         "rungs: the strategy greedy takes none"),
+        ({"strategy": "greedy", "population": 8}, "population: 8; the strategy greedy has populations of 3 here"),
+        ({"controls": ["greedy"]}, "controls: are rows of the held-out table, and there are no held-out examples"),
+        ({"controls": ["soup"]}, "controls.*greedy.*soup"),
+        ({"controls": ["greedy"], "parameters": {"weight": {"low": 0.1}}},
+         "controls: the space lacks .* low 0.1 is above 0"),
         ({"strategy": "cma-es"}, r"unknown strategy 'cma-es' \(did you mean 'cma_es'\?\)"),
     ],
 )  # fmt: skip

@@ -142,6 +142,31 @@ def test_run_folder_is_complete(finished):
     }  # fmt: skip
 
 
+def test_the_greedy_soup_is_a_row_of_the_table_and_a_search(likelihood_file, tmp_path):
+    soup = ["space.method=task_arithmetic", "space.parameters={}", "search.controls=[greedy]"]
+    settings = [part for key in [*soup, "search.population=3", "search.strategy=greedy"] for part in ("--set", key)]
+    output = " ".join(run("search", likelihood_file, "--out", tmp_path / "run", *settings).stdout.split())
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert [row["role"] for row in result["table"]] == ["base", "parent", "parent", "uniform", "greedy", "winner"]
+    history = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
+    assert len(history) == 2 and len(history[0]["fitness"]) == 3
+    greedy, winner, fitness = *result["table"][-2:], dict(zip("01", history[0]["fitness"], strict=False))
+    alone, both = max(fitness, key=fitness.get), history[1]["fitness"][0] >= max(fitness.values())
+    assert greedy["name"] == f"soup of {'parent0, parent1' if both else f'parent{alone}'}"
+    assert (
+        f"greedy {greedy['name']}" in output and "than the greedy soup of " in output
+    ) or "as the greedy soup" in output
+    assert winner["heldout_fitness"] == pytest.approx(greedy["heldout_fitness"], abs=1e-6)
+    assert result["better_than"]["greedy"]["name"] == greedy["name"]
+    assert f"greedy {greedy['name']}, held out" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    config = likelihood_file.with_name("paths.yaml")
+    document = yaml.safe_load(likelihood_file.read_text()) | {"data_flow": {}}
+    config.write_text(yaml.safe_dump({key: value for key, value in document.items() if key != "space"}))
+    refused = run("search", config, "--out", tmp_path / "no", "--set", "search.controls=[greedy]", status=2)
+    says = "search.controls=[greedy]: greedy averages the weights of parents; expected the merge of 2 parents or more"
+    assert says in " ".join(refused.stderr.split())
+
+
 def test_winner_is_what_was_scored(finished, config_file):
     """The exported folder, in transformers, gives the logits of the candidate that the search scored."""
     problem = build_problem(config_file, read_config(config_file, [], None))

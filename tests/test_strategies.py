@@ -523,3 +523,50 @@ def test_one_dimension_and_the_smallest_population(name: str) -> None:
     strategy = make(name, 1, 4 if name == "de" else 2)
     state = drive(strategy, init(strategy, 1), lambda genomes: -np.square(genomes - 0.3).sum(axis=1), 30)
     assert np.isfinite(asked(strategy, state)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The greedy soup
+
+
+class Subsets:
+    """A space whose genomes are the parents of a soup, each 0 or 1."""
+
+    def __init__(self, parents: int) -> None:
+        self.parents = self.dims = parents
+
+    def averages(self, where: str, members: np.ndarray) -> np.ndarray:
+        return np.asarray(members, np.float32)
+
+
+@pytest.mark.parametrize("parents", [2, 3, 4, 5, 8])
+def test_the_greedy_soup_is_that_of_its_paper(parents: int) -> None:
+    """Model soups, recipe 1, one parent after the other, on random scores with ties and failures."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        table = rng.integers(0, 4, 2**parents).astype(float)
+        table[rng.random(2**parents) < 0.1] = np.nan
+        table[1] = 2.0
+
+        def value(members: Any, table: np.ndarray = table) -> float:
+            return float(table[sum(2 ** int(k) for k in members)])
+
+        ranked = sorted(range(parents), key=lambda k: -np.nan_to_num(value([k]), nan=-np.inf))
+        soup = ranked[:1]
+        for parent in ranked[1:]:
+            if value([*soup, parent]) >= value(soup):
+                soup.append(parent)
+
+        strategy = find_strategy("search", "greedy")(StrategySettings(parents, None, 0.1, 9, space=Subsets(parents)))
+        count = capabilities_of(strategy).generations
+        assert count is not None and count * strategy.population <= 3 * parents + 3
+
+        def fitness(genomes: np.ndarray) -> np.ndarray:
+            return np.array([value(np.flatnonzero(row)) for row in genomes])
+
+        state = drive(strategy, init(strategy, parents), fitness, count)
+        (proposed,) = strategy.finalists(state)
+        assert np.flatnonzero(proposed).tolist() == sorted(soup) and strategy.metrics(state) == {"soup": len(soup)}
+        # Whoever goes on asking learns nothing new.
+        again = drive(strategy, state, fitness, 1, count)
+        assert np.array_equal(strategy.finalists(again)[0], proposed)

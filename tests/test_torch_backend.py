@@ -123,7 +123,8 @@ def labels_by_transformers(model: Path, images: Sequence[Path]) -> np.ndarray:
 
 
 def test_image_classifiers_are_planned_searched_resumed_and_exported(folder: Path, tmp_path: Path) -> None:
-    config, run, whole = config_file(folder, tmp_path), tmp_path / "run", tmp_path / "whole"
+    controls = {"search": {"generations": 3, "population": 4, "controls": ["greedy"]}}
+    config, run, whole = config_file(folder, tmp_path, **controls), tmp_path / "run", tmp_path / "whole"
     plan = command("plan", config)
     assert "fits" in plan and plan.count("ViTForImageClassification: ") == 1
     output = command("search", config, "--out", whole)
@@ -132,17 +133,22 @@ def test_image_classifiers_are_planned_searched_resumed_and_exported(folder: Pat
     command("search", config, "--out", run, "--resume")
     assert (run / "history.jsonl").read_bytes() == (whole / "history.jsonl").read_bytes()
     result = json.loads((run / "result.json").read_text())
-    assert [row["role"] for row in result["table"]] == ["base", "parent", "parent", "uniform", "winner"]
+    assert [row["role"] for row in result["table"]] == ["base", "parent", "parent", "uniform", "greedy", "winner"]
 
     # Every model of the table has the scores that transformers alone gives it, and so has the exported winner.
     problem = build_problem(config, config_from(config, document(folder), [], None))
     task = problem.splits.heldout[0]
     images = [task.examples[i].inputs["image"] for i in task.indices]
     targets = np.array([task.examples[i].target for i in task.indices])
-    models = {0: folder / "base", 1: folder / "left", 2: folder / "right", 4: run / "best" / "model"}
+    models = {0: folder / "base", 1: folder / "left", 2: folder / "right", 5: run / "best" / "model"}
     for number, model in models.items():
         accuracy = (labels_by_transformers(model, images) == targets).mean()
         assert result["table"][number]["heldout_scores"]["quarter/accuracy"] == pytest.approx(accuracy, abs=1e-6)
+
+    answers = [json.loads(line) for line in (run / "heldout_answers.jsonl").read_text().splitlines()]
+    assert [answer["image"] for answer in answers] == [str(image) for image in images] * 2
+    scored = command("evaluate", folder / "left", folder / "right", "--tasks", config)
+    assert scored.count("opening the models by PyTorch") == scored.count("ViTForImageClassification: ") == 1
 
     exported = tmp_path / "exported"
     command("export", run, exported)

@@ -34,8 +34,8 @@ def rosenbrock(genomes: np.ndarray) -> np.ndarray:
 
 
 FUNCTIONS = {"sphere": (sphere, 1.0), "rosenbrock": (rosenbrock, 0.0)}
-# Those that search any function: no grid, no gradient, no second goal, no moves of a path, and no pool of models.
-OTHERS = ("grid", "gradient", "hybrid", "pareto", "niches", "path_ga", "pool")
+# Those that search any function: no grid, no gradient, no second goal, no moves of a path, no soup or pool of models.
+OTHERS = ("grid", "greedy", "gradient", "hybrid", "pareto", "niches", "path_ga", "pool")
 FUNCTION_STRATEGIES = [name for name in strategy_names() if name not in OTHERS]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from evojax_merge.errors import InputError, print_warning
 from evojax_merge.report.progress import console
 from evojax_merge.report.run_data import RunData, read_run
-from evojax_merge.report.run_tables import Table, best_cell
+from evojax_merge.report.run_tables import Table, best_cell, progress_cell
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_parts import RunFolder
 
@@ -35,17 +35,11 @@ def runs(root: Path) -> None:
         return
     now = time.time()
     rows = [
-        [name, run.method, f"{run.count}/{_planned(run)}", best_cell(run), run.state, _age(now - changed)]
+        [name, run.method, progress_cell(run), best_cell(run), run.state, _age(now - changed)]
         for changed, name, run in sorted(listed, key=lambda row: (-row[0], row[1]))
     ]  # fmt: skip
     columns = ["run", "method", "generations", "best fitness", "state", "last change"]
     console.print(Table(columns, rows, frozenset({2, 3})).terminal())
-
-
-def _planned(run: RunData) -> int | str:
-    """The generations of a whole run; of one with a budget they are certain when it is finished."""
-    planned: int | str = run.search.get("generations", run.count if run.state == "finished" else "?")
-    return planned
 
 
 def _run_folders(root: Path) -> list[Path]:

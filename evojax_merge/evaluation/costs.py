@@ -70,20 +70,25 @@ class Product:
 @dataclass(frozen=True)
 class Cost:
     """Arithmetic and traffic: matrix products and how often each is done, elementwise operations, and bytes that are
-    moved beside the products' own (for merging: its sources and its results)."""
+    moved beside the products' own (for merging: its sources and its results). called_seconds: of functions that are not
+    traced, measured on this machine."""
 
     products: Mapping[Product, float] = field(default_factory=dict)
     elementwise: float = 0.0
     merge_bytes: float = 0.0
+    called_seconds: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
         products = Counter(self.products)
         products.update(Counter(other.products))
-        return Cost(products, self.elementwise + other.elementwise, self.merge_bytes + other.merge_bytes)
+        called_seconds = self.called_seconds + other.called_seconds
+        return Cost(
+            products, self.elementwise + other.elementwise, self.merge_bytes + other.merge_bytes, called_seconds
+        )
 
     def __mul__(self, times: float) -> "Cost":
         products = {product: count * times for product, count in self.products.items()}
-        return Cost(products, self.elementwise * times, self.merge_bytes * times)
+        return Cost(products, self.elementwise * times, self.merge_bytes * times, self.called_seconds * times)
 
     @property
     def flops(self) -> float:
@@ -96,9 +101,9 @@ class Cost:
     def seconds(self, target: Target) -> float:
         """Device seconds by the roofline, one operation after the other: each matrix product takes the longer of its
         arithmetic and its traffic, and merging its traffic. Elementwise operations are taken to cost nothing beside
-        these."""
+        these. The measured seconds of functions that are not traced are added."""
         products = sum(product.seconds(target) * count for product, count in self.products.items())
-        return products + self.merge_seconds(target)
+        return products + self.merge_seconds(target) + self.called_seconds
 
     def merge_seconds(self, target: Target) -> float:
         return self.merge_bytes / target.bandwidth

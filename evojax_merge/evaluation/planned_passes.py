@@ -65,7 +65,7 @@ class PlannedPass:
     task: the task's name; candidates: the size of the chunk; runs: how often the pass runs for such a chunk; steps: how
     often the body of its `while` loop runs, at most; merge_bytes: the traffic of merging for a candidate in a run, the
     sources' and the merge's bytes; held_bytes: the memory that it needs beside the bank and its temporaries, for all
-    its candidates.
+    its candidates; called_seconds: what a candidate takes in a function that is not traced, as measured.
     """
 
     task: str
@@ -76,6 +76,7 @@ class PlannedPass:
     steps: int = 1
     merge_bytes: int = 0
     held_bytes: int = 0
+    called_seconds: float = 0.0
 
     def cost(self, target: Target) -> Cost:
         """The cost of all its runs, for one candidate."""
@@ -86,7 +87,8 @@ class PlannedPass:
             return self.steps if eqn.primitive.name == "while" else scan_length(eqn)
 
         computed = cost_of(self.traced.jaxpr, trips, platform) * (self.runs / self.candidates)
-        return computed + Cost(merge_bytes=float(self.merge_bytes * self.runs))
+        seconds = self.called_seconds * self.runs
+        return computed + Cost(merge_bytes=float(self.merge_bytes * self.runs), called_seconds=seconds)
 
 
 def plan(evaluation: Evaluation, task: str, reader: PassReader) -> list[PlannedPass]:

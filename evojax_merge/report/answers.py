@@ -25,8 +25,8 @@ Outcome = Literal["won", "lost", "equal"]
 
 @dataclass(frozen=True)
 class Pair:
-    """An example: its place in the data, its right answer if it has one, the scores of the winner and of the parent,
-    and their texts, with marks where they differ; None for a task that is only scored."""
+    """An example: its place in the data, or its image, its right answer if it has one, the scores of the winner and of
+    the parent, and their texts, with marks where they differ; None for a task that is only scored."""
 
     example: str
     target: str | None
@@ -115,7 +115,9 @@ def _pair(ours: AnswerLine, theirs: AnswerLine) -> Pair:
     if ours.outputs is not None and theirs.outputs is not None:
         texts = marked(_shown("\n".join(ours.outputs)), _shown("\n".join(theirs.outputs)))
     target = None if ours.target is None else _shown(ours.target)
-    return Pair(escaped(str(ours.example)), target, (ours.score, theirs.score), texts)
+    return Pair(
+        escaped(str(ours.example if ours.image is None else ours.image)), target, (ours.score, theirs.score), texts
+    )
 
 
 def _shown(text: str) -> str:

@@ -153,7 +153,8 @@ def shown_rules(run: RunData) -> list[tuple[str, float, str]]:
     # Judges' votes are strengths in a search, and shares of prompts on the held-out split: they share no axis.
     rivals = () if run.result.is_judged else run.result.rivals
     for rival in rivals:
-        role = {"uniform": "", "parent": "best parent "}.get(rival.role, "" if rival.name == rival.role else "base ")
+        prefixes = {"uniform": "", "parent": "best parent ", "greedy": "greedy "}
+        role = prefixes.get(rival.role, "" if rival.name == rival.role else "base ")
         rules.append((f"{role}{rival.name}, held out", rival.fitness, "heldout"))
     low, high, margin = _range(run.fitness_rows)
     return [rule for rule in rules if low - 10 * margin <= rule[1] <= high + 10 * margin]

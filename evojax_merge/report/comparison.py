@@ -44,11 +44,11 @@ class Row:
 
 
 def rivals_of(rows: Sequence[Row]) -> list[Row]:
-    """The models that a search has to beat on held-out data: the base, the best parent, and the uniform merge, where
-    these exist."""
+    """The models that a search has to beat on held-out data: the base, the best parent, the uniform merge and the
+    greedy soup, where these exist."""
     parents = [row for row in rows if row.role == "parent"]
     best = max(parents, key=lambda row: row.fitness if np.isfinite(row.fitness) else -np.inf, default=None)
-    return [row for row in rows if row is best or row.role in ("base", "uniform")]
+    return [row for row in rows if row is best or row.role in ("base", "uniform", "greedy")]
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,8 @@ def _sentences(ours: float, row: Row) -> list[str]:
 def _named(row: Row) -> str:
     """A rival in a sentence."""
     named = "" if row.name == row.role else f" {row.name}"
-    return {"base": f"the base{named}", "uniform": "the uniform merge"}.get(row.role, f"the best parent{named}")
+    by_role = {"base": f"the base{named}", "uniform": "the uniform merge", "greedy": f"the greedy{named}"}
+    return by_role.get(row.role, f"the best parent{named}")
 
 
 def _weighed(score: str, share: float) -> str:

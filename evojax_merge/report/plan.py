@@ -54,19 +54,22 @@ class PassPlan:
 @dataclass(frozen=True)
 class Work:
     """The work of one group of devices that share a candidate: FLOPs and bytes of them all, and seconds by the
-    roofline: of everything, of merging, and of the matrix products that arithmetic bounds."""
+    roofline: of everything, of merging, and of the matrix products that arithmetic bounds. called_seconds: those of
+    functions that are not traced, measured on this machine; they are part of `seconds`."""
 
     flops: float
     moved_bytes: float
     seconds: float
     merge_seconds: float
     compute_seconds: float
+    called_seconds: float = 0.0
 
     @property
     def bound(self) -> str:
         """The part that takes the most time, in words."""
-        reading = self.seconds - self.merge_seconds - self.compute_seconds
-        parts = {"arithmetic": self.compute_seconds, "merging": self.merge_seconds, "reading weights": reading}
+        reading = self.seconds - self.merge_seconds - self.compute_seconds - self.called_seconds
+        parts = {"arithmetic": self.compute_seconds, "merging": self.merge_seconds, "reading weights": reading,
+                 "the functions that are called, as measured here": self.called_seconds}  # fmt: skip
         return max(parts, key=lambda part: parts[part])
 
 
@@ -170,6 +173,8 @@ class Plan:
     def _time(self) -> str:
         """The estimate of the run, its source, and its bound."""
         factor, about = self.factor, shown_seconds(self.estimated_seconds)
+        if self.run.called_seconds:
+            return f"about {about} ({factor.source})"
         source = factor.source or "a guess: `evojax-merge bench` measures it"
         return f"about {about} ({factor.value:.2g} times its bound by the roofline, {source})"
 

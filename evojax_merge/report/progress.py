@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import click
 from rich.console import Console, RenderableType
 from rich.constrain import Constrain
 from rich.filesize import decimal
@@ -33,6 +34,8 @@ from rich.text import Text
 from evojax_merge.errors import LOG, LONGEST_LINE, escaped_lines, print_warning, printable
 from evojax_merge.search.loop import Generation, Reporter
 
+# The lines that were to be printed once, outside of a command.
+_PRINTED: set[str] = set()
 # The columns of a line about a generation, at most, and those of the bar in it, at least, with the spaces around it.
 COLUMNS, SHORTEST_BAR = 80, 8
 
@@ -52,12 +55,12 @@ class Terminal(Console):
         self.printed_at = time.monotonic()
         lines = [printable(text, LONGEST_LINE) if isinstance(text, str) else text for text in objects]
         for line in lines:
-            for part in [line] if isinstance(line, str) else _drawn(line).splitlines():
+            for part in [line] if isinstance(line, str) else drawn(line).splitlines():
                 LOG.info("%s", part.rstrip())
         super().print(*lines, **options)
 
 
-def _drawn(renderable: Any) -> str:
+def drawn(renderable: Any) -> str:
     """A table or the like as a file shows it."""
     file = io.StringIO()
     Console(file=file, width=140, force_jupyter=False).print(renderable)
@@ -359,3 +362,12 @@ def search_bar(
 def say(text: str) -> None:
     """Print one line on the terminal, unchanged."""
     console.print(text, highlight=False)
+
+
+def say_once(text: str) -> None:
+    """Print one line, unless the command, or outside of one the process, has printed it before."""
+    context = click.get_current_context(silent=True)
+    printed = _PRINTED if context is None else context.meta.setdefault(__name__, set())
+    if text not in printed:
+        printed.add(text)
+        say(text)

@@ -7,10 +7,11 @@ from typing import Any
 
 from rich.table import Table as TerminalTable
 
+from evojax_merge.config import Budget, parse_budget
 from evojax_merge.errors import escaped, escaped_lines
 from evojax_merge.report.comparison import chosen_on, nothing_beat
 from evojax_merge.report.drawings import parameter_text
-from evojax_merge.report.progress import cell
+from evojax_merge.report.progress import cell, drawn, format_seconds
 from evojax_merge.report.run_data import Result, RunData
 from evojax_merge.report.tables import LEAD, lead_cell
 
@@ -41,7 +42,21 @@ class Table:
         return table
 
 
+class PrintedTable(list[dict[str, Any]]):
+    """Rows that `print` shows as a table, with a column for each key, and for each key of a mapping in them."""
+
+    def __str__(self) -> str:
+        nested = [[value if isinstance(value, dict) else {key: value} for key, value in row.items()] for row in self]
+        rows = [{key: value for part in parts for key, value in part.items()} for parts in nested]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        cells = [[row.get(key) for key in columns] for row in rows]
+        words = {number for row in cells for number, value in enumerate(row) if isinstance(value, str)}
+        return drawn(Table(columns, cells, frozenset(range(len(columns))) - words).terminal())
+
+
 def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(_shown, value))
     return "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
@@ -87,7 +102,8 @@ def headline(run: RunData) -> list[Figure]:
     if winner is not None:
         figures.append(Figure("winner, held out", winner.heldout_fitness, True, shares(winner.heldout_scores)))
     for row in sorted(result.rivals, key=lambda row: -row.fitness):
-        role = {"uniform": "uniform merge", "parent": f"best parent {row.name}"}.get(row.role, "base")
+        roles = {"uniform": "uniform merge", "parent": f"best parent {row.name}", "greedy": f"greedy {row.name}"}
+        role = roles.get(row.role, "base")
         figures.append(Figure(f"{escaped(role)}, held out", row.fitness, shares=shares(row.scores)))
     return figures
 
@@ -194,16 +210,28 @@ def best_cell(run: RunData) -> float | str | None:
     return best if best is None else best.value if best.is_comparable else f"{best.value:.4f} {best.where}"
 
 
+def progress_cell(run: RunData) -> str:
+    """The generations so far, of those that are planned; with a budget, also the part of it that they took."""
+    budget, wanted = parse_budget(str(run.search.get("budget"))) or Budget(), run.search.get("generations")
+    if budget.seconds is not None:
+        return f"{run.count}; {format_seconds(run.seconds)} of {format_seconds(budget.seconds)}"
+    if budget.passes is None:
+        return str(run.count) if wanted is None else f"{run.count}/{wanted}"
+    counts = [generation.row.examples for generation in run.generations]
+    # Of a long run not every generation is read. Steps that follow gradients take more than their examples say.
+    passes = run.count * sum(map(sum, counts)) / max(1, len(counts) * max(map(max, filter(None, counts)), default=1))
+    return f"{run.count}; {'' if run.search.get('gradient') else f'{passes:,.0f} of '}{budget.passes:,.0f} passes"
+
+
 def runs_table(runs: Mapping[str, RunData]) -> Table:
     """A line for each run: its state, its progress, its best fitness and its winner's held-out scores."""
     rows = []
     for name, run in runs.items():
-        wanted, winner = run.search.get("generations"), run.result.winner if run.result is not None else None
+        winner = run.result.winner if run.result is not None else None
         best = [row.fitness for row in run.result.rivals if row.role == "parent"] if run.result is not None else []
-        progress = f"{run.count}/{wanted}" if wanted is not None else str(run.count)
         rows.append(
-            [name, run.method, run.state, progress, best_cell(run), None if winner is None else winner.heldout_fitness,
-             best[0] if best else None, run.seconds]
+            [name, run.method, run.state, progress_cell(run), best_cell(run),
+             None if winner is None else winner.heldout_fitness, best[0] if best else None, run.seconds]
         )  # fmt: skip
     columns = [
         "run", "method", "state", "generations", "best fitness", "winner, held out", "best parent, held out", "seconds",

@@ -66,13 +66,15 @@ class Capabilities:
     candidates' means on the tasks that count (`Scores.task_means`), and its finalists are a Pareto front, whose members
     are scored on all examples, shown, and can be exported. takes_injected: its `tell` assumes that `ask` drew the
     genomes, so it needs to know which ones were not drawn (`TakesInjected`). lends_context: its genomes refer to its
-    state (`LendsContext`).
+    state (`LendsContext`). generations: the number of generations after which a search ends, whatever more it was
+    given; None: the strategy always finds more to do.
     """
 
     differentiates: Differentiates | None = None
     keeps_front: bool = False
     takes_injected: bool = False
     lends_context: bool = False
+    generations: int | None = None
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -215,6 +217,21 @@ class HasParents(Protocol):
 
     def parents_among(self, genomes: np.ndarray) -> np.ndarray:
         """bool[P]: true for the genomes, float32[P, D], that stand for a parent as it is."""
+        ...
+
+
+@runtime_checkable
+class HasAverages(Protocol):
+    """A space whose candidates may be the average of some of the K parents."""
+
+    @property
+    def parents(self) -> int:
+        """K."""
+        ...
+
+    def averages(self, where: str, members: np.ndarray) -> np.ndarray:
+        """float32[S, D]: uniform averages of parents' weights. members: bool[S, K], the parents in each. Raises
+        InputError where the space leaves them out."""
         ...
 
 

@@ -122,6 +122,7 @@ class AnswerLine(Stored):
     model: str
     task: str
     example: str | int | None = None
+    image: str | None = None
     score: float | None = None
     outputs: list[str] | None = None
     target: str | None = None

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from merge_kernels import Method, on_grid
+from merge_kernels import METHODS, Method, on_grid
 
 from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import LAYERS
@@ -217,6 +217,28 @@ class GroupSpace:
         _, kept = np.unique(genomes, axis=0, return_index=True)
         return genomes[np.sort(kept)], tuple(f"{what} ({complaint})" for what, complaint in missing)
 
+    def averages(self, where: str, members: np.ndarray) -> np.ndarray:
+        """float32[S, D]: uniform averages of parents. members: bool[S, K], the parents in each. Raises InputError where
+        the method, its fixed parameters, the bounds or the groups of parents leave them out."""
+        searched = {item.name: item for item in self.search_parameters}
+        mixing = self.method.interpolates or "weight"
+        if not self.method.averages:
+            averaging = ", ".join(name for name, method in METHODS.items() if method.averages)
+            complaint: str | None = f"{self.method.name} averages no weights; expected one of {averaging}"
+        elif mixing not in searched or self.parent_groups:
+            complaint = f"{mixing} is fixed" if mixing not in searched else "parents of a group share their weight"
+        else:
+            axis = searched[mixing]
+            complaint = axis.outside(0.0) or axis.outside(1.0) or self._changed(searched)
+        if complaint is not None:
+            raise InputError(where, f"the space lacks the averages of some parents: {complaint}")
+        values = {name: np.asarray(item.start, np.float64) for name, item in searched.items()}
+        values |= {name: np.array([value]) for name, value in UNCHANGED.items() if name in searched}
+        shares = np.asarray(members) / np.sum(members, axis=1, keepdims=True)
+        # An interpolation has the share of the second parent.
+        rows = [self.genome(values | {mixing: row[1:] if self.method.interpolates else row}) for row in shares]
+        return np.stack(rows) if rows else np.zeros((0, self.dims), np.float32)
+
     def parents_among(self, genomes: np.ndarray) -> np.ndarray:
         """bool[P]: true for the genomes, float32[P, D], of parents alone."""
         merges, missing = self.plain_merges()
@@ -394,6 +416,10 @@ class ParameterSpace:
     def plain_merges(self) -> tuple[np.ndarray, tuple[str, ...]]:
         """See GroupSpace."""
         return self.group_space.plain_merges()
+
+    def averages(self, where: str, members: np.ndarray) -> np.ndarray:
+        """See GroupSpace."""
+        return self.group_space.averages(where, members)
 
     def parents_among(self, genomes: np.ndarray) -> np.ndarray:
         """See GroupSpace."""

@@ -43,7 +43,7 @@ class ArrayTask(TaskDefaults):
     `count`; by default all. compared: the task as judges have it, where the function returns a text or a name for each
     example, which are compared with each other, in place of scores. traced: whether JAX traces the function. where: the
     task in messages; untraced: what to do about a function that JAX cannot trace; files: what it was made from;
-    places: see `paths`.
+    places: see `paths`; pictures: the file of each of the `count` examples' image, where they have one.
     """
 
     kind: ClassVar[str] = "arrays"
@@ -62,6 +62,7 @@ class ArrayTask(TaskDefaults):
     files: tuple[Path, ...] = ()
     places: tuple[tuple[str, str], ...] = ()
     compared: Any = None
+    pictures: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.count and self.examples is not None:

@@ -135,6 +135,8 @@ class Method:
     - `mask_keys(K)`: the number of arrays of mask keys that are prepared. `random`: they are drawn. `has_row_keys`:
       they are two words for each row, such as the keys from which `combine` makes drawn numbers, and not a number per
       entry.
+    - `averages`: with weights of sum 1, and other parameters that change nothing, the merge is the parents' weighted
+      average.
     - `interpolates`: the parameter that leads from the first parent, at 0, to the second, at 1.
     - `copies`: the parameter that multiplies the one parent; at 1 the merge is that parent, bit for bit. Such a method
       stacks layers: a merge of slices may then take the tensors outside of the layers from any one model.
@@ -160,6 +162,7 @@ class Method:
     random: bool = False
     has_row_keys: bool = False
     mask_keys: Callable[[int], int] = lambda parents: 0
+    averages: bool = False
     interpolates: str | None = None
     copies: str | None = None
     validate: Callable[[Options, Numbers], str | None] = lambda options, parameters: None

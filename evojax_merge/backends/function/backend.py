@@ -1,6 +1,7 @@
 """Any pytrees as a backend: merges of them, scored by JAX functions (or functions that JAX cannot trace)."""
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -36,6 +37,7 @@ from evojax_merge.file_system import atomic_folder, atomic_write
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.report.front_matter import changed_front_matter
 from evojax_merge.report.merges import MergeReport
+from evojax_merge.report.plan import shown_seconds
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.protocols import Progress
 from evojax_merge.search.successive_halving import rung_size
@@ -47,6 +49,8 @@ from evojax_merge.tasks.splits import Splits
 Write = Callable[[Any, Path], None]
 # The share of a program's arithmetic that convolutions are, above which its candidates run apart.
 MOSTLY = 0.5
+# The least duration of a measurement of a function that is not traced, unless it has all examples.
+LEAST_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,13 @@ class TreeSpace:
     @property
     def start(self) -> np.ndarray:
         return self.group_space.start
+
+    @property
+    def parents(self) -> int:
+        return self.group_space.parents
+
+    def averages(self, where: str, members: np.ndarray) -> np.ndarray:
+        return self.group_space.averages(where, members)
 
     def decode(self, genomes: np.ndarray) -> np.ndarray:
         return genomes
@@ -496,7 +507,12 @@ class FunctionBackend:
     def answers(
         self, model: str, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
     ) -> list[dict[str, Any]]:
-        return [row for task in heldout.tasks for row in score_rows(model, task, task.indices, scores, number)]
+        rows = []
+        for task in heldout.tasks:
+            rows += score_rows(model, task, task.indices, scores, number)
+            for row in rows[-task.size :] if task.pictures else ():
+                row["image"] = task.pictures[row["example"]]
+        return rows
 
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> MergeReport:
         values = {name: np.asarray(block) for name, block in self.merge.space.values(jnp.asarray(genome)).items()}
@@ -570,13 +586,40 @@ class FunctionPlanner:
 
     backend: FunctionBackend
     bank_bytes: int
+    # By the name and metric of a task that is not traced: numbers of examples, and the seconds of a candidate on them.
+    _measured: dict[tuple[str, str], list[tuple[int, float]]] = field(default_factory=dict)
 
     gradient_passes = 1
     jobs = 1
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return ()
+        return tuple(
+            f"{name}: JAX does not trace it; measured here: {shown_seconds(points[-1][1])} for a candidate on "
+            f"{points[-1][0]} of the examples"
+            for (name, _), points in self._measured.items()
+        )
+
+    def _called_seconds(self, task: ArrayTask) -> float:
+        """The seconds that a candidate takes on a task that is not traced, from measurements on one example, and then
+        on twice as many until they take a second."""
+        points = self._measured.setdefault((task.name, task.metric), [])
+        if not points:
+            backend, count = self.backend, 1
+            bank, workers = put_bank(backend.merge.bank, jnp.asarray), backend.programs(1, ONE_DEVICE).workers
+            genomes = np.repeat(backend.space.start[None], workers, axis=0)
+            while not points or (points[-1][0] < task.size and points[-1][1] * workers < LEAST_SECONDS):
+                evaluator = backend.evaluator(bank, [task.subset(range(count))], workers)
+                seconds = np.inf
+                # The first call on so many examples compiles, or prepares the network for them.
+                for _ in range(2):
+                    started = time.perf_counter()
+                    evaluator.score(genomes)
+                    seconds = min(seconds, (time.perf_counter() - started) / workers)
+                points.append((count, seconds))
+                count = min(2 * count, task.size)
+        (few, less), (many, more) = points[-2] if len(points) > 1 else (0, 0.0), points[-1]
+        return more + max(0.0, more - less) / (many - few) * (task.size - many)
 
     def passes(
         self, tasks: Sequence[ArrayTask], candidates: int, use: PlanUse, compiler: TargetCompiler | None = None
@@ -591,6 +634,7 @@ class FunctionPlanner:
             planned = PlannedPass(
                 task.name, name, traced, chunk if task.traced else 1, merge_bytes=tree_nbytes(bank),
                 held_bytes=tree_nbytes([anywhere(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(task.rows)]),
+                called_seconds=0.0 if task.traced else self._called_seconds(task),
             )  # fmt: skip
             report = None
             if compiler is not None:

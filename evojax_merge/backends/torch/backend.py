@@ -47,7 +47,7 @@ from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.models.architecture import known_architecture
 from evojax_merge.report.plan import shown_bytes
-from evojax_merge.report.progress import say
+from evojax_merge.report.progress import say, say_once
 from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.networks import PAIRED, WRITTEN, NetworkTask
 from evojax_merge.tasks.splits import Splits
@@ -109,7 +109,7 @@ class TorchBackend(FunctionBackend):
         for why in dict.fromkeys(self._untraced.values()):
             names = [task for task, reason in self._untraced.items() if reason == why and task not in described]
             if names:
-                say(self._way(why, names))
+                say_once(self._way(why, names))
         untraced = next((task for tasks in prepared.minibatches for task in tasks if not task.traced), None)
         if untraced is not None:
             raise InputError(
@@ -186,9 +186,12 @@ class TorchBackend(FunctionBackend):
         if task.name not in self._untraced:
             self._untraced[task.name] = self._why_untraced(task, examples, where)
         traced = not self._untraced[task.name]
+        examples_of = task.examples if isinstance(task, NetworkTask) else ()
+        images = [example.inputs.get("image") for example in examples_of]
         return ArrayTask(
             task.name, examples, self._scorer(task, traced), metric=task.metric, weight=task.weight, traced=traced,
             where=where, files=task.files,
+            pictures=tuple(map(str, images)) if all(isinstance(image, Path) for image in images) else (),
         )  # fmt: skip
 
     def _scorer(self, task: Any, traced: bool) -> Callable[..., Any]:

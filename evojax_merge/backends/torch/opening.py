@@ -20,7 +20,7 @@ from evojax_merge.config import Config, EvaluationConfig, SpaceConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.references import recipe_reference
-from evojax_merge.report.progress import say
+from evojax_merge.report.progress import say_once
 from evojax_merge.spaces.parameter import component_groups
 from evojax_merge.spaces.search_parameters import method_with_base
 from evojax_merge.user_modules import reference_from_anywhere
@@ -93,7 +93,7 @@ class TorchFactory:
                 if name != classes[keys[0]]:
                     raise InputError(f"{where}: {key}", f"is a {name}, but {keys[0]} is a {classes[keys[0]]}")
         open_one, write = (open_module, save_merge) if own_modules is None else (own_modules.open, own_modules.save)
-        say("opening the models by PyTorch")
+        say_once("opening the models by PyTorch")
         modules = [open_one(paths[key]) for key in keys]
         if own_modules is None:
             _check_labels(where, dict(zip(keys, modules, strict=True)))

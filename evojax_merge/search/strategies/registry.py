@@ -11,7 +11,7 @@ import numpy as np
 from evojax_merge.config import AUTO, VOTES, GradientConfig, SearchConfig, Seed
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.plugins import HINT
-from evojax_merge.search.protocols import Capabilities, Strategy, capabilities_of
+from evojax_merge.search.protocols import Capabilities, Space, Strategy, capabilities_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class StrategySettings:
     gradient: the section `search.gradient`, for strategies that follow gradients. where: the part of the config that
     messages name; a factory raises InputError for settings that it cannot take. objectives: T, the number of tasks in
     the fitness. move_genes: the number of values of each gene of a move, in a space of moves (see `HasMoves`); empty in
-    other spaces. pool: the settings of breeding, in a search over a pool's members.
+    other spaces. pool: the settings of breeding, in a search over a pool's members. space: decodes the genomes;
+    rungs: see `search.rungs`.
     """
 
     dims: int
@@ -51,6 +52,8 @@ class StrategySettings:
     objectives: int = 1
     move_genes: tuple[int, ...] = ()
     pool: PoolSettings | None = None
+    space: Space | None = None
+    rungs: int = 1
 
     @property
     def range(self) -> tuple[float, float]:
@@ -80,6 +83,7 @@ _BUILT_IN = {
     "niches": "evojax_merge.search.strategies.niches:niches",
     "random": "evojax_merge.search.strategies.random:random",
     "grid": "evojax_merge.search.strategies.grid:grid",
+    "greedy": "evojax_merge.search.strategies.greedy:greedy",
     "pool": "evojax_merge.search.strategies.pool:pool",
     VOTES: "evojax_merge.judge.proposals:votes",
     AUTO: "evojax_merge.search.auto:auto",

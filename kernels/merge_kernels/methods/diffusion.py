@@ -58,7 +58,7 @@ def _combine_train_difference(options: Options, inputs: CombineInputs) -> jax.Ar
 register(
     Method(
         "weighted_sum", (_alpha(0.5),), base="parent", combine=_combine_weighted_sum, min_parents=2, max_parents=2,
-        interpolates="alpha",
+        averages=True, interpolates="alpha",
     )
 )  # fmt: skip
 for _name, _combine in (

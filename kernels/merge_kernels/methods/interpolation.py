@@ -135,6 +135,7 @@ register(
         base="parent",
         combine=_combine_linear,
         options=Options(normalize=True),
+        averages=True,
         validate=_validate_weights,
         yaml_options=("normalize",),
     )

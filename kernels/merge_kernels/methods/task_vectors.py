@@ -337,6 +337,7 @@ def _register(
             random=sparsifier.random,
             has_row_keys=has_row_keys,
             mask_keys=lambda parents: parents if sparsifier.random else 0,
+            averages=add is plain_sum,
             validate=validate,
             yaml_options=("normalize", "rescale"),
             ignored_settings=("int8_mask",),
@@ -361,6 +362,7 @@ register(
         base="required",
         combine=_combine_task_arithmetic,
         options=PLAIN,
+        averages=True,
         yaml_options=("normalize", "rescale"),
         # To mergekit every method of this family has a density; here it would have nothing to thin out.
         ignored_settings=("int8_mask", "density"),
