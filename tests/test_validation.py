@@ -272,7 +272,7 @@ def test_the_report_says_which_split_and_how_sure(config, tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "The winner was chosen on the validation split" in said and "validation" in said
     document = json.loads((tmp_path / "run/result.json").read_text())
-    assert said.count("On held-out data the evolved model is") == len(document["better_than"]) == 3
+    assert said.count("On held-out data the winner is") == len(document["better_than"]) == 3
     for row in document["better_than"].values():
         low, high = row["interval"]
         assert low <= row["winner_heldout_fitness"] - row["heldout_fitness"] <= high
