@@ -535,9 +535,10 @@ def compared_fitness(runs: Mapping[str, RunData], by_time: bool) -> Spec:
             point=alt.OverlayMarkDef(size=20) if few else False,
         )
         .encode(
+            # From five on, no two ticks are less than one apart.
             x=alt.X(
-                "x:Q", title=title, axis=alt.Axis(tickMinStep=1, grid=False, labelExpr=tick),
-                scale=alt.Scale(domain=[0, max([1.0, *fields["x"]])]),
+                "x:Q", title=title, axis=alt.Axis(grid=False, labelExpr=tick),
+                scale=alt.Scale(domain=[0, max([5.0, *fields["x"]])]),
             ),
             y=alt.Y("fitness:Q", title="best fitness so far", scale=_scale(fields["fitness"])),
             color=_run_colour(list(runs), legend),
