@@ -11,11 +11,11 @@ import numpy as np
 from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
-from evojax_merge.evaluation.scores import ScoredTask, TaskScores, fitness, means, task_weights
+from evojax_merge.evaluation.scores import ScoredTask, TaskScores, fitness, means, task_weights, units_of
 from evojax_merge.goals import with_goals
 from evojax_merge.problem import SearchProblem, failure_hint
-from evojax_merge.report.comparison import FrontMember, GuardResult, Result, Row, model_name, rivals_of
-from evojax_merge.report.intervals import Lead, leads_over
+from evojax_merge.report.comparison import FrontMember, GuardResult, Result, Row, model_name, model_names, rivals_of
+from evojax_merge.report.intervals import Lead, paired_lead
 from evojax_merge.report.meetings import Meetings
 from evojax_merge.report.plan import CHOOSING, HELDOUT, MEASURING
 from evojax_merge.search.fronts import front_of
@@ -133,6 +133,7 @@ def select_best(
         scales=on.search.goal.scales,
         guards=_guards(on.deciding, best, table),
         answers=answers,
+        parent=origin_of(backend, best.genome) if _is_parent(backend.space, best.genome) else "",
     )
 
 
@@ -144,6 +145,24 @@ def _greedy(
     names = [model_name(parent) for parent, is_member in zip(problem.parents, members, strict=True) if is_member]
     few = ", ".join(names) if len(names) <= 3 else f"{len(names)} of {len(members)} parents"
     return f"soup of {few}", genome
+
+
+def origin_of(backend: Backend, genome: np.ndarray) -> str:
+    """The plain merge or the parent that a winner is, in words, or that the strategy proposed it (see
+    `search.loop.rescore`)."""
+    space: Any = backend.space
+    parents = model_names([model for role, model in backend.compared if role == "parent"])
+    merges, (label, baselines) = plain_merges_of(space)[0], space.baselines()
+    named = [(f"the {label}", baselines[0])] if len(baselines) == 1 else []
+    if len(merges) == 1 + len(parents):
+        named += zip(["the uniform merge", *(f"the parent {name}" for name in parents)], merges, strict=True)
+    named.append(("the start", space.start))
+    equal = (name for name, merge in named if np.array_equal(merge, genome))
+    return next(equal, "a parent" if _is_parent(space, genome) else "the strategy's proposal")
+
+
+def _is_parent(space: Any, genome: np.ndarray) -> bool:
+    return hasattr(space, "parents_among") and bool(space.parents_among(genome[None])[0])
 
 
 def _guards(deciding: SpaceEvaluator[Any], best: Finalist, table: Sequence[Row]) -> tuple[GuardResult, ...]:
@@ -207,23 +226,23 @@ def _table(
         scored, met = heldout.compared(scored)
     too_few = [{score for score, meetings in each.items() if meetings.too_few} for each in met]
     weighted = task_weights(heldout.tasks, heldout.goal)
+    units = units_of(heldout.tasks, scored[-1][3], heldout.goal)
     rows = [
-        Row(role, name, float(fitness(heldout.tasks, scores, heldout.goal)[p]), means(heldout.tasks, scores)[p])
+        Row(role, name, float(values[p]), means(heldout.tasks, scores)[p], units=units)
         for role, name, p, scores in scored
+        for values in [fitness(heldout.tasks, scores, heldout.goal)]
     ]
     examples = [[scores.matrices[task.name][task.metric][p] for task, _ in weighted] for _, _, p, scores in scored]
-    leads = leads_over(examples[-1], examples[:-1], [weight for _, weight in weighted], problem.seed)
-    rivals = [k for k, row in enumerate(rows[:-1]) if row.role in ("base", "parent") and row in rivals_of(rows)]
-    by_task: dict[int, dict[str, Lead]] = {k: {} for k in rivals}
-    for task, share in zip(heldout.tasks, shares_of(heldout.tasks).values(), strict=True):
-        if share == 1:
-            # The lead in the fitness is the same.
-            continue
-        ours, *others = ([scored[k][3].matrices[task.name][task.metric][scored[k][2]]] for k in (-1, *rivals))
-        for k, lead in zip(rivals, leads_over(ours, others, [1.0], problem.seed), strict=True):
-            score = f"{task.name}/{task.metric}"
-            by_task[k] |= {} if lead is None or score in too_few[k] else {score: lead}
-    best_parent = next((k for k in rivals if rows[k].role == "parent"), None)
+    weights = [weight for _, weight in weighted]
+    leads = [paired_lead(examples[-1], others, weights) for others in examples[:-1]]
+    by_task: dict[int, dict[str, Lead]] = {}
+    for k in [k for k, row in enumerate(rows[:-1]) if row.role in ("base", "parent")]:
+        for task in heldout.tasks:
+            ours, theirs = (scored[i][3].matrices[task.name][task.metric][scored[i][2]] for i in (-1, k))
+            lead, score = paired_lead([ours], [theirs], [1.0]), f"{task.name}/{task.metric}"
+            if lead is not None and score not in too_few[k]:
+                by_task.setdefault(k, {})[score] = lead
+    best_parent = next((k for k, row in enumerate(rows) if row.role == "parent" and row in rivals_of(rows)), None)
     answered = [] if best_parent is None or not heldout.devices.is_main_process else [len(rows) - 1, best_parent]
     answers = [row for k in answered for row in backend.answers(rows[k].name, heldout, scored[k][3], scored[k][2])]
     compared = [

@@ -28,7 +28,7 @@ from evojax_merge.evaluation.evaluator import DecoderEvaluator
 from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.samples import KEYS as SAMPLE_KEYS
 from evojax_merge.evaluation.samples import sample_rows
-from evojax_merge.evaluation.scores import fitness, means
+from evojax_merge.evaluation.scores import TaskScores, fitness, means, units_of
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.problem import read_config
 from evojax_merge.references import resolve_file, resolve_reference
@@ -188,7 +188,7 @@ def score_models(
         stored = load_stored(sources, evaluator.config, 0, evaluator.compute_dtype)
         with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:
             scores = evaluator.stored(stored, progress)
-        rows.append(Row("model", name, float(fitness(tasks, scores)[0]), means(tasks, scores)[0]))
+        rows.append(_model_row(name, tasks, scores))
         on_scored(model, partial(sample_rows, model, evaluator.batched_tasks, scores))
     return rows
 
@@ -211,9 +211,13 @@ def _score_networks(
         with passes_bar(f"scoring {name}", len(task_set.tasks)) as progress:
             scores = backend.score_stored(path, evaluator, progress)
         tasks = prepared.heldout
-        rows.append(Row("model", name, float(fitness(tasks, scores)[0]), means(tasks, scores)[0]))
+        rows.append(_model_row(name, tasks, scores))
         on_scored(model, partial(backend.answers, model, evaluator, scores, 0))
     return rows
+
+
+def _model_row(name: str, tasks: Sequence[Any], scores: TaskScores) -> Row:
+    return Row("model", name, float(fitness(tasks, scores)[0]), means(tasks, scores)[0], units=units_of(tasks, scores))
 
 
 def score_table(models: Sequence[str], rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -24,12 +24,15 @@ from evojax_merge.report.card import merge_card
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described, Table, parameter_table
 from evojax_merge.report.frame import NamedValues, gene_values, history_frame
+from evojax_merge.report.run_data import lead_over
+from evojax_merge.report.tables import lead_cell
 from evojax_merge.run import StoredRun, winner_fitness
 from evojax_merge.search.loop import saved_strategy_state
-from evojax_merge.search.protocols import context_of, plain_merges_of
+from evojax_merge.search.protocols import context_of
 from evojax_merge.search.run_folder import Checkpoints, check_inputs, check_masks, is_run
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import StoredResult, read_result
+from evojax_merge.selection import origin_of
 from evojax_merge.yaml_reader import parse_documents
 
 
@@ -71,7 +74,7 @@ class Trial(Described):
             return f"candidate {self.candidate} of generation {self.generation}"
         # The models' headers need not be there any more.
         with suppress(InputError, LookupError):
-            return _origin_among_finalists(self._source.backend(), self.genome)
+            return origin_of(self._source.backend(), self.genome)
         return "a finalist"
 
     @property
@@ -127,20 +130,6 @@ class Trial(Described):
     def tables(self) -> dict[str, Table]:
         scores = [{"task": name, "score": value} for name, value in self.scores.items()]
         return {"scores": scores, "parameters": parameter_table(self.parameters)}
-
-
-def _origin_among_finalists(backend: Backend, genome: np.ndarray) -> str:
-    """The origin of a winner that was in no generation (see `search.loop.rescore`)."""
-    space: Any = backend.space
-    parents = model_names([model for role, model in backend.compared if role == "parent"])
-    merges, (label, baselines) = plain_merges_of(space)[0], space.baselines()
-    named = [(f"the {label}", baselines[0])] if len(baselines) == 1 else []
-    if len(merges) == 1 + len(parents):
-        named += zip(["the uniform merge", *(f"the parent {name}" for name in parents)], merges, strict=True)
-    named.append(("the start", space.start))
-    equal = (name for name, merge in named if np.array_equal(merge, genome))
-    is_parent = hasattr(space, "parents_among") and space.parents_among(genome[None])[0]
-    return next(equal, "a parent" if is_parent else "the strategy's proposal")
 
 
 def trials_of(history: Sequence[Mapping[str, Any]], source: TrialSource) -> list[Trial]:
@@ -278,12 +267,9 @@ def score_table(result: StoredResult | None) -> Table:
     result = result or StoredResult()
     rows = []
     for row in result.table:
-        interval, lead = result.interval_over(row), None
-        if result.winner is not None and interval is not None:
-            difference = result.winner.heldout_fitness - row.heldout_fitness
-            lead = f"{difference:+.3g} ({interval[0]:.3g} to {interval[1]:.3g})"
+        lead = lead_over(result, row)
         scores = {"model": row.name, "role": row.role, "fitness": row.heldout_fitness, **row.heldout_scores}
-        rows.append({**scores, "the winner's lead (95%)": lead})
+        rows.append({**scores, "the winner's lead (95%)": None if lead is None else lead_cell(lead, ".3g")})
     return rows
 
 

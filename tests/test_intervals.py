@@ -1,19 +1,16 @@
-"""The interval of a difference on held-out examples, against a naive bootstrap; where it is shown."""
+"""The interval of a difference on held-out examples: its coverage, its words, and where it is shown."""
 
 import json
+import math
 from dataclasses import replace
-from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from reference.resampling import naive_bootstrap
 from rich.console import Console
+from scipy import stats
 
-from evojax_merge.report import intervals
 from evojax_merge.report.comparison import Result, Row, write_result
-from evojax_merge.report.intervals import Lead, bootstrap, leads_over
+from evojax_merge.report.intervals import FEW, NOISE, SAME, TOO_FEW, Lead, paired_lead, unpaired_lead
 from evojax_merge.report.merges import MergeReport
 from evojax_merge.report.run_data import Result as StoredResult
 from evojax_merge.report.run_tables import heldout_table
@@ -21,38 +18,18 @@ from evojax_merge.report.tables import lead_cell, markdown_table, terminal_table
 from evojax_merge.trials import score_table
 
 
-@settings(max_examples=30)
-@given(
-    sizes=st.lists(st.integers(2, 12), min_size=1, max_size=3),
-    pairs=st.integers(1, 3),
-    seed=st.integers(0, 2**32),
-    resamples=st.integers(2, 40),
-    confidence=st.sampled_from([0.5, 0.9, 0.95]),
-    block=st.integers(1, 100),
-)
-def test_the_interval_is_the_naive_bootstraps(sizes, pairs, seed, resamples, confidence, block):
-    """Whatever the size of a block."""
-    rng = np.random.default_rng(seed)
-    differences = [rng.normal(size=(pairs, size)) for size in sizes]
-    weights = rng.dirichlet(np.ones(len(sizes))).tolist()
-    with patch.object(intervals, "BLOCK", block):
-        low, high = bootstrap(differences, weights, np.random.default_rng(seed), resamples, confidence)
-    expected = naive_bootstrap(differences, weights, seed, resamples, confidence)
-    np.testing.assert_allclose(np.stack([low, high], axis=1), expected, rtol=1e-9, atol=1e-12)
-
-
-def test_on_many_examples_it_is_the_normal_interval():
+def test_small_and_large_samples_have_students_interval():
+    """Of examples that both models were scored on, and of others."""
     rng = np.random.default_rng(0)
-    ours, theirs = rng.normal(0.1, 1, (2, 500)).astype(np.float32)
-    (lead,) = leads_over([ours], [[theirs]], [1.0], seed=3)
-    difference = (ours - theirs).astype(float)
-    error = difference.std() / np.sqrt(len(difference))
-    assert lead.difference == pytest.approx(difference.mean())
-    assert [lead.low, lead.high] == pytest.approx(difference.mean() + error * np.array([-1.96, 1.96]), abs=0.1 * error)
-    assert leads_over([ours], [[theirs]], [1.0], seed=3) == [lead]
-    assert leads_over([ours], [[theirs]], [1.0], seed=4) != [lead]
-    # What each is compared with changes nothing in the others' comparison.
-    assert leads_over([ours], [[ours], [theirs]], [1.0], seed=3)[1] == lead
+    for size in (7, 500):
+        ours, theirs = rng.normal(0.1, 1, (2, size))
+        expected = stats.ttest_1samp(ours - theirs, 0).confidence_interval()
+        lead = paired_lead([ours], [theirs], [1.0])
+        assert lead.difference == pytest.approx((ours - theirs).mean())
+        assert [lead.low, lead.high] == pytest.approx(list(expected))
+        expected = stats.ttest_ind(ours, theirs[:-1], equal_var=False).confidence_interval()
+        lead = unpaired_lead(ours, theirs[:-1])
+        assert [lead.low, lead.high] == pytest.approx(list(expected))
 
 
 def test_examples_are_compared_pair_by_pair_and_tasks_apart():
@@ -60,17 +37,60 @@ def test_examples_are_compared_pair_by_pair_and_tasks_apart():
     rng = np.random.default_rng(1)
     theirs = [rng.normal(size=40).astype(np.float32), rng.normal(100, 9, size=10).astype(np.float32)]
     ours = [theirs[0] + np.float32(0.25), theirs[1] - np.float32(8.0)]
-    (lead,) = leads_over(ours, [theirs], [0.75, 0.25], seed=0)
+    lead = paired_lead(ours, theirs, [0.75, 0.25])
     assert [lead.difference, lead.low, lead.high] == pytest.approx([0.75 * 0.25 - 0.25 * 8] * 3, abs=1e-5)
-    assert not lead.within_noise
+    assert lead.remark == ""
 
 
-def test_equals_are_within_noise_and_what_failed_or_is_one_example_has_no_interval():
+@pytest.mark.parametrize("size", [3, 5, 8, 20])
+def test_the_interval_of_right_and_wrong_answers_covers_the_truth_at_any_size(size):
+    """The exact coverage, over all outcomes of pairs of answers, at shares from one end to the other."""
+    outcomes = [(won, lost, size - won - lost) for won in range(size + 1) for lost in range(size + 1 - won)]
+    leads = []
+    for won, lost, equal in outcomes:
+        ours, theirs = (np.repeat([a, b, 0.0], [won, lost, equal]) for a, b in ((1.0, 0.0), (0.0, 1.0)))
+        leads.append(paired_lead([ours], [theirs], [1.0]))
+    for win, loss in [(0.05, 0.0), (0.2, 0.1), (0.5, 0.5), (0.6, 0.05), (0.9, 0.0), (0.98, 0.01), (1.0, 0.0)]:
+        chances = stats.multinomial.pmf(outcomes, size, [win, loss, 1 - win - loss])
+        covers = [lead.low <= win - loss + 1e-9 and win - loss - 1e-9 <= lead.high for lead in leads]
+        # Answers that are the same on all examples are called that, without an interval.
+        same = np.array([lead.remark == SAME for lead in leads])
+        assert chances[covers | same].sum() >= 0.94
+    for (won, lost, _), lead in zip(outcomes, leads, strict=True):
+        assert lead.low <= lead.difference <= lead.high and (math.isinf(lead.low) or -1 <= lead.low <= lead.high <= 1)
+        # Beyond noise is what a sign test finds, or nearly.
+        if lead.remark == "":
+            assert stats.binomtest(won, won + lost).pvalue < 0.065
+        if size < FEW:
+            assert lead.remark in (SAME, TOO_FEW)
+
+
+@pytest.mark.parametrize("size", [2, 4, 12])
+def test_the_interval_of_other_scores_covers_the_truth_in_simulations(size):
+    """Of two tasks, one of right and wrong, and of one; paired, and with other examples."""
+    rng, rounds, covered = np.random.default_rng(size), 1500, np.zeros(3)
+    for _ in range(rounds):
+        scores, answers = rng.normal(0.3, 1.0, size), (rng.random((2, size + 6)) < [[0.8], [0.5]]).astype(float)
+        leads = [
+            paired_lead([scores], [np.zeros(size)], [1.0]),
+            paired_lead([scores, answers[0]], [np.zeros(size), answers[1]], [0.5, 0.5]),
+            unpaired_lead(answers[0], answers[1, 1:]),
+        ]
+        covered += [lead.low <= truth <= lead.high for lead, truth in zip(leads, (0.3, 0.3, 0.3), strict=True)]
+    assert (covered / rounds >= 0.935).all()
+
+
+def test_what_is_the_same_has_failed_or_is_too_little_is_called_that():
     scores, failed = np.array([0.0, 1.0, 1.0], np.float32), np.array([0.0, np.nan, 1.0], np.float32)
-    assert leads_over([scores], [[scores], [failed]], [1.0], seed=0) == [Lead(0.0, 0.0, 0.0), None]
-    assert Lead(0.0, 0.0, 0.0).within_noise
-    assert leads_over([failed], [[scores]], [1.0], seed=0) == [None]
-    assert leads_over([scores, scores[:1]], [[scores, scores[:1]]], [0.5, 0.5], seed=0) == [None]
+    assert paired_lead([scores], [scores], [1.0]) == Lead(0.0, 0.0, 0.0)
+    assert Lead(0.0, 0.0, 0.0).remark == SAME and Lead(0.0, -0.1, 0.1).remark == NOISE
+    assert paired_lead([scores], [failed], [1.0]) is None and unpaired_lead(failed, scores) is None
+    one = paired_lead([np.array([0.5])], [np.array([0.25])], [1.0])
+    assert (one.difference, one.remark, one.interval) == (0.25, TOO_FEW, None)
+    # All of three better by the same: nothing shows how much other examples differ.
+    assert paired_lead([scores + 0.5], [scores], [1.0]).remark == TOO_FEW
+    # Few are enough where they differ by much more than among each other.
+    assert paired_lead([np.array([3.0, 3.1, 2.9])], [np.zeros(3)], [1.0]).remark == ""
 
 
 ROWS = [
@@ -84,7 +104,13 @@ RESULT = Result(np.zeros(2), 0.9, ("uniform merge", 0.8), ROWS, MergeReport((), 
 
 
 def test_tables_show_the_interval_and_mark_what_is_within_noise():
-    cells = ["+0.4000 (0.3100 to 0.5000)", "+0.0500 (-0.0100 to 0.1200), noise", "", "-0.1000 (-0.2000 to -0.0300)", ""]
+    cells = [
+        "+0.4000 (0.3100 to 0.5000)",
+        "+0.0500 (-0.0100 to 0.1200), within noise",
+        "",
+        "-0.1000 (-0.2000 to -0.0300)",
+        "",
+    ]
     head, _, *lines = markdown_table(ROWS).splitlines()
     assert [column.strip() for column in head.split("|")][2:4] == ["fitness", "winner ahead by (95% interval)"]
     assert [line.split("|")[3].strip() for line in lines] == cells
@@ -99,10 +125,10 @@ def test_tables_show_the_interval_and_mark_what_is_within_noise():
 
 def test_verdicts_say_by_how_much_and_whether_it_is_noise():
     assert RESULT.verdicts() == [
-        "On held-out data the evolved model is better than the base by 0.4000 (95% interval 0.3100 to 0.5000).",
-        "On held-out data the evolved model is better than the best parent maths by 0.0500, which is within noise (95% "
+        "On held-out data the winner is better than the base by 0.4000 (95% interval 0.3100 to 0.5000).",
+        "On held-out data the winner is better than the best parent maths by 0.0500, which is within noise (95% "
         "interval -0.0100 to 0.1200).",
-        "On held-out data the evolved model is worse than the uniform merge: it has 0.5000, that has 0.6000 (a "
+        "On held-out data the winner is worse than the uniform merge: it has 0.5000, that has 0.6000 (a "
         "difference of -0.1000; 95% interval -0.2000 to -0.0300).",
     ]
     tie = Row("base", "base", 0.5, {"t/m": 0.5}, Lead(0.0, -0.1, 0.1))
@@ -111,7 +137,7 @@ def test_verdicts_say_by_how_much_and_whether_it_is_noise():
     hair = Row("base", "base", 0.49998, {"t/m": 0.49998}, Lead(2e-5, -0.1, 0.1))
     sentences = Result(np.zeros(2), 0.9, ("uniform merge", 0.8), [hair, *ROWS[1:]], RESULT.report).verdicts()
     assert sentences[0] == (
-        "On held-out data the evolved model is no better than the base: both have 0.5000, rounded (95% interval "
+        "On held-out data the winner is no better than the base: both have 0.5000, rounded (95% interval "
         "-0.1000 to 0.1000)."
     )
 

@@ -1307,7 +1307,7 @@ def test_meetings_have_the_exact_interval_of_scipy(won: int, lost: int, neither:
     sentence = Meetings(won, lost, neither, 2).sentence("the base x")
     start, _, share = sentence.partition("; its share: ")
     assert start == (
-        f"Judges preferred the evolved model to the base x in {won} of {won + lost + neither} held-out meetings, the "
+        f"Judges preferred the winner to the base x in {won} of {won + lost + neither} held-out meetings, the "
         f"base x in {lost}, and neither in {neither} (to 2 more prompts both give the same answer)"
     )
     if not won + lost:
@@ -1334,7 +1334,7 @@ def test_nine_votes_are_too_few_and_ten_say_something() -> None:
     assert result.verdicts() == [few.sentence("the base y")] and not result.warnings()
     better = replace(mixed, meetings={"taste/preference": enough}, lead=lead)
     sentences = replace(result, rows=[better, winner]).verdicts()
-    assert sentences[0].startswith("On held-out data the evolved model is better than the base y by 0.9000")
+    assert sentences[0].startswith("On held-out data the winner is better than the base y by 0.9000")
     assert sentences[1:] == [enough.sentence("the base y")]
 
 

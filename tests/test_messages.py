@@ -40,7 +40,7 @@ def test_names_of_any_script_are_printed_as_they_are() -> None:
 
 
 def test_tables_show_escaped_names(terminal: Terminal) -> None:
-    rows = [Row("winner", UNSAFE, 1.0, {f"{UNSAFE}/accuracy": 1.0})]
+    rows = [Row("model", UNSAFE, 1.0, {f"{UNSAFE}/accuracy": 1.0})]
     terminal.print(terminal_table(rows, f"Scores on {UNSAFE}"))
     lines = text_of(terminal).splitlines()
     assert SHOWN in lines[0] and sum(SHOWN in line for line in lines) == 3

@@ -22,10 +22,12 @@ from hostile import run_command, start_command
 
 from evojax_merge.errors import Failed
 from evojax_merge.report import live_page
+from evojax_merge.report.intervals import paired_lead
 from evojax_merge.report.live_page import kept_page
 from evojax_merge.report.page import write_page
 from evojax_merge.report.run_data import MOST_GENERATIONS, read_run
 from evojax_merge.report.run_tables import headline
+from evojax_merge.report.tables import lead_cell
 from evojax_merge.search.run_parts import RunFolder, clear
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -72,6 +74,10 @@ const wait = setInterval(() => {
           .filter((text) => text.left < box.left - 1 || text.right > box.right + 1).length;
         return [place.dataset.chart, box && marks ? [box.right, box.height, cut] : null];
       })),
+      axes: Object.fromEntries([...document.querySelectorAll("[data-chart]")].map((place) => [place.dataset.chart,
+        [...place.querySelectorAll("svg .role-axis-label, svg .role-legend-label")]
+          .map((labels) => [...labels.querySelectorAll("text")].filter((text) => text.getAttribute("opacity") !== "0")
+            .map((text) => text.textContent)).filter((labels) => labels.length)])),
       wide: [...document.querySelectorAll("#heldout .scroll, .headline > div")]
         .filter((place) => place.scrollWidth > place.clientWidth).length,
       images: document.querySelectorAll("img").length, bold: document.querySelectorAll("b").length,
@@ -236,7 +242,7 @@ def test_every_number_on_the_page_is_one_of_the_run(tmp_path: Path) -> None:
     page = Page(run / "report.html")
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     result = json.loads((run / "result.json").read_text())
-    stored = numbers_in(result) | {3.0}  # the seconds of six generations
+    stored = numbers_in(result)
     assert len(page.numbers) >= 15
     for value, text in page.numbers:
         assert value in stored
@@ -252,7 +258,7 @@ def test_every_number_on_the_page_is_one_of_the_run(tmp_path: Path) -> None:
     assert page.column("heldout", "fitness") == [scored["heldout_fitness"] for scored in result["table"]]
     assert page.column("seconds", "value") == [0.5] * 6
     for sentence in (
-        "On held-out data the evolved model is better than the best parent japanese by 0.5265 (95% interval 0.4265 to "
+        "On held-out data the winner is better than the best parent japanese by 0.5265 (95% interval 0.4265 to "
         "0.6265).",
         "The winner was chosen on the search split, where the finalists (the best candidates and any last proposal of "
         "the strategy) were scored again: there it scored -0.1100, the uniform merge -0.4500.",
@@ -261,24 +267,57 @@ def test_every_number_on_the_page_is_one_of_the_run(tmp_path: Path) -> None:
         assert sentence in page.text
 
 
-def test_the_figures_at_the_top_have_the_shares_that_are_not_the_fitness(tmp_path: Path) -> None:
+def test_the_figures_at_the_top_have_a_score_for_each_task_with_its_unit(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     table = make_result(6, 4)["table"]
     for scored in table:
         scored["heldout_scores"] = {
             "sums/log_probability": scored["heldout_fitness"], "whole/accuracy": scored["heldout_fitness"] + 1,
-            "words/perplexity": 3.5,
+            "whole/margin": 3.5,
         }  # fmt: skip
-    edit_result(run, table=table)
+    unit = "log-probability per token"
+    edit_result(
+        run, table=table, shares={"sums/log_probability": 1.0, "whole/accuracy": 0.0},
+        units={"fitness": unit, "sums/log_probability": unit, "whole/accuracy": "share right"},
+    )  # fmt: skip
     figures = headline(read_run(run))
-    assert [(figure.label, dict(figure.shares)) for figure in figures] == [
-        ("winner, held out", {"whole/accuracy": pytest.approx(0.876544)}),
-        ("uniform merge, held out", {"whole/accuracy": 0.5}),
-        ("best parent japanese, held out", {"whole/accuracy": pytest.approx(0.35)}),
-        ("base, held out", {"whole/accuracy": pytest.approx(0.1)}),
+    assert {figure.unit for figure in figures} == {unit}
+    assert [(figure.label, dict(figure.scores)) for figure in figures] == [
+        ("winner, held out", {"whole/accuracy (share right)": pytest.approx(0.876544)}),
+        ("uniform merge, held out", {"whole/accuracy (share right)": 0.5}),
+        ("best parent japanese, held out", {"whole/accuracy (share right)": pytest.approx(0.35)}),
+        ("base, held out", {"whole/accuracy (share right)": pytest.approx(0.1)}),
     ]
     write_page(RunFolder(run))
-    assert Page(run / "report.html").text.count("whole/accuracy") == len(figures) + 1
+    page = Page(run / "report.html")
+    assert page.text.count("whole/accuracy (share right)") == len(figures) + 1
+    assert (
+        f"sums/log_probability ({unit})" in page.text and f"there it scored -0.1100 ({unit}), the uniform" in page.text
+    )
+    fitness = str(page.specs["fitness"])
+    assert f"fitness ({unit}), search split" in fitness and f"fitness ({unit}), held out" in str(page.specs["heldout"])
+    # One name for the merge with equal weights, beside the split of its score.
+    assert "uniform merge, search split" in fitness and "uniform merge, held out" in fitness
+    assert [row["model"] for row in page.rows("heldout")][-2:] == ["uniform merge", "winner"]
+
+
+def test_few_examples_and_equal_scores_are_called_that(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    table = make_result(6, 4)["table"]
+    intervals: list[Any] = [None, [0.1, 0.9], [0.0, 0.0], [-0.5, 0.9]]
+    for scored, interval in zip(table, intervals, strict=False):
+        scored["interval"] = interval
+    table[2]["heldout_fitness"] = table[-1]["heldout_fitness"]
+    edit_result(run, table=table, better_than={"base": {"name": "base"}, "parent": {"name": "japanese"}})
+    write_page(RunFolder(run))
+    text = Page(run / "report.html").text
+    for says in (
+        "+0.7765, too few examples to say", "+0.5765 (0.1000 to 0.9000)", "same", "(-0.5000 to 0.9000), within noise",
+        "the winner is ahead of the base, -0.1235 to -0.9000: too few examples to say which is better.",
+        "the winner is the same as the best parent japanese, example by example: both have -0.1235.",
+    ):  # fmt: skip
+        assert says in text
+    assert "0.7765, too few examples to say" in " ".join(run_here("show", run).stdout.split())
 
 
 def test_the_other_sections_show_the_runs_numbers_too(tmp_path: Path) -> None:
@@ -474,7 +513,7 @@ def test_a_long_run_gives_a_small_page(tmp_path: Path) -> None:
     drawn = page.column("fitness", "generation")
     assert len(drawn) == MOST_GENERATIONS and drawn[0] == 1 and drawn[-1] == generations
     assert f"{MOST_GENERATIONS} of {generations} generations are drawn" in page.text
-    assert (1250.0, "1250.0") in page.numbers
+    assert "generations took 20:50; the first compiles" in page.text
 
 
 def on_minibatches(run: Path, **changes: Any) -> list[dict[str, Any]]:
@@ -513,7 +552,9 @@ def test_gradients_on_minibatches_have_a_curve_of_their_steps(tmp_path: Path) ->
     for command in (("runs", run), ("compare", run, make_run(tmp_path / "other"), "--out", tmp_path / "both.html")):
         assert f"{last} on its minibatch" in " ".join(run_here(*command).stdout.split())
     both = Page(tmp_path / "both.html")
-    assert len([row for row in both.rows("by-generation") if row["run"] == "run"]) == 6
+    # The best so far never falls, whatever the next minibatch shows.
+    shown = [float(row["fitness"]) for row in both.rows("best-0") if row["run"] == "run"]
+    assert shown == np.maximum.accumulate([row["fitness"][0] for row in rows]).tolist()
     assert "The generations of run have their best on a minibatch each." in both.text
     # A finished run has the winner's fitness, on all of the split.
     (run / "result.json").write_text(json.dumps(make_result(6, 4)))
@@ -558,7 +599,7 @@ def test_shares_of_a_judged_search_are_not_drawn_among_its_strengths(tmp_path: P
     run = make_run(tmp_path / "run")
     edit_result(run, search_fitness={"winner": -0.11})
     write_page(RunFolder(run))
-    assert "uniform ties, held out" in str(Page(run / "report.html").specs["fitness"])
+    assert "uniform merge, held out" in str(Page(run / "report.html").specs["fitness"])
     table = [row | {"heldout_scores": {"taste/preference": 0.5}} for row in make_result(6, 4)["table"]]
     edit_result(run, table=table)
     write_page(RunFolder(run))
@@ -738,7 +779,7 @@ def test_runs_are_compared_on_one_page(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "a/run" in done.stdout and "stopped" in done.stdout and "-0.1235" in done.stdout
     page = Page(out)
-    assert set(page.specs) == {"by-generation", "by-evaluations", "heldout"}
+    assert set(page.specs) == {"best-0", "best-1", "heldout"}
     assert "search.generations" in page.text and "b/run: The run was stopped after generation 4" in page.text
     assert run_here("compare", one, two, "--out", out).returncode == 0
     (tmp_path / "notes.html").write_text("<p>mine")
@@ -751,6 +792,41 @@ def test_runs_are_compared_on_one_page(tmp_path: Path) -> None:
         done = run_command("compare", *arguments, folder=tmp_path)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr
     assert (tmp_path / "notes.html").read_text() == "<p>mine"
+
+
+def test_compared_runs_have_axes_of_passes_and_of_time_and_intervals_of_their_difference(tmp_path: Path) -> None:
+    def run_of(name: str, right: list[float], file: str, seconds: float) -> Path:
+        task = {"name": "sums", "kind": "exact_match", "file": "/gone/search.jsonl", "heldout": f"/gone/{file}"}
+        run = make_run(tmp_path / name, 3, tasks=[task], inputs={"/gone/search.jsonl": "aa", f"/gone/{file}": file})
+        answers = [
+            {"model": "evolved ties", "task": "sums", "example": f"/gone/{file}:{k}", "score": score, "target": "4"}
+            for k, score in enumerate(right)
+        ]  # fmt: skip
+        (run / "heldout_answers.jsonl").write_text("".join(f"{json.dumps(answer)}\n" for answer in answers))
+        timing = [{"generation": k + 1, "seconds": seconds, "validation_seconds": 1.0} for k in range(3)]
+        (run / "timing.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in timing))
+        lost = [{"score": "words/accuracy", "role": "parent", "name": "maths"}]
+        edit_result(run, shares={"sums/accuracy": 1.0}, units={"sums/accuracy": "share right"}, worse_on=lost)
+        return run
+
+    first = run_of("first", [0.0] * 10 + [1.0] * 2, "heldout.jsonl", 1807.0)
+    paired = run_of("paired", [1.0] * 9 + [0.0] + [1.0] * 2, "heldout.jsonl", 59.0)
+    same = run_of("same", [0.0] * 10 + [1.0] * 2, "heldout.jsonl", 59.0)
+    apart = run_of("apart", [1.0] * 3, "others.jsonl", 59.0)
+    done = run_here("compare", first, paired, same, apart, "--out", tmp_path / "page.html")
+    page, shown = Page(tmp_path / "page.html"), " ".join(done.stdout.split())
+    for says in ("ahead of first by (95% interval)", "1:30:24", "the same 12, paired", "3 and 12 others, unpaired"):
+        assert says in page.text and says in shown
+    lead = paired_lead([np.array([1.0] * 9 + [0.0] + [1.0] * 2)], [np.array([0.0] * 10 + [1.0] * 2)], [1.0])
+    assert lead is not None and lead_cell(lead) in page.text and lead.low > 0
+    assert "sums/accuracy (share right) same the same 12, paired" in page.text
+    assert (
+        "sums/accuracy (share right) +0.8333" in page.text and "worse on" in page.text and "words 1:30:24" in page.text
+    )
+    assert [float(row["x"]) for row in page.rows("best-0") if row["run"] == "first"] == [8.0, 16.0, 24.0]
+    assert [float(row["x"]) for row in page.rows("best-1") if row["run"] == "first"] == [1808.0, 3616.0, 5424.0]
+    titles = [page.specs[name]["encoding"]["x"]["title"] for name in ("best-0", "best-1")]
+    assert titles == ["passes (evaluations)", "time of the generations"]
 
 
 def test_runs_with_unlike_tasks_are_compared_with_a_note(tmp_path: Path) -> None:
@@ -832,6 +908,28 @@ def test_a_browser_draws_every_figure_and_asks_for_nothing(tmp_path: Path, width
         assert box is not None, name
         assert box[0] <= width and box[1] > 40 and box[2] == 0, name
     assert seen["images"] == 0 and seen["bold"] == 0 and HOSTILE.replace("/", "∕") in seen["text"]
+
+
+@in_a_browser
+def test_the_axes_of_a_single_point_have_ticks(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 1, 1)
+    table = make_result(1, 4)["table"]
+    for scored in table:
+        scored |= {"heldout_fitness": 0.0, "heldout_scores": {"sums/accuracy": 0.0}, "interval": [0.0, 0.0]}
+    edit_result(run, table=table, parameters={"weight": [[0.0, 0.0], [0.0, 0.0]]})
+    write_page(RunFolder(run))
+    assert run_here("compare", run, make_run(tmp_path / "other", 1, 1), "--out", tmp_path / "both.html").returncode == 0
+    for page in (run / "report.html", tmp_path / "both.html"):
+        seen, _ = browse(shutil.copy(page, tmp_path / "page.html"))
+        assert seen["problems"] == []
+        for chart, axes in seen["axes"].items():
+            assert axes, chart
+            for labels in axes:
+                assert labels and len(set(labels)) == len(labels), (chart, labels)
+                assert not any("NaN" in label or "undefined" in label for label in labels), (chart, labels)
+        # One tick alone, rounded, would be another number than the point's.
+        for chart in seen["axes"].keys() & {"task-0", "metric-0", "seconds", "best-0", "best-1"}:
+            assert len(seen["axes"][chart][1]) >= 2, chart
 
 
 @in_a_browser

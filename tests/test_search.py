@@ -656,12 +656,10 @@ def test_a_winner_that_loses_is_told_with_both_figures():
     assert beaten.verdicts() == []
     worse = result_of(base=-3.0, parent1=-1.7, parent2=-1.62, uniform=-1.9, winner=-1.64)
     assert worse.verdicts() == [
-        "On held-out data the evolved model is worse than the best parent parent2: it has -1.6400, that has -1.6200."
+        "On held-out data the winner is worse than the best parent parent2: it has -1.6400, that has -1.6200."
     ]
     tie = result_of(parent1=-1.7, uniform=-1.5, winner=-1.5)
-    assert tie.verdicts() == [
-        "On held-out data the evolved model is only as good as the uniform merge: both have -1.5000."
-    ]
+    assert tie.verdicts() == ["On held-out data the winner is only as good as the uniform merge: both have -1.5000."]
     close = result_of(parent1=-1.50000001, winner=-1.50000002)
     assert "-1.5000000" in close.verdicts()[0] and "worse" in close.verdicts()[0]
     all_of_them = result_of(base=-1.0, parent1=-1.0, uniform=-1.0, winner=-2.0)
@@ -686,7 +684,7 @@ def test_result_terminal_and_card_say_whether_the_winner_is_better(finished):
     for text in (card, said):
         # By how much, with an interval, where it is better, and both figures where it is not.
         for is_better in (True, False):
-            sentences = re.findall(r"On held-out data the evolved model is (better than )?", text)
+            sentences = re.findall(r"On held-out data the winner is (better than )?", text)
             expected = sum(row["better"] == is_better for row in better.values())
             assert sum(bool(sentence) == is_better for sentence in sentences) == expected
 

@@ -47,6 +47,11 @@ def errors(model, rows):
 def none(model, rows):
     return float("nan") * rows["x"][:, 0]
 '''
+WEIGHED = '''
+def firsts(model, rows):
+    """The likeness to the first parent."""
+    return -((rows["x"] @ model["layer"]["w"] - rows["first"]) ** 2).sum(-1)
+'''
 LINE = re.compile(r"generation \d+/3  best -?\d+\.\d{4}  best parent -?\d+\.\d{4}(  left \d+:\d\d)?")
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ "
 
@@ -58,7 +63,7 @@ def config(tmp_path: Path) -> Path:
     one, two, x = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 2), (3, 2), (40, 3)))
     save_file({"layer/w": one}, tmp_path / "one.safetensors")
     np.savez(tmp_path / "two.npz", **{"layer/w": two})
-    np.savez(tmp_path / "data.npz", x=x, y=x @ ((one + 2 * two) / 3))
+    np.savez(tmp_path / "data.npz", x=x, y=x @ ((one + 2 * two) / 3), first=x @ one)
     (tmp_path / "scores.py").write_text(SCORES)
     path = tmp_path / "linear.yaml"
     task = {"name": "fit", "kind": "arrays", "file": "data.npz", "function": "scores.py:errors"}
@@ -106,6 +111,34 @@ def test_a_line_a_generation_and_a_log_of_all_lines(config: Path) -> None:
         assert int(figures["generation"]) == expected["generation"]
         assert float(figures["fitness/best_so_far"]) == expected["best_so_far"]
         assert float(figures["tasks/fit/score"]) == expected["scores_of_best"]["fit/score"]
+
+
+def test_a_lost_task_and_a_winner_that_is_a_parent_are_sentences_on_every_page(config: Path) -> None:
+    """On the terminal, in the model card and on the page."""
+    document = yaml.safe_load(config.read_text())
+    # What the first parent does, which the target of the search takes a part of away.
+    (config.parent / "scores.py").write_text(SCORES.replace("def none", WEIGHED + "\ndef none"))
+    document["tasks"].append(document["tasks"][0] | {"name": "first", "function": "scores.py:firsts", "weight": 0})
+    config.write_text(yaml.safe_dump(document))
+
+    def pages() -> list[str]:
+        run, done = config.parent / "run", search(config, "--overwrite")
+        card, page = (run / "best/model/README.md").read_text(), (run / "report.html").read_text()
+        return [" ".join(text.split()) for text in (done.stdout, card, page)]
+
+    for text in pages():
+        assert re.search(
+            r"On held-out data the winner is better than the best parent on 1 of 2 tasks: fit \(\+\d+\.\d{4} against "
+            r"two\.npz\); worse on first \(-\d+\.\d{4} against one\.safetensors\)\.", text,
+        )  # fmt: skip
+        assert "On the held-out examples of first (score, weight 0) the winner is worse than the parent one" in text
+        assert "The winner is the parent" not in text
+    document["tasks"] = document["tasks"][1:]
+    document["tasks"][0]["weight"] = 1
+    config.write_text(yaml.safe_dump(document))
+    for text in pages():
+        assert "The winner is the parent one.safetensors, unchanged: nothing that was searched beat it on the" in text
+        assert "the winner is the same as the best parent one.safetensors, example by example: both have" in text
 
 
 def test_gradients_on_minibatches_show_the_fitness_of_each_step(config: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.shared.machine import describe
 from evojax_merge.problem import SearchProblem, build_problem, read_config
-from evojax_merge.report.intervals import Lead, leads_over
+from evojax_merge.report.intervals import Lead, paired_lead
 from evojax_merge.search import loop
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Reporter
@@ -104,7 +104,7 @@ def run_seed(
         keep(name, on.heldout.score(evolve(problem, on, folder / f"{name}-{seed}")[None]))
         best = max(parents, key=lambda parent: float(examples[parent].mean()))
         rivals = [best, UNIFORM]
-        compared = leads_over([examples[name]], [[examples[rival]] for rival in rivals], [1.0], seed)
+        compared = [paired_lead([examples[name]], [examples[rival]], [1.0]) for rival in rivals]
         leads[name] = {
             rival: lead for rival, lead in zip(("best parent", UNIFORM), compared, strict=True) if lead is not None
         }

@@ -8,7 +8,7 @@ from evojax_merge.report.comparison import short_names
 from evojax_merge.report.page import compare_page
 from evojax_merge.report.progress import console
 from evojax_merge.report.run_data import read_run
-from evojax_merge.report.run_tables import runs_table, task_note
+from evojax_merge.report.run_tables import gaps_table, runs_table, task_note
 from evojax_merge.search.run_parts import RunFolder, is_page
 
 
@@ -21,7 +21,10 @@ def compare(paths: list[Path], out: Path) -> None:
     names = short_names([str(path.absolute()) for path in paths])
     runs = {name: read_run(path) for name, path in zip(names, paths, strict=True)}
     console.print(runs_table(runs).terminal())
+    gaps = gaps_table(runs)
+    if gaps is not None:
+        console.print(gaps.terminal("The winners on the held-out examples of each task"))
     if (note := task_note(runs)) is not None:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    page.write(compare_page(runs))
+    page.write(compare_page(runs, gaps))
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from evojax_merge.report.comparison import Result
+from evojax_merge.report.comparison import Result, label_of
 from evojax_merge.report.plan import CHOOSING, HELDOUT, MEASURING
 from evojax_merge.report.progress import format_seconds
 from evojax_merge.selection import Phase, Progress
@@ -77,7 +77,10 @@ class Activity:
 
     def conclude(self, result: Result) -> None:
         met = [(row, meetings) for row in result.rows for meetings in row.meetings.values()]
-        table = [[row.label(), *map(str, (one.won, one.lost, one.neither, one.same)), one.share()] for row, one in met]
+        table = [
+            [label_of(row.role, row.name), *map(str, (one.won, one.lost, one.neither, one.same)), one.share()]
+            for row, one in met
+        ]
         unproven = ["No prompt was held out: no vote says whether the winner is better than the other models."]
         sentences = result.verdicts() if result.rows else unproven
         self._result = {"sentences": sentences, "columns": COLUMNS, "table": table}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -73,21 +73,47 @@ def read_answers(run: RunData) -> tuple[str, list[TaskPairs]] | None:
     parent = next((row.name for row in result.rivals if row.role == "parent"), None)
     if parent is None:
         return None
-    by_model: dict[str, dict[str, list[AnswerLine]]] = {result.winner.name: {}, parent: {}}
-    try:
-        for line in whole_lines(file):
-            answer, _ = parse(AnswerLine, line)
-            by_model[answer.model].setdefault(answer.task, []).append(answer)
-    except (ValueError, KeyError):
-        run.notes.append(f"{file.name} cannot be read: it is not what the search wrote")
+    by_model = _by_model(run)
+    if by_model is None:
         return None
-    ours, theirs = by_model.values()
+    ours, theirs = (by_model.get(name, {}) for name in (result.winner.name, parent))
     counts, their_counts = ({task: len(rows) for task, rows in answers.items()} for answers in (ours, theirs))
-    if not counts or counts != their_counts:
+    if not counts or counts != their_counts or len(by_model) > 2:
         run.notes.append(f"{file.name} cannot be read: the models' examples differ")
         return None
     most = max(1, MOST_EXAMPLES // max(1, len(ours)))
     return escaped(parent), [_task_pairs(task, ours[task], theirs[task], most) for task in list(ours)[:MOST_EXAMPLES]]
+
+
+def _by_model(run: RunData) -> dict[str, dict[str, list[AnswerLine]]] | None:
+    """The answers by model and task; None, and a note of the run, where they cannot be read."""
+    file, answers = RunFolder(run.path).heldout_answers, dict[str, dict[str, list[AnswerLine]]]()
+    try:
+        for line in whole_lines(file):
+            answer, _ = parse(AnswerLine, line)
+            answers.setdefault(answer.model, {}).setdefault(answer.task, []).append(answer)
+    except ValueError:
+        run.notes.append(f"{file.name} cannot be read: it is not what the search wrote")
+        return None
+    return answers
+
+
+def winner_scores(run: RunData) -> dict[str, tuple[list[Any], np.ndarray]]:
+    """The winner's held-out examples by `task/metric` (hashes of the files, each one's place in them and right answer),
+    and its scores on them, float[N]; empty where the run has no winner, or no answers."""
+    result = run.result
+    if result is None or result.winner is None or (by_model := _by_model(run)) is None:
+        return {}
+    tasks = {str(task.get("name")): tuple(map(str, task.values())) for task in run.config.get("tasks", ())}
+    inputs, scores = run.config.get("inputs") or {}, dict[str, tuple[list[Any], np.ndarray]]()
+    for score in result.shares:
+        task = score.rpartition("/")[0]
+        rows = by_model.get(result.winner.name, {}).get(task, [])
+        places = [(str(row.example).rpartition("/")[2], row.target) for row in rows]
+        examples = [*sorted({inputs[file] for file in tasks.get(task, ()) if file in inputs}), *places]
+        values = np.array([np.nan if row.score is None else row.score for row in rows])
+        scores |= {score: (examples, values)} if rows else {}
+    return scores
 
 
 def _task_pairs(task: str, ours: Sequence[AnswerLine], theirs: Sequence[AnswerLine], most: int) -> TaskPairs:

@@ -14,8 +14,9 @@ import altair as alt
 import numpy as np
 
 from evojax_merge.genealogy import NUMBER
+from evojax_merge.report.comparison import label_of, titled
 from evojax_merge.report.parameters import Frames, Map, Sampled
-from evojax_merge.report.run_data import Generation, Result, RunData, spread
+from evojax_merge.report.run_data import Generation, Result, RunData, lead_over, spread
 
 INK, SOFT, LINE, ACCENT, FAINT, OTHER, PAPER, BAND = (
     f"var(--{name})" for name in ("ink", "soft", "line", "accent", "faint", "other", "paper", "band")
@@ -67,6 +68,16 @@ def _generations(numbers: Sequence[int]) -> Any:
     return alt.X("generation:Q", title="generation", axis=axis, scale=alt.Scale(nice=False, zero=False, padding=8))
 
 
+def _scale(values: Sequence[float | None]) -> Any:
+    """The scale of an axis that need not begin at 0; with some room where all values are one, which has no ticks
+    else."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    if finite and min(finite) == max(finite):
+        margin = abs(finite[0]) / 10 or 1.0
+        return alt.Scale(domain=[finite[0] - margin, finite[0] + margin], nice=True, zero=False)
+    return alt.Scale(zero=False, nice=True)
+
+
 def _tooltip(*fields: tuple[str, str]) -> list[Any]:
     return [
         alt.Tooltip(f"{name}:Q", title=title, format="d" if name == "generation" else ".4f") for name, title in fields
@@ -91,7 +102,8 @@ def fitness_chart(run: RunData) -> Spec:
     measured = {name for name, values in columns.items() if any(value is not None for value in values)}
     rules = shown_rules(run)
     y: dict[str, Any] = {
-        "scale": alt.Scale(domain=_domain(rows, rules), nice=True, zero=False), "title": "fitness, search split",
+        "scale": alt.Scale(domain=_domain(rows, rules), nice=True, zero=False),
+        "title": _titled("fitness", run.result) + ", search split",
     }  # fmt: skip
     base = alt.Chart(_data(**columns)).encode(x=_generations(columns["generation"]))
     # A line of one point is none.
@@ -135,7 +147,7 @@ def fitness_chart(run: RunData) -> Spec:
         above: dict[str, Any] = {"baseline": "bottom", "dy": -3}
         below: dict[str, Any] = {"baseline": "top", "dy": 4}
         for test, place in (("==", above), ("!=", below)):
-            some = lines.transform_filter(f"datum.split {test} 'search'")
+            some = lines.transform_filter(f"datum.split {test} 'search split'")
             names = some.mark_text(align="right", dx=-4, color=SOFT, limit=260, **place)
             layers.append(names.encode(y=alt.Y("value:Q", **y), x=alt.value("width"), text="name:N"))
     tips = _tooltip(("generation", "generation"), *(item for item in TOOLTIPS.items() if item[0] in measured))
@@ -149,13 +161,16 @@ def shown_rules(run: RunData) -> list[tuple[str, float, str]]:
     split, the rivals' held out."""
     if run.result is None:
         return []
-    rules = [(name, value, "search") for name, value in run.result.search_fitness.items() if name != "winner"]
+    # The names of equal scores would stand on each other.
+    names: dict[tuple[float, str], list[str]] = {}
+    for name, value in run.result.search_fitness.items():
+        names.setdefault((value, "search split"), []).extend([name] if name != "winner" else [])
     # Judges' votes are strengths in a search, and shares of prompts on the held-out split: they share no axis.
     rivals = () if run.result.is_judged else run.result.rivals
     for rival in rivals:
-        prefixes = {"uniform": "", "parent": "best parent ", "greedy": "greedy "}
-        role = prefixes.get(rival.role, "" if rival.name == rival.role else "base ")
-        rules.append((f"{role}{rival.name}, held out", rival.fitness, "heldout"))
+        label = f"best parent {rival.name}" if rival.role == "parent" else label_of(rival.role, rival.name)
+        names.setdefault((rival.fitness, "held out"), []).append(label)
+    rules = [(f"{' and '.join(same)}, {split}", value, split) for (value, split), same in names.items() if same]
     low, high, margin = _range(run.fitness_rows)
     return [rule for rule in rules if low - 10 * margin <= rule[1] <= high + 10 * margin]
 
@@ -193,7 +208,7 @@ def curve_chart(numbers: Sequence[int], series: Mapping[str, Sequence[float | No
         .mark_line(strokeWidth=1.8, point=alt.OverlayMarkDef(size=12) if len(places) <= 30 else False)
         .encode(
             x=_generations(numbers),
-            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False, nice=True)),
+            y=alt.Y("value:Q", title=None, scale=_scale([row[2] for row in rows])),
             color=alt.Color(
                 "series:N", title=None, scale=alt.Scale(domain=names, range=[ACCENT, SOFT]),
                 legend=alt.Legend(orient="top", symbolType="stroke", symbolStrokeWidth=3) if len(names) > 1 else None,
@@ -219,7 +234,7 @@ def task_charts(run: RunData) -> list[Spec]:
         series = {"best": [g.row.scores_of_best.get(score) for g in rows], "mean of all": means}
         if all(value is None for value in means):
             del series["mean of all"]
-        charts.append(curve_chart(numbers, series, score))
+        charts.append(curve_chart(numbers, series, _titled(score, run.result)))
     return charts
 
 
@@ -244,7 +259,7 @@ def heat_map(map_: Map, number: int) -> Spec:
     """A heat map that is centred on zero. The page fills `cells` with rows of row, column and value."""
     rows, columns = map_.rows, map_.columns
     finite = np.abs(map_.values[np.isfinite(map_.values)])
-    most = float(finite.max()) if finite.size else 1.0
+    most = float(finite.max(initial=0.0)) or 1.0
     x = alt.X(
         "column:N",
         sort=columns,
@@ -349,13 +364,17 @@ def rung_chart(counts: Mapping[int, int]) -> Spec:
     return _spec(bars + text, max(60, 30 * len(counts)))
 
 
+def _titled(score: str, result: Result | None) -> str:
+    return titled(score, {} if result is None else result.units)
+
+
 def heldout_chart(result: Result) -> Spec:
     """Held-out fitness, with the 95% interval of each model's distance from the winner around its score."""
     winner = result.winner
     ours = winner.heldout_fitness if winner is not None else math.nan
     scored = [model for model in result.table if math.isfinite(model.heldout_fitness)]
-    intervals = [result.lead_over(model) for model in scored]
-    labels = [model.label for model in scored]
+    intervals = [lead_over(result, model) for model in scored]
+    labels = [label_of(model.role, model.name) for model in scored]
     base = alt.Chart(
         _data(
             model=labels, fitness=[model.heldout_fitness for model in scored],
@@ -364,7 +383,7 @@ def heldout_chart(result: Result) -> Spec:
             role=["winner" if model is winner else "other" for model in scored],
         )
     ).encode(y=alt.Y("model:N", sort=labels, title=None, axis=alt.Axis(labelLimit=180)))  # fmt: skip
-    x: dict[str, Any] = {"title": "held-out fitness"}
+    x: dict[str, Any] = {"title": f"{titled('fitness', result.units)}, held out"}
     bars = base.mark_bar(height=16, cornerRadius=2).encode(
         x=alt.X("fitness:Q", **x),
         color=alt.condition("datum.role == 'winner'", alt.value(ACCENT), alt.value("var(--bar)")),
@@ -396,8 +415,8 @@ def front_chart(result: Result) -> Spec | None:
     ]
     fields = zip(("member", "split", "x", "y", "role"), zip(*rows, strict=True), strict=True)
     base = alt.Chart(_data(**dict(fields))).encode(
-        x=alt.X("x:Q", title=first, scale=alt.Scale(zero=False, nice=True)),
-        y=alt.Y("y:Q", title=second, scale=alt.Scale(zero=False, nice=True)),
+        x=alt.X("x:Q", title=titled(first, result.units), scale=_scale([row[2] for row in rows])),
+        y=alt.Y("y:Q", title=titled(second, result.units), scale=_scale([row[3] for row in rows])),
     )
     points = base.mark_point(filled=True, opacity=1).encode(
         shape=alt.Shape("split:N", title=None, legend=alt.Legend(orient="top")),
@@ -476,41 +495,56 @@ def history_chart(history: Sequence[Mapping[str, Any]]) -> alt.Chart:
     )
 
 
-def compared_fitness(runs: Mapping[str, RunData], x: str) -> Spec:
-    """The best so far of several runs, or each generation's best on its minibatch before there is one. x: generation or
-    evaluations."""
-    rows = [
-        (name, g.row.generation if x == "generation" else g.row.evaluations, value)
-        for name, run in runs.items()
-        for rows in [run.fitness_rows]
-        for g in [rows[place] for place in spread(len(rows), MOST_POINTS)]
-        if (value := g.row.best_of_part if g.row.best_so_far is None else g.row.best_so_far) is not None
-    ]
+# A tick of seconds as a duration.
+DURATION = (
+    "(datum.value < 3600 ? floor(datum.value / 60) : floor(datum.value / 3600) + ':' + "
+    "format(floor(datum.value % 3600 / 60), '02')) + ':' + format(floor(datum.value % 60), '02')"
+)
+
+
+def compared_fitness(runs: Mapping[str, RunData], by_time: bool) -> Spec:
+    """The best so far of several runs, or of the generations' best on their minibatches where there is none, by passes
+    or by the generations' time."""
+    rows = []
+    for name, run in runs.items():
+        # A generation that was searched again has its last time.
+        seconds = {line.generation: line.seconds + line.validation_seconds for line in run.timing}
+        passed = dict(zip(seconds, np.cumsum(list(seconds.values())).tolist(), strict=True))
+        whole, best, curve = any(g.row.best_so_far is not None for g in run.fitness_rows), -math.inf, []
+        for g in run.fitness_rows:
+            value = g.row.best_so_far if whole else g.row.best_of_part
+            place = passed.get(g.number) if by_time else g.row.evaluations
+            if value is not None and place is not None:
+                best = max(best, value)
+                curve.append((name, place, best))
+        rows += [curve[place] for place in spread(len(curve), MOST_POINTS)]
+    # A line of one point is none.
+    few = any(len(run.fitness_rows) <= 10 for run in runs.values())
+    title = "time of the generations" if by_time else "passes (evaluations)"
+    tick = DURATION if by_time else "format(datum.value, ',')"
     fields: dict[str, Any] = {"run": [r[0] for r in rows], "x": [r[1] for r in rows], "fitness": [r[2] for r in rows]}
+    legend = alt.Legend(
+        orient="top", symbolType="stroke", symbolStrokeWidth=3, columns=2, labelLimit=140,
+        values=list(dict.fromkeys(fields["run"])),
+    )  # fmt: skip
     chart = (
         alt.Chart(_data(**fields))
         .mark_line(
             strokeWidth=2,
             interpolate="step-after",
-            point=alt.OverlayMarkDef(size=20) if len(rows) <= 10 * len(runs) else False,
+            point=alt.OverlayMarkDef(size=20) if few else False,
         )
         .encode(
-            x=alt.X("x:Q", title=x, axis=alt.Axis(format="d", tickMinStep=1, grid=False)),
-            y=alt.Y("fitness:Q", title="best fitness so far", scale=alt.Scale(zero=False, nice=True)),
-            color=_run_colour(
-                list(runs),
-                alt.Legend(
-                    orient="top",
-                    symbolType="stroke",
-                    symbolStrokeWidth=3,
-                    columns=2,
-                    labelLimit=140,
-                    values=list(dict.fromkeys(fields["run"])),
-                ),
+            # From five on, no two ticks are less than one apart.
+            x=alt.X(
+                "x:Q", title=title, axis=alt.Axis(grid=False, labelExpr=tick),
+                scale=alt.Scale(domain=[0, max([5.0, *fields["x"]])]),
             ),
-            tooltip=["run:N", alt.Tooltip("x:Q", title=x, format="d"), alt.Tooltip("fitness:Q", format=".4f")],
+            y=alt.Y("fitness:Q", title="best fitness so far", scale=_scale(fields["fitness"])),
+            color=_run_colour(list(runs), legend),
+            tooltip=["run:N", alt.Tooltip("x:Q", title=title, format=",.6~r"), alt.Tooltip("fitness:Q", format=".4f")],
         )
-    )
+    )  # fmt: skip
     return _spec(chart, 300)
 
 
@@ -527,7 +561,7 @@ def compared_heldout(runs: Mapping[str, RunData]) -> Spec:
         .mark_bar(height=16, cornerRadius=2)
         .encode(
             y=alt.Y("run:N", sort=list(scored), title=None, axis=alt.Axis(labelLimit=180)),
-            x=alt.X("fitness:Q", title="held-out fitness of the winner"),
+            x=alt.X("fitness:Q", title="fitness of the winner, held out"),
             color=_run_colour(list(runs), None),
             tooltip=["run:N", alt.Tooltip("fitness:Q", format=".4f")],
         )

@@ -12,17 +12,20 @@ from evojax_merge.checkpoints.derived import parts_of
 from evojax_merge.checkpoints.folder import hub_id
 from evojax_merge.evaluation.scores import Scale
 from evojax_merge.file_system import atomic_write
-from evojax_merge.report.intervals import Lead
+from evojax_merge.report.intervals import SAME, TOO_FEW, Lead
 from evojax_merge.report.meetings import Meetings
 from evojax_merge.report.winner import WinnerReport
 from evojax_merge.tasks.python_functions import PREFIX, is_reference
+
+UNIFORM = "uniform merge"
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of the final table: held-out scores of a model. lead: the winner's lead over the model; None where there
-    is no winner, or no interval. task_leads: `task/metric` -> the lead in this task alone, of the base and the best
-    parent. meetings: `task/metric` -> the winner's meetings with the model, of each task that people judge."""
+    is no winner, or no finite score. task_leads: `task/metric` -> the lead in this task alone, over the base and the
+    parents; units: that of each score that has one, and of `fitness`; meetings: `task/metric` -> the
+    winner's meetings with the model, of each task that people judge."""
 
     role: str
     name: str
@@ -30,17 +33,24 @@ class Row:
     scores: dict[str, float]
     lead: Lead | None = None
     task_leads: Mapping[str, Lead] = field(default_factory=dict)
+    units: Mapping[str, str] = field(default_factory=dict)
     meetings: Mapping[str, Meetings] = field(default_factory=dict)
-
-    def label(self, quote: str = "") -> str:
-        """The name, with the role before it and quotes around it, except for `evolved ties`, a model that is called
-        `base`, or one of several that are compared: these say their role."""
-        says_role = self.role in ("winner", "uniform", "model", self.name)
-        return self.name if says_role else f"{self.role} {quote}{self.name}{quote}"
 
     @property
     def has_too_few_votes(self) -> bool:
         return any(meetings.too_few for meetings in self.meetings.values())
+
+
+def label_of(role: str, name: str) -> str:
+    """A model of the table in words, the same on every page: its name behind its role, or one of both."""
+    if role in ("winner", "uniform"):
+        return UNIFORM if role == "uniform" else role
+    return name if role in ("model", name) or name.startswith(f"{role} ") else f"{role} {name}"
+
+
+def titled(score: str, units: Mapping[str, str]) -> str:
+    """The heading of a score, with its unit."""
+    return f"{score} ({units[score]})" if score in units else score
 
 
 def rivals_of(rows: Sequence[Row]) -> list[Row]:
@@ -78,13 +88,13 @@ class GuardResult:
     kept: bool
     heldout: tuple[float, float] | None = None
 
-    def describe(self) -> str:
+    def describe(self, unit: str) -> str:
         state = "keeps" if self.kept else "BREAKS"
         allowed = f", of which {self.tolerance:g} less was allowed" if self.tolerance else ""
         heldout = "" if self.heldout is None else "; held out {:.4f} and {:.4f}".format(*self.heldout)
         return (
             f"The winner {state} the guard of {_task_of(self.score)} ({_metric_of(self.score)}): it has "
-            f"{self.winner:.4f}, the base {self.base:.4f}{allowed}{heldout}."
+            f"{self.winner:.4f}{_bracketed(unit)}, the base {self.base:.4f}{allowed}{heldout}."
         )
 
 
@@ -101,7 +111,8 @@ class Result:
     front, where the strategy keeps one. `compute_dtype`: the dtype of these scores' computation;
     `search_compute_dtype`: of the generations'. `shares`: `task/metric` of each task of the table -> its share of the
     fitness; `scales`: the scale of each that has one; `guards`: of each guarded task; `answers`: the winner's and the
-    best parent's to each held-out example, a row of plain values each.
+    best parent's to each held-out example, a row of plain values each; `parent`: the parent that the winner is, in
+    words, empty where it is a merge.
     """
 
     genome: np.ndarray
@@ -120,6 +131,7 @@ class Result:
     scales: Mapping[str, Scale] = field(default_factory=dict)
     guards: tuple[GuardResult, ...] = ()
     answers: Sequence[dict[str, Any]] = field(default=(), repr=False)
+    parent: str = ""
 
     @property
     def winner(self) -> Row:
@@ -139,6 +151,7 @@ class Result:
         """A sentence: the split that the winner was chosen on, its score there, and the dtype where that is not the
         generations'; then one more where no candidate was better than the baseline."""
         label, searched, search_fitness = self.baseline_label, self.baseline[1], self.search_fitness
+        unit = _bracketed(self.winner.units.get("fitness", "")) if self.rows else ""
         winner, baseline = (search_fitness, searched) if self.validation is None else self.validation
         unbeaten = f" {nothing_beat(label)}" if winner <= baseline else ""
         dtypes = ""
@@ -146,50 +159,82 @@ class Result:
             dtypes = f" (computed in {self.compute_dtype}, the generations in {self.search_compute_dtype})"
         if self.validation is None:
             return (
-                f"{chosen_on('search')}: there it scored {search_fitness:.4f}, the {label} {searched:.4f}{dtypes}."
-                f"{unbeaten}"
+                f"{chosen_on('search')}: there it scored {search_fitness:.4f}{unit}, the {label} {searched:.4f}"
+                f"{dtypes}.{unbeaten}"
             )
         return (
-            f"{chosen_on('validation')}: there it scored {winner:.4f}, the {label} {baseline:.4f}; on the search split "
-            f"{search_fitness:.4f}, the {label} {searched:.4f}{dtypes}.{unbeaten}"
+            f"{chosen_on('validation')}: there it scored {winner:.4f}{unit}, the {label} {baseline:.4f}; on the search "
+            f"split {search_fitness:.4f}, the {label} {searched:.4f}{dtypes}.{unbeaten}"
         )
+
+    @property
+    def split(self) -> str:
+        """The split that the winner was chosen on."""
+        return "search" if self.validation is None else "validation"
 
     def front(self) -> list[Row]:
         """The members as rows of a table, with their scores on each task, on the examples that the winner was chosen on
         and on the held-out ones."""
-        split = "search" if self.validation is None else "validation"
+        split, units = self.split, self.winner.units
 
         def row(member: FrontMember) -> Row:
             is_winner = np.array_equal(member.genome, self.genome)
             label = f"member {member.number}" + (" (the winner)" if is_winner else "")
-            columns = {f"{_task_of(name)}, {split}": value for name, value in member.scores.items()}
-            columns |= {f"{_task_of(name)}, held out": value for name, value in member.heldout_scores.items()}
-            return Row("winner" if is_winner else label, label, member.fitness, columns)
+            columns = {f"{titled(name, units)}, {split}": value for name, value in member.scores.items()}
+            columns |= {f"{titled(name, units)}, held out": value for name, value in member.heldout_scores.items()}
+            return Row("model", label, member.fitness, columns, units=units)
 
         return [row(member) for member in self.members]
 
     def verdicts(self) -> list[str]:
-        """A sentence for each guard. Then one for each rival: by how much the winner is better on held-out data, and
-        whether that is more than noise; where the winner is not better, or by less than the printed digits, both
-        figures; where people judge, how often they preferred the winner. No sentence for a rival that the winner beats
-        by an unknown margin. Then a sentence for each task on
-        which the winner is worse than the base or the best parent beyond noise, and for each that does not tell the
-        models of the table apart."""
-        by_rival = [sentence for row in self.rivals for sentence in _sentences(self.winner.fitness, row)]
-        return [*self.guard_sentences(), *by_rival, *self._inherited(), *self._ties()]
+        """A sentence where the winner is a parent, the headline, and a sentence for each guard. Then one for each
+        rival: by how much the winner is better on held-out data, and whether that is more than noise; where the winner
+        is not better, or by less than the printed digits, both figures. No sentence for a rival that the winner beats
+        by an unknown margin. Then a sentence for each task on which the winner is worse than the base or a parent
+        beyond noise, and for each that does not tell the models of the table apart."""
+        parent = f"The winner is {self.parent}, unchanged: nothing that was searched beat it on the {self.split} split."
+        by_rival = [sentence for row in self.rivals for sentence in _sentences(self.winner, row)]
+        first = [*([parent] if self.parent else []), *self.headline()]
+        return [*first, *self.guard_sentences(), *by_rival, *self._inherited(), *self._ties()]
+
+    def headline(self) -> list[str]:
+        """A sentence on several tasks, each beside the parent that is best at it; none where there is one task."""
+        outcomes: dict[str, list[str]] = {"": []}
+        for score in self.shares:
+            parent = self._best_parent(score)
+            lead = None if parent is None else parent.task_leads.get(score)
+            if parent is not None and lead is not None:
+                rounded = "" if round(lead.difference, 4) else f"{SAME} when rounded"
+                outcome = lead.remark or rounded or ("" if lead.difference > 0 else "worse")
+                unit = f" {self.winner.units[score]}" if score in self.winner.units else ""
+                gap = f" ({lead.difference:+.4f}{unit} against {parent.name})" if outcome != SAME else ""
+                outcomes.setdefault(outcome, []).append(_task_of(score) + gap)
+        count = sum(map(len, outcomes.values()))
+        better = f"better than the best parent on {len(outcomes[''])} of {count} tasks"
+        listed = f"{': ' if outcomes[''] else ''}{', '.join(outcomes.pop(''))}"
+        others = "".join(f"; {outcome} on {', '.join(tasks)}" for outcome, tasks in outcomes.items())
+        return [] if count < 2 else [f"On held-out data the winner is {better}{listed}{others}."]
+
+    def _best_parent(self, score: str) -> Row | None:
+        """The parent of the highest finite score, by `task/metric`."""
+        parents = [row for row in self.rows if row.role == "parent" and np.isfinite(row.scores.get(score, np.nan))]
+        return max(parents, key=lambda row: row.scores[score], default=None)
 
     def warnings(self) -> list[str]:
         """The verdicts in which the winner is worse."""
         rivals = [row for row in self.rivals if self.winner.fitness < row.fitness and not row.has_too_few_votes]
-        worse = [sentence for row in rivals for sentence in _sentences(self.winner.fitness, row)]
-        broken = [guard.describe() for guard in self.guards if not guard.kept]
+        worse = [sentence for row in rivals for sentence in _sentences(self.winner, row)]
+        broken = [self._guard(guard) for guard in self.guards if not guard.kept]
         return [*broken, *worse, *self._inherited()]
 
     def guard_sentences(self) -> list[str]:
         """A sentence for each guard, and one before them where no candidate keeps all of them."""
         hopeless = "None of the candidates that the winner was chosen from keeps every guard: it breaks them least."
         kept = all(guard.kept for guard in self.guards)
-        return [*([] if kept else [hopeless]), *(guard.describe() for guard in self.guards)]
+        return [*([] if kept else [hopeless]), *map(self._guard, self.guards)]
+
+    def _guard(self, guard: GuardResult) -> str:
+        return guard.describe(self.winner.units.get(guard.score, "") if self.rows else "")
 
     def measured(self) -> str | None:
         """A sentence on the unit of the fitness; None: it is that of the metrics."""
@@ -203,19 +248,22 @@ class Result:
 
     def losses(self) -> list[tuple[str, list[Row]]]:
         """For each score `task/metric` that is not the fitness itself, and in which the winner is worse beyond noise:
-        the base and the best parent, as far as they are better."""
+        the base and the parent that is best at it, as far as they are better."""
+        bases = [row for row in self.rows if row.role == "base"]
         by_score = [
-            (score, [row for row in self.rivals if score in row.task_leads and row.task_leads[score].high < 0])
-            for score in self.shares
+            (score, [row for row in (*bases, self._best_parent(score)) if row is not None and _loses(row, score)])
+            for score, share in self.shares.items()
+            if share != 1
         ]
         return [(score, rows) for score, rows in by_score if rows]
 
     def _inherited(self) -> list[str]:
         """A sentence for each of the losses: what the merge inherited that nobody asked for."""
         return [
-            f"On the held-out examples of {_task_of(score)} ({_weighed(score, self.shares[score])}) the evolved model "
-            "is worse than " + " and than ".join(
-                f"{_named(row)} by {-row.task_leads[score].difference:.4f} ({_interval(row.task_leads[score])})"
+            f"On the held-out examples of {_task_of(score)} ({_weighed(score, self.shares[score])}) the winner is "
+            "worse than " + " and than ".join(
+                f"{_named(row, 'parent')} by {-row.task_leads[score].difference:.4f} "
+                f"({_interval(row.task_leads[score], self.winner.units.get(score, ''))})"
                 for row in rows
             ) + "."
             for score, rows in self.losses()
@@ -247,43 +295,53 @@ def nothing_beat(label: str) -> str:
     return f"Nothing that was searched beat the {label}."
 
 
-def verdict(ours: float, row: Row) -> str | None:
-    """The sentence about the winner, whose held-out fitness is `ours`, and a rival; see `Result.verdicts`."""
-    lead, name = row.lead, _named(row)
+def _loses(row: Row, score: str) -> bool:
+    """Return whether the winner is worse than a model in a task, beyond noise."""
+    return score in row.task_leads and row.task_leads[score].high < 0
+
+
+def verdict(winner: Row, row: Row) -> str | None:
+    """The sentence about the winner and a rival, on held-out data; see `Result.verdicts`."""
+    lead, name, ours, unit = row.lead, _named(row), winner.fitness, winner.units.get("fitness", "")
     if not np.isfinite(ours):
-        return f"The evolved model has no finite score on held-out data; {name} has {row.fitness:.4f}."
-    start = "On held-out data the evolved model is"
+        return f"The winner has no finite score on held-out data; {name} has {row.fitness:.4f}."
+    start, remark = "On held-out data the winner is", "" if lead is None else lead.remark
+    if remark == SAME:
+        return f"{start} the same as {name}, example by example: both have {ours:.4f}{_bracketed(unit)}."
+    if remark == TOO_FEW:
+        side = "ahead of" if ours > row.fitness else "behind" if ours < row.fitness else "level with"
+        return f"{start} {side} {name}, {ours:.4f} to {row.fitness:.4f}{_bracketed(unit)}: {TOO_FEW} which is better."
     if ours > row.fitness or not np.isfinite(row.fitness):
         if lead is None:
             return None
         if round(lead.difference, 4) == 0:
-            return f"{start} no better than {name}: both have {ours:.4f}, rounded ({_interval(lead)})."
-        noise = ", which is within noise" if lead.within_noise else ""
-        return f"{start} better than {name} by {lead.difference:.4f}{noise} ({_interval(lead)})."
+            return f"{start} no better than {name}: both have {ours:.4f}, rounded ({_interval(lead, unit)})."
+        noise = f", which is {remark}" if remark else ""
+        return f"{start} better than {name} by {lead.difference:.4f}{noise} ({_interval(lead, unit)})."
     if ours == row.fitness:
-        spread = "" if lead is None or lead.low == lead.high else f" (of the difference, {_interval(lead)})"
+        spread = "" if lead is None else f" (of the difference, {_interval(lead, unit)})"
         return f"{start} only as good as {name}: both have {ours:.4f}{spread}."
     shown = [f"{value:.4f}" for value in (ours, row.fitness)]
     if shown[0] == shown[1]:
         shown = [repr(float(value)) for value in (ours, row.fitness)]
-    noise = "" if lead is None or not lead.within_noise else ", within noise"
-    spread = "" if lead is None else f" (a difference of {lead.difference:.4f}{noise}; {_interval(lead)})"
+    noise = f", {remark}" if remark else ""
+    spread = "" if lead is None else f" (a difference of {lead.difference:.4f}{noise}; {_interval(lead, unit)})"
     return f"{start} worse than {name}: it has {shown[0]}, that has {shown[1]}{spread}."
 
 
-def _sentences(ours: float, row: Row) -> list[str]:
-    """The verdict on the winner, whose held-out fitness is `ours`, and a rival. Judges' votes speak in its place where
+def _sentences(winner: Row, row: Row) -> list[str]:
+    """The verdict on the winner and a rival. Judges' votes speak in its place where
     they are the whole fitness, or too few."""
     judged = [meetings.sentence(_named(row)) for meetings in row.meetings.values()]
-    fitness = verdict(ours, row) if row.meetings.keys() < row.scores.keys() and not row.has_too_few_votes else None
+    fitness = verdict(winner, row) if row.meetings.keys() < row.scores.keys() and not row.has_too_few_votes else None
     return judged if fitness is None else [fitness, *judged]
 
 
-def _named(row: Row) -> str:
+def _named(row: Row, parent: str = "best parent") -> str:
     """A rival in a sentence."""
     named = "" if row.name == row.role else f" {row.name}"
-    by_role = {"base": f"the base{named}", "uniform": "the uniform merge", "greedy": f"the greedy{named}"}
-    return by_role.get(row.role, f"the best parent{named}")
+    by_role = {"base": f"the base{named}", "uniform": f"the {UNIFORM}", "greedy": f"the greedy{named}"}
+    return by_role.get(row.role, f"the {parent}{named}")
 
 
 def _weighed(score: str, share: float) -> str:
@@ -301,8 +359,12 @@ def _metric_of(score: str) -> str:
     return score.rpartition("/")[2]
 
 
-def _interval(lead: Lead) -> str:
-    return f"95% interval {lead.low:.4f} to {lead.high:.4f}"
+def _interval(lead: Lead, unit: str) -> str:
+    return f"{unit}{', ' if unit else ''}95% interval {lead.low:.4f} to {lead.high:.4f}"
+
+
+def _bracketed(unit: str) -> str:
+    return f" ({unit})" if unit else ""
 
 
 def model_name(path: Path) -> str:
@@ -346,8 +408,8 @@ def write_result(result: Result, generations: int, file: Path) -> None:
             "name": row.name,
             "heldout_fitness": row.fitness,
             "heldout_scores": row.scores,
-            # The 95% interval of the winner's lead over the model.
-            **({} if row.lead is None else {"interval": [row.lead.low, row.lead.high]}),
+            # The 95% interval of the winner's lead over the model; null: too few examples to say.
+            **({} if row.lead is None else {"interval": row.lead.interval}),
         }
 
     def of_front(member: FrontMember) -> dict[str, Any]:
@@ -375,12 +437,13 @@ def write_result(result: Result, generations: int, file: Path) -> None:
                 "better": winner.fitness > row.fitness,
                 "winner_heldout_fitness": winner.fitness,
                 "heldout_fitness": row.fitness,
-                "interval": None if row.lead is None else [row.lead.low, row.lead.high],
+                "interval": None if row.lead is None else row.lead.interval,
                 "within_noise": None if row.lead is None else row.lead.within_noise,
             }
             for row in result.rivals
         },
-        # For each task on which the winner is worse beyond noise: the base and the best parent, where these are better.
+        # For each task on which the winner is worse beyond noise: the base and the task's best parent, where these are
+        # better.
         "worse_on": [
             {
                 "score": score,
@@ -393,11 +456,14 @@ def write_result(result: Result, generations: int, file: Path) -> None:
             for score, rows in result.losses()
             for row in rows
         ],
+        # Each task's share of the fitness, by its score; the unit of each score that has one, and of the fitness.
+        "shares": dict(result.shares),
+        "units": dict(winner.units),
         # For each guarded task, on the examples of `chosen_on`.
         **({} if not result.guards else {"guards": list(map(asdict, result.guards))}),
         "verdicts": [*([] if (measured := result.measured()) is None else [measured]), *result.verdicts()],
         "warnings": result.warnings(),
-        "chosen_on": "search" if result.validation is None else "validation",
+        "chosen_on": result.split,
         "search_fitness": dict(zip(compared, (result.search_fitness, result.baseline[1]), strict=True)),
         **validated,
         # A mean counts as its distance from `zero`, in units of `unit`.

@@ -1,21 +1,22 @@
-"""The uncertainty of a difference on the held-out examples: a paired bootstrap interval."""
+"""The uncertainty of a difference on held-out examples: a 95% interval, or that there are too few examples to say."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student
 
-RESAMPLES, CONFIDENCE = 10_000, 0.95
-# The stream of a seed's random numbers that examples are drawn with here.
-BOOTSTRAP_STREAM = 2
-# Entries of a block of drawn examples: its differences stay in a core's cache.
-BLOCK = 2**16
+CONFIDENCE = 0.95
+# The examples of a task below which no outcomes of right and wrong, however one-sided, pass a sign test at 5%.
+FEW = 6
+SAME, TOO_FEW, NOISE = "same", "too few examples to say", "within noise"
 
 
 @dataclass(frozen=True)
 class Lead:
-    """The lead of one model over another in fitness, and its 95% interval, as far as the choice of the examples
-    goes."""
+    """The lead of one model over another, and its 95% interval, as far as the choice of the examples goes: infinite
+    where there are too few examples to say, [0, 0] where the scores are the same example by example."""
 
     difference: float
     low: float
@@ -26,55 +27,65 @@ class Lead:
         """Return whether other examples of the same kind may well have shown the opposite."""
         return self.low <= 0 <= self.high
 
+    @property
+    def remark(self) -> str:
+        """SAME, TOO_FEW or NOISE; empty where the interval does not hold 0."""
+        if self.low == self.high == 0:
+            return SAME
+        return TOO_FEW if math.isinf(self.low) else NOISE if self.within_noise else ""
 
-def leads_over(
-    ours: Sequence[np.ndarray], others: Sequence[Sequence[np.ndarray]], weights: Sequence[float], seed: int
-) -> list[Lead | None]:
-    """The lead of a model over each of the others. ours: for each task its scores float32[N]; others: for each model
-    the same; weights: the weight of each task in the fitness. Deterministic for a seed.
-
-    None where a score is not finite, or where a task has only one example, which says nothing of others.
-    """
-    differences = [[a.astype(np.float64) - b for a, b in zip(ours, scores, strict=True)] for scores in others]
-    finite = [
-        k for k, by_task in enumerate(differences) if all(task.size > 1 and np.isfinite(task).all() for task in by_task)
-    ]
-    leads: list[Lead | None] = [None] * len(others)
-    if finite:
-        stacked = [np.stack([differences[k][t] for k in finite]) for t in range(len(ours))]
-        means = sum(weight * task.mean(axis=1) for weight, task in zip(weights, stacked, strict=True))
-        rng = np.random.default_rng([seed, BOOTSTRAP_STREAM])
-        lows, highs = bootstrap(stacked, weights, rng)
-        for k, mean, low, high in zip(finite, np.asarray(means), lows, highs, strict=True):
-            leads[k] = Lead(float(mean), float(low), float(high))
-    return leads
+    @property
+    def interval(self) -> list[float] | None:
+        """The interval for JSON; None: too few examples to say."""
+        return None if math.isinf(self.low) else [self.low, self.high]
 
 
-def bootstrap(
-    differences: Sequence[np.ndarray],
-    weights: Sequence[float],
-    rng: np.random.Generator,
-    resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The percentile interval of a weighted mean over tasks of the mean over examples: its lower and upper ends,
-    float64[K] each. differences: for each task float64[K, N], of K pairs of models on the same N examples.
+def lead_within(difference: float, interval: Sequence[float] | None) -> Lead:
+    """A lead by its `Lead.interval`."""
+    return Lead(difference, *(interval or (-math.inf, math.inf)))
 
-    Each resample draws as many examples of each task as it has, with replacement and the same for all pairs; so the
-    interval is that of a paired comparison, stratified by task.
-    """
-    drawn = np.zeros((len(differences[0]), resamples))
-    for weight, task in zip(weights, differences, strict=True):
-        pairs, examples = task.shape
-        rows = max(1, BLOCK // examples)
-        taken = np.empty((rows, examples))
-        for begin in range(0, resamples, rows):
-            size = min(rows, resamples - begin)
-            # The drawn numbers do not depend on the size of a block.
-            chosen = rng.integers(examples, size=(size, examples))
-            for k in range(pairs):
-                # No index is out of range; only this mode writes to `out` without a copy.
-                np.take(task[k], chosen, out=taken[:size], mode="clip")
-                drawn[k, begin : begin + size] += weight * taken[:size].mean(axis=1)
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=1)
-    return low, high
+
+def paired_lead(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], weights: Sequence[float]) -> Lead | None:
+    """The lead of a model over another on the same examples; None where a score is not finite. ours, theirs: for each
+    task the scores float[N]; weights: the weight of each task in the fitness."""
+    differences = [a.astype(np.float64) - b for a, b in zip(ours, theirs, strict=True)]
+    if not any(task.any() for task in differences):
+        return Lead(0.0, 0.0, 0.0)
+    binary = list(map(_is_binary, ours, theirs))
+    most = sum(weights) if all(binary) else math.inf
+    return _interval(weights, differences, [(1.0, -1.0) if task else () for task in binary], most)
+
+
+def unpaired_lead(ours: np.ndarray, theirs: np.ndarray) -> Lead | None:
+    """The lead of a model over another that was scored on other examples, float[N] and float[M]; None where a score is
+    not finite."""
+    added, most = ((0.0, 1.0), 1.0) if _is_binary(ours, theirs) else ((), math.inf)
+    return _interval([1.0, -1.0], [ours, theirs], [added, added], most)
+
+
+def _is_binary(*scores: np.ndarray) -> bool:
+    """Return whether every example is right (1) or wrong (0)."""
+    return all(bool(np.isin(values, (0, 1)).all()) for values in scores)
+
+
+def _interval(
+    weights: Sequence[float], samples: Sequence[np.ndarray], added: Sequence[Sequence[float]], most: float
+) -> Lead | None:
+    """A weighted sum of the means of samples, which is `most` at most, with Welch's interval; None where a value is not
+    finite. added: to each sample of outcomes of right and wrong, one more success and one more failure, without which
+    the interval collapses where all outcomes agree (Bonett & Price 2012 for pairs, Agresti & Caffo 2000 else)."""
+    if not all(np.isfinite(sample).all() for sample in samples):
+        return None
+    difference = float(sum(weight * sample.mean() for weight, sample in zip(weights, samples, strict=True)))
+    padded = [np.append(sample, more) for sample, more in zip(samples, added, strict=True)]
+    sizes = np.array(list(map(len, samples)))
+    # Scores that are not right or wrong, and differ by the same on all examples, say nothing of their spread.
+    if sizes.min() < 2 or not any(map(np.ptp, padded)):
+        return Lead(difference, -math.inf, math.inf)
+    squares = np.array([w * w * values.var(ddof=1) / len(values) for w, values in zip(weights, padded, strict=True)])
+    freedom = squares.sum() ** 2 / np.sum(squares**2 / (sizes - 1))
+    half = student.ppf((1 + CONFIDENCE) / 2, freedom) * np.sqrt(squares.sum())
+    centre = sum(weight * values.mean() for weight, values in zip(weights, padded, strict=True))
+    low, high = float(max(centre - half, -most)), float(min(centre + half, most))
+    is_known = sizes.min() >= FEW or not low <= 0 <= high
+    return Lead(difference, low, high) if is_known else Lead(difference, -math.inf, math.inf)

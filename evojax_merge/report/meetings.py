@@ -41,7 +41,7 @@ class Meetings:
     def sentence(self, name: str) -> str:
         """The votes against the model of a name, and what they say."""
         same = f" (to {self.same} more prompts both give the same answer)" if self.same else ""
-        of = f"Judges preferred the evolved model to {name} in {self.won} of {self.votes} held-out meetings"
+        of = f"Judges preferred the winner to {name} in {self.won} of {self.votes} held-out meetings"
         if self.too_few:
             return f"{of}{same}: {TOO_FEW_VOTES}."
         return f"{of}, {name} in {self.lost}, and neither in {self.neither}{same}; its share: {self.share()}."

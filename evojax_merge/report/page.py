@@ -27,9 +27,11 @@ from evojax_merge.report.answers import read_answers
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.drawings import Layer, family_tree, path_drawing
 from evojax_merge.report.parameters import read_parameters
+from evojax_merge.report.progress import format_seconds
 from evojax_merge.report.publication import Publication
 from evojax_merge.report.run_data import RunData, read_run
 from evojax_merge.report.run_tables import (
+    Table,
     differences,
     facts,
     front_table,
@@ -140,19 +142,19 @@ def _run_page(run: RunData, refresh: bool, made: Any, publication: Publication |
     )  # fmt: skip
 
 
-def compare_page(runs: Mapping[str, RunData]) -> str:
-    """The page of several runs, by their names."""
+def compare_page(runs: Mapping[str, RunData], gaps: Table | None) -> str:
+    """The page of several runs, by their names. gaps: their `gaps_table`."""
     from evojax_merge.report import charts as made
 
     charts = Charts()
     if any(run.fitness_rows for run in runs.values()):
-        charts.specs["by-generation"] = made.compared_fitness(runs, "generation")
-        charts.specs["by-evaluations"] = made.compared_fitness(runs, "evaluations")
+        charts.add("best", [made.compared_fitness(runs, by_time) for by_time in (False, True)])
     if any(run.result is not None and run.result.winner is not None for run in runs.values()):
         charts.specs["heldout"] = made.compared_heldout(runs)
     return _render(
         "compare_page.html", charts, None, False,
         title=f"{len(runs)} runs compared", runs=runs_table(runs), heldout=winners_table(runs),
+        gaps=gaps,
         differences=differences(runs), minibatches=[name for name, run in runs.items() if _takes_minibatches(run)],
         notes=[
             *filter(None, [task_note(runs)]), *(f"{name}: {note}" for name, run in runs.items() for note in notes(run)),
@@ -185,7 +187,7 @@ def _templates() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    filters: dict[str, Any] = {"number": _number, "cell": _cell, "breakable": _breakable}
+    filters: dict[str, Any] = {"number": _number, "cell": _cell, "breakable": _breakable, "duration": format_seconds}
     environment.filters |= filters
     return environment
 

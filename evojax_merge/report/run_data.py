@@ -15,7 +15,7 @@ from evojax_merge.errors import InputError, escaped
 from evojax_merge.file_system import may_replace
 from evojax_merge.regular_file import open_regular, read_regular
 from evojax_merge.report.comparison import Row, verdict
-from evojax_merge.report.intervals import Lead
+from evojax_merge.report.intervals import Lead, lead_within
 from evojax_merge.run import method_in
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_lock import check_not_in_use
@@ -80,24 +80,27 @@ class Result(StoredResult):
             rival = self.better_than.get(scored.role)
             if rival is None or rival.name != scored.name or self.winner is None:
                 continue
-            lead = self.lead_over(scored)
-            rows.append(Row(scored.role, scored.name, scored.heldout_fitness, scored.heldout_scores, lead))
+            scores, lead = scored.heldout_scores, lead_over(self, scored)
+            rows.append(Row(scored.role, scored.name, scored.heldout_fitness, scores, lead, units=self.units))
         return rows
-
-    def lead_over(self, scored: Scored) -> Lead | None:
-        """The winner's lead over a model of the table; None where there is no interval."""
-        interval = self.interval_over(scored)
-        if self.winner is None or interval is None:
-            return None
-        return Lead(self.winner.heldout_fitness - scored.heldout_fitness, *interval)
 
     @property
     def verdicts(self) -> list[str]:
         if self.sentences:
             return self.sentences
-        ours = None if self.winner is None else self.winner.heldout_fitness
-        sentences = [] if ours is None else [verdict(ours, row) for row in self.rivals]
+        if self.winner is None:
+            return []
+        ours = Row("winner", self.winner.name, self.winner.heldout_fitness, {}, units=self.units)
+        sentences = [verdict(ours, row) for row in self.rivals]
         return [sentence for sentence in sentences if sentence is not None]
+
+
+def lead_over(result: StoredResult, scored: Scored) -> Lead | None:
+    """The winner's lead over a model of the table; None where none is known."""
+    interval = result.interval_over(scored)
+    if result.winner is None or (interval is None and "interval" not in scored.model_fields_set):
+        return None
+    return lead_within(result.winner.heldout_fitness - scored.heldout_fitness, interval)
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ from rich.table import Table as TerminalTable
 
 from evojax_merge.config import Budget, parse_budget
 from evojax_merge.errors import escaped, escaped_lines
-from evojax_merge.report.comparison import chosen_on, nothing_beat
+from evojax_merge.report.answers import winner_scores
+from evojax_merge.report.comparison import chosen_on, label_of, nothing_beat, titled
 from evojax_merge.report.drawings import parameter_text
+from evojax_merge.report.intervals import paired_lead, unpaired_lead
 from evojax_merge.report.progress import cell, drawn, format_seconds
-from evojax_merge.report.run_data import Result, RunData
+from evojax_merge.report.run_data import Result, RunData, lead_over
 from evojax_merge.report.tables import LEAD, lead_cell
 
 # The rows of a table of keys, and the keys that a sentence lists.
 MOST_ROWS, MOST_UNLIKE = 400, 6
-# The shares beside each figure at the top of a page.
-MOST_SHARES = 2
 
 
 @dataclass(frozen=True)
@@ -74,50 +74,40 @@ def facts(run: RunData) -> str:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure at the top of a page. shares: beside it the model's scores that are shares, such as an accuracy, by
-    `task/metric`."""
+    """A figure at the top of a page. scores: below it one for each task, by its heading."""
 
     label: str
     value: float | None
+    unit: str = ""
     is_winner: bool = False
-    shares: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 def headline(run: RunData) -> list[Figure]:
-    """The figures at the top of a run's page."""
+    """The figures at the top of a run's page: of each model one for each task, where the fitness is not it."""
     result, best = run.result, run.best
     if result is None:
-        return [] if best is None else [Figure(f"{best.name}, {best.where}", best.value, True)]
-    if not result.table:
+        return [] if best is None else [Figure(f"{best.name}, {best.where}", best.value, is_winner=True)]
+    unit = escaped(result.units.get("fitness", ""))
+    if not result.table or result.winner is None:
         scores = result.validation_fitness or result.search_fitness
         label = f"winner, {result.chosen_on} split"
-        return [Figure(label, value, True) for name, value in scores.items() if name == "winner"]
-    names = _shares(result)
-
-    def shares(scores: Mapping[str, float]) -> dict[str, float]:
-        return {escaped(name): scores[name] for name in names}
-
+        return [Figure(label, value, unit, True) for name, value in scores.items() if name == "winner"]
     winner = result.winner
-    figures = []
-    if winner is not None:
-        figures.append(Figure("winner, held out", winner.heldout_fitness, True, shares(winner.heldout_scores)))
-    for row in sorted(result.rivals, key=lambda row: -row.fitness):
-        roles = {"uniform": "uniform merge", "parent": f"best parent {row.name}", "greedy": f"greedy {row.name}"}
-        role = roles.get(row.role, "base")
-        figures.append(Figure(f"{escaped(role)}, held out", row.fitness, shares=shares(row.scores)))
-    return figures
-
-
-def _shares(result: Result) -> list[str]:
-    """The first scores of the table that are from 0 to 1 for all models, and are not the fitness itself."""
-    rows = result.table
     names = [
         name
-        for name in rows[0].heldout_scores
-        if all(0 <= row.heldout_scores.get(name, -1) <= 1 for row in rows)
-        and any(row.heldout_scores[name] != row.heldout_fitness for row in rows)
+        for name in result.shares or winner.heldout_scores
+        if any(row.heldout_scores.get(name) != row.heldout_fitness for row in result.table)
     ]
-    return names[:MOST_SHARES]
+
+    def scores_of(scores: Mapping[str, float]) -> dict[str, float]:
+        return {escaped(titled(name, result.units)): scores[name] for name in names if name in scores}
+
+    figures = [Figure("winner, held out", winner.heldout_fitness, unit, True, scores_of(winner.heldout_scores))]
+    for row in sorted(result.rivals, key=lambda row: -row.fitness):
+        role = {"parent": f"best parent {row.name}", "base": "base"}.get(row.role, label_of(row.role, row.name))
+        figures.append(Figure(f"{escaped(role)}, held out", row.fitness, unit, scores=scores_of(row.scores)))
+    return figures
 
 
 def sentences(result: Result) -> list[str]:
@@ -131,7 +121,8 @@ def _chosen_on(result: Result) -> list[str]:
     if "winner" not in scores:
         return []
     more = f", {texts[0]}" if texts else ""
-    lines = [f"{chosen_on(result.chosen_on)}: there it scored {scores['winner']:.4f}{more}."]
+    unit = f" ({escaped(result.units['fitness'])})" if "fitness" in result.units else ""
+    lines = [f"{chosen_on(result.chosen_on)}: there it scored {scores['winner']:.4f}{unit}{more}."]
     lines += [
         nothing_beat(escaped(name)) for name, value in scores.items() if name != "winner" and scores["winner"] <= value
     ]
@@ -156,15 +147,15 @@ def heldout_table(result: Result) -> Table:
     scores = list(dict.fromkeys(name for scored in result.table for name in scored.heldout_scores))
     rows = [
         [
-            scored.label,
+            label_of(scored.role, scored.name),
             scored.heldout_fitness,
-            lead_cell(result.lead_over(scored), result.is_judged and scored.role != "winner"),
+            lead_cell(lead_over(result, scored), has_too_few_votes=result.is_judged and scored.role != "winner"),
             *(scored.heldout_scores.get(name) for name in scores),
         ]
         for scored in result.table
     ]
     winner = next((number for number, scored in enumerate(result.table) if scored.role == "winner"), None)
-    columns = ["model", "fitness", LEAD, *scores]
+    columns = ["model", titled("fitness", result.units), LEAD, *(titled(name, result.units) for name in scores)]
     return Table(columns, rows, frozenset(range(1, len(columns))), winner)
 
 
@@ -179,8 +170,8 @@ def front_table(result: Result | None) -> Table | None:
         for member in result.members
     ]  # fmt: skip
     columns = [
-        "member", f"fitness, {result.chosen_on}", *(f"{name}, {result.chosen_on}" for name in names),
-        "fitness, held out", *(f"{name}, held out" for name in heldout),
+        "member", *(f"{titled(name, result.units)}, {result.chosen_on}" for name in ("fitness", *names)),
+        *(f"{titled(name, result.units)}, held out" for name in ("fitness", *heldout)),
     ]  # fmt: skip
     winner = next((k for k, member in enumerate(result.members) if member.genome == result.genome), None)
     return Table(columns, rows, frozenset(range(len(columns))), winner)
@@ -231,23 +222,52 @@ def runs_table(runs: Mapping[str, RunData]) -> Table:
         best = [row.fitness for row in run.result.rivals if row.role == "parent"] if run.result is not None else []
         rows.append(
             [name, run.method, run.state, progress_cell(run), best_cell(run),
-             None if winner is None else winner.heldout_fitness, best[0] if best else None, run.seconds]
+             None if winner is None else winner.heldout_fitness,
+             best[0] if best else None, _worse_on(run), format_seconds(run.seconds)]
         )  # fmt: skip
     columns = [
-        "run", "method", "state", "generations", "best fitness", "winner, held out", "best parent, held out", "seconds",
+        "run", "method", "state", "generations", "best fitness", "winner, held out", "best parent, held out",
+        "worse on", "time",
     ]  # fmt: skip
-    return Table(columns, rows, frozenset({3, 4, 5, 6, 7}))
+    return Table(columns, rows, frozenset({3, 4, 5, 6, 8}))
+
+
+def _worse_on(run: RunData) -> str | None:
+    """The tasks on which the winner is worse than the base or a parent, beyond noise."""
+    if run.result is None or not run.result.shares:
+        return None
+    return ", ".join(dict.fromkeys(loss.score.rpartition("/")[0] for loss in run.result.worse_on)) or "none"
 
 
 def winners_table(runs: Mapping[str, RunData]) -> Table:
-    winners = {name: run.result.winner for name, run in runs.items() if run.result is not None and run.result.winner}
-    scores = list(dict.fromkeys(score for winner in winners.values() if winner for score in winner.heldout_scores))
+    results = {name: run.result for name, run in runs.items() if run.result is not None and run.result.winner}
+    winners = {name: result.winner for name, result in results.items() if result.winner is not None}
+    units = {score: unit for result in results.values() for score, unit in result.units.items()}
+    scores = list(dict.fromkeys(score for winner in winners.values() for score in winner.heldout_scores))
     rows = [
         [name, winner.heldout_fitness, *(winner.heldout_scores.get(score) for score in scores)]
         for name, winner in winners.items()
-        if winner is not None
     ]
-    return Table(["run", "fitness", *scores], rows, frozenset(range(1, 2 + len(scores))))
+    columns = ["run", *(titled(score, units) for score in ("fitness", *scores))]
+    return Table(columns, rows, frozenset(range(1, len(columns))))
+
+
+def gaps_table(runs: Mapping[str, RunData]) -> Table | None:
+    """The lead of each later run's winner over the first run's on every task that both scored by the same metric; None
+    where no two winners have such a task."""
+    (first, theirs), *others = ((name, winner_scores(run)) for name, run in runs.items())
+    units = {score: unit for run in runs.values() if run.result for score, unit in run.result.units.items()}
+    rows = []
+    for name, ours in others:
+        for score in (score for score in ours if score in theirs):
+            (examples, scores), (their_examples, their_scores) = ours[score], theirs[score]
+            if examples == their_examples:
+                lead, how = paired_lead([scores], [their_scores], [1.0]), f"the same {len(scores)}, paired"
+            else:
+                lead = unpaired_lead(scores, their_scores)
+                how = f"{len(scores)} and {len(their_scores)} others, unpaired"
+            rows.append([name, titled(score, units), lead_cell(lead), how])
+    return Table(["run", "task", f"ahead of {first} by (95% interval)", "examples"], rows) if rows else None
 
 
 def task_note(runs: Mapping[str, RunData]) -> str | None:

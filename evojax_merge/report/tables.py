@@ -5,57 +5,56 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from evojax_merge.errors import escaped
-from evojax_merge.report.comparison import Row
-from evojax_merge.report.intervals import Lead
+from evojax_merge.report.comparison import Row, label_of, titled
+from evojax_merge.report.intervals import SAME, TOO_FEW, Lead
 from evojax_merge.report.meetings import TOO_FEW_VOTES
 from evojax_merge.report.progress import cell
 
 LEAD = "winner ahead by (95% interval)"
 
 
-def score_columns(rows: Sequence[Row]) -> list[str]:
-    return list(rows[0].scores)
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """The headings behind the models' names."""
+    leads = [LEAD] if any(lead_cell(row.lead, has_too_few_votes=row.has_too_few_votes) for row in rows) else []
+    return [titled("fitness", rows[0].units), *leads, *(titled(score, rows[0].units) for score in rows[0].scores)]
+
+
+def _cells(row: Row, columns: int) -> list[str]:
+    """The cells below `_columns`."""
+    leads = [lead_cell(row.lead, has_too_few_votes=row.has_too_few_votes)] if columns > 1 + len(row.scores) else []
+    return [f"{row.fitness:.4f}", *leads, *(f"{value:.4f}" for value in row.scores.values())]
 
 
 def terminal_table(rows: Sequence[Row], title: str | None = None) -> Table:
     """A table of scores. Names stand in it unchanged, whichever console prints it: `[/INST]` is a name, not markup."""
     table = Table(title=None if title is None else cell(title, "table.title"), title_justify="left")
     table.add_column("model")
-    table.add_column("fitness", justify="right")
-    leads = [LEAD] if any(lead_cell(row.lead, row.has_too_few_votes) for row in rows) else []
-    for column in leads:
-        table.add_column(column, justify="right")
-    for column in score_columns(rows):
-        table.add_column(cell(column), justify="right")
+    columns = _columns(rows)
+    for column in columns:
+        table.add_column(cell(column), justify="right", overflow="fold")
     for row in rows:
-        style = "bold" if row.role == "winner" else ""
-        numbers = [f"{row.scores[column]:.4f}" for column in score_columns(rows)]
-        table.add_row(
-            cell(row.label()),
-            f"{row.fitness:.4f}",
-            *(lead_cell(row.lead, row.has_too_few_votes) for _ in leads),
-            *numbers,
-            style=style,
-        )
+        cells = _cells(row, len(columns))
+        table.add_row(cell(label_of(row.role, row.name)), *cells, style="bold" if row.role == "winner" else "")
     return table
 
 
-def lead_cell(lead: Lead | None, has_too_few_votes: bool = False) -> str:
-    """The winner's lead over a row's model; `noise` where the interval holds 0."""
+def lead_cell(lead: Lead | None, digits: str = ".4f", has_too_few_votes: bool = False) -> str:
+    """The winner's lead over a row's model, its interval, and `Lead.remark`."""
     if lead is None:
         return TOO_FEW_VOTES if has_too_few_votes else ""
-    interval = f"{lead.difference:+.4f} ({lead.low:.4f} to {lead.high:.4f})"
-    return f"{interval}, noise" if lead.within_noise else interval
+    if lead.remark == SAME:
+        return SAME
+    interval = "" if lead.remark == TOO_FEW else f" ({lead.low:{digits}} to {lead.high:{digits}})"
+    return f"{lead.difference:+{digits}}{interval}" + (f", {lead.remark}" if lead.remark else "")
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    leads = [LEAD] if any(lead_cell(row.lead, row.has_too_few_votes) for row in rows) else []
-    columns = ["fitness", *leads, *score_columns(rows)]
+    columns = _columns(rows)
     lines = [f"| model | {' | '.join(map(_cell, columns))} |", "| --- |" + " ---: |" * len(columns)]
     for row in rows:
-        numbers = [f"{row.scores[column]:.4f}" for column in score_columns(rows)]
-        cells = [f"{row.fitness:.4f}", *(lead_cell(row.lead, row.has_too_few_votes) for _ in leads), *numbers]
-        lines.append(f"| {_cell(row.label('`'))} | " + " | ".join(cells) + " |")
+        # A name in a label is none of Markdown's marks.
+        label = label_of(row.role, row.name).replace(f"{row.role} {row.name}", f"{row.role} `{row.name}`")
+        lines.append(f"| {_cell(label)} | {' | '.join(_cells(row, len(columns)))} |")
     return "\n".join(lines)
 
 

@@ -133,8 +133,8 @@ class AnswerLine(Stored):
 
 
 class Scored(Stored):
-    """A model in the table of result.json. interval: of the winner's lead over it; a run of an earlier version has
-    those of the rivals alone, in `better_than`."""
+    """A model in the table of result.json. interval: of the winner's lead over it, None where it is given: too few
+    examples to say; a run of an earlier version has those of the rivals alone, in `better_than`."""
 
     role: str
     name: str
@@ -142,15 +142,16 @@ class Scored(Stored):
     heldout_scores: dict[str, Score] = {}
     interval: Interval | None = None
 
-    @property
-    def label(self) -> str:
-        """The name, with the role before it where the name does not say it."""
-        return self.name if self.role in ("winner", "uniform", self.name) else f"{self.role} {self.name}"
-
 
 class Rival(Stored):
     name: str
     interval: Interval | None = None
+
+
+class Loss(Stored):
+    """A task on which the winner is worse than a model."""
+
+    score: str
 
 
 class FrontMember(Stored):
@@ -197,6 +198,10 @@ class StoredResult(Stored):
     generations: Count = 0
     table: Annotated[list[Scored], Field(max_length=MAX_MEMBERS)] = []
     better_than: dict[str, Rival] = {}
+    worse_on: list[Loss] = []
+    # Of an earlier version's run both are empty.
+    shares: dict[str, Number] = {}
+    units: dict[str, str] = {}
     chosen_on: Literal["search", "validation"] = "search"
     search_fitness: dict[str, Score] = {}
     validation_fitness: dict[str, Score] = {}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from pydantic import Field
@@ -22,7 +22,7 @@ from evojax_merge.schema import Text, Whole
 from evojax_merge.tasks.language import check_language, language_of
 from evojax_merge.tasks.patterns import check_pattern, find_all
 from evojax_merge.tasks.prompts import PromptConfig
-from evojax_merge.tasks.task import Opening, Place, Responses, TaskDefaults, TaskKind, TaskRequests
+from evojax_merge.tasks.task import SHARE_RIGHT, Opening, Place, Responses, TaskDefaults, TaskKind, TaskRequests
 from evojax_merge.tasks.templates import check_names_field, check_stop
 from evojax_merge.tasks.text import (
     TextTask,
@@ -92,6 +92,12 @@ class GenerationTask(TaskDefaults):
     `pattern`: an expression whose last match in an output is compared; None: the whole output is. `accepted`: for each
     example further right answers; `language`: the only one whose answers count, where the target is not in another one
     (None: any does)."""
+
+    units: ClassVar = {
+        **dict.fromkeys(("exact_match", "contains", "regex", "json"), SHARE_RIGHT), "rouge_l": "ROUGE-L, 0 to 1",
+        "rouge_l_mecab": "ROUGE-L, 0 to 1", "chrf": "chrF, 0 to 1", "bleu": "BLEU, 0 to 1", "anls": "ANLS, 0 to 1",
+        "vqa_accuracy": "VQA accuracy, 0 to 1",
+    }  # fmt: skip
 
     text: TextTask
     metric: Metric

@@ -11,7 +11,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -24,6 +24,7 @@ from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
 from evojax_merge.tasks.prompts import chat_template, encode_prompt
 from evojax_merge.tasks.records import Record, Source
 from evojax_merge.tasks.task import (
+    SHARE_RIGHT,
     Opening,
     Place,
     Responses,
@@ -161,6 +162,11 @@ class GsmTask(TaskDefaults):
     """A task (tasks.task) of worked problems. `fewshot_examples`: the problems that are shown with their answers before
     every question, the same for all, as turns of the chat where `chat`. `system`: the beginning of a chat. `sources`:
     the config's keys that name sources, with these, files by their absolute paths."""
+
+    units: ClassVar = {
+        **dict.fromkeys(("accuracy", "strict", "flexible"), SHARE_RIGHT), "language": "share in the language",
+        "brevity": "minus characters",
+    }  # fmt: skip
 
     name: str
     weight: float

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import yaml
@@ -31,6 +31,7 @@ from evojax_merge.tasks.images import RecordImage, expand_images, images_of, num
 from evojax_merge.tasks.patterns import SECONDS, LimitedRegex, TooSlow, time_limit
 from evojax_merge.tasks.prompts import Written, chat_template, encode_alone, prefix_token
 from evojax_merge.tasks.task import (
+    SHARE_RIGHT,
     Opening,
     Responses,
     Row,
@@ -208,6 +209,8 @@ class HarnessTask(TaskDefaults):
     """A task (tasks.task) of the harness on some of its examples. `metric` is in the harness's notation,
     `exact_match,flexible-extract`: the metric and the filter that the answers go through first.
     """
+
+    units: ClassVar = dict.fromkeys(("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"), SHARE_RIGHT)
 
     name: str
     metric: str

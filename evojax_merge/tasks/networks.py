@@ -22,7 +22,7 @@ from evojax_merge.tasks.function import UserFunction, load_function
 from evojax_merge.tasks.images import ELSEWHERE, image_content, open_image
 from evojax_merge.tasks.records import Record, read_file
 from evojax_merge.tasks.task import IMAGES as IMAGES_FROM
-from evojax_merge.tasks.task import Derivative, Opening, Place, TaskConfig, TaskDefaults, TaskKind
+from evojax_merge.tasks.task import SHARE_RIGHT, Derivative, Opening, Place, TaskConfig, TaskDefaults, TaskKind
 
 Kind = Literal["classification", "regression", "text_to_text", "transcription", "similarity", "retrieval", "network"]
 # The kinds of inputs that a record of each kind of task may have.
@@ -195,6 +195,12 @@ class NetworkTask(TaskDefaults):
     of a retrieval; function: a user's own."""
 
     backend: ClassVar[str] = "torch"
+    units: ClassVar = {
+        "accuracy": SHARE_RIGHT, "exact_match": SHARE_RIGHT, "negative_word_error_rate": "minus the word error rate",
+        "negative_squared_error": "minus the squared error", "negative_absolute_error": "minus the absolute error",
+        "spearman": "correlation", "pearson": "correlation", "ndcg": "nDCG, 0 to 1", "recall": "share retrieved",
+        "reciprocal_rank": "reciprocal rank, 0 to 1", "log_probability": "log-probability",
+    }  # fmt: skip
 
     name: str
     kind: Kind

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -79,6 +79,8 @@ class RubricJudge:
 @dataclass(frozen=True)
 class RubricTask(TextRecordsTask):
     """A task (tasks.task) whose metric, `log_odds`, is a judge's verdict."""
+
+    units: ClassVar = {METRIC: "log-odds of the good verdict"}
 
     judge: RubricJudge
 

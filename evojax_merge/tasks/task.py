@@ -7,10 +7,10 @@ YAML.
 """
 
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import jax
 import numpy as np
@@ -168,8 +168,15 @@ def about_backend(task: Any, lacking: str) -> str:
     return f"tasks of kind: {kind} are for backend: {backend}"
 
 
+# The unit of metrics of several kinds.
+SHARE_RIGHT = "share right"
+
+
 class TaskDefaults:
     """Members of `Task` that many kinds have no use for."""
+
+    # The unit of each metric that has one, in the words of tables; a metric's filter (`acc,none`) is not named.
+    units: ClassVar[Mapping[str, str]] = {}
 
     @property
     def is_divisible(self) -> bool:

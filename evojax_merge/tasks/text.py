@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import BeforeValidator, Field
@@ -34,6 +34,7 @@ from evojax_merge.tasks.prompts import (
 )
 from evojax_merge.tasks.records import Record, Source, read_source
 from evojax_merge.tasks.task import (
+    SHARE_RIGHT,
     Derivative,
     Opening,
     Place,
@@ -124,6 +125,11 @@ class TextTask(TaskDefaults):
     source of the examples by its name; `fewshot_file`: that of the shown examples, where it is another one;
     `data_files`: the files that both were read from.
     """
+
+    units: ClassVar = {
+        "log_probability": "log-probability per token", "margin": "log-probability", "brevity": "minus characters",
+        **dict.fromkeys(("accuracy", "acc_norm", "acc_bytes", "acc_mutual_info"), SHARE_RIGHT),
+    }  # fmt: skip
 
     name: str
     kind: Kind
