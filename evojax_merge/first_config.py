@@ -1,8 +1,12 @@
-"""The commented config of a first search: the kind of task by the data's fields, and the text of the file."""
+"""The commented config of a first search: the kind of task by the data's fields, and the text of the file.
+
+As many parameters are searched as the examples carry: one for every `EXAMPLES_PER_PARAMETER` of them, the rule of thumb
+of regressions. A merge that has more of them than that is fitted to its examples, and its held-out scores fall behind.
+"""
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +15,13 @@ import yaml
 from merge_kernels import Method, Parameter
 
 from evojax_merge.errors import InputError, shown
+from evojax_merge.tasks.arrays import read_examples
 from evojax_merge.tasks.gsm import read_problem
 from evojax_merge.tasks.harness import is_benchmark
+from evojax_merge.tasks.networks import IMAGES
 from evojax_merge.tasks.prompts import read_turns
-from evojax_merge.tasks.records import FORMS, Record, is_file_name
+from evojax_merge.tasks.records import FORMS, Record, is_file_name, read_file
+from evojax_merge.tasks.templates import check_template, fill
 
 # Fields of a prompt and of what follows it, by the names that data sets have for them.
 PAIRS = (
@@ -24,15 +31,27 @@ PAIRS = (
 )  # fmt: skip
 CHOICES, ANSWERS, STEMS = ("choices", "options"), ("answer", "answerKey", "label", "gold"), ("question", "prompt")
 TEXTS = ("text", "content")
+# Fields of examples of networks: of pictures, texts, recordings and what is right about them; of pairs of texts.
+PICTURES = ("image", "img", "picture", "photo", "file_name", "filename", "path", "file")
+SENTENCES = ("text", "sentence", "content", "review", "question", "input", "prompt", "instruction")
+RECORDINGS = ("audio", "path", "file", "file_name")
+RIGHT = ("label", "labels", "class", "category", "target", "score", "answer", "output", "completion", "y")
+WRITTEN = ("target", "summary", "translation", "output", "answer", "text", "sentence", "transcription")
+DRAWN = ("prompt", "caption", "text")
+TWO_TEXTS = (("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("text1", "text2"), ("premise", "hypothesis"))
+QUERIES, DOCUMENTS = ("query", "question", "anchor"), ("document", "positive", "documents", "passage", "answer")
+SIMILARITIES = ("score", "similarity_score", "similarity", "label")
 # Fields of conversations.
 CHATS = ("messages", "conversations")
 EXPECTED = (
     "question and answer, prompt and completion (or instruction and output, and the like), choices and answer, "
-    "messages, or text"
+    "messages, or text; or name its fields by --prompt and --target"
 )
 NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?")
-# Groups of neighbouring layers that share their parameters: enough to tell the ends from the middle.
+# Groups of neighbouring layers that share their parameters at most: enough to tell the ends from the middle.
 LAYER_GROUPS = 8
+EXAMPLES_PER_PARAMETER = 10
+HELDOUT, VALIDATION = 0.2, 0.25
 COMMENT_COLUMN = 41
 # The first line of a file that `init` wrote.
 HEAD = re.compile(rb"# A search for the best merge of \d+ parents; all keys: evojax-merge keys all\n")
@@ -56,6 +75,11 @@ class TaskSection:
     """The section of a task: its keys in order, with their comments."""
 
     lines: tuple[Line, ...]
+
+    @property
+    def unscored(self) -> int:
+        """The examples that are shown with their answers."""
+        return next((value for key, value, _ in self.lines if key == "num_fewshot"), 0)
 
     @property
     def uses_template(self) -> bool:
@@ -84,11 +108,41 @@ class ModelTemplates:
 # The kind of task
 
 
-def task_for_records(source: str, records: Sequence[Record], templates: ModelTemplates) -> TaskSection:
-    """The section of a task on these records, by the fields of the first. source: the reference to the data. Raises
-    InputError where the fields say no kind of task, and where conversations cannot be scored as plain text."""
+@dataclass(frozen=True)
+class Fields:
+    """The fields of an example that the user has named: of its prompt, or input, and of what is right about it."""
+
+    prompt: tuple[str, ...] = ()
+    target: tuple[str, ...] = ()
+
+    def templates(self, record: Record) -> tuple[str, str]:
+        """The templates of the prompt and the target: a line for each field. Raises InputError for a name that the
+        record does not have, or that holds no text."""
+        for flag, names in (("--prompt", self.prompt), ("--target", self.target)):
+            for name in names:
+                check_template(f"{flag} {name}", f"{{{name}}}")
+                fill(record.where, flag, f"{{{name}}}", record.fields)
+        if not self.target:
+            raise _missing("--target", record.where, record.fields)
+        prompt, target = ("\n".join(f"{{{name}}}" for name in names) for names in (self.prompt, self.target))
+        return prompt, target
+
+
+def _missing(flag: str, where: str, fields: Mapping[str, Any]) -> InputError:
+    names = ", ".join(map(str, list(fields)[:12])) or "none"
+    return InputError(flag, f"missing; {where} has the fields {names}: say which one it is")
+
+
+def task_for_records(
+    source: str, records: Sequence[Record], templates: ModelTemplates, named: Fields = Fields()
+) -> TaskSection:
+    """The section of a task of language models on these records, by the fields that are named, else by those of the
+    first. source: the reference to the data. Raises InputError where the fields say no kind of task, and where
+    conversations cannot be scored as plain text."""
     record = records[0]
     fields = record.fields
+    if named != Fields():
+        return _pair(source, *named.templates(record), record, templates)
     choices = next((name for name in CHOICES if name in fields), None)
     if choices is not None:
         return _multiple_choice(source, record, choices, templates)
@@ -99,7 +153,10 @@ def task_for_records(source: str, records: Sequence[Record], templates: ModelTem
         return _chat(source, chat, templates) if templates.owner else _plain_chat(source, chat, records)
     pair = next((pair for pair in PAIRS if {*pair} <= fields.keys()), None)
     if pair is not None:
-        return _pair(source, fields, *pair, templates)
+        template = _question(pair[0], templates) if pair[0] == "question" else f"{{{pair[0]}}}"
+        if pair[0] == "instruction" and isinstance(fields.get("input"), str):
+            template += "\n{input}"
+        return _pair(source, template, f"{{{pair[1]}}}", record, templates)
     text = next((name for name in TEXTS if name in fields), None)
     if text is not None:
         prompt = ("prompt", "", "the whole text is predicted")
@@ -172,7 +229,7 @@ def _problems(source: str, records: Sequence[Record], templates: ModelTemplates)
         ("name", "problems", "what the task is called in tables"),
         ("kind", "gsm", "worked problems with a number as answer, as in GSM8K"),
         ("source", source, _form(source)),
-        ("heldout", 0.2, "this share is never searched on; or a second source"),
+        ("heldout", HELDOUT, "this share is never searched on; or a second source"),
         ("match", "strict" if worked else "flexible", "strict: the number after ####; flexible: the last"),
         *templates.lines(),
     ]
@@ -196,7 +253,7 @@ def _multiple_choice(source: str, record: Record, choices: str, templates: Model
             ("name", "choices", "what the task is called in tables"),
             ("kind", "multiple_choice", "the most likely of the choices is the answer"),
             ("file", source, _form(source)),
-            ("heldout", 0.2, "this share is never searched on; or a second file"),
+            ("heldout", HELDOUT, "this share is never searched on; or a second file"),
             *templates.lines(),
             ("prompt", _question(stem, templates), "a template over a record's fields"),
             ("choices", choices, "the field with the choices"),
@@ -211,15 +268,13 @@ def _question(field: str, templates: ModelTemplates) -> str:
     return f"{{{field}}}" if templates.is_shared else f"Question: {{{field}}}\nAnswer:"
 
 
-def _pair(source: str, fields: Mapping[str, Any], prompt: str, target: str, templates: ModelTemplates) -> TaskSection:
-    template = _question(prompt, templates) if prompt == "question" else f"{{{prompt}}}"
-    if prompt == "instruction" and isinstance(fields.get("input"), str):
-        template += "\n{input}"
-    answer = str(fields[target]).rpartition("####")
+def _pair(source: str, prompt: str, target: str, record: Record, templates: ModelTemplates) -> TaskSection:
+    """The section of a task on prompts and targets, by their templates."""
+    answer = fill(record.where, "target", target, record.fields).rpartition("####")
     lines: list[Line] = [
         *templates.lines(),
-        ("prompt", template, "a template over a record's fields"),
-        ("target", f"{{{target}}}", "what should follow it"),
+        ("prompt", prompt, "a template over a record's fields" if prompt else "the whole text is predicted"),
+        ("target", target, "what should follow it"),
     ]
     if NUMBER.fullmatch(answer[2].strip()) is None:
         return _likelihood(source, lines)
@@ -230,7 +285,7 @@ def _pair(source: str, fields: Mapping[str, Any], prompt: str, target: str, temp
             ("name", "answers", "what the task is called in tables"),
             ("kind", "exact_match", "right where the last number is the target's (whole texts: pattern: ^(.+)$)"),
             ("file", source, _form(source)),
-            ("heldout", 0.2, "this share is never searched on; or a second file"),
+            ("heldout", HELDOUT, "this share is never searched on; or a second file"),
             *lines,
             ("max_new_tokens", written, "how much a model may write"),
         )
@@ -243,7 +298,7 @@ def _likelihood(source: str, lines: Sequence[Line]) -> TaskSection:
             ("name", "text", "what the task is called in tables"),
             ("kind", "likelihood", "the mean log-probability of the target's tokens; answers to find: exact_match"),
             ("file", source, _form(source)),
-            ("heldout", 0.2, "this share is never searched on; or a second file"),
+            ("heldout", HELDOUT, "this share is never searched on; or a second file"),
             *lines,
         )
     )
@@ -253,11 +308,121 @@ def task_of_harness(name: str, templates: ModelTemplates) -> TaskSection:
     """The section of a task of lm-eval."""
     lines: list[Line] = [
         ("lm_eval", name, "the task's name in lm-eval"),
-        ("heldout", 0.2, "this share is never searched on; or a second task"),
+        ("heldout", HELDOUT, "this share is never searched on; or a second task"),
     ]
     if is_benchmark(name):
         lines.append(("split", "train", "models are compared on its test examples, which no search should see"))
     return TaskSection((*lines, *templates.lines(), ("docs", 200, "only its first examples")))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+def examples_of(data: Path) -> tuple[Path, int]:
+    """The file or folder that a network's task reads, of a data file, an .npz of arrays, or a folder of pictures: by
+    class, or with a table of them; and how many examples it holds. Raises InputError for any other folder."""
+    if not data.is_dir():
+        return data, len(next(iter(read_examples(data).values()))) if data.suffix == ".npz" else len(read_file(data))
+    pictures = [file for label in sorted(data.iterdir()) if label.is_dir() for file in label.iterdir()]
+    tables = [file for file in sorted(data.iterdir()) if file.suffix in (".jsonl", ".csv", ".parquet", ".json")]
+    if len(tables) == 1:
+        return tables[0], len(read_file(tables[0]))
+    count = sum(file.suffix.lower() in IMAGES for file in pictures)
+    if tables or not count:
+        what = f"holds {len(tables)} tables" if tables else "holds neither a table nor pictures in folders"
+        raise InputError(data, f"{what}; expected a folder of pictures for each class, or one table (metadata.csv)")
+    return data, count
+
+
+def task_of_network(kind: str, source: str, data: Path | None, named: Fields, function: str | None) -> TaskSection:
+    """The section of a task of networks. kind: of the task; `classification` is one of numbers where the targets are;
+    source: the reference to the data; data: its file or folder, None: there is none. Raises InputError for data that
+    lack a field, and for a kind that needs a function where there is none."""
+    if kind in ("network", "image_generation", "arrays") and function is None:
+        raise InputError("--function", f"missing; a task of kind {kind} is scored by FILE.py:NAME, a function of yours")
+    lines: list[Line] = [] if function is None else [("function", function, "higher is better")]
+    if kind == "arrays" or data is None:
+        pass
+    elif data.is_dir():
+        kind = "classification"
+    elif data.suffix == ".npz":
+        arrays = read_examples(data)
+        if kind != "network":
+            target = _chosen("--target", str(data), arrays, named.target, RIGHT)[0]
+            kind = "classification" if arrays[target].dtype.kind in "biu" else "regression"
+            lines.append(("target", target, "the array of what is right; the others are the network's arguments"))
+    else:
+        kind, lines = _of_record(kind, read_file(data)[0], named, lines)
+    if kind == "classification":
+        lines.append(("metric", "log_probability", "of the right label; smooth where accuracy is flat"))
+    head: list[Line] = [("name", kind, "what the task is called in tables"), ("kind", kind, KINDS.get(kind, ""))]
+    if data is None:
+        return TaskSection((*head, *lines))
+    form = "a folder for each class" if data.is_dir() else FORMS.get(data.suffix, "one JSON object a line")
+    head.append(("file", source, "arrays, whose first axes are the examples" if data.suffix == ".npz" else form))
+    return TaskSection((*head, ("heldout", HELDOUT, "this share is never searched on; or a second file"), *lines))
+
+
+KINDS = {
+    "classification": "the label of a picture, a text or arrays", "regression": "the right number, or numbers",
+    "text_to_text": "a text for a text", "transcription": "the text of a recording",
+    "similarity": "how well cosines of embeddings agree with scores", "retrieval": "how high a query's documents come",
+    "network": "your function of what the network computes", "image_generation": "your function of pictures",
+    "arrays": "your function of the model and the rows",
+}  # fmt: skip
+
+
+def _of_record(kind: str, record: Record, named: Fields, lines: list[Line]) -> tuple[str, list[Line]]:
+    """The kind of a network's task, and the lines that name its fields, by the first record."""
+    where, fields = record.where, record.fields
+
+    def chosen(flag: str, given: Sequence[str], names: Sequence[str], count: int = 1) -> tuple[str, ...]:
+        return _chosen(flag, where, fields, given, names, count)
+
+    if kind == "similarity":
+        pair = next((pair for pair in TWO_TEXTS if {*pair} <= fields.keys()), TWO_TEXTS[0])
+        if len(named.prompt) == 1 or (not named.prompt and not {*pair} <= fields.keys()):
+            (query,) = chosen("--prompt", named.prompt, QUERIES)
+            (document,) = chosen("--target", named.target, DOCUMENTS)
+            return "retrieval", [("query", query, "the field of a query"), ("target", document, "of its documents")]
+        first, second = chosen("--prompt", named.prompt, pair, 2)
+        (score,) = chosen("--target", named.target, SIMILARITIES)
+        return kind, [
+            ("first", first, "the field of a pair's first text"), ("second", second, "of its second text"),
+            ("target", score, "how similar they are; higher is more"),
+        ]  # fmt: skip
+    if kind == "image_generation":
+        return kind, [*lines, ("prompt", chosen("--prompt", named.prompt, DRAWN)[0], "the field of a prompt")]
+    if kind == "transcription":
+        (audio,), (text,) = chosen("--prompt", named.prompt, RECORDINGS), chosen("--target", named.target, WRITTEN)
+        return kind, [("audio", audio, "the field of a recording's path"), ("target", text, "of its text")]
+    (field,) = chosen("--prompt", named.prompt, (*PICTURES, *SENTENCES))
+    is_picture = Path(str(fields[field])).suffix.lower() in IMAGES
+    lines = [*lines, ("image" if is_picture else "text", field, "the field of a picture's path" if is_picture else "")]
+    if kind == "network":
+        return kind, lines
+    (target,) = chosen("--target", named.target, WRITTEN if kind == "text_to_text" else RIGHT)
+    if kind == "classification" and isinstance(fields[target], float | list):
+        kind = "regression"
+    return kind, [*lines, ("target", target, "the field of what is right")]
+
+
+def _chosen(
+    flag: str, where: str, fields: Mapping[str, Any], given: Sequence[str], names: Sequence[str], count: int = 1
+) -> tuple[str, ...]:
+    """The fields that are given, else the first `count` of the names that an example has. Raises InputError where it
+    has none of them, and for another number of given ones."""
+    lacking = next((name for name in given if name not in fields), None)
+    if lacking is not None:
+        listed = ", ".join(map(str, list(fields)[:12]))
+        raise InputError(where, f"has no field {lacking!r}, which {flag} names (it has {listed})")
+    if given and len(given) != count:
+        raise InputError(flag, f"{' '.join(given)}: expected {count} field{'s' if count > 1 else ''}")
+    present = [*given] or [name for name in names if name in fields]
+    if len(present) < count:
+        raise _missing(flag, where, fields)
+    return tuple(present[:count])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -266,15 +431,17 @@ def task_of_harness(name: str, templates: ModelTemplates) -> TaskSection:
 
 @dataclass(frozen=True)
 class FirstConfig:
-    """The choices of a first config. tokenizer_source: the model whose tokenizer the winner has, and why it is named;
-    None: no key is needed. examples: those of the data; None: not known. generations: None: the search has a budget of
-    passes."""
+    """The choices of a first config. backend: None: language models. comments: to keys of the models and the space, why
+    they have their values. keys: further keys before the space, with their comments. space: its section, without the
+    bounds of `parameters`; examples: those that are searched and validated on, None: not known; high: the highest
+    weight, None: the method's. generations: None: the search has a budget of passes."""
 
+    backend: str | None
     base: str | None
     parents: tuple[str, ...]
-    tokenizer_source: tuple[str, str] | None
-    method: Method
-    layers: int
+    keys: tuple[Line, ...]
+    space: Mapping[str, Any]
+    comments: Mapping[str, str]
     task: TaskSection
     examples: int | None
     generations: int | None
@@ -285,12 +452,14 @@ class FirstConfig:
         head = [f"A search for the best merge of {len(self.parents)} parents; all keys: evojax-merge keys all", ""]
         lines = [f"# {text}".rstrip() for text in (*head, *(f"    {shown_command(line)}" for line in commands))]
         lines.append("")
+        if self.backend is not None:
+            lines.append(_line("backend", self.backend, "what the models are"))
         if self.base is not None:
-            lines.append(_line("base", self.base, "the model that task vectors are taken from"))
+            comment = "the model that task vectors are taken from"
+            lines.append(_line("base", self.base, self.comments.get("base", comment)))
         lines.append(_row("parents:", "the models that are merged"))
         lines += [f"  - {_value(parent)}" for parent in self.parents]
-        if self.tokenizer_source is not None:
-            lines.append(_line("tokenizer_source", *self.tokenizer_source))
+        lines += [_line(*line) for line in self.keys]
         lines += ["", *self._space(), "", _row("tasks:", "what candidates are scored on")]
         for number, line in enumerate(self.task.lines):
             lines.append(_line(*line, indent="    " if number else "  - "))
@@ -300,18 +469,20 @@ class FirstConfig:
         return "".join(f"{line}\n" for line in lines)
 
     def _space(self) -> list[str]:
-        together = -(-self.layers // LAYER_GROUPS)
-        shares = f"{self.layers} layers; so many neighbours share their parameters"
-        lines = [
-            _row("space:", "what is searched"),
-            _line("method", self.method.name, "any of `evojax-merge methods`", indent="  "),
-            _line("layers_per_group", together, shares, indent="  "),
-            _row("  components: [attention, mlp, norm]", "parts with parameters of their own; + joins parts"),
-            _row("  parameters:", "searched between these bounds; all others have the method's default"),
-        ]
-        for parameter in searched_parameters(self.method):
-            bounds = f"{{low: {parameter.low:g}, high: {parameter.high:g}}}"
-            lines.append(_row(f"    {parameter.name}: {bounds}", MEANINGS.get(parameter.name, "")))
+        comments = {
+            "method": "any of `evojax-merge methods`", "layers_per_group": "so many neighbours share their parameters",
+            "components": "parts with parameters of their own; + joins parts",
+            "parent_groups": "parents that share their parameters",
+            "parameters": "searched between these bounds; all others have the method's default", **self.comments,
+        }  # fmt: skip
+        lines = [_row("space:", self.comments["space"])]
+        for key, value in self.space.items():
+            if key != "parameters":
+                lines.append(_row(f"  {key}: {_flow(value)}", comments[key]))
+        lines.append(_row("  parameters:", comments["parameters"]))
+        for name, bounds in self.space["parameters"].items():
+            text = f"{{low: {bounds['low']:g}, high: {bounds['high']:g}}}"
+            lines.append(_row(f"    {name}: {text}", self.comments.get(name, MEANINGS.get(name, ""))))
         return lines
 
     def _search(self) -> list[str]:
@@ -323,16 +494,74 @@ class FirstConfig:
         else:
             comment = "a pass is one candidate on all examples; or a time, such as 2h"
             lines.append(_row(f"  budget: {PASSES} passes", comment))
-        if self.examples is None or self.examples >= ENOUGH_TO_VALIDATE:
+        if self.examples is not None and self.examples >= ENOUGH_TO_VALIDATE:
             comment = "this share of the searched examples is kept back, to choose the winner on"
-            lines.append(_line("validation", 0.25, comment, indent="  "))
+            lines.append(_line("validation", VALIDATION, comment, indent="  "))
         return lines
+
+
+def searched_examples(examples: int) -> int:
+    """How many of a task's examples a first search scores candidates on: the others are held out, or kept back to
+    choose the winner on."""
+    searched = examples - max(1, round(HELDOUT * examples))
+    return searched - (round(VALIDATION * searched) if examples >= ENOUGH_TO_VALIDATE else 0)
+
+
+def spaces(
+    method: Method, layers: int | None, components: Sequence[Sequence[str]], high: float | None
+) -> Iterator[dict[str, Any]]:
+    """The sections `space` of a method, from the finest to the coarsest. layers: how many layers there are to group,
+    None: they have no groups; components: the choices of components, ([],): there is none; high: see FirstConfig."""
+    searched = searched_parameters(method)
+    most = min(LAYER_GROUPS, layers or 1)
+    together = dict.fromkeys(None if layers is None else -(-layers // number) for number in range(most, 0, -1))
+    for count in range(len(searched), 0, -1):
+        bounds = {
+            parameter.name: {
+                "low": parameter.low,
+                "high": max(high or 0.0, parameter.high) if parameter.name == "weight" else parameter.high,
+            }
+            for parameter in searched[:count]
+        }
+        for neighbours in together:
+            for parts in components:
+                section: dict[str, Any] = {"method": method.name}
+                section |= {} if neighbours is None else {"layers_per_group": neighbours}
+                section |= {"components": list(parts)} if parts else {}
+                yield section | {"parameters": bounds}
+
+
+def fitting_space(
+    sections: Iterable[dict[str, Any]], dims: Callable[[dict[str, Any]], int], searched: int | None
+) -> tuple[dict[str, Any], str]:
+    """The section with the most parameters that the searched examples carry, else the one with the fewest, and the rule
+    in words. dims: how many parameters a section has; searched: None: a model is scored without examples."""
+    counted = [(dims(section), section) for section in sections]
+    if searched is None:
+        return counted[0][1], "what is searched"
+    most = searched // EXAMPLES_PER_PARAMETER
+    fitting = [pair for pair in counted if pair[0] <= most]
+    size, section = max(fitting, key=_size) if fitting else min(counted, key=_size)
+    few = "at most" if fitting else "the fewest there are, although it should be"
+    rule = f"one for every {EXAMPLES_PER_PARAMETER} of the {searched:,} examples that are searched on"
+    return section, f"{size} parameters: {few} {rule}"
+
+
+def _size(pair: tuple[int, dict[str, Any]]) -> int:
+    return pair[0]
 
 
 def searched_parameters(method: Method) -> list[Parameter]:
     """The parameters that a first search has: those that every parent has its own of, else the method's first."""
     searched = [parameter for parameter in method.parameters if parameter.searched]
     return [parameter for parameter in searched if parameter.per_parent] or searched[:1]
+
+
+def _flow(value: Any) -> str:
+    """A value of the space on one line."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_value(key)}: {_flow(entry)}' for key, entry in value.items())}}}"
+    return f"[{', '.join(map(_value, value))}]" if isinstance(value, list) else _value(value)
 
 
 def _line(key: str, value: Any, comment: str, indent: str = "") -> str:
