@@ -6,8 +6,9 @@ of regressions. A merge that has more of them than that is fitted to its example
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,33 @@ PAIRS = (
 )  # fmt: skip
 CHOICES, ANSWERS, STEMS = ("choices", "options"), ("answer", "answerKey", "label", "gold"), ("question", "prompt")
 TEXTS = ("text", "content")
-# Fields of examples of networks: of pictures, texts, recordings and what is right about them; of pairs of texts.
-PICTURES = ("image", "img", "picture", "photo", "file_name", "filename", "path", "file")
-SENTENCES = ("text", "sentence", "content", "review", "question", "input", "prompt", "instruction")
-RECORDINGS = ("audio", "path", "file", "file_name")
-RIGHT = ("label", "labels", "class", "category", "target", "score", "answer", "output", "completion", "y")
+# The fields of a network's examples by the kind of task: what the user's option names, its key in the task's section,
+# and the names that data sets have for it. The key `text` is `image` where the field holds the name of a picture.
+SEEN = (
+    "image", "img", "picture", "photo", "file_name", "filename", "path", "file", "text", "sentence", "content",
+    "review", "question", "input", "prompt",
+)  # fmt: skip
+RIGHT = ("label", "labels", "class", "category", "target", "score", "answer", "y")
 WRITTEN = ("target", "summary", "translation", "output", "answer", "text", "sentence", "transcription")
-DRAWN = ("prompt", "caption", "text")
-TWO_TEXTS = (("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("text1", "text2"), ("premise", "hypothesis"))
-QUERIES, DOCUMENTS = ("query", "question", "anchor"), ("document", "positive", "documents", "passage", "answer")
-SIMILARITIES = ("score", "similarity_score", "similarity", "label")
+QUERIES = ("query", "question", "anchor")
+ROLES: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
+    "classification": (("--prompt", "text", SEEN), ("--target", "target", RIGHT)),
+    "regression": (("--prompt", "text", SEEN), ("--target", "target", RIGHT)),
+    "text_to_text": (("--prompt", "text", SEEN), ("--target", "target", WRITTEN)),
+    "transcription": (
+        ("--prompt", "audio", ("audio", "path", "file", "file_name")), ("--target", "target", WRITTEN),
+    ),
+    "similarity": (
+        ("--prompt", "first", ("sentence1", "sentence_1", "text1", "premise")),
+        ("--prompt", "second", ("sentence2", "sentence_2", "text2", "hypothesis")),
+        ("--target", "target", ("score", "similarity_score", "similarity", "label")),
+    ),
+    "retrieval": (
+        ("--prompt", "query", QUERIES), ("--target", "target", ("document", "positive", "documents", "passage")),
+    ),
+    "image_generation": (("--prompt", "prompt", ("prompt", "caption", "text")),),
+    "network": (("--prompt", "text", SEEN),),
+}  # fmt: skip
 # Fields of conversations.
 CHATS = ("messages", "conversations")
 EXPECTED = (
@@ -52,6 +70,7 @@ NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?")
 LAYER_GROUPS = 8
 EXAMPLES_PER_PARAMETER = 10
 HELDOUT, VALIDATION = 0.2, 0.25
+FORM = {**FORMS, ".npz": "arrays, whose first axes are the examples", "": "a folder for each class"}
 COMMENT_COLUMN = 41
 # The first line of a file that `init` wrote.
 HEAD = re.compile(rb"# A search for the best merge of \d+ parents; all keys: evojax-merge keys all\n")
@@ -130,7 +149,7 @@ class Fields:
 
 def _missing(flag: str, where: str, fields: Mapping[str, Any]) -> InputError:
     names = ", ".join(map(str, list(fields)[:12])) or "none"
-    return InputError(flag, f"missing; {where} has the fields {names}: say which one it is")
+    return InputError(flag, f"missing; {where} has the fields {names}: name one")
 
 
 def task_for_records(
@@ -225,22 +244,26 @@ def _is_problem(record: Record) -> bool:
 
 def _problems(source: str, records: Sequence[Record], templates: ModelTemplates) -> TaskSection:
     worked = "####" in str(records[0].fields["answer"])
-    lines: list[Line] = [
-        ("name", "problems", "what the task is called in tables"),
-        ("kind", "gsm", "worked problems with a number as answer, as in GSM8K"),
-        ("source", source, _form(source)),
-        ("heldout", HELDOUT, "this share is never searched on; or a second source"),
-        ("match", "strict" if worked else "flexible", "strict: the number after ####; flexible: the last"),
-        *templates.lines(),
-    ]
-    if worked and len(records) >= ENOUGH_TO_SHOW:
-        lines.append(("num_fewshot", 2, "the first two are shown with their answers, and not scored"))
-    return TaskSection((*lines, ("max_new_tokens", 256, "how much a model may write")))
+    match = ("match", "strict" if worked else "flexible", "strict: the number after ####; flexible: the last")
+    shown = ("num_fewshot", 2, "the first two are shown with their answers, and not scored")
+    lines = [match, *templates.lines(), *([shown] if worked and len(records) >= ENOUGH_TO_SHOW else [])]
+    kind = ("gsm", "worked problems with a number as answer, as in GSM8K")
+    length = ("max_new_tokens", 256, "how much a model may write")
+    return _section("problems", kind, source, [*lines, length], key="source")
 
 
-def _form(source: str) -> str:
-    """The form of a data source, for its comment."""
-    return FORMS.get(Path(source).suffix, "one JSON object a line") if is_file_name(source) else "a data set to fetch"
+def _section(name: str, kind: tuple[str, str], source: str, lines: Sequence[Line], key: str = "file") -> TaskSection:
+    """The section of a task with one source of data, which `key` names. kind: with its comment."""
+    form = FORM.get(Path(source).suffix, "one JSON object a line") if is_file_name(source) else "a data set to fetch"
+    return TaskSection(
+        (
+            ("name", name, "what the task is called in tables"),
+            ("kind", *kind),
+            (key, source, form),
+            ("heldout", HELDOUT, f"this share is never searched on; or a second {key}"),
+            *lines,
+        )
+    )
 
 
 def _multiple_choice(source: str, record: Record, choices: str, templates: ModelTemplates) -> TaskSection:
@@ -248,19 +271,14 @@ def _multiple_choice(source: str, record: Record, choices: str, templates: Model
     if answer is None or stem is None:
         missing = " or ".join(ANSWERS if answer is None else STEMS)
         raise InputError(record.where, f"has {choices}, but no {missing}; expected a question, choices and an answer")
-    return TaskSection(
-        (
-            ("name", "choices", "what the task is called in tables"),
-            ("kind", "multiple_choice", "the most likely of the choices is the answer"),
-            ("file", source, _form(source)),
-            ("heldout", HELDOUT, "this share is never searched on; or a second file"),
-            *templates.lines(),
-            ("prompt", _question(stem, templates), "a template over a record's fields"),
-            ("choices", choices, "the field with the choices"),
-            ("answer", answer, "the field with the right one: by text, place or letter"),
-            ("metric", "margin", "smoother than accuracy: the right choice's lead over the best wrong one"),
-        )
-    )
+    lines = [
+        *templates.lines(),
+        ("prompt", _question(stem, templates), "a template over a record's fields"),
+        ("choices", choices, "the field with the choices"),
+        ("answer", answer, "the field with the right one: by text, place or letter"),
+        ("metric", "margin", "smoother than accuracy: the right choice's lead over the best wrong one"),
+    ]
+    return _section("choices", ("multiple_choice", "the most likely of the choices is the answer"), source, lines)
 
 
 def _question(field: str, templates: ModelTemplates) -> str:
@@ -279,29 +297,14 @@ def _pair(source: str, prompt: str, target: str, record: Record, templates: Mode
     if NUMBER.fullmatch(answer[2].strip()) is None:
         return _likelihood(source, lines)
     # In a chat models explain their answers.
-    written = 256 if answer[1] or templates.is_shared else 32
-    return TaskSection(
-        (
-            ("name", "answers", "what the task is called in tables"),
-            ("kind", "exact_match", "right where the last number is the target's (whole texts: pattern: ^(.+)$)"),
-            ("file", source, _form(source)),
-            ("heldout", HELDOUT, "this share is never searched on; or a second file"),
-            *lines,
-            ("max_new_tokens", written, "how much a model may write"),
-        )
-    )
+    lines.append(("max_new_tokens", 256 if answer[1] or templates.is_shared else 32, "how much a model may write"))
+    kind = ("exact_match", "right where the last number is the target's (whole texts: pattern: ^(.+)$)")
+    return _section("answers", kind, source, lines)
 
 
 def _likelihood(source: str, lines: Sequence[Line]) -> TaskSection:
-    return TaskSection(
-        (
-            ("name", "text", "what the task is called in tables"),
-            ("kind", "likelihood", "the mean log-probability of the target's tokens; answers to find: exact_match"),
-            ("file", source, _form(source)),
-            ("heldout", HELDOUT, "this share is never searched on; or a second file"),
-            *lines,
-        )
-    )
+    comment = "the mean log-probability of the target's tokens; answers to find: exact_match"
+    return _section("text", ("likelihood", comment), source, lines)
 
 
 def task_of_harness(name: str, templates: ModelTemplates) -> TaskSection:
@@ -342,87 +345,42 @@ def task_of_network(kind: str, source: str, data: Path | None, named: Fields, fu
     if kind in ("network", "image_generation", "arrays") and function is None:
         raise InputError("--function", f"missing; a task of kind {kind} is scored by FILE.py:NAME, a function of yours")
     lines: list[Line] = [] if function is None else [("function", function, "higher is better")]
-    if kind == "arrays" or data is None:
-        pass
-    elif data.is_dir():
+    if data is not None and data.is_dir():
         kind = "classification"
-    elif data.suffix == ".npz":
+    elif data is not None and data.suffix == ".npz" and kind not in ("network", "arrays"):
         arrays = read_examples(data)
-        if kind != "network":
-            target = _chosen("--target", str(data), arrays, named.target, RIGHT)[0]
-            kind = "classification" if arrays[target].dtype.kind in "biu" else "regression"
-            lines.append(("target", target, "the array of what is right; the others are the network's arguments"))
-    else:
-        kind, lines = _of_record(kind, read_file(data)[0], named, lines)
+        lines += _field_lines(str(data), arrays, ROLES["classification"][1:], Fields(target=named.target))
+        kind = "classification" if arrays[lines[-1][1]].dtype.kind in "biu" else "regression"
+    elif data is not None and data.suffix != ".npz":
+        record = read_file(data)[0]
+        if kind == "similarity" and (len(named.prompt) == 1 or (not named.prompt and {*QUERIES} & {*record.fields})):
+            kind = "retrieval"
+        lines += _field_lines(record.where, record.fields, ROLES[kind], named)
+        if kind == "classification" and isinstance(record.fields[lines[-1][1]], float | list):
+            kind = "regression"
     if kind == "classification":
         lines.append(("metric", "log_probability", "of the right label; smooth where accuracy is flat"))
-    head: list[Line] = [("name", kind, "what the task is called in tables"), ("kind", kind, KINDS.get(kind, ""))]
-    if data is None:
-        return TaskSection((*head, *lines))
-    form = "a folder for each class" if data.is_dir() else FORMS.get(data.suffix, "one JSON object a line")
-    head.append(("file", source, "arrays, whose first axes are the examples" if data.suffix == ".npz" else form))
-    return TaskSection((*head, ("heldout", HELDOUT, "this share is never searched on; or a second file"), *lines))
+    section = _section(kind, (kind, "see `evojax-merge keys tasks`"), source, lines)
+    return section if data is not None else TaskSection((*section.lines[:2], *lines))
 
 
-KINDS = {
-    "classification": "the label of a picture, a text or arrays", "regression": "the right number, or numbers",
-    "text_to_text": "a text for a text", "transcription": "the text of a recording",
-    "similarity": "how well cosines of embeddings agree with scores", "retrieval": "how high a query's documents come",
-    "network": "your function of what the network computes", "image_generation": "your function of pictures",
-    "arrays": "your function of the model and the rows",
-}  # fmt: skip
-
-
-def _of_record(kind: str, record: Record, named: Fields, lines: list[Line]) -> tuple[str, list[Line]]:
-    """The kind of a network's task, and the lines that name its fields, by the first record."""
-    where, fields = record.where, record.fields
-
-    def chosen(flag: str, given: Sequence[str], names: Sequence[str], count: int = 1) -> tuple[str, ...]:
-        return _chosen(flag, where, fields, given, names, count)
-
-    if kind == "similarity":
-        pair = next((pair for pair in TWO_TEXTS if {*pair} <= fields.keys()), TWO_TEXTS[0])
-        if len(named.prompt) == 1 or (not named.prompt and not {*pair} <= fields.keys()):
-            (query,) = chosen("--prompt", named.prompt, QUERIES)
-            (document,) = chosen("--target", named.target, DOCUMENTS)
-            return "retrieval", [("query", query, "the field of a query"), ("target", document, "of its documents")]
-        first, second = chosen("--prompt", named.prompt, pair, 2)
-        (score,) = chosen("--target", named.target, SIMILARITIES)
-        return kind, [
-            ("first", first, "the field of a pair's first text"), ("second", second, "of its second text"),
-            ("target", score, "how similar they are; higher is more"),
-        ]  # fmt: skip
-    if kind == "image_generation":
-        return kind, [*lines, ("prompt", chosen("--prompt", named.prompt, DRAWN)[0], "the field of a prompt")]
-    if kind == "transcription":
-        (audio,), (text,) = chosen("--prompt", named.prompt, RECORDINGS), chosen("--target", named.target, WRITTEN)
-        return kind, [("audio", audio, "the field of a recording's path"), ("target", text, "of its text")]
-    (field,) = chosen("--prompt", named.prompt, (*PICTURES, *SENTENCES))
-    is_picture = Path(str(fields[field])).suffix.lower() in IMAGES
-    lines = [*lines, ("image" if is_picture else "text", field, "the field of a picture's path" if is_picture else "")]
-    if kind == "network":
-        return kind, lines
-    (target,) = chosen("--target", named.target, WRITTEN if kind == "text_to_text" else RIGHT)
-    if kind == "classification" and isinstance(fields[target], float | list):
-        kind = "regression"
-    return kind, [*lines, ("target", target, "the field of what is right")]
-
-
-def _chosen(
-    flag: str, where: str, fields: Mapping[str, Any], given: Sequence[str], names: Sequence[str], count: int = 1
-) -> tuple[str, ...]:
-    """The fields that are given, else the first `count` of the names that an example has. Raises InputError where it
-    has none of them, and for another number of given ones."""
-    lacking = next((name for name in given if name not in fields), None)
-    if lacking is not None:
-        listed = ", ".join(map(str, list(fields)[:12]))
-        raise InputError(where, f"has no field {lacking!r}, which {flag} names (it has {listed})")
-    if given and len(given) != count:
-        raise InputError(flag, f"{' '.join(given)}: expected {count} field{'s' if count > 1 else ''}")
-    present = [*given] or [name for name in names if name in fields]
-    if len(present) < count:
-        raise _missing(flag, where, fields)
-    return tuple(present[:count])
+def _field_lines(
+    where: str, fields: Mapping[str, Any], roles: Sequence[tuple[str, str, Sequence[str]]], named: Fields
+) -> list[Line]:
+    """The lines that name an example's fields: those that the user has named, in their order, else by the names that
+    data sets have. Raises InputError for a field that the example does not have, and where too many are named."""
+    given = {"--prompt": [*named.prompt], "--target": [*named.target]}
+    lines: list[Line] = []
+    for flag, key, names in roles:
+        name = given[flag].pop(0) if given[flag] else next((name for name in names if name in fields), None)
+        if name is None or name not in fields:
+            raise _missing(flag if name is None else f"{flag} {name}", where, fields)
+        is_picture = key == "text" and Path(str(fields[name])).suffix.lower() in IMAGES
+        lines.append(("image" if is_picture else key, name, "the name of the examples' field"))
+    for flag, others in given.items():
+        if others:
+            raise InputError(flag, f"{' '.join(others)}: more fields than the task reads; leave them out")
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -431,10 +389,9 @@ def _chosen(
 
 @dataclass(frozen=True)
 class FirstConfig:
-    """The choices of a first config. backend: None: language models. comments: to keys of the models and the space, why
-    they have their values. keys: further keys before the space, with their comments. space: its section, without the
-    bounds of `parameters`; examples: those that are searched and validated on, None: not known; high: the highest
-    weight, None: the method's. generations: None: the search has a budget of passes."""
+    """The choices of a first config. backend: None: language models. keys: further ones before the space. space: its
+    section; comments: why its keys have their values. examples: those of the data; None: there are none. generations:
+    None: the search has a budget of passes."""
 
     backend: str | None
     base: str | None
@@ -447,20 +404,19 @@ class FirstConfig:
     generations: int | None
     out: str | None
 
-    def text(self, commands: Sequence[str]) -> str:
-        """The YAML. commands: the next ones, for its head."""
+    def text(self, commands: Sequence[str], rule: str) -> str:
+        """The YAML. commands: the next ones, for its head; rule: the comment of the space."""
         head = [f"A search for the best merge of {len(self.parents)} parents; all keys: evojax-merge keys all", ""]
         lines = [f"# {text}".rstrip() for text in (*head, *(f"    {shown_command(line)}" for line in commands))]
         lines.append("")
         if self.backend is not None:
             lines.append(_line("backend", self.backend, "what the models are"))
         if self.base is not None:
-            comment = "the model that task vectors are taken from"
-            lines.append(_line("base", self.base, self.comments.get("base", comment)))
+            lines.append(_line("base", self.base, "the model that task vectors are taken from"))
         lines.append(_row("parents:", "the models that are merged"))
         lines += [f"  - {_value(parent)}" for parent in self.parents]
         lines += [_line(*line) for line in self.keys]
-        lines += ["", *self._space(), "", _row("tasks:", "what candidates are scored on")]
+        lines += ["", *self._space(rule), "", _row("tasks:", "what candidates are scored on")]
         for number, line in enumerate(self.task.lines):
             lines.append(_line(*line, indent="    " if number else "  - "))
         lines += ["", *self._search(), "", _line("seed", 0, "of everything that is drawn at random")]
@@ -468,14 +424,14 @@ class FirstConfig:
             lines.append(_line("out", self.out, "the run folder"))
         return "".join(f"{line}\n" for line in lines)
 
-    def _space(self) -> list[str]:
+    def _space(self, rule: str) -> list[str]:
         comments = {
             "method": "any of `evojax-merge methods`", "layers_per_group": "so many neighbours share their parameters",
             "components": "parts with parameters of their own; + joins parts",
             "parent_groups": "parents that share their parameters",
             "parameters": "searched between these bounds; all others have the method's default", **self.comments,
         }  # fmt: skip
-        lines = [_row("space:", self.comments["space"])]
+        lines = [_row("space:", rule)]
         for key, value in self.space.items():
             if key != "parameters":
                 lines.append(_row(f"  {key}: {_flow(value)}", comments[key]))
@@ -486,8 +442,10 @@ class FirstConfig:
         return lines
 
     def _search(self) -> list[str]:
-        chosen = "chosen by what has derivatives; any of `evojax-merge strategies`"
-        lines = ["search:", _line("strategy", "auto", chosen, indent="  ")]
+        strategy = ("auto", "chosen by what has derivatives; any of `evojax-merge strategies`")
+        if self.backend not in (None, "function"):
+            strategy = ("cma_es", "auto follows gradients, where torchax makes a function of JAX of the network")
+        lines = ["search:", _line("strategy", *strategy, indent="  ")]
         if self.generations is not None:
             comment = "of 4 + 3 ln D candidates each, or steps of a gradient"
             lines.append(_line("generations", self.generations, comment, indent="  "))
@@ -500,55 +458,44 @@ class FirstConfig:
         return lines
 
 
-def searched_examples(examples: int) -> int:
-    """How many of a task's examples a first search scores candidates on: the others are held out, or kept back to
-    choose the winner on."""
-    searched = examples - max(1, round(HELDOUT * examples))
-    return searched - (round(VALIDATION * searched) if examples >= ENOUGH_TO_VALIDATE else 0)
-
-
 def spaces(
-    method: Method, layers: int | None, components: Sequence[Sequence[str]], high: float | None
-) -> Iterator[dict[str, Any]]:
-    """The sections `space` of a method, from the finest to the coarsest. layers: how many layers there are to group,
-    None: they have no groups; components: the choices of components, ([],): there is none; high: see FirstConfig."""
+    fixed: Mapping[str, Any], method: Method, layers: int | None, components: Sequence[Sequence[str]],
+    high: float | None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The sections `space`, from the finest to the coarsest. fixed: the keys that all have; layers: how many there are
+    to group, None: they have no groups; components: the choices of them; high: the highest weight at least."""
     searched = searched_parameters(method)
     most = min(LAYER_GROUPS, layers or 1)
-    together = dict.fromkeys(None if layers is None else -(-layers // number) for number in range(most, 0, -1))
-    for count in range(len(searched), 0, -1):
-        bounds = {
+    together = dict.fromkeys(-(-(layers or 1) // number) for number in range(most, 0, -1))
+    for count, neighbours, parts in product(range(len(searched), 0, -1), together, components):
+        section = {**fixed} | ({} if layers is None else {"layers_per_group": neighbours})
+        section |= {"components": list(parts)} if parts else {}
+        section["parameters"] = {
             parameter.name: {
                 "low": parameter.low,
-                "high": max(high or 0.0, parameter.high) if parameter.name == "weight" else parameter.high,
+                "high": max(parameter.high, (high or 0.0) if parameter.name == "weight" else 0.0),
             }
             for parameter in searched[:count]
         }
-        for neighbours in together:
-            for parts in components:
-                section: dict[str, Any] = {"method": method.name}
-                section |= {} if neighbours is None else {"layers_per_group": neighbours}
-                section |= {"components": list(parts)} if parts else {}
-                yield section | {"parameters": bounds}
+        yield section
 
 
-def fitting_space(
-    sections: Iterable[dict[str, Any]], dims: Callable[[dict[str, Any]], int], searched: int | None
-) -> tuple[dict[str, Any], str]:
-    """The section with the most parameters that the searched examples carry, else the one with the fewest, and the rule
-    in words. dims: how many parameters a section has; searched: None: a model is scored without examples."""
-    counted = [(dims(section), section) for section in sections]
-    if searched is None:
-        return counted[0][1], "what is searched"
-    most = searched // EXAMPLES_PER_PARAMETER
-    fitting = [pair for pair in counted if pair[0] <= most]
-    size, section = max(fitting, key=_size) if fitting else min(counted, key=_size)
-    few = "at most" if fitting else "the fewest there are, although it should be"
+def fitting_space(counted: Sequence[tuple[int, dict[str, Any]]], examples: int | None) -> dict[str, Any]:
+    """The section with the most parameters that the examples carry, else the one with the fewest; the first where a
+    model is scored without examples. counted: (parameters, section); examples: those of the data."""
+    if examples is None:
+        return counted[0][1]
+    searched = examples - max(1, round(HELDOUT * examples))
+    searched -= round(VALIDATION * searched) if examples >= ENOUGH_TO_VALIDATE else 0
+    fitting = [(size, section) for size, section in counted if size <= searched // EXAMPLES_PER_PARAMETER]
+    return (max if fitting else min)(fitting or counted, key=lambda pair: pair[0])[1]
+
+
+def rule_of_space(dims: int, searched: int) -> str:
+    """The number of parameters of a space, and the rule that it follows."""
+    few = "at most" if dims <= searched // EXAMPLES_PER_PARAMETER else "the fewest there are, although it should be"
     rule = f"one for every {EXAMPLES_PER_PARAMETER} of the {searched:,} examples that are searched on"
-    return section, f"{size} parameters: {few} {rule}"
-
-
-def _size(pair: tuple[int, dict[str, Any]]) -> int:
-    return pair[0]
+    return f"{dims} parameters: {few} {rule}"
 
 
 def searched_parameters(method: Method) -> list[Parameter]:

@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,6 @@ from merge_kernels import METHODS, Method
 
 from evojax_merge import plugins
 from evojax_merge.backends.decoder.opening import build_space, check_models
-from evojax_merge.backends.function.opening import load_tree
-from evojax_merge.backends.function.trees import group_labels
 from evojax_merge.backends.torch.opening import layer_groups
 from evojax_merge.checkpoints.decoder_folder import PROJECTOR, decoder_of
 from evojax_merge.checkpoints.derived import adapted_from, open_model
@@ -33,7 +31,7 @@ from evojax_merge.first_config import (
     TaskSection,
     examples_of,
     fitting_space,
-    searched_examples,
+    rule_of_space,
     searched_parameters,
     spaces,
     task_for_records,
@@ -42,7 +40,7 @@ from evojax_merge.first_config import (
 )
 from evojax_merge.inspection.findings import Advice, advise, findings
 from evojax_merge.inspection.models import Model, read_models
-from evojax_merge.inspection.ways import DECODER, FILES, Way
+from evojax_merge.inspection.ways import DATA, DECODER, FILES, Way
 from evojax_merge.inspection.weights import compare_weights, tensor_bytes
 from evojax_merge.models.architecture import ROUTER, architecture_of, shared_leaves
 from evojax_merge.models.config import DecoderConfig
@@ -51,10 +49,8 @@ from evojax_merge.references import recipe_reference, resolve_file, resolve_head
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.plan import shown_bytes
 from evojax_merge.report.progress import bytes_bar, say
-from evojax_merge.spaces.parameter import GroupSpace
-from evojax_merge.spaces.search_parameters import find_method, search_parameters_of
+from evojax_merge.spaces.search_parameters import find_method
 from evojax_merge.tasks.data_versions import pinned_reference
-from evojax_merge.tasks.python_trees import flatten
 from evojax_merge.tasks.records import is_file_name, read_source
 from evojax_merge.user_modules import reference_from_anywhere
 from evojax_merge.yaml_reader import parse_yaml
@@ -67,12 +63,10 @@ Resolve = Callable[[object, str, Path], Path]
 # The bytes of values that are read to compare models: some minutes.
 MOST_COMPARED = 8 * 2**30
 # The sentences of an inspection that speak against a search of these models.
-WARNINGS = ("unrelated", "nonfinite", "equal", "adapter_base")
+WARNINGS = ("unrelated", "nonfinite", "equal")
 EXPORTED = ("float32", "float16", "bfloat16")
-# The examples of a task of lm-eval that a first config takes, and the pictures of one without prompts.
-DOCS, DRAWN = 200, 64
-# The kinds of a first task that a user's function replaces.
-CLASSES = ("classification", "regression", "text_to_text")
+# The examples of a task of lm-eval that a first config takes.
+DOCS = 200
 
 
 @dataclass(frozen=True)
@@ -95,8 +89,8 @@ class Choices:
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a first search: their references and folders, the base's first where `has_base`, their facts, which
-    pytrees in .npz files have none of, how a search takes them, and what an inspection advises."""
+    """The models of a first search: their references and folders, the base's first where `has_base`; their facts, which
+    .npz files have none of; how a search takes them; and what an inspection advises."""
 
     references: tuple[str, ...]
     folders: tuple[Path, ...]
@@ -104,10 +98,6 @@ class Models:
     facts: tuple[Model, ...]
     way: Way
     advice: Advice
-
-    @property
-    def parents(self) -> tuple[str, ...]:
-        return self.references[self.has_base :]
 
 
 def init(path: Path, choices: Choices, overwrite: bool) -> None:
@@ -125,11 +115,12 @@ def init(path: Path, choices: Choices, overwrite: bool) -> None:
         resolve = partial(resolve_headers, HeaderFolders(Path(root)))
         models = find_models(choices, resolve, Path(root))
         config = first_config(path, with_data(choices, models.way), models)
-        text = config.text(commands)
-        problem = build_problem(path, config_from(path, parse_yaml(path, text), [], None), resolve=resolve)
-    output.write(text)
+        document = parse_yaml(path, config.text(commands, ""))
+        problem = build_problem(path, config_from(path, document, [], None), resolve=resolve)
+    rule = rule_of_space(problem.space.dims, sum(task.size for task in problem.splits.search))
+    output.write(config.text(commands, rule))
     say(f"{path}: {_summary(problem)}")
-    say(config.comments["space"])
+    say(rule)
     say("Next:")
     for command in commands:
         say(f"  {command}")
@@ -153,7 +144,7 @@ def find_models(choices: Choices, resolve: Resolve, headers: Path) -> Models:
         named.insert(0, (base, base_folder or resolve("--base", base, Path.cwd())))
     references, folders = zip(*named, strict=True)
     if any(folder.suffix == ARRAYS for folder in folders):
-        return Models(references, folders, base is not None, (), Way(FILES, "", "", "an .npz of arrays"), Advice())
+        return Models(references, folders, base is not None, (), Way(FILES, "", "arrays"), Advice())
     facts = tuple(read_models(references, folders))
     for model in facts:
         if model.way is None:
@@ -182,7 +173,7 @@ def with_data(choices: Choices, way: Way) -> Choices:
     """The choices with the data, which a terminal's user is asked for. Tasks that a function scores may have none."""
     if choices.data is not None or choices.lm_eval is not None or choices.function is not None:
         return choices
-    answer = ask("--data or --lm-eval", f"data, {way.data}: a file, hub:owner/dataset, or a task of lm-eval: ")
+    answer = ask("--data or --lm-eval", f"data, {DATA[way.task]}: a file, hub:owner/dataset, or a task of lm-eval: ")
     is_task = is_file_name(answer) and not answer.startswith(PREFIX) and not Path(answer).suffix
     is_task = is_task and not Path(answer).is_dir()
     return replace(choices, lm_eval=answer) if is_task else replace(choices, data=answer)
@@ -198,9 +189,9 @@ def choose_method(choices: Choices, models: Models) -> Method:
         raise InputError("--method", f"{method.name} has no parameter to search; expected one of {able}")
     if not has_base and method.base == "required":
         raise InputError("--base", f"missing; {method.name} takes task vectors from it: give it on the command line")
-    check_models("--parents", method, has_base, len(models.parents))
+    check_models("--parents", method, has_base, len(models.references) - has_base)
     # A method of one model changes the model itself.
-    if len(models.parents) == 1 != method.max_parents and not method.uses_base(has_base):
+    if len(models.references) - has_base == 1 != method.max_parents and not method.uses_base(has_base):
         reason = f"{method.name} does not use the base" if has_base else "there is no base"
         raise InputError(
             "--parents", f"one parent, and {reason}: every candidate would be that parent; name a second parent, or "
@@ -239,61 +230,45 @@ def first_config(path: Path, choices: Choices, models: Models) -> FirstConfig:
         is_measured = any(name.endswith("running_var") for model in models.facts for name in model.tensors)
         if is_measured and backend != "function":
             keys.append(("evaluation", {"recalibrate": True}, "batch norms measure their statistics anew"))
-    searched = None if count is None else searched_examples(count)
-    space, rule = fitting_space(
-        spaces(method, *_grouping(models, decoder, backend), advice.high),
-        lambda section: _dims(section, method, models, decoder, backend), searched,
-    )  # fmt: skip
-    comments = {"space": rule}
+    comments = {}
     if advice.method == method.name and choices.method is None:
         comments["method"] = "by the signs of the parents' changes, as inspect advises"
-    if advice.unchanged and "components" in space:
-        comments["components"] = f"no parent changes {', '.join(advice.unchanged)}"
     if advice.high is not None:
         comments["weight"] = "above 1, so that the smaller task vectors count"
-    if advice.alike is not None and decoder is not None:
-        pair = [named[number] for number in advice.alike]
-        space = {"method": method.name, "parent_groups": {"alike": pair}} | space
-        comments["parent_groups"] = "parents whose task vectors point the same way share their parameters"
+    fixed: dict[str, Any] = {"method": method.name}
+    if decoder is not None and advice.alike is not None:
+        fixed["parent_groups"] = {"alike": [named[number] for number in advice.alike]}
+        comments["parent_groups"] = "parents whose task vectors point the same way"
+    parents, parts = tuple(named[has_base:]), [[]] if decoder is None else _components(decoder, advice.unchanged)
+    if advice.unchanged and decoder is not None:
+        comments["components"] = f"no parent changes {', '.join(advice.unchanged)}"
+    tensors = (
+        [name for name, entry in models.facts[-1].tensors.items() if is_float(entry.dtype)] if models.facts else []
+    )
+
+    def dims(space: SpaceConfig) -> int:
+        if decoder is not None:
+            return build_space("space", space, method, parents, decoder).dims
+        columns = (len(parents) if method.parameter(name).per_parent else 1 for name in space.parameters)
+        return sum(columns) * max(1, len({*map(layer_groups(space.layers_per_group), tensors)}))
+
+    layers = None if backend == "function" else decoder.layers if decoder else max(1, models.facts[-1].layers)
+    sections = spaces(fixed, method, layers, parts, advice.high)
+    counted = [(dims(parse(path, section, SpaceConfig)), section) for section in sections]
     return FirstConfig(
-        backend, named[0] if has_base else None, tuple(named[has_base:]), tuple(keys), space, comments, task, count,
-        choices.generations, choices.out,
+        backend, named[0] if has_base else None, parents, tuple(keys), fitting_space(counted, count), comments, task,
+        count, choices.generations, choices.out,
     )  # fmt: skip
 
 
-def _grouping(models: Models, decoder: DecoderConfig | None, backend: str | None) -> tuple[int | None, list[list[str]]]:
-    """The layers that a space groups, and its choices of components, from fine to coarse."""
-    if decoder is None:
-        return (None if backend == "function" else max(1, max(model.layers for model in models.facts))), [[]]
+def _components(decoder: DecoderConfig, unchanged: Sequence[str]) -> list[list[str]]:
+    """The choices of `components`, from fine to coarse. A component that no parent changes goes with another one."""
     every = list(architecture_of(decoder).components)
     parts = [name for name in every if name != ROUTER]
-    still = [name for name in parts if name in models.advice.unchanged]
-    changed = [name for name in parts if name not in still] or parts[:1]
-    alone = ["+".join([changed[0], *still]), *changed[1:]]
+    changed = [name for name in parts if name not in unchanged] or parts[:1]
+    still = [name for name in parts if name not in changed]
     shared = [leaf.name for leaf in shared_leaves(decoder) if leaf.component != PROJECTOR]
-    return decoder.layers, [alone, ["+".join(parts)], ["+".join([*every, *shared])]]
-
-
-def _dims(
-    section: dict[str, Any], method: Method, models: Models, decoder: DecoderConfig | None, backend: str | None
-) -> int:
-    """How many parameters a section `space` searches."""
-    config = parse(Path("space"), section, SpaceConfig)
-    if decoder is not None:
-        return build_space("space", config, method, models.parents, decoder).dims
-    if backend == "function":
-        paths = [path for path, _ in flatten("--parents", load_tree(models.folders[-1]))[0]]
-        groups = {*group_labels("--parents", paths, None)}
-    else:
-        tensors = [name for name, entry in models.facts[-1].tensors.items() if is_float(entry.dtype)]
-        if models.way.task == "image_generation":
-            from evojax_merge.backends.torch.generator import block_groups
-
-            groups = {*block_groups(tensors, config.layers_per_group, [["attention", "other"]]).values()}
-        else:
-            groups = {*map(layer_groups(config.layers_per_group), tensors)}
-    searched, _ = search_parameters_of("space", method, len(models.parents), config.parameters, {})
-    return GroupSpace(method, len(models.parents), tuple(groups), searched, ()).dims
+    return [["+".join([changed[0], *still]), *changed[1:]], ["+".join(parts)], ["+".join([*every, *shared])]]
 
 
 def read_line(question: str) -> str:
@@ -336,8 +311,6 @@ def _text_task(path: Path, choices: Choices, templates: ModelTemplates) -> tuple
         return task_of_harness(choices.lm_eval, templates), DOCS
     if choices.data is None:
         raise InputError("--function", "is for networks and pytrees; a task of language models has kind: function")
-    if choices.data.endswith(ARRAYS) or Path(choices.data).is_dir():
-        raise InputError(choices.data, "expected records with texts: the models are language models")
     source, file = _data(path, choices.data)
     records = read_source(choices.data if file is None else file).records
     task = task_for_records(source, records, templates, choices.fields)
@@ -361,7 +334,7 @@ def _network_task(path: Path, choices: Choices, way: Way) -> tuple[str, TaskSect
     if choices.data is not None:
         source, data = _data(path, choices.data)
         if data is None:
-            raise InputError("--data", f"{choices.data}: expected {way.data}")
+            raise InputError("--data", f"{choices.data}: expected {DATA[way.task]}")
         file, count = examples_of(data)
         source += "" if file == data else f"/{file.name}"
     function, made = (
@@ -374,14 +347,14 @@ def _network_task(path: Path, choices: Choices, way: Way) -> tuple[str, TaskSect
             "torch module, or with --function FILE.py:NAME a JAX function (model, rows) -> float[N] that scores them",
         )  # fmt: skip
     is_tree = way.backend == FILES and made is None
-    kind = "arrays" if is_tree else way.task or ("network" if function else "classification")
+    kind = "classification" if way.backend == FILES and not is_tree else way.task
     if kind == "likelihood" and file is not None:
         return "torch", task_for_records(source, read_source(file).records, ModelTemplates(), choices.fields), count
     if file is None and kind not in ("arrays", "image_generation"):
-        raise InputError("--data", f"missing; expected {way.data}")
-    task = task_of_network("network" if function and kind in CLASSES else kind, source, file, choices.fields, function)
-    if kind == "image_generation" and file is None:
-        count = DRAWN
+        raise InputError("--data", f"missing; expected {DATA[way.task]}")
+    if function is not None and kind not in ("arrays", "image_generation"):
+        kind = "network"
+    task = task_of_network(kind, source, file, choices.fields, function)
     return ("function" if is_tree else made or "torch"), task, count
 
 

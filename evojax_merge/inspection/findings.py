@@ -4,14 +4,12 @@ import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 
 import numpy as np
 from merge_kernels import METHODS
 
-from evojax_merge.checkpoints.folder import hub_id
-from evojax_merge.inspection.models import Adapter, Model, place_of
-from evojax_merge.inspection.ways import FILES
+from evojax_merge.inspection.models import Model, place_of
+from evojax_merge.inspection.ways import DATA, FILES, OPTIONS
 from evojax_merge.inspection.weights import Comparison, Pair, SignConflicts, TaskVector
 
 # The cosine of matrices below which two related models are far apart.
@@ -36,36 +34,30 @@ class Finding:
 
 @dataclass(frozen=True)
 class Advice:
-    """The settings of a first search that an inspection's sentences advise.
-
-    base: the number of the model that is the base; None: unclear. method: None: none is better than others; high: a
-    higher bound of `weight`; alike: the numbers of parents that had better share their parameters; unchanged: the
-    components in which no parent differs from the base; is_related: the models belong to one family.
-    """
+    """The settings of a first search that an inspection's sentences advise. base: the number of the base's model, None:
+    it is unclear; method: None: none is better than others; high: a bound of `weight`; alike: the numbers of parents
+    that had better share their parameters; unchanged: the components in which no parent differs from the base."""
 
     base: int | None = None
     method: str | None = None
     high: float | None = None
     alike: tuple[int, int] | None = None
     unchanged: tuple[str, ...] = ()
-    is_related: bool = True
 
 
 def advise(comparison: Comparison) -> Advice:
     """The advice of a comparison, by the same limits as its sentences."""
-    verdict, vectors, changes = comparison.verdict, comparison.vectors, comparison.changes
-    is_related = len(comparison.families) == 1
-    if verdict.base is None or not verdict.is_clear or changes is None:
-        return Advice(is_related=is_related)
-    method, conflicts = None, changes.conflicts
+    vectors, changes = comparison.vectors, comparison.changes
+    if comparison.verdict.base is None or not comparison.verdict.is_clear or changes is None:
+        return Advice()
+    conflicts, method = changes.conflicts, None
     if conflicts.contested and conflicts.share > PULLING_APART * conflicts.by_chance:
         method = "ties"
     elif conflicts.contested and conflicts.share <= conflicts.by_chance / 2:
         method = "task_arithmetic"
-    norms = sorted(vector.norm for vector in vectors if vector.norm > 0)
-    uneven = norms[-1] / norms[0] if norms else 1.0
-    alike = _most_alike(comparison.cosines)
-    components = dict.fromkeys(component for vector in vectors for _, component in vector.by_place)
+    norms = [vector.norm for vector in vectors if vector.norm > 0] or [1.0]
+    uneven, alike = max(norms) / min(norms), _most_alike(comparison.cosines)
+    changed = {component for vector in vectors for (_, component), norm in vector.by_place.items() if norm}
     return Advice(
         base=comparison.reference,
         method=method,
@@ -73,11 +65,9 @@ def advise(comparison: Comparison) -> Advice:
         # Two parents that share all parameters leave nothing to choose between them.
         alike=None if alike is None or len(vectors) < 3 else (vectors[alike[0]].parent, vectors[alike[1]].parent),
         unchanged=tuple(
-            component for component in components
-            if not any(norm for vector in vectors for (_, of), norm in vector.by_place.items() if of == component)
+            dict.fromkeys(name for vector in vectors for _, name in vector.by_place if name not in changed)
         ),
-        is_related=is_related,
-    )  # fmt: skip
+    )
 
 
 def _most_alike(cosines: np.ndarray) -> tuple[int, int] | None:
@@ -104,9 +94,10 @@ def _about_a_search(models: Sequence[Model], comparison: Comparison) -> Iterator
         return
     flags = "" if base is None else f" --base {shlex.quote(models[base].reference)}"
     named = shlex.join(models[number].reference for number in parents) + (" MODEL" if len(family) == 1 else "")
+    options = OPTIONS.get(way.task, "")
     yield Finding(
-        "begin", f"A search begins with: evojax-merge init{flags} --parents {named} --data DATA{way.options}, where "
-        f"DATA is {way.data}; init takes this report's advice.",
+        "begin", f"A search begins with: evojax-merge init{flags} --parents {named} --data DATA{options}, where DATA "
+        f"is {DATA[way.task]}; init takes this report's advice.",
     )  # fmt: skip
 
 
@@ -184,17 +175,11 @@ def _about_files(models: Sequence[Model], names: Sequence[str]) -> Iterator[Find
     for way in dict.fromkeys(model.way for model in models if model.unsearchable is not None and model.way):
         these = _listed([name for name, model in zip(names, models, strict=True) if model.way == way])
         backend = "torch, or of pytrees with backend: function" if way.backend == FILES else way.backend
-        task = f", kind: {way.task}" if way.task else ""
+        task = "" if way.backend == FILES else f", kind: {way.task}"
         yield Finding(
             "search", f"{these}: {way.model}, and no language model that is searched; a search takes it with backend: "
             f"{backend}{task}.",
         )  # fmt: skip
-    for model, name in zip(models, names, strict=True):
-        if model.adapter and model.adapter.base and model.adapter.trained_on and not _is_base(model.adapter):
-            yield Finding(
-                "adapter_base", f"{name}: its adapter's files say that it was trained on {model.adapter.trained_on}; "
-                f"this report has it on {model.adapter.base}.",
-            )  # fmt: skip
     if len({tuple(model.dtypes) for model in models}) > 1:
         yield Finding(
             "dtype", "The stored dtypes differ: merges are computed in float32 and rounded to export_dtype, by default "
@@ -228,13 +213,6 @@ def _about_files(models: Sequence[Model], names: Sequence[str]) -> Iterator[Find
             "chat_template", f"The chat templates {what}{has}. Candidates and the winner take that of "
             "tokenizer_source, else of the base, else of the first parent; a task in the form of a chat needs one.",
         )  # fmt: skip
-
-
-def _is_base(adapter: Adapter) -> bool:
-    """Return whether an adapter changes the model that its files name."""
-    assert adapter.base is not None and adapter.trained_on is not None
-    name = adapter.trained_on.rstrip("/").partition("@")[0]
-    return name == hub_id(adapter.base) or PurePath(name).name == adapter.base.name
 
 
 def _about_relations(names: Sequence[str], comparison: Comparison) -> Iterator[Finding]:
