@@ -372,7 +372,8 @@ def _field_lines(
     given = {"--prompt": [*named.prompt], "--target": [*named.target]}
     lines: list[Line] = []
     for flag, key, names in roles:
-        name = given[flag].pop(0) if given[flag] else next((name for name in names if name in fields), None)
+        left = [name for name in names if name in fields and name not in [taken for _, taken, _ in lines]]
+        name = given[flag].pop(0) if given[flag] else next(iter(left), None)
         if name is None or name not in fields:
             raise _missing(flag if name is None else f"{flag} {name}", where, fields)
         is_picture = key == "text" and Path(str(fields[name])).suffix.lower() in IMAGES

@@ -460,7 +460,7 @@ def write_model(kind: str, folder: Path, seed: int) -> Path:
         ("diffusers", "torch", "a DDPMPipeline of diffusers", "--function FILE.py:NAME"),
         ("state dict", "files", "a file of tensors", "--backend FILE.py:NAME"),
         ("vision", "torch", "a ViTForImageClassification of transformers", "a folder of pictures by class"),
-        ("classifier", "torch", "a BertForSequenceClassification of transformers", "records with `text` and `label`"),
+        ("classifier", "torch", "a BertForSequenceClassification of transformers", "or `text`, and `label`"),
         ("embeddings", "torch", "a BertModel of transformers", "`sentence1`, `sentence2` and `score`"),
     ],
 )

@@ -42,7 +42,7 @@ from evojax_merge.inspection.findings import Advice, advise, findings
 from evojax_merge.inspection.models import Model, read_models
 from evojax_merge.inspection.ways import DATA, DECODER, FILES, Way
 from evojax_merge.inspection.weights import compare_weights, tensor_bytes
-from evojax_merge.models.architecture import ROUTER, architecture_of, shared_leaves
+from evojax_merge.models.architecture import FINAL_NORM, ROUTER, architecture_of, shared_leaves
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.references import recipe_reference, resolve_file, resolve_headers, resolve_onto
@@ -267,7 +267,7 @@ def _components(decoder: DecoderConfig, unchanged: Sequence[str]) -> list[list[s
     parts = [name for name in every if name != ROUTER]
     changed = [name for name in parts if name not in unchanged] or parts[:1]
     still = [name for name in parts if name not in changed]
-    shared = [leaf.name for leaf in shared_leaves(decoder) if leaf.component != PROJECTOR]
+    shared = [leaf.name for leaf in shared_leaves(decoder) if leaf.component != PROJECTOR and leaf.name != FINAL_NORM]
     return [["+".join([changed[0], *still]), *changed[1:]], ["+".join(parts)], ["+".join([*every, *shared])]]
 
 
