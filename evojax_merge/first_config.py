@@ -496,7 +496,7 @@ def rule_of_space(dims: int, searched: int) -> str:
     """The number of parameters of a space, and the rule that it follows."""
     few = "at most" if dims <= searched // EXAMPLES_PER_PARAMETER else "the fewest there are, although it should be"
     rule = f"one for every {EXAMPLES_PER_PARAMETER} of the {searched:,} examples that are searched on"
-    return f"{dims} parameters: {few} {rule}"
+    return f"{dims} parameter{'' if dims == 1 else 's'}: {few} {rule}"
 
 
 def searched_parameters(method: Method) -> list[Parameter]:

@@ -501,6 +501,8 @@ def test_arrays_of_own_modules_and_of_pytrees(init: Init, capsys: pytest.Capture
     parents = ("--parents", "a.safetensors", "b.safetensors")
     assert init(*parents, "--data", "rows.npz") == 2
     assert "--backend: missing; the models are files of tensors" in capsys.readouterr().err
+    assert init("--parents", "one", "a.safetensors", "--data", "rows.npz") == 2
+    assert "one with backend: decoder, a.safetensors with backend: files" in capsys.readouterr().err
     assert init(*parents, "--data", "rows.npz", "--backend", "mine.py:make", *GENERATIONS) == 0
     config = document()
     assert (config["backend"], config["evaluation"]) == ("mine.py:make", {"recalibrate": True})

@@ -436,6 +436,15 @@ def test_a_lora_without_its_base_says_its_rank_and_what_to_name(inspect: Callabl
     assert report["models"][0]["backend"] is None and "begin" not in kinds(report)
 
 
+def test_files_that_are_not_compared_say_what_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "params.npz", a=np.zeros(2))
+    torch.save({"a": torch.zeros(2)}, tmp_path / "net.pt")
+    for name, words_ in (("params.npz", "init --parents FILE FILE --function FILE.py:NAME"),
+                         ("net.pt", "safetensors.torch.save_file of its state dict, converts it")):  # fmt: skip
+        assert run(lambda name=name: cli.main(["inspect", str(tmp_path / name)], standalone_mode=False)) == 2
+        assert words_ in capsys.readouterr().err
+
+
 def write_model(kind: str, folder: Path, seed: int) -> Path:
     """A tiny model of another kind than a language model."""
     torch.manual_seed(seed)

@@ -149,6 +149,10 @@ def find_models(choices: Choices, resolve: Resolve, headers: Path) -> Models:
     for model in facts:
         if model.way is None:
             raise InputError(model.reference, f"no search takes it: {model.unsearchable}")
+    kinds = {model.reference: model.way.backend for model in facts if model.way is not None}
+    if len({*kinds.values()}) > 1:
+        each = ", ".join(f"{name} with backend: {backend}" for name, backend in kinds.items())
+        raise InputError("--parents", f"are searched by different backends ({each}); expected models of one kind")
     advice, size = Advice(), tensor_bytes(facts)
     if size > MOST_COMPARED or any(headers in folder.parents for folder in folders):
         say(f"the weights ({shown_bytes(size)}) are not compared: evojax-merge inspect does, and gives advice")

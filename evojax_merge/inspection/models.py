@@ -105,6 +105,11 @@ def read_models(references: Sequence[str], paths: Sequence[Path]) -> list[Model]
 
 def _open(path: Path) -> Folder:
     """A model; of a folder of diffusers, the components that are merged by default."""
+    if path.suffix == ".npz":
+        raise InputError(
+            path, "holds arrays, whose distances inspect does not measure; a search takes it as a pytree (backend: "
+            "function), and begins with: evojax-merge init --parents FILE FILE --function FILE.py:NAME",
+        )  # fmt: skip
     if not is_pipeline(path):
         return open_model(path)
     present = Pipeline(path).classes
