@@ -436,6 +436,12 @@ def test_a_lora_without_its_base_says_its_rank_and_what_to_name(inspect: Callabl
     assert report["models"][0]["backend"] is None and "begin" not in kinds(report)
 
 
+def test_an_adapters_config_beside_a_model_is_no_adapter(inspect: Callable[..., Any], tmp_path: Path) -> None:
+    base = save(random_model(tiny_config()), tmp_path / "base")
+    (base / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert inspect(base)["models"][0]["adapter"] is None
+
+
 def test_files_that_are_not_compared_say_what_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "params.npz", a=np.zeros(2))
     torch.save({"a": torch.zeros(2)}, tmp_path / "net.pt")

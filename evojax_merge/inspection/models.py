@@ -151,7 +151,7 @@ def _read_model(reference: str, folder: DecoderFolder, first_with_tokens: Path |
 def _adapter_of(path: Path) -> Adapter | None:
     """The adapter of a model, or the LoRA that a file holds by itself."""
     base, adapter = adapted_from(path) or (None, path)
-    if (adapter / ADAPTER_CONFIG).is_file():
+    if base is not None and (adapter / ADAPTER_CONFIG).is_file():
         config = read_adapter_config(adapter)
         ranks = tuple(factor_ranks(adapter / ADAPTER_FILE))
         return Adapter(ranks, config.base, base, not (config.is_dora or config.saved_modules))
