@@ -94,27 +94,33 @@ def inspect(models: tuple[str, ...], base: str | None, json_file: Path | None, p
     command.inspect(list(models), base, json_file, picture)
 
 
-class ParentsCommand(click.Command):
-    """A command whose option --parents takes every argument up to the next option, or to the name of a config."""
+class InitCommand(click.Command):
+    """A command whose options --parents, --prompt and --target take every argument up to the next option, or to the
+    name of a config."""
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
         repeated: list[str] = []
-        inside = False
+        option = ""
         for argument in arguments:
             is_config = argument.endswith((".yaml", ".yml")) and not os.path.isdir(argument)
-            inside = argument == "--parents" or (inside and not argument.startswith("-") and not is_config)
-            repeated += ["--parents", argument] if inside and argument != "--parents" else [argument] * (not inside)
+            begins = argument in ("--parents", "--prompt", "--target")
+            option = argument if begins else "" if argument.startswith("-") or is_config else option
+            repeated += [] if begins else [option, argument] if option else [argument]
         return super().parse_args(context, repeated)
 
 
-@cli.command(cls=ParentsCommand, short_help="Write the commented config of a first search.")
+@cli.command(cls=InitCommand, short_help="Write the commented config of a first search.")
 @click.argument("file", type=click.Path(path_type=Path), default=Path("search.yaml"))
 @click.option("--base", metavar="MODEL", type=click.Path(), help="The model that task vectors are taken from.")
 @click.option("--parents", multiple=True, metavar="MODEL...", type=click.Path(), help="The models that are merged.")
-@click.option("--data", metavar="FILE", type=click.Path(), help="A data file that candidates are scored on.")
+@click.option("--data", metavar="FILE", type=click.Path(), help="A data file, a folder of pictures, or an .npz.")
 @click.option("--hub", metavar="OWNER/DATASET", help="Score on a data set of the hub: [/CONFIG][:SPLIT] may follow.")
 @click.option("--lm-eval", metavar="TASK", help="Score on a task of lm-eval.")
-@click.option("--method", metavar="NAME", help="One of `evojax-merge methods`. Default: ties; without a base, linear.")
+@click.option("--prompt", multiple=True, metavar="FIELD...", help="The fields of an example's prompt or input.")
+@click.option("--target", multiple=True, metavar="FIELD...", help="The fields of what is right about an example.")
+@click.option("--method", metavar="NAME", help="One of `evojax-merge methods`. Default: what `inspect` advises.")
+@click.option("--backend", metavar="FILE.py:NAME", help="Parents are state dicts: a function that makes their module.")
+@click.option("--function", metavar="FILE.py:NAME", help="A function that scores networks, pictures or pytrees.")
 @click.option("--out", metavar="RUN", type=click.Path(), help="The run folder of the search.")
 @click.option(
     "--budget-generations", type=click.IntRange(1, 1_000_000), help="Generations; default: a budget of 600 passes."
@@ -127,13 +133,18 @@ def init(
     data: str | None,
     hub: str | None,
     lm_eval: str | None,
+    prompt: tuple[str, ...],
+    target: tuple[str, ...],
     method: str | None,
+    backend: str | None,
+    function: str | None,
     out: str | None,
     budget_generations: int | None,
     overwrite: bool,
 ) -> None:
     """Write the commented config of a first search to FILE (search.yaml), checked like one that is searched with. Asks
-    on a terminal for what is missing; the kind of task goes by the fields of the data's first record."""
+    on a terminal for what is missing. The kind of task goes by the models and the data's first record, the method by
+    the models' weights, and the number of parameters by that of the examples."""
     given = [name for name, value in (("--data", data), ("--hub", hub), ("--lm-eval", lm_eval)) if value is not None]
     if len(given) > 1:
         raise InputError(given[1], f"cannot go with {given[0]}; expected one source of data")
@@ -141,7 +152,11 @@ def init(
         from evojax_merge.commands import init as command
 
     data = f"hub:{hub.removeprefix('hub:')}" if hub is not None else data
-    command.init(file, command.Choices(base, parents, data, lm_eval, method, out, budget_generations), overwrite)
+    fields = command.Fields(prompt, target)
+    choices = command.Choices(
+        base, parents, data, lm_eval, fields, method, backend, function, out, budget_generations
+    )  # fmt: skip
+    command.init(file, choices, overwrite)
 
 
 @cli.command(short_help="Print a script that completes commands in a shell.")

@@ -1,9 +1,14 @@
-"""The commented config of a first search: the kind of task by the data's fields, and the text of the file."""
+"""The commented config of a first search: the kind of task by the data's fields, and the text of the file.
+
+As many parameters are searched as the examples carry: one for every `EXAMPLES_PER_PARAMETER` of them, the rule of thumb
+of regressions. A merge that has more of them than that is fitted to its examples, and its held-out scores fall behind.
+"""
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +16,13 @@ import yaml
 from merge_kernels import Method, Parameter
 
 from evojax_merge.errors import InputError, shown
+from evojax_merge.tasks.arrays import read_examples
 from evojax_merge.tasks.gsm import read_problem
 from evojax_merge.tasks.harness import is_benchmark
+from evojax_merge.tasks.networks import IMAGES
 from evojax_merge.tasks.prompts import read_turns
-from evojax_merge.tasks.records import FORMS, Record, is_file_name
+from evojax_merge.tasks.records import FORMS, Record, is_file_name, read_file
+from evojax_merge.tasks.templates import check_template, fill
 
 # Fields of a prompt and of what follows it, by the names that data sets have for them.
 PAIRS = (
@@ -24,15 +32,45 @@ PAIRS = (
 )  # fmt: skip
 CHOICES, ANSWERS, STEMS = ("choices", "options"), ("answer", "answerKey", "label", "gold"), ("question", "prompt")
 TEXTS = ("text", "content")
+# The fields of a network's examples by the kind of task: what the user's option names, its key in the task's section,
+# and the names that data sets have for it. The key `text` is `image` where the field holds the name of a picture.
+SEEN = (
+    "image", "img", "picture", "photo", "file_name", "filename", "path", "file", "text", "sentence", "content",
+    "review", "question", "input", "prompt",
+)  # fmt: skip
+RIGHT = ("label", "labels", "class", "category", "target", "score", "answer", "y")
+WRITTEN = ("target", "summary", "translation", "output", "answer", "text", "sentence", "transcription")
+QUERIES = ("query", "question", "anchor")
+ROLES: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
+    "classification": (("--prompt", "text", SEEN), ("--target", "target", RIGHT)),
+    "regression": (("--prompt", "text", SEEN), ("--target", "target", RIGHT)),
+    "text_to_text": (("--prompt", "text", SEEN), ("--target", "target", WRITTEN)),
+    "transcription": (
+        ("--prompt", "audio", ("audio", "path", "file", "file_name")), ("--target", "target", WRITTEN),
+    ),
+    "similarity": (
+        ("--prompt", "first", ("sentence1", "sentence_1", "text1", "premise")),
+        ("--prompt", "second", ("sentence2", "sentence_2", "text2", "hypothesis")),
+        ("--target", "target", ("score", "similarity_score", "similarity", "label")),
+    ),
+    "retrieval": (
+        ("--prompt", "query", QUERIES), ("--target", "target", ("document", "positive", "documents", "passage")),
+    ),
+    "image_generation": (("--prompt", "prompt", ("prompt", "caption", "text")),),
+    "network": (("--prompt", "text", SEEN),),
+}  # fmt: skip
 # Fields of conversations.
 CHATS = ("messages", "conversations")
 EXPECTED = (
     "question and answer, prompt and completion (or instruction and output, and the like), choices and answer, "
-    "messages, or text"
+    "messages, or text; or name its fields by --prompt and --target"
 )
 NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?")
-# Groups of neighbouring layers that share their parameters: enough to tell the ends from the middle.
+# Groups of neighbouring layers that share their parameters at most: enough to tell the ends from the middle.
 LAYER_GROUPS = 8
+EXAMPLES_PER_PARAMETER = 10
+HELDOUT, VALIDATION = 0.2, 0.25
+FORM = {**FORMS, ".npz": "arrays, whose first axes are the examples", "": "a folder for each class"}
 COMMENT_COLUMN = 41
 # The first line of a file that `init` wrote.
 HEAD = re.compile(rb"# A search for the best merge of \d+ parents; all keys: evojax-merge keys all\n")
@@ -56,6 +94,11 @@ class TaskSection:
     """The section of a task: its keys in order, with their comments."""
 
     lines: tuple[Line, ...]
+
+    @property
+    def unscored(self) -> int:
+        """The examples that are shown with their answers."""
+        return next((value for key, value, _ in self.lines if key == "num_fewshot"), 0)
 
     @property
     def uses_template(self) -> bool:
@@ -84,11 +127,41 @@ class ModelTemplates:
 # The kind of task
 
 
-def task_for_records(source: str, records: Sequence[Record], templates: ModelTemplates) -> TaskSection:
-    """The section of a task on these records, by the fields of the first. source: the reference to the data. Raises
-    InputError where the fields say no kind of task, and where conversations cannot be scored as plain text."""
+@dataclass(frozen=True)
+class Fields:
+    """The fields of an example that the user has named: of its prompt, or input, and of what is right about it."""
+
+    prompt: tuple[str, ...] = ()
+    target: tuple[str, ...] = ()
+
+    def templates(self, record: Record) -> tuple[str, str]:
+        """The templates of the prompt and the target: a line for each field. Raises InputError for a name that the
+        record does not have, or that holds no text."""
+        for flag, names in (("--prompt", self.prompt), ("--target", self.target)):
+            for name in names:
+                check_template(f"{flag} {name}", f"{{{name}}}")
+                fill(record.where, flag, f"{{{name}}}", record.fields)
+        if not self.target:
+            raise _missing("--target", record.where, record.fields)
+        prompt, target = ("\n".join(f"{{{name}}}" for name in names) for names in (self.prompt, self.target))
+        return prompt, target
+
+
+def _missing(flag: str, where: str, fields: Mapping[str, Any]) -> InputError:
+    names = ", ".join(map(str, list(fields)[:12])) or "none"
+    return InputError(flag, f"missing; {where} has the fields {names}: name one")
+
+
+def task_for_records(
+    source: str, records: Sequence[Record], templates: ModelTemplates, named: Fields = Fields()
+) -> TaskSection:
+    """The section of a task of language models on these records, by the fields that are named, else by those of the
+    first. source: the reference to the data. Raises InputError where the fields say no kind of task, and where
+    conversations cannot be scored as plain text."""
     record = records[0]
     fields = record.fields
+    if named != Fields():
+        return _pair(source, *named.templates(record), record, templates)
     choices = next((name for name in CHOICES if name in fields), None)
     if choices is not None:
         return _multiple_choice(source, record, choices, templates)
@@ -99,7 +172,10 @@ def task_for_records(source: str, records: Sequence[Record], templates: ModelTem
         return _chat(source, chat, templates) if templates.owner else _plain_chat(source, chat, records)
     pair = next((pair for pair in PAIRS if {*pair} <= fields.keys()), None)
     if pair is not None:
-        return _pair(source, fields, *pair, templates)
+        template = _question(pair[0], templates) if pair[0] == "question" else f"{{{pair[0]}}}"
+        if pair[0] == "instruction" and isinstance(fields.get("input"), str):
+            template += "\n{input}"
+        return _pair(source, template, f"{{{pair[1]}}}", record, templates)
     text = next((name for name in TEXTS if name in fields), None)
     if text is not None:
         prompt = ("prompt", "", "the whole text is predicted")
@@ -168,22 +244,26 @@ def _is_problem(record: Record) -> bool:
 
 def _problems(source: str, records: Sequence[Record], templates: ModelTemplates) -> TaskSection:
     worked = "####" in str(records[0].fields["answer"])
-    lines: list[Line] = [
-        ("name", "problems", "what the task is called in tables"),
-        ("kind", "gsm", "worked problems with a number as answer, as in GSM8K"),
-        ("source", source, _form(source)),
-        ("heldout", 0.2, "this share is never searched on; or a second source"),
-        ("match", "strict" if worked else "flexible", "strict: the number after ####; flexible: the last"),
-        *templates.lines(),
-    ]
-    if worked and len(records) >= ENOUGH_TO_SHOW:
-        lines.append(("num_fewshot", 2, "the first two are shown with their answers, and not scored"))
-    return TaskSection((*lines, ("max_new_tokens", 256, "how much a model may write")))
+    match = ("match", "strict" if worked else "flexible", "strict: the number after ####; flexible: the last")
+    shown = ("num_fewshot", 2, "the first two are shown with their answers, and not scored")
+    lines = [match, *templates.lines(), *([shown] if worked and len(records) >= ENOUGH_TO_SHOW else [])]
+    kind = ("gsm", "worked problems with a number as answer, as in GSM8K")
+    length = ("max_new_tokens", 256, "how much a model may write")
+    return _section("problems", kind, source, [*lines, length], key="source")
 
 
-def _form(source: str) -> str:
-    """The form of a data source, for its comment."""
-    return FORMS.get(Path(source).suffix, "one JSON object a line") if is_file_name(source) else "a data set to fetch"
+def _section(name: str, kind: tuple[str, str], source: str, lines: Sequence[Line], key: str = "file") -> TaskSection:
+    """The section of a task with one source of data, which `key` names. kind: with its comment."""
+    form = FORM.get(Path(source).suffix, "one JSON object a line") if is_file_name(source) else "a data set to fetch"
+    return TaskSection(
+        (
+            ("name", name, "what the task is called in tables"),
+            ("kind", *kind),
+            (key, source, form),
+            ("heldout", HELDOUT, f"this share is never searched on; or a second {key}"),
+            *lines,
+        )
+    )
 
 
 def _multiple_choice(source: str, record: Record, choices: str, templates: ModelTemplates) -> TaskSection:
@@ -191,19 +271,14 @@ def _multiple_choice(source: str, record: Record, choices: str, templates: Model
     if answer is None or stem is None:
         missing = " or ".join(ANSWERS if answer is None else STEMS)
         raise InputError(record.where, f"has {choices}, but no {missing}; expected a question, choices and an answer")
-    return TaskSection(
-        (
-            ("name", "choices", "what the task is called in tables"),
-            ("kind", "multiple_choice", "the most likely of the choices is the answer"),
-            ("file", source, _form(source)),
-            ("heldout", 0.2, "this share is never searched on; or a second file"),
-            *templates.lines(),
-            ("prompt", _question(stem, templates), "a template over a record's fields"),
-            ("choices", choices, "the field with the choices"),
-            ("answer", answer, "the field with the right one: by text, place or letter"),
-            ("metric", "margin", "smoother than accuracy: the right choice's lead over the best wrong one"),
-        )
-    )
+    lines = [
+        *templates.lines(),
+        ("prompt", _question(stem, templates), "a template over a record's fields"),
+        ("choices", choices, "the field with the choices"),
+        ("answer", answer, "the field with the right one: by text, place or letter"),
+        ("metric", "margin", "smoother than accuracy: the right choice's lead over the best wrong one"),
+    ]
+    return _section("choices", ("multiple_choice", "the most likely of the choices is the answer"), source, lines)
 
 
 def _question(field: str, templates: ModelTemplates) -> str:
@@ -211,53 +286,102 @@ def _question(field: str, templates: ModelTemplates) -> str:
     return f"{{{field}}}" if templates.is_shared else f"Question: {{{field}}}\nAnswer:"
 
 
-def _pair(source: str, fields: Mapping[str, Any], prompt: str, target: str, templates: ModelTemplates) -> TaskSection:
-    template = _question(prompt, templates) if prompt == "question" else f"{{{prompt}}}"
-    if prompt == "instruction" and isinstance(fields.get("input"), str):
-        template += "\n{input}"
-    answer = str(fields[target]).rpartition("####")
+def _pair(source: str, prompt: str, target: str, record: Record, templates: ModelTemplates) -> TaskSection:
+    """The section of a task on prompts and targets, by their templates."""
+    answer = fill(record.where, "target", target, record.fields).rpartition("####")
     lines: list[Line] = [
         *templates.lines(),
-        ("prompt", template, "a template over a record's fields"),
-        ("target", f"{{{target}}}", "what should follow it"),
+        ("prompt", prompt, "a template over a record's fields" if prompt else "the whole text is predicted"),
+        ("target", target, "what should follow it"),
     ]
     if NUMBER.fullmatch(answer[2].strip()) is None:
         return _likelihood(source, lines)
     # In a chat models explain their answers.
-    written = 256 if answer[1] or templates.is_shared else 32
-    return TaskSection(
-        (
-            ("name", "answers", "what the task is called in tables"),
-            ("kind", "exact_match", "right where the last number is the target's (whole texts: pattern: ^(.+)$)"),
-            ("file", source, _form(source)),
-            ("heldout", 0.2, "this share is never searched on; or a second file"),
-            *lines,
-            ("max_new_tokens", written, "how much a model may write"),
-        )
-    )
+    lines.append(("max_new_tokens", 256 if answer[1] or templates.is_shared else 32, "how much a model may write"))
+    kind = ("exact_match", "right where the last number is the target's (whole texts: pattern: ^(.+)$)")
+    return _section("answers", kind, source, lines)
 
 
 def _likelihood(source: str, lines: Sequence[Line]) -> TaskSection:
-    return TaskSection(
-        (
-            ("name", "text", "what the task is called in tables"),
-            ("kind", "likelihood", "the mean log-probability of the target's tokens; answers to find: exact_match"),
-            ("file", source, _form(source)),
-            ("heldout", 0.2, "this share is never searched on; or a second file"),
-            *lines,
-        )
-    )
+    comment = "the mean log-probability of the target's tokens; answers to find: exact_match"
+    return _section("text", ("likelihood", comment), source, lines)
 
 
 def task_of_harness(name: str, templates: ModelTemplates) -> TaskSection:
     """The section of a task of lm-eval."""
     lines: list[Line] = [
         ("lm_eval", name, "the task's name in lm-eval"),
-        ("heldout", 0.2, "this share is never searched on; or a second task"),
+        ("heldout", HELDOUT, "this share is never searched on; or a second task"),
     ]
     if is_benchmark(name):
         lines.append(("split", "train", "models are compared on its test examples, which no search should see"))
     return TaskSection((*lines, *templates.lines(), ("docs", 200, "only its first examples")))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+def examples_of(data: Path) -> tuple[Path, int]:
+    """The file or folder that a network's task reads, of a data file, an .npz of arrays, or a folder of pictures: by
+    class, or with a table of them; and how many examples it holds. Raises InputError for any other folder."""
+    if not data.is_dir():
+        return data, len(next(iter(read_examples(data).values()))) if data.suffix == ".npz" else len(read_file(data))
+    pictures = [file for label in sorted(data.iterdir()) if label.is_dir() for file in label.iterdir()]
+    tables = [file for file in sorted(data.iterdir()) if file.suffix in (".jsonl", ".csv", ".parquet", ".json")]
+    if len(tables) == 1:
+        return tables[0], len(read_file(tables[0]))
+    count = sum(file.suffix.lower() in IMAGES for file in pictures)
+    if tables or not count:
+        what = f"holds {len(tables)} tables" if tables else "holds neither a table nor pictures in folders"
+        raise InputError(data, f"{what}; expected a folder of pictures for each class, or one table (metadata.csv)")
+    return data, count
+
+
+def task_of_network(kind: str, source: str, data: Path | None, named: Fields, function: str | None) -> TaskSection:
+    """The section of a task of networks. kind: of the task; `classification` is one of numbers where the targets are;
+    source: the reference to the data; data: its file or folder, None: there is none. Raises InputError for data that
+    lack a field, and for a kind that needs a function where there is none."""
+    if kind in ("network", "image_generation", "arrays") and function is None:
+        raise InputError("--function", f"missing; a task of kind {kind} is scored by FILE.py:NAME, a function of yours")
+    lines: list[Line] = [] if function is None else [("function", function, "higher is better")]
+    if data is not None and data.is_dir():
+        kind = "classification"
+    elif data is not None and data.suffix == ".npz" and kind not in ("network", "arrays"):
+        arrays = read_examples(data)
+        lines += _field_lines(str(data), arrays, ROLES["classification"][1:], Fields(target=named.target))
+        kind = "classification" if arrays[lines[-1][1]].dtype.kind in "biu" else "regression"
+    elif data is not None and data.suffix != ".npz":
+        record = read_file(data)[0]
+        if kind == "similarity" and (len(named.prompt) == 1 or (not named.prompt and {*QUERIES} & {*record.fields})):
+            kind = "retrieval"
+        lines += _field_lines(record.where, record.fields, ROLES[kind], named)
+        if kind == "classification" and isinstance(record.fields[lines[-1][1]], float | list):
+            kind = "regression"
+    if kind == "classification":
+        lines.append(("metric", "log_probability", "of the right label; smooth where accuracy is flat"))
+    section = _section(kind, (kind, "see `evojax-merge keys tasks`"), source, lines)
+    return section if data is not None else TaskSection((*section.lines[:2], *lines))
+
+
+def _field_lines(
+    where: str, fields: Mapping[str, Any], roles: Sequence[tuple[str, str, Sequence[str]]], named: Fields
+) -> list[Line]:
+    """The lines that name an example's fields: those that the user has named, in their order, else by the names that
+    data sets have. Raises InputError for a field that the example does not have, and where too many are named."""
+    given = {"--prompt": [*named.prompt], "--target": [*named.target]}
+    lines: list[Line] = []
+    for flag, key, names in roles:
+        left = [name for name in names if name in fields and name not in [taken for _, taken, _ in lines]]
+        name = given[flag].pop(0) if given[flag] else next(iter(left), None)
+        if name is None or name not in fields:
+            raise _missing(flag if name is None else f"{flag} {name}", where, fields)
+        is_picture = key == "text" and Path(str(fields[name])).suffix.lower() in IMAGES
+        lines.append(("image" if is_picture else key, name, "the name of the examples' field"))
+    for flag, others in given.items():
+        if others:
+            raise InputError(flag, f"{' '.join(others)}: more fields than the task reads; leave them out")
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -266,32 +390,34 @@ def task_of_harness(name: str, templates: ModelTemplates) -> TaskSection:
 
 @dataclass(frozen=True)
 class FirstConfig:
-    """The choices of a first config. tokenizer_source: the model whose tokenizer the winner has, and why it is named;
-    None: no key is needed. examples: those of the data; None: not known. generations: None: the search has a budget of
-    passes."""
+    """The choices of a first config. backend: None: language models. keys: further ones before the space. space: its
+    section; comments: why its keys have their values. examples: those of the data; None: there are none. generations:
+    None: the search has a budget of passes."""
 
+    backend: str | None
     base: str | None
     parents: tuple[str, ...]
-    tokenizer_source: tuple[str, str] | None
-    method: Method
-    layers: int
+    keys: tuple[Line, ...]
+    space: Mapping[str, Any]
+    comments: Mapping[str, str]
     task: TaskSection
     examples: int | None
     generations: int | None
     out: str | None
 
-    def text(self, commands: Sequence[str]) -> str:
-        """The YAML. commands: the next ones, for its head."""
+    def text(self, commands: Sequence[str], rule: str) -> str:
+        """The YAML. commands: the next ones, for its head; rule: the comment of the space."""
         head = [f"A search for the best merge of {len(self.parents)} parents; all keys: evojax-merge keys all", ""]
         lines = [f"# {text}".rstrip() for text in (*head, *(f"    {shown_command(line)}" for line in commands))]
         lines.append("")
+        if self.backend is not None:
+            lines.append(_line("backend", self.backend, "what the models are"))
         if self.base is not None:
             lines.append(_line("base", self.base, "the model that task vectors are taken from"))
         lines.append(_row("parents:", "the models that are merged"))
         lines += [f"  - {_value(parent)}" for parent in self.parents]
-        if self.tokenizer_source is not None:
-            lines.append(_line("tokenizer_source", *self.tokenizer_source))
-        lines += ["", *self._space(), "", _row("tasks:", "what candidates are scored on")]
+        lines += [_line(*line) for line in self.keys]
+        lines += ["", *self._space(rule), "", _row("tasks:", "what candidates are scored on")]
         for number, line in enumerate(self.task.lines):
             lines.append(_line(*line, indent="    " if number else "  - "))
         lines += ["", *self._search(), "", _line("seed", 0, "of everything that is drawn at random")]
@@ -299,40 +425,91 @@ class FirstConfig:
             lines.append(_line("out", self.out, "the run folder"))
         return "".join(f"{line}\n" for line in lines)
 
-    def _space(self) -> list[str]:
-        together = -(-self.layers // LAYER_GROUPS)
-        shares = f"{self.layers} layers; so many neighbours share their parameters"
-        lines = [
-            _row("space:", "what is searched"),
-            _line("method", self.method.name, "any of `evojax-merge methods`", indent="  "),
-            _line("layers_per_group", together, shares, indent="  "),
-            _row("  components: [attention, mlp, norm]", "parts with parameters of their own; + joins parts"),
-            _row("  parameters:", "searched between these bounds; all others have the method's default"),
-        ]
-        for parameter in searched_parameters(self.method):
-            bounds = f"{{low: {parameter.low:g}, high: {parameter.high:g}}}"
-            lines.append(_row(f"    {parameter.name}: {bounds}", MEANINGS.get(parameter.name, "")))
+    def _space(self, rule: str) -> list[str]:
+        comments = {
+            "method": "any of `evojax-merge methods`", "layers_per_group": "so many neighbours share their parameters",
+            "components": "parts with parameters of their own; + joins parts",
+            "parent_groups": "parents that share their parameters",
+            "parameters": "searched between these bounds; all others have the method's default", **self.comments,
+        }  # fmt: skip
+        lines = [_row("space:", rule)]
+        for key, value in self.space.items():
+            if key != "parameters":
+                lines.append(_row(f"  {key}: {_flow(value)}", comments[key]))
+        lines.append(_row("  parameters:", comments["parameters"]))
+        for name, bounds in self.space["parameters"].items():
+            text = f"{{low: {bounds['low']:g}, high: {bounds['high']:g}}}"
+            lines.append(_row(f"    {name}: {text}", self.comments.get(name, MEANINGS.get(name, ""))))
         return lines
 
     def _search(self) -> list[str]:
-        chosen = "chosen by what has derivatives; any of `evojax-merge strategies`"
-        lines = ["search:", _line("strategy", "auto", chosen, indent="  ")]
+        strategy = ("auto", "chosen by what has derivatives; any of `evojax-merge strategies`")
+        if self.backend not in (None, "function"):
+            strategy = ("cma_es", "auto follows gradients, where torchax makes a function of JAX of the network")
+        lines = ["search:", _line("strategy", *strategy, indent="  ")]
         if self.generations is not None:
             comment = "of 4 + 3 ln D candidates each, or steps of a gradient"
             lines.append(_line("generations", self.generations, comment, indent="  "))
         else:
             comment = "a pass is one candidate on all examples; or a time, such as 2h"
             lines.append(_row(f"  budget: {PASSES} passes", comment))
-        if self.examples is None or self.examples >= ENOUGH_TO_VALIDATE:
+        if self.examples is not None and self.examples >= ENOUGH_TO_VALIDATE:
             comment = "this share of the searched examples is kept back, to choose the winner on"
-            lines.append(_line("validation", 0.25, comment, indent="  "))
+            lines.append(_line("validation", VALIDATION, comment, indent="  "))
         return lines
+
+
+def spaces(
+    fixed: Mapping[str, Any], method: Method, layers: int | None, components: Sequence[Sequence[str]],
+    high: float | None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The sections `space`, from the finest to the coarsest. fixed: the keys that all have; layers: how many there are
+    to group, None: they have no groups; components: the choices of them; high: the highest weight at least."""
+    searched = searched_parameters(method)
+    most = min(LAYER_GROUPS, layers or 1)
+    together = dict.fromkeys(-(-(layers or 1) // number) for number in range(most, 0, -1))
+    for count, neighbours, parts in product(range(len(searched), 0, -1), together, components):
+        section = {**fixed} | ({} if layers is None else {"layers_per_group": neighbours})
+        section |= {"components": list(parts)} if parts else {}
+        section["parameters"] = {
+            parameter.name: {
+                "low": parameter.low,
+                "high": max(parameter.high, (high or 0.0) if parameter.name == "weight" else 0.0),
+            }
+            for parameter in searched[:count]
+        }
+        yield section
+
+
+def fitting_space(counted: Sequence[tuple[int, dict[str, Any]]], examples: int | None) -> dict[str, Any]:
+    """The section with the most parameters that the examples carry, else the one with the fewest; the first where a
+    model is scored without examples. counted: (parameters, section); examples: those of the data."""
+    if examples is None:
+        return counted[0][1]
+    searched = examples - max(1, round(HELDOUT * examples))
+    searched -= round(VALIDATION * searched) if examples >= ENOUGH_TO_VALIDATE else 0
+    fitting = [(size, section) for size, section in counted if size <= searched // EXAMPLES_PER_PARAMETER]
+    return (max if fitting else min)(fitting or counted, key=lambda pair: pair[0])[1]
+
+
+def rule_of_space(dims: int, searched: int) -> str:
+    """The number of parameters of a space, and the rule that it follows."""
+    few = "at most" if dims <= searched // EXAMPLES_PER_PARAMETER else "the fewest there are, although it should be"
+    rule = f"one for every {EXAMPLES_PER_PARAMETER} of the {searched:,} examples that are searched on"
+    return f"{dims} parameter{'' if dims == 1 else 's'}: {few} {rule}"
 
 
 def searched_parameters(method: Method) -> list[Parameter]:
     """The parameters that a first search has: those that every parent has its own of, else the method's first."""
     searched = [parameter for parameter in method.parameters if parameter.searched]
     return [parameter for parameter in searched if parameter.per_parent] or searched[:1]
+
+
+def _flow(value: Any) -> str:
+    """A value of the space on one line."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_value(key)}: {_flow(entry)}' for key, entry in value.items())}}}"
+    return f"[{', '.join(map(_value, value))}]" if isinstance(value, list) else _value(value)
 
 
 def _line(key: str, value: Any, comment: str, indent: str = "") -> str:

@@ -1,12 +1,14 @@
 """Resolves the references of configs and commands: paths, hub ids, and the demo family's `zoo:name`, which is made on
 demand."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from evojax_merge.checkpoints.derived import EMPTY, reference_to, resolve_model
-from evojax_merge.checkpoints.folder import hub_id, resolve
+from evojax_merge.checkpoints.adapters import is_adapter
+from evojax_merge.checkpoints.derived import EMPTY, SAFETENSORS, reference_to, resolve_model
+from evojax_merge.checkpoints.folder import hub_id, local_path, resolve
 from evojax_merge.checkpoints.headers import HeaderFolders
+from evojax_merge.checkpoints.single_file_lora import factor_ranks
 from evojax_merge.errors import InputError
 from evojax_merge.tasks.data_versions import OXEN, check_data_file, oxen_file
 from evojax_merge.tasks.task import local_file
@@ -26,6 +28,22 @@ def _named(where: object, reference: str, relative_to: Path, *, weights: bool = 
     if reference.startswith(PREFIX):
         return _of_the_zoo(where, reference)
     return resolve(where, reference, relative_to, weights=weights)
+
+
+def resolve_onto(
+    resolve: Callable[[object, str, Path], Path], where: object, reference: str, base: str | None, relative_to: Path
+) -> tuple[str, Path]:
+    """A model's reference and folder. A LoRA's file, and an adapter whose config names no base that is in reach, go
+    with `base`. Raises InputError as `resolve` does."""
+    path = local_path(reference, relative_to)
+    if base is not None and path is not None and path.suffix == SAFETENSORS and factor_ranks(path):
+        reference = f"{base}+{reference}"
+    try:
+        return reference, resolve(where, reference, relative_to)
+    except InputError:
+        if base is None or path is None or not is_adapter(path):
+            raise
+    return f"{base}+{reference}", resolve(where, f"{base}+{reference}", relative_to)
 
 
 def recipe_reference(reference: str, folder: Path) -> str:

@@ -13,21 +13,32 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
 import pytest
+import torch
 import yaml
 from helpers import (
     Family,
+    even_records,
     finetune,
     random_model,
+    run_here,
     sample,
     save,
+    state,
     thorough,
     tiny_config,
+    word_tokenizer,
     words,
     write_lines,
 )
 from merge_kernels import METHODS
+from PIL import Image
+from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_state
+from tiny_generators import make_ddpm
+from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
 from evojax_merge.cli import cli, run
 from evojax_merge.first_config import searched_parameters
@@ -52,6 +63,17 @@ def init(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ini
 
 
 MODELS = ("--base", "base", "--parents", "one", "two")
+GENERATIONS = ("--budget-generations", "2")
+
+
+def search(file: str = "search.yaml", *overrides: str) -> dict[str, Any]:
+    """Search by a config as it is, but for overrides; the result."""
+    sets = [part for override in ("search.population=4", *overrides) for part in ("--set", override)]
+    done = run_here("search", file, "--out", "run", "--overwrite", *sets)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(Path("run/result.json").read_text())
+    assert Path("run/best/model").exists() and len(Path("run/history.jsonl").read_text().splitlines()) == 2
+    return result
 
 
 def document(file: str = "search.yaml") -> dict[str, Any]:
@@ -70,19 +92,23 @@ def records(*examples: dict[str, Any]) -> str:
 
 
 def test_the_config_is_one_that_a_search_takes(init: Init, capsys: pytest.CaptureFixture[str]) -> None:
-    assert init("mine.yaml", *MODELS, "--data", "tasks.jsonl", "--budget-generations", "7", "--out", "runs/mine") == 0
+    data = str(write_lines(Path("many.jsonl"), even_records(120)))
+    assert init("mine.yaml", *MODELS, "--data", data, "--budget-generations", "7", "--out", "runs/mine") == 0
     shown = capsys.readouterr().out
     assert "evojax-merge plan mine.yaml" in shown and "evojax-merge search mine.yaml" in shown
     path = Path("mine.yaml").absolute()
     config = read_config(path, [], None)
     assert (config.base, config.parents, config.out) == ("base", ["one", "two"], "runs/mine")
     assert config.space is not None and config.space.method == "ties" and config.tokenizer_source is None
-    assert config.search.generations == 7 and set(config.space.parameters) == {"weight", "density"}
+    assert config.search.generations == 7 and set(config.space.parameters) == {"weight"}
     problem = build_problem(path, config)
     assert f"{problem.space.dims} parameters of 2 parents" in shown
     # Every key has its comment.
     for line in path.read_text().splitlines():
         assert "# " in line or line.startswith(("#", "  - ")) or line in ("", "#", "search:"), line
+    assert f"{problem.space.dims} parameters: at most one for every 10 of the 72 examples" in shown
+    assert f"{problem.space.dims} parameters: at most one for every 10 of the 72 examples" in path.read_text()
+    search("mine.yaml", "search.generations=2")
 
 
 @thorough
@@ -123,9 +149,11 @@ def test_the_kind_of_task_goes_by_the_fields(
     init: Init, record: dict[str, Any], kind: str, keys: dict[str, Any]
 ) -> None:
     others = [record | {"question": f"w{number} w6"} if "question" in record else record for number in range(5, 9)]
-    assert init(*MODELS, "--data", records(*others)) == 0
+    assert init(*MODELS, "--data", records(*others), *GENERATIONS) == 0
     (task,) = document()["tasks"]
     assert task["kind"] == kind and task.items() >= keys.items()
+    written = ("tasks.0.max_new_tokens=2",) if "max_new_tokens" in task else ()
+    search("search.yaml", *written)
 
 
 @pytest.mark.parametrize("method", sample([name for name, method in METHODS.items() if searched_parameters(method)], 5))
@@ -229,6 +257,282 @@ def test_without_a_chat_template_all_records_need_the_same_turns(
         assert "data.jsonl:2: messages: its turns (" in line and "`messages: messages` reads any turns" in line
     assert init(*MODELS, "--data", records({"messages": [USER, REPLY, USER, REPLY]})) == 0
     assert "the model's first turn; later turns are left out" in Path("search.yaml").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Fields of any names
+
+
+def test_fields_of_any_names_are_joined_in_their_order(init: Init) -> None:
+    """A CSV as a spreadsheet writes it: with a mark of UTF-8, and German names with a space."""
+    rows = [{"Die Frage": f"w{n}", "Kontext": "w9", "Antwort": f"w{n + 1}"} for n in range(5, 15)]
+    pandas.DataFrame(rows).to_csv("data.csv", index=False, encoding="utf-8-sig")
+    fields = ("--prompt", "Kontext", "Die Frage", "--target", "Antwort")
+    assert init(*MODELS, *fields, "mine.yaml", "--data", "data.csv", *GENERATIONS) == 0
+    (task,) = document("mine.yaml")["tasks"]
+    assert (task["kind"], task["prompt"], task["target"]) == ("likelihood", "{Kontext}\n{Die Frage}", "{Antwort}")
+    search("mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (("--prompt", "question", "--target", "b"), "data.jsonl:1: the record has no field 'question', which --prompt"),
+        (("--prompt", "a"), "data.jsonl:1 has the fields a, b, c.d, turns: name one"),
+        (("--target", "turns"), "data.jsonl:1: the field 'turns', which --target names, is list; expected a text"),
+        (("--target", "c.d"), "--target c.d: {c.d} is not the name of a field"),
+        ((), "its fields (a, b, c.d, turns) say no kind of task"),
+    ],
+)
+def test_a_field_that_is_not_there_is_one_line(
+    init: Init, capsys: pytest.CaptureFixture[str], fields: tuple[str, ...], message: str
+) -> None:
+    data = records({"a": "w5", "b": "w6", "c.d": "w7", "turns": [[USER, REPLY]]})
+    assert init(*MODELS, *fields, "--data", data) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert message in line and not Path("search.yaml").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What inspect says is taken
+
+
+def lora(folder: Path, named: str | None, seed: int, ranks: dict[str, int], dtype: Any = np.float32) -> Path:
+    """An adapter of the test's base as PEFT writes it, of one rank for each end of modules' names."""
+    rng, tensors, base = np.random.default_rng(seed), {}, state(Path("base"))
+    for name, weight in base.items():
+        rank = next((rank for end, rank in ranks.items() if name.endswith(f"{end}.weight")), 0)
+        for part, shape in (("A", (rank, weight.shape[-1])), ("B", (weight.shape[0], rank))) if rank else ():
+            values = 0.2 * rng.standard_normal(shape).astype(dtype)
+            tensors[f"base_model.model.{name.removesuffix('weight')}lora_{part}.weight"] = values
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    first, *others = ranks.items()
+    config = {
+        "peft_type": "LORA", "base_model_name_or_path": named, "r": first[1], "lora_alpha": first[1],
+        "target_modules": [*ranks], "rank_pattern": dict(others), "alpha_pattern": dict(others),
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_base_of_adapters_is_the_one_that_their_files_name(
+    init: Init, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = (tmp_path / "base").resolve()
+    for seed, name in enumerate(("x", "y")):
+        lora(tmp_path / name, str(base), seed, {"q_proj": 2, "down_proj": 4})
+    data = str(write_lines(Path("many.jsonl"), even_records(400)))
+    assert init("--parents", "x", "y", "--data", data, *GENERATIONS) == 0
+    assert f"base: {base}, which the adapters' files name" in capsys.readouterr().out
+    config = document()
+    assert config["base"] == str(base) and config["parents"] == ["x", "y"]
+    # No parent changes a norm: its parameters would change nothing.
+    assert config["space"]["components"] == ["attention+norm", "mlp"]
+    assert re.search("no parent changes .*norm", Path("search.yaml").read_text())
+    search("search.yaml", "tasks.0.limit=8")
+
+
+def test_an_adapter_whose_base_is_out_of_reach_goes_with_the_named_base(
+    init: Init, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lora(tmp_path / "x", "/gone/with/the/disk", 0, {"q_proj": 2})
+    lora(tmp_path / "y", "nobody/never-cached", 1, {"q_proj": 2})
+    lora(tmp_path / "z", None, 2, {"q_proj": 2})
+    for name, said in (("x", "/gone/with/the/disk: no such folder"), ("y", "nobody/never-cached: no such folder"),
+                       ("z", "base_model_name_or_path: missing")):  # fmt: skip
+        assert init("--parents", name, "one", "--data", "tasks.jsonl") == 2
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert said in line and "name the base yourself, as" in line
+    assert init("--base", "base", "--parents", "x", "y", "z", "--data", "tasks.jsonl", *GENERATIONS) == 0
+    assert document()["parents"] == ["base+x", "base+y", "base+z"]
+    search()
+
+
+def test_the_advice_of_inspect_is_in_the_config(init: Init, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A base among the parents; signs that disagree; a task vector of four times the norm; other dtypes."""
+    model = random_model(tiny_config(tie_word_embeddings=True))
+    start, step = state(tmp_path / "base"), state(tmp_path / "one")
+    for name, factor in (("against", -0.25), ("along", 0.3)):
+        shutil.copytree((tmp_path / "one").resolve(), tmp_path / name)
+        tensors = {key: start[key] + np.float32(factor) * (step[key] - start[key]) for key in start}
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+    save(finetune(model, 7).to(torch.bfloat16), tmp_path / "half")
+    data = str(write_lines(Path("many.jsonl"), even_records(120)))
+    assert init("--parents", "one", "against", "base", "half", "--data", data, *GENERATIONS) == 0
+    out, config, text = capsys.readouterr().out, document(), Path("search.yaml").read_text()
+    assert "base: base, to which all other parents are nearest" in out
+    assert config["base"] == "base" and config["parents"] == ["one", "against", "half"]
+    assert config["space"]["parameters"]["weight"]["high"] == 4 and "above 1, so that the smaller" in text
+    assert config["export_dtype"] == "float32"
+    search("search.yaml", "tasks.0.limit=8")
+    assert init("b.yaml", "--base", "base", "--parents", "one", "along", "half", "--data", data) == 0
+    assert document("b.yaml")["space"]["parent_groups"] == {"alike": ["one", "along"]}
+    assert init("c.yaml", "--base", "base", "--parents", "one", "against", "--data", data) == 0
+    assert document("c.yaml")["space"]["method"] == "ties" and "as inspect advises" in Path("c.yaml").read_text()
+    assert init("d.yaml", "--base", "base", "--parents", "one", "along", "--data", data) == 0
+    assert document("d.yaml")["space"]["method"] == "task_arithmetic"
+
+
+@pytest.mark.parametrize(("count", "dims"), [(12, 2), (60, 2), (300, 14), (2000, 20)])
+def test_there_are_as_many_parameters_as_the_examples_carry(
+    init: Init, capsys: pytest.CaptureFixture[str], count: int, dims: int
+) -> None:
+    rows = [{"prompt": f"w{n % 9 + 5} w{n % 50 + 5}", "completion": "w6"} for n in range(count)]
+    assert init(*MODELS, "--data", str(write_lines(Path("data.jsonl"), rows)), "--method", "task_arithmetic") == 0
+    shown = capsys.readouterr().out
+    searched = int(re.search(r"searched on ([\d,]+) examples", shown)[1].replace(",", ""))  # type: ignore[index]
+    problem = build_problem(Path("search.yaml").absolute(), read_config(Path("search.yaml").absolute(), [], None))
+    assert problem.space.dims == dims
+    few = "at most" if dims <= searched // 10 else "the fewest there are, although it should be"
+    rule = f"{dims} parameters: {few} one for every 10 of the {searched:,} examples that are searched on"
+    assert rule in " ".join(shown.split()) and rule in Path("search.yaml").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Networks, arrays and pytrees
+
+MODULES = """
+import jax.numpy as jnp
+import torch
+
+
+def make():
+    return torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3))
+
+
+def score(model, rows):
+    return -jnp.mean((rows["input"] @ model["0"]["weight"].T) ** 2, axis=-1)
+
+
+def brightness(records, images):
+    return [float(image.mean()) for image in images]
+"""
+
+
+def save_networks(make: Callable[[], Any], *names: str) -> None:
+    """Networks of one kind, each a little further from the first."""
+    torch.manual_seed(0)
+    module = make()
+    for name in names:
+        module.save_pretrained(name)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+
+
+def text_classifier() -> Any:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    return BertForSequenceClassification(BertConfig(**sizes, vocab_size=64, max_position_embeddings=16, num_labels=3))
+
+
+def image_classifier() -> Any:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    names = {"id2label": {0: "dark", 1: "light"}, "label2id": {"dark": 0, "light": 1}}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, **names))
+
+
+def draw_pictures(folder: Path) -> list[dict[str, Any]]:
+    """Pictures of two classes, in a folder for each."""
+    rows = []
+    for number in range(20):
+        label = ("dark", "light")[number % 2]
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(100 * (number % 2), 256, (8, 8, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / label / f"{number}.png")
+        rows.append({"file_name": f"{label}/{number}.png", "what it is": label})
+    return rows
+
+
+def test_pictures_by_class_in_a_table_and_as_records(init: Init) -> None:
+    save_networks(image_classifier, "vit", "vit1", "vit2")
+    size = {"height": 8, "width": 8}
+    for name in ("vit", "vit1", "vit2"):
+        settings = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": size}
+        Path(name, "preprocessor_config.json").write_text(json.dumps(settings))
+    rows = draw_pictures(Path("pictures"))
+    models = ("--base", "vit", "--parents", "vit1", "vit2")
+    assert init(*models, "--data", "pictures", *GENERATIONS) == 0
+    (task,) = document()["tasks"]
+    assert document()["backend"] == "torch" and (task["kind"], task["file"]) == ("classification", "pictures")
+    assert [row["role"] for row in search()["table"]] == ["base", "parent", "parent", "uniform", "winner"]
+
+    draw_pictures(Path("listed"))
+    pandas.DataFrame(rows).to_csv("listed/metadata.csv", index=False, encoding="utf-8-sig")
+    assert init("b.yaml", *models, "--data", "listed", "--target", "what it is", *GENERATIONS) == 0
+    (task,) = document("b.yaml")["tasks"]
+    assert (task["file"], task["image"], task["target"]) == ("listed/metadata.csv", "file_name", "what it is")
+    search("b.yaml")
+
+    examples = [{"image": f"pictures/{row['file_name']}", "label": row["what it is"]} for row in rows]
+    assert init("c.yaml", *models, "--data", records(*examples), *GENERATIONS) == 0
+    (task,) = document("c.yaml")["tasks"]
+    assert (task["kind"], task["image"], task["target"]) == ("classification", "image", "label")
+
+
+def test_texts_are_classified_and_a_missing_field_is_named(init: Init, capsys: pytest.CaptureFixture[str]) -> None:
+    save_networks(text_classifier, "bert1", "bert2")
+    for name in ("bert1", "bert2"):
+        word_tokenizer(words()).save_pretrained(name)
+    data = records(*({"review": f"w{n} w6", "stars": n % 3} for n in range(5, 10)))
+    assert init("--parents", "bert1", "bert2", "--data", data) == 2
+    assert "data.jsonl:1 has the fields review, stars: name one" in capsys.readouterr().err
+    assert init("--parents", "bert1", "bert2", "--data", data, "--target", "stars", *GENERATIONS) == 0
+    (task,) = document()["tasks"]
+    assert (task["kind"], task["text"], task["target"]) == ("classification", "review", "stars")
+    search()
+    assert init("b.yaml", "--parents", "bert1", "bert2", "--lm-eval", "gsm8k") == 2
+    assert (
+        "--lm-eval: is for language models; the parents are a BertForSequenceClassification" in capsys.readouterr().err
+    )
+
+
+def test_arrays_of_own_modules_and_of_pytrees(init: Init, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text(MODULES)
+    space: dict[str, Any] = {}
+    exec(MODULES, space)
+    for name in ("a", "b"):
+        torch.manual_seed(ord(name))
+        save_state(space["make"]().state_dict(), f"{name}.safetensors")
+    rows = {"input": np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32), "label": np.arange(30) % 3}
+    np.savez("rows.npz", **rows)
+    np.savez("numbers.npz", **rows | {"label": rows["input"][:, :3]})
+    parents = ("--parents", "a.safetensors", "b.safetensors")
+    assert init(*parents, "--data", "rows.npz") == 2
+    assert "--backend: missing; the models are files of tensors" in capsys.readouterr().err
+    assert init("--parents", "one", "a.safetensors", "--data", "rows.npz") == 2
+    assert "one with backend: decoder, a.safetensors with backend: files" in capsys.readouterr().err
+    assert init(*parents, "--data", "rows.npz", "--backend", "mine.py:make", *GENERATIONS) == 0
+    config = document()
+    assert (config["backend"], config["evaluation"]) == ("mine.py:make", {"recalibrate": True})
+    assert (config["tasks"][0]["kind"], config["tasks"][0]["target"]) == ("classification", "label")
+    search()
+    Path("elsewhere").mkdir()
+    assert init("elsewhere/b.yaml", *parents, "--data", "numbers.npz", "--backend", "mine.py:make", *GENERATIONS) == 0
+    assert document("elsewhere/b.yaml")["tasks"][0]["kind"] == "regression"
+    search("elsewhere/b.yaml")
+    assert init("c.yaml", *parents, "--data", "rows.npz", "--function", "mine.py:score", *GENERATIONS) == 0
+    config = document("c.yaml")
+    assert (config["backend"], config["tasks"][0]["kind"]) == ("function", "arrays")
+    search("c.yaml")
+    for name in ("a", "b"):
+        np.savez(f"{name}.npz", **{"0.weight": np.random.default_rng(ord(name)).normal(size=(5, 4)).astype(np.float32)})
+    assert init("d.yaml", "--parents", "a.npz", "b.npz", "--data", "rows.npz", "--function", "mine.py:score",
+                *GENERATIONS) == 0  # fmt: skip
+    search("d.yaml")
+
+
+def test_pictures_that_generators_draw(init: Init, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text(MODULES)
+    for seed in (0, 1):
+        make_ddpm(Path(f"ddpm{seed}"), seed, steps=2)
+    parents = ("--parents", "ddpm0", "ddpm1")
+    assert init(*parents, "--data", records({"prompt": "w5"})) == 2
+    assert "--function: missing; a task of kind image_generation is scored by" in capsys.readouterr().err
+    assert init(*parents, "--function", "mine.py:brightness", *GENERATIONS) == 0
+    assert document()["tasks"][0]["kind"] == "image_generation"
+    search("search.yaml", "tasks.0.images=4", "tasks.0.steps=2", "search.validation=0")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ do not fit each other."""
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import pytest
 import torch
 from helpers import Family, edit_json, finetune, random_model, save, state, tiny_config, word_tokenizer, words
 from safetensors.torch import load_file, save_file
+from tiny_generators import make_ddpm
+from transformers import BertConfig, BertForSequenceClassification, BertModel, ViTConfig, ViTForImageClassification
 
 from evojax_merge.checkpoints.adapters import write_adapter
 from evojax_merge.cli import cli, run
 from evojax_merge.data_packages import cache_folder
 from evojax_merge.inspection.weights import find_base
+from evojax_merge.report.inspection import distinct
 from evojax_merge.zoo import smollm2
 
 LAYER_COMPONENTS = {"self_attn": "attention", "mlp": "mlp", "layernorm": "norm"}
@@ -353,6 +357,137 @@ def test_tensors_of_an_unknown_architecture_are_placed_by_their_names(
     assert "strange" in report["models"][0]["unsearchable"] and "search" in kinds(report)
     components = {(row["layer"], row["component"]) for row in report["task_vectors"][0]["by_layer"]}
     assert components >= {(0, "attention"), (2, "mlp"), (1, "norm"), (None, "other")}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files that say what they are
+
+
+def shown_columns(capsys: pytest.CaptureFixture[str], title: str) -> list[list[str]]:
+    """The rows of a table on the terminal, as texts."""
+    lines = iter(capsys.readouterr().out.splitlines())
+    rows = []
+    for line in itertools.dropwhile(lambda line: not line.startswith(title), lines):
+        if line.startswith("└"):
+            break
+        rows += [[part.strip() for part in line.strip("│").split("│")]] if line.startswith("│") else []
+    return rows
+
+
+def test_numbers_that_differ_never_print_the_same(
+    inspect: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two fine-tunes whose distances from the base agree in six digits, and change one number in ten thousand."""
+    base = save(random_model(tiny_config()), tmp_path / "base")
+    for name, factor in (("one", 1.0), ("two", 1.000001)):
+        shutil.copytree(base, tmp_path / name)
+        tensors = load_file(base / "model.safetensors")
+        tensors["model.embed_tokens.weight"][3, 5 if factor == 1.0 else 7] += 0.25 * factor
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    report = inspect(base, tmp_path / "one", tmp_path / "two")
+    rows = shown_columns(capsys, "Distances of the weights")
+    numbers = [pair["relative_distance"] for pair in report["pairs"]]
+    assert len({*numbers}) == len({row[2] for row in rows}) == 3
+    assert [f"{number:.9g}".startswith(row[2][:6]) for number, row in zip(numbers, rows, strict=True)] == [True] * 3
+    assert all(row[3] != "100.0%" and row[3].startswith("99.99") for row in rows)
+    assert distinct([0.5, 0.5, None, 0.50000001, 1 - 1e-9], ".4f") == [
+        "0.500000000", "0.500000000", "none", "0.500000010", "0.999999999"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_have_the_rank_and_the_base_of_their_files(
+    inspect: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: torch.dtype
+) -> None:
+    """Ranks by a pattern; merged into 16 bits a change has a full rank, which is rounding."""
+    base = save(random_model(tiny_config()).to(dtype), tmp_path / "base")
+    rng, tensors = np.random.default_rng(0), {}
+    for name, rank in (("self_attn.q_proj", 2), ("mlp.down_proj", 5)):
+        shape = load_file(base / "model.safetensors")[f"model.layers.0.{name}.weight"].shape
+        for part, size in (("A", (rank, shape[1])), ("B", (shape[0], rank))):
+            factor = torch.from_numpy(rng.standard_normal(size).astype(np.float32))
+            tensors[f"base_model.model.model.layers.0.{name}.lora_{part}.weight"] = factor
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+        tensors = {key: 2 * value for key, value in tensors.items()}
+        config = {
+            "peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2, "lora_alpha": 2,
+            "target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 5}, "use_rslora": False,
+        }  # fmt: skip
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    report = inspect(tmp_path / "x", tmp_path / "y")
+    out = capsys.readouterr().out
+    assert report["base"] == "base" and "base is the base, as the adapters' files say" in sentence(report, "base")
+    assert [vector["rank"] for vector in report["task_vectors"]] == [5, 5]
+    assert report["models"][1]["adapter"] == {"ranks": [2, 5], "base": str(base)}
+    assert "rank 2 to 5, trained on" in out and out.count("≤ 5") == 2
+    assert f"init --base {base} --parents {tmp_path / 'x'} {tmp_path / 'y'} --data" in sentence(report, "begin")
+
+
+def test_a_lora_without_its_base_says_its_rank_and_what_to_name(inspect: Callable[..., Any], tmp_path: Path) -> None:
+    name = "lora_unet_down_blocks_0_attn"
+    factors = {f"{name}.lora_down.weight": torch.ones(3, 8), f"{name}.lora_up.weight": torch.ones(8, 3)}
+    save_file(factors, tmp_path / "style.safetensors", {"ss_sd_model_name": "v1-5.safetensors"})
+    report = inspect(tmp_path / "style.safetensors")
+    assert report["models"][0]["adapter"] == {"ranks": [3], "base": "v1-5.safetensors"}
+    assert "it is a LoRA without its base: name it as BASE+style.safetensors" in sentence(report, "search")
+    assert report["models"][0]["backend"] is None and "begin" not in kinds(report)
+
+
+def test_an_adapters_config_beside_a_model_is_no_adapter(inspect: Callable[..., Any], tmp_path: Path) -> None:
+    base = save(random_model(tiny_config()), tmp_path / "base")
+    (base / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert inspect(base)["models"][0]["adapter"] is None
+
+
+def test_files_that_are_not_compared_say_what_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "params.npz", a=np.zeros(2))
+    torch.save({"a": torch.zeros(2)}, tmp_path / "net.pt")
+    for name, words_ in (("params.npz", "init --parents FILE FILE --function FILE.py:NAME"),
+                         ("net.pt", "safetensors.torch.save_file of its state dict, converts it")):  # fmt: skip
+        assert run(lambda name=name: cli.main(["inspect", str(tmp_path / name)], standalone_mode=False)) == 2
+        assert words_ in capsys.readouterr().err
+
+
+def write_model(kind: str, folder: Path, seed: int) -> Path:
+    """A tiny model of another kind than a language model."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    if kind == "diffusers":
+        return make_ddpm(folder, seed)
+    if kind == "state dict":
+        folder.mkdir(parents=True)
+        save_file(torch.nn.Linear(3, 2).state_dict(), folder / "net.safetensors")
+        return folder / "net.safetensors"
+    if kind == "vision":
+        ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(folder)
+    else:
+        module = {"embeddings": BertModel, "classifier": BertForSequenceClassification}[kind]
+        module(BertConfig(**sizes, vocab_size=64, max_position_embeddings=16)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend", "what", "command"),
+    [
+        ("diffusers", "torch", "a DDPMPipeline of diffusers", "--function FILE.py:NAME"),
+        ("state dict", "files", "a file of tensors", "--backend FILE.py:NAME"),
+        ("vision", "torch", "a ViTForImageClassification of transformers", "a folder of pictures by class"),
+        ("classifier", "torch", "a BertForSequenceClassification of transformers", "or `text`, and `label`"),
+        ("embeddings", "torch", "a BertModel of transformers", "`sentence1`, `sentence2` and `score`"),
+    ],
+)
+def test_a_model_that_is_no_language_model_says_what_searches_it(
+    inspect: Callable[..., Any], tmp_path: Path, kind: str, backend: str, what: str, command: str
+) -> None:
+    model = write_model(kind, tmp_path / "model", 0)
+    report = inspect(model)
+    assert report["models"][0]["backend"] == backend and report["models"][0]["parameters"] > 0
+    assert what in sentence(report, "search") and "takes it with backend: torch" in sentence(report, "search")
+    begin = sentence(report, "begin")
+    assert f"evojax-merge init --parents {model} MODEL --data DATA" in begin and command in begin
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -120,6 +120,9 @@ KINDS: dict[str, Callable[[Path, Sequence[Path]], Folder]] = {
     **{method: _of_quantised_folder(method, open_one) for method, open_one in QUANTISED.items()},
 }
 
+# The kinds of a base with an adapter.
+ADAPTED = ("adapter", "lora", "single-file lora")
+
 
 def _sources(path: Path) -> SourcesFile | None:
     """The sources of a model's weights; None where the weights lie in its folder. Reads the file of folders in the
@@ -156,6 +159,14 @@ def stored_as(path: Path) -> str | None:
     """The kind of a model whose weights are made while they are read, a key of `KINDS`; None: they lie as they are."""
     sources = _sources(path)
     return None if sources is None else sources.kind
+
+
+def adapted_from(path: Path) -> tuple[Path, Path] | None:
+    """The base of a model that an adapter or a LoRA changes, and the adapter's folder or file; None for any other."""
+    sources = _sources(path)
+    if sources is None or sources.kind not in ADAPTED:
+        return None
+    return Path(sources.paths[0]), Path(sources.paths[1])
 
 
 def parts_of(path: Path) -> list[Path]:
@@ -237,7 +248,10 @@ def resolve_model(
         raise InputError(
             model / ADAPTER_CONFIG, "base_model_name_or_path: missing; name the base yourself, as base+adapter"
         )
-    named_base = find(model / ADAPTER_CONFIG, named, model)
+    try:
+        named_base = find(f"{model / ADAPTER_CONFIG}: base_model_name_or_path", named, model)
+    except InputError as error:
+        raise InputError(error.where, f"{error.what}; or name the base yourself, as BASE+{model.name}") from None
     if is_adapter(named_base):
         raise InputError(model / ADAPTER_CONFIG, f"base_model_name_or_path: {named} is an adapter; expected a model")
     return _with_adapter(_as_folder(named_base), model)

@@ -619,7 +619,7 @@ def check_no_pickle(file: Path) -> None:
     if file.suffix.lower() in PICKLES:
         raise InputError(
             file, "is a pickle, which can run code when it is read; expected a safetensors file (its author, or your "
-            "image generator's interface, may convert it)",
+            "image generator's interface, or safetensors.torch.save_file of its state dict, converts it)",
         )  # fmt: skip
 
 

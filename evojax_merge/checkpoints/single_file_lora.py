@@ -164,6 +164,14 @@ def read_modules(lora: Path) -> dict[str, dict[str, Tensor]]:
     return modules
 
 
+def factor_ranks(file: Path) -> list[int]:
+    """The different ranks of the factors that a LoRA's file holds, in rising order; empty for any other file."""
+    return sorted({
+        tensor.shape[0] for name, tensor in read_header(file).items()
+        if tensor.shape and name.endswith((*DOWN, ".lora_embedding_A"))
+    })  # fmt: skip
+
+
 def places_of(names: Mapping[str, Tensor]) -> dict[str, Place]:
     """The weights of a checkpoint by the names that trainers have for their modules, with `_` in place of each dot."""
     places: dict[str, Place] = {}

@@ -8,51 +8,96 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from merge_kernels import METHODS, Method
 
 from evojax_merge import plugins
-from evojax_merge.backends.decoder.opening import check_models
-from evojax_merge.checkpoints.decoder_folder import decoder_of
-from evojax_merge.checkpoints.derived import open_model
-from evojax_merge.checkpoints.folder import local_path
+from evojax_merge.backends.decoder.opening import build_space, check_models
+from evojax_merge.backends.torch.opening import layer_groups
+from evojax_merge.checkpoints.decoder_folder import PROJECTOR, decoder_of
+from evojax_merge.checkpoints.derived import adapted_from, open_model
+from evojax_merge.checkpoints.folder import is_float, local_path
 from evojax_merge.checkpoints.headers import HeaderFolders
-from evojax_merge.checkpoints.tokens import chat_template, count_differing_tokens, has_tokenizer
+from evojax_merge.config import SpaceConfig, parse
 from evojax_merge.errors import InputError, shown
 from evojax_merge.file_system import OutputFile
 from evojax_merge.first_config import (
     HEAD,
+    Fields,
     FirstConfig,
+    Line,
     ModelTemplates,
     TaskSection,
+    examples_of,
+    fitting_space,
+    rule_of_space,
     searched_parameters,
+    spaces,
     task_for_records,
     task_of_harness,
+    task_of_network,
 )
+from evojax_merge.inspection.findings import Advice, advise, findings
+from evojax_merge.inspection.models import Model, read_models
+from evojax_merge.inspection.ways import DATA, DECODER, FILES, Way
+from evojax_merge.inspection.weights import compare_weights, tensor_bytes
+from evojax_merge.models.architecture import FINAL_NORM, ROUTER, architecture_of, shared_leaves
+from evojax_merge.models.config import DecoderConfig
 from evojax_merge.problem import SearchProblem, build_problem, config_from
-from evojax_merge.references import recipe_reference, resolve_file, resolve_headers
-from evojax_merge.report.progress import say
+from evojax_merge.references import recipe_reference, resolve_file, resolve_headers, resolve_onto
+from evojax_merge.report.comparison import model_names
+from evojax_merge.report.plan import shown_bytes
+from evojax_merge.report.progress import bytes_bar, say
 from evojax_merge.spaces.search_parameters import find_method
 from evojax_merge.tasks.data_versions import pinned_reference
 from evojax_merge.tasks.records import is_file_name, read_source
+from evojax_merge.user_modules import reference_from_anywhere
 from evojax_merge.yaml_reader import parse_yaml
 from evojax_merge.zoo import PREFIX
 
 YAML_ENDINGS = (".yaml", ".yml")
+ARRAYS = ".npz"
+# (where, reference, folder) -> the folder of a model, or of its headers.
+Resolve = Callable[[object, str, Path], Path]
+# The bytes of values that are read to compare models: some minutes.
+MOST_COMPARED = 8 * 2**30
+# The sentences of an inspection that speak against a search of these models.
+WARNINGS = ("unrelated", "nonfinite", "equal")
+EXPORTED = ("float32", "float16", "bfloat16")
+# The examples of a task of lm-eval that a first config takes.
+DOCS = 200
 
 
 @dataclass(frozen=True)
 class Choices:
-    """The choices of a first search, by flag: models, data (a file, hub:…) or a task of lm-eval, the method's name, and
-    the run folder; None: not made."""
+    """The choices of a first search, by flag: models, data (a file or folder, hub:…) or a task of lm-eval, the fields
+    of its examples, the method's name, the backend of state dicts, a function that scores, and the run folder; None or
+    (): not made."""
 
     base: str | None
     parents: tuple[str, ...]
     data: str | None
     lm_eval: str | None
+    fields: Fields
     method: str | None
+    backend: str | None
+    function: str | None
     out: str | None
     generations: int | None
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a first search: their references and folders, the base's first where `has_base`; their facts, which
+    .npz files have none of; how a search takes them; and what an inspection advises."""
+
+    references: tuple[str, ...]
+    folders: tuple[Path, ...]
+    has_base: bool
+    facts: tuple[Model, ...]
+    way: Way
+    advice: Advice
 
 
 def init(path: Path, choices: Choices, overwrite: bool) -> None:
@@ -66,83 +111,168 @@ def init(path: Path, choices: Choices, overwrite: bool) -> None:
     output.check()
     plugins.load()
     commands = [shlex.join(["evojax-merge", name, str(path)]) for name in ("plan", "search")]
-    choices, method = complete(choices)
     with tempfile.TemporaryDirectory() as root:
         resolve = partial(resolve_headers, HeaderFolders(Path(root)))
-        text = first_config(path, choices, method, resolve).text(commands)
-        problem = build_problem(path, config_from(path, parse_yaml(path, text), [], None), resolve=resolve)
-    output.write(text)
+        models = find_models(choices, resolve, Path(root))
+        config = first_config(path, with_data(choices, models.way), models)
+        document = parse_yaml(path, config.text(commands, ""))
+        problem = build_problem(path, config_from(path, document, [], None), resolve=resolve)
+    rule = rule_of_space(problem.space.dims, sum(task.size for task in problem.splits.search))
+    output.write(config.text(commands, rule))
     say(f"{path}: {_summary(problem)}")
+    say(rule)
     say("Next:")
     for command in commands:
         say(f"  {command}")
 
 
-def complete(choices: Choices) -> tuple[Choices, Method]:
-    """The choices with the answers of the terminal's user, and the method. Raises InputError for a choice that is
-    missing, for a method that cannot be searched, and for models that the method does not take."""
+def find_models(choices: Choices, resolve: Resolve, headers: Path) -> Models:
+    """The base and the parents. The base is the one that the user names, else that of the parents' adapters, else the
+    parent that the distances show to be the base of the others. headers: folders in it have no weights. Raises
+    InputError for a model that is missing, and for one that no search takes."""
     parents = choices.parents or _split(ask("--parents", "parents, the models that are merged, separated by spaces: "))
-    base = choices.base or read_line("base, the model that task vectors are taken from (empty: none): ") or None
-    data, lm_eval = choices.data, choices.lm_eval
-    if data is None and lm_eval is None:
-        answer = ask("--data or --lm-eval", "data, a JSONL file, hub:owner/dataset, or a task of lm-eval: ")
-        is_task = is_file_name(answer) and not answer.startswith(PREFIX) and not Path(answer).suffix
-        data, lm_eval = (None, answer) if is_task else (answer, None)
-    method = find_method("--method", choices.method or ("linear" if base is None else "ties"))
+    named = [resolve_onto(resolve, "--parents", parent, choices.base, Path.cwd()) for parent in parents]
+    bases = {adapted[0] for _, folder in named if (adapted := adapted_from(folder)) is not None}
+    base, base_folder = choices.base, None
+    if base is None and len(bases) == 1:
+        (base_folder,) = bases
+        base = recipe_reference(str(base_folder), base_folder)
+        say(f"base: {base}, which the adapters' files name")
+    elif base is None:
+        base = read_line("base, the model that task vectors are taken from (empty: none): ") or None
+    if base is not None:
+        named.insert(0, (base, base_folder or resolve("--base", base, Path.cwd())))
+    references, folders = zip(*named, strict=True)
+    if any(folder.suffix == ARRAYS for folder in folders):
+        return Models(references, folders, base is not None, (), Way(FILES, "", "arrays"), Advice())
+    facts = tuple(read_models(references, folders))
+    for model in facts:
+        if model.way is None:
+            raise InputError(model.reference, f"no search takes it: {model.unsearchable}")
+    kinds = {model.reference: model.way.backend for model in facts if model.way is not None}
+    if len({*kinds.values()}) > 1:
+        each = ", ".join(f"{name} with backend: {backend}" for name, backend in kinds.items())
+        raise InputError("--parents", f"are searched by different backends ({each}); expected models of one kind")
+    advice, size = Advice(), tensor_bytes(facts)
+    if size > MOST_COMPARED or any(headers in folder.parents for folder in folders):
+        say(f"the weights ({shown_bytes(size)}) are not compared: evojax-merge inspect does, and gives advice")
+    elif len(facts) > 1:
+        comparison = compare_weights(facts, None if base is None else 0, bytes_bar)
+        advice = advise(comparison)
+        for finding in findings(facts, model_names(folders), comparison):
+            if finding.kind in WARNINGS:
+                say(f"warning: {finding.text}")
+    if base is None and advice.base is not None:
+        say(f"base: {references[advice.base]}, to which all other parents are nearest")
+        order = [advice.base, *(number for number in range(len(facts)) if number != advice.base)]
+        references, folders = (tuple(values[number] for number in order) for values in (references, folders))
+        facts = tuple(facts[number] for number in order)
+        alike = advice.alike and (order.index(advice.alike[0]), order.index(advice.alike[1]))
+        advice, base = replace(advice, base=0, alike=alike), references[0]
+    assert facts[-1].way is not None
+    return Models(references, folders, base is not None, facts, facts[-1].way, advice)
+
+
+def with_data(choices: Choices, way: Way) -> Choices:
+    """The choices with the data, which a terminal's user is asked for. Tasks that a function scores may have none."""
+    if choices.data is not None or choices.lm_eval is not None or choices.function is not None:
+        return choices
+    answer = ask("--data or --lm-eval", f"data, {DATA[way.task]}: a file, hub:owner/dataset, or a task of lm-eval: ")
+    is_task = is_file_name(answer) and not answer.startswith(PREFIX) and not Path(answer).suffix
+    is_task = is_task and not Path(answer).is_dir()
+    return replace(choices, lm_eval=answer) if is_task else replace(choices, data=answer)
+
+
+def choose_method(choices: Choices, models: Models) -> Method:
+    """The method that is named, else the one that the inspection advises. Raises InputError for one that cannot be
+    searched, or that does not take the models."""
+    name = choices.method or models.advice.method or ("ties" if models.has_base else "linear")
+    method, has_base = find_method("--method", name), models.has_base
     if not searched_parameters(method):
         able = ", ".join(name for name, other in METHODS.items() if searched_parameters(other))
         raise InputError("--method", f"{method.name} has no parameter to search; expected one of {able}")
-    if base is None and method.base == "required":
-        base = ask("--base", f"base, which {method.name} takes task vectors from: ")
-    check_models("--parents", method, base is not None, len(parents))
+    if not has_base and method.base == "required":
+        raise InputError("--base", f"missing; {method.name} takes task vectors from it: give it on the command line")
+    check_models("--parents", method, has_base, len(models.references) - has_base)
     # A method of one model changes the model itself.
-    if len(parents) == 1 != method.max_parents and not method.uses_base(base is not None):
-        reason = "there is no base" if base is None else f"{method.name} does not use the base"
+    if len(models.references) - has_base == 1 != method.max_parents and not method.uses_base(has_base):
+        reason = f"{method.name} does not use the base" if has_base else "there is no base"
         raise InputError(
             "--parents", f"one parent, and {reason}: every candidate would be that parent; name a second parent, or "
             "--base and a method that takes task vectors from it, such as ties"
         )  # fmt: skip
-    return replace(choices, base=base, parents=parents, data=data, lm_eval=lm_eval), method
+    return method
 
 
-def first_config(
-    path: Path, choices: Choices, method: Method, resolve: Callable[[object, str, Path], Path]
-) -> FirstConfig:
-    """The config that fits the models, by their headers and tokenizers, and the data, by their first record."""
-    folders = [resolve("--parents", parent, Path.cwd()) for parent in choices.parents]
-    parents = tuple(_valid_in(path, *named) for named in zip(choices.parents, folders, strict=True))
-    base, merged = None, folders
-    if choices.base is not None:
-        base_folder = resolve("--base", choices.base, Path.cwd())
-        base, merged = _valid_in(path, choices.base, base_folder), [base_folder, *folders]
-    names = (*(() if base is None else ("base",)), *parents)
-    differ = _tokens_differ(merged)
-    # A base that takes no part in the merge has no rows to align.
-    first = 1 if differ and base is not None and not method.uses_base(True) else 0
-    by_model = [chat_template(folder) for folder in merged]
-    owner = next((number for number in range(first, len(by_model)) if by_model[number] is not None), None)
-    # A base is often trained without the template that its fine-tunes have.
-    compared = by_model[1:] if base is not None and by_model[0] is None else by_model
-    templates = ModelTemplates(None if owner is None else names[owner], owner is not None and len({*compared}) == 1)
-    if choices.lm_eval is not None:
-        task, examples = task_of_harness(choices.lm_eval, templates), None
+def first_config(path: Path, choices: Choices, models: Models) -> FirstConfig:
+    """The config that fits the models, by their headers, tokenizers and weights, and the data, by the first record."""
+    method, advice, has_base = choose_method(choices, models), models.advice, models.has_base
+    named = [_valid_in(path, *pair) for pair in zip(models.references, models.folders, strict=True)]
+    names = ["base", *named[1:]] if has_base else named
+    keys: list[Line] = []
+    decoder, backend, count = None, None, None
+    if models.way.backend == DECODER:
+        decoder = decoder_of(open_model(models.folders[has_base])).decoder_config()
+        # A base that takes no part in the merge has no rows to align.
+        differ = any(model.differing_tokens for model in models.facts)
+        first = 1 if differ and has_base and not method.uses_base(True) else 0
+        by_model = [model.chat_template for model in models.facts]
+        owner = next((number for number in range(first, len(by_model)) if by_model[number] is not None), None)
+        # A base is often trained without the template that its fine-tunes have.
+        compared = by_model[1:] if has_base and by_model[0] is None else by_model
+        templates = ModelTemplates(None if owner is None else names[owner], owner is not None and len({*compared}) == 1)
+        task, count = _text_task(path, choices, templates)
+        source = owner if owner is not None and task.uses_template else first
+        reasons = ["the tokenizers differ: rows of the vocabulary are aligned by token"] if differ else []
+        reasons += [] if source == first else [f"{names[first]} has no chat template"]
+        keys += [("tokenizer_source", names[source], "; ".join(reasons))] if reasons else []
+        dtypes = [next(iter(model.dtypes)) for model in models.facts]
+        if len({*dtypes}) > 1 and dtypes[0] in EXPORTED:
+            keys.append(("export_dtype", dtypes[0], "the stored dtypes differ; this is the first model's"))
     else:
-        assert choices.data is not None
-        task, examples = _task_on(path, choices.data, templates)
-    source = owner if owner is not None and task.uses_template else first
-    reasons = ["the tokenizers differ: rows of the vocabulary are aligned by token"] if differ else []
-    reasons += [] if source == first else [f"{names[first]} has no chat template"]
-    return FirstConfig(
-        base=base,
-        parents=parents,
-        tokenizer_source=(names[source], "; ".join(reasons)) if reasons else None,
-        method=method,
-        layers=decoder_of(open_model(folders[0])).decoder_config().layers,
-        task=task,
-        examples=examples,
-        generations=choices.generations,
-        out=choices.out,
+        backend, task, count = _network_task(path, choices, models.way)
+        is_measured = any(name.endswith("running_var") for model in models.facts for name in model.tensors)
+        if is_measured and backend != "function":
+            keys.append(("evaluation", {"recalibrate": True}, "batch norms measure their statistics anew"))
+    comments = {}
+    if advice.method == method.name and choices.method is None:
+        comments["method"] = "by the signs of the parents' changes, as inspect advises"
+    if advice.high is not None:
+        comments["weight"] = "above 1, so that the smaller task vectors count"
+    fixed: dict[str, Any] = {"method": method.name}
+    if decoder is not None and advice.alike is not None:
+        fixed["parent_groups"] = {"alike": [named[number] for number in advice.alike]}
+        comments["parent_groups"] = "parents whose task vectors point the same way"
+    parents, parts = tuple(named[has_base:]), [[]] if decoder is None else _components(decoder, advice.unchanged)
+    if advice.unchanged and decoder is not None:
+        comments["components"] = f"no parent changes {', '.join(advice.unchanged)}"
+    tensors = (
+        [name for name, entry in models.facts[-1].tensors.items() if is_float(entry.dtype)] if models.facts else []
     )
+
+    def dims(space: SpaceConfig) -> int:
+        if decoder is not None:
+            return build_space("space", space, method, parents, decoder).dims
+        columns = (len(parents) if method.parameter(name).per_parent else 1 for name in space.parameters)
+        return sum(columns) * max(1, len({*map(layer_groups(space.layers_per_group), tensors)}))
+
+    layers = None if backend == "function" else decoder.layers if decoder else max(1, models.facts[-1].layers)
+    sections = spaces(fixed, method, layers, parts, advice.high)
+    counted = [(dims(parse(path, section, SpaceConfig)), section) for section in sections]
+    return FirstConfig(
+        backend, named[0] if has_base else None, parents, tuple(keys), fitting_space(counted, count), comments, task,
+        count, choices.generations, choices.out,
+    )  # fmt: skip
+
+
+def _components(decoder: DecoderConfig, unchanged: Sequence[str]) -> list[list[str]]:
+    """The choices of `components`, from fine to coarse. A component that no parent changes goes with another one."""
+    every = list(architecture_of(decoder).components)
+    parts = [name for name in every if name != ROUTER]
+    changed = [name for name in parts if name not in unchanged] or parts[:1]
+    still = [name for name in parts if name not in changed]
+    shared = [leaf.name for leaf in shared_leaves(decoder) if leaf.component != PROJECTOR and leaf.name != FINAL_NORM]
+    return [["+".join([changed[0], *still]), *changed[1:]], ["+".join(parts)], ["+".join([*every, *shared])]]
 
 
 def read_line(question: str) -> str:
@@ -179,22 +309,57 @@ def _valid_in(path: Path, reference: str, folder: Path) -> str:
     return recipe_reference(reference, folder) if is_local and path.parent.resolve() != Path.cwd() else reference
 
 
-def _tokens_differ(folders: Sequence[Path]) -> bool:
-    """Return whether the models' tokenizers have different tokens in some row."""
-    with_tokens = [folder for folder in folders if has_tokenizer(folder)]
-    return any(count_differing_tokens(with_tokens[0], other) for other in with_tokens[1:])
+def _text_task(path: Path, choices: Choices, templates: ModelTemplates) -> tuple[TaskSection, int]:
+    """The section of a task of language models, and the number of its examples."""
+    if choices.lm_eval is not None:
+        return task_of_harness(choices.lm_eval, templates), DOCS
+    if choices.data is None:
+        raise InputError("--function", "is for networks and pytrees; a task of language models has kind: function")
+    source, file = _data(path, choices.data)
+    records = read_source(choices.data if file is None else file).records
+    task = task_for_records(source, records, templates, choices.fields)
+    return task, len(records) - task.unscored
 
 
-def _task_on(path: Path, data: str, templates: ModelTemplates) -> tuple[TaskSection, int]:
-    """The section of the task on a data set, and the number of its records."""
+def _data(path: Path, data: str) -> tuple[str, Path | None]:
+    """A data set's reference in a config at `path`, and its file or folder; None for one of a hub."""
     if not is_file_name(data):
-        records = read_source(data).records
-    else:
-        file = resolve_file("--data", data, Path.cwd())
-        records = read_source(file).records
-        if not data.startswith(PREFIX) and path.parent.resolve() != Path.cwd():
-            data = pinned_reference(str(file))
-    return task_for_records(data, records, templates), len(records)
+        return data, None
+    file = Path(data).resolve() if Path(data).is_dir() else resolve_file("--data", data, Path.cwd())
+    is_near = data.startswith(PREFIX) or path.parent.resolve() == Path.cwd()
+    return (data if is_near else pinned_reference(str(file))), file
+
+
+def _network_task(path: Path, choices: Choices, way: Way) -> tuple[str, TaskSection, int | None]:
+    """The backend, the section of a task of networks or pytrees, and the number of its examples; None: it has none."""
+    if choices.lm_eval is not None:
+        raise InputError("--lm-eval", f"is for language models; the parents are {way.model}")
+    source, file, count = "", None, None
+    if choices.data is not None:
+        source, data = _data(path, choices.data)
+        if data is None:
+            raise InputError("--data", f"{choices.data}: expected {DATA[way.task]}")
+        file, count = examples_of(data)
+        source += "" if file == data else f"/{file.name}"
+    function, made = (
+        given if given is None or path.parent.resolve() == Path.cwd() else reference_from_anywhere(given, Path.cwd())
+        for given in (choices.function, choices.backend)
+    )
+    if way.backend == FILES and made is None and function is None:
+        raise InputError(
+            "--backend", "missing; the models are files of tensors: name FILE.py:NAME, a function that makes their "
+            "torch module, or with --function FILE.py:NAME a JAX function (model, rows) -> float[N] that scores them",
+        )  # fmt: skip
+    is_tree = way.backend == FILES and made is None
+    kind = "classification" if way.backend == FILES and not is_tree else way.task
+    if kind == "likelihood" and file is not None:
+        return "torch", task_for_records(source, read_source(file).records, ModelTemplates(), choices.fields), count
+    if file is None and kind not in ("arrays", "image_generation"):
+        raise InputError("--data", f"missing; expected {DATA[way.task]}")
+    if function is not None and kind not in ("arrays", "image_generation"):
+        kind = "network"
+    task = task_of_network(kind, source, file, choices.fields, function)
+    return ("function" if is_tree else made or "torch"), task, count
 
 
 def _summary(problem: SearchProblem) -> str:

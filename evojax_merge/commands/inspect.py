@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 from evojax_merge import plugins
-from evojax_merge.checkpoints.derived import ignored_revisions
+from evojax_merge.checkpoints.derived import adapted_from, ignored_revisions, reference_to
 from evojax_merge.errors import InputError
 from evojax_merge.file_system import OutputFile, check_outputs
 from evojax_merge.inspection.findings import findings
 from evojax_merge.inspection.models import read_models
 from evojax_merge.inspection.weights import compare_weights
-from evojax_merge.references import resolve_reference
+from evojax_merge.references import resolve_onto, resolve_reference
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.inspection import (
     PICTURE_MARKS,
@@ -36,16 +36,18 @@ def inspect(references: list[str], base: str | None, json_file: Path | None, pic
     check_outputs([report, drawing], {})
     plugins.load()
     folder = Path.cwd()
-    paths = [resolve_reference("MODEL", reference, folder) for reference in references]
-    number = None
-    if base is not None:
-        base_path = resolve_reference("--base", base, folder)
-        if base_path not in paths:
-            references, paths = [base, *references], [base_path, *paths]
-        number = paths.index(base_path)
+    named = [resolve_onto(resolve_reference, "MODEL", reference, base, folder) for reference in references]
+    references, paths, given = [reference for reference, _ in named], [path for _, path in named], "as given"
+    base_path = None if base is None else resolve_reference("--base", base, folder)
+    bases = {adapted[0] for path in paths if (adapted := adapted_from(path)) is not None}
+    if base_path is None and len(bases) == 1:
+        (base_path,), given = bases, "as the adapters' files say"
+    if base_path is not None and base_path not in paths:
+        references, paths = [base or reference_to(base_path), *references], [base_path, *paths]
+    number = None if base_path is None else paths.index(base_path)
     print_warnings(ignored_revisions(references, folder))
     models, names = read_models(references, paths), model_names(paths)
-    comparison = compare_weights(models, number, bytes_bar)
+    comparison = compare_weights(models, number, bytes_bar, given)
     sentences = findings(models, names, comparison)
     for table in tables(models, names, comparison):
         console.print(table)

@@ -1,5 +1,7 @@
 """The meaning of an inspection's figures for a merge, a sentence each."""
 
+import math
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -7,6 +9,7 @@ import numpy as np
 from merge_kernels import METHODS
 
 from evojax_merge.inspection.models import Model, place_of
+from evojax_merge.inspection.ways import DATA, FILES, OPTIONS
 from evojax_merge.inspection.weights import Comparison, Pair, SignConflicts, TaskVector
 
 # The cosine of matrices below which two related models are far apart.
@@ -15,6 +18,8 @@ FAR_APART = 0.7
 UNEVEN = 3.0
 # The cosines of task vectors above which they share a direction, and below which they are nearly orthogonal.
 ALIKE, ORTHOGONAL = 0.5, 0.2
+# The highest bound of a weight that is advised.
+HIGHEST = 4
 # The multiple of the share by chance above which signs conflict more often than those of independent changes.
 PULLING_APART = 1.1
 
@@ -27,11 +32,73 @@ class Finding:
     text: str
 
 
+@dataclass(frozen=True)
+class Advice:
+    """The settings of a first search that an inspection's sentences advise. base: the number of the base's model, None:
+    it is unclear; method: None: none is better than others; high: a bound of `weight`; alike: the numbers of parents
+    that had better share their parameters; unchanged: the components in which no parent differs from the base."""
+
+    base: int | None = None
+    method: str | None = None
+    high: float | None = None
+    alike: tuple[int, int] | None = None
+    unchanged: tuple[str, ...] = ()
+
+
+def advise(comparison: Comparison) -> Advice:
+    """The advice of a comparison, by the same limits as its sentences."""
+    vectors, changes = comparison.vectors, comparison.changes
+    if comparison.verdict.base is None or not comparison.verdict.is_clear or changes is None:
+        return Advice()
+    conflicts, method = changes.conflicts, None
+    if conflicts.contested and conflicts.share > PULLING_APART * conflicts.by_chance:
+        method = "ties"
+    elif conflicts.contested and conflicts.share <= conflicts.by_chance / 2:
+        method = "task_arithmetic"
+    norms = [vector.norm for vector in vectors if vector.norm > 0] or [1.0]
+    uneven, alike = max(norms) / min(norms), _most_alike(comparison.cosines)
+    changed = {component for vector in vectors for (_, component), norm in vector.by_place.items() if norm}
+    return Advice(
+        base=comparison.reference,
+        method=method,
+        high=min(math.ceil(uneven), HIGHEST) if uneven > UNEVEN else None,
+        # Two parents that share all parameters leave nothing to choose between them.
+        alike=None if alike is None or len(vectors) < 3 else (vectors[alike[0]].parent, vectors[alike[1]].parent),
+        unchanged=tuple(
+            dict.fromkeys(name for vector in vectors for _, name in vector.by_place if name not in changed)
+        ),
+    )
+
+
+def _most_alike(cosines: np.ndarray) -> tuple[int, int] | None:
+    """The two task vectors that point most the same way, by their numbers; None where no two do."""
+    pairs = [(j, i) for i in range(len(cosines)) for j in range(i) if cosines[i, j] > ALIKE]
+    return max(pairs, key=lambda pair: cosines[pair]) if pairs else None
+
+
 def findings(models: Sequence[Model], names: Sequence[str], comparison: Comparison) -> list[Finding]:
     """All findings about the models, by their names in the report: whether they fit together, then whose base is whose,
     then what their task vectors mean for the methods."""
     fitting = [*_about_shapes(models, names), *_about_files(models, names)]
-    return [*fitting, *_about_relations(names, comparison), *_about_task_vectors(names, comparison)]
+    weights = [*_about_relations(names, comparison), *_about_task_vectors(names, comparison)]
+    return [*fitting, *weights, *_about_a_search(models, comparison)]
+
+
+def _about_a_search(models: Sequence[Model], comparison: Comparison) -> Iterator[Finding]:
+    """The command that a search of the first family begins with."""
+    family = comparison.families[0]
+    way, base = models[family[0]].way, advise(comparison).base
+    parents = [number for number in family if number != base]
+    alone = len(family) == 1 and (len(models) > 1 or models[family[0]].unsearchable is None)
+    if way is None or alone or {models[number].way for number in family} != {way}:
+        return
+    flags = "" if base is None else f" --base {shlex.quote(models[base].reference)}"
+    named = shlex.join(models[number].reference for number in parents) + (" MODEL" if len(family) == 1 else "")
+    options = OPTIONS.get(way.task, "")
+    yield Finding(
+        "begin", f"A search begins with: evojax-merge init{flags} --parents {named} --data DATA{options}, where DATA "
+        f"is {DATA[way.task]}; init takes this report's advice.",
+    )  # fmt: skip
 
 
 def _about_shapes(models: Sequence[Model], names: Sequence[str]) -> Iterator[Finding]:
@@ -103,11 +170,16 @@ def partly_held(models: Sequence[Model]) -> list[str]:
 
 def _about_files(models: Sequence[Model], names: Sequence[str]) -> Iterator[Finding]:
     for model, name in zip(models, names, strict=True):
-        if model.unsearchable is not None:
-            yield Finding(
-                "search",
-                f"{name} can be merged by a recipe, but not searched as a language model: {model.unsearchable}.",
-            )
+        if model.unsearchable is not None and model.way is None:
+            yield Finding("search", f"{name} can be merged by a recipe, but not be searched: {model.unsearchable}.")
+    for way in dict.fromkeys(model.way for model in models if model.unsearchable is not None and model.way):
+        these = _listed([name for name, model in zip(names, models, strict=True) if model.way == way])
+        backend = "torch, or of pytrees with backend: function" if way.backend == FILES else way.backend
+        task = "" if way.backend == FILES else f", kind: {way.task}"
+        yield Finding(
+            "search", f"{these}: {way.model}, and no language model that is searched; a search takes it with backend: "
+            f"{backend}{task}.",
+        )  # fmt: skip
     if len({tuple(model.dtypes) for model in models}) > 1:
         yield Finding(
             "dtype", "The stored dtypes differ: merges are computed in float32 and rounded to export_dtype, by default "
@@ -202,7 +274,8 @@ def _about_base(names: Sequence[str], comparison: Comparison) -> Iterator[Findin
         return
     base, rival = (names[family[place or 0]] for place in (verdict.base, verdict.rival))
     if verdict.given:
-        yield Finding("base", f"{base} is the base, as given. Methods that take task vectors from it: {needing}.")
+        text = f"{base} is the base, {verdict.given}. Methods that take task vectors from it: {needing}."
+        yield Finding("base", text)
     elif verdict.is_clear:
         yield Finding(
             "base", f"{base} is the base of the others: it is nearest to all of them (margin {verdict.margin:.2f} of "
@@ -243,9 +316,9 @@ def _about_task_vectors(names: Sequence[str], comparison: Comparison) -> Iterato
         )  # fmt: skip
     cosines = comparison.cosines
     pairs = [(i, j) for i in range(len(vectors)) for j in range(i) if np.isfinite(cosines[i, j])]
-    alike = [(i, j) for i, j in pairs if cosines[i, j] > ALIKE]
-    if alike:
-        i, j = max(alike, key=lambda pair: cosines[pair])
+    alike = _most_alike(cosines)
+    if alike is not None:
+        j, i = alike
         yield Finding(
             "alike", f"The task vectors of {names[vectors[j].parent]} and {names[vectors[i].parent]} point the same "
             f"way (cosine {cosines[i, j]:.2f}): they have learnt the same, and adding both overshoots; let them share "

@@ -9,13 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
+from evojax_merge.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_FILE, read_adapter_config
 from evojax_merge.checkpoints.config_file import torch_hint
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of, named_alike
-from evojax_merge.checkpoints.derived import open_model, stored_as
-from evojax_merge.checkpoints.folder import Tensor
+from evojax_merge.checkpoints.derived import SAFETENSORS, adapted_from, open_model, stored_as
+from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder, read_metadata
+from evojax_merge.checkpoints.generator_keys import scheme_of
+from evojax_merge.checkpoints.generator_lora import LORA_FILE
 from evojax_merge.checkpoints.parents import vocabulary_size
+from evojax_merge.checkpoints.pipelines import DENOISERS, Pipeline, is_pipeline
+from evojax_merge.checkpoints.single_file_lora import factor_ranks
 from evojax_merge.checkpoints.tokens import chat_template, count_differing_tokens, has_tokenizer, needs_code
 from evojax_merge.errors import InputError
+from evojax_merge.inspection.ways import Way, way_of
 from evojax_merge.models.architecture import Architecture, known_architecture
 
 # The component of tensors that belong to none.
@@ -29,6 +35,18 @@ NAME_PARTS = (
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """The facts of an adapter's files. ranks: the different ranks of its factors, rising; trained_on: the base that
+    they name; base: the model that it changes in this comparison, None for a LoRA's file by itself; is_low_rank: it is
+    nothing but factors."""
+
+    ranks: tuple[int, ...]
+    trained_on: str | None
+    base: Path | None
+    is_low_rank: bool
+
+
+@dataclass(frozen=True)
 class Model:
     """The facts of a model's headers and small files.
 
@@ -36,7 +54,8 @@ class Model:
     the weights are stored where they are made while they are read, such as gguf or adapter. vocabulary: rows of the
     embedding by the config. differing_tokens: the rows that have other tokens in the first model's tokenizer; None
     where the two cannot be compared. chat_template: the default template's text; None: it has none. unsearchable: the
-    reason why it can only be merged; None: it can be searched.
+    reason why the search over language models does not take it; None: it does. way: how a search takes it; None: none
+    does. adapter: the facts of the adapter that changes it; None without one.
     """
 
     reference: str
@@ -53,6 +72,8 @@ class Model:
     differing_tokens: int | None
     chat_template: str | None
     unsearchable: str | None
+    way: Way | None
+    adapter: Adapter | None
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -72,7 +93,7 @@ def read_models(references: Sequence[str], paths: Sequence[Path]) -> list[Model]
     for number, path in enumerate(paths):
         if path in paths[:number]:
             raise InputError(references[number], "is given twice; expected models that differ")
-    folders = [decoder_of(open_model(path)) for path in paths]
+    folders = [decoder_of(_open(path)) for path in paths]
     if known_architecture(folders[0].config.get("model_type")) is None:
         folders[1:] = [named_alike(folder, folders[0]) for folder in folders[1:]]
     with_tokens = [path for path in paths if has_tokenizer(path)]
@@ -80,6 +101,20 @@ def read_models(references: Sequence[str], paths: Sequence[Path]) -> list[Model]
         _read_model(reference, folder, with_tokens[0] if with_tokens else None)
         for reference, folder in zip(references, folders, strict=True)
     ]
+
+
+def _open(path: Path) -> Folder:
+    """A model; of a folder of diffusers, the components that are merged by default."""
+    if path.suffix == ".npz":
+        raise InputError(
+            path, "holds arrays, whose distances inspect does not measure; a search takes it as a pytree (backend: "
+            "function), and begins with: evojax-merge init --parents FILE FILE --function FILE.py:NAME",
+        )  # fmt: skip
+    if not is_pipeline(path):
+        return open_model(path)
+    present = Pipeline(path).classes
+    parts = {name: open_folder(path / name).entries for name in DENOISERS if name in present}
+    return Folder(path, {f"{part}.{name}": entry for part, entries in parts.items() for name, entry in entries.items()})
 
 
 def _read_model(reference: str, folder: DecoderFolder, first_with_tokens: Path | None) -> Model:
@@ -91,7 +126,8 @@ def _read_model(reference: str, folder: DecoderFolder, first_with_tokens: Path |
             sizes[str(entry.dtype)] += int(np.prod(entry.shape, dtype=np.int64))
     layers = {place[0] for name in folder.entries if (place := place_of(None, name))[0] is not None}
     has_tokens = has_tokenizer(path)
-    kind = config.get("model_type")
+    kind = Pipeline(path).class_name if is_pipeline(path) else config.get("model_type")
+    unsearchable = _why_unsearchable(folder)
     return Model(
         reference=reference,
         path=path,
@@ -106,15 +142,35 @@ def _read_model(reference: str, folder: DecoderFolder, first_with_tokens: Path |
         tokenizer=has_tokens,
         differing_tokens=count_differing_tokens(first_with_tokens, path) if first_with_tokens and has_tokens else None,
         chat_template=chat_template(path),
-        unsearchable=_why_unsearchable(folder),
+        unsearchable=unsearchable,
+        way=way_of(folder, unsearchable),
+        adapter=_adapter_of(path),
     )
+
+
+def _adapter_of(path: Path) -> Adapter | None:
+    """The adapter of a model, or the LoRA that a file holds by itself."""
+    base, adapter = adapted_from(path) or (None, path)
+    if base is not None and (adapter / ADAPTER_CONFIG).is_file():
+        config = read_adapter_config(adapter)
+        ranks = tuple(factor_ranks(adapter / ADAPTER_FILE))
+        return Adapter(ranks, config.base, base, not (config.is_dora or config.saved_modules))
+    file = adapter / LORA_FILE if base is not None and adapter.is_dir() else adapter
+    ranks = tuple(factor_ranks(file)) if file.suffix == SAFETENSORS and file.is_file() else ()
+    # The key is that of kohya's trainer.
+    return Adapter(ranks, read_metadata(file).get("ss_sd_model_name"), base, True) if ranks else None
 
 
 def _why_unsearchable(folder: DecoderFolder) -> str | None:
     kind = folder.config.get("model_type")
+    if is_pipeline(folder.path):
+        return "it is an image generator"
     if known_architecture(kind) is None:
         if kind is None:
-            return "no config.json"
+            if scheme_of(folder.entries) is not None:
+                return "it is an image generator in one file, of which a search takes the folder that diffusers writes"
+            lone = f"it is a LoRA without its base: name it as BASE+{folder.path.name}"
+            return "no config.json" if _adapter_of(folder.path) is None else lone
         return f"the architecture {kind} is not one of those that are searched{torch_hint(folder.config)}"
     try:
         folder.decoder_config()

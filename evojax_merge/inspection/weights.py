@@ -23,7 +23,7 @@ a chain either (a fine-tune that was trained further): the task vectors are smal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -205,16 +205,17 @@ def families(pairs: Sequence[Pair], count: int) -> list[list[int]]:
 @dataclass(frozen=True)
 class BaseVerdict:
     """The base of a family, by its place in the family. base: None where the family is too small; margin: the least of
-    the others' margins (see the module), and rival: the model that has it. given: the user named the base."""
+    the others' margins (see the module), and rival: the model that has it. given: who named the base, in words; empty:
+    it is chosen by distances."""
 
     base: int | None
     margin: float | None = None
     rival: int | None = None
-    given: bool = False
+    given: str = ""
 
     @property
     def is_clear(self) -> bool:
-        return self.given or (self.margin is not None and self.margin > CLEAR)
+        return bool(self.given) or (self.margin is not None and self.margin > CLEAR)
 
 
 def shared_tensors(measured: Sequence[TensorDistances], members: Sequence[int]) -> list[TensorDistances]:
@@ -408,8 +409,9 @@ class Comparison:
     changes: Changes | None
 
 
-def compare_weights(models: Sequence[Model], base: int | None, bar: Bar) -> Comparison:
-    """Read the weights of all models and compare them. base: the model that the user calls the base."""
+def compare_weights(models: Sequence[Model], base: int | None, bar: Bar, given: str = "as given") -> Comparison:
+    """Read the weights of all models and compare them. base: the model that the user, or an adapter, calls the base;
+    given: which of them does, in words."""
     with bar("distances", tensor_bytes(models)) as on_read:
         measured = measure_distances(models, on_read)
     pairs = compare_pairs(measured, len(models))
@@ -418,13 +420,20 @@ def compare_weights(models: Sequence[Model], base: int | None, bar: Bar) -> Comp
     family = groups[0]
     tensors = shared_tensors(measured, family)
     distances = total_distances(tensors, family)
-    verdict = find_base(distances) if base is None else BaseVerdict(family.index(base), given=True)
+    verdict = find_base(distances) if base is None else BaseVerdict(family.index(base), given=given)
     if len(family) < 2 or not tensors:
         return Comparison(measured, pairs, groups, tensors, verdict, None, (), np.zeros((0, 0)), None)
     place = 0 if verdict.base is None else verdict.base
     reference, parents = family[place], [model for model in family if model != family[place]]
     with bar("changes", change_bytes(models, tensors, family)) as on_read:
         changes = measure_changes(models, tensors, reference, parents, on_read)
+    # Weights that are rounded to 16 bits behind a low-rank change differ from the base in a full rank.
+    adapters = [models[parent].adapter for parent in parents]
+    ranks = [
+        max(adapter.ranks) if adapter and adapter.is_low_rank and adapter.base == models[reference].path else measured
+        for adapter, measured in zip(adapters, changes.ranks, strict=True)
+    ]  # fmt: skip
+    changes = replace(changes, ranks=tuple(ranks))
     others = [number for number in range(len(family)) if number != place]
     return Comparison(
         measured, pairs, groups, tensors, verdict, reference, task_vectors(tensors, reference, parents),

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from evojax_merge.inspection.findings import Finding, differing_shapes, partly_held
 from evojax_merge.inspection.models import Model
+from evojax_merge.inspection.ways import FILES, Way
 from evojax_merge.inspection.weights import Comparison, TaskVector
 from evojax_merge.report.progress import cell
 
@@ -48,14 +49,42 @@ def _models_table(models: Sequence[Model], names: Sequence[str]) -> Table:
         "parameters": [f"{model.parameters:,}" for model in models],
         "layers": [str(model.layers) for model in models],
         "stored dtype": list(map(_dtypes, models)),
+        "adapter": list(map(_adapter, models)),
         "vocabulary": ["unknown" if model.vocabulary is None else f"{model.vocabulary:,}" for model in models],
         "tokenizer": [_tokenizer(model, models) for model in models],
         "chat template": [_chat_template(model, models) for model in models],
         "head": ["the embedding" if model.tied else "its own" for model in models],
+        "searched by": ["nothing" if model.way is None else _backend(model.way) for model in models],
     }
     for label, values in rows.items():
-        table.add_row(label, *map(cell, values))
+        if label != "adapter" or any(values):
+            table.add_row(label, *map(cell, values))
     return table
+
+
+def _backend(way: Way) -> str:
+    return "backend: torch or function" if way.backend == FILES else f"backend: {way.backend}"
+
+
+def _adapter(model: Model) -> str:
+    """The rank of a model's adapter, and the base that its files name."""
+    if model.adapter is None or not model.adapter.ranks:
+        return ""
+    ranks, base = model.adapter.ranks, model.adapter.trained_on
+    span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    return f"rank {span}" + ("" if base is None else f", trained on {base}")
+
+
+def distinct(values: Sequence[float | None], form: str) -> list[str]:
+    """The numbers of a table as texts, `none` for None and NaN, in as many digits as tell unequal ones apart. form: a
+    format with the least number of digits, such as .4g; 0 and 1 count as numbers of the table."""
+    finite = [None if value is None or np.isnan(value) else float(value) for value in values]
+    numbers = {*(value for value in finite if value is not None), 0.0, 1.0}
+    for digits in range(int(form[1:-1]), 18):
+        texts = {number: f"{number:.{digits}{form[-1]}}" for number in numbers}
+        if len({*texts.values()}) == len(numbers):
+            break
+    return ["none" if value is None else texts[value] for value in finite]
 
 
 def _dtypes(model: Model) -> str:
@@ -83,12 +112,13 @@ def _pairs_table(names: Sequence[str], comparison: Comparison) -> Table:
     table.add_column("models")
     for heading in ("cosine of matrices", "relative distance", "equal numbers", "tensors in common"):
         table.add_column(heading, justify="right")
-    for pair in comparison.pairs:
-        table.add_row(
-            cell(f"{names[pair.first]} – {names[pair.second]}"),
-            "none" if pair.cosine is None else f"{pair.cosine:.4f}", f"{pair.relative_distance:.4f}",
-            f"{pair.equal_share:.1%}", f"{pair.tensors:,}",
-        )  # fmt: skip
+    pairs = comparison.pairs
+    columns = [
+        distinct([pair.cosine for pair in pairs], ".4f"), distinct([pair.relative_distance for pair in pairs], ".4g"),
+        distinct([pair.equal_share for pair in pairs], ".1%"), [f"{pair.tensors:,}" for pair in pairs],
+    ]  # fmt: skip
+    for pair, *row in zip(pairs, *columns, strict=True):
+        table.add_row(cell(f"{names[pair.first]} – {names[pair.second]}"), *row)
     return table
 
 
@@ -107,12 +137,15 @@ def _vectors_table(names: Sequence[str], comparison: Comparison) -> Table:
     for name in others if len(others) > 1 else ():
         table.add_column(cell(f"cosine with {name}"), justify="right")
     assert comparison.changes is not None
-    for i, (vector, rank) in enumerate(zip(comparison.vectors, comparison.changes.ranks, strict=True)):
-        cosines = (f"{comparison.cosines[i, j]:.3f}" for j in range(len(others) if len(others) > 1 else 0))
-        table.add_row(
-            cell(others[i]), f"{vector.norm:.4g}", f"{vector.relative_norm:.4g}", f"{vector.unchanged:.1%}",
-            "full" if rank is None else f"≤ {rank}", *cosines,
-        )  # fmt: skip
+    vectors, count = comparison.vectors, len(others)
+    cosines = distinct(list(comparison.cosines.flat), ".3f")
+    columns = [
+        distinct([vector.norm for vector in vectors], ".4g"), distinct([v.relative_norm for v in vectors], ".4g"),
+        distinct([vector.unchanged for vector in vectors], ".1%"),
+        ["full" if rank is None else f"≤ {rank}" for rank in comparison.changes.ranks],
+    ]  # fmt: skip
+    for i, row in enumerate(zip(others, *columns, strict=True)):
+        table.add_row(cell(row[0]), *row[1:], *(cosines[i * count : (i + 1) * count] if count > 1 else ()))
     return table
 
 
@@ -121,24 +154,28 @@ def _places_tables(names: Sequence[str], comparison: Comparison) -> Iterator[Tab
     layers, components = _axes(comparison)
     inner = [component for component in components if any(layer is not None for layer in layers[component])]
     outer = [component for component in components if None in layers[component]]
+    vectors = comparison.vectors
+    norms = {(i, *place): norm for i, vector in enumerate(vectors) for place, norm in vector.by_place.items()}
+    texts = dict(zip(norms, distinct(list(norms.values()), ".4g"), strict=True))
     if inner:
         table = Table(title="Relative norm by layer", title_justify="left")
         table.add_column("layer", justify="right")
         for vector in comparison.vectors:
             for component in inner:
                 table.add_column(cell(f"{names[vector.parent]}: {component}"), justify="right")
-        for number in sorted({layer for component in inner for layer in layers[component] if layer is not None}):
-            values = [vector.by_place.get((number, component)) for vector in comparison.vectors for component in inner]
-            table.add_row(str(number), *("" if value is None else f"{value:.4f}" for value in values))
+        numbers = sorted({layer for component in inner for layer in layers[component] if layer is not None})
+        for number in numbers:
+            table.add_row(
+                str(number), *(texts.get((i, number, part), "") for i in range(len(vectors)) for part in inner)
+            )
         yield table
     if outer:
         table = Table(title="Outside of the layers", title_justify="left")
         table.add_column("model")
         for component in outer:
             table.add_column(cell(component), justify="right")
-        for vector in comparison.vectors:
-            shares = (f"{vector.by_place[None, component]:.4f}" for component in outer)
-            table.add_row(cell(names[vector.parent]), *shares)
+        for i, vector in enumerate(vectors):
+            table.add_row(cell(names[vector.parent]), *(texts[i, None, component] for component in outer))
         yield table
 
 
@@ -207,7 +244,8 @@ def _model_json(model: Model, name: str) -> Mapping[str, Any]:
         "parameters": model.parameters, "dtypes": dict(model.dtypes), "stored_as": model.stored_as,
         "vocabulary": model.vocabulary, "tied_head": model.tied, "tokenizer": model.tokenizer,
         "differing_tokens": model.differing_tokens, "chat_template": model.chat_template,
-        "unsearchable": model.unsearchable,
+        "unsearchable": model.unsearchable, "backend": None if model.way is None else model.way.backend,
+        "adapter": model.adapter and {"ranks": model.adapter.ranks, "base": model.adapter.trained_on},
     }  # fmt: skip
 
 
@@ -276,9 +314,10 @@ def _matrix(values: np.ndarray, names: Sequence[str], title: str, scale: Any) ->
     """A square of figures, one for each pair of models."""
     import altair as alt
 
+    texts = distinct(list(values.flat), ".2f")
     rows = [
-        {"row": names[i], "column": names[j], "value": float(value)}
-        for (i, j), value in np.ndenumerate(values)
+        {"row": names[i], "column": names[j], "value": float(value), "text": text}
+        for ((i, j), value), text in zip(np.ndenumerate(values), texts, strict=True)
         if np.isfinite(value)
     ]
     base = alt.Chart(alt.InlineData(values=rows)).encode(
@@ -286,6 +325,6 @@ def _matrix(values: np.ndarray, names: Sequence[str], title: str, scale: Any) ->
         y=alt.Y("row:N", sort=list(names), title=None),
     )
     squares = base.mark_rect().encode(color=alt.Color("value:Q", scale=scale, legend=None))
-    figures = base.mark_text(fill="black", stroke="white", strokeWidth=3).encode(text=alt.Text("value:Q", format=".2f"))
-    plain = base.mark_text(fill="black").encode(text=alt.Text("value:Q", format=".2f"))
+    figures = base.mark_text(fill="black", stroke="white", strokeWidth=3).encode(text="text:N")
+    plain = base.mark_text(fill="black").encode(text="text:N")
     return (squares + figures + plain).properties(title=title, width=280, height=280)
