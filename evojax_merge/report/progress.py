@@ -104,7 +104,8 @@ class Heartbeat:
     @contextmanager
     def during(self, describe: Callable[[], str]) -> Iterator[None]:
         """Name the work of the block by what `describe` returns when it is called, from another thread."""
-        if not self._work:
+        # A command has been silent since it began to import this module; a Python program may do other things.
+        if not self._work and time.monotonic() - console.printed_at > 2 * SILENCE_SECONDS:
             console.printed_at = time.monotonic()
         self._work.append(describe)
         # A process that was forked has no thread of its parent's.
