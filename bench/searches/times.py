@@ -1,0 +1,171 @@
+"""Times of a search: its plan's estimate, its silences, the truth of `left`, and what a second run compiles.
+
+    python -m bench times                 # SmolLM2-135M and two copies with noise; some 15 minutes
+    python -m bench times --bench 500     # so many seconds of `evojax-merge bench` before it
+
+`evojax-merge bench` measures the device once, in an empty cache folder. Then three searches run with their output in a
+file, each twice with the same cache: by likelihood, by answers, by gradients; five examples are held out. `plan`
+estimates each from that one measurement. Its seconds leave out loading, compiling and writing the winner, so the second
+run's parts are added up: base and parents, generations, choice and held-out table.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from bench.shared.machine import host
+from evojax_merge.zoo import resolve_reference
+
+EVOLVED = {"strategy": "cma_es", "population": 6, "generations": 6}
+SEARCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "likelihood": ({"kind": "likelihood"}, EVOLVED),
+    "answers": ({"kind": "exact_match", "max_new_tokens": 24}, EVOLVED),
+    "gradients": ({"kind": "likelihood"}, {"strategy": "gradient", "generations": 12}),
+}
+COMMAND = (sys.executable, "-m", "evojax_merge")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a command's output, and the seconds from the command's start."""
+
+    seconds: float
+    text: str
+
+
+def lines_of(folder: Path, cache: Path, *arguments: str) -> list[Line]:
+    """The output of `evojax-merge` with these arguments, which must end well; the last line is its end."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONUNBUFFERED": "1"}
+    started = time.monotonic()
+    with subprocess.Popen(
+        [*COMMAND, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        lines = [Line(time.monotonic() - started, text.rstrip()) for text in process.stdout]
+    if process.returncode:
+        raise SystemExit("\n".join(line.text for line in lines))
+    return [*lines, Line(time.monotonic() - started, "")]
+
+
+def empty_cache(folder: Path) -> Path:
+    """A cache folder without timings and compiled programs, that has this user's models of the zoo."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evojax-merge"
+    (folder / usual.name).mkdir(parents=True)
+    (folder / usual.name / "zoo").symlink_to(usual / "zoo")
+    return folder
+
+
+def write_inputs(folder: Path) -> None:
+    """Two parents beside the base, and 24 sums, five of which are held out."""
+    base = resolve_reference("zoo:smollm2/base")
+    for seed in (0, 1):
+        parent = folder / f"parent{seed}"
+        shutil.copytree(base, parent)
+        (file,) = parent.glob("*.safetensors")
+        rng = np.random.default_rng(seed)
+        noisy = {
+            name: (tensor.astype(np.float32) * (1 + 0.02 * rng.standard_normal(tensor.shape, np.float32))).astype(
+                tensor.dtype
+            )
+            for name, tensor in load_file(file).items()
+        }
+        save_file(noisy, file, metadata={"format": "pt"})
+    sums = [(a, b) for a in range(2, 10) for b in range(3, 6)]
+    rows = [{"prompt": f"What is {a} plus {b}?\nAnswer:", "target": f" {a} plus {b} is {a + b}."} for a, b in sums]
+    for name, part in (("search", rows[:-5]), ("heldout", rows[-5:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    for name, (task, search) in SEARCHES.items():
+        document = {
+            "base": "zoo:smollm2/base", "parents": ["parent0", "parent1"], "scale": "parents",
+            "space": {"method": "task_arithmetic", "layers_per_group": 10},
+            "tasks": [{"name": name, "file": "search.jsonl", "heldout": "heldout.jsonl"} | task], "search": search,
+        }  # fmt: skip
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(document))
+
+
+def estimate(folder: Path, cache: Path, name: str) -> tuple[float, float]:
+    """The plan's estimated seconds, and its bound by the roofline."""
+    lines_of(folder, cache, "plan", f"{name}.yaml", "--json", f"{name}.plan.json")
+    (plan,) = json.loads((folder / f"{name}.plan.json").read_text())
+    return plan["run"]["seconds"] * plan["factor"]["value"], plan["run"]["seconds"]
+
+
+def seconds_of(text: str) -> float:
+    """The seconds of a duration such as 1:02:03."""
+    total = 0
+    for part in text.split(":"):
+        total = 60 * total + int(part)
+    return float(total)
+
+
+def left_errors(lines: list[Line]) -> Iterator[float]:
+    """From the second generation on, `left` less the seconds until the winner is written, as a share of these."""
+    written = next(line.seconds for line in lines if line.text.startswith("winner: "))
+    for line in lines:
+        shown = re.match(r"generation \d+/\d+ .*left ([\d:]+)", line.text)
+        if shown:
+            truth = written - line.seconds
+            yield (seconds_of(shown[1]) - truth) / truth
+
+
+def worked(lines: list[Line], run: Path) -> float:
+    """Seconds of a run's parts that a plan has: base and parents, generations, choice and held-out table."""
+    timing = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
+    ends = (re.match(r"(?:measuring|choosing|scoring) .* took ([\d:]+)", line.text) for line in lines)
+    return sum(row["seconds"] for row in timing) + sum(seconds_of(end[1]) for end in ends if end)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bench", type=float, default=240, help="seconds of `evojax-merge bench`")
+    parser.add_argument("--shape", default="100M", help="the shape of its models")
+    arguments = parser.parse_args()
+    print(f"{host()}\n")
+    print("| search | bound, s | plan, s | took, s | took / plan | longest silence, s | `left`, worst error "
+          "| compiled, first and second run | until the first generation, s |")  # fmt: skip
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
+        write_inputs(folder)
+        # Plans compile passes for their memory, which the searches are not to find.
+        plans, cache = (empty_cache(folder / name) for name in ("plans", "cache"))
+        lines_of(folder, plans, "bench", "--seconds", str(arguments.bench), "--shape", arguments.shape)
+        for name in SEARCHES:
+            about, bound = estimate(folder, plans, name)
+            runs = [lines_of(folder, cache, "search", f"{name}.yaml", "--out", f"{name}{k}") for k in (1, 2)]
+            gaps = [
+                max(b.seconds - a.seconds for a, b in zip([Line(0, ""), *lines], lines, strict=False)) for lines in runs
+            ]
+            errors = [abs(error) for lines in runs for error in left_errors(lines)]
+            sessions = [
+                json.loads((folder / f"{name}{k}" / "environment.json").read_text())["sessions"][-1]["compiled"]
+                for k in (1, 2)
+            ]
+            begun = [
+                next(line.seconds for line in lines if "; fitness on the search split" in line.text) for lines in runs
+            ]
+            took = worked(runs[1], folder / f"{name}2")
+            print(
+                f"| {name} | {bound:.1f} | {about:.1f} | {took:.1f} | {took / about:.2f} | {max(gaps):.1f} "
+                f"| {max(errors):.0%} | {sessions[0]['programs']} in {sessions[0]['seconds']:.0f} s, "
+                f"{sessions[1]['programs']} | {begun[0]:.0f}, {begun[1]:.0f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
