@@ -223,11 +223,11 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known name that a word was likely meant to be: only the case of letters differs, about two thirds of the
     letters agree, or half of them where the two share a part of `SHARED` letters, or their first and last letters. None
     where no name is near."""
-    known = sorted(known)
+    names = sorted(known)
     word = word[:100]
-    if (match := next((name for name in known if name.casefold() == word.casefold()), None)) is not None:
+    if (match := next((name for name in names if name.casefold() == word.casefold()), None)) is not None:
         return match
-    for name in difflib.get_close_matches(word, known, n=1, cutoff=0.5):
+    for name in difflib.get_close_matches(word, names, n=1, cutoff=0.5):
         matcher = difflib.SequenceMatcher(None, name, word)
         same_ends = (name[0], name[-1]) == (word[0], word[-1])
         if same_ends or matcher.ratio() >= NEAR or matcher.find_longest_match().size >= SHARED:
@@ -237,7 +237,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`" (did you mean 'density'?)"`, or, where no name is near, a list of the known names, if there are any."""
-    known = sorted(known)
+    names = sorted(known)
     if not known:
         return ""
     near = nearest(word, known)

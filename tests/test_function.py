@@ -100,8 +100,8 @@ def task_of(folder: Path, function: str, gets: str = "texts", **changes: Any) ->
 
 def test_a_kept_config_names_the_function_from_any_folder(folder: Path) -> None:
     (folder / "beside.py").write_text(SOURCE)
-    found = {"own.py:total": f"{folder / 'own.py'}:total", "beside:total": f"{folder / 'beside.py'}:total"}
-    for function, kept in found.items():
+    references = {"own.py:total": f"{folder / 'own.py'}:total", "beside:total": f"{folder / 'beside.py'}:total"}
+    for function, kept in references.items():
         config = config_of(function, "logits")
         section = resolved_config(config, *open_task("config", config, folder, 0))
         assert (section["function"], section["file"]) == (kept, str(folder / "tasks.jsonl"))

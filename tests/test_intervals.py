@@ -19,7 +19,7 @@ from evojax_merge.trials import score_table
 
 
 def test_small_and_large_samples_have_students_interval():
-    """Of examples that both models were scored on, and of others."""
+    """Paired where both models were scored on the same examples, unpaired on others."""
     rng = np.random.default_rng(0)
     for size in (7, 500):
         ours, theirs = rng.normal(0.1, 1, (2, size))
@@ -67,7 +67,7 @@ def test_the_interval_of_right_and_wrong_answers_covers_the_truth_at_any_size(si
 
 @pytest.mark.parametrize("size", [2, 4, 12])
 def test_the_interval_of_other_scores_covers_the_truth_in_simulations(size):
-    """Of two tasks, one of right and wrong, and of one; paired, and with other examples."""
+    """Two tasks, one of right and wrong, and one task; paired, and with other examples."""
     rng, rounds, covered = np.random.default_rng(size), 1500, np.zeros(3)
     for _ in range(rounds):
         scores, answers = rng.normal(0.3, 1.0, size), (rng.random((2, size + 6)) < [[0.8], [0.5]]).astype(float)

@@ -153,17 +153,17 @@ def test_the_greedy_soup_leaves_out_a_parent_that_hurts(settings: dict[str, Any]
     (row,) = (row for row in result.table if row["role"] == "greedy")
     assert row["name"] == f"soup of {', '.join(f'parents[{k}]' for k in sorted(soup))}"
     # The strategy goes by the examples that it searches on.
-    found = quick(parents, errors, examples=rows, strategy="greedy", population=None, generations=50, **settings)
-    assert len(found.history) == 4
+    result = quick(parents, errors, examples=rows, strategy="greedy", population=None, generations=50, **settings)
+    assert len(result.history) == 4
     ranked = sorted(range(4), key=lambda k: -score([k], rows))
     soup = ranked[:1]
     for parent in ranked[1:]:
         if score([*soup, parent], rows) >= score(soup, rows):
             soup.append(parent)
-    weights = np.array([values["weight"] for values in found.parameters.values()])
+    weights = np.array([values["weight"] for values in result.parameters.values()])
     np.testing.assert_allclose(weights, np.tile(np.isin(range(4), soup) / len(soup), (len(weights), 1)), atol=1e-6)
-    assert found.history[-1]["soup"] == len(soup)
-    np.testing.assert_allclose(found.fitness, score(soup, rows), rtol=1e-4)
+    assert result.history[-1]["soup"] == len(soup)
+    np.testing.assert_allclose(result.fitness, score(soup, rows), rtol=1e-4)
 
 
 def test_containers_and_names_of_leaves_do_not_matter_to_the_kernels() -> None:

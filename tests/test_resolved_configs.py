@@ -189,15 +189,15 @@ def location_keys(schema: Any) -> set[str]:
 
 
 def test_every_kind_of_task_and_every_key_of_files_has_a_section() -> None:
-    found: dict[Any, set[str]] = {}
+    keys_written: dict[Any, set[str]] = {}
     for section in SECTIONS.values():
         kind = kinds.find_kind(section)
         assert kind is not None
-        found.setdefault(kind, set()).update(section)
+        keys_written.setdefault(kind, set()).update(section)
     for kind in kinds.BUILT_IN:
-        assert kind in found, kind.names or kind.key
+        assert kind in keys_written, kind.names or kind.key
         expected = location_keys(kind.config) | ({"heldout"} if kind.source is not None else set())
-        assert expected - {"heldout"} <= found[kind], (kind.names, expected - found[kind])
+        assert expected - {"heldout"} <= keys_written[kind], (kind.names, expected - keys_written[kind])
     assert set(location_keys(kinds.networks.RetrievalConfig)) >= {"file", "corpus"}
 
 

@@ -164,8 +164,8 @@ def test_a_target_that_is_not_here_is_guessed(family: Family) -> None:
         Path("config.yaml"), config_from(Path("config.yaml"), document(family), [], None),
         target=find_target("target", "h100"),
     )  # fmt: skip
-    here = [timing("scoring", 7.0, 10**6, "bench")]
-    assert make_plan(problem, problem.prepare(), timings=here).factor == NOT_MEASURED
+    local = [timing("scoring", 7.0, 10**6, "bench")]
+    assert make_plan(problem, problem.prepare(), timings=local).factor == NOT_MEASURED
 
 
 def test_the_nearest_measurement_of_each_kind_counts() -> None:
@@ -190,8 +190,8 @@ def test_searches_record_how_long_they_took(family: Family, tmp_path: Path, cach
     bound = plan_of(document(family)).generation.seconds
     assert (recorded.kind, recorded.source) == ("scoring", "search")
     assert recorded.factor == pytest.approx(np.median(seconds[1:]) / bound, rel=1e-3)
-    said = run_here("plan", tmp_path / "config.yaml")
-    assert "as a search measured here on " in said.stdout
+    planned = run_here("plan", tmp_path / "config.yaml")
+    assert "as a search measured here on " in planned.stdout
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '[{"device": "x"}]', "[" * 100_000, '[{"factor": -1}]'])

@@ -1,4 +1,4 @@
-"""What a search does while it asks judges nothing, and its result: the words of their page."""
+"""The words of the judges' page while the search asks nothing, and about its result."""
 
 import time
 from collections.abc import Iterator

@@ -221,8 +221,8 @@ def header(name: str, change: Callable[[dict[str, Any]], Any]) -> Change:
 
 def entry(document: dict[str, Any]) -> dict[str, Any]:
     """The first tensor in a header."""
-    found: dict[str, Any] = next(value for key, value in document.items() if key != "__metadata__")
-    return found
+    entry: dict[str, Any] = next(value for key, value in document.items() if key != "__metadata__")
+    return entry
 
 
 def beyond(document: dict[str, Any]) -> None:
