@@ -238,7 +238,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`" (did you mean 'density'?)"`, or, where no name is near, a list of the known names, if there are any."""
     names = sorted(known)
-    if not known:
+    if not names:
         return ""
-    near = nearest(word, known)
-    return f" (did you mean '{near}'?)" if near is not None else f" (known: {', '.join(known)})"
+    near = nearest(word, names)
+    return f" (did you mean '{near}'?)" if near is not None else f" (known: {', '.join(names)})"
