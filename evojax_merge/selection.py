@@ -14,7 +14,7 @@ from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
 from evojax_merge.evaluation.scores import ScoredTask, TaskScores, fitness, means, task_weights, units_of
 from evojax_merge.goals import with_goals
 from evojax_merge.problem import SearchProblem, failure_hint
-from evojax_merge.report.comparison import FrontMember, GuardResult, Result, Row, model_name, model_names, rivals_of
+from evojax_merge.report.comparison import FrontMember, GuardResult, Result, Row, model_name, model_names
 from evojax_merge.report.intervals import Lead, paired_lead
 from evojax_merge.report.meetings import Meetings
 from evojax_merge.report.plan import CHOOSING, HELDOUT, MEASURING
@@ -242,14 +242,25 @@ def _table(
             lead, score = paired_lead([ours], [theirs], [1.0]), f"{task.name}/{task.metric}"
             if lead is not None and score not in too_few[k]:
                 by_task.setdefault(k, {})[score] = lead
-    best_parent = next((k for k, row in enumerate(rows) if row.role == "parent" and row in rivals_of(rows)), None)
-    answered = [] if best_parent is None or not heldout.devices.is_main_process else [len(rows) - 1, best_parent]
-    answers = [row for k in answered for row in backend.answers(rows[k].name, heldout, scored[k][3], scored[k][2])]
+    answers: list[dict[str, Any]] = []
+    parents = [k for k, row in enumerate(rows) if row.role == "parent"]
+    if parents and heldout.devices.is_main_process:
+        # A parent that is best in another task would hide where the winner lost.
+        beside = {task.name: _best_in(f"{task.name}/{task.metric}", rows, parents) for task in heldout.tasks}
+        for k in (len(rows) - 1, *sorted(set(beside.values()))):
+            answered = backend.answers(rows[k].name, heldout, scored[k][3], scored[k][2])
+            answers += [row for row in answered if k == len(rows) - 1 or beside[row["task"]] == k]
     compared = [
         replace(row, lead=None if too_few[k] else leads[k], task_leads=by_task.get(k, {}), meetings=met[k])
         for k, row in enumerate(rows[:-1])
     ]
     return [*compared, rows[-1]], answers
+
+
+def _best_in(score: str, rows: Sequence[Row], parents: Sequence[int]) -> int:
+    """The number of the parent with the best score of a task, the first among equals."""
+    means = [rows[k].scores[score] for k in parents]
+    return parents[int(np.argmax(np.where(np.isfinite(means), means, -np.inf)))]
 
 
 def shares_of(tasks: Sequence[ScoredTask]) -> dict[str, float]:

@@ -308,15 +308,17 @@ def test_a_run_keeps_every_held_out_answer(models: dict[str, Any], tmp_path: Pat
     run, _ = searched(tmp_path, "run", [right(), stretched(), right(name="shown", weight=0.0)])
     rows = [json.loads(line) for line in (run.path / "heldout_answers.jsonl").read_text().splitlines()]
     parent = (run.result or {})["better_than"]["parent"]["name"]
-    for table_row in run.table:
-        if table_row["name"] in (parent, "evolved task_arithmetic"):
-            for score, mean in table_row["heldout_scores"].items():
-                task = score.partition("/")[0]
-                values = [row["score"] for row in rows if (row["model"], row["task"]) == (table_row["name"], task)]
-                assert len(values) == 15 and np.mean(values) == pytest.approx(mean, abs=1e-4)
+    parents = [row for row in run.table if row["role"] == "parent"]
     opened = read_answers(read_run(run.path))
-    assert opened is not None and opened[0] == parent
-    for pairs in opened[1]:
+    assert opened is not None
+    for pairs, score in zip(opened, run.table[0]["heldout_scores"], strict=True):
+        # The winner stands beside the parent that is best in the task.
+        best = max(parents, key=lambda row: row["heldout_scores"][score])
+        assert (pairs.task, pairs.parent) == (score.partition("/")[0], best["name"])
+        for table_row in (best, run.table[-1]):
+            mean = table_row["heldout_scores"][score]
+            values = [row["score"] for row in rows if (row["model"], row["task"]) == (table_row["name"], pairs.task)]
+            assert len(values) == 15 and np.mean(values) == pytest.approx(mean, abs=1e-4)
         assert pairs.won + pairs.lost + pairs.equal == 15 and len(pairs.shown) == pairs.won + pairs.lost
         gaps = [abs(pair.scores[0] - pair.scores[1]) for pair in pairs.shown]
         assert gaps == sorted(gaps, reverse=True) and all(pair.texts is None for pair in pairs.shown)
@@ -338,11 +340,11 @@ def _texts_on_the_page(folder: Path, parent: str) -> None:
     )
     data = write_page(RunFolder(folder))
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "right: 301 won, 300 lost, 299 equal" in page
+    assert f"right, beside {parent}: 301 won, 300 lost, 299 equal" in page
     assert page.count('<details class="pair">') == MOST_EXAMPLES and f"{MOST_EXAMPLES} of 601 examples" in page
     assert hostile not in page and "&lt;" in page and "\x1b" not in page and len(page) < 2_000_000
     opened = read_answers(data)
-    assert opened is not None and opened[1][0].shown[0].example == "d.jsonl:4"
+    assert opened is not None and opened[0].shown[0].example == "d.jsonl:4"
 
     for damage in ("{", "[]\n", row("someone", 1, 1.0, ""), row(parent, 1, 1.0, "")):
         file.write_text(damage)

@@ -130,7 +130,8 @@ def test_run_folder_is_complete(finished):
     assert [row["role"] for row in table] == ["base", "parent", "parent", "uniform", "winner"]
     assert all(set(row["heldout_scores"]) >= {"text/log_probability", "words/accuracy"} for row in table)
     answers = [json.loads(line) for line in (finished / "heldout_answers.jsonl").read_text().splitlines()]
-    assert len({answer["model"] for answer in answers}) == 2
+    # The winner's, and one parent's for each task.
+    assert len({(answer["model"], answer["task"]) for answer in answers}) == 4
     assert all(("outputs" in answer) == (answer["task"] == "words") for answer in answers)
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert "Wins and losses" in page and "words: " in page

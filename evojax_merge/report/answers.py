@@ -1,4 +1,5 @@
-"""Wins and losses: the winner's answers to held-out examples beside the best parent's, from heldout_answers.jsonl."""
+"""Wins and losses: the winner's answers to held-out examples beside those of each task's best parent, from
+heldout_answers.jsonl."""
 
 import re
 from collections.abc import Sequence
@@ -45,9 +46,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class TaskPairs:
-    """A task's examples: how many are won, lost and equal, and those that are shown, the largest differences first."""
+    """A task's examples: the parent that the winner stands beside, how many are won, lost and equal, and those that are
+    shown, the largest differences first."""
 
     task: str
+    parent: str
     won: int
     lost: int
     equal: int
@@ -65,24 +68,25 @@ class TaskPairs:
         return [pair for pair in self.shown if id(pair) not in in_sight]
 
 
-def read_answers(run: RunData) -> tuple[str, list[TaskPairs]] | None:
-    """The best parent's name, and the examples of each task. None where the run has no winner yet, or no answers."""
+def read_answers(run: RunData) -> list[TaskPairs] | None:
+    """The examples of each task. None where the run has no winner yet, or no answers."""
     result, file = run.result, RunFolder(run.path).heldout_answers
     if result is None or result.winner is None or not file.is_file():
-        return None
-    parent = next((row.name for row in result.rivals if row.role == "parent"), None)
-    if parent is None:
         return None
     by_model = _by_model(run)
     if by_model is None:
         return None
-    ours, theirs = (by_model.get(name, {}) for name in (result.winner.name, parent))
-    counts, their_counts = ({task: len(rows) for task, rows in answers.items()} for answers in (ours, theirs))
-    if not counts or counts != their_counts or len(by_model) > 2:
+    ours = by_model.pop(result.winner.name, {})
+    theirs = [(task, parent, rows) for parent, tasks in by_model.items() for task, rows in tasks.items()]
+    counts, their_counts = (
+        {task: len(rows) for task, rows in ours.items()},
+        {task: len(rows) for task, _, rows in theirs},
+    )
+    if not counts or counts != their_counts or len(theirs) > len(counts):
         run.notes.append(f"{file.name} cannot be read: the models' examples differ")
         return None
-    most = max(1, MOST_EXAMPLES // max(1, len(ours)))
-    return escaped(parent), [_task_pairs(task, ours[task], theirs[task], most) for task in list(ours)[:MOST_EXAMPLES]]
+    most, beside = max(1, MOST_EXAMPLES // len(ours)), {task: (parent, rows) for task, parent, rows in theirs}
+    return [_task_pairs(task, rows, *beside[task], most) for task, rows in list(ours.items())[:MOST_EXAMPLES]]
 
 
 def _by_model(run: RunData) -> dict[str, dict[str, list[AnswerLine]]] | None:
@@ -116,14 +120,16 @@ def winner_scores(run: RunData) -> dict[str, tuple[list[Any], np.ndarray]]:
     return scores
 
 
-def _task_pairs(task: str, ours: Sequence[AnswerLine], theirs: Sequence[AnswerLine], most: int) -> TaskPairs:
+def _task_pairs(
+    task: str, ours: Sequence[AnswerLine], parent: str, theirs: Sequence[AnswerLine], most: int
+) -> TaskPairs:
     scores = np.array([[_value(answer.score) for answer in rows] for rows in (ours, theirs)])
     differ = scores[0] != scores[1]
     with np.errstate(invalid="ignore"):
         gaps = np.where(differ, np.abs(scores[0] - scores[1]), 0.0)
     order = [k for k in np.argsort(-gaps, kind="stable") if differ[k]]
     won, shown = int((scores[0] > scores[1]).sum()), [_pair(ours[k], theirs[k]) for k in order[:most]]
-    return TaskPairs(escaped(task), won, int(differ.sum()) - won, int((~differ).sum()), shown)
+    return TaskPairs(escaped(task), escaped(parent), won, int(differ.sum()) - won, int((~differ).sum()), shown)
 
 
 def _value(score: float | None) -> float:
