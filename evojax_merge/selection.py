@@ -209,8 +209,8 @@ def _table(
     progress: Progress,
 ) -> tuple[list[Row], Sequence[dict[str, Any]]]:
     """The rows of the held-out table: the stored models, the baseline where it is none of them, the controls and the
-    winner; and the answers of the winner and of the best parent. genomes: of the winner, of the baseline, then of each
-    control by its name."""
+    winner; and the answers of the winner and of each task's best parent. genomes: of the winner, of the baseline, then
+    of each control by its name."""
     backend = problem.backend
     scored = [
         (role, model_name(path), 0, backend.score_stored(path, heldout, progress)) for role, path in backend.compared

@@ -134,7 +134,7 @@ def test_run_folder_is_complete(finished):
     assert len({(answer["model"], answer["task"]) for answer in answers}) == 4
     assert all(("outputs" in answer) == (answer["task"] == "words") for answer in answers)
     page = (finished / "report.html").read_text(encoding="utf-8")
-    assert "Wins and losses" in page and "words: " in page
+    assert "Wins and losses" in page and "words, beside parent" in page
     card = (finished / "best/model/README.md").read_text()
     assert "dare_ties" in card and "model: parent0" in card and "Held-out" in card and str(finished.parent) not in card
     assert {path.name for path in finished.iterdir()} == {

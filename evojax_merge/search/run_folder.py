@@ -13,7 +13,7 @@ members/         of a pool whose members are kept in files, while it is searched
 winners/         best/ as it was when the run had finished with fewer generations, with its result.json
 stages/          run folders of the stages before the last, in a chain
 result.json      held-out scores of the winner, the parents and the uniform merge
-heldout_answers.jsonl  the winner's and the best parent's answers to each held-out example
+heldout_answers.jsonl  the winner's and each task's best parent's answers to each held-out example
 report.html      the run as a page: figures, tables, the config
 lock             while a process works here: its id and host
 

@@ -139,7 +139,7 @@ class RunFolder:
 
     @property
     def heldout_answers(self) -> Path:
-        """The winner's and the best parent's answers to each held-out example."""
+        """The winner's and each task's best parent's answers to each held-out example."""
         return self.path / "heldout_answers.jsonl"
 
     @property
