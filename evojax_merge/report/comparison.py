@@ -333,7 +333,8 @@ def _sentences(winner: Row, row: Row) -> list[str]:
     """The verdict on the winner and a rival. Judges' votes speak in its place where
     they are the whole fitness, or too few."""
     judged = [meetings.sentence(_named(row)) for meetings in row.meetings.values()]
-    fitness = verdict(winner, row) if row.meetings.keys() < row.scores.keys() and not row.has_too_few_votes else None
+    is_judged = bool(row.meetings) and row.meetings.keys() >= row.scores.keys()
+    fitness = None if is_judged or row.has_too_few_votes else verdict(winner, row)
     return judged if fitness is None else [fitness, *judged]
 
 
