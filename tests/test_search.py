@@ -686,7 +686,9 @@ def test_result_terminal_and_card_say_whether_the_winner_is_better(finished):
     for text in (card, said):
         # By how much, with an interval, where it is better, and both figures where it is not.
         for is_better in (True, False):
-            sentences = re.findall(r"On held-out data the winner is (better than )?(?![^.]* of \d+ tasks)", text)
+            sentences = re.findall(
+                r"On held-out data the winner is (better than |ahead of )?(?![^.]* of \d+ tasks)", text
+            )
             expected = sum(row["better"] == is_better for row in better.values())
             assert sum(bool(sentence) == is_better for sentence in sentences) == expected
 
