@@ -20,7 +20,7 @@ import click
 
 from evojax_merge.errors import LONGEST_LINE, Failed, InputError, PeerLostError, printable, without_secrets
 from evojax_merge.interrupts import INTERRUPTED
-from evojax_merge.jax_environment import check_environment, keep_compiled_programs, no_devices
+from evojax_merge.jax_environment import check_environment, no_devices
 from evojax_merge.mergekit.flags import ShardSize, given_without_meaning, without_meaning
 from evojax_merge.users_traceback import hide_inner_frames
 
@@ -60,6 +60,8 @@ def _start_jax() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     check_environment()
+    from evojax_merge.evaluation.compilations import keep_compiled_programs
+
     keep_compiled_programs()
 
 

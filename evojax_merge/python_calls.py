@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 
 from evojax_merge.errors import InputError, in_python_words, shown
-from evojax_merge.jax_environment import keep_compiled_programs
+from evojax_merge.evaluation.compilations import keep_compiled_programs
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.report.progress import console
 from evojax_merge.tasks.python_functions import reference_to

@@ -17,9 +17,8 @@ import yaml
 from helpers import Family, run_here, thorough
 from hostile import run_python
 
-from evojax_merge import jax_environment
 from evojax_merge.config import Config
-from evojax_merge.evaluation import timings
+from evojax_merge.evaluation import compilations, timings
 from evojax_merge.evaluation.timings import NOT_MEASURED, Timing, estimated_factor, read_timings, record_timings, timing
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import build_problem, config_from
@@ -63,10 +62,10 @@ def write_config(folder: Path, family: Family, **changes: Any) -> Path:
 def test_work_without_a_line_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(progress, "SILENCE_SECONDS", 0.1)
     with working("reading the models"):
-        time.sleep(0.35)
+        time.sleep(0.8)
         with passes_bar("choosing the winner", 4) as advance:
             advance(3)
-            time.sleep(0.35)
+            time.sleep(0.8)
     lines = capsys.readouterr().out.splitlines()
     outer, inner = ([line for line in lines if line.startswith(what)] for what in ("reading", "choosing"))
     assert len(outer) >= 2 and all(line == "reading the models: 0:01 so far" for line in outer)
@@ -146,7 +145,7 @@ def test_a_plan_has_its_parts_and_an_estimate(family: Family, cache: Path) -> No
     guess = plan_of(document(family, scale="parents"))
     assert list(guess.parts) == [MEASURING, GENERATIONS, CHOOSING, HELDOUT]
     assert sum(part.seconds for part in guess.parts.values()) == pytest.approx(guess.run.seconds)
-    assert guess.factor == NOT_MEASURED and "a guess: `evojax-merge bench` measures it" in guess.conclusion()[-1]
+    assert guess.factor == NOT_MEASURED and "a guess: `evojax-merge bench` measures it" in guess.summary()[1]
     ending = guess.parts[CHOOSING].seconds + guess.parts[HELDOUT].seconds
     assert guess.ending_seconds(2.0) == pytest.approx(2.0 * ending / guess.generation.seconds)
     measured = plan_of(document(family), [timing("scoring", 7.0, 10**6, "bench")])
@@ -232,20 +231,27 @@ def test_a_second_run_and_a_resumed_one_compile_nothing(family: Family, tmp_path
     tasks = [*document(family)["tasks"], answers | {"max_new_tokens": 4}]
     config = write_config(tmp_path, family, tasks=tasks)
     other = ["--seed", "7"]
-    for out, options in (("one", []), ("two", other), ("two", [*other, "--resume", "--set", "search.generations=5"])):
+    runs = [
+        ("one", []),
+        ("two", []),
+        ("three", other),
+        ("three", [*other, "--resume", "--set", "search.generations=5"]),
+    ]
+    for out, options in runs:
         done = run_python(SEARCH, "search", config, "--out", tmp_path / out, *options)
         assert done.returncode == 0, done.stderr
         assert re.search(r"\ncompiling took [\d.]+ s, for [\d,]+ programs", done.stdout)
-    for session in compiled(tmp_path / "two"):
-        assert session["programs"] == 0 and session["kept"] > 10, session
-    assert "0 programs; " in done.stdout
+    (second,) = compiled(tmp_path / "two")
+    assert second["programs"] == 0 and second["kept"] > 10, second
+    # Another number of distinct finalists is another shape for the least of the programs, which decodes genomes.
+    assert all(session["programs"] <= 2 and session["kept"] > 10 for session in compiled(tmp_path / "three"))
 
 
 AHEAD = """
 import sys
 from pathlib import Path
 from threading import Event
-from evojax_merge.jax_environment import keep_compiled_programs
+from evojax_merge.evaluation.compilations import keep_compiled_programs
 keep_compiled_programs()
 from evojax_merge.evaluation.compilations import compilations
 from evojax_merge.planning import compile_ahead
@@ -278,12 +284,12 @@ def test_what_is_compiled_ahead_is_what_a_generation_runs(family: Family, tmp_pa
 
 
 def test_programs_used_longest_ago_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax_environment, "MAX_COMPILED_BYTES", 250)
+    monkeypatch.setattr(compilations, "MAX_COMPILED_BYTES", 250)
     for age, name in enumerate(("new", "middle", "old")):
         file = tmp_path / f"jit_{name}-cache"
         file.write_bytes(bytes(100))
         os.utime(file, (1e9 - 1000 * age,) * 2)
     (tmp_path / "mine").write_bytes(bytes(1000))
-    jax_environment._remove_oldest(tmp_path)
+    compilations._remove_oldest(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["jit_middle-cache", "jit_new-cache", "mine"]
-    jax_environment._remove_oldest(tmp_path / "none")
+    compilations._remove_oldest(tmp_path / "none")

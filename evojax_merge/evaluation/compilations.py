@@ -1,14 +1,54 @@
-"""Counts of the programs that this process has compiled, and of those that the folder of compiled programs had."""
+"""Compiled programs: the folder that keeps them for later processes, and counts of those that this process compiled."""
 
+import os
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
+import jax
 import jax.monitoring
+from jax.experimental.compilation_cache import compilation_cache
 
+from evojax_merge.data_packages import cache_folder
+from evojax_merge.file_system import remove_file
+
+# The most bytes of compiled programs that are kept: those used longest ago go first.
+MAX_COMPILED_BYTES = 4 * 2**30
 _HIT = "/jax/compilation_cache/cache_hits"
 _REQUEST = "/jax/core/compile/backend_compile_duration"
 _READ = "/jax/compilation_cache/cache_retrieval_time_sec"
+
+
+@cache
+def keep_compiled_programs() -> None:
+    """Have JAX keep every compiled program in the user's cache folder, and take it from there in later processes.
+    Environment variables of JAX's cache take precedence, and so does a folder that a Python program has chosen."""
+    if jax.config.values["jax_compilation_cache_dir"] is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        return
+    folder = cache_folder() / "compiled"
+    # A search runs a hundred programs that compile in no time, and together take seconds.
+    options = {"compilation_cache_dir": str(folder), "persistent_cache_min_compile_time_secs": 0.0}
+    for option, value in options.items():
+        if f"JAX_{option.upper()}" not in os.environ:
+            jax.config.update(f"jax_{option}", value)
+    # JAX looks for a cache at its first compilation, which may have been before.
+    compilation_cache.reset_cache()
+    _remove_oldest(folder)
+
+
+def _remove_oldest(folder: Path) -> None:
+    """Remove compiled programs, those used longest ago first, until the others have at most MAX_COMPILED_BYTES. JAX's
+    own limit would look at all of them whenever it adds one."""
+    with suppress(OSError):
+        programs = [(file.stat(), file) for file in folder.glob("*-cache")]
+        excess = sum(status.st_size for status, _ in programs) - MAX_COMPILED_BYTES
+        for status, file in sorted(programs, key=lambda pair: max(pair[0].st_atime, pair[0].st_mtime)):
+            if excess <= 0:
+                break
+            remove_file(file)
+            excess -= status.st_size
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,8 @@ class Plan:
         """The verdict and, where the search fits, the time of the run: short lines, which stand last."""
         if not self.fits:
             return [self.verdict()]
-        return [self.verdict(), f"time: {self._time()}, for {self._length()} and the choice of the winner"]
+        about = shown_seconds(self.estimated_seconds)
+        return [self.verdict(), f"time: about {about} for {self._length()} and the choice of the winner"]
 
     def _time(self) -> str:
         """The estimate of the run, its source, and its bound."""
@@ -212,7 +213,7 @@ class Plan:
             shares = ", ".join(
                 f"{name} {shown_seconds(part.seconds * self.factor.value)}" for name, part in self.parts.items()
             )
-            printed.append(f"about, in their order: loading, {shares}, writing the winner")
+            printed.append(f"the run takes {self._time()}: loading, {shares}, writing the winner")
         taken = "" if self.compile_seconds is None else f", which took {shown_seconds(self.compile_seconds)} here"
         omitted = "these seconds leave it out; " if self.fits else ""
         printed.append(f"compiling: {omitted}every pass below is compiled once{taken}")
