@@ -1,7 +1,7 @@
 """Times of a search: its plan's estimate, its silences, the truth of `left`, and what a second run compiles.
 
     python -m bench times                 # SmolLM2-135M and two copies with noise; some 15 minutes
-    python -m bench times --bench 500     # so many seconds of `evojax-merge bench` before it
+    python -m bench times --shape 100M --bench 540      # `evojax-merge bench` on larger models, for so many seconds
 
 `evojax-merge bench` measures the device once, in an empty cache folder. Then three searches run with their output in a
 file, each twice with the same cache: by likelihood, by answers, by gradients; five examples are held out. `plan`
@@ -131,8 +131,8 @@ def worked(lines: list[Line], run: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bench", type=float, default=240, help="seconds of `evojax-merge bench`")
-    parser.add_argument("--shape", default="100M", help="the shape of its models")
+    parser.add_argument("--bench", type=float, default=200, help="seconds of `evojax-merge bench`")
+    parser.add_argument("--shape", default="10M", help="the shape of its models")
     arguments = parser.parse_args()
     print(f"{host()}\n")
     print("| search | bound, s | plan, s | took, s | took / plan | longest silence, s | `left`, worst error "

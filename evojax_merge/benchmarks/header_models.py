@@ -77,7 +77,8 @@ def problem_for(
     if method == "path":
         space = {"data_flow": {"form": "moves"}}
     document = space | {
-        "base": "base", "parents": [f"parent{k}" for k in range(parents)], "tasks": [task],
+        # Folders of these names may be where the command runs.
+        "base": str(folder / "base"), "parents": [str(folder / f"parent{k}") for k in range(parents)], "tasks": [task],
         "search": {"strategy": strategy, "population": 8, "generations": 1} | changes,
         "evaluation": {"compute_dtype": dtype, "model": model, "tokens_per_batch": tokens, "bank": bank},
         "export_dtype": dtype,
