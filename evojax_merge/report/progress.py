@@ -49,7 +49,8 @@ class Terminal(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.printed_at = time.monotonic()
+        # The imports before this one, which take processor time, were silent, too.
+        self.printed_at = time.monotonic() - min(time.process_time(), SILENCE_SECONDS)
 
     def print(self, *objects: Any, **options: Any) -> None:
         self.printed_at = time.monotonic()
