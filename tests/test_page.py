@@ -344,7 +344,7 @@ def test_the_other_sections_show_the_runs_numbers_too(tmp_path: Path) -> None:
     page = Page(run / "report.html")
     shown = {value for value, _ in page.numbers}
     assert numbers_in([{k: v for k, v in member.items() if k != "genome"} for member in front]) <= shown
-    assert {0.75, 0.25, 0.625, 0.375} <= shown and "sums: 1 won, 1 lost, 1 equal" in page.text
+    assert {0.75, 0.25, 0.625, 0.375} <= shown and "sums, beside japanese: 1 won, 1 lost, 1 equal" in page.text
     best, mean = ([max(row["fitness"]) for row in rows], [float(np.mean(row["fitness"])) for row in rows])
     assert page.column("task-0", "value") == [*best, *mean]
     assert page.column("metric-1", "value") == [row["failed"] for row in rows]

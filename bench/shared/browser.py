@@ -56,11 +56,20 @@ class Browser:
         return result["result"].get("value")
 
     def wait(self, condition: str, seconds: float = 60) -> None:
-        """Wait until a JavaScript expression is true."""
+        """Wait until a JavaScript expression is true, also on the page that follows this one."""
         deadline = time.monotonic() + seconds
-        while not self.evaluate(condition):
+        while not self._is_true(condition):
             assert time.monotonic() < deadline, f"waited {seconds} s for {condition}"
             time.sleep(0.02)
+
+    def _is_true(self, condition: str) -> bool:
+        try:
+            return bool(self.evaluate(condition))
+        except AssertionError as error:
+            # The protocol's words where the page is left for another while the expression is evaluated.
+            if "navigated or closed" in str(error) or "context was destroyed" in str(error):
+                return False
+            raise
 
     def press(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):
