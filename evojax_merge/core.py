@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from threading import Event
 from typing import Any
@@ -28,9 +29,11 @@ from evojax_merge.report.plan import Plan
 from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar, working
 from evojax_merge.search.environment import recorded_session
 from evojax_merge.search.genomes import SpaceEvaluator
+from evojax_merge.search.kept_scores import kept_scores
 from evojax_merge.search.loop import Archive, Reporter, Storage, evolve
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage
 from evojax_merge.search.run_parts import RunFolder, check_room, remove_members
+from evojax_merge.search.run_schema import read_run_config
 from evojax_merge.search_output import print_setup, print_work, why_complete, write_winner
 from evojax_merge.selection import open_evaluators, select_best
 from evojax_merge.tasks.splits import Splits
@@ -55,6 +58,7 @@ def search(
         console.print(f"the run is complete; its winner: {folder.model}", highlight=False, soft_wrap=True)
         return
     check_room(folder, problem.search.generations)
+    problem = replace(problem, kept=kept_scores(read_run_config(folder.config), jax.process_count()))
     devices, compiled_before = local_devices(problem.backend.settings.model), compilations()
     planned = make_plan(problem, prepared, timings=read_timings())
     print_setup(problem, prepared, devices, planned)

@@ -3,15 +3,16 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import Failed
-from evojax_merge.evaluation.scores import ROUNDING, Goal, Guard, Scale, task_weights
+from evojax_merge.evaluation.scores import ROUNDING, Goal, Guard, Scale, TaskScores, task_weights
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.comparison import model_name
+from evojax_merge.report.progress import say
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.tasks.splits import Splits
 
@@ -45,7 +46,7 @@ def with_goal(
     if not problem.guards:
         return replace(evaluator, goal=Goal(scales))
     base = next(model for role, model in problem.backend.compared if role == "base")
-    scored = _means(problem, evaluator, base, progress)
+    scored = _means(evaluator, problem.backend.score_stored(base, evaluator, progress))
     guards = {}
     for task, _ in task_weights(evaluator.tasks):
         if task.name in problem.guards:
@@ -61,7 +62,10 @@ def measured_scales(
 ) -> dict[str, Scale]:  # fmt: skip
     """The scale of each task that counts, by `task/metric`, from the scores of all models on the search split: from the
     base, or where there is none the worst parent, to the best parent. A task on which these two are equal has none."""
-    scored = [(role, model, _means(problem, search, model, progress)) for role, model in problem.backend.compared]
+    scored = [
+        (role, model, _means(search, score_stored(problem, "search", search, model, progress)))
+        for role, model in problem.backend.compared
+    ]
     scales = {}
     for task, _ in task_weights(search.tasks):
         means = [(role, model, mean[task.name]) for role, model, mean in scored if np.isfinite(mean[task.name])]
@@ -83,10 +87,25 @@ def measured_scales(
     return scales
 
 
-def _means(problem: SearchProblem, evaluator: SpaceEvaluator[Any], model: Path, progress: Progress) -> dict[str, float]:
+def score_stored(
+    problem: SearchProblem[Backend], split: Literal["search", "heldout"], evaluator: SpaceEvaluator[Any], model: Path,
+    progress: Progress,
+) -> TaskScores:  # fmt: skip
+    """The scores of the base or of a parent on a split, as an earlier search kept them or as they are computed now."""
+    sizes = {task.name: task.size for task in evaluator.tasks}
+    kept = None if problem.kept is None else problem.kept.read(split, model, sizes)
+    if kept is not None:
+        say(f"{model_name(model)}: scored on the {split} split by an earlier search, of the same models and tasks")
+        progress(evaluator.passes(1))
+        return kept
+    scores = problem.backend.score_stored(model, evaluator, progress)
+    if problem.kept is not None:
+        problem.kept.keep(split, model, sizes, scores)
+    return scores
+
+
+def _means(evaluator: SpaceEvaluator[Any], scores: TaskScores) -> dict[str, float]:
     """A model's mean on each task that counts."""
-    backend: Backend = problem.backend
-    scores = backend.score_stored(model, evaluator, progress)
     return {
         task.name: float(scores.matrices[task.name][task.metric][0].mean(dtype=np.float64))
         for task, _ in task_weights(evaluator.tasks)

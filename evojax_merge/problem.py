@@ -28,6 +28,7 @@ from evojax_merge.search.budgets import within_budget
 from evojax_merge.search.example_choice import ExampleChoice, length_strata
 from evojax_merge.search.fronts import check_front_options
 from evojax_merge.search.gradients import check_gradient_options
+from evojax_merge.search.kept_scores import KeptScores
 from evojax_merge.search.protocols import (
     Differentiates,
     HasMoves,
@@ -77,7 +78,7 @@ class SearchProblem(Generic[B]):
     generations that a budget pays for; `splits`: the tasks on each split; `strata`: where rungs choose their examples,
     for each task of `splits.choice` the strata that every rung has its share of, int[n] each; `scale`: what tasks are
     measured by; `guards`: the tolerance of each guarded task, by its name; `notes`: lines on the choice of the
-    strategy."""
+    strategy; `kept`: the scores of base and parents that earlier searches kept."""
 
     search: SearchConfig
     seed: int
@@ -88,6 +89,7 @@ class SearchProblem(Generic[B]):
     scale: ScaleBy = "none"
     guards: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    kept: KeptScores | None = None
 
     @property
     def space(self) -> Any:

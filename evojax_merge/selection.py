@@ -12,7 +12,7 @@ from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
 from evojax_merge.evaluation.scores import ScoredTask, TaskScores, fitness, means, task_weights, units_of
-from evojax_merge.goals import with_goals
+from evojax_merge.goals import score_stored, with_goals
 from evojax_merge.problem import SearchProblem, failure_hint
 from evojax_merge.report.comparison import FrontMember, GuardResult, Result, Row, model_name, model_names
 from evojax_merge.report.intervals import Lead, paired_lead
@@ -213,7 +213,8 @@ def _table(
     of each control by its name."""
     backend = problem.backend
     scored = [
-        (role, model_name(path), 0, backend.score_stored(path, heldout, progress)) for role, path in backend.compared
+        (role, model_name(path), 0, score_stored(problem, "heldout", heldout, path, progress))
+        for role, path in backend.compared
     ]
     finals = heldout.score(np.stack(list(genomes.values())), progress)
     if backend.baseline_role is not None:

@@ -35,6 +35,11 @@ from helpers import ALL, Family, build_family
 from hypothesis.internal.conjecture import providers as hypothesis_providers
 from jax._src import compiler as xla_compiler
 
+# Where a file stands in the place of their folder no scores of models are kept: a test would not compute what it tests.
+SCORES = Path(os.environ["XDG_CACHE_HOME"]) / "evojax-merge" / "scores"
+SCORES.parent.mkdir(parents=True, exist_ok=True)
+SCORES.touch()
+
 # Property tests draw the same examples in every run of one commit; `make test-all` draws others each time, and prints
 # what repeats a failure.
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None)

@@ -4,6 +4,7 @@ later processes find again."""
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,14 +18,17 @@ import yaml
 from helpers import Family, run_here, thorough
 from hostile import run_python
 
+from evojax_merge.backends.decoder.backend import DecoderBackend
 from evojax_merge.config import Config
 from evojax_merge.evaluation import compilations, timings
+from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.timings import NOT_MEASURED, Timing, estimated_factor, read_timings, record_timings, timing
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import build_problem, config_from
 from evojax_merge.report import progress
 from evojax_merge.report.plan import CHOOSING, GENERATIONS, HELDOUT, MEASURING, Plan
 from evojax_merge.report.progress import passes_bar, search_bar, working
+from evojax_merge.search import kept_scores
 from evojax_merge.search.loop import Generation, _Clock
 from evojax_merge.search.stopping import course_of
 
@@ -210,6 +214,78 @@ def test_the_file_of_timings_keeps_the_latest(cache: Path, monkeypatch: pytest.M
     elsewhere = read_timings()[0].model_copy(update={"device": "another machine"})
     record_timings([elsewhere])
     assert [each.factor for each in read_timings()] == [4.0, 5.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scores of base and parents
+
+
+def test_a_later_search_reads_the_scores_of_base_and_parents(
+    family: Family, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search with copies of the same models and tasks scores none of them again, and ends in the same bytes. Other
+    examples, a damaged file, and a task that is scored by a user's function have them scored."""
+    scored, score = list[Path](), DecoderBackend.score_stored
+
+    def counted(backend: DecoderBackend, model: Path, *rest: Any) -> Any:
+        scored.append(model)
+        return score(backend, model, *rest)
+
+    def search(out: str, **changes: Any) -> tuple[int, str]:
+        """The number of models that were scored, and the search's words."""
+        scored.clear()
+        done = run_here("search", write_config(tmp_path, family, scale="parents", **changes), "--out", tmp_path / out)
+        assert done.returncode == 0, done.stderr
+        return len(scored), done.stdout
+
+    monkeypatch.setattr(DecoderBackend, "score_stored", counted)
+    answers = {"name": "answers", "kind": "exact_match", "file": str(family.tasks), "heldout": 0.25, "weight": 0}
+    tasks = [*document(family)["tasks"], answers | {"max_new_tokens": 4}]
+    models = 1 + len(family.parents)
+    assert search("one", tasks=tasks)[0] == 2 * models
+    count, words = search("two", tasks=tasks)
+    assert count == 0 and "base: scored on the heldout split by an earlier search" in words
+    names = ("result.json", "heldout_answers.jsonl", "history.jsonl")
+    assert [(tmp_path / "one" / name).read_bytes() for name in names] == [
+        (tmp_path / "two" / name).read_bytes() for name in names
+    ]
+    shutil.copytree(family.base, tmp_path / "copy")
+    assert search("copied", tasks=tasks, base=str(tmp_path / "copy"))[0] == 0
+    # The first example changes one of the splits, and its file's hash.
+    lines = family.tasks.read_text().splitlines(keepends=True)
+    (tmp_path / "edited.jsonl").write_text("".join([*lines[1:], lines[0]]))
+    edited = [task | {"file": str(tmp_path / "edited.jsonl")} for task in tasks]
+    assert search("edited", tasks=edited)[0] == 2 * models
+    for file in (cache / "scores").iterdir():
+        file.write_text(file.read_text()[:-9])
+    assert search("damaged", tasks=tasks)[0] == 2 * models
+    (tmp_path / "lengths.py").write_text("def lengths(records, outputs):\n    return [len(text) for text in outputs]\n")
+    asked = {"name": "lengths", "kind": "function", "file": str(family.tasks), "heldout": 0.25, "max_new_tokens": 4,
+             "function": "lengths.py:lengths"}  # fmt: skip
+    assert [search(out, tasks=[asked])[0] for out in ("asked", "again")] == [2 * models] * 2
+
+
+def test_scores_that_are_not_finite_and_the_oldest_are_not_kept(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_scores, "MAX_FILES", 2)
+    model, sizes = tmp_path / "model", {"text": 2}
+    document = {"tasks": [{"kind": "likelihood"}], "search": {}, "inputs": {str(model / "weights"): "0123"}}
+    kept = kept_scores.kept_scores(document, 1)
+    assert kept is not None and kept_scores.kept_scores(document, 2) is None
+
+    def scores(*values: float) -> TaskScores:
+        return TaskScores({"text": {"log_likelihood": np.array([values], np.float32)}})
+
+    kept.keep("heldout", model, sizes, scores(-0.1, np.nan))
+    assert kept.read("heldout", model, sizes) is None
+    for number, split in enumerate(("search", "heldout", "validation")):
+        kept.keep(split, model, sizes, scores(-0.1, -1 / 3))
+        file = max((cache / "scores").iterdir(), key=lambda each: each.stat().st_mtime_ns)
+        os.utime(file, (number, number))
+    read = kept.read("heldout", model, sizes)
+    assert read is not None and (read.matrices["text"]["log_likelihood"] == np.float32([[-0.1, -1 / 3]])).all()
+    assert kept.read("search", model, sizes) is None and kept.read("heldout", model, {"text": 3}) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------

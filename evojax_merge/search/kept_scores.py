@@ -1,0 +1,150 @@
+"""Scores of base and parents that outlive a run: a later search with the same models and tasks reads them.
+
+A score is kept by content: of the models' files and of the task's, of the settings that scores depend on, of this
+program and of the libraries below it. Tasks that ask people, other programs or a user's functions are scored anew.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from evojax_merge.data_packages import cache_folder
+from evojax_merge.errors import Failed, InputError
+from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.evaluation.targets import processor_name
+from evojax_merge.file_system import atomic_write, remove_file
+from evojax_merge.regular_file import read_regular
+
+# Kinds of tasks whose scores follow from a model and a file.
+KINDS = frozenset({"likelihood", "exact_match", "multiple_choice", "gsm", "generation"})
+# Keys of a resolved config on which the scores of a stored model do not depend, whatever the search makes of them.
+SEARCH_KEYS = frozenset({"search", "space", "data_flow", "pool", "stages", "scale", "inputs", "out", "log"})
+LIBRARIES = ("jax", "jaxlib", "numpy", "transformers", "tokenizers")
+# The most models and splits whose scores are kept, and the bytes of each.
+MAX_FILES, MAX_BYTES = 256, 2**26
+
+
+class _Kept(BaseModel):
+    """The scores of one model. matrices: by task and metric, float32[N]; outputs: by task; log_probabilities: by task,
+    float32[S]."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    matrices: dict[str, dict[str, list[float]]]
+    outputs: dict[str, list[str]] = Field(default_factory=dict)
+    log_probabilities: dict[str, list[float]] = Field(default_factory=dict)
+    sizes: Annotated[dict[str, int], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class KeptScores:
+    """The scores that are kept of the models of one search. document: its resolved config."""
+
+    document: Mapping[str, Any]
+
+    def read(self, split: str, model: Path, sizes: Mapping[str, int]) -> TaskScores | None:
+        """The scores of a stored model on a split; None: they are not kept. sizes: the examples of each task."""
+        return _read(self._file(split, model), sizes)
+
+    def keep(self, split: str, model: Path, sizes: Mapping[str, int], scores: TaskScores) -> None:
+        """Keep the scores of a stored model on a split."""
+        _write(self._file(split, model), scores, sizes)
+
+    def _file(self, split: str, model: Path) -> Path:
+        inputs, search = self.document["inputs"], self.document["search"]
+        settings = {key: value for key, value in self.document.items() if key not in SEARCH_KEYS}
+        if split != "heldout":
+            # These divide the examples.
+            settings |= {key: search.get(key) for key in ("validation", "rungs")}
+        parts = [split, _by_content(str(model), inputs), _by_content(settings, inputs), _program()]
+        return cache_folder() / "scores" / f"{sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}.json"
+
+
+def kept_scores(document: Mapping[str, Any], processes: int) -> KeptScores | None:
+    """The kept scores of a search with this resolved config. None where a task's scores do not follow from its file
+    alone; and in several processes, which score a model together and may not keep the same."""
+    kinds = {task.get("kind") for task in document["tasks"]}
+    return KeptScores(document) if processes == 1 and kinds <= KINDS and not document.get("plugins") else None
+
+
+def _by_content(value: Any, inputs: Mapping[str, str]) -> Any:
+    """A config's value, with the hashes of files in the place of their paths, and those of all files in it in the place
+    of a folder's."""
+    if isinstance(value, Mapping):
+        return {key: _by_content(part, inputs) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_by_content(part, inputs) for part in value]
+    if not isinstance(value, str) or not os.path.isabs(value):
+        return value
+    inside = {
+        os.path.relpath(file, value): digest for file, digest in inputs.items() if Path(file).is_relative_to(value)
+    }
+    return inside or value
+
+
+def _program() -> list[str]:
+    """The parts of a score that are not in a config: this program, the libraries below it, and the device."""
+    package, digest = Path(__file__).parents[1], sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.read_bytes())
+    devices, flags = jax.devices(), os.environ.get("XLA_FLAGS", "")
+    settings = [
+        str(jax.config.values[f"jax_{name}"])
+        for name in ("default_matmul_precision", "disable_most_optimizations", "enable_x64")
+    ]
+    device = processor_name() if devices[0].platform == "cpu" else devices[0].device_kind
+    return [digest.hexdigest(), *map(version, LIBRARIES), f"{len(devices)} x {device}", flags, *settings]
+
+
+def _read(file: Path, sizes: Mapping[str, int]) -> TaskScores | None:
+    """The scores of a file; None where it is missing, damaged, or of other tasks."""
+    try:
+        kept = _Kept.model_validate_json(read_regular(file, "kept scores", MAX_BYTES))
+    except (OSError, ValidationError, InputError):
+        return None
+    lengths = {(task, len(values)) for task, metrics in kept.matrices.items() for values in metrics.values()}
+    if kept.sizes != sizes or lengths != set(sizes.items()):
+        return None
+
+    def row(values: list[float]) -> np.ndarray:
+        return np.array([values], np.float32)
+
+    return TaskScores(
+        {task: {metric: row(values) for metric, values in metrics.items()} for task, metrics in kept.matrices.items()},
+        {task: [texts] for task, texts in kept.outputs.items()},
+        {task: row(values) for task, values in kept.log_probabilities.items()},
+    )
+
+
+def _write(file: Path, scores: TaskScores, sizes: Mapping[str, int]) -> None:
+    """Keep the scores of one model, where they are finite, and remove the oldest. A folder that cannot be written keeps
+    none."""
+    rows = [*(values for metrics in scores.matrices.values() for values in metrics.values())]
+    if not all(np.isfinite(values).all() for values in (*rows, *scores.log_probabilities.values())):
+        return
+    kept = _Kept(
+        matrices={
+            task: {metric: values[0].tolist() for metric, values in metrics.items()}
+            for task, metrics in scores.matrices.items()
+        },
+        outputs={task: texts for task, (texts,) in scores.outputs.items()},
+        log_probabilities={task: values[0].tolist() for task, values in scores.log_probabilities.items()},
+        sizes=dict(sizes),
+    )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, kept.model_dump_json())
+        by_age = sorted(file.parent.glob("*.json"), key=lambda each: each.stat().st_mtime)
+        for old in by_age[:-MAX_FILES]:
+            remove_file(old)
+    except (OSError, Failed, InputError):
+        return
