@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from evojax_merge import __version__, interrupts
+from evojax_merge import __version__, interrupts, torch_note
 
 if __name__ == "__main__":  # Before click: an interruption should not find the program unprepared.
     interrupts.end_at_once(interrupts.INTERRUPTED, "interrupted\n")
@@ -599,6 +599,7 @@ def _run(command: Callable[[], Any]) -> int:
 
 def main() -> None:
     interrupts.install()
+    torch_note.is_command = True
     # Warnings are for developers, who ask for them (-W, PYTHONWARNINGS); users' messages are this program's own.
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

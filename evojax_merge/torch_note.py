@@ -1,12 +1,15 @@
-"""transformers logs a note when it is imported without PyTorch: there will be no models, only tokenizers and configs.
+"""transformers without PyTorch, which it does not need for tokenizers and configs, all that text models take of it.
 
-This program uses tokenizers and configs alone, so the note is dropped where this program imports transformers, and
-stays where other code does.
+It logs a note when it is imported so: there will be no models. The note is dropped where this program imports
+transformers, and stays where other code does. Where PyTorch is installed, importing it takes seconds: a command that
+searches text models leaves it out.
 """
 
 import logging
 import sys
 
+# Whether the process is a command of this program, in which no other code goes on to use models of torch.
+is_command = False
 # The beginning of the note, in the versions of transformers.
 NOTES = ("PyTorch was not found", "None of PyTorch")
 
@@ -30,3 +33,23 @@ def _keep(record: logging.LogRecord) -> bool:
 def drop_in_our_imports() -> None:
     """Filter the logger that the note goes to. Imports nothing of transformers."""
     logging.getLogger("transformers").addFilter(_keep)
+
+
+def leave_torch_out() -> None:
+    """Have transformers load as where PyTorch is not installed, if the process is a command and has not loaded it."""
+    if "torch" in sys.modules or not is_command:
+        return
+    from transformers.utils import import_utils
+
+    checks = [import_utils.is_torch_available, import_utils.is_torchvision_available]
+    if not all(hasattr(check, "cache_clear") for check in checks) or not hasattr(import_utils, "_is_package_available"):
+        return
+    look = import_utils._is_package_available
+    import_utils._is_package_available = lambda name, return_version=False: (False, "N/A")
+    try:
+        for check in checks:
+            # The first answer is kept.
+            check.cache_clear()
+            check()
+    finally:
+        import_utils._is_package_available = look

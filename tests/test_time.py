@@ -217,6 +217,38 @@ def test_the_file_of_timings_keeps_the_latest(cache: Path, monkeypatch: pytest.M
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# The start
+
+
+LOADED = """
+import atexit, sys
+from evojax_merge.__main__ import main
+atexit.register(lambda: print("loaded", *sorted({"torch", "torchvision", "scipy.stats"} & sys.modules.keys())))
+main()
+"""
+
+
+def test_a_plan_of_text_models_imports_no_torch(family: Family, tmp_path: Path) -> None:
+    """It would take seconds at the start of a search. A user's function may need it, through transformers."""
+    answers = {"name": "answers", "kind": "exact_match", "file": str(family.tasks), "heldout": 0.25}
+    tasks = [*document(family)["tasks"], answers | {"max_new_tokens": 4}]
+
+    def plan(tasks: list[dict[str, Any]]) -> str:
+        """The output, whose last line names the libraries that are loaded at the end."""
+        command = [sys.executable, "-c", LOADED, "plan", write_config(tmp_path, family, tasks=tasks)]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    assert plan(tasks).endswith("\nloaded\n")
+    (tmp_path / "lengths.py").write_text(
+        "import transformers, torch\nassert transformers.utils.is_torch_available()\n"
+        "def lengths(records, outputs):\n    return [len(text) for text in outputs]\n"
+    )
+    asked = {"name": "lengths", "kind": "function", "file": str(family.tasks), "heldout": 0.25, "max_new_tokens": 4,
+             "function": "lengths.py:lengths"}  # fmt: skip
+    assert "\nloaded torch" in plan([asked])
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Scores of base and parents
 
 

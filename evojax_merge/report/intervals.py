@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
 # The examples of a task below which no outcomes of right and wrong, however one-sided, pass a sign test at 5%.
@@ -84,7 +84,7 @@ def _interval(
         return Lead(difference, -math.inf, math.inf)
     squares = np.array([w * w * values.var(ddof=1) / len(values) for w, values in zip(weights, padded, strict=True)])
     freedom = squares.sum() ** 2 / np.sum(squares**2 / (sizes - 1))
-    half = student.ppf((1 + CONFIDENCE) / 2, freedom) * np.sqrt(squares.sum())
+    half = stdtrit(freedom, (1 + CONFIDENCE) / 2) * np.sqrt(squares.sum())
     centre = sum(weight * values.mean() for weight, values in zip(weights, padded, strict=True))
     low, high = float(max(centre - half, -most)), float(min(centre + half, most))
     is_known = sizes.min() >= FEW or not low <= 0 <= high

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import rankdata
 
 from evojax_merge.errors import InputError
 from evojax_merge.report.comparison import model_names
@@ -125,6 +124,9 @@ def _short(name: str, parameters: int) -> str:
 def _importance(sampled: Sampled) -> dict[str, float]:
     """Spearman's rank correlation of each parameter with the fitness, the strongest first; without parameters that
     never change."""
+    # Its import takes a second.
+    from scipy.stats import rankdata
+
     if np.ptp(sampled.fitness) == 0:
         return {}
     ranks = _standardised(rankdata(sampled.fitness))

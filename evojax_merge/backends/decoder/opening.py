@@ -48,6 +48,20 @@ from evojax_merge.spaces.search_parameters import (
     parent_groups_of,
     search_parameters_of,
 )
+from evojax_merge.tasks.task import TaskConfig
+from evojax_merge.torch_note import leave_torch_out
+
+# Kinds of tasks that take nothing of torch, and run no code that might; keys of configs whose models do.
+TEXT_KINDS = frozenset({"likelihood", "exact_match", "multiple_choice", "gsm", "generation"})
+SENSES = frozenset({"vision_config", "audio_config"})
+
+
+def _is_text_task(section: TaskConfig) -> bool:
+    return getattr(section, "kind", None) in TEXT_KINDS and getattr(section, "images", None) is None
+
+
+def _is_text_model(path: Path) -> bool:
+    return SENSES.isdisjoint(read_json_object(path / "config.json", missing={}))
 
 
 class DecoderFactory:
@@ -96,6 +110,8 @@ class DecoderFactory:
         # A base that takes no part in the merge is opened all the same, to be checked against the parents.
         unmerged_base = [base] if base is not None and base not in paths else []
         opened = [*paths, *unmerged_base]
+        if not config.plugins and all(map(_is_text_task, config.tasks)) and all(map(_is_text_model, opened)):
+            leave_torch_out()
         tokenizer_choice = None if tokenizer_dir is None else TokenizerChoice(opened.index(tokenizer_dir))
         # Layers of a path may come from models of any depth.
         open_all = open_decoders if config.data_flow else _of_one_depth
