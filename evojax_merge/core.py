@@ -115,7 +115,7 @@ def _record_timing(planned: Plan, folder: RunFolder) -> None:
     device: their runs are not recorded."""
     seconds = [] if planned.run.called_seconds else [row["seconds"] for row in folder.read_timing()[1:]]
     if len(seconds) > 1 and planned.generation.seconds > 0 and planned.gradient_generations in (0, planned.generations):
-        factor = statistics.median(seconds) / planned.generation.seconds
+        factor = statistics.median(seconds) / (planned.generation.seconds * planned.expected_share)
         # A clock may be too coarse for the smallest searches.
         if factor > 0 and planned.bank_bytes > 0:
             record_timings([timing(planned.kind, factor, planned.bank_bytes, "search")])

@@ -87,7 +87,10 @@ def make_plan(
     }
     run = sum(parts.values(), Cost())
     only_gradients = rounds == generations
-    by_kind = _seconds_by_kind([scored] * (not only_gradients) + [differentiated] * (rounds > 0), target)
+    used = [scored] * (not only_gradients) + [differentiated] * (rounds > 0)
+    by_kind = _seconds_by_kind(used, target)
+    bound = sum(sized.planned.cost(target).seconds(target) for passes in used for sized in passes)
+    expected_share = sum(by_kind.values()) / bound if bound else 1.0
     rows = _rows([*([] if only_gradients else scored), *differentiated], target, model)
     also: Sequence[PassPlan] = ()
     if backend.final_compute_dtype != backend.compute_dtype:
@@ -115,6 +118,7 @@ def make_plan(
         generation=_work(by_gradient if only_gradients else by_score, target, model),
         run=_work(run, target, model),
         parts={name: _work(cost, target, model) for name, cost in parts.items() if cost.seconds(target)},
+        expected_share=expected_share,
         factor=CALLED
         if run.called_seconds
         else estimated_factor(by_kind, sizes.bank, timings if target == live_target() else ()),
@@ -170,11 +174,12 @@ def disk_bytes(problem: SearchProblem[Backend]) -> int:
 
 
 def _seconds_by_kind(uses: Sequence[Sequence[SizedPass]], target: Target) -> dict[WorkKind, float]:
-    """The roofline's seconds of the passes, by the kind of their work."""
+    """The roofline's seconds of the passes, by the kind of their work, where answers end as they are likely to."""
     seconds: dict[WorkKind, float] = {}
-    for sized in (each for passes in uses for each in passes):
+    for sized in (sized for passes in uses for sized in passes):
         kind = kind_of_pass(sized.planned.name)
-        seconds[kind] = seconds.get(kind, 0.0) + sized.planned.cost(target).seconds(target)
+        each = sized.planned.cost(target).seconds(target) * sized.planned.expected_share
+        seconds[kind] = seconds.get(kind, 0.0) + each
     return seconds
 
 

@@ -160,6 +160,21 @@ def test_a_plan_has_its_parts_and_an_estimate(family: Family, cache: Path) -> No
     assert measured.as_json()["factor"]["value"] == 7 and set(measured.as_json()["parts"]) == set(measured.parts)
 
 
+def test_answers_are_expected_to_be_as_long_as_their_targets(family: Family) -> None:
+    """Of the most tokens that a model may write the estimate counts those of the longest target, and the bound all."""
+
+    def plan(new: int) -> Plan:
+        task = {"name": "words", "kind": "exact_match", "file": str(family.tasks), "heldout": 0.25}
+        return plan_of(document(family, tasks=[task | {"max_new_tokens": new}]))
+
+    long, longer = plan(100), plan(200)
+    assert longer.run.seconds > 1.6 * long.run.seconds and long.expected_share < 0.5
+    assert longer.estimated_seconds == pytest.approx(long.estimated_seconds, rel=0.3)
+    (line,) = (line for line in longer.lines() if line.startswith("the run takes "))
+    assert f"of which answers as long as their targets take {longer.expected_share:.0%}" in line
+    assert plan(2).expected_share == 1.0
+
+
 def test_a_target_that_is_not_here_is_guessed(family: Family) -> None:
     from evojax_merge.evaluation.targets import find_target
 

@@ -962,7 +962,8 @@ class DecoderEvaluator:
         # The prefill gives the first token; each further one takes a step, unless draft tokens are accepted.
         return Program(
             DECODE, passes.decode, (spec, shared, each, start), decoding.size, holds=(decoding.holds, prefix, start),
-            loop=again, first=start, steps=max(1, requests.max_new_tokens - 1), read=read,
+            loop=again, first=start, steps=max(1, requests.max_new_tokens - 1),
+            expected_steps=requests.expected_tokens, read=read,
         )  # fmt: skip
 
     def _stopped(self, tokens: np.ndarray, requests: TaskRequests) -> np.ndarray:

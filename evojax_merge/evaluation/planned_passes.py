@@ -63,9 +63,10 @@ class PlannedPass:
     """A pass over a chunk of candidates.
 
     task: the task's name; candidates: the size of the chunk; runs: how often the pass runs for such a chunk; steps: how
-    often the body of its `while` loop runs, at most; merge_bytes: the traffic of merging for a candidate in a run, the
-    sources' and the merge's bytes; held_bytes: the memory that it needs beside the bank and its temporaries, for all
-    its candidates; called_seconds: what a candidate takes in a function that is not traced, as measured.
+    often the body of its `while` loop runs, at most; expected_share: of these, the share that is likely to run;
+    merge_bytes: the traffic of merging for a candidate in a run, the sources' and the merge's bytes; held_bytes: the
+    memory that it needs beside the bank and its temporaries, for all its candidates; called_seconds: what a candidate
+    takes in a function that is not traced, as measured.
     """
 
     task: str
@@ -74,6 +75,7 @@ class PlannedPass:
     candidates: int
     runs: int = 1
     steps: int = 1
+    expected_share: float = 1.0
     merge_bytes: int = 0
     held_bytes: int = 0
     called_seconds: float = 0.0
@@ -153,8 +155,9 @@ def _planned(program: Program, task: str, reader: PassReader, beside: int) -> tu
     results = reader.outputs(traced)
     leaves, tree = jax.tree.flatten((arguments, results))
     shapes = tuple((leaf.shape, str(leaf.dtype)) if hasattr(leaf, "dtype") else leaf for leaf in leaves)
+    expected = 1.0 if program.expected_steps is None else min(1.0, program.expected_steps / program.steps)
     planned_pass = PlannedPass(
-        task, program.name, traced, program.candidates, 1, program.steps, program.merge_bytes(results),
+        task, program.name, traced, program.candidates, 1, program.steps, expected, program.merge_bytes(results),
         tree_nbytes(program.holds) + beside,
     )  # fmt: skip
     return planned_pass, (program.name, program.function, tree, shapes), results

@@ -33,7 +33,8 @@ class Program:
     host. holds: what is in memory while it runs, beside the bank: materialised candidates and caches. merge_bytes:
     (results) -> the traffic of merging for a candidate in a run. loop: the program runs again and again, from the
     results `first` on: (results) -> the arguments of the next run, None once it is done; `arguments` are those of a
-    first run. steps: the most runs of the body of its `while` loop, in all runs. is_priced: whether a plan shows it.
+    first run. steps: the most runs of the body of its `while` loop, in all runs; expected_steps: how many are likely,
+    None: as many. is_priced: whether a plan shows it.
     read: takes the results that the host needs.
     """
 
@@ -46,6 +47,7 @@ class Program:
     loop: Callable[[Any], tuple[Any, ...] | None] | None = None
     first: Any = None
     steps: int = 1
+    expected_steps: int | None = None
     is_priced: bool = True
     read: Callable[[Any], None] | None = None
 

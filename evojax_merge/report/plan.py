@@ -85,7 +85,8 @@ class Plan:
     generations come from, if it has one. notes: lines on the choice of the strategy, and on what candidates compute
     beside the usual. advice: changes that would make it fit, where it does not. compile_seconds: what the target's
     compiler took here for the passes (None: it was not asked). parts: those of the run, in their order, by name.
-    factor: the seconds that such a run takes over its bound; kind: the kind of work that most of a generation is.
+    expected_share: the share of the bound that is left where answers end as they are likely to, not at the most tokens;
+    factor: the seconds that such a run takes over that; kind: the kind of work that most of a generation is.
     """
 
     target: Target
@@ -109,13 +110,14 @@ class Plan:
     notes: tuple[str, ...] = ()
     compile_seconds: float | None = None
     parts: Mapping[str, Work] = field(default_factory=dict)
+    expected_share: float = 1.0
     factor: Factor = NOT_MEASURED
     kind: WorkKind = "scoring"
 
     @property
     def estimated_seconds(self) -> float:
         """About the seconds that the run takes, without loading, compiling and writing the winner."""
-        return self.run.seconds * self.factor.value
+        return self.run.seconds * self.expected_share * self.factor.value
 
     def ending_seconds(self, generation: float) -> float:
         """About the seconds from the last generation to the winner, where a generation takes `generation` seconds."""
@@ -177,7 +179,10 @@ class Plan:
         if self.run.called_seconds:
             return f"about {about} ({factor.source})"
         source = factor.source or "a guess: `evojax-merge bench` measures it"
-        return f"about {about} ({factor.value:.2g} times its bound by the roofline, {source})"
+        bound = "its bound by the roofline"
+        if self.expected_share < 1:
+            bound += f", of which answers as long as their targets take {self.expected_share:.0%}"
+        return f"about {about} ({factor.value:.2g} times {bound}, {source})"
 
     def lines(self) -> list[str]:
         """The plan as lines, without the passes' table and the conclusion."""
@@ -211,7 +216,8 @@ class Plan:
             )
         if self.fits:
             shares = ", ".join(
-                f"{name} {shown_seconds(part.seconds * self.factor.value)}" for name, part in self.parts.items()
+                f"{name} {shown_seconds(part.seconds * self.expected_share * self.factor.value)}"
+                for name, part in self.parts.items()
             )
             printed.append(f"the run takes {self._time()}: loading, {shares}, writing the winner")
         taken = "" if self.compile_seconds is None else f", which took {shown_seconds(self.compile_seconds)} here"

@@ -39,14 +39,16 @@ class Row:
 @dataclass(frozen=True)
 class TaskRequests:
     """A task's requests: rows whose targets are scored, and prompts that are continued greedily by at most
-    `max_new_tokens` tokens, or up to the first of the texts `stop`. `logits_fn`: reduces a scored row's logits to a
-    number; None: the targets' total log-probability."""
+    `max_new_tokens` tokens, or up to the first of the texts `stop`; expected_tokens: how many of these an answer is
+    likely to take, which plans go by. `logits_fn`: reduces a scored row's logits to a number; None: the targets' total
+    log-probability."""
 
     scored: tuple[Row, ...] = ()
     prompts: tuple[Row, ...] = ()
     max_new_tokens: int = 0
     stop: tuple[str, ...] = ()
     logits_fn: LogitsFn | None = None
+    expected_tokens: int | None = None
 
     def subset(self, examples: Sequence[int]) -> "TaskRequests":
         """The requests for some of the examples, ascending: `examples[i]` becomes example i."""

@@ -159,7 +159,11 @@ class TextTask(TaskDefaults):
 
     def requests(self, tokenizer: Any, context: int) -> TaskRequests:
         if self.kind == "exact_match":
-            return TaskRequests((), tuple(prompt_rows(self, tokenizer)), self.max_new_tokens, self.stop)
+            targets = [target for example in self.examples for target in example.targets]
+            longest = max(len(tokens) for tokens in tokenizer(targets, add_special_tokens=False)["input_ids"])
+            rows = tuple(prompt_rows(self, tokenizer))
+            # An answer like its target, and the token that ends it.
+            return TaskRequests((), rows, self.max_new_tokens, self.stop, expected_tokens=longest + 1)
         return TaskRequests(tuple(likelihood_rows(self, tokenizer)))
 
     def score(self, responses: Responses) -> dict[str, np.ndarray]:
