@@ -169,7 +169,7 @@ def test_answers_are_expected_to_be_as_long_as_their_targets(family: Family) -> 
 
     long, longer = plan(100), plan(200)
     assert longer.run.seconds > 1.6 * long.run.seconds and long.expected_share < 0.5
-    assert longer.estimated_seconds == pytest.approx(long.estimated_seconds, rel=0.3)
+    assert longer.estimated_seconds == pytest.approx(long.estimated_seconds, rel=0.45)
     (line,) = (line for line in longer.lines() if line.startswith("the run takes "))
     assert f"of which answers as long as their targets take {longer.expected_share:.0%}" in line
     assert plan(2).expected_share == 1.0
