@@ -212,6 +212,10 @@ def library_errors(where: object, what: str, others: tuple[type[BaseException], 
         raise InputError(where, f"{what} ({reason})") from None
 
 
+class Paused(Exception):
+    """The work has stopped, without a fault, until the user has done what the message says."""
+
+
 class PeerLostError(Exception):
     """Another process of the run has gone."""
 

@@ -23,7 +23,7 @@ from evojax_merge.problem import (
 from evojax_merge.references import resolve_headers
 from evojax_merge.report.notices import print_warnings
 from evojax_merge.report.plan import is_plan_file
-from evojax_merge.report.progress import console, say
+from evojax_merge.report.progress import console, say, working
 
 
 def plan(path: Path, target_name: str | None, json_file: Path | None, overrides: list[str]) -> None:
@@ -35,7 +35,7 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
         plugins.load()
         config = read_config(path, overrides, None)
         target = live_target() if target_name is None else find_target("--target", target_name)
-        with tempfile.TemporaryDirectory() as root:
+        with tempfile.TemporaryDirectory() as root, working("planning"):
             folders, plans = HeaderFolders(Path(root)), []
             resolve = partial(resolve_headers, folders)
             for stage, config_of_stage in enumerate(stage_configs(config)):

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
-from evojax_merge.errors import InputError, shown
+from evojax_merge.errors import InputError, Paused, shown
 from evojax_merge.file_system import OutputFile
 from evojax_merge.judge.votes import Round, Vote, VoteFile
 from evojax_merge.regular_file import lines_of
@@ -30,7 +30,7 @@ POLICY = (
 )
 
 
-class VotesAwaited(Exception):
+class VotesAwaited(Paused):
     """The search has written pairs and cannot go on without votes on them."""
 
     def __init__(self, count: int, path: Path) -> None:

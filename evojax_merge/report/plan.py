@@ -197,12 +197,13 @@ class Plan:
             f"target {target.name}: {target.devices} x {target.kind}{hosts} ({rates} each{nominal}), in {self.groups} "
             f"group{'s' if self.groups > 1 else ''} of {self.model}",
         ]
+        on_each = "" if self.groups == 1 else f", on each of the {self.groups} groups"
         gradients = "" if self.gradient is None else f" ({self.gradient_generations} with gradients)"
         for name, work in (
             (_CANDIDATE, self.candidate),
             (_GRADIENT, self.gradient),
-            (f"a generation of {self.population}", self.generation),
-            (f"the run of {self._length()}{gradients}, and choosing the winner", self.run),
+            (f"a generation of {self.population}{on_each}", self.generation),
+            (f"the run of {self._length()}{gradients}, and choosing the winner{on_each}", self.run),
         ):
             if work is None:
                 continue

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 
-from evojax_merge.errors import LOG, Failed, InputError, PeerLostError, print_warning, without_secrets
+from evojax_merge.errors import LOG, Failed, InputError, Paused, PeerLostError, print_warning, without_secrets
 from evojax_merge.file_system import may_replace
 from evojax_merge.search.run_parts import LOG_MARK, RunFolder
 
@@ -49,6 +49,9 @@ def run_log(folder: RunFolder) -> Iterator[None]:
         yield
     except (InputError, Failed, PeerLostError) as error:
         LOG.error("error: %s", error)
+        raise
+    except Paused as pause:
+        LOG.info("%s", pause)
         raise
     except KeyboardInterrupt:
         LOG.error("interrupted")
