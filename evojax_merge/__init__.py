@@ -7,12 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from evojax_merge.errors import Failed, InputError
-from evojax_merge.torch_note import drop_in_our_imports
+from evojax_merge.system.torch_note import drop_in_our_imports
 from evojax_merge.version import __version__
 
 if TYPE_CHECKING:
-    from evojax_merge import strategies, tasks
-    from evojax_merge.api import (
+    from evojax_merge import tasks
+    from evojax_merge.api import strategies
+    from evojax_merge.api.models import (
         Evaluator,
         evaluate,
         evolve,
@@ -24,15 +25,15 @@ if TYPE_CHECKING:
         register_strategy,
         register_task,
     )
+    from evojax_merge.api.pytrees import host_callback, search_pytrees
+    from evojax_merge.api.study import LayerPathSpace, MergeSpace, Models, PoolSpace, Study, load_models
+    from evojax_merge.api.trials import Run, Trial, open_run
     from evojax_merge.backends.function.opening import FunctionFactory
     from evojax_merge.evaluation.scores import Scores
-    from evojax_merge.pytrees import host_callback, search_pytrees
     from evojax_merge.search.loop import Generation
     from evojax_merge.search.strategies.evosax import EvosaxStrategy
     from evojax_merge.search.strategies.registry import StrategySettings
-    from evojax_merge.study import LayerPathSpace, MergeSpace, Models, PoolSpace, Study, load_models
     from evojax_merge.tasks.arrays import ArrayTask
-    from evojax_merge.trials import Run, Trial, open_run
 
 __all__ = [
     "ArrayTask",
@@ -71,43 +72,43 @@ __all__ = [
 
 # Where the names that need more than this file come from, when they are first asked for.
 _HOMES = {
-    "Evaluator": "api",
-    "evaluate": "api",
-    "evolve": "api",
-    "load_bank": "api",
-    "merge": "api",
-    "register_architecture": "api",
-    "register_backend": "api",
-    "register_method": "api",
-    "register_strategy": "api",
-    "register_task": "api",
-    "host_callback": "pytrees",
-    "search_pytrees": "pytrees",
+    "Evaluator": "api.models",
+    "evaluate": "api.models",
+    "evolve": "api.models",
+    "load_bank": "api.models",
+    "merge": "api.models",
+    "register_architecture": "api.models",
+    "register_backend": "api.models",
+    "register_method": "api.models",
+    "register_strategy": "api.models",
+    "register_task": "api.models",
+    "host_callback": "api.pytrees",
+    "search_pytrees": "api.pytrees",
     "Generation": "search.loop",
     "Scores": "evaluation.scores",
     "EvosaxStrategy": "search.strategies.evosax",
     "StrategySettings": "search.strategies.registry",
-    "Run": "trials",
+    "Run": "api.trials",
     "ArrayTask": "tasks.arrays",
     "FunctionFactory": "backends.function.opening",
-    "open_run": "trials",
-    "Trial": "trials",
-    "LayerPathSpace": "study",
-    "MergeSpace": "study",
-    "Models": "study",
-    "PoolSpace": "study",
-    "Study": "study",
-    "load_models": "study",
+    "open_run": "api.trials",
+    "Trial": "api.trials",
+    "LayerPathSpace": "api.study",
+    "MergeSpace": "api.study",
+    "Models": "api.study",
+    "PoolSpace": "api.study",
+    "Study": "api.study",
+    "load_models": "api.study",
 }
 # Modules that are part of the public API.
-_MODULES = ("strategies", "tasks")
+_MODULES = {"strategies": "api.strategies", "tasks": "tasks"}
 
 drop_in_our_imports()
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return import_module(f"{__name__}.{name}")
+        return import_module(f"{__name__}.{_MODULES[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

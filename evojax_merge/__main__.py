@@ -1,6 +1,6 @@
 """`evojax-merge` and `python -m evojax_merge`: ready for signals before anything else is imported."""
 
-from evojax_merge import interrupts
+from evojax_merge.system import interrupts
 
 
 def main() -> None:

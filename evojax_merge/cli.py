@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from evojax_merge import __version__, interrupts, torch_note
+from evojax_merge import __version__
+from evojax_merge.system import interrupts, torch_note
 
 if __name__ == "__main__":  # Before click: an interruption should not find the program unprepared.
     interrupts.end_at_once(interrupts.INTERRUPTED, "interrupted\n")
@@ -19,10 +20,10 @@ if __name__ == "__main__":  # Before click: an interruption should not find the 
 import click
 
 from evojax_merge.errors import LONGEST_LINE, Failed, InputError, PeerLostError, printable, without_secrets
-from evojax_merge.interrupts import INTERRUPTED
-from evojax_merge.jax_environment import check_environment, no_devices
 from evojax_merge.mergekit.flags import ShardSize, given_without_meaning, without_meaning
-from evojax_merge.users_traceback import hide_inner_frames
+from evojax_merge.system.interrupts import INTERRUPTED
+from evojax_merge.system.jax_environment import check_environment, no_devices
+from evojax_merge.system.users_traceback import hide_inner_frames
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 # The bound is config.MAX_SEED, repeated here: the imports of config are too heavy for --help.

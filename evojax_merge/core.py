@@ -22,7 +22,6 @@ from evojax_merge.evaluation.timings import read_timings, record_timings, timing
 from evojax_merge.judge.evaluation import judged, with_best
 from evojax_merge.judge.opening import JudgeOptions, judging
 from evojax_merge.judge.proposals import proposing
-from evojax_merge.planning import compile_ahead, make_plan
 from evojax_merge.problem import SearchProblem, failure_hint
 from evojax_merge.report.comparison import model_name
 from evojax_merge.report.plan import Plan
@@ -34,8 +33,9 @@ from evojax_merge.search.loop import Archive, Reporter, Storage, evolve
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage
 from evojax_merge.search.run_parts import RunFolder, check_room, remove_members
 from evojax_merge.search.run_schema import read_run_config
-from evojax_merge.search_output import print_setup, print_work, why_complete, write_winner
-from evojax_merge.selection import open_evaluators, select_best
+from evojax_merge.steps.output import print_setup, print_work, why_complete, write_winner
+from evojax_merge.steps.planning import compile_ahead, make_plan
+from evojax_merge.steps.selection import open_evaluators, select_best
 from evojax_merge.tasks.splits import Splits
 
 # Models of fewer bytes load before anything is compiled.

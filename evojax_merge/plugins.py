@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import Any
 
 from evojax_merge.errors import InputError, shown
-from evojax_merge.user_modules import importing_from, lacks_module, load_file
+from evojax_merge.system.user_modules import importing_from, lacks_module, load_file
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ REGISTRIES = {
 }
 GROUPS = {
     "evojax_merge.methods": "method",
-    "evojax_merge.strategies": "strategy",
+    "evojax_merge.api.strategies": "strategy",
     "evojax_merge.architectures": "architecture",
     "evojax_merge.tasks": "task",
     "evojax_merge.backends": "backend",

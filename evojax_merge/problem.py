@@ -16,13 +16,22 @@ from evojax_merge.backends.backend import Backend, Resolve
 from evojax_merge.backends.registry import find_backend
 from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import file_hash
-from evojax_merge.config import AUTO, JUDGED_KINDS, VOTES, Config, SearchConfig, StageConfig, apply_overrides, parse
+from evojax_merge.config.search_config import (
+    AUTO,
+    JUDGED_KINDS,
+    VOTES,
+    Config,
+    SearchConfig,
+    StageConfig,
+    apply_overrides,
+    parse,
+)
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.memory import available_memory, require_memory
 from evojax_merge.evaluation.targets import Target, live_target
 from evojax_merge.mergekit.evolve_config import from_mergekit_evolve
 from evojax_merge.plugins import files_of, named_plugins, source_files
-from evojax_merge.references import resolve_file, resolve_reference
+from evojax_merge.schema.yaml_reader import load_yaml
 from evojax_merge.search.auto import Traits, choose, gradient_note
 from evojax_merge.search.budgets import within_budget
 from evojax_merge.search.example_choice import ExampleChoice, length_strata
@@ -58,7 +67,7 @@ from evojax_merge.tasks.data_versions import dvc_record
 from evojax_merge.tasks.opening import open_task, resolved_config
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import GUARD_WEIGHT, Task, TaskConfig
-from evojax_merge.yaml_reader import load_yaml
+from evojax_merge.zoo.references import resolve_file, resolve_reference
 
 # The most dimensions of a search: a mean and a standard deviation of each are kept and saved in every generation.
 MAX_DIMS = 1_000_000

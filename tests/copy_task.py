@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from evojax_merge.schema import Whole
+from evojax_merge.schema.section import Whole
 from evojax_merge.tasks.task import Opening, Responses, Row, TaskConfig, TaskDefaults, TaskKind, TaskRequests
 
 

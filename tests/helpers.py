@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from evojax_merge.cli import cli, run
-from evojax_merge.config import SearchConfig
+from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.problem import build_strategy
 from evojax_merge.search.example_choice import ExampleChoice
 from evojax_merge.search.loop import Archive, Reporter, evolve

@@ -16,9 +16,10 @@ from test_racing import Hill, Plain, one_token, text_task
 
 import evojax_merge as em
 from evojax_merge import host_callback, search_pytrees
+from evojax_merge.api.trials import open_run
 from evojax_merge.cli import cli, run
 from evojax_merge.commands.search import _resolved_stage
-from evojax_merge.config import MAX_GENERATIONS, Config, SearchConfig, explain
+from evojax_merge.config.search_config import MAX_GENERATIONS, Config, SearchConfig, explain
 from evojax_merge.errors import InputError
 from evojax_merge.problem import build_problem, read_config, stage_configs
 from evojax_merge.search import loop
@@ -28,7 +29,6 @@ from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import read_result
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
 from evojax_merge.search.successive_halving import stratified_shards
-from evojax_merge.trials import open_run
 
 # ---------------------------------------------------------------------------------------------------------------
 # The choice

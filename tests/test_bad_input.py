@@ -667,8 +667,8 @@ def test_wrong_evaluations(models: Path, refused: Refusal) -> None:
 
 
 def test_files_take_the_place_of_their_like_alone(tmp_path: Path) -> None:
-    from evojax_merge.file_system import OutputFile, check_outputs
-    from evojax_merge.stored_models import is_samples_file, is_score_table
+    from evojax_merge.steps.stored_models import is_samples_file, is_score_table
+    from evojax_merge.system.file_system import OutputFile, check_outputs
 
     file = tmp_path / "scores.json"
     row = {"model": "one", "fitness": None, "scores": {"text/accuracy": 0.5}}

@@ -8,9 +8,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
 from evojax_merge.checkpoints.folder import hub_id
-from evojax_merge.references import canonical_reference, recipe_reference
 from evojax_merge.report.card import card_in_dtype, merge_card, public_names
 from evojax_merge.report.front_matter import MAX_BYTES, read_front_matter
+from evojax_merge.zoo.references import canonical_reference, recipe_reference
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

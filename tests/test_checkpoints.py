@@ -49,13 +49,13 @@ from evojax_merge.checkpoints.writer import (
     write_marker,
 )
 from evojax_merge.errors import Failed, InputError
-from evojax_merge.file_system import atomic_folder, atomic_write, recover
 from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.execute import prepare as prepare_merge
 from evojax_merge.mergekit.schema import read_recipe
 from evojax_merge.models.architecture import LAYERS
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.report.card import merge_card
+from evojax_merge.system.file_system import atomic_folder, atomic_write, recover
 
 SHARDED: dict[str, Any] = {"max_shard_size": "40KB"}
 
@@ -441,7 +441,7 @@ KILLED = """
 import os, shutil, signal, sys
 from contextlib import nullcontext
 from pathlib import Path
-from evojax_merge import file_system
+from evojax_merge.system import file_system
 target, moment = Path(sys.argv[1]), sys.argv[2]
 kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 if moment == "swapping":

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from evojax_merge.config import Config, TaskFile, apply_overrides, blamed_on_overrides, parse
+from evojax_merge.config.search_config import Config, TaskFile, apply_overrides, blamed_on_overrides, parse
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.evolve_config import EvolveConfig
 from evojax_merge.tasks.kinds import find_kind

@@ -17,9 +17,9 @@ from test_gsm import GSM8K, cache_data_set
 
 import evojax_merge as em
 from evojax_merge.errors import InputError
-from evojax_merge.references import resolve_file
 from evojax_merge.tasks.data_versions import dvc_record, pinned_reference
 from evojax_merge.tasks.records import read_source
+from evojax_merge.zoo.references import resolve_file
 
 POINTER = (
     "version https://git-lfs.github.com/spec/v1\n"
@@ -128,7 +128,7 @@ def test_a_real_oxen_repository(tmp_path: Path) -> None:
         "os.environ |= {'HOME': str(root), 'XDG_CACHE_HOME': str(root / 'cache')}\n"
         "import oxen\n"
         "from evojax_merge.errors import InputError\n"
-        "from evojax_merge.references import resolve_file\n"
+        "from evojax_merge.zoo.references import resolve_file\n"
         "oxen.user.config_user('one', 'one@example.org')\n"
         "repo, ids = oxen.Repo(str(root / 'repo'), mkdir=True), []\n"
         "repo.init()\n"

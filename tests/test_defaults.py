@@ -14,7 +14,7 @@ from test_search import OwnScorer
 
 import evojax_merge as em
 from evojax_merge import search_pytrees
-from evojax_merge.config import SearchConfig
+from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.report.comparison import Result, Row, write_result
 from evojax_merge.report.intervals import Lead
 from evojax_merge.report.merges import MergeReport

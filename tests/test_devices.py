@@ -25,7 +25,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
 from jax.sharding import AxisType, Mesh
 from evojax_merge.evaluation.devices import Devices
-from evojax_merge.selection import open_evaluator
+from evojax_merge.steps.selection import open_evaluator
 from evojax_merge.problem import build_problem, read_config
 from pathlib import Path
 
@@ -69,7 +69,7 @@ from pathlib import Path
 from evojax_merge.evaluation.compilers import TargetCompiler, collectives
 from evojax_merge.evaluation.devices import Devices, mesh_of
 from evojax_merge.evaluation.targets import cpu_target, find_target
-from evojax_merge.planning import make_plan
+from evojax_merge.steps.planning import make_plan
 from evojax_merge.problem import build_problem, read_config
 
 path, model = Path(sys.argv[1]), int(sys.argv[2])

@@ -17,7 +17,7 @@ from evojax_merge.backends.torch import network as networks
 from evojax_merge.cli import cli
 from evojax_merge.errors import InputError
 from evojax_merge.problem import SearchProblem, build_problem, config_from
-from evojax_merge.selection import open_evaluators
+from evojax_merge.steps.selection import open_evaluators
 
 TOKENS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, 64))]
 SMALL: dict[str, Any] = {

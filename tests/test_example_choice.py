@@ -11,7 +11,7 @@ from helpers import sample, search_in, thorough
 from test_racing import Hill, Plain, SurrogateData, everyone, one_token, text_task, write_config
 
 from evojax_merge.commands import search as search_command
-from evojax_merge.config import SearchConfig
+from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import fitness
 from evojax_merge.problem import build_problem, read_config
@@ -29,7 +29,7 @@ from evojax_merge.search.loop import Reporter
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.search.successive_halving import rung_shards, stratified_shards, successive_halving
 from evojax_merge.search.surrogate import append_candidates, empty_surrogate, predict_fitness
-from evojax_merge.selection import open_evaluator
+from evojax_merge.steps.selection import open_evaluator
 
 
 def sigmoid(logits: Any) -> Any:

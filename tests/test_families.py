@@ -465,7 +465,7 @@ from jax.sharding import AxisType, Mesh
 from pathlib import Path
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.problem import build_problem, read_config
-from evojax_merge.selection import open_evaluator
+from evojax_merge.steps.selection import open_evaluator
 
 path = Path(sys.argv[1])
 problem = build_problem(path, read_config(path, [], None))

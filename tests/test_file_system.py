@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from evojax_merge.errors import InputError
-from evojax_merge.file_system import atomic_write, regular_file, remove_file, remove_folder, remove_leftovers
+from evojax_merge.system.file_system import atomic_write, regular_file, remove_file, remove_folder, remove_leftovers
 
 PACKAGES = [Path(__file__).parents[1] / name for name in ("evojax_merge", "kernels")]
 # Names that delete, rename or replace, wherever they are called or handed on.
@@ -73,7 +73,7 @@ WITHOUT_FILE_SYSTEM = {
         ],
         "mergekit/as_adapter.py": ["write_as_adapter"], "mergekit/pipelines.py": ["merge_pipelines"],
         "mergekit/execute.py": ["merge_to", "_write_small_files", "_write_tokenizer", "_write_config"],
-        "regular_file.py": ["copy_regular"], "search/run_folder.py": ["keep_winner", "write_front"],
+        "system/regular_file.py": ["copy_regular"], "search/run_folder.py": ["keep_winner", "write_front"],
         "zoo/arithmetic.py": ["save_records", "pack_family"], "zoo/ddpm.py": ["make_family.stage"],
         "zoo/evovlm.py": ["save_questions", "save_small_files", "pack_models", "train_models"],
         "zoo/loops.py": ["make_family"], "zoo/smollm2.py": ["make_expert"],
@@ -90,7 +90,7 @@ WITHOUT_FILE_SYSTEM = {
         "zoo/smollm2.py": ["make_base"],
     },
     ATOMIC: {
-        "backends/decoder/vision.py": ["VisionSide._store"], "data_packages.py": ["cached_wheel"],
+        "backends/decoder/vision.py": ["VisionSide._store"], "system/data_packages.py": ["cached_wheel"],
         "judge/opening.py": ["_token"],
         "tasks/data_versions.py": ["oxen_file"],
     },
@@ -107,7 +107,7 @@ WITHOUT_FILE_SYSTEM = {
         "report/inspection.py": ["picture"], "tasks/generated_images.py": ["png_of"],
     },
     NO_FILE: {
-        "cli.py": ["main"], "pytrees.py": ["_write"], "search/loop.py": ["evolve"],
+        "cli.py": ["main"], "api/pytrees.py": ["_write"], "search/loop.py": ["evolve"],
         "search/run_folder.py": ["FolderStorage.save"],
     },
 }  # fmt: skip

@@ -26,7 +26,7 @@ from test_racing import text_task
 
 import evojax_merge as em
 from evojax_merge.checkpoints.bank import load_bank, stored_tensors
-from evojax_merge.config import Config, SearchConfig
+from evojax_merge.config.search_config import Config, SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.evaluator import DecoderEvaluator
 from evojax_merge.evaluation.scores import Scores, TaskScores
@@ -39,7 +39,7 @@ from evojax_merge.search.protocols import keeps_front
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.search.seeding import seeded
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
-from evojax_merge.selection import open_evaluator
+from evojax_merge.steps.selection import open_evaluator
 from evojax_merge.tasks.gsm import GsmConfig
 from evojax_merge.tasks.task import Responses
 

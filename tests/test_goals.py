@@ -19,7 +19,6 @@ from evojax_merge import search_pytrees
 from evojax_merge.cli import cli
 from evojax_merge.core import evolve_on
 from evojax_merge.evaluation.scores import Goal, Guard, Scale, TaskScores, fitness, ranked_fitness
-from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem, build_problem, config_from, resolved_document
 from evojax_merge.report.answers import MOST_EXAMPLES, marked, read_answers
 from evojax_merge.report.comparison import Result
@@ -27,7 +26,8 @@ from evojax_merge.report.page import write_page
 from evojax_merge.report.run_data import read_run
 from evojax_merge.search.loop import MemoryStorage, Reporter
 from evojax_merge.search.run_parts import RunFolder
-from evojax_merge.selection import open_evaluators, select_best
+from evojax_merge.steps.planning import make_plan
+from evojax_merge.steps.selection import open_evaluators, select_best
 from evojax_merge.tasks.task import Opening, TaskKind
 
 

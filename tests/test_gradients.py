@@ -18,19 +18,19 @@ from test_kernels import draws_of, expected_merge, make_models, on_device, sourc
 
 import evojax_merge as em
 from evojax_merge.cli import cli, run
-from evojax_merge.config import GradientConfig
+from evojax_merge.config.search_config import GradientConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation import evaluator as evaluation
 from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.scores import Scores, fitness
 from evojax_merge.models.bank import Recipe, take_candidate
+from evojax_merge.schema.yaml_reader import load_yaml
 from evojax_merge.search.loop import INIT_KEY, generation_key
 from evojax_merge.search.protocols import gradient_generations
 from evojax_merge.search.seeding import seeded
 from evojax_merge.search.strategies.gradient import OPTIMIZERS
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
 from evojax_merge.spaces.bounds import from_unit, to_unit_with_slope
-from evojax_merge.yaml_reader import load_yaml
 
 SHAPE = (16, 32)
 DRAWS = draws_of(SHAPE)

@@ -18,10 +18,10 @@ from helpers import SPECIAL, word_tokenizer, write_lines
 from lm_eval.api.task import ConfigurableTask
 from tokenizers.processors import TemplateProcessing
 
-from evojax_merge.chat_templates import render_chat
-from evojax_merge.config import TaskFile, parse
-from evojax_merge.data_packages import PackageUnavailable
+from evojax_merge.config.search_config import TaskFile, parse
 from evojax_merge.errors import InputError
+from evojax_merge.system.chat_templates import render_chat
+from evojax_merge.system.data_packages import PackageUnavailable
 from evojax_merge.tasks import records
 from evojax_merge.tasks.gsm import MGSM, STYLES, GsmConfig, GsmTask, WordProblem, find_answer, read_problem
 from evojax_merge.tasks.language import language_of

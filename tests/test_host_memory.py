@@ -123,8 +123,8 @@ def test_what_says_that_memory_has_run_out(error: Exception, expected: bool) -> 
 def test_models_that_do_not_fit_are_refused_before_they_are_loaded(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from evojax_merge import stored_models
     from evojax_merge.commands import search
+    from evojax_merge.steps import stored_models
 
     task = {"name": "text", "kind": "likelihood", "file": str(family.tasks)}
     document = {

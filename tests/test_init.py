@@ -41,7 +41,7 @@ from tiny_generators import make_ddpm
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
 from evojax_merge.cli import cli, run
-from evojax_merge.first_config import searched_parameters
+from evojax_merge.inspection.first_config import searched_parameters
 from evojax_merge.problem import build_problem, read_config
 
 Init = Callable[..., int]
@@ -600,7 +600,7 @@ def test_names_that_yaml_would_read_as_something_else(init: Init, tmp_path: Path
 
 
 def test_a_task_of_the_harness_is_searched_on_its_training_examples() -> None:
-    from evojax_merge.first_config import ModelTemplates, task_of_harness
+    from evojax_merge.inspection.first_config import ModelTemplates, task_of_harness
 
     sections = {
         name: {key: value for key, value, _ in task_of_harness(name, ModelTemplates()).lines}

@@ -18,9 +18,9 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, V
 
 from evojax_merge.checkpoints.adapters import write_adapter
 from evojax_merge.cli import cli, run
-from evojax_merge.data_packages import cache_folder
 from evojax_merge.inspection.weights import find_base
 from evojax_merge.report.inspection import distinct
+from evojax_merge.system.data_packages import cache_folder
 from evojax_merge.zoo import smollm2
 
 LAYER_COMPONENTS = {"self_attn": "attention", "mlp": "mlp", "layernorm": "norm"}

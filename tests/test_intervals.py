@@ -9,13 +9,13 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from evojax_merge.api.trials import score_table
 from evojax_merge.report.comparison import Result, Row, write_result
 from evojax_merge.report.intervals import FEW, NOISE, SAME, TOO_FEW, Lead, paired_lead, unpaired_lead
 from evojax_merge.report.merges import MergeReport
 from evojax_merge.report.run_data import Result as StoredResult
 from evojax_merge.report.run_tables import heldout_table
 from evojax_merge.report.tables import lead_cell, markdown_table, terminal_table
-from evojax_merge.trials import score_table
 
 
 def test_small_and_large_samples_have_students_interval():

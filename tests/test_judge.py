@@ -62,8 +62,8 @@ from evojax_merge.report.run_data import read_run
 from evojax_merge.report.run_tables import heldout_table
 from evojax_merge.report.tables import markdown_table
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.selection import open_evaluators
 from evojax_merge.spaces.bounds import EDGE
+from evojax_merge.steps.selection import open_evaluators
 from evojax_merge.tasks import language_judge
 from evojax_merge.tasks.generated_images import HumanImageTask
 from evojax_merge.tasks.human import HumanTask

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from evojax_merge.errors import InputError
-from evojax_merge.regular_file import lines_of
+from evojax_merge.system.regular_file import lines_of
 
 ROOT = Path(__file__).parent.parent
 # Calls that split at other line ends as well, or that turn them into line feeds, by the file and the function.
@@ -18,9 +18,9 @@ REASONS = {
     ("evaluation/memory.py", "_left"): "a file of the kernel",
     ("evaluation/memory.py", "_machine"): "a file of the kernel",
     ("evaluation/targets.py", "processor_name"): "a file of the kernel",
-    ("jax_environment.py", "_try_flags"): "what XLA prints",
-    ("jinja_process.py", "_limit_memory"): "a file of the kernel",
-    ("jinja_process.py", "_serve"): "JSON in ASCII from the process that started this one",
+    ("system/jax_environment.py", "_try_flags"): "what XLA prints",
+    ("system/jinja_process.py", "_limit_memory"): "a file of the kernel",
+    ("system/jinja_process.py", "_serve"): "JSON in ASCII from the process that started this one",
     ("report/loggers.py", "log"): "a table that is written, with the line ends of CSV",
     ("report/loggers.py", "_earlier"): "CSV, whose reader has rules of its own for line ends",
     ("report/progress.py", "print"): "a table that the program has drawn",

@@ -21,7 +21,7 @@ from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.cli import WRONG_INPUT, cli, run
-from evojax_merge.config import SpaceConfig
+from evojax_merge.config.search_config import SpaceConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.costs import cost_of
 from evojax_merge.mergekit.write import dump_yaml, recipe_document

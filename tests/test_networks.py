@@ -18,9 +18,9 @@ from evojax_merge.backends.torch.folders import open_module
 from evojax_merge.cli import cli
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import ONE_DEVICE
-from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem, build_problem, config_from
-from evojax_merge.selection import open_evaluators
+from evojax_merge.steps.planning import make_plan
+from evojax_merge.steps.selection import open_evaluators
 
 CLASSES, SIDE = 3, 8
 OWN = """

@@ -16,7 +16,7 @@ from merge_kernels import sums
 from test_spaces import make_space
 
 from evojax_merge.cli import WRONG_INPUT, cli, run
-from evojax_merge.config import SpaceConfig
+from evojax_merge.config.search_config import SpaceConfig
 from evojax_merge.models.architecture import LAYERS
 from evojax_merge.spaces.parameter import SearchParameter
 

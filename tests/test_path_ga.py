@@ -17,7 +17,7 @@ from test_search import OwnScorer
 
 import evojax_merge as em
 from evojax_merge.cli import cli, run
-from evojax_merge.config import SearchConfig
+from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.models.paths import LayerPath
 from evojax_merge.search.loop import INIT_KEY, Archive, Generation, Reporter, generation_key
 from evojax_merge.search.protocols import HasMoves

@@ -12,7 +12,7 @@ from helpers import load_torch, sample
 from reference.layer_paths import torch_likelihood_gradient
 from test_data_flow import BOUNDS, Setting, random_path, write_path
 
-from evojax_merge.config import SearchConfig
+from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.evaluation.scores import fitness
 from evojax_merge.models.paths import LayerPath
 from evojax_merge.problem import build_strategy

@@ -12,9 +12,9 @@ import pytest
 from helpers import write_lines
 
 import evojax_merge
-from evojax_merge.config import TaskFile
+from evojax_merge.config.search_config import TaskFile
 from evojax_merge.errors import InputError
-from evojax_merge.regular_file import file_inside
+from evojax_merge.system.regular_file import file_inside
 from evojax_merge.tasks.networks import INPUTS as NETWORKS
 from evojax_merge.tasks.opening import open_splits, resolved_config
 
@@ -138,17 +138,17 @@ def joins(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 # Places that join paths by themselves, by the reason why they may.
 ALLOWED = {
-    "the one function": ["regular_file.py: file_inside"],
+    "the one function": ["system/regular_file.py: file_inside"],
     "the program's own names and numbers": [
         "backends/decoder/candidates.py: load_bank", "backends/decoder/vision.py: _file",
         "checkpoints/derived.py: _stand_in", "checkpoints/folder.py: open_folder",
         "checkpoints/headers.py: _new_folder", "checkpoints/members.py: _place", "checkpoints/writer.py: write",
         "checkpoints/writer.py: reserve", "checkpoints/writer.py: _write_index",
         "commands/export.py: _stage_begun_last", "commands/reproduce.py: reproduce",
-        "commands/reproduce.py: _without_clock", "commands/search.py: _stage_folder", "file_system.py: _hidden_name",
+        "commands/reproduce.py: _without_clock", "commands/search.py: _stage_folder", "system/file_system.py: _hidden_name",
         "judge/server.py: application", "mergekit/execute.py: merge_to",
         "mergekit/pipelines.py: merge_pipelines", "mergekit/stages.py: prepare_stream", "report/loggers.py: __init__",
-        "report/page.py: _vega", "run.py: last_stage", "search/run_folder.py: keep_winner",
+        "report/page.py: _vega", "report/stored_run.py: last_stage", "search/run_folder.py: keep_winner",
         "search/run_folder.py: write_front", "search/run_folder.py: find_member", "search/run_parts.py: step",
         "tasks/generated_images.py: add",
         "checkpoints/quantised.py: quantisation", "checkpoints/generator_lora.py: _save",
@@ -172,7 +172,7 @@ ALLOWED = {
         "tasks/generated_images.py: read", "tasks/task_folders.py: _read", "tasks/harness.py: _yaml_files",
     ],
     "what the user says, in a config, a recipe or on the command line": [
-        "backends/function/opening.py: model_path", "user_modules.py: reference_from_anywhere",
+        "backends/function/opening.py: model_path", "system/user_modules.py: reference_from_anywhere",
         "checkpoints/folder.py: local_path", "commands/search.py: default_out",
         "plugins.py: _load_named", "tasks/data_versions.py: _repository",
         "tasks/data_versions.py: dvc_record", "tasks/data_versions.py: _recorded_md5",
@@ -180,7 +180,7 @@ ALLOWED = {
         "tasks/task.py: local_file",
     ],
     "what the system says": [
-        "evaluation/memory.py: _groups", "evaluation/memory.py: _left", "file_system.py: regular_file",
+        "evaluation/memory.py: _groups", "evaluation/memory.py: _left", "system/file_system.py: regular_file",
     ],
 }  # fmt: skip
 # Folders of modules that write and read the package's own models.

@@ -33,10 +33,10 @@ from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.evaluation.planned_passes import JaxprReader, merge_bytes
 from evojax_merge.evaluation.targets import find_target, live_target, one_host, target_names
 from evojax_merge.models.bank import MergeSpec
-from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem, build_problem, config_from
-from evojax_merge.references import resolve_headers
 from evojax_merge.report.plan import Plan
+from evojax_merge.steps.planning import make_plan
+from evojax_merge.zoo.references import resolve_headers
 
 
 def document(family: Family, **changes: Any) -> dict[str, Any]:

@@ -18,10 +18,16 @@ from merge_kernels import METHODS
 from reference.merging import slerp
 
 from evojax_merge import cli
-from evojax_merge.config import Config
+from evojax_merge.config.search_config import Config
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores, fitness
-from evojax_merge.genealogy import (
+from evojax_merge.mergekit.execute import merge_to, prepare
+from evojax_merge.mergekit.schema import read_recipe
+from evojax_merge.mergekit.write import dump_yaml
+from evojax_merge.models.architecture import tensors_of
+from evojax_merge.problem import build_problem, read_config
+from evojax_merge.report.pool import PoolReport
+from evojax_merge.schema.genealogy import (
     FIRST,
     GENES,
     METHOD,
@@ -32,18 +38,12 @@ from evojax_merge.genealogy import (
     founder_genomes,
     founding_genealogy,
 )
-from evojax_merge.mergekit.execute import merge_to, prepare
-from evojax_merge.mergekit.schema import read_recipe
-from evojax_merge.mergekit.write import dump_yaml
-from evojax_merge.models.architecture import tensors_of
-from evojax_merge.problem import build_problem, read_config
-from evojax_merge.report.pool import PoolReport
 from evojax_merge.search.loop import INIT_KEY, generation_key
 from evojax_merge.search.run_folder import Saved
 from evojax_merge.search.strategies.pool import Pool, attraction, keep_best, keep_competing, pool
 from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings
-from evojax_merge.selection import open_evaluator
 from evojax_merge.spaces.breeding import BreedingSpace, genome_genes
+from evojax_merge.steps.selection import open_evaluator
 
 FOUNDERS, GENERATIONS, POPULATION = 3, 5, 6
 RANDOM_METHODS = ["slerp", "dare_ties", "linear"]

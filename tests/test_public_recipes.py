@@ -25,7 +25,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.mergekit.plan import layout, plan
 from evojax_merge.mergekit.schema import parse_recipe
 from evojax_merge.mergekit.unused_keys import without_unused_keys
-from evojax_merge.yaml_reader import parse_documents
+from evojax_merge.schema.yaml_reader import parse_documents
 
 MODELS = "models: [{model: a, parameters: {weight: 0.5}}, {model: b, parameters: {weight: 0.3}}]\n"
 LINEAR = f"merge_method: linear\n{MODELS}"

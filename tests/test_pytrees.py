@@ -19,9 +19,9 @@ from safetensors.numpy import load_file
 
 import evojax_merge as em
 from evojax_merge import host_callback, search_pytrees
+from evojax_merge.api.pytrees import Generation, PytreeSearch
 from evojax_merge.commands import export as export_command
 from evojax_merge.errors import Failed, InputError
-from evojax_merge.pytrees import Generation, PytreeSearch
 
 SHAPES = {"encoder": {"kernel": (5, 7), "bias": (7,)}, "decoder": {"kernel": (3, 2, 4), "scale": ()}}
 

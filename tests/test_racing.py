@@ -8,7 +8,7 @@ import pytest
 import yaml
 from helpers import sample, search_in, write_lines
 
-from evojax_merge.config import SearchConfig
+from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import TaskScores, fitness
 from evojax_merge.problem import build_problem, read_config
@@ -22,7 +22,7 @@ from evojax_merge.search.successive_halving import (
     successive_halving,
 )
 from evojax_merge.search.surrogate import RIDGES, append_candidates, empty_surrogate, predict_fitness, regress
-from evojax_merge.selection import open_evaluator, open_evaluators
+from evojax_merge.steps.selection import open_evaluator, open_evaluators
 from evojax_merge.tasks.text import Example, TextTask
 
 

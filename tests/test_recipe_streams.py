@@ -20,13 +20,13 @@ from evojax_merge.checkpoints import writer
 from evojax_merge.checkpoints.folder import open_folder
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.cli import cli, run
-from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.stages import merge_stream, prepare_stream
 from evojax_merge.mergekit.streams import parse_stream, read_stream
 from evojax_merge.mergekit.write import dump_documents
-from evojax_merge.yaml_reader import parse_documents
+from evojax_merge.schema.yaml_reader import parse_documents
+from evojax_merge.system.data_packages import cache_folder
 
 # As strangers write them: the result first, stages called by names with dashes and dots wherever a model may stand.
 STREAM = """\

@@ -43,8 +43,8 @@ from evojax_merge.mergekit.write import dump_yaml, recipe_document
 from evojax_merge.models.architecture import COMPONENTS, LAYERS, shared_leaves, tensors_of
 from evojax_merge.models.bank import MergeSpec, Recipe, take_candidate
 from evojax_merge.models.sources import lazy_merge
+from evojax_merge.schema.yaml_reader import parse_yaml
 from evojax_merge.spaces.parameter import ParameterSpace, SearchParameter
-from evojax_merge.yaml_reader import parse_yaml
 
 RANDOM = ("dare_linear", "dare_ties")
 # Bounds inside which every parameter has a meaning, whatever the others are.

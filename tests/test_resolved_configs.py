@@ -23,14 +23,14 @@ from toy_backend import save as save_toy
 from transformers import ViTConfig, ViTForImageClassification
 
 from evojax_merge.backends import registry
-from evojax_merge.config import Config, TaskFile, parse
+from evojax_merge.config.search_config import Config, TaskFile, parse
 from evojax_merge.errors import InputError
 from evojax_merge.problem import build_problem, read_config, resolved_document
-from evojax_merge.references import resolve_file
-from evojax_merge.schema import _path
+from evojax_merge.schema.section import _path
 from evojax_merge.search.run_folder import INPUTS
 from evojax_merge.tasks import kinds
 from evojax_merge.tasks.opening import open_task, resolved_config
+from evojax_merge.zoo.references import resolve_file
 
 # A folder's name may have all that means something in references, patterns, URLs or a shell.
 NAME = "a folder, [1] + é@x #2"

@@ -15,7 +15,7 @@ import pytest
 from test_racing import climb
 
 from evojax_merge.commands.search import run_search
-from evojax_merge.config import Config
+from evojax_merge.config.search_config import Config
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.search.run_folder import Checkpoints, RunFolder, locked, open_run
 

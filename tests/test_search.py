@@ -38,7 +38,7 @@ from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.folder import read_header
 from evojax_merge.commands.export import export
 from evojax_merge.commands.search import ResumeHint
-from evojax_merge.config import SearchConfig
+from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.scores import Scores, TaskScores
 from evojax_merge.models.bank import take_candidate
@@ -311,7 +311,7 @@ def test_interrupt_saves_and_says_how_to_go_on(likelihood_file, finished_likelih
     [(False, "nothing was saved. Start again with: "), (True, "nothing was searched yet. Continue ")],
 )
 def test_an_interrupt_before_there_is_a_run_says_to_start_again(resume, says, monkeypatch, capsys):
-    monkeypatch.setattr("evojax_merge.interrupts.received", lambda: True)
+    monkeypatch.setattr("evojax_merge.system.interrupts.received", lambda: True)
     with pytest.raises(KeyboardInterrupt), ResumeHint("evojax-merge search config.yaml", resume).on_exit():
         raise KeyboardInterrupt
     assert f"stopped; {says}" in capsys.readouterr().err
@@ -325,7 +325,7 @@ def test_an_interruption_waits_until_a_generation_is_saved(number, tmp_path):
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from evojax_merge import cli, interrupts\n"
-        "from evojax_merge.interrupts import defer_signals\n"
+        "from evojax_merge.system.interrupts import defer_signals\n"
         "from evojax_merge.search.run_folder import Checkpoints, RunFolder\n"
         "number, times, folder = int(sys.argv[1]), int(sys.argv[2]), RunFolder(Path(sys.argv[3]))\n"
         "def save():\n"

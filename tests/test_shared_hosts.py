@@ -34,7 +34,7 @@ from pathlib import Path
 from evojax_merge.checkpoints.folder import MappedFile
 from evojax_merge.evaluation.devices import init_distributed, local_devices
 from evojax_merge.problem import build_problem, read_config
-from evojax_merge.selection import open_evaluator
+from evojax_merge.steps.selection import open_evaluator
 
 if processes > 1:
     init_distributed()

@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
-from evojax_merge.config import TaskFile, parse
-from evojax_merge.data_packages import PackageUnavailable
+from evojax_merge.config.search_config import TaskFile, parse
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import DecoderEvaluator
 from evojax_merge.models import layers
@@ -27,6 +26,7 @@ from evojax_merge.models.decoder import logits
 from evojax_merge.models.families import llama_like
 from evojax_merge.models.generate import PAD_ID
 from evojax_merge.models.sources import StackedWeights
+from evojax_merge.system.data_packages import PackageUnavailable
 from evojax_merge.tasks.opening import open_whole_task
 from evojax_merge.tasks.records import read_symbolic
 from evojax_merge.tasks.text import Example, TextTask

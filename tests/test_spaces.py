@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge_kernels import METHODS, grid_index
 
-from evojax_merge.config import Bounds
+from evojax_merge.config.search_config import Bounds
 from evojax_merge.models.architecture import LAYERS
 from evojax_merge.spaces.bounds import EDGE, from_unit, to_unit
 from evojax_merge.spaces.parameter import ParameterSpace, SearchParameter, component_groups, uniform_start

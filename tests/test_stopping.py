@@ -8,7 +8,7 @@ import pytest
 from helpers import search_in
 from test_racing import Hill, Plain, one_token, text_task
 
-from evojax_merge.config import SearchConfig
+from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.search import loop
 from evojax_merge.search.loop import Reporter

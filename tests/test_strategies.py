@@ -12,7 +12,7 @@ from helpers import sample
 from pydantic import ValidationError
 
 from evojax_merge import search_pytrees
-from evojax_merge.config import SearchConfig
+from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.search.loop import INIT_KEY, generation_key
 from evojax_merge.search.protocols import capabilities_of

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from helpers import thorough
 
-from evojax_merge.references import resolve_reference
+from evojax_merge.zoo.references import resolve_reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.searches import strategies

@@ -19,12 +19,12 @@ from evojax_merge import search_pytrees
 from evojax_merge.commands import search as search_command
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.problem import build_problem, read_config
+from evojax_merge.schema.yaml_reader import load_yaml
 from evojax_merge.search.protocols import Capabilities, context_of, keeps_front
 from evojax_merge.search.run_folder import RunFolder
 from evojax_merge.search.seeding import seeded
 from evojax_merge.search.strategies.evosax import EvosaxStrategy
 from evojax_merge.search.strategies.registry import StrategySettings, begin_with, register_strategy
-from evojax_merge.yaml_reader import load_yaml
 
 
 @struct.dataclass

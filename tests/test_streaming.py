@@ -28,10 +28,10 @@ from evojax_merge.checkpoints.members import MembersInFiles, Tensors, member_fol
 from evojax_merge.checkpoints.writer import TensorSpec
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.pool import StreamedPoolEvaluator
-from evojax_merge.genealogy import FIRST, GENES, METHOD, NUMBER, SECOND, Member, founder_genomes
 from evojax_merge.problem import build_problem, read_config
+from evojax_merge.schema.genealogy import FIRST, GENES, METHOD, NUMBER, SECOND, Member, founder_genomes
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.selection import open_evaluator
+from evojax_merge.steps.selection import open_evaluator
 
 PLACES = ("device", "host", "disk")
 # Methods whose numbers are of rows, of entries, of tensors, or none; and whether they have a base.
@@ -517,7 +517,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 import numpy as np
 from pathlib import Path
 from evojax_merge.evaluation.devices import Devices, mesh_of
-from evojax_merge.selection import open_evaluator
+from evojax_merge.steps.selection import open_evaluator
 from evojax_merge.problem import build_problem, read_config
 
 path, out = Path(sys.argv[1]), sys.argv[2]

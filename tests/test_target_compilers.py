@@ -20,9 +20,9 @@ from evojax_merge.evaluation.compilers import CompilerMissing, collectives, targ
 from evojax_merge.evaluation.targets import find_target
 from evojax_merge.models.attention import prefill_attention
 from evojax_merge.models.layers import SequenceLayout
-from evojax_merge.planning import make_plan
 from evojax_merge.problem import build_problem, config_from
 from evojax_merge.report.plan import Plan
+from evojax_merge.steps.planning import make_plan
 
 # A Llama whose axes all differ, small enough to compile at once and large enough that what is padded does not count.
 SIZES: dict[str, Any] = {

@@ -13,9 +13,9 @@ from helpers import Family
 
 from evojax_merge.commands import evaluate as evaluate_command
 from evojax_merge.commands import search as search_command
-from evojax_merge.config import TaskFile, parse
+from evojax_merge.config.search_config import TaskFile, parse
 from evojax_merge.errors import InputError
-from evojax_merge.schema import Section
+from evojax_merge.schema.section import Section
 from evojax_merge.tasks import kinds
 from evojax_merge.tasks.kinds import kind_names, register_task
 from evojax_merge.tasks.opening import open_task, open_whole_task

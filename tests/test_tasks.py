@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from evojax_merge.config import TaskFile
+from evojax_merge.config.search_config import TaskFile
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import BatchedTask, TaskShapes, batch_tasks, token_warnings
-from evojax_merge.stored_models import open_tasks
+from evojax_merge.steps.stored_models import open_tasks
 from evojax_merge.tasks import patterns
 from evojax_merge.tasks.batches import (
     BUCKETS,

@@ -20,7 +20,6 @@ from safetensors.numpy import save_file
 
 import evojax_merge as em
 from evojax_merge.errors import LOG
-from evojax_merge.genealogy import Genealogy, founder_genomes
 from evojax_merge.report.progress import (
     COLUMNS,
     GenerationsColumn,
@@ -30,6 +29,7 @@ from evojax_merge.report.progress import (
     generation_line,
     generation_record,
 )
+from evojax_merge.schema.genealogy import Genealogy, founder_genomes
 from evojax_merge.search.loop import Generation
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.search.run_log import begin_logs, early_lines, run_log

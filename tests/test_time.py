@@ -19,11 +19,10 @@ from helpers import Family, run_here, thorough
 from hostile import run_python
 
 from evojax_merge.backends.decoder.backend import DecoderBackend
-from evojax_merge.config import Config
+from evojax_merge.config.search_config import Config
 from evojax_merge.evaluation import compilations, timings
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.timings import NOT_MEASURED, Timing, estimated_factor, read_timings, record_timings, timing
-from evojax_merge.planning import make_plan
 from evojax_merge.problem import build_problem, config_from
 from evojax_merge.report import progress
 from evojax_merge.report.plan import CHOOSING, GENERATIONS, HELDOUT, MEASURING, Plan
@@ -31,6 +30,7 @@ from evojax_merge.report.progress import passes_bar, search_bar, working
 from evojax_merge.search import kept_scores
 from evojax_merge.search.loop import Generation, _Clock
 from evojax_merge.search.stopping import course_of
+from evojax_merge.steps.planning import make_plan
 
 
 @pytest.fixture
@@ -377,9 +377,9 @@ from threading import Event
 from evojax_merge.evaluation.compilations import keep_compiled_programs
 keep_compiled_programs()
 from evojax_merge.evaluation.compilations import compilations
-from evojax_merge.planning import compile_ahead
+from evojax_merge.steps.planning import compile_ahead
 from evojax_merge.problem import build_problem, read_config
-from evojax_merge.selection import open_evaluators
+from evojax_merge.steps.selection import open_evaluators
 import numpy as np
 path = Path(sys.argv[1])
 problem = build_problem(path, read_config(path, [], None))

@@ -32,7 +32,7 @@ from evojax_merge.cli import cli
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.costs import cost_of
 from evojax_merge.problem import SearchProblem, build_problem, config_from
-from evojax_merge.selection import open_evaluators
+from evojax_merge.steps.selection import open_evaluators
 
 has_torchax = pytest.mark.skipif(networks.torchax_environment()[0] is None, reason="torchax is not installed")
 SIZE, CLASSES, IMAGES = 16, 4, 12

@@ -11,7 +11,7 @@ from test_racing import Hill, Plain, SurrogateData, everyone, numbers, text_task
 
 import evojax_merge as em
 from evojax_merge.commands import search as search_command
-from evojax_merge.config import SearchConfig
+from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import fitness
 from evojax_merge.problem import build_problem, read_config
@@ -26,7 +26,7 @@ from evojax_merge.search.validation import (
     validate,
     validation_split,
 )
-from evojax_merge.selection import open_evaluators
+from evojax_merge.steps.selection import open_evaluators
 from evojax_merge.tasks.splits import Splits
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -26,15 +26,15 @@ from reference.vision_models import (
 )
 from transformers import AutoModelForCausalLM
 
-from evojax_merge import stored_models
 from evojax_merge.backends.decoder import vision
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.cli import cli
 from evojax_merge.cli import run as run_command
-from evojax_merge.config import TaskFile
+from evojax_merge.config.search_config import TaskFile
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import TaskScores
-from evojax_merge.stored_models import open_tasks, score_models
+from evojax_merge.steps import stored_models
+from evojax_merge.steps.stored_models import open_tasks, score_models
 from evojax_merge.tasks.opening import open_task, resolved_config
 
 # Each prompt's images by their numbers: one, two of unlike sizes, none, and one that came before.

@@ -12,10 +12,10 @@ from lm_eval.tasks import TaskManager
 from reference.vision_models import load_seeing, save_seeing, seeing_logprobs, seeing_model, write_images
 
 from evojax_merge.backends.decoder import vision
-from evojax_merge.config import TaskFile
+from evojax_merge.config.search_config import TaskFile
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import TaskScores
-from evojax_merge.stored_models import open_tasks, score_models
+from evojax_merge.steps.stored_models import open_tasks, score_models
 
 NEW = 6
 # Each document's images by their numbers, and its text: two images, one, and one whose text begins the sequence.

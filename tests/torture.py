@@ -226,7 +226,7 @@ def torture(root: Path, kills: int, seed: int, log: Callable[[str], None] = prin
     torment = Torture(root, random.Random(seed))
     build(root)
     started = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import evojax_merge.api"], check=True)
+    subprocess.run([sys.executable, "-c", "import evojax_merge.api.models"], check=True)
     torment.importing = time.monotonic() - started
     # Twice, so that compiled programs are kept when it is timed. The run's name stands in its model's card.
     for _ in range(2):

@@ -24,8 +24,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from evojax_merge.benchmarks.header_models import MISTRAL_7B, problem_for, write_examples, write_models
 from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, target_compiler
 from evojax_merge.evaluation.targets import find_target
-from evojax_merge.planning import make_plan
 from evojax_merge.report.plan import shown_bytes, shown_seconds
+from evojax_merge.steps.planning import make_plan
 
 LLAMA_70B = MISTRAL_7B | {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,

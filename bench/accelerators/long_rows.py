@@ -20,8 +20,8 @@ from bench.shared.machine import describe
 from evojax_merge.benchmarks.header_models import ANSWER, MISTRAL_7B, problem_for, write_examples, write_models
 from evojax_merge.evaluation.compilers import CompilerMissing, target_compiler
 from evojax_merge.evaluation.targets import find_target
-from evojax_merge.planning import make_plan
 from evojax_merge.report.plan import shown_bytes
+from evojax_merge.steps.planning import make_plan
 
 
 def main() -> None:

@@ -36,9 +36,9 @@ from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, collectives, target_compiler
 from evojax_merge.evaluation.programs import DECODE, MATERIALISE, PREFILL, SCORE
 from evojax_merge.evaluation.targets import Target, find_target
-from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.plan import Plan, shown_bytes, shown_number, shown_seconds
+from evojax_merge.steps.planning import make_plan
 from evojax_merge.tasks.splits import Splits
 
 TARGETS = ("h100", "8xh100", "v5p-8", "v5e-16", "v6e-8")

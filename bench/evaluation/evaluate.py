@@ -40,13 +40,13 @@ from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.evaluation.batched_tasks import BatchedTask, shared_and_padding
 from evojax_merge.evaluation.evaluator import MergeEvaluator
 from evojax_merge.problem import SearchProblem, build_problem, read_config
-from evojax_merge.references import resolve_reference
+from evojax_merge.schema.yaml_reader import load_yaml
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import INIT_KEY, generation_key
-from evojax_merge.selection import open_evaluator
+from evojax_merge.steps.selection import open_evaluator
 from evojax_merge.tasks.records import read_symbolic
 from evojax_merge.tasks.task import Row
-from evojax_merge.yaml_reader import load_yaml
+from evojax_merge.zoo.references import resolve_reference
 
 MODELS = {"base": "zoo:smollm2/base", "one": "zoo:smollm2/maths", "two": "zoo:smollm2/japanese"}
 # Passes that a share of the peak is measured over, one after the other but for what overlaps, and the tokens of each.

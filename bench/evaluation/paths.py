@@ -36,7 +36,7 @@ from evojax_merge.models.paths import LayerPath
 from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import INIT_KEY, generation_key
-from evojax_merge.selection import open_evaluator
+from evojax_merge.steps.selection import open_evaluator
 
 SPACES: dict[str, dict[str, Any]] = {
     "moves, scaled": {"form": "moves", "moves": 3, "window": 3},

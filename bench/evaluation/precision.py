@@ -31,7 +31,7 @@ from evojax_merge.evaluation.evaluator import DecoderEvaluator
 from evojax_merge.evaluation.scores import fitness
 from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.search.loop import INIT_KEY, MemoryStorage, Reporter, evolve, generation_key
-from evojax_merge.selection import open_evaluators
+from evojax_merge.steps.selection import open_evaluators
 from evojax_merge.tasks.splits import Splits
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

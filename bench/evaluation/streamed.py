@@ -28,7 +28,7 @@ import numpy as np
 import yaml
 
 from bench.shared.machine import describe
-from evojax_merge.genealogy import FIRST, METHOD, NUMBER, SECOND
+from evojax_merge.schema.genealogy import FIRST, METHOD, NUMBER, SECOND
 from evojax_merge.spaces.breeding import BreedingSpace
 
 CONFIG = Path("configs/smollm2.yaml")
@@ -73,7 +73,7 @@ def random_genomes(space: Any, population: int) -> np.ndarray:
 def pairs(population: int, rounds: int, overrides: list[str]) -> str:
     """A table of seconds per candidate in each place. The first round compiles and is not counted."""
     from evojax_merge.problem import build_problem, read_config
-    from evojax_merge.selection import open_evaluator
+    from evojax_merge.steps.selection import open_evaluator
 
     scorers = {}
     for place in PLACES:

@@ -34,7 +34,7 @@ from PIL import Image
 from bench.shared.machine import describe
 from evojax_merge.benchmarks.header_models import word_tokenizer
 from evojax_merge.problem import SearchProblem, build_problem, config_from
-from evojax_merge.selection import open_evaluator
+from evojax_merge.steps.selection import open_evaluator
 from evojax_merge.zoo.evovlm import SEEING_VOCABULARY, SIDE, SIZES, TOWER
 
 MODELS = ("base", "one", "two")

@@ -30,7 +30,7 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, target_logprobs
 from evojax_merge.models.layers import padded_layout
 from evojax_merge.models.sources import lazy_merge
-from evojax_merge.references import resolve_reference
+from evojax_merge.zoo.references import resolve_reference
 
 BASE = "zoo:smollm2/base"
 ROWS, WIDTH = 8, 256

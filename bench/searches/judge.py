@@ -44,7 +44,7 @@ from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import MemoryStorage, Reporter, rescore
 from evojax_merge.search.protocols import Progress
-from evojax_merge.selection import open_evaluators
+from evojax_merge.steps.selection import open_evaluators
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.voting import METRIC, Choice, JudgedTask
 

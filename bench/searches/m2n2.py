@@ -28,10 +28,10 @@ import optax
 from merge_kernels import METHODS, merge_tensor
 
 from bench.shared.machine import describe
-from evojax_merge.config import SearchConfig
+from evojax_merge.api.pytrees import search_pytrees
+from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.evaluation.scores import TaskScores
-from evojax_merge.genealogy import Member, founding_genealogy
-from evojax_merge.pytrees import search_pytrees
+from evojax_merge.schema.genealogy import Member, founding_genealogy
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import MemoryStorage, Reporter, evolve
 from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings, make_strategy

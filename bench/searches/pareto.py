@@ -23,7 +23,7 @@ import yaml
 
 from bench.searches.strategies import CONFIGS, Experiment, Family, open_experiments, run
 from bench.shared.machine import describe
-from evojax_merge.config import SearchConfig
+from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.evaluation.scores import score_matrix
 from evojax_merge.problem import build_problem
 from evojax_merge.search.fronts import front_of, hypervolume

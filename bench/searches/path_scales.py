@@ -27,7 +27,7 @@ from bench.searches.zoo import SHOWN, evolve_stages
 from bench.shared.machine import describe
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.comparison import Result
-from evojax_merge.selection import open_evaluators
+from evojax_merge.steps.selection import open_evaluators
 
 # Forward passes that a gradient is counted as.
 GRADIENT_PASSES = 5

@@ -20,7 +20,7 @@ from evojax_merge.evaluation.scores import fitness
 from evojax_merge.models.paths import LayerPath
 from evojax_merge.problem import SearchProblem
 from evojax_merge.search.loop import MemoryStorage, Reporter, evolve
-from evojax_merge.selection import open_evaluators
+from evojax_merge.steps.selection import open_evaluators
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.zoo.loops import LOOPED, MAX_LOOPS, SIZES
 

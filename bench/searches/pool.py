@@ -19,7 +19,7 @@ from evojax_merge.backends.decoder.candidates import PoolCandidates
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.search.loop import MemoryStorage, Reporter, evolve, rescore
-from evojax_merge.selection import open_evaluators
+from evojax_merge.steps.selection import open_evaluators
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "automerge.yaml"
 SHOWN = "whole_answers/accuracy"

@@ -46,7 +46,7 @@ from evojax_merge.search.successive_halving import (
     stratified_shards,
     successive_halving,
 )
-from evojax_merge.selection import open_evaluators
+from evojax_merge.steps.selection import open_evaluators
 from evojax_merge.tasks.task import Task
 from evojax_merge.tasks.text import TextTask
 

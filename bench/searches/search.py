@@ -29,8 +29,8 @@ from bench.shared.torch_peer import mean_log_probability
 from evojax_merge.checkpoints.parents import tensor_shapes
 from evojax_merge.evaluation.scores import fitness
 from evojax_merge.problem import SearchProblem, resolve_reference
-from evojax_merge.selection import open_evaluator
-from evojax_merge.yaml_reader import load_yaml
+from evojax_merge.schema.yaml_reader import load_yaml
+from evojax_merge.steps.selection import open_evaluator
 
 
 @dataclass(frozen=True)

@@ -43,20 +43,20 @@ import numpy as np
 
 from bench.shared.machine import describe
 from bench.shared.strategy_peers import PEERS, PSO_MERGING, is_installed, run_peer, run_pso_merging
-from evojax_merge.config import SearchConfig
+from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.evaluator import DecoderEvaluator, MergeEvaluator
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.problem import SearchProblem, build_problem, read_config, resolved_document
-from evojax_merge.references import resolve_reference
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter, Storage, evolve
 from evojax_merge.search.protocols import State, Strategy, wants_gradients
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage, open_run
-from evojax_merge.selection import open_evaluators
 from evojax_merge.spaces.bounds import from_unit
+from evojax_merge.steps.selection import open_evaluators
 from evojax_merge.zoo import cache_folder
+from evojax_merge.zoo.references import resolve_reference
 from evojax_merge.zoo.smollm2 import VERSION
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

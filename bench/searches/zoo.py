@@ -20,14 +20,14 @@ from bench.shared.machine import describe
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.schema import read_recipe
 from evojax_merge.problem import SearchProblem, build_problem, read_config, resolved_document
-from evojax_merge.references import resolve_reference
 from evojax_merge.report.comparison import Result
 from evojax_merge.search import loop
 from evojax_merge.search.loop import Reporter
 from evojax_merge.search.protocols import GenomeEvaluator
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage, open_run
-from evojax_merge.selection import open_evaluator, open_evaluators, select_best
 from evojax_merge.spaces.layer_path import IndicatorSpace
+from evojax_merge.steps.selection import open_evaluator, open_evaluators, select_best
+from evojax_merge.zoo.references import resolve_reference
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 SHOWN = "whole_answers/accuracy"

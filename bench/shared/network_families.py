@@ -15,7 +15,7 @@ from evojax_merge.search import loop
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Reporter
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage, open_run
-from evojax_merge.selection import open_evaluator, open_evaluators, select_best
+from evojax_merge.steps.selection import open_evaluator, open_evaluators, select_best
 from evojax_merge.tasks.splits import Splits
 
 UNIFORM = "uniform merge"

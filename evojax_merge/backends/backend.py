@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from evojax_merge.config import Config, EvaluationConfig
+from evojax_merge.config.search_config import Config, EvaluationConfig
 from evojax_merge.evaluation.compilers import TargetCompiler
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.planned_passes import DeviceSizes, PlanUse, SizedPass

@@ -9,9 +9,9 @@ from typing import Any
 from evojax_merge.backends.backend import BackendFactory
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.plugins import HINT
-from evojax_merge.references import resolve_reference
 from evojax_merge.tasks.function import users_module
 from evojax_merge.tasks.rubric import Margins, provide_judges
+from evojax_merge.zoo.references import resolve_reference
 
 # The built-in factories as module:object: a search imports only its own.
 _BUILT_IN = {

@@ -47,9 +47,9 @@ from evojax_merge.evaluation.targets import Target
 from evojax_merge.evaluation.timings import Timing, WorkKind, timing
 from evojax_merge.models.bank import Bank, LeafBank
 from evojax_merge.models.sources import StackedWeights
-from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem
 from evojax_merge.search.loop import MemoryStorage, Reporter
+from evojax_merge.steps.planning import make_plan
 
 
 def llama(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from evojax_merge.checkpoints.folder import (
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, nearest, shown
 from evojax_merge.models.architecture import EMBEDDING, HEAD, known_architecture
-from evojax_merge.patterns import begins, is_all_of
+from evojax_merge.schema.patterns import begins, is_all_of
 
 Number = TypeVar("Number", int, float)
 

@@ -11,7 +11,7 @@ from evojax_merge.checkpoints.config_file import check_dtype
 from evojax_merge.checkpoints.folder import check_no_pickle, weight_map
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
-from evojax_merge.regular_file import file_inside
+from evojax_merge.system.regular_file import file_inside
 
 # The kinds of classes that a component of a pipeline may have, by library; the first kind has weights.
 COMPONENTS = {

@@ -54,10 +54,10 @@ from evojax_merge.checkpoints.quantised import check_no_parts, dequantised_confi
 from evojax_merge.checkpoints.single_file_lora import open_with_lora
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.checkpoints.writer import MARKER
-from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import InputError, name_in_messages
-from evojax_merge.file_system import atomic_folder, remove_file, remove_link
 from evojax_merge.models.config_keys import TEXTS
+from evojax_merge.system.data_packages import cache_folder
+from evojax_merge.system.file_system import atomic_folder, remove_file, remove_link
 
 SOURCES = "evojax_merge_sources.json"
 # The version of these folders' content: every change of the content increases it.

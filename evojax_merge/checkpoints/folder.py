@@ -28,9 +28,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from evojax_merge.checkpoints.json_files import read_json_object, shown
-from evojax_merge.data_packages import hub_failure
 from evojax_merge.errors import Failed, InputError
-from evojax_merge.regular_file import check_model_folder, check_no_pointer, check_regular, file_inside, open_regular
+from evojax_merge.system.data_packages import hub_failure
+from evojax_merge.system.regular_file import (
+    check_model_folder,
+    check_no_pointer,
+    check_regular,
+    file_inside,
+    open_regular,
+)
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),

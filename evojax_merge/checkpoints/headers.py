@@ -31,10 +31,10 @@ from evojax_merge.checkpoints.folder import (
 )
 from evojax_merge.checkpoints.parents import tensor_shapes
 from evojax_merge.checkpoints.quantised import dequantised_config
-from evojax_merge.data_packages import hub_failure
 from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import known_architecture
-from evojax_merge.regular_file import file_inside
+from evojax_merge.system.data_packages import hub_failure
+from evojax_merge.system.regular_file import file_inside
 
 EMPTY: Mapping[str, bytes] = MappingProxyType({})
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.errors import InputError, shown
-from evojax_merge.regular_file import read_regular
+from evojax_merge.system.regular_file import read_regular
 
 # The index of the largest checkpoints is some 20 MB; a larger file is no description of a model.
 LIMIT_BYTES = 64 << 20

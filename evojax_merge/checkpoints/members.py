@@ -18,8 +18,8 @@ from evojax_merge.checkpoints.folder import Folder, open_folder, read_metadata
 from evojax_merge.checkpoints.streamed import FileStates
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec, check_ours, write_marker
 from evojax_merge.errors import InputError
-from evojax_merge.file_system import atomic_folder, flush, is_real_folder, remove_folder, remove_leftovers
-from evojax_merge.genealogy import Member
+from evojax_merge.schema.genealogy import Member
+from evojax_merge.system.file_system import atomic_folder, flush, is_real_folder, remove_folder, remove_leftovers
 
 # The key of the hash in a file's metadata.
 LINEAGE = "evojax_merge_lineage"

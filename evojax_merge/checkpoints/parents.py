@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.chat_templates import note_templates
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of
 from evojax_merge.checkpoints.derived import open_model
 from evojax_merge.checkpoints.folder import (
@@ -43,6 +42,7 @@ from evojax_merge.models.architecture import (
     tensors_of,
 )
 from evojax_merge.models.config import DecoderConfig, RopeConfig
+from evojax_merge.system.chat_templates import note_templates
 
 # Architectures' names for the module with a row for each token: at the input, and at the output (also for its bias).
 EMBEDDINGS = (

@@ -19,7 +19,7 @@ from evojax_merge.checkpoints.network_checks import check_counts, check_model, c
 from evojax_merge.checkpoints.quiet import quiet_diffusers
 from evojax_merge.checkpoints.writer import fingerprint
 from evojax_merge.errors import InputError, did_you_mean, library_errors, shown
-from evojax_merge.regular_file import file_inside
+from evojax_merge.system.regular_file import file_inside
 
 INDEX = PIPELINE_INDEX
 # The components that are merged where a recipe or a config does not say.

@@ -16,7 +16,7 @@ from evojax_merge.checkpoints.allowed_classes import check_folder
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.errors import InputError, library_errors
-from evojax_merge.regular_file import check_regular, read_regular
+from evojax_merge.system.regular_file import check_regular, read_regular
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",

@@ -17,7 +17,7 @@ import numpy as np
 from evojax_merge.checkpoints.folder import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.errors import InputError
-from evojax_merge.file_system import check_free
+from evojax_merge.system.file_system import check_free
 from evojax_merge.version import __version__
 
 MAX_SHARD_BYTES = 5 * 10**9

@@ -12,9 +12,8 @@ from evojax_merge.backends.backend import BackendFactory
 from evojax_merge.backends.registry import find_backend
 from evojax_merge.checkpoints.writer import check_new_model, check_output
 from evojax_merge.commands.merge import card_of_merge, local_inputs, parts_of_runs, write_model
-from evojax_merge.config import Config
+from evojax_merge.config.search_config import Config
 from evojax_merge.errors import Failed, InputError
-from evojax_merge.file_system import recover
 from evojax_merge.mergekit.as_adapter import RankError, prepare_adapter, write_as_adapter
 from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.stages import prepare_stream
@@ -25,10 +24,9 @@ from evojax_merge.problem import (
     config_from,
     stage_config,
 )
-from evojax_merge.references import resolve_reference
-from evojax_merge.regular_file import read_regular
 from evojax_merge.report.card import adapter_card, card_in_dtype, merge_card
 from evojax_merge.report.progress import console, say
+from evojax_merge.schema.yaml_reader import parse_documents
 from evojax_merge.search.loop import saved_strategy_state
 from evojax_merge.search.protocols import context_of
 from evojax_merge.search.run_folder import (
@@ -41,7 +39,9 @@ from evojax_merge.search.run_folder import (
 )
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import MAX_DOCUMENT, read_result, read_run_config
-from evojax_merge.yaml_reader import parse_documents
+from evojax_merge.system.file_system import recover
+from evojax_merge.system.regular_file import read_regular
+from evojax_merge.zoo.references import resolve_reference
 
 
 def export(

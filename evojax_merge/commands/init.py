@@ -19,10 +19,10 @@ from evojax_merge.checkpoints.decoder_folder import PROJECTOR, decoder_of
 from evojax_merge.checkpoints.derived import adapted_from, open_model
 from evojax_merge.checkpoints.folder import is_float, local_path
 from evojax_merge.checkpoints.headers import HeaderFolders
-from evojax_merge.config import SpaceConfig, parse
+from evojax_merge.config.search_config import SpaceConfig, parse
 from evojax_merge.errors import InputError, shown
-from evojax_merge.file_system import OutputFile
-from evojax_merge.first_config import (
+from evojax_merge.inspection.findings import Advice, advise, findings
+from evojax_merge.inspection.first_config import (
     HEAD,
     Fields,
     FirstConfig,
@@ -38,23 +38,23 @@ from evojax_merge.first_config import (
     task_of_harness,
     task_of_network,
 )
-from evojax_merge.inspection.findings import Advice, advise, findings
 from evojax_merge.inspection.models import Model, read_models
 from evojax_merge.inspection.ways import DATA, DECODER, FILES, Way
 from evojax_merge.inspection.weights import compare_weights, tensor_bytes
 from evojax_merge.models.architecture import FINAL_NORM, ROUTER, architecture_of, shared_leaves
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.problem import SearchProblem, build_problem, config_from
-from evojax_merge.references import recipe_reference, resolve_file, resolve_headers, resolve_onto
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.plan import shown_bytes
 from evojax_merge.report.progress import bytes_bar, say
+from evojax_merge.schema.yaml_reader import parse_yaml
 from evojax_merge.spaces.search_parameters import find_method
+from evojax_merge.system.file_system import OutputFile
+from evojax_merge.system.user_modules import reference_from_anywhere
 from evojax_merge.tasks.data_versions import pinned_reference
 from evojax_merge.tasks.records import is_file_name, read_source
-from evojax_merge.user_modules import reference_from_anywhere
-from evojax_merge.yaml_reader import parse_yaml
 from evojax_merge.zoo import PREFIX
+from evojax_merge.zoo.references import recipe_reference, resolve_file, resolve_headers, resolve_onto
 
 YAML_ENDINGS = (".yaml", ".yml")
 ARRAYS = ".npz"

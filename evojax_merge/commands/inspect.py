@@ -6,11 +6,9 @@ from pathlib import Path
 from evojax_merge import plugins
 from evojax_merge.checkpoints.derived import adapted_from, ignored_revisions, reference_to
 from evojax_merge.errors import InputError
-from evojax_merge.file_system import OutputFile, check_outputs
 from evojax_merge.inspection.findings import findings
 from evojax_merge.inspection.models import read_models
 from evojax_merge.inspection.weights import compare_weights
-from evojax_merge.references import resolve_onto, resolve_reference
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.inspection import (
     PICTURE_MARKS,
@@ -21,6 +19,8 @@ from evojax_merge.report.inspection import (
 )
 from evojax_merge.report.notices import print_warnings
 from evojax_merge.report.progress import bytes_bar, console
+from evojax_merge.system.file_system import OutputFile, check_outputs
+from evojax_merge.zoo.references import resolve_onto, resolve_reference
 
 
 def inspect(references: list[str], base: str | None, json_file: Path | None, picture_file: Path | None) -> None:

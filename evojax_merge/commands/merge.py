@@ -17,20 +17,20 @@ from evojax_merge.checkpoints.writer import (
     require_space,
 )
 from evojax_merge.errors import InputError, print_warning
-from evojax_merge.file_system import recover
 from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.pipelines import PipelinePlan, merge_pipelines, prepare_pipelines
 from evojax_merge.mergekit.stages import StreamPlan, merge_stream, prepare_stream
 from evojax_merge.mergekit.streams import RecipeStream, parse_stream, stream_warnings
 from evojax_merge.mergekit.unused_keys import blaming_slips, few_lines, without_unused_keys
 from evojax_merge.mergekit.write import dump_documents
-from evojax_merge.references import resolve_reference
 from evojax_merge.report.card import merge_card
 from evojax_merge.report.front_matter import changed_front_matter
 from evojax_merge.report.notices import Log, log_unused_config_keys, print_warnings
 from evojax_merge.report.progress import console, merge_bar, say
+from evojax_merge.schema.yaml_reader import load_documents, refuse_repeated
 from evojax_merge.search.run_parts import RunFolder
-from evojax_merge.yaml_reader import load_documents, refuse_repeated
+from evojax_merge.system.file_system import recover
+from evojax_merge.zoo.references import resolve_reference
 
 T = TypeVar("T")
 

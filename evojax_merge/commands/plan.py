@@ -7,23 +7,23 @@ from pathlib import Path
 
 from evojax_merge import plugins
 from evojax_merge.checkpoints.headers import HeaderFolders
-from evojax_merge.config import blamed_on_overrides
+from evojax_merge.config.search_config import blamed_on_overrides
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, target_compiler
 from evojax_merge.evaluation.targets import Target, find_target, live_target
 from evojax_merge.evaluation.timings import read_timings
-from evojax_merge.file_system import OutputFile, check_outputs
-from evojax_merge.planning import make_plan
 from evojax_merge.problem import (
     build_problem,
     read_config,
     revision_warnings,
     stage_configs,
 )
-from evojax_merge.references import resolve_headers
 from evojax_merge.report.notices import print_warnings
 from evojax_merge.report.plan import is_plan_file
 from evojax_merge.report.progress import console, say, working
+from evojax_merge.steps.planning import make_plan
+from evojax_merge.system.file_system import OutputFile, check_outputs
+from evojax_merge.zoo.references import resolve_headers
 
 
 def plan(path: Path, target_name: str | None, json_file: Path | None, overrides: list[str]) -> None:

@@ -12,21 +12,19 @@ from typing import Any, Literal
 
 import jax
 
-from evojax_merge import core, interrupts, plugins
+from evojax_merge import core, plugins
 from evojax_merge.backends.backend import Backend
 from evojax_merge.checkpoints.derived import parts_of
 from evojax_merge.checkpoints.writer import (
     check_outside,
     require_space,
 )
-from evojax_merge.config import Config, StageConfig, blamed_on_overrides
+from evojax_merge.config.search_config import Config, StageConfig, blamed_on_overrides
 from evojax_merge.errors import LONGEST_LINE, InputError, PeerLostError, print_warning, printable
 from evojax_merge.evaluation.devices import barrier, losing_peers, unused_memory
 from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.peers import check_files
-from evojax_merge.interrupts import defer_signals
 from evojax_merge.judge.opening import JudgeOptions, check_export, check_judges
-from evojax_merge.planning import advice, disk_bytes
 from evojax_merge.problem import (
     SearchProblem,
     build_problem,
@@ -37,7 +35,6 @@ from evojax_merge.problem import (
     stage_config,
     stage_configs,
 )
-from evojax_merge.regular_file import MAX_NAME_BYTES
 from evojax_merge.report.live_page import kept_page
 from evojax_merge.report.loggers import LoggedSearch, check_loggers, logged
 from evojax_merge.report.notices import print_warnings
@@ -58,6 +55,10 @@ from evojax_merge.search.run_folder import (
 from evojax_merge.search.run_lock import check_not_in_use
 from evojax_merge.search.run_log import early_lines, run_log
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.steps.planning import advice, disk_bytes
+from evojax_merge.system import interrupts
+from evojax_merge.system.interrupts import defer_signals
+from evojax_merge.system.regular_file import MAX_NAME_BYTES
 from evojax_merge.tasks.opening import data_warnings
 from evojax_merge.tasks.splits import Splits
 

@@ -11,8 +11,8 @@ import jax
 import jax.monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
-from evojax_merge.data_packages import cache_folder
-from evojax_merge.file_system import remove_file
+from evojax_merge.system.data_packages import cache_folder
+from evojax_merge.system.file_system import remove_file
 
 # The most bytes of compiled programs that are kept: those used longest ago go first.
 MAX_COMPILED_BYTES = 4 * 2**30

@@ -29,7 +29,6 @@ from evojax_merge.evaluation.evaluator import MATERIALISE_FRACTION, DecoderEvalu
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.streaming import Bring, Part, StreamedPopulation, evaluate
-from evojax_merge.genealogy import Member
 from evojax_merge.models.architecture import (
     EMBEDDING,
     FINAL_NORM,
@@ -46,6 +45,7 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.layers import Weights
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.models.streamed_bank import load_ahead
+from evojax_merge.schema.genealogy import Member
 from evojax_merge.tasks.task import Task
 
 # Tensors that are merged at a time.

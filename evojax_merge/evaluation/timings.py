@@ -14,12 +14,12 @@ from typing import Annotated, Literal
 import jax
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.programs import DECODE
 from evojax_merge.evaluation.targets import processor_name
-from evojax_merge.file_system import atomic_write
-from evojax_merge.regular_file import read_regular
+from evojax_merge.system.data_packages import cache_folder
+from evojax_merge.system.file_system import atomic_write
+from evojax_merge.system.regular_file import read_regular
 
 # Scoring rows in one forward pass, writing text token by token, and differentiating the score.
 WorkKind = Literal["scoring", "decoding", "gradient"]

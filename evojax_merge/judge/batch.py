@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from evojax_merge.errors import InputError, Paused, shown
-from evojax_merge.file_system import OutputFile
 from evojax_merge.judge.votes import Round, Vote, VoteFile
-from evojax_merge.regular_file import lines_of
+from evojax_merge.system.file_system import OutputFile
+from evojax_merge.system.regular_file import lines_of
 from evojax_merge.tasks.voting import Choice
 
 # Each judge's choices, with the judge's name, by the name of the pair; and the largest file of them.

@@ -11,10 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from evojax_merge import interrupts
 from evojax_merge.checkpoints.writer import check_outside
 from evojax_merge.errors import InputError, printable
-from evojax_merge.file_system import atomic_file, atomic_write_bytes, check_outputs
 from evojax_merge.judge.activity import Activity
 from evojax_merge.judge.ballot import Ballot
 from evojax_merge.judge.batch import Choices, pair_files, read_choices, votes_of
@@ -22,6 +20,8 @@ from evojax_merge.judge.server import listen, served
 from evojax_merge.judge.votes import VoteFile
 from evojax_merge.problem import SearchProblem
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.system import interrupts
+from evojax_merge.system.file_system import atomic_file, atomic_write_bytes, check_outputs
 from evojax_merge.tasks.voting import JudgedTask
 
 

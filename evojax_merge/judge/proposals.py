@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from evojax_merge.config import VOTES
+from evojax_merge.config.search_config import VOTES
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.judge.ballot import Ballot
 from evojax_merge.judge.posterior import Preferences

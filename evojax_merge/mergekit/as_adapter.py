@@ -18,10 +18,10 @@ from evojax_merge.checkpoints.derived import reference_to
 from evojax_merge.checkpoints.folder import is_float
 from evojax_merge.checkpoints.writer import CARD, write_marker
 from evojax_merge.errors import InputError, escaped_lines, shown
-from evojax_merge.file_system import atomic_folder
 from evojax_merge.mergekit.execute import MergePlan, Progress, merged_tensors
 from evojax_merge.mergekit.stages import StreamPlan
 from evojax_merge.models.architecture import ROUTER, find_architecture, known_architecture, model_types
+from evojax_merge.system.file_system import atomic_folder
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 from merge_kernels import METHODS
 from pydantic import Field, field_validator
 
-from evojax_merge.config import EvaluationConfig, SearchConfig, parse
+from evojax_merge.config.search_config import EvaluationConfig, SearchConfig, parse
 from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import COMPONENTS
 from evojax_merge.models.families.llama_like import LEAVES
-from evojax_merge.schema import MAX_SEED, Form, Heldout, Location, Name, Real, Section, Text, Whole
+from evojax_merge.schema.section import MAX_SEED, Form, Heldout, Location, Name, Real, Section, Text, Whole
 from evojax_merge.tasks.task import TaskConfig
 
 # mergekit-evolve's default of `normalize` for the methods that weigh parents.

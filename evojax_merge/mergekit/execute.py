@@ -21,7 +21,6 @@ import merge_kernels
 import numpy as np
 from merge_kernels import draw_row_keys
 
-from evojax_merge.chat_templates import ChatTemplateError, check_chat_template
 from evojax_merge.checkpoints.config_file import (
     check_unquantised,
     check_values,
@@ -69,7 +68,6 @@ from evojax_merge.checkpoints.writer import (
     write_marker,
 )
 from evojax_merge.errors import InputError, escaped_lines
-from evojax_merge.file_system import atomic_folder
 from evojax_merge.mergekit.modules import module_kind
 from evojax_merge.mergekit.plan import (
     Layout,
@@ -85,7 +83,9 @@ from evojax_merge.mergekit.schema import RECIPE_DTYPES, RecipeFile, TokenizerSet
 from evojax_merge.mergekit.templates import CHAT_TEMPLATES
 from evojax_merge.models.architecture import BUFFERS, LAYERS, Architecture, known_architecture
 from evojax_merge.models.paths import scale_gain
-from evojax_merge.regular_file import copy_regular
+from evojax_merge.system.chat_templates import ChatTemplateError, check_chat_template
+from evojax_merge.system.file_system import atomic_folder
+from evojax_merge.system.regular_file import copy_regular
 
 Progress = Callable[[int], None]
 

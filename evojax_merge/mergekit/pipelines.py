@@ -9,10 +9,10 @@ from evojax_merge.checkpoints.derived import Find
 from evojax_merge.checkpoints.pipelines import MERGE, Components, Pipeline, choose_components, is_pipeline
 from evojax_merge.checkpoints.writer import CARD, MAX_SHARD_BYTES, RECIPE, write_marker
 from evojax_merge.errors import InputError, escaped_lines
-from evojax_merge.file_system import atomic_folder
 from evojax_merge.mergekit.execute import MergePlan, Progress, prepare, write_weights
 from evojax_merge.mergekit.schema import RecipeFile
 from evojax_merge.mergekit.streams import RecipeStream, stage_of
+from evojax_merge.system.file_system import atomic_folder
 
 # The keys of a recipe that are about a language model's tokens, layers or other modules.
 FOREIGN = ("tokenizer", "chat_template", "ends", "other_modules")

@@ -19,7 +19,7 @@ from merge_kernels import METHODS, Method
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.plugins import HINT
-from evojax_merge.yaml_reader import load_yaml
+from evojax_merge.schema.yaml_reader import load_yaml
 
 # The keys of each section.
 TOP_KEYS = {

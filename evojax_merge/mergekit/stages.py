@@ -15,9 +15,9 @@ from typing import TypeVar
 from evojax_merge.checkpoints.derived import FindModel, parts_of, resolve_model
 from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.errors import InputError, printable
-from evojax_merge.file_system import hidden_folder, recover, remove_folder
 from evojax_merge.mergekit.execute import MergePlan, Progress, prepare, write_outline, write_weights
 from evojax_merge.mergekit.streams import RecipeStream, stage_of
+from evojax_merge.system.file_system import hidden_folder, recover, remove_folder
 
 T = TypeVar("T")
 # Opens a progress bar of a label and a number of bytes.

@@ -14,7 +14,7 @@ from evojax_merge.checkpoints.folder import local_path
 from evojax_merge.errors import InputError, shown
 from evojax_merge.mergekit.other_formats import other_format
 from evojax_merge.mergekit.schema import TOP_KEYS, RecipeFile, checked_mapping, parse_recipe
-from evojax_merge.yaml_reader import load_documents
+from evojax_merge.schema.yaml_reader import load_documents
 
 
 @dataclass(frozen=True)

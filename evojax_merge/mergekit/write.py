@@ -12,11 +12,11 @@ import numpy as np
 import yaml
 from merge_kernels import METHODS, Method, Options
 
-from evojax_merge.genealogy import Member, member_name
 from evojax_merge.models.architecture import LAYERS, Architecture, architecture_of
 from evojax_merge.models.bank import MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import LayerPath, PathSpec
+from evojax_merge.schema.genealogy import Member, member_name
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from evojax_merge.problem import SearchProblem
 from evojax_merge.report.comparison import Result, model_name
 from evojax_merge.report.front_matter import changed_front_matter, front_matter
 from evojax_merge.report.tables import markdown_table
+from evojax_merge.schema.yaml_reader import parse_documents, take_last
 from evojax_merge.tasks.task import GUARD_WEIGHT, Task
-from evojax_merge.yaml_reader import parse_documents, take_last
 from evojax_merge.zoo import PREFIX
 
 # A change of a card's front matter: no results.

@@ -13,10 +13,10 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from evojax_merge.genealogy import NUMBER
 from evojax_merge.report.comparison import label_of, titled
 from evojax_merge.report.parameters import Frames, Map, Sampled
 from evojax_merge.report.run_data import Generation, Result, RunData, lead_over, spread
+from evojax_merge.schema.genealogy import NUMBER
 
 INK, SOFT, LINE, ACCENT, FAINT, OTHER, PAPER, BAND = (
     f"var(--{name})" for name in ("ink", "soft", "line", "accent", "faint", "other", "paper", "band")

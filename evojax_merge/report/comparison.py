@@ -11,10 +11,10 @@ import numpy as np
 from evojax_merge.checkpoints.derived import parts_of
 from evojax_merge.checkpoints.folder import hub_id
 from evojax_merge.evaluation.scores import Scale
-from evojax_merge.file_system import atomic_write
 from evojax_merge.report.intervals import SAME, TOO_FEW, Lead
 from evojax_merge.report.meetings import Meetings
 from evojax_merge.report.winner import WinnerReport
+from evojax_merge.system.file_system import atomic_write
 from evojax_merge.tasks.python_functions import PREFIX, is_reference
 
 UNIFORM = "uniform merge"

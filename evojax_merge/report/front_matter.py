@@ -16,7 +16,7 @@ from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_inde
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.writer import CARD
 from evojax_merge.errors import InputError, escaped_lines
-from evojax_merge.yaml_reader import parse_yaml
+from evojax_merge.schema.yaml_reader import parse_yaml
 
 # The bytes of a card that are read; the hub's longest front matters (tables of benchmarks) are a tenth of it.
 MAX_BYTES = 2**20

@@ -18,11 +18,8 @@ import jinja2
 from markupsafe import Markup, escape
 
 from evojax_merge.checkpoints.pipelines import SHEET
-from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import Failed, InputError, escaped
-from evojax_merge.file_system import OutputFile, atomic_write, make_folder
 from evojax_merge.mergekit.streams import read_stream
-from evojax_merge.regular_file import read_regular
 from evojax_merge.report.answers import read_answers
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.drawings import Layer, family_tree, path_drawing
@@ -46,6 +43,9 @@ from evojax_merge.report.run_tables import (
     winners_table,
 )
 from evojax_merge.search.run_parts import RunFolder, is_page
+from evojax_merge.system.data_packages import cache_folder
+from evojax_merge.system.file_system import OutputFile, atomic_write, make_folder
+from evojax_merge.system.regular_file import read_regular
 
 # Seconds between two looks of a browser at a page that is still written.
 REFRESH = 10

@@ -12,7 +12,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.frame import gene_values
 from evojax_merge.report.run_data import Generation, Result, RunData, spread
-from evojax_merge.run import StoredRun
+from evojax_merge.report.stored_run import StoredRun
 
 # The most frames of the heat maps' slider, and the most numbers in all frames.
 MOST_FRAMES, MOST_CELLS = 100, 16_000

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from evojax_merge.config import parse_budget
+from evojax_merge.config.search_config import parse_budget
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.evaluation.timings import NOT_MEASURED, Factor, WorkKind
 from evojax_merge.report.progress import cell

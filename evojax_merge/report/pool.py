@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.genealogy import Member, member_name
+from evojax_merge.schema.genealogy import Member, member_name
 
 
 @dataclass(frozen=True)

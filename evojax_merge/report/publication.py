@@ -15,10 +15,10 @@ from typing import Any
 from evojax_merge.checkpoints.pipelines import SHEET
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.write import dump_yaml
-from evojax_merge.regular_file import read_regular
 from evojax_merge.report.card import map_texts, public_names, public_recipe
 from evojax_merge.report.run_data import Result, RunData
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.system.regular_file import read_regular
 
 _PART = r"[^\s/\"'<>|:;,()\[\]{}`*\\&]+"
 # Keys of a model's JSON files whose values are paths of the machine on which a library wrote them.

@@ -12,11 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from evojax_merge.errors import InputError, escaped
-from evojax_merge.file_system import may_replace
-from evojax_merge.regular_file import open_regular, read_regular
 from evojax_merge.report.comparison import Row, verdict
 from evojax_merge.report.intervals import Lead, lead_within
-from evojax_merge.run import method_in
+from evojax_merge.report.stored_run import method_in
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_lock import check_not_in_use
 from evojax_merge.search.run_parts import LOG_MARK, RunFolder
@@ -33,6 +31,8 @@ from evojax_merge.search.run_schema import (
     read_run_config,
     whole_lines,
 )
+from evojax_merge.system.file_system import may_replace
+from evojax_merge.system.regular_file import open_regular, read_regular
 from evojax_merge.tasks.voting import METRIC
 
 # The generations that are read, evenly spaced over the run, and beside them those that looked at the validation split.

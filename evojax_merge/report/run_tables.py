@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table as TerminalTable
 
-from evojax_merge.config import Budget, parse_budget
+from evojax_merge.config.search_config import Budget, parse_budget
 from evojax_merge.errors import escaped, escaped_lines
 from evojax_merge.report.answers import winner_scores
 from evojax_merge.report.comparison import chosen_on, label_of, nothing_beat, titled

@@ -6,7 +6,7 @@ The figures behind the choices are in bench/results/strategies.md.
 from dataclasses import dataclass
 from typing import Any
 
-from evojax_merge.config import SearchConfig
+from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.search.budgets import GRADIENT_PASSES, search_passes
 from evojax_merge.search.protocols import Differentiates, Strategy

@@ -5,7 +5,7 @@ A pass is one candidate on all examples that a generation is scored on; on a par
 
 from collections.abc import Callable
 
-from evojax_merge.config import MAX_GENERATIONS, SearchConfig
+from evojax_merge.config.search_config import MAX_GENERATIONS, SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.search.protocols import Strategy, gradient_generations
 from evojax_merge.search.successive_halving import rung_shards, rung_size

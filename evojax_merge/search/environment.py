@@ -22,11 +22,11 @@ import jax
 from evojax_merge.errors import Failed, InputError, printable, shown, without_secrets
 from evojax_merge.evaluation.compilations import compilations
 from evojax_merge.evaluation.targets import processor_name
-from evojax_merge.file_system import atomic_write
-from evojax_merge.regular_file import read_regular
 from evojax_merge.search.run_log import begin_logs
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import A_FILE, MAX_DOCUMENT, Environment, parse
+from evojax_merge.system.file_system import atomic_write
+from evojax_merge.system.regular_file import read_regular
 from evojax_merge.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "numpy", "evosax", "transformers")

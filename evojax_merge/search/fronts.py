@@ -7,7 +7,7 @@ others dominate it. Letters: P candidates, T objectives.
 
 import numpy as np
 
-from evojax_merge.config import SearchConfig
+from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.protocols import Strategy, keeps_front

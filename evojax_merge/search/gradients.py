@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from evojax_merge.config import GradientConfig, SearchConfig
+from evojax_merge.config.search_config import GradientConfig, SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import fitness, means
 from evojax_merge.search.protocols import GradientEvaluator, Progress, Strategy, differentiates, goal_of

@@ -17,12 +17,12 @@ import jax
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import processor_name
-from evojax_merge.file_system import atomic_write, remove_file
-from evojax_merge.regular_file import read_regular
+from evojax_merge.system.data_packages import cache_folder
+from evojax_merge.system.file_system import atomic_write, remove_file
+from evojax_merge.system.regular_file import read_regular
 
 # Kinds of tasks whose scores follow from a model and a file.
 KINDS = frozenset({"likelihood", "exact_match", "multiple_choice", "gsm", "generation"})

@@ -14,8 +14,7 @@ from typing import Any, Literal, Protocol
 import jax
 import numpy as np
 
-from evojax_merge import interrupts
-from evojax_merge.config import SearchConfig
+from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.devices import tree_nbytes
 from evojax_merge.evaluation.scores import (
@@ -60,6 +59,7 @@ from evojax_merge.search.successive_halving import (
 )
 from evojax_merge.search.surrogate import HISTORY, SurrogateData
 from evojax_merge.search.validation import init_peak, validate
+from evojax_merge.system import interrupts
 
 # The number of the key that a strategy's first state is drawn from; generations have those from 0 on.
 INIT_KEY = 2**31 - 1

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from evojax_merge.checkpoints.folder import file_hash
-from evojax_merge.file_system import resolved
-from evojax_merge.references import canonical_reference
+from evojax_merge.schema.yaml_reader import load_documents
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import HistoryLine, parse, whole_lines
-from evojax_merge.yaml_reader import load_documents
+from evojax_merge.system.file_system import resolved
+from evojax_merge.zoo.references import canonical_reference
 
 
 def parting(run: RunFolder, again: RunFolder) -> str | None:

@@ -41,21 +41,11 @@ import merge_kernels
 import numpy as np
 
 from evojax_merge.checkpoints.folder import file_hash
-from evojax_merge.config import GradientConfig
+from evojax_merge.config.search_config import GradientConfig
 from evojax_merge.errors import Failed, InputError, PeerLostError, cannot_write
 from evojax_merge.evaluation.devices import barrier, collective
-from evojax_merge.file_system import (
-    atomic_folder,
-    atomic_write,
-    is_unfinished,
-    link_or_copy,
-    remove_empty_folder,
-    remove_file,
-    remove_folder,
-)
-from evojax_merge.interrupts import defer_signals
 from evojax_merge.mergekit.write import dump_yaml
-from evojax_merge.regular_file import check_unpacked, read_regular
+from evojax_merge.schema.yaml_reader import load_yaml
 from evojax_merge.search.run_lock import acquire, holder, release
 from evojax_merge.search.run_log import run_log
 from evojax_merge.search.run_parts import (
@@ -80,7 +70,17 @@ from evojax_merge.search.run_schema import (
     read_result,
     read_run_config,
 )
-from evojax_merge.yaml_reader import load_yaml
+from evojax_merge.system.file_system import (
+    atomic_folder,
+    atomic_write,
+    is_unfinished,
+    link_or_copy,
+    remove_empty_folder,
+    remove_file,
+    remove_folder,
+)
+from evojax_merge.system.interrupts import defer_signals
+from evojax_merge.system.regular_file import check_unpacked, read_regular
 
 # Keys that may differ between a run and its continuation.
 EXTENDABLE = (("search", "generations"), ("search", "budget"), ("search", "stop"), ("log",))

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from evojax_merge.errors import InputError, print_warning
-from evojax_merge.file_system import remove_file
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.system.file_system import remove_file
 
 LONGEST = 1000
 LOCK = re.compile(rb"(\d+) on (\S+)\n")

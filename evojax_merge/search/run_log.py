@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 
 from evojax_merge.errors import LOG, Failed, InputError, Paused, PeerLostError, print_warning, without_secrets
-from evojax_merge.file_system import may_replace
 from evojax_merge.search.run_parts import LOG_MARK, RunFolder
+from evojax_merge.system.file_system import may_replace
 
 # The token in the address of the judges' page.
 _TOKEN = re.compile(r"(?<=//127\.0\.0\.1:)(\d+/)[\w-]{22}(?=/)")

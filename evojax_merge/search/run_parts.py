@@ -18,7 +18,16 @@ from typing import Any
 from evojax_merge.checkpoints.members import member_folders
 from evojax_merge.checkpoints.writer import check_ours
 from evojax_merge.errors import InputError, shown
-from evojax_merge.file_system import (
+from evojax_merge.search.run_schema import (
+    A_FILE,
+    MAX_DOCUMENT,
+    HistoryLine,
+    TimingLine,
+    read_lines,
+    read_result,
+    whole_lines,
+)
+from evojax_merge.system.file_system import (
     check_free,
     is_real_folder,
     may_replace,
@@ -30,16 +39,7 @@ from evojax_merge.file_system import (
     remove_leftovers,
     resolved,
 )
-from evojax_merge.regular_file import read_regular
-from evojax_merge.search.run_schema import (
-    A_FILE,
-    MAX_DOCUMENT,
-    HistoryLine,
-    TimingLine,
-    read_lines,
-    read_result,
-    whole_lines,
-)
+from evojax_merge.system.regular_file import read_regular
 
 KEPT_CHECKPOINTS = 3
 # A mark in a checkpoint's metadata: this program wrote the checkpoint.

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from evojax_merge.config import MAX_GENERATIONS
+from evojax_merge.config.search_config import MAX_GENERATIONS
 from evojax_merge.errors import InputError
-from evojax_merge.regular_file import check_regular, read_regular
-from evojax_merge.schema import FLOAT32_MAX
-from evojax_merge.yaml_reader import load_yaml
+from evojax_merge.schema.section import FLOAT32_MAX
+from evojax_merge.schema.yaml_reader import load_yaml
+from evojax_merge.system.regular_file import check_regular, read_regular
 
 # The most bytes of a file of lines, of one of its lines, and of any other file.
 MAX_FILE, MAX_LINE, MAX_DOCUMENT = 4 * 2**30, 2**26, 2**26

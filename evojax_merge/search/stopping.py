@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from evojax_merge.config import SearchConfig, StopConfig
+from evojax_merge.config.search_config import SearchConfig, StopConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import decided_by_main
 from evojax_merge.search.validation import Check, Trend

@@ -12,8 +12,8 @@ import numpy as np
 from merge_kernels import Method
 
 from evojax_merge.errors import InputError
-from evojax_merge.genealogy import FIRST, GENES, METHOD, NONE, NUMBER, SECOND, Genealogy, Member
 from evojax_merge.mergekit.write import shortest_decimal
+from evojax_merge.schema.genealogy import FIRST, GENES, METHOD, NONE, NUMBER, SECOND, Genealogy, Member
 from evojax_merge.spaces.parameter import uniform_start
 
 # A child's parents.

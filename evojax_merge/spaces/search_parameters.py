@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from merge_kernels import METHODS, Method, Options
 
-from evojax_merge.config import FLOAT32_MAX, Bounds, Numbers
+from evojax_merge.config.search_config import FLOAT32_MAX, Bounds, Numbers
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.mergekit.plan import number, options_from
 from evojax_merge.mergekit.schema import check_parent_count

@@ -12,8 +12,8 @@ import numpy as np
 from pydantic import Field
 
 from evojax_merge.errors import InputError, shown
-from evojax_merge.regular_file import check_regular, check_unpacked
-from evojax_merge.schema import Location
+from evojax_merge.schema.section import Location
+from evojax_merge.system.regular_file import check_regular, check_unpacked
 from evojax_merge.tasks.function import guard_user_function, load_function
 from evojax_merge.tasks.python_functions import is_reference
 from evojax_merge.tasks.python_trees import find_tree

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import InputError, name_in_messages, without_secrets
-from evojax_merge.file_system import atomic_file, make_folder
-from evojax_merge.regular_file import check_no_pointer, open_regular
-from evojax_merge.yaml_reader import load_yaml
+from evojax_merge.schema.yaml_reader import load_yaml
+from evojax_merge.system.data_packages import cache_folder
+from evojax_merge.system.file_system import atomic_file, make_folder
+from evojax_merge.system.regular_file import check_no_pointer, open_regular
 
 OXEN = "oxen:"
 OXEN_FORM = "oxen:REPOSITORY@COMMIT:FILE"

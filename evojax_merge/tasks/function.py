@@ -26,7 +26,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from evojax_merge.errors import InputError, PeerLostError, did_you_mean, shown
-from evojax_merge.schema import Location, Text, Whole
+from evojax_merge.schema.section import Location, Text, Whole
+from evojax_merge.system.user_modules import importing_from, lacks_module, load_file, reference_from_anywhere
+from evojax_merge.system.users_traceback import WrongResultError
 from evojax_merge.tasks import python_functions
 from evojax_merge.tasks.prompts import PromptConfig
 from evojax_merge.tasks.task import (
@@ -39,8 +41,6 @@ from evojax_merge.tasks.task import (
 )
 from evojax_merge.tasks.templates import check_stop
 from evojax_merge.tasks.text import NO_TARGET, Kind, TextRecordsTask, TextTask, checked_fields, read_prompted
-from evojax_merge.user_modules import importing_from, lacks_module, load_file, reference_from_anywhere
-from evojax_merge.users_traceback import WrongResultError
 
 Inputs = Literal["texts", "log_probabilities", "logits"]
 # The arguments of the function.

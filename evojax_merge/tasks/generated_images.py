@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from evojax_merge.errors import InputError, shown
-from evojax_merge.schema import Location, Name, Real, Text, Whole
+from evojax_merge.schema.section import Location, Name, Real, Text, Whole
 from evojax_merge.tasks.function import UserFunction, load_function
 from evojax_merge.tasks.images import open_image
 from evojax_merge.tasks.records import read_file

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from evojax_merge.errors import InputError
-from evojax_merge.schema import Text, Whole
+from evojax_merge.schema.section import Text, Whole
 from evojax_merge.tasks.language import check_language, language_of
 from evojax_merge.tasks.patterns import check_pattern, find_all
 from evojax_merge.tasks.prompts import PromptConfig

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from evojax_merge.chat_templates import ChatTemplateError, render_chat
 from evojax_merge.errors import InputError, did_you_mean, shown
-from evojax_merge.schema import Location, Name, Text, Whole
+from evojax_merge.schema.section import Location, Name, Text, Whole
+from evojax_merge.system.chat_templates import ChatTemplateError, render_chat
 from evojax_merge.tasks.language import check_language, language_of
 from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
 from evojax_merge.tasks.prompts import chat_template, encode_prompt

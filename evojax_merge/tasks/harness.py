@@ -23,9 +23,9 @@ import numpy as np
 import yaml
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from evojax_merge.chat_templates import ChatTemplateError, render_chat
 from evojax_merge.errors import InputError, first_line, shown
-from evojax_merge.schema import Location, Name, Text, Whole
+from evojax_merge.schema.section import Location, Name, Text, Whole
+from evojax_merge.system.chat_templates import ChatTemplateError, render_chat
 from evojax_merge.tasks.function import FunctionFailed, guard_user_function
 from evojax_merge.tasks.images import RecordImage, expand_images, images_of, number_images
 from evojax_merge.tasks.patterns import SECONDS, LimitedRegex, TooSlow, time_limit

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from evojax_merge.schema import Text, Whole
+from evojax_merge.schema.section import Text, Whole
 from evojax_merge.tasks.function import NO_TARGET
 from evojax_merge.tasks.language_judge import LanguageModelJudge, check_address, read_key
 from evojax_merge.tasks.prompts import PromptConfig

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from evojax_merge.errors import InputError, shown
-from evojax_merge.regular_file import file_inside, read_regular
+from evojax_merge.system.regular_file import file_inside, read_regular
 from evojax_merge.tasks.records import Record
 
 # The fields of a record that hold images.

@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from evojax_merge.errors import InputError, shown
-from evojax_merge.regular_file import file_inside
-from evojax_merge.schema import Location, Name, Text, Whole
+from evojax_merge.schema.section import Location, Name, Text, Whole
+from evojax_merge.system.regular_file import file_inside
 from evojax_merge.tasks.arrays import read_examples
 from evojax_merge.tasks.function import METRIC as SCORE
 from evojax_merge.tasks.function import UserFunction, load_function

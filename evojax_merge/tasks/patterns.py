@@ -12,7 +12,7 @@ from typing import Any
 import regex
 
 from evojax_merge.errors import InputError, print_warning
-from evojax_merge.patterns import expression
+from evojax_merge.schema.patterns import expression
 
 # Seconds of processor time that one text may take. An ordinary pattern needs a thousandth of it for the longest output.
 SECONDS = 2.0

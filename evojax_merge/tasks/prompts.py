@@ -14,9 +14,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from evojax_merge.chat_templates import ChatTemplateError, folders_with_template, render_chat
 from evojax_merge.errors import InputError, shown
-from evojax_merge.schema import Form, Location, Name, Text, Whole
+from evojax_merge.schema.section import Form, Location, Name, Text, Whole
+from evojax_merge.system.chat_templates import ChatTemplateError, folders_with_template, render_chat
 from evojax_merge.tasks.images import RecordImage
 from evojax_merge.tasks.task import IMAGES, TaskConfig, token_ids
 from evojax_merge.tasks.templates import check_characters, look_up

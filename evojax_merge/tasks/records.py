@@ -18,9 +18,9 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from evojax_merge.data_packages import cached_wheel, hub_failure
 from evojax_merge.errors import InputError
-from evojax_merge.regular_file import check_regular
+from evojax_merge.system.data_packages import cached_wheel, hub_failure
+from evojax_merge.system.regular_file import check_regular
 
 HUB, SYMBOLIC = "hub:", "gsm-symbolic:"
 

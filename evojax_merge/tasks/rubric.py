@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from evojax_merge.errors import Failed, InputError
-from evojax_merge.schema import Location, Text, Whole
+from evojax_merge.schema.section import Location, Text, Whole
 from evojax_merge.tasks.function import NO_TARGET
 from evojax_merge.tasks.prompts import PromptConfig, Prompts
 from evojax_merge.tasks.task import Opening, Responses, TaskKind

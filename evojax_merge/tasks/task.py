@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from evojax_merge.errors import InputError
-from evojax_merge.schema import Heldout, Name, Real, Section, Whole
+from evojax_merge.schema.section import Heldout, Name, Real, Section, Whole
 from evojax_merge.tasks.records import Source, is_file_name, read_source
 
 # (logits float32[Q, V], targets int32[Q], mask bool[Q]) -> a number: a traced function's score of a row.

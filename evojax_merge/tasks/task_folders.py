@@ -18,11 +18,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from evojax_merge import jinja_process
 from evojax_merge.errors import InputError, shown
-from evojax_merge.patterns import expression
+from evojax_merge.schema.patterns import expression
+from evojax_merge.schema.yaml_reader import LOADER, load_documents, take_last
+from evojax_merge.system import jinja_process
 from evojax_merge.tasks.records import check_parquet, read_bytes
-from evojax_merge.yaml_reader import LOADER, load_documents, take_last
 
 # The harness's own folder has 14,000 YAMLs of 10 MB together.
 MAX_ENTRIES, MAX_YAML_BYTES = 100_000, 32 * 2**20

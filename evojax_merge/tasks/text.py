@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from evojax_merge.errors import InputError, print_warning
-from evojax_merge.schema import Name, Text, Whole
+from evojax_merge.schema.section import Name, Text, Whole
 from evojax_merge.tasks.images import RecordImage, expand_images, number_images, read_images
 from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
 from evojax_merge.tasks.prompts import (

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkabl
 
 from pydantic import Field
 
-from evojax_merge.schema import Form, Location, Name, Real, Text, Whole
+from evojax_merge.schema.section import Form, Location, Name, Real, Text, Whole
+from evojax_merge.system.users_traceback import WrongResultError
 from evojax_merge.tasks.function import UserFunction, guard_user_function, load_function
 from evojax_merge.tasks.task import Opening, ScoredTask, TaskConfig
-from evojax_merge.users_traceback import WrongResultError
 
 METRIC = "preference"
 # The choices that a judge of two answers has.

@@ -21,8 +21,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evojax_merge.data_packages import cache_folder as packages_cache_folder
 from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.system.data_packages import cache_folder as packages_cache_folder
 
 if TYPE_CHECKING:
     from evojax_merge.zoo.arithmetic import Plan
@@ -85,7 +85,7 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
 
 def unpack(family: Path, write: Callable[[Path], None]) -> None:
     """Have models that come with the package written; the folder takes its name when it is complete."""
-    from evojax_merge.file_system import atomic_folder
+    from evojax_merge.system.file_system import atomic_folder
 
     try:
         with atomic_folder(family) as work:
@@ -182,7 +182,7 @@ def train_family(family: Path, what: str, steps: int, make: Callable[..., None])
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from evojax_merge.file_system import atomic_folder
+    from evojax_merge.system.file_system import atomic_folder
 
     console = Console(file=sys.stderr)
     console.print(f"zoo: training {what}, once, into {family}", soft_wrap=True, highlight=False)

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from evojax_merge.pytrees import Generation, PytreeSearch, search_pytrees
+from evojax_merge.api.pytrees import Generation, PytreeSearch, search_pytrees
 from evojax_merge.zoo.digit_images import HIGH, LOW, load_digit_images
 
 BATCH = 64

@@ -27,13 +27,13 @@ from evojax_merge.checkpoints.gguf_file import named_tensors, read_gguf, write_c
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
-from evojax_merge.data_packages import opened_wheel
 from evojax_merge.errors import InputError, did_you_mean
-from evojax_merge.file_system import atomic_folder, atomic_write, make_folder
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.layers import SequenceLayout
 from evojax_merge.models.sources import StackedWeights
+from evojax_merge.system.data_packages import opened_wheel
+from evojax_merge.system.file_system import atomic_folder, atomic_write, make_folder
 from evojax_merge.tasks.batches import ScoringBatch, scoring_batches
 from evojax_merge.tasks.prompts import encode_pair
 from evojax_merge.tasks.records import Record, read_symbolic

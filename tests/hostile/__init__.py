@@ -272,7 +272,7 @@ def serve() -> None:
     from orbax.checkpoint import v1  # noqa: F401
     from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast  # noqa: F401
 
-    import evojax_merge.api  # noqa: F401
+    import evojax_merge.api.models  # noqa: F401
 
     _import_evosax()
     with suppress(ImportError):

@@ -18,7 +18,7 @@ from evojax_merge.checkpoints.derived import input_files, reference_to
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.checkpoints.parents import OpenDecoder, Sources, as_decoder_of, open_sources
 from evojax_merge.checkpoints.tokens import TokenizerChoice
-from evojax_merge.config import Config, EvaluationConfig
+from evojax_merge.config.search_config import Config, EvaluationConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import (
     BatchedTask,
@@ -41,16 +41,16 @@ from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.models.architecture import architecture_of
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.images import ImageTable
-from evojax_merge.references import resolve_reference
 from evojax_merge.report.notices import log_unused_config_keys
 from evojax_merge.report.progress import merge_bar
 from evojax_merge.report.winner import WinnerReport
+from evojax_merge.schema.yaml_reader import parse_documents
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.successive_halving import example_lengths
 from evojax_merge.spaces.search_parameters import parent_groups_of
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Task, about_backend
-from evojax_merge.yaml_reader import parse_documents
+from evojax_merge.zoo.references import resolve_reference
 
 
 @dataclass(frozen=True)

@@ -27,17 +27,16 @@ from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.parents import OpenDecoder, Sources, open_decoders, open_sources
 from evojax_merge.checkpoints.pipelines import MERGE
 from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer
-from evojax_merge.config import MAX_PATH_LAYERS, Config, DataFlowConfig, PoolConfig, SpaceConfig
+from evojax_merge.config.search_config import MAX_PATH_LAYERS, Config, DataFlowConfig, PoolConfig, SpaceConfig
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.evaluation.targets import Target
-from evojax_merge.genealogy import founding_genealogy
 from evojax_merge.mergekit.schema import check_parent_count
 from evojax_merge.models.architecture import ROUTER, architecture_of, shared_leaves
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
-from evojax_merge.references import recipe_reference, resolve_reference
 from evojax_merge.report.comparison import model_names
+from evojax_merge.schema.genealogy import founding_genealogy
 from evojax_merge.spaces.breeding import PARENTS, BreedingSpace, genome_genes
 from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
 from evojax_merge.spaces.parameter import ParameterSpace, component_groups
@@ -48,8 +47,9 @@ from evojax_merge.spaces.search_parameters import (
     parent_groups_of,
     search_parameters_of,
 )
+from evojax_merge.system.torch_note import leave_torch_out
 from evojax_merge.tasks.task import TaskConfig
-from evojax_merge.torch_note import leave_torch_out
+from evojax_merge.zoo.references import recipe_reference, resolve_reference
 
 # Kinds of tasks that take nothing of torch, and run no code that might; keys of configs whose models do.
 TEXT_KINDS = frozenset({"likelihood", "exact_match", "multiple_choice", "gsm", "generation"})

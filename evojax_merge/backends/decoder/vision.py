@@ -22,10 +22,10 @@ from evojax_merge.checkpoints.allowed_classes import check_folder
 from evojax_merge.checkpoints.config_file import DECODER_PREFIX, DECODER_PREFIXES
 from evojax_merge.checkpoints.decoder_folder import LM_HEAD, DecoderFolder
 from evojax_merge.checkpoints.writer import PROCESSOR_FILES
-from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import InputError, library_errors, shown
-from evojax_merge.file_system import atomic_file, make_folder
 from evojax_merge.models.images import Grid, GridPositions, ImageTable
+from evojax_merge.system.data_packages import cache_folder
+from evojax_merge.system.file_system import atomic_file, make_folder
 from evojax_merge.tasks.images import EXTRA, RecordImage
 
 # The larger models whose images are computed as transformers computes them. The others read texts alone: their

@@ -15,7 +15,7 @@ import numpy as np
 from evojax_merge.backends.function.trees import TreeBank, TreeMerge, put_bank
 from evojax_merge.checkpoints.abstract_bank import anywhere
 from evojax_merge.checkpoints.writer import write_marker
-from evojax_merge.config import EvaluationConfig
+from evojax_merge.config.search_config import EvaluationConfig
 from evojax_merge.errors import InputError, first_line
 from evojax_merge.evaluation.compilers import TargetCompiler, collectives
 from evojax_merge.evaluation.costs import convolution_share, cost_of
@@ -33,7 +33,6 @@ from evojax_merge.evaluation.programs import GRADIENT, MATERIALISE, SCORE
 from evojax_merge.evaluation.samples import score_rows
 from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores, task_weights
 from evojax_merge.evaluation.targets import Target
-from evojax_merge.file_system import atomic_folder, atomic_write
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.report.front_matter import changed_front_matter
 from evojax_merge.report.merges import MergeReport
@@ -42,6 +41,7 @@ from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.protocols import Progress
 from evojax_merge.search.successive_halving import rung_size
 from evojax_merge.spaces.parameter import GroupSpace
+from evojax_merge.system.file_system import atomic_folder, atomic_write
 from evojax_merge.tasks.arrays import ArrayTask, row_of
 from evojax_merge.tasks.python_trees import flatten, shown_path
 from evojax_merge.tasks.splits import Splits

@@ -14,16 +14,16 @@ import numpy as np
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.function.backend import FunctionBackend
 from evojax_merge.backends.function.trees import Tree, TreeMerge, group_labels, open_trees
-from evojax_merge.config import Config, SpaceConfig
+from evojax_merge.config.search_config import Config, SpaceConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.spaces.parameter import GroupSpace
 from evojax_merge.spaces.search_parameters import method_with_base, options_of, search_parameters_of
+from evojax_merge.system.user_modules import reference_from_anywhere
 from evojax_merge.tasks.arrays import read_npz
 from evojax_merge.tasks.python_functions import is_reference
 from evojax_merge.tasks.python_trees import find_tree, shown_path
-from evojax_merge.user_modules import reference_from_anywhere
 
 # The winner's file in its folder.
 PARAMS = "params.safetensors"

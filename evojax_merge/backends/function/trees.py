@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from merge_kernels import CombineInputs, combine_differentiable, draw_row_keys, look_up_differentiable, tabulate
 
-from evojax_merge.arguments import check_call
 from evojax_merge.errors import InputError, shown
 from evojax_merge.models.bank import LeafBank, MergeSpec
+from evojax_merge.schema.arguments import check_call
 from evojax_merge.spaces.parameter import GroupSpace
 from evojax_merge.tasks.arrays import is_real
 from evojax_merge.tasks.python_trees import Path, flatten, is_key, shown_path

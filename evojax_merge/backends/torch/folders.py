@@ -23,7 +23,7 @@ from evojax_merge.checkpoints.network_checks import check_counts, check_json, ch
 from evojax_merge.checkpoints.quiet import quiet_transformers
 from evojax_merge.checkpoints.writer import CARD, MARKER
 from evojax_merge.errors import InputError, library_errors, shown
-from evojax_merge.regular_file import file_inside
+from evojax_merge.system.regular_file import file_inside
 from evojax_merge.tasks.function import guard_user_function
 
 # A folder's files beside its weights that an exported folder has as well: of the processor and the tokenizer.

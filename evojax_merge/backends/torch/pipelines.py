@@ -13,15 +13,15 @@ from evojax_merge.backends.torch.generator import Generator
 from evojax_merge.checkpoints.pipelines import MERGE, SHEET, Components
 from evojax_merge.checkpoints.writer import write_marker
 from evojax_merge.errors import InputError, library_errors
-from evojax_merge.file_system import atomic_folder, atomic_write
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.report.front_matter import changed_front_matter
 from evojax_merge.report.progress import say
+from evojax_merge.schema.yaml_reader import parse_documents
+from evojax_merge.system.file_system import atomic_folder, atomic_write
 from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.function import checked, guard_user_function
 from evojax_merge.tasks.generated_images import DrawingTask, HumanImageTask, ImageTask, picture_of
 from evojax_merge.tasks.splits import Splits
-from evojax_merge.yaml_reader import parse_documents
 
 # The pictures of a model in a row of the contact sheet, and in pixels a picture's place there and the gap around it.
 COLUMNS, CELL, GAP = 12, 96, 4

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from evojax_merge.config import GradientConfig
+from evojax_merge.config.search_config import GradientConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.protocols import Capabilities

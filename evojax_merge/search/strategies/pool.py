@@ -1,8 +1,8 @@
 """A pool of models that breed: each generation's children are merges of two members, and take the place of others.
 
-The loop of AutoMerge and of Sakana AI's M2N2 (arXiv 2508.16204). A member has a number and a genome (see
-evojax_merge.genealogy), and scores on every example. Two rules are M2N2's. *Attraction* pairs members that are good at
-different examples: the second parent b of a is the one with the largest
+The loop of AutoMerge and of Sakana AI's M2N2 (arXiv 2508.16204). A member has a number and a genome
+(see evojax_merge.schema.genealogy), and scores on every example. Two rules are M2N2's. *Attraction* pairs members that
+are good at different examples: the second parent b of a is the one with the largest
 
     g(a, b) = sum_j c_j / (z_j + eps) max(f_j(b) - f_j(a), 0)
 
@@ -23,7 +23,7 @@ from flax import struct
 
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
-from evojax_merge.genealogy import (
+from evojax_merge.schema.genealogy import (
     FIRST,
     GENES,
     MAX_MEMBERS,

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from evojax_merge.config import AUTO, VOTES, GradientConfig, SearchConfig, Seed
+from evojax_merge.config.search_config import AUTO, VOTES, GradientConfig, SearchConfig, Seed
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.plugins import HINT
 from evojax_merge.search.protocols import Capabilities, Space, Strategy, capabilities_of

@@ -28,10 +28,21 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from evojax_merge import plugins
 from evojax_merge.errors import InputError, did_you_mean, nearest
-from evojax_merge.schema import FLOAT32_MAX, MAX_SEED, Form, Location, Name, Number, Numbers, Real, Section, Whole
+from evojax_merge.schema.section import (
+    FLOAT32_MAX,
+    MAX_SEED,
+    Form,
+    Location,
+    Name,
+    Number,
+    Numbers,
+    Real,
+    Section,
+    Whole,
+)
+from evojax_merge.schema.yaml_reader import load_yaml, parse_yaml
 from evojax_merge.tasks.kinds import find_kind, kind_names, kinds
 from evojax_merge.tasks.task import TaskConfig
-from evojax_merge.yaml_reader import load_yaml, parse_yaml
 
 # The most steps of a layer path: some forty times as many as the deepest models have layers.
 MAX_PATH_LAYERS = 10_000

@@ -16,45 +16,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from evojax_merge import plugins
-from evojax_merge.api import with_warnings
-from evojax_merge.arguments import check_arguments
-from evojax_merge.backends.decoder.opening import build_space, check_models
-from evojax_merge.backends.registry import find_backend
-from evojax_merge.checkpoints.parents import open_decoders
-from evojax_merge.checkpoints.tokens import TokenizerChoice
-from evojax_merge.commands.search import run_search
-from evojax_merge.config import Config, SpaceConfig, parse
-from evojax_merge.errors import Failed, InputError, shown
-from evojax_merge.evaluation.devices import ONE_DEVICE
-from evojax_merge.evaluation.scores import Scale, Scores, TaskScores, means, score_matrix
-from evojax_merge.goals import measured_scales, with_goal
-from evojax_merge.mergekit.write import dump_yaml
-from evojax_merge.models.config import DecoderConfig
-from evojax_merge.problem import build_problem, config_from, open_backend, plugins_of, resolved_document
-from evojax_merge.python_calls import Location, PythonCall, as_yaml, genome_array, ignore
-from evojax_merge.pytrees import HostCallback, HostFitness
-from evojax_merge.references import resolve_reference
-from evojax_merge.report.comparison import model_names
-from evojax_merge.report.described import Described, Table, parameter_table
-from evojax_merge.report.frame import history_frame
-from evojax_merge.run import best_facts
-from evojax_merge.schema import Form
-from evojax_merge.search.answers import ask, metrics, tell
-from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.loop import Generation, generation_key, history_row, init_state, next_state
-from evojax_merge.search.protocols import capabilities_of, context_of, wants_gradients
-from evojax_merge.search.run_folder import Checkpoints, check_place, check_same_config, is_run
-from evojax_merge.search.run_parts import RunFolder
-from evojax_merge.search.run_schema import StoredResult, read_result
-from evojax_merge.search.successive_halving import HalvingResult
-from evojax_merge.search.surrogate import empty_surrogate
-from evojax_merge.selection import open_evaluator
-from evojax_merge.spaces.search_parameters import find_method, options_of
-from evojax_merge.tasks import Arrays
-from evojax_merge.tasks.kinds import kind_of
-from evojax_merge.tasks.python_functions import PREFIX
-from evojax_merge.tasks.python_trees import PythonTree, hold_tree
-from evojax_merge.trials import (
+from evojax_merge.api.models import with_warnings
+from evojax_merge.api.python_calls import Location, PythonCall, as_yaml, genome_array, ignore
+from evojax_merge.api.pytrees import HostCallback, HostFitness
+from evojax_merge.api.trials import (
     Run,
     Trial,
     TrialSource,
@@ -65,6 +30,41 @@ from evojax_merge.trials import (
     score_table,
     trials_of,
 )
+from evojax_merge.backends.decoder.opening import build_space, check_models
+from evojax_merge.backends.registry import find_backend
+from evojax_merge.checkpoints.parents import open_decoders
+from evojax_merge.checkpoints.tokens import TokenizerChoice
+from evojax_merge.commands.search import run_search
+from evojax_merge.config.search_config import Config, SpaceConfig, parse
+from evojax_merge.errors import Failed, InputError, shown
+from evojax_merge.evaluation.devices import ONE_DEVICE
+from evojax_merge.evaluation.scores import Scale, Scores, TaskScores, means, score_matrix
+from evojax_merge.mergekit.write import dump_yaml
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.problem import build_problem, config_from, open_backend, plugins_of, resolved_document
+from evojax_merge.report.comparison import model_names
+from evojax_merge.report.described import Described, Table, parameter_table
+from evojax_merge.report.frame import history_frame
+from evojax_merge.report.stored_run import best_facts
+from evojax_merge.schema.arguments import check_arguments
+from evojax_merge.schema.section import Form
+from evojax_merge.search.answers import ask, metrics, tell
+from evojax_merge.search.genomes import SpaceEvaluator
+from evojax_merge.search.loop import Generation, generation_key, history_row, init_state, next_state
+from evojax_merge.search.protocols import capabilities_of, context_of, wants_gradients
+from evojax_merge.search.run_folder import Checkpoints, check_place, check_same_config, is_run
+from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.search.run_schema import StoredResult, read_result
+from evojax_merge.search.successive_halving import HalvingResult
+from evojax_merge.search.surrogate import empty_surrogate
+from evojax_merge.spaces.search_parameters import find_method, options_of
+from evojax_merge.steps.goals import measured_scales, with_goal
+from evojax_merge.steps.selection import open_evaluator
+from evojax_merge.tasks import Arrays
+from evojax_merge.tasks.kinds import kind_of
+from evojax_merge.tasks.python_functions import PREFIX
+from evojax_merge.tasks.python_trees import PythonTree, hold_tree
+from evojax_merge.zoo.references import resolve_reference
 
 # The name of a study's document in messages.
 WHERE = Path("Study")

@@ -12,8 +12,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from evojax_merge.errors import InputError, shown
-from evojax_merge.regular_file import MAX_NAME_BYTES
-from evojax_merge.schema import Form
+from evojax_merge.schema.section import Form
+from evojax_merge.system.regular_file import MAX_NAME_BYTES
 
 # Characters of a path, on Linux.
 MAX_PATH = 4096

@@ -24,7 +24,7 @@ def hide_inner_frames(error: BaseException) -> bool:
         return False
     cause_is_users = error.__cause__ is not None and hide_inner_frames(error.__cause__)
     entries = list(_entries(error.__traceback__))
-    ours = f"{Path(__file__).parent}{os.sep}"
+    ours = f"{Path(__file__).parents[1]}{os.sep}"
     hidden = tuple(_place(name) for name in _HIDDEN if name in sys.modules)
 
     def file_of(entry: TracebackType) -> str:

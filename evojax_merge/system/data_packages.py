@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from evojax_merge.errors import InputError, first_line, hide
-from evojax_merge.file_system import atomic_file, make_folder
+from evojax_merge.system.file_system import atomic_file, make_folder
 
 
 class PackageUnavailable(InputError):

@@ -3,10 +3,8 @@
 from functools import partial
 from typing import Any
 
-from evojax_merge import interrupts
 from evojax_merge.backends.backend import Backend
 from evojax_merge.evaluation.devices import Devices
-from evojax_merge.file_system import atomic_write
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.card import search_card
 from evojax_merge.report.comparison import Result, write_result
@@ -26,6 +24,8 @@ from evojax_merge.search.run_parts import RunFolder, check_replaceable_model
 from evojax_merge.search.run_schema import read_result
 from evojax_merge.search.stopping import course_of, stopped
 from evojax_merge.search.successive_halving import describe_halving
+from evojax_merge.system import interrupts
+from evojax_merge.system.file_system import atomic_write
 from evojax_merge.tasks.splits import Splits
 
 

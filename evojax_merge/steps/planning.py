@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from evojax_merge.backends.backend import Backend
-from evojax_merge.config import SearchConfig
+from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.evaluation.compilers import TargetCompiler
 from evojax_merge.evaluation.costs import Cost
 from evojax_merge.evaluation.planned_passes import PlanUse, SizedPass
@@ -24,7 +24,7 @@ from evojax_merge.report.plan import CHOOSING, GENERATIONS, HELDOUT, MEASURING, 
 from evojax_merge.search.loop import run_bytes
 from evojax_merge.search.protocols import Strategy, gradient_generations
 from evojax_merge.search.successive_halving import rung_shards, rung_size
-from evojax_merge.selection import SelectionCounts, candidates_to_select, models_to_measure
+from evojax_merge.steps.selection import SelectionCounts, candidates_to_select, models_to_measure
 from evojax_merge.tasks.splits import Splits
 
 # Bytes of the host that the program itself takes: the interpreter, JAX, the compiler at work.

@@ -12,7 +12,6 @@ from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
 from evojax_merge.evaluation.scores import ScoredTask, TaskScores, fitness, means, task_weights, units_of
-from evojax_merge.goals import score_stored, with_goals
 from evojax_merge.problem import SearchProblem, failure_hint
 from evojax_merge.report.comparison import FrontMember, GuardResult, Result, Row, model_name, model_names
 from evojax_merge.report.intervals import Lead, paired_lead
@@ -23,6 +22,7 @@ from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive, Finalist, rescore
 from evojax_merge.search.protocols import keeps_front, plain_merges_of
 from evojax_merge.search.strategies.greedy import Greedy, greedy_soup
+from evojax_merge.steps.goals import score_stored, with_goals
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import GUARD_WEIGHT
 

@@ -13,32 +13,33 @@ from typing import Any, Literal
 import numpy as np
 from merge_kernels import Method
 
-from evojax_merge import plugins, stored_models
-from evojax_merge.arguments import check_arguments
+from evojax_merge import plugins
+from evojax_merge.api.python_calls import Location, PythonCall, as_yaml, genome_array, ignore
+from evojax_merge.api.trials import Run, open_run
 from evojax_merge.checkpoints import bank as checkpoints_bank
 from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.commands.merge import MergeOptions, write_merge
 from evojax_merge.commands.search import default_out, run_search
-from evojax_merge.config import MAX_SEED, Config, Numbers, TaskFile, parse
+from evojax_merge.config.search_config import MAX_SEED, Config, Numbers, TaskFile, parse
 from evojax_merge.errors import InputError, did_you_mean, warn_program
 from evojax_merge.evaluation.scores import Scores, score_matrix
 from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.models.bank import Bank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.problem import build_problem, config_from, read_config
-from evojax_merge.python_calls import Location, PythonCall, as_yaml, genome_array, ignore
-from evojax_merge.references import resolve_reference
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described, Table, parameter_table
 from evojax_merge.report.progress import bytes_bar
+from evojax_merge.schema.arguments import check_arguments
+from evojax_merge.schema.yaml_reader import parse_documents
 from evojax_merge.search.loop import Generation
-from evojax_merge.selection import open_evaluator
 from evojax_merge.spaces.search_parameters import constants_of, method_with_base, options_of
+from evojax_merge.steps import stored_models
+from evojax_merge.steps.selection import open_evaluator
 from evojax_merge.tasks.kinds import find_kind
-from evojax_merge.trials import Run, open_run
-from evojax_merge.yaml_reader import parse_documents
+from evojax_merge.zoo.references import resolve_reference
 
 
 def _check_dtype(dtype: str | None) -> None:

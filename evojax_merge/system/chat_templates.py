@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evojax_merge import jinja_process
+from evojax_merge.system import jinja_process
 
 # The folders, of the models that were opened last, whose tokenizers have a chat template. A message about one that has
 # none names them.

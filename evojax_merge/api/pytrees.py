@@ -17,11 +17,11 @@ import numpy as np
 from pydantic import ValidationError
 
 from evojax_merge import plugins
-from evojax_merge.arguments import check_arguments, check_call
+from evojax_merge.api.python_calls import PythonCall
 from evojax_merge.backends.function.backend import FunctionBackend, score_count
 from evojax_merge.backends.function.opening import named_arrays, save_tree, tree_merge
 from evojax_merge.backends.function.trees import TreeMerge, open_trees
-from evojax_merge.config import (
+from evojax_merge.config.search_config import (
     MAX_SEED,
     Bounds,
     EvaluationConfig,
@@ -34,20 +34,20 @@ from evojax_merge.config import (
 from evojax_merge.core import evolve_on
 from evojax_merge.errors import LOG, InputError, print_warning
 from evojax_merge.evaluation.targets import live_target
-from evojax_merge.file_system import atomic_write, atomic_write_bytes
 from evojax_merge.problem import open_search, resolved_search, searchable
-from evojax_merge.python_calls import PythonCall
 from evojax_merge.report.loggers import LoggedSearch, check_loggers, logged
 from evojax_merge.report.progress import generation_line
-from evojax_merge.schema import Form
+from evojax_merge.schema.arguments import check_arguments, check_call
+from evojax_merge.schema.section import Form
 from evojax_merge.search.environment import recorded_session
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter
 from evojax_merge.search.protocols import Strategy, differentiates
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder, opened, random_numbers
 from evojax_merge.search.run_parts import check_room
-from evojax_merge.selection import open_evaluators, select_best
 from evojax_merge.spaces.parameter import GroupSpace
 from evojax_merge.spaces.search_parameters import method_with_base
+from evojax_merge.steps.selection import open_evaluators, select_best
+from evojax_merge.system.file_system import atomic_write, atomic_write_bytes
 from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.opening import split_task
 from evojax_merge.tasks.python_trees import digest_of, flatten

@@ -20,7 +20,7 @@ from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.checkpoints.parents import Sources, open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
-from evojax_merge.config import Config, EvaluationConfig, TaskFile, parse
+from evojax_merge.config.search_config import Config, EvaluationConfig, TaskFile, parse
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks, suitable_tokens, token_warnings
 from evojax_merge.evaluation.devices import unused_memory
@@ -31,17 +31,17 @@ from evojax_merge.evaluation.samples import sample_rows
 from evojax_merge.evaluation.scores import TaskScores, fitness, means, units_of
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.problem import read_config
-from evojax_merge.references import resolve_file, resolve_reference
 from evojax_merge.report.comparison import Row, short_names
 from evojax_merge.report.notices import Log, log_unused_config_keys
 from evojax_merge.report.progress import passes_bar
+from evojax_merge.schema.yaml_reader import load_yaml
 from evojax_merge.search.run_folder import RunFolder, check_recorded_inputs, is_run
 from evojax_merge.search.validation import validation_split
 from evojax_merge.tasks.opening import open_splits, open_whole_task, repeated
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Task, about_backend
 from evojax_merge.tasks.text import ignored_numbers
-from evojax_merge.yaml_reader import load_yaml
+from evojax_merge.zoo.references import resolve_file, resolve_reference
 
 # () -> a model's answers, as `sample_rows` has them.
 Answers = Callable[[], Sequence[dict[str, Any]]]

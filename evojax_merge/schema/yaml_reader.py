@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from evojax_merge.errors import InputError
-from evojax_merge.regular_file import read_regular
+from evojax_merge.system.regular_file import read_regular
 
 # libyaml where PyYAML was built with it: ten times as fast.
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from evojax_merge.regular_file import MAX_NAME_BYTES
+from evojax_merge.system.regular_file import MAX_NAME_BYTES
 
 # The largest number in float32.
 FLOAT32_MAX = 3.4028234663852886e38

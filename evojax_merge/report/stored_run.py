@@ -9,18 +9,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from evojax_merge.arguments import check_arguments
 from evojax_merge.backends.decoder.opening import parameter_space
-from evojax_merge.config import Config
+from evojax_merge.config.search_config import Config
 from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.problem import config_from, stage_config
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described
 from evojax_merge.report.frame import NamedValues, gene_values
+from evojax_merge.schema.arguments import check_arguments
+from evojax_merge.schema.yaml_reader import load_documents
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import StoredResult, read_result, read_run_config
-from evojax_merge.yaml_reader import load_documents
 
 
 @dataclass(frozen=True, repr=False)

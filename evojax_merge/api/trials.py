@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from evojax_merge import plugins
-from evojax_merge.arguments import check_arguments
+from evojax_merge.api.python_calls import Location, PythonCall, as_yaml, ignore
 from evojax_merge.backends.backend import Backend
 from evojax_merge.backends.registry import find_backend
 from evojax_merge.checkpoints.writer import check_new_model, check_output
@@ -19,21 +19,21 @@ from evojax_merge.commands.merge import MergeOptions, write_merge
 from evojax_merge.errors import InputError, warn_program
 from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.problem import build_problem, open_backend
-from evojax_merge.python_calls import Location, PythonCall, as_yaml, ignore
 from evojax_merge.report.card import merge_card
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described, Table, parameter_table
 from evojax_merge.report.frame import NamedValues, gene_values, history_frame
 from evojax_merge.report.run_data import lead_over
+from evojax_merge.report.stored_run import StoredRun, winner_fitness
 from evojax_merge.report.tables import lead_cell
-from evojax_merge.run import StoredRun, winner_fitness
+from evojax_merge.schema.arguments import check_arguments
+from evojax_merge.schema.yaml_reader import parse_documents
 from evojax_merge.search.loop import saved_strategy_state
 from evojax_merge.search.protocols import context_of
 from evojax_merge.search.run_folder import Checkpoints, check_inputs, check_masks, is_run
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import StoredResult, read_result
-from evojax_merge.selection import origin_of
-from evojax_merge.yaml_reader import parse_documents
+from evojax_merge.steps.selection import origin_of
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Forms of data that all rooms share: sections of a YAML and arguments, checked as they enter."""

@@ -1,0 +1,1 @@
+"""Below the program: files, processes, signals, other libraries."""
