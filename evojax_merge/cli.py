@@ -30,6 +30,9 @@ DONE, FAILED, WRONG_INPUT = 0, 1, 2
 SEED = click.IntRange(min=0, max=2**63 - 1)
 
 
+# Commands that print lists.
+LISTS = frozenset({"methods", "strategies", "architectures", "keys", "runs", "show", "compare"})
+
 with_plugins = click.option(
     "--plugin",
     "plugin_names",
@@ -66,8 +69,22 @@ def _start_jax() -> None:
     keep_compiled_programs()
 
 
+class Command(click.Command):
+    """A command, which is named from its first imports on wherever it takes long; lists are for other programs too."""
+
+    def invoke(self, context: click.Context) -> Any:
+        if context.info_name in LISTS:
+            return super().invoke(context)
+        from evojax_merge.system.console import working
+
+        with working(str(context.info_name)):
+            return super().invoke(context)
+
+
 class Commands(click.Group):
     """The group of all commands."""
+
+    command_class = Command
 
     def invoke(self, context: click.Context) -> Any:
         try:

@@ -14,7 +14,7 @@ import numpy as np
 
 from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.compilations import compilations
+from evojax_merge.evaluation.compilations import Compilations, compilations
 from evojax_merge.evaluation.devices import barrier, local_devices
 from evojax_merge.evaluation.diagnostics import warnings
 from evojax_merge.evaluation.scores import TaskScores
@@ -25,7 +25,7 @@ from evojax_merge.judge.proposals import proposing
 from evojax_merge.problem import SearchProblem, failure_hint
 from evojax_merge.report.comparison import model_name
 from evojax_merge.report.plan import Plan
-from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar, working
+from evojax_merge.report.progress import OnGeneration, bytes_bar, passes_bar, search_bar
 from evojax_merge.search.environment import recorded_session
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.kept_scores import kept_scores
@@ -36,6 +36,7 @@ from evojax_merge.search.run_schema import read_run_config
 from evojax_merge.steps.output import print_setup, print_work, why_complete, write_winner
 from evojax_merge.steps.planning import compile_ahead, make_plan
 from evojax_merge.steps.selection import open_evaluators, select_best
+from evojax_merge.system.console import console, say, working
 from evojax_merge.tasks.splits import Splits
 
 # Models of fewer bytes load before anything is compiled.
@@ -73,7 +74,7 @@ def search(
                 evaluators = open_evaluators(problem, prepared, devices, loading, say, folder.members, measuring)
             evaluators = judged(evaluators, ballots, partial(family_tree, problem), activity)
             problem = proposing(problem, ballots)
-            with search_bar(generations, on_generation, planned.ending_seconds) as reporter:
+            with search_bar(generations, on_generation, _ending(problem, planned, compiled_before)) as reporter:
                 storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
                 archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)
             archive = with_best(archive, ballots, problem.search.finalists)
@@ -87,6 +88,20 @@ def search(
                 if not ballots:
                     _record_timing(planned, folder)
     barrier("written")
+
+
+def _ending(problem: SearchProblem[Backend], planned: Plan, before: Compilations) -> Callable[[float], float]:
+    """(seconds of a generation) -> about the seconds from the last generation to the end. Programs of the ending that
+    were not compiled ahead take about as long to compile as those that ran until the second generation."""
+    compiling = list[float]()
+
+    def ending(generation: float) -> float:
+        if not compiling:
+            is_ahead = problem.backend.stored_bytes() >= COMPILE_BESIDE_BYTES
+            compiling.append(0.0 if is_ahead else (compilations() - before).seconds)
+        return planned.ending_seconds(generation) + compiling[0]
+
+    return ending
 
 
 @contextmanager

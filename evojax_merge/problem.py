@@ -116,6 +116,12 @@ class SearchProblem(Generic[B]):
         """The tasks of each split as the backend evaluates them."""
         return self.backend.prepare(self.splits)
 
+    def exporting(self) -> B:
+        """The backend, ready to write candidates: batch norms are measured on the search's examples."""
+        if self.backend.settings.recalibrate:
+            self.prepare()
+        return self.backend
+
     def example_choice(self, evaluators: Splits[Any]) -> ExampleChoice | None:
         """The examples that rungs choose from; None where shards take turns. evaluators: of genomes, on each split."""
         if evaluators.choice is None:

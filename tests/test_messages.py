@@ -12,8 +12,9 @@ import evojax_merge as em
 from evojax_merge.errors import escaped_lines, nearest, print_warning, printable
 from evojax_merge.report.comparison import Row
 from evojax_merge.report.front_matter import changed_front_matter
-from evojax_merge.report.progress import PlainColumn, Terminal, cell
+from evojax_merge.report.progress import PlainColumn, cell
 from evojax_merge.report.tables import markdown_table, terminal_table
+from evojax_merge.system.console import Terminal
 
 UNSAFE = "a\u202eb\u200bc\x1b[31md\u2028e\x9bf\ud800g"
 SHOWN = "a\\u202eb\\u200bc\\x1b[31md\\u2028e\\x9bf\\ud800g"

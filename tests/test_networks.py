@@ -13,6 +13,7 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, load_model, save_file, save_model
 
+import evojax_merge as em
 from evojax_merge.backends.torch.backend import on_cores
 from evojax_merge.backends.torch.folders import open_module
 from evojax_merge.cli import cli
@@ -241,6 +242,9 @@ def test_modules_of_the_users_own_are_evaluated(nets: Path, tmp_path: Path) -> N
     command("evaluate", *models, "--tasks", run / "config.yaml", "--split", "heldout", "--json", out)
     scores = [row["scores"]["classes/log_probability"] for row in json.loads(out.read_text())]
     assert scores == pytest.approx(expected, abs=1e-5)
+    # Batch norms of the winner are measured on the search's examples again.
+    written = em.open_run(run).best.export(tmp_path / "again")
+    assert (written / "model.safetensors").read_bytes() == (run / "best/model/model.safetensors").read_bytes()
     alone = {"tasks": document(nets)["tasks"], "backend": "net.py:make"}
     (tmp_path / "net.py").write_text(OWN)
     (tmp_path / "tasks.yaml").write_text(json.dumps(alone))

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 import toy_backend
 import yaml
 from helpers import Family
@@ -25,6 +26,7 @@ BASE = {name: 0 * values for name, values in WANTED.items()}
 ONE = {"encoder": WANTED["encoder"] + 1, "head": BASE["head"]}
 TWO = {"encoder": BASE["encoder"], "head": 2 * WANTED["head"]}
 ROWS = {"x": np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)}
+MODULE = torch.nn.Linear(2, 2)
 SEARCH: dict[str, Any] = {"strategy": {"strategy": "cma_es", "population": 4}, "seed": 3, "finalists": 1}
 
 
@@ -187,6 +189,7 @@ def test_a_run_has_the_candidates_of_its_study(tmp_path: Path) -> None:
         (lambda: em.load_models(None, [ONE, "zoo:maths"]), "load_models: parents[0]: {"),
         (lambda: em.load_models(BASE, {"a b": ONE}), "load_models: parents: 'a b'; expected names of letters"),
         (lambda: em.load_models(None, {"maths": "zoo:maths"}), "parents: name 'zoo:maths'; expected a list"),
+        (lambda: em.load_models(None, [MODULE, MODULE]), "load_models: parents[0]: is a Linear, a module of torch; exp"),
         (lambda: em.LayerPathSpace(em.load_models(None, [ONE, TWO])), "LayerPathSpace: data_flow: is for language"),
         (lambda: em.PoolSpace(em.load_models(None, [ONE, TWO])), "PoolSpace: pool: is for language models"),
         (lambda: make([with_rows(heldout=1.5)]), "heldout: expected a share"),

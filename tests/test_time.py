@@ -18,19 +18,21 @@ import yaml
 from helpers import Family, run_here, thorough
 from hostile import run_python
 
+from evojax_merge import cli
 from evojax_merge.backends.decoder.backend import DecoderBackend
 from evojax_merge.config.search_config import Config
 from evojax_merge.evaluation import compilations, timings
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.timings import NOT_MEASURED, Timing, estimated_factor, read_timings, record_timings, timing
 from evojax_merge.problem import build_problem, config_from
-from evojax_merge.report import progress
 from evojax_merge.report.plan import CHOOSING, GENERATIONS, HELDOUT, MEASURING, Plan
-from evojax_merge.report.progress import passes_bar, search_bar, working
+from evojax_merge.report.progress import passes_bar, search_bar
 from evojax_merge.search import kept_scores
 from evojax_merge.search.loop import Generation, _Clock
 from evojax_merge.search.stopping import course_of
 from evojax_merge.steps.planning import make_plan
+from evojax_merge.system import console
+from evojax_merge.system.console import working
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def write_config(folder: Path, family: Family, **changes: Any) -> Path:
 
 
 def test_work_without_a_line_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(progress, "SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(console, "SILENCE_SECONDS", 0.1)
     with working("reading the models"):
         time.sleep(0.8)
         with passes_bar("choosing the winner", 4) as advance:
@@ -80,8 +82,16 @@ def test_work_without_a_line_is_named(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().out == ""
 
 
+def test_a_command_is_named_from_its_imports_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(cli, "_start_jax", lambda: time.sleep(0.8))
+    assert "plan: 0:01 so far\n" in run_here("plan", "missing.yaml").stdout
+    # Other programs read a list.
+    assert "so far" not in run_here("methods").stdout
+
+
 def test_a_generation_under_way_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(progress, "SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(console, "SILENCE_SECONDS", 0.1)
     with search_bar(3, lambda generation: None) as bar:
         bar.evaluating(0, 8)
         time.sleep(0.7)

@@ -12,8 +12,8 @@ import yaml
 from evojax_merge.errors import InputError, in_python_words, shown
 from evojax_merge.evaluation.compilations import keep_compiled_programs
 from evojax_merge.mergekit.write import dump_yaml
-from evojax_merge.report.progress import console
 from evojax_merge.schema.yaml_reader import parse_yaml
+from evojax_merge.system.console import console
 from evojax_merge.system.users_traceback import hide_inner_frames
 from evojax_merge.tasks.python_functions import reference_to
 from evojax_merge.tasks.python_trees import PythonTree

@@ -143,6 +143,12 @@ def load_models(
         of_parents = [(f"parents[{k}]", parent) for k, parent in enumerate(parents)]
     named += of_parents
     pytrees = [(key, model) for key, model in named if not isinstance(model, str | PathLike)]
+    for key, model in pytrees:
+        if hasattr(model, "state_dict"):
+            raise InputError(
+                f"load_models: {key}", f"is a {type(model).__name__}, a module of torch; expected its folder or its file "
+                'of weights, with backend="torch" or backend="FILE.py:NAME", a function that makes the module',
+            )  # fmt: skip
     if backend is None and pytrees and len(pytrees) < len(named):
         key, model = pytrees[0]
         raise InputError(f"load_models: {key}", f"{shown(model)}; expected a path or a name, as other models have")
@@ -638,7 +644,7 @@ class Study(Described):
         keep = () if self.out is None else tuple(RunFolder(self.out).parts)
         return TrialSource(
             self.space.method, self.space.named_values,
-            lambda: self._problem.within(self._context()).backend, factory.merges_recipes, keep=keep,
+            lambda: self._problem.within(self._context()).exporting(), factory.merges_recipes, keep=keep,
         )  # fmt: skip
 
     def to_frame(self) -> Any:

@@ -18,7 +18,7 @@ from evojax_merge.checkpoints.writer import check_new_model, check_output
 from evojax_merge.commands.merge import MergeOptions, write_merge
 from evojax_merge.errors import InputError, warn_program
 from evojax_merge.mergekit.streams import plain_recipe
-from evojax_merge.problem import build_problem, open_backend
+from evojax_merge.problem import build_problem, config_from, open_backend
 from evojax_merge.report.card import merge_card
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described, Table, parameter_table
@@ -243,6 +243,8 @@ class Run(StoredRun):
         """The models of the run's last stage."""
         self._check_models()
         folder, config = self._folder, self.last_stage()
+        if config.evaluation.recalibrate:
+            return build_problem(folder.config, config_from(folder.config, self.config, [], None)).exporting()
         if config.pool is None:
             return open_backend(folder.config, config, chained=True)
         problem = build_problem(folder.config, config)

@@ -8,8 +8,9 @@ from evojax_merge.benchmarks.report import as_json, comparison, is_benchmark_fil
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.evaluation.timings import record_timings
-from evojax_merge.report.progress import console, named_bar
+from evojax_merge.report.progress import named_bar
 from evojax_merge.search.environment import environment
+from evojax_merge.system.console import console
 from evojax_merge.system.file_system import OutputFile, check_outputs
 
 

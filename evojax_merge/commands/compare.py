@@ -5,10 +5,10 @@ from pathlib import Path
 from evojax_merge.errors import InputError
 from evojax_merge.report.comparison import short_names
 from evojax_merge.report.page import compare_page
-from evojax_merge.report.progress import console
 from evojax_merge.report.run_data import read_run
 from evojax_merge.report.run_tables import gaps_table, runs_table, task_note
 from evojax_merge.search.run_parts import RunFolder, is_page
+from evojax_merge.system.console import console
 from evojax_merge.system.file_system import OutputFile, check_outputs
 
 

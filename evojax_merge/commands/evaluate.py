@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.errors import print_warning
-from evojax_merge.report.progress import console, say
 from evojax_merge.report.tables import terminal_table
 from evojax_merge.search.run_folder import (
     to_line,
@@ -19,6 +18,7 @@ from evojax_merge.steps.stored_models import (
     score_models,
     score_table,
 )
+from evojax_merge.system.console import console, say
 from evojax_merge.system.file_system import OutputFile, check_outputs
 
 

@@ -25,7 +25,6 @@ from evojax_merge.problem import (
     stage_config,
 )
 from evojax_merge.report.card import adapter_card, card_in_dtype, merge_card
-from evojax_merge.report.progress import console, say
 from evojax_merge.schema.yaml_reader import parse_documents
 from evojax_merge.search.loop import saved_strategy_state
 from evojax_merge.search.protocols import context_of
@@ -39,6 +38,7 @@ from evojax_merge.search.run_folder import (
 )
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import MAX_DOCUMENT, read_result, read_run_config
+from evojax_merge.system.console import console, say
 from evojax_merge.system.file_system import recover
 from evojax_merge.system.regular_file import read_regular
 from evojax_merge.zoo.references import resolve_reference
@@ -126,13 +126,11 @@ def _export_genome(
             genome = np.array(result.genome, np.float32)
         else:
             raise InputError(folder.path, "has no winner yet; finish it with search … --resume, or pass --best-so-far")
-        if problem.backend.settings.recalibrate:
-            # Batch norms are measured on the search's examples.
-            problem.prepare()
-        recipe = problem.backend.recipe(genome)
-        models = {problem.backend.references[model]: model for model in problem.backend.merged_from(genome)}
-        card = merge_card(out.name, [problem.backend.name], models, recipe)
-        problem.backend.export(recipe, genome, out, card, partial(check_output, out, folder.parts))
+        backend = problem.exporting()
+        recipe = backend.recipe(genome)
+        models = {backend.references[model]: model for model in backend.merged_from(genome)}
+        card = merge_card(out.name, [backend.name], models, recipe)
+        backend.export(recipe, genome, out, card, partial(check_output, out, folder.parts))
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)
 
 

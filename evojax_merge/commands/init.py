@@ -46,9 +46,10 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.plan import shown_bytes
-from evojax_merge.report.progress import bytes_bar, say
+from evojax_merge.report.progress import bytes_bar
 from evojax_merge.schema.yaml_reader import parse_yaml
 from evojax_merge.spaces.search_parameters import find_method
+from evojax_merge.system.console import say
 from evojax_merge.system.file_system import OutputFile
 from evojax_merge.system.user_modules import reference_from_anywhere
 from evojax_merge.tasks.data_versions import pinned_reference

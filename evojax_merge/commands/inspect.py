@@ -18,7 +18,8 @@ from evojax_merge.report.inspection import (
     tables,
 )
 from evojax_merge.report.notices import print_warnings
-from evojax_merge.report.progress import bytes_bar, console
+from evojax_merge.report.progress import bytes_bar
+from evojax_merge.system.console import console
 from evojax_merge.system.file_system import OutputFile, check_outputs
 from evojax_merge.zoo.references import resolve_onto, resolve_reference
 

@@ -14,7 +14,7 @@ from evojax_merge.report.listings import (
     sections_table,
     strategies_table,
 )
-from evojax_merge.report.progress import console
+from evojax_merge.system.console import console
 
 
 def list_known(what: str, section: str | None = None) -> None:

@@ -26,9 +26,10 @@ from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.report.card import merge_card
 from evojax_merge.report.front_matter import changed_front_matter
 from evojax_merge.report.notices import Log, log_unused_config_keys, print_warnings
-from evojax_merge.report.progress import console, merge_bar, say
+from evojax_merge.report.progress import merge_bar
 from evojax_merge.schema.yaml_reader import load_documents, refuse_repeated
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.system.console import console, say
 from evojax_merge.system.file_system import recover
 from evojax_merge.zoo.references import resolve_reference
 

@@ -20,8 +20,8 @@ from evojax_merge.problem import (
 )
 from evojax_merge.report.notices import print_warnings
 from evojax_merge.report.plan import is_plan_file
-from evojax_merge.report.progress import console, say, working
 from evojax_merge.steps.planning import make_plan
+from evojax_merge.system.console import console, say, working
 from evojax_merge.system.file_system import OutputFile, check_outputs
 from evojax_merge.zoo.references import resolve_headers
 

@@ -12,12 +12,12 @@ from evojax_merge.checkpoints.pipelines import SHEET
 from evojax_merge.checkpoints.writer import MARKER, own_names
 from evojax_merge.errors import Failed, InputError, hide, print_warning
 from evojax_merge.report.page import run_page
-from evojax_merge.report.progress import console
 from evojax_merge.report.publication import Publication
 from evojax_merge.report.run_data import read_run
 from evojax_merge.schema.yaml_reader import load_yaml
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.system.console import console
 
 
 def publish(run: Path, repo: str, push: bool, private: bool, with_answers: bool = False) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from evojax_merge import plugins
 from evojax_merge.report.page import write_page
-from evojax_merge.report.progress import console
 from evojax_merge.report.run_data import RunData
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.system.console import console
 
 # Seconds between two looks at the files of a run.
 POLL = 1.0

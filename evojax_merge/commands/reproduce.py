@@ -7,13 +7,13 @@ from evojax_merge import plugins
 from evojax_merge.commands.search import run_search
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.problem import read_config
-from evojax_merge.report.progress import console
 from evojax_merge.schema.yaml_reader import load_documents
 from evojax_merge.search.environment import differences, environment, read_sessions
 from evojax_merge.search.reproduction import parting
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import read_result, read_run_config
+from evojax_merge.system.console import console
 
 
 def reproduce(run: Path, out: Path | None) -> None:

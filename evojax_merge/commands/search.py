@@ -39,7 +39,7 @@ from evojax_merge.report.live_page import kept_page
 from evojax_merge.report.loggers import LoggedSearch, check_loggers, logged
 from evojax_merge.report.notices import print_warnings
 from evojax_merge.report.plan import format_advice
-from evojax_merge.report.progress import OnGeneration, console, generation_record, say, working
+from evojax_merge.report.progress import OnGeneration, generation_record
 from evojax_merge.search.loop import Generation
 from evojax_merge.search.run_folder import (
     INPUTS,
@@ -57,6 +57,7 @@ from evojax_merge.search.run_log import early_lines, run_log
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.steps.planning import advice, disk_bytes
 from evojax_merge.system import interrupts
+from evojax_merge.system.console import console, say, working
 from evojax_merge.system.interrupts import defer_signals
 from evojax_merge.system.regular_file import MAX_NAME_BYTES
 from evojax_merge.tasks.opening import data_warnings

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from evojax_merge.report.progress import console
 from evojax_merge.report.run_data import read_run
 from evojax_merge.report.run_tables import facts, heldout_table, notes, sentences
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.system.console import console
 
 
 def show(path: Path) -> None:

@@ -278,13 +278,13 @@ def _about_base(names: Sequence[str], comparison: Comparison) -> Iterator[Findin
         yield Finding("base", text)
     elif verdict.is_clear:
         yield Finding(
-            "base", f"{base} is the base of the others: it is nearest to all of them (margin {verdict.margin:.2f} of "
-            f"1, least for {rival}). Methods that take task vectors from it: {needing}.",
+            "base", f"{base} is the base of the others: it is nearest to all of them (margin {verdict.margin:.2f}, "
+            f"least for {rival}; 1 for unrelated task vectors). Methods that take task vectors from it: {needing}.",
         )  # fmt: skip
     else:
         yield Finding(
             "unsure_base", f"The base is unclear: {base} is nearest to the others, but {rival} nearly as much (margin "
-            f"{verdict.margin:.2f} of 1). Name the base (--base) if you know it.",
+            f"{verdict.margin:.2f}; 1 for unrelated task vectors). Name the base (--base) if you know it.",
         )  # fmt: skip
 
 

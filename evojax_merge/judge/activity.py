@@ -8,8 +8,8 @@ from typing import Any
 
 from evojax_merge.report.comparison import Result, label_of
 from evojax_merge.report.plan import CHOOSING, HELDOUT, MEASURING
-from evojax_merge.report.progress import format_seconds
 from evojax_merge.steps.selection import Phase, Progress
+from evojax_merge.system.console import format_seconds
 
 # A phase of the search, in the words of the page.
 PHASES = {

@@ -53,7 +53,7 @@ def _models_table(models: Sequence[Model], names: Sequence[str]) -> Table:
         "vocabulary": ["unknown" if model.vocabulary is None else f"{model.vocabulary:,}" for model in models],
         "tokenizer": [_tokenizer(model, models) for model in models],
         "chat template": [_chat_template(model, models) for model in models],
-        "head": ["the embedding" if model.tied else "its own" for model in models],
+        "language head": ["the embedding" if model.tied else "its own" for model in models],
         "searched by": ["nothing" if model.way is None else _backend(model.way) for model in models],
     }
     for label, values in rows.items():

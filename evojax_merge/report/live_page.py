@@ -7,9 +7,10 @@ from contextlib import contextmanager
 import jax
 
 from evojax_merge.report.page import write_page
-from evojax_merge.report.progress import OnGeneration, working
+from evojax_merge.report.progress import OnGeneration
 from evojax_merge.search.loop import Generation
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.system.console import working
 
 # Seconds between two pages, and at least as many times the seconds that the last one took.
 INTERVAL, TIMES = 10.0, 50.0

@@ -9,7 +9,7 @@ from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.checkpoints.json_files import shown
 from evojax_merge.errors import print_warning
 from evojax_merge.models.architecture import known_architecture
-from evojax_merge.report.progress import say
+from evojax_merge.system.console import say
 
 Log = Callable[[str], None]
 

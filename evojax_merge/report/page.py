@@ -24,7 +24,6 @@ from evojax_merge.report.answers import read_answers
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.drawings import Layer, family_tree, path_drawing
 from evojax_merge.report.parameters import read_parameters
-from evojax_merge.report.progress import format_seconds
 from evojax_merge.report.publication import Publication
 from evojax_merge.report.run_data import RunData, read_run
 from evojax_merge.report.run_tables import (
@@ -43,6 +42,7 @@ from evojax_merge.report.run_tables import (
     winners_table,
 )
 from evojax_merge.search.run_parts import RunFolder, is_page
+from evojax_merge.system.console import format_seconds
 from evojax_merge.system.data_packages import cache_folder
 from evojax_merge.system.file_system import OutputFile, atomic_write, make_folder
 from evojax_merge.system.regular_file import read_regular

@@ -13,9 +13,10 @@ from evojax_merge.report.answers import winner_scores
 from evojax_merge.report.comparison import chosen_on, label_of, nothing_beat, titled
 from evojax_merge.report.drawings import parameter_text
 from evojax_merge.report.intervals import paired_lead, unpaired_lead
-from evojax_merge.report.progress import cell, drawn, format_seconds
+from evojax_merge.report.progress import cell
 from evojax_merge.report.run_data import Result, RunData, lead_over
 from evojax_merge.report.tables import LEAD, lead_cell
+from evojax_merge.system.console import drawn, format_seconds
 
 # The rows of a table of keys, and the keys that a sentence lists.
 MOST_ROWS, MOST_UNLIKE = 400, 6

@@ -12,8 +12,8 @@ from evojax_merge.errors import Failed
 from evojax_merge.evaluation.scores import ROUNDING, Goal, Guard, Scale, TaskScores, task_weights
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.comparison import model_name
-from evojax_merge.report.progress import say
 from evojax_merge.search.genomes import SpaceEvaluator
+from evojax_merge.system.console import say
 from evojax_merge.tasks.splits import Splits
 
 Progress = Callable[[int], None]

@@ -9,7 +9,6 @@ from evojax_merge.problem import SearchProblem
 from evojax_merge.report.card import search_card
 from evojax_merge.report.comparison import Result, write_result
 from evojax_merge.report.plan import Plan
-from evojax_merge.report.progress import console, say
 from evojax_merge.report.tables import terminal_table
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.run_folder import (
@@ -25,6 +24,7 @@ from evojax_merge.search.run_schema import read_result
 from evojax_merge.search.stopping import course_of, stopped
 from evojax_merge.search.successive_halving import describe_halving
 from evojax_merge.system import interrupts
+from evojax_merge.system.console import console, say
 from evojax_merge.system.file_system import atomic_write
 from evojax_merge.tasks.splits import Splits
 

@@ -8,27 +8,37 @@ from collections.abc import Callable
 from os import PathLike
 from typing import Any
 
-__all__ = ["GSM", "Arrays", "ExactMatch", "Function", "Generation", "Harness", "Likelihood", "MultipleChoice"]
+__all__ = [
+    "GSM", "Arrays", "Classification", "ExactMatch", "Function", "Generation", "Harness", "ImageGeneration",
+    "Likelihood", "MultipleChoice", "Network", "Regression", "Retrieval", "Similarity", "TextToText", "Transcription",
+]  # fmt: skip
 
 
-def Likelihood(*, name: str, file: Any, **keys: Any) -> dict[str, Any]:
-    """A task whose score is the log-probability of the target."""
-    return {"kind": "likelihood", "name": name, "file": file, **keys}
+def _kind(kind: str, text: str) -> Callable[..., dict[str, Any]]:
+    def task(*, name: str, file: Any, **keys: Any) -> dict[str, Any]:
+        return {"kind": kind, "name": name, "file": file, **keys}
+
+    task.__name__ = task.__qualname__ = "".join(map(str.title, kind.split("_")))
+    task.__doc__ = text
+    return task
 
 
-def MultipleChoice(*, name: str, file: Any, **keys: Any) -> dict[str, Any]:
-    """A task whose score says whether the right choice is the likeliest one."""
-    return {"kind": "multiple_choice", "name": name, "file": file, **keys}
-
-
-def ExactMatch(*, name: str, file: Any, **keys: Any) -> dict[str, Any]:
-    """A task whose score says whether the text that a model writes is the target."""
-    return {"kind": "exact_match", "name": name, "file": file, **keys}
-
-
-def Generation(*, name: str, file: Any, **keys: Any) -> dict[str, Any]:
-    """A task whose score compares the text that a model writes with the target, by a `metric` of texts."""
-    return {"kind": "generation", "name": name, "file": file, **keys}
+# Language models.
+Likelihood = _kind("likelihood", "A task whose score is the log-probability of the target.")
+MultipleChoice = _kind("multiple_choice", "A task whose score says whether the right choice is the likeliest one.")
+ExactMatch = _kind("exact_match", "A task whose score says whether the text that a model writes is the target.")
+Generation = _kind(
+    "generation", "A task whose score compares the text that a model writes with the target, by a `metric` of texts."
+)
+# Networks of torch.
+Classification = _kind("classification", "A task whose score says whether a network's largest output is the label's.")
+Regression = _kind("regression", "A task whose score is how near a network's output is to a number.")
+TextToText = _kind("text_to_text", "A task whose score compares the text that an encoder and decoder write.")
+Transcription = _kind("transcription", "A task whose score compares the text of a sound with the target.")
+Similarity = _kind("similarity", "A task whose score says whether embeddings are as near to each other as people say.")
+Retrieval = _kind("retrieval", "A task whose score says how early a query finds its document.")
+Network = _kind("network", "A task of a network that a `function` of one's own scores.")
+ImageGeneration = _kind("image_generation", "A task whose score a `function` gives the pictures of a generator.")
 
 
 def GSM(*, name: str, source: Any, **keys: Any) -> dict[str, Any]:

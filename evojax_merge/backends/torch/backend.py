@@ -47,7 +47,7 @@ from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.models.architecture import known_architecture
 from evojax_merge.report.plan import shown_bytes
-from evojax_merge.report.progress import say, say_once
+from evojax_merge.system.console import say, say_once
 from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.networks import PAIRED, WRITTEN, NetworkTask
 from evojax_merge.tasks.splits import Splits

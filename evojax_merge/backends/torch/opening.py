@@ -19,9 +19,9 @@ from evojax_merge.checkpoints.pipelines import Pipeline, choose_components, is_p
 from evojax_merge.config.search_config import Config, EvaluationConfig, SpaceConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.targets import Target
-from evojax_merge.report.progress import say_once
 from evojax_merge.spaces.parameter import component_groups
 from evojax_merge.spaces.search_parameters import method_with_base
+from evojax_merge.system.console import say_once
 from evojax_merge.system.user_modules import reference_from_anywhere
 from evojax_merge.zoo.references import recipe_reference
 

@@ -15,8 +15,8 @@ from evojax_merge.checkpoints.writer import write_marker
 from evojax_merge.errors import InputError, library_errors
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.report.front_matter import changed_front_matter
-from evojax_merge.report.progress import say
 from evojax_merge.schema.yaml_reader import parse_documents
+from evojax_merge.system.console import say
 from evojax_merge.system.file_system import atomic_folder, atomic_write
 from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.function import checked, guard_user_function
