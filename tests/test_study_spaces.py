@@ -189,7 +189,7 @@ def test_a_run_has_the_candidates_of_its_study(tmp_path: Path) -> None:
         (lambda: em.load_models(None, [ONE, "zoo:maths"]), "load_models: parents[0]: {"),
         (lambda: em.load_models(BASE, {"a b": ONE}), "load_models: parents: 'a b'; expected names of letters"),
         (lambda: em.load_models(None, {"maths": "zoo:maths"}), "parents: name 'zoo:maths'; expected a list"),
-        (lambda: em.load_models(None, [MODULE, MODULE]), "load_models: parents[0]: is a Linear, a module of torch; exp"),
+        (lambda: em.load_models(None, [MODULE, MODULE]), "parents[0]: is a Linear, a module of torch; expected"),
         (lambda: em.LayerPathSpace(em.load_models(None, [ONE, TWO])), "LayerPathSpace: data_flow: is for language"),
         (lambda: em.PoolSpace(em.load_models(None, [ONE, TWO])), "PoolSpace: pool: is for language models"),
         (lambda: make([with_rows(heldout=1.5)]), "heldout: expected a share"),

@@ -146,8 +146,8 @@ def load_models(
     for key, model in pytrees:
         if hasattr(model, "state_dict"):
             raise InputError(
-                f"load_models: {key}", f"is a {type(model).__name__}, a module of torch; expected its folder or its file "
-                'of weights, with backend="torch" or backend="FILE.py:NAME", a function that makes the module',
+                f"load_models: {key}", f"is a {type(model).__name__}, a module of torch; expected its folder or file, "
+                'with backend="torch" or backend="FILE.py:NAME", a function that makes the module',
             )  # fmt: skip
     if backend is None and pytrees and len(pytrees) < len(named):
         key, model = pytrees[0]
