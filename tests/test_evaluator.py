@@ -17,8 +17,7 @@ from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.errors import Failed
-from evojax_merge.evaluation import batched_tasks, passes
-from evojax_merge.evaluation import evaluator as evaluation
+from evojax_merge.evaluation import batched_tasks, generation, passes
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import DecoderEvaluator, arrays_of
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
@@ -434,7 +433,7 @@ def test_a_stop_text_ends_an_output_and_the_generation(ties: Setting, monkeypatc
     whole = ties.evaluator([task]).population(ties.bank, ties.spec, ties.recipes).outputs["words"]
     # A word that every output has after at most a few.
     stop = tuple({text.split()[3] for row in whole for text in row})
-    monkeypatch.setattr(evaluation, "STOP_CHECK_INTERVAL", 4)
+    monkeypatch.setattr(generation, "STOP_CHECK_INTERVAL", 4)
     rounds = []
     decode = passes.decode
     monkeypatch.setattr(passes, "decode", lambda *given: rounds.append(1) or decode(*given))

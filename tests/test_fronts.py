@@ -28,7 +28,8 @@ import evojax_merge as em
 from evojax_merge.checkpoints.bank import load_bank, stored_tensors
 from evojax_merge.config.search_config import Config, SearchConfig
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.evaluator import DecoderEvaluator
+from evojax_merge.evaluation import evaluator as evaluator_module
+from evojax_merge.evaluation import generation
 from evojax_merge.evaluation.scores import Scores, TaskScores
 from evojax_merge.models.bank import take_candidate
 from evojax_merge.models.sources import lazy_merge
@@ -454,15 +455,14 @@ def test_brevity_is_shown_where_it_is_asked_for(config_file: Path) -> None:
     # What both ask alike is written once.
     full = open_evaluator(problem, problem.prepare().search)
     asked: list[str] = []
-    generate = DecoderEvaluator._generate
 
-    def counted(self: Any, population: Any, batched_task: Any, progress: Any) -> Any:
+    def counted(evaluator: Any, population: Any, batched_task: Any, progress: Any) -> Any:
         asked.append(batched_task.task.name)
-        return generate(self, population, batched_task, progress)
+        return generation.generate(evaluator, population, batched_task, progress)
 
     steps: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DecoderEvaluator, "_generate", counted)
+        patch.setattr(evaluator_module, "generate", counted)
         scores = full.score(problem.space.start[None], steps.append)
     assert asked == ["sums"] and sum(steps) == full.passes(1)
     assert scores.outputs["sums"] == scores.outputs["short"]

@@ -30,6 +30,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.evaluation import compilers
 from evojax_merge.evaluation.costs import Cost, Product, cost_of, result_axes, temporary_bytes
 from evojax_merge.evaluation.devices import ONE_DEVICE
+from evojax_merge.evaluation.generation import generation_chunk
 from evojax_merge.evaluation.planned_passes import JaxprReader, merge_bytes
 from evojax_merge.evaluation.targets import find_target, live_target, one_host, target_names
 from evojax_merge.models.bank import MergeSpec
@@ -510,7 +511,7 @@ def test_how_many_candidates_generate_together_is_asked_of_the_devices_that_shar
     planner = problem.backend.planner(0).evaluator
     evaluator = replace(planner, batched_tasks=problem.prepare().shards[0], temporary_bytes=temporaries)
     population = problem.backend.candidates.planned_population(evaluator, 100, evaluator.devices.abstract)
-    assert 1 < evaluator.generation_chunk(population, evaluator.batched_tasks[0]) < 100
+    assert 1 < generation_chunk(evaluator, population, evaluator.batched_tasks[0]) < 100
     (prefill,) = asked
     leaves = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(prefill.args_info)]
     for name, axis in (("['q']", 2), (".cache[0].keys", 1)):

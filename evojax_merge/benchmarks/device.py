@@ -39,7 +39,8 @@ from evojax_merge.core import evolve_on
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.devices import ONE_DEVICE, tree_nbytes
-from evojax_merge.evaluation.evaluator import DecoderEvaluator, row_update
+from evojax_merge.evaluation.evaluator import DecoderEvaluator
+from evojax_merge.evaluation.generation import row_update, unstacks_layers
 from evojax_merge.evaluation.memory import is_out_of_memory
 from evojax_merge.evaluation.passes import SharedModel
 from evojax_merge.evaluation.scores import TaskScores
@@ -362,7 +363,7 @@ class Measurer:
         tokens = np.random.default_rng(0).integers(3, config.vocab, (prompts, PROMPT)).astype(np.int32)
         model, corpus, no_padding = models.stored, np.zeros((prompts, 0), np.int32), np.zeros(prompts, np.int32)
         laid_out: Any = model
-        if models.evaluator.unstacks_layers(model):
+        if unstacks_layers(models.evaluator, model):
             laid_out, _ = factory.unstack(None, model, everyone)
 
         spec = passes.DecodeSpec(

@@ -16,14 +16,10 @@ import numpy as np
 
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import ONE_DEVICE
-from evojax_merge.evaluation.evaluator import (
-    DecoderEvaluator,
-    DifferentiablePopulation,
-    Progress,
-    arrays_of,
-    score_task,
-)
+from evojax_merge.evaluation.evaluator import DecoderEvaluator, Progress, arrays_of, score_task
+from evojax_merge.evaluation.generation import generate
 from evojax_merge.evaluation.passes import logprobs_from_hidden
+from evojax_merge.evaluation.populations import DifferentiablePopulation, stored
 from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores, task_weights
 from evojax_merge.models.architecture import LAYERS, architecture_of
 from evojax_merge.models.config import DecoderConfig
@@ -269,11 +265,13 @@ class PathEvaluator:
     def _embed(self, source: StackedWeights, batch: ScoringBatch, batched_task: BatchedTask) -> Activations:
         assert batched_task.scoring is not None
         before = batched_task.scoring.shared_prefix
-        images = self.evaluator.batch_images(batched_task, batch)
-        prefix_images = self.evaluator.prefix_images(batched_task, before)
+        images = self.evaluator.images_of(batched_task)
         layout = SequenceLayout(jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids))
         shared_prefix = before[None] if before.size else None
-        return embed_batch(self.evaluator.config, source, batch.tokens, layout, shared_prefix, images, prefix_images)
+        return embed_batch(
+            self.evaluator.config, source, batch.tokens, layout, shared_prefix, images.of_rows(before, batch),
+            images.of_prefix(before),
+        )  # fmt: skip
 
     def _ends(self, parent: int) -> StackedWeights:
         """A parent's embedding, final norm and head."""
@@ -303,8 +301,8 @@ class PathEvaluator:
         # Images add nothing behind the layers that only fill up the depth.
         images = None if images is None else images.within(len(path.layers))
         runner = replace(self.evaluator, config=config, batched_tasks=[batched_task], images=images)
-        texts, nonfinite = runner.generate_stacked(model, batched_task, progress)
-        return texts, nonfinite
+        (texts,), nonfinite = generate(runner, stored(model), batched_task, progress)
+        return texts, bool(nonfinite[0])
 
 
 @dataclass

@@ -25,8 +25,9 @@ from evojax_merge.checkpoints.members import MemberStore
 from evojax_merge.checkpoints.parents import Sources, tensor_shapes
 from evojax_merge.checkpoints.streamed import FileStates
 from evojax_merge.evaluation.devices import Devices
-from evojax_merge.evaluation.evaluator import MATERIALISE_FRACTION, DecoderEvaluator, Progress
+from evojax_merge.evaluation.evaluator import DecoderEvaluator, Progress
 from evojax_merge.evaluation.memory import available_memory
+from evojax_merge.evaluation.populations import MATERIALISE_FRACTION
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.streaming import Bring, Part, StreamedPopulation, evaluate
 from evojax_merge.models.architecture import (

@@ -18,17 +18,9 @@ import numpy as np
 from evojax_merge.evaluation import layer_passes, passes
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import AnyMesh, Devices, on_host, pad_chunk, size_of, tree_nbytes
-from evojax_merge.evaluation.evaluator import (
-    DecoderEvaluator,
-    MergeEvaluator,
-    Population,
-    Progress,
-    Source,
-    Sourcing,
-    enter_rows,
-    score_task,
-)
+from evojax_merge.evaluation.evaluator import DecoderEvaluator, MergeEvaluator, Progress, enter_rows, score_task
 from evojax_merge.evaluation.passes import DifferentiableFactory, LazyMergeFactory, PerCandidateModel
+from evojax_merge.evaluation.populations import Population, Source, Sourcing
 from evojax_merge.evaluation.programs import (
     EMBED,
     EMBED_GRADIENT,
@@ -250,7 +242,7 @@ def inputs_of(evaluator: DecoderEvaluator, batched_task: BatchedTask) -> Inputs:
     if tokens.size:
         prefix = dict[str, Any](tokens=tokens, positions=np.arange(tokens.size, dtype=np.int32)[None])
         prefix["segment_ids"] = np.zeros_like(prefix["positions"])
-        images = evaluator.prefix_images(batched_task, scoring.shared_prefix)
+        images = evaluator.images_of(batched_task).of_prefix(scoring.shared_prefix)
         prefix |= {} if images is None else {"images": images}
     return Inputs(prefix, [evaluator.batch_arrays(batched_task, batch) for batch in scoring.batches])
 

@@ -31,7 +31,7 @@ from evojax_merge.checkpoints.streamed import bank_in_files, bank_on_host
 from evojax_merge.checkpoints.streamed_paths import path_bank_in_files, path_bank_on_host
 from evojax_merge.checkpoints.writer import TensorSpec
 from evojax_merge.evaluation.devices import Devices
-from evojax_merge.evaluation.evaluator import DecoderEvaluator, MergeEvaluator, Population, Progress
+from evojax_merge.evaluation.evaluator import DecoderEvaluator, MergeEvaluator, Progress
 from evojax_merge.evaluation.passes import SharedModel
 from evojax_merge.evaluation.paths import PathEvaluator, StreamedPathEvaluator
 from evojax_merge.evaluation.planned_passes import DeviceSizes
@@ -48,6 +48,7 @@ from evojax_merge.evaluation.pool import (
     parts_of,
     steps_of,
 )
+from evojax_merge.evaluation.populations import Population
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.streaming import StreamedEvaluator
 from evojax_merge.evaluation.targets import Target

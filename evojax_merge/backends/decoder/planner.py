@@ -13,7 +13,8 @@ from evojax_merge.errors import Failed
 from evojax_merge.evaluation.batched_tasks import BatchedTask, one_row_batches
 from evojax_merge.evaluation.compilers import TargetCompiler, collectives
 from evojax_merge.evaluation.devices import MEMORY_SHARE, group_of
-from evojax_merge.evaluation.evaluator import DecoderEvaluator, Population, Progress
+from evojax_merge.evaluation.evaluator import DecoderEvaluator, Progress
+from evojax_merge.evaluation.generation import generating, generation_chunk
 from evojax_merge.evaluation.planned_passes import (
     JaxprReader,
     PassReader,
@@ -23,6 +24,7 @@ from evojax_merge.evaluation.planned_passes import (
     SizedPass,
     plan,
 )
+from evojax_merge.evaluation.populations import Population
 from evojax_merge.models.architecture import leaves_of, tensor_grid, tensor_shape
 from evojax_merge.report.plan import shown_number
 
@@ -200,9 +202,9 @@ def planned_passes(
     if batched_task.scoring is not None:
         passes += plan(population.planned_scoring(evaluator, batched_task), name, reader)
     if batched_task.prompts is not None:
-        chunk = evaluator.generation_chunk(population, batched_task)
+        chunk = generation_chunk(evaluator, population, batched_task)
         first = population.first(chunk * groups)
-        passes += plan(evaluator.generating(first, batched_task, chunk, [], _NOTHING, _ignore), name, reader)
+        passes += plan(generating(evaluator, first, batched_task, chunk, [], _NOTHING, _ignore), name, reader)
     return passes
 
 
