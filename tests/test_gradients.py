@@ -20,8 +20,7 @@ import evojax_merge as em
 from evojax_merge.cli import cli, run
 from evojax_merge.config.search_config import GradientConfig
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation import evaluator as evaluation
-from evojax_merge.evaluation import passes
+from evojax_merge.evaluation import passes, populations
 from evojax_merge.evaluation.scores import Scores, fitness
 from evojax_merge.models.bank import Recipe, take_candidate
 from evojax_merge.schema.yaml_reader import load_yaml
@@ -255,7 +254,7 @@ def test_a_gradient_pass_keeps_a_state_per_layer(tmp_path: Path) -> None:
         setting = Setting(build_family(tmp_path / str(layers), tiny_config(num_hidden_layers=layers)), "linear")
         evaluator = setting.evaluator([setting.tasks[0]], per_batch=1024)
         (batched_task,) = evaluator.batched_tasks
-        population = evaluation.DifferentiableMerges(
+        population = populations.DifferentiableMerges(
             passes.DifferentiableFactory(setting.spec, "float32"), setting.bank, plain(setting.recipes)
         )
         temporaries.append(evaluator._gradient_temporaries(population, batched_task, 1))

@@ -91,6 +91,18 @@ def score_task(task: Task, answers: Responses, nonfinite: np.ndarray) -> dict[st
     return {metric: np.where(failed[:, None], np.nan, matrix).astype(np.float32) for metric, matrix in scores.items()}
 
 
+def score_metric(batched_task: BatchedTask, totals: np.ndarray, greedy: np.ndarray) -> dict[str, np.ndarray]:
+    """The scores of a task's metric, float32[P, N], from the answers to its rows, [P, S]."""
+    task, responses = batched_task.task, batched_task.requests.answered(totals, greedy)
+    return {task.metric: score_task(task, responses, np.zeros(len(totals), bool))[task.metric]}
+
+
+def slopes_of(batched_task: BatchedTask, totals: np.ndarray, greedy: np.ndarray, weight: float) -> np.ndarray:
+    """float32[P, S]: the derivative of `weight` times the mean of a task's scores with respect to its rows' totals."""
+    task = batched_task.task
+    return task.score_gradient(batched_task.requests.answered(totals, greedy)) * (weight / task.size)
+
+
 def arrays_of(batch: ScoringBatch) -> dict[str, np.ndarray]:
     """The batch's arrays, by name, as arguments of a compiled pass."""
     return vars(batch) | {"rows": batch.rows.astype(np.int32)}
@@ -233,8 +245,7 @@ class DecoderEvaluator:
             elif prompts is not None:
                 progress(len(prompts.batches) * population.size)
             texts, nonfinite = written[asked]
-            counts = np.array([len(row.tokens) - row.start for row in requests.scored])
-            scores.matrices[task.name] = score_task(task, Responses(totals, counts, greedy, texts), nonfinite)
+            scores.matrices[task.name] = score_task(task, requests.answered(totals, greedy, texts), nonfinite)
             if requests.prompts:
                 scores.outputs[task.name] = texts
             if requests.scored:
@@ -360,14 +371,12 @@ class DecoderEvaluator:
     ) -> tuple[dict[str, np.ndarray], Any]:
         """A task's scores of the metric that counts, float32[P, N], and the derivative of `weight` times their mean
         with respect to the candidates' arrays."""
-        task, requests = batched_task.task, batched_task.requests
-        counts = np.array([len(row.tokens) - row.start for row in requests.scored])
-        shape = (population.size, len(counts))
+        shape = (population.size, len(batched_task.requests.scored))
         totals, greedy = np.zeros(shape, np.float32), np.zeros(shape, bool)
-        if task.derivative == "nonlinear":
+        if batched_task.task.derivative == "nonlinear":
             # The weight of a total depends on the others, which may be in other batches.
             totals, greedy = self._score(population.to_score(), batched_task, lambda done: None)
-        slopes = task.score_gradient(Responses(totals, counts, greedy, [])) * (weight / task.size)
+        slopes = slopes_of(batched_task, totals, greedy, weight)
         gradient = jax.tree.map(np.zeros_like, population.candidates)
         model = self.devices.candidate_bytes(population.model_shape())
         size = self.gradient_chunk(population, batched_task) * self.devices.population
@@ -379,9 +388,7 @@ class DecoderEvaluator:
             part = execute(differentiating, self.runs_two_jobs(model))
             for leaf, leaf_part in zip(jax.tree.leaves(gradient), jax.tree.leaves(part), strict=True):
                 leaf[rows] = on_host(leaf_part)[: len(rows)]
-        responses = Responses(totals, counts, greedy, [[]] * population.size)
-        nobody = np.zeros(population.size, bool)
-        return {task.metric: score_task(task, responses, nobody)[task.metric]}, gradient
+        return score_metric(batched_task, totals, greedy), gradient
 
     def differentiating(
         self, population: DifferentiablePopulation, batched_task: BatchedTask, rows: np.ndarray, candidates: Any,

@@ -40,7 +40,7 @@ from evojax_merge.models.paths import (
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.models.streamed_bank import load_ahead
 from evojax_merge.tasks.batches import ScoringBatch
-from evojax_merge.tasks.task import LogitsFn, Responses, Task
+from evojax_merge.tasks.task import LogitsFn, Task
 
 # Generation materialises a path; its depth is rounded up to a multiple of this, so that few shapes are compiled.
 DEPTH_BUCKET = 4
@@ -211,8 +211,7 @@ class PathEvaluator:
         for i, batched_task in enumerate(self.evaluator.batched_tasks):
             task, run = batched_task.task, partial(self._answers, fresh)
             totals, greedy, texts, nonfinite = self.evaluator.retry_on_oom(i, run, progress)
-            counts = np.array([len(row.tokens) - row.start for row in batched_task.requests.scored])
-            matrices = score_task(task, Responses(totals, counts, greedy, texts), nonfinite)
+            matrices = score_task(task, batched_task.requests.answered(totals, greedy, texts), nonfinite)
             for k, key in enumerate(keys):
                 self.score_cache[key][task.name] = {metric: scores[k] for metric, scores in matrices.items()}
                 self.outputs[key][task.name] = texts[k]

@@ -18,7 +18,14 @@ import numpy as np
 from evojax_merge.evaluation import layer_passes, passes
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import AnyMesh, Devices, on_host, pad_chunk, size_of, tree_nbytes
-from evojax_merge.evaluation.evaluator import DecoderEvaluator, MergeEvaluator, Progress, enter_rows, score_task
+from evojax_merge.evaluation.evaluator import (
+    DecoderEvaluator,
+    MergeEvaluator,
+    Progress,
+    enter_rows,
+    score_metric,
+    slopes_of,
+)
 from evojax_merge.evaluation.passes import DifferentiableFactory, LazyMergeFactory, PerCandidateModel
 from evojax_merge.evaluation.populations import Population, Source, Sourcing
 from evojax_merge.evaluation.programs import (
@@ -47,7 +54,6 @@ from evojax_merge.models.layers import KeyValue
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.models.streamed_bank import StreamedBank, abstract_streamed
 from evojax_merge.tasks.batches import ScoringBatch
-from evojax_merge.tasks.task import Responses
 
 Leaves = dict[str, LeafBank]
 # The share of the free memory that waiting hidden states may take on a device; beyond it they wait on the host.
@@ -584,21 +590,12 @@ class StreamedEvaluator(MergeEvaluator):
     def _differentiate(
         self, population: StreamedMergePopulation, weights: Sequence[float], progress: Progress
     ) -> tuple[TaskScores, Recipe]:
-        evaluator, nobody = self.evaluator, np.zeros(population.size, bool)
-        tasks, shapes = evaluator.batched_tasks, Scores.empty(evaluator.batched_tasks, population.size)
-        scores = shapes
+        evaluator, tasks = self.evaluator, self.evaluator.batched_tasks
+        scores = Scores.empty(tasks, population.size)
         if any(task.derivative == "nonlinear" for task in evaluator.tasks):
             # The weight of a total depends on the others, which may be in other batches.
             scores = score_rows(evaluator, population, lambda done: None)
-        counts = [np.array([len(row.tokens) - row.start for row in one.requests.scored]) for one in tasks]
-
-        def responses(i: int) -> Responses:
-            return Responses(scores.totals[i], counts[i], scores.greedy[i], [[]] * population.size)
-
-        slopes = [
-            task.score_gradient(responses(i)) * (weight / task.size)
-            for i, (task, weight) in enumerate(zip(evaluator.tasks, weights, strict=True))
-        ]
+        slopes = list(map(slopes_of, tasks, scores.totals, scores.greedy, weights))
         gradient: Recipe = jax.tree.map(np.zeros_like, population.candidates)
         chunk = scoring_chunk(evaluator, population)
         factory = DifferentiableFactory(self.spec, evaluator.compute_dtype)
@@ -607,11 +604,8 @@ class StreamedEvaluator(MergeEvaluator):
             population.size,
         )  # fmt: skip
         execute(work, evaluator.runs_two_jobs(2 * self.bank.layer_bytes))
-        matrices = {
-            task.name: {task.metric: score_task(task, responses(i), nobody)[task.metric]}
-            for i, task in enumerate(evaluator.tasks)
-        }
-        return TaskScores(matrices), gradient
+        matrices = map(score_metric, tasks, scores.totals, scores.greedy)
+        return TaskScores(dict(zip((task.name for task in evaluator.tasks), matrices, strict=True))), gradient
 
 
 def evaluate(evaluator: DecoderEvaluator, population: StreamedPopulation, progress: Progress) -> TaskScores:

@@ -53,19 +53,26 @@ class KeptScores:
 
     def read(self, split: str, model: Path, sizes: Mapping[str, int]) -> TaskScores | None:
         """The scores of a stored model on a split; None: they are not kept. sizes: the examples of each task."""
-        return _read(self._file(split, model), sizes)
+        file = self._file(split, model)
+        return None if file is None else _read(file, sizes)
 
     def keep(self, split: str, model: Path, sizes: Mapping[str, int], scores: TaskScores) -> None:
         """Keep the scores of a stored model on a split."""
-        _write(self._file(split, model), scores, sizes)
+        file = self._file(split, model)
+        if file is not None:
+            _write(file, scores, sizes)
 
-    def _file(self, split: str, model: Path) -> Path:
-        inputs, search = self.document["inputs"], self.document["search"]
+    def _file(self, split: str, model: Path) -> Path | None:
+        """The file of a model's scores; None for a model that is no input, such as the winner of an earlier stage."""
+        inputs, search = self.document["inputs"], self.document.get("search", {})
+        content = _by_content(str(model), inputs)
+        if isinstance(content, str):
+            return None
         settings = {key: value for key, value in self.document.items() if key not in SEARCH_KEYS}
         if split != "heldout":
             # These divide the examples.
             settings |= {key: search.get(key) for key in ("validation", "rungs")}
-        parts = [split, _by_content(str(model), inputs), _by_content(settings, inputs), _program()]
+        parts = [split, content, _by_content(settings, inputs), _program()]
         return cache_folder() / "scores" / f"{sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}.json"
 
 

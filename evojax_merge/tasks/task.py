@@ -59,6 +59,11 @@ class TaskRequests:
 
         return replace(self, scored=rows_of(self.scored), prompts=rows_of(self.prompts))
 
+    def answered(self, totals: np.ndarray, greedy: np.ndarray, texts: "list[list[str]] | None" = None) -> "Responses":
+        """The responses of P candidates (see `Responses`); texts: None: none were asked for."""
+        counts = np.array([len(row.tokens) - row.start for row in self.scored])
+        return Responses(totals, counts, greedy, [[]] * len(totals) if texts is None else texts)
+
 
 @dataclass(frozen=True)
 class Responses:
