@@ -20,6 +20,7 @@ import evojax_merge as em
 from evojax_merge.cli import cli, run
 from evojax_merge.config.search_config import GradientConfig
 from evojax_merge.errors import InputError
+from evojax_merge.evaluation import evaluator as evaluation
 from evojax_merge.evaluation import passes, populations
 from evojax_merge.evaluation.scores import Scores, fitness
 from evojax_merge.models.bank import Recipe, take_candidate
