@@ -1207,7 +1207,7 @@ def test_the_page_says_what_happens_at_each_of_its_moments(
             browser.wait(f"!sending && (open === null || open.number > {latest})")
 
     def judge() -> None:
-        so_far, left = r"; 0:\d+ so far", r", about \d+:\d+ left at the rate so far\."
+        so_far, left = r"; 0:\d+ so far", r"(, about \d+:\d+ left at the rate so far)?\."
         with Browser(tmp_path, 1000, 600) as browser:
             with gate.during("loading"):
                 browser.open(f"http://127.0.0.1:{port}/{(run / 'judge-token').read_text()}/")
@@ -1292,6 +1292,12 @@ def test_the_time_left_is_that_of_the_last_generation_or_of_the_rate(monkeypatch
     assert words() == "0:30 so far."
     advance(1)
     assert words() == "0:30 so far, about 1:30 left at the rate so far."
+    # Between two steps the time goes on.
+    now[0] += 20
+    assert words() == "0:50 so far, about 1:10 left at the rate so far."
+    now[0] += 80
+    assert words() == "2:10 so far."
+    now[0] -= 100
     one.asking()
     now[0] += 1000
     one.counting()

@@ -9,7 +9,7 @@ from typing import Any
 from evojax_merge.report.comparison import Result, label_of
 from evojax_merge.report.plan import CHOOSING, HELDOUT, MEASURING
 from evojax_merge.steps.selection import Phase, Progress
-from evojax_merge.system.console import format_seconds
+from evojax_merge.system.console import format_seconds, seconds_left
 
 # A phase of the search, in the words of the page.
 PHASES = {
@@ -24,20 +24,22 @@ COLUMNS = ("model", "winner preferred", "model preferred", "neither", "same answ
 @dataclass
 class Step:
     """A piece of work. total, done: its units, total 0 where they are unknown; last: the seconds that the last
-    generation took for the same; started: seconds of the monotonic clock."""
+    generation took for the same; started: seconds of the monotonic clock; at: those from then on until `done`."""
 
     what: str
     total: int = 0
     last: float | None = None
     started: float = field(default_factory=lambda: time.monotonic())
     done: int = 0
+    at: float = 0.0
 
     def describe(self) -> str:
         passed, left, basis = time.monotonic() - self.started, 0.0, ""
         if self.last is not None:
             left, basis = self.last - passed, f" (the last generation's took {format_seconds(self.last)})"
         elif 0 < self.done < self.total:
-            left, basis = passed * (self.total / self.done - 1), " at the rate so far"
+            left = seconds_left(self.done, self.total, self.at, passed)
+            basis = " at the rate so far" if left > 0 else ""
         share = f", {self.done / self.total:.0%} done" if self.total else ""
         about = f", about {format_seconds(left)} left" if left > 0 else ""
         return f"{self.what}{share}; {format_seconds(passed)} so far{about}{basis}."
@@ -98,7 +100,7 @@ class Activity:
         self._step = step
 
         def advance(done: int) -> None:
-            step.done = min(step.total, step.done + done)
+            step.done, step.at = min(step.total, step.done + done), time.monotonic() - step.started
             progress(done)
 
         return advance

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from rich.console import RenderableType
@@ -18,6 +19,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -26,7 +28,7 @@ from rich.text import Text
 
 from evojax_merge.errors import LOG, escaped_lines, print_warning, printable
 from evojax_merge.search.loop import Generation, Reporter
-from evojax_merge.system.console import HEARTBEAT, IN_NOTEBOOK, console, format_seconds, say
+from evojax_merge.system.console import HEARTBEAT, IN_NOTEBOOK, console, format_seconds, say, seconds_left
 
 # The columns of a line about a generation, at most, and those of the bar in it, at least, with the spaces around it.
 COLUMNS, SHORTEST_BAR = 80, 8
@@ -52,8 +54,16 @@ def _describe_bar(progress: Progress) -> str:
     task = progress.tasks[0]
     step = task.fields.get("step")
     share = f" {step}," if step else f" {task.percentage:.0f}%," if task.total and task.completed else ""
-    left = "" if task.time_remaining is None else f", about {format_seconds(task.time_remaining)} left"
-    return f"{task.description}:{share} {format_seconds(task.elapsed or 0)} so far{left}"
+    now, at, left = task.elapsed or 0.0, task.fields.get("at"), ""
+    if at is not None and task.total and task.completed:
+        seconds = seconds_left(task.completed, task.total, at, now)
+        left = f", about {format_seconds(seconds)} left" if seconds else ""
+    return f"{task.description}:{share} {format_seconds(now)} so far{left}"
+
+
+def _advance(progress: Progress, task: TaskID, done: int) -> None:
+    """Count steps, and the moment at which they were done."""
+    progress.update(task, advance=done, at=progress.tasks[0].elapsed)
 
 
 @contextmanager
@@ -78,7 +88,7 @@ def bytes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     )
     with _progress(*columns, done=f"{label} {decimal(total)}") as progress:
         task = progress.add_task(label, total=total)
-        yield lambda done: progress.advance(task, done)
+        yield partial(_advance, progress, task)
 
 
 def merge_bar(label: str, which: str, nbytes: int) -> AbstractContextManager[Callable[[int], None]]:
@@ -97,7 +107,7 @@ def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     )
     with _progress(*columns, done=label) as progress:
         task = progress.add_task(label, total=total)
-        yield lambda done: progress.advance(task, done)
+        yield partial(_advance, progress, task)
 
 
 @contextmanager

@@ -63,6 +63,12 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
+def seconds_left(done: float, total: float, at: float, now: float) -> float:
+    """The seconds that are left of work at the rate so far. at, now: seconds from its begin, when `done` of `total` was
+    reached and now."""
+    return max(0.0, at * (total / done - 1) - (now - at))
+
+
 class Heartbeat:
     """Names the work under way on the console, which is no terminal, after every SILENCE_SECONDS without a line.
 
