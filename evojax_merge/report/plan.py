@@ -151,7 +151,7 @@ class Plan:
         what, work = _CANDIDATE, self.candidate
         if self.gradient is not None:
             what, work = _GRADIENT, self.gradient
-        time = f"; the search takes {self._time()}" if self.fits else ""
+        time = f"; the whole search takes {self._time()}" if self.fits else ""
         return [
             f"plan: {shown_bytes(self.bank_bytes)} of models and up to {shown_bytes(self.pass_bytes)} for a pass, of "
             f"{shown_bytes(self.target.memory)} on each device",
