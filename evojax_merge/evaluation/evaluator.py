@@ -91,16 +91,14 @@ def score_task(task: Task, answers: Responses, nonfinite: np.ndarray) -> dict[st
     return {metric: np.where(failed[:, None], np.nan, matrix).astype(np.float32) for metric, matrix in scores.items()}
 
 
-def score_metric(batched_task: BatchedTask, totals: np.ndarray, greedy: np.ndarray) -> dict[str, np.ndarray]:
-    """The scores of a task's metric, float32[P, N], from the answers to its rows, [P, S]."""
-    task, responses = batched_task.task, batched_task.requests.answered(totals, greedy)
-    return {task.metric: score_task(task, responses, np.zeros(len(totals), bool))[task.metric]}
+def score_metric(task: Task, answers: Responses) -> dict[str, np.ndarray]:
+    """The scores of the metric that counts, float32[P, N]."""
+    return {task.metric: score_task(task, answers, np.zeros(len(answers.totals), bool))[task.metric]}
 
 
-def slopes_of(batched_task: BatchedTask, totals: np.ndarray, greedy: np.ndarray, weight: float) -> np.ndarray:
+def slopes_of(task: Task, answers: Responses, weight: float) -> np.ndarray:
     """float32[P, S]: the derivative of `weight` times the mean of a task's scores with respect to its rows' totals."""
-    task = batched_task.task
-    return task.score_gradient(batched_task.requests.answered(totals, greedy)) * (weight / task.size)
+    return task.score_gradient(answers) * (weight / task.size)
 
 
 def arrays_of(batch: ScoringBatch) -> dict[str, np.ndarray]:
@@ -108,10 +106,11 @@ def arrays_of(batch: ScoringBatch) -> dict[str, np.ndarray]:
     return vars(batch) | {"rows": batch.rows.astype(np.int32)}
 
 
-def enter_rows(matrix: np.ndarray, rows: np.ndarray, batch: ScoringBatch, values: Any) -> None:
-    """Enter the values of a pass for the candidates `rows` and a batch, [>= len(rows), R], in `matrix: [P, S]`."""
+def enter(answers: Responses, rows: np.ndarray, batch: ScoringBatch, totals: Any, greedy: Any) -> None:
+    """Enter the results of a pass for the candidates `rows` and a batch, each [>= len(rows), R]."""
     real = batch.rows >= 0
-    matrix[np.ix_(rows, batch.rows[real])] = on_host(values)[: len(rows), real]
+    for matrix, values in ((answers.totals, totals), (answers.greedy, greedy)):
+        matrix[np.ix_(rows, batch.rows[real])] = on_host(values)[: len(rows), real]
 
 
 class _TooLarge(Exception):
@@ -228,14 +227,12 @@ class DecoderEvaluator:
         )
         return self.with_texts(population, scored, progress)
 
-    def with_texts(
-        self, population: Population, scored: Iterable[tuple[np.ndarray, np.ndarray]], progress: Progress
-    ) -> TaskScores:
-        """The tasks' scores from the answers to their scored rows (for each task, float32[P, S] and bool[P, S]), and
-        from the continuations of their prompts, which are generated here."""
+    def with_texts(self, population: Population, scored: Iterable[Responses], progress: Progress) -> TaskScores:
+        """The tasks' scores from the responses to their rows, and from the continuations of their prompts, which are
+        generated here."""
         scores = TaskScores({})
         written: dict[Hashable, tuple[list[list[str]], np.ndarray]] = {}
-        for i, (totals, greedy) in enumerate(scored):
+        for i, answers in enumerate(scored):
             task, requests = self.batched_tasks[i].task, self.batched_tasks[i].requests
             # Requests that several tasks share, such as the accuracy and the brevity of one answer, are generated once.
             asked = (requests.prompts, requests.max_new_tokens, requests.stop)
@@ -245,11 +242,11 @@ class DecoderEvaluator:
             elif prompts is not None:
                 progress(len(prompts.batches) * population.size)
             texts, nonfinite = written[asked]
-            scores.matrices[task.name] = score_task(task, requests.answered(totals, greedy, texts), nonfinite)
+            scores.matrices[task.name] = score_task(task, replace(answers, texts=texts), nonfinite)
             if requests.prompts:
                 scores.outputs[task.name] = texts
             if requests.scored:
-                scores.log_probabilities[task.name] = totals
+                scores.log_probabilities[task.name] = answers.totals
         return scores
 
     def retry_on_oom(self, i: int, run: Callable[[BatchedTask, Progress], Any], progress: Progress) -> Any:
@@ -305,24 +302,19 @@ class DecoderEvaluator:
     # -----------------------------------------------------------------------------------------------------------
     # Scored rows
 
-    def _score(
-        self, population: Population, batched_task: BatchedTask, progress: Progress
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The rows' total log-probabilities float32[P, S], and whether they are greedy, bool[P, S]."""
-        shape = (population.size, len(batched_task.requests.scored))
-        totals, greedy = np.zeros(shape, np.float32), np.zeros(shape, bool)
+    def _score(self, population: Population, batched_task: BatchedTask, progress: Progress) -> Responses:
+        """The responses to a task's rows, without texts."""
+        answers = batched_task.requests.unanswered(population.size)
         if batched_task.scoring is not None:
             chunk = self.scoring_chunk(population, batched_task)
-            scoring = self.scoring(population, batched_task, chunk, totals, greedy, progress)
+            scoring = self.scoring(population, batched_task, chunk, answers, progress)
             execute(scoring, self.runs_two_jobs(0))
-        return totals, greedy
+        return answers
 
     def scoring(
-        self, population: Population, batched_task: BatchedTask, chunk: int, totals: np.ndarray, greedy: np.ndarray,
-        progress: Progress,
-    ) -> Evaluation:  # fmt: skip
-        """Score a task's rows, `chunk` candidates on each device together; enters the results in `totals` and
-        `greedy`, [P, S]."""
+        self, population: Population, batched_task: BatchedTask, chunk: int, answers: Responses, progress: Progress
+    ) -> Evaluation:
+        """Score a task's rows, `chunk` candidates on each device together; enters the results in `answers`."""
         assert batched_task.scoring is not None
         scoring, mesh = batched_task.scoring, self.devices.mesh
         materialised = self.fits_materialised(population, batched_task, chunk)
@@ -336,16 +328,15 @@ class DecoderEvaluator:
                 spec = passes.ScoreSpec(self.config, source.factory, mesh, batched_task.requests.logits_fn)
                 arrays = self.batch_arrays(batched_task, batch)
                 arguments = (spec, (source.replicated, arrays), (source.candidates, prefix))
-                answers = yield Program(
+                results = yield Program(
                     SCORE, passes.score, arguments, source.size, holds=(source.holds, prefix),
                     merge_bytes=source.merge_bytes,
                 )  # fmt: skip
-                return batch, answers
+                return batch, results
 
             def read(result: Any, rows: np.ndarray = rows) -> None:
-                batch, (part, is_greedy) = result
-                enter_rows(totals, rows, batch, part)
-                enter_rows(greedy, rows, batch, is_greedy)
+                batch, (totals, greedy) = result
+                enter(answers, rows, batch, totals, greedy)
                 progress(len(rows))
 
             yield Each(map(job, scoring.batches), read)
@@ -371,31 +362,30 @@ class DecoderEvaluator:
     ) -> tuple[dict[str, np.ndarray], Any]:
         """A task's scores of the metric that counts, float32[P, N], and the derivative of `weight` times their mean
         with respect to the candidates' arrays."""
-        shape = (population.size, len(batched_task.requests.scored))
-        totals, greedy = np.zeros(shape, np.float32), np.zeros(shape, bool)
+        answers = batched_task.requests.unanswered(population.size)
         if batched_task.task.derivative == "nonlinear":
             # The weight of a total depends on the others, which may be in other batches.
-            totals, greedy = self._score(population.to_score(), batched_task, lambda done: None)
-        slopes = slopes_of(batched_task, totals, greedy, weight)
+            answers = self._score(population.to_score(), batched_task, lambda done: None)
+        slopes = slopes_of(batched_task.task, answers, weight)
         gradient = jax.tree.map(np.zeros_like, population.candidates)
         model = self.devices.candidate_bytes(population.model_shape())
         size = self.gradient_chunk(population, batched_task) * self.devices.population
         for rows, candidates in population.chunks(size):
             weights = pad_chunk(slopes, rows, size)
             differentiating = self.differentiating(
-                population, batched_task, rows, candidates, weights, totals, greedy, progress
+                population, batched_task, rows, candidates, weights, answers, progress
             )
             part = execute(differentiating, self.runs_two_jobs(model))
             for leaf, leaf_part in zip(jax.tree.leaves(gradient), jax.tree.leaves(part), strict=True):
                 leaf[rows] = on_host(leaf_part)[: len(rows)]
-        return score_metric(batched_task, totals, greedy), gradient
+        return score_metric(batched_task.task, answers), gradient
 
     def differentiating(
         self, population: DifferentiablePopulation, batched_task: BatchedTask, rows: np.ndarray, candidates: Any,
-        weights: np.ndarray, totals: np.ndarray, greedy: np.ndarray, progress: Progress,
+        weights: np.ndarray, answers: Responses, progress: Progress,
     ) -> Evaluation:  # fmt: skip
         """The derivative of a chunk of candidates, float32, of the sum of its totals times `weights: float32[P, S]`;
-        enters the results of the candidates `rows` in `totals` and `greedy`."""
+        enters the results of the candidates `rows` in `answers`."""
         assert batched_task.scoring is not None
         mesh, scoring = self.devices.mesh, batched_task.scoring
         materialised = self.materialises_gradient(population, batched_task, size_of(candidates))
@@ -409,16 +399,15 @@ class DecoderEvaluator:
             spec = passes.ScoreSpec(self.config, source.factory, mesh, batched_task.requests.logits_fn)
             arrays = self.batch_arrays(batched_task, batch)
             arguments = (spec, (source.replicated, arrays), (source.candidates, prefix, real))
-            answers = yield Program(
+            results = yield Program(
                 GRADIENT, passes.score_gradient, arguments, source.size, holds=(source.holds, prefix),
                 merge_bytes=source.merge_bytes,
             )  # fmt: skip
-            return batch, answers
+            return batch, results
 
         def read(result: Any) -> None:
-            batch, ((answers, is_greedy), _) = result
-            enter_rows(totals, rows, batch, answers)
-            enter_rows(greedy, rows, batch, is_greedy)
+            batch, ((totals, greedy), _) = result
+            enter(answers, rows, batch, totals, greedy)
             progress(len(rows))
 
         gradient, cotangents = yield Each(map(job, scoring.batches), read, lambda result: result[1][1])

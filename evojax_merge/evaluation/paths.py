@@ -40,7 +40,7 @@ from evojax_merge.models.paths import (
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.models.streamed_bank import load_ahead
 from evojax_merge.tasks.batches import ScoringBatch
-from evojax_merge.tasks.task import LogitsFn, Task
+from evojax_merge.tasks.task import LogitsFn, Responses, Task
 
 # Generation materialises a path; its depth is rounded up to a multiple of this, so that few shapes are compiled.
 DEPTH_BUCKET = 4
@@ -210,32 +210,31 @@ class PathEvaluator:
             self.score_cache[key], self.outputs[key] = {}, {}
         for i, batched_task in enumerate(self.evaluator.batched_tasks):
             task, run = batched_task.task, partial(self._answers, fresh)
-            totals, greedy, texts, nonfinite = self.evaluator.retry_on_oom(i, run, progress)
-            matrices = score_task(task, batched_task.requests.answered(totals, greedy, texts), nonfinite)
+            answers, nonfinite = self.evaluator.retry_on_oom(i, run, progress)
+            matrices = score_task(task, answers, nonfinite)
             for k, key in enumerate(keys):
                 self.score_cache[key][task.name] = {metric: scores[k] for metric, scores in matrices.items()}
-                self.outputs[key][task.name] = texts[k]
+                self.outputs[key][task.name] = answers.texts[k]
 
     def _answers(
         self, fresh: dict[Key, LayerPath], batched_task: BatchedTask, progress: Progress
-    ) -> tuple[np.ndarray, np.ndarray, list[list[str]], np.ndarray]:
-        """The answers of P distinct paths to a request: float32[P, S] and bool[P, S] of its scored rows, P lists of
-        outputs, and bool[P], true for paths whose logits were not finite."""
+    ) -> tuple[Responses, np.ndarray]:
+        """The responses of P distinct paths to a task's requests, and bool[P], true for paths whose logits were not
+        finite."""
         keys = list(fresh)
-        totals = np.zeros((len(keys), len(batched_task.requests.scored)), np.float32)
-        greedy = np.zeros(totals.shape, bool)
+        answers = batched_task.requests.unanswered(len(keys))
         batches = batched_task.scoring.batches if batched_task.scoring is not None else []
         for together in self._batches_together(batches):
-            for member, batch, answers in self._walk(keys, together, batched_task, progress):
+            for member, batch, results in self._walk(keys, together, batched_task, progress):
                 real = batch.rows >= 0
-                totals[member, batch.rows[real]], greedy[member, batch.rows[real]] = (
-                    np.asarray(part)[real] for part in answers
+                answers.totals[member, batch.rows[real]], answers.greedy[member, batch.rows[real]] = (
+                    np.asarray(part)[real] for part in results
                 )
         texts, nonfinite = [[""] * len(batched_task.requests.prompts) for _ in keys], np.zeros(len(keys), bool)
         if batched_task.prompts is not None:
             for k, key in enumerate(keys):
                 texts[k], nonfinite[k] = self._generate(fresh[key], batched_task, progress)
-        return totals, greedy, texts, nonfinite
+        return replace(answers, texts=texts), nonfinite
 
     def _batches_together(self, batches: Sequence[ScoringBatch]) -> Sequence[Sequence[ScoringBatch]]:
         """The batches that walk the trie together: one after the other, so that the states of one are held."""

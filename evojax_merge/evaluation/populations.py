@@ -106,9 +106,9 @@ class Population:
 
     def planned_scoring(self, evaluator: "DecoderEvaluator", batched_task: BatchedTask) -> Evaluation:
         """Score a task's rows for one chunk of candidates, without entering the results anywhere."""
-        chunk, nothing = evaluator.scoring_chunk(self, batched_task), np.zeros(0)
-        first = self.first(chunk * evaluator.devices.population)
-        return evaluator.scoring(first, batched_task, chunk, nothing, nothing, lambda done: None)
+        chunk = evaluator.scoring_chunk(self, batched_task)
+        first, nobody = self.first(chunk * evaluator.devices.population), batched_task.requests.unanswered(0)
+        return evaluator.scoring(first, batched_task, chunk, nobody, lambda done: None)
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,10 @@ class DifferentiablePopulation(Population):
 
     def planned_gradient(self, evaluator: "DecoderEvaluator", batched_task: BatchedTask) -> Evaluation:
         """Differentiate a task's rows for one chunk of candidates, without entering the results anywhere."""
-        size, nothing = evaluator.gradient_chunk(self, batched_task) * evaluator.devices.population, np.zeros(0)
-        weights, first = np.zeros((size, len(batched_task.requests.scored)), np.float32), self.first(size)
+        size = evaluator.gradient_chunk(self, batched_task) * evaluator.devices.population
+        first, answers = self.first(size), batched_task.requests.unanswered(size)
         return evaluator.differentiating(
-            self, batched_task, np.arange(size), first.candidates, weights, nothing, nothing, lambda done: None
+            self, batched_task, np.arange(size), first.candidates, answers.totals, answers, lambda done: None
         )
 
     def pull_back(self, mesh: AnyMesh, candidates: Any, cotangents: Any, holds: Any) -> Job:

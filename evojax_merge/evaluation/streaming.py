@@ -22,7 +22,7 @@ from evojax_merge.evaluation.evaluator import (
     DecoderEvaluator,
     MergeEvaluator,
     Progress,
-    enter_rows,
+    enter,
     score_metric,
     slopes_of,
 )
@@ -54,6 +54,7 @@ from evojax_merge.models.layers import KeyValue
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.models.streamed_bank import StreamedBank, abstract_streamed
 from evojax_merge.tasks.batches import ScoringBatch
+from evojax_merge.tasks.task import Responses
 
 Leaves = dict[str, LeafBank]
 # The share of the free memory that waiting hidden states may take on a device; beyond it they wait on the host.
@@ -112,8 +113,8 @@ class StreamedPopulation(Population, ABC):
 
     def planned_scoring(self, evaluator: DecoderEvaluator, batched_task: BatchedTask) -> Evaluation:
         chunk = scoring_chunk(evaluator, self)
-        scores = Scores.empty([batched_task], chunk)
-        return scoring(evaluator, self.first(chunk), [batched_task], chunk, scores, lambda done: None, self.size)
+        answers = [batched_task.requests.unanswered(chunk)]
+        return scoring(evaluator, self.first(chunk), [batched_task], chunk, answers, lambda done: None, self.size)
 
     def materialise(self, mesh: AnyMesh, candidates: Any) -> Sourcing:
         size = size_of(candidates)
@@ -179,10 +180,10 @@ class StreamedMergePopulation(StreamedPopulation):
     def planned_gradient(self, evaluator: DecoderEvaluator, batched_task: BatchedTask) -> Evaluation:
         """Differentiate a task's rows for one chunk of candidates, without entering the results anywhere."""
         chunk = scoring_chunk(evaluator, self)
-        first, scores = self.first(chunk), Scores.empty([batched_task], chunk)
+        first, answers = self.first(chunk), batched_task.requests.unanswered(chunk)
         gradient = jax.tree.map(np.zeros_like, first.candidates)
         return differentiating(
-            evaluator, first, [batched_task], chunk, scores.totals, scores, gradient, lambda done: None, self.size
+            evaluator, first, [batched_task], chunk, [answers.totals], [answers], gradient, lambda done: None, self.size
         )
 
     def model_shape(self) -> Any:
@@ -193,19 +194,6 @@ class StreamedMergePopulation(StreamedPopulation):
 
 def _written_bytes(part: Part, parts: int, stacks: Any) -> int:
     return tree_nbytes(part) + tree_nbytes(stacks) // parts
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The answers of P candidates on the scored rows of some tasks: by task float32[P, S] and bool[P, S]."""
-
-    totals: list[np.ndarray]
-    greedy: list[np.ndarray]
-
-    @classmethod
-    def empty(cls, batched_tasks: Sequence[BatchedTask], size: int) -> "Scores":
-        shapes = [(size, len(batched_task.requests.scored)) for batched_task in batched_tasks]
-        return cls([np.zeros(shape, np.float32) for shape in shapes], [np.zeros(shape, bool) for shape in shapes])
 
 
 @dataclass
@@ -279,10 +267,10 @@ def scoring_chunk(evaluator: DecoderEvaluator, population: Population) -> int:
 
 def scoring(
     evaluator: DecoderEvaluator, population: StreamedPopulation, batched_tasks: Sequence[BatchedTask], chunk: int,
-    scores: Scores, progress: Progress, size: int,
+    answers: Sequence[Responses], progress: Progress, size: int,
 ) -> Evaluation:  # fmt: skip
     """Score the rows of all tasks, `chunk` candidates together, in one run through the bank; enters the results in
-    `scores`. size: the number of candidates whose hidden states wait meanwhile."""
+    `answers`. size: the number of candidates whose hidden states wait meanwhile."""
     mesh, config = evaluator.devices.mesh, evaluator.config
     spec = passes.PassSpec(config, population.factory, mesh)
     inputs = [inputs_of(evaluator, batched_task) for batched_task in batched_tasks]
@@ -307,7 +295,7 @@ def scoring(
             head = passes.ScoreSpec(config, population.factory, mesh, batched_task.requests.logits_fn)
             batches = () if batched_task.scoring is None else batched_task.scoring.batches
             for batch, arrays, states in zip(batches, task.batches, one.batches[i], strict=True):
-                read = partial(_enter, scores, i, one.rows, batch)
+                read = partial(_enter, answers[i], one.rows, batch)
                 yield Program(HEAD, layer_passes.answer, (head, (ends, arrays), (candidates, states)), chunk, read=read)
 
     yield each(answering)
@@ -322,11 +310,9 @@ def _no_part(result: Any) -> None:
     """Keep nothing of a job, as `Each.keep`: all jobs end before others begin, which find their results in place."""
 
 
-def _enter(scores: Scores, i: int, rows: np.ndarray, batch: ScoringBatch, results: Any) -> None:
+def _enter(answers: Responses, rows: np.ndarray, batch: ScoringBatch, results: Any) -> None:
     """Enter the answers of a batch, the first two of a program's results."""
-    totals, greedy = results[:2]
-    enter_rows(scores.totals[i], rows, batch, totals)
-    enter_rows(scores.greedy[i], rows, batch, greedy)
+    enter(answers, rows, batch, *results[:2])
 
 
 def _embedding(spec: passes.PassSpec, inputs: Sequence[Inputs], waits: Room, part: Part, one: Waiting) -> Job:
@@ -393,11 +379,11 @@ class Trail:
 
 def differentiating(
     evaluator: DecoderEvaluator, population: StreamedMergePopulation, batched_tasks: Sequence[BatchedTask], chunk: int,
-    weights: Sequence[np.ndarray], scores: Scores, gradient: Recipe, progress: Progress, size: int,
+    weights: Sequence[np.ndarray], answers: Sequence[Responses], gradient: Recipe, progress: Progress, size: int,
 ) -> Evaluation:  # fmt: skip
     """Differentiate the sum of each task's totals times its `weights: float32[P, S]` with respect to the recipes, in
     two runs through the bank: the states before each layer are kept, and the layers come back in reverse. Enters the
-    results in `gradient`, float32, and the answers in `scores`."""
+    results in `gradient`, float32, and the answers in `answers`."""
     bank, mesh, config = population.replicated, evaluator.devices.mesh, evaluator.config
     spec = passes.PassSpec(config, population.factory, mesh)
     inputs = [inputs_of(evaluator, batched_task) for batched_task in batched_tasks]
@@ -429,7 +415,7 @@ def differentiating(
                 padded = pad_chunk(weights[i], trail.rows, chunk)
                 real = np.where(batch.rows >= 0, padded[:, batch.rows], 0).astype(np.float32)
                 arguments = (head, (ends, arrays), (trail.parameters.shared, states, real))
-                read = partial(_enter, scores, i, trail.rows, batch)
+                read = partial(_enter, answers[i], trail.rows, batch)
                 _, _, slope, cotangent = yield Program(
                     HEAD_GRADIENT, layer_passes.answer_gradient, arguments, chunk, read=read
                 )
@@ -531,17 +517,15 @@ def _sum(total: Any, part: Any, size: int) -> Job:
 
 
 def _zeros(array: Any) -> Any:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype) if _is_abstract(array) else np.zeros(array.shape, array.dtype)
-
-
-def _is_abstract(array: Any) -> bool:
-    return isinstance(array, jax.ShapeDtypeStruct)
+    """Zeros like an array; abstract ones in a plan."""
+    is_planned = isinstance(array, jax.ShapeDtypeStruct)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype) if is_planned else np.zeros(array.shape, array.dtype)
 
 
 def _add_rows(into: Any, rows: np.ndarray, parts: Any) -> None:
     """Add the results of the candidates `rows`, [>= len(rows), …], to arrays of all candidates."""
     for leaf, part in zip(jax.tree.leaves(into), jax.tree.leaves(parts), strict=True):
-        if not _is_abstract(part):
+        if not isinstance(part, jax.ShapeDtypeStruct):
             leaf[rows] += on_host(part)[: len(rows)]
 
 
@@ -591,34 +575,34 @@ class StreamedEvaluator(MergeEvaluator):
         self, population: StreamedMergePopulation, weights: Sequence[float], progress: Progress
     ) -> tuple[TaskScores, Recipe]:
         evaluator, tasks = self.evaluator, self.evaluator.batched_tasks
-        scores = Scores.empty(tasks, population.size)
+        answers = [batched_task.requests.unanswered(population.size) for batched_task in tasks]
         if any(task.derivative == "nonlinear" for task in evaluator.tasks):
             # The weight of a total depends on the others, which may be in other batches.
-            scores = score_rows(evaluator, population, lambda done: None)
-        slopes = list(map(slopes_of, tasks, scores.totals, scores.greedy, weights))
+            answers = score_rows(evaluator, population, lambda done: None)
+        slopes = list(map(slopes_of, evaluator.tasks, answers, weights))
         gradient: Recipe = jax.tree.map(np.zeros_like, population.candidates)
         chunk = scoring_chunk(evaluator, population)
         factory = DifferentiableFactory(self.spec, evaluator.compute_dtype)
         work = differentiating(
-            evaluator, replace(population, factory=factory), tasks, chunk, slopes, scores, gradient, progress,
+            evaluator, replace(population, factory=factory), tasks, chunk, slopes, answers, gradient, progress,
             population.size,
         )  # fmt: skip
         execute(work, evaluator.runs_two_jobs(2 * self.bank.layer_bytes))
-        matrices = map(score_metric, tasks, scores.totals, scores.greedy)
+        matrices = map(score_metric, evaluator.tasks, answers)
         return TaskScores(dict(zip((task.name for task in evaluator.tasks), matrices, strict=True))), gradient
 
 
 def evaluate(evaluator: DecoderEvaluator, population: StreamedPopulation, progress: Progress) -> TaskScores:
     """Score a streamed population on all tasks."""
-    scores = evaluator.retry_together(partial(score_rows, evaluator, population), progress)
-    return evaluator.with_texts(population, zip(scores.totals, scores.greedy, strict=True), progress)
+    scored = evaluator.retry_together(partial(score_rows, evaluator, population), progress)
+    return evaluator.with_texts(population, scored, progress)
 
 
-def score_rows(evaluator: DecoderEvaluator, population: StreamedPopulation, progress: Progress) -> Scores:
-    """Score the rows of all tasks."""
-    scores = Scores.empty(evaluator.batched_tasks, population.size)
+def score_rows(evaluator: DecoderEvaluator, population: StreamedPopulation, progress: Progress) -> list[Responses]:
+    """The responses to the rows of all tasks, without texts."""
+    answers = [batched_task.requests.unanswered(population.size) for batched_task in evaluator.batched_tasks]
     if any(batched_task.scoring is not None for batched_task in evaluator.batched_tasks):
         chunk = scoring_chunk(evaluator, population)
-        work = scoring(evaluator, population, evaluator.batched_tasks, chunk, scores, progress, population.size)
+        work = scoring(evaluator, population, evaluator.batched_tasks, chunk, answers, progress, population.size)
         execute(work, evaluator.runs_two_jobs(population.layer_bytes))
-    return scores
+    return answers

@@ -59,10 +59,11 @@ class TaskRequests:
 
         return replace(self, scored=rows_of(self.scored), prompts=rows_of(self.prompts))
 
-    def answered(self, totals: np.ndarray, greedy: np.ndarray, texts: "list[list[str]] | None" = None) -> "Responses":
-        """The responses of P candidates (see `Responses`); texts: None: none were asked for."""
+    def unanswered(self, size: int) -> "Responses":
+        """The responses of `size` candidates, in which passes enter their results."""
         counts = np.array([len(row.tokens) - row.start for row in self.scored])
-        return Responses(totals, counts, greedy, [[]] * len(totals) if texts is None else texts)
+        shape = (size, len(counts))
+        return Responses(np.zeros(shape, np.float32), counts, np.zeros(shape, bool), [[]] * size)
 
 
 @dataclass(frozen=True)
