@@ -140,7 +140,7 @@ def joins(tree: ast.Module) -> Iterator[tuple[str, str]]:
 ALLOWED = {
     "the one function": ["system/regular_file.py: file_inside"],
     "the program's own names and numbers": [
-        "backends/decoder/candidates.py: load_bank", "backends/decoder/vision.py: _file",
+        "backends/decoder/kinds/member.py: load_bank", "backends/decoder/vision.py: _file",
         "checkpoints/derived.py: _stand_in", "checkpoints/folder.py: open_folder",
         "checkpoints/headers.py: _new_folder", "checkpoints/members.py: _place", "checkpoints/writer.py: write",
         "checkpoints/writer.py: reserve", "checkpoints/writer.py: _write_index",

@@ -29,7 +29,7 @@ import yaml
 from bench.shared.machine import describe
 from bench.shared.random_family import write_random_family, write_rows
 from bench.shared.torch_peer import mean_log_probability
-from evojax_merge.backends.decoder.candidates import PathCandidates
+from evojax_merge.backends.decoder.kinds.layer_path import PathCandidates
 from evojax_merge.evaluation.paths import PathEvaluator
 from evojax_merge.evaluation.scores import fitness
 from evojax_merge.models.paths import LayerPath

@@ -29,7 +29,7 @@ from merge_kernels import CombineInputs, combine, draw_row_keys, look_up, sums, 
 from bench.merging.kernels import mergekit_call
 from bench.shared.machine import describe
 from bench.shared.random_family import problem_for, write_rows
-from evojax_merge.backends.decoder.candidates import MergeCandidates
+from evojax_merge.backends.decoder.kinds.merge import MergeCandidates
 from evojax_merge.benchmarks.kernels import build_problem, medians, seed_of
 from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.models.bank import take_candidate

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.shared.machine import describe
-from evojax_merge.backends.decoder.candidates import PoolCandidates
+from evojax_merge.backends.decoder.kinds.member import PoolCandidates
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.search.loop import MemoryStorage, Reporter, evolve, rescore

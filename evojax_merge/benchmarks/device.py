@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from merge_kernels import tabulate
 
-from evojax_merge.backends.decoder.candidates import MergeCandidates
+from evojax_merge.backends.decoder.kinds.merge import MergeCandidates
 from evojax_merge.benchmarks.header_models import MISTRAL_7B, PROMPT, problem_for, write_examples, write_models
 from evojax_merge.benchmarks.kernels import Kernels, build_problem, medians
 from evojax_merge.benchmarks.references import copy_bandwidth, matrix_peak, median_seconds

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from evojax_merge.backends.decoder.bank_place import BankPlace
-from evojax_merge.backends.decoder.candidates import Candidates, is_on_devices, placed_at
+from evojax_merge.backends.decoder.kinds.kind import Candidates
+from evojax_merge.backends.decoder.kinds.placed import is_on_devices, placed_at
 from evojax_merge.backends.decoder.planner import DecoderPlanner
 from evojax_merge.backends.decoder.vision import Vision
 from evojax_merge.checkpoints.bank import bank_bytes

@@ -11,13 +11,11 @@ from merge_kernels import Method
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.decoder.backend import DecoderBackend, DecoderModels, stored_dtype
 from evojax_merge.backends.decoder.bank_place import BankPlace, Room, bank_place
-from evojax_merge.backends.decoder.candidates import (
-    Candidates,
-    MergeCandidates,
-    PathCandidates,
-    PoolCandidates,
-    placed_at,
-)
+from evojax_merge.backends.decoder.kinds.kind import Candidates
+from evojax_merge.backends.decoder.kinds.layer_path import PathCandidates
+from evojax_merge.backends.decoder.kinds.member import PoolCandidates
+from evojax_merge.backends.decoder.kinds.merge import MergeCandidates
+from evojax_merge.backends.decoder.kinds.placed import placed_at
 from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
 from evojax_merge.checkpoints.bank import bank_bytes
 from evojax_merge.checkpoints.config_file import decoder_settings
