@@ -110,7 +110,8 @@ def _compiling_beside(problem: SearchProblem[Backend], prepared: Splits[list[Any
     would. The programs are handed over in JAX's folder of compiled programs."""
     is_kept = jax.config.values["jax_compilation_cache_dir"] and jax.config.values["jax_enable_compilation_cache"]
     # GPUs of several processes tune kernels together.
-    if not is_kept or jax.process_count() > 1 or problem.backend.stored_bytes() < COMPILE_BESIDE_BYTES:
+    is_small = problem.backend.stored_bytes() < COMPILE_BESIDE_BYTES
+    if not is_kept or jax.process_count() > 1 or is_small or _was_searched(problem):
         yield
         return
     cancelled = Event()
@@ -122,6 +123,13 @@ def _compiling_beside(problem: SearchProblem[Backend], prepared: Splits[list[Any
                 compiling.result()
         finally:
             cancelled.set()
+
+
+def _was_searched(problem: SearchProblem[Backend]) -> bool:
+    """Return whether an earlier search with the same models and tasks came to its end, and left its programs."""
+    sizes = {task.name: task.size for task in problem.splits.heldout}
+    models = [model for _, model in problem.backend.compared]
+    return problem.kept is not None and problem.kept.read("heldout", models[0], sizes) is not None
 
 
 def _record_timing(planned: Plan, folder: RunFolder) -> None:
