@@ -114,11 +114,17 @@ class GroupSpace:
     def named_values(self, genomes: np.ndarray, parents: Sequence[str]) -> dict[str, np.ndarray]:
         """The searched parameters of genomes float32[P, D] in their units: `weight[layers 0-3 attention][maths]` ->
         float32[P], without the parent for a parameter that all parents share. parents: what they are called."""
-        columns = {}
-        for name, values in jax.vmap(self.values)(jnp.asarray(genomes)).items():
+        columns, size = {}, len(genomes)
+        # A few shapes for any number of genomes: a page of a running search shows as many as there are by then.
+        rows = 256 * max(1, -(-size // 256))
+        padded = np.zeros((rows, self.dims), np.float32)
+        padded[:size] = genomes
+        blocks = [jax.vmap(self.values)(jnp.asarray(block)) for block in np.split(padded, rows // 256)]
+        for name in blocks[0]:
+            values = np.concatenate([np.asarray(block[name]) for block in blocks])[:size]
             ends = [f"[{parent}]" for parent in parents] if self.method.parameter(name).per_parent else [""]
             for (group, column), end in zip(np.ndindex(values.shape[1:]), ends * len(self.groups), strict=True):
-                columns[f"{name}[{self.groups[group]}]{end}"] = np.asarray(values[:, group, column])
+                columns[f"{name}[{self.groups[group]}]{end}"] = values[:, group, column]
         return columns
 
     def genome(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
