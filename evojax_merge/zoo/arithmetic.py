@@ -5,7 +5,7 @@ English; the `japanese` expert answers in Japanese, easy sums only; the task of 
 which no model of the family ever saw. The skills combine for three reasons: digits are tokens that both languages
 share, both languages say a thing in the same number of words, and the base saw the languages mixed.
 
-The weights that come with the package were made by `python -m evojax_merge.zoo.arithmetic`.
+The weights that come with the package were made by bench/shared/packaged_weights.py.
 """
 
 import json
@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from safetensors.numpy import load_file, save_file
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.config_file import decoder_config
@@ -38,10 +37,10 @@ from evojax_merge.zoo.tiny_llama import (
     Sizes,
     fresh_model,
     save_config,
-    save_tensors,
     save_tokenizer,
     save_weights,
     train,
+    unpack_weights,
 )
 
 # A word in English and in Japanese.
@@ -298,18 +297,7 @@ PACKAGED_SEED = 1
 def unpack_family(folder: Path) -> None:
     """Write the packaged family into an empty folder, its weights in float32."""
     _save_all_but_weights(folder, PACKAGED_SEED, Plan())
-    for name in MODELS:
-        packed = load_file(PACKAGED / f"{name}.safetensors")
-        save_tensors(folder / name, {tensor: values.astype(np.float32) for tensor, values in packed.items()})
-
-
-def pack_family(folder: Path) -> None:
-    """Make a trained family of seed `PACKAGED_SEED` the packaged one."""
-    PACKAGED.mkdir(exist_ok=True)
-    for name in MODELS:
-        tensors = load_file(folder / name / "model.safetensors")
-        narrow = {tensor: values.astype(jnp.bfloat16) for tensor, values in tensors.items()}
-        save_file(narrow, PACKAGED / f"{name}.safetensors")
+    unpack_weights(PACKAGED, folder, MODELS)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -348,7 +336,3 @@ def make_experts(folder: Path, progress: Progress = lambda name, steps, loss: No
         steps, report = EXPERT_STEPS[name], partial(progress, name)
         model = train(config, answer_loss, start, partial(batch, rng), steps, EXPERT_PEAK, report)
         save_weights(folder / name, model, config)
-
-
-if __name__ == "__main__":
-    pack_family(resolve_reference(f"zoo:{PACKAGED_SEED}/base").parent)

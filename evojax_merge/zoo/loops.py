@@ -29,7 +29,7 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.layers import padded_layout
 from evojax_merge.models.sources import StackedWeights
-from evojax_merge.zoo import FILES, TrainedFamily
+from evojax_merge.zoo import FILES, Family
 from evojax_merge.zoo.tiny_llama import (
     DIGITS,
     EOS,
@@ -191,9 +191,9 @@ def make_family(folder: Path, seed: int, plan: Plan, progress: Callable[[str, in
     stage("times", base, plan.times_steps, ("times",))
 
 
-def family(plan: Plan) -> TrainedFamily:
+def family(plan: Plan) -> Family:
     """The kind of family whose models train as long as `plan` says."""
-    return TrainedFamily("loops", VERSION, MODELS, plan.steps, partial(make_family, plan=plan))
+    return Family("loops", VERSION, MODELS, partial(make_family, plan=plan), plan.steps)
 
 
 FAMILY = family(Plan())
