@@ -23,16 +23,7 @@ from merge_kernels import add_low_rank
 from safetensors.numpy import save_file
 
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of
-from evojax_merge.checkpoints.folder import (
-    DenseTensor,
-    Folder,
-    MappedFile,
-    Part,
-    Tensor,
-    copy_finite,
-    is_float,
-    read_header,
-)
+from evojax_merge.checkpoints.folder import ChangedTensor, Folder, Tensor, is_float, read_header
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, nearest, shown
 from evojax_merge.models.architecture import EMBEDDING, HEAD, known_architecture
@@ -196,7 +187,7 @@ def _alpha(path: Path, key: str, value: Any) -> float:
 
 
 @dataclass(frozen=True)
-class AdaptedTensor:
+class AdaptedTensor(ChangedTensor):
     """A weight of the base with an adapter: `base + scale · B A`, in the base's dtype.
 
     base: `[out, in]`; a: `[r, in]`; b: `[out, r]`. transposed: the base's weight is stored as `[in, out]` (embeddings,
@@ -210,24 +201,12 @@ class AdaptedTensor:
     transposed: bool = False
 
     @property
-    def dtype(self) -> np.dtype:
-        return self.base.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
+    def parts(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return self.base, self.a, self.b
 
     @property
     def file(self) -> Path:
         return self.a.file
-
-    @property
-    def _parts(self) -> tuple[Tensor, ...]:
-        return self.base, self.a, self.b
-
-    @property
-    def mapped_files(self) -> tuple[MappedFile, ...]:
-        return tuple(mapped for part in self._parts for mapped in part.mapped_files)
 
     @property
     def core(self) -> Tensor:
@@ -245,25 +224,14 @@ class AdaptedTensor:
         # A search's programs expand factors with the same function, so that both compute the same values.
         return np.asarray(_expand(self.base.load(), *self.factors())).astype(self.dtype, copy=False)
 
-    def load(self) -> np.ndarray:
-        return self.read()
-
-    def copy_into(self, part: Part, into: np.ndarray) -> bool:
-        return copy_finite(self.load()[part], into)
-
     def content(self) -> Iterator[np.ndarray]:
         # The parts, not the product: its last bits depend on the machine, and random masks must not.
-        for part in self._parts:
-            yield from part.content()
+        yield from super().content()
         yield np.frombuffer(np.float64(self.scale).tobytes(), np.uint8)
-
-    def release(self) -> None:
-        for part in self._parts:
-            part.release()
 
 
 @dataclass(frozen=True)
-class DoraTensor(DenseTensor):
+class DoraTensor(ChangedTensor):
     """A weight with a DoRA adapter: the rows of the unrounded `base + scale · B A`, rescaled to the norms
     `magnitude [out]`."""
 
@@ -271,34 +239,14 @@ class DoraTensor(DenseTensor):
     magnitude: Tensor
 
     @property
-    def dtype(self) -> np.dtype:
-        return self.sum.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.sum.shape
-
-    @property
-    def file(self) -> Path:
-        return self.sum.file
-
-    @property
-    def mapped_files(self) -> tuple[MappedFile, ...]:
-        return (*self.sum.mapped_files, *self.magnitude.mapped_files)
+    def parts(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return self.sum, self.magnitude
 
     def read(self) -> np.ndarray:
         unrounded = np.asarray(_expand(self.sum.base.load().astype(np.float32), *self.sum.factors()))
         axis = 0 if self.sum.transposed else 1
         norms = np.linalg.norm(unrounded, axis=axis, keepdims=True)
         return (np.expand_dims(_float32(self.magnitude).reshape(-1), axis) / norms * unrounded).astype(self.dtype)
-
-    def content(self) -> Iterator[np.ndarray]:
-        yield from self.sum.content()
-        yield from self.magnitude.content()
-
-    def release(self) -> None:
-        self.sum.release()
-        self.magnitude.release()
 
 
 _expand = jax.jit(add_low_rank)

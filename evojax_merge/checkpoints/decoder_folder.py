@@ -25,7 +25,7 @@ from evojax_merge.checkpoints.config_file import (
     read_decoder_config,
     with_decoder_settings,
 )
-from evojax_merge.checkpoints.folder import DenseTensor, Folder, MappedFile, Tensor
+from evojax_merge.checkpoints.folder import ChangedTensor, Folder, Tensor
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
 from evojax_merge.models.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture, known_architecture
@@ -49,28 +49,29 @@ IN_MEMORY = (
 
 
 @dataclass(frozen=True)
-class TensorSlice(DenseTensor):
-    """A part of another tensor: `of.read()[place]`."""
+class TensorView(ChangedTensor):
+    """A rearrangement of another tensor, which is identified by its own values."""
 
     of: Tensor
-    place: tuple[int | slice, ...]
 
     @property
-    def dtype(self) -> np.dtype:
-        return self.of.dtype
+    def parts(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return (self.of,)
+
+    def content(self) -> Iterator[np.ndarray]:
+        yield self.load().reshape(-1).view(np.uint8)
+
+
+@dataclass(frozen=True)
+class TensorSlice(TensorView):
+    """A part of another tensor: `of.read()[place]`."""
+
+    place: tuple[int | slice, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         # A broadcast view has the shape and takes no memory.
         return np.broadcast_to(np.int8(0), self.of.shape)[self.place].shape
-
-    @property
-    def file(self) -> Path:
-        return self.of.file
-
-    @property
-    def mapped_files(self) -> tuple[MappedFile, ...]:
-        return self.of.mapped_files
 
     def read(self) -> np.ndarray:
         return self.of.read()[self.place]
@@ -80,47 +81,21 @@ class TensorSlice(DenseTensor):
         self.of.copy_into(tuple(slice(i, i + 1) if isinstance(i, int) else i for i in self.place), values)
         return values
 
-    def content(self) -> Iterator[np.ndarray]:
-        yield self.load().reshape(-1).view(np.uint8)
-
-    def release(self) -> None:
-        self.of.release()
-
 
 @dataclass(frozen=True)
-class TransposedTensor(DenseTensor):
+class TransposedTensor(TensorView):
     """Another tensor with its last two axes exchanged."""
-
-    of: Tensor
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.of.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         *others, rows, columns = self.of.shape
         return (*others, columns, rows)
 
-    @property
-    def file(self) -> Path:
-        return self.of.file
-
-    @property
-    def mapped_files(self) -> tuple[MappedFile, ...]:
-        return self.of.mapped_files
-
     def read(self) -> np.ndarray:
         return np.ascontiguousarray(self.of.read().swapaxes(-2, -1))
 
     def load(self) -> np.ndarray:
         return np.ascontiguousarray(self.of.load().swapaxes(-2, -1))
-
-    def content(self) -> Iterator[np.ndarray]:
-        yield self.load().reshape(-1).view(np.uint8)
-
-    def release(self) -> None:
-        self.of.release()
 
 
 @dataclass(frozen=True)

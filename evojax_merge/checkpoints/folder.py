@@ -21,7 +21,7 @@ from io import FileIO
 from itertools import pairwise, product
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -132,83 +132,79 @@ class MappedFile:
             self.__dict__.pop("_handle").close()
 
 
-class Tensor(Protocol):
-    """One tensor of a model: its properties, which are known before it is read, and its values."""
+class Tensor:
+    """One tensor of a model: its dtype, shape and files, which are known before it is read, and its values. A tensor is
+    computed from its `parts`, unless it overrides the methods that read them; the first part has the file that messages
+    name. Equal tensors have equal values."""
 
-    @property
-    def dtype(self) -> np.dtype: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    parts: "tuple[Tensor, ...]"
+
     @property
     def file(self) -> Path:
         """The file that messages about the tensor name."""
-        ...
+        return self.parts[0].file
 
     @property
     def mapped_files(self) -> tuple[MappedFile, ...]:
         """All files that the tensor is made of."""
-        ...
+        return tuple(mapped for part in self.parts for mapped in part.mapped_files)
 
     @property
     def core(self) -> "Tensor":
         """The tensor that the factors are added to; the tensor itself where it has no factors."""
-        ...
+        return self
 
     @property
     def rank(self) -> int:
         """The rank of the factors; 0 without factors."""
-        ...
+        return 0
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
         """The factors `a float32[rank, in]` and `b float32[out, rank]` of a matrix `core + b a`."""
-        ...
+        outputs, inputs = self.shape
+        return np.zeros((0, inputs), np.float32), np.zeros((outputs, 0), np.float32)
 
     def read(self) -> np.ndarray:
         """The values, `[*shape]` in the tensor's dtype, not to be written to."""
-        ...
+        raise NotImplementedError
 
     def load(self) -> np.ndarray:
         """The values in memory of their own. Raises Failed where the file cannot be read."""
-        ...
+        # A tensor that is computed loads its parts.
+        return self.read()
 
     def copy_into(self, part: Part, into: np.ndarray) -> bool:
         """Copy a part of the values into a contiguous array of its shape; False where one is NaN or infinite. Raises
         Failed where the file cannot be read."""
-        ...
+        return copy_finite(self.load()[part], into)
 
     def content(self) -> Iterator[np.ndarray]:
         """The bytes that the tensor is made of, `uint8[n]` each, which identify it on every machine."""
-        ...
+        for part in self.parts:
+            yield from part.content()
 
     def release(self) -> None:
         """Release the memory that reading the tensor has mapped."""
-        ...
+        for part in self.parts:
+            part.release()
 
 
-class DenseTensor:
-    """A tensor without factors."""
-
-    shape: tuple[int, ...]
-    rank = 0
+class ChangedTensor(Tensor):
+    """A tensor with the dtype and, unless it says otherwise, the shape of its first part."""
 
     @property
-    def core(self) -> Self:
-        return self
+    def dtype(self) -> np.dtype:  # type: ignore[override]
+        return self.parts[0].dtype
 
-    def factors(self) -> tuple[np.ndarray, np.ndarray]:
-        outputs, inputs = self.shape
-        return np.zeros((0, inputs), np.float32), np.zeros((outputs, 0), np.float32)
-
-    def load(self: Tensor) -> np.ndarray:
-        # A tensor that is computed loads what it is computed from.
-        return self.read()
-
-    def copy_into(self: Tensor, part: Part, into: np.ndarray) -> bool:
-        return copy_finite(self.load()[part], into)
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.parts[0].shape
 
 
 @dataclass(frozen=True)
-class BytesOfFile(DenseTensor):
+class BytesOfFile(Tensor):
     """A tensor whose bytes lie together in a file, in any encoding. dtype and shape describe the values, start and stop
     the range of the bytes."""
 
