@@ -64,7 +64,7 @@ WITHOUT_FILE_SYSTEM = {
         "backends/torch/folders.py": ["save_merge", "OwnModules.save"],
         "backends/torch/generator.py": ["save_generator"], "backends/torch/pipelines.py": ["PipelineBackend.export"],
         "checkpoints/adapters.py": ["write_adapter"],
-        "checkpoints/derived.py": ["_link", "_of_quantised.write", "_stand_in"],
+        "checkpoints/derived.py": ["_link", "_as_folder.write", "_stand_in"],
         "checkpoints/generator_lora.py": ["write_fused", "_save"],
         "checkpoints/gguf_file.py": ["write_config", "write_tokenizer", "write_tensor_table"],
         "checkpoints/pipelines.py": ["Components.write_others", "_copy"],
