@@ -348,7 +348,8 @@ def load_bank(
 
     def load_leaf(leaf: Leaf) -> LeafBank:
         reader = LeafReader(leaf, config, sources, spec, placement)
-        arrays, tensors = reader.empty(), list(reader.tensors.items())
+        arrays: Any = reader.empty()
+        tensors = list(reader.tensors.items())
 
         def load_tensor(number: int) -> Prepared | None:
             place, name = tensors[number]
@@ -360,9 +361,8 @@ def load_bank(
         for (place, _), prepared in zip(tensors, measured, strict=True):
             reader.enter_mask_keys(arrays.mask_keys, place, prepared)
         statistics = stacked_statistics(reader, [prepared.statistics for prepared in measured])
-        if on_host:
-            return replace(arrays, statistics=statistics)
-        return put_leaf(reader.layout, arrays, statistics, placement)
+        loaded: LeafBank = replace(arrays, statistics=statistics)
+        return loaded if on_host else put_leaf(reader.layout, arrays, statistics, placement)
 
     with ThreadPoolExecutor(max_workers=4) as pool:
         return bank_of(config, load_leaf)

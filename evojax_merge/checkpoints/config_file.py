@@ -81,14 +81,6 @@ def decoder_settings(config: dict[str, Any]) -> dict[str, Any]:
     return nested if isinstance(nested, dict) else config | {"model_type": f"{config['model_type']}_text"}
 
 
-def with_decoder_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A larger model's config.json with other settings of its text decoder."""
-    if not isinstance(config.get("text_config"), dict):
-        return {**settings, "model_type": config["model_type"]}
-    tied = {key: settings[key] for key in ("tie_word_embeddings",) if key in settings}
-    return {**config, "text_config": dict(settings), **tied}
-
-
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a decoder's config that describe the layers themselves, with unchanged values: without the number of
     layers, the number of tokens and the tied head."""

@@ -23,7 +23,6 @@ from evojax_merge.checkpoints.config_file import (
     decoder_settings,
     is_larger_model,
     read_decoder_config,
-    with_decoder_settings,
 )
 from evojax_merge.checkpoints.folder import ChangedTensor, Folder, Tensor
 from evojax_merge.checkpoints.json_files import read_json_object
@@ -201,7 +200,13 @@ class DecoderFolder(Folder):
 
     def whole_config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The content of config.json with other settings of the decoder."""
-        return with_decoder_settings(self.whole.config, settings) if self.is_part else dict(settings)
+        whole = self.whole.config
+        if not self.is_part:
+            return dict(settings)
+        if not isinstance(whole.get("text_config"), dict):
+            return {**settings, "model_type": whole["model_type"]}
+        tied = {key: settings[key] for key in ("tie_word_embeddings",) if key in settings}
+        return {**whole, "text_config": dict(settings), **tied}
 
 
 def decoder_of(folder: Folder) -> DecoderFolder:
@@ -211,13 +216,21 @@ def decoder_of(folder: Folder) -> DecoderFolder:
     architecture = known_architecture(decoder_settings(folder.config).get("model_type"))
     if architecture is None:
         return DecoderFolder(folder.path, folder.entries, folder, is_part=is_part)
-    body, head = _body(architecture), architecture.leaf(HEAD)
-    own_head = None if head is None else head.tensor
+    tensors, head = [leaf.tensor for leaf in architecture.leaves if leaf.name != HEAD], architecture.leaf(HEAD)
+    # The prefix of all tensors' names but the head's, such as `model.`; empty where they share none.
+    body = f"{tensors[0].partition('.')[0]}."
+    body = body if all(tensor.startswith(body) for tensor in tensors) else ""
     file_body = _find_body(folder, architecture, body, anywhere=is_part)
-    names = TensorNames(
-        body, file_body, own_head, None if own_head is None else _find_head(folder, body, file_body, own_head)
-    )
-    roots = {leaf.tensor.removeprefix(body).split(".")[0] for leaf in architecture.leaves if leaf.name != HEAD}
+    names = TensorNames(body, file_body)
+    if head is not None:
+        # The head is beside the body, or beside a module that holds the body.
+        modules = file_body.split(".")[:-1]
+        above = ["".join(f"{part}." for part in modules[:depth]) for depth in range(len(modules), -1, -1)]
+        head_names = [f"{prefix}{name}" for prefix in above for name in (head.tensor, LM_HEAD)]
+        beside = file_body.removesuffix(body) if file_body.endswith(body) else ""
+        head_in_file = next((name for name in head_names if name in folder.entries), f"{beside}{head.tensor}")
+        names = TensorNames(body, file_body, head.tensor, head_in_file)
+    roots = {tensor.removeprefix(body).split(".")[0] for tensor in tensors}
 
     def is_own(name: str) -> bool:
         """Return whether a tensor of the file belongs to the decoder, also one that the architecture does not have."""
@@ -225,11 +238,21 @@ def decoder_of(folder: Folder) -> DecoderFolder:
             return True
         return name.startswith(file_body) and name.removeprefix(file_body).split(".")[0] in roots
 
-    entries = {names.of_architecture(name): entry for name, entry in folder.entries.items() if is_own(name)}
-    entries = _unpacked(folder, architecture, entries)
-    entries = {name: entry for name, entry in entries.items() if not name.endswith(architecture.buffers)}
+    packed = {names.of_architecture(name): entry for name, entry in folder.entries.items() if is_own(name)}
+    entries: dict[str, Tensor] = {}
+    for name, entry in packed.items():
+        for part, tensor in _parts(architecture, name, entry).items():
+            if part in entries or (part != name and part in packed):
+                raise InputError(folder.path, f"holds {part}, and {name}, which it is a part of; expected one of them")
+            entries[part] = tensor
     hidden = decoder_settings(folder.config).get("hidden_size")
-    entries = {name: _upright(architecture, name, entry, hidden) for name, entry in entries.items()}
+    for name, entry in entries.items():
+        leaf = architecture.leaf_of(name) if architecture.transposable else None
+        if leaf is not None and leaf.name in architecture.transposable and len(entry.shape) == len(leaf.shape):
+            transposed, axis = TransposedTensor(entry), leaf.shape.index("hidden")
+            if entry.shape[axis] != hidden and transposed.shape[axis] == hidden:
+                entries[name] = transposed
+    entries = {name: entry for name, entry in entries.items() if not name.endswith(architecture.buffers)}
     others = {name: entry for name, entry in folder.entries.items() if not is_own(name)}
     return DecoderFolder(folder.path, entries, folder, names, is_part, others)
 
@@ -265,28 +288,6 @@ def decoder_with_projector(whole: Folder) -> DecoderFolder:
     )  # fmt: skip
 
 
-def _upright(architecture: Architecture, name: str, entry: Tensor, hidden: object) -> Tensor:
-    """A tensor with its axes as the architecture has them. hidden: the width of the hidden state."""
-    leaf = architecture.leaf_of(name) if architecture.transposable else None
-    if leaf is None or leaf.name not in architecture.transposable or len(entry.shape) != len(leaf.shape):
-        return entry
-    transposed = TransposedTensor(entry)
-    axis = leaf.shape.index("hidden")
-    return transposed if entry.shape[axis] != hidden and transposed.shape[axis] == hidden else entry
-
-
-def _unpacked(folder: Folder, architecture: Architecture, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by name, with each packed tensor replaced by its parts. Raises InputError where a tensor is there
-    twice."""
-    unpacked: dict[str, Tensor] = {}
-    for name, entry in entries.items():
-        for part, tensor in _parts(architecture, name, entry).items():
-            if part in unpacked or (part != name and part in entries):
-                raise InputError(folder.path, f"holds {part}, and {name}, which it is a part of; expected one of them")
-            unpacked[part] = tensor
-    return unpacked
-
-
 def _parts(architecture: Architecture, name: str, entry: Tensor) -> dict[str, Tensor]:
     """The architecture's tensors that a tensor is, or packs, by name."""
     for pattern, held in architecture.packed.items():
@@ -304,11 +305,6 @@ def _parts(architecture: Architecture, name: str, entry: Tensor) -> dict[str, Te
     return {name: entry}
 
 
-def as_it_is(folder: Folder) -> DecoderFolder:
-    """All tensors of a folder, under their names in its files."""
-    return DecoderFolder(folder.path, folder.entries, folder)
-
-
 def named_alike(folder: DecoderFolder, expected: DecoderFolder) -> DecoderFolder:
     """A model with its tensors renamed as in another model of its kind, whose files may be older or newer; unchanged
     where two of its tensors would get one name."""
@@ -324,13 +320,6 @@ def _name_in_memory(name: str) -> str:
     for pattern, begin in IN_MEMORY:
         name = pattern.sub(begin, name)
     return name
-
-
-def _body(architecture: Architecture) -> str:
-    """The prefix of all tensors' names but the head's, such as `model.`; empty where they share none."""
-    tensors = [leaf.tensor for leaf in architecture.leaves if leaf.name != HEAD]
-    body = f"{tensors[0].partition('.')[0]}."
-    return body if all(tensor.startswith(body) for tensor in tensors) else ""
 
 
 def _find_body(folder: Folder, architecture: Architecture, body: str, *, anywhere: bool) -> str:
@@ -352,13 +341,3 @@ def _find_body(folder: Folder, architecture: Architecture, body: str, *, anywher
             folder.path, f"holds several decoders ({', '.join(sorted(prefixes))}); expected one text decoder"
         )
     return prefixes[0]
-
-
-def _find_head(folder: Folder, own_body: str, body: str, own_head: str) -> str:
-    """The name of the head in a folder's files: beside the body, or beside a module that holds the body. Without a
-    head, the name that a head would have."""
-    parts = body.split(".")[:-1]
-    above = ["".join(f"{part}." for part in parts[:depth]) for depth in range(len(parts), -1, -1)]
-    names = [f"{prefix}{head}" for prefix in above for head in (own_head, LM_HEAD)]
-    beside = body.removesuffix(own_body) if body.endswith(own_body) else ""
-    return next((name for name in names if name in folder.entries), f"{beside}{own_head}")

@@ -476,7 +476,12 @@ def read_header(file: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > size - 8:
                 raise InputError(file, f"truncated: the header wants {length:,} bytes, the file has {size:,}")
-            refused = _refused(file)
+            refused = None
+            try:
+                with safe_open(file, framework="numpy"):
+                    pass
+            except SafetensorError as error:
+                refused = str(error).removeprefix("Error while deserializing header: ")[:200]
             # Only a header that the library accepted is parsed or, to count the bytes of a truncated file, one that it
             # found well formed.
             if refused is not None and "not fully covered" not in refused:
@@ -509,15 +514,6 @@ def read_metadata(file: Path) -> dict[str, str]:
     """The texts that stand beside the tensors of a safetensors file that `read_header` accepts."""
     with safe_open(file, framework="numpy") as handle:
         return dict(handle.metadata() or {})
-
-
-def _refused(file: Path) -> str | None:
-    """The safetensors library's error about the file's header; None where it accepts the header."""
-    try:
-        with safe_open(file, framework="numpy"):
-            return None
-    except SafetensorError as error:
-        return str(error).removeprefix("Error while deserializing header: ")[:200]
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -77,14 +77,6 @@ TOKEN_TYPES = Expected(
 )
 
 
-def halves_apart(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undo the order in which GGUF keeps the rows of a Llama's query and key projections. rows: `[heads * D, …]`.
-
-    GGUF rotates neighbouring rows of a head as a pair, Hugging Face row i with row i + D / 2.
-    """
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
 @dataclass(frozen=True)
 class GgufTensor(BytesOfFile):
     """A tensor of a GGUF file. kind: the storage type of its values, a number of gguf.GGMLQuantizationType; heads: the
@@ -103,7 +95,10 @@ class GgufTensor(BytesOfFile):
         with np.errstate(all="ignore"):
             values = gguf.dequantize(raw, gguf.GGMLQuantizationType(self.kind))
         values = (values - np.float32(self.offset) if self.offset else values).astype(self.dtype, copy=False)
-        return halves_apart(values, self.heads) if self.heads else values
+        if not self.heads:
+            return values
+        # GGUF rotates neighbouring rows of a head of queries or keys as a pair, Hugging Face row i with row i + D / 2.
+        return values.reshape(self.heads, -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
 @dataclass(frozen=True)
@@ -430,7 +425,11 @@ def named_tensors(file: GgufFile, config: Path) -> dict[str, GgufTensor]:
     # The first tensor that is missing, or of another shape, ends the loop: otherwise the file's numbers of layers and
     # experts would decide how long it takes.
     for name, leaf, place in tensors_of(decoder):
-        file_name, expert = _place_in_file(file, names, name, leaf, place)
+        file_name, expert = names(name, leaf, place), place[1] if leaf.has_experts else None
+        # A tensor of all experts; early files of Mixtral have one tensor per expert.
+        alone = file_name.replace("_exps.", f".{expert}.")
+        if expert is not None and file_name not in file.tensors and alone in file.tensors:
+            file_name, expert = alone, None
         if file_name not in file.tensors:
             raise InputError(file.path, f"has no tensor {file_name} ({name})")
         tensors[name] = _named(file, decoder, leaf, name, file_name, expert)
@@ -465,20 +464,6 @@ def _tensor_names(file: GgufFile, layers: int) -> Callable[[str, Leaf, tuple[int
     return name_in_file
 
 
-def _place_in_file(
-    file: GgufFile, names: Callable[[str, Leaf, tuple[int, ...]], str], name: str, leaf: Leaf, place: tuple[int, ...]
-) -> tuple[str, int | None]:
-    """The file's name for a tensor and None; or, for an expert's part of a tensor of all experts, that tensor's name
-    and the expert."""
-    if not leaf.has_experts:
-        return names(name, leaf, place), None
-    _, expert = place
-    packed = names(name, leaf, place)
-    # Early files of Mixtral have one tensor per expert.
-    alone = packed.replace("_exps.", f".{expert}.")
-    return (packed, expert) if packed in file.tensors or alone not in file.tensors else (alone, None)
-
-
 def _named(
     file: GgufFile, decoder: DecoderConfig, leaf: Leaf, name: str, file_name: str, expert: int | None
 ) -> GgufTensor:
@@ -489,7 +474,13 @@ def _named(
     # llama.cpp drops axes of one entry when it quantises a file.
     if tensor.shape not in (expected, expected[1:] if expected[0] == 1 else expected):
         axes = leaf.shape if expert is not None or not leaf.has_experts else leaf.shape[1:]
-        raise InputError(file.path, _other_shape(file, file_name, axes, expected))
+        sizes = tensor.shape if len(tensor.shape) == len(expected) else (0,) * len(expected)
+        differing = [axis for axis, size, right in zip(axes, sizes, expected, strict=True) if size != right]
+        keys = dict.fromkeys(file.key(key) for axis in differing for key in file.form.size_keys.get(axis, ()))
+        says = " and ".join(key for key in keys if key in file.metadata) or "its metadata"
+        raise InputError(
+            file.path, f"{file_name} has shape {list(tensor.shape)}; by {says} it would be {list(expected)}"
+        )
     nbytes = (tensor.stop - tensor.start) // (1 if expert is None else expected[0])
     start = tensor.start + (expert or 0) * nbytes
     interleaved = dict[str, int]()
@@ -504,16 +495,6 @@ def _named(
         heads=interleaved.get(file_name.split(".")[-2], 0),
         offset=file.form.norm_offset if name.endswith("norm.weight") else 0.0,
     )
-
-
-def _other_shape(file: GgufFile, name: str, axes: tuple[str, ...], expected: tuple[int, ...]) -> str:
-    """The message for a tensor whose shape is not `expected`. axes: the names of the shape's sizes."""
-    shape = file.tensors[name].shape
-    sizes = shape if len(shape) == len(expected) else (0,) * len(expected)
-    differing = [axis for axis, size, right in zip(axes, sizes, expected, strict=True) if size != right]
-    keys = dict.fromkeys(file.key(key) for axis in differing for key in file.form.size_keys.get(axis, ()))
-    says = " and ".join(key for key in keys if key in file.metadata) or "its metadata"
-    return f"{name} has shape {list(shape)}; by {says} it would be {list(expected)}"
 
 
 def write_tensor_table(tensors: Mapping[str, GgufTensor], folder: Path) -> None:

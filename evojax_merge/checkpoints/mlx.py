@@ -5,9 +5,8 @@ the lowest bits of the first word on, and `scales` and `biases` [out, in / g]. T
 config.json says b and g under `quantization`, and for single modules under their names.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -53,7 +52,12 @@ def open_mlx(path: Path, quantised: Path) -> Folder:
     entries = dict(stored)
     for name in [name for name in stored if name.endswith(SCALES)]:
         module = name.removesuffix(SCALES)
-        bits, size = _of_module(quantised, settings, module)
+        # config.json may have settings of this module alone.
+        module_settings = settings.get(module)
+        of_module = {**settings, **module_settings} if isinstance(module_settings, dict) else settings
+        checked_setting(quantised, "mode", of_module.get("mode"), (None, "affine"))
+        bits: int = checked_setting(quantised, "bits", of_module.get("bits"), BITS)
+        size = group_size(quantised, of_module.get("group_size")) or DEFAULT_GROUP
         packed, scales = stored.get(f"{module}.weight"), stored[name]
         matrix = packed is not None and len(packed.shape) == 2 and 0 not in packed.shape and packed.dtype == np.uint32
         if packed is None or not matrix or packed.shape[1] * 32 % (bits * size):
@@ -72,12 +76,3 @@ def open_mlx(path: Path, quantised: Path) -> Folder:
     if left is not None:
         raise InputError(entries[left].file, f"{left} is quantised (uint32), and there are no scales of it")
     return Folder(path, entries)
-
-
-def _of_module(quantised: Path, settings: Mapping[str, Any], module: str) -> tuple[int, int]:
-    """The bits of each of a module's numbers, and the number of inputs that share a scale."""
-    module_settings = settings.get(module)
-    merged = {**settings, **module_settings} if isinstance(module_settings, dict) else settings
-    checked_setting(quantised, "mode", merged.get("mode"), (None, "affine"))
-    bits: int = checked_setting(quantised, "bits", merged.get("bits"), BITS)
-    return bits, group_size(quantised, merged.get("group_size")) or DEFAULT_GROUP

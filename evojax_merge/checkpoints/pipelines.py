@@ -97,9 +97,6 @@ class Pipeline:
             )  # fmt: skip
         return [file for file in copied if file not in variants]
 
-    def has_weights(self, component: str) -> bool:
-        return any(file.suffix == ".safetensors" for file in self.files(component))
-
     def content(self, component: str) -> dict[str, Any]:
         """A component's files by name, in a form that can be compared."""
         return {str(file.relative_to(self.path / component)): _content(file) for file in self.files(component)}
@@ -260,7 +257,7 @@ def _check_alike(where: str, name: str, pipelines: Sequence[Pipeline]) -> None:
     for pipeline in pipelines:
         if name not in pipeline.classes:
             raise InputError(where, f"{pipeline.path} has no such component")
-        if not pipeline.has_weights(name):
+        if all(file.suffix != ".safetensors" for file in pipeline.files(name)):
             raise InputError(where, f"has no weights in {pipeline.path}, so that there is nothing to merge")
         if pipeline.classes[name] != first.classes[name]:
             given, expected = (".".join(one.classes[name]) for one in (pipeline, first))

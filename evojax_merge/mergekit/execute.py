@@ -31,7 +31,6 @@ from evojax_merge.checkpoints.config_file import (
 from evojax_merge.checkpoints.config_shapes import check_against_config
 from evojax_merge.checkpoints.decoder_folder import (
     DecoderFolder,
-    as_it_is,
     decoder_of,
     decoder_with_projector,
     named_alike,
@@ -347,7 +346,11 @@ def _open(
     open_decoder = decoder_with_projector if recipe.components else decoder_of
     opened = [open_model(path) for path in paths]
     folders = tuple(
-        as_it_is(model) if whole and is_larger_model(model.config) else open_decoder(model) for model in opened
+        # A larger model as a whole has its tensors' names in the files.
+        DecoderFolder(model.path, model.entries, model)
+        if whole and is_larger_model(model.config)
+        else open_decoder(model)
+        for model in opened
     )
     first = folders[0]
     for folder in folders[1:]:
