@@ -155,7 +155,11 @@ def prepare(
     sources, layouts, tied = _open(recipe, paths, choice, allow_crimes)
     _check_one_scheme(sources)
     _check_same_tensors(recipe, sources, layouts)
-    leader = _leader(recipe, sources)
+    leader = sources.folders[0 if recipe.other_modules is None else recipe.models.index(recipe.other_modules)]
+    if recipe.other_modules is not None and not leader.other_modules:
+        raise InputError(
+            recipe.where, f"other_modules: {recipe.other_modules} is a text decoder alone; expected a larger model"
+        )
     planned = plan(recipe, layouts, partial(_fitting, recipe, sources))
     tensor_plans = [replace(tensor_plan, name=leader.names.in_file(tensor_plan.name)) for tensor_plan in planned]
     wanted = RECIPE_DTYPES.get(dtype or recipe.out_dtype or recipe.dtype or "")
@@ -175,8 +179,7 @@ def prepare(
         sources = replace(sources, warnings=(*sources.warnings, *token_warnings))
     if recipe.on_mismatch == "refuse":
         try:
-            _check_configs(sources)
-            sources = replace(sources, warnings=(*sources.warnings, *_position_notes(sources)))
+            sources = replace(sources, warnings=(*sources.warnings, *_check_configs(sources)))
         except InputError as error:
             if strict:
                 raise
@@ -200,19 +203,6 @@ def prepare(
     )  # fmt: skip
 
 
-def _leader(recipe: RecipeFile, sources: Sources) -> DecoderFolder:
-    """The first model, or the model whose other modules the result has. Raises InputError where that model has no other
-    modules."""
-    if recipe.other_modules is None:
-        return sources.folders[0]
-    leader = sources.folders[recipe.models.index(recipe.other_modules)]
-    if not leader.other_modules:
-        raise InputError(
-            recipe.where, f"other_modules: {recipe.other_modules} is a text decoder alone; expected a larger model"
-        )
-    return leader
-
-
 def _merged_config(
     recipe: RecipeFile, sources: Sources, leader: DecoderFolder, layouts: Sequence[Layout], tied: bool | None
 ) -> dict[str, Any]:
@@ -234,16 +224,6 @@ def _merged_config(
     return config
 
 
-def _with_layer_types(sources: Sources) -> list[dict[str, Any]]:
-    """The sources' configs, with the kind of each layer written out where decoders derive it from the layer's number,
-    which slices change."""
-    configs = [folder.config for folder in sources.folders]
-    kinds = [layer_types(folder.where, folder.config) for folder in sources.folders]
-    if any(len(set(types)) > 1 for types in kinds):
-        return [config | {"layer_types": types} for config, types in zip(configs, kinds, strict=True)]
-    return configs
-
-
 def _set_depth(
     config: dict[str, Any],
     sources: Sources,
@@ -255,11 +235,23 @@ def _set_depth(
     """Write the number of layers into the config of source number `leader`, under the first of the keys (`section.key`
     or `key`) whose value is `layers`, and lists with an entry per layer, such as layer_types, from the sources' entries
     of `origins`. Raises InputError where no key has that value."""
-    configs, architecture = _with_layer_types(sources), known_architecture(config.get("model_type"))
+    configs, architecture = [folder.config for folder in sources.folders], known_architecture(config.get("model_type"))
+    kinds = [layer_types(folder.where, folder.config) for folder in sources.folders]
+    if any(len(set(types)) > 1 for types in kinds):
+        # Decoders derive a layer's kind from its number, which slices change.
+        configs = [config | {"layer_types": types} for config, types in zip(configs, kinds, strict=True)]
     config.update({key: configs[leader][key] for key in ("layer_types",) if key in configs[leader]})
 
     def section_of(config: Mapping[str, Any], name: str) -> Any:
         return config if not name else config.get(name)
+
+    def of_layer(model: int, name: str, key: str, layer: int) -> Any:
+        section = section_of(configs[model], name)
+        values = section.get(key) if isinstance(section, dict) else None
+        if not isinstance(values, list) or layer >= len(values):
+            where = sources.folders[model].path / "config.json"
+            raise InputError(where, f"{key}: {values!r}; expected a list with an entry per layer")
+        return values[layer]
 
     for name, _, depth in (key.rpartition(".") for key in depths):
         section = section_of(config, name)
@@ -272,22 +264,13 @@ def _set_depth(
         changed = {**section, depth: len(origins)}
         for key, value in section.items():
             if "layer" in key and isinstance(value, list) and len(value) == layers:
-                changed[key] = [
-                    _of_layer(sources.folders[model], section_of(configs[model], name), key, i) for model, i in origins
-                ]
+                changed[key] = [of_layer(model, name, key, i) for model, i in origins]
         config.update({name: changed} if name else changed)
         return
     raise InputError(
         sources.folders[leader].path / "config.json",
         f"does not say that there are {layers} layers (by {', '.join(depths)}); slices: cannot change their number",
     )
-
-
-def _of_layer(folder: DecoderFolder, section: Any, key: str, layer: int) -> Any:
-    values = section.get(key) if isinstance(section, dict) else None
-    if not isinstance(values, list) or layer >= len(values):
-        raise InputError(folder.path / "config.json", f"{key}: {values!r}; expected a list with an entry per layer")
-    return values[layer]
 
 
 def _tokenizer_choice(recipe: RecipeFile, setting: TokenizerSetting, find: Find) -> TokenizerChoice:
@@ -383,7 +366,12 @@ def _open(
     sources = replace(sources, warnings=strays)
     layouts = [layout(tensor_names) for tensor_names in names]
     if decoder is not None:
-        _check_depths(decoder, folders, layouts)
+        stack = next(leaf.tensor.partition("{layer}")[0] for leaf in decoder.leaves if leaf.stack == LAYERS)
+        for folder, model_layout in zip(folders, layouts, strict=True):
+            depth = len(model_layout.stacks.get(stack, {}))
+            configured = folder.config.get("num_hidden_layers", depth)
+            if configured != depth:
+                raise InputError(folder.where, f"num_hidden_layers: {configured}, but its tensors are of {depth}")
     # Where architectures are mixed, the others' configs do not describe the merged tensors.
     check_against_config(_decoder_of(first))
     for folder in () if allow_crimes else folders[1:]:
@@ -451,32 +439,18 @@ def _check_has_config(folder: DecoderFolder, other: DecoderFolder) -> None:
         )  # fmt: skip
 
 
-def _check_depths(architecture: Architecture, folders: Sequence[DecoderFolder], layouts: Sequence[Layout]) -> None:
-    """Raises InputError where a decoder's config and tensors disagree on the number of layers."""
-    stack = next(leaf.tensor.partition("{layer}")[0] for leaf in architecture.leaves if leaf.stack == LAYERS)
-    for folder, model_layout in zip(folders, layouts, strict=True):
-        depth = len(model_layout.stacks.get(stack, {}))
-        configured = folder.config.get("num_hidden_layers", depth)
-        if configured != depth:
-            raise InputError(folder.where, f"num_hidden_layers: {configured}, but its tensors are of {depth}")
-
-
-def _check_configs(sources: Sources) -> None:
-    """Raises InputError where configs of one known architecture mean different layers."""
-    kind = common_kind(sources.folders)
-    is_one = all(is_merged_as(folder, kind) for folder in sources.folders)
-    if is_one and known_architecture(kind) is not None:
-        first, *others = [comparable(folder.config) for folder in sources.folders]
+def _check_configs(sources: Sources) -> tuple[str, ...]:
+    """Lines on text models that get other positions in the larger model that they merge into. Raises InputError where
+    configs of one known architecture mean different layers."""
+    folders, kind = sources.folders, common_kind(sources.folders)
+    if known_architecture(kind) is None:
+        return ()
+    if all(is_merged_as(folder, kind) for folder in folders):
+        first, *others = [comparable(folder.config) for folder in folders]
         # Unequal values may mean the same layers: only reading both configs tells.
         if any(other != first for other in others):
-            check_alike(sources.folders)
-
-
-def _position_notes(sources: Sources) -> tuple[str, ...]:
-    """Lines on text models that get other positions in the larger model that they merge into."""
-    kinds = {folder.is_part for folder in sources.folders}
-    is_known = known_architecture(common_kind(sources.folders)) is not None
-    return position_notes(sources.folders) if len(kinds) == 2 and is_known else ()
+            check_alike(folders)
+    return position_notes(folders) if len({folder.is_part for folder in folders}) == 2 else ()
 
 
 def _mismatch(recipe: RecipeFile, tensor: str) -> str:
@@ -544,7 +518,13 @@ def _check_inputs(recipe: RecipeFile, sources: Sources, tensor_plan: TensorPlan)
         if sources.name_in(s, key) not in sources.folders[s].entries:
             raise InputError(sources.folders[s].path, f"has no tensor {key}")
         if sources.vocabulary is not None and sources.has_rows(key):
-            _check_token_rows(sources, s, key)
+            embedding = sources.token_tensors.embedding
+            rows, tokens = sources.entry(s, key).shape[0], sources.entry(s, embedding).shape[0]
+            if rows < tokens:
+                raise InputError(
+                    sources.folders[s].path,
+                    f"{key} has {rows:,} rows, but {embedding} {tokens:,}; expected as many, one for each token",
+                )
     (first, name), *others = tensor_plan.inputs
     expected = sources.shape(first, name)
     for s, key in others:
@@ -561,17 +541,6 @@ def _check_inputs(recipe: RecipeFile, sources: Sources, tensor_plan: TensorPlan)
                 f"{key} is {sources.entry(s, key).dtype}, but {sources.entry(first, name).dtype} in "
                 f"{sources.folders[first].path}",
             )
-
-
-def _check_token_rows(sources: Sources, source: int, tensor: str) -> None:
-    """Raises InputError unless a head, or its bias, has a row for each row of the embedding."""
-    embedding = sources.token_tensors.embedding
-    rows, expected = sources.entry(source, tensor).shape[0], sources.entry(source, embedding).shape[0]
-    if rows < expected:
-        raise InputError(
-            sources.folders[source].path,
-            f"{tensor} has {rows:,} rows, but {embedding} {expected:,}; expected as many, one for each token",
-        )
 
 
 def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
@@ -690,46 +659,32 @@ def _write_small_files(merge_plan: MergePlan, folder: Path) -> None:
     """Config, tokenizer and the settings of generation."""
     merged = [merge_plan.specs[tensor_plan.name].dtype for tensor_plan in merge_plan.rows]
     dtypes = {str(dtype) for dtype in merged if is_float(dtype)}
-    _write_config(merge_plan, folder, dtypes.pop() if len(dtypes) == 1 else None)
-    _write_tokenizer(merge_plan, folder)
-    if (merge_plan.leader.path / "generation_config.json").exists():
-        copy_regular(
-            merge_plan.leader.path / "generation_config.json", folder / "generation_config.json", "a JSON file"
-        )
-    for name in PROCESSOR_FILES:
+    dtype = {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}
+
+    def with_dtype(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in config.items() if key != "torch_dtype" or not dtype} | dtype
+
+    if merge_plan.config:
+        # A larger model's config and its decoder's settings both name the dtype.
+        config = with_dtype(merge_plan.leader.whole_config(with_dtype(merge_plan.config)))
+        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if merge_plan.tokenizer is not None:
+        _write_tokenizer(merge_plan, merge_plan.tokenizer, folder)
+    for name in ("generation_config.json", *PROCESSOR_FILES):
         if (merge_plan.leader.path / name).exists():
-            copy_regular(merge_plan.leader.path / name, folder / name, "a processor's settings")
+            what = "a processor's settings" if name in PROCESSOR_FILES else "a JSON file"
+            copy_regular(merge_plan.leader.path / name, folder / name, what)
 
 
-def _write_tokenizer(merge_plan: MergePlan, folder: Path) -> None:
-    if merge_plan.tokenizer is None:
-        return
+def _write_tokenizer(merge_plan: MergePlan, source: Path, folder: Path) -> None:
     vocabulary = merge_plan.sources.vocabulary
-    made = vocabulary is not None and vocabulary.copied is None
-    if made or merge_plan.chat_template is not None:
-        tokenizer = vocabulary.tokenizer if made and vocabulary is not None else load_tokenizer(merge_plan.tokenizer)
+    made = None if vocabulary is None or vocabulary.copied is not None else vocabulary.tokenizer
+    if made is not None or merge_plan.chat_template is not None:
+        tokenizer = load_tokenizer(source) if made is None else made
         if merge_plan.chat_template is not None:
             tokenizer.chat_template = merge_plan.chat_template
         tokenizer.save_pretrained(folder)
         return
     for name in TOKENIZER_FILES:
-        if (merge_plan.tokenizer / name).exists():
-            copy_regular(merge_plan.tokenizer / name, folder / name, "a tokenizer's")
-
-
-def _write_config(merge_plan: MergePlan, folder: Path, dtype: str | None) -> None:
-    if not merge_plan.config:
-        return
-    config = merge_plan.leader.whole_config(_with_dtype(merge_plan.config, dtype))
-    # A larger model's config and its decoder's settings both name the dtype.
-    config = _with_dtype(config, dtype)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """The config with this dtype; unchanged for None."""
-    changed = dict(config)
-    if dtype is not None:
-        changed.pop("torch_dtype", None)
-        changed["dtype"] = dtype
-    return changed
+        if (source / name).exists():
+            copy_regular(source / name, folder / name, "a tokenizer's")
