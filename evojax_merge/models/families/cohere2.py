@@ -12,6 +12,7 @@ from evojax_merge.models.architecture import SharedWeights
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import EPSILON, OFF, SIZE, SWITCH, TEXTS, Expected, above, or_null
 from evojax_merge.models.families.llama_like import (
+    BIASES,
     KEYS,
     PROJECTIONS,
     SHARED,
@@ -79,9 +80,9 @@ def final_norm(config: Cohere2Config, source: SharedWeights, x: jax.Array) -> ja
 
 
 def read(hf: Mapping[str, Any]) -> Cohere2Config:
-    bias = hf["attention_bias"]
-    common = read_config("cohere2", {**hf, "rms_norm_eps": hf["layer_norm_eps"]}, qkv_bias=bias, o_bias=bias)
-    return Cohere2Config(**vars(common) | {"position_kinds": sliding_layers(hf)}, logit_scale=hf["logit_scale"])
+    common = {**hf, "rms_norm_eps": hf["layer_norm_eps"]}
+    config = read_config("cohere2", common, Cohere2Config, BIASES | {"logit_scale": "logit_scale"})
+    return replace(config, position_kinds=sliding_layers(hf))
 
 
 COHERE2 = replace(

@@ -14,6 +14,7 @@ from evojax_merge.models.architecture import SharedWeights
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import OFF, SIZE, SWITCH, TEXTS, Expected, above, one_of, or_null
 from evojax_merge.models.families.llama_like import (
+    BIASES,
     INNER_PROJECTIONS,
     KEYS,
     SHARED,
@@ -104,15 +105,14 @@ def read_gemma(
     model_type: str, hf: Mapping[str, Any], *, qk_norm: bool, attention_softcap: float | None
 ) -> GemmaConfig:
     """The config for the values `hf` of the keys of config.json."""
-    bias = hf["attention_bias"]
-    common = read_config(
-        model_type, {**hf, "hidden_act": hf["hidden_activation"]}, qkv_bias=bias, o_bias=bias, qk_norm=qk_norm
-    )
-    return GemmaConfig(
-        **vars(common),
+    return read_config(
+        model_type,
+        {**hf, "hidden_act": hf["hidden_activation"]},
+        GemmaConfig,
+        BIASES | {"logit_softcap": "final_logit_softcapping"},
+        qk_norm=qk_norm,
         query_scale=hf["query_pre_attn_scalar"] ** -0.5,
         attention_softcap=attention_softcap,
-        logit_softcap=hf["final_logit_softcapping"],
     )
 
 

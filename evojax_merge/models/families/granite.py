@@ -10,7 +10,7 @@ import jax
 from evojax_merge.models.architecture import SharedWeights
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import SWITCH, above
-from evojax_merge.models.families.llama_like import gated_mlp, llama_like, project_qkv, read_config
+from evojax_merge.models.families.llama_like import BIASES, gated_mlp, llama_like, project_qkv, read_config
 from evojax_merge.models.layers import Attend, CosSin, KeyValue, SequenceLayout, Weights, dense, rms_norm
 
 MULTIPLIERS = ("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier")
@@ -43,9 +43,8 @@ def block(
 
 
 def read(hf: Mapping[str, Any]) -> GraniteConfig:
-    bias = hf["attention_bias"]
-    common = read_config("granite", hf, qkv_bias=bias, o_bias=bias, mlp_bias=hf["mlp_bias"])
-    return GraniteConfig(**vars(common) | {name: float(hf[name]) for name in MULTIPLIERS})
+    multipliers = {name: float(hf[name]) for name in MULTIPLIERS}
+    return read_config("granite", hf, GraniteConfig, BIASES | {"mlp_bias": "mlp_bias"}, **multipliers)
 
 
 GRANITE = replace(

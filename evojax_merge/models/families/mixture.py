@@ -7,6 +7,7 @@ experts and their weights, and only these experts are computed. Letters: N token
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -391,14 +392,29 @@ QWEN_EXPERTS: dict[str, Expected] = ALL_SPARSE | {
 }
 
 
-def mixture_config(dense: LlamaLikeConfig, *, mlp: int, experts: int, per_token: int, **rest: Any) -> MixtureConfig:
-    """The config of a model whose attention and norms are `dense`'s. Raises ValueError where there are fewer experts
-    than `per_token`, or more than MOST_EXPERTS in all layers."""
-    if per_token > experts:
-        raise ValueError(f"num_experts_per_tok: {per_token}; expected at most the number of experts, {experts}")
-    if experts * dense.layers > MOST_EXPERTS:
-        raise ValueError(f"{experts} experts in {dense.layers} layers each; expected at most {MOST_EXPERTS:,} in all")
-    return MixtureConfig(**(vars(dense) | {"mlp": mlp}), experts=experts, experts_per_token=per_token, **rest)
+def read_mixture(
+    model_type: str,
+    hf: Mapping[str, Any],
+    *,
+    experts: str = "num_experts",
+    mlp: str = "moe_intermediate_size",
+    keys: Mapping[str, str] = MappingProxyType({}),
+    **values: Any,
+) -> MixtureConfig:
+    """The config for the values `hf` of the keys of config.json. experts, mlp: the keys of the number of experts, and
+    of their width; keys, values: see `llama_like.read_config`. Raises ValueError as that does, and where there are
+    fewer experts than a token has, or more than MOST_EXPERTS in all layers."""
+    read = {"mlp": mlp, "experts": experts, "experts_per_token": "num_experts_per_tok", **keys}
+    config = llama_like.read_config(model_type, hf, MixtureConfig, read, **values)
+    if config.experts_per_token > config.experts:
+        raise ValueError(
+            f"num_experts_per_tok: {config.experts_per_token}; expected at most the number of experts, {config.experts}"
+        )
+    if config.experts * config.layers > MOST_EXPERTS:
+        raise ValueError(
+            f"{config.experts} experts in {config.layers} layers each; expected at most {MOST_EXPERTS:,} in all"
+        )
+    return config
 
 
 def mixture_of_experts(
