@@ -40,7 +40,7 @@ from evojax_merge.models.config_keys import (
     is_number,
     whole,
 )
-from evojax_merge.models.gguf import Gguf
+from evojax_merge.models.gguf import EMBEDDING, Gguf, GgufFile
 
 SUFFIX = ".gguf"
 # In the folder that stands for a GGUF file: the positions of its tensors. Reading past a large vocabulary takes many
@@ -62,7 +62,6 @@ O200K = _CASED % {"contraction": "(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "digits": r"\p
 # say, and keep a word that is a token whole, whatever the merges.
 OF_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral")
 WHOLE_WORDS = (*OF_LLAMA3, "tekken")
-EMBEDDING = "token_embd.weight"
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 # The longest piece that SentencePiece trains: longer tokens were added, and are not merged from pairs. The search for
 # pairs takes time that is quadratic in the length.
@@ -102,12 +101,9 @@ class GgufTensor(BytesOfFile):
 
 
 @dataclass(frozen=True)
-class GgufFile:
-    """A GGUF file whose header was read: the metadata of the model and the tokenizer, and the tensors by their names in
-    the file, with shapes in Hugging Face's order."""
+class GgufModel(GgufFile):
+    """A GGUF file of a supported architecture."""
 
-    path: Path
-    metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
 
     @cached_property
@@ -123,30 +119,6 @@ class GgufFile:
     def form(self) -> Gguf:
         assert self.architecture.gguf is not None
         return self.architecture.gguf
-
-    def key(self, name: str) -> str:
-        """A key of the metadata: `name`, behind the architecture's name where `name` begins with a dot."""
-        return f"{self.metadata['general.architecture']}{name}" if name.startswith(".") else name
-
-    def value(self, name: str, expected: Expected, default: Any = None) -> Any:
-        """The metadata of `key(name)`. Raises InputError where the key is missing and has no default, or its value
-        breaks the rule `expected`."""
-        value = self.metadata.get(self.key(name), default)
-        if value is None:
-            raise InputError(self.path, f"{self.key(name)}: missing; expected {expected.words} for this architecture")
-        if not expected.accepts(value):
-            raise InputError(self.path, f"{self.key(name)}: {shown(value)}; expected {expected.words}")
-        return value
-
-    @property
-    def embedding(self) -> GgufTensor:
-        """The tokens' embedding, `[vocab, hidden]`."""
-        tensor = self.tensors.get(EMBEDDING)
-        if tensor is None:
-            raise InputError(self.path, f"has no tensor {EMBEDDING}; expected a whole model")
-        if len(tensor.shape) != 2:
-            raise InputError(self.path, f"{EMBEDDING} has shape {list(tensor.shape)}; expected a matrix")
-        return tensor
 
     @cached_property
     def tokens(self) -> list[str]:
@@ -197,7 +169,7 @@ def import_gguf(where: object) -> Any:
     return gguf
 
 
-def read_gguf(path: Path) -> GgufFile:
+def read_gguf(path: Path) -> GgufModel:
     """Read a GGUF file's header, and no tensor. Raises InputError where the file is damaged or truncated, or its family
     is not supported."""
     gguf = import_gguf(path)
@@ -227,7 +199,7 @@ def read_gguf(path: Path) -> GgufFile:
         name: GgufTensor(mapped, dtype if is_matrix(name) else single, place.shape, place.start, place.stop, place.kind)
         for name, place in header.tensors.items()
     }
-    return GgufFile(path, header.metadata, tensors)
+    return GgufModel(path, header.metadata, tensors)
 
 
 def _check_kinds(path: Path, names: Mapping[int, str]) -> None:
@@ -249,7 +221,7 @@ def _check_kinds(path: Path, names: Mapping[int, str]) -> None:
 # The model's config
 
 
-def write_config(file: GgufFile, folder: Path) -> None:
+def write_config(file: GgufModel, folder: Path) -> None:
     """Write config.json and generation_config.json. Raises InputError for metadata that the family's config has no form
     for."""
     import transformers
@@ -279,7 +251,7 @@ def write_config(file: GgufFile, folder: Path) -> None:
 # The tokenizer
 
 
-def write_tokenizer(file: GgufFile, folder: Path) -> None:
+def write_tokenizer(file: GgufModel, folder: Path) -> None:
     """Write the tokenizer in Hugging Face's files. Raises InputError for a kind of tokenizer that is not supported."""
     import transformers
 
@@ -304,7 +276,7 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def _merges(file: GgufFile) -> list[tuple[str, str]]:
+def _merges(file: GgufModel) -> list[tuple[str, str]]:
     """The file's merges: pairs of tokens that make another token."""
     tokens, pairs = set(file.tokens), list[tuple[str, str]]()
     for merge in file.value("tokenizer.ggml.merges", TEXTS):
@@ -317,7 +289,7 @@ def _merges(file: GgufFile) -> list[tuple[str, str]]:
     return pairs
 
 
-def _byte_level(file: GgufFile) -> Any:
+def _byte_level(file: GgufModel) -> Any:
     """Byte-level BPE, over the words into which `tokenizer.ggml.pre` splits text."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -362,7 +334,7 @@ def _word_splits() -> dict[str, list[Any]]:
     }
 
 
-def _sentencepiece(file: GgufFile) -> Any:
+def _sentencepiece(file: GgufModel) -> Any:
     """SentencePiece's BPE with byte fallback. The scores of its tokens imply its merges."""
     import transformers
     from transformers.tokenization_utils_base import generate_merges
@@ -377,7 +349,7 @@ def _sentencepiece(file: GgufFile) -> Any:
     return tokenizer.backend_tokenizer
 
 
-def _add_marked(file: GgufFile, backend: Any) -> None:
+def _add_marked(file: GgufModel, backend: Any) -> None:
     """Add the tokens that are never split: control tokens, marked special, and tokens that a user added."""
     import gguf
     from tokenizers import AddedToken
@@ -406,7 +378,7 @@ def _begin_with(backend: Any, tokens: list[str], number: int) -> None:
 # The model's tensors
 
 
-def named_tensors(file: GgufFile, config: Path) -> dict[str, GgufTensor]:
+def named_tensors(file: GgufModel, config: Path) -> dict[str, GgufTensor]:
     """The tensors by Hugging Face's names, in the file's order; a tensor of all experts becomes one tensor per expert.
     config: the config.json that was made from the file.
 
@@ -440,7 +412,7 @@ def named_tensors(file: GgufFile, config: Path) -> dict[str, GgufTensor]:
     return dict(sorted(tensors.items(), key=lambda item: item[1].start))
 
 
-def _tensor_names(file: GgufFile, layers: int) -> Callable[[str, Leaf, tuple[int, ...]], str]:
+def _tensor_names(file: GgufModel, layers: int) -> Callable[[str, Leaf, tuple[int, ...]], str]:
     """(the tensor's name in the model, its leaf, its index in the leaf's grid) -> its name in the file, from the
     architecture's `Gguf` or the package gguf."""
     if file.form.names:
@@ -465,7 +437,7 @@ def _tensor_names(file: GgufFile, layers: int) -> Callable[[str, Leaf, tuple[int
 
 
 def _named(
-    file: GgufFile, decoder: DecoderConfig, leaf: Leaf, name: str, file_name: str, expert: int | None
+    file: GgufModel, decoder: DecoderConfig, leaf: Leaf, name: str, file_name: str, expert: int | None
 ) -> GgufTensor:
     """The file's tensor `file_name`, or an expert's part of it, as the leaf's tensor `name`. Raises InputError where
     its shape is not the one that the metadata imply."""

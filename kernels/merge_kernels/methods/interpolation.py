@@ -98,6 +98,11 @@ def weighted_sum(sources: Arrays, coefficients: Arrays) -> jax.Array:
     return sum_over(lambda k: coefficients[k] * sources[k].astype(jnp.float32), len(sources))
 
 
+def combine_coefficients(options: Options, inputs: CombineInputs) -> jax.Array:
+    """The sum of the sources with the coefficients that were prepared."""
+    return weighted_sum(inputs.sources, inputs.statistics["coefficient"])
+
+
 def from_base(sources: Arrays, coefficients: Arrays) -> jax.Array:
     """`b + sum_k c_k (x_k - b)` in float32; sources: the base first."""
     base = sources[0].astype(jnp.float32)
@@ -330,10 +335,6 @@ def _prepare_karcher(options: Options, inputs: PrepareInputs) -> Prepared:
     return Prepared((), {"coefficient": coefficients.astype(np.float32)})
 
 
-def _combine_karcher(options: Options, inputs: CombineInputs) -> jax.Array:
-    return weighted_sum(inputs.sources, inputs.statistics["coefficient"])
-
-
 register(
     Method(
         "karcher",
@@ -351,7 +352,7 @@ register(
             Parameter("tol", per_parent=False, default=1e-5, low=0.0, high=1.0, valid_min=0.0, searched=False),
         ),
         base="parent",
-        combine=_combine_karcher,
+        combine=combine_coefficients,
         prepare=_prepare_karcher,
     )
 )
