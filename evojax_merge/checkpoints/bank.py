@@ -64,40 +64,29 @@ def put(array: np.ndarray) -> jax.Array:
 
 
 class Placement(Protocol):
-    """The places of a bank's arrays where several devices, of several processes perhaps, share a model. sharded_axis:
-    the axis, counted from the end, that is sharded then; None: each device has the whole array."""
+    """The places of a bank's arrays where several devices, of several processes perhaps, share a model: by default
+    whole arrays on one device. sharded_axis: the axis, counted from the end, that is sharded then; None: each device
+    has the whole array."""
 
     def part(self, shape: tuple[int, ...], sharded_axis: int | None) -> Part:
         """The part of an array of this shape that this process's devices hold; empty: all of it."""
-        ...
-
-    def put(self, array: np.ndarray, sharded_axis: int | None, whole: tuple[int, ...]) -> jax.Array:
-        """Bring this process's part of an array of the shape `whole` to its devices."""
-        ...
-
-    def measures(self, number: int) -> bool:
-        """Return whether this process measures tensor `number` of those that several processes measure together."""
-        ...
-
-    def gather_bytes(self, content: bytes) -> list[bytes]:
-        """The content of each process. All of them do this together."""
-        ...
-
-
-class OneDevice:
-    """Whole arrays on one device."""
-
-    def part(self, shape: tuple[int, ...], sharded_axis: int | None) -> Part:
         return ()
 
     def put(self, array: np.ndarray, sharded_axis: int | None, whole: tuple[int, ...]) -> jax.Array:
+        """Bring this process's part of an array of the shape `whole` to its devices."""
         return put(array)
 
     def measures(self, number: int) -> bool:
+        """Return whether this process measures tensor `number` of those that several processes measure together."""
         return True
 
     def gather_bytes(self, content: bytes) -> list[bytes]:
+        """The content of each process. All of them do this together."""
         return [content]
+
+
+class OneDevice(Placement):
+    """Whole arrays on one device."""
 
 
 ONE_DEVICE: Placement = OneDevice()

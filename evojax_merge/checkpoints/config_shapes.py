@@ -55,9 +55,21 @@ def check_against_config(folder: DecoderFolder, is_checked: Callable[[str], bool
     # transformers' class, whose import takes seconds, is only asked where the file by itself does not agree.
     readings = () if architecture is None else (config_in_file, folder.decoder_config)
     for read in readings:
-        shapes = _shapes_of_architecture(folder, read)
-        fault = None if shapes is None else _fault(folder, shapes, is_checked)
-        if shapes is not None and fault is None:
+        try:
+            config = read()
+            shapes = tensor_shapes(config)
+        except (InputError, KeyError, TypeError, ValueError):
+            # It cannot be read, or no forward pass of this program supports it: a merge does not run the model.
+            shapes = None
+            continue
+        head, classes = find_architecture(config.architecture).leaf(HEAD), folder.whole.config.get("architectures")
+        if head is not None and not (
+            isinstance(classes, list) and any(str(class_name).endswith(WITH_HEAD) for class_name in classes)
+        ):
+            # A model that was saved without its head has no such tensor.
+            shapes.pop(head.tensor, None)
+        fault = _fault(folder, shapes, is_checked)
+        if fault is None:
             return
     if shapes is None:
         fault = _fault(folder, dict(_usual_shapes(folder)), is_checked)
@@ -86,21 +98,6 @@ def _fault(
             sizes = ", ".join("…" if size is None else str(size) for size in expected)
             return InputError(folder.path, f"{in_file} has shape {list(tensor.shape)}; its config.json says [{sizes}]")
     return None
-
-
-def _shapes_of_architecture(folder: DecoderFolder, read: Callable[[], DecoderConfig]) -> Mapping[str, Size] | None:
-    """Shapes of all tensors by the config of a known architecture; None where it cannot be read, or has values that no
-    forward pass of this program supports: a merge does not run the model."""
-    try:
-        config = read()
-        shapes = tensor_shapes(config)
-    except (InputError, KeyError, TypeError, ValueError):
-        return None
-    head = find_architecture(config.architecture).leaf(HEAD)
-    classes = folder.whole.config.get("architectures")
-    has_head = isinstance(classes, list) and any(str(class_name).endswith(WITH_HEAD) for class_name in classes)
-    # A model that was saved without its head has no such tensor.
-    return {name: shape for name, shape in shapes.items() if head is None or name != head.tensor or has_head}
 
 
 # ---------------------------------------------------------------------------------------------------------------

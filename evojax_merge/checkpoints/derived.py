@@ -235,7 +235,14 @@ def resolve_model(
         is_file = model.is_file() and model.suffix == SAFETENSORS
         if is_file or is_pipeline(model):
             lora = lora_file(str(where), find(where, adapter, relative_to))
-            return _with_single_file_lora(model, lora) if is_file else _with_lora(str(where), model, lora)
+            sources = SourcesFile("single-file lora" if is_file else "lora", (str(model), str(lora)))
+            if is_file:
+                return _stand_in(sources, f"{model.stem}+{lora.stem}", [], lambda folder: None)
+            # With the changed components' weights, and links.
+            files = [*(file for file in sorted(model.rglob("*")) if file.is_file()), lora]
+            state = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+            write = partial(write_fused, str(where), model, lora)
+            return _stand_in(sources, f"{model.name}+{lora.stem}", state, write)
         base_folder, folder = _as_folder(model), find(where, adapter, relative_to)
         if not (folder / ADAPTER_CONFIG).is_file():
             raise InputError(where, f"{adapter}: holds no {ADAPTER_CONFIG}; expected an adapter as peft saves it")
@@ -281,20 +288,6 @@ def _with_adapter(base: Path, adapter: Path) -> Path:
     files = _small_files(base)
     sources = SourcesFile("adapter", (str(base), str(adapter)))
     return _stand_in(sources, f"{base.name}+{adapter.name}", sorted(files), partial(_link, files))
-
-
-def _with_lora(where: str, base: Path, lora: Path) -> Path:
-    """The folder that stands for a generator with a LoRA: with the changed components' weights, and links."""
-    files = [*(file for file in sorted(base.rglob("*")) if file.is_file()), lora]
-    state = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    sources = SourcesFile("lora", (str(base), str(lora)))
-    return _stand_in(sources, f"{base.name}+{lora.stem}", state, partial(write_fused, where, base, lora))
-
-
-def _with_single_file_lora(base: Path, lora: Path) -> Path:
-    """The folder that stands for a single-file checkpoint with a LoRA: without files of its own."""
-    sources = SourcesFile("single-file lora", (str(base), str(lora)))
-    return _stand_in(sources, f"{base.stem}+{lora.stem}", [], lambda folder: None)
 
 
 def _small_files(model: Path) -> dict[str, str]:

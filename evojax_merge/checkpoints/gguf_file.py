@@ -184,7 +184,14 @@ def read_gguf(path: Path) -> GgufModel:
         raise InputError(
             path, f"split.count: {shown(parts)}; expected a whole model: join its parts (llama-gguf-split --merge)"
         )
-    _check_kinds(path, {place.kind: name for name, place in header.tensors.items()})
+    for number, name in {place.kind: name for name, place in header.tensors.items()}.items():
+        kind = gguf.GGMLQuantizationType(number)
+        try:
+            gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError:
+            raise InputError(
+                path, f"{name} is quantised as {kind.name}, which the package gguf does not dequantise"
+            ) from None
 
     def is_matrix(name: str) -> bool:
         return len(header.tensors[name].shape) > 1 and ROUTER not in name
@@ -200,21 +207,6 @@ def read_gguf(path: Path) -> GgufModel:
         for name, place in header.tensors.items()
     }
     return GgufModel(path, header.metadata, tensors)
-
-
-def _check_kinds(path: Path, names: Mapping[int, str]) -> None:
-    """Raises InputError where the package gguf cannot dequantise a kind of tensor. names: the name of one tensor of
-    each kind."""
-    gguf = import_gguf(path)
-    for number, name in names.items():
-        kind = gguf.GGMLQuantizationType(number)
-        _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        try:
-            gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
-        except NotImplementedError:
-            raise InputError(
-                path, f"{name} is quantised as {kind.name}, which the package gguf does not dequantise"
-            ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -253,7 +245,9 @@ def write_config(file: GgufModel, folder: Path) -> None:
 
 def write_tokenizer(file: GgufModel, folder: Path) -> None:
     """Write the tokenizer in Hugging Face's files. Raises InputError for a kind of tokenizer that is not supported."""
+    import gguf
     import transformers
+    from tokenizers import AddedToken, processors
 
     model = file.value("tokenizer.ggml.model", TEXT)
     kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
@@ -261,11 +255,23 @@ def write_tokenizer(file: GgufModel, folder: Path) -> None:
         raise InputError(file.path, f"tokenizer.ggml.model: {shown(model)}; expected one of {', '.join(kinds)}")
     with library_errors(file.path, "tokenizer.ggml.tokens: they make no tokenizer"):
         backend = kinds[model](file)
-        _add_marked(file, backend)
+        # Tokens that are never split: control tokens, marked special, and tokens that a user added.
+        marked = list(zip(file.tokens, file.for_each_token("tokenizer.ggml.token_type", TOKEN_TYPES), strict=True))
+        control = [token for token, kind in marked if kind == gguf.TokenType.CONTROL]
+        added = [token for token, kind in marked if kind == gguf.TokenType.USER_DEFINED]
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+        backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
     # Some files do not say that texts begin with a token: texts of SentencePiece and of Llama 3 do.
     begins = model == "llama" or file.metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS
     if file.value("tokenizer.ggml.add_bos_token", SWITCH, begins) and "bos" in file.special_ids:
-        _begin_with(backend, file.tokens, file.special_ids["bos"])
+        # The token may contain a character that separates the parts of a template text, so a placeholder stands for it.
+        number = file.special_ids["bos"]
+        begin = processors.TemplateProcessing(
+            single="first:0 $A:0", pair="first:0 $A:0 first:1 $B:1", special_tokens=[("first", number)]
+        )
+        state = begin.__getstate__().replace(b'"first"', json.dumps(file.tokens[number]).encode())
+        begin.__setstate__(state)
+        backend.post_processor = begin
     template = "tokenizer.chat_template"
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -276,19 +282,6 @@ def write_tokenizer(file: GgufModel, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def _merges(file: GgufModel) -> list[tuple[str, str]]:
-    """The file's merges: pairs of tokens that make another token."""
-    tokens, pairs = set(file.tokens), list[tuple[str, str]]()
-    for merge in file.value("tokenizer.ggml.merges", TEXTS):
-        first, _, second = merge.partition(" ")
-        if first not in tokens or second not in tokens or first + second not in tokens:
-            raise InputError(
-                file.path, f"tokenizer.ggml.merges: {shown(merge)}; expected two tokens that make a third, by a space"
-            )
-        pairs.append((first, second))
-    return pairs
-
-
 def _byte_level(file: GgufModel) -> Any:
     """Byte-level BPE, over the words into which `tokenizer.ggml.pre` splits text."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -297,8 +290,15 @@ def _byte_level(file: GgufModel) -> Any:
     pre = file.value("tokenizer.ggml.pre", TEXT, "default")
     if pre not in splits:
         raise InputError(file.path, f"tokenizer.ggml.pre: {shown(pre)}; expected one of {', '.join(splits)}")
-    vocabulary = {token: i for i, token in enumerate(file.tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, _merges(file), ignore_merges=pre in WHOLE_WORDS))
+    vocabulary, merges = {token: i for i, token in enumerate(file.tokens)}, list[tuple[str, str]]()
+    for merge in file.value("tokenizer.ggml.merges", TEXTS):
+        first, _, second = merge.partition(" ")
+        if first not in vocabulary or second not in vocabulary or first + second not in vocabulary:
+            raise InputError(
+                file.path, f"tokenizer.ggml.merges: {shown(merge)}; expected two tokens that make a third, by a space"
+            )
+        merges.append((first, second))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS))
     if splits[pre] is splits["qwen2"]:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits[pre])
@@ -347,31 +347,6 @@ def _sentencepiece(file: GgufModel) -> Any:
         vocab=vocabulary, merges=generate_merges(vocabulary, merged), add_prefix_space=spaced
     )
     return tokenizer.backend_tokenizer
-
-
-def _add_marked(file: GgufModel, backend: Any) -> None:
-    """Add the tokens that are never split: control tokens, marked special, and tokens that a user added."""
-    import gguf
-    from tokenizers import AddedToken
-
-    marked = list(zip(file.tokens, file.for_each_token("tokenizer.ggml.token_type", TOKEN_TYPES), strict=True))
-    control = [token for token, kind in marked if kind == gguf.TokenType.CONTROL]
-    added = [token for token, kind in marked if kind == gguf.TokenType.USER_DEFINED]
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
-
-
-def _begin_with(backend: Any, tokens: list[str], number: int) -> None:
-    """Make texts begin with a token. The token may contain a character that separates the parts of a template text, so
-    a placeholder stands for it in the template."""
-    from tokenizers import processors
-
-    template = processors.TemplateProcessing(
-        single="first:0 $A:0", pair="first:0 $A:0 first:1 $B:1", special_tokens=[("first", number)]
-    )
-    state = template.__getstate__().replace(b'"first"', json.dumps(tokens[number]).encode())
-    template.__setstate__(state)
-    backend.post_processor = template
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -243,7 +243,10 @@ class _RecipeNormaliser:
             if key in known:
                 continue
             key_place = f"{place}.{key}" if place else str(key)
-            near = _meant(str(key), known)
+            # Nobody meant another key by one of another tool, or by a parameter of another method.
+            is_other = key in ADVICE or key in KNOWN_UNUSED_KEYS
+            is_other = is_other or any(str(key) in parameter_names(method) for method in METHODS.values())
+            near = None if is_other else nearest(str(key), known)
             advice = ADVICE.get(str(key)) or (None if near is None else f"did you mean '{near}'?")
             self.notes.setdefault(str(key), f"{key_place}: ignored; {why}" + ("" if advice is None else f" ({advice})"))
             if near is not None:
@@ -254,13 +257,6 @@ class _RecipeNormaliser:
 def _as_number(value: Any) -> Any:
     """True as 1 and false as 0; all else as it is."""
     return int(value) if isinstance(value, bool) else value
-
-
-def _meant(key: str, known: Collection[str]) -> str | None:
-    """The known key that a key was likely meant to be; None for a parameter of another method."""
-    if key in ADVICE or key in KNOWN_UNUSED_KEYS or any(key in parameter_names(method) for method in METHODS.values()):
-        return None
-    return nearest(key, known)
 
 
 def without_unused_keys(path: Path, documents: Sequence[Any]) -> tuple[list[Any], list[str]]:

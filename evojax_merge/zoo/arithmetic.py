@@ -9,7 +9,7 @@ The weights that come with the package were made by bench/shared/packaged_weight
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,20 +103,16 @@ class Sums:
 # Problems and sentences
 
 
-def hard_sums() -> Sums:
-    """All sums and differences of two numbers from 10 to 99 whose result is not negative."""
+def split_hard_sums(seed: int, plan: Plan) -> tuple[Sums, Sums, Sums]:
+    """(for training, for the search, held out): all sums and differences of two numbers from 10 to 99 whose result is
+    not negative. The two files share no unordered pair of numbers with the training."""
     first, second = (grid.ravel() for grid in np.meshgrid(np.arange(10, 100), np.arange(10, 100), indexing="ij"))
     down = first >= second
-    return Sums(
+    everything = Sums(
         np.concatenate([first, first[down]]),
         np.concatenate([second, second[down]]),
         np.repeat([False, True], [len(first), int(down.sum())]),
     )
-
-
-def split_hard_sums(seed: int, plan: Plan) -> tuple[Sums, Sums, Sums]:
-    """(for training, for the search, held out). The two files share no unordered pair of numbers with the training."""
-    everything = hard_sums()
     pair = np.minimum(everything.first, everything.second) * 100 + np.maximum(everything.first, everything.second)
     order = np.random.default_rng([seed, 0]).permutation(len(everything))
     # One problem per pair: the first in the shuffled order.
@@ -216,16 +212,6 @@ def to_text(tokens: np.ndarray) -> str:
     return " ".join(VOCABULARY[token] for token in tokens)
 
 
-def sum_records(sums: Sums, language: int) -> Iterator[dict[str, str]]:
-    """The records of a task file: sums asked in a language, to be answered in it."""
-    bodies = sum_sentences(sums, np.full((len(sums), 3), language))
-    for body in bodies:
-        yield {
-            "prompt": to_text(body[: BODY - 3]),
-            "target": " ".join([to_text(body[BODY - 3 :]), *ENDINGS[language]]),
-        }
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -246,7 +232,11 @@ def answer_loss(config: DecoderConfig, model: StackedWeights, tokens: jax.Array)
 
 
 def save_records(path: Path, sums: Sums, language: int = JAPANESE) -> None:
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in sum_records(sums, language)]
+    """Write a task file: sums asked in a language, to be answered in it."""
+    lines = []
+    for body in sum_sentences(sums, np.full((len(sums), 3), language)):
+        target = " ".join([to_text(body[BODY - 3 :]), *ENDINGS[language]])
+        lines.append(json.dumps({"prompt": to_text(body[: BODY - 3]), "target": target}, ensure_ascii=False) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
 
 

@@ -130,10 +130,6 @@ def joined_ragged_experts(config: MixtureConfig, weights: Weights, x: jax.Array,
     return side_by_side(partial(ragged_experts, config))(weights, x, experts)
 
 
-def _joined_forward(config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array) -> tuple[jax.Array, Any]:
-    return joined_ragged_experts(config, weights, x, experts), (weights, x, experts)
-
-
 def _joined_backward(config: MixtureConfig, operands: Any, cotangent: jax.Array) -> Any:
     def backward(weights: Weights, x: jax.Array, experts: jax.Array, cotangent: jax.Array) -> tuple[Weights, jax.Array]:
         # TPUs have a kernel for the product alone: derivatives by the weights would multiply every row with every
@@ -144,7 +140,9 @@ def _joined_backward(config: MixtureConfig, operands: Any, cotangent: jax.Array)
     return (*side_by_side(backward)(*operands, cotangent), None)
 
 
-joined_ragged_experts.defvjp(_joined_forward, _joined_backward)
+joined_ragged_experts.defvjp(
+    lambda config, *operands: (joined_ragged_experts(config, *operands), operands), _joined_backward
+)
 
 
 def every_expert(config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array) -> jax.Array:
@@ -270,12 +268,6 @@ def run_blocks(
     return forward(weights, rows, blocks)
 
 
-def _run_blocks_forward(
-    config: MixtureConfig, sizes: tuple[int, ...], weights: Weights, rows: jax.Array, blocks: Blocks
-) -> tuple[jax.Array, Any]:
-    return run_blocks(config, sizes, weights, rows, blocks), (weights, rows, blocks)
-
-
 def _run_blocks_backward(config: MixtureConfig, sizes: tuple[int, ...], operands: Any, cotangent: jax.Array) -> Any:
     largest = sizes[-1]
 
@@ -303,7 +295,9 @@ def _run_blocks_backward(config: MixtureConfig, sizes: tuple[int, ...], operands
     return (*backward(*operands, cotangent), None)
 
 
-run_blocks.defvjp(_run_blocks_forward, _run_blocks_backward)
+run_blocks.defvjp(
+    lambda config, sizes, *operands: (run_blocks(config, sizes, *operands), operands), _run_blocks_backward
+)
 
 
 def _block(blocks: Blocks, number: jax.Array) -> Blocks:
