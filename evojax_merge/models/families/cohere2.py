@@ -13,7 +13,6 @@ from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import EPSILON, OFF, SIZE, SWITCH, TEXTS, Expected, above, or_null
 from evojax_merge.models.families.llama_like import (
     BIASES,
-    KEYS,
     PROJECTIONS,
     SHARED,
     WINDOW,
@@ -46,7 +45,6 @@ class Cohere2Config(LlamaLikeConfig):
 
 LEAVES = (norm_leaf("norm", "input_layernorm"), *PROJECTIONS, *SHARED)
 COHERE_KEYS: dict[str, Expected] = {
-    **{key: expected for key, expected in KEYS.items() if key != "rms_norm_eps"},
     "attention_bias": SWITCH,
     "layer_norm_eps": EPSILON,
     "layer_types": or_null(TEXTS),
@@ -85,10 +83,13 @@ def read(hf: Mapping[str, Any]) -> Cohere2Config:
     return replace(config, position_kinds=sliding_layers(hf))
 
 
-COHERE2 = replace(
-    llama_like("cohere2", "Cohere2Config", {}, read),
+COHERE2 = llama_like(
+    "cohere2",
+    "Cohere2Config",
+    COHERE_KEYS,
+    read,
+    unread="rms_norm_eps",
     leaves=LEAVES,
-    keys=COHERE_KEYS,
     position_tables=position_tables,
     block=block,
     final_norm=final_norm,

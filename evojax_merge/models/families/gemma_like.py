@@ -10,16 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from evojax_merge.models.architecture import SharedWeights
+from evojax_merge.models.architecture import Architecture, SharedWeights
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import OFF, SIZE, SWITCH, TEXTS, Expected, above, one_of, or_null
 from evojax_merge.models.families.llama_like import (
     BIASES,
     INNER_PROJECTIONS,
-    KEYS,
     SHARED,
     WINDOW,
     gated_mlp,
+    llama_like,
     norm_leaf,
     read_config,
 )
@@ -58,7 +58,6 @@ LEAVES = (
     *SHARED,
 )
 GEMMA_KEYS: dict[str, Expected] = {
-    **{key: expected for key, expected in KEYS.items() if key != "hidden_act"},
     "attention_bias": SWITCH,
     "final_logit_softcapping": or_null(above(0)),
     "hidden_activation": one_of(*ACTIVATIONS),
@@ -67,6 +66,17 @@ GEMMA_KEYS: dict[str, Expected] = {
     "sliding_window": WINDOW,
     "use_bidirectional_attention": OFF,
 }
+
+
+def gemma_like(
+    model_type: str, config_class: str, keys: dict[str, Expected], read: Any, **fields: Any
+) -> Architecture:  # fmt: skip
+    """An architecture with this module's tensors and forward pass. keys: the keys that its class reads beside
+    `GEMMA_KEYS`; read, fields: see `llama_like`."""
+    return llama_like(
+        model_type, config_class, GEMMA_KEYS | keys, read, unread="hidden_act", leaves=LEAVES, embed=embed, block=block,
+        final_norm=final_norm, map_logits=map_logits, **fields,
+    )  # fmt: skip
 
 
 def embed(config: GemmaConfig, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout) -> jax.Array:

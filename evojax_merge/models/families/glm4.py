@@ -2,7 +2,7 @@
 neighbours paired; the MLP's gate and its input are one projection."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -85,18 +85,16 @@ def read(hf: Mapping[str, Any]) -> Glm4Config:
     return Glm4Config(**vars(common) | {"rope": rope}, rotary_dim=rotary_dim)
 
 
-GLM4 = replace(
-    llama_like(
-        "glm4",
-        "Glm4Config",
-        {
-            "attention_bias": SWITCH,
-            "partial_rotary_factor": PARTIAL_ROTARY,
-            "rope_parameters": PARTIAL_ROPE,
-            "rope_scaling": PARTIAL_ROPE,
-        },
-        read,
-    ),
+GLM4 = llama_like(
+    "glm4",
+    "Glm4Config",
+    {
+        "attention_bias": SWITCH,
+        "partial_rotary_factor": PARTIAL_ROTARY,
+        "rope_parameters": PARTIAL_ROPE,
+        "rope_scaling": PARTIAL_ROPE,
+    },
+    read,
     leaves=LEAVES,
     dimensions=lambda config: dimensions(config) | {"gate_up": 2 * config.mlp},
     position_tables=partial_position_tables,

@@ -2,7 +2,7 @@
 update parametrisation, arXiv 2203.03466)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -47,13 +47,11 @@ def read(hf: Mapping[str, Any]) -> GraniteConfig:
     return read_config("granite", hf, GraniteConfig, BIASES | {"mlp_bias": "mlp_bias"}, **multipliers)
 
 
-GRANITE = replace(
-    llama_like(
-        "granite",
-        "GraniteConfig",
-        {"attention_bias": SWITCH, "mlp_bias": SWITCH, **dict.fromkeys(MULTIPLIERS, above(0))},
-        read,
-    ),
+GRANITE = llama_like(
+    "granite",
+    "GraniteConfig",
+    {"attention_bias": SWITCH, "mlp_bias": SWITCH, **dict.fromkeys(MULTIPLIERS, above(0))},
+    read,
     embed=embed,
     block=block,
     map_logits=lambda config, products: products / config.logits_scaling,

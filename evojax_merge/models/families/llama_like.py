@@ -280,7 +280,7 @@ def read_config(
         raise ValueError(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads: {kv_heads}")
     if head_dim % 2:
         raise ValueError(f"head_dim: {head_dim}; expected an even number, to rotate positions in pairs")
-    common = {
+    common: dict[str, Any] = {
         "architecture": model_type,
         "hidden": hf["hidden_size"],
         "layers": hf["num_hidden_layers"],
@@ -380,19 +380,15 @@ def _yarn_attention_factor(rope: dict[str, Any], factor: float) -> float:
     return temperature(1.0)
 
 
-def llama_like(model_type: str, config_class: str, keys: dict[str, Expected], read: Any) -> Architecture:
+def llama_like(
+    model_type: str, config_class: str, keys: dict[str, Expected], read: Any, *, unread: str = "", **fields: Any
+) -> Architecture:  # fmt: skip
     """An architecture with this module's tensors and forward pass. keys: the keys that its class reads beside `KEYS`;
-    read: its `Architecture.read_config`."""
-    return Architecture(
-        model_type=model_type,
-        leaves=LEAVES,
-        keys=KEYS | keys,
-        read_config=read,
-        dimensions=dimensions,
-        embed=embed,
-        position_tables=position_tables,
-        block=block,
-        final_norm=final_norm,
-        config_class=config_class,
-        filters=FILTERS,
-    )
+    unread: a key of these that it does not read; read: its `Architecture.read_config`; fields: those of `Architecture`
+    in which it differs."""
+    common: dict[str, Any] = {
+        "leaves": LEAVES, "keys": {key: KEYS[key] for key in KEYS if key != unread} | keys, "dimensions": dimensions,
+        "embed": embed, "position_tables": position_tables, "block": block, "final_norm": final_norm,
+        "filters": FILTERS,
+    }  # fmt: skip
+    return Architecture(model_type=model_type, config_class=config_class, read_config=read, **common | fields)

@@ -366,7 +366,11 @@ def block(
 
 # The form in which transformers has the experts of all mixtures in memory, and writes them with
 # `save_original_format=False`.
-PACKED = {"experts.gate_up_proj": ("gate", "up"), "experts.down_proj": ("down",)}
+PACKED = {
+    "model.layers.{layer}.mlp.experts.gate_up_proj": ("gate", "up"),
+    "model.layers.{layer}.mlp.experts.down_proj": ("down",),
+}
+QWEN_FILTERS = {"router": "mlp.gate.", "mlp": ".mlp."}
 # The most experts of all layers together. A larger number in a config is a mistake or an attack: the program makes
 # names for each expert before it reads a tensor.
 MOST_EXPERTS = 200_000
@@ -415,27 +419,23 @@ def mixture_of_experts(
     model_type: str,
     config_class: str,
     leaves: tuple[Leaf, ...],
-    filters: dict[str, str],
-    packed: dict[str, tuple[str, ...]],
     keys: dict[str, Expected],
     read: Callable[[Mapping[str, Any]], MixtureConfig],
+    filters: Mapping[str, str] = QWEN_FILTERS,
+    **fields: Any,
 ) -> Architecture:
     """An architecture with a Llama's attention and norms, and with mixtures of these leaves.
 
     filters: those of the mixtures' components; the router's comes first, since a name that contains it may contain the
-    other, too. packed: see Architecture; modules of `mlp` beside the experts.
+    other, too. keys, read, fields: see `llama_like`.
     """
-    return Architecture(
-        model_type=model_type,
+    fields = {"dimensions": dimensions, "block": block, "packed": PACKED} | fields
+    return llama_like.llama_like(
+        model_type,
+        config_class,
+        keys,
+        read,
         leaves=(*(leaf for leaf in llama_like.LEAVES if leaf.component != "mlp"), *leaves),
-        keys=llama_like.KEYS | keys,
-        read_config=read,
-        dimensions=dimensions,
-        embed=llama_like.embed,
-        position_tables=llama_like.position_tables,
-        block=block,
-        final_norm=llama_like.final_norm,
-        config_class=config_class,
-        packed={f"model.layers.{{layer}}.mlp.{name}": held for name, held in (PACKED | packed).items()},
-        filters=filters | {part: text for part, text in llama_like.FILTERS.items() if part not in filters},
+        filters={**filters} | {part: text for part, text in llama_like.FILTERS.items() if part not in filters},
+        **fields,
     )

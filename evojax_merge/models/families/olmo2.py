@@ -51,10 +51,11 @@ def block(
     return x + rms_norm_float32(gated_mlp(config, weights, x), weights["post_mlp_norm"], config.norm_eps), kept
 
 
-OLMO2 = replace(
-    llama_like(
-        "olmo2", "Olmo2Config", {"attention_bias": SWITCH}, partial(read_config, "olmo2", keys=BIASES, qk_norm=True)
-    ),
+OLMO2 = llama_like(
+    "olmo2",
+    "Olmo2Config",
+    {"attention_bias": SWITCH},
+    partial(read_config, "olmo2", keys=BIASES, qk_norm=True),
     leaves=LEAVES,
     block=block,
     final_norm=lambda config, source, x: rms_norm_float32(x, source.leaf("final_norm"), config.norm_eps),

@@ -3,7 +3,7 @@ rotate only a part of each head, and models of long contexts use LongRoPE (arXiv
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -193,26 +193,17 @@ def _gguf_rope(file: GgufFile, head_dim: int) -> dict[str, Any]:
     return rope if math.isclose(attention, stretched, rel_tol=1e-6) else rope | {"attention_factor": attention}
 
 
-PHI3 = replace(
-    llama_like(
-        "phi3",
-        "Phi3Config",
-        {
-            "partial_rotary_factor": PARTIAL_ROTARY,
-            "rope_parameters": ROPE,
-            "rope_scaling": ROPE,
-            "sliding_window": WINDOW,
-        },
-        read,
-    ),
+PHI3 = llama_like(
+    "phi3",
+    "Phi3Config",
+    {"partial_rotary_factor": PARTIAL_ROTARY, "rope_parameters": ROPE, "rope_scaling": ROPE, "sliding_window": WINDOW},
+    read,
     leaves=LEAVES,
-    dimensions=lambda config: (
-        dimensions(config)
-        | {
-            "queries_keys_values": (config.heads + 2 * config.kv_heads) * config.head_dim,
-            "gate_up": 2 * config.mlp,
-        }
-    ),
+    dimensions=lambda config: {
+        **dimensions(config),
+        "queries_keys_values": (config.heads + 2 * config.kv_heads) * config.head_dim,
+        "gate_up": 2 * config.mlp,
+    },
     position_tables=partial_position_tables,
     block=block,
     gguf=llama_like_gguf("phi3", gguf_settings, setting_tensors=(LONG_FACTORS, SHORT_FACTORS)),

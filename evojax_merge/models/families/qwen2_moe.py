@@ -1,7 +1,6 @@
 """Qwen1.5-MoE and Qwen2-MoE: a Qwen2 with a mixture of experts, and beside it an expert that takes every token, scaled
 by a gate."""
 
-from dataclasses import replace
 from functools import partial
 
 from evojax_merge.models.architecture import LAYERS, Leaf
@@ -17,7 +16,7 @@ WIDE = ("shared_mlp", "hidden")
 READ = {
     "qkv_bias": "qkv_bias", "weights_sum_to_one": "norm_topk_prob", "shared_mlp": "shared_expert_intermediate_size",
 }  # fmt: skip
-_QWEN2_MOE = mixture_of_experts(
+QWEN2_MOE = mixture_of_experts(
     "qwen2_moe",
     "Qwen2MoeConfig",
     (
@@ -30,13 +29,8 @@ _QWEN2_MOE = mixture_of_experts(
         ),
         Leaf("shared_expert_gate", f"{SHARED}_gate.weight", "mlp", ("one", "hidden"), LAYERS),
     ),
-    {"router": "mlp.gate.", "mlp": ".mlp."},
-    {},
     QWEN_EXPERTS | QWEN_WINDOWS | {"qkv_bias": SWITCH, "shared_expert_intermediate_size": SIZE},
     partial(read_mixture, "qwen2_moe", keys=READ),
-)  # fmt: skip
-QWEN2_MOE = replace(
-    _QWEN2_MOE,
     # PEFT confuses the shared expert's projections with the experts', which have the same names.
     no_adapter="PEFT cannot tell its shared expert from its experts",
     gguf=llama_like_gguf(
@@ -44,4 +38,4 @@ QWEN2_MOE = replace(
         partial(mixture_settings, experts_key="num_experts", weights_sum_to_one=False),
         has_experts=True,
     ),
-)
+)  # fmt: skip

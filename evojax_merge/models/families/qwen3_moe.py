@@ -1,6 +1,5 @@
 """Qwen3-MoE: a Qwen3 with a mixture of experts in every layer, and one window for all layers where it has one."""
 
-from dataclasses import replace
 from functools import partial
 
 from evojax_merge.models.config_keys import SWITCH
@@ -8,22 +7,17 @@ from evojax_merge.models.families.llama_like import BIASES, QWEN_WINDOWS
 from evojax_merge.models.families.llama_like_gguf import llama_like_gguf, mixture_settings
 from evojax_merge.models.families.mixture import QWEN_EXPERTS, expert_leaves, mixture_of_experts, read_mixture
 
-QWEN3_MOE = replace(
-    mixture_of_experts(
-        "qwen3_moe",
-        "Qwen3MoeConfig",
-        expert_leaves("mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
-        {"router": "mlp.gate.", "mlp": ".mlp."},
-        {},
-        QWEN_EXPERTS | {name: QWEN_WINDOWS[name] for name in ("sliding_window", "use_sliding_window")}
-        | {"attention_bias": SWITCH},
-        partial(
-            read_mixture, "qwen3_moe", keys=BIASES | {"weights_sum_to_one": "norm_topk_prob"}, qk_norm=True
-        ),
-    ),
+QWEN3_MOE = mixture_of_experts(
+    "qwen3_moe",
+    "Qwen3MoeConfig",
+    expert_leaves("mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
+    QWEN_EXPERTS
+    | {name: QWEN_WINDOWS[name] for name in ("sliding_window", "use_sliding_window")}
+    | {"attention_bias": SWITCH},
+    partial(read_mixture, "qwen3_moe", keys=BIASES | {"weights_sum_to_one": "norm_topk_prob"}, qk_norm=True),
     gguf=llama_like_gguf(
         "qwen3moe",
         partial(mixture_settings, experts_key="num_experts", weights_sum_to_one=True),
         has_experts=True,
     ),
-)  # fmt: skip
+)

@@ -5,7 +5,7 @@ Files of the first versions hold them as `[experts, in, out]`; transformers read
 is written.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -35,25 +35,19 @@ def block(
     return mixture.block(config, weights | {"gate": gate, "up": up}, x, rope, attend)
 
 
-QWEN3_VL_MOE_TEXT = replace(
-    mixture_of_experts(
-        "qwen3_vl_moe_text",
-        "Qwen3VLMoeTextConfig",
-        (
-            Leaf("router", f"{_MLP}gate.weight", ROUTER, ("experts", "hidden"), LAYERS),
-            Leaf("gate_up", f"{_MLP}experts.gate_up_proj", "mlp", ("experts", "gate_up", "hidden"), LAYERS),
-            Leaf("down", f"{_MLP}experts.down_proj", "mlp", ("experts", "hidden", "mlp"), LAYERS,
-                 writes_residual=True),
-        ),
-        {"router": "mlp.gate.", "mlp": ".mlp."},
-        {},
-        {name: expected for name, expected in QWEN_EXPERTS.items() if name != "norm_topk_prob"}
-        | {"attention_bias": SWITCH, "rope_parameters": MROPE, "rope_scaling": MROPE},
-        partial(
-            read_mrope,
-            partial(read_mixture, "qwen3_vl_moe_text", keys=BIASES, qk_norm=True, weights_sum_to_one=True),
-            in_turns, (24, 20, 20), kind=MropeMixtureConfig,
-        ),
+QWEN3_VL_MOE_TEXT = mixture_of_experts(
+    "qwen3_vl_moe_text",
+    "Qwen3VLMoeTextConfig",
+    (
+        Leaf("router", f"{_MLP}gate.weight", ROUTER, ("experts", "hidden"), LAYERS),
+        Leaf("gate_up", f"{_MLP}experts.gate_up_proj", "mlp", ("experts", "gate_up", "hidden"), LAYERS),
+        Leaf("down", f"{_MLP}experts.down_proj", "mlp", ("experts", "hidden", "mlp"), LAYERS, writes_residual=True),
+    ),
+    {name: expected for name, expected in QWEN_EXPERTS.items() if name != "norm_topk_prob"}
+    | {"attention_bias": SWITCH, "rope_parameters": MROPE, "rope_scaling": MROPE},
+    partial(
+        read_mrope, partial(read_mixture, "qwen3_vl_moe_text", keys=BIASES, qk_norm=True, weights_sum_to_one=True),
+        in_turns, (24, 20, 20), kind=MropeMixtureConfig,
     ),
     dimensions=lambda config: mixture.dimensions(config) | {"gate_up": 2 * config.mlp},
     block=block,

@@ -5,7 +5,6 @@ M-RoPE plain RoPE.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -64,8 +63,7 @@ def position_tables(config: MropeConfig, layout: SequenceLayout) -> CosSin:
 def qwen_vl(model_type: str, config_class: str, keys: dict[str, Expected], text: str, read: Any) -> Architecture:
     """The text decoder of a larger model. text: the model_type of text models with the same layers."""
     roped = {"rope_parameters": MROPE, "rope_scaling": MROPE}
-    architecture = llama_like(model_type, config_class, keys | roped, read)
-    return replace(architecture, position_tables=position_tables, text_model=text)
+    return llama_like(model_type, config_class, keys | roped, read, position_tables=position_tables, text_model=text)
 
 
 QWEN2_VL_TEXT, QWEN2_5_VL_TEXT = (
