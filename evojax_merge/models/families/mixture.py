@@ -429,7 +429,7 @@ def mixture_of_experts(
     filters: those of the mixtures' components; the router's comes first, since a name that contains it may contain the
     other, too. keys, read, fields: see `llama_like`.
     """
-    fields = {"dimensions": dimensions, "block": block, "packed": PACKED} | fields
+    of_mixtures: dict[str, Any] = {"dimensions": dimensions, "block": block, "packed": PACKED}
     return llama_like.llama_like(
         model_type,
         config_class,
@@ -437,5 +437,5 @@ def mixture_of_experts(
         read,
         leaves=(*(leaf for leaf in llama_like.LEAVES if leaf.component != "mlp"), *leaves),
         filters={**filters} | {part: text for part, text in llama_like.FILTERS.items() if part not in filters},
-        **fields,
+        **of_mixtures | fields,
     )
