@@ -28,10 +28,10 @@ from evojax_merge.checkpoints.folder import (
     SMALL_FILES,
     Folder,
     file_hash,
-    ignored_revision,
     local_path,
     open_folder,
     resolve,
+    split_revision,
 )
 from evojax_merge.checkpoints.fp4 import open_modelopt, open_mxfp4
 from evojax_merge.checkpoints.fp8 import open_fp8
@@ -274,13 +274,19 @@ def split_reference(reference: str, is_known: Callable[[str], bool]) -> tuple[st
 
 
 def ignored_revisions(references: Iterable[str | None], relative_to: Path) -> list[str]:
-    """Warnings, a line each, about references that name revisions of local folders; see `ignored_revision`."""
-    named: dict[str, None] = {}
-    for reference in references:
-        parts = split_reference(reference or "", lambda name: local_path(name, relative_to) is not None)
-        named |= dict.fromkeys(part for part in parts if part)
-    lines = (ignored_revision(part, relative_to) for part in named)
-    return [line for line in lines if line is not None]
+    """Warnings, a line each, about references that name revisions of local folders. Every model has `main`, so that
+    revision needs no warning."""
+
+    def is_local(name: str) -> bool:
+        return local_path(name, relative_to) is not None
+
+    parts = [part for reference in references for part in split_reference(reference or "", is_local) if part]
+    lines = []
+    for part in dict.fromkeys(parts):
+        name, revision = split_revision(part)
+        if revision not in (None, "main") and not is_local(part) and is_local(name):
+            lines.append(f"{part}: {name} is a folder here, which has no revisions; {revision} is ignored")
+    return lines
 
 
 def _with_adapter(base: Path, adapter: Path) -> Path:

@@ -14,7 +14,7 @@ import mmap
 import os
 import re
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
@@ -324,10 +324,6 @@ BEYOND_FLOAT32 = (2 - 2**-24) * 2.0**127
 _INTEGERS = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32), 8: (np.int64, np.uint64)}
 
 
-# The end of messages about a model that is neither here nor on the hub.
-OTHER_REFERENCE = "check the name, or give the path of a model folder on this machine"
-
-
 def wrapper_hint(missing: Collection[str], extra: Iterable[str]) -> str:
     """The end of a message on tensors that a file lacks: it names the prefix where the tensors that it has in excess
     are those behind one of a wrapper. Empty for others."""
@@ -341,57 +337,40 @@ def wrapper_hint(missing: Collection[str], extra: Iterable[str]) -> str:
 
 def resolve(where: object, reference: str, relative_to: Path, *, weights: bool = True) -> Path:
     """The path of a local model, or the downloaded folder of a hub id (`owner/name`, `owner/name@revision`). The hub's
-    client draws a progress bar. Without `weights` only the small files are downloaded, for the tokenizer.
+    client draws a progress bar. Without `weights` only the small files are downloaded, for the tokenizer. Raises
+    InputError as `resolve_by` does."""
+    return resolve_by(where, reference, relative_to, "it", lambda name, revision: _download(name, revision, weights))
+
+
+def resolve_by(
+    where: object, reference: str, relative_to: Path, what: str, fetch: Callable[[str, str | None], Path]
+) -> Path:
+    """The path of a local model, or what `fetch` makes of a hub id and a revision.
 
     A local folder needs no network, nor does a hub id whose files are in the hub's cache. `where`: the place of the
-    reference, for messages. Raises InputError where neither exists.
+    reference, for messages; what: the thing that the hub gives. Raises InputError where neither exists, and for a
+    folder that `check_model_folder` refuses.
     """
-    local = local_model(reference, relative_to)
+    # A local path has no revisions, but its name may have an @.
+    name, revision = split_revision(reference)
+    local = local_path(reference, relative_to) or local_path(name, relative_to)
     if local is not None:
+        check_model_folder(local)
         return local
-    name, revision = hub_reference(where, reference)
+    if reference.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(where, f"{reference}: no such folder; expected a model folder or a hub id 'owner/name'")
     try:
-        return _download(name, revision, weights)
+        return fetch(name, revision)
     except InputError:
         raise
     except Exception as error:
-        what = f"{reference}: no such folder, and the hub did not give it ({hub_failure(error)})"
-        raise InputError(where, f"{what}; {OTHER_REFERENCE}") from None
+        fault = f"{reference}: no such folder, and the hub did not give {what} ({hub_failure(error)})"
+        advice = "check the name, or give the path of a model folder on this machine"
+        raise InputError(where, f"{fault}; {advice}") from None
 
 
-def local_model(reference: str, relative_to: Path) -> Path | None:
-    """The path of a model on this machine, by its reference; None where this machine has none of that name. Raises
-    InputError for a folder that `check_model_folder` refuses."""
-    # A local path has no revisions, but its name may have an @.
-    path = local_path(reference, relative_to) or local_path(_split_revision(reference)[0], relative_to)
-    if path is not None:
-        check_model_folder(path)
-    return path
-
-
-def ignored_revision(reference: str, relative_to: Path) -> str | None:
-    """A warning about a reference that names a revision of a local folder; else None. Every model has `main`, so that
-    revision needs no warning."""
-    name, revision = _split_revision(reference)
-    if (
-        revision in (None, "main")
-        or local_path(reference, relative_to) is not None
-        or local_path(name, relative_to) is None
-    ):
-        return None
-    return f"{reference}: {name} is a folder here, which has no revisions; {revision} is ignored"
-
-
-def hub_reference(where: object, reference: str) -> tuple[str, str | None]:
-    """The hub id and the revision of `owner/name` or `owner/name@revision`. Raises InputError for a reference of any
-    other form."""
-    name, revision = _split_revision(reference)
-    if reference.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(where, f"{reference}: no such folder; expected a model folder or a hub id 'owner/name'")
-    return name, revision
-
-
-def _split_revision(reference: str) -> tuple[str, str | None]:
+def split_revision(reference: str) -> tuple[str, str | None]:
+    """The name and the revision of `name@revision`; None without a revision."""
     before, _, after = reference.rpartition("@")
     return (before, after or None) if before else (reference, None)
 

@@ -20,20 +20,16 @@ from evojax_merge.checkpoints.compressed_tensors import SHAPE, group_of, groups_
 from evojax_merge.checkpoints.config_file import decoder_settings, read_decoder_config
 from evojax_merge.checkpoints.folder import (
     INDEX_FILE,
-    OTHER_REFERENCE,
     PIPELINE_INDEX,
     SINGLE_FILE,
     SMALL_FILES,
     VARIANTS,
-    hub_reference,
-    local_model,
+    resolve_by,
     weight_map,
 )
 from evojax_merge.checkpoints.parents import tensor_shapes
 from evojax_merge.checkpoints.quantised import dequantised_config
-from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import known_architecture
-from evojax_merge.system.data_packages import hub_failure
 from evojax_merge.system.regular_file import file_inside
 
 EMPTY: Mapping[str, bytes] = MappingProxyType({})
@@ -78,19 +74,13 @@ class HeaderFolders:
     def resolve(self, where: object, reference: str, relative_to: Path) -> Path:
         """A model's folder, or a folder of its headers. Raises InputError where there is no such model, or where the
         hub does not answer."""
-        local = local_model(reference, relative_to)
-        if local is not None:
-            return local
-        name, revision = hub_reference(where, reference)
-        if reference not in self.known:
-            try:
+
+        def fetch(name: str, revision: str | None) -> Path:
+            if reference not in self.known:
                 self.known[reference] = self._cached(name, revision) or self._fetch(name, revision)
-            except InputError:
-                raise
-            except Exception as error:
-                what = f"{reference}: no such folder, and the hub did not give its headers ({hub_failure(error)})"
-                raise InputError(where, f"{what}; {OTHER_REFERENCE}") from None
-        return self.known[reference]
+            return self.known[reference]
+
+        return resolve_by(where, reference, relative_to, "its headers", fetch)
 
     @staticmethod
     def _cached(name: str, revision: str | None) -> Path | None:

@@ -150,21 +150,6 @@ def sum_sentences(sums: Sums, languages: np.ndarray) -> np.ndarray:
     )  # fmt: skip
 
 
-def copy_sentences(rng: np.random.Generator, languages: np.ndarray) -> np.ndarray:
-    """`copy 3 7 4 5 is 3 7 4 5`, int[N, BODY]."""
-    digits = _digits(rng.integers(0, 10000, len(languages)), 4)
-    copy, is_ = WORD_IDS["copy"][languages[:, 0]], WORD_IDS["is"][languages[:, 2]]
-    return np.concatenate([copy[:, None], digits, is_[:, None], digits], axis=1)
-
-
-def count_sentences(rng: np.random.Generator, languages: np.ndarray) -> np.ndarray:
-    """`count 3 7 is 3 8 3 9 4 0`, int[N, BODY]."""
-    start = rng.integers(0, 97, len(languages))
-    count, is_ = WORD_IDS["count"][languages[:, 0]], WORD_IDS["is"][languages[:, 2]]
-    following = [_digits(start + step, 2) for step in (1, 2, 3)]
-    return np.concatenate([count[:, None], _digits(start, 2), is_[:, None], *following], axis=1)
-
-
 def _languages(rng: np.random.Generator, manners: np.ndarray) -> np.ndarray:
     """int[N, 3]: the language of each word of sentences that are ENGLISH, JAPANESE or MIXED."""
     return np.where(manners[:, None] == MIXED, rng.integers(0, 2, (len(manners), 3)), manners[:, None])
@@ -178,16 +163,21 @@ def _end(bodies: np.ndarray, ending: int) -> np.ndarray:
 
 
 def _mixed_bodies(rng: np.random.Generator, languages: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
-    """Easy sums, copying and counting in these shares, int[N, BODY]."""
+    """Easy sums, copying (`copy 3 7 4 5 is 3 7 4 5`) and counting (`count 3 7 is 3 8 3 9 4 0`) in these shares,
+    int[N, BODY]."""
     count = len(languages)
-    bodies = np.stack(
-        [
-            sum_sentences(easy_sums(rng, count), languages),
-            copy_sentences(rng, languages),
-            count_sentences(rng, languages),
-        ]
+    copy, counting, is_ = (
+        WORD_IDS[name][languages[:, i]][:, None] for name, i in (("copy", 0), ("count", 0), ("is", 2))
     )
-    return bodies[rng.choice(3, count, p=shares), np.arange(count)]
+    sums = sum_sentences(easy_sums(rng, count), languages)
+    digits, start = _digits(rng.integers(0, 10000, count), 4), rng.integers(0, 97, count)
+    following = [_digits(start + step, 2) for step in (1, 2, 3)]
+    bodies = [
+        sums,
+        np.concatenate([copy, digits, is_, digits], axis=1),
+        np.concatenate([counting, _digits(start, 2), is_, *following], axis=1),
+    ]
+    return np.stack(bodies)[rng.choice(3, count, p=shares), np.arange(count)]
 
 
 def base_batch(rng: np.random.Generator, count: int) -> np.ndarray:
