@@ -85,7 +85,7 @@ WITHOUT_FILE_SYSTEM = {
         "checkpoints/headers.py": [
             "write_header_only", "HeaderFolders._fetch", "HeaderFolders._fetch_components",
         ],
-        "checkpoints/tokens.py": ["as_loaded"], "commands/publish.py": ["stage"],
+        "checkpoints/tokens.py": ["align"], "commands/publish.py": ["stage"],
         "tasks/data_versions.py": ["_working_tree"], "tasks/generated_images.py": ["Pictures.add"],
         "zoo/smollm2.py": ["make_base"],
     },

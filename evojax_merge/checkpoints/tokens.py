@@ -272,14 +272,6 @@ def without_unused(tokenizer: Any, count: int) -> Any:
     return stripped
 
 
-def as_loaded(tokenizer: Any) -> Any:
-    """The tokenizer as it loads after saving. A special token that was removed from its vocabulary is still in its
-    settings, and comes back after all other tokens."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return load_tokenizer(Path(folder))
-
-
 def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoice) -> Vocabulary:
     """The merged model's vocabulary. counts: the rows that each model's embedding has.
 
@@ -303,7 +295,12 @@ def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoic
         # A token without a row even in the base is not one of the merged model's.
         tokenizer = without_unused(tokenizer, counts[first])
     if choice.source == "union":
-        tokenizer = tokenizer if tokenizer is taken else as_loaded(tokenizer)
+        if tokenizer is not taken:
+            # As it loads after saving: a special token that was removed from its vocabulary is still in its settings,
+            # and comes back after all other tokens.
+            with tempfile.TemporaryDirectory() as saved:
+                tokenizer.save_pretrained(saved)
+                tokenizer = load_tokenizer(Path(saved))
         tokenizer = unite([tokenizer if i == first else other for i, other in enumerate(tokenizers)], first, counts)
     unknown = [token for token in choice.rules if token not in tokenizer.get_vocab()]
     copied = folder if tokenizer is taken and not unknown else None

@@ -79,10 +79,6 @@ class PathBank:
     export_dtype: str = struct.field(pytree_node=False)
     compute_dtype: str = struct.field(pytree_node=False, default="float32")
 
-    def rounded(self, x: jax.Array) -> jax.Array:
-        """`x` rounded to the export dtype, in the compute dtype."""
-        return x.astype(jnp.dtype(self.export_dtype)).astype(jnp.dtype(self.compute_dtype))
-
     def scaled_layer(self, index: jax.Array, scale: jax.Array) -> Weights:
         """Layer `index` with its output multiplied by `scale`, rounded to the export dtype, in the compute dtype."""
         dtype = jnp.dtype(self.compute_dtype)
