@@ -37,8 +37,9 @@ from merge_kernels import METHODS, draw_row_keys, tabulate
 
 from evojax_merge.backends.decoder.opening import context_length, stop_tokens
 from evojax_merge.checkpoints.bank import bank_bytes, load_bank, load_stored, stored_tensors
-from evojax_merge.checkpoints.folder import PIECE, copy_finite, is_finite, open_folder, resolve
+from evojax_merge.checkpoints.folder import PIECE, copy_finite, is_finite, open_folder
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
+from evojax_merge.checkpoints.references import resolve
 from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer, vocabulary_warnings
 from evojax_merge.checkpoints.writer import (
     MARKER,

@@ -23,16 +23,7 @@ from evojax_merge.checkpoints.awq import open_awq
 from evojax_merge.checkpoints.bitsandbytes import open_bitsandbytes
 from evojax_merge.checkpoints.compressed_tensors import open_compressed_tensors
 from evojax_merge.checkpoints.config_file import check_unquantised
-from evojax_merge.checkpoints.folder import (
-    INDEX_FILE,
-    SMALL_FILES,
-    Folder,
-    file_hash,
-    local_path,
-    open_folder,
-    resolve,
-    split_revision,
-)
+from evojax_merge.checkpoints.folder import INDEX_FILE, SMALL_FILES, Folder, file_hash, open_folder
 from evojax_merge.checkpoints.fp4 import open_modelopt, open_mxfp4
 from evojax_merge.checkpoints.fp8 import open_fp8
 from evojax_merge.checkpoints.generator_lora import lora_file, write_fused
@@ -51,6 +42,7 @@ from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.mlx import open_mlx
 from evojax_merge.checkpoints.pipelines import is_pipeline
 from evojax_merge.checkpoints.quantised import check_no_parts, dequantised_config, quantisation
+from evojax_merge.checkpoints.references import local_path, resolve, split_revision
 from evojax_merge.checkpoints.single_file_lora import open_with_lora
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.checkpoints.writer import MARKER

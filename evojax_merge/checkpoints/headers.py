@@ -18,17 +18,10 @@ import numpy as np
 from evojax_merge.checkpoints.bitsandbytes import STATE
 from evojax_merge.checkpoints.compressed_tensors import SHAPE, group_of, groups_of
 from evojax_merge.checkpoints.config_file import decoder_settings, read_decoder_config
-from evojax_merge.checkpoints.folder import (
-    INDEX_FILE,
-    PIPELINE_INDEX,
-    SINGLE_FILE,
-    SMALL_FILES,
-    VARIANTS,
-    resolve_by,
-    weight_map,
-)
+from evojax_merge.checkpoints.folder import INDEX_FILE, PIPELINE_INDEX, SINGLE_FILE, SMALL_FILES, VARIANTS, weight_map
 from evojax_merge.checkpoints.parents import tensor_shapes
 from evojax_merge.checkpoints.quantised import dequantised_config
+from evojax_merge.checkpoints.references import resolve_by
 from evojax_merge.models.architecture import known_architecture
 from evojax_merge.system.regular_file import file_inside
 
