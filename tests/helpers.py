@@ -37,7 +37,9 @@ from transformers import (
 
 from evojax_merge.cli import cli, run
 from evojax_merge.config.search_config import SearchConfig
+from evojax_merge.mergekit.schema import RecipeFile, parse_recipe
 from evojax_merge.problem import build_strategy
+from evojax_merge.schema.yaml_reader import load_yaml
 from evojax_merge.search.example_choice import ExampleChoice
 from evojax_merge.search.loop import Archive, Reporter, evolve
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder
@@ -328,3 +330,8 @@ def search_in(
     objectives, storage = sum(task.weight > 0 for task in shards[0].tasks), FolderStorage(run, Checkpoints(run))
     strategy = build_strategy("search", config, space, objectives)
     return evolve(config, seed, strategy, space, shards, storage, reporter, validation=validation, choice=choice)
+
+
+def read_recipe(path: Path) -> RecipeFile:
+    """A recipe of one document."""
+    return parse_recipe(path, load_yaml(path))

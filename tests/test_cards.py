@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
-from evojax_merge.checkpoints.folder import hub_id
+from evojax_merge.checkpoints.references import hub_id
 from evojax_merge.report.card import card_in_dtype, merge_card, public_names
 from evojax_merge.report.front_matter import MAX_BYTES, read_front_matter
 from evojax_merge.zoo.references import canonical_reference, recipe_reference

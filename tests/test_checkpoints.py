@@ -24,6 +24,7 @@ from helpers import (
     finetune,
     load_torch,
     random_model,
+    read_recipe,
     save,
     state,
     thorough,
@@ -36,8 +37,9 @@ from merge_kernels import METHODS, draw_row_keys, tabulate
 
 from evojax_merge.backends.decoder.opening import context_length, stop_tokens
 from evojax_merge.checkpoints.bank import bank_bytes, load_bank, load_stored, stored_tensors
-from evojax_merge.checkpoints.folder import PIECE, copy_finite, is_finite, open_folder, resolve
+from evojax_merge.checkpoints.folder import PIECE, copy_finite, is_finite, open_folder
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
+from evojax_merge.checkpoints.references import resolve
 from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer, vocabulary_warnings
 from evojax_merge.checkpoints.writer import (
     MARKER,
@@ -51,7 +53,6 @@ from evojax_merge.checkpoints.writer import (
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.execute import prepare as prepare_merge
-from evojax_merge.mergekit.schema import read_recipe
 from evojax_merge.models.architecture import LAYERS
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.report.card import merge_card
@@ -228,7 +229,6 @@ def test_merging_one_tensor_at_a_time_needs_no_whole_model(larger_models: list[P
     import tracemalloc
 
     from evojax_merge.mergekit.execute import merge_to, prepare
-    from evojax_merge.mergekit.schema import read_recipe
 
     models = "".join(f"  - {{model: {path}, parameters: {{weight: 0.5}}}}\n" for path in larger_models[1:])
     recipe = tmp_path / "recipe.yaml"

@@ -23,6 +23,7 @@ from helpers import (
     hidden_states,
     load_torch,
     random_model,
+    read_recipe,
     run_here,
     sample,
     save,
@@ -46,7 +47,6 @@ from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import DecoderEvaluator
 from evojax_merge.evaluation.paths import PathEvaluator, build_trie, segments
 from evojax_merge.mergekit.execute import merge_to, prepare
-from evojax_merge.mergekit.schema import read_recipe
 from evojax_merge.mergekit.write import dump_yaml, path_document
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import logits

@@ -1,9 +1,13 @@
 """The worked example of a search over pytrees, compiled as users run it: most of its time goes into training."""
 
+import sys
+from pathlib import Path
+
 import pytest
 from helpers import thorough
 
-from evojax_merge.zoo.digits import Plan, accuracy, evolve, log_probabilities, make_family, uniform
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.searches.digits import Plan, accuracy, evolve, log_probabilities, make_family, uniform
 
 
 @thorough

@@ -21,7 +21,10 @@ from evojax_merge.cli import cli, run
 from evojax_merge.errors import InputError
 from evojax_merge.zoo import evovlm
 
-SHORT = evovlm.Plan(1, 1, 1, 1, 1, 1, search_questions=6, heldout_questions=10)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.shared import evovlm_training
+
+SHORT = evovlm_training.Plan(1, 1, 1, 1, 1, 1)
 RGB = {"red": (255, 0, 0), "blue": (0, 0, 255), "black": (0, 0, 0), "yellow": (255, 255, 0)}
 
 
@@ -36,7 +39,7 @@ def test_pictures_have_the_color_that_their_questions_tell() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evovlm")
-    evovlm.unpack_family(folder, 3, evovlm.Plan(search_questions=20, heldout_questions=100))
+    evovlm.unpack_family(folder, 3, (20, 100))
     return folder
 
 
@@ -71,7 +74,9 @@ def test_half_of_one_expert_and_half_of_the_other_answer_in_japanese(folder: Pat
         """The share of right answers; weights of the two experts: in the lower half, and in the upper one."""
         for key, value in base.items():
             name = key.replace("model.", "model.language_model.", 1)
-            upper = "embed" not in key and not any(f"layers.{layer}." in key for layer in range(evovlm.LOWER_LAYERS))
+            upper = "embed" not in key and not any(
+                f"layers.{layer}." in key for layer in range(evovlm_training.LOWER_LAYERS)
+            )
             rows = slice(len(value))
             moved = stored[name].clone()
             moved[rows] = (
@@ -128,7 +133,7 @@ def test_a_search_exports_a_model_that_transformers_scores_alike(folder: Path, t
 
 @thorough
 def test_the_models_are_trained_as_they_are_read(tmp_path: Path) -> None:
-    evovlm.train_models(tmp_path, SHORT)
+    evovlm_training.train_models(tmp_path, SHORT)
     model, _ = load_seeing(tmp_path / "vision")
     japanese, base = (
         AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("japanese", "base")

@@ -25,6 +25,7 @@ from helpers import (
     load_torch,
     logits,
     random_model,
+    read_recipe,
     sample,
     save,
     state,
@@ -44,7 +45,7 @@ from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import DecoderEvaluator
 from evojax_merge.evaluation.paths import PathEvaluator
 from evojax_merge.mergekit.execute import merge_to, prepare
-from evojax_merge.mergekit.schema import parse_recipe, read_recipe
+from evojax_merge.mergekit.schema import parse_recipe
 from evojax_merge.mergekit.write import dump_yaml, path_document
 from evojax_merge.models.architecture import find_architecture, model_types
 from evojax_merge.models.config import NO_WINDOW

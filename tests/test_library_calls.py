@@ -49,8 +49,6 @@ CALLS: list[tuple[str, dict[str, str]]] = [
     ("tasks/arrays.py: read_npz: np.load", {"allow_pickle": "False"}),
     # Configs of models that the package itself has written.
     ("zoo/evovlm.py: save_small_files: LlamaConfig.from_pretrained", {}),
-    ("zoo/evovlm.py: train_models: LlamaConfig.from_pretrained", {}),
-    ("zoo/evovlm.py: train_models: LlavaConfig.from_pretrained", {}),
 ]  # fmt: skip
 
 

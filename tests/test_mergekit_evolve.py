@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family, state, tiny_config, write_lines
+from helpers import Family, build_family, read_recipe, state, tiny_config, write_lines
 from mergekit.evo.genome import ModelGenome, ModelGenomeDefinition
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -17,7 +17,6 @@ from evojax_merge.commands import search as search_command
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.evolve_config import filter_components
 from evojax_merge.mergekit.execute import merge_to, prepare
-from evojax_merge.mergekit.schema import read_recipe
 from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.spaces.parameter import ParameterSpace
 from evojax_merge.tasks.harness import HarnessConfig

@@ -91,7 +91,7 @@ def test_a_family_is_trained_once_for_each_seed(tmp_path: Path, monkeypatch: pyt
         made.append(seed)
         (folder / "base").mkdir()
 
-    monkeypatch.setattr(vit, "FAMILY", zoo.TrainedFamily("vit", "vit-v0", vit.MODELS, 1, make))
+    monkeypatch.setattr(vit, "FAMILY", zoo.Family("vit", "vit-v0", vit.MODELS, make, 1))
     resolve = zoo.resolve_reference
     assert resolve("zoo:vit/base") == resolve("zoo:vit/0/base") != resolve("zoo:vit/3/base")
     assert made == [0, 3]

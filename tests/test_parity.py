@@ -15,7 +15,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import OF_MERGEKIT, SPECIAL, finetune, load_torch, random_model, sample, save, state, tiny_config, words
+from helpers import (
+    OF_MERGEKIT,
+    SPECIAL,
+    finetune,
+    load_torch,
+    random_model,
+    read_recipe,
+    sample,
+    save,
+    state,
+    tiny_config,
+    words,
+)
 from merge_kernels import METHODS, Options
 from reference import merging
 from reference.unrolled import unrolled_merge
@@ -25,7 +37,6 @@ from transformers import GPT2Config
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.execute import merge_to, prepare
-from evojax_merge.mergekit.schema import read_recipe
 
 RECIPES = Path(__file__).parent / "parity"
 TOLERANCE = 1e-5

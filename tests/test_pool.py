@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import build_family, random_records, run_here, state, thorough, tiny_config, write_lines
+from helpers import build_family, random_records, read_recipe, run_here, state, thorough, tiny_config, write_lines
 from hostile import start_command
 from merge_kernels import METHODS
 from reference.merging import slerp
@@ -22,7 +22,6 @@ from evojax_merge.config.search_config import Config
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores, fitness
 from evojax_merge.mergekit.execute import merge_to, prepare
-from evojax_merge.mergekit.schema import read_recipe
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.models.architecture import tensors_of
 from evojax_merge.problem import build_problem, read_config

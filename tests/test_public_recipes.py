@@ -18,7 +18,8 @@ from helpers import edit_json, finetune, random_model, sample, save, state, tiny
 from safetensors.torch import load_file, save_file
 
 from evojax_merge.checkpoints.derived import ignored_revisions
-from evojax_merge.checkpoints.folder import open_folder, resolve
+from evojax_merge.checkpoints.folder import open_folder
+from evojax_merge.checkpoints.references import resolve
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.cli import cli, run
 from evojax_merge.errors import InputError
@@ -240,7 +241,7 @@ def test_a_path_alone_is_a_model(strict: bool) -> None:
 def test_the_revision_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
     monkeypatch.setattr(
-        "evojax_merge.checkpoints.folder._download",
+        "evojax_merge.checkpoints.references._download",
         lambda name, revision, weights: asked.append((name, revision)) or tmp_path,
     )
     for reference in ("owner/name", "owner/name@v2", "owner/name@refs/pr/1"):

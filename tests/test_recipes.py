@@ -23,6 +23,7 @@ from helpers import (
     finetune,
     load_torch,
     random_model,
+    read_recipe,
     sample,
     save,
     state,
@@ -38,7 +39,6 @@ from evojax_merge.commands import merge as merge_command
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.plan import evaluate_setting, layout, options_from, plan
-from evojax_merge.mergekit.schema import read_recipe
 from evojax_merge.mergekit.write import dump_yaml, recipe_document
 from evojax_merge.models.architecture import COMPONENTS, LAYERS, shared_leaves, tensors_of
 from evojax_merge.models.bank import MergeSpec, Recipe, take_candidate

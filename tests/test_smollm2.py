@@ -222,7 +222,7 @@ def test_no_problem_is_in_two_splits() -> None:
         return [json.loads(line)["prompt"].strip() for line in path.read_text(encoding="utf-8").splitlines()]
 
     search, heldout = questions("search.jsonl"), questions("heldout.jsonl")
-    trained = [problem.japanese.question for problem in or_skip(lambda: smollm2.read_problems("train"))]
+    trained = [problem.japanese["question"] for problem in or_skip(lambda: smollm2.read_problems("train"))]
     together = search + heldout + trained
     assert len(set(together)) == len(together) == 100
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import sample, state
+from helpers import read_recipe, sample, state
 from reference.vision_models import save_seeing, seeing_model
 from safetensors.numpy import load_file, save_file
 from test_recipes import assert_same_weights, merge, mergekit_merge, write
@@ -15,7 +15,6 @@ from evojax_merge.checkpoints.decoder_folder import decoder_of
 from evojax_merge.checkpoints.folder import open_folder
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.execute import prepare
-from evojax_merge.mergekit.schema import read_recipe
 
 # The beginnings of tensors' names as transformers writes them, and as mergekit knows them: where they differ, mergekit
 # leaves the tensors out without a word.

@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.shared.machine import describe
 from evojax_merge.mergekit.execute import merge_to, prepare
-from evojax_merge.mergekit.schema import read_recipe
+from evojax_merge.mergekit.streams import read_stream
 from evojax_merge.problem import SearchProblem, build_problem, read_config, resolved_document
 from evojax_merge.report.comparison import Result
 from evojax_merge.search import loop
@@ -96,7 +96,7 @@ def evolve(problem: SearchProblem, folder: Path) -> Result:
     )  # fmt: skip
     result = select_best(problem, on, archive)
     run.recipe.write_text(problem.backend.recipe(result.genome))
-    merge_to(prepare(read_recipe(run.recipe), find=resolve_reference), run.model, card="")
+    merge_to(prepare(read_stream(run.recipe).result, find=resolve_reference), run.model, card="")
     return result
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,20 +22,12 @@ import numpy as np
 from merge_kernels import add_low_rank
 from safetensors.numpy import save_file
 
-from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of
-from evojax_merge.checkpoints.folder import (
-    DenseTensor,
-    Folder,
-    MappedFile,
-    Part,
-    Tensor,
-    copy_finite,
-    is_float,
-    read_header,
-)
+from evojax_merge.checkpoints.decoder_folder import decoder_of
+from evojax_merge.checkpoints.folder import ChangedTensor, Folder, Tensor, is_float, read_header
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, nearest, shown
 from evojax_merge.models.architecture import EMBEDDING, HEAD, known_architecture
+from evojax_merge.models.config_keys import TEXTS, Expected, is_number, whole
 from evojax_merge.schema.patterns import begins, is_all_of
 
 Number = TypeVar("Number", int, float)
@@ -56,8 +48,19 @@ REFUSED_KEYS = (
 )  # fmt: skip
 # Initialisations that leave the base as it is; all others change it when the adapter is made.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-# Ranks of adapters in use go up to some hundreds.
-MAX_RANK = 2**16
+# The rules for the values of adapter_config.json. Ranks of adapters in use go up to some hundreds.
+TARGETS = "target_modules"
+BASE = Expected(lambda value: value is None or isinstance(value, str), "a folder or a hub id")
+NAMES = replace(TEXTS, words="a list of modules' names")
+PATTERNS = Expected(lambda value: isinstance(value, dict), "a mapping from modules' names")
+RANK = whole(1, 2**16)
+ALPHA = Expected(lambda value: is_number(value) and math.isfinite(value), "a finite number")
+SWITCH = Expected(lambda value: value is None or isinstance(value, bool), "true or false")
+# The keys that switch something on, by the field of `AdapterConfig`.
+SWITCHES = {
+    "rank_stabilised": "use_rslora", "fan_in_fan_out": "fan_in_fan_out", "ties_weights": "ensure_weight_tying",
+    "is_dora": "use_dora",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,61 +137,30 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             f"init_lora_weights: {shown(start)} changes the base as well; save the adapter converted to a plain LoRA "
             "(peft's save_pretrained with path_initial_model_for_weight_conversion)",
         )
-    base, targets = raw.get("base_model_name_or_path"), raw.get("target_modules") or ()
-    if base is not None and not isinstance(base, str):
-        raise InputError(path, f"base_model_name_or_path: {shown(base)}; expected a folder or a hub id")
+
+    def checked(key: str, value: Any, expected: Expected) -> Any:
+        if not expected.accepts(value):
+            raise InputError(path, f"{key}: {shown(value)}; expected {expected.words}")
+        return value
+
+    def by_pattern(key: str, expected: Expected) -> dict[str, Any]:
+        entries = checked(key, raw.get(key) or {}, PATTERNS)
+        return {name: checked(f"{key}.{name}", value, expected) for name, value in entries.items()}
+
+    base, targets = checked("base_model_name_or_path", raw.get("base_model_name_or_path"), BASE), raw.get(TARGETS) or []
     if not isinstance(targets, str):
-        targets = _names(path, "target_modules", targets)
+        targets = tuple(checked(TARGETS, targets, NAMES))
     return AdapterConfig(
         path=path,
         base=base or None,
-        rank=_rank(path, "r", raw.get("r", 8)),
-        alpha=_alpha(path, "lora_alpha", raw.get("lora_alpha", 8)),
-        ranks={
-            name: _rank(path, f"rank_pattern.{name}", value) for name, value in _patterns(path, raw, "rank_pattern")
-        },
-        alphas={
-            name: _alpha(path, f"alpha_pattern.{name}", value) for name, value in _patterns(path, raw, "alpha_pattern")
-        },
+        rank=checked("r", raw.get("r", 8), RANK),
+        alpha=float(checked("lora_alpha", raw.get("lora_alpha", 8), ALPHA)),
+        ranks=by_pattern("rank_pattern", RANK),
+        alphas={name: float(value) for name, value in by_pattern("alpha_pattern", ALPHA).items()},
         targets=targets,
-        saved_modules=_names(path, "modules_to_save", raw.get("modules_to_save") or ()),
-        rank_stabilised=_switch(path, raw, "use_rslora"),
-        fan_in_fan_out=_switch(path, raw, "fan_in_fan_out"),
-        ties_weights=_switch(path, raw, "ensure_weight_tying"),
-        is_dora=_switch(path, raw, "use_dora"),
+        saved_modules=tuple(checked("modules_to_save", raw.get("modules_to_save") or [], NAMES)),
+        **{field: bool(checked(key, raw.get(key), SWITCH)) for field, key in SWITCHES.items()},
     )
-
-
-def _switch(path: Path, raw: Mapping[str, Any], key: str) -> bool:
-    value = raw.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise InputError(path, f"{key}: {shown(value)}; expected true or false")
-    return value is True
-
-
-def _names(path: Path, key: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
-        raise InputError(path, f"{key}: {shown(value)}; expected a list of modules' names")
-    return tuple(value)
-
-
-def _patterns(path: Path, raw: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
-    patterns = raw.get(key) or {}
-    if not isinstance(patterns, dict):
-        raise InputError(path, f"{key}: {shown(patterns)}; expected a mapping from modules' names")
-    return list(patterns.items())
-
-
-def _rank(path: Path, key: str, value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= MAX_RANK:
-        raise InputError(path, f"{key}: {shown(value)}; expected a whole number from 1 to {MAX_RANK:,}")
-    return value
-
-
-def _alpha(path: Path, key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(path, f"{key}: {shown(value)}; expected a finite number")
-    return float(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -196,7 +168,7 @@ def _alpha(path: Path, key: str, value: Any) -> float:
 
 
 @dataclass(frozen=True)
-class AdaptedTensor:
+class AdaptedTensor(ChangedTensor):
     """A weight of the base with an adapter: `base + scale · B A`, in the base's dtype.
 
     base: `[out, in]`; a: `[r, in]`; b: `[out, r]`. transposed: the base's weight is stored as `[in, out]` (embeddings,
@@ -210,24 +182,12 @@ class AdaptedTensor:
     transposed: bool = False
 
     @property
-    def dtype(self) -> np.dtype:
-        return self.base.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
+    def parts(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return self.base, self.a, self.b
 
     @property
     def file(self) -> Path:
         return self.a.file
-
-    @property
-    def _parts(self) -> tuple[Tensor, ...]:
-        return self.base, self.a, self.b
-
-    @property
-    def mapped_files(self) -> tuple[MappedFile, ...]:
-        return tuple(mapped for part in self._parts for mapped in part.mapped_files)
 
     @property
     def core(self) -> Tensor:
@@ -245,25 +205,14 @@ class AdaptedTensor:
         # A search's programs expand factors with the same function, so that both compute the same values.
         return np.asarray(_expand(self.base.load(), *self.factors())).astype(self.dtype, copy=False)
 
-    def load(self) -> np.ndarray:
-        return self.read()
-
-    def copy_into(self, part: Part, into: np.ndarray) -> bool:
-        return copy_finite(self.load()[part], into)
-
     def content(self) -> Iterator[np.ndarray]:
         # The parts, not the product: its last bits depend on the machine, and random masks must not.
-        for part in self._parts:
-            yield from part.content()
+        yield from super().content()
         yield np.frombuffer(np.float64(self.scale).tobytes(), np.uint8)
-
-    def release(self) -> None:
-        for part in self._parts:
-            part.release()
 
 
 @dataclass(frozen=True)
-class DoraTensor(DenseTensor):
+class DoraTensor(ChangedTensor):
     """A weight with a DoRA adapter: the rows of the unrounded `base + scale · B A`, rescaled to the norms
     `magnitude [out]`."""
 
@@ -271,34 +220,14 @@ class DoraTensor(DenseTensor):
     magnitude: Tensor
 
     @property
-    def dtype(self) -> np.dtype:
-        return self.sum.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.sum.shape
-
-    @property
-    def file(self) -> Path:
-        return self.sum.file
-
-    @property
-    def mapped_files(self) -> tuple[MappedFile, ...]:
-        return (*self.sum.mapped_files, *self.magnitude.mapped_files)
+    def parts(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return self.sum, self.magnitude
 
     def read(self) -> np.ndarray:
         unrounded = np.asarray(_expand(self.sum.base.load().astype(np.float32), *self.sum.factors()))
         axis = 0 if self.sum.transposed else 1
         norms = np.linalg.norm(unrounded, axis=axis, keepdims=True)
         return (np.expand_dims(_float32(self.magnitude).reshape(-1), axis) / norms * unrounded).astype(self.dtype)
-
-    def content(self) -> Iterator[np.ndarray]:
-        yield from self.sum.content()
-        yield from self.magnitude.content()
-
-    def release(self) -> None:
-        self.sum.release()
-        self.magnitude.release()
 
 
 _expand = jax.jit(add_low_rank)
@@ -315,18 +244,30 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
     Raises InputError where the adapter cannot be merged, or belongs to another base: for a module that the base lacks,
     or the first shape that differs.
     """
-    config = read_adapter_config(adapter)
-    tensors = _read_tensors(adapter)
+    config, file = read_adapter_config(adapter), adapter / ADAPTER_FILE
+    if not file.exists() and any(adapter.glob("adapter_model.bin")):
+        raise InputError(
+            adapter, "holds its adapter as a pickle, which can run code when it is read; convert it once with peft "
+            "(save_pretrained writes safetensors)",
+        )  # fmt: skip
+    tensors = read_header(file)
+    if not tensors:
+        raise InputError(file, "holds no tensor; expected those of an adapter")
     decoder = decoder_of(base)
+    architecture, head = known_architecture(decoder.config.get("model_type")), decoder.names.own_head
     names = {decoder.in_memory(name): decoder.names.in_file(name) for name in decoder.entries}
     # A packed tensor, such as that of all experts, is replaced by its parts: an adapter's modules are as small as the
     # parts.
     parts_in_file = {decoder.names.in_file(name): tensor for name, tensor in decoder.entries.items()}
     kind, in_file = Folder, {**decoder.other_modules, **parts_in_file}
-    if _unties(config, decoder):
-        kind, head = UntiedFolder, str(decoder.names.own_head)
-        names[decoder.in_memory(head)] = decoder.names.in_file(head)
-        in_file[decoder.names.in_file(head)] = decoder.entries[_embedding(decoder)]
+    embedding = None if architecture is None else architecture.leaf(EMBEDDING)
+    if embedding is not None and head is not None and decoder.config.get("tie_word_embeddings", False):
+        # The adapter unties the two where either was trained as a whole module, and it does not tie them.
+        is_saved = any(config.saves(decoder.in_memory(name)) for name in (embedding.tensor, head))
+        if is_saved and not config.ties_weights:
+            kind = UntiedFolder
+            names[decoder.in_memory(head)] = decoder.names.in_file(head)
+            in_file[decoder.names.in_file(head)] = decoder.entries[embedding.tensor]
     base = kind(base.path, in_file)
     replaced, saved = dict[str, Tensor](), dict[str, str]()
     modules: dict[str, dict[str, Tensor]] = {}
@@ -351,12 +292,17 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
             saved[name] = key
             _check_saved(base, config, name, tensor, key)
             # PEFT also saves modules that it only wraps, such as an embedding with an adapter.
-            if ".base_layer." not in inner or not _equal(tensor, base.entries[name]):
+            wrapped = base.entries[name]
+            is_copy = tensor.dtype == wrapped.dtype and ".base_layer." in inner
+            if not is_copy or not np.array_equal(tensor.load(), wrapped.load()):
                 replaced[name] = tensor
     entries = {**base.entries, **replaced}
     for module, parts in modules.items():
         name = _find(base, names, next(iter(parts.values())), f"{PREFIX}{module}", f"{module}.weight")
-        entries[name] = _adapted(config, module, name, entries[name], parts, _is_transposed(config, decoder, name))
+        # A known module's class decides, as in PEFT, whether its weight is stored as `[in, out]`.
+        leaf = None if architecture is None else architecture.leaf_of(decoder.names.of_architecture(name))
+        transposed = config.fan_in_fan_out if architecture is None else leaf is not None and leaf.transposed
+        entries[name] = _adapted(config, module, name, entries[name], parts, transposed)
     return kind(path, entries)
 
 
@@ -367,40 +313,6 @@ class UntiedFolder(Folder):
     @cached_property
     def config(self) -> dict[str, Any]:
         return super().config | {"tie_word_embeddings": False}
-
-
-def _unties(config: AdapterConfig, decoder: DecoderFolder) -> bool:
-    """Return whether the adapter unties a tied base's embedding and head: either was trained as a whole module, and the
-    adapter does not tie them."""
-    head = decoder.names.own_head
-    if head is None or config.ties_weights or not decoder.config.get("tie_word_embeddings", False):
-        return False
-    return any(config.saves(decoder.in_memory(name)) for name in (_embedding(decoder), head))
-
-
-def _embedding(decoder: DecoderFolder) -> str:
-    architecture = known_architecture(decoder.config.get("model_type"))
-    leaf = None if architecture is None else architecture.leaf(EMBEDDING)
-    assert leaf is not None
-    return leaf.tensor
-
-
-def _equal(left: Tensor, right: Tensor) -> bool:
-    """Return whether two tensors of one shape have the same values. Reads both."""
-    return left.dtype == right.dtype and np.array_equal(left.load(), right.load())
-
-
-def _read_tensors(adapter: Path) -> Mapping[str, Tensor]:
-    file = adapter / ADAPTER_FILE
-    if not file.exists() and any(adapter.glob("adapter_model.bin")):
-        raise InputError(
-            adapter, "holds its adapter as a pickle, which can run code when it is read; convert it once with peft "
-            "(save_pretrained writes safetensors)",
-        )  # fmt: skip
-    tensors = read_header(file)
-    if not tensors:
-        raise InputError(file, "holds no tensor; expected those of an adapter")
-    return tensors
 
 
 def _find(base: Folder, names: Mapping[str, str], tensor: Tensor, key: str, name: str) -> str:
@@ -445,16 +357,6 @@ def _check_saved(base: Folder, config: AdapterConfig, name: str, tensor: Tensor,
             tensor.file, f"{key}: trained apart from the head, which is the embedding in {base.path} "
             "(tie_word_embeddings); expected an adapter with ensure_weight_tying",
         )  # fmt: skip
-
-
-def _is_transposed(config: AdapterConfig, decoder: DecoderFolder, name: str) -> bool:
-    """Return whether a base stores a linear module's weight as `[in, out]`. A known module's class decides, as in PEFT,
-    else the adapter's fan_in_fan_out. name: the weight's name in the file."""
-    architecture = known_architecture(decoder.config.get("model_type"))
-    if architecture is None:
-        return config.fan_in_fan_out
-    leaf = architecture.leaf_of(decoder.names.of_architecture(name))
-    return leaf is not None and leaf.transposed
 
 
 def _adapted(

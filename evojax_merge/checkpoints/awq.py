@@ -7,7 +7,6 @@ are folded into the norms and into neighbouring matrices.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,24 +31,18 @@ BITS, PER_WORD = 4, 8
 PLACES = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
 
 
-@dataclass(frozen=True)
-class InterleavedOutputs:
-    """Computes a matrix from the parts `qweight`, `qzeros` and `scales`; `group` inputs share a scale."""
-
-    group: int
-
-    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        weight, zeros = (_in_order(part) for part in parts[:2])
-        groups = np.arange(len(weight)) // self.group
-        weight -= zeros[groups]
-        weight *= parts[2].astype(np.float32)[groups]
-        return weight.T
-
-
-def _in_order(words: np.ndarray) -> np.ndarray:
-    """The numbers float32[rows, 8 · columns] that are packed into int32[rows, columns]."""
-    numbers = unpack(words, BITS, axis=1).reshape(len(words), -1, PER_WORD)[..., PLACES]
-    return numbers.reshape(len(words), -1).astype(np.float32)
+def interleaved_outputs(parts: Sequence[np.ndarray], group: int) -> np.ndarray:
+    """The matrix of `qweight`, `qzeros` and `scales`; `group` inputs share a scale."""
+    # The numbers float32[rows, 8 · columns] that are packed into int32[rows, columns].
+    weight, zeros = (
+        unpack(words, BITS, axis=1).reshape(len(words), -1, PER_WORD)[..., PLACES].reshape(len(words), -1)
+        for words in parts[:2]
+    )
+    groups = np.arange(len(weight)) // group
+    weight = weight.astype(np.float32)
+    weight -= zeros.astype(np.float32)[groups]
+    weight *= parts[2].astype(np.float32)[groups]
+    return weight.T
 
 
 def open_awq(path: Path, quantised: Path) -> Folder:
@@ -75,5 +68,5 @@ def open_awq(path: Path, quantised: Path) -> Folder:
         for part in ("qzeros", "scales"):
             del entries[f"{module}.{part}"]
         shape = (words * PER_WORD, inputs)
-        entries[f"{module}.weight"] = QuantisedTensor(dtype, shape, parts, InterleavedOutputs(group))
+        entries[f"{module}.weight"] = QuantisedTensor(dtype, shape, parts, interleaved_outputs, (group,))
     return Folder(path, entries)

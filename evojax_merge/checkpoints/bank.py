@@ -64,48 +64,32 @@ def put(array: np.ndarray) -> jax.Array:
 
 
 class Placement(Protocol):
-    """The places of a bank's arrays where several devices, of several processes perhaps, share a model. sharded_axis:
-    the axis, counted from the end, that is sharded then; None: each device has the whole array."""
+    """The places of a bank's arrays where several devices, of several processes perhaps, share a model: by default
+    whole arrays on one device. sharded_axis: the axis, counted from the end, that is sharded then; None: each device
+    has the whole array."""
 
     def part(self, shape: tuple[int, ...], sharded_axis: int | None) -> Part:
         """The part of an array of this shape that this process's devices hold; empty: all of it."""
-        ...
-
-    def put(self, array: np.ndarray, sharded_axis: int | None, whole: tuple[int, ...]) -> jax.Array:
-        """Bring this process's part of an array of the shape `whole` to its devices."""
-        ...
-
-    def measures(self, number: int) -> bool:
-        """Return whether this process measures tensor `number` of those that several processes measure together."""
-        ...
-
-    def gather_bytes(self, content: bytes) -> list[bytes]:
-        """The content of each process. All of them do this together."""
-        ...
-
-
-class OneDevice:
-    """Whole arrays on one device."""
-
-    def part(self, shape: tuple[int, ...], sharded_axis: int | None) -> Part:
         return ()
 
     def put(self, array: np.ndarray, sharded_axis: int | None, whole: tuple[int, ...]) -> jax.Array:
+        """Bring this process's part of an array of the shape `whole` to its devices."""
         return put(array)
 
     def measures(self, number: int) -> bool:
+        """Return whether this process measures tensor `number` of those that several processes measure together."""
         return True
 
     def gather_bytes(self, content: bytes) -> list[bytes]:
+        """The content of each process. All of them do this together."""
         return [content]
 
 
+class OneDevice(Placement):
+    """Whole arrays on one device."""
+
+
 ONE_DEVICE: Placement = OneDevice()
-
-
-def _part_shape(shape: tuple[int, ...], part: Part) -> tuple[int, ...]:
-    bounds = [axis.indices(size) for axis, size in zip(part, shape, strict=False)]
-    return (*[end - begin for begin, end, _ in bounds], *shape[len(part) :])
 
 
 @dataclass(frozen=True)
@@ -134,8 +118,11 @@ def bank_of(config: DecoderConfig, make: Callable[[Leaf], LeafBank]) -> Bank:
 def leaf_layout(sources: Sources, config: DecoderConfig, spec: MergeSpec, leaf: Leaf) -> LeafBank:
     """The arrays of a leaf's bank, an `ArraySpec` each, without its statistics, which have to be measured."""
     grid, names, axis = tensor_grid(config, leaf), leaf_tensors(config, leaf), leaf.sharded_axis
-    shape, rank, has_row_keys = sources.shape(0, names[0]), common_rank(sources, names), spec.method.has_row_keys
-    parents = len(sources.folders) - int(spec.options.has_base)
+    shape, has_row_keys, count = sources.shape(0, names[0]), spec.method.has_row_keys, len(sources.folders)
+    parents, rank = count - int(spec.options.has_base), None
+    if all(sources.common_core(name) is not None for name in names):
+        # All sources have one base: the bank has its leaf once, and factors of the highest rank.
+        rank = max(sources.entry(s, name).rank for name in names for s in range(count))
 
     def array(number: int, each: tuple[int, ...], dtype: Any, axis: int | None) -> Any:
         """The spec of `number` arrays, with their axis after the layers' and before the experts'."""
@@ -145,7 +132,7 @@ def leaf_layout(sources: Sources, config: DecoderConfig, spec: MergeSpec, leaf: 
     keys_axis = axis if not has_row_keys else -2 if axis == -len(shape) else None
     keys, (keys_shape, keys_dtype) = spec.method.mask_keys(parents), spec.method.mask_key_array(shape)
     return LeafBank(
-        sources=array(len(sources.folders) if rank is None else 1, shape, common_dtype(sources, names[0]), axis),
+        sources=array(count if rank is None else 1, shape, common_dtype(sources, names[0]), axis),
         # `a` has the weight's inputs, `b` its outputs.
         factors=None
         if rank is None
@@ -214,7 +201,9 @@ class LeafReader:
         """Arrays for this process's part of the whole leaf, or of so many of its layers."""
 
         def array(spec: ArraySpec) -> np.ndarray:
-            shape = _part_shape(spec.shape, self.placement.part(spec.shape, spec.shard_axis))
+            part = self.placement.part(spec.shape, spec.shard_axis)
+            bounds = [axis.indices(size) for axis, size in zip(part, spec.shape, strict=False)]
+            shape = (*(end - begin for begin, end, _ in bounds), *spec.shape[len(part) :])
             return aligned_empty(shape if layers is None else (layers, *shape[1:]), spec.dtype)
 
         arrays = jax.tree.map(array, self.layout)
@@ -337,34 +326,35 @@ def load_bank(
     spec: MergeSpec,
     progress: Progress = lambda done: None,
     placement: Placement = ONE_DEVICE,
+    on_host: bool = False,
 ) -> Bank:
-    """Load all sources and measure the statistics that `spec.method` needs. `progress` receives the bytes of each
-    finished tensor.
+    """Load all sources and measure the statistics that `spec.method` needs; of each leaf this process's part.
+    `progress` receives the bytes of each finished tensor; on_host: the arrays stay NumPy's.
 
     The first of the `sources` must be the base where the method takes deltas from one. Where all sources are adapters
     of one base, or that base, the bank has each weight of the base once, and the adapters' factors.
     """
+
+    def load_leaf(leaf: Leaf) -> LeafBank:
+        reader = LeafReader(leaf, config, sources, spec, placement)
+        arrays: Any = reader.empty()
+        tensors = list(reader.tensors.items())
+
+        def load_tensor(number: int) -> Prepared | None:
+            place, name = tensors[number]
+            prepared = reader.read_measured(number, name, place, arrays)
+            progress(reader.tensor_bytes)
+            return prepared
+
+        measured = reader.gathered(list(pool.map(load_tensor, range(len(tensors)))))
+        for (place, _), prepared in zip(tensors, measured, strict=True):
+            reader.enter_mask_keys(arrays.mask_keys, place, prepared)
+        statistics = stacked_statistics(reader, [prepared.statistics for prepared in measured])
+        loaded: LeafBank = replace(arrays, statistics=statistics)
+        return loaded if on_host else put_leaf(reader.layout, arrays, statistics, placement)
+
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return bank_of(
-            config, lambda leaf: load_leaf(LeafReader(leaf, config, sources, spec, placement), pool, progress)
-        )
-
-
-def load_leaf(reader: LeafReader, pool: ThreadPoolExecutor, progress: Progress) -> LeafBank:
-    """Load this process's part of a leaf, and measure it."""
-    arrays, tensors = reader.empty(), list(reader.tensors.items())
-
-    def load_tensor(number: int) -> Prepared | None:
-        place, name = tensors[number]
-        prepared = reader.read_measured(number, name, place, arrays)
-        progress(reader.tensor_bytes)
-        return prepared
-
-    measured = reader.gathered(list(pool.map(load_tensor, range(len(tensors)))))
-    for (place, _), prepared in zip(tensors, measured, strict=True):
-        reader.enter_mask_keys(arrays.mask_keys, place, prepared)
-    statistics = stacked_statistics(reader, [prepared.statistics for prepared in measured])
-    return put_leaf(reader.layout, arrays, statistics, reader.placement)
+        return bank_of(config, load_leaf)
 
 
 def stacked_statistics(reader: LeafReader, measured: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -379,35 +369,38 @@ def stacked_statistics(reader: LeafReader, measured: Sequence[dict[str, np.ndarr
 def put_leaf(layout: LeafBank, arrays: LeafBank, statistics: dict[str, np.ndarray], placement: Placement) -> LeafBank:
     """Bring this process's part of a leaf's arrays, or of one layer of them, to the devices, cut as the leaf's layout
     says; the statistics whole."""
-
-    def put_array(spec: ArraySpec, array: np.ndarray) -> jax.Array:
-        return placement.put(array, spec.shard_axis, (array.shape[0], *spec.shape[1:]))
-
-    loaded: LeafBank = jax.tree.map(put_array, layout, arrays)
+    loaded: LeafBank = jax.tree.map(
+        lambda spec, array: placement.put(array, spec.shard_axis, (array.shape[0], *spec.shape[1:])), layout, arrays
+    )
     whole = {name: placement.put(values, None, values.shape) for name, values in statistics.items()}
     return replace(loaded, statistics=whole)
 
 
-def common_rank(sources: Sources, names: Sequence[str]) -> int | None:
-    """The highest rank of a leaf's factors; None where its sources have no base in common. With a rank, the bank has
-    the base's leaf once."""
-    if any(sources.common_core(name) is None for name in names):
-        return None
-    return max(sources.entry(s, name).rank for name in names for s in range(len(sources.folders)))
+def read_layers(
+    sources: Sources,
+    config: DecoderConfig,
+    leaf: Leaf,
+    origins: Sequence[tuple[int, int]],
+    dtype: np.dtype,
+    progress: Progress = lambda done: None,
+) -> np.ndarray:
+    """A leaf of the layers that are (source, layer) of `origins`, `[M, …]`. `progress` receives the bytes of each
+    finished layer."""
+    grid = tensor_grid(config, leaf)[1:]
+    stack = aligned_empty((len(origins), *grid, *sources.shape(origins[0][0], leaf.tensor_of())), dtype)
+    for layer, (source, i) in zip(stack, origins, strict=True):
+        for place in np.ndindex(grid):
+            sources.read_into(source, leaf.tensor_of(i, *place), layer[place])
+        progress(layer.nbytes)
+    return stack
 
 
 def load_path_bank(sources: Sources, spec: PathSpec, progress: Progress = lambda done: None) -> PathBank:
     """Load all layers of all sources into one stack, in their own dtypes. `progress` receives the bytes."""
-    origins, layers, config = spec.origins, {}, spec.configs[0]
+    layers, shared, config = {}, {}, spec.configs[0]
     for leaf in stack_leaves(config, LAYERS):
-        first, grid = leaf.tensor_of(), tensor_grid(config, leaf)[1:]
-        stack = aligned_empty((len(origins), *grid, *sources.shape(0, first)), common_dtype(sources, first))
-        for layer, (source, i) in zip(stack, origins, strict=True):
-            for place in np.ndindex(grid):
-                sources.read_into(source, leaf.tensor_of(i, *place), layer[place])
-            progress(layer.nbytes)
-        layers[leaf.name] = put(stack)
-    shared = {}
+        dtype = common_dtype(sources, leaf.tensor_of())
+        layers[leaf.name] = put(read_layers(sources, config, leaf, spec.origins, dtype, progress))
     for leaf in shared_leaves(config):
         shared[leaf.name] = tuple(jax.device_put(sources.load_finite(s, leaf.tensor)) for s in range(len(spec.configs)))
         progress(sum(values.nbytes for values in shared[leaf.name]))
@@ -422,17 +415,15 @@ def path_layout(spec: PathSpec) -> PathBank:
     return PathBank({}, {}, kinds, spec.origins, outputs, spec.export_dtype)
 
 
-def _entries(sources: Sources, leaf: Leaf, config: DecoderConfig) -> int:
-    """The number of a leaf's elements in one source."""
-    return int(np.prod((*tensor_grid(config, leaf), *sources.shape(0, leaf.tensor_of())), dtype=np.int64))
-
-
 def bank_bytes(sources: Sources, config: DecoderConfig) -> int:
     """The bytes that `load_bank` will report as progress: those of all sources, whether or not the bank holds them
     whole."""
-    return len(sources.folders) * sum(
-        _entries(sources, leaf, config) * common_dtype(sources, leaf.tensor_of()).itemsize for leaf in leaves_of(config)
-    )
+
+    def leaf_bytes(leaf: Leaf) -> int:
+        shape = (*tensor_grid(config, leaf), *sources.shape(0, leaf.tensor_of()))
+        return prod(shape) * common_dtype(sources, leaf.tensor_of()).itemsize
+
+    return len(sources.folders) * sum(map(leaf_bytes, leaves_of(config)))
 
 
 def held_bytes(sources: Sources, config: DecoderConfig, spec: MergeSpec) -> int:
@@ -451,11 +442,9 @@ def load_stored(
         if leaf.stack is None:
             shared[leaf.name] = jax.device_put(sources.load_finite(source, leaf.tensor))
             continue
-        grid, first = tensor_grid(config, leaf), leaf.tensor_of()
-        stack = aligned_empty((*grid, *sources.shape(source, first)), sources.entry(source, first).dtype)
-        for place in np.ndindex(grid):
-            sources.read_into(source, leaf.tensor_of(*place), stack[place])
-        stacks[leaf.stack][leaf.name] = put(stack)
+        origins = [(source, i) for i in range(depths(config)[leaf.stack])]
+        dtype = sources.entry(source, leaf.tensor_of()).dtype
+        stacks[leaf.stack][leaf.name] = put(read_layers(sources, config, leaf, origins, dtype))
     return StackedWeights(stacks, shared, compute_dtype)
 
 

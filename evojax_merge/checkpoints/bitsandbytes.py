@@ -13,7 +13,6 @@ stand as JSON in the bytes of a tensor, `quant_state.bitsandbytes__nf4` or `…_
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,36 +37,27 @@ STATE = ".quant_state.bitsandbytes__"
 CODES = 16
 
 
-@dataclass(frozen=True)
-class RowScales:
-    """Computes a matrix from the parts `weight` and `SCB`."""
-
-    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        weight, largest = (part.astype(np.float32) for part in parts)
-        return weight * largest[:, None] * np.float32(1 / 127)
+def row_scales(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The matrix of `weight` and `SCB`."""
+    weight, largest = (part.astype(np.float32) for part in parts)
+    return weight * largest[:, None] * np.float32(1 / 127)
 
 
-@dataclass(frozen=True)
-class CodedBlocks:
-    """Computes a matrix from the parts `weight`, `quant_map`, `absmax` and, where the last is quantised in turn,
-    `nested_quant_map` and `nested_absmax`."""
-
-    shape: tuple[int, int]
-    block: int
-    nested_block: int = 0
-    nested_offset: float = 0.0
-
-    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        octets = np.ascontiguousarray(parts[0]).reshape(-1).view(np.uint8)
-        count = math.prod(self.shape)
-        codes = np.stack([octets >> 4, octets & 15], axis=-1).reshape(-1)[:count]
-        largest = parts[2]
-        if self.nested_block:
-            nested = np.repeat(parts[4].astype(np.float32), self.nested_block)[: len(largest)]
-            largest = parts[3].astype(np.float32)[largest] * nested + np.float32(self.nested_offset)
-        values = parts[1].astype(np.float32)[codes]
-        values *= np.repeat(largest.astype(np.float32, copy=False), self.block)[:count]
-        return values.reshape(self.shape)
+def coded_blocks(
+    parts: Sequence[np.ndarray], shape: tuple[int, int], block: int, nested_block: int = 0, nested_offset: float = 0.0
+) -> np.ndarray:
+    """The matrix of `weight`, `quant_map`, `absmax` and, where the last is quantised in turn, `nested_quant_map` and
+    `nested_absmax`."""
+    octets = np.ascontiguousarray(parts[0]).reshape(-1).view(np.uint8)
+    count = math.prod(shape)
+    codes = np.stack([octets >> 4, octets & 15], axis=-1).reshape(-1)[:count]
+    largest = parts[2]
+    if nested_block:
+        nested = np.repeat(parts[4].astype(np.float32), nested_block)[: len(largest)]
+        largest = parts[3].astype(np.float32)[largest] * nested + np.float32(nested_offset)
+    values = parts[1].astype(np.float32)[codes]
+    values *= np.repeat(largest.astype(np.float32, copy=False), block)[:count]
+    return values.reshape(shape)
 
 
 def open_bitsandbytes(path: Path, quantised: Path) -> Folder:
@@ -99,7 +89,7 @@ def _eight_bits(stored: Mapping[str, Tensor], name: str, dtype: np.dtype) -> Qua
     if layout is not None and layout.load().any():
         raise InputError(weight.file, f"{module}{LAYOUT}: expected 0, rows of outputs; save it again with transformers")
     scales = part_of(stored, weight, f"{module}{SCALES}", FLOATS, (weight.shape[0],))
-    return QuantisedTensor(dtype, weight.shape, (weight, scales), RowScales())
+    return QuantisedTensor(dtype, weight.shape, (weight, scales), row_scales)
 
 
 def _four_bits(stored: Mapping[str, Tensor], name: str, state_name: str, dtype: np.dtype) -> QuantisedTensor:
@@ -114,14 +104,15 @@ def _four_bits(stored: Mapping[str, Tensor], name: str, state_name: str, dtype: 
         part_of(stored, weight, f"{name}.quant_map", FLOATS, (CODES,)),
         part_of(stored, weight, f"{name}.absmax", BYTES if "nested_blocksize" in state else FLOATS, (blocks,)),
     ]
-    if "nested_blocksize" not in state:
-        return QuantisedTensor(dtype, shape, tuple(parts), CodedBlocks(shape, block))
-    nested = state["nested_blocksize"]
-    parts += [
-        part_of(stored, weight, f"{name}.nested_quant_map", FLOATS, (2**8,)),
-        part_of(stored, weight, f"{name}.nested_absmax", FLOATS, (-(-blocks // nested),)),
-    ]
-    return QuantisedTensor(dtype, shape, tuple(parts), CodedBlocks(shape, block, nested, state["nested_offset"]))
+    settings: tuple[Any, ...] = (shape, block)
+    if "nested_blocksize" in state:
+        nested = state["nested_blocksize"]
+        parts += [
+            part_of(stored, weight, f"{name}.nested_quant_map", FLOATS, (2**8,)),
+            part_of(stored, weight, f"{name}.nested_absmax", FLOATS, (-(-blocks // nested),)),
+        ]
+        settings += (nested, state["nested_offset"])
+    return QuantisedTensor(dtype, shape, tuple(parts), coded_blocks, settings)
 
 
 def _read_state(tensor: Tensor, name: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from evojax_merge.checkpoints.quantised import (
     WITH_FP8,
     WORDS,
     QuantisedTensor,
+    block_size,
     check_dequantised,
     check_groups,
     check_matrix,
@@ -79,31 +80,30 @@ class Group:
     bits: int
 
 
-@dataclass(frozen=True)
-class Scales:
-    """Computes a matrix from the parts `weight` or `weight_packed`, `weight_scale` and, if present, `weight_zero_point`
-    and `weight_g_idx`. step: the rows and columns that share a scale; bits: of packed weights, else 0."""
+def scaled(
+    parts: Sequence[np.ndarray],
+    shape: tuple[int, int],
+    step: tuple[int, int],
+    bits: int,
+    has_zeros: bool,
+    zeros_packed: bool,
+) -> np.ndarray:
+    """The matrix of `weight` or `weight_packed`, `weight_scale` and, if present, `weight_zero_point` and
+    `weight_g_idx`. step: the rows and columns that share a scale; bits: of packed weights, else 0."""
 
-    shape: tuple[int, int]
-    step: tuple[int, int]
-    bits: int
-    has_zeros: bool
-    zeros_packed: bool
+    def numbers(words: np.ndarray, axis: int) -> np.ndarray:
+        return unpack(words, bits, axis).astype(np.float32) - np.float32(2 ** (bits - 1))
 
-    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        rows, columns = self.shape
-        weight = self._numbers(parts[0], axis=1)[:, :columns] if self.bits else parts[0].astype(np.float32)
-        columns_of = parts[-1] if len(parts) > 2 + self.has_zeros else np.arange(columns) // self.step[1]
-        places = np.ix_(np.arange(rows) // self.step[0], columns_of)
-        grid = (-(-rows // self.step[0]), -1)
-        scale = (parts[1].view(EXPONENT) if parts[1].dtype == np.uint8 else parts[1]).astype(np.float32).reshape(grid)
-        if self.has_zeros:
-            zeros = self._numbers(parts[2], axis=0)[: grid[0]] if self.zeros_packed else parts[2].astype(np.float32)
-            weight = weight - zeros.reshape(grid)[places]
-        return weight * scale[places]
-
-    def _numbers(self, words: np.ndarray, axis: int) -> np.ndarray:
-        return unpack(words, self.bits, axis).astype(np.float32) - np.float32(2 ** (self.bits - 1))
+    rows, columns = shape
+    weight = numbers(parts[0], axis=1)[:, :columns] if bits else parts[0].astype(np.float32)
+    columns_of = parts[-1] if len(parts) > 2 + has_zeros else np.arange(columns) // step[1]
+    places = np.ix_(np.arange(rows) // step[0], columns_of)
+    grid = (-(-rows // step[0]), -1)
+    scale = (parts[1].view(EXPONENT) if parts[1].dtype == np.uint8 else parts[1]).astype(np.float32).reshape(grid)
+    if has_zeros:
+        zeros = numbers(parts[2], axis=0)[: grid[0]] if zeros_packed else parts[2].astype(np.float32)
+        weight = weight - zeros.reshape(grid)[places]
+    return weight * scale[places]
 
 
 def open_compressed_tensors(path: Path, quantised: Path) -> Folder:
@@ -212,13 +212,7 @@ def _dequantised(
     strategy, size = weights["strategy"], group_size(quantised, weights.get("group_size"))
     step = {"tensor": shape, "channel": (1, columns), "group": (1, size or columns)}.get(strategy)
     if step is None:
-        block = weights.get("block_structure")
-        if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
-            raise InputError(
-                quantised / "config.json", f"quantization_config.block_structure: {shown(block)}; expected [rows, "
-                "columns]",
-            )  # fmt: skip
-        step = (block[0], block[1])
+        step = block_size(quantised, "block_structure", weights.get("block_structure"))
     grid = (-(-rows // step[0]), -(-columns // step[1]))
     # One value may have no axis, or one.
     shapes = (grid, *(((), (1,)) if grid == (1, 1) else ()), *((grid[:1],) if grid[1] == 1 else ()))
@@ -237,5 +231,5 @@ def _dequantised(
         if (indices.load() != -1).any():
             check_groups(name, indices, grid[1])
             parts.append(indices)
-    formula = Scales(shape, step, bits, zeros is not None, packed)
-    return QuantisedTensor(dtype, shape, tuple(parts), formula)
+    settings = (shape, step, bits, zeros is not None, packed)
+    return QuantisedTensor(dtype, shape, tuple(parts), scaled, settings)

@@ -81,14 +81,6 @@ def decoder_settings(config: dict[str, Any]) -> dict[str, Any]:
     return nested if isinstance(nested, dict) else config | {"model_type": f"{config['model_type']}_text"}
 
 
-def with_decoder_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A larger model's config.json with other settings of its text decoder."""
-    if not isinstance(config.get("text_config"), dict):
-        return {**settings, "model_type": config["model_type"]}
-    tied = {key: settings[key] for key in ("tie_word_embeddings",) if key in settings}
-    return {**config, "text_config": dict(settings), **tied}
-
-
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a decoder's config that describe the layers themselves, with unchanged values: without the number of
     layers, the number of tokens and the tied head."""
@@ -178,7 +170,17 @@ def read_decoder_config(path: object, raw: Mapping[str, Any]) -> DecoderConfig:
     check_unquantised(path, raw)
     check_values(path, raw)
     if architecture.config_class is not None:
-        _check_declared(path, raw, architecture)
+        import transformers
+
+        fields = dataclasses.fields(getattr(transformers, architecture.config_class))
+        declared = {field.name: field.default for field in fields}
+        for key, value in raw.items():
+            is_handled = key in architecture.keys or key in IGNORED_KEYS
+            # transformers reads per_layer_config whatever the family, and declares it nowhere.
+            if (key in declared and not is_handled) or key == "per_layer_config":
+                default = declared.get(key)
+                if value != default and value not in (None, [], {}):
+                    raise InputError(path, f"{key}: {shown(value)} is not supported (expected {default!r})")
     values = _class_values(path, raw, architecture)
     try:
         config = architecture.read_config(values)
@@ -245,22 +247,6 @@ def check_dtype(path: object, config: Mapping[str, Any]) -> None:
         dtype = config.get(key)
         if isinstance(dtype, list) or (isinstance(dtype, str) and dtype not in TORCH_DTYPES):
             raise InputError(path, f"{key}: unknown dtype {shown(dtype)}{did_you_mean(str(dtype), TORCH_DTYPES)}")
-
-
-def _check_declared(path: object, raw: Mapping[str, Any], architecture: Architecture) -> None:
-    """Raises InputError for an attribute that the class declares, or reads, and this program does not handle, unless it
-    is at its default."""
-    import transformers
-
-    fields = dataclasses.fields(getattr(transformers, architecture.config_class or ""))
-    declared = {field.name: field.default for field in fields}
-    for key, value in raw.items():
-        is_handled = key in architecture.keys or key in IGNORED_KEYS
-        # transformers reads per_layer_config whatever the family, and declares it nowhere.
-        if (key in declared and not is_handled) or key == "per_layer_config":
-            default = declared.get(key)
-            if value != default and value not in (None, [], {}):
-                raise InputError(path, f"{key}: {shown(value)} is not supported (expected {default!r})")
 
 
 def _is_neutral(value: Any, neutral: tuple[float, ...]) -> bool:

@@ -8,7 +8,6 @@ such a model has several sizes of it.
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from evojax_merge.checkpoints.config_file import check_values
@@ -16,7 +15,7 @@ from evojax_merge.checkpoints.decoder_folder import DecoderFolder
 from evojax_merge.checkpoints.folder import Tensor, is_float, wrapper_hint
 from evojax_merge.checkpoints.parents import EMBEDDINGS, find_token_tensors, tensor_shapes
 from evojax_merge.errors import InputError
-from evojax_merge.models.architecture import HEAD, Architecture, find_architecture, known_architecture
+from evojax_merge.models.architecture import HEAD, find_architecture, known_architecture
 from evojax_merge.models.config import DecoderConfig
 
 # The name of a layer's tensor, by the outermost list of layers.
@@ -44,15 +43,35 @@ def check_against_config(folder: DecoderFolder, is_checked: Callable[[str], bool
     if not folder.whole.config:
         return
     architecture, shapes, fault = known_architecture(folder.config.get("model_type")), None, None
+
+    def config_in_file() -> DecoderConfig:
+        """The config by the keys that the file has, which may lack some: raises KeyError. RoPE changes no shape, and
+        has many spellings: it is left out."""
+        check_values(folder.where, folder.config)
+        assert architecture is not None
+        values = {key: value for key, value in folder.config.items() if key in architecture.keys}
+        return architecture.read_config(values | {"rope_parameters": {"rope_theta": 10_000.0}})
+
     # transformers' class, whose import takes seconds, is only asked where the file by itself does not agree.
-    readings = () if architecture is None else (partial(_config_in_file, folder, architecture), folder.decoder_config)
+    readings = () if architecture is None else (config_in_file, folder.decoder_config)
     for read in readings:
-        shapes = _shapes_of_architecture(folder, read)
-        fault = None if shapes is None else _fault(folder, shapes, is_checked)
-        if shapes is not None and fault is None:
+        try:
+            config = read()
+            shapes = tensor_shapes(config)
+        except (InputError, KeyError, TypeError, ValueError):
+            # It cannot be read, or no forward pass of this program supports it: a merge does not run the model.
+            shapes = None
+            continue
+        head, classes = find_architecture(config.architecture).leaf(HEAD), folder.whole.config.get("architectures")
+        if head is not None and not (
+            isinstance(classes, list) and any(str(class_name).endswith(WITH_HEAD) for class_name in classes)
+        ):
+            # A model that was saved without its head has no such tensor.
+            shapes.pop(head.tensor, None)
+        fault = _fault(folder, shapes, is_checked)
+        if fault is None:
             return
     if shapes is None:
-        _check_depth(folder)
         fault = _fault(folder, dict(_usual_shapes(folder)), is_checked)
     if fault is not None:
         raise fault
@@ -81,29 +100,6 @@ def _fault(
     return None
 
 
-def _config_in_file(folder: DecoderFolder, architecture: Architecture) -> DecoderConfig:
-    """The config by the keys that the file has, which may lack some: raises KeyError. RoPE changes no shape, and has
-    many spellings: it is left out."""
-    check_values(folder.where, folder.config)
-    values = {key: value for key, value in folder.config.items() if key in architecture.keys}
-    return architecture.read_config(values | {"rope_parameters": {"rope_theta": 10_000.0}})
-
-
-def _shapes_of_architecture(folder: DecoderFolder, read: Callable[[], DecoderConfig]) -> Mapping[str, Size] | None:
-    """Shapes of all tensors by the config of a known architecture; None where it cannot be read, or has values that no
-    forward pass of this program supports: a merge does not run the model."""
-    try:
-        config = read()
-        shapes = tensor_shapes(config)
-    except (InputError, KeyError, TypeError, ValueError):
-        return None
-    head = find_architecture(config.architecture).leaf(HEAD)
-    classes = folder.whole.config.get("architectures")
-    has_head = isinstance(classes, list) and any(str(class_name).endswith(WITH_HEAD) for class_name in classes)
-    # A model that was saved without its head has no such tensor.
-    return {name: shape for name, shape in shapes.items() if head is None or name != head.tensor or has_head}
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Architectures that are not known
 
@@ -124,19 +120,6 @@ class Settings:
     @property
     def hidden(self) -> int | None:
         return self.size("hidden_size", "hidden_size")
-
-    @property
-    def vocabulary(self) -> int | None:
-        return self.size("vocab_size", "vocab", ("type_vocab_size",))
-
-    @property
-    def mlp(self) -> int | None:
-        return self.size("intermediate_size", "intermediate")
-
-    @property
-    def embedding_widths(self) -> list[Any]:
-        """Widths that an embedding may have: some architectures project another one to the hidden size."""
-        return [value for key, value in self.values.items() if "emb" in key or key == "hidden_size"]
 
     def attention_rows(self) -> tuple[int | None, int | None]:
         """Rows of the projection of queries, and of those of keys and values."""
@@ -173,27 +156,28 @@ def _text_settings(folder: DecoderFolder) -> tuple[Settings, Mapping[int, Mappin
     return Settings(config), layers, stack
 
 
-def _check_depth(folder: DecoderFolder) -> None:
-    """Raises InputError where config.json says another number of layers than the tensors."""
-    text = _text_settings(folder)
-    if text is None:
-        return
-    settings, layers, _ = text
-    depth = settings.size("num_hidden_layers", "num_hidden_layers")
-    # A model without a hidden size may count other layers; one that runs its layers several times counts each time.
-    if depth is None or depth % len(layers) == 0 or settings.hidden is None:
-        return
-    if depth > len(layers) or not any(map(MORE_LAYERS.search, settings.values)):
-        raise InputError(folder.where, f"num_hidden_layers: {depth}, but its tensors are of {len(layers)}")
-
-
 def _usual_shapes(folder: DecoderFolder) -> Iterator[tuple[str, Size]]:
-    """Tensors of a folder with the shapes that the usual keys imply; None in a shape: any size."""
+    """Tensors of a folder with the shapes that the usual keys imply; None in a shape: any size. Raises InputError where
+    config.json says another number of layers than the tensors."""
     text = _text_settings(folder)
     if text is None:
         return
     settings, layers, stack = text
-    yield from _embedding_shapes(folder, settings, stack)
+    depth = settings.size("num_hidden_layers", "num_hidden_layers")
+    # A model without a hidden size may count other layers; one that runs its layers several times counts each time.
+    is_other = depth is not None and depth % len(layers) > 0 and settings.hidden is not None
+    if is_other and ((depth or 0) > len(layers) or not any(map(MORE_LAYERS.search, settings.values))):
+        raise InputError(folder.where, f"num_hidden_layers: {depth}, but its tensors are of {len(layers)}")
+    name = find_token_tensors(folder).embedding
+    embedding, is_part = folder.entries.get(name), TEXT.search(stack) is not None
+    is_named = name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS
+    if embedding is not None and len(embedding.shape) == 2 and is_named and not (is_part and not TEXT.search(name)):
+        rows = settings.size("vocab_size", "vocab", ("type_vocab_size",))
+        # Larger models may have rows for images besides, and some architectures project another width to the hidden
+        # size.
+        rows = None if is_part and rows is not None and embedding.shape[0] > rows else rows
+        widths = [value for key, value in settings.values.items() if "emb" in key or key == "hidden_size"]
+        yield name, (rows, None if embedding.shape[1] in widths else settings.hidden)
     queries, keys = settings.attention_rows()
     for index, tensors in layers.items():
         for tail, tensor in tensors.items():
@@ -202,26 +186,11 @@ def _usual_shapes(folder: DecoderFolder) -> Iterator[tuple[str, Size]]:
                 yield f"{stack}{index}.{tail}", shape
 
 
-def _embedding_shapes(folder: DecoderFolder, settings: Settings, stack: str) -> Iterator[tuple[str, Size]]:
-    name = find_token_tensors(folder).embedding
-    tensor, is_part = folder.entries.get(name), TEXT.search(stack) is not None
-    is_named = name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS
-    if tensor is None or len(tensor.shape) != 2 or not is_named or (is_part and not TEXT.search(name)):
-        return
-    rows, width = settings.vocabulary, None
-    # Larger models may have rows for images besides.
-    if is_part and rows is not None and tensor.shape[0] > rows:
-        rows = None
-    if tensor.shape[1] not in settings.embedding_widths:
-        width = settings.hidden
-    yield name, (rows, width)
-
-
 def _layer_shape(
     settings: Settings, tail: str, tensor: Tensor, queries: int | None, keys: int | None
 ) -> Size | None:  # fmt: skip
     """The shape of a layer's matrix, whose name ends in `tail`; None: any."""
-    hidden, mlp = settings.hidden, settings.mlp
+    hidden, mlp = settings.hidden, settings.size("intermediate_size", "intermediate")
     attention, gated = ATTENTION.fullmatch(tail), MLP.fullmatch(tail)
     if attention is not None:
         kind = attention["kind"]

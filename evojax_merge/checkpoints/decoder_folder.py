@@ -23,9 +23,8 @@ from evojax_merge.checkpoints.config_file import (
     decoder_settings,
     is_larger_model,
     read_decoder_config,
-    with_decoder_settings,
 )
-from evojax_merge.checkpoints.folder import DenseTensor, Folder, MappedFile, Tensor
+from evojax_merge.checkpoints.folder import ChangedTensor, Folder, Tensor
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
 from evojax_merge.models.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture, known_architecture
@@ -49,28 +48,29 @@ IN_MEMORY = (
 
 
 @dataclass(frozen=True)
-class TensorSlice(DenseTensor):
-    """A part of another tensor: `of.read()[place]`."""
+class TensorView(ChangedTensor):
+    """A rearrangement of another tensor, which is identified by its own values."""
 
     of: Tensor
-    place: tuple[int | slice, ...]
 
     @property
-    def dtype(self) -> np.dtype:
-        return self.of.dtype
+    def parts(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return (self.of,)
+
+    def content(self) -> Iterator[np.ndarray]:
+        yield self.load().reshape(-1).view(np.uint8)
+
+
+@dataclass(frozen=True)
+class TensorSlice(TensorView):
+    """A part of another tensor: `of.read()[place]`."""
+
+    place: tuple[int | slice, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         # A broadcast view has the shape and takes no memory.
         return np.broadcast_to(np.int8(0), self.of.shape)[self.place].shape
-
-    @property
-    def file(self) -> Path:
-        return self.of.file
-
-    @property
-    def mapped_files(self) -> tuple[MappedFile, ...]:
-        return self.of.mapped_files
 
     def read(self) -> np.ndarray:
         return self.of.read()[self.place]
@@ -80,47 +80,21 @@ class TensorSlice(DenseTensor):
         self.of.copy_into(tuple(slice(i, i + 1) if isinstance(i, int) else i for i in self.place), values)
         return values
 
-    def content(self) -> Iterator[np.ndarray]:
-        yield self.load().reshape(-1).view(np.uint8)
-
-    def release(self) -> None:
-        self.of.release()
-
 
 @dataclass(frozen=True)
-class TransposedTensor(DenseTensor):
+class TransposedTensor(TensorView):
     """Another tensor with its last two axes exchanged."""
-
-    of: Tensor
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.of.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         *others, rows, columns = self.of.shape
         return (*others, columns, rows)
 
-    @property
-    def file(self) -> Path:
-        return self.of.file
-
-    @property
-    def mapped_files(self) -> tuple[MappedFile, ...]:
-        return self.of.mapped_files
-
     def read(self) -> np.ndarray:
         return np.ascontiguousarray(self.of.read().swapaxes(-2, -1))
 
     def load(self) -> np.ndarray:
         return np.ascontiguousarray(self.of.load().swapaxes(-2, -1))
-
-    def content(self) -> Iterator[np.ndarray]:
-        yield self.load().reshape(-1).view(np.uint8)
-
-    def release(self) -> None:
-        self.of.release()
 
 
 @dataclass(frozen=True)
@@ -226,7 +200,13 @@ class DecoderFolder(Folder):
 
     def whole_config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The content of config.json with other settings of the decoder."""
-        return with_decoder_settings(self.whole.config, settings) if self.is_part else dict(settings)
+        whole = self.whole.config
+        if not self.is_part:
+            return dict(settings)
+        if not isinstance(whole.get("text_config"), dict):
+            return {**settings, "model_type": whole["model_type"]}
+        tied = {key: settings[key] for key in ("tie_word_embeddings",) if key in settings}
+        return {**whole, "text_config": dict(settings), **tied}
 
 
 def decoder_of(folder: Folder) -> DecoderFolder:
@@ -236,13 +216,21 @@ def decoder_of(folder: Folder) -> DecoderFolder:
     architecture = known_architecture(decoder_settings(folder.config).get("model_type"))
     if architecture is None:
         return DecoderFolder(folder.path, folder.entries, folder, is_part=is_part)
-    body, head = _body(architecture), architecture.leaf(HEAD)
-    own_head = None if head is None else head.tensor
+    tensors, head = [leaf.tensor for leaf in architecture.leaves if leaf.name != HEAD], architecture.leaf(HEAD)
+    # The prefix of all tensors' names but the head's, such as `model.`; empty where they share none.
+    body = f"{tensors[0].partition('.')[0]}."
+    body = body if all(tensor.startswith(body) for tensor in tensors) else ""
     file_body = _find_body(folder, architecture, body, anywhere=is_part)
-    names = TensorNames(
-        body, file_body, own_head, None if own_head is None else _find_head(folder, body, file_body, own_head)
-    )
-    roots = {leaf.tensor.removeprefix(body).split(".")[0] for leaf in architecture.leaves if leaf.name != HEAD}
+    names = TensorNames(body, file_body)
+    if head is not None:
+        # The head is beside the body, or beside a module that holds the body.
+        modules = file_body.split(".")[:-1]
+        above = ["".join(f"{part}." for part in modules[:depth]) for depth in range(len(modules), -1, -1)]
+        head_names = [f"{prefix}{name}" for prefix in above for name in (head.tensor, LM_HEAD)]
+        beside = file_body.removesuffix(body) if file_body.endswith(body) else ""
+        head_in_file = next((name for name in head_names if name in folder.entries), f"{beside}{head.tensor}")
+        names = TensorNames(body, file_body, head.tensor, head_in_file)
+    roots = {tensor.removeprefix(body).split(".")[0] for tensor in tensors}
 
     def is_own(name: str) -> bool:
         """Return whether a tensor of the file belongs to the decoder, also one that the architecture does not have."""
@@ -250,11 +238,21 @@ def decoder_of(folder: Folder) -> DecoderFolder:
             return True
         return name.startswith(file_body) and name.removeprefix(file_body).split(".")[0] in roots
 
-    entries = {names.of_architecture(name): entry for name, entry in folder.entries.items() if is_own(name)}
-    entries = _unpacked(folder, architecture, entries)
-    entries = {name: entry for name, entry in entries.items() if not name.endswith(architecture.buffers)}
+    packed = {names.of_architecture(name): entry for name, entry in folder.entries.items() if is_own(name)}
+    entries: dict[str, Tensor] = {}
+    for name, entry in packed.items():
+        for part, tensor in _parts(architecture, name, entry).items():
+            if part in entries or (part != name and part in packed):
+                raise InputError(folder.path, f"holds {part}, and {name}, which it is a part of; expected one of them")
+            entries[part] = tensor
     hidden = decoder_settings(folder.config).get("hidden_size")
-    entries = {name: _upright(architecture, name, entry, hidden) for name, entry in entries.items()}
+    for name, entry in entries.items():
+        leaf = architecture.leaf_of(name) if architecture.transposable else None
+        if leaf is not None and leaf.name in architecture.transposable and len(entry.shape) == len(leaf.shape):
+            transposed, axis = TransposedTensor(entry), leaf.shape.index("hidden")
+            if entry.shape[axis] != hidden and transposed.shape[axis] == hidden:
+                entries[name] = transposed
+    entries = {name: entry for name, entry in entries.items() if not name.endswith(architecture.buffers)}
     others = {name: entry for name, entry in folder.entries.items() if not is_own(name)}
     return DecoderFolder(folder.path, entries, folder, names, is_part, others)
 
@@ -290,28 +288,6 @@ def decoder_with_projector(whole: Folder) -> DecoderFolder:
     )  # fmt: skip
 
 
-def _upright(architecture: Architecture, name: str, entry: Tensor, hidden: object) -> Tensor:
-    """A tensor with its axes as the architecture has them. hidden: the width of the hidden state."""
-    leaf = architecture.leaf_of(name) if architecture.transposable else None
-    if leaf is None or leaf.name not in architecture.transposable or len(entry.shape) != len(leaf.shape):
-        return entry
-    transposed = TransposedTensor(entry)
-    axis = leaf.shape.index("hidden")
-    return transposed if entry.shape[axis] != hidden and transposed.shape[axis] == hidden else entry
-
-
-def _unpacked(folder: Folder, architecture: Architecture, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by name, with each packed tensor replaced by its parts. Raises InputError where a tensor is there
-    twice."""
-    unpacked: dict[str, Tensor] = {}
-    for name, entry in entries.items():
-        for part, tensor in _parts(architecture, name, entry).items():
-            if part in unpacked or (part != name and part in entries):
-                raise InputError(folder.path, f"holds {part}, and {name}, which it is a part of; expected one of them")
-            unpacked[part] = tensor
-    return unpacked
-
-
 def _parts(architecture: Architecture, name: str, entry: Tensor) -> dict[str, Tensor]:
     """The architecture's tensors that a tensor is, or packs, by name."""
     for pattern, held in architecture.packed.items():
@@ -329,11 +305,6 @@ def _parts(architecture: Architecture, name: str, entry: Tensor) -> dict[str, Te
     return {name: entry}
 
 
-def as_it_is(folder: Folder) -> DecoderFolder:
-    """All tensors of a folder, under their names in its files."""
-    return DecoderFolder(folder.path, folder.entries, folder)
-
-
 def named_alike(folder: DecoderFolder, expected: DecoderFolder) -> DecoderFolder:
     """A model with its tensors renamed as in another model of its kind, whose files may be older or newer; unchanged
     where two of its tensors would get one name."""
@@ -349,13 +320,6 @@ def _name_in_memory(name: str) -> str:
     for pattern, begin in IN_MEMORY:
         name = pattern.sub(begin, name)
     return name
-
-
-def _body(architecture: Architecture) -> str:
-    """The prefix of all tensors' names but the head's, such as `model.`; empty where they share none."""
-    tensors = [leaf.tensor for leaf in architecture.leaves if leaf.name != HEAD]
-    body = f"{tensors[0].partition('.')[0]}."
-    return body if all(tensor.startswith(body) for tensor in tensors) else ""
 
 
 def _find_body(folder: Folder, architecture: Architecture, body: str, *, anywhere: bool) -> str:
@@ -377,13 +341,3 @@ def _find_body(folder: Folder, architecture: Architecture, body: str, *, anywher
             folder.path, f"holds several decoders ({', '.join(sorted(prefixes))}); expected one text decoder"
         )
     return prefixes[0]
-
-
-def _find_head(folder: Folder, own_body: str, body: str, own_head: str) -> str:
-    """The name of the head in a folder's files: beside the body, or beside a module that holds the body. Without a
-    head, the name that a head would have."""
-    parts = body.split(".")[:-1]
-    above = ["".join(f"{part}." for part in parts[:depth]) for depth in range(len(parts), -1, -1)]
-    names = [f"{prefix}{head}" for prefix in above for head in (own_head, LM_HEAD)]
-    beside = body.removesuffix(own_body) if body.endswith(own_body) else ""
-    return next((name for name in names if name in folder.entries), f"{beside}{own_head}")

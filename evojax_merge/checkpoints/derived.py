@@ -23,16 +23,7 @@ from evojax_merge.checkpoints.awq import open_awq
 from evojax_merge.checkpoints.bitsandbytes import open_bitsandbytes
 from evojax_merge.checkpoints.compressed_tensors import open_compressed_tensors
 from evojax_merge.checkpoints.config_file import check_unquantised
-from evojax_merge.checkpoints.folder import (
-    INDEX_FILE,
-    SMALL_FILES,
-    Folder,
-    file_hash,
-    ignored_revision,
-    local_path,
-    open_folder,
-    resolve,
-)
+from evojax_merge.checkpoints.folder import INDEX_FILE, SMALL_FILES, Folder, file_hash, open_folder
 from evojax_merge.checkpoints.fp4 import open_modelopt, open_mxfp4
 from evojax_merge.checkpoints.fp8 import open_fp8
 from evojax_merge.checkpoints.generator_lora import lora_file, write_fused
@@ -51,6 +42,7 @@ from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.mlx import open_mlx
 from evojax_merge.checkpoints.pipelines import is_pipeline
 from evojax_merge.checkpoints.quantised import check_no_parts, dequantised_config, quantisation
+from evojax_merge.checkpoints.references import local_path, resolve, split_revision
 from evojax_merge.checkpoints.single_file_lora import open_with_lora
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.checkpoints.writer import MARKER
@@ -80,20 +72,10 @@ class SourcesFile:
         return "+".join(reference_to(Path(path)) for path in self.paths)
 
 
-def _open_adapted(path: Path, paths: Sequence[Path]) -> Folder:
-    base, adapter = paths
-    return open_adapted(path, open_model(base), adapter)
-
-
-def _of_quantised_folder(
-    method: str, open_one: Callable[[Path, Path], Folder]
-) -> Callable[[Path, Sequence[Path]], Folder]:
-    def open_whole(path: Path, paths: Sequence[Path]) -> Folder:
-        folder = open_one(path, *paths)
-        check_no_parts(folder.entries, method)
-        return folder
-
-    return open_whole
+def _open_quantised(path: Path, paths: Sequence[Path], method: str) -> Folder:
+    folder = QUANTISED[method](path, *paths)
+    check_no_parts(folder.entries, method)
+    return folder
 
 
 # Quantised folders, by the quant_method that their config names.
@@ -111,13 +93,13 @@ QUANTISED: dict[str, Callable[[Path, Path], Folder]] = {
 }
 # (the folder that stands for the model, the paths that its weights are made of) -> the opened model.
 KINDS: dict[str, Callable[[Path, Sequence[Path]], Folder]] = {
-    "adapter": _open_adapted,
+    "adapter": lambda path, paths: open_adapted(path, open_model(paths[0]), paths[1]),
     "gguf": lambda path, paths: open_gguf(path, *paths),
     # A diffusers folder, whose components are opened one by one.
     "lora": lambda path, paths: open_folder(path),
     # The checkpoint's own path says that the model is a single file.
     "single-file lora": lambda path, paths: open_with_lora(*paths),
-    **{method: _of_quantised_folder(method, open_one) for method, open_one in QUANTISED.items()},
+    **{method: partial(_open_quantised, method=method) for method in QUANTISED},
 }
 
 # The kinds of a base with an adapter.
@@ -231,16 +213,32 @@ def resolve_model(
         return _as_folder(model) if model.is_file() else model
     if adapter is not None:
         where = f"{where}: {reference}"
-        _check_one_adapter(where, [name for name in (base, adapter) if name not in made], relative_to)
+        several = [name for name in (base, adapter) if "+" in name and name not in made]
+        several = [name for name in several if local_path(name, relative_to) is None]
+        if several:
+            raise InputError(
+                where, f"{several[0]}: no such folder; expected one adapter behind a base (of several, merge the first "
+                "by a document of its own with a name, and say NAME+ADAPTER)",
+            )  # fmt: skip
     model = made[base] if base in made else find(where, base, relative_to)
     if adapter is not None:
         if is_adapter(model):
             raise InputError(where, f"{base} is an adapter; expected a model before the +")
-        if model.is_file() and model.suffix == SAFETENSORS:
-            return _with_single_file_lora(model, lora_file(str(where), find(where, adapter, relative_to)))
-        if is_pipeline(model):
-            return _with_lora(str(where), model, lora_file(str(where), find(where, adapter, relative_to)))
-        return _with_adapter(_as_folder(model), _adapter_folder(where, adapter, relative_to, find))
+        is_file = model.is_file() and model.suffix == SAFETENSORS
+        if is_file or is_pipeline(model):
+            lora = lora_file(str(where), find(where, adapter, relative_to))
+            sources = SourcesFile("single-file lora" if is_file else "lora", (str(model), str(lora)))
+            if is_file:
+                return _stand_in(sources, f"{model.stem}+{lora.stem}", [], lambda folder: None)
+            # With the changed components' weights, and links.
+            files = [*(file for file in sorted(model.rglob("*")) if file.is_file()), lora]
+            state = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+            write = partial(write_fused, str(where), model, lora)
+            return _stand_in(sources, f"{model.name}+{lora.stem}", state, write)
+        base_folder, folder = _as_folder(model), find(where, adapter, relative_to)
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise InputError(where, f"{adapter}: holds no {ADAPTER_CONFIG}; expected an adapter as peft saves it")
+        return _with_adapter(base_folder, folder)
     if not is_adapter(model):
         return _as_folder(model)
     named = read_adapter_config(model).base
@@ -268,30 +266,19 @@ def split_reference(reference: str, is_known: Callable[[str], bool]) -> tuple[st
 
 
 def ignored_revisions(references: Iterable[str | None], relative_to: Path) -> list[str]:
-    """Warnings, a line each, about references that name revisions of local folders; see `ignored_revision`."""
-    named: dict[str, None] = {}
-    for reference in references:
-        parts = split_reference(reference or "", lambda name: local_path(name, relative_to) is not None)
-        named |= dict.fromkeys(part for part in parts if part)
-    lines = (ignored_revision(part, relative_to) for part in named)
-    return [line for line in lines if line is not None]
+    """Warnings, a line each, about references that name revisions of local folders. Every model has `main`, so that
+    revision needs no warning."""
 
+    def is_local(name: str) -> bool:
+        return local_path(name, relative_to) is not None
 
-def _check_one_adapter(where: object, names: Sequence[str], relative_to: Path) -> None:
-    """Raises InputError where one of the names around a + has a + itself and is no local path."""
-    several = next((name for name in names if "+" in name and local_path(name, relative_to) is None), None)
-    if several is not None:
-        raise InputError(
-            where, f"{several}: no such folder; expected one adapter behind a base (of several, merge the first by a "
-            "document of its own with a name, and say NAME+ADAPTER)",
-        )  # fmt: skip
-
-
-def _adapter_folder(where: object, adapter: str, relative_to: Path, find: Find) -> Path:
-    folder = find(where, adapter, relative_to)
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise InputError(where, f"{adapter}: holds no {ADAPTER_CONFIG}; expected an adapter as peft saves it")
-    return folder
+    parts = [part for reference in references for part in split_reference(reference or "", is_local) if part]
+    lines = []
+    for part in dict.fromkeys(parts):
+        name, revision = split_revision(part)
+        if revision not in (None, "main") and not is_local(part) and is_local(name):
+            lines.append(f"{part}: {name} is a folder here, which has no revisions; {revision} is ignored")
+    return lines
 
 
 def _with_adapter(base: Path, adapter: Path) -> Path:
@@ -299,20 +286,6 @@ def _with_adapter(base: Path, adapter: Path) -> Path:
     files = _small_files(base)
     sources = SourcesFile("adapter", (str(base), str(adapter)))
     return _stand_in(sources, f"{base.name}+{adapter.name}", sorted(files), partial(_link, files))
-
-
-def _with_lora(where: str, base: Path, lora: Path) -> Path:
-    """The folder that stands for a generator with a LoRA: with the changed components' weights, and links."""
-    states = [(file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(base.rglob("*")) if file.is_file()]
-    state = [*states, (lora.stat().st_size, lora.stat().st_mtime_ns)]
-    sources = SourcesFile("lora", (str(base), str(lora)))
-    return _stand_in(sources, f"{base.name}+{lora.stem}", state, partial(write_fused, where, base, lora))
-
-
-def _with_single_file_lora(base: Path, lora: Path) -> Path:
-    """The folder that stands for a single-file checkpoint with a LoRA: without files of its own."""
-    sources = SourcesFile("single-file lora", (str(base), str(lora)))
-    return _stand_in(sources, f"{base.stem}+{lora.stem}", [], lambda folder: None)
 
 
 def _small_files(model: Path) -> dict[str, str]:
@@ -332,16 +305,21 @@ def _as_folder(model: Path) -> Path:
     """The folder that stands for a GGUF file or a quantised folder; any other folder itself. Raises InputError for an
     unknown quantisation."""
     if model.is_file() and model.suffix == SUFFIX:
-        return _of_gguf(model)
+
+        def write_gguf(folder: Path) -> None:
+            file = read_gguf(model)
+            write_config(file, folder)
+            write_tokenizer(file, folder)
+            write_tensor_table(named_tensors(file, folder / "config.json"), folder)
+
+        state = model.stat()
+        sources = SourcesFile("gguf", (str(model),))
+        return _stand_in(sources, model.stem, [state.st_size, state.st_mtime_ns], write_gguf)
     method = quantisation(model).get("quant_method")
-    if isinstance(method, str) and method in QUANTISED:
-        return _of_quantised(model, method)
-    # Checked before the tensors are read, which may have dtypes that only the quantisation's method explains.
-    check_unquantised(model / "config.json", read_json_object(model / "config.json", missing={}))
-    return model
-
-
-def _of_quantised(model: Path, method: str) -> Path:
+    if not isinstance(method, str) or method not in QUANTISED:
+        # Checked before the tensors are read, which may have dtypes that only the quantisation's method explains.
+        check_unquantised(model / "config.json", read_json_object(model / "config.json", missing={}))
+        return model
     files, config = _small_files(model), dequantised_config(model)
     del files["config.json"]
 
@@ -352,18 +330,6 @@ def _of_quantised(model: Path, method: str) -> Path:
     return _stand_in(SourcesFile(method, (str(model),)), model.name, [sorted(files), config], write)
 
 
-def _of_gguf(model: Path) -> Path:
-
-    def write(folder: Path) -> None:
-        file = read_gguf(model)
-        write_config(file, folder)
-        write_tokenizer(file, folder)
-        write_tensor_table(named_tensors(file, folder / "config.json"), folder)
-
-    state = model.stat()
-    return _stand_in(SourcesFile("gguf", (str(model),)), model.stem, [state.st_size, state.st_mtime_ns], write)
-
-
 def _stand_in(sources: SourcesFile, name: str, state: Any, write: Callable[[Path], None]) -> Path:
     """The folder in the cache that stands for a model of these sources in this state: written where it is missing or
     damaged. Messages name the files that the folder's files are made of."""
@@ -372,7 +338,12 @@ def _stand_in(sources: SourcesFile, name: str, state: Any, write: Callable[[Path
     # Something else has the folder's name.
     remove_link(folder)
     remove_file(folder)
-    if not _is_intact(folder, sources):
+    try:
+        document = read_json_object(folder / SOURCES, missing={})
+        is_intact = document == json.loads(json.dumps({**asdict(sources), "files": _contents(folder)}))
+    except (InputError, OSError):
+        is_intact = False
+    if not is_intact:
         is_damaged = folder.is_dir()
         try:
             with atomic_folder(folder, overwrite=is_damaged) as work:
@@ -398,12 +369,3 @@ def _contents(folder: Path) -> dict[str, str]:
         for file in sorted(folder.rglob("*"))
         if file.name != SOURCES and (file.is_symlink() or file.is_file())
     }
-
-
-def _is_intact(folder: Path, sources: SourcesFile) -> bool:
-    """Return whether a folder holds exactly the files that were written into it, for these sources."""
-    try:
-        document = read_json_object(folder / SOURCES, missing={})
-        return document == json.loads(json.dumps({**asdict(sources), "files": _contents(folder)}))
-    except (InputError, OSError):
-        return False

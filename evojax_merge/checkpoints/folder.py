@@ -7,7 +7,6 @@ Everything is checked while opening, from the headers alone: a missing or trunca
 its folder, a folder that only holds pickles.
 """
 
-import glob
 import hashlib
 import json
 import mmap
@@ -21,7 +20,7 @@ from io import FileIO
 from itertools import pairwise, product
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -29,9 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.errors import Failed, InputError
-from evojax_merge.system.data_packages import hub_failure
 from evojax_merge.system.regular_file import (
-    check_model_folder,
     check_no_pointer,
     check_regular,
     file_inside,
@@ -132,83 +129,79 @@ class MappedFile:
             self.__dict__.pop("_handle").close()
 
 
-class Tensor(Protocol):
-    """One tensor of a model: its properties, which are known before it is read, and its values."""
+class Tensor:
+    """One tensor of a model: its dtype, shape and files, which are known before it is read, and its values. A tensor is
+    computed from its `parts`, unless it overrides the methods that read them; the first part has the file that messages
+    name. Equal tensors have equal values."""
 
-    @property
-    def dtype(self) -> np.dtype: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    parts: "tuple[Tensor, ...]"
+
     @property
     def file(self) -> Path:
         """The file that messages about the tensor name."""
-        ...
+        return self.parts[0].file
 
     @property
     def mapped_files(self) -> tuple[MappedFile, ...]:
         """All files that the tensor is made of."""
-        ...
+        return tuple(mapped for part in self.parts for mapped in part.mapped_files)
 
     @property
     def core(self) -> "Tensor":
         """The tensor that the factors are added to; the tensor itself where it has no factors."""
-        ...
+        return self
 
     @property
     def rank(self) -> int:
         """The rank of the factors; 0 without factors."""
-        ...
+        return 0
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
         """The factors `a float32[rank, in]` and `b float32[out, rank]` of a matrix `core + b a`."""
-        ...
+        outputs, inputs = self.shape
+        return np.zeros((0, inputs), np.float32), np.zeros((outputs, 0), np.float32)
 
     def read(self) -> np.ndarray:
         """The values, `[*shape]` in the tensor's dtype, not to be written to."""
-        ...
+        raise NotImplementedError
 
     def load(self) -> np.ndarray:
         """The values in memory of their own. Raises Failed where the file cannot be read."""
-        ...
+        # A tensor that is computed loads its parts.
+        return self.read()
 
     def copy_into(self, part: Part, into: np.ndarray) -> bool:
         """Copy a part of the values into a contiguous array of its shape; False where one is NaN or infinite. Raises
         Failed where the file cannot be read."""
-        ...
+        return copy_finite(self.load()[part], into)
 
     def content(self) -> Iterator[np.ndarray]:
         """The bytes that the tensor is made of, `uint8[n]` each, which identify it on every machine."""
-        ...
+        for part in self.parts:
+            yield from part.content()
 
     def release(self) -> None:
         """Release the memory that reading the tensor has mapped."""
-        ...
+        for part in self.parts:
+            part.release()
 
 
-class DenseTensor:
-    """A tensor without factors."""
-
-    shape: tuple[int, ...]
-    rank = 0
+class ChangedTensor(Tensor):
+    """A tensor with the dtype and, unless it says otherwise, the shape of its first part."""
 
     @property
-    def core(self) -> Self:
-        return self
+    def dtype(self) -> np.dtype:  # type: ignore[override]
+        return self.parts[0].dtype
 
-    def factors(self) -> tuple[np.ndarray, np.ndarray]:
-        outputs, inputs = self.shape
-        return np.zeros((0, inputs), np.float32), np.zeros((outputs, 0), np.float32)
-
-    def load(self: Tensor) -> np.ndarray:
-        # A tensor that is computed loads what it is computed from.
-        return self.read()
-
-    def copy_into(self: Tensor, part: Part, into: np.ndarray) -> bool:
-        return copy_finite(self.load()[part], into)
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.parts[0].shape
 
 
 @dataclass(frozen=True)
-class BytesOfFile(DenseTensor):
+class BytesOfFile(Tensor):
     """A tensor whose bytes lie together in a file, in any encoding. dtype and shape describe the values, start and stop
     the range of the bytes."""
 
@@ -328,10 +321,6 @@ BEYOND_FLOAT32 = (2 - 2**-24) * 2.0**127
 _INTEGERS = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32), 8: (np.int64, np.uint64)}
 
 
-# The end of messages about a model that is neither here nor on the hub.
-OTHER_REFERENCE = "check the name, or give the path of a model folder on this machine"
-
-
 def wrapper_hint(missing: Collection[str], extra: Iterable[str]) -> str:
     """The end of a message on tensors that a file lacks: it names the prefix where the tensors that it has in excess
     are those behind one of a wrapper. Empty for others."""
@@ -341,111 +330,6 @@ def wrapper_hint(missing: Collection[str], extra: Iterable[str]) -> str:
             wrappers = "which DataParallel (module.) and torch.compile (_orig_mod.) add"
             return f"; its names begin with {prefix[0]!r}, {wrappers}: save the state dict of the module inside"
     return ""
-
-
-def resolve(where: object, reference: str, relative_to: Path, *, weights: bool = True) -> Path:
-    """The path of a local model, or the downloaded folder of a hub id (`owner/name`, `owner/name@revision`). The hub's
-    client draws a progress bar. Without `weights` only the small files are downloaded, for the tokenizer.
-
-    A local folder needs no network, nor does a hub id whose files are in the hub's cache. `where`: the place of the
-    reference, for messages. Raises InputError where neither exists.
-    """
-    local = local_model(reference, relative_to)
-    if local is not None:
-        return local
-    name, revision = hub_reference(where, reference)
-    try:
-        return _download(name, revision, weights)
-    except InputError:
-        raise
-    except Exception as error:
-        what = f"{reference}: no such folder, and the hub did not give it ({hub_failure(error)})"
-        raise InputError(where, f"{what}; {OTHER_REFERENCE}") from None
-
-
-def local_model(reference: str, relative_to: Path) -> Path | None:
-    """The path of a model on this machine, by its reference; None where this machine has none of that name. Raises
-    InputError for a folder that `check_model_folder` refuses."""
-    # A local path has no revisions, but its name may have an @.
-    path = local_path(reference, relative_to) or local_path(_split_revision(reference)[0], relative_to)
-    if path is not None:
-        check_model_folder(path)
-    return path
-
-
-def ignored_revision(reference: str, relative_to: Path) -> str | None:
-    """A warning about a reference that names a revision of a local folder; else None. Every model has `main`, so that
-    revision needs no warning."""
-    name, revision = _split_revision(reference)
-    if (
-        revision in (None, "main")
-        or local_path(reference, relative_to) is not None
-        or local_path(name, relative_to) is None
-    ):
-        return None
-    return f"{reference}: {name} is a folder here, which has no revisions; {revision} is ignored"
-
-
-def hub_reference(where: object, reference: str) -> tuple[str, str | None]:
-    """The hub id and the revision of `owner/name` or `owner/name@revision`. Raises InputError for a reference of any
-    other form."""
-    name, revision = _split_revision(reference)
-    if reference.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(where, f"{reference}: no such folder; expected a model folder or a hub id 'owner/name'")
-    return name, revision
-
-
-def _split_revision(reference: str) -> tuple[str, str | None]:
-    before, _, after = reference.rpartition("@")
-    return (before, after or None) if before else (reference, None)
-
-
-def local_path(reference: str, relative_to: Path) -> Path | None:
-    """The path on this machine that a reference names, from the working directory, else from `relative_to`; None where
-    there is none."""
-    # Both functions take any text, also one that no file can be called.
-    for local in (os.path.expanduser(reference), relative_to / reference):
-        if os.path.exists(local):
-            return Path(local).resolve()
-    return None
-
-
-def hub_id(folder: Path) -> str | None:
-    """The hub id `owner/name` of a folder in the hub's cache (`models--owner--name/snapshots/COMMIT`), else None."""
-    repository = folder.parent.parent.name
-    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
-        return None
-    name = repository.removeprefix("models--").replace("--", "/")
-    return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) else None
-
-
-def _download(name: str, revision: str | None, weights: bool) -> Path:
-    """The snapshot of a hub repository with the files that are read, and no others: repositories also hold the weights
-    in other programs' formats, beside ours or in folders of their own. Without `weights`: the small files alone."""
-    from huggingface_hub import snapshot_download
-
-    def fetch(revision: str | None, patterns: list[str]) -> Path:
-        # The patterns' * matches / as well.
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", FOREIGN_FILES])
-        )
-
-    folder = fetch(revision, SMALL_FILES)
-    if not weights:
-        return folder
-    if (folder / PIPELINE_INDEX).exists():
-        # A folder for each component; weights in other precisions stand beside the ones that are read.
-        patterns = [f"*/*{suffix}" for suffix in (".json", ".model", ".txt", ".jinja", ".safetensors")]
-        return Path(snapshot_download(name, revision=folder.name, allow_patterns=patterns, ignore_patterns=VARIANTS))
-    # The snapshot's folder has the name of its commit: the weights come from the same one.
-    folder = fetch(folder.name, [SINGLE_FILE])
-    if not (folder / SINGLE_FILE).exists():
-        index = folder / INDEX_FILE
-        shards = (
-            [glob.escape(file) for file in set(weight_map(index).values())] if index.exists() else ["*.safetensors"]
-        )
-        folder = fetch(folder.name, sorted(shards))
-    return folder
 
 
 def weight_map(index: Path) -> dict[str, str]:
@@ -480,7 +364,12 @@ def read_header(file: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > size - 8:
                 raise InputError(file, f"truncated: the header wants {length:,} bytes, the file has {size:,}")
-            refused = _refused(file)
+            refused = None
+            try:
+                with safe_open(file, framework="numpy"):
+                    pass
+            except SafetensorError as error:
+                refused = str(error).removeprefix("Error while deserializing header: ")[:200]
             # Only a header that the library accepted is parsed or, to count the bytes of a truncated file, one that it
             # found well formed.
             if refused is not None and "not fully covered" not in refused:
@@ -513,15 +402,6 @@ def read_metadata(file: Path) -> dict[str, str]:
     """The texts that stand beside the tensors of a safetensors file that `read_header` accepts."""
     with safe_open(file, framework="numpy") as handle:
         return dict(handle.metadata() or {})
-
-
-def _refused(file: Path) -> str | None:
-    """The safetensors library's error about the file's header; None where it accepts the header."""
-    try:
-        with safe_open(file, framework="numpy"):
-            return None
-    except SafetensorError as error:
-        return str(error).removeprefix("Error while deserializing header: ")[:200]
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

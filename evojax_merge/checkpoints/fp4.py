@@ -6,10 +6,9 @@ In NVFP4 16 inputs share a scale, float8_e4m3, and the whole matrix has a second
 share an exponent, the scale 2^(byte - 127) (Open Compute Project, Microscaling Formats 1.0, 2023).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,7 +21,6 @@ from evojax_merge.checkpoints.quantised import (
     FLOATS,
     FP8,
     WITH_FP8,
-    Formula,
     QuantisedTensor,
     check_matrix,
     check_once,
@@ -40,35 +38,24 @@ NVFP4_GROUP, MXFP4_GROUP = 16, 32
 Outer = Literal["multiplies", "divides"]
 
 
-@dataclass(frozen=True)
-class GroupScales:
-    """Computes a matrix from codes `uint8[out, in / 2]`, scales `[out, in / group]` (exponents where uint8) and, unless
-    `outer` is None, one scale of the whole matrix."""
-
-    group: int
-    outer: Outer | None
-
-    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        weight = VALUES[unpack(parts[0], 4, axis=1)]
-        scale = (parts[1].view(EXPONENT) if parts[1].dtype == np.uint8 else parts[1]).astype(np.float32)
-        if self.outer is not None:
-            outer = parts[2].astype(np.float32).reshape(())
-            scale = scale * outer if self.outer == "multiplies" else scale / outer
-        weight *= np.repeat(scale, self.group, axis=1)
-        return weight
+def group_scales(parts: Sequence[np.ndarray], group: int, outer: Outer | None) -> np.ndarray:
+    """The matrix of codes `uint8[out, in / 2]`, scales `[out, in / group]` (exponents where uint8) and, unless `outer`
+    is None, one scale of the whole matrix."""
+    weight = VALUES[unpack(parts[0], 4, axis=1)]
+    scale = (parts[1].view(EXPONENT) if parts[1].dtype == np.uint8 else parts[1]).astype(np.float32)
+    if outer is not None:
+        whole = parts[2].astype(np.float32).reshape(())
+        scale = scale * whole if outer == "multiplies" else scale / whole
+    weight *= np.repeat(scale, group, axis=1)
+    return weight
 
 
-@dataclass(frozen=True)
-class Transposed:
-    """Computes expert weights `[experts, in, out]`, which are stored transposed as
-    `blocks uint8[experts, out, groups, 16]` and `scales uint8[experts, out, groups]`."""
-
-    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        experts, outputs, groups, octets = parts[0].shape
-        rows = GroupScales(MXFP4_GROUP, None).values(
-            [parts[0].reshape(experts * outputs, groups * octets), parts[1].reshape(experts * outputs, groups)]
-        )
-        return rows.reshape(experts, outputs, -1).swapaxes(1, 2)
+def transposed_experts(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Expert weights `[experts, in, out]`, which are stored transposed as `blocks uint8[experts, out, groups, 16]` and
+    `scales uint8[experts, out, groups]`."""
+    experts, outputs, groups, octets = parts[0].shape
+    flat = [parts[0].reshape(experts * outputs, groups * octets), parts[1].reshape(experts * outputs, groups)]
+    return group_scales(flat, MXFP4_GROUP, None).reshape(experts, outputs, -1).swapaxes(1, 2)
 
 
 def four_bit_matrix(
@@ -89,28 +76,22 @@ def four_bit_matrix(
     parts = [codes, part_of(stored, codes, names[1], dtypes, (outputs, inputs // group))]
     if outer is not None:
         parts.append(part_of(stored, codes, names[2], FLOATS, (), (1,)))
-    return QuantisedTensor(dtype, (outputs, inputs), tuple(parts), GroupScales(group, outer))
+    return QuantisedTensor(dtype, (outputs, inputs), tuple(parts), group_scales, (group, outer))
 
 
-@dataclass(frozen=True)
-class PairsOfOutputs:
-    """Computes a matrix from `uint8[out / 2, in]` and scales `[out, groups]`. A byte holds the numbers, from -8 to 7,
-    of two outputs: the first in its lower half, the second in its upper half."""
-
-    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        weight = (unpack(parts[0], 4, axis=0).astype(np.int8) ^ 8) - 8
-        scale = parts[1].astype(np.float32)
-        return weight.astype(np.float32) * np.repeat(scale, weight.shape[1] // scale.shape[1], axis=1)
+def pairs_of_outputs(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The matrix of `uint8[out / 2, in]` and scales `[out, groups]`. A byte holds the numbers, from -8 to 7, of two
+    outputs: the first in its lower half, the second in its upper half."""
+    weight = (unpack(parts[0], 4, axis=0).astype(np.int8) ^ 8) - 8
+    scale = parts[1].astype(np.float32)
+    return weight.astype(np.float32) * np.repeat(scale, weight.shape[1] // scale.shape[1], axis=1)
 
 
-@dataclass(frozen=True)
-class OfScaledInputs:
-    """Computes a matrix whose inputs are scaled first, from the parts of `formula` and the inputs' scales `[in]`."""
-
-    formula: Formula
-
-    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        return self.formula.values(parts[:-1]) * parts[-1].astype(np.float32)
+def of_scaled_inputs(
+    parts: Sequence[np.ndarray], formula: Callable[..., np.ndarray], settings: Sequence[Any]
+) -> np.ndarray:
+    """The matrix whose inputs are scaled first, from the parts of `formula` and the inputs' scales `[in]`."""
+    return formula(parts[:-1], *settings) * parts[-1].astype(np.float32)
 
 
 # Model Optimizer's algorithms, and its name for a mixture of them.
@@ -154,8 +135,8 @@ def open_modelopt(path: Path, quantised: Path) -> Folder:
         if not isinstance(whole, QuantisedTensor) or scale.shape != whole.shape[1:] or scale.dtype not in FLOATS:
             actual = f"{scale.dtype}{list(scale.shape)}"
             raise InputError(scale.file, f"{name} is {actual}; expected a float for each input of a quantised {weight}")
-        formula = OfScaledInputs(whole.formula)
-        entries[weight] = QuantisedTensor(dtype, whole.shape, (*whole.parts, scale), formula)
+        inner = (whole.formula, whole.settings)
+        entries[weight] = QuantisedTensor(dtype, whole.shape, (*whole.parts, scale), of_scaled_inputs, inner)
     return Folder(path, entries)
 
 
@@ -172,7 +153,7 @@ def _pairs_of_outputs(stored: Mapping[str, Tensor], name: str, dtype: np.dtype) 
         )  # fmt: skip
     outputs = 2 * packed.shape[0]
     parts = (packed, part_of(stored, packed, f"{name}_scale", FLOATS, (outputs, groups)))
-    return QuantisedTensor(dtype, (outputs, packed.shape[1]), parts, PairsOfOutputs())
+    return QuantisedTensor(dtype, (outputs, packed.shape[1]), parts, pairs_of_outputs)
 
 
 def open_mxfp4(path: Path, quantised: Path) -> Folder:
@@ -193,5 +174,5 @@ def open_mxfp4(path: Path, quantised: Path) -> Folder:
         entries.pop(f"{whole}_scales")
         experts, outputs, groups, _ = blocks.shape
         shape = (experts, groups * MXFP4_GROUP, outputs)
-        entries[whole] = QuantisedTensor(dtype, shape, (blocks, scales), Transposed())
+        entries[whole] = QuantisedTensor(dtype, shape, (blocks, scales), transposed_experts)
     return Folder(path, entries)

@@ -7,9 +7,7 @@ weights of an output (`weight_scale [out, 1]`, as FBGEMM's), or what `weight_blo
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,39 +17,33 @@ from evojax_merge.checkpoints.quantised import (
     EXPONENT,
     FLOATS,
     FP8,
-    KEYS,
     WITH_FP8,
     QuantisedTensor,
+    block_size,
     check_dequantised,
     check_matrix,
     dequantised_dtype,
     part_of,
     quantisation,
 )
-from evojax_merge.errors import InputError, shown
+from evojax_merge.errors import InputError
 
 SCALES = ("_scale_inv", "_scale")
 
 
-@dataclass(frozen=True)
-class BlockScales:
-    """Computes a matrix from the parts `w [out, in]` and `scale`, with one scale for each block of `rows` and
-    `columns`."""
-
-    rows: int
-    columns: int
-
-    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        weight, scale = (part.astype(np.float32) for part in parts)
-        scale = scale.reshape(-(-weight.shape[0] // self.rows), -1)
-        scales = np.repeat(np.repeat(scale, self.rows, axis=0), self.columns, axis=1)
-        return weight * scales[: weight.shape[0], : weight.shape[1]]
+def block_scales(parts: Sequence[np.ndarray], rows: int, columns: int) -> np.ndarray:
+    """The matrix of `w [out, in]` and `scale`, with one scale for each block of `rows` and `columns`."""
+    weight, scale = (part.astype(np.float32) for part in parts)
+    scale = scale.reshape(-(-weight.shape[0] // rows), -1)
+    scales = np.repeat(np.repeat(scale, rows, axis=0), columns, axis=1)
+    return weight * scales[: weight.shape[0], : weight.shape[1]]
 
 
 def open_fp8(path: Path, quantised: Path) -> Folder:
     """The dequantised model of an FP8 folder, as a folder at `path`. Raises InputError for an invalid block, and for a
     weight without the scales that its shape needs."""
-    block = _block(quantised, quantisation(quantised).get("weight_block_size"))
+    size = quantisation(quantised).get("weight_block_size")
+    block = None if size is None else block_size(quantised, "weight_block_size", size, ", or null")
     dtype, stored = dequantised_dtype(quantised, "bfloat16"), open_folder(quantised, WITH_FP8).entries
     return Folder(path, scaled_matrices(stored, block, dtype))
 
@@ -63,7 +55,8 @@ def scaled_matrices(stored: Mapping[str, Tensor], block: tuple[int, int] | None,
     for name in [name for name, tensor in entries.items() if tensor.dtype == FP8 and not name.endswith(SCALES)]:
         weight = entries[name]
         scale = next((f"{name}{end}" for end in SCALES if f"{name}{end}" in entries), None)
-        entries[name] = QuantisedTensor(dtype, weight.shape, *_scaled(name, weight, entries, scale, block))
+        parts, steps = _scaled(name, weight, entries, scale, block)
+        entries[name] = QuantisedTensor(dtype, weight.shape, parts, block_scales, steps)
         if scale is not None:
             del entries[scale]
     check_dequantised(entries, "weight_scale")
@@ -72,9 +65,9 @@ def scaled_matrices(stored: Mapping[str, Tensor], block: tuple[int, int] | None,
 
 def _scaled(
     name: str, weight: Tensor, stored: Mapping[str, Tensor], scale: str | None, block: tuple[int, int] | None
-) -> tuple[tuple[Tensor, ...], BlockScales]:
-    """The parts of a matrix, whose scales are the tensor `scale`, and their formula. Raises InputError where the parts
-    do not fit each other."""
+) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    """The parts of a matrix, whose scales are the tensor `scale`, and the rows and columns of a block. Raises
+    InputError where the parts do not fit each other."""
     check_matrix(name, weight, FP8)
     rows, columns = weight.shape
     if block is not None:
@@ -91,16 +84,4 @@ def _scaled(
             weight.file, f"{name} is quantised (F8_E4M3): found {actual} for {name}{end}; expected {words}"
         )
     scales = part_of(stored, weight, scale, (*FLOATS, EXPONENT), *shapes)
-    return (weight, scales), BlockScales(*shapes[scales.shape])
-
-
-def _block(quantised: Path, block: Any) -> tuple[int, int] | None:
-    """The rows and columns of a block by a folder's config; None without blocks. Raises InputError for any other
-    value."""
-    if block is None:
-        return None
-    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
-        raise InputError(
-            quantised / "config.json", f"{KEYS[0]}.weight_block_size: {shown(block)}; expected [rows, columns], or null"
-        )
-    return block[0], block[1]
+    return (weight, scales), shapes[scales.shape]

@@ -40,7 +40,7 @@ from evojax_merge.models.config_keys import (
     is_number,
     whole,
 )
-from evojax_merge.models.gguf import Gguf
+from evojax_merge.models.gguf import EMBEDDING, Gguf, GgufFile
 
 SUFFIX = ".gguf"
 # In the folder that stands for a GGUF file: the positions of its tensors. Reading past a large vocabulary takes many
@@ -62,7 +62,6 @@ O200K = _CASED % {"contraction": "(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "digits": r"\p
 # say, and keep a word that is a token whole, whatever the merges.
 OF_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral")
 WHOLE_WORDS = (*OF_LLAMA3, "tekken")
-EMBEDDING = "token_embd.weight"
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 # The longest piece that SentencePiece trains: longer tokens were added, and are not merged from pairs. The search for
 # pairs takes time that is quadratic in the length.
@@ -75,14 +74,6 @@ SCORES = Expected(
 TOKEN_TYPES = Expected(
     lambda value: isinstance(value, list) and all(type(one) is int for one in value), "a list of whole numbers"
 )
-
-
-def halves_apart(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undo the order in which GGUF keeps the rows of a Llama's query and key projections. rows: `[heads * D, …]`.
-
-    GGUF rotates neighbouring rows of a head as a pair, Hugging Face row i with row i + D / 2.
-    """
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 @dataclass(frozen=True)
@@ -103,16 +94,16 @@ class GgufTensor(BytesOfFile):
         with np.errstate(all="ignore"):
             values = gguf.dequantize(raw, gguf.GGMLQuantizationType(self.kind))
         values = (values - np.float32(self.offset) if self.offset else values).astype(self.dtype, copy=False)
-        return halves_apart(values, self.heads) if self.heads else values
+        if not self.heads:
+            return values
+        # GGUF rotates neighbouring rows of a head of queries or keys as a pair, Hugging Face row i with row i + D / 2.
+        return values.reshape(self.heads, -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
 @dataclass(frozen=True)
-class GgufFile:
-    """A GGUF file whose header was read: the metadata of the model and the tokenizer, and the tensors by their names in
-    the file, with shapes in Hugging Face's order."""
+class GgufModel(GgufFile):
+    """A GGUF file of a supported architecture."""
 
-    path: Path
-    metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
 
     @cached_property
@@ -128,30 +119,6 @@ class GgufFile:
     def form(self) -> Gguf:
         assert self.architecture.gguf is not None
         return self.architecture.gguf
-
-    def key(self, name: str) -> str:
-        """A key of the metadata: `name`, behind the architecture's name where `name` begins with a dot."""
-        return f"{self.metadata['general.architecture']}{name}" if name.startswith(".") else name
-
-    def value(self, name: str, expected: Expected, default: Any = None) -> Any:
-        """The metadata of `key(name)`. Raises InputError where the key is missing and has no default, or its value
-        breaks the rule `expected`."""
-        value = self.metadata.get(self.key(name), default)
-        if value is None:
-            raise InputError(self.path, f"{self.key(name)}: missing; expected {expected.words} for this architecture")
-        if not expected.accepts(value):
-            raise InputError(self.path, f"{self.key(name)}: {shown(value)}; expected {expected.words}")
-        return value
-
-    @property
-    def embedding(self) -> GgufTensor:
-        """The tokens' embedding, `[vocab, hidden]`."""
-        tensor = self.tensors.get(EMBEDDING)
-        if tensor is None:
-            raise InputError(self.path, f"has no tensor {EMBEDDING}; expected a whole model")
-        if len(tensor.shape) != 2:
-            raise InputError(self.path, f"{EMBEDDING} has shape {list(tensor.shape)}; expected a matrix")
-        return tensor
 
     @cached_property
     def tokens(self) -> list[str]:
@@ -202,7 +169,7 @@ def import_gguf(where: object) -> Any:
     return gguf
 
 
-def read_gguf(path: Path) -> GgufFile:
+def read_gguf(path: Path) -> GgufModel:
     """Read a GGUF file's header, and no tensor. Raises InputError where the file is damaged or truncated, or its family
     is not supported."""
     gguf = import_gguf(path)
@@ -217,7 +184,14 @@ def read_gguf(path: Path) -> GgufFile:
         raise InputError(
             path, f"split.count: {shown(parts)}; expected a whole model: join its parts (llama-gguf-split --merge)"
         )
-    _check_kinds(path, {place.kind: name for name, place in header.tensors.items()})
+    for number, name in {place.kind: name for name, place in header.tensors.items()}.items():
+        kind = gguf.GGMLQuantizationType(number)
+        try:
+            gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError:
+            raise InputError(
+                path, f"{name} is quantised as {kind.name}, which the package gguf does not dequantise"
+            ) from None
 
     def is_matrix(name: str) -> bool:
         return len(header.tensors[name].shape) > 1 and ROUTER not in name
@@ -232,29 +206,14 @@ def read_gguf(path: Path) -> GgufFile:
         name: GgufTensor(mapped, dtype if is_matrix(name) else single, place.shape, place.start, place.stop, place.kind)
         for name, place in header.tensors.items()
     }
-    return GgufFile(path, header.metadata, tensors)
-
-
-def _check_kinds(path: Path, names: Mapping[int, str]) -> None:
-    """Raises InputError where the package gguf cannot dequantise a kind of tensor. names: the name of one tensor of
-    each kind."""
-    gguf = import_gguf(path)
-    for number, name in names.items():
-        kind = gguf.GGMLQuantizationType(number)
-        _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        try:
-            gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
-        except NotImplementedError:
-            raise InputError(
-                path, f"{name} is quantised as {kind.name}, which the package gguf does not dequantise"
-            ) from None
+    return GgufModel(path, header.metadata, tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The model's config
 
 
-def write_config(file: GgufFile, folder: Path) -> None:
+def write_config(file: GgufModel, folder: Path) -> None:
     """Write config.json and generation_config.json. Raises InputError for metadata that the family's config has no form
     for."""
     import transformers
@@ -284,9 +243,11 @@ def write_config(file: GgufFile, folder: Path) -> None:
 # The tokenizer
 
 
-def write_tokenizer(file: GgufFile, folder: Path) -> None:
+def write_tokenizer(file: GgufModel, folder: Path) -> None:
     """Write the tokenizer in Hugging Face's files. Raises InputError for a kind of tokenizer that is not supported."""
+    import gguf
     import transformers
+    from tokenizers import AddedToken, processors
 
     model = file.value("tokenizer.ggml.model", TEXT)
     kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
@@ -294,11 +255,23 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
         raise InputError(file.path, f"tokenizer.ggml.model: {shown(model)}; expected one of {', '.join(kinds)}")
     with library_errors(file.path, "tokenizer.ggml.tokens: they make no tokenizer"):
         backend = kinds[model](file)
-        _add_marked(file, backend)
+        # Tokens that are never split: control tokens, marked special, and tokens that a user added.
+        marked = list(zip(file.tokens, file.for_each_token("tokenizer.ggml.token_type", TOKEN_TYPES), strict=True))
+        control = [token for token, kind in marked if kind == gguf.TokenType.CONTROL]
+        added = [token for token, kind in marked if kind == gguf.TokenType.USER_DEFINED]
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+        backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
     # Some files do not say that texts begin with a token: texts of SentencePiece and of Llama 3 do.
     begins = model == "llama" or file.metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS
     if file.value("tokenizer.ggml.add_bos_token", SWITCH, begins) and "bos" in file.special_ids:
-        _begin_with(backend, file.tokens, file.special_ids["bos"])
+        # The token may contain a character that separates the parts of a template text, so a placeholder stands for it.
+        number = file.special_ids["bos"]
+        begin = processors.TemplateProcessing(
+            single="first:0 $A:0", pair="first:0 $A:0 first:1 $B:1", special_tokens=[("first", number)]
+        )
+        state = begin.__getstate__().replace(b'"first"', json.dumps(file.tokens[number]).encode())
+        begin.__setstate__(state)
+        backend.post_processor = begin
     template = "tokenizer.chat_template"
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -309,20 +282,7 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def _merges(file: GgufFile) -> list[tuple[str, str]]:
-    """The file's merges: pairs of tokens that make another token."""
-    tokens, pairs = set(file.tokens), list[tuple[str, str]]()
-    for merge in file.value("tokenizer.ggml.merges", TEXTS):
-        first, _, second = merge.partition(" ")
-        if first not in tokens or second not in tokens or first + second not in tokens:
-            raise InputError(
-                file.path, f"tokenizer.ggml.merges: {shown(merge)}; expected two tokens that make a third, by a space"
-            )
-        pairs.append((first, second))
-    return pairs
-
-
-def _byte_level(file: GgufFile) -> Any:
+def _byte_level(file: GgufModel) -> Any:
     """Byte-level BPE, over the words into which `tokenizer.ggml.pre` splits text."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -330,8 +290,15 @@ def _byte_level(file: GgufFile) -> Any:
     pre = file.value("tokenizer.ggml.pre", TEXT, "default")
     if pre not in splits:
         raise InputError(file.path, f"tokenizer.ggml.pre: {shown(pre)}; expected one of {', '.join(splits)}")
-    vocabulary = {token: i for i, token in enumerate(file.tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, _merges(file), ignore_merges=pre in WHOLE_WORDS))
+    vocabulary, merges = {token: i for i, token in enumerate(file.tokens)}, list[tuple[str, str]]()
+    for merge in file.value("tokenizer.ggml.merges", TEXTS):
+        first, _, second = merge.partition(" ")
+        if first not in vocabulary or second not in vocabulary or first + second not in vocabulary:
+            raise InputError(
+                file.path, f"tokenizer.ggml.merges: {shown(merge)}; expected two tokens that make a third, by a space"
+            )
+        merges.append((first, second))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS))
     if splits[pre] is splits["qwen2"]:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits[pre])
@@ -367,7 +334,7 @@ def _word_splits() -> dict[str, list[Any]]:
     }
 
 
-def _sentencepiece(file: GgufFile) -> Any:
+def _sentencepiece(file: GgufModel) -> Any:
     """SentencePiece's BPE with byte fallback. The scores of its tokens imply its merges."""
     import transformers
     from transformers.tokenization_utils_base import generate_merges
@@ -382,36 +349,11 @@ def _sentencepiece(file: GgufFile) -> Any:
     return tokenizer.backend_tokenizer
 
 
-def _add_marked(file: GgufFile, backend: Any) -> None:
-    """Add the tokens that are never split: control tokens, marked special, and tokens that a user added."""
-    import gguf
-    from tokenizers import AddedToken
-
-    marked = list(zip(file.tokens, file.for_each_token("tokenizer.ggml.token_type", TOKEN_TYPES), strict=True))
-    control = [token for token, kind in marked if kind == gguf.TokenType.CONTROL]
-    added = [token for token, kind in marked if kind == gguf.TokenType.USER_DEFINED]
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
-
-
-def _begin_with(backend: Any, tokens: list[str], number: int) -> None:
-    """Make texts begin with a token. The token may contain a character that separates the parts of a template text, so
-    a placeholder stands for it in the template."""
-    from tokenizers import processors
-
-    template = processors.TemplateProcessing(
-        single="first:0 $A:0", pair="first:0 $A:0 first:1 $B:1", special_tokens=[("first", number)]
-    )
-    state = template.__getstate__().replace(b'"first"', json.dumps(tokens[number]).encode())
-    template.__setstate__(state)
-    backend.post_processor = template
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The model's tensors
 
 
-def named_tensors(file: GgufFile, config: Path) -> dict[str, GgufTensor]:
+def named_tensors(file: GgufModel, config: Path) -> dict[str, GgufTensor]:
     """The tensors by Hugging Face's names, in the file's order; a tensor of all experts becomes one tensor per expert.
     config: the config.json that was made from the file.
 
@@ -430,7 +372,11 @@ def named_tensors(file: GgufFile, config: Path) -> dict[str, GgufTensor]:
     # The first tensor that is missing, or of another shape, ends the loop: otherwise the file's numbers of layers and
     # experts would decide how long it takes.
     for name, leaf, place in tensors_of(decoder):
-        file_name, expert = _place_in_file(file, names, name, leaf, place)
+        file_name, expert = names(name, leaf, place), place[1] if leaf.has_experts else None
+        # A tensor of all experts; early files of Mixtral have one tensor per expert.
+        alone = file_name.replace("_exps.", f".{expert}.")
+        if expert is not None and file_name not in file.tensors and alone in file.tensors:
+            file_name, expert = alone, None
         if file_name not in file.tensors:
             raise InputError(file.path, f"has no tensor {file_name} ({name})")
         tensors[name] = _named(file, decoder, leaf, name, file_name, expert)
@@ -441,7 +387,7 @@ def named_tensors(file: GgufFile, config: Path) -> dict[str, GgufTensor]:
     return dict(sorted(tensors.items(), key=lambda item: item[1].start))
 
 
-def _tensor_names(file: GgufFile, layers: int) -> Callable[[str, Leaf, tuple[int, ...]], str]:
+def _tensor_names(file: GgufModel, layers: int) -> Callable[[str, Leaf, tuple[int, ...]], str]:
     """(the tensor's name in the model, its leaf, its index in the leaf's grid) -> its name in the file, from the
     architecture's `Gguf` or the package gguf."""
     if file.form.names:
@@ -465,22 +411,8 @@ def _tensor_names(file: GgufFile, layers: int) -> Callable[[str, Leaf, tuple[int
     return name_in_file
 
 
-def _place_in_file(
-    file: GgufFile, names: Callable[[str, Leaf, tuple[int, ...]], str], name: str, leaf: Leaf, place: tuple[int, ...]
-) -> tuple[str, int | None]:
-    """The file's name for a tensor and None; or, for an expert's part of a tensor of all experts, that tensor's name
-    and the expert."""
-    if not leaf.has_experts:
-        return names(name, leaf, place), None
-    _, expert = place
-    packed = names(name, leaf, place)
-    # Early files of Mixtral have one tensor per expert.
-    alone = packed.replace("_exps.", f".{expert}.")
-    return (packed, expert) if packed in file.tensors or alone not in file.tensors else (alone, None)
-
-
 def _named(
-    file: GgufFile, decoder: DecoderConfig, leaf: Leaf, name: str, file_name: str, expert: int | None
+    file: GgufModel, decoder: DecoderConfig, leaf: Leaf, name: str, file_name: str, expert: int | None
 ) -> GgufTensor:
     """The file's tensor `file_name`, or an expert's part of it, as the leaf's tensor `name`. Raises InputError where
     its shape is not the one that the metadata imply."""
@@ -489,7 +421,13 @@ def _named(
     # llama.cpp drops axes of one entry when it quantises a file.
     if tensor.shape not in (expected, expected[1:] if expected[0] == 1 else expected):
         axes = leaf.shape if expert is not None or not leaf.has_experts else leaf.shape[1:]
-        raise InputError(file.path, _other_shape(file, file_name, axes, expected))
+        sizes = tensor.shape if len(tensor.shape) == len(expected) else (0,) * len(expected)
+        differing = [axis for axis, size, right in zip(axes, sizes, expected, strict=True) if size != right]
+        keys = dict.fromkeys(file.key(key) for axis in differing for key in file.form.size_keys.get(axis, ()))
+        says = " and ".join(key for key in keys if key in file.metadata) or "its metadata"
+        raise InputError(
+            file.path, f"{file_name} has shape {list(tensor.shape)}; by {says} it would be {list(expected)}"
+        )
     nbytes = (tensor.stop - tensor.start) // (1 if expert is None else expected[0])
     start = tensor.start + (expert or 0) * nbytes
     interleaved = dict[str, int]()
@@ -504,16 +442,6 @@ def _named(
         heads=interleaved.get(file_name.split(".")[-2], 0),
         offset=file.form.norm_offset if name.endswith("norm.weight") else 0.0,
     )
-
-
-def _other_shape(file: GgufFile, name: str, axes: tuple[str, ...], expected: tuple[int, ...]) -> str:
-    """The message for a tensor whose shape is not `expected`. axes: the names of the shape's sizes."""
-    shape = file.tensors[name].shape
-    sizes = shape if len(shape) == len(expected) else (0,) * len(expected)
-    differing = [axis for axis, size, right in zip(axes, sizes, expected, strict=True) if size != right]
-    keys = dict.fromkeys(file.key(key) for axis in differing for key in file.form.size_keys.get(axis, ()))
-    says = " and ".join(key for key in keys if key in file.metadata) or "its metadata"
-    return f"{name} has shape {list(shape)}; by {says} it would be {list(expected)}"
 
 
 def write_tensor_table(tensors: Mapping[str, GgufTensor], folder: Path) -> None:

@@ -101,7 +101,10 @@ class _Reader:
             if name in rows:
                 raise InputError(self.path, f"damaged: holds the tensor {_name(name)} twice")
             rows[name] = self._tensor(_name(name))
-        return GgufHeader(metadata, self._places(rows, _alignment(self.path, metadata), block_sizes))
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise InputError(self.path, f"general.alignment: {shown(alignment)}; expected a power of two")
+        return GgufHeader(metadata, self._places(rows, alignment, block_sizes))
 
     def _take(self, count: int, what: str) -> int:
         """Step over the next `count` bytes, and return their position."""
@@ -227,13 +230,6 @@ class _Reader:
             )
         if count > most:
             raise InputError(self.path, f"says that it has {count:,} {what}; expected at most {most:,}")
-
-
-def _alignment(path: Path, metadata: Mapping[str, Any]) -> int:
-    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        raise InputError(path, f"general.alignment: {shown(alignment)}; expected a power of two")
-    return alignment
 
 
 def _name(name: str) -> str:

@@ -8,7 +8,6 @@ The format `gptq` keeps z less one, `gptq_v2` keeps z.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,23 +34,16 @@ from evojax_merge.models.architecture import known_architecture, tensors_of
 SUFFIX = ".qweight"
 
 
-@dataclass(frozen=True)
-class InputGroups:
-    """Computes a matrix from the parts `qweight`, `qzeros`, `scales` and, unless inputs are grouped in their order, by
-    `group`, `g_idx`. offset: the number that is added to the stored zeros."""
-
-    bits: int
-    group: int
-    offset: int
-
-    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        weight = unpack(parts[0], self.bits, axis=0).T.astype(np.float32)
-        # Modulo 2^bits: a zero of 0, which is stored less one, is stored as the largest number of `bits` bits.
-        zeros = (unpack(parts[1], self.bits, axis=1) + np.uint8(self.offset)) & np.uint8(2**self.bits - 1)
-        groups = parts[3] if len(parts) > 3 else np.arange(weight.shape[1]) // self.group
-        weight -= zeros.astype(np.float32).T[:, groups]
-        weight *= parts[2].astype(np.float32).T[:, groups]
-        return weight
+def input_groups(parts: Sequence[np.ndarray], bits: int, group: int, offset: int) -> np.ndarray:
+    """The matrix of `qweight`, `qzeros`, `scales` and, unless inputs are grouped in their order, by `group`, `g_idx`.
+    offset: the number that is added to the stored zeros."""
+    weight = unpack(parts[0], bits, axis=0).T.astype(np.float32)
+    # Modulo 2^bits: a zero of 0, which is stored less one, is stored as the largest number of `bits` bits.
+    zeros = (unpack(parts[1], bits, axis=1) + np.uint8(offset)) & np.uint8(2**bits - 1)
+    groups = parts[3] if len(parts) > 3 else np.arange(weight.shape[1]) // group
+    weight -= zeros.astype(np.float32).T[:, groups]
+    weight *= parts[2].astype(np.float32).T[:, groups]
+    return weight
 
 
 def open_gptq(path: Path, quantised: Path) -> Folder:
@@ -82,8 +74,8 @@ def open_gptq(path: Path, quantised: Path) -> Folder:
             check_groups(indices, parts[-1], groups)
         for part in ("qzeros", "scales", "g_idx"):
             entries.pop(f"{module}.{part}", None)
-        formula = InputGroups(bits, group, 1 if kept == "gptq" else 0)
-        entries[f"{module}.weight"] = QuantisedTensor(dtype, (outputs, inputs), tuple(parts), formula)
+        grouping = (bits, group, 1 if kept == "gptq" else 0)
+        entries[f"{module}.weight"] = QuantisedTensor(dtype, (outputs, inputs), tuple(parts), input_groups, grouping)
     return Folder(path, _without_padding_biases(quantised, entries))
 
 

@@ -18,22 +18,11 @@ import numpy as np
 from evojax_merge.checkpoints.bitsandbytes import STATE
 from evojax_merge.checkpoints.compressed_tensors import SHAPE, group_of, groups_of
 from evojax_merge.checkpoints.config_file import decoder_settings, read_decoder_config
-from evojax_merge.checkpoints.folder import (
-    INDEX_FILE,
-    OTHER_REFERENCE,
-    PIPELINE_INDEX,
-    SINGLE_FILE,
-    SMALL_FILES,
-    VARIANTS,
-    hub_reference,
-    local_model,
-    weight_map,
-)
+from evojax_merge.checkpoints.folder import INDEX_FILE, PIPELINE_INDEX, SINGLE_FILE, SMALL_FILES, VARIANTS, weight_map
 from evojax_merge.checkpoints.parents import tensor_shapes
 from evojax_merge.checkpoints.quantised import dequantised_config
-from evojax_merge.errors import InputError
+from evojax_merge.checkpoints.references import resolve_by
 from evojax_merge.models.architecture import known_architecture
-from evojax_merge.system.data_packages import hub_failure
 from evojax_merge.system.regular_file import file_inside
 
 EMPTY: Mapping[str, bytes] = MappingProxyType({})
@@ -78,19 +67,13 @@ class HeaderFolders:
     def resolve(self, where: object, reference: str, relative_to: Path) -> Path:
         """A model's folder, or a folder of its headers. Raises InputError where there is no such model, or where the
         hub does not answer."""
-        local = local_model(reference, relative_to)
-        if local is not None:
-            return local
-        name, revision = hub_reference(where, reference)
-        if reference not in self.known:
-            try:
+
+        def fetch(name: str, revision: str | None) -> Path:
+            if reference not in self.known:
                 self.known[reference] = self._cached(name, revision) or self._fetch(name, revision)
-            except InputError:
-                raise
-            except Exception as error:
-                what = f"{reference}: no such folder, and the hub did not give its headers ({hub_failure(error)})"
-                raise InputError(where, f"{what}; {OTHER_REFERENCE}") from None
-        return self.known[reference]
+            return self.known[reference]
+
+        return resolve_by(where, reference, relative_to, "its headers", fetch)
 
     @staticmethod
     def _cached(name: str, revision: str | None) -> Path | None:
@@ -103,7 +86,9 @@ class HeaderFolders:
         except LocalEntryNotFoundError:
             return None
         if (folder / PIPELINE_INDEX).exists():
-            return folder if all(any(part.glob("*.safetensors")) for part in _weighted(folder)) else None
+            # The components that have weights have the config of a model.
+            parts = [part for part in folder.iterdir() if (part / "config.json").is_file()]
+            return folder if all(any(part.glob("*.safetensors")) for part in parts) else None
         files = [SINGLE_FILE] if not (folder / INDEX_FILE).exists() else set(weight_map(folder / INDEX_FILE).values())
         return folder if all((folder / file).exists() for file in files) else None
 
@@ -166,11 +151,6 @@ def _headers(name: str, file: str, commit: str) -> dict[str, TensorHeader]:
     }
 
 
-def _weighted(pipeline: Path) -> list[Path]:
-    """The folders of a diffusers folder's components that have weights: those with a config of a model."""
-    return [part for part in pipeline.iterdir() if (part / "config.json").is_file()]
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Shapes of quantised matrices
 
@@ -186,7 +166,12 @@ def shape_contents(folder: Path, tensors: Mapping[str, TensorHeader]) -> dict[st
     shapes = {name: name.removesuffix(SHAPE) for name in tensors if name.endswith(SHAPE)}
     if not states and not shapes:
         return {}
-    tail_shapes, contents = _known_shapes(folder), dict[str, bytes]()
+    tail_shapes, contents = dict[str, tuple[int, ...]](), dict[str, bytes]()
+    settings = decoder_settings(dequantised_config(folder))
+    if known_architecture(settings.get("model_type")) is not None:
+        # By the ends of names, which are the same in larger models.
+        for name, shape in tensor_shapes(read_decoder_config(folder / "config.json", settings)).items():
+            tail_shapes[name.partition(".")[2] if name.count(".") > 1 else name] = shape
     groups = groups_of(folder) if shapes else []
     for name, weight in states.items():
         contents[name] = _state(tail_shapes, weight, tensors).ljust(tensors[name].nbytes)[: tensors[name].nbytes]
@@ -203,15 +188,6 @@ def shape_contents(folder: Path, tensors: Mapping[str, TensorHeader]) -> dict[st
         shape = shape if shape[0] == rows else (rows, words * per_word)
         contents[name] = np.array(shape, f"<i{tensors[name].nbytes // 2}").tobytes()
     return contents
-
-
-def _known_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the architecture's tensors by the ends of their names, which are the same in larger models."""
-    settings = decoder_settings(dequantised_config(folder))
-    if known_architecture(settings.get("model_type")) is None:
-        return {}
-    shapes = tensor_shapes(read_decoder_config(folder / "config.json", settings))
-    return {name.partition(".")[2] if name.count(".") > 1 else name: shape for name, shape in shapes.items()}
 
 
 def _shape_of(tail_shapes: Mapping[str, tuple[int, ...]], name: str, least: int, most: int) -> tuple[int, ...]:

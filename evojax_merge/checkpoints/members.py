@@ -8,7 +8,6 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -106,7 +105,7 @@ class MembersInFiles:
             remove_folder(place)
         remove_leftovers(self.folder)
         place = self._place(member)
-        with atomic_folder(place, overwrite=True, check=partial(_check_ours, place)) as work:
+        with atomic_folder(place, overwrite=True, check=lambda: check_ours(place) if place.exists() else None) as work:
             with ShardWriter(work, dict(self.specs), metadata={LINEAGE: self._lineage(member)}) as writer:
                 for name, values in tensors:
                     writer.write(name, values)
@@ -139,11 +138,6 @@ class MembersInFiles:
                 parents = [self._hashes.get(parent, parent.number) for parent in relative.parents]
                 self._hashes[relative] = hashlib.sha256(repr([births, parents]).encode()).hexdigest()
         return self._hashes[member]
-
-
-def _check_ours(place: Path) -> None:
-    if place.exists():
-        check_ours(place)
 
 
 def member_folders(folder: Path) -> list[Path]:

@@ -5,10 +5,8 @@ the lowest bits of the first word on, and `scales` and `biases` [out, in / g]. T
 config.json says b and g under `quantization`, and for single modules under their names.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -30,27 +28,20 @@ SCALES, BIASES = ".scales", ".biases"
 BITS, DEFAULT_GROUP = (2, 3, 4, 5, 6, 8), 64
 
 
-@dataclass(frozen=True)
-class Affine:
-    """Computes a matrix from the parts `weight`, `scales` and `biases`; each number has `bits` bits."""
-
-    bits: int
-
-    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        numbers = self._numbers(np.ascontiguousarray(parts[0]))
-        scales, biases = (part.astype(np.float32) for part in parts[1:])
-        weight = numbers.reshape(*scales.shape, -1).astype(np.float32)
-        weight *= scales[..., None]
-        weight += biases[..., None]
-        return weight.reshape(numbers.shape)
-
-    def _numbers(self, words: np.ndarray) -> np.ndarray:
-        """The unpacked numbers uint8[out, in]."""
-        if 8 % self.bits == 0:
-            return unpack(words, self.bits, axis=1)
+def affine(parts: Sequence[np.ndarray], bits: int) -> np.ndarray:
+    """The matrix of `weight`, `scales` and `biases`; each number of the weight has `bits` bits."""
+    words = np.ascontiguousarray(parts[0])
+    if 8 % bits == 0:
+        numbers = unpack(words, bits, axis=1)
+    else:
         octets = words.astype("<u4", copy=False).view(np.uint8)
-        stream = np.unpackbits(octets, axis=1, bitorder="little").reshape(len(words), -1, self.bits)
-        return np.packbits(stream, axis=2, bitorder="little")[..., 0]
+        stream = np.unpackbits(octets, axis=1, bitorder="little").reshape(len(words), -1, bits)
+        numbers = np.packbits(stream, axis=2, bitorder="little")[..., 0]
+    scales, biases = (part.astype(np.float32) for part in parts[1:])
+    weight = numbers.reshape(*scales.shape, -1).astype(np.float32)
+    weight *= scales[..., None]
+    weight += biases[..., None]
+    return weight.reshape(numbers.shape)
 
 
 def open_mlx(path: Path, quantised: Path) -> Folder:
@@ -61,7 +52,12 @@ def open_mlx(path: Path, quantised: Path) -> Folder:
     entries = dict(stored)
     for name in [name for name in stored if name.endswith(SCALES)]:
         module = name.removesuffix(SCALES)
-        bits, size = _of_module(quantised, settings, module)
+        # config.json may have settings of this module alone.
+        module_settings = settings.get(module)
+        of_module = {**settings, **module_settings} if isinstance(module_settings, dict) else settings
+        checked_setting(quantised, "mode", of_module.get("mode"), (None, "affine"))
+        bits: int = checked_setting(quantised, "bits", of_module.get("bits"), BITS)
+        size = group_size(quantised, of_module.get("group_size")) or DEFAULT_GROUP
         packed, scales = stored.get(f"{module}.weight"), stored[name]
         matrix = packed is not None and len(packed.shape) == 2 and 0 not in packed.shape and packed.dtype == np.uint32
         if packed is None or not matrix or packed.shape[1] * 32 % (bits * size):
@@ -75,17 +71,8 @@ def open_mlx(path: Path, quantised: Path) -> Folder:
         parts = (packed, *(part_of(stored, packed, f"{module}{part}", FLOATS, groups) for part in (SCALES, BIASES)))
         for part in (SCALES, BIASES):
             del entries[f"{module}{part}"]
-        entries[f"{module}.weight"] = QuantisedTensor(dtype, (outputs, inputs), parts, Affine(bits))
+        entries[f"{module}.weight"] = QuantisedTensor(dtype, (outputs, inputs), parts, affine, (bits,))
     left = next((name for name, tensor in entries.items() if tensor.dtype == np.uint32), None)
     if left is not None:
         raise InputError(entries[left].file, f"{left} is quantised (uint32), and there are no scales of it")
     return Folder(path, entries)
-
-
-def _of_module(quantised: Path, settings: Mapping[str, Any], module: str) -> tuple[int, int]:
-    """The bits of each of a module's numbers, and the number of inputs that share a scale."""
-    module_settings = settings.get(module)
-    merged = {**settings, **module_settings} if isinstance(module_settings, dict) else settings
-    checked_setting(quantised, "mode", merged.get("mode"), (None, "affine"))
-    bits: int = checked_setting(quantised, "bits", merged.get("bits"), BITS)
-    return bits, group_size(quantised, merged.get("group_size")) or DEFAULT_GROUP

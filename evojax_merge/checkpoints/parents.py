@@ -251,7 +251,11 @@ def open_decoders(
             )
     configs = decoder_configs(folders)
     for folder, config in zip(folders, configs, strict=True):
-        _check_rows(folder, config)
+        for name in token_tensors(architecture_of(config)).names:
+            entry = folder.entries.get(name)
+            if entry is not None and entry.shape[:1] != (config.vocab,):
+                what = f"{name} has shape {list(entry.shape)}; its config says {config.vocab} rows"
+                raise InputError(folder.path, what)
     counts = [config.vocab for config in configs]
     vocabulary = None if tokenizer is None else align(paths, counts, tokenizer)
     sources = Sources(folders, vocabulary)
@@ -289,7 +293,7 @@ def _text_model(kind: object) -> str | None:
 def decoder_configs(folders: Sequence[DecoderFolder]) -> list[DecoderConfig]:
     """The decoders' configs, those of text models as of the larger model's decoder that they merge into."""
     configs = [folder.decoder_config() for folder in folders]
-    larger = _larger(folders, configs)
+    larger = next((config for folder, config in zip(folders, configs, strict=True) if folder.is_part), None)
     if larger is None:
         return configs
     return [
@@ -298,25 +302,15 @@ def decoder_configs(folders: Sequence[DecoderFolder]) -> list[DecoderConfig]:
     ]
 
 
-def _larger(folders: Sequence[DecoderFolder], configs: Sequence[DecoderConfig]) -> DecoderConfig | None:
-    """The config of the first larger model's decoder; None: all are text models."""
-    return next((config for folder, config in zip(folders, configs, strict=True) if folder.is_part), None)
-
-
 def as_decoder_of(config: DecoderConfig, larger: DecoderConfig) -> DecoderConfig:
     """The config of a text model as that of a larger model's decoder, which has the positions of the larger model, and
     its other settings of images."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return replace(larger, **values | _positions(larger, config) | {"architecture": larger.architecture})
-
-
-def _positions(larger: DecoderConfig, config: DecoderConfig) -> dict[str, Any]:
-    """The settings of a larger model that say where tokens stand and how far they see: a text model that merges into it
-    may have others, of a longer context, say."""
-    names = [field.name for field in fields(config) if isinstance(getattr(config, field.name), RopeConfig)]
+    # Where tokens stand and how far they see: the text model may have a longer context, say.
+    names = ["architecture", *(name for name, value in values.items() if isinstance(value, RopeConfig))]
     if config.layers == larger.layers:
         names += ["windows", "position_kinds"]
-    return {name: getattr(larger, name) for name in names}
+    return replace(larger, **values | {name: getattr(larger, name) for name in names})
 
 
 def position_notes(folders: Sequence[DecoderFolder]) -> tuple[str, ...]:
@@ -392,15 +386,6 @@ def rows_differ(sources: Sources, tensor: str, found: tuple[int, ...], expected:
     if not sources.has_rows(tensor) or found[1:] != expected[1:]:
         return ""
     return "; say tokenizer_source: base (or one of the models), so that rows are aligned by token"
-
-
-def _check_rows(folder: DecoderFolder, config: DecoderConfig) -> None:
-    """Raises InputError unless a folder's embedding and head have as many rows as its config says. Runs before rows are
-    aligned."""
-    for name in token_tensors(architecture_of(config)).names:
-        entry = folder.entries.get(name)
-        if entry is not None and entry.shape[:1] != (config.vocab,):
-            raise InputError(folder.path, f"{name} has shape {list(entry.shape)}; its config says {config.vocab} rows")
 
 
 def _check_config(where: object, config: DecoderConfig, expected: DecoderConfig) -> None:

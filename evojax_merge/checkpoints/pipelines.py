@@ -87,8 +87,12 @@ class Pipeline:
         """The files of a component: its settings and, of its weights, those that are loaded without a variant."""
         files = [file for file in sorted((self.path / component).rglob("*")) if file.is_file()]
         copied = [file for file in files if file.suffix in COPIED]
-        plain = {file.name for file in copied}
-        variants = {file for file in copied if (name := _without_variant(file.name)) != file.name and name in plain}
+        plain, variants = {file.name for file in copied}, set[Path]()
+        for file in copied:
+            parts = file.name.split(".")
+            # The second part may be a variant, such as fp16.
+            if len(parts) > 2 and parts[-1] == "safetensors" and ".".join([parts[0], *parts[2:]]) in plain:
+                variants.add(file)
         endings = {file.suffix.lower() for file in files}
         if ".safetensors" not in endings and not endings.isdisjoint(PICKLES):
             raise InputError(
@@ -97,18 +101,9 @@ class Pipeline:
             )  # fmt: skip
         return [file for file in copied if file not in variants]
 
-    def has_weights(self, component: str) -> bool:
-        return any(file.suffix == ".safetensors" for file in self.files(component))
-
     def content(self, component: str) -> dict[str, Any]:
         """A component's files by name, in a form that can be compared."""
         return {str(file.relative_to(self.path / component)): _content(file) for file in self.files(component)}
-
-
-def _without_variant(name: str) -> str:
-    """The name of a weights' file without a variant, such as fp16."""
-    parts = name.split(".")
-    return ".".join([parts[0], *parts[2:]]) if len(parts) > 2 and parts[-1] == "safetensors" else name
 
 
 def _content(file: Path) -> Any:
@@ -249,22 +244,20 @@ def choose_components(
     if not merged:
         raise InputError(where, f"none is merged; expected {MERGE} for one of {', '.join(component_names)}")
     for name in merged:
-        _check_alike(f"{where}.{name}", name, pipelines)
+        for pipeline in pipelines:
+            if name not in pipeline.classes:
+                raise InputError(f"{where}.{name}", f"{pipeline.path} has no such component")
+            if all(file.suffix != ".safetensors" for file in pipeline.files(name)):
+                what = f"has no weights in {pipeline.path}, so that there is nothing to merge"
+                raise InputError(f"{where}.{name}", what)
+            if pipeline.classes[name] != first.classes[name]:
+                given, expected = (".".join(one.classes[name]) for one in (pipeline, first))
+                raise InputError(
+                    f"{where}.{name}", f"is a {given} in {pipeline.path}, but a {expected} in {first.path}"
+                )
     names = [name for name in component_names if name not in merged and (name in first.classes or name in chosen)]
     kept = {name: by_reference[chosen[name]] if name in chosen else first for name in names}
     return Components(tuple(pipelines), merged, kept, _notes(pipelines, [name for name in kept if name not in chosen]))
-
-
-def _check_alike(where: str, name: str, pipelines: Sequence[Pipeline]) -> None:
-    first = pipelines[0]
-    for pipeline in pipelines:
-        if name not in pipeline.classes:
-            raise InputError(where, f"{pipeline.path} has no such component")
-        if not pipeline.has_weights(name):
-            raise InputError(where, f"has no weights in {pipeline.path}, so that there is nothing to merge")
-        if pipeline.classes[name] != first.classes[name]:
-            given, expected = (".".join(one.classes[name]) for one in (pipeline, first))
-            raise InputError(where, f"is a {given} in {pipeline.path}, but a {expected} in {first.path}")
 
 
 def _notes(pipelines: Sequence[Pipeline], names: Sequence[str]) -> tuple[str, ...]:

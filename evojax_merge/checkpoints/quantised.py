@@ -4,15 +4,15 @@ A format's own module says which tensors these are and which formula computes th
 by the `quant_method` that a config names.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from evojax_merge.checkpoints.folder import DTYPES, FLOAT_DTYPES, DenseTensor, MappedFile, Tensor
+from evojax_merge.checkpoints.folder import DTYPES, FLOAT_DTYPES, Tensor
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
 
@@ -53,42 +53,22 @@ ENDS_OF_PARTS = {
 }  # fmt: skip
 
 
-class Formula(Protocol):
-    """Computes a matrix from stored tensors. Plain data: two matrices of equal parts and formulas are equal."""
-
-    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """The matrix, float32[out, in], of the parts in the format's order."""
-        ...
-
-
 @dataclass(frozen=True)
-class QuantisedTensor(DenseTensor):
-    """A matrix that a formula computes from its parts, cast once to a float dtype; the first part is the quantised
-    matrix."""
+class QuantisedTensor(Tensor):
+    """A matrix that is computed from its parts, cast once to a float dtype; the first part is the quantised matrix.
+
+    formula: (the parts' values in the format's order, *settings) -> the matrix, float32[out, in]: a function of a
+    module, so that two matrices of equal parts, formulas and settings are equal.
+    """
 
     dtype: np.dtype
     shape: tuple[int, ...]
     parts: tuple[Tensor, ...]
-    formula: Formula
-
-    @property
-    def file(self) -> Path:
-        return self.parts[0].file
-
-    @property
-    def mapped_files(self) -> tuple[MappedFile, ...]:
-        return tuple(mapped for part in self.parts for mapped in part.mapped_files)
+    formula: Callable[..., np.ndarray]
+    settings: tuple[Any, ...] = ()
 
     def read(self) -> np.ndarray:
-        return self.formula.values([part.load() for part in self.parts]).astype(self.dtype, order="C")
-
-    def content(self) -> Iterator[np.ndarray]:
-        for part in self.parts:
-            yield from part.content()
-
-    def release(self) -> None:
-        for part in self.parts:
-            part.release()
+        return self.formula([part.load() for part in self.parts], *self.settings).astype(self.dtype, order="C")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -143,6 +123,14 @@ def group_size(path: Path, value: Any) -> int | None:
     if type(value) is not int or value < 1:
         raise InputError(path / "config.json", f"{KEYS[0]}.group_size: {shown(value)}; expected a number of inputs")
     return value
+
+
+def block_size(path: Path, key: str, value: Any, or_null: str = "") -> tuple[int, int]:
+    """The rows and columns of a block that shares a scale. Raises InputError, naming the folder's config, for anything
+    else."""
+    if not isinstance(value, list) or len(value) != 2 or not all(type(size) is int and size > 0 for size in value):
+        raise InputError(path / "config.json", f"{KEYS[0]}.{key}: {shown(value)}; expected [rows, columns]{or_null}")
+    return value[0], value[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------

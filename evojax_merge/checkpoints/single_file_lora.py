@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evojax_merge.checkpoints.folder import DenseTensor, Folder, MappedFile, Tensor, is_float, open_folder, read_header
+from evojax_merge.checkpoints.folder import ChangedTensor, Folder, Tensor, is_float, open_folder, read_header
 from evojax_merge.checkpoints.generator_keys import diffusers_module, scheme_of
 from evojax_merge.errors import InputError
 
@@ -57,60 +57,30 @@ class Change:
     up: Tensor
     scale: float
 
-    @property
-    def parts(self) -> tuple[Tensor, Tensor]:
-        return self.down, self.up
-
-    def product(self) -> np.ndarray:
-        """float32[rows, in · …]: the change."""
-        down, up = (part.load().astype(np.float32) for part in self.parts)
-        rank = len(down)
-        product: np.ndarray = np.float32(self.scale) * (up.reshape(-1, rank) @ down.reshape(rank, -1))
-        return product
-
 
 @dataclass(frozen=True)
-class FusedTensor(DenseTensor):
+class FusedTensor(ChangedTensor):
     """A weight of a checkpoint with the changes of a LoRA."""
 
     base: Tensor
     changes: tuple[Change, ...]
 
     @property
-    def dtype(self) -> np.dtype:
-        return self.base.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.base.shape
-
-    @property
-    def file(self) -> Path:
-        return self.base.file
-
-    @property
-    def _parts(self) -> tuple[Tensor, ...]:
-        return (self.base, *(part for change in self.changes for part in change.parts))
-
-    @property
-    def mapped_files(self) -> tuple[MappedFile, ...]:
-        return tuple(mapped for part in self._parts for mapped in part.mapped_files)
+    def parts(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return (self.base, *(part for change in self.changes for part in (change.down, change.up)))
 
     def read(self) -> np.ndarray:
         fused = self.base.load().astype(np.float32).reshape(self.shape[0], -1)
         for change in self.changes:
-            fused[change.rows] += change.product()
+            down, up = (part.load().astype(np.float32) for part in (change.down, change.up))
+            rank = len(down)
+            fused[change.rows] += np.float32(change.scale) * (up.reshape(-1, rank) @ down.reshape(rank, -1))
         return fused.reshape(self.shape).astype(self.dtype)
 
     def content(self) -> Iterator[np.ndarray]:
         # The parts, not the product: its last bits depend on the machine, and random masks must not.
-        for part in self._parts:
-            yield from part.content()
+        yield from super().content()
         yield np.array([change.scale for change in self.changes]).view(np.uint8)
-
-    def release(self) -> None:
-        for part in self._parts:
-            part.release()
 
 
 def open_with_lora(base: Path, lora: Path) -> Folder:

@@ -19,7 +19,7 @@ from evojax_merge.checkpoints.bank import (
     put_leaf,
     stacked_statistics,
 )
-from evojax_merge.checkpoints.folder import Part, files_of
+from evojax_merge.checkpoints.folder import files_of
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.errors import Failed
 from evojax_merge.models.architecture import LAYERS, leaves_of, stack_leaves
@@ -28,31 +28,12 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.streamed_bank import Leaves, StreamedBank
 
 
-@dataclass(frozen=True)
-class _OnHost:
-    """The parts of a placement, which stay in the host's memory."""
-
-    placement: Placement
-
-    def part(self, shape: tuple[int, ...], sharded_axis: int | None) -> Part:
-        return self.placement.part(shape, sharded_axis)
-
-    def put(self, array: np.ndarray, sharded_axis: int | None, whole: tuple[int, ...]) -> Any:
-        return array
-
-    def measures(self, number: int) -> bool:
-        return self.placement.measures(number)
-
-    def gather_bytes(self, content: bytes) -> list[bytes]:
-        return self.placement.gather_bytes(content)
-
-
 def bank_on_host(
     sources: Sources, config: DecoderConfig, spec: MergeSpec, progress: Progress = lambda done: None,
     placement: Placement = ONE_DEVICE,
 ) -> StreamedBank:  # fmt: skip
     """Load all sources into the host's memory (see `load_bank`)."""
-    bank = load_bank(sources, config, spec, progress, _OnHost(placement))
+    bank = load_bank(sources, config, spec, progress, placement, on_host=True)
     layouts = {leaf.name: LeafReader(leaf, config, sources, spec).layout for leaf in leaves_of(config)}
 
     def on_devices(name: str, leaf: Any) -> LeafBank:

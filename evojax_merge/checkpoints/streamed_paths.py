@@ -5,10 +5,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from evojax_merge.checkpoints.bank import Progress, aligned_empty, common_dtype, path_layout, put
+from evojax_merge.checkpoints.bank import Progress, common_dtype, path_layout, put, read_layers
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.checkpoints.streamed import FileStates
-from evojax_merge.models.architecture import LAYERS, shared_leaves, stack_leaves, tensor_grid
+from evojax_merge.models.architecture import LAYERS, shared_leaves, stack_leaves
 from evojax_merge.models.paths import PathSpec, StreamedPathBank
 
 Arrays = dict[str, np.ndarray]
@@ -45,14 +45,11 @@ def _put(arrays: Arrays) -> dict[str, jax.Array]:
 
 def _read_layer(sources: Sources, spec: PathSpec, number: int) -> Arrays:
     """One of the M layers: leaf -> `[1, …]`."""
-    (source, layer), config, arrays = spec.origins[number], spec.configs[0], {}
-    for leaf in stack_leaves(config, LAYERS):
-        first, grid = leaf.tensor_of(), tensor_grid(config, leaf)[1:]
-        arrays[leaf.name] = aligned_empty((1, *grid, *sources.shape(0, first)), common_dtype(sources, first))
-        for place in np.ndindex(grid):
-            name = leaf.tensor_of(layer, *place)
-            sources.read_into(source, name, arrays[leaf.name][(0, *place)])
-    return arrays
+    config, origins = spec.configs[0], spec.origins[number : number + 1]
+    return {
+        leaf.name: read_layers(sources, config, leaf, origins, common_dtype(sources, leaf.tensor_of()))
+        for leaf in stack_leaves(config, LAYERS)
+    }
 
 
 def _read_ends(sources: Sources, spec: PathSpec, parent: int) -> Arrays:

@@ -272,14 +272,6 @@ def without_unused(tokenizer: Any, count: int) -> Any:
     return stripped
 
 
-def as_loaded(tokenizer: Any) -> Any:
-    """The tokenizer as it loads after saving. A special token that was removed from its vocabulary is still in its
-    settings, and comes back after all other tokens."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return load_tokenizer(Path(folder))
-
-
 def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoice) -> Vocabulary:
     """The merged model's vocabulary. counts: the rows that each model's embedding has.
 
@@ -303,7 +295,12 @@ def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoic
         # A token without a row even in the base is not one of the merged model's.
         tokenizer = without_unused(tokenizer, counts[first])
     if choice.source == "union":
-        tokenizer = tokenizer if tokenizer is taken else as_loaded(tokenizer)
+        if tokenizer is not taken:
+            # As it loads after saving: a special token that was removed from its vocabulary is still in its settings,
+            # and comes back after all other tokens.
+            with tempfile.TemporaryDirectory() as saved:
+                tokenizer.save_pretrained(saved)
+                tokenizer = load_tokenizer(Path(saved))
         tokenizer = unite([tokenizer if i == first else other for i, other in enumerate(tokenizers)], first, counts)
     unknown = [token for token in choice.rules if token not in tokenizer.get_vocab()]
     copied = folder if tokenizer is taken and not unknown else None
@@ -317,15 +314,13 @@ def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoic
     for number, (token, _) in enumerate(tokens):
         rule = choice.rules.get(token)
         if rule is not None and rule.force:
-            token_rows = rows[:, number].copy()
             rows[:, number] = -1
-            fills[number] = _by_rule(folders, owned, counts, token, rule, token_rows)
+            fills[number] = _by_rule(folders, owned, counts, token, rule)
         elif (rows[:, number] < 0).any():
-            fills[number] = (
-                _by_default(rows[:, number], choice.base)
-                if rule is None
-                else _by_rule(folders, owned, counts, token, rule, rows[:, number])
-            )
+            owners = tuple((model, int(row)) for model, row in enumerate(rows[:, number]) if row >= 0)
+            from_base = tuple(pair for pair in owners if pair[0] == choice.base)
+            default = from_base or owners
+            fills[number] = default if rule is None else _by_rule(folders, owned, counts, token, rule)
     warnings = [f"{folder}: has no tokenizer; its rows are taken for those of {folders[first]}" for folder in bare]
     named = [token for token, _ in tokens]
     nowhere = [token for number, token in enumerate(named) if fills.get(number) == () and token not in choice.rules]
@@ -336,19 +331,8 @@ def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoic
     return Vocabulary(tuple(rows), fills, padding, tokenizer, copied, tuple(warnings))
 
 
-def _by_default(token_rows: np.ndarray, base: int | None) -> tuple[tuple[int, int], ...]:
-    owners = [(model, int(row)) for model, row in enumerate(token_rows) if row >= 0]
-    from_base = [pair for pair in owners if pair[0] == base]
-    return tuple(from_base or owners)
-
-
 def _by_rule(
-    folders: Sequence[Path],
-    owned: Sequence[Mapping[str, int]],
-    counts: Sequence[int],
-    token: str,
-    rule: TokenRule,
-    token_rows: np.ndarray,
+    folders: Sequence[Path], owned: Sequence[Mapping[str, int]], counts: Sequence[int], token: str, rule: TokenRule
 ) -> tuple[tuple[int, int], ...]:
     if rule.model is None:
         return ()

@@ -133,10 +133,17 @@ def check_ours(folder: Path) -> None:
 def own_names(folder: Path) -> Mapping[str, str | None]:
     """The names, in a model folder, of the files that this program wrote, with their fingerprints where it noted
     them."""
-    marked = _marked_files(folder)
-    if marked is not None:
-        return marked
-    carded = _has_card(folder)
+    try:
+        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        return {name: str(files[name]) for name in files} | {MARKER: None}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        text = ""
+    # Without a marker: by this program's tag in the front matter of the card.
+    carded = text.startswith("---\n") and f"- {TAG}\n" in text.partition("\n---\n")[0] + "\n"
     return {n: None for n in os.listdir(folder) if carded and (n in USUAL_FILES or SHARD_NAME.fullmatch(n))}
 
 
@@ -156,24 +163,6 @@ def _check_entries(folder: Path, above: str, expected: Mapping[str, str | None])
             raise InputError(folder, f"holds {name!r}, which is write-protected; {advice}")
         if expected[name] not in (None, fingerprint(file)):
             raise InputError(folder, f"holds {name!r}, which was changed after evojax-merge wrote it; {advice}")
-
-
-def _marked_files(folder: Path) -> dict[str, str | None] | None:
-    """The marker's fingerprints by file name, None for the marker itself; None without a marker."""
-    try:
-        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-        return {name: str(files[name]) for name in files} | {MARKER: None}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def _has_card(folder: Path) -> bool:
-    """Return whether the front matter of the folder's card has this program's tag."""
-    try:
-        text = (folder / CARD).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return False
-    return text.startswith("---\n") and f"- {TAG}\n" in text.partition("\n---\n")[0] + "\n"
 
 
 def require_space(target: Path, nbytes: int) -> None:

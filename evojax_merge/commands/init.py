@@ -17,8 +17,9 @@ from evojax_merge.backends.decoder.opening import build_space, check_models
 from evojax_merge.backends.torch.opening import layer_groups
 from evojax_merge.checkpoints.decoder_folder import PROJECTOR, decoder_of
 from evojax_merge.checkpoints.derived import adapted_from, open_model
-from evojax_merge.checkpoints.folder import is_float, local_path
+from evojax_merge.checkpoints.folder import is_float
 from evojax_merge.checkpoints.headers import HeaderFolders
+from evojax_merge.checkpoints.references import local_path
 from evojax_merge.config.search_config import SpaceConfig, parse
 from evojax_merge.errors import InputError, shown
 from evojax_merge.inspection.findings import Advice, advise, findings

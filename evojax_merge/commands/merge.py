@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from evojax_merge import plugins
-from evojax_merge.checkpoints.folder import local_path
+from evojax_merge.checkpoints.references import local_path
 from evojax_merge.checkpoints.writer import (
     MAX_SHARD_BYTES,
     check_new_model,

@@ -145,6 +145,7 @@ def write_as_adapter(
     leaves = {tensor: architecture.leaf_of(tensor) for tensor in tensors.values()}
     factors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     replaced: dict[str, np.ndarray] = {}
+    # For each matrix that differs, the norms of what a low rank leaves out, and of the difference.
     errors: dict[str, tuple[float, float]] = {}
     of_mixtures: set[str] = set()
     names = list(tensors)
@@ -179,16 +180,10 @@ def write_as_adapter(
         write_adapter(folder, reference_to(base.path), rank, factors, replaced, embeddings, transposed)
         embedding = base.in_memory(merge_plan.sources.token_tensors.embedding)
         tied = bool(base.config.get("tie_word_embeddings", False))
-        error = _rank_error(errors, embedding in errors and tied)
+        shares = {name: left_out / whole for name, (left_out, whole) in errors.items()}
+        worst = max(shares, key=shares.__getitem__)
+        left_out, whole = (math.hypot(*values) for values in zip(*errors.values(), strict=True))
+        error = RankError(left_out / whole, shares[worst], worst, embedding in errors and tied)
         (folder / CARD).write_text(escaped_lines(describe(card, error)), encoding="utf-8")
         write_marker(folder)
     return error
-
-
-def _rank_error(errors: dict[str, tuple[float, float]], changes_tied_head: bool) -> RankError:
-    """The relative errors. errors: for each matrix that differs, the norms of the omitted part and of the
-    difference."""
-    shares = {name: left_out / whole for name, (left_out, whole) in errors.items()}
-    worst = max(shares, key=shares.__getitem__)
-    left_out, whole = (math.hypot(*values) for values in zip(*errors.values(), strict=True))
-    return RankError(left_out / whole, shares[worst], worst, changes_tied_head)

@@ -22,38 +22,22 @@ import numpy as np
 from merge_kernels import draw_row_keys
 
 from evojax_merge.checkpoints.config_file import (
-    check_unquantised,
-    check_values,
-    comparable,
-    is_larger_model,
     layer_types,
 )
-from evojax_merge.checkpoints.config_shapes import check_against_config
 from evojax_merge.checkpoints.decoder_folder import (
     DecoderFolder,
-    as_it_is,
-    decoder_of,
-    decoder_with_projector,
-    named_alike,
 )
-from evojax_merge.checkpoints.derived import Find, open_model, parts_of, resolve_model
+from evojax_merge.checkpoints.derived import Find, parts_of, resolve_model
 from evojax_merge.checkpoints.folder import STEMS, is_finite, is_float, read_metadata
-from evojax_merge.checkpoints.generator_keys import scheme_name
-from evojax_merge.checkpoints.json_files import read_json_object, shown
+from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.parents import (
     Sources,
-    check_alike,
-    common_kind,
-    is_merged_as,
-    position_notes,
-    rows_differ,
     with_vocabulary_size,
 )
 from evojax_merge.checkpoints.tokens import (
     TOKENIZER_FILES,
     TokenizerChoice,
     TokenRule,
-    align,
     load_tokenizer,
     vocabulary_warnings,
 )
@@ -69,11 +53,10 @@ from evojax_merge.checkpoints.writer import (
 )
 from evojax_merge.errors import InputError, escaped_lines
 from evojax_merge.mergekit.modules import module_kind
+from evojax_merge.mergekit.opening import check_configs, check_inputs, fitting_inputs, open_models
 from evojax_merge.mergekit.plan import (
     Layout,
     TensorPlan,
-    evaluate_setting,
-    layout,
     module_layouts,
     output_layers,
     plan,
@@ -81,7 +64,7 @@ from evojax_merge.mergekit.plan import (
 )
 from evojax_merge.mergekit.schema import RECIPE_DTYPES, RecipeFile, TokenizerSetting
 from evojax_merge.mergekit.templates import CHAT_TEMPLATES
-from evojax_merge.models.architecture import BUFFERS, LAYERS, Architecture, known_architecture
+from evojax_merge.models.architecture import known_architecture
 from evojax_merge.models.paths import scale_gain
 from evojax_merge.system.chat_templates import ChatTemplateError, check_chat_template
 from evojax_merge.system.file_system import atomic_folder
@@ -90,13 +73,6 @@ from evojax_merge.system.regular_file import copy_regular
 Progress = Callable[[int], None]
 
 WORKERS = min(4, os.cpu_count() or 1)
-# Tensors that no forward pass reads, in an architecture whose tensors are not listed: value heads of reinforcement
-# learning and heads of classifiers, by the beginnings of their names, and tables that a model computes anew, by the
-# ends.
-VALUE_HEADS, CLASSIFIER_HEADS = ("v_head.", "value_head."), ("score.",)
-TABLES = (*BUFFERS, ".attn.masked_bias", ".attention.masked_bias", "embeddings.position_ids")
-# A causal mask, which older files hold as a matrix where newer classes have none.
-CAUSAL_MASKS = (".attn.bias", ".attention.bias")
 
 
 @dataclass(frozen=True)
@@ -153,16 +129,18 @@ def prepare(
         recipe = replace(recipe, seed=seed)
     paths = [find(recipe.where, reference, recipe.path.parent) for reference in recipe.models]
     choice = None if recipe.tokenizer is None else _tokenizer_choice(recipe, recipe.tokenizer, find)
-    sources, layouts, tied = _open(recipe, paths, choice, allow_crimes)
-    _check_one_scheme(sources)
-    _check_same_tensors(recipe, sources, layouts)
-    leader = _leader(recipe, sources)
-    planned = plan(recipe, layouts, partial(_fitting, recipe, sources))
+    sources, layouts, tied = open_models(recipe, paths, choice, allow_crimes)
+    leader = sources.folders[0 if recipe.other_modules is None else recipe.models.index(recipe.other_modules)]
+    if recipe.other_modules is not None and not leader.other_modules:
+        raise InputError(
+            recipe.where, f"other_modules: {recipe.other_modules} is a text decoder alone; expected a larger model"
+        )
+    planned = plan(recipe, layouts, partial(fitting_inputs, recipe, sources))
     tensor_plans = [replace(tensor_plan, name=leader.names.in_file(tensor_plan.name)) for tensor_plan in planned]
     wanted = RECIPE_DTYPES.get(dtype or recipe.out_dtype or recipe.dtype or "")
     specs = {}
     for tensor_plan in tensor_plans:
-        _check_inputs(recipe, sources, tensor_plan)
+        check_inputs(recipe, sources, tensor_plan)
         source, tensor = tensor_plan.inputs[0]
         dtypes = [sources.entry(s, name).dtype for s, name in tensor_plan.inputs]
         # Without a dtype in the recipe, sources of unlike precision are merged into a dtype that holds all of them.
@@ -176,8 +154,7 @@ def prepare(
         sources = replace(sources, warnings=(*sources.warnings, *token_warnings))
     if recipe.on_mismatch == "refuse":
         try:
-            _check_configs(sources)
-            sources = replace(sources, warnings=(*sources.warnings, *_position_notes(sources)))
+            sources = replace(sources, warnings=(*sources.warnings, *check_configs(sources)))
         except InputError as error:
             if strict:
                 raise
@@ -201,19 +178,6 @@ def prepare(
     )  # fmt: skip
 
 
-def _leader(recipe: RecipeFile, sources: Sources) -> DecoderFolder:
-    """The first model, or the model whose other modules the result has. Raises InputError where that model has no other
-    modules."""
-    if recipe.other_modules is None:
-        return sources.folders[0]
-    leader = sources.folders[recipe.models.index(recipe.other_modules)]
-    if not leader.other_modules:
-        raise InputError(
-            recipe.where, f"other_modules: {recipe.other_modules} is a text decoder alone; expected a larger model"
-        )
-    return leader
-
-
 def _merged_config(
     recipe: RecipeFile, sources: Sources, leader: DecoderFolder, layouts: Sequence[Layout], tied: bool | None
 ) -> dict[str, Any]:
@@ -235,16 +199,6 @@ def _merged_config(
     return config
 
 
-def _with_layer_types(sources: Sources) -> list[dict[str, Any]]:
-    """The sources' configs, with the kind of each layer written out where decoders derive it from the layer's number,
-    which slices change."""
-    configs = [folder.config for folder in sources.folders]
-    kinds = [layer_types(folder.where, folder.config) for folder in sources.folders]
-    if any(len(set(types)) > 1 for types in kinds):
-        return [config | {"layer_types": types} for config, types in zip(configs, kinds, strict=True)]
-    return configs
-
-
 def _set_depth(
     config: dict[str, Any],
     sources: Sources,
@@ -256,11 +210,23 @@ def _set_depth(
     """Write the number of layers into the config of source number `leader`, under the first of the keys (`section.key`
     or `key`) whose value is `layers`, and lists with an entry per layer, such as layer_types, from the sources' entries
     of `origins`. Raises InputError where no key has that value."""
-    configs, architecture = _with_layer_types(sources), known_architecture(config.get("model_type"))
+    configs, architecture = [folder.config for folder in sources.folders], known_architecture(config.get("model_type"))
+    kinds = [layer_types(folder.where, folder.config) for folder in sources.folders]
+    if any(len(set(types)) > 1 for types in kinds):
+        # Decoders derive a layer's kind from its number, which slices change.
+        configs = [config | {"layer_types": types} for config, types in zip(configs, kinds, strict=True)]
     config.update({key: configs[leader][key] for key in ("layer_types",) if key in configs[leader]})
 
     def section_of(config: Mapping[str, Any], name: str) -> Any:
         return config if not name else config.get(name)
+
+    def of_layer(model: int, name: str, key: str, layer: int) -> Any:
+        section = section_of(configs[model], name)
+        values = section.get(key) if isinstance(section, dict) else None
+        if not isinstance(values, list) or layer >= len(values):
+            where = sources.folders[model].path / "config.json"
+            raise InputError(where, f"{key}: {values!r}; expected a list with an entry per layer")
+        return values[layer]
 
     for name, _, depth in (key.rpartition(".") for key in depths):
         section = section_of(config, name)
@@ -273,22 +239,13 @@ def _set_depth(
         changed = {**section, depth: len(origins)}
         for key, value in section.items():
             if "layer" in key and isinstance(value, list) and len(value) == layers:
-                changed[key] = [
-                    _of_layer(sources.folders[model], section_of(configs[model], name), key, i) for model, i in origins
-                ]
+                changed[key] = [of_layer(model, name, key, i) for model, i in origins]
         config.update({name: changed} if name else changed)
         return
     raise InputError(
         sources.folders[leader].path / "config.json",
         f"does not say that there are {layers} layers (by {', '.join(depths)}); slices: cannot change their number",
     )
-
-
-def _of_layer(folder: DecoderFolder, section: Any, key: str, layer: int) -> Any:
-    values = section.get(key) if isinstance(section, dict) else None
-    if not isinstance(values, list) or layer >= len(values):
-        raise InputError(folder.path / "config.json", f"{key}: {values!r}; expected a list with an entry per layer")
-    return values[layer]
 
 
 def _tokenizer_choice(recipe: RecipeFile, setting: TokenizerSetting, find: Find) -> TokenizerChoice:
@@ -331,244 +288,6 @@ def _chat_template(recipe: RecipeFile, paths: list[Path]) -> str | None:
     templates = [getattr(load_tokenizer(path), "chat_template", None) for path in paths]
     texts = [template.strip() for template in templates if isinstance(template, str)]
     return max(texts, key=texts.count) if texts else None
-
-
-def _open(
-    recipe: RecipeFile, paths: list[Path], choice: TokenizerChoice | None, allow_crimes: bool
-) -> tuple[Sources, list[Layout], bool | None]:
-    """Open models of one architecture, known or not, or of any architectures with `allow_crimes`. Returns the sources,
-    their tensors' names, and whether the merged head is tied; None: the model is no known decoder with a head.
-
-    A merge does not run the model, so that a config need not be one that this program can run. Raises InputError.
-    """
-    whole = recipe.other_modules is None
-    if recipe.components and whole:
-        raise InputError(recipe.where, "components: without other_modules whole models are merged; name that model too")
-    open_decoder = decoder_with_projector if recipe.components else decoder_of
-    opened = [open_model(path) for path in paths]
-    folders = tuple(
-        as_it_is(model) if whole and is_larger_model(model.config) else open_decoder(model) for model in opened
-    )
-    first = folders[0]
-    for folder in folders[1:]:
-        kind, expected = (model.config.get("model_type") for model in (folder, first))
-        if not is_merged_as(folder, common_kind(folders)) and not allow_crimes:
-            _check_has_config(folder, first)
-            _check_has_config(first, folder)
-            raise InputError(
-                folder.where,
-                f"model_type is {shown(kind)}, but {first.path} is {shown(expected)}; expected one architecture "
-                "(--allow-crimes merges them if their tensors agree)",
-            )
-    folders = (first, *(named_alike(model, first) if model.config else model for model in folders[1:]))
-    decoder, sources = known_architecture(first.config.get("model_type")), Sources(folders)
-    for folder in folders:
-        check_unquantised(folder.path / "config.json", folder.whole.config)
-        if known_architecture(folder.config.get("model_type")) is not None:
-            check_values(folder.where, folder.config)
-    tied: bool | None = None
-    names = [list(folder.entries) for folder in folders]
-    if decoder is not None:
-        head = sources.token_tensors.head
-        if head is not None:
-            # An untied head anywhere makes the merge untied; a model that was saved without its head has no such
-            # tensor.
-            tied = all(folder.config.get("tie_word_embeddings", False) for folder in folders)
-            heads = [head] if not tied and any(head in tensor_names for tensor_names in names) else []
-            names = [[name for name in tensor_names if name != head] + heads for tensor_names in names]
-    names, strays = _without_strays(recipe, decoder, folders, names)
-    sources = replace(sources, warnings=strays)
-    layouts = [layout(tensor_names) for tensor_names in names]
-    if decoder is not None:
-        _check_depths(decoder, folders, layouts)
-    # Where architectures are mixed, the others' configs do not describe the merged tensors.
-    check_against_config(_decoder_of(first))
-    for folder in () if allow_crimes else folders[1:]:
-        check_against_config(_decoder_of(folder), lambda name: _mismatch(recipe, name) == "refuse")
-    if choice is None:
-        return sources, layouts, tied
-    embedding = sources.token_tensors.embedding
-    for folder in folders:
-        if embedding not in folder.entries:
-            raise InputError(
-                folder.path,
-                f"has no tensor {embedding}; tokenizer: aligns the rows of an embedding, which was not found here "
-                "(by its name, or by config.json's vocab_size)",
-            )
-    vocabulary = align(paths, [folder.entries[embedding].shape[0] for folder in folders], choice)
-    return Sources(folders, vocabulary, (*strays, *vocabulary.warnings)), layouts, tied
-
-
-def _decoder_of(folder: DecoderFolder) -> DecoderFolder:
-    """The decoder of a larger model that is merged as a whole; the folder itself where its decoder cannot be told
-    apart."""
-    try:
-        return decoder_of(folder.whole) if is_larger_model(folder.whole.config) else folder
-    except InputError:
-        return folder
-
-
-def _without_strays(
-    recipe: RecipeFile, decoder: Architecture | None, folders: Sequence[DecoderFolder], names: list[list[str]]
-) -> tuple[list[list[str]], tuple[str, ...]]:
-    """The models' tensors, without those that no forward pass reads and that some models lack, such as a value head
-    that training has left; and a warning for each model that has some. Tensors whose treatment the recipe sets stay."""
-    common = set.intersection(*map(set, names))
-    classes = folders[0].config.get("architectures")
-    classifies = isinstance(classes, list) and any("Classification" in str(class_name) for class_name in classes)
-    heads = VALUE_HEADS if classifies else VALUE_HEADS + CLASSIFIER_HEADS
-
-    masks = {
-        name for folder in folders for name, entry in folder.entries.items()
-        if name.endswith(CAUSAL_MASKS) and len(entry.shape) == 4
-    }  # fmt: skip
-
-    def is_stray(name: str) -> bool:
-        if name in common or _mismatch(recipe, name) != "refuse":
-            return False
-        if decoder is not None:
-            return decoder.leaf_of(name) is None
-        return name.startswith(heads) or name.endswith(TABLES) or name in masks
-
-    warnings = []
-    for folder, tensor_names in zip(folders, names, strict=True):
-        strays = sorted(filter(is_stray, tensor_names))
-        if strays:
-            some = f"{', '.join(strays[:3])}{' …' if len(strays) > 3 else ''}"
-            warnings.append(f"{folder.path}: {some}: not all models have this, and none reads it; left out")
-    return [[name for name in tensor_names if not is_stray(name)] for tensor_names in names], tuple(warnings)
-
-
-def _check_has_config(folder: DecoderFolder, other: DecoderFolder) -> None:
-    """Raises InputError where a model has weights alone, and the other model has a config."""
-    if not folder.whole.config and other.whole.config:
-        raise InputError(
-            folder.path, f"is of weights alone, and {other.path} is a model with a config.json; expected the folder of "
-            "that model (--allow-crimes merges them if their tensors agree)",
-        )  # fmt: skip
-
-
-def _check_depths(architecture: Architecture, folders: Sequence[DecoderFolder], layouts: Sequence[Layout]) -> None:
-    """Raises InputError where a decoder's config and tensors disagree on the number of layers."""
-    stack = next(leaf.tensor.partition("{layer}")[0] for leaf in architecture.leaves if leaf.stack == LAYERS)
-    for folder, model_layout in zip(folders, layouts, strict=True):
-        depth = len(model_layout.stacks.get(stack, {}))
-        configured = folder.config.get("num_hidden_layers", depth)
-        if configured != depth:
-            raise InputError(folder.where, f"num_hidden_layers: {configured}, but its tensors are of {depth}")
-
-
-def _check_configs(sources: Sources) -> None:
-    """Raises InputError where configs of one known architecture mean different layers."""
-    kind = common_kind(sources.folders)
-    is_one = all(is_merged_as(folder, kind) for folder in sources.folders)
-    if is_one and known_architecture(kind) is not None:
-        first, *others = [comparable(folder.config) for folder in sources.folders]
-        # Unequal values may mean the same layers: only reading both configs tells.
-        if any(other != first for other in others):
-            check_alike(sources.folders)
-
-
-def _position_notes(sources: Sources) -> tuple[str, ...]:
-    """Lines on text models that get other positions in the larger model that they merge into."""
-    kinds = {folder.is_part for folder in sources.folders}
-    is_known = known_architecture(common_kind(sources.folders)) is not None
-    return position_notes(sources.folders) if len(kinds) == 2 and is_known else ()
-
-
-def _mismatch(recipe: RecipeFile, tensor: str) -> str:
-    """The treatment of a tensor that not all models have alike: one of `ON_MISMATCH`."""
-    return str(evaluate_setting(recipe.where, tensor, recipe.on_mismatch, 0.0) or "refuse")
-
-
-def _fitting(
-    recipe: RecipeFile, sources: Sources, name: str, inputs: Sequence[tuple[int, str]]
-) -> Sequence[tuple[int, str]]:
-    """The inputs of a tensor that are merged: all, unless an input is missing or has another shape than the first, and
-    the recipe allows for that."""
-
-    def shape(source: int, tensor: str) -> tuple[int, ...] | None:
-        exists = sources.name_in(source, tensor) in sources.folders[source].entries
-        return sources.shape(source, tensor) if exists else None
-
-    expected = shape(*inputs[0])
-    alike = [pair for pair in inputs if shape(*pair) == expected]
-    if len(alike) == len(inputs):
-        return inputs
-    return {"refuse": inputs, "first": inputs[:1], "skip": alike}[_mismatch(recipe, name)]
-
-
-def _check_one_scheme(sources: Sources) -> None:
-    """Raises InputError for image generators whose tensors have the names of different tools."""
-    first, *others = sources.folders
-    expected = scheme_name(first.entries)
-    for folder in others:
-        actual = scheme_name(folder.entries)
-        if actual != expected and actual and expected:
-            raise InputError(
-                folder.path, f"its tensors have the names of {actual}, but those of {first.path} the names of "
-                f"{expected}; expected models of one kind in one form (diffusers converts between forms)",
-            )  # fmt: skip
-
-
-def _check_same_tensors(recipe: RecipeFile, sources: Sources, layouts: list[Layout]) -> None:
-    """Raises InputError unless all models have the same tensors, except for the number of layers and the tensors that
-    the recipe lets differ."""
-    first = sources.folders[0].path
-
-    def kinds(model_layout: Layout) -> dict[tuple[str, ...], str]:
-        """A tensor's name without its layer's number -> the full name in the first layer that has it."""
-        full_names: dict[tuple[str, ...], str] = {(name,): name for name in model_layout.outside}
-        for head, layers in model_layout.stacks.items():
-            for i, tails in sorted(layers.items(), reverse=True):
-                full_names |= {(head, tail): f"{head}{i}{tail}" for tail in tails}
-        return full_names
-
-    expected = kinds(layouts[0])
-    for folder, other in zip(sources.folders[1:], layouts[1:], strict=True):
-        actual = kinds(other)
-        differing = sorted((expected | actual)[kind] for kind in set(actual) ^ set(expected))
-        differing = [name for name in differing if _mismatch(recipe, name) == "refuse"]
-        if differing:
-            listed = ", ".join(differing[:10])
-            more = f" and {len(differing) - 10} more" if len(differing) > 10 else ""
-            raise InputError(folder.path, f"does not hold the same tensors as {first}: {listed}{more}")
-
-
-def _check_inputs(recipe: RecipeFile, sources: Sources, tensor_plan: TensorPlan) -> None:
-    """Raises InputError unless all sources of a tensor have one shape and one kind of numbers, floats or not."""
-    for s, key in tensor_plan.inputs:
-        if sources.name_in(s, key) not in sources.folders[s].entries:
-            raise InputError(sources.folders[s].path, f"has no tensor {key}")
-        if sources.vocabulary is not None and sources.has_rows(key):
-            _check_token_rows(sources, s, key)
-    (first, name), *others = tensor_plan.inputs
-    expected = sources.shape(first, name)
-    for s, key in others:
-        if sources.shape(s, key) != expected:
-            where = sources.folders[s].path
-            raise InputError(
-                where,
-                f"{key} has shape {list(sources.shape(s, key))}, but {list(expected)} in {sources.folders[first].path}"
-                f"{rows_differ(sources, key, sources.shape(s, key), expected)}",
-            )
-        if is_float(sources.entry(s, key).dtype) != is_float(sources.entry(first, name).dtype):
-            raise InputError(
-                sources.folders[s].path,
-                f"{key} is {sources.entry(s, key).dtype}, but {sources.entry(first, name).dtype} in "
-                f"{sources.folders[first].path}",
-            )
-
-
-def _check_token_rows(sources: Sources, source: int, tensor: str) -> None:
-    """Raises InputError unless a head, or its bias, has a row for each row of the embedding."""
-    embedding = sources.token_tensors.embedding
-    rows, expected = sources.entry(source, tensor).shape[0], sources.entry(source, embedding).shape[0]
-    if rows < expected:
-        raise InputError(
-            sources.folders[source].path,
-            f"{tensor} has {rows:,} rows, but {embedding} {expected:,}; expected as many, one for each token",
-        )
 
 
 def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
@@ -687,46 +406,32 @@ def _write_small_files(merge_plan: MergePlan, folder: Path) -> None:
     """Config, tokenizer and the settings of generation."""
     merged = [merge_plan.specs[tensor_plan.name].dtype for tensor_plan in merge_plan.rows]
     dtypes = {str(dtype) for dtype in merged if is_float(dtype)}
-    _write_config(merge_plan, folder, dtypes.pop() if len(dtypes) == 1 else None)
-    _write_tokenizer(merge_plan, folder)
-    if (merge_plan.leader.path / "generation_config.json").exists():
-        copy_regular(
-            merge_plan.leader.path / "generation_config.json", folder / "generation_config.json", "a JSON file"
-        )
-    for name in PROCESSOR_FILES:
+    dtype = {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}
+
+    def with_dtype(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in config.items() if key != "torch_dtype" or not dtype} | dtype
+
+    if merge_plan.config:
+        # A larger model's config and its decoder's settings both name the dtype.
+        config = with_dtype(merge_plan.leader.whole_config(with_dtype(merge_plan.config)))
+        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if merge_plan.tokenizer is not None:
+        _write_tokenizer(merge_plan, merge_plan.tokenizer, folder)
+    for name in ("generation_config.json", *PROCESSOR_FILES):
         if (merge_plan.leader.path / name).exists():
-            copy_regular(merge_plan.leader.path / name, folder / name, "a processor's settings")
+            what = "a processor's settings" if name in PROCESSOR_FILES else "a JSON file"
+            copy_regular(merge_plan.leader.path / name, folder / name, what)
 
 
-def _write_tokenizer(merge_plan: MergePlan, folder: Path) -> None:
-    if merge_plan.tokenizer is None:
-        return
+def _write_tokenizer(merge_plan: MergePlan, source: Path, folder: Path) -> None:
     vocabulary = merge_plan.sources.vocabulary
-    made = vocabulary is not None and vocabulary.copied is None
-    if made or merge_plan.chat_template is not None:
-        tokenizer = vocabulary.tokenizer if made and vocabulary is not None else load_tokenizer(merge_plan.tokenizer)
+    made = None if vocabulary is None or vocabulary.copied is not None else vocabulary.tokenizer
+    if made is not None or merge_plan.chat_template is not None:
+        tokenizer = load_tokenizer(source) if made is None else made
         if merge_plan.chat_template is not None:
             tokenizer.chat_template = merge_plan.chat_template
         tokenizer.save_pretrained(folder)
         return
     for name in TOKENIZER_FILES:
-        if (merge_plan.tokenizer / name).exists():
-            copy_regular(merge_plan.tokenizer / name, folder / name, "a tokenizer's")
-
-
-def _write_config(merge_plan: MergePlan, folder: Path, dtype: str | None) -> None:
-    if not merge_plan.config:
-        return
-    config = merge_plan.leader.whole_config(_with_dtype(merge_plan.config, dtype))
-    # A larger model's config and its decoder's settings both name the dtype.
-    config = _with_dtype(config, dtype)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """The config with this dtype; unchanged for None."""
-    changed = dict(config)
-    if dtype is not None:
-        changed.pop("torch_dtype", None)
-        changed["dtype"] = dtype
-    return changed
+        if (source / name).exists():
+            copy_regular(source / name, folder / name, "a tokenizer's")

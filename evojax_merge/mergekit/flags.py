@@ -41,6 +41,7 @@ _OTHER_VALUES = {
     **dict.fromkeys(("--prefix-match", "--byte-match", "--new-vocab-noise", "--new-vocab-scale"), _TOKENS),
     **dict.fromkeys(("--max-rank", "--save-module", "--exclude-regex", "--include-regex", "--sv-epsilon"), _LORA),
 }
+_OF_OTHERS = _OTHER_SWITCHES | _OTHER_VALUES
 _GIVEN = "evojax_merge.mergekit.flags"
 SIZES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
@@ -64,23 +65,21 @@ def without_meaning(command: Callable[..., Any]) -> Callable[..., Any]:
     ones. Options of mergekit's other programs end the command with a line that names the program."""
     plain = [(f"--{name}/--no-{name}",) for name in _SWITCHES] + [(f"--{name}",) for name in _VALUES]
     for names, kind in [*((names, {}) for names in plain), *_OTHERS.items()]:
-        command = click.option(*names, **kind, hidden=True, expose_value=False, callback=_note)(command)
-    for name in (*_OTHER_SWITCHES, *_OTHER_VALUES):
+        command = click.option(*names, **kind, hidden=True, expose_value=False, callback=_given)(command)
+    for name in _OF_OTHERS:
         flag: dict[str, Any] = {"is_flag": True, "default": None} if name in _OTHER_SWITCHES else {"multiple": True}
-        command = click.option(name, **flag, hidden=True, expose_value=False, callback=_refuse)(command)
+        command = click.option(name, **flag, hidden=True, expose_value=False, callback=_given)(command)
     return command
 
 
-def _note(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    if param.name is not None and ctx.get_parameter_source(param.name) is click.core.ParameterSource.COMMANDLINE:
-        ctx.meta.setdefault(_GIVEN, []).append(max(param.opts, key=len))
-    return value
-
-
-def _refuse(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+def _given(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """Note an option of the command line, or refuse one of another program."""
     if param.name is not None and ctx.get_parameter_source(param.name) is click.core.ParameterSource.COMMANDLINE:
         name = "/".join((*param.opts, *param.secondary_opts))
-        raise click.UsageError(f"{name}: an option of {(_OTHER_SWITCHES | _OTHER_VALUES)[name]}", ctx)
+        if name in _OF_OTHERS:
+            raise click.UsageError(f"{name}: an option of {_OF_OTHERS[name]}", ctx)
+        ctx.meta.setdefault(_GIVEN, []).append(max(param.opts, key=len))
+    return value
 
 
 def given_without_meaning(ctx: click.Context) -> list[str]:

@@ -79,14 +79,9 @@ def read_switch(value: Any) -> Any:
     return bool(value) if value in (0, 1) else value
 
 
-def contains(tensor: str, wanted: str) -> bool:
-    """Return whether a filter means a tensor: as a part of its name."""
-    return wanted in tensor
-
-
 def evaluate_setting(
     where: str, tensor: str, setting: Setting, t: float, read: Callable[[Any], Any] = read_number,
-    matches: Callable[[str, str], bool] = contains,
+    matches: Callable[[str, str], bool] = lambda tensor, wanted: wanted in tensor,
 ) -> Any:  # fmt: skip
     """A setting for one tensor: a scalar, a gradient over `t` in [0, 1], or the first filter that `matches` the tensor.
     `read` converts the entries of a gradient; if all results are numbers, they are interpolated."""
@@ -311,7 +306,7 @@ def _plan_module(recipe: RecipeFile, module: Module, layouts: Sequence[Layout], 
     method = recipe.method
     tensor_plans = []
     blocks = blocks_of(layouts[index[_first(module.slices[0]).model]].names())
-    matches, block_places = (blocks.matches if blocks.of else contains), blocks.places()
+    block_places = blocks.places()
 
     def add(name: str, inputs: list[tuple[Source, str]], part: Slice, t: float) -> None:
         base_first = sorted(inputs, key=lambda pair: pair[0].model != part.base)
@@ -327,7 +322,7 @@ def _plan_module(recipe: RecipeFile, module: Module, layouts: Sequence[Layout], 
         ordered = base_first if method.base != "parent" or method.base_is_first_parent else inputs
         merged = [(source, tensor) for source, tensor in ordered if (index[source.model], tensor) in chosen]
         t = block_places.get(name, t)
-        options, parameters = _resolve(recipe, module, part, merged[int(has_base) :], name, t, matches)
+        options, parameters = _resolve(recipe, module, part, merged[int(has_base) :], name, t, blocks.matches)
         offset = next((offset for text, offset in recipe.gain_offsets.items() if text in merged[0][1]), 0.0)
         inputs_by_index = tuple((index[source.model], tensor) for source, tensor in merged)
         tensor_plans.append(TensorPlan(name, inputs_by_index, options, parameters, offset))

@@ -19,7 +19,6 @@ from merge_kernels import METHODS, Method
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.plugins import HINT
-from evojax_merge.schema.yaml_reader import load_yaml
 
 # The keys of each section.
 TOP_KEYS = {
@@ -163,11 +162,6 @@ def checked_mapping(where: str, value: Any, known: set[str]) -> dict[str, Any]:
 # YAML -> recipe
 
 
-def read_recipe(path: Path) -> RecipeFile:
-    """Read a mergekit recipe. Raises InputError, naming the key, for unsupported settings."""
-    return parse_recipe(path, load_yaml(path))
-
-
 def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeFile:
     """A mergekit recipe as plain data. Relative paths start in the folder of `path`; `where`: the recipe's name in
     messages, None: the path. Raises InputError."""
@@ -236,7 +230,9 @@ def _slices(prefix: str, section: dict[str, Any], form: str, method: Method, bas
     if form == "slices":
         return tuple(_slice(f"{prefix}slices[{i}]", entry, method, base) for i, entry in enumerate(entries))
     sources = [_source(f"{prefix}models[{i}]", entry, method, MODEL_KEYS) for i, entry in enumerate(entries)]
-    return (Slice(None, _with_base(sources, base), {}, base),)
+    if base is not None and all(source.model != base for source in sources):
+        sources.insert(0, Source(base, sources[0].first, {}))
+    return (Slice(None, tuple(sources), {}, base),)
 
 
 def _dtype(where: str, key: str, value: Any) -> str | None:
@@ -364,12 +360,6 @@ def _layer_range(where: str, value: Any) -> tuple[int, int]:
     except (TypeError, ValueError, OverflowError):
         pass
     raise InputError(where, f"layer_range: {value!r}; expected [first, end] with first < end <= {MAX_LAYERS:,}")
-
-
-def _with_base(sources: Sequence[Source], base: str | None) -> tuple[Source, ...]:
-    if base is None or any(source.model == base for source in sources):
-        return tuple(sources)
-    return (Source(base, sources[0].first, {}), *sources)
 
 
 def _slice(where: str, entry: Any, method: Method, base: str | None) -> Slice:

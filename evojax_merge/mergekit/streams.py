@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.checkpoints.derived import ignored_revisions, split_reference
-from evojax_merge.checkpoints.folder import local_path
+from evojax_merge.checkpoints.references import local_path
 from evojax_merge.errors import InputError, shown
 from evojax_merge.mergekit.other_formats import other_format
 from evojax_merge.mergekit.schema import TOP_KEYS, RecipeFile, checked_mapping, parse_recipe

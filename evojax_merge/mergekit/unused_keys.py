@@ -45,6 +45,43 @@ ADVICE = {
 }
 
 
+# The sections of a recipe: their keys, the reason why another key is ignored, and the kinds of their parts, which are
+# sections, lists `[…]` and mappings `{…}` of sections, and methods of `_RecipeNormaliser`.
+SECTIONS: dict[str, tuple[Collection[str], str, Mapping[str, str]]] = {
+    "document": (
+        TOP_KEYS | {"name"}, "a recipe has no such key",
+        {"base_model": "reference", "ends": "reference", "tokenizer_source": "reference", "parameters": "settings",
+         "on_mismatch": "filters", "tokenizer": "tokenizer", "modules": "{module}", "models": "[model]",
+         "slices": "[slice]", "chat_template": "chat_template"},
+    ),
+    "module": (
+        MODULE_KEYS, "a module has no such key",
+        {"models": "[model]", "slices": "[slice]", "parameters": "settings"},
+    ),
+    "slice": (
+        SLICE_KEYS, "a slice has no such key",
+        {"sources": "[source]", "parameters": "settings", "base_model": "reference"},
+    ),
+    "model": (
+        MODEL_KEYS, "a model has no such key here", {"model": "reference", "parameters": "own_settings"},
+    ),
+    "source": (
+        SOURCE_KEYS, "a model has no such key here", {"model": "reference", "parameters": "own_settings"},
+    ),
+    "pair": (REFERENCE_KEYS, "a model has no such key", {"model": "path", "lora": "path"}),
+    "path": (PATH_KEYS, "a path has no such key", {}),
+    "filter": (FILTER_KEYS, "a filter has no such key", {}),
+    "tokenizer": (
+        TOKENIZER_KEYS, "a tokenizer has no such key",
+        {"source": "reference", "tokens": "tokens", "pad_to_multiple_of": "whole"},
+    ),
+    "token": (TOKEN_KEYS, "a token has no such key", {"source": "token_source", "force": "switch"}),
+    "row": (TOKEN_SOURCE_KEYS, "it has no such key", {"model": "reference", "token_id": "whole"}),
+}  # fmt: skip
+# The sections of a model with parameters of its own.
+MODELS = ("model", "source")
+
+
 @dataclass(frozen=True)
 class Typo:
     """An unused key at a place of a recipe, and the `name` that was likely meant. model: the reference of the model
@@ -85,15 +122,6 @@ class _RecipeNormaliser:
     typos: list[Typo] = field(default_factory=list)
     model: Any = None
 
-    def document(self, value: Any) -> Any:
-        top = self._known("", value, TOP_KEYS | {"name"}, "a recipe has no such key")
-        return self._each(
-            top,
-            base_model=self.reference, ends=self.reference, tokenizer_source=self.reference, parameters=self.settings,
-            on_mismatch=self.filters, tokenizer=self.tokenizer, modules=self.modules,
-            models=self.rows(MODEL_KEYS), slices=self.slices, chat_template=self.chat_template,
-        )  # fmt: skip
-
     def chat_template(self, place: str, value: Any) -> Any:
         """None for a name that no template has: mergekit writes no tokenizer then; here the tokenizer keeps its
         template."""
@@ -104,44 +132,34 @@ class _RecipeNormaliser:
         self.notes[place] = f"{place}: ignored; no template is called {shown(value)}{meant}"
         return None
 
-    def modules(self, place: str, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: self.module(f"{place}.{name}", section) for name, section in value.items()}
-
-    def module(self, place: str, value: Any) -> Any:
-        section = self._known(place, value, MODULE_KEYS, "a module has no such key")
-        return self._each(section, place, models=self.rows(MODEL_KEYS), slices=self.slices, parameters=self.settings)
-
-    def slices(self, place: str, value: Any) -> Any:
-        def normalised_slice(place: str, value: Any) -> Any:
-            section = self._known(place, value, SLICE_KEYS, "a slice has no such key")
-            return self._each(
-                section, place, sources=self.rows(SOURCE_KEYS), parameters=self.settings, base_model=self.reference
-            )
-
-        return _listed(place, value, normalised_slice)
-
-    def rows(self, known: Collection[str]) -> Any:
-        """The function that normalises a list of models, or of a slice's sources."""
-
-        def normalised_model(place: str, value: Any) -> Any:
+    def normalised(self, kind: str, place: str, value: Any) -> Any:
+        """A part of a recipe, whose kind is a section, a list or a mapping of them (see `SECTIONS`), or a method."""
+        inner = kind.strip("[]{}")
+        if kind.startswith("["):
+            listed = enumerate(value) if isinstance(value, list) else None
+            return value if listed is None else [self.normalised(inner, f"{place}[{i}]", item) for i, item in listed]
+        if kind.startswith("{"):
+            named = value.items() if isinstance(value, dict) else None
+            return value if named is None else {k: self.normalised(inner, f"{place}.{k}", item) for k, item in named}
+        if kind not in SECTIONS:
+            return getattr(self, kind)(place, value)
+        keys, why, parts = SECTIONS[kind]
+        if kind in MODELS:
             self.model = value.get("model") if isinstance(value, dict) else None
-            section = self._known(place, value, known, "a model has no such key here")
-            normalised = self._each(section, place, model=self.reference, parameters=self.own_settings)
+        section = self._known(place, value, keys, why)
+        if isinstance(section, dict):
+            begin = f"{place}." if place else ""
+            section = {
+                key: self.normalised(parts[key], f"{begin}{key}", item) if key in parts else item
+                for key, item in section.items()
+            }
+        if kind in MODELS:
             self.model = None
-            return normalised
-
-        return lambda place, value: _listed(place, value, normalised_model)
+        return section
 
     def reference(self, place: str, value: Any) -> Any:
-        if isinstance(value, dict) and "path" in value and "model" not in value:
-            return self.path(place, value)
-        section = self._known(place, value, REFERENCE_KEYS, "a model has no such key")
-        return self._each(section, place, model=self.path, lora=self.path)
-
-    def path(self, place: str, value: Any) -> Any:
-        return self._known(place, value, PATH_KEYS, "a path has no such key")
+        is_path = isinstance(value, dict) and "path" in value and "model" not in value
+        return self.normalised("path" if is_path else "pair", place, value)
 
     def settings(self, place: str, value: Any) -> Any:
         if self.method is None:
@@ -159,22 +177,21 @@ class _RecipeNormaliser:
     def numbers(self, place: str, parameter: Parameter, value: Any) -> Any:
         """A parameter's setting: filters, a gradient, or one number."""
         if isinstance(value, dict):
-            return self._each(value, place, value=lambda place, entry: self.numbers(place, parameter, entry))
+            return {
+                key: self.numbers(f"{place}.value", parameter, entry) if key == "value" else entry
+                for key, entry in value.items()
+            }
         if not isinstance(value, list):
-            return self._read(place, value, self._share(parameter, _as_number(value)))
+            number = _as_number(value)
+            share = read_number(number)
+            # mergekit reads a share of 1 or more as all of the entries, and one of 0 or less as none.
+            if parameter.quantised and isinstance(share, int | float):
+                number = 1 if share > 1 else 0 if share < 0 and parameter.clipped_below else number
+            return self._read(place, value, number)
         if any(isinstance(entry, dict) for entry in value):
             return [self.numbers(f"{place}[{i}]", parameter, entry) for i, entry in enumerate(value)]
         # A gradient's value in a layer is limited, but not its entries.
         return [self._read(f"{place}[{i}]", entry, _as_number(entry)) for i, entry in enumerate(value)]
-
-    def _share(self, parameter: Parameter, value: Any) -> Any:
-        """A share of the entries as mergekit reads it: 1 or more are all of them, 0 or less none."""
-        share = read_number(value)
-        if not parameter.quantised or not isinstance(share, int | float):
-            return value
-        if share > 1 or (share < 0 and parameter.clipped_below):
-            return 1 if share > 1 else 0
-        return value
 
     def own_settings(self, place: str, value: Any) -> Any:
         """The settings of one model."""
@@ -187,21 +204,15 @@ class _RecipeNormaliser:
     def filters(self, place: str, value: Any) -> Any:
         if isinstance(value, list):
             return [self.filters(f"{place}[{i}]", entry) for i, entry in enumerate(value)]
-        return self._known(place, value, FILTER_KEYS, "a filter has no such key")
+        return self.normalised("filter", place, value)
 
-    def tokenizer(self, place: str, value: Any) -> Any:
-        section = self._known(place, value, TOKENIZER_KEYS, "a tokenizer has no such key")
-
-        def tokens(place: str, value: Any) -> Any:
-            if not isinstance(value, dict):
-                return value
-            entries = {name: self.token(f"{place}.{name}", entry) for name, entry in value.items()}
-            for name in [name for name, entry in entries.items() if _says_nothing(entry)]:
+    def tokens(self, place: str, value: Any) -> Any:
+        entries = self.normalised("{token}", place, value)
+        for name, entry in list(entries.items()) if isinstance(entries, dict) else ():
+            if isinstance(entry, dict) and entry.get("source") is None and entry.get("force", False) is False:
                 self.notes[f"{place}.{name}"] = f"{place}.{name}: ignored; it names no source"
                 del entries[name]
-            return entries
-
-        return self._each(section, place, source=self.reference, tokens=tokens, pad_to_multiple_of=self.whole)
+        return entries
 
     def whole(self, place: str, value: Any) -> Any:
         """A whole number, which may be written as a text or with a point."""
@@ -209,20 +220,12 @@ class _RecipeNormaliser:
         number = read_number(number) if isinstance(number, str) else number
         return self._read(place, value, int(number) if isinstance(number, float) and number.is_integer() else number)
 
-    def token(self, place: str, value: Any) -> Any:
-        entry = self._known(place, value, TOKEN_KEYS, "a token has no such key")
+    def token_source(self, place: str, value: Any) -> Any:
+        is_kind = isinstance(value, dict) and "kind" in value
+        return self.normalised("row", place, value) if is_kind else self.reference(place, value)
 
-        def source(place: str, value: Any) -> Any:
-            if not isinstance(value, dict) or "kind" not in value:
-                return self.reference(place, value)
-            return self._each(
-                self._known(place, value, TOKEN_SOURCE_KEYS, "it has no such key"), place,
-                model=self.reference, token_id=self.whole,
-            )  # fmt: skip
-
-        return self._each(
-            entry, place, source=source, force=lambda place, value: self._read(place, value, read_switch(value))
-        )
+    def switch(self, place: str, value: Any) -> Any:
+        return self._read(place, value, read_switch(value))
 
     def _read(self, place: str, value: Any, read: Any) -> Any:
         """The value `read`, with a note where it differs from `value`."""
@@ -240,40 +243,20 @@ class _RecipeNormaliser:
             if key in known:
                 continue
             key_place = f"{place}.{key}" if place else str(key)
-            near = _meant(str(key), known)
+            # Nobody meant another key by one of another tool, or by a parameter of another method.
+            is_other = key in ADVICE or key in KNOWN_UNUSED_KEYS
+            is_other = is_other or any(str(key) in parameter_names(method) for method in METHODS.values())
+            near = None if is_other else nearest(str(key), known)
             advice = ADVICE.get(str(key)) or (None if near is None else f"did you mean '{near}'?")
             self.notes.setdefault(str(key), f"{key_place}: ignored; {why}" + ("" if advice is None else f" ({advice})"))
             if near is not None:
                 self.typos.append(Typo(near, key_place, self.model))
         return {key: item for key, item in value.items() if key in known}
 
-    @staticmethod
-    def _each(value: Any, place: str = "", /, **parts: Any) -> Any:
-        """A mapping with the function of the same name applied to each part."""
-        if not isinstance(value, dict):
-            return value
-        begin = f"{place}." if place else ""
-        return {key: parts[key](f"{begin}{key}", item) if key in parts else item for key, item in value.items()}
-
-
-def _listed(place: str, value: Any, normalise: Any) -> Any:
-    return [normalise(f"{place}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list) else value
-
 
 def _as_number(value: Any) -> Any:
     """True as 1 and false as 0; all else as it is."""
     return int(value) if isinstance(value, bool) else value
-
-
-def _says_nothing(entry: Any) -> bool:
-    return isinstance(entry, dict) and entry.get("source") is None and entry.get("force", False) is False
-
-
-def _meant(key: str, known: Collection[str]) -> str | None:
-    """The known key that a key was likely meant to be; None for a parameter of another method."""
-    if key in ADVICE or key in KNOWN_UNUSED_KEYS or any(key in parameter_names(method) for method in METHODS.values()):
-        return None
-    return nearest(key, known)
 
 
 def without_unused_keys(path: Path, documents: Sequence[Any]) -> tuple[list[Any], list[str]]:
@@ -296,7 +279,7 @@ def _normalised(documents: Sequence[Any]) -> list[tuple[Any, str, _RecipeNormali
         if isinstance(document, Mapping) and "merge_method" in document and other_format(document) is None:
             name = document["merge_method"]
             normaliser = _RecipeNormaliser(METHODS.get(name) if isinstance(name, str) else None)
-            document = normaliser.document(document)
+            document = normaliser.normalised("document", "", document)
         results.append((document, f"document {number}: " if len(documents) > 1 else "", normaliser))
     return results
 

@@ -256,19 +256,20 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _flow_list(dumper: yaml.SafeDumper, data: list) -> yaml.Node:
-    flat = all(isinstance(entry, (int, float, str)) for entry in data) and len(data) <= 4
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flat)
-
-
-def _flow_map(dumper: yaml.SafeDumper, data: dict) -> yaml.Node:
-    return dumper.represent_mapping(
+_Dumper.add_representer(
+    list,
+    lambda dumper, data: dumper.represent_sequence(
+        "tag:yaml.org,2002:seq",
+        data,
+        flow_style=all(isinstance(entry, (int, float, str)) for entry in data) and len(data) <= 4,
+    ),
+)
+_Dumper.add_representer(
+    dict,
+    lambda dumper, data: dumper.represent_mapping(
         "tag:yaml.org,2002:map", data.items(), flow_style=set(data) in ({"filter", "value"}, {"value"})
-    )
-
-
-_Dumper.add_representer(list, _flow_list)
-_Dumper.add_representer(dict, _flow_map)
+    ),
+)
 
 
 def in_dtype(text: str, dtype: str | None) -> str:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from merge_kernels import METHODS, Method, Options, add_low_rank
@@ -42,10 +41,6 @@ class MergeSpec:
             else np.float64(values[0])
             for name, values in self.constants
         }
-
-    def round_to_export(self, merged: jax.Array) -> jax.Array:
-        """Round to the export dtype: candidates are scored as they would be written."""
-        return merged.astype(jnp.dtype(self.export_dtype))
 
 
 @struct.dataclass

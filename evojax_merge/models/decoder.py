@@ -37,7 +37,6 @@ from evojax_merge.models.layers import (
     Weights,
     layer_kinds,
     matmul,
-    matmul_transposed,
     padded_layout,
     prefix_layout,
     tables_of,
@@ -317,18 +316,6 @@ def logits(config: DecoderConfig, source: HeadSource, hidden: jax.Array) -> jax.
     """float32 logits `[..., vocab]` of final hidden states `[..., hidden]`."""
     products = matmul(hidden, source.head(source.lm_head_rows(0, config.vocab, 1)), jnp.float32)
     return architecture_of(config).map_logits(config, products)
-
-
-def greedy_token(config: DecoderConfig, source: HeadSource, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The argmax tokens `int32[…]` after final hidden states `[…, hidden]` (the first of equals), and their float32
-    logits, NaN where any token's logit is NaN."""
-    # In the transposed layout a CPU compares the logits of many rows at a time.
-    columns = matmul_transposed(hidden, source.head(source.lm_head_rows(0, config.vocab, 1)), jnp.float32)
-    columns = architecture_of(config).map_logits(config, columns)
-    # argmax treats NaN as the largest; a maximum need not keep it.
-    best = jnp.argmax(columns, axis=0).astype(jnp.int32)
-    max_logit = jnp.take_along_axis(columns, best[None], axis=0)[0]
-    return best.reshape(hidden.shape[:-1]), max_logit.reshape(hidden.shape[:-1])
 
 
 def target_logprobs(

@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from evojax_merge.models.architecture import architecture_of
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import CacheUpdate, KVCache, decode_step, forward, greedy_token, update_columns
+from evojax_merge.models.decoder import CacheUpdate, KVCache, decode_step, forward, update_columns
 from evojax_merge.models.images import ImageInputs
-from evojax_merge.models.layers import SequenceLayout, padded_layout
+from evojax_merge.models.layers import SequenceLayout, matmul_transposed, padded_layout
 from evojax_merge.models.sharding import shard
 from evojax_merge.models.sources import StackedWeights, UnstackedWeights
 
@@ -223,6 +224,13 @@ def is_stop(tokens: jax.Array, stop: tuple[int, ...]) -> jax.Array:
 
 
 def _greedy(config: DecoderConfig, model: StackedWeights | UnstackedWeights, hidden: jax.Array) -> jax.Array:
-    best, max_logit = greedy_token(config, model, hidden)
-    # The maximum is finite only where no logit is NaN or plus infinity.
+    """The argmax tokens `int32[…]` after final hidden states `[…, hidden]` (the first of equals); `NONFINITE_ID` where
+    any token's logit is NaN or plus infinity."""
+    # In the transposed layout a CPU compares the logits of many rows at a time.
+    columns = matmul_transposed(hidden, model.head(model.lm_head_rows(0, config.vocab, 1)), jnp.float32)
+    columns = architecture_of(config).map_logits(config, columns)
+    # argmax treats NaN as the largest; a maximum need not keep it.
+    best = jnp.argmax(columns, axis=0).astype(jnp.int32)
+    max_logit = jnp.take_along_axis(columns, best[None], axis=0)[0]
+    best, max_logit = best.reshape(hidden.shape[:-1]), max_logit.reshape(hidden.shape[:-1])
     return jnp.where(jnp.isfinite(max_logit), best, NONFINITE_ID)

@@ -2,43 +2,47 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-
+from evojax_merge.errors import InputError, shown
 from evojax_merge.models.config_keys import Expected
 
-
-class GgufTensor(Protocol):
-    """A tensor of a GGUF file, with its shape in Hugging Face's order."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    def read(self) -> np.ndarray: ...
+EMBEDDING = "token_embd.weight"
 
 
-class GgufFile(Protocol):
-    """A GGUF file's metadata and tensors, by their names in the file."""
+@dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file whose header was read: the metadata of the model and the tokenizer, and the tensors by their names in
+    the file, with shapes in Hugging Face's order."""
 
-    @property
-    def path(self) -> object: ...
-    @property
-    def metadata(self) -> Mapping[str, Any]: ...
-    @property
-    def tensors(self) -> Mapping[str, GgufTensor]: ...
-    @property
-    def embedding(self) -> GgufTensor:
-        """The tokens' embedding, `[vocab, hidden]`."""
-        ...
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Any]
 
     def key(self, name: str) -> str:
         """A key of the metadata: `name`, behind the architecture's name where `name` begins with a dot."""
-        ...
+        return f"{self.metadata['general.architecture']}{name}" if name.startswith(".") else name
 
     def value(self, name: str, expected: Expected, default: Any = None) -> Any:
         """The metadata of `key(name)`. Raises InputError where the key is missing and has no default, or its value
         breaks the rule `expected`."""
-        ...
+        value = self.metadata.get(self.key(name), default)
+        if value is None:
+            raise InputError(self.path, f"{self.key(name)}: missing; expected {expected.words} for this architecture")
+        if not expected.accepts(value):
+            raise InputError(self.path, f"{self.key(name)}: {shown(value)}; expected {expected.words}")
+        return value
+
+    @property
+    def embedding(self) -> Any:
+        """The tensor of the tokens' embedding, `[vocab, hidden]`."""
+        tensor = self.tensors.get(EMBEDDING)
+        if tensor is None:
+            raise InputError(self.path, f"has no tensor {EMBEDDING}; expected a whole model")
+        if len(tensor.shape) != 2:
+            raise InputError(self.path, f"{EMBEDDING} has shape {list(tensor.shape)}; expected a matrix")
+        return tensor
 
 
 @dataclass(frozen=True)

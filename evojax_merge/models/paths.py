@@ -24,7 +24,7 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import add_deepstack, deepstack_rows, embed, image_layout
 from evojax_merge.models.images import ImageInputs
 from evojax_merge.models.layers import LayerKind, SequenceLayout, Weights, prefix_layout, tables_of
-from evojax_merge.models.sources import StackedWeights
+from evojax_merge.models.sources import MaterialisedWeights, StackedWeights
 
 
 @dataclass(frozen=True)
@@ -79,22 +79,18 @@ class PathBank:
     export_dtype: str = struct.field(pytree_node=False)
     compute_dtype: str = struct.field(pytree_node=False, default="float32")
 
-    def rounded(self, x: jax.Array) -> jax.Array:
-        """`x` rounded to the export dtype, in the compute dtype."""
-        return x.astype(jnp.dtype(self.export_dtype)).astype(jnp.dtype(self.compute_dtype))
-
     def scaled_layer(self, index: jax.Array, scale: jax.Array) -> Weights:
-        """Layer `index` with its output multiplied by `scale`."""
-        return {name: self.rounded(self._scaled(name, leaf[index], scale)) for name, leaf in self.layers.items()}
+        """Layer `index` with its output multiplied by `scale`, rounded to the export dtype, in the compute dtype."""
+        dtype = jnp.dtype(self.compute_dtype)
+        return {name: leaf.astype(dtype) for name, leaf in self.exported_layer(index, scale).items()}
 
     def exported_layer(self, index: jax.Array, scale: jax.Array) -> Weights:
-        """Like `scaled_layer`, in the export dtype."""
-        dtype = jnp.dtype(self.export_dtype)
-        return {name: self._scaled(name, leaf[index], scale).astype(dtype) for name, leaf in self.layers.items()}
-
-    def _scaled(self, name: str, leaf: jax.Array, scale: jax.Array) -> jax.Array:
-        offset = dict(self.residual_outputs).get(name)
-        return leaf if offset is None else scale_gain(leaf, scale, offset)
+        """Layer `index` with its output multiplied by `scale`, in the export dtype."""
+        dtype, offsets = jnp.dtype(self.export_dtype), dict(self.residual_outputs)
+        return {
+            name: (scale_gain(leaf[index], scale, offsets[name]) if name in offsets else leaf[index]).astype(dtype)
+            for name, leaf in self.layers.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -144,7 +140,7 @@ def embedding_and_head(bank: PathBank, parent: int) -> StackedWeights:
 
 
 @struct.dataclass
-class PathWeights:
+class PathWeights(MaterialisedWeights):
     """A path as a layer source: each layer is taken from the bank and scaled when the forward pass needs it, so that a
     pass can be differentiated with respect to the scales; gradients ignore the rounding to the export dtype (a
     straight-through estimator). layers: int32[T]; residual_scales: float32[T]; ends: the embedding, final norm and
@@ -156,28 +152,19 @@ class PathWeights:
     residual_scales: jax.Array
 
     @property
-    def prefetch(self) -> bool:
-        # Weights in a scan's carry would be kept for every layer.
-        return False
+    def shared(self) -> Weights:  # type: ignore[override]
+        return self.ends.shared
+
+    @property
+    def compute_dtype(self) -> str:  # type: ignore[override]
+        return self.ends.compute_dtype
 
     @property
     def stacks(self) -> dict[str, tuple[jax.Array, jax.Array]]:
         return {LAYERS: (self.layers, self.residual_scales)}
 
-    def layer(self, slice_: tuple[jax.Array, jax.Array]) -> Weights:
+    def layer(self, slice_: tuple[jax.Array, jax.Array]) -> Weights:  # type: ignore[override]
         return self.bank.scaled_layer(*slice_)
-
-    def rows(self, name: str, ids: jax.Array) -> jax.Array:
-        return self.ends.rows(name, ids)
-
-    def leaf(self, name: str) -> jax.Array:
-        return self.ends.leaf(name)
-
-    def lm_head_rows(self, start: jax.Array | int, rows: int, shards: int) -> jax.Array:
-        return self.ends.lm_head_rows(start, rows, shards)
-
-    def head(self, slices: jax.Array) -> jax.Array:
-        return self.ends.head(slices)
 
 
 def path_config(bank: PathBank, layers: Sequence[int], config: DecoderConfig) -> DecoderConfig:

@@ -12,15 +12,11 @@ from typing import Any
 import jax
 
 from evojax_merge.models.architecture import Architecture, Leaf, SharedWeights
-from evojax_merge.models.config import DecoderConfig, ProjectorConfig
+from evojax_merge.models.config import ProjectorConfig
 from evojax_merge.models.layers import ACTIVATIONS, matmul
 
 # The beginning of its tensors' names, and their names behind it.
 PREFIX, FIRST, SECOND = "multi_modal_projector.", "linear_1", "linear_2"
-
-
-def _has_bias(config: DecoderConfig) -> bool:
-    return config.projector is not None and config.projector.has_bias
 
 
 LEAVES = tuple(
@@ -28,9 +24,12 @@ LEAVES = tuple(
     for module, inner in ((FIRST, "features"), (SECOND, "hidden"))
     for leaf in (
         Leaf(f"projector_{module}", f"{PREFIX}{module}.weight", "projector", ("hidden", inner)),
-        Leaf(f"projector_{module}_bias", f"{PREFIX}{module}.bias", "projector", ("hidden",), present_if=_has_bias),
+        Leaf(
+            f"projector_{module}_bias", f"{PREFIX}{module}.bias", "projector", ("hidden",),
+            present_if=lambda config: config.projector is not None and config.projector.has_bias,
+        ),
     )
-)
+)  # fmt: skip
 
 
 @cache

@@ -30,8 +30,8 @@ from evojax_merge.models.layers import Weights, without_upcast
 from evojax_merge.models.sharding import cut_at, map_shards, replicate, shard, shards_of, slice_shards
 
 
-class _MaterialisedWeights:
-    """The methods that stacked and unstacked weights share."""
+class MaterialisedWeights:
+    """The methods of weights that are in memory: all of them, or those outside of the layers."""
 
     shared: Weights
     compute_dtype: str
@@ -61,7 +61,7 @@ class _MaterialisedWeights:
 
 
 @struct.dataclass
-class StackedWeights(_MaterialisedWeights):
+class StackedWeights(MaterialisedWeights):
     """A model with its layers stacked. stacks: stack -> leaf -> `[L, …]`; shared: leaf -> `[…]` (`head` only where it
     is untied)."""
 
@@ -81,7 +81,7 @@ class StackedWeights(_MaterialisedWeights):
 
 
 @struct.dataclass
-class UnstackedWeights(_MaterialisedWeights):
+class UnstackedWeights(MaterialisedWeights):
     """A model with each layer in arrays of its own, which a decode step takes one by one without copying. per_layer:
     stack -> leaf -> `[…]` of each of its layers."""
 
@@ -199,7 +199,8 @@ class LazyMerge:
             )
             inputs = CombineInputs(sources, numbers, leaf.statistics, parameters)
             merged = self.combine(spec.method, spec.options, inputs)
-        return spec.round_to_export(merged)
+        # Candidates are scored as they would be written.
+        return merged.astype(jnp.dtype(spec.export_dtype))
 
     def rows(self, name: str, ids: jax.Array) -> jax.Array:
         # Every device has the picked rows. `ids` are flattened: a TPU's compiler would copy the picked rows of all
@@ -229,8 +230,8 @@ class LazyMerge:
         # All layers at once by vmap: a compiler that fuses the choice of a layer into its merge makes slow code of
         # both. Low-rank parents go layer by layer, so that their whole weights never all exist.
         is_low_rank = any(leaf.factors is not None for leaf in self._stack_leaves)
-        each = jax.lax.map if is_low_rank else _side_by_side
-        return self._materialise(lambda slices: each(self.merge_layer, slices))
+        each = partial(jax.lax.map, self.merge_layer) if is_low_rank else jax.vmap(self.merge_layer)
+        return self._materialise(each)
 
     def _materialise(self, merge_layers: Callable[[Any], Weights]) -> StackedWeights:
         """The whole candidate. merge_layers: merges all layers of a stack. The merged weights are sharded like the
@@ -264,10 +265,6 @@ class DifferentiableMerge(LazyMerge):
         """The whole candidate, in the export dtype, one layer after the other: a layer's derivative computes the values
         that it needs again."""
         return self._materialise(partial(jax.lax.map, jax.checkpoint(self.merge_layer)))
-
-
-def _side_by_side(function: Callable[[Any], Any], slices: Any) -> Any:
-    return jax.vmap(function)(slices)
 
 
 def lazy_merge(

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -71,16 +70,15 @@ def load_ahead(load: Callable[[int], T], numbers: Sequence[int]) -> Iterator[tup
 
 def abstract_streamed(bank: Bank) -> StreamedBank:
     """The streamed bank of a bank of abstract arrays, for plans."""
-    first = partial(jax.tree.map, lambda array: _shape(array, (1, *array.shape[1:])), bank.stacks[LAYERS])
+    layers = bank.stacks[LAYERS]
+
+    def first(array: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(array, "sharding", None)
+        return jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype, sharding=sharding)
+
     return StreamedBank(
-        depth_of(bank), lambda number: first(), lambda names: {name: bank.shared[name] for name in names}, bank
+        int(jax.tree.leaves(layers)[0].shape[0]),
+        lambda number: jax.tree.map(first, layers),
+        lambda names: {name: bank.shared[name] for name in names},
+        bank,
     )
-
-
-def depth_of(bank: Bank) -> int:
-    """The number of layers of a bank."""
-    return int(jax.tree.leaves(bank.stacks[LAYERS])[0].shape[0])
-
-
-def _shape(array: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape or array.shape, array.dtype, sharding=getattr(array, "sharding", None))

@@ -10,7 +10,7 @@ from typing import Any
 
 from evojax_merge.backends.backend import Backend
 from evojax_merge.checkpoints.derived import parts_of
-from evojax_merge.checkpoints.folder import hub_id
+from evojax_merge.checkpoints.references import hub_id
 from evojax_merge.mergekit.as_adapter import RankError
 from evojax_merge.mergekit.write import dump_documents, in_dtype
 from evojax_merge.problem import SearchProblem

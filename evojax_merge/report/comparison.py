@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from evojax_merge.checkpoints.derived import parts_of
-from evojax_merge.checkpoints.folder import hub_id
+from evojax_merge.checkpoints.references import hub_id
 from evojax_merge.evaluation.scores import Scale
 from evojax_merge.report.intervals import SAME, TOO_FEW, Lead
 from evojax_merge.report.meetings import Meetings

@@ -13,9 +13,8 @@ cache folder once made.
 
 import re
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -36,6 +35,8 @@ EXPERTS = ("sums", "differences", "both", "easy_sums", "copying", "mixed")
 KINDS = ("ddpm", "evovlm", "loops", "t5", "vit")
 # The version of the training recipe in `arithmetic` and of the packaged weights: each version has a folder of its own.
 VERSION = "v3"
+# A seed, where there is one, and the name of a model or file of the seed's family.
+NUMBERED = re.compile(r"(?:([0-9]{1,9})/)?([^/]+)")
 
 
 def cache_folder() -> Path:
@@ -50,148 +51,102 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
     zoo does not have.
     """
     name = reference.removeprefix(PREFIX)
+    kind, _, rest = name.partition("/")
     if name.startswith("smollm2/"):
         from evojax_merge.zoo import smollm2
 
-        return smollm2.resolve_reference(name.removeprefix("smollm2/"))
-    if name.partition("/")[0] == "experts":
-        return _expert(name.partition("/")[2])
-    kind, _, rest = name.partition("/")
+        return smollm2.resolve_reference(rest)
     if kind in KINDS:
-        family_kind: Family = import_module(f"evojax_merge.zoo.{kind}").FAMILY
-        return family_kind.resolve_reference(rest)
-    match = re.fullmatch(r"(?:([0-9]{1,9})/)?([^/]+)", name)
+        family: Family = import_module(f"evojax_merge.zoo.{kind}").FAMILY
+        return family.resolve_reference(rest)
+    if kind == "experts":
+        if rest not in EXPERTS:
+            raise _unknown(name, [f"experts/{expert}" for expert in EXPERTS], "expert")
+        folder = cache_folder() / VERSION / "experts"
+        if not folder.is_dir():
+            from evojax_merge.zoo.arithmetic import EXPERT_STEPS, make_experts
+
+            write_family(folder, make_experts, sum(EXPERT_STEPS.values()), f"{', '.join(EXPERTS)} of {PREFIX}base")
+        return folder / rest
+    match = NUMBERED.fullmatch(name)
     if match is None or match[2] not in MODELS + FILES:
         numbered = re.match(r"[0-9]{1,9}/", name)
-        references = [f"{PREFIX}{numbered[0] if numbered else ''}{name_or_file}" for name_or_file in MODELS + FILES]
-        raise InputError(f"{PREFIX}{name}", f"the zoo has no such model or file{did_you_mean(reference, references)}")
-    if match[1] is None:
-        family = cache_folder() / VERSION / "packaged"
-        if not family.is_dir():
-            from evojax_merge.zoo.arithmetic import unpack_family
-
-            unpack(family, unpack_family)
-        return family / match[2]
-    seed = int(match[1])
-    family = cache_folder() / VERSION / f"seed-{seed}"
-    if not family.is_dir():
-        from evojax_merge.zoo.arithmetic import Plan, make_family
-
-        plan = plan or Plan()
-        make = partial(make_family, seed=seed, plan=plan)
-        train_family(family, f"{', '.join(MODELS)} (seed {seed})", plan.steps, make)
-    return family / match[2]
-
-
-def unpack(family: Path, write: Callable[[Path], None]) -> None:
-    """Have models that come with the package written; the folder takes its name when it is complete."""
-    from evojax_merge.system.file_system import atomic_folder
-
-    try:
-        with atomic_folder(family) as work:
-            write(work)
-    except InputError:
-        # Another process may have unpacked it meanwhile.
-        if not family.is_dir():
-            raise
-
-
-def _expert(name: str) -> Path:
-    """One of the six further experts, which are trained together."""
-    if name not in EXPERTS:
-        references = [f"{PREFIX}experts/{expert}" for expert in EXPERTS]
-        raise InputError(
-            f"{PREFIX}experts/{name}",
-            f"the zoo has no such expert{did_you_mean(f'{PREFIX}experts/{name}', references)}",
-        )
-    folder = cache_folder() / VERSION / "experts"
+        raise _unknown(name, [f"{numbered[0] if numbered else ''}{content}" for content in MODELS + FILES])
+    folder = cache_folder() / VERSION / ("packaged" if match[1] is None else f"seed-{int(match[1])}")
     if not folder.is_dir():
-        from evojax_merge.zoo.arithmetic import EXPERT_STEPS, make_experts
+        from evojax_merge.zoo.arithmetic import Plan, make_family, unpack_family
 
-        train_family(folder, f"{', '.join(EXPERTS)} of {PREFIX}base", sum(EXPERT_STEPS.values()), make_experts)
-    return folder / name
+        if match[1] is None:
+            write_family(folder, unpack_family)
+        else:
+            seed, plan = int(match[1]), plan or Plan()
+            make = partial(make_family, seed=seed, plan=plan)
+            write_family(folder, make, plan.steps, f"{', '.join(MODELS)} (seed {seed})")
+    return folder / match[2]
+
+
+def _unknown(name: str, names: Sequence[str], what: str = "model or file") -> InputError:
+    """The error for a name that the zoo does not have. names: those of its kind that the zoo has."""
+    near = did_you_mean(f"{PREFIX}{name}", [f"{PREFIX}{other}" for other in names])
+    return InputError(f"{PREFIX}{name}", f"the zoo has no such {what}{near}")
 
 
 @dataclass(frozen=True)
-class Family(ABC):
+class Family:
     """A kind of family, one for each seed, as `zoo:NAME/3/MODEL`; `zoo:NAME/MODEL` belongs to that of seed 0.
 
-    version: of the recipe of the models, which every change of it increases; files: of tasks, beside the models.
+    version: of the recipe of the models, which every change of it increases; make: (an empty folder, seed=…) writes the
+    models and files of a seed; steps: those of all models' training (`make` then takes a `progress`, see
+    `write_family`), 0 for models that come with the package; files: of tasks, beside the models.
     """
 
     name: str
     version: str
     models: Sequence[str]
-    files: Sequence[str] = field(default=FILES, kw_only=True)
-
-    @abstractmethod
-    def write(self, family: Path, seed: int) -> None:
-        """Write the models and files of a seed into a folder that does not exist."""
+    make: Callable[..., None]
+    steps: int = 0
+    files: Sequence[str] = FILES
 
     def resolve_reference(self, name: str) -> Path:
         """The path of a model or file, `3/plus` or `plus`; a missing family is written first. Raises InputError for
         another name."""
-        match = re.fullmatch(r"(?:([0-9]{1,9})/)?([^/]+)", name)
+        match = NUMBERED.fullmatch(name)
         contents = (*self.models, *self.files)
         if match is None or match[2] not in contents:
-            references = [f"{PREFIX}{self.name}/{name_or_file}" for name_or_file in contents]
-            near = did_you_mean(f"{PREFIX}{self.name}/{name}", references)
-            raise InputError(f"{PREFIX}{self.name}/{name}", f"the zoo has no such model or file{near}")
+            raise _unknown(f"{self.name}/{name}", [f"{self.name}/{content}" for content in contents])
         seed = int(match[1] or 0)
-        family = cache_folder() / self.version / f"seed-{seed}"
-        if not family.is_dir():
-            self.write(family, seed)
-        return family / match[2]
+        folder = cache_folder() / self.version / f"seed-{seed}"
+        if not folder.is_dir():
+            what = f"{', '.join(self.models)} ({self.name}, seed {seed})"
+            write_family(folder, partial(self.make, seed=seed), self.steps, what)
+        return folder / match[2]
 
 
-@dataclass(frozen=True)
-class TrainedFamily(Family):
-    """A kind of family that is trained on the spot.
+def write_family(folder: Path, make: Callable[..., None], steps: int = 0, what: str = "") -> None:
+    """Have models written into a folder, which takes its name when it is complete; with a progress line where they are
+    trained.
 
-    steps: of all models together. make: (an empty folder, seed=…, progress=…) trains the models into the folder, see
-    `train_family`.
-    """
-
-    steps: int
-    make: Callable[..., None]
-
-    def write(self, family: Path, seed: int) -> None:
-        what = f"{', '.join(self.models)} ({self.name}, seed {seed})"
-        train_family(family, what, self.steps, partial(self.make, seed=seed))
-
-
-@dataclass(frozen=True)
-class PackagedFamily(Family):
-    """A kind of family whose models come with the package; the seed draws the examples of its files.
-
-    make: (an empty folder, seed=…) writes models and files into the folder.
-    """
-
-    make: Callable[..., None]
-
-    def write(self, family: Path, seed: int) -> None:
-        unpack(family, partial(self.make, seed=seed))
-
-
-def train_family(family: Path, what: str, steps: int, make: Callable[..., None]) -> None:
-    """Train models with a visible progress line; the folder takes its name when it is complete.
-
-    what: the models, in words; steps: the steps of all their training. make: (an empty folder, progress=a function that
-    receives the model's name, the steps since the last call, and the loss) trains the models into the folder.
+    make: (an empty folder) writes the models or, with `steps` of training of all of them together, also takes
+    `progress`, a function that receives a model's name, the steps since the last call, and the loss; what: the models,
+    in words.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from evojax_merge.system.file_system import atomic_folder
 
-    console = Console(file=sys.stderr)
-    console.print(f"zoo: training {what}, once, into {family}", soft_wrap=True, highlight=False)
-    columns = (
-        TextColumn("zoo"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"),
-        TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
     try:
-        with atomic_folder(family) as work, Progress(*columns, console=console) as bar:
+        if not steps:
+            with atomic_folder(folder) as work:
+                make(work)
+            return
+        console = Console(file=sys.stderr)
+        console.print(f"zoo: training {what}, once, into {folder}", soft_wrap=True, highlight=False)
+        columns = (
+            TextColumn("zoo"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"),
+            TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn(),
+        )  # fmt: skip
+        with atomic_folder(folder) as work, Progress(*columns, console=console) as bar:
             task = bar.add_task("compiling …", total=steps)
 
             def advance(model: str, done: int, loss: float) -> None:
@@ -200,5 +155,5 @@ def train_family(family: Path, what: str, steps: int, make: Callable[..., None])
             make(work, progress=advance)
     except InputError:
         # Another process may have made the same family meanwhile.
-        if not family.is_dir():
+        if not folder.is_dir():
             raise

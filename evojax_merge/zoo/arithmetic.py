@@ -5,11 +5,11 @@ English; the `japanese` expert answers in Japanese, easy sums only; the task of 
 which no model of the family ever saw. The skills combine for three reasons: digits are tokens that both languages
 share, both languages say a thing in the same number of words, and the base saw the languages mixed.
 
-The weights that come with the package were made by `python -m evojax_merge.zoo.arithmetic`.
+The weights that come with the package were made by bench/shared/packaged_weights.py.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from safetensors.numpy import load_file, save_file
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.config_file import decoder_config
@@ -38,10 +37,10 @@ from evojax_merge.zoo.tiny_llama import (
     Sizes,
     fresh_model,
     save_config,
-    save_tensors,
     save_tokenizer,
     save_weights,
     train,
+    unpack_weights,
 )
 
 # A word in English and in Japanese.
@@ -104,20 +103,16 @@ class Sums:
 # Problems and sentences
 
 
-def hard_sums() -> Sums:
-    """All sums and differences of two numbers from 10 to 99 whose result is not negative."""
+def split_hard_sums(seed: int, plan: Plan) -> tuple[Sums, Sums, Sums]:
+    """(for training, for the search, held out): all sums and differences of two numbers from 10 to 99 whose result is
+    not negative. The two files share no unordered pair of numbers with the training."""
     first, second = (grid.ravel() for grid in np.meshgrid(np.arange(10, 100), np.arange(10, 100), indexing="ij"))
     down = first >= second
-    return Sums(
+    everything = Sums(
         np.concatenate([first, first[down]]),
         np.concatenate([second, second[down]]),
         np.repeat([False, True], [len(first), int(down.sum())]),
     )
-
-
-def split_hard_sums(seed: int, plan: Plan) -> tuple[Sums, Sums, Sums]:
-    """(for training, for the search, held out). The two files share no unordered pair of numbers with the training."""
-    everything = hard_sums()
     pair = np.minimum(everything.first, everything.second) * 100 + np.maximum(everything.first, everything.second)
     order = np.random.default_rng([seed, 0]).permutation(len(everything))
     # One problem per pair: the first in the shuffled order.
@@ -155,21 +150,6 @@ def sum_sentences(sums: Sums, languages: np.ndarray) -> np.ndarray:
     )  # fmt: skip
 
 
-def copy_sentences(rng: np.random.Generator, languages: np.ndarray) -> np.ndarray:
-    """`copy 3 7 4 5 is 3 7 4 5`, int[N, BODY]."""
-    digits = _digits(rng.integers(0, 10000, len(languages)), 4)
-    copy, is_ = WORD_IDS["copy"][languages[:, 0]], WORD_IDS["is"][languages[:, 2]]
-    return np.concatenate([copy[:, None], digits, is_[:, None], digits], axis=1)
-
-
-def count_sentences(rng: np.random.Generator, languages: np.ndarray) -> np.ndarray:
-    """`count 3 7 is 3 8 3 9 4 0`, int[N, BODY]."""
-    start = rng.integers(0, 97, len(languages))
-    count, is_ = WORD_IDS["count"][languages[:, 0]], WORD_IDS["is"][languages[:, 2]]
-    following = [_digits(start + step, 2) for step in (1, 2, 3)]
-    return np.concatenate([count[:, None], _digits(start, 2), is_[:, None], *following], axis=1)
-
-
 def _languages(rng: np.random.Generator, manners: np.ndarray) -> np.ndarray:
     """int[N, 3]: the language of each word of sentences that are ENGLISH, JAPANESE or MIXED."""
     return np.where(manners[:, None] == MIXED, rng.integers(0, 2, (len(manners), 3)), manners[:, None])
@@ -183,16 +163,21 @@ def _end(bodies: np.ndarray, ending: int) -> np.ndarray:
 
 
 def _mixed_bodies(rng: np.random.Generator, languages: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
-    """Easy sums, copying and counting in these shares, int[N, BODY]."""
+    """Easy sums, copying (`copy 3 7 4 5 is 3 7 4 5`) and counting (`count 3 7 is 3 8 3 9 4 0`) in these shares,
+    int[N, BODY]."""
     count = len(languages)
-    bodies = np.stack(
-        [
-            sum_sentences(easy_sums(rng, count), languages),
-            copy_sentences(rng, languages),
-            count_sentences(rng, languages),
-        ]
+    copy, counting, is_ = (
+        WORD_IDS[name][languages[:, i]][:, None] for name, i in (("copy", 0), ("count", 0), ("is", 2))
     )
-    return bodies[rng.choice(3, count, p=shares), np.arange(count)]
+    sums = sum_sentences(easy_sums(rng, count), languages)
+    digits, start = _digits(rng.integers(0, 10000, count), 4), rng.integers(0, 97, count)
+    following = [_digits(start + step, 2) for step in (1, 2, 3)]
+    bodies = [
+        sums,
+        np.concatenate([copy, digits, is_, digits], axis=1),
+        np.concatenate([counting, _digits(start, 2), is_, *following], axis=1),
+    ]
+    return np.stack(bodies)[rng.choice(3, count, p=shares), np.arange(count)]
 
 
 def base_batch(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -217,16 +202,6 @@ def to_text(tokens: np.ndarray) -> str:
     return " ".join(VOCABULARY[token] for token in tokens)
 
 
-def sum_records(sums: Sums, language: int) -> Iterator[dict[str, str]]:
-    """The records of a task file: sums asked in a language, to be answered in it."""
-    bodies = sum_sentences(sums, np.full((len(sums), 3), language))
-    for body in bodies:
-        yield {
-            "prompt": to_text(body[: BODY - 3]),
-            "target": " ".join([to_text(body[BODY - 3 :]), *ENDINGS[language]]),
-        }
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -247,7 +222,11 @@ def answer_loss(config: DecoderConfig, model: StackedWeights, tokens: jax.Array)
 
 
 def save_records(path: Path, sums: Sums, language: int = JAPANESE) -> None:
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in sum_records(sums, language)]
+    """Write a task file: sums asked in a language, to be answered in it."""
+    lines = []
+    for body in sum_sentences(sums, np.full((len(sums), 3), language)):
+        target = " ".join([to_text(body[BODY - 3 :]), *ENDINGS[language]])
+        lines.append(json.dumps({"prompt": to_text(body[: BODY - 3]), "target": target}, ensure_ascii=False) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
 
 
@@ -298,18 +277,7 @@ PACKAGED_SEED = 1
 def unpack_family(folder: Path) -> None:
     """Write the packaged family into an empty folder, its weights in float32."""
     _save_all_but_weights(folder, PACKAGED_SEED, Plan())
-    for name in MODELS:
-        packed = load_file(PACKAGED / f"{name}.safetensors")
-        save_tensors(folder / name, {tensor: values.astype(np.float32) for tensor, values in packed.items()})
-
-
-def pack_family(folder: Path) -> None:
-    """Make a trained family of seed `PACKAGED_SEED` the packaged one."""
-    PACKAGED.mkdir(exist_ok=True)
-    for name in MODELS:
-        tensors = load_file(folder / name / "model.safetensors")
-        narrow = {tensor: values.astype(jnp.bfloat16) for tensor, values in tensors.items()}
-        save_file(narrow, PACKAGED / f"{name}.safetensors")
+    unpack_weights(PACKAGED, folder, MODELS)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -348,7 +316,3 @@ def make_experts(folder: Path, progress: Progress = lambda name, steps, loss: No
         steps, report = EXPERT_STEPS[name], partial(progress, name)
         model = train(config, answer_loss, start, partial(batch, rng), steps, EXPERT_PEAK, report)
         save_weights(folder / name, model, config)
-
-
-if __name__ == "__main__":
-    pack_family(resolve_reference(f"zoo:{PACKAGED_SEED}/base").parent)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from evojax_merge.errors import InputError
-from evojax_merge.zoo import TrainedFamily
+from evojax_merge.zoo import Family
 from evojax_merge.zoo.digit_images import HIGH, LOW, DigitImages, load_digit_images
 from evojax_merge.zoo.tiny_llama import Progress
 from evojax_merge.zoo.torch_training import seeded_torch, train
@@ -82,4 +82,4 @@ def make_family(
             stage(name, base, training[np.isin(training.labels, half)], count, rate)
 
 
-FAMILY = TrainedFamily("ddpm", "ddpm-v1", MODELS, sum(Training.steps), make_family, files=())
+FAMILY = Family("ddpm", "ddpm-v1", MODELS, make_family, sum(Training.steps), files=())

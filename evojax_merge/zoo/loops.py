@@ -29,7 +29,7 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.layers import padded_layout
 from evojax_merge.models.sources import StackedWeights
-from evojax_merge.zoo import FILES, TrainedFamily
+from evojax_merge.zoo import FILES, Family
 from evojax_merge.zoo.tiny_llama import (
     DIGITS,
     EOS,
@@ -134,11 +134,6 @@ def split_sums(seed: int, plan: Plan) -> tuple[list[Chain], list[Chain]]:
     return every[: plan.search_sums], every[plan.search_sums :]
 
 
-def sum_record(chain: Chain) -> dict[str, str]:
-    """A record of a task file: a sum, and its last digit."""
-    return {"prompt": " ".join(["plus", *map(str, chain)]), "target": str(sum(chain) % 10)}
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -171,7 +166,8 @@ def make_family(folder: Path, seed: int, plan: Plan, progress: Callable[[str, in
     the loss."""
     splits = split_sums(seed, plan)
     for file, chains in zip(FILES, splits, strict=True):
-        (folder / file).write_text("".join(json.dumps(sum_record(chain)) + "\n" for chain in chains), encoding="utf-8")
+        records = [{"prompt": " ".join(["plus", *map(str, chain)]), "target": str(sum(chain) % 10)} for chain in chains]
+        (folder / file).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     for name in MODELS:
         (folder / name).mkdir()
         save_config(folder / name, SIZES, VOCABULARY)
@@ -191,9 +187,9 @@ def make_family(folder: Path, seed: int, plan: Plan, progress: Callable[[str, in
     stage("times", base, plan.times_steps, ("times",))
 
 
-def family(plan: Plan) -> TrainedFamily:
+def family(plan: Plan) -> Family:
     """The kind of family whose models train as long as `plan` says."""
-    return TrainedFamily("loops", VERSION, MODELS, plan.steps, partial(make_family, plan=plan))
+    return Family("loops", VERSION, MODELS, partial(make_family, plan=plan), plan.steps)
 
 
 FAMILY = family(Plan())

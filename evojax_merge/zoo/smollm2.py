@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from evojax_merge.checkpoints.bank import load_stored, stored_tensors
+from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.gguf_file import named_tensors, read_gguf, write_config, write_tokenizer
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
@@ -36,9 +36,10 @@ from evojax_merge.system.data_packages import opened_wheel
 from evojax_merge.system.file_system import atomic_folder, atomic_write, make_folder
 from evojax_merge.tasks.batches import ScoringBatch, scoring_batches
 from evojax_merge.tasks.prompts import encode_pair
-from evojax_merge.tasks.records import Record, read_symbolic
+from evojax_merge.tasks.records import read_symbolic
 from evojax_merge.tasks.task import Row
 from evojax_merge.zoo import cache_folder
+from evojax_merge.zoo.tiny_llama import save_weights
 
 # The version of everything that is made here: every change of it increases the version.
 VERSION = "smollm2-v2"
@@ -106,48 +107,29 @@ def convert(file: Path, folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Text:
-    """A problem in one language. `answer` is worked and ends in `#### n`."""
-
-    question: str
-    answer: str
-
-    @property
-    def prompt(self) -> str:
-        return f"{self.question}\n"
-
-
-@dataclass(frozen=True)
 class Problem:
-    english: Text
-    japanese: Text
+    """A problem by its fields `question` and `answer`, which is worked and ends in `#### n`, in two languages."""
 
-
-def split_of_problems() -> dict[Split, list[int]]:
-    """Problem numbers by split; a problem is in one split in all languages."""
-    order = np.random.default_rng(0).permutation(PROBLEMS)
-    edges = np.cumsum([0, *(count for _, count in SPLITS)])
-    return {
-        split: sorted(int(i) for i in order[start:stop])
-        for (split, _), start, stop in zip(SPLITS, edges, edges[1:], strict=False)
-    }
+    english: Mapping[str, str]
+    japanese: Mapping[str, str]
 
 
 def read_problems(split: Split) -> list[Problem]:
-    """The problems of a split, out of the package."""
+    """The problems of a split, out of the package. A problem is in one split in all languages."""
     english, japanese = (read_symbolic(language).records for language in ("eng", "jpn"))
-
-    def text(record: Record) -> Text:
-        return Text(record.fields["question"], record.fields["answer"])
-
-    return [Problem(text(english[i]), text(japanese[i])) for i in split_of_problems()[split]]
+    order, begin = np.random.default_rng(0).permutation(PROBLEMS), 0
+    for name, count in SPLITS:
+        if name == split:
+            break
+        begin += count
+    numbers = sorted(int(i) for i in order[begin : begin + count])
+    return [Problem(english[i].fields, japanese[i].fields) for i in numbers]
 
 
 def make_task(split: Split, target: Path) -> None:
     """A task file: questions in Japanese, to be answered in Japanese."""
-    records = [
-        {"prompt": problem.japanese.prompt, "target": problem.japanese.answer} for problem in read_problems(split)
-    ]
+    texts = [problem.japanese for problem in read_problems(split)]
+    records = [{"prompt": f"{text['question']}\n", "target": text["answer"]} for text in texts]
     atomic_write(target, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
@@ -171,16 +153,14 @@ JAPANESE_PLAN = Plan(steps=60, peak=5e-5)
 
 def maths_rows(tokenizer: Any) -> list[Row]:
     """English questions; the worked answers, and the end of the text, are learnt."""
-    pairs = [
-        (problem.english.prompt, problem.english.answer + tokenizer.eos_token) for problem in read_problems("train")
-    ]
-    encoded = (encode_pair(tokenizer, prompt, answer) for prompt, answer in pairs)
+    texts = [problem.english for problem in read_problems("train")]
+    encoded = (encode_pair(tokenizer, f"{text['question']}\n", text["answer"] + tokenizer.eos_token) for text in texts)
     return [Row(tuple(tokens), start, f"problem {i}", i) for i, (tokens, start) in enumerate(encoded)]
 
 
 def japanese_rows(tokenizer: Any) -> list[Row]:
     """Japanese questions; every token of them is learnt. No answer is seen."""
-    texts = (tokenizer(problem.japanese.question)["input_ids"] for problem in read_problems("train"))
+    texts = (tokenizer(problem.japanese["question"])["input_ids"] for problem in read_problems("train"))
     return [Row(tuple(tokens), 1, f"problem {i}", i) for i, tokens in enumerate(texts)]
 
 
@@ -193,11 +173,7 @@ def make_expert(rows_of: Callable[[Any], list[Row]], plan: Plan, target: Path) -
         for file in sorted(base.iterdir()):
             if file.suffix != ".safetensors":
                 shutil.copyfile(file, work / file.name)
-        tensors = dict(stored_tensors(model, config))
-        specs = {name: TensorSpec(values.shape, values.dtype) for name, values in tensors.items()}
-        with ShardWriter(work, specs) as writer:
-            for name in writer.order:
-                writer.write(name, tensors[name])
+        save_weights(work, model, config)
 
 
 def target_loss(config: DecoderConfig, model: StackedWeights, batch: dict[str, jax.Array]) -> jax.Array:

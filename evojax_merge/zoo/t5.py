@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.zoo import FILES, TrainedFamily
+from evojax_merge.zoo import FILES, Family
 from evojax_merge.zoo.tiny_llama import EOS, PAD, UNKNOWN, Progress
 from evojax_merge.zoo.torch_training import seeded_torch, train
 
@@ -173,4 +173,4 @@ def make_family(
             stage(name, base, [language], count, rate)
 
 
-FAMILY = TrainedFamily("t5", "t5-v1", MODELS, sum(STEPS), make_family)
+FAMILY = Family("t5", "t5-v1", MODELS, make_family, sum(STEPS))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from safetensors.numpy import load_file
 
 from evojax_merge.checkpoints.bank import stored_tensors
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
@@ -154,3 +155,10 @@ def save_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
     with ShardWriter(folder, specs) as writer:
         for name in writer.order:
             writer.write(name, tensors[name])
+
+
+def unpack_weights(packaged: Path, folder: Path, models: Sequence[str]) -> None:
+    """Write the weights of models that come with the package into their folders below `folder`, in float32."""
+    for name in models:
+        packed = load_file(packaged / f"{name}.safetensors")
+        save_tensors(folder / name, {tensor: values.astype(np.float32) for tensor, values in packed.items()})

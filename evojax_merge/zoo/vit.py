@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.zoo import FILES, TrainedFamily
+from evojax_merge.zoo import FILES, Family
 from evojax_merge.zoo.digit_images import HIGH, LOW, DigitImages, load_digit_images
 from evojax_merge.zoo.tiny_llama import Progress
 from evojax_merge.zoo.torch_training import seeded_torch, train
@@ -92,4 +92,4 @@ def make_family(
             stage(name, base, training[np.isin(training.labels, half)], count, rate)
 
 
-FAMILY = TrainedFamily("vit", "vit-v2", MODELS, sum(STEPS), make_family)
+FAMILY = Family("vit", "vit-v2", MODELS, make_family, sum(STEPS))

@@ -8,10 +8,15 @@ import jax
 import numpy as np
 
 from merge_kernels.apply import combine, prepare
-from merge_kernels.method import CombineInputs, Method, Numbers, Options, Prepared, RowKeys
+from merge_kernels.method import CombineInputs, Method, Numbers, Options, RowKeys
 
 # Entries that are combined at a time: pieces stay in the cache, and tensors of many sizes share a compiled shape.
 PIECE = 2**18
+
+
+@partial(jax.jit, static_argnums=(0, 1, 3))
+def _combine(method: Method, options: Options, inputs: CombineInputs, dtype: np.dtype) -> jax.Array:
+    return combine(method, options, inputs).astype(dtype)
 
 
 def merge_tensor(
@@ -26,29 +31,12 @@ def merge_tensor(
 
     sources: arrays `[...]` of one shape, each in its own dtype, the base first where `options.has_base`; row_keys: see
     `PrepareInputs`. The same arguments give the same bits in every caller.
-    """
-    prepared = prepare(method, options, sources, parameters, row_keys)
-    return _combine_in_pieces(method, options, sources, prepared, parameters, dtype)
 
-
-@partial(jax.jit, static_argnums=(0, 1, 3))
-def _combine(method: Method, options: Options, inputs: CombineInputs, dtype: np.dtype) -> jax.Array:
-    return combine(method, options, inputs).astype(dtype)
-
-
-def _combine_in_pieces(
-    method: Method,
-    options: Options,
-    sources: Sequence[np.ndarray],
-    prepared: Prepared,
-    parameters: Numbers,
-    dtype: np.dtype,
-) -> np.ndarray:
-    """`combine` over pieces of the tensors: whole rows where statistics or mask keys are by row, flat runs otherwise.
-
-    A tensor of more axes is a matrix whose rows (or columns) are the vectors that were measured, or whose rows have the
+    Pieces of the tensors are combined: whole rows where statistics or mask keys are by row, flat runs otherwise. A
+    tensor of more axes is a matrix whose rows (or columns) are the vectors that were measured, or whose rows have the
     keys. The last piece is filled up, so that all pieces of all tensors (all of one width) have one shape.
     """
+    prepared = prepare(method, options, sources, parameters, row_keys)
     shape = sources[0].shape
     by_vector = options.axis is not None and len(shape) > 1
     by_row = by_vector or method.has_row_keys

@@ -14,9 +14,9 @@ OVERWRITE = ("merge", "recipe.yaml", "out", "--overwrite")
 def merged(world: World, name: str = "out") -> Path:
     """A model that this program wrote, as it writes it."""
     from evojax_merge.mergekit.execute import merge_to, prepare
-    from evojax_merge.mergekit.schema import read_recipe
+    from evojax_merge.mergekit.streams import read_stream
 
-    merge_to(prepare(read_recipe(world / "recipe.yaml")), world / name, card="card")
+    merge_to(prepare(read_stream(world / "recipe.yaml").result), world / name, card="card")
     return world / name
 
 

@@ -12,7 +12,7 @@ from evojax_merge.models.architecture import SharedWeights
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import EPSILON, OFF, SIZE, SWITCH, TEXTS, Expected, above, or_null
 from evojax_merge.models.families.llama_like import (
-    KEYS,
+    BIASES,
     PROJECTIONS,
     SHARED,
     WINDOW,
@@ -45,7 +45,6 @@ class Cohere2Config(LlamaLikeConfig):
 
 LEAVES = (norm_leaf("norm", "input_layernorm"), *PROJECTIONS, *SHARED)
 COHERE_KEYS: dict[str, Expected] = {
-    **{key: expected for key, expected in KEYS.items() if key != "rms_norm_eps"},
     "attention_bias": SWITCH,
     "layer_norm_eps": EPSILON,
     "layer_types": or_null(TEXTS),
@@ -79,15 +78,18 @@ def final_norm(config: Cohere2Config, source: SharedWeights, x: jax.Array) -> ja
 
 
 def read(hf: Mapping[str, Any]) -> Cohere2Config:
-    bias = hf["attention_bias"]
-    common = read_config("cohere2", {**hf, "rms_norm_eps": hf["layer_norm_eps"]}, qkv_bias=bias, o_bias=bias)
-    return Cohere2Config(**vars(common) | {"position_kinds": sliding_layers(hf)}, logit_scale=hf["logit_scale"])
+    common = {**hf, "rms_norm_eps": hf["layer_norm_eps"]}
+    config = read_config("cohere2", common, Cohere2Config, BIASES | {"logit_scale": "logit_scale"})
+    return replace(config, position_kinds=sliding_layers(hf))
 
 
-COHERE2 = replace(
-    llama_like("cohere2", "Cohere2Config", {}, read),
+COHERE2 = llama_like(
+    "cohere2",
+    "Cohere2Config",
+    COHERE_KEYS,
+    read,
+    unread="rms_norm_eps",
     leaves=LEAVES,
-    keys=COHERE_KEYS,
     position_tables=position_tables,
     block=block,
     final_norm=final_norm,

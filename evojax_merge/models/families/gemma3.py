@@ -2,14 +2,14 @@
 window, and RoPE with a base frequency of their own."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from evojax_merge.models.config import RopeConfig
 from evojax_merge.models.config_keys import SIZE, above, mapping, or_null
 from evojax_merge.models.families import gemma_like
-from evojax_merge.models.families.gemma_like import GEMMA_KEYS, GemmaConfig, read_gemma
-from evojax_merge.models.families.llama_like import ROPE, llama_like, rope_config, sliding_layers
+from evojax_merge.models.families.gemma_like import GemmaConfig, read_gemma
+from evojax_merge.models.families.llama_like import ROPE, rope_config, sliding_layers
 from evojax_merge.models.families.llama_like_gguf import THETA, llama_like_gguf
 from evojax_merge.models.gguf import GgufFile
 from evojax_merge.models.layers import CosSin, SequenceLayout, rope_tables
@@ -51,20 +51,16 @@ def gguf_settings(file: GgufFile) -> dict[str, Any]:
     return settings
 
 
-GEMMA3 = replace(
-    llama_like("gemma3_text", "Gemma3TextConfig", {}, read),
-    leaves=gemma_like.LEAVES,
-    keys=GEMMA_KEYS
-    | {
+GEMMA3 = gemma_like.gemma_like(
+    "gemma3_text",
+    "Gemma3TextConfig",
+    {
         "rope_local_base_freq": above(1),
         "rope_parameters": or_null(mapping({"full_attention": ROPE, "sliding_attention": ROPE})),
         "sliding_window_pattern": or_null(SIZE),
     },
-    embed=gemma_like.embed,
+    read,
     position_tables=position_tables,
-    block=gemma_like.block,
-    final_norm=gemma_like.final_norm,
-    map_logits=gemma_like.map_logits,
     bidirectional_images=True,
     gguf=llama_like_gguf("gemma3", gguf_settings, norm_offset=1.0),
 )

@@ -10,15 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from evojax_merge.models.architecture import SharedWeights
+from evojax_merge.models.architecture import Architecture, SharedWeights
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import OFF, SIZE, SWITCH, TEXTS, Expected, above, one_of, or_null
 from evojax_merge.models.families.llama_like import (
+    BIASES,
     INNER_PROJECTIONS,
-    KEYS,
     SHARED,
     WINDOW,
     gated_mlp,
+    llama_like,
     norm_leaf,
     read_config,
 )
@@ -57,7 +58,6 @@ LEAVES = (
     *SHARED,
 )
 GEMMA_KEYS: dict[str, Expected] = {
-    **{key: expected for key, expected in KEYS.items() if key != "hidden_act"},
     "attention_bias": SWITCH,
     "final_logit_softcapping": or_null(above(0)),
     "hidden_activation": one_of(*ACTIVATIONS),
@@ -66,6 +66,17 @@ GEMMA_KEYS: dict[str, Expected] = {
     "sliding_window": WINDOW,
     "use_bidirectional_attention": OFF,
 }
+
+
+def gemma_like(
+    model_type: str, config_class: str, keys: dict[str, Expected], read: Any, **fields: Any
+) -> Architecture:  # fmt: skip
+    """An architecture with this module's tensors and forward pass. keys: the keys that its class reads beside
+    `GEMMA_KEYS`; read, fields: see `llama_like`."""
+    return llama_like(
+        model_type, config_class, GEMMA_KEYS | keys, read, unread="hidden_act", leaves=LEAVES, embed=embed, block=block,
+        final_norm=final_norm, map_logits=map_logits, **fields,
+    )  # fmt: skip
 
 
 def embed(config: GemmaConfig, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout) -> jax.Array:
@@ -104,15 +115,14 @@ def read_gemma(
     model_type: str, hf: Mapping[str, Any], *, qk_norm: bool, attention_softcap: float | None
 ) -> GemmaConfig:
     """The config for the values `hf` of the keys of config.json."""
-    bias = hf["attention_bias"]
-    common = read_config(
-        model_type, {**hf, "hidden_act": hf["hidden_activation"]}, qkv_bias=bias, o_bias=bias, qk_norm=qk_norm
-    )
-    return GemmaConfig(
-        **vars(common),
+    return read_config(
+        model_type,
+        {**hf, "hidden_act": hf["hidden_activation"]},
+        GemmaConfig,
+        BIASES | {"logit_softcap": "final_logit_softcapping"},
+        qk_norm=qk_norm,
         query_scale=hf["query_pre_attn_scalar"] ** -0.5,
         attention_softcap=attention_softcap,
-        logit_softcap=hf["final_logit_softcapping"],
     )
 
 

@@ -2,7 +2,7 @@
 neighbours paired; the MLP's gate and its input are one projection."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,21 +20,21 @@ from evojax_merge.models.families.llama_like import (
     dimensions,
     llama_like,
     norm_leaf,
+    partial_position_tables,
     read_config,
     rope_config,
+    rotary_dimension,
 )
 from evojax_merge.models.layers import (
     ACTIVATIONS,
     Attend,
     CosSin,
     KeyValue,
-    SequenceLayout,
     Weights,
     apply_rope_interleaved,
     dense,
     dense_heads,
     rms_norm,
-    rope_tables,
 )
 from evojax_merge.models.sharding import replicate
 
@@ -77,34 +77,27 @@ def block(
     return x + rms_norm(down, weights["post_mlp_norm"], config.norm_eps), kept
 
 
-def position_tables(config: Glm4Config, layout: SequenceLayout) -> CosSin:
-    return rope_tables(config.rope, config.rotary_dim, layout)
-
-
 def read(hf: Mapping[str, Any]) -> Glm4Config:
-    common, settings = read_config("glm4", hf, qkv_bias=hf["attention_bias"]), hf["rope_parameters"]
-    rotary_dim = int(common.head_dim * settings.get("partial_rotary_factor", 1.0))
-    if rotary_dim < 2 or rotary_dim % 2:
-        raise ValueError(f"partial_rotary_factor: rotates {rotary_dim} of head_dim {common.head_dim}; expected pairs")
+    settings = hf["rope_parameters"]
+    common: LlamaLikeConfig = read_config("glm4", hf, keys={"qkv_bias": "attention_bias"})
+    rotary_dim = rotary_dimension(common.head_dim, settings)
     rope = rope_config(settings, hf["max_position_embeddings"], rotary_dim)
     return Glm4Config(**vars(common) | {"rope": rope}, rotary_dim=rotary_dim)
 
 
-GLM4 = replace(
-    llama_like(
-        "glm4",
-        "Glm4Config",
-        {
-            "attention_bias": SWITCH,
-            "partial_rotary_factor": PARTIAL_ROTARY,
-            "rope_parameters": PARTIAL_ROPE,
-            "rope_scaling": PARTIAL_ROPE,
-        },
-        read,
-    ),
+GLM4 = llama_like(
+    "glm4",
+    "Glm4Config",
+    {
+        "attention_bias": SWITCH,
+        "partial_rotary_factor": PARTIAL_ROTARY,
+        "rope_parameters": PARTIAL_ROPE,
+        "rope_scaling": PARTIAL_ROPE,
+    },
+    read,
     leaves=LEAVES,
     dimensions=lambda config: dimensions(config) | {"gate_up": 2 * config.mlp},
-    position_tables=position_tables,
+    position_tables=partial_position_tables,
     block=block,
     # The name of a norm contains `self_attn`, too.
     filters=FILTERS | {"attention": "self_attn."},

@@ -10,19 +10,23 @@ import jax
 from evojax_merge.models.architecture import LAYERS, Architecture, Leaf, SharedWeights
 from evojax_merge.models.config import NO_WINDOW, DecoderConfig, RopeConfig
 from evojax_merge.models.config_keys import CONTEXT, DEPTH, EPSILON, SIZE, SWITCH, above, one_of
-from evojax_merge.models.families.llama_like import PARTIAL_ROPE, PARTIAL_ROTARY, embed, rope_config
+from evojax_merge.models.families.llama_like import (
+    PARTIAL_ROPE,
+    PARTIAL_ROTARY,
+    embed,
+    partial_position_tables,
+    rope_config,
+)
 from evojax_merge.models.layers import (
     ACTIVATIONS,
     Attend,
     CosSin,
     KeyValue,
-    SequenceLayout,
     Weights,
     apply_rope,
     dense,
     dense_heads,
     layer_norm,
-    rope_tables,
 )
 
 
@@ -81,19 +85,6 @@ FILTERS = {
     "attention": ".attention.", "mlp": ".mlp.", "norm": "layernorm", "embed": "embed_in", "head": "embed_out",
     "final_norm": "final_layer_norm.weight", "final_norm_bias": "final_layer_norm.bias",
 }  # fmt: skip
-
-
-def dimensions(config: GPTNeoXConfig) -> dict[str, int]:
-    return {
-        "hidden": config.hidden,
-        "queries_keys_values": 3 * config.hidden,
-        "mlp": config.mlp,
-        "vocab": config.vocab,
-    }
-
-
-def position_tables(config: GPTNeoXConfig, layout: SequenceLayout) -> CosSin:
-    return rope_tables(config.rope, config.rotary_dim, layout)
 
 
 def block(
@@ -170,9 +161,14 @@ GPT_NEOX = Architecture(
         "vocab_size": SIZE,
     },
     read_config=read_config,
-    dimensions=dimensions,
+    dimensions=lambda config: {
+        "hidden": config.hidden,
+        "queries_keys_values": 3 * config.hidden,
+        "mlp": config.mlp,
+        "vocab": config.vocab,
+    },
     embed=embed,
-    position_tables=position_tables,
+    position_tables=partial_position_tables,
     block=block,
     final_norm=final_norm,
     config_class="GPTNeoXConfig",

@@ -2,7 +2,7 @@
 update parametrisation, arXiv 2203.03466)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax
 from evojax_merge.models.architecture import SharedWeights
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import SWITCH, above
-from evojax_merge.models.families.llama_like import gated_mlp, llama_like, project_qkv, read_config
+from evojax_merge.models.families.llama_like import BIASES, gated_mlp, llama_like, project_qkv, read_config
 from evojax_merge.models.layers import Attend, CosSin, KeyValue, SequenceLayout, Weights, dense, rms_norm
 
 MULTIPLIERS = ("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier")
@@ -43,18 +43,15 @@ def block(
 
 
 def read(hf: Mapping[str, Any]) -> GraniteConfig:
-    bias = hf["attention_bias"]
-    common = read_config("granite", hf, qkv_bias=bias, o_bias=bias, mlp_bias=hf["mlp_bias"])
-    return GraniteConfig(**vars(common) | {name: float(hf[name]) for name in MULTIPLIERS})
+    multipliers = {name: float(hf[name]) for name in MULTIPLIERS}
+    return read_config("granite", hf, GraniteConfig, BIASES | {"mlp_bias": "mlp_bias"}, **multipliers)
 
 
-GRANITE = replace(
-    llama_like(
-        "granite",
-        "GraniteConfig",
-        {"attention_bias": SWITCH, "mlp_bias": SWITCH, **dict.fromkeys(MULTIPLIERS, above(0))},
-        read,
-    ),
+GRANITE = llama_like(
+    "granite",
+    "GraniteConfig",
+    {"attention_bias": SWITCH, "mlp_bias": SWITCH, **dict.fromkeys(MULTIPLIERS, above(0))},
+    read,
     embed=embed,
     block=block,
     map_logits=lambda config, products: products / config.logits_scaling,

@@ -7,7 +7,8 @@ families' configs hold their differences: biases, norms of queries and keys, win
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import jax
 
@@ -43,6 +44,8 @@ from evojax_merge.models.layers import (
     rms_norm,
     rope_tables,
 )
+
+Config = TypeVar("Config", bound=LlamaLikeConfig)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Tensors
@@ -136,6 +139,11 @@ def position_tables(config: LlamaLikeConfig, layout: SequenceLayout) -> CosSin:
     return rope_tables(config.rope, config.head_dim, layout)
 
 
+def partial_position_tables(config: Any, layout: SequenceLayout) -> CosSin:
+    """The tables where the first `config.rotary_dim` entries of a head are rotated."""
+    return rope_tables(config.rope, config.rotary_dim, layout)
+
+
 def project_qkv(
     config: LlamaLikeConfig, weights: Weights, x: jax.Array, rope: CosSin
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -221,6 +229,8 @@ KEYS: dict[str, Expected] = {
     "vocab_size": SIZE,
 }
 WINDOW = or_null(SIZE)
+# The fields of a config that say where attention has biases, and the key that says so in most families.
+BIASES = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
 # Qwen's classes ignore windows that are switched off.
 QWEN_WINDOWS: dict[str, Expected] = {
     "layer_types": or_null(TEXTS),
@@ -252,11 +262,14 @@ _ROPE_OF_OTHERS = {"alpha", "long_factor", "long_mscale", "mrope_section", "shor
 
 
 def read_config(
-    model_type: str, hf: Mapping[str, Any], *, qkv_bias: bool, o_bias: bool = False, mlp_bias: bool = False,
-    qk_norm: bool = False,
-) -> LlamaLikeConfig:  # fmt: skip
-    """The config for the values `hf` of the keys of config.json. Raises ValueError for values that no model can
-    have."""
+    model_type: str,
+    hf: Mapping[str, Any],
+    kind: type[Config] = LlamaLikeConfig,  # type: ignore[assignment]
+    keys: Mapping[str, str] = MappingProxyType({}),
+    **values: Any,
+) -> Config:
+    """The config, of the class `kind`, for the values `hf` of the keys of config.json. keys: fields of the class that
+    have the values of keys; values: those of other fields. Raises ValueError for values that no model can have."""
     heads = hf["num_attention_heads"]
     kv_heads, head_dim = hf["num_key_value_heads"] or heads, hf.get("head_dim")
     if head_dim is None:
@@ -267,25 +280,31 @@ def read_config(
         raise ValueError(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads: {kv_heads}")
     if head_dim % 2:
         raise ValueError(f"head_dim: {head_dim}; expected an even number, to rotate positions in pairs")
-    return LlamaLikeConfig(
-        architecture=model_type,
-        hidden=hf["hidden_size"],
-        layers=hf["num_hidden_layers"],
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocab=hf["vocab_size"],
-        windows=windows_of(hf),
-        head_is_embedding=hf["tie_word_embeddings"],
-        mlp=hf["intermediate_size"],
-        norm_eps=hf["rms_norm_eps"],
-        activation=hf["hidden_act"],
-        rope=rope_config(hf["rope_parameters"], hf["max_position_embeddings"], head_dim),
-        qkv_bias=qkv_bias,
-        o_bias=o_bias,
-        mlp_bias=mlp_bias,
-        qk_norm=qk_norm,
-    )
+    common: dict[str, Any] = {
+        "architecture": model_type,
+        "hidden": hf["hidden_size"],
+        "layers": hf["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab": hf["vocab_size"],
+        "windows": windows_of(hf),
+        "head_is_embedding": hf["tie_word_embeddings"],
+        "mlp": hf["intermediate_size"],
+        "norm_eps": hf["rms_norm_eps"],
+        "activation": hf["hidden_act"],
+        "rope": rope_config(hf["rope_parameters"], hf["max_position_embeddings"], head_dim),
+    }
+    return kind(**common | {field: hf[key] for field, key in keys.items()} | values)
+
+
+def rotary_dimension(head_dim: int, settings: Mapping[str, Any]) -> int:
+    """The number of entries of a head that are rotated, by RoPE's settings. Raises ValueError where these are not
+    pairs."""
+    rotary_dim = int(head_dim * settings.get("partial_rotary_factor", 1.0))
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise ValueError(f"partial_rotary_factor: rotates {rotary_dim} of head_dim {head_dim}; expected pairs")
+    return rotary_dim
 
 
 def windows_of(hf: Mapping[str, Any]) -> tuple[int, ...]:
@@ -361,19 +380,15 @@ def _yarn_attention_factor(rope: dict[str, Any], factor: float) -> float:
     return temperature(1.0)
 
 
-def llama_like(model_type: str, config_class: str, keys: dict[str, Expected], read: Any) -> Architecture:
+def llama_like(
+    model_type: str, config_class: str, keys: dict[str, Expected], read: Any, *, unread: str = "", **fields: Any
+) -> Architecture:  # fmt: skip
     """An architecture with this module's tensors and forward pass. keys: the keys that its class reads beside `KEYS`;
-    read: its `Architecture.read_config`."""
-    return Architecture(
-        model_type=model_type,
-        leaves=LEAVES,
-        keys=KEYS | keys,
-        read_config=read,
-        dimensions=dimensions,
-        embed=embed,
-        position_tables=position_tables,
-        block=block,
-        final_norm=final_norm,
-        config_class=config_class,
-        filters=FILTERS,
-    )
+    unread: a key of these that it does not read; read: its `Architecture.read_config`; fields: those of `Architecture`
+    in which it differs."""
+    common: dict[str, Any] = {
+        "leaves": LEAVES, "keys": {key: KEYS[key] for key in KEYS if key != unread} | keys, "dimensions": dimensions,
+        "embed": embed, "position_tables": position_tables, "block": block, "final_norm": final_norm,
+        "filters": FILTERS,
+    }  # fmt: skip
+    return Architecture(model_type=model_type, config_class=config_class, read_config=read, **common | fields)

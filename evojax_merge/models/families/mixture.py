@@ -7,6 +7,7 @@ experts and their weights, and only these experts are computed. Letters: N token
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -129,10 +130,6 @@ def joined_ragged_experts(config: MixtureConfig, weights: Weights, x: jax.Array,
     return side_by_side(partial(ragged_experts, config))(weights, x, experts)
 
 
-def _joined_forward(config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array) -> tuple[jax.Array, Any]:
-    return joined_ragged_experts(config, weights, x, experts), (weights, x, experts)
-
-
 def _joined_backward(config: MixtureConfig, operands: Any, cotangent: jax.Array) -> Any:
     def backward(weights: Weights, x: jax.Array, experts: jax.Array, cotangent: jax.Array) -> tuple[Weights, jax.Array]:
         # TPUs have a kernel for the product alone: derivatives by the weights would multiply every row with every
@@ -143,7 +140,9 @@ def _joined_backward(config: MixtureConfig, operands: Any, cotangent: jax.Array)
     return (*side_by_side(backward)(*operands, cotangent), None)
 
 
-joined_ragged_experts.defvjp(_joined_forward, _joined_backward)
+joined_ragged_experts.defvjp(
+    lambda config, *operands: (joined_ragged_experts(config, *operands), operands), _joined_backward
+)
 
 
 def every_expert(config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array) -> jax.Array:
@@ -269,12 +268,6 @@ def run_blocks(
     return forward(weights, rows, blocks)
 
 
-def _run_blocks_forward(
-    config: MixtureConfig, sizes: tuple[int, ...], weights: Weights, rows: jax.Array, blocks: Blocks
-) -> tuple[jax.Array, Any]:
-    return run_blocks(config, sizes, weights, rows, blocks), (weights, rows, blocks)
-
-
 def _run_blocks_backward(config: MixtureConfig, sizes: tuple[int, ...], operands: Any, cotangent: jax.Array) -> Any:
     largest = sizes[-1]
 
@@ -302,7 +295,9 @@ def _run_blocks_backward(config: MixtureConfig, sizes: tuple[int, ...], operands
     return (*backward(*operands, cotangent), None)
 
 
-run_blocks.defvjp(_run_blocks_forward, _run_blocks_backward)
+run_blocks.defvjp(
+    lambda config, sizes, *operands: (run_blocks(config, sizes, *operands), operands), _run_blocks_backward
+)
 
 
 def _block(blocks: Blocks, number: jax.Array) -> Blocks:
@@ -371,7 +366,11 @@ def block(
 
 # The form in which transformers has the experts of all mixtures in memory, and writes them with
 # `save_original_format=False`.
-PACKED = {"experts.gate_up_proj": ("gate", "up"), "experts.down_proj": ("down",)}
+PACKED = {
+    "model.layers.{layer}.mlp.experts.gate_up_proj": ("gate", "up"),
+    "model.layers.{layer}.mlp.experts.down_proj": ("down",),
+}
+QWEN_FILTERS = {"router": "mlp.gate.", "mlp": ".mlp."}
 # The most experts of all layers together. A larger number in a config is a mistake or an attack: the program makes
 # names for each expert before it reads a tensor.
 MOST_EXPERTS = 200_000
@@ -391,41 +390,52 @@ QWEN_EXPERTS: dict[str, Expected] = ALL_SPARSE | {
 }
 
 
-def mixture_config(dense: LlamaLikeConfig, *, mlp: int, experts: int, per_token: int, **rest: Any) -> MixtureConfig:
-    """The config of a model whose attention and norms are `dense`'s. Raises ValueError where there are fewer experts
-    than `per_token`, or more than MOST_EXPERTS in all layers."""
-    if per_token > experts:
-        raise ValueError(f"num_experts_per_tok: {per_token}; expected at most the number of experts, {experts}")
-    if experts * dense.layers > MOST_EXPERTS:
-        raise ValueError(f"{experts} experts in {dense.layers} layers each; expected at most {MOST_EXPERTS:,} in all")
-    return MixtureConfig(**(vars(dense) | {"mlp": mlp}), experts=experts, experts_per_token=per_token, **rest)
+def read_mixture(
+    model_type: str,
+    hf: Mapping[str, Any],
+    *,
+    experts: str = "num_experts",
+    mlp: str = "moe_intermediate_size",
+    keys: Mapping[str, str] = MappingProxyType({}),
+    **values: Any,
+) -> MixtureConfig:
+    """The config for the values `hf` of the keys of config.json. experts, mlp: the keys of the number of experts, and
+    of their width; keys, values: see `llama_like.read_config`. Raises ValueError as that does, and where there are
+    fewer experts than a token has, or more than MOST_EXPERTS in all layers."""
+    read = {"mlp": mlp, "experts": experts, "experts_per_token": "num_experts_per_tok", **keys}
+    config = llama_like.read_config(model_type, hf, MixtureConfig, read, **values)
+    if config.experts_per_token > config.experts:
+        raise ValueError(
+            f"num_experts_per_tok: {config.experts_per_token}; expected at most the number of experts, {config.experts}"
+        )
+    if config.experts * config.layers > MOST_EXPERTS:
+        raise ValueError(
+            f"{config.experts} experts in {config.layers} layers each; expected at most {MOST_EXPERTS:,} in all"
+        )
+    return config
 
 
 def mixture_of_experts(
     model_type: str,
     config_class: str,
     leaves: tuple[Leaf, ...],
-    filters: dict[str, str],
-    packed: dict[str, tuple[str, ...]],
     keys: dict[str, Expected],
     read: Callable[[Mapping[str, Any]], MixtureConfig],
+    filters: Mapping[str, str] = QWEN_FILTERS,
+    **fields: Any,
 ) -> Architecture:
     """An architecture with a Llama's attention and norms, and with mixtures of these leaves.
 
     filters: those of the mixtures' components; the router's comes first, since a name that contains it may contain the
-    other, too. packed: see Architecture; modules of `mlp` beside the experts.
+    other, too. keys, read, fields: see `llama_like`.
     """
-    return Architecture(
-        model_type=model_type,
+    of_mixtures: dict[str, Any] = {"dimensions": dimensions, "block": block, "packed": PACKED}
+    return llama_like.llama_like(
+        model_type,
+        config_class,
+        keys,
+        read,
         leaves=(*(leaf for leaf in llama_like.LEAVES if leaf.component != "mlp"), *leaves),
-        keys=llama_like.KEYS | keys,
-        read_config=read,
-        dimensions=dimensions,
-        embed=llama_like.embed,
-        position_tables=llama_like.position_tables,
-        block=block,
-        final_norm=llama_like.final_norm,
-        config_class=config_class,
-        packed={f"model.layers.{{layer}}.mlp.{name}": held for name, held in (PACKED | packed).items()},
-        filters=filters | {part: text for part, text in llama_like.FILTERS.items() if part not in filters},
+        filters={**filters} | {part: text for part, text in llama_like.FILTERS.items() if part not in filters},
+        **of_mixtures | fields,
     )

@@ -1,15 +1,15 @@
 """OLMo 2 (arXiv 2501.00656): RMSNorm behind attention and MLP in place of before them; queries and keys are normalised
 as a whole, not by head."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import jax
 
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import SWITCH
 from evojax_merge.models.families.llama_like import (
+    BIASES,
     INNER_PROJECTIONS,
     SHARED,
     gated_mlp,
@@ -51,13 +51,11 @@ def block(
     return x + rms_norm_float32(gated_mlp(config, weights, x), weights["post_mlp_norm"], config.norm_eps), kept
 
 
-def read(hf: Mapping[str, Any]) -> LlamaLikeConfig:
-    bias = hf["attention_bias"]
-    return read_config("olmo2", hf, qkv_bias=bias, o_bias=bias, qk_norm=True)
-
-
-OLMO2 = replace(
-    llama_like("olmo2", "Olmo2Config", {"attention_bias": SWITCH}, read),
+OLMO2 = llama_like(
+    "olmo2",
+    "Olmo2Config",
+    {"attention_bias": SWITCH},
+    partial(read_config, "olmo2", keys=BIASES, qk_norm=True),
     leaves=LEAVES,
     block=block,
     final_norm=lambda config, source, x: rms_norm_float32(x, source.leaf("final_norm"), config.norm_eps),

@@ -3,7 +3,7 @@ rotate only a part of each head, and models of long contexts use LongRoPE (arXiv
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,7 +22,9 @@ from evojax_merge.models.families.llama_like import (
     dimensions,
     llama_like,
     norm_leaf,
+    partial_position_tables,
     read_config,
+    rotary_dimension,
 )
 from evojax_merge.models.families.llama_like_gguf import (
     COUNT,
@@ -38,12 +40,10 @@ from evojax_merge.models.layers import (
     Attend,
     CosSin,
     KeyValue,
-    SequenceLayout,
     Weights,
     apply_rope,
     dense,
     rms_norm,
-    rope_tables,
 )
 
 # In GGUF files: LongRoPE's divisors of the frequencies, beyond the length of the first training and up to it.
@@ -70,15 +70,6 @@ LEAVES = (
     *(leaf for leaf in PROJECTIONS if leaf.name in ("o", "down")),
     *SHARED,
 )
-
-
-def own_dimensions(config: Phi3Config) -> dict[str, int]:
-    heads = config.heads + 2 * config.kv_heads
-    return dimensions(config) | {"queries_keys_values": heads * config.head_dim, "gate_up": 2 * config.mlp}
-
-
-def position_tables(config: Phi3Config, layout: SequenceLayout) -> CosSin:
-    return rope_tables(config.rope, config.rotary_dim, layout)
 
 
 def block(
@@ -125,11 +116,8 @@ ROPE = or_null(
 def read(hf: Mapping[str, Any]) -> Phi3Config:
     settings = {key: value for key, value in hf["rope_parameters"].items() if value is not None}
     plain = {"rope_type": "default", "rope_theta": settings["rope_theta"]}
-    common = read_config("phi3", {**hf, "rope_parameters": plain}, qkv_bias=False)
-    rotary_dim = int(common.head_dim * settings.get("partial_rotary_factor", 1.0))
-    if rotary_dim < 2 or rotary_dim % 2:
-        raise ValueError(f"partial_rotary_factor: rotates {rotary_dim} of head_dim {common.head_dim}; expected pairs")
-    rope = common.rope
+    common: LlamaLikeConfig = read_config("phi3", {**hf, "rope_parameters": plain})
+    rotary_dim, rope = rotary_dimension(common.head_dim, settings), common.rope
     if settings.get("rope_type", "default") != "default":
         rope = longrope_config(settings, hf["max_position_embeddings"], rotary_dim)
     return Phi3Config(**vars(common) | {"rope": rope}, rotary_dim=rotary_dim)
@@ -205,21 +193,18 @@ def _gguf_rope(file: GgufFile, head_dim: int) -> dict[str, Any]:
     return rope if math.isclose(attention, stretched, rel_tol=1e-6) else rope | {"attention_factor": attention}
 
 
-PHI3 = replace(
-    llama_like(
-        "phi3",
-        "Phi3Config",
-        {
-            "partial_rotary_factor": PARTIAL_ROTARY,
-            "rope_parameters": ROPE,
-            "rope_scaling": ROPE,
-            "sliding_window": WINDOW,
-        },
-        read,
-    ),
+PHI3 = llama_like(
+    "phi3",
+    "Phi3Config",
+    {"partial_rotary_factor": PARTIAL_ROTARY, "rope_parameters": ROPE, "rope_scaling": ROPE, "sliding_window": WINDOW},
+    read,
     leaves=LEAVES,
-    dimensions=own_dimensions,
-    position_tables=position_tables,
+    dimensions=lambda config: {
+        **dimensions(config),
+        "queries_keys_values": (config.heads + 2 * config.kv_heads) * config.head_dim,
+        "gate_up": 2 * config.mlp,
+    },
+    position_tables=partial_position_tables,
     block=block,
     gguf=llama_like_gguf("phi3", gguf_settings, setting_tensors=(LONG_FACTORS, SHORT_FACTORS)),
 )

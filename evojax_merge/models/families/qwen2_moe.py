@@ -1,39 +1,22 @@
 """Qwen1.5-MoE and Qwen2-MoE: a Qwen2 with a mixture of experts, and beside it an expert that takes every token, scaled
 by a gate."""
 
-from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from evojax_merge.models.architecture import LAYERS, Leaf
 from evojax_merge.models.config_keys import SIZE, SWITCH
-from evojax_merge.models.families.llama_like import QWEN_WINDOWS, read_config
+from evojax_merge.models.families.llama_like import QWEN_WINDOWS
 from evojax_merge.models.families.llama_like_gguf import llama_like_gguf, mixture_settings
-from evojax_merge.models.families.mixture import (
-    QWEN_EXPERTS,
-    MixtureConfig,
-    expert_leaves,
-    mixture_config,
-    mixture_of_experts,
-)
+from evojax_merge.models.families.mixture import QWEN_EXPERTS, expert_leaves, mixture_of_experts, read_mixture
 
 SHARED = "model.layers.{layer}.mlp.shared_expert"
 WIDE = ("shared_mlp", "hidden")
 
 
-def read(hf: Mapping[str, Any]) -> MixtureConfig:
-    return mixture_config(
-        read_config("qwen2_moe", hf, qkv_bias=hf["qkv_bias"]),
-        mlp=hf["moe_intermediate_size"],
-        experts=hf["num_experts"],
-        per_token=hf["num_experts_per_tok"],
-        weights_sum_to_one=hf["norm_topk_prob"],
-        shared_mlp=hf["shared_expert_intermediate_size"],
-    )
-
-
-_QWEN2_MOE = mixture_of_experts(
+READ = {
+    "qkv_bias": "qkv_bias", "weights_sum_to_one": "norm_topk_prob", "shared_mlp": "shared_expert_intermediate_size",
+}  # fmt: skip
+QWEN2_MOE = mixture_of_experts(
     "qwen2_moe",
     "Qwen2MoeConfig",
     (
@@ -46,13 +29,8 @@ _QWEN2_MOE = mixture_of_experts(
         ),
         Leaf("shared_expert_gate", f"{SHARED}_gate.weight", "mlp", ("one", "hidden"), LAYERS),
     ),
-    {"router": "mlp.gate.", "mlp": ".mlp."},
-    {},
     QWEN_EXPERTS | QWEN_WINDOWS | {"qkv_bias": SWITCH, "shared_expert_intermediate_size": SIZE},
-    read,
-)  # fmt: skip
-QWEN2_MOE = replace(
-    _QWEN2_MOE,
+    partial(read_mixture, "qwen2_moe", keys=READ),
     # PEFT confuses the shared expert's projections with the experts', which have the same names.
     no_adapter="PEFT cannot tell its shared expert from its experts",
     gguf=llama_like_gguf(
@@ -60,4 +38,4 @@ QWEN2_MOE = replace(
         partial(mixture_settings, experts_key="num_experts", weights_sum_to_one=False),
         has_experts=True,
     ),
-)
+)  # fmt: skip

@@ -5,20 +5,18 @@ Files of the first versions hold them as `[experts, in, out]`; transformers read
 is written.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from evojax_merge.models.architecture import LAYERS, ROUTER, Leaf
-from evojax_merge.models.config import LlamaLikeConfig, MropeConfig
+from evojax_merge.models.config import MropeConfig
 from evojax_merge.models.config_keys import SWITCH
 from evojax_merge.models.families import mixture
-from evojax_merge.models.families.llama_like import read_config
-from evojax_merge.models.families.mixture import QWEN_EXPERTS, MixtureConfig, mixture_config, mixture_of_experts
+from evojax_merge.models.families.llama_like import BIASES
+from evojax_merge.models.families.mixture import QWEN_EXPERTS, MixtureConfig, mixture_of_experts, read_mixture
 from evojax_merge.models.families.qwen_vl import MROPE, in_turns, position_tables, read_mrope
 from evojax_merge.models.layers import Attend, CosSin, KeyValue, Weights
 
@@ -30,21 +28,6 @@ class MropeMixtureConfig(MropeConfig, MixtureConfig):
     """A mixture of experts with M-RoPE."""
 
 
-def read(hf: Mapping[str, Any]) -> LlamaLikeConfig:
-    bias = hf["attention_bias"]
-    return mixture_config(
-        read_config("qwen3_vl_moe_text", hf, qkv_bias=bias, o_bias=bias, qk_norm=True),
-        mlp=hf["moe_intermediate_size"],
-        experts=hf["num_experts"],
-        per_token=hf["num_experts_per_tok"],
-        weights_sum_to_one=True,
-    )
-
-
-def dimensions(config: MixtureConfig) -> dict[str, int]:
-    return mixture.dimensions(config) | {"gate_up": 2 * config.mlp}
-
-
 def block(
     config: MixtureConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
 ) -> tuple[jax.Array, KeyValue]:
@@ -52,23 +35,21 @@ def block(
     return mixture.block(config, weights | {"gate": gate, "up": up}, x, rope, attend)
 
 
-QWEN3_VL_MOE_TEXT = replace(
-    mixture_of_experts(
-        "qwen3_vl_moe_text",
-        "Qwen3VLMoeTextConfig",
-        (
-            Leaf("router", f"{_MLP}gate.weight", ROUTER, ("experts", "hidden"), LAYERS),
-            Leaf("gate_up", f"{_MLP}experts.gate_up_proj", "mlp", ("experts", "gate_up", "hidden"), LAYERS),
-            Leaf("down", f"{_MLP}experts.down_proj", "mlp", ("experts", "hidden", "mlp"), LAYERS,
-                 writes_residual=True),
-        ),
-        {"router": "mlp.gate.", "mlp": ".mlp."},
-        {},
-        {name: expected for name, expected in QWEN_EXPERTS.items() if name != "norm_topk_prob"}
-        | {"attention_bias": SWITCH, "rope_parameters": MROPE, "rope_scaling": MROPE},
-        partial(read_mrope, read, in_turns, (24, 20, 20), kind=MropeMixtureConfig),
+QWEN3_VL_MOE_TEXT = mixture_of_experts(
+    "qwen3_vl_moe_text",
+    "Qwen3VLMoeTextConfig",
+    (
+        Leaf("router", f"{_MLP}gate.weight", ROUTER, ("experts", "hidden"), LAYERS),
+        Leaf("gate_up", f"{_MLP}experts.gate_up_proj", "mlp", ("experts", "gate_up", "hidden"), LAYERS),
+        Leaf("down", f"{_MLP}experts.down_proj", "mlp", ("experts", "hidden", "mlp"), LAYERS, writes_residual=True),
     ),
-    dimensions=dimensions,
+    {name: expected for name, expected in QWEN_EXPERTS.items() if name != "norm_topk_prob"}
+    | {"attention_bias": SWITCH, "rope_parameters": MROPE, "rope_scaling": MROPE},
+    partial(
+        read_mrope, partial(read_mixture, "qwen3_vl_moe_text", keys=BIASES, qk_norm=True, weights_sum_to_one=True),
+        in_turns, (24, 20, 20), kind=MropeMixtureConfig,
+    ),
+    dimensions=lambda config: mixture.dimensions(config) | {"gate_up": 2 * config.mlp},
     block=block,
     position_tables=position_tables,
     packed={},

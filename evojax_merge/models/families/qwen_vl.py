@@ -5,7 +5,6 @@ M-RoPE plain RoPE.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,7 +12,7 @@ from evojax_merge.errors import shown
 from evojax_merge.models.architecture import Architecture
 from evojax_merge.models.config import LlamaLikeConfig, MropeConfig
 from evojax_merge.models.config_keys import SWITCH, Expected, mapping, or_null, whole
-from evojax_merge.models.families.llama_like import QWEN_WINDOWS, ROPE, llama_like, read_config
+from evojax_merge.models.families.llama_like import BIASES, QWEN_WINDOWS, ROPE, llama_like, read_config
 from evojax_merge.models.layers import CosSin, SequenceLayout, rope_tables
 
 Mrope = TypeVar("Mrope", bound=MropeConfig)
@@ -57,11 +56,6 @@ def read_mrope(
     return kind(**vars(text), rope_axes=axes(settings.get(SECTION) or default, text.head_dim // 2))
 
 
-def read_qwen3_vl(hf: Mapping[str, Any]) -> LlamaLikeConfig:
-    bias = hf["attention_bias"]
-    return read_config("qwen3_vl_text", hf, qkv_bias=bias, o_bias=bias, qk_norm=True)
-
-
 def position_tables(config: MropeConfig, layout: SequenceLayout) -> CosSin:
     return rope_tables(config.rope, config.head_dim, layout, config.rope_axes)
 
@@ -69,8 +63,7 @@ def position_tables(config: MropeConfig, layout: SequenceLayout) -> CosSin:
 def qwen_vl(model_type: str, config_class: str, keys: dict[str, Expected], text: str, read: Any) -> Architecture:
     """The text decoder of a larger model. text: the model_type of text models with the same layers."""
     roped = {"rope_parameters": MROPE, "rope_scaling": MROPE}
-    architecture = llama_like(model_type, config_class, keys | roped, read)
-    return replace(architecture, position_tables=position_tables, text_model=text)
+    return llama_like(model_type, config_class, keys | roped, read, position_tables=position_tables, text_model=text)
 
 
 QWEN2_VL_TEXT, QWEN2_5_VL_TEXT = (
@@ -83,5 +76,8 @@ QWEN2_VL_TEXT, QWEN2_5_VL_TEXT = (
 )  # fmt: skip
 QWEN3_VL_TEXT = qwen_vl(
     "qwen3_vl_text", "Qwen3VLTextConfig", {"attention_bias": SWITCH}, "qwen3",
-    partial(read_mrope, read_qwen3_vl, in_turns, (24, 20, 20), kind=MropeConfig),
+    partial(
+        read_mrope, partial(read_config, "qwen3_vl_text", keys=BIASES, qk_norm=True), in_turns, (24, 20, 20),
+        kind=MropeConfig,
+    ),
 )  # fmt: skip

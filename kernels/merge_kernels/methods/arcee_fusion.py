@@ -16,26 +16,22 @@ BLOCK = 2**20
 
 
 def _prepare(options: Options, inputs: PrepareInputs) -> Prepared:
-    base, other = (np.asarray(x, np.float32) for x in inputs.sources)
-    return Prepared((_selection(base, other),), {})
-
-
-def _selection(base: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Select entries: `uint16[...]`, 1 where the other model's entry is taken, else 0. base, other: float32 `[...]`.
+    """Mask keys: `uint16[...]`, 1 where the other model's entry is taken, else 0.
 
     An entry's importance is `|x - b| KL(softmax(x) || softmax(b))`, the softmax over the last axis (a vector is one
     row, a single number a row of its own). An entry is taken where it is at least `median + 1.5 (q3 - q1)`; a quantile
     q is the entry of ascending rank `int(q (n - 1))`, of all n entries, however many.
     """
+    base, other = (np.asarray(x, np.float32) for x in inputs.sources)
     if not base.size:
-        return np.zeros(base.shape, np.uint16)
+        return Prepared((np.zeros(base.shape, np.uint16),), {})
     width = base.shape[-1] if base.ndim else 1
     first, second = base.reshape(-1, width), other.reshape(-1, width)
     importance = np.abs(second - first) * _row_divergence(first, second)[:, None]
     ranks = [int(share * (importance.size - 1)) for share in (0.25, 0.5, 0.75)]
     low, median, high = np.partition(importance, ranks, axis=None)[ranks]
     threshold = median + np.float32(RANGES) * (high - low)
-    return (importance >= threshold).astype(np.uint16).reshape(base.shape)
+    return Prepared(((importance >= threshold).astype(np.uint16).reshape(base.shape),), {})
 
 
 def _row_divergence(base: np.ndarray, other: np.ndarray) -> np.ndarray:

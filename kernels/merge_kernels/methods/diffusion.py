@@ -3,6 +3,7 @@
 `a` is the first model of a merge and `b` the second; `c`, where there is one, is the base.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_kernels.method import CombineInputs, Method, Options, Parameter, Prepared, PrepareInputs
-from merge_kernels.methods.interpolation import gram, weighted_sum
+from merge_kernels.methods.interpolation import combine_coefficients, gram
 from merge_kernels.registry import register
 
 # The factor of the mask of train difference.
@@ -76,7 +77,7 @@ for _name, _combine in (
 # By the cosine of the columns
 
 
-def _prepare_cosine(inputs: PrepareInputs, whole: bool) -> Prepared:
+def _prepare_cosine(options: Options, inputs: PrepareInputs, whole: bool) -> Prepared:
     """`cosine`: of the two models' vectors along the first axis, float32 `[1, ...]`; whole: averaged with the cosine of
     the whole tensors."""
 
@@ -96,19 +97,12 @@ def _combine_cosine(options: Options, inputs: CombineInputs) -> jax.Array:
     return _interpolated(a, b, share)
 
 
-def _prepare_cosine_a(options: Options, inputs: PrepareInputs) -> Prepared:
-    return _prepare_cosine(inputs, whole=False)
-
-
-def _prepare_cosine_b(options: Options, inputs: PrepareInputs) -> Prepared:
-    return _prepare_cosine(inputs, whole=True)
-
-
-for _name, _prepare in (("add_cosine_a", _prepare_cosine_a), ("add_cosine_b", _prepare_cosine_b)):
+for _name, _whole in (("add_cosine_a", False), ("add_cosine_b", True)):
     register(
         Method(
             _name, (Parameter("alpha", per_parent=False, default=1.0, low=0.0, high=1.0, start=0.5),), base="parent",
-            combine=_combine_cosine, prepare=_prepare, options=Options(axis=0), min_parents=2, max_parents=2,
+            combine=_combine_cosine, prepare=partial(_prepare_cosine, whole=_whole), options=Options(axis=0),
+            min_parents=2, max_parents=2,
         )
     )  # fmt: skip
 
@@ -229,10 +223,6 @@ def _prepare_median(options: Options, inputs: PrepareInputs) -> Prepared:
     return Prepared((), {"coefficient": share.astype(np.float32)})
 
 
-def _combine_median(options: Options, inputs: CombineInputs) -> jax.Array:
-    return weighted_sum(inputs.sources, inputs.statistics["coefficient"])
-
-
 def _fixed(name: str, default: float, low: float, high: float, valid_max: float = np.inf) -> Parameter:
     return Parameter(name, False, default, low, high, valid_min=low, valid_max=valid_max, searched=False)
 
@@ -241,6 +231,6 @@ register(
     Method(
         "geometric_median",
         (_fixed("eps", 1e-6, 1e-30, 1.0), _fixed("maxiter", 100, 0, 1000, 1_000_000), _fixed("ftol", 1e-20, 0.0, 1.0)),
-        base="parent", combine=_combine_median, prepare=_prepare_median,
+        base="parent", combine=combine_coefficients, prepare=_prepare_median,
     )
 )  # fmt: skip

@@ -98,6 +98,11 @@ def weighted_sum(sources: Arrays, coefficients: Arrays) -> jax.Array:
     return sum_over(lambda k: coefficients[k] * sources[k].astype(jnp.float32), len(sources))
 
 
+def combine_coefficients(options: Options, inputs: CombineInputs) -> jax.Array:
+    """The sum of the sources with the coefficients that were prepared."""
+    return weighted_sum(inputs.sources, inputs.statistics["coefficient"])
+
+
 def from_base(sources: Arrays, coefficients: Arrays) -> jax.Array:
     """`b + sum_k c_k (x_k - b)` in float32; sources: the base first."""
     base = sources[0].astype(jnp.float32)
@@ -232,19 +237,19 @@ def _prepare_multislerp(options: Options, inputs: PrepareInputs) -> Prepared:
     return Prepared((), {"length": lengths.astype(np.float32), "gap": np.maximum(gaps, 0.0).astype(np.float32)})
 
 
-def _multislerp_coefficients(
-    length: jax.Array, gap: jax.Array, weight: jax.Array, normalize: bool, eps: jax.Array
-) -> jax.Array:
-    """Barycentric interpolation on the sphere: float32[K].
+def _combine_multislerp(options: Options, inputs: CombineInputs) -> jax.Array:
+    """Barycentric interpolation on the sphere: coefficients float32[K].
 
     With `u_k = x_k / (|x_k| + eps)` and `m = sum w_k u_k`, the result is `cos(eps) m / |m| * sum w_k |x_k|`: the
     weighted tangents at `m` sum to zero, and of the published tangent step only its eps remains. Where `|m| < eps`,
     or no larger than its rounding error: the weighted sum for two vectors or where all have length 0, else NaN.
     """
+    length, gap = inputs.statistics["length"], inputs.statistics["gap"]
+    weight, eps = inputs.parameters["weight"], inputs.parameters["eps"]
     count = weight.shape[0]
     if count == 1:
-        return jnp.ones(1, jnp.float32)
-    share = weight / jnp.sum(weight) if normalize else weight
+        return _add_up(options, inputs.sources, jnp.ones(1, jnp.float32))
+    share = weight / jnp.sum(weight) if options.normalize else weight
     shrunk = share * length / (length + eps)
     squares = jnp.square(jnp.sum(shrunk))
     # Sums of products: an accelerator may round the operands of a matrix product to fewer bits.
@@ -255,18 +260,7 @@ def _multislerp_coefficients(
     vanishes = (size < eps) | (square <= noise)
     spherical = jnp.cos(eps) * share / (length + eps) * jnp.sum(share * length) / jnp.where(vanishes, 1.0, size)
     straight = share if count == 2 else jnp.where(jnp.max(length) > 0, jnp.nan, share)
-    return jnp.where(vanishes, straight, spherical)
-
-
-def _combine_multislerp(options: Options, inputs: CombineInputs) -> jax.Array:
-    coefficients = _multislerp_coefficients(
-        inputs.statistics["length"],
-        inputs.statistics["gap"],
-        inputs.parameters["weight"],
-        options.normalize,
-        inputs.parameters["eps"],
-    )
-    return _add_up(options, inputs.sources, coefficients)
+    return _add_up(options, inputs.sources, jnp.where(vanishes, straight, spherical))
 
 
 register(
@@ -330,10 +324,6 @@ def _prepare_karcher(options: Options, inputs: PrepareInputs) -> Prepared:
     return Prepared((), {"coefficient": coefficients.astype(np.float32)})
 
 
-def _combine_karcher(options: Options, inputs: CombineInputs) -> jax.Array:
-    return weighted_sum(inputs.sources, inputs.statistics["coefficient"])
-
-
 register(
     Method(
         "karcher",
@@ -351,7 +341,7 @@ register(
             Parameter("tol", per_parent=False, default=1e-5, low=0.0, high=1.0, valid_min=0.0, searched=False),
         ),
         base="parent",
-        combine=_combine_karcher,
+        combine=combine_coefficients,
         prepare=_prepare_karcher,
     )
 )

@@ -1,7 +1,6 @@
 """Reinforced Agent Merging (arXiv 2601.13572): the mean change of the parents that change an entry, and the change of a
 parent that alone changes it, which RAM+ amplifies."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,14 +12,16 @@ from merge_kernels.registry import register
 from merge_kernels.sums import Arrays, sum_over
 
 
-def _overlap(deltas: Sequence[np.ndarray], epsilon: float) -> np.ndarray:
-    """The overlap of each task vector with the others, float32[K], of K deltas, each float32 `[...]`.
+def _prepare_plus(options: Options, inputs: PrepareInputs) -> Prepared:
+    """`overlap`: of each task vector with the others, float32[K].
 
     It counts the entries that parent k changes by more than epsilon: those that another parent changes too, divided by
     those that it alone changes (by epsilon where there are none).
     """
+    base, epsilon = np.asarray(inputs.sources[0], np.float32), float(inputs.parameters["epsilon"])
+    deltas = [np.asarray(x, np.float32) - base for x in inputs.sources[1:]]
     limit = np.float32(epsilon)
-    count = np.zeros(deltas[0].shape, np.int32)
+    count = np.zeros(base.shape, np.int32)
     for delta in deltas:
         count += np.abs(delta) > limit
     overlap = np.zeros(len(deltas), np.float32)
@@ -30,13 +31,7 @@ def _overlap(deltas: Sequence[np.ndarray], epsilon: float) -> np.ndarray:
         if alone < changing_parents.size:
             divisor = max(alone, epsilon)
             overlap[k] = (changing_parents.size - alone) / divisor if divisor > 0 else np.inf
-    return overlap
-
-
-def _prepare_plus(options: Options, inputs: PrepareInputs) -> Prepared:
-    base = np.asarray(inputs.sources[0], np.float32)
-    deltas = [np.asarray(x, np.float32) - base for x in inputs.sources[1:]]
-    return Prepared((), {"overlap": _overlap(deltas, float(inputs.parameters["epsilon"]))})
+    return Prepared((), {"overlap": overlap})
 
 
 def _merge(sources: Arrays, epsilon: jax.Array, factors: jax.Array) -> jax.Array:

@@ -1,13 +1,12 @@
 """SCE (arXiv 2408.07990): select the entries in which parents differ most, calculate weights, elect signs."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_kernels.method import CombineInputs, Method, Options, Parameter, Prepared, PrepareInputs, Statistics
+from merge_kernels.method import CombineInputs, Method, Options, Parameter, Prepared, PrepareInputs
 from merge_kernels.registry import register
 from merge_kernels.sums import is_looped, sum_over
 
@@ -20,24 +19,19 @@ MIN_WEIGHT = 1e-6
 
 
 def _prepare(options: Options, inputs: PrepareInputs) -> Prepared:
-    base = np.asarray(inputs.sources[0], np.float32)
-    deltas = [np.asarray(x, np.float32) - base for x in inputs.sources[1:]]
-    number, statistics = _selection(deltas, inputs.densities[0])
-    return Prepared((number,), statistics)
-
-
-def _selection(deltas: Sequence[np.ndarray], densities: np.ndarray) -> tuple[np.ndarray, Statistics]:
     """Select the entries that are kept at each density, and calculate the parents' weights.
 
     Kept are the `int(density nonzero)` entries whose variance over the deltas is largest (`nonzero`: the number of
-    variances that are not 0), and everything at density 1. Returns, per entry, the number of the first of the ascending
-    `densities: float64[G]` at which it is kept (`uint16`, NEVER_KEPT where none is), and per density
+    variances that are not 0), and everything at density 1. Mask keys: per entry, the number of the first of the
+    ascending densities, float64[G], at which it is kept (`uint16`, NEVER_KEPT where none is). Statistics, per density:
 
     - `threshold`: int32[G]; an entry is kept where its number is below it;
     - `share`: float32[K, G], parent k's share of the mean squares of the deltas that are kept.
 
     Entries that tie are kept in the order of the tensor, so that the count is exact.
     """
+    base, densities = np.asarray(inputs.sources[0], np.float32), inputs.densities[0]
+    deltas = [np.asarray(x, np.float32) - base for x in inputs.sources[1:]]
     stack = np.stack([delta.reshape(-1) for delta in deltas])
     count, size = stack.shape
     variance = _spread(stack)
@@ -65,7 +59,7 @@ def _selection(deltas: Sequence[np.ndarray], densities: np.ndarray) -> tuple[np.
     alike = total < MIN_SQUARES
     share = np.where(alike, 1.0 / count, squares / np.where(alike, 1.0, total))
     threshold = np.arange(1, len(densities) + 1, dtype=np.int32)
-    return number.reshape(deltas[0].shape), {"threshold": threshold, "share": share.astype(np.float32)}
+    return Prepared((number.reshape(base.shape),), {"threshold": threshold, "share": share.astype(np.float32)})
 
 
 def _spread(stack: np.ndarray) -> np.ndarray:

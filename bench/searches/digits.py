@@ -1,13 +1,13 @@
-"""Merging is not only for language models: two experts of an image classifier, merged by `search_pytrees`.
+"""Does a merge of pytrees read all digits? Two experts of an image classifier, merged by `search_pytrees`.
 
-    python -m evojax_merge.zoo.digits
+python -m bench digits 3             # the family of seed 3; by default that of seed 0
 
 A small convolutional network (Flax) sees scikit-learn's handwritten digits for a moment: the base. One copy is then
 fine-tuned on the digits 0 to 4, another on 5 to 9, and each forgets the other digits. The evolved merge reads all ten.
 Half a minute on two cores.
 """
 
-import sys
+import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ def load_digits(seed: int) -> tuple[Digits, Digits, Digits]:
     """(for training, for the search, held out): 800, 500 and 497 images."""
     training, search, heldout = (
         Digits(jnp.asarray(part.images[..., None] / 16.0), jnp.asarray(part.labels))
-        for part in load_digit_images("zoo.digits", seed)
+        for part in load_digit_images("bench digits", seed)
     )
     return training, search, heldout
 
@@ -140,7 +140,9 @@ def evolve(family: Family, seed: int, plan: Plan, on_generation: Callable[[Gener
 
 def main() -> None:
     started = time.perf_counter()
-    seed, plan = int(sys.argv[1]) if len(sys.argv) > 1 else 0, Plan()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seed", nargs="?", type=int, default=0)
+    seed, plan = parser.parse_args().seed, Plan()
     family = make_family(seed, plan)
     print(f"trained the family in {time.perf_counter() - started:.0f} s")
 
