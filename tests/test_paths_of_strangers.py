@@ -145,7 +145,7 @@ ALLOWED = {
         "checkpoints/headers.py: _new_folder", "checkpoints/members.py: _place", "checkpoints/writer.py: write",
         "checkpoints/writer.py: reserve", "checkpoints/writer.py: _write_index",
         "commands/export.py: _stage_begun_last", "commands/reproduce.py: reproduce",
-        "commands/reproduce.py: _without_clock", "commands/search.py: _stage_folder",
+        "commands/reproduce.py: _without_clock", "commands/search.py: run_search",
         "system/file_system.py: _hidden_name",
         "judge/server.py: application", "mergekit/execute.py: merge_to",
         "mergekit/pipelines.py: merge_pipelines", "mergekit/stages.py: prepare_stream", "report/loggers.py: __init__",

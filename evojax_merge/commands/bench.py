@@ -3,7 +3,16 @@
 from dataclasses import replace
 from pathlib import Path
 
-from evojax_merge.benchmarks.device import ACCELERATOR, CPU, SHAPES, Budget, measure, row_count, timings_of
+from evojax_merge.benchmarks.device import (
+    ACCELERATOR,
+    CPU,
+    METHODS,
+    SEARCHES,
+    SHAPES,
+    Budget,
+    measure,
+    timings_of,
+)
 from evojax_merge.benchmarks.report import as_json, comparison, is_benchmark_file, read_benchmark, section
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.evaluation.targets import live_target
@@ -26,7 +35,8 @@ def bench(shape: str | None, seconds: float, json_file: Path | None, compare: Pa
     sizes = ACCELERATOR if target.is_accelerator else CPU
     if shape is not None:
         sizes = replace(sizes, shapes=(shape,))
-    with named_bar("bench", row_count(sizes)) as announce:
+    # The rows of the benchmark: two of them are passes over likelihoods.
+    with named_bar("bench", len(METHODS) + len(sizes.prompts) + 2 + len(SEARCHES)) as announce:
         benchmark = measure(target, sizes, Budget(seconds, announce))
     record_timings(timings_of(benchmark))
     machine = environment()

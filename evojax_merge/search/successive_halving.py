@@ -193,7 +193,7 @@ def successive_halving(
     parts, population, tasks = order.parts, len(genomes), order.parts[0].evaluator.tasks
     values, predicted, examples = np.full(population, np.nan), np.full(population, np.nan), np.zeros(population, int)
     matrix, goal = empty_matrix(parts, population), goal_of(parts[0].evaluator)
-    offset = goal.offset(tasks)
+    offset, worth = goal.offset(tasks), example_worth(matrix.weights, matrix.task_of)
     evaluated: list[TaskScores] = []
     stopped: list[PartialScores] = []
     running, begin = np.arange(population), 0
@@ -206,7 +206,9 @@ def successive_halving(
         joined = _joined(parts, evaluated)
         values[running] = ranked_fitness(tasks, joined, goal)
         examples[running] = sum(part.size for part in parts[:end])
-        partial = _partial_scores(matrix, running, order.counts[rung])
+        shown = np.flatnonzero(matrix.evaluated[running[0]])
+        contributions = np.take(matrix.values[running], shown, axis=1) * worth[shown]
+        partial = PartialScores(running, contributions, shown, order.counts[rung][shown])
         if end == len(parts):
             predicted[running] = values[running]
             if stopped:
@@ -249,15 +251,6 @@ def enter_scores(matrix: Scores, part: Part, candidates: np.ndarray, scores: Tas
     place = np.ix_(candidates, part.columns)
     matrix.values[place] = part.scores_of(scores)
     matrix.evaluated[place] = True
-
-
-def _partial_scores(matrix: Scores, candidates: np.ndarray, counts: np.ndarray) -> PartialScores:
-    """The partial scores of the candidates with the numbers int[S], which were evaluated on the same examples; counts:
-    float64[N]."""
-    evaluated = np.flatnonzero(matrix.evaluated[candidates[0]])
-    worth = example_worth(matrix.weights, matrix.task_of)[evaluated]
-    contributions = np.take(matrix.values[candidates], evaluated, axis=1) * worth
-    return PartialScores(candidates, contributions, evaluated, counts[evaluated])
 
 
 def example_worth(weights: np.ndarray, task_of: np.ndarray) -> np.ndarray:
