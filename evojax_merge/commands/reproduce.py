@@ -31,7 +31,10 @@ def reproduce(run: Path, out: Path | None) -> None:
     out = out or folder.path.with_name(f"{folder.path.name}-reproduced")
     if os.path.lexists(out):
         raise InputError(out, "exists already; choose a new folder with --out")
-    changes = _changed_environment(folder)
+    sessions, current = read_sessions(folder), environment()
+    changes = list(dict.fromkeys(line for session in sessions for line in differences(session, current)))
+    if not sessions:
+        changes = [f"{folder.environment.name}: missing or damaged, so the environments cannot be compared"]
     for line in changes or ["the environment is the one that the run recorded"]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     plugins.load()
@@ -45,15 +48,6 @@ def reproduce(run: Path, out: Path | None) -> None:
         )
         raise Failed(f"{out}: is not the same as {run}: {difference}; likely cause: {cause}")
     console.print(f"bit-identical: {out}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _changed_environment(folder: RunFolder) -> list[str]:
-    """A line for each part of the environment that differs from a session of the run."""
-    sessions = read_sessions(folder)
-    if not sessions:
-        return [f"{folder.environment.name}: missing or damaged, so the environments cannot be compared"]
-    current = environment()
-    return list(dict.fromkeys(line for session in sessions for line in differences(session, current)))
 
 
 def _without_clock(folder: RunFolder) -> list[str]:

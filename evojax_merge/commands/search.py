@@ -61,7 +61,6 @@ from evojax_merge.system.console import console, say, working
 from evojax_merge.system.interrupts import defer_signals
 from evojax_merge.system.regular_file import MAX_NAME_BYTES
 from evojax_merge.tasks.opening import data_warnings
-from evojax_merge.tasks.splits import Splits
 
 # The form of a search's output.
 Output = Literal["text", "json", "none"]
@@ -177,14 +176,16 @@ def run_search(
         check_place(out, resume=resume, overwrite=overwrite)
     check_export(path, out, judges or JudgeOptions())
     check_loggers(f"{path}: log", config.log)
+    run = RunFolder(out)
     # Every stage is checked before the first one runs.
     configs, stages = stage_configs(config), config.stages
     problems = [build_problem(path, of_stage, chained=i > 0) for i, of_stage in enumerate(configs)]
-    _check_outside(out, problems)
+    models = [part for problem in problems for model in problem.backend.references for part in parts_of(model)]
+    for place in (out, *run.parts):
+        check_outside(place, models)
     if stages is not None and judges is not None and (judges.replay or judges.pairs or judges.choices):
         what = "people judge a search in stages on its page; leave --replay, --export and --import out"
         raise InputError(f"{path}: stages", what)
-    run = RunFolder(out)
     early = [RunFolder((run.stages / f"stage-{number}").resolve()) for number in range(1, len(configs))]
     for folder, problem in zip([*early, run], problems, strict=True):
         check_judges(path, folder.path, problem, judges, resume=resume)
@@ -207,7 +208,9 @@ def run_search(
         check=_check_checkpoints,
     ):  # fmt: skip
         # All stages have the same examples.
-        _log_warnings(path, configs[0], problems[0], prepared[0])
+        print_warnings(revision_warnings(path, configs[0]))
+        print_warnings(problems[0].backend.warnings(prepared[0]))
+        print_warnings(data_warnings(str(path), configs[0].tasks, problems[0].splits))
         winner: str | None = None
         for number, folder in enumerate([*early, run]):
             problem, of_stage, after_stage = problems[0], configs[0], on_generation
@@ -270,17 +273,3 @@ def _resolved_stage(stages: Sequence[StageConfig], number: int, problem: SearchP
     if any(before.data_flow is not None for before in stages[:number]):
         search["population"] = stages[number].search.population
     return stages[number].model_dump(mode="json") | {"space": problem.backend.resolved()["space"], "search": search}
-
-
-def _log_warnings(path: Path, config: Config, problem: SearchProblem[Backend], prepared: Splits[list[Any]]) -> None:
-    """Print warnings about the models and the examples before a search."""
-    print_warnings(revision_warnings(path, config))
-    print_warnings(problem.backend.warnings(prepared))
-    print_warnings(data_warnings(str(path), config.tasks, problem.splits))
-
-
-def _check_outside(out: Path, problems: Sequence[SearchProblem]) -> None:
-    """Raises InputError where a run folder, or a part of it that is a link, lies in a model of the search."""
-    models = [part for problem in problems for model in problem.backend.references for part in parts_of(model)]
-    for place in (out, *RunFolder(out).parts):
-        check_outside(place, models)

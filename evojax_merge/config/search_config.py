@@ -354,14 +354,6 @@ class SearchConfig(Section):
         GradientConfig(), description="how the strategies gradient and hybrid follow gradients"
     )
 
-    @model_validator(mode="after")
-    def _has_each_seed_once(self) -> "SearchConfig":
-        seeds = self.seeds or []
-        twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
-        if twice is not None:
-            raise ValueError(f"seeds: {twice} stands twice; expected each once")
-        return self
-
     @property
     def parsed_budget(self) -> Budget:
         """The budget in numbers."""
@@ -376,19 +368,15 @@ class SearchConfig(Section):
         return document
 
     @model_validator(mode="after")
-    def _has_one_length(self) -> "SearchConfig":
+    def _fits(self) -> "SearchConfig":
+        seeds = self.seeds or []
+        twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
+        if twice is not None:
+            raise ValueError(f"seeds: {twice} stands twice; expected each once")
         if self.budget is not None and "generations" in self.model_fields_set:
             raise ValueError(f"budget: {self.budget}, and generations: {self.generations:,}; expected one of them")
-        return self
-
-    @model_validator(mode="after")
-    def _has_what_to_validate_on(self) -> "SearchConfig":
         if self.validate_every is not None and not self.validation:
             raise ValueError("validate_every: there is no validation split; give `validation` a share above 0 as well")
-        return self
-
-    @model_validator(mode="after")
-    def _has_rungs_to_choose_for(self) -> "SearchConfig":
         if self.rung_examples != "random" and self.rungs == 1:
             raise ValueError(
                 f"rung_examples: {self.rung_examples}; without a race every candidate is evaluated on all examples, "

@@ -76,13 +76,6 @@ class Saved:
     history_length: int
     history_digest: bytes
 
-    def describes(self, generations: int, history: Path) -> bool:
-        """Return whether the checkpoint is of this number of generations, and a history is, to the byte, the one that
-        the checkpoint was saved with."""
-        content = history.read_bytes()
-        same = len(content) == self.history_length and hashlib.sha256(content).digest() == self.history_digest
-        return same and self.generations == generations
-
     def strategy_state(self, seed: int, strategy: Strategy, space: Space) -> State:
         """The strategy's state. Raises InputError where another strategy saved the checkpoint."""
         like = {"strategy": strategy.init(generation_key(seed, INIT_KEY), space.start[None])}

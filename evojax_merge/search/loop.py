@@ -46,10 +46,11 @@ from evojax_merge.search.protocols import (
 from evojax_merge.search.stopping import Course, Stopped, course_of, seconds_of, stopped
 from evojax_merge.search.successive_halving import (
     HalvingResult,
-    describe_rungs,
     halving_passes,
     init_surrogate,
     order_shards,
+    rung_shards,
+    rung_size,
     shard_order,
     successive_halving,
 )
@@ -322,7 +323,10 @@ def _introduce(
     if missing:
         reporter.log(f"not in the space: {'; '.join(missing)}")
     if len(shards) > 1:
-        reporter.log(describe_rungs(shards, strategy.population))
+        sizes = np.cumsum([sum(task.size for task in shard.tasks) for shard in shards])
+        ends = enumerate(rung_shards(len(shards)))
+        rungs = [f"{rung_size(strategy.population, rung)} on {sizes[end - 1]}" for rung, end in ends]
+        reporter.log(f"successive halving: {', '.join(rungs)} examples")
 
 
 def _generation(row: Mapping[str, Any], halved: HalvingResult, metrics: dict[str, float], **figures: Any) -> Generation:

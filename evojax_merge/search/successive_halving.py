@@ -273,22 +273,6 @@ def halving_passes(order: ExampleOrder, population: int) -> int:
     )
 
 
-def describe_rungs(shards: Sequence[GenomeEvaluator], population: int) -> str:
-    """One line: the number of candidates of each rung, and of examples that they are evaluated on."""
-    sizes = np.cumsum([sum(task.size for task in shard.tasks) for shard in shards])
-    rungs = [f"{rung_size(population, r)} on {sizes[end - 1]}" for r, end in enumerate(rung_shards(len(shards)))]
-    return f"successive halving: {', '.join(rungs)} examples"
-
-
-def describe_halving(history: Sequence[dict[str, Any]], examples: int) -> str:
-    """One line: the evaluations that successive halving saved over a run's history, compared with every candidate on
-    all `examples`."""
-    done = sum(sum(row["examples"]) for row in history)
-    total = sum(len(row["examples"]) for row in history) * examples
-    saved = f"{1 - done / total:.0%} saved"
-    return f"successive halving: {done:,} of {total:,} passes of a candidate over an example ({saved})"
-
-
 def _best(values: np.ndarray, count: int) -> np.ndarray:
     """The numbers of the `count` best candidates, in their own order; fewer where fewer are finite."""
     order = np.argsort(np.where(np.isfinite(values), -values, np.inf), kind="stable")[:count]

@@ -1,5 +1,6 @@
 """The output of a search: the lines about its setup and its work, and its winner's files."""
 
+import hashlib
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,6 @@ from evojax_merge.search.run_folder import keep_winner, write_front
 from evojax_merge.search.run_parts import RunFolder, check_replaceable_model
 from evojax_merge.search.run_schema import read_result
 from evojax_merge.search.stopping import course_of, stopped
-from evojax_merge.search.successive_halving import describe_halving
 from evojax_merge.system import interrupts
 from evojax_merge.system.console import console, say
 from evojax_merge.system.file_system import atomic_write
@@ -38,7 +38,13 @@ def print_work(folder: RunFolder, problem: SearchProblem[Backend], evaluators: S
     console.print(problem.backend.describe_work(used), highlight=False)
     if len(evaluators.shards) > 1:
         examples = sum(task.size for shard in problem.splits.shards for task in shard if task.weight > 0)
-        console.print(describe_halving(folder.read_history(), examples), highlight=False)
+        counts = [count for row in folder.read_history() for count in row["examples"]]
+        done, total = sum(counts), len(counts) * examples
+        console.print(
+            f"successive halving: {done:,} of {total:,} passes of a candidate over an example "
+            f"({1 - done / total:.0%} saved)",
+            highlight=False,
+        )
 
 
 def why_complete(folder: RunFolder, problem: SearchProblem[Backend]) -> str | None:
@@ -55,7 +61,10 @@ def why_complete(folder: RunFolder, problem: SearchProblem[Backend]) -> str | No
     if ended is None and wanted > len(rows):
         return None
     saved = Checkpoints(folder).restore(say)
-    if saved is None or not saved.describes(len(rows), folder.history):
+    if saved is None or saved.generations != len(rows):
+        return None
+    content = folder.history.read_bytes()
+    if (len(content), hashlib.sha256(content).digest()) != (saved.history_length, saved.history_digest):
         return None
     if ended is None:
         return f"{len(rows)} generations are saved, and {wanted} wanted: nothing to search"
