@@ -46,7 +46,7 @@ def with_goal(
     if not problem.guards:
         return replace(evaluator, goal=Goal(scales))
     base = next(model for role, model in problem.backend.compared if role == "base")
-    (scored,) = means(evaluator.tasks, problem.backend.score_stored(base, evaluator, progress))
+    scored = means(evaluator.tasks, problem.backend.score_stored(base, evaluator, progress))[0]
     guards = {}
     for task, _ in task_weights(evaluator.tasks):
         if task.name in problem.guards:
