@@ -95,8 +95,12 @@ def load_models(
         raise InputError("load_models: parents", "is empty; expected models to merge")
     named = [("base", base)] * (base is not None)
     if isinstance(parents, Mapping):
-        _check_names(parents)
         of_parents = list(parents.items())
+        for name, parent in of_parents:
+            if isinstance(parent, str | PathLike):
+                raise InputError("load_models: parents", f"name {shown(parent)}; expected a list of paths or names")
+            if not name.isidentifier() or name == "base":
+                raise InputError("load_models: parents", f"{shown(name)}; expected names of letters, digits and _")
     else:
         of_parents = [(f"parents[{k}]", parent) for k, parent in enumerate(parents)]
     named += of_parents
@@ -121,15 +125,6 @@ def load_models(
         names.get("base"), parent_names, paths.get("base"), parent_paths, backend=backend or "function",
         _held=tuple(held.values()),
     )  # fmt: skip
-
-
-def _check_names(parents: Mapping[str, Any]) -> None:
-    """Raises InputError unless a mapping of parents has pytrees by names that stand well in tables."""
-    for name, parent in parents.items():
-        if isinstance(parent, str | PathLike):
-            raise InputError("load_models: parents", f"name {shown(parent)}; expected a list of paths or names")
-        if not name.isidentifier() or name == "base":
-            raise InputError("load_models: parents", f"{shown(name)}; expected names of letters, digits and _")
 
 
 def _file(reference: str) -> Path:
@@ -174,14 +169,12 @@ class Space(Described):
     @property
     def dims(self) -> int:
         """D, the number of genes of a genome."""
-        dims: int = self._space.dims
-        return dims
+        return int(self._space.dims)
 
     @property
     def start(self) -> np.ndarray:
         """float32[D]: the genome with which a search begins."""
-        start: np.ndarray = self._space.start
-        return start
+        return np.asarray(self._space.start)
 
     def parameters(self, genome: Any) -> dict[str, float]:
         """The searched parameters that a genome float32[D] stands for: `weight[layers 0-3 attention][maths]` -> value,
