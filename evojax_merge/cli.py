@@ -42,6 +42,16 @@ with_plugins = click.option(
 )
 
 
+def _start_jax() -> None:
+    """Import JAX, which keeps compiled programs from now on."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    check_environment()
+    from evojax_merge.evaluation.compilations import keep_compiled_programs
+
+    keep_compiled_programs()
+
+
 def _command(name: str, plugin_names: tuple[str, ...] = (), distributed: bool = False) -> Any:
     """Import JAX, which keeps compiled programs from now on, and the module of a command; then load the plugins. An
     interruption of a search during the imports prints the command that continues it or begins it again, as later
@@ -51,12 +61,7 @@ def _command(name: str, plugin_names: tuple[str, ...] = (), distributed: bool = 
     next_step = "Continue" if "--resume" in arguments else "Start again"
     resume_hint = f"stopped before it began. {next_step} with: {again}\n" if arguments[:1] == ["search"] else ""
     with interrupts.nothing_begun(f"{resume_hint}interrupted\n"):
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        check_environment()
-        from evojax_merge.evaluation.compilations import keep_compiled_programs
-
-        keep_compiled_programs()
+        _start_jax()
         if distributed:
             from evojax_merge.evaluation.devices import init_distributed
 

@@ -6,11 +6,10 @@ from pathlib import Path
 from evojax_merge.benchmarks.device import (
     ACCELERATOR,
     CPU,
-    METHODS,
-    SEARCHES,
     SHAPES,
     Budget,
     measure,
+    row_count,
     timings_of,
 )
 from evojax_merge.benchmarks.report import as_json, comparison, is_benchmark_file, read_benchmark, section
@@ -35,8 +34,7 @@ def bench(shape: str | None, seconds: float, json_file: Path | None, compare: Pa
     sizes = ACCELERATOR if target.is_accelerator else CPU
     if shape is not None:
         sizes = replace(sizes, shapes=(shape,))
-    # The rows of the benchmark: two of them are passes over likelihoods.
-    with named_bar("bench", len(METHODS) + len(sizes.prompts) + 2 + len(SEARCHES)) as announce:
+    with named_bar("bench", row_count(sizes)) as announce:
         benchmark = measure(target, sizes, Budget(seconds, announce))
     record_timings(timings_of(benchmark))
     machine = environment()
