@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from evojax_merge.config.search_config import Config, Key, keys_of
+from evojax_merge.config.documents import Key, keys_of
+from evojax_merge.config.search_config import Config
 
 PAGE = Path(__file__).resolve().parent / "reference" / "config.md"
 INTRODUCTION = """\

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
         register_task,
     )
     from evojax_merge.api.pytrees import host_callback, search_pytrees
-    from evojax_merge.api.study import LayerPathSpace, MergeSpace, Models, PoolSpace, Study, load_models
+    from evojax_merge.api.spaces import LayerPathSpace, MergeSpace, Models, PoolSpace, load_models
+    from evojax_merge.api.study import Study
     from evojax_merge.api.trials import Run, Trial, open_run
     from evojax_merge.backends.function.opening import FunctionFactory
     from evojax_merge.evaluation.scores import Scores
@@ -93,12 +94,12 @@ _HOMES = {
     "FunctionFactory": "backends.function.opening",
     "open_run": "api.trials",
     "Trial": "api.trials",
-    "LayerPathSpace": "api.study",
-    "MergeSpace": "api.study",
-    "Models": "api.study",
-    "PoolSpace": "api.study",
+    "LayerPathSpace": "api.spaces",
+    "MergeSpace": "api.spaces",
+    "Models": "api.spaces",
+    "PoolSpace": "api.spaces",
     "Study": "api.study",
-    "load_models": "api.study",
+    "load_models": "api.spaces",
 }
 # Modules that are part of the public API.
 _MODULES = {"strategies": "api.strategies", "tasks": "tasks"}

@@ -5,9 +5,9 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,23 +42,6 @@ with_plugins = click.option(
 )
 
 
-@contextmanager
-def _starting(plugin_names: tuple[str, ...] = ()) -> Iterator[None]:
-    """Run a command's imports in the block, then load the plugins. An interruption of a search during the imports
-    prints the command that continues it or begins it again, as later interruptions do."""
-    arguments = sys.argv[1:]
-    again = printable(shlex.join(["evojax-merge", *arguments]), LONGEST_LINE)
-    next_step = "Continue" if "--resume" in arguments else "Start again"
-    resume_hint = f"stopped before it began. {next_step} with: {again}\n" if arguments[:1] == ["search"] else ""
-    with interrupts.nothing_begun(f"{resume_hint}interrupted\n"):
-        _start_jax()
-        yield
-    if plugin_names:
-        from evojax_merge import plugins
-
-        plugins.load_named("--plugin", plugin_names, Path.cwd())
-
-
 def _start_jax() -> None:
     """Import JAX, which keeps compiled programs from now on."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -67,6 +50,28 @@ def _start_jax() -> None:
     from evojax_merge.evaluation.compilations import keep_compiled_programs
 
     keep_compiled_programs()
+
+
+def _command(name: str, plugin_names: tuple[str, ...] = (), distributed: bool = False) -> Any:
+    """Import JAX, which keeps compiled programs from now on, and the module of a command; then load the plugins. An
+    interruption of a search during the imports prints the command that continues it or begins it again, as later
+    interruptions do. distributed: this is one of several processes."""
+    arguments = sys.argv[1:]
+    again = printable(shlex.join(["evojax-merge", *arguments]), LONGEST_LINE)
+    next_step = "Continue" if "--resume" in arguments else "Start again"
+    resume_hint = f"stopped before it began. {next_step} with: {again}\n" if arguments[:1] == ["search"] else ""
+    with interrupts.nothing_begun(f"{resume_hint}interrupted\n"):
+        _start_jax()
+        if distributed:
+            from evojax_merge.evaluation.devices import init_distributed
+
+            init_distributed()
+        module = import_module(f"evojax_merge.commands.{name}")
+    if plugin_names:
+        from evojax_merge import plugins
+
+        plugins.load_named("--plugin", plugin_names, Path.cwd())
+    return module
 
 
 class Command(click.Command):
@@ -108,10 +113,7 @@ def cli() -> None:
 def inspect(models: tuple[str, ...], base: str | None, json_file: Path | None, picture: Path | None) -> None:
     """Compare models before a merge: headers, tokenizers, which one is the base of the others, their task vectors,
     and what that means for the choice of a method. Reads all weights, a few tensors at a time."""
-    with _starting():
-        from evojax_merge.commands import inspect as command
-
-    command.inspect(list(models), base, json_file, picture)
+    _command("inspect").inspect(list(models), base, json_file, picture)
 
 
 class InitCommand(click.Command):
@@ -168,9 +170,7 @@ def init(
     given = [name for name, value in (("--data", data), ("--hub", hub), ("--lm-eval", lm_eval)) if value is not None]
     if len(given) > 1:
         raise InputError(given[1], f"cannot go with {given[0]}; expected one source of data")
-    with _starting():
-        from evojax_merge.commands import init as command
-
+    command = _command("init")
     data = f"hub:{hub.removeprefix('hub:')}" if hub is not None else data
     fields = command.Fields(prompt, target)
     choices = command.Choices(
@@ -233,13 +233,7 @@ def search(
     if distributed:
         # JAX's text on a lost process would stand before the line that says so: this leaves it out.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "4")
-    with _starting(plugin_names):
-        if distributed:
-            from evojax_merge.evaluation.devices import init_distributed
-
-            init_distributed()
-        from evojax_merge.commands import search as command
-
+    command = _command("search", plugin_names, distributed)
     output: Literal["text", "json", "none"] = "json" if as_json else "none" if quiet else "text"
     command.search(config, out, resume, overwrite, seed, list(overrides), force, plugin_names, output)
 
@@ -271,10 +265,9 @@ def judge(
 ) -> None:
     """Search like `search`, for the merge whose answers people prefer: CONFIG has a task of `kind: human`. Serves a
     page on this machine where people choose between two answers."""
-    with _starting(plugin_names):
-        from evojax_merge.commands import search as command
-        from evojax_merge.judge.batch import VotesAwaited
-        from evojax_merge.judge.opening import JudgeOptions
+    command = _command("search", plugin_names)
+    from evojax_merge.judge.batch import VotesAwaited
+    from evojax_merge.judge.opening import JudgeOptions
 
     if resume and overwrite:
         raise InputError("--resume", "cannot go with --overwrite")
@@ -301,10 +294,7 @@ def plan(
     """Say, from the models' headers alone, whether the search of CONFIG fits a target's memory, how much it computes
     and moves, and how long that takes at least. The last lines are the verdict and the time; docs/accelerators.md says
     what each column of the table holds."""
-    with _starting(plugin_names):
-        from evojax_merge.commands import plan as command
-
-    command.plan(config, target, json_file, list(overrides))
+    _command("plan", plugin_names).plan(config, target, json_file, list(overrides))
 
 
 @cli.command(short_help="Measure this device: merging, scoring, decoding, a generation of a search.")
@@ -318,10 +308,7 @@ def plan(
 def bench(shape: str | None, seconds: float, json_file: Path | None, compare: Path | None) -> None:
     """Measure the device at hand on models of random weights, which are made on it: merge kernels against the device's
     own copy, likelihood passes against its best matrix product, decoding, and a generation of a search."""
-    with _starting():
-        from evojax_merge.commands import bench as command
-
-    command.bench(shape, seconds, json_file, compare)
+    _command("bench").bench(shape, seconds, json_file, compare)
 
 
 @cli.command(short_help="Do one merge, described by a mergekit YAML.")
@@ -372,9 +359,7 @@ def merge(
     if transformers_cache is not None:
         # Before anything imports huggingface_hub.
         os.environ["HF_HUB_CACHE"] = os.path.realpath(os.path.expanduser(transformers_cache))
-    with _starting(plugin_names):
-        from evojax_merge.commands import merge as command
-
+    command = _command("merge", plugin_names)
     options = command.MergeOptions(
         dtype, seed, overwrite, allow_nonfinite, allow_crimes, strict, copy_tokenizer, write_model_card
     )
@@ -411,10 +396,7 @@ def evaluate(
 ) -> None:
     """Score stored models on the examples of the tasks (a search's config can serve as the tasks file). A run folder
     stands for its winner."""
-    with _starting(plugin_names):
-        from evojax_merge.commands import evaluate as command
-
-    command.evaluate(list(models), tasks, json_file, samples_file, split)
+    _command("evaluate", plugin_names).evaluate(list(models), tasks, json_file, samples_file, split)
 
 
 @cli.command(short_help="Write a search's winner again, in another dtype or place.")
@@ -450,10 +432,7 @@ def export(
         )
     if best_so_far and member is not None:
         raise InputError("--member", "cannot go with --best-so-far")
-    with _starting():
-        from evojax_merge.commands import export as command
-
-    command.export(run, out, dtype, overwrite, best_so_far, member, rank)
+    _command("export").export(run, out, dtype, overwrite, best_so_far, member, rank)
 
 
 @cli.command(short_help="Write a run as one HTML page.")
@@ -463,10 +442,7 @@ def export(
 def report(run: Path, watch: bool, plugin_names: tuple[str, ...]) -> None:
     """Write RUN/report.html, from the run folder alone: one file, which a browser opens without a network. A search
     writes it as well, at its end and every so often before."""
-    with _starting(plugin_names):
-        from evojax_merge.commands import report as command
-
-    command.report(run, watch)
+    _command("report", plugin_names).report(run, watch)
 
 
 @cli.command(short_help="Compare runs: a table, and a page.")
@@ -476,30 +452,21 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
     """Print a line for each RUN, and write a page of all of them."""
     if len(runs) < 2:
         raise InputError("compare", f"{runs[0]} alone; expected two runs or more (report makes the page of one)")
-    with _starting():
-        from evojax_merge.commands import compare as command
-
-    command.compare(list(runs), out)
+    _command("compare").compare(list(runs), out)
 
 
 @cli.command(short_help="Show a run in the terminal.")
 @click.argument("run", type=click.Path(path_type=Path))
 def show(run: Path) -> None:
     """Show how far RUN is, finished or not: its best fitness, its winner, and the held-out scores."""
-    with _starting():
-        from evojax_merge.commands import show as command
-
-    command.show(run)
+    _command("show").show(run)
 
 
 @cli.command("runs", short_help="List the runs below a folder.")
 @click.argument("folder", default="runs", type=click.Path(path_type=Path))
 def list_runs(folder: Path) -> None:
     """List the runs below FOLDER (default: runs), the newest first."""
-    with _starting():
-        from evojax_merge.commands import runs as command
-
-    command.runs(folder)
+    _command("runs").runs(folder)
 
 
 @cli.command(short_help="Search a finished run again, and compare the two to the bit.")
@@ -509,10 +476,7 @@ def list_runs(folder: Path) -> None:
 def reproduce(run: Path, out: Path | None, plugin_names: tuple[str, ...]) -> None:
     """Search the finished run RUN again, into a new folder, and compare history, recipe and weights. The inputs must be
     unchanged. Exit status 1 where the two runs differ, with the first generation that does."""
-    with _starting(plugin_names):
-        from evojax_merge.commands import reproduce as command
-
-    command.reproduce(run, out)
+    _command("reproduce", plugin_names).reproduce(run, out)
 
 
 @cli.command(short_help="Upload a run's winner to the hub, with what proves it.")
@@ -526,30 +490,27 @@ def reproduce(run: Path, out: Path | None, plugin_names: tuple[str, ...]) -> Non
 def publish(run: Path, repo: str, push: bool, private: bool, with_answers: bool) -> None:
     """List, or with --push upload, the winner of the finished run RUN with its model card, recipe, result and page. No
     file has a path of this machine: models are named by the last part of theirs."""
-    with _starting():
-        from evojax_merge.commands import publish as command
-
-    command.publish(run, repo, push, private, with_answers)
+    _command("publish").publish(run, repo, push, private, with_answers)
 
 
 @cli.command(short_help="List the merge methods, with their parameters and bounds.")
 @with_plugins
 def methods(plugin_names: tuple[str, ...]) -> None:
     """List the merge methods: what they take, their parameters, and the bounds that a search has by default."""
-    _list("methods", plugin_names=plugin_names)
+    _command("listings", plugin_names).list_known("methods")
 
 
 @cli.command(short_help="List the search strategies.")
 @with_plugins
 def strategies(plugin_names: tuple[str, ...]) -> None:
     """List the search strategies."""
-    _list("strategies", plugin_names=plugin_names)
+    _command("listings", plugin_names).list_known("strategies")
 
 
 @cli.command(short_help="List the architectures that can be searched and merged.")
 def architectures() -> None:
     """List the architectures that can be searched and merged."""
-    _list("architectures")
+    _command("listings").list_known("architectures")
 
 
 @cli.command(short_help="List the keys of a search's config, with their defaults and meanings.")
@@ -557,14 +518,7 @@ def architectures() -> None:
 def keys(section: str | None) -> None:
     """List the keys that a search's config may have: what each takes, its default, and what it means. SECTION: this key
     and those in it (search, space.parameters, tasks), or all; without it, the sections."""
-    _list("keys", section)
-
-
-def _list(what: str, section: str | None = None, plugin_names: tuple[str, ...] = ()) -> None:
-    with _starting(plugin_names):
-        from evojax_merge.commands import listings as command
-
-    command.list_known(what, section)
+    _command("listings").list_known("keys", section)
 
 
 def run(command: Callable[[], Any]) -> int:

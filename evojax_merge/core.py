@@ -26,11 +26,11 @@ from evojax_merge.problem import SearchProblem, failure_hint
 from evojax_merge.report.comparison import model_name
 from evojax_merge.report.plan import Plan
 from evojax_merge.report.progress import OnGeneration, bytes_bar, passes_bar, search_bar
+from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
 from evojax_merge.search.environment import recorded_session
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.kept_scores import kept_scores
 from evojax_merge.search.loop import Archive, Reporter, Storage, evolve
-from evojax_merge.search.run_folder import Checkpoints, FolderStorage
 from evojax_merge.search.run_parts import RunFolder, check_room, remove_members
 from evojax_merge.search.run_schema import read_run_config
 from evojax_merge.steps.output import print_setup, print_work, why_complete, write_winner

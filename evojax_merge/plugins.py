@@ -34,6 +34,7 @@ class Registry:
     """The destination of an entry point group's objects: a function of a module, imported when needed. `named`: whether
     the function takes the plugin's name first, for objects without a name."""
 
+    group: str
     module: str
     function: str
     named: bool = False
@@ -45,18 +46,13 @@ class Registry:
 
 
 REGISTRIES = {
-    "method": Registry("merge_kernels", "register"),
-    "strategy": Registry("evojax_merge.search.strategies.registry", "register_strategy", named=True),
-    "architecture": Registry("evojax_merge.models.architecture", "register_architecture"),
-    "task": Registry("evojax_merge.tasks.kinds", "register_task"),
-    "backend": Registry("evojax_merge.backends.registry", "register_backend", named=True),
-}
-GROUPS = {
-    "evojax_merge.methods": "method",
-    "evojax_merge.api.strategies": "strategy",
-    "evojax_merge.architectures": "architecture",
-    "evojax_merge.tasks": "task",
-    "evojax_merge.backends": "backend",
+    "method": Registry("evojax_merge.methods", "merge_kernels", "register"),
+    "strategy": Registry(
+        "evojax_merge.strategies", "evojax_merge.search.strategies.registry", "register_strategy", named=True
+    ),
+    "architecture": Registry("evojax_merge.architectures", "evojax_merge.models.architecture", "register_architecture"),
+    "task": Registry("evojax_merge.tasks", "evojax_merge.tasks.kinds", "register_task"),
+    "backend": Registry("evojax_merge.backends", "evojax_merge.backends.registry", "register_backend", named=True),
 }
 # Python files and packages to load, separated as the folders of a search path.
 ENVIRONMENT = "EVOJAX_MERGE_PLUGINS"
@@ -90,22 +86,17 @@ def registered_by_program(value: object) -> bool:
 
 
 @contextmanager
-def _while_loading(name: str) -> Iterator[None]:
-    _loading.append(name)
+def _checking_methods(plugin: str | None = None) -> Iterator[None]:
+    """Check the merge methods that the block registers, which loads a `plugin`, if it has one. Raises ValueError, and
+    unregisters all of them, where a method's functions return a wrong type or shape."""
+    from merge_kernels import METHODS
+
+    before, loading = set(METHODS), [plugin] if plugin is not None else []
+    _loading.extend(loading)
     try:
         yield
     finally:
-        _loading.pop()
-
-
-@contextmanager
-def _checking_methods() -> Iterator[None]:
-    """Check the merge methods that the block registers. Raises ValueError, and unregisters all of them, where a
-    method's functions return a wrong type or shape."""
-    from merge_kernels import METHODS
-
-    before = set(METHODS)
-    yield
+        del _loading[len(_loading) - len(loading) :]
     added = [METHODS[name] for name in METHODS if name not in before]
     problems = [problem for problem in map(_wrong_result, added) if problem is not None]
     if problems:
@@ -160,10 +151,10 @@ def load() -> None:
     for a package's entry point that cannot be imported or registered, with the plugin's name, its package and its
     error; for the environment variable's plugins see `load_named`."""
     installed = entry_points()
-    for group, kind in GROUPS.items():
-        for plugin in installed.select(group=group):
+    for registry in REGISTRIES.values():
+        for plugin in installed.select(group=registry.group):
             if plugin not in _loaded:
-                _load(plugin, kind)
+                _load(plugin, registry)
                 _loaded.add(plugin)
     load_named(ENVIRONMENT, [name for name in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if name], Path.cwd())
 
@@ -187,8 +178,16 @@ def _load_named(where: str, name: str, folder: Path) -> str:
     known_as = str(path.resolve()) if is_file else name
     try:
         place = path.resolve().parent if is_file else folder
-        with importing_from(place), _checking_methods(), _while_loading(name):
-            _named[known_as] = _script(path.resolve()) or load_file(path.resolve()) if is_file else import_module(name)
+        with importing_from(place), _checking_methods(name):
+            # The script that the interpreter runs has registered its objects already.
+            main = sys.modules.get("__main__")
+            script = getattr(main, "__file__", None)
+            if not is_file:
+                _named[known_as] = import_module(name)
+            elif main is not None and script is not None and Path(script).resolve() == path.resolve():
+                _named[known_as] = main
+            else:
+                _named[known_as] = load_file(path.resolve())
     except InputError as error:
         raise InputError(where, str(error)) from None
     except ModuleNotFoundError as error:
@@ -196,7 +195,10 @@ def _load_named(where: str, name: str, folder: Path) -> str:
             raise
         raise InputError(where, f"there is no module {error.name!r} in {folder.resolve()} or on sys.path") from None
     except ValueError as error:
-        if not _raised_by_registry(error):
+        # Any ValueError that no registry raised is the plugin's own.
+        refusing = {registry.register.__code__ for registry in REGISTRIES.values()}
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_code not in refusing | {inspect.unwrap(_checking_methods).__code__}:
             raise
         raise InputError(where, str(error)) from None
     except SystemExit as error:
@@ -204,25 +206,9 @@ def _load_named(where: str, name: str, folder: Path) -> str:
     return known_as
 
 
-def _script(path: Path) -> ModuleType | None:
-    """The script that the interpreter runs, if it is this file: its objects are registered already."""
-    main = sys.modules.get("__main__")
-    file = getattr(main, "__file__", None)
-    return main if file is not None and Path(file).resolve() == path else None
-
-
-def _raised_by_registry(error: ValueError) -> bool:
-    """Return whether a registry refused an object. Any other ValueError is a plugin's own."""
-    refusing = {registry.register.__code__ for registry in REGISTRIES.values()}
-    refusing.add(inspect.unwrap(_checking_methods).__code__)
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_code in refusing
-
-
-def _load(plugin: EntryPoint, kind: str) -> None:
+def _load(plugin: EntryPoint, registry: Registry) -> None:
     try:
-        registry = REGISTRIES[kind]
-        with _checking_methods(), _while_loading(plugin.name):
+        with _checking_methods(plugin.name):
             target = plugin.load()
             if inspect.isfunction(target) and not inspect.signature(target).parameters:
                 target()

@@ -16,16 +16,8 @@ from evojax_merge.backends.backend import Backend, Resolve
 from evojax_merge.backends.registry import find_backend
 from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import file_hash
-from evojax_merge.config.search_config import (
-    AUTO,
-    JUDGED_KINDS,
-    VOTES,
-    Config,
-    SearchConfig,
-    StageConfig,
-    apply_overrides,
-    parse,
-)
+from evojax_merge.config.documents import apply_overrides, parse
+from evojax_merge.config.search_config import AUTO, JUDGED_KINDS, VOTES, Config, SearchConfig, StageConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.memory import available_memory, require_memory
 from evojax_merge.evaluation.targets import Target, live_target
@@ -66,7 +58,7 @@ from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.tasks.data_versions import dvc_record
 from evojax_merge.tasks.opening import open_task, resolved_config
 from evojax_merge.tasks.splits import Splits
-from evojax_merge.tasks.task import GUARD_WEIGHT, Task, TaskConfig
+from evojax_merge.tasks.task import GUARD_WEIGHT, Task
 from evojax_merge.zoo.references import resolve_file, resolve_reference
 
 # The most dimensions of a search: a mean and a standard deviation of each are kept and saved in every generation.
@@ -198,10 +190,12 @@ def build_problem(
     target.check_shards(f"{where}: evaluation.model", config.evaluation.model)
     kind = find_backend(f"{where}: backend", config.backend, folder)
     kind.check(where, config)
-    tasks = [
-        open_task(f"{where}: tasks[{i}]", _scored_section(task), folder, config.seed, resolve_file)
-        for i, task in enumerate(config.tasks)
-    ]
+    tasks = []
+    for i, section in enumerate(config.tasks):
+        if section.guard and not section.weight:
+            # The search scores a guarded task.
+            section = section.model_copy(update={"weight": GUARD_WEIGHT})
+        tasks.append(open_task(f"{where}: tasks[{i}]", section, folder, config.seed, resolve_file))
     backend = kind.open(where, config, folder, target, resolve, chained)
     for i, (task, _) in enumerate(tasks):
         backend.check_task(f"{where}: tasks[{i}]", task)
@@ -232,11 +226,6 @@ def build_problem(
     guards = {section.name: section.tolerance for section in config.tasks if section.guard}
     metrics = [task.metric for task, _ in tasks]
     return replace(problem, scale=_scale(f"{where}: scale", config, metrics, backend), guards=guards)
-
-
-def _scored_section(section: TaskConfig) -> TaskConfig:
-    """A task's section, with a weight that has the search score a guarded task."""
-    return section.model_copy(update={"weight": GUARD_WEIGHT}) if section.guard and not section.weight else section
 
 
 def _scale(where: str, config: Config, metrics: Sequence[str], backend: Any) -> ScaleBy:
@@ -296,7 +285,18 @@ def open_search(
     make the strategy. tasks, limits: see `searchable`; is_differentiable: whether candidates have derivatives with
     respect to all genes; pool: of a search over a pool's members; is_guarded: whether a task is a constraint. Raises
     InputError as `build_strategy` does, and for a budget that the search cannot keep."""
-    traits = traits_of(search, space, tasks, limits, is_differentiable and pool is None, is_guarded)
+    weighted = [(task, limit) for (task, _), limit in zip(tasks, limits, strict=True) if task.weight > 0]
+    sizes = [task.size - round(search.validation * task.size) for task, _ in weighted]
+    examples = min(
+        size if limit is None else min(size, limit) for size, (_, limit) in zip(sizes, weighted, strict=True)
+    )
+    differentiable: Differentiates | None = None
+    if is_differentiable and pool is None:
+        if all(task.derivative is not None for task, _ in weighted):
+            differentiable = "fitness"
+        elif all(task.derivative or task.companion() is not None for task, _ in weighted):
+            differentiable = "companion"
+    traits = Traits(differentiable, max(examples, 1), isinstance(space, HasMoves), is_guarded)
     objectives, notes = sum(task.weight > 0 for task, _ in tasks), []
     if search.strategy == AUTO:
         choice = choose(search, traits)
@@ -314,24 +314,6 @@ def open_search(
     return OpenedSearch(search, strategy, (*notes, *([] if note is None else [note])))
 
 
-def traits_of(
-    search: SearchConfig, space: Space, tasks: Sequence[tuple[Any, Any]], limits: Sequence[int | None],
-    is_differentiable: bool, is_guarded: bool,
-) -> Traits:  # fmt: skip
-    """The properties of a search on which its strategy depends (see `open_search`)."""
-    weighted = [(task, limit) for (task, _), limit in zip(tasks, limits, strict=True) if task.weight > 0]
-    sizes = [task.size - round(search.validation * task.size) for task, _ in weighted]
-    examples = min(
-        size if limit is None else min(size, limit) for size, (_, limit) in zip(sizes, weighted, strict=True)
-    )
-    differentiable: Differentiates | None = None
-    if is_differentiable and all(task.derivative is not None for task, _ in weighted):
-        differentiable = "fitness"
-    elif is_differentiable and all(task.derivative or task.companion() is not None for task, _ in weighted):
-        differentiable = "companion"
-    return Traits(differentiable, max(examples, 1), isinstance(space, HasMoves), is_guarded)
-
-
 def searchable(
     where: str, opened: OpenedSearch, seed: int, backend: Backend, tasks: Sequence[tuple[Any, Any]],
     limits: Sequence[int | None],
@@ -344,7 +326,10 @@ def searchable(
     full, validation = validation_split(
         f"{where}: search.validation", [task for task, _ in tasks], search.validation, seed
     )
-    searched = [_limited(task, limit) for task, limit in zip(full, limits, strict=True)]
+    searched = [
+        task if limit is None else task.subset(range(min(limit, task.size)))
+        for task, limit in zip(full, limits, strict=True)
+    ]
     lengths = backend.example_lengths
     shards = stratified_shards(f"{where}: search.rungs", searched, lengths, search.rungs, seed)
     choice = [task for task in searched if task.weight > 0] if search.rung_examples == "item_response" else None
@@ -454,10 +439,6 @@ def build_strategy(
     check_gradient_options(where, search, strategy)
     check_front_options(where, search, strategy)
     return seeded(strategy, seeds)
-
-
-def _limited(task: Task, limit: int | None) -> Task:
-    return task if limit is None else task.subset(range(min(limit, task.size)))
 
 
 def failure_hint(task: Task) -> str:

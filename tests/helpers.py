@@ -40,9 +40,10 @@ from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.mergekit.schema import RecipeFile, parse_recipe
 from evojax_merge.problem import build_strategy
 from evojax_merge.schema.yaml_reader import load_yaml
+from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
 from evojax_merge.search.example_choice import ExampleChoice
 from evojax_merge.search.loop import Archive, Reporter, evolve
-from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder
+from evojax_merge.search.run_folder import RunFolder
 from evojax_merge.zoo import MODELS, VERSION
 
 # The methods that mergekit has as well; image generators' are sd-mecha's.

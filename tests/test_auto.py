@@ -19,7 +19,8 @@ from evojax_merge import host_callback, search_pytrees
 from evojax_merge.api.trials import open_run
 from evojax_merge.cli import cli, run
 from evojax_merge.commands.search import _resolved_stage
-from evojax_merge.config.search_config import MAX_GENERATIONS, Config, SearchConfig, explain
+from evojax_merge.config.documents import explain
+from evojax_merge.config.search_config import MAX_GENERATIONS, Config, SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.problem import build_problem, read_config, stage_configs
 from evojax_merge.search import loop

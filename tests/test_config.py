@@ -11,7 +11,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from evojax_merge.config.search_config import Config, TaskFile, apply_overrides, blamed_on_overrides, parse
+from evojax_merge.config.documents import apply_overrides, attribute_errors_to_overrides, parse
+from evojax_merge.config.search_config import Config, TaskFile
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.evolve_config import EvolveConfig
 from evojax_merge.tasks.kinds import find_kind
@@ -222,7 +223,7 @@ def test_mistakes_of_an_override_are_not_the_files(
     path.write_text("space: {high: 2}\nsearch: {sigma: 1}\ntasks: [{}, {}]\n")
     key, what = error
     for raised in (InputError(path, f"{key}: {what}".removeprefix(": ")), InputError(f"{path}: {key}", what)):
-        with pytest.raises(InputError) as caught, blamed_on_overrides(path, overrides):
+        with pytest.raises(InputError) as caught, attribute_errors_to_overrides(path, overrides):
             raise raised
         assert str(caught.value) == (str(raised) if line is None else str(line))
 

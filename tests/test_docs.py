@@ -17,7 +17,8 @@ from hostile import run_command, run_script
 
 import evojax_merge
 from evojax_merge.cli import cli
-from evojax_merge.config.search_config import Config, keys_of
+from evojax_merge.config.documents import keys_of
+from evojax_merge.config.search_config import Config
 from evojax_merge.tasks.kinds import kinds as all_kinds
 
 ROOT = Path(__file__).resolve().parent.parent

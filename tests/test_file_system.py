@@ -97,7 +97,7 @@ WITHOUT_FILE_SYSTEM = {
     APPENDS: {
         "judge/votes.py": ["VoteFile.mend"],
         "report/loggers.py": ["TensorBoard.log", "Table.log"],
-        "search/run_folder.py": ["append_line", "Checkpoints.save"],
+        "search/checkpoints.py": ["append_line", "Checkpoints.save"],
         "search/run_lock.py": ["acquire", "check_not_in_use"],
     },
     MEMORY: {
@@ -108,7 +108,7 @@ WITHOUT_FILE_SYSTEM = {
     },
     NO_FILE: {
         "cli.py": ["main"], "api/pytrees.py": ["_write"], "search/loop.py": ["evolve"],
-        "search/run_folder.py": ["FolderStorage.save"],
+        "search/checkpoints.py": ["FolderStorage.save"],
     },
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from evojax_merge import core
 from evojax_merge.checkpoints.members import MembersInFiles
 from evojax_merge.checkpoints.writer import ShardWriter
 from evojax_merge.judge.votes import VoteFile
-from evojax_merge.search.run_folder import Checkpoints, FolderStorage
+from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
 
 PAGE = 4096
 REASONS = ("No space left on device", "Read-only file system", "is not writable for you")

@@ -11,7 +11,8 @@ import sacrebleu
 from helpers import write_lines
 from rouge_score.rouge_scorer import RougeScorer
 
-from evojax_merge.config.search_config import TaskFile, parse
+from evojax_merge.config.documents import parse
+from evojax_merge.config.search_config import TaskFile
 from evojax_merge.errors import InputError
 from evojax_merge.tasks.generation import GenerationTask
 from evojax_merge.tasks.opening import open_whole_task

@@ -24,7 +24,7 @@ from evojax_merge.report.answers import MOST_EXAMPLES, marked, read_answers
 from evojax_merge.report.comparison import Result
 from evojax_merge.report.page import write_page
 from evojax_merge.report.run_data import read_run
-from evojax_merge.search.loop import MemoryStorage, Reporter
+from evojax_merge.search.loop import Reporter, Storage
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.steps.planning import make_plan
 from evojax_merge.steps.selection import open_evaluators, select_best
@@ -84,7 +84,7 @@ def opened(folder: Path, tasks: list[dict[str, Any]], **changes: Any) -> tuple[S
 def evolved(folder: Path, tasks: list[dict[str, Any]], **changes: Any) -> tuple[list[dict[str, Any]], Result]:
     """The history and the result of a search in memory."""
     problem, _ = opened(folder, tasks, **changes)
-    storage, on = MemoryStorage(), open_evaluators(problem, problem.prepare())
+    storage, on = Storage(), open_evaluators(problem, problem.prepare())
     archive = evolve_on(problem, on, storage, Reporter())
     return storage.read_history(), select_best(problem, on, archive)
 

@@ -18,7 +18,8 @@ from helpers import SPECIAL, word_tokenizer, write_lines
 from lm_eval.api.task import ConfigurableTask
 from tokenizers.processors import TemplateProcessing
 
-from evojax_merge.config.search_config import TaskFile, parse
+from evojax_merge.config.documents import parse
+from evojax_merge.config.search_config import TaskFile
 from evojax_merge.errors import InputError
 from evojax_merge.system.chat_templates import render_chat
 from evojax_merge.system.data_packages import PackageUnavailable

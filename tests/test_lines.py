@@ -25,7 +25,7 @@ REASONS = {
     ("report/loggers.py", "_earlier"): "CSV, whose reader has rules of its own for line ends",
     ("report/progress.py", "print"): "a table that the program has drawn",
     ("search/environment.py", "_first_line"): "a file of the kernel",
-    ("search/run_folder.py", "append_line"): "a line that is written",
+    ("search/checkpoints.py", "append_line"): "a line that is written",
     ("tasks/function.py", "_one_line"): "the message of a user's exception, whose lines are joined",
 }
 

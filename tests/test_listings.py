@@ -5,7 +5,8 @@ from merge_kernels import METHODS
 from rich.progress import Progress
 
 from evojax_merge.cli import cli, run
-from evojax_merge.config.search_config import Config, keys_of
+from evojax_merge.config.documents import keys_of
+from evojax_merge.config.search_config import Config
 from evojax_merge.models.architecture import model_types
 from evojax_merge.report.comparison import Row
 from evojax_merge.report.progress import GenerationsColumn

@@ -61,6 +61,11 @@ def paths_of_package() -> tuple[frozenset[str], frozenset[str]]:
                     part.name for part in node.body
                     if isinstance(part, ast.FunctionDef) and named_type(part.returns).startswith("Path")
                 }  # fmt: skip
+                attributes |= {
+                    target.id for part in node.body
+                    if isinstance(part, ast.Assign) and ast.unparse(part.value).startswith("_Place(")
+                    for target in part.targets if isinstance(target, ast.Name)
+                }  # fmt: skip
     return frozenset(attributes | {"parent"}), frozenset(functions)
 
 
@@ -145,12 +150,13 @@ ALLOWED = {
         "checkpoints/headers.py: _new_folder", "checkpoints/members.py: _place", "checkpoints/writer.py: write",
         "checkpoints/writer.py: reserve", "checkpoints/writer.py: _write_index",
         "commands/export.py: _stage_begun_last", "commands/reproduce.py: reproduce",
-        "commands/reproduce.py: _without_clock", "commands/search.py: _stage_folder",
+        "commands/reproduce.py: _without_clock", "commands/search.py: run_search",
         "system/file_system.py: _hidden_name",
         "judge/server.py: application", "mergekit/execute.py: merge_to",
         "mergekit/pipelines.py: merge_pipelines", "mergekit/stages.py: prepare_stream", "report/loggers.py: __init__",
         "report/page.py: _vega", "report/stored_run.py: last_stage", "search/run_folder.py: keep_winner",
         "search/run_folder.py: write_front", "search/run_folder.py: find_member", "search/run_parts.py: step",
+        "search/run_parts.py: __get__", "search/kept_scores.py: _file",
         "tasks/generated_images.py: add",
         "checkpoints/quantised.py: quantisation", "checkpoints/generator_lora.py: _save",
         "backends/torch/folders.py: settings_of",

@@ -37,8 +37,8 @@ from evojax_merge.schema.genealogy import (
     founder_genomes,
     founding_genealogy,
 )
+from evojax_merge.search.checkpoints import Saved
 from evojax_merge.search.loop import INIT_KEY, generation_key
-from evojax_merge.search.run_folder import Saved
 from evojax_merge.search.strategies.pool import Pool, attraction, keep_best, keep_competing, pool
 from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings
 from evojax_merge.spaces.breeding import BreedingSpace, genome_genes

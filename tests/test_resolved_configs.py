@@ -23,7 +23,8 @@ from toy_backend import save as save_toy
 from transformers import ViTConfig, ViTForImageClassification
 
 from evojax_merge.backends import registry
-from evojax_merge.config.search_config import Config, TaskFile, parse
+from evojax_merge.config.documents import parse
+from evojax_merge.config.search_config import Config, TaskFile
 from evojax_merge.errors import InputError
 from evojax_merge.problem import build_problem, read_config, resolved_document
 from evojax_merge.schema.section import _path

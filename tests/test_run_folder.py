@@ -17,7 +17,8 @@ from test_racing import climb
 from evojax_merge.commands.search import run_search
 from evojax_merge.config.search_config import Config
 from evojax_merge.errors import Failed, InputError
-from evojax_merge.search.run_folder import Checkpoints, RunFolder, locked, open_run
+from evojax_merge.search.checkpoints import Checkpoints
+from evojax_merge.search.run_folder import RunFolder, locked, open_run
 
 GENERATIONS = 5
 DOCUMENT: dict[str, Any] = {"inputs": {}}

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
-from evojax_merge.config.search_config import TaskFile, parse
+from evojax_merge.config.documents import parse
+from evojax_merge.config.search_config import TaskFile
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import DecoderEvaluator
 from evojax_merge.models import layers

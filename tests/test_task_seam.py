@@ -13,7 +13,8 @@ from helpers import Family
 
 from evojax_merge.commands import evaluate as evaluate_command
 from evojax_merge.commands import search as search_command
-from evojax_merge.config.search_config import TaskFile, parse
+from evojax_merge.config.documents import parse
+from evojax_merge.config.search_config import TaskFile
 from evojax_merge.errors import InputError
 from evojax_merge.schema.section import Section
 from evojax_merge.tasks import kinds

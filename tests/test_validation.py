@@ -15,8 +15,9 @@ from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import fitness
 from evojax_merge.problem import build_problem, read_config
+from evojax_merge.search.checkpoints import Checkpoints
 from evojax_merge.search.loop import Reporter
-from evojax_merge.search.run_folder import Checkpoints, RunFolder, open_run
+from evojax_merge.search.run_folder import RunFolder, open_run
 from evojax_merge.search.validation import (
     CLEAR_ERRORS,
     OVERFIT_PATIENCE,

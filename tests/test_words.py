@@ -13,7 +13,8 @@ import pytest
 
 import evojax_merge
 from evojax_merge.cli import cli
-from evojax_merge.config.search_config import Config, keys_of
+from evojax_merge.config.documents import keys_of
+from evojax_merge.config.search_config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = sorted([*ROOT.glob("evojax_merge/**/*.py"), *ROOT.glob("kernels/**/*.py")])

@@ -33,7 +33,7 @@ from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.schema.genealogy import Member, founding_genealogy
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.loop import MemoryStorage, Reporter, evolve
+from evojax_merge.search.loop import Reporter, Storage, evolve
 from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings, make_strategy
 from evojax_merge.spaces.breeding import BreedingSpace, genome_genes
 
@@ -199,7 +199,7 @@ def run_pool(experts: Sequence[Network], images: Images, evaluations: int, seed:
     settings = StrategySettings(space.dims, config.population, config.sigma, config.generations, pool=pool)
     evaluator = SpaceEvaluator(space, NetworkEvaluator(experts, images, course))
     strategy = make_strategy("m2n2", "pool", settings)
-    evolve(config, seed, strategy, space, [evaluator], MemoryStorage(), Reporter())
+    evolve(config, seed, strategy, space, [evaluator], Storage(), Reporter())
 
 
 def run_m2n2(experts: Sequence[Network], images: Images, evaluations: int, seed: int, course: Course) -> None:

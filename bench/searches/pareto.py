@@ -27,7 +27,7 @@ from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.evaluation.scores import score_matrix
 from evojax_merge.problem import build_problem
 from evojax_merge.search.fronts import front_of, hypervolume
-from evojax_merge.search.loop import MemoryStorage, Reporter
+from evojax_merge.search.loop import Reporter, Storage
 from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.zoo.arithmetic import ENGLISH, PACKAGED_SEED, Plan, save_records, split_hard_sums
 
@@ -58,7 +58,7 @@ def search_with(strategy: str, weights: Sequence[float] = (1.0, 1.0)) -> Search:
         tasks = [task.model_copy(update={"weight": w}) for task, w in zip(config.tasks, weights, strict=True)]
         settings = SearchConfig(strategy=strategy, population=population, generations=generations)
         changed = config.model_copy(update={"search": settings, "seed": seed, "tasks": tasks})
-        storage = MemoryStorage()
+        storage = Storage()
         run(experiment, build_problem(experiment.config, changed), storage, Reporter())
         rows = [np.array(list(row["task_scores"].values()), np.float64).T for row in storage.read_history()]
         return np.concatenate(rows)

@@ -19,7 +19,7 @@ from bench.shared.machine import describe
 from evojax_merge.evaluation.scores import fitness
 from evojax_merge.models.paths import LayerPath
 from evojax_merge.problem import SearchProblem
-from evojax_merge.search.loop import MemoryStorage, Reporter, evolve
+from evojax_merge.search.loop import Reporter, Storage, evolve
 from evojax_merge.steps.selection import open_evaluators
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.zoo.loops import LOOPED, MAX_LOOPS, SIZES
@@ -45,7 +45,7 @@ def loops_fitness(problem: SearchProblem, on: Splits) -> float:
 
 
 def search(problem: SearchProblem, on: Splits, seed: int, goal: float) -> Outcome:
-    storage = MemoryStorage()
+    storage = Storage()
     archive = evolve(problem.search, seed, problem.strategy, problem.space, on.shards, storage, Reporter())
     reached = [row["evaluations"] for row in storage.read_history() if (row["best_so_far"] or -np.inf) >= goal]
     right = accuracies(on.heldout, archive.genomes[:1])[0]

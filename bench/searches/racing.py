@@ -33,7 +33,7 @@ from bench.shared.machine import describe
 from evojax_merge.evaluation.scores import ScoredTask, TaskScores
 from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.search.example_choice import ExampleChoice, choose_examples, length_strata
-from evojax_merge.search.loop import Archive, MemoryStorage, Reporter, evolve, rescore
+from evojax_merge.search.loop import Archive, Reporter, Storage, evolve, rescore
 from evojax_merge.search.protocols import GenomeEvaluator, Progress, State
 from evojax_merge.search.successive_halving import (
     SplittableTask,
@@ -129,7 +129,7 @@ def matrix_of(evaluator: GenomeEvaluator, scores: TaskScores) -> np.ndarray:
     return scores.matrices[task.name][task.metric]
 
 
-class Kept(MemoryStorage):
+class Kept(Storage):
     """A search in memory that can be gone on with."""
 
     def __init__(self) -> None:

@@ -49,10 +49,11 @@ from evojax_merge.evaluation.evaluator import DecoderEvaluator, MergeEvaluator
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.problem import SearchProblem, build_problem, read_config, resolved_document
+from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.loop import Generation, MemoryStorage, Reporter, Storage, evolve
+from evojax_merge.search.loop import Generation, Reporter, Storage, evolve
 from evojax_merge.search.protocols import State, Strategy, wants_gradients
-from evojax_merge.search.run_folder import Checkpoints, FolderStorage, open_run
+from evojax_merge.search.run_folder import open_run
 from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.steps.selection import open_evaluators
 from evojax_merge.zoo import cache_folder
@@ -173,7 +174,7 @@ class Trace:
             raise BudgetSpent
 
 
-class TracedStorage(MemoryStorage):
+class TracedStorage(Storage):
     """Keeps a search's trace. searched: what scores candidates on all examples of a generation; cost: passes of a
     candidate with its gradient."""
 

@@ -22,9 +22,10 @@ from evojax_merge.mergekit.streams import read_stream
 from evojax_merge.problem import SearchProblem, build_problem, read_config, resolved_document
 from evojax_merge.report.comparison import Result
 from evojax_merge.search import loop
+from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
 from evojax_merge.search.loop import Reporter
 from evojax_merge.search.protocols import GenomeEvaluator
-from evojax_merge.search.run_folder import Checkpoints, FolderStorage, open_run
+from evojax_merge.search.run_folder import open_run
 from evojax_merge.spaces.layer_path import IndicatorSpace
 from evojax_merge.steps.selection import open_evaluator, open_evaluators, select_best
 from evojax_merge.zoo.references import resolve_reference

@@ -12,9 +12,10 @@ from bench.shared.machine import describe
 from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.report.intervals import Lead, paired_lead
 from evojax_merge.search import loop
+from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Reporter
-from evojax_merge.search.run_folder import Checkpoints, FolderStorage, open_run
+from evojax_merge.search.run_folder import open_run
 from evojax_merge.steps.selection import open_evaluator, open_evaluators, select_best
 from evojax_merge.tasks.splits import Splits
 

@@ -22,7 +22,8 @@ from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.commands.merge import MergeOptions, write_merge
 from evojax_merge.commands.search import default_out, run_search
-from evojax_merge.config.search_config import MAX_SEED, Config, Numbers, TaskFile, parse
+from evojax_merge.config.documents import parse
+from evojax_merge.config.search_config import MAX_SEED, Config, Numbers, TaskFile
 from evojax_merge.errors import InputError, did_you_mean, warn_program
 from evojax_merge.evaluation.scores import Scores, score_matrix
 from evojax_merge.mergekit.streams import plain_recipe

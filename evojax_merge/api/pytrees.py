@@ -21,6 +21,7 @@ from evojax_merge.api.python_calls import PythonCall
 from evojax_merge.backends.function.backend import FunctionBackend, score_count
 from evojax_merge.backends.function.opening import named_arrays, save_tree, tree_merge
 from evojax_merge.backends.function.trees import TreeMerge, open_trees
+from evojax_merge.config.documents import explain
 from evojax_merge.config.search_config import (
     MAX_SEED,
     Bounds,
@@ -29,7 +30,6 @@ from evojax_merge.config.search_config import (
     SearchConfig,
     Section,
     SpaceConfig,
-    explain,
 )
 from evojax_merge.core import evolve_on
 from evojax_merge.errors import LOG, InputError, print_warning
@@ -39,12 +39,12 @@ from evojax_merge.report.loggers import LoggedSearch, check_loggers, logged
 from evojax_merge.report.progress import generation_line
 from evojax_merge.schema.arguments import check_arguments, check_call
 from evojax_merge.schema.section import Form
+from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
 from evojax_merge.search.environment import recorded_session
-from evojax_merge.search.loop import Generation, MemoryStorage, Reporter
+from evojax_merge.search.loop import Generation, Reporter, Storage
 from evojax_merge.search.protocols import Strategy, differentiates
-from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder, opened, random_numbers
+from evojax_merge.search.run_folder import RunFolder, opened, random_numbers
 from evojax_merge.search.run_parts import check_room
-from evojax_merge.spaces.parameter import GroupSpace
 from evojax_merge.spaces.search_parameters import method_with_base
 from evojax_merge.steps.selection import open_evaluators, select_best
 from evojax_merge.system.file_system import atomic_write, atomic_write_bytes
@@ -197,7 +197,10 @@ def search_pytrees(
 
     names = ["base"] * has_base + [f"parents[{k}]" for k in range(len(parents))]
     tree = open_trees(WHERE, names, [base, *parents] if has_base else list(parents))
-    searched = {name: _bounds(name, value) for name, value in (parameters or {}).items()}
+    searched = {
+        name: value if isinstance(value, Bounds) else _valid(f"parameters.{name}", Bounds, **dict(value))
+        for name, value in (parameters or {}).items()
+    }
     rescaled: Any = rescale
     space = SpaceConfig.model_construct(
         method=method, parameters=searched, fixed=dict(fixed or {}), normalize=normalize, rescale=rescaled
@@ -222,7 +225,7 @@ def search_pytrees(
         raise InputError(WHERE, f"gradient.minibatches: {parts} are parts of the examples; give it `examples`")
     problem = searchable(WHERE, opened_search, seed, backend, [(kept, held)], [None])
     with PythonCall(), ExitStack() as stack:
-        storage: MemoryStorage | FolderStorage = MemoryStorage()
+        storage: Storage | FolderStorage = Storage()
         folder = None
         if out is not None:
             document = _document(search, problem.strategy, merge, names, seed, examples)
@@ -234,12 +237,16 @@ def search_pytrees(
         evaluators = open_evaluators(problem, problem.prepare())
         archive = evolve_on(problem, evaluators, storage, _Reporter(on_generation), hint=lambda task: HINT)
         chosen = select_best(problem, evaluators, archive)
+        values = {name: np.asarray(block) for name, block in merge.space.values(jnp.asarray(chosen.genome)).items()}
         validation_split = problem.splits.validation
         result = PytreeSearch(
             best=backend.merged(chosen.genome),
             fitness=chosen.search_fitness if chosen.validation is None else chosen.validation[0],
             scores=chosen.scores,
-            parameters=_by_group(merge.space, chosen.genome),
+            parameters={
+                group: {name: tuple(block[g].tolist()) for name, block in values.items()}
+                for g, group in enumerate(merge.space.groups)
+            },
             history=tuple(storage.read_history()),
             chosen_on=None if validation_split is None else validation_split[0].indices,
             stopped=None if archive.stopped is None else archive.stopped.describe(),
@@ -326,18 +333,6 @@ def _valid(where: str, schema: type[Section], **values: Any) -> Any:
         return schema(**values)
     except ValidationError as error:
         raise InputError(f"{WHERE}: {where}", explain(schema, error, values)) from None
-
-
-def _bounds(name: str, value: Bounds | Mapping[str, Any]) -> Bounds:
-    return value if isinstance(value, Bounds) else _valid(f"parameters.{name}", Bounds, **dict(value))
-
-
-def _by_group(space: GroupSpace, genome: np.ndarray) -> dict[str, dict[str, tuple[float, ...]]]:
-    blocks = {name: np.asarray(block) for name, block in space.values(jnp.asarray(genome)).items()}
-    return {
-        group: {name: tuple(block[g].tolist()) for name, block in blocks.items()}
-        for g, group in enumerate(space.groups)
-    }
 
 
 def _check_examples(examples: Any) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from evojax_merge import plugins
 from evojax_merge.api.python_calls import as_yaml
-from evojax_merge.config.search_config import SearchConfig, parse
+from evojax_merge.config.documents import parse
+from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.search.strategies.registry import find_strategy, strategy_names
 

@@ -1,15 +1,13 @@
-"""Searches as objects: models, the space of their merges, and a study that searches it.
+"""Searches as objects: a study searches a space of the merges of models (`api.spaces`) by tasks.
 
-Each object is a part of a config document. A space and the models in it are checked where the space is made, and the
-tasks where the study is made. A study runs as `evojax-merge search` runs the document, and its run folder is the same
-to the byte.
+Each object is a part of a config document. The tasks are checked where the study is made. A study runs as
+`evojax-merge search` runs the document, and its run folder is the same to the byte.
 """
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
-from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,304 +17,44 @@ from evojax_merge import plugins
 from evojax_merge.api.models import with_warnings
 from evojax_merge.api.python_calls import Location, PythonCall, as_yaml, genome_array, ignore
 from evojax_merge.api.pytrees import HostCallback, HostFitness
-from evojax_merge.api.trials import (
-    Run,
-    Trial,
-    TrialSource,
-    best_of,
-    named_values_of,
-    open_run,
-    plot_of,
-    score_table,
-    trials_of,
-)
-from evojax_merge.backends.decoder.opening import build_space, check_models
+from evojax_merge.api.spaces import Models, Space
+from evojax_merge.api.trials import Run, Searched, TrialSource, open_run, score_table
 from evojax_merge.backends.registry import find_backend
-from evojax_merge.checkpoints.parents import open_decoders
-from evojax_merge.checkpoints.tokens import TokenizerChoice
 from evojax_merge.commands.search import run_search
-from evojax_merge.config.search_config import Config, SpaceConfig, parse
+from evojax_merge.config.search_config import Config
 from evojax_merge.errors import Failed, InputError, shown
 from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.evaluation.scores import Scale, Scores, TaskScores, means, score_matrix
 from evojax_merge.mergekit.write import dump_yaml
-from evojax_merge.models.config import DecoderConfig
-from evojax_merge.problem import build_problem, config_from, open_backend, plugins_of, resolved_document
-from evojax_merge.report.comparison import model_names
+from evojax_merge.problem import build_problem, config_from, plugins_of, resolved_document
 from evojax_merge.report.described import Described, Table, parameter_table
 from evojax_merge.report.frame import history_frame
 from evojax_merge.report.stored_run import best_facts
 from evojax_merge.schema.arguments import check_arguments
 from evojax_merge.schema.section import Form
 from evojax_merge.search.answers import ask, metrics, tell
+from evojax_merge.search.checkpoints import Checkpoints
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Generation, generation_key, history_row, init_state, next_state
 from evojax_merge.search.protocols import capabilities_of, context_of, wants_gradients
-from evojax_merge.search.run_folder import Checkpoints, check_place, check_same_config, is_run
+from evojax_merge.search.run_folder import check_place, check_same_config, is_run
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import StoredResult, read_result
 from evojax_merge.search.successive_halving import HalvingResult
 from evojax_merge.search.surrogate import empty_surrogate
-from evojax_merge.spaces.search_parameters import find_method, options_of
 from evojax_merge.steps.goals import measured_scales, with_goal
 from evojax_merge.steps.selection import open_evaluator
 from evojax_merge.tasks import Arrays
 from evojax_merge.tasks.kinds import kind_of
 from evojax_merge.tasks.python_functions import PREFIX
-from evojax_merge.tasks.python_trees import PythonTree, hold_tree
-from evojax_merge.zoo.references import resolve_reference
 
 # The name of a study's document in messages.
 WHERE = Path("Study")
 Task = Mapping[str, Any] | HostCallback | Callable[..., Any]
 Split = Literal["search", "validation", "heldout"]
-# Stands for the tasks where a space is opened without any.
-_NO_TASKS = [{"name": "task", "kind": "likelihood", "file": "tasks.jsonl"}]
 
 
-@dataclass(frozen=True, repr=False)
-class Models(Described):
-    """Models of one kind for a search to merge. base, parents: their names in a config; folders: the parents' files or
-    folders; base_folder: the base's; decoder: the architecture's config, of language models, depths: the number of
-    layers of each, the base's first; backend: what the models are, by its name."""
-
-    base: str | None
-    parents: tuple[str, ...]
-    base_folder: Path | None
-    folders: tuple[Path, ...]
-    decoder: DecoderConfig | None = None
-    depths: tuple[int, ...] = ()
-    tokenizer_source: str | None = None
-    other_modules: str | None = None
-    backend: str = "decoder"
-    # The pytrees that these names stand for.
-    _held: tuple[PythonTree, ...] = field(default=(), compare=False)
-
-    @property
-    def names(self) -> list[str]:
-        """The parents' names in tables."""
-        return model_names(self.folders)
-
-    def document(self) -> dict[str, Any]:
-        """The models' keys of a config."""
-        keys = {
-            "base": self.base, "parents": list(self.parents), "tokenizer_source": self.tokenizer_source,
-            "other_modules": self.other_modules, "backend": None if self.backend == "decoder" else self.backend,
-        }  # fmt: skip
-        return {key: value for key, value in keys.items() if value is not None}
-
-    def facts(self) -> dict[str, Any]:
-        base = None if self.base_folder is None else model_names([self.base_folder])[0]
-        if self.decoder is None:
-            return {"base": base, "parents": self.names, "backend": self.backend}
-        return {"base": base, "parents": self.names, "layers": self.decoder.layers}
-
-
-def load_models(
-    base: Any,
-    parents: Sequence[Any] | Mapping[str, Any],
-    *,
-    tokenizer_source: Location | None = None,
-    other_modules: Location | None = None,
-    backend: str | None = None,
-) -> Models:
-    """Open models for a search: language models by their headers alone, or pytrees.
-
-    base: the model that task vectors are taken from, or None. base, parents: folders, GGUF files, hub ids, adapters
-    (`base+adapter`) or `zoo:` names, where relative paths start in the working directory; or pytrees of arrays of one
-    structure, the parents also by their names: `{"maths": pytree, …}`. tokenizer_source, other_modules: as in a config.
-    backend: what the models are, as in a config; None: language models, or pytrees where these are given.
-    """
-    check_arguments(load_models, locals())
-    plugins.load()
-    if backend is not None:
-        find_backend("load_models: backend", backend, Path.cwd())
-    if isinstance(parents, str):
-        raise InputError("load_models: parents", f"{shown(parents)}; expected a list or a tuple")
-    if not parents:
-        raise InputError("load_models: parents", "is empty; expected models to merge")
-    named = [("base", base)] * (base is not None)
-    if isinstance(parents, Mapping):
-        _check_names(parents)
-        of_parents = list(parents.items())
-    else:
-        of_parents = [(f"parents[{k}]", parent) for k, parent in enumerate(parents)]
-    named += of_parents
-    pytrees = [(key, model) for key, model in named if not isinstance(model, str | PathLike)]
-    for key, model in pytrees:
-        if hasattr(model, "state_dict"):
-            raise InputError(
-                f"load_models: {key}", f"is a {type(model).__name__}, a module of torch; expected its folder or file, "
-                'with backend="torch" or backend="FILE.py:NAME", a function that makes the module',
-            )  # fmt: skip
-    if backend is None and pytrees and len(pytrees) < len(named):
-        key, model = pytrees[0]
-        raise InputError(f"load_models: {key}", f"{shown(model)}; expected a path or a name, as other models have")
-    if backend is None and not pytrees:
-        return _language_models(base, [parent for _, parent in of_parents], tokenizer_source, other_modules)
-    held = {key: hold_tree(f"load_models: {key}", key, model) for key, model in pytrees}
-    names = {key: held[key].reference if key in held else str(model) for key, model in named}
-    paths = {key: _file(name) for key, name in names.items()}
-    parent_names = tuple(names[key] for key, _ in of_parents)
-    parent_paths = tuple(paths[key] for key, _ in of_parents)
-    return Models(
-        names.get("base"), parent_names, paths.get("base"), parent_paths, backend=backend or "function",
-        _held=tuple(held.values()),
-    )  # fmt: skip
-
-
-def _check_names(parents: Mapping[str, Any]) -> None:
-    """Raises InputError unless a mapping of parents has pytrees by names that stand well in tables."""
-    for name, parent in parents.items():
-        if isinstance(parent, str | PathLike):
-            raise InputError("load_models: parents", f"name {shown(parent)}; expected a list of paths or names")
-        if not name.isidentifier() or name == "base":
-            raise InputError("load_models: parents", f"{shown(name)}; expected names of letters, digits and _")
-
-
-def _file(reference: str) -> Path:
-    """The file or folder of a reference, or the reference itself where it names none."""
-    path = Path.cwd() / os.path.expanduser(reference)
-    return path.resolve() if os.path.exists(path) else Path(reference)
-
-
-def _language_models(
-    base: Location | None, parents: Sequence[Location], tokenizer_source: Location | None,
-    other_modules: Location | None,
-) -> Models:  # fmt: skip
-    where, root = "load_models", Path.cwd()
-    base_name = None if base is None else str(base)
-    names = tuple(map(str, parents))
-    base_folder = None if base_name is None else resolve_reference(f"{where}: base", base_name, root)
-    folders = tuple(resolve_reference(f"{where}: parents[{k}]", name, root) for k, name in enumerate(names))
-    opened, choice = [*([] if base_folder is None else [base_folder]), *folders], None
-    tokenizer = None if tokenizer_source is None else str(tokenizer_source)
-    if tokenizer is not None:
-        folder = (
-            base_folder if tokenizer == "base" else resolve_reference(f"{where}: tokenizer_source", tokenizer, root)
-        )
-        if folder not in opened:
-            raise InputError(f"{where}: tokenizer_source", f"{tokenizer}; expected base or one of the parents")
-        choice = TokenizerChoice(opened.index(folder))
-    _, decoders = open_decoders(opened, choice)
-    other = None if other_modules is None else str(other_modules)
-    depths = tuple(decoder.layers for decoder in decoders)
-    return Models(base_name, names, base_folder, folders, decoders[0], depths, tokenizer, other)
-
-
-class Space(Described):
-    """The candidates that a search chooses from. models: whose merges they are; method: the name of their merge method,
-    or of the kind of the space."""
-
-    models: Models
-    method: str
-    _space: Any
-    _document: dict[str, Any]
-
-    @property
-    def dims(self) -> int:
-        """D, the number of genes of a genome."""
-        dims: int = self._space.dims
-        return dims
-
-    @property
-    def start(self) -> np.ndarray:
-        """float32[D]: the genome with which a search begins."""
-        start: np.ndarray = self._space.start
-        return start
-
-    def parameters(self, genome: Any) -> dict[str, float]:
-        """The searched parameters that a genome float32[D] stands for: `weight[layers 0-3 attention][maths]` -> value,
-        and so forth; `gene[0]` and so forth where the space has no named parameters."""
-        values = self.named_values(genome_array("genome", genome, (self.dims,))[None])
-        return {name: float(column[0]) for name, column in values.items()}
-
-    def named_values(self, genomes: np.ndarray) -> Mapping[str, np.ndarray]:
-        """The searched parameters of genomes float32[P, D] by their names, float[P] each."""
-        return named_values_of(self._space, genomes, self.models.names)
-
-    def document(self) -> dict[str, Any]:
-        """The space's key of a config."""
-        return self._document
-
-    def facts(self) -> dict[str, Any]:
-        return {"method": self.method, "parents": self.models.names, "dimensions": self.dims}
-
-    def tables(self) -> dict[str, Table]:
-        named = hasattr(self._space, "named_values")
-        return {"start": parameter_table(self.parameters(self.start))} if named else {}
-
-    def _open(self, section: Mapping[str, Any]) -> None:
-        """Open the space of the models' backend by the key of a config that says which space it is."""
-        where = type(self).__name__
-        self._document = as_yaml(where, section)
-        document = as_yaml(where, self.models.document() | self._document | {"tasks": _NO_TASKS})
-        self._space = open_backend(Path(where), config_from(Path(where), document, [], None)).space
-
-
-class MergeSpace(Space):
-    """The parameters of a merge that a search optimises. keys: the keys of a config's `space`, such as
-    `layers_per_group`, `components`, `parameters` and `fixed`."""
-
-    def __init__(self, models: Models, method: str, **keys: Any) -> None:
-        check_arguments(MergeSpace.__init__, locals())
-        plugins.load()
-        self.models, self.method = models, method
-        if models.decoder is None:
-            self._open({"space": {"method": method, **keys}})
-            return
-        # Without the models' tokenizers.
-        where = "MergeSpace"
-        section: dict[str, Any] = as_yaml(where, {"method": method, **keys})
-        self._document = {"space": section}
-        config: SpaceConfig = parse(Path(where), section, SpaceConfig)
-        chosen, has_base = find_method(f"{where}: method", method), models.base is not None
-        check_models(where, chosen, has_base, len(models.parents))
-        if len(set(models.depths)) > 1:
-            what = f"have {', '.join(map(str, models.depths))} layers; a merge expects one depth, a LayerPathSpace any"
-            raise InputError(f"{where}: models", what)
-        options_of(where, chosen, chosen.uses_base(has_base), config.normalize, config.rescale)
-        self._space = build_space(where, config, chosen, models.parents, models.decoder)
-
-    @property
-    def groups(self) -> list[str]:
-        """The groups of tensors that share their parameters."""
-        return list(self._space.group_space.groups)
-
-    def facts(self) -> dict[str, Any]:
-        searched = [parameter.name for parameter in self._space.group_space.search_parameters]
-        return {
-            "method": self.method, "parents": self.models.names, "parameters": searched, "groups": len(self.groups),
-            "dimensions": self.dims,
-        }  # fmt: skip
-
-
-class LayerPathSpace(Space):
-    """Paths through the layers of all parents. keys: the keys of a config's `data_flow`, such as `form` and `moves`."""
-
-    method = "data_flow"
-
-    def __init__(self, models: Models, **keys: Any) -> None:
-        check_arguments(LayerPathSpace.__init__, locals())
-        plugins.load()
-        self.models = models
-        self._open({"data_flow": keys})
-
-
-class PoolSpace(Space):
-    """Members of a pool of models that breed, the parents and merges of two members each. keys: the keys of a config's
-    `pool`, such as `methods` and `size`."""
-
-    method = "pool"
-
-    def __init__(self, models: Models, **keys: Any) -> None:
-        check_arguments(PoolSpace.__init__, locals())
-        plugins.load()
-        self.models = models
-        self._open({"pool": keys})
-
-
-class Study(Described):
+class Study(Searched, Described):
     """A search for the best merge of models.
 
     space: a `MergeSpace`, `LayerPathSpace` or `PoolSpace` of `models`. tasks: the task, or a list of the tasks, that
@@ -368,10 +106,8 @@ class Study(Described):
             "search": {**section, "validation": validation, **search},
             "seed": seed,
         }
-        document |= {} if evaluation is None else {"evaluation": evaluation}
-        document |= {} if export_dtype is None else {"export_dtype": export_dtype}
-        document |= {} if scale is None else {"scale": scale}
-        document |= {"log": list(log)} if log else {}
+        optional = {"evaluation": evaluation, "export_dtype": export_dtype, "scale": scale, "log": list(log) or None}
+        document |= {key: value for key, value in optional.items() if value is not None}
         self.models, self.space, self.seed = models, space, seed
         self.out = None if out is None else Path(out)
         self._document: dict[str, Any] = as_yaml(str(WHERE), document)
@@ -384,7 +120,7 @@ class Study(Described):
         if self.out is None and (resume or overwrite):
             raise InputError(f"Study: {'resume' if resume else 'overwrite'}", "there is no run folder; give `out`")
         with PythonCall(self._warned):
-            self._parsed: Config = config_from(WHERE, as_yaml(str(WHERE), document), [], None)
+            self._parsed: Config = config_from(WHERE, dict(self._document), [], None)
             self._problem = build_problem(WHERE, self._parsed)
             if self._problem.scale != "none":
                 # Unlike metrics choose it; a config that says it is the same.
@@ -622,17 +358,6 @@ class Study(Described):
         saved = self._saved_history()
         return [*(saved[: self._first] if self._rows else saved), *self._rows]
 
-    @property
-    def trials(self) -> list[Trial]:
-        """Every candidate of every generation, in their order."""
-        return trials_of(self.history, self._source)
-
-    @property
-    def best(self) -> Trial:
-        """The winner that the run has chosen; before it has, and in a loop by hand, the candidate of the highest
-        fitness on all examples. Raises InputError where there is no generation yet."""
-        return best_of("Study.best", self.history, self._result(), self._source)
-
     def _result(self) -> StoredResult | None:
         """The `result.json` of the study's generations; None for those of a loop by hand."""
         saved = self.out is not None and not self._rows and bool(self._saved_history())
@@ -650,11 +375,6 @@ class Study(Described):
     def to_frame(self) -> Any:
         """The history as a pandas table, a row for each candidate: see `Run.to_frame`."""
         return history_frame(self.history, self.space.named_values)
-
-    def plot(self) -> Any:
-        """An Altair chart of the fitness over generations: best so far, best, mean, and validation where it was looked
-        at. Raises InputError where there is no generation yet."""
-        return plot_of("Study.plot", self.history)
 
     def facts(self) -> dict[str, Any]:
         history = self.history

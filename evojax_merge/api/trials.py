@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +14,12 @@ from evojax_merge import plugins
 from evojax_merge.api.python_calls import Location, PythonCall, as_yaml, ignore
 from evojax_merge.backends.backend import Backend
 from evojax_merge.backends.registry import find_backend
-from evojax_merge.checkpoints.writer import check_new_model, check_output
+from evojax_merge.checkpoints.writer import check_new_model
+from evojax_merge.commands.export import export_candidate
 from evojax_merge.commands.merge import MergeOptions, write_merge
 from evojax_merge.errors import InputError, warn_program
 from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.problem import build_problem, config_from, open_backend
-from evojax_merge.report.card import merge_card
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described, Table, parameter_table
 from evojax_merge.report.frame import NamedValues, gene_values, history_frame
@@ -28,9 +28,9 @@ from evojax_merge.report.stored_run import StoredRun, winner_fitness
 from evojax_merge.report.tables import lead_cell
 from evojax_merge.schema.arguments import check_arguments
 from evojax_merge.schema.yaml_reader import parse_documents
-from evojax_merge.search.loop import saved_strategy_state
+from evojax_merge.search.checkpoints import Checkpoints
 from evojax_merge.search.protocols import context_of
-from evojax_merge.search.run_folder import Checkpoints, check_inputs, check_masks, is_run
+from evojax_merge.search.run_folder import check_inputs, check_masks, is_run
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import StoredResult, read_result
 from evojax_merge.steps.selection import origin_of
@@ -109,17 +109,10 @@ class Trial(Described):
                 return Path(out)
             if dtype is not None:
                 raise InputError("Trial.export: dtype", "is for language models; leave it out")
-            self._write(Path(out), overwrite)
+            backend = self._source.backend()
+            check_new_model(Path(out), overwrite, self._source.keep)
+            export_candidate(backend, self.genome, Path(out), self._source.keep)
         return Path(out)
-
-    def _write(self, out: Path, overwrite: bool) -> None:
-        """Write the model of the genome, whose backend makes candidates of genomes."""
-        backend = self._source.backend()
-        check_new_model(out, overwrite, self._source.keep)
-        recipe = backend.recipe(self.genome)
-        models = {backend.references[model]: model for model in backend.merged_from(self.genome)}
-        card = merge_card(out.name, [backend.name], models, recipe)
-        backend.export(recipe, self.genome, out, card, partial(check_output, out, self._source.keep))
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -132,52 +125,53 @@ class Trial(Described):
         return {"scores": scores, "parameters": parameter_table(self.parameters)}
 
 
-def trials_of(history: Sequence[Mapping[str, Any]], source: TrialSource) -> list[Trial]:
-    """Every candidate of every generation of a history, in their order."""
-    return [
-        Trial(
-            row["generation"], number, row["fitness"][number], "search", row["examples"][number] or None,
-            {name: values[number] for name, values in row["task_scores"].items()},
-            np.array(row["genomes"][number], np.float32), source,
-        )
-        for row in history
-        for number in range(len(row["fitness"]))
-    ]  # fmt: skip
+class Searched:
+    """The candidates of a search: of its `history`, its `_result()` and their `_source`."""
 
+    @property
+    def trials(self: Any) -> list[Trial]:
+        """Every candidate of every generation, in their order; for a search in stages, of the last one."""
+        source = self._source
+        return [
+            Trial(
+                row["generation"], number, row["fitness"][number], "search", row["examples"][number] or None,
+                {name: values[number] for name, values in row["task_scores"].items()},
+                np.array(row["genomes"][number], np.float32), source,
+            )
+            for row in self.history
+            for number in range(len(row["fitness"]))
+        ]  # fmt: skip
 
-def best_of(
-    where: str, history: Sequence[Mapping[str, Any]], result: StoredResult | None, source: TrialSource
-) -> Trial:
-    """The winner that a search has chosen; before it has, the candidate of the highest fitness on all examples.
-    Raises InputError where there is no generation yet."""
-    trials = trials_of(history, source)
-    if result is not None and result.generations == len(history):
-        genome = np.array(result.genome, np.float32)
-        same = (trial for trial in trials if np.array_equal(trial.genome, genome))
-        return next(same, Trial(None, None, *winner_fitness(history, result), None, {}, genome, source))
-    finite = [trial for trial in trials if trial.fitness is not None]
-    if not finite:
-        raise InputError(where, "there is no generation yet; call run, or tell")
-    most = max(trial.examples or 0 for trial in finite)
-    complete = [trial for trial in finite if trial.examples in (None, most)]
-    return max(complete, key=lambda trial: trial.fitness or 0.0)
+    @property
+    def best(self: Any) -> Trial:
+        """The winner that the search has chosen; before it has, and in a loop by hand, the candidate of the highest
+        fitness on all examples. Raises InputError where there is no generation yet."""
+        history, result, trials = self.history, self._result(), self.trials
+        if result is not None and result.generations == len(history):
+            genome = np.array(result.genome, np.float32)
+            same = (trial for trial in trials if np.array_equal(trial.genome, genome))
+            return next(same, Trial(None, None, *winner_fitness(history, result), None, {}, genome, self._source))
+        finite = [trial for trial in trials if trial.fitness is not None]
+        if not finite:
+            raise InputError(f"{type(self).__name__}.best", "there is no generation yet; call run, or tell")
+        most = max(trial.examples or 0 for trial in finite)
+        complete = [trial for trial in finite if trial.examples in (None, most)]
+        return max(complete, key=lambda trial: trial.fitness or 0.0)
+
+    def plot(self: Any) -> Any:
+        """An Altair chart of the fitness over generations: best so far, best, mean, and validation where it was looked
+        at. Raises InputError where there is no generation yet."""
+        from evojax_merge.report.charts import history_chart
+
+        if not self.history:
+            raise InputError(f"{type(self).__name__}.plot", "there is no generation yet; call run, or tell")
+        return history_chart(self.history)
 
 
 @dataclass(frozen=True, repr=False)
-class Run(StoredRun):
+class Run(StoredRun, Searched):
     """A search's run folder, with its candidates. Every property reads the current files, so that a running search can
     be watched; a property whose file does not exist yet is None, or empty."""
-
-    @property
-    def trials(self) -> list[Trial]:
-        """Every candidate of every generation, in their order; for a search in stages, of the last one."""
-        return trials_of(self.history, self._source())
-
-    @property
-    def best(self) -> Trial:
-        """The winner that the search has chosen; before it has, the candidate of the highest fitness on all examples.
-        Raises InputError where there is no generation yet."""
-        return best_of("Run.best", self.history, read_result(self._folder.result), self._source())
 
     def to_frame(self) -> Any:
         """The history as a pandas table, a row for each candidate: `generation`, `candidate` (its number there, from
@@ -205,21 +199,18 @@ class Run(StoredRun):
 
         return values
 
-    def plot(self) -> Any:
-        """An Altair chart of the fitness over generations: best so far, best, mean, and validation where it was looked
-        at. Raises InputError where there is no generation yet."""
-        return plot_of("Run.plot", self.history)
-
     def tables(self) -> dict[str, Table]:
-        result = read_result(self._folder.result)
-        tables: dict[str, Table] = {"held-out scores": score_table(result)}
+        tables: dict[str, Table] = {"held-out scores": score_table(self._result())}
         if is_run(self._folder) and self.history:
             # The models' headers need not be there any more, and an earlier version's history has other keys.
             with suppress(InputError, LookupError):
-                best = best_of("Run", self.history, result, self._source())
-                tables["parameters of the best"] = parameter_table(best.parameters)
+                tables["parameters of the best"] = parameter_table(self.best.parameters)
         return tables
 
+    def _result(self) -> StoredResult | None:
+        return read_result(self._folder.result)
+
+    @property
     def _source(self) -> TrialSource:
         folder, document = self._folder, self.config
         name, named_values = document.get("backend", "decoder"), self.named_values()
@@ -251,7 +242,7 @@ class Run(StoredRun):
         saved = Checkpoints(folder).restore(ignore)
         if saved is None:
             return problem.backend
-        state = saved_strategy_state(saved, problem.seed, problem.strategy, problem.space)
+        state = saved.strategy_state(problem.seed, problem.strategy, problem.space)
         return problem.within(context_of(problem.strategy, state)).backend
 
 
@@ -273,15 +264,6 @@ def score_table(result: StoredResult | None) -> Table:
         scores = {"model": row.name, "role": row.role, "fitness": row.heldout_fitness, **row.heldout_scores}
         rows.append({**scores, "the winner's lead (95%)": None if lead is None else lead_cell(lead, ".3g")})
     return rows
-
-
-def plot_of(where: str, history: Sequence[Mapping[str, Any]]) -> Any:
-    """An Altair chart of a history. Raises InputError where there is no generation yet."""
-    from evojax_merge.report.charts import history_chart
-
-    if not history:
-        raise InputError(where, "there is no generation yet; call run, or tell")
-    return history_chart(history)
 
 
 def open_run(folder: Location) -> Run:

@@ -43,13 +43,12 @@ from evojax_merge.evaluation.evaluator import DecoderEvaluator
 from evojax_merge.evaluation.generation import row_update, unstacks_layers
 from evojax_merge.evaluation.memory import is_out_of_memory
 from evojax_merge.evaluation.passes import SharedModel
-from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.evaluation.timings import Timing, WorkKind, timing
 from evojax_merge.models.bank import Bank, LeafBank
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.problem import SearchProblem
-from evojax_merge.search.loop import MemoryStorage, Reporter
+from evojax_merge.search.loop import Reporter, Storage
 from evojax_merge.steps.planning import make_plan
 
 
@@ -273,13 +272,6 @@ def open_problem(folder: Path, target: Target, sizes: Sizes) -> tuple[str, Searc
 # Rows
 
 
-def require_finite(what: str, scores: TaskScores) -> None:
-    for metrics in scores.matrices.values():
-        for matrix in metrics.values():
-            if not np.isfinite(matrix).all():
-                raise Failed(f"{what}: scores are not finite")
-
-
 STORED, MERGED = "a stored model", "TIES, merged inside the pass"
 GRADIENT_STRATEGY = "gradient"
 # The searches: their tasks, strategies, and the kinds of work that they are.
@@ -345,7 +337,9 @@ class Measurer:
             run = partial(evaluator.population, models.bank, problem.backend.candidates.spec, recipes)
         else:
             run = partial(evaluator.stored, models.stored)
-        require_finite("likelihood", run())
+        matrices = [matrix for metrics in run().matrices.values() for matrix in metrics.values()]
+        if not all(np.isfinite(matrix).all() for matrix in matrices):
+            raise Failed("likelihood: scores are not finite")
         seconds = median_seconds(run, self.sizes.repeats) / passes_
         rate = sum(work(problem.backend.models.decoder, rows)) / seconds
         return Measurement(
@@ -402,7 +396,7 @@ class Measurer:
             self.folder, PARENTS, "ties", mode, target, 1, models.problem.backend.compute_dtype, strategy=strategy,
             population=1 if strategy == GRADIENT_STRATEGY else sizes.population, generations=sizes.generations + 1,
         )  # fmt: skip
-        prepared, storage, ends = problem.prepare(), MemoryStorage(), [time.perf_counter()]
+        prepared, storage, ends = problem.prepare(), Storage(), [time.perf_counter()]
         population = problem.strategy.population
         on = problem.backend.evaluators(models.bank, prepared, population, ONE_DEVICE, lambda line: None)
 

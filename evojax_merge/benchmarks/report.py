@@ -53,17 +53,13 @@ def section(benchmark: Benchmark, environment: Mapping[str, Any]) -> list[str]:
     """The lines of a Markdown section: the machine, a table for each part, and what was left out."""
     parts = dict.fromkeys(row.part for row in benchmark.rows)
     tables = [_table([row for row in benchmark.rows if row.part == part]) for part in parts]
+    devices = environment["devices"]
+    device = environment["processor"] if devices["platform"] == "cpu" else devices["kind"]
     left_out = f"Left out: {'; '.join(benchmark.left_out)}." if benchmark.left_out else ""
     return [
-        f"## On {device_name(environment)}", "", *_wrapped(_machine(benchmark, environment)),
+        f"## On {device}", "", *_wrapped(_machine(benchmark, environment)),
         *(line for table in tables for line in ("", *table)), *(["", *_wrapped(left_out)] if left_out else []),
     ]  # fmt: skip
-
-
-def device_name(environment: Mapping[str, Any]) -> str:
-    """The name of the device; of a CPU, that of the processor."""
-    devices = environment["devices"]
-    return str(environment["processor"] if devices["platform"] == "cpu" else devices["kind"])
 
 
 def _machine(benchmark: Benchmark, environment: Mapping[str, Any]) -> str:

@@ -3,7 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
-from evojax_merge.benchmarks.device import ACCELERATOR, CPU, SHAPES, Budget, measure, row_count, timings_of
+from evojax_merge.benchmarks.device import (
+    ACCELERATOR,
+    CPU,
+    SHAPES,
+    Budget,
+    measure,
+    row_count,
+    timings_of,
+)
 from evojax_merge.benchmarks.report import as_json, comparison, is_benchmark_file, read_benchmark, section
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.evaluation.targets import live_target

@@ -6,9 +6,7 @@ from typing import Any
 
 from evojax_merge.errors import print_warning
 from evojax_merge.report.tables import terminal_table
-from evojax_merge.search.run_folder import (
-    to_line,
-)
+from evojax_merge.search.checkpoints import to_line
 from evojax_merge.steps.stored_models import (
     Answers,
     Split,

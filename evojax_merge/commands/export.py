@@ -1,14 +1,14 @@
 """`evojax-merge export`: the winner of a run, its best candidate so far, or a member of its front."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from evojax_merge import plugins
-from evojax_merge.backends.backend import BackendFactory
+from evojax_merge.backends.backend import Backend, BackendFactory
 from evojax_merge.backends.registry import find_backend
 from evojax_merge.checkpoints.writer import check_new_model, check_output
 from evojax_merge.commands.merge import card_of_merge, local_inputs, parts_of_runs, write_model
@@ -26,16 +26,9 @@ from evojax_merge.problem import (
 )
 from evojax_merge.report.card import adapter_card, card_in_dtype, merge_card
 from evojax_merge.schema.yaml_reader import parse_documents
-from evojax_merge.search.loop import saved_strategy_state
+from evojax_merge.search.checkpoints import Checkpoints
 from evojax_merge.search.protocols import context_of
-from evojax_merge.search.run_folder import (
-    Checkpoints,
-    check_inputs,
-    check_masks,
-    find_member,
-    is_run,
-    locked,
-)
+from evojax_merge.search.run_folder import check_inputs, check_masks, find_member, is_run, locked, run_at
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import MAX_DOCUMENT, read_result, read_run_config
 from evojax_merge.system.console import console, say
@@ -51,9 +44,7 @@ def export(
     """Write a run's winner, its best candidate so far, or a member of its front: as a model, or, where a rank is given,
     as an adapter of its base of that rank."""
     plugins.load()
-    folder = RunFolder(run)
-    if not is_run(folder):
-        raise InputError(run, "is not a run folder of a search" if run.exists() else "no such folder")
+    folder = run_at(run)
     plugins.load_named(f"{folder.config}: plugins", read_run_config(folder.config).get("plugins", []), folder.path)
     recover(out)
     if member is not None and _factory(folder).merges_recipes:
@@ -108,6 +99,15 @@ def _factory(folder: RunFolder) -> BackendFactory:
     return find_backend(f"{folder.config}: backend", name, folder.path)
 
 
+def export_candidate(backend: Backend, genome: np.ndarray, out: Path, keep: Sequence[Path]) -> None:
+    """Write the candidate of a genome, whose backend makes candidates of genomes. keep: files and folders that must not
+    be replaced."""
+    recipe = backend.recipe(genome)
+    models = {backend.references[model]: model for model in backend.merged_from(genome)}
+    card = merge_card(out.name, [backend.name], models, recipe)
+    backend.export(recipe, genome, out, card, partial(check_output, out, keep))
+
+
 def _export_genome(
     folder: RunFolder, out: Path, dtype: str | None, overwrite: bool, rank: int | None, best_so_far: bool
 ) -> None:
@@ -126,11 +126,7 @@ def _export_genome(
             genome = np.array(result.genome, np.float32)
         else:
             raise InputError(folder.path, "has no winner yet; finish it with search … --resume, or pass --best-so-far")
-        backend = problem.exporting()
-        recipe = backend.recipe(genome)
-        models = {backend.references[model]: model for model in backend.merged_from(genome)}
-        card = merge_card(out.name, [backend.name], models, recipe)
-        backend.export(recipe, genome, out, card, partial(check_output, out, folder.parts))
+        export_candidate(problem.exporting(), genome, out, folder.parts)
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)
 
 
@@ -150,7 +146,7 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
                 f"{folder.path}: of no candidate of {saved.generations} generations the fitness on all examples is "
                 "known (gradients on minibatches, or of a companion, do not tell it); continue the search with --resume"
             )
-        state = saved_strategy_state(saved, problem.seed, problem.strategy, problem.space)
+        state = saved.strategy_state(problem.seed, problem.strategy, problem.space)
         problem = problem.within(context_of(problem.strategy, state))
         text = problem.backend.recipe(genome)
         stream = parse_stream(running.recipe, parse_documents(running.recipe, text))

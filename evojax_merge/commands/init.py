@@ -20,7 +20,8 @@ from evojax_merge.checkpoints.derived import adapted_from, open_model
 from evojax_merge.checkpoints.folder import is_float
 from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.checkpoints.references import local_path
-from evojax_merge.config.search_config import SpaceConfig, parse
+from evojax_merge.config.documents import parse
+from evojax_merge.config.search_config import SpaceConfig
 from evojax_merge.errors import InputError, shown
 from evojax_merge.inspection.findings import Advice, advise, findings
 from evojax_merge.inspection.first_config import (
@@ -209,7 +210,14 @@ def choose_method(choices: Choices, models: Models) -> Method:
 def first_config(path: Path, choices: Choices, models: Models) -> FirstConfig:
     """The config that fits the models, by their headers, tokenizers and weights, and the data, by the first record."""
     method, advice, has_base = choose_method(choices, models), models.advice, models.has_base
-    named = [_valid_in(path, *pair) for pair in zip(models.references, models.folders, strict=True)]
+    # References are written as the user has them, but by full paths where the config lies in another folder.
+    is_here = path.parent.resolve() == Path.cwd()
+    named = [
+        reference
+        if is_here or local_path(reference.partition("+")[0], Path.cwd()) is None
+        else recipe_reference(reference, folder)
+        for reference, folder in zip(models.references, models.folders, strict=True)
+    ]
     names = ["base", *named[1:]] if has_base else named
     keys: list[Line] = []
     decoder, backend, count = None, None, None
@@ -302,13 +310,6 @@ def _split(names: str) -> tuple[str, ...]:
         return tuple(shlex.split(names))
     except ValueError as error:
         raise InputError("--parents", f"{shown(names)}: {error}; expected names separated by spaces") from None
-
-
-def _valid_in(path: Path, reference: str, folder: Path) -> str:
-    """A model's reference in a config at `path`: as the user wrote it, but by full paths where the config lies in
-    another folder than the working directory."""
-    is_local = local_path(reference.partition("+")[0], Path.cwd()) is not None
-    return recipe_reference(reference, folder) if is_local and path.parent.resolve() != Path.cwd() else reference
 
 
 def _text_task(path: Path, choices: Choices, templates: ModelTemplates) -> tuple[TaskSection, int]:

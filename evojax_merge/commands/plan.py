@@ -7,10 +7,10 @@ from pathlib import Path
 
 from evojax_merge import plugins
 from evojax_merge.checkpoints.headers import HeaderFolders
-from evojax_merge.config.search_config import blamed_on_overrides
+from evojax_merge.config.documents import attribute_errors_to_overrides
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, target_compiler
-from evojax_merge.evaluation.targets import Target, find_target, live_target
+from evojax_merge.evaluation.compilers import CompilerMissing, target_compiler
+from evojax_merge.evaluation.targets import find_target, live_target
 from evojax_merge.evaluation.timings import read_timings
 from evojax_merge.problem import (
     build_problem,
@@ -31,7 +31,7 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
     of plans, one for each stage. Raises InputError, at the end, where one does not fit."""
     output = None if json_file is None else OutputFile(json_file, "--json", "holds no plan", is_plan_file)
     check_outputs([output], {"CONFIG": path})
-    with blamed_on_overrides(path, overrides):
+    with attribute_errors_to_overrides(path, overrides):
         plugins.load()
         config = read_config(path, overrides, None)
         target = live_target() if target_name is None else find_target("--target", target_name)
@@ -40,7 +40,11 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
             resolve = partial(resolve_headers, folders)
             for stage, config_of_stage in enumerate(stage_configs(config)):
                 problem = build_problem(path, config_of_stage, chained=stage > 0, target=target, resolve=resolve)
-                compiler = _compiler(target, config.evaluation.model)
+                try:
+                    compiler = target_compiler(target, config.evaluation.model)
+                except CompilerMissing as error:
+                    compiler = None
+                    say(str(error))
                 plans.append(make_plan(problem, problem.prepare(), folders.download_bytes, compiler, read_timings()))
     print_warnings(revision_warnings(path, config))
     for number, stage_plan in enumerate(plans, start=1):
@@ -56,12 +60,3 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
     for stage_plan in plans:
         if not stage_plan.fits:
             raise InputError(path, stage_plan.what_would_fit())
-
-
-def _compiler(target: Target, model: int) -> TargetCompiler | None:
-    """The target's compiler; where it is not installed a line says so."""
-    try:
-        return target_compiler(target, model)
-    except CompilerMissing as error:
-        say(str(error))
-        return None

@@ -15,8 +15,7 @@ from evojax_merge.report.page import run_page
 from evojax_merge.report.publication import Publication
 from evojax_merge.report.run_data import read_run
 from evojax_merge.schema.yaml_reader import load_yaml
-from evojax_merge.search.run_folder import is_run
-from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.search.run_folder import run_at
 from evojax_merge.system.console import console
 
 
@@ -55,9 +54,7 @@ def publish(run: Path, repo: str, push: bool, private: bool, with_answers: bool 
 def stage(run: Path, place: Path, with_answers: bool) -> list[Path]:
     """Fill a folder with the files to upload: those that this program wrote, as links, or without paths of this machine
     where they have any. Return the files. Raises InputError where the run has no winner, or links in place of files."""
-    folder = RunFolder(run)
-    if not is_run(folder):
-        raise InputError(run, "is not a run folder of a search" if run.exists() else "no such folder")
+    folder = run_at(run)
     if not (folder.result.is_file() and folder.recipe.is_file() and folder.model.is_dir()):
         raise InputError(run, "has no winner to publish; finish it with search … --resume")
     publication = Publication(run, load_yaml(folder.config), with_answers)

@@ -20,11 +20,21 @@ def reproduce(run: Path, out: Path | None) -> None:
     """Search again from a run's config, into a new folder. Raises InputError where the run is not finished, or an input
     has changed, and Failed where the two runs differ."""
     folder = RunFolder(Path(os.path.abspath(run)))
-    _check_finished(run, folder)
+    if not is_run(folder):
+        raise InputError(run, "is not a run folder of a search" if run.exists() else "no such folder")
+    if "search_pytrees" in read_run_config(folder.config):
+        raise InputError(run, "is a run of search_pytrees, whose functions no config holds; run its program again")
+    if not (folder.is_finished() and folder.recipe.is_file() and folder.model.is_dir()):
+        raise InputError(run, "has no winner to compare with; finish it with search … --resume")
+    # A damaged recipe shows before the long work.
+    load_documents(folder.recipe)
     out = out or folder.path.with_name(f"{folder.path.name}-reproduced")
     if os.path.lexists(out):
         raise InputError(out, "exists already; choose a new folder with --out")
-    changes = _changed_environment(folder)
+    sessions, current = read_sessions(folder), environment()
+    changes = list(dict.fromkeys(line for session in sessions for line in differences(session, current)))
+    if not sessions:
+        changes = [f"{folder.environment.name}: missing or damaged, so the environments cannot be compared"]
     for line in changes or ["the environment is the one that the run recorded"]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     plugins.load()
@@ -38,27 +48,6 @@ def reproduce(run: Path, out: Path | None) -> None:
         )
         raise Failed(f"{out}: is not the same as {run}: {difference}; likely cause: {cause}")
     console.print(f"bit-identical: {out}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _check_finished(run: Path, folder: RunFolder) -> None:
-    """Raises InputError where a folder holds no finished run that a config describes."""
-    if not is_run(folder):
-        raise InputError(run, "is not a run folder of a search" if run.exists() else "no such folder")
-    if "search_pytrees" in read_run_config(folder.config):
-        raise InputError(run, "is a run of search_pytrees, whose functions no config holds; run its program again")
-    if not (folder.is_finished() and folder.recipe.is_file() and folder.model.is_dir()):
-        raise InputError(run, "has no winner to compare with; finish it with search … --resume")
-    # A damaged recipe shows before the long work.
-    load_documents(folder.recipe)
-
-
-def _changed_environment(folder: RunFolder) -> list[str]:
-    """A line for each part of the environment that differs from a session of the run."""
-    sessions = read_sessions(folder)
-    if not sessions:
-        return [f"{folder.environment.name}: missing or damaged, so the environments cannot be compared"]
-    current = environment()
-    return list(dict.fromkeys(line for session in sessions for line in differences(session, current)))
 
 
 def _without_clock(folder: RunFolder) -> list[str]:

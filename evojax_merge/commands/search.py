@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,8 @@ from evojax_merge.checkpoints.writer import (
     check_outside,
     require_space,
 )
-from evojax_merge.config.search_config import Config, StageConfig, blamed_on_overrides
+from evojax_merge.config.documents import attribute_errors_to_overrides
+from evojax_merge.config.search_config import Config, StageConfig
 from evojax_merge.errors import LONGEST_LINE, InputError, PeerLostError, print_warning, printable
 from evojax_merge.evaluation.devices import barrier, losing_peers, unused_memory
 from evojax_merge.evaluation.memory import require_memory
@@ -40,20 +41,19 @@ from evojax_merge.report.loggers import LoggedSearch, check_loggers, logged
 from evojax_merge.report.notices import print_warnings
 from evojax_merge.report.plan import format_advice
 from evojax_merge.report.progress import OnGeneration, generation_record
+from evojax_merge.search.checkpoints import Checkpoints
 from evojax_merge.search.loop import Generation
 from evojax_merge.search.run_folder import (
     INPUTS,
-    Checkpoints,
     check_place,
     check_recorded_inputs,
     is_run,
-    locked,
     open_run,
+    opened,
     random_numbers,
-    removed_if_refused,
 )
 from evojax_merge.search.run_lock import check_not_in_use
-from evojax_merge.search.run_log import early_lines, run_log
+from evojax_merge.search.run_log import early_lines
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.steps.planning import advice, disk_bytes
 from evojax_merge.system import interrupts
@@ -61,7 +61,6 @@ from evojax_merge.system.console import console, say, working
 from evojax_merge.system.interrupts import defer_signals
 from evojax_merge.system.regular_file import MAX_NAME_BYTES
 from evojax_merge.tasks.opening import data_warnings
-from evojax_merge.tasks.splits import Splits
 
 # The form of a search's output.
 Output = Literal["text", "json", "none"]
@@ -117,7 +116,7 @@ def search(
     options += ["--port", str(judges.port)] if judges is not None and judges.port else []
     options += ["--export", str(judges.pairs)] if judges is not None and judges.pairs else []
     resume_hint = ResumeHint(command(*asked, *options), resume)
-    with resume_hint.on_exit(), losing_peers(), blamed_on_overrides(path, overrides):
+    with resume_hint.on_exit(), losing_peers(), attribute_errors_to_overrides(path, overrides):
         plugins.load()
         config = read_config(path, overrides, seed)
         out = out or default_out(path, config)
@@ -166,8 +165,9 @@ def run_search(
     judges: JudgeOptions | None = None,
 ) -> None:
     """Search from a config to a model in the run folder `out`. `path` names the config in messages, and relative paths
-    start in its folder; `on_started` is called as soon as there is something to resume. Raises InputError where the
-    search cannot fit into memory, unless `force`."""
+    start in its folder; `on_started` is called as soon as there is something to resume. In a chain of stages the winner
+    of one is the first parent of the next: the last stage is the run itself, earlier ones have run folders of their own
+    below `stages/`. Raises InputError where the search cannot fit into memory, unless `force`."""
     if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in out.parts):
         raise InputError(out, f"a name in it has over {MAX_NAME_BYTES} bytes; choose another run folder with --out")
     if jax.process_index() == 0:
@@ -176,60 +176,70 @@ def run_search(
         check_place(out, resume=resume, overwrite=overwrite)
     check_export(path, out, judges or JudgeOptions())
     check_loggers(f"{path}: log", config.log)
-    if config.stages is not None:
-        _run_chain(path, config, config.stages, out, resume, overwrite, on_started, on_generation, force, judges)
-        return
-    problem = build_problem(path, config)
-    _check_outside(out, [problem])
-    check_judges(path, out, problem, judges, resume=resume)
-    prepared = problem.prepare()
-    require_space(out, disk_bytes(problem))
-    _require_bank(path, problem, force)
-    document = resolved_document(config, problem)
+    run = RunFolder(out)
+    # Every stage is checked before the first one runs.
+    configs, stages = stage_configs(config), config.stages
+    problems = [build_problem(path, of_stage, chained=i > 0) for i, of_stage in enumerate(configs)]
+    models = [part for problem in problems for model in problem.backend.references for part in parts_of(model)]
+    for place in (out, *run.parts):
+        check_outside(place, models)
+    if stages is not None and judges is not None and (judges.replay or judges.pairs or judges.choices):
+        what = "people judge a search in stages on its page; leave --replay, --export and --import out"
+        raise InputError(f"{path}: stages", what)
+    early = [RunFolder((run.stages / f"stage-{number}").resolve()) for number in range(1, len(configs))]
+    for folder, problem in zip([*early, run], problems, strict=True):
+        check_judges(path, folder.path, problem, judges, resume=resume)
+    prepared = [problem.prepare() for problem in problems]
+    require_space(out, sum(map(disk_bytes, problems)))
+    for problem in problems:
+        _require_bank(path, problem, force)
+    document = resolved_document(configs[0], problems[0])
     check_recorded_inputs(path, config.inputs or {}, document[INPUTS])
     check_files(document[INPUTS])
-    with _opened(out, document, on_started, resume=resume, overwrite=overwrite) as folder:
-        _log_warnings(path, config, problem, prepared)
-        with logged(config.log, LoggedSearch(folder, folder, document), on_generation) as after_generation:
-            _search(folder, problem, prepared, after_generation, force, judges)
-
-
-def _search(
-    folder: RunFolder,
-    problem: SearchProblem[Backend],
-    prepared: Splits[list[Any]],
-    on_generation: OnGeneration,
-    force: bool,
-    judges: JudgeOptions | None,
-) -> None:
-    with kept_page(folder, on_generation, print_warning) as after_generation:
-        core.search(folder, problem, prepared, after_generation, force, judges)
+    if stages is not None:
+        for key in ("space", "data_flow", "search"):
+            document.pop(key)
+        document |= random_numbers(any(problem.backend.is_random for problem in problems))
+        document["stages"] = [_resolved_stage(stages, number, problem) for number, problem in enumerate(problems)]
+    # The processes that only wait print nothing.
+    console.quiet = console.quiet or jax.process_index() > 0
+    with opened(
+        out, document, resume=resume, overwrite=overwrite, say=print_warning, on_started=on_started,
+        check=_check_checkpoints,
+    ):  # fmt: skip
+        # All stages have the same examples.
+        print_warnings(revision_warnings(path, configs[0]))
+        print_warnings(problems[0].backend.warnings(prepared[0]))
+        print_warnings(data_warnings(str(path), configs[0].tasks, problems[0].splits))
+        winner: str | None = None
+        for number, folder in enumerate([*early, run]):
+            problem, of_stage, after_stage = problems[0], configs[0], on_generation
+            if stages is not None:
+                console.print(f"stage {number + 1} of {len(stages)}")
+                after_stage = partial(_after_stage, on_generation, number + 1)
+            if stages is not None and winner is not None:
+                of_stage = stage_config(config, stages[number], winner)
+                problem = build_problem(path, of_stage, chained=True)
+            is_done = folder is not run and resume and folder.result.exists() and folder.model.exists()
+            if folder is not run and not is_done:
+                on_started(folder)
+                if jax.process_index() == 0:
+                    again = resume and is_run(folder)
+                    open_run(folder.path, resolved_document(of_stage, problem), resume=again, overwrite=not again)
+                _check_checkpoints(folder)
+            if not is_done:
+                with (
+                    logged(config.log, LoggedSearch(run, folder, document), after_stage) as after_log,
+                    kept_page(folder, after_log, print_warning) as after_page,
+                ):
+                    core.search(folder, problem, prepared[number], after_page, force, judges)
+            if folder is not run:
+                winner = str(folder.model)
+                on_started(run)
 
 
 def _command(name: str, path: Path, *options: str) -> str:
     return shlex.join(["evojax-merge", name, str(path), *options])
-
-
-@contextmanager
-def _opened(
-    path: Path, document: dict[str, Any], on_started: Callable[[RunFolder], None], *, resume: bool, overwrite: bool
-) -> Iterator[RunFolder]:
-    """The run folder, locked and opened by the one process that writes; the others wait, and print nothing.
-    `on_started` is called as soon as there is something to resume."""
-    console.quiet = console.quiet or jax.process_index() > 0
-    folder = RunFolder(path)
-    with ExitStack() as stack:
-        with defer_signals():
-            if jax.process_index() == 0:
-                stack.enter_context(locked(path, resume=resume))
-                open_run(path, document, resume=resume, overwrite=overwrite, say=print_warning)
-                if not resume:
-                    stack.enter_context(removed_if_refused(folder))
-            on_started(folder)
-        _check_checkpoints(folder)
-        if jax.process_index() == 0:
-            stack.enter_context(run_log(folder))
-        yield folder
 
 
 def _check_checkpoints(folder: RunFolder) -> None:
@@ -252,66 +262,6 @@ def _require_bank(path: Path, problem: SearchProblem[Backend], force: bool) -> N
             raise InputError(error.where, f"{error.what}; {remedy} ({core.FORCE})") from None
 
 
-def _run_chain(
-    path: Path, config: Config, stages: list[StageConfig], out: Path, resume: bool, overwrite: bool,
-    on_started: Callable[[RunFolder], None], on_generation: OnGeneration, force: bool,
-    judges: JudgeOptions | None,
-) -> None:  # fmt: skip
-    """Search in stages, one after the other: the winner of one is the first parent of the next. The last stage is the
-    run itself, earlier ones have run folders of their own below `stages/`."""
-    # Every stage is checked before the first one runs.
-    configs = stage_configs(config)
-    problems = [build_problem(path, of_stage, chained=i > 0) for i, of_stage in enumerate(configs)]
-    _check_outside(out, problems)
-    if judges is not None and (judges.replay or judges.pairs or judges.choices):
-        what = "people judge a search in stages on its page; leave --replay, --export and --import out"
-        raise InputError(f"{path}: stages", what)
-    folders = [*(_stage_folder(RunFolder(out), number).path for number in range(1, len(stages))), out]
-    for place, problem in zip(folders, problems, strict=True):
-        check_judges(path, place, problem, judges, resume=resume)
-    prepared = [problem.prepare() for problem in problems]
-    require_space(out, sum(map(disk_bytes, problems)))
-    for problem in problems:
-        _require_bank(path, problem, force)
-    document = resolved_document(configs[0], problems[0])
-    check_recorded_inputs(path, config.inputs or {}, document[INPUTS])
-    check_files(document[INPUTS])
-    for key in ("space", "data_flow", "search"):
-        document.pop(key)
-    document |= random_numbers(any(problem.backend.is_random for problem in problems))
-    document["stages"] = [_resolved_stage(stages, number, problem) for number, problem in enumerate(problems)]
-    with _opened(out, document, on_started, resume=resume, overwrite=overwrite) as run:
-        # All stages have the same examples.
-        _log_warnings(path, configs[0], problems[0], prepared[0])
-        winner: str | None = None
-        for number, stage in enumerate(stages, start=1):
-            console.print(f"stage {number} of {len(stages)}")
-            problem, of_stage = problems[0], configs[0]
-            if winner is not None:
-                of_stage = stage_config(config, stage, winner)
-                problem = build_problem(path, of_stage, chained=True)
-            after_stage = partial(_after_stage, on_generation, number)
-            if number == len(stages):
-                with logged(config.log, LoggedSearch(run, run, document), after_stage) as after_generation:
-                    _search(run, problem, prepared[-1], after_generation, force, judges)
-                return
-            folder = _stage_folder(run, number)
-            if not (resume and folder.result.exists() and folder.model.exists()):
-                on_started(folder)
-                if jax.process_index() == 0:
-                    again = resume and is_run(folder)
-                    open_run(folder.path, resolved_document(of_stage, problem), resume=again, overwrite=not again)
-                _check_checkpoints(folder)
-                with logged(config.log, LoggedSearch(run, folder, document), after_stage) as after_generation:
-                    _search(folder, problem, prepared[number - 1], after_generation, force, judges)
-            winner = str(folder.model)
-            on_started(run)
-
-
-def _stage_folder(run: RunFolder, number: int) -> RunFolder:
-    return RunFolder((run.stages / f"stage-{number}").resolve())
-
-
 def _after_stage(on_generation: OnGeneration, stage: int, generation: Generation) -> None:
     on_generation(replace(generation, stage=stage))
 
@@ -323,17 +273,3 @@ def _resolved_stage(stages: Sequence[StageConfig], number: int, problem: SearchP
     if any(before.data_flow is not None for before in stages[:number]):
         search["population"] = stages[number].search.population
     return stages[number].model_dump(mode="json") | {"space": problem.backend.resolved()["space"], "search": search}
-
-
-def _log_warnings(path: Path, config: Config, problem: SearchProblem[Backend], prepared: Splits[list[Any]]) -> None:
-    """Print warnings about the models and the examples before a search."""
-    print_warnings(revision_warnings(path, config))
-    print_warnings(problem.backend.warnings(prepared))
-    print_warnings(data_warnings(str(path), config.tasks, problem.splits))
-
-
-def _check_outside(out: Path, problems: Sequence[SearchProblem]) -> None:
-    """Raises InputError where a run folder, or a part of it that is a link, lies in a model of the search."""
-    models = [part for problem in problems for model in problem.backend.references for part in parts_of(model)]
-    for place in (out, *RunFolder(out).parts):
-        check_outside(place, models)

@@ -1,35 +1,24 @@
-"""The schema of a search's YAML, typed, and the messages about documents that do not fit it.
+"""The schema of a search's YAML, typed (`config.documents` checks documents against it)."""
 
-`parse` checks a document; every error names the file, the key and what was expected.
-"""
-
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     Field,
     PlainValidator,
     SerializeAsAny,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from evojax_merge import plugins
-from evojax_merge.errors import InputError, did_you_mean, nearest
+from evojax_merge.config.documents import describe_value
+from evojax_merge.errors import did_you_mean, nearest
 from evojax_merge.schema.section import (
-    FLOAT32_MAX,
     MAX_SEED,
     Form,
     Location,
@@ -40,7 +29,6 @@ from evojax_merge.schema.section import (
     Section,
     Whole,
 )
-from evojax_merge.schema.yaml_reader import load_yaml, parse_yaml
 from evojax_merge.tasks.kinds import find_kind, kind_names, kinds
 from evojax_merge.tasks.task import TaskConfig
 
@@ -68,6 +56,8 @@ class SpaceConfig(Section):
     In `components`, the router of a mixture of experts and the shared embed, final_norm and head may be joined to a
     part of a layer with `+`, else router, embed and head have parameters of their own.
     """
+
+    optional = ("parent_groups", "active")
 
     kind: Literal["parameter"] = Field("parameter", description="what is searched; may be left out")
     method: Name = Field(description="the merge method, one of `evojax-merge methods`")
@@ -106,15 +96,6 @@ class SpaceConfig(Section):
             description="how what is left of a thinned-out task vector is scaled (true: l1); default: the method's way",
         )
     )
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out optional keys at their defaults (see SearchConfig)."""
-        document: dict[str, Any] = serialise(self)
-        for name in ("parent_groups", "active"):
-            if getattr(self, name) == type(self).model_fields[name].default:
-                document.pop(name)
-        return document
 
 
 class DataFlowConfig(Section):
@@ -240,6 +221,8 @@ Control = Literal["greedy"]
 class StopConfig(Section):
     """The criteria that end a search before its last generation."""
 
+    optional = ("evaluations", "seconds", "target", "stagnation")
+
     evaluations: Whole | None = Field(
         None, ge=1, le=10**12, description="before a generation that would make it more evaluations of candidates"
     )
@@ -255,10 +238,6 @@ class StopConfig(Section):
         le=1_000_000,
         description="once so many generations with candidates that met all examples have brought no better one",
     )
-
-    @model_serializer(mode="wrap")
-    def _given(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in serialise(self).items() if value is not None}
 
 
 # The strategy that stands for one that the program chooses (see `search.auto`).
@@ -327,6 +306,8 @@ class SearchConfig(Section):
     generation.
     """
 
+    optional = ("budget", "rung_examples", "seeds", "controls", "validation", "validate_every", "stop", "gradient")
+
     strategy: Name = Field("cma_es", description="one of `evojax-merge strategies`; auto: chosen for the search")
     population: Whole | None = Field(
         None,
@@ -373,14 +354,6 @@ class SearchConfig(Section):
         GradientConfig(), description="how the strategies gradient and hybrid follow gradients"
     )
 
-    @model_validator(mode="after")
-    def _has_each_seed_once(self) -> "SearchConfig":
-        seeds = self.seeds or []
-        twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
-        if twice is not None:
-            raise ValueError(f"seeds: {twice} stands twice; expected each once")
-        return self
-
     @property
     def parsed_budget(self) -> Budget:
         """The budget in numbers."""
@@ -395,19 +368,15 @@ class SearchConfig(Section):
         return document
 
     @model_validator(mode="after")
-    def _has_one_length(self) -> "SearchConfig":
+    def _fits(self) -> "SearchConfig":
+        seeds = self.seeds or []
+        twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
+        if twice is not None:
+            raise ValueError(f"seeds: {twice} stands twice; expected each once")
         if self.budget is not None and "generations" in self.model_fields_set:
             raise ValueError(f"budget: {self.budget}, and generations: {self.generations:,}; expected one of them")
-        return self
-
-    @model_validator(mode="after")
-    def _has_what_to_validate_on(self) -> "SearchConfig":
         if self.validate_every is not None and not self.validation:
             raise ValueError("validate_every: there is no validation split; give `validation` a share above 0 as well")
-        return self
-
-    @model_validator(mode="after")
-    def _has_rungs_to_choose_for(self) -> "SearchConfig":
         if self.rung_examples != "random" and self.rungs == 1:
             raise ValueError(
                 f"rung_examples: {self.rung_examples}; without a race every candidate is evaluated on all examples, "
@@ -415,18 +384,8 @@ class SearchConfig(Section):
             )
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out optional keys at their defaults, so that the document of a search without them stays the same."""
-        document: dict[str, Any] = serialise(self)
-        defaults = type(self)(strategy=self.strategy)
-        optional = ("budget", "rung_examples", "seeds", "controls", "validation", "validate_every", "stop", "gradient")
-        for name in optional:
-            if getattr(self, name) == getattr(defaults, name):
-                document.pop(name)
-        if self.budget is not None:
-            document.pop("generations")
-        return document
+    def left_out(self) -> set[str]:
+        return super().left_out() | (set() if self.budget is None else {"generations"})
 
 
 class StageConfig(Section):
@@ -455,6 +414,8 @@ class EvaluationConfig(Section):
     continued; the default is 2,048 on a CPU, 8,192 or 16,384 on others, or fewer where they do not fit. `compute_dtype`
     auto: bfloat16 where all weights are and the devices multiply it natively, else float32."""
 
+    optional = ("final_compute_dtype", "recalibrate", "bank")
+
     chunk: Whole | None = Field(
         None,
         ge=1,
@@ -482,15 +443,6 @@ class EvaluationConfig(Section):
         False, description="of networks with batch norms: whether each candidate's are measured on the examples"
     )
 
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the optional keys where they are not given (see SearchConfig)."""
-        document: dict[str, Any] = serialise(self)
-        for name in ("final_compute_dtype", "recalibrate", "bank"):
-            if getattr(self, name) == type(self).model_fields[name].default:
-                document.pop(name)
-        return document
-
 
 def _with_strategy(section: Any, name: str) -> Any:
     """The section of a search, or of one of its stages, with this strategy where it names none."""
@@ -504,6 +456,8 @@ def _with_strategy(section: Any, name: str) -> Any:
 
 class Config(Section):
     """A whole search: over one space, or in stages."""
+
+    optional = ("backend", "pool", "other_modules", "components", "scale", "plugins", "log")
 
     base: Location | None = Field(None, description="the model that task vectors are taken from")
     parents: list[Location] = Field(min_length=1, max_length=1000, description="the models that are merged")
@@ -568,17 +522,6 @@ class Config(Section):
             return document | {"stages": [_with_strategy(stage, VOTES) for stage in document["stages"]]}
         return _with_strategy(document, VOTES)
 
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out optional keys at their defaults (see SearchConfig)."""
-        document: dict[str, Any] = serialise(self)
-        for name in ("pool", "other_modules", "components", "scale", "plugins", "log"):
-            if not document[name]:
-                document.pop(name)
-        if self.backend == type(self).model_fields["backend"].default:
-            document.pop("backend")
-        return document
-
     @model_validator(mode="after")
     def _fits(self) -> "Config":
         _check_names(self.tasks)
@@ -629,313 +572,3 @@ def _check_names(tasks: Sequence[TaskConfig]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"tasks: names must differ; {twice!r} stands more than once")
-
-
-def describe_value(value: Any) -> str:
-    """A value of a document, in YAML's words and short enough for a message."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int) and abs(value) >= 10**40:
-        return "a number of more than 40 digits"
-    if isinstance(value, (int, float)):
-        return str(value)
-    if isinstance(value, str):
-        return repr(value) if len(value) <= 80 else f"{value[:60]!r} and {len(value) - 60:,} more characters"
-    if isinstance(value, list):
-        return f"a list of {len(value):,}" if value else "an empty list"
-    return "a mapping" if isinstance(value, dict) else f"a {type(value).__name__}"
-
-
-def _parts(annotation: Any) -> tuple[Any, list[Any]]:
-    """An annotation without `Annotated` and `None`, and its metadata."""
-    metadata: list[Any] = []
-    while True:
-        if get_origin(annotation) is Annotated:
-            annotation, *more = get_args(annotation)
-            # The metadata nearest to the field come first.
-            metadata += reversed(
-                [one for item in more for one in (_flat(item) if isinstance(item, FieldInfo) else [item])]
-            )
-        elif get_origin(annotation) in (Union, UnionType):
-            members = [one for one in get_args(annotation) if one is not NoneType]
-            if len(members) != 1:
-                return annotation, metadata
-            annotation = members[0]
-        else:
-            return annotation, metadata
-
-
-def _flat(field: FieldInfo) -> list[Any]:
-    return [*field.metadata, field]
-
-
-def _expected(annotation: Any, metadata: Sequence[Any], short: bool = False) -> str:
-    """The expected values of an annotation, in words; `short`: in those of a table."""
-    annotation, more = _parts(annotation)
-    metadata = [*metadata, *more]
-    form = next((item for item in metadata if isinstance(item, Form)), None)
-    if form is not None:
-        return (short and form.short) or form.words
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "a mapping" if short else f"a mapping (of {', '.join(annotation.model_fields)})"
-    origin = get_origin(annotation)
-    if origin is Literal:
-        return " or ".join(", ".join(map(str, get_args(annotation))).rsplit(", ", 1))
-    if origin is list:
-        low, high = _limit(metadata, "min_length"), _limit(metadata, "max_length")
-        inner, _ = _parts(get_args(annotation)[0])
-        what = {str: "strings", float: "numbers", int: "whole numbers"}.get(inner, "mappings")
-        if get_origin(inner) is Literal:
-            what = f"of {_expected(inner, [])}"
-        amount = "" if high is None else f"{low} to {high:,} " if low else f"up to {high:,} "
-        return f"a list of {amount}{what}"
-    if origin is dict:
-        return "a mapping"
-    if annotation is bool:
-        return "true or false"
-    what = "a whole number" if annotation is int else "a number"
-    low, high = _limit(metadata, "ge"), _limit(metadata, "le")
-    if low is None and high is None:
-        return f"a finite {what[2:]}" if annotation is float else what
-    if high is None:
-        return f"{what}, {low:,} or more"
-    if high == FLOAT32_MAX:
-        return f"{what} that float32 holds"
-    return f"{what} from {low:,} to {high:,}" if annotation is int else f"{what} from {low:g} to {high:g}"
-
-
-def _limit(metadata: Sequence[Any], name: str) -> Any:
-    return next((getattr(item, name) for item in metadata if getattr(item, name, None) is not None), None)
-
-
-@dataclass(frozen=True)
-class Key:
-    """A key that a config may have. name: with the keys that it is in, `[]` for each item of a list and NAME for any
-    name in a mapping; of: the kinds of tasks that have it (empty: every kind, or no task); takes: its values, in words;
-    default: in YAML, "required" where it has to be given; meaning: a line."""
-
-    name: str
-    of: tuple[str, ...]
-    takes: str
-    default: str
-    meaning: str
-
-
-def keys_of(schema: type[BaseModel], above: str = "", of: tuple[str, ...] = ()) -> Iterator[Key]:
-    """All keys of a section and of the sections in it, in their order; for tasks, those of every kind. The keys
-    inside of `stages` are left out: a config without stages has the same ones."""
-    for name, field in schema.model_fields.items():
-        annotation, _ = _parts(field.annotation)
-        name_with_sections = f"{above}{name}"
-        takes = _expected(field.annotation, list(reversed(_flat(field))), short=True)
-        yield Key(name_with_sections, of, takes, _default_of(field), field.description or "")
-        items = get_args(annotation)[-1] if get_origin(annotation) in (list, dict) else None
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from keys_of(annotation, f"{name_with_sections}.")
-        elif items is Bounds:
-            yield from keys_of(Bounds, f"{name_with_sections}.NAME.")
-        elif items is not None and _parts(items)[0] is TaskConfig:
-            yield from _task_keys(f"{name_with_sections}[].")
-
-
-def _task_keys(above: str) -> Iterator[Key]:
-    """The keys that every kind has, and then each kind's own, or keys with another meaning or default for it."""
-    shared = list(keys_of(TaskConfig, above))
-    yield from shared
-    for kind in kinds():
-        names = kind.names or (str(kind.key),)
-        shared_keys = [replace(key, of=names) for key in shared]
-        yield from (key for key in keys_of(kind.config, above, names) if key not in shared_keys)
-
-
-def _default_of(field: FieldInfo) -> str:
-    """A field's default in YAML; empty for None and for a section of defaults."""
-    if field.is_required():
-        return "required"
-    value = field.default
-    if value is None or isinstance(value, BaseModel):
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, str) and value.isidentifier():
-        return value
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else json.dumps(value)
-
-
-def _find(schema: type[BaseModel], location: Sequence[Any], document: Any) -> tuple[str, Any, list[Any], Any]:
-    """The place of one of pydantic's locations in the YAML: its key, the annotation and metadata there, and the value.
-    Parts of the location that are no keys (the members of a union) are left out."""
-    key, value = "", document
-    annotation: Any = schema
-    metadata: list[Any] = []
-    for part in location:
-        inside: Any = None
-        if part == "[key]":
-            break
-        annotation, more = _parts(annotation)
-        metadata = [*metadata, *more]
-        annotation = _section_of(annotation, value)
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            field = annotation.model_fields.get(str(part))
-            key += f".{part}"
-            # An unknown key has no annotation.
-            annotation, metadata = (None, []) if field is None else (field.annotation, list(reversed(_flat(field))))
-        elif get_origin(annotation) is list and isinstance(part, int):
-            key += f"[{part}]"
-            annotation, metadata = get_args(annotation)[0], []
-        elif get_origin(annotation) is dict:
-            key += f".{part}"
-            annotation, metadata = get_args(annotation)[1], []
-        else:
-            break
-        if isinstance(value, dict):
-            inside = value.get(part)
-        elif isinstance(value, (list, tuple)) and isinstance(part, int) and part < len(value):
-            inside = value[part]
-        value = inside
-    return key.lstrip("."), _section_of(annotation, value), metadata, value
-
-
-def _section_of(annotation: Any, value: Any) -> Any:
-    """The annotation; for that of any task, the section of the value's kind."""
-    kind = find_kind(value) if _parts(annotation)[0] is TaskConfig else None
-    return annotation if kind is None else kind.config
-
-
-def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> str:
-    """The first error of a document, in one line: the key, the expected and the actual value."""
-    details = error.errors(include_url=False)
-    first = _typo_for(schema, details, document) or details[0]
-    location, kind = first["loc"], first["type"]
-    key, annotation, metadata, value = _find(schema, location, document)
-    if kind in ("extra_forbidden", "invalid_key"):
-        _, parent, _, _ = _find(schema, location[:-1], document)
-        fields = _parts(parent)[0].model_fields
-        return f"{key}: unknown key{_in_a_section(key, fields) or did_you_mean(str(location[-1]), fields)}"
-    if kind == "missing":
-        return f"{key}: missing"
-    if kind == "value_error":
-        message = first["msg"].removeprefix("Value error, ")
-        shown = f", found {describe_value(value)}" if isinstance(value, (str, int, float)) else ""
-        return f"{key}: {message}{shown}" if key else message
-    if location[-1] == "[key]":
-        return f"{key}: the key is no text; put it in quotes"
-    if kind == "task_kind":
-        return f"{key}: {first['msg']}"
-    return f"{key}: expected {_expected(annotation, metadata)}, found {describe_value(value)}"
-
-
-def _typo_for(schema: type[BaseModel], found: Sequence[ErrorDetails], document: Any) -> ErrorDetails | None:
-    """Where the first error is a missing key: the unknown key beside it that was likely meant to be it."""
-    *above, missing = found[0]["loc"] or ("",)
-    if found[0]["type"] != "missing":
-        return None
-    _, section, _, _ = _find(schema, above, document)
-    fields = _parts(section)[0].model_fields
-    beside = [detail for detail in found if detail["type"] == "extra_forbidden" and list(detail["loc"][:-1]) == above]
-    return next((detail for detail in beside if nearest(str(detail["loc"][-1]), fields) == missing), None)
-
-
-def _in_a_section(key: str, fields: Mapping[str, FieldInfo]) -> str:
-    """`" (did you mean 'search.generations'?)"` for a key that one of the sections beside it has; else nothing."""
-    above, dot, last = key.rpartition(".")
-    sections = {name: _parts(field.annotation)[0] for name, field in fields.items()}
-    suggestions = [
-        f"{above}{dot}{name}.{last}"
-        for name, section in sections.items()
-        if isinstance(section, type) and issubclass(section, BaseModel) and last in section.model_fields
-    ]
-    return f" (did you mean '{suggestions[0]}'?)" if len(suggestions) == 1 else ""
-
-
-def parse(path: Path, document: Any, schema: type[Section]) -> Any:
-    """Check a parsed document against a schema; InputError names the first key that does not fit. The plugins that the
-    document names are loaded first, and have absolute paths afterwards: they add kinds of tasks."""
-    if not isinstance(document, dict):
-        raise InputError(path, f"expected a mapping, found {type(document).__name__}")
-    named = document.get("plugins")
-    if "plugins" in schema.model_fields and isinstance(named, list) and all(isinstance(name, str) for name in named):
-        document = document | {"plugins": plugins.load_named(f"{path}: plugins", named, path.parent)}
-    try:
-        return schema.model_validate(document)
-    except ValidationError as error:
-        raise InputError(path, explain(schema, error, document)) from None
-
-
-def apply_overrides(path: Path, document: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Apply `key.path=value` pairs, values as YAML; list items by their number, from 0: `tasks.1.metric`, or
-    `tasks[1].metric` like in messages. The last value of a key that is set twice counts."""
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        parts = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
-        if not separator or not all(parts):
-            raise InputError("--set", f"{describe_value(override)}; expected key.path=value")
-        value = parse_yaml(f"--set {key}", text)
-        target: Any = document
-        try:
-            for part in parts[:-1]:
-                target = target[_position(part)] if isinstance(target, list) else target.setdefault(part, {})
-            target[_position(parts[-1]) if isinstance(target, list) else parts[-1]] = value
-        except (ValueError, IndexError, TypeError, AttributeError):
-            raise InputError("--set", f"{describe_value(key)}: there is no such key in {path}") from None
-    return document
-
-
-def _position(part: str) -> int:
-    """The number of a list's item; ValueError for anything else, including a number that counts from the end."""
-    if not re.fullmatch(r"[0-9]{1,9}", part):
-        raise ValueError
-    return int(part)
-
-
-@contextmanager
-def blamed_on_overrides(path: Path, overrides: Sequence[str]) -> Iterator[None]:
-    """In errors of the block about a key of the config that an override gave, name the override and not the file."""
-    try:
-        yield
-    except InputError as error:
-        text, prefix = f"{error.where}: {error.what}", f"{path}: "
-        # The last value of a key that is set twice counts.
-        for override in reversed(overrides) if text.startswith(prefix) else ():
-            key, _, value = override.partition("=")
-            complaint = _complaint(path, key, text.removeprefix(prefix))
-            if complaint is not None:
-                shown = override if len(override) <= 80 else f"{override[:60]} […]"
-                # The override names the value already.
-                raise InputError(f"--set {shown}", complaint.removeprefix(f"{value}; ")) from None
-        raise
-
-
-def _complaint(path: Path, key: str, text: str) -> str | None:
-    """The part of a message on the config (`space: parameters.weight: …`) that concerns a key, or None if it is of
-    another one."""
-    named_key, message = "", text
-    while match := re.match(r"([^\s:]+): ", message):
-        named_key, message = f"{named_key}.{match[1]}".lstrip("."), message[match.end() :]
-        named = re.sub(r"\[(\d+)\]", r".\1", named_key)
-        if named == key:
-            return message
-        if named.startswith(f"{key}."):
-            return f"{named.removeprefix(f'{key}.')}: {message}"
-        # The message is about a section that holds the key: it names the key in it, or the override has made the whole
-        # section.
-        above, _, last = key.rpartition(".")
-        if named == above and message.startswith(f"{last}: "):
-            continue
-        part_named = named == above and re.search(rf"\b{re.escape(last)}\b", message)
-        if part_named or (key.startswith(f"{named}.") and not _holds(path, named)):
-            return f"{named_key}: {message}"
-    return None
-
-
-def _holds(path: Path, key: str) -> bool:
-    """Return whether a config file has a key."""
-    value = load_yaml(path)
-    for part in key.split("."):
-        try:
-            value = value[_position(part)] if isinstance(value, list) else value[part]
-        except (ValueError, IndexError, TypeError, KeyError):
-            return False
-    return True

@@ -25,7 +25,7 @@ from pydantic import ConfigDict, Field, InstanceOf, Strict, TypeAdapter, Validat
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from evojax_merge.errors import InputError, print_warning, shown
-from evojax_merge.search.run_folder import append_line
+from evojax_merge.search.checkpoints import append_line
 from evojax_merge.system.file_system import atomic_write_bytes, regular_file
 from evojax_merge.system.regular_file import lines_of
 from evojax_merge.tasks.voting import Choice, Weight

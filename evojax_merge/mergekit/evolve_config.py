@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from merge_kernels import METHODS
 from pydantic import Field, field_validator
 
-from evojax_merge.config.search_config import EvaluationConfig, SearchConfig, parse
+from evojax_merge.config.documents import parse
+from evojax_merge.config.search_config import EvaluationConfig, SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import COMPONENTS
 from evojax_merge.models.families.llama_like import LEAVES

@@ -6,7 +6,8 @@ from merge_kernels import METHODS, Method, Parameter
 from rich.table import Table
 
 from evojax_merge.checkpoints.config_file import LARGER_MODELS
-from evojax_merge.config.search_config import Config, keys_of
+from evojax_merge.config.documents import keys_of
+from evojax_merge.config.search_config import Config
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.models.architecture import model_types
 from evojax_merge.report.progress import cell

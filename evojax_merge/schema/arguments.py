@@ -56,14 +56,12 @@ def _check(where: str, hint: Any, value: Any) -> None:
                     _check(f"{where}[{number}]", items[0], item)
         raise InputError(where, f"{shown(value)}; expected {_words(hint)}") from None
     if isinstance(value, str | os.PathLike) and any(get_origin(member) is os.PathLike for member in _members(hint)):
-        _check_path(where, os.fspath(value))
-
-
-def _check_path(where: str, path: str) -> None:
-    """Raise InputError for a path that no file system takes."""
-    parts = path.split("/")
-    if "\0" in path or len(path) > MAX_PATH or any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in parts):
-        raise InputError(where, f"{shown(path)}; expected a path, without NUL, no part over {MAX_NAME_BYTES} bytes")
+        path = os.fspath(value)
+        parts = path.split("/")
+        if "\0" in path or len(path) > MAX_PATH or any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in parts):
+            raise InputError(
+                where, f"{shown(path)}; expected a path, without NUL, no part over {MAX_NAME_BYTES} bytes"
+            )  # fmt: skip
 
 
 def check_call(where: str, function: Callable[..., Any], names: Sequence[str]) -> None:
@@ -87,12 +85,9 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 @cache
 def _adapter(hint: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(hint, config=None if _is_section(hint) else STRICT)
-
-
-def _is_section(hint: Any) -> bool:
-    """Return whether a type has a pydantic config, beside which TypeAdapter takes no other."""
-    return isinstance(hint, type) and (issubclass(hint, BaseModel) or is_dataclass(hint))
+    # Beside the config of a section TypeAdapter takes no other.
+    is_section = isinstance(hint, type) and (issubclass(hint, BaseModel) or is_dataclass(hint))
+    return TypeAdapter(hint, config=None if is_section else STRICT)
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

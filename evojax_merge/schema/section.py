@@ -5,7 +5,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from evojax_merge.system.regular_file import MAX_NAME_BYTES
@@ -18,10 +27,12 @@ MAX_SEED = 2**63 - 1
 
 class Section(BaseModel):
     """A mapping of a YAML file. A field's description says in a line what the key means. `earlier_names`: former names
-    of keys, which are accepted as well."""
+    of keys, which are accepted as well; `optional`: keys that a dumped document has where they are not at their
+    defaults, so that the document of a search without them stays the same."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     earlier_names: ClassVar[Mapping[str, str]] = {}
+    optional: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -30,6 +41,17 @@ class Section(BaseModel):
             return document
         renamed = {old: new for old, new in cls.earlier_names.items() if old in document and new not in document}
         return {renamed.get(key, key): value for key, value in document.items()} if renamed else document
+
+    def left_out(self) -> set[str]:
+        """The keys that a dumped document does not have."""
+        fields = type(self).model_fields
+        # An empty mapping names nothing, like the default.
+        return {name for name in self.optional if getattr(self, name) in (fields[name].default, {})}
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        left_out = self.left_out()
+        return {name: value for name, value in serialise(self).items() if name not in left_out}
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ def ask(strategy: Strategy, key: jax.Array, state: State, dims: int) -> tuple[An
             f"the strategy {strategy.name} asked for genomes of shape {list(shape)}; expected {list(expected)}, its "
             "population and the search's dimensions"
         )
-    _check_numbers(strategy, "ask", genomes)
+    values = np.asarray(genomes)
+    if values.dtype.kind not in "fiu" or not np.isfinite(values).all():
+        raise _wrong(strategy, "ask", genomes, "finite genomes")
     return answer
 
 
@@ -54,12 +56,6 @@ def metrics(strategy: Strategy, state: State) -> dict[str, float]:
     ):
         raise _wrong(strategy, "metrics", answer, "a mapping of names to numbers")
     return dict(answer)
-
-
-def _check_numbers(strategy: Strategy, method: str, genomes: Any) -> None:
-    values = np.asarray(genomes)
-    if values.dtype.kind not in "fiu" or not np.isfinite(values).all():
-        raise _wrong(strategy, method, genomes, "finite genomes")
 
 
 def _wrong(strategy: Strategy, method: str, answer: Any, expected: str) -> Failed:

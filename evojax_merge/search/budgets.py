@@ -19,20 +19,12 @@ ROUNDING = 1e-6
 def search_passes(search: SearchConfig, strategy: Strategy, examples: int) -> float:
     """The passes of all generations of a search. examples: the number of examples of its smallest task."""
     rounds, starts = gradient_generations(strategy, search.generations)
-    followed, scored = rounds * gradient_passes(search, starts), search.generations - rounds
-    return followed + scored * scored_passes(search, strategy.population, examples)
-
-
-def gradient_passes(search: SearchConfig, starts: int) -> float:
-    """The passes of a generation that follows the gradients of `starts` candidates on a minibatch."""
-    return GRADIENT_PASSES * starts / search.gradient.minibatches
-
-
-def scored_passes(search: SearchConfig, population: int, examples: int) -> float:
-    """The passes of a generation that scores `population` candidates, in rungs where the search has some."""
+    # A generation follows gradients on a minibatch, or scores its candidates, in rungs where the search has some.
+    followed = GRADIENT_PASSES * starts / search.gradient.minibatches
     ends = rung_shards(2 ** (min(search.rungs, examples.bit_length()) - 1))
-    parts = zip([0, *ends], ends, strict=False)
-    return sum(rung_size(population, rung) * (end - begin) for rung, (begin, end) in enumerate(parts)) / ends[-1]
+    rungs = enumerate(zip([0, *ends], ends, strict=False))
+    shards = sum(rung_size(strategy.population, rung) * (end - begin) for rung, (begin, end) in rungs)
+    return rounds * followed + (search.generations - rounds) * (shards / ends[-1])
 
 
 def within_budget(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 
@@ -11,34 +11,6 @@ from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores
 from evojax_merge.search.protocols import ContextSpace, Progress, ScoresCandidates, Space
 
 E = TypeVar("E", bound=ScoresCandidates)
-
-
-@runtime_checkable
-class DifferentiableEvaluator(Protocol):
-    """An evaluator that differentiates the fitness with respect to the candidates that a space decodes genomes to."""
-
-    def value_and_gradient(
-        self, candidates: Any, progress: Progress = ..., goal: Goal = ...
-    ) -> tuple[TaskScores, Any]: ...
-
-
-@runtime_checkable
-class DivisibleEvaluator(Protocol):
-    """An evaluator that has others on some of its examples."""
-
-    def subset(self, examples: Sequence[np.ndarray]) -> Any:
-        """An evaluator on some of the examples. examples: for each of the tasks int[M], ascending, their numbers."""
-        ...
-
-
-@runtime_checkable
-class DifferentiableSpace(Space, Protocol):
-    """A space whose candidates depend differentiably on genomes."""
-
-    def pull_back(self, genomes: np.ndarray, cotangents: Any) -> np.ndarray:
-        """float32[P, D], the derivatives with respect to genomes float32[P, D] of a function whose derivatives with
-        respect to the candidates are `cotangents`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -65,16 +37,16 @@ class SpaceEvaluator(Generic[E]):
     def subset(self, examples: Sequence[np.ndarray]) -> "SpaceEvaluator[E]":
         """Scores genomes on some of the examples: for each of the tasks int[M], ascending. The evaluator must be
         divisible."""
-        assert isinstance(self.evaluator, DivisibleEvaluator)
-        return replace(self, evaluator=self.evaluator.subset(examples))
+        return replace(self, evaluator=cast(Any, self.evaluator).subset(examples))
 
     def value_and_gradient(
         self, genomes: np.ndarray, progress: Progress = lambda done: None
     ) -> tuple[TaskScores, np.ndarray]:
-        """genomes: float32[P, D]. Return the scores, and the derivatives of the fitness, float32[P, D]. The space and
-        the evaluator must be differentiable."""
-        genomes, devices, space, evaluator = np.asarray(genomes), self.devices, self.space, self.evaluator
-        assert isinstance(space, DifferentiableSpace) and isinstance(evaluator, DifferentiableEvaluator)
+        """genomes: float32[P, D]. Return the scores, and the derivatives of the fitness, float32[P, D]. The evaluator
+        must have derivatives with respect to candidates (`value_and_gradient`), and the space those of candidates with
+        respect to genomes (`pull_back`)."""
+        genomes, devices = np.asarray(genomes), self.devices
+        space, evaluator = cast(Any, self.space), cast(Any, self.evaluator)
         size, share = len(genomes), devices.local_indices(len(genomes))
         local_genomes = genomes if devices.processes == 1 else genomes[share]
         scores, cotangents = evaluator.value_and_gradient(space.decode(local_genomes), progress, self.goal)

@@ -9,14 +9,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import Failed
-from evojax_merge.evaluation.devices import tree_nbytes
 from evojax_merge.evaluation.scores import (
     BROKEN,
     ScoredTask,
@@ -24,7 +23,6 @@ from evojax_merge.evaluation.scores import (
     fitness,
     score_matrix,
     task_weights,
-    violations,
     without_broken,
 )
 from evojax_merge.mergekit.write import shortest_decimal
@@ -45,19 +43,18 @@ from evojax_merge.search.protocols import (
     wants_gradients,
     within,
 )
-from evojax_merge.search.run_folder import Saved
-from evojax_merge.search.run_parts import KEPT_CHECKPOINTS
 from evojax_merge.search.stopping import Course, Stopped, course_of, seconds_of, stopped
 from evojax_merge.search.successive_halving import (
     HalvingResult,
-    describe_rungs,
     halving_passes,
     init_surrogate,
     order_shards,
+    rung_shards,
+    rung_size,
     shard_order,
     successive_halving,
 )
-from evojax_merge.search.surrogate import HISTORY, SurrogateData
+from evojax_merge.search.surrogate import SurrogateData
 from evojax_merge.search.validation import init_peak, validate
 from evojax_merge.system import interrupts
 
@@ -65,8 +62,6 @@ from evojax_merge.system import interrupts
 INIT_KEY = 2**31 - 1
 # What a generation's fitness is measured on: also a minibatch, or a smooth companion of the fitness.
 ScoredOn = Literal["all examples", "minibatch", "companion"]
-# The generations of a search that the clock ends, for the room that its history needs on the disk.
-TIMED_GENERATIONS = 10_000
 
 
 @dataclass(frozen=True)
@@ -137,52 +132,33 @@ class Reporter:
         self.log(f"warning: {text}")
 
 
-class Storage(Protocol):
-    """Keeps a run, generation by generation."""
-
-    def restore(self, like: State, log: Callable[[str], None]) -> tuple[State, int]:
-        """The last saved state, in the structure of `like`, and the number of generations behind it; `like` and 0 where
-        nothing was saved."""
-        ...
-
-    def save(self, generation: int, state: State, row: dict[str, Any], timing: dict[str, Any]) -> None:
-        """Keep a generation: the state after it, its line of the history and that of the clock."""
-        ...
-
-    def read_history(self) -> list[dict[str, Any]]:
-        """The rows that were saved."""
-        ...
-
-    def read_timing(self) -> list[dict[str, Any]]:
-        """The lines of the clock that were saved."""
-        ...
-
-    def describe(self, generations: int) -> str:
-        """Say which of the first `generations` are kept, and where."""
-        ...
-
-
-class MemoryStorage:
-    """Keeps nothing beyond the process."""
+class Storage:
+    """Keeps a search, generation by generation; this one for as long as the process lives."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
         self._timing: list[dict[str, Any]] = []
 
     def restore(self, like: State, log: Callable[[str], None]) -> tuple[State, int]:
+        """The last saved state, in the structure of `like`, and the number of generations behind it; `like` and 0 where
+        nothing was saved."""
         return like, 0
 
     def save(self, generation: int, state: State, row: dict[str, Any], timing: dict[str, Any]) -> None:
+        """Keep a generation: the state after it, its line of the history and that of the clock."""
         self._rows.append(row)
         self._timing.append(timing)
 
     def read_history(self) -> list[dict[str, Any]]:
+        """The rows that were saved."""
         return list(self._rows)
 
     def read_timing(self) -> list[dict[str, Any]]:
+        """The lines of the clock that were saved."""
         return list(self._timing)
 
     def describe(self, generations: int) -> str:
+        """Say which of the first `generations` are kept, and where."""
         return "nothing is saved"
 
 
@@ -191,6 +167,50 @@ def generation_key(seed: int, generation: int) -> jax.Array:
     in."""
     key, high = jax.random.key(seed % 2**32), seed // 2**32
     return jax.random.fold_in(jax.random.fold_in(key, high) if high else key, generation)
+
+
+class Schedule:
+    """How a search's generations are scored: by successive halving over shards of the examples, or, where the strategy
+    follows gradients, on one of the minibatches. by_gradient: of the generation that began last, None before the first;
+    is_fitness: whether gradients are those of the fitness, and not of a companion."""
+
+    def __init__(
+        self, shards: Sequence[GenomeEvaluator], minibatches: Sequence[GradientEvaluator],
+        choice: ExampleChoice | None, seed: int,
+    ) -> None:  # fmt: skip
+        self.shards = shards
+        self.by_gradient: bool | None = None
+        self._minibatches, self._choice, self._seed = minibatches, choice, seed
+        self.is_fitness = bool(minibatches) and _goal(minibatches[0]) == _goal(shards[0])
+
+    @property
+    def scored_on(self) -> ScoredOn:
+        """The meaning of the latest generation's fitness."""
+        if not self.by_gradient or (self.is_fitness and len(self._minibatches) == 1):
+            return "all examples"
+        return "minibatch" if self.is_fitness else "companion"
+
+    def evaluate(
+        self, number: int, by_gradient: bool, genomes: np.ndarray, surrogate: SurrogateData, reporter: Reporter
+    ) -> tuple[Sequence[ScoredTask], HalvingResult]:
+        """The results of generation `number`, and the tasks that all of its candidates were scored on first."""
+        parts: Sequence[GenomeEvaluator] = self._minibatches if by_gradient else self.shards
+        if self._minibatches and not self.is_fitness and by_gradient != self.by_gradient:
+            reporter.log(_now_scored_on(number + 1, parts[0], self.shards[0]))
+        self.by_gradient = by_gradient
+        turns = shard_order(len(parts), self._seed, number)
+        if by_gradient:
+            first, part = parts[turns[0]], turns[0]
+            reporter.evaluating(number, first.passes(len(genomes)))
+            return first.tasks, value_and_gradient(
+                self._minibatches, part, genomes, surrogate, self.is_fitness, reporter.advanced
+            )
+        order = (
+            order_shards(parts, turns) if self._choice is None
+            else choose_examples(self._choice, surrogate, self._seed, number)
+        )  # fmt: skip
+        reporter.evaluating(number, halving_passes(order, len(genomes)))
+        return order.parts[0].evaluator.tasks, successive_halving(order, genomes, surrogate, reporter.advanced)
 
 
 def evolve(
@@ -217,25 +237,15 @@ def evolve(
     Raises Failed in the generation in which every candidate fails, and where a strategy asks for another number of
     genomes than its population.
     """
-    steps = f", each gradient step on one of its {len(minibatches)} minibatches" if len(minibatches) > 1 else ""
-    reporter.log(
-        f"{strategy.name}: {space.dims} dimensions, population {strategy.population}, {describe_length(config)}; "
-        f"fitness on the search split{steps}"
-    )
-    _, missing = plain_merges_of(space)
-    if missing:
-        reporter.log(f"not in the space: {'; '.join(missing)}")
-    if len(shards) > 1:
-        reporter.log(describe_rungs(shards, strategy.population))
+    _introduce(config, strategy, space, shards, minibatches, reporter)
     state = init_state(config, seed, strategy, space, init_surrogate(shards, space.dims))
     if validation is not None and config.validate_every:
         state["peak"] = init_peak(validation)
     state, first = storage.restore(state, reporter.log)
-    course, ended, done = course_of(storage.read_history(), storage.read_timing()), None, first
-    best_parent = next((_best_parent(space, row) for row in storage.read_history()[:1]), None)
-    followed: bool | None = None
-    clock = _Clock()
-    is_fitness = bool(minibatches) and _goal(minibatches[0]) == _goal(shards[0])
+    rows = storage.read_history()
+    course, ended, done = course_of(rows, storage.read_timing()), None, first
+    best_parent = _best_parent(space, rows[0]) if rows else None
+    schedule, clock = Schedule(shards, minibatches, choice, seed), _Clock()
     if config.generations <= first:
         reporter.log(f"{first} generations are saved, and {config.generations} wanted: nothing to search")
     for number in range(first, config.generations):
@@ -243,47 +253,30 @@ def evolve(
         key = generation_key(seed, number)
         genomes, state_after_ask = ask(strategy, key, state["strategy"], space.dims)
         context = context_of(strategy, state_after_ask)
-        shards = [within(shard, context) for shard in shards]
+        schedule.shards = [within(shard, context) for shard in schedule.shards]
         ended = stopped(config, course, len(genomes))
         if ended is not None:
             reporter.log(_ended_early(ended, number, number == first, config))
             break
+        started, genes, surrogate = time.perf_counter(), np.asarray(genomes), SurrogateData(**state["known"])
         by_gradient = wants_gradients(strategy, state["strategy"])
-        parts: Sequence[GenomeEvaluator] = minibatches if by_gradient else shards
-        if minibatches and not is_fitness and by_gradient != followed:
-            reporter.log(_now_scored_on(number + 1, parts[0], shards[0]))
-        followed = by_gradient
-        turns = shard_order(len(parts), seed, number)
-        surrogate, started = SurrogateData(**state["known"]), time.perf_counter()
-        if by_gradient:
-            first_part = parts[turns[0]]
-            reporter.evaluating(number, first_part.passes(len(genomes)))
-            halved = value_and_gradient(
-                minibatches, turns[0], np.asarray(genomes), surrogate, is_fitness, reporter.advanced
-            )
-        else:
-            order = order_shards(shards, turns) if choice is None else choose_examples(choice, surrogate, seed, number)
-            first_part = order.parts[0].evaluator
-            reporter.evaluating(number, halving_passes(order, len(genomes)))
-            halved = successive_halving(order, np.asarray(genomes), surrogate, reporter.advanced)
+        tasks, halved = schedule.evaluate(number, by_gradient, genes, surrogate, reporter)
         seconds = time.perf_counter() - started
         if not np.isfinite(halved.fitness).any():
-            raise Failed(_all_failed(number, len(genomes), first_part.tasks, halved.first, storage, hint))
-        if number == 0:
-            for line in diagnose(first_part.tasks, halved.first):
-                reporter.log(line)
+            raise Failed(_all_failed(number, len(genomes), tasks, halved.first, storage, hint))
+        for line in diagnose(tasks, halved.first) if number == 0 else ():
+            reporter.log(line)
         state_after_tell = tell(strategy, key, state_after_ask, genomes, halved.scores)
-        state = next_state(state_after_tell, np.asarray(genomes), halved, state)
+        state = next_state(state_after_tell, genes, halved, state)
         values = metrics(strategy, state_after_tell)
-        if goal_of(shards[0]).guards:
+        if goal_of(schedule.shards[0]).guards:
             values["guards_broken"] = int((halved.fitness <= BROKEN).sum())
         if by_gradient and number == first and not np.any(halved.scores.gradients):
             reporter.warn("the gradient is 0 everywhere: nothing that is searched changes the scores, to first order")
-        row = history_row(number + 1, course.evaluations + len(genomes), np.asarray(genomes), halved, state, values)
-        if by_gradient and not is_fitness:
+        row = history_row(number + 1, course.evaluations + len(genomes), genes, halved, state, values)
+        if by_gradient and not schedule.is_fitness:
             row["companion"] = True
-        each = seconds / len(genomes)
-        timing = {"generation": number + 1, "seconds": seconds, "seconds_per_candidate": each}
+        timing = {"generation": number + 1, "seconds": seconds, "seconds_per_candidate": seconds / len(genomes)}
         if validation is not None and config.validate_every and (number + 1) % config.validate_every == 0:
             started = time.perf_counter()
             best = np.asarray(state["genomes"])[:1][np.isfinite(state["fitness"][:1])]
@@ -298,29 +291,13 @@ def evolve(
         storage.save(number + 1, state, row, timing)
         done = number + 1
         best_parent = _best_parent(space, row) if number == 0 else best_parent
-        look: Mapping[str, Any] = row.get("validation", {})
-        scored_on: ScoredOn = "all examples"
-        if by_gradient and (not is_fitness or len(minibatches) > 1):
-            scored_on = "minibatch" if is_fitness else "companion"
         reporter.finished(
-            Generation(
-                number=number + 1,
-                fitness=without_broken(halved.fitness),
-                best=row["best"],
-                mean=row["mean"],
-                best_so_far=row["best_so_far"],
-                failed=row["failed"],
-                metrics=values,
-                seconds=seconds,
-                validation=look.get("best_so_far"),
+            _generation(
+                row, halved, values, seconds=seconds, best_parent=best_parent, scored_on=schedule.scored_on,
                 generations=None if config.parsed_budget.seconds else config.generations,
-                best_parent=best_parent,
                 seconds_left=clock.seconds_left(config, done, course, len(genomes), seconds),
-                scores_of_best=row["scores_of_best"],
-                scored_on=scored_on,
-                proposed_validation=max((x for x in look.get("finalists", ()) if x is not None), default=None),
             )
-        )
+        )  # fmt: skip
     finite = np.isfinite(state["fitness"])
     return Archive(
         genomes=np.asarray(state["genomes"])[finite],
@@ -329,6 +306,40 @@ def evolve(
         generations=done,
         stopped=ended,
         context=context_of(strategy, state["strategy"]),
+    )
+
+
+def _introduce(
+    config: SearchConfig, strategy: Strategy, space: Space, shards: Sequence[GenomeEvaluator],
+    minibatches: Sequence[GradientEvaluator], reporter: Reporter,
+) -> None:  # fmt: skip
+    """Log the size of a search, and how its generations are scored."""
+    steps = f", each gradient step on one of its {len(minibatches)} minibatches" if len(minibatches) > 1 else ""
+    reporter.log(
+        f"{strategy.name}: {space.dims} dimensions, population {strategy.population}, {describe_length(config)}; "
+        f"fitness on the search split{steps}"
+    )
+    _, missing = plain_merges_of(space)
+    if missing:
+        reporter.log(f"not in the space: {'; '.join(missing)}")
+    if len(shards) > 1:
+        sizes = np.cumsum([sum(task.size for task in shard.tasks) for shard in shards])
+        ends = enumerate(rung_shards(len(shards)))
+        rungs = [f"{rung_size(strategy.population, rung)} on {sizes[end - 1]}" for rung, end in ends]
+        reporter.log(f"successive halving: {', '.join(rungs)} examples")
+
+
+def _generation(row: Mapping[str, Any], halved: HalvingResult, metrics: dict[str, float], **figures: Any) -> Generation:
+    """The results of a generation, of its row of the history and further `figures`, fields of `Generation`."""
+    look: Mapping[str, Any] = row.get("validation", {})
+    return Generation(
+        number=row["generation"],
+        fitness=without_broken(halved.fitness),
+        metrics=metrics,
+        validation=look.get("best_so_far"),
+        proposed_validation=max((x for x in look.get("finalists", ()) if x is not None), default=None),
+        **{name: row[name] for name in ("best", "mean", "best_so_far", "failed", "scores_of_best")},
+        **figures,
     )
 
 
@@ -396,37 +407,18 @@ def _goal(evaluator: GenomeEvaluator) -> list[tuple[str, str]]:
 
 
 def _all_failed(
-    number: int,
-    population: int,
-    tasks: Sequence[ScoredTask],
-    scores: TaskScores,
-    storage: Storage,
+    number: int, population: int, tasks: Sequence[ScoredTask], scores: TaskScores, storage: Storage,
     hint: Callable[[Any], str],
-) -> str:
+) -> str:  # fmt: skip
     """The message about a generation in which every candidate failed: what failed, and where to look. The generation is
     not saved, so that a continuation tries it again."""
-    failed = first_failed(tasks, scores)
+    # The first task of the fitness on which no candidate is finite, else the one with the fewest finite candidates.
+    rows = [(task, np.isfinite(scores.matrices[task.name][task.metric]).all(axis=1)) for task, _ in task_weights(tasks)]
+    failed = next((task for task, finite in rows if not finite.any()), min(rows, key=lambda pair: pair[1].sum())[0])
     return (
         f"generation {number + 1}: all {population} candidates failed, their scores for task {failed.name} are not "
         f"finite; {storage.describe(number)}. {hint(failed)}"
     )
-
-
-def first_failed(tasks: Sequence[ScoredTask], scores: TaskScores) -> ScoredTask:
-    """The first task of the fitness for which no candidate's scores are finite, else the task with the fewest finite
-    candidates."""
-    rows = [(task, np.isfinite(scores.matrices[task.name][task.metric]).all(axis=1)) for task, _ in task_weights(tasks)]
-    return next((task for task, finite in rows if not finite.any()), min(rows, key=lambda pair: pair[1].sum())[0])
-
-
-def run_bytes(config: SearchConfig, strategy: Strategy, space: Space, examples: int, tasks: int) -> int:
-    """About the most bytes that a search of `examples` examples in `tasks` tasks writes beside its model: checkpoints,
-    one of them being written while the others are kept, and the history twice."""
-    state = strategy.init(generation_key(0, INIT_KEY), space.start[None])
-    arrays = 4 * HISTORY * (space.dims + examples) + 4 * config.finalists * space.dims + tree_nbytes(state)
-    generations = TIMED_GENERATIONS if config.parsed_budget.seconds else config.generations
-    history = generations * (400 + strategy.population * (45 + 14 * space.dims + 25 * tasks))
-    return (KEPT_CHECKPOINTS + 1) * arrays + 2 * history + 2**20
 
 
 def init_state(
@@ -439,12 +431,6 @@ def init_state(
         "fitness": np.full(config.finalists, -np.inf),
         "known": vars(surrogate),
     }
-
-
-def saved_strategy_state(saved: Saved, seed: int, strategy: Strategy, space: Space) -> State:
-    """The strategy's state of a checkpoint. Raises InputError where another strategy saved the checkpoint."""
-    like = {"strategy": strategy.init(generation_key(seed, INIT_KEY), space.start[None])}
-    return saved.part("strategy").state(like)["strategy"]
 
 
 def next_state(told: State, genomes: np.ndarray, halved: HalvingResult, state: dict[str, Any]) -> dict[str, Any]:
@@ -502,11 +488,10 @@ def history_row(
 @dataclass(frozen=True)
 class Finalist:
     """A candidate, float32[D], its fitness on the examples that the winner is chosen on, and there its means on the
-    tasks that count, float64[T], and its scores, float32[N], task by task; violation: by how much it breaks guards."""
+    tasks that count, float64[T], and its scores, float32[N], task by task."""
 
     genome: np.ndarray
     fitness: float
-    violation: float
     task_means: np.ndarray
     scores: np.ndarray
 
@@ -522,11 +507,9 @@ def rescore(space: Space, evaluator: GenomeEvaluator, archive: Archive, progress
     _, kept = np.unique(genomes, axis=0, return_index=True)
     genomes = genomes[np.sort(kept)]
     scores, goal = evaluator.score(genomes, progress), goal_of(evaluator)
-    matrix, broken = score_matrix(evaluator.tasks, scores, goal), violations(evaluator.tasks, scores, goal)
+    matrix = score_matrix(evaluator.tasks, scores, goal)
     values, task_means = fitness(evaluator.tasks, scores, goal), matrix.task_means
     order = np.argsort(-np.where(np.isfinite(matrix.fitness), matrix.fitness, -np.inf), kind="stable")
     return [
-        Finalist(genomes[i], float(values[i]), float(broken[i]), task_means[i], matrix.values[i])
-        for i in order
-        if np.isfinite(values[i])
+        Finalist(genomes[i], float(values[i]), task_means[i], matrix.values[i]) for i in order if np.isfinite(values[i])
     ]

@@ -49,13 +49,9 @@ def _scores(line: bytes | None, other_line: bytes | None) -> str:
     if row.genomes != other.genomes:
         return ": its candidates are others"
     # A failed candidate has null for its fitness.
-    gap = _largest(*(np.array(history_line.fitness, np.float64) for history_line in (row, other)))
+    gaps = np.abs(np.subtract(*(np.array(history_line.fitness, np.float64) for history_line in (row, other))))
+    gap = float(gaps[np.isfinite(gaps)].max(initial=0.0))
     return f": its candidates are the same, and their fitness differs by up to {gap:.1e}"
-
-
-def _largest(fitness: np.ndarray, other: np.ndarray) -> float:
-    gaps = np.abs(fitness - other)[np.isfinite(fitness) & np.isfinite(other)]
-    return float(gaps.max(initial=0.0))
 
 
 def _recipe(folder: RunFolder, run: RunFolder) -> Any:

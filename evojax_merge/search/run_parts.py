@@ -65,103 +65,48 @@ _PROCESS = re.compile(r"process-(0|[1-9][0-9]*)")
 _ADVICE = "move it, or choose another folder with --out"
 
 
+class _Place:
+    """An attribute of a run folder: the path of one of its entries."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: "RunFolder", kind: type["RunFolder"]) -> Path:
+        return run.path / self._name
+
+
 @dataclass(frozen=True)
 class RunFolder:
     path: Path
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def history(self) -> Path:
-        return self.path / "history.jsonl"
-
-    @property
-    def history_backup(self) -> Path:
-        return self.path / "history.backup.jsonl"
-
-    @property
-    def timing(self) -> Path:
-        return self.path / "timing.jsonl"
-
-    @property
-    def environment(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "run.log"
-
-    @property
-    def table(self) -> Path:
-        """The history's figures as a table, which the logger `csv` writes."""
-        return self.path / "history.csv"
-
-    @property
-    def best(self) -> Path:
-        return self.path / "best"
-
-    @property
-    def recipe(self) -> Path:
-        return self.best / "recipe.yaml"
-
-    @property
-    def params(self) -> Path:
-        """The winner of `search_pytrees`, its leaves by their paths."""
-        return self.best / "params.safetensors"
-
-    @property
-    def model(self) -> Path:
-        return self.best / "model"
-
-    @property
-    def front(self) -> Path:
-        return self.best / "front"
-
-    @property
-    def winners(self) -> Path:
-        return self.path / "winners"
-
-    @property
-    def result(self) -> Path:
-        return self.path / "result.json"
-
-    @property
-    def votes(self) -> Path:
-        """The votes of people, and of functions in their place (see `judge.votes`)."""
-        return self.path / "votes.jsonl"
-
-    @property
-    def judge_token(self) -> Path:
-        """The token in the addresses of its pages for judges."""
-        return self.path / "judge-token"
-
-    @property
-    def heldout_answers(self) -> Path:
-        """The winner's and each task's best parent's answers to each held-out example."""
-        return self.path / "heldout_answers.jsonl"
-
-    @property
-    def members(self) -> Path:
-        """Members of a pool that are kept in files while the search runs."""
-        return self.path / "members"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def stages(self) -> Path:
-        return self.path / "stages"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / "lock"
-
-    @property
-    def page(self) -> Path:
-        return self.path / "report.html"
+    config = _Place("config.yaml")
+    history = _Place("history.jsonl")
+    history_backup = _Place("history.backup.jsonl")
+    timing = _Place("timing.jsonl")
+    environment = _Place("environment.json")
+    log = _Place("run.log")
+    # The history's figures as a table, which the logger `csv` writes.
+    table = _Place("history.csv")
+    best = _Place("best")
+    recipe = _Place("best/recipe.yaml")
+    # The winner of `search_pytrees`, its leaves by their paths.
+    params = _Place("best/params.safetensors")
+    model = _Place("best/model")
+    front = _Place("best/front")
+    winners = _Place("winners")
+    result = _Place("result.json")
+    # The votes of people, and of functions in their place (see `judge.votes`).
+    votes = _Place("votes.jsonl")
+    # The token in the addresses of its pages for judges.
+    judge_token = _Place("judge-token")
+    # The winner's and each task's best parent's answers to each held-out example.
+    heldout_answers = _Place("heldout_answers.jsonl")
+    # Members of a pool that are kept in files while the search runs.
+    members = _Place("members")
+    checkpoints = _Place("checkpoints")
+    stages = _Place("stages")
+    lock = _Place("lock")
+    page = _Place("report.html")
 
     @property
     def files(self) -> list[Path]:

@@ -72,16 +72,8 @@ def stopped(search: SearchConfig, course: Course, population: int) -> Stopped | 
     processes of a run call this together."""
     if search.stop == StopConfig() and search.parsed_budget.seconds is None:
         return None
-    met = criteria_met(search, course, population)
-    names = (*StopConfig.model_fields, BUDGET)
-    number = decided_by_main(names.index(next(iter(met))) if met else -1)
-    return None if number < 0 else Stopped(names[number], met.get(names[number], "as the main process has it"))
-
-
-def criteria_met(search: SearchConfig, course: Course, population: int) -> dict[str, str]:
-    """The criteria that are met before a generation of `population` candidates, each with its reason. The criteria that
-    depend on the clock come last."""
-    stop, budget, met = search.stop, search.parsed_budget.seconds, {}
+    # The criteria that depend on the clock come last.
+    stop, budget, met = search.stop, search.parsed_budget.seconds, dict[str, str]()
     if stop.target is not None and course.best >= stop.target:
         met["target"] = f"the best fitness, {course.best:.6g}, has reached {stop.target:g}"
     if stop.evaluations is not None and course.evaluations + population > stop.evaluations:
@@ -97,7 +89,9 @@ def criteria_met(search: SearchConfig, course: Course, population: int) -> dict[
         met["seconds"] = f"evaluations have taken {course.seconds:.1f} s, of {stop.seconds:g} s"
     if budget is not None and course.seconds >= budget:
         met[BUDGET] = f"evaluations have taken {course.seconds:.1f} s, of {search.budget}"
-    return met
+    names = (*StopConfig.model_fields, BUDGET)
+    number = decided_by_main(names.index(next(iter(met))) if met else -1)
+    return None if number < 0 else Stopped(names[number], met.get(names[number], "as the main process has it"))
 
 
 def check_stop(where: str, stop: StopConfig, population: int) -> None:

@@ -193,7 +193,7 @@ def successive_halving(
     parts, population, tasks = order.parts, len(genomes), order.parts[0].evaluator.tasks
     values, predicted, examples = np.full(population, np.nan), np.full(population, np.nan), np.zeros(population, int)
     matrix, goal = empty_matrix(parts, population), goal_of(parts[0].evaluator)
-    offset = goal.offset(tasks)
+    offset, worth = goal.offset(tasks), example_worth(matrix.weights, matrix.task_of)
     evaluated: list[TaskScores] = []
     stopped: list[PartialScores] = []
     running, begin = np.arange(population), 0
@@ -206,7 +206,9 @@ def successive_halving(
         joined = _joined(parts, evaluated)
         values[running] = ranked_fitness(tasks, joined, goal)
         examples[running] = sum(part.size for part in parts[:end])
-        partial = _partial_scores(matrix, running, order.counts[rung])
+        shown = np.flatnonzero(matrix.evaluated[running[0]])
+        contributions = np.take(matrix.values[running], shown, axis=1) * worth[shown]
+        partial = PartialScores(running, contributions, shown, order.counts[rung][shown])
         if end == len(parts):
             predicted[running] = values[running]
             if stopped:
@@ -251,15 +253,6 @@ def enter_scores(matrix: Scores, part: Part, candidates: np.ndarray, scores: Tas
     matrix.evaluated[place] = True
 
 
-def _partial_scores(matrix: Scores, candidates: np.ndarray, counts: np.ndarray) -> PartialScores:
-    """The partial scores of the candidates with the numbers int[S], which were evaluated on the same examples; counts:
-    float64[N]."""
-    evaluated = np.flatnonzero(matrix.evaluated[candidates[0]])
-    worth = example_worth(matrix.weights, matrix.task_of)[evaluated]
-    contributions = np.take(matrix.values[candidates], evaluated, axis=1) * worth
-    return PartialScores(candidates, contributions, evaluated, counts[evaluated])
-
-
 def example_worth(weights: np.ndarray, task_of: np.ndarray) -> np.ndarray:
     """The share of each example in the fitness, float32[N]. weights: float64[T], of the tasks; task_of: int[N], the
     task of each example."""
@@ -278,22 +271,6 @@ def halving_passes(order: ExampleOrder, population: int) -> int:
         for rung, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
         for part in order.parts[begin:end]
     )
-
-
-def describe_rungs(shards: Sequence[GenomeEvaluator], population: int) -> str:
-    """One line: the number of candidates of each rung, and of examples that they are evaluated on."""
-    sizes = np.cumsum([sum(task.size for task in shard.tasks) for shard in shards])
-    rungs = [f"{rung_size(population, r)} on {sizes[end - 1]}" for r, end in enumerate(rung_shards(len(shards)))]
-    return f"successive halving: {', '.join(rungs)} examples"
-
-
-def describe_halving(history: Sequence[dict[str, Any]], examples: int) -> str:
-    """One line: the evaluations that successive halving saved over a run's history, compared with every candidate on
-    all `examples`."""
-    done = sum(sum(row["examples"]) for row in history)
-    total = sum(len(row["examples"]) for row in history) * examples
-    saved = f"{1 - done / total:.0%} saved"
-    return f"successive halving: {done:,} of {total:,} passes of a candidate over an example ({saved})"
 
 
 def _best(values: np.ndarray, count: int) -> np.ndarray:

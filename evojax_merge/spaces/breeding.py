@@ -20,14 +20,10 @@ from evojax_merge.spaces.parameter import uniform_start
 PARENTS = 2
 
 
-def genes_of(method: Method) -> int:
-    """The number of genes that a method's parameters take."""
-    return sum(PARENTS if parameter.per_parent else 1 for parameter in method.parameters if parameter.searched)
-
-
 def genome_genes(methods: tuple[Method, ...], split: bool) -> int:
     """G, the number of a genome's genes: those of the method with the most parameters, and that of the split."""
-    return max(map(genes_of, methods)) + int(split)
+    searched = ([each for each in method.parameters if each.searched] for method in methods)
+    return max(sum(PARENTS if each.per_parent else 1 for each in parameters) for parameters in searched) + int(split)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ group may name these too: they then go with it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import jax
@@ -56,9 +56,8 @@ class SearchParameter:
         return f"{self.name}: high {self.high:g} is below {value:g}" if value > self.high else None
 
 
-@dataclass(frozen=True)
-class GroupSpace:
-    """The parameters of a merge for groups of tensors, whatever the groups are; a genome holds them in their order.
+class GroupedParameters:
+    """The parameters of a merge for groups of tensors; a genome holds them in their order.
 
     `parent_groups`: the number of each parent's group, of parents that share their searched parameters; (): each parent
     has its own. `active`: the number of a group's weights that count, the largest; None: all.
@@ -69,8 +68,8 @@ class GroupSpace:
     groups: tuple[str, ...]
     search_parameters: tuple[SearchParameter, ...]
     constants: tuple[tuple[str, tuple[float, ...]], ...]
-    parent_groups: tuple[int, ...] = ()
-    active: int | None = None
+    parent_groups: tuple[int, ...]
+    active: int | None
 
     def columns(self, name: str) -> int:
         """The number of genes that a group of tensors has for a searched parameter."""
@@ -268,13 +267,26 @@ class GroupSpace:
 
 
 @dataclass(frozen=True)
-class ParameterSpace:
-    """Static description of the space. `components` partitions `names` (the components of a layer).
+class GroupSpace(GroupedParameters):
+    """The parameters of a merge for given groups of tensors (see GroupedParameters)."""
+
+    method: Method
+    parents: int
+    groups: tuple[str, ...]
+    search_parameters: tuple[SearchParameter, ...]
+    constants: tuple[tuple[str, tuple[float, ...]], ...]
+    parent_groups: tuple[int, ...] = ()
+    active: int | None = None
+
+
+@dataclass(frozen=True)
+class ParameterSpace(GroupedParameters):
+    """The parameters of a merge of decoders. `components` partitions `names` (the components of a layer).
 
     It may name shared leaves, too: the embedding then goes with that component of the first layers, the final norm and
     head of the last; shared leaves that are named without a component have one group of their own. `smooth`: a layer's
     parameters are interpolated between the groups of layers, the first and last of which stand for the first and last
-    layer; shared leaves go with the first. `parent_groups`, `active`: see GroupSpace.
+    layer; shared leaves go with the first. `groups`: a label per group, in the order of the genome.
     """
 
     method: Method
@@ -289,6 +301,15 @@ class ParameterSpace:
     smooth: bool = False
     parent_groups: tuple[int, ...] = ()
     active: int | None = None
+    groups: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = []
+        for first in range(0, self.layers, self.layers_per_group):
+            last = min(first + self.layers_per_group, self.layers) - 1
+            span = f"layer {first}" if first == last else f"layers {first}-{last}"
+            names += [f"{span} {'+'.join(part)}" for part in self.layer_components]
+        object.__setattr__(self, "groups", (*names, *map("+".join, self.shared_components)))
 
     @cached_property
     def layer_components(self) -> tuple[tuple[str, ...], ...]:
@@ -308,16 +329,6 @@ class ParameterSpace:
     def blocks(self) -> np.ndarray:
         """int[L]: the group of layers of each layer."""
         return np.arange(self.layers) // self.layers_per_group
-
-    @cached_property
-    def groups(self) -> list[str]:
-        """A label per group, in the order of the genome."""
-        names = []
-        for first in range(0, self.layers, self.layers_per_group):
-            last = min(first + self.layers_per_group, self.layers) - 1
-            span = f"layer {first}" if first == last else f"layers {first}-{last}"
-            names += [f"{span} {'+'.join(part)}" for part in self.layer_components]
-        return names + ["+".join(part) for part in self.shared_components]
 
     @cached_property
     def component_ids(self) -> np.ndarray:
@@ -342,37 +353,9 @@ class ParameterSpace:
                 groups[leaf] = with_ if self.smooth or leaf == "embed" else last + with_
         return groups
 
-    @cached_property
-    def group_space(self) -> GroupSpace:
-        return GroupSpace(
-            self.method,
-            self.parents,
-            tuple(self.groups),
-            self.search_parameters,
-            self.constants,
-            self.parent_groups,
-            self.active,
-        )
-
-    @property
-    def dims(self) -> int:
-        """D, the length of a genome."""
-        return self.group_space.dims
-
-    def columns(self, name: str) -> int:
-        return self.group_space.columns(name)
-
-    def values(self, genome: jax.Array) -> dict[str, jax.Array]:
-        """The searched parameters in their units: see GroupSpace."""
-        return self.group_space.values(genome)
-
-    def named_values(self, genomes: np.ndarray, parents: Sequence[str]) -> dict[str, np.ndarray]:
-        """The searched parameters of genomes by their names: see GroupSpace."""
-        return self.group_space.named_values(genomes, parents)
-
     def recipe(self, genome: jax.Array) -> Recipe:
         """genome float32[D] -> Recipe. Traceable; vmap it for a population."""
-        per_group, groups = self.group_space.parameters(genome), self.shared_groups
+        per_group, groups = self.parameters(genome), self.shared_groups
         return Recipe(
             stacks={
                 LAYERS: {name: self._by_layer(name, block)[:, self.component_ids] for name, block in per_group.items()}
@@ -389,10 +372,6 @@ class ParameterSpace:
         recipes are `cotangents`."""
         return np.asarray(_pull_back(self, jnp.asarray(genomes), cotangents))
 
-    def baselines(self) -> tuple[str, np.ndarray]:
-        """See GroupSpace."""
-        return self.group_space.baselines()
-
     def _by_layer(self, name: str, block: jax.Array) -> jax.Array:
         """A parameter by group -> by layer and component group: float32[L, parts] or [L, parts, K]."""
         count = int(self.blocks[-1]) + 1
@@ -405,31 +384,6 @@ class ParameterSpace:
         share = jnp.asarray((at - below).reshape(-1, *(1,) * (table.ndim - 1)), jnp.float32)
         values = (1 - share) * table[below] + share * table[above]
         return on_grid(values) if self.method.parameter(name).quantised else values
-
-    def genome(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The genome of given parameter values, name -> `[groups, columns]` (or arrays that broadcast to it)."""
-        return self.group_space.genome(values)
-
-    @property
-    def start(self) -> np.ndarray:
-        """The genome that the search starts from."""
-        return self.group_space.start
-
-    def seed_genomes(self, where: str, name: str) -> np.ndarray:
-        """float32[S, D]: see GroupSpace."""
-        return self.group_space.seed_genomes(where, name)
-
-    def plain_merges(self) -> tuple[np.ndarray, tuple[str, ...]]:
-        """See GroupSpace."""
-        return self.group_space.plain_merges()
-
-    def averages(self, where: str, members: np.ndarray) -> np.ndarray:
-        """See GroupSpace."""
-        return self.group_space.averages(where, members)
-
-    def parents_among(self, genomes: np.ndarray) -> np.ndarray:
-        """See GroupSpace."""
-        return self.group_space.parents_among(genomes)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from merge_kernels import METHODS, Method, Options
 
-from evojax_merge.config.search_config import FLOAT32_MAX, Bounds, Numbers
+from evojax_merge.config.search_config import Bounds, Numbers
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.mergekit.plan import number, options_from
 from evojax_merge.mergekit.schema import check_parent_count
 from evojax_merge.plugins import HINT
+from evojax_merge.schema.section import FLOAT32_MAX
 from evojax_merge.spaces.parameter import ParameterSpace, SearchParameter, uniform_start
 
 Fixed = tuple[tuple[str, tuple[float, ...]], ...]
@@ -100,7 +101,7 @@ def search_parameters_of(
     parent_groups: tuple[int, ...] = (),
 ) -> tuple[tuple[SearchParameter, ...], Fixed]:
     """The searched parameters, and the value of every other. parent_groups: of parents that share the searched ones
-    (see GroupSpace). Raises InputError for unknown parameters and for meaningless bounds."""
+    (see GroupedParameters). Raises InputError for unknown parameters and for meaningless bounds."""
     all_names = [parameter.name for parameter in method.parameters]
     for key, names in (("parameters", searched), ("fixed", fixed)):
         for name in names:

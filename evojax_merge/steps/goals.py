@@ -9,7 +9,7 @@ import numpy as np
 
 from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import Failed
-from evojax_merge.evaluation.scores import ROUNDING, Goal, Guard, Scale, TaskScores, task_weights
+from evojax_merge.evaluation.scores import ROUNDING, Goal, Guard, Scale, TaskScores, means, task_weights
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.comparison import model_name
 from evojax_merge.search.genomes import SpaceEvaluator
@@ -46,13 +46,14 @@ def with_goal(
     if not problem.guards:
         return replace(evaluator, goal=Goal(scales))
     base = next(model for role, model in problem.backend.compared if role == "base")
-    scored = _means(evaluator, problem.backend.score_stored(base, evaluator, progress))
+    scored = means(evaluator.tasks, problem.backend.score_stored(base, evaluator, progress))[0]
     guards = {}
     for task, _ in task_weights(evaluator.tasks):
         if task.name in problem.guards:
-            if not np.isfinite(scored[task.name]):
+            mean = scored[f"{task.name}/{task.metric}"]
+            if not np.isfinite(mean):
                 raise Failed(f"guard of task {task.name}: the base's score is not finite: nothing compares with it")
-            guards[task.name] = Guard(scored[task.name], problem.guards[task.name])
+            guards[task.name] = Guard(mean, problem.guards[task.name])
     return replace(evaluator, goal=Goal(scales, guards))
 
 
@@ -63,14 +64,15 @@ def measured_scales(
     """The scale of each task that counts, by `task/metric`, from the scores of all models on the search split: from the
     base, or where there is none the worst parent, to the best parent. A task on which these two are equal has none."""
     scored = [
-        (role, model, _means(search, score_stored(problem, "search", search, model, progress)))
+        (role, model, means(search.tasks, score_stored(problem, "search", search, model, progress))[0])
         for role, model in problem.backend.compared
     ]
     scales = {}
     for task, _ in task_weights(search.tasks):
-        means = [(role, model, mean[task.name]) for role, model, mean in scored if np.isfinite(mean[task.name])]
-        parents = sorted((mean, model) for role, model, mean in means if role == "parent")
-        base = next(((mean, model) for role, model, mean in means if role == "base"), None)
+        name = f"{task.name}/{task.metric}"
+        finite = [(role, model, mean[name]) for role, model, mean in scored if np.isfinite(mean[name])]
+        parents = sorted((mean, model) for role, model, mean in finite if role == "parent")
+        base = next(((mean, model) for role, model, mean in finite if role == "base"), None)
         what = f"scale of task {task.name} ({task.metric})"
         if not parents:
             log(f"{what}: none, because no parent has a finite score")
@@ -81,7 +83,7 @@ def measured_scales(
         if abs(best - zero) <= ROUNDING * max(1.0, abs(zero)):
             log(f"{what}: none, because {start} and the best parent both score {zero:.4g}")
             continue
-        scales[f"{task.name}/{task.metric}"] = Scale(zero, abs(best - zero))
+        scales[name] = Scale(zero, abs(best - zero))
         log(f"{what}: 0 is {zero:.4g} ({start}), {'1' if best > zero else '-1'} is {best:.4g} (the best parent "
             f"{model_name(best_model)})")  # fmt: skip
     return scales
@@ -102,11 +104,3 @@ def score_stored(
     if problem.kept is not None:
         problem.kept.keep(split, model, sizes, scores)
     return scores
-
-
-def _means(evaluator: SpaceEvaluator[Any], scores: TaskScores) -> dict[str, float]:
-    """A model's mean on each task that counts."""
-    return {
-        task.name: float(scores.matrices[task.name][task.metric][0].mean(dtype=np.float64))
-        for task, _ in task_weights(evaluator.tasks)
-    }

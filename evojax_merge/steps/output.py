@@ -1,5 +1,6 @@
 """The output of a search: the lines about its setup and its work, and its winner's files."""
 
+import hashlib
 from functools import partial
 from typing import Any
 
@@ -10,19 +11,12 @@ from evojax_merge.report.card import search_card
 from evojax_merge.report.comparison import Result, write_result
 from evojax_merge.report.plan import Plan
 from evojax_merge.report.tables import terminal_table
+from evojax_merge.search.checkpoints import Checkpoints, to_line
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.run_folder import (
-    Checkpoints,
-    EarlierWinner,
-    earlier_winners,
-    keep_winner,
-    to_line,
-    write_front,
-)
+from evojax_merge.search.run_folder import keep_winner, write_front
 from evojax_merge.search.run_parts import RunFolder, check_replaceable_model
 from evojax_merge.search.run_schema import read_result
 from evojax_merge.search.stopping import course_of, stopped
-from evojax_merge.search.successive_halving import describe_halving
 from evojax_merge.system import interrupts
 from evojax_merge.system.console import console, say
 from evojax_merge.system.file_system import atomic_write
@@ -44,7 +38,13 @@ def print_work(folder: RunFolder, problem: SearchProblem[Backend], evaluators: S
     console.print(problem.backend.describe_work(used), highlight=False)
     if len(evaluators.shards) > 1:
         examples = sum(task.size for shard in problem.splits.shards for task in shard if task.weight > 0)
-        console.print(describe_halving(folder.read_history(), examples), highlight=False)
+        counts = [count for row in folder.read_history() for count in row["examples"]]
+        done, total = sum(counts), len(counts) * examples
+        console.print(
+            f"successive halving: {done:,} of {total:,} passes of a candidate over an example "
+            f"({1 - done / total:.0%} saved)",
+            highlight=False,
+        )
 
 
 def why_complete(folder: RunFolder, problem: SearchProblem[Backend]) -> str | None:
@@ -61,7 +61,10 @@ def why_complete(folder: RunFolder, problem: SearchProblem[Backend]) -> str | No
     if ended is None and wanted > len(rows):
         return None
     saved = Checkpoints(folder).restore(say)
-    if saved is None or not saved.describes(len(rows), folder.history):
+    if saved is None or saved.generations != len(rows):
+        return None
+    content = folder.history.read_bytes()
+    if (len(content), hashlib.sha256(content).digest()) != (saved.history_length, saved.history_digest):
         return None
     if ended is None:
         return f"{len(rows)} generations are saved, and {wanted} wanted: nothing to search"
@@ -95,16 +98,19 @@ def write_winner(folder: RunFolder, problem: SearchProblem[Backend], result: Res
     measured = result.measured()
     for sentence in (result.chosen_on(), *([] if measured is None else [measured]), *result.verdicts()):
         console.print(sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
-    for earlier in earlier_winners(folder):
-        line = _compared(earlier, len(history), result.winner.fitness, folder)
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _compared(earlier: EarlierWinner, generations: int, fitness: float, folder: RunFolder) -> str:
-    """One line that compares the winner with an earlier one, on the examples that no search has seen."""
-    now, before = f"{fitness:.4f}", f"{earlier.heldout_fitness:.4f}"
-    verdict = "equal to" if now == before else "better than" if fitness > earlier.heldout_fitness else "WORSE than"
-    return (
-        f"held out, the winner of {generations} generations ({now}) is {verdict} that of {earlier.generations} "
-        f"({before}), which is kept: {earlier.path / folder.model.name} is a model folder like {folder.model}"
-    )
+    # Earlier winners are compared with this one on the examples that no search has seen.
+    for place in folder.kept_winners():
+        earlier = read_result(place / folder.result.name)
+        if earlier is None or earlier.winner is None:
+            continue
+        fitness, before = result.winner.fitness, earlier.winner.heldout_fitness
+        is_equal = f"{fitness:.4f}" == f"{before:.4f}"
+        verdict = "equal to" if is_equal else "better than" if fitness > before else "WORSE than"
+        console.print(
+            f"held out, the winner of {len(history)} generations ({fitness:.4f}) is {verdict} that of "
+            f"{earlier.generations} ({before:.4f}), which is kept: {place / folder.model.name} is a model folder like "
+            f"{folder.model}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )

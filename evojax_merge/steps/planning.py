@@ -16,14 +16,17 @@ from evojax_merge.backends.backend import Backend
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.evaluation.compilers import TargetCompiler
 from evojax_merge.evaluation.costs import Cost
+from evojax_merge.evaluation.devices import tree_nbytes
 from evojax_merge.evaluation.planned_passes import PlanUse, SizedPass
 from evojax_merge.evaluation.targets import Target, gpu_memory_fraction, live_target, single_hosts
 from evojax_merge.evaluation.timings import CALLED, Timing, WorkKind, estimated_factor, kind_of_pass
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.plan import CHOOSING, GENERATIONS, HELDOUT, MEASURING, PassPlan, Plan, Work, shown_bytes
-from evojax_merge.search.loop import run_bytes
+from evojax_merge.search.loop import INIT_KEY, generation_key
 from evojax_merge.search.protocols import Strategy, gradient_generations
+from evojax_merge.search.run_parts import KEPT_CHECKPOINTS
 from evojax_merge.search.successive_halving import rung_shards, rung_size
+from evojax_merge.search.surrogate import HISTORY
 from evojax_merge.steps.selection import SelectionCounts, candidates_to_select, models_to_measure
 from evojax_merge.tasks.splits import Splits
 
@@ -31,6 +34,8 @@ from evojax_merge.tasks.splits import Splits
 PROCESS_BYTES = 700 * 10**6
 # The most devices that a plan suggests, where one is not enough.
 MOST_SHARDS = 64
+# The generations of a search that the clock ends, for the room that its history needs on the disk.
+TIMED_GENERATIONS = 10_000
 
 
 def make_plan(
@@ -170,7 +175,13 @@ def disk_bytes(problem: SearchProblem[Backend]) -> int:
     kept = problem.backend.device_sizes(problem.backend.settings.model).on_disk
     model = problem.backend.stored_bytes() // problem.backend.loaded
     examples, tasks = sum(task.size for shard in problem.splits.shards for task in shard), len(problem.splits.search)
-    return kept + model + run_bytes(problem.search, problem.strategy, problem.space, examples, tasks)
+    search, strategy, dims = problem.search, problem.strategy, problem.space.dims
+    # Checkpoints, one of them being written while the others are kept, and the history twice.
+    state = strategy.init(generation_key(0, INIT_KEY), problem.space.start[None])
+    arrays = 4 * HISTORY * (dims + examples) + 4 * search.finalists * dims + tree_nbytes(state)
+    generations = TIMED_GENERATIONS if search.parsed_budget.seconds else search.generations
+    history = generations * (400 + strategy.population * (45 + 14 * dims + 25 * tasks))
+    return kept + model + (KEPT_CHECKPOINTS + 1) * arrays + 2 * history + 2**20
 
 
 def _seconds_by_kind(uses: Sequence[Sequence[SizedPass]], target: Target) -> dict[WorkKind, float]:
@@ -238,17 +249,18 @@ def advice(problem: SearchProblem[Backend], pass_bytes: int, held_bytes: int = 0
     def fits(bank: float, memory: float = target.memory, needed: float = pass_bytes) -> bool:
         return bank + needed <= memory
 
-    def fits_shared(shards: int) -> bool:
-        return fits(backend.device_sizes(shards).bank, needed=pass_bytes * model / shards)
-
     remedies = []
     streamed = backend.streamed()
-    if streamed is not None and fits(streamed.device_sizes(model).bank) and _has_gradients(problem, streamed):
+    if (
+        streamed is not None
+        and fits(streamed.device_sizes(model).bank)
+        and (not problem.splits.minibatches or streamed.planner(0).gradient_passes > 0)
+    ):
         place, on_host = streamed.settings.bank, streamed.device_sizes(model).on_host
         room = f" ({shown_bytes(on_host)} of the host's memory; disk needs none)" if place == "host" else ""
         remedies.append(f"evaluation.bank: {place}{room}")
     shards = [m for m in range(2 * model, MOST_SHARDS + 1, model) if m & (m - 1) == 0 or m == target.devices_per_host]
-    enough = next(filter(fits_shared, shards), None)
+    enough = next((m for m in shards if fits(backend.device_sizes(m).bank, needed=pass_bytes * model / m)), None)
     if enough is not None and target.is_accelerator:
         more = "" if target.devices_per_host % enough == 0 else f", on a host with {enough} such devices"
         remedies.append(f"evaluation.model: {enough} (devices that share the models){more}")
@@ -266,11 +278,6 @@ def advice(problem: SearchProblem[Backend], pass_bytes: int, held_bytes: int = 0
         remedies.append(backend.smaller_passes())
     remedies += _larger_targets(problem, pass_bytes)
     return tuple(remedies) or ("a device with more memory, or smaller models",)
-
-
-def _has_gradients(problem: SearchProblem[Backend], backend: Backend) -> bool:
-    """Return whether a backend's candidates have the gradients that the search follows, if it does."""
-    return not problem.splits.minibatches or backend.planner(0).gradient_passes > 0
 
 
 def _larger_targets(problem: SearchProblem[Backend], pass_bytes: int) -> list[str]:

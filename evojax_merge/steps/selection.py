@@ -11,7 +11,7 @@ import numpy as np
 from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
-from evojax_merge.evaluation.scores import ScoredTask, TaskScores, fitness, means, task_weights, units_of
+from evojax_merge.evaluation.scores import TaskScores, fitness, means, task_weights, units_of
 from evojax_merge.problem import SearchProblem, failure_hint
 from evojax_merge.report.comparison import FrontMember, GuardResult, Result, Row, model_name, model_names
 from evojax_merge.report.intervals import Lead, paired_lead
@@ -72,13 +72,11 @@ def open_evaluators(
         return with_goals(problem, on, log, progress)
 
 
-def open_evaluator(
-    problem: SearchProblem[Backend], tasks: list[Any], devices: Devices = ONE_DEVICE, bank: Any = None
-) -> SpaceEvaluator[Any]:
+def open_evaluator(problem: SearchProblem[Backend], tasks: list[Any], bank: Any = None) -> SpaceEvaluator[Any]:
     """Score genomes on the prepared tasks of one split as generations are scored. bank: None: it is loaded."""
     backend = problem.backend
-    bank = backend.load(devices, lambda done: None, None) if bank is None else bank
-    return backend.evaluator(bank, tasks, problem.strategy.population, devices)
+    bank = backend.load(ONE_DEVICE, lambda done: None, None) if bank is None else bank
+    return backend.evaluator(bank, tasks, problem.strategy.population, ONE_DEVICE)
 
 
 def select_best(
@@ -116,6 +114,8 @@ def select_best(
         genomes = {"winner": best.genome, "plain": plain, **dict(controls)}
         table, answers = _table(problem, heldout, genomes, progress) if problem.splits.heldout else ([], ())
         front = _front(heldout, finalists, progress) if keeps_front(problem.strategy) else ()
+    # A task that is only shown, or only guarded, has no share of the fitness.
+    shares = {task.name: share for task, share in task_weights(heldout.tasks) if task.weight > GUARD_WEIGHT}
     return Result(
         genome=best.genome,
         search_fitness=searched,
@@ -129,7 +129,7 @@ def select_best(
         members=front,
         compute_dtype=backend.final_compute_dtype,
         search_compute_dtype=backend.compute_dtype,
-        shares=shares_of(heldout.tasks) if table else {},
+        shares={f"{task.name}/{task.metric}": shares.get(task.name, 0.0) for task in heldout.tasks if table},
         scales=on.search.goal.scales,
         guards=_guards(on.deciding, best, table),
         answers=answers,
@@ -247,7 +247,10 @@ def _table(
     parents = [k for k, row in enumerate(rows) if row.role == "parent"]
     if parents and heldout.devices.is_main_process:
         # A parent that is best in another task would hide where the winner lost.
-        beside = {task.name: _best_in(f"{task.name}/{task.metric}", rows, parents) for task in heldout.tasks}
+        beside = {}
+        for task in heldout.tasks:
+            scored_by = [rows[k].scores[f"{task.name}/{task.metric}"] for k in parents]
+            beside[task.name] = parents[int(np.argmax(np.where(np.isfinite(scored_by), scored_by, -np.inf)))]
         for k in (len(rows) - 1, *sorted(set(beside.values()))):
             answered = backend.answers(rows[k].name, heldout, scored[k][3], scored[k][2])
             answers += [row for row in answered if k == len(rows) - 1 or beside[row["task"]] == k]
@@ -256,18 +259,6 @@ def _table(
         for k, row in enumerate(rows[:-1])
     ]
     return [*compared, rows[-1]], answers
-
-
-def _best_in(score: str, rows: Sequence[Row], parents: Sequence[int]) -> int:
-    """The number of the parent with the best score of a task, the first among equals."""
-    means = [rows[k].scores[score] for k in parents]
-    return parents[int(np.argmax(np.where(np.isfinite(means), means, -np.inf)))]
-
-
-def shares_of(tasks: Sequence[ScoredTask]) -> dict[str, float]:
-    """`task/metric` of each task -> its share of the fitness; 0 for one that is only shown, or only guarded."""
-    shares = {task.name: share for task, share in task_weights(tasks) if task.weight > GUARD_WEIGHT}
-    return {f"{task.name}/{task.metric}": shares.get(task.name, 0.0) for task in tasks}
 
 
 def _no_winner(problem: SearchProblem[Backend], archive: Archive) -> str:

@@ -20,7 +20,8 @@ from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.checkpoints.parents import Sources, open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
-from evojax_merge.config.search_config import Config, EvaluationConfig, TaskFile, parse
+from evojax_merge.config.documents import parse
+from evojax_merge.config.search_config import EvaluationConfig, TaskFile
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks, suitable_tokens, token_warnings
 from evojax_merge.evaluation.devices import unused_memory
@@ -72,25 +73,17 @@ def read_tasks(path: Path, split: Split = "all") -> TaskSet:
     if isinstance(document, dict) and document.keys() & {"parents", "genome"}:
         config = read_config(path, [], None)
         file = TaskFile(tasks=config.tasks, evaluation=config.evaluation, backend=config.backend)
-        task_set = open_tasks(str(path), file, path.parent, split, config.seed, _validation_share(config))
-        _check_recorded_inputs(path, config, task_set)
+        # The last stage of a chain chooses the winner.
+        validation = (config.search if config.stages is None else config.stages[-1].search).validation
+        task_set = open_tasks(str(path), file, path.parent, split, config.seed, validation)
+        # The files of the models of the search are not compared: they may be gone.
+        files = {file for task in task_set.tasks for file in task.files}
+        files |= plugins.source_files([*config.tasks, *task_set.tasks]) | plugins.files_of(config.plugins)
+        inputs = config.inputs or {}
+        recorded = {name: inputs[name] for name in map(str, files) if name in inputs}
+        check_recorded_inputs(path, recorded, {name: file_hash(Path(name)) for name in recorded})
         return task_set
     return open_tasks(str(path), parse(path, document, TaskFile), path.parent, split)
-
-
-def _check_recorded_inputs(path: Path, config: Config, task_set: TaskSet) -> None:
-    """Raises InputError where a file of the tasks has another hash than the config lists. The files of the models of
-    the search are not compared: they may be gone."""
-    files = {file for task in task_set.tasks for file in task.files}
-    files |= plugins.source_files([*config.tasks, *task_set.tasks]) | plugins.files_of(config.plugins)
-    recorded = {str(file): config.inputs[str(file)] for file in files if config.inputs and str(file) in config.inputs}
-    check_recorded_inputs(path, recorded, {file: file_hash(Path(file)) for file in recorded})
-
-
-def _validation_share(config: Config) -> float:
-    """The share of the search split that a search keeps back; for a chain that of its last stage, which chooses the
-    winner."""
-    return (config.search if config.stages is None else config.stages[-1].search).validation
 
 
 def open_tasks(

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from evojax_merge.search.run_folder import CHECKPOINT_MARK, _digest
+from evojax_merge.search.checkpoints import _digest
+from evojax_merge.search.run_parts import CHECKPOINT_MARK
 from hostile import SEARCH, Case, World
 from hostile.runs import put_run
 

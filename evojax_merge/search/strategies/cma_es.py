@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evojax_merge.errors import InputError
 from evojax_merge.search.strategies.evosax import EvosaxStrategy
 from evojax_merge.search.strategies.registry import StrategySettings
 
@@ -18,6 +19,15 @@ MAX_FULL_DIMS = 512
 def default_population(dims: int) -> int:
     """CMA-ES' default: 4 + floor(3 ln D)."""
     return 4 + int(3 * np.log(max(dims, 1)))
+
+
+def check_full_covariance(name: str, settings: StrategySettings) -> None:
+    """Raises InputError for more dimensions than a full covariance takes."""
+    if settings.dims > MAX_FULL_DIMS:
+        raise InputError(
+            settings.where, f"strategy: {name} takes {MAX_FULL_DIMS} dimensions at most, and the search has "
+            f"{settings.dims:,}; choose sep_cma_es or lm_ma_es",
+        )  # fmt: skip
 
 
 def ordinal_weights(population: jax.Array, fitness: jax.Array, state: Any, params: Any) -> jax.Array:

@@ -34,13 +34,26 @@ def strongly_typed(state: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class EvosaxStrategy:
-    """A distribution-based algorithm of evosax (one whose state has a mean) with its parameters. Raises InputError for
-    an algorithm that is population-based."""
+class _Algorithm:
+    """An algorithm of evosax with its parameters."""
 
     name: str
     algorithm: Any
     params: Any
+
+    @property
+    def population(self) -> int:
+        return int(self.algorithm.population_size)
+
+    def tell(self, key: jax.Array, state: Any, genomes: jax.Array, scores: Scores) -> Any:
+        state, _ = self.algorithm.tell(key, genomes, losses(scores), state, self.params)
+        return state
+
+
+@dataclass(frozen=True)
+class EvosaxStrategy(_Algorithm):
+    """A distribution-based algorithm of evosax (one whose state has a mean) with its parameters. Raises InputError for
+    an algorithm that is population-based."""
 
     capabilities = Capabilities(takes_injected=True)
 
@@ -58,20 +71,12 @@ class EvosaxStrategy:
                 f"strategy {self.name}", f"evosax's {kind} keeps a population; wrap it in PopulationStrategy"
             )
 
-    @property
-    def population(self) -> int:
-        return int(self.algorithm.population_size)
-
     def init(self, key: jax.Array, genomes: np.ndarray) -> Any:
         return strongly_typed(self.algorithm.init(key, jnp.asarray(genomes[0]), self.params))
 
     def ask(self, key: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         genomes, state = self.algorithm.ask(key, state, self.params)
         return genomes, state
-
-    def tell(self, key: jax.Array, state: Any, genomes: jax.Array, scores: Scores) -> Any:
-        state, _ = self.algorithm.tell(key, genomes, losses(scores), state, self.params)
-        return state
 
     def inject(self, state: Any, genomes: jax.Array, count: int) -> tuple[jax.Array, Any]:
         """Shorten the steps of the injected genomes; see `inject_steps`."""
@@ -108,18 +113,11 @@ def inject_steps(state: Any, genomes: jax.Array, count: int) -> tuple[jax.Array,
 
 
 @dataclass(frozen=True)
-class PopulationStrategy:
+class PopulationStrategy(_Algorithm):
     """A population-based algorithm of evosax with its parameters. The first generation is the initial population: the
     start, and genomes drawn around it with standard deviation `sigma`."""
 
-    name: str
-    algorithm: Any
-    params: Any
     sigma: float
-
-    @property
-    def population(self) -> int:
-        return int(self.algorithm.population_size)
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> Any:
         start, noise = jnp.asarray(genomes[0]), jax.random.normal(key, (self.population, genomes.shape[1]))
@@ -128,12 +126,7 @@ class PopulationStrategy:
         return strongly_typed(self.algorithm.init(key, drawn, fitness, self.params))
 
     def ask(self, key: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        genomes, state = _ask(self.algorithm, key, state, self.params)
-        return genomes, state
-
-    def tell(self, key: jax.Array, state: Any, genomes: jax.Array, scores: Scores) -> Any:
-        state, _ = self.algorithm.tell(key, genomes, losses(scores), state, self.params)
-        return state
+        return _ask(self.algorithm, key, state, self.params)
 
     def finalists(self, state: Any) -> np.ndarray:
         """The mean of the population."""

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from evojax_merge.config.search_config import GradientConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.protocols import Capabilities
@@ -109,18 +108,13 @@ class HybridStrategy:
         return self.ascent.metrics(state.gradient) if in_ascent else self.evolution.metrics(state.run)
 
 
-def ascent_generations(config: GradientConfig, generations: int) -> int:
-    """The number of a search's generations that follow gradients."""
-    return max(1, generations // 4) if config.generations is None else config.generations
-
-
 # Each seed would be one more start to follow.
 @begin_with()
 def hybrid(settings: StrategySettings) -> HybridStrategy:
     """Gradient ascent on the fitness or its smooth companion (the likelihood of worked answers), then CMA-ES from there
     on the fitness itself."""
     config = settings.gradient
-    steps = ascent_generations(config, settings.generations)
+    steps = max(1, settings.generations // 4) if config.generations is None else config.generations
     if steps >= settings.generations:
         raise InputError(
             settings.where,

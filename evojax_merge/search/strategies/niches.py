@@ -18,8 +18,7 @@ from evojax_merge.search.fronts import check_objectives, front_metrics, front_of
 from evojax_merge.search.protocols import Capabilities
 from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.pareto import MAX_POPULATION, draw_around
-from evojax_merge.search.strategies.random_numbers import generator
-from evojax_merge.search.strategies.registry import StrategySettings
+from evojax_merge.search.strategies.registry import StrategySettings, generator
 
 # The most cells along one task's mean, and the most cells of a whole archive.
 MAX_BINS, MAX_CELLS = 15, 256

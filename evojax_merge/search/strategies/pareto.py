@@ -19,8 +19,7 @@ from evojax_merge.search.fronts import (
 )
 from evojax_merge.search.protocols import Capabilities
 from evojax_merge.search.strategies.cma_es import default_population
-from evojax_merge.search.strategies.random_numbers import generator
-from evojax_merge.search.strategies.registry import StrategySettings
+from evojax_merge.search.strategies.registry import StrategySettings, generator
 
 # Candidates are compared in pairs: P x P numbers.
 MAX_POPULATION = 4096

@@ -23,8 +23,7 @@ from flax import struct
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.strategies.cma_es import default_population
-from evojax_merge.search.strategies.random_numbers import generator
-from evojax_merge.search.strategies.registry import StrategySettings, begin_with
+from evojax_merge.search.strategies.registry import StrategySettings, begin_with, generator
 
 # The share of the candidates that are mutants of the genomes that the search began at, and not of members.
 NEWCOMER_RATE = 0.25

@@ -35,8 +35,7 @@ from evojax_merge.schema.genealogy import (
     founder_genomes,
 )
 from evojax_merge.search.protocols import Capabilities
-from evojax_merge.search.strategies.random_numbers import generator
-from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings
+from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings, generator
 
 POPULATION = 16
 # Keeps divisions by z_j finite where all members score the same on an example.

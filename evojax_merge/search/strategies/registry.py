@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Literal, TypeVar
 
+import jax
 import numpy as np
 
 from evojax_merge.config.search_config import AUTO, VOTES, GradientConfig, SearchConfig, Seed
@@ -60,6 +61,11 @@ class StrategySettings:
         """The genes of the lower and of the upper bound."""
         low, high = self.from_unit(np.array([0.0, 1.0]))
         return float(low), float(high)
+
+
+def generator(key: jax.Array) -> np.random.Generator:
+    """NumPy's random numbers, from a key of JAX, for strategies that draw on the host."""
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
 
 StrategyFactory = Callable[[StrategySettings], Strategy]

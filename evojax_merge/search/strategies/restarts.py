@@ -17,7 +17,7 @@ from flax import struct
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.protocols import Capabilities
-from evojax_merge.search.strategies.cma_es import MAX_FULL_DIMS, cma_algorithm, cma_params, default_population
+from evojax_merge.search.strategies.cma_es import check_full_covariance, cma_algorithm, cma_params, default_population
 from evojax_merge.search.strategies.evosax import inject_steps, losses, strongly_typed
 from evojax_merge.search.strategies.registry import StrategySettings
 
@@ -198,11 +198,7 @@ class RestartedCMAES:
 
 
 def _restarted(name: str, settings: StrategySettings, small_runs: bool) -> RestartedCMAES:
-    if settings.dims > MAX_FULL_DIMS:
-        raise InputError(
-            settings.where, f"strategy: {name} takes {MAX_FULL_DIMS} dimensions at most, and the search has "
-            f"{settings.dims:,}; choose sep_cma_es or lm_ma_es",
-        )  # fmt: skip
+    check_full_covariance(name, settings)
     population = settings.population or default_population(settings.dims)
     most = MAX_ROOM // (MAX_MULTIPLE * settings.dims)
     if population > most:

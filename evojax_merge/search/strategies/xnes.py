@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.protocols import Capabilities
-from evojax_merge.search.strategies.cma_es import MAX_FULL_DIMS, default_population
+from evojax_merge.search.strategies.cma_es import check_full_covariance, default_population
 from evojax_merge.search.strategies.evosax import inject_steps, losses
 from evojax_merge.search.strategies.registry import StrategySettings
 
@@ -94,9 +93,5 @@ def _update(state: NaturalState, loss: jax.Array) -> NaturalState:
 def xnes(settings: StrategySettings) -> XNES:
     """Exponential natural evolution strategy (Glasmachers et al., 2010): follows the natural gradient of the expected
     fitness, with a full covariance; up to 512 dimensions."""
-    if settings.dims > MAX_FULL_DIMS:
-        raise InputError(
-            settings.where, f"strategy: xnes takes {MAX_FULL_DIMS} dimensions at most, and the search has "
-            f"{settings.dims:,}; choose sep_cma_es or lm_ma_es",
-        )  # fmt: skip
+    check_full_covariance("xnes", settings)
     return XNES(settings.dims, settings.population or default_population(settings.dims), settings.sigma)
