@@ -44,6 +44,8 @@ from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
 from evojax_merge.search.example_choice import ExampleChoice
 from evojax_merge.search.loop import Archive, Reporter, evolve
 from evojax_merge.search.run_folder import RunFolder
+from evojax_merge.tasks.records import read_source
+from evojax_merge.tasks.text import Example, TextConfig, read_examples
 from evojax_merge.zoo import MODELS, VERSION
 
 # The methods that mergekit has as well; image generators' are sd-mecha's.
@@ -296,6 +298,11 @@ def stand_in_for_the_zoo(cache: Path, family: Family) -> dict[str, Path]:
     for name, target in (folders | files).items():
         (packaged / name).symlink_to(target)
     return folders
+
+
+def examples_in(file: Path, kind: Any, **keys: Any) -> list[Example]:
+    """The examples of a file, by the keys of a task's section."""
+    return read_examples(read_source(file), kind, TextConfig(name="task", kind=kind, file=str(file), **keys), "tasks")
 
 
 def run_here(*arguments: object) -> subprocess.CompletedProcess[str]:

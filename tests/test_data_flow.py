@@ -18,6 +18,7 @@ import yaml
 from helpers import (
     build_family,
     even_records,
+    examples_in,
     finetune,
     greedy_tokens,
     hidden_states,
@@ -53,7 +54,7 @@ from evojax_merge.models.decoder import logits
 from evojax_merge.models.paths import LayerPath, PathBank, PathSpec, materialise_path
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.spaces.layer_path import IndicatorSpace, LayerEdit, MoveSpace, ScaleBounds
-from evojax_merge.tasks.text import Fields, TextTask, read_examples
+from evojax_merge.tasks.text import TextTask
 
 # Every family with what it has that a path could get wrong: biases, norms of queries and keys, windows by layer.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -217,11 +218,11 @@ class Setting:
         self.bank, self.spec = open_paths(self.folders)
         file = write_lines(root / "tasks.jsonl", even_records(6))
         before = "".join(f"w{4 + i % 50} " for i in range(header))
-        fields = Fields(before + "{prompt}", "{target}", "choices", "answer", " ")
         kinds: list[tuple[Any, str]] = [("likelihood", "log_probability"), ("exact_match", "accuracy")]
         self.tasks = [
-            TextTask(kind, kind, metric, 1.0, str(file), tuple(read_examples(file, kind, fields)), max_new_tokens=3)
+            TextTask(kind, kind, metric, 1.0, str(file), tuple(examples), max_new_tokens=3)
             for kind, metric in kinds
+            for examples in (examples_in(file, kind, prompt=before + "{prompt}"),)
         ]
 
     def evaluator(self, config: DecoderConfig | None = None) -> DecoderEvaluator:

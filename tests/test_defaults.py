@@ -17,7 +17,7 @@ from evojax_merge import search_pytrees
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.report.comparison import Result, Row, write_result
 from evojax_merge.report.intervals import Lead
-from evojax_merge.report.merges import MergeReport
+from evojax_merge.report.winner import MergeReport
 from evojax_merge.search.loop import Reporter
 from evojax_merge.spaces.parameter import GroupSpace, SearchParameter
 

@@ -9,7 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import Family, build_family, load_torch, sample, thorough, tiny_config, word_tokenizer, words, write_lines
+from helpers import (
+    Family,
+    build_family,
+    examples_in,
+    load_torch,
+    sample,
+    thorough,
+    tiny_config,
+    word_tokenizer,
+    words,
+    write_lines,
+)
 from merge_kernels import METHODS
 from reference.torch_models import text_logprobs, torch_scores
 
@@ -31,13 +42,12 @@ from evojax_merge.models.sources import lazy_merge
 from evojax_merge.spaces.parameter import ParameterSpace, SearchParameter
 from evojax_merge.tasks import batches
 from evojax_merge.tasks.task import cut_at_stop
-from evojax_merge.tasks.text import Example, Fields, TextTask, read_examples
+from evojax_merge.tasks.text import Example, TextTask
 
 POPULATION = 3
 # Candidates that share a pass, where more than one do: each size is a program to compile. It does not divide the
 # population.
 CHUNK = 2
-FIELDS = Fields("{prompt}", "{target}", "choices", "answer", " ")
 # Words of each example's prompt and target: the first half fits into 8 tokens, the others need 16.
 LENGTHS = ((3, 2), (5, 3), (4, 1), (2, 3), (10, 2), (12, 1), (11, 4), (9, 3))
 
@@ -83,7 +93,7 @@ class Setting:
 
     def task(self, name: str, kind: Any, metric: str, count: int, weight: float = 1.0, **changes: Any) -> TextTask:
         file = write_lines(self.family.root / "records.jsonl", make_records())
-        examples = tuple(read_examples(file, kind, FIELDS))[:count]
+        examples = tuple(examples_in(file, kind))[:count]
         return TextTask(name, kind, metric, weight, str(file), examples, **changes)
 
     @property

@@ -19,6 +19,7 @@ import yaml
 from helpers import (
     ALL,
     edit_json,
+    examples_in,
     finetune,
     greedy_tokens,
     load_decoder,
@@ -50,7 +51,7 @@ from evojax_merge.mergekit.write import dump_yaml, path_document
 from evojax_merge.models.architecture import find_architecture, model_types
 from evojax_merge.models.config import NO_WINDOW
 from evojax_merge.models.paths import LayerPath, PathSpec, materialise_path
-from evojax_merge.tasks.text import Fields, TextTask, read_examples
+from evojax_merge.tasks.text import TextTask
 
 VOCAB = 64
 
@@ -312,7 +313,7 @@ class Models:
 
     def task(self) -> TextTask:
         """Choices behind one question, all of them behind one header."""
-        examples = read_examples(self.file, "multiple_choice", Fields("{prompt}", "{target}", "choices", "answer", " "))
+        examples = examples_in(self.file, "multiple_choice")
         return TextTask("choice", "multiple_choice", "margin", 1.0, str(self.file), tuple(examples))
 
     def evaluator(self, config: Any) -> DecoderEvaluator:

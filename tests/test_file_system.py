@@ -102,7 +102,7 @@ WITHOUT_FILE_SYSTEM = {
     },
     MEMORY: {
         "backends/torch/pipelines.py": ["PipelineBackend.contact_sheet"],
-        "tasks/images.py": ["_written", "_decoding"],
+        "tasks/images.py": ["_image", "_decoding"],
         "checkpoints/bank.py": ["LeafReader.gathered"],
         "report/inspection.py": ["picture"], "tasks/generated_images.py": ["png_of"],
     },

@@ -27,10 +27,10 @@ from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import DecoderEvaluator
 from evojax_merge.problem import build_problem, read_config, resolved_document
-from evojax_merge.tasks import harness, patterns
-from evojax_merge.tasks.harness import HarnessConfig, HarnessTask, Options, is_benchmark, open_harness
+from evojax_merge.tasks import patterns, task_folders
+from evojax_merge.tasks.harness import HarnessConfig, HarnessTask, is_benchmark, open_task
 from evojax_merge.tasks.opening import open_whole_task
-from evojax_merge.tasks.task import Responses
+from evojax_merge.tasks.task import Opening, Responses
 
 CONTEXT = 48
 FEWSHOT = {"num_fewshot": 2, "fewshot_split": "train", "fewshot_config": {"sampler": "default"}}
@@ -143,7 +143,7 @@ def score_both(model: Path, folder: Path, names: Sequence[str], context: int, **
         tasks=list(names), task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         bootstrap_iters=0, **options,
     )  # fmt: skip
-    tasks = [open_harness("tasks", name, None, name, 1.0, Options(include_path=folder, **options)) for name in names]
+    tasks = [open_own(folder, name, **options) for name in names]
     sources, config = open_sources([model])
     tokenizer = load_tokenizer(model)
     (batched_tasks,) = batch_tasks([tasks], tokenizer, 4096, context, stop_tokens(model, tokenizer))
@@ -243,7 +243,7 @@ def test_a_chat_template_and_a_system_s_instruction_are_the_harness_s(harness_ta
 
 
 def test_the_question_is_shared_by_its_choices_and_the_shots_by_all(harness_tasks: Path) -> None:
-    task = open_harness("tasks", "own_choices", None, "own_choices", 1.0, Options(include_path=harness_tasks))
+    task = open_own(harness_tasks, "own_choices")
     rows = task.requests(load_tokenizer(harness_tasks / "model"), CONTEXT).scored
     # Four choices, and each again without the question, for acc_mutual_info.
     assert [row.example for row in rows] == [example for example in range(10) for _ in range(8)]
@@ -298,7 +298,8 @@ def test_an_output_without_an_answer_is_told(scored: dict[str, Scored]) -> None:
 
 
 def open_own(harness_tasks: Path, name: str, metric: str | None = None, **options: Any) -> HarnessTask:
-    return open_harness("tasks[0]", name, metric, name, 1.0, Options(include_path=harness_tasks, **options))
+    section = HarnessConfig(lm_eval=name, metric=metric, include_path=str(harness_tasks), **options)
+    return open_task(section, Opening("tasks[0]", Path()))
 
 
 def test_the_metric_is_the_first_unless_it_is_named(harness_tasks: Path) -> None:
@@ -340,7 +341,7 @@ def test_what_the_harness_cannot_do_is_told(
         # One of the harness's own folders: its index of all of them takes ten seconds.
         some = str(Path(lm_eval.__file__).parent / "tasks/gsm8k")
         monkeypatch.setattr(
-            harness, "default_task_manager", lambda: TaskManager(include_path=some, include_defaults=False)
+            task_folders, "default_task_manager", lambda: TaskManager(include_path=some, include_defaults=False)
         )
     folder = tmp_path / "tasks"
     shutil.copytree(harness_tasks, folder)

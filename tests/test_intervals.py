@@ -12,10 +12,10 @@ from scipy import stats
 from evojax_merge.api.trials import score_table
 from evojax_merge.report.comparison import Result, Row, write_result
 from evojax_merge.report.intervals import FEW, NOISE, SAME, TOO_FEW, Lead, paired_lead, unpaired_lead
-from evojax_merge.report.merges import MergeReport
 from evojax_merge.report.run_data import Result as StoredResult
 from evojax_merge.report.run_tables import heldout_table
-from evojax_merge.report.tables import lead_cell, markdown_table, terminal_table
+from evojax_merge.report.tables import lead_cell, markdown_table, scores_table
+from evojax_merge.report.winner import MergeReport
 
 
 def test_small_and_large_samples_have_students_interval():
@@ -116,7 +116,7 @@ def test_tables_show_the_interval_and_mark_what_is_within_noise():
     assert [line.split("|")[3].strip() for line in lines] == cells
     console = Console(width=140)
     with console.capture() as captured:
-        console.print(terminal_table(ROWS, "Held-out scores"))
+        console.print(scores_table(ROWS, "Held-out scores"))
     shown = captured.get()
     assert all(cell in shown for cell in cells) and shown.count("noise") == 1
     # Nothing to be compared with: no such column.

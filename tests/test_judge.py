@@ -70,8 +70,8 @@ from evojax_merge.tasks.human import HumanTask
 from evojax_merge.tasks.language_judge import LanguageModelJudge
 from evojax_merge.tasks.rubric import RubricConfig, open_rubric
 from evojax_merge.tasks.task import Opening, Responses
-from evojax_merge.tasks.text import Example, TextTask
-from evojax_merge.tasks.voting import SWAPPED, Voting
+from evojax_merge.tasks.text import Example
+from evojax_merge.tasks.voting import SWAPPED, VotesConfig, Voting
 
 JUDGE = '''
 def shorter(record, left, right):
@@ -683,8 +683,10 @@ def test_a_search_by_a_rubric(tmp_path: Path, family: Family) -> None:
 
 def ballot(folder: Path, rounds: int = 1, **voting: Any) -> Ballot:
     examples = tuple(Example(f"prompt <i>{n}</i>", (" x",), "x", n + 1) for n in range(3))
-    text = TextTask("taste", "exact_match", "preference", 1.0, "prompts.jsonl", examples)
-    task = HumanTask(text, ({},) * 3, Voting("Which <u>one</u>?", 30, 2, **voting))
+    config = VotesConfig(name="taste", question="Which <u>one</u>?", votes=30, heldout_votes=2, **voting)
+    task = HumanTask(
+        "taste", "exact_match", "preference", 1.0, "prompts.jsonl", examples, records=({},) * 3, voting=Voting(config)
+    )
     return Ballot(task, VoteFile(folder / "votes.jsonl"), rounds, 0)
 
 
@@ -717,7 +719,7 @@ def test_the_weight_of_a_judge_is_that_of_the_config(tmp_path: Path) -> None:
     strengths = []
     for name, weights in (("plain", {}), ("weighted", {"ann": 3.0, "bob": 0.0})):
         (tmp_path / name).mkdir()
-        one = ballot(tmp_path / name, weights=weights)
+        one = ballot(tmp_path / name, judges=weights)
         voted_on(one, ["a", "b"])
         asked_in_turn(one, ["ann"])
         strengths.append(abs(one.standing()["strengths"][0][1]))
@@ -1031,7 +1033,8 @@ def drawing_ballot(folder: Path) -> Ballot:
     """A ballot on pictures, of which those of candidate k have the brightness k / 2."""
     task = HumanImageTask(
         "looks", 1.0, ({"seed": 1},) * 3, ("a <b>cat</b>", "a dog", "a tree"), (1, 2, 3), (("p.jsonl", 1),) * 3,
-        (0, 1, 2), {}, 8, "tasks[0]", None, "images", Voting("Which picture?", 30, 2),
+        (0, 1, 2), {}, 8, "tasks[0]", None, "images",
+        Voting(VotesConfig(name="looks", question="Which picture?", votes=30, heldout_votes=2)),
     )  # fmt: skip
     return Ballot(task, VoteFile(folder / "votes.jsonl"), 1, 0)
 

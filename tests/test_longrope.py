@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from helpers import (
+    examples_in,
     greedy_tokens,
     load_decoder,
     load_torch,
@@ -23,7 +24,7 @@ from reference.torch_models import torch_logits, torch_logprobs
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import DecoderEvaluator
-from evojax_merge.tasks.text import Fields, TextTask, read_examples
+from evojax_merge.tasks.text import TextTask
 
 # Where the factors change.
 SWITCH = 40
@@ -86,9 +87,7 @@ def texts(lengths: list[int]) -> list[dict[str, Any]]:
 
 
 def task(file: Path, kind: Any, metric: str) -> TextTask:
-    fields = Fields("{prompt}", "{target}", "choices", "answer", " ")
-    examples = tuple(read_examples(file, kind, fields))
-    return TextTask(kind, kind, metric, 1.0, str(file), examples, max_new_tokens=4, stop=())
+    return TextTask(kind, kind, metric, 1.0, str(file), tuple(examples_in(file, kind)), max_new_tokens=4, stop=())
 
 
 def test_rows_on_both_sides_share_nothing(folder: Path, tmp_path: Path) -> None:

@@ -21,10 +21,9 @@ from helpers import Family, build_family, run_here
 from hostile import run_command, start_command
 
 from evojax_merge.errors import Failed
-from evojax_merge.report import live_page
+from evojax_merge.report import page as page_module
 from evojax_merge.report.intervals import paired_lead
-from evojax_merge.report.live_page import kept_page
-from evojax_merge.report.page import write_page
+from evojax_merge.report.page import kept_page, write_page
 from evojax_merge.report.run_data import MOST_GENERATIONS, read_run
 from evojax_merge.report.run_tables import headline
 from evojax_merge.report.tables import lead_cell
@@ -733,8 +732,8 @@ def test_a_page_is_kept_while_a_search_runs(tmp_path: Path, monkeypatch: pytest.
     run = make_run(tmp_path / "run", finished=False)
     seen: list[Any] = []
     warnings: list[str] = []
-    monkeypatch.setattr(live_page, "INTERVAL", 0.0)
-    monkeypatch.setattr(live_page, "TIMES", 1e9)
+    monkeypatch.setattr(page_module, "INTERVAL", 0.0)
+    monkeypatch.setattr(page_module, "TIMES", 1e9)
     with kept_page(RunFolder(run), seen.append, warnings.append) as after:
         after("first")  # type: ignore[arg-type]
         assert "running" in Page(run / "report.html").text
@@ -750,8 +749,8 @@ def test_a_page_that_cannot_be_written_is_one_warning(tmp_path: Path, monkeypatc
     run = make_run(tmp_path / "run", finished=False)
     (run / "report.html").mkdir()
     warnings: list[str] = []
-    monkeypatch.setattr(live_page, "INTERVAL", 0.0)
-    monkeypatch.setattr(live_page, "TIMES", 0.0)
+    monkeypatch.setattr(page_module, "INTERVAL", 0.0)
+    monkeypatch.setattr(page_module, "TIMES", 0.0)
     with kept_page(RunFolder(run), lambda generation: None, warnings.append) as after:
         after("first")  # type: ignore[arg-type]
         after("second")  # type: ignore[arg-type]

@@ -176,7 +176,7 @@ ALLOWED = {
     ],
     "a name that a pattern or a check before it allows": [
         "search/run_parts.py: sweep", "tasks/data_versions.py: oxen_file", "tasks/data_versions.py: _listed_md5",
-        "tasks/generated_images.py: read", "tasks/task_folders.py: _read", "tasks/harness.py: _yaml_files",
+        "tasks/generated_images.py: read", "tasks/task_folders.py: _read", "tasks/task_folders.py: _yaml_files",
     ],
     "what the user says, in a config, a recipe or on the command line": [
         "backends/function/opening.py: model_path", "system/user_modules.py: reference_from_anywhere",

@@ -25,7 +25,7 @@ from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.models.architecture import tensors_of
 from evojax_merge.problem import build_problem, read_config
-from evojax_merge.report.pool import PoolReport
+from evojax_merge.report.winner import PoolReport
 from evojax_merge.schema.genealogy import (
     FIRST,
     GENES,

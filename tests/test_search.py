@@ -46,7 +46,7 @@ from evojax_merge.models.decoder import logits
 from evojax_merge.models.sources import lazy_merge
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.report.comparison import Result, Row
-from evojax_merge.report.merges import MergeReport
+from evojax_merge.report.winner import MergeReport
 from evojax_merge.search.loop import INIT_KEY, generation_key
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.search.strategies.cma_es import default_population

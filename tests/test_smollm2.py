@@ -167,7 +167,7 @@ def test_worked_problems_are_written_as_transformers_writes_them(
     problems = sample(or_skip(lambda: read_symbolic("eng")).records[:50], 2)
     prompts = [f"Q: {problem.fields['question']}\nA:" for problem in problems]
     examples = tuple(Example(prompt, ("",), "0", line) for line, prompt in enumerate(prompts))
-    task = TextTask("problems", "exact_match", "accuracy", 1.0, "problems", examples, None, FIFTY_TOKENS, ())
+    task = TextTask("problems", "exact_match", "accuracy", 1.0, "problems", examples, FIFTY_TOKENS)
     config, model = ours
     batched_tasks = batch_tasks([[task]], tokenizer, 2048, 8192, (tokenizer.eos_token_id,))[0]
     found = DecoderEvaluator(config, tokenizer, batched_tasks).stored(model).outputs["problems"][0]

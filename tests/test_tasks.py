@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
-from helpers import word_tokenizer, words, write_lines
+from helpers import examples_in, word_tokenizer, words, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -29,8 +29,9 @@ from evojax_merge.tasks.batches import (
     PAD,
     ScoringBatch,
     bucket_widths,
+    fill_prompt_batches,
     fill_scoring_batches,
-    prompt_batches,
+    prompt_shapes,
     scoring_batches,
     scoring_shapes,
 )
@@ -39,26 +40,18 @@ from evojax_merge.tasks.patterns import check_pattern, find_all
 from evojax_merge.tasks.prompts import encode_pair
 from evojax_merge.tasks.records import read_file
 from evojax_merge.tasks.splits import Splits
-from evojax_merge.tasks.task import Row, TaskRequests, cut_at_stop
+from evojax_merge.tasks.task import Responses, Row, TaskRequests, cut_at_stop
 from evojax_merge.tasks.templates import check_template, fill
 from evojax_merge.tasks.text import (
     Example,
-    Fields,
     TextConfig,
     TextTask,
     extract_answer,
     likelihood_rows,
     prompt_rows,
-    read_examples,
     same_answer,
     score_likelihood,
-    score_outputs,
 )
-
-
-def fields(**changes: str) -> Fields:
-    given = {"prompt": "{prompt}", "target": "{target}", "choices": "choices", "answer": "answer", "delimiter": " "}
-    return Fields(**(given | changes))
 
 
 def task_of(kind: Any, examples: list[Example], **changes: Any) -> TextTask:
@@ -74,7 +67,7 @@ def test_templates_are_filled_from_the_record(tmp_path: Path) -> None:
         tmp_path / "task.jsonl",
         [{"question": "2+2?", "answer": {"text": "4"}, "tags": ["easy"]}, {"question": "質問", "answer": {"text": 5}}],
     )
-    found = read_examples(path, "likelihood", fields(prompt="Q: {question}\nA:", target="{answer[text]}"))
+    found = examples_in(path, "likelihood", prompt="Q: {question}\nA:", target="{answer[text]}")
     assert [(e.prompt, e.targets, e.line) for e in found] == [
         ("Q: 2+2?\nA:", (" 4",), 1),
         ("Q: 質問\nA:", (" 5",), 2),
@@ -84,7 +77,7 @@ def test_templates_are_filled_from_the_record(tmp_path: Path) -> None:
 def test_blank_lines_count_but_hold_nothing(tmp_path: Path) -> None:
     path = tmp_path / "task.jsonl"
     path.write_text('\n{"prompt": "a", "target": "b"}\n   \n{"prompt": "c", "target": "d"}\n')
-    assert [(e.prompt, e.line) for e in read_examples(path, "likelihood", fields())] == [("a", 2), ("c", 4)]
+    assert [(e.prompt, e.line) for e in examples_in(path, "likelihood")] == [("a", 2), ("c", 4)]
 
 
 def test_a_line_ends_with_a_line_feed_alone(tmp_path: Path) -> None:
@@ -93,7 +86,7 @@ def test_a_line_ends_with_a_line_feed_alone(tmp_path: Path) -> None:
     raw = [json.dumps({"prompt": text, "target": "t"}, ensure_ascii=False) for text in texts]
     path = tmp_path / "task.jsonl"
     path.write_bytes(("\ufeff" + "\r\n".join(raw)).encode())
-    found = read_examples(path, "likelihood", fields())
+    found = examples_in(path, "likelihood")
     assert [(e.prompt, e.line) for e in found] == [(text, i) for i, text in enumerate(texts, start=1)]
 
 
@@ -104,7 +97,7 @@ def test_numbers_and_whole_characters_of_records_are_kept(tmp_path: Path) -> Non
         f'{{"prompt": {digits}, "target": 0.5, "other": [NaN, null, true]}}\n'
         '{"prompt": "\\ud83d\\ude00", "target": true}\n'
     )
-    found = read_examples(path, "likelihood", fields())
+    found = examples_in(path, "likelihood")
     assert [(e.prompt, e.targets) for e in found] == [(digits, (" 0.5",)), ("😀", (" True",))]
 
 
@@ -132,7 +125,7 @@ def test_delimiter_joins_where_there_is_no_white_space(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "task.jsonl", records)
 
     def targets(delimiter: str) -> list[str]:
-        return [e.targets[0] for e in read_examples(path, "likelihood", fields(delimiter=delimiter))]
+        return [e.targets[0] for e in examples_in(path, "likelihood", delimiter=delimiter)]
 
     assert targets(" ")[:4] == [" b", "b", " b", "b"]
     assert targets("")[:4] == ["b", "b", " b", "b"]
@@ -191,7 +184,7 @@ def test_long_values_of_csv_are_read(tmp_path: Path) -> None:
 def test_multiple_choice_answers_by_number_or_text(answer: int | str, tmp_path: Path) -> None:
     record = {"prompt": "grass is", "options": ["red", "blue", "green"], "label": answer}
     path = write_lines(tmp_path / "task.jsonl", [record])
-    (example,) = read_examples(path, "multiple_choice", fields(choices="options", answer="label"))
+    (example,) = examples_in(path, "multiple_choice", choices="options", answer="label")
     assert example.targets == (" red", " blue", " green")
     assert example.answer == 2
 
@@ -201,7 +194,7 @@ def test_multiple_choice_answers_by_the_labels_of_its_choices(labels: list[str],
     """As in ARC, OpenBookQA and CommonsenseQA."""
     choices = {"text": ["red", "blue", "green"], "label": labels}
     path = write_lines(tmp_path / "task.jsonl", [{"prompt": "grass is", "choices": choices, "answerKey": labels[2]}])
-    (example,) = read_examples(path, "multiple_choice", fields(answer="answerKey"))
+    (example,) = examples_in(path, "multiple_choice", answer="answerKey")
     assert (example.targets, example.answer) == ((" red", " blue", " green"), 2)
 
 
@@ -241,7 +234,7 @@ def test_records_that_do_not_fit_are_named_by_their_line(kind: Any, line: str, n
     path = tmp_path / "task.jsonl"
     path.write_text(json.dumps({"prompt": "a", "target": "b", "choices": ["b", "c"], "answer": 0}) + "\n" + line + "\n")
     with pytest.raises(InputError, match=named) as raised:
-        read_examples(path, kind, fields())
+        examples_in(path, kind)
     assert raised.value.where == f"{path}:2"
 
 
@@ -473,7 +466,8 @@ def test_padding_of_texts_is_below_15_percent(count: int) -> None:
     """Lengths as texts have them: log-normal, some three times as long as others."""
     lengths = np.random.default_rng(0).lognormal(4.5, 0.4, count).astype(int)
     rows = [Row((1,) * int(length), int(length) // 2, "f", i) for i, length in enumerate(lengths)]
-    for (batches,) in (scoring_batches([rows], 4096), prompt_batches([rows], 4096, 16384, 64)):
+    prompts = fill_prompt_batches(rows, prompt_shapes([rows], 4096, 16384, 64))
+    for batches in (*scoring_batches([rows], 4096), prompts):
         assert batches.padding / batches.computed < 0.15
 
 
@@ -627,7 +621,7 @@ def test_prompt_batches_end_every_prompt_in_the_last_column(
     sizes: list[Size], tokens_per_part: int, tokens_per_batch: int, header: int
 ) -> None:
     rows = [Row(row.tokens, len(row.tokens), row.where, row.example) for row in make_rows(sizes, header=header)]
-    (batches,) = prompt_batches([rows], tokens_per_part, tokens_per_batch, 5)
+    batches = fill_prompt_batches(rows, prompt_shapes([rows], tokens_per_part, tokens_per_batch, 5))
     numbers = np.concatenate([batch.rows for batch in batches.batches])
     assert sorted(numbers[numbers >= 0].tolist()) == list(range(len(rows)))
     for batch in batches.batches:
@@ -872,6 +866,6 @@ def test_outputs_are_scored_per_candidate_and_example() -> None:
     examples = [Example("q", ("4",), "4", 1), Example("q", ("1,000",), "1,000", 2)]
     task = task_of("exact_match", examples)
     texts = [["it is 4", "1000.0"], ["it is 9", "10"], ["", "#### 1,000"]]
-    found = score_outputs(task, texts)["accuracy"]
+    found = task.score(Responses(np.zeros((3, 0)), np.zeros(0), np.zeros((3, 0)), texts))["accuracy"]
     np.testing.assert_array_equal(found, [[1, 1], [0, 0], [0, 1]])
     assert found.dtype == np.float32

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.errors import print_warning
-from evojax_merge.report.tables import terminal_table
+from evojax_merge.report.tables import scores_table
 from evojax_merge.search.checkpoints import to_line
 from evojax_merge.steps.stored_models import (
     Answers,
@@ -42,7 +42,7 @@ def evaluate(
     rows = score_models(models, tasks, say, print_warning, keep)
     # A title of the table would break at its width.
     console.print(f"Scores on {'; '.join(tasks.sizes)}", soft_wrap=True)
-    console.print(terminal_table(rows))
+    console.print(scores_table(rows))
     if table is not None:
         table.write(json.dumps(score_table(models, rows), indent=1, ensure_ascii=False) + "\n")
     if answers_file is not None:

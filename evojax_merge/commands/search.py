@@ -36,9 +36,9 @@ from evojax_merge.problem import (
     stage_config,
     stage_configs,
 )
-from evojax_merge.report.live_page import kept_page
 from evojax_merge.report.loggers import LoggedSearch, check_loggers, logged
 from evojax_merge.report.notices import print_warnings
+from evojax_merge.report.page import kept_page
 from evojax_merge.report.plan import format_advice
 from evojax_merge.report.progress import OnGeneration, generation_record
 from evojax_merge.search.checkpoints import Checkpoints

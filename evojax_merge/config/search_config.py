@@ -29,7 +29,7 @@ from evojax_merge.schema.section import (
     Section,
     Whole,
 )
-from evojax_merge.tasks.kinds import find_kind, kind_names, kinds
+from evojax_merge.tasks.kinds import find_kind, kinds
 from evojax_merge.tasks.task import TaskConfig
 
 # The most steps of a layer path: some forty times as many as the deepest models have layers.
@@ -180,7 +180,7 @@ def _task(value: Any) -> TaskConfig:
     kind = find_kind(value)
     if isinstance(value, dict) and kind is None:
         kind_name, key = value.get("kind"), "kind"
-        names = kind_names()
+        names = [name for kind in kinds() for name in kind.names]
         what = "missing"
         slip = _typo_for_kind(value)
         if slip is not None:

@@ -10,7 +10,7 @@ from merge_kernels import METHODS
 
 from evojax_merge.inspection.models import Model, place_of
 from evojax_merge.inspection.ways import DATA, FILES, OPTIONS
-from evojax_merge.inspection.weights import Comparison, Pair, SignConflicts, TaskVector
+from evojax_merge.inspection.weights import Comparison
 
 # The cosine of matrices below which two related models are far apart.
 FAR_APART = 0.7
@@ -135,7 +135,7 @@ def _about_shapes(models: Sequence[Model], names: Sequence[str]) -> Iterator[Fin
         holders = [name for name, model in zip(names, models, strict=True) if partial[0] in model.tensors]
         yield Finding(
             "tensors", f"{len(partial)} tensors are in some models alone (such as {partial[0]}, in "
-            f"{_listed(holders)}): a merge refuses models of different tensors, but for the head of a tied model.",
+            f"{', '.join(holders)}): a merge refuses models of different tensors, but for the head of a tied model.",
         )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def _about_files(models: Sequence[Model], names: Sequence[str]) -> Iterator[Find
         if model.unsearchable is not None and model.way is None:
             yield Finding("search", f"{name} can be merged by a recipe, but not be searched: {model.unsearchable}.")
     for way in dict.fromkeys(model.way for model in models if model.unsearchable is not None and model.way):
-        these = _listed([name for name, model in zip(names, models, strict=True) if model.way == way])
+        these = ", ".join([name for name, model in zip(names, models, strict=True) if model.way == way])
         backend = "torch, or of pytrees with backend: function" if way.backend == FILES else way.backend
         task = "" if way.backend == FILES else f", kind: {way.task}"
         yield Finding(
@@ -188,7 +188,7 @@ def _about_files(models: Sequence[Model], names: Sequence[str]) -> Iterator[Find
     if len({model.tied for model in models}) > 1:
         tied = [name for model, name in zip(models, names, strict=True) if model.tied]
         yield Finding(
-            "tied", f"The head of {_listed(tied)} is the embedding, that of the others is not: a merge of them has a "
+            "tied", f"The head of {', '.join(tied)} is the embedding, that of the others is not: a merge of them has a "
             "head of its own.",
         )  # fmt: skip
     other = [
@@ -197,17 +197,18 @@ def _about_files(models: Sequence[Model], names: Sequence[str]) -> Iterator[Find
     ]  # fmt: skip
     if other:
         yield Finding(
-            "tokenizer", f"The tokenizers differ (rows with other tokens than in the first: {_listed(other)}): say "
+            "tokenizer", f"The tokenizers differ (rows with other tokens than in the first: {', '.join(other)}): say "
             "tokenizer_source: base, or one of the models, so that rows are aligned by token; the distances in this "
             "report compare rows by their number.",
         )  # fmt: skip
     without = [name for model, name in zip(models, names, strict=True) if not model.tokenizer]
     if without and len(without) < len(models):
-        yield Finding("tokenizer", f"{_listed(without)} has no tokenizer: its rows are taken for those of the others.")
+        lacking = ", ".join(without)
+        yield Finding("tokenizer", f"{lacking} has no tokenizer: its rows are taken for those of the others.")
     templates = [model.chat_template for model in models]
     if len(set(templates)) > 1:
         having = [name for name, template in zip(names, templates, strict=True) if template is not None]
-        what = "differ" if len(having) == len(models) else f"are not everywhere: {_listed(having)} alone"
+        what = "differ" if len(having) == len(models) else f"are not everywhere: {', '.join(having)} alone"
         has = "" if len(having) == len(models) else " has one" if len(having) == 1 else " have one"
         yield Finding(
             "chat_template", f"The chat templates {what}{has}. Candidates and the winner take that of "
@@ -227,9 +228,10 @@ def _about_relations(names: Sequence[str], comparison: Comparison) -> Iterator[F
             )  # fmt: skip
     groups = comparison.families
     compared = {model for pair in comparison.pairs for model in (pair.first, pair.second)}
-    unrelated = [pair for pair in comparison.pairs if not _together(groups, pair)]
+    related = {(first, second) for group in groups for first in group for second in group}
+    unrelated = [pair for pair in comparison.pairs if (pair.first, pair.second) not in related]
     if unrelated:
-        parts = " | ".join(_listed([names[model] for model in group]) for group in groups if compared & {*group})
+        parts = " | ".join(", ".join([names[model] for model in group]) for group in groups if compared & {*group})
         farthest = min(unrelated, key=lambda pair: pair.cosine or 0.0)
         yield Finding(
             "unrelated", f"These models are unrelated: {parts} (cosine of matrices {farthest.cosine:.2f}, distance "
@@ -238,7 +240,7 @@ def _about_relations(names: Sequence[str], comparison: Comparison) -> Iterator[F
         )  # fmt: skip
     distant = [
         pair for pair in comparison.pairs
-        if _together(groups, pair) and pair.cosine is not None and pair.cosine < FAR_APART
+        if pair not in unrelated and pair.cosine is not None and pair.cosine < FAR_APART
     ]  # fmt: skip
     if distant:
         pair = min(distant, key=lambda pair: pair.cosine or 0.0)
@@ -256,17 +258,13 @@ def _about_relations(names: Sequence[str], comparison: Comparison) -> Iterator[F
     yield from _about_base(names, comparison)
 
 
-def _together(groups: Sequence[Sequence[int]], pair: Pair) -> bool:
-    return any(pair.first in group and pair.second in group for group in groups)
-
-
 def _about_base(names: Sequence[str], comparison: Comparison) -> Iterator[Finding]:
     verdict, family = comparison.verdict, comparison.families[0]
     if comparison.reference is None:
         return
-    needing = _listed(_methods_of(len(family) - 1, needs_base=True))
+    needing = ", ".join(_methods_of(len(family) - 1, needs_base=True))
     if verdict.base is None:
-        free = _listed(_methods_of(len(family), needs_base=False))
+        free = ", ".join(_methods_of(len(family), needs_base=False))
         yield Finding(
             "two_models", f"Distances cannot tell which of {names[family[0]]} and {names[family[1]]} is the base of "
             f"the other: name it (--base), or add a model of the family. Methods without a base: {free}.",
@@ -301,9 +299,19 @@ def _about_task_vectors(names: Sequence[str], comparison: Comparison) -> Iterato
     vectors, changes = comparison.vectors, comparison.changes
     if comparison.verdict.base is None or changes is None:
         return
-    for vector, rank in zip(vectors, changes.ranks, strict=True):
-        yield from _about_one(names[vector.parent], vector, rank)
     moved = [vector for vector in vectors if vector.norm > 0]
+    for vector, rank in zip(vectors, changes.ranks, strict=True):
+        name, places = names[vector.parent], vector.by_place
+        if rank is not None and vector in moved:
+            yield Finding(
+                "low_rank", f"{name} is a change of rank {rank} at most in every matrix, as LoRA makes it: density "
+                "trims the product, not the factors, and a winner can be exported as an adapter (export --as adapter).",
+            )  # fmt: skip
+        if vector.unchanged > 0.5 and vector in moved:
+            changed = {component for (_, component), norm in places.items() if norm != 0}
+            still = sorted({component for _, component in places} - changed)
+            where = f"; {', '.join(still)} as in the base, where its parameters change nothing" if still else ""
+            yield Finding("unchanged", f"{name} leaves {vector.unchanged:.0%} of the base's numbers unchanged{where}.")
     if len(moved) < 2:
         return
     largest, least = max(moved, key=lambda v: v.norm), min(moved, key=lambda v: v.norm)
@@ -329,42 +337,17 @@ def _about_task_vectors(names: Sequence[str], comparison: Comparison) -> Iterato
             "orthogonal", "The task vectors are nearly orthogonal: each can be added to the base without taking from "
             "the others (task_arithmetic with weights near 1; linear and slerp shrink each).",
         )  # fmt: skip
-    if changes.conflicts.contested:
-        yield Finding("conflicts", _about_conflicts(changes.conflicts))
-
-
-def _about_conflicts(conflicts: SignConflicts) -> str:
-    text = (
-        f"In {conflicts.share:.0%} of the entries that several parents change, their changes have opposite signs "
-        f"(independent signs: {conflicts.by_chance:.0%}): "
-    )
-    if conflicts.share > PULLING_APART * conflicts.by_chance:
-        return f"{text}the parents pull against each other, and sums cancel; ties, dare_ties and della elect a sign."
-    if conflicts.share > conflicts.by_chance / 2:
-        return (
-            f"{text}as independent changes do; plain sums (task_arithmetic) and methods that elect a sign (ties, "
-            "dare_ties, della) are both worth a search, and a density below 1 leaves fewer conflicts."
-        )
-    return f"{text}the parents agree more often than by chance, and plain sums (task_arithmetic, linear) are fine."
-
-
-def _about_one(name: str, vector: TaskVector, rank: int | None) -> Iterator[Finding]:
-    if vector.norm == 0:
-        return
-    if rank is not None:
+    conflicts = changes.conflicts
+    if conflicts.contested:
+        what = "the parents agree more often than by chance, and plain sums (task_arithmetic, linear) are fine."
+        if conflicts.share > PULLING_APART * conflicts.by_chance:
+            what = "the parents pull against each other, and sums cancel; ties, dare_ties and della elect a sign."
+        elif conflicts.share > conflicts.by_chance / 2:
+            what = (
+                "as independent changes do; plain sums (task_arithmetic) and methods that elect a sign (ties, "
+                "dare_ties, della) are both worth a search, and a density below 1 leaves fewer conflicts."
+            )
         yield Finding(
-            "low_rank", f"{name} is a change of rank {rank} at most in every matrix, as LoRA makes it: density "
-            "trims the product, not the factors, and a winner can be exported as an adapter (export --as adapter).",
+            "conflicts", f"In {conflicts.share:.0%} of the entries that several parents change, their changes have "
+            f"opposite signs (independent signs: {conflicts.by_chance:.0%}): {what}",
         )  # fmt: skip
-    if vector.unchanged > 0.5:
-        components = sorted({component for (_, component) in vector.by_place})
-        still = [
-            component for component in components
-            if all(value == 0 for (_, of), value in vector.by_place.items() if of == component)
-        ]  # fmt: skip
-        where = f"; {_listed(still)} as in the base, where its parameters change nothing" if still else ""
-        yield Finding("unchanged", f"{name} leaves {vector.unchanged:.0%} of the base's numbers unchanged{where}.")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)

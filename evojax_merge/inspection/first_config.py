@@ -7,6 +7,7 @@ of regressions. A merge that has more of them than that is fitted to its example
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -165,8 +166,10 @@ def task_for_records(
     choices = next((name for name in CHOICES if name in fields), None)
     if choices is not None:
         return _multiple_choice(source, record, choices, templates)
-    if {"question", "answer"} <= fields.keys() and _is_problem(record):
-        return _problems(source, records, templates)
+    if {"question", "answer"} <= fields.keys():
+        with suppress(InputError):
+            read_problem(record)
+            return _problems(source, records, templates)
     chat = next((name for name in CHATS if "assistant" in _roles(record, name)[1:]), None)
     if chat is not None:
         return _chat(source, chat, templates) if templates.owner else _plain_chat(source, chat, records)
@@ -232,14 +235,6 @@ def _plain_chat(source: str, field: str, records: Sequence[Record]) -> TaskSecti
             ("target", f"{{{field}[{first}][{text}]}}", f"the model's first turn{rest}"),
         ],
     )  # fmt: skip
-
-
-def _is_problem(record: Record) -> bool:
-    try:
-        read_problem(record)
-    except InputError:
-        return False
-    return True
 
 
 def _problems(source: str, records: Sequence[Record], templates: ModelTemplates) -> TaskSection:
@@ -408,7 +403,8 @@ class FirstConfig:
     def text(self, commands: Sequence[str], rule: str) -> str:
         """The YAML. commands: the next ones, for its head; rule: the comment of the space."""
         head = [f"A search for the best merge of {len(self.parents)} parents; all keys: evojax-merge keys all", ""]
-        lines = [f"# {text}".rstrip() for text in (*head, *(f"    {shown_command(line)}" for line in commands))]
+        head += [f"    {line if line.isprintable() else shown(line)}" for line in commands]
+        lines = [f"# {text}".rstrip() for text in head]
         lines.append("")
         if self.backend is not None:
             lines.append(_line("backend", self.backend, "what the models are"))
@@ -528,8 +524,3 @@ def _value(value: Any) -> str:
     if plain and yaml.safe_load(value) == value:
         return value
     return str(yaml.safe_dump(value, default_style='"', allow_unicode=True, width=float("inf"))).strip()
-
-
-def shown_command(command: str) -> str:
-    """A command as one line of a comment."""
-    return command if command.isprintable() else shown(command)

@@ -173,22 +173,19 @@ def compare_pairs(measured: Sequence[TensorDistances], count: int) -> list[Pair]
                 continue
             distance = sum(tensor.squared_distances[i, j] for tensor in shared)
             mean_norm = sum(tensor.squared_norms[i] + tensor.squared_norms[j] for tensor in shared) / 2
-            cosines = [_cosine(tensor, i, j) for tensor in shared if tensor.is_matrix]
-            defined = [cosine for cosine in cosines if cosine is not None]
+            cosines = []
+            for tensor in shared:
+                a, b = tensor.squared_norms[i], tensor.squared_norms[j]
+                if tensor.is_matrix and a and b:
+                    cosines.append(float((a + b - tensor.squared_distances[i, j]) / (2 * np.sqrt(a * b))))
             pairs.append(
                 Pair(
-                    i, j, len(shared), float(np.median(defined)) if defined else None,
+                    i, j, len(shared), float(np.median(cosines)) if cosines else None,
                     float(np.sqrt(distance / mean_norm)) if mean_norm else 0.0,
                     float(sum(tensor.equal[i, j] for tensor in shared) / sum(tensor.size for tensor in shared)),
                 )
             )  # fmt: skip
     return pairs
-
-
-def _cosine(tensor: TensorDistances, i: int, j: int) -> float | None:
-    """The cosine of two models' tensors; None where one is zero."""
-    a, b = tensor.squared_norms[i], tensor.squared_norms[j]
-    return float((a + b - tensor.squared_distances[i, j]) / (2 * np.sqrt(a * b))) if a and b else None
 
 
 def families(pairs: Sequence[Pair], count: int) -> list[list[int]]:
@@ -218,11 +215,6 @@ class BaseVerdict:
         return bool(self.given) or (self.margin is not None and self.margin > CLEAR)
 
 
-def shared_tensors(measured: Sequence[TensorDistances], members: Sequence[int]) -> list[TensorDistances]:
-    """The tensors that all of these models hold in one shape."""
-    return [tensor for tensor in measured if tensor.size and tensor.held[list(members)].all()]
-
-
 def find_base(squared_distances: np.ndarray) -> BaseVerdict:
     """The base of K models by their squared distances `float64[K, K]`, with the criterion of this module."""
     count = len(squared_distances)
@@ -240,12 +232,6 @@ def find_base(squared_distances: np.ndarray) -> BaseVerdict:
     }
     rival = min(others, key=lambda model: margins[model])
     return BaseVerdict(base, margins[rival], rival)
-
-
-def total_distances(tensors: Sequence[TensorDistances], members: Sequence[int]) -> np.ndarray:
-    """The squared distances of these models over the tensors, `float64[M, M]`."""
-    chosen = np.ix_(members, members)
-    return sum((tensor.squared_distances[chosen] for tensor in tensors), np.zeros((len(members),) * 2))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -322,11 +308,6 @@ class Changes:
 
     conflicts: SignConflicts
     ranks: tuple[int | None, ...]
-
-
-def change_bytes(models: Sequence[Model], tensors: Sequence[TensorDistances], members: Sequence[int]) -> int:
-    """The bytes of the values that `measure_changes` reads."""
-    return sum(_nbytes(models[member].tensors[tensor.name]) for tensor in tensors for member in members)
 
 
 def measure_changes(
@@ -418,14 +399,17 @@ def compare_weights(models: Sequence[Model], base: int | None, bar: Bar, given: 
     groups = families(pairs, len(models))
     groups.sort(key=lambda group: base not in group)
     family = groups[0]
-    tensors = shared_tensors(measured, family)
-    distances = total_distances(tensors, family)
+    # Those that all of the family hold in one shape.
+    tensors = [tensor for tensor in measured if tensor.size and tensor.held[list(family)].all()]
+    chosen = np.ix_(family, family)
+    distances = sum((tensor.squared_distances[chosen] for tensor in tensors), np.zeros((len(family),) * 2))
     verdict = find_base(distances) if base is None else BaseVerdict(family.index(base), given=given)
     if len(family) < 2 or not tensors:
         return Comparison(measured, pairs, groups, tensors, verdict, None, (), np.zeros((0, 0)), None)
     place = 0 if verdict.base is None else verdict.base
     reference, parents = family[place], [model for model in family if model != family[place]]
-    with bar("changes", change_bytes(models, tensors, family)) as on_read:
+    nbytes = sum(_nbytes(models[member].tensors[tensor.name]) for tensor in tensors for member in family)
+    with bar("changes", nbytes) as on_read:
         changes = measure_changes(models, tensors, reference, parents, on_read)
     # Weights that are rounded to 16 bits behind a low-rank change differ from the base in a full rank.
     adapters = [models[parent].adapter for parent in parents]

@@ -132,7 +132,7 @@ class Ballot:
             self.answers |= {genome.tobytes(): written for genome, written in zip(genomes, texts, strict=True)}
             one = self._latest = self._begin(genomes, texts, task)
             earlier = self._rounds()[:-1]
-            left = max(0, self.task.voting.votes - sum(len(each.votes) for each in earlier))
+            left = max(0, self.task.voting.config.votes - sum(len(each.votes) for each in earlier))
             remaining = self._expected - len(earlier)
             # The last generation has two shares: its votes say which of the best candidates wins.
             share = -(-left // (remaining + 1)) if remaining > 1 else left
@@ -142,7 +142,7 @@ class Ballot:
                 self._kernel = self._preferences_of(before, genomes.shape[1]).kernel
                 self._most, self._pairs = min(left, share), None
                 self._update()
-                self._vote_until(self._is_decided)
+                self._vote_until(lambda: len(one.votes) >= self._most or not self._informs(self._differing()))
                 self._file.close(one)
             self._round = None
             return self.posterior(genomes)
@@ -212,27 +212,24 @@ class Ballot:
         name = digest(task.name, *rows, *(text for candidate in texts for text in candidate))
         one = self._file.find(name)
         if one is None:
-            self._check_is_next(genomes)
+            generations = self._generations()
+            begun = self._done if self._latest is None else generations.index(self._latest) + 1
+            if genomes.shape[1] and generations[begun:]:
+                raise InputError(
+                    self._file.path, f"its votes on task {self.task.name} are of other candidates than this search's: "
+                    "it is of another run, or of one with other settings; leave --replay out, or replay its own config",
+                )  # fmt: skip
             one = self._file.open(name, task.name, genomes, [digest(*candidate) for candidate in texts])
         self._round, self._texts, self._examples, self._open = one, texts, task, {}
         return one
 
-    def _check_is_next(self, genomes: np.ndarray) -> None:
-        """Raises InputError where the file's next generation is not that of these genomes: its votes are of another
-        search."""
-        generations = self._generations()
-        begun = self._done if self._latest is None else generations.index(self._latest) + 1
-        later = generations[begun:]
-        if genomes.shape[1] and later:
-            raise InputError(
-                self._file.path, f"its votes on task {self.task.name} are of other candidates than this search's: it "
-                "is of another run, or of one with other settings; leave --replay out, or replay its own config",
-            )  # fmt: skip
-
     def _vote_until(self, decided: Callable[[], bool]) -> None:
         """Wait for votes, or ask the function that votes in place of people."""
         if self.task.voting.judge is None and self._pairs_file is None and not decided():
-            self._log(self._waiting_line())
+            assert self._round is not None
+            what = f"generation {len(self._rounds())}" if self._pairs is None else "the winner against the other models"
+            given = f", {len(self._round.votes)} are there" if self._round.votes else ""
+            self._log(f"{self.task.name}: {what}: waiting for votes, at most {self._most}{given}")
         while not decided():
             if self._error is not None:
                 raise Failed(f"task {self.task.name}: no judge can vote any more ({self._error})")
@@ -261,7 +258,9 @@ class Ballot:
             name = digest(self._round.digest, *map(str, place), str(len(self._round.votes)))
             self._file.ask(self._round, FilePair(name, *place, (digest(question.left), digest(question.right))))
             left, right = self._shown(question.left), self._shown(question.right)
-            pairs.append(Pair(name, self.task.voting.question, question.prompt, left, right, self.task.shows_pictures))
+            pairs.append(
+                Pair(name, self.task.voting.config.question, question.prompt, left, right, self.task.shows_pictures)
+            )
         self._open = {}
         write_pairs(path, pairs)
         raise VotesAwaited(len(pairs), path)
@@ -300,16 +299,6 @@ class Ballot:
         kept = slice(start, start + len(self._round.genomes))
         self._posterior = Posterior(fitted.mean[kept], fitted.covariance[kept, kept], fitted.evidence)
 
-    def _waiting_line(self) -> str:
-        assert self._round is not None
-        what = f"generation {len(self._rounds())}" if self._pairs is None else "the winner against the other models"
-        given = f", {len(self._round.votes)} are there" if self._round.votes else ""
-        return f"{self.task.name}: {what}: waiting for votes, at most {self._most}{given}"
-
-    def _is_decided(self) -> bool:
-        assert self._round is not None
-        return len(self._round.votes) >= self._most or not self._informs(self._differing())
-
     # -----------------------------------------------------------------------------------------------------------
     # The judges' side
 
@@ -325,7 +314,13 @@ class Ballot:
             spent = len(self._round.votes) + len(self._open)
             chosen = None if spent >= self._most else self._next_round(judge) or self._repeated(judge) or self._next()
             if chosen is None:
-                return self._left_behind(judge)
+                # The oldest question whose judge seems to have left becomes the question of this one.
+                for other, question in self._open.items():
+                    if time.monotonic() - self._asked_at[question.number] > PATIENCE:
+                        self._asked_at[question.number] = time.monotonic()
+                        self._open[judge] = self._open.pop(other)
+                        return question
+                return None
             left, right, example = chosen
             self._number += 1
             self._asked_at[self._number] = time.monotonic()
@@ -342,12 +337,12 @@ class Ballot:
             latest = [(vote.left, vote.right) for vote in votes[-1:]]
             same = list(takewhile(lambda vote: (vote.left, vote.right) in latest, votes[::-1]))
             # Two candidates may have met in several bouts.
-            return same[: (len(same) - 1) % self.task.voting.bout + 1][::-1]
+            return same[: (len(same) - 1) % self.task.voting.config.bout + 1][::-1]
 
     def _next_round(self, judge: str) -> tuple[int, int, int] | None:
         """The next question of a bout that has begun; None: there is none."""
         bout = self.bout(judge)
-        if self._pairs is not None or not 0 < len(bout) < self.task.voting.bout:
+        if self._pairs is not None or not 0 < len(bout) < self.task.voting.config.bout:
             return None
         left, right, fought = bout[-1].left, bout[-1].right, {vote.example for vote in bout}
         examples = [n for n in self._differing_prompts(left, right) if n not in fought]
@@ -371,15 +366,6 @@ class Ballot:
             if earlier in self._open and judge not in self._open:
                 self._open[judge] = self._open.pop(earlier)
 
-    def _left_behind(self, judge: str) -> Question | None:
-        """The oldest question whose judge seems to have left, now the question of `judge`; None: there is none."""
-        for other, question in self._open.items():
-            if time.monotonic() - self._asked_at[question.number] > PATIENCE:
-                self._asked_at[question.number] = time.monotonic()
-                self._open[judge] = self._open.pop(other)
-                return question
-        return None
-
     def leave(self, judge: str) -> None:
         """Give a judge's open question back: others may answer it."""
         with self._changed:
@@ -394,7 +380,10 @@ class Ballot:
             del self._open[judge]
             now = datetime.now(UTC).isoformat(timespec="seconds")
             left, right = question.candidates
-            answers, weight = (digest(question.left), digest(question.right)), self.task.voting.weights.get(judge, 1.0)
+            answers, weight = (
+                (digest(question.left), digest(question.right)),
+                self.task.voting.config.judges.get(judge, 1.0),
+            )
             self._file.add(self._round, Vote(question.example, left, right, choice, answers, judge, weight, now))
             if self._pairs is None:
                 self._update()
@@ -417,7 +406,7 @@ class Ballot:
                 leader = self._describe(one.genomes[int(mean.argmax())].astype(np.float32)) or ""
             return {
                 "number": len(rounds), "votes": len(one.votes) if one else 0, "most": self._most if one else 0,
-                "left": max(0, self.task.voting.votes - spent), "heldout": self._pairs is not None,
+                "left": max(0, self.task.voting.config.votes - spent), "heldout": self._pairs is not None,
                 "waiting": one is None, "agreements": [each.describe() for each in self.agreements()],
                 "strengths": sorted(strengths, key=lambda row: -row[1]), "leader": leader,
             }  # fmt: skip
@@ -451,16 +440,24 @@ class Ballot:
         if self._pairs is not None:
             voted = {(max(vote.left, vote.right), vote.example) for vote in self._round.votes}
             voted |= {(max(one.candidates), one.example) for one in self._open.values()}
-            left = ((winner, k, n) for n in range(self._examples.size) for winner, k in self._pairs)
             chosen = next(
-                ((winner, k, n) for winner, k, n in left
+                ((winner, k, n) for n in range(self._examples.size) for winner, k in self._pairs
                  if self._texts[winner][n] != self._texts[k][n] and (k, n) not in voted), None,
             )  # fmt: skip
+            if chosen is None:
+                return None
         else:
-            pair = self._best_pair()
-            chosen = None if pair is None else (*pair, self._least_used(self._differing_prompts(*pair)))
-        if chosen is None:
-            return None
+            allowed = self._differing()
+            for one in self._open.values():
+                left, right = one.candidates
+                allowed[left, right] = allowed[right, left] = False
+            # Of all pairs the one whose vote says most, if any says enough.
+            if not allowed.any() or not self._informs(allowed):
+                return None
+            assert self._posterior is not None
+            generator = self._generator(len(self._round.votes) + len(self._open), 0)
+            pair = self._rule(self._posterior, allowed, generator)
+            chosen = (*pair, self._least_used(self._differing_prompts(*pair)))
         first, second, example = chosen
         is_swapped = self._generator(len(self._round.votes) + len(self._open), 1).random() >= 0.5
         return (second, first, example) if is_swapped else (first, second, example)
@@ -477,17 +474,6 @@ class Ballot:
         least = min(used[n] for n in examples)
         generator = self._generator(len(self._round.votes) + len(self._open), 2)
         return int(generator.choice([n for n in examples if used[n] == least]))
-
-    def _best_pair(self) -> tuple[int, int] | None:
-        """The pair of candidates whose vote says most; None: no vote says enough."""
-        allowed = self._differing()
-        for one in self._open.values():
-            left, right = one.candidates
-            allowed[left, right] = allowed[right, left] = False
-        if not allowed.any() or not self._informs(allowed):
-            return None
-        assert self._posterior is not None and self._round is not None
-        return self._rule(self._posterior, allowed, self._generator(len(self._round.votes) + len(self._open), 0))
 
     def _differing(self) -> np.ndarray:
         """bool[P, P]: the pairs of candidates whose answers differ."""

@@ -51,26 +51,22 @@ class Pair:
 
 def pair_files(path: Path) -> tuple[OutputFile, OutputFile]:
     """The file of pairs and the page on which people vote on them. `path`: that of --export."""
-    pairs = OutputFile(path, "--export", "holds no pairs", _holds_pairs)
+
+    def holds_pairs(content: bytes) -> bool:
+        row = json.loads(content.partition(b"\n")[0])
+        return isinstance(row, dict) and row.keys() >= {"pair", "question", "prompt", "left", "right"}
+
+    pairs = OutputFile(path, "--export", "holds no pairs", holds_pairs)
     page = OutputFile(page_of(path), "the page of --export", "is no page of pairs", lambda text: TITLE.encode() in text)
     return pairs, page
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
-    """Write the files of pairs (see `pair_files`)."""
+    """Write the files of pairs (see `pair_files`). The page is the judges', with everything inside, for a browser that
+    reaches no server."""
     file, page = pair_files(path)
     rows = [vars(pair) for pair in pairs]
     file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    page.write(_page(rows))
-
-
-def _holds_pairs(content: bytes) -> bool:
-    row = json.loads(content.partition(b"\n")[0])
-    return isinstance(row, dict) and row.keys() >= {"pair", "question", "prompt", "left", "right"}
-
-
-def _page(rows: Sequence[dict[str, Any]]) -> str:
-    """The judges' page with everything inside, for a browser that reaches no server."""
     room = files(__package__)
     text = {name: room.joinpath(name).read_text("utf-8") for name in PARTS}
     # Inside of a script element only "<" could end it.
@@ -82,7 +78,7 @@ def _page(rows: Sequence[dict[str, Any]]) -> str:
     head, _, body = text["judge.html"].partition('<link rel="stylesheet" href="judge.css">')
     body, _, end = body.partition('<script src="answers.js"></script>\n<script src="judge.js"></script>')
     head = head.replace("<title>evojax-merge: judge</title>", TITLE)
-    return "".join([head, POLICY, f"<style>{text['judge.css']}</style>", body, *scripts, end])
+    page.write("".join([head, POLICY, f"<style>{text['judge.css']}</style>", body, *scripts, end]))
 
 
 def page_of(pairs: Path) -> Path:

@@ -120,7 +120,7 @@ def judged(
         return kind(one.space, one.evaluator, one.devices, one.goal, ballots=asked)
 
     asking = partial(AskingEvaluator, describe=describe, activity=activity or Activity())
-    most = {name: ballot.task.voting.heldout_votes for name, ballot in ballots.items()}
+    most = {name: ballot.task.voting.config.heldout_votes for name, ballot in ballots.items()}
     chosen = [np.arange(min(most.get(task.name, task.size), task.size)) for task in on.heldout.tasks]
     return Splits(
         shards=[extended(asking, shard) for shard in on.shards],

@@ -147,7 +147,7 @@ def _token(path: Path) -> str:
 
 
 def _weights(tasks: Sequence[JudgedTask]) -> dict[str, Mapping[str, float]]:
-    return {task.name: task.voting.weights for task in tasks}
+    return {task.name: task.voting.config.judges for task in tasks}
 
 
 def _judged_tasks(problem: SearchProblem) -> list[JudgedTask]:
@@ -157,7 +157,7 @@ def _judged_tasks(problem: SearchProblem) -> list[JudgedTask]:
 def _sizes(problem: SearchProblem) -> dict[str, tuple[int, int]]:
     heldout = {task.name: task.size for task in problem.splits.heldout}
     judged = _judged_tasks(problem)
-    return {task.name: (task.size, min(heldout[task.name], task.voting.heldout_votes)) for task in judged}
+    return {task.name: (task.size, min(heldout[task.name], task.voting.config.heldout_votes)) for task in judged}
 
 
 def _check_rounds(path: Path, file: VoteFile, dims: int, history: Sequence[Mapping[str, Any]]) -> None:

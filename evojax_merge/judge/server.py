@@ -140,7 +140,10 @@ def application(ballots: Sequence[Ballot], token: str, activity: Activity) -> An
         return Response(content, 200, HEADERS, media_type=TYPES[name])
 
     async def picture(request: Request) -> Response:
-        content = await run_in_threadpool(_picture, ballots, request.path_params["name"]) if allowed(request) else None
+        content, name = None, request.path_params["name"]
+        if allowed(request):
+            pictures = (ballot.picture(name) for ballot in ballots)
+            content = await run_in_threadpool(next, filter(None, pictures), None)
         if content is None:
             return Response("not found", 404, HEADERS)
         return Response(content, 200, HEADERS, media_type="image/png")
@@ -202,7 +205,7 @@ def _state(ballots: Sequence[Ballot], judge: str, earlier: str = "") -> dict[str
     number, question = next((each for each in questions if each[1] is not None), (None, None))
     if number is None:
         number = next((n for n, standing in enumerate(standings) if not standing["waiting"]), 0)
-    ballot, voting = ballots[number], ballots[number].task.voting
+    ballot, voting = ballots[number], ballots[number].task.voting.config
     votes = [vote.choice for vote in ballot.bout(judge)] if voting.bout > 1 else []
     return {
         "title": voting.question,
@@ -212,14 +215,10 @@ def _state(ballots: Sequence[Ballot], judge: str, earlier: str = "") -> dict[str
     }
 
 
-def _picture(ballots: Sequence[Ballot], name: str) -> bytes | None:
-    return next(filter(None, (ballot.picture(name) for ballot in ballots)), None)
-
-
 def _question(ballot: Ballot, number: int, question: Question) -> dict[str, Any]:
-    pictures = ballot.task.shows_pictures
+    pictures, voting = ballot.task.shows_pictures, ballot.task.voting.config
     left, right = (f"picture/{answer}" if pictures else answer for answer in (question.left, question.right))
     return {
-        "task": number, "number": question.number, "question": ballot.task.voting.question, "prompt": question.prompt,
+        "task": number, "number": question.number, "question": voting.question, "prompt": question.prompt,
         "left": left, "right": right, "pictures": pictures,
     }  # fmt: skip

@@ -102,7 +102,11 @@ class VoteFile:
         lines, rest = lines_of(path, "a votes file", MAX_BYTES) if path.exists() else ([], b"")
         self._lacks_end, lines = bool(rest), [*lines, *([rest] if rest else [])]
         # A process that was killed while it wrote leaves a part of a line: that vote was never confirmed.
-        self._broken = lines.pop() if lines and lines[-1].strip() and not _is_json(lines[-1]) else b""
+        self._broken = b""
+        try:
+            json.loads(lines[-1] if lines and lines[-1].strip() else "0")
+        except (ValueError, RecursionError):
+            self._broken = lines.pop()
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 self._read(f"{path}:{number}", line)
@@ -157,7 +161,18 @@ class VoteFile:
         try:
             row = json.loads(line)
             if "vote" in row:
-                self._add_read(where, row)
+                one, fields = self._named(where, row["round"]), row["vote"]
+                if fields["choice"] not in CHOICES:
+                    raise InputError(where, f"choice: {shown(fields['choice'])}; expected one of {', '.join(CHOICES)}")
+                vote, count = Vote(**fields), len(one.votes)
+                self._check(where, one, vote)
+                # Only votes of files without numbers can be anywhere.
+                if vote in (one.votes if vote.number is None else one.votes[vote.number :][:1]):
+                    raise InputError(where, "is the same vote once more; remove the line")
+                if vote.number not in (None, count):
+                    what = f"is vote {vote.number} of its round after {count} others; lines are missing or doubled"
+                    raise InputError(where, f"{what}; expected the file as the search wrote it")
+                one.votes.append(vote)
             elif "pair" in row:
                 one, pair = self._named(where, row["round"]), FilePair(**row["pair"])
                 self._check(where, one, pair)
@@ -172,21 +187,6 @@ class VoteFile:
                 first = error.errors()[0]
                 what = f"{'.'.join(map(str, first['loc']))}: {shown(first['input'])} ({first['msg']})"
             raise InputError(where, f"{what}; expected the file as the search wrote it, or a copy of that") from None
-
-    def _add_read(self, where: str, row: dict[str, Any]) -> None:
-        one, fields = self._named(where, row["round"]), row["vote"]
-        if fields["choice"] not in CHOICES:
-            raise InputError(where, f"choice: {shown(fields['choice'])}; expected one of {', '.join(CHOICES)}")
-        vote = Vote(**fields)
-        self._check(where, one, vote)
-        count = len(one.votes)
-        # Only votes of files without numbers can be anywhere.
-        if vote in (one.votes if vote.number is None else one.votes[vote.number :][:1]):
-            raise InputError(where, "is the same vote once more; remove the line")
-        if vote.number not in (None, count):
-            what = f"is vote {vote.number} of its round after {count} others; lines are missing or doubled"
-            raise InputError(where, f"{what}; expected the file as the search wrote it")
-        one.votes.append(vote)
 
     def _check(self, where: str, one: Round, asked: Vote | FilePair) -> None:
         """Raises InputError for a question that the round does not have."""
@@ -223,11 +223,3 @@ class VoteFile:
         if self._sizes is not None and task not in self._sizes:
             raise InputError(where, f"has votes on task {shown(task)}, which the search does not have")
         return Round(name, task, genomes, answers=tuple(answers))
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True

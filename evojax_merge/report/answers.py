@@ -41,7 +41,8 @@ class Pair:
 
     @property
     def outcome(self) -> Outcome:
-        return _outcome(self.scores)
+        ours, theirs = map(_value, self.scores)
+        return "equal" if ours == theirs else "won" if ours > theirs else "lost"
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,6 @@ def _task_pairs(
 def _value(score: float | None) -> float:
     """A score that is not finite is below every other."""
     return -np.inf if score is None else score
-
-
-def _outcome(scores: tuple[float | None, float | None]) -> Outcome:
-    ours, theirs = map(_value, scores)
-    return "equal" if ours == theirs else "won" if ours > theirs else "lost"
 
 
 def _pair(ours: AnswerLine, theirs: AnswerLine) -> Pair:

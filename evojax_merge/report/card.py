@@ -18,7 +18,7 @@ from evojax_merge.report.comparison import Result, model_name
 from evojax_merge.report.front_matter import changed_front_matter, front_matter
 from evojax_merge.report.tables import markdown_table
 from evojax_merge.schema.yaml_reader import parse_documents, take_last
-from evojax_merge.tasks.task import GUARD_WEIGHT, Task
+from evojax_merge.tasks.task import GUARD_WEIGHT
 from evojax_merge.zoo import PREFIX
 
 # A change of a card's front matter: no results.
@@ -117,21 +117,6 @@ def merge_card(
     )
 
 
-def _sizes(task: Task, validation: Task | None, heldout: Task) -> str:
-    """In words, the number of a task's examples in each split."""
-    searched = f"{task.size} search" if validation is None else f"{task.size} search, {validation.size} validation"
-    return f"{searched} and {heldout.size} held-out examples"
-
-
-def _front_section(result: Result) -> str:
-    if not result.members:
-        return ""
-    return (
-        "\n### The front\n\nThe winner has the best weighted mean. Of what the search ended with, nothing is better "
-        f"than these in every task:\n\n{markdown_table(result.front())}\n"
-    )
-
-
 def search_card(name: str, problem: SearchProblem[Backend], result: Result, recipe: str, generations: int) -> str:
     """The card of a search's winner. generations: the number of searched generations."""
     splits = problem.splits
@@ -139,9 +124,16 @@ def search_card(name: str, problem: SearchProblem[Backend], result: Result, reci
     tasks = "\n".join(
         f"- `{task.name}`: metric {task.metric}, weight {task.weight if task.weight > GUARD_WEIGHT else 0:g}, "
         + ("guarded, " if task.name in problem.guards else "")
-        + _sizes(task, validation[i] if validation and task.weight else None, heldout[i])
+        + f"{task.size} search{f', {validation[i].size} validation' if validation and task.weight else ''}"
+        + f" and {heldout[i].size} held-out examples"
         for i, task in enumerate(problem.splits.search)
     )
+    front = ""
+    if result.members:
+        better = "Of what the search ended with, nothing is better than these in every task"
+        front = (
+            f"\n### The front\n\nThe winner has the best weighted mean. {better}:\n\n{markdown_table(result.front())}\n"
+        )
     backend, measured = problem.backend, result.measured()
     more = "" if measured is None else f" {measured}"
     models = {backend.references[path]: path for path in backend.merged_from(result.genome)}
@@ -151,9 +143,7 @@ def search_card(name: str, problem: SearchProblem[Backend], result: Result, reci
         + f"\n## How it was found\n\n{problem.strategy.name} over {backend.describe()}, "
         f"{generations} generations, seed {problem.seed}. Fitness is the weighted mean of\n\n{tasks}\n\n"
         f"{result.chosen_on()}{more}\n\n## Held-out scores\n\nOn examples that the search never saw:\n\n"
-        f"{markdown_table(result.rows)}\n"
-        + _front_section(result)
-        + "".join(f"\n**{sentence}**\n" for sentence in result.verdicts())
+        f"{markdown_table(result.rows)}\n" + front + "".join(f"\n**{sentence}**\n" for sentence in result.verdicts())
     )
 
 

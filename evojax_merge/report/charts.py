@@ -78,12 +78,6 @@ def _scale(values: Sequence[float | None]) -> Any:
     return alt.Scale(zero=False, nice=True)
 
 
-def _tooltip(*fields: tuple[str, str]) -> list[Any]:
-    return [
-        alt.Tooltip(f"{name}:Q", title=title, format="d" if name == "generation" else ".4f") for name, title in fields
-    ]
-
-
 def fitness_chart(run: RunData) -> Spec:
     """Fitness over generations: the best so far, each generation's best, median and spread, validation, and rules for
     what needs no search. A series without a value has no place in the legend."""
@@ -101,8 +95,11 @@ def fitness_chart(run: RunData) -> Spec:
     }
     measured = {name for name, values in columns.items() if any(value is not None for value in values)}
     rules = shown_rules(run)
+    low, high, margin = _range(rows)
+    shown = [value for _, value, _ in rules]
+    domain = [min([low, *shown]) - margin, max([high, *shown]) + margin]
     y: dict[str, Any] = {
-        "scale": alt.Scale(domain=_domain(rows, rules), nice=True, zero=False),
+        "scale": alt.Scale(domain=domain, nice=True, zero=False),
         "title": _titled("fitness", run.result) + ", search split",
     }  # fmt: skip
     base = alt.Chart(_data(**columns)).encode(x=_generations(columns["generation"]))
@@ -150,7 +147,10 @@ def fitness_chart(run: RunData) -> Spec:
             some = lines.transform_filter(f"datum.split {test} 'search split'")
             names = some.mark_text(align="right", dx=-4, color=SOFT, limit=260, **place)
             layers.append(names.encode(y=alt.Y("value:Q", **y), x=alt.value("width"), text="name:N"))
-    tips = _tooltip(("generation", "generation"), *(item for item in TOOLTIPS.items() if item[0] in measured))
+    tips = [alt.Tooltip("generation:Q", title="generation", format="d")]
+    tips += [
+        alt.Tooltip(f"{name}:Q", title=title, format=".4f") for name, title in TOOLTIPS.items() if name in measured
+    ]
     points = base.mark_point(size=260, opacity=0, clip=True)
     layers += [points.encode(y=alt.Y(f"{name}:Q", **y), tooltip=tips) for name in ("best", "part") if name in measured]
     return _spec(alt.layer(*layers), 340)
@@ -169,7 +169,7 @@ def shown_rules(run: RunData) -> list[tuple[str, float, str]]:
     rivals = () if run.result.is_judged else run.result.rivals
     for rival in rivals:
         label = f"best parent {rival.name}" if rival.role == "parent" else label_of(rival.role, rival.name)
-        names.setdefault((rival.fitness, "held out"), []).append(label)
+        names.setdefault((rival.heldout_fitness, "held out"), []).append(label)
     rules = [(f"{' and '.join(same)}, {split}", value, split) for (value, split), same in names.items() if same]
     low, high, margin = _range(run.fitness_rows)
     return [rule for rule in rules if low - 10 * margin <= rule[1] <= high + 10 * margin]
@@ -184,13 +184,6 @@ def _range(rows: Sequence[Generation]) -> tuple[float, float, float]:
         return 0.0, 1.0, 0.0
     high, bottom = max(curves), min(float(np.quantile(low, 0.1)), float(np.quantile(curves, 0.02)))
     return bottom, high, 0.06 * (high - bottom) or 0.5
-
-
-def _domain(rows: Sequence[Generation], rules: Sequence[tuple[str, float, str]]) -> list[float]:
-    """The shown range of fitness: that of the curves and the rules."""
-    low, high, margin = _range(rows)
-    values = [value for _, value, _ in rules]
-    return [min([low, *values]) - margin, max([high, *values]) + margin]
 
 
 def curve_chart(numbers: Sequence[int], series: Mapping[str, Sequence[float | None]], title: str) -> Spec:
@@ -246,13 +239,6 @@ def metric_charts(run: RunData) -> list[Spec]:
     if any(g.row.failed for g in run.generations):
         series["failed candidates"] = [g.row.failed for g in run.generations]
     return [curve_chart(numbers, {name: values}, name.replace("_", " ")) for name, values in series.items()]
-
-
-def seconds_chart(run: RunData) -> Spec:
-    return curve_chart(
-        [line.generation for line in run.timing], {"seconds": [line.seconds for line in run.timing]},
-        "seconds per generation",
-    )  # fmt: skip
 
 
 def heat_map(map_: Map, number: int) -> Spec:

@@ -53,14 +53,6 @@ def titled(score: str, units: Mapping[str, str]) -> str:
     return f"{score} ({units[score]})" if score in units else score
 
 
-def rivals_of(rows: Sequence[Row]) -> list[Row]:
-    """The models that a search has to beat on held-out data: the base, the best parent, the uniform merge and the
-    greedy soup, where these exist."""
-    parents = [row for row in rows if row.role == "parent"]
-    best = max(parents, key=lambda row: row.fitness if np.isfinite(row.fitness) else -np.inf, default=None)
-    return [row for row in rows if row is best or row.role in ("base", "uniform", "greedy")]
-
-
 @dataclass(frozen=True)
 class FrontMember:
     """A member of the front, by its `number` from 1 on; genome: float32[D]. fitness, and `scores`, `task/metric` ->
@@ -139,18 +131,17 @@ class Result:
 
     @property
     def rivals(self) -> list[Row]:
-        """See rivals_of."""
-        return rivals_of(self.rows)
-
-    @property
-    def baseline_label(self) -> str:
-        """The baseline in words."""
-        return f"{self.baseline[0]} {self.baseline_name}".rstrip()
+        """The models that a search has to beat on held-out data: the base, the best parent, the uniform merge and the
+        greedy soup, where these exist."""
+        parents = [row for row in self.rows if row.role == "parent"]
+        best = max(parents, key=lambda row: row.fitness if np.isfinite(row.fitness) else -np.inf, default=None)
+        return [row for row in self.rows if row is best or row.role in ("base", "uniform", "greedy")]
 
     def chosen_on(self) -> str:
         """A sentence: the split that the winner was chosen on, its score there, and the dtype where that is not the
         generations'; then one more where no candidate was better than the baseline."""
-        label, searched, search_fitness = self.baseline_label, self.baseline[1], self.search_fitness
+        (kind, searched), search_fitness = self.baseline, self.search_fitness
+        label = f"{kind} {self.baseline_name}".rstrip()
         unit = _bracketed(self.winner.units.get("fitness", "")) if self.rows else ""
         winner, baseline = (search_fitness, searched) if self.validation is None else self.validation
         unbeaten = f" {nothing_beat(label)}" if winner <= baseline else ""
@@ -175,27 +166,28 @@ class Result:
     def front(self) -> list[Row]:
         """The members as rows of a table, with their scores on each task, on the examples that the winner was chosen on
         and on the held-out ones."""
-        split, units = self.split, self.winner.units
-
-        def row(member: FrontMember) -> Row:
+        split, units, rows = self.split, self.winner.units, []
+        for member in self.members:
             is_winner = np.array_equal(member.genome, self.genome)
             label = f"member {member.number}" + (" (the winner)" if is_winner else "")
             columns = {f"{titled(name, units)}, {split}": value for name, value in member.scores.items()}
             columns |= {f"{titled(name, units)}, held out": value for name, value in member.heldout_scores.items()}
-            return Row("model", label, member.fitness, columns, units=units)
-
-        return [row(member) for member in self.members]
+            rows.append(Row("model", label, member.fitness, columns, units=units))
+        return rows
 
     def verdicts(self) -> list[str]:
-        """A sentence where the winner is a parent, the headline, and a sentence for each guard. Then one for each
-        rival: by how much the winner is better on held-out data, and whether that is more than noise; where the winner
-        is not better, or by less than the printed digits, both figures. No sentence for a rival that the winner beats
-        by an unknown margin. Then a sentence for each task on which the winner is worse than the base or a parent
-        beyond noise, and for each that does not tell the models of the table apart."""
+        """Sentences about the winner: that it is a parent, if it is, the headline, that no candidate keeps all guards,
+        and one for each guard. Then one for each rival: by how much the winner is better on held-out data, and whether
+        that is more than noise; where the winner is not better, or by less than the printed digits, both figures. No
+        sentence for a rival that the winner beats by an unknown margin. Then a sentence for each task on which the
+        winner is worse than the base or a parent beyond noise, and for each that does not tell the models of the table
+        apart."""
         parent = f"The winner is {self.parent}, unchanged: nothing that was searched beat it on the {self.split} split."
+        hopeless = "None of the candidates that the winner was chosen from keeps every guard: it breaks them least."
+        guards = [*([] if all(guard.kept for guard in self.guards) else [hopeless]), *map(self._guard, self.guards)]
         by_rival = [sentence for row in self.rivals for sentence in _sentences(self.winner, row)]
         first = [*([parent] if self.parent else []), *self.headline()]
-        return [*first, *self.guard_sentences(), *by_rival, *self._inherited(), *self._ties()]
+        return [*first, *guards, *by_rival, *self._inherited(), *self._ties()]
 
     def headline(self) -> list[str]:
         """A sentence on several tasks, each beside the parent that is best at it; none where there is one task."""
@@ -227,12 +219,6 @@ class Result:
         broken = [self._guard(guard) for guard in self.guards if not guard.kept]
         return [*broken, *worse, *self._inherited()]
 
-    def guard_sentences(self) -> list[str]:
-        """A sentence for each guard, and one before them where no candidate keeps all of them."""
-        hopeless = "None of the candidates that the winner was chosen from keeps every guard: it breaks them least."
-        kept = all(guard.kept for guard in self.guards)
-        return [*([] if kept else [hopeless]), *map(self._guard, self.guards)]
-
     def _guard(self, guard: GuardResult) -> str:
         return guard.describe(self.winner.units.get(guard.score, "") if self.rows else "")
 
@@ -249,13 +235,12 @@ class Result:
     def losses(self) -> list[tuple[str, list[Row]]]:
         """For each score `task/metric` that is not the fitness itself, and in which the winner is worse beyond noise:
         the base and the parent that is best at it, as far as they are better."""
-        bases = [row for row in self.rows if row.role == "base"]
-        by_score = [
-            (score, [row for row in (*bases, self._best_parent(score)) if row is not None and _loses(row, score)])
-            for score, share in self.shares.items()
-            if share != 1
-        ]
-        return [(score, rows) for score, rows in by_score if rows]
+        bases, losses = [row for row in self.rows if row.role == "base"], []
+        for score in (score for score, share in self.shares.items() if share != 1):
+            others = [row for row in (*bases, self._best_parent(score)) if row is not None and score in row.task_leads]
+            better = [row for row in others if row.task_leads[score].high < 0]
+            losses += [(score, better)] if better else []
+        return losses
 
     def _inherited(self) -> list[str]:
         """A sentence for each of the losses: what the merge inherited that nobody asked for."""
@@ -293,11 +278,6 @@ def chosen_on(split: str) -> str:
 def nothing_beat(label: str) -> str:
     """The sentence about a baseline, by its label, that is as good as the winner."""
     return f"Nothing that was searched beat the {label}."
-
-
-def _loses(row: Row, score: str) -> bool:
-    """Return whether the winner is worse than a model in a task, beyond noise."""
-    return score in row.task_leads and row.task_leads[score].high < 0
 
 
 def verdict(winner: Row, row: Row) -> str | None:
@@ -402,42 +382,31 @@ def _part_name(path: Path) -> str:
 def write_result(result: Result, generations: int, file: Path) -> None:
     """Write `result.json`: the table and the winner. Nothing in it depends on the clock, except where the clock ended
     the search."""
-
-    def plain(row: Row) -> dict[str, Any]:
-        return {
-            "role": row.role,
-            "name": row.name,
-            "heldout_fitness": row.fitness,
-            "heldout_scores": row.scores,
-            # The 95% interval of the winner's lead over the model; null: too few examples to say.
-            **({} if row.lead is None else {"interval": row.lead.interval}),
-        }
-
-    def of_front(member: FrontMember) -> dict[str, Any]:
-        return {
-            "member": member.number,
-            "fitness": member.fitness,
-            "scores": member.scores,
-            "heldout_fitness": member.heldout_fitness,
-            "heldout_scores": member.heldout_scores,
+    winner, compared = result.winner, ("winner", result.baseline[0])
+    members = [
+        {
+            "member": member.number, "fitness": member.fitness, "scores": member.scores,
+            "heldout_fitness": member.heldout_fitness, "heldout_scores": member.heldout_scores,
             "genome": [float(gene) for gene in member.genome],
         }
-
-    winner, compared = result.winner, ("winner", result.baseline[0])
-    validated = (
-        {} if result.validation is None else {"validation_fitness": dict(zip(compared, result.validation, strict=True))}
-    )
+        for member in result.members
+    ]  # fmt: skip
     document = {
         "generations": generations,
-        "table": [plain(row) for row in result.rows],
+        "table": [
+            {
+                "role": row.role, "name": row.name, "heldout_fitness": row.fitness, "heldout_scores": row.scores,
+                # The 95% interval of the winner's lead over the model; null: too few examples to say.
+                **({} if row.lead is None else {"interval": row.lead.interval}),
+            }
+            for row in result.rows
+        ],
         # For each rival's role: whether the winner is better on held-out data, both figures, and the 95% interval of
         # the difference.
         "better_than": {
             row.role: {
-                "name": row.name,
-                "better": winner.fitness > row.fitness,
-                "winner_heldout_fitness": winner.fitness,
-                "heldout_fitness": row.fitness,
+                "name": row.name, "better": winner.fitness > row.fitness,
+                "winner_heldout_fitness": winner.fitness, "heldout_fitness": row.fitness,
                 "interval": None if row.lead is None else row.lead.interval,
                 "within_noise": None if row.lead is None else row.lead.within_noise,
             }
@@ -447,11 +416,8 @@ def write_result(result: Result, generations: int, file: Path) -> None:
         # better.
         "worse_on": [
             {
-                "score": score,
-                "role": row.role,
-                "name": row.name,
-                "winner_heldout_score": winner.scores[score],
-                "heldout_score": row.scores[score],
+                "score": score, "role": row.role, "name": row.name,
+                "winner_heldout_score": winner.scores[score], "heldout_score": row.scores[score],
                 "interval": [row.task_leads[score].low, row.task_leads[score].high],
             }
             for score, rows in result.losses()
@@ -466,7 +432,8 @@ def write_result(result: Result, generations: int, file: Path) -> None:
         "warnings": result.warnings(),
         "chosen_on": result.split,
         "search_fitness": dict(zip(compared, (result.search_fitness, result.baseline[1]), strict=True)),
-        **validated,
+        **({} if result.validation is None
+           else {"validation_fitness": dict(zip(compared, result.validation, strict=True))}),
         # A mean counts as its distance from `zero`, in units of `unit`.
         **({} if not result.scales else {"scales": {name: asdict(scale) for name, scale in result.scales.items()}}),
         **({"best_founder": result.baseline_name} if result.baseline[0] == "best founder" else {}),
@@ -475,8 +442,8 @@ def write_result(result: Result, generations: int, file: Path) -> None:
         "compute_dtype": result.compute_dtype,
         **({} if result.stopped_by is None else {"stopped_by": result.stopped_by}),
         # Candidates that no other beats in all tasks; scores and fitness are on the examples of `chosen_on`.
-        **({"members": list(map(of_front, result.members))} if result.members else {}),
+        **({"members": members} if members else {}),
         **result.report.document(),
         "genome": [float(gene) for gene in result.genome],
-    }
+    }  # fmt: skip
     atomic_write(file, json.dumps(document, indent=1, ensure_ascii=False) + "\n")

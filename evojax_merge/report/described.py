@@ -55,7 +55,7 @@ def _table(caption: str, table: Table) -> str:
     head = "".join(f"<th{words.get(column, '')}>{_html(column)}</th>" for column in columns)
     body = "".join(
         "<tr>"
-        + "".join(f"<td{words.get(column, '')}>{_html(_cell(row.get(column)))}</td>" for column in columns)
+        + "".join(f"<td{words.get(column, '')}>{_html(_in_table(row.get(column), 3))}</td>" for column in columns)
         + "</tr>"
         for row in table[:MOST_ROWS]
     )
@@ -64,21 +64,17 @@ def _table(caption: str, table: Table) -> str:
     return f"<table><caption{LEFT}>{_html(caption)}</caption><tr>{head}</tr>{body}{rest}</table>"
 
 
-def _cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else _in_table(value)
-
-
 def _in_line(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return f"[{', '.join(map(shown, value))}]" if isinstance(value, list) else shown(value)
 
 
-def _in_table(value: Any) -> str:
+def _in_table(value: Any, digits: int = 6) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.{digits}g}"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -90,7 +90,11 @@ def family_tree(result: Result) -> str:
             )
         kind = "winner" if name == winner else "child" if name in bred else "founder"
         shown = name if len(name) <= 17 else f"{name[:16]}…"
-        words = f"{name}: a founder" if name not in bred else f"{name}: {recipe_words(bred[name])}"
+        words = f"{name}: a founder"
+        if name in bred:
+            member = bred[name]
+            settings = ", ".join(f"{key} {parameter_text(value)}" for key, value in member.parameters.items())
+            words = f"{name}: {member.method}" + (f" of {settings}" if settings else "")
         left = x - BOX_WIDTH / 2
         boxes.append(
             f'<g class="{kind}"><title>{_html(words)}</title>'
@@ -101,12 +105,6 @@ def family_tree(result: Result) -> str:
         )
     height = 2 * GAP + pitch_down * max(levels) + BOX_HEIGHT
     return _svg(width, height, "The family tree of the winner", [*edges, *boxes])
-
-
-def recipe_words(member: Bred) -> str:
-    """The method of a member, its parameters, and the layer from which its parents change places."""
-    settings = ", ".join(f"{name} {parameter_text(value)}" for name, value in member.parameters.items())
-    return member.method + (f" of {settings}" if settings else "")
 
 
 def parameter_text(value: float | list[float]) -> str:

@@ -4,7 +4,7 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ from rich.table import Table
 
 from evojax_merge.inspection.findings import Finding, differing_shapes, partly_held
 from evojax_merge.inspection.models import Model
-from evojax_merge.inspection.ways import FILES, Way
+from evojax_merge.inspection.ways import FILES
 from evojax_merge.inspection.weights import Comparison, TaskVector
-from evojax_merge.report.progress import cell
+from evojax_merge.report.progress import terminal_table
 
 # By the endings of pictures, what this program's hold and no others: a chunk of text behind a PNG's header, and a
 # comment.
@@ -31,39 +31,47 @@ ORDER = ("attention", "mlp", "norm", "router", "embed", "final_norm", "head")
 
 def tables(models: Sequence[Model], names: Sequence[str], comparison: Comparison) -> Iterator[Table]:
     """The tables of an inspection: the models' headers, their distances, and their task vectors."""
-    yield _models_table(models, names)
-    if comparison.pairs:
-        yield _pairs_table(names, comparison)
-    if comparison.reference is not None:
-        yield _vectors_table(names, comparison)
-        yield from _places_tables(names, comparison)
-
-
-def _models_table(models: Sequence[Model], names: Sequence[str]) -> Table:
-    table = Table(title="Models", title_justify="left")
-    table.add_column("")
-    for name in names:
-        table.add_column(cell(name), overflow="fold")
+    templates = list(dict.fromkeys(model.chat_template for model in models if model.chat_template is not None))
     rows = {
         "architecture": [model.architecture or "unknown (no config.json)" for model in models],
         "parameters": [f"{model.parameters:,}" for model in models],
         "layers": [str(model.layers) for model in models],
-        "stored dtype": list(map(_dtypes, models)),
+        "stored dtype": [
+            " + ".join(model.dtypes) + ("" if model.stored_as is None else f" (from {model.stored_as})")
+            for model in models
+        ],
         "adapter": list(map(_adapter, models)),
         "vocabulary": ["unknown" if model.vocabulary is None else f"{model.vocabulary:,}" for model in models],
         "tokenizer": [_tokenizer(model, models) for model in models],
-        "chat template": [_chat_template(model, models) for model in models],
+        "chat template": [
+            "none" if model.chat_template is None else chr(ord("A") + templates.index(model.chat_template) % 26)
+            for model in models
+        ],
         "language head": ["the embedding" if model.tied else "its own" for model in models],
-        "searched by": ["nothing" if model.way is None else _backend(model.way) for model in models],
+        "searched by": [
+            "nothing"
+            if model.way is None
+            else f"backend: {'torch or function' if model.way.backend == FILES else model.way.backend}"
+            for model in models
+        ],
     }
-    for label, values in rows.items():
-        if label != "adapter" or any(values):
-            table.add_row(label, *map(cell, values))
-    return table
-
-
-def _backend(way: Way) -> str:
-    return "backend: torch or function" if way.backend == FILES else f"backend: {way.backend}"
+    shown = [(label, *values) for label, values in rows.items() if label != "adapter" or any(values)]
+    yield terminal_table(["", *names], shown, "Models", folded=range(1, len(names) + 1))
+    pairs = comparison.pairs
+    if pairs:
+        headings = ["models", "cosine of matrices", "relative distance", "equal numbers", "tensors in common"]
+        columns = [
+            [f"{names[pair.first]} – {names[pair.second]}" for pair in pairs],
+            distinct([pair.cosine for pair in pairs], ".4f"),
+            distinct([pair.relative_distance for pair in pairs], ".4g"),
+            distinct([pair.equal_share for pair in pairs], ".1%"), [f"{pair.tensors:,}" for pair in pairs],
+        ]  # fmt: skip
+        yield terminal_table(
+            headings, zip(*columns, strict=True), "Distances of the weights", numbers=range(1, len(headings))
+        )
+    if comparison.reference is not None:
+        yield _vectors_table(names, comparison)
+        yield from _places_tables(names, comparison)
 
 
 def _adapter(model: Model) -> str:
@@ -87,11 +95,6 @@ def distinct(values: Sequence[float | None], form: str) -> list[str]:
     return ["none" if value is None else texts[value] for value in finite]
 
 
-def _dtypes(model: Model) -> str:
-    more = "" if model.stored_as is None else f" (from {model.stored_as})"
-    return " + ".join(model.dtypes) + more
-
-
 def _tokenizer(model: Model, models: Sequence[Model]) -> str:
     if not model.tokenizer:
         return "none"
@@ -102,51 +105,24 @@ def _tokenizer(model: Model, models: Sequence[Model]) -> str:
     return "the tokens of A" if model.differing_tokens == 0 else f"{model.differing_tokens:,} rows unlike A"
 
 
-def _chat_template(model: Model, models: Sequence[Model]) -> str:
-    templates = list(dict.fromkeys(other.chat_template for other in models if other.chat_template is not None))
-    return "none" if model.chat_template is None else chr(ord("A") + templates.index(model.chat_template) % 26)
-
-
-def _pairs_table(names: Sequence[str], comparison: Comparison) -> Table:
-    table = Table(title="Distances of the weights", title_justify="left")
-    table.add_column("models")
-    for heading in ("cosine of matrices", "relative distance", "equal numbers", "tensors in common"):
-        table.add_column(heading, justify="right")
-    pairs = comparison.pairs
-    columns = [
-        distinct([pair.cosine for pair in pairs], ".4f"), distinct([pair.relative_distance for pair in pairs], ".4g"),
-        distinct([pair.equal_share for pair in pairs], ".1%"), [f"{pair.tensors:,}" for pair in pairs],
-    ]  # fmt: skip
-    for pair, *row in zip(pairs, *columns, strict=True):
-        table.add_row(cell(f"{names[pair.first]} – {names[pair.second]}"), *row)
-    return table
-
-
-def _subtracted(names: Sequence[str], comparison: Comparison) -> str:
-    assert comparison.reference is not None
-    name = names[comparison.reference]
-    return f"Task vectors from {name}" if comparison.verdict.base is not None else f"Differences from {name}"
-
-
 def _vectors_table(names: Sequence[str], comparison: Comparison) -> Table:
-    table = Table(title=cell(_subtracted(names, comparison), "table.title"), title_justify="left")
-    table.add_column("model")
-    for heading in ("norm", "relative norm", "unchanged", "rank"):
-        table.add_column(heading, justify="right")
-    others = [names[vector.parent] for vector in comparison.vectors]
-    for name in others if len(others) > 1 else ():
-        table.add_column(cell(f"cosine with {name}"), justify="right")
-    assert comparison.changes is not None
-    vectors, count = comparison.vectors, len(others)
-    cosines = distinct(list(comparison.cosines.flat), ".3f")
+    assert comparison.reference is not None and comparison.changes is not None
+    kind = "Task vectors" if comparison.verdict.base is not None else "Differences"
+    vectors = comparison.vectors
+    others = [names[vector.parent] for vector in vectors]
     columns = [
-        distinct([vector.norm for vector in vectors], ".4g"), distinct([v.relative_norm for v in vectors], ".4g"),
+        others, distinct([vector.norm for vector in vectors], ".4g"),
+        distinct([vector.relative_norm for vector in vectors], ".4g"),
         distinct([vector.unchanged for vector in vectors], ".1%"),
         ["full" if rank is None else f"≤ {rank}" for rank in comparison.changes.ranks],
     ]  # fmt: skip
-    for i, row in enumerate(zip(others, *columns, strict=True)):
-        table.add_row(cell(row[0]), *row[1:], *(cosines[i * count : (i + 1) * count] if count > 1 else ()))
-    return table
+    headings = ["model", "norm", "relative norm", "unchanged", "rank"]
+    if len(others) > 1:
+        headings += [f"cosine with {name}" for name in others]
+        cosines = distinct(list(comparison.cosines.flat), ".3f")
+        columns += [cosines[k :: len(others)] for k in range(len(others))]
+    title = f"{kind} from {names[comparison.reference]}"
+    return terminal_table(headings, zip(*columns, strict=True), title, numbers=range(1, len(headings)))
 
 
 def _places_tables(names: Sequence[str], comparison: Comparison) -> Iterator[Table]:
@@ -154,29 +130,19 @@ def _places_tables(names: Sequence[str], comparison: Comparison) -> Iterator[Tab
     layers, components = _axes(comparison)
     inner = [component for component in components if any(layer is not None for layer in layers[component])]
     outer = [component for component in components if None in layers[component]]
-    vectors = comparison.vectors
-    norms = {(i, *place): norm for i, vector in enumerate(vectors) for place, norm in vector.by_place.items()}
+    vectors = [(i, names[vector.parent]) for i, vector in enumerate(comparison.vectors)]
+    norms = {
+        (i, *place): norm for i, vector in enumerate(comparison.vectors) for place, norm in vector.by_place.items()
+    }
     texts = dict(zip(norms, distinct(list(norms.values()), ".4g"), strict=True))
     if inner:
-        table = Table(title="Relative norm by layer", title_justify="left")
-        table.add_column("layer", justify="right")
-        for vector in comparison.vectors:
-            for component in inner:
-                table.add_column(cell(f"{names[vector.parent]}: {component}"), justify="right")
+        columns = ["layer", *(f"{name}: {component}" for _, name in vectors for component in inner)]
         numbers = sorted({layer for component in inner for layer in layers[component] if layer is not None})
-        for number in numbers:
-            table.add_row(
-                str(number), *(texts.get((i, number, part), "") for i in range(len(vectors)) for part in inner)
-            )
-        yield table
+        rows = [(n, *(texts.get((i, n, part), "") for i, _ in vectors for part in inner)) for n in numbers]
+        yield terminal_table(columns, rows, "Relative norm by layer", numbers=range(len(columns)))
     if outer:
-        table = Table(title="Outside of the layers", title_justify="left")
-        table.add_column("model")
-        for component in outer:
-            table.add_column(cell(component), justify="right")
-        for i, vector in enumerate(vectors):
-            table.add_row(cell(names[vector.parent]), *(texts[i, None, component] for component in outer))
-        yield table
+        rows = [(name, *(texts[i, None, part] for part in outer)) for i, name in vectors]
+        yield terminal_table(["model", *outer], rows, "Outside of the layers", numbers=range(1, len(outer) + 1))
 
 
 def _axes(comparison: Comparison) -> tuple[dict[str, list[int | None]], list[str]]:
@@ -201,7 +167,17 @@ def as_json(
     ranks = () if changes is None else changes.ranks
     conflicts = changes.conflicts if changes is not None and len(ranks) > 1 else None
     return {
-        "models": [_model_json(model, name) for model, name in zip(models, names, strict=True)],
+        "models": [
+            {
+                "name": name, "reference": model.reference, "architecture": model.architecture, "layers": model.layers,
+                "parameters": model.parameters, "dtypes": dict(model.dtypes), "stored_as": model.stored_as,
+                "vocabulary": model.vocabulary, "tied_head": model.tied, "tokenizer": model.tokenizer,
+                "differing_tokens": model.differing_tokens, "chat_template": model.chat_template,
+                "unsearchable": model.unsearchable, "backend": None if model.way is None else model.way.backend,
+                "adapter": model.adapter and {"ranks": model.adapter.ranks, "base": model.adapter.trained_on},
+            }
+            for model, name in zip(models, names, strict=True)
+        ],
         "families": [[names[model] for model in group] for group in comparison.families],
         "pairs": [
             {
@@ -235,17 +211,6 @@ def as_json(
         },
         "tensors": {"in_some_models_alone": partly_held(models), "of_different_shapes": differing_shapes(models)},
         "findings": [{"kind": finding.kind, "text": finding.text} for finding in sentences],
-    }  # fmt: skip
-
-
-def _model_json(model: Model, name: str) -> Mapping[str, Any]:
-    return {
-        "name": name, "reference": model.reference, "architecture": model.architecture, "layers": model.layers,
-        "parameters": model.parameters, "dtypes": dict(model.dtypes), "stored_as": model.stored_as,
-        "vocabulary": model.vocabulary, "tied_head": model.tied, "tokenizer": model.tokenizer,
-        "differing_tokens": model.differing_tokens, "chat_template": model.chat_template,
-        "unsearchable": model.unsearchable, "backend": None if model.way is None else model.way.backend,
-        "adapter": model.adapter and {"ranks": model.adapter.ranks, "base": model.adapter.trained_on},
     }  # fmt: skip
 
 

@@ -40,11 +40,6 @@ class Lead:
         return None if math.isinf(self.low) else [self.low, self.high]
 
 
-def lead_within(difference: float, interval: Sequence[float] | None) -> Lead:
-    """A lead by its `Lead.interval`."""
-    return Lead(difference, *(interval or (-math.inf, math.inf)))
-
-
 def paired_lead(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], weights: Sequence[float]) -> Lead | None:
     """The lead of a model over another on the same examples; None where a score is not finite. ours, theirs: for each
     task the scores float[N]; weights: the weight of each task in the fitness."""

@@ -2,7 +2,7 @@
 
 import inspect
 
-from merge_kernels import METHODS, Method, Parameter
+from merge_kernels import METHODS, Parameter
 from rich.table import Table
 
 from evojax_merge.checkpoints.config_file import LARGER_MODELS
@@ -10,7 +10,7 @@ from evojax_merge.config.documents import keys_of
 from evojax_merge.config.search_config import Config
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.models.architecture import model_types
-from evojax_merge.report.progress import cell
+from evojax_merge.report.progress import terminal_table
 from evojax_merge.search.strategies.registry import find_strategy, strategy_names
 
 # The name that stands for all sections of a config.
@@ -20,41 +20,42 @@ BASES = {"required": "required", "optional": "optional", "parent": "one of the m
 
 def methods_table() -> Table:
     """Each method: its base and models, and its parameters with the bounds that a search has by default."""
-    table = _table("method", "base", "models", "searched parameters [low, high] default", "fixed", "options")
+    rows = []
     for method in METHODS.values():
         searched = [_parameter(parameter) for parameter in method.parameters if parameter.searched]
         fixed = [_parameter(parameter) for parameter in method.parameters if not parameter.searched]
-        _row(table, method.name, BASES[method.base], _models(method), searched, fixed, method.yaml_options)
-    return table
+        few, most = method.min_parents, method.max_parents
+        models = f"{few} or more" if most is None else str(most) if few == most else f"{few} to {most}"
+        lists = ("\n".join(texts) for texts in (searched, fixed, method.yaml_options))
+        rows.append((method.name, BASES[method.base], models, *lists))
+    columns = ("method", "base", "models", "searched parameters [low, high] default", "fixed", "options")
+    return terminal_table(columns, rows)
 
 
 def strategies_table() -> Table:
     """Each strategy, by the name that `search.strategy` takes, with the first paragraph of its maker's docstring."""
-    table = _table("strategy", "what it is")
-    for name in strategy_names():
-        description = inspect.getdoc(find_strategy("strategies", name)) or ""
-        _row(table, name, " ".join(description.split("\n\n")[0].split()))
-    return table
+    descriptions = {name: inspect.getdoc(find_strategy("strategies", name)) or "" for name in strategy_names()}
+    rows = [(name, " ".join(text.split("\n\n")[0].split())) for name, text in descriptions.items()]
+    return terminal_table(("strategy", "what it is"), rows)
 
 
 def architectures_table() -> Table:
-    table = _table("model_type", "search, evaluate", "merge")
-    for name in model_types():
-        _row(table, name, "yes", "yes")
-    _row(table, sorted(LARGER_MODELS), "their text decoder, of an architecture above", "yes")
-    _row(table, "any other", "no", "yes, where tensors and shapes match (safetensors)")
-    return table
+    rows = [
+        *((name, "yes", "yes") for name in model_types()),
+        ("\n".join(sorted(LARGER_MODELS)), "their text decoder, of an architecture above", "yes"),
+        ("any other", "no", "yes, where tensors and shapes match (safetensors)"),
+    ]
+    return terminal_table(("model_type", "search, evaluate", "merge"), rows)
 
 
 def sections_table() -> Table:
     """Each key at the top of a search's config, with the number of the keys in it and its meaning."""
-    keys = list(keys_of(Config))
-    table = _table("section", "keys in it", "meaning")
+    keys, rows = list(keys_of(Config)), []
     for top in keys:
         if top.name.partition(".")[0] == top.name:
             inner = {key.name for key in keys if key.name.startswith((f"{top.name}.", f"{top.name}["))}
-            _row(table, top.name, len(inner) or "", top.meaning)
-    return table
+            rows.append((top.name, len(inner) or "", top.meaning))
+    return terminal_table(("section", "keys in it", "meaning"), rows)
 
 
 def keys_table(section: str) -> Table:
@@ -66,23 +67,17 @@ def keys_table(section: str) -> Table:
         if not chosen:
             raise InputError("keys", f"{section}: no such key{did_you_mean(section, {key.name for key in keys})}")
         keys = chosen
-    table = _table("key", "takes", "default", "meaning")
-    table.columns[0].no_wrap = True
+    rows: list[tuple[str, str, str, str]] = []
     of: tuple[str, ...] = ()
     for key in keys:
         if key.of != of:
             of = key.of
             kinds = f"of kind {', '.join(of)}:"
-            _row(table, *((key.name.partition(".")[0], "", "", kinds) if of else ("",)))
-        _row(table, key.name, key.takes, key.default, key.meaning)
+            rows.append((key.name.partition(".")[0], "", "", kinds) if of else ("", "", "", ""))
+        rows.append((key.name, key.takes, key.default, key.meaning))
+    table = terminal_table(("key", "takes", "default", "meaning"), rows)
+    table.columns[0].no_wrap = True
     return table
-
-
-def _models(method: Method) -> str:
-    if method.max_parents is None:
-        return f"{method.min_parents} or more"
-    few = f"{method.min_parents} to {method.max_parents}"
-    return str(method.max_parents) if method.min_parents == method.max_parents else few
 
 
 def _parameter(parameter: Parameter) -> str:
@@ -91,15 +86,3 @@ def _parameter(parameter: Parameter) -> str:
         default = " 1/K"
     each = " per parent" if parameter.per_parent else ""
     return f"{parameter.name}{each} [{parameter.low:g}, {parameter.high:g}]{default}"
-
-
-def _table(*columns: str) -> Table:
-    table = Table()
-    for column in columns:
-        table.add_column(cell(column))
-    return table
-
-
-def _row(table: Table, *cells: object) -> None:
-    lines = ("\n".join(cell) if isinstance(cell, list | tuple) else str(cell) for cell in cells)
-    table.add_row(*map(cell, lines))

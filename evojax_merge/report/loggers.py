@@ -72,14 +72,11 @@ def logged(names: Sequence[str], search: LoggedSearch, on_generation: OnGenerati
             loggers.pop(name, None)
             print_warning(f"log: {name} failed ({first_line(error)}), and gets nothing more of this search")
 
-    def open_logger(name: str) -> None:
-        loggers[name] = LOGGERS[name](search)
-
     def after(generation: Generation) -> None:
         # Nothing is opened before there is something to log: a search that is refused leaves nothing behind.
         while waiting:
             name = waiting.pop()
-            guard(name, open_logger, name)
+            guard(name, lambda name: loggers.update({name: LOGGERS[name](search)}), name)
         for name, logger in list(loggers.items()):
             guard(name, logger.log, generation.number, figures(generation))
         on_generation(generation)

@@ -6,14 +6,17 @@ browser fetch nothing.
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 import jinja2
 from markupsafe import Markup, escape
 
@@ -24,6 +27,7 @@ from evojax_merge.report.answers import read_answers
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.drawings import Layer, family_tree, path_drawing
 from evojax_merge.report.parameters import read_parameters
+from evojax_merge.report.progress import OnGeneration
 from evojax_merge.report.publication import Publication
 from evojax_merge.report.run_data import RunData, read_run
 from evojax_merge.report.run_tables import (
@@ -41,12 +45,15 @@ from evojax_merge.report.run_tables import (
     task_note,
     winners_table,
 )
+from evojax_merge.search.loop import Generation
 from evojax_merge.search.run_parts import RunFolder, is_page
-from evojax_merge.system.console import format_seconds
+from evojax_merge.system.console import format_seconds, working
 from evojax_merge.system.data_packages import cache_folder
 from evojax_merge.system.file_system import OutputFile, atomic_write, make_folder
 from evojax_merge.system.regular_file import read_regular
 
+# Seconds between two pages, and at least as many times the seconds that the last one took.
+INTERVAL, TIMES = 10.0, 50.0
 # Seconds between two looks of a browser at a page that is still written.
 REFRESH = 10
 TEMPLATES = Path(__file__).parent / "templates"
@@ -102,10 +109,14 @@ def _run_page(run: RunData, refresh: bool, made: Any, publication: Publication |
     tasks = charts.add("task", made.task_charts(run)[:MOST_CHARTS])
     metrics = charts.add("metric", made.metric_charts(run)[:MOST_CHARTS])
     if run.timing:
-        charts.specs["seconds"] = made.seconds_chart(run)
-    rungs = _rungs(run)
-    if rungs:
-        charts.specs["rungs"] = made.rung_chart(rungs)
+        numbers = [line.generation for line in run.timing]
+        seconds = {"seconds": [line.seconds for line in run.timing]}
+        charts.specs["seconds"] = made.curve_chart(numbers, seconds, "seconds per generation")
+    # Numbers of examples, and how many candidates were evaluated on so many; there is nothing to draw where all met
+    # the same.
+    rungs = Counter(examples for generation in run.fitness_rows for examples in generation.row.examples)
+    if 1 < len(rungs) <= 30:
+        charts.specs["rungs"] = made.rung_chart(dict(sorted(rungs.items())))
     if run.config.get("pool") and any(generation.genome for generation in run.fitness_rows):
         charts.specs["pool"] = made.pool_chart(run)
     if result is not None and result.table:
@@ -125,6 +136,11 @@ def _run_page(run: RunData, refresh: bool, made: Any, publication: Publication |
     if len(run.generations) < run.count:
         thinned = f" {len(run.generations)} of {run.count} generations are drawn, evenly spaced."
     inputs, answers = run.config.get("inputs"), read_answers(run) if with_answers else None
+    sheet, pictures = RunFolder(run.path).model / SHEET, None
+    if with_answers and result is not None and sheet.is_file() and sheet.stat().st_size <= MOST_PICTURE_BYTES:
+        # The contact sheet in the winner's folder, as the address of a picture, and the models of its rows.
+        content = base64.b64encode(sheet.read_bytes()).decode()
+        pictures = f"data:image/png;base64,{content}", [escaped(row.name) for row in result.table]
     return _render(
         "run_page.html", charts, frames, refresh,
         title=f"{run.name}: evojax-merge", run=run, parameters=parameters, facts=facts(run), headline=headline(run),
@@ -133,7 +149,7 @@ def _run_page(run: RunData, refresh: bool, made: Any, publication: Publication |
         spread=any(len(generation.row.fitness) > 1 for generation in run.fitness_rows),
         validated=any(generation.row.validation_fitness is not None for generation in run.fitness_rows),
         heldout=None if result is None else heldout_table(result), front=front_table(result),
-        answers=answers, pictures=_pictures(run) if with_answers else None, path=_path(run),
+        answers=answers, pictures=pictures, path=_path(run),
         tree=Markup(family_tree(result)) if result is not None and result.lineage else None,
         lineage=lineage_table(result), tasks=tasks, metrics=metrics,
         rungs_of=f", in the {len(run.generations)} generations that are drawn" if thinned else "",
@@ -187,7 +203,11 @@ def _templates() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    filters: dict[str, Any] = {"number": _number, "cell": _cell, "breakable": _breakable, "duration": format_seconds}
+    filters: dict[str, Any] = {
+        "number": _number, "cell": _cell, "duration": format_seconds,
+        # A name such as `task/metric` may go on in another line after its slashes.
+        "breakable": lambda name: Markup("/<wbr>").join(name.split("/")),
+    }  # fmt: skip
     environment.filters |= filters
     return environment
 
@@ -226,11 +246,6 @@ def _cell(value: Any) -> Markup:
     return escape(escaped(str(value)))
 
 
-def _breakable(name: str) -> Markup:
-    """A name such as `task/metric`, which may go on in another line after its slashes."""
-    return Markup("/<wbr>").join(name.split("/"))
-
-
 @dataclass(frozen=True)
 class _Path:
     drawing: Markup
@@ -261,20 +276,59 @@ def _path(run: RunData) -> _Path | None:
     return _Path(Markup(path_drawing(drawn, names)), list(map(escaped, names)))
 
 
-def _pictures(run: RunData) -> tuple[str, list[str]] | None:
-    """The contact sheet in the winner's folder, as the address of a picture, and the models of its rows; None where
-    there is none."""
-    file = RunFolder(run.path).model / SHEET
-    if run.result is None or not file.is_file() or file.stat().st_size > MOST_PICTURE_BYTES:
-        return None
-    content = base64.b64encode(file.read_bytes()).decode()
-    return f"data:image/png;base64,{content}", [escaped(row.name) for row in run.result.table]
+# ---------------------------------------------------------------------------------------------------------------
+# While its search runs
 
 
-def _rungs(run: RunData) -> dict[int, int]:
-    """Numbers of examples, and how many candidates were evaluated on so many; empty where all met the same."""
-    counts: dict[int, int] = {}
-    for generation in run.fitness_rows:
-        for examples in generation.row.examples:
-            counts[examples] = counts.get(examples, 0) + 1
-    return dict(sorted(counts.items())) if 1 < len(counts) <= 30 else {}
+@contextmanager
+def kept_page(folder: RunFolder, on_generation: OnGeneration, warn: Callable[[str], None]) -> Iterator[OnGeneration]:
+    """Keep a run's page as its history grows, and write it once more when the block ends, however it ends. Yields what
+    is to be called after each generation; it calls `on_generation` as well. A page that cannot be written is a warning,
+    and never ends the search."""
+    if jax.process_index() > 0:
+        yield on_generation
+        return
+    page = _Page(folder, warn)
+
+    def after(generation: Generation) -> None:
+        page.update()
+        on_generation(generation)
+
+    before = page.content()
+    try:
+        yield after
+    except BaseException:
+        # The error is what the user has to read.
+        page.warned = True
+        raise
+    finally:
+        # A run that was refused, or was complete before, stays as it is.
+        if folder.history.exists() and (page.content() != before or not folder.page.exists()):
+            with working("drawing the page"):
+                page.write(is_working=False)
+
+
+class _Page:
+    def __init__(self, folder: RunFolder, warn: Callable[[str], None]) -> None:
+        self._folder, self._warn = folder, warn
+        self._due, self.warned = time.monotonic() + INTERVAL, False
+
+    def content(self) -> list[tuple[int, int]]:
+        """The sizes and times of the files that the page depends on."""
+        stats = [file.stat() for file in (self._folder.history, self._folder.result) if file.exists()]
+        return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+    def update(self) -> None:
+        started = time.monotonic()
+        if started >= self._due:
+            self.write(is_working=True)
+            ended = time.monotonic()
+            self._due = ended + max(INTERVAL, TIMES * (ended - started))
+
+    def write(self, *, is_working: bool) -> None:
+        try:
+            write_page(self._folder, working=is_working)
+        except Exception as error:
+            if not self.warned:
+                self._warn(f"{self._folder.page.name} could not be written: {error}")
+            self.warned = True

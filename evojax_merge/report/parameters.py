@@ -11,7 +11,7 @@ import numpy as np
 from evojax_merge.errors import InputError
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.frame import gene_values
-from evojax_merge.report.run_data import Generation, Result, RunData, spread
+from evojax_merge.report.run_data import Generation, RunData, spread
 from evojax_merge.report.stored_run import StoredRun
 
 # The most frames of the heat maps' slider, and the most numbers in all frames.
@@ -82,7 +82,13 @@ def read_parameters(run: RunData) -> Parameters | None:
     importance = _importance(_sampled(late, values, 0)) if len(late) >= FEWEST_RANKED else {}
     frames = Frames(labels, _maps({name: column[len(late) + len(drawn) :] for name, column in values.items()}))
     if named_values is gene_values and run.result is not None and run.result.groups:
-        frames = _winner_alone(run, run.result)
+        # The winner's parameters from result.json, where those of other candidates have no names any more.
+        names, maps = model_names(list(map(Path, run.config.get("parents", ())))), []
+        for name, table in run.result.parameters.items():
+            cells = np.asarray(table, float)
+            columns = names if len(names) == cells.shape[1] else [str(k + 1) for k in range(cells.shape[1])]
+            maps.append(Map(name, run.result.groups, columns, cells[None]))
+        frames = Frames(["the winner"], maps)
     return Parameters(
         named=named_values is not gene_values,
         frames=frames,
@@ -159,16 +165,6 @@ def _framed(run: RunData, genes: int) -> tuple[list[str], list[list[float]]]:
     return labels, genomes
 
 
-def _winner_alone(run: RunData, result: Result) -> Frames:
-    """The winner's parameters from result.json, where those of other candidates have no names any more."""
-    names, maps = model_names(list(map(Path, run.config.get("parents", ())))), []
-    for name, table in result.parameters.items():
-        values = np.asarray(table, float)
-        columns = names if len(names) == values.shape[1] else [str(k + 1) for k in range(values.shape[1])]
-        maps.append(Map(name, result.groups, columns, values[None]))
-    return Frames(["the winner"], maps)
-
-
 def _maps(values: Mapping[str, np.ndarray]) -> list[Map]:
     """parameter[group][parent] -> float[frames] as a map for each parameter."""
     cells: dict[str, dict[tuple[str, str], np.ndarray]] = {}
@@ -182,17 +178,11 @@ def _maps(values: Mapping[str, np.ndarray]) -> list[Map]:
         rows = list(dict.fromkeys(group for group, _ in columns))
         parents = list(dict.fromkeys(parent for _, parent in columns))
         if parameter == "gene":
-            rows, parents, columns = _in_rows(list(columns.values()))
+            numbers = range(len(columns))
+            places = [(f"genes from {n - n % GENES_IN_A_ROW}", f"+{n % GENES_IN_A_ROW}") for n in numbers]
+            columns = dict(zip(places, columns.values(), strict=True))
+            rows, parents = (list(dict.fromkeys(place[axis] for place in places)) for axis in (0, 1))
         nothing = np.full(len(next(iter(values.values()))), np.nan)
         table = [[columns.get((row, parent), nothing) for parent in parents] for row in rows]
         maps.append(Map(parameter, rows, parents, np.moveaxis(np.array(table, float), 2, 0)))
     return maps
-
-
-def _in_rows(genes: list[np.ndarray]) -> tuple[list[str], list[str], dict[tuple[str, str], np.ndarray]]:
-    """Genes in rows of GENES_IN_A_ROW."""
-    cells = {
-        (f"genes from {number - number % GENES_IN_A_ROW}", f"+{number % GENES_IN_A_ROW}"): gene
-        for number, gene in enumerate(genes)
-    }
-    return list(dict.fromkeys(row for row, _ in cells)), list(dict.fromkeys(column for _, column in cells)), cells

@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import RenderableType
 from rich.table import Table
 
 from evojax_merge.config.search_config import parse_budget
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.evaluation.timings import NOT_MEASURED, Factor, WorkKind
-from evojax_merge.report.progress import cell
+from evojax_merge.report.progress import terminal_table
 
 # The parts of a run, by their names.
 MEASURING, GENERATIONS = "measuring base and parents", "the generations"
@@ -207,10 +206,8 @@ class Plan:
         ):
             if work is None:
                 continue
-            time = (
-                f", {shown_seconds(work.seconds)} by the roofline, bound by {work.bound} "
-                f"({_share(work.merge_seconds, work.seconds)} merging)"
-            )
+            share = f"{work.merge_seconds / work.seconds:.0%}" if work.seconds > 0 else "unknown share"
+            time = f", {shown_seconds(work.seconds)} by the roofline, bound by {work.bound} ({share} merging)"
             printed.append(
                 f"{name}: {shown_number(work.flops)}FLOP, {shown_number(work.moved_bytes)}B moved"
                 f"{time if self.fits else ''}"
@@ -242,21 +239,18 @@ class Plan:
 
     def table(self) -> Table:
         """The passes, and the cost of each; the seconds of those alone that fit."""
-        table = Table(title="Passes: bytes on a device, seconds for a candidate", title_justify="left")
-        headings = HEADINGS if self.fits else HEADINGS[:-1]
-        if not self.fits:
-            table.title = "Passes: bytes on a device"
-        for heading in headings:
-            table.add_column(heading, justify="left" if heading in ("task", "pass") else "right", overflow="fold")
-        for row in self.passes:
-            cells: list[RenderableType] = [
-                cell(row.task), row.name, f"{row.chunk:,}", f"{row.runs:,}", f"{row.steps:,}",
+        count = len(HEADINGS) if self.fits else len(HEADINGS) - 1
+        rows = [
+            (
+                row.task, row.name, f"{row.chunk:,}", f"{row.runs:,}", f"{row.steps:,}",
                 shown_bytes(row.held_bytes), shown_bytes(row.temporary_bytes),
                 "" if row.reported_bytes is None else shown_bytes(row.reported_bytes), shown_number(row.flops).strip(),
                 shown_bytes(row.moved_bytes), shown_seconds(row.seconds),
-            ]  # fmt: skip
-            table.add_row(*cells[: len(headings)])
-        return table
+            )[:count]
+            for row in self.passes
+        ]  # fmt: skip
+        title = f"Passes: bytes on a device{', seconds for a candidate' if self.fits else ''}"
+        return terminal_table(HEADINGS[:count], rows, title, numbers=range(2, count), folded=range(count))
 
 
 # The headings of the passes' table; docs/accelerators.md says what each column holds.
@@ -274,10 +268,6 @@ def is_plan_file(content: bytes) -> bool:
     plans, keys = json.loads(content), {"target", "fits", "passes"}
     named = isinstance(plans, list) and all(isinstance(plan, dict) and plan.keys() >= keys for plan in plans)
     return named and len(plans) > 0
-
-
-def _share(part: float, whole: float) -> str:
-    return f"{part / whole:.0%}" if whole > 0 else "unknown share"
 
 
 def shown_number(value: float) -> str:

@@ -4,13 +4,13 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from rich.console import RenderableType
+from rich.console import OverflowMethod, RenderableType
 from rich.constrain import Constrain
 from rich.filesize import decimal
 from rich.progress import (
@@ -24,6 +24,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 from evojax_merge.errors import LOG, escaped_lines, print_warning, printable
@@ -46,19 +47,23 @@ def cell(text: str, style: str = "") -> Text:
     return Text(escaped_lines(text), style)
 
 
+def terminal_table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None, *,
+    numbers: Collection[int] = (), folded: Collection[int] = (), bold: int | None = None,
+) -> Table:  # fmt: skip
+    """A table for the terminal. Names stand in it unchanged, whichever console prints it: `[/INST]` is a name, not
+    markup. numbers: the columns that are aligned to the right; folded: those that break long cells anywhere; bold: the
+    row that stands out."""
+    table = Table(title=None if title is None else cell(title, "table.title"), title_justify="left")
+    for number, name in enumerate(columns):
+        overflow: OverflowMethod = "fold" if number in folded else "ellipsis"
+        table.add_column(cell(name), justify="right" if number in numbers else "left", overflow=overflow)
+    for number, row in enumerate(rows):
+        table.add_row(*(cell(str(value)) for value in row), style="bold" if number == bold else "")
+    return table
+
+
 OnGeneration = Callable[[Generation], None]
-
-
-def _describe_bar(progress: Progress) -> str:
-    """A bar as a line."""
-    task = progress.tasks[0]
-    step = task.fields.get("step")
-    share = f" {step}," if step else f" {task.percentage:.0f}%," if task.total and task.completed else ""
-    now, at, left = task.elapsed or 0.0, task.fields.get("at"), ""
-    if at is not None and task.total and task.completed:
-        seconds = seconds_left(task.completed, task.total, at, now)
-        left = f", about {format_seconds(seconds)} left" if seconds else ""
-    return f"{task.description}:{share} {format_seconds(now)} so far{left}"
 
 
 def _advance(progress: Progress, task: TaskID, done: int) -> None:
@@ -69,9 +74,21 @@ def _advance(progress: Progress, task: TaskID, done: int) -> None:
 @contextmanager
 def _progress(*columns: ProgressColumn, done: str) -> Iterator[Progress]:
     """Bars on a terminal. Elsewhere a line at the end, `done` and the time that it took, and some meanwhile."""
+
+    def describe() -> str:
+        task = progress.tasks[0]
+        step = task.fields.get("step")
+        share = f" {step}," if step else f" {task.percentage:.0f}%," if task.total and task.completed else ""
+        now, at, left = task.elapsed or 0.0, task.fields.get("at"), ""
+        if at is not None and task.total and task.completed:
+            seconds = seconds_left(task.completed, task.total, at, now)
+            left = f", about {format_seconds(seconds)} left" if seconds else ""
+        return f"{task.description}:{share} {format_seconds(now)} so far{left}"
+
     started = time.monotonic()
+    columns = (PlainColumn("{task.description}"), BarColumn(), *columns)
     progress = Progress(*columns, console=console, disable=not console.is_terminal)
-    with progress, HEARTBEAT.during(lambda: _describe_bar(progress)):
+    with progress, HEARTBEAT.during(describe):
         yield progress
     if not console.is_terminal:
         say(f"{done} took {format_seconds(time.monotonic() - started)}")
@@ -80,15 +97,9 @@ def _progress(*columns: ProgressColumn, done: str) -> Iterator[Progress]:
 @contextmanager
 def bytes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar in bytes."""
-    columns = (
-        PlainColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TimeElapsedColumn(),
-    )
+    columns = DownloadColumn(binary_units=True), TimeElapsedColumn()
     with _progress(*columns, done=f"{label} {decimal(total)}") as progress:
-        task = progress.add_task(label, total=total)
-        yield partial(_advance, progress, task)
+        yield partial(_advance, progress, progress.add_task(label, total=total))
 
 
 def merge_bar(label: str, which: str, nbytes: int) -> AbstractContextManager[Callable[[int], None]]:
@@ -99,22 +110,14 @@ def merge_bar(label: str, which: str, nbytes: int) -> AbstractContextManager[Cal
 @contextmanager
 def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar in candidate passes."""
-    columns = (
-        PlainColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with _progress(*columns, done=label) as progress:
-        task = progress.add_task(label, total=total)
-        yield partial(_advance, progress, task)
+    with _progress(TimeElapsedColumn(), TimeRemainingColumn(), done=label) as progress:
+        yield partial(_advance, progress, progress.add_task(label, total=total))
 
 
 @contextmanager
 def named_bar(label: str, total: int) -> Iterator[Callable[[str], None]]:
     """A progress bar in steps that have names; the function is called where each begins."""
-    columns = (PlainColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), PlainColumn("{task.fields[step]}"))
-    with _progress(*columns, done=label) as progress:
+    with _progress(TimeElapsedColumn(), PlainColumn("{task.fields[step]}"), done=label) as progress:
         task = progress.add_task(label, total=total, step="")
         names = list[str]()
 
@@ -194,17 +197,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def notebook_line() -> Callable[[str], None]:
-    """The function that shows a line below a notebook's cell, each in the place of the one before; elsewhere it shows
-    nothing."""
-    if not IN_NOTEBOOK:
-        return lambda line: None
-    from IPython.display import Pretty, display
-
-    place = display(Pretty(""), display_id=True)
-    return lambda line: place.update(Pretty(line))
-
-
 class SearchBar(Reporter):
     """The search's progress bar: generations in full, passes of the running one as its fraction; in a notebook, the
     latest generation's line. ending: (seconds of a generation) -> about the seconds from the last generation to the
@@ -214,7 +206,14 @@ class SearchBar(Reporter):
         self, progress: Progress, generations: int | None, on_generation: OnGeneration,
         ending: Callable[[float], float],
     ) -> None:  # fmt: skip
-        self._progress, self._on_generation, self._line = progress, on_generation, notebook_line()
+        self._progress, self._on_generation = progress, on_generation
+        # Shows a line below a notebook's cell, each in the place of the one before.
+        self._show: Callable[[str], None] = lambda line: None
+        if IN_NOTEBOOK:
+            from IPython.display import Pretty, display
+
+            place = display(Pretty(""), display_id=True)
+            self._show = lambda line: place.update(Pretty(line))
         self._bar = progress.add_task("search", total=generations, info="compiling …")
         self._ending, self._seconds = ending, list[float]()
         self._passes, self._done, self._number, self._began = 1, 0, 1, time.monotonic()
@@ -251,7 +250,7 @@ class SearchBar(Reporter):
             LOG.info("%s", line)
         else:
             console.print(line, highlight=False, soft_wrap=True)
-        self._line(line)
+        self._show(line)
         self._on_generation(generation)
 
     def log(self, text: str) -> None:

@@ -4,6 +4,7 @@ Only the files of the folder are read, and a run may be writing them at the same
 does not count, and every file but config.yaml may be missing.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from evojax_merge.errors import InputError, escaped
 from evojax_merge.report.comparison import Row, verdict
-from evojax_merge.report.intervals import Lead, lead_within
+from evojax_merge.report.intervals import Lead
 from evojax_merge.report.stored_run import method_in
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_lock import check_not_in_use
@@ -73,26 +74,18 @@ class Result(StoredResult):
         return any(name.endswith(f"/{METRIC}") for row in self.table for name in row.heldout_scores)
 
     @property
-    def rivals(self) -> list[Row]:
-        """The base, the best parent and the uniform merge, with the winner's lead over each."""
-        rows = []
-        for scored in self.table:
-            rival = self.better_than.get(scored.role)
-            if rival is None or rival.name != scored.name or self.winner is None:
-                continue
-            scores, lead = scored.heldout_scores, lead_over(self, scored)
-            rows.append(Row(scored.role, scored.name, scored.heldout_fitness, scores, lead, units=self.units))
-        return rows
+    def rivals(self) -> list[Scored]:
+        """The base, the best parent and the uniform merge."""
+        names = {role: rival.name for role, rival in self.better_than.items()}
+        return [] if self.winner is None else [row for row in self.table if names.get(row.role) == row.name]
 
     @property
     def verdicts(self) -> list[str]:
-        if self.sentences:
+        if self.sentences or self.winner is None:
             return self.sentences
-        if self.winner is None:
-            return []
         ours = Row("winner", self.winner.name, self.winner.heldout_fitness, {}, units=self.units)
-        sentences = [verdict(ours, row) for row in self.rivals]
-        return [sentence for sentence in sentences if sentence is not None]
+        rows = [Row(row.role, row.name, row.heldout_fitness, {}, lead_over(self, row)) for row in self.rivals]
+        return [sentence for row in rows if (sentence := verdict(ours, row)) is not None]
 
 
 def lead_over(result: StoredResult, scored: Scored) -> Lead | None:
@@ -100,7 +93,8 @@ def lead_over(result: StoredResult, scored: Scored) -> Lead | None:
     interval = result.interval_over(scored)
     if result.winner is None or (interval is None and "interval" not in scored.model_fields_set):
         return None
-    return lead_within(result.winner.heldout_fitness - scored.heldout_fitness, interval)
+    # None: too few examples to say.
+    return Lead(result.winner.heldout_fitness - scored.heldout_fitness, *(interval or (-math.inf, math.inf)))
 
 
 @dataclass(frozen=True)
@@ -132,11 +126,6 @@ class BestFitness:
     name: str
     value: float
     where: str
-
-    @property
-    def is_comparable(self) -> bool:
-        """Whether the fitness is one on the search split, as other runs have it."""
-        return self.where == SEARCH_SPLIT
 
     def describe(self) -> str:
         return f"{self.name} {self.value:.4f}, {self.where}"

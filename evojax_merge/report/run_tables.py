@@ -13,8 +13,8 @@ from evojax_merge.report.answers import winner_scores
 from evojax_merge.report.comparison import chosen_on, label_of, nothing_beat, titled
 from evojax_merge.report.drawings import parameter_text
 from evojax_merge.report.intervals import paired_lead, unpaired_lead
-from evojax_merge.report.progress import cell
-from evojax_merge.report.run_data import Result, RunData, lead_over
+from evojax_merge.report.progress import terminal_table
+from evojax_merge.report.run_data import SEARCH_SPLIT, Result, RunData, lead_over
 from evojax_merge.report.tables import LEAD, lead_cell
 from evojax_merge.system.console import drawn, format_seconds
 
@@ -35,12 +35,8 @@ class Table:
 
     def terminal(self, title: str | None = None) -> TerminalTable:
         """The table for the terminal."""
-        table = TerminalTable(title=None if title is None else cell(title, "table.title"), title_justify="left")
-        for number, name in enumerate(self.columns):
-            table.add_column(cell(name), justify="right" if number in self.numbers else "left")
-        for number, row in enumerate(self.rows):
-            table.add_row(*(cell(_shown(value)) for value in row), style="bold" if number == self.winner else "")
-        return table
+        rows = [list(map(_shown, row)) for row in self.rows]
+        return terminal_table(self.columns, rows, title, numbers=self.numbers, bold=self.winner)
 
 
 class PrintedTable(list[dict[str, Any]]):
@@ -105,25 +101,23 @@ def headline(run: RunData) -> list[Figure]:
         return {escaped(titled(name, result.units)): scores[name] for name in names if name in scores}
 
     figures = [Figure("winner, held out", winner.heldout_fitness, unit, True, scores_of(winner.heldout_scores))]
-    for row in sorted(result.rivals, key=lambda row: -row.fitness):
+    for row in sorted(result.rivals, key=lambda row: -row.heldout_fitness):
         role = {"parent": f"best parent {row.name}", "base": "base"}.get(row.role, label_of(row.role, row.name))
-        figures.append(Figure(f"{escaped(role)}, held out", row.fitness, unit, scores=scores_of(row.scores)))
+        scores = scores_of(row.heldout_scores)
+        figures.append(Figure(f"{escaped(role)}, held out", row.heldout_fitness, unit, scores=scores))
     return figures
 
 
 def sentences(result: Result) -> list[str]:
     """The results of the run: a sentence for each rival of the winner, and how the winner was chosen."""
-    return [*map(escaped, result.verdicts), *_chosen_on(result)]
-
-
-def _chosen_on(result: Result) -> list[str]:
+    lines = list(map(escaped, result.verdicts))
     scores = result.validation_fitness if result.chosen_on == "validation" else result.search_fitness
     texts = [f"the {escaped(name)} {value:.4f}" for name, value in scores.items() if name != "winner"]
     if "winner" not in scores:
-        return []
+        return lines
     more = f", {texts[0]}" if texts else ""
     unit = f" ({escaped(result.units['fitness'])})" if "fitness" in result.units else ""
-    lines = [f"{chosen_on(result.chosen_on)}: there it scored {scores['winner']:.4f}{unit}{more}."]
+    lines += [f"{chosen_on(result.chosen_on)}: there it scored {scores['winner']:.4f}{unit}{more}."]
     lines += [
         nothing_beat(escaped(name)) for name, value in scores.items() if name != "winner" and scores["winner"] <= value
     ]
@@ -199,7 +193,7 @@ def mapping_table(label: str, mapping: Mapping[str, Any]) -> Table:
 def best_cell(run: RunData) -> float | str | None:
     """The best fitness in a column of those on the search split, which is named where it is another."""
     best = run.best
-    return best if best is None else best.value if best.is_comparable else f"{best.value:.4f} {best.where}"
+    return best if best is None else best.value if best.where == SEARCH_SPLIT else f"{best.value:.4f} {best.where}"
 
 
 def progress_cell(run: RunData) -> str:
@@ -220,24 +214,22 @@ def runs_table(runs: Mapping[str, RunData]) -> Table:
     rows = []
     for name, run in runs.items():
         winner = run.result.winner if run.result is not None else None
-        best = [row.fitness for row in run.result.rivals if row.role == "parent"] if run.result is not None else []
+        rivals = run.result.rivals if run.result is not None else []
+        best = [row.heldout_fitness for row in rivals if row.role == "parent"]
+        worse = None
+        if run.result is not None and run.result.shares:
+            # The tasks on which the winner is worse than the base or a parent, beyond noise.
+            worse = ", ".join(dict.fromkeys(loss.score.rpartition("/")[0] for loss in run.result.worse_on)) or "none"
         rows.append(
             [name, run.method, run.state, progress_cell(run), best_cell(run),
              None if winner is None else winner.heldout_fitness,
-             best[0] if best else None, _worse_on(run), format_seconds(run.seconds)]
+             best[0] if best else None, worse, format_seconds(run.seconds)]
         )  # fmt: skip
     columns = [
         "run", "method", "state", "generations", "best fitness", "winner, held out", "best parent, held out",
         "worse on", "time",
     ]  # fmt: skip
     return Table(columns, rows, frozenset({3, 4, 5, 6, 8}))
-
-
-def _worse_on(run: RunData) -> str | None:
-    """The tasks on which the winner is worse than the base or a parent, beyond noise."""
-    if run.result is None or not run.result.shares:
-        return None
-    return ", ".join(dict.fromkeys(loss.score.rpartition("/")[0] for loss in run.result.worse_on)) or "none"
 
 
 def winners_table(runs: Mapping[str, RunData]) -> Table:

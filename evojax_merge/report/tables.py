@@ -8,7 +8,7 @@ from evojax_merge.errors import escaped
 from evojax_merge.report.comparison import Row, label_of, titled
 from evojax_merge.report.intervals import SAME, TOO_FEW, Lead
 from evojax_merge.report.meetings import TOO_FEW_VOTES
-from evojax_merge.report.progress import cell
+from evojax_merge.report.progress import terminal_table
 
 LEAD = "winner ahead by (95% interval)"
 
@@ -25,17 +25,13 @@ def _cells(row: Row, columns: int) -> list[str]:
     return [f"{row.fitness:.4f}", *leads, *(f"{value:.4f}" for value in row.scores.values())]
 
 
-def terminal_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """A table of scores. Names stand in it unchanged, whichever console prints it: `[/INST]` is a name, not markup."""
-    table = Table(title=None if title is None else cell(title, "table.title"), title_justify="left")
-    table.add_column("model")
-    columns = _columns(rows)
-    for column in columns:
-        table.add_column(cell(column), justify="right", overflow="fold")
-    for row in rows:
-        cells = _cells(row, len(columns))
-        table.add_row(cell(label_of(row.role, row.name)), *cells, style="bold" if row.role == "winner" else "")
-    return table
+def scores_table(rows: Sequence[Row], title: str | None = None) -> Table:
+    """A table of scores."""
+    columns = ["model", *_columns(rows)]
+    cells = [(label_of(row.role, row.name), *_cells(row, len(columns) - 1)) for row in rows]
+    winner = next((number for number, row in enumerate(rows) if row.role == "winner"), None)
+    scores = range(1, len(columns))
+    return terminal_table(columns, cells, title, numbers=scores, folded=scores, bold=winner)
 
 
 def lead_cell(lead: Lead | None, digits: str = ".4f", has_too_few_votes: bool = False) -> str:

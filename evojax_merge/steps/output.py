@@ -10,7 +10,7 @@ from evojax_merge.problem import SearchProblem
 from evojax_merge.report.card import search_card
 from evojax_merge.report.comparison import Result, write_result
 from evojax_merge.report.plan import Plan
-from evojax_merge.report.tables import terminal_table
+from evojax_merge.report.tables import scores_table
 from evojax_merge.search.checkpoints import Checkpoints, to_line
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.run_folder import keep_winner, write_front
@@ -90,9 +90,9 @@ def write_winner(folder: RunFolder, problem: SearchProblem[Backend], result: Res
     if shown is not None:
         for line in shown.split("\n"):
             console.print(line, highlight=False, soft_wrap=True)
-    console.print(terminal_table(result.rows, "Held-out scores"))
+    console.print(scores_table(result.rows, "Held-out scores"))
     if result.members:
-        console.print(terminal_table(result.front(), "The front: no candidate is better in every task"))
+        console.print(scores_table(result.front(), "The front: no candidate is better in every task"))
         console.print(f"members: {folder.front} (export --member NUMBER)", highlight=False, soft_wrap=True)
     console.print(f"winner: {folder.model}", highlight=False, soft_wrap=True)
     measured = result.measured()

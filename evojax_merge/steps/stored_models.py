@@ -38,10 +38,9 @@ from evojax_merge.report.progress import passes_bar
 from evojax_merge.schema.yaml_reader import load_yaml
 from evojax_merge.search.run_folder import RunFolder, check_recorded_inputs, is_run
 from evojax_merge.search.validation import validation_split
-from evojax_merge.tasks.opening import open_splits, open_whole_task, repeated
+from evojax_merge.tasks.opening import ignored_numbers, open_splits, open_whole_task, repeated
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Task, about_backend
-from evojax_merge.tasks.text import ignored_numbers
 from evojax_merge.zoo.references import resolve_file, resolve_reference
 
 # () -> a model's answers, as `sample_rows` has them.

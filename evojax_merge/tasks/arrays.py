@@ -48,6 +48,7 @@ class ArrayTask(TaskDefaults):
 
     kind: ClassVar[str] = "arrays"
     backend: ClassVar[str] = "function"
+    by_example: ClassVar[tuple[str, ...]] = ("indices",)
 
     name: str
     examples: Any
@@ -71,16 +72,12 @@ class ArrayTask(TaskDefaults):
             object.__setattr__(self, "count", count)
 
     @property
-    def size(self) -> int:
-        return len(self.indices)
-
-    @property
     def is_divisible(self) -> bool:
         return self.examples is not None
 
     def subset(self, examples: Sequence[int]) -> "ArrayTask":
         compared = None if self.compared is None else self.compared.subset(examples)
-        return replace(self, indices=tuple(self.indices[i] for i in examples), compared=compared)
+        return replace(super().subset(examples), compared=compared)
 
     @cached_property
     def rows(self) -> tuple[Any, ...]:
@@ -144,21 +141,19 @@ def check_examples(where: object, examples: Any) -> None:
         raise InputError(where, f"has arrays with leading axes of {sizes}; expected one number of examples")
 
 
-def call_users(function: Callable[..., Any], reference: str, *arguments: Any) -> Any:
-    """Call a function of the user's, whose failures are its own."""
-    with guard_user_function(reference):
-        return function(*arguments)
-
-
 def open_arrays(config: ArraysConfig, opening: Opening) -> ArrayTask:
     """The task on the examples of one file. Raises InputError for a fault of the config, the function or the file."""
     function = load_function(
         f"{opening.where}.function", config.function, "model" if config.file is None else "arrays", opening.folder
     )
+
+    def call(*arguments: Any) -> Any:
+        with guard_user_function(function.reference):
+            return function.call(*arguments)
+
     make = partial(
-        ArrayTask, config.name, function=partial(call_users, function.call, function.reference), weight=config.weight,
-        traced=config.traced, where=opening.where,
-    )  # fmt: skip
+        ArrayTask, config.name, function=call, weight=config.weight, traced=config.traced, where=opening.where
+    )
     function_place = ("function", function.place)
     if config.file is None:
         if opening.heldout is not None:

@@ -224,24 +224,24 @@ def _common_length(rows: Sequence[Row], shared_prefix: int) -> int:
 
 def pack_rows(rows: Sequence[Row], shared_prefix: int, packs: Sequence[Pack]) -> list[PackedRow]:
     """Rows without their shared prefix, packed together."""
-    return [_packed_row([(number, rows[number]) for number in pack], shared_prefix) for pack in packs]
-
-
-def _packed_row(group: Sequence[tuple[int, Row]], shared_prefix: int) -> PackedRow:
-    common = _common_length([row for _, row in group], shared_prefix)
-    tokens = list(group[0][1].tokens[shared_prefix : shared_prefix + common])
-    positions, segment_ids, spans = list(range(shared_prefix, shared_prefix + common)), [0] * common, []
-    for segment, (number, row) in enumerate(group, start=1):
-        # The last token is only predicted.
-        suffix = row.tokens[shared_prefix + common : -1]
-        # Token i of the row stands in this column.
-        columns = [*range(common), *range(len(tokens), len(tokens) + len(suffix))]
-        predicted_at = tuple(columns[i - shared_prefix - 1] for i in range(row.start, len(row.tokens)))
-        spans.append(ScoredSpan(number, predicted_at, row.tokens[row.start :]))
-        tokens += suffix
-        positions += range(shared_prefix + common, len(row.tokens) - 1)
-        segment_ids += [segment] * len(suffix)
-    return PackedRow(tuple(tokens), tuple(positions), tuple(segment_ids), tuple(spans))
+    packed = []
+    for pack in packs:
+        common = _common_length([rows[number] for number in pack], shared_prefix)
+        tokens = list(rows[pack[0]].tokens[shared_prefix : shared_prefix + common])
+        positions, segment_ids, spans = list(range(shared_prefix, shared_prefix + common)), [0] * common, []
+        for segment, number in enumerate(pack, start=1):
+            row = rows[number]
+            # The last token is only predicted.
+            suffix = row.tokens[shared_prefix + common : -1]
+            # Token i of the row stands in this column.
+            columns = [*range(common), *range(len(tokens), len(tokens) + len(suffix))]
+            predicted_at = tuple(columns[i - shared_prefix - 1] for i in range(row.start, len(row.tokens)))
+            spans.append(ScoredSpan(number, predicted_at, row.tokens[row.start :]))
+            tokens += suffix
+            positions += range(shared_prefix + common, len(row.tokens) - 1)
+            segment_ids += [segment] * len(suffix)
+        packed.append(PackedRow(tuple(tokens), tuple(positions), tuple(segment_ids), tuple(spans)))
+    return packed
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -296,21 +296,17 @@ def batch_shapes(
         shapes, cells, above = [], 0, 0
         for width in bucket_widths(everything, buckets, step):
             count = int(((lengths > above) & (lengths <= width)).sum())
-            most = min(max(1, tokens_per_batch // width), most_rows or max(1, count))
-            shapes.append(Shape(above, width, _full_size(max(1, count), most, merge_tokens / width)))
-            cells += -(-count // shapes[-1].size) * (shapes[-1].size * width + merge_tokens)
+            most = min(max(1, tokens_per_batch // width), most_rows or max(1, count), max(1, count))
+            # Of the sizes from half of the largest on, the one with the fewest rows in all, unused room included.
+            more = merge_tokens / width
+            size = min(range(most, most // 2, -1), key=lambda size: -(-max(1, count) // size) * (size + more))
+            shapes.append(Shape(above, width, size))
+            cells += -(-count // size) * (size * width + merge_tokens)
             above = width
         options.append((cells, shapes))
         if not merge_tokens and cells * (1 - padding) <= lengths.sum():
             break
     return min(options, key=lambda option: option[0])[1]
-
-
-def _full_size(count: int, most: int, more_rows: float) -> int:
-    """The batch size, between half of `most` and `most`, with which `count` rows take the fewest rows in all, counting
-    the unused room in the last batch, and `more_rows` for each batch."""
-    most = min(count, most)
-    return min(range(most, most // 2, -1), key=lambda size: -(-count // size) * (size + more_rows))
 
 
 def _grouped(lengths: np.ndarray, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, np.ndarray]]:
@@ -461,20 +457,12 @@ class PromptShapes:
     size: int
 
 
-def prompt_batches(
-    splits: Sequence[Sequence[Row]], tokens_per_part: int, tokens_per_batch: int, new: int, share: bool = True
-) -> list[Batches[PromptBatch]]:
-    """Prompts of several splits of a task that are continued by `new` tokens, in batches of one shape: prefilled in
-    groups of about `tokens_per_part` tokens, decoded in batches of about `tokens_per_batch`, the new ones counted.
-    `share` False: no row shares a prefix."""
-    shapes = prompt_shapes(splits, tokens_per_part, tokens_per_batch, new, share)
-    return [fill_prompt_batches(rows, shapes) for rows in splits]
-
-
 def prompt_shapes(
     splits: Sequence[Sequence[Row]], tokens_per_part: int, tokens_per_batch: int, new: int, share: bool = True
 ) -> PromptShapes:
-    """The shapes of the batches that `prompt_batches` makes."""
+    """The shapes of batches of the prompts of several splits of a task, which are continued by `new` tokens: prefilled
+    in groups of about `tokens_per_part` tokens, decoded in batches of about `tokens_per_batch`, the new ones counted.
+    `share` False: no row shares a prefix."""
     shared_prefix = shared_prefix_length([row for rows in splits for row in rows]) if share else 0
     lengths = [np.array([len(row.tokens) - shared_prefix for row in rows]) for rows in splits]
     most = max(1, tokens_per_batch // (_step_up(max(int(count.max()) for count in lengths)) + new))

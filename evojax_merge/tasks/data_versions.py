@@ -53,11 +53,18 @@ def oxen_file(where: str, reference: str, relative_to: Path) -> Path:
     inside = PurePosixPath(name)
     if inside.is_absolute() or ".." in inside.parts:
         raise InputError(where, f"{reference}: {name} lies outside of the repository; expected a path inside of it")
-    repository = _repository(where, reference, named, relative_to)
+    folders = (Path(os.path.expanduser(named)), relative_to / named)
+    repository = next((folder.resolve() for folder in folders if (folder / ".oxen").is_dir()), None)
+    if repository is None:
+        raise InputError(where, f"{reference}: {named} is no Oxen repository; expected a folder with .oxen in it")
     cache = cache_folder() / "oxen" / hashlib.sha256(str(repository).encode()).hexdigest()[:16]
     commit = revision if COMMIT.fullmatch(revision) and (cache / revision / inside).is_file() else None
     if commit is None:
-        oxen = _oxen(where, reference)
+        try:
+            import oxen
+        except ImportError:
+            what = f"{reference}: needs the package oxenai; pip install 'evojax-merge[oxen]'"
+            raise InputError(where, what) from None
         with _working_tree(repository) as tree, _answers_of(where, reference, repository):
             repo = oxen.Repo(str(tree))
             commit = _commit(repo, revision)
@@ -75,21 +82,6 @@ def oxen_file(where: str, reference: str, relative_to: Path) -> Path:
     _references[file] = f"{OXEN}{repository}@{commit}:{inside}"
     name_in_messages(file, _references[file])
     return file
-
-
-def _repository(where: str, reference: str, named: str, relative_to: Path) -> Path:
-    for folder in (Path(os.path.expanduser(named)), relative_to / named):
-        if (folder / ".oxen").is_dir():
-            return folder.resolve()
-    raise InputError(where, f"{reference}: {named} is no Oxen repository; expected a folder with .oxen in it")
-
-
-def _oxen(where: str, reference: str) -> Any:
-    try:
-        import oxen
-    except ImportError:
-        raise InputError(where, f"{reference}: needs the package oxenai; pip install 'evojax-merge[oxen]'") from None
-    return oxen
 
 
 @contextmanager
@@ -150,7 +142,14 @@ def check_data_file(where: str, file: Path) -> None:
     check_no_pointer(file)
     record = dvc_record(file)
     expected = None if record is None else _recorded_md5(record, file)
-    if expected is not None and expected not in _md5s(file):
+    if expected is None:
+        return
+    with open_regular(file, "a data file") as handle:
+        plain = hashlib.file_digest(handle, "md5").hexdigest()
+        handle.seek(0)
+        # Versions of DVC before 3 recorded the MD5 of the text with line feeds alone.
+        unix = hashlib.md5(handle.read().replace(b"\r\n", b"\n")).hexdigest()
+    if expected not in (plain, unix):
         raise InputError(
             where,
             f"{file} is not the file that {record} records (md5 {expected}); run `dvc checkout {record}` for that one, "
@@ -188,12 +187,3 @@ def _listed_md5(folder: Path, md5: str, file: Path) -> str | None:
         return next((str(entry["md5"]) for entry in entries if entry["relpath"] == inside), None)
     except (StopIteration, OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def _md5s(file: Path) -> set[str]:
-    """The MD5 of a file, and that of its text with line feeds alone, which versions of DVC before 3 recorded."""
-    with open_regular(file, "a data file") as handle:
-        plain = hashlib.file_digest(handle, "md5").hexdigest()
-        handle.seek(0)
-        unix = hashlib.md5(handle.read().replace(b"\r\n", b"\n")).hexdigest()
-    return {plain, unix}

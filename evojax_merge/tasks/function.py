@@ -16,6 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal
@@ -40,7 +41,7 @@ from evojax_merge.tasks.task import (
     TaskRequests,
 )
 from evojax_merge.tasks.templates import check_stop
-from evojax_merge.tasks.text import NO_TARGET, Kind, TextRecordsTask, TextTask, checked_fields, read_prompted
+from evojax_merge.tasks.text import Kind, PromptedTask, check_templates, read_prompted
 
 Inputs = Literal["texts", "log_probabilities", "logits"]
 # The arguments of the function.
@@ -127,8 +128,8 @@ class Traced:
         return result.astype(jnp.float32)
 
 
-@dataclass(frozen=True)
-class FunctionTask(TextRecordsTask):
+@dataclass(frozen=True, kw_only=True)
+class FunctionTask(PromptedTask):
     """A task (tasks.task) whose metric, `score`, a user's function computes."""
 
     function: UserFunction
@@ -143,14 +144,17 @@ class FunctionTask(TextRecordsTask):
         if self.inputs != "logits":
             return requests
         logits_fn = Traced(self.function)
-        _try_tracing(logits_fn, max(len(request.tokens) - request.start for request in requests.scored), len(tokenizer))
+        # Traced before anything is compiled with it, so that its exceptions come early, and alone.
+        targets = max(len(request.tokens) - request.start for request in requests.scored)
+        shapes = (((targets, len(tokenizer)), np.float32), ((targets,), np.int32), ((targets,), np.bool_))
+        jax.eval_shape(logits_fn, *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
         return replace(requests, logits_fn=logits_fn)
 
     def score(self, responses: Responses) -> dict[str, np.ndarray]:
         if self.inputs == "logits":
             return {METRIC: responses.totals.astype(np.float32)}
         inputs: Any = responses.texts if self.inputs == "texts" else responses.totals
-        return {METRIC: np.stack([self._scores_of(candidate) for candidate in inputs])}
+        return {METRIC: np.stack(list(map(self._scores_of, inputs)))}
 
     @property
     def derivative(self) -> Derivative | None:
@@ -168,12 +172,12 @@ class FunctionTask(TextRecordsTask):
             return checked(self.function, self.function.call(list(self.records), inputs), self.size)
 
     def target(self, example: int) -> str | None:
-        return None if self.inputs == "texts" else self.text.target(example)
+        return None if self.inputs == "texts" else str(self.examples[example].answer)
 
     def contents(self) -> list[tuple[str, Place]]:
         # Parquet has values, such as dates, that JSON does not have.
         contents = (json.dumps(record, sort_keys=True, default=str) for record in self.records)
-        return list(zip(contents, map(self.text.location, self.text.examples), strict=True))
+        return list(zip(contents, map(self.location, self.examples), strict=True))
 
     def paths(self) -> dict[str, str]:
         return super().paths() | {"function": self.function.place}
@@ -191,17 +195,12 @@ def open_function(config: FunctionConfig, opening: Opening) -> FunctionTask:
     where = opening.where
     function = load_function(f"{where}.function", config.function, config.inputs, opening.folder)
     kind: Kind = "exact_match" if config.inputs == "texts" else "likelihood"
-    fields = checked_fields(where, config)
+    check_templates(where, config)
     check_stop(where, config.stop)
-    # The function judges the texts: a scored record needs no target, and this placeholder is never read.
-    scored_fields = replace(fields, target=NO_TARGET) if config.inputs == "texts" else fields
-    data = read_prompted(config, opening, kind, scored_fields, fields)
-    text = TextTask(
-        config.name, kind, METRIC, config.weight, data.file, data.examples, max_new_tokens=config.max_new_tokens,
-        stop=tuple(config.stop), prompts=data.prompts, fewshot_file=data.fewshot_file,
-        data_files=data.files,
+    return FunctionTask(
+        **read_prompted(config, opening, kind, METRIC, has_targets=config.inputs != "texts"), function=function,
+        inputs=config.inputs, max_new_tokens=config.max_new_tokens, stop=tuple(config.stop),
     )  # fmt: skip
-    return FunctionTask(text, tuple(map(dict, data.records)), function, config.inputs)
 
 
 KIND = TaskKind(FunctionConfig, open_function, source="file")
@@ -305,18 +304,6 @@ def checked(function: UserFunction, returned: Any, count: int) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def _try_tracing(logits_fn: Traced, targets: int, vocabulary: int) -> None:
-    """Trace the function before anything is compiled with it, so that its exceptions come early, and alone."""
-    import jax.numpy as jnp
-
-    jax.eval_shape(
-        logits_fn,
-        jax.ShapeDtypeStruct((targets, vocabulary), jnp.float32),
-        jax.ShapeDtypeStruct((targets,), jnp.int32),
-        jax.ShapeDtypeStruct((targets,), jnp.bool_),
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # From its name to the function
 
@@ -341,7 +328,12 @@ def load_function(where: str, reference: str, inputs: str, folder: Path) -> User
         raise InputError(where, f"{reference} is of type {type(function).__name__}; expected a function")
     _check_arguments(where, reference, function, inputs)
     place_anywhere = reference_from_anywhere(reference, folder)
-    return UserFunction(reference, function, _source_files(module, function), place_anywhere)
+    # The file of the module, and of the function where the module only passes it on.
+    files = {getattr(module, "__file__", None)}
+    with contextlib.suppress(TypeError):  # A partial, or an object that can be called.
+        files.add(inspect.getsourcefile(inspect.unwrap(function)))
+    sources = (Path(file).resolve() for file in files if file is not None and Path(file).is_file())
+    return UserFunction(reference, function, tuple(sorted(sources)), place_anywhere)
 
 
 def _check_arguments(where: str, reference: str, function: Callable[..., Any], inputs: str) -> None:
@@ -356,27 +348,15 @@ def _check_arguments(where: str, reference: str, function: Callable[..., Any], i
         raise InputError(where, f"{reference} takes {signature}; inputs: {inputs} calls it with {called}") from None
 
 
-def _source_files(module: ModuleType, function: Callable[..., Any]) -> tuple[Path, ...]:
-    """The file of the module, and of the function where the module only passes it on."""
-    files = {getattr(module, "__file__", None)}
-    with contextlib.suppress(TypeError):  # A partial, or an object that can be called.
-        files.add(inspect.getsourcefile(inspect.unwrap(function)))
-    return tuple(sorted(Path(file).resolve() for file in files if file is not None and Path(file).is_file()))
-
-
 def users_module(where: str, place: str, folder: Path) -> ModuleType:
     """The module of a Python file (`place` ends in .py) or of a name, both looked for from `folder` on. Raises
     InputError where there is none, and where it cannot be imported."""
-    if not place.endswith(".py"):
-        return _import(where, place, folder, lambda: importlib.import_module(place))
-    path = (folder / os.path.expanduser(place)).resolve()
-    if not os.path.isfile(path):
-        raise InputError(where, f"{place}: no such file")
-    return _import(where, place, path.parent, lambda: load_file(path))
-
-
-def _import(where: str, place: str, folder: Path, load: Callable[[], ModuleType]) -> ModuleType:
-    """Import with `folder` on the path (see `importing_from`)."""
+    load = partial(importlib.import_module, place)
+    if place.endswith(".py"):
+        path = (folder / os.path.expanduser(place)).resolve()
+        if not os.path.isfile(path):
+            raise InputError(where, f"{place}: no such file")
+        folder, load = path.parent, partial(load_file, path)
     try:
         with importing_from(folder), guard_user_function(place):
             return load()

@@ -9,10 +9,10 @@ import io
 import re
 import tempfile
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -67,6 +67,7 @@ class DrawingTask(TaskDefaults):
     diffusers' names; section: the task's place in the config."""
 
     backend: ClassVar[str] = "torch"
+    by_example: ClassVar[tuple[str, ...]] = ("indices",)
 
     name: str
     weight: float
@@ -82,15 +83,8 @@ class DrawingTask(TaskDefaults):
     inputs: Inputs
 
     @property
-    def size(self) -> int:
-        return len(self.indices)
-
-    @property
     def files(self) -> tuple[Path, ...]:
         return () if self.source is None else (self.source,)
-
-    def subset(self, examples: Sequence[int]) -> Self:
-        return replace(self, indices=tuple(self.indices[i] for i in examples))
 
     def contents(self) -> Sequence[tuple[Hashable, Place]]:
         return [((self.prompts[i], self.seeds[i]), self.places[i]) for i in self.indices]
@@ -194,19 +188,9 @@ class HumanImageTask(DrawingTask):
         return super().paths() | self.voting.paths
 
 
-def open_images(config: ImageGenerationConfig, opening: Opening) -> ImageTask:
-    """The task on the prompts of one source. Raises InputError for a fault of the config, the function or the file."""
-    function = load_function(f"{opening.where}.function", config.function, config.inputs, opening.folder)
-    return ImageTask(**_drawn(config, opening), inputs=config.inputs, function=function)
-
-
-def open_human_images(config: HumanImagesConfig, opening: Opening) -> HumanImageTask:
-    """The task on the prompts of one source. Raises InputError for a fault of the config, the function or the file."""
-    return HumanImageTask(**_drawn(config, opening), inputs="images", voting=voting_of(config, opening))
-
-
 def _drawn(config: DrawingConfig, opening: Opening) -> dict[str, Any]:
-    """The fields of a DrawingTask."""
+    """The fields of a DrawingTask on the prompts of one source. Raises InputError for a fault of the config or the
+    file."""
     where = opening.where
     settings = {
         "num_inference_steps": config.steps, "guidance_scale": config.guidance, "height": config.height,
@@ -226,12 +210,18 @@ def _drawn(config: DrawingConfig, opening: Opening) -> dict[str, Any]:
         read = read_file(file)
         records = [dict(record.fields) for record in read]
         places = [(str(file), record.line) if record.line else (record.where, 0) for record in read]
-        prompts = [_prompt(record, config.prompt) for record in read]
+        prompts = [record.fields.get(config.prompt) for record in read]
+        for record, prompt in zip(read, prompts, strict=True):
+            if not isinstance(prompt, str):
+                what = shown(prompt) if config.prompt in record.fields else "missing"
+                raise InputError(record.where, f"{config.prompt}: {what}; expected the text of a prompt")
     # A second source of examples has noise of its own.
     drawn = np.random.SeedSequence([opening.seed, opening.heldout is not None]).generate_state(len(records), np.uint32)
-    seeds = [
-        _seed(record, place, int(number)) for record, place, number in zip(records, places, drawn, strict=True)
-    ]  # fmt: skip
+    seeds = [record.get(SEED, int(number)) for record, number in zip(records, drawn, strict=True)]
+    for seed, (source, line) in zip(seeds, places, strict=True):
+        if type(seed) is not int or not 0 <= seed <= MAX_SEED:
+            what = f"{SEED}: {shown(seed)}; expected a whole number, 0 or more"
+            raise InputError(f"{source}:{line}" if line else source, what)
     return {
         "name": config.name, "weight": config.weight,
         "records": tuple(record | {SEED: seed} for record, seed in zip(records, seeds, strict=True)),
@@ -241,21 +231,16 @@ def _drawn(config: DrawingConfig, opening: Opening) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _prompt(record: Any, name: str) -> str:
-    prompt = record.fields.get(name)
-    if not isinstance(prompt, str):
-        what = shown(prompt) if name in record.fields else "missing"
-        raise InputError(record.where, f"{name}: {what}; expected the text of a prompt")
-    return prompt
+def _open_images(config: ImageGenerationConfig, opening: Opening) -> ImageTask:
+    function = load_function(f"{opening.where}.function", config.function, config.inputs, opening.folder)
+    return ImageTask(**_drawn(config, opening), inputs=config.inputs, function=function)
 
 
-def _seed(record: Mapping[str, Any], place: Place, drawn: int) -> int:
-    seed = record.get(SEED, drawn)
-    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
-        where = f"{place[0]}:{place[1]}" if place[1] else place[0]
-        raise InputError(where, f"{SEED}: {shown(seed)}; expected a whole number, 0 or more")
-    return seed
+def _open_human_images(config: HumanImagesConfig, opening: Opening) -> HumanImageTask:
+    return HumanImageTask(**_drawn(config, opening), inputs="images", voting=voting_of(config, opening))
 
 
-IMAGE_GENERATION = TaskKind(ImageGenerationConfig, open_images, source="file")
-HUMAN_IMAGES = TaskKind(HumanImagesConfig, open_human_images, source="file")
+KINDS = (
+    TaskKind(ImageGenerationConfig, _open_images, source="file"),
+    TaskKind(HumanImagesConfig, _open_human_images, source="file"),
+)

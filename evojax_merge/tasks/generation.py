@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -22,12 +21,13 @@ from evojax_merge.schema.section import Text, Whole
 from evojax_merge.tasks.language import check_language, language_of
 from evojax_merge.tasks.patterns import check_pattern, find_all
 from evojax_merge.tasks.prompts import PromptConfig
-from evojax_merge.tasks.task import SHARE_RIGHT, Opening, Place, Responses, TaskDefaults, TaskKind, TaskRequests
+from evojax_merge.tasks.task import SHARE_RIGHT, Opening, Responses, TaskKind
 from evojax_merge.tasks.templates import check_names_field, check_stop
 from evojax_merge.tasks.text import (
+    PromptedTask,
     TextTask,
     brief,
-    checked_fields,
+    check_templates,
     cut_target,
     extract_answer,
     probe_texts,
@@ -85,54 +85,33 @@ class GenerationConfig(PromptConfig):
         None, description="an answer in another language scores 0, where it is long enough to tell; default: any"
     )
 
+    @property
+    def takes_json(self) -> bool:
+        return self.metric == "json"
 
-@dataclass(frozen=True)
-class GenerationTask(TaskDefaults):
-    """A task (tasks.task) that compares outputs with targets by its metric. `text` makes the requests to a model;
-    `pattern`: an expression whose last match in an output is compared; None: the whole output is. `accepted`: for each
-    example further right answers; `language`: the only one whose answers count, where the target is not in another one
-    (None: any does)."""
 
-    units: ClassVar = {
+@dataclass(frozen=True, kw_only=True)
+class GenerationTask(PromptedTask):
+    """A task (tasks.task) that compares outputs with targets by its metric. `pattern`: an expression whose last match
+    in an output is compared; None: the whole output is. `accepted`: for each example further right answers;
+    `language`: the only one whose answers count, where the target is not in another one (None: any does)."""
+
+    units: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("exact_match", "contains", "regex", "json"), SHARE_RIGHT), "rouge_l": "ROUGE-L, 0 to 1",
         "rouge_l_mecab": "ROUGE-L, 0 to 1", "chrf": "chrF, 0 to 1", "bleu": "BLEU, 0 to 1", "anls": "ANLS, 0 to 1",
         "vqa_accuracy": "VQA accuracy, 0 to 1",
     }  # fmt: skip
 
-    text: TextTask
-    metric: Metric
+    by_example: ClassVar[tuple[str, ...]] = (*PromptedTask.by_example, "accepted")
+
     accepted: tuple[tuple[str, ...], ...]
     pattern: str | None = None
     language: str | None = None
 
-    @property
-    def name(self) -> str:
-        return self.text.name
-
-    @property
-    def weight(self) -> float:
-        return self.text.weight
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self.text.files
-
-    @property
-    def size(self) -> int:
-        return self.text.size
-
-    def subset(self, examples: Sequence[int]) -> "GenerationTask":
-        accepted = tuple(self.accepted[example] for example in examples)
-        return replace(self, text=self.text.subset(examples), accepted=accepted)
-
-    def requests(self, tokenizer: Any, context: int) -> TaskRequests:
-        return self.text.requests(tokenizer, context)
-
     def score(self, responses: Responses) -> dict[str, np.ndarray]:
         # Candidates often agree: each distinct output is judged once.
-        outputs = {(n, text) for row in responses.texts for n, text in enumerate(row)}
-        judged = {(n, text): self._judge(text, (self.target(n), *self.accepted[n])) for n, text in outputs}
-        scores = [[judged[n, text] for n, text in enumerate(row)] for row in responses.texts]
+        judge = cache(lambda n, text: self._judge(text, (self.target(n), *self.accepted[n])))
+        scores = [[judge(n, text) for n, text in enumerate(row)] for row in responses.texts]
         return {self.metric: np.array(scores, np.float32).reshape(len(responses.texts), self.size)}
 
     def _judge(self, output: str, targets: Sequence[str]) -> float:
@@ -149,7 +128,7 @@ class GenerationTask(TaskDefaults):
 
     def companion(self) -> TextTask | None:
         """The likelihood of the targets; None where they are expressions."""
-        return None if self.metric == "regex" else self.text.companion()
+        return None if self.metric == "regex" else self.likelihood_of_targets()
 
     def extraction_failure(self, texts: Sequence[str]) -> str | None:
         if self.pattern is None or any(extract_answer(text, self.pattern, f"task {self.name}") for text in texts):
@@ -157,16 +136,10 @@ class GenerationTask(TaskDefaults):
         return f"the pattern {self.pattern!r}"
 
     def target(self, example: int) -> str:
-        return str(self.text.examples[example].answer)
+        return str(self.examples[example].answer)
 
     def extracted(self, example: int, outputs: Sequence[str]) -> str | None:
         return None if self.pattern is None else extract_answer(outputs[0], self.pattern, f"task {self.name}")
-
-    def contents(self) -> Sequence[tuple[Any, Place]]:
-        return self.text.contents()
-
-    def paths(self) -> dict[str, str]:
-        return self.text.paths()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -177,35 +150,40 @@ def open_generation(config: GenerationConfig, opening: Opening) -> GenerationTas
     """The task on the examples of one file. Raises InputError for a meaningless config or file, or a metric whose
     package is missing."""
     where = opening.where
-    _check_package(f"{where}.metric", config.metric)
+    packages, extra = PACKAGES.get(config.metric, ({}, ""))
+    for module, package in packages.items():
+        try:
+            import_module(module)
+        except ImportError:
+            what = f"{config.metric} needs the package {package}; pip install 'evojax-merge[{extra}]'"
+            raise InputError(f"{where}.metric", what) from None
     if config.language is not None:
         check_language(f"{where}.language", config.language)
     if config.metric == "vqa_accuracy" and config.accept is None:
         raise InputError(f"{where}.accept", "missing; vqa_accuracy goes by the answers of several people in a field")
-    fields = replace(checked_fields(where, config), objects=config.metric == "json")
+    check_templates(where, config)
     check_stop(where, config.stop)
     if config.messages is None:
         check_names_field(f"{where}.prompt", config.prompt, refuse=True)
         check_names_field(f"{where}.target", config.target, refuse=False)
-    data = read_prompted(config, opening, "exact_match", fields, fields)
-    text = TextTask(
-        config.name, "exact_match", config.metric, config.weight, data.file, data.examples,
-        max_new_tokens=config.max_new_tokens, stop=tuple(config.stop), prompts=data.prompts,
-        fewshot_file=data.fewshot_file, data_files=data.files,
+    data = read_prompted(config, opening, "exact_match", config.metric)
+    task = GenerationTask(
+        **data, accepted=(), pattern=config.pattern, language=config.language, max_new_tokens=config.max_new_tokens,
+        stop=tuple(config.stop),
     )  # fmt: skip
     accepted = tuple(
-        () if config.accept is None else _accepted(text.where(example), record, config.accept)
-        for example, record in zip(data.examples, data.records, strict=True)
+        () if config.accept is None else _accepted(task.where(example), record, config.accept)
+        for example, record in zip(task.examples, task.records, strict=True)
     )
-    task = GenerationTask(text, config.metric, accepted, config.pattern, config.language)
+    task = replace(task, accepted=accepted, records=())
     if config.pattern is not None:
-        check_pattern(where, config.pattern, config.max_new_tokens, probe_texts(text))
-    for example, further in zip(text.examples, accepted, strict=True):
+        check_pattern(where, config.pattern, config.max_new_tokens, probe_texts(task))
+    for example, further in zip(task.examples, accepted, strict=True):
         if config.metric == "vqa_accuracy" and len(further) <= AGREEING:
             what = f"{config.accept}: has {len(further)}; vqa_accuracy is for more than {AGREEING} people's answers"
-            raise InputError(text.where(example), what)
+            raise InputError(task.where(example), what)
         for target in (str(example.answer), *further):
-            _check_target(where, text.where(example), target, config)
+            _check_target(where, task.where(example), target, config)
     return task
 
 
@@ -241,16 +219,6 @@ def _check_target(where: str, place: str, target: str, config: GenerationConfig)
         raise cut_target(where, config.pattern, answer, place, target)
 
 
-def _check_package(where: str, metric: Metric) -> None:
-    packages, extra = PACKAGES.get(metric, ({}, ""))
-    for module, package in packages.items():
-        try:
-            import_module(module)
-        except ImportError:
-            what = f"{metric} needs the package {package}; pip install 'evojax-merge[{extra}]'"
-            raise InputError(where, what) from None
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Metrics
 
@@ -275,12 +243,12 @@ def _plain_answer(answer: str) -> str:
     return " ".join(word for word in words if word not in ARTICLES)
 
 
-def compare(metric: Metric, answer: str, target: str, where: str = "tasks") -> float:
+def compare(metric: str, answer: str, target: str, where: str = "tasks") -> float:
     """The score of an answer by a metric of two texts, between 0 and 1. `where` names the task in messages."""
     return _METRICS[metric](where, answer, target)
 
 
-def _same_fields(where: str, answer: str, target: str) -> float:
+def _same_fields(answer: str, target: str) -> float:
     """Return 1 for an answer, which may stand in a Markdown block, that is JSON whose fields equal the target's. Fields
     that the target lacks are free."""
     block = FENCED.fullmatch(answer)
@@ -301,14 +269,6 @@ def _equal(value: Any, wanted: Any) -> bool:
     if isinstance(value, list) and isinstance(wanted, list):
         return len(value) == len(wanted) and all(map(_equal, value, wanted))
     return isinstance(value, bool) == isinstance(wanted, bool) and bool(value == wanted)
-
-
-def _rouge_l(where: str, answer: str, target: str) -> float:
-    return float(_rouge(_Words).score(target, answer)["rougeL"].fmeasure)
-
-
-def _rouge_l_mecab(where: str, answer: str, target: str) -> float:
-    return float(_rouge(_JapaneseWords).score(target, answer)["rougeL"].fmeasure)
 
 
 class _Words:
@@ -338,25 +298,21 @@ class _JapaneseWords:
 
 
 @cache
-def _rouge(words: type) -> Any:
+def _rouge_scorer(words: type) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], tokenizer=words())
 
 
-def _chrf(where: str, answer: str, target: str) -> float:
-    from sacrebleu import sentence_chrf
-
-    return float(sentence_chrf(answer, [target]).score) / 100
+def _rouge_l(words: type, answer: str, target: str) -> float:
+    return float(_rouge_scorer(words).score(target, answer)["rougeL"].fmeasure)
 
 
-def _bleu(where: str, answer: str, target: str) -> float:
-    from sacrebleu import sentence_bleu
-
-    return float(sentence_bleu(answer, [target]).score) / 100
+def _sacrebleu(name: str, answer: str, target: str) -> float:
+    return float(getattr(import_module("sacrebleu"), name)(answer, [target]).score) / 100
 
 
-def _anls(where: str, answer: str, target: str) -> float:
+def _anls(answer: str, target: str) -> float:
     """1 less the edits as a share of the longer text, without regard to case; 0 from half of it on (Biten et al., Scene
     text visual question answering, 2019)."""
     from rapidfuzz.distance import Levenshtein
@@ -365,15 +321,15 @@ def _anls(where: str, answer: str, target: str) -> float:
     return 0.0 if distance >= FAR else 1.0 - float(distance)
 
 
-_METRICS: dict[Metric, Callable[[str, str, str], float]] = {
+_METRICS: dict[str, Callable[[str, str, str], float]] = {
     "exact_match": lambda where, answer, target: float(answer.strip() == target.strip()),
     "contains": lambda where, answer, target: float(target.strip() in answer),
     "regex": lambda where, answer, target: float(bool(find_all(where, target, answer))),
-    "rouge_l": _rouge_l,
-    "rouge_l_mecab": _rouge_l_mecab,
-    "chrf": _chrf,
-    "bleu": _bleu,
-    "anls": _anls,
-    "json": _same_fields,
+    "rouge_l": lambda where, answer, target: _rouge_l(_Words, answer, target),
+    "rouge_l_mecab": lambda where, answer, target: _rouge_l(_JapaneseWords, answer, target),
+    "chrf": lambda where, answer, target: _sacrebleu("sentence_chrf", answer, target),
+    "bleu": lambda where, answer, target: _sacrebleu("sentence_bleu", answer, target),
+    "anls": lambda where, answer, target: _anls(answer, target),
+    "json": lambda where, answer, target: _same_fields(answer, target),
 }
 assert {*_METRICS, "vqa_accuracy"} == set(get_args(Metric))

@@ -10,11 +10,12 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.schema.section import Location, Name, Text, Whole
@@ -22,7 +23,7 @@ from evojax_merge.system.chat_templates import ChatTemplateError, render_chat
 from evojax_merge.tasks.language import check_language, language_of
 from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
 from evojax_merge.tasks.prompts import chat_template, encode_prompt
-from evojax_merge.tasks.records import Record, Source
+from evojax_merge.tasks.records import Record
 from evojax_merge.tasks.task import (
     SHARE_RIGHT,
     Opening,
@@ -37,7 +38,7 @@ from evojax_merge.tasks.task import (
     brevity,
     token_ids,
 )
-from evojax_merge.tasks.templates import check_characters, check_stop
+from evojax_merge.tasks.templates import check_stop
 from evojax_merge.tasks.text import Example, TextTask
 
 Match = Literal["strict", "flexible"]
@@ -104,6 +105,8 @@ class GsmConfig(TaskConfig):
     examples are not scored.
     """
 
+    optional: ClassVar = ("metric",)
+
     kind: Literal["gsm"] = Field(description="the kind of task")
     source: Location = Field(
         description="a JSONL or parquet file, hub:owner/dataset[@revision][/config][:split], or gsm-symbolic:language"
@@ -140,11 +143,6 @@ class GsmConfig(TaskConfig):
             raise ValueError("fewshot_source: say num_fewshot, how many examples to take from it")
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_default_metric(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the default metric, so that the section of a task without one stays the same."""
-        return {key: value for key, value in serialise(self).items() if (key, value) != ("metric", "accuracy")}
-
 
 @dataclass(frozen=True)
 class WordProblem:
@@ -163,10 +161,12 @@ class GsmTask(TaskDefaults):
     every question, the same for all, as turns of the chat where `chat`. `system`: the beginning of a chat. `sources`:
     the config's keys that name sources, with these, files by their absolute paths."""
 
-    units: ClassVar = {
+    units: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("accuracy", "strict", "flexible"), SHARE_RIGHT), "language": "share in the language",
         "brevity": "minus characters",
     }  # fmt: skip
+
+    by_example: ClassVar[tuple[str, ...]] = ("problems",)
 
     name: str
     weight: float
@@ -181,13 +181,6 @@ class GsmTask(TaskDefaults):
     max_new_tokens: int = 256
     sources: tuple[tuple[str, str], ...] = ()
     metric: Metric = "accuracy"
-
-    @property
-    def size(self) -> int:
-        return len(self.problems)
-
-    def subset(self, examples: Sequence[int]) -> "GsmTask":
-        return replace(self, problems=tuple(self.problems[i] for i in examples))
 
     def requests(self, tokenizer: Any, context: int) -> TaskRequests:
         where = f"task {self.name}: apply_chat_template"
@@ -228,13 +221,12 @@ class GsmTask(TaskDefaults):
         in it; `accuracy`: whether both are as asked; `brevity`, where that is the metric. float32[P, N] each."""
         wanted = [comparable(self.style, problem.number) for problem in self.problems]
         # Candidates often agree: each distinct output is judged once.
-        outputs = {(n, text) for row in responses.texts for n, text in enumerate(row)}
-        judged = {(n, text): self._judge(text, wanted[n]) for n, text in outputs}
+        judge = cache(lambda n, text: self._judge(text, wanted[n]))
         shape = (len(responses.texts), self.size)
         asked = {"brevity": brevity(responses.texts)} if self.metric == "brevity" else {}
         return asked | {
             metric: np.array(
-                [[judged[n, text][metric] for n, text in enumerate(row)] for row in responses.texts], np.float32
+                [[judge(n, text)[metric] for n, text in enumerate(row)] for row in responses.texts], np.float32
             ).reshape(shape)
             for metric in ("accuracy", "strict", "flexible", *(["language"] if self.language else []))
         }
@@ -300,11 +292,20 @@ def open_gsm(config: GsmConfig, opening: Opening) -> GsmTask:
     fewshot_examples: tuple[WordProblem, ...] = ()
     if config.num_fewshot:
         key = "source" if config.fewshot_source is None else "fewshot_source"
-        shown = opening.read(key, config.fewshot_source or config.source)
-        sources += [(key, shown.name)] if config.fewshot_source else []
-        files += tuple(file for file in shown.files if file not in files)
-        fewshot_examples = first_worked(f"{where}.num_fewshot", shown, config.num_fewshot)
-    style = STYLES[config.style or style_of(scored.records, config.language)]
+        source = opening.read(key, config.fewshot_source or config.source)
+        sources += [(key, source.name)] if config.fewshot_source else []
+        files += tuple(file for file in source.files if file not in files)
+        if config.num_fewshot > len(source.records):
+            what = f"{config.num_fewshot}; {source.name} holds {len(source.records)} problems"
+            raise InputError(f"{where}.num_fewshot", what)
+        fewshot_examples = tuple(map(read_problem, source.records[: config.num_fewshot]))
+        for shot in fewshot_examples:
+            if shot.answer is None:
+                raise InputError(shot.where, "has no worked answer to show; name other examples as fewshot_source")
+    by_fields = "gsm8k"
+    if "answer_number" in scored.records[0].fields:
+        by_fields = f"mgsm_{config.language if config.language in MGSM else 'en'}"
+    style = STYLES[config.style or by_fields]
     style = replace(
         style,
         prompt=style.prompt if config.prompt is None else config.prompt,
@@ -312,8 +313,6 @@ def open_gsm(config: GsmConfig, opening: Opening) -> GsmTask:
         stop=style.stop if config.stop is None else tuple(config.stop),
     )
     check_stop(where, style.stop)
-    for key, text in (("prompt", style.prompt), ("system_instruction", config.system_instruction)):
-        check_characters(f"{where}.{key}", text or "")
     # A problem whose answer is shown is not scored, wherever it comes from.
     seen = {shot.question for shot in fewshot_examples}
     problems = tuple(p for p in map(read_problem, scored.records) if p.question not in seen)
@@ -321,8 +320,14 @@ def open_gsm(config: GsmConfig, opening: Opening) -> GsmTask:
         raise InputError(f"{where}.num_fewshot", f"{config.num_fewshot}; leaves no problem of {scored.name} to score")
     samples = [f"{problem.question} {problem.answer or problem.number}" for problem in problems[:PROBED]]
     check_pattern(where, style.strict, config.max_new_tokens, samples)
-    if config.pattern is not None:
-        check_worked_answers(where, style, problems)
+    for problem in problems if config.pattern is not None else ():
+        # An output like such an answer would count as wrong.
+        answer = find_answer(style, "strict", problem.answer or "", where)
+        if answer is not None and comparable(style, answer) != comparable(style, problem.number):
+            raise InputError(
+                f"{where}.pattern", f"{style.strict!r} finds {shown(answer)} in the worked answer of {problem.where}, "
+                f"whose number is {shown(problem.number)}"
+            )  # fmt: skip
     return GsmTask(
         config.name, config.weight, files, problems, style, config.match, fewshot_examples, config.language,
         config.apply_chat_template, config.system_instruction, config.max_new_tokens, tuple(sources),
@@ -330,20 +335,8 @@ def open_gsm(config: GsmConfig, opening: Opening) -> GsmTask:
     )  # fmt: skip
 
 
-def check_worked_answers(where: str, style: Style, problems: Sequence[WordProblem]) -> None:
-    """Raises InputError where the strict pattern finds another number in a worked answer than the problem's: an output
-    like it would count as wrong."""
-    for problem in problems:
-        answer = find_answer(style, "strict", problem.answer or "", where)
-        if answer is not None and comparable(style, answer) != comparable(style, problem.number):
-            raise InputError(
-                f"{where}.pattern", f"{style.strict!r} finds {shown(answer)} in the worked answer of {problem.where}, "
-                f"whose number is {shown(problem.number)}"
-            )  # fmt: skip
-
-
 def test_set(config: GsmConfig) -> TestSet | None:
-    if not is_test_set(config.source):
+    if re.fullmatch(r"hub:.*gsm.*:test", config.source, re.IGNORECASE) is None:
         return None
     return TestSet(config.source, "the train split or examples of your own", config.on_test_set)
 
@@ -371,39 +364,13 @@ def read_problem(record: Record) -> WordProblem:
             raise InputError(record.where, "has neither answer nor answer_number")
         key, number = "answer", answer.rpartition("####")[2].strip()
     else:
-        key, number = "answer_number", _written(given)
+        # Parquet and pandas make floats of whole numbers where one is missing.
+        is_whole = isinstance(given, float) and given.is_integer()
+        key, number = "answer_number", str(int(given) if is_whole else given).strip()
     if not NUMBER.fullmatch(re.sub(r"[,$]|\.$", "", number)):
         hint = "; expected a worked answer that ends in '#### number'" if key == "answer" else ""
         raise InputError(record.where, f"{key}: {number[-80:]!r} is not a number{hint}")
     return WordProblem(question.strip(), answer.strip() if answer else None, number, record.where)
-
-
-def _written(number: Any) -> str:
-    """A number as text. Parquet and pandas make floats of whole numbers where one is missing."""
-    return str(int(number)) if isinstance(number, float) and number.is_integer() else str(number).strip()
-
-
-def first_worked(where: str, source: Source, count: int) -> tuple[WordProblem, ...]:
-    """The first problems of a source, to be shown with their worked answers."""
-    if count > len(source.records):
-        raise InputError(where, f"{count}; {source.name} holds {len(source.records)} problems")
-    fewshot_examples = tuple(map(read_problem, source.records[:count]))
-    for shot in fewshot_examples:
-        if shot.answer is None:
-            raise InputError(shot.where, "has no worked answer to show; name other examples as fewshot_source")
-    return fewshot_examples
-
-
-def is_test_set(source: str) -> bool:
-    """Return whether models are compared by the source, so that a search on it makes the comparison worthless."""
-    return re.fullmatch(r"hub:.*gsm.*:test", source, re.IGNORECASE) is not None
-
-
-def style_of(records: Sequence[Record], language: str | None) -> str:
-    """The style that the fields of the data ask for."""
-    if "answer_number" not in records[0].fields:
-        return "gsm8k"
-    return f"mgsm_{language if language in MGSM else 'en'}"
 
 
 def format_question(style: Style, problem: WordProblem) -> str:

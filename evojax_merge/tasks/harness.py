@@ -6,7 +6,6 @@ through the task's filters and `process_results`.
 
 import contextlib
 import copy
-import difflib
 import functools
 import io
 import logging
@@ -14,22 +13,30 @@ import math
 import os
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import yaml
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
-from evojax_merge.errors import InputError, first_line, shown
+from evojax_merge.errors import InputError, first_line
 from evojax_merge.schema.section import Location, Name, Text, Whole
-from evojax_merge.system.chat_templates import ChatTemplateError, render_chat
+from evojax_merge.system.chat_templates import ChatTemplateError
 from evojax_merge.tasks.function import FunctionFailed, guard_user_function
-from evojax_merge.tasks.images import RecordImage, expand_images, images_of, number_images
+from evojax_merge.tasks.harness_tokens import (
+    check_length,
+    encode_images,
+    encode_pair,
+    encode_prompt,
+    output_limits,
+    rolling_windows,
+    written_chat,
+)
+from evojax_merge.tasks.images import RecordImage, images_of
 from evojax_merge.tasks.patterns import SECONDS, LimitedRegex, TooSlow, time_limit
-from evojax_merge.tasks.prompts import Written, chat_template, encode_alone, prefix_token
+from evojax_merge.tasks.prompts import chat_template
 from evojax_merge.tasks.task import (
     SHARE_RIGHT,
     Opening,
@@ -40,15 +47,11 @@ from evojax_merge.tasks.task import (
     TaskKind,
     TaskRequests,
     TestSet,
-    token_ids,
 )
-from evojax_merge.tasks.task_folders import Templates, check_is_data, read_folder, rendered_apart
+from evojax_merge.tasks.task_folders import Templates, find_task, rendered_apart
 
 # The seeds of the harness's own command line for few-shot sampling, Python's and NumPy's generators.
 FEWSHOT_SEED, PYTHON_SEED, NUMPY_SEED = 1234, 0, 1234
-DEFAULT_NEW_TOKENS = 256
-# The text in an image's place in the harness's tasks.
-IMAGE = "<image>"
 
 # Tasks by which models are compared, their variants included. A user's own task of such a name counts as well.
 BENCHMARKS = (
@@ -67,6 +70,8 @@ CORPUS_METRICS = ("bypass", "f1", "matthews_corrcoef", "bleu", "chrf", "chrf++",
 
 class HarnessConfig(TaskConfig):
     """A task of the lm-eval harness, by its name there; `heldout` may name a second one."""
+
+    optional: ClassVar = ("allow_code",)
 
     name: Name = Field("", description="what the task is called in tables; default: its name in lm-eval")
     lm_eval: Name = Field(description="the task's name in lm-eval")
@@ -101,52 +106,37 @@ class HarnessConfig(TaskConfig):
             else value
         )
 
-    @model_serializer(mode="wrap")
-    def _without_default(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the default, so that the section of a task that may run no code stays the same."""
-        return {key: value for key, value in serialise(self).items() if (key, value) != ("allow_code", False)}
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options with which the harness builds its requests. `allow_code`: whether a task of `include_path` may run
-    code; `docs`: only the first so many examples, its `--limit`; `split` train: the training examples instead of those
-    that the task is scored on; the others have the harness's meaning."""
-
-    include_path: Path | None = None
-    allow_code: bool = False
-    num_fewshot: int | None = None
-    docs: int | None = None
-    split: Literal["train"] | None = None
-    apply_chat_template: bool = False
-    fewshot_as_multiturn: bool = True
-    system_instruction: str | None = None
-    images: Path | None = None
-
 
 @dataclass
 class Source:
     """A task of the harness, loaded once for all requests and candidates. `where` names it in messages.
 
-    `templates`: renders the templates of a task that may run no code; None: the harness does. `kept`: its requests by
-    example, with the tokenizer whose chat template is in them. `rows`: the number of rows of tokens that each request
-    of an example became when it was last asked.
+    `folders`: the config's keys that name folders, with these; `templates`: renders the templates of a task that may
+    run no code; None: the harness does. `kept`: its requests by example, with the tokenizer whose chat template is in
+    them. `rows`: the number of rows of tokens that each request of an example became when it was last asked.
     """
 
     where: str
     task: Any
-    options: Options
+    config: HarnessConfig
     files: tuple[Path, ...]
     size: int
+    folders: Mapping[str, Path]
     templates: Templates | None = None
     kept: tuple[Any, list[list[Any]]] | None = None
     rows: dict[int, list[int]] = field(default_factory=dict)
 
     def instances(self, tokenizer: Any) -> list[list[Any]]:
         """The harness's instances, a list for each example."""
-        template = tokenizer if self.options.apply_chat_template else None
+        template = tokenizer if self.config.apply_chat_template else None
         if self.kept is None or self.kept[0] is not template:
             self.kept = (template, self._build(template))
+        return self.kept[1]
+
+    @property
+    def built(self) -> list[list[Any]]:
+        """The instances that were last asked for."""
+        assert self.kept is not None, "asked before it is scored"
         return self.kept[1]
 
     @property
@@ -156,7 +146,9 @@ class Source:
     def images(self, where: str, request: Any) -> tuple[RecordImage, ...]:
         """The images of a request. `where` names its example."""
         visual = request.args[-1]["visual"] if self.shows_images else None
-        return () if visual is None else images_of(where, "doc_to_image", visual, self.options.images or Path.cwd())
+        return (
+            () if visual is None else images_of(where, "doc_to_image", visual, self.folders.get("images", Path.cwd()))
+        )
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:
@@ -174,21 +166,21 @@ class Source:
             raise InputError(self.where, f"lm-eval cannot score an answer ({first_line(error)})") from error
 
     def _build(self, tokenizer: Any) -> list[list[Any]]:
-        options, chat = self.options, None
+        config, chat = self.config, None
         if tokenizer is not None:
             template = chat_template(f"{self.where}: apply_chat_template", tokenizer, None)
-            chat = functools.partial(_chat, template, tokenizer, shows_images=self.shows_images)
+            chat = functools.partial(written_chat, template, tokenizer, shows_images=self.shows_images)
         # Few-shot examples are drawn from one stream over all examples, so they are built together and in order.
         self.task.set_fewshot_seed(FEWSHOT_SEED)
         try:
             with lm_eval_context(), _running(self.where, self.templates):
                 self.task.build_all_requests(
-                    limit=options.docs,
+                    limit=config.docs,
                     rank=0,
                     world_size=1,
-                    system_instruction=options.system_instruction,
-                    apply_chat_template=options.apply_chat_template,
-                    fewshot_as_multiturn=options.fewshot_as_multiturn,
+                    system_instruction=config.system_instruction,
+                    apply_chat_template=config.apply_chat_template,
+                    fewshot_as_multiturn=config.fewshot_as_multiturn,
                     chat_template=chat,
                 )
         except ChatTemplateError as error:
@@ -210,7 +202,11 @@ class HarnessTask(TaskDefaults):
     `exact_match,flexible-extract`: the metric and the filter that the answers go through first.
     """
 
-    units: ClassVar = dict.fromkeys(("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"), SHARE_RIGHT)
+    units: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"), SHARE_RIGHT
+    )
+
+    by_example: ClassVar[tuple[str, ...]] = ("examples",)
 
     name: str
     metric: str
@@ -221,13 +217,6 @@ class HarnessTask(TaskDefaults):
     @property
     def files(self) -> tuple[Path, ...]:
         return self.source.files
-
-    @property
-    def size(self) -> int:
-        return len(self.examples)
-
-    def subset(self, examples: Sequence[int]) -> "HarnessTask":
-        return replace(self, examples=tuple(self.examples[i] for i in examples))
 
     def requests(self, tokenizer: Any, context: int) -> TaskRequests:
         instances = self.source.instances(tokenizer)
@@ -240,7 +229,7 @@ class HarnessTask(TaskDefaults):
                 images = self.source.images(where, request)
                 if request.request_type == "generate_until":
                     text, settings = request.args[:2]
-                    new, stop = _limits(where, settings, tokenizer)
+                    new, stop = output_limits(where, settings, tokenizer)
                     limits.add((new, stop))
                     if new >= context:
                         raise InputError(where, f"asks for {new} new tokens; the models' context is {context}")
@@ -256,7 +245,9 @@ class HarnessTask(TaskDefaults):
                     continue
                 if self.source.shows_images:
                     before, target = request.args[:2]
-                    pairs = [encode_image_pair(tokenizer, where, before, target, images)]
+                    seen = encode_images(tokenizer, where, before.rstrip(), images)
+                    both = encode_images(tokenizer, where, before + target, images)
+                    pairs = [(seen, both[len(seen) :])]
                     check_length(where, sum(map(len, pairs[0])) - 1, context)
                 elif request.request_type == "loglikelihood":
                     pairs = [encode_pair(tokenizer, *request.args)]
@@ -309,8 +300,7 @@ class HarnessTask(TaskDefaults):
         return f"the filter {self._filter.name}" if all(answer == self._fallback for answer in answers) else None
 
     def target(self, example: int) -> str | None:
-        assert self.source.kept is not None, "asked before it is scored"
-        task, doc = self.source.task, copy.copy(self.source.kept[1][self.examples[example]][0].doc)
+        task, doc = self.source.task, copy.copy(self.source.built[self.examples[example]][0].doc)
         with self.source.scoring():
             target = task.doc_to_target(doc)
             if isinstance(target, int) and task.get_config("doc_to_choice") is not None:
@@ -336,8 +326,7 @@ class HarnessTask(TaskDefaults):
     def _filtered(self, examples: Sequence[int], texts: Sequence[str]) -> list[Any]:
         """The filter's results on outputs for these examples of the source, those of one candidate before the next's. A
         list of one result is replaced by that result."""
-        assert self.source.kept is not None, "asked before it is scored"
-        instances = self.source.kept[1]
+        instances = self.source.built
         requests = [
             instance for e in examples for instance in instances[e] if instance.request_type == "generate_until"
         ]
@@ -350,18 +339,15 @@ class HarnessTask(TaskDefaults):
         return [answer[0] if isinstance(answer, list) and len(answer) == 1 else answer for answer in answers]
 
     def paths(self) -> dict[str, str]:
-        options = self.source.options
-        named = {"include_path": options.include_path, "images": options.images}
-        return {key: str(folder) for key, folder in named.items() if folder is not None}
+        return {key: str(folder) for key, folder in self.source.folders.items()}
 
     def _given(self, responses: Responses, p: int) -> list[tuple[Any, ...] | None]:
         """Candidate p's answers by example, in the form of the harness's models; None where an answer is not finite."""
-        assert self.source.kept is not None, "asked before it is scored"
         totals, greedy = responses.totals[p], responses.greedy[p]
         rows, text, result = 0, 0, []
         for example in self.examples:
             answer: list[Any] = []
-            for request, count in zip(self.source.kept[1][example], self.source.rows[example], strict=True):
+            for request, count in zip(self.source.built[example], self.source.rows[example], strict=True):
                 if request.request_type == "generate_until":
                     answer.append(responses.texts[p][text])
                     text += 1
@@ -376,11 +362,10 @@ class HarnessTask(TaskDefaults):
 
     def _process(self, distinct: dict[tuple[int, tuple[Any, ...]], dict[str, Any]]) -> None:
         """Fill in the metrics of each (example, answers)."""
-        assert self.source.kept is not None
         filled = [
             [
                 replace(request, resps=[answer] * (request.repeats or 1), filtered_resps={})
-                for request, answer in zip(self.source.kept[1][self.examples[n]], given, strict=True)
+                for request, answer in zip(self.source.built[self.examples[n]], given, strict=True)
             ]
             for n, given in distinct
         ]
@@ -390,18 +375,16 @@ class HarnessTask(TaskDefaults):
         with self.source.scoring():
             for pipeline in self.source.task._filters:
                 pipeline.apply(together)
+        # Limits the time of scoring one example, where the task may run no code.
+        limit = contextlib.nullcontext if self.source.templates is None else functools.partial(time_limit, SECONDS)
         for group, values in zip(filled, distinct.values(), strict=True):
             for name in group[0].filtered_resps:
-                with self.source.scoring(), self._limit():
+                with self.source.scoring(), limit():
                     # A task's own function may change the document that it is given.
                     metrics = self.source.task.process_results(
                         copy.copy(group[0].doc), [request.filtered_resps[name] for request in group]
                     )
                 values |= {f"{metric},{name}": value for metric, value in metrics.items()}
-
-    def _limit(self) -> contextlib.AbstractContextManager[None]:
-        """Limits the time of scoring one example, where the task may run no code."""
-        return contextlib.nullcontext() if self.source.templates is None else time_limit(SECONDS)
 
     def _matrix(self, metric: str, values: np.ndarray) -> np.ndarray | None:
         """object[P, N] of the harness's values -> scores, or None where they are not of single examples."""
@@ -424,38 +407,19 @@ class HarnessTask(TaskDefaults):
 
 
 def open_task(config: HarnessConfig, opening: Opening) -> HarnessTask:
-    """The task of the harness that the config names. Raises InputError for a task that the harness does not have, or
+    """The task of the harness that the config names. Raises InputError for an unknown task, metric or split, and for
     options that the task does not have."""
-    where, include = opening.where, None
+    where, folders = opening.where, dict[str, Path]()
     if config.include_path is not None:
-        include = (opening.folder / os.path.expanduser(config.include_path)).resolve()
-        if not include.is_dir():
+        folders["include_path"] = (opening.folder / os.path.expanduser(config.include_path)).resolve()
+        if not folders["include_path"].is_dir():
             raise InputError(f"{where}.include_path", f"{config.include_path}: no such folder")
     elif config.allow_code:
         raise InputError(f"{where}.allow_code", "has no meaning without include_path; leave it out")
-    options = Options(
-        include, config.allow_code, config.num_fewshot, config.docs, config.split, config.apply_chat_template,
-        config.fewshot_as_multiturn, config.system_instruction,
-        None if config.images is None else opening.images(config.images, opening.folder),
-    )  # fmt: skip
-    _, name = opening.source("lm_eval", config.lm_eval)
-    return open_harness(where, name, config.metric, config.name, config.weight, options)
-
-
-def test_set(config: HarnessConfig) -> TestSet | None:
-    if config.split == "train" or not is_benchmark(config.lm_eval):
-        return None
-    return TestSet(config.lm_eval, "split: train or a task of your own (include_path)", config.on_test_set)
-
-
-KIND = TaskKind(HarnessConfig, open_task, source="lm_eval", key="lm_eval", test_set=test_set)
-
-
-def open_harness(
-    where: str, lm_eval: str, metric: str | None, name: str, weight: float, options: Options
-) -> HarnessTask:
-    """A task of the harness by its name there. Raises InputError for an unknown task, metric or split."""
-    manager, files, templates = _find(where, lm_eval, options)
+    if config.images is not None:
+        folders["images"] = opening.images(config.images, opening.folder)
+    _, lm_eval = opening.source("lm_eval", config.lm_eval)
+    manager, files, templates = find_task(where, lm_eval, folders.get("include_path"), config.allow_code)
     try:
         with lm_eval_context(), _running(lm_eval, templates):
             (task,) = manager.load([lm_eval])["tasks"].values()
@@ -481,16 +445,35 @@ def open_harness(
         raise InputError(where, f"lm_eval: {lm_eval} runs code that the model writes; not supported")
     configured = task.get_config("num_fewshot")
     # A task that sets 0 itself keeps it, as in the harness.
-    task.set_config("num_fewshot", (configured or 0) if configured == 0 or options.num_fewshot is None
-                    else options.num_fewshot)  # fmt: skip
-    if options.split == "train":
-        _train(where, lm_eval, task)
+    task.set_config("num_fewshot", (configured or 0) if configured == 0 or config.num_fewshot is None
+                    else config.num_fewshot)  # fmt: skip
+    if config.split == "train":
+        training = task.get_config("training_split")
+        if training is None:
+            raise InputError(where, f"split: {lm_eval} has no training split")
+        task.set_config("test_split", training)
+        # No example is shown as a few-shot example for itself.
+        if task.fewshot_cfg.split is None:
+            task.fewshot_cfg.split = training
     with lm_eval_context():
         size = len(task.eval_docs)
-    size = size if options.docs is None else min(size, options.docs)
-    chosen = _metric(f"{where}: metric", task, metric)
-    source = Source(f"{where}: {lm_eval}", task, options, _with_data(files, task), size, templates)
-    return HarnessTask(name, chosen, weight, source, tuple(range(size)))
+    size = size if config.docs is None else min(size, config.docs)
+    metric = _metric(f"{where}: metric", task, config.metric)
+    data = (task.get_config("dataset_kwargs") or {}).get("data_files", [])
+    texts = [data] if isinstance(data, (str, list)) else list(data.values())
+    named = [Path(text) for entry in texts for text in (entry if isinstance(entry, list) else [entry])]
+    files = tuple(dict.fromkeys(path.resolve() for path in [*files, *named] if path.is_file()))
+    source = Source(f"{where}: {lm_eval}", task, config, files, size, folders, templates)
+    return HarnessTask(config.name, metric, config.weight, source, tuple(range(size)))
+
+
+def test_set(config: HarnessConfig) -> TestSet | None:
+    if config.split == "train" or not is_benchmark(config.lm_eval):
+        return None
+    return TestSet(config.lm_eval, "split: train or a task of your own (include_path)", config.on_test_set)
+
+
+KIND = TaskKind(HarnessConfig, open_task, source="lm_eval", key="lm_eval", test_set=test_set)
 
 
 def _limited(where: str, make: Callable[[], Any]) -> Any:
@@ -505,90 +488,6 @@ def _limited(where: str, make: Callable[[], Any]) -> Any:
 def is_benchmark(lm_eval: str) -> bool:
     """Return whether models are compared by the task, so that a search on it makes the comparison worthless."""
     return re.match(rf"({'|'.join(map(re.escape, BENCHMARKS))})(?![a-z])", lm_eval.lower()) is not None
-
-
-def _harness(where: str) -> None:
-    """Import the harness, with its logs and progress bars off."""
-    try:
-        import datasets
-        import lm_eval.tasks  # noqa: F401
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] not in ("lm_eval", "datasets"):
-            raise
-        raise InputError(
-            where, "lm_eval: needs the lm-eval harness; install it with pip install 'evojax-merge[lm-eval]'"
-        ) from None
-    for logger in ("lm_eval", "datasets"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    # It opens pictures of any format, and Pillow would have Ghostscript, a program, draw one of PostScript.
-    with contextlib.suppress(ImportError):
-        from PIL import EpsImagePlugin
-
-        EpsImagePlugin.gs_binary = False
-
-
-@functools.cache
-def default_task_manager() -> Any:
-    """The index of the harness's own tasks; building it reads thousands of files."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
-def _find(where: str, name: str, options: Options) -> tuple[Any, tuple[Path, ...], Templates | None]:
-    """The manager that has a task, of `include_path` first; the files that the task is made of; and the renderer of its
-    templates (see Source). Raises InputError for a task of `include_path` that would run code and may not."""
-    _harness(where)
-    from lm_eval.tasks import TaskManager
-
-    index, unreadable = ({}, {}) if options.include_path is None else read_folder(where, options.include_path)
-    if name in index:
-        entry = index[name]
-        _check_single(where, name, entry)
-        files, templates = tuple(_yaml_files(entry.yaml_path.resolve())), None
-        if not options.allow_code:
-            templates = Templates(f"{where}: lm_eval: {name}")
-            check_is_data(templates.where, entry.cfg)
-            # The harness takes the checked config, and reads no file again.
-            entry = replace(entry, yaml_path=None)
-        manager = TaskManager(include_defaults=False)
-        manager.task_index[name] = entry
-        return manager, files, templates
-    if name in unreadable:
-        # A YAML's name is mostly that of its task.
-        raise unreadable[name]
-    manager = default_task_manager()
-    if name in manager.task_index:
-        entry = manager.task_index[name]
-        _check_single(where, name, entry)
-        return manager, () if entry.yaml_path is None else tuple(_yaml_files(Path(entry.yaml_path).resolve())), None
-    if unreadable:
-        raise next(iter(unreadable.values()))
-    near = difflib.get_close_matches(name, [*index, *manager.all_subtasks], n=1, cutoff=0.5)
-    hint = f" (did you mean '{near[0]}'?)" if near else "; `lm-eval ls tasks` lists them"
-    raise InputError(where, f"lm_eval: lm-eval has no task {name!r}{hint}")
-
-
-def _check_single(where: str, name: str, entry: Any) -> None:
-    if entry.kind.name in ("GROUP", "TAG"):
-        raise InputError(where, f"lm_eval: {name} is a group of tasks; name them one by one{_members(entry)}")
-
-
-def _members(entry: Any) -> str:
-    names = [member for member in (entry.cfg or {}).get("task", []) if isinstance(member, str)] or sorted(entry.tags)
-    shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-    return f" ({shown})" if names else ""
-
-
-def _train(where: str, name: str, task: Any) -> None:
-    """Let the task's examples be those of its training split; none is shown as a few-shot example for itself."""
-    training = task.get_config("training_split")
-    if training is None:
-        raise InputError(where, f"split: {name} has no training split")
-    task.set_config("test_split", training)
-    if task.fewshot_cfg.split is None:
-        task.fewshot_cfg.split = training
 
 
 def _metric(where: str, task: Any, wanted: str | None) -> str:
@@ -610,27 +509,6 @@ def _aggregation_name(task: Any, metric: str) -> str | None:
 
     function = task.aggregation().get(metric)
     return next((name for name, registered in AGGREGATION_REGISTRY.items() if registered is function), None)
-
-
-def _with_data(files: tuple[Path, ...], task: Any) -> tuple[Path, ...]:
-    """The task's files, and the local files of its examples."""
-    named = (task.get_config("dataset_kwargs") or {}).get("data_files", [])
-    texts = [named] if isinstance(named, (str, list)) else list(named.values())
-    flat = [text for entry in texts for text in (entry if isinstance(entry, list) else [entry])]
-    return tuple(dict.fromkeys(path.resolve() for path in [*files, *map(Path, flat)] if path.is_file()))
-
-
-def _yaml_files(path: Path) -> list[Path]:
-    """A YAML of the harness, the modules beside it whose functions it names, and the same of those that it includes."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    events = yaml.parse(path.read_bytes(), Loader=yaml.SafeLoader)
-    functions = [event.value for event in events if isinstance(event, yaml.ScalarEvent) and event.tag == "!function"]
-    modules = [path.parent / f"{name.rpartition('.')[0].replace('.', '/')}.py" for name in functions]
-    named = load_yaml(path, resolve_func=False, recursive=False).get("include", [])
-    # A relative path starts in the folder of the file that names it.
-    included = [(path.parent / name).resolve() for name in (named if isinstance(named, list) else [named])]
-    return [path, *modules, *(file for included_file in included for file in _yaml_files(included_file))]
 
 
 @contextlib.contextmanager
@@ -663,105 +541,3 @@ def lm_eval_context() -> Iterator[None]:
         log.setLevel(level)
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Text to tokens, as the harness's `hf` model does for causal models
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Tokens with the tokenizer's own special ones, unless the text begins with one already."""
-    begun = text.startswith(tokenizer.decode(prefix_token(tokenizer)))
-    return token_ids(tokenizer, text, **({"add_special_tokens": False} if begun else {}))
-
-
-def encode_pair(tokenizer: Any, context: str, target: str) -> tuple[list[int], list[int]]:
-    """Tokens before the target, and the target's. White space at the end of the context goes to the target."""
-    if not context:
-        tokens = encode_alone(tokenizer, target)
-        return tokens[:1], tokens[1:]
-    kept = context.rstrip()
-    whole, before = encode(tokenizer, context + target), encode(tokenizer, kept)
-    # Cut at the length of the context alone, even where the texts together give other tokens there.
-    return before, whole[len(before) :]
-
-
-def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return token_ids(tokenizer, text, **({"add_special_tokens": False} if begun else {}))
-
-
-def encode_images(tokenizer: Any, where: str, text: str, images: Sequence[RecordImage]) -> list[int]:
-    """The tokens of a text with images, those of images numbered, as the `hf-multimodal` model has them: the models'
-    own placeholder in place of the harness's, and the tokenizer's own special tokens, whatever the text begins with."""
-    text = text.replace(IMAGE, getattr(tokenizer, "placeholder", "") or IMAGE)
-    expanded = expand_images(tokenizer, where, text, images)
-    return number_images(tokenizer, where, token_ids(tokenizer, expanded), images)
-
-
-def encode_image_pair(
-    tokenizer: Any, where: str, context: str, target: str, images: Sequence[RecordImage]
-) -> tuple[list[int], list[int]]:
-    """Tokens before a target, whose context has images, and the target's."""
-    before = encode_images(tokenizer, where, context.rstrip(), images)
-    return before, encode_images(tokenizer, where, context + target, images)[len(before) :]
-
-
-def check_length(where: str, length: int, context: int) -> None:
-    """Raises InputError for a text with images that is too long: without its beginning it would lack some."""
-    if length > context:
-        raise InputError(where, f"needs {length:,} tokens with its images; the models' context is {context:,}")
-
-
-def rolling_windows(tokenizer: Any, text: str, context: int) -> list[tuple[list[int], list[int]]]:
-    """A whole text as pieces that fit the context, each token predicted once, after the tokens before it."""
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-    windows = get_rolling_token_windows(
-        token_list=encode(tokenizer, text), prefix_token=prefix_token(tokenizer), max_seq_len=context, context_len=1
-    )
-    return [make_disjoint_window(window) for window in windows]
-
-
-def _limits(where: str, settings: dict[str, Any], tokenizer: Any) -> tuple[int, tuple[str, ...]]:
-    """The most new tokens of a generation, and the texts that end it."""
-    try:
-        temperature = float(settings.get("temperature") or 0.0)
-        names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-        new = next((int(settings[name]) for name in names if settings.get(name) is not None), DEFAULT_NEW_TOKENS)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(where, f"generation_kwargs: {error}; expected numbers") from None
-    if settings.get("do_sample") or (temperature > 0.0 and "do_sample" not in settings):
-        raise InputError(where, "the task draws its outputs at random (do_sample); here they are greedy")
-    if new < 1:
-        raise InputError(where, f"generation_kwargs: asks for {new} new tokens; expected at least 1")
-    until = settings.get("until") or []
-    stop = [until] if isinstance(until, str) else until
-    if not (isinstance(stop, (list, tuple)) and all(isinstance(text, str) for text in stop)):
-        raise InputError(where, f"generation_kwargs: until: {shown(until)}; expected texts")
-    # The end-of-sequence token ends an output when it is spelled out, too.
-    ends = [] if tokenizer.eos_token_id is None else [tokenizer.decode(tokenizer.eos_token_id)]
-    return new, tuple(dict.fromkeys(text for text in [*stop, *ends] if text))
-
-
-def _chat(
-    template: str, tokenizer: Any, history: list[dict[str, str]], add_generation_prompt: bool = True,
-    shows_images: bool = False,
-) -> str:  # fmt: skip
-    """A conversation in the form of the tokenizer's template; without the system's turn where the template refuses
-    it."""
-    if shows_images:
-        history = [turn | Written(IMAGE).turn(turn["role"], turn["content"]) for turn in history]
-    write = functools.partial(
-        render_chat,
-        template,
-        tokenizer,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=not add_generation_prompt,
-    )
-    try:
-        return write(history)
-    except ChatTemplateError as error:
-        if not error.refused:
-            raise
-        return write([turn for turn in history if turn["role"] != "system"])

@@ -1,6 +1,6 @@
 """Tasks whose texts people compare: `kind: human`. A model writes an answer to each prompt (see `tasks.voting`)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,12 +8,11 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from evojax_merge.schema.section import Text, Whole
-from evojax_merge.tasks.function import NO_TARGET
 from evojax_merge.tasks.language_judge import LanguageModelJudge, check_address, read_key
 from evojax_merge.tasks.prompts import PromptConfig
 from evojax_merge.tasks.task import Opening, Responses, TaskKind
 from evojax_merge.tasks.templates import check_stop
-from evojax_merge.tasks.text import TextRecordsTask, TextTask, checked_fields, read_prompted
+from evojax_merge.tasks.text import PromptedTask, check_templates, read_prompted
 from evojax_merge.tasks.voting import METRIC, VotesConfig, Voting, voting_of
 
 
@@ -44,8 +43,8 @@ class HumanConfig(VotesConfig, PromptConfig):
         return self
 
 
-@dataclass(frozen=True)
-class HumanTask(TextRecordsTask):
+@dataclass(frozen=True, kw_only=True)
+class HumanTask(PromptedTask):
     """A task (tasks.task) whose metric, `preference`, comes from votes on the texts."""
 
     voting: Voting
@@ -61,7 +60,7 @@ class HumanTask(TextRecordsTask):
         return {METRIC: np.zeros((len(responses.texts), self.size), np.float32)}
 
     def prompt(self, example: int) -> str:
-        shown = self.text.examples[example]
+        shown = self.examples[example]
         turns = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in shown.turns)
         return turns or shown.prompt
 
@@ -85,16 +84,12 @@ def open_human(config: HumanConfig, opening: Opening) -> HumanTask:
         read_key()
     model = None if address is None else LanguageModelJudge(address, str(config.judge_model), config.question)
     voting = voting_of(config, opening, model)
-    fields = checked_fields(where, config)
+    check_templates(where, config)
     check_stop(where, config.stop)
-    # The answers are compared with each other: a scored record needs no target, and this placeholder is never read.
-    data = read_prompted(config, opening, "exact_match", replace(fields, target=NO_TARGET), fields)
-    text = TextTask(
-        config.name, "exact_match", METRIC, config.weight, data.file, data.examples,
-        max_new_tokens=config.max_new_tokens, stop=tuple(config.stop), prompts=data.prompts,
-        fewshot_file=data.fewshot_file, data_files=data.files,
+    return HumanTask(
+        **read_prompted(config, opening, "exact_match", METRIC, has_targets=False), voting=voting,
+        max_new_tokens=config.max_new_tokens, stop=tuple(config.stop),
     )  # fmt: skip
-    return HumanTask(text, tuple(map(dict, data.records)), voting)
 
 
 KIND = TaskKind(HumanConfig, open_human, source="file")

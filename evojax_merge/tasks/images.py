@@ -100,13 +100,24 @@ def images_of(where: str, place: str, value: Any, folder: Path) -> tuple[RecordI
 
 
 def _image(where: str, place: str, value: Any, folder: Path) -> RecordImage:
-    file, content = None, _written(f"{where}: {place}", value)
+    file, content = None, None
+    if hasattr(value, "convert"):
+        # An image of Pillow's.
+        written = io.BytesIO()
+        _rgb(f"{where}: {place}", value).save(written, "PNG")
+        content = written.getvalue()
     # A column of images in parquet has their bytes, or the paths of files beside it.
     if isinstance(value, Mapping):
         content = value.get("bytes")
         value = value.get("path") if content is None else value
     if isinstance(value, str) and value.startswith("data:"):
-        content = _decoded(where, place, value)
+        head, comma, data = value.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise InputError(where, f"{place}: {shown(value)}; expected data:image/png;base64,… or the like")
+        try:
+            content = base64.b64decode(data, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise InputError(where, f"{place}: not valid base64 ({error})") from None
     elif isinstance(value, str) and value.startswith(("http://", "https://")):
         raise InputError(where, f"{place}: {shown(value)} is on the net; download it, and name the file")
     elif isinstance(value, str):
@@ -117,25 +128,6 @@ def _image(where: str, place: str, value: Any, folder: Path) -> RecordImage:
     named = f"{where}: {place}" + ("" if file is None else f": {value}")
     open_image(named, content).close()
     return RecordImage(named, hashlib.sha256(content).hexdigest(), file, None if file is not None else content)
-
-
-def _written(where: str, value: Any) -> bytes | None:
-    """An image of Pillow's as a file; None for another value."""
-    if not hasattr(value, "convert"):
-        return None
-    file = io.BytesIO()
-    _rgb(where, value).save(file, "PNG")
-    return file.getvalue()
-
-
-def _decoded(where: str, place: str, value: str) -> bytes:
-    head, comma, data = value.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise InputError(where, f"{place}: {shown(value)}; expected data:image/png;base64,… or the like")
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InputError(where, f"{place}: not valid base64 ({error})") from None
 
 
 def image_content(where: str, file: Path) -> bytes:

@@ -17,10 +17,9 @@ from evojax_merge.tasks import (
 )
 from evojax_merge.tasks.task import TaskConfig, TaskKind
 
-BUILT_IN = (
-    text.KIND, generation.KIND, gsm.KIND, function.KIND, harness.KIND, human.KIND, rubric.KIND, networks.CLASSIFICATION,
-    networks.REGRESSION, networks.TEXT_TO_TEXT, networks.TRANSCRIPTION, networks.SIMILARITY, networks.RETRIEVAL,
-    networks.NETWORK, generated_images.IMAGE_GENERATION, generated_images.HUMAN_IMAGES, arrays.KIND,
+BUILT_IN: tuple[TaskKind, ...] = (
+    text.KIND, generation.KIND, gsm.KIND, function.KIND, harness.KIND, human.KIND, rubric.KIND, *networks.KINDS,
+    *generated_images.KINDS, arrays.KIND,
 )  # fmt: skip
 _registered: list[TaskKind] = []
 
@@ -56,11 +55,6 @@ def _tags(kind: TaskKind) -> set[str]:
 def kinds() -> tuple[TaskKind, ...]:
     """All kinds, the built-in ones first."""
     return (*BUILT_IN, *_registered)
-
-
-def kind_names() -> list[str]:
-    """The values of `kind:` that a config may have."""
-    return [name for kind in kinds() for name in kind.names]
 
 
 def find_kind(section: Any) -> TaskKind | None:

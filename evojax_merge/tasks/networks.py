@@ -195,7 +195,8 @@ class NetworkTask(TaskDefaults):
     of a retrieval; function: a user's own."""
 
     backend: ClassVar[str] = "torch"
-    units: ClassVar = {
+    by_example: ClassVar[tuple[str, ...]] = ("indices",)
+    units: ClassVar[Mapping[str, str]] = {
         "accuracy": SHARE_RIGHT, "exact_match": SHARE_RIGHT, "negative_word_error_rate": "minus the word error rate",
         "negative_squared_error": "minus the squared error", "negative_absolute_error": "minus the absolute error",
         "spearman": "correlation", "pearson": "correlation", "ndcg": "nDCG, 0 to 1", "recall": "share retrieved",
@@ -214,13 +215,6 @@ class NetworkTask(TaskDefaults):
     config: Any
     corpus: tuple[str, ...] = ()
     function: UserFunction | None = None
-
-    @property
-    def size(self) -> int:
-        return len(self.indices)
-
-    def subset(self, examples: Sequence[int]) -> "NetworkTask":
-        return replace(self, indices=tuple(self.indices[i] for i in examples))
 
     @property
     def derivative(self) -> Derivative | None:
@@ -246,7 +240,8 @@ def open_network(config: Any, opening: Opening) -> NetworkTask:
     files: tuple[Path, ...] = (file,)
     places = {"file": str(file)}
     if config.kind in PAIRED:
-        examples = tuple(PAIRED[config.kind](record, config, file) for record in read_file(file))
+        read = PAIRED[config.kind]
+        examples = tuple(NetworkExample(*read(record, config), _place(record, file)) for record in read_file(file))
         if getattr(config, "corpus", None) is not None:
             more = opening.file("corpus", config.corpus)
             corpus = tuple(text for record in read_file(more) for text in _documents(record, config))
@@ -347,17 +342,6 @@ def _field(record: Record, name: str) -> Any:
     return record.fields[name]
 
 
-def _pair(record: Record, config: SimilarityConfig, file: Path) -> NetworkExample:
-    """The example of a pair of texts."""
-    texts = {"first": _text(record, config.first), "second": _text(record, config.second)}
-    return NetworkExample(texts, _field(record, config.target), _place(record, file))
-
-
-def _query(record: Record, config: RetrievalConfig, file: Path) -> NetworkExample:
-    """The example of a query and its documents."""
-    return NetworkExample({"query": _text(record, config.query)}, _documents(record, config), _place(record, file))
-
-
 def _documents(record: Record, config: RetrievalConfig) -> tuple[str, ...]:
     """The documents of a record. Raises InputError where there is none, or one that is no text."""
     value = _field(record, config.target)
@@ -367,13 +351,19 @@ def _documents(record: Record, config: RetrievalConfig) -> tuple[str, ...]:
     return tuple(texts)
 
 
-PAIRED: dict[str, Callable[[Record, Any, Path], NetworkExample]] = {"similarity": _pair, "retrieval": _query}
+# The inputs and the target of an example of texts that belong together, by the kind of task.
+PAIRED: dict[str, Callable[[Record, Any], tuple[dict[str, str], Any]]] = {
+    "similarity": lambda record, config: (
+        {"first": _text(record, config.first), "second": _text(record, config.second)}, _field(record, config.target)
+    ),
+    "retrieval": lambda record, config: ({"query": _text(record, config.query)}, _documents(record, config)),
+}  # fmt: skip
 
 
-CLASSIFICATION = TaskKind(ClassificationConfig, open_network, source="file")
-REGRESSION = TaskKind(RegressionConfig, open_network, source="file")
-TEXT_TO_TEXT = TaskKind(TextToTextConfig, open_network, source="file")
-TRANSCRIPTION = TaskKind(TranscriptionConfig, open_network, source="file")
-SIMILARITY = TaskKind(SimilarityConfig, open_network, source="file")
-RETRIEVAL = TaskKind(RetrievalConfig, open_network, source="file")
-NETWORK = TaskKind(NetworkConfig, open_network, source="file")
+KINDS = tuple(
+    TaskKind(config, open_network, source="file")
+    for config in (
+        ClassificationConfig, RegressionConfig, TextToTextConfig, TranscriptionConfig, SimilarityConfig,
+        RetrievalConfig, NetworkConfig,
+    )
+)  # fmt: skip

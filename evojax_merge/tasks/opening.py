@@ -11,7 +11,7 @@ from evojax_merge.tasks.data_versions import pinned_reference
 from evojax_merge.tasks.kinds import kind_of
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import FindFile, Opening, Place, SplittableTask, Task, TaskConfig, TaskKind, local_file
-from evojax_merge.tasks.text import ignored_numbers
+from evojax_merge.tasks.text import TextTask, numbers_in
 
 T = TypeVar("T", bound=SplittableTask)
 
@@ -22,9 +22,15 @@ def open_task(
     """A task's search split and held-out split. `where` names the task in messages; relative paths start in `folder`;
     `find_file` finds the files that the config names.
 
-    Raises InputError for a config or data without a meaning.
+    Raises InputError for a config or data without a meaning, and for a search on examples that models are compared by,
+    unless the config says that it is meant.
     """
-    _check_fair(where, config)
+    test_set = kind_of(config).test_set(config)
+    if test_set is not None and config.weight != 0:
+        why = f"{test_set.name} is a benchmark, and a search on its test examples makes its score meaningless"
+        if not test_set.meant:
+            raise InputError(where, f"on_test_set: {why}; take {test_set.instead}, or say on_test_set: true")
+        print_warning(f"{where}: {why}")
     return open_splits(where, config, folder, seed, find_file)
 
 
@@ -86,27 +92,11 @@ def resolved_config(config: TaskConfig, search: Task, heldout: Task) -> dict[str
     return section
 
 
-def _check_fair(where: str, config: TaskConfig) -> None:
-    """Raises InputError for a search on examples that models are compared by, unless the config says that it is
-    meant."""
-    test_set = kind_of(config).test_set(config)
-    if test_set is None or config.weight == 0:
-        return
-    why = f"{test_set.name} is a benchmark, and a search on its test examples makes its score meaningless"
-    if not test_set.meant:
-        raise InputError(where, f"on_test_set: {why}; take {test_set.instead}, or say on_test_set: true")
-    print_warning(f"{where}: {why}")
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Warnings about the data
 
 
-def data_warnings(
-    where: str,
-    tasks: Sequence[TaskConfig],
-    splits: Splits[list[Task]],
-) -> list[str]:
+def data_warnings(where: str, tasks: Sequence[TaskConfig], splits: Splits[list[Task]]) -> list[str]:
     """Warnings about examples that make scores say less than they seem to: a line for each task of which only the last
     of several numbers counts, a line for each task with examples that stand more than once in its data, and a line for
     each task whose held-out (or validation) examples are among the searched ones. `where` is the config, `splits` those
@@ -154,6 +144,25 @@ def repeated(where: str, *splits: Task) -> list[str]:
         return []
     count = sum(split.size for split in splits)
     return [f"{where}: {len(places)} of {count} examples repeat others of the same data ({_places(places)})"]
+
+
+def ignored_numbers(where: str, *splits: Task) -> list[str]:
+    """A line, if a task compares the last number alone, and most targets hold more numbers than that: an output whose
+    other numbers are wrong counts as right. `where` names the task, `splits` are its splits."""
+    answers = [
+        str(example.answer)
+        for task in splits
+        if isinstance(task, TextTask) and task.metric == "accuracy" and task.kind == "exact_match"
+        if task.pattern is None
+        for example in task.examples
+    ]
+    several = [answer for answer in answers if len(numbers_in(answer)) > 1]
+    if len(several) <= len(answers) / 2:
+        return []
+    return [
+        f"{where}.pattern: missing; {len(several)} of {len(answers)} targets hold more than one number "
+        f"({several[0].strip()[:100]!r}), and only the last one is compared; pattern: ^(.+)$ compares whole texts"
+    ]
 
 
 def _places(places: Sequence[Place]) -> str:

@@ -6,7 +6,7 @@ import functools
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import regex
@@ -23,52 +23,50 @@ PROBED = 50
 
 
 class Pattern:
-    """A compiled pattern. `slow`: the texts on which the search for it was given up."""
+    """A pattern by its text. find: the matches in a text; raises TimeoutError where the search for them takes too long.
+    `slow`: the texts on which it did."""
 
-    def __init__(self, pattern: str) -> None:
-        self.text = pattern
-        self.compiled = expression(pattern)
+    def __init__(self, text: str, find: Callable[[str], list[Any]]) -> None:
+        self.text, self._find = text, find
         self.slow: set[str] = set()
 
-    def find_all(self, text: str) -> list[regex.Match[str]] | None:
+    def find_all(self, text: str) -> list[Any] | None:
         """All matches; None where the search for them took too long."""
         if text in self.slow:
             return None
         try:
-            return list(self.compiled.finditer(text, timeout=SECONDS))
-        except (TimeoutError, MemoryError):
-            self.slow.add(text)
-            return None
-
-
-_compiled = functools.cache(Pattern)
-
-
-class TooSlow(InputError):
-    """A pattern that took too long on output after output."""
-
-
-class OthersPattern:
-    """An expression that others compiled with `re`, whose matches are those of `re` in every detail. `slow`: see
-    Pattern."""
-
-    def __init__(self, compiled: re.Pattern[str]) -> None:
-        self.text, self.compiled = compiled.pattern, compiled
-        self.slow: set[str] = set()
-
-    def find_all(self, text: str) -> list[Any] | None:
-        """The result of `findall`; None where the search for matches took too long."""
-        if text in self.slow:
-            return None
-        try:
-            with time_limit(SECONDS):
-                return self.compiled.findall(text)
+            return self._find(text)
         except TimeoutError:
             self.slow.add(text)
             return None
 
 
-_others = functools.cache(OthersPattern)
+@functools.cache
+def _compiled(pattern: str) -> Pattern:
+    compiled = expression(pattern)
+
+    def find(text: str) -> list[Any]:
+        try:
+            return list(compiled.finditer(text, timeout=SECONDS))
+        except MemoryError:
+            raise TimeoutError from None
+
+    return Pattern(pattern, find)
+
+
+@functools.cache
+def _of_others(compiled: re.Pattern[str]) -> Pattern:
+    """An expression that others compiled with `re`, whose matches are those of its `findall` in every detail."""
+
+    def find(text: str) -> list[Any]:
+        with time_limit(SECONDS):
+            return compiled.findall(text)
+
+    return Pattern(compiled.pattern, find)
+
+
+class TooSlow(InputError):
+    """A pattern that took too long on output after output."""
 
 
 class LimitedRegex:
@@ -79,7 +77,7 @@ class LimitedRegex:
         self._where, self._compiled = where, compiled
 
     def findall(self, text: str) -> list[Any]:
-        return _found(self._where, _others(self._compiled), text)
+        return _matches(self._where, _of_others(self._compiled), text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._compiled, name)
@@ -127,16 +125,16 @@ def check_pattern(where: str, pattern: str, longest: int, samples: Sequence[str]
 def find_all(where: str, pattern: str, text: str) -> list[regex.Match[str]]:
     """All matches in a model's output. Where the search takes too long there are none, and the user sees one warning;
     raises TooSlow if that happens again and again. `where` names the task."""
-    return _found(where, _compiled(pattern), text)
+    return _matches(where, _compiled(pattern), text)
 
 
-def _found(where: str, known: Pattern | OthersPattern, text: str) -> list[Any]:
-    before = len(known.slow)
-    matches = known.find_all(text)
-    if matches is None and len(known.slow) > before:
-        problem = f"pattern: {_shown(known.text)} {_too_slow(text)}"
-        if len(known.slow) >= GIVE_UP_AFTER:
-            raise TooSlow(where, f"{problem}, and did so on {len(known.slow)} outputs")
+def _matches(where: str, pattern: Pattern, text: str) -> list[Any]:
+    before = len(pattern.slow)
+    matches = pattern.find_all(text)
+    if matches is None and len(pattern.slow) > before:
+        problem = f"pattern: {_shown(pattern.text)} {_too_slow(text)}"
+        if len(pattern.slow) >= GIVE_UP_AFTER:
+            raise TooSlow(where, f"{problem}, and did so on {len(pattern.slow)} outputs")
         if not before:
             print_warning(f"{where}: {problem}; such an output counts as one without an answer")
     return matches or []

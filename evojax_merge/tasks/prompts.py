@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from evojax_merge.errors import InputError, shown
 from evojax_merge.schema.section import Form, Location, Name, Text, Whole
 from evojax_merge.system.chat_templates import ChatTemplateError, folders_with_template, render_chat
 from evojax_merge.tasks.images import RecordImage
 from evojax_merge.tasks.task import IMAGES, TaskConfig, token_ids
-from evojax_merge.tasks.templates import check_characters, look_up
+from evojax_merge.tasks.templates import look_up
 
 # One turn of a conversation, with `role` and `content`.
 Turn = dict[str, Any]
@@ -42,6 +42,8 @@ TemplateName = Annotated[bool | Name, Form("true, false, or the name of a chat t
 
 class PromptConfig(TaskConfig):
     """The keys of tasks whose examples are records of a file."""
+
+    optional: ClassVar = (*CHAT_KEYS, "apply_chat_template", "assistant_prefix", "num_fewshot", "fewshot_source")
 
     kind: str = Field(description="the kind of task")
     file: Location = Field(
@@ -71,6 +73,11 @@ class PromptConfig(TaskConfig):
         {}, max_length=100, description="variables of the chat template, such as enable_thinking"
     )
 
+    @property
+    def takes_json(self) -> bool:
+        """Return whether a target may be a field of any JSON value."""
+        return False
+
     @model_validator(mode="after")
     def _has_prompts(self) -> "PromptConfig":
         fields = PromptConfig.model_fields
@@ -87,16 +94,6 @@ class PromptConfig(TaskConfig):
             if name in RESERVED:
                 raise ValueError(f"chat_template_kwargs: {name} is set by the program; leave it out")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out defaults of the keys about chats and examples, so that the section of a task without them stays the
-        same."""
-        optional = (*CHAT_KEYS, "apply_chat_template", "assistant_prefix", "num_fewshot", "fewshot_source")
-        fields = PromptConfig.model_fields
-        return {
-            key: value for key, value in serialise(self).items() if key not in optional or value != fields[key].default
-        }
 
 
 @dataclass(frozen=True)
@@ -226,7 +223,7 @@ class Written:
     def turn(self, role: str, text: str, images: int = 0) -> Turn:
         """A turn whose images stand where the placeholders are, or, without placeholders, before the text."""
         if self.placeholder is None:
-            return _turn(role, text)
+            return {"role": role, "content": text}
         pieces, image = text.split(self.placeholder), {"type": "image"}
         parts: list[Any] = [image] * images if len(pieces) == 1 else []
         for number, piece in enumerate(pieces):
@@ -270,11 +267,6 @@ def joined(before: str, delimiter: str, after: str) -> str:
     return after if before[-1:].isspace() or after[:1].isspace() else delimiter + after
 
 
-def prefixed(prefix: str, answer: str) -> str:
-    """An answer behind the text that begins it."""
-    return prefix + joined(prefix, " ", answer) if prefix else answer
-
-
 def chat_template(where: str, tokenizer: Any, name: str | None) -> str:
     """A tokenizer's chat template, by its name where it has several; None: the default one. Raises InputError where
     there is none; `where` is the key that asks for it."""
@@ -302,27 +294,17 @@ def read_turns(where: str, key: str, name: str, record: Mapping[str, Any]) -> li
     expected = "expected a list of turns, [{role: user, content: a text}, …] or [{from: human, value: a text}, …]"
     if not isinstance(turns, list) or not turns:
         raise InputError(where, f"{name}: {shown(turns)}; {expected}")
-    conversation = [_named_as_in_templates(turn) if isinstance(turn, Mapping) else {} for turn in turns]
-    for number, turn in enumerate(conversation):
+    conversation: list[Turn] = []
+    for number, given in enumerate(turns):
+        # Parquet has null where a turn lacks a key that others have; transformers leaves such keys out.
+        turn = {key: value for key, value in given.items() if value is not None} if isinstance(given, Mapping) else {}
+        if isinstance(turn.get("from"), str) and "value" in turn and "role" not in turn:
+            role = turn.pop("from")
+            turn = {"role": SHAREGPT_ROLES.get(role, role), "content": turn.pop("value")} | turn
         if not all(isinstance(turn.get(part), str) for part in ("role", "content")):
-            raise InputError(where, f"{name}[{number}]: {shown(turns[number])}; {expected}")
+            raise InputError(where, f"{name}[{number}]: {shown(given)}; {expected}")
+        conversation.append(turn)
     return conversation
-
-
-def _named_as_in_templates(turn: Mapping[str, Any]) -> Turn:
-    # Parquet has null where a turn lacks a key that others have; transformers leaves such keys out.
-    given = {key: value for key, value in turn.items() if value is not None}
-    if isinstance(given.get("from"), str) and "value" in given and "role" not in given:
-        role = given.pop("from")
-        return {"role": SHAREGPT_ROLES.get(role, role), "content": given.pop("value")} | given
-    return given
-
-
-def check_prompts(where: str, config: PromptConfig) -> None:
-    """Raises InputError for a text that no model can read."""
-    check_characters(f"{where}.delimiter", config.delimiter)
-    check_characters(f"{where}.assistant_prefix", config.assistant_prefix)
-    check_characters(f"{where}.system_instruction", config.system_instruction or "")
 
 
 def prefix_token(tokenizer: Any) -> int:
@@ -343,10 +325,6 @@ def _parted(turns: Sequence[Turn]) -> tuple[list[Turn], list[Turn]]:
     """The system turn at the beginning of a conversation, if there is one, and the others."""
     leading = int(turns[0]["role"] == "system")
     return list(turns[:leading]), list(turns[leading:])
-
-
-def _turn(role: str, content: str) -> Turn:
-    return {"role": role, "content": content}
 
 
 def _succeeds(render: Any) -> bool:

@@ -93,10 +93,12 @@ def read_file(path: Path) -> list[Record]:
 
 def _read_lines(path: Path) -> list[Record]:
     """The JSON objects of a file's lines; blank lines are skipped."""
-    lines = enumerate(read_text(path).split("\n"), start=1)
-    return [
-        Record(f"{path}:{number}", _record(f"{path}:{number}", line), number) for number, line in lines if line.strip()
-    ]
+    records = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            where = f"{path}:{number}"
+            records.append(Record(where, _checked_object(where, _parse(where, line, "one object a line")), number))
+    return records
 
 
 def _read_list(path: Path) -> list[Record]:
@@ -104,11 +106,8 @@ def _read_list(path: Path) -> list[Record]:
     text = read_text(path)
     if not text.lstrip().startswith("["):
         return _read_lines(path)
-    items = _parse(str(path), text, "a list of objects")
-    for number, item in enumerate(items):
-        if not isinstance(item, dict):
-            raise InputError(f"{path}[{number}]", f"expected a JSON object, found {type(item).__name__}")
-    return [Record(f"{path}[{number}]", item) for number, item in enumerate(items)]
+    items = enumerate(_parse(str(path), text, "a list of objects"))
+    return [Record(where, _checked_object(where, item)) for n, item in items for where in (f"{path}[{n}]",)]
 
 
 def _read_csv(path: Path) -> list[Record]:
@@ -166,18 +165,21 @@ def _bytes(path: Path) -> bytes:
         raise InputError(path, f"cannot be read ({error.strerror})") from None
 
 
-def _record(where: str, line: str) -> dict[str, Any]:
-    """The object of one line. Raises InputError for a line that is no JSON object."""
-    record = _parse(where, line, "one object a line")
-    if not isinstance(record, dict):
-        raise InputError(where, f"expected a JSON object, found {type(record).__name__}")
-    return record
+def _checked_object(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(where, f"expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def _parse(where: str, text: str, expected: str) -> Any:
     """The value of a JSON text. Raises InputError for a text that is none, and for characters that no text can hold."""
-    if text.count("[") + text.count("{") > DEEPEST and _depth(text) > DEEPEST:
-        raise InputError(where, f"lists and objects are nested more than {DEEPEST} deep")
+    if text.count("[") + text.count("{") > DEEPEST:
+        depth = 0
+        # The brackets outside of the texts.
+        for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(bracket, 0)
+            if depth > DEEPEST:
+                raise InputError(where, f"lists and objects are nested more than {DEEPEST} deep")
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -204,40 +206,17 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _depth(line: str) -> int:
-    """The deepest nesting of the brackets outside of the texts of a JSON line."""
-    depth = deepest = 0
-    for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', line):
-        if len(bracket) == 1:
-            depth += 1 if bracket in "[{" else -1
-            deepest = max(deepest, depth)
-    return deepest
-
-
 def read_parquet(path: Path) -> list[Record]:
-    rows: list[dict[str, Any]] = []
-    text_bytes = 0
-    with _parquet_file(path) as file:
-        for batch in file.iter_batches(batch_size=BATCH):
-            text_bytes += sum(_text_bytes(column) for column in batch.columns)
-            _check_amount(path, "bytes of text", text_bytes, MAX_BYTES)
-            rows += batch.to_pylist()
+    with parquet_batches(path) as batches:
+        rows = [row for batch in batches for row in batch.to_pylist()]
     return [Record(f"{path}, row {number}", row) for number, row in enumerate(rows)]
 
 
-def check_parquet(path: Path) -> None:
-    """Raises InputError for a parquet file that `read_parquet` would refuse, without keeping its rows."""
-    text_bytes = 0
-    with _parquet_file(path) as file:
-        for batch in file.iter_batches(batch_size=BATCH):
-            text_bytes += sum(_text_bytes(column) for column in batch.columns)
-            _check_amount(path, "bytes of text", text_bytes, MAX_BYTES)
-
-
 @contextmanager
-def _parquet_file(path: Path) -> Iterator[Any]:
-    """An open file of pyarrow's, whose texts come as dictionaries: a page of one text and a million references to it
-    would otherwise be a million texts. Raises InputError, also in the block, for a file that cannot be read."""
+def parquet_batches(path: Path) -> Iterator[Iterator[Any]]:
+    """Batches of a parquet file's rows, by pyarrow, whose texts come as dictionaries: a page of one text and a million
+    references to it would otherwise be a million texts. Raises InputError, also in the block, for a file that cannot
+    be read or is too large."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -256,7 +235,16 @@ def _parquet_file(path: Path) -> Iterator[Any]:
             for column in columns
             if column.physical_type == "BYTE_ARRAY" and column.logical_type.type in TEXTS
         ]
-        yield pyarrow.parquet.ParquetFile(data, read_dictionary=texts)
+        file = pyarrow.parquet.ParquetFile(data, read_dictionary=texts)
+
+        def checked() -> Iterator[Any]:
+            text_bytes = 0
+            for batch in file.iter_batches(batch_size=BATCH):
+                text_bytes += sum(_text_bytes(column) for column in batch.columns)
+                _check_amount(path, "bytes of text", text_bytes, MAX_BYTES)
+                yield batch
+
+        yield checked()
     except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise InputError(path, f"cannot be read as parquet ({' '.join(str(error).split())[:200]})") from None
 
@@ -301,7 +289,8 @@ def read_hub(source: str) -> Source:
     split = _one_of(source, "split", split, sorted({split for c, split in parts if c == config}))
     first, *others = parts[config, split]
     files = [_download(source, repository, first, revision)]
-    commit = _commit_of(files[0])
+    # Of a file in the hub's cache (`snapshots/COMMIT/…`).
+    commit = next((after for above, after in pairwise(files[0].parts) if above == "snapshots"), None)
     # The data set may change between two downloads.
     files += [_download(source, repository, name, commit or revision) for name in others]
     name = source if commit is None else f"{HUB}{repository}@{commit}{config and f'/{config}'}:{split}"
@@ -311,11 +300,6 @@ def read_hub(source: str) -> Source:
         if len(records) > MAX_ROWS:
             raise InputError(source, f"has more than {MAX_ROWS:,} rows; expected a task's: {TAKE_PART}")
     return Source(name, tuple(records), tuple(files))
-
-
-def _commit_of(file: Path) -> str | None:
-    """The commit of a file in the hub's cache (`snapshots/COMMIT/…`); None for any other file."""
-    return next((after for above, after in pairwise(file.parts) if above == "snapshots"), None)
 
 
 def _one_of(source: str, key: str, wanted: str | None, known: Sequence[str]) -> str:
@@ -334,10 +318,19 @@ def _data_files(
 ) -> tuple[str | None, dict[tuple[str, str], list[str]]]:
     """A data set's files by (config, split), and their revision: the wanted one, or where none is, its own files before
     the converted ones."""
+    from huggingface_hub import HfApi, snapshot_download
+
     error: Exception | None = None
     for revision in (None, CONVERTED) if wanted is None else (wanted,):
         try:
-            parts = by_split(_file_names(repository, revision))
+            try:
+                names = HfApi().list_repo_files(repository, repo_type="dataset", revision=revision)
+            except Exception:
+                # Without a network a copy in the hub's cache will do.
+                copy = snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True)
+                copied = (path for path in Path(copy).rglob("*") if path.is_file())
+                names = sorted(path.relative_to(copy).as_posix() for path in copied)
+            parts = by_split(names)
         except Exception as raised:
             error = error or raised
             continue
@@ -350,17 +343,6 @@ def _data_files(
         f"the hub did not give it, and no copy is in its cache ({hub_failure(error)}); a JSONL or parquet file needs "
         "no hub",
     )
-
-
-def _file_names(repository: str, revision: str | None) -> list[str]:
-    from huggingface_hub import HfApi, snapshot_download
-
-    try:
-        return HfApi().list_repo_files(repository, repo_type="dataset", revision=revision)
-    except Exception:
-        # Without a network a copy in the hub's cache will do.
-        folder = Path(snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True))
-        return sorted(str(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file())
 
 
 def by_split(names: Sequence[str]) -> dict[tuple[str, str], list[str]]:
@@ -414,12 +396,11 @@ def read_symbolic(language: str) -> Source:
             document = tomllib.loads(wheel.read(f"{SYMBOLIC_FOLDER}/{language}/symbolic/{number}").decode())
             if document.get("ignore"):
                 continue
-            fields = {key: _plain_digits(document[key]).strip() for key in ("question", "answer")}
+            texts = {key: document[key] for key in ("question", "answer")}
+            fields = {
+                key: re.sub(r"[^\D0-9]", lambda digit: str(int(digit[0])), text).strip() for key, text in texts.items()
+            }
             if "/" not in fields["answer"].rpartition("####")[2]:
                 where = f"{SYMBOLIC}{language}, problem {number.removesuffix('.toml')}"
                 records.append(Record(where, fields))
     return Source(f"{SYMBOLIC}{language}", tuple(records), (path,))
-
-
-def _plain_digits(text: str) -> str:
-    return re.sub(r"[^\D0-9]", lambda digit: str(int(digit[0])), text)

@@ -5,8 +5,8 @@ the logarithm of the odds that it goes on with "yes" rather than "no". The judge
 all candidates of a generation at once.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,11 +16,10 @@ from pydantic import Field, model_validator
 
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.schema.section import Location, Text, Whole
-from evojax_merge.tasks.function import NO_TARGET
 from evojax_merge.tasks.prompts import PromptConfig, Prompts
 from evojax_merge.tasks.task import Opening, Responses, TaskKind
 from evojax_merge.tasks.templates import check_stop, check_template, fill, named_fields
-from evojax_merge.tasks.text import Example, TextRecordsTask, TextTask, checked_fields, read_prompted
+from evojax_merge.tasks.text import Example, PromptedTask, TextTask, check_templates, read_prompted
 
 METRIC = "log_odds"
 # The field of a rubric that has the candidate's text.
@@ -76,11 +75,11 @@ class RubricJudge:
         return self.margins(task).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class RubricTask(TextRecordsTask):
+@dataclass(frozen=True, kw_only=True)
+class RubricTask(PromptedTask):
     """A task (tasks.task) whose metric, `log_odds`, is a judge's verdict."""
 
-    units: ClassVar = {METRIC: "log-odds of the good verdict"}
+    units: ClassVar[Mapping[str, str]] = {METRIC: "log-odds of the good verdict"}
 
     judge: RubricJudge
 
@@ -110,7 +109,7 @@ class RubricTask(TextRecordsTask):
 def open_rubric(config: RubricConfig, opening: Opening) -> RubricTask:
     """The task on the records of one file. Raises InputError for a fault of the config, the judge or the file."""
     where = opening.where
-    fields = checked_fields(where, config)
+    check_templates(where, config)
     check_stop(where, config.stop)
     check_template(f"{where}.rubric", config.rubric)
     if RESPONSE not in named_fields(config.rubric):
@@ -118,19 +117,11 @@ def open_rubric(config: RubricConfig, opening: Opening) -> RubricTask:
     if not _judges:
         raise Failed(f"{where}: this program opens no models")
     folder, margins = _judges[0](f"{where}.judge", config.judge, opening.folder)
-    # The judge reads the responses: a scored record needs no target, and this placeholder is never read.
-    data = read_prompted(config, opening, "exact_match", replace(fields, target=NO_TARGET), fields)
-    text = TextTask(
-        config.name, "exact_match", METRIC, config.weight, data.file, data.examples,
-        max_new_tokens=config.max_new_tokens, stop=tuple(config.stop), prompts=data.prompts,
-        fewshot_file=data.fewshot_file, data_files=data.files,
-    )  # fmt: skip
+    data = read_prompted(config, opening, "exact_match", METRIC, has_targets=False)
+    fill(where, "rubric", config.rubric, data["records"][0] | {RESPONSE: ""})
     prompts = Prompts(where, template=config.judge_chat_template)
     judge = RubricJudge(folder, margins, config.rubric, (config.good, config.bad), prompts, where)
-    records = tuple(map(dict, data.records))
-    for record in records[:1]:
-        fill(where, "rubric", config.rubric, record | {RESPONSE: ""})
-    return RubricTask(text, records, judge)
+    return RubricTask(**data, judge=judge, max_new_tokens=config.max_new_tokens, stop=tuple(config.stop))
 
 
 KIND = TaskKind(RubricConfig, open_rubric, source="file")

@@ -10,11 +10,11 @@ import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, Self, cast, get_args
 
 import jax
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from evojax_merge.errors import InputError
 from evojax_merge.schema.section import Heldout, Name, Real, Section, Whole
@@ -102,21 +102,78 @@ class SplittableTask(ScoredTask, Protocol):
         ...
 
 
-class Task(ScoredTask, Protocol):
+class TaskDefaults(Protocol):
+    """Members of `Task` with the defaults that a kind inherits where it has no use for them."""
+
+    # The unit of each metric that has one, in the words of tables; a metric's filter (`acc,none`) is not named.
+    units: ClassVar[Mapping[str, str]] = {}
+    # The fields of the dataclass that have an entry for each example; all but the first may be empty.
+    by_example: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def size(self) -> int:
+        """The number of examples."""
+        return len(getattr(self, self.by_example[0]))
+
+    def subset(self, examples: Sequence[int]) -> Self:
+        """The same task on some of its examples."""
+        fields = ((name, getattr(self, name)) for name in self.by_example)
+        chosen = {name: tuple(values[i] for i in examples) if values else () for name, values in fields}
+        changed: Self = replace(cast(Any, self), **chosen)
+        return changed
+
+    @property
+    def is_divisible(self) -> bool:
+        """Return whether the examples can be divided among splits; otherwise every split has the whole task."""
+        return True
+
+    @property
+    def derivative(self) -> Derivative | None:
+        """The dependence of an example's score on its rows' total log-probabilities; None: it is not differentiable."""
+        return None
+
+    def score_gradient(self, responses: Responses) -> np.ndarray:
+        """float32[P, S]: the derivative of each scored row's example's score with respect to the row's total. A linear
+        derivative depends on `responses.counts` alone. The task must have a derivative."""
+        raise TypeError(f"{type(self).__name__} has no derivative")
+
+    def companion(self) -> "Task | None":
+        """A task with a derivative on the same examples, whose score grows with this one's; None: there is none."""
+        return None
+
+    def extraction_failure(self, texts: Sequence[str]) -> str | None:
+        """The expression that scoring looks for, if no output contains it; else None."""
+        return None
+
+    def target(self, example: int) -> str | None:
+        """The right answer to an example, in the words of the data; None: the data have none."""
+        return None
+
+    def extracted(self, example: int, outputs: Sequence[str]) -> str | None:
+        """The answer that scoring finds in the outputs for an example; None: none, or it looks for none."""
+        return None
+
+    def contents(self) -> Sequence[tuple[Hashable, "Place"]]:
+        """Each example's content, by which equal examples are recognised, and its place. Empty where the task does not
+        know its examples."""
+        return ()
+
+    def paths(self) -> dict[str, str]:
+        """Keys of the config that name files or folders -> their absolute paths. The file of the examples is under the
+        kind's `source`, also where `heldout` named it."""
+        return {}
+
+    def failure_hint(self) -> str | None:
+        """Advice for scores that are not finite for every candidate; None: the task is not the cause."""
+        return None
+
+
+class Task(TaskDefaults, ScoredTask, Protocol):
     """A named task of N examples of one split. `metric`: the score that is its fitness; `weight`: its share in the
     fitness of the whole, 0 for a task that is only shown; `files`: the input files that it was made from."""
 
     @property
     def files(self) -> tuple[Path, ...]: ...
-
-    @property
-    def is_divisible(self) -> bool:
-        """Return whether the examples can be divided among splits; otherwise every split has the whole task."""
-        ...
-
-    def subset(self, examples: Sequence[int]) -> "Task":
-        """The same task on some of its examples."""
-        ...
 
     def requests(self, tokenizer: Any, context: int) -> TaskRequests:
         """The requests to a model that sees at most `context` tokens. Raises InputError for an example that cannot be
@@ -125,46 +182,6 @@ class Task(ScoredTask, Protocol):
 
     def score(self, responses: Responses) -> dict[str, np.ndarray]:
         """Metric -> float32[P, N]."""
-        ...
-
-    @property
-    def derivative(self) -> Derivative | None:
-        """The dependence of an example's score on its rows' total log-probabilities; None: it is not differentiable."""
-        ...
-
-    def score_gradient(self, responses: Responses) -> np.ndarray:
-        """float32[P, S]: the derivative of each scored row's example's score with respect to the row's total. A linear
-        derivative depends on `responses.counts` alone. The task must have a derivative."""
-        ...
-
-    def companion(self) -> "Task | None":
-        """A task with a derivative on the same examples, whose score grows with this one's; None: there is none."""
-        ...
-
-    def extraction_failure(self, texts: Sequence[str]) -> str | None:
-        """The expression that scoring looks for, if no output contains it; else None."""
-        ...
-
-    def target(self, example: int) -> str | None:
-        """The right answer to an example, in the words of the data; None: the data have none."""
-        ...
-
-    def extracted(self, example: int, outputs: Sequence[str]) -> str | None:
-        """The answer that scoring finds in the outputs for an example; None: none, or it looks for none."""
-        ...
-
-    def contents(self) -> Sequence[tuple[Hashable, "Place"]]:
-        """Each example's content, by which equal examples are recognised, and its place. Empty where the task does not
-        know its examples."""
-        ...
-
-    def paths(self) -> dict[str, str]:
-        """Keys of the config that name files or folders -> their absolute paths. The file of the examples is under the
-        kind's `source`, also where `heldout` named it."""
-        ...
-
-    def failure_hint(self) -> str | None:
-        """Advice for scores that are not finite for every candidate; None: the task is not the cause."""
         ...
 
 
@@ -180,45 +197,6 @@ def about_backend(task: Any, lacking: str) -> str:
 SHARE_RIGHT = "share right"
 
 
-class TaskDefaults:
-    """Members of `Task` that many kinds have no use for."""
-
-    # The unit of each metric that has one, in the words of tables; a metric's filter (`acc,none`) is not named.
-    units: ClassVar[Mapping[str, str]] = {}
-
-    @property
-    def is_divisible(self) -> bool:
-        return True
-
-    @property
-    def derivative(self) -> Derivative | None:
-        return None
-
-    def score_gradient(self, responses: Responses) -> np.ndarray:
-        raise NotImplementedError
-
-    def companion(self) -> "Task | None":
-        return None
-
-    def extraction_failure(self, texts: Sequence[str]) -> str | None:
-        return None
-
-    def target(self, example: int) -> str | None:
-        return None
-
-    def extracted(self, example: int, outputs: Sequence[str]) -> str | None:
-        return None
-
-    def contents(self) -> Sequence[tuple[Hashable, "Place"]]:
-        return ()
-
-    def paths(self) -> dict[str, str]:
-        return {}
-
-    def failure_hint(self) -> str | None:
-        return None
-
-
 # A file, and a line of it; 0 where there are none.
 Place = tuple[str, int]
 
@@ -232,7 +210,10 @@ GUARD_WEIGHT = 1e-300
 
 
 class TaskConfig(Section):
-    """The keys of every kind of task."""
+    """The keys of every kind of task. `optional`: keys that a section for a run folder leaves out where they have their
+    defaults, so that the section of a task without them stays the same as in earlier versions."""
+
+    optional: ClassVar[tuple[str, ...]] = ()
 
     name: Name = Field(description="what the task is called in tables")
     heldout: Heldout = Field(
@@ -254,6 +235,11 @@ class TaskConfig(Section):
         if self.tolerance and not self.guard:
             raise ValueError("tolerance: is that of a guard; give guard: true as well, or leave it out")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        defaults = {key: type(self).model_fields[key].default for key in self.optional}
+        return {key: value for key, value in serialise(self).items() if key not in defaults or value != defaults[key]}
 
     @property
     def heldout_source(self) -> str | None:

@@ -1,28 +1,35 @@
-"""Tasks of the lm-eval harness from a folder (`include_path`): YAMLs of strangers, read as data.
+"""Tasks of the lm-eval harness by their names, and those of a folder (`include_path`): YAMLs of strangers, read as
+data.
 
 The harness would run the code that such a YAML names: functions, data set scripts, metrics that are programs, and
 templates without limits. Here a task that needs any of these is refused, unless its section of the config says
 `allow_code`.
 """
 
+import difflib
+import functools
 import glob
 import json
+import logging
 import os
 import re
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from evojax_merge.errors import InputError, shown
 from evojax_merge.schema.patterns import expression
 from evojax_merge.schema.yaml_reader import LOADER, load_documents, take_last
 from evojax_merge.system import jinja_process
-from evojax_merge.tasks.records import check_parquet, read_bytes
+from evojax_merge.tasks.records import parquet_batches, read_bytes
 
 # The harness's own folder has 14,000 YAMLs of 10 MB together.
 MAX_ENTRIES, MAX_YAML_BYTES = 100_000, 32 * 2**20
@@ -113,6 +120,8 @@ def _read(path: Path, seen: list[Path], folder: Path) -> dict[str, Any]:
 def check_is_data(where: str, config: dict[str, Any]) -> None:
     """Raises InputError for a task that the harness could only take by running code of its makers or of others, and for
     data that have no end. `where` names the task."""
+    from lm_eval.prompts import PROMPT_REGISTRY
+
     for key, value in _walk("", config):
         if isinstance(value, FunctionName):
             raise InputError(where, f"{key}: !function {str(value)[:200]} is code of the task's makers, {ALLOW}")
@@ -120,7 +129,9 @@ def check_is_data(where: str, config: dict[str, Any]) -> None:
         raise InputError(where, f"class: {shown(config['class'])} is code of the task's makers, {ALLOW}")
     if config.get("unsafe_code"):
         raise InputError(where, "unsafe_code: runs code that the model writes; not supported")
-    _check_prompt(where, config.get("use_prompt"))
+    prompt = config.get("use_prompt")
+    if prompt is not None and str(prompt).partition(":")[0] not in PROMPT_REGISTRY:
+        raise InputError(where, f"use_prompt: {shown(prompt)} is a library of others, {ALLOW}")
     _check_metrics(where, config.get("metric_list") or [])
     _check_filters(where, config.get("filter_list") or [])
     _check_data(where, config)
@@ -138,13 +149,6 @@ def _walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, (list, tuple, set)):
         for number, part in enumerate(value):
             yield from _walk(f"{key}[{number}]", part)
-
-
-def _check_prompt(where: str, name: Any) -> None:
-    from lm_eval.prompts import PROMPT_REGISTRY
-
-    if name is not None and str(name).partition(":")[0] not in PROMPT_REGISTRY:
-        raise InputError(where, f"use_prompt: {shown(name)} is a library of others, {ALLOW}")
 
 
 def _check_metrics(where: str, metrics: Any) -> None:
@@ -200,6 +204,8 @@ def _check_patterns(where: str, key: str, patterns: Any) -> None:
 
 def _check_data(where: str, config: dict[str, Any]) -> None:
     """Raises InputError unless the data lie in files of a plain format, each of a likely size, or on the hub."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
     path, arguments = config.get("dataset_path"), config.get("dataset_kwargs") or {}
     if not isinstance(arguments, dict):
         raise InputError(where, f"dataset_kwargs: {shown(arguments)}; expected a mapping")
@@ -219,20 +225,14 @@ def _check_data(where: str, config: dict[str, Any]) -> None:
             where, f"dataset_path: {shown(path)}; expected {', '.join(FORMATS)} with data_files, or a data set on the "
             "hub; scripts and folders are taken only where the task says allow_code: true"
         )  # fmt: skip
-    if path.endswith(".py") or ("/" not in path and path not in FORMATS and _is_packaged(path)):
+    # Of its own readers `datasets` has some that open databases, or unpack archives.
+    if path.endswith(".py") or ("/" not in path and path not in FORMATS and path in _PACKAGED_DATASETS_MODULES):
         raise InputError(where, f"dataset_path: {shown(path)} is code, {ALLOW}")
     if path in FORMATS:
         if arguments.get("data_dir") is not None:
             raise InputError(where, "dataset_kwargs.data_dir: name the files under data_files")
         for file in data_files(where, arguments.get("data_files")):
             _check_file(where, path, file)
-
-
-def _is_packaged(name: str) -> bool:
-    """Return whether `datasets` takes the name for one of its own readers: some open databases, or unpack archives."""
-    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
-
-    return name in _PACKAGED_DATASETS_MODULES
 
 
 def data_files(where: str, named: Any) -> list[Path]:
@@ -260,7 +260,8 @@ def _check_file(where: str, kind: str, file: Path) -> None:
     if not file.is_file():
         raise InputError(where, f"data_files: {file}: is not a regular file")
     if kind == "parquet":
-        check_parquet(file)
+        with parquet_batches(file) as batches:
+            deque(batches, maxlen=0)
         return
     read_bytes(file)
     from datasets.utils.extract import Extractor
@@ -307,7 +308,14 @@ def rendered_apart(templates: Templates | None) -> Iterator[None]:
     from lm_eval import utils
 
     if not getattr(utils.apply_template, "chooses", False):
-        utils.apply_template = _choosing(utils.apply_template)
+        by_harness = utils.apply_template
+
+        def choose(template: str, record: dict[str, Any]) -> str:
+            chosen = _templates.get()
+            return str(by_harness(template, record) if chosen is None else chosen.render(template, record))
+
+        choose.chooses = True  # type: ignore[attr-defined]
+        utils.apply_template = choose
     token = _templates.set(templates)
     try:
         yield
@@ -315,12 +323,77 @@ def rendered_apart(templates: Templates | None) -> Iterator[None]:
         _templates.reset(token)
 
 
-def _choosing(apply_template: Any) -> Any:
-    """The harness's `apply_template`, except in a block of `rendered_apart`."""
+# ---------------------------------------------------------------------------------------------------------------
+# The index
 
-    def choose(template: str, record: dict[str, Any]) -> str:
-        templates = _templates.get()
-        return str(apply_template(template, record) if templates is None else templates.render(template, record))
 
-    choose.chooses = True  # type: ignore[attr-defined]
-    return choose
+@functools.cache
+def default_task_manager() -> Any:
+    """The index of the harness's own tasks; building it reads thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def find_task(
+    where: str, name: str, folder: Path | None, allow_code: bool
+) -> tuple[Any, tuple[Path, ...], Templates | None]:
+    """The manager that has a task, of the folder (`include_path`) first; the files that the task is made of; and the
+    renderer of the templates of a task that may run no code. Raises InputError for a task of the folder that would run
+    code and may not."""
+    try:
+        import datasets
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("lm_eval", "datasets"):
+            raise
+        raise InputError(
+            where, "lm_eval: needs the lm-eval harness; install it with pip install 'evojax-merge[lm-eval]'"
+        ) from None
+    for logger in ("lm_eval", "datasets"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    # It opens pictures of any format, and Pillow would have Ghostscript, a program, draw one of PostScript.
+    with suppress(ImportError):
+        from PIL import EpsImagePlugin
+
+        EpsImagePlugin.gs_binary = False
+    index, unreadable = ({}, {}) if folder is None else read_folder(where, folder)
+    if name not in index and name in unreadable:
+        # A YAML's name is mostly that of its task.
+        raise unreadable[name]
+    manager = TaskManager(include_defaults=False) if name in index else default_task_manager()
+    entry = index.get(name) or manager.task_index.get(name)
+    if entry is None:
+        if unreadable:
+            raise next(iter(unreadable.values()))
+        near = difflib.get_close_matches(name, [*index, *manager.all_subtasks], n=1, cutoff=0.5)
+        hint = f" (did you mean '{near[0]}'?)" if near else "; `lm-eval ls tasks` lists them"
+        raise InputError(where, f"lm_eval: lm-eval has no task {name!r}{hint}")
+    if entry.kind.name in ("GROUP", "TAG"):
+        members = (entry.cfg or {}).get("task", [])
+        names = [member for member in members if isinstance(member, str)] or sorted(entry.tags)
+        listed = f" ({', '.join(names[:8])}{', …' if len(names) > 8 else ''})" if names else ""
+        raise InputError(where, f"lm_eval: {name} is a group of tasks; name them one by one{listed}")
+    files, templates = () if entry.yaml_path is None else tuple(_yaml_files(Path(entry.yaml_path).resolve())), None
+    if name in index:
+        if not allow_code:
+            templates = Templates(f"{where}: lm_eval: {name}")
+            check_is_data(templates.where, entry.cfg)
+            # The harness takes the checked config, and reads no file again.
+            entry = replace(entry, yaml_path=None)
+        manager.task_index[name] = entry
+    return manager, files, templates
+
+
+def _yaml_files(path: Path) -> list[Path]:
+    """A YAML of the harness, the modules beside it whose functions it names, and the same of those that it includes."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    events = yaml.parse(path.read_bytes(), Loader=yaml.SafeLoader)
+    functions = [event.value for event in events if isinstance(event, yaml.ScalarEvent) and event.tag == "!function"]
+    modules = [path.parent / f"{name.rpartition('.')[0].replace('.', '/')}.py" for name in functions]
+    named = load_yaml(path, resolve_func=False, recursive=False).get("include", [])
+    # A relative path starts in the folder of the file that names it.
+    included = [(path.parent / name).resolve() for name in (named if isinstance(named, list) else [named])]
+    return [path, *modules, *(file for included_file in included for file in _yaml_files(included_file))]

@@ -43,7 +43,10 @@ def _parts(template: str) -> tuple[Part, ...]:
 
 def check_template(where: str, template: str) -> None:
     """Raises InputError for an invalid template; `where` is its key."""
-    check_characters(where, template)
+    try:
+        template.encode()
+    except UnicodeEncodeError:
+        raise InputError(where, "holds half of a surrogate pair, which is no character") from None
     try:
         _parts(template)
     except ValueError as error:
@@ -61,20 +64,12 @@ def check_names_field(where: str, template: str, refuse: bool) -> None:
     print(f"warning: {where}: {problem}", file=sys.stderr)
 
 
-def check_characters(where: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError(where, "holds half of a surrogate pair, which is no character") from None
-
-
 def check_stop(where: str, stop: Sequence[str]) -> None:
     """Raises InputError for an empty stop text, which stands at the beginning of every output and would leave nothing
     of it."""
     for number, text in enumerate(stop):
         if not text:
             raise InputError(f"{where}.stop[{number}]", "is empty, and would end every output at once; leave it out")
-        check_characters(f"{where}.stop[{number}]", text)
 
 
 def fill(where: str, key: str, template: str, record: Mapping[str, Any]) -> str:
@@ -106,7 +101,13 @@ def look_up(where: str, key: str, path: tuple[str, ...], record: Mapping[str, An
         elif isinstance(value, list) and depth and name.isdecimal() and len(name) < 10 and int(name) < len(value):
             value = value[int(name)]
         else:
-            has = f" ({_near(name, value)}it has {_listed(value)})" if isinstance(value, Mapping) else ""
+            has = ""
+            if isinstance(value, Mapping):
+                names = list(map(str, value))
+                near = difflib.get_close_matches(name[:100], [key[:100] for key in names], n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                listed = ", ".join(key[:40] for key in names[:12]) + (", …" if len(names) > 12 else "")
+                has = f" ({hint}it has {listed})"
             if isinstance(value, list) and name.isdecimal() and all(isinstance(entry, Mapping) for entry in value):
                 turns = f"of a conversation, messages: {path[0]} and apply_chat_template: true read any number"
                 has = f" (it has {len(value)}; {turns})"
@@ -126,14 +127,3 @@ def _value(where: str, key: str, path: tuple[str, ...], record: Mapping[str, Any
 
 def _shown(path: tuple[str, ...]) -> str:
     return path[0] + "".join(f"[{name}]" for name in path[1:])
-
-
-def _near(name: str, record: Mapping[str, Any]) -> str:
-    """A hint at a field with a similar name, if there is one."""
-    near = difflib.get_close_matches(name[:100], [str(field_name)[:100] for field_name in record], n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}? " if near else ""
-
-
-def _listed(record: Mapping[str, Any]) -> str:
-    names = list(map(str, record))
-    return ", ".join(name[:40] for name in names[:12]) + (", …" if len(names) > 12 else "")

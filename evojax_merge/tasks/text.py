@@ -7,11 +7,12 @@ example, and higher is better.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BeforeValidator, Field
@@ -26,13 +27,11 @@ from evojax_merge.tasks.prompts import (
     Prompts,
     Shot,
     Turn,
-    check_prompts,
     encode_alone,
     joined,
-    prefixed,
     read_turns,
 )
-from evojax_merge.tasks.records import Record, Source, read_source
+from evojax_merge.tasks.records import Record, Source
 from evojax_merge.tasks.task import (
     SHARE_RIGHT,
     Derivative,
@@ -40,7 +39,6 @@ from evojax_merge.tasks.task import (
     Place,
     Responses,
     Row,
-    Task,
     TaskDefaults,
     TaskKind,
     TaskRequests,
@@ -117,19 +115,16 @@ class Example:
 
 
 @dataclass(frozen=True)
-class TextTask(TaskDefaults):
-    """A task (tasks.task) of text: its kind, and its examples of one split.
+class PromptedTask(TaskDefaults):
+    """A task (tasks.task) of one split's examples, in text: its requests to a model, without a score. A task of kind
+    exact_match has its prompts continued.
 
-    `pattern` (exact_match) is a regular expression whose last match in the output is the answer: the first of its
-    groups that took part, where it has groups. None: the last number, after `####` where there is one. `file`: the
-    source of the examples by its name; `fewshot_file`: that of the shown examples, where it is another one;
-    `data_files`: the files that both were read from.
+    `file`: the source of the examples by its name; `fewshot_file`: that of the shown examples, where it is another one;
+    `data_files`: the files that both were read from; `records`: the examples in the file's form, where the score needs
+    them.
     """
 
-    units: ClassVar = {
-        "log_probability": "log-probability per token", "margin": "log-probability", "brevity": "minus characters",
-        **dict.fromkeys(("accuracy", "acc_norm", "acc_bytes", "acc_mutual_info"), SHARE_RIGHT),
-    }  # fmt: skip
+    by_example: ClassVar[tuple[str, ...]] = ("examples", "records")
 
     name: str
     kind: Kind
@@ -137,25 +132,18 @@ class TextTask(TaskDefaults):
     weight: float
     file: str
     examples: tuple[Example, ...]
-    pattern: str | None = None
     max_new_tokens: int = 0
     stop: tuple[str, ...] = ()
     prompts: Prompts = PLAIN
     fewshot_file: str | None = None
     data_files: tuple[Path, ...] = ()
+    records: tuple[dict[str, Any], ...] = ()
 
     @property
     def files(self) -> tuple[Path, ...]:
         images = (*self.prompts.images, *(image for example in self.examples for image in example.images))
         files = (image.file for image in images if image.file is not None)
         return tuple(dict.fromkeys([*self.data_files, *files]))
-
-    @property
-    def size(self) -> int:
-        return len(self.examples)
-
-    def subset(self, examples: Sequence[int]) -> "TextTask":
-        return replace(self, examples=tuple(self.examples[i] for i in examples))
 
     def requests(self, tokenizer: Any, context: int) -> TaskRequests:
         if self.kind == "exact_match":
@@ -166,45 +154,13 @@ class TextTask(TaskDefaults):
             return TaskRequests((), rows, self.max_new_tokens, self.stop, expected_tokens=longest + 1)
         return TaskRequests(tuple(likelihood_rows(self, tokenizer)))
 
-    def score(self, responses: Responses) -> dict[str, np.ndarray]:
-        if self.kind == "exact_match":
-            asked = {"brevity": brevity(responses.texts)} if self.metric == "brevity" else {}
-            return score_outputs(self, responses.texts) | asked
-        return score_likelihood(self, responses.totals, responses.counts)
+    def likelihood_of_targets(self) -> "TextTask":
+        return TextTask(
+            self.name, "likelihood", "log_probability", self.weight, self.file, self.examples, prompts=self.prompts,
+            fewshot_file=self.fewshot_file, data_files=self.data_files,
+        )  # fmt: skip
 
-    @property
-    def derivative(self) -> Derivative | None:
-        return {"log_probability": "linear", "margin": "nonlinear"}.get(self.metric)  # type: ignore[return-value]
-
-    def score_gradient(self, responses: Responses) -> np.ndarray:
-        if self.kind == "likelihood":
-            return np.broadcast_to(1 / responses.counts, responses.totals.shape).astype(np.float32)
-        return margin_gradient(self, responses.totals)
-
-    def companion(self) -> "TextTask | None":
-        """The likelihood of wanted answers, or the margin of choices; None for an output's length."""
-        if self.metric == "brevity":
-            return None
-        if self.kind == "multiple_choice":
-            return replace(self, metric="margin")
-        return replace(self, kind="likelihood", metric="log_probability", pattern=None, max_new_tokens=0, stop=())
-
-    def extraction_failure(self, texts: Sequence[str]) -> str | None:
-        if self.kind != "exact_match" or self.metric == "brevity":
-            return None
-        if any(extract_answer(text, self.pattern, f"task {self.name}") is not None for text in texts):
-            return None
-        return "a number" if self.pattern is None else f"the pattern {self.pattern!r}"
-
-    def target(self, example: int) -> str:
-        """The wanted text; for multiple choice, the text of the right choice."""
-        record = self.examples[example]
-        return record.targets[record.answer].strip() if isinstance(record.answer, int) else record.answer
-
-    def extracted(self, example: int, outputs: Sequence[str]) -> str | None:
-        return extract_answer(outputs[0], self.pattern, f"task {self.name}") if outputs else None
-
-    def contents(self) -> list[tuple[tuple[Any, ...], Place]]:
+    def contents(self) -> Sequence[tuple[Hashable, Place]]:
         return [
             ((*_question(example), example.targets, example.answer), self.location(example))
             for example in self.examples
@@ -223,44 +179,69 @@ class TextTask(TaskDefaults):
 
 
 @dataclass(frozen=True)
-class TextRecordsTask(TaskDefaults):
-    """A task (tasks.task) that asks for what `text` asks for, and has a score of its own in place of the text task's.
-    `records` are the examples in the file's form."""
+class TextTask(PromptedTask):
+    """A task (tasks.task) of text. `pattern` (exact_match) is a regular expression whose last match in the output is
+    the answer: the first of its groups that took part, where it has groups. None: the last number, after `####` where
+    there is one."""
 
-    text: TextTask
-    records: tuple[dict[str, Any], ...]
+    units: ClassVar[Mapping[str, str]] = {
+        "log_probability": "log-probability per token", "margin": "log-probability", "brevity": "minus characters",
+        **dict.fromkeys(("accuracy", "acc_norm", "acc_bytes", "acc_mutual_info"), SHARE_RIGHT),
+    }  # fmt: skip
+
+    pattern: str | None = None
+
+    def score(self, responses: Responses) -> dict[str, np.ndarray]:
+        if self.kind != "exact_match":
+            return score_likelihood(self, responses.totals, responses.counts)
+        where, texts = f"task {self.name}", responses.texts
+        right = [
+            [
+                same_answer(extract_answer(text, self.pattern, where), str(example.answer), self.pattern)
+                for text, example in zip(row, self.examples, strict=True)
+            ]
+            for row in texts
+        ]
+        asked = {"brevity": brevity(texts)} if self.metric == "brevity" else {}
+        return {"accuracy": np.asarray(right, np.float32).reshape(len(texts), self.size)} | asked
 
     @property
-    def name(self) -> str:
-        return self.text.name
+    def derivative(self) -> Derivative | None:
+        return {"log_probability": "linear", "margin": "nonlinear"}.get(self.metric)  # type: ignore[return-value]
 
-    @property
-    def metric(self) -> str:
-        return self.text.metric
+    def score_gradient(self, responses: Responses) -> np.ndarray:
+        if self.kind == "likelihood":
+            return np.broadcast_to(1 / responses.counts, responses.totals.shape).astype(np.float32)
+        # Of a margin it is 1 for the right choice, and -1 for the best of the others (the first of equals).
+        sums = responses.totals
+        gradient, candidates = np.zeros(sums.shape, np.float32), np.arange(len(sums))
+        for example, rows in _choices(self):
+            others = sums[:, rows].copy()
+            others[:, int(example.answer)] = -np.inf
+            gradient[candidates, rows.start + others.argmax(axis=1)] = -1
+            gradient[:, rows.start + int(example.answer)] = 1
+        return gradient
 
-    @property
-    def weight(self) -> float:
-        return self.text.weight
+    def companion(self) -> "TextTask | None":
+        """The likelihood of wanted answers, or the margin of choices; None for an output's length."""
+        if self.metric == "brevity":
+            return None
+        return replace(self, metric="margin") if self.kind == "multiple_choice" else self.likelihood_of_targets()
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self.text.files
+    def extraction_failure(self, texts: Sequence[str]) -> str | None:
+        if self.kind != "exact_match" or self.metric == "brevity":
+            return None
+        if any(extract_answer(text, self.pattern, f"task {self.name}") is not None for text in texts):
+            return None
+        return "a number" if self.pattern is None else f"the pattern {self.pattern!r}"
 
-    @property
-    def size(self) -> int:
-        return self.text.size
+    def target(self, example: int) -> str:
+        """The wanted text; for multiple choice, the text of the right choice."""
+        record = self.examples[example]
+        return record.targets[record.answer].strip() if isinstance(record.answer, int) else record.answer
 
-    def subset(self, examples: Sequence[int]) -> Self:
-        return replace(self, text=self.text.subset(examples), records=tuple(self.records[i] for i in examples))
-
-    def requests(self, tokenizer: Any, context: int) -> TaskRequests:
-        return self.text.requests(tokenizer, context)
-
-    def contents(self) -> Sequence[tuple[Any, Place]]:
-        return self.text.contents()
-
-    def paths(self) -> dict[str, str]:
-        return self.text.paths()
+    def extracted(self, example: int, outputs: Sequence[str]) -> str | None:
+        return extract_answer(outputs[0], self.pattern, f"task {self.name}") if outputs else None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -273,32 +254,33 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
     metric = config.metric or METRICS[kind][0]
     if metric not in METRICS[kind]:
         raise InputError(where, f"metric: {metric!r}; {kind} has {', '.join(METRICS[kind])}")
-    fields = checked_fields(where, config, config.choices, config.answer)
+    check_templates(where, config)
     check_stop(where, config.stop)
     if config.prompt and config.messages is None:
         check_names_field(f"{where}.prompt", config.prompt, refuse=kind == "exact_match")
     if kind != "multiple_choice" and config.messages is None:
         check_names_field(f"{where}.target", config.target, refuse=False)
-    data = read_prompted(config, opening, kind, fields, fields)
-    task = TextTask(
-        config.name, kind, metric, config.weight, data.file, data.examples, config.pattern, config.max_new_tokens,
-        tuple(config.stop), data.prompts, data.fewshot_file, data.files,
-    )  # fmt: skip
+    data = read_prompted(config, opening, kind, metric) | {"records": ()}
+    task = TextTask(**data, pattern=config.pattern, max_new_tokens=config.max_new_tokens, stop=tuple(config.stop))
     repeating = [task.where(example) for example in task.examples if len(set(example.targets)) < len(example.targets)]
     if repeating:
         print_warning(f"{repeating[0]}: {len(repeating)} of {task.size} records list a wrong choice twice")
     if config.pattern is not None:
         check_pattern(where, config.pattern, config.max_new_tokens, probe_texts(task))
-        check_targets(where, task, config.pattern)
+        for example in task.examples:
+            # Outputs are compared with the target: none would be right. A target without a match is the bare answer.
+            answer, target = extract_answer(str(example.answer), config.pattern, where), str(example.answer)
+            if answer is not None and not same_answer(answer, target, config.pattern):
+                raise cut_target(where, config.pattern, answer, task.where(example), target)
     elif kind == "exact_match":
         answers = [str(example.answer) for example in task.examples]
         without = [answer for answer in answers if extract_answer(answer, None) is None]
         what = f"a number, which is the answer without a pattern ({without[0][:100]!r})" if without else ""
         if len(without) == len(answers):
-            raise InputError(f"{where}.pattern", f"missing; no target of {data.file} holds {what}")
+            raise InputError(f"{where}.pattern", f"missing; no target of {task.file} holds {what}")
         if len(without) > len(answers) / 2:
             print_warning(
-                f"{where}.pattern: missing; {len(without)} of {len(answers)} targets of {data.file} do not hold {what}"
+                f"{where}.pattern: missing; {len(without)} of {len(answers)} targets of {task.file} do not hold {what}"
                 "; no output is right for these"
             )
     return task
@@ -307,18 +289,9 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
 KIND = TaskKind(TextConfig, open_text, source="file")
 
 
-def probe_texts(task: TextTask) -> list[str]:
+def probe_texts(task: PromptedTask) -> list[str]:
     """Texts of the task that a pattern is tried on."""
     return [f"{example.prompt} {''.join(example.targets)}" for example in task.examples[:PROBED]]
-
-
-def check_targets(where: str, task: TextTask, pattern: str) -> None:
-    """Raises InputError where a pattern finds another answer in a target than the target itself, which outputs are
-    compared with: no output would be right. A target in which it finds nothing is the bare answer."""
-    for example in task.examples:
-        answer = extract_answer(str(example.answer), pattern, where)
-        if answer is not None and not same_answer(answer, str(example.answer), pattern):
-            raise cut_target(where, pattern, answer, task.where(example), str(example.answer))
 
 
 def cut_target(where: str, pattern: str, answer: str, place: str, target: str) -> InputError:
@@ -329,58 +302,24 @@ def cut_target(where: str, pattern: str, answer: str, place: str, target: str) -
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Fields:
-    """The parts of a record: templates such as `"Q: {question}\\nA:"`, and the names of the choice fields. `where` is
-    the section of the config that names them. `messages`: the field of a conversation, in place of the prompt; `chat`:
-    whether a chat template stands between prompt and target; `prefix`: the text that begins an answer; `objects`:
-    whether the target may be a field of any JSON value."""
-
-    prompt: str
-    target: str
-    choices: str
-    answer: str
-    delimiter: str
-    where: str = "tasks"
-    messages: str | None = None
-    chat: bool = False
-    prefix: str = ""
-    objects: bool = False
-
-
-def checked_fields(where: str, config: PromptConfig, choices: str = "", answer: str = "") -> Fields:
-    """The fields that a config names. Raises InputError for an invalid template."""
+def check_templates(where: str, config: PromptConfig) -> None:
+    """Raises InputError for an invalid template."""
     for key, template in (("prompt", config.prompt), ("target", config.target)):
         check_template(f"{where}.{key}", template)
-    check_prompts(where, config)
-    return Fields(
-        config.prompt, config.target, choices, answer, config.delimiter, where, config.messages,
-        bool(config.apply_chat_template), config.assistant_prefix,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PromptedData:
-    """The examples of one source that are scored, their records, and the form of their prompts. `fewshot_file`: the
-    source of the shown examples, where that is another; `files`: all files that were read."""
-
-    file: str
-    files: tuple[Path, ...]
-    examples: tuple[Example, ...]
-    records: tuple[Mapping[str, Any], ...]
-    prompts: Prompts
-    fewshot_file: str | None
 
 
 def read_prompted(
-    config: PromptConfig, opening: Opening, kind: Kind, fields: Fields, fewshot_fields: Fields
-) -> PromptedData:
-    """The examples of the opening's source. Examples that are shown are not scored, whatever source they come from:
-    their answers stand in the prompt. Raises InputError for records that do not fit, or too few examples to show."""
+    config: PromptConfig, opening: Opening, kind: Kind, metric: str, has_targets: bool = True
+) -> dict[str, Any]:
+    """The fields of a `PromptedTask` on the examples of the opening's source, but those of the length of outputs.
+    Examples that are shown are not scored, whatever source they come from: their answers stand in the prompt.
+    has_targets: whether scored examples need a target, as shown ones do. Raises InputError for records that do not fit,
+    or too few examples to show."""
     source = opening.read(*opening.source("file", config.file))
     records, files, fewshot_file = list(source.records), source.files, None
     folder = None if config.images is None else opening.images(config.images, opening.folder)
-    examples, shots = _examples(source, kind, fields, folder), []
+    read = partial(read_examples, kind=kind, config=config, section=opening.where, folder=folder)
+    examples, shots = read(source, has_targets=has_targets), []
     if config.num_fewshot:
         # Held-out examples have the same ones before them as those that are searched on.
         key = "file" if config.fewshot_source is None else "fewshot_source"
@@ -389,7 +328,7 @@ def read_prompted(
         if len(shown.records) < config.num_fewshot:
             what = f"{config.num_fewshot}; {shown.name} has only {len(shown.records)}"
             raise InputError(f"{opening.where}.num_fewshot", what)
-        shots = _examples(replace(shown, records=shown.records[: config.num_fewshot]), kind, fewshot_fields, folder)
+        shots = read(replace(shown, records=shown.records[: config.num_fewshot]))
         fewshot_file = shown.name if config.fewshot_source is not None or shown.name != source.name else None
         files += shown.files
         asked = {_identity(shot, kind) for shot in shots}
@@ -399,15 +338,18 @@ def read_prompted(
             raise InputError(f"{opening.where}.num_fewshot", what)
         records, examples = [records[number] for number in kept], [examples[number] for number in kept]
     prefix = config.assistant_prefix
+    answers = [prefix + joined(prefix, " ", shot.solution) if prefix else shot.solution for shot in shots]
     prompts = Prompts(
         opening.where, config.delimiter, prefix,
-        tuple(Shot(shot.prompt, shot.turns, prefixed(prefix, shot.solution), shot.images) for shot in shots),
+        tuple(Shot(shot.prompt, shot.turns, answer, shot.images) for shot, answer in zip(shots, answers, strict=True)),
         config.apply_chat_template, config.system_instruction, config.fewshot_as_multiturn,
         config.chat_template_kwargs, folder,
     )  # fmt: skip
-    return PromptedData(
-        source.name, files, tuple(examples), tuple(record.fields for record in records), prompts, fewshot_file
-    )  # fmt: skip
+    return {
+        "name": config.name, "kind": kind, "metric": metric, "weight": config.weight, "file": source.name,
+        "examples": tuple(examples), "prompts": prompts, "fewshot_file": fewshot_file, "data_files": files,
+        "records": tuple(dict(record.fields) for record in records),
+    }  # fmt: skip
 
 
 def _question(example: Example) -> tuple[Any, ...]:
@@ -420,92 +362,91 @@ def _identity(example: Example, kind: Kind) -> tuple[Any, ...]:
     return _question(example) if kind == "exact_match" else (*_question(example), example.targets)
 
 
-def read_examples(path: Path, kind: Kind, fields: Fields) -> list[Example]:
-    """Read and check a task file. Raises InputError with the place of the first record that does not fit."""
-    return _examples(read_source(path), kind, fields)
+def read_examples(
+    source: Source, kind: Kind, config: PromptConfig, section: str, folder: Path | None = None, has_targets: bool = True
+) -> list[Example]:
+    """The examples of a source's records. section: the place of the config in messages; folder: of images, the source's
+    by default; has_targets: see `read_prompted`. Raises InputError with the place of the first record that does not
+    fit."""
+    folder = folder or source.files[0].parent
+    return [_example(record, kind, config, section, folder, has_targets) for record in source.records]
 
 
-def _examples(source: Source, kind: Kind, fields: Fields, folder: Path | None = None) -> list[Example]:
-    return [_example(record, kind, fields, folder or source.files[0].parent) for record in source.records]
-
-
-def _example(record: Record, kind: Kind, fields: Fields, folder: Path) -> Example:
-    where = record.where
-    texts = {*named_fields(fields.prompt), *named_fields(fields.target), fields.choices, fields.answer}
-    images = read_images(record, folder, texts)
+def _example(record: Record, kind: Kind, config: PromptConfig, section: str, folder: Path, has_target: bool) -> Example:
+    where, is_chat, prefix = record.where, bool(config.apply_chat_template), config.assistant_prefix
+    # A placeholder that is never read.
+    template = config.target if has_target else NO_TARGET
+    choice_fields = (config.choices, config.answer) if isinstance(config, TextConfig) else ()
+    images = read_images(record, folder, {*named_fields(config.prompt), *named_fields(template), *choice_fields})
     turns: list[Turn] = []
-    if fields.messages is None:
-        prompt = fill(where, f"{fields.where}.prompt", fields.prompt, record.fields)
-        before = "" if fields.chat else prompt
+    if config.messages is None:
+        prompt = fill(where, f"{section}.prompt", config.prompt, record.fields)
+        before = "" if is_chat else prompt
     else:
         prompt = before = ""
-        turns = read_turns(where, f"{fields.where}.messages", fields.messages, record.fields)
+        turns = read_turns(where, f"{section}.messages", config.messages, record.fields)
     place = (record.line, "" if record.line else where)
     answered = bool(turns) and turns[-1]["role"] == "assistant"
 
     def answer_text(text: str) -> str:
         """The answer behind what stands before it. A chat template ends where the answer begins."""
-        if fields.prefix:
-            return joined(fields.prefix, fields.delimiter, text)
-        return text if fields.chat else joined(before, fields.delimiter, text)
+        if prefix:
+            return joined(prefix, config.delimiter, text)
+        return text if is_chat else joined(before, config.delimiter, text)
 
     if kind != "multiple_choice":
         if answered:
             *turns, last = turns
             target = last["content"]
-            if fields.target not in ("{target}", NO_TARGET):
-                what = f"{fields.messages}: ends with the assistant's turn, which would be the target"
-                raise InputError(where, f"{what}; leave {fields.where}.target out, or the turn")
+            if template not in ("{target}", NO_TARGET):
+                what = f"{config.messages}: ends with the assistant's turn, which would be the target"
+                raise InputError(where, f"{what}; leave {section}.target out, or the turn")
             if not turns:
-                raise InputError(where, f"{fields.messages}: holds the assistant's turn alone; expected the user's")
+                raise InputError(where, f"{config.messages}: holds the assistant's turn alone; expected the user's")
         else:
-            if turns and fields.target == "{target}" and "target" not in record.fields:
-                what = f"{fields.messages}: ends with a turn of the role {brief(turns[-1]['role'])}"
-                raise InputError(where, f"{what}; expected the assistant's, which is scored, or {fields.where}.target")
-            target = _target(where, fields, record.fields)
+            if turns and template == "{target}" and "target" not in record.fields:
+                what = f"{config.messages}: ends with a turn of the role {brief(turns[-1]['role'])}"
+                raise InputError(where, f"{what}; expected the assistant's, which is scored, or {section}.target")
+            key, path = f"{section}.target", only_field(template)
+            value = look_up(where, key, path, record.fields) if config.takes_json and path is not None else ""
+            if isinstance(value, str):
+                target = fill(where, key, template, record.fields)
+            else:
+                target = json.dumps(value, ensure_ascii=False, default=str)
         # White space as an answer is never found; as a target it can be predicted.
         if not (target.strip() if kind == "exact_match" else target):
             raise InputError(where, "target: is empty")
         return Example(prompt, (answer_text(target),), target, *place, turns=tuple(turns), images=images)
     if answered:
-        what = f"{fields.messages}: ends with the assistant's turn; expected the user's, which the choices answer"
+        what = f"{config.messages}: ends with the assistant's turn; expected the user's, which the choices answer"
         raise InputError(where, what)
-    choices, labels = _listed_choices(
-        where, fields, look_up(where, f"{fields.where}.choices", (fields.choices,), record.fields)
-    )
-    answer = look_up(where, f"{fields.where}.answer", (fields.answer,), record.fields)
+    assert isinstance(config, TextConfig)
+    listed = look_up(where, f"{section}.choices", (config.choices,), record.fields)
+    choices, labels = _listed_choices(where, config.choices, listed)
+    answer = look_up(where, f"{section}.answer", (config.answer,), record.fields)
     chosen = _chosen(answer, choices, labels)
     if chosen is None:
         expected = f"one of {', '.join(labels)}" if labels else f"an index below {len(choices)}, its letter"
-        raise InputError(where, f"{fields.answer}: {brief(answer)}; expected {expected} or a choice")
+        raise InputError(where, f"{config.answer}: {brief(answer)}; expected {expected} or a choice")
     if choices.count(choices[chosen]) > 1:
         raise InputError(
-            where, f"{fields.choices}: the right one, {brief(choices[chosen])}, is there twice, and cannot win; "
+            where, f"{config.choices}: the right one, {brief(choices[chosen])}, is there twice, and cannot win; "
             "expected choices that differ"
         )  # fmt: skip
     return Example(prompt, tuple(map(answer_text, choices)), chosen, *place, tuple(choices), tuple(turns), images)
 
 
-def _target(where: str, fields: Fields, record: Mapping[str, Any]) -> str:
-    key, path = f"{fields.where}.target", only_field(fields.target)
-    if fields.objects and path is not None:
-        value = look_up(where, key, path, record)
-        if not isinstance(value, str):
-            return json.dumps(value, ensure_ascii=False, default=str)
-    return fill(where, key, fields.target, record)
-
-
-def _listed_choices(where: str, fields: Fields, value: Any) -> tuple[list[str], list[str]]:
+def _listed_choices(where: str, name: str, value: Any) -> tuple[list[str], list[str]]:
     """The texts of a record's choices, and their labels where the record has them, in ARC's form: `{"text": […],
     "label": […]}`."""
     texts, labels = value, []
     if isinstance(value, Mapping) and isinstance(value.get("label"), list):
         texts, labels = value.get("text"), [str(label) for label in value["label"]]
     if not (isinstance(texts, list) and len(texts) >= 2 and all(isinstance(text, str) and text for text in texts)):
-        raise InputError(where, f"{fields.choices}: expected a list of two or more texts, found {brief(value)}")
+        raise InputError(where, f"{name}: expected a list of two or more texts, found {brief(value)}")
     if labels and not len(texts) == len(labels) == len(set(labels)):
         raise InputError(
-            where, f"{fields.choices}: labels {brief(labels)} of {len(texts)} texts; expected one of its own for each"
+            where, f"{name}: labels {brief(labels)} of {len(texts)} texts; expected one of its own for each"
         )
     return texts, labels
 
@@ -536,7 +477,7 @@ def brief(value: Any) -> str:
 # Requests
 
 
-def likelihood_rows(task: TextTask, tokenizer: Any) -> list[Row]:
+def likelihood_rows(task: PromptedTask, tokenizer: Any) -> list[Row]:
     """One row per target or choice, examples in order, each one's choices together. Behind them, where the metric is
     acc_mutual_info, each one's choices without the prompt."""
     rows = []
@@ -556,14 +497,14 @@ def likelihood_rows(task: TextTask, tokenizer: Any) -> list[Row]:
     return rows
 
 
-def _context(task: TextTask, tokenizer: Any, example: Example) -> tuple[str, tuple[RecordImage, ...]]:
+def _context(task: PromptedTask, tokenizer: Any, example: Example) -> tuple[str, tuple[RecordImage, ...]]:
     """The text before the answer to an example, with its images' places expanded, and these images in their order."""
     where, images = task.where(example), (*task.prompts.images, *example.images)
     text = task.prompts.context(tokenizer, where, example.prompt, example.turns, example.images)
     return expand_images(tokenizer, where, text, images), images
 
 
-def prompt_rows(task: TextTask, tokenizer: Any) -> list[Row]:
+def prompt_rows(task: PromptedTask, tokenizer: Any) -> list[Row]:
     """One row per example, the prompt alone."""
     rows = []
     for number, example in enumerate(task.examples):
@@ -617,23 +558,11 @@ def _choices(task: TextTask) -> Iterator[tuple[Example, slice]]:
         begin += len(example.targets) * (2 if task.metric == "acc_mutual_info" else 1)
 
 
-def margin_gradient(task: TextTask, sums: np.ndarray) -> np.ndarray:
-    """The derivative of each example's margin with respect to its rows' sums, float32[P, rows]: 1 for the right choice,
-    -1 for the best of the others (the first of equals). sums: float32[P, rows]."""
-    gradient, candidates = np.zeros(sums.shape, np.float32), np.arange(len(sums))
-    for example, rows in _choices(task):
-        others = sums[:, rows].copy()
-        others[:, int(example.answer)] = -np.inf
-        gradient[candidates, rows.start + others.argmax(axis=1)] = -1
-        gradient[:, rows.start + int(example.answer)] = 1
-    return gradient
-
-
 def extract_answer(text: str, pattern: str | None, where: str = "tasks") -> str | None:
     """The answer in an output: the last match of `pattern` that is not empty, or the last number (after `####` if
     there). `where` names the task in messages."""
     if pattern is None:
-        numbers = _numbers(text)
+        numbers = numbers_in(text)
         return numbers[-1].replace(",", "") if numbers else None
     filled = [match for match in find_all(where, pattern, text) if match[0]]
     if not filled:
@@ -642,28 +571,9 @@ def extract_answer(text: str, pattern: str | None, where: str = "tasks") -> str 
     return taken[0].strip() if taken else None
 
 
-def _numbers(text: str) -> list[str]:
+def numbers_in(text: str) -> list[str]:
     """The numbers after the last `####`; where there are none, all numbers of the text."""
     return re.findall(NUMBER, text.rsplit("####", 1)[-1]) or re.findall(NUMBER, text)
-
-
-def ignored_numbers(where: str, *splits: Task) -> list[str]:
-    """A line, if a task compares the last number alone, and most targets hold more numbers than that: an output whose
-    other numbers are wrong counts as right. `where` names the task, `splits` are its splits."""
-    answers = [
-        str(example.answer)
-        for task in splits
-        if isinstance(task, TextTask) and task.metric == "accuracy" and task.kind == "exact_match"
-        if task.pattern is None
-        for example in task.examples
-    ]
-    several = [answer for answer in answers if len(_numbers(answer)) > 1]
-    if len(several) <= len(answers) / 2:
-        return []
-    return [
-        f"{where}.pattern: missing; {len(several)} of {len(answers)} targets hold more than one number "
-        f"({several[0].strip()[:100]!r}), and only the last one is compared; pattern: ^(.+)$ compares whole texts"
-    ]
 
 
 def same_answer(found: str | None, wanted: str, pattern: str | None) -> bool:
@@ -674,15 +584,3 @@ def same_answer(found: str | None, wanted: str, pattern: str | None) -> bool:
     # The wanted text may be a worked answer that ends in `#### 42`.
     number = extract_answer(wanted, None)
     return number is not None and Decimal(found) == Decimal(number)
-
-
-def score_outputs(task: TextTask, texts: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
-    """texts: P lists of N continuations. Metric -> float32[P, N]."""
-    rows = [
-        [
-            same_answer(extract_answer(text, task.pattern, f"task {task.name}"), str(example.answer), task.pattern)
-            for text, example in zip(row, task.examples, strict=True)
-        ]
-        for row in texts
-    ]
-    return {"accuracy": np.asarray(rows, np.float32).reshape(len(texts), len(task.examples))}

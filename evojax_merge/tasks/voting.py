@@ -4,8 +4,8 @@ A judge sees the answers of two candidates to one example, and says which is bet
 score is its strength in the judges' votes, in logits.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -87,15 +87,10 @@ class FunctionJudge:
 
 @dataclass(frozen=True)
 class Voting:
-    """How a task's answers are voted on. bout: the number of prompts on which two candidates meet in a row; weights: by
-    a judge's name, how much the judge's votes count; judge: votes in place of people; None: people do; judge_place: the
-    function's name, valid from any folder."""
+    """How a task's answers are voted on. judge: votes in place of people; None: people do; judge_place: the function's
+    name, valid from any folder."""
 
-    question: str
-    votes: int
-    heldout_votes: int
-    bout: int = 1
-    weights: Mapping[str, float] = field(default_factory=dict)
+    config: VotesConfig
     judge: Judge | None = None
     judge_place: str | None = None
 
@@ -143,4 +138,4 @@ def voting_of(config: VotesConfig, opening: Opening, judge: Judge | None = None)
     if config.judge is not None:
         function = load_function(f"{opening.where}.judge", config.judge, "answers", opening.folder)
         judge, place = FunctionJudge(function), function.place
-    return Voting(config.question, config.votes, config.heldout_votes, config.bout, config.judges, judge, place)
+    return Voting(config, judge, place)

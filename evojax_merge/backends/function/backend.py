@@ -35,8 +35,8 @@ from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores, task_weights
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.report.front_matter import changed_front_matter
-from evojax_merge.report.merges import MergeReport
 from evojax_merge.report.plan import shown_seconds
+from evojax_merge.report.winner import MergeReport
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.protocols import Progress
 from evojax_merge.search.successive_halving import rung_size

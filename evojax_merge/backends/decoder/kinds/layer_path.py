@@ -30,8 +30,8 @@ from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.write import path_document
 from evojax_merge.models.paths import PathBank, PathSpec
 from evojax_merge.models.sources import StackedWeights
-from evojax_merge.report.paths import PathReport
 from evojax_merge.report.plan import shown_bytes
+from evojax_merge.report.winner import PathReport
 from evojax_merge.spaces.layer_path import PathSpace
 
 

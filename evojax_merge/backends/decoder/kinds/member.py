@@ -49,7 +49,7 @@ from evojax_merge.models.architecture import (
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.report.plan import shown_bytes, shown_seconds
-from evojax_merge.report.pool import PoolReport
+from evojax_merge.report.winner import PoolReport
 from evojax_merge.spaces.breeding import PARENTS, BreedingSpace
 
 

@@ -45,8 +45,8 @@ from evojax_merge.models.architecture import (
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.streamed_bank import abstract_streamed
-from evojax_merge.report.merges import MergeReport
 from evojax_merge.report.plan import shown_bytes, shown_seconds
+from evojax_merge.report.winner import MergeReport
 from evojax_merge.spaces.parameter import ParameterSpace
 
 
