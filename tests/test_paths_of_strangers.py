@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import write_lines
+from helpers.files import write_lines
 
 import evojax_merge
 from evojax_merge.config.search_config import TaskFile
