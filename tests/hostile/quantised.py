@@ -179,7 +179,7 @@ PARTS: dict[str, tuple[Change, tuple[str, ...]]] = {
         packed(ZEROS, part("weight_zero_point", lambda one: np.ones((80, 3), np.float16))),
         (f"{MODULE}.weight_zero_point", "float16"),
     ),
-    "packed: groups of floats": retyped(ORDERED, "weight_g_idx", "float32"),
+    "packed: groups of floats": (packed(ORDERED, cast("weight_g_idx", "float32")), (f"{MODULE}.weight_g_idx",)),
     "packed: groups of half the inputs": (
         packed(ORDERED, part("weight_g_idx", lambda one: one[::2])), (f"{MODULE}.weight_g_idx", "[24]"),
     ),
