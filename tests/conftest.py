@@ -31,7 +31,8 @@ import hostile
 import hypothesis
 import jax
 import pytest
-from helpers import ALL, Family, build_family
+from helpers.families import Family, build_family
+from helpers.sampling import ALL
 from hypothesis.internal.conjecture import providers as hypothesis_providers
 from jax._src import compiler as xla_compiler
 

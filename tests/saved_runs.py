@@ -65,7 +65,9 @@ def grey(records, images):
 def build_inputs(work: Path) -> None:
     """Write every model, task file and function that the searches name."""
     import torch
-    from helpers import build_family, random_records, tiny_config, write_lines
+    from helpers.families import build_family
+    from helpers.files import write_lines
+    from helpers.models import random_records, tiny_config
     from reference.vision_models import save_seeing, seeing_model
     from safetensors.numpy import save_file
     from test_exported_networks import write_examples, write_models

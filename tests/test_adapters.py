@@ -1,6 +1,5 @@
 """Adapters as parents: as peft merges them, wherever a model may stand, and refused where they cannot be merged."""
 
-import json
 import shutil
 import warnings
 from collections.abc import Callable
@@ -15,26 +14,20 @@ import peft
 import pytest
 import torch
 import yaml
-from helpers import (
-    Family,
-    edit_json,
-    even_records,
-    finetune,
-    random_model,
-    random_records,
-    sample,
-    save,
-    state,
-    tiny_config,
-    write_lines,
-)
+from helpers.commands import assert_refused, command, refusal, run_here
+from helpers.families import Family
+from helpers.files import edit_json, read_json, write_lines
+from helpers.mergekit import assert_same_tensors, merge_by_mergekit
+from helpers.models import even_records, finetune, random_model, random_records, save, state, tiny_config
+from helpers.sampling import sample
+from helpers.searches import search_config, task_section
+from hostile import changing
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config
 
 import evojax_merge as em
 from evojax_merge.checkpoints.adapters import ADAPTER_FILE, write_adapter
 from evojax_merge.checkpoints.derived import open_model, reference_to, resolve_model
-from evojax_merge.cli import WRONG_INPUT, cli, run
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.as_adapter import low_rank_factors, prepare_adapter, write_as_adapter
 from evojax_merge.mergekit.execute import merge_to, prepare
@@ -96,9 +89,7 @@ def read(reference: str, relative_to: Path = Path()) -> dict[str, np.ndarray]:
 def test_an_adapter_is_merged_as_peft_merges_it(case: str, untied: Path, tmp_path: Path) -> None:
     folder, merged = adapter(untied, tmp_path / "lora", **LORA[case])
     found, expected, base = read(f"{untied}+{folder}"), state(merged), state(untied)
-    assert set(found) == set(expected)
-    for name, values in expected.items():
-        np.testing.assert_allclose(found[name], values, rtol=2e-6, atol=2e-7, err_msg=name)
+    assert_same_tensors(found, expected, rtol=2e-6, atol=2e-7)
     assert any(not np.array_equal(found[name], base[name]) for name in base)
 
 
@@ -116,9 +107,8 @@ def test_a_head_that_was_trained_apart_from_the_embedding_is_one_of_its_own(modu
     base = save(random_model(tiny_config("qwen2", tie_word_embeddings=True)), tmp_path / "base")
     folder, merged = adapter(base, tmp_path / "lora", modules_to_save=modules)
     found, expected = read(f"{base}+{folder}"), state(merged)
-    assert "lm_head.weight" in expected and set(found) == set(expected)
-    for name, values in expected.items():
-        np.testing.assert_allclose(found[name], values, rtol=2e-6, atol=2e-7, err_msg=name)
+    assert "lm_head.weight" in expected
+    assert_same_tensors(found, expected, rtol=2e-6, atol=2e-7)
     rows: Any = [
         {"model": f"{base}+{folder}", "parameters": {"weight": 0.5}},
         {"model": f"{base}", "parameters": {"weight": 1.5}},
@@ -151,8 +141,7 @@ def test_a_transposed_base_is_adapted_in_its_own_orientation(tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "base")
     folder, merged = adapter(tmp_path / "base", tmp_path / "lora", target_modules=["c_attn"], fan_in_fan_out=True)
     found, expected = read(f"{tmp_path / 'base'}+{folder}"), state(merged)
-    for name, values in expected.items():
-        np.testing.assert_allclose(found[name], values, rtol=2e-6, atol=2e-7, err_msg=name)
+    assert_same_tensors(found, expected, rtol=2e-6, atol=2e-7)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -218,13 +207,8 @@ def test_adapters_of_one_base_are_held_as_factors(method: str, dtype: torch.dtyp
     folders = [str(expanded(one, tmp_path / f"whole-{k}")) for k, one in enumerate(references)]
 
     def opened(parents: list[str]) -> em.Evaluator:
-        config = {
-            "base": str(base),
-            "parents": parents,
-            "space": {"method": method},
-            "tasks": [{"name": "text", "kind": "likelihood", "file": str(tasks)}],
-            "search": {"generations": 1},
-        }
+        config = search_config(base=str(base), parents=parents, space={"method": method}, tasks=[task_section(tasks)])
+        config["search"] = {"generations": 1}
         return em.Evaluator(config)
 
     def whole(evaluator: em.Evaluator) -> Any:
@@ -253,34 +237,19 @@ def test_adapters_of_one_base_are_held_as_factors(method: str, dtype: torch.dtyp
 # Commands
 
 
-def command(*arguments: object) -> int:
-    return run(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False))
-
-
 def write(path: Path, document: Any) -> Path:
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path
 
 
 def test_a_recipe_of_adapters_is_merged_as_by_mergekit(lora: tuple[Path, Path], family: Family, tmp_path: Path) -> None:
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import run_merge
-    from mergekit.options import MergeOptions
-
     reference = f"{family.base}+{lora[0]}"
-    recipe = {
-        "merge_method": "ties",
-        "base_model": str(family.base),
-        "models": [
-            {"model": model, "parameters": {"weight": 0.6, "density": 0.5}}
-            for model in (reference, str(family.parents[0]))
-        ],
-        "dtype": "float32",
-    }
+    given = {"weight": 0.6, "density": 0.5}
+    rows = [{"model": model, "parameters": given} for model in (reference, str(family.parents[0]))]
+    recipe = {"merge_method": "ties", "base_model": str(family.base), "models": rows, "dtype": "float32"}
     assert command("merge", write(tmp_path / "recipe.yaml", recipe), tmp_path / "ours") == 0
-    options = MergeOptions(quiet=True, write_model_card=False, lora_merge_cache=str(tmp_path / "cache"))
-    run_merge(MergeConfiguration.model_validate(recipe), str(tmp_path / "theirs"), options)
-    found, expected = state(tmp_path / "ours"), state(tmp_path / "theirs")
+    theirs = merge_by_mergekit(recipe, tmp_path / "theirs", lora_merge_cache=str(tmp_path / "cache"))
+    found, expected = state(tmp_path / "ours"), state(theirs)
     for name, values in expected.items():
         # An entry whose rank the two expansions' last bits change may be trimmed by one and not by the other.
         close = np.isclose(found[name], values, rtol=1e-5, atol=1e-6)
@@ -296,13 +265,9 @@ def test_a_search_over_adapters_exports_what_it_scored(
 ) -> None:
     other, _ = adapter(family.base, tmp_path / "other", seed=1, target_modules=["up_proj", "q_proj"])
     heldout = write_lines(tmp_path / "heldout.jsonl", even_records(6, seed=9))
-    config = {
-        "base": str(family.base),
-        "parents": [f"{family.base}+lora", str(other)],
-        "space": {"method": "task_arithmetic", "parameters": {"weight": {"low": 0.0, "high": 1.0}}},
-        "tasks": [{"name": "text", "kind": "likelihood", "file": str(family.tasks), "heldout": str(heldout)}],
-        "search": {"generations": 2, "population": 4},
-    }
+    space = {"method": "task_arithmetic", "parameters": {"weight": {"low": 0.0, "high": 1.0}}}
+    parents = [f"{family.base}+lora", str(other)]
+    config = search_config(family, heldout=str(heldout), parents=parents, space=space)
     path = write(tmp_path / "config.yaml", config)
     assert command("search", path, "--out", tmp_path / "run") == 0
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -310,11 +275,11 @@ def test_a_search_over_adapters_exports_what_it_scored(
     files = [family.base / "model.safetensors", family.base / "config.json", other / ADAPTER_FILE]
     assert {str(file) for file in files} <= set(saved["inputs"])
     # All models have the scores that the search's table gives them, and the winner's recipe makes the same bytes again.
-    table = json.loads((tmp_path / "run" / "result.json").read_text())["table"]
+    table = read_json(tmp_path / "run" / "result.json")["table"]
     found = {row["role"] + row["name"]: row["heldout_fitness"] for row in table}
     models = (tmp_path / "run", lora[0], other)
     assert command("evaluate", *models, "--tasks", path, "--json", tmp_path / "scores.json") == 0
-    scores = [row["fitness"] for row in json.loads((tmp_path / "scores.json").read_text())]
+    scores = [row["fitness"] for row in read_json(tmp_path / "scores.json")]
     names = ("winnerevolved task_arithmetic", "parentbase+lora", "parentbase+other")
     assert scores == pytest.approx([found[name] for name in names], abs=1e-6)
     assert command("merge", tmp_path / "run/best/recipe.yaml", tmp_path / "again") == 0
@@ -325,8 +290,7 @@ def test_a_search_over_adapters_exports_what_it_scored(
     for rank, closest in ((8, 0.0), (1, 0.1)):
         capfd.readouterr()
         out = tmp_path / f"rank-{rank}"
-        assert command("export", tmp_path / "run", out, "--as", "adapter", "--rank", rank) == 0
-        said = capfd.readouterr().out
+        said = run_here("export", tmp_path / "run", out, "--as", "adapter", "--rank", rank).stdout
         total = float(said.partition("(Frobenius norm): ")[2].partition("%")[0]) / 100
         assert "worst" in said and closest <= total < closest + 0.9
         assert (total < 1e-4) == (rank == 8)
@@ -430,7 +394,7 @@ def test_experts_that_do_not_differ_are_in_no_adapter(tmp_path: Path) -> None:
     weights, name = load_file(base / "model.safetensors"), "model.layers.1.self_attn.o_proj"
     save_file(weights | {f"{name}.weight": weights[f"{name}.weight"] + 1}, tmp_path / "parent" / "model.safetensors")
     written_as_adapter(base, tmp_path / "parent", tmp_path / "out", rank=1)
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == [name]
+    assert read_json(tmp_path / "out" / "adapter_config.json")["target_modules"] == [name]
     np.testing.assert_allclose(
         read(str(tmp_path / "out"))[f"{name}.weight"], weights[f"{name}.weight"] + 0.5, atol=1e-6
     )
@@ -448,8 +412,7 @@ def test_an_adapter_of_a_larger_model_changes_its_text_decoder(kind: str, tmp_pa
     merged.save_pretrained(tmp_path / "merged")
     own, theirs, start = read(str(tmp_path / "out")), state(tmp_path / "merged"), state(base)
     changed = {name for name in own if not np.array_equal(own[name], start[name])}
-    for name, values in own.items():
-        np.testing.assert_allclose(values, theirs[name], rtol=1e-5, atol=2e-6, err_msg=name)
+    assert_same_tensors(own, theirs, rtol=1e-5, atol=2e-6)
     assert changed and not any("vision" in name or "visual" in name for name in changed)
     assert {name.rpartition("layers.")[2] for name in changed if "layers.1." in name} == {
         name.rpartition("layers.")[2]
@@ -458,9 +421,7 @@ def test_an_adapter_of_a_larger_model_changes_its_text_decoder(kind: str, tmp_pa
     }
 
 
-def test_an_export_that_can_be_no_adapter_is_refused(
-    family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_export_that_can_be_no_adapter_is_refused(family: Family, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "best").mkdir(parents=True)
     (run / "config.yaml").write_text("inputs: {}")
@@ -477,10 +438,8 @@ def test_an_export_that_can_be_no_adapter_is_refused(
         (linear, ("--rank", 4), "--rank: only --as adapter"),
     ):
         write(run / "best" / "recipe.yaml", recipe)
-        capfd.readouterr()
-        assert command("export", run, tmp_path / "out", *options) == WRONG_INPUT
-        line = capfd.readouterr().err
-        assert line.count("\n") == 1 and says in line, line
+        line = refusal("export", run, tmp_path / "out", *options)
+        assert says in line, line
         assert not (tmp_path / "out").exists()
 
 
@@ -492,13 +451,11 @@ def settings(**changes: Any) -> Callable[[Path], None]:
     return lambda folder: edit_json(folder / "adapter_config.json", lambda config: config.update(changes))
 
 
-def tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        own = load_file(folder / ADAPTER_FILE)
-        change(own)
-        save_file(own, folder / ADAPTER_FILE)
-
-    return edit
+@changing
+def tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    own = load_file(folder / ADAPTER_FILE)
+    change(own)
+    save_file(own, folder / ADAPTER_FILE)
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -556,20 +513,13 @@ def one_lora(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_be_merged_is_refused_by_name(
-    case: str, one_lora: Path, family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_merged_is_refused_by_name(case: str, one_lora: Path, family: Family, tmp_path: Path) -> None:
     change, says = WRONG[case]
     folder = Path(shutil.copytree(one_lora, tmp_path / "lora"))
     change(folder)
     recipe = {"merge_method": "linear", "models": [{"model": str(folder), "parameters": {"weight": 1.0}}]}
     path = write(tmp_path / "recipe.yaml", recipe)
-    capfd.readouterr()
-    assert command("merge", path, tmp_path / "out") == WRONG_INPUT
-    line = capfd.readouterr().err
-    assert line.startswith("error: ") and line.count("\n") == 1, line
-    for text in says:
-        assert text in line, line
+    assert_refused(says, "merge", path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
-from helpers import Family, state, thorough, write_lines
+from helpers.commands import run_here
+from helpers.families import Family
+from helpers.files import read_json, write_lines, write_yaml
+from helpers.models import state
+from helpers.sampling import thorough
+from helpers.searches import search_config
 
 import evojax_merge as em
-from evojax_merge import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 # Stands for an environment in which PyTorch is not installed.
@@ -57,14 +60,8 @@ def tasks(family: Family) -> list[dict[str, object]]:
 @pytest.fixture(scope="module")
 def run(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("search")
-    document = {
-        "base": str(family.base), "parents": [str(parent) for parent in family.parents],
-        "space": {"method": "task_arithmetic", "layers_per_group": "all"},
-        "tasks": [{"name": "text", "kind": "likelihood", "file": str(family.tasks)}],
-        "search": {"population": 4, "generations": 2},
-    }  # fmt: skip
-    (root / "config.yaml").write_text(yaml.safe_dump(document))
-    cli.cli.main(["search", str(root / "config.yaml"), "--out", str(root / "mine")], standalone_mode=False)
+    document = search_config(family, space={"method": "task_arithmetic", "layers_per_group": "all"})
+    run_here("search", write_yaml(root / "config.yaml", document), "--out", root / "mine")
     return root / "mine"
 
 
@@ -84,10 +81,9 @@ def test_importing_it_is_cheap_and_its_names_are_there() -> None:
 def test_merge_writes_what_the_command_writes(family: Family, tmp_path: Path, silent: None) -> None:
     out = em.merge(recipe(family), tmp_path / "one")
     assert out == tmp_path / "one"
-    (tmp_path / "recipe.yaml").write_text(
-        yaml.safe_dump(
-            json.loads(json.dumps(recipe(family), default=lambda x: str(x) if isinstance(x, Path) else float(x)))
-        )
+    write_yaml(
+        tmp_path / "recipe.yaml",
+        json.loads(json.dumps(recipe(family), default=lambda x: str(x) if isinstance(x, Path) else float(x))),
     )
     other = em.merge(str(tmp_path / "recipe.yaml"), str(tmp_path / "two"), dtype="bfloat16")
     for name, values in state(out).items():
@@ -130,9 +126,7 @@ def test_evaluate_gives_what_the_command_writes(family: Family, run: Path, tmp_p
     models = [str(family.base), str(run)]
     rows = em.evaluate([family.base, em.open_run(run)], tasks(family))
     assert [row["model"] for row in rows] == models
-    (tmp_path / "tasks.yaml").write_text(
-        yaml.safe_dump({"tasks": [task | {"file": str(task["file"])} for task in tasks(family)]})
-    )
+    write_yaml(tmp_path / "tasks.yaml", {"tasks": [task | {"file": str(task["file"])} for task in tasks(family)]})
     assert em.evaluate(models, tmp_path / "tasks.yaml") == rows
     assert em.evaluate(models[0], {"tasks": tasks(family)}) == rows[:1]
     # One task need not stand in a list.
@@ -155,21 +149,17 @@ def test_revisions_of_folders_are_told(family: Family) -> None:
             use()
 
 
-def test_the_command_evaluates_runs(
-    family: Family, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_evaluates_runs(family: Family, run: Path, tmp_path: Path) -> None:
     (tmp_path / "tasks.yaml").write_text(f"tasks: [{{name: text, kind: likelihood, file: {family.tasks}}}]")
     arguments = ["evaluate", str(run), "--tasks", str(tmp_path / "tasks.yaml"), "--json", str(tmp_path / "table.json")]
-    cli.cli.main(arguments, standalone_mode=False)
-    assert "mine" in capsys.readouterr().out
-    [row] = json.loads((tmp_path / "table.json").read_text())
+    assert "mine" in run_here(*arguments).stdout
+    [row] = read_json(tmp_path / "table.json")
     assert row["model"] == str(run)
     # Of one that has not finished there is no winner.
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
-    assert cli.run(lambda: cli.cli.main(["evaluate", str(unfinished), *arguments[2:]], standalone_mode=False)) == 2
-    [line] = capsys.readouterr().err.splitlines()
+    [line] = run_here("evaluate", unfinished, *arguments[2:], status=2).stderr.splitlines()
     assert str(unfinished) in line and "--resume" in line and "--best-so-far" in line
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Family
+from helpers.families import Family
 from merge_kernels import METHODS, Method, Parameter, Prepared
 
 import evojax_merge as em

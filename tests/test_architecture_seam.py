@@ -2,7 +2,6 @@
 without gate, a head that is always tied, and tensors and config keys of its own. It has no class in transformers."""
 
 import ast
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
-from helpers import even_records, greedy_tokens, hidden_states, word_tokenizer, words, write_lines
+from helpers.commands import command, run_here
+from helpers.decoders import greedy_tokens, hidden_states
+from helpers.files import read_json, write_json, write_lines, write_yaml
+from helpers.models import even_records, word_tokenizer, words
 from merge_kernels import METHODS
 from reference.decoder import toy_logits
 from safetensors.numpy import load_file, save_file
@@ -23,8 +24,6 @@ from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.derived import resolve_model
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.cli import cli
-from evojax_merge.cli import run as run_command
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.write import filters_of
 from evojax_merge.models import architecture as registry
@@ -156,7 +155,7 @@ def write_model(folder: Path, seed: int, settings: Mapping[str, Any] = SETTINGS)
     }
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(settings))
+    write_json(folder / "config.json", settings)
     word_tokenizer(words(64)).save_pretrained(folder)
     return folder
 
@@ -207,21 +206,16 @@ def test_it_generates_with_a_cache(root: Path) -> None:
                 sequence.append(token)
 
 
-def command(*arguments: object) -> None:
-    assert run_command(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False)) == 0
-
-
 def search(root: Path, name: str, space: dict[str, Any]) -> Path:
     """A search of two generations; its exported winner has the scores that it reports."""
     task = {"name": "text", "kind": "likelihood", "file": "tasks.jsonl", "heldout": "heldout.jsonl"}
     document = {"parents": ["one", "two"], **space, "tasks": [task], "search": {"generations": 2, "population": 4}}
-    (root / f"{name}.yaml").write_text(yaml.safe_dump(document))
-    command("search", root / f"{name}.yaml", "--out", root / name)
+    assert command("search", write_yaml(root / f"{name}.yaml", document), "--out", root / name) == 0
     alone = {"name": "text", "kind": "likelihood", "file": "heldout.jsonl"}
-    (root / "alone.yaml").write_text(yaml.safe_dump({"tasks": [alone]}))
-    command("evaluate", root / name / "best/model", "--tasks", root / "alone.yaml", "--json", root / f"{name}.json")
-    (found,) = json.loads((root / f"{name}.json").read_text())
-    table = json.loads((root / name / "result.json").read_text())["table"]
+    write_yaml(root / "alone.yaml", {"tasks": [alone]})
+    run_here("evaluate", root / name / "best/model", "--tasks", root / "alone.yaml", "--json", root / f"{name}.json")
+    (found,) = read_json(root / f"{name}.json")
+    table = read_json(root / name / "result.json")["table"]
     (expected,) = (row for row in table if row["role"] == "winner")
     assert found["scores"] == pytest.approx(expected["heldout_scores"], abs=1e-5)
     return root / name
@@ -232,7 +226,7 @@ def test_a_search_of_merges_exports_what_it_scored(root: Path, capsys: pytest.Ca
     out = search(root, "merges", {"space": space})
     said = " ".join(capsys.readouterr().out.split())
     assert "not read by a toy, kept for the export: somebodys_note" in said
-    assert json.loads((out / "best/model/config.json").read_text()) == SETTINGS | {"dtype": "float32"}
+    assert read_json(out / "best/model/config.json") == SETTINGS | {"dtype": "float32"}
     config, model = load(out / "best/model")
     tokens = np.random.default_rng(2).integers(4, 64, (1, 9)).astype(np.int32)
     found = np.asarray(logits(config, model, hidden_states(config, model, tokens)))
@@ -242,7 +236,7 @@ def test_a_search_of_merges_exports_what_it_scored(root: Path, capsys: pytest.Ca
 
 def test_a_search_of_layer_paths_exports_what_it_scored(root: Path) -> None:
     out = search(root, "paths", {"data_flow": {"moves": 2, "window": 1}})
-    depth = json.loads((out / "best/model/config.json").read_text())["n_layer"]
+    depth = read_json(out / "best/model/config.json")["n_layer"]
     assert set(load_file(out / "best/model/model.safetensors")) == {
         name.replace("h.0.", f"h.{i}.") for name in tensor_shapes() if "h.1." not in name and "h.2." not in name
         for i in range(depth)
@@ -262,8 +256,7 @@ def test_a_merge_of_two_is_theirs(root: Path, tmp_path: Path) -> None:
         "merge_method": "linear", "dtype": "float32",
         "models": [{"model": str(root / name), "parameters": {"weight": 0.5}} for name in ("one", "two")],
     }  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    command("merge", tmp_path / "recipe.yaml", tmp_path / "merged")
+    run_here("merge", write_yaml(tmp_path / "recipe.yaml", recipe), tmp_path / "merged")
     one, two, merged = (
         load_file(folder / "model.safetensors") for folder in (root / "one", root / "two", tmp_path / "merged")
     )

@@ -1,6 +1,5 @@
 """The decoder against transformers and torch: every architecture, every feature that a config can switch on."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    Family,
-    edit_json,
-    finetune,
-    greedy_tokens,
-    hidden_states,
-    load_torch,
-    random_model,
-    sample,
-    save,
-    tiny_config,
-)
+from helpers.decoders import greedy_tokens, hidden_states
+from helpers.families import Family
+from helpers.files import edit_json, read_json, write_json
+from helpers.models import finetune, load_torch, random_model, save, tiny_config
+from helpers.sampling import sample
+from helpers.searches import search_config
 from reference.torch_models import torch_logits
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -448,8 +441,7 @@ REAL: dict[str, tuple[str, dict[str, Any]]] = {
 def test_real_configs_are_read_as_transformers_reads_them(case: str, tmp_path: Path) -> None:
     kind, own = REAL[case]
     document = LEFT_BY_TRANSFORMERS | own | {"model_type": kind, "num_hidden_layers": 2}
-    (tmp_path / "config.json").write_text(json.dumps(document))
-    config = decoder_config(tmp_path / "config.json")
+    config = decoder_config(write_json(tmp_path / "config.json", document))
 
     theirs = AutoConfig.from_pretrained(tmp_path)
     with torch.device("meta"):
@@ -482,13 +474,10 @@ def test_keys_that_nobody_reads_are_kept_and_named_once(family: Family, tmp_path
     recipe = {
         "merge_method": "linear", "models": [{"model": name, "parameters": {"weight": 1}} for name in models],
     }  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    config = {
-        "parents": ["one", "two"], "space": {"method": "linear", "parameters": {"weight": {"low": 0.0, "high": 1.0}}},
-        "tasks": [{"name": "text", "kind": "likelihood", "file": str(family.tasks)}],
-        "search": {"generations": 1, "population": 4},
-    }  # fmt: skip
-    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    write_json(tmp_path / "recipe.yaml", recipe)
+    space = {"method": "linear", "parameters": {"weight": {"low": 0.0, "high": 1.0}}}
+    config = search_config(family, 1, base=None, parents=["one", "two"], space=space)
+    write_json(tmp_path / "config.yaml", config)
     merge_command.merge(tmp_path / "recipe.yaml", tmp_path / "merged", merge_command.MergeOptions())
     said = [capsys.readouterr().out]
     search_command.search(tmp_path / "config.yaml", tmp_path / "run", False, False, None, [])
@@ -496,7 +485,7 @@ def test_keys_that_nobody_reads_are_kept_and_named_once(family: Family, tmp_path
     for out, folder in zip(said, (tmp_path / "merged", tmp_path / "run" / "best" / "model"), strict=True):
         named = [line for line in out.splitlines() if "unsloth_version" in line]
         assert len(named) == 1 and "rope_interleaved" in named[0] and "auto_map" in named[0]
-        written = json.loads((folder / "config.json").read_text())
+        written = read_json(folder / "config.json")
         assert written["unsloth_version"].startswith("2024.") and written["rope_interleaved"] is False
 
 
@@ -522,7 +511,7 @@ def test_old_spelling_of_rope_settings_is_read(tmp_path: Path) -> None:
         config |= {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
 
     edit_json(tmp_path / "config.json", old)
-    assert "rope_parameters" not in json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" not in read_json(tmp_path / "config.json")
     config, model = load(tmp_path)
     assert (config.rope.kind, config.rope.theta, config.rope.factor) == ("linear", 5e5, 2.0)
     tokens = random_tokens(0, 1, 20)

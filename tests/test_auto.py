@@ -10,14 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, search_in, thorough
+from helpers.commands import command, run_here
+from helpers.families import Family
+from helpers.files import write_yaml
+from helpers.sampling import thorough
+from helpers.searches import search_config, search_in
 from pydantic import ValidationError
 from test_racing import Hill, Plain, one_token, text_task
 
 import evojax_merge as em
 from evojax_merge import host_callback, search_pytrees
 from evojax_merge.api.trials import open_run
-from evojax_merge.cli import cli, run
 from evojax_merge.commands.search import _resolved_stage
 from evojax_merge.config.documents import explain
 from evojax_merge.config.search_config import MAX_GENERATIONS, Config, SearchConfig
@@ -208,30 +211,17 @@ def test_cma_es_says_what_gradients_would_save() -> None:
 
 @pytest.fixture(scope="module")
 def config_file(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    document = {
-        "base": str(family.base), "parents": list(map(str, family.parents)),
-        "space": {"method": "task_arithmetic", "layers_per_group": "all", "components": ["attention+mlp+norm"]},
-        "tasks": [{"name": "text", "kind": "likelihood", "file": str(family.tasks)}],
-        "search": {"strategy": "auto", "population": 4, "generations": 2}, "seed": 3,
-    }  # fmt: skip
-    path = tmp_path_factory.mktemp("auto") / "search.yaml"
-    path.write_text(yaml.safe_dump(document))
-    return path
+    space = {"method": "task_arithmetic", "layers_per_group": "all", "components": ["attention+mlp+norm"]}
+    document = search_config(family, space=space, search={"strategy": "auto"}, seed=3)
+    return write_yaml(tmp_path_factory.mktemp("auto") / "search.yaml", document)
 
 
 BY_CMA_ES = ("--set", "search.strategy=cma_es", "--set", "search.generations=null")
 
 
-def command(*arguments: object) -> int:
-    return run(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False))
-
-
-def test_a_run_names_the_strategy_that_was_chosen_goes_on_and_is_reproduced(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_names_the_strategy_that_was_chosen_goes_on_and_is_reproduced(config_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert command("search", config_file, "--out", out) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "auto chose" in line]
+    lines = [line for line in run_here("search", config_file, "--out", out).stdout.splitlines() if "auto chose" in line]
     assert len(lines) == 1 and lines[0].startswith("search.strategy: auto chose gradient: the fitness has derivatives")
     recorded = open_run(out).config["search"]
     assert (recorded["strategy"], recorded["population"], recorded["generations"]) == ("gradient", 1, 2)
@@ -243,7 +233,7 @@ def test_a_run_names_the_strategy_that_was_chosen_goes_on_and_is_reproduced(
 
 
 def test_a_timed_run_is_reproduced_to_the_generation_that_the_clock_ended(
-    config_file: Path, tmp_path: Path, clock: None, capsys: pytest.CaptureFixture[str]
+    config_file: Path, tmp_path: Path, clock: None
 ) -> None:
     out = tmp_path / "run"
     assert command("search", config_file, "--out", out, *BY_CMA_ES, "--set", "search.budget=3s") == 0
@@ -251,10 +241,8 @@ def test_a_timed_run_is_reproduced_to_the_generation_that_the_clock_ended(
     assert result is not None and result.stopped_by == "budget"
     recorded = open_run(out).config["search"]
     assert recorded["budget"] == "3s" and "generations" not in recorded and len(open_run(out).history) == 3
-    assert command("show", out) == 0
-    assert "3 generations" in capsys.readouterr().out
-    assert command("reproduce", out) == 0
-    assert "bit-identical" in capsys.readouterr().out
+    assert "3 generations" in run_here("show", out).stdout
+    assert "bit-identical" in run_here("reproduce", out).stdout
 
 
 def test_plan_says_what_a_budget_means(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,8 +257,7 @@ def test_stages_name_what_was_chosen_in_each(config_file: Path, tmp_path: Path) 
     document = yaml.safe_load(config_file.read_text())
     space, search = document.pop("space"), document.pop("search")
     document["stages"] = [{"space": space, "search": search}, {"data_flow": {"max_layers": 4}, "search": search}]
-    path = tmp_path / "stages.yaml"
-    path.write_text(yaml.safe_dump(document))
+    path = write_yaml(tmp_path / "stages.yaml", document)
     config = read_config(path, [], None)
     assert config.stages is not None
     problems = [

@@ -1,6 +1,5 @@
 """The seam for backends: one that others wrote, and pytrees in files, are searched as language models are."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,15 @@ import numpy as np
 import pytest
 import toy_backend
 import yaml
-from click.testing import CliRunner
-from helpers import thorough
+from helpers.commands import output_of, run_here
+from helpers.files import read_json, write_yaml
+from helpers.sampling import thorough
+from helpers.searches import problem_of
 from safetensors.numpy import load_file, save_file
 
 import evojax_merge as em
 from evojax_merge.backends import registry
-from evojax_merge.cli import cli
 from evojax_merge.errors import InputError
-from evojax_merge.problem import build_problem, config_from
 from evojax_merge.tasks import kinds
 from evojax_merge.tasks.task import TaskKind
 
@@ -74,34 +73,26 @@ def document(**changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
-def command(*arguments: Any) -> str:
-    result = CliRunner().invoke(cli, list(map(str, arguments)))
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.output
-
-
 def config_file(folder: Path, **changes: Any) -> Path:
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(document(**changes)))
-    return path
+    return write_yaml(folder / "config.yaml", document(**changes))
 
 
 def test_a_toy_is_planned_searched_resumed_and_exported(networks: dict[str, Any], tmp_path: Path) -> None:
     config, run, whole = config_file(tmp_path), tmp_path / "run", tmp_path / "whole"
-    plan = command("plan", config)
+    plan = output_of("plan", config)
     assert "fits" in plan and "right" in plan
-    command("search", config, "--out", whole)
-    command("search", config, "--out", run, "--set", "search.generations=2")
-    command("search", config, "--out", run, "--resume")
+    run_here("search", config, "--out", whole)
+    run_here("search", config, "--out", run, "--set", "search.generations=2")
+    run_here("search", config, "--out", run, "--resume")
     assert (run / "history.jsonl").read_bytes() == (whole / "history.jsonl").read_bytes()
-    result = json.loads((run / "result.json").read_text())
-    assert result == json.loads((whole / "result.json").read_text())
+    result = read_json(run / "result.json")
+    assert result == read_json(whole / "result.json")
     assert [(row["role"], set(row["heldout_scores"])) for row in result["table"]] == [
         (role, {"right/score", "up/score"}) for role in ("base", "parent", "parent", "uniform", "winner")
     ]
 
     # The exported winner has the scores that the table says; so have the parents.
-    problem = build_problem(config, config_from(config, document(), [], None))
+    problem = problem_of(config, document())
     winner = toy_backend.load(run / "best" / "model")
     for row, model in ((result["table"][1], networks["one"]), (result["table"][-1], winner)):
         for task in problem.splits.heldout:
@@ -120,30 +111,30 @@ def test_a_toy_is_planned_searched_resumed_and_exported(networks: dict[str, Any]
             np.testing.assert_array_equal(array, np.asarray(merged[layer][name]))
 
     exported = tmp_path / "exported"
-    command("export", run, exported)
+    run_here("export", run, exported)
     assert (exported / "first.w.npy").read_bytes() == (run / "best/model/first.w.npy").read_bytes()
     (recipe,) = yaml.safe_load_all((run / "best" / "recipe.yaml").read_text())
     assert recipe["merge_method"] == "ties" and len(recipe["models"]) == 2
     assert "right" in (run / "best/model/README.md").read_text()
     assert em.open_run(run).table == result["table"]
     (run / "report.html").unlink()
-    command("report", run)
+    run_here("report", run)
     assert "right" in (run / "report.html").read_text(encoding="utf-8")
 
 
 @thorough
 def test_a_killed_search_exports_the_best_so_far(networks: dict[str, Any], tmp_path: Path) -> None:
     config, run = config_file(tmp_path), tmp_path / "run"
-    command("search", config, "--out", run)
+    run_here("search", config, "--out", run)
     (run / "result.json").unlink()
-    command("export", run, tmp_path / "so_far", "--best-so-far")
+    run_here("export", run, tmp_path / "so_far", "--best-so-far")
     assert set(toy_backend.load(tmp_path / "so_far")) == {"first", "second"}
 
 
 def test_gradients_and_every_strategy_seam_work_over_it(networks: dict[str, Any], tmp_path: Path) -> None:
     search = {"generations": 3, "strategy": "gradient", "population": 1, "gradient": {"minibatches": 2}}
     config = config_file(tmp_path, space={"method": "task_arithmetic"}, search=search)
-    command("search", config, "--out", tmp_path / "run")
+    run_here("search", config, "--out", tmp_path / "run")
     history = em.open_run(tmp_path / "run").history
     assert len(history) == 3 and history[-1]["fitness"] != history[0]["fitness"]
 
@@ -168,19 +159,15 @@ def linear(tmp_path: Path) -> Path:
     np.savez(tmp_path / "data.npz", x=x, y=x @ ((one + two) / 2))
     (tmp_path / "scores.py").write_text(SCORES)
     task = {"name": "fit", "kind": "arrays", "file": "data.npz", "function": "scores.py:errors"}
-    path = tmp_path / "linear.yaml"
-    path.write_text(
-        yaml.safe_dump({
+    return write_yaml(tmp_path / "linear.yaml", {
             "backend": "function", "parents": ["one.safetensors", "two.npz"], "tasks": [task],
             "space": {"method": "linear", "normalize": False, "parameters": {"weight": {"low": 0.0, "high": 1.0}}},
             "search": {"generations": 40, "population": 8}, "evaluation": {"chunk": 3},
-        })
-    )  # fmt: skip
-    return path
+        })  # fmt: skip
 
 
 def test_files_of_arrays_are_searched(linear: Path, tmp_path: Path) -> None:
-    command("search", linear, "--out", tmp_path / "run")
+    run_here("search", linear, "--out", tmp_path / "run")
     merged = load_file(tmp_path / "run/best/model/params.safetensors")["layer/w"]
     one, two = load_file(tmp_path / "one.safetensors")["layer/w"], np.load(tmp_path / "two.npz")["layer/w"]
     np.testing.assert_allclose(merged, (one + two) / 2, atol=0.02)
@@ -193,10 +180,10 @@ def test_a_function_that_is_not_traced_is_called_with_each_model(linear: Path, t
     text = linear.read_text().replace("scores.py:errors", "scores.py:counted")
     linear.write_text(text)
     with pytest.raises(InputError, match=r"tasks\[0\]: JAX cannot trace it .*say traced: false"):
-        build_problem(linear, config_from(linear, yaml.safe_load(text), [], None))
+        problem_of(linear, yaml.safe_load(text))
     (task,) = yaml.safe_load(text)["tasks"]
-    linear.write_text(yaml.safe_dump(yaml.safe_load(text) | {"tasks": [task | {"traced": False}]}))
-    command("search", linear, "--out", tmp_path / "run", "--set", "search.generations=2")
+    write_yaml(linear, yaml.safe_load(text) | {"tasks": [task | {"traced": False}]})
+    run_here("search", linear, "--out", tmp_path / "run", "--set", "search.generations=2")
     scores = [value for row in em.open_run(tmp_path / "run").history for value in row["fitness"]]
     assert all(value == int(value) for value in scores)
 
@@ -220,14 +207,14 @@ def test_a_function_that_is_not_traced_is_called_with_each_model(linear: Path, t
 def test_bad_input_is_named(networks: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = config_file(tmp_path)
     with pytest.raises(InputError, match=message):
-        build_problem(path, config_from(path, document(**changes), [], None))
+        problem_of(path, document(**changes))
 
 
 def test_parents_that_differ_are_named(networks: dict[str, Any], tmp_path: Path) -> None:
     np.save(tmp_path / "two" / "first.w.npy", np.zeros((2, 4), np.float32))
     path = config_file(tmp_path)
     with pytest.raises(InputError, match=r"parents\[1\]: leaf 'first/w' has shape \(2, 4\), but \(2, 5\) in base"):
-        build_problem(path, config_from(path, document(), [], None))
+        problem_of(path, document())
 
 
 def test_names_that_are_taken_and_values_that_open_nothing(tmp_path: Path) -> None:
@@ -239,9 +226,7 @@ def test_names_that_are_taken_and_values_that_open_nothing(tmp_path: Path) -> No
         "import evojax_merge as em\nem.register_backend('function', em.FunctionFactory())\n"
     )
     config = config_file(tmp_path, plugins=["plugin.py"])
-    result = CliRunner().invoke(cli, ["search", str(config)])
-    assert isinstance(result.exception, InputError)
-    assert "there is a backend 'function' already" in str(result.exception)
+    assert "there is a backend 'function' already" in run_here("search", config, status=2).stderr
 
 
 def test_language_models_refuse_tasks_on_arrays(family: Any, tmp_path: Path) -> None:
@@ -251,12 +236,10 @@ def test_language_models_refuse_tasks_on_arrays(family: Any, tmp_path: Path) -> 
     config = {"parents": list(map(str, family.parents)), "space": {"method": "linear"}, "tasks": [task]}
     path = tmp_path / "config.yaml"
     with pytest.raises(InputError, match=r"tasks\[0\]: fit: tasks of kind: arrays are for backend: function; take"):
-        build_problem(path, config_from(path, config, [], None))
-    path.write_text(yaml.safe_dump({"tasks": [task]}))
-    result = CliRunner().invoke(cli, ["evaluate", str(family.base), "--tasks", str(path)])
-    assert isinstance(result.exception, InputError)
+        problem_of(path, config)
+    write_yaml(path, {"tasks": [task]})
     says = "fit: tasks of kind: arrays are for backend: function; evaluate scores language models and networks"
-    assert says in str(result.exception)
+    assert says in run_here("evaluate", family.base, "--tasks", path, status=2).stderr
 
 
 def test_the_toy_is_one_short_file() -> None:

@@ -1,6 +1,5 @@
 """`evojax-merge bench`: its rows on small models, what it leaves out, its JSON, and comparisons."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +7,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import sample, thorough
+from helpers.commands import command, refusal, run_here
+from helpers.files import read_json, write_json
+from helpers.sampling import sample, thorough
 from merge_kernels import tabulate
 
 from evojax_merge.benchmarks import device, references
 from evojax_merge.benchmarks.device import Budget, Measurement, Sizes
 from evojax_merge.checkpoints.abstract_bank import abstract_bank
-from evojax_merge.cli import cli, run
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.targets import Target, live_target
 
@@ -52,10 +52,6 @@ def cpu() -> Target:
     return replace(live_target(), devices=1)
 
 
-def command(*arguments: object) -> int:
-    return run(lambda: cli.main(["bench", *map(str, arguments)], standalone_mode=False))
-
-
 @pytest.mark.parametrize("name", sample(ROWS, 1))
 def test_a_row_is_measured(name: str, small: None) -> None:
     benchmark = device.measure(cpu(), SMALL, Only([name]))
@@ -72,26 +68,23 @@ def test_the_command_writes_and_compares(
     """The figures of two runs of the kernels, and the rows that no time was left for."""
     monkeypatch.setattr("evojax_merge.commands.bench.Budget", lambda seconds, announce: Only(["slerp"]))
     first, second = tmp_path / "first.json", tmp_path / "second.json"
-    assert command("--json", first) == 0
-    out = capsys.readouterr().out
+    out = run_here("bench", "--json", first).stdout
     assert "## On " in out and "| slerp | 2 |" in out and f"Left out: {'; '.join(ROWS[1:])}." in " ".join(out.split())
-    document = json.loads(first.read_text())
+    document = read_json(first)
     assert {"versions", "driver", "processor", "devices"} <= document["environment"].keys()
     # As if the earlier device had been half as fast, with an older driver, and had merged another tensor by TIES.
     (row,) = document["rows"]
     row["figures"]["M parameters/s"] /= 2
     document["environment"]["driver"] = "older"
-    first.write_text(json.dumps(document))
-    assert command("--json", second, "--compare", first) == 0
-    out = capsys.readouterr().out
+    write_json(first, document)
+    out = run_here("bench", "--json", second, "--compare", first).stdout
     assert "| slerp | M parameters/s |" in out and "- driver: older then, " in out
     row["workload"] = "another tensor"
-    first.write_text(json.dumps(document))
-    assert command("--compare", first) == 0
+    assert command("bench", "--compare", write_json(first, document)) == 0
     assert "Not compared: slerp (another tensor then, 2 candidates of" in " ".join(capsys.readouterr().out.split())
 
 
-def test_wrong_options(tmp_path: Path, small: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options(tmp_path: Path, small: None) -> None:
     mine = tmp_path / "mine.json"
     mine.write_text('{"rows": []}')
     for arguments, message in (
@@ -100,9 +93,8 @@ def test_wrong_options(tmp_path: Path, small: None, capsys: pytest.CaptureFixtur
         (("--compare", mine), "--compare: holds no benchmark; expected a file of `evojax-merge bench --json`"),
         (("--compare", tmp_path / "none.json"), "--compare: No such file or directory; expected a file of"),
     ):
-        assert command(*arguments) == 2
-        err = capsys.readouterr().err
-        assert message in err and err.count("\n") == 1
+        err = refusal("bench", *arguments)
+        assert message in err
     assert mine.read_text() == '{"rows": []}'
 
 

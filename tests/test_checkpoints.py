@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-import yaml
-from helpers import (
-    Family,
-    edit_json,
-    finetune,
-    load_torch,
-    random_model,
-    read_recipe,
-    save,
-    state,
-    thorough,
-    tiny_config,
-    word_tokenizer,
-    words,
-)
+from helpers.families import Family
+from helpers.files import edit_json, read_json, read_recipe, write_json, write_yaml
+from helpers.mergekit import assert_same_tensors
+from helpers.models import finetune, load_torch, random_model, save, state, tiny_config, word_tokenizer, words
+from helpers.sampling import thorough
 from hostile import run_python
 from merge_kernels import METHODS, draw_row_keys, tabulate
 
@@ -163,9 +154,7 @@ def test_stored_model_gives_its_tensors_back(family: Family) -> None:
     sources, decoder = open_sources([family.parents[0]])
     found = dict(stored_tensors(load_stored(sources, decoder), decoder))
     expected = state(family.parents[0])
-    assert set(found) == set(expected)
-    for name, values in expected.items():
-        np.testing.assert_array_equal(found[name], values)
+    assert_same_tensors(found, expected)
 
 
 # Loads a bank while a thread watches the anonymous memory of the process (mapped files are not its own), and prints
@@ -307,7 +296,7 @@ def test_written_tensors_are_read_by_safetensors(shard: int | None, tmp_path: Pa
         np.testing.assert_array_equal(tensor.numpy(), values)
         assert tensor.numpy().dtype == values.dtype
     if shard is not None:
-        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        index = read_json(tmp_path / "model.safetensors.index.json")
         assert index["weight_map"] == {name: file for name, (file, _) in found.items()}
         assert index["metadata"]["total_size"] == sum(values.nbytes for values in tensors.values())
 
@@ -461,8 +450,7 @@ with file_system.atomic_folder(target, overwrite=True) as work:
 
 
 def killed(target: Path, moment: str) -> None:
-    done = run_python(KILLED, target, moment)
-    assert done.returncode == -signal.SIGKILL
+    run_python(KILLED, target, moment, status=-signal.SIGKILL)
 
 
 @pytest.mark.parametrize("moment", ["writing", "swapping", "removing"])
@@ -499,8 +487,7 @@ def test_what_a_running_process_writes_is_left_alone(tmp_path: Path) -> None:
 
 def model_of_ours(family: Family, folder: Path) -> Path:
     rows = [{"model": str(path), "parameters": {"weight": 1}} for path in family.parents]
-    recipe = folder.parent / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"merge_method": "linear", "models": rows}))
+    recipe = write_yaml(folder.parent / "recipe.yaml", {"merge_method": "linear", "models": rows})
     merge_to(prepare_merge(read_recipe(recipe)), folder, card=merge_card("name", ["linear"], {}, "recipe"))
     return folder
 
@@ -640,13 +627,27 @@ def _with_files_beside(folder: Path) -> Path:
     return folder
 
 
+def download(
+    repository: Path, cache: Path, revisions: list[str | None], name: str, *, revision: str | None, **patterns: Any
+) -> str:
+    """huggingface_hub's download of a repository that lies here."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    assert name == "owner/name"
+    revisions.append(revision)
+    names = [str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()]
+    for file in filter_repo_objects(names, **patterns):
+        (cache / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(repository / file, cache / file)
+    return str(cache)
+
+
 @pytest.mark.parametrize("layout", ["single", "sharded", "single and an index that is left of shards", "another name"])
 def test_a_repository_gives_the_model_and_nothing_else(
     layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only what is read is downloaded, from one commit, and for its tokenizer no weights; a folder with everything in
     it opens as the same model."""
-    from huggingface_hub.utils import filter_repo_objects
 
     model = random_model(tiny_config())
     repository = _with_files_beside(
@@ -656,23 +657,14 @@ def test_a_repository_gives_the_model_and_nothing_else(
     assert (len(weights) > 1) == (layout == "sharded")
     if "index" in layout:
         index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
-        (repository / "model.safetensors.index.json").write_text(json.dumps(index))
+        write_json(repository / "model.safetensors.index.json", index)
     if layout == "another name":
         (repository / "model.safetensors").rename(repository / "weights.safetensors")
         weights = {"weights.safetensors"}
     cache = tmp_path / "snapshots" / ("0123456789abcdef" * 3)[:40]
     revisions = []
 
-    def download(name: str, *, revision: str | None, **patterns: Any) -> str:
-        assert name == "owner/name"
-        revisions.append(revision)
-        names = [str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()]
-        for file in filter_repo_objects(names, **patterns):
-            (cache / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(repository / file, cache / file)
-        return str(cache)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", partial(download, repository, cache, revisions))
     small = resolve("MODELS", "owner/name@main", tmp_path, weights=False)
     assert (small / "tokenizer.json").exists() and not list(small.glob("*.safetensors"))
     revisions.clear()
@@ -687,7 +679,6 @@ def test_a_repository_gives_the_model_and_nothing_else(
 
 
 def test_a_repository_of_diffusers_has_its_components_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub.utils import filter_repo_objects
     from tiny_generators import make_ddpm
 
     repository, cache = make_ddpm(tmp_path / "repository", 0), tmp_path / "snapshots" / ("0123456789abcdef" * 3)[:40]
@@ -696,14 +687,7 @@ def test_a_repository_of_diffusers_has_its_components_fetched(tmp_path: Path, mo
     for file in [*beside, repository / "whole.safetensors"]:
         file.write_bytes(b"0")
 
-    def download(name: str, *, revision: str | None, **patterns: Any) -> str:
-        names = [str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()]
-        for file in filter_repo_objects(names, **patterns):
-            (cache / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(repository / file, cache / file)
-        return str(cache)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", partial(download, repository, cache, []))
     folder = resolve("MODELS", "owner/name", tmp_path)
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == {
@@ -792,7 +776,7 @@ def test_stop_tokens(generation: Any, config: dict[str, Any], expected: tuple[in
     edit_json(tmp_path / "config.json", lambda document: document.update(config))
     (tmp_path / "generation_config.json").unlink()
     if generation is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        write_json(tmp_path / "generation_config.json", generation)
     assert stop_tokens(tmp_path, load_tokenizer(tmp_path)) == expected
 
 
@@ -835,9 +819,9 @@ def test_tensors_that_an_index_forgets_are_read_as_by_transformers(tmp_path: Pat
     model = random_model(tiny_config())
     folder = save(model, tmp_path / "model", **SHARDED)
     index = folder / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
+    content = read_json(index)
     content["weight_map"].pop("model.norm.weight")
-    index.write_text(json.dumps(content))
+    write_json(index, content)
     assert len(set(content["weight_map"].values())) > 2
     theirs = load_torch(folder).state_dict()["model.norm.weight"].numpy()
     np.testing.assert_array_equal(open_folder(folder).read("model.norm.weight"), theirs)
@@ -867,8 +851,8 @@ def test_code_of_a_tokenizer_is_not_run_where_its_file_says_the_same(tmp_path: P
     folder = save(random_model(tiny_config()), tmp_path / "model")
     expected = load_tokenizer(folder)
     settings = folder / "tokenizer_config.json"
-    content = json.loads(settings.read_text()) | {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
-    settings.write_text(json.dumps(content | {"tokenizer_class": "Mine"}))
+    content = read_json(settings) | {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    write_json(settings, content | {"tokenizer_class": "Mine"})
     (folder / "mine.py").write_text("raise SystemExit('run')")
     found = load_tokenizer(folder)
     assert found.get_vocab() == expected.get_vocab()

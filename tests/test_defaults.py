@@ -1,14 +1,15 @@
 """Searches whose defaults cannot hurt: the first generation, the finalists, and what the verdict names."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
-from helpers import build_family, sample, search_in, thorough
+from helpers.families import build_family
+from helpers.files import read_json, write_yaml
+from helpers.sampling import sample, thorough
+from helpers.searches import search_config, search_in
 from merge_kernels import METHODS
 from test_search import OwnScorer
 
@@ -190,7 +191,7 @@ def test_a_verdict_names_the_tasks_on_which_the_winner_is_worse_beyond_noise(tmp
     )
     assert LOST.verdicts()[0] == headline and LOST.verdicts()[3:] == [lost] and LOST.warnings() == [lost]
     write_result(LOST, 3, tmp_path / "result.json")
-    document = json.loads((tmp_path / "result.json").read_text())
+    document = read_json(tmp_path / "result.json")
     assert document["warnings"] == [lost]
     assert document["worse_on"] == [{
         "score": "kana/acc", "role": "base", "name": "base", "winner_heldout_score": 0.6, "heldout_score": 0.9,
@@ -227,11 +228,7 @@ def test_a_search_from_python_warns_where_its_winner_is_worse(tmp_path: Path, mo
         {"name": "text", "kind": "likelihood", "file": "tasks.jsonl", "heldout": 0.5},
         {"name": "other", "kind": "likelihood", "file": "other.jsonl", "heldout": 0.5, "weight": 0},
     ]
-    document = {
-        "base": "base", "parents": ["parent0", "parent1"], "tasks": tasks, "space": {"method": "task_arithmetic"},
-        "search": {"generations": 1, "population": 4},
-    }  # fmt: skip
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
+    write_yaml(tmp_path / "config.yaml", search_config(None, 1, tasks=tasks))
     results = []
     monkeypatch.setattr(Result, "warnings", lambda result: results.append(result) or ["It is worse."])
     with pytest.warns(UserWarning, match=r"^It is worse\.$") as caught:

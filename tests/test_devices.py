@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from helpers import Family, build_family, even_records, sample, thorough, tiny_config, write_lines
+from helpers.families import Family, build_family
+from helpers.files import read_json, read_lines, write_lines, write_yaml
+from helpers.models import even_records, tiny_config
+from helpers.sampling import sample, thorough
+from helpers.searches import search_config, task_section
 from hostile import Running, run_command, run_python, start_command
 
 MESHES = ((1, 1), *sample(((8, 1), (4, 2), (2, 4), (1, 8)), 1))
@@ -30,7 +33,7 @@ from evojax_merge.problem import build_problem, read_config
 from pathlib import Path
 
 path, meshes, chunks, out = Path(sys.argv[1]), *map(json.loads, sys.argv[2:4]), sys.argv[4]
-problem = build_problem(path, read_config(path, [], None))
+problem = open_problem(path)
 batched = problem.prepare().shards[0]
 genomes = np.random.default_rng(0).random((6, problem.space.dims)).astype(np.float32)
 found = {}
@@ -181,26 +184,10 @@ def write_config(root: Path, **changes: Any) -> Path:
     for record in records:
         record["prompt"] = header + record["prompt"]
     write_lines(root / "tasks.jsonl", records)
-    document = {
-        "base": "base",
-        "parents": ["parent0", "parent1"],
-        "space": {"method": "ties", "parameters": {"weight": {"high": 1.5}, "density": {"low": 0.1}}},
-        "tasks": [
-            CHOICE,
-            {
-                "name": "words",
-                "kind": "exact_match",
-                "file": "tasks.jsonl",
-                "pattern": r"w\d+ w\d+",
-                "max_new_tokens": 5,
-            },
-        ],
-        "search": {"population": 6, "generations": 3},
-        "seed": 3,
-    }
-    path = root / "config.yaml"
-    path.write_text(yaml.safe_dump(document | changes))
-    return path
+    space = {"method": "ties", "parameters": {"weight": {"high": 1.5}, "density": {"low": 0.1}}}
+    words = task_section(name="words", kind="exact_match", pattern=r"w\d+ w\d+", max_new_tokens=5)
+    document = search_config(None, 3, 6, space=space, tasks=[CHOICE, words], seed=3)
+    return write_yaml(root / "config.yaml", document | changes)
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +199,7 @@ def test_every_mesh_and_chunk_gives_what_one_candidate_after_the_other_does(fami
     # What random masks are made of is spread as the weights are.
     space = {"method": "dare_ties", "parameters": {"weight": {"high": 1.5}, "density": {"low": 0.1}}}
     config, out = write_config(family.root, space=space), tmp_path / "found.npz"
-    done = run_python(MESH_PROGRAM, config, json.dumps(MESHES), json.dumps(CHUNKS), out, seconds=800)
-    assert done.returncode == 0, done.stderr
+    run_python(MESH_PROGRAM, config, json.dumps(MESHES), json.dumps(CHUNKS), out, seconds=800)
     found = dict(np.load(out))
     ways = {name.rsplit("/", 2)[0] for name in found}
     assert len(ways) == 1 + len(CHUNKS) + len(MESHES) - 1
@@ -228,8 +214,7 @@ def test_every_mesh_and_chunk_gives_what_one_candidate_after_the_other_does(fami
 
 
 def test_devices_merge_their_own_parts() -> None:
-    done = run_python(MERGE_PROGRAM, json.dumps(sample(MERGES, 1)), seconds=300)
-    assert done.returncode == 0, done.stderr
+    run_python(MERGE_PROGRAM, json.dumps(sample(MERGES, 1)), seconds=300)
 
 
 @pytest.mark.parametrize("model", sample((8, 4, 2, 1), 1))
@@ -246,7 +231,6 @@ def test_devices_that_share_a_model_exchange_activations_alone(model: int, tmp_p
                for i in range(10, 18)]  # fmt: skip
     write_lines(family.root / "tasks.jsonl", records)
     done = run_python(COLLECTIVES_PROGRAM, config, model)
-    assert done.returncode == 0, done.stderr
     programs = json.loads(done.stdout.splitlines()[-1])
     # Of decoding one step counts, as how many there are the program does not say.
     each = 2 * layers
@@ -297,7 +281,7 @@ def finish(processes: list[Running]) -> list[tuple[int, str, str]]:
 
 
 def history(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    return read_lines(out / "history.jsonl")
 
 
 def test_two_processes_find_what_one_finds(family: Family, tmp_path: Path) -> None:
@@ -308,14 +292,14 @@ def test_two_processes_find_what_one_finds(family: Family, tmp_path: Path) -> No
     options = [part for option in options for part in ("--set", option)]
     ended = finish(start(config, tmp_path / "two", 2, *options))
     assert [code for code, _, _ in ended] == [0, 0], ended
-    assert run_command("search", config, "--out", tmp_path / "one", *options).returncode == 0
+    run_command("search", config, "--out", tmp_path / "one", *options)
     one, two = history(tmp_path / "one"), history(tmp_path / "two")
     assert len(one) == len(two) == 3
     for row, other in zip(one, two, strict=True):
         np.testing.assert_allclose(row["fitness"], other["fitness"], atol=1e-5)
     checks = [rows[1]["validation"]["best_so_far"] for rows in (one, two)]
     assert checks[0] == pytest.approx(checks[1], abs=1e-5)
-    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
+    results = [read_json(tmp_path / name / "result.json") for name in ("one", "two")]
     np.testing.assert_allclose(results[0]["genome"], results[1]["genome"], atol=1e-4)
     assert [(result["stopped_by"], result["chosen_on"]) for result in results] == [("evaluations", "validation")] * 2
     # One of them writes, and speaks.
@@ -342,12 +326,11 @@ def test_a_process_that_dies_ends_the_run_and_one_alone_resumes_it(family: Famil
     saved = len(history(out))
     assert saved >= 2
     config = write_config(family.root, tasks=[CHOICE], search={"population": 6, "generations": saved + 2})
-    assert run_command("search", config, "--out", out, "--resume").returncode == 0
+    run_command("search", config, "--out", out, "--resume")
     assert [row["generation"] for row in history(out)] == list(range(1, saved + 3))
 
 
 def test_distributed_without_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
-    done = run_command("search", "none.yaml", "--distributed")
-    assert done.returncode == 2
+    done = run_command("search", "none.yaml", "--distributed", status=2)
     assert done.stderr.count("\n") == 1 and "JAX_NUM_PROCESSES" in done.stderr

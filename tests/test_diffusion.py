@@ -1,6 +1,5 @@
 """Image generators: files of tensors merge as sd-mecha merges them, and diffusers folders are merged and searched."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -13,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
-from helpers import ALL, sample, write_lines
+from helpers.commands import output_of, run_here
+from helpers.files import read_json, write_lines, write_yaml
+from helpers.sampling import ALL, sample
+from helpers.searches import open_problem, problem_of
 from reference.generators import blocks_of_sd_mecha, diffusers_name, of_sd_mecha, tensor_names
 from reference.merging import DIFFUSION
 from safetensors import safe_open
@@ -22,7 +23,6 @@ from safetensors.numpy import load_file, save_file
 from tiny_generators import SIZE, file_tensors, make_ddpm, make_sdxl, make_stable_diffusion, save_file_of
 
 from evojax_merge.checkpoints.generator_keys import Blocks, blocks_of
-from evojax_merge.cli import cli
 from evojax_merge.commands.merge import MergeOptions, write_merge
 from evojax_merge.errors import InputError
 
@@ -56,12 +56,6 @@ def merged(recipe: dict[str, Any], out: Path, **options: Any) -> list[str]:
 def linear(models: Sequence[Path], weights: Sequence[Any], **more: Any) -> dict[str, Any]:
     rows = [{"model": str(model), "parameters": {"weight": w}} for model, w in zip(models, weights, strict=True)]
     return {"merge_method": "linear", "models": rows} | more
-
-
-def command(*arguments: Any) -> str:
-    result = CliRunner().invoke(cli, list(map(str, arguments)))
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.output
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -208,14 +202,12 @@ def test_folders_merge_and_diffusers_opens_the_result(ddpm: list[Path], tmp_path
         share = 0.0 if name.startswith("conv_in.") else 0.75
         np.testing.assert_allclose(tensor.numpy(), (1 - share) * a[name] + share * b[name], atol=1e-6, err_msg=name)
     for file in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json"):
-        assert json.loads((tmp_path / "out" / file).read_text()) == json.loads((one / file).read_text()), file
-    command("merge", write_recipe(tmp_path, linear([one, two], [0.5, 0.5])), tmp_path / "out", "--overwrite")
+        assert read_json(tmp_path / "out" / file) == read_json(one / file), file
+    run_here("merge", write_recipe(tmp_path, linear([one, two], [0.5, 0.5])), tmp_path / "out", "--overwrite")
 
 
 def write_recipe(folder: Path, recipe: dict[str, Any]) -> Path:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
+    return write_yaml(folder / "recipe.yaml", recipe)
 
 
 def test_a_filter_of_one_merged_component_is_none_of_the_others(stable: list[Path], tmp_path: Path) -> None:
@@ -299,9 +291,8 @@ def test_a_lora_is_fused_into_the_generator_before_it(keys: str, stable: list[Pa
         "name": "first", "kind": "image_generation", "function": str(one.parent / "functions.py:first"),
         "file": str(one.parent / "prompts.jsonl"), "inputs": "latents", "steps": 1, "heldout": 0.5,
     }])  # fmt: skip
-    from evojax_merge.problem import build_problem, config_from
 
-    backend = build_problem(tmp_path / "config.yaml", config_from(tmp_path / "config.yaml", document, [], None)).backend
+    backend = problem_of(tmp_path / "config.yaml", document).backend
     name = f"unet.{LORA['unet'][0]}.weight"
     expected = weights_of(one, "unet")[name.removeprefix("unet.")] + changes[name]
     np.testing.assert_allclose(np.asarray(backend.merge.tree.source(0)[name]), expected, atol=1e-5)
@@ -345,7 +336,7 @@ def config(folder: Path, models: Sequence[Path], **changes: Any) -> dict[str, An
         "space": {"method": "linear", "parameters": {"weight": {}}},
         "tasks": [task], "search": {"generations": 2, "population": 4}, "seed": 1, "evaluation": {"chunk": 1},
     } | changes  # fmt: skip
-    (folder / "config.yaml").write_text(yaml.safe_dump(document))
+    write_yaml(folder / "config.yaml", document)
     return document
 
 
@@ -362,21 +353,20 @@ def scores_by_diffusers(model: Path, seeds: Sequence[int]) -> np.ndarray:
 
 
 def test_generators_are_planned_searched_resumed_and_exported(ddpm: list[Path], tmp_path: Path) -> None:
-    from evojax_merge.problem import build_problem, config_from
 
     document, run, whole = config(tmp_path, ddpm[1:]), tmp_path / "run", tmp_path / "whole"
     file = tmp_path / "config.yaml"
-    output = command("search", file, "--out", whole)
+    output = output_of("search", file, "--out", whole)
     assert output.count("DDPMPipeline: draws pictures of one candidate at a time") == 1
     assert output.count("scheduler: not as in") == 1 and "plan: " in output
-    command("search", file, "--out", run, "--set", "search.generations=1")
-    command("search", file, "--out", run, "--resume")
+    run_here("search", file, "--out", run, "--set", "search.generations=1")
+    run_here("search", file, "--out", run, "--resume")
     assert (run / "history.jsonl").read_bytes() == (whole / "history.jsonl").read_bytes()
-    result = json.loads((run / "result.json").read_text())
+    result = read_json(run / "result.json")
     assert [row["role"] for row in result["table"]] == ["parent", "parent", "uniform", "winner"]
 
     # Every model of the table has the scores that its pictures have, drawn by diffusers alone from the same noise.
-    problem = build_problem(file, config_from(file, document, [], None))
+    problem = problem_of(file, document)
     heldout, searched = problem.splits.heldout[0], problem.splits.search[0]
     seeds = [heldout.seeds[i] for i in heldout.indices]
     assert not set(seeds) & {searched.seeds[i] for i in searched.indices}
@@ -389,11 +379,11 @@ def test_generators_are_planned_searched_resumed_and_exported(ddpm: list[Path], 
         assert result["table"][number]["heldout_scores"]["grey/score"] == pytest.approx(expected, abs=1e-5)
 
     # `evaluate` draws the same pictures, of the run's winner and of any folder.
-    command(
+    run_here(
         "evaluate", run, model, ddpm[1], "--tasks", run / "config.yaml", "--split", "heldout", "--json",
         tmp_path / "scores.json",
     )  # fmt: skip
-    scores = [row["scores"]["grey/score"] for row in json.loads((tmp_path / "scores.json").read_text())]
+    scores = [row["scores"]["grey/score"] for row in read_json(tmp_path / "scores.json")]
     kept = [result["table"][number]["heldout_scores"]["grey/score"] for number in (3, 3, 0)]
     assert scores == pytest.approx(kept, abs=1e-5)
 
@@ -404,7 +394,7 @@ def test_generators_are_planned_searched_resumed_and_exported(ddpm: list[Path], 
     assert "library_name: diffusers" in (model / "README.md").read_text()
 
     # Its recipe gives it.
-    command("merge", next(run.glob("best/*.y*ml")), tmp_path / "again")
+    run_here("merge", next(run.glob("best/*.y*ml")), tmp_path / "again")
     for name, tensor in unet(tmp_path / "again").items():
         np.testing.assert_allclose(tensor, unet(model)[name], atol=1e-6, err_msg=name)
     if ALL:
@@ -422,22 +412,21 @@ def test_pictures_that_are_compared_are_searched_replayed_and_shown(ddpm: list[P
     }  # fmt: skip
     config(tmp_path, ddpm[1:], tasks=[task], search={"generations": 2, "population": 4})
     file, run, replay = tmp_path / "config.yaml", tmp_path / "run", tmp_path / "replay"
-    command("search", file, "--out", run)
-    rows = {row["name"]: row for row in json.loads((run / "result.json").read_text())["table"]}
+    run_here("search", file, "--out", run)
+    rows = {row["name"]: row for row in read_json(run / "result.json")["table"]}
     assert rows.pop("evolved linear")["heldout_scores"]["dark/preference"] == 0
     assert len(rows) == 3 and all(-1 <= row["heldout_scores"]["dark/preference"] <= 1 for row in rows.values())
     assert (run / "best" / "model" / "contact_sheet.png").exists()
     votes = (run / "votes.jsonl").read_text()
     assert votes.count('"vote"') >= 14
     (tmp_path / "judge.py").write_text(JUDGE.replace("<", ">"))
-    command("judge", file, "--out", replay, "--replay", run / "votes.jsonl")
+    run_here("judge", file, "--out", replay, "--replay", run / "votes.jsonl")
     assert (replay / "votes.jsonl").read_text() == votes
     assert (replay / "history.jsonl").read_bytes() == (run / "history.jsonl").read_bytes()
 
 
 def test_prompts_latents_and_the_groups_of_evosdxl(stable: list[Path], tmp_path: Path) -> None:
     """The U-Net alone, its attention and the rest; latents of prompts; text encoder of the second model."""
-    from evojax_merge.problem import build_problem, config_from
 
     folder = stable[0].parent
     task = {
@@ -449,7 +438,7 @@ def test_prompts_latents_and_the_groups_of_evosdxl(stable: list[Path], tmp_path:
         space={"method": "linear", "layers_per_group": "all", "components": ["attention", "other"]},
     )  # fmt: skip
     file = tmp_path / "config.yaml"
-    problem = build_problem(file, config_from(file, document, [], None))
+    problem = problem_of(file, document)
     assert problem.backend.space.group_space.groups == ("unet other", "unet attention")
     splits = problem.prepare()
     assert problem.backend.space.dims == 4 and splits.search[0].size == 2
@@ -464,15 +453,14 @@ def test_prompts_latents_and_the_groups_of_evosdxl(stable: list[Path], tmp_path:
 
 def test_the_config_of_evosdxl_is_planned_on_folders_of_its_form(tmp_path: Path) -> None:
     """configs/evosdxl.yaml beside four tiny models of SDXL's form: eight numbers, and the Japanese text encoders."""
-    from evojax_merge.problem import build_problem, read_config
 
     file = Path(shutil.copy(Path(__file__).parents[1] / "configs" / "evosdxl.yaml", tmp_path))
     for seed, name in enumerate(yaml.safe_load(file.read_text())["parents"]):
         make_sdxl(tmp_path / name, seed)
     (tmp_path / "scores.py").write_text("def score(records, images):\n    return images.mean((1, 2, 3))\n")
     write_lines(tmp_path / "prompts.jsonl", [{"prompt": letter * 3} for letter in "abcdefgh"])
-    assert "StableDiffusionXLPipeline: draws pictures" in command("plan", file)
-    problem = build_problem(file, read_config(file, [], None))
+    assert "StableDiffusionXLPipeline: draws pictures" in output_of("plan", file)
+    problem = open_problem(file)
     assert problem.backend.space.dims == 8
     assert problem.backend.space.group_space.groups == ("unet other", "unet attention")
     for name in ("text_encoder", "text_encoder_2"):
@@ -524,7 +512,6 @@ def test_what_cannot_be_merged_is_refused_in_a_line(fault: str, ddpm: list[Path]
 def test_what_cannot_be_searched_is_refused_in_a_line(
     fault: str, ddpm: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from evojax_merge.problem import build_problem, config_from
 
     document = config(tmp_path, ddpm[:2])
     task: dict[str, Any] = document["tasks"][0]
@@ -558,7 +545,7 @@ def test_what_cannot_be_searched_is_refused_in_a_line(
         message = "draws another picture from the same noise"
     file = tmp_path / "config.yaml"
     with pytest.raises(InputError) as caught:
-        build_problem(file, config_from(file, document, [], None)).prepare()
+        problem_of(file, document).prepare()
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

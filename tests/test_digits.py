@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import thorough
+from helpers.sampling import thorough
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.searches.digits import Plan, accuracy, evolve, log_probabilities, make_family, uniform

@@ -1,6 +1,5 @@
 """Networks that embed texts and images are searched, and their exports have the same scores by their own libraries."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,16 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from helpers import save, write_lines
+from helpers.files import read_json, write_json, write_lines
+from helpers.models import randomised, save
+from helpers.searches import problem_of
 from PIL import Image
 from scipy.stats import spearmanr
 
 from evojax_merge.backends.torch import network as networks
 from evojax_merge.cli import cli
 from evojax_merge.errors import InputError
-from evojax_merge.problem import SearchProblem, build_problem, config_from
+from evojax_merge.problem import SearchProblem
 from evojax_merge.steps.selection import open_evaluators
 
 TOKENS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, 64))]
@@ -26,26 +27,17 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def randomised(model: Any, seed: int) -> Any:
-    """The model with random numbers in every tensor."""
-    generator = torch.Generator().manual_seed(seed)
-    for tensor in model.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
-    return model.eval()
-
-
 def sentence_transformer(folder: Path, seed: int) -> Path:
     """A folder of sentence-transformers: an encoder, the mean of its states, a dense module, length 1."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 
-    encoder = randomised(transformers.BertModel(transformers.BertConfig(**SMALL)), seed)
+    encoder = randomised(transformers.BertModel(transformers.BertConfig(**SMALL)), seed, 0.3)
     save(encoder, folder.parent / f"encoder{seed}", TOKENS)
     modules = [
         Transformer(str(folder.parent / f"encoder{seed}")),
         Pooling(16),
-        randomised(Dense(16, 8), seed),
+        randomised(Dense(16, 8), seed, 0.3),
         Normalize(),
     ]
     prompts = {"query": "w9 ", "document": "w8 "}
@@ -81,18 +73,13 @@ def document(folder: Path, *tasks: dict[str, Any], **changes: Any) -> dict[str, 
     } | changes  # fmt: skip
 
 
-def problem_of(path: Path, config: dict[str, Any]) -> SearchProblem:
-    return build_problem(path, config_from(path, config, [], None))
-
-
 def searched(config: dict[str, Any], tmp_path: Path) -> tuple[Path, dict[str, float], SearchProblem]:
     """The exported winner of a search, its held-out scores, and the problem."""
-    path = tmp_path / "config.yaml"
-    path.write_text(json.dumps(config))
+    path = write_json(tmp_path / "config.yaml", config)
     result = CliRunner().invoke(cli, ["search", str(path), "--out", str(tmp_path / "run")])
     if result.exit_code:
         raise result.exception or AssertionError(result.output)
-    row = json.loads((tmp_path / "run" / "result.json").read_text())["table"][-1]
+    row = read_json(tmp_path / "run" / "result.json")["table"][-1]
     assert row["role"] == "winner"
     return tmp_path / "run" / "best" / "model", row["heldout_scores"], problem_of(path, config)
 
@@ -168,8 +155,8 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
         projection_dim=8,
     )  # fmt: skip
     for seed in (1, 2):
-        save(randomised(transformers.CLIPModel(config), seed), folder / f"model{seed}", TOKENS)
-        (folder / f"model{seed}" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+        save(randomised(transformers.CLIPModel(config), seed, 0.3), folder / f"model{seed}", TOKENS)
+        write_json(folder / f"model{seed}" / "preprocessor_config.json", PREPROCESSOR)
     rng = np.random.default_rng(0)
     for label in ("w5", "w6", "w7"):
         (folder / "images" / label).mkdir(parents=True)
@@ -241,7 +228,7 @@ def test_a_record_that_is_no_pair_is_named(
 def test_a_plain_encoder_has_the_mean_of_its_states(tmp_path: Path) -> None:
     for seed in (1, 2):
         config = transformers.DebertaV2Config(**SMALL, relative_attention=True, pos_att_type=["p2c", "c2p"])
-        save(randomised(transformers.DebertaV2Model(config), seed), tmp_path / f"model{seed}", TOKENS)
+        save(randomised(transformers.DebertaV2Model(config), seed, 0.3), tmp_path / f"model{seed}", TOKENS)
     pairs = [{"sentence1": f"w{5 + i} w6", "sentence2": f"w{7 + i % 3}", "score": i % 4} for i in range(8)]
     write_lines(tmp_path / "pairs.jsonl", pairs)
     task = {"name": "pairs", "kind": "similarity", "file": "pairs.jsonl", "heldout": 0.5, "metric": "pearson"}

@@ -9,18 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    Family,
-    build_family,
-    examples_in,
-    load_torch,
-    sample,
-    thorough,
-    tiny_config,
-    word_tokenizer,
-    words,
-    write_lines,
-)
+from helpers.families import Family, build_family
+from helpers.files import examples_in, write_lines
+from helpers.models import load_torch, tiny_config, word_tokenizer, words
+from helpers.sampling import sample, thorough
 from merge_kernels import METHODS
 from reference.torch_models import text_logprobs, torch_scores
 

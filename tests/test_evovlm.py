@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import sample, thorough
+from helpers.commands import command
+from helpers.files import read_json, read_lines, write_yaml
+from helpers.sampling import sample, thorough
 from PIL import Image
 from reference.vision_scores import load_seeing
 from transformers import AutoModelForCausalLM
 
 from evojax_merge import zoo
-from evojax_merge.cli import cli, run
 from evojax_merge.errors import InputError
 from evojax_merge.zoo import evovlm
 
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def records(folder: Path, file: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (folder / file).read_text(encoding="utf-8").splitlines()]
+    return read_lines(folder / file)
 
 
 def test_questions_are_about_pictures_that_nothing_trains_on(folder: Path) -> None:
@@ -111,10 +112,8 @@ def test_a_search_exports_a_model_that_transformers_scores_alike(folder: Path, t
     }  # fmt: skip
     for task in document["tasks"]:
         task |= {"file": str(folder / "search.jsonl"), "heldout": str(folder / "heldout.jsonl"), "limit": 40}
-    (tmp_path / "search.yaml").write_text(yaml.safe_dump(document))
-    arguments = ["search", str(tmp_path / "search.yaml"), "--out", str(tmp_path / "run")]
-    assert run(lambda: cli.main(arguments, standalone_mode=False)) == 0
-    rows = json.loads((tmp_path / "run/result.json").read_text())["table"]
+    assert command("search", write_yaml(tmp_path / "search.yaml", document), "--out", tmp_path / "run") == 0
+    rows = read_json(tmp_path / "run/result.json")["table"]
     scores = {row["role"]: row["heldout_scores"] for row in rows}
     assert scores["winner"]["japanese/accuracy"] > 0.6 > 0.1 > scores["uniform"]["japanese/accuracy"]
     prompts = [

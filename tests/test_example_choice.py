@@ -3,18 +3,18 @@
 import json
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
-from helpers import sample, search_in, thorough
+from helpers.sampling import sample, thorough
+from helpers.searches import open_problem, search_in
 from test_racing import Hill, Plain, SurrogateData, everyone, one_token, text_task, write_config
 
 from evojax_merge.commands import search as search_command
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import fitness
-from evojax_merge.problem import build_problem, read_config
+from evojax_merge.problem import read_config
 from evojax_merge.search.example_choice import (
     STRATUM_SHARE,
     ExampleChoice,
@@ -32,10 +32,6 @@ from evojax_merge.search.surrogate import append_candidates, empty_surrogate, pr
 from evojax_merge.steps.selection import open_evaluator
 
 
-def sigmoid(logits: Any) -> Any:
-    return 1 / (1 + np.exp(-logits))
-
-
 @dataclass(frozen=True)
 class Test:
     """Examples whose difficulty and discrimination are known."""
@@ -46,7 +42,7 @@ class Test:
     intercepts: np.ndarray
 
     def right(self, abilities: np.ndarray) -> np.ndarray:
-        return sigmoid(abilities[:, None] * self.slopes + self.intercepts)
+        return 1 / (1 + np.exp(-(abilities[:, None] * self.slopes + self.intercepts)))
 
 
 def simulated_test(examples: int, seed: int, dead: float = 0.0) -> Test:
@@ -316,7 +312,7 @@ CHOSEN = ["search.rung_examples=item_response"]
 @pytest.mark.parametrize("space", sample(["merge", "path"], 1))
 def test_models_score_on_chosen_examples_as_on_all(family, tmp_path, space):
     path = write_config(family, tmp_path, space, 3)
-    problem = build_problem(path, read_config(path, CHOSEN, None))
+    problem = open_problem(path, *CHOSEN)
     splits = problem.prepare()
     everything, shards = splits.choice, splits.shards
     opened = open_evaluator(problem, everything)

@@ -1,7 +1,6 @@
 """Networks of each kind are searched by one command, and the winner, which its own library opens in a process that
 cannot import this package, has the scores of the held-out table."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,17 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import transformers
-import yaml
 from click.testing import CliRunner
-from helpers import sample, save, write_lines
+from helpers.files import read_json, write_json, write_lines, write_yaml
+from helpers.models import randomised, save
+from helpers.sampling import sample
+from helpers.searches import open_problem
 from PIL import Image
 from reference import network_scores
 from scipy.io import wavfile
 
 from evojax_merge.cli import cli
-from evojax_merge.problem import build_problem, read_config
 
 SIDE, CLASSES, EXAMPLES = 16, 3, 12
 TOKENS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, 64))]
@@ -81,16 +80,6 @@ TASKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def randomised(model: Any, seed: int) -> Any:
-    """The model with random numbers in every floating-point tensor; variances stay positive."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            drawn = torch.randn(tensor.shape, generator=generator) * 0.2
-            tensor.copy_(drawn.abs() + 0.5 if name.endswith("running_var") else drawn)
-    return model.eval()
-
-
 def write_models(kind: str, folder: Path) -> list[str]:
     """Two networks of a kind; their names in a config."""
     names = []
@@ -115,7 +104,7 @@ def write_models(kind: str, folder: Path) -> list[str]:
         else:
             name, config = NETWORKS[kind]
             save(randomised(getattr(transformers, name)(config()), seed), model, TOKENS)
-            (model / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+            write_json(model / "preprocessor_config.json", PREPROCESSOR)
             if kind == "Whisper":
                 transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(model)
         names.append(model.name)
@@ -161,20 +150,19 @@ def test_a_winner_has_its_scores_in_its_own_library(kind: str, tmp_path: Path) -
     task = {"name": "task", "file": file, "heldout": 0.5, "kind": "classification"}
     if kind not in TASKS:
         task["metric"] = "log_probability"
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump({
+    config = write_yaml(tmp_path / "config.yaml", {
         "backend": f"{tmp_path / 'own.py'}:make" if kind == "own module" else "torch", "parents": parents,
         "space": {"method": "linear", "layers_per_group": "all"}, "tasks": [task | TASKS.get(kind, {})],
         "search": {"generations": 1, "population": 3, "strategy": "random"},
-    }))  # fmt: skip
+    })  # fmt: skip
     result = CliRunner().invoke(cli, ["search", str(config), "--out", str(tmp_path / "run")])
     assert result.exit_code == 0, (result.output, result.exception)
-    winner = json.loads((tmp_path / "run" / "result.json").read_text())["table"][-1]
+    winner = read_json(tmp_path / "run" / "result.json")["table"][-1]
     assert winner["role"] == "winner"
 
-    heldout = build_problem(config, read_config(config, [], None)).splits.heldout[0]
+    heldout = open_problem(config).splits.heldout[0]
     examples = {"kind": kind, "examples": [records[i] for i in heldout.indices]}
-    (tmp_path / "examples.json").write_text(json.dumps(examples))
+    write_json(tmp_path / "examples.json", examples)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     program = [sys.executable, network_scores.__file__, str(tmp_path / "run" / "best" / "model")]
     done = subprocess.run(

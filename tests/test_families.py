@@ -15,32 +15,26 @@ import numpy as np
 import pytest
 import torch
 import transformers
-import yaml
-from helpers import (
-    ALL,
+from helpers.commands import run_here
+from helpers.decoders import greedy_tokens, load_decoder, logits
+from helpers.files import (
     edit_json,
     examples_in,
-    finetune,
-    greedy_tokens,
-    load_decoder,
-    load_torch,
-    logits,
-    random_model,
+    read_json,
+    read_lines,
     read_recipe,
-    sample,
-    save,
-    state,
-    word_tokenizer,
-    words,
+    write_json,
     write_lines,
+    write_yaml,
 )
+from helpers.models import finetune, load_torch, random_model, save, state, word_tokenizer, words
+from helpers.sampling import ALL, sample
+from helpers.searches import search_config, task_section
 from reference.torch_models import text_logprobs, torch_logits, torch_tokens
 
 from evojax_merge.checkpoints.bank import load_path_bank, stored_tensors
 from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.parents import open_decoders, tensor_shapes
-from evojax_merge.cli import cli
-from evojax_merge.cli import run as run_command
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import DecoderEvaluator
@@ -413,33 +407,24 @@ def test_a_layer_path_is_exported_as_it_was_scored(models: Models, tmp_path: Pat
         np.testing.assert_array_equal(written[name], values)
 
 
-def command(*arguments: object) -> None:
-    assert run_command(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False)) == 0
-
-
 def write_search(models: Models) -> Path:
     if not models.row.takes_words:
         pytest.skip("no tokenizer of words")
-    task = {"name": "text", "kind": "likelihood", "file": "search.jsonl", "heldout": "heldout.jsonl"}
-    document = {
-        "base": "base", "parents": ["parent0", "parent1"],
-        "space": {
-            "method": "ties", "layers_per_group": 2, "components": ["attention", "mlp", "norm"],
-            "parameters": {"weight": {"high": 1.5}, "density": {"low": 0.2}},
-        },
-        "tasks": [task], "search": {"generations": 2, "population": 4},
+    space = {
+        "method": "ties", "layers_per_group": 2, "components": ["attention", "mlp", "norm"],
+        "parameters": {"weight": {"high": 1.5}, "density": {"low": 0.2}},
     }  # fmt: skip
-    (models.root / "search.yaml").write_text(yaml.safe_dump(document))
-    return models.root / "search.yaml"
+    tasks = [task_section("search.jsonl", heldout="heldout.jsonl")]
+    return write_yaml(models.root / "search.yaml", search_config(space=space, tasks=tasks))
 
 
 def test_a_search_exports_what_it_scored(models: Models) -> None:
     out = models.root / "run"
-    command("search", write_search(models), "--out", out)
+    run_here("search", write_search(models), "--out", out)
     theirs = load_reported(out / "best/model")
-    result = json.loads((out / "result.json").read_text())
+    result = read_json(out / "result.json")
     (winner,) = (row for row in result["table"] if row["role"] == "winner")
-    records = [json.loads(line) for line in (models.root / "heldout.jsonl").read_text().splitlines()]
+    records = read_lines(models.root / "heldout.jsonl")
     means = [text_logprobs(theirs, one["prompt"], one["target"]).mean() for one in records]
     assert winner["heldout_scores"] == {"text/log_probability": pytest.approx(np.mean(means), abs=1e-4)}
     # A merge, not one of the parents.
@@ -470,7 +455,7 @@ from evojax_merge.problem import build_problem, read_config
 from evojax_merge.steps.selection import open_evaluator
 
 path = Path(sys.argv[1])
-problem = build_problem(path, read_config(path, [], None))
+problem = open_problem(path)
 genomes = np.random.default_rng(0).random((2, problem.space.dims)).astype(np.float32)
 shared = Mesh(np.array(jax.devices()).reshape(1, 2), ("population", "model"), axis_types=(AxisType.Auto,) * 2)
 found = []
@@ -490,8 +475,7 @@ HUB = [name for name, row in FAMILIES.items() if row.hub]
 @pytest.mark.parametrize("kind", HUB)
 def test_the_hubs_configs_are_read_as_transformers_reads_them(kind: str, tmp_path: Path) -> None:
     document = FAMILIES[kind].hub | {"num_hidden_layers": 7}
-    (tmp_path / "config.json").write_text(json.dumps(document))
-    config = decoder_config(tmp_path / "config.json")
+    config = decoder_config(write_json(tmp_path / "config.json", document))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(theirs)
@@ -566,7 +550,7 @@ REFUSED = {
 def test_what_is_not_handled_is_refused_by_name(case: str, tmp_path: Path) -> None:
     kind, changes, named = REFUSED[case]
     document = FAMILIES[kind].hub | {"num_hidden_layers": 7} | changes
-    (tmp_path / "config.json").write_text(json.dumps(document))
+    write_json(tmp_path / "config.json", document)
     with pytest.raises(InputError, match=named) as raised:
         decoder_config(tmp_path / "config.json")
     assert "\n" not in str(raised.value)

@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
-import yaml
-from helpers import edit_json, finetune, load_torch, random_model, save, stored_logits, write_lines
+from helpers.commands import command
+from helpers.decoders import stored_logits
+from helpers.files import edit_json, write_lines, write_yaml
+from helpers.models import finetune, load_torch, random_model, save
 from reference.torch_models import torch_logits
 from safetensors.numpy import load_file, save_file
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.cli import cli
-from evojax_merge.cli import run as run_command
 
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_inner": 40, "n_layer": 3, "n_head": 4, "n_positions": 20}
 NEOX = {
@@ -57,10 +57,6 @@ def as_pythias(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name.replace("lm_head.", "embed_out."): values for name, values in tensors.items()} | buffers
 
 
-def command(*arguments: object) -> int:
-    return run_command(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False))
-
-
 @pytest.mark.parametrize(
     ("config", "change"),
     [
@@ -90,8 +86,7 @@ def test_the_names_are_those_of_the_first_models_file(first: str, tmp_path: Path
         "merge_method": "slerp", "base_model": str(tmp_path / first), "parameters": {"t": 0.4}, "dtype": "float32",
         "slices": [{"sources": [{"model": str(tmp_path / name), "layer_range": [0, 3]} for name in names]}],
     }  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert command("merge", tmp_path / "recipe.yaml", tmp_path / "out") == 0
+    assert command("merge", write_yaml(tmp_path / "recipe.yaml", recipe), tmp_path / "out") == 0
     merged, parent = load_file(tmp_path / "out/model.safetensors"), load_file(tmp_path / first / "model.safetensors")
     assert merged.keys() == {name for name in parent if not name.endswith((".attn.bias", ".masked_bias"))}
     tokens = tokens_of(1)
@@ -105,7 +100,7 @@ def test_no_row_is_longer_than_there_are_positions(tmp_path: Path, capsys: pytes
     save(random_model(gpt2()), tmp_path / "model")
     edit_json(tmp_path / "model/config.json", lambda config: config.update(max_position_embeddings=100))
     task = {"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}
-    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"tasks": [task]}))
+    write_yaml(tmp_path / "tasks.yaml", {"tasks": [task]})
     # The last token is predicted, not read.
     write_lines(tmp_path / "tasks.jsonl", [{"prompt": "w5 " * 20, "target": "w6 w7"}])
     assert command("evaluate", tmp_path / "model", "--tasks", tmp_path / "tasks.yaml") == 2

@@ -1,12 +1,12 @@
 """Folders that torch's libraries open: what is checked before, and one mechanism for whatever a library raises."""
 
 import ast
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.files import write_json
 
 import evojax_merge
 from evojax_merge.checkpoints.network_checks import check_counts, check_json, check_processor
@@ -85,8 +85,7 @@ def test_what_is_no_librarys_error_stays(error: BaseException) -> None:
     ],
 )  # fmt: skip
 def test_impossible_numbers_of_a_config_are_named(tmp_path: Path, config: dict[str, Any], key: str) -> None:
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(config))
+    file = write_json(tmp_path / "config.json", config)
     with pytest.raises(InputError, match=rf"config.json: {key}"):
         check_counts(file)
 
@@ -97,10 +96,9 @@ def test_usual_numbers_of_a_config_are_none_of_these(tmp_path: Path) -> None:
         "id2label": {"0": "a", "10": "b"}, "sliding_window": -1, "block_out_channels": [320, 1280], "depths": [3, 27],
         "num_key_value_heads": None, "eos_token_id": 10**12, "layers_per_block": 1_200, "rope_theta": 1e12,
     }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(usual))
-    check_counts(tmp_path / "config.json", 1_500)
+    check_counts(write_json(tmp_path / "config.json", usual), 1_500)
     pixels = {"size": {"shortest_edge": 3136, "longest_edge": 12_845_056}, "sampling_rate": 16_000, "n_fft": 400}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
+    write_json(tmp_path / "preprocessor_config.json", pixels)
     check_processor(tmp_path)
     check_processor(tmp_path / "missing")
 
@@ -116,7 +114,7 @@ def test_usual_numbers_of_a_config_are_none_of_these(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_impossible_settings_of_a_processor_are_named(tmp_path: Path, config: dict[str, Any], key: str) -> None:
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    write_json(tmp_path / "preprocessor_config.json", config)
     with pytest.raises(InputError, match=rf"preprocessor_config.json: {key}"):
         check_processor(tmp_path)
 

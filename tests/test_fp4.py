@@ -1,6 +1,5 @@
 """Checkpoints of four-bit floats as models: packed by reference/quantisation.py and read back."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from helpers import edit_json, random_model, run_linear_merge, save, state, tiny_config
+from helpers.commands import assert_refused, command, linear_merge
+from helpers.files import edit_json, write_json
+from helpers.models import random_model, save, state, tiny_config
 from reference.quantisation import four_bit_floats
 from safetensors import torch as torch_files
 from safetensors.numpy import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from evojax_merge.checkpoints.derived import open_model, resolve_model
-from evojax_merge.cli import WRONG_INPUT
 from evojax_merge.errors import InputError
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -62,7 +62,7 @@ def quantised(base: Path, folder: Path, case: str) -> dict[str, np.ndarray]:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     edit_json(folder / "config.json", lambda config: config.update(dtype="float32"))
     if case == "NVFP4 of Model Optimizer":
-        (folder / "hf_quant_config.json").write_text(json.dumps(FORMATS[case]))
+        write_json(folder / "hf_quant_config.json", FORMATS[case])
     else:
         edit_json(folder / "config.json", lambda config: config.update(quantization_config=FORMATS[case]))
     return values
@@ -77,7 +77,7 @@ def test_weights_are_what_their_codes_mean(case: str, base: Path, tmp_path: Path
         found, expected = folder.read(name), values.get(name, plain[name])
         assert found.dtype == np.float32 and folder.entries[name].shape == found.shape
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8, err_msg=name)
-    assert run_linear_merge(tmp_path, tmp_path / "q", base) == 0
+    assert command(*linear_merge(tmp_path, tmp_path / "q", base)) == 0
     merged, name = state(tmp_path / "out"), f"{NAME}.weight"
     np.testing.assert_allclose(merged[name], (values[name] + plain[name]) / 2, rtol=1e-5, atol=1e-7)
 
@@ -93,7 +93,7 @@ def test_experts_in_mxfp4_are_those_that_transformers_reads(tmp_path: Path) -> N
     )
     settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     config = {"model_type": "gpt_oss", "dtype": "bfloat16", "quantization_config": settings}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_json(tmp_path / "config.json", config)
     folder = open_model(resolve_model("test", str(tmp_path), Path()))
     assert set(folder.entries) == {name, f"{name}_bias"}
     theirs = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales)).float().numpy()
@@ -121,9 +121,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_be_dequantised_is_refused_by_name(
-    case: str, base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_dequantised_is_refused_by_name(case: str, base: Path, tmp_path: Path) -> None:
     kind, part, changed, says = WRONG[case]
     quantised(base, tmp_path / "q", kind)
     file = tmp_path / "q" / "model.safetensors"
@@ -131,10 +129,5 @@ def test_what_cannot_be_dequantised_is_refused_by_name(
     tensors = torch_files.load_file(file)
     del tensors[f"{NAME}.{part}"]
     torch_files.save_file(tensors | ({} if changed is None else {f"{NAME}.{part}": torch.from_numpy(changed)}), file)
-    capfd.readouterr()
-    assert run_linear_merge(tmp_path, tmp_path / "q") == WRONG_INPUT
-    line = capfd.readouterr().err
-    assert line.startswith("error: ") and line.count("\n") == 1, line
-    for text in (NAME, *says):
-        assert text in line, line
+    assert_refused((NAME, *says), *linear_merge(tmp_path, tmp_path / "q"))
     assert not (tmp_path / "out").exists()

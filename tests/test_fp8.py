@@ -7,12 +7,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-import yaml
-from helpers import Family, edit_json, state
+from helpers.commands import assert_refused, command, linear_merge
+from helpers.families import Family
+from helpers.files import edit_json
+from helpers.models import state
 from safetensors.torch import load_file, save_file
 
 from evojax_merge.checkpoints.derived import open_model, resolve_model
-from evojax_merge.cli import WRONG_INPUT, cli, run
 
 BLOCK = (32, 20)
 
@@ -38,14 +39,6 @@ def quantise(base: Path, folder: Path) -> dict[str, np.ndarray]:
     return exact
 
 
-def merge(folder: Path, *models: str) -> int:
-    rows = [{"model": model, "parameters": {"weight": 0.5}} for model in models]
-    recipe = {"merge_method": "linear", "dtype": "float32", "models": rows}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    arguments = ["merge", str(folder / "recipe.yaml"), str(folder / "out")]
-    return run(lambda: cli.main(arguments, standalone_mode=False))
-
-
 def test_weights_are_their_values_times_the_scales_of_their_blocks(family: Family, tmp_path: Path) -> None:
     exact = quantise(family.base, tmp_path / "fp8")
     folder = open_model(resolve_model("test", str(tmp_path / "fp8"), Path()))
@@ -55,16 +48,14 @@ def test_weights_are_their_values_times_the_scales_of_their_blocks(family: Famil
         found = folder.read(name)
         assert found.dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(found, values.astype(np.float32).astype(ml_dtypes.bfloat16), err_msg=name)
-    assert merge(tmp_path, "fp8", str(family.parents[0])) == 0
+    assert command(*linear_merge(tmp_path, "fp8", str(family.parents[0]))) == 0
     merged, other = state(tmp_path / "out"), state(family.parents[0])
     for name, values in exact.items():
         np.testing.assert_allclose(merged[name], (values + other[name]) / 2, rtol=2**-8, atol=1e-3, err_msg=name)
 
 
 @pytest.mark.parametrize("case", ["no scales", "scales of other blocks", "a block that is none", "another method"])
-def test_weights_that_nobody_can_dequantise_are_refused(
-    case: str, family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_weights_that_nobody_can_dequantise_are_refused(case: str, family: Family, tmp_path: Path) -> None:
     quantise(family.base, tmp_path / "fp8")
     file, name = tmp_path / "fp8" / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
     tensors, settings = load_file(file), {}
@@ -84,10 +75,5 @@ def test_weights_that_nobody_can_dequantise_are_refused(
         "a block that is none": ("weight_block_size", "[128]"),
         "another method": ("quantised",),
     }[case]
-    capfd.readouterr()
-    assert merge(tmp_path, "fp8") == WRONG_INPUT
-    line = capfd.readouterr().err
-    assert line.startswith("error: ") and line.count("\n") == 1, line
-    for text in says:
-        assert text in line, line
+    assert_refused(says, *linear_merge(tmp_path, "fp8"))
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,5 @@
 """Tasks that a user's own function scores: what it is given, what it may return, and what a run does when it fails."""
 
-import json
 import os
 import signal
 import subprocess
@@ -15,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import Family, load_torch, random_records, word_tokenizer, words, write_lines
+from helpers.families import Family
+from helpers.files import read_lines, write_lines, write_yaml
+from helpers.models import load_torch, random_records, word_tokenizer, words
+from helpers.searches import search_config
 from hostile import run_command
 from pydantic import ValidationError
 
@@ -381,45 +383,37 @@ def score(records, log_probabilities):
 """
 
 
-def search(family: Family, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    document = {
-        "base": str(family.base), "parents": [str(parent) for parent in family.parents],
-        "space": {"method": "task_arithmetic", "layers_per_group": 3, "parameters": {"weight": {}}},
-        "tasks": [
-            {"name": "mine", "kind": "function", "function": "fitness_of_run:score", "inputs": "log_probabilities",
-             "file": "tasks.jsonl", "heldout": 0.5}
-        ],
-        "search": {"generations": 3, "population": 4},
-    }  # fmt: skip
-    (folder / "search.yaml").write_text(yaml.safe_dump(document))
-    return run_command("search", "search.yaml", "--out", "run", *arguments, folder=folder)
+def search(family: Family, folder: Path, *arguments: str, status: int) -> subprocess.CompletedProcess[str]:
+    task = {"name": "mine", "kind": "function", "function": "fitness_of_run:score", "inputs": "log_probabilities",
+            "file": "tasks.jsonl", "heldout": 0.5}  # fmt: skip
+    space = {"method": "task_arithmetic", "layers_per_group": 3, "parameters": {"weight": {}}}
+    document = search_config(family, 3, space=space, tasks=[task])
+    write_yaml(folder / "search.yaml", document)
+    return run_command("search", "search.yaml", "--out", "run", *arguments, folder=folder, status=status)
 
 
 def test_function_that_raises_ends_the_run_and_keeps_its_folder(family: Family, folder: Path) -> None:
     own = folder / "fitness_of_run.py"
     own.write_text("def score(records):\n    return 0\n")
-    done = search(family, folder)
-    assert done.returncode == 2 and not (folder / "run").exists()
+    done = search(family, folder, status=2)
+    assert not (folder / "run").exists()
     assert len(done.stderr.splitlines()) == 1 and "takes (records)" in done.stderr
 
     own.write_text(RUN.format(fails_at=7))
-    done = search(family, folder)
-    assert done.returncode == 1
+    done = search(family, folder, status=1)
     # Its own traceback, with its own line.
     assert "fitness_of_run.py" in done.stderr and 'raise RuntimeError("the simulator is gone")' in done.stderr
     assert done.stderr.splitlines()[-1] == "RuntimeError: the simulator is gone"
-    (row,) = [json.loads(line) for line in (folder / "run" / "history.jsonl").read_text().splitlines()]
+    (row,) = read_lines(folder / "run" / "history.jsonl")
     # NaN: one of four candidates failed, and none of the others is worse for it.
     assert row["failed"] == 1 and row["fitness"][1] is None and None not in (row["best"], row["worst"])
 
     kept = own.read_text()
     own.write_text(kept.replace("return log_probabilities", "return 2 * log_probabilities"))
-    done = search(family, folder, "--resume")
-    assert done.returncode == 2 and str(own) in done.stderr, done.stderr
+    assert str(own) in search(family, folder, "--resume", status=2).stderr
     own.write_text(kept)
     # The calls of the new process are counted from its own start: it fails in the last generation.
-    done = search(family, folder, "--resume")
-    assert done.returncode == 1
+    search(family, folder, "--resume", status=1)
     assert len((folder / "run" / "history.jsonl").read_text().splitlines()) == 2
 
 

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import greedy_tokens, random_model, sample, save, thorough, tiny_config
+from helpers.decoders import greedy_tokens
+from helpers.models import random_model, save, tiny_config
+from helpers.sampling import sample, thorough
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sacrebleu
-from helpers import write_lines
+from helpers.files import write_lines
 from rouge_score.rouge_scorer import RougeScorer
 
 from evojax_merge.config.documents import parse

@@ -16,7 +16,9 @@ import pytest
 import sentencepiece
 import torch
 import yaml
-from helpers import load_torch, random_model, state, tiny_config
+from helpers.commands import assert_refused, command, run_here
+from helpers.files import read_json, write_json, write_yaml
+from helpers.models import load_torch, random_model, state, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -33,7 +35,7 @@ from evojax_merge.checkpoints.decoder_folder import decoder_of
 from evojax_merge.checkpoints.derived import SOURCES, TENSORS, open_model, resolve_model
 from evojax_merge.checkpoints.folder import open_folder
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.cli import WRONG_INPUT, cli, run
+from evojax_merge.cli import WRONG_INPUT
 from evojax_merge.errors import InputError
 
 VOCAB = 320
@@ -374,8 +376,7 @@ def test_a_gguf_file_is_merged_and_adapted_like_a_folder(tmp_path: Path) -> None
         "merge_method": "linear",
         "models": [{"model": str(tmp_path / name), "parameters": {"weight": 0.5}} for name in ("one.gguf", "two")],
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert command("merge", tmp_path / "recipe.yaml", tmp_path / "out") == 0
+    assert command("merge", write_yaml(tmp_path / "recipe.yaml", recipe), tmp_path / "out") == 0
     merged, name = load_torch(tmp_path / "out").state_dict(), "model.layers.1.mlp.up_proj.weight"
     one = open_model(resolve_model("test", str(tmp_path / "one.gguf"), Path()))
     expected = (one.read(name) + written.state_dict()[name].numpy()) / 2
@@ -385,10 +386,6 @@ def test_a_gguf_file_is_merged_and_adapted_like_a_folder(tmp_path: Path) -> None
     adapted = open_model(resolve_model("test", f"{tmp_path / 'one.gguf'}+{lora}", Path()))
     assert not np.array_equal(adapted.read(name), one.read(name))
     np.testing.assert_array_equal(adapted.read("model.norm.weight"), one.read("model.norm.weight"))
-
-
-def command(*arguments: object) -> int:
-    return run(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False))
 
 
 def change(**keys: Any) -> Callable[[dict[str, Any]], None]:
@@ -448,17 +445,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_such_file_is_refused_by_name(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_such_file_is_refused_by_name(case: str, tmp_path: Path) -> None:
     make, says = REFUSED[case]
     make(tmp_path / "tiny.gguf")
     recipe = {"merge_method": "linear", "models": [{"model": "tiny.gguf", "parameters": {"weight": 1.0}}]}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    capfd.readouterr()
-    assert command("merge", tmp_path / "recipe.yaml", tmp_path / "out") == WRONG_INPUT
-    line = capfd.readouterr().err
-    assert line.startswith("error: ") and line.count("\n") == 1, line
-    for text in ("tiny.gguf", *says):
-        assert text in line, line
+    assert_refused(("tiny.gguf", *says), "merge", write_yaml(tmp_path / "recipe.yaml", recipe), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -491,7 +482,7 @@ TAMPERED: dict[str, Callable[[Path], Any]] = {
 
 
 def edit_json(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    write_json(file, read_json(file) | changes)
 
 
 @pytest.mark.parametrize("case", TAMPERED)
@@ -526,10 +517,8 @@ def test_messages_name_the_users_file_and_no_file_of_the_cache(
         "merge_method": "linear",
         "models": [{"model": str(tmp_path / name), "parameters": {"weight": 0.5}} for name in ("written", "tiny.gguf")],
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    capfd.readouterr()
-    assert command("merge", tmp_path / "recipe.yaml", tmp_path / "out") == 0
-    text = capfd.readouterr().err
+    write_yaml(tmp_path / "recipe.yaml", recipe)
+    text = run_here("merge", tmp_path / "recipe.yaml", tmp_path / "out").stderr
     assert f"{tmp_path / 'tiny.gguf'}: its tokenizer differs" in text and len(text) < 2000
     random_model(tiny_config("llama")).save_pretrained(tmp_path / "narrow")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe).replace("written", "narrow"))

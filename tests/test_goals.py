@@ -10,8 +10,11 @@ import pytest
 import toy_backend
 import yaml
 from click.testing import CliRunner
-from helpers import sample
-from test_backend_seam import command, config_file, register_toy, write_networks
+from helpers.commands import output_of, run_here
+from helpers.files import read_lines
+from helpers.sampling import sample
+from helpers.searches import problem_of
+from test_backend_seam import config_file, register_toy, write_networks
 from test_defaults import BASE, PARENTS, likeness
 
 import evojax_merge as em
@@ -69,7 +72,7 @@ METHOD = {"method": "task_arithmetic", "parameters": {"weight": {"low": 0.0, "hi
 def searched(folder: Path, name: str, tasks: list[dict[str, Any]], **changes: Any) -> tuple[em.Run, str]:
     """A run of the toy, and its output."""
     config = config_file(folder, **{"tasks": tasks, "space": METHOD, "search": SEARCH, **changes})
-    output = command("search", config, "--out", folder / name)
+    output = output_of("search", config, "--out", folder / name)
     return em.open_run(folder / name), " ".join(output.split())
 
 
@@ -134,7 +137,7 @@ def test_who_keeps_the_guards_is_better_than_who_does_not() -> None:
 def test_unlike_metrics_are_measured_by_the_parents(models: dict[str, Any], tmp_path: Path) -> None:
     run, output = searched(tmp_path, "run", [right(), stretched()])
     assert run.config["scale"] == "parents"
-    problem = build_problem(tmp_path / "config.yaml", config_from(tmp_path / "config.yaml", run.config, [], None))
+    problem = problem_of(tmp_path / "config.yaml", run.config)
     scales = (run.result or {})["scales"]
     for task in problem.splits.search:
         base, one, two = (float(np.mean(task.function(models[name], *task.rows))) for name in ("base", "one", "two"))
@@ -155,8 +158,8 @@ def test_unlike_metrics_are_measured_by_the_parents(models: dict[str, Any], tmp_
 
     # Resumed, it is the same to the byte.
     config = tmp_path / "config.yaml"
-    command("search", config, "--out", tmp_path / "parts", "--set", "search.generations=2")
-    command("search", config, "--out", tmp_path / "parts", "--resume")
+    run_here("search", config, "--out", tmp_path / "parts", "--set", "search.generations=2")
+    run_here("search", config, "--out", tmp_path / "parts", "--resume")
     for name in ("history.jsonl", "result.json", "heldout_answers.jsonl"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
 
@@ -306,7 +309,7 @@ def test_goals_without_a_meaning_are_refused(
 
 def test_a_run_keeps_every_held_out_answer(models: dict[str, Any], tmp_path: Path) -> None:
     run, _ = searched(tmp_path, "run", [right(), stretched(), right(name="shown", weight=0.0)])
-    rows = [json.loads(line) for line in (run.path / "heldout_answers.jsonl").read_text().splitlines()]
+    rows = read_lines(run.path / "heldout_answers.jsonl")
     parent = (run.result or {})["better_than"]["parent"]["name"]
     parents = [row for row in run.table if row["role"] == "parent"]
     opened = read_answers(read_run(run.path))

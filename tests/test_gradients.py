@@ -10,14 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Family, build_family, sample, thorough, tiny_config, write_lines
+from helpers.commands import run_here
+from helpers.families import Family, build_family
+from helpers.files import write_json, write_lines
+from helpers.models import tiny_config
+from helpers.sampling import sample, thorough
+from helpers.searches import search_config, task_section
 from merge_kernels import METHODS, CombineInputs, combine_differentiable, look_up_differentiable, on_grid, tabulate
 from merge_kernels.gradients import HALF_WIDTH
 from test_evaluator import Setting, behind_header
 from test_kernels import draws_of, expected_merge, make_models, on_device, sources_of
 
 import evojax_merge as em
-from evojax_merge.cli import cli, run
 from evojax_merge.config.search_config import GradientConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation import evaluator as evaluation
@@ -371,14 +375,11 @@ def test_hybrid_hands_its_best_start_to_cma_es() -> None:
 
 
 def document(family: Family, kind: str, **search: Any) -> dict[str, Any]:
-    task = {"name": "task", "kind": kind, "file": str(family.tasks), "heldout": 0.25}
+    task = task_section(family.tasks, name="task", kind=kind, heldout=0.25)
     if kind == "exact_match":
         task |= {"pattern": r"w\d+ w\d+", "max_new_tokens": 3}
-    return {
-        "base": str(family.base), "parents": list(map(str, family.parents)), "tasks": [task],
-        "space": {"method": "ties", "parameters": {"weight": {"high": 1.5}, "density": {"low": 0.2}}},
-        "search": {"generations": 6} | search, "seed": 3,
-    }  # fmt: skip
+    space = {"method": "ties", "parameters": {"weight": {"high": 1.5}, "density": {"low": 0.2}}}
+    return search_config(family, space=space, tasks=[task], seed=3) | {"search": {"generations": 6} | search}
 
 
 def history(folder: Path) -> bytes:
@@ -489,12 +490,11 @@ def test_what_has_no_gradient_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_hybrid_says_what_its_figures_mean(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hybrid_says_what_its_figures_mean(family: Family, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     search = {"strategy": "hybrid", "population": 4, "generations": 3, "gradient": {"generations": 1}}
-    config.write_text(json.dumps(document(family, "exact_match", **search)))
-    assert run(lambda: cli.main(["search", str(config), "--out", str(tmp_path / "run")], standalone_mode=False)) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    write_json(config, document(family, "exact_match", **search))
+    said = " ".join(run_here("search", config, "--out", tmp_path / "run").stdout.split())
     assert "from generation 1 on candidates are scored on task log_probability, which has a gradient, in place" in said
     assert "from generation 2 on candidates are scored on the fitness itself: task accuracy" in said
     rows = [json.loads(line) for line in history(tmp_path / "run").splitlines()]

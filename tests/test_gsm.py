@@ -14,7 +14,8 @@ import pyarrow.parquet
 import pytest
 import yaml
 from datasets import Dataset
-from helpers import SPECIAL, word_tokenizer, write_lines
+from helpers.files import write_lines
+from helpers.models import SPECIAL, word_tokenizer
 from lm_eval.api.task import ConfigurableTask
 from tokenizers.processors import TemplateProcessing
 

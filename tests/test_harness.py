@@ -1,7 +1,6 @@
 """Tasks of the lm-eval harness: our scores against those of its own `hf` model, and what is refused."""
 
 import itertools
-import json
 import shutil
 import signal
 import sys
@@ -15,7 +14,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ALL, Family, random_model, save, tiny_config, words, write_lines
+from helpers.families import Family
+from helpers.files import read_json, read_lines, write_lines, write_yaml
+from helpers.models import random_model, save, tiny_config, words
+from helpers.sampling import ALL
+from helpers.searches import open_problem, search_config
 from lm_eval.tasks import TaskManager
 
 from evojax_merge.backends.decoder.opening import stop_tokens
@@ -26,7 +29,7 @@ from evojax_merge.commands import evaluate as evaluate_command
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import DecoderEvaluator
-from evojax_merge.problem import build_problem, read_config, resolved_document
+from evojax_merge.problem import resolved_document
 from evojax_merge.tasks import patterns, task_folders
 from evojax_merge.tasks.harness import HarnessConfig, HarnessTask, is_benchmark, open_task
 from evojax_merge.tasks.opening import open_whole_task
@@ -116,7 +119,7 @@ def harness_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, task in tasks.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **data, **task}, sort_keys=False))
     group = {"group": "own_group", "task": ["own_choices", "own_rolling"]}
-    (folder / "own_group.yaml").write_text(yaml.safe_dump(group))
+    write_yaml(folder / "own_group.yaml", group)
     return folder
 
 
@@ -359,7 +362,7 @@ def test_what_the_harness_cannot_do_is_told(
         "own_endless": {"generation_kwargs": {"until": ["w9"], "max_gen_toks": CONTEXT}},
     }
     for variant, changes in variants.items():
-        (folder / f"{variant}.yaml").write_text(yaml.safe_dump(own | {"task": variant} | changes))
+        write_yaml(folder / f"{variant}.yaml", own | {"task": variant} | changes)
     (folder / "ending.py").write_text("raise SystemExit(0)\n")
     ending = {name: value for name, value in own.items() if name != "doc_to_text"} | {"task": "own_ending"}
     (folder / "own_ending.yaml").write_text(f"{yaml.safe_dump(ending)}doc_to_text: !function ending.text\n")
@@ -370,8 +373,8 @@ def test_what_the_harness_cannot_do_is_told(
 def test_whatever_a_task_is_made_of_is_among_its_files(harness_tasks: Path, tmp_path: Path) -> None:
     own = yaml.safe_load((harness_tasks / "own_choices.yaml").read_text())
     (tmp_path / "below").mkdir()
-    (tmp_path / "below" / "common.yaml").write_text(yaml.safe_dump({"doc_to_text": own.pop("doc_to_text")}))
-    (tmp_path / "below" / "more.yaml").write_text(yaml.safe_dump({"include": "common.yaml"}))
+    write_yaml(tmp_path / "below" / "common.yaml", {"doc_to_text": own.pop("doc_to_text")})
+    write_yaml(tmp_path / "below" / "more.yaml", {"include": "common.yaml"})
     (tmp_path / "own_functions.py").write_text("def gold(doc):\n    return doc['gold']\n")
     own |= {"task": "own_parts", "include": "below/more.yaml"}
     del own["doc_to_target"]
@@ -390,7 +393,7 @@ def test_a_filter_that_backtracks_without_end_is_given_up(
     own = yaml.safe_load((harness_tasks / "own_generation.yaml").read_text()) | {"task": "own_slow"}
     slow = [{"function": "regex", "regex_pattern": r"((?:w+ ?)+)!"}, {"function": "take_first"}]
     own["filter_list"] = [{"name": "slow", "filter": slow}]
-    (tmp_path / "own_slow.yaml").write_text(yaml.safe_dump(own))
+    write_yaml(tmp_path / "own_slow.yaml", own)
     task = open_own(tmp_path, "own_slow")
     task.requests(load_tokenizer(harness_tasks / "model"), CONTEXT)
 
@@ -430,27 +433,22 @@ def test_training_examples_are_not_shown_to_themselves(harness_tasks: Path) -> N
 
 
 def config_file(folder: Path, family: Family, *tasks: dict[str, Any]) -> Path:
-    path = folder / "search.yaml"
-    document = {
-        "base": str(family.base), "parents": [str(parent) for parent in family.parents],
-        "space": {"method": "task_arithmetic", "layers_per_group": "all", "components": ["attention+mlp+norm"],
-                  "parameters": {"weight": {}}},
-        "tasks": list(tasks), "search": {"generations": 2, "population": 4, "finalists": 2},
-    }  # fmt: skip
-    path.write_text(yaml.safe_dump(document))
-    return path
+    space = {"method": "task_arithmetic", "layers_per_group": "all", "components": ["attention+mlp+norm"],
+             "parameters": {"weight": {}}}  # fmt: skip
+    document = search_config(family, space=space, tasks=list(tasks), search={"finalists": 2})
+    return write_yaml(folder / "search.yaml", document)
 
 
 def test_a_benchmark_is_only_searched_on_when_the_config_says_so(
     family: Family, harness_tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = yaml.safe_load((harness_tasks / "own_choices.yaml").read_text()) | {"task": "gsm8k_mine"}
-    (tmp_path / "gsm8k_mine.yaml").write_text(yaml.safe_dump(own))
+    write_yaml(tmp_path / "gsm8k_mine.yaml", own)
     task = {"lm_eval": "gsm8k_mine", "include_path": "."}
 
     def opened(**changes: Any) -> Any:
         path = config_file(tmp_path, family, task | changes)
-        return build_problem(path, read_config(path, [], None)).splits.search[0]
+        return open_problem(path).splits.search[0]
 
     with pytest.raises(InputError, match=r"tasks\[0\]: on_test_set: gsm8k_mine is a benchmark"):
         opened()
@@ -466,12 +464,12 @@ def test_evaluate_takes_the_harness_s_tasks(harness_tasks: Path, tmp_path: Path,
     names = ("own_choices", "own_generation")
     tasks = tmp_path / "tasks.yaml"
     rows = [{"lm_eval": name, "include_path": str(harness_tasks)} for name in names]
-    tasks.write_text(yaml.safe_dump({"tasks": rows}))
+    write_yaml(tasks, {"tasks": rows})
     evaluate_command.evaluate(
         [str(harness_tasks / "model")], tasks, tmp_path / "scores.json", tmp_path / "samples.jsonl"
     )
-    (shown,) = json.loads((tmp_path / "scores.json").read_text())
-    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    (shown,) = read_json(tmp_path / "scores.json")
+    samples = read_lines(tmp_path / "samples.jsonl")
     choices, texts = ([line for line in samples if line["task"] == name] for name in names)
     totals = iter(scored["own_choices"].answers.totals[0])
     for line in choices:
@@ -499,9 +497,9 @@ def test_a_run_keeps_where_its_tasks_came_from(family: Family, harness_tasks: Pa
     path = config_file(tmp_path, family, {"lm_eval": "own_choices", "include_path": "own", "heldout": "own_generation"})
     with pytest.raises(InputError, match="metric"):
         # The second task has to have the metric, too.
-        build_problem(path, read_config(path, ["tasks.0.metric=acc,none"], None))
+        open_problem(path, "tasks.0.metric=acc,none")
     path = config_file(tmp_path, family, {"lm_eval": "own_choices", "include_path": "own", "name": "choices"})
-    problem = build_problem(path, read_config(path, [], None))
+    problem = open_problem(path)
     assert (problem.splits.search[0].name, problem.splits.search[0].size, problem.splits.heldout[0].size) == (
         "choices",
         8,

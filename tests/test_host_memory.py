@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from helpers import Family
+from helpers.commands import refusal
+from helpers.families import Family
+from helpers.files import write_yaml
+from helpers.searches import search_config
 
-from evojax_merge.cli import cli, run
 from evojax_merge.evaluation.memory import available_memory, is_out_of_memory
 
 FREE = 8 * 2**30
@@ -121,19 +122,14 @@ def test_what_says_that_memory_has_run_out(error: Exception, expected: bool) -> 
 
 
 def test_models_that_do_not_fit_are_refused_before_they_are_loaded(
-    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from evojax_merge.commands import search
     from evojax_merge.steps import stored_models
 
     task = {"name": "text", "kind": "likelihood", "file": str(family.tasks)}
-    document = {
-        "base": str(family.base), "parents": [str(parent) for parent in family.parents], "tasks": [task],
-        "space": {"method": "dare_ties", "parameters": {"weight": {}, "density": {}}},
-        "search": {"generations": 1, "population": 4},
-    }  # fmt: skip
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(document))
+    space = {"method": "dare_ties", "parameters": {"weight": {}, "density": {}}}
+    config = write_yaml(tmp_path / "config.yaml", search_config(family, 1, space=space, tasks=[task]))
     size = (family.base / "model.safetensors").stat().st_size
     # Random masks are hashed where a layer is merged: nothing is held but the models.
     for arguments, what, least in (
@@ -142,8 +138,6 @@ def test_models_that_do_not_fit_are_refused_before_they_are_loaded(
     ):
         for module in (search, stored_models):
             monkeypatch.setattr(module, "unused_memory", lambda least=least: int(least * size))
-        capfd.readouterr()
-        assert run(lambda arguments=arguments: cli.main([*map(str, arguments)], standalone_mode=False)) == 2
-        line = capfd.readouterr().err
-        assert len(line.splitlines()) == 1 and f"{what} takes " in line and "of memory, but" in line, line
+        line = refusal(*arguments)
+        assert f"{what} takes " in line and "of memory, but" in line, line
         assert not (tmp_path / "run").exists()

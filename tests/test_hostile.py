@@ -2,78 +2,17 @@
 leaves the user's files as they were. The cases are in tests/hostile/, a module for each kind of input. Every twentieth
 case runs, and all of them with EVOJAX_TEST_ALL."""
 
+from importlib import import_module
 from pathlib import Path
 
+import hostile
 import pytest
-from helpers import Family, sample
-from hostile import (
-    MERGE,
-    SEARCH,
-    Case,
-    Server,
-    addresses,
-    build_world,
-    caches,
-    chat,
-    check,
-    checkpoints,
-    configs,
-    folders,
-    gguf,
-    goals,
-    images,
-    inspecting,
-    links,
-    messages,
-    networks,
-    outputs,
-    overwriting,
-    own_modules,
-    pictures,
-    proof,
-    quantised,
-    recipes,
-    runs,
-    safetensors_files,
-    shared_server,
-    strangers_runs,
-    tasks,
-    tasks_of_strangers,
-    versions,
-    votes,
-)
-from hostile import tokenizers as tokenizer_files
+from helpers.families import Family
+from helpers.sampling import sample
+from hostile import MERGE, SEARCH, Case, Server, build_world, check, shared_server
 
-MODULES = (
-    checkpoints,
-    safetensors_files,
-    tokenizer_files,
-    recipes,
-    outputs,
-    overwriting,
-    tasks,
-    configs,
-    runs,
-    links,
-    gguf,
-    goals,
-    quantised,
-    tasks_of_strangers,
-    messages,
-    inspecting,
-    chat,
-    proof,
-    versions,
-    images,
-    caches,
-    votes,
-    addresses,
-    pictures,
-    own_modules,
-    folders,
-    strangers_runs,
-    networks,
-)
+FOLDER = Path(hostile.__file__).parent
+MODULES = [import_module(f"hostile.{file.stem}") for file in sorted(FOLDER.glob("*.py")) if file.stem[0] != "_"]
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")
     for module in MODULES

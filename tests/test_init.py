@@ -18,21 +18,12 @@ import pandas
 import pytest
 import torch
 import yaml
-from helpers import (
-    Family,
-    even_records,
-    finetune,
-    random_model,
-    run_here,
-    sample,
-    save,
-    state,
-    thorough,
-    tiny_config,
-    word_tokenizer,
-    words,
-    write_lines,
-)
+from helpers.commands import command, run_here
+from helpers.families import Family
+from helpers.files import read_json, write_json, write_lines
+from helpers.models import even_records, finetune, random_model, save, state, tiny_config, word_tokenizer, words
+from helpers.sampling import sample, thorough
+from helpers.searches import open_problem
 from merge_kernels import METHODS
 from PIL import Image
 from safetensors.numpy import save_file
@@ -40,7 +31,6 @@ from safetensors.torch import save_file as save_state
 from tiny_generators import make_ddpm
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
-from evojax_merge.cli import cli, run
 from evojax_merge.inspection.first_config import searched_parameters
 from evojax_merge.problem import build_problem, read_config
 
@@ -57,7 +47,7 @@ def init(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ini
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
 
     def call(*arguments: str) -> int:
-        return run(lambda: cli.main(["init", *arguments], standalone_mode=False))
+        return command("init", *arguments)
 
     return call
 
@@ -69,9 +59,8 @@ GENERATIONS = ("--budget-generations", "2")
 def search(file: str = "search.yaml", *overrides: str) -> dict[str, Any]:
     """Search by a config as it is, but for overrides; the result."""
     sets = [part for override in ("search.population=4", *overrides) for part in ("--set", override)]
-    done = run_here("search", file, "--out", "run", "--overwrite", *sets)
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(Path("run/result.json").read_text())
+    run_here("search", file, "--out", "run", "--overwrite", *sets)
+    result: dict[str, Any] = read_json(Path("run/result.json"))
     assert Path("run/best/model").exists() and len(Path("run/history.jsonl").read_text().splitlines()) == 2
     return result
 
@@ -117,8 +106,8 @@ def test_the_demo_family_is_planned_by_the_command_that_init_names(
 ) -> None:
     models = ("--base", "zoo:base", "--parents", "zoo:maths", "zoo:japanese")
     assert init("zoo.yaml", *models, "--data", "zoo:search.jsonl") == 0
-    (command,) = (line.split() for line in capsys.readouterr().out.splitlines() if "plan zoo.yaml" in line)
-    assert run(lambda: cli.main(command[1:], standalone_mode=False)) == 0
+    (planned,) = (line.split() for line in capsys.readouterr().out.splitlines() if "plan zoo.yaml" in line)
+    assert command(*planned[1:]) == 0
     assert document("zoo.yaml")["tasks"][0]["file"] == "zoo:search.jsonl"
 
 
@@ -312,7 +301,7 @@ def lora(folder: Path, named: str | None, seed: int, ranks: dict[str, int], dtyp
         "peft_type": "LORA", "base_model_name_or_path": named, "r": first[1], "lora_alpha": first[1],
         "target_modules": [*ranks], "rank_pattern": dict(others), "alpha_pattern": dict(others),
     }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    write_json(folder / "adapter_config.json", config)
     return folder
 
 
@@ -450,7 +439,7 @@ def test_pictures_by_class_in_a_table_and_as_records(init: Init) -> None:
     size = {"height": 8, "width": 8}
     for name in ("vit", "vit1", "vit2"):
         settings = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": size}
-        Path(name, "preprocessor_config.json").write_text(json.dumps(settings))
+        write_json(Path(name, "preprocessor_config.json"), settings)
     rows = draw_pictures(Path("pictures"))
     models = ("--base", "vit", "--parents", "vit1", "vit2")
     assert init(*models, "--data", "pictures", *GENERATIONS) == 0
@@ -551,7 +540,7 @@ def test_the_comment_of_the_data_says_the_form_of_the_file(init: Init, name: str
     if name == "data.jsonl":
         write_lines(Path(name), rows)
     elif name == "data.json":
-        Path(name).write_text(json.dumps(rows))
+        write_json(Path(name), rows)
     else:
         frame = pandas.DataFrame(rows)
         frame.to_csv(name, index=False) if name == "data.csv" else frame.to_parquet(name)
@@ -588,7 +577,7 @@ def test_a_config_in_another_folder_names_models_and_data_by_full_paths(
     assert init("configs/mine.yaml", *MODELS, "--data", "tasks.jsonl") == 0
     monkeypatch.chdir("/")
     path = tmp_path / "configs/mine.yaml"
-    problem = build_problem(path, read_config(path, [], None))
+    problem = open_problem(path)
     assert problem.backend.models.base == (tmp_path / "base").resolve()
 
 
@@ -700,9 +689,8 @@ def test_a_real_terminal(family: Family, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_a_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(lambda: cli.main(["completion", shell], standalone_mode=False)) == 0
-    assert f"_EVOJAX_MERGE_COMPLETE={shell}_complete" in capsys.readouterr().out
+def test_completion_prints_a_script(shell: str) -> None:
+    assert f"_EVOJAX_MERGE_COMPLETE={shell}_complete" in run_here("completion", shell).stdout
 
 
 def test_bash_completes_commands_and_options(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 do not fit each other."""
 
 import itertools
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Family, edit_json, finetune, random_model, save, state, tiny_config, word_tokenizer, words
+from helpers.commands import command, run_here
+from helpers.families import Family
+from helpers.files import edit_json, read_json, write_json
+from helpers.models import finetune, random_model, save, state, tiny_config, word_tokenizer, words
 from safetensors.torch import load_file, save_file
 from tiny_generators import make_ddpm
 from transformers import BertConfig, BertForSequenceClassification, BertModel, ViTConfig, ViTForImageClassification
 
 from evojax_merge.checkpoints.adapters import write_adapter
-from evojax_merge.cli import cli, run
 from evojax_merge.inspection.weights import find_base
 from evojax_merge.report.inspection import distinct
 from evojax_merge.system.data_packages import cache_folder
@@ -33,9 +34,8 @@ def inspect(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
     def call(*models: object, options: tuple[str, ...] = ()) -> dict[str, Any]:
         file = tmp_path / "report.json"
-        arguments = ["inspect", *map(str, models), "--json", str(file), *options]
-        assert run(lambda: cli.main(arguments, standalone_mode=False)) == 0
-        document: dict[str, Any] = json.loads(file.read_text())
+        assert command("inspect", *models, "--json", file, *options) == 0
+        document: dict[str, Any] = read_json(file)
         return document
 
     return call
@@ -416,7 +416,7 @@ def test_adapters_have_the_rank_and_the_base_of_their_files(
             "peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2, "lora_alpha": 2,
             "target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 5}, "use_rslora": False,
         }  # fmt: skip
-        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+        write_json(tmp_path / name / "adapter_config.json", config)
     report = inspect(tmp_path / "x", tmp_path / "y")
     out = capsys.readouterr().out
     assert report["base"] == "base" and "base is the base, as the adapters' files say" in sentence(report, "base")
@@ -442,13 +442,12 @@ def test_an_adapters_config_beside_a_model_is_no_adapter(inspect: Callable[..., 
     assert inspect(base)["models"][0]["adapter"] is None
 
 
-def test_files_that_are_not_compared_say_what_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_are_not_compared_say_what_takes_them(tmp_path: Path) -> None:
     np.savez(tmp_path / "params.npz", a=np.zeros(2))
     torch.save({"a": torch.zeros(2)}, tmp_path / "net.pt")
     for name, words_ in (("params.npz", "init --parents FILE FILE --function FILE.py:NAME"),
                          ("net.pt", "safetensors.torch.save_file of its state dict, converts it")):  # fmt: skip
-        assert run(lambda name=name: cli.main(["inspect", str(tmp_path / name)], standalone_mode=False)) == 2
-        assert words_ in capsys.readouterr().err
+        assert words_ in run_here("inspect", tmp_path / name, status=2).stderr
 
 
 def write_model(kind: str, folder: Path, seed: int) -> Path:
@@ -505,10 +504,8 @@ def test_the_picture(inspect: Callable[..., Any], family: Family, tmp_path: Path
     assert picture.read_bytes() == first
 
 
-def test_the_terminal_shows_tables_and_sentences(family: Family, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["inspect", *map(str, (family.base, *family.parents))]
-    assert run(lambda: cli.main(arguments, standalone_mode=False)) == 0
-    text = capsys.readouterr().out
+def test_the_terminal_shows_tables_and_sentences(family: Family) -> None:
+    text = run_here("inspect", family.base, *family.parents).stdout
     for words_ in ("stored dtype", "Distances of the weights", "Task vectors from base", "Relative norm by layer"):
         assert words_ in text
     assert "- base is the base of the others" in text

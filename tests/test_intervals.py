@@ -1,11 +1,11 @@
 """The interval of a difference on held-out examples: its coverage, its words, and where it is shown."""
 
-import json
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.files import read_json
 from rich.console import Console
 from scipy import stats
 
@@ -160,7 +160,7 @@ def test_a_search_without_a_better_candidate_is_called_that(validated):
 
 def test_result_json_has_the_intervals(tmp_path):
     write_result(RESULT, 3, tmp_path / "result.json")
-    document = json.loads((tmp_path / "result.json").read_text())
+    document = read_json(tmp_path / "result.json")
     better = document["better_than"]
     assert {role: (row["interval"], row["within_noise"]) for role, row in better.items()} == {
         "base": ([0.31, 0.5], False), "parent": ([-0.01, 0.12], True), "uniform": ([-0.2, -0.03], False),
@@ -172,7 +172,7 @@ def test_result_json_has_the_intervals(tmp_path):
 def test_a_finished_run_shows_the_interval_of_every_model(tmp_path):
     rows = [*ROWS[:2], Row("parent", "second", 0.3, {"t/m": 0.3}, Lead(0.2, 0.125, 0.25)), *ROWS[2:]]
     write_result(replace(RESULT, rows=rows), 3, tmp_path / "result.json")
-    document = json.loads((tmp_path / "result.json").read_text())
+    document = read_json(tmp_path / "result.json")
     table = heldout_table(StoredResult.model_validate(document))
     assert [cells[2] for cells in table.rows] == [lead_cell(row.lead) for row in rows]
     leads = {row["model"]: row["the winner's lead (95%)"] for row in score_table(StoredResult.model_validate(document))}

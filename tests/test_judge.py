@@ -21,7 +21,11 @@ import httpx
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family, run_here, thorough
+from helpers.commands import refusal, run_here
+from helpers.families import Family, build_family
+from helpers.files import read_json, read_lines, write_yaml
+from helpers.sampling import thorough
+from helpers.searches import open_problem, search_config
 from hostile import Running, start_command
 from scipy.optimize import minimize
 from scipy.stats import binomtest
@@ -54,7 +58,6 @@ from evojax_merge.judge.posterior import (
 from evojax_merge.judge.proposals import propose
 from evojax_merge.judge.server import served
 from evojax_merge.judge.votes import Round, Vote, VoteFile
-from evojax_merge.problem import build_problem, read_config
 from evojax_merge.report.comparison import Result, Row
 from evojax_merge.report.intervals import Lead
 from evojax_merge.report.meetings import Meetings
@@ -317,17 +320,12 @@ def config(folder: Path, family: Family, judge: str | None = "judge.py:shorter",
     (folder / "judge.py").write_text(JUDGE)
     task = {"name": "taste", "kind": "human", "file": str(family.tasks), "max_new_tokens": 4, "votes": 12,
             "heldout_votes": 2} | ({} if judge is None else {"judge": judge}) | changes  # fmt: skip
-    document = {
-        "base": str(family.base), "parents": [str(parent) for parent in family.parents],
-        "space": {"method": "task_arithmetic", "parameters": {"weight": {"low": -2.0, "high": 3.0}}},
-        "tasks": [task], "search": {"generations": 3, "population": 4},
-    }  # fmt: skip
-    (folder / "config.yaml").write_text(yaml.safe_dump(document))
-    return folder / "config.yaml"
+    space = {"method": "task_arithmetic", "parameters": {"weight": {"low": -2.0, "high": 3.0}}}
+    return write_yaml(folder / "config.yaml", search_config(family, 3, 4, space=space, tasks=[task]))
 
 
 def votes_of(run: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (run / "votes.jsonl").read_text().splitlines())
+    lines = read_lines(run / "votes.jsonl")
     return [{key: value for key, value in line["vote"].items() if key != "time"} for line in lines if "vote" in line]
 
 
@@ -335,13 +333,13 @@ def test_votes_propose_where_they_are_the_whole_fitness(tmp_path: Path, family: 
     path = config(tmp_path, family)
 
     def opened(*overrides: str) -> Any:
-        return build_problem(path, read_config(path, overrides, None))
+        return open_problem(path, *overrides)
 
     assert opened().search.strategy == opened().strategy.name == "votes"
     assert opened("search.strategy=sep_cma_es").strategy.name == "sep_cma_es"
     text = f"{{name: text, kind: likelihood, file: {family.tasks}}}"
     document = yaml.safe_load(path.read_text())
-    path.write_text(yaml.safe_dump(document | {"tasks": [*document["tasks"], yaml.safe_load(text)]}))
+    write_yaml(path, document | {"tasks": [*document["tasks"], yaml.safe_load(text)]})
     assert opened().search.strategy == "cma_es"
     with pytest.raises(InputError, match=r"search.strategy: votes: needs one task in the fitness, which people judge"):
         opened("search.strategy=votes")
@@ -349,27 +347,24 @@ def test_votes_propose_where_they_are_the_whole_fitness(tmp_path: Path, family: 
 
 def test_a_search_that_a_function_judges_and_its_replay(tmp_path: Path, family: Family) -> None:
     path, run, replay = config(tmp_path, family), tmp_path / "run", tmp_path / "replay"
-    done = run_here("search", str(path), "--out", str(run))
-    assert done.returncode == 0, done.stderr
+    run_here("search", str(path), "--out", str(run))
     votes = votes_of(run)
     assert votes and all(vote["judge"] == "judge.py:shorter" for vote in votes)
-    rows = {row["role"]: row for row in json.loads((run / "result.json").read_text())["table"]}
+    rows = {row["role"]: row for row in read_json(run / "result.json")["table"]}
     assert rows["winner"]["heldout_scores"]["taste/preference"] == 0
     # The page of the run says it as well: two votes are too few.
     table = heldout_table(read_run(run).result)
     assert [cells[2] for cells in table.rows] == ["too few votes to say"] * (len(table.rows) - 1) + [""]
     # The judge is not asked again: the votes of the file are taken.
     (tmp_path / "judge.py").write_text(JUDGE.replace("<", ">"))
-    done = run_here("judge", str(path), "--out", str(replay), "--replay", str(run / "votes.jsonl"))
-    assert done.returncode == 0, done.stderr
+    run_here("judge", str(path), "--out", str(replay), "--replay", str(run / "votes.jsonl"))
     assert votes_of(replay) == votes
     for name in ("history.jsonl", "best/recipe.yaml"):
         assert (replay / name).read_bytes() == (run / name).read_bytes()
 
 
 def test_a_function_that_chooses_nothing_is_named(tmp_path: Path, family: Family) -> None:
-    done = run_here("search", str(config(tmp_path, family, "judge.py:confused")), "--out", str(tmp_path / "run"))
-    assert done.returncode == 1
+    done = run_here("search", config(tmp_path, family, "judge.py:confused"), "--out", tmp_path / "run", status=1)
     assert "returned 'the first one'; expected one of left, right, tie, both_bad" in done.stderr
 
 
@@ -392,44 +387,41 @@ def test_tasks_that_nobody_can_judge_are_refused(
 ) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "nameless.jsonl").write_text('{"question": "w1"}\n')
-    done = run_here("search", str(config(tmp_path, family, **changes)), "--out", str(tmp_path / "run"))
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert message in refusal("search", config(tmp_path, family, **changes), "--out", tmp_path / "run")
 
 
 def test_each_stage_of_a_search_is_judged(tmp_path: Path, family: Family) -> None:
     path = config(tmp_path, family, votes=4)
     document = yaml.safe_load(path.read_text())
     stage = {"space": document.pop("space"), "search": document.pop("search") | {"generations": 2}}
-    path.write_text(yaml.safe_dump(document | {"stages": [stage, stage]}))
+    write_yaml(path, document | {"stages": [stage, stage]})
     run = tmp_path / "run"
     done = run_here("judge", path, "--out", run)
-    assert done.returncode == 0, done.stderr
     for folder in (run / "stages" / "stage-1", run):
         written = yaml.safe_load((folder / "config.yaml").read_text())
         searches = [written["search"]] if "search" in written else [one["search"] for one in written["stages"]]
         assert all(search["strategy"] == "votes" for search in searches)
         assert votes_of(folder)
-    done = run_here("judge", path, "--out", tmp_path / "other", "--export", tmp_path / "pairs.jsonl")
-    assert done.returncode == 2 and "stages: people judge a search in stages on its page" in done.stderr
+    done = run_here("judge", path, "--out", tmp_path / "other", "--export", tmp_path / "pairs.jsonl", status=2)
+    assert "stages: people judge a search in stages on its page" in done.stderr
 
 
 def test_a_config_without_judges_is_named(tmp_path: Path, family: Family) -> None:
     task = {"name": "sums", "kind": "likelihood", "file": str(family.tasks), "prompt": "{prompt}", "target": "{target}"}
     document = yaml.safe_load(config(tmp_path, family).read_text()) | {"tasks": [task]}
-    path = tmp_path / "sums.yaml"
-    path.write_text(yaml.safe_dump(document))
-    done = run_here("judge", path, "--out", tmp_path / "run")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"{path}: tasks: has none of kind: human or human_images" in done.stderr
+    path = write_yaml(tmp_path / "sums.yaml", document)
+    assert f"{path}: tasks: has none of kind: human or human_images" in refusal(
+        "judge", path, "--out", tmp_path / "run"
+    )
 
 
 def test_a_port_in_use_is_named(tmp_path: Path, family: Family) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
         path = config(tmp_path, family, None)
-        done = run_here("judge", path, "--out", tmp_path / "run", "--port", port)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"error: --port: {port} cannot be listened on" in done.stderr
+        assert f"error: --port: {port} cannot be listened on" in refusal(
+            "judge", path, "--out", tmp_path / "run", "--port", port
+        )
 
 
 def test_an_address_that_stops_answering_ends_the_search_and_keeps_the_votes(
@@ -439,30 +431,31 @@ def test_an_address_that_stops_answering_ends_the_search_and_keeps_the_votes(
     monkeypatch.setattr(LanguageModelJudge, "__init__", partialmethod(LanguageModelJudge.__init__, pauses=(0.0,)))
     monkeypatch.setattr(Model, "answers", 14)
     path, run = config(tmp_path, family, None, judge_address=model, judge_model="small"), tmp_path / "run"
-    done = run_here("search", path, "--out", run)
-    assert done.returncode == 1 and "does not answer (status 503); all votes are kept, and --resume" in done.stderr
+    done = run_here("search", path, "--out", run, status=1)
+    assert "does not answer (status 503); all votes are kept, and --resume" in done.stderr
     assert "Traceback" not in done.stderr and len(votes_of(run)) == 7
     monkeypatch.setattr(Model, "answers", None)
     done = run_here("search", path, "--out", run, "--resume")
-    assert done.returncode == 0 and len(votes_of(run)) > 7, done.stderr
+    assert len(votes_of(run)) > 7, done.stderr
     # Votes propose the candidates, and the search goes on as if nothing had been between.
-    assert run_here("search", path, "--out", tmp_path / "whole").returncode == 0
+    run_here("search", path, "--out", tmp_path / "whole")
     assert votes_of(run) == votes_of(tmp_path / "whole")
     assert (run / "history.jsonl").read_bytes() == (tmp_path / "whole" / "history.jsonl").read_bytes()
 
 
 def test_votes_of_another_run_are_named(tmp_path: Path, family: Family) -> None:
     path = config(tmp_path, family)
-    assert run_here("search", path, "--out", tmp_path / "run").returncode == 0
+    run_here("search", path, "--out", tmp_path / "run")
     votes = tmp_path / "run" / "votes.jsonl"
-    done = run_here("judge", path, "--out", tmp_path / "other", "--set", "seed=7", "--replay", votes)
-    assert done.returncode == 2 and "are of other candidates than this search's" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert "are of other candidates than this search's" in refusal(
+        "judge", path, "--out", tmp_path / "other", "--set", "seed=7", "--replay", votes
+    )
     lines = votes.read_text().splitlines(keepends=True)
     for name, kept in (("cut", lines[1:]), ("doubled", [*lines[:2], *lines[1:]])):
         (tmp_path / f"{name}.jsonl").write_text("".join(kept))
-        done = run_here("judge", path, "--out", tmp_path / name, "--replay", tmp_path / f"{name}.jsonl")
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"{name}.jsonl:" in done.stderr
+        assert f"{name}.jsonl:" in refusal(
+            "judge", path, "--out", tmp_path / name, "--replay", tmp_path / f"{name}.jsonl"
+        )
 
 
 def test_votes_come_by_file(tmp_path: Path, family: Family) -> None:
@@ -470,9 +463,7 @@ def test_votes_come_by_file(tmp_path: Path, family: Family) -> None:
     votes = tmp_path / "choices.jsonl"
 
     def judge(*options: Any) -> Any:
-        done = run_here("judge", path, "--out", run, *options, "--export", pairs)
-        assert done.returncode == 0, done.stderr
-        return done
+        return run_here("judge", path, "--out", run, *options, "--export", pairs)
 
     def choose(rows: list[dict[str, str]]) -> None:
         """Two judges prefer the shorter answer."""
@@ -486,7 +477,7 @@ def test_votes_come_by_file(tmp_path: Path, family: Family) -> None:
     first: list[dict[str, str]] = []
     while pairs.exists():
         assert f"then go on with --resume --import votes.jsonl --export {pairs}" in done.stdout
-        rows = list(map(json.loads, pairs.read_text().splitlines()))
+        rows = list(read_lines(pairs))
         pairs.unlink()
         voted_on |= {row["pair"] for row in rows}
         if not first:
@@ -494,8 +485,8 @@ def test_votes_come_by_file(tmp_path: Path, family: Family) -> None:
             first = rows
             choose(rows[:1])
             assert f"{votes}: took 2 votes\n" in judge("--resume", "--import", votes).stdout
-            voted_on |= {row["pair"] for row in map(json.loads, pairs.read_text().splitlines())} - voted_on
-            rows = [*rows, *map(json.loads, pairs.read_text().splitlines())]
+            voted_on |= {row["pair"] for row in read_lines(pairs)} - voted_on
+            rows = [*rows, *read_lines(pairs)]
             pairs.unlink()
             choose(rows)
             done = judge("--resume", "--import", votes)
@@ -512,12 +503,12 @@ def test_votes_come_by_file(tmp_path: Path, family: Family) -> None:
 def test_file_votes_that_cannot_count_are_named(tmp_path: Path, family: Family) -> None:
     """One on a pair of another run ends the search before it begins; one that came late is told."""
     path, run, pairs = config(tmp_path, family, None), tmp_path / "run", tmp_path / "pairs.jsonl"
-    assert run_here("judge", path, "--out", run, "--export", pairs).returncode == 0
+    run_here("judge", path, "--out", run, "--export", pairs)
     votes = tmp_path / "choices.jsonl"
     votes.write_text('{"pair": "zzz", "choice": "left"}\n')
-    done = run_here("judge", path, "--out", run, "--resume", "--import", votes)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"{votes}: has a vote on pair 'zzz', which this search has not written" in done.stderr
+    assert f"{votes}: has a vote on pair 'zzz', which this search has not written" in refusal(
+        "judge", path, "--out", run, "--resume", "--import", votes
+    )
     file = VoteFile(run / "votes.jsonl")
     (one,) = file.rounds
     file.close(one)
@@ -665,10 +656,8 @@ def test_a_search_by_a_rubric(tmp_path: Path, family: Family) -> None:
         "rubric": "{prompt} {response}", "good": " w5", "bad": " w6", "max_new_tokens": 2, "limit": 4,
     }]  # fmt: skip
     document["search"] = {"generations": 2, "population": 4}
-    path.write_text(yaml.safe_dump(document))
-    done = run_here("search", path, "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    run_here("search", write_yaml(path, document), "--out", tmp_path / "run")
+    result = read_json(tmp_path / "run" / "result.json")
     rows = {row["role"]: row["heldout_scores"]["polite/log_odds"] for row in result["table"]}
     assert {"base", "parent", "winner"} <= rows.keys() and all(map(np.isfinite, rows.values()))
     assert (
@@ -705,6 +694,13 @@ def voted_on(
     return thread, strengths
 
 
+def waiting_ballot(folder: Path, answers: str = "ab", **voting: Any) -> Ballot:
+    """A ballot whose search waits for the votes of its first round."""
+    one = ballot(folder, **voting)
+    voted_on(one, [*answers])
+    return one
+
+
 def asked_in_turn(one: Ballot, judges: list[str], choice: str = "left") -> list[Question]:
     """The questions of some judges, each of which is answered before the next one is asked."""
     questions = []
@@ -719,8 +715,7 @@ def test_the_weight_of_a_judge_is_that_of_the_config(tmp_path: Path) -> None:
     strengths = []
     for name, weights in (("plain", {}), ("weighted", {"ann": 3.0, "bob": 0.0})):
         (tmp_path / name).mkdir()
-        one = ballot(tmp_path / name, judges=weights)
-        voted_on(one, ["a", "b"])
+        one = waiting_ballot(tmp_path / name, weights=weights)
         asked_in_turn(one, ["ann"])
         strengths.append(abs(one.standing()["strengths"][0][1]))
         asked_in_turn(one, ["bob", "cid"])
@@ -730,8 +725,7 @@ def test_the_weight_of_a_judge_is_that_of_the_config(tmp_path: Path) -> None:
 
 
 def test_a_second_judge_answers_some_questions_of_the_first(tmp_path: Path) -> None:
-    one = ballot(tmp_path)
-    voted_on(one, ["a", "b", "c", "d"])
+    one = waiting_ballot(tmp_path, "abcd")
     asked_in_turn(one, ["ann"] * 3)
     questions = asked_in_turn(one, ["bob", "bob"])
     (agreement,) = one.agreements()
@@ -743,13 +737,11 @@ def test_a_second_judge_answers_some_questions_of_the_first(tmp_path: Path) -> N
 
 
 def test_a_bout_is_some_prompts_in_a_row_and_goes_on_after_a_restart(tmp_path: Path) -> None:
-    one = ballot(tmp_path, bout=3)
-    voted_on(one, ["a", "b", "c", "d"])
+    one = waiting_ballot(tmp_path, "abcd", bout=3)
     first = asked_in_turn(one, ["ann"])
     asked_in_turn(one, ["bob"])
     assert len(one.bout("ann")) == 1
-    again = ballot(tmp_path, bout=3)
-    voted_on(again, ["a", "b", "c", "d"])
+    again = waiting_ballot(tmp_path, "abcd", bout=3)
     others = asked_in_turn(again, ["ann", "ann"], "right")
     assert {question.candidates for question in (*first, *others)} == {first[0].candidates}
     assert len({question.example for question in (*first, *others)}) == 3
@@ -795,16 +787,14 @@ def test_candidates_with_the_same_answers_are_as_good_as_each_other(tmp_path: Pa
 
 
 def test_votes_of_another_run_are_refused(tmp_path: Path) -> None:
-    one = ballot(tmp_path)
-    voted_on(one, ["a", "b"])
+    one = waiting_ballot(tmp_path)
     asked_in_turn(one, ["ann"])
     with pytest.raises(InputError, match=r"votes\.jsonl: its votes on task taste are of other candidates"):
         ballot(tmp_path).strengths(one.task, np.array([[0.5], [0.6]]), [["x"] * 3, ["y"] * 3])
 
 
 def test_a_page_without_the_token_is_refused(tmp_path: Path) -> None:
-    one = ballot(tmp_path)
-    voted_on(one, ["a", "b"])
+    one = waiting_ballot(tmp_path)
     with served([one]) as address:
         host = address.rsplit("/", 2)[0]
         number = httpx.get(f"{address}state?judge=ann").json()["question"]["number"]
@@ -822,8 +812,7 @@ def test_a_page_without_the_token_is_refused(tmp_path: Path) -> None:
 
 
 def test_requests_of_other_pages_are_refused(tmp_path: Path) -> None:
-    one = ballot(tmp_path)
-    voted_on(one, ["a", "b"])
+    one = waiting_ballot(tmp_path)
     with served([one]) as address:
         own = address.rsplit("/", 2)[0]
         number = httpx.get(f"{address}state?judge=ann", headers={"Origin": own}).json()["question"]["number"]
@@ -858,8 +847,7 @@ MALFORMED = [
 
 
 def test_requests_that_are_none_print_nothing_and_hinder_nobody(tmp_path: Path, capfd: Any, caplog: Any) -> None:
-    one = ballot(tmp_path)
-    voted_on(one, ["a", "b"])
+    one = waiting_ballot(tmp_path)
     with served([one]) as address:
         port, token = int(address.split(":")[2].split("/")[0]), address.split("/")[3]
         for request in MALFORMED:
@@ -873,8 +861,7 @@ def test_requests_that_are_none_print_nothing_and_hinder_nobody(tmp_path: Path, 
 
 
 def test_no_more_of_a_body_is_read_than_it_may_have(tmp_path: Path) -> None:
-    one = ballot(tmp_path)
-    voted_on(one, ["a", "b"])
+    one = waiting_ballot(tmp_path)
     with served([one]) as address:
         port, token = int(address.split(":")[2].split("/")[0]), address.split("/")[3]
         head = f"POST /{token}/vote HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
@@ -915,7 +902,7 @@ def test_the_token_is_its_users_alone_from_its_first_moment(tmp_path: Path, monk
 def test_one_process_alone_tries_the_port(tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     path, tried = config(tmp_path, family, None), list[int]()
     monkeypatch.setattr(opening, "listen", tried.append)
-    problem = build_problem(path, read_config(path, [], None))
+    problem = open_problem(path)
     monkeypatch.setattr("jax.process_count", lambda: 2)
     with pytest.raises(InputError, match="people judge searches of one process; leave --distributed out"):
         opening.check_judges(path, tmp_path / "run", problem, opening.JudgeOptions(port=8000), resume=False)
@@ -930,8 +917,7 @@ def test_one_process_alone_tries_the_port(tmp_path: Path, family: Family, monkey
     ],
 )  # fmt: skip
 def test_a_vote_that_is_none_is_refused(tmp_path: Path, body: str | bytes) -> None:
-    one = ballot(tmp_path)
-    voted_on(one, ["a", "b"])
+    one = waiting_ballot(tmp_path)
     with served([one]) as address:
         answer = httpx.post(f"{address}vote", content=body, headers={"Content-Type": "application/json"})
         assert answer.status_code == 400 and answer.text == "expected task, number, choice and judge"
@@ -939,8 +925,7 @@ def test_a_vote_that_is_none_is_refused(tmp_path: Path, body: str | bytes) -> No
 
 
 def test_a_name_that_no_file_can_hold_hinders_nobody(tmp_path: Path) -> None:
-    one = ballot(tmp_path)
-    voted_on(one, ["a", "b", "c", "d"])
+    one = waiting_ballot(tmp_path, "abcd")
     with served([one]) as address:
         for judge in ("\ud800\x1b[31m<b>\0", "bob"):
             for _ in range(3):
@@ -957,8 +942,7 @@ def test_a_name_that_no_file_can_hold_hinders_nobody(tmp_path: Path) -> None:
 
 
 def test_two_judges_have_different_questions_and_a_port_in_use_is_named(tmp_path: Path) -> None:
-    one = ballot(tmp_path)
-    voted_on(one, ["a", "b", "c", "d"])
+    one = waiting_ballot(tmp_path, "abcd")
     with served([one]) as address:
         asked = [httpx.get(f"{address}state?judge={judge}").json()["question"]["number"] for judge in "xyx"]
         assert asked[0] == asked[2] != asked[1]
@@ -968,8 +952,7 @@ def test_two_judges_have_different_questions_and_a_port_in_use_is_named(tmp_path
 
 
 def test_the_question_of_a_judge_who_left_goes_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = ballot(tmp_path)
-    voted_on(one, ["a", "b"])
+    one = waiting_ballot(tmp_path)
     left = one.question("ann")
     assert left is not None and one.question("bob") is None
     monkeypatch.setattr(ballots, "PATIENCE", -1.0)
@@ -978,8 +961,7 @@ def test_the_question_of_a_judge_who_left_goes_to_the_next(tmp_path: Path, monke
 
 
 def test_the_question_of_a_closed_page_goes_to_the_next_at_once(tmp_path: Path) -> None:
-    one = ballot(tmp_path)
-    voted_on(one, ["a", "b"])
+    one = waiting_ballot(tmp_path)
     with served([one]) as address:
 
         def question(judge: str) -> Any:
@@ -993,8 +975,7 @@ def test_the_question_of_a_closed_page_goes_to_the_next_at_once(tmp_path: Path) 
 
 
 def test_links_to_the_page_stay_good_and_it_says_when_the_search_has_ended(tmp_path: Path) -> None:
-    one = ballot(tmp_path)
-    voted_on(one, ["a", "b"])
+    one = waiting_ballot(tmp_path)
 
     def wait_for_the_end(address: str) -> None:
         while not httpx.get(f"{address}state?judge=ann").json()["ended"]:
@@ -1011,8 +992,7 @@ def test_links_to_the_page_stay_good_and_it_says_when_the_search_has_ended(tmp_p
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 def test_an_answer_of_the_server_from_before_a_vote_is_not_shown_after_it(tmp_path: Path) -> None:
-    one = ballot(tmp_path)
-    voted_on(one, ["a", "b", "c", "d"])
+    one = waiting_ballot(tmp_path, "abcd")
     with served([one]) as address, Browser(tmp_path) as browser:
         browser.open(address)
         browser.wait("open !== null")
@@ -1083,7 +1063,7 @@ def test_pictures_stand_in_a_file_of_pairs_and_before_functions(tmp_path: Path) 
     by_file = Ballot(one.task, VoteFile(tmp_path / "file.jsonl"), 1, 0, pairs=pairs)
     with pytest.raises(VotesAwaited):
         by_file.strengths(one.task, np.array([[0.0], [1.0]]), drawn)
-    rows = list(map(json.loads, pairs.read_text().splitlines()))
+    rows = list(read_lines(pairs))
     assert rows and all(row["pictures"] and row["left"].startswith("data:image/png;base64,") for row in rows)
 
 
@@ -1248,12 +1228,12 @@ def test_the_page_says_what_happens_at_each_of_its_moments(
                 os.kill(os.getpid(), signal.SIGINT)
 
         judging.add_done_callback(stop)
-        done = run_here("judge", path, "--out", run, "--port", port, "--set", "search.generations=2")
+        done = run_here("judge", path, "--out", run, "--port", port, "--set", "search.generations=2", status=None)
         judging.result()
     assert done.returncode == 0, done.stderr
     # Two held-out votes prove nothing, and neither the page, the terminal nor the card claims or measures anything.
     verdicts, card = (
-        json.loads((run / "result.json").read_text())["verdicts"],
+        read_json(run / "result.json")["verdicts"],
         (run / "best/model/README.md").read_text(),
     )
     judged = [text for text in verdicts if "held-out meetings" in text]
@@ -1269,8 +1249,7 @@ def test_the_page_says_what_happens_at_each_of_its_moments(
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 def test_a_page_whose_search_is_gone_says_so_and_asks_no_more(tmp_path: Path) -> None:
-    one = ballot(tmp_path)
-    voted_on(one, ["a", "b"])
+    one = waiting_ballot(tmp_path)
     with Browser(tmp_path) as browser:
         with suppress(KeyboardInterrupt), served([one]) as address:
             browser.open(address)

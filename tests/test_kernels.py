@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from helpers import ALL, OF_MERGEKIT, sample
+from helpers.models import OF_MERGEKIT
+from helpers.sampling import ALL, sample
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays

@@ -3,7 +3,6 @@ that can do either is listed with its arguments, and no other is there. Classes 
 that the libraries have."""
 
 import ast
-import json
 import re
 from collections import Counter
 from functools import cache
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.files import write_json
 
 import evojax_merge
 from evojax_merge.checkpoints.allowed_classes import COMPONENTS, check_folder, library_class
@@ -166,7 +166,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("file", "document", "says"), REFUSED, ids=lambda value: str(value)[:60])
 def test_files_that_name_more_than_a_model(file: str, document: dict[str, Any], says: str, tmp_path: Path) -> None:
-    (tmp_path / file).write_text(json.dumps(document))
+    write_json(tmp_path / file, document)
     with pytest.raises(InputError, match=re.escape(says)) as caught:
         check_folder(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
@@ -185,7 +185,7 @@ def test_files_of_usual_folders_are_taken(tmp_path: Path) -> None:
         PROCESSOR: {"processor_class": "NobodysProcessor", "image_processor": {"image_processor_type": None}},
         "model.safetensors.index.json": {"weight_map": {"a": "model-1.safetensors", "b": "onnx/model.safetensors"}},
     }.items():  # fmt: skip
-        (tmp_path / file).write_text(json.dumps(document))
+        write_json(tmp_path / file, document)
     check_folder(tmp_path)
 
 
@@ -205,7 +205,7 @@ MODULES: list[tuple[Any, str]] = [
 def test_modules_of_a_sentence_transformer(modules: Any, says: str, tmp_path: Path) -> None:
     from evojax_merge.backends.torch.folders import open_module
 
-    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    write_json(tmp_path / "modules.json", modules)
     with pytest.raises(InputError, match=says) as caught:
         open_module(tmp_path)
     assert "modules.json: [0]" in str(caught.value)
@@ -225,7 +225,7 @@ SETTINGS: list[dict[str, Any]] = [
 def test_settings_of_a_sentence_transformers_module(settings: dict[str, Any], tmp_path: Path) -> None:
     from evojax_merge.backends.torch.folders import open_module
 
-    (tmp_path / "modules.json").write_text(json.dumps([POOLING]))
-    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 8} | settings))
+    write_json(tmp_path / "modules.json", [POOLING])
+    write_json(tmp_path / "sentence_bert_config.json", {"max_seq_length": 8} | settings)
     with pytest.raises(InputError, match=f"sentence_bert_config.json: {next(iter(settings))}: "):
         open_module(tmp_path)

@@ -1,10 +1,10 @@
 """The tables of what the program knows, and of what it found."""
 
 import pytest
+from helpers.commands import command, run_here
 from merge_kernels import METHODS
 from rich.progress import Progress
 
-from evojax_merge.cli import cli, run
 from evojax_merge.config.documents import keys_of
 from evojax_merge.config.search_config import Config
 from evojax_merge.models.architecture import model_types
@@ -16,7 +16,7 @@ from evojax_merge.search.strategies.registry import strategy_names
 
 def listed(what: str, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
-    assert run(lambda: cli.main(what.split(), standalone_mode=False)) == 0
+    assert command(*what.split()) == 0
     return capsys.readouterr().out
 
 
@@ -78,8 +78,7 @@ def test_the_keys_of_a_section_alone(capsys: pytest.CaptureFixture[str]) -> None
     assert [name for name in names if name] == [
         "search.stop", *(f"search.stop.{name}" for name in ("evaluations", "seconds", "target", "stagnation")),
     ]  # fmt: skip
-    assert run(lambda: cli.main(["keys", "serch"], standalone_mode=False)) == 2
-    assert capsys.readouterr().err == "error: keys: serch: no such key (did you mean 'search'?)\n"
+    assert run_here("keys", "serch", status=2).stderr == "error: keys: serch: no such key (did you mean 'search'?)\n"
 
 
 def test_a_name_that_says_its_role_stands_alone() -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import sample
+from helpers.sampling import sample
 
 from evojax_merge.evaluation.costs import temporary_bytes
 from evojax_merge.models import attention as attention_module

@@ -7,18 +7,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import (
-    examples_in,
-    greedy_tokens,
-    load_decoder,
-    load_torch,
-    logits,
-    random_model,
-    save,
-    word_tokenizer,
-    words,
-    write_lines,
-)
+from helpers.decoders import greedy_tokens, load_decoder, logits
+from helpers.files import examples_in, write_lines
+from helpers.models import load_torch, random_model, save, word_tokenizer, words
 from reference.torch_models import torch_logits, torch_logprobs
 
 from evojax_merge.errors import InputError
@@ -94,8 +85,7 @@ def test_rows_on_both_sides_share_nothing(folder: Path, tmp_path: Path) -> None:
     config, model = load_decoder(folder)
     tokenizer = word_tokenizer(words(64))
     ids = {word: i for i, word in enumerate(words(64))}
-    file = write_lines(tmp_path / "texts.jsonl", texts([36, 39, 40, 60]))
-    tasks = [task(file, "multiple_choice", "margin")]
+    tasks = [task(write_lines(tmp_path / "texts.jsonl", texts([36, 39, 40, 60])), "multiple_choice", "margin")]
     batched = batch_tasks([tasks], tokenizer, 256, 160, (2,), 64, config.position_switch)[0]
     found = DecoderEvaluator(config, tokenizer, batched).stored(model).matrices["multiple_choice"]["margin"][0]
     model, expected = load_torch(folder), []

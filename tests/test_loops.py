@@ -1,12 +1,13 @@
 """The looped family of the zoo: what its chains come to, what is trained, and that nothing asked for was seen."""
 
-import json
 from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import hidden_states, thorough
+from helpers.decoders import hidden_states
+from helpers.files import read_lines
+from helpers.sampling import thorough
 
 from evojax_merge import zoo
 from evojax_merge.checkpoints.bank import load_path_bank, load_stored
@@ -85,7 +86,7 @@ def test_a_family_is_files_of_the_zoo(family: Path, monkeypatch: pytest.MonkeyPa
     assert zoo.resolve_reference("zoo:loops/7/base") == family / "base"
     weights = [(family / name / "model.safetensors").read_bytes() for name in loops.MODELS]
     assert len(set(weights)) == 3
-    records = [json.loads(line) for line in (family / "heldout.jsonl").read_text().splitlines()]
+    records = read_lines(family / "heldout.jsonl")
     assert len(records) == 20
     for record in records:
         operation, *numbers = record["prompt"].split()

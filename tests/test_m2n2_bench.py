@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import thorough
+from helpers.sampling import thorough
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.searches import m2n2

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import sample
+from helpers.sampling import sample
 from merge_kernels import (
     METHODS,
     CombineInputs,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import sample, thorough
+from helpers.sampling import sample, thorough
 from merge_kernels import METHODS
 
 from evojax_merge.evaluation import passes

@@ -1,6 +1,5 @@
 """mergekit-evolve's YAML: a point is the merge that mergekit's own genome makes of it, and what is refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family, read_recipe, state, tiny_config, write_lines
+from helpers.families import Family, build_family
+from helpers.files import read_json, read_recipe, write_lines, write_yaml
+from helpers.mergekit import assert_same_tensors
+from helpers.models import state, tiny_config
 from mergekit.evo.genome import ModelGenome, ModelGenomeDefinition
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -42,7 +44,7 @@ def write_task(folder: Path) -> None:
         "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "c", "doc_to_target": "a",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }  # fmt: skip
-    (folder / "own_task.yaml").write_text(yaml.safe_dump(task))
+    write_yaml(folder / "own_task.yaml", task)
 
 
 def write_config(folder: Path, family: Family, genome: dict[str, Any], **others: Any) -> Path:
@@ -52,9 +54,7 @@ def write_config(folder: Path, family: Family, genome: dict[str, Any], **others:
         "tasks": [{"name": "own_task", "weight": 1.0, "metric": "acc,none", "include_path": "."}],
         "apply_chat_template": False,
     }
-    path = folder / "evolve.yaml"
-    path.write_text(yaml.safe_dump(document | others))
-    return path
+    return write_yaml(folder / "evolve.yaml", document | others)
 
 
 def open_problem(path: Path, *overrides: str) -> SearchProblem:
@@ -108,10 +108,7 @@ def test_a_point_is_the_merge_that_mergekit_makes_of_it(name: str, family4: Fami
         values[parameter] = np.concatenate(rows)
     (tmp_path / "recipe.yaml").write_text(problem.backend.recipe(space.genome(values)))
     merge_to(prepare(read_recipe(tmp_path / "recipe.yaml")), tmp_path / "ours", card="")
-    ours, wanted = state(tmp_path / "ours"), state(tmp_path / "theirs")
-    assert ours.keys() == wanted.keys()
-    for tensor, array in wanted.items():
-        np.testing.assert_allclose(ours[tensor], array, atol=2e-5, err_msg=tensor)
+    assert_same_tensors(state(tmp_path / "ours"), state(tmp_path / "theirs"), rtol=1e-7, atol=2e-5)
 
 
 def test_slerp_reaches_the_merges_that_mergekit_does(family4: Family, tmp_path: Path) -> None:
@@ -174,7 +171,7 @@ def test_a_benchmark_is_searched_by_what_the_refusal_advises(
     path = write_config(tmp_path, family4, {"merge_method": "ties"}, tasks=[task])
     definition = yaml.safe_load((tmp_path / "own_task.yaml").read_text())
     definition |= {"task": "gsm8k_mine", "training_split": "test"}
-    (tmp_path / "gsm8k_mine.yaml").write_text(yaml.safe_dump(definition))
+    write_yaml(tmp_path / "gsm8k_mine.yaml", definition)
     advice = r"take split: train or a task of your own \(include_path\), or say on_test_set: true$"
     with pytest.raises(InputError, match=advice):
         open_problem(path)
@@ -228,7 +225,7 @@ def test_a_search_runs_from_the_file_as_it_is(family4: Family, tmp_path: Path) -
     run = tmp_path / "run"
     search_command.search(path, run, False, False, 3, ["search.generations=2", "search.population=4"])
     assert len((run / "history.jsonl").read_text().splitlines()) == 2
-    result = json.loads((run / "result.json").read_text())
+    result = read_json(run / "result.json")
     assert {row["role"] for row in result["table"]} == {"base", "parent", "uniform", "winner"}
     assert all("own_task/acc,none" in row["heldout_scores"] for row in result["table"])
     # Two knots of two weights and densities for each of three parameter sets.

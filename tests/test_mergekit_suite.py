@@ -4,7 +4,6 @@ programs, and the tensors are compared. Of methods that draw at random the model
 Tokens and chat templates are in test_tokens.py and test_parity.py.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import state
+from helpers.files import read_json
+from helpers.mergekit import assert_same_tensors, merge_by_mergekit
+from helpers.models import state
 from safetensors.torch import load_file
 
 from evojax_merge.errors import InputError
@@ -72,16 +73,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def merged(document: dict[str, Any], out: Path) -> Path:
     merge_to(prepare(parse_recipe(Path("recipe.yaml"), document)), out, card="")
-    return out
-
-
-def merged_by_mergekit(document: dict[str, Any], out: Path) -> Path:
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import run_merge
-    from mergekit.options import MergeOptions
-
-    options = MergeOptions(quiet=True, clone_tensors=True, write_model_card=False)
-    run_merge(MergeConfiguration.model_validate(document), str(out), options)
     return out
 
 
@@ -171,11 +162,10 @@ def tensors_of(folder: Path, family: str) -> dict[str, np.ndarray]:
 def test_the_models_are_mergekit_s(case: str, models: Path, tmp_path: Path) -> None:
     family, document = RECIPES[case]
     found = merged(named(document, models, family), tmp_path / "ours")
-    expected = merged_by_mergekit(named(document, models / "mergekit", family), tmp_path / "theirs")
+    expected = merge_by_mergekit(named(document, models / "mergekit", family), tmp_path / "theirs")
     one, other = tensors_of(found, family), tensors_of(expected, family)
-    for name, values in other.items():
-        np.testing.assert_allclose(one[name], values, rtol=1e-4, atol=2e-6, err_msg=name)
-    config = json.loads((found / "config.json").read_text())
+    assert_same_tensors(one, other, rtol=1e-4, atol=2e-6)
+    config = read_json(found / "config.json")
     if family == "gpt2":
         assert config["n_layer"] == (6 if "slices" in document else 3)
 
@@ -187,8 +177,7 @@ def test_each_expert_is_trimmed_by_itself_however_experts_are_stored(models: Pat
     other = merged(named(document, models / "mergekit", "mixtral"), tmp_path / "fused")
     assert state(models / "mixtral_a").keys() != state(models / "mergekit" / "mixtral_a").keys()
     expected = tensors_of(one, "mixtral")
-    for name, values in tensors_of(other, "mixtral").items():
-        np.testing.assert_array_equal(values, expected[name], err_msg=name)
+    assert_same_tensors(tensors_of(other, "mixtral"), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "llava"])
@@ -219,7 +208,7 @@ def test_what_is_drawn_at_random_or_measured_closely_is_a_model(
 def test_an_epsilon_beyond_the_density_is_refused_as_by_mergekit(models: Path, tmp_path: Path) -> None:
     document = named(of_two("della", "c", density=0.66, epsilon=1.35), models, "llama")
     with pytest.raises(ValueError, match="psilon"):
-        merged_by_mergekit(document, tmp_path / "theirs")
+        merge_by_mergekit(document, tmp_path / "theirs")
     with pytest.raises(InputError, match="epsilon"):
         merged(document, tmp_path / "ours")
 

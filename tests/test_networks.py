@@ -1,6 +1,5 @@
 """Networks with batch norms that are measured anew, modules of the user's own, and networks that `evaluate` scores."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,17 @@ import pytest
 import torch
 import transformers
 import yaml
-from click.testing import CliRunner
+from helpers.commands import run_here
+from helpers.files import read_json, read_lines, write_json
+from helpers.models import randomised
+from helpers.searches import problem_of
 from safetensors.torch import load_file, load_model, save_file, save_model
 
 import evojax_merge as em
 from evojax_merge.backends.torch.backend import on_cores
 from evojax_merge.backends.torch.folders import open_module
-from evojax_merge.cli import cli
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import ONE_DEVICE
-from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.steps.planning import make_plan
 from evojax_merge.steps.selection import open_evaluators
 
@@ -48,22 +48,13 @@ def nothing():
 """
 
 
-def randomised(model: Any, seed: int) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            drawn = torch.randn(tensor.shape, generator=generator) * 0.3
-            tensor.copy_(drawn.abs() + 0.5 if name.endswith("running_var") else drawn)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def nets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """State dicts of a module of the user's own, its file, and arrays. Read only."""
     folder = tmp_path_factory.mktemp("nets")
     (folder / "net.py").write_text(OWN)
     for seed in (1, 2):
-        save_file(randomised(made(folder / "net.py"), seed).state_dict(), str(folder / f"net{seed}.safetensors"))
+        save_file(randomised(made(folder / "net.py"), seed, 0.3).state_dict(), str(folder / f"net{seed}.safetensors"))
     rng = np.random.default_rng(0)
     pixels = rng.normal(1.0, 2.0, (12, 1, SIDE, SIDE)).astype(np.float32)
     np.savez(folder / "arrays.npz", pixels=pixels, label=np.arange(12) % CLASSES)
@@ -86,17 +77,6 @@ def document(folder: Path, **changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
-def problem_of(path: Path, config: dict[str, Any]) -> SearchProblem:
-    return build_problem(path, config_from(path, config, [], None))
-
-
-def command(*arguments: Any) -> str:
-    result = CliRunner().invoke(cli, list(map(str, arguments)))
-    if result.exit_code:
-        raise result.exception or AssertionError(result.output)
-    return result.output
-
-
 def log_probability(module: Any, pixels: np.ndarray, labels: np.ndarray) -> float:
     with torch.no_grad():
         scores = module(torch.tensor(pixels)).log_softmax(-1)
@@ -104,10 +84,9 @@ def log_probability(module: Any, pixels: np.ndarray, labels: np.ndarray) -> floa
 
 
 def test_a_module_of_the_users_own_is_searched_and_exported(nets: Path, tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(document(nets)))
-    command("search", config, "--out", tmp_path / "run")
-    winner = json.loads((tmp_path / "run" / "result.json").read_text())["table"][-1]
+    config = write_json(tmp_path / "config.yaml", document(nets))
+    run_here("search", config, "--out", tmp_path / "run")
+    winner = read_json(tmp_path / "run" / "result.json")["table"][-1]
     model = made(nets / "net.py")
     load_model(model, tmp_path / "run" / "best" / "model" / "model.safetensors")
     chosen = np.array(problem_of(config, document(nets)).splits.heldout[0].indices)
@@ -122,13 +101,13 @@ def test_the_module_of_the_guide_has_batch_norms_that_are_measured_anew(tmp_path
     (tmp_path / "my_network.py").write_text(code)
     (tmp_path / "search.yaml").write_text(config + "search: {generations: 2, population: 3}\n")
     for number, name in enumerate(("first", "second")):
-        save_model(randomised(made(tmp_path / "my_network.py"), number), str(tmp_path / f"{name}.safetensors"))
+        save_model(randomised(made(tmp_path / "my_network.py"), number, 0.3), str(tmp_path / f"{name}.safetensors"))
     pixels = np.random.default_rng(0).normal(1.0, 2.0, (12, 1, SIDE, SIDE)).astype(np.float32)
     labels = np.arange(12) % CLASSES
     np.savez(tmp_path / "images.npz", input=pixels, label=labels)
-    command("search", tmp_path / "search.yaml", "--out", tmp_path / "run")
-    winner = json.loads((tmp_path / "run" / "result.json").read_text())["table"][-1]
-    command("export", tmp_path / "run", tmp_path / "out")
+    run_here("search", tmp_path / "search.yaml", "--out", tmp_path / "run")
+    winner = read_json(tmp_path / "run" / "result.json")["table"][-1]
+    run_here("export", tmp_path / "run", tmp_path / "out")
     model = made(tmp_path / "my_network.py")
     load_model(model, tmp_path / "out" / "model.safetensors")
     convolution, norm = model.eval()[:2]
@@ -216,47 +195,46 @@ def test_networks_are_evaluated(tmp_path: Path) -> None:
     np.savez(tmp_path / "arrays.npz", pixel_values=pixels, label=np.arange(6) % CLASSES)
     tasks = tmp_path / "tasks.yaml"
     section = {"name": "classes", "kind": "classification", "file": "arrays.npz"}
-    tasks.write_text(json.dumps({"tasks": [section]}))
-    model = randomised(transformers.ViTForImageClassification(config), 1)
+    write_json(tasks, {"tasks": [section]})
+    model = randomised(transformers.ViTForImageClassification(config), 1, 0.3)
     model.save_pretrained(tmp_path / "model")
-    command(
+    run_here(
         "evaluate", tmp_path / "model", "--tasks", tasks, "--json", tmp_path / "scores.json", "--samples",
         tmp_path / "samples.jsonl",
     )  # fmt: skip
     with torch.no_grad():
         right = (model(torch.tensor(pixels)).logits.argmax(-1).numpy() == np.arange(6) % CLASSES).astype(float)
-    (row,) = json.loads((tmp_path / "scores.json").read_text())
+    (row,) = read_json(tmp_path / "scores.json")
     assert row["scores"] == {"classes/accuracy": pytest.approx(right.mean())}
-    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    samples = read_lines(tmp_path / "samples.jsonl")
     assert [sample["score"] for sample in samples] == right.tolist()
 
 
 def test_modules_of_the_users_own_are_evaluated(nets: Path, tmp_path: Path) -> None:
     """Files, runs and winners, by a run's config and by a file of tasks that names the backend."""
     config, run, out = tmp_path / "config.yaml", tmp_path / "run", tmp_path / "scores.json"
-    config.write_text(json.dumps(document(nets, evaluation={"recalibrate": True})))
-    command("search", config, "--out", run)
-    table = json.loads((run / "result.json").read_text())["table"]
+    run_here("search", write_json(config, document(nets, evaluation={"recalibrate": True})), "--out", run)
+    table = read_json(run / "result.json")["table"]
     expected = [table[number]["heldout_scores"]["classes/log_probability"] for number in (-1, -1, 0)]
     models = (run, run / "best" / "model", nets / "net1.safetensors")
-    command("evaluate", *models, "--tasks", run / "config.yaml", "--split", "heldout", "--json", out)
-    scores = [row["scores"]["classes/log_probability"] for row in json.loads(out.read_text())]
+    run_here("evaluate", *models, "--tasks", run / "config.yaml", "--split", "heldout", "--json", out)
+    scores = [row["scores"]["classes/log_probability"] for row in read_json(out)]
     assert scores == pytest.approx(expected, abs=1e-5)
     # Batch norms of the winner are measured on the search's examples again.
     written = em.open_run(run).best.export(tmp_path / "again")
     assert (written / "model.safetensors").read_bytes() == (run / "best/model/model.safetensors").read_bytes()
     alone = {"tasks": document(nets)["tasks"], "backend": "net.py:make"}
     (tmp_path / "net.py").write_text(OWN)
-    (tmp_path / "tasks.yaml").write_text(json.dumps(alone))
-    command("evaluate", *models, "--tasks", tmp_path / "tasks.yaml", "--json", out)
+    write_json(tmp_path / "tasks.yaml", alone)
+    run_here("evaluate", *models, "--tasks", tmp_path / "tasks.yaml", "--json", out)
     model, arrays = made(nets / "net.py").eval(), np.load(nets / "arrays.npz")
-    for row, file in zip(json.loads(out.read_text()), (models[1] / "model.safetensors",) * 2 + models[2:], strict=True):
+    for row, file in zip(read_json(out), (models[1] / "model.safetensors",) * 2 + models[2:], strict=True):
         load_model(model, file)
         score = log_probability(model, arrays["pixels"], arrays["label"])
         assert row["scores"]["classes/log_probability"] == pytest.approx(score, abs=1e-5)
-    (tmp_path / "tasks.yaml").write_text(json.dumps({"tasks": alone["tasks"]}))
-    with pytest.raises(InputError, match=r"own modules need backend: FILE.py:NAME"):
-        command("evaluate", run, "--tasks", tmp_path / "tasks.yaml")
+    write_json(tmp_path / "tasks.yaml", {"tasks": alone["tasks"]})
+    refused = run_here("evaluate", run, "--tasks", tmp_path / "tasks.yaml", status=2)
+    assert "own modules need backend: FILE.py:NAME" in refused.stderr
 
 
 @pytest.mark.parametrize("name", ["image", "text", "audio"])
@@ -267,7 +245,7 @@ def test_an_array_may_have_any_name(name: str, tmp_path: Path) -> None:
         "def make():\n    return Net(4, 3)\n"
     )
     for seed in (1, 2):
-        save_model(randomised(made(tmp_path / "own.py"), seed), str(tmp_path / f"own{seed}.safetensors"))
+        save_model(randomised(made(tmp_path / "own.py"), seed, 0.3), str(tmp_path / f"own{seed}.safetensors"))
     rows, labels = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32), np.arange(8) % CLASSES
     np.savez(tmp_path / "arrays.npz", label=labels, **{name: rows})
     task = {"name": "classes", "kind": "classification", "file": "arrays.npz", "metric": "log_probability"}
@@ -369,7 +347,7 @@ def test_no_batch_norm_is_measured_where_there_is_none(tmp_path: Path) -> None:
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=SIDE, patch_size=4
     )
     for seed in (1, 2):
-        randomised(transformers.ViTForImageClassification(config), seed).save_pretrained(tmp_path / f"model{seed}")
+        randomised(transformers.ViTForImageClassification(config), seed, 0.3).save_pretrained(tmp_path / f"model{seed}")
     task = {"name": "classes", "kind": "classification", "file": "arrays.npz"}
     search = {
         "backend": "torch", "parents": ["model1", "model2"], "space": {"method": "linear"}, "tasks": [task],

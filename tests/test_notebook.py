@@ -5,7 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from helpers import Family, stand_in_for_the_zoo
+from helpers.families import Family, stand_in_for_the_zoo
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent

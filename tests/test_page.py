@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from helpers import Family, build_family, run_here
+from helpers.commands import refusal, run_here
+from helpers.families import Family, build_family
+from helpers.files import read_json, read_lines, write_json, write_yaml
+from helpers.searches import search_config
 from hostile import run_command, start_command
 
 from evojax_merge.errors import Failed
@@ -101,7 +103,7 @@ def make_run(
         "search": {"strategy": "cma_es", "population": population, "generations": generations},
         "inputs": {"/gone/base/model.safetensors": "f81837859fa38fd5"},
     } | config  # fmt: skip
-    (folder / "config.yaml").write_text(yaml.safe_dump(document))
+    write_yaml(folder / "config.yaml", document)
     best = -math.inf
     with (folder / "history.jsonl").open("w") as history, (folder / "timing.jsonl").open("w") as timing:
         for number in range(1, generations + 1):
@@ -120,7 +122,7 @@ def make_run(
             history.write(json.dumps(row) + "\n")
             timing.write(json.dumps({"generation": number, "seconds": 0.5}) + "\n")
     if finished:
-        (folder / "result.json").write_text(json.dumps(make_result(generations, genes)))
+        write_json(folder / "result.json", make_result(generations, genes))
     return folder
 
 
@@ -148,8 +150,8 @@ def make_result(generations: int, genes: int) -> dict[str, Any]:
 
 
 def edit_result(run: Path, **changes: Any) -> None:
-    result = json.loads((run / "result.json").read_text())
-    (run / "result.json").write_text(json.dumps(result | changes))
+    result = read_json(run / "result.json")
+    write_json(run / "result.json", result | changes)
 
 
 class Page(HTMLParser):
@@ -239,8 +241,8 @@ def test_every_number_on_the_page_is_one_of_the_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     write_page(RunFolder(run))
     page = Page(run / "report.html")
-    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
-    result = json.loads((run / "result.json").read_text())
+    history = read_lines(run / "history.jsonl")
+    result = read_json(run / "result.json")
     stored = numbers_in(result)
     assert len(page.numbers) >= 15
     for value, text in page.numbers:
@@ -321,7 +323,7 @@ def test_few_examples_and_equal_scores_are_called_that(tmp_path: Path) -> None:
 
 def test_the_other_sections_show_the_runs_numbers_too(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", generations=8, pool={"methods": ["slerp"]})
-    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    rows = read_lines(run / "history.jsonl")
     for row in rows:
         # A member of a pool has its number before its genes.
         row["genomes"] = [[100 * row["generation"] + k, *genome[1:]] for k, genome in enumerate(row["genomes"])]
@@ -359,7 +361,7 @@ def test_drawn_candidates_and_the_sliders_frames_are_those_of_the_run(tmp_path: 
     edit_result(run, groups=[])
     write_page(RunFolder(run))
     page = Page(run / "report.html")
-    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    rows = read_lines(run / "history.jsonl")
     searched = {
         (*genome, float(f"{fitness:.6g}"))
         for row in rows for genome, fitness in zip(row["genomes"], row["fitness"], strict=True)
@@ -376,7 +378,7 @@ def test_drawn_candidates_and_the_sliders_frames_are_those_of_the_run(tmp_path: 
         place = met.index(max(met))
         assert label == f"generation {row['generation']} of 8, its best: fitness {row['fitness'][place]:.4f}"
         assert values == pytest.approx(row["genomes"][place], rel=1e-5)
-    assert frames["maps"][0]["values"][-1] == json.loads((run / "result.json").read_text())["genome"]
+    assert frames["maps"][0]["values"][-1] == read_json(run / "result.json")["genome"]
 
 
 def test_the_page_says_that_nothing_beat_the_first_parent(tmp_path: Path) -> None:
@@ -392,7 +394,7 @@ def test_the_importance_is_the_rank_correlation_of_the_last_half(tmp_path: Path)
     run = make_run(tmp_path / "run", generations=8)
     write_page(RunFolder(run))
     page = Page(run / "report.html")
-    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()][4:]
+    rows = read_lines(run / "history.jsonl")[4:]
     genomes = np.concatenate([row["genomes"] for row in rows])
     expected = [spearmanr(genes, np.concatenate([row["fitness"] for row in rows])).statistic for genes in genomes.T]
     drawn = page.column("importance", "correlation")
@@ -401,19 +403,14 @@ def test_the_importance_is_the_rank_correlation_of_the_last_half(tmp_path: Path)
 
 
 def test_a_search_writes_the_page_with_the_names_of_its_parameters(tmp_path: Path, family: Family) -> None:
-    document = {
-        "base": "base", "parents": ["parent0", "parent1"],
-        "space": {"method": "task_arithmetic", "layers_per_group": 2, "parameters": {"weight": {}}},
-        "tasks": [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}],
-        "search": {"generations": 3, "population": 4},
-    }  # fmt: skip
+    space = {"method": "task_arithmetic", "layers_per_group": 2, "parameters": {"weight": {}}}
+    document = search_config(None, 3, space=space)
     root = family.base.parent
-    (root / "page.yaml").write_text(yaml.safe_dump(document))
-    done = run_here("search", root / "page.yaml", "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
+    write_yaml(root / "page.yaml", document)
+    run_here("search", root / "page.yaml", "--out", tmp_path / "run")
     page = Page(tmp_path / "run" / "report.html")
     assert "finished" in page.text and "refresh" not in page.source.partition("<style>")[0]
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = read_json(tmp_path / "run" / "result.json")
     frames = page.frames
     (weights,) = frames["maps"]
     assert weights["rows"] == result["groups"] and weights["columns"] == ["parent0", "parent1"]
@@ -421,11 +418,11 @@ def test_a_search_writes_the_page_with_the_names_of_its_parameters(tmp_path: Pat
     assert weights["values"][-1] == pytest.approx(np.ravel(result["parameters"]["weight"]).tolist(), rel=1e-5, abs=1e-6)
     # The command makes the same page again.
     before = (tmp_path / "run" / "report.html").read_bytes()
-    assert run_here("report", tmp_path / "run").returncode == 0
+    run_here("report", tmp_path / "run")
     assert (tmp_path / "run" / "report.html").read_bytes() == before
     # A search that is complete leaves it, one that starts again removes it.
-    again = run_here("search", root / "page.yaml", "--out", tmp_path / "run", "--resume")
-    assert again.returncode == 0 and (tmp_path / "run" / "report.html").read_bytes() == before
+    run_here("search", root / "page.yaml", "--out", tmp_path / "run", "--resume")
+    assert (tmp_path / "run" / "report.html").read_bytes() == before
     shown = run_here("show", tmp_path / "run").stdout
     assert "run: finished" in shown and "Held-out scores" in shown and "best/model" in shown
 
@@ -453,7 +450,7 @@ def test_a_pool_a_path_and_a_front_are_drawn(tmp_path: Path) -> None:
         for k, name in enumerate(["maths", "japanese"])
     ]
     (run / "best").mkdir()
-    (run / "best" / "recipe.yaml").write_text(yaml.safe_dump({"merge_method": "passthrough", "slices": slices}))
+    write_yaml(run / "best" / "recipe.yaml", {"merge_method": "passthrough", "slices": slices})
     write_page(RunFolder(run))
     page = Page(run / "report.html")
     assert "step 1: layer 1 of japanese, its output times 2.0000" in page.text
@@ -477,15 +474,15 @@ def test_a_pool_a_path_and_a_front_are_drawn(tmp_path: Path) -> None:
 
 def test_texts_of_users_are_texts(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", parents=["/gone/one", f"/gone/{HOSTILE.replace('/', '∕')}"], note=HOSTILE)
-    result = json.loads((run / "result.json").read_text())
+    result = read_json(run / "result.json")
     for scored in result["table"]:
         scored["name"] = f"{HOSTILE}{scored['name']}"
         scored["heldout_scores"] = {f"{HOSTILE}/accuracy": 0.5, "\ud800/accuracy": 1.0}
     for rival in result["better_than"].values():
         rival["name"] = f"{HOSTILE}{rival['name']}"
-    (run / "result.json").write_text(json.dumps(result | {"stopped_by": HOSTILE}))
+    write_json(run / "result.json", result | {"stopped_by": HOSTILE})
     (run / "run.log").write_text(f"warning: {HOSTILE}\nnothing\n")
-    (run / "environment.json").write_text(json.dumps({"host": HOSTILE, "packages": {"jax": HOSTILE}}))
+    write_json(run / "environment.json", {"host": HOSTILE, "packages": {"jax": HOSTILE}})
     write_page(RunFolder(run))
     page = Page(run / "report.html")
     assert not {"img", "b", "iframe"} & set(page.tags)
@@ -518,7 +515,7 @@ def test_a_long_run_gives_a_small_page(tmp_path: Path) -> None:
 def on_minibatches(run: Path, **changes: Any) -> list[dict[str, Any]]:
     """Turn a run's history into one of gradient steps on minibatches, whose candidates no generation knows on all
     examples; returns its rows."""
-    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    rows = read_lines(run / "history.jsonl")
     for row in rows:
         row |= {"best": None, "best_so_far": None, "examples": [8] * len(row["fitness"])} | changes
         if "validation" in row:
@@ -556,7 +553,7 @@ def test_gradients_on_minibatches_have_a_curve_of_their_steps(tmp_path: Path) ->
     assert shown == np.maximum.accumulate([row["fitness"][0] for row in rows]).tolist()
     assert "The generations of run have their best on a minibatch each." in both.text
     # A finished run has the winner's fitness, on all of the split.
-    (run / "result.json").write_text(json.dumps(make_result(6, 4)))
+    write_json(run / "result.json", make_result(6, 4))
     assert "fitness of the winner -0.1100, on the search split" in run_here("show", run).stdout
     assert "-0.1100" in run_here("runs", run).stdout
 
@@ -637,8 +634,7 @@ def test_a_run_without_a_generation_says_so(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", generations=0, finished=False)
     for file in ("history.jsonl", "timing.jsonl"):
         (run / file).unlink()
-    done = run_here("report", run)
-    assert done.returncode == 0, done.stderr
+    run_here("report", run)
     assert "there is nothing to show yet" in Page(run / "report.html").text
     assert "nothing to show yet" in run_here("show", run).stdout
 
@@ -659,7 +655,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pool", [None, {"methods": ["slerp"]}])
 def test_a_run_without_a_single_score_has_a_page(tmp_path: Path, pool: Any) -> None:
     run = make_run(tmp_path / "run", finished=False, pool=pool, search=["odd"], space="odd", parents=3)
-    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    rows = read_lines(run / "history.jsonl")
     for row in rows:
         nothing = [None] * len(row["fitness"])
         row |= {"fitness": nothing, "task_scores": {"sums": nothing}, "best": None, "mean": None, "best_so_far": None}
@@ -668,23 +664,22 @@ def test_a_run_without_a_single_score_has_a_page(tmp_path: Path, pool: Any) -> N
     write_page(RunFolder(run))
     page = Page(run / "report.html")
     assert "after generation 6" in page.text and "fitness" not in page.specs
-    assert run_here("show", run).returncode == 0
+    run_here("show", run)
 
 
 @pytest.mark.parametrize("command", ["report", "show"])
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, command: str) -> None:
     (tmp_path / "empty").mkdir()
     for name, says in (("empty", "is not a run folder"), ("missing", "no such folder")):
-        done = run_here(command, tmp_path / name)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr
+        assert says in refusal(command, tmp_path / name)
     assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_a_file_that_is_no_page_is_kept(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "report.html").write_text("<p>mine")
-    done = run_here("report", run)
-    assert done.returncode == 2 and "is no page of evojax-merge" in done.stderr
+    done = run_here("report", run, status=2)
+    assert "is no page of evojax-merge" in done.stderr
     clear(RunFolder(run), 6)
     assert (run / "report.html").read_text() == "<p>mine"
     other = make_run(tmp_path / "other")
@@ -702,7 +697,7 @@ def test_watching_ends_with_the_run(tmp_path: Path) -> None:
     row = json.loads(lines.splitlines()[-1]) | {"generation": 7}
     (run / "history.jsonl").write_text(f"{lines}{json.dumps(row)}\n")
     _until(lambda: "after generation 7" in page.read_text(encoding="utf-8"))
-    (run / "result.json").write_text(json.dumps(make_result(7, 4)))
+    write_json(run / "result.json", make_result(7, 4))
     _until(lambda: watching.poll() is not None)
     assert watching.poll() == 0 and "The winner was chosen" in page.read_text(encoding="utf-8")
 
@@ -775,12 +770,11 @@ def test_runs_are_compared_on_one_page(tmp_path: Path) -> None:
     two = make_run(tmp_path / "b" / "run", generations=4, finished=False, seed=5)
     out = tmp_path / "both.html"
     done = run_here("compare", one, two, "--out", out)
-    assert done.returncode == 0, done.stderr
     assert "a/run" in done.stdout and "stopped" in done.stdout and "-0.1235" in done.stdout
     page = Page(out)
     assert set(page.specs) == {"best-0", "best-1", "heldout"}
     assert "search.generations" in page.text and "b/run: The run was stopped after generation 4" in page.text
-    assert run_here("compare", one, two, "--out", out).returncode == 0
+    run_here("compare", one, two, "--out", out)
     (tmp_path / "notes.html").write_text("<p>mine")
     for arguments, says in (
         ((one, two, "--out", tmp_path / "notes.html"), "is no page"),
@@ -788,8 +782,8 @@ def test_runs_are_compared_on_one_page(tmp_path: Path) -> None:
         ((one, one), "names a run twice"),
         ((one, tmp_path / "a"), "is not a run folder"),
     ):
-        done = run_command("compare", *arguments, folder=tmp_path)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr
+        done = run_command("compare", *arguments, folder=tmp_path, status=2)
+        assert done.stderr.count("\n") == 1 and says in done.stderr
     assert (tmp_path / "notes.html").read_text() == "<p>mine"
 
 
@@ -870,14 +864,13 @@ def test_runs_below_a_folder_are_listed(tmp_path: Path) -> None:
     broken = make_run(tmp_path / "runs" / "broken")
     (broken / "config.yaml").write_text("inputs: [")
     done = run_command("runs", folder=tmp_path)
-    assert done.returncode == 0
     for text in ("first", "deep/second", "ties", "6/6", "finished", "stopped", "ago"):
         assert text in done.stdout
     assert "broken" not in done.stdout and done.stderr.startswith("warning: ") and done.stderr.count("\n") == 1
     assert "first" in run_here("runs", tmp_path / "runs" / "first").stdout
     (tmp_path / "none").mkdir()
     assert "no runs in none" in run_command("runs", "none", folder=tmp_path).stdout
-    assert run_command("runs", "missing", folder=tmp_path).returncode == 2
+    run_command("runs", "missing", folder=tmp_path, status=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -888,12 +881,12 @@ def test_runs_below_a_folder_are_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [400, 1400])
 def test_a_browser_draws_every_figure_and_asks_for_nothing(tmp_path: Path, width: int) -> None:
     run = make_run(tmp_path / HOSTILE.replace("/", "∕"))
-    result = json.loads((run / "result.json").read_text())
+    result = read_json(run / "result.json")
     for scored in result["table"]:
         scored["name"] = f"{scored['name']} {HOSTILE}"
     for rival in result["better_than"].values():
         rival["name"] = f"{rival['name']} {HOSTILE}"
-    (run / "result.json").write_text(json.dumps(result))
+    write_json(run / "result.json", result)
     write_page(RunFolder(run))
     page = shutil.copy(run / "report.html", tmp_path / "page.html")
     specs = Page(page).specs
@@ -917,7 +910,7 @@ def test_the_axes_of_a_single_point_have_ticks(tmp_path: Path) -> None:
         scored |= {"heldout_fitness": 0.0, "heldout_scores": {"sums/accuracy": 0.0}, "interval": [0.0, 0.0]}
     edit_result(run, table=table, parameters={"weight": [[0.0, 0.0], [0.0, 0.0]]})
     write_page(RunFolder(run))
-    assert run_here("compare", run, make_run(tmp_path / "other", 1, 1), "--out", tmp_path / "both.html").returncode == 0
+    run_here("compare", run, make_run(tmp_path / "other", 1, 1), "--out", tmp_path / "both.html")
     for page in (run / "report.html", tmp_path / "both.html"):
         seen, _ = browse(shutil.copy(page, tmp_path / "page.html"))
         assert seen["problems"] == []
@@ -954,7 +947,7 @@ def test_the_slider_shows_an_earlier_generation(tmp_path: Path) -> None:
     edit_result(run, groups=[])
     write_page(RunFolder(run))
     seen, _ = browse(shutil.copy(run / "report.html", tmp_path / "page.html"), dark=True)
-    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    history = read_lines(run / "history.jsonl")
     first = max(zip(history[0]["fitness"], history[0]["examples"], history[0]["genomes"], strict=True),
                 key=lambda row: (row[1], row[0]))  # fmt: skip
     assert seen["last"]["label"] == "the winner"
@@ -967,7 +960,7 @@ def test_the_slider_shows_an_earlier_generation(tmp_path: Path) -> None:
 @in_a_browser
 def test_a_browser_draws_several_runs(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, generations=3 + k) for k, name in enumerate(["one", "two"])]
-    assert run_here("compare", *runs, "--out", tmp_path / "page.html").returncode == 0
+    run_here("compare", *runs, "--out", tmp_path / "page.html")
     seen, console = browse(tmp_path / "page.html", 400)
     assert seen["problems"] == [] and console == [] and seen["requests"] == [] and seen["scrolled"] <= 400
     assert len(seen["charts"]) == 3 and all(seen["charts"].values())

@@ -1,6 +1,5 @@
 """Spaces in which parents share parameters, or in which only some of them count."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family, thorough
+from helpers.commands import command, run_here
+from helpers.families import Family, build_family
+from helpers.files import read_json, write_yaml
+from helpers.sampling import thorough
 from hostile import config as search_config
 from merge_kernels import sums
 from test_spaces import make_space
 
-from evojax_merge.cli import WRONG_INPUT, cli, run
+from evojax_merge.cli import WRONG_INPUT
 from evojax_merge.config.search_config import SpaceConfig
 from evojax_merge.models.architecture import LAYERS
 from evojax_merge.spaces.parameter import SearchParameter
@@ -99,23 +101,18 @@ def crowded(**space: Any) -> dict[str, Any]:
 GROUPS = {"first": ["parent0", "parent3"], "last": ["parent[5-9]"]}
 
 
-def invoke(*arguments: object) -> int:
-    return run(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False))
-
-
 @thorough
 def test_a_search_over_groups_of_which_some_count(
     crowd: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The winner is what its recipe gives, parents of a group have one weight, and those that do not count have 0."""
     monkeypatch.setattr(sums, "UNROLLED", 4)
-    config = crowd.root / "config.yaml"
-    config.write_text(yaml.safe_dump(crowded(parent_groups=GROUPS, active=2)))
+    config = write_yaml(crowd.root / "config.yaml", crowded(parent_groups=GROUPS, active=2))
     out = tmp_path / "run"
-    assert invoke("search", config, "--out", out) == 0
+    assert command("search", config, "--out", out) == 0
     # Two groups, and a gene for each of the other parents.
     groups = len(GROUPS) + 3
-    result = json.loads((out / "result.json").read_text())
+    result = read_json(out / "result.json")
     assert len(result["genome"]) == 2 * groups
     recipe = yaml.safe_load((out / "best/recipe.yaml").read_text())
     sources = recipe["slices"][0]["sources"]
@@ -125,7 +122,7 @@ def test_a_search_over_groups_of_which_some_count(
     assert len({weights[f"parent{k}"] for k in range(5, 10)}) == 1
     by_group = [weights[name] for name in ("parent0", "parent5", "parent1", "parent2", "parent4")]
     assert sum(weight != 0 for weight in by_group) in (2, groups)
-    assert invoke("merge", out / "best/recipe.yaml", tmp_path / "again") == 0
+    assert command("merge", out / "best/recipe.yaml", tmp_path / "again") == 0
     winner = (out / "best/model/model.safetensors").read_bytes()
     assert (tmp_path / "again/model.safetensors").read_bytes() == winner
     # What the run keeps names the parents as it has them, and can be searched with again.
@@ -135,7 +132,7 @@ def test_a_search_over_groups_of_which_some_count(
         "first": ["parent0", "parent3"], "last": [f"parent{k}" for k in range(5, 10)]
     }  # fmt: skip
     assert {parent for members in groups_kept.values() for parent in members} <= set(kept["parents"])
-    assert invoke("search", out / "config.yaml", "--out", out, "--resume") == 0
+    assert command("search", out / "config.yaml", "--out", out, "--resume") == 0
 
 
 def test_spaces_without_groups_are_kept_as_before_there_were_any() -> None:
@@ -167,15 +164,10 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_wrong_groups_are_refused_in_one_line(
-    case: str, crowd: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_groups_are_refused_in_one_line(case: str, crowd: Family, tmp_path: Path) -> None:
     space, expected = REFUSED[case]
-    config = crowd.root / "refused.yaml"
-    config.write_text(yaml.safe_dump(crowded(**space)))
-    capfd.readouterr()
-    assert invoke("search", config, "--out", tmp_path / "run") == WRONG_INPUT
-    (line,) = capfd.readouterr().err.splitlines()
+    config = write_yaml(crowd.root / "refused.yaml", crowded(**space))
+    (line,) = run_here("search", config, "--out", tmp_path / "run", status=2).stderr.splitlines()
     assert str(config) in line
     for text in expected:
         assert text in line
@@ -185,8 +177,7 @@ def test_wrong_groups_are_refused_in_one_line(
 def test_seeds_that_parents_of_a_group_cannot_have_are_refused(
     crowd: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config = crowd.root / "seeds.yaml"
-    config.write_text(yaml.safe_dump(crowded(parent_groups=GROUPS)))
-    assert invoke("search", config, "--out", tmp_path / "run", "--set", "search.seeds=[parents]") == WRONG_INPUT
+    config = write_yaml(crowd.root / "seeds.yaml", crowded(parent_groups=GROUPS))
+    assert command("search", config, "--out", tmp_path / "run", "--set", "search.seeds=[parents]") == WRONG_INPUT
     (line,) = capfd.readouterr().err.splitlines()
     assert "seeds" in line and "share" in line

@@ -4,8 +4,6 @@ The recipes name their models as they are called in `build_models`. What differs
 NumPy instead: merges are computed in float32, and of entries that tie at a threshold all are kept.
 """
 
-import contextlib
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,19 +13,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import (
-    OF_MERGEKIT,
-    SPECIAL,
-    finetune,
-    load_torch,
-    random_model,
-    read_recipe,
-    sample,
-    save,
-    state,
-    tiny_config,
-    words,
-)
+from helpers.files import read_json, read_recipe, write_json, write_yaml
+from helpers.mergekit import assert_same_tensors, merge_by_mergekit, merge_files_by_mergekit
+from helpers.models import OF_MERGEKIT, SPECIAL, finetune, load_torch, random_model, save, state, tiny_config, words
+from helpers.sampling import sample
 from merge_kernels import METHODS, Options
 from reference import merging
 from reference.unrolled import unrolled_merge
@@ -72,7 +61,7 @@ def write_odd(folder: Path, seed: int, buffer: int = 0, extra: str | None = None
     tensors["h.0.positions"] = torch.arange(5) + buffer
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"model_type": "something", "n_layer": 2}))
+    write_json(folder / "config.json", {"model_type": "something", "n_layer": 2})
 
 
 def build_models(root: Path) -> None:
@@ -142,37 +131,19 @@ def ours(models: Path, recipe: str, out: Path, **options: Any) -> Path:
 
 
 def theirs(models: Path, recipe: str, out: Path, seed: int = 0) -> Path:
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import run_merge
-    from mergekit.options import MergeOptions
-
-    config = MergeConfiguration.model_validate(yaml.safe_load((models / f"{recipe}.yaml").read_text()))
-    # Where a layer is repeated, mergekit only writes it twice if it is told to. Its card would ask the hub for names.
-    options = MergeOptions(quiet=True, random_seed=seed, clone_tensors=True, write_model_card=False)
-    with contextlib.chdir(models):
-        run_merge(config, str(out), options)
-    return out
+    document = yaml.safe_load((models / f"{recipe}.yaml").read_text())
+    return merge_by_mergekit(document, out, models, random_seed=seed)
 
 
 def theirs_raw(models: Path, recipe: str, out: Path) -> Path:
-    """mergekit-pytorch: tensors by name, of no architecture."""
-    from mergekit.graph import Executor
-    from mergekit.options import MergeOptions
-    from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
-
-    document = yaml.safe_load((models / f"{recipe}.yaml").read_text())
-
     def file(name: str) -> str:
         return str(models / name / "model.safetensors")
 
+    document = yaml.safe_load((models / f"{recipe}.yaml").read_text())
     if "base_model" in document:
         document["base_model"] = file(document["base_model"])
-    document["models"] = [{**row, "model": file(row["model"])} for row in document["models"]]
-    tasks = plan_flat_merge(
-        RawPyTorchMergeConfig.model_validate(document), str(out), False, False, MergeOptions(quiet=True)
-    )
-    Executor(tasks, math_device="cpu", storage_device="cpu").execute()
-    return out
+    rows = [{**row, "model": file(row["model"])} for row in document["models"]]
+    return merge_files_by_mergekit(document | {"models": rows}, out)
 
 
 def both(models: Path, recipe: str, tmp_path: Path) -> tuple[Path, Path]:
@@ -186,15 +157,8 @@ def assert_close(found: np.ndarray, expected: np.ndarray, name: str, tolerance: 
     assert worst <= tolerance * np.abs(expected).max(initial=0.0), f"{name}: {worst:.2e} apart"
 
 
-def assert_same_tensors(found: Path, expected: Path) -> None:
-    one, other = state(found), state(expected)
-    assert set(one) == set(other)
-    for name, values in other.items():
-        assert_close(one[name], values, name)
-
-
 def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
+    return read_json(folder / "config.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -233,7 +197,7 @@ def test_every_recipe_is_compared_and_every_method_has_one() -> None:
 @pytest.mark.parametrize("recipe", sample(EXACT, 8))
 def test_float32_merges_are_mergekits(recipe: str, models: Path, tmp_path: Path) -> None:
     found, expected = both(models, recipe, tmp_path)
-    assert_same_tensors(found, expected)
+    assert_same_tensors(state(found), state(expected), scaled=TOLERANCE)
     one, other = (load_file(folder / "model.safetensors") for folder in (found, expected))
     assert {name: values.dtype for name, values in one.items()} == {name: v.dtype for name, v in other.items()}
     depth = "n_layer" if recipe == "slices_gpt2" else "num_hidden_layers"
@@ -242,7 +206,7 @@ def test_float32_merges_are_mergekits(recipe: str, models: Path, tmp_path: Path)
 
 def test_odd_sizes_and_buffers_are_merged_as_in_mergekit(models: Path, tmp_path: Path) -> None:
     found, expected = ours(models, "odd_sizes", tmp_path / "ours"), theirs_raw(models, "odd_sizes", tmp_path / "theirs")
-    assert_same_tensors(found, expected)
+    assert_same_tensors(state(found), state(expected), scaled=TOLERANCE)
     buffer = load_file(found / "model.safetensors")["h.0.positions"]
     assert buffer.dtype == torch.int64
     assert torch.equal(buffer, torch.arange(5))
@@ -289,9 +253,9 @@ def test_tensors_of_any_number_of_axes_are_merged_as_in_mergekit(case: str, has_
     weight = {} if method in ("model_stock", "sce") else {"parameters": {"weight": 0.7}}
     rows = [{"model": name} | weight for name in ("one", "two")]
     document = {"merge_method": method, "models": rows, "parameters": BY_AXIS[case]}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document | ({"base_model": "base"} if has_base else {})))
+    write_yaml(tmp_path / "recipe.yaml", document | ({"base_model": "base"} if has_base else {}))
     found = ours(tmp_path, "recipe", tmp_path / "ours")
-    assert_same_tensors(found, theirs_raw(tmp_path, "recipe", tmp_path / "theirs"))
+    assert_same_tensors(state(found), state(theirs_raw(tmp_path, "recipe", tmp_path / "theirs")), scaled=TOLERANCE)
 
 
 @pytest.mark.parametrize("method", sample(METHODS, 6))
@@ -316,7 +280,7 @@ def test_tensors_without_axes_or_entries_are_merged(method: str, tmp_path: Path)
     }  # fmt: skip
     if spec.base == "required" or method == "slerp":
         document["base_model"] = "base"
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document))
+    write_yaml(tmp_path / "recipe.yaml", document)
     found = state(ours(tmp_path, "recipe", tmp_path / "out"))
     assert {name: values.shape for name, values in found.items()} == shapes
     assert np.isfinite(found["gain"])
@@ -326,7 +290,7 @@ def test_a_buffer_that_differs_is_the_bases(models: Path, tmp_path: Path) -> Non
     """mergekit stops here."""
     document = yaml.safe_load((models / "odd_sizes.yaml").read_text())
     document["models"][1]["model"] = "odd_buffer"
-    (models / "differing_buffer.yaml").write_text(yaml.safe_dump(document))
+    write_yaml(models / "differing_buffer.yaml", document)
     found = ours(models, "differing_buffer", tmp_path / "ours")
     assert torch.equal(load_file(found / "model.safetensors")["h.0.positions"], torch.arange(5))
 
@@ -537,7 +501,7 @@ CONVERSATION = [
 @pytest.mark.parametrize("recipe", ["chat_auto", "chat_literal", "chat_chatml"])
 def test_chat_templates_are_mergekits(recipe: str, models: Path, tmp_path: Path) -> None:
     found, expected = both(models, recipe, tmp_path)
-    assert_same_tensors(found, expected)
+    assert_same_tensors(state(found), state(expected), scaled=TOLERANCE)
     mine, other = load_tokenizer(found), load_tokenizer(expected)
     for prompt in (False, True):
         text, wanted = (
@@ -621,7 +585,7 @@ def test_refusals_name_the_thing(case: str, models: Path, tmp_path: Path) -> Non
 
     document, message = (ACCEPTED_BY_MERGEKIT | FAILING)[case]
     MergeConfiguration.model_validate(document)
-    (models / "refused.yaml").write_text(yaml.safe_dump(document))
+    write_yaml(models / "refused.yaml", document)
     with pytest.raises(InputError, match=message) as caught:
         ours(models, "refused", tmp_path / "ours")
     assert "\n" not in str(caught.value)
@@ -629,9 +593,8 @@ def test_refusals_name_the_thing(case: str, models: Path, tmp_path: Path) -> Non
 
 
 def test_nonfinite_parents_are_merged_where_that_is_asked_for(models: Path, tmp_path: Path) -> None:
-    (models / "nonfinite.yaml").write_text(yaml.safe_dump(linear("one", "nan")))
+    write_yaml(models / "nonfinite.yaml", linear("one", "nan"))
     found = state(ours(models, "nonfinite", tmp_path / "ours", allow_nonfinite=True))
     expected = state(theirs(models, "nonfinite", tmp_path / "theirs"))
     assert np.flatnonzero(np.isnan(found["model.norm.weight"])).tolist() == [1]
-    for name, values in expected.items():
-        np.testing.assert_allclose(found[name], values, rtol=TOLERANCE, atol=TOLERANCE)
+    assert_same_tensors(found, expected, rtol=TOLERANCE, atol=TOLERANCE)

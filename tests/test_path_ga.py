@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from helpers import build_family, search_in
+from helpers.commands import run_here
+from helpers.families import build_family
+from helpers.files import write_yaml
+from helpers.searches import search_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_search import OwnScorer
 
 import evojax_merge as em
-from evojax_merge.cli import cli, run
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.models.paths import LayerPath
 from evojax_merge.search.loop import INIT_KEY, Archive, Generation, Reporter, generation_key
@@ -275,11 +276,8 @@ def test_a_space_without_moves_is_refused(
     build_family(tmp_path)
     tasks = [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl", "heldout": 0.25}]
     document = {"parents": ["parent0", "parent1"], "tasks": tasks, "search": {"strategy": "path_ga"}, **space}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
-    capsys.readouterr()
-    arguments = ["search", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]
-    assert run(lambda: cli.main(arguments, standalone_mode=False)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    config = write_yaml(tmp_path / "config.yaml", document)
+    (line,) = run_here("search", config, "--out", tmp_path / "run", status=2).stderr.splitlines()
     assert line.endswith(
         "config.yaml: search: strategy: path_ga searches moves of a layer path, and this space has none; expected "
         "data_flow with form: moves, or another strategy, such as cma_es"

@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import load_torch, sample
+from helpers.models import load_torch
+from helpers.sampling import sample
 from reference.layer_paths import torch_likelihood_gradient
 from test_data_flow import BOUNDS, Setting, random_path, write_path
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import write_lines
+from helpers.files import write_lines
 
 import evojax_merge
 from evojax_merge.config.search_config import TaskFile
@@ -154,7 +154,8 @@ ALLOWED = {
         "system/file_system.py: _hidden_name",
         "judge/server.py: application", "mergekit/execute.py: merge_to",
         "mergekit/pipelines.py: merge_pipelines", "mergekit/stages.py: prepare_stream", "report/loggers.py: __init__",
-        "report/page.py: _vega", "report/stored_run.py: last_stage", "search/run_folder.py: keep_winner",
+        "report/page.py: _vega", "report/stored_run.py: last_stage", "search/kept_scores.py: _file",
+        "search/run_folder.py: keep_winner",
         "search/run_folder.py: write_front", "search/run_folder.py: find_member", "search/run_parts.py: step",
         "search/run_parts.py: __get__", "search/kept_scores.py: _file",
         "tasks/generated_images.py: add",

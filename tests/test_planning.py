@@ -14,8 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
-from helpers import Family, random_model, save, thorough, tiny_config
+from helpers.commands import command
+from helpers.families import Family
+from helpers.files import read_json, write_json, write_yaml
+from helpers.models import random_model, save, tiny_config
+from helpers.sampling import thorough
+from helpers.searches import search_config
 from huggingface_hub.errors import LocalEntryNotFoundError
 from merge_kernels import METHODS
 
@@ -25,7 +29,6 @@ from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.derived import open_model, resolve_model
 from evojax_merge.checkpoints.headers import HeaderFolders, TensorHeader, write_header_only
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
-from evojax_merge.cli import cli, run
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation import compilers
 from evojax_merge.evaluation.costs import Cost, Product, cost_of, result_axes, temporary_bytes
@@ -41,20 +44,12 @@ from evojax_merge.zoo.references import resolve_headers
 
 
 def document(family: Family, **changes: Any) -> dict[str, Any]:
-    task = {"name": "text", "kind": "likelihood", "file": str(family.tasks), "heldout": 0.25}
-    return {
-        "base": str(family.base), "parents": [str(parent) for parent in family.parents], "tasks": [task],
-        "space": {"method": "ties"}, "search": {"generations": 3, "population": 4},
-    } | changes  # fmt: skip
+    return search_config(family, 3, heldout=0.25, space={"method": "ties"}) | changes
 
 
 def problem_of(document: dict[str, Any], target: str = "cpu") -> SearchProblem:
     path = Path("config.yaml")
     return build_problem(path, config_from(path, document, [], None), target=find_target("target", target))
-
-
-def command(*arguments: object) -> int:
-    return run(lambda: cli.main([*map(str, arguments)], standalone_mode=False))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -563,9 +558,8 @@ def header_models(family: Family, folder: Path, sizes: dict[str, Any], names: Se
         for file in family.base.iterdir():
             if not file.name.startswith(("model", "config")):
                 (model / file.name).symlink_to(file)
-        config = json.loads((family.base / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps(config | sizes))
-        shapes = tensor_shapes(decoder_config(model / "config.json"))
+        config = read_json(family.base / "config.json")
+        shapes = tensor_shapes(decoder_config(write_json(model / "config.json", config | sizes)))
         headers = {tensor: TensorHeader("BF16", shape, 2 * int(np.prod(shape))) for tensor, shape in shapes.items()}
         write_header_only(model / "model.safetensors", headers)
         found.append(model)
@@ -578,12 +572,12 @@ def test_a_plan_for_7b_models_on_targets_that_are_not_here(
     base, *parents = header_models(family, tmp_path, SEVEN_B, ("base", "a", "b", "c"))
     config, out = tmp_path / "config.yaml", tmp_path / "plan.json"
     changes = {"base": f"{base}@v2", "parents": [str(parent) for parent in parents], "export_dtype": "bfloat16"}
-    config.write_text(yaml.safe_dump(document(family, **changes)))
+    write_yaml(config, document(family, **changes))
 
     def plan(target: str, *options: str, status: int = 0) -> dict[str, Any]:
         whole = () if "evaluation.bank=auto" in options else ("--set", "evaluation.bank=device")
         assert command("plan", config, "--target", target, "--json", out, *whole, *options) == status
-        (found,) = json.loads(out.read_text())
+        (found,) = read_json(out)
         return found
 
     # Two layers at a time of what stays in the host's memory.
@@ -720,7 +714,7 @@ def test_repositories_of_diffusers_are_planned_by_headers_alone(
 
 def test_wrong_options_of_plan(family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config, taken = tmp_path / "config.yaml", tmp_path / "mine.json"
-    config.write_text(yaml.safe_dump(document(family)))
+    write_yaml(config, document(family))
     assert command("plan", config, "--target", "v5p-9") == 2
     assert "--target: there is no target 'v5p-9'; expected one of v5p-8" in capfd.readouterr().err
     taken.write_text('{"mine": 1}')

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import Family
+from helpers.commands import command, run_here
+from helpers.families import Family
+from helpers.files import write_yaml
 from merge_kernels import METHODS
 from test_planning import document
 
 import evojax_merge as em
-from evojax_merge import cli, plugins
+from evojax_merge import plugins
 
 MODULE = """
 from merge_kernels import Method, Parameter, register
@@ -56,23 +58,17 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     METHODS.update(before)
 
 
-def command(*arguments: str) -> int:
-    return cli.run(lambda: cli.cli.main(list(arguments), standalone_mode=False))
-
-
 @pytest.mark.parametrize(
     ("value", "added"),
     [("others:SUM", {"sum_up"}), ("others:both", {"sum_up", "sum_down"})],
     ids=["object", "function"],
 )
-def test_methods_are_registered_once(
-    value: str, added: set[str], install: Install, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_methods_are_registered_once(value: str, added: set[str], install: Install) -> None:
     before = set(METHODS)
     install(methods={"mine": value})
     for _ in range(2):
-        assert command("methods") == 0
-        assert all(name in capsys.readouterr().out for name in list(added)[:1])
+        shown = run_here("methods").stdout
+        assert all(name in shown for name in list(added)[:1])
     assert set(METHODS) - before == added
 
 
@@ -88,15 +84,14 @@ def test_methods_are_registered_once(
     ],
 )
 def test_a_broken_plugin_is_named_in_a_line(
-    group: str, value: str, named: str, install: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    group: str, value: str, named: str, install: Install, tmp_path: Path
 ) -> None:
     install(**{group: {"mine": value}})
     for arguments in (
         ["methods"], ["merge", "recipe.yaml", str(tmp_path / "out")], ["evaluate", "model", "--tasks", "tasks.yaml"],
         ["search", "config.yaml", "--out", str(tmp_path / "run")], ["export", str(tmp_path / "run"), "out"],
     ):  # fmt: skip
-        assert command(*arguments) == 2
-        [line] = capsys.readouterr().err.splitlines()
+        [line] = run_here(*arguments, status=2).stderr.splitlines()
         assert line.startswith(
             f"error: plugin 'mine' of others 1.2: evojax_merge.{group} = {value} could not be loaded"
         )
@@ -117,15 +112,14 @@ def test_a_run_is_not_continued_by_another_version_of_a_plugin(
 ) -> None:
     install(methods={"mine": "others:SUM"}, tasks={})
     config, out = tmp_path / "config.yaml", tmp_path / "run"
-    config.write_text(yaml.safe_dump(document(family, space={"method": "sum_up"}, search={"generations": 1})))
+    write_yaml(config, document(family, space={"method": "sum_up"}, search={"generations": 1}))
     assert command("search", str(config), "--out", str(out)) == 0
     plugin = tmp_path / "others.py"
     assert yaml.safe_load((out / "config.yaml").read_text())["inputs"].keys() >= {str(plugin)}
     plugin.write_text(MODULE.replace("weight * source", "-weight * source"))
     capsys.readouterr()
     again = ["search", str(config), "--out", str(out), "--resume", "--set", "search.generations=2"]
-    assert command(*again) == 2
-    assert f"{plugin} has changed since the run was begun" in capsys.readouterr().err
+    assert f"{plugin} has changed since the run was begun" in run_here(*again, status=2).stderr
 
 
 def test_nothing_is_loaded_for_help(install: Install, tmp_path: Path) -> None:

@@ -1,9 +1,7 @@
 """A pool of models that breed: genomes and members, who breeds and who stays, what is scored, and whole searches as
 real processes."""
 
-import json
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -12,19 +10,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import build_family, random_records, read_recipe, run_here, state, thorough, tiny_config, write_lines
+from helpers.commands import assert_refused, run_here
+from helpers.families import build_family
+from helpers.files import read_json, read_lines, read_recipe, write_lines, write_yaml
+from helpers.models import random_records, state, tiny_config
+from helpers.sampling import thorough
+from helpers.searches import open_problem
 from hostile import start_command
 from merge_kernels import METHODS
 from reference.merging import slerp
 
-from evojax_merge import cli
 from evojax_merge.config.search_config import Config
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores, fitness
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.models.architecture import tensors_of
-from evojax_merge.problem import build_problem, read_config
 from evojax_merge.report.winner import PoolReport
 from evojax_merge.schema.genealogy import (
     FIRST,
@@ -260,14 +261,7 @@ def config_file(tmp_path_factory) -> Path:
         "search": {"generations": GENERATIONS, "population": POPULATION},
         "seed": 5,
     }
-    (root / "config.yaml").write_text(yaml.safe_dump(document))
-    return root / "config.yaml"
-
-
-def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess:
-    done = run_here(*arguments)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
+    return write_yaml(root / "config.yaml", document)
 
 
 def execute(documents: list[dict[str, Any]], folder: Path) -> Path:
@@ -286,7 +280,7 @@ def execute(documents: list[dict[str, Any]], folder: Path) -> Path:
 def test_what_is_scored_is_what_the_lineage_gives(config_file, tmp_path):
     """Members of the third generation of random breeding, by every method: their weights are those that their recipes
     give, to the bit, and so are their scores."""
-    problem = build_problem(config_file, read_config(config_file, [], None))
+    problem = open_problem(config_file)
     evaluator = open_evaluator(problem, problem.prepare().shards[0])
     space, bank = problem.space, evaluator.evaluator.bank
     rng, births = np.random.default_rng(1), []
@@ -307,8 +301,8 @@ def test_what_is_scored_is_what_the_lineage_gives(config_file, tmp_path):
         assert set(written) == {name for name, _, _ in tensors_of(problem.backend.models.decoder)}
         for name, values in written.items():
             np.testing.assert_array_equal(np.asarray(bank.store.read(member, name), np.float32), values, err_msg=name)
-    run("evaluate", *folders, "--tasks", _tasks(config_file, tmp_path), "--json", tmp_path / "scores.json")
-    told = [row["fitness"] for row in json.loads((tmp_path / "scores.json").read_text())]
+    run_here("evaluate", *folders, "--tasks", _tasks(config_file, tmp_path), "--json", tmp_path / "scores.json")
+    told = [row["fitness"] for row in read_json(tmp_path / "scores.json")]
     np.testing.assert_allclose(told, fitness(evaluator.tasks, scores), atol=1e-6)
 
 
@@ -317,13 +311,12 @@ def _tasks(config_file: Path, folder: Path) -> Path:
     task = {name: value for name, value in task.items() if name != "heldout"} | {
         "file": str(config_file.parent / "tasks.jsonl")
     }
-    (folder / "tasks.yaml").write_text(yaml.safe_dump({"tasks": [task]}))
-    return folder / "tasks.yaml"
+    return write_yaml(folder / "tasks.yaml", {"tasks": [task]})
 
 
 def test_a_child_between_its_parents(config_file):
     """SLERP of two founders, against float64; the first layers of one order, the last of the other."""
-    problem = build_problem(config_file, read_config(config_file, ["pool.methods=[slerp]"], None))
+    problem = open_problem(config_file, "pool.methods=[slerp]")
     evaluator = open_evaluator(problem, problem.prepare().shards[0])
     space = problem.space
     layers = problem.backend.models.decoder.layers
@@ -342,7 +335,7 @@ def test_a_child_between_its_parents(config_file):
 
 def test_a_child_that_no_recipe_could_give_has_failed(config_file):
     """Linear weights that sum to zero, beside a child that is right."""
-    problem = build_problem(config_file, read_config(config_file, [], None))
+    problem = open_problem(config_file)
     evaluator = open_evaluator(problem, problem.prepare().shards[0])
     number = RANDOM_METHODS.index("linear")
     children = [child(problem.space, FOUNDERS + p, (0, 1), number, [weight, 0]) for p, weight in enumerate((0, 0.5))]
@@ -354,7 +347,7 @@ def test_members_are_bred_again_where_they_were_not_kept(config_file):
     """With one slot the pool's members go and come back; nothing of what is found depends on it."""
     found = []
     for slots in (1, 8):
-        problem = build_problem(config_file, read_config(config_file, [f"pool.slots={slots}"], None))
+        problem = open_problem(config_file, f"pool.slots={slots}")
         evaluator = open_evaluator(problem, problem.prepare().shards[0])
         strategy, values = problem.strategy, []
         saved = strategy.init(generation_key(5, INIT_KEY), problem.space.start[None])
@@ -376,7 +369,7 @@ def test_members_are_bred_again_where_they_were_not_kept(config_file):
 @pytest.fixture(scope="module")
 def finished(config_file, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    (out.parent / "stdout").write_text(run("search", config_file, "--out", out).stdout)
+    (out.parent / "stdout").write_text(run_here("search", config_file, "--out", out).stdout)
     return out
 
 
@@ -386,9 +379,9 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def test_a_search_ends_with_a_model_and_its_family_tree(finished, config_file, tmp_path):
-    history = [json.loads(line) for line in (finished / "history.jsonl").read_text().splitlines()]
+    history = read_lines(finished / "history.jsonl")
     assert [row["members"] for row in history] == [4] * GENERATIONS
-    result = json.loads((finished / "result.json").read_text())
+    result = read_json(finished / "result.json")
     documents = list(yaml.safe_load_all((finished / "best/recipe.yaml").read_text()))
     lineage = result["lineage"]
     # The seed is one whose winner is not a founder's child.
@@ -424,9 +417,9 @@ def test_killed_and_resumed_is_as_never_stopped(config_file, finished, tmp_path)
     process.send_signal(signal.SIGKILL)
     process.wait()
     # What was found so far can be had, ancestors and all.
-    run("export", out, model, "--best-so-far")
+    run_here("export", out, model, "--best-so-far")
     assert (model / "model.safetensors").exists()
-    run("search", config_file, "--out", out, "--resume")
+    run_here("search", config_file, "--out", out, "--resume")
     assert contents(out) == contents(finished)
 
 
@@ -458,21 +451,15 @@ def test_killed_and_resumed_is_as_never_stopped(config_file, finished, tmp_path)
         ({"search": {"generations": 1_000_000, "population": 100}}, ("generations: 1,000,000", "16,777,216")),
     ],
 )  # fmt: skip
-def test_wrong_input_is_one_line(config_file, tmp_path, capfd, changes, says):
+def test_wrong_input_is_one_line(config_file, tmp_path, changes, says):
     root = config_file.parent
     if not (root / "wider").exists():
         build_family(root / "others", tiny_config("qwen3", hidden_size=56, tie_word_embeddings=False), 1)
         build_family(root / "shared", tiny_config("qwen3", tie_word_embeddings=True), 1)
         (root / "wider").symlink_to(root / "others/parent0")
         (root / "tied").symlink_to(root / "shared/parent0")
-    path = root / f"{tmp_path.name}.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(config_file.read_text()) | changes))
-    capfd.readouterr()
-    status = cli.run(lambda: cli.cli.main(["search", str(path), "--out", str(tmp_path / "out")], standalone_mode=False))
-    line = capfd.readouterr().err
-    assert status == cli.WRONG_INPUT and len(line.splitlines()) == 1 and line.startswith("error: "), line
-    for text in says:
-        assert text in line, line
+    path = write_yaml(root / f"{tmp_path.name}.yaml", yaml.safe_load(config_file.read_text()) | changes)
+    assert_refused(says, "search", path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

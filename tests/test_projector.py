@@ -1,21 +1,22 @@
 """Projectors that are merged with the decoders behind them: scores, exports, gradients, plans, and what is refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import sample, save
+from helpers.commands import command, run_here
+from helpers.files import read_json, write_yaml
+from helpers.mergekit import assert_same_tensors
+from helpers.models import save
+from helpers.sampling import sample
+from helpers.searches import open_problem, seeing_search
 from reference.vision_models import save_seeing, seeing_model
 from safetensors.numpy import load_file
-from test_vision import _own_cache, command, heldout_score, write_tasks
+from test_vision import _own_cache, heldout_score, write_tasks
 from transformers import AutoModelForCausalLM
-
-from evojax_merge.problem import build_problem, read_config
 
 __all__ = ["_own_cache"]
 PROJECTOR = "multi_modal_projector."
@@ -39,21 +40,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def search_config(root: Path, folder: Path, **more: Any) -> Path:
-    tasks = [{"name": "text", "kind": "likelihood", "file": str(root / "shared.jsonl"),
-              "heldout": str(root / "tasks.jsonl")}]  # fmt: skip
-    document = {
-        "base": str(root / "base"), "parents": [str(root / "one"), str(root / "two")], "tasks": tasks,
-        "space": {"method": "task_arithmetic"}, "components": {"projector": "merge"},
-        "search": {"generations": 1, "population": 4},
-    }  # fmt: skip
-    file = folder / "search.yaml"
-    file.write_text(yaml.safe_dump(document | more))
-    return file
+    document = seeing_search(root, "paths", {"space": {"method": "task_arithmetic"}})
+    parents = [str(root / "one"), str(root / "two")]
+    return write_yaml(
+        folder / "search.yaml", document | {"parents": parents, "components": {"projector": "merge"}} | more
+    )
 
 
 def test_a_plan_names_the_cost(root: Path, tmp_path: Path) -> None:
     config = search_config(root, tmp_path)
-    problem = build_problem(config, read_config(config, [], None))
+    problem = open_problem(config)
     backend = problem.backend
     (line,) = backend.planner(0).notes
     work, layers = 2 * (16 * 32 + 32 * 32), 2 * 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 40)
@@ -79,7 +75,7 @@ def test_a_search_over_projectors_exports_what_it_scored(
     assert len(merged) == 4
     tower = [name for name in base if "vision_tower." in name]
     assert tower and all((written[name] == base[name]).all() for name in tower)
-    table = json.loads((tmp_path / "run/result.json").read_text())["table"]
+    table = read_json(tmp_path / "run/result.json")["table"]
     folders = {"winner": tmp_path / "run/best/model", "base": root / "base"}
     for row in table:
         if row["role"] in ("winner", "base", "parent"):
@@ -89,9 +85,7 @@ def test_a_search_over_projectors_exports_what_it_scored(
     # The recipe says all that was merged.
     assert command("merge", tmp_path / "run/best/recipe.yaml", tmp_path / "again") == 0
     again = load_file(tmp_path / "again/model.safetensors")
-    assert written.keys() == again.keys()
-    for name, values in written.items():
-        np.testing.assert_array_equal(values, again[name], err_msg=name)
+    assert_same_tensors(written, again)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -103,14 +97,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(case: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_refused(case: str, root: Path, tmp_path: Path) -> None:
     changes, expected = REFUSED[case]
     config = search_config(root, tmp_path, **changes)
     if changes.get("space", 0) is None:
         document = yaml.safe_load(config.read_text())
-        config.write_text(yaml.safe_dump({key: value for key, value in document.items() if value is not None}))
-    assert command("search", config, "--out", tmp_path / "run") == 2
-    assert expected in " ".join(capsys.readouterr().err.split())
+        write_yaml(config, {key: value for key, value in document.items() if value is not None})
+    assert expected in " ".join(run_here("search", config, "--out", tmp_path / "run", status=2).stderr.split())
 
 
 def test_models_without_such_a_projector(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,13 +112,11 @@ def test_models_without_such_a_projector(root: Path, tmp_path: Path, capsys: pyt
     save(AutoModelForCausalLM.from_config(seeing_model("llava").config.text_config).float(), tmp_path / "text")
     for name, kind in (("other", "idefics3"), ("text", "llama")):
         config = search_config(root, tmp_path, parents=[str(tmp_path / name), str(root / "one")])
-        assert command("search", config, "--out", tmp_path / "run") == 2
-        error = " ".join(capsys.readouterr().err.split())
+        error = " ".join(run_here("search", config, "--out", tmp_path / "run", status=2).stderr.split())
         assert f"{tmp_path / name}: its projector cannot be merged: model_type is '{kind}'" in error
     recipe = {
         "models": [{"model": str(root / "one")}, {"model": str(root / "two")}], "merge_method": "linear",
         "parameters": {"weight": 0.5}, "components": {"projector": "merge"},
     }  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert command("merge", tmp_path / "recipe.yaml", tmp_path / "out") == 2
+    assert command("merge", write_yaml(tmp_path / "recipe.yaml", recipe), tmp_path / "out") == 2
     assert "without other_modules whole models are merged" in " ".join(capsys.readouterr().err.split())

@@ -3,7 +3,6 @@ what it passes over is told."""
 
 import contextlib
 import io
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +13,18 @@ import pytest
 import torch
 import transformers
 import yaml
-from helpers import edit_json, finetune, random_model, sample, save, state, tiny_config
+from helpers.commands import command, refusal, run_here
+from helpers.files import edit_json, read_json, write_json, write_yaml
+from helpers.mergekit import assert_same_tensors, assert_same_weights, merge_by_mergekit, merge_files_by_mergekit
+from helpers.models import finetune, random_model, save, state, tiny_config
+from helpers.sampling import sample
 from safetensors.torch import load_file, save_file
 
 from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import open_folder
 from evojax_merge.checkpoints.references import resolve
 from evojax_merge.checkpoints.tokens import load_tokenizer
-from evojax_merge.cli import cli, run
+from evojax_merge.cli import cli
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.plan import layout, plan
 from evojax_merge.mergekit.schema import parse_recipe
@@ -114,11 +117,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def command(*arguments: object) -> int:
-    """`evojax-merge` in this process: its exit status."""
-    return run(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False))
-
-
 def merged(root: Path, text: str, out: Path, *options: str) -> Path:
     """`evojax-merge merge` of a recipe that lies in `root`."""
     recipe = out.with_suffix(".yaml")
@@ -128,26 +126,8 @@ def merged(root: Path, text: str, out: Path, *options: str) -> Path:
     return out
 
 
-def mergekits(root: Path, text: str, out: Path, **changes: Any) -> Path:
-    from mergekit.config import MergeConfiguration
-    from mergekit.io.tasks import LoaderCache
-    from mergekit.merge import run_merge
-    from mergekit.options import MergeOptions
-
-    # Its card would ask the hub for names, and it keeps what it opened by the names that other tests have as well.
-    options = MergeOptions(quiet=True, clone_tensors=True, write_model_card=False, **changes)
-    with contextlib.chdir(root), contextlib.redirect_stderr(io.StringIO()):
-        LoaderCache.loaders.clear()
-        run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), str(out), options)
-        LoaderCache.loaders.clear()
-    return out
-
-
-def assert_same_weights(found: Path, expected: Path) -> None:
-    one, other = state(found), state(expected)
-    assert set(one) == set(other)
-    for name, values in other.items():
-        np.testing.assert_allclose(one[name], values, rtol=1e-5, atol=1e-5 * np.abs(values).max(), err_msg=name)
+def mergekits(root: Path, text: str, out: Path, **options: Any) -> Path:
+    return merge_by_mergekit(yaml.safe_load(text), out, root, **options)
 
 
 def warnings_in(stderr: str) -> list[str]:
@@ -391,7 +371,7 @@ def test_configs_that_differ_are_told(models: Path, tmp_path: Path, capfd: pytes
     (line,) = warnings_in(capfd.readouterr().err)
     assert "b/config.json: rope.theta is 500000.0, but 10000.0 in the first model" in line
     assert_same_weights(found, mergekits(tmp_path, LINEAR, tmp_path / "expected"))
-    assert json.loads((found / "config.json").read_text())["rope_parameters"]["rope_theta"] == 10000.0
+    assert read_json(found / "config.json")["rope_parameters"]["rope_theta"] == 10000.0
     with contextlib.chdir(tmp_path):
         assert command("merge", "found.yaml", "strict", "--strict") == 2
     assert not (tmp_path / "strict").exists()
@@ -403,10 +383,10 @@ def test_other_architectures_of_the_same_tensors_are_merged_if_asked_for(
     """Llama's and Mistral's decoders have the same tensors."""
     (tmp_path / "a").symlink_to(models / "a")
     shutil.copytree(models / "b", tmp_path / "other")
-    config = json.loads((tmp_path / "other/config.json").read_text())
+    config = read_json(tmp_path / "other/config.json")
     assert config["model_type"] == "llama"
     config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    write_json(tmp_path / "other/config.json", config)
     text = "merge_method: ties\nbase_model: a\nmodels: [{model: other, parameters: {weight: 0.5, density: 0.5}}]\n"
     with pytest.raises(RuntimeError, match="allow-crimes"):
         mergekits(tmp_path, text, tmp_path / "refused")
@@ -416,7 +396,7 @@ def test_other_architectures_of_the_same_tensors_are_merged_if_asked_for(
     assert "--allow-crimes" in capfd.readouterr().err
     found = merged(tmp_path, text, tmp_path / "found", "--allow-crimes")
     assert_same_weights(found, mergekits(tmp_path, text, tmp_path / "expected", allow_crimes=True))
-    assert json.loads((found / "config.json").read_text())["model_type"] == "llama"
+    assert read_json(found / "config.json")["model_type"] == "llama"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -463,7 +443,7 @@ def test_tokenizer_card_and_progress_can_be_left_out(
     assert (out / "mergekit_config.yml").read_text() == LINEAR
 
 
-def test_options_of_mergekits_other_programs_are_named(capfd: pytest.CaptureFixture[str]) -> None:
+def test_options_of_mergekits_other_programs_are_named() -> None:
     from mergekit.scripts import bakllama, extract_lora, layershuffle, legacy, moe, multimerge, run_yaml, tokensurgeon
 
     own = [one for one in cli.commands["merge"].params if not getattr(one, "hidden", False)]
@@ -475,9 +455,8 @@ def test_options_of_mergekits_other_programs_are_named(capfd: pytest.CaptureFixt
             option = max(parameter.opts, key=len)
             if not option.startswith("--") or option in known:
                 continue
-            assert command("merge", "r.yaml", "out", option, *([] if parameter.is_flag else ["1"])) == 2
-            line = capfd.readouterr().err
-            assert line.startswith(f"error: {option}") and line.count("\n") == 1, line
+            line = refusal("merge", "r.yaml", "out", option, *([] if parameter.is_flag else ["1"]))
+            assert line.startswith(f"error: {option}"), line
             assert "an option of mergekit" in line and (name in line or parameter.name in ("weight", "fp16")), (
                 name,
                 line,
@@ -487,9 +466,8 @@ def test_options_of_mergekits_other_programs_are_named(capfd: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("size", ["0", "5X", "-3", "B", ""])
-def test_sizes_that_are_none_are_refused(size: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert command("merge", "recipe.yaml", tmp_path / "out", "--out-shard-size", size) == 2
-    assert "500M" in capfd.readouterr().err
+def test_sizes_that_are_none_are_refused(size: str, tmp_path: Path) -> None:
+    assert "500M" in run_here("merge", "recipe.yaml", tmp_path / "out", "--out-shard-size", size, status=2).stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -562,25 +540,21 @@ dtype: float32
 """
 
 
-def test_modules_are_merged_each_by_its_own(models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_modules_are_merged_each_by_its_own(models: Path, tmp_path: Path) -> None:
     vision_language_models(tmp_path)
     found = merged(tmp_path, MODULES, tmp_path / "found")
     expected = mergekits(tmp_path, MODULES, tmp_path / "expected")
     assert_same_weights(found, expected)
-    config = json.loads((found / "config.json").read_text())
+    config = read_json(found / "config.json")
     assert config["text_config"]["num_hidden_layers"] == 3
     assert config["vision_config"]["num_hidden_layers"] == 2
     # A part of the model that no module has would be missing.
     partial = yaml.safe_load(MODULES)
     del partial["modules"]["multi_modal_projector"]
-    (tmp_path / "partial.yaml").write_text(yaml.safe_dump(partial))
-    capfd.readouterr()
-    assert command("merge", tmp_path / "partial.yaml", tmp_path / "partial") == 2
-    assert "modules: none has " in capfd.readouterr().err
+    write_yaml(tmp_path / "partial.yaml", partial)
+    assert "modules: none has " in run_here("merge", tmp_path / "partial.yaml", tmp_path / "partial", status=2).stderr
     partial["modules"]["multi_modal_projectr"] = {"models": [{"model": "vlm-b"}]}
-    (tmp_path / "partial.yaml").write_text(yaml.safe_dump(partial))
-    assert command("merge", tmp_path / "partial.yaml", tmp_path / "partial") == 2
-    said = capfd.readouterr().err
+    said = run_here("merge", write_yaml(tmp_path / "partial.yaml", partial), tmp_path / "partial", status=2).stderr
     assert (
         "modules.multi_modal_projectr: the models have no tensor of it (did you mean 'multi_modal_projector'?)" in said
     )
@@ -612,7 +586,7 @@ dtype: float32
 
 def in_memory_names(source: Path, target: Path) -> None:
     """A model with the names that transformers has in memory."""
-    kind = getattr(transformers, json.loads((source / "config.json").read_text())["architectures"][0])
+    kind = getattr(transformers, read_json(source / "config.json")["architectures"][0])
     kind.from_pretrained(source).save_pretrained(target, save_original_format=False)
 
 
@@ -654,8 +628,7 @@ def test_tensors_of_older_and_newer_names_are_one(
 
     expected, found = merge_of("vlm-a", "vlm-b"), merge_of("vlm-a", "vlm-c")
     assert expected.keys() == found.keys() == state(tmp_path / "vlm-a").keys() != state(tmp_path / "vlm-c").keys()
-    for name, values in expected.items():
-        np.testing.assert_array_equal(found[name], values, err_msg=name)
+    assert_same_tensors(found, expected)
     assert merge_of("vlm-c", "vlm-a").keys() == state(tmp_path / "vlm-c").keys()
 
 
@@ -672,14 +645,12 @@ def test_an_encoder_and_a_decoder_are_made_of_slices(tmp_path: Path, capfd: pyte
     document = yaml.safe_load(T5_MODULES)
     # mergekit leaves the embedding out.
     document["modules"]["shared"] = {"models": [{"model": "t5-a"}, {"model": "t5-b"}]}
-    (tmp_path / "refused.yaml").write_text(yaml.safe_dump(document))
-    assert command("merge", tmp_path / "refused.yaml", tmp_path / "refused") == 2
+    assert command("merge", write_yaml(tmp_path / "refused.yaml", document), tmp_path / "refused") == 2
     assert "encoder.block.1.layer.0.SelfAttention.relative_attention_bias" in capfd.readouterr().err
     found = merged(tmp_path, yaml.safe_dump(document | {"on_mismatch": "first"}), tmp_path / "found")
     own, expected = state(found), state(mergekits(tmp_path, T5_MODULES, tmp_path / "expected"))
     assert set(own) - set(expected) == {"shared.weight"} and set(expected) < set(own)
-    for name, values in expected.items():
-        np.testing.assert_allclose(own[name], values, rtol=1e-6, atol=1e-7, err_msg=name)
+    assert_same_tensors({name: own[name] for name in expected}, expected, rtol=1e-6, atol=1e-7)
     model, report = transformers.T5ForConditionalGeneration.from_pretrained(found, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert (model.config.num_layers, model.config.num_decoder_layers) == (5, 2)
@@ -699,10 +670,6 @@ def raw(root: Path, name: str, seed: int, **changes: tuple[int, ...] | None) -> 
 
 
 def test_files_of_any_tensors_are_merged_as_by_mergekit_pytorch(tmp_path: Path) -> None:
-    from mergekit.graph import Executor
-    from mergekit.options import MergeOptions
-    from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
-
     for seed, name in enumerate(("base.safetensors", "a.safetensors", "b.safetensors")):
         raw(tmp_path, name, seed)
     text = (
@@ -711,27 +678,21 @@ def test_files_of_any_tensors_are_merged_as_by_mergekit_pytorch(tmp_path: Path) 
     )
     found = merged(tmp_path, text, tmp_path / "found")
     with contextlib.chdir(tmp_path), contextlib.redirect_stderr(io.StringIO()):
-        config = RawPyTorchMergeConfig.model_validate(yaml.safe_load(text))
-        tasks = plan_flat_merge(config, "expected", False, False, MergeOptions(quiet=True))
-        Executor(tasks, math_device="cpu", storage_device="cpu").execute()
-    assert_same_weights(found, tmp_path / "expected")
+        expected = merge_files_by_mergekit(yaml.safe_load(text), tmp_path / "expected")
+    assert_same_weights(found, expected)
     assert {file.name for file in found.iterdir()} == {
         "model.safetensors", "README.md", "mergekit_config.yml", "evojax_merge.json",
     }  # fmt: skip
 
 
-def test_a_file_and_a_model_are_not_merged_unasked(
-    models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_and_a_model_are_not_merged_unasked(models: Path, tmp_path: Path) -> None:
     (tmp_path / "file.safetensors").symlink_to(models / "b" / "model.safetensors")
     for rows in ("[{model: a}, {model: FILE}]", "[{model: FILE}, {model: a}]"):
         text = f"merge_method: linear\nmodels: {rows}\nparameters: {{weight: 1}}\n"
         recipe = models / "of-a-file.yaml"
         recipe.write_text(text.replace("FILE", str(tmp_path / "file.safetensors")))
-        capfd.readouterr()
-        assert command("merge", recipe, tmp_path / "out") == 2
-        said = capfd.readouterr().err
-        assert "model.safetensors: is of weights alone" in said and "--allow-crimes" in said and said.count("\n") == 1
+        said = refusal("merge", recipe, tmp_path / "out")
+        assert "model.safetensors: is of weights alone" in said and "--allow-crimes" in said
 
 
 def test_a_folder_of_files_without_a_config_is_one_model(tmp_path: Path) -> None:
@@ -802,11 +763,10 @@ def test_heads_of_other_trainings_are_left_out_of_any_architecture(
     assert command("merge", tmp_path / "found.yaml", tmp_path / "refused") == 2
     assert capfd.readouterr().err.rstrip().endswith("score.weight")
     save_file({**load_file(file), mask: torch.ones(16)}, file, {"format": "pt"})
-    assert command("merge", tmp_path / "found.yaml", tmp_path / "refused") == 2
-    assert mask in capfd.readouterr().err
+    assert mask in run_here("merge", tmp_path / "found.yaml", tmp_path / "refused", status=2).stderr
 
 
-def test_tensors_that_not_all_models_have_alike(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_tensors_that_not_all_models_have_alike(tmp_path: Path) -> None:
     base = raw(tmp_path, "base.safetensors", 0)
     a = raw(tmp_path, "a.safetensors", 1, two=(6,), four=(2,))
     b = raw(tmp_path, "b.safetensors", 2, three=None)
@@ -823,8 +783,7 @@ def test_tensors_that_not_all_models_have_alike(tmp_path: Path, capfd: pytest.Ca
         np.testing.assert_allclose(values, expected.pop(name), atol=1e-6, err_msg=name)
     assert not expected
     skipped = {"one": arithmetic("one", a, b), "two": arithmetic("two", b), "three": arithmetic("three", a)}
-    for name, values in made("skip").items():
-        np.testing.assert_allclose(values, skipped[name], atol=1e-6, err_msg=name)
+    assert_same_tensors(made("skip"), skipped, rtol=1e-7, atol=1e-6)
     filtered = made([{"filter": "two", "value": "first"}, {"value": "skip"}])
     np.testing.assert_array_equal(filtered["two"], base["two"])
     np.testing.assert_allclose(filtered["three"], skipped["three"], atol=1e-6)
@@ -833,8 +792,6 @@ def test_tensors_that_not_all_models_have_alike(tmp_path: Path, capfd: pytest.Ca
     # By default, and where no filter fits, the first tensor ends the merge.
     for rows in (None, [{"filter": "three", "value": "first"}, {"filter": "four", "value": "skip"}]):
         (tmp_path / "recipe.yaml").write_text(MISMATCHED.format("ties") + yaml.safe_dump({"on_mismatch": rows}))
-        capfd.readouterr()
-        assert command("merge", tmp_path / "recipe.yaml", tmp_path / "refused") == 2
-        said = capfd.readouterr().err
+        said = run_here("merge", tmp_path / "recipe.yaml", tmp_path / "refused", status=2).stderr
         assert ("four" in said) if rows is None else ("two has shape [6], but [5]" in said), said
     assert not (tmp_path / "refused").exists()

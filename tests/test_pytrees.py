@@ -1,9 +1,7 @@
 """Searching for a merge of any pytrees: what is merged, against float64 NumPy; groups, determinism, errors."""
 
-import json
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import sample, thorough
+from helpers.files import read_json
+from helpers.sampling import sample, thorough
+from hostile import changing
 from merge_kernels import METHODS
 from reference import merging
 from safetensors.numpy import load_file
@@ -39,13 +39,10 @@ BASE = tree(0)
 PARENTS = [tree(1, BASE), tree(2, BASE)]
 
 
-def similarity(target: Any) -> Callable[[Any], jax.Array]:
+@changing
+def similarity(merged: Any, target: Any) -> jax.Array:
     """Minus the squared distance from `target`."""
-
-    def fitness(merged: Any) -> jax.Array:
-        return -sum(jnp.square(a - b).sum() for a, b in zip(*map(jax.tree.leaves, (merged, target)), strict=True))
-
-    return fitness
+    return -sum(jnp.square(a - b).sum() for a, b in zip(*map(jax.tree.leaves, (merged, target)), strict=True))
 
 
 def quick(parents: Any = None, fitness: Any = None, **settings: Any) -> PytreeSearch:
@@ -317,7 +314,7 @@ def test_a_validation_split_of_the_examples(wrap: Any, tmp_path: Any) -> None:
     scores = rows_of(found.best, {name: leaf[kept] for name, leaf in examples.items()})
     np.testing.assert_allclose(found.scores, scores, rtol=1e-4)
     assert found.fitness == pytest.approx(float(found.scores.mean()))
-    result = json.loads((tmp_path / "run/result.json").read_text())
+    result = read_json(tmp_path / "run/result.json")
     assert result["chosen_on"] == "validation" and result["validation_fitness"] == {"winner": found.fitness}
     # What is kept back changes nothing in the search.
     other = {name: np.where(kept[:, None], 0, leaf) for name, leaf in examples.items()}
@@ -368,7 +365,7 @@ def test_a_run_folder_is_continued_where_it_was_broken_off(tmp_path: Any) -> Non
     whole = quick(generations=5, out=tmp_path / "whole", log=["csv"])
     logged = (tmp_path / "whole" / "history.csv").read_text().splitlines()
     assert [row.partition(",")[0] for row in logged] == ["generation", *"12345"]
-    assert json.loads((tmp_path / "whole/result.json").read_text())["parameters"].keys() == whole.parameters.keys()
+    assert read_json(tmp_path / "whole/result.json")["parameters"].keys() == whole.parameters.keys()
 
     def stop(generation: Generation) -> None:
         if generation.number == 3:

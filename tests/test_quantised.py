@@ -1,7 +1,6 @@
 """Quantised checkpoints as models: packed by reference/quantisation.py, number by number, and read back to the values
 that these numbers mean."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from helpers import Family, build_family, edit_json, load_torch, run_linear_merge, sample, state, tiny_config
+from helpers.commands import assert_refused, command, linear_merge
+from helpers.families import Family, build_family
+from helpers.files import edit_json, read_json
+from helpers.models import load_torch, state, tiny_config
+from helpers.sampling import sample
+from hostile import changing
 from reference.quantisation import (
     GROUP,
     Quantise,
@@ -32,7 +36,6 @@ from safetensors import torch as torch_files
 from safetensors.numpy import load_file, save_file
 
 from evojax_merge.checkpoints.derived import open_model, resolve_model
-from evojax_merge.cli import WRONG_INPUT
 
 
 def compressed(how: str, **weights: Any) -> dict[str, Any]:
@@ -188,7 +191,7 @@ def test_matrices_are_rounded_once_to_the_dtype_that_the_config_names(family: Fa
 @pytest.mark.parametrize("case", ["AWQ", "bitsandbytes, 4 bits", "compressed-tensors, packed"])
 def test_a_merge_of_one_is_read_by_transformers(case: str, family: Family, tmp_path: Path) -> None:
     values = quantised(family.base, tmp_path / "q", case)
-    assert run_linear_merge(tmp_path, tmp_path / "q", family.parents[0]) == 0
+    assert command(*linear_merge(tmp_path, tmp_path / "q", family.parents[0])) == 0
     merged, other = load_torch(tmp_path / "out").state_dict(), state(family.parents[0])
     for name, one in values.items():
         np.testing.assert_allclose(merged[name].numpy(), (one + other[name]) / 2, rtol=1e-5, atol=1e-7, err_msg=name)
@@ -226,8 +229,8 @@ def test_a_quantisation_that_a_config_still_names_is_none_where_no_weight_is_qua
     """Trainers merge into full weights, and leave the config of the base that they were trained on."""
     shutil.copytree(family.base, tmp_path / "left")
     edit_json(tmp_path / "left" / "config.json", lambda config: config.update(quantization_config=BITS))
-    assert run_linear_merge(tmp_path, tmp_path / "left") == 0
-    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert command(*linear_merge(tmp_path, tmp_path / "left")) == 0
+    assert "quantization_config" not in read_json(tmp_path / "out" / "config.json")
     for name, values in state(tmp_path / "out").items():
         np.testing.assert_allclose(values, state(family.base)[name], rtol=1e-6)
 
@@ -249,15 +252,13 @@ def without(part: str) -> Callable[[Path], None]:
     return tensor(part, lambda values: None)
 
 
-def tensor(part: str, change: Callable[[np.ndarray], np.ndarray | None]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        # By torch, which reads eight-bit floats.
-        tensors = torch_files.load_file(folder / "model.safetensors")
-        changed = change(tensors.pop(f"{NAME}.{part}").numpy())
-        own = {} if changed is None else {f"{NAME}.{part}": torch.from_numpy(changed)}
-        torch_files.save_file(tensors | own, folder / "model.safetensors")
-
-    return edit
+@changing
+def tensor(folder: Path, part: str, change: Callable[[np.ndarray], np.ndarray | None]) -> None:
+    # By torch, which reads eight-bit floats.
+    tensors = torch_files.load_file(folder / "model.safetensors")
+    changed = change(tensors.pop(f"{NAME}.{part}").numpy())
+    own = {} if changed is None else {f"{NAME}.{part}": torch.from_numpy(changed)}
+    torch_files.save_file(tensors | own, folder / "model.safetensors")
 
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -389,16 +390,9 @@ def made(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
 
 @pytest.mark.parametrize("case", sample(WRONG, 12))
-def test_what_cannot_be_dequantised_is_refused_by_name(
-    case: str, made: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_dequantised_is_refused_by_name(case: str, made: Callable[[str], Path], tmp_path: Path) -> None:
     kind, change, says = WRONG[case]
     shutil.copytree(made(kind), tmp_path / "q")
     change(tmp_path / "q")
-    capfd.readouterr()
-    assert run_linear_merge(tmp_path, tmp_path / "q") == WRONG_INPUT
-    line = capfd.readouterr().err
-    assert line.startswith("error: ") and line.count("\n") == 1, line
-    for text in says:
-        assert text in line, line
+    assert_refused(says, *linear_merge(tmp_path, tmp_path / "q"))
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,6 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL with their images: M-RoPE, features inside of the decoder, and whole searches."""
 
 import hashlib
-import json
 import signal
 import subprocess
 import sys
@@ -14,8 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import yaml
-from helpers import edit_json, save, thorough, words
+from helpers.commands import command, run_here
+from helpers.files import edit_json, read_json, write_yaml
+from helpers.models import save, words
+from helpers.sampling import thorough
+from helpers.searches import seeing_search
 from hostile import start_command
 from reference.vision_models import (
     PLACEHOLDERS,
@@ -28,7 +30,7 @@ from reference.vision_models import (
     write_images,
 )
 from safetensors.numpy import load_file, save_file
-from test_vision import NEW, SHARED, SPACES, _own_cache, command, heldout_score, score, write_family, write_tasks
+from test_vision import NEW, SHARED, SPACES, _own_cache, heldout_score, score, write_family, write_tasks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
@@ -190,21 +192,12 @@ def test_files_as_the_hub_has_them(tmp_path: Path) -> None:
 
 
 def search_config(root: Path, tmp_path: Path, space: str, **more: Any) -> Path:
-    document = {
-        "base": str(root / "base"), "parents": [str(root / "two"), str(root / "one")], **SPACES[space],
-        "tasks": [
-            {"name": "text", "kind": "likelihood", "heldout": str(root / "tasks.jsonl"),
-             "file": str(root / ("shared.jsonl" if space in ("gradient", "paths") else "tasks.jsonl"))},
-        ],
-        "search": {"generations": 1, "population": 4} | ({"strategy": "gradient"} if space == "gradient" else {}),
-    }  # fmt: skip
-    (tmp_path / "search.yaml").write_text(yaml.safe_dump(document | more))
-    return tmp_path / "search.yaml"
+    return write_yaml(tmp_path / "search.yaml", seeing_search(root, space, SPACES[space]) | more)
 
 
 def heldout_scores(run: Path) -> dict[str, float]:
     """The scores of the held-out table: of the winner, the base and the parents, by their names."""
-    table = json.loads((run / "result.json").read_text())["table"]
+    table = read_json(run / "result.json")["table"]
     rows = [row for row in table if row["role"] in ("winner", "base", "parent")]
     names = [row["role"] if row["role"] != "parent" else row["name"].split("/")[-1] for row in rows]
     return dict(zip(names, (next(iter(row["heldout_scores"].values())) for row in rows), strict=True))
@@ -278,24 +271,22 @@ def test_a_text_model_merges_into_the_decoder(kind: str, tmp_path: Path) -> None
     assert command("search", config, "--out", tmp_path / "run") == 0
     scored, out = heldout_scores(tmp_path / "run"), tmp_path / "run/best/model"
     assert scored["winner"] == pytest.approx(heldout_score(out, root), abs=1e-4)
-    assert json.loads((out / "config.json").read_text())["model_type"] == kind
+    assert read_json(out / "config.json")["model_type"] == kind
     # A text model among the parents is scored as the decoder of the model that sees: with its rows, and its places.
     recipe = {
         "models": [{"model": str(root / "japanese"), "parameters": {"weight": 1.0}},
                    {"model": sees, "parameters": {"weight": 0.0}}],
         "merge_method": "linear", "other_modules": sees, "tokenizer_source": sees,
     }  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert command("merge", tmp_path / "recipe.yaml", tmp_path / "alone") == 0
+    assert command("merge", write_yaml(tmp_path / "recipe.yaml", recipe), tmp_path / "alone") == 0
     assert scored["japanese"] == pytest.approx(heldout_score(tmp_path / "alone", root), abs=1e-4)
 
 
-def test_a_text_model_whose_layers_differ(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_model_whose_layers_differ(root: Path, tmp_path: Path) -> None:
     save_text_model("qwen3_vl", tmp_path / "text", 0, intermediate_size=48)
     sees = str(root / "one")
     merged = {"base": str(tmp_path / "text"), "parents": [sees], "tokenizer_source": sees}
-    assert command("plan", search_config(root, tmp_path, "merges", **merged)) == 2
-    message = " ".join(capsys.readouterr().err.split())
+    message = " ".join(run_here("plan", search_config(root, tmp_path, "merges", **merged), status=2).stderr.split())
     assert "mlp" in message and "48" in message and "40" in message and message.count("evojax-merge") <= 1, message
 
 
@@ -311,7 +302,7 @@ def test_a_text_model_of_another_base_frequency(root: Path, tmp_path: Path, caps
     note = f"rope.theta is 500000.0, and 10000.0 in {sees}; merges have the latter, and all models are scored with it"
     assert f"{tmp_path / 'text'}, {tmp_path / 'japanese'}: {note}" in lines and lines.count("rope.theta") == 1
     scored, out = heldout_scores(tmp_path / "run"), tmp_path / "run/best/model"
-    settings = json.loads((out / "config.json").read_text())["text_config"]["rope_parameters"]
+    settings = read_json(out / "config.json")["text_config"]["rope_parameters"]
     assert settings["rope_theta"] == 1e4
     assert scored["winner"] == pytest.approx(heldout_score(out, root), abs=1e-4)
 

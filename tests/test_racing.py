@@ -1,17 +1,17 @@
 """Races over examples: who meets what, who stops, what the strategy and the history are told."""
 
-import json
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-import yaml
-from helpers import sample, search_in, write_lines
+from helpers.files import read_lines, write_lines, write_yaml
+from helpers.sampling import sample
+from helpers.searches import open_problem, search_in
 
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import TaskScores, fitness
-from evojax_merge.problem import build_problem, read_config
+from evojax_merge.problem import read_config
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.search.successive_halving import (
     halving_passes,
@@ -416,16 +416,14 @@ def write_config(family, folder, space: str, rungs: int):
     }
     if space == "merge":
         document["base"] = str(family.base)
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(document))
-    return path
+    return write_yaml(folder / "config.yaml", document)
 
 
 @pytest.mark.parametrize("space", sample(SPACES, 1))
 def test_models_in_a_race_score_as_on_everything(family, tmp_path, space):
     path = write_config(family, tmp_path, space, 4)
-    problem = build_problem(path, read_config(path, [], None))
-    whole = build_problem(path, read_config(path, ["search.rungs=1"], None))
+    problem = open_problem(path)
+    whole = open_problem(path, "search.rungs=1")
     on = open_evaluators(problem, problem.prepare())
     shards, full = on.shards, on.search
     searched = open_evaluator(whole, whole.prepare().shards[0])
@@ -446,7 +444,7 @@ def test_the_command_races_and_says_what_it_saved(family, tmp_path, capsys):
     path = write_config(family, tmp_path, "merge", 3)
     search_command.search(path, tmp_path / "run", resume=False, overwrite=False, seed=None, overrides=[])
     said = " ".join(capsys.readouterr().out.split())
-    history = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
+    history = read_lines(tmp_path / "run/history.jsonl")
     done = sum(sum(row["examples"]) for row in history)
     assert f"successive halving: {done:,} of {3 * 8 * 27:,} passes" in said
     assert 0.45 < 1 - done / (3 * 8 * 27) < 0.55
@@ -456,6 +454,6 @@ def test_the_command_races_and_says_what_it_saved(family, tmp_path, capsys):
 def test_rungs_that_cannot_be_are_refused(family, tmp_path):
     path = write_config(family, tmp_path, "merge", 2)
     with pytest.raises(InputError, match=r"search\.rungs: 2; .* short has one"):
-        build_problem(path, read_config(path, ["tasks.1.limit=1"], None))
+        open_problem(path, "tasks.1.limit=1")
     with pytest.raises(InputError, match=r"search\.rungs"):
         read_config(path, ["search.rungs=0"], None)

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import finetune, random_model, save, state, tiny_config
+from helpers.commands import command, run_here
+from helpers.mergekit import assert_same_tensors
+from helpers.models import finetune, random_model, save, state, tiny_config
 from hostile import run_python
 
 import evojax_merge as em
 from evojax_merge.checkpoints import writer
 from evojax_merge.checkpoints.folder import open_folder
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
-from evojax_merge.cli import cli, run
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.stages import merge_stream, prepare_stream
@@ -86,11 +87,6 @@ def folder(models: Path, tmp_path: Path) -> Path:
     return root
 
 
-def command(*arguments: object) -> int:
-    """`evojax-merge` in this process: its exit status."""
-    return run(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False))
-
-
 def written(folder: Path, text: str) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(text)
@@ -111,14 +107,11 @@ def linear(*models: str, **more: Any) -> dict[str, Any]:
 # What comes out
 
 
-def test_the_model_is_that_of_mergekit_multi(
-    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_model_is_that_of_mergekit_multi(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mergekit.scripts import multimerge
 
     recipe, out = written(folder, STREAM), folder / "out"
-    assert command("merge", recipe, out) == 0
-    said = capfd.readouterr().out
+    said = run_here("merge", recipe, out).stdout
     assert all(f"{number} of 4" in said for number in range(1, 5)) and "(slerp-1.5)" in said
     # Nothing but the model has been added, and its card tells of all merges and of no intermediate model.
     assert {path.name for path in folder.iterdir()} == {"base", "one", "two", "other", "recipe.yaml", "out"}
@@ -130,11 +123,9 @@ def test_the_model_is_that_of_mergekit_multi(
     monkeypatch.chdir(folder)
     options = ["-I", "stages", "--out-path", "theirs", "--quiet", "--no-write-model-card", "--clone-tensors"]
     multimerge.main.main(["recipe.yaml", *options], standalone_mode=False)
-    found, expected = state(out), state(folder / "theirs")
-    assert set(found) == set(expected)
+    found = state(out)
     assert any(name.startswith("model.layers.3.") for name in found)
-    for name, values in expected.items():
-        np.testing.assert_allclose(found[name], values, atol=1e-5 * np.abs(values).max(), err_msg=name)
+    assert_same_tensors(found, state(folder / "theirs"), rtol=1e-7, scaled=1e-5)
 
 
 def test_stages_are_the_merges_one_by_one(folder: Path) -> None:
@@ -210,10 +201,9 @@ def models_in_the_cache() -> set[str]:
     return {path.name for path in (cache_folder() / "models").glob("*")}
 
 
-def test_what_is_not_as_it_looks_is_told(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_as_it_looks_is_told(folder: Path) -> None:
     documents = [linear("one", name="two"), linear("two", "base"), linear("base", name="unused")]
-    assert command("merge", written(folder, dump_documents(documents)), folder / "out") == 0
-    unused, shadowed = capfd.readouterr().err.splitlines()
+    unused, shadowed = run_here("merge", written(folder, dump_documents(documents)), folder / "out").stderr.splitlines()
     assert "warning: " in unused and "recipe.yaml: document 3 (unused)" in unused and "not merged" in unused
     assert "document 1 (two)" in shadowed and str((folder / "two").resolve()) in shadowed
     assert command("merge", written(folder, dump_documents([linear("one", "base")])), folder / "expected") == 0
@@ -287,15 +277,12 @@ def test_a_stage_is_removed_after_its_last_use(folder: Path) -> None:
     assert not list(folder.glob(".out.*"))
 
 
-def test_a_disk_without_room_for_the_stages_is_found_out_first(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_disk_without_room_for_the_stages_is_found_out_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, before = written(folder, CHAIN), sorted(os.listdir(folder))
     with prepare_stream(read_stream(recipe), folder / "out") as plan:
         needed = plan.peak_bytes
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: SimpleNamespace(total=needed, free=needed - 1))
-    assert command("merge", recipe, folder / "out") == 2
-    assert f"needs {needed / 1e6:,.1f} MB" in capfd.readouterr().err
+    assert f"needs {needed / 1e6:,.1f} MB" in run_here("merge", recipe, folder / "out", status=2).stderr
     assert sorted(os.listdir(folder)) == before
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: SimpleNamespace(total=needed, free=needed))
     assert command("merge", recipe, folder / "out") == 0
@@ -334,8 +321,7 @@ main()
 def test_what_a_kill_leaves_the_next_run_removes(folder: Path) -> None:
     recipe, out = written(folder, CHAIN), folder / "out"
     before = set(os.listdir(folder))
-    done = run_python(KILLED, "merge", recipe, out)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    run_python(KILLED, "merge", recipe, out, status=-signal.SIGKILL)
     (left,) = set(os.listdir(folder)) - before
     assert left.startswith(".out.") and (folder / left / "1-a/model.safetensors").exists()
     assert command("merge", recipe, out) == 0
@@ -392,14 +378,13 @@ WRONG: dict[str, tuple[str | list[Any], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_documents_are_refused_before_anything_is_merged(
-    case: str, folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    case: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents, says = WRONG[case]
     recipe = written(folder, documents if isinstance(documents, str) else dump_documents(documents))
     before = sorted(os.listdir(folder))
     monkeypatch.setattr("evojax_merge.mergekit.stages.write_weights", lambda *_: pytest.fail("a stage was merged"))
-    assert command("merge", recipe, folder / "out", "--strict") == 2
-    (line,) = capfd.readouterr().err.splitlines()
+    (line,) = run_here("merge", recipe, folder / "out", "--strict", status=2).stderr.splitlines()
     assert line.startswith("error: ") and ".evojax-merge" not in line
     assert all(part in line for part in says), line
     assert sorted(os.listdir(folder)) == before

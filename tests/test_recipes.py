@@ -1,6 +1,5 @@
 """Recipes: mergekit's YAML means here what it means there, and what a search found is written so that both read it."""
 
-import json
 import re
 import shutil
 import warnings
@@ -16,20 +15,11 @@ import pytest
 import torch
 import transformers
 import yaml
-from helpers import (
-    OF_MERGEKIT,
-    Family,
-    build_family,
-    finetune,
-    load_torch,
-    random_model,
-    read_recipe,
-    sample,
-    save,
-    state,
-    tiny_config,
-    words,
-)
+from helpers.families import Family, build_family
+from helpers.files import read_json, read_recipe, write_json
+from helpers.mergekit import assert_same_weights, merge_by_mergekit
+from helpers.models import OF_MERGEKIT, finetune, load_torch, random_model, save, state, tiny_config, words
+from helpers.sampling import sample
 from merge_kernels import METHODS, Options
 
 from evojax_merge.checkpoints.bank import load_bank, stored_tensors
@@ -74,22 +64,7 @@ def merge(folder: Path, document: dict[str, Any], **options: Any) -> Path:
 
 
 def mergekit_merge(folder: Path, document: dict[str, Any]) -> Path:
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import run_merge
-    from mergekit.options import MergeOptions
-
-    out = folder / f"theirs{len(list(folder.glob('theirs*')))}"
-    run_merge(MergeConfiguration.model_validate(document), str(out), MergeOptions(quiet=True, random_seed=0))
-    return out
-
-
-def assert_same_weights(found: Path, expected: Path, tolerance: float = 1e-5) -> None:
-    one, other = state(found), state(expected)
-    assert set(one) == set(other)
-    for name, values in other.items():
-        np.testing.assert_allclose(
-            one[name], values, rtol=tolerance, atol=tolerance * np.abs(values).max(), err_msg=name
-        )
+    return merge_by_mergekit(document, folder / f"theirs{len(list(folder.glob('theirs*')))}", random_seed=0)
 
 
 def inputs(family: Family, **parameters: list[Any]) -> list[dict[str, Any]]:
@@ -325,7 +300,7 @@ def test_merges_equal_mergekit(case: str, family: Family, tmp_path: Path) -> Non
     document = MERGES[case](family) | {"dtype": "float32"}
     found, expected = merge(tmp_path, document), mergekit_merge(tmp_path, document)
     assert_same_weights(found, expected)
-    config = json.loads((found / "config.json").read_text())
+    config = read_json(found / "config.json")
     assert config["num_hidden_layers"] == (4 if "slices" in case else 3)
     assert config["dtype"] == "float32"
     # What was written runs in transformers, with no tensor missing or left over.
@@ -343,7 +318,7 @@ def test_bfloat16_merge_rounds_once_at_the_end(tmp_path: Path) -> None:
     # A different order of the same float32 sums may fall on the other side of a rounding boundary, rarely.
     differing = sum((one[name] != other[name]).sum() for name in other)
     assert differing < 1e-3 * sum(values.size for values in other.values())
-    assert json.loads((found / "config.json").read_text())["dtype"] == "bfloat16"
+    assert read_json(found / "config.json")["dtype"] == "bfloat16"
     wide = merge(tmp_path, document, dtype="float32")
     assert_same_weights(wide, mergekit_merge(tmp_path, document | {"dtype": "float32"}))
 
@@ -351,7 +326,7 @@ def test_bfloat16_merge_rounds_once_at_the_end(tmp_path: Path) -> None:
 def test_out_dtype_is_what_is_written(family: Family, tmp_path: Path) -> None:
     found = merge(tmp_path, MERGES["linear"](family) | {"dtype": "float32", "out_dtype": "float16"})
     assert load_torch(found).config.dtype == torch.float32
-    assert json.loads((found / "config.json").read_text())["dtype"] == "float16"
+    assert read_json(found / "config.json")["dtype"] == "float16"
     expected = merge(tmp_path, MERGES["linear"](family))
     for name, values in state(expected).items():
         np.testing.assert_array_equal(state(found)[name], values.astype(np.float16))
@@ -609,7 +584,7 @@ def test_everything_but_the_weights_is_copied(family: Family, tmp_path: Path) ->
     assert "task_arithmetic" in card
     # The recipe is in it, and no place of this machine.
     assert f"- model: {family.parents[0].name}" in card and str(family.root) not in card
-    config, original = (json.loads((path / "config.json").read_text()) for path in (found, extended))
+    config, original = (read_json(path / "config.json") for path in (found, extended))
     assert {key for key in config if config[key] != original.get(key)} <= {"dtype", "torch_dtype"}
 
 
@@ -639,14 +614,14 @@ def test_layers_keep_their_kind_where_they_are_moved(tmp_path: Path) -> None:
     """Windows are a layer's own: a repeated or left-out layer takes its type along into the config."""
     config = tiny_config("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=2)
     original = save(random_model(config), tmp_path / "model")
-    kinds = json.loads((original / "config.json").read_text())["layer_types"]
+    kinds = read_json(original / "config.json")["layer_types"]
     assert kinds == ["full_attention", "full_attention", "sliding_attention"]
     slices = [
         {"sources": [{"model": str(original), "layer_range": list(layers), "parameters": {"weight": 1}}]}
         for layers in ((0, 1), (2, 3), (2, 3), (1, 2))
     ]
     found = merge(tmp_path, {"merge_method": "linear", "slices": slices})
-    written = json.loads((found / "config.json").read_text())
+    written = read_json(found / "config.json")
     assert written["num_hidden_layers"] == 4
     assert written["layer_types"] == [kinds[i] for i in (0, 2, 2, 1)]
     windows = open_sources([found])[1].windows
@@ -700,7 +675,7 @@ def test_other_architectures_merge_tensor_by_tensor(tmp_path: Path) -> None:
             "wte.weight": torch.tensor(rng.normal(size=(9, 4)), dtype=torch.float32),
         }
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps({"model_type": "something", "n_layer": 1}))
+        write_json(folder / "config.json", {"model_type": "something", "n_layer": 1})
         folders.append(folder)
         contents.append(tensors)
     rows = [{"model": str(path), "parameters": {"weight": w}} for path, w in zip(folders, (0.25, 0.75), strict=True)]
@@ -711,7 +686,7 @@ def test_other_architectures_merge_tensor_by_tensor(tmp_path: Path) -> None:
     assert torch.equal(tensors["h.0.positions"], torch.arange(5))
     for name in ("h.0.weight", "wte.weight"):
         torch.testing.assert_close(tensors[name], 0.25 * contents[0][name] + 0.75 * contents[1][name])
-    assert json.loads((found / "config.json").read_text())["model_type"] == "something"
+    assert read_json(found / "config.json")["model_type"] == "something"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -807,7 +782,7 @@ def test_a_merge_loads_as_its_sources_do(kind: str, tmp_path: Path) -> None:
     for name, values in tensors.items():
         expected = 0.25 * one[name] + 0.75 * other[name] if values.is_floating_point() else one[name]
         torch.testing.assert_close(values, expected, msg=name)
-    config, source = (json.loads((folder / "config.json").read_text()) for folder in (found, Path(models[0])))
+    config, source = (read_json(folder / "config.json") for folder in (found, Path(models[0])))
     assert config == {**source, "dtype": "float32"}
 
 
@@ -838,13 +813,13 @@ def test_slices_of_a_model_that_does_not_say_its_depth_are_refused(tmp_path: Pat
     save_file({f"h.{i}.weight": torch.zeros(2) for i in range(3)}, tmp_path / "model" / "model.safetensors")
     slices = [{"sources": [{"model": str(tmp_path / "model"), "layer_range": [0, 2]}]}]
     for config in ({"model_type": "something"}, {"model_type": "something", "n_layer": 5}):
-        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+        write_json(tmp_path / "model" / "config.json", config)
         with pytest.raises(InputError, match="does not say that there are 3 layers"):
             merge(tmp_path, {"merge_method": "passthrough", "slices": slices})
     # All of them, in their order, are no change.
     slices[0]["sources"][0]["layer_range"] = [0, 3]
     written = merge(tmp_path, {"merge_method": "passthrough", "slices": slices}) / "config.json"
-    assert json.loads(written.read_text())["n_layer"] == 5
+    assert read_json(written)["n_layer"] == 5
 
 
 def test_anchors_and_merge_keys_are_read_and_kept_apart_from_keys_that_stand_twice() -> None:

@@ -10,31 +10,23 @@ from unittest.mock import Mock
 
 import pytest
 import yaml
-from helpers import Family, thorough
+from helpers.commands import command, run_here
+from helpers.families import Family
+from helpers.files import read_json, read_lines, write_json, write_yaml
+from helpers.sampling import thorough
+from helpers.searches import search_config, task_section
 from huggingface_hub import ModelCard
-
-from evojax_merge.cli import cli, run
 
 GENERATIONS = 2
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-def command(*arguments: object) -> int:
-    return run(lambda: cli.main(list(map(str, arguments)), standalone_mode=False))
-
-
 def config_of(family: Family, folder: Path, **changes: Any) -> Path:
     """The config of a short search, on data of its own."""
     data = shutil.copyfile(family.tasks, folder / "data.jsonl")
-    document: dict[str, Any] = {
-        "base": str(family.base), "parents": [str(parent) for parent in family.parents],
-        "tasks": [{"name": "text", "kind": "likelihood", "file": str(data)}],
-        "space": {"method": "ties", "parameters": {"weight": {}, "density": {}}},
-        "search": {"generations": GENERATIONS}, "seed": 5,
-    }  # fmt: skip
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(document | changes))
-    return config
+    space = {"method": "ties", "parameters": {"weight": {}, "density": {}}}
+    document = search_config(family, space=space, tasks=[task_section(data)], seed=5)
+    return write_yaml(folder / "config.yaml", document | {"search": {"generations": GENERATIONS}} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +47,13 @@ def finished(searched: Path, tmp_path: Path) -> Path:
 
 
 def sessions(folder: Path) -> list[dict[str, Any]]:
-    return list(json.loads((folder / "environment.json").read_text())["sessions"])
+    return list(read_json(folder / "environment.json")["sessions"])
 
 
 def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     document = yaml.safe_load(file.read_text())
     change(document)
-    file.write_text(yaml.safe_dump(document))
+    write_yaml(file, document)
 
 
 def drop_last_line(file: Path) -> None:
@@ -107,7 +99,7 @@ def test_a_damaged_record_does_not_end_a_run(finished: Path, damaged: str) -> No
 
 def test_the_config_holds_the_population_that_was_searched(searched: Path) -> None:
     document = yaml.safe_load((searched / "config.yaml").read_text())
-    history = [json.loads(line) for line in (searched / "history.jsonl").read_text().splitlines()]
+    history = read_lines(searched / "history.jsonl")
     assert document["search"]["population"] == len(history[0]["fitness"])
     assert document["evaluation"]["chunk"] is None and document["evaluation"]["tokens_per_batch"] is None
 
@@ -146,16 +138,13 @@ def test_changed_data_is_refused_by_name(finished: Path, capsys: pytest.CaptureF
         capsys.readouterr()
         text = data.read_text()
         drop_last_line(data)
-        assert command(*arguments) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        (line,) = run_here(*arguments, status=2).stderr.splitlines()
         assert f"{data} has changed" in line and "inputs" in line
         data.write_text(text)
     assert not again.exists()
 
 
-def test_a_missing_file_of_a_parent_is_refused_by_name(
-    finished: Path, family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_file_of_a_parent_is_refused_by_name(finished: Path, family: Family, tmp_path: Path) -> None:
     parent = shutil.copytree(family.parents[0], tmp_path / "parent")
     (parent / "generation_config.json").unlink(missing_ok=True)
     (parent / "chat_template.jinja").write_text("{{ messages }}")
@@ -166,9 +155,7 @@ def test_a_missing_file_of_a_parent_is_refused_by_name(
     assert command("search", config, "--out", out) == 0
     assert str(parent / "chat_template.jinja") in yaml.safe_load((out / "config.yaml").read_text())["inputs"]
     (parent / "chat_template.jinja").unlink()
-    capsys.readouterr()
-    assert command("search", out / "config.yaml", "--out", tmp_path / "again") == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = run_here("search", out / "config.yaml", "--out", tmp_path / "again", status=2).stderr.splitlines()
     assert f"{parent / 'chat_template.jinja'} is missing" in line
 
 
@@ -191,8 +178,7 @@ def test_changed_data_is_searched_where_the_user_says_so(finished: Path) -> None
 
 def test_a_run_is_reproduced_to_the_bit(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     again = finished.with_name("run-reproduced")
-    assert command("reproduce", finished) == 0
-    printed = capsys.readouterr().out
+    printed = run_here("reproduce", finished).stdout
     assert "the environment is the one that the run recorded" in printed and f"bit-identical: {again}" in printed
     for name in ("history.jsonl", "best/recipe.yaml", "best/model/model.safetensors"):
         assert (again / name).read_bytes() == (finished / name).read_bytes(), name
@@ -200,14 +186,13 @@ def test_a_run_is_reproduced_to_the_bit(finished: Path, capsys: pytest.CaptureFi
     assert f"{again}: exists already; choose a new folder with --out" in capsys.readouterr().err
 
 
-def test_a_run_of_models_by_name_is_reproduced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_models_by_name_is_reproduced(tmp_path: Path) -> None:
     """The run folder's config has the paths of models that the user's calls `zoo:base` and so forth."""
     quick = ("search.population=4", "search.generations=2", "search.finalists=1", "tasks.0.limit=8", "tasks.1.limit=8")
     options = [part for option in quick for part in ("--set", option)]
     assert command("search", CONFIGS / "quickstart.yaml", "--out", tmp_path / "run", *options) == 0
     assert "zoo:base" in (tmp_path / "run/best/recipe.yaml").read_text()
-    assert command("reproduce", tmp_path / "run") == 0
-    assert f"bit-identical: {tmp_path / 'run-reproduced'}" in capsys.readouterr().out
+    assert f"bit-identical: {tmp_path / 'run-reproduced'}" in run_here("reproduce", tmp_path / "run").stdout
 
 
 @thorough
@@ -230,12 +215,12 @@ def test_stages_are_reproduced(family: Family, tmp_path: Path, capsys: pytest.Ca
 
 def test_a_run_that_parts_says_where_and_why(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     history = finished / "history.jsonl"
-    first, second = map(json.loads, history.read_text().splitlines())
+    first, second = read_lines(history)
     second["fitness"][0] += 0.25
     history.write_text("".join(json.dumps(row) + "\n" for row in (first, second)))
-    document = json.loads((finished / "environment.json").read_text())
+    document = read_json(finished / "environment.json")
     document["sessions"][0]["versions"]["jax"] = "0.0.1"
-    (finished / "environment.json").write_text(json.dumps(document))
+    write_json(finished / "environment.json", document)
     assert command("reproduce", finished) == 1
     out, err = capsys.readouterr()
     assert "versions.jax: 0.0.1 then, " in out
@@ -252,10 +237,9 @@ def test_another_winner_is_no_reproduction(finished: Path, name: str, capsys: py
     assert f"and {name} differs; likely cause: nothing that was recorded" in capsys.readouterr().err
 
 
-def test_what_cannot_be_reproduced_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_reproduced_is_refused(finished: Path) -> None:
     def refused(run: Path = finished) -> str:
-        assert command("reproduce", run) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        (line,) = run_here("reproduce", run, status=2).stderr.splitlines()
         return line
 
     assert "no such folder" in refused(finished / "none")
@@ -309,11 +293,9 @@ def test_publish_lists_first_and_uploads_with_push(
 ) -> None:
     (finished / "report.html").write_text("<html></html>")
     names = {"README.md", "config.json", "model.safetensors", "recipe.yaml", "result.json", "report.html"}
-    assert command("publish", finished, "--repo", "me/mine") == 0
-    listed = capsys.readouterr().out
+    listed = run_here("publish", finished, "--repo", "me/mine").stdout
     assert all(f"{name}  " in listed for name in names) and "nothing was uploaded; --push" in listed
-    assert command("publish", finished, "--repo", "me/mine", "--push") == 2
-    assert "HF_TOKEN: is not set" in capsys.readouterr().err
+    assert "HF_TOKEN: is not set" in run_here("publish", finished, "--repo", "me/mine", "--push", status=2).stderr
     assert not hub.calls
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert command("publish", finished, "--repo", "me/mine", "--push", "--private") == 0
@@ -334,10 +316,8 @@ def test_publish_lists_first_and_uploads_with_push(
     assert "secret" not in printed.out + printed.err
 
 
-def test_what_cannot_be_published_is_refused(finished: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_published_is_refused(finished: Path, hub: FakeHub) -> None:
     for repo in ("a/b/c", "-bad-/x", ""):
-        assert command("publish", finished, "--repo", repo) == 2
-        assert "--repo: " in capsys.readouterr().err
+        assert "--repo: " in run_here("publish", finished, "--repo", repo, status=2).stderr
     (finished / "result.json").unlink()
-    assert command("publish", finished, "--repo", "me/mine") == 2
-    assert "has no winner to publish" in capsys.readouterr().err
+    assert "has no winner to publish" in run_here("publish", finished, "--repo", "me/mine", status=2).stderr

@@ -1,37 +1,30 @@
 """What of a run is the same where it is computed in other pieces: every candidate, the winner and its weights to the
 byte, the scores as far as float32 allows."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from helpers import Family, sample
-
-from evojax_merge.cli import cli, run
+from helpers.commands import command
+from helpers.families import Family
+from helpers.files import read_lines, write_yaml
+from helpers.sampling import sample
+from helpers.searches import search_config
 
 POPULATION = 6
 
 
 def search(family: Family, out: Path, *overrides: str) -> Path:
     """A short search in this process, which keeps what is compiled from one to the next."""
-    document: dict[str, Any] = {
-        "base": str(family.base), "parents": [str(parent) for parent in family.parents],
-        "tasks": [{"name": "text", "kind": "likelihood", "file": str(family.tasks)}],
-        "space": {"method": "ties", "layers_per_group": 2, "parameters": {"weight": {}, "density": {}}},
-        "search": {"generations": 3, "population": POPULATION}, "seed": 5,
-    }  # fmt: skip
-    config = out.with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(document))
+    space = {"method": "ties", "layers_per_group": 2, "parameters": {"weight": {}, "density": {}}}
+    config = write_yaml(out.with_suffix(".yaml"), search_config(family, 3, POPULATION, space=space, seed=5))
     options = [part for override in overrides for part in ("--set", override)]
-    arguments = ["search", str(config), "--out", str(out), *options]
-    assert run(lambda: cli.main(arguments, standalone_mode=False)) == 0
+    assert command("search", config, "--out", out, *options) == 0
     return out
 
 
 def history(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    return read_lines(out / "history.jsonl")
 
 
 @pytest.fixture(scope="module")

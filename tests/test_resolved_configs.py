@@ -1,7 +1,6 @@
 """The config.yaml of a run folder can be run again: for every kind of task, every backend and every space it is read
 from any folder, means the same, and is written again as it is."""
 
-import json
 import os
 import re
 import sys
@@ -11,13 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import build_family, even_records, run_here, thorough, write_lines
+from helpers.commands import run_here
+from helpers.families import build_family
+from helpers.files import write_json, write_lines, write_yaml
+from helpers.models import even_records, randomised
+from helpers.sampling import thorough
 from PIL import Image
 from safetensors.numpy import save_file
 from safetensors.torch import save_model
 from scipy.io import wavfile
 from test_backend_seam import TOY, network, register_toy
-from test_exported_networks import OWN, PREPROCESSOR, randomised
+from test_exported_networks import OWN, PREPROCESSOR
 from tiny_generators import make_ddpm
 from toy_backend import save as save_toy
 from transformers import ViTConfig, ViTForImageClassification
@@ -125,11 +128,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("mine", "other"):
         # lm-eval takes a [ in the path of data for a pattern.
         data = write_lines(folder.parent / f"{name}.jsonl", even_records(8))
-        (folder / "harness" / f"{name}.yaml").write_text(yaml.safe_dump({
+        write_yaml(folder / "harness" / f"{name}.yaml", {
             "task": name, "output_type": "loglikelihood", "doc_to_text": "{{prompt}}", "doc_to_target": "{{target}}",
             "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
             "test_split": "test", "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        }))  # fmt: skip
+        })  # fmt: skip
     write_lines(folder / "pictures.jsonl", write_pictures(folder, "pictures"))
     write_pictures(folder, "other_pictures")
     wavfile.write(folder / "1.wav", 16_000, np.zeros(800, np.int16))
@@ -158,9 +161,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     for seed, name in enumerate(("shapes", "round", "edgy")):
         randomised(ViTForImageClassification(config), seed).save_pretrained(folder / name)
-        (folder / name / "preprocessor_config.json").write_text(
-            json.dumps(PREPROCESSOR | {"size": {"height": 8, "width": 8}})
-        )
+        write_json(folder / name / "preprocessor_config.json", PREPROCESSOR | {"size": {"height": 8, "width": 8}})
     (folder / "world_own.py").write_text(OWN)
     namespace: dict[str, Any] = {}
     exec(OWN, namespace)
@@ -209,14 +210,12 @@ def test_a_section_of_a_run_opens_the_same_task_from_any_folder(name: str, world
         splits = open_task("tasks[0]", config, path.parent, 7, resolve_file)
         return resolved_config(config, *splits), [(split.size, split.contents()) for split in splits]
 
-    first = world / f"{name}.yaml"
-    first.write_text(yaml.safe_dump({"tasks": [{"name": name} | SECTIONS[name]]}))
+    first = write_yaml(world / f"{name}.yaml", {"tasks": [{"name": name} | SECTIONS[name]]})
     section, contents = opened(first)
     for key in location_keys(kinds.find_kind(section).config) | {"heldout"}:  # type: ignore[union-attr]
         value = section.get(key)
         assert not isinstance(value, str) or os.path.isabs(value) or "lm_eval" in section, key
-    again = elsewhere / "config.yaml"
-    again.write_text(yaml.safe_dump({"tasks": [section]}))
+    again = write_yaml(elsewhere / "config.yaml", {"tasks": [section]})
     assert opened(again) == (section, contents)
 
 
@@ -276,9 +275,7 @@ def write_config(name: str, world: Path) -> Path:
         task if isinstance(task, dict) else {"name": task[0], **SECTIONS[task[0]], **task[1]} for task in named
     ]  # fmt: skip
     document = {key: value for key, value in document.items() if value is not ...} | {"tasks": tasks}
-    path = world / f"{name}.config.yaml"
-    path.write_text(yaml.safe_dump(document))
-    return path
+    return write_yaml(world / f"{name}.config.yaml", document)
 
 
 def test_every_backend_and_every_space_has_a_config() -> None:
@@ -324,8 +321,7 @@ def test_a_run_is_searched_exported_evaluated_and_reproduced_by_its_config(
     name: str, world: Path, elsewhere: Path
 ) -> None:
     def run(*arguments: object) -> None:
-        done = run_here(*arguments)
-        assert done.returncode == 0, done.stderr
+        run_here(*arguments)
 
     again, config = elsewhere.with_name("again"), elsewhere / "config.yaml"
     elsewhere.rmdir()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hostile import changing
 from test_racing import climb
 
 from evojax_merge.commands.search import run_search
@@ -47,23 +48,17 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def each_file(change: Callable[[Path], Any]) -> Callable[[Path], None]:
-    def changed(step: Path) -> None:
-        for file in [path for path in step.rglob("*") if path.is_file()]:
-            change(file)
-
-    return changed
-
-
-def the_data(change: Callable[[Path], Any]) -> Callable[[Path], None]:
-    return lambda step: each_file(lambda file: change(file) if file.parent.name == "d" else None)(step)
+@changing
+def each_file(step: Path, change: Callable[[Path], Any]) -> None:
+    for file in [path for path in step.rglob("*") if path.is_file()]:
+        change(file)
 
 
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "cut": each_file(halve),
     "emptied": each_file(lambda file: file.write_bytes(b"")),
     "garbage": each_file(lambda file: file.write_bytes(np.random.default_rng(0).bytes(300))),
-    "a bit of the data": the_data(flip),
+    "a bit of the data": each_file(lambda file: flip(file) if file.parent.name == "d" else None),
     "an empty folder": lambda step: (shutil.rmtree(step), step.mkdir()),
     "deleted": shutil.rmtree,
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from helpers.files import write_json, write_yaml
 
 from evojax_merge.errors import InputError
 from evojax_merge.search import run_schema
@@ -127,7 +127,7 @@ def test_files_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             changed.setattr(run_schema, name, limit)
             with pytest.raises(InputError, match=message):
                 list(whole_lines(file))
-    (tmp_path / "result.json").write_text(json.dumps(RESULT))
+    write_json(tmp_path / "result.json", RESULT)
     assert read_result(tmp_path / "result.json") is not None
     monkeypatch.setattr(run_schema, "MAX_DOCUMENT", 9)
     with pytest.raises(InputError, match="expected a file of a run of at most 9"):
@@ -143,7 +143,7 @@ def test_files_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 )  # fmt: skip
 def test_a_config_of_another_form_names_the_key(tmp_path: Path, key: str, value: Any) -> None:
     file, notes = tmp_path / "config.yaml", []
-    file.write_text(yaml.safe_dump({"inputs": {}, "note": 1} | {key: value}))
+    write_yaml(file, {"inputs": {}, "note": 1} | {key: value})
     with pytest.raises(InputError, match=rf"config.yaml: {key}"):
         read_run_config(file)
     document = read_run_config(file, notes)

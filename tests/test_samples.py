@@ -2,7 +2,7 @@
 
 import hypothesis
 import pytest
-from helpers import ALL, sample
+from helpers.sampling import ALL, sample
 
 
 @pytest.mark.skipif(ALL, reason="EVOJAX_TEST_ALL runs every case")

@@ -21,17 +21,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import (
-    build_family,
-    even_records,
-    hidden_states,
-    load_torch,
-    run_here,
-    sample,
-    search_in,
-    thorough,
-    write_lines,
-)
+from helpers.commands import refusal, run_here
+from helpers.decoders import hidden_states
+from helpers.families import build_family
+from helpers.files import read_json, read_lines, write_lines, write_yaml
+from helpers.models import even_records, load_torch
+from helpers.sampling import sample, thorough
+from helpers.searches import open_problem, search_config, search_in, task_section
 from hostile import Running, run_python, start_command
 
 from evojax_merge.checkpoints.bank import load_bank
@@ -44,7 +40,6 @@ from evojax_merge.evaluation.scores import Scores, TaskScores
 from evojax_merge.models.bank import take_candidate
 from evojax_merge.models.decoder import logits
 from evojax_merge.models.sources import lazy_merge
-from evojax_merge.problem import build_problem, read_config
 from evojax_merge.report.comparison import Result, Row
 from evojax_merge.report.winner import MergeReport
 from evojax_merge.search.loop import INIT_KEY, generation_key
@@ -56,38 +51,27 @@ from evojax_merge.tasks.text import Example, TextTask
 GENERATIONS = 6
 
 
-def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess:
-    done = run_here(*arguments)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
-
-
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("family")
     build_family(root, dtype=torch.bfloat16)
     write_lines(root / "heldout.jsonl", even_records(8, seed=2))
-    document = {
-        "base": "base",
-        "parents": ["parent0", "parent1"],
-        "space": {
-            "method": "dare_ties",
-            "layers_per_group": 2,
-            "parameters": {"weight": {"low": -0.2, "high": 1.5}, "density": {"start": 0.6}},
-        },
-        "tasks": [
-            {"name": "text", "kind": "likelihood", "file": "tasks.jsonl", "heldout": 0.25},
+    space = {
+        "method": "dare_ties", "layers_per_group": 2,
+        "parameters": {"weight": {"low": -0.2, "high": 1.5}, "density": {"start": 0.6}},
+    }  # fmt: skip
+    # With the mean and the start as many are scored at the end as in a generation, by the same programs.
+    document = search_config(
+        None, GENERATIONS, 6, space=space, search={"finalists": 4}, seed=3,
+        tasks=[
+            task_section(heldout=0.25),
             {"name": "choice", "kind": "multiple_choice", "file": "tasks.jsonl", "heldout": "heldout.jsonl",
              "metric": "margin", "weight": 0.5, "limit": 6},
             {"name": "words", "kind": "exact_match", "file": "tasks.jsonl", "max_new_tokens": 3,
              "pattern": r"w\d+ w\d+"},
         ],
-        # With the mean and the start as many are scored at the end as in a generation, by the same programs.
-        "search": {"generations": GENERATIONS, "population": 6, "finalists": 4},
-        "seed": 3,
-    }  # fmt: skip
-    (root / "config.yaml").write_text(yaml.safe_dump(document))
-    return root / "config.yaml"
+    )  # fmt: skip
+    return write_yaml(root / "config.yaml", document)
 
 
 @pytest.fixture(scope="module")
@@ -95,21 +79,20 @@ def likelihood_file(config_file) -> Path:
     """The same search by its first task alone, where nothing depends on what is scored."""
     document = yaml.safe_load(config_file.read_text())
     path = config_file.with_name("likelihood.yaml")
-    path.write_text(yaml.safe_dump(document | {"tasks": document["tasks"][:1]}))
-    return path
+    return write_yaml(path, document | {"tasks": document["tasks"][:1]})
 
 
 @pytest.fixture(scope="module")
 def finished(config_file, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    (out.parent / "stdout").write_text(run("search", config_file, "--out", out).stdout)
+    (out.parent / "stdout").write_text(run_here("search", config_file, "--out", out).stdout)
     return out
 
 
 @pytest.fixture(scope="module")
 def finished_likelihood(likelihood_file, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "likelihood"
-    run("search", likelihood_file, "--out", out)
+    run_here("search", likelihood_file, "--out", out)
     return out
 
 
@@ -120,16 +103,16 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def test_run_folder_is_complete(finished):
-    history = [json.loads(line) for line in (finished / "history.jsonl").read_text().splitlines()]
+    history = read_lines(finished / "history.jsonl")
     assert [row["generation"] for row in history] == list(range(1, GENERATIONS + 1))
     assert all(len(row["fitness"]) == 6 and row["failed"] == 0 for row in history)
     best = [row["best_so_far"] for row in history]
     assert best == sorted(best) and best[-1] == max(row["best"] for row in history)
     assert len((finished / "timing.jsonl").read_text().splitlines()) == GENERATIONS
-    table = json.loads((finished / "result.json").read_text())["table"]
+    table = read_json(finished / "result.json")["table"]
     assert [row["role"] for row in table] == ["base", "parent", "parent", "uniform", "winner"]
     assert all(set(row["heldout_scores"]) >= {"text/log_probability", "words/accuracy"} for row in table)
-    answers = [json.loads(line) for line in (finished / "heldout_answers.jsonl").read_text().splitlines()]
+    answers = read_lines(finished / "heldout_answers.jsonl")
     # The winner's, and one parent's for each task.
     beside = {(answer["model"], answer["task"]) for answer in answers}
     assert len(beside) == 2 * len({task for _, task in beside})
@@ -147,10 +130,10 @@ def test_run_folder_is_complete(finished):
 def test_the_greedy_soup_is_a_row_of_the_table_and_a_search(likelihood_file, tmp_path):
     soup = ["space.method=task_arithmetic", "space.parameters={}", "search.controls=[greedy]"]
     settings = [part for key in [*soup, "search.population=3", "search.strategy=greedy"] for part in ("--set", key)]
-    output = " ".join(run("search", likelihood_file, "--out", tmp_path / "run", *settings).stdout.split())
-    result = json.loads((tmp_path / "run/result.json").read_text())
+    output = " ".join(run_here("search", likelihood_file, "--out", tmp_path / "run", *settings).stdout.split())
+    result = read_json(tmp_path / "run/result.json")
     assert [row["role"] for row in result["table"]] == ["base", "parent", "parent", "uniform", "greedy", "winner"]
-    history = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
+    history = read_lines(tmp_path / "run/history.jsonl")
     assert len(history) == 2 and len(history[0]["fitness"]) == 3
     greedy, winner, fitness = *result["table"][-2:], dict(zip("01", history[0]["fitness"], strict=False))
     alone, both = max(fitness, key=fitness.get), history[1]["fitness"][0] >= max(fitness.values())
@@ -163,18 +146,18 @@ def test_the_greedy_soup_is_a_row_of_the_table_and_a_search(likelihood_file, tmp
     assert f"greedy {greedy['name']}, held out" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
     config = likelihood_file.with_name("paths.yaml")
     document = yaml.safe_load(likelihood_file.read_text()) | {"data_flow": {}}
-    config.write_text(yaml.safe_dump({key: value for key, value in document.items() if key != "space"}))
-    refused = run("search", config, "--out", tmp_path / "no", "--set", "search.controls=[greedy]", status=2)
+    write_yaml(config, {key: value for key, value in document.items() if key != "space"})
+    refused = run_here("search", config, "--out", tmp_path / "no", "--set", "search.controls=[greedy]", status=2)
     says = "search.controls=[greedy]: greedy averages the weights of parents; expected the merge of 2 parents or more"
     assert says in " ".join(refused.stderr.split())
 
 
 def test_winner_is_what_was_scored(finished, config_file):
     """The exported folder, in transformers, gives the logits of the candidate that the search scored."""
-    problem = build_problem(config_file, read_config(config_file, [], None))
+    problem = open_problem(config_file)
     spec = problem.backend.candidates.spec
     bank = load_bank(problem.backend.models.sources, problem.backend.models.decoder, spec)
-    genome = json.loads((finished / "result.json").read_text())["genome"]
+    genome = read_json(finished / "result.json")["genome"]
     recipes = jax.vmap(problem.space.recipe)(jnp.asarray([genome], jnp.float32))
     source = lazy_merge(bank, take_candidate(recipes, 0), spec)
     decoder = problem.backend.models.decoder
@@ -183,7 +166,7 @@ def test_winner_is_what_was_scored(finished, config_file):
     with torch.no_grad():
         theirs = load_torch(finished / "best/model")(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    assert json.loads((finished / "best/model/config.json").read_text())["dtype"] == "bfloat16"
+    assert read_json(finished / "best/model/config.json")["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("drawn", [None, "otherwise"])
@@ -192,7 +175,7 @@ def test_a_run_whose_masks_were_drawn_otherwise_is_neither_continued_nor_exporte
     shutil.copytree(finished, folder)
     document = yaml.safe_load((folder / "config.yaml").read_text())
     found = document.pop("random_numbers")
-    (folder / "config.yaml").write_text(yaml.safe_dump(document | ({} if drawn is None else {"random_numbers": drawn})))
+    write_yaml(folder / "config.yaml", document | ({} if drawn is None else {"random_numbers": drawn}))
     with pytest.raises(InputError, match="drew other random masks, and cannot be continued by this one"):
         open_run(folder, document | {"random_numbers": found}, resume=True, overwrite=False)
     with pytest.raises(InputError, match=r"drew other random masks; what it has exported itself \(in best/model"):
@@ -201,18 +184,18 @@ def test_a_run_whose_masks_were_drawn_otherwise_is_neither_continued_nor_exporte
 
 
 def test_recipe_and_export_give_the_winner_bit_for_bit(finished, tmp_path):
-    run("merge", finished / "best/recipe.yaml", tmp_path / "again")
-    run("export", finished, tmp_path / "exported")
+    run_here("merge", finished / "best/recipe.yaml", tmp_path / "again")
+    run_here("export", finished, tmp_path / "exported")
     winner = (finished / "best/model/model.safetensors").read_bytes()
     assert (tmp_path / "again/model.safetensors").read_bytes() == winner
     assert (tmp_path / "exported/model.safetensors").read_bytes() == winner
     recipe = (finished / "best/recipe.yaml").read_text()
     for folder in (finished / "best/model", tmp_path / "again", tmp_path / "exported"):
         assert (folder / "mergekit_config.yml").read_text() == recipe
-    run("export", finished, tmp_path / "wide", "--dtype", "float32")
+    run_here("export", finished, tmp_path / "wide", "--dtype", "float32")
     assert read_header(tmp_path / "wide/model.safetensors")["model.norm.weight"].dtype == np.float32
     # The recipe and the card of a model in another dtype are that model's.
-    run("merge", tmp_path / "wide/mergekit_config.yml", tmp_path / "wide again")
+    run_here("merge", tmp_path / "wide/mergekit_config.yml", tmp_path / "wide again")
     wide = (tmp_path / "wide/model.safetensors").read_bytes()
     assert (tmp_path / "wide again/model.safetensors").read_bytes() == wide
     card = (tmp_path / "wide/README.md").read_text()
@@ -223,7 +206,7 @@ def test_recipe_and_export_give_the_winner_bit_for_bit(finished, tmp_path):
 def test_a_run_is_not_written_into_a_model_that_it_reads(config_file):
     base = config_file.parent / "base"
     before = sorted(base.iterdir())
-    said = run("search", config_file, "--out", base / "run", status=2).stderr
+    said = run_here("search", config_file, "--out", base / "run", status=2).stderr
     assert f"{base / 'run'}: lies inside of {base}, which this command reads" in said
     assert sorted(base.iterdir()) == before
 
@@ -231,11 +214,11 @@ def test_a_run_is_not_written_into_a_model_that_it_reads(config_file):
 def test_evaluate_gives_the_winners_heldout_scores(finished, config_file, tmp_path):
     """`evaluate` on the held-out split reaches the figures that the search put in its table."""
     models = [finished / "best/model", config_file.parent / "base"]
-    done = run("evaluate", *models, "--tasks", config_file, "--split", "heldout", "--json", tmp_path / "s.json")
+    done = run_here("evaluate", *models, "--tasks", config_file, "--split", "heldout", "--json", tmp_path / "s.json")
     assert " model " in done.stdout and " base " in done.stdout
     assert "the 3 held-out examples of text" in " ".join(done.stdout.split())
-    scores = json.loads((tmp_path / "s.json").read_text())
-    table = json.loads((finished / "result.json").read_text())["table"]
+    scores = read_json(tmp_path / "s.json")
+    table = read_json(finished / "result.json")["table"]
     for row, role in zip(scores, ("winner", "base"), strict=True):
         expected = next(line for line in table if line["role"] == role)["heldout_scores"]
         assert row["scores"] == pytest.approx(expected, abs=1e-4)
@@ -264,15 +247,15 @@ def test_killed_and_resumed_is_as_never_stopped(likelihood_file, finished_likeli
     # The line that a kill cut short.
     with (out / "history.jsonl").open("a") as handle:
         handle.write('{"generation": 99, "be')
-    run("search", likelihood_file, "--out", out, "--resume")
+    run_here("search", likelihood_file, "--out", out, "--resume")
     assert contents(out) == contents(finished_likelihood)
 
 
 def _check_export_of_what_there_is(config_file: Path, out: Path, finished: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
-    refused = run("export", out, model, status=2)
+    refused = run_here("export", out, model, status=2)
     assert "--best-so-far" in refused.stderr and not model.exists()
-    done = run("export", out, model, "--best-so-far")
+    done = run_here("export", out, model, "--best-so-far")
     # The checkpoint's generation, which the history may be a line short of or ahead of.
     saved = max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdecimal())
     best = json.loads((finished / "history.jsonl").read_text().splitlines()[saved - 1])["best_so_far"]
@@ -280,7 +263,7 @@ def _check_export_of_what_there_is(config_file: Path, out: Path, finished: Path,
     # The card's recipe makes the same model, where the models are: it names them, and not their places.
     recipe = config_file.parent / "recipe.yaml"
     recipe.write_text((model / "README.md").read_text().partition("```yaml\n")[2].partition("```")[0])
-    run("merge", recipe, tmp_path / "again")
+    run_here("merge", recipe, tmp_path / "again")
     weights = [(folder / "model.safetensors").read_bytes() for folder in (model, tmp_path / "again")]
     assert weights[0] == weights[1]
 
@@ -296,13 +279,13 @@ def test_interrupt_saves_and_says_how_to_go_on(likelihood_file, finished_likelih
     # Typed as it is printed, the command goes on with what the first one was given.
     again = shlex.split(stderr.split("Continue with: ")[1].splitlines()[0])
     assert again[0] == "evojax-merge"
-    run(*again[1:])
+    run_here(*again[1:])
     history = (out / "history.jsonl").read_bytes().splitlines()
     assert history[:GENERATIONS] == (finished_likelihood / "history.jsonl").read_bytes().splitlines()
     assert len(history) == GENERATIONS + 1
     # With more generations a finished run goes on to the same end.
     going = shutil.copytree(finished_likelihood, tmp_path / "going")
-    run("search", likelihood_file, "--out", going, "--resume", *longer)
+    run_here("search", likelihood_file, "--out", going, "--resume", *longer)
     assert contents(going) == contents(out)
 
 
@@ -342,8 +325,8 @@ def test_an_interruption_waits_until_a_generation_is_saved(number, tmp_path):
         "sys.exit(status)\n"
     )
     for times, saved in ((1, "1\n"), (2, "None\n"), (0, "went on\n1\n")):
-        done = run_python(script, int(number), times, tmp_path / f"run{times}")
-        assert done.stdout == saved and done.returncode == (130 if times else 0)
+        done = run_python(script, int(number), times, tmp_path / f"run{times}", status=130 if times else 0)
+        assert done.stdout == saved
         # What is cut short complains.
         assert times == 2 or done.stderr == "interrupted\n" * times
 
@@ -386,7 +369,7 @@ def test_resuming_what_is_done_says_so(likelihood_file, finished_likelihood, tmp
     out = tmp_path / "done"
     shutil.copytree(finished_likelihood, out)
     copied = {str(path.relative_to(out)): path.stat().st_mtime_ns for path in out.rglob("*")}
-    done = run("search", likelihood_file, "--out", out, "--resume", "--set", "search.generations=3")
+    done = run_here("search", likelihood_file, "--out", out, "--resume", "--set", "search.generations=3")
     assert f"{GENERATIONS} generations are saved, and 3 wanted: nothing to search" in done.stdout
     # Nothing is scored or written again.
     assert f"the run is complete; its winner: {out / 'best/model'}" in done.stdout and "scoring" not in done.stdout
@@ -397,7 +380,7 @@ def test_resuming_what_is_done_says_so(likelihood_file, finished_likelihood, tmp
     assert contents(out) == contents(finished_likelihood)
     # What is missing is made again.
     (out / "best/recipe.yaml").unlink()
-    run("search", likelihood_file, "--out", out, "--resume")
+    run_here("search", likelihood_file, "--out", out, "--resume")
     assert contents(out) == contents(finished_likelihood)
 
 
@@ -406,10 +389,10 @@ def test_the_winner_of_a_finished_run_is_kept_when_it_goes_on(likelihood_file, t
     out = tmp_path / "longer"
     # From a bad start a longer search finds another winner.
     again = ["search", likelihood_file, "--out", out, "--set", "space.parameters.weight.start=-0.2"]
-    run(*again, "--set", "search.generations=1")
+    run_here(*again, "--set", "search.generations=1")
     files = ["best/recipe.yaml", "best/model/model.safetensors", "best/model/config.json", "result.json"]
     before = {name: (out / name).read_bytes() for name in files}
-    done = run(*again, "--resume")
+    done = run_here(*again, "--resume")
     assert (out / "best/recipe.yaml").read_bytes() != before["best/recipe.yaml"]
     kept = {name: (out / "winners/001" / name.removeprefix("best/")).read_bytes() for name in files}
     assert kept == before
@@ -422,7 +405,7 @@ def test_the_winner_of_a_finished_run_is_kept_when_it_goes_on(likelihood_file, t
     assert line.endswith(f"which is kept: {out / 'winners/001/model'} is a model folder like {out / 'best/model'}")
     # Going on with nothing new to find keeps what there is.
     after = contents(out)
-    run(*again, "--resume")
+    run_here(*again, "--resume")
     assert sorted(path.name for path in (out / "winners").iterdir()) == ["001"]
     assert contents(out) == after
 
@@ -431,7 +414,7 @@ def test_search_never_sees_the_heldout_split(config_file, finished, tmp_path):
     heldout = tmp_path / "other.jsonl"
     lines = (config_file.parent / "heldout.jsonl").read_text().splitlines()
     heldout.write_text("\n".join(reversed(lines[: len(lines) // 2])) + "\n")
-    run("search", config_file, "--out", tmp_path / "run", "--set", f"tasks.1.heldout={heldout}")
+    run_here("search", config_file, "--out", tmp_path / "run", "--set", f"tasks.1.heldout={heldout}")
     for name in ("history.jsonl", "best/recipe.yaml"):
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
 
@@ -449,9 +432,8 @@ def test_search_never_sees_the_heldout_split(config_file, finished, tmp_path):
 def test_run_folder_of_another_run_is_refused(config_file, finished, arguments, expected):
     before = contents(finished)
     filled = [a.format(run=finished, parent=config_file.parent) for a in arguments]
-    done = run("search", config_file, *filled, status=2)
-    assert expected in done.stderr and len(done.stderr.splitlines()) == 1
-    assert contents(finished) == before
+    line = refusal("search", config_file, *filled)
+    assert expected in line and contents(finished) == before
 
 
 def test_overwrite_starts_again_and_keeps_what_is_not_its_own(likelihood_file, finished_likelihood, tmp_path):
@@ -459,7 +441,7 @@ def test_overwrite_starts_again_and_keeps_what_is_not_its_own(likelihood_file, f
     for name in contents(finished_likelihood).keys() - {"config.yaml", "best/model/model.safetensors"}:
         (out / name).write_text("another run's")
     (out / "notes.txt").write_text("mine")
-    run("search", likelihood_file, "--out", out, "--overwrite")
+    run_here("search", likelihood_file, "--out", out, "--overwrite")
     assert contents(out) == contents(finished_likelihood)
     assert (out / "notes.txt").read_text() == "mine"
 
@@ -571,9 +553,8 @@ def test_a_disk_without_space_is_found_out_before_the_search(config_file, finish
         ["search", config_file, "--out", small_disk / "run"],
         ["merge", finished / "best/recipe.yaml", small_disk / "model", "--dtype", "float32"],
     ):
-        done = run(*arguments, status=2)
-        assert "MB free" in done.stderr and len(done.stderr.splitlines()) == 1
-        assert list(small_disk.iterdir()) == []
+        line = refusal(*arguments)
+        assert "MB free" in line and list(small_disk.iterdir()) == []
 
 
 @thorough
@@ -581,12 +562,8 @@ def test_a_task_without_signal_is_named(tmp_path):
     """After the first generation: a pattern that no output matches, and scores that are all the same."""
     build_family(tmp_path)
     task = {"name": "words", "kind": "exact_match", "file": "tasks.jsonl", "max_new_tokens": 2, "pattern": "never"}
-    document = {
-        "base": "base", "parents": ["parent0", "parent1"], "tasks": [task],
-        "space": {"method": "linear", "parameters": {"weight": {}}}, "search": {"generations": 2, "population": 4},
-    }  # fmt: skip
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
-    said = run("search", tmp_path / "config.yaml", "--out", tmp_path / "run").stdout
+    document = search_config(tasks=[task], space={"method": "linear", "parameters": {"weight": {}}})
+    said = run_here("search", write_yaml(tmp_path / "config.yaml", document), "--out", tmp_path / "run").stdout
     assert said.count("0 of 40 outputs matched the pattern 'never'") == 1
     assert said.count("all 4 candidates score 0; it gives no signal") == 1
 
@@ -673,7 +650,7 @@ def test_a_winner_that_loses_is_told_with_both_figures():
 
 
 def test_result_terminal_and_card_say_whether_the_winner_is_better(finished):
-    document = json.loads((finished / "result.json").read_text())
+    document = read_json(finished / "result.json")
     by_role = {}
     for row in document["table"]:
         by_role.setdefault(row["role"], []).append(row["heldout_fitness"])
@@ -699,23 +676,22 @@ def test_a_base_that_gives_the_tokenizer_alone_is_named_in_the_recipe(likelihood
     document |= {"tokenizer_source": "base", "space": {"method": "linear", "layers_per_group": "all"}}
     document["search"] = {"generations": 1, "population": 3}
     path = likelihood_file.with_name("tokenizer.yaml")
-    path.write_text(yaml.safe_dump(document))
-    run("search", path, "--out", tmp_path / "run")
+    write_yaml(path, document)
+    run_here("search", path, "--out", tmp_path / "run")
     recipe = yaml.safe_load((tmp_path / "run/best/recipe.yaml").read_text())
     assert recipe["tokenizer_source"] == recipe["base_model"] == str(likelihood_file.parent / "base")
     for space in ({"space": {"method": "slerp"}}, {"space": None, "data_flow": {"moves": 1}}):
-        path.write_text(yaml.safe_dump(document | space))
-        refused = run("search", path, "--out", tmp_path / "refused", status=2).stderr
+        refused = run_here("search", write_yaml(path, document | space), "--out", tmp_path / "refused", status=2).stderr
         assert "tokenizer_source: the base takes no part in" in refused and refused.count("\n") == 1
 
 
 @thorough
 def test_a_runs_config_is_a_config_again(finished, tmp_path):
     """With the hashes that it holds: to score its winner, and to search with once more."""
-    done = run("evaluate", finished, "--tasks", finished / "config.yaml")
+    done = run_here("evaluate", finished, "--tasks", finished / "config.yaml")
     line = next(line for line in done.stdout.splitlines() if line.startswith("Scores on "))
     assert "all 12 examples of text, searched or not" in line and "the 8 held-out examples of choice" in line
     changes = ["--set", "search.generations=2"]
-    run("search", finished / "config.yaml", "--out", tmp_path / "again", *changes)
+    run_here("search", finished / "config.yaml", "--out", tmp_path / "again", *changes)
     lines = (finished / "history.jsonl").read_bytes().splitlines()
     assert (tmp_path / "again/history.jsonl").read_bytes().splitlines() == lines[:2]

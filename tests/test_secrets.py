@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from helpers import Family
+from helpers.families import Family
+from helpers.files import write_yaml
 from hostile import config, start_command
 
 from evojax_merge import errors
@@ -77,7 +77,7 @@ def test_no_traceback_or_log_shows_a_secret(tmp_path: Path, family: Family) -> N
     task = {"name": "own", "kind": "function", "file": str(family.tasks), "function": "own.py:score",
             "max_new_tokens": 1}  # fmt: skip
     document = config(base=str(family.base), parents=[str(parent) for parent in family.parents], tasks=[task])
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
+    write_yaml(tmp_path / "config.yaml", document)
     variables = [("SERVICE_KEY", f"{SECRET}\n{SECRET}é")]
     started = start_command("search", "config.yaml", "--out", "run", folder=tmp_path, environment=variables)
     assert started.wait() == 1

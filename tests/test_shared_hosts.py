@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import build_family, sample, thorough, tiny_config
+from helpers.families import build_family
+from helpers.files import write_yaml
+from helpers.models import tiny_config
+from helpers.sampling import sample, thorough
 from test_devices import CHOICE, finish, history, start, write_config
 
 from evojax_merge.errors import InputError
@@ -39,7 +42,7 @@ from evojax_merge.steps.selection import open_evaluator
 if processes > 1:
     init_distributed()
 path, out = Path(sys.argv[1]), sys.argv[2]
-problem = build_problem(path, read_config(path, ["evaluation.model=4", *json.loads(sys.argv[4])], None))
+problem = open_problem(path, "evaluation.model=4", *json.loads(sys.argv[4]))
 genomes = np.random.default_rng(0).random((3, problem.space.dims)).astype(np.float32)
 devices = local_devices(4)
 print(devices.describe())
@@ -98,7 +101,7 @@ def test_two_processes_that_share_each_candidate_score_as_one(tmp_path: Path) ->
     config = four_heads(tmp_path)
     document = yaml.safe_load(config.read_text())
     # Choices; and, in the thorough form, texts.
-    config.write_text(yaml.safe_dump(document | {"tasks": document["tasks"][: len(sample((1, 2), 1))]}))
+    write_yaml(config, document | {"tasks": document["tasks"][: len(sample((1, 2), 1))]})
     alone, shared = (run_program(config, tmp_path / f"{count}.npz", count) for count in (1, 2))
     assert shared.line == "devices: 4 x cpu in 2 processes, 2 each (1 x population, 4 x model over all)"
     np.testing.assert_allclose(shared.answers["margin"], alone.answers["margin"], atol=1e-5)
@@ -120,7 +123,7 @@ def test_a_process_reads_the_shards_of_its_devices(method: str, place: str, shar
         parameters |= {"density": {"low": 0.3, "high": 0.8}}
     document = yaml.safe_load(config.read_text())
     space = {"method": method, "parameters": parameters}
-    config.write_text(yaml.safe_dump(document | {"space": space, "tasks": document["tasks"][:1]}))
+    write_yaml(config, document | {"space": space, "tasks": document["tasks"][:1]})
     setting = f"evaluation.bank={place}"
     alone, shared = (run_program(config, tmp_path / f"{count}.npz", count, setting) for count in (1, 2))
     np.testing.assert_allclose(shared.answers["margin"], alone.answers["margin"], atol=1e-5)

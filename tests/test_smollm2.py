@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import greedy_tokens, hidden_states, load_torch, sample, state, thorough, write_lines
+from helpers.decoders import greedy_tokens, hidden_states
+from helpers.files import read_json, write_lines
+from helpers.models import load_torch, state
+from helpers.sampling import sample, thorough
 from reference.torch_models import torch_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -103,7 +106,7 @@ def test_folder_holds_what_transformers_reads_from_the_gguf_file(base: Path, tmp
     assert torch.equal(wanted["lm_head.weight"], wanted["model.embed_tokens.weight"])
     for name, values in found.items():
         np.testing.assert_array_equal(values, wanted[name].numpy(), err_msg=name)
-    config = json.loads((base / "config.json").read_text())
+    config = read_json(base / "config.json")
     for key in ("rope_parameters", "max_position_embeddings", "vocab_size", "eos_token_id", "bos_token_id"):
         assert config[key] == getattr(model.config, key)
     assert config["rms_norm_eps"] == pytest.approx(model.config.rms_norm_eps, rel=1e-6)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import search_in
+from helpers.searches import search_in
 from test_racing import Hill, Plain, one_token, text_task
 
 from evojax_merge.config.search_config import SearchConfig

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import sample
+from helpers.sampling import sample
 from pydantic import ValidationError
 
 from evojax_merge import search_pytrees

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import thorough
+from helpers.files import write_yaml
+from helpers.sampling import thorough
 
 from evojax_merge.zoo.references import resolve_reference
 
@@ -105,9 +106,7 @@ def small_config(folder: Path) -> Path:
         (folder / name).write_text("".join(lines[:32]))
         for task in document["tasks"]:
             task[key] = name
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(document))
-    return path
+    return write_yaml(folder / "config.yaml", document)
 
 
 @thorough

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import yaml
 from flax import struct
-from helpers import write_lines
+from helpers.files import write_lines, write_yaml
+from helpers.searches import open_problem, search_config, task_section
 from hostile import run_script
 
 import evojax_merge as em
 from evojax_merge import search_pytrees
 from evojax_merge.commands import search as search_command
 from evojax_merge.errors import Failed, InputError
-from evojax_merge.problem import build_problem, read_config
 from evojax_merge.schema.yaml_reader import load_yaml
 from evojax_merge.search.protocols import Capabilities, context_of, keeps_front
 from evojax_merge.search.run_folder import RunFolder
@@ -76,16 +76,10 @@ def config(family, tmp_path):
     words = iter(np.random.default_rng(0).integers(4, 64, 12 * 6).tolist())
     records = [{"prompt": f"w{next(words)} w{next(words)}", "target": f"w{next(words)}"} for _ in range(12)]
     write_lines(tmp_path / "tasks.jsonl", records)
-    document: dict[str, Any] = {
-        "base": str(family.base),
-        "parents": [str(parent) for parent in family.parents],
-        "space": {"method": "task_arithmetic", "layers_per_group": "all"},
-        "tasks": [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl", "heldout": 0.25}],
-        "search": {"generations": 3, "strategy": "hill_climber"},
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(document))
-    return path
+    document = search_config(
+        family, space={"method": "task_arithmetic", "layers_per_group": "all"}, tasks=[task_section(heldout=0.25)]
+    ) | {"search": {"generations": 3, "strategy": "hill_climber"}}
+    return write_yaml(tmp_path / "config.yaml", document)
 
 
 def test_a_config_names_it(config, tmp_path):
@@ -103,7 +97,7 @@ def test_a_config_names_it(config, tmp_path):
 
 def test_history_carries_what_every_candidate_was_and_scored(config, tmp_path):
     search_command.search(config, tmp_path / "run", resume=False, overwrite=False, seed=None, overrides=[])
-    problem = build_problem(config, read_config(config, [], None))
+    problem = open_problem(config)
     for row in RunFolder(tmp_path / "run").read_history():
         genomes = np.array(row["genomes"], np.float32)
         assert genomes.shape == (6, problem.space.dims)
@@ -148,7 +142,6 @@ def test_the_example_of_an_own_strategy_runs(config, tmp_path):
     script = Path(__file__).resolve().parent.parent / "configs" / "own_strategy.py"
     changes = ["search.generations=2", "search.population=5", "search.strategy=cma_es"]
     done = run_script(script, config, tmp_path / "run", *changes)
-    assert done.returncode == 0, done.stderr
     assert "evolved task_arithmetic: " in done.stdout and "by hand, generation 2: best " in done.stdout
     history = RunFolder(tmp_path / "run").read_history()
     assert [len(row["fitness"]) for row in history] == [5, 5]
@@ -161,7 +154,7 @@ def test_it_begins_with_its_own_seeds(config, tmp_path, changes, is_seeded):
     changes = ["search.strategy=seeded_climber", "search.generations=1", *changes]
     search_command.search(config, tmp_path / "run", False, False, None, changes)
     (row,) = RunFolder(tmp_path / "run").read_history()
-    problem = build_problem(config, read_config(config, changes, None))
+    problem = open_problem(config, *changes)
     seeds = problem.space.seed_genomes("seeds", "task_vectors")
     assert (np.array(row["genomes"], np.float32)[: len(seeds)] == seeds).all() == is_seeded
 
@@ -207,18 +200,18 @@ def test_what_a_strategy_cannot_be_is_told(config):
     with pytest.raises(ValueError, match="there is a strategy 'cma_es' already"):
         register_strategy("cma_es", hill_climber)
     with pytest.raises(InputError, match=r"search\.strategy: unknown strategy 'hill_climbr' \(did you mean 'hill_"):
-        build_problem(config, read_config(config, ["search.strategy=hill_climbr"], None))
+        open_problem(config, "search.strategy=hill_climbr")
 
     def fixed(settings):
         return HillClimber(settings.dims, 5, settings.sigma)
 
     register_strategy("five", fixed)
     with pytest.raises(InputError, match="population: 8; the strategy five has populations of 5"):
-        build_problem(config, read_config(config, ["search.strategy=five", "search.population=8"], None))
+        open_problem(config, "search.strategy=five", "search.population=8")
 
     register_strategy("empty", lambda settings: object())
     with pytest.raises(InputError, match="the strategy empty lacks name, population, init, ask"):
-        build_problem(config, read_config(config, ["search.strategy=empty"], None))
+        open_problem(config, "search.strategy=empty")
 
     class Able(HillClimber):
         capabilities: Any = None
@@ -231,17 +224,17 @@ def test_what_a_strategy_cannot_be_is_told(config):
     }
     for members, Able.capabilities in lacking.items():
         with pytest.raises(InputError, match=f"the strategy half lacks {members};"):
-            build_problem(config, read_config(config, ["search.strategy=half"], None))
+            open_problem(config, "search.strategy=half")
     Able.capabilities = {"takes_injected": True}
     with pytest.raises(InputError, match=r"half has capabilities \{'takes_injected': True\}; expected a Capabilities"):
-        build_problem(config, read_config(config, ["search.strategy=half"], None))
+        open_problem(config, "search.strategy=half")
 
     from evosax.algorithms import PSO
 
     swarm = PSO(8, np.zeros(2))
     register_strategy("swarm", lambda settings: EvosaxStrategy("swarm", swarm, swarm.default_params))
     with pytest.raises(InputError, match="strategy swarm: evosax's PSO keeps a population; wrap it in Population"):
-        build_problem(config, read_config(config, ["search.strategy=swarm"], None))
+        open_problem(config, "search.strategy=swarm")
 
     class Narrow(HillClimber):
         def ask(self, key, state):

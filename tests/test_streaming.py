@@ -1,7 +1,6 @@
 """Banks that stay on the host or in the models' files: the same scores, one bank read per generation."""
 
 import errno
-import json
 import os
 import random
 import re
@@ -16,7 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family, even_records, run_here, sample, thorough, tiny_config, write_lines
+from helpers.commands import run_here
+from helpers.families import Family, build_family
+from helpers.files import read_json, write_lines, write_yaml
+from helpers.models import even_records, tiny_config
+from helpers.sampling import sample, thorough
+from helpers.searches import open_problem, search_config
 from hostile import run_command, run_python, start_command
 from test_adapters import adapter
 from test_quantised import quantised
@@ -28,7 +32,6 @@ from evojax_merge.checkpoints.members import MembersInFiles, Tensors, member_fol
 from evojax_merge.checkpoints.writer import TensorSpec
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.pool import StreamedPoolEvaluator
-from evojax_merge.problem import build_problem, read_config
 from evojax_merge.schema.genealogy import FIRST, GENES, METHOD, NUMBER, SECOND, Member, founder_genomes
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.steps.selection import open_evaluator
@@ -60,21 +63,15 @@ def write_config(root: Path, **changes: Any) -> Path:
         record["prompt"] = HEADER + record["prompt"]
     write_lines(root / "tasks.jsonl", records)
     method, parameters = METHODS[0]
-    document = {
-        "base": "base",
-        "parents": ["parent0", "parent1"],
-        "space": {"method": method, "parameters": parameters},
-        "tasks": [CHOICE, TEXT, WORDS],
-        "search": {"population": 4, "generations": 2, "strategy": "cma_es"},
-        "seed": 3,
-    }
-    path = root / "config.yaml"
-    path.write_text(yaml.safe_dump(document | changes))
-    return path
+    document = search_config(
+        space={"method": method, "parameters": parameters}, tasks=[CHOICE, TEXT, WORDS],
+        search={"strategy": "cma_es"}, seed=3,
+    )  # fmt: skip
+    return write_yaml(root / "config.yaml", document | changes)
 
 
 def scorer(path: Path, place: str, *overrides: str) -> SpaceEvaluator[Any]:
-    problem = build_problem(path, read_config(path, [f"evaluation.bank={place}", *overrides], None))
+    problem = open_problem(path, f"evaluation.bank={place}", *overrides)
     return open_evaluator(problem, problem.prepare().shards[0])
 
 
@@ -91,7 +88,7 @@ def test_every_place_of_the_bank_gives_the_same_scores(family: Family, method: s
     if method in ("linear", "slerp"):
         document = yaml.safe_load(path.read_text())
         del document["base"]
-        path.write_text(yaml.safe_dump(document))
+        write_yaml(path, document)
     assert np.ptp(equal_scores(path)["choice/margin"], axis=0).min() > 1e-3
 
 
@@ -115,8 +112,7 @@ def write_paths(root: Path, **changes: Any) -> Path:
     path = write_config(root, data_flow={"moves": 2, "window": 2}, **changes)
     document = yaml.safe_load(path.read_text())
     del document["space"], document["base"]
-    path.write_text(yaml.safe_dump(document))
-    return path
+    return write_yaml(path, document)
 
 
 def test_layers_come_to_a_path_in_its_order(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,19 +137,18 @@ def test_layers_come_to_a_path_in_its_order(family: Family, monkeypatch: pytest.
 def test_a_search_over_paths_in_files_is_that_on_the_device(family: Family, tmp_path: Path) -> None:
     path = write_paths(family.root, tasks=[TEXT | {"weight": 1, "heldout": 0.25}])
     for place in ("device", "disk"):
-        done = run_here("search", path, "--out", tmp_path / place, "--set", f"evaluation.bank={place}")
-        assert done.returncode == 0, done.stderr
+        run_here("search", path, "--out", tmp_path / place, "--set", f"evaluation.bank={place}")
     histories = [(tmp_path / place / "history.jsonl").read_bytes() for place in ("device", "disk")]
     assert histories[0] == histories[1]
     weights = [(tmp_path / place / "best/model/model.safetensors").read_bytes() for place in ("device", "disk")]
     assert weights[0] == weights[1]
     plan = run_here("plan", path, "--set", "evaluation.bank=disk")
-    assert plan.returncode == 0 and "of models stay in their files; for each step of a path" in plan.stdout
+    assert "of models stay in their files; for each step of a path" in plan.stdout
     refused = run_here(
         "search", path, "--out", tmp_path / "none", "--set", "evaluation.bank=host",
-        "--set", "search.strategy=gradient", "--set", "data_flow.scales=block",
+        "--set", "search.strategy=gradient", "--set", "data_flow.scales=block", status=2,
     )  # fmt: skip
-    assert refused.returncode == 2 and "have no gradients; take bank: device" in refused.stderr
+    assert "have no gradients; take bank: device" in refused.stderr
 
 
 def test_gradients_come_back_layer_by_layer(family: Family) -> None:
@@ -189,7 +184,7 @@ def test_a_generation_reads_one_bank(family: Family, monkeypatch: pytest.MonkeyP
     path = write_config(family.root, tasks=[TEXT])
     evaluator = scorer(path, "disk")
     genomes = some_genomes(evaluator, 6)
-    problem = build_problem(path, read_config(path, [], None))
+    problem = open_problem(path)
     whole = bank.bank_bytes(problem.backend.models.sources, problem.backend.models.decoder)
     assert bytes_read(lambda: evaluator.score(genomes), monkeypatch) == whole
     # Candidates that generate are materialised together.
@@ -205,18 +200,16 @@ def test_a_search_of_a_streamed_bank_is_the_search(family: Family, tmp_path: Pat
     """The held-out table, whose stored models are streamed too, the winner, and a run that goes on where it ended."""
     path = write_config(family.root, tasks=[TEXT | {"heldout": 0.25}])
     for name, setting in (("device", "device"), (place, place)):
-        done = run_here("search", path, "--out", tmp_path / name, "--set", f"evaluation.bank={setting}")
-        assert done.returncode == 0, done.stderr
+        run_here("search", path, "--out", tmp_path / name, "--set", f"evaluation.bank={setting}")
     whole, streamed = tmp_path / "device", tmp_path / place
     for file in ("history.jsonl", "best/model/model.safetensors"):
         assert (whole / file).read_bytes() == (streamed / file).read_bytes()
-    results = [json.loads((folder / "result.json").read_text()) for folder in (whole, streamed)]
+    results = [read_json(folder / "result.json") for folder in (whole, streamed)]
     assert results[0] == results[1] and results[0]["table"]
     shorter = tmp_path / "resumed"
     settings = ["--set", f"evaluation.bank={place}"]
-    assert run_here("search", path, "--out", shorter, *settings, "--set", "search.generations=1").returncode == 0
-    done = run_here("search", path, "--out", shorter, "--resume", *settings)
-    assert done.returncode == 0, done.stderr
+    run_here("search", path, "--out", shorter, *settings, "--set", "search.generations=1")
+    run_here("search", path, "--out", shorter, "--resume", *settings)
     assert (shorter / "history.jsonl").read_bytes() == (streamed / "history.jsonl").read_bytes()
 
 
@@ -241,7 +234,7 @@ def test_a_disk_that_fails_in_the_middle_ends_the_search_which_goes_on(
 ) -> None:
     """One line, exit status 1, and the history of a search that nothing befell once the file is back."""
     path, setting = write_config(family.root, tasks=[TEXT]), ("--set", "evaluation.bank=disk")
-    assert run_here("search", path, "--out", tmp_path / "whole", *setting).returncode == 0
+    run_here("search", path, "--out", tmp_path / "whole", *setting)
     count, preadv, file = 0, os.preadv, family.root / "parent1" / "model.safetensors"
 
     def failing(descriptor: int, buffers: list[memoryview], offset: int) -> int:
@@ -257,14 +250,13 @@ def test_a_disk_that_fails_in_the_middle_ends_the_search_which_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "preadv", failing)
-        done = run_here("search", path, "--out", tmp_path / "run", *setting)
-    assert done.returncode == 1, done.stderr
+        done = run_here("search", path, "--out", tmp_path / "run", *setting, status=1)
     lines = [line for line in done.stderr.splitlines() if "error" in line]
     assert len(lines) == 1 and re.fullmatch(
         rf"error: {re.escape(str(file))}: cannot be read from byte .*{fault}.*", lines[0]
     )
     assert "--resume" in lines[0] and has_lines(tmp_path / "run" / "history.jsonl", 1)
-    assert run_here("search", path, "--out", tmp_path / "run", *setting, "--resume").returncode == 0
+    run_here("search", path, "--out", tmp_path / "run", *setting, "--resume")
     assert (tmp_path / "run" / "history.jsonl").read_bytes() == (tmp_path / "whole" / "history.jsonl").read_bytes()
 
 
@@ -308,8 +300,7 @@ def write_pool(root: Path, **changes: Any) -> Path:
     path = write_config(root, pool=pool, search=search, parents=[f"parent{k}" for k in range(3)], **changes)
     document = yaml.safe_load(path.read_text())
     del document["space"]
-    path.write_text(yaml.safe_dump(document))
-    return path
+    return write_yaml(path, document)
 
 
 def test_a_generation_of_a_pool_reads_its_parents_once(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,14 +345,12 @@ def test_a_search_of_a_streamed_pool_is_the_search(family: Family, tmp_path: Pat
     goes on where it ended. Nothing of the members stays when a run is over."""
     path = write_pool(family.root, tasks=[TEXT | {"heldout": 0.25}])
     for name, setting in (("device", "device"), (place, place)):
-        done = run_here("search", path, "--out", tmp_path / name, "--set", f"evaluation.bank={setting}")
-        assert done.returncode == 0, done.stderr
+        run_here("search", path, "--out", tmp_path / name, "--set", f"evaluation.bank={setting}")
     expected = run_files(tmp_path / "device")
     assert run_files(tmp_path / place) == expected
     settings = ["--set", f"evaluation.bank={place}"]
     for more in (["--set", "search.generations=2"], ["--resume"]):
-        done = run_here("search", path, "--out", tmp_path / "resumed", *settings, *more)
-        assert done.returncode == 0, done.stderr
+        run_here("search", path, "--out", tmp_path / "resumed", *settings, *more)
     assert run_files(tmp_path / "resumed") == expected
     assert not [*tmp_path.glob("*/members")]
 
@@ -386,7 +375,7 @@ def test_a_disk_that_fails_in_the_middle_leaves_members_that_the_run_goes_on_wit
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, setting, out = write_pool(family.root, tasks=[TEXT]), ("--set", "evaluation.bank=disk"), tmp_path / "run"
-    assert run_here("search", path, "--out", tmp_path / "whole", *setting).returncode == 0
+    run_here("search", path, "--out", tmp_path / "whole", *setting)
     preadv, files = os.preadv, [folder / "model.safetensors" for folder in (family.base, *family.parents)]
 
     def failing(descriptor: int, buffers: list[memoryview], offset: int) -> int:
@@ -400,9 +389,9 @@ def test_a_disk_that_fails_in_the_middle_leaves_members_that_the_run_goes_on_wit
         """Search until the disk fails; the members that are left."""
         with monkeypatch.context() as patched:
             patched.setattr(os, "preadv", failing)
-            done = run_here("search", path, "--out", out, "--overwrite", *setting)
+            done = run_here("search", path, "--out", out, "--overwrite", *setting, status=1)
         (line,) = [line for line in done.stderr.splitlines() if "error" in line]
-        assert done.returncode == 1 and "model.safetensors: cannot be read from byte" in line, line
+        assert "model.safetensors: cannot be read from byte" in line, line
         return {member.name for member in member_folders(out / "members/process-0")}
 
     left, written, write = fail(), set[str](), MembersInFiles.write
@@ -413,13 +402,13 @@ def test_a_disk_that_fails_in_the_middle_leaves_members_that_the_run_goes_on_wit
 
     with monkeypatch.context() as patched:
         patched.setattr(MembersInFiles, "write", counted)
-        assert run_here("search", path, "--out", out, *setting, "--resume").returncode == 0
+        run_here("search", path, "--out", out, *setting, "--resume")
     assert run_files(out) == run_files(tmp_path / "whole")
     assert left and not left & written and not (out / "members").exists()
     assert fail()
     (out / "members" / "mine.txt").write_text("a user's own")
     done = run_here("search", path, "--out", out, "--overwrite", "--set", "evaluation.bank=host")
-    assert done.returncode == 0 and "'mine.txt', which evojax-merge did not write, stays" in done.stderr
+    assert "'mine.txt', which evojax-merge did not write, stays" in done.stderr
     assert [*(out / "members").iterdir()] == [out / "members" / "mine.txt"]
     assert run_files(out) == run_files(tmp_path / "whole")
 
@@ -484,11 +473,11 @@ def test_slots_bound_the_members_in_files(family: Family, tmp_path: Path) -> Non
 @pytest.mark.parametrize("place", PLACES[1:])
 def test_a_streamed_pool_that_is_killed_goes_on_to_the_byte(family: Family, tmp_path: Path, place: str) -> None:
     path = write_pool(family.root, tasks=[TEXT])
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"search": {"population": 4, "generations": 12}}))
+    write_yaml(path, yaml.safe_load(path.read_text()) | {"search": {"population": 4, "generations": 12}})
     setting = ("--set", f"evaluation.bank={place}")
-    assert run_command("search", path, "--out", tmp_path / "whole", *setting).returncode == 0
+    run_command("search", path, "--out", tmp_path / "whole", *setting)
     kill_at_random(path, tmp_path / "killed", *setting)
-    assert run_command("search", path, "--out", tmp_path / "killed", *setting, "--resume").returncode == 0
+    run_command("search", path, "--out", tmp_path / "killed", *setting, "--resume")
     assert run_files(tmp_path / "killed") == run_files(tmp_path / "whole")
     assert not [*tmp_path.glob("*/members")]
 
@@ -523,7 +512,7 @@ from evojax_merge.problem import build_problem, read_config
 path, out = Path(sys.argv[1]), sys.argv[2]
 answers = {}
 for place in ("device", "disk"):
-    problem = build_problem(path, read_config(path, [f"evaluation.bank={place}"], None))
+    problem = open_problem(path, f"evaluation.bank={place}")
     genomes = np.random.default_rng(0).normal(size=(4, problem.space.dims)).astype(np.float32)
     if problem.strategy.name == "pool":
         _, genomes = problem.space.baselines()
@@ -541,8 +530,7 @@ def test_devices_that_share_a_model_stream_their_shards(
 ) -> None:
     tasks = [[CHOICE], [CHOICE, WORDS]][len(sample((1, 2), 1)) - 1]
     path, out = write(family.root, tasks=tasks), tmp_path / "answers.npz"
-    done = run_python(MESH_PROGRAM, path, out, seconds=400)
-    assert done.returncode == 0, done.stderr
+    run_python(MESH_PROGRAM, path, out, seconds=400)
     answers = dict(np.load(out))
     np.testing.assert_allclose(answers["disk/margin"], answers["device/margin"], atol=1e-5)
     assert (answers["disk/texts"] == answers["device/texts"]).all()
@@ -552,10 +540,10 @@ def test_devices_that_share_a_model_stream_their_shards(
 def test_a_streamed_search_that_is_killed_goes_on_to_the_byte(family: Family, tmp_path: Path) -> None:
     path = write_config(family.root, tasks=[TEXT], search={"population": 4, "generations": 12, "strategy": "cma_es"})
     setting = ("--set", "evaluation.bank=disk")
-    assert run_command("search", path, "--out", tmp_path / "whole", *setting).returncode == 0
+    run_command("search", path, "--out", tmp_path / "whole", *setting)
     killed = tmp_path / "killed"
     kill_at_random(path, killed, *setting)
-    assert run_command("search", path, "--out", killed, *setting, "--resume").returncode == 0
+    run_command("search", path, "--out", killed, *setting, "--resume")
     for file in ("history.jsonl", "best/model/model.safetensors", "result.json"):
         assert (killed / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 

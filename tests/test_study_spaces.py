@@ -13,7 +13,8 @@ import pytest
 import torch
 import toy_backend
 import yaml
-from helpers import Family
+from helpers.families import Family
+from helpers.files import write_yaml
 from hostile import run_command
 from safetensors.numpy import load_file
 from test_backend_seam import TOY_KIND, network, register_toy
@@ -239,9 +240,7 @@ def test_a_command_shows_the_users_frames_as_well(tmp_path: Path) -> None:
         "backend": "function", "parents": ["one.npz"], "space": {"method": "linear"},
         "tasks": [{"name": "own", "kind": "arrays", "function": "own.py:raises"}], "search": {"population": 2},
     }  # fmt: skip
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    done = run_command("search", tmp_path / "config.yaml", folder=tmp_path)
-    assert done.returncode == 1
+    done = run_command("search", write_yaml(tmp_path / "config.yaml", config), folder=tmp_path, status=1)
     files = re.findall(r'File "(.*)", line', done.stderr)
     assert files == [str(tmp_path / "own.py")] * 2, done.stderr
 

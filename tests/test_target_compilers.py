@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import Family
+from helpers.families import Family
 from jax.sharding import SingleDeviceSharding
 from test_planning import document, header_models
 

@@ -1,6 +1,5 @@
 """The seam for kinds of tasks: one that others wrote is searched on and evaluated like those of the package."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +8,9 @@ import numpy as np
 import pytest
 import yaml
 from copy_task import KIND, CopyConfig, CopyTask
-from helpers import Family
+from helpers.families import Family
+from helpers.files import read_json, read_lines, write_yaml
+from helpers.searches import search_config, task_section
 
 from evojax_merge.commands import evaluate as evaluate_command
 from evojax_merge.commands import search as search_command
@@ -39,24 +40,16 @@ def parsed(task: Any) -> TaskConfig:
 
 @pytest.fixture
 def config_file(family: Family, tmp_path: Path) -> Path:
-    document = {
-        "base": str(family.base),
-        "parents": list(map(str, family.parents)),
-        "space": {"method": "task_arithmetic", "layers_per_group": "all", "parameters": {"weight": {}}},
-        "tasks": [COPY, {"name": "text", "kind": "likelihood", "file": str(family.tasks), "limit": 4}],
-        "search": {"generations": 2, "population": 4},
-        "seed": 5,
-    }
-    path = tmp_path / "copy.yaml"
-    path.write_text(yaml.safe_dump(document))
-    return path
+    space = {"method": "task_arithmetic", "layers_per_group": "all", "parameters": {"weight": {}}}
+    document = search_config(family, space=space, tasks=[COPY, task_section(family.tasks, limit=4)], seed=5)
+    return write_yaml(tmp_path / "copy.yaml", document)
 
 
 def test_a_search_on_a_kind_from_outside(config_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     search_command.search(config_file, run, False, False, None, [])
     assert len((run / "history.jsonl").read_text().splitlines()) == 2
-    table = json.loads((run / "result.json").read_text())["table"]
+    table = read_json(run / "result.json")["table"]
     assert all(0 < row["heldout_scores"]["again/copied"] < 1 for row in table)
     kept = yaml.safe_load((run / "config.yaml").read_text())["tasks"][0]
     assert kept == {"name": "again", "kind": "copy", "count": 10, "length": 3, "heldout": 0.2, "limit": None,
@@ -70,8 +63,8 @@ def test_an_evaluation_on_a_kind_from_outside(config_file: Path, family: Family,
     scores, samples = tmp_path / "scores.json", tmp_path / "samples.jsonl"
     models = [str(family.base), str(family.parents[0])]
     evaluate_command.evaluate(models, config_file, scores, samples)
-    table = json.loads(scores.read_text())
-    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    table = read_json(scores)
+    lines = read_lines(samples)
     assert [(line["model"], line["task"]) for line in lines] == [
         (model, task) for model in models for task, count in (("again", 10), ("text", 12)) for _ in range(count)
     ]
@@ -82,7 +75,7 @@ def test_an_evaluation_on_a_kind_from_outside(config_file: Path, family: Family,
         assert {line["target"] for line in own} == {None}
         for line in own:
             assert line["score"] == line["scores"]["copied"] == pytest.approx(np.exp(line["log_probabilities"][0]))
-    records = [json.loads(line) for line in family.tasks.read_text().splitlines()]
+    records = read_lines(family.tasks)
     texts = [line for line in lines if line["task"] == "text"]
     assert [line["target"] for line in texts] == 2 * [record["target"] for record in records]
     assert {line["extracted"] for line in lines} == {None}

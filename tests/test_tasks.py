@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
-from helpers import examples_in, word_tokenizer, words, write_lines
+from helpers.files import examples_in, write_lines
+from helpers.models import word_tokenizer, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import run_here, thorough
+from helpers.commands import run_here
+from helpers.files import read_lines, write_yaml
+from helpers.sampling import thorough
 from hostile import run_command, run_python
 from rich.console import Console
 from safetensors.numpy import save_file
@@ -72,16 +74,13 @@ def config(tmp_path: Path) -> Path:
         "space": {"method": "linear", "parameters": {"weight": {"low": 0.0, "high": 1.0}}},
         "search": {"generations": GENERATIONS, "population": 6},
     }  # fmt: skip
-    path.write_text(yaml.safe_dump(document))
-    return path
+    return write_yaml(path, document)
 
 
 def search(
     config: Path, *options: object, status: int = 0, run: Callable[..., subprocess.CompletedProcess[str]] = run_here
 ) -> subprocess.CompletedProcess[str]:
-    done = run("search", config, "--out", config.parent / "run", *options)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
+    return run("search", config, "--out", config.parent / "run", *options, status=status)
 
 
 def logged_lines(run: Path) -> list[str]:
@@ -119,7 +118,7 @@ def test_a_lost_task_and_a_winner_that_is_a_parent_are_sentences_on_every_page(c
     # What the first parent does, which the target of the search takes a part of away.
     (config.parent / "scores.py").write_text(SCORES.replace("def none", WEIGHED + "\ndef none"))
     document["tasks"].append(document["tasks"][0] | {"name": "first", "function": "scores.py:firsts", "weight": 0})
-    config.write_text(yaml.safe_dump(document))
+    write_yaml(config, document)
 
     def pages() -> list[str]:
         run, done = config.parent / "run", search(config, "--overwrite")
@@ -135,7 +134,7 @@ def test_a_lost_task_and_a_winner_that_is_a_parent_are_sentences_on_every_page(c
         assert "The winner is the parent" not in text
     document["tasks"] = document["tasks"][1:]
     document["tasks"][0]["weight"] = 1
-    config.write_text(yaml.safe_dump(document))
+    write_yaml(config, document)
     for text in pages():
         assert "The winner is the parent one.safetensors, unchanged: nothing that was searched beat it on the" in text
         assert "the winner is the same as the best parent one.safetensors, example by example: both have" in text
@@ -349,15 +348,14 @@ def test_wandb_is_offline_and_one_run_after_a_resume(config: Path, monkeypatch: 
     monkeypatch.delenv("WANDB_MODE", raising=False)
     arguments = ["search", config, "--out", run, "--set", "log=[wandb]"]
     done = run_python(RUN, packages, *arguments, "--set", "search.generations=1")
-    assert done.returncode == 0, done.stderr
-    first, row, end = [json.loads(line) for line in (run / "stub.jsonl").read_text().splitlines()]
+    first, row, end = read_lines(run / "stub.jsonl")
     assert first["mode"] == "offline" and first["project"] == "evojax-merge" and first["name"] == "run"
     assert first["config"]["parents"] == [str(config.parent / name) for name in ("one.safetensors", "two.npz")]
     assert row["step"] == 1 and row["fitness/best"] == em.open_run(run).history[0]["best"] and end["finished"]
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("FAILS_AT", "3")
     done = run_python(RUN, packages, *arguments, "--resume")
-    assert done.returncode == 0 and "warning: log: wandb failed (no route), and gets nothing more" in done.stderr
+    assert "warning: log: wandb failed (no route), and gets nothing more" in done.stderr
     again, row = [json.loads(line) for line in (run / "stub.jsonl").read_text().splitlines()[3:]]
     assert again["mode"] == "online" and again["resume"] == "allow" and again["id"] == first["id"] and row["step"] == 2
 
@@ -367,9 +365,8 @@ def test_a_logger_without_its_package_is_refused_before_anything_is_loaded(confi
     main = "from evojax_merge.cli import main; main()"
     document = yaml.safe_load(config.read_text())
     for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
-        config.write_text(yaml.safe_dump(document | {"log": [name]}))
-        done = run_python(hidden + main, "search", config, "--out", config.parent / "run")
-        assert (done.returncode, done.stderr) == (
-            2, f"error: {config}: log: {name} needs the package {package}; pip install 'evojax-merge[{name}]'\n",
-        )  # fmt: skip
+        write_yaml(config, document | {"log": [name]})
+        error = run_python(hidden + main, "search", config, "--out", config.parent / "run", status=2).stderr
+        needed = f"{name} needs the package {package}; pip install 'evojax-merge[{name}]'"
+        assert error == f"error: {config}: log: {needed}\n"
     assert not (config.parent / "run").exists()

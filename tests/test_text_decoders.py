@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-import yaml
-from helpers import ALL, edit_json, even_records, sample, stored_logits, thorough, word_tokenizer, words, write_lines
+from helpers.commands import command
+from helpers.decoders import stored_logits
+from helpers.files import edit_json, read_json, write_lines, write_yaml
+from helpers.models import even_records, word_tokenizer, words
+from helpers.sampling import ALL, sample, thorough
+from helpers.searches import search_config
 from reference.torch_models import torch_logits, torch_logprobs
 from safetensors.numpy import load_file, save_file
 
@@ -17,8 +21,6 @@ from evojax_merge.checkpoints.config_file import LARGER_MODELS
 from evojax_merge.checkpoints.decoder_folder import decoder_of
 from evojax_merge.checkpoints.folder import open_folder
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.cli import cli
-from evojax_merge.cli import run as run_command
 from evojax_merge.errors import InputError
 
 TEXT = {
@@ -171,10 +173,6 @@ def assert_kept(folder: Path, of: Path) -> None:
         np.testing.assert_array_equal(found.whole.read(name), expected.whole.read(name))
 
 
-def command(*arguments: object) -> int:
-    return run_command(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False))
-
-
 def tokens_of(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(4, 60, (2, 13)).astype(np.int32)
 
@@ -192,7 +190,7 @@ def test_a_merge_of_text_decoders_is_the_larger_model(kind: str, tmp_path: Path)
         ],
         "dtype": "float32",
     }  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_yaml(tmp_path / "recipe.yaml", recipe)
     (tmp_path / "two/preprocessor_config.json").write_text("{}")
     assert command("merge", tmp_path / "recipe.yaml", tmp_path / "out") == 0
     found = torch_logits(load_whole(tmp_path / "out"), tokens)
@@ -233,17 +231,12 @@ def test_a_search_exports_the_larger_model_that_it_scored(space: str, tmp_path: 
     for name in ("base", "one"):
         rename(tmp_path / name, earlier)
     rename(tmp_path / "two", {new: old for old, new in earlier.items()})
-    document = {
-        "base": "base", "parents": ["one", "two"], **SPACES[space],
-        "tasks": [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl", "heldout": "heldout.jsonl"}],
-        "search": {"generations": 2, "population": 4},
-    }  # fmt: skip
-    (tmp_path / "search.yaml").write_text(yaml.safe_dump(document))
-    assert command("search", tmp_path / "search.yaml", "--out", tmp_path / "run") == 0
+    document = search_config(heldout="heldout.jsonl", parents=["one", "two"], **{"space": None, **SPACES[space]})
+    assert command("search", write_yaml(tmp_path / "search.yaml", document), "--out", tmp_path / "run") == 0
     out = tmp_path / "run/best/model"
     assert_kept(out, tmp_path / "base")
     assert any(name.startswith("language_model.model.layers.0.") for name in open_folder(out).entries)
-    result = json.loads((tmp_path / "run/result.json").read_text())
+    result = read_json(tmp_path / "run/result.json")
     (winner,) = (row for row in result["table"] if row["role"] == "winner")
     (scored,) = winner["heldout_scores"].values()
     theirs, ids, means = load_whole(out), {word: i for i, word in enumerate(words(64))}, []
@@ -282,14 +275,10 @@ def test_what_is_said_of_other_modules(tmp_path: Path, capsys: pytest.CaptureFix
     text = transformers.AutoModelForCausalLM.from_config(larger_model("llava").config.text_config).float()
     text.save_pretrained(tmp_path / "text")
     word_tokenizer(words(64)).save_pretrained(tmp_path / "text")
-    document = {
-        "parents": ["text", "one"], "space": {"method": "linear"},
-        "tasks": [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}],
-        "search": {"generations": 1, "population": 4},
-    }  # fmt: skip
+    document = search_config(None, 1, base=None, parents=["text", "one"], space={"method": "linear"})
 
     def search(**changes: Any) -> str:
-        (tmp_path / "search.yaml").write_text(yaml.safe_dump(document | changes))
+        write_yaml(tmp_path / "search.yaml", document | changes)
         code = command("search", tmp_path / "search.yaml", "--out", tmp_path / "run", "--overwrite")
         out, error = capsys.readouterr()
         return " ".join((error if code == 2 else out).split())

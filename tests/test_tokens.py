@@ -1,6 +1,5 @@
 """Tokens of merged models, against mergekit: whose row is whose, in which order, in models of any architecture."""
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import edit_json, finetune, random_model, save, state, tiny_config, word_tokenizer, words
+from helpers.files import edit_json, write_json
+from helpers.mergekit import assert_same_tensors, merge_by_mergekit
+from helpers.models import finetune, random_model, save, state, tiny_config, word_tokenizer, words
+from helpers.searches import problem_of, search_config
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -20,7 +22,6 @@ from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.schema import parse_recipe
-from evojax_merge.problem import build_problem, config_from
 
 TOLERANCE = 1e-5
 
@@ -36,8 +37,6 @@ def ours(root: Path, document: dict[str, Any], out: str = "ours") -> tuple[Path,
 def theirs(root: Path, document: dict[str, Any], patch: pytest.MonkeyPatch) -> Path:
     """mergekit's merge, of models in the order in which the recipe names them: its own order is that of a set."""
     from mergekit.config import MergeConfiguration
-    from mergekit.merge import run_merge
-    from mergekit.options import MergeOptions
 
     # It keeps opened models by their names, whatever folder these start in.
     rows = [row | {"model": str(root / row["model"])} for row in document["models"]]
@@ -49,8 +48,7 @@ def theirs(root: Path, document: dict[str, Any], patch: pytest.MonkeyPatch) -> P
     named = [config.base_model, *(row.model for row in config.models)]
     patch.setattr(MergeConfiguration, "referenced_models", lambda self: list(dict.fromkeys(filter(None, named))))
     out = root / f"theirs{len(list(root.glob('theirs*')))}"
-    run_merge(config, str(out), MergeOptions(quiet=True, write_model_card=False, clone_tensors=True))
-    return out
+    return merge_by_mergekit(absolute, out)
 
 
 def merge(*names: str, **more: Any) -> dict[str, Any]:
@@ -61,11 +59,7 @@ def merge(*names: str, **more: Any) -> dict[str, Any]:
 
 
 def assert_same(found: Path, expected: Path) -> None:
-    one, other = state(found), state(expected)
-    assert set(one) == set(other)
-    for name, values in other.items():
-        assert one[name].shape == values.shape, name
-        np.testing.assert_allclose(one[name], values, rtol=TOLERANCE, atol=TOLERANCE, err_msg=name)
+    assert_same_tensors(state(found), state(expected), rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def assert_same_tokens(found: Path, expected: Path) -> None:
@@ -119,7 +113,7 @@ def test_tokenizers_of_custom_code_are_not_compared(llamas: Path, tmp_path: Path
     for number, name in enumerate(("one", "two")):
         shutil.copytree(llamas / name, tmp_path / name, ignore=shutil.ignore_patterns("tokenizer*"))
         settings = {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}, "model_max_length": number}
-        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(settings))
+        write_json(tmp_path / name / "tokenizer_config.json", settings)
     found, (warning,) = ours(tmp_path, merge("one", "two"))
     assert_same(found, ours(llamas, merge("one", "two"))[0])
     assert "one: its tokenizer is custom code, which is never run" in warning and str(tmp_path / "two") in warning
@@ -133,12 +127,8 @@ def test_tokenizers_of_custom_code_are_not_compared(llamas: Path, tmp_path: Path
 
 def test_a_search_of_models_with_other_names_for_tokens_warns_and_takes_the_base_s(llamas: Path) -> None:
     (llamas / "tasks.jsonl").write_text('{"prompt": "w5 w6", "target": "w7"}\n' * 4)
-    config = {
-        "base": "base", "parents": ["two", "chat"],
-        "space": {"method": "task_arithmetic", "layers_per_group": "all"},
-        "tasks": [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}],
-    }  # fmt: skip
-    problem = build_problem(llamas / "config.yaml", config_from(llamas / "config.yaml", config, [], None))
+    config = search_config(parents=["two", "chat"], space={"method": "task_arithmetic", "layers_per_group": "all"})
+    problem = problem_of(llamas / "config.yaml", config)
     (warning,) = problem.backend.models.sources.warnings
     assert "row 62 is '<|im_start|>', not 'w62'" in warning
     assert problem.backend.models.tokenizer.get_vocab() == load_tokenizer(llamas / "base").get_vocab()
@@ -343,8 +333,7 @@ def test_rows_are_aligned_in_any_architecture(
     found, expected = ours(tmp_path, document)[0], theirs(tmp_path, document, monkeypatch)
     assert_same_tokens(found, expected)
     loaded, wanted = (load_any(folder, type(model)) for folder in (found, expected))
-    for name, values in wanted.items():
-        np.testing.assert_allclose(loaded[name], values, rtol=TOLERANCE, atol=TOLERANCE, err_msg=name)
+    assert_same_tensors(loaded, wanted, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", BEYOND_MERGEKIT)
@@ -376,7 +365,7 @@ def test_an_embedding_is_found_by_its_rows(tmp_path: Path) -> None:
         tensors = {"lexicon.table": torch.randn(6, 3), "norm.weight": torch.randn(6), "layers.0.w": torch.randn(4, 3)}
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
-        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "unheard", "vocab_size": 6}))
+        write_json(tmp_path / name / "config.json", {"model_type": "unheard", "vocab_size": 6})
         own = words(6) if name == "base" else [*words(4), "w5", "w4"]
         word_tokenizer(own).save_pretrained(tmp_path / name)
     document = merge("base", "one", base_model="base", tokenizer_source="base", parameters={"normalize": False})

@@ -15,8 +15,11 @@ import pytest
 import torch
 import transformers
 import yaml
-from click.testing import CliRunner
-from helpers import Family, save, write_lines
+from helpers.commands import output_of, run_here
+from helpers.families import Family
+from helpers.files import read_json, read_lines, write_json, write_lines, write_yaml
+from helpers.models import randomised, save, whisper_config
+from helpers.searches import problem_of, search_config, task_section
 from PIL import Image
 from scipy.io import wavfile
 from transformers import (
@@ -28,10 +31,8 @@ from transformers import (
 
 from evojax_merge.backends.torch import network as networks
 from evojax_merge.backends.torch.backend import on_cores
-from evojax_merge.cli import cli
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.costs import cost_of
-from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.steps.selection import open_evaluators
 
 has_torchax = pytest.mark.skipif(networks.torchax_environment()[0] is None, reason="torchax is not installed")
@@ -80,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     base = ViTForImageClassification(config).train()
     base.save_pretrained(folder / "base")
-    (folder / "base" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    write_json(folder / "base" / "preprocessor_config.json", PREPROCESSOR)
     processor = AutoImageProcessor.from_pretrained(folder / "base")
     images = [Image.open(folder / record["image"]) for record in records]
     pixels, labels = processor(images, return_tensors="pt")["pixel_values"], torch.tensor([r["label"] for r in records])
@@ -88,7 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         module = ViTForImageClassification.from_pretrained(folder / "base").train()
         chosen = torch.isin(labels, torch.tensor(classes))
         train(module, {"pixel_values": pixels[chosen]}, labels[chosen], 20).save_pretrained(folder / name)
-        (folder / name / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+        write_json(folder / name / "preprocessor_config.json", PREPROCESSOR)
     return folder
 
 
@@ -103,15 +104,7 @@ def document(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def config_file(folder: Path, out: Path, **changes: Any) -> Path:
-    path = out / "config.yaml"
-    path.write_text(yaml.safe_dump(document(folder, **changes)))
-    return path
-
-
-def command(*arguments: Any) -> str:
-    result = CliRunner().invoke(cli, list(map(str, arguments)))
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.output
+    return write_yaml(out / "config.yaml", document(folder, **changes))
 
 
 def labels_by_transformers(model: Path, images: Sequence[Path]) -> np.ndarray:
@@ -125,18 +118,18 @@ def labels_by_transformers(model: Path, images: Sequence[Path]) -> np.ndarray:
 def test_image_classifiers_are_planned_searched_resumed_and_exported(folder: Path, tmp_path: Path) -> None:
     controls = {"search": {"generations": 3, "population": 4, "controls": ["greedy"]}}
     config, run, whole = config_file(folder, tmp_path, **controls), tmp_path / "run", tmp_path / "whole"
-    plan = command("plan", config)
+    plan = output_of("plan", config)
     assert "fits" in plan and plan.count("ViTForImageClassification: ") == 1
-    output = command("search", config, "--out", whole)
+    output = output_of("search", config, "--out", whole)
     assert output.count("ViTForImageClassification: ") == 1
-    command("search", config, "--out", run, "--set", "search.generations=2")
-    command("search", config, "--out", run, "--resume")
+    run_here("search", config, "--out", run, "--set", "search.generations=2")
+    run_here("search", config, "--out", run, "--resume")
     assert (run / "history.jsonl").read_bytes() == (whole / "history.jsonl").read_bytes()
-    result = json.loads((run / "result.json").read_text())
+    result = read_json(run / "result.json")
     assert [row["role"] for row in result["table"]] == ["base", "parent", "parent", "uniform", "greedy", "winner"]
 
     # Every model of the table has the scores that transformers alone gives it, and so has the exported winner.
-    problem = build_problem(config, config_from(config, document(folder), [], None))
+    problem = problem_of(config, document(folder))
     task = problem.splits.heldout[0]
     images = [task.examples[i].inputs["image"] for i in task.indices]
     targets = np.array([task.examples[i].target for i in task.indices])
@@ -145,13 +138,13 @@ def test_image_classifiers_are_planned_searched_resumed_and_exported(folder: Pat
         accuracy = (labels_by_transformers(model, images) == targets).mean()
         assert result["table"][number]["heldout_scores"]["quarter/accuracy"] == pytest.approx(accuracy, abs=1e-6)
 
-    answers = [json.loads(line) for line in (run / "heldout_answers.jsonl").read_text().splitlines()]
+    answers = read_lines(run / "heldout_answers.jsonl")
     assert [answer["image"] for answer in answers] == [str(image) for image in images] * 2
-    scored = command("evaluate", folder / "left", folder / "right", "--tasks", config)
+    scored = output_of("evaluate", folder / "left", folder / "right", "--tasks", config)
     assert scored.count("opening the models by PyTorch") == scored.count("ViTForImageClassification: ") == 1
 
     exported = tmp_path / "exported"
-    command("export", run, exported)
+    run_here("export", run, exported)
     assert {file.name for file in exported.iterdir()} >= {
         "config.json",
         "model.safetensors",
@@ -229,20 +222,6 @@ def family_of(kind: str, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def randomised(model: Any, seed: int) -> Any:
-    """The model with random numbers in every floating-point tensor; variances stay positive."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            drawn = torch.randn(tensor.shape, generator=generator) * 0.2
-            tensor.copy_(drawn.abs() + 0.5 if name.endswith("running_var") else drawn)
-    return model
-
-
-def problem_of(path: Path, config: dict[str, Any]) -> SearchProblem:
-    return build_problem(path, config_from(path, config, [], None))
-
-
 @pytest.mark.parametrize("kind", OTHERS)
 def test_a_merge_has_the_scores_of_the_exported_model(kind: str, tmp_path: Path) -> None:
     problem = problem_of(tmp_path / "config.yaml", family_of(kind, tmp_path))
@@ -306,12 +285,7 @@ def test_texts_that_an_encoder_decoder_writes_are_compared(tmp_path: Path) -> No
 
 def test_recordings_are_transcribed(tmp_path: Path) -> None:
     pytest.importorskip("jiwer")
-    config = transformers.WhisperConfig(
-        vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, num_mel_bins=8,
-        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_source_positions=50,
-        max_target_positions=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-        begin_suppress_tokens=None, suppress_tokens=None,
-    )  # fmt: skip
+    config = whisper_config()
     tokens = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, 64))]
     for number in (1, 2):
         model = randomised(transformers.WhisperForConditionalGeneration(config).eval(), number)
@@ -358,7 +332,7 @@ def test_candidates_of_a_convolutional_network_run_apart(tmp_path: Path) -> None
 @has_torchax
 def test_gradients_are_followed_through_a_network(folder: Path, tmp_path: Path) -> None:
     search = {"generations": 3, "strategy": "hybrid", "population": 4, "gradient": {"minibatches": 2, "generations": 2}}
-    command("search", config_file(folder, tmp_path, search=search), "--out", tmp_path / "run")
+    run_here("search", config_file(folder, tmp_path, search=search), "--out", tmp_path / "run")
     lines = (tmp_path / "run" / "history.jsonl").read_text().splitlines()
     assert len(lines) == 3
 
@@ -366,11 +340,8 @@ def test_gradients_are_followed_through_a_network(folder: Path, tmp_path: Path) 
 def test_a_decoder_has_the_scores_of_the_native_backend(
     family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = {
-        "parents": [str(parent) for parent in family.parents], "space": {"method": "linear"},
-        "tasks": [{"name": "words", "kind": "likelihood", "file": str(family.tasks), "heldout": 0.5}],
-        "search": {"generations": 1, "population": 2},
-    }  # fmt: skip
+    task = task_section(family.tasks, name="words", heldout=0.5)
+    config = search_config(family, 1, 2, base=None, space={"method": "linear"}, tasks=[task])
     rows = []
     for backend in ("decoder", "torch"):
         problem = problem_of(tmp_path / "config.yaml", config | {"backend": backend})
@@ -434,8 +405,8 @@ def copied(source: Path, target: Path, **changes: Any) -> Path:
     target.mkdir()
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
-    config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(config | changes))
+    config = read_json(target / "config.json")
+    write_json(target / "config.json", config | changes)
     return target
 
 
@@ -487,15 +458,14 @@ def test_a_config_that_networks_cannot_have_is_refused(
 
 def test_a_network_is_pointed_to_its_backend_where_language_models_are_expected(folder: Path, tmp_path: Path) -> None:
     hint = "; a search with backend: torch opens a ViTForImageClassification"
-    shown = " ".join(command("inspect", folder / "base", folder / "left").split())
+    shown = " ".join(output_of("inspect", folder / "base", folder / "left").split())
     assert "a ViTForImageClassification of transformers, and no language model that is searched" in shown
     assert "a search takes it with backend: torch, kind: classification." in shown
     task = {"name": "sums", "kind": "likelihood", "file": str(tmp_path / "sums.jsonl")}
     (tmp_path / "sums.jsonl").write_text('{"prompt": "1 + 1 =", "target": " 2"}\n' * 4)
     config = config_file(folder, tmp_path, backend="decoder", tasks=[task])
-    result = CliRunner().invoke(cli, ["search", str(config), "--out", str(tmp_path / "run")])
-    assert isinstance(result.exception, InputError) and str(result.exception).endswith(hint)
-    assert "model_type is 'vit'" in str(result.exception)
+    error = run_here("search", config, "--out", tmp_path / "run", status=2).stderr
+    assert error.rstrip().endswith(hint) and "model_type is 'vit'" in error
 
 
 def test_a_network_that_answers_at_random_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import torture
-from helpers import thorough
+from helpers.sampling import thorough
 
 
 @thorough

@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from helpers import even_records, sample, search_in, thorough, write_lines
+from helpers.files import read_json, read_lines, write_lines, write_yaml
+from helpers.models import even_records
+from helpers.sampling import sample, thorough
+from helpers.searches import open_problem, search_config, search_in, task_section
 from test_racing import Hill, Plain, SurrogateData, everyone, numbers, text_task
 
 import evojax_merge as em
@@ -14,7 +17,7 @@ from evojax_merge.commands import search as search_command
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import fitness
-from evojax_merge.problem import build_problem, read_config
+from evojax_merge.problem import read_config
 from evojax_merge.search.checkpoints import Checkpoints
 from evojax_merge.search.loop import Reporter
 from evojax_merge.search.run_folder import RunFolder, open_run
@@ -97,7 +100,7 @@ def test_every_nth_row_says_what_the_best_is_worth(tmp_path):
     for row in rows:
         row.pop("validation", None)
     assert rows == [json.loads(line) for line in plain.splitlines()]
-    timing = [json.loads(line) for line in (tmp_path / "run/timing.jsonl").read_text().splitlines()]
+    timing = read_lines(tmp_path / "run/timing.jsonl")
     assert [row["generation"] for row in timing if "validation_seconds" in row] == [3, 6]
 
 
@@ -162,19 +165,12 @@ def test_the_standard_error_is_that_of_paired_differences():
 def config(family, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("validation")
     write_lines(folder / "tasks.jsonl", even_records(20))
-    document = {
-        "base": str(family.base),
-        "parents": [str(parent) for parent in family.parents],
-        "space": {"method": "task_arithmetic", "layers_per_group": "all", "parameters": {"weight": {"high": 1.5}}},
-        "tasks": [
-            {"name": "text", "kind": "likelihood", "file": "tasks.jsonl", "heldout": 0.25},
-            {"name": "shown", "kind": "multiple_choice", "file": "tasks.jsonl", "heldout": 0.25, "weight": 0},
-        ],
-        "search": {"generations": 4, "population": 6, "validation": 0.4, "validate_every": 2},
-        "seed": 3,
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(document))
-    return folder / "config.yaml"
+    document = search_config(
+        family, 4, 6, search={"validation": 0.4, "validate_every": 2}, seed=3,
+        space={"method": "task_arithmetic", "layers_per_group": "all", "parameters": {"weight": {"high": 1.5}}},
+        tasks=[task_section(heldout=0.25), task_section(name="shown", kind="multiple_choice", heldout=0.25, weight=0)],
+    )  # fmt: skip
+    return write_yaml(folder / "config.yaml", document)
 
 
 def run_search(config: Path, out: Path, *overrides: str, resume: bool = False) -> None:
@@ -194,7 +190,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def test_the_winner_is_the_best_finalist_on_the_validation_split(config, finished):
-    problem = build_problem(config, read_config(config, [], None))
+    problem = open_problem(config)
     splits = problem.splits
     assert [[task.size for task in split] for split in (splits.search, splits.validation, splits.heldout)] == [
         [9, 15], [6, 15], [5, 5],
@@ -202,7 +198,7 @@ def test_the_winner_is_the_best_finalist_on_the_validation_split(config, finishe
     on = open_evaluators(problem, problem.prepare())
     assert [task.name for task in on.validation.tasks] == ["text"]
     arrays = Checkpoints(RunFolder(finished)).restore(print).arrays
-    document = json.loads((finished / "result.json").read_text())
+    document = read_json(finished / "result.json")
     winner = np.array(document["genome"], np.float32)
     (uniform,) = problem.space.baselines()[1]
     finalists = np.concatenate([arrays["genomes"], problem.space.start[None]])
@@ -237,16 +233,16 @@ def test_what_chooses_the_winner_has_a_dtype_of_its_own(config, space, tmp_path,
         del document["space"]
         document["data_flow"] = {"form": "moves"}
     path = config.with_name(f"{space}.yaml")
-    path.write_text(yaml.safe_dump(document))
+    write_yaml(path, document)
     run_search(path, tmp_path / "run")
     said = " ".join(capsys.readouterr().out.split())
     assert "(computed in float32, the generations in bfloat16)." in said
-    result = json.loads((tmp_path / "run/result.json").read_text())
+    result = read_json(tmp_path / "run/result.json")
     assert result["compute_dtype"] == "float32"
     winner = tmp_path / "run/best/model"
 
     def heldout(models: list[Path], evaluation: dict[str, str]) -> list[float]:
-        path.write_text(yaml.safe_dump(document | {"evaluation": evaluation}))
+        write_yaml(path, document | {"evaluation": evaluation})
         return [row["fitness"] for row in em.evaluate(models, path, split="heldout")]
 
     models = [*map(Path, [document["base"], *document["parents"]]), winner]
@@ -258,8 +254,8 @@ def test_what_chooses_the_winner_has_a_dtype_of_its_own(config, space, tmp_path,
     assert abs(rounded[0] - exact[-1]) > 1e-5
     # Generations were scored in the other dtype.
     (row,) = RunFolder(tmp_path / "run").read_history()
-    path.write_text(yaml.safe_dump(document))
-    problem = build_problem(path, read_config(path, [], None))
+    write_yaml(path, document)
+    problem = open_problem(path)
     full = problem.prepare().search
     on = open_evaluators(problem, Splits([full], full, None, full))
     searched, final = on.shards[0], on.search
@@ -273,7 +269,7 @@ def test_the_report_says_which_split_and_how_sure(config, tmp_path, capsys):
     run_search(config, tmp_path / "run", "search.generations=1")
     said = " ".join(capsys.readouterr().out.split())
     assert "The winner was chosen on the validation split" in said and "validation" in said
-    document = json.loads((tmp_path / "run/result.json").read_text())
+    document = read_json(tmp_path / "run/result.json")
     # One of them says on how many of the tasks.
     assert said.count("On held-out data the winner is") - 1 == len(document["better_than"]) == 3
     for row in document["better_than"].values():
@@ -291,7 +287,7 @@ def test_the_report_says_which_split_and_how_sure(config, tmp_path, capsys):
 
 def test_the_search_never_sees_the_validation_split(config, finished, tmp_path):
     """Other targets there (of the same lengths, for the same batches) change its own column of the history alone."""
-    problem = build_problem(config, read_config(config, [], None))
+    problem = open_problem(config)
     kept = {example.line for example in problem.splits.validation[0].examples}
     records = even_records(20)
     for line in kept:
@@ -306,7 +302,7 @@ def test_the_search_never_sees_the_validation_split(config, finished, tmp_path):
 def test_a_run_that_was_stopped_is_finished_without_searching(config, finished, tmp_path, capsys):
     stop = "search.stop={evaluations: 14}"
     run_search(config, tmp_path / "run", stop)
-    document = json.loads((tmp_path / "run/result.json").read_text())
+    document = read_json(tmp_path / "run/result.json")
     assert document["stopped_by"] == "evaluations" and document["generations"] == 2
     whole = (finished / "history.jsonl").read_bytes().splitlines()
     assert (tmp_path / "run/history.jsonl").read_bytes().splitlines() == whole[:2]
@@ -335,11 +331,11 @@ def test_stages_validate_on_the_same_examples(config, tmp_path):
     space = document.pop("space")
     document["stages"] = [{"space": space, "search": search}, {"data_flow": {"moves": 1}, "search": dict(search)}]
     path = config.with_name("stages.yaml")
-    path.write_text(yaml.safe_dump(document))
+    write_yaml(path, document)
     short = [f"stages.{i}.search.generations=1" for i in range(2)]
     run_search(path, tmp_path / "run", *short)
     for result in ("stages/stage-1/result.json", "result.json"):
-        assert json.loads((tmp_path / "run" / result).read_text())["chosen_on"] == "validation"
+        assert read_json(tmp_path / "run" / result)["chosen_on"] == "validation"
     with pytest.raises(InputError, match=r"stages\[1\]\.search\.validation: 0\.5, and 0\.4 in stages\[0\]"):
         read_config(path, ["stages.1.search.validation=0.5"], None)
 
@@ -366,7 +362,7 @@ def test_examples_on_both_sides_are_told(config, tmp_path, capsys):
 )
 def test_what_cannot_be_is_refused(override, says, config):
     with pytest.raises(InputError) as caught:
-        build_problem(config, read_config(config, [override], None))
+        open_problem(config, override)
     assert f"config.yaml: {says}" in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -1,7 +1,6 @@
 """Images in tasks: what vision-language models score and write about them is what transformers does."""
 
 import base64
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +11,11 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from helpers import sample, save, words, write_lines
+from helpers.commands import command, run_here
+from helpers.files import read_json, write_lines, write_yaml
+from helpers.models import save, words
+from helpers.sampling import sample
+from helpers.searches import search_config, seeing_search, task_section
 from reference.vision_models import (
     PLACEHOLDERS,
     SEEING,
@@ -28,8 +31,6 @@ from transformers import AutoModelForCausalLM
 
 from evojax_merge.backends.decoder import vision
 from evojax_merge.checkpoints.tokens import load_tokenizer
-from evojax_merge.cli import cli
-from evojax_merge.cli import run as run_command
 from evojax_merge.config.search_config import TaskFile
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import TaskScores
@@ -143,10 +144,6 @@ def test_every_family_that_sees_is_in_the_table() -> None:
     assert {settings.get("model_type", kind) for kind, (settings, _) in SEEING.items()} == set(vision.SEEING)
 
 
-def command(*arguments: object) -> int:
-    return run_command(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False))
-
-
 def test_a_beginning_with_an_image_is_shared(root: Path) -> None:
     tasks = [{"kind": "likelihood", "file": "shared.jsonl"},
              {"kind": "generation", "file": "shared.jsonl", "max_new_tokens": NEW}]  # fmt: skip
@@ -181,20 +178,12 @@ def test_a_search_exports_what_it_scored(
 ) -> None:
     if space in KINDS:
         root = write_family(tmp_path, KINDS[space])
-    document = {
-        "base": str(root / "base"), "parents": [str(root / "two"), str(root / "one")], **SPACES[space],
-        "tasks": [
-            {"name": "text", "kind": "likelihood", "heldout": str(root / "tasks.jsonl"),
-             "file": str(root / ("shared.jsonl" if space in ("gradient", "paths") else "tasks.jsonl"))},
-        ],
-        "search": {"generations": 1, "population": 4} | ({"strategy": "gradient"} if space == "gradient" else {}),
-    }  # fmt: skip
-    (tmp_path / "search.yaml").write_text(yaml.safe_dump(document))
-    assert command("search", tmp_path / "search.yaml", "--out", tmp_path / "run") == 0
+    document = seeing_search(root, space, SPACES[space])
+    assert command("search", write_yaml(tmp_path / "search.yaml", document), "--out", tmp_path / "run") == 0
     # The base's vision side is the first parent's and the candidates'; the other parent has its own.
     positions, out = {"paths": 16}.get(space, 36), " ".join(capsys.readouterr().out.split())
     assert f"images: 4 ({positions} positions), 8 encoded by the vision tower, 0 read" in out
-    table = json.loads((tmp_path / "run/result.json").read_text())["table"]
+    table = read_json(tmp_path / "run/result.json")["table"]
     folders = {"winner": tmp_path / "run/best/model", "base": root / "base"}
     for row in table:
         folder = folders.get(row["role"], root / row["name"].split("/")[-1])
@@ -386,22 +375,20 @@ def test_a_text_model_merges_into_the_decoder(root: Path, tmp_path: Path) -> Non
         config = seeing_model("llava").config.text_config
         config.vocab_size = len(tokens)
         save(AutoModelForCausalLM.from_config(config).float(), tmp_path / name, tokens)
-    document = {
-        "base": str(tmp_path / "text"), "parents": [str(root / "one"), str(tmp_path / "japanese")],
-        "tokenizer_source": str(root / "one"), "space": {"method": "ties"},
-        "tasks": [{"name": "text", "kind": "likelihood", "file": str(root / "shared.jsonl"),
-                   "heldout": str(root / "tasks.jsonl")}],
-        "search": {"generations": 1, "population": 4},
-    }  # fmt: skip
-    (tmp_path / "search.yaml").write_text(yaml.safe_dump(document))
+    document = search_config(
+        None, 1, base=str(tmp_path / "text"), parents=[str(root / "one"), str(tmp_path / "japanese")],
+        tokenizer_source=str(root / "one"), space={"method": "ties"},
+        tasks=[task_section(root / "shared.jsonl", heldout=str(root / "tasks.jsonl"))],
+    )  # fmt: skip
+    write_yaml(tmp_path / "search.yaml", document)
     assert command("plan", tmp_path / "search.yaml") == 0
     assert command("search", tmp_path / "search.yaml", "--out", tmp_path / "run") == 0
-    table = json.loads((tmp_path / "run/result.json").read_text())["table"]
+    table = read_json(tmp_path / "run/result.json")["table"]
     (scored,) = next(row for row in table if row["role"] == "winner")["heldout_scores"].values()
     assert scored == pytest.approx(heldout_score(tmp_path / "run/best/model", root), abs=1e-4)
 
 
-def test_the_recipe_of_evovlm_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_recipe_of_evovlm_is_planned(tmp_path: Path) -> None:
     """On tiny models of its parents' architectures, with questions of the columns that its data set has."""
     model = seeing_model("llava_next")
     save_seeing(model, tmp_path / "vision", 0, 0.0)
@@ -421,7 +408,5 @@ def test_the_recipe_of_evovlm_is_planned(tmp_path: Path, capsys: pytest.CaptureF
     document["parents"] = [local[parent] for parent in document["parents"]]
     # By characters: MeCab is a package of its own.
     document["tasks"][0] |= {"file": "questions.jsonl", "metric": "rouge_l"}
-    (tmp_path / "evovlm.yaml").write_text(yaml.safe_dump(document))
-    assert command("plan", tmp_path / "evovlm.yaml") == 0
-    out = " ".join(capsys.readouterr().out.split())
+    out = " ".join(run_here("plan", write_yaml(tmp_path / "evovlm.yaml", document)).stdout.split())
     assert "fits: " in out and "the run of 60 generations" in out

@@ -7,7 +7,7 @@ import datasets
 import lm_eval
 import pytest
 import yaml
-from helpers import write_lines
+from helpers.files import write_lines, write_yaml
 from lm_eval.tasks import TaskManager
 from reference.vision_models import load_seeing, save_seeing, seeing_logprobs, seeing_model, write_images
 
@@ -133,6 +133,6 @@ def test_what_is_refused(root: Path, tmp_path: Path) -> None:
 def changed(root: Path, folder: Path, **keys: Any) -> Path:
     """A folder with the task `written` whose YAML has other values, and the model."""
     task = yaml.safe_load((root / "written.yaml").read_text()) | keys
-    (folder / "written.yaml").write_text(yaml.safe_dump(task))
+    write_yaml(folder / "written.yaml", task)
     (folder / "model").exists() or (folder / "model").symlink_to(root / "model")
     return folder

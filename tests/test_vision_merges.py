@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import read_recipe, sample, state
+from helpers.files import read_recipe
+from helpers.mergekit import assert_same_weights
+from helpers.models import state
+from helpers.sampling import sample
 from reference.vision_models import save_seeing, seeing_model
 from safetensors.numpy import load_file, save_file
-from test_recipes import assert_same_weights, merge, mergekit_merge, write
+from test_recipes import merge, mergekit_merge, write
 
 from evojax_merge.checkpoints.decoder_folder import decoder_of
 from evojax_merge.checkpoints.folder import open_folder

@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from helpers import Family, run_here, sample
+from helpers.commands import run_here
+from helpers.families import Family
+from helpers.files import write_yaml
+from helpers.sampling import sample
+from helpers.searches import search_config
 from hostile import run_python
 
 from evojax_merge.errors import InputError
@@ -240,13 +243,8 @@ def config(folder: Path, family: Family, **changes: Any) -> Path:
     (folder / "judge.py").write_text(JUDGE)
     task = {"name": "taste", "kind": "human", "file": str(family.tasks), "max_new_tokens": 2, "votes": 8,
             "heldout_votes": 2} | changes  # fmt: skip
-    document = {
-        "base": str(family.base), "parents": [str(parent) for parent in family.parents],
-        "space": {"method": "task_arithmetic", "parameters": {"weight": {"low": -2.0, "high": 3.0}}},
-        "tasks": [task], "search": {"generations": 1, "population": 3},
-    }  # fmt: skip
-    (folder / "config.yaml").write_text(yaml.safe_dump(document))
-    return folder / "config.yaml"
+    space = {"method": "task_arithmetic", "parameters": {"weight": {"low": -2.0, "high": 3.0}}}
+    return write_yaml(folder / "config.yaml", search_config(family, 1, 3, space=space, tasks=[task]))
 
 
 def votes_in(path: Path) -> list[dict[str, Any]]:
@@ -256,7 +254,7 @@ def votes_in(path: Path) -> list[dict[str, Any]]:
 
 def test_a_search_goes_on_behind_a_last_line_without_an_end_and_a_broken_one(tmp_path: Path, family: Family) -> None:
     path, run = config(tmp_path, family, judge="judge.py:shorter"), tmp_path / "run"
-    assert run_here("search", path, "--out", run).returncode == 0
+    run_here("search", path, "--out", run)
     lines = (run / "votes.jsonl").read_bytes().split(b"\n")[:-1]
     last = max(number for number, line in enumerate(lines) if b'"vote"' in line)
     # The lines above are such files as well.
@@ -264,25 +262,24 @@ def test_a_search_goes_on_behind_a_last_line_without_an_end_and_a_broken_one(tmp
         kept = lines[: last + 1] if name == "whole" else lines[:last]
         (tmp_path / "votes.jsonl").write_bytes(b"\n".join(kept) + end)
         done = run_here("judge", path, "--out", tmp_path / name, "--replay", tmp_path / "votes.jsonl")
-        assert done.returncode == 0, done.stderr
         votes = tmp_path / name / "votes.jsonl"
         assert votes_in(votes) == votes_in(run / "votes.jsonl")
         assert votes.with_name("votes.jsonl.broken").exists() == (name == "broken") == ("broken now" in done.stderr)
     # A file of other votes, or of none, is no replay.
     for content, message in (("a text\n", "holds no votes"), (lines[0][:9].decode(), "holds no votes")):
         (tmp_path / "other.jsonl").write_text(content)
-        done = run_here("judge", path, "--out", tmp_path / "other", "--replay", tmp_path / "other.jsonl")
-        assert done.returncode == 2 and message in done.stderr and not (tmp_path / "other").exists()
+        done = run_here("judge", path, "--out", tmp_path / "other", "--replay", tmp_path / "other.jsonl", status=2)
+        assert message in done.stderr and not (tmp_path / "other").exists()
     document = json.loads(lines[0])
     document["genomes"] = [[*row, 0.5] for row in document["genomes"]]
     (tmp_path / "other.jsonl").write_text(json.dumps(document) + "\n")
-    done = run_here("judge", path, "--out", tmp_path / "other", "--replay", tmp_path / "other.jsonl")
-    assert done.returncode == 2 and "are on candidates of another space" in done.stderr, done.stderr
+    done = run_here("judge", path, "--out", tmp_path / "other", "--replay", tmp_path / "other.jsonl", status=2)
+    assert "are on candidates of another space" in done.stderr, done.stderr
 
 
 def test_a_pipe_of_choices_is_read_once(tmp_path: Path, family: Family) -> None:
     path, run, pairs = config(tmp_path, family), tmp_path / "run", tmp_path / "pairs.jsonl"
-    assert run_here("judge", path, "--out", run, "--export", pairs).returncode == 0
+    run_here("judge", path, "--out", run, "--export", pairs)
     rows = [json.loads(line) for line in pairs.read_bytes().split(b"\n")[:-1]]
     text = "".join(json.dumps({"pair": row["pair"], "choice": "left"}) + "\n" for row in rows)
     pipe = tmp_path / "pipe"
@@ -291,6 +288,5 @@ def test_a_pipe_of_choices_is_read_once(tmp_path: Path, family: Family) -> None:
     writer.start()
     pairs.unlink()
     done = run_here("judge", path, "--out", run, "--resume", "--import", pipe, "--export", pairs)
-    assert done.returncode == 0, done.stderr
     assert f"{pipe}: took {len(rows)} votes\n" in done.stdout
     assert len(votes_in(run / "votes.jsonl")) == len(rows) > 0

@@ -53,15 +53,55 @@ class World:
 
     def edit(self, name: str, **changes: Any) -> None:
         """Set keys of a JSON or YAML mapping in place; the value `...` removes a key."""
-        path = self.root / name
-        is_json = path.suffix == ".json"
-        document = json.loads(path.read_text()) if is_json else yaml.safe_load(path.read_text())
-        for key, value in changes.items():
-            if value is ...:
-                document.pop(key, None)
-            else:
-                document[key] = value
-        path.write_text(json.dumps(document) if is_json else yaml.safe_dump(document, sort_keys=False))
+        edit_keys(self.root / name, **changes)
+
+
+def edit_keys(path: Path, /, **changes: Any) -> None:
+    """`World.edit` of any file."""
+    is_json = path.suffix == ".json"
+    document = json.loads(path.read_text()) if is_json else yaml.safe_load(path.read_text())
+    kept = {key: value for key, value in (document | changes).items() if value is not ...}
+    path.write_text(json.dumps(kept) if is_json else yaml.safe_dump(kept, sort_keys=False))
+
+
+def changing(make: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
+    """Turn a function of a place (a world, a folder), and of more, into one of the rest alone, which returns what
+    changes a place."""
+    return lambda *arguments, **named: lambda *place: make(*place, *arguments, **named)
+
+
+@changing
+def together(place: Any, *changes: Callable[[Any], Any]) -> None:
+    for one in changes:
+        one(place)
+
+
+@changing
+def everywhere(world: World, /, **changes: Any) -> None:
+    """The same in the config.json of all models, so that they do not refuse each other."""
+    for model in ("base", "one", "two"):
+        world.edit(f"{model}/config.json", **changes)
+
+
+@changing
+def edited(place: Any, name: str, /, **changes: Any) -> None:
+    """Other keys in a file of a world or folder, as of `World.edit`."""
+    edit_keys(place / name, **changes)
+
+
+@changing
+def instead(place: Any, name: str, make: Callable[[Path], Any]) -> None:
+    """Something else where a file is, or might be."""
+    path = place / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    make(path)
+
+
+@changing
+def link(path: Path, to: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(to)
 
 
 def recipe(**changes: Any) -> dict[str, Any]:
@@ -232,12 +272,14 @@ def server_seconds() -> float:
 
 
 def run_command(
-    *arguments: object, folder: Path | None = None, seconds: float = 300
+    *arguments: object, folder: Path | None = None, seconds: float = 300, status: int | None = 0
 ) -> subprocess.CompletedProcess[str]:
-    """`evojax-merge` with these arguments as `subprocess.run` would give it, but forked, in today's environment."""
+    """`evojax-merge` with these arguments as `subprocess.run` would give it, but forked, in today's environment. It
+    must end with `status`, where that is one."""
     done = shared_server().run(arguments, folder or Path.cwd(), seconds=seconds)
     if done.status is None:
         raise subprocess.TimeoutExpired(["evojax-merge", *map(str, arguments)], seconds, done.stdout, done.stderr)
+    assert status in (None, done.status), (done.status, done.stdout, done.stderr)
     return subprocess.CompletedProcess(["evojax-merge", *arguments], done.status, done.stdout, done.stderr)
 
 
@@ -248,17 +290,16 @@ def start_command(
     return shared_server().start(arguments, folder or Path.cwd(), environment=environment)
 
 
-def run_python(
-    code: str, *arguments: object, folder: Path | None = None, seconds: float = 300
-) -> subprocess.CompletedProcess[str]:
-    """A program as `python -c` would run it, but forked from a process that has imported evojax_merge."""
-    return run_command("-c", code, *arguments, folder=folder, seconds=seconds)
+def run_python(code: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A program as `python -c` would run it, but forked from a process that has imported evojax_merge; `options`: those
+    of `run_command`."""
+    return run_command("-c", code, *arguments, **options)
 
 
-def run_script(script: Path, *arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_script(script: Path, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """A script as `python script` would run it, but forked as in `run_python`."""
     code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    return run_python(code, script, *arguments, folder=folder)
+    return run_python(code, script, *arguments, **options)
 
 
 def serve() -> None:
@@ -424,7 +465,7 @@ def _within(name: str, folder: str) -> bool:
 
 
 def build_world(root: Path, family: Any) -> World:
-    """A world with models, tasks, a recipe and a config that are right. `family`: tests/helpers.py, build_family."""
+    """A world with models, tasks, a recipe and a config that are right. `family`: helpers.families.build_family."""
     for name, path in zip(("base", "one", "two"), (family.base, *family.parents), strict=True):
         shutil.copytree(path, root / name)
     shutil.copyfile(family.tasks, root / "tasks.jsonl")

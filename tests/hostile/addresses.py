@@ -4,7 +4,7 @@ shown."""
 from collections.abc import Callable
 from typing import Any
 
-from hostile import Case, World, config
+from hostile import Case, World, changing, config
 
 Change = Callable[[World], Any]
 KEY = "sk-0123456789abcdef"
@@ -32,18 +32,15 @@ def ruled(name: str, *says: str, **changes: Any) -> Case:
     return Case(f"rubric: {name}", lambda world: world.write("config.yaml", config(tasks=[task | changes])), says)
 
 
-def broken_judge(file: str, content: bytes) -> Change:
+@changing
+def broken_judge(world: World, file: str, content: bytes) -> None:
     """A rubric whose judge, a model of its own, has a broken file."""
-
-    def change(world: World) -> None:
-        (world / "judge").mkdir()
-        for source in (world / "one").iterdir():
-            (world / "judge" / source.name).write_bytes(source.read_bytes())
-        world.write(f"judge/{file}", content)
-        task = {"name": "polite", "kind": "rubric", "file": "tasks.jsonl", "judge": "judge", "rubric": "{response}"}
-        world.write("config.yaml", config(tasks=[task]))
-
-    return change
+    (world / "judge").mkdir()
+    for source in (world / "one").iterdir():
+        (world / "judge" / source.name).write_bytes(source.read_bytes())
+    world.write(f"judge/{file}", content)
+    task = {"name": "polite", "kind": "rubric", "file": "tasks.jsonl", "judge": "judge", "rubric": "{response}"}
+    world.write("config.yaml", config(tasks=[task]))
 
 
 CASES = [

@@ -4,18 +4,16 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from hostile import Case, World, recipe
+from hostile import Case, World, changing, instead, recipe
 
 CACHE = "cache"
 HERE = (("XDG_CACHE_HOME", CACHE),)
 
 
-def blocked(make: Callable[[World], Any], *arguments: str) -> Callable[[World], tuple[str, ...]]:
-    def change(world: World) -> tuple[str, ...]:
-        make(world)
-        return arguments
-
-    return change
+@changing
+def blocked(world: World, make: Callable[[World], Any], *arguments: str) -> tuple[str, ...]:
+    make(world)
+    return arguments
 
 
 def file(world: World) -> None:
@@ -26,21 +24,11 @@ def file_inside(world: World) -> None:
     world.write(f"{CACHE}/evojax-merge", "mine")
 
 
-def pipe(world: World) -> None:
-    os.mkfifo(world / CACHE)
-
-
-def link_to_file(world: World) -> None:
-    (world / CACHE).symlink_to("tasks.jsonl")
-
-
-def with_zoo(make: Callable[[World], Any]) -> Callable[[World], Any]:
-    def change(world: World) -> None:
-        make(world)
-        models = [{"model": name, "parameters": {"weight": 1}} for name in ("zoo:maths", "zoo:japanese")]
-        world.write("recipe.yaml", recipe(merge_method="linear", base_model=None, models=models))
-
-    return change
+@changing
+def with_zoo(world: World, make: Callable[[World], Any]) -> None:
+    make(world)
+    models = [{"model": name, "parameters": {"weight": 1}} for name in ("zoo:maths", "zoo:japanese")]
+    world.write("recipe.yaml", recipe(merge_method="linear", base_model=None, models=models))
 
 
 def case(name: str, change: Callable[[World], Any], *says: str, **more: Any) -> Case:
@@ -48,7 +36,8 @@ def case(name: str, change: Callable[[World], Any], *says: str, **more: Any) -> 
 
 
 PLACES = {
-    "a file": file, "a file inside of it": file_inside, "a pipe": pipe, "a link to a file": link_to_file,
+    "a file": file, "a file inside of it": file_inside, "a pipe": instead(CACHE, os.mkfifo),
+    "a link to a file": lambda world: (world / CACHE).symlink_to("tasks.jsonl"),
 }  # fmt: skip
 CASES = [
     *(case(f"{name}, inspected", blocked(make, "inspect", "zoo:base")) for name, make in PLACES.items()),

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from hostile import Case, World, config
+from hostile import Case, World, changing, config, together
 
 LIKELIHOOD = {"name": "text", "kind": "likelihood", "file": "tasks.jsonl", "apply_chat_template": True}
 TALK = LIKELIHOOD | {"messages": "talk"}
@@ -18,23 +18,14 @@ KEY = "config.yaml: tasks[0].apply_chat_template"
 Change = Callable[[World], Any]
 
 
-def chat(task: dict[str, Any], template: str = TEMPLATE, models: tuple[str, ...] = MODELS, **changes: Any) -> Change:
+@changing
+def chat(
+    world: World, /, task: dict[str, Any], template: str = TEMPLATE, models: tuple[str, ...] = MODELS, **changes: Any
+) -> None:
     """A search with the task; these models have the chat template."""
-
-    def change(world: World) -> None:
-        world.write("config.yaml", config(tasks=[task | changes]))
-        for model in models:
-            world.write(f"{model}/chat_template.jinja", template)
-
-    return change
-
-
-def both(*changes: Change) -> Change:
-    def change(world: World) -> None:
-        for part in changes:
-            part(world)
-
-    return change
+    world.write("config.yaml", config(tasks=[task | changes]))
+    for model in models:
+        world.write(f"{model}/chat_template.jinja", template)
 
 
 def records(*records: Any, name: str = "tasks.jsonl") -> Change:
@@ -47,13 +38,11 @@ def talk(*turns: Any) -> Change:
     return records({"talk": list(turns), "target": "w6"}, {"talk": good, "target": "w7"})
 
 
-def evaluation(task: dict[str, Any], template: str) -> Change:
-    def prepare(world: World) -> tuple[str, ...]:
-        world.write("one/chat_template.jinja", template)
-        world.write("eval.yaml", {"tasks": [task]})
-        return ("evaluate", "one", "--tasks", "eval.yaml")
-
-    return prepare
+@changing
+def evaluation(world: World, task: dict[str, Any], template: str) -> tuple[str, ...]:
+    world.write("one/chat_template.jinja", template)
+    world.write("eval.yaml", {"tasks": [task]})
+    return ("evaluate", "one", "--tasks", "eval.yaml")
 
 
 SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + TEMPLATE
@@ -84,7 +73,7 @@ TEMPLATES = [
         LIKELIHOOD, "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
         system_instruction="w5 w5",
     ), ("config.yaml: tasks[0].system_instruction", "leaves a system turn out")),
-    Case("a record's system turn that the template refuses", both(
+    Case("a record's system turn that the template refuses", together(
         chat(TALK, SYSTEM), talk({"role": "system", "content": "w5"}, {"role": "user", "content": "w6"}),
     ), ("tasks.jsonl:1", "refuses a system turn (no system here)")),
     Case("a template that an evaluated model lacks", evaluation(LIKELIHOOD, ""),
@@ -101,25 +90,25 @@ TEMPLATES = [
 MESSAGES = [
     Case("a field of turns that is not there", chat(TALK), ("tasks.jsonl:1", "'talk'", "tasks[0].messages")),
     *(
-        Case(f"turns that are {value!r}", both(chat(TALK), records({"talk": value, "target": "w5"})),
+        Case(f"turns that are {value!r}", together(chat(TALK), records({"talk": value, "target": "w5"})),
              ("tasks.jsonl:1", "talk", "expected a list of turns"))
         for value in (None, "w5", [], {"role": "user", "content": "w5"}, 3)
     ),
     *(
-        Case(f"a turn that is {value!r}", both(chat(TALK), talk(value)),
+        Case(f"a turn that is {value!r}", together(chat(TALK), talk(value)),
              ("tasks.jsonl:1", "talk[0]", "expected a list of turns"))
         for value in ("w5", {}, {"role": "user"}, {"role": 1, "content": "w5"}, {"role": "user", "content": ["w5"]})
     ),
-    Case("a conversation of the assistant alone", both(chat(TALK), talk({"role": "assistant", "content": "w5"})),
+    Case("a conversation of the assistant alone", together(chat(TALK), talk({"role": "assistant", "content": "w5"})),
          ("tasks.jsonl:1", "assistant's turn alone")),
-    Case("an answer of choices", both(
+    Case("an answer of choices", together(
         chat(TALK, kind="multiple_choice"),
         talk({"role": "user", "content": "w5"}, {"role": "assistant", "content": "w5"}),
     ), ("tasks.jsonl:1", "the choices answer")),
     Case("turns without a template", chat(TALK, apply_chat_template=False), ("tasks[0]", "messages", "chat")),
     Case("a system's turn without a template",
          chat(LIKELIHOOD, apply_chat_template=False, system_instruction="w5"), ("tasks[0]", "system_instruction")),
-    Case("two system turns", both(
+    Case("two system turns", together(
         chat(TALK, system_instruction="w5"),
         talk({"role": "system", "content": "w5"}, {"role": "user", "content": "w6"}),
     ), ("tasks.jsonl:1", "tasks[0].system_instruction", "of its own")),
@@ -129,11 +118,11 @@ SHOWN = [
     Case("more shown examples than there are", chat(LIKELIHOOD, num_fewshot=13),
          ("tasks[0].num_fewshot", "13", "has only 12")),
     Case("all examples shown", chat(LIKELIHOOD, num_fewshot=12), ("tasks[0].num_fewshot", "leaves no example")),
-    Case("fewer examples than are asked for", both(
+    Case("fewer examples than are asked for", together(
         chat(LIKELIHOOD, num_fewshot=2, fewshot_source="shown.jsonl"),
         records({"prompt": "w4", "target": "w5"}, name="shown.jsonl"),
     ), ("tasks[0].num_fewshot", "2", "shown.jsonl has only 1")),
-    Case("a shown example that does not fit", both(
+    Case("a shown example that does not fit", together(
         chat(LIKELIHOOD, num_fewshot=1, fewshot_source="shown.jsonl"), records({"prompt": "w4"}, name="shown.jsonl"),
     ), ("shown.jsonl:1", "target")),
     Case("a file of shown examples that is not there", chat(LIKELIHOOD, num_fewshot=1, fewshot_source="shown.jsonl"),
@@ -144,17 +133,17 @@ SHOWN = [
 ]  # fmt: skip
 
 TARGETS = [
-    Case("a pattern that cuts the targets", both(
+    Case("a pattern that cuts the targets", together(
         chat(EXACT, pattern=r"^ ?(\w+)\."),
         records({"prompt": "w4", "target": "w5."}, {"prompt": "w5", "target": "w6."}),
     ), ("config.yaml: tasks[0].pattern", r"(\\w+)", "tasks.jsonl:1", "'w5'", "'w5.'")),
-    Case("a pattern that cuts a compared text", both(
+    Case("a pattern that cuts a compared text", together(
         chat(GENERATION, pattern=r"w\d"), records({"prompt": "w4", "target": "w15"}, {"prompt": "w5", "target": "w6"}),
     ), ("config.yaml: tasks[0].pattern", "tasks.jsonl:1", "'w1'", "'w15'")),
-    Case("a target that is no expression", both(
+    Case("a target that is no expression", together(
         chat(GENERATION, metric="regex"), records({"prompt": "w4", "target": "w5"}, {"prompt": "w5", "target": "(w6"}),
     ), ("tasks.jsonl:2", "'(w6'", "regular expression")),
-    Case("a target that is no JSON", both(
+    Case("a target that is no JSON", together(
         chat(GENERATION, metric="json"),
         records({"prompt": "w4", "target": {"a": 1}}, {"prompt": "w5", "target": "w6"}),
     ), ("tasks.jsonl:2", "not valid JSON")),
@@ -164,7 +153,7 @@ TARGETS = [
 
 
 def table(name: str, content: bytes | str) -> Change:
-    return both(chat(LIKELIHOOD, file=name), lambda world: world.write(name, content) and None)
+    return together(chat(LIKELIHOOD, file=name), lambda world: world.write(name, content) and None)
 
 
 FILES = [

@@ -5,36 +5,24 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from hostile import MERGE, Case, World, config
+from hostile import MERGE, Case, World, changing, config, everywhere
 
 CONFIG, GENERATION = "one/config.json", "base/generation_config.json"
 EVALUATE = ("evaluate", "one", "--tasks", "tasks.yaml")
 
 
-def _raw(name: str, content: str | bytes) -> Callable[[World], None]:
-    def change(world: World) -> None:
-        world.write(name, content)
-
-    return change
+@changing
+def _raw(world: World, name: str, content: str | bytes) -> None:
+    world.write(name, content)
 
 
 def _set(name: str = CONFIG, **changes: Any) -> Callable[[World], None]:
     return lambda world: world.edit(name, **changes)
 
 
-def _everywhere(**changes: Any) -> Callable[[World], None]:
-    """The same in all models, so that they do not refuse each other."""
-
-    def change(world: World) -> None:
-        for model in ("base", "one", "two"):
-            world.edit(f"{model}/config.json", **changes)
-
-    return change
-
-
 def _rope(**changes: Any) -> Callable[[World], None]:
     """The same rope settings in all models."""
-    return _everywhere(rope_parameters={"rope_type": "default", "rope_theta": 10000.0} | changes)
+    return everywhere(rope_parameters={"rope_type": "default", "rope_theta": 10000.0} | changes)
 
 
 def _twice(world: World) -> None:
@@ -64,12 +52,10 @@ def _pipe(world: World) -> None:
     os.mkfifo(world / CONFIG)
 
 
-def _evaluate(change: Callable[[World], Any]) -> Callable[[World], None]:
-    def both(world: World) -> None:
-        world.write("tasks.yaml", {"tasks": config()["tasks"]})
-        change(world)
-
-    return both
+@changing
+def _evaluate(world: World, change: Callable[[World], Any]) -> None:
+    world.write("tasks.yaml", {"tasks": config()["tasks"]})
+    change(world)
 
 
 def _link(world: World) -> None:
@@ -95,7 +81,7 @@ def _rows_that_are_not_there(world: World) -> None:
 
 
 def _quantised(world: World) -> None:
-    _everywhere(quantization_config={"quant_method": "hqq", "nbits": 4})(world)
+    everywhere(quantization_config={"quant_method": "hqq", "nbits": 4})(world)
 
 
 def _only_another_programs_weights(world: World) -> None:
@@ -107,7 +93,7 @@ DEEP_ENOUGH = '{"model_type": "llama", "note": ' + "[" * 900 + "]" * 900 + "}"
 
 # Each is refused by name, by a search that opens the model.
 VALUES: dict[str, tuple[Callable[[World], None], str]] = {
-    "a billion layers": (_everywhere(num_hidden_layers=10**9), "num_hidden_layers: 1000000000"),
+    "a billion layers": (everywhere(num_hidden_layers=10**9), "num_hidden_layers: 1000000000"),
     "a billion layers, as a float": (_set(num_hidden_layers=1e9), "num_hidden_layers: 1000000000.0"),
     "no layers": (_set(num_hidden_layers=0), "num_hidden_layers: 0"),
     "fewer than no layers": (_set(num_hidden_layers=-3), "num_hidden_layers: -3"),
@@ -118,26 +104,26 @@ VALUES: dict[str, tuple[Callable[[World], None], str]] = {
     "key heads that do not divide heads": (_set(num_key_value_heads=3), "num_key_value_heads: 3"),
     "no key heads": (_set(num_key_value_heads=0), "num_key_value_heads: 0"),
     "head_dim 0": (_set(head_dim=0), "head_dim: 0"),
-    "an odd head_dim": (_everywhere(head_dim=3), "head_dim: 3"),
+    "an odd head_dim": (everywhere(head_dim=3), "head_dim: 3"),
     "vocab_size negative": (_set(vocab_size=-1), "vocab_size: -1"),
     "vocab_size beyond the rows, aligned": (_rows_that_are_not_there, "80 rows"),
-    "no positions": (_everywhere(max_position_embeddings=0), "max_position_embeddings: 0"),
-    "absurdly many positions": (_everywhere(max_position_embeddings=1e30), "max_position_embeddings: 1e+30"),
-    "absurdly many positions, exactly": (_everywhere(max_position_embeddings=10**30), "max_position_embeddings"),
-    "positions null": (_everywhere(max_position_embeddings=None), "max_position_embeddings: None"),
-    "eps negative": (_everywhere(rms_norm_eps=-1e-5), "rms_norm_eps: -1e-05"),
-    "eps NaN": (_everywhere(rms_norm_eps=float("nan")), "rms_norm_eps: nan"),
-    "eps infinite": (_everywhere(rms_norm_eps=float("inf")), "rms_norm_eps: inf"),
-    "eps a text": (_everywhere(rms_norm_eps="1e-5"), "rms_norm_eps: '1e-5'"),
+    "no positions": (everywhere(max_position_embeddings=0), "max_position_embeddings: 0"),
+    "absurdly many positions": (everywhere(max_position_embeddings=1e30), "max_position_embeddings: 1e+30"),
+    "absurdly many positions, exactly": (everywhere(max_position_embeddings=10**30), "max_position_embeddings"),
+    "positions null": (everywhere(max_position_embeddings=None), "max_position_embeddings: None"),
+    "eps negative": (everywhere(rms_norm_eps=-1e-5), "rms_norm_eps: -1e-05"),
+    "eps NaN": (everywhere(rms_norm_eps=float("nan")), "rms_norm_eps: nan"),
+    "eps infinite": (everywhere(rms_norm_eps=float("inf")), "rms_norm_eps: inf"),
+    "eps a text": (everywhere(rms_norm_eps="1e-5"), "rms_norm_eps: '1e-5'"),
     "rope_theta 0": (_rope(rope_theta=0), "rope_theta: 0"),
     "rope_theta -1": (_rope(rope_theta=-1.0), "rope_theta: -1.0"),
     "rope_theta NaN": (_rope(rope_theta=float("nan")), "rope_theta: nan"),
     "rope_theta infinite": (_rope(rope_theta=float("inf")), "rope_theta: inf"),
     "rope_theta a text": (_rope(rope_theta="10000"), "rope_theta: '10000'"),
-    "rope_theta a text, outside": (_everywhere(rope_parameters=..., rope_theta="1e4"), "rope_theta: '1e4'"),
+    "rope_theta a text, outside": (everywhere(rope_parameters=..., rope_theta="1e4"), "rope_theta: '1e4'"),
     "rope_theta null": (_rope(rope_theta=None), "rope_theta: None"),
-    "rope_parameters a list": (_everywhere(rope_parameters=[10000.0]), "rope_parameters: [10000.0]"),
-    "rope_scaling a text": (_everywhere(rope_scaling="linear"), "rope_scaling: 'linear'"),
+    "rope_parameters a list": (everywhere(rope_parameters=[10000.0]), "rope_parameters: [10000.0]"),
+    "rope_scaling a text": (everywhere(rope_scaling="linear"), "rope_scaling: 'linear'"),
     "rope of factor 0": (_rope(rope_type="linear", factor=0), "factor: 0"),
     "rope without its factor": (_rope(rope_type="linear"), "factor"),
     "rope of a type that is a list": (_rope(rope_type=["linear"]), "rope_type: ['linear']"),
@@ -150,14 +136,14 @@ VALUES: dict[str, tuple[Callable[[World], None], str]] = {
         "low_freq_factor",
     ),
     "layer_types a text": (
-        _everywhere(model_type="qwen3", layer_types="full_attention"), "layer_types: 'full_attention'",
+        everywhere(model_type="qwen3", layer_types="full_attention"), "layer_types: 'full_attention'",
     ),
-    "layer_types of another length": (_everywhere(model_type="qwen3", layer_types=["full_attention"]), "layer_types"),
+    "layer_types of another length": (everywhere(model_type="qwen3", layer_types=["full_attention"]), "layer_types"),
     "an activation that is a list": (_set(hidden_act=["silu"]), "hidden_act: ['silu']"),
     "tied: a text": (_set(tie_word_embeddings="false"), "tie_word_embeddings: 'false'"),
     "model_type a list": (_set(model_type=["llama"]), "model_type"),
-    "model_type of 10,000 letters": (_everywhere(model_type="l" * 10_000), "model_type"),
-    "a Granite that says it is a Llama": (_everywhere(residual_multiplier=0.22), "residual_multiplier: 0.22"),
+    "model_type of 10,000 letters": (everywhere(model_type="l" * 10_000), "model_type"),
+    "a Granite that says it is a Llama": (everywhere(residual_multiplier=0.22), "residual_multiplier: 0.22"),
     "quantised": (_quantised, "quantization_config"),
 }  # fmt: skip
 
@@ -181,8 +167,8 @@ CASES: list[Case] = [
     Case("config.json: 65 MB", _huge, ("one/config.json", "bytes")),
     Case("config.json: a folder", _folder, ("one/config.json", "is no regular file")),
     Case("config.json: a pipe that nobody writes to", _pipe, ("one/config.json", "is no regular file")),
-    Case("config.json: NaN, merged", _everywhere(rms_norm_eps=float("nan")), ("rms_norm_eps: nan",), MERGE),
-    Case("config.json: another depth than the tensors', merged", _everywhere(num_hidden_layers=2), ("3",), MERGE),
+    Case("config.json: NaN, merged", everywhere(rms_norm_eps=float("nan")), ("rms_norm_eps: nan",), MERGE),
+    Case("config.json: another depth than the tensors', merged", everywhere(num_hidden_layers=2), ("3",), MERGE),
     Case("config.json: quantised, merged", _quantised, ("quantization_config", "hqq"), MERGE),
     Case("config.json: eps negative, evaluated", _evaluate(_set(rms_norm_eps=-1.0)), ("rms_norm_eps: -1.0",), EVALUATE),
     Case("weights: only another program's", _only_another_programs_weights, ("one", "model.safetensors")),

@@ -1,8 +1,9 @@
 """Hostile configs of a search: numbers without bounds, names that no table can show, documents of other shapes."""
 
+from pathlib import Path
 from typing import Any
 
-from hostile import SEARCH, Case, World, config
+from hostile import SEARCH, Case, World, changing, config, instead
 
 
 def changed(**changes: Any) -> Any:
@@ -22,15 +23,12 @@ def within(**changes: Any) -> Any:
     return changed(space=config()["space"] | changes)
 
 
-def along(**changes: Any) -> Any:
+@changing
+def along(world: World, /, **changes: Any) -> None:
     """A config that searches over layer paths."""
-
-    def change(world: World) -> None:
-        document = config(data_flow=changes)
-        del document["space"]
-        world.write("config.yaml", document)
-
-    return change
+    document = config(data_flow=changes)
+    del document["space"]
+    world.write("config.yaml", document)
 
 
 def text(document: str) -> Any:
@@ -45,11 +43,6 @@ def evolving(**changes: Any) -> Any:
     """A mergekit-evolve file with other top-level keys."""
     genome = {"models": ["one", "two"], "merge_method": "ties", "base_model": "base"}
     return lambda world: world.write("config.yaml", {"genome": genome, "tasks": [{"name": "arc_easy"}]} | changes)
-
-
-def as_folder(world: World) -> None:
-    (world / "config.yaml").unlink()
-    (world / "config.yaml").mkdir()
 
 
 REST = "space: {method: linear, parameters: {weight: {}}}\ntasks: [{name: a, kind: likelihood, file: tasks.jsonl}]\n"
@@ -154,7 +147,7 @@ CASES: list[Case] = [
     # Shapes.
     Case("a config of comments", text("# nothing\n# else\n"), ("config.yaml", "mapping")),
     Case("two documents", text("parents: [one]\n---\nparents: [two]\n"), ("config.yaml", "document")),
-    Case("a folder for a config", as_folder, ("config.yaml",), leaves=("config.yaml",)),
+    Case("a folder for a config", instead("config.yaml", Path.mkdir), ("config.yaml",), leaves=("config.yaml",)),
     Case("tasks as a mapping", changed(tasks={"text": config()["tasks"][0]}), ("tasks", "list", "a mapping")),
     Case("parents as a text", changed(parents="one"), ("parents", "list", "'one'")),
     Case("a parent that is nothing", changed(parents=["one", None]), ("parents[1]", "nothing")),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from hostile import MERGE, SEARCH, Case, World, config, recipe
+from hostile import MERGE, SEARCH, Case, World, changing, config, recipe
 from hostile.tasks_of_strangers import case, harness
 
 Change = Callable[[World], Any]
@@ -36,12 +36,10 @@ class _Payload:
 PICKLE = pickle.dumps(_Payload())
 
 
-def changes(*parts: Change) -> Change:
-    def change(world: World) -> None:
-        for part in parts:
-            part(world)
-
-    return change
+@changing
+def changes(world: World, *parts: Change) -> None:
+    for part in parts:
+        part(world)
 
 
 def write(name: str, content: Any) -> Change:
@@ -64,23 +62,20 @@ LINEAR = {
 }  # fmt: skip
 
 
-def generators(*parts: Change, merged: dict[str, Any] = LINEAR, **index: Any) -> Change:
+@changing
+def generators(world: World, /, *parts: Change, merged: dict[str, Any] = LINEAR, **index: Any) -> None:
     """Two folders of diffusers, the first with further entries of its index, and what lies beside them."""
-
-    def change(world: World) -> None:
-        for seed, name in enumerate(GENERATORS):
-            (world / f"{name}/unet").mkdir(parents=True)
-            weights = np.full((2, 2), seed, np.float32)
-            save_file({"conv.weight": weights}, world / f"{name}/unet/diffusion_pytorch_model.safetensors")
-            write(f"{name}/unet/config.json", {"_class_name": "UNet2DModel"})(world)
-            write(f"{name}/scheduler/scheduler_config.json", {"_class_name": "DDPMScheduler"})(world)
-            write(f"{name}/model_index.json", INDEX | (index if seed == 0 else {}))(world)
-        for thesis in ("notes/thesis.json", "models/notes/thesis.json", "models/a/unet/deep/thesis.json"):
-            write(thesis, {"mine": thesis})(world)
-        world.write("recipe.yaml", merged)
-        changes(*parts)(world)
-
-    return change
+    for seed, name in enumerate(GENERATORS):
+        (world / f"{name}/unet").mkdir(parents=True)
+        weights = np.full((2, 2), seed, np.float32)
+        save_file({"conv.weight": weights}, world / f"{name}/unet/diffusion_pytorch_model.safetensors")
+        write(f"{name}/unet/config.json", {"_class_name": "UNet2DModel"})(world)
+        write(f"{name}/scheduler/scheduler_config.json", {"_class_name": "DDPMScheduler"})(world)
+        write(f"{name}/model_index.json", INDEX | (index if seed == 0 else {}))(world)
+    for thesis in ("notes/thesis.json", "models/notes/thesis.json", "models/a/unet/deep/thesis.json"):
+        write(thesis, {"mine": thesis})(world)
+    world.write("recipe.yaml", merged)
+    changes(*parts)(world)
 
 
 def component(name: str) -> dict[str, Any]:
@@ -149,16 +144,13 @@ LORAS = [
 # Indices of shards, single files, adapters
 
 
-def index(value: Any, name: str = "one") -> Change:
+@changing
+def index(world: World, value: Any, name: str = "one") -> None:
     """A model whose index names this file for a tensor."""
-
-    def change(world: World) -> None:
-        os.rename(world / f"{name}/model.safetensors", world / f"{name}/part.safetensors")
-        (world / f"{name}/pytorch_model.bin").write_bytes(PICKLE)
-        weight_map = {"model.norm.weight": value, "lm_head.weight": "part.safetensors"}
-        write(f"{name}/model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})(world)
-
-    return change
+    os.rename(world / f"{name}/model.safetensors", world / f"{name}/part.safetensors")
+    (world / f"{name}/pytorch_model.bin").write_bytes(PICKLE)
+    weight_map = {"model.norm.weight": value, "lm_head.weight": "part.safetensors"}
+    write(f"{name}/model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})(world)
 
 
 IN_INDEX = ("one/model.safetensors.index.json: weight_map.model.norm.weight: ",)
@@ -221,17 +213,14 @@ ADAPTERS = [
 # Tokenizers and classes
 
 
-def everywhere(file: str, **settings: Any) -> Change:
+@changing
+def everywhere(world: World, /, file: str, **settings: Any) -> None:
     """Keys of a JSON file of all models, whose code lies beside it."""
-
-    def change(world: World) -> None:
-        for model in MODELS:
-            if not (world / f"{model}/{file}").exists():
-                write(f"{model}/{file}", {})(world)
-            world.edit(f"{model}/{file}", **settings)
-            world.write(f"{model}/mine.py", f"{CODE}from transformers import LlamaForCausalLM as Mine\n")
-
-    return change
+    for model in MODELS:
+        if not (world / f"{model}/{file}").exists():
+            write(f"{model}/{file}", {})(world)
+        world.edit(f"{model}/{file}", **settings)
+        world.write(f"{model}/mine.py", f"{CODE}from transformers import LlamaForCausalLM as Mine\n")
 
 
 SETTINGS = "tokenizer_config.json"
@@ -322,18 +311,15 @@ NETWORKS = [
 # Files that records name
 
 
-def record(image: Any, key: str = "image", **task: Any) -> Change:
+@changing
+def record(world: World, /, image: Any, key: str = "image", **task: Any) -> None:
     """A search on a record with an image; `notes/1.png` and `notes/below` are there."""
-
-    def change(world: World) -> None:
-        line = json.dumps({"prompt": "w5", "target": "w6", key: image})
-        world.write("data/tasks.jsonl", f"{line}\n" * 4)
-        world.write("notes/1.png", b"\x89PNG")
-        (world / "notes/below").mkdir()
-        section = {"name": "text", "kind": "likelihood", "file": "data/tasks.jsonl"} | task
-        world.write("config.yaml", config(tasks=[section]))
-
-    return change
+    line = json.dumps({"prompt": "w5", "target": "w6", key: image})
+    world.write("data/tasks.jsonl", f"{line}\n" * 4)
+    world.write("notes/1.png", b"\x89PNG")
+    (world / "notes/below").mkdir()
+    section = {"name": "text", "kind": "likelihood", "file": "data/tasks.jsonl"} | task
+    world.write("config.yaml", config(tasks=[section]))
 
 
 ADVICE = ("data/tasks.jsonl:1: image", "lies outside of its folder", "images: FOLDER")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from hostile import MERGE, SEARCH, Case, World, config
+from hostile import MERGE, SEARCH, Case, World, changing, config, link
 
 FILE = "one.gguf"
 EVALUATE = ("evaluate", FILE, "--tasks", "config.yaml")
@@ -153,35 +153,27 @@ def float32(values: np.ndarray) -> Tensor:
     return Tensor(list(reversed(values.shape)), 0, np.asarray(values, np.float32).tobytes())
 
 
-def file(edit: Callable[[Gguf], Any] = lambda gguf: None, *command: str) -> Callable[[World], Any]:
+@changing
+def file(world: World, edit: Callable[[Gguf], Any] = lambda gguf: None, *command: str) -> Any:
     """The file, edited, in the place of the model `one`."""
-
-    def change(world: World) -> Any:
-        gguf = good(world)
-        edit(gguf)
-        return placed(gguf.content())(world)
-
-    return change
+    gguf = good(world)
+    edit(gguf)
+    return placed(gguf.content())(world)
 
 
-def placed(content: bytes) -> Callable[[World], None]:
-    def change(world: World) -> None:
-        world.write(FILE, content)
-        world.write("recipe.yaml", {"merge_method": "linear", "models": [MODEL]})
-        world.write("config.yaml", config(base="base", parents=["two", FILE]))
-
-    return change
+@changing
+def placed(world: World, content: bytes) -> None:
+    world.write(FILE, content)
+    world.write("recipe.yaml", {"merge_method": "linear", "models": [MODEL]})
+    world.write("config.yaml", config(base="base", parents=["two", FILE]))
 
 
-def instead(make: Callable[[Path], Any]) -> Callable[[World], None]:
+@changing
+def instead(world: World, make: Callable[[Path], Any]) -> None:
     """Something else where the file was."""
-
-    def change(world: World) -> None:
-        placed(b"")(world)
-        (world / FILE).unlink()
-        make(world / FILE)
-
-    return change
+    placed(b"")(world)
+    (world / FILE).unlink()
+    make(world / FILE)
 
 
 MODEL = {"model": FILE, "parameters": {"weight": 1.0}}
@@ -252,9 +244,9 @@ HEADERS = [
     Case("an empty file", placed(b""), (*IN_FILE, "not a GGUF file"), MERGE),
     Case("a folder for a file", instead(Path.mkdir), IN_FOLDER, MERGE),
     Case("a pipe for a file", instead(os.mkfifo), IN_FOLDER, MERGE),
-    Case("a link to nothing", instead(lambda path: path.symlink_to("nowhere")), ("one.gguf",), MERGE),
-    Case("a link to itself", instead(lambda path: path.symlink_to(FILE)), ("one.gguf",), MERGE),
-    Case("a device for a file", instead(lambda path: path.symlink_to("/dev/zero")), ("/dev/zero",), MERGE),
+    Case("a link to nothing", instead(link("nowhere")), ("one.gguf",), MERGE),
+    Case("a link to itself", instead(link(FILE)), ("one.gguf",), MERGE),
+    Case("a device for a file", instead(link("/dev/zero")), ("/dev/zero",), MERGE),
     Case("the first version", header(version=1), (*IN_FILE, "version 1", "2 or 3"), MERGE),
     Case("a version to come", header(version=99), (*IN_FILE, "version 99"), MERGE),
     Case("a big-endian file", file(big_endian), (*IN_FILE, "big-endian"), MERGE),

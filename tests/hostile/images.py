@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import save, words
+from helpers.models import save, words
 from reference.vision_models import save_seeing, seeing_model, write_images
 from transformers import AutoModelForCausalLM
 
-from hostile import SEARCH, Case, World, config
+from hostile import SEARCH, Case, World, changing, config
 
 Change = Callable[[World], Any]
 GOOD = {"prompt": "<image> w5", "target": "w6", "image": "0.png"}
@@ -34,28 +34,22 @@ def _models() -> Path:
     return folder
 
 
-def records(*records: dict[str, Any], **changes: Any) -> Change:
+@changing
+def records(world: World, /, *records: dict[str, Any], **changes: Any) -> None:
     """A search whose task has these records, behind a good one and before two others."""
-
-    def change(world: World) -> None:
-        lines = [GOOD, *records, GOOD | {"target": "w7"}, GOOD | {"target": "w8"}]
-        world.write("tasks.jsonl", "".join(json.dumps(record) + "\n" for record in lines))
-        world.write("config.yaml", config(**changes))
-
-    return change
+    lines = [GOOD, *records, GOOD | {"target": "w7"}, GOOD | {"target": "w8"}]
+    world.write("tasks.jsonl", "".join(json.dumps(record) + "\n" for record in lines))
+    world.write("config.yaml", config(**changes))
 
 
-def seeing(*changes: Change) -> Change:
+@changing
+def seeing(world: World, *changes: Change) -> None:
     """A world whose models see images, with these changes."""
-
-    def change(world: World) -> None:
-        for name in ("base", "one", "two"):
-            shutil.rmtree(world / name)
-        shutil.copytree(_models(), world.root, dirs_exist_ok=True)
-        for part in (records(), *changes):
-            part(world)
-
-    return change
+    for name in ("base", "one", "two"):
+        shutil.rmtree(world / name)
+    shutil.copytree(_models(), world.root, dirs_exist_ok=True)
+    for part in (records(), *changes):
+        part(world)
 
 
 def png(width: int, height: int) -> bytes:
@@ -74,32 +68,26 @@ def people(*answers: str) -> Change:
     return lambda world: world.write("tasks.jsonl", json.dumps(GOOD | {"all": answers}) + "\n")
 
 
-def text_model(**sizes: Any) -> Change:
+@changing
+def text_model(world: World, /, **sizes: Any) -> None:
     """A text model `text` of other sizes as the second parent."""
-
-    def change(world: World) -> None:
-        settings = seeing_model("llava").config.text_config
-        for name, value in sizes.items():
-            setattr(settings, name, value)
-        torch.manual_seed(0)
-        save(AutoModelForCausalLM.from_config(settings).float(), world / "text", words(64))
-        world.edit("config.yaml", parents=["one", "text"])
-
-    return change
+    settings = seeing_model("llava").config.text_config
+    for name, value in sizes.items():
+        setattr(settings, name, value)
+    torch.manual_seed(0)
+    save(AutoModelForCausalLM.from_config(settings).float(), world / "text", words(64))
+    world.edit("config.yaml", parents=["one", "text"])
 
 
-def edited(name: str, *keys: str, value: Any) -> Change:
+@changing
+def edited(world: World, name: str, *keys: str, value: Any) -> None:
     """A key of a JSON file, by its path, with another value."""
-
-    def change(world: World) -> None:
-        document = json.loads((world / name).read_text())
-        part = document
-        for key in keys[:-1]:
-            part = part[key]
-        part[keys[-1]] = value
-        world.write(name, json.dumps(document))
-
-    return change
+    document = json.loads((world / name).read_text())
+    part = document
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = value
+    world.write(name, json.dumps(document))
 
 
 def task(**keys: Any) -> Change:

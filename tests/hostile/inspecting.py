@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from hostile import Case, World
+from hostile import Case, World, changing, instead
 
 INSPECT = ("inspect", "base", "one", "two")
 INIT = ("init", "mine.yaml", "--base", "base", "--parents", "one", "two", "--data", "tasks.jsonl")
@@ -28,12 +28,10 @@ def writing(name: str, change: Callable[[World], Any], *says: str, command: tupl
     return Case(f"init: {name}", change, says, command)
 
 
-def without(*files: str) -> Callable[[World], None]:
-    def change(world: World) -> None:
-        for file in files:
-            (world / file).unlink()
-
-    return change
+@changing
+def without(world: World, *files: str) -> None:
+    for file in files:
+        (world / file).unlink()
 
 
 def written(name: str, content: str | bytes) -> Callable[[World], None]:
@@ -79,14 +77,6 @@ def strange_tensors(world: World) -> None:
         save_file(load_file(file) | more, file, {"format": "pt"})
 
 
-def special(name: str) -> Callable[[World], None]:
-    def change(world: World) -> None:
-        (world / name).unlink(missing_ok=True)
-        os.mkfifo(world / name)
-
-    return change
-
-
 def linked_nowhere(world: World) -> None:
     (world / "mine.yaml").symlink_to("nowhere")
 
@@ -126,11 +116,11 @@ CASES = [
     inspecting("pickled weights", pickled, "holds pickle files only"),
     inspecting("truncated weights", truncated, "one/model.safetensors: truncated"),
     inspecting("weights that are text", written("one/model.safetensors", "weights"), "one/model.safetensors"),
-    inspecting("weights that are a pipe", special("one/model.safetensors"), "is no regular file but a pipe"),
+    inspecting("weights that are a pipe", instead("one/model.safetensors", os.mkfifo), "is no regular file but a pipe"),
     inspecting("a config that is no JSON", written("one/config.json", "{"), "one/config.json: not valid JSON"),
     inspecting("a config that is a list", written("one/config.json", "[]"), "expected a JSON object"),
     inspecting("a tokenizer that is text", written("one/tokenizer.json", "tokens"), "its tokenizer cannot be loaded"),
-    inspecting("a tokenizer that is a pipe", special("one/tokenizer.json"), "is no regular file but a pipe"),
+    inspecting("a tokenizer that is a pipe", instead("one/tokenizer.json", os.mkfifo), "is no regular file but a pipe"),
     inspecting("a model given twice", nothing, "is given twice", command=("inspect", "base", "one", "one")),
     inspecting("a model under two names", same, "two: is given twice"),
     inspecting("a GGUF file that is text", written("a.gguf", "GGUF"), "a.gguf", command=("inspect", "base", "a.gguf")),
@@ -185,7 +175,7 @@ CASES = [
     writing("data that are a model", nothing, "is no regular file but a folder", command=(*INIT[:-1], "one")),
     writing("data that are weights", nothing, "one/model.safetensors",
             command=(*INIT[:-1], "one/model.safetensors")),
-    writing("data that are a pipe", special("tasks.jsonl"), "is no regular file but a pipe"),
+    writing("data that are a pipe", instead("tasks.jsonl", os.mkfifo), "is no regular file but a pipe"),
     writing("no records", data(), "holds no example"),
     writing("one record", data(ROWS[0]), "holds one example"),
     writing("a record that is no JSON", data("{"), "tasks.jsonl:1: not valid JSON"),

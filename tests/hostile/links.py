@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hostile import SEARCH, Case, World, run_command
+from hostile import SEARCH, Case, World, changing, link, run_command
 from hostile.outputs import merged
 from hostile.runs import EXPORT, OVERWRITE, RESUME, put_run
 
@@ -70,15 +70,12 @@ def on_disk(run: Path, *parts: str) -> None:
         (run / part).symlink_to(f"../disk/{part}")
 
 
-def a_run(*changes: Callable[[Path], Any]) -> Callable[[World], None]:
+@changing
+def a_run(world: World, *changes: Callable[[Path], Any]) -> None:
     """A finished run of three generations, changed."""
-
-    def made(world: World) -> None:
-        run = put_run(world)
-        for change in changes:
-            change(run)
-
-    return made
+    run = put_run(world)
+    for change in changes:
+        change(run)
 
 
 def linked(*parts: str) -> Callable[[Path], None]:
@@ -89,36 +86,22 @@ def at(name: str, make: Callable[[Path], Any] = write) -> Callable[[Path], Any]:
     return lambda run: make(run / name)
 
 
-def without(name: str, then: Callable[[Path], Any]) -> Callable[[Path], None]:
+@changing
+def without(run: Path, name: str, then: Callable[[Path], Any]) -> None:
     """Something else in the place of a file or folder of the run."""
-
-    def change(run: Path) -> None:
-        path = run / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        then(path)
-
-    return change
+    path = run / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    then(path)
 
 
-def link(to: str) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.symlink_to(to)
-
-    return change
-
-
-def moved(name: str) -> Callable[[Path], None]:
+@changing
+def moved(run: Path, name: str) -> None:
     """A link in the place of a file or folder of the run, to where that is now."""
-
-    def change(run: Path) -> None:
-        (run / name).rename(run.parent / "elsewhere")
-        (run / name).symlink_to(run.parent / "elsewhere")
-
-    return change
+    (run / name).rename(run.parent / "elsewhere")
+    (run / name).symlink_to(run.parent / "elsewhere")
 
 
 def whole_run_linked(run: Path) -> None:
@@ -132,12 +115,10 @@ def unfinished(run: Path) -> None:
     (run / "result.json").unlink()
 
 
-def into_another_run(part: str) -> Callable[[World], None]:
-    def made(world: World) -> None:
-        run, _ = put_run(world), put_run(world, "other")
-        without(part, link(f"../other/{part}"))(run)
-
-    return made
+@changing
+def into_another_run(world: World, part: str) -> None:
+    run, _ = put_run(world), put_run(world, "other")
+    without(part, link(f"../other/{part}"))(run)
 
 
 CHAIN: dict[str, Any] = {
@@ -154,51 +135,42 @@ CHAIN: dict[str, Any] = {
 }
 
 
-def a_chain(*changes: Callable[[Path], Any]) -> Callable[[World], None]:
+@changing
+def a_chain(world: World, *changes: Callable[[Path], Any]) -> None:
     """A finished run of two stages, changed."""
-
-    def made(world: World) -> None:
-        world.edit("config.yaml", space=..., search=..., **CHAIN)
-        run_command(*SEARCH, folder=world.root).check_returncode()
-        for change in changes:
-            change(world / "run")
-
-    return made
+    world.edit("config.yaml", space=..., search=..., **CHAIN)
+    run_command(*SEARCH, folder=world.root)
+    for change in changes:
+        change(world / "run")
 
 
 def tasks(world: World) -> None:
     world.write("tasks.yaml", {"tasks": [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}]})
 
 
-def evaluated(*changes: Callable[[Path], Any], option: str = "--json", name: str = "scores.json") -> Any:
+@changing
+def evaluated(
+    world: World, *changes: Callable[[Path], Any], option: str = "--json", name: str = "scores.json"
+) -> tuple[str, ...]:
     """Scores, or samples, that are written to a changed place."""
-
-    def made(world: World) -> tuple[str, ...]:
-        tasks(world)
-        for change in changes:
-            change(world.root)
-        return (*EVALUATE, option, name)
-
-    return made
+    tasks(world)
+    for change in changes:
+        change(world.root)
+    return (*EVALUATE, option, name)
 
 
-def planned(*changes: Callable[[Path], Any]) -> Callable[[World], None]:
-    def made(world: World) -> None:
-        for change in changes:
-            change(world.root)
-
-    return made
+@changing
+def planned(world: World, *changes: Callable[[Path], Any]) -> None:
+    for change in changes:
+        change(world.root)
 
 
-def merged_with(*changes: Callable[[Path], Any]) -> Callable[[World], None]:
+@changing
+def merged_with(world: World, *changes: Callable[[Path], Any]) -> None:
     """`out` is a model of ours; changed is the world."""
-
-    def made(world: World) -> None:
-        merged(world)
-        for change in changes:
-            change(world.root)
-
-    return made
+    merged(world)
+    for change in changes:
+        change(world.root)
 
 
 def refused(name: str, change: Callable[[World], Any], command: tuple[str, ...], *says: str, **more: Any) -> Case:

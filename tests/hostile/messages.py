@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hostile import MERGE, SEARCH, Case, World, config, recipe
+from hostile import MERGE, SEARCH, Case, World, changing, config, instead, recipe
 
 # An override of the direction of writing, a space without a width, and a terminal's sequence.
 TURNED, TURNED_SHOWN = "a\u202eb\u200bc", "a\\u202eb\\u200bc"
@@ -37,30 +37,17 @@ def unix_socket(path: Path) -> None:
     os.close(folder)
 
 
-def instead(name: str, make: Callable[[Path], None]) -> Callable[[World], None]:
-    def change(world: World) -> None:
-        path = world / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        make(path)
-
-    return change
-
-
-def run_with(name: str, make: Callable[[Path], None]) -> Callable[[World], None]:
+@changing
+def run_with(world: World, name: str, make: Callable[[Path], None]) -> None:
     """A finished run, of as many files as an export reads, and one that is no file."""
-
-    def change(world: World) -> None:
-        for file in ("config.yaml", "history.jsonl", "best/recipe.yaml", "result.json"):
-            world.write(f"run/{file}", "")
-        world.write("run/config.yaml", config(inputs={}))
-        world.write("run/history.jsonl", json.dumps({"generation": 1}) + "\n")
-        world.write("run/result.json", json.dumps({"generations": 1}))
-        models = [{"model": str(world / name), "parameters": {"weight": 0.5}} for name in ("one", "two")]
-        world.write("run/best/recipe.yaml", {"merge_method": "linear", "models": models})
-        instead(f"run/{name}", make)(world)
-
-    return change
+    for file in ("config.yaml", "history.jsonl", "best/recipe.yaml", "result.json"):
+        world.write(f"run/{file}", "")
+    world.write("run/config.yaml", config(inputs={}))
+    world.write("run/history.jsonl", json.dumps({"generation": 1}) + "\n")
+    world.write("run/result.json", json.dumps({"generations": 1}))
+    models = [{"model": str(world / name), "parameters": {"weight": 0.5}} for name in ("one", "two")]
+    world.write("run/best/recipe.yaml", {"merge_method": "linear", "models": models})
+    instead(f"run/{name}", make)(world)
 
 
 def special(name: str, make: Callable[[Path], None], command: tuple[str, ...], folder: str = "one") -> Case:
@@ -93,12 +80,10 @@ def models(one: dict[str, Any], two: dict[str, Any]) -> Callable[[World], Any]:
     return with_recipe(models=rows)
 
 
-def with_model_config(command: tuple[str, ...] = SEARCH, **changes: Any) -> Callable[[World], Any]:
-    def change(world: World) -> tuple[str, ...]:
-        world.edit("one/config.json", **changes)
-        return command
-
-    return change
+@changing
+def with_model_config(world: World, /, command: tuple[str, ...] = SEARCH, **changes: Any) -> tuple[str, ...]:
+    world.edit("one/config.json", **changes)
+    return command
 
 
 def aligned(world: World) -> tuple[str, ...]:
@@ -108,32 +93,26 @@ def aligned(world: World) -> tuple[str, ...]:
     return MERGE
 
 
-def renamed(name: str, command: tuple[str, ...]) -> Callable[[World], tuple[str, ...]]:
+@changing
+def renamed(world: World, name: str, command: tuple[str, ...]) -> tuple[str, ...]:
     """A model whose config is no JSON, in a folder of this name."""
-
-    def change(world: World) -> tuple[str, ...]:
-        os.rename(world / "one", world / name)
-        world.write(f"{name}/config.json", "{")
-        parameters = {"weight": 0.5, "density": 0.5}
-        rows = [{"model": model, "parameters": parameters} for model in (name, "two")]
-        world.write("recipe.yaml", recipe(models=rows))
-        world.write("config.yaml", config(parents=[name, "two"]))
-        return command
-
-    return change
+    os.rename(world / "one", world / name)
+    world.write(f"{name}/config.json", "{")
+    parameters = {"weight": 0.5, "density": 0.5}
+    rows = [{"model": model, "parameters": parameters} for model in (name, "two")]
+    world.write("recipe.yaml", recipe(models=rows))
+    world.write("config.yaml", config(parents=[name, "two"]))
+    return command
 
 
-def tensor_called(name: str) -> Callable[[World], None]:
+@changing
+def tensor_called(world: World, name: str) -> None:
     """A model with a tensor of this name that is not in the others."""
+    from safetensors.numpy import load_file, save_file
 
-    def change(world: World) -> None:
-        from safetensors.numpy import load_file, save_file
-
-        file = world / "one" / "model.safetensors"
-        tensors = load_file(file)
-        save_file({**tensors, name: tensors["model.norm.weight"]}, file, {"format": "pt"})
-
-    return change
+    file = world / "one" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, name: tensors["model.norm.weight"]}, file, {"format": "pt"})
 
 
 CARELESS = """import warnings

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hostile import SEARCH, Case, World
+from hostile import SEARCH, Case, World, changing, edited, instead
 
 Change = Callable[[Path], Any]
 SIDE = 8
@@ -75,7 +75,7 @@ def scorer(folder: Path) -> None:
 
 
 def save(model: Any, folder: Path, tokens: bool = False) -> None:
-    from helpers import word_tokenizer
+    from helpers.models import word_tokenizer
 
     model.eval().save_pretrained(folder)
     if tokens:
@@ -99,14 +99,9 @@ def make_bert(folder: Path) -> None:
 
 def make_whisper(folder: Path) -> None:
     import transformers
+    from helpers.models import whisper_config
 
-    config = transformers.WhisperConfig(
-        vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, num_mel_bins=8,
-        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_source_positions=50,
-        max_target_positions=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-        begin_suppress_tokens=None, suppress_tokens=None,
-    )  # fmt: skip
-    save(transformers.WhisperForConditionalGeneration(config), folder, tokens=True)
+    save(transformers.WhisperForConditionalGeneration(whisper_config()), folder, tokens=True)
     transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
 
 
@@ -170,13 +165,10 @@ def put_networks(world: World, kind: str) -> Path:
     return world / "one"
 
 
-def a_network(kind: str, change: Change) -> Callable[[World], None]:
+@changing
+def a_network(world: World, kind: str, change: Change) -> None:
     """Two networks, the first of which is changed."""
-
-    def made(world: World) -> None:
-        change(put_networks(world, kind))
-
-    return made
+    change(put_networks(world, kind))
 
 
 def write(name: str, content: str | bytes) -> Change:
@@ -187,36 +179,20 @@ def deep(name: str) -> Change:
     return write(name, '{"a": ' + "[" * DEEP + "]" * DEEP + "}")
 
 
-def edit(name: str, **changes: Any) -> Change:
-    """Other keys in a JSON file; `...` removes one."""
-
-    def change(folder: Path) -> None:
-        document = json.loads((folder / name).read_text()) | changes
-        kept = {key: value for key, value in document.items() if value is not ...}
-        (folder / name).write_text(json.dumps(kept))
-
-    return change
+@changing
+def cut(folder: Path, name: str, share: float = 0.5) -> None:
+    os.truncate(folder / name, int((folder / name).stat().st_size * share))
 
 
-def cut(name: str, share: float = 0.5) -> Change:
-    def change(folder: Path) -> None:
-        os.truncate(folder / name, int((folder / name).stat().st_size * share))
-
-    return change
-
-
-def header(name: str, change: Callable[[dict[str, Any]], Any]) -> Change:
+@changing
+def header(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
     """Another header of a safetensors file."""
-
-    def write(folder: Path) -> None:
-        content = (folder / name).read_bytes()
-        length = int.from_bytes(content[:8], "little")
-        document = json.loads(content[8 : 8 + length])
-        change(document)
-        text = json.dumps(document).encode()
-        (folder / name).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-
-    return write
+    content = (folder / name).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    document = json.loads(content[8 : 8 + length])
+    change(document)
+    text = json.dumps(document).encode()
+    (folder / name).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
 
 def entry(document: dict[str, Any]) -> dict[str, Any]:
@@ -234,20 +210,10 @@ def overlapping(document: dict[str, Any]) -> None:
     second["data_offsets"] = first["data_offsets"]
 
 
-def length_field(name: str, length: int) -> Change:
-    def change(folder: Path) -> None:
-        content = (folder / name).read_bytes()
-        (folder / name).write_bytes(length.to_bytes(8, "little") + content[8:])
-
-    return change
-
-
-def pipe(name: str) -> Change:
-    def change(folder: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        os.mkfifo(folder / name)
-
-    return change
+@changing
+def length_field(folder: Path, name: str, length: int) -> None:
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(length.to_bytes(8, "little") + content[8:])
 
 
 def refused(kind: str, name: str, change: Change, *says: str) -> Case:
@@ -262,7 +228,7 @@ def unet_as_vae(folder: Path) -> None:
     """An index that names the U-Net as the decoder of latents, in both models."""
     for name in ("one", "two"):
         shutil.copytree(folder.parent / name / "unet", folder.parent / name / "vae")
-        edit("model_index.json", vae=["diffusers", "UNet2DModel"])(folder.parent / name)
+        edited("model_index.json", vae=["diffusers", "UNet2DModel"])(folder.parent / name)
 
 
 CASES: list[Case] = [
@@ -290,7 +256,7 @@ CASES: list[Case] = [
     refused("vit", "weights without a tensor", write(WEIGHTS, (2).to_bytes(8, "little") + b"{}"), "one"),
     # Configs of transformers
     *(
-        refused(kind, f"a config with {key} {value!r}"[:90], edit(CONFIG, **{key: value}), "one", *says)
+        refused(kind, f"a config with {key} {value!r}"[:90], edited(CONFIG, **{key: value}), "one", *says)
         for kind, key, value, *says in (
             ("vit", "num_hidden_layers", 10**6, "one/config.json", "num_hidden_layers: 1,000,000"),
             ("vit", "num_hidden_layers", 10**18, "num_hidden_layers"),
@@ -339,10 +305,10 @@ CASES: list[Case] = [
             ("ddpm", "unet/config.json"), ("ddpm", "scheduler/scheduler_config.json"), ("whisper", PREPARED),
         )
     ),
-    refused("vit", "a config that is a pipe", pipe(CONFIG), "one/config.json", "a pipe"),
+    refused("vit", "a config that is a pipe", instead(CONFIG, os.mkfifo), "one/config.json", "a pipe"),
     # Image processors and feature extractors
     *(
-        refused(kind, f"a processor with {key} {value!r}"[:90], edit(PREPARED, **{key: value}), "one", *says)
+        refused(kind, f"a processor with {key} {value!r}"[:90], edited(PREPARED, **{key: value}), "one", *says)
         for kind, key, value, *says in (
             ("vit", "size", -1, PREPARED, "size: -1"),
             ("vit", "size", {"height": 0, "width": 8}, PREPARED, "size.height: 0"),
@@ -374,9 +340,9 @@ CASES: list[Case] = [
     # Tokenizers
     refused("bert", "a tokenizer that is a list", write("tokenizer.json", "[]"), "one", "tokenizer"),
     refused("bert", "a tokenizer of many levels", deep("tokenizer.json"), "one", "tokenizer"),
-    refused("bert", "a tokenizer of no model", edit("tokenizer.json", model=None), "one", "tokenizer"),
-    refused("bert", "a tokenizer whose class is a number", edit("tokenizer_config.json", tokenizer_class=3), "one"),
-    refused("sentence", "a tokenizer of no model", edit("tokenizer.json", model={}), "one"),
+    refused("bert", "a tokenizer of no model", edited("tokenizer.json", model=None), "one", "tokenizer"),
+    refused("bert", "a tokenizer whose class is a number", edited("tokenizer_config.json", tokenizer_class=3), "one"),
+    refused("sentence", "a tokenizer of no model", edited("tokenizer.json", model={}), "one"),
     # Sentence transformers
     refused("sentence", "modules that are a mapping", write("modules.json", "{}"), "one"),
     refused("sentence", "modules that are numbers", write("modules.json", "[1, 2]"), "one"),
@@ -386,7 +352,7 @@ CASES: list[Case] = [
     # Diffusers
     refused("ddpm", "an index that names a U-Net as vae", unet_as_vae, "one/model_index.json", "vae"),
     *(
-        refused("ddpm", f"{file} with {key} {value!r}"[:90], edit(file, **{key: value}), "one", *says)
+        refused("ddpm", f"{file} with {key} {value!r}"[:90], edited(file, **{key: value}), "one", *says)
         for file, key, value, *says in (
             ("unet/config.json", "layers_per_block", 10**7, "unet/config.json", "layers_per_block"),
             ("unet/config.json", "layers_per_block", -1),
@@ -416,6 +382,6 @@ CASES: list[Case] = [
     ),
     # A number where DVC has a list
     refused("vit", "a .dvc file with a number", lambda one: [
-        (one.parent / "examples.jsonl.dvc").write_text("outs: 3\n"), edit(CONFIG, patch_size=0)(one)
+        (one.parent / "examples.jsonl.dvc").write_text("outs: 3\n"), edited(CONFIG, patch_size=0)(one)
     ], "one"),
 ]  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hostile import MERGE, Case, World, recipe
+from hostile import MERGE, Case, World, changing, recipe
 
 OVERWRITE = ("merge", "recipe.yaml", "out", "--overwrite")
 
@@ -44,12 +44,10 @@ def ours(world: World) -> tuple[str, ...]:
     return ("merge", "recipe.yaml", "first", "--overwrite")
 
 
-def linked(place: str, to: str) -> Callable[[World], Any]:
-    def change(world: World) -> Any:
-        (world / place).symlink_to(to)
-        return ("merge", "recipe.yaml", place, "--overwrite")
-
-    return change
+@changing
+def linked(world: World, place: str, to: str) -> Any:
+    (world / place).symlink_to(to)
+    return ("merge", "recipe.yaml", place, "--overwrite")
 
 
 def notes(world: World) -> None:
@@ -67,12 +65,10 @@ def finished_run(world: World) -> None:
     merged(world, "run/best/model")
 
 
-def of_run(*arguments: str) -> Callable[[World], Any]:
-    def change(world: World) -> Any:
-        finished_run(world)
-        return arguments
-
-    return change
+@changing
+def of_run(world: World, *arguments: str) -> Any:
+    finished_run(world)
+    return arguments
 
 
 def downloaded(world: World) -> None:
@@ -100,12 +96,10 @@ def replaced_by_link(out: Path) -> None:
     (out / "README.md").symlink_to("../card.md")
 
 
-def marker(content: str) -> Callable[[World], None]:
-    def change(world: World) -> None:
-        downloaded(world)
-        world.write("out/evojax_merge.json", content)
-
-    return change
+@changing
+def marker(world: World, content: str) -> None:
+    downloaded(world)
+    world.write("out/evojax_merge.json", content)
 
 
 def source_inside(world: World) -> None:
@@ -136,15 +130,12 @@ def not_finite(world: World) -> None:
     save_file(tensors, world / "one/model.safetensors", {"format": "pt"})
 
 
-def failing(place: str, prepared: Callable[[World], Any] = lambda w: None) -> Callable[[World], Any]:
+@changing
+def failing(world: World, place: str, prepared: Callable[[World], Any] = lambda w: None) -> Any:
     """A merge that is stopped in the middle."""
-
-    def change(world: World) -> Any:
-        prepared(world)
-        not_finite(world)
-        return ("merge", "recipe.yaml", place, "--overwrite")
-
-    return change
+    prepared(world)
+    not_finite(world)
+    return ("merge", "recipe.yaml", place, "--overwrite")
 
 
 CASES: list[Case] = [

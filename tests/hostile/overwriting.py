@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from hostile import Case, World, config
+from hostile import Case, World, changing, config, link
 from hostile.links import bind, pipe
 from hostile.runs import put_run
 
@@ -151,9 +151,9 @@ SPECIAL: Sequence[tuple[str, Callable[[Path], Any], str]] = (
     ("a pipe", pipe, "is no regular file; expected the name of a file"),
     ("a socket", bind, "is no regular file; expected the name of a file"),
     ("a link to a thesis", thesis_behind, "exists, and "),
-    ("a link that leads nowhere", lambda path: path.symlink_to("gone"), "is a link that leads nowhere"),
-    ("a link to a device", lambda path: path.symlink_to("/dev/null"), "is no regular file"),
-    ("a link to standard output", lambda path: path.symlink_to("/dev/stdout"), "is no regular file"),
+    ("a link that leads nowhere", link("gone"), "is a link that leads nowhere"),
+    ("a link to a device", link("/dev/null"), "is no regular file"),
+    ("a link to standard output", link("/dev/stdout"), "is no regular file"),
 )
 OUTPUTS = [output for output, _ in STAY]
 
@@ -197,15 +197,12 @@ def compared_with_itself(world: World) -> tuple[str, ...]:
     return (*BENCH_OUT.command, "a.json", "--compare", "./a.json")
 
 
-def votes_as_pairs(option: str, content: str) -> Callable[[World], tuple[str, ...]]:
+@changing
+def votes_as_pairs(world: World, option: str, content: str) -> tuple[str, ...]:
     """The file that votes are read from is that of the pairs as well."""
-
-    def change(world: World) -> tuple[str, ...]:
-        judged(world)
-        world.write("a.jsonl", CONTENTS[content])
-        return (*JUDGE, "a.jsonl", option, "a.jsonl")
-
-    return change
+    judged(world)
+    world.write("a.jsonl", CONTENTS[content])
+    return (*JUDGE, "a.jsonl", option, "a.jsonl")
 
 
 def in_part(world: World) -> tuple[str, ...]:
@@ -219,15 +216,12 @@ PUBLISH = ("publish", "run", "--repo", "me/mine")
 WINNER = "best/model"
 
 
-def linked(name: str) -> Callable[[World], None]:
+@changing
+def linked(world: World, name: str) -> None:
     """A file of a finished run lies elsewhere, behind a link."""
-
-    def change(world: World) -> None:
-        file = put_run(world) / name
-        file.rename(world / "elsewhere")
-        file.symlink_to(world / "elsewhere")
-
-    return change
+    file = put_run(world) / name
+    file.rename(world / "elsewhere")
+    file.symlink_to(world / "elsewhere")
 
 
 def holding(name: str, content: str) -> Callable[[World], None]:
@@ -242,7 +236,7 @@ CASES: list[Case] = [
     SAMPLES_OUT.case("the tasks file by another path", no, "is the file of --tasks as well", name="one/../tasks.yaml"),
     SAMPLES_OUT.case("the data of the task", no, "exists, and holds no samples", name="tasks.jsonl"),
     PLAN_OUT.case("the config", no, "is the file of CONFIG as well", name="config.yaml"),
-    PLAN_OUT.case("a link to the config", lambda path: path.symlink_to("config.yaml"), "is the file of CONFIG as well"),
+    PLAN_OUT.case("a link to the config", link("config.yaml"), "is the file of CONFIG as well"),
     Case("bench --json: the file of --compare", compared_with_itself, ("--json: is the file of --compare as well",)),
     PAIRS_OUT.case("the config", no, "is the file of CONFIG as well", name="judged.yaml"),
     PAIRS_OUT.case("the data of the task", no, "exists, and holds no pairs", name="tasks.jsonl"),
@@ -257,7 +251,7 @@ CASES: list[Case] = [
     # Two files that are one
     both(SCORES_OUT, "--samples", "./a.json", "--samples: is the file of --json as well"),
     both(SCORES_OUT, "--samples", "b.json", "--samples: is the file of --json as well",
-         make=lambda path: path.symlink_to("a.json")),
+         make=link("a.json")),
     PAIRS_OUT.case("a name that its page has", no, "a.html: the page of --export: is the file of --export as well",
                    name="a.html"),
     # The files of a run

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from hostile import Case, World, config
+from hostile import Case, World, changing, config
 
 Change = Callable[[World], Any]
 # A module of torch, and a function that makes none.
@@ -43,21 +43,18 @@ def weights(prefix: str = "", **changes: Any) -> dict[str, np.ndarray]:
     return {f"{prefix}{name}": array for name, array in arrays.items() if array is not None}
 
 
-def own(*changes: Change, source: str = MODULE, **keys: Any) -> Change:
+@changing
+def own(world: World, /, *changes: Change, source: str = MODULE, **keys: Any) -> Any:
     """A search over a module of the user's own, with these changes."""
-
-    def change(world: World) -> Any:
-        world.write("own.py", source)
-        for name in ("first", "second"):
-            save_file(weights(), world / f"{name}.safetensors")
-        np.savez(world / "arrays.npz", image=np.ones((8, 4), np.float32), label=np.arange(8) % 3)
-        parents = ["first.safetensors", "second.safetensors"]
-        settings = {"backend": "own.py:make", "base": None, "parents": parents, "space": {"method": "linear"}}
-        world.write("config.yaml", config(**{**settings, "tasks": [TASK], **keys}))
-        for part in changes:
-            part(world)
-
-    return change
+    world.write("own.py", source)
+    for name in ("first", "second"):
+        save_file(weights(), world / f"{name}.safetensors")
+    np.savez(world / "arrays.npz", image=np.ones((8, 4), np.float32), label=np.arange(8) % 3)
+    parents = ["first.safetensors", "second.safetensors"]
+    settings = {"backend": "own.py:make", "base": None, "parents": parents, "space": {"method": "linear"}}
+    world.write("config.yaml", config(**{**settings, "tasks": [TASK], **keys}))
+    for part in changes:
+        part(world)
 
 
 def named(backend: str, source: str = PLAIN) -> Change:
@@ -112,16 +109,13 @@ def second(content: bytes, name: str = "second.safetensors") -> Change:
     return own(lambda world: world.write(name, content), parents=["first.safetensors", name])
 
 
-def asked(**tasks: Any) -> Change:
+@changing
+def asked(world: World, /, **tasks: Any) -> None:
     """`evaluate` by a file of tasks, of a state dict in a folder."""
-
-    def change(world: World) -> None:
-        own()(world)
-        (world / "model").mkdir()
-        save_file(weights(), world / "model" / "model.safetensors")
-        world.write("tasks.yaml", {"tasks": [TASK], **tasks})
-
-    return change
+    own()(world)
+    (world / "model").mkdir()
+    save_file(weights(), world / "model" / "model.safetensors")
+    world.write("tasks.yaml", {"tasks": [TASK], **tasks})
 
 
 EVALUATE = ("evaluate", "model", "--tasks", "tasks.yaml")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hostile import Case, World, config
+from hostile import Case, World, changing, config, link
 from hostile.images import png
 
 Change = Callable[[World], Any]
@@ -159,27 +159,21 @@ def classes(world: World, file: str = "pictures") -> None:
     world.write("config.yaml", config(backend="torch", base=None, space={"method": "linear"}, tasks=[task]))
 
 
-def in_folder(content: Callable[[], bytes], models: bool = False) -> Change:
+@changing
+def in_folder(world: World, content: Callable[[], bytes], models: bool = False) -> None:
     """A picture among those of a class."""
-
-    def change(world: World) -> None:
-        classes(world)
-        world.write("pictures/dog/2.png", content())
-        for name in ("one", "two") if models else ():
-            shutil.rmtree(world / name)
-            shutil.copytree(_classifiers() / name, world / name)
-
-    return change
+    classes(world)
+    world.write("pictures/dog/2.png", content())
+    for name in ("one", "two") if models else ():
+        shutil.rmtree(world / name)
+        shutil.copytree(_classifiers() / name, world / name)
 
 
-def placed(make: Callable[[Path], Any]) -> Change:
+@changing
+def placed(world: World, make: Callable[[Path], Any]) -> None:
     """Something that is no file, with a picture's name."""
-
-    def change(world: World) -> None:
-        classes(world)
-        make(world / "pictures/dog/2.png")
-
-    return change
+    classes(world)
+    make(world / "pictures/dog/2.png")
 
 
 def large(path: Path) -> None:
@@ -187,47 +181,38 @@ def large(path: Path) -> None:
         file.truncate(65 * 2**20)
 
 
-def record(value: Any, content: bytes = b"", **fields: Any) -> Change:
+@changing
+def record(world: World, /, value: Any, content: bytes = b"", **fields: Any) -> None:
     """A record of a classifier's task with this image, behind a good one."""
-
-    def change(world: World) -> None:
-        classes(world, "pictures.jsonl")
-        world.write("2.png", content)
-        lines = [{"image": "pictures/cat/1.png", "label": 0}, {"image": value, "label": 1} | fields]
-        world.write("pictures.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-
-    return change
+    classes(world, "pictures.jsonl")
+    world.write("2.png", content)
+    lines = [{"image": "pictures/cat/1.png", "label": 0}, {"image": value, "label": 1} | fields]
+    world.write("pictures.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def asked(value: Any) -> Change:
+@changing
+def asked(world: World, value: Any) -> None:
     """A question about an image, for models of language."""
-
-    def change(world: World) -> None:
-        record = {"prompt": "<image> w5", "target": "w6"}
-        given = value() if callable(value) else value
-        world.write("tasks.jsonl", "".join(json.dumps(record | {"image": one}) + "\n" for one in (uri(), given)))
-
-    return change
+    record = {"prompt": "<image> w5", "target": "w6"}
+    given = value() if callable(value) else value
+    world.write("tasks.jsonl", "".join(json.dumps(record | {"image": one}) + "\n" for one in (uri(), given)))
 
 
 def uri(content: bytes | None = None, head: str = "data:image/png;base64") -> str:
     return f"{head},{base64.b64encode(picture('PNG') if content is None else content).decode()}"
 
 
-def column(*values: Any) -> Change:
+@changing
+def column(world: World, *values: Any) -> None:
     """A column of images in parquet."""
+    import pyarrow
+    import pyarrow.parquet
 
-    def change(world: World) -> None:
-        import pyarrow
-        import pyarrow.parquet
-
-        given = [value() if callable(value) else value for value in ({"bytes": picture("PNG"), "path": None}, *values)]
-        rows = [{"prompt": "<image> w5", "target": "w6", "image": value} for value in given]
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), world / "tasks.parquet")
-        task = {"name": "text", "kind": "likelihood", "file": "tasks.parquet"}
-        world.write("config.yaml", config(tasks=[task]))
-
-    return change
+    given = [value() if callable(value) else value for value in ({"bytes": picture("PNG"), "path": None}, *values)]
+    rows = [{"prompt": "<image> w5", "target": "w6", "image": value} for value in given]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), world / "tasks.parquet")
+    task = {"name": "text", "kind": "likelihood", "file": "tasks.parquet"}
+    world.write("config.yaml", config(tasks=[task]))
 
 
 def inside(content: Callable[[], bytes]) -> Callable[[], dict[str, Any]]:
@@ -237,12 +222,12 @@ def inside(content: Callable[[], bytes]) -> Callable[[], dict[str, Any]]:
 FOLDERS = [
     *(Case(f"{name} in a folder of classes", in_folder(content), ("pictures/dog/2.png: ", says))
       for name, (content, says) in HEADERS.items()),
-    Case("a link to nowhere as a picture", placed(lambda path: path.symlink_to("nowhere.png")),
+    Case("a link to nowhere as a picture", placed(link("nowhere.png")),
          ("pictures/dog/2.png: no such file",)),
     Case("a link to itself as a picture", placed(lambda path: path.symlink_to(path)),
          ("pictures/dog/2.png: ", UNREADABLE)),
     Case("a pipe as a picture", placed(os.mkfifo), ("pictures/dog/2.png: is no regular file but a pipe",)),
-    Case("a device as a picture of a class", placed(lambda path: path.symlink_to("/dev/zero")),
+    Case("a device as a picture of a class", placed(link("/dev/zero")),
          ("pictures/dog/2.png: is no regular file but a device",)),
     Case("a folder as a picture", placed(Path.mkdir), ("pictures/dog/2.png: is no regular file but a folder",)),
     Case("a picture of 65 MB", placed(large), ("pictures/dog/2.png: has 68,157,440 bytes; expected an image of",)),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hostile import Case
+from hostile import Case, changing
 from hostile.runs import RESUME, a_run, edit_config, inputs
 
 AGAIN = ("search", "run/config.yaml", "--out", "again")
@@ -20,12 +20,10 @@ def record(content: Any) -> Callable[[Path], Any]:
     return lambda run: (run / "environment.json").write_text(text)
 
 
-def replace_record(make: Callable[[Path], Any]) -> Callable[[Path], None]:
-    def replace(run: Path) -> None:
-        (run / "environment.json").unlink()
-        make(run / "environment.json")
-
-    return replace
+@changing
+def replace_record(run: Path, make: Callable[[Path], Any]) -> None:
+    (run / "environment.json").unlink()
+    make(run / "environment.json")
 
 
 def longer(world: Any) -> None:

@@ -1,13 +1,15 @@
 """Hostile quantised folders, adapters, and folders whose tensors are not those that their config.json implies."""
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from hostile import MERGE, Case, World
+from hostile import MERGE, Case, World, changing, everywhere, together
 
 MODULE = "model.layers.0.mlp.up_proj"
 STATE = f"{MODULE}.weight.quant_state.bitsandbytes__nf4"
@@ -16,54 +18,32 @@ Change = Callable[[World], Any]
 Edit = Callable[[dict[str, Any]], Any]
 
 
-def edited(edit: Edit, file: str = "one/model.safetensors") -> Change:
-    def change(world: World) -> None:
-        from safetensors.torch import load_file, save_file
+@changing
+def edited(world: World, edit: Edit, file: str = "one/model.safetensors") -> None:
+    from safetensors.torch import load_file, save_file
 
-        tensors = load_file(world / file)
-        edit(tensors)
-        save_file(tensors, world / file, {"format": "pt"})
-
-    return change
+    tensors = load_file(world / file)
+    edit(tensors)
+    save_file(tensors, world / file, {"format": "pt"})
 
 
-def packed(case: str, *changes: Change) -> Change:
-    """`one` as the base, quantised in one of the formats of tests/test_quantised.py, and changed."""
-
-    def change(world: World) -> None:
-        from test_quantised import quantised
-
-        shutil.rmtree(world / "one")
-        quantised(world / "base", world / "one", case)
-        for one in changes:
-            one(world)
-
-    return change
+@changing
+def packed(world: World, case: str, *changes: Change, module: str = "test_quantised") -> None:
+    """`one` as the base, quantised in one of the formats of a module of tests, and changed."""
+    shutil.rmtree(world / "one")
+    importlib.import_module(module).quantised(world / "base", world / "one", case)
+    together(*changes)(world)
 
 
-def four_bit_floats(case: str, *changes: Change) -> Change:
-    """The folder of `packed`, in one of the formats of tests/test_fp4.py."""
-
-    def change(world: World) -> None:
-        from test_fp4 import quantised
-
-        shutil.rmtree(world / "one")
-        quantised(world / "base", world / "one", case)
-        for one in changes:
-            one(world)
-
-    return change
+four_bit_floats = partial(packed, module="test_fp4")
 
 
-def settings(model: str = "one", **changes: Any) -> Change:
+@changing
+def settings(world: World, /, model: str = "one", **changes: Any) -> None:
     """Other settings of the quantisation, `...` for none of that name."""
-
-    def change(world: World) -> None:
-        path = world / model / "config.json"
-        found = json.loads(path.read_text())["quantization_config"] | changes
-        world.edit(f"{model}/config.json", quantization_config={k: v for k, v in found.items() if v is not ...})
-
-    return change
+    path = world / model / "config.json"
+    found = json.loads(path.read_text())["quantization_config"] | changes
+    world.edit(f"{model}/config.json", quantization_config={k: v for k, v in found.items() if v is not ...})
 
 
 def instead(**found: Any) -> Change:
@@ -90,6 +70,11 @@ def cast(name: str, dtype: str) -> Change:
     import torch
 
     return part(name, lambda tensor: tensor.to(getattr(torch, dtype)))
+
+
+def retyped(case: str, name: str, dtype: str, module: str = "test_quantised") -> tuple[Change, tuple[str, ...]]:
+    """A format with one part of a matrix in another dtype, and what the message names."""
+    return packed(case, cast(name, dtype), module=module), (f"{MODULE}.{name}", dtype)
 
 
 def added(name: str, values: np.ndarray) -> Change:
@@ -121,11 +106,11 @@ MODELOPT_AWQ = "AWQ, as Model Optimizer's"
 # By what is wrong: the change of a good world, and what the message names.
 PARTS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "GPTQ: zeros of floats": (packed(GPTQ, cast("qzeros", "float32")), (f"{MODULE}.qzeros", "float32", "int32")),
-    "GPTQ: zeros of long words": (packed(GPTQ, cast("qzeros", "int64")), (f"{MODULE}.qzeros", "int64")),
-    "GPTQ: scales of integers": (packed(GPTQ, cast("scales", "int32")), (f"{MODULE}.scales", "int32")),
+    "GPTQ: zeros of long words": retyped(GPTQ, "qzeros", "int64"),
+    "GPTQ: scales of integers": retyped(GPTQ, "scales", "int32"),
     "GPTQ: scales of one axis": (packed(GPTQ, part("scales", lambda one: one.flatten())), (f"{MODULE}.scales",)),
-    "GPTQ: weights of floats": (packed(GPTQ, cast("qweight", "float16")), (f"{MODULE}.qweight", "float16")),
-    "GPTQ: groups of floats": (packed(GPTQ, cast("g_idx", "float32")), (f"{MODULE}.g_idx", "float32")),
+    "GPTQ: weights of floats": retyped(GPTQ, "qweight", "float16"),
+    "GPTQ: groups of floats": retyped(GPTQ, "g_idx", "float32"),
     "GPTQ: no groups": (packed(GPTQ, part("g_idx", lambda one: one[:0])), (f"{MODULE}.g_idx", "[0]")),
     "GPTQ: a group below none": (packed(GPTQ, part("g_idx", lambda one: one - 1)), (f"{MODULE}.g_idx", "3 groups")),
     "GPTQ: no rows": (
@@ -145,28 +130,16 @@ PARTS: dict[str, tuple[Change, tuple[str, ...]]] = {
         packed(GPTQ, added("weight", np.ones((80, 48), np.float32))), (f"{MODULE}.weight", "qweight"),
     ),
     "GPTQ: bits as a fraction": (packed(GPTQ, settings(bits=4.5)), ("bits: 4.5", "2, 4, 8")),
-    "AWQ: zeros of floats": (packed(AWQ, cast("qzeros", "float32")), (f"{MODULE}.qzeros", "float32")),
-    "AWQ: scales of integers": (packed(AWQ, cast("scales", "int16")), (f"{MODULE}.scales", "int16")),
+    "AWQ: zeros of floats": retyped(AWQ, "qzeros", "float32"),
+    "AWQ: scales of integers": retyped(AWQ, "scales", "int16"),
     "AWQ: no columns": (packed(AWQ, part("qweight", lambda one: one[:, :0])), (f"{MODULE}.qweight", "[48, 0]")),
     "AWQ: zeros of nothing": (packed(AWQ, part("qweight", lambda one: None)), (f"{MODULE}.", "all parts")),
-    "four bits: scales of bytes, and no others for these": (
-        packed(NF4, cast("weight.absmax", "uint8")), (f"{MODULE}.weight.absmax", "uint8"),
-    ),
-    "four bits: scales of words": (
-        packed(NF4, cast("weight.absmax", "int32")), (f"{MODULE}.weight.absmax", "int32"),
-    ),
-    "four bits: scales of floats, and others for these": (
-        packed(NESTED, cast("weight.absmax", "float32")), (f"{MODULE}.weight.absmax", "float32"),
-    ),
-    "four bits: outer scales of integers": (
-        packed(NESTED, cast("weight.nested_absmax", "int32")), (f"{MODULE}.weight.nested_absmax", "int32"),
-    ),
-    "four bits: a map of integers": (
-        packed(NF4, cast("weight.quant_map", "int8")), (f"{MODULE}.weight.quant_map", "int8"),
-    ),
-    "four bits: an outer map of integers": (
-        packed(NESTED, cast("weight.nested_quant_map", "int64")), (f"{MODULE}.weight.nested_quant_map", "int64"),
-    ),
+    "four bits: scales of bytes, and no others for these": retyped(NF4, "weight.absmax", "uint8"),
+    "four bits: scales of words": retyped(NF4, "weight.absmax", "int32"),
+    "four bits: scales of floats, and others for these": retyped(NESTED, "weight.absmax", "float32"),
+    "four bits: outer scales of integers": retyped(NESTED, "weight.nested_absmax", "int32"),
+    "four bits: a map of integers": retyped(NF4, "weight.quant_map", "int8"),
+    "four bits: an outer map of integers": retyped(NESTED, "weight.nested_quant_map", "int64"),
     "four bits: the shape turned": (packed(NF4, state(shape=[48, 80])), (f"{MODULE}.weight", "[48, 80]", "[80, 48]")),
     "four bits: the shape of another matrix": (
         packed(NF4, state(shape=[40, 96])), (f"{MODULE}.weight", "[40, 96]", "[80, 48]"),
@@ -180,7 +153,7 @@ PARTS: dict[str, tuple[Change, tuple[str, ...]]] = {
         packed(NF4, edited(lambda all: all.update({STATE.replace("nf4", "fp4"): all[STATE].clone()}))),
         (f"{MODULE}.weight", "quant_state"),
     ),
-    "eight bits: scales of integers": (packed(INT8, cast("SCB", "int32")), (f"{MODULE}.SCB", "int32")),
+    "eight bits: scales of integers": retyped(INT8, "SCB", "int32"),
     "eight bits: no rows": (
         packed(INT8, part("weight", lambda one: one[:0]), part("SCB", lambda one: one[:0])),
         (f"{MODULE}.weight", "[0, 48]"),
@@ -200,10 +173,8 @@ PARTS: dict[str, tuple[Change, tuple[str, ...]]] = {
                part("weight_shape", lambda one: np.array([0, 48]))),
         (f"{MODULE}.weight_packed", "[0, 6]"),
     ),
-    "packed: scales of integers": (
-        packed(PACKED, cast("weight_scale", "int8")), (f"{MODULE}.weight_scale", "int8"),
-    ),
-    "packed: scales of bytes": (packed(PACKED, cast("weight_scale", "uint8")), (f"{MODULE}.weight_scale", "uint8")),
+    "packed: scales of integers": retyped(PACKED, "weight_scale", "int8"),
+    "packed: scales of bytes": retyped(PACKED, "weight_scale", "uint8"),
     "packed: zeros of floats": (
         packed(ZEROS, part("weight_zero_point", lambda one: np.ones((80, 3), np.float16))),
         (f"{MODULE}.weight_zero_point", "float16"),
@@ -219,7 +190,7 @@ PARTS: dict[str, tuple[Change, tuple[str, ...]]] = {
         packed(PACKED, added("weight", np.ones((80, 48), np.float32))), (f"{MODULE}.weight", "weight_packed"),
     ),
     "packed: scales of nothing": (packed(PACKED, part("weight_packed", lambda one: None)), (f"{MODULE}.weight_scale",)),
-    "float8: scales of integers": (packed(FP8, cast("weight_scale", "int32")), (f"{MODULE}.weight_scale", "int32")),
+    "float8: scales of integers": retyped(FP8, "weight_scale", "int32"),
     "float8: no rows": (
         packed(FP8_ROWS, part("weight", lambda one: one[:0]), part("weight_scale", lambda one: one[:0])),
         (f"{MODULE}.weight", "[0, 48]"),
@@ -229,21 +200,15 @@ PARTS: dict[str, tuple[Change, tuple[str, ...]]] = {
         four_bit_floats("NVFP4", part("weight_scale", lambda one: np.ones((80, 3), np.uint8))),
         (f"{MODULE}.weight_scale", "uint8"),
     ),
-    "NVFP4: the scale of all an integer": (
-        four_bit_floats("NVFP4", cast("weight_global_scale", "int32")), (f"{MODULE}.weight_global_scale", "int32"),
-    ),
+    "NVFP4: the scale of all an integer": retyped("NVFP4", "weight_global_scale", "int32", "test_fp4"),
     "NVFP4: no rows": (
         four_bit_floats("NVFP4", *(part(one, lambda one: one[:0]) for one in ("weight_packed", "weight_scale"))),
         (f"{MODULE}.weight_packed", "[0, 24]"),
     ),
-    "Model Optimizer's AWQ: scales of integers": (
-        packed(MODELOPT_AWQ, cast("weight_scale", "int32")), (f"{MODULE}.weight_scale", "int32"),
-    ),
-    "Model Optimizer's AWQ: inputs scaled by integers": (
-        packed(MODELOPT_AWQ, cast("pre_quant_scale", "int32")), (f"{MODULE}.pre_quant_scale", "int32"),
-    ),
-    "MLX: scales of integers": (packed("MLX", cast("scales", "int32")), (f"{MODULE}.scales", "int32")),
-    "MLX: biases of bytes": (packed("MLX", cast("biases", "uint8")), (f"{MODULE}.biases", "uint8")),
+    "Model Optimizer's AWQ: scales of integers": retyped(MODELOPT_AWQ, "weight_scale", "int32"),
+    "Model Optimizer's AWQ: inputs scaled by integers": retyped(MODELOPT_AWQ, "pre_quant_scale", "int32"),
+    "MLX: scales of integers": retyped("MLX", "scales", "int32"),
+    "MLX: biases of bytes": retyped("MLX", "biases", "uint8"),
     "MLX: no rows": (
         packed("MLX", *(part(name, lambda one: one[:0]) for name in ("weight", "scales", "biases"))),
         (f"{MODULE}.weight", "[0, 6]"),
@@ -283,32 +248,11 @@ OTHER_FORMATS: dict[str, tuple[Change, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-def everywhere(**changes: Any) -> Change:
-    """The same in the config.json of all models, so that they do not refuse each other."""
-
-    def change(world: World) -> None:
-        for model in ("base", "one", "two"):
-            world.edit(f"{model}/config.json", **changes)
-
-    return change
-
-
-def of_all(edit: Edit) -> Change:
+@changing
+def of_all(world: World, edit: Edit) -> None:
     """The same change of the tensors of all models."""
-
-    def change(world: World) -> None:
-        for model in ("base", "one", "two"):
-            edited(edit, f"{model}/model.safetensors")(world)
-
-    return change
-
-
-def together(*changes: Change) -> Change:
-    def change(world: World) -> None:
-        for one in changes:
-            one(world)
-
-    return change
+    for model in ("base", "one", "two"):
+        edited(edit, f"{model}/model.safetensors")(world)
 
 
 def without(*names: str) -> Change:
@@ -369,21 +313,18 @@ OF_TOKENS = {f"{TOKENS}.lora_embedding_A": (4, 64), f"{TOKENS}.lora_embedding_B"
 MAGNITUDE = f"{LORA}.lora_magnitude_vector"
 
 
-def adapter(shapes: dict[str, tuple[int, ...]], **changes: Any) -> Change:
+@changing
+def adapter(world: World, /, shapes: dict[str, tuple[int, ...]], **changes: Any) -> None:
     """An adapter of these tensors in the recipe's place of `one`."""
+    from safetensors.numpy import save_file
 
-    def change(world: World) -> None:
-        from safetensors.numpy import save_file
-
-        world.write("lora/adapter_config.json", json.dumps(PEFT | changes))
-        save_file(
-            {name: np.full(shape, 0.5, np.float32) for name, shape in shapes.items()},
-            world / "lora/adapter_model.safetensors",
-        )
-        models = [{"model": name, "parameters": {"weight": 0.5, "density": 0.5}} for name in ("base+lora", "two")]
-        world.edit("recipe.yaml", models=models)
-
-    return change
+    world.write("lora/adapter_config.json", json.dumps(PEFT | changes))
+    save_file(
+        {name: np.full(shape, 0.5, np.float32) for name, shape in shapes.items()},
+        world / "lora/adapter_model.safetensors",
+    )
+    models = [{"model": name, "parameters": {"weight": 0.5, "density": 0.5}} for name in ("base+lora", "two")]
+    world.edit("recipe.yaml", models=models)
 
 
 ADAPTERS: dict[str, tuple[Change, tuple[str, ...]]] = {

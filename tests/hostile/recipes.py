@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from hostile import MERGE, Case, World, recipe
+from hostile import MERGE, Case, World, instead, recipe
 
 
 def text(content: str | bytes) -> Callable[[World], Any]:
@@ -30,16 +31,6 @@ def strict(name: str, change: Callable[[World], Any], *says: str) -> Case:
     return Case(name, change, ("recipe.yaml", *says), (*MERGE, "--strict"))
 
 
-def fifo(world: World) -> None:
-    (world / "recipe.yaml").unlink()
-    os.mkfifo(world / "recipe.yaml")
-
-
-def folder(world: World) -> None:
-    (world / "recipe.yaml").unlink()
-    (world / "recipe.yaml").mkdir()
-
-
 def shuffled_merge(weight: str) -> str:
     """A recipe as text, with one weight as it is written."""
     return (
@@ -61,8 +52,8 @@ GOOD = (
 CASES: list[Case] = [
     case("a list", text("- 1\n"), "expected a mapping"),
     case("empty", text(""), "expected a mapping"),
-    case("a folder", folder, "but a folder"),
-    case("a pipe that nobody writes to", fifo, "is no regular file"),
+    case("a folder", instead("recipe.yaml", Path.mkdir), "but a folder"),
+    case("a pipe that nobody writes to", instead("recipe.yaml", os.mkfifo), "is no regular file"),
     case("not UTF-8", text(b"merge_method: ties\xff\n"), "UTF-8", "byte 19"),
     case("UTF-16", text(GOOD.encode("utf-16")), "UTF-8"),
     case("NUL", text(GOOD + "dtype: fl\0oat32\n"), "not valid YAML"),

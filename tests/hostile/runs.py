@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from hostile import SEARCH, Case, World, run_command
+from hostile import SEARCH, Case, World, changing, run_command
 
 RESUME = (*SEARCH, "--resume")
 OVERWRITE = (*SEARCH, "--overwrite")
@@ -40,7 +40,7 @@ def _root() -> Path:
 
 @cache
 def _template_in(root: Path) -> Path:
-    run_command(*SEARCH, folder=root).check_returncode()
+    run_command(*SEARCH, folder=root)
     return root / "run"
 
 
@@ -50,23 +50,17 @@ def _template(world: Path) -> Path:
     return _template_in(_root())
 
 
-def a_run(change: Callable[[Path], Any]) -> Callable[[World], None]:
+@changing
+def a_run(world: World, change: Callable[[Path], Any]) -> None:
     """A finished run that is changed."""
-
-    def made(world: World) -> None:
-        change(put_run(world))
-
-    return made
+    change(put_run(world))
 
 
-def inputs(change: Callable[[World], Any]) -> Callable[[World], None]:
+@changing
+def inputs(world: World, change: Callable[[World], Any]) -> None:
     """A finished run, whose inputs are changed afterwards."""
-
-    def made(world: World) -> None:
-        put_run(world)
-        change(world)
-
-    return made
+    put_run(world)
+    change(world)
 
 
 def files(folder: Path) -> list[Path]:

@@ -3,12 +3,13 @@
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hostile import MERGE, Case, World
+from hostile import MERGE, Case, World, changing, instead, link
 
 NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
 FILE, INDEX = "one/model.safetensors", "one/model.safetensors.index.json"
@@ -26,26 +27,22 @@ def with_header(header: bytes, data: bytes = b"") -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
-def raw_header(header: bytes, length: int | None = None) -> Callable[[World], None]:
+@changing
+def raw_header(world: World, header: bytes, length: int | None = None) -> None:
     """The header, byte by byte, before the data; or one that claims another length."""
-
-    def change(world: World) -> None:
-        data = read(world / FILE)[1]
-        content = with_header(header, data)
-        world.write(FILE, content if length is None else length.to_bytes(8, "little") + content[8:])
-
-    return change
+    data = read(world / FILE)[1]
+    content = with_header(header, data)
+    world.write(FILE, content if length is None else length.to_bytes(8, "little") + content[8:])
 
 
-def header(edit: Callable[[dict[str, Any]], Any], data: Callable[[bytes], bytes] = lambda data: data) -> Any:
+@changing
+def header(
+    world: World, edit: Callable[[dict[str, Any]], Any], data: Callable[[bytes], bytes] = lambda data: data
+) -> None:
     """The header with some of it edited in place; `data`: what becomes of the bytes behind it."""
-
-    def change(world: World) -> None:
-        rows, content = read(world / FILE)
-        edit(rows)
-        world.write(FILE, with_header(json.dumps(rows).encode(), data(content)))
-
-    return change
+    rows, content = read(world / FILE)
+    edit(rows)
+    world.write(FILE, with_header(json.dumps(rows).encode(), data(content)))
 
 
 def row(**changes: Any) -> Any:
@@ -91,71 +88,55 @@ def unknown_key(world: World) -> None:
     world.write(FILE, with_header(json.dumps(rows).encode().replace(b'"x": "x"', b'"x": ' + deep), data))
 
 
-def converted(name: str, dtype: str, convert: Callable[[np.ndarray], np.ndarray]) -> Callable[[World], None]:
+@changing
+def converted(world: World, name: str, dtype: str, convert: Callable[[np.ndarray], np.ndarray]) -> None:
     """One tensor in another dtype."""
-
-    def change(world: World) -> None:
-        rows, data = read(world / FILE)
-        rows.pop("__metadata__", None)
-        content = b""
-        for tensor, entry in sorted(rows.items(), key=lambda item: item[1]["data_offsets"]):
-            start, stop = entry["data_offsets"]
-            piece = data[start:stop]
-            if tensor == name:
-                piece = convert(np.frombuffer(piece, np.float32)).tobytes()
-                entry["dtype"] = dtype
-            entry["data_offsets"] = [len(content), len(content) + len(piece)]
-            content += piece
-        world.write(FILE, with_header(json.dumps(rows).encode(), content))
-
-    return change
+    rows, data = read(world / FILE)
+    rows.pop("__metadata__", None)
+    content = b""
+    for tensor, entry in sorted(rows.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        piece = data[start:stop]
+        if tensor == name:
+            piece = convert(np.frombuffer(piece, np.float32)).tobytes()
+            entry["dtype"] = dtype
+        entry["data_offsets"] = [len(content), len(content) + len(piece)]
+        content += piece
+    world.write(FILE, with_header(json.dumps(rows).encode(), content))
 
 
-def value(name: str, found: float, model: str = "one") -> Callable[[World], None]:
+@changing
+def value(world: World, name: str, found: float, model: str = "one") -> None:
     """One value in the middle of a tensor."""
-
-    def change(world: World) -> None:
-        file = world / f"{model}/model.safetensors"
-        rows, data = read(file)
-        start, stop = rows[name]["data_offsets"]
-        values = np.frombuffer(data[start:stop], np.float32).copy()
-        values[values.size // 2] = found
-        file.write_bytes(with_header(json.dumps(rows).encode(), data[:start] + values.tobytes() + data[stop:]))
-
-    return change
+    file = world / f"{model}/model.safetensors"
+    rows, data = read(file)
+    start, stop = rows[name]["data_offsets"]
+    values = np.frombuffer(data[start:stop], np.float32).copy()
+    values[values.size // 2] = found
+    file.write_bytes(with_header(json.dumps(rows).encode(), data[:start] + values.tobytes() + data[stop:]))
 
 
-def instead(make: Callable[[Path], Any]) -> Callable[[World], None]:
-    """Something else where the file was."""
-
-    def change(world: World) -> None:
-        (world / FILE).unlink()
-        make(world / FILE)
-
-    return change
+in_its_place = partial(instead, FILE)
 
 
-def index(weight_map: Any, keep: bool = False) -> Callable[[World], None]:
+@changing
+def index(world: World, weight_map: Any, keep: bool = False) -> None:
     """Two shards, of which the index says `weight_map`: a function of what it should say, or something else."""
-
-    def change(world: World) -> None:
-        rows, data = read(world / FILE)
-        rows.pop("__metadata__", None)
-        (world / FILE).unlink()
-        names = list(rows)
-        right = {}
-        for number, part in enumerate((names[::2], names[1::2])):
-            file, content, own = f"model-{number}.safetensors", b"", {}
-            for name in part:
-                piece = data[slice(*rows[name]["data_offsets"])]
-                own[name] = rows[name] | {"data_offsets": [len(content), len(content) + len(piece)]}
-                content += piece
-                right[name] = file
-            world.write(f"one/{file}", with_header(json.dumps(own).encode(), content))
-        found = weight_map(world, right) if callable(weight_map) else weight_map
-        world.write(INDEX, found if isinstance(found, bytes) else json.dumps({"weight_map": found}).encode())
-
-    return change
+    rows, data = read(world / FILE)
+    rows.pop("__metadata__", None)
+    (world / FILE).unlink()
+    names = list(rows)
+    right = {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        file, content, own = f"model-{number}.safetensors", b"", {}
+        for name in part:
+            piece = data[slice(*rows[name]["data_offsets"])]
+            own[name] = rows[name] | {"data_offsets": [len(content), len(content) + len(piece)]}
+            content += piece
+            right[name] = file
+        world.write(f"one/{file}", with_header(json.dumps(own).encode(), content))
+    found = weight_map(world, right) if callable(weight_map) else weight_map
+    world.write(INDEX, found if isinstance(found, bytes) else json.dumps({"weight_map": found}).encode())
 
 
 def shard(name: Any) -> Callable[[World], None]:
@@ -237,17 +218,25 @@ HEADERS = [
     Case("the same for evaluate", moved(-8), IN_FILE, EVALUATE),
 ]
 FILES = [
-    Case("an empty file", instead(Path.touch), (*IN_FILE, "truncated")),
+    Case("an empty file", in_its_place(Path.touch), (*IN_FILE, "truncated")),
     Case("a file of eight bytes", lambda world: world.write(FILE, b"\0" * 8), IN_FILE),
-    Case("a folder for a file", instead(Path.mkdir), (*IN_FILE, "is no regular file")),
-    Case("a pipe for a file", instead(os.mkfifo), (*IN_FILE, "is no regular file")),
-    Case("a link to nothing", instead(lambda path: path.symlink_to("nowhere")), (*IN_FILE, "a link to nothing")),
-    Case("a link to itself", instead(lambda path: path.symlink_to("model.safetensors")), IN_FILE),
-    Case("a device for a file", instead(lambda path: path.symlink_to("/dev/zero")), (*IN_FILE, "is no regular file")),
+    Case("a folder for a file", in_its_place(Path.mkdir), (*IN_FILE, "is no regular file")),
+    Case("a pipe for a file", in_its_place(os.mkfifo), (*IN_FILE, "is no regular file")),
+    Case("a link to nothing", in_its_place(link("nowhere")), (*IN_FILE, "a link to nothing")),
+    Case("a link to itself", in_its_place(link("model.safetensors")), IN_FILE),
+    Case(
+        "a device for a file",
+        in_its_place(link("/dev/zero")),
+        (*IN_FILE, "is no regular file"),
+    ),
     Case("a gguf under its name", lambda world: world.write(FILE, b"GGUF\3\0\0\0" + b"\0" * 999), IN_FILE),
     Case("a pickle under its name", lambda world: world.write(FILE, b"\x80\2}q\0." * 99), IN_FILE),
-    Case("a pickle beside none", instead(lambda path: path.with_name("pytorch_model.bin").touch()), ("pickle",)),
-    Case("a gguf beside none", instead(lambda path: path.with_name("model-q4.gguf").touch()), ("model.safetensors",)),
+    Case("a pickle beside none", in_its_place(lambda path: path.with_name("pytorch_model.bin").touch()), ("pickle",)),
+    Case(
+        "a gguf beside none",
+        in_its_place(lambda path: path.with_name("model-q4.gguf").touch()),
+        ("model.safetensors",),
+    ),
 ]
 INDEXES = [
     Case("an index of a list", index([]), (*IN_INDEX, "weight_map")),
@@ -289,14 +278,11 @@ WEIGHTS = [
 ]
 
 
-def without_tensors(*names: str, metadata: dict[str, str] | None = None) -> Callable[[World], None]:
+@changing
+def without_tensors(world: World, *names: str, metadata: dict[str, str] | None = None) -> None:
     """Files of weights that hold no tensor."""
-
-    def change(world: World) -> None:
-        for name in names:
-            world.write(name, with_header(json.dumps({} if metadata is None else {"__metadata__": metadata}).encode()))
-
-    return change
+    for name in names:
+        world.write(name, with_header(json.dumps({} if metadata is None else {"__metadata__": metadata}).encode()))
 
 
 def single_files(world: World) -> None:
@@ -312,19 +298,16 @@ def empty_index(world: World) -> None:
     world.write(INDEX, json.dumps({"metadata": {"total_size": 0}, "weight_map": {}}))
 
 
-def numbered(number: str) -> Callable[[World], None]:
+@changing
+def numbered(world: World, number: str) -> None:
     """Both parents have one more tensor, of a layer of this number."""
-
-    def change(world: World) -> None:
-        for model in ("base", "one", "two"):
-            head, data = read(world / model / "model.safetensors")
-            end = len(data)
-            head[f"model.layers.{number}.mlp.up_proj.weight"] = {
-                "dtype": "F32", "shape": [1, 1], "data_offsets": [end, end + 4],
-            }  # fmt: skip
-            world.write(f"{model}/model.safetensors", with_header(json.dumps(head).encode(), data + bytes(4)))
-
-    return change
+    for model in ("base", "one", "two"):
+        head, data = read(world / model / "model.safetensors")
+        end = len(data)
+        head[f"model.layers.{number}.mlp.up_proj.weight"] = {
+            "dtype": "F32", "shape": [1, 1], "data_offsets": [end, end + 4],
+        }  # fmt: skip
+        world.write(f"{model}/model.safetensors", with_header(json.dumps(head).encode(), data + bytes(4)))
 
 
 NO_TENSOR = "has no tensor"

@@ -13,7 +13,7 @@ import yaml
 
 from evojax_merge.search.checkpoints import _digest
 from evojax_merge.search.run_parts import CHECKPOINT_MARK
-from hostile import SEARCH, Case, World
+from hostile import SEARCH, Case, World, changing, edited, instead
 from hostile.runs import put_run
 
 Change = Callable[[Path], Any]
@@ -38,18 +38,15 @@ MEMBER = {
 PASSTHROUGH: dict[str, Any] = {"merge_method": "passthrough", "dtype": "float32"}
 
 
-def a_run(change: Change, command: tuple[str, ...]) -> Callable[[World], None]:
+@changing
+def a_run(world: World, change: Change, command: tuple[str, ...]) -> None:
     """A finished run that is changed, and what the command needs beside it."""
-
-    def made(world: World) -> None:
-        run = put_run(world)
-        if "other" in command:
-            shutil.copytree(run, world / "other")
-        if "tasks.yaml" in command:
-            world.write("tasks.yaml", {"tasks": [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}]})
-        change(run)
-
-    return made
+    run = put_run(world)
+    if "other" in command:
+        shutil.copytree(run, world / "other")
+    if "tasks.yaml" in command:
+        world.write("tasks.yaml", {"tasks": [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}]})
+    change(run)
 
 
 def write(name: str, content: str | bytes) -> Change:
@@ -66,65 +63,37 @@ def deep(opening: str, closing: str, around: str = "{}") -> str:
     return around.replace("{}", opening * DEEP + closing * DEEP)
 
 
-def sparse(name: str, size: int = HUGE) -> Change:
+@changing
+def sparse(run: Path, name: str, size: int = HUGE) -> None:
     """A file of zeros, none of which is on the disk."""
-
-    def change(run: Path) -> None:
-        (run / name).parent.mkdir(exist_ok=True)
-        with (run / name).open("wb") as handle:
-            handle.truncate(size)
-
-    return change
-
-
-def pipe(name: str) -> Change:
-    def change(run: Path) -> None:
-        (run / name).unlink(missing_ok=True)
-        os.mkfifo(run / name)
-
-    return change
+    (run / name).parent.mkdir(exist_ok=True)
+    with (run / name).open("wb") as handle:
+        handle.truncate(size)
 
 
 def result(**changes: Any) -> Change:
     """Other keys in result.json; `...` removes one."""
-
-    def change(run: Path) -> None:
-        document = json.loads((run / "result.json").read_text()) | changes
-        kept = {key: value for key, value in document.items() if value is not ...}
-        (run / "result.json").write_text(json.dumps(kept))
-
-    return change
+    return edited("result.json", **changes)
 
 
-def line(number: int, **changes: Any) -> Change:
+@changing
+def line(run: Path, /, number: int, **changes: Any) -> None:
     """Other keys in a line of the history."""
-
-    def change(run: Path) -> None:
-        for name in ("history.jsonl", "history.backup.jsonl"):
-            lines = (run / name).read_text().splitlines()
-            lines[number] = json.dumps(json.loads(lines[number]) | changes)
-            (run / name).write_text("".join(f"{text}\n" for text in lines))
-
-    return change
+    for name in ("history.jsonl", "history.backup.jsonl"):
+        lines = (run / name).read_text().splitlines()
+        lines[number] = json.dumps(json.loads(lines[number]) | changes)
+        (run / name).write_text("".join(f"{text}\n" for text in lines))
 
 
 def config(**changes: Any) -> Change:
     """Other keys in config.yaml; `...` removes one."""
-
-    def change(run: Path) -> None:
-        document = yaml.safe_load((run / "config.yaml").read_text()) | changes
-        kept = {key: value for key, value in document.items() if value is not ...}
-        (run / "config.yaml").write_text(yaml.safe_dump(kept))
-
-    return change
+    return edited("config.yaml", **changes)
 
 
-def recipe(*documents: Any, name: str = "best/recipe.yaml") -> Change:
-    def change(run: Path) -> None:
-        (run / name).parent.mkdir(exist_ok=True)
-        (run / name).write_text(yaml.safe_dump_all(documents))
-
-    return change
+@changing
+def recipe(run: Path, *documents: Any, name: str = "best/recipe.yaml") -> None:
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).write_text(yaml.safe_dump_all(documents))
 
 
 def path_result(run: Path, scales: list[float], *documents: Any) -> None:
@@ -143,35 +112,29 @@ def drawn(scales: list[float], *documents: Any) -> Change:
     return lambda run: path_result(run, scales, *documents)
 
 
-def saved_as(**changes: Any) -> Change:
+@changing
+def saved_as(run: Path, /, **changes: Any) -> None:
     """Other arrays in every checkpoint, with a digest that is right; `...` removes one. The run was broken off."""
+    from orbax.checkpoint import v1 as ocp
 
-    def change(run: Path) -> None:
-        from orbax.checkpoint import v1 as ocp
-
-        for step in (run / "checkpoints").resolve().iterdir():
-            loaded = {name: np.asarray(leaf) for name, leaf in ocp.load(step).items() if name != "digest"}
-            arrays = {name: array for name, array in (loaded | changes).items() if array is not ...}
-            shutil.rmtree(step)
-            ocp.save(step, arrays | {"digest": _digest(arrays)}, custom_metadata=CHECKPOINT_MARK)
-        (run / "result.json").unlink()
-
-    return change
+    for step in (run / "checkpoints").resolve().iterdir():
+        loaded = {name: np.asarray(leaf) for name, leaf in ocp.load(step).items() if name != "digest"}
+        arrays = {name: array for name, array in (loaded | changes).items() if array is not ...}
+        shutil.rmtree(step)
+        ocp.save(step, arrays | {"digest": _digest(arrays)}, custom_metadata=CHECKPOINT_MARK)
+    (run / "result.json").unlink()
 
 
-def resized(name: str, size: int) -> Change:
+@changing
+def resized(run: Path, name: str, size: int) -> None:
     """An array of every checkpoint that claims `size` rows, none of which is on the disk."""
+    import tensorstore
 
-    def change(run: Path) -> None:
-        import tensorstore
-
-        for step in (run / "checkpoints").resolve().iterdir():
-            store = {"driver": "ocdbt", "base": f"file://{step}/state", "path": f"{name}/"}
-            array = tensorstore.open({"driver": "zarr3", "kvstore": store}).result()
-            array.resize(exclusive_max=[size, *array.shape[1:]]).result()
-        (run / "result.json").unlink()
-
-    return change
+    for step in (run / "checkpoints").resolve().iterdir():
+        store = {"driver": "ocdbt", "base": f"file://{step}/state", "path": f"{name}/"}
+        array = tensorstore.open({"driver": "zarr3", "kvstore": store}).result()
+        array.resize(exclusive_max=[size, *array.shape[1:]]).result()
+    (run / "result.json").unlink()
 
 
 def refused(name: str, change: Change, command: tuple[str, ...], *says: str) -> Case:
@@ -197,7 +160,7 @@ CASES: list[Case] = [
     noted("a result of many objects", write("result.json", deep('{"a":', "}", "{}1")), "result.json", "is not JSON"),
     noted("a result that is no UTF-8", write("result.json", bytes(range(256))), "result.json", "is not JSON"),
     refused("a result of 10 GB", sparse("result.json"), SHOW, "run/result.json", "bytes; expected"),
-    read("a pipe in the place of the result", pipe("result.json"), "run: stopped"),
+    read("a pipe in the place of the result", instead("result.json", os.mkfifo), "run: stopped"),
     read("a result of a billion generations", result(generations=10**9), "run: finished", "3 generations"),
     noted("a result of minus one generations", result(generations=-1), "result.json", "generations"),
     noted("a result whose generations are a text", result(generations="3"), "result.json", "generations"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from hostile import Case, World, config
+from hostile import Case, World, changing, config, instead, link, together
 
 LIKELIHOOD = {"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}
 EXACT = {"name": "text", "kind": "exact_match", "file": "tasks.jsonl", "max_new_tokens": 8}
@@ -36,26 +36,8 @@ def task(given: dict[str, Any], **changes: Any) -> Change:
     return lambda world: world.write("config.yaml", config(tasks=[given | changes])) and None
 
 
-def both(*changes: Change) -> Change:
-    def change(world: World) -> None:
-        for one in changes:
-            one(world)
-
-    return change
-
-
-def special(make: Callable[[Any], Any]) -> Change:
-    """Another kind of file in the data file's place."""
-
-    def change(world: World) -> None:
-        (world / "tasks.jsonl").unlink()
-        make(world / "tasks.jsonl")
-
-    return change
-
-
 def function(source: str, **changes: Any) -> Change:
-    return both(task(FUNCTION, **changes), lambda world: world.write("own.py", source))
+    return together(task(FUNCTION, **changes), lambda world: world.write("own.py", source))
 
 
 def body(text: str, **changes: Any) -> Change:
@@ -74,65 +56,61 @@ FILES = [
     Case("UTF-16", data("\n".join(map(json.dumps, GOOD)).encode("utf-16")), ("tasks.jsonl", "UTF-8")),
     Case("gzip", data(gzip.compress(json.dumps(GOOD[0]).encode())), ("tasks.jsonl", "gzip")),
     Case("zeros", data(bytes(4096)), ("tasks.jsonl:1", "JSON")),
-    Case("a folder", special(os.mkdir), ("tasks.jsonl", "folder")),
-    Case("a pipe that nobody writes to", special(os.mkfifo), ("tasks.jsonl", "regular file")),
-    Case("a device without an end", special(lambda path: path.symlink_to("/dev/zero")), ("zero", "regular file")),
-    Case("a link to nowhere", special(lambda path: path.symlink_to("nothing")), ("tasks.jsonl", "no such file")),
+    Case("a folder", instead("tasks.jsonl", os.mkdir), ("tasks.jsonl", "folder")),
+    Case("a pipe that nobody writes to", instead("tasks.jsonl", os.mkfifo), ("tasks.jsonl", "regular file")),
+    Case("a device without an end", instead("tasks.jsonl", link("/dev/zero")), ("zero", "regular file")),
+    Case("a link to nowhere", instead("tasks.jsonl", link("nothing")), ("tasks.jsonl", "no such file")),
     Case("a name that no file can have", task(LIKELIHOOD, file="x" * 300), ("tasks[0].file", "255 bytes")),
     Case("a list of all records", data(json.dumps(GOOD).encode()), ("tasks.jsonl:1", "object", "list")),
     Case("a document over several lines", data(json.dumps(GOOD[0], indent=1).encode()), ("tasks.jsonl:1", "JSON")),
-    Case("a parquet file that is none", both(
+    Case("a parquet file that is none", together(
         task(GSM, source="tasks.parquet"), lambda world: world.write("tasks.parquet", b"PAR1" + bytes(99) + b"PAR1"),
     ), ("tasks.parquet", "parquet")),
-    Case("a pipe for parquet", both(
+    Case("a pipe for parquet", together(
         task(GSM, source="tasks.parquet"), lambda world: os.mkfifo(world / "tasks.parquet"),
     ), ("tasks.parquet", "regular file")),
 ]  # fmt: skip
 
+
+def third(name: str, line: str, *says: str) -> Case:
+    """A third record that is wrong."""
+    return Case(name, lines(line), ("tasks.jsonl:3", *says))
+
+
+def first(name: str, given: Change, line: str, *says: str) -> Case:
+    """A first record that is wrong, of a task."""
+    return Case(name, together(given, lines(line, behind=0)), ("tasks.jsonl:1", *says))
+
+
+CHOICE = task(LIKELIHOOD, kind="multiple_choice")
 RECORDS = [
-    Case("a record nested too deep", lines(DEEP), ("tasks.jsonl:3", "nested")),
-    Case("a record nested half as deep",
-         lines('{"prompt": "w4", "target": "w5", "more": ' + "[" * 500 + "]" * 500 + "}"), ("tasks.jsonl:3", "nested")),
-    Case("an integer of 5,000 digits", lines('{"prompt": "w4", "target": ' + "9" * 5000 + "}"),
-         ("tasks.jsonl:3", "digits")),
-    Case("not a number as target", lines('{"prompt": "w4", "target": NaN}'), ("tasks.jsonl:3", "target", "nan")),
-    Case("infinity as target", lines('{"prompt": "w4", "target": 1e999}'), ("tasks.jsonl:3", "target", "inf")),
-    Case("a key twice", lines('{"prompt": "w4", "target": "w5", "target": "w6"}'),
-         ("tasks.jsonl:3", "'target'", "twice")),
-    Case("half a surrogate pair in the prompt", lines(r'{"prompt": "w4 \ud800", "target": "w5"}'),
-         ("tasks.jsonl:3", "surrogate")),
-    Case("half a surrogate pair in the target", lines(r'{"prompt": "w4", "target": "\udfff w5"}'),
-         ("tasks.jsonl:3", "surrogate")),
-    Case("half a surrogate pair in a key", lines(r'{"prompt": "w4", "target": "w5", "\udc00": 1}'),
-         ("tasks.jsonl:3", "surrogate")),
-    Case("null as target", lines('{"prompt": "w4", "target": null}'), ("tasks.jsonl:3", "target", "null")),
-    Case("null as prompt", lines('{"prompt": null, "target": "w5"}'), ("tasks.jsonl:3", "prompt", "null")),
-    Case("a list as target", lines('{"prompt": "w4", "target": ["w5"]}'), ("tasks.jsonl:3", "target", "list")),
-    Case("an object as prompt", lines('{"prompt": {"a": "w4"}, "target": "w5"}'), ("tasks.jsonl:3", "prompt", "dict")),
-    Case("a raw line tabulation in a text", lines('{"prompt": "w4 \x0b w5", "target": "w5"}'),
-         ("tasks.jsonl:3", "control character")),
+    third("a record nested too deep", DEEP, "nested"),
+    third("a record nested half as deep", '{"prompt": "w4", "target": "w5", "more": ' + "[" * 500 + "]" * 500 + "}",
+          "nested"),
+    third("an integer of 5,000 digits", '{"prompt": "w4", "target": ' + "9" * 5000 + "}", "digits"),
+    third("not a number as target", '{"prompt": "w4", "target": NaN}', "target", "nan"),
+    third("infinity as target", '{"prompt": "w4", "target": 1e999}', "target", "inf"),
+    third("a key twice", '{"prompt": "w4", "target": "w5", "target": "w6"}', "'target'", "twice"),
+    third("half a surrogate pair in the prompt", r'{"prompt": "w4 \ud800", "target": "w5"}', "surrogate"),
+    third("half a surrogate pair in the target", r'{"prompt": "w4", "target": "\udfff w5"}', "surrogate"),
+    third("half a surrogate pair in a key", r'{"prompt": "w4", "target": "w5", "\udc00": 1}', "surrogate"),
+    third("null as target", '{"prompt": "w4", "target": null}', "target", "null"),
+    third("null as prompt", '{"prompt": null, "target": "w5"}', "prompt", "null"),
+    third("a list as target", '{"prompt": "w4", "target": ["w5"]}', "target", "list"),
+    third("an object as prompt", '{"prompt": {"a": "w4"}, "target": "w5"}', "prompt", "dict"),
+    third("a raw line tabulation in a text", '{"prompt": "w4 \x0b w5", "target": "w5"}', "control character"),
     Case("U+2028 before a broken line", lines('{"prompt": "w4 \u2028 w5", "target": "w5"}', "{", behind=0),
          ("tasks.jsonl:2", "JSON")),
-    Case("a text of 20 MB", lines(json.dumps({"prompt": "w4 " * 7_000_000, "target": "w5"})),
-         ("tasks.jsonl:3", "prompt", "characters")),
-    Case("choices that are a text", both(
-        task(LIKELIHOOD, kind="multiple_choice"), lines('{"prompt": "w4", "choices": "w5 w6", "answer": 0}', behind=0),
-    ), ("tasks.jsonl:1", "choices", "list")),
-    Case("an answer far beyond the choices", both(
-        task(LIKELIHOOD, kind="multiple_choice"),
-        lines('{"prompt": "w4", "choices": ["w5", "w6"], "answer": ' + "9" * 4000 + "}", behind=0),
-    ), ("tasks.jsonl:1", "answer")),
-    Case("choices of nothing", both(
-        task(LIKELIHOOD, kind="multiple_choice"),
-        lines('{"prompt": "w4", "choices": ["", "w6"], "answer": 0}', behind=0),
-    ), ("tasks.jsonl:1", "choices")),
-    Case("a white answer", both(task(EXACT), lines('{"prompt": "w4", "target": " "}')), ("tasks.jsonl:3", "target")),
-    Case("a problem whose number is null", both(
-        task(GSM), lines('{"question": "w4", "answer": null, "answer_number": null}', behind=0),
-    ), ("tasks.jsonl:1", "answer")),
-    Case("a problem whose number is a list", both(
-        task(GSM), lines('{"question": "w4", "answer_number": [4]}', behind=0),
-    ), ("tasks.jsonl:1", "answer_number")),
+    third("a text of 20 MB", json.dumps({"prompt": "w4 " * 7_000_000, "target": "w5"}), "prompt", "characters"),
+    first("choices that are a text", CHOICE, '{"prompt": "w4", "choices": "w5 w6", "answer": 0}', "choices", "list"),
+    first("an answer far beyond the choices", CHOICE,
+          '{"prompt": "w4", "choices": ["w5", "w6"], "answer": ' + "9" * 4000 + "}", "answer"),
+    first("choices of nothing", CHOICE, '{"prompt": "w4", "choices": ["", "w6"], "answer": 0}', "choices"),
+    Case("a white answer", together(task(EXACT), lines('{"prompt": "w4", "target": " "}')),
+         ("tasks.jsonl:3", "target")),
+    first("a problem whose number is null", task(GSM), '{"question": "w4", "answer": null, "answer_number": null}',
+          "answer"),
+    first("a problem whose number is a list", task(GSM), '{"question": "w4", "answer_number": [4]}', "answer_number"),
 ]  # fmt: skip
 
 TEMPLATES = [
@@ -155,13 +133,13 @@ SLOW = r"(.*?w){25}P"
 PATTERNS = [
     Case("a pattern that backtracks for ever", task(EXACT, pattern=SLOW, max_new_tokens=64),
          ("config.yaml: tasks[0]: pattern", repr(SLOW), "more than")),
-    Case("a pattern of a problem that backtracks for ever", both(
+    Case("a pattern of a problem that backtracks for ever", together(
         task(GSM, pattern=SLOW, max_new_tokens=64),
         lambda world: world.write("tasks.jsonl", "".join(
             json.dumps({"question": "w5 w6 " * 20 + f"w{i}", "answer": f"w4 #### {i}"}) + "\n" for i in range(4, 9)
         )) and None,
     ), ("config.yaml: tasks[0]: pattern", repr(SLOW), "more than")),
-    Case("a pattern that is slow on outputs alone", both(
+    Case("a pattern that is slow on outputs alone", together(
         task(EXACT, pattern=SLOW, max_new_tokens=200),
         lines(*(json.dumps({"prompt": "w5", "target": str(i)}) for i in range(8)), behind=0),
     ), ("task text: pattern", repr(SLOW), "more than"), leaves=("run",), seconds=60, lines=2),
@@ -173,12 +151,12 @@ PATTERNS = [
     Case("a pattern of a million letters", task(EXACT, pattern="w" * 10**6), ("tasks[0]", "pattern", "characters")),
     Case("markup that is no pattern", task(EXACT, pattern="[/INST"), ("tasks[0]", "pattern", "'[/INST'")),
     Case("a text of no length that ends outputs", task(EXACT, stop=["w5", ""]), ("tasks[0].stop[1]", "empty")),
-    Case("an empty stop text of a problem", both(
+    Case("an empty stop text of a problem", together(
         task(GSM, stop=[""]), lines('{"question": "w4", "answer": "w5 #### 4"}', behind=0),
     ), ("tasks[0].stop[0]", "empty")),
     Case("an empty stop text of a fitness function",
          function("def score(records, values): ...", inputs="texts", stop=[""]), ("tasks[0].stop[0]", "empty")),
-    Case("answers without a number and no pattern", both(
+    Case("answers without a number and no pattern", together(
         task(EXACT), lines('{"prompt": "w4", "target": "yes"}', '{"prompt": "w5", "target": "no"}', behind=0),
     ), ("tasks[0].pattern", "number")),
 ]  # fmt: skip
@@ -186,16 +164,13 @@ PATTERNS = [
 LEAVES = ("__pycache__",)
 
 
-def scored_by(change: Change) -> Change:
+@changing
+def scored_by(world: World, change: Change) -> tuple[str, ...]:
     """One model is evaluated with the task of the config."""
-
-    def prepare(world: World) -> tuple[str, ...]:
-        change(world)
-        tasks = yaml.safe_load((world / "config.yaml").read_text())["tasks"]
-        world.write("eval.yaml", {"tasks": tasks})
-        return ("evaluate", "one", "--tasks", "eval.yaml")
-
-    return prepare
+    change(world)
+    tasks = yaml.safe_load((world / "config.yaml").read_text())["tasks"]
+    world.write("eval.yaml", {"tasks": tasks})
+    return ("evaluate", "one", "--tasks", "eval.yaml")
 
 
 RETURN = "return [0.5] * len(records)"
@@ -228,13 +203,13 @@ FUNCTIONS = [
 ]  # fmt: skip
 
 
-def evaluation(*arguments: str, tasks: Any = None, change: Change = lambda world: None) -> Change:
-    def prepare(world: World) -> tuple[str, ...]:
-        world.write("eval.yaml", {"tasks": [LIKELIHOOD] if tasks is None else tasks})
-        change(world)
-        return ("evaluate", *arguments, "--tasks", "eval.yaml")
-
-    return prepare
+@changing
+def evaluation(
+    world: World, *arguments: str, tasks: Any = None, change: Change = lambda world: None
+) -> tuple[str, ...]:
+    world.write("eval.yaml", {"tasks": [LIKELIHOOD] if tasks is None else tasks})
+    change(world)
+    return ("evaluate", *arguments, "--tasks", "eval.yaml")
 
 
 def cut(world: World) -> None:
@@ -276,7 +251,7 @@ DATA = [
         "[bold]one", tasks=[LIKELIHOOD | {"name": "[/INST] [red] |"}],
         change=lambda world: (world / "one").rename(world / "[bold]one"),
     ), status=0, seconds=30),
-    Case("names that look like formulas and markup", both(
+    Case("names that look like formulas and markup", together(
         lambda world: (world / "[").mkdir(), lambda world: (world / "one").rename(world / "[" / "INST] $_{ ^$"),
         lambda world: world.edit("config.yaml", parents=["[/INST] $_{ ^$", "two"]),
     ), status=0, leaves=("run",), seconds=60),

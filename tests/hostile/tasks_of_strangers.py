@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import yaml
 
-from hostile import MERGE, SEARCH, Case, World, config
+from hostile import MERGE, SEARCH, Case, World, changing, config
 
 Change = Callable[[World], Any]
 
@@ -37,21 +37,26 @@ def text_of(task: dict[str, Any], functions: dict[str, str]) -> str:
     return yaml.safe_dump({key: value for key, value in task.items() if key not in functions}) + "".join(lines)
 
 
-def harness(task: dict[str, Any] = TASK, raw: str = "", *, functions: dict[str, str] | None = None,
-            more: Change = lambda world: None, section: dict[str, Any] | None = None,
-            **changes: Any) -> Change:  # fmt: skip
+@changing
+def harness(
+    world: World,
+    /,
+    task: dict[str, Any] = TASK,
+    raw: str = "",
+    *,
+    functions: dict[str, str] | None = None,
+    more: Change = lambda world: None,
+    section: dict[str, Any] | None = None,
+    **changes: Any,
+) -> tuple[str, ...]:
     """A folder with a task of lm-eval, evaluated. `raw`: behind its YAML; `more`: what else is in the world."""
-
-    def change(world: World) -> tuple[str, ...]:
-        changed = {key: value for key, value in (task | changes).items() if value is not ...}
-        world.write("own/own.yaml", text_of(changed, functions or {}) + raw)
-        world.write("own/code.py", f"{MARK}\ndef f(*args, **kwargs):\n    {MARK}\n    return 'w5'\n")
-        world.write("own/data.jsonl", "".join(json.dumps(record) + "\n" for record in DATA))
-        world.write("eval.yaml", {"tasks": [{"lm_eval": "own", "include_path": "own"} | (section or {})]})
-        more(world)
-        return EVALUATE
-
-    return change
+    changed = {key: value for key, value in (task | changes).items() if value is not ...}
+    world.write("own/own.yaml", text_of(changed, functions or {}) + raw)
+    world.write("own/code.py", f"{MARK}\ndef f(*args, **kwargs):\n    {MARK}\n    return 'w5'\n")
+    world.write("own/data.jsonl", "".join(json.dumps(record) + "\n" for record in DATA))
+    world.write("eval.yaml", {"tasks": [{"lm_eval": "own", "include_path": "own"} | (section or {})]})
+    more(world)
+    return EVALUATE
 
 
 def case(name: str, change: Change, *says: str, **others: Any) -> Case:
@@ -163,15 +168,12 @@ def parquet(rows: int, **columns: Any) -> bytes:
     return bytes(sink.getvalue())
 
 
-def problems(content: Callable[[], bytes]) -> Change:
+@changing
+def problems(world: World, content: Callable[[], bytes]) -> None:
     """A search on the problems of a parquet file."""
-
-    def change(world: World) -> None:
-        world.write("tasks.parquet", content())
-        task = {"name": "text", "kind": "gsm", "source": "tasks.parquet", "max_new_tokens": 8}
-        world.write("config.yaml", config(tasks=[task]))
-
-    return change
+    world.write("tasks.parquet", content())
+    task = {"name": "text", "kind": "gsm", "source": "tasks.parquet", "max_new_tokens": 8}
+    world.write("config.yaml", config(tasks=[task]))
 
 
 def of_lists() -> bytes:
@@ -248,15 +250,12 @@ YAMLS = [
 ]  # fmt: skip
 
 
-def records(task: dict[str, Any], *lines: dict[str, Any], **changes: Any) -> Change:
+@changing
+def records(world: World, /, task: dict[str, Any], *lines: dict[str, Any], **changes: Any) -> tuple[str, ...]:
     """One model is evaluated on these records."""
-
-    def change(world: World) -> tuple[str, ...]:
-        world.write("tasks.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        world.write("eval.yaml", {"tasks": [{"name": "text", "file": "tasks.jsonl"} | task | changes]})
-        return EVALUATE
-
-    return change
+    world.write("tasks.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    world.write("eval.yaml", {"tasks": [{"name": "text", "file": "tasks.jsonl"} | task | changes]})
+    return EVALUATE
 
 
 def one_token(world: World) -> tuple[str, ...]:

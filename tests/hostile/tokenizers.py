@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from hostile import MERGE, Case, World, config, recipe
+from hostile import MERGE, SEARCH, Case, World, changing, config, instead, recipe
 
 MODELS = ("base", "one", "two")
 EVALUATE = ("evaluate", "base", "--tasks", "config.yaml")
@@ -18,61 +18,48 @@ class MyTokenizer(PreTrainedTokenizerFast):
 """
 
 
-def custom_code(keep: bool, **settings: Any) -> Callable[[World], None]:
+@changing
+def custom_code(world: World, /, keep: bool, **settings: Any) -> None:
     """Tokenizers that want a class of their own, with its file. keep: they have a tokenizer.json as well."""
-
-    def change(world: World) -> None:
-        for model in MODELS:
-            world.edit(f"{model}/tokenizer_config.json", **settings)
-            world.write(f"{model}/my_tokenizer.py", CODE)
-            if not keep:
-                (world / f"{model}/tokenizer.json").rename(world / f"{model}/vocab.json")
-
-    return change
+    for model in MODELS:
+        world.edit(f"{model}/tokenizer_config.json", **settings)
+        world.write(f"{model}/my_tokenizer.py", CODE)
+        if not keep:
+            (world / f"{model}/tokenizer.json").rename(world / f"{model}/vocab.json")
 
 
-def all_files(name: str, content: bytes) -> Callable[[World], None]:
-    def change(world: World) -> None:
-        for model in MODELS:
-            world.write(f"{model}/{name}", content)
-
-    return change
+@changing
+def all_files(world: World, name: str, content: bytes) -> None:
+    for model in MODELS:
+        world.write(f"{model}/{name}", content)
 
 
-def settings(**changes: Any) -> Callable[[World], None]:
-    def change(world: World) -> None:
-        for model in MODELS:
-            world.edit(f"{model}/tokenizer_config.json", **changes)
-
-    return change
+@changing
+def settings(world: World, /, **changes: Any) -> None:
+    for model in MODELS:
+        world.edit(f"{model}/tokenizer_config.json", **changes)
 
 
-def tokenizer(edit: Callable[[dict[str, Any]], Any]) -> Callable[[World], None]:
+@changing
+def tokenizer(world: World, edit: Callable[[dict[str, Any]], Any]) -> None:
     """All models' tokenizer.json, edited in place."""
-
-    def change(world: World) -> None:
-        for model in MODELS:
-            document = json.loads((world / f"{model}/tokenizer.json").read_text())
-            edit(document)
-            world.write(f"{model}/tokenizer.json", json.dumps(document))
-
-    return change
+    for model in MODELS:
+        document = json.loads((world / f"{model}/tokenizer.json").read_text())
+        edit(document)
+        world.write(f"{model}/tokenizer.json", json.dumps(document))
 
 
-def template(text: str) -> Callable[[World], None]:
+@changing
+def template(world: World, text: str) -> None:
     """A search whose prompts go through this chat template."""
-
-    def change(world: World) -> None:
-        settings(chat_template=text)(world)
-        records = [{"question": f"w{i} w{i + 1}", "answer": f"w5 #### {i}"} for i in range(8)]
-        world.write("problems.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-        task = {
-            "name": "chat", "kind": "gsm", "source": "problems.jsonl", "apply_chat_template": True,
-            "max_new_tokens": 4,
-        }  # fmt: skip
-        world.write("config.yaml", config(tasks=[task]))
-
-    return change
+    settings(chat_template=text)(world)
+    records = [{"question": f"w{i} w{i + 1}", "answer": f"w5 #### {i}"} for i in range(8)]
+    world.write("problems.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    task = {
+        "name": "chat", "kind": "gsm", "source": "problems.jsonl", "apply_chat_template": True,
+        "max_new_tokens": 4,
+    }  # fmt: skip
+    world.write("config.yaml", config(tasks=[task]))
 
 
 def merged_template(text: str) -> Callable[[World], None]:
@@ -87,17 +74,14 @@ def beyond(document: dict[str, Any]) -> None:
             vocabulary[token] = number + 1000
 
 
-def added(count: int, content: str = "<extra_{}>") -> Callable[[dict[str, Any]], None]:
+@changing
+def added(document: dict[str, Any], count: int, content: str = "<extra_{}>") -> None:
     """Tokens that a trainer added without a row for them."""
-
-    def edit(document: dict[str, Any]) -> None:
-        first = len(document["model"]["vocab"])
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-        document["added_tokens"] += [
-            {"id": first + i, "content": content.format(i), **flags} for i in range(count)
-        ]  # fmt: skip
-
-    return edit
+    first = len(document["model"]["vocab"])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    document["added_tokens"] += [
+        {"id": first + i, "content": content.format(i), **flags} for i in range(count)
+    ]  # fmt: skip
 
 
 def without_unknown(document: dict[str, Any]) -> None:
@@ -110,11 +94,6 @@ def without_unknown(document: dict[str, Any]) -> None:
 def unknown_words(world: World) -> None:
     record = {"prompt": "colourless green ideas", "target": "sleep"}
     world.write("tasks.jsonl", "".join(json.dumps(record) + "\n" for _ in range(8)))
-
-
-def pipe(world: World) -> None:
-    (world / "one/tokenizer.json").unlink()
-    os.mkfifo(world / "one/tokenizer.json")
 
 
 def no_tokenizer(world: World) -> None:
@@ -199,8 +178,11 @@ FILES = [
     Case("an empty file", all_files("tokenizer.json", b""), NOT_LOADED),
     Case("a cut file", all_files("tokenizer.json", b'{"version": "1.0", "model": {"type": "Wor'), NOT_LOADED),
     Case("a file that nests deep", all_files("tokenizer.json", b"[" * 10**6), NOT_LOADED),
-    Case("a pipe", pipe, ("one/tokenizer.json: ", "is no regular file")),
-    Case("a pipe, merged", pipe, ("one/tokenizer.json: ", "is no regular file"), MERGE),
+    *(
+        Case(f"a pipe{what}", instead("one/tokenizer.json", os.mkfifo), ("one/tokenizer.json: ", "is no regular file"),
+             command)
+        for what, command in (("", SEARCH), (", merged", MERGE))
+    ),
     Case("no tokenizer", no_tokenizer, ("has no tokenizer",)),
     Case("a sentencepiece model of garbage", sentencepiece, NOT_LOADED),
     Case("an unknown model", tokenizer(lambda document: document["model"].update(type="Magic")), NOT_LOADED),

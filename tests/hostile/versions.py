@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hostile import Case, World
+from hostile import Case, World, changing
 from hostile.runs import RESUME, a_run
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 12345\n"
@@ -16,11 +16,9 @@ def write(name: str, content: str | bytes) -> Any:
     return lambda world: (world / name).write_bytes(data)
 
 
-def search_on(file: str) -> Any:
-    def change(world: World) -> None:
-        world.edit("config.yaml", tasks=[{"name": "t", "kind": "likelihood", "file": file}])
-
-    return change
+@changing
+def search_on(world: World, file: str) -> None:
+    world.edit("config.yaml", tasks=[{"name": "t", "kind": "likelihood", "file": file}])
 
 
 def replaced(make: Any) -> Any:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from hostile import Case, World, config
+from hostile import Case, World, changing, config
 
 Change = Callable[[World], Any]
 JUDGING = ("judge", "config.yaml", "--out", "run")
@@ -31,14 +31,11 @@ def line(document: Any) -> bytes:
     return (document if isinstance(document, bytes) else json.dumps(document).encode()) + b"\n"
 
 
-def votes(*documents: Any, **changes: Any) -> Change:
+@changing
+def votes(world: World, /, *documents: Any, **changes: Any) -> None:
     """A votes file of a round, with these lines behind it."""
-
-    def change(world: World) -> None:
-        judged(world, **changes)
-        world.write("votes.jsonl", b"".join(map(line, (ROUND, HELDOUT, *documents))))
-
-    return change
+    judged(world, **changes)
+    world.write("votes.jsonl", b"".join(map(line, (ROUND, HELDOUT, *documents))))
 
 
 def vote(**changes: Any) -> dict[str, Any]:
@@ -61,51 +58,40 @@ def replaying(name: str, document: Any, *says: str, more: tuple[Any, ...] = ()) 
     return Case(f"replay: {name}", votes(document, *more), ("votes.jsonl:3: ", *says), REPLAY)
 
 
-def content(text: bytes) -> Change:
-    def change(world: World) -> None:
-        judged(world)
-        world.write("votes.jsonl", text)
-
-    return change
+@changing
+def content(world: World, text: bytes) -> None:
+    judged(world)
+    world.write("votes.jsonl", text)
 
 
-def choices(*documents: Any) -> Change:
-    def change(world: World) -> None:
-        judged(world)
-        world.write("choices.jsonl", b"".join(map(line, documents)))
-
-    return change
+@changing
+def choices(world: World, *documents: Any) -> None:
+    judged(world)
+    world.write("choices.jsonl", b"".join(map(line, documents)))
 
 
 def importing(name: str, document: Any, *says: str) -> Case:
     return Case(f"import: {name}", choices(document), ("choices.jsonl:1: ", *says), IMPORT)
 
 
-def piped(text: bytes) -> Change:
+@changing
+def piped(world: World, text: bytes) -> None:
     """A pipe in the place of a file of choices."""
-
-    def change(world: World) -> None:
-        judged(world)
-        os.mkfifo(world / "choices.jsonl")
-        threading.Thread(target=(world / "choices.jsonl").write_bytes, args=(text,), daemon=True).start()
-
-    return change
+    judged(world)
+    os.mkfifo(world / "choices.jsonl")
+    threading.Thread(target=(world / "choices.jsonl").write_bytes, args=(text,), daemon=True).start()
 
 
-def as_link(target: str, name: str) -> Change:
-    def change(world: World) -> None:
-        judged(world)
-        (world / name).symlink_to(target)
-
-    return change
+@changing
+def as_link(world: World, target: str, name: str) -> None:
+    judged(world)
+    (world / name).symlink_to(target)
 
 
-def as_folder(name: str) -> Change:
-    def change(world: World) -> None:
-        judged(world)
-        (world / name).mkdir()
-
-    return change
+@changing
+def as_folder(world: World, name: str) -> None:
+    judged(world)
+    (world / name).mkdir()
 
 
 def kept_votes(world: World) -> None:

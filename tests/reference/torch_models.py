@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from helpers import words
+from helpers.models import words
 
 from evojax_merge.tasks.text import TextTask
 

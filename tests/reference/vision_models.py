@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from helpers import word_tokenizer, words
+from helpers.models import word_tokenizer, words
 from PIL import Image
 
 from reference.vision_scores import load_seeing, records_score, seeing_logprobs, seeing_text
