@@ -75,10 +75,11 @@ def _command(name: str, plugin_names: tuple[str, ...] = (), distributed: bool = 
 
 
 class Command(click.Command):
-    """A command, which is named from its first imports on wherever it takes long; lists are for other programs too."""
+    """A command, which is named from its first imports on wherever it takes long, unless other programs read it."""
 
     def invoke(self, context: click.Context) -> Any:
-        if context.info_name in LISTS:
+        is_read = context.info_name in LISTS or context.params.get("quiet") or context.params.get("as_json")
+        if is_read:
             return super().invoke(context)
         from evojax_merge.system.console import working
 

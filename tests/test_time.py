@@ -83,8 +83,11 @@ def test_a_command_is_named_from_its_imports_on(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(console, "SILENCE_SECONDS", 0.1)
     monkeypatch.setattr(cli, "_start_jax", lambda: time.sleep(0.8))
     assert "plan: 0:01 so far\n" in run_here("plan", "missing.yaml", status=2).stdout
-    # Other programs read a list.
+    # Other programs read a list, and lines of JSON.
     assert "so far" not in run_here("methods").stdout
+    assert all(
+        "so far" not in run_here("search", "missing.yaml", option, status=2).stdout for option in ("--json", "--quiet")
+    )
 
 
 def test_a_generation_under_way_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
