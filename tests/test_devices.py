@@ -33,7 +33,7 @@ from evojax_merge.problem import build_problem, read_config
 from pathlib import Path
 
 path, meshes, chunks, out = Path(sys.argv[1]), *map(json.loads, sys.argv[2:4]), sys.argv[4]
-problem = open_problem(path)
+problem = build_problem(path, read_config(path, [], None))
 batched = problem.prepare().shards[0]
 genomes = np.random.default_rng(0).random((6, problem.space.dims)).astype(np.float32)
 found = {}

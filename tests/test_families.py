@@ -455,7 +455,7 @@ from evojax_merge.problem import build_problem, read_config
 from evojax_merge.steps.selection import open_evaluator
 
 path = Path(sys.argv[1])
-problem = open_problem(path)
+problem = build_problem(path, read_config(path, [], None))
 genomes = np.random.default_rng(0).random((2, problem.space.dims)).astype(np.float32)
 shared = Mesh(np.array(jax.devices()).reshape(1, 2), ("population", "model"), axis_types=(AxisType.Auto,) * 2)
 found = []

@@ -715,7 +715,7 @@ def test_the_weight_of_a_judge_is_that_of_the_config(tmp_path: Path) -> None:
     strengths = []
     for name, weights in (("plain", {}), ("weighted", {"ann": 3.0, "bob": 0.0})):
         (tmp_path / name).mkdir()
-        one = waiting_ballot(tmp_path / name, weights=weights)
+        one = waiting_ballot(tmp_path / name, judges=weights)
         asked_in_turn(one, ["ann"])
         strengths.append(abs(one.standing()["strengths"][0][1]))
         asked_in_turn(one, ["bob", "cid"])

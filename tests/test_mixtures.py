@@ -223,7 +223,7 @@ def test_a_router_may_go_with_another_component(components: list[str], groups: l
     mixture = replace(dense, architecture="mixtral")
     config = SpaceConfig.model_validate({"method": "linear", "components": components, "layers_per_group": "all"})
     space = build_space("space", config, METHODS["linear"], ["one", "two"], mixture)
-    assert space.groups[: len(groups)] == [f"layers 0-{dense.layers - 1} {group}" for group in groups]
+    assert list(space.groups[: len(groups)]) == [f"layers 0-{dense.layers - 1} {group}" for group in groups]
     if "router" in components[-1]:
         with pytest.raises(InputError, match=r"components: 'router'.*; expected each of attention, mlp, norm once"):
             build_space("space", config, METHODS["linear"], ["one", "two"], dense)

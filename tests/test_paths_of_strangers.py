@@ -182,7 +182,7 @@ ALLOWED = {
     "what the user says, in a config, a recipe or on the command line": [
         "backends/function/opening.py: model_path", "system/user_modules.py: reference_from_anywhere",
         "checkpoints/references.py: local_path", "commands/search.py: default_out",
-        "plugins.py: _load_named", "tasks/data_versions.py: _repository",
+        "plugins.py: _load_named",
         "tasks/data_versions.py: dvc_record", "tasks/data_versions.py: _recorded_md5",
         "tasks/function.py: users_module", "tasks/task.py: images", "tasks/harness.py: open_task",
         "tasks/task.py: local_file",

@@ -307,7 +307,7 @@ def test_an_interruption_waits_until_a_generation_is_saved(number, tmp_path):
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from evojax_merge import cli, interrupts\n"
+        "from evojax_merge import cli\nfrom evojax_merge.system import interrupts\n"
         "from evojax_merge.system.interrupts import defer_signals\n"
         "from evojax_merge.search.checkpoints import Checkpoints\n"
         "from evojax_merge.search.run_parts import RunFolder\n"
@@ -336,7 +336,7 @@ def test_an_interruption_where_exceptions_are_ignored_comes_a_moment_later(place
     script = tmp_path / "collect.py"
     script.write_text(
         "import gc, os, signal, sys, time\n"
-        "from evojax_merge import interrupts\n"
+        "from evojax_merge.system import interrupts\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "interrupts.install()\n"
         # As libtpu does when it is loaded.

@@ -42,7 +42,7 @@ from evojax_merge.steps.selection import open_evaluator
 if processes > 1:
     init_distributed()
 path, out = Path(sys.argv[1]), sys.argv[2]
-problem = open_problem(path, "evaluation.model=4", *json.loads(sys.argv[4]))
+problem = build_problem(path, read_config(path, ["evaluation.model=4", *json.loads(sys.argv[4])], None))
 genomes = np.random.default_rng(0).random((3, problem.space.dims)).astype(np.float32)
 devices = local_devices(4)
 print(devices.describe())

@@ -388,7 +388,7 @@ from evojax_merge.problem import build_problem, read_config
 from evojax_merge.steps.selection import open_evaluators
 import numpy as np
 path = Path(sys.argv[1])
-problem = open_problem(path)
+problem = build_problem(path, read_config(path, [], None))
 prepared = problem.prepare()
 compilations()
 compile_ahead(problem, prepared, Event())

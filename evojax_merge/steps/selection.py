@@ -72,11 +72,13 @@ def open_evaluators(
         return with_goals(problem, on, log, progress)
 
 
-def open_evaluator(problem: SearchProblem[Backend], tasks: list[Any], bank: Any = None) -> SpaceEvaluator[Any]:
+def open_evaluator(
+    problem: SearchProblem[Backend], tasks: list[Any], devices: Devices = ONE_DEVICE, bank: Any = None
+) -> SpaceEvaluator[Any]:
     """Score genomes on the prepared tasks of one split as generations are scored. bank: None: it is loaded."""
     backend = problem.backend
-    bank = backend.load(ONE_DEVICE, lambda done: None, None) if bank is None else bank
-    return backend.evaluator(bank, tasks, problem.strategy.population, ONE_DEVICE)
+    bank = backend.load(devices, lambda done: None, None) if bank is None else bank
+    return backend.evaluator(bank, tasks, problem.strategy.population, devices)
 
 
 def select_best(

@@ -71,6 +71,14 @@ class TreeSpace:
     def parents(self) -> int:
         return self.group_space.parents
 
+    @property
+    def groups(self) -> Any:
+        return self.group_space.groups
+
+    @property
+    def search_parameters(self) -> Any:
+        return self.group_space.search_parameters
+
     def averages(self, where: str, members: np.ndarray) -> np.ndarray:
         return self.group_space.averages(where, members)
 
