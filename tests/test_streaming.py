@@ -512,7 +512,7 @@ from evojax_merge.problem import build_problem, read_config
 path, out = Path(sys.argv[1]), sys.argv[2]
 answers = {}
 for place in ("device", "disk"):
-    problem = open_problem(path, f"evaluation.bank={place}")
+    problem = build_problem(path, read_config(path, [f"evaluation.bank={place}"], None))
     genomes = np.random.default_rng(0).normal(size=(4, problem.space.dims)).astype(np.float32)
     if problem.strategy.name == "pool":
         _, genomes = problem.space.baselines()
