@@ -1,1 +1,1 @@
-"""What several test files share: builders of checkpoints, tasks and configs, and commands."""
+"""Builders of checkpoints, tasks and configs, and commands."""

@@ -39,7 +39,7 @@ def assert_refused(says: Iterable[str], *arguments: object) -> None:
 
 
 def output_of(*arguments: object) -> str:
-    """What `evojax-merge` with these arguments prints, first to stdout, then to stderr; it must succeed."""
+    """The output of `evojax-merge` with these arguments, first to stdout, then to stderr; it must succeed."""
     done = run_here(*arguments)
     return done.stdout + done.stderr
 
