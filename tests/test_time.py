@@ -170,7 +170,7 @@ def test_a_plan_has_its_parts_and_an_estimate(family: Family, cache: Path) -> No
 
 
 def test_answers_are_expected_to_be_as_long_as_their_targets(family: Family) -> None:
-    """Of the most tokens that a model may write the estimate counts those of the longest target, and the bound all."""
+    """The estimate counts the tokens of the longest target, and the bound all that a model may write."""
 
     def plan(new: int) -> Plan:
         task = {"name": "words", "kind": "exact_match", "file": str(family.tasks), "heldout": 0.25}

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +25,8 @@ from evojax_merge.system.data_packages import cache_folder
 from evojax_merge.system.file_system import atomic_write, remove_file
 from evojax_merge.system.regular_file import read_regular
 
-# Kinds of tasks whose scores follow from a model and a file.
-KINDS = frozenset({"likelihood", "exact_match", "multiple_choice", "gsm", "generation"})
+# Kinds of tasks whose scores follow from a model and a file: no code runs but this program's.
+TEXT_KINDS = frozenset({"likelihood", "exact_match", "multiple_choice", "gsm", "generation"})
 # Keys of a resolved config on which the scores of a stored model do not depend, whatever the search makes of them.
 SEARCH_KEYS = frozenset({"search", "space", "data_flow", "pool", "stages", "scale", "inputs", "out", "log"})
 LIBRARIES = ("jax", "jaxlib", "numpy", "transformers", "tokenizers")
@@ -80,7 +81,7 @@ def kept_scores(document: Mapping[str, Any], processes: int) -> KeptScores | Non
     """The kept scores of a search with this resolved config. None where a task's scores do not follow from its file
     alone; and in several processes, which score a model together and may not keep the same."""
     kinds = {task.get("kind") for task in document["tasks"]}
-    return KeptScores(document) if processes == 1 and kinds <= KINDS and not document.get("plugins") else None
+    return KeptScores(document) if processes == 1 and kinds <= TEXT_KINDS and not document.get("plugins") else None
 
 
 def _by_content(value: Any, inputs: Mapping[str, str]) -> Any:
@@ -98,6 +99,7 @@ def _by_content(value: Any, inputs: Mapping[str, str]) -> Any:
     return inside or value
 
 
+@cache
 def _program() -> list[str]:
     """The parts of a score that are not in a config: this program, the libraries below it, and the device."""
     package, digest = Path(__file__).parents[1], sha256()

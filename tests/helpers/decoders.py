@@ -27,7 +27,7 @@ def logits(config: Any, model: Any, tokens: Any) -> jax.Array:
 
 
 def stored_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """Those of the model of a folder."""
+    """The logits of a folder's model."""
     return np.asarray(logits(*load_decoder(folder), tokens))
 
 

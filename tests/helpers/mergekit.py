@@ -29,7 +29,7 @@ def merge_by_mergekit(document: dict[str, Any], out: Path, folder: Path | None =
 
 
 def merge_files_by_mergekit(document: dict[str, Any], out: Path) -> Path:
-    """As mergekit-pytorch: tensors by name, of no architecture."""
+    """Merge like mergekit-pytorch does: tensors by name, of no architecture."""
     from mergekit.graph import Executor
     from mergekit.options import MergeOptions
     from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge

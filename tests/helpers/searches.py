@@ -46,12 +46,12 @@ def seeing_search(root: Path, kind: str, space: dict[str, Any]) -> dict[str, Any
 
 
 def open_problem(path: Path, *overrides: str) -> SearchProblem:
-    """What a config file asks for, with overrides as of --set."""
+    """The problem of a config file, with overrides like those of --set."""
     return build_problem(path, read_config(path, overrides, None))
 
 
 def problem_of(path: Path, document: dict[str, Any]) -> SearchProblem:
-    """What a document asks for that lies, or might lie, at `path`."""
+    """The problem of a document that lies, or might lie, at `path`."""
     return build_problem(path, config_from(path, document, [], None))
 
 

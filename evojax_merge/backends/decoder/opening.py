@@ -35,6 +35,7 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
 from evojax_merge.report.comparison import model_names
 from evojax_merge.schema.genealogy import founding_genealogy
+from evojax_merge.search.kept_scores import TEXT_KINDS
 from evojax_merge.spaces.breeding import PARENTS, BreedingSpace, genome_genes
 from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
 from evojax_merge.spaces.parameter import ParameterSpace, component_groups
@@ -49,8 +50,7 @@ from evojax_merge.system.torch_note import leave_torch_out
 from evojax_merge.tasks.task import TaskConfig
 from evojax_merge.zoo.references import recipe_reference, resolve_reference
 
-# Kinds of tasks that take nothing of torch, and run no code that might; keys of configs whose models do.
-TEXT_KINDS = frozenset({"likelihood", "exact_match", "multiple_choice", "gsm", "generation"})
+# Keys of the configs of models that take more of transformers than text models do.
 SENSES = frozenset({"vision_config", "audio_config"})
 
 
