@@ -28,7 +28,7 @@ from evojax_merge.config.documents import parse
 from evojax_merge.config.search_config import TaskFile
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
-from evojax_merge.evaluation.evaluator import DecoderEvaluator
+from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.tasks.opening import open_task, open_whole_task, resolved_config
 from evojax_merge.tasks.task import Responses, Task
 
@@ -166,7 +166,7 @@ def answers_of(model: Path, task: Task) -> tuple[np.ndarray, list[str]]:
     tokenizer = load_tokenizer(model)
     sources, config = open_sources([model])
     ((batched_task,),) = batch_tasks([[task]], tokenizer, 4096, CONTEXT, stop_tokens(model, tokenizer))
-    scores = DecoderEvaluator(config, tokenizer, [batched_task]).stored(load_stored(sources, config, 0, "float32"))
+    scores = Evaluator(config, tokenizer, [batched_task]).score_stored(load_stored(sources, config, 0, "float32"))
     return scores.log_probabilities.get(task.name, np.zeros((1, 0)))[0], scores.outputs.get(task.name, [[]])[0]
 
 

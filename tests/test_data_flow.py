@@ -40,13 +40,13 @@ from evojax_merge.checkpoints.parents import open_decoders, open_sources
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation import paths as path_evaluation
 from evojax_merge.evaluation.batched_tasks import batch_tasks
-from evojax_merge.evaluation.evaluator import DecoderEvaluator
+from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.paths import PathEvaluator, build_trie, segments
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.write import dump_yaml, path_document
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import logits
-from evojax_merge.models.paths import LayerPath, PathBank, PathSpec, materialise_path
+from evojax_merge.models.paths import LayerPath, PathBank, PathSpec
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.spaces.layer_path import IndicatorSpace, LayerEdit, MoveSpace, ScaleBounds
 from evojax_merge.tasks.text import TextTask
@@ -100,7 +100,7 @@ def test_a_parents_own_layers_give_its_logits_bit_for_bit(parents: list[File]) -
         depth = spec.configs[parent].layers
         path = LayerPath(tuple(range(first, first + depth)), (1.0,) * depth, parent)
         sources, config = open_sources([parents[parent]])
-        model, own = materialise_path(bank, path, spec.configs[0])
+        model, own = bank.materialise(path, spec.configs[0])
         np.testing.assert_array_equal(stored_logits(own, model), stored_logits(config, load_stored(sources, config)))
 
 
@@ -110,7 +110,7 @@ def test_random_paths_are_a_plain_loop_over_layers(parents: list[File], record_p
     rng = np.random.default_rng(1)
     for ends in (0, 1):
         path = random_path(rng, len(spec.origins), 6, ends)
-        model, config = materialise_path(bank, path, spec.configs[0])
+        model, config = bank.materialise(path, spec.configs[0])
         found = stored_logits(config, model)
         np.testing.assert_allclose(found, torch_path_logits(models, TOKENS, path, spec.origins, True), atol=1e-4)
         # The paper's form differs by the norms' epsilon alone.
@@ -125,7 +125,7 @@ def test_written_paths_are_the_candidates(parents: list[File], tmp_path: File) -
     for number, ends in enumerate((0, 1)):
         path = random_path(np.random.default_rng(number), len(spec.origins), 5, ends)
         out = write_path(path, spec, parents, tmp_path / f"out{number}")
-        model, config = materialise_path(bank, path, spec.configs[0])
+        model, config = bank.materialise(path, spec.configs[0])
         theirs = load_torch(out)
         assert theirs.config.num_hidden_layers == 5
         if getattr(theirs.config, "layer_types", None) is not None:
@@ -169,7 +169,7 @@ def test_models_that_are_merged_and_walked_may_be_bfloat16(tmp_path: File) -> No
     folders = make_parents(tmp_path, "llama")
     bank, spec = open_paths(folders, "bfloat16")
     path = random_path(np.random.default_rng(3), len(spec.origins), 4)
-    model, _ = materialise_path(bank, path, spec.configs[0])
+    model, _ = bank.materialise(path, spec.configs[0])
     written = state(write_path(path, spec, folders, tmp_path / "out"))
     for i in range(4):
         found = np.asarray(model.stacks["layers"]["down"][i], np.float32)
@@ -212,10 +212,10 @@ class Setting:
             for examples in (examples_in(file, kind, prompt=before + "{prompt}"),)
         ]
 
-    def evaluator(self, config: DecoderConfig | None = None) -> DecoderEvaluator:
+    def evaluator(self, config: DecoderConfig | None = None) -> Evaluator:
         tokenizer = word_tokenizer(words())
         batched_tasks = batch_tasks([self.tasks], tokenizer, 64, 256, (2,))[0]
-        return DecoderEvaluator(config or self.spec.configs[0], tokenizer, batched_tasks)
+        return Evaluator(config or self.spec.configs[0], tokenizer, batched_tasks)
 
     def paths(self) -> PathEvaluator:
         return PathEvaluator(self.evaluator(), self.bank, 12)
@@ -244,7 +244,7 @@ def test_too_large_a_pass_is_halved(setting: Setting, monkeypatch: pytest.Monkey
     scoring = batched_tasks[0].scoring
     assert scoring is not None
     largest = max(batch.tokens.size for batch in scoring.batches)
-    evaluator = DecoderEvaluator(setting.spec.configs[0], word_tokenizer(words()), batched_tasks, log=said.append)
+    evaluator = Evaluator(setting.spec.configs[0], word_tokenizer(words()), batched_tasks, log=said.append)
     found = PathEvaluator(evaluator, setting.bank, 12).evaluate(paths)
     assert said and all(text.startswith("likelihood: out of memory; going on with batches of ") for text in said)
     for name, metrics in whole.matrices.items():
@@ -260,8 +260,8 @@ def test_scores_are_those_of_the_stored_models(setting: Setting) -> None:
     paths = [random_path(rng, 7, steps, steps % 2) for steps in sample((1, 3, 5, 8), 2)]
     found = setting.paths().evaluate(paths)
     for p, path in enumerate(paths):
-        model, config = materialise_path(setting.bank, path, setting.spec.configs[0])
-        expected = setting.evaluator(config).stored(model)
+        model, config = setting.bank.materialise(path, setting.spec.configs[0])
+        expected = setting.evaluator(config).score_stored(model)
         for task in setting.tasks:
             for metric, row in expected.matrices[task.name].items():
                 np.testing.assert_allclose(found.matrices[task.name][metric][p], row[0], atol=1e-5)
@@ -477,7 +477,7 @@ def test_winner_of_a_path_search_is_a_plain_model(chain: tuple[File, File]) -> N
     assert theirs.config.num_hidden_layers == len(found["layers"])
     folders = [out / "stages/stage-1/best/model", out.parent / "parent0", out.parent / "parent1"]
     bank, spec = open_paths(folders)
-    model, config = materialise_path(bank, LayerPath(tuple(found["layers"]), tuple(found["scales"])), spec.configs[0])
+    model, config = bank.materialise(LayerPath(tuple(found["layers"]), tuple(found["scales"])), spec.configs[0])
     with torch.no_grad():
         expected = theirs(torch.tensor(TOKENS).long()).logits.numpy()
     np.testing.assert_allclose(stored_logits(config, model), expected, atol=1e-4)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from helpers.decoders import score_merges
 from helpers.families import Family, build_family
 from helpers.files import examples_in, write_lines
 from helpers.models import load_torch, tiny_config, word_tokenizer, words
@@ -22,7 +23,8 @@ from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation import batched_tasks, generation, passes
 from evojax_merge.evaluation.batched_tasks import batch_tasks
-from evojax_merge.evaluation.evaluator import DecoderEvaluator, arrays_of
+from evojax_merge.evaluation.evaluator import Evaluator
+from evojax_merge.evaluation.responses import arrays_of
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
 from evojax_merge.evaluation.targets import find_target
 from evojax_merge.models import decoder
@@ -110,9 +112,9 @@ class Setting:
 
     def evaluator(
         self, tasks: list[TextTask] | None = None, chunk: int | None = None, per_batch: int = 128
-    ) -> DecoderEvaluator:
+    ) -> Evaluator:
         batched_tasks = batch_tasks([tasks or self.tasks], self.tokenizer, per_batch, 256, (2,))[0]
-        return DecoderEvaluator(self.config, self.tokenizer, batched_tasks, chunk=chunk)
+        return Evaluator(self.config, self.tokenizer, batched_tasks, chunk=chunk)
 
     def write(self, p: int, folder: Path) -> Any:
         """Candidate p on disk, as torch loads it."""
@@ -134,7 +136,7 @@ def ties(family: Family) -> Setting:
 
 @pytest.fixture(scope="module")
 def ties_scores(ties: Setting) -> TaskScores:
-    return ties.evaluator(chunk=1).population(ties.bank, ties.spec, ties.recipes)
+    return score_merges(ties.evaluator(chunk=1), ties.bank, ties.spec, ties.recipes)
 
 
 def test_population_scores_equal_models_on_disk(ties: Setting, ties_scores: TaskScores, tmp_path: Path) -> None:
@@ -158,7 +160,7 @@ def test_population_scores_equal_models_on_disk(ties: Setting, ties_scores: Task
 )
 def test_other_methods_score_what_they_materialise(method: str, family: Family, tmp_path: Path) -> None:
     setting = Setting(family, method)
-    scores = setting.evaluator([setting.short]).population(setting.bank, setting.spec, setting.recipes)
+    scores = score_merges(setting.evaluator([setting.short]), setting.bank, setting.spec, setting.recipes)
     model = setting.write(1, tmp_path / "model")
     expected = [text_logprobs(model, e.prompt, e.targets[0]).mean() for e in setting.short.examples]
     found = scores.matrices["text"]["log_probability"][1]
@@ -171,7 +173,7 @@ def test_untied_biased_models_and_bfloat16_export(tmp_path: Path) -> None:
     family = build_family(tmp_path / "family", tiny_config("qwen2"), dtype=torch.bfloat16)
     setting = Setting(family, "dare_ties", "bfloat16")
     assert "head" in setting.bank.shared
-    scores = setting.evaluator([setting.short]).population(setting.bank, setting.spec, setting.recipes)
+    scores = score_merges(setting.evaluator([setting.short]), setting.bank, setting.spec, setting.recipes)
     model = setting.write(0, tmp_path / "model")
     expected = [text_logprobs(model, e.prompt, e.targets[0]).mean() for e in setting.short.examples]
     found = scores.matrices["text"]["log_probability"][0]
@@ -179,7 +181,7 @@ def test_untied_biased_models_and_bfloat16_export(tmp_path: Path) -> None:
     assert open_sources([tmp_path / "model"])[0].entry(0, "lm_head.weight").dtype == jnp.bfloat16
     # Unrounded it would score otherwise, so that the equality above says something.
     wide = replace(setting.spec, export_dtype="float32")
-    unrounded = setting.evaluator([setting.short]).population(setting.bank, wide, setting.recipes)
+    unrounded = score_merges(setting.evaluator([setting.short]), setting.bank, wide, setting.recipes)
     assert np.abs(unrounded.matrices["text"]["log_probability"][0] - found).min() > 1e-4
 
 
@@ -187,7 +189,7 @@ def test_untied_biased_models_and_bfloat16_export(tmp_path: Path) -> None:
 def test_scores_do_not_depend_on_the_chunk(chunk: int, population: int, ties: Setting, ties_scores: TaskScores) -> None:
     """Neither where the last chunk is filled up, nor where there are fewer candidates than a chunk takes."""
     recipes = jax.tree.map(lambda leaf: leaf[:population], ties.recipes)
-    scores = ties.evaluator(chunk=chunk).population(ties.bank, ties.spec, recipes)
+    scores = score_merges(ties.evaluator(chunk=chunk), ties.bank, ties.spec, recipes)
     assert scores.outputs == {name: texts[:population] for name, texts in ties_scores.outputs.items()}
     for name, metrics in ties_scores.matrices.items():
         for metric, expected in metrics.items():
@@ -197,7 +199,7 @@ def test_scores_do_not_depend_on_the_chunk(chunk: int, population: int, ties: Se
 def test_scores_do_not_depend_on_the_batches(ties: Setting, ties_scores: TaskScores) -> None:
     evaluator = ties.evaluator(ties.tasks[::2], chunk=1, per_batch=4)
     assert all(request.batches >= 4 for request in evaluator.batched_tasks)
-    scores = evaluator.population(ties.bank, ties.spec, ties.recipes)
+    scores = score_merges(evaluator, ties.bank, ties.spec, ties.recipes)
     assert scores.outputs == ties_scores.outputs
     for name, metrics in scores.matrices.items():
         for metric, found in metrics.items():
@@ -210,12 +212,12 @@ def test_generation_of_a_population_equals_each_alone(ties: Setting, ties_scores
     assert len({text for row in outputs for text in row}) > 4
     for p in range(POPULATION):
         alone = jax.tree.map(lambda leaf, p=p: leaf[p : p + 1], ties.recipes)
-        assert evaluator.population(ties.bank, ties.spec, alone).outputs["words"] == [outputs[p]]
+        assert score_merges(evaluator, ties.bank, ties.spec, alone).outputs["words"] == [outputs[p]]
 
 
 def test_stored_model_scores_as_torch_does(ties: Setting, family: Family) -> None:
     sources, config = open_sources([family.parents[1]])
-    scores = ties.evaluator().stored(load_stored(sources, config))
+    scores = ties.evaluator().score_stored(load_stored(sources, config))
     for name, metrics in torch_scores(load_torch(family.parents[1]), ties.tasks).items():
         for metric, expected in metrics.items():
             np.testing.assert_allclose(scores.matrices[name][metric], expected[None], atol=1e-4)
@@ -223,13 +225,13 @@ def test_stored_model_scores_as_torch_does(ties: Setting, family: Family) -> Non
 
 def test_whole_weight_on_one_parent_scores_as_that_parent(family: Family) -> None:
     setting = Setting(family, "ties")
-    stored = setting.evaluator().stored(load_stored(*open_sources([family.parents[0]])))
+    stored = setting.evaluator().score_stored(load_stored(*open_sources([family.parents[0]])))
     recipes = setting.random_recipes(1)
     for parameters in (recipes.stacks[LAYERS], *recipes.shared.values()):
         parameters["weight"] = np.broadcast_to(np.float32([1, 0]), parameters["weight"].shape)
         parameters["density"] = np.ones_like(parameters["density"])
         parameters["lambda"] = np.ones_like(parameters["lambda"])
-    merged = setting.evaluator().population(setting.bank, setting.spec, recipes)
+    merged = score_merges(setting.evaluator(), setting.bank, setting.spec, recipes)
     for name, metrics in stored.matrices.items():
         for metric, expected in metrics.items():
             np.testing.assert_allclose(merged.matrices[name][metric], expected, atol=1e-4)
@@ -265,7 +267,7 @@ def test_failed_candidate_has_no_fitness_and_harms_no_other(ties: Setting, ties_
     recipes.stacks[LAYERS]["weight"][0, 1] = np.nan
     recipes.stacks[LAYERS]["lambda"][1] = 3e38
     for chunk in (1, CHUNK):
-        scores = ties.evaluator(chunk=chunk).population(ties.bank, ties.spec, recipes)
+        scores = score_merges(ties.evaluator(chunk=chunk), ties.bank, ties.spec, recipes)
         found, expected = fitness(ties.tasks, scores), fitness(ties.tasks, ties_scores)
         assert np.isfinite(expected).all()
         assert np.isnan(found).tolist() == [True, True, False]
@@ -302,13 +304,13 @@ def test_fitness_is_the_weighted_mean_of_the_tasks_metrics() -> None:
 def test_later_generations_compile_nothing(ties: Setting) -> None:
     evaluator = ties.evaluator(chunk=CHUNK)
     compiled_passes = [passes.score, passes.materialise, passes.prefill, passes.decode]
-    evaluator.population(ties.bank, ties.spec, ties.random_recipes(POPULATION, seed=1))
+    score_merges(evaluator, ties.bank, ties.spec, ties.random_recipes(POPULATION, seed=1))
     compiled = [function._cache_size() for function in compiled_passes]
     assert all(compiled)
     for seed in (2, 3):
-        evaluator.population(ties.bank, ties.spec, ties.random_recipes(POPULATION, seed=seed))
+        score_merges(evaluator, ties.bank, ties.spec, ties.random_recipes(POPULATION, seed=seed))
     # Nor does a population of another size: chunks are filled up.
-    evaluator.population(ties.bank, ties.spec, ties.random_recipes(POPULATION + 2, seed=4))
+    score_merges(evaluator, ties.bank, ties.spec, ties.random_recipes(POPULATION + 2, seed=4))
     assert [function._cache_size() for function in compiled_passes] == compiled
 
 
@@ -318,11 +320,11 @@ def test_other_splits_of_the_tasks_compile_nothing(ties: Setting) -> None:
     searched = [replace(task, examples=task.examples[::2]) for task in full]
     heldout = [replace(task, examples=task.examples[1::2]) for task in full]
     splits = batch_tasks([searched, full, heldout], ties.tokenizer, 128, 256, (2,))
-    evaluators = [DecoderEvaluator(ties.config, ties.tokenizer, batched_tasks, chunk=1) for batched_tasks in splits]
+    evaluators = [Evaluator(ties.config, ties.tokenizer, batched_tasks, chunk=1) for batched_tasks in splits]
     compiled_passes = [passes.score, passes.prefill, passes.decode]
-    scores = [evaluators[1].population(ties.bank, ties.spec, ties.recipes)]
+    scores = [score_merges(evaluators[1], ties.bank, ties.spec, ties.recipes)]
     compiled = [function._cache_size() for function in compiled_passes]
-    scores += [other.population(ties.bank, ties.spec, ties.recipes) for other in (evaluators[0], evaluators[2])]
+    scores += [score_merges(other, ties.bank, ties.spec, ties.recipes) for other in (evaluators[0], evaluators[2])]
     assert [function._cache_size() for function in compiled_passes] == compiled
     for name, metrics in scores[0].matrices.items():
         for metric, whole in metrics.items():
@@ -333,10 +335,10 @@ def test_other_splits_of_the_tasks_compile_nothing(ties: Setting) -> None:
 def test_progress_is_reported_once_per_candidate_and_batch(ties: Setting) -> None:
     for chunk in (1, CHUNK):
         evaluator, told = ties.evaluator(chunk=chunk), []
-        evaluator.population(ties.bank, ties.spec, ties.recipes, told.append)
+        score_merges(evaluator, ties.bank, ties.spec, ties.recipes, told.append)
         assert sum(told) == evaluator.passes(POPULATION)
     evaluator, told = ties.evaluator(), []
-    evaluator.stored(load_stored(*open_sources([ties.family.base])), told.append)
+    evaluator.score_stored(load_stored(*open_sources([ties.family.base])), told.append)
     assert sum(told) == evaluator.passes(1)
 
 
@@ -349,7 +351,7 @@ def test_chunk_is_chosen_from_the_memory_that_the_compiler_reports(ties: Setting
         evaluator = ties.evaluator(tasks)
         if budget is not None:
             evaluator = replace(evaluator, target=find_target("test", "h100"), free_memory=lambda: budget)
-        scores = evaluator.population(ties.bank, ties.spec, ties.random_recipes(5))
+        scores = score_merges(evaluator, ties.bank, ties.spec, ties.random_recipes(5))
         assert np.isfinite(fitness(tasks, scores)).all()
         (request,) = evaluator.batched_tasks
         assert request.scoring is not None
@@ -404,11 +406,11 @@ def test_what_is_shared_is_computed_as_if_it_were_not(
         part = request.scoring or request.prompts
         assert part is not None and len(part.shared_prefix) >= 40
         assert part.computed < 0.7 * part.tokens
-    found = shared.population(setting.bank, setting.spec, setting.recipes)
+    found = score_merges(shared, setting.bank, setting.spec, setting.recipes)
     monkeypatch.setattr(batches, "MIN_SHARED_PREFIX", 10**6)
     monkeypatch.setattr(batched_tasks, "_task_shapes", unshared)
     plain = setting.evaluator(tasks)
-    expected = plain.population(setting.bank, setting.spec, setting.recipes)
+    expected = score_merges(plain, setting.bank, setting.spec, setting.recipes)
     assert found.outputs == expected.outputs
     for task in tasks:
         for metric, matrix in expected.matrices[task.name].items():
@@ -432,7 +434,7 @@ def test_a_question_is_computed_once_for_its_choices(ties: Setting) -> None:
 
 def test_a_stop_text_ends_an_output_and_the_generation(ties: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     task = replace(ties.tasks[2], max_new_tokens=24)
-    whole = ties.evaluator([task]).population(ties.bank, ties.spec, ties.recipes).outputs["words"]
+    whole = score_merges(ties.evaluator([task]), ties.bank, ties.spec, ties.recipes).outputs["words"]
     # A word that every output has after at most a few.
     stop = tuple({text.split()[3] for row in whole for text in row})
     monkeypatch.setattr(generation, "STOP_CHECK_INTERVAL", 4)
@@ -440,7 +442,7 @@ def test_a_stop_text_ends_an_output_and_the_generation(ties: Setting, monkeypatc
     decode = passes.decode
     monkeypatch.setattr(passes, "decode", lambda *given: rounds.append(1) or decode(*given))
     cut = ties.evaluator([replace(task, stop=stop)], chunk=CHUNK)
-    found = cut.population(ties.bank, ties.spec, ties.recipes).outputs["words"]
+    found = score_merges(cut, ties.bank, ties.spec, ties.recipes).outputs["words"]
     assert found == [[cut_at_stop(text, stop) for text in row] for row in whole]
     (request,) = cut.batched_tasks
     assert request.prompts is not None
@@ -471,7 +473,7 @@ def test_too_large_a_pass_is_halved(ties: Setting, ties_scores: TaskScores, monk
     evaluator, told = ties.evaluator(chunk=CHUNK), []
     expected_passes = evaluator.passes(POPULATION)
     evaluator.log = said.append
-    scores = evaluator.population(ties.bank, ties.spec, ties.recipes, told.append)
+    scores = score_merges(evaluator, ties.bank, ties.spec, ties.recipes, told.append)
     for name, metrics in ties_scores.matrices.items():
         for metric, matrix in metrics.items():
             np.testing.assert_allclose(scores.matrices[name][metric], matrix, atol=1e-5)
@@ -480,7 +482,7 @@ def test_too_large_a_pass_is_halved(ties: Setting, ties_scores: TaskScores, monk
     assert sum(told) >= expected_passes
     # What was learnt is kept.
     said.clear()
-    evaluator.population(ties.bank, ties.spec, ties.recipes)
+    score_merges(evaluator, ties.bank, ties.spec, ties.recipes)
     assert not said
 
 
@@ -490,4 +492,4 @@ def test_what_fits_nowhere_fails(ties: Setting, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(passes, "score", never)
     with pytest.raises(Failed, match="out of memory with one candidate and one row a pass"):
-        ties.evaluator(chunk=CHUNK).population(ties.bank, ties.spec, ties.recipes)
+        score_merges(ties.evaluator(chunk=CHUNK), ties.bank, ties.spec, ties.recipes)

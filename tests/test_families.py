@@ -37,14 +37,14 @@ from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.parents import open_decoders, tensor_shapes
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
-from evojax_merge.evaluation.evaluator import DecoderEvaluator
+from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.paths import PathEvaluator
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.schema import parse_recipe
 from evojax_merge.mergekit.write import dump_yaml, path_document
 from evojax_merge.models.architecture import find_architecture, model_types
 from evojax_merge.models.config import NO_WINDOW
-from evojax_merge.models.paths import LayerPath, PathSpec, materialise_path
+from evojax_merge.models.paths import LayerPath, PathSpec
 from evojax_merge.tasks.text import TextTask
 
 VOCAB = 64
@@ -310,9 +310,9 @@ class Models:
         examples = examples_in(self.file, "multiple_choice")
         return TextTask("choice", "multiple_choice", "margin", 1.0, str(self.file), tuple(examples))
 
-    def evaluator(self, config: Any) -> DecoderEvaluator:
+    def evaluator(self, config: Any) -> Evaluator:
         tokenizer = word_tokenizer(words(VOCAB))
-        return DecoderEvaluator(config, tokenizer, batch_tasks([[self.task()]], tokenizer, 256, 256, (2,))[0])
+        return Evaluator(config, tokenizer, batch_tasks([[self.task()]], tokenizer, 256, 256, (2,))[0])
 
 
 def say_in_older_words(config: dict[str, Any], older: dict[str, Any]) -> None:
@@ -385,7 +385,7 @@ def test_what_is_shared_is_computed_as_if_it_were_not(models: Models) -> None:
     (batched_task,) = evaluator.batched_tasks
     assert batched_task.scoring is not None and len(batched_task.scoring.shared_prefix) >= 32
     assert batched_task.scoring.computed < 0.4 * batched_task.scoring.tokens
-    assert_margins(evaluator.stored(model), load_torch(models.base), models)
+    assert_margins(evaluator.score_stored(model), load_torch(models.base), models)
 
 
 def test_a_layer_path_is_exported_as_it_was_scored(models: Models, tmp_path: Path) -> None:
@@ -400,7 +400,7 @@ def test_a_layer_path_is_exported_as_it_was_scored(models: Models, tmp_path: Pat
     theirs = load_reported(tmp_path / "out")
     assert_margins(PathEvaluator(models.evaluator(configs[0]), bank, 5).evaluate([path]), theirs, models)
     # To the bit what is evaluated, whatever it is that the scales are folded into.
-    model, config = materialise_path(bank, path, configs[0])
+    model, config = bank.materialise(path, configs[0])
     assert load_decoder(tmp_path / "out")[0] == replace(config, head_is_embedding=configs[0].head_is_embedding)
     written = state(tmp_path / "out")
     for name, values in stored_tensors(model, config):

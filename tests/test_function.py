@@ -25,7 +25,7 @@ from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
-from evojax_merge.evaluation.evaluator import DecoderEvaluator
+from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.tasks.function import FunctionConfig, FunctionFailed
 from evojax_merge.tasks.opening import open_task, open_whole_task, resolved_config
 from evojax_merge.tasks.task import Responses, Task
@@ -113,7 +113,7 @@ def score_stored(family: Family, task: Task, tokens_per_batch: int = 64) -> np.n
     """One model's scores, by the evaluator."""
     sources, config = open_sources([family.base])
     ((batched_tasks, *_),) = batch_tasks([[task]], word_tokenizer(words()), tokens_per_batch, 256, (2,))
-    scores = DecoderEvaluator(config, word_tokenizer(words()), [batched_tasks]).stored(load_stored(sources, config))
+    scores = Evaluator(config, word_tokenizer(words()), [batched_tasks]).score_stored(load_stored(sources, config))
     return scores.matrices["mine"]["score"][0]
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.commands import run_here
+from helpers.decoders import differentiate_merges, score_merges
 from helpers.families import Family, build_family
 from helpers.files import write_json, write_lines
 from helpers.models import tiny_config
@@ -24,8 +25,8 @@ from test_kernels import draws_of, expected_merge, make_models, on_device, sourc
 import evojax_merge as em
 from evojax_merge.config.search_config import GradientConfig
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation import evaluator as evaluation
-from evojax_merge.evaluation import passes, populations
+from evojax_merge.evaluation import passes
+from evojax_merge.evaluation.routes import whole
 from evojax_merge.evaluation.scores import Scores, fitness
 from evojax_merge.models.bank import Recipe, take_candidate
 from evojax_merge.schema.yaml_reader import load_yaml
@@ -167,7 +168,7 @@ def differences(setting: Setting, evaluator: Any, recipe: Recipe, step: float = 
                 changed[i][place] += by
                 moved.append(changed)
     population = structure.unflatten([np.stack(column) for column in zip(*moved, strict=True)])
-    values = fitness(evaluator.tasks, evaluator.population(setting.bank, setting.spec, population))
+    values = fitness(evaluator.tasks, score_merges(evaluator, setting.bank, setting.spec, population))
     slopes, begin = [], 0
     for leaf in leaves:
         own = values[begin : begin + 2 * leaf.size].reshape(*leaf.shape, 2)
@@ -195,8 +196,8 @@ def differentiable_tasks(setting: Setting) -> list[Any]:
 
 def test_gradients_of_recipes_equal_differences_of_scores(linear: Setting) -> None:
     evaluator = linear.evaluator(differentiable_tasks(linear))
-    scores, gradients = evaluator.population_gradient(linear.bank, linear.spec, linear.recipes)
-    plainly = evaluator.population(linear.bank, linear.spec, linear.recipes)
+    scores, gradients = differentiate_merges(evaluator, linear.bank, linear.spec, linear.recipes)
+    plainly = score_merges(evaluator, linear.bank, linear.spec, linear.recipes)
     for task in evaluator.tasks:
         np.testing.assert_allclose(
             scores.matrices[task.name][task.metric], plainly.matrices[task.name][task.metric], rtol=1e-5, atol=1e-5
@@ -212,11 +213,11 @@ def test_layers_merged_on_the_way_have_the_gradients_of_whole_candidates(
     setting = Setting(family, method)
     tasks = [behind_header(setting.short, 20)]
     recipes = setting.random_recipes(2)
-    _, whole = setting.evaluator(tasks).population_gradient(setting.bank, setting.spec, recipes)
-    monkeypatch.setattr(evaluation, "MATERIALISE_FRACTION", 0)
+    _, materialised = differentiate_merges(setting.evaluator(tasks), setting.bank, setting.spec, recipes)
+    monkeypatch.setattr(whole, "MATERIALISE_FRACTION", 0)
     evaluator = setting.evaluator(tasks, chunk=2)
-    _, streamed = evaluator.population_gradient(setting.bank, setting.spec, recipes)
-    assert_gradients_close(streamed, whole, 1e-3)
+    _, streamed = differentiate_merges(evaluator, setting.bank, setting.spec, recipes)
+    assert_gradients_close(streamed, materialised, 1e-3)
 
 
 @pytest.mark.parametrize("kind", sample(["mistral", "qwen3", "mixtral"], 1))
@@ -224,7 +225,7 @@ def test_layers_merged_on_the_way_have_the_gradients_of_whole_candidates(
 def test_other_architectures_have_gradients(kind: str, tmp_path: Path) -> None:
     setting = Setting(build_family(tmp_path, tiny_config(kind)), "task_arithmetic")
     evaluator = setting.evaluator([setting.short])
-    _, gradients = evaluator.population_gradient(setting.bank, setting.spec, setting.recipes)
+    _, gradients = differentiate_merges(evaluator, setting.bank, setting.spec, setting.recipes)
     expected = differences(setting, evaluator, take_candidate(setting.recipes, 0))
     assert_gradients_close(take_candidate(gradients, 0), expected)
 
@@ -233,10 +234,10 @@ def test_a_failed_candidate_has_no_gradient_and_harms_no_other(linear: Setting) 
     tasks = differentiable_tasks(linear)
     recipes = plain(linear.recipes)
     recipes.stacks["layers"]["weight"][1] = 1e30
-    scores, gradients = linear.evaluator(tasks).population_gradient(linear.bank, linear.spec, recipes)
+    scores, gradients = differentiate_merges(linear.evaluator(tasks), linear.bank, linear.spec, recipes)
     values = fitness(tasks, scores)
     assert np.isnan(values[1]) and np.isfinite(values[[0, 2]]).all()
-    _, expected = linear.evaluator(tasks).population_gradient(linear.bank, linear.spec, linear.recipes)
+    _, expected = differentiate_merges(linear.evaluator(tasks), linear.bank, linear.spec, linear.recipes)
     for p in (0, 2):
         assert_gradients_close(take_candidate(gradients, p), take_candidate(expected, p), 1e-5)
 
@@ -244,10 +245,10 @@ def test_a_failed_candidate_has_no_gradient_and_harms_no_other(linear: Setting) 
 def test_later_generations_compile_nothing_for_gradients(linear: Setting) -> None:
     evaluator = linear.evaluator(differentiable_tasks(linear))
     compiled_passes = [passes.score_gradient, passes.prefix_gradient, passes.recipe_gradient, passes.add]
-    evaluator.population_gradient(linear.bank, linear.spec, linear.random_recipes(2, 1))
+    differentiate_merges(evaluator, linear.bank, linear.spec, linear.random_recipes(2, 1))
     compiled = [function._cache_size() for function in compiled_passes]
     assert all(compiled)
-    evaluator.population_gradient(linear.bank, linear.spec, linear.random_recipes(2, 2))
+    differentiate_merges(evaluator, linear.bank, linear.spec, linear.random_recipes(2, 2))
     assert [function._cache_size() for function in compiled_passes] == compiled
 
 
@@ -259,10 +260,8 @@ def test_a_gradient_pass_keeps_a_state_per_layer(tmp_path: Path) -> None:
         setting = Setting(build_family(tmp_path / str(layers), tiny_config(num_hidden_layers=layers)), "linear")
         evaluator = setting.evaluator([setting.tasks[0]], per_batch=1024)
         (batched_task,) = evaluator.batched_tasks
-        population = populations.DifferentiableMerges(
-            passes.DifferentiableFactory(setting.spec, "float32"), setting.bank, plain(setting.recipes)
-        )
-        temporaries.append(evaluator._gradient_temporaries(population, batched_task, 1))
+        population = evaluator.merges(setting.bank, setting.spec, setting.recipes).differentiable()
+        temporaries.append(whole.gradient_temporaries(evaluator, population, batched_task, 1))
         assert batched_task.scoring is not None
         tokens = max(batch.tokens.size for batch in batched_task.scoring.batches)
     # Float32 states of 48 numbers, and what the compiler keeps of parameters and gradients.
@@ -403,17 +402,17 @@ def test_a_search_by_gradients_that_was_stopped_is_the_same_search(
 ) -> None:
     if kind == "multiple_choice":
         search = search | {"generations": 4}
-    whole = document(family, "likelihood" if kind == "path" else kind, **search)
+    config = document(family, "likelihood" if kind == "path" else kind, **search)
     if kind == "path":
-        whole["space"], whole["data_flow"] = None, {"moves": 3, "window": 2}
+        config["space"], config["data_flow"] = None, {"moves": 3, "window": 2}
     if kind == "multiple_choice":
-        whole["tasks"][0]["metric"] = "margin"
+        config["tasks"][0]["metric"] = "margin"
         records = [
             {"prompt": f"w{i} w{i + 1}", "choices": [f"w{i + 2}", f"w{i + 3} w4"], "answer": i % 2}
             for i in range(5, 17)
         ]
-        whole["tasks"][0]["file"] = str(write_lines(tmp_path / "choices.jsonl", records))
-    em.evolve(whole, out=tmp_path / "whole")
+        config["tasks"][0]["file"] = str(write_lines(tmp_path / "choices.jsonl", records))
+    em.evolve(config, out=tmp_path / "whole")
 
     class Stopped(Exception):
         pass
@@ -423,9 +422,9 @@ def test_a_search_by_gradients_that_was_stopped_is_the_same_search(
             raise Stopped
 
     with pytest.raises(Stopped):
-        em.evolve(whole, out=tmp_path / "parts", on_generation=stop)
+        em.evolve(config, out=tmp_path / "parts", on_generation=stop)
     assert len(history(tmp_path / "parts").splitlines()) == 2
-    em.evolve(whole, out=tmp_path / "parts", resume=True)
+    em.evolve(config, out=tmp_path / "parts", resume=True)
     assert history(tmp_path / "parts") == history(tmp_path / "whole")
     for name in ("result.json", "best/model/model.safetensors"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -28,7 +28,7 @@ from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.commands import evaluate as evaluate_command
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
-from evojax_merge.evaluation.evaluator import DecoderEvaluator
+from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.problem import resolved_document
 from evojax_merge.tasks import patterns, task_folders
 from evojax_merge.tasks.harness import HarnessConfig, HarnessTask, is_benchmark, open_task
@@ -153,7 +153,7 @@ def score_both(model: Path, folder: Path, names: Sequence[str], context: int, **
     seen: dict[str, Responses] = {}
     # What the evaluator hands to a task is recorded on its way.
     spies = [replace(request, task=Spy(request.task, seen)) for request in batched_tasks]
-    scores = DecoderEvaluator(config, tokenizer, spies).stored(load_stored(sources, config, 0, "float32"))
+    scores = Evaluator(config, tokenizer, spies).score_stored(load_stored(sources, config, 0, "float32"))
     return {
         name: Scored(
             theirs["results"][name], theirs["samples"][name], task, seen[name], scores.matrices[name],

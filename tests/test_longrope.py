@@ -14,7 +14,7 @@ from reference.torch_models import torch_logits, torch_logprobs
 
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
-from evojax_merge.evaluation.evaluator import DecoderEvaluator
+from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.tasks.text import TextTask
 
 # Where the factors change.
@@ -87,7 +87,7 @@ def test_rows_on_both_sides_share_nothing(folder: Path, tmp_path: Path) -> None:
     ids = {word: i for i, word in enumerate(words(64))}
     tasks = [task(write_lines(tmp_path / "texts.jsonl", texts([36, 39, 40, 60])), "multiple_choice", "margin")]
     batched = batch_tasks([tasks], tokenizer, 256, 160, (2,), 64, config.position_switch)[0]
-    found = DecoderEvaluator(config, tokenizer, batched).stored(model).matrices["multiple_choice"]["margin"][0]
+    found = Evaluator(config, tokenizer, batched).score_stored(model).matrices["multiple_choice"]["margin"][0]
     model, expected = load_torch(folder), []
     for example in tasks[0].examples:
         totals = []

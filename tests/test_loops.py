@@ -14,7 +14,7 @@ from evojax_merge.checkpoints.bank import load_path_bank, load_stored
 from evojax_merge.checkpoints.parents import open_decoders, open_sources
 from evojax_merge.errors import InputError
 from evojax_merge.models.decoder import logits
-from evojax_merge.models.paths import LayerPath, PathSpec, materialise_path
+from evojax_merge.models.paths import LayerPath, PathSpec
 from evojax_merge.zoo import loops
 
 SHORT = loops.Plan(base_steps=1, plus_steps=1, times_steps=1, search_sums=12, heldout_sums=20)
@@ -71,7 +71,7 @@ def test_what_is_trained_in_loops_is_a_path_of_the_written_model(family: Path) -
     tokens = loops.training_batch(np.random.default_rng(0), 6, ("plus",))[:, 0]
     for count in (1, 4):
         layers = (0, *(1, 2) * count, 3)
-        path, expected_config = materialise_path(bank, LayerPath(layers, (1.0,) * len(layers)), config)
+        path, expected_config = bank.materialise(LayerPath(layers, (1.0,) * len(layers)), config)
         deep_config, deep = loops.with_loops(config, model, count)
         assert deep_config == expected_config
         found, expected = (

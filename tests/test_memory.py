@@ -14,8 +14,8 @@ from helpers.sampling import sample, thorough
 from merge_kernels import METHODS
 
 from evojax_merge.evaluation import passes
-from evojax_merge.evaluation.evaluator import arrays_of
 from evojax_merge.evaluation.passes import LazyMergeFactory
+from evojax_merge.evaluation.responses import arrays_of
 from evojax_merge.models import decoder
 from evojax_merge.models.architecture import COMPONENTS, LAYERS, Leaf, dimensions, shared_leaves, stack_leaves
 from evojax_merge.models.bank import Bank, LeafBank, MergeSpec, Recipe

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers.commands import refusal
+from helpers.decoders import score_merges
 from helpers.families import Family, build_family
 from helpers.files import edit_json, write_lines, write_yaml
 from helpers.mergekit import assert_same_weights
@@ -238,7 +239,7 @@ def test_candidates_side_by_side_score_as_they_do_alone(
     config = tiny_config("mixtral", num_hidden_layers=2, intermediate_size=mlp)
     setting = Setting(build_family(tmp_path, config), "ties")
     alone, together = (
-        setting.evaluator([setting.short], chunk=chunk).population(setting.bank, setting.spec, setting.recipes)
+        score_merges(setting.evaluator([setting.short], chunk=chunk), setting.bank, setting.spec, setting.recipes)
         for chunk in (1, 3)
     )
     for metric, expected in alone.matrices["text"].items():

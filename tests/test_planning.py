@@ -394,9 +394,9 @@ def test_a_plans_flops_and_temporaries_are_the_compilers(family: Family) -> None
     plan = make_plan(problem, batched := problem.prepare())
     assert plan.fits and plan.candidate.flops > 0 and plan.run.flops > 3 * plan.generation.flops
     assert plan.generation.flops == pytest.approx(4 * plan.candidate.flops)
-    from evojax_merge.evaluation.evaluator import DecoderEvaluator
+    from evojax_merge.evaluation.evaluator import Evaluator
 
-    evaluator = DecoderEvaluator(
+    evaluator = Evaluator(
         problem.backend.models.decoder, problem.backend.models.tokenizer, batched.shards[0], target=problem.target
     )
     population = problem.backend.candidates.planned_population(evaluator, 1, anywhere)

@@ -23,7 +23,7 @@ from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.config.documents import parse
 from evojax_merge.config.search_config import TaskFile
 from evojax_merge.evaluation.batched_tasks import batch_tasks
-from evojax_merge.evaluation.evaluator import DecoderEvaluator
+from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.models import layers
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import logits
@@ -173,7 +173,7 @@ def test_worked_problems_are_written_as_transformers_writes_them(
     task = TextTask("problems", "exact_match", "accuracy", 1.0, "problems", examples, FIFTY_TOKENS)
     config, model = ours
     batched_tasks = batch_tasks([[task]], tokenizer, 2048, 8192, (tokenizer.eos_token_id,))[0]
-    found = DecoderEvaluator(config, tokenizer, batched_tasks).stored(model).outputs["problems"][0]
+    found = Evaluator(config, tokenizer, batched_tasks).score_stored(model).outputs["problems"][0]
     expected, logits_ = torch_greedy(theirs, tokenizer, prompts)
     for prompt, text, wanted, rows in zip(prompts, found, expected, logits_, strict=True):
         if text == wanted:

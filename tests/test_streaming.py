@@ -25,13 +25,13 @@ from hostile import run_command, run_python, start_command
 from test_adapters import adapter
 from test_quantised import quantised
 
-from evojax_merge.backends.decoder import bank_place
+from evojax_merge.backends.decoder import placements
 from evojax_merge.checkpoints import bank
 from evojax_merge.checkpoints.folder import MappedFile
 from evojax_merge.checkpoints.members import MembersInFiles, Tensors, member_folders
 from evojax_merge.checkpoints.writer import TensorSpec
 from evojax_merge.errors import Failed, InputError
-from evojax_merge.evaluation.pool import StreamedPoolEvaluator
+from evojax_merge.evaluation.pool import children_by_layer
 from evojax_merge.schema.genealogy import FIRST, GENES, METHOD, NUMBER, SECOND, Member, founder_genomes
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.steps.selection import open_evaluator
@@ -488,7 +488,7 @@ def run_files(run: Path) -> dict[str, bytes]:
 
 
 def test_a_host_that_is_too_small_is_told_of_the_disk(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bank_place, "available_memory", lambda: 1000)
+    monkeypatch.setattr(placements, "available_memory", lambda: 1000)
     with pytest.raises(InputError, match=r"host: the models take .* of the host's memory, and .* available; take disk"):
         scorer(write_config(family.root, tasks=[TEXT]), "host")
     pool = write_pool(family.root, tasks=[TEXT])
@@ -496,7 +496,7 @@ def test_a_host_that_is_too_small_is_told_of_the_disk(family: Family, monkeypatc
         with pytest.raises(InputError, match=rf"{place}: the models take .* of the host's memory, and .*; take disk"):
             scorer(pool, place)
     # No place is named: the members are in files.
-    assert isinstance(scorer(pool, "auto").evaluator, StreamedPoolEvaluator)
+    assert scorer(pool, "auto").evaluator.populations is children_by_layer
 
 
 MESH_PROGRAM = """

@@ -38,7 +38,7 @@ from evojax_merge.benchmarks.scored_rows import of_rows, work
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.evaluation.batched_tasks import BatchedTask, shared_and_padding
-from evojax_merge.evaluation.evaluator import MergeEvaluator
+from evojax_merge.evaluation.evaluator import PopulationEvaluator
 from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.schema.yaml_reader import load_yaml
 from evojax_merge.search.genomes import SpaceEvaluator
@@ -87,7 +87,7 @@ def problem_for(folder: Path, task: dict[str, Any], method: str, population: int
     return build_problem(path, read_config(path, [], None))
 
 
-def opened(problem: SearchProblem) -> tuple[SpaceEvaluator[MergeEvaluator], BatchedTask]:
+def opened(problem: SearchProblem) -> tuple[SpaceEvaluator[PopulationEvaluator], BatchedTask]:
     batched_tasks = problem.prepare().shards[0]
     scorer = open_evaluator(problem, batched_tasks)
     return scorer, batched_tasks[0]
@@ -97,7 +97,7 @@ def genomes_for(problem: SearchProblem, count: int) -> np.ndarray:
     return np.random.default_rng(0).uniform(0, 1, (count, problem.space.dims)).astype(np.float32)
 
 
-def torch_model(scorer: SpaceEvaluator[MergeEvaluator], problem: SearchProblem, genome: np.ndarray) -> Any:
+def torch_model(scorer: SpaceEvaluator[PopulationEvaluator], problem: SearchProblem, genome: np.ndarray) -> Any:
     """The candidate as transformers has it, put together in memory."""
     from transformers import AutoModelForCausalLM
 
@@ -105,7 +105,7 @@ def torch_model(scorer: SpaceEvaluator[MergeEvaluator], problem: SearchProblem, 
     from evojax_merge.evaluation.passes import LazyMergeFactory, materialise
     from evojax_merge.models.bank import take_candidate
 
-    build = LazyMergeFactory(scorer.evaluator.spec, "float32")
+    build = LazyMergeFactory(problem.backend.candidates.spec, "float32")
     stored = take_candidate(materialise(build, None, scorer.evaluator.bank, scorer.space.decode(genome[None])), 0)
     model = AutoModelForCausalLM.from_pretrained(problem.backend.models.sources.folders[0].path, dtype="float32").eval()
     import torch
@@ -142,20 +142,18 @@ def peak_part(folder: Path, sizes: Sizes) -> None:
         scorer.evaluator.evaluator, batched_tasks=[of_rows(batched_task, rows * PASSES, TOKENS)], chunk_sizes={}
     )
     stored = load_stored(*open_sources([problem.backend.models.sources.folders[0].path]))
-    seconds["stored model"] = median_seconds(partial(evaluator.stored, stored), 5) / PASSES
+    seconds["stored model"] = median_seconds(partial(evaluator.score_stored, stored), 5) / PASSES
     for name, method in (("task arithmetic", "task_arithmetic"), ("TIES", "ties")):
         problem = problem_for(folder, {"kind": "likelihood", **text_files(folder, [("x", "y")] * 4)}, method, 2)
         scorer, batched_task = opened(problem)
         evaluator = replace(
             scorer.evaluator.evaluator, batched_tasks=[of_rows(batched_task, rows, TOKENS)], chunk_sizes={}
         )
-        recipes = scorer.space.decode(genomes_for(problem, PASSES))
-        run = partial(evaluator.population, scorer.evaluator.bank, scorer.evaluator.spec, recipes)
+        bank, spec = scorer.evaluator.bank, problem.backend.candidates.spec
+        run = partial(evaluator.score, evaluator.merges(bank, spec, scorer.space.decode(genomes_for(problem, PASSES))))
         seconds[f"{name}, merged inside the pass"] = median_seconds(run, 5) / PASSES
     evaluator = replace(evaluator, batched_tasks=[of_rows(batched_task, rows * PASSES, TOKENS)], chunk_sizes={})
-    run = partial(
-        evaluator.population, scorer.evaluator.bank, scorer.evaluator.spec, scorer.space.decode(genomes_for(problem, 2))
-    )
+    run = partial(evaluator.score, evaluator.merges(bank, spec, scorer.space.decode(genomes_for(problem, 2))))
     seconds[f"{name}, put together for {PASSES} passes"] = median_seconds(run, 5) / PASSES / 2
     # The machine's speed drifts: the best of both ends counts.
     peak, done = max(before, matrix_peak()), sum(work(problem.backend.models.decoder, rows))
@@ -227,7 +225,7 @@ def scores_part(folder: Path, sizes: Sizes) -> None:
 
 
 def agree(
-    scorer: SpaceEvaluator[MergeEvaluator], batched_task: BatchedTask, genomes: np.ndarray, totals: np.ndarray
+    scorer: SpaceEvaluator[PopulationEvaluator], batched_task: BatchedTask, genomes: np.ndarray, totals: np.ndarray
 ) -> None:
     """Both sides' scores of one candidate must be the same."""
     from evojax_merge.tasks.task import Responses

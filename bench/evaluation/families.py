@@ -28,8 +28,8 @@ from evojax_merge.benchmarks.references import matrix_peak, seconds_of
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.evaluation import passes
-from evojax_merge.evaluation.evaluator import arrays_of
 from evojax_merge.evaluation.passes import SharedModel
+from evojax_merge.evaluation.responses import arrays_of
 from evojax_merge.models.architecture import model_types
 from evojax_merge.tasks.batches import scoring_batches
 from evojax_merge.tasks.task import Row

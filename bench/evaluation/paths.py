@@ -152,7 +152,7 @@ def growth(folder: File) -> None:
         problem = problem_for(folder, parents, {"form": "indicator", "repetitions": 1, "max_layers": 64})
         scorer = fresh_evaluator(problem)
         scorer.evaluator.max_length = 32
-        layers = len(scorer.evaluator.bank.origins)
+        layers = len(scorer.evaluator.bank.layout.origins)
         paths = [LayerPath(tuple(map(int, rng.integers(0, layers, steps))), (1.0,) * steps) for _ in range(count)]
         _, seconds, _ = time_ours(scorer, paths)
         print(f"| {len(parents)} ({layers}) | {steps} | {count} | {seconds:.3f} | {seconds / steps:.4f} |", flush=True)

@@ -27,7 +27,7 @@ from bench.shared.machine import describe
 from bench.shared.torch_peer import score_rows
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.evaluation.evaluator import DecoderEvaluator
+from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.scores import fitness
 from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.search.loop import INIT_KEY, Reporter, Storage, evolve, generation_key
@@ -62,8 +62,8 @@ def mean_scores(model: Path, problem: SearchProblem) -> dict[tuple[str, str], np
     sources, config = open_sources([model])
     found = {}
     for dtype in DTYPES:
-        evaluator = DecoderEvaluator(config, problem.backend.models.tokenizer, tasks, dtype)
-        scores = evaluator.stored(load_stored(sources, config, 0, dtype))
+        evaluator = Evaluator(config, problem.backend.models.tokenizer, tasks, dtype)
+        scores = evaluator.score_stored(load_stored(sources, config, 0, dtype))
         found["ours", dtype] = scores.log_probabilities[task.task.name][0] / counts
         peer = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
         found["transformers", dtype] = score_rows(peer, rows) / counts

@@ -201,18 +201,18 @@ def search(path: Path, out: Path) -> None:
     """Run a search in this process, and print a line of JSON behind each evaluation of a population."""
     from evojax_merge.checkpoints.folder import MappedFile
     from evojax_merge.cli import cli
-    from evojax_merge.evaluation.streaming import StreamedEvaluator
+    from evojax_merge.evaluation.evaluator import PopulationEvaluator
 
-    nbytes, copy, evaluate = 0, MappedFile.copy, StreamedEvaluator.evaluate
+    nbytes, copy, evaluate = 0, MappedFile.copy, PopulationEvaluator.evaluate
 
     def counted_copy(self: MappedFile, start: int, into: np.ndarray) -> None:
         nonlocal nbytes
         copy(self, start, into)
         nbytes += into.nbytes
 
-    def counted_evaluate(self: StreamedEvaluator, recipes: Any, progress: Any = lambda done: None) -> Any:
+    def counted_evaluate(self: PopulationEvaluator, candidates: Any, progress: Any = lambda done: None) -> Any:
         before, clock, processor = nbytes, time.perf_counter(), processor_seconds()
-        scores = evaluate(self, recipes, progress)
+        scores = evaluate(self, candidates, progress)
         row = {
             "candidates": next(iter(next(iter(scores.matrices.values())).values())).shape[0],
             "read": nbytes - before,
@@ -223,7 +223,7 @@ def search(path: Path, out: Path) -> None:
         print("EVALUATED " + json.dumps(row), flush=True)
         return scores
 
-    MappedFile.copy, StreamedEvaluator.evaluate = counted_copy, counted_evaluate  # type: ignore[method-assign]
+    MappedFile.copy, PopulationEvaluator.evaluate = counted_copy, counted_evaluate  # type: ignore[method-assign]
     run_command: Any = cli.main
     run_command(["search", str(path), "--out", str(out), "--overwrite"], standalone_mode=False)
     print("MEMORY " + str(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss), flush=True)

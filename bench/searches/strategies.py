@@ -45,7 +45,7 @@ from bench.shared.machine import describe
 from bench.shared.strategy_peers import PEERS, PSO_MERGING, is_installed, run_peer, run_pso_merging
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.evaluation.batched_tasks import BatchedTask
-from evojax_merge.evaluation.evaluator import DecoderEvaluator, MergeEvaluator
+from evojax_merge.evaluation.evaluator import Evaluator, PopulationEvaluator
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.problem import SearchProblem, build_problem, read_config, resolved_document
@@ -146,8 +146,8 @@ class Experiment:
 
     config: Path
     problem: SearchProblem
-    searched: SpaceEvaluator[MergeEvaluator]
-    heldout: SpaceEvaluator[MergeEvaluator]
+    searched: SpaceEvaluator[PopulationEvaluator]
+    heldout: SpaceEvaluator[PopulationEvaluator]
 
 
 class BudgetSpent(Exception):
@@ -178,7 +178,9 @@ class TracedStorage(Storage):
     """Keeps a search's trace. searched: what scores candidates on all examples of a generation; cost: passes of a
     candidate with its gradient."""
 
-    def __init__(self, trace: Trace, strategy: Strategy, searched: SpaceEvaluator[MergeEvaluator], cost: float) -> None:
+    def __init__(
+        self, trace: Trace, strategy: Strategy, searched: SpaceEvaluator[PopulationEvaluator], cost: float
+    ) -> None:
         super().__init__()
         self._trace, self._strategy, self._searched, self._cost = trace, strategy, searched, cost
         self._examples = sum(task.size for task in searched.tasks)
@@ -235,7 +237,7 @@ def search_problem(experiment: Experiment, search: SearchConfig, seed: int) -> S
 def run(experiment: Experiment, problem: SearchProblem, storage: Storage, reporter: Reporter) -> None:
     """Search, as the program does, with the bank that is in memory."""
 
-    def on(tasks: list[BatchedTask]) -> SpaceEvaluator[MergeEvaluator]:
+    def on(tasks: list[BatchedTask]) -> SpaceEvaluator[PopulationEvaluator]:
         merges = experiment.searched.evaluator
         decoder = replace(merges.evaluator, batched_tasks=tasks, chunk_sizes={}, lookup_corpus={})
         return SpaceEvaluator(problem.space, replace(merges, evaluator=decoder))
@@ -278,7 +280,7 @@ def run_pso_merging_search(experiment: Experiment, population: int, seed: int, t
     """Search with PSO-Merging. Its models have no genomes: whatever is best so far is scored held out at once, which is
     not counted."""
     merges = experiment.searched.evaluator
-    bank, dtype = merges.bank, merges.spec.export_dtype
+    bank, dtype = merges.bank, experiment.problem.backend.candidates.spec.export_dtype
     best = -np.inf
 
     def source(s: int) -> Any:
@@ -286,8 +288,8 @@ def run_pso_merging_search(experiment: Experiment, population: int, seed: int, t
         whole = StackedWeights(stacks, {name: leaf.sources[s] for name, leaf in bank.shared.items()})
         return jax.tree.map(lambda values: np.asarray(values, np.float32), whole)
 
-    def scored(decoder: DecoderEvaluator, model: Any) -> TaskScores:
-        return decoder.stored(jax.tree.map(lambda values: jnp.asarray(values, dtype), model))
+    def scored(decoder: Evaluator, model: Any) -> TaskScores:
+        return decoder.score_stored(jax.tree.map(lambda values: jnp.asarray(values, dtype), model))
 
     def evaluate(models: Sequence[Any]) -> np.ndarray:
         nonlocal best

@@ -39,7 +39,7 @@ from evojax_merge.core import evolve_on
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.devices import ONE_DEVICE, tree_nbytes
-from evojax_merge.evaluation.evaluator import DecoderEvaluator
+from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.generation import row_update, unstacks_layers
 from evojax_merge.evaluation.memory import is_out_of_memory
 from evojax_merge.evaluation.passes import SharedModel
@@ -224,11 +224,11 @@ class Models:
     """A problem, with weights that are made when a row first asks for them."""
 
     problem: SearchProblem
-    evaluator: DecoderEvaluator = field(init=False)
+    evaluator: Evaluator = field(init=False)
 
     def __post_init__(self) -> None:
         problem = self.problem
-        self.evaluator = DecoderEvaluator(
+        self.evaluator = Evaluator(
             problem.backend.models.decoder, problem.backend.models.tokenizer, problem.prepare().shards[0],
             problem.backend.compute_dtype,
             target=problem.target,
@@ -334,9 +334,9 @@ class Measurer:
             assert isinstance(problem.backend.candidates, MergeCandidates)
             genomes = np.random.default_rng(0).uniform(0, 1, (passes_, problem.space.dims)).astype(np.float32)
             recipes = problem.backend.candidates.space.decode(genomes)
-            run = partial(evaluator.population, models.bank, problem.backend.candidates.spec, recipes)
+            run = partial(evaluator.score, evaluator.merges(models.bank, problem.backend.candidates.spec, recipes))
         else:
-            run = partial(evaluator.stored, models.stored)
+            run = partial(evaluator.score_stored, models.stored)
         matrices = [matrix for metrics in run().matrices.values() for matrix in metrics.values()]
         if not all(np.isfinite(matrix).all() for matrix in matrices):
             raise Failed("likelihood: scores are not finite")

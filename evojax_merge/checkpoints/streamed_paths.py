@@ -17,15 +17,14 @@ Arrays = dict[str, np.ndarray]
 def path_bank_on_host(sources: Sources, spec: PathSpec, progress: Progress = lambda done: None) -> StreamedPathBank:
     """Load all layers of all sources into the host's memory. `progress` receives the bytes of each part."""
 
-    def loaded(read: Callable[[int], Arrays], count: int) -> list[Arrays]:
+    def loaded(read: Callable[[Sources, PathSpec, int], Arrays], count: int) -> list[Arrays]:
         parts = []
         for number in range(count):
-            parts.append(read(number))
+            parts.append(read(sources, spec, number))
             progress(sum(array.nbytes for array in parts[-1].values()))
         return parts
 
-    layers = loaded(lambda number: _read_layer(sources, spec, number), len(spec.origins))
-    ends = loaded(lambda parent: _read_ends(sources, spec, parent), len(spec.configs))
+    layers, ends = loaded(_read_layer, len(spec.origins)), loaded(_read_ends, len(spec.configs))
     return StreamedPathBank(
         path_layout(spec), lambda number: _put(layers[number]), lambda parent: _put(ends[parent]), lambda: None
     )

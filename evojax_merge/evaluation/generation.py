@@ -14,7 +14,7 @@ from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import on_host, placed, tree_nbytes
 from evojax_merge.evaluation.passes import DecodeSpec, PerCandidateModel, abstract_results, trace
 from evojax_merge.evaluation.planned_passes import JaxprReader, abstract_result
-from evojax_merge.evaluation.populations import MATERIALISE_FRACTION, Population, Source, Sourcing
+from evojax_merge.evaluation.populations import Population, Source, Sourcing
 from evojax_merge.evaluation.programs import (
     DECODE,
     PREFILL,
@@ -26,6 +26,7 @@ from evojax_merge.evaluation.programs import (
     Program,
     execute,
 )
+from evojax_merge.evaluation.routes.whole import MATERIALISE_FRACTION, read_prefix
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.models.decoder import CacheUpdate, KVCache, scatter_columns, select_columns
 from evojax_merge.models.generate import NONFINITE_ID, PAD_ID, DecodeState
@@ -33,7 +34,7 @@ from evojax_merge.tasks.batches import PromptBatch
 from evojax_merge.tasks.task import TaskRequests, cut_at_stop
 
 if TYPE_CHECKING:
-    from evojax_merge.evaluation.evaluator import DecoderEvaluator, Progress
+    from evojax_merge.evaluation.evaluator import Evaluator, Progress
 
 # Decode steps between two checks for stop texts.
 STOP_CHECK_INTERVAL = 32
@@ -67,7 +68,7 @@ def row_update(target: Target) -> CacheUpdate:
 
 
 def generate(
-    evaluator: "DecoderEvaluator", population: Population, batched_task: BatchedTask, progress: "Progress"
+    evaluator: "Evaluator", population: Population, batched_task: BatchedTask, progress: "Progress"
 ) -> tuple[list[list[str]], np.ndarray]:
     """P lists of continuations, and bool[P], true for candidates whose logits were not finite."""
     texts = [[""] * len(batched_task.requests.prompts) for _ in range(population.size)]
@@ -81,7 +82,7 @@ def generate(
     return texts, nonfinite
 
 
-def _lookup_corpus(evaluator: "DecoderEvaluator", batched_task: BatchedTask) -> np.ndarray:
+def _lookup_corpus(evaluator: "Evaluator", batched_task: BatchedTask) -> np.ndarray:
     """int32[N, M]: the last candidates' outputs after each prompt, the latest last."""
     nothing = np.full(
         (len(batched_task.requests.prompts), LOOKUP_CANDIDATES * batched_task.requests.max_new_tokens),
@@ -92,7 +93,7 @@ def _lookup_corpus(evaluator: "DecoderEvaluator", batched_task: BatchedTask) -> 
 
 
 def generating(
-    evaluator: "DecoderEvaluator", population: Population, batched_task: BatchedTask, chunk: int,
+    evaluator: "Evaluator", population: Population, batched_task: BatchedTask, chunk: int,
     texts: list[list[str]], nonfinite: np.ndarray, progress: "Progress",
 ) -> Evaluation:  # fmt: skip
     """Continue a task's prompts, `chunk` candidates on each device together; enters the results in `texts` and
@@ -116,7 +117,7 @@ def generating(
 
 
 def _job(
-    evaluator: "DecoderEvaluator",
+    evaluator: "Evaluator",
     population: Population,
     batched_task: BatchedTask,
     rows: np.ndarray,
@@ -134,7 +135,7 @@ def _job(
 
     def job() -> Job:
         source = yield from population.materialise(evaluator.devices.mesh, candidates)
-        prefix = yield from evaluator.read_prefix(source, prompts.shared_prefix, batched_task)
+        prefix = yield from read_prefix(evaluator, source, prompts.shared_prefix, batched_task)
         decoding = yield from _decode_weights(evaluator, source)
         for batch in prompts.batches:
             state = yield from _prefill_batch(evaluator, source, decoding, prefix, batch, batched_task)
@@ -150,9 +151,7 @@ def _job(
     return job()
 
 
-def _decode_spec(
-    evaluator: "DecoderEvaluator", factory: Any, batch: PromptBatch, batched_task: BatchedTask
-) -> DecodeSpec:
+def _decode_spec(evaluator: "Evaluator", factory: Any, batch: PromptBatch, batched_task: BatchedTask) -> DecodeSpec:
     """The static half of the passes that continue a batch of prompts."""
     requests, (rows, width) = batched_task.requests, batch.tokens.shape
     steps = STOP_CHECK_INTERVAL if requests.stop else requests.max_new_tokens
@@ -164,7 +163,7 @@ def _decode_spec(
 
 
 def _prefill_batch(
-    evaluator: "DecoderEvaluator",
+    evaluator: "Evaluator",
     source: Source,
     decoding: Source,
     prefix: KVCache | None,
@@ -189,7 +188,7 @@ def _prefill_batch(
 
 
 def _decode(
-    evaluator: "DecoderEvaluator", decoding: Source, prefix: KVCache | None, batch: PromptBatch,
+    evaluator: "Evaluator", decoding: Source, prefix: KVCache | None, batch: PromptBatch,
     batched_task: BatchedTask, start: DecodeState, lookup_corpus: np.ndarray, read: Callable[[DecodeState], None],
 ) -> Program:  # fmt: skip
     """The program that continues a batch of prompts greedily, up to a stop token or stop text. lookup_corpus:
@@ -216,14 +215,14 @@ def _decode(
     )  # fmt: skip
 
 
-def _stopped(evaluator: "DecoderEvaluator", tokens: np.ndarray, requests: TaskRequests) -> np.ndarray:
+def _stopped(evaluator: "Evaluator", tokens: np.ndarray, requests: TaskRequests) -> np.ndarray:
     """bool[P, B]: true where a text holds a stop text."""
     return np.array(
         [[any(word in text for word in requests.stop) for text in row] for row in _texts(evaluator, tokens)]
     )
 
 
-def _texts(evaluator: "DecoderEvaluator", tokens: np.ndarray) -> list[list[str]]:
+def _texts(evaluator: "Evaluator", tokens: np.ndarray) -> list[list[str]]:
     """tokens: int32[P, B, new]. Candidates often agree: each distinct output is decoded once."""
     texts: dict[bytes, str] = {}
 
@@ -236,7 +235,7 @@ def _texts(evaluator: "DecoderEvaluator", tokens: np.ndarray) -> list[list[str]]
     return [[text(ids) for ids in row] for row in tokens]
 
 
-def generation_chunk(evaluator: "DecoderEvaluator", population: Population, batched_task: BatchedTask) -> int:
+def generation_chunk(evaluator: "Evaluator", population: Population, batched_task: BatchedTask) -> int:
     """The number of materialised candidates that fit a device, with their caches; on a CPU the number whose weights
     its cache may hold, on a TPU one."""
     most = max(1, -(-population.size // evaluator.devices.population))
@@ -251,7 +250,7 @@ def generation_chunk(evaluator: "DecoderEvaluator", population: Population, batc
     return evaluator.chunk_sizes[key]
 
 
-def _bytes(evaluator: "DecoderEvaluator", population: Population, batched_task: BatchedTask) -> tuple[int, int]:
+def _bytes(evaluator: "Evaluator", population: Population, batched_task: BatchedTask) -> tuple[int, int]:
     """Bytes on a device of one materialised candidate, and of the memory that it needs to decode the largest batch
     of prompts."""
     assert batched_task.prompts is not None
@@ -286,7 +285,7 @@ def _bytes(evaluator: "DecoderEvaluator", population: Population, batched_task: 
     return candidate_bytes(models), 2 * candidate_bytes(state) + (evaluator.temporary_bytes(traced) or 0)
 
 
-def _decode_weights(evaluator: "DecoderEvaluator", source: Source) -> Sourcing:
+def _decode_weights(evaluator: "Evaluator", source: Source) -> Sourcing:
     """Materialised candidates laid out for decoding: a CPU copies each layer that it picks from a stack, every
     time, so the layers are unstacked once, where there is room."""
     if not unstacks_layers(evaluator, source.arguments):
@@ -299,6 +298,6 @@ def _decode_weights(evaluator: "DecoderEvaluator", source: Source) -> Sourcing:
     return Source(source.factory, replicated, candidates, (source.holds, unstacked))
 
 
-def unstacks_layers(evaluator: "DecoderEvaluator", models: Any) -> bool:
+def unstacks_layers(evaluator: "Evaluator", models: Any) -> bool:
     """Return whether materialised models (arrays or their shapes) are unstacked to decode."""
     return not evaluator.target.is_accelerator and tree_nbytes(models) <= MATERIALISE_FRACTION * evaluator.free_memory()

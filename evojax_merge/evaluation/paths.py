@@ -16,12 +16,13 @@ import numpy as np
 
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import ONE_DEVICE
-from evojax_merge.evaluation.evaluator import DecoderEvaluator, Progress, arrays_of, score_task
+from evojax_merge.evaluation.evaluator import Evaluator, Progress
 from evojax_merge.evaluation.generation import generate
 from evojax_merge.evaluation.passes import logprobs_from_hidden
 from evojax_merge.evaluation.populations import DifferentiablePopulation, stored
+from evojax_merge.evaluation.responses import arrays_of, score_task
 from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores, task_weights
-from evojax_merge.models.architecture import LAYERS, architecture_of
+from evojax_merge.models.architecture import architecture_of
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.layers import SequenceLayout
 from evojax_merge.models.paths import (
@@ -29,23 +30,18 @@ from evojax_merge.models.paths import (
     LayerPath,
     PathBank,
     PathWeights,
+    Step,
+    StreamedPathBank,
     embed_batch,
-    embedding_and_head,
-    materialise_path,
-    padded_steps,
     path_config,
-    run_layers,
-    write_step,
 )
 from evojax_merge.models.sources import StackedWeights
-from evojax_merge.models.streamed_bank import load_ahead
 from evojax_merge.tasks.batches import ScoringBatch
 from evojax_merge.tasks.task import LogitsFn, Responses, Task
 
 # Generation materialises a path; its depth is rounded up to a multiple of this, so that few shapes are compiled.
 DEPTH_BUCKET = 4
 
-Step = tuple[int, float]
 Key = tuple[tuple[Step, ...], int]
 
 
@@ -117,13 +113,13 @@ class PathEvaluator:
     """Scores populations of paths over one bank, on the requests of an evaluator. `max_length`: the most steps that a
     path has; `by_config`: the evaluators that differentiate models, by their config."""
 
-    evaluator: DecoderEvaluator
-    bank: PathBank
+    evaluator: Evaluator
+    bank: PathBank | StreamedPathBank
     max_length: int
     score_cache: dict[Key, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)
     outputs: dict[Key, dict[str, list[str]]] = field(default_factory=dict)
     work: PathWork = field(default_factory=PathWork)
-    by_config: dict[DecoderConfig, DecoderEvaluator] = field(default_factory=dict)
+    by_config: dict[DecoderConfig, Evaluator] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[Task]:
@@ -138,6 +134,7 @@ class PathEvaluator:
 
     def evaluate(self, paths: Sequence[LayerPath | None], progress: Progress = lambda done: None) -> TaskScores:
         """Score P paths; None, a candidate without a path, scores NaN."""
+        self.bank.check()
         batched_tasks = self.evaluator.batched_tasks
         passes = sum(batched_task.batches for batched_task in batched_tasks)
         keys = [None if path is None else key_of(path) for path in paths]
@@ -187,13 +184,13 @@ class PathEvaluator:
         for (layers, parent), members in through.items():
             same_layers = [path for p in members if (path := paths[p]) is not None]
             scales = np.stack([path.residual_scales() for path in same_layers])
-            replicated = (self.bank, embedding_and_head(self.bank, parent), jnp.asarray(layers, jnp.int32))
-            config = path_config(self.bank, layers, self.evaluator.config)
+            replicated = (self.bank, self.bank.ends(parent), jnp.asarray(layers, jnp.int32))
+            config = path_config(self.bank.layout, layers, self.evaluator.config)
             if config not in self.by_config:
                 # The number of candidates and rows that fit into a pass depends on the depth of the path.
                 self.by_config[config] = replace(self.evaluator, config=config, devices=ONE_DEVICE, chunk_sizes={})
             population = DifferentiablePopulation(PathFactory(), replicated, scales)
-            scores, scale_gradients = self.by_config[config].differentiated(population, progress, goal)
+            scores, scale_gradients = self.by_config[config].differentiate(population, progress, goal)
             for task in tasks:
                 matrices[task.name][task.metric][members] = scores.matrices[task.name][task.metric]
             for p, path, gradient in zip(members, same_layers, scale_gradients, strict=True):
@@ -209,8 +206,9 @@ class PathEvaluator:
         for key in keys:
             self.score_cache[key], self.outputs[key] = {}, {}
         for i, batched_task in enumerate(self.evaluator.batched_tasks):
-            task, run = batched_task.task, partial(self._answers, fresh)
-            answers, nonfinite = self.evaluator.retry_on_oom(i, run, progress)
+            task = batched_task.task
+            run = partial(self._answers, fresh)
+            answers, nonfinite = self.evaluator.retry_on_oom([i], run, progress)
             matrices = score_task(task, answers, nonfinite)
             for k, key in enumerate(keys):
                 self.score_cache[key][task.name] = {metric: scores[k] for metric, scores in matrices.items()}
@@ -224,7 +222,8 @@ class PathEvaluator:
         keys = list(fresh)
         answers = batched_task.requests.unanswered(len(keys))
         batches = batched_task.scoring.batches if batched_task.scoring is not None else []
-        for together in self._batches_together(batches):
+        # The states of all batches wait between two layers, or those of one alone.
+        for together in [batches] if self.bank.by_layer and batches else [[batch] for batch in batches]:
             for member, batch, results in self._walk(keys, together, batched_task, progress):
                 real = batch.rows >= 0
                 answers.totals[member, batch.rows[real]], answers.greedy[member, batch.rows[real]] = (
@@ -236,22 +235,18 @@ class PathEvaluator:
                 texts[k], nonfinite[k] = self._generate(fresh[key], batched_task, progress)
         return replace(answers, texts=texts), nonfinite
 
-    def _batches_together(self, batches: Sequence[ScoringBatch]) -> Sequence[Sequence[ScoringBatch]]:
-        """The batches that walk the trie together: one after the other, so that the states of one are held."""
-        return [[batch] for batch in batches]
-
     def _walk(
         self, keys: Sequence[Key], batches: Sequence[ScoringBatch], batched_task: BatchedTask, progress: Progress
     ) -> Iterator[tuple[int, ScoringBatch, tuple[jax.Array, jax.Array]]]:
         """Every distinct path on some batches: the path's number, a batch, and its answers, float32[R] and bool[R]."""
         config = self.evaluator.config
         for parent in sorted({embedding_parent for _, embedding_parent in keys}):
-            source = self._ends(parent)
+            source = self.bank.ends(parent)
             members = [i for i, (_, embedding_parent) in enumerate(keys) if embedding_parent == parent]
             states = [[self._embed(source, batch, batched_task) for batch in batches]]
             for depth, steps, ended in segments(build_trie([keys[i][0] for i in members])):
                 del states[depth + 1 :]
-                states.append(self._run_layers(config, states[depth], steps))
+                states.append(self.bank.run(config, states[depth], steps, self.max_length))
                 self.work.steps_run += len(steps) * len(batches)
                 if ended is None:
                     continue
@@ -271,28 +266,10 @@ class PathEvaluator:
             images.of_prefix(before),
         )  # fmt: skip
 
-    def _ends(self, parent: int) -> StackedWeights:
-        """A parent's embedding, final norm and head."""
-        return embedding_and_head(self.bank, parent)
-
-    def _materialise(self, path: LayerPath, steps: int) -> tuple[StackedWeights, DecoderConfig]:
-        """See `materialise_path`."""
-        return materialise_path(self.bank, path, self.evaluator.config, steps)
-
-    def _run_layers(
-        self, config: DecoderConfig, states: Sequence[Activations], steps: Sequence[Step]
-    ) -> list[Activations]:
-        """Take the states of some batches through some steps."""
-        layers, residual_scales = np.zeros(self.max_length, np.int32), np.zeros(self.max_length, np.float32)
-        layers[: len(steps)] = [layer for layer, _ in steps]
-        residual_scales[: len(steps)] = [value for _, value in steps]
-        count = np.int32(len(steps))
-        return [run_layers(config, self.bank, state, layers, residual_scales, count) for state in states]
-
     def _generate(self, path: LayerPath, batched_task: BatchedTask, progress: Progress) -> tuple[list[str], bool]:
         """The outputs of one path for a task's prompts, and whether its logits were not finite."""
         rounded = -(-len(path.layers) // DEPTH_BUCKET) * DEPTH_BUCKET
-        model, config = self._materialise(path, rounded)
+        model, config = self.bank.materialise(path, self.evaluator.config, rounded)
         assert batched_task.prompts is not None
         self.work.steps_run += len(path.layers) * len(batched_task.prompts.batches)
         images = self.evaluator.images
@@ -301,42 +278,3 @@ class PathEvaluator:
         runner = replace(self.evaluator, config=config, batched_tasks=[batched_task], images=images)
         (texts,), nonfinite = generate(runner, stored(model), batched_task, progress)
         return texts, bool(nonfinite[0])
-
-
-@dataclass
-class StreamedPathEvaluator(PathEvaluator):
-    """Scores populations of paths whose layers come to the device one after the other: once for all batches of a task
-    in each run of steps, and once for a path that generates. The states of all batches wait on the device meanwhile.
-    Gradients need the layers on the device."""
-
-    bank: Any
-
-    def evaluate(self, paths: Sequence[LayerPath | None], progress: Progress = lambda done: None) -> TaskScores:
-        self.bank.check()
-        return super().evaluate(paths, progress)
-
-    def _batches_together(self, batches: Sequence[ScoringBatch]) -> Sequence[Sequence[ScoringBatch]]:
-        return [batches] if batches else []
-
-    def _ends(self, parent: int) -> StackedWeights:
-        return embedding_and_head(self.bank.ends(parent), 0)
-
-    def _run_layers(
-        self, config: DecoderConfig, states: Sequence[Activations], steps: Sequence[Step]
-    ) -> list[Activations]:
-        first, one, behind = np.zeros(1, np.int32), np.int32(1), list(states)
-        for (_, layer), (_, scale) in zip(load_ahead(self.bank.layer, [m for m, _ in steps]), steps, strict=True):
-            scales = np.full(1, scale, np.float32)
-            # The layer before is free when the one after this is on its way.
-            behind = jax.block_until_ready([run_layers(config, layer, state, first, scales, one) for state in behind])
-        return behind
-
-    def _materialise(self, path: LayerPath, steps: int) -> tuple[StackedWeights, DecoderConfig]:
-        layers, scales = padded_steps(path, steps)
-        stacks = None
-        for number, (_, layer) in enumerate(load_ahead(self.bank.layer, layers)):
-            stacks = write_step(steps, stacks, layer, np.int32(number), scales[number])
-            jax.block_until_ready(stacks)
-        shared = self._ends(path.embedding_parent).shared
-        model = StackedWeights({LAYERS: stacks or {}}, shared, self.bank.layout.compute_dtype)
-        return model, path_config(self.bank.layout, layers, self.evaluator.config)

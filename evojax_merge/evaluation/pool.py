@@ -25,11 +25,18 @@ from evojax_merge.checkpoints.members import MemberStore
 from evojax_merge.checkpoints.parents import Sources, tensor_shapes
 from evojax_merge.checkpoints.streamed import FileStates
 from evojax_merge.evaluation.devices import Devices
-from evojax_merge.evaluation.evaluator import DecoderEvaluator, Progress
+from evojax_merge.evaluation.evaluator import Evaluator, Progress
 from evojax_merge.evaluation.memory import available_memory
-from evojax_merge.evaluation.populations import MATERIALISE_FRACTION
-from evojax_merge.evaluation.scores import TaskScores
-from evojax_merge.evaluation.streaming import Bring, Part, StreamedPopulation, evaluate
+from evojax_merge.evaluation.passes import PerCandidateModel
+from evojax_merge.evaluation.populations import (
+    Bring,
+    ModelPopulation,
+    Part,
+    Parts,
+    Population,
+    StreamedPopulation,
+)
+from evojax_merge.evaluation.routes.whole import MATERIALISE_FRACTION
 from evojax_merge.models.architecture import (
     EMBEDDING,
     FINAL_NORM,
@@ -47,7 +54,6 @@ from evojax_merge.models.layers import Weights
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.models.streamed_bank import load_ahead
 from evojax_merge.schema.genealogy import Member
-from evojax_merge.tasks.task import Task
 
 # Tensors that are merged at a time.
 WORKERS = 4
@@ -251,7 +257,7 @@ class MemberTensor:
 
 
 @dataclass(frozen=True)
-class ChildrenBeingBred:
+class LazyChildren:
     """Members of a pool, part by part: children of members that are kept, such members, and founders. members: P of
     them; finite: bool[P], whether all weights that were bred so far are finite."""
 
@@ -260,7 +266,7 @@ class ChildrenBeingBred:
     finite: np.ndarray
 
     @classmethod
-    def of(cls, bank: PoolBank, members: Sequence[Member]) -> "ChildrenBeingBred":
+    def of(cls, bank: PoolBank, members: Sequence[Member]) -> "LazyChildren":
         """Members, of which the pool keeps from now on what they are bred of."""
         children = [member for member in members if not (member.is_founder or member in bank.store)]
         bank.hold([*(set(members) - set(children)), *(parent for child in children for parent in child.parents)])
@@ -297,52 +303,37 @@ class ChildrenBeingBred:
         return breed
 
 
-@dataclass(frozen=True)
-class PoolEvaluator:
-    """Scores members of a pool, on the requests of an evaluator."""
+def whole_children(evaluator: Evaluator, bank: PoolBank, members: Sequence[Member]) -> Iterator[Population]:
+    """Members as whole models, as many bred and scored together as fit into memory. A member with a weight that is not
+    finite has failed, whether or not the examples meet it: export would refuse its recipe."""
+    size = max(1, int(MATERIALISE_FRACTION * available_memory()) // bank.member_bytes())
+    for begin in range(0, len(members), size):
+        children = LazyChildren.of(bank, members[begin : begin + size])
+        models = _stacked(children, evaluator.compute_dtype)
+        yield ModelPopulation(PerCandidateModel(), None, models, finite=children.finite)
 
-    evaluator: DecoderEvaluator
-    bank: PoolBank
 
-    @property
-    def tasks(self) -> list[Task]:
-        return self.evaluator.tasks
-
-    def passes(self, population: int) -> int:
-        return self.evaluator.passes(population)
-
-    def evaluate(self, members: Sequence[Member], progress: Progress = lambda done: None) -> TaskScores:
-        """Score the members, as many bred and scored together as fit into memory. A member with a weight that is not
-        finite has failed, whether or not the examples meet it: export would refuse its recipe."""
-        size = max(1, int(MATERIALISE_FRACTION * available_memory()) // self.bank.member_bytes())
-        parts = []
-        for begin in range(0, len(members), size):
-            children = ChildrenBeingBred.of(self.bank, members[begin : begin + size])
-            models = self._stacked(children)
-            parts.append(_where(children.finite, self.evaluator.models(models, progress)))
-        return _joined(parts)
-
-    def _stacked(self, children: ChildrenBeingBred) -> StackedWeights:
-        """Children as one population, a leading axis P on every leaf."""
-        config, numbers = self.evaluator.config, np.arange(len(children.members))
-        stacks: dict[str, dict[str, np.ndarray]] = {
-            stack: {
-                leaf.name: aligned_empty(
-                    (len(numbers), *tensor_grid(config, leaf), *tensor_shape(config, leaf)), children.bank.dtype
-                )
-                for leaf in stack_leaves(config, stack)
-            }
-            for stack in depths(config)
+def _stacked(children: "LazyChildren", compute_dtype: str) -> StackedWeights:
+    """Children as one population, a leading axis P on every leaf."""
+    config, numbers = children.bank.config, np.arange(len(children.members))
+    stacks: dict[str, dict[str, np.ndarray]] = {
+        stack: {
+            leaf.name: aligned_empty(
+                (len(numbers), *tensor_grid(config, leaf), *tensor_shape(config, leaf)), children.bank.dtype
+            )
+            for leaf in stack_leaves(config, stack)
         }
-        shared: dict[str, np.ndarray] = {}
-        for leaves, layer in parts_of(config):
-            arrays = children.breeder((leaves, layer))(numbers)
-            if layer is None:
-                shared |= arrays
-                continue
-            for leaf in leaves:
-                stacks[str(leaf.stack)][leaf.name][:, layer] = arrays[leaf.name][:, 0]
-        return StackedWeights(stacks, shared, self.evaluator.compute_dtype)  # type: ignore[arg-type]
+        for stack in depths(config)
+    }
+    shared: dict[str, np.ndarray] = {}
+    for leaves, layer in parts_of(config):
+        arrays = children.breeder((leaves, layer))(numbers)
+        if layer is None:
+            shared |= arrays
+            continue
+        for leaf in leaves:
+            stacks[str(leaf.stack)][leaf.name][:, layer] = arrays[leaf.name][:, 0]
+    return StackedWeights(stacks, shared, compute_dtype)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -375,13 +366,10 @@ LoadPart = Callable[[LeavesOfPart], Callable[[np.ndarray], Any]]
 
 
 @dataclass(frozen=True)
-class StreamedMemberPopulation(StreamedPopulation):
-    """P members of a pool, by their numbers in the population, whose parts are bred when they are needed, and brought
-    to the devices. load: brings a part of a chunk of members, on the devices."""
+class MemberParts(Parts):
+    """The parts of members of a pool, who are numbers in the population: bred when they are needed, and brought to the
+    devices. load: brings a part of a chunk of members, on the devices."""
 
-    factory: BredPartsFactory
-    replicated: None
-    candidates: np.ndarray
     config: DecoderConfig
     export_dtype: str
     load: LoadPart
@@ -390,14 +378,14 @@ class StreamedMemberPopulation(StreamedPopulation):
     def depth(self) -> int:
         return self.config.layers
 
-    def abstract(self, devices: Devices) -> "StreamedMemberPopulation":
+    def abstract(self, devices: Devices) -> "MemberParts":
         return replace(self, load=abstract_load(self.config, self.export_dtype, devices))
 
     @property
     def layer_bytes(self) -> int:
         return part_bytes(self.config, self.export_dtype, (stack_leaves(self.config), 0))
 
-    def parts(self, chunks: Sequence[np.ndarray]) -> Iterator[Bring]:
+    def bring(self, chunks: Sequence[np.ndarray]) -> Iterator[Bring]:
         steps = steps_of(self.config)
         ahead = load_ahead(self._loader(steps, chunks), range(len(steps) * len(chunks)))
         for _ in steps:
@@ -439,7 +427,7 @@ class StreamedMemberPopulation(StreamedPopulation):
             yield part
             del part
 
-    def model_shape(self) -> Any:
+    def model_shape(self, population: Population) -> Any:
         dtype = FLOAT_DTYPES[self.export_dtype]
 
         def shape(leaf: Leaf) -> jax.ShapeDtypeStruct:
@@ -450,7 +438,7 @@ class StreamedMemberPopulation(StreamedPopulation):
 
         stacks: Any = {stack: shapes(stack_leaves(self.config, stack)) for stack in depths(self.config)}
         shared: Any = shapes(shared_leaves(self.config))
-        return StackedWeights(stacks, shared, self.factory.compute_dtype)
+        return StackedWeights(stacks, shared, population.factory.compute_dtype)
 
 
 def without_arrays(leaf: Leaf) -> LeafBank:
@@ -458,7 +446,7 @@ def without_arrays(leaf: Leaf) -> LeafBank:
     return LeafBank(None, shard_axis=leaf.sharded_axis, has_experts=leaf.has_experts)  # type: ignore[arg-type]
 
 
-def on_devices(children: ChildrenBeingBred, devices: Devices) -> LoadPart:
+def on_devices(children: LazyChildren, devices: Devices) -> LoadPart:
     """Brings the parts of children to the devices."""
 
     def load(part: LeavesOfPart) -> Callable[[np.ndarray], Any]:
@@ -481,46 +469,15 @@ def abstract_load(config: DecoderConfig, export_dtype: str, devices: Devices) ->
     return lambda part: lambda numbers: {leaf.name: abstract(leaf, numbers) for leaf in part[0]}
 
 
-@dataclass(frozen=True)
-class StreamedPoolEvaluator(PoolEvaluator):
-    """Scores members whose layers come to the devices one after the other, bred when they are needed: a child that is
-    scored by likelihood never exists as a whole, and a parent's layer is read once for all children."""
-
-    def evaluate(self, members: Sequence[Member], progress: Progress = lambda done: None) -> TaskScores:
-        children = ChildrenBeingBred.of(self.bank, members)
-        population = member_population(
-            self.evaluator, self.bank.config, self.bank.export_dtype, len(members),
-            on_devices(children, self.evaluator.devices),
-        )  # fmt: skip
-        return _where(children.finite, evaluate(self.evaluator, population, progress))
+def children_by_layer(evaluator: Evaluator, bank: PoolBank, members: Sequence[Member]) -> list[Population]:
+    """Members whose layers come to the devices one after the other, bred when they are needed: a child that is scored
+    by likelihood never exists as a whole, and a parent's layer is read once for all children."""
+    children = LazyChildren.of(bank, members)
+    parts = MemberParts(bank.config, bank.export_dtype, on_devices(children, evaluator.devices))
+    return [member_population(evaluator, parts, len(members), children.finite)]
 
 
 def member_population(
-    evaluator: DecoderEvaluator, config: DecoderConfig, export_dtype: str, size: int, load: LoadPart
-) -> StreamedMemberPopulation:
-    factory = BredPartsFactory(evaluator.compute_dtype)
-    return StreamedMemberPopulation(factory, None, np.arange(size), config, export_dtype, load)
-
-
-def _where(finite: np.ndarray, scores: TaskScores) -> TaskScores:
-    """The scores, NaN for members that are not in `finite: bool[P]`."""
-    return replace(
-        scores,
-        matrices={
-            task: {metric: np.where(finite[:, None], values, np.nan) for metric, values in metrics.items()}
-            for task, metrics in scores.matrices.items()
-        },
-    )
-
-
-def _joined(parts: Sequence[TaskScores]) -> TaskScores:
-    """The scores of consecutive populations as those of one."""
-    first = parts[0]
-    return TaskScores(
-        {
-            task: {metric: np.concatenate([part.matrices[task][metric] for part in parts]) for metric in metrics}
-            for task, metrics in first.matrices.items()
-        },
-        {task: [texts for part in parts for texts in part.outputs[task]] for task in first.outputs},
-        {task: np.concatenate([part.log_probabilities[task] for part in parts]) for task in first.log_probabilities},
-    )
+    evaluator: Evaluator, parts: MemberParts, size: int, finite: np.ndarray | None = None
+) -> StreamedPopulation:
+    return StreamedPopulation(BredPartsFactory(evaluator.compute_dtype), parts, np.arange(size), finite=finite)

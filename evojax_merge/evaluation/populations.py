@@ -1,14 +1,15 @@
-"""Populations: candidates as arrays, and the programs that make models of them."""
+"""Populations: candidates as arrays, the programs that make models of them, and the route by which they are run."""
 
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import jax
 import numpy as np
 
-from evojax_merge.evaluation import passes
+from evojax_merge.evaluation import layer_passes, passes
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import AnyMesh, Devices, pad_chunk, size_of, tree_nbytes
 from evojax_merge.evaluation.passes import (
@@ -16,18 +17,36 @@ from evojax_merge.evaluation.passes import (
     LazyMergeFactory,
     PerCandidateModel,
     SharedModel,
-    WeightsFactory,
 )
 from evojax_merge.evaluation.planned_passes import merge_bytes
 from evojax_merge.evaluation.programs import CAST, MATERIALISE, RECIPE_GRADIENT, Evaluation, Job, Program
-from evojax_merge.models.bank import Bank
+from evojax_merge.evaluation.routes import by_layer, whole
+from evojax_merge.models.architecture import LAYERS
+from evojax_merge.models.bank import Bank, LeafBank, Recipe
 from evojax_merge.models.sources import StackedWeights
+from evojax_merge.models.streamed_bank import StreamedBank, abstract_streamed
+from evojax_merge.tasks.task import Responses
 
 if TYPE_CHECKING:
-    from evojax_merge.evaluation.evaluator import DecoderEvaluator
+    from evojax_merge.evaluation.evaluator import Evaluator, Progress
 
-# Fraction of the free memory that materialised or unstacked candidates may take.
-MATERIALISE_FRACTION = 1 / 8
+
+class Route(Protocol):
+    """How candidates run; see `routes`."""
+
+    def score(self, evaluator: "Evaluator", population: Any, progress: "Progress") -> Iterable[Responses]:
+        """The responses to the rows of each task, without texts."""
+        ...
+
+    def differentiate(
+        self, evaluator: "Evaluator", population: Any, weights: Sequence[tuple[int, float]], progress: "Progress"
+    ) -> tuple[list[Responses], Any]:
+        """Differentiate the weighted sum of tasks' mean scores. weights: (number of a task, its weight). Return each
+        task's responses, and the derivative with respect to the candidates' arrays, float32."""
+        ...
+
+    def planned_scoring(self, evaluator: "Evaluator", population: Any, batched_task: BatchedTask) -> Evaluation: ...
+    def planned_gradient(self, evaluator: "Evaluator", population: Any, batched_task: BatchedTask) -> Evaluation: ...
 
 
 @dataclass(frozen=True)
@@ -58,11 +77,16 @@ Sourcing = Generator[Program, Any, Source]
 @dataclass(frozen=True)
 class Population:
     """P candidates: their shared arrays, the arrays of each (leading axis P, on the host), and the factory that makes a
-    model of these."""
+    model of these. finite: bool[P], whether all weights that were made so far are finite; None: all are."""
 
-    factory: WeightsFactory
+    factory: Any
     replicated: Any
     candidates: Any
+    finite: np.ndarray | None = field(default=None, kw_only=True)
+
+    @property
+    def route(self) -> Route:
+        return whole
 
     @property
     def size(self) -> int:
@@ -104,12 +128,6 @@ class Population:
         differentiable."""
         return None
 
-    def planned_scoring(self, evaluator: "DecoderEvaluator", batched_task: BatchedTask) -> Evaluation:
-        """Score a task's rows for one chunk of candidates, without entering the results anywhere."""
-        chunk = evaluator.scoring_chunk(self, batched_task)
-        first, nobody = self.first(chunk * evaluator.devices.population), batched_task.requests.unanswered(0)
-        return evaluator.scoring(first, batched_task, chunk, nobody, lambda done: None)
-
 
 @dataclass(frozen=True)
 class MergePopulation(Population):
@@ -122,9 +140,7 @@ class MergePopulation(Population):
         return Source(self.factory, self.replicated, candidates, merge_bytes=merged)
 
     def model_shape(self) -> Any:
-        _, candidate = next(Population.chunks(self, 1))
-        spec = passes.MaterialiseSpec(self.factory, None)
-        return jax.eval_shape(partial(passes.materialise, spec), self.replicated, candidate)
+        return _merged_shape(self.factory, self.replicated, self)
 
     def materialise(self, mesh: AnyMesh, candidates: Any) -> Sourcing:
         size = size_of(candidates)
@@ -137,10 +153,15 @@ class MergePopulation(Population):
         return Source(PerCandidateModel(), None, models, models)
 
     def differentiable(self) -> "DifferentiableMerges":
-        """The same merges, to be differentiated with respect to their recipes."""
-        lazy_factory = self.factory
-        factory = DifferentiableFactory(lazy_factory.spec, lazy_factory.compute_dtype, lazy_factory.prefetch_layers)
-        return DifferentiableMerges(factory, self.replicated, self.candidates)
+        lazy = self.factory
+        factory = DifferentiableFactory(lazy.spec, lazy.compute_dtype, lazy.prefetch_layers)
+        return DifferentiableMerges(factory, self.replicated, self.candidates, scored=self)
+
+
+def _merged_shape(factory: Any, bank: Bank, population: Population) -> Any:
+    """The shapes of one materialised candidate."""
+    _, candidate = next(Population.chunks(population, 1))
+    return jax.eval_shape(partial(passes.materialise, passes.MaterialiseSpec(factory, None)), bank, candidate)
 
 
 def _merge_bytes(bank: Bank, compute_dtype: str, times: int, results: Any) -> int:
@@ -149,19 +170,10 @@ def _merge_bytes(bank: Bank, compute_dtype: str, times: int, results: Any) -> in
 
 @dataclass(frozen=True)
 class DifferentiablePopulation(Population):
-    """P candidates, to be differentiated with respect to the arrays of each."""
+    """P candidates whose arrays have derivatives."""
 
-    def to_score(self) -> Population:
-        """The same candidates, not to be differentiated."""
+    def differentiable(self) -> Self:
         return self
-
-    def planned_gradient(self, evaluator: "DecoderEvaluator", batched_task: BatchedTask) -> Evaluation:
-        """Differentiate a task's rows for one chunk of candidates, without entering the results anywhere."""
-        size = evaluator.gradient_chunk(self, batched_task) * evaluator.devices.population
-        first, answers = self.first(size), batched_task.requests.unanswered(size)
-        return evaluator.differentiating(
-            self, batched_task, np.arange(size), first.candidates, answers.totals, answers, lambda done: None
-        )
 
     def pull_back(self, mesh: AnyMesh, candidates: Any, cotangents: Any, holds: Any) -> Job:
         """The derivative with respect to candidates, float32, of a function whose derivatives with respect to their
@@ -172,13 +184,11 @@ class DifferentiablePopulation(Population):
 
 @dataclass(frozen=True)
 class DifferentiableMerges(DifferentiablePopulation):
-    """P merges of one bank, to be differentiated with respect to their recipes."""
+    """P merges of one bank, to be differentiated with respect to their recipes. scored: the same merges, without
+    derivatives."""
 
     factory: DifferentiableFactory
-
-    def to_score(self) -> MergePopulation:
-        factory = LazyMergeFactory(self.factory.spec, self.factory.compute_dtype, self.factory.prefetch_layers)
-        return MergePopulation(factory, self.replicated, self.candidates)
+    scored: MergePopulation
 
     def source(self, candidates: Any, compute_dtype: str) -> Source:
         # Merged, and merged again by the derivative, which then reads the sources once more.
@@ -188,10 +198,10 @@ class DifferentiableMerges(DifferentiablePopulation):
     def model_shape(self) -> Any:
         """One candidate's shapes, in the dtype of its computation, which is that of its gradient."""
         dtype = self.factory.compute_dtype
-        return jax.eval_shape(lambda model: passes.to_dtype(model, dtype), self.to_score().model_shape())
+        return jax.eval_shape(lambda model: passes.to_dtype(model, dtype), self.scored.model_shape())
 
     def materialise(self, mesh: AnyMesh, candidates: Any) -> Sourcing:
-        source = yield from self.to_score().materialise(mesh, candidates)
+        source = yield from self.scored.materialise(mesh, candidates)
         if self.factory.spec.export_dtype == self.factory.compute_dtype:
             return source
         # Cast once, not in every pass; and derivatives are not rounded to the export dtype in each of them.
@@ -226,3 +236,153 @@ class ModelPopulation(Population):
 def stored(model: StackedWeights) -> Population:
     """A stored model: a population of one."""
     return Population(SharedModel(), model, np.zeros(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Candidates whose parts come to the devices one after the other
+
+# A part of the model, brought to the devices for a chunk of candidates: what all of them share, and what each has. A
+# pass merges the candidates' weights of the two.
+Part = tuple[dict[str, LeafBank], Any]
+# (a chunk of candidates, by its arrays) -> its part. Chunks come one after the other, in their order.
+Bring = Callable[[Any], Part]
+
+
+class Parts(ABC):
+    """Brings the parts of a kind of candidates to the devices, one after the other."""
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """L."""
+        ...
+
+    @property
+    @abstractmethod
+    def layer_bytes(self) -> int:
+        """Bytes of what comes to the devices for a layer."""
+        ...
+
+    @abstractmethod
+    def bring(self, chunks: Sequence[Any]) -> Iterator[Bring]:
+        """The leaves that embed tokens, each of the layers, and the leaves behind them, for all chunks of candidates;
+        the next part is loaded meanwhile."""
+        ...
+
+    @abstractmethod
+    def ends(self, candidates: Any) -> Iterator[Part]:
+        """The leaves outside of the layers for one chunk, one by one."""
+        ...
+
+    @abstractmethod
+    def layers(self, candidates: Any) -> Iterator[Part]:
+        """The layers for one chunk."""
+        ...
+
+    @abstractmethod
+    def model_shape(self, population: Population) -> Any:
+        """The shapes of one materialised candidate."""
+        ...
+
+    @abstractmethod
+    def abstract(self, devices: Devices) -> "Parts":
+        """The same parts as abstract arrays."""
+        ...
+
+
+@dataclass(frozen=True)
+class StreamedPopulation(Population):
+    """P candidates whose parts come to the devices one after the other. gradient_factory: makes the models that are
+    differentiated, None where candidates are not differentiable."""
+
+    factory: Any
+    replicated: Parts
+    gradient_factory: DifferentiableFactory | None = None
+
+    @property
+    def route(self) -> Route:
+        return by_layer
+
+    @property
+    def parts(self) -> Any:
+        return self.replicated
+
+    @property
+    def layer_bytes(self) -> int:
+        return self.replicated.layer_bytes
+
+    def abstract(self, devices: Devices) -> "StreamedPopulation":
+        return replace(self, replicated=self.replicated.abstract(devices))
+
+    def differentiable(self) -> Any:
+        return None if self.gradient_factory is None else replace(self, factory=self.gradient_factory)
+
+    def model_shape(self) -> Any:
+        return self.replicated.model_shape(self)
+
+    def materialise(self, mesh: AnyMesh, candidates: Any) -> Sourcing:
+        parts, size = self.replicated, size_of(candidates)
+        spec = layer_passes.StackSpec(self.factory, mesh, parts.depth)
+        shared: dict[str, Any] = {}
+        for part in parts.ends(candidates):
+            shared |= yield Program(MATERIALISE, layer_passes.materialise_ends, (spec, *part), size)
+            del part
+        stacks: Any = None
+        for number, (leaves, each) in enumerate(parts.layers(candidates)):
+            moved = partial(_written_bytes, (leaves, each), parts.depth * size)
+            arguments: tuple[Any, ...] = (spec, (leaves, np.int32(number)), each, stacks)
+            stacks = yield Program(
+                MATERIALISE, layer_passes.materialise_layer, arguments, size, holds=shared, merge_bytes=moved
+            )
+            jax.block_until_ready(stacks)
+            del leaves, each, arguments, moved
+        models = StackedWeights({LAYERS: stacks}, shared, self.factory.compute_dtype)
+        return Source(PerCandidateModel(), None, models, models)
+
+
+def _written_bytes(part: Part, parts: int, stacks: Any) -> int:
+    return tree_nbytes(part) + tree_nbytes(stacks) // parts
+
+
+@dataclass(frozen=True)
+class MergeParts(Parts):
+    """The parts of merges: a bank's leaves, which all candidates share, and the recipes' parameters for them."""
+
+    bank: StreamedBank
+
+    @property
+    def depth(self) -> int:
+        return self.bank.depth
+
+    @property
+    def layer_bytes(self) -> int:
+        return self.bank.layer_bytes
+
+    def bring(self, chunks: Sequence[Recipe]) -> Iterator[Bring]:
+        bank = self.bank
+        ends = bank.before_layers()
+        yield partial(_end_part, ends)
+        ends = bank.meanwhile(ends)
+        for number, leaves in bank.layers(range(bank.depth)):
+            yield partial(by_layer.layer_part, number, leaves)
+            del leaves
+        yield partial(_end_part, bank.behind_layers(ends))
+
+    def ends(self, candidates: Recipe) -> Iterator[Part]:
+        for name in self.bank.shapes.shared:
+            yield self.bank.load_ends([name]), {name: candidates.shared[name]}
+
+    def layers(self, candidates: Recipe) -> Iterator[Part]:
+        for number, leaves in self.bank.layers(range(self.depth)):
+            yield by_layer.layer_part(number, leaves, candidates)
+            del leaves
+
+    def model_shape(self, population: Population) -> Any:
+        return _merged_shape(population.factory, self.bank.shapes, population)
+
+    def abstract(self, devices: Devices) -> "MergeParts":
+        return MergeParts(abstract_streamed(self.bank.shapes))
+
+
+def _end_part(ends: dict[str, LeafBank], recipes: Recipe) -> Part:
+    return ends, recipes.shared

@@ -41,6 +41,19 @@ class TaskScores:
         )  # fmt: skip
 
 
+def joined(parts: Sequence[TaskScores]) -> TaskScores:
+    """The scores of consecutive populations as those of one."""
+    first = parts[0]
+    return TaskScores(
+        {
+            task: {metric: np.concatenate([part.matrices[task][metric] for part in parts]) for metric in metrics}
+            for task, metrics in first.matrices.items()
+        },
+        {task: [texts for part in parts for texts in part.outputs[task]] for task in first.outputs},
+        {task: np.concatenate([part.log_probabilities[task] for part in parts]) for task in first.log_probabilities},
+    )
+
+
 @dataclass(frozen=True, repr=False)
 class Scores:
     """A population's score matrix, which a strategy receives.

@@ -25,6 +25,10 @@ from evojax_merge.models.decoder import add_deepstack, deepstack_rows, embed, im
 from evojax_merge.models.images import ImageInputs
 from evojax_merge.models.layers import LayerKind, SequenceLayout, Weights, prefix_layout, tables_of
 from evojax_merge.models.sources import MaterialisedWeights, StackedWeights
+from evojax_merge.models.streamed_bank import load_ahead
+
+# A layer's number among all parents' layers, and the factor of its output.
+Step = tuple[int, float]
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,45 @@ class PathBank:
     export_dtype: str = struct.field(pytree_node=False)
     compute_dtype: str = struct.field(pytree_node=False, default="float32")
 
+    # Whether all batches of a task go through a layer before the next one comes.
+    by_layer = False
+
+    def check(self) -> None:
+        """Raises where the layers can no longer be loaded as they were."""
+
+    def with_compute_dtype(self, compute_dtype: str) -> "PathBank":
+        return replace(self, compute_dtype=compute_dtype)
+
+    @property
+    def layout(self) -> "PathBank":
+        """A bank that holds the layers' kinds."""
+        return self
+
+    def ends(self, parent: int) -> StackedWeights:
+        """One parent's embedding, final norm and LM head, rounded as they would be exported: a model without layers."""
+        dtype = jnp.dtype(self.export_dtype)
+        shared = {name: leaves[parent].astype(dtype) for name, leaves in self.shared.items()}
+        return StackedWeights({LAYERS: {}}, shared, self.compute_dtype)
+
+    def run(
+        self, config: DecoderConfig, states: "Sequence[Activations]", steps: Sequence[Step], capacity: int
+    ) -> "list[Activations]":
+        """Take the states of some batches through some steps, `capacity` at most."""
+        layers, residual_scales = np.zeros(capacity, np.int32), np.zeros(capacity, np.float32)
+        layers[: len(steps)] = [layer for layer, _ in steps]
+        residual_scales[: len(steps)] = [value for _, value in steps]
+        count = np.int32(len(steps))
+        return [run_layers(config, self, state, layers, residual_scales, count) for state in states]
+
+    def materialise(
+        self, path: LayerPath, config: DecoderConfig, steps: int | None = None
+    ) -> tuple[StackedWeights, DecoderConfig]:
+        """The path as stacked weights in the export dtype, and its config; padded to `steps`, as by `padded_steps`."""
+        layers, residual_scales = padded_steps(path, steps or len(path.layers))
+        stacked = _scale_layers(self, jnp.asarray(layers, jnp.int32), jnp.asarray(residual_scales))
+        model = StackedWeights({LAYERS: stacked}, self.ends(path.embedding_parent).shared, self.compute_dtype)
+        return model, path_config(self, layers, config)
+
     def scaled_layer(self, index: jax.Array, scale: jax.Array) -> Weights:
         """Layer `index` with its output multiplied by `scale`, rounded to the export dtype, in the compute dtype."""
         dtype = jnp.dtype(self.compute_dtype)
@@ -95,7 +138,7 @@ class PathBank:
 
 @dataclass(frozen=True)
 class StreamedPathBank:
-    """The functions that bring parts of a bank of paths to the device.
+    """The functions that bring parts of a bank of paths to the device, where a `PathBank` holds all of them.
 
     layout: the bank without arrays of weights. load: (number) -> leaves of that one of the M layers, `[1, …]`.
     load_ends: (parent) -> its leaves outside of the layers. check: raises where these can no longer be loaded as they
@@ -107,6 +150,11 @@ class StreamedPathBank:
     load_ends: Callable[[int], Weights]
     check: Callable[[], None]
 
+    by_layer = True
+
+    def with_compute_dtype(self, compute_dtype: str) -> "StreamedPathBank":
+        return replace(self, layout=self.layout.with_compute_dtype(compute_dtype))
+
     def layer(self, number: int) -> PathBank:
         """The bank of one layer."""
         kind = jax.tree.map(lambda each: each[number : number + 1], self.layout.kinds)
@@ -114,9 +162,28 @@ class StreamedPathBank:
             self.layout, layers=self.load(number), kinds=kind, origins=self.layout.origins[number : number + 1]
         )
 
-    def ends(self, parent: int) -> PathBank:
-        """The bank of one parent's leaves outside of the layers, as those of parent 0."""
-        return replace(self.layout, shared={name: (leaf,) for name, leaf in self.load_ends(parent).items()})
+    def ends(self, parent: int) -> StackedWeights:
+        return replace(self.layout, shared={name: (leaf,) for name, leaf in self.load_ends(parent).items()}).ends(0)
+
+    def run(
+        self, config: DecoderConfig, states: "Sequence[Activations]", steps: Sequence[Step], capacity: int
+    ) -> "list[Activations]":
+        first, one, behind = np.zeros(1, np.int32), np.int32(1), list(states)
+        for (_, layer), (_, scale) in zip(load_ahead(self.layer, [m for m, _ in steps]), steps, strict=True):
+            scales = np.full(1, scale, np.float32)
+            # The layer before is free when the one after this is on its way.
+            behind = jax.block_until_ready([run_layers(config, layer, state, first, scales, one) for state in behind])
+        return behind
+
+    def materialise(self, path: LayerPath, config: DecoderConfig, steps: int) -> tuple[StackedWeights, DecoderConfig]:
+        layers, scales = padded_steps(path, steps)
+        stacks = None
+        for number, (_, layer) in enumerate(load_ahead(self.layer, layers)):
+            stacks = _write_step(steps, stacks, layer, np.int32(number), scales[number])
+            jax.block_until_ready(stacks)
+        shared = self.ends(path.embedding_parent).shared
+        model = StackedWeights({LAYERS: stacks or {}}, shared, self.layout.compute_dtype)
+        return model, path_config(self.layout, layers, config)
 
 
 def scale_gain(stored: jax.Array, scale: jax.Array, offset: float) -> jax.Array:
@@ -129,14 +196,6 @@ def scale_gain(stored: jax.Array, scale: jax.Array, offset: float) -> jax.Array:
     largest = jnp.finfo(jnp.float32).max
     shift = jnp.clip(scale * offset, -largest, largest) - offset
     return jnp.clip(scaled, -largest, largest) + shift
-
-
-def embedding_and_head(bank: PathBank, parent: int) -> StackedWeights:
-    """One parent's embedding, final norm and LM head, rounded as they would be exported: a model without layers."""
-    dtype = jnp.dtype(bank.export_dtype)
-    return StackedWeights(
-        {LAYERS: {}}, {name: leaves[parent].astype(dtype) for name, leaves in bank.shared.items()}, bank.compute_dtype
-    )
 
 
 @struct.dataclass
@@ -263,20 +322,8 @@ def padded_steps(path: LayerPath, steps: int) -> tuple[list[int], np.ndarray]:
     return [*path.layers, *path.layers[:1] * added], scales
 
 
-def materialise_path(
-    bank: PathBank, path: LayerPath, config: DecoderConfig, steps: int | None = None
-) -> tuple[StackedWeights, DecoderConfig]:
-    """The path as stacked weights in the export dtype, and its config; padded to `steps`, as by `padded_steps`."""
-    layers, residual_scales = padded_steps(path, steps or len(path.layers))
-    stacked = _scale_layers(bank, jnp.asarray(layers, jnp.int32), jnp.asarray(residual_scales))
-    model = StackedWeights(
-        {LAYERS: stacked}, embedding_and_head(bank, path.embedding_parent).shared, bank.compute_dtype
-    )
-    return model, path_config(bank, layers, config)
-
-
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
-def write_step(
+def _write_step(
     depth: int, stacks: Weights | None, bank: PathBank, number: jax.Array, residual_scale: jax.Array
 ) -> Weights:
     """The stacked layers of a path, `[depth, …]` in the export dtype, with step `number` written in place: the one

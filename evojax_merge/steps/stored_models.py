@@ -25,7 +25,7 @@ from evojax_merge.config.search_config import EvaluationConfig, TaskFile
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks, suitable_tokens, token_warnings
 from evojax_merge.evaluation.devices import unused_memory
-from evojax_merge.evaluation.evaluator import DecoderEvaluator
+from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.samples import KEYS as SAMPLE_KEYS
 from evojax_merge.evaluation.samples import sample_rows
@@ -179,7 +179,7 @@ def score_models(
             evaluator.images = vision.table(None, evaluator.compute_dtype, evaluator.devices.put)
         stored = load_stored(sources, evaluator.config, 0, evaluator.compute_dtype)
         with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:
-            scores = evaluator.stored(stored, progress)
+            scores = evaluator.score_stored(stored, progress)
         rows.append(_model_row(name, tasks, scores))
         on_scored(model, partial(sample_rows, model, evaluator.batched_tasks, scores))
     return rows
@@ -232,7 +232,7 @@ def _model_folder(reference: str, find: Callable[[str, str, Path], Path] = resol
     return run.model
 
 
-def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -> tuple[Sources, DecoderEvaluator]:
+def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -> tuple[Sources, Evaluator]:
     """The sources of a stored model, by its headers alone, and its evaluator."""
     sources, decoder = open_sources([path])
     tokenizer = seeing_tokenizer(load_tokenizer(path), sources.folders[0])
@@ -243,7 +243,7 @@ def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -
     )  # fmt: skip
     setting = settings.final_compute_dtype or settings.compute_dtype
     dtype = live_target().compute_dtype(setting, [stored_dtype(sources, 0)])
-    return sources, DecoderEvaluator(decoder, tokenizer, batched_tasks, dtype)
+    return sources, Evaluator(decoder, tokenizer, batched_tasks, dtype)
 
 
 def is_score_table(content: bytes) -> bool:

@@ -65,3 +65,13 @@ def _greedy(
     decode_state = init_decode_state(config, model.compute_dtype, 1, rows, width, new, window)
     decode_state = prefill(config, alone, members, decode_state, width, jnp.int32(0), tokens, first, stop)
     return decode(config, alone, members, decode_state, new, window, scatter_columns, stop, tokens, seen).tokens
+
+
+def score_merges(evaluator: Any, bank: Any, spec: Any, recipes: Any, *progress: Any) -> Any:
+    """The scores of P merges of a bank."""
+    return evaluator.score(evaluator.merges(bank, spec, recipes), *progress)
+
+
+def differentiate_merges(evaluator: Any, bank: Any, spec: Any, recipes: Any) -> tuple[Any, Any]:
+    """The scores of P merges of a bank, and the derivatives of their fitness."""
+    return evaluator.differentiate(evaluator.merges(bank, spec, recipes))

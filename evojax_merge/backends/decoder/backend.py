@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.backends.decoder.bank_place import BankPlace
 from evojax_merge.backends.decoder.kinds.kind import Candidates
-from evojax_merge.backends.decoder.kinds.placed import is_on_devices, placed_at
+from evojax_merge.backends.decoder.placements import DEVICE, BankPlace
 from evojax_merge.backends.decoder.planner import DecoderPlanner
 from evojax_merge.backends.decoder.vision import Vision
 from evojax_merge.checkpoints.bank import bank_bytes
@@ -29,7 +28,7 @@ from evojax_merge.evaluation.batched_tasks import (
     token_warnings,
 )
 from evojax_merge.evaluation.devices import Devices
-from evojax_merge.evaluation.evaluator import DecoderEvaluator, Progress
+from evojax_merge.evaluation.evaluator import Evaluator, Progress
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.evaluation.planned_passes import DeviceSizes
 from evojax_merge.evaluation.samples import sample_rows
@@ -244,11 +243,11 @@ class DecoderBackend:
         return bank_bytes(self.models.sources, self.models.decoder)
 
     def held_bytes(self) -> int:
-        return self.candidates.held_bytes()
+        return self.candidates.placement.held_bytes(self.candidates)
 
     def device_sizes(self, shards: int) -> DeviceSizes:
         sizes = DeviceSizes(shards)
-        self.candidates.place_bank(sizes.place)
+        self.candidates.placement.place_bank(self.candidates, sizes.place)
         sizes.on_host, sizes.on_disk = self.candidates.host_bytes(), self.candidates.disk_bytes()
         # Layer paths are planned as one model, but all of the parents' layers are loaded.
         sizes.bank = max(sizes.bank, self.held_bytes() // shards)
@@ -256,14 +255,14 @@ class DecoderBackend:
         return sizes
 
     def streamed(self) -> "DecoderBackend | None":
-        if not is_on_devices(self.candidates):
+        if self.candidates.placement != DEVICE:
             return None
-        on_host = placed_at(self.candidates, "host").host_bytes()
+        on_host = self.candidates.placed_at("host").host_bytes()
         # A CPU's models are in the memory of the host in any case.
         has_room = self.target.is_accelerator and (self.target != live_target() or on_host <= available_memory())
         place: BankPlace = "host" if has_room else "disk"
         config = self.config.model_copy(update={"evaluation": self.settings.model_copy(update={"bank": place})})
-        return replace(self, candidates=placed_at(self.candidates, place), config=config)
+        return replace(self, candidates=self.candidates.placed_at(place), config=config)
 
     def abstract_images(self, dtype: str, place: Callable[..., Any]) -> ImageTable | None:
         """The tasks' images as abstract arrays, which `place` makes; None where there are none."""
@@ -310,7 +309,7 @@ class DecoderBackend:
         self, bank: Any, devices: Devices, log: Callable[[str], None], chunk_sizes: dict[Any, int], dtype: str,
         tasks: list[BatchedTask],
     ) -> SpaceEvaluator[Any]:  # fmt: skip
-        decoder = DecoderEvaluator(
+        decoder = Evaluator(
             self.models.decoder, self.models.tokenizer, tasks, dtype, self.settings.chunk, devices, log, chunk_sizes,
             target=self.target, images=self._images(None, dtype, devices),
         )  # fmt: skip
@@ -336,13 +335,13 @@ class DecoderBackend:
             if aligned
             else open_sources([model], open_decoder=self.models.open_decoder)
         )
-        candidates: DecoderEvaluator = heldout.evaluator.evaluator
+        candidates: Evaluator = heldout.evaluator.evaluator
         images = self._images(model, candidates.compute_dtype, candidates.devices)
         if self.models.other_modules is not None and not sources.folders[0].is_part:
             # A text model takes images as the decoder that it merges into does.
             config = as_decoder_of(config, self.models.decoder)
         evaluator = replace(candidates, config=config, images=images)
-        return self.candidates.score_stored(evaluator, sources, config, progress)
+        return self.candidates.placement.score_stored(evaluator, sources, config, progress)
 
     def answers(
         self, model: str, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int

@@ -13,7 +13,7 @@ from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import Sources, open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.evaluation.batched_tasks import batch_tasks, suitable_tokens
-from evojax_merge.evaluation.evaluator import DecoderEvaluator
+from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.tasks.text import TextTask
@@ -34,8 +34,8 @@ class JudgeModel:
             [[task]], tokenizer, suitable_tokens(target), context_length(self.sources.folders, self.decoder.positions),
             stop_tokens(self.folder, tokenizer), self.decoder.vocab, self.decoder.position_switch,
         )  # fmt: skip
-        evaluator = DecoderEvaluator(self.decoder, tokenizer, batched_tasks, self._dtype)
-        margins: np.ndarray = evaluator.stored(self._stored).matrices[task.name]["margin"][0]
+        evaluator = Evaluator(self.decoder, tokenizer, batched_tasks, self._dtype)
+        margins: np.ndarray = evaluator.score_stored(self._stored).matrices[task.name]["margin"][0]
         return margins
 
     @cached_property

@@ -10,12 +10,11 @@ from merge_kernels import Method
 
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.decoder.backend import DecoderBackend, DecoderModels, stored_dtype
-from evojax_merge.backends.decoder.bank_place import BankPlace, Room, bank_place
 from evojax_merge.backends.decoder.kinds.kind import Candidates
 from evojax_merge.backends.decoder.kinds.layer_path import PathCandidates
 from evojax_merge.backends.decoder.kinds.member import PoolCandidates
 from evojax_merge.backends.decoder.kinds.merge import MergeCandidates
-from evojax_merge.backends.decoder.kinds.placed import placed_at
+from evojax_merge.backends.decoder.placements import BankPlace, Room, bank_place
 from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
 from evojax_merge.checkpoints.bank import bank_bytes
 from evojax_merge.checkpoints.config_file import decoder_settings
@@ -168,32 +167,30 @@ def _candidates(
             export_dtype,
             tuple((name, values) for name, values in space.constants if not method.parameter(name).searched),
         )
-        merges = MergeCandidates(space, spec, sources, decoder, base, names)
-        return placed_at(merges, _place(where, config, merges, sources, decoder, target))
+        merges = MergeCandidates(space=space, spec=spec, sources=sources, decoder=decoder, base=base, parents=names)
+        return merges.placed_at(_place(where, config, merges, decoder, target))
     if config.pool is not None:
         _check_heads(where, sources)
         genes = genome_genes(bred_by, config.pool.split)
         breeding = BreedingSpace(bred_by, decoder.layers, config.pool.split, founding_genealogy(len(names), genes))
         size = config.pool.members(len(names))
         pooled = PoolCandidates(
-            breeding, sources, decoder, has_base, base if has_base else None, names, export_dtype, config.seed,
-            config.pool.slots or size, size,
+            space=breeding, sources=sources, decoder=decoder, has_base=has_base, base=base if has_base else None,
+            founders=names, member_dtype=export_dtype, seed=config.seed, slots=config.pool.slots or size, size=size,
         )  # fmt: skip
         room = Room(_model_bytes(sources, decoder), pooled.host_bytes(), pooled.host_bytes())
-        return placed_at(pooled, bank_place(where, config.evaluation.bank, target, room, config.evaluation.model))
+        return pooled.placed_at(bank_place(where, config.evaluation.bank, target, room, config.evaluation.model))
     assert config.data_flow is not None
     path_spec = PathSpec(configs, export_dtype)
     path_space = build_path_space(f"{where}: data_flow", config.data_flow, path_spec)
-    paths = PathCandidates(path_space, path_spec, sources, names)
-    return placed_at(paths, _place(where, config, paths, sources, decoder, target))
+    paths = PathCandidates(space=path_space, spec=path_spec, sources=sources, parents=names)
+    return paths.placed_at(_place(where, config, paths, decoder, target))
 
 
-def _place(
-    where: str, config: Config, candidates: Candidates, sources: Sources, decoder: DecoderConfig, target: Target
-) -> BankPlace:
-    """The place of the models of a config, of which `candidates` hold all."""
-    models = candidates.held_bytes()
-    room = Room(models + _model_bytes(sources, decoder), 0, models)
+def _place(where: str, config: Config, candidates: Candidates, decoder: DecoderConfig, target: Target) -> BankPlace:
+    """The place of the models of a config, which candidates hold all of."""
+    models = candidates.loaded_bytes()
+    room = Room(models + _model_bytes(candidates.sources, decoder), 0, models)
     return bank_place(where, config.evaluation.bank, target, room, config.evaluation.model)
 
 

@@ -13,7 +13,7 @@ from evojax_merge.errors import Failed
 from evojax_merge.evaluation.batched_tasks import BatchedTask, one_row_batches
 from evojax_merge.evaluation.compilers import TargetCompiler, collectives
 from evojax_merge.evaluation.devices import MEMORY_SHARE, group_of
-from evojax_merge.evaluation.evaluator import DecoderEvaluator, Progress
+from evojax_merge.evaluation.evaluator import Evaluator, Progress, no_progress
 from evojax_merge.evaluation.generation import generating, generation_chunk
 from evojax_merge.evaluation.planned_passes import (
     JaxprReader,
@@ -31,10 +31,10 @@ from evojax_merge.report.plan import shown_number
 if TYPE_CHECKING:
     from evojax_merge.backends.decoder.backend import DecoderBackend
 
-PlanPasses = Callable[[DecoderEvaluator, Any, BatchedTask, PassReader], list[PlannedPass]]
+PlanPasses = Callable[[Evaluator, Any, BatchedTask, PassReader], list[PlannedPass]]
 # (the evaluator that has chosen chunks, a planner of passes, a task) -> the reports of the target's compiler on the
 # passes.
-AskCompiler = Callable[[DecoderEvaluator, PlanPasses, BatchedTask], list[Report]]
+AskCompiler = Callable[[Evaluator, PlanPasses, BatchedTask], list[Report]]
 
 
 @dataclass
@@ -45,21 +45,21 @@ class DecoderPlanner:
     bank_bytes: int
 
     @cached_property
-    def evaluator(self) -> DecoderEvaluator:
+    def evaluator(self) -> Evaluator:
         """An evaluator without tasks that makes the choices of one on the backend's target."""
         backend, target = self.backend, self.backend.target
         free = int(MEMORY_SHARE * max(0, target.memory - self.bank_bytes))
         # The plan of a search that does not fit shows the memory of one candidate.
         chunk = backend.settings.chunk if self.bank_bytes < target.memory else 1
         devices = group_of(backend.settings.model)
-        return DecoderEvaluator(
+        return Evaluator(
             backend.models.decoder, backend.models.tokenizer, [], backend.compute_dtype, chunk, devices, target=target,
             free_memory=lambda: free, temporary_bytes=JaxprReader(target, devices).temporary_bytes,
             images=backend.abstract_images(backend.compute_dtype, devices.abstract),
         )  # fmt: skip
 
     @cached_property
-    def _final(self) -> DecoderEvaluator:
+    def _final(self) -> Evaluator:
         """The evaluator of the splits that no generation is scored on: in another dtype, fewer candidates may fit."""
         if self.backend.final_compute_dtype == self.backend.compute_dtype:
             return self.evaluator
@@ -74,7 +74,7 @@ class DecoderPlanner:
     @property
     def notes(self) -> tuple[str, ...]:
         config, backend = self.backend.models.decoder, self.backend
-        placed = backend.candidates.notes(backend.target, backend.settings.model)
+        placed = backend.candidates.placement.notes(backend.candidates, backend.target, backend.settings.model)
         if config.projector is None:
             return placed
         leaves = [leaf for leaf in leaves_of(config) if len(leaf.shape) > 1]
@@ -120,7 +120,7 @@ class DecoderPlanner:
         return cache(population)
 
     def _reports(
-        self, compiler: TargetCompiler, size: int, planned: DecoderEvaluator, plan_passes: PlanPasses, task: BatchedTask
+        self, compiler: TargetCompiler, size: int, planned: Evaluator, plan_passes: PlanPasses, task: BatchedTask
     ) -> list[Report]:
         """The compiler's reports on the passes of a task over a chunk of `size` candidates for each group of devices,
         in the chunks that `planned` has chosen, in their order. Raises JaxRuntimeError where it refuses one because it
@@ -139,13 +139,13 @@ class DecoderPlanner:
 
 
 def passes_of_task(
-    evaluator: DecoderEvaluator, population: Population, i: int, plan_passes: PlanPasses, ask: AskCompiler | None = None
+    evaluator: Evaluator, population: Population, i: int, plan_passes: PlanPasses, ask: AskCompiler | None = None
 ) -> list[SizedPass]:
     """The passes of the evaluator's task i over a chunk, with as much in a pass as fits. Where not even one candidate
     and one row fit: the passes with these, which no compiler is asked about."""
     reader = JaxprReader(evaluator.target, evaluator.devices)
 
-    def sized(evaluator: DecoderEvaluator, task: BatchedTask, ask: AskCompiler | None) -> list[SizedPass]:
+    def sized(evaluator: Evaluator, task: BatchedTask, ask: AskCompiler | None) -> list[SizedPass]:
         planned = plan_passes(evaluator, population, task, reader)
         reports = [None] * len(planned) if ask is None else ask(evaluator, plan_passes, task)
         return [
@@ -177,7 +177,7 @@ def passes_of_task(
         return sized(alone, one_row_batches(evaluator.batched_tasks[i]), None)
 
     try:
-        sized_passes: list[SizedPass] = evaluator.retry_on_oom(i, fitting, lambda done: None)
+        sized_passes: list[SizedPass] = evaluator.retry_on_oom([i], fitting, no_progress)
     except (_NothingFits, Failed):
         sized_passes = least()
     return sized_passes
@@ -187,34 +187,29 @@ class _NothingFits(Exception):
     """Not even one candidate's pass over one row fits."""
 
 
-def _ignore(done: int) -> None:
-    """Drop the progress of what is not run."""
-
-
 _NOTHING = np.zeros(0)
 
 
 def planned_passes(
-    evaluator: DecoderEvaluator, population: Population, batched_task: BatchedTask, reader: PassReader
+    evaluator: Evaluator, population: Population, batched_task: BatchedTask, reader: PassReader
 ) -> list[PlannedPass]:
     """The passes that evaluate one chunk of a population on a task's batches, on one group of devices."""
     passes, groups, name = list[PlannedPass](), evaluator.devices.population, batched_task.task.name
     if batched_task.scoring is not None:
-        passes += plan(population.planned_scoring(evaluator, batched_task), name, reader)
+        passes += plan(population.route.planned_scoring(evaluator, population, batched_task), name, reader)
     if batched_task.prompts is not None:
         chunk = generation_chunk(evaluator, population, batched_task)
         first = population.first(chunk * groups)
-        passes += plan(generating(evaluator, first, batched_task, chunk, [], _NOTHING, _ignore), name, reader)
+        passes += plan(generating(evaluator, first, batched_task, chunk, [], _NOTHING, no_progress), name, reader)
     return passes
 
 
 def planned_gradient_passes(
-    evaluator: DecoderEvaluator, population: Population, batched_task: BatchedTask, reader: PassReader
+    evaluator: Evaluator, population: Population, batched_task: BatchedTask, reader: PassReader
 ) -> list[PlannedPass]:
     """The passes that differentiate one chunk of a population on a task's batches, on one group of devices."""
-    name, passes, differentiable = batched_task.task.name, list[PlannedPass](), population.differentiable()
-    assert differentiable is not None
+    name, passes, route = batched_task.task.name, list[PlannedPass](), population.route
     if batched_task.task.derivative == "nonlinear":
         # The weight of each total depends on all of them.
-        passes += plan(population.planned_scoring(evaluator, batched_task), name, reader)
-    return [*passes, *plan(differentiable.planned_gradient(evaluator, batched_task), name, reader)]
+        passes += plan(route.planned_scoring(evaluator, population, batched_task), name, reader)
+    return [*passes, *plan(route.planned_gradient(evaluator, population, batched_task), name, reader)]

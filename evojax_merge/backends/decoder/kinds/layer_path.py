@@ -7,45 +7,35 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.backends.decoder.bank_place import BankPlace
-from evojax_merge.backends.decoder.kinds.kind import (
-    LAYERS_AHEAD,
-    STREAMED_FROM,
-    OnDevices,
-    Streamed,
-    one_model,
-)
+from evojax_merge.backends.decoder.kinds.kind import LAYERS_AHEAD, STREAMED_FROM, Candidates, one_model
+from evojax_merge.backends.decoder.placements import DEVICE, BankPlace
 from evojax_merge.checkpoints.abstract_bank import Place, abstract_stored
-from evojax_merge.checkpoints.bank import (
-    bank_bytes,
-    load_path_bank,
-)
-from evojax_merge.checkpoints.parents import Sources
+from evojax_merge.checkpoints.bank import bank_bytes, load_path_bank
 from evojax_merge.checkpoints.streamed_paths import path_bank_in_files, path_bank_on_host
 from evojax_merge.evaluation.devices import Devices
-from evojax_merge.evaluation.evaluator import DecoderEvaluator, Progress
-from evojax_merge.evaluation.paths import PathEvaluator, StreamedPathEvaluator
+from evojax_merge.evaluation.evaluator import Evaluator, Progress
+from evojax_merge.evaluation.paths import PathEvaluator
 from evojax_merge.evaluation.populations import Population
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.write import path_document
-from evojax_merge.models.paths import PathBank, PathSpec
+from evojax_merge.models.paths import PathSpec
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.report.plan import shown_bytes
 from evojax_merge.report.winner import PathReport
 from evojax_merge.spaces.layer_path import PathSpace
 
+# By the place of the models: loads them.
+LOADERS: dict[BankPlace, Any] = {"device": load_path_bank, "host": path_bank_on_host, "disk": path_bank_in_files}
 
-@dataclass(frozen=True)
-class PathCandidates(OnDevices):
+
+@dataclass(frozen=True, kw_only=True)
+class PathCandidates(Candidates):
     """Paths through the layers of all parents."""
 
     space: PathSpace
     spec: PathSpec
-    sources: Sources
     parents: tuple[str, ...]
 
-    baseline_role = None
-    gradient_passes = 4
     methods = ()
     is_random = False
 
@@ -57,34 +47,13 @@ class PathCandidates(OnDevices):
     def export_dtype(self) -> str:
         return self.spec.export_dtype
 
-    def whole_bytes(self) -> int:
-        return bank_bytes(self.sources, self.spec.configs[0])
-
-    def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> PathBank:
-        return load_path_bank(self.sources, self.spec, progress)
-
-    def evaluator(self, decoder: DecoderEvaluator, bank: PathBank) -> PathEvaluator:
-        return PathEvaluator(decoder, replace(bank, compute_dtype=decoder.compute_dtype), self.space.max_length)
-
-    def place_bank(self, place: Place) -> StackedWeights:
-        return abstract_stored(self.sources, self.spec.configs[0], "float32", place)
-
-    def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
-        """One path, with the depth of the first parent."""
-        return one_model(self.sources, self.spec.configs[0], evaluator.compute_dtype, place)
+    @property
+    def gradient_passes(self) -> int:
+        # A pass is differentiated with respect to the scales of layers that are on the device.
+        return 4 if self.placement == DEVICE else 0
 
     def describe(self) -> str:
         return f"{self.space.dims} numbers that say which layers follow each other"
-
-    def describe_work(self, evaluators: Sequence[PathEvaluator]) -> str:
-        done = sum(evaluator.work.steps_run for evaluator in evaluators)
-        asked = sum(evaluator.work.steps_requested for evaluator in evaluators)
-        saved = 0.0 if not asked else 1 - done / asked
-        distinct = {path for evaluator in evaluators for path in evaluator.work.paths}
-        return (
-            f"layer steps: {done:,} computed of {asked:,} asked for ({saved:.0%} were shared); "
-            f"{len(distinct):,} distinct paths"
-        )
 
     def to_recipe(self, genome: np.ndarray) -> list[dict[str, Any]]:
         return [path_document(self._path(genome), self.spec, self.parents)]
@@ -97,31 +66,13 @@ class PathCandidates(OnDevices):
         assert path is not None, "a genome without a path has no finite fitness, and is never written"
         return path
 
+    def loaded_bytes(self) -> int:
+        return bank_bytes(self.sources, self.spec.configs[0])
 
-@dataclass(frozen=True)
-class StreamedPaths(Streamed, PathCandidates):
-    """Paths through layers that stay on the host, or in their files, and come to the device when a path does."""
+    def place_whole(self, place: Place) -> StackedWeights:
+        return abstract_stored(self.sources, self.spec.configs[0], "float32", place)
 
-    place: BankPlace
-
-    gradient_passes = 0
-
-    def notes(self, target: Target, model: int) -> tuple[str, ...]:
-        nbytes = shown_bytes(self.whole_bytes())
-        return (
-            f"bank: {nbytes} of models stay {STREAMED_FROM[self.place]}; for each step of a path a layer comes to the "
-            "device, once where paths begin alike",
-        )
-
-    def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
-        load = {"host": path_bank_on_host, "disk": path_bank_in_files}[self.place]
-        return load(self.sources, self.spec, progress)
-
-    def evaluator(self, decoder: DecoderEvaluator, bank: Any) -> StreamedPathEvaluator:
-        layout = replace(bank.layout, compute_dtype=decoder.compute_dtype)
-        return StreamedPathEvaluator(decoder, replace(bank, layout=layout), self.space.max_length)
-
-    def place_bank(self, place: Place) -> Any:
+    def place_parts(self, place: Place) -> Any:
         """Two layers, one that computes and the next, and one parent's leaves outside of the layers."""
         config = self.spec.configs[0]
         two = replace(
@@ -129,3 +80,30 @@ class StreamedPaths(Streamed, PathCandidates):
             position_kinds=config.position_kinds[:LAYERS_AHEAD],
         )  # fmt: skip
         return abstract_stored(self.sources, two, "float32", place)
+
+    def parts_note(self, target: Target, model: int) -> str:
+        return (
+            f"bank: {shown_bytes(self.loaded_bytes())} of models stay {STREAMED_FROM[self.placement.name]}; for each "
+            "step of a path a layer comes to the device, once where paths begin alike"
+        )
+
+    def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
+        return LOADERS[self.placement.name](self.sources, self.spec, progress)
+
+    def evaluator(self, decoder: Evaluator, bank: Any) -> PathEvaluator:
+        decoder = self.placement.beside_bank(self, decoder)
+        return PathEvaluator(decoder, bank.with_compute_dtype(decoder.compute_dtype), self.space.max_length)
+
+    def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
+        """One path, with the depth of the first parent."""
+        return one_model(self.sources, self.spec.configs[0], evaluator.compute_dtype, place)
+
+    def describe_work(self, evaluators: Sequence[PathEvaluator]) -> str:
+        done = sum(evaluator.work.steps_run for evaluator in evaluators)
+        asked = sum(evaluator.work.steps_requested for evaluator in evaluators)
+        saved = 0.0 if not asked else 1 - done / asked
+        distinct = {path for evaluator in evaluators for path in evaluator.work.paths}
+        return (
+            f"layer steps: {done:,} computed of {asked:,} asked for ({saved:.0%} were shared); "
+            f"{len(distinct):,} distinct paths"
+        )

@@ -11,68 +11,65 @@ from typing import Any
 import numpy as np
 from merge_kernels import METHODS, Method
 
-from evojax_merge.backends.decoder.bank_place import BankPlace
-from evojax_merge.backends.decoder.kinds.kind import (
-    LAYERS_AHEAD,
-    STREAMED_FROM,
-    OnDevices,
-    Streamed,
-    beside_bank,
-    one_model,
-)
+from evojax_merge.backends.decoder.kinds.kind import LAYERS_AHEAD, STREAMED_FROM, Candidates, one_model
+from evojax_merge.backends.decoder.placements import DEVICE, BankPlace
 from evojax_merge.checkpoints.abstract_bank import Place, abstract_stored
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.checkpoints.members import MembersInFiles, MembersOnHost, MemberStore
-from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.checkpoints.writer import TensorSpec
 from evojax_merge.evaluation.devices import Devices
-from evojax_merge.evaluation.evaluator import DecoderEvaluator, Progress
+from evojax_merge.evaluation.evaluator import Evaluator, PopulationEvaluator, Populations, Progress
 from evojax_merge.evaluation.pool import (
     LeavesOfPart,
+    MemberParts,
     PoolBank,
-    PoolEvaluator,
-    StreamedPoolEvaluator,
     abstract_load,
+    children_by_layer,
     member_population,
     part_bytes,
     part_shape,
     part_tensors,
     parts_of,
     steps_of,
+    whole_children,
 )
 from evojax_merge.evaluation.populations import Population
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.write import lineage_documents
-from evojax_merge.models.architecture import (
-    tensor_shape,
-)
+from evojax_merge.models.architecture import tensor_shape
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.report.plan import shown_bytes, shown_seconds
 from evojax_merge.report.winner import PoolReport
 from evojax_merge.spaces.breeding import PARENTS, BreedingSpace
 
+# By the place of the models: makes the populations of members.
+POPULATIONS: dict[BankPlace, Populations] = {
+    "device": whole_children, "host": children_by_layer, "disk": children_by_layer
+}  # fmt: skip
 
-@dataclass(frozen=True)
-class PoolCandidates(OnDevices):
+
+@dataclass(frozen=True, kw_only=True)
+class PoolCandidates(Candidates):
     """Members of a pool. has_base: whether the sources begin with a base; base: its reference in recipes; founders:
     references, by number; seed: of random methods; slots: the number of bred members that are kept between generations;
     size: that of the pool."""
 
     space: BreedingSpace
-    sources: Sources
     decoder: DecoderConfig
     has_base: bool
     base: str | None
     founders: tuple[str, ...]
-    export_dtype: str
+    member_dtype: str
     seed: int
     slots: int
     size: int
 
     name = "pool"
-    baseline_role = None
-    gradient_passes = 1
+
+    @property
+    def export_dtype(self) -> str:
+        return self.member_dtype
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -94,33 +91,9 @@ class PoolCandidates(OnDevices):
     def within(self, context: Any) -> "PoolCandidates":
         return replace(self, space=self.space.within(context))
 
-    def whole_bytes(self) -> int:
-        """0: founders stay in their files, and bred members on the host."""
-        return 0
-
-    def host_bytes(self) -> int:
-        return self.members_bytes
-
-    def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> PoolBank:
-        bank = self._bank(MembersOnHost())
-        bank.check_founders(progress)
-        return bank
-
-    def evaluator(self, decoder: DecoderEvaluator, bank: PoolBank) -> PoolEvaluator:
-        return PoolEvaluator(decoder, bank)
-
-    def place_bank(self, place: Place) -> StackedWeights:
-        return abstract_stored(self.sources, self.decoder, "float32", place)
-
-    def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
-        return one_model(self.sources, self.decoder, evaluator.compute_dtype, place)
-
     def describe(self) -> str:
         methods = " or ".join(method.name for method in self.space.methods)
         return f"children of two members ({methods}; {len(self.founders)} founders)"
-
-    def describe_work(self, evaluators: Sequence[PoolEvaluator]) -> str:
-        return f"{max((pool.bank.bred for pool in evaluators), default=0):,} children were bred, those again included"
 
     def to_recipe(self, genome: np.ndarray) -> list[dict[str, Any]]:
         member = self.space.member(np.asarray(genome, np.float32))
@@ -143,38 +116,53 @@ class PoolCandidates(OnDevices):
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> PoolReport:
         return PoolReport(self.space.member(np.asarray(genome, np.float32)), self.decoder.layers, tuple(parents))
 
-
-@dataclass(frozen=True)
-class StreamedPool(Streamed, PoolCandidates):
-    """Members of a pool that stay in the host's memory, or in files, and whose children come to the devices layer by
-    layer."""
-
-    place: BankPlace
+    def loaded_bytes(self) -> int:
+        """0: founders stay in their files, and bred members on the host."""
+        return 0
 
     def host_bytes(self) -> int:
-        """A part of all parents, and of the children that come to the devices, beside the members."""
+        """The members, but for those in files; where these come to the devices layer by layer, a part of all parents,
+        and of the children that come, beside them."""
+        members = 0 if self.placement.name == "disk" else self.members_bytes
+        if self.placement == DEVICE:
+            return members
         largest = max(part_bytes(self.decoder, self.export_dtype, part) for part in parts_of(self.decoder))
-        members = self.members_bytes if self.place == "host" else 0
         return members + largest * (self.size + int(self.has_base) + LAYERS_AHEAD)
 
     def disk_bytes(self) -> int:
-        return self.members_bytes if self.place == "disk" else 0
+        return self.members_bytes if self.placement.name == "disk" else 0
 
-    def notes(self, target: Target, model: int) -> tuple[str, ...]:
+    def place_whole(self, place: Place) -> StackedWeights:
+        return abstract_stored(self.sources, self.decoder, "float32", place)
+
+    def place_parts(self, place: Place) -> Any:
+        """The largest parts of a step, for the candidate that computes and the next."""
+
+        def nbytes(step: Sequence[LeavesOfPart]) -> int:
+            return sum(part_bytes(self.decoder, self.export_dtype, part) for part in step)
+
+        dtype = FLOAT_DTYPES[self.export_dtype]
+        return [
+            place((LAYERS_AHEAD, *part_shape(self.decoder, leaf)), dtype, leaf.sharded_axis)
+            for leaves, _ in max(steps_of(self.decoder), key=nbytes)
+            for leaf in leaves
+        ]
+
+    def parts_note(self, target: Target, model: int) -> str:
         member = self._bank(MembersOnHost()).member_bytes()
-        where = "in the host's memory" if self.place == "host" else "in files of the run"
+        where = "in the host's memory" if self.placement.name == "host" else "in files of the run"
         # Parents go to the device to be merged, and the child comes back before it is scored.
         moved = member * (PARENTS + int(self.has_base) + 1) + member // model
         rate = "" if math.isnan(target.link) else f", {shown_seconds(moved / target.link)} or more"
         link = f"; {shown_bytes(moved)} go over the link for each child{rate}" if target.is_accelerator else ""
         return (
             f"bank: bred members ({shown_bytes(member)} each, up to {shown_bytes(self.members_bytes)}) stay {where}, "
-            f"founders {STREAMED_FROM['disk']}{link}",
-        )  # fmt: skip
+            f"founders {STREAMED_FROM['disk']}{link}"
+        )
 
     def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> PoolBank:
         bank = self._bank(MembersOnHost())
-        if self.place == "disk":
+        if self.placement.name == "disk":
             if folder is None:
                 temporary = tempfile.TemporaryDirectory(prefix="evojax-merge-members-")
                 weakref.finalize(bank, temporary.cleanup)
@@ -189,23 +177,15 @@ class StreamedPool(Streamed, PoolCandidates):
         bank.check_founders(progress)
         return bank
 
-    def evaluator(self, decoder: DecoderEvaluator, bank: PoolBank) -> StreamedPoolEvaluator:
-        return StreamedPoolEvaluator(beside_bank(self, decoder), bank)
+    def evaluator(self, decoder: Evaluator, bank: PoolBank) -> PopulationEvaluator:
+        populations = POPULATIONS[self.placement.name]
+        return PopulationEvaluator(self.placement.beside_bank(self, decoder), bank, populations)
 
-    def place_bank(self, place: Place) -> Any:
-        """The parts of a step that are on a device together, of those in turn that take most, for the candidate that
-        computes and the next."""
-
-        def nbytes(step: Sequence[LeavesOfPart]) -> int:
-            return sum(part_bytes(self.decoder, self.export_dtype, part) for part in step)
-
-        dtype = FLOAT_DTYPES[self.export_dtype]
-        return [
-            place((LAYERS_AHEAD, *part_shape(self.decoder, leaf)), dtype, leaf.sharded_axis)
-            for leaves, _ in max(steps_of(self.decoder), key=nbytes)
-            for leaf in leaves
-        ]
-
-    def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
+    def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
+        if self.placement == DEVICE:
+            return one_model(self.sources, self.decoder, evaluator.compute_dtype, place)
         load = abstract_load(self.decoder, self.export_dtype, evaluator.devices)
-        return member_population(evaluator, self.decoder, self.export_dtype, size, load)
+        return member_population(evaluator, MemberParts(self.decoder, self.export_dtype, load), size)
+
+    def describe_work(self, evaluators: Sequence[PopulationEvaluator]) -> str:
+        return f"{max((pool.bank.bred for pool in evaluators), default=0):,} children were bred, those again included"

@@ -11,27 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from merge_kernels import Method
 
-from evojax_merge.backends.decoder.bank_place import BankPlace
-from evojax_merge.backends.decoder.kinds.kind import (
-    LAYERS_AHEAD,
-    STREAMED_FROM,
-    OnDevices,
-    Streamed,
-    beside_bank,
-)
+from evojax_merge.backends.decoder.kinds.kind import LAYERS_AHEAD, STREAMED_FROM, Candidates
+from evojax_merge.backends.decoder.placements import BankPlace
 from evojax_merge.checkpoints.abstract_bank import Place, abstract_bank
 from evojax_merge.checkpoints.bank import (
     held_bytes,
     leaf_layout,
     load_bank,
 )
-from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.checkpoints.streamed import bank_in_files, bank_on_host
 from evojax_merge.evaluation.devices import Devices
-from evojax_merge.evaluation.evaluator import DecoderEvaluator, MergeEvaluator, Progress
+from evojax_merge.evaluation.evaluator import Evaluator, PopulationEvaluator, Progress
 from evojax_merge.evaluation.planned_passes import DeviceSizes
 from evojax_merge.evaluation.populations import Population
-from evojax_merge.evaluation.streaming import StreamedEvaluator
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.write import recipe_document
 from evojax_merge.models.architecture import (
@@ -44,25 +36,26 @@ from evojax_merge.models.architecture import (
 )
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.streamed_bank import abstract_streamed
+from evojax_merge.models.streamed_bank import StreamedBank
 from evojax_merge.report.plan import shown_bytes, shown_seconds
 from evojax_merge.report.winner import MergeReport
 from evojax_merge.spaces.parameter import ParameterSpace
 
+# By the place of the models: loads them.
+LOADERS: dict[BankPlace, Any] = {"device": load_bank, "host": bank_on_host, "disk": bank_in_files}
 
-@dataclass(frozen=True)
-class MergeCandidates(OnDevices):
+
+@dataclass(frozen=True, kw_only=True)
+class MergeCandidates(Candidates):
     """Merges of all sources by a method. base, parents: the references in recipes, the parents in their order."""
 
     space: ParameterSpace
     spec: MergeSpec
-    sources: Sources
     decoder: DecoderConfig
     base: str | None
     parents: tuple[str, ...]
 
     baseline_role = "uniform"
-    gradient_passes = 1
 
     @property
     def name(self) -> str:
@@ -80,34 +73,9 @@ class MergeCandidates(OnDevices):
     def is_random(self) -> bool:
         return self.spec.method.random
 
-    def whole_bytes(self) -> int:
-        return held_bytes(self.sources, self.decoder, self.spec)
-
-    def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
-        return load_bank(self.sources, self.decoder, self.spec, progress, devices)
-
-    def evaluator(self, decoder: DecoderEvaluator, bank: Any) -> MergeEvaluator:
-        return MergeEvaluator(decoder, bank, self.spec)
-
-    def place_bank(self, place: Place) -> Bank:
-        return abstract_bank(self.sources, self.decoder, self.spec, place)
-
-    def planned_recipes(self, size: int) -> Recipe:
-        """Recipes of a population on the host. Their values make no difference to a plan."""
-        shapes = jax.eval_shape(self.space.decode, jax.ShapeDtypeStruct((size, self.space.dims), jnp.float32))
-        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-
-    def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
-        return evaluator.merges(self.place_bank(place), self.spec, self.planned_recipes(size))
-
     def describe(self) -> str:
         names = ", ".join(parameter.name for parameter in self.space.search_parameters)
         return f"{self.space.dims} parameters ({names}; {len(self.space.groups)} groups)"
-
-    def describe_work(self, evaluators: Sequence[Any]) -> str:
-        most = max((chunk for evaluator in evaluators for chunk in evaluator.evaluator.chunk_sizes.values()), default=0)
-        few = {0: "no candidate", 1: "one candidate at a time"}.get(most, f"up to {most:,} candidates at a time")
-        return f"each device scored {few}"
 
     def to_recipe(self, genome: np.ndarray) -> list[dict[str, Any]]:
         recipe = take_candidate(jax.tree.map(np.asarray, self.space.decode(genome[None])), 0)
@@ -117,32 +85,15 @@ class MergeCandidates(OnDevices):
         values = {name: np.asarray(block) for name, block in self.space.values(jnp.asarray(genome)).items()}
         return MergeReport(tuple(self.space.groups), values, tuple(parents))
 
+    def loaded_bytes(self) -> int:
+        return held_bytes(self.sources, self.decoder, self.spec)
 
-@dataclass(frozen=True)
-class StreamedMerges(Streamed, MergeCandidates):
-    """Merges of sources that stay on the host, or in their files, and come to the devices layer by layer."""
+    def place_whole(self, place: Place) -> Bank:
+        return abstract_bank(self.sources, self.decoder, self.spec, place)
 
-    place: BankPlace
-
-    def notes(self, target: Target, model: int) -> tuple[str, ...]:
-        streamed = self.whole_bytes() // model
-        rate = "" if math.isnan(target.link) else f", {shown_seconds(streamed / target.link)} or more by its link"
-        return (
-            f"bank: {shown_bytes(self.whole_bytes())} of models stay {STREAMED_FROM[self.place]}; "
-            f"{shown_bytes(streamed)} come to each "
-            f"device once in a generation that is scored, and once for candidates that generate together{rate}",
-        )  # fmt: skip
-
-    def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
-        load = {"host": bank_on_host, "disk": bank_in_files}[self.place]
-        return load(self.sources, self.decoder, self.spec, progress, devices)
-
-    def evaluator(self, decoder: DecoderEvaluator, bank: Any) -> StreamedEvaluator:
-        return StreamedEvaluator(beside_bank(self, decoder), bank, self.spec)
-
-    def place_bank(self, place: Place) -> Any:
-        """The parts that are on the devices together, of those in turn that take most: the leaves that embed tokens;
-        two layers, one that computes and the next, beside the leaves that stay; and these with the head."""
+    def place_parts(self, place: Place) -> Any:
+        """The leaves that embed tokens; two layers, one that computes and the next, beside the leaves that stay; or
+        these with the head."""
 
         def place_leaf(leaf: Leaf, place: Place) -> Any:
             layout = leaf_layout(self.sources, self.decoder, self.spec, leaf)
@@ -164,11 +115,36 @@ class StreamedMerges(Streamed, MergeCandidates):
         together = max(before, [*staying, *stack_leaves(self.decoder, LAYERS)], behind, key=nbytes)
         return [place_leaf(leaf, place) for leaf in together]
 
-    def planned_population(self, evaluator: DecoderEvaluator, size: int, place: Place) -> Population:
-        bank = abstract_streamed(abstract_bank(self.sources, self.decoder, self.spec, place))
-        return StreamedEvaluator(evaluator, bank, self.spec).population(self.planned_recipes(size))
+    def parts_note(self, target: Target, model: int) -> str:
+        streamed = self.loaded_bytes() // model
+        rate = "" if math.isnan(target.link) else f", {shown_seconds(streamed / target.link)} or more by its link"
+        return (
+            f"bank: {shown_bytes(self.loaded_bytes())} of models stay {STREAMED_FROM[self.placement.name]}; "
+            f"{shown_bytes(streamed)} come to each "
+            f"device once in a generation that is scored, and once for candidates that generate together{rate}"
+        )  # fmt: skip
 
-    def describe_work(self, evaluators: Sequence[Any]) -> str:
-        where = {"host": "the host's memory", "disk": "the models' files"}[self.place]
-        nbytes = evaluators[0].bank.layer_bytes * self.decoder.layers
-        return f"{self.decoder.layers} layers ({nbytes / 1e9:,.2f} GB) came from {where} once for all candidates"
+    def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
+        return LOADERS[self.placement.name](self.sources, self.decoder, self.spec, progress, devices)
+
+    def evaluator(self, decoder: Evaluator, bank: Any) -> PopulationEvaluator:
+        def populations(decoder: Evaluator, bank: Any, recipes: Recipe) -> list[Population]:
+            return [decoder.merges(bank, self.spec, recipes)]
+
+        return PopulationEvaluator(self.placement.beside_bank(self, decoder), bank, populations)
+
+    def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
+        # The values of recipes make no difference to a plan.
+        shapes = jax.eval_shape(self.space.decode, jax.ShapeDtypeStruct((size, self.space.dims), jnp.float32))
+        recipes = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        bank = self.placement.abstract(self.place_whole(place))
+        return evaluator.merges(bank, self.spec, recipes)
+
+    def describe_work(self, evaluators: Sequence[PopulationEvaluator]) -> str:
+        if isinstance(evaluators[0].bank, StreamedBank):
+            where = {"host": "the host's memory", "disk": "the models' files"}[self.placement.name]
+            nbytes = evaluators[0].bank.layer_bytes * self.decoder.layers
+            return f"{self.decoder.layers} layers ({nbytes / 1e9:,.2f} GB) came from {where} once for all candidates"
+        most = max((chunk for evaluator in evaluators for chunk in evaluator.evaluator.chunk_sizes.values()), default=0)
+        few = {0: "no candidate", 1: "one candidate at a time"}.get(most, f"up to {most:,} candidates at a time")
+        return f"each device scored {few}"

@@ -1,0 +1,463 @@
+"""The route of models whose layers come to the devices one after the other, each once for everybody.
+
+A generation is scored layer by layer. A layer's sources are brought to the devices while the layer before computes, all
+candidates are merged there and all batches go through, and their hidden states wait for the next layer. So the bank
+moves once per generation, whatever the population. A candidate that generates is materialised layer by layer; the
+devices then hold it, its caches and one layer of sources.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from evojax_merge.evaluation import layer_passes, passes
+from evojax_merge.evaluation.batched_tasks import BatchedTask
+from evojax_merge.evaluation.devices import on_host, pad_chunk, size_of, tree_nbytes
+from evojax_merge.evaluation.programs import (
+    EMBED,
+    EMBED_GRADIENT,
+    HEAD,
+    HEAD_GRADIENT,
+    LAYER,
+    LAYER_GRADIENT,
+    MERGE,
+    PREFIX,
+    PREFIX_GRADIENT,
+    RECIPE_GRADIENT,
+    SUM,
+    Each,
+    Evaluation,
+    Job,
+    Program,
+    execute,
+)
+from evojax_merge.evaluation.responses import enter, score_gradients
+from evojax_merge.models.architecture import LAYERS
+from evojax_merge.models.bank import Recipe
+from evojax_merge.models.layers import KeyValue
+from evojax_merge.tasks.batches import ScoringBatch
+from evojax_merge.tasks.task import Responses
+
+if TYPE_CHECKING:
+    from evojax_merge.evaluation.evaluator import Evaluator, Progress
+    from evojax_merge.evaluation.populations import Part, Population, StreamedPopulation
+
+# The share of the free memory that waiting hidden states may take on a device; beyond it they wait on the host.
+WAITING_FRACTION = 1 / 4
+# The arrays of a batch that layers need: those of the targets are the head's alone.
+LAYOUT = ("tokens", "positions", "segment_ids", "images")
+
+
+@dataclass
+class States:
+    """The hidden states of a chunk of candidates between two layers, or derivatives with respect to them. prefixes: by
+    task those of the prefix, None without one; batches: by task those of each batch."""
+
+    prefixes: list[Any] = field(default_factory=list)
+    batches: list[list[Any]] = field(default_factory=list)
+
+
+@dataclass
+class Chunk:
+    """A chunk of candidates on the way through the layers. rows: their numbers; candidates: their arrays; states: those
+    behind the layers that it has gone through, the last ones alone unless they are kept."""
+
+    rows: np.ndarray
+    candidates: Any
+    states: list[States] = field(default_factory=list)
+
+
+@dataclass
+class Derivatives:
+    """The derivatives of a chunk while layers come back: with respect to the states behind the next one, and with
+    respect to the candidates' arrays for the leaves outside of the layers."""
+
+    behind: States
+    ends: Any = None
+
+
+@dataclass(frozen=True)
+class StatesPlacement:
+    """The place where hidden states wait: on the devices, or on the host. held: all that waits on a device, as an
+    abstract array."""
+
+    on_host: bool
+    held: jax.ShapeDtypeStruct | None
+
+    def keep(self, states: Any) -> Any:
+        # Abstract arrays of a plan are nowhere.
+        return on_host(states) if self.on_host and isinstance(states, jax.Array) else states
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """A task, and the arrays of its prefix (None: there is none) and of each of its batches, as arguments of passes."""
+
+    task: BatchedTask
+    prefix: dict[str, Any] | None
+    batches: list[dict[str, Any]]
+
+    @property
+    def scoring_batches(self) -> Sequence[ScoringBatch]:
+        return () if self.task.scoring is None else self.task.scoring.batches
+
+
+def inputs_of(evaluator: "Evaluator", batched_task: BatchedTask) -> TaskInputs:
+    if batched_task.scoring is None:
+        return TaskInputs(batched_task, None, [])
+    scoring, prefix = batched_task.scoring, None
+    tokens = scoring.shared_prefix[None]
+    if tokens.size:
+        prefix = dict[str, Any](tokens=tokens, positions=np.arange(tokens.size, dtype=np.int32)[None])
+        prefix["segment_ids"] = np.zeros_like(prefix["positions"])
+        images = evaluator.images_of(batched_task).of_prefix(scoring.shared_prefix)
+        prefix |= {} if images is None else {"images": images}
+    batches = [evaluator.batch_arrays(batched_task, batch) for batch in scoring.batches]
+    return TaskInputs(batched_task, prefix, batches)
+
+
+def score(evaluator: "Evaluator", population: "StreamedPopulation", progress: "Progress") -> list[Responses]:
+    """The responses to the rows of all tasks, without texts, in one run through the layers."""
+    numbers = range(len(evaluator.batched_tasks))
+    scored: list[Responses] = evaluator.retry_on_oom(numbers, partial(_score_tasks, evaluator, population), progress)
+    return scored
+
+
+def _score_tasks(
+    evaluator: "Evaluator", population: "StreamedPopulation", *tasks: BatchedTask, progress: "Progress"
+) -> list[Responses]:
+    responses = [batched_task.requests.unanswered(population.size) for batched_task in tasks]
+    if any(batched_task.scoring is not None for batched_task in tasks):
+        chunk = scoring_chunk(evaluator, population)
+        work = _scoring(evaluator, population, tasks, chunk, responses, progress, population.size)
+        execute(work, evaluator.runs_two_jobs(population.layer_bytes))
+    return responses
+
+
+def differentiate(
+    evaluator: "Evaluator", population: "StreamedPopulation", weights: Sequence[tuple[int, float]], progress: "Progress"
+) -> tuple[list[Responses], Any]:
+    """See `whole.differentiate`; all tasks in two runs through the layers."""
+
+    def run(*tasks: BatchedTask, progress: "Progress") -> tuple[list[Responses], Any]:
+        responses = [batched_task.requests.unanswered(population.size) for batched_task in tasks]
+        if any(batched_task.task.derivative == "nonlinear" for batched_task in tasks):
+            # The weight of a total depends on the others, which may be in other batches.
+            responses = _score_tasks(evaluator, population, *tasks, progress=lambda done: None)
+        row_weights = [
+            score_gradients(batched_task.task, answered, weight)
+            for batched_task, answered, (_, weight) in zip(tasks, responses, weights, strict=True)
+        ]
+        gradient: Recipe = jax.tree.map(np.zeros_like, population.candidates)
+        work = _differentiating(
+            evaluator, population.differentiable(), tasks, scoring_chunk(evaluator, population), row_weights, responses,
+            gradient, progress, population.size,
+        )  # fmt: skip
+        execute(work, evaluator.runs_two_jobs(2 * population.layer_bytes))
+        return responses, gradient
+
+    result: tuple[list[Responses], Any] = evaluator.retry_on_oom([number for number, _ in weights], run, progress)
+    return result
+
+
+def planned_scoring(evaluator: "Evaluator", population: "StreamedPopulation", batched_task: BatchedTask) -> Evaluation:
+    """Score a task's rows for one chunk of candidates, without entering the results anywhere."""
+    chunk = scoring_chunk(evaluator, population)
+    responses = [batched_task.requests.unanswered(chunk)]
+    first = population.first(chunk)
+    return _scoring(evaluator, first, [batched_task], chunk, responses, lambda done: None, population.size)
+
+
+def planned_gradient(evaluator: "Evaluator", population: "StreamedPopulation", batched_task: BatchedTask) -> Evaluation:
+    """Differentiate a task's rows for one chunk of candidates, without entering the results anywhere."""
+    chunk = scoring_chunk(evaluator, population)
+    first, responses = population.differentiable().first(chunk), batched_task.requests.unanswered(chunk)
+    gradient = jax.tree.map(np.zeros_like, first.candidates)
+    return _differentiating(
+        evaluator, first, [batched_task], chunk, [responses.totals], [responses], gradient, lambda done: None,
+        population.size,
+    )  # fmt: skip
+
+
+def scoring_chunk(evaluator: "Evaluator", population: "Population") -> int:
+    """The number of candidates that share a pass: one for each group of devices, for a batch keeps these busy, unless
+    the config says otherwise."""
+    return min(evaluator.chunk or 1, population.size) * evaluator.devices.population
+
+
+def _states_placement(evaluator: "Evaluator", inputs: Sequence[TaskInputs], size: int) -> StatesPlacement:
+    """The place of the hidden states of `size` candidates between two layers."""
+    tokens = sum(arrays["tokens"].size for task in inputs for arrays in task.batches)
+    width = evaluator.config.hidden * np.dtype(evaluator.compute_dtype).itemsize
+    nbytes = tokens * width * -(-size // evaluator.devices.population)
+    if nbytes > WAITING_FRACTION * evaluator.free_memory():
+        return StatesPlacement(True, None)
+    return StatesPlacement(False, jax.ShapeDtypeStruct((nbytes,), np.uint8))
+
+
+def _layout(arrays: dict[str, Any]) -> dict[str, Any]:
+    return {name: arrays[name] for name in LAYOUT if name in arrays}
+
+
+def _side_by_side(jobs: Iterator[Job]) -> Each:
+    """Jobs, each waited for: no more than two of them have arrays of their own, and the next layer is on its way
+    meanwhile. All end before others begin, which find their results in place."""
+    return Each(jobs, jax.block_until_ready, lambda result: None)
+
+
+def _scoring(
+    evaluator: "Evaluator", population: "StreamedPopulation", tasks: Sequence[BatchedTask], chunk: int,
+    responses: Sequence[Responses], progress: "Progress", size: int,
+) -> Evaluation:  # fmt: skip
+    """Score the rows of all tasks, `chunk` candidates together, in one run through the bank; enters the results in
+    `responses`. size: the number of candidates whose hidden states wait meanwhile."""
+    spec = passes.PassSpec(evaluator.config, population.factory, evaluator.devices.mesh)
+    inputs = [inputs_of(evaluator, batched_task) for batched_task in tasks]
+    chunks = [Chunk(rows, candidates) for rows, candidates in population.chunks(chunk)]
+    waits = _states_placement(evaluator, inputs, size)
+    parts = population.parts.bring([one.candidates for one in chunks])
+
+    def each(job: Callable[["Part", Chunk], Job]) -> Each:
+        """A job for each chunk and its part of the next of `parts`, which is gone when the jobs are."""
+        bring = next(parts)
+        return _side_by_side(job(bring(one.candidates), one) for one in chunks)
+
+    yield each(partial(_embed, spec, inputs, waits))
+    depth = population.parts.depth
+    counted = _LayerProgress(progress, depth, sum(len(t.batches) for t in inputs) * population.size)
+    for number in range(depth):
+        yield each(partial(_forward_layer, spec, number, inputs, waits, False))
+        counted.layer_done()
+
+    def answering(part: "Part", one: Chunk) -> Job:
+        ends, candidates = part
+        for i, task in enumerate(inputs):
+            head = passes.ScoreSpec(spec.config, spec.factory, spec.mesh, task.task.requests.logits_fn)
+            for batch, arrays, x in zip(task.scoring_batches, task.batches, one.states[-1].batches[i], strict=True):
+                read = partial(_enter, responses[i], one.rows, batch)
+                yield Program(HEAD, layer_passes.answer, (head, (ends, arrays), (candidates, x)), chunk, read=read)
+
+    yield each(answering)
+
+
+def _enter(responses: Responses, rows: np.ndarray, batch: ScoringBatch, results: Any) -> None:
+    """Enter the results of a batch, the first two of a program's."""
+    enter(responses, rows, batch, *results[:2])
+
+
+def _embed(
+    spec: passes.PassSpec, inputs: Sequence[TaskInputs], waits: StatesPlacement, part: "Part", chunk: Chunk
+) -> Job:
+    """Embed the tokens of a chunk's prefixes and batches."""
+    ends, candidates = part
+
+    def embed(arrays: dict[str, Any]) -> Program:
+        arguments = (spec, (ends, _layout(arrays)), candidates)
+        return Program(EMBED, layer_passes.embed, arguments, size_of(chunk.candidates))
+
+    states = States()
+    for task in inputs:
+        states.prefixes.append(None if task.prefix is None else (yield embed(task.prefix)))
+        states.batches.append([])
+        for arrays in task.batches:
+            states.batches[-1].append(waits.keep((yield embed(arrays))))
+    chunk.states.append(states)
+    return states.batches
+
+
+def _forward_layer(
+    spec: passes.PassSpec, number: int, inputs: Sequence[TaskInputs], waits: StatesPlacement, keeps_states: bool,
+    part: "Part", chunk: Chunk,
+) -> Job:  # fmt: skip
+    """Merge a layer for a chunk of candidates, and take their prefixes and batches through it. Unless it `keeps_states`
+    before it, those behind it take their place."""
+    size, index = size_of(chunk.candidates), np.int32(number)
+    before = chunk.states[-1]
+    after = before
+    if keeps_states:
+        after = States(list(before.prefixes), [list(states) for states in before.batches])
+    weights = yield _merge(spec, part, size)
+    del part
+    for i, task in enumerate(inputs):
+        kv: KeyValue | None = None
+        if task.prefix is not None:
+            after.prefixes[i], kv = yield _prefix_layer(spec, index, task.prefix, weights, before.prefixes[i], size)
+        for b, arrays in enumerate(task.batches):
+            arguments = (spec, (index, _layout(arrays)), (weights, kv), before.batches[i][b])
+            run = layer_passes.run_keeping if keeps_states else layer_passes.run
+            results = yield Program(LAYER, run, arguments, size, holds=(weights, waits.held))
+            after.batches[i][b] = waits.keep(results[0] if keeps_states else results)
+    if keeps_states:
+        chunk.states.append(after)
+    return after.batches
+
+
+def _prefix_layer(
+    spec: passes.PassSpec, index: np.int32, arrays: dict[str, Any], weights: Any, x: Any, size: int
+) -> Program:
+    """The program that takes a prefix through a layer: its states behind it, and its keys and values."""
+    arguments = (spec, (index, _layout(arrays)), (weights, None), x)
+    return Program(PREFIX, layer_passes.run_keeping, arguments, size, holds=weights)
+
+
+def _merge(spec: passes.PassSpec, part: "Part", size: int) -> Program:
+    """The program that merges a layer for a chunk of candidates."""
+    merging = passes.MaterialiseSpec(spec.factory, spec.mesh)
+    moved = partial(_merged_bytes, tree_nbytes(part[0]), size)
+    return Program(MERGE, layer_passes.merge_layer, (merging, *part), size, merge_bytes=moved)
+
+
+def _merged_bytes(sources: int, size: int, weights: Any) -> int:
+    return sources + tree_nbytes(weights) // size
+
+
+def _differentiating(
+    evaluator: "Evaluator", population: "StreamedPopulation", tasks: Sequence[BatchedTask], chunk: int,
+    weights: Sequence[np.ndarray], responses: Sequence[Responses], gradient: Recipe, progress: "Progress", size: int,
+) -> Evaluation:  # fmt: skip
+    """Differentiate the sum of each task's totals times its `weights: float32[P, S]` with respect to the recipes, in
+    two runs through the bank: the states before each layer are kept, and the layers come back in reverse. Enters the
+    results in `gradient`, float32, and the responses in `responses`."""
+    bank = population.parts.bank
+    spec = passes.PassSpec(evaluator.config, population.factory, evaluator.devices.mesh)
+    inputs = [inputs_of(evaluator, batched_task) for batched_task in tasks]
+    chunks = [Chunk(rows, recipes) for rows, recipes in population.chunks(chunk)]
+    waits = _states_placement(evaluator, inputs, size * (bank.depth + 1))
+
+    ends = bank.before_layers()
+    yield _side_by_side(_embed(spec, inputs, waits, (ends, one.candidates.shared), one) for one in chunks)
+    ends = bank.meanwhile(ends)
+    counted = _LayerProgress(progress, 2 * bank.depth, sum(len(task.batches) for task in inputs) * population.size)
+    for number, leaves in bank.layers(range(bank.depth)):
+        forward = partial(_forward_layer, spec, number, inputs, waits, True)
+        yield _side_by_side(forward(layer_part(number, leaves, one.candidates), one) for one in chunks)
+        counted.layer_done()
+        del leaves
+
+    ends = bank.behind_layers(ends)
+    derivatives = [Derivatives(States()) for _ in chunks]
+
+    def answering(one: Chunk, slopes: Derivatives) -> Job:
+        last = one.states.pop()
+        for i, task in enumerate(inputs):
+            head = passes.ScoreSpec(spec.config, spec.factory, spec.mesh, task.task.requests.logits_fn)
+            cotangents = []
+            for batch, arrays, x in zip(task.scoring_batches, task.batches, last.batches[i], strict=True):
+                padded = pad_chunk(weights[i], one.rows, chunk)
+                real = np.where(batch.rows >= 0, padded[:, batch.rows], 0).astype(np.float32)
+                arguments = (head, (ends, arrays), (one.candidates.shared, x, real))
+                read = partial(_enter, responses[i], one.rows, batch)
+                _, _, slope, cotangent = yield Program(
+                    HEAD_GRADIENT, layer_passes.answer_gradient, arguments, chunk, read=read
+                )
+                slopes.ends = yield from _sum(slopes.ends, slope, chunk)
+                cotangents.append(waits.keep(cotangent))
+            # Nothing depends on the prefix's states behind the last layer.
+            slopes.behind.prefixes.append(jax.tree.map(_zeros, last.prefixes[i]))
+            slopes.behind.batches.append(cotangents)
+
+    yield _side_by_side(map(answering, chunks, derivatives))
+    ends = {}
+    for number, leaves in bank.layers(range(bank.depth)[::-1]):
+        backward = partial(_backward_layer, spec, number, leaves, inputs, waits, gradient)
+        yield _side_by_side(map(backward, chunks, derivatives))
+        counted.layer_done()
+        del leaves, backward
+
+    ends = bank.before_layers()
+
+    def finishing(one: Chunk, slopes: Derivatives) -> Job:
+        for task, prefix, cotangents in zip(inputs, slopes.behind.prefixes, slopes.behind.batches, strict=True):
+            pairs = [
+                *zip(task.batches, cotangents, strict=True),
+                *([] if task.prefix is None else [(task.prefix, prefix)]),
+            ]
+            for arrays, cotangent in pairs:
+                arguments = (spec, (ends, _layout(arrays)), (one.candidates.shared, cotangent))
+                slope = yield Program(EMBED_GRADIENT, layer_passes.embed_gradient, arguments, chunk)
+                slopes.ends = yield from _sum(slopes.ends, slope, chunk)
+        _add_rows(gradient.shared, one.rows, slopes.ends)
+
+    yield _side_by_side(map(finishing, chunks, derivatives))
+
+
+def layer_part(number: int, leaves: Any, recipes: Recipe) -> "Part":
+    """A layer's leaves, and the recipes' parameters for it, `[P, 1, …]` of `[P, L, …]`."""
+    return leaves, jax.tree.map(lambda values: values[:, number : number + 1], recipes.stacks[LAYERS])
+
+
+def _backward_layer(
+    spec: passes.PassSpec, number: int, leaves: Any, inputs: Sequence[TaskInputs], waits: StatesPlacement,
+    gradient: Recipe, chunk: Chunk, slopes: Derivatives,
+) -> Job:  # fmt: skip
+    """Take a chunk's derivatives back through a layer, and enter that with respect to its parameters."""
+    size = size_of(chunk.candidates)
+    weights = yield _merge(spec, layer_part(number, leaves, chunk.candidates), size)
+    before, index, slope = chunk.states.pop(), np.int32(number), None
+    for i, task in enumerate(inputs):
+        kv: KeyValue | None = None
+        kept: KeyValue | None = None
+        if task.prefix is not None:
+            _, kv = yield _prefix_layer(spec, index, task.prefix, weights, before.prefixes[i], size)
+        cotangents = slopes.behind.batches[i]
+        for b, arrays in enumerate(task.batches):
+            each = ((weights, kv), before.batches[i][b], (cotangents[b], None))
+            arguments: tuple[Any, ...] = (spec, (index, _layout(arrays)), each)
+            part, x, of_prefix = yield Program(
+                LAYER_GRADIENT, layer_passes.run_gradient, arguments, size, holds=(weights, slope, waits.held)
+            )
+            cotangents[b] = waits.keep(x)
+            slope = yield from _sum(slope, part, size)
+            kept = yield from _sum(kept, of_prefix, size)
+        if task.prefix is not None:
+            behind = (slopes.behind.prefixes[i], kept)
+            arguments = (spec, (index, _layout(task.prefix)), ((weights, None), before.prefixes[i], behind))
+            part, slopes.behind.prefixes[i], _ = yield Program(
+                PREFIX_GRADIENT, layer_passes.run_gradient, arguments, size, holds=weights
+            )
+            slope = yield from _sum(slope, part, size)
+    merging = passes.MaterialiseSpec(spec.factory, spec.mesh)
+    arguments = (merging, leaves, (layer_part(number, leaves, chunk.candidates)[1], slope))
+    moved = partial(_merged_bytes, tree_nbytes(leaves), size)
+    part = yield Program(RECIPE_GRADIENT, layer_passes.merge_gradient, arguments, size, merge_bytes=moved)
+    places = {name: values[:, number : number + 1] for name, values in gradient.stacks[LAYERS].items()}
+    _add_rows(places, chunk.rows, part)
+
+
+def _sum(total: Any, part: Any, size: int) -> Job:
+    """The sum of two pytrees; None is nothing."""
+    if total is None:
+        return part
+    return (yield Program(SUM, passes.add, (total, part), size, is_priced=False))
+
+
+def _zeros(array: Any) -> Any:
+    """Zeros like an array; abstract ones in a plan."""
+    is_planned = isinstance(array, jax.ShapeDtypeStruct)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype) if is_planned else np.zeros(array.shape, array.dtype)
+
+
+def _add_rows(into: Any, rows: np.ndarray, parts: Any) -> None:
+    """Add the results of the candidates `rows`, [>= len(rows), …], to arrays of all candidates."""
+    for leaf, part in zip(jax.tree.leaves(into), jax.tree.leaves(parts), strict=True):
+        if not isinstance(part, jax.ShapeDtypeStruct):
+            leaf[rows] += on_host(part)[: len(rows)]
+
+
+@dataclass
+class _LayerProgress:
+    """Reports the steps of an evaluation as its layers are done."""
+
+    progress: "Progress"
+    depth: int
+    steps: int
+    layers: int = 0
+
+    def layer_done(self) -> None:
+        before = self.steps * self.layers // self.depth
+        self.layers += 1
+        self.progress(self.steps * self.layers // self.depth - before)
