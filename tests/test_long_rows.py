@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers.sampling import sample
 
-from evojax_merge.evaluation.costs import temporary_bytes
+from evojax_merge.evaluation.liveness import temporary_bytes
 from evojax_merge.models import attention as attention_module
 from evojax_merge.models import fused_attention
 from evojax_merge.models.attention import prefill_attention

@@ -31,9 +31,10 @@ from evojax_merge.checkpoints.headers import HeaderFolders, TensorHeader, write_
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation import compilers
-from evojax_merge.evaluation.costs import Cost, Product, cost_of, result_axes, temporary_bytes
+from evojax_merge.evaluation.costs import Cost, Product, cost_of
 from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.evaluation.generation import generation_chunk
+from evojax_merge.evaluation.liveness import result_axes, temporary_bytes
 from evojax_merge.evaluation.planned_passes import JaxprReader, merge_bytes
 from evojax_merge.evaluation.targets import find_target, live_target, one_host, target_names
 from evojax_merge.models.bank import MergeSpec

@@ -18,8 +18,9 @@ from pydantic import ValidationError
 
 from evojax_merge import plugins
 from evojax_merge.api.python_calls import PythonCall
-from evojax_merge.backends.function.backend import FunctionBackend, score_count
+from evojax_merge.backends.function.backend import FunctionBackend
 from evojax_merge.backends.function.opening import named_arrays, save_tree, tree_merge
+from evojax_merge.backends.function.programs import score_count
 from evojax_merge.backends.function.trees import TreeMerge, open_trees
 from evojax_merge.config.documents import explain
 from evojax_merge.config.search_config import (

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from evojax_merge.evaluation.costs import result_axes
 from evojax_merge.evaluation.cut_axes import Axis, axis_of
 from evojax_merge.evaluation.devices import AnyMesh, Devices, shard_population, size_of, vmap_sharded
+from evojax_merge.evaluation.liveness import result_axes
 from evojax_merge.models import generate
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig

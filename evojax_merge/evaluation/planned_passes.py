@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.checkpoints.abstract_bank import anywhere
-from evojax_merge.evaluation.costs import Cost, cost_of, scan_length, temporary_bytes
+from evojax_merge.evaluation.costs import Cost, cost_of, scan_length
 from evojax_merge.evaluation.devices import Devices, is_sharded, tree_nbytes
+from evojax_merge.evaluation.liveness import temporary_bytes
 from evojax_merge.evaluation.passes import TracedPass, abstract_results, trace
 from evojax_merge.evaluation.programs import Evaluation, Program
 from evojax_merge.evaluation.targets import Target

@@ -278,6 +278,13 @@ class GroupSpace(GroupedParameters):
     parent_groups: tuple[int, ...] = ()
     active: int | None = None
 
+    def decode(self, genomes: np.ndarray) -> np.ndarray:
+        """Genomes go to the evaluator unchanged: its program merges them."""
+        return genomes
+
+    def pull_back(self, genomes: np.ndarray, cotangents: np.ndarray) -> np.ndarray:
+        return cotangents
+
 
 @dataclass(frozen=True)
 class ParameterSpace(GroupedParameters):

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import torch
 
-from evojax_merge.backends.function.backend import FunctionBackend, Programs
+from evojax_merge.backends.function.backend import FunctionBackend
+from evojax_merge.backends.function.programs import Programs
 from evojax_merge.backends.torch import network as networks
 from evojax_merge.backends.torch.folders import label_names, settings_of
 from evojax_merge.backends.torch.inputs import (
