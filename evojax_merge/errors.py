@@ -219,8 +219,10 @@ class Paused(Exception):
 class PeerLostError(Exception):
     """Another process of the run has gone."""
 
-    def __init__(self) -> None:
-        super().__init__("another process of this run has gone; the run ends here and can be resumed")
+    def __init__(
+        self, what: str = "another process of this run has gone; the run ends here and can be resumed"
+    ) -> None:
+        super().__init__(what)
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -249,6 +249,11 @@ def files_of(names: Iterable[str]) -> set[Path]:
     return {file for name in names for file in _files(_named[name])}
 
 
+def named_files() -> set[Path]:
+    """The files of all named plugins that were loaded."""
+    return files_of(_named)
+
+
 def _modules(value: object) -> Iterator[str]:
     """The modules that define an object and its attributes."""
     for part in (value, *getattr(value, "__dict__", {}).values()):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -22,7 +23,7 @@ from helpers.sampling import sample, thorough
 from test_devices import CHOICE, finish, history, start, write_config
 
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.peers import compare_versions
+from evojax_merge.evaluation.peers import _flat, compare
 from evojax_merge.evaluation.targets import find_target
 
 # Scores and texts of some merges by four devices that share each candidate, and the bytes of weights that each process
@@ -141,12 +142,54 @@ def test_groups_of_whole_hosts_share_a_candidate() -> None:
 
 
 def test_processes_of_unlike_versions_are_refused() -> None:
-    one = {"host": "a", "versions": {"evojax-merge": "1.0", "jax": "0.10.2", "jaxlib": "0.10.2"}}
-    compare_versions([one, one])
+    one = {"host": "a", "values": {"evojax-merge": "1.0", "jax": "0.10.2", "jaxlib": "0.10.2"}}
+    compare([one, one], "expected one")
     for package, version in (("evojax-merge", "0.9"), ("jax", "0.10.1")):
-        other = {"host": "b", "versions": one["versions"] | {package: version}}  # type: ignore[operator]
+        other = {"host": "b", "values": one["values"] | {package: version}}  # type: ignore[operator]
         with pytest.raises(InputError, match=rf"{package} is {version} in process 1 \(b\), but .* in process 0 \(a\)"):
-            compare_versions([one, other])
+            compare([one, other], "expected one")
+
+
+# Options of the second of two processes, and the line with which both end.
+DISAGREEMENTS = [
+    (("--seed", "7"), "seed is 7 in process 1 .*, but 3 in process 0 .*; expected the same in all processes"),
+    (("--set", "search.population=6"), "search.population is 6 in process 1 .*, but 4 in process 0 "),
+    (("--set", "tasks[0].limit=4"), "tasks\\[0\\].limit is 4 in process 1 .*, but null in process 0 "),
+    (("--force",), "--force is true in process 1 .*, but false in process 0 "),
+    (("--set", "search.populatoin=6"), "(process 1 .* has ended: )?--set search.populatoin=6: unknown key .*"),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), sample(DISAGREEMENTS, 1), ids=lambda value: " ".join(value)[:30])
+def test_processes_that_were_given_other_values_end_at_once(
+    options: tuple[str, ...], says: str, tmp_path: Path
+) -> None:
+    build_family(tmp_path, tiny_config())
+    config = write_config(tmp_path, tasks=[CHOICE], search={"population": 4, "generations": 1})
+    for code, _, errors in finish(start(config, tmp_path / "run", 2, of_last=options)):
+        assert code == 2 and re.fullmatch(f"error: (--distributed: )?{says}.*\n", errors), errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_run_folders_of_their_own_are_refused(tmp_path: Path) -> None:
+    build_family(tmp_path, tiny_config())
+    config = write_config(tmp_path, tasks=[CHOICE], search={"population": 4, "generations": 1})
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for code, _, errors in finish(start(config, outs, 2)):
+        assert code == 2 and errors.count("\n") == 1
+        assert re.search(r"process 1 \(.*\) does not see this run folder, which process 0 \(.*\) has opened", errors)
+    assert not any(map(Path.exists, outs))
+
+
+def test_paths_of_a_config_count_by_their_last_names() -> None:
+    one, other = ({"parents": [f"/{disk}/m"], "tasks": [{"file": f"{disk}.jsonl"}]} for disk in "ab")
+    assert dict(_flat(one)) == {"parents[0]": "m", "tasks[0].file": "a.jsonl"}
+    values = [{"host": "h", "values": dict(_flat(document))} for document in (one, other)]
+    with pytest.raises(InputError, match=r"tasks\[0\].file is b.jsonl in process 1 \(h\), but a.jsonl in process 0"):
+        compare(values, "expected one")
+    del values[1]["values"]["parents[0]"]  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=r"parents\[0\] is missing in process 1"):
+        compare(values, "expected one")
 
 
 def test_hosts_with_unlike_files_are_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import jax
 from evojax_merge import core, plugins
 from evojax_merge.backends.backend import Backend
 from evojax_merge.checkpoints.derived import parts_of
+from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.checkpoints.writer import (
     check_outside,
     require_space,
@@ -22,9 +23,9 @@ from evojax_merge.checkpoints.writer import (
 from evojax_merge.config.documents import attribute_errors_to_overrides
 from evojax_merge.config.search_config import Config, StageConfig
 from evojax_merge.errors import LONGEST_LINE, InputError, PeerLostError, print_warning, printable
-from evojax_merge.evaluation.devices import barrier, losing_peers, unused_memory
+from evojax_merge.evaluation.devices import losing_peers, unused_memory
 from evojax_merge.evaluation.memory import require_memory
-from evojax_merge.evaluation.peers import check_files
+from evojax_merge.evaluation.peers import check_agreement, check_files, check_shared_folder, telling_peers
 from evojax_merge.judge.opening import JudgeOptions, check_export, check_judges
 from evojax_merge.problem import (
     SearchProblem,
@@ -52,7 +53,7 @@ from evojax_merge.search.run_folder import (
     opened,
     random_numbers,
 )
-from evojax_merge.search.run_lock import check_not_in_use
+from evojax_merge.search.run_lock import check_not_in_use, holder
 from evojax_merge.search.run_log import early_lines
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.steps.planning import advice, disk_bytes
@@ -116,9 +117,12 @@ def search(
     options += ["--port", str(judges.port)] if judges is not None and judges.port else []
     options += ["--export", str(judges.pairs)] if judges is not None and judges.pairs else []
     resume_hint = ResumeHint(command(*asked, *options), resume)
-    with resume_hint.on_exit(), losing_peers(), attribute_errors_to_overrides(path, overrides):
+    with resume_hint.on_exit(), telling_peers(), losing_peers(), attribute_errors_to_overrides(path, overrides):
         plugins.load()
         config = read_config(path, overrides, seed)
+        document = config.model_dump(mode="json", exclude={"inputs", "out"})
+        modes = {"--resume": resume, "--overwrite": overwrite, "--force": force}
+        check_agreement(document, modes | {file.name: file_hash(file) for file in plugins.named_files()})
         out = out or default_out(path, config)
         on_started = partial(resume_hint.on_started, command("--out", str(out), *options, "--resume"))
         with _printing(output) as on_generation, working("reading the models and the tasks"):
@@ -243,8 +247,9 @@ def _command(name: str, path: Path, *options: str) -> str:
 
 
 def _check_checkpoints(folder: RunFolder) -> None:
-    """Find a run that cannot be continued before the models are loaded. All processes do this together."""
-    barrier("opened")
+    """Find a run that cannot be continued before the models are loaded, and a folder that not all processes share. All
+    do this together."""
+    check_shared_folder(folder.path, lambda: holder(folder.lock))
     Checkpoints(folder).restore(say)
 
 

@@ -7,10 +7,12 @@ devices and gather the scores: a generation costs a few numbers per candidate.
 
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from evojax_merge.errors import InputError, PeerLostError, first_line, shown
+from evojax_merge.errors import Failed, InputError, PeerLostError, first_line, shown
 from evojax_merge.evaluation.launching import launched, local_device_ids
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.evaluation.peers import check_versions, report_aborts
@@ -236,9 +238,17 @@ def losing_peers() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not any(word in str(error) for word in PEER_WORDS):
+        if not concerns_lost_peer(error):
             raise
         raise PeerLostError from error
+
+
+def concerns_lost_peer(error: BaseException | None) -> bool:
+    """Return whether an error, or its cause, says that another process of the run has gone."""
+    if error is None or jax.process_count() == 1:
+        return False
+    is_said = any(word in str(error) for word in PEER_WORDS)
+    return is_said or concerns_lost_peer(error.__cause__ or error.__context__)
 
 
 def _concerns_peer(error: BaseException | None) -> bool:
@@ -250,12 +260,30 @@ def _concerns_peer(error: BaseException | None) -> bool:
 
 
 def barrier(name: str) -> None:
-    """Wait until every process of the run has come here."""
+    """Wait until every process of the run has come here, however long that takes."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         with collective():
             multihost_utils.sync_global_devices(name)
+
+
+def check_genomes(genomes: np.ndarray) -> None:
+    """Raises Failed, in every process, where two of them are to score other genomes, float32[P, D]."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    digest = np.frombuffer(sha256(genomes.tobytes()).digest(), np.int32)
+    # By the devices, which notice at once that a process has gone.
+    with collective():
+        digests = multihost_utils.process_allgather(digest)
+    differing = np.flatnonzero((digests != digests[0]).any(axis=1))
+    if differing.size:
+        raise Failed(
+            f"process {differing[0]} of this run has proposed other candidates than process 0: their states differ; "
+            "nothing more was scored. Go on from the last generation with --resume"
+        )
 
 
 def decided_by_main(value: int) -> int:
@@ -293,6 +321,7 @@ def init_distributed() -> None:
         if process >= count:
             raise InputError("--distributed", f"{names[2]}: {process}; expected a number below {names[1]}, {count}")
         given |= {"coordinator_address": address, "num_processes": count, "process_id": process}
+    _silence_libraries()
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **given)
     except Exception as error:
@@ -301,6 +330,16 @@ def init_distributed() -> None:
         raise InputError("--distributed", what) from None
     report_aborts()
     check_versions()
+
+
+def _silence_libraries() -> None:
+    """Let this process's own texts alone reach its standard output: Gloo prints lines of its own there."""
+    usual = sys.stdout
+    usual.flush()
+    kept = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    sys.stdout = os.fdopen(kept, "w", encoding=usual.encoding, errors=usual.errors, buffering=1)
 
 
 def local_devices(model: int = 1) -> Devices:

@@ -1,12 +1,14 @@
-"""The other processes of a run: their versions and files have to be this process's, and their loss ends it."""
+"""The other processes of a run: they search the same, with the same files and versions, and their loss ends it."""
 
 import ctypes
 import json
 import os
 import signal
 import socket
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,17 @@ import jax
 import jaxlib
 from jax._src import distributed
 
-from evojax_merge.errors import InputError, PeerLostError
+from evojax_merge.errors import InputError, PeerLostError, first_line
 from evojax_merge.version import __version__
 
-# Milliseconds that a process waits for another's text: it may read terabytes before.
-PATIENCE = 12 * 3600 * 1000
+# Seconds that a process waits for another: which may read terabytes before; and where all have come as far already.
+PATIENCE, MEETING = 12 * 3600.0, 60.0
+# Milliseconds after which a process that waits looks whether another has ended; and where the ended ones say why.
+LOOK_EVERY, FAILED = 1000, "evojax-merge/failed"
+# Seconds after which every host sees a new file of a shared folder.
+SEEN_AFTER = 8.0
+# Seconds by which clocks of hosts may differ: budgets, votes and timings are read off them.
+CLOCKS = 60.0
 ABORTED = (
     "error: JAX has ended this process, most likely because another process of this run has gone; go on with --resume "
     "(TF_CPP_MIN_LOG_LEVEL=2 shows JAX's own words)\n"
@@ -30,44 +38,149 @@ _exchanges = count()
 _handlers: list[Any] = []
 
 
-def exchange(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The documents of all processes, in their order. All of them call this in the same order."""
+def exchange(document: Mapping[str, Any], what: str, seconds: float = PATIENCE) -> list[dict[str, Any]]:
+    """The documents of all processes, in their order. All of them call this in the same order. Raises PeerLostError
+    where another process is gone, or has not come to `what` after so many seconds."""
     if jax.process_count() == 1:
         return [dict(document)]
     # Needs no devices, and so no program that all versions agree about. JAX has no public name for it.
     client, number = distributed.global_state.client, next(_exchanges)
     assert client is not None
+    until = time.monotonic() + seconds
     try:
         client.key_value_set(f"evojax-merge/{number}/{jax.process_index()}", json.dumps(document))
-        keys = [f"evojax-merge/{number}/{process}" for process in range(jax.process_count())]
-        return [json.loads(client.blocking_key_value_get(key, PATIENCE)) for key in keys]
+        return [_awaited(client, number, process, what, seconds, until) for process in range(jax.process_count())]
     except jax.errors.JaxRuntimeError:
         raise PeerLostError from None
+
+
+def _awaited(client: Any, number: int, process: int, what: str, seconds: float, until: float) -> dict[str, Any]:
+    """The document of a process. Raises the error with which a process has ended meanwhile."""
+    while True:
+        try:
+            document: dict[str, Any] = json.loads(
+                client.blocking_key_value_get(f"evojax-merge/{number}/{process}", LOOK_EVERY)
+            )
+            return document
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+        for _, text in client.key_value_dir_get(FAILED):
+            failure = json.loads(text)
+            line = f"process {failure['process']} ({failure['host']}) has ended: {failure['error']}"
+            raise InputError("--distributed", line) if failure["is_input"] else PeerLostError(line)
+        if time.monotonic() > until:
+            raise PeerLostError(
+                f"process {process} of this run has not come to {what} within {seconds:g} s; see what it says, stop "
+                "all processes, and start them again"
+            )
+
+
+@contextmanager
+def telling_peers() -> Iterator[None]:
+    """Encloses the work of a run. The other processes hear of an error that ends it, instead of waiting."""
+    try:
+        yield
+    except Exception as error:
+        client = distributed.global_state.client
+        if client is not None and not isinstance(error, PeerLostError):
+            failure = {
+                "process": jax.process_index(), "host": socket.gethostname(), "error": first_line(error),
+                "is_input": isinstance(error, InputError),
+            }  # fmt: skip
+            with suppress(jax.errors.JaxRuntimeError):
+                client.key_value_set(f"{FAILED}/{jax.process_index()}", json.dumps(failure))
+            if jax.process_index() == 0:
+                # The others' connection ends with this process.
+                time.sleep(2 * LOOK_EVERY / 1000)
+        raise
 
 
 def check_versions() -> None:
     """Raises InputError, in every process, where two of them run different versions."""
     versions = {"evojax-merge": __version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    compare_versions(exchange({"host": socket.gethostname(), "versions": versions}))
+    compare(_exchange_values(versions, "the comparison of versions"), "expected one version in all processes")
 
 
-def compare_versions(processes: Sequence[Mapping[str, Any]]) -> None:
+def check_agreement(config: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raises InputError, in every process, where two of them were given other values of a config's keys or other
+    options, have other kinds or numbers of devices, or other clocks. Absolute paths of a config count by their last
+    name: hosts may have models in different folders."""
+    if jax.process_count() == 1:
+        return
+    devices = {"devices": jax.local_device_count(), "kind of devices": jax.local_devices()[0].device_kind}
+    values = dict(_flat(config)) | {name: str(value) for name, value in options.items()} | devices
+    compare(_exchange_values(values, "the comparison of configs"), "expected the same in all processes")
+    # All have just met: what their clocks differ by is not the time that one has waited.
+    clocks = exchange({"host": socket.gethostname(), "clock": time.time()}, "the comparison of clocks", MEETING)
+    for number, other in enumerate(clocks):
+        ahead = other["clock"] - clocks[0]["clock"]
+        if abs(ahead) > CLOCKS:
+            raise InputError(
+                "--distributed",
+                f"the clock of process {number} ({other['host']}) is {abs(ahead):,.0f} s "
+                f"{'ahead of' if ahead > 0 else 'behind'} that of process 0 ({clocks[0]['host']}); expected clocks "
+                f"within {CLOCKS:g} s of each other",
+            )
+
+
+def _exchange_values(values: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
+    return exchange({"host": socket.gethostname(), "values": dict(values)}, what, MEETING)
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys of a document with dots, and their values."""
+    entries = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+    if entries is None:
+        yield key, Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+        return
+    for name, entry in entries:
+        yield from _flat(entry, f"{key}[{name}]" if isinstance(value, list) else f"{key}.{name}".lstrip("."))
+
+
+def compare(processes: Sequence[Mapping[str, Any]], expected: str) -> None:
+    """Raises InputError for the first of the `values` of a process that is not that of process 0. expected: what should
+    be, in words."""
     first = processes[0]
     for number, other in enumerate(processes):
-        for package, version in first["versions"].items():
-            theirs = other["versions"].get(package)
-            if theirs != version:
+        for name in [*first["values"], *(name for name in other["values"] if name not in first["values"])]:
+            ours, theirs = (_text(each["values"], name) for each in (first, other))
+            if theirs != ours:
                 raise InputError(
                     "--distributed",
-                    f"{package} is {theirs} in process {number} ({other['host']}), but {version} in process 0 "
-                    f"({first['host']}); expected one version in all processes",
+                    f"{name} is {theirs} in process {number} ({other['host']}), but {ours} in process 0 "
+                    f"({first['host']}); {expected}",
                 )
+
+
+def _text(values: Mapping[str, Any], name: str) -> str:
+    value = values.get(name, "missing")
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def check_shared_folder(folder: Path, mark: Callable[[], bytes | None]) -> None:
+    """Raises InputError, in every process, where one of them does not see the run folder that process 0 has opened.
+    mark: reads what process 0 has written into it."""
+    if jax.process_count() == 1:
+        return
+    # File systems of a network may show a new file after some seconds.
+    until = time.monotonic() + SEEN_AFTER
+    written = exchange({"mark": (mark() or b"").decode(errors="replace")}, "the opening of the run folder", MEETING)
+    while not (sees := (mark() or b"").decode(errors="replace") == written[0]["mark"]) and time.monotonic() < until:
+        time.sleep(0.1)
+    hosts = exchange({"host": socket.gethostname(), "sees": sees}, "the look at the run folder", MEETING)
+    for number, other in enumerate(hosts):
+        if not other["sees"]:
+            raise InputError(
+                folder, f"process {number} ({other['host']}) does not see this run folder, which process 0 "
+                f"({hosts[0]['host']}) has opened; expected one folder, on a disk that all hosts share",
+            )  # fmt: skip
 
 
 def check_files(hashes: Mapping[str, str]) -> None:
     """Raises InputError, in every process, where two of them read different files. hashes: by path, of all files that
     scores depend on; hosts may have them in different folders."""
-    compare_files(exchange({"host": socket.gethostname(), "files": dict(hashes)}))
+    compare_files(exchange({"host": socket.gethostname(), "files": dict(hashes)}, "the comparison of files"))
 
 
 def compare_files(processes: Sequence[Mapping[str, Any]]) -> None:

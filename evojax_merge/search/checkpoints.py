@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.errors import Failed, InputError, PeerLostError, cannot_write
-from evojax_merge.evaluation.devices import barrier, collective
+from evojax_merge.evaluation.devices import collective, concerns_lost_peer
+from evojax_merge.evaluation.peers import MEETING, exchange
 from evojax_merge.search.loop import INIT_KEY, Storage, generation_key
 from evojax_merge.search.protocols import Space, State, Strategy
 from evojax_merge.search.run_folder import OTHER_VERSION
@@ -174,11 +175,11 @@ class Checkpoints:
         if damaged:
             for step in damaged:
                 check_removable_step(self._folder, step)
-            barrier("read")
+            exchange({}, "the reading of checkpoints", MEETING)
             if jax.process_index() == 0:
                 for step in damaged:
                     remove_folder(self._folder.step(step))
-            barrier("removed")
+            exchange({}, "the removal of damaged checkpoints", MEETING)
             assert saved is not None
             say(
                 f"the checkpoint of generation {damaged[0]} is damaged; "
@@ -205,7 +206,9 @@ class Checkpoints:
                 return None
         except InputError:
             raise
-        except Exception:
+        except Exception as error:
+            if concerns_lost_peer(error):
+                raise PeerLostError from error
             # Orbax raises anything for bytes that it did not write.
             return None
         state = {name.removeprefix("state."): leaf for name, leaf in arrays.items() if name.startswith("state.")}

@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 
-from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
+from evojax_merge.evaluation.devices import ONE_DEVICE, Devices, check_genomes
 from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores
 from evojax_merge.search.protocols import ContextSpace, Progress, ScoresCandidates, Space
 
@@ -46,6 +46,7 @@ class SpaceEvaluator(Generic[E]):
         must have derivatives with respect to candidates (`value_and_gradient`), and the space those of candidates with
         respect to genomes (`pull_back`)."""
         genomes, devices = np.asarray(genomes), self.devices
+        check_genomes(genomes)
         space, evaluator = cast(Any, self.space), cast(Any, self.evaluator)
         size, share = len(genomes), devices.local_indices(len(genomes))
         local_genomes = genomes if devices.processes == 1 else genomes[share]
@@ -58,6 +59,7 @@ class SpaceEvaluator(Generic[E]):
     def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
         """genomes: float32[P, D]. Outputs stay where they were written: a candidate of another process has none."""
         genomes, devices = np.asarray(genomes), self.devices
+        check_genomes(genomes)
         if devices.processes == 1:
             return self.evaluator.evaluate(self.space.decode(genomes), progress)
         size, share = len(genomes), devices.local_indices(len(genomes))
