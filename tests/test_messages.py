@@ -42,7 +42,7 @@ def test_names_of_any_script_are_printed_as_they_are() -> None:
 
 def test_tables_show_escaped_names(terminal: Terminal) -> None:
     rows = [Row("model", UNSAFE, 1.0, {f"{UNSAFE}/accuracy": 1.0})]
-    terminal.print(scores_table(rows, f"Scores on {UNSAFE}"))
+    terminal.print(scores_table(rows).terminal(f"Scores on {UNSAFE}"))
     lines = text_of(terminal).splitlines()
     assert SHOWN in lines[0] and sum(SHOWN in line for line in lines) == 3
     # Borders meet: the widths are those of what is shown.

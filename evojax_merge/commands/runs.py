@@ -6,7 +6,8 @@ from pathlib import Path
 
 from evojax_merge.errors import InputError, print_warning
 from evojax_merge.report.run_data import RunData, read_run
-from evojax_merge.report.run_tables import Table, best_cell, progress_cell
+from evojax_merge.report.run_tables import best_cell, progress_cell
+from evojax_merge.report.tables import Table
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.system.console import console

@@ -3,14 +3,13 @@
 import inspect
 
 from merge_kernels import METHODS, Parameter
-from rich.table import Table
 
 from evojax_merge.checkpoints.config_file import LARGER_MODELS
 from evojax_merge.config.documents import keys_of
 from evojax_merge.config.search_config import Config
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.models.architecture import model_types
-from evojax_merge.report.progress import terminal_table
+from evojax_merge.report.tables import Table, TerminalTable
 from evojax_merge.search.strategies.registry import find_strategy, strategy_names
 
 # The name that stands for all sections of a config.
@@ -18,7 +17,7 @@ ALL = "all"
 BASES = {"required": "required", "optional": "optional", "parent": "one of the models"}
 
 
-def methods_table() -> Table:
+def methods_table() -> TerminalTable:
     """Each method: its base and models, and its parameters with the bounds that a search has by default."""
     rows = []
     for method in METHODS.values():
@@ -29,36 +28,36 @@ def methods_table() -> Table:
         lists = ("\n".join(texts) for texts in (searched, fixed, method.yaml_options))
         rows.append((method.name, BASES[method.base], models, *lists))
     columns = ("method", "base", "models", "searched parameters [low, high] default", "fixed", "options")
-    return terminal_table(columns, rows)
+    return Table(columns, rows).terminal()
 
 
-def strategies_table() -> Table:
+def strategies_table() -> TerminalTable:
     """Each strategy, by the name that `search.strategy` takes, with the first paragraph of its maker's docstring."""
     descriptions = {name: inspect.getdoc(find_strategy("strategies", name)) or "" for name in strategy_names()}
     rows = [(name, " ".join(text.split("\n\n")[0].split())) for name, text in descriptions.items()]
-    return terminal_table(("strategy", "what it is"), rows)
+    return Table(("strategy", "what it is"), rows).terminal()
 
 
-def architectures_table() -> Table:
+def architectures_table() -> TerminalTable:
     rows = [
         *((name, "yes", "yes") for name in model_types()),
         ("\n".join(sorted(LARGER_MODELS)), "their text decoder, of an architecture above", "yes"),
         ("any other", "no", "yes, where tensors and shapes match (safetensors)"),
     ]
-    return terminal_table(("model_type", "search, evaluate", "merge"), rows)
+    return Table(("model_type", "search, evaluate", "merge"), rows).terminal()
 
 
-def sections_table() -> Table:
+def sections_table() -> TerminalTable:
     """Each key at the top of a search's config, with the number of the keys in it and its meaning."""
     keys, rows = list(keys_of(Config)), []
     for top in keys:
         if top.name.partition(".")[0] == top.name:
             inner = {key.name for key in keys if key.name.startswith((f"{top.name}.", f"{top.name}["))}
             rows.append((top.name, len(inner) or "", top.meaning))
-    return terminal_table(("section", "keys in it", "meaning"), rows)
+    return Table(("section", "keys in it", "meaning"), rows).terminal()
 
 
-def keys_table(section: str) -> Table:
+def keys_table(section: str) -> TerminalTable:
     """A section of a search's config, or `all`: its keys, with their types, defaults and meanings. Raises InputError
     for an unknown section."""
     keys = list(keys_of(Config))
@@ -75,7 +74,7 @@ def keys_table(section: str) -> Table:
             kinds = f"of kind {', '.join(of)}:"
             rows.append((key.name.partition(".")[0], "", "", kinds) if of else ("", "", "", ""))
         rows.append((key.name, key.takes, key.default, key.meaning))
-    table = terminal_table(("key", "takes", "default", "meaning"), rows)
+    table = Table(("key", "takes", "default", "meaning"), rows).terminal()
     table.columns[0].no_wrap = True
     return table
 

@@ -31,7 +31,6 @@ from evojax_merge.report.progress import OnGeneration
 from evojax_merge.report.publication import Publication
 from evojax_merge.report.run_data import RunData, read_run
 from evojax_merge.report.run_tables import (
-    Table,
     differences,
     facts,
     front_table,
@@ -45,6 +44,7 @@ from evojax_merge.report.run_tables import (
     task_note,
     winners_table,
 )
+from evojax_merge.report.tables import Table
 from evojax_merge.search.loop import Generation
 from evojax_merge.search.run_parts import RunFolder, is_page
 from evojax_merge.system.console import format_seconds, working

@@ -1,11 +1,9 @@
 """A run in words and tables, for its page and for the terminal."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from rich.table import Table as TerminalTable
 
 from evojax_merge.config.search_config import Budget, parse_budget
 from evojax_merge.errors import escaped, escaped_lines
@@ -13,30 +11,12 @@ from evojax_merge.report.answers import winner_scores
 from evojax_merge.report.comparison import chosen_on, label_of, nothing_beat, titled
 from evojax_merge.report.drawings import parameter_text
 from evojax_merge.report.intervals import paired_lead, unpaired_lead
-from evojax_merge.report.progress import terminal_table
 from evojax_merge.report.run_data import SEARCH_SPLIT, Result, RunData, lead_over
-from evojax_merge.report.tables import LEAD, lead_cell
+from evojax_merge.report.tables import LEAD, Table, lead_cell
 from evojax_merge.system.console import drawn, format_seconds
 
 # The rows of a table of keys, and the keys that a sentence lists.
 MOST_ROWS, MOST_UNLIKE = 400, 6
-
-
-@dataclass(frozen=True)
-class Table:
-    """numbers: the columns that are aligned to the right; winner: the row that stands out; wrap: break long
-    cells."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-    numbers: frozenset[int] = frozenset()
-    winner: int | None = None
-    wrap: bool = False
-
-    def terminal(self, title: str | None = None) -> TerminalTable:
-        """The table for the terminal."""
-        rows = [list(map(_shown, row)) for row in self.rows]
-        return terminal_table(self.columns, rows, title, numbers=self.numbers, bold=self.winner)
 
 
 class PrintedTable(list[dict[str, Any]]):
@@ -49,12 +29,6 @@ class PrintedTable(list[dict[str, Any]]):
         cells = [[row.get(key) for key in columns] for row in rows]
         words = {number for row in cells for number, value in enumerate(row) if isinstance(value, str)}
         return drawn(Table(columns, cells, frozenset(range(len(columns))) - words).terminal())
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return " to ".join(map(_shown, value))
-    return "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def facts(run: RunData) -> str:

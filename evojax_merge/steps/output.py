@@ -90,9 +90,9 @@ def write_winner(folder: RunFolder, problem: SearchProblem[Backend], result: Res
     if shown is not None:
         for line in shown.split("\n"):
             console.print(line, highlight=False, soft_wrap=True)
-    console.print(scores_table(result.rows, "Held-out scores"))
+    console.print(scores_table(result.rows).terminal("Held-out scores"))
     if result.members:
-        console.print(scores_table(result.front(), "The front: no candidate is better in every task"))
+        console.print(scores_table(result.front()).terminal("The front: no candidate is better in every task"))
         console.print(f"members: {folder.front} (export --member NUMBER)", highlight=False, soft_wrap=True)
     console.print(f"winner: {folder.model}", highlight=False, soft_wrap=True)
     measured = result.measured()
