@@ -12,7 +12,8 @@ from evojax_merge.errors import InputError
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.frame import gene_values
 from evojax_merge.report.run_data import Generation, RunData, spread
-from evojax_merge.report.stored_run import StoredRun
+from evojax_merge.report.stored_run import stored_values
+from evojax_merge.search.run_parts import RunFolder
 
 # The most frames of the heat maps' slider, and the most numbers in all frames.
 MOST_FRAMES, MOST_CELLS = 100, 16_000
@@ -67,7 +68,7 @@ def read_parameters(run: RunData) -> Parameters | None:
     if run.config.get("pool") or not genes:
         return None
     try:
-        named_values = StoredRun(run.path).named_values()
+        named_values = stored_values(RunFolder(run.path))
     except InputError:
         named_values = gene_values
         if run.config.get("plugins"):
