@@ -184,17 +184,18 @@ def _takes_minibatches(run: RunData) -> bool:
 
 
 def _render(template: str, charts: Charts, frames: Any, refresh: bool, **values: Any) -> str:
+    # JSON inside a script element, which no text in it can end.
+    specs, frames_json = (
+        Markup(json.dumps(value, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c"))
+        for value in (charts.specs, frames)
+    )
+    css, js = (Markup((TEMPLATES / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     text = _templates().get_template(template).render(
-        **values, charts=charts.specs, frames_data=frames, specs=_json(charts.specs), frames=_json(frames),
-        refresh=REFRESH if refresh else None, css=_part("page.css"), js=_part("page.js"), vega=Markup(_vega()),
+        **values, charts=charts.specs, frames_data=frames, specs=specs, frames=frames_json,
+        refresh=REFRESH if refresh else None, css=css, js=js, vega=Markup(_vega()),
     )  # fmt: skip
     # Names from JSON may hold halves of a character.
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _json(value: Any) -> Markup:
-    """JSON inside a script element, which no text in it can end."""
-    return Markup(json.dumps(value, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 @cache
@@ -210,10 +211,6 @@ def _templates() -> jinja2.Environment:
     }  # fmt: skip
     environment.filters |= filters
     return environment
-
-
-def _part(name: str) -> Markup:
-    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
 @cache
@@ -246,14 +243,9 @@ def _cell(value: Any) -> Markup:
     return escape(escaped(str(value)))
 
 
-@dataclass(frozen=True)
-class _Path:
-    drawing: Markup
-    parents: list[str]
-
-
-def _path(run: RunData) -> _Path | None:
-    """The winner's layers, by the recipe, whose slices name each layer's model."""
+def _path(run: RunData) -> dict[str, Any] | None:
+    """The drawing of the winner's layers, by the recipe, whose slices name each layer's model; and the models' names,
+    `parents`."""
     file = RunFolder(run.path).recipe
     if run.result is None or run.result.path is None or run.recipe is None:
         return None
@@ -273,7 +265,7 @@ def _path(run: RunData) -> _Path | None:
         running *= scale
         drawn.append(Layer(models.index(model), index, 1 / running))
     names = model_names([Path(model) for model in models])
-    return _Path(Markup(path_drawing(drawn, names)), list(map(escaped, names)))
+    return {"drawing": Markup(path_drawing(drawn, names)), "parents": list(map(escaped, names))}
 
 
 # ---------------------------------------------------------------------------------------------------------------

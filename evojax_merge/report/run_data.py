@@ -210,11 +210,17 @@ def read_run(path: Path, *, working: bool | None = None) -> RunData:
     config = read_run_config(folder.config, notes)
     count, lines = _lines(folder.history)
     rows = [row for line in lines if (row := _parsed(HistoryRow, line, folder.history, notes))]
-    clock = [_parsed(TimingLine, line, folder.timing, notes) for line in whole_lines(folder.timing)]
+    clock = [line for text in whole_lines(folder.timing) if (line := _parsed(TimingLine, text, folder.timing, notes))]
     result = _document(Result, folder.result, notes)
     state: State = "finished"
     if result is None or result[0].generations < count:
-        state = "running" if (_in_use(path) if working is None else working) else "stopped"
+        if working is None:
+            try:
+                check_not_in_use(path)
+                working = False
+            except InputError:
+                working = True
+        state = "running" if working else "stopped"
         if result is not None:
             notes.append(f"The winner of {result[0].generations} generations is not shown: the run has gone on since.")
         result = None
@@ -231,7 +237,7 @@ def read_run(path: Path, *, working: bool | None = None) -> RunData:
         config_text=_text(folder.config) or "",
         count=count,
         generations=[_summary(row) for row in rows],
-        timing=[line for line in clock if line],
+        timing=clock,
         result=None if result is None else result[0],
         recipe=_text(folder.recipe),
         environment={} if environment is None else environment[1],
@@ -285,14 +291,6 @@ def _summary(row: HistoryRow) -> Generation:
     met = np.where(np.isfinite(fitness), row.examples or 0, -1)
     place = int(np.argmax(np.where(met == met.max(), fitness, -np.inf)))
     return Generation(row, median, low, high, row.genomes[place], float(fitness[place]))
-
-
-def _in_use(path: Path) -> bool:
-    try:
-        check_not_in_use(path)
-    except InputError:
-        return True
-    return False
 
 
 def _text(path: Path) -> str | None:

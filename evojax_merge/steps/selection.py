@@ -193,15 +193,11 @@ def _front(heldout: SpaceEvaluator[Any], finalists: Sequence[Finalist], progress
     rows = zip(chosen, values, means(heldout.tasks, scores), strict=True)
     return tuple(
         FrontMember(
-            number=number,
-            genome=finalist.genome,
-            fitness=finalist.fitness,
-            scores=dict(zip(names, map(float, finalist.task_means), strict=True)),
-            heldout_fitness=float(heldout_fitness),
-            heldout_scores={name: table[name] for name in names},
+            number, finalist.fitness, dict(zip(names, map(float, finalist.task_means), strict=True)),
+            float(heldout_fitness), {name: table[name] for name in names}, finalist.genome,
         )
         for number, (finalist, heldout_fitness, table) in enumerate(rows, start=1)
-    )
+    )  # fmt: skip
 
 
 def _table(
