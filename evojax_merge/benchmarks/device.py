@@ -452,8 +452,3 @@ def timings_of(benchmark: Benchmark) -> list[Timing]:
         for row in benchmark.rows
         if row.name in SEARCHES
     ]
-
-
-def row_count(sizes: Sizes) -> int:
-    """The number of rows of a benchmark."""
-    return len(METHODS) + len(sizes.prompts) + 2 + len(SEARCHES)

@@ -44,12 +44,6 @@ def read_benchmark(file: Path) -> tuple[Benchmark, dict[str, Any]]:
         ) from None
 
 
-def is_benchmark_file(content: bytes) -> bool:
-    """Return whether a file's content is an output of `bench --json`."""
-    document = json.loads(content)
-    return isinstance(document, dict) and document.keys() >= KEYS
-
-
 def section(benchmark: Benchmark, environment: Mapping[str, Any]) -> list[str]:
     """The lines of a Markdown section: the machine, a table for each part, and what was left out."""
     parts = dict.fromkeys(row.part for row in benchmark.rows)

@@ -36,8 +36,10 @@ def runs(root: Path) -> None:
         return
     now = time.time()
     rows = [
-        [name, run.method, progress_cell(run), best_cell(run), run.state, _age(now - changed)]
+        [name, run.method, progress_cell(run), best_cell(run), run.state, f"{max(0, int(age // size))} {unit} ago"]
         for changed, name, run in sorted(listed, key=lambda row: (-row[0], row[1]))
+        for age in [now - changed]
+        for unit, size in [next((unit for unit in UNITS if age >= unit[1]), UNITS[-1])]
     ]  # fmt: skip
     columns = ["run", "method", "generations", "best fitness", "state", "last change"]
     console.print(Table(columns, rows, frozenset({2, 3})).terminal())
@@ -48,7 +50,13 @@ def _run_folders(root: Path) -> list[Path]:
     folders = []
     for place, names, files in os.walk(root):
         path = Path(place)
-        if "config.yaml" in files and _is_run(path):
+        is_search = False
+        if "config.yaml" in files:
+            try:
+                is_search = is_run(RunFolder(path))
+            except InputError as error:
+                print_warning(str(error))
+        if is_search:
             folders.append(path)
             names.clear()
         elif len(path.relative_to(root).parts) >= DEPTH:
@@ -56,16 +64,3 @@ def _run_folders(root: Path) -> list[Path]:
         else:
             names.sort()
     return folders
-
-
-def _is_run(path: Path) -> bool:
-    try:
-        return is_run(RunFolder(path))
-    except InputError as error:
-        print_warning(str(error))
-        return False
-
-
-def _age(seconds: float) -> str:
-    name, size = next((unit for unit in UNITS if seconds >= unit[1]), UNITS[-1])
-    return f"{max(0, int(seconds // size))} {name} ago"

@@ -86,15 +86,14 @@ class ResumeHint:
         except BaseException as error:
             if interrupts.received() or isinstance(error, PeerLostError):
                 with defer_signals():
-                    hint = printable(f"stopped; {self._saved()} with: {self._command}", LONGEST_LINE)
+                    state = "nothing was searched yet" if self._resume else "nothing was saved"
+                    if self._folder is not None:
+                        count = len(self._folder.read_history())
+                        state = f"{'1 generation is' if count == 1 else f'{count} generations are'} saved"
+                    again = "Start again" if self._folder is None and not self._resume else "Continue"
+                    hint = printable(f"stopped; {state}. {again} with: {self._command}", LONGEST_LINE)
                     print(hint, file=sys.stderr, flush=True)
             raise
-
-    def _saved(self) -> str:
-        if self._folder is None:
-            return "nothing was searched yet. Continue" if self._resume else "nothing was saved. Start again"
-        count = len(self._folder.read_history())
-        return f"{'1 generation is' if count == 1 else f'{count} generations are'} saved. Continue"
 
 
 def search(
@@ -104,7 +103,11 @@ def search(
 ) -> None:  # fmt: skip
     """Search from a config file. A search that is broken off prints the command that continues it. judges: of the
     command `judge`."""
-    command = partial(_command, "search" if judges is None else "judge", path)
+    name = "search" if judges is None else "judge"
+
+    def command(*options: str) -> str:
+        return shlex.join(["evojax-merge", name, str(path), *options])
+
     options = [part for override in overrides for part in ("--set", override)]
     options += [] if seed is None else ["--seed", str(seed)]
     options += [part for name in plugin_names for part in ("--plugin", name)]
@@ -236,10 +239,6 @@ def run_search(
             if folder is not run:
                 winner = str(folder.model)
                 on_started(run)
-
-
-def _command(name: str, path: Path, *options: str) -> str:
-    return shlex.join(["evojax-merge", name, str(path), *options])
 
 
 def _check_checkpoints(folder: RunFolder) -> None:

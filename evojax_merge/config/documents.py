@@ -129,17 +129,14 @@ def keys_of(schema: type[BaseModel], above: str = "", of: tuple[str, ...] = ()) 
         elif get_origin(annotation) is dict and isinstance(items, type) and issubclass(items, BaseModel):
             yield from keys_of(items, f"{name_with_sections}.NAME.")
         elif items is not None and _parts(items)[0] is TaskConfig:
-            yield from _task_keys(f"{name_with_sections}[].")
-
-
-def _task_keys(above: str) -> Iterator[Key]:
-    """The keys that every kind has, and then each kind's own, or keys with another meaning or default for it."""
-    shared = list(keys_of(TaskConfig, above))
-    yield from shared
-    for kind in kinds():
-        names = kind.names or (str(kind.key),)
-        shared_keys = [replace(key, of=names) for key in shared]
-        yield from (key for key in keys_of(kind.config, above, names) if key not in shared_keys)
+            # The keys that every kind has, and then each kind's own, or keys with another meaning or default for it.
+            shared = list(keys_of(TaskConfig, f"{name_with_sections}[]."))
+            yield from shared
+            for kind in kinds():
+                names = kind.names or (str(kind.key),)
+                of_kind = [replace(key, of=names) for key in shared]
+                keys = keys_of(kind.config, f"{name_with_sections}[].", names)
+                yield from (key for key in keys if key not in of_kind)
 
 
 def _default_of(field: FieldInfo) -> str:

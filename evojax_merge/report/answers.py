@@ -129,23 +129,20 @@ def _task_pairs(
     with np.errstate(invalid="ignore"):
         gaps = np.where(differ, np.abs(scores[0] - scores[1]), 0.0)
     order = [k for k in np.argsort(-gaps, kind="stable") if differ[k]]
-    won, shown = int((scores[0] > scores[1]).sum()), [_pair(ours[k], theirs[k]) for k in order[:most]]
+    won, shown = int((scores[0] > scores[1]).sum()), []
+    for our, their in ((ours[k], theirs[k]) for k in order[:most]):
+        texts = None
+        if our.outputs is not None and their.outputs is not None:
+            texts = marked(_shown("\n".join(our.outputs)), _shown("\n".join(their.outputs)))
+        target = None if our.target is None else _shown(our.target)
+        example = escaped(str(our.example if our.image is None else our.image))
+        shown.append(Pair(example, target, (our.score, their.score), texts))
     return TaskPairs(escaped(task), escaped(parent), won, int(differ.sum()) - won, int((~differ).sum()), shown)
 
 
 def _value(score: float | None) -> float:
     """A score that is not finite is below every other."""
     return -np.inf if score is None else score
-
-
-def _pair(ours: AnswerLine, theirs: AnswerLine) -> Pair:
-    texts = None
-    if ours.outputs is not None and theirs.outputs is not None:
-        texts = marked(_shown("\n".join(ours.outputs)), _shown("\n".join(theirs.outputs)))
-    target = None if ours.target is None else _shown(ours.target)
-    return Pair(
-        escaped(str(ours.example if ours.image is None else ours.image)), target, (ours.score, theirs.score), texts
-    )
 
 
 def _shown(text: str) -> str:

@@ -1,7 +1,6 @@
 """An inspection of models as tables on the terminal, as plain data, and as a picture."""
 
 import io
-import json
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,8 @@ from evojax_merge.report.tables import Table, TerminalTable
 # By the endings of pictures, what this program's hold and no others: a chunk of text behind a PNG's header, and a
 # comment.
 PICTURE_MARKS = {".png": b"tEXtSoftware\0evojax-merge", ".svg": b"<!-- drawn by evojax-merge -->"}
+# Keys by which an output of `inspect --json` is recognised.
+KEYS = ("models", "pairs", "findings")
 # The bytes of a PNG's signature and header.
 PNG_HEADER = 33
 # The components that come first, in a layer and outside of the layers.
@@ -210,12 +211,6 @@ def as_json(
         "tensors": {"in_some_models_alone": partly_held(models), "of_different_shapes": differing_shapes(models)},
         "findings": [{"kind": finding.kind, "text": finding.text} for finding in sentences],
     }  # fmt: skip
-
-
-def is_inspection_file(content: bytes) -> bool:
-    """Return whether a file's content is an output of `inspect --json`."""
-    document = json.loads(content)
-    return isinstance(document, dict) and document.keys() >= {"models", "pairs", "findings"}
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ Seconds are a lower bound, by the roofline: every matrix product at the device's
 whichever takes longer, and merging at the bandwidth, one after the other.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -251,6 +250,8 @@ class Plan:
         return Table(HEADINGS[:count], rows, range(2, count), folded=range(count)).terminal(title)
 
 
+# Keys by which an output of `plan --json` is recognised.
+KEYS = ("target", "fits", "passes")
 # The headings of the passes' table; docs/accelerators.md says what each column holds.
 HEADINGS = (
     "task", "pass", "candidates", "runs", "steps", "held", "temporaries", "compiler says", "FLOP", "moved", "seconds",
@@ -259,13 +260,6 @@ HEADINGS = (
 
 def format_advice(advice: Sequence[str]) -> str:
     return f"what would make it fit: {', or '.join(advice)}"
-
-
-def is_plan_file(content: bytes) -> bool:
-    """Return whether a file's content is an output of `plan --json`."""
-    plans, keys = json.loads(content), {"target", "fits", "passes"}
-    named = isinstance(plans, list) and all(isinstance(plan, dict) and plan.keys() >= keys for plan in plans)
-    return named and len(plans) > 0
 
 
 def shown_number(value: float) -> str:
