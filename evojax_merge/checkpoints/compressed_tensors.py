@@ -47,6 +47,7 @@ from evojax_merge.checkpoints.quantised import (
     unpack,
 )
 from evojax_merge.errors import InputError, shown
+from evojax_merge.schema.patterns import pattern_matches
 
 MIXED, PACKED = "mixed-precision", "pack-quantized"
 INT8 = np.dtype(np.int8)
