@@ -50,7 +50,7 @@ def search(
     complete = why_complete(folder, problem)
     if complete is not None:
         say(complete)
-        console.print(f"the run is complete; its winner: {folder.model}", highlight=False, soft_wrap=True)
+        console.print(f"the run is complete; its winner: {folder.model}", soft_wrap=True)
         return
     check_room(folder, problem.search.generations)
     problem = replace(problem, kept=kept_scores(read_run_config(folder.config), jax.process_count()))

@@ -46,6 +46,6 @@ def bench(shape: str | None, seconds: float, json_file: Path | None, compare: Pa
     if earlier is not None:
         lines += ["", *comparison(earlier, (benchmark, machine))]
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     if output is not None:
         output.write(as_json(benchmark, machine))

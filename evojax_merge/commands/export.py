@@ -89,8 +89,8 @@ def _export(
         keep = [*stream_plan.inputs, *folder.parts]
         error = write_model(stream_plan, out, card, "exporting", overwrite, keep, write)
     if error is not None:
-        console.print(str(error), highlight=False, soft_wrap=True)
-    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+        console.print(str(error), soft_wrap=True)
+    console.print(f"wrote {out}", soft_wrap=True)
 
 
 def _factory(folder: RunFolder) -> BackendFactory:
@@ -127,7 +127,7 @@ def _export_genome(
         else:
             raise InputError(folder.path, "has no winner yet; finish it with search … --resume, or pass --best-so-far")
         export_candidate(problem.exporting(), genome, out, folder.parts)
-    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    console.print(f"wrote {out}", soft_wrap=True)
 
 
 def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwrite: bool, rank: int | None) -> None:

@@ -52,10 +52,10 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
         if len(plans) > 1:
             console.print(f"stage {number} of {len(plans)}")
         for line in stage_plan.lines():
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
         console.print(stage_plan.table())
         for line in stage_plan.conclusion():
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
     if output is not None:
         output.write(json.dumps([stage_plan.as_json() for stage_plan in plans], indent=1) + "\n")
     for stage_plan in plans:

@@ -32,7 +32,7 @@ def runs(root: Path) -> None:
         changed = max(file.stat().st_mtime for file in (folder.config, folder.history, folder.result) if file.exists())
         listed.append((changed, run.name if path == root else str(path.relative_to(root)), run))
     if not listed:
-        console.print(f"no runs in {root}", highlight=False, soft_wrap=True)
+        console.print(f"no runs in {root}", soft_wrap=True)
         return
     now = time.time()
     rows = [

@@ -227,7 +227,7 @@ class SearchBar(Reporter):
         if console.is_terminal:
             LOG.info("%s", line)
         else:
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
         self._show(line)
         self._on_generation(generation)
 
