@@ -127,7 +127,7 @@ def fitness_chart(run: RunData) -> Spec:
     domain = [min([low, *shown]) - margin, max([high, *shown]) + margin]
     y: dict[str, Any] = {
         "scale": alt.Scale(domain=domain, nice=True, zero=False),
-        "title": _titled("fitness", run.result) + ", search split",
+        "title": titled("fitness", run.outcome.units) + ", search split",
     }  # fmt: skip
     base = alt.Chart(_data(**columns)).encode(x=_generations(columns["generation"]))
     # A line of one point is none.
@@ -184,15 +184,12 @@ def fitness_chart(run: RunData) -> Spec:
 def shown_rules(run: RunData) -> list[tuple[str, float, str]]:
     """Scores that need no search and lie near the curves, by name, with their splits: the baseline's on the search
     split, the rivals' held out."""
-    if run.result is None:
-        return []
     # The names of equal scores would stand on each other.
     names: dict[tuple[float, str], list[str]] = {}
-    for name, value in run.result.search_fitness.items():
+    for name, value in run.outcome.search_fitness.items():
         names.setdefault((value, "search split"), []).extend([name] if name != "winner" else [])
     # Judges' votes are strengths in a search, and shares of prompts on the held-out split: they share no axis.
-    rivals = () if run.result.is_judged else run.result.rivals
-    for rival in rivals:
+    for rival in () if run.outcome.is_judged else run.outcome.rivals:
         label = f"best parent {rival.name}" if rival.role == "parent" else label_of(rival.role, rival.name)
         names.setdefault((rival.heldout_fitness, "held out"), []).append(label)
     rules = [(f"{' and '.join(same)}, {split}", value, split) for (value, split), same in names.items() if same]
@@ -251,7 +248,7 @@ def task_charts(run: RunData) -> list[Spec]:
         series = {"best": [g.row.scores_of_best.get(score) for g in rows], "mean of all": means}
         if all(value is None for value in means):
             del series["mean of all"]
-        charts.append(curve_chart(numbers, series, _titled(score, run.result)))
+        charts.append(curve_chart(numbers, series, titled(score, run.outcome.units)))
     return charts
 
 
@@ -364,10 +361,6 @@ def rung_chart(counts: Mapping[int, int]) -> Spec:
     return _spec(bars + text, max(60, 30 * len(counts)))
 
 
-def _titled(score: str, result: Result | None) -> str:
-    return titled(score, {} if result is None else result.units)
-
-
 def heldout_chart(result: Result) -> Spec:
     """Held-out fitness, with the 95% interval of each model's distance from the winner around its score."""
     winner = result.winner
@@ -393,12 +386,9 @@ def heldout_chart(result: Result) -> Spec:
     return _spec(alt.layer(*layers), max(60, 30 * len(scored)))
 
 
-def front_chart(result: Result) -> Spec | None:
+def front_chart(result: Result) -> Spec:
     """A front by its first two tasks, on the split that the winner was chosen on and held out."""
-    names = list(result.members[0].scores)
-    if len(names) < 2:
-        return None
-    first, second = names[:2]
+    first, second = list(result.members[0].scores)[:2]
     rows = [
         (str(member.member), split, scores[first], scores[second],
          "winner" if member.genome == result.genome else "member")
@@ -421,8 +411,7 @@ def front_chart(result: Result) -> Spec | None:
 
 def pool_chart(run: RunData) -> Spec:
     """The members of a pool at the generation of their birth; the winner's ancestors stand out."""
-    lineage = run.result.lineage if run.result is not None else []
-    ancestors = {member.name for member in lineage}
+    ancestors = {member.name for member in run.outcome.lineage}
     born = {
         int(genome[NUMBER]): (g.number, fitness)
         for g in run.fitness_rows
@@ -527,12 +516,8 @@ def compared_fitness(runs: Mapping[str, RunData], by_time: bool) -> Spec:
 
 def compared_heldout(runs: Mapping[str, RunData]) -> Spec:
     """The held-out fitness of the winners of several runs."""
-    winners = {name: run.result.winner for name, run in runs.items() if run.result is not None}
-    scored = {
-        name: winner.heldout_fitness
-        for name, winner in winners.items()
-        if winner is not None and math.isfinite(winner.heldout_fitness)
-    }
+    winners = {name: winner for name, run in runs.items() if (winner := run.outcome.winner) is not None}
+    scored = {name: x for name, winner in winners.items() if math.isfinite(x := winner.heldout_fitness)}
     base = _named("run", list(scored), 180, fitness=list(scored.values()))
     bars = base.mark_bar(height=16, cornerRadius=2).encode(
         x=alt.X("fitness:Q", title="fitness of the winner, held out"), color=_run_colour(list(runs), None),

@@ -167,6 +167,11 @@ class RunData:
         return section
 
     @property
+    def outcome(self) -> Result:
+        """The result; before there is one, an empty one."""
+        return self.result or Result()
+
+    @property
     def last(self) -> HistoryRow | None:
         return self.generations[-1].row if self.generations else None
 
@@ -178,8 +183,8 @@ class RunData:
         if self.last is None:
             return None
         # The best so far may have met a part of the split (`limit`), and validation may choose another winner.
-        if self.result is not None and "winner" in self.result.search_fitness:
-            return BestFitness("fitness of the winner", self.result.search_fitness["winner"], SEARCH_SPLIT)
+        if "winner" in self.outcome.search_fitness:
+            return BestFitness("fitness of the winner", self.outcome.search_fitness["winner"], SEARCH_SPLIT)
         if self.last.best_so_far is not None:
             return BestFitness("best fitness so far", self.last.best_so_far, SEARCH_SPLIT)
         if self.last.best_of_part is None:
