@@ -214,9 +214,9 @@ def read_run(path: Path, *, working: bool | None = None) -> RunData:
     notes: list[str] = []
     config = read_run_config(folder.config, notes)
     count, lines = _lines(folder.history)
-    rows = [row for line in lines if (row := _parsed(HistoryRow, line, folder.history, notes))]
-    clock = [line for text in whole_lines(folder.timing) if (line := _parsed(TimingLine, text, folder.timing, notes))]
-    result = _document(Result, folder.result, notes)
+    rows = [row[0] for line in lines if (row := _parsed(HistoryRow, folder.history, notes, line))]
+    clock = [row[0] for line in whole_lines(folder.timing) if (row := _parsed(TimingLine, folder.timing, notes, line))]
+    result = _parsed(Result, folder.result, notes)
     state: State = "finished"
     if result is None or result[0].generations < count:
         if working is None:
@@ -229,7 +229,7 @@ def read_run(path: Path, *, working: bool | None = None) -> RunData:
         if result is not None:
             notes.append(f"The winner of {result[0].generations} generations is not shown: the run has gone on since.")
         result = None
-    environment = _document(Environment, folder.environment, notes)
+    environment = _parsed(Environment, folder.environment, notes)
     log, warnings = _log(folder.log)
     dims = next((row.dims for row in rows), None)
     if any(row.dims not in (None, dims) for row in rows):
@@ -269,19 +269,13 @@ def spread(count: int, most: int) -> list[int]:
     return sorted({int(number) for number in np.linspace(0, count - 1, min(count, most))})
 
 
-def _parsed(kind: type[Kind], text: bytes, file: Path, notes: list[str]) -> Kind | None:
-    """A line of a file; where it has another form, None and a note."""
-    try:
-        return parse(kind, text)[0]
-    except ValueError as error:
-        notes.append(f"{file.name} cannot be read: {error}")
+def _parsed(kind: type[Kind], file: Path, notes: list[str], line: bytes | None = None) -> tuple[Kind, Any] | None:
+    """The document of a file, or one of its lines, and its plain data; None where there is no file, and a note where it
+    has another form."""
+    if line is None and not file.is_file():
         return None
-
-
-def _document(kind: type[Kind], file: Path, notes: list[str]) -> tuple[Kind, Any] | None:
-    """The document of a file, and its plain data; None where there is none, and a note where it has another form."""
     try:
-        return parse(kind, read_regular(file, A_FILE, MAX_DOCUMENT)) if file.is_file() else None
+        return parse(kind, read_regular(file, A_FILE, MAX_DOCUMENT) if line is None else line)
     except ValueError as error:
         notes.append(f"{file.name} cannot be read: {error}")
         return None
