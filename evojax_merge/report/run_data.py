@@ -215,7 +215,7 @@ def read_run(path: Path, *, working: bool | None = None) -> RunData:
     config = read_run_config(folder.config, notes)
     count, lines = _lines(folder.history)
     rows = [row[0] for line in lines if (row := _parsed(HistoryRow, folder.history, notes, line))]
-    clock = [row[0] for line in whole_lines(folder.timing) if (row := _parsed(TimingLine, folder.timing, notes, line))]
+    clock = [at[0] for line in whole_lines(folder.timing) if (at := _parsed(TimingLine, folder.timing, notes, line))]
     result = _parsed(Result, folder.result, notes)
     state: State = "finished"
     if result is None or result[0].generations < count:
