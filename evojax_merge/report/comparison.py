@@ -187,7 +187,14 @@ class Result:
         guards = [*([] if all(guard.kept for guard in self.guards) else [hopeless]), *map(self._guard, self.guards)]
         by_rival = [sentence for row in self.rivals for sentence in _sentences(self.winner, row)]
         first = [*([parent] if self.parent else []), *self.headline()]
-        return [*first, *guards, *by_rival, *self._inherited(), *self._ties()]
+        columns = {score: {row.scores[score] for row in self.rows} for score in self.shares}
+        ties = [
+            f"On the held-out examples of {_task_of(score)} ({_weighed(score, self.shares[score])}) every model of the "
+            f"table scores {value:.4f}: they tell no model from another."
+            for score, values in columns.items()
+            if len(values) == 1 and np.isfinite(value := next(iter(values)))
+        ]
+        return [*first, *guards, *by_rival, *self._inherited(), *ties]
 
     def headline(self) -> list[str]:
         """A sentence on several tasks, each beside the parent that is best at it; none where there is one task."""
@@ -253,16 +260,6 @@ class Result:
             ) + "."
             for score, rows in self.losses()
         ]  # fmt: skip
-
-    def _ties(self) -> list[str]:
-        """A sentence for each task on which all models of the table score the same."""
-        columns = {score: {row.scores[score] for row in self.rows} for score in self.shares}
-        return [
-            f"On the held-out examples of {_task_of(score)} ({_weighed(score, self.shares[score])}) every model of the "
-            f"table scores {value:.4f}: they tell no model from another."
-            for score, values in columns.items()
-            if len(values) == 1 and np.isfinite(value := next(iter(values)))
-        ]
 
 
 def chosen_on(split: str) -> str:

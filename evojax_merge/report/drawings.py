@@ -94,13 +94,20 @@ def family_tree(result: Result) -> str:
             member = bred[name]
             settings = ", ".join(f"{key} {parameter_text(value)}" for key, value in member.parameters.items())
             words = f"{name}: {member.method}" + (f" of {settings}" if settings else "")
-        left = x - BOX_WIDTH / 2
+        left, wide = x - BOX_WIDTH / 2, (BOX_WIDTH - 2 * INSET) / max(result.layers, 1)
+        cells = "".join(
+            f'<rect class="{"negative" if cell.value < 0 else "positive"}" '
+            f'x="{left + INSET + wide * cell.first:.2f}" y="{y + BOX_HEIGHT + STRIP * cell.row:.1f}" '
+            f'width="{wide * (cell.end - cell.first):.2f}" height="{STRIP}" '
+            f'fill-opacity="{abs(cell.value) / most:.3f}"><title>{html_of(cell.words)}</title></rect>'
+            for cell in thumbnails.get(name, [])
+        )
         boxes.append(
             f'<g class="{kind}"><title>{html_of(words)}</title>'
             f'<rect class="box" x="{left:.1f}" y="{y:.1f}" width="{BOX_WIDTH}" '
             f'height="{high if name in bred else BOX_HEIGHT}" rx="6"/>'
             f'<text x="{x:.1f}" y="{y + 19:.1f}" text-anchor="middle">{html_of(shown)}</text>'
-            f"{_cells(thumbnails.get(name, []), left + INSET, y + BOX_HEIGHT, result.layers, most)}</g>"
+            f"{cells}</g>"
         )
     height = 2 * GAP + pitch_down * max(levels) + BOX_HEIGHT
     return _svg(width, height, "The family tree of the winner", [*edges, *boxes])
@@ -139,16 +146,6 @@ def _thumbnail(member: Bred, layers: int) -> list[_Cell]:
                 share = "share" if name == "t" else name
                 cells.append(_Cell(row, first, end, pair[place], f"{share} of {parent}, {span}: {pair[place]:.3g}"))
     return cells
-
-
-def _cells(cells: Sequence[_Cell], x: float, y: float, layers: int, most: float) -> str:
-    wide = (BOX_WIDTH - 2 * INSET) / max(layers, 1)
-    return "".join(
-        f'<rect class="{"negative" if cell.value < 0 else "positive"}" x="{x + wide * cell.first:.2f}" '
-        f'y="{y + STRIP * cell.row:.1f}" width="{wide * (cell.end - cell.first):.2f}" height="{STRIP}" '
-        f'fill-opacity="{abs(cell.value) / most:.3f}"><title>{html_of(cell.words)}</title></rect>'
-        for cell in cells
-    )
 
 
 def _svg(width: float, height: float, label: str, parts: Sequence[str]) -> str:
