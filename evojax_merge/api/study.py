@@ -132,6 +132,7 @@ class Study(Searched, Described):
         self._state: dict[str, Any] | None = None
         self._first = 0
         self._latest: tuple[Scores, TaskScores] | None = None
+        self._evaluators: dict[str, SpaceEvaluator[Any]] = {}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -316,10 +317,6 @@ class Study(Searched, Described):
             evaluator = open_evaluator(self._problem, tasks, bank=self._bank)
             self._evaluators[split] = with_goal(self._problem, evaluator, self._scales)
         return self._evaluators[split]
-
-    @cached_property
-    def _evaluators(self) -> dict[str, SpaceEvaluator[Any]]:
-        return {}
 
     @cached_property
     def _batches(self) -> Any:

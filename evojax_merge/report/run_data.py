@@ -213,7 +213,14 @@ def read_run(path: Path, *, working: bool | None = None) -> RunData:
         raise InputError(path, "is not a run folder of a search")
     notes: list[str] = []
     config = read_run_config(folder.config, notes)
-    count, lines = _lines(folder.history)
+    count, validated = 0, []
+    for count, line in enumerate(whole_lines(folder.history), start=1):
+        if b'"validation": {' in line:
+            validated.append(count - 1)
+    numbers = {*spread(count, MOST_GENERATIONS), *(validated[k] for k in spread(len(validated), MOST_LOOKS))}
+    # A running search may have added lines since.
+    every_line = zip(range(count), whole_lines(folder.history), strict=False)
+    lines = [line for number, line in every_line if number in numbers]
     rows = [row[0] for line in lines if (row := _parsed(HistoryRow, folder.history, notes, line))]
     clock = [at[0] for line in whole_lines(folder.timing) if (at := _parsed(TimingLine, folder.timing, notes, line))]
     result = _parsed(Result, folder.result, notes)
@@ -250,18 +257,6 @@ def read_run(path: Path, *, working: bool | None = None) -> RunData:
         warnings=warnings,
         notes=list(dict.fromkeys(notes)),
     )
-
-
-def _lines(path: Path) -> tuple[int, list[bytes]]:
-    """The number of a file's whole lines, and some of the lines: evenly spaced from the first to the last, and those
-    that hold a look at the validation split."""
-    count, validated = 0, []
-    for count, line in enumerate(whole_lines(path), start=1):
-        if b'"validation": {' in line:
-            validated.append(count - 1)
-    numbers = {*spread(count, MOST_GENERATIONS), *(validated[k] for k in spread(len(validated), MOST_LOOKS))}
-    # A running search may have added lines since.
-    return count, [line for number, line in zip(range(count), whole_lines(path), strict=False) if number in numbers]
 
 
 def spread(count: int, most: int) -> list[int]:
