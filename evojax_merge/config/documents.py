@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from evojax_merge import plugins
 from evojax_merge.errors import InputError, did_you_mean, nearest
@@ -195,8 +194,13 @@ def _section_of(annotation: Any, value: Any) -> Any:
 
 def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> str:
     """The first error of a document, in one line: the key, the expected and the actual value."""
-    details = error.errors(include_url=False)
-    first = _typo_for(schema, details, document) or details[0]
+    first, *others = error.errors(include_url=False)
+    if first["type"] == "missing":
+        # The unknown key beside a missing one was likely meant to be it.
+        *above, missing = first["loc"] or ("",)
+        fields = _parts(_find(schema, above, document)[1])[0].model_fields
+        unknown = [each for each in others if each["type"] == "extra_forbidden" and list(each["loc"][:-1]) == above]
+        first = next((each for each in unknown if nearest(str(each["loc"][-1]), fields) == missing), first)
     location, kind = first["loc"], first["type"]
     key, annotation, metadata, value = _find(schema, location, document)
     if kind in ("extra_forbidden", "invalid_key"):
@@ -214,17 +218,6 @@ def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> s
     if kind == "task_kind":
         return f"{key}: {first['msg']}"
     return f"{key}: expected {_expected(annotation, metadata)}, found {describe_value(value)}"
-
-
-def _typo_for(schema: type[BaseModel], found: Sequence[ErrorDetails], document: Any) -> ErrorDetails | None:
-    """Where the first error is a missing key: the unknown key beside it that was likely meant to be it."""
-    *above, missing = found[0]["loc"] or ("",)
-    if found[0]["type"] != "missing":
-        return None
-    _, section, _, _ = _find(schema, above, document)
-    fields = _parts(section)[0].model_fields
-    beside = [detail for detail in found if detail["type"] == "extra_forbidden" and list(detail["loc"][:-1]) == above]
-    return next((detail for detail in beside if nearest(str(detail["loc"][-1]), fields) == missing), None)
 
 
 def _in_a_section(key: str, fields: Mapping[str, FieldInfo]) -> str:
