@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -66,17 +66,18 @@ from evojax_merge.tasks.opening import data_warnings
 Output = Literal["text", "json", "none"]
 
 
+@dataclass
 class ResumeHint:
     """The command that continues a search, or begins it again where nothing is saved, printed wherever the search is
-    broken off. resume: whether the search continues an earlier one."""
+    broken off. resume: whether the search continues an earlier one; folder: the run folder, once there is one."""
 
-    def __init__(self, command: str, resume: bool) -> None:
-        self._command, self._resume = command, resume
-        self._folder: RunFolder | None = None
+    command: str
+    resume: bool
+    folder: RunFolder | None = None
 
     def on_started(self, command: str, folder: RunFolder) -> None:
         """Remember the command that continues the search from now on, and its run folder."""
-        self._command, self._folder = command, folder
+        self.command, self.folder = command, folder
 
     @contextmanager
     def on_exit(self) -> Iterator[None]:
@@ -86,12 +87,12 @@ class ResumeHint:
         except BaseException as error:
             if interrupts.received() or isinstance(error, PeerLostError):
                 with defer_signals():
-                    state = "nothing was searched yet" if self._resume else "nothing was saved"
-                    if self._folder is not None:
-                        count = len(self._folder.read_history())
+                    state = "nothing was searched yet" if self.resume else "nothing was saved"
+                    if self.folder is not None:
+                        count = len(self.folder.read_history())
                         state = f"{'1 generation is' if count == 1 else f'{count} generations are'} saved"
-                    again = "Start again" if self._folder is None and not self._resume else "Continue"
-                    hint = printable(f"stopped; {state}. {again} with: {self._command}", LONGEST_LINE)
+                    again = "Start again" if self.folder is None and not self.resume else "Continue"
+                    hint = printable(f"stopped; {state}. {again} with: {self.command}", LONGEST_LINE)
                     print(hint, file=sys.stderr, flush=True)
             raise
 
