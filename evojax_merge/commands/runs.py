@@ -22,13 +22,20 @@ def runs(root: Path) -> None:
     if not root.is_dir():
         raise InputError(root, "no such folder; expected one that holds runs")
     listed: list[tuple[float, str, RunData]] = []
-    for path in _run_folders(root):
+    for place, names, files in os.walk(root):
+        path, folder = Path(place), RunFolder(Path(place))
+        is_search, run = False, None
         try:
-            run = read_run(path)
+            is_search = "config.yaml" in files and is_run(folder)
+            run = read_run(path) if is_search else None
         except InputError as error:
             print_warning(str(error))
+        # A run's own folders are those of its stages.
+        if is_search or len(path.relative_to(root).parts) >= DEPTH:
+            names.clear()
+        names.sort()
+        if run is None:
             continue
-        folder = RunFolder(path)
         changed = max(file.stat().st_mtime for file in (folder.config, folder.history, folder.result) if file.exists())
         listed.append((changed, run.name if path == root else str(path.relative_to(root)), run))
     if not listed:
@@ -43,24 +50,3 @@ def runs(root: Path) -> None:
     ]  # fmt: skip
     columns = ["run", "method", "generations", "best fitness", "state", "last change"]
     console.print(Table(columns, rows, frozenset({2, 3})).terminal())
-
-
-def _run_folders(root: Path) -> list[Path]:
-    """The run folders, without those of the stages in a run."""
-    folders = []
-    for place, names, files in os.walk(root):
-        path = Path(place)
-        is_search = False
-        if "config.yaml" in files:
-            try:
-                is_search = is_run(RunFolder(path))
-            except InputError as error:
-                print_warning(str(error))
-        if is_search:
-            folders.append(path)
-            names.clear()
-        elif len(path.relative_to(root).parts) >= DEPTH:
-            names.clear()
-        else:
-            names.sort()
-    return folders

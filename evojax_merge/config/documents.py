@@ -4,7 +4,7 @@ documents that do not fit. Every error names the file, the key and what was expe
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -206,7 +206,15 @@ def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> s
     if kind in ("extra_forbidden", "invalid_key"):
         _, parent, _, _ = _find(schema, location[:-1], document)
         fields = _parts(parent)[0].model_fields
-        return f"{key}: unknown key{_in_a_section(key, fields) or did_you_mean(str(location[-1]), fields)}"
+        # The key of a section beside it, such as search.generations.
+        outer, dot, last = key.rpartition(".")
+        sections = {name: _parts(field.annotation)[0] for name, field in fields.items()}
+        meant = [
+            f" (did you mean '{outer}{dot}{name}.{last}'?)"
+            for name, section in sections.items()
+            if isinstance(section, type) and issubclass(section, BaseModel) and last in section.model_fields
+        ]
+        return f"{key}: unknown key{meant[0] if len(meant) == 1 else did_you_mean(str(location[-1]), fields)}"
     if kind == "missing":
         return f"{key}: missing"
     if kind == "value_error":
@@ -218,18 +226,6 @@ def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> s
     if kind == "task_kind":
         return f"{key}: {first['msg']}"
     return f"{key}: expected {_expected(annotation, metadata)}, found {describe_value(value)}"
-
-
-def _in_a_section(key: str, fields: Mapping[str, FieldInfo]) -> str:
-    """`" (did you mean 'search.generations'?)"` for a key that one of the sections beside it has; else nothing."""
-    above, dot, last = key.rpartition(".")
-    sections = {name: _parts(field.annotation)[0] for name, field in fields.items()}
-    suggestions = [
-        f"{above}{dot}{name}.{last}"
-        for name, section in sections.items()
-        if isinstance(section, type) and issubclass(section, BaseModel) and last in section.model_fields
-    ]
-    return f" (did you mean '{suggestions[0]}'?)" if len(suggestions) == 1 else ""
 
 
 def parse(path: Path, document: Any, schema: type[Section]) -> Any:
