@@ -77,7 +77,7 @@ def _wrapped(text: str) -> list[str]:
 def _table(rows: Sequence[Measurement]) -> list[str]:
     columns = list(rows[0].figures)
     cells = [[row.name, *(_figure(name, row.figures[name]) for name in columns)] for row in rows]
-    return Table([rows[0].part, *columns], cells, range(1, 1 + len(columns))).markdown().splitlines()
+    return Table([rows[0].part, *columns], cells, range(1, 1 + len(columns))).markdown().split("\n")
 
 
 def _figure(name: str, value: float) -> str:
@@ -102,7 +102,7 @@ def comparison(earlier: tuple[Benchmark, Mapping[str, Any]], later: tuple[Benchm
         faster = then / now if figure == "s/candidate" else now / then
         rows.append([row.name, figure, _figure(figure, then), _figure(figure, now), f"{faster:.2f}"])
     columns = ["compared", "figure", "then", "now", "now, times as fast"]
-    lines = Table(columns, rows, range(2, 5)).markdown().splitlines() if rows else []
+    lines = Table(columns, rows, range(2, 5)).markdown().split("\n") if rows else []
     if unlike:
         lines += ["", *_wrapped(f"Not compared: {'; '.join(unlike)}.")]
     return [*lines, "", *(f"- {difference}" for difference in differences(dict(earlier[1]), dict(later[1])))]
