@@ -72,35 +72,21 @@ __all__ = [
 ]
 
 # Where the names that need more than this file come from, when they are first asked for.
-_HOMES = {
-    "Evaluator": "api.models",
-    "evaluate": "api.models",
-    "evolve": "api.models",
-    "load_bank": "api.models",
-    "merge": "api.models",
-    "register_architecture": "api.models",
-    "register_backend": "api.models",
-    "register_method": "api.models",
-    "register_strategy": "api.models",
-    "register_task": "api.models",
-    "host_callback": "api.pytrees",
-    "search_pytrees": "api.pytrees",
-    "Generation": "search.loop",
-    "Scores": "evaluation.scores",
-    "EvosaxStrategy": "search.strategies.evosax",
-    "StrategySettings": "search.strategies.registry",
-    "Run": "api.trials",
-    "ArrayTask": "tasks.arrays",
-    "FunctionFactory": "backends.function.opening",
-    "open_run": "api.trials",
-    "Trial": "api.trials",
-    "LayerPathSpace": "api.spaces",
-    "MergeSpace": "api.spaces",
-    "Models": "api.spaces",
-    "PoolSpace": "api.spaces",
-    "Study": "api.study",
-    "load_models": "api.spaces",
+_NAMES = {
+    "api.models": "Evaluator evaluate evolve load_bank merge register_architecture register_backend register_method "
+    "register_strategy register_task",
+    "api.pytrees": "host_callback search_pytrees",
+    "api.spaces": "LayerPathSpace MergeSpace Models PoolSpace load_models",
+    "api.study": "Study",
+    "api.trials": "Run Trial open_run",
+    "backends.function.opening": "FunctionFactory",
+    "evaluation.scores": "Scores",
+    "search.loop": "Generation",
+    "search.strategies.evosax": "EvosaxStrategy",
+    "search.strategies.registry": "StrategySettings",
+    "tasks.arrays": "ArrayTask",
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 # Modules that are part of the public API.
 _MODULES = {"strategies": "api.strategies", "tasks": "tasks"}
 

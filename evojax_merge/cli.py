@@ -6,7 +6,6 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -28,11 +27,15 @@ from evojax_merge.system.users_traceback import hide_inner_frames
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 # The bound is config.MAX_SEED, repeated here: the imports of config are too heavy for --help.
 SEED = click.IntRange(min=0, max=2**63 - 1)
-
+FILE = click.Path(path_type=Path)
+DTYPE = click.Choice(["float32", "float16", "bfloat16"])
 
 # Commands that print lists.
 LISTS = frozenset({"methods", "strategies", "architectures", "keys", "runs", "show", "compare"})
 
+with_overrides = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override one key of CONFIG."
+)
 with_plugins = click.option(
     "--plugin",
     "plugin_names",
@@ -109,8 +112,8 @@ def cli() -> None:
 @cli.command(short_help="Compare models before a merge: what they are, and how their weights differ.")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=click.Path())
 @click.option("--base", metavar="MODEL", type=click.Path(), help="Which one is the base. Default: found by distances.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report here as well.")
-@click.option("--picture", type=click.Path(path_type=Path), help="Draw distances and task vectors (.png or .svg).")
+@click.option("--json", "json_file", type=FILE, help="Write the report here as well.")
+@click.option("--picture", type=FILE, help="Draw distances and task vectors (.png or .svg).")
 def inspect(models: tuple[str, ...], base: str | None, json_file: Path | None, picture: Path | None) -> None:
     """Compare models before a merge: headers, tokenizers, which one is the base of the others, their task vectors,
     and what that means for the choice of a method. Reads all weights, a few tensors at a time."""
@@ -133,7 +136,7 @@ class InitCommand(click.Command):
 
 
 @cli.command(cls=InitCommand, short_help="Write the commented config of a first search.")
-@click.argument("file", type=click.Path(path_type=Path), default=Path("search.yaml"))
+@click.argument("file", type=FILE, default=Path("search.yaml"))
 @click.option("--base", metavar="MODEL", type=click.Path(), help="The model that task vectors are taken from.")
 @click.option("--parents", multiple=True, metavar="MODEL...", type=click.Path(), help="The models that are merged.")
 @click.option("--data", metavar="FILE", type=click.Path(), help="A data file, a folder of pictures, or an .npz.")
@@ -146,38 +149,24 @@ class InitCommand(click.Command):
 @click.option("--function", metavar="FILE.py:NAME", help="A function that scores networks, pictures or pytrees.")
 @click.option("--out", metavar="RUN", type=click.Path(), help="The run folder of the search.")
 @click.option(
-    "--budget-generations", type=click.IntRange(1, 1_000_000), help="Generations; default: a budget of 600 passes."
-)
+    "--budget-generations", "generations", type=click.IntRange(1, 1_000_000),
+    help="Generations; default: a budget of 600 passes.",
+)  # fmt: skip
 @click.option("--overwrite", "--force", "overwrite", is_flag=True, help="Replace FILE, if init wrote it.")
 def init(
-    file: Path,
-    base: str | None,
-    parents: tuple[str, ...],
-    data: str | None,
-    hub: str | None,
-    lm_eval: str | None,
-    prompt: tuple[str, ...],
-    target: tuple[str, ...],
-    method: str | None,
-    backend: str | None,
-    function: str | None,
-    out: str | None,
-    budget_generations: int | None,
-    overwrite: bool,
+    file: Path, overwrite: bool, hub: str | None, prompt: tuple[str, ...], target: tuple[str, ...], **choices: Any
 ) -> None:
     """Write the commented config of a first search to FILE (search.yaml), checked like one that is searched with. Asks
     on a terminal for what is missing. The kind of task goes by the models and the data's first record, the method by
     the models' weights, and the number of parameters by that of the examples."""
-    given = [name for name, value in (("--data", data), ("--hub", hub), ("--lm-eval", lm_eval)) if value is not None]
+    sources = {"--data": choices["data"], "--hub": hub, "--lm-eval": choices["lm_eval"]}
+    given = [option for option, value in sources.items() if value is not None]
     if len(given) > 1:
         raise InputError(given[1], f"cannot go with {given[0]}; expected one source of data")
     command = _command("init")
-    data = f"hub:{hub.removeprefix('hub:')}" if hub is not None else data
-    fields = command.Fields(prompt, target)
-    choices = command.Choices(
-        base, parents, data, lm_eval, fields, method, backend, function, out, budget_generations
-    )  # fmt: skip
-    command.init(file, choices, overwrite)
+    if hub is not None:
+        choices["data"] = f"hub:{hub.removeprefix('hub:')}"
+    command.init(file, command.Choices(fields=command.Fields(prompt, target), **choices), overwrite)
 
 
 @cli.command(short_help="Print a script that completes commands in a shell.")
@@ -195,8 +184,8 @@ def completion(shell: str) -> None:
 
 
 @cli.command(short_help="Search for the best merge, and export the winner.")
-@click.argument("config", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: the config's `out`, or runs/NAME.")
+@click.argument("config", type=FILE)
+@click.option("--out", type=FILE, help="Run folder. Default: the config's `out`, or runs/NAME.")
 @click.option("--resume", is_flag=True, help="Continue a run: after an interruption, or with more generations.")
 @click.option("--overwrite", is_flag=True, help="Start again in a folder that holds a run.")
 @click.option("--seed", type=SEED, help="Override the config's seed.")
@@ -240,17 +229,15 @@ def search(
 
 
 @cli.command(short_help="Search for the merge whose answers people prefer.")
-@click.argument("config", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: the config's `out`, or runs/NAME.")
+@click.argument("config", type=FILE)
+@click.option("--out", type=FILE, help="Run folder. Default: the config's `out`, or runs/NAME.")
 @click.option("--resume", is_flag=True, help="Continue a run; no vote is asked for again.")
 @click.option("--overwrite", is_flag=True, help="Replace a run that has no votes.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of the page. Default: any that is free.")
-@click.option(
-    "--replay", type=click.Path(path_type=Path), help="Take the votes of this votes.jsonl of an equal search."
-)
-@click.option("--export", "pairs", type=click.Path(path_type=Path), help="Write pairs (.jsonl, and a page) and stop.")
-@click.option("--import", "choices", type=click.Path(path_type=Path), help="Votes on the pairs that were written.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override one key of CONFIG.")
+@click.option("--replay", type=FILE, help="Take the votes of this votes.jsonl of an equal search.")
+@click.option("--export", "pairs", type=FILE, help="Write pairs (.jsonl, and a page) and stop.")
+@click.option("--import", "choices", type=FILE, help="Votes on the pairs that were written.")
+@with_overrides
 @with_plugins
 def judge(
     config: Path,
@@ -280,10 +267,10 @@ def judge(
 
 
 @cli.command(short_help="Say what a search would take: memory, work, time.")
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=FILE)
 @click.option("--target", metavar="NAME", help="rtx4090, 8xh100, 2x8xh100, v5p-8, cpu, … Default: the devices here.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the plan here as well.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override one key of CONFIG.")
+@click.option("--json", "json_file", type=FILE, help="Write the plan here as well.")
+@with_overrides
 @with_plugins
 def plan(
     config: Path,
@@ -304,8 +291,8 @@ def plan(
     "--seconds", type=click.FloatRange(1, 86_400), default=540, show_default=True, metavar="SECONDS",
     help="What would take longer is left out.",
 )  # fmt: skip
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write figures, machine and versions here.")
-@click.option("--compare", type=click.Path(path_type=Path), help="An earlier file of --json to compare with.")
+@click.option("--json", "json_file", type=FILE, help="Write figures, machine and versions here.")
+@click.option("--compare", type=FILE, help="An earlier file of --json to compare with.")
 def bench(shape: str | None, seconds: float, json_file: Path | None, compare: Path | None) -> None:
     """Measure the device at hand on models of random weights, which are made on it: merge kernels against the device's
     own copy, likelihood passes against its best matrix product, decoding, and a generation of a search."""
@@ -313,9 +300,9 @@ def bench(shape: str | None, seconds: float, json_file: Path | None, compare: Pa
 
 
 @cli.command(short_help="Do one merge, described by a mergekit YAML.")
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Override the output dtype.")
+@click.argument("recipe", type=FILE)
+@click.argument("out", type=FILE)
+@click.option("--dtype", type=DTYPE, help="Override the output dtype.")
 @click.option("--seed", "--random-seed", "seed", type=SEED, help="Override the seed of random methods.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
 @click.option("--allow-nonfinite", is_flag=True, help="Merge even where a parent holds NaN or Inf.")
@@ -323,12 +310,19 @@ def bench(shape: str | None, seconds: float, json_file: Path | None, compare: Pa
 @click.option(
     "--strict", is_flag=True, help="Refuse keys, parameters, filters without a meaning, in place of a warning."
 )
-@click.option("--out-shard-size", type=ShardSize(), help="Split the weights into files of this size. Default: 5B.")
+@click.option(
+    "--out-shard-size",
+    "max_shard_bytes",
+    type=ShardSize(),
+    help="Split the weights into files of this size. Default: 5B.",
+)
 @click.option(
     "--copy-tokenizer/--no-copy-tokenizer", default=True, help="Whether OUT gets the first model's tokenizer."
 )
-@click.option("--write-model-card/--no-write-model-card", default=True, help="Whether OUT gets a card and the recipe.")
-@click.option("--transformers-cache", type=click.Path(path_type=Path), help="Where models of the hub are kept.")
+@click.option(
+    "--write-model-card/--no-write-model-card", "card", default=True, help="Whether OUT gets a card and the recipe."
+)
+@click.option("--transformers-cache", type=FILE, help="Where models of the hub are kept.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @with_plugins
 @without_meaning
@@ -337,18 +331,10 @@ def merge(
     context: click.Context,
     recipe: Path,
     out: Path,
-    dtype: str | None,
-    seed: int | None,
-    overwrite: bool,
-    allow_nonfinite: bool,
-    allow_crimes: bool,
-    strict: bool,
-    out_shard_size: int | None,
-    copy_tokenizer: bool,
-    write_model_card: bool,
     transformers_cache: Path | None,
     quiet: bool,
     plugin_names: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Do the merge that RECIPE (a mergekit YAML) describes and write the model to OUT.
 
@@ -361,22 +347,18 @@ def merge(
         # Before anything imports huggingface_hub.
         os.environ["HF_HUB_CACHE"] = os.path.realpath(os.path.expanduser(transformers_cache))
     command = _command("merge", plugin_names)
-    options = command.MergeOptions(
-        dtype, seed, overwrite, allow_nonfinite, allow_crimes, strict, copy_tokenizer, write_model_card
-    )
-    if out_shard_size is not None:
-        options = replace(options, max_shard_bytes=out_shard_size)
-    command.merge(recipe, out, options, quiet, given_without_meaning(context))
+    given = command.MergeOptions(**{name: value for name, value in options.items() if value is not None})
+    command.merge(recipe, out, given, quiet, given_without_meaning(context))
 
 
 @cli.command(short_help="Score stored models on tasks.")
 @click.argument("models", metavar="MODEL_OR_RUN...", nargs=-1, required=True, type=click.Path())
-@click.option("--tasks", required=True, type=click.Path(path_type=Path), help="YAML with `tasks:`, as in a search.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the scores here as well.")
+@click.option("--tasks", required=True, type=FILE, help="YAML with `tasks:`, as in a search.")
+@click.option("--json", "json_file", type=FILE, help="Write the scores here as well.")
 @click.option(
     "--samples",
     "samples_file",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="Write what each model answered here: JSON lines, one for each model, task and example.",
 )
 @click.option(
@@ -401,9 +383,9 @@ def evaluate(
 
 
 @cli.command(short_help="Write a search's winner again, in another dtype or place.")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Override the output dtype.")
+@click.argument("run", type=FILE)
+@click.argument("out", type=FILE)
+@click.option("--dtype", type=DTYPE, help="Override the output dtype.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
 @click.option("--best-so-far", is_flag=True, help="Of a run that was broken off: the best candidate that it has saved.")
 @click.option("--member", type=int, help="Of a search for a front: the member of this number, in place of the winner.")
@@ -437,7 +419,7 @@ def export(
 
 
 @cli.command(short_help="Write a run as one HTML page.")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=FILE)
 @click.option("--watch", is_flag=True, help="Write the page again whenever the run goes on, until it is finished.")
 @with_plugins
 def report(run: Path, watch: bool, plugin_names: tuple[str, ...]) -> None:
@@ -447,8 +429,8 @@ def report(run: Path, watch: bool, plugin_names: tuple[str, ...]) -> None:
 
 
 @cli.command(short_help="Compare runs: a table, and a page.")
-@click.argument("runs", metavar="RUN RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), default="compare.html", show_default=True, help="The page.")
+@click.argument("runs", metavar="RUN RUN...", nargs=-1, required=True, type=FILE)
+@click.option("--out", type=FILE, default="compare.html", show_default=True, help="The page.")
 def compare(runs: tuple[Path, ...], out: Path) -> None:
     """Print a line for each RUN, and write a page of all of them."""
     if len(runs) < 2:
@@ -457,22 +439,22 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
 
 
 @cli.command(short_help="Show a run in the terminal.")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=FILE)
 def show(run: Path) -> None:
     """Show how far RUN is, finished or not: its best fitness, its winner, and the held-out scores."""
     _command("show").show(run)
 
 
 @cli.command("runs", short_help="List the runs below a folder.")
-@click.argument("folder", default="runs", type=click.Path(path_type=Path))
+@click.argument("folder", default="runs", type=FILE)
 def list_runs(folder: Path) -> None:
     """List the runs below FOLDER (default: runs), the newest first."""
     _command("runs").runs(folder)
 
 
 @cli.command(short_help="Search a finished run again, and compare the two to the bit.")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="The new run folder. Default: RUN-reproduced.")
+@click.argument("run", type=FILE)
+@click.option("--out", type=FILE, help="The new run folder. Default: RUN-reproduced.")
 @with_plugins
 def reproduce(run: Path, out: Path | None, plugin_names: tuple[str, ...]) -> None:
     """Search the finished run RUN again, into a new folder, and compare history, recipe and weights. The inputs must be
@@ -481,7 +463,7 @@ def reproduce(run: Path, out: Path | None, plugin_names: tuple[str, ...]) -> Non
 
 
 @cli.command(short_help="Upload a run's winner to the hub, with what proves it.")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=FILE)
 @click.option(
     "--repo", required=True, metavar="OWNER/NAME", help="The repository of the hub; made where there is none."
 )
@@ -540,16 +522,11 @@ def _run(command: Callable[[], Any]) -> int:
     try:
         command()
         sys.stdout.flush()
-    except InputError as error:
+    except (InputError, Failed) as error:
         if interrupts.received():
             raise
         print(f"error: {error}", file=sys.stderr)
-        return WRONG_INPUT
-    except Failed as error:
-        if interrupts.received():
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
+        return WRONG_INPUT if isinstance(error, InputError) else FAILED
     except RuntimeError as error:
         # JAX initialises its devices at their first use.
         if not str(error).startswith("Unable to initialize backend"):

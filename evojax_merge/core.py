@@ -1,12 +1,9 @@
 """The main path: from a checked search to a winner in its run folder."""
 
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from threading import Event
 from typing import Any
 
 import jax
@@ -14,17 +11,16 @@ import numpy as np
 
 from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.compilations import Compilations, compilations
+from evojax_merge.evaluation.compilations import compilations
 from evojax_merge.evaluation.devices import barrier, local_devices
 from evojax_merge.evaluation.diagnostics import warnings
 from evojax_merge.evaluation.scores import TaskScores
-from evojax_merge.evaluation.timings import read_timings, record_timings, timing
+from evojax_merge.evaluation.timings import read_timings
 from evojax_merge.judge.evaluation import judged, with_best
 from evojax_merge.judge.opening import JudgeOptions, judging
 from evojax_merge.judge.proposals import proposing
 from evojax_merge.problem import SearchProblem, failure_hint
 from evojax_merge.report.comparison import model_name
-from evojax_merge.report.plan import Plan
 from evojax_merge.report.progress import OnGeneration, bytes_bar, passes_bar, search_bar
 from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
 from evojax_merge.search.environment import recorded_session
@@ -34,13 +30,11 @@ from evojax_merge.search.loop import Archive, Reporter, Storage, evolve
 from evojax_merge.search.run_parts import RunFolder, check_room, remove_members
 from evojax_merge.search.run_schema import read_run_config
 from evojax_merge.steps.output import print_setup, print_work, why_complete, write_winner
-from evojax_merge.steps.planning import compile_ahead, make_plan
+from evojax_merge.steps.planning import compiling_beside, ending_estimate, make_plan, record_timing
 from evojax_merge.steps.selection import open_evaluators, select_best
-from evojax_merge.system.console import console, say, working
+from evojax_merge.system.console import console, say
 from evojax_merge.tasks.splits import Splits
 
-# Models of fewer bytes load before anything is compiled.
-COMPILE_BESIDE_BYTES = 2**28
 FORCE = "--force goes on all the same"
 
 
@@ -56,7 +50,7 @@ def search(
     complete = why_complete(folder, problem)
     if complete is not None:
         say(complete)
-        console.print(f"the run is complete; its winner: {folder.model}", highlight=False, soft_wrap=True)
+        console.print(f"the run is complete; its winner: {folder.model}", soft_wrap=True)
         return
     check_room(folder, problem.search.generations)
     problem = replace(problem, kept=kept_scores(read_run_config(folder.config), jax.process_count()))
@@ -70,11 +64,11 @@ def search(
         generations = None if problem.search.parsed_budget.seconds else problem.search.generations
         with judging(folder, problem, say, judges or JudgeOptions()) as (ballots, activity):
             loading, measuring = activity.shown(bytes_bar), activity.shown(passes_bar)
-            with _compiling_beside(problem, prepared):
+            with compiling_beside(problem, prepared):
                 evaluators = open_evaluators(problem, prepared, devices, loading, say, folder.members, measuring)
             evaluators = judged(evaluators, ballots, partial(family_tree, problem), activity)
             problem = proposing(problem, ballots)
-            with search_bar(generations, on_generation, _ending(problem, planned, compiled_before)) as reporter:
+            with search_bar(generations, on_generation, ending_estimate(problem, planned, compiled_before)) as reporter:
                 storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
                 archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)
             archive = with_best(archive, ballots, problem.search.finalists)
@@ -86,62 +80,8 @@ def search(
                 write_winner(folder, problem.within(archive.context), result)
                 remove_members(folder)
                 if not ballots:
-                    _record_timing(planned, folder)
+                    record_timing(planned, folder)
     barrier("written")
-
-
-def _ending(problem: SearchProblem[Backend], planned: Plan, before: Compilations) -> Callable[[float], float]:
-    """(seconds of a generation) -> about the seconds from the last generation to the end. Programs of the ending that
-    were not compiled ahead take about as long to compile as those that ran until the second generation."""
-    compiling = list[float]()
-
-    def ending(generation: float) -> float:
-        if not compiling:
-            is_ahead = problem.backend.stored_bytes() >= COMPILE_BESIDE_BYTES
-            compiling.append(0.0 if is_ahead else (compilations() - before).seconds)
-        return planned.ending_seconds(generation) + compiling[0]
-
-    return ending
-
-
-@contextmanager
-def _compiling_beside(problem: SearchProblem[Backend], prepared: Splits[list[Any]]) -> Iterator[None]:
-    """Compile the search's passes while the block loads models, where that takes longer than compiling them twice
-    would. The programs are handed over in JAX's folder of compiled programs."""
-    is_kept = jax.config.values["jax_compilation_cache_dir"] and jax.config.values["jax_enable_compilation_cache"]
-    # GPUs of several processes tune kernels together.
-    is_small = problem.backend.stored_bytes() < COMPILE_BESIDE_BYTES
-    if not is_kept or jax.process_count() > 1 or is_small or _was_searched(problem):
-        yield
-        return
-    cancelled = Event()
-    with ThreadPoolExecutor(1) as pool:
-        compiling = pool.submit(compile_ahead, problem, prepared, cancelled)
-        try:
-            yield
-            with working("compiling"):
-                compiling.result()
-        finally:
-            cancelled.set()
-
-
-def _was_searched(problem: SearchProblem[Backend]) -> bool:
-    """Return whether an earlier search with the same models and tasks came to its end, and left its programs."""
-    sizes = {task.name: task.size for task in problem.splits.heldout}
-    models = [model for _, model in problem.backend.compared]
-    return problem.kept is not None and problem.kept.read("heldout", models[0], sizes) is not None
-
-
-def _record_timing(planned: Plan, folder: RunFolder) -> None:
-    """Record how many times its bound a generation took, for later plans. The first one, which compiled, does not
-    count, and neither do generations of two kinds. Judges, and functions that JAX does not trace, are no work of a
-    device: their runs are not recorded."""
-    seconds = [] if planned.run.called_seconds else [row["seconds"] for row in folder.read_timing()[1:]]
-    if len(seconds) > 1 and planned.generation.seconds > 0 and planned.gradient_generations in (0, planned.generations):
-        factor = statistics.median(seconds) / (planned.generation.seconds * planned.expected_share)
-        # A clock may be too coarse for the smallest searches.
-        if factor > 0 and planned.bank_bytes > 0:
-            record_timings([timing(planned.kind, factor, planned.bank_bytes, "search")])
 
 
 def family_tree(problem: SearchProblem[Backend], context: Any, genome: np.ndarray) -> str | None:

@@ -153,9 +153,26 @@ def load() -> None:
     installed = entry_points()
     for registry in REGISTRIES.values():
         for plugin in installed.select(group=registry.group):
-            if plugin not in _loaded:
-                _load(plugin, registry)
-                _loaded.add(plugin)
+            if plugin in _loaded:
+                continue
+            try:
+                with _checking_methods(plugin.name):
+                    target = plugin.load()
+                    if inspect.isfunction(target) and not inspect.signature(target).parameters:
+                        target()
+                    elif registry.named:
+                        registry.register(plugin.name, target)
+                    else:
+                        registry.register(target)
+            # A package that exits is as broken as one that raises.
+            except (Exception, SystemExit) as error:
+                package = "an unknown package" if plugin.dist is None else f"{plugin.dist.name} {plugin.dist.version}"
+                what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+                raise InputError(
+                    f"plugin {plugin.name!r} of {package}",
+                    f"{plugin.group} = {plugin.value} could not be loaded ({what}); repair or uninstall the package",
+                ) from error
+            _loaded.add(plugin)
     load_named(ENVIRONMENT, [name for name in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if name], Path.cwd())
 
 
@@ -204,26 +221,6 @@ def _load_named(where: str, name: str, folder: Path) -> str:
     except SystemExit as error:
         raise RuntimeError(f"the plugin {name} ended the program (SystemExit: {error})") from error
     return known_as
-
-
-def _load(plugin: EntryPoint, registry: Registry) -> None:
-    try:
-        with _checking_methods(plugin.name):
-            target = plugin.load()
-            if inspect.isfunction(target) and not inspect.signature(target).parameters:
-                target()
-            elif registry.named:
-                registry.register(plugin.name, target)
-            else:
-                registry.register(target)
-    # A package that exits is as broken as one that raises.
-    except (Exception, SystemExit) as error:
-        package = "an unknown package" if plugin.dist is None else f"{plugin.dist.name} {plugin.dist.version}"
-        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise InputError(
-            f"plugin {plugin.name!r} of {package}",
-            f"{plugin.group} = {plugin.value} could not be loaded ({what}); repair or uninstall the package",
-        ) from error
 
 
 def source_files(objects: Iterable[object]) -> set[Path]:

@@ -361,8 +361,23 @@ def _minibatches(
     what = differentiates(strategy)
     if what is None:
         return []
-    weighted = [(i, task) for i, task in enumerate(searched) if task.weight > 0]
-    smooth = [_smooth(f"{where}: tasks[{i}]", task, what, strategy) for i, task in weighted]
+    smooth = []
+    for i, task in enumerate(searched):
+        # The task itself where it is differentiable, else its companion.
+        companion = task.companion() if task.weight > 0 and task.derivative is None else task
+        if task.weight > 0 and companion is None:
+            raise InputError(
+                f"{where}: tasks[{i}]",
+                f"{task.name}: the strategy {strategy.name} follows a gradient, and {task.metric} has none, nor "
+                "anything differentiable that stands for it; take another strategy, such as cma_es",
+            )
+        if companion is not task and what != "companion":
+            raise InputError(
+                f"{where}: tasks[{i}]",
+                f"{task.name}: the strategy {strategy.name} follows the gradient of the fitness, and {task.metric} has "
+                f"none; take hybrid, which begins with {companion.metric}",
+            )
+        smooth += [companion] if task.weight > 0 else []
     parts, least = search.gradient.minibatches, min(task.size for task in smooth)
     if parts > least:
         raise InputError(
@@ -370,26 +385,6 @@ def _minibatches(
             f"{parts}; expected {least} at most, as many as the smallest task has examples to search on",
         )
     return stratified_parts(smooth, lengths, parts, seed)
-
-
-def _smooth(where: str, task: Task, what: Differentiates, strategy: Strategy) -> Task:
-    """The task itself where it is differentiable, else its companion. Raises InputError where neither is."""
-    if task.derivative is not None:
-        return task
-    companion = task.companion()
-    if what == "companion" and companion is not None:
-        return companion
-    if companion is None:
-        raise InputError(
-            where,
-            f"{task.name}: the strategy {strategy.name} follows a gradient, and {task.metric} has none, nor anything "
-            "differentiable that stands for it; take another strategy, such as cma_es",
-        )
-    raise InputError(
-        where,
-        f"{task.name}: the strategy {strategy.name} follows the gradient of the fitness, and {task.metric} has none; "
-        f"take hybrid, which begins with {companion.metric}",
-    )
 
 
 def build_strategy(

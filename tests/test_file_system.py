@@ -107,7 +107,7 @@ WITHOUT_FILE_SYSTEM = {
         "report/inspection.py": ["picture"], "tasks/generated_images.py": ["png_of"],
     },
     NO_FILE: {
-        "cli.py": ["main"], "api/pytrees.py": ["_write"], "search/loop.py": ["evolve"],
+        "cli.py": ["main"], "api/pytrees.py": ["_run"], "search/loop.py": ["evolve"],
         "search/checkpoints.py": ["FolderStorage.save"],
     },
 }  # fmt: skip

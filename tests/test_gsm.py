@@ -22,8 +22,8 @@ from tokenizers.processors import TemplateProcessing
 from evojax_merge.config.documents import parse
 from evojax_merge.config.search_config import TaskFile
 from evojax_merge.errors import InputError
-from evojax_merge.system.chat_templates import render_chat
 from evojax_merge.system.data_packages import PackageUnavailable
+from evojax_merge.system.jinja_process import render_chat
 from evojax_merge.tasks import records
 from evojax_merge.tasks.gsm import MGSM, STYLES, GsmConfig, GsmTask, WordProblem, find_answer, read_problem
 from evojax_merge.tasks.language import language_of

@@ -116,7 +116,7 @@ def test_tables_show_the_interval_and_mark_what_is_within_noise():
     assert [line.split("|")[3].strip() for line in lines] == cells
     console = Console(width=140)
     with console.capture() as captured:
-        console.print(scores_table(ROWS, "Held-out scores"))
+        console.print(scores_table(ROWS).terminal("Held-out scores"))
     shown = captured.get()
     assert all(cell in shown for cell in cells) and shown.count("noise") == 1
     # Nothing to be compared with: no such column.

@@ -12,8 +12,8 @@ import evojax_merge as em
 from evojax_merge.errors import escaped_lines, nearest, print_warning, printable
 from evojax_merge.report.comparison import Row
 from evojax_merge.report.front_matter import changed_front_matter
-from evojax_merge.report.progress import PlainColumn, cell
-from evojax_merge.report.tables import markdown_table, scores_table
+from evojax_merge.report.progress import PlainColumn
+from evojax_merge.report.tables import Table, markdown_table, scores_table
 from evojax_merge.system.console import Terminal
 
 UNSAFE = "a\u202eb\u200bc\x1b[31md\u2028e\x9bf\ud800g"
@@ -42,7 +42,7 @@ def test_names_of_any_script_are_printed_as_they_are() -> None:
 
 def test_tables_show_escaped_names(terminal: Terminal) -> None:
     rows = [Row("model", UNSAFE, 1.0, {f"{UNSAFE}/accuracy": 1.0})]
-    terminal.print(scores_table(rows, f"Scores on {UNSAFE}"))
+    terminal.print(scores_table(rows).terminal(f"Scores on {UNSAFE}"))
     lines = text_of(terminal).splitlines()
     assert SHOWN in lines[0] and sum(SHOWN in line for line in lines) == 3
     # Borders meet: the widths are those of what is shown.
@@ -52,7 +52,8 @@ def test_tables_show_escaped_names(terminal: Terminal) -> None:
 
 
 def test_cells_keep_their_lines() -> None:
-    assert cell(f"one\n{UNSAFE}").plain == f"one\n{SHOWN}"
+    (column,) = Table(["name"], [[f"one\n{UNSAFE}"]]).terminal().columns
+    assert [cell.plain for cell in column.cells] == [f"one\n{SHOWN}"]
 
 
 def test_bars_show_escaped_labels(terminal: Terminal) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from merge_kernels import Method
 
 from evojax_merge import plugins
-from evojax_merge.api.python_calls import Location, PythonCall, as_yaml, genome_array, ignore
+from evojax_merge.api.python_calls import Location, PythonCall, genome_array, ignore, plain_data
 from evojax_merge.api.trials import Run, open_run
 from evojax_merge.checkpoints import bank as checkpoints_bank
 from evojax_merge.checkpoints.derived import ignored_revisions
@@ -83,7 +83,7 @@ def merge(
     if isinstance(recipe, str | PathLike):
         source: Path | list[Any] = Path(recipe)
     else:
-        source = as_yaml("recipe", [recipe] if isinstance(recipe, Mapping) else recipe)
+        source = plain_data("recipe", [recipe] if isinstance(recipe, Mapping) else recipe)
     with PythonCall():
         options = MergeOptions(dtype, seed, overwrite, allow_nonfinite, allow_crimes, strict)
         write_merge(source, Path(out), options, ignore, warn_program)
@@ -116,7 +116,7 @@ def evaluate(
     else:
         plugins.load()
         where = "evaluate"
-        document = as_yaml(where, tasks)
+        document = plain_data(where, tasks)
         if isinstance(document, list):
             document = {"tasks": document}
         elif "name" in document or find_kind(document) is not None:
@@ -169,7 +169,7 @@ def _config(config: Location | Mapping[str, Any], seed: int | None, overrides: S
     _check_seed(seed)
     if isinstance(config, Mapping):
         path = Path("config")
-        return path, config_from(path, as_yaml("config", config), overrides, seed)
+        return path, config_from(path, plain_data("config", config), overrides, seed)
     return Path(config), read_config(Path(config), overrides, seed)
 
 

@@ -2,17 +2,15 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from datetime import date, datetime
 from os import PathLike
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import yaml
 
 from evojax_merge.errors import InputError, in_python_words, shown
 from evojax_merge.evaluation.compilations import keep_compiled_programs
-from evojax_merge.mergekit.write import dump_yaml
-from evojax_merge.schema.yaml_reader import parse_yaml
 from evojax_merge.system.console import console
 from evojax_merge.system.users_traceback import hide_inner_frames
 from evojax_merge.tasks.python_functions import reference_to
@@ -47,30 +45,37 @@ def ignore(line: str) -> None:
     """Drop a line that a command prints beside its result."""
 
 
-def as_yaml(where: str, value: Any) -> Any:
-    """The value that YAML would give for a document of mappings, lists, numbers, texts and paths. A reference
-    (tasks.python_functions, tasks.python_trees) stands for a function or a pytree where a config names one."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {
-                key: reference_to(item) if key == "function" and callable(item) else plain(item)
-                for key, item in value.items()
-            }
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        if isinstance(value, np.ndarray | np.generic):
-            return value.tolist()
-        if isinstance(value, PythonTree):
-            return value.reference
-        return str(value) if isinstance(value, PathLike) else value
-
+def plain_data(where: str, value: Any) -> Any:
+    """A document of mappings, lists, numbers, texts and paths as the plain data that YAML would give for it. A
+    reference (tasks.python_functions, tasks.python_trees) stands for a function or a pytree where a config names one.
+    Raises InputError for anything else, and for a document that holds itself."""
     try:
-        return parse_yaml(where, dump_yaml(plain(value)))
+        return _plain(where, value)
     except RecursionError:
         raise InputError(where, "is nested too deeply, or in itself; expected what YAML can say") from None
-    except yaml.YAMLError as error:
-        raise InputError(where, f"holds what no YAML can say ({error}); expected numbers, texts and lists") from None
+
+
+def _plain(where: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        named = {key: reference_to(v) if key == "function" and callable(v) else v for key, v in value.items()}
+        return {_plain_scalar(where, key): _plain(where, item) for key, item in named.items()}
+    if type(value) is set:
+        return {_plain_scalar(where, item) for item in value}
+    if isinstance(value, list | tuple):
+        return [_plain(where, item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(where, value.tolist())
+    if isinstance(value, PythonTree):
+        return value.reference
+    return _plain_scalar(where, str(value) if isinstance(value, PathLike) else value)
+
+
+def _plain_scalar(where: str, value: Any) -> Any:
+    # Subclasses of texts and numbers, such as enums, have other texts than their values.
+    if value is None or type(value) in (bool, int, float, str, bytes, date, datetime):
+        return value
+    what = f"holds what no YAML can say ({('cannot represent an object', value)})"
+    raise InputError(where, f"{what}; expected numbers, texts and lists")
 
 
 def genome_array(name: str, value: Any, shape: tuple[str | int, ...]) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path as FilePath
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import jax
@@ -35,7 +36,7 @@ from evojax_merge.config.search_config import (
 from evojax_merge.core import evolve_on
 from evojax_merge.errors import LOG, InputError, print_warning
 from evojax_merge.evaluation.targets import live_target
-from evojax_merge.problem import open_search, resolved_search, searchable
+from evojax_merge.problem import SearchProblem, open_search, resolved_search, searchable
 from evojax_merge.report.loggers import LoggedSearch, check_loggers, logged
 from evojax_merge.report.progress import generation_line
 from evojax_merge.schema.arguments import check_arguments, check_call
@@ -43,8 +44,8 @@ from evojax_merge.schema.section import Form
 from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
 from evojax_merge.search.environment import recorded_session
 from evojax_merge.search.loop import Generation, Reporter, Storage
-from evojax_merge.search.protocols import Strategy, differentiates
-from evojax_merge.search.run_folder import RunFolder, opened, random_numbers
+from evojax_merge.search.protocols import differentiates
+from evojax_merge.search.run_folder import opened, random_numbers
 from evojax_merge.search.run_parts import check_room
 from evojax_merge.spaces.search_parameters import method_with_base
 from evojax_merge.steps.selection import open_evaluators, select_best
@@ -158,112 +159,90 @@ def search_pytrees(
     Deterministic for a seed. Raises InputError for arguments that cannot be merged or searched, and Failed where no
     candidate of a generation has a finite fitness.
     """
-    check_arguments(search_pytrees, locals())
-    _check_examples(examples)
-    function = fitness.function if isinstance(fitness, HostFitness) else fitness
-    check_call(f"{WHERE}: fitness", function, ["merged", *([] if examples is None else ["examples"])])
-    check_call(f"{WHERE}: on_generation", on_generation, ["generation"])
-    if out is None and (resume or overwrite):
-        raise InputError(WHERE, f"{'resume' if resume else 'overwrite'}: there is no run folder; give it `out`")
-    if out is None and log:
-        raise InputError(WHERE, "log: there is no run folder to log in; give it `out`")
-    check_loggers(f"{WHERE}: log", log)
-    if not parents:
-        raise InputError(WHERE, "parents: is empty")
+    given = SimpleNamespace(**locals())
+    check_arguments(search_pytrees, vars(given))
+    _check_combinations(given)
     plugins.load()
-    _, has_base = method_with_base(WHERE, method, base is not None, len(parents))
-    named = {"generations": generations, "budget": budget, "rungs": None if rungs == 1 else rungs}
-    search = _valid(
-        "search", SearchConfig, strategy=strategy, population=population, sigma=sigma,
-        **{key: value for key, value in named.items() if value is not None},
-        finalists=FINALISTS if validation else 1, seeds=None if seeds is None else list(seeds), controls=list(controls),
-        rung_examples=rung_examples, validation=validation, validate_every=validate_every,
-        stop={} if stop is None else dict(stop) if isinstance(stop, Mapping) else stop,
-        gradient={} if gradient is None else gradient,
+    section = _search_section(given)
+    backend = _open_backend(given)
+    with PythonCall():
+        task = _task(fitness, examples, backend.merge)
+    problem = _problem(given, section, backend, task)
+    with PythonCall(), ExitStack() as stack:
+        return _run(given, problem, stack)
+
+
+def _check_combinations(given: Any) -> None:
+    """Raises InputError for arguments that do not go together."""
+    examples, out = given.examples, given.out
+    leaves = [leaf for _, leaf in flatten(f"{WHERE}: examples", examples)[0]]
+    sizes = sorted({np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in leaves})
+    if examples is not None and (len(sizes) != 1 or not sizes[0]):
+        raise InputError(WHERE, f"examples: leading axes of {sizes}; expected arrays with one number of examples")
+    function = given.fitness.function if isinstance(given.fitness, HostFitness) else given.fitness
+    check_call(f"{WHERE}: fitness", function, ["merged", *([] if examples is None else ["examples"])])
+    check_call(f"{WHERE}: on_generation", given.on_generation, ["generation"])
+    if out is None and (given.resume or given.overwrite):
+        raise InputError(WHERE, f"{'resume' if given.resume else 'overwrite'}: there is no run folder; give it `out`")
+    if out is None and given.log:
+        raise InputError(WHERE, "log: there is no run folder to log in; give it `out`")
+    check_loggers(f"{WHERE}: log", given.log)
+    if not given.parents:
+        raise InputError(WHERE, "parents: is empty")
+
+
+def _search_section(given: Any) -> SearchConfig:
+    """The arguments as a config's section `search`. Raises InputError for values that it cannot have, and for those
+    that need examples where there are none."""
+    rungs, validation, heldout, chunk, seed = given.rungs, given.validation, given.heldout, given.chunk, given.seed
+    method_with_base(WHERE, given.method, given.base is not None, len(given.parents))
+    defaults = {"generations": given.generations, "budget": given.budget, "rungs": None if rungs == 1 else rungs}
+    search: SearchConfig = _valid(
+        "search", SearchConfig, strategy=given.strategy, population=given.population, sigma=given.sigma,
+        **{key: value for key, value in defaults.items() if value is not None},
+        finalists=FINALISTS if validation else 1, seeds=None if given.seeds is None else list(given.seeds),
+        controls=list(given.controls), rung_examples=given.rung_examples, validation=validation,
+        validate_every=given.validate_every, stop=dict(given.stop or {}), gradient=given.gradient or {},
     )  # fmt: skip
     if chunk is not None and chunk < 1:
         raise InputError(WHERE, f"chunk: {chunk}; expected 1 or more")
     if not 0 <= seed <= MAX_SEED:
         raise InputError(WHERE, f"seed: {seed}; expected a whole number from 0 to {MAX_SEED:,}")
-    if rungs > 1 and examples is None:
-        raise InputError(WHERE, f"rungs: {rungs} compares candidates on few examples first; give it `examples`")
-    if heldout and examples is None:
-        raise InputError(WHERE, f"heldout: {heldout:g} keeps examples back to compare models on; give it `examples`")
+    for needs_examples, purpose in (
+        (rungs > 1, f"rungs: {rungs} compares candidates on few examples first"),
+        (heldout, f"heldout: {heldout:g} keeps examples back to compare models on"),
+        (validation, f"validation: {validation:g} keeps examples back to choose the winner on"),
+    ):
+        if needs_examples and given.examples is None:
+            raise InputError(WHERE, f"{purpose}; give it `examples`")
     if not 0 <= heldout < 1:
         raise InputError(WHERE, f"heldout: {heldout:g}; expected a share from 0 to below 1")
-    if validation and examples is None:
-        raise InputError(
-            WHERE, f"validation: {validation:g} keeps examples back to choose the winner on; give it `examples`"
-        )
+    return search
 
+
+def _open_backend(given: Any) -> FunctionBackend:
+    """The merges of the parents. Raises InputError for pytrees and parameters that do not fit the method."""
+    parents, method = given.parents, given.method
+    _, has_base = method_with_base(WHERE, method, given.base is not None, len(parents))
     names = ["base"] * has_base + [f"parents[{k}]" for k in range(len(parents))]
-    tree = open_trees(WHERE, names, [base, *parents] if has_base else list(parents))
+    tree = open_trees(WHERE, names, [given.base, *parents] if has_base else list(parents))
     searched = {
         name: value if isinstance(value, Bounds) else _valid(f"parameters.{name}", Bounds, **dict(value))
-        for name, value in (parameters or {}).items()
+        for name, value in (given.parameters or {}).items()
     }
-    rescaled: Any = rescale
     space = SpaceConfig.model_construct(
-        method=method, parameters=searched, fixed=dict(fixed or {}), normalize=normalize, rescale=rescaled
-    )
-    merge = tree_merge(WHERE, tree, space, has_base, groups, seed)
-    backend = FunctionBackend(
-        merge, tuple(names), tuple(map(FilePath, names)), save_tree, EvaluationConfig(chunk=chunk), live_target()
-    )
-    with PythonCall():
-        task = _task(fitness, examples, merge)
-    kept, held = (task, None) if not heldout else split_task(task, heldout, seed)
-    # Numbers without examples are scored together.
-    opened_search = open_search(WHERE, search, backend.space, [(kept, held)], [1 if examples is None else None])
-    search, follows = opened_search.search, differentiates(opened_search.strategy) is not None
-    if follows and not task.traced:
-        raise InputError(
-            WHERE, f"strategy: {strategy} follows the gradient of the fitness, and host_callback has none; pass a "
-            "function that JAX can trace, or take another strategy, such as cma_es",
-        )  # fmt: skip
-    parts = search.gradient.minibatches
-    if follows and parts > 1 and examples is None:
-        raise InputError(WHERE, f"gradient.minibatches: {parts} are parts of the examples; give it `examples`")
-    problem = searchable(WHERE, opened_search, seed, backend, [(kept, held)], [None])
-    with PythonCall(), ExitStack() as stack:
-        storage: Storage | FolderStorage = Storage()
-        folder = None
-        if out is not None:
-            document = _document(search, problem.strategy, merge, names, seed, examples)
-            folder = stack.enter_context(opened(FilePath(out), document, resume=resume, overwrite=overwrite))
-            check_room(folder, search.generations)
-            stack.enter_context(recorded_session(folder))
-            storage = FolderStorage(folder, Checkpoints(folder))
-            on_generation = stack.enter_context(logged(log, LoggedSearch(folder, folder, document), on_generation))
-        evaluators = open_evaluators(problem, problem.prepare())
-        archive = evolve_on(problem, evaluators, storage, _Reporter(on_generation), hint=lambda task: HINT)
-        chosen = select_best(problem, evaluators, archive)
-        values = {name: np.asarray(block) for name, block in merge.space.values(jnp.asarray(chosen.genome)).items()}
-        validation_split = problem.splits.validation
-        result = PytreeSearch(
-            best=backend.merged(chosen.genome),
-            fitness=chosen.search_fitness if chosen.validation is None else chosen.validation[0],
-            scores=chosen.scores,
-            parameters={
-                group: {name: tuple(block[g].tolist()) for name, block in values.items()}
-                for g, group in enumerate(merge.space.groups)
-            },
-            history=tuple(storage.read_history()),
-            chosen_on=None if validation_split is None else validation_split[0].indices,
-            stopped=None if archive.stopped is None else archive.stopped.describe(),
-            table=tuple({"role": row.role, "name": row.name, "fitness": row.fitness} for row in chosen.rows),
-            notes=problem.notes,
-        )
-        if folder is not None:
-            _write(folder, result, chosen.genome)
-    return result
+        method=method, parameters=searched, fixed=dict(given.fixed or {}), normalize=given.normalize,
+        rescale=given.rescale,
+    )  # fmt: skip
+    merge = tree_merge(WHERE, tree, space, has_base, given.groups, given.seed)
+    settings = EvaluationConfig(chunk=given.chunk)
+    return FunctionBackend(merge, tuple(names), tuple(map(FilePath, names)), save_tree, settings, live_target())
 
 
 def _task(fitness: Callable[..., Any] | HostFitness, examples: Any, merge: TreeMerge) -> ArrayTask:
     """The task whose score is the fitness function. Raises InputError where it returns another number of scores than
     there are examples."""
-    is_traced = not isinstance(fitness, HostFitness)
-    function = fitness.function if isinstance(fitness, HostFitness) else fitness
+    function, is_traced = (fitness.function, False) if isinstance(fitness, HostFitness) else (fitness, True)
     task = ArrayTask(
         "fitness", examples, function, metric="fitness", traced=is_traced, where=f"{WHERE}: fitness", untraced=UNTRACED
     )
@@ -274,19 +253,82 @@ def _task(fitness: Callable[..., Any] | HostFitness, examples: Any, merge: TreeM
     return replace(task, indices=tuple(range(count)), count=count)
 
 
-def _document(
-    search: SearchConfig, strategy: Strategy, merge: TreeMerge, names: Sequence[str], seed: int, examples: Any
-) -> dict[str, Any]:
+def _problem(given: Any, section: SearchConfig, backend: FunctionBackend, task: ArrayTask) -> SearchProblem:
+    """The search for the best merge by the task. Raises InputError for a strategy that the task does not suit."""
+    tasks = [(task, None) if not given.heldout else split_task(task, given.heldout, given.seed)]
+    # Numbers without examples are scored together.
+    limit = 1 if given.examples is None else None
+    opened_search = open_search(WHERE, section, backend.space, tasks, [limit])
+    if differentiates(opened_search.strategy) is not None:
+        if not task.traced:
+            raise InputError(
+                WHERE, f"strategy: {given.strategy} follows the gradient of the fitness, and host_callback has none; "
+                "pass a function that JAX can trace, or take another strategy, such as cma_es",
+            )  # fmt: skip
+        parts = opened_search.search.gradient.minibatches
+        if parts > 1 and given.examples is None:
+            raise InputError(WHERE, f"gradient.minibatches: {parts} are parts of the examples; give it `examples`")
+    return searchable(WHERE, opened_search, given.seed, backend, tasks, [None])
+
+
+def _run(given: Any, problem: SearchProblem, stack: ExitStack) -> PytreeSearch:
+    """Search, and choose the winner. The run folder, if there is one, is closed with the stack."""
+    on_generation, backend = given.on_generation, problem.backend
+    storage: Storage | FolderStorage = Storage()
+    folder = None
+    if given.out is not None:
+        document = _document(problem, given.examples)
+        run = opened(FilePath(given.out), document, resume=given.resume, overwrite=given.overwrite)
+        folder = stack.enter_context(run)
+        check_room(folder, problem.search.generations)
+        stack.enter_context(recorded_session(folder))
+        storage = FolderStorage(folder, Checkpoints(folder))
+        on_generation = stack.enter_context(logged(given.log, LoggedSearch(folder, folder, document), on_generation))
+    evaluators = open_evaluators(problem, problem.prepare())
+    archive = evolve_on(problem, evaluators, storage, _Reporter(on_generation), hint=lambda task: HINT)
+    chosen = select_best(problem, evaluators, archive)
+    space = backend.merge.space
+    values = {name: np.asarray(block) for name, block in space.values(jnp.asarray(chosen.genome)).items()}
+    validation_split = problem.splits.validation
+    result = PytreeSearch(
+        best=backend.merged(chosen.genome),
+        fitness=chosen.search_fitness if chosen.validation is None else chosen.validation[0],
+        scores=chosen.scores,
+        parameters={
+            group: {name: tuple(block[g].tolist()) for name, block in values.items()}
+            for g, group in enumerate(space.groups)
+        },
+        history=tuple(storage.read_history()),
+        chosen_on=None if validation_split is None else validation_split[0].indices,
+        stopped=None if archive.stopped is None else archive.stopped.describe(),
+        table=tuple({"role": row.role, "name": row.name, "fitness": row.fitness} for row in chosen.rows),
+        notes=problem.notes,
+    )
+    if folder is not None:
+        from safetensors.numpy import save
+
+        atomic_write_bytes(folder.params, save(named_arrays(result.best)))
+        split = "search" if result.chosen_on is None else "validation"
+        saved = {
+            "generations": len(result.history), "chosen_on": split, f"{split}_fitness": {"winner": result.fitness},
+            "parameters": result.parameters, "genome": [float(gene) for gene in chosen.genome],
+        }  # fmt: skip
+        atomic_write(folder.result, json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def _document(problem: SearchProblem[FunctionBackend], examples: Any) -> dict[str, Any]:
     """The search for its run folder."""
-    space, spec = merge.space, merge.spec
+    merge, space, spec = problem.backend.merge, problem.backend.merge.space, problem.backend.merge.spec
+    columns = zip(problem.backend.names, merge.tree.columns, strict=True)
     return {
         "search_pytrees": {
-            "method": spec.method_name, "seed": seed, "groups": list(space.groups),
+            "method": spec.method_name, "seed": problem.seed, "groups": list(space.groups),
             "parameters": {item.name: [item.low, item.high, *item.start] for item in space.search_parameters},
             "constants": {name: list(values) for name, values in space.constants}, "options": asdict(spec.options),
         },
-        "search": resolved_search(search, strategy),
-        "inputs": {name: digest_of(source) for name, source in zip(names, merge.tree.columns, strict=True)}
+        "search": resolved_search(problem.search, problem.strategy),
+        "inputs": {name: digest_of(source) for name, source in columns}
         | ({} if examples is None else {"examples": digest_of(jax.tree.leaves(examples))}),
     } | random_numbers(spec.method.random)  # fmt: skip
 
@@ -314,31 +356,8 @@ class _Reporter(Reporter):
         print_warning(text)
 
 
-def _write(folder: RunFolder, result: PytreeSearch, genome: np.ndarray) -> None:
-    """Write best/params.safetensors and result.json into a run folder."""
-    from safetensors.numpy import save
-
-    atomic_write_bytes(folder.params, save(named_arrays(result.best)))
-    document = {
-        "generations": len(result.history),
-        "chosen_on": "search" if result.chosen_on is None else "validation",
-        f"{'search' if result.chosen_on is None else 'validation'}_fitness": {"winner": result.fitness},
-        "parameters": result.parameters,
-        "genome": [float(gene) for gene in genome],
-    }
-    atomic_write(folder.result, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-
-
 def _valid(where: str, schema: type[Section], **values: Any) -> Any:
     try:
         return schema(**values)
     except ValidationError as error:
         raise InputError(f"{WHERE}: {where}", explain(schema, error, values)) from None
-
-
-def _check_examples(examples: Any) -> None:
-    """Raises InputError where the leaves do not have the same number of examples."""
-    leaves = [leaf for _, leaf in flatten(f"{WHERE}: examples", examples)[0]]
-    sizes = sorted({np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in leaves})
-    if examples is not None and (len(sizes) != 1 or not sizes[0]):
-        raise InputError(WHERE, f"examples: leading axes of {sizes}; expected arrays with one number of examples")

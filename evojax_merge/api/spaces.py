@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from evojax_merge import plugins
-from evojax_merge.api.python_calls import Location, as_yaml, genome_array
+from evojax_merge.api.python_calls import Location, genome_array, plain_data
 from evojax_merge.api.trials import named_values_of
 from evojax_merge.backends.decoder.opening import build_space, check_models
 from evojax_merge.backends.registry import find_backend
@@ -200,8 +200,8 @@ class Space(Described):
     def _open(self, section: Mapping[str, Any]) -> None:
         """Open the space of the models' backend by the key of a config that says which space it is."""
         where = type(self).__name__
-        self._document = as_yaml(where, section)
-        document = as_yaml(where, self.models.document() | self._document | {"tasks": _NO_TASKS})
+        self._document = plain_data(where, section)
+        document = self.models.document() | self._document | {"tasks": _NO_TASKS}
         self._space = open_backend(Path(where), config_from(Path(where), document, [], None)).space
 
 
@@ -218,7 +218,7 @@ class MergeSpace(Space):
             return
         # Without the models' tokenizers.
         where = "MergeSpace"
-        section: dict[str, Any] = as_yaml(where, {"method": method, **keys})
+        section: dict[str, Any] = plain_data(where, {"method": method, **keys})
         self._document = {"space": section}
         config: SpaceConfig = parse(Path(where), section, SpaceConfig)
         chosen, has_base = find_method(f"{where}: method", method), models.base is not None

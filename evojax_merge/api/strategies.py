@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge import plugins
-from evojax_merge.api.python_calls import as_yaml
+from evojax_merge.api.python_calls import plain_data
 from evojax_merge.config.documents import parse
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import InputError, did_you_mean
@@ -33,7 +33,7 @@ def __getattr__(name: str) -> Callable[..., dict[str, Any]]:
             raise InputError(f"strategies.{name}", f"there is no option {unknown[0]!r}; {expected}")
         section = {"strategy": name} | {key: value for key, value in options.items() if value is not None}
         where = f"strategies.{name}"
-        parse(Path(where), as_yaml(where, section), SearchConfig)
+        parse(Path(where), plain_data(where, section), SearchConfig)
         return section
 
     strategy.__name__ = strategy.__qualname__ = name

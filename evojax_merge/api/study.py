@@ -15,7 +15,7 @@ import numpy as np
 
 from evojax_merge import plugins
 from evojax_merge.api.models import with_warnings
-from evojax_merge.api.python_calls import Location, PythonCall, as_yaml, genome_array, ignore
+from evojax_merge.api.python_calls import Location, PythonCall, genome_array, ignore, plain_data
 from evojax_merge.api.pytrees import HostCallback, HostFitness
 from evojax_merge.api.spaces import Models, Space
 from evojax_merge.api.trials import Run, Searched, TrialSource, open_run, score_table
@@ -110,7 +110,7 @@ class Study(Searched, Described):
         document |= {key: value for key, value in optional.items() if value is not None}
         self.models, self.space, self.seed = models, space, seed
         self.out = None if out is None else Path(out)
-        self._document: dict[str, Any] = as_yaml(str(WHERE), document)
+        self._document: dict[str, Any] = plain_data(str(WHERE), document)
         # The pytrees in the sections live as long as the study.
         self._tasks = document["tasks"]
         self._resume, self._overwrite = resume, overwrite
@@ -132,6 +132,7 @@ class Study(Searched, Described):
         self._state: dict[str, Any] | None = None
         self._first = 0
         self._latest: tuple[Scores, TaskScores] | None = None
+        self._evaluators: dict[str, SpaceEvaluator[Any]] = {}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -316,10 +317,6 @@ class Study(Searched, Described):
             evaluator = open_evaluator(self._problem, tasks, bank=self._bank)
             self._evaluators[split] = with_goal(self._problem, evaluator, self._scales)
         return self._evaluators[split]
-
-    @cached_property
-    def _evaluators(self) -> dict[str, SpaceEvaluator[Any]]:
-        return {}
 
     @cached_property
     def _batches(self) -> Any:

@@ -1,5 +1,6 @@
 """Candidates of a search as objects, and the run folder that holds them."""
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from evojax_merge import plugins
-from evojax_merge.api.python_calls import Location, PythonCall, as_yaml, ignore
+from evojax_merge.api.python_calls import Location, PythonCall, ignore
 from evojax_merge.backends.backend import Backend
 from evojax_merge.backends.registry import find_backend
 from evojax_merge.checkpoints.writer import check_new_model
@@ -24,15 +25,16 @@ from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described, Table, parameter_table
 from evojax_merge.report.frame import NamedValues, gene_values, history_frame
 from evojax_merge.report.run_data import lead_over
-from evojax_merge.report.stored_run import StoredRun, winner_fitness
+from evojax_merge.report.run_tables import PrintedTable
+from evojax_merge.report.stored_run import best_facts, last_stage, method_in, stored_values, winner_fitness
 from evojax_merge.report.tables import lead_cell
 from evojax_merge.schema.arguments import check_arguments
-from evojax_merge.schema.yaml_reader import parse_documents
+from evojax_merge.schema.yaml_reader import load_documents, parse_documents
 from evojax_merge.search.checkpoints import Checkpoints
 from evojax_merge.search.protocols import context_of
 from evojax_merge.search.run_folder import check_inputs, check_masks, is_run
 from evojax_merge.search.run_parts import RunFolder
-from evojax_merge.search.run_schema import StoredResult, read_result
+from evojax_merge.search.run_schema import StoredResult, read_result, read_run_config
 from evojax_merge.steps.selection import origin_of
 
 
@@ -104,8 +106,9 @@ class Trial(Described):
             if self._source.merges_recipes:
                 options = MergeOptions(dtype, None, overwrite, False, False, False)
                 recipe = self.recipe
-                documents = [recipe] if isinstance(recipe, Mapping) else recipe
-                write_merge(as_yaml("recipe", documents), Path(out), options, ignore, warn_program)
+                write_merge(
+                    [recipe] if isinstance(recipe, Mapping) else recipe, Path(out), options, ignore, warn_program
+                )
                 return Path(out)
             if dtype is not None:
                 raise InputError("Trial.export: dtype", "is for language models; leave it out")
@@ -161,6 +164,7 @@ class Searched:
     def plot(self: Any) -> Any:
         """An Altair chart of the fitness over generations: best so far, best, mean, and validation where it was looked
         at. Raises InputError where there is no generation yet."""
+        # Altair is imported where a chart is drawn.
         from evojax_merge.report.charts import history_chart
 
         if not self.history:
@@ -169,9 +173,103 @@ class Searched:
 
 
 @dataclass(frozen=True, repr=False)
-class Run(StoredRun, Searched):
+class Run(Searched, Described):
     """A search's run folder, with its candidates. Every property reads the current files, so that a running search can
     be watched; a property whose file does not exist yet is None, or empty."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        check_arguments(type(self).__init__, vars(self))
+
+    def facts(self) -> dict[str, Any]:
+        if not is_run(self._folder):
+            return {"folder": str(self.path)}
+        config, history = self.config, self.history
+        last = history[-1] if history else {}
+        return {
+            "folder": str(self.path),
+            "method": self.method,
+            "parents": model_names([Path(parent) for parent in config.get("parents", ())]),
+            "dimensions": len(last["genomes"][0]) if last.get("genomes") else None,
+            "generations": len(history),
+            **best_facts(history, read_result(self._folder.result)),
+            "finished": self.finished,
+        }
+
+    @property
+    def _folder(self) -> RunFolder:
+        return RunFolder(self.path)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config with all defaults and absolute paths; `inputs`: a hash of every file that scores depend on."""
+        return read_run_config(self._folder.config)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One mapping a generation: the fitness of every candidate, the best so far, and the strategy's metrics."""
+        return self._folder.read_history()
+
+    @property
+    def timing(self) -> list[dict[str, Any]]:
+        """The seconds of each generation."""
+        return self._folder.read_timing()
+
+    @property
+    def finished(self) -> bool:
+        """Return whether the search has chosen its winner after the last saved generation."""
+        return (self.model or self.params) is not None and self._folder.is_finished()
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """`result.json`: the held-out table, the winner's parameters by group, its genome."""
+        return None if read_result(self._folder.result) is None else json.loads(self._folder.result.read_bytes())
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """The held-out scores of winner, base, parents, uniform merge and controls, a mapping each; `print` shows them
+        as a table. interval: where the difference between the winner's fitness and the model's lies on other examples
+        like these, in 95 of 100 draws; where it holds 0, the difference is within noise."""
+        return PrintedTable((self.result or {}).get("table", []))
+
+    @property
+    def warnings(self) -> list[str]:
+        """The sentences of the report in which the winner is worse than a model that it is compared with: in fitness,
+        or, beyond noise, in a task."""
+        return list((self.result or {}).get("warnings", []))
+
+    @property
+    def front(self) -> list[dict[str, Any]]:
+        """The members of the front, for a strategy that keeps one, a mapping each: the member's number (`member`), its
+        scores on the examples that the winner was chosen on and on the held-out ones, and its genome."""
+        return list((self.result or {}).get("members", []))
+
+    @property
+    def recipe(self) -> Any:
+        """The winner as a mergekit recipe whose model paths are valid in any working directory: a mapping, or a list of
+        them where the recipe has several documents."""
+        return plain_recipe(load_documents(self._folder.recipe)) if self._folder.recipe.is_file() else None
+
+    @property
+    def model(self) -> Path | None:
+        """The winner's folder."""
+        return self._folder.model if self._folder.model.is_dir() else None
+
+    @property
+    def params(self) -> Path | None:
+        """The winner of `search_pytrees`: a safetensors file, its leaves by their paths."""
+        return self._folder.params if self._folder.params.is_file() else None
+
+    @property
+    def method(self) -> str:
+        """The name of the search's merge method, or of the kind of its space."""
+        return method_in(self.config)
+
+    @property
+    def page(self) -> Path | None:
+        """`report.html`: the run's figures and tables as one page for a browser."""
+        return self._folder.page if self._folder.page.is_file() else None
 
     def to_frame(self) -> Any:
         """The history as a pandas table, a row for each candidate: `generation`, `candidate` (its number there, from
@@ -185,7 +283,7 @@ class Run(StoredRun, Searched):
         document = self.config
         plugins.load_named(f"{self._folder.config}: plugins", document.get("plugins", []), self._folder.path)
         if "tasks" not in document or "backend" not in document:
-            return super().named_values()
+            return stored_values(self._folder)
 
         @cache
         def space() -> Any:
@@ -233,7 +331,8 @@ class Run(StoredRun, Searched):
     def _open(self) -> Backend:
         """The models of the run's last stage."""
         self._check_models()
-        folder, config = self._folder, self.last_stage()
+        folder = self._folder
+        config = last_stage(folder)
         if config.evaluation.recalibrate:
             return build_problem(folder.config, config_from(folder.config, self.config, [], None)).exporting()
         if config.pool is None:

@@ -177,23 +177,6 @@ def key_of(name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(0), zlib.crc32(name.encode()))
 
 
-def random_stored(problem: SearchProblem) -> StackedWeights:
-    """One model of the problem's shapes."""
-    dtype = problem.backend.compute_dtype
-    model = abstract_stored(problem.backend.models.sources, problem.backend.models.decoder, dtype)
-    stacks = {
-        stack: {
-            name: random_stack(key_of(name), (leaf.shape[0], 1, *leaf.shape[1:]), dtype).reshape(leaf.shape)
-            for name, leaf in leaves.items()
-        }
-        for stack, leaves in model.stacks.items()
-    }
-    shared = {
-        name: random_sources(key_of(name), (1, *leaf.shape), dtype)[0] for name, leaf in model.shared.items()
-    }  # fmt: skip
-    return replace(model, stacks=stacks, shared=shared)
-
-
 def random_bank(problem: SearchProblem) -> Bank:
     """A bank as a search over models of the problem's shapes loads it. The method's statistics of a tensor are those of
     a small one with as large weights: order statistics and ratios, which are the same for all."""
@@ -241,7 +224,18 @@ class Models:
 
     @cached_property
     def stored(self) -> StackedWeights:
-        return jax.block_until_ready(random_stored(self.problem))
+        """One model of the problem's shapes."""
+        dtype, opened = self.problem.backend.compute_dtype, self.problem.backend.models
+        model = abstract_stored(opened.sources, opened.decoder, dtype)
+        stacks = {
+            stack: {
+                name: random_stack(key_of(name), (leaf.shape[0], 1, *leaf.shape[1:]), dtype).reshape(leaf.shape)
+                for name, leaf in leaves.items()
+            }
+            for stack, leaves in model.stacks.items()
+        }
+        shared = {name: random_sources(key_of(name), (1, *leaf.shape), dtype)[0] for name, leaf in model.shared.items()}
+        return jax.block_until_ready(replace(model, stacks=stacks, shared=shared))
 
     @cached_property
     def bank(self) -> Bank:
@@ -452,8 +446,3 @@ def timings_of(benchmark: Benchmark) -> list[Timing]:
         for row in benchmark.rows
         if row.name in SEARCHES
     ]
-
-
-def row_count(sizes: Sizes) -> int:
-    """The number of rows of a benchmark."""
-    return len(METHODS) + len(sizes.prompts) + 2 + len(SEARCHES)

@@ -9,6 +9,7 @@ from typing import Any
 
 from evojax_merge.benchmarks.device import PARENTS, Benchmark, Measurement
 from evojax_merge.errors import InputError
+from evojax_merge.report.tables import Table
 from evojax_merge.search.environment import differences
 
 # Characters of a line.
@@ -43,12 +44,6 @@ def read_benchmark(file: Path) -> tuple[Benchmark, dict[str, Any]]:
         ) from None
 
 
-def is_benchmark_file(content: bytes) -> bool:
-    """Return whether a file's content is an output of `bench --json`."""
-    document = json.loads(content)
-    return isinstance(document, dict) and document.keys() >= KEYS
-
-
 def section(benchmark: Benchmark, environment: Mapping[str, Any]) -> list[str]:
     """The lines of a Markdown section: the machine, a table for each part, and what was left out."""
     parts = dict.fromkeys(row.part for row in benchmark.rows)
@@ -81,10 +76,8 @@ def _wrapped(text: str) -> list[str]:
 
 def _table(rows: Sequence[Measurement]) -> list[str]:
     columns = list(rows[0].figures)
-    return [
-        f"| {' | '.join([rows[0].part, *columns])} |", "| --- |" + " ---: |" * len(columns),
-        *(f"| {' | '.join([row.name, *(_figure(name, row.figures[name]) for name in columns)])} |" for row in rows),
-    ]  # fmt: skip
+    cells = [[row.name, *(_figure(name, row.figures[name]) for name in columns)] for row in rows]
+    return Table([rows[0].part, *columns], cells, range(1, 1 + len(columns))).markdown().split("\n")
 
 
 def _figure(name: str, value: float) -> str:
@@ -97,7 +90,7 @@ def comparison(earlier: tuple[Benchmark, Mapping[str, Any]], later: tuple[Benchm
     """The lines of a Markdown table of two benchmarks, and a line for each part of their environments that differs.
     Rows whose workloads differ are named, and not compared."""
     before = {(row.part, row.name): row for row in earlier[0].rows}
-    lines, unlike = list[str](), list[str]()
+    rows, unlike = list[list[str]](), list[str]()
     for row in later[0].rows:
         match = before.get((row.part, row.name))
         if match is None or match.workload != row.workload:
@@ -107,13 +100,9 @@ def comparison(earlier: tuple[Benchmark, Mapping[str, Any]], later: tuple[Benchm
         then, now = match.figures[figure], row.figures[figure]
         # The one figure that is less where the device is faster.
         faster = then / now if figure == "s/candidate" else now / then
-        lines.append(f"| {row.name} | {figure} | {_figure(figure, then)} | {_figure(figure, now)} | {faster:.2f} |")
-    if lines:
-        lines = [
-            "| compared | figure | then | now | now, times as fast |",
-            "| --- | --- | ---: | ---: | ---: |",
-            *lines,
-        ]
+        rows.append([row.name, figure, _figure(figure, then), _figure(figure, now), f"{faster:.2f}"])
+    columns = ["compared", "figure", "then", "now", "now, times as fast"]
+    lines = Table(columns, rows, range(2, 5)).markdown().split("\n") if rows else []
     if unlike:
         lines += ["", *_wrapped(f"Not compared: {'; '.join(unlike)}.")]
     return [*lines, "", *(f"- {difference}" for difference in differences(dict(earlier[1]), dict(later[1])))]

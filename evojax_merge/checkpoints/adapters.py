@@ -28,7 +28,7 @@ from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, nearest, shown
 from evojax_merge.models.architecture import EMBEDDING, HEAD, known_architecture
 from evojax_merge.models.config_keys import TEXTS, Expected, is_number, whole
-from evojax_merge.schema.patterns import begins, is_all_of
+from evojax_merge.schema.patterns import pattern_matches
 
 Number = TypeVar("Number", int, float)
 
@@ -99,7 +99,7 @@ class AdapterConfig:
         """Return whether PEFT would give a base's module of this name an adapter."""
         if isinstance(self.targets, str):
             where = f"{self.path}: target_modules"
-            return self.targets == "all-linear" or is_all_of(where, self.targets, module)
+            return self.targets == "all-linear" or pattern_matches(where, self.targets, module, "fullmatch")
         return any(module == target or module.endswith(f".{target}") for target in self.targets)
 
     def saves(self, name: str) -> bool:
@@ -109,7 +109,10 @@ class AdapterConfig:
     def _by_pattern(self, key: str, values: Mapping[str, Number], module: str, default: Number) -> Number:
         """The value of the first pattern that is the module's name or an end of it, as PEFT looks them up."""
         where = f"{self.path}: {key}"
-        return next((value for text, value in values.items() if begins(where, rf"(.*\.)?({text})$", module)), default)
+        fitting = (
+            value for text, value in values.items() if pattern_matches(where, rf"(.*\.)?({text})$", module, "match")
+        )
+        return next(fitting, default)
 
 
 def is_adapter(path: Path) -> bool:

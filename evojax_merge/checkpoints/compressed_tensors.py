@@ -47,7 +47,7 @@ from evojax_merge.checkpoints.quantised import (
     unpack,
 )
 from evojax_merge.errors import InputError, shown
-from evojax_merge.schema.patterns import begins
+from evojax_merge.schema.patterns import pattern_matches
 
 MIXED, PACKED = "mixed-precision", "pack-quantized"
 INT8 = np.dtype(np.int8)
@@ -175,7 +175,9 @@ def group_of(quantised: Path, groups: Sequence[Group], module: str) -> Group:
     where = f"{quantised / 'config.json'}: quantization_config.config_groups"
     tests: tuple[Callable[[str], bool], ...] = (
         lambda target: target == module,
-        lambda target: target.startswith(PATTERN) and begins(where, target.removeprefix(PATTERN), module),
+        lambda target: (
+            target.startswith(PATTERN) and pattern_matches(where, target.removeprefix(PATTERN), module, "match")
+        ),
         # Classes have no dots in their names, and modules begin with small letters.
         lambda target: target[:1].isupper() and "." not in target,
     )

@@ -42,7 +42,7 @@ from evojax_merge.models.architecture import (
     tensors_of,
 )
 from evojax_merge.models.config import DecoderConfig, RopeConfig
-from evojax_merge.system.chat_templates import note_templates
+from evojax_merge.system.jinja_process import FOLDERS_WITH_TEMPLATE
 
 # Architectures' names for the module with a row for each token: at the input, and at the output (also for its bias).
 EMBEDDINGS = (
@@ -269,7 +269,7 @@ def open_decoders(
         _check_layers_alike(folder, config, configs[0])
     warnings = vocabulary_warnings(paths) if vocabulary is None else vocabulary.warnings
     sources = replace(sources, warnings=(*warnings, *position_notes(folders)))
-    note_templates([path for path in paths if has_chat_template(path)])
+    FOLDERS_WITH_TEMPLATE[:] = [path for path in paths if has_chat_template(path)]
     return sources, configs
 
 

@@ -25,6 +25,6 @@ def compare(paths: list[Path], out: Path) -> None:
     if gaps is not None:
         console.print(gaps.terminal("The winners on the held-out examples of each task"))
     if (note := task_note(runs)) is not None:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        console.print(f"note: {note}", soft_wrap=True)
     page.write(compare_page(runs, gaps))
-    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    console.print(f"wrote {out}", soft_wrap=True)

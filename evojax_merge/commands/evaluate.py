@@ -42,7 +42,7 @@ def evaluate(
     rows = score_models(models, tasks, say, print_warning, keep)
     # A title of the table would break at its width.
     console.print(f"Scores on {'; '.join(tasks.sizes)}", soft_wrap=True)
-    console.print(scores_table(rows))
+    console.print(scores_table(rows).terminal())
     if table is not None:
         table.write(json.dumps(score_table(models, rows), indent=1, ensure_ascii=False) + "\n")
     if answers_file is not None:

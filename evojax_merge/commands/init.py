@@ -117,7 +117,14 @@ def init(path: Path, choices: Choices, overwrite: bool) -> None:
     with tempfile.TemporaryDirectory() as root:
         resolve = partial(resolve_headers, HeaderFolders(Path(root)))
         models = find_models(choices, resolve, Path(root))
-        config = first_config(path, with_data(choices, models.way), models)
+        # Tasks that a function scores may have no data.
+        if choices.data is None and choices.lm_eval is None and choices.function is None:
+            kind = DATA[models.way.task]
+            answer = ask("--data or --lm-eval", f"data, {kind}: a file, hub:owner/dataset, or a task of lm-eval: ")
+            is_task = is_file_name(answer) and not answer.startswith(PREFIX) and not Path(answer).suffix
+            is_task = is_task and not Path(answer).is_dir()
+            choices = replace(choices, lm_eval=answer) if is_task else replace(choices, data=answer)
+        config = first_config(path, choices, models)
         document = parse_yaml(path, config.text(commands, ""))
         problem = build_problem(path, config_from(path, document, [], None), resolve=resolve)
     rule = rule_of_space(problem.space.dims, sum(task.size for task in problem.splits.search))
@@ -174,16 +181,6 @@ def find_models(choices: Choices, resolve: Resolve, headers: Path) -> Models:
         advice, base = replace(advice, base=0, alike=alike), references[0]
     assert facts[-1].way is not None
     return Models(references, folders, base is not None, facts, facts[-1].way, advice)
-
-
-def with_data(choices: Choices, way: Way) -> Choices:
-    """The choices with the data, which a terminal's user is asked for. Tasks that a function scores may have none."""
-    if choices.data is not None or choices.lm_eval is not None or choices.function is not None:
-        return choices
-    answer = ask("--data or --lm-eval", f"data, {DATA[way.task]}: a file, hub:owner/dataset, or a task of lm-eval: ")
-    is_task = is_file_name(answer) and not answer.startswith(PREFIX) and not Path(answer).suffix
-    is_task = is_task and not Path(answer).is_dir()
-    return replace(choices, lm_eval=answer) if is_task else replace(choices, data=answer)
 
 
 def choose_method(choices: Choices, models: Models) -> Method:

@@ -1,6 +1,7 @@
 """`evojax-merge inspect`: what several models are, how their weights differ, and what that means for a merge."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 from evojax_merge import plugins
@@ -11,23 +12,24 @@ from evojax_merge.inspection.models import read_models
 from evojax_merge.inspection.weights import compare_weights
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.inspection import (
+    KEYS,
     PICTURE_MARKS,
     as_json,
-    is_inspection_file,
     picture,
     tables,
 )
 from evojax_merge.report.notices import print_warnings
 from evojax_merge.report.progress import bytes_bar
 from evojax_merge.system.console import console
-from evojax_merge.system.file_system import OutputFile, check_outputs
+from evojax_merge.system.file_system import OutputFile, check_outputs, holds_json
 from evojax_merge.zoo.references import resolve_onto, resolve_reference
 
 
 def inspect(references: list[str], base: str | None, json_file: Path | None, picture_file: Path | None) -> None:
     """Print tables and sentences about the models. base: the model that the user calls the base, one of the others or
     not."""
-    report = None if json_file is None else OutputFile(json_file, "--json", "holds no report", is_inspection_file)
+    is_own = partial(holds_json, keys=KEYS)
+    report = None if json_file is None else OutputFile(json_file, "--json", "holds no report", is_own)
     drawing = None
     if picture_file is not None:
         ending = picture_file.suffix.lower()

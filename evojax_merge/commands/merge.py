@@ -66,7 +66,7 @@ def merge(
         if without_meaning:
             print_warnings([f"{', '.join(without_meaning)}: mergekit's, without a meaning here; ignored"])
         write_merge(recipe, out, options, say, print_warning)
-        console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {out}", soft_wrap=True)
     finally:
         console.quiet = usual
 

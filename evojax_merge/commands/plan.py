@@ -19,17 +19,18 @@ from evojax_merge.problem import (
     stage_configs,
 )
 from evojax_merge.report.notices import print_warnings
-from evojax_merge.report.plan import is_plan_file
+from evojax_merge.report.plan import KEYS
 from evojax_merge.steps.planning import make_plan
 from evojax_merge.system.console import console, say, working
-from evojax_merge.system.file_system import OutputFile, check_outputs
+from evojax_merge.system.file_system import OutputFile, check_outputs, holds_json
 from evojax_merge.zoo.references import resolve_headers
 
 
 def plan(path: Path, target_name: str | None, json_file: Path | None, overrides: list[str]) -> None:
     """Print the cost of a config file's search on a target; None: on this machine's devices. json_file: receives a list
     of plans, one for each stage. Raises InputError, at the end, where one does not fit."""
-    output = None if json_file is None else OutputFile(json_file, "--json", "holds no plan", is_plan_file)
+    is_own = partial(holds_json, keys=KEYS, in_list=True)
+    output = None if json_file is None else OutputFile(json_file, "--json", "holds no plan", is_own)
     check_outputs([output], {"CONFIG": path})
     with attribute_errors_to_overrides(path, overrides):
         plugins.load()
@@ -51,10 +52,10 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
         if len(plans) > 1:
             console.print(f"stage {number} of {len(plans)}")
         for line in stage_plan.lines():
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
         console.print(stage_plan.table())
         for line in stage_plan.conclusion():
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
     if output is not None:
         output.write(json.dumps([stage_plan.as_json() for stage_plan in plans], indent=1) + "\n")
     for stage_plan in plans:

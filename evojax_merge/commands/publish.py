@@ -28,14 +28,9 @@ def publish(run: Path, repo: str, push: bool, private: bool, with_answers: bool 
     with tempfile.TemporaryDirectory() as folder:
         files = stage(run, Path(folder), with_answers)
         for file in files:
-            console.print(
-                f"{file.relative_to(folder)}  {file.stat().st_size:,} bytes",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+            console.print(f"{file.relative_to(folder)}  {file.stat().st_size:,} bytes", soft_wrap=True)
         if not push:
-            console.print(f"nothing was uploaded; --push uploads these {len(files)} files to {repo}", highlight=False)
+            console.print(f"nothing was uploaded; --push uploads these {len(files)} files to {repo}")
             return
         token = huggingface_hub.get_token()
         if token is None:
@@ -48,7 +43,7 @@ def publish(run: Path, repo: str, push: bool, private: bool, with_answers: bool 
         except Exception as error:
             # Also an error of the client's HTTP library, which is another one in other versions of the client.
             raise Failed(f"{repo}: could not be uploaded ({error})") from None
-    console.print(f"uploaded {len(files)} files: {commit}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"uploaded {len(files)} files: {commit}", soft_wrap=True)
 
 
 def stage(run: Path, place: Path, with_answers: bool) -> list[Path]:

@@ -19,12 +19,12 @@ def report(path: Path, watch: bool) -> None:
     folder = RunFolder(path)
     # The run may write while its page is made: that is seen as a change afterwards.
     sizes, run = _sizes(folder), write_page(folder)
-    console.print(f"wrote {folder.page}: {_progress(run)}", highlight=False, soft_wrap=True)
+    console.print(f"wrote {folder.page}: {_progress(run)}", soft_wrap=True)
     while watch and run.state != "finished":
         while _sizes(folder) == sizes:
             time.sleep(POLL)
         sizes, run = _sizes(folder), write_page(folder)
-        console.print(_progress(run), highlight=False, soft_wrap=True)
+        console.print(_progress(run), soft_wrap=True)
 
 
 def _sizes(folder: RunFolder) -> list[int]:

@@ -36,7 +36,7 @@ def reproduce(run: Path, out: Path | None) -> None:
     if not sessions:
         changes = [f"{folder.environment.name}: missing or damaged, so the environments cannot be compared"]
     for line in changes or ["the environment is the one that the run recorded"]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     plugins.load()
     config = read_config(folder.config, _without_clock(folder), None)
     run_search(folder.config, config, out, resume=False, overwrite=False)
@@ -47,7 +47,7 @@ def reproduce(run: Path, out: Path | None) -> None:
             "memory and was halved"
         )
         raise Failed(f"{out}: is not the same as {run}: {difference}; likely cause: {cause}")
-    console.print(f"bit-identical: {out}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"bit-identical: {out}", soft_wrap=True)
 
 
 def _without_clock(folder: RunFolder) -> list[str]:

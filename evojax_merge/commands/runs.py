@@ -6,7 +6,8 @@ from pathlib import Path
 
 from evojax_merge.errors import InputError, print_warning
 from evojax_merge.report.run_data import RunData, read_run
-from evojax_merge.report.run_tables import Table, best_cell, progress_cell
+from evojax_merge.report.run_tables import best_cell, progress_cell
+from evojax_merge.report.tables import Table
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.system.console import console
@@ -21,50 +22,31 @@ def runs(root: Path) -> None:
     if not root.is_dir():
         raise InputError(root, "no such folder; expected one that holds runs")
     listed: list[tuple[float, str, RunData]] = []
-    for path in _run_folders(root):
+    for place, names, files in os.walk(root):
+        path, folder = Path(place), RunFolder(Path(place))
+        is_search, run = False, None
         try:
-            run = read_run(path)
+            is_search = "config.yaml" in files and is_run(folder)
+            run = read_run(path) if is_search else None
         except InputError as error:
             print_warning(str(error))
+        # A run's own folders are those of its stages.
+        if is_search or len(path.relative_to(root).parts) >= DEPTH:
+            names.clear()
+        names.sort()
+        if run is None:
             continue
-        folder = RunFolder(path)
         changed = max(file.stat().st_mtime for file in (folder.config, folder.history, folder.result) if file.exists())
         listed.append((changed, run.name if path == root else str(path.relative_to(root)), run))
     if not listed:
-        console.print(f"no runs in {root}", highlight=False, soft_wrap=True)
+        console.print(f"no runs in {root}", soft_wrap=True)
         return
     now = time.time()
     rows = [
-        [name, run.method, progress_cell(run), best_cell(run), run.state, _age(now - changed)]
+        [name, run.method, progress_cell(run), best_cell(run), run.state, f"{max(0, int(age // size))} {unit} ago"]
         for changed, name, run in sorted(listed, key=lambda row: (-row[0], row[1]))
+        for age in [now - changed]
+        for unit, size in [next((unit for unit in UNITS if age >= unit[1]), UNITS[-1])]
     ]  # fmt: skip
     columns = ["run", "method", "generations", "best fitness", "state", "last change"]
     console.print(Table(columns, rows, frozenset({2, 3})).terminal())
-
-
-def _run_folders(root: Path) -> list[Path]:
-    """The run folders, without those of the stages in a run."""
-    folders = []
-    for place, names, files in os.walk(root):
-        path = Path(place)
-        if "config.yaml" in files and _is_run(path):
-            folders.append(path)
-            names.clear()
-        elif len(path.relative_to(root).parts) >= DEPTH:
-            names.clear()
-        else:
-            names.sort()
-    return folders
-
-
-def _is_run(path: Path) -> bool:
-    try:
-        return is_run(RunFolder(path))
-    except InputError as error:
-        print_warning(str(error))
-        return False
-
-
-def _age(seconds: float) -> str:
-    name, size = next((unit for unit in UNITS if seconds >= unit[1]), UNITS[-1])
-    return f"{max(0, int(seconds // size))} {name} ago"

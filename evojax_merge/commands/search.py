@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -67,17 +67,18 @@ from evojax_merge.tasks.opening import data_warnings
 Output = Literal["text", "json", "none"]
 
 
+@dataclass
 class ResumeHint:
     """The command that continues a search, or begins it again where nothing is saved, printed wherever the search is
-    broken off. resume: whether the search continues an earlier one."""
+    broken off. resume: whether the search continues an earlier one; folder: the run folder, once there is one."""
 
-    def __init__(self, command: str, resume: bool) -> None:
-        self._command, self._resume = command, resume
-        self._folder: RunFolder | None = None
+    command: str
+    resume: bool
+    folder: RunFolder | None = None
 
     def on_started(self, command: str, folder: RunFolder) -> None:
         """Remember the command that continues the search from now on, and its run folder."""
-        self._command, self._folder = command, folder
+        self.command, self.folder = command, folder
 
     @contextmanager
     def on_exit(self) -> Iterator[None]:
@@ -87,15 +88,14 @@ class ResumeHint:
         except BaseException as error:
             if interrupts.received() or isinstance(error, PeerLostError):
                 with defer_signals():
-                    hint = printable(f"stopped; {self._saved()} with: {self._command}", LONGEST_LINE)
+                    state = "nothing was searched yet" if self.resume else "nothing was saved"
+                    if self.folder is not None:
+                        count = len(self.folder.read_history())
+                        state = f"{'1 generation is' if count == 1 else f'{count} generations are'} saved"
+                    again = "Start again" if self.folder is None and not self.resume else "Continue"
+                    hint = printable(f"stopped; {state}. {again} with: {self.command}", LONGEST_LINE)
                     print(hint, file=sys.stderr, flush=True)
             raise
-
-    def _saved(self) -> str:
-        if self._folder is None:
-            return "nothing was searched yet. Continue" if self._resume else "nothing was saved. Start again"
-        count = len(self._folder.read_history())
-        return f"{'1 generation is' if count == 1 else f'{count} generations are'} saved. Continue"
 
 
 def search(
@@ -105,7 +105,11 @@ def search(
 ) -> None:  # fmt: skip
     """Search from a config file. A search that is broken off prints the command that continues it. judges: of the
     command `judge`."""
-    command = partial(_command, "search" if judges is None else "judge", path)
+    name = "search" if judges is None else "judge"
+
+    def command(*options: str) -> str:
+        return shlex.join(["evojax-merge", name, str(path), *options])
+
     options = [part for override in overrides for part in ("--set", override)]
     options += [] if seed is None else ["--seed", str(seed)]
     options += [part for name in plugin_names for part in ("--plugin", name)]
@@ -240,10 +244,6 @@ def run_search(
             if folder is not run:
                 winner = str(folder.model)
                 on_started(run)
-
-
-def _command(name: str, path: Path, *options: str) -> str:
-    return shlex.join(["evojax-merge", name, str(path), *options])
 
 
 def _check_checkpoints(folder: RunFolder) -> None:

@@ -15,13 +15,13 @@ def show(path: Path) -> None:
     if run.best is not None:
         lines.append(run.best.describe())
     for line in (*lines, *notes(run)):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     if run.result is None:
         return
     if run.result.table:
         console.print(heldout_table(run.result).terminal("Held-out scores"))
     winner = next((place for place in (folder.model, folder.params) if place.exists()), None)
     if winner is not None:
-        console.print(f"winner: {winner}", highlight=False, soft_wrap=True)
+        console.print(f"winner: {winner}", soft_wrap=True)
     for sentence in sentences(run.result):
-        console.print(sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
+        console.print(sentence, style="bold", soft_wrap=True)

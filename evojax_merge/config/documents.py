@@ -4,7 +4,7 @@ documents that do not fit. Every error names the file, the key and what was expe
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from evojax_merge import plugins
 from evojax_merge.errors import InputError, did_you_mean, nearest
@@ -129,17 +128,14 @@ def keys_of(schema: type[BaseModel], above: str = "", of: tuple[str, ...] = ()) 
         elif get_origin(annotation) is dict and isinstance(items, type) and issubclass(items, BaseModel):
             yield from keys_of(items, f"{name_with_sections}.NAME.")
         elif items is not None and _parts(items)[0] is TaskConfig:
-            yield from _task_keys(f"{name_with_sections}[].")
-
-
-def _task_keys(above: str) -> Iterator[Key]:
-    """The keys that every kind has, and then each kind's own, or keys with another meaning or default for it."""
-    shared = list(keys_of(TaskConfig, above))
-    yield from shared
-    for kind in kinds():
-        names = kind.names or (str(kind.key),)
-        shared_keys = [replace(key, of=names) for key in shared]
-        yield from (key for key in keys_of(kind.config, above, names) if key not in shared_keys)
+            # The keys that every kind has, and then each kind's own, or keys with another meaning or default for it.
+            shared = list(keys_of(TaskConfig, f"{name_with_sections}[]."))
+            yield from shared
+            for kind in kinds():
+                names = kind.names or (str(kind.key),)
+                of_kind = [replace(key, of=names) for key in shared]
+                keys = keys_of(kind.config, f"{name_with_sections}[].", names)
+                yield from (key for key in keys if key not in of_kind)
 
 
 def _default_of(field: FieldInfo) -> str:
@@ -198,14 +194,27 @@ def _section_of(annotation: Any, value: Any) -> Any:
 
 def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> str:
     """The first error of a document, in one line: the key, the expected and the actual value."""
-    details = error.errors(include_url=False)
-    first = _typo_for(schema, details, document) or details[0]
+    first, *others = error.errors(include_url=False)
+    if first["type"] == "missing":
+        # The unknown key beside a missing one was likely meant to be it.
+        *above, missing = first["loc"] or ("",)
+        fields = _parts(_find(schema, above, document)[1])[0].model_fields
+        unknown = [each for each in others if each["type"] == "extra_forbidden" and list(each["loc"][:-1]) == above]
+        first = next((each for each in unknown if nearest(str(each["loc"][-1]), fields) == missing), first)
     location, kind = first["loc"], first["type"]
     key, annotation, metadata, value = _find(schema, location, document)
     if kind in ("extra_forbidden", "invalid_key"):
         _, parent, _, _ = _find(schema, location[:-1], document)
         fields = _parts(parent)[0].model_fields
-        return f"{key}: unknown key{_in_a_section(key, fields) or did_you_mean(str(location[-1]), fields)}"
+        # The key of a section beside it, such as search.generations.
+        outer, dot, last = key.rpartition(".")
+        sections = {name: _parts(field.annotation)[0] for name, field in fields.items()}
+        meant = [
+            f" (did you mean '{outer}{dot}{name}.{last}'?)"
+            for name, section in sections.items()
+            if isinstance(section, type) and issubclass(section, BaseModel) and last in section.model_fields
+        ]
+        return f"{key}: unknown key{meant[0] if len(meant) == 1 else did_you_mean(str(location[-1]), fields)}"
     if kind == "missing":
         return f"{key}: missing"
     if kind == "value_error":
@@ -217,29 +226,6 @@ def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> s
     if kind == "task_kind":
         return f"{key}: {first['msg']}"
     return f"{key}: expected {_expected(annotation, metadata)}, found {describe_value(value)}"
-
-
-def _typo_for(schema: type[BaseModel], found: Sequence[ErrorDetails], document: Any) -> ErrorDetails | None:
-    """Where the first error is a missing key: the unknown key beside it that was likely meant to be it."""
-    *above, missing = found[0]["loc"] or ("",)
-    if found[0]["type"] != "missing":
-        return None
-    _, section, _, _ = _find(schema, above, document)
-    fields = _parts(section)[0].model_fields
-    beside = [detail for detail in found if detail["type"] == "extra_forbidden" and list(detail["loc"][:-1]) == above]
-    return next((detail for detail in beside if nearest(str(detail["loc"][-1]), fields) == missing), None)
-
-
-def _in_a_section(key: str, fields: Mapping[str, FieldInfo]) -> str:
-    """`" (did you mean 'search.generations'?)"` for a key that one of the sections beside it has; else nothing."""
-    above, dot, last = key.rpartition(".")
-    sections = {name: _parts(field.annotation)[0] for name, field in fields.items()}
-    suggestions = [
-        f"{above}{dot}{name}.{last}"
-        for name, section in sections.items()
-        if isinstance(section, type) and issubclass(section, BaseModel) and last in section.model_fields
-    ]
-    return f" (did you mean '{suggestions[0]}'?)" if len(suggestions) == 1 else ""
 
 
 def parse(path: Path, document: Any, schema: type[Section]) -> Any:

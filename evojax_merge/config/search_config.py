@@ -182,9 +182,14 @@ def _task(value: Any) -> TaskConfig:
         kind_name, key = value.get("kind"), "kind"
         names = [name for kind in kinds() for name in kind.names]
         what = "missing"
-        slip = _typo_for_kind(value)
-        if slip is not None:
-            key, what = slip
+        # A key that no kind has and that was likely meant to name it.
+        fields = {name for kind in kinds() for name in kind.config.model_fields}
+        telling = {"kind", *(kind.key for kind in kinds() if kind.key is not None)}
+        unknown = (name for name in map(str, value) if "kind" not in value and name not in fields)
+        typos = ((name, near) for name in unknown if (near := nearest(name, fields | telling)) in telling)
+        typo = next(typos, None)
+        if typo is not None:
+            key, what = typo[0], f"unknown key (did you mean '{typo[1]}'?)"
         elif isinstance(kind_name, str):
             what = f"there is no kind of task {describe_value(kind_name)}{did_you_mean(kind_name, names)}{plugins.HINT}"
         elif "kind" in value:
@@ -192,20 +197,6 @@ def _task(value: Any) -> TaskConfig:
         error = PydanticCustomError("task_kind", "{what}", {"what": what})
         raise ValidationError.from_exception_data("task", [InitErrorDetails(type=error, loc=(key,), input=kind_name)])
     return (TaskConfig if kind is None else kind.config).model_validate(value)
-
-
-def _typo_for_kind(section: Mapping[Any, Any]) -> tuple[str, str] | None:
-    """For a task's section that names no kind: a key that no kind has and that was likely meant to name it, and the
-    message about it."""
-    if "kind" in section:
-        return None
-    fields = {name for kind in kinds() for name in kind.config.model_fields}
-    telling = {"kind", *(kind.key for kind in kinds() if kind.key is not None)}
-    for key in map(str, section):
-        near = None if key in fields else nearest(key, fields | telling)
-        if near in telling:
-            return key, f"unknown key (did you mean '{near}'?)"
-    return None
 
 
 AnyTask = Annotated[SerializeAsAny[TaskConfig], PlainValidator(_task)]

@@ -66,8 +66,8 @@ from evojax_merge.mergekit.schema import RECIPE_DTYPES, RecipeFile, TokenizerSet
 from evojax_merge.mergekit.templates import CHAT_TEMPLATES
 from evojax_merge.models.architecture import known_architecture
 from evojax_merge.models.paths import scale_gain
-from evojax_merge.system.chat_templates import ChatTemplateError, check_chat_template
 from evojax_merge.system.file_system import atomic_folder
+from evojax_merge.system.jinja_process import TemplateError, check_template
 from evojax_merge.system.regular_file import copy_regular
 
 Progress = Callable[[int], None]
@@ -276,8 +276,8 @@ def _chat_template(recipe: RecipeFile, paths: list[Path]) -> str | None:
         return None
     if "{" in wanted:
         try:
-            check_chat_template(wanted)
-        except ChatTemplateError as error:
+            check_template(wanted)
+        except TemplateError as error:
             raise InputError(recipe.where, f"chat_template: not a Jinja template ({error})") from None
         return wanted
     if wanted in CHAT_TEMPLATES:

@@ -87,7 +87,18 @@ def read_answers(run: RunData) -> list[TaskPairs] | None:
         run.notes.append(f"{file.name} cannot be read: the models' examples differ")
         return None
     most, beside = max(1, MOST_EXAMPLES // len(ours)), {task: (parent, rows) for task, parent, rows in theirs}
-    return [_task_pairs(task, rows, *beside[task], most) for task, rows in list(ours.items())[:MOST_EXAMPLES]]
+    tasks = []
+    for task, rows in list(ours.items())[:MOST_EXAMPLES]:
+        parent, parents_rows = beside[task]
+        scores = np.array([[_value(answer.score) for answer in answers] for answers in (rows, parents_rows)])
+        differ = scores[0] != scores[1]
+        with np.errstate(invalid="ignore"):
+            gaps = np.where(differ, np.abs(scores[0] - scores[1]), 0.0)
+        order = [k for k in np.argsort(-gaps, kind="stable") if differ[k]]
+        won, shown = int((scores[0] > scores[1]).sum()), [_pair(rows[k], parents_rows[k]) for k in order[:most]]
+        lost, equal = int(differ.sum()) - won, int((~differ).sum())
+        tasks.append(TaskPairs(escaped(task), escaped(parent), won, lost, equal, shown))
+    return tasks
 
 
 def _by_model(run: RunData) -> dict[str, dict[str, list[AnswerLine]]] | None:
@@ -121,31 +132,18 @@ def winner_scores(run: RunData) -> dict[str, tuple[list[Any], np.ndarray]]:
     return scores
 
 
-def _task_pairs(
-    task: str, ours: Sequence[AnswerLine], parent: str, theirs: Sequence[AnswerLine], most: int
-) -> TaskPairs:
-    scores = np.array([[_value(answer.score) for answer in rows] for rows in (ours, theirs)])
-    differ = scores[0] != scores[1]
-    with np.errstate(invalid="ignore"):
-        gaps = np.where(differ, np.abs(scores[0] - scores[1]), 0.0)
-    order = [k for k in np.argsort(-gaps, kind="stable") if differ[k]]
-    won, shown = int((scores[0] > scores[1]).sum()), [_pair(ours[k], theirs[k]) for k in order[:most]]
-    return TaskPairs(escaped(task), escaped(parent), won, int(differ.sum()) - won, int((~differ).sum()), shown)
-
-
-def _value(score: float | None) -> float:
-    """A score that is not finite is below every other."""
-    return -np.inf if score is None else score
-
-
 def _pair(ours: AnswerLine, theirs: AnswerLine) -> Pair:
     texts = None
     if ours.outputs is not None and theirs.outputs is not None:
         texts = marked(_shown("\n".join(ours.outputs)), _shown("\n".join(theirs.outputs)))
     target = None if ours.target is None else _shown(ours.target)
-    return Pair(
-        escaped(str(ours.example if ours.image is None else ours.image)), target, (ours.score, theirs.score), texts
-    )
+    example = escaped(str(ours.example if ours.image is None else ours.image))
+    return Pair(example, target, (ours.score, theirs.score), texts)
+
+
+def _value(score: float | None) -> float:
+    """A score that is not finite is below every other."""
+    return -np.inf if score is None else score
 
 
 def _shown(text: str) -> str:

@@ -33,14 +33,8 @@ def public_names(folders: Sequence[Path], taken: Collection[str] = ()) -> list[s
         name = model_name(folder)
         if name in names and hub_id(folder) is not None:
             name = f"{name}@{folder.name}"
-        others = (f"{name}-{number}" for number in itertools.count(2))
-        names.append(
-            next(
-                unused_name
-                for unused_name in itertools.chain([name], others)
-                if unused_name not in names and unused_name not in taken
-            )
-        )
+        candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        names.append(next(unused for unused in candidates if unused not in names and unused not in taken))
     return names
 
 
@@ -48,9 +42,8 @@ def map_texts(value: Any, change: Callable[[str, str], str], key: str = "") -> A
     """A document of YAML or JSON with other texts. `change` takes the key that a text stands under, and the text; a
     key is a text under no key ("")."""
     if isinstance(value, dict):
-        return {
-            change("", k) if isinstance(k, str) else k: map_texts(part, change, str(k)) for k, part in value.items()
-        }
+        keys = {k: change("", k) if isinstance(k, str) else k for k in value}
+        return {keys[k]: map_texts(part, change, str(k)) for k, part in value.items()}
     if isinstance(value, list | tuple):
         return [map_texts(part, change, key) for part in value]
     return change(key, value) if isinstance(value, str) else value

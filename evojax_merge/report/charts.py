@@ -54,6 +54,33 @@ def _text(value: Any) -> str:
     return repr(float(value)) if isinstance(value, float | np.floating) else str(value)
 
 
+def _rows(columns: str, rows: Sequence[Sequence[Any]]) -> alt.InlineData:
+    """Rows as CSV; columns: their names."""
+    return _data(**{name: [row[k] for row in rows] for k, name in enumerate(columns.split())})
+
+
+def _tip(field: str, form: str = ".4f", **options: Any) -> alt.Tooltip:
+    return alt.Tooltip(f"{field}:Q", format=form, **options)
+
+
+def _line_legend(width: int, **options: Any) -> alt.Legend:
+    return alt.Legend(orient="top", symbolType="stroke", symbolStrokeWidth=width, **options)
+
+
+def _gradient_legend(form: str) -> alt.Legend:
+    return alt.Legend(orient="bottom", gradientLength=120, titleOrient="left", format=form)
+
+
+def _if(condition: str, value: Any, other: Any) -> Any:
+    return alt.condition(f"datum.{condition}", alt.value(value), alt.value(other))
+
+
+def _named(field: str, names: Sequence[str], limit: int, **columns: Sequence[Any]) -> Any:
+    """A chart with a row for each name; limit: that of a name's width."""
+    y = alt.Y(f"{field}:N", sort=list(names), title=None, axis=alt.Axis(labelLimit=limit))
+    return alt.Chart(_data(**{field: list(names)}, **columns)).encode(y=y)
+
+
 def _spec(chart: Any, height: int) -> Spec:
     spec: Spec = chart.properties(width="container", height=height).to_dict(validate=False)
     del spec["$schema"], spec["config"]
@@ -100,7 +127,7 @@ def fitness_chart(run: RunData) -> Spec:
     domain = [min([low, *shown]) - margin, max([high, *shown]) + margin]
     y: dict[str, Any] = {
         "scale": alt.Scale(domain=domain, nice=True, zero=False),
-        "title": _titled("fitness", run.result) + ", search split",
+        "title": titled("fitness", run.outcome.units) + ", search split",
     }  # fmt: skip
     base = alt.Chart(_data(**columns)).encode(x=_generations(columns["generation"]))
     # A line of one point is none.
@@ -125,7 +152,7 @@ def fitness_chart(run: RunData) -> Spec:
     names = [name for name in reversed(drawn) if name != "validation"] + ["validation"] * ("validation" in drawn)
     colour = alt.Color(
         "series:N", title=None, scale=alt.Scale(domain=names, range=[drawn[name][1] for name in names]),
-        legend=alt.Legend(orient="top", symbolType="stroke", symbolStrokeWidth=4, symbolOpacity=1),
+        legend=_line_legend(4, symbolOpacity=1),
     )  # fmt: skip
     layers = [
         mark.transform_calculate(series=f"'{name}'").encode(y=alt.Y(f"{field}:Q", **y), color=colour)
@@ -137,7 +164,7 @@ def fitness_chart(run: RunData) -> Spec:
         layers.append(
             lines.mark_rule(strokeDash=[4, 4], color=SOFT, clip=True).encode(
                 y=alt.Y("value:Q", **y),
-                tooltip=[alt.Tooltip("name:N", title=" "), alt.Tooltip("value:Q", format=".4f")],
+                tooltip=[alt.Tooltip("name:N", title=" "), _tip("value")],
             )
         )
         # The score on the search split stands above its rule, which one of the held-out scores often follows below.
@@ -147,10 +174,8 @@ def fitness_chart(run: RunData) -> Spec:
             some = lines.transform_filter(f"datum.split {test} 'search split'")
             names = some.mark_text(align="right", dx=-4, color=SOFT, limit=260, **place)
             layers.append(names.encode(y=alt.Y("value:Q", **y), x=alt.value("width"), text="name:N"))
-    tips = [alt.Tooltip("generation:Q", title="generation", format="d")]
-    tips += [
-        alt.Tooltip(f"{name}:Q", title=title, format=".4f") for name, title in TOOLTIPS.items() if name in measured
-    ]
+    tips = [_tip("generation", "d", title="generation")]
+    tips += [_tip(name, title=title) for name, title in TOOLTIPS.items() if name in measured]
     points = base.mark_point(size=260, opacity=0, clip=True)
     layers += [points.encode(y=alt.Y(f"{name}:Q", **y), tooltip=tips) for name in ("best", "part") if name in measured]
     return _spec(alt.layer(*layers), 340)
@@ -159,15 +184,12 @@ def fitness_chart(run: RunData) -> Spec:
 def shown_rules(run: RunData) -> list[tuple[str, float, str]]:
     """Scores that need no search and lie near the curves, by name, with their splits: the baseline's on the search
     split, the rivals' held out."""
-    if run.result is None:
-        return []
     # The names of equal scores would stand on each other.
     names: dict[tuple[float, str], list[str]] = {}
-    for name, value in run.result.search_fitness.items():
+    for name, value in run.outcome.search_fitness.items():
         names.setdefault((value, "search split"), []).extend([name] if name != "winner" else [])
     # Judges' votes are strengths in a search, and shares of prompts on the held-out split: they share no axis.
-    rivals = () if run.result.is_judged else run.result.rivals
-    for rival in rivals:
+    for rival in () if run.outcome.is_judged else run.outcome.rivals:
         label = f"best parent {rival.name}" if rival.role == "parent" else label_of(rival.role, rival.name)
         names.setdefault((rival.heldout_fitness, "held out"), []).append(label)
     rules = [(f"{' and '.join(same)}, {split}", value, split) for (value, split), same in names.items() if same]
@@ -197,17 +219,16 @@ def curve_chart(numbers: Sequence[int], series: Mapping[str, Sequence[float | No
     ]
     names = list(series)
     chart = (
-        alt.Chart(_data(generation=[r[0] for r in rows], series=[r[1] for r in rows], value=[r[2] for r in rows]))
+        alt.Chart(_rows("generation series value", rows))
         .mark_line(strokeWidth=1.8, point=alt.OverlayMarkDef(size=12) if len(places) <= 30 else False)
         .encode(
             x=_generations(numbers),
             y=alt.Y("value:Q", title=None, scale=_scale([row[2] for row in rows])),
             color=alt.Color(
                 "series:N", title=None, scale=alt.Scale(domain=names, range=[ACCENT, SOFT]),
-                legend=alt.Legend(orient="top", symbolType="stroke", symbolStrokeWidth=3) if len(names) > 1 else None,
+                legend=_line_legend(3) if len(names) > 1 else None,
             ),
-            tooltip=[alt.Tooltip("generation:Q", format="d"), alt.Tooltip("series:N", title=" "),
-                     alt.Tooltip("value:Q", title="value", format=".6g")],
+            tooltip=[_tip("generation", "d"), alt.Tooltip("series:N", title=" "), _tip("value", ".6g", title="value")],
         )
     )  # fmt: skip
     return _spec(chart.properties(title=title), 150)
@@ -227,7 +248,7 @@ def task_charts(run: RunData) -> list[Spec]:
         series = {"best": [g.row.scores_of_best.get(score) for g in rows], "mean of all": means}
         if all(value is None for value in means):
             del series["mean of all"]
-        charts.append(curve_chart(numbers, series, _titled(score, run.result)))
+        charts.append(curve_chart(numbers, series, titled(score, run.outcome.units)))
     return charts
 
 
@@ -246,12 +267,8 @@ def heat_map(map_: Map, number: int) -> Spec:
     rows, columns = map_.rows, map_.columns
     finite = np.abs(map_.values[np.isfinite(map_.values)])
     most = float(finite.max(initial=0.0)) or 1.0
-    x = alt.X(
-        "column:N",
-        sort=columns,
-        title=None,
-        axis=alt.Axis(orient="top", labelAngle=-30 if len(columns) > 3 else 0, labelLimit=150),
-    )
+    axis = alt.Axis(orient="top", labelAngle=-30 if len(columns) > 3 else 0, labelLimit=150)
+    x = alt.X("column:N", sort=columns, title=None, axis=axis)
     y = alt.Y("row:N", sort=rows, title=None, axis=alt.Axis(labelLimit=150, labelOverlap=True))
     base = alt.Chart(alt.NamedData(name=f"cells{number}")).encode(x=x, y=y)
     cells = base.mark_rect(stroke=PAPER, strokeWidth=1, cornerRadius=2).encode(
@@ -260,19 +277,16 @@ def heat_map(map_: Map, number: int) -> Spec:
             scale=alt.Scale(
                 domain=[-most, 0, most], range=["var(--negative)", "var(--zero)", "var(--positive)"], interpolate="lab"
             ),
-            legend=alt.Legend(orient="bottom", gradientLength=120, titleOrient="left", format=".2~f"),
+            legend=_gradient_legend(".2~f"),
         ),
         tooltip=[alt.Tooltip("row:N", title="group"), alt.Tooltip("column:N", title="parent"),
-                 alt.Tooltip("value:Q", title=map_.parameter, format=".6g")],
+                 _tip("value", ".6g", title=map_.parameter)],
     )  # fmt: skip
     layers = [cells]
     if len(columns) <= 6 and len(rows) <= 60:
         strong = alt.condition(f"abs(datum.value) > {0.7 * most}", alt.value(PAPER), alt.value(INK))
-        layers.append(
-            base.transform_filter("isValid(datum.value)")
-            .mark_text(fontSize=11)
-            .encode(text=alt.Text("value:Q", format=".2f"), color=strong)
-        )
+        texts = base.transform_filter("isValid(datum.value)").mark_text(fontSize=11)
+        layers.append(texts.encode(text=alt.Text("value:Q", format=".2f"), color=strong))
     return _spec(alt.layer(*layers).properties(title=map_.parameter), max(60, min(22 * len(rows), 1400)))
 
 
@@ -296,13 +310,11 @@ def frame_values(frames: Frames) -> dict[str, Any]:
 
 def importance_chart(importance: Mapping[str, float], most: int = 20) -> Spec:
     shown = dict(list(importance.items())[:most])
-    base = alt.Chart(_data(parameter=list(shown), correlation=list(shown.values()))).encode(
-        x=alt.X("correlation:Q", title="rank correlation", scale=alt.Scale(domain=[-1, 1])),
-        y=alt.Y("parameter:N", sort=list(shown), title=None, axis=alt.Axis(labelLimit=170)),
-    )
+    base = _named("parameter", list(shown), 170, correlation=list(shown.values()))
     bars = base.mark_bar(height=9, cornerRadius=2).encode(
-        color=alt.condition("datum.correlation < 0", alt.value("var(--negative)"), alt.value("var(--positive)")),
-        tooltip=["parameter:N", alt.Tooltip("correlation:Q", format=".4f")],
+        x=alt.X("correlation:Q", title="rank correlation", scale=alt.Scale(domain=[-1, 1])),
+        color=_if("correlation < 0", "var(--negative)", "var(--positive)"),
+        tooltip=["parameter:N", _tip("correlation")],
     )
     return _spec(bars, max(60, 20 * len(shown)))
 
@@ -319,10 +331,9 @@ def parallel_chart(sampled: Sampled, names: Sequence[str]) -> Spec:
         ]
     # The best lines are drawn last, over the others.
     rows.sort(key=lambda row: row[-1])
-    fields = zip(("candidate", "axis", "place", "share", "value", "fitness"), zip(*rows, strict=True), strict=True)
     low, high = np.quantile(sampled.fitness, [0.2, 1.0])
     lines = (
-        alt.Chart(_data(**dict(fields)))
+        alt.Chart(_rows("candidate axis place share value fitness", rows))
         .mark_line(strokeWidth=1.2, opacity=0.55)
         .encode(
             y=alt.Y("axis:N", sort=list(columns), title=None, axis=alt.Axis(labelLimit=170, grid=True, domain=False)),
@@ -332,9 +343,9 @@ def parallel_chart(sampled: Sampled, names: Sequence[str]) -> Spec:
             color=alt.Color(
                 "fitness:Q",
                 scale=alt.Scale(domain=[float(low), float(high)], range=[LINE, ACCENT], clamp=True),
-                legend=alt.Legend(orient="bottom", gradientLength=120, titleOrient="left", format=".2f"),
+                legend=_gradient_legend(".2f"),
             ),
-            tooltip=["axis:N", alt.Tooltip("value:Q", format=".6g"), alt.Tooltip("fitness:Q", format=".4f")],
+            tooltip=["axis:N", _tip("value", ".6g"), _tip("fitness")],
         )
     )
     return _spec(lines, 30 * len(columns))
@@ -350,10 +361,6 @@ def rung_chart(counts: Mapping[int, int]) -> Spec:
     return _spec(bars + text, max(60, 30 * len(counts)))
 
 
-def _titled(score: str, result: Result | None) -> str:
-    return titled(score, {} if result is None else result.units)
-
-
 def heldout_chart(result: Result) -> Spec:
     """Held-out fitness, with the 95% interval of each model's distance from the winner around its score."""
     winner = result.winner
@@ -361,20 +368,17 @@ def heldout_chart(result: Result) -> Spec:
     scored = [model for model in result.table if math.isfinite(model.heldout_fitness)]
     intervals = [lead_over(result, model) for model in scored]
     labels = [label_of(model.role, model.name) for model in scored]
-    base = alt.Chart(
-        _data(
-            model=labels, fitness=[model.heldout_fitness for model in scored],
-            low=[None if lead is None else ours - lead.high for lead in intervals],
-            high=[None if lead is None else ours - lead.low for lead in intervals],
-            role=["winner" if model is winner else "other" for model in scored],
-        )
-    ).encode(y=alt.Y("model:N", sort=labels, title=None, axis=alt.Axis(labelLimit=180)))  # fmt: skip
+    base = _named(
+        "model", labels, 180, fitness=[model.heldout_fitness for model in scored],
+        low=[None if lead is None else ours - lead.high for lead in intervals],
+        high=[None if lead is None else ours - lead.low for lead in intervals],
+        role=["winner" if model is winner else "other" for model in scored],
+    )  # fmt: skip
     x: dict[str, Any] = {"title": f"{titled('fitness', result.units)}, held out"}
     bars = base.mark_bar(height=16, cornerRadius=2).encode(
-        x=alt.X("fitness:Q", **x),
-        color=alt.condition("datum.role == 'winner'", alt.value(ACCENT), alt.value("var(--bar)")),
-        tooltip=["model:N", alt.Tooltip("fitness:Q", format=".4f")],
-    )
+        x=alt.X("fitness:Q", **x), color=_if("role == 'winner'", ACCENT, "var(--bar)"),
+        tooltip=["model:N", _tip("fitness")],
+    )  # fmt: skip
     whiskers = base.mark_rule(strokeWidth=2, color=INK).encode(x=alt.X("low:Q", **x), x2="high:Q")
     layers = [bars, whiskers]
     if math.isfinite(ours):
@@ -382,43 +386,32 @@ def heldout_chart(result: Result) -> Spec:
     return _spec(alt.layer(*layers), max(60, 30 * len(scored)))
 
 
-def front_chart(result: Result) -> Spec | None:
+def front_chart(result: Result) -> Spec:
     """A front by its first two tasks, on the split that the winner was chosen on and held out."""
-    names = list(result.members[0].scores)
-    if len(names) < 2:
-        return None
-    first, second = names[:2]
+    first, second = list(result.members[0].scores)[:2]
     rows = [
-        (
-            str(member.member),
-            split,
-            scores[first],
-            scores[second],
-            "winner" if member.genome == result.genome else "member",
-        )
+        (str(member.member), split, scores[first], scores[second],
+         "winner" if member.genome == result.genome else "member")
         for member in result.members
         for split, scores in ((f"{result.chosen_on} split", member.scores), ("held out", member.heldout_scores))
-    ]
-    fields = zip(("member", "split", "x", "y", "role"), zip(*rows, strict=True), strict=True)
-    base = alt.Chart(_data(**dict(fields))).encode(
+    ]  # fmt: skip
+    base = alt.Chart(_rows("member split x y role", rows)).encode(
         x=alt.X("x:Q", title=titled(first, result.units), scale=_scale([row[2] for row in rows])),
         y=alt.Y("y:Q", title=titled(second, result.units), scale=_scale([row[3] for row in rows])),
     )
     points = base.mark_point(filled=True, opacity=1).encode(
         shape=alt.Shape("split:N", title=None, legend=alt.Legend(orient="top")),
-        color=alt.condition("datum.role == 'winner'", alt.value(ACCENT), alt.value(SOFT)),
-        size=alt.condition("datum.role == 'winner'", alt.value(140), alt.value(60)),
-        tooltip=["member:N", "role:N", "split:N", alt.Tooltip("x:Q", title=first, format=".4f"),
-                 alt.Tooltip("y:Q", title=second, format=".4f")],
-    )  # fmt: skip
+        color=_if("role == 'winner'", ACCENT, SOFT),
+        size=_if("role == 'winner'", 140, 60),
+        tooltip=["member:N", "role:N", "split:N", _tip("x", title=first), _tip("y", title=second)],
+    )
     text = base.transform_filter("datum.split != 'held out'").mark_text(dx=9, dy=-9, color=SOFT).encode(text="member:N")
     return _spec(points + text, 320)
 
 
 def pool_chart(run: RunData) -> Spec:
     """The members of a pool at the generation of their birth; the winner's ancestors stand out."""
-    lineage = run.result.lineage if run.result is not None else []
-    ancestors = {member.name for member in lineage}
+    ancestors = {member.name for member in run.outcome.lineage}
     born = {
         int(genome[NUMBER]): (g.number, fitness)
         for g in run.fitness_rows
@@ -429,23 +422,18 @@ def pool_chart(run: RunData) -> Spec:
     numbers += [number for number in born if f"member-{number}" in ancestors and number not in numbers]
     best = np.quantile([fitness for _, fitness in born.values()], [0.05, 1.0])
     margin = 0.1 * float(np.ptp(best)) or 0.5
-    tips = [alt.Tooltip("generation:Q", format="d"), alt.Tooltip("fitness:Q", format=".4f")]
+    rows = [
+        (*born[number], str(number), "ancestor" if f"member-{number}" in ancestors else "member") for number in numbers
+    ]
     points = (
-        alt.Chart(
-            _data(
-                generation=[born[number][0] for number in numbers],
-                fitness=[born[number][1] for number in numbers],
-                member=[str(number) for number in numbers],
-                role=["ancestor" if f"member-{number}" in ancestors else "member" for number in numbers],
-            )
-        )
+        alt.Chart(_rows("generation fitness member role", rows))
         .mark_circle(opacity=1, clip=True)
         .encode(
             x=_generations([born[number][0] for number in numbers]),
             y=alt.Y("fitness:Q", scale=alt.Scale(domain=[float(best[0]) - margin, float(best[1]) + margin])),
-            color=alt.condition("datum.role == 'ancestor'", alt.value(ACCENT), alt.value("var(--bar)")),
-            size=alt.condition("datum.role == 'ancestor'", alt.value(70), alt.value(24)),
-            tooltip=["member:N", "role:N", *tips],
+            color=_if("role == 'ancestor'", ACCENT, "var(--bar)"),
+            size=_if("role == 'ancestor'", 70, 24),
+            tooltip=["member:N", "role:N", _tip("generation", "d"), _tip("fitness")],
         )
     )
     return _spec(points, 240)
@@ -508,27 +496,19 @@ def compared_fitness(runs: Mapping[str, RunData], by_time: bool) -> Spec:
     few = any(len(run.fitness_rows) <= 10 for run in runs.values())
     title = "time of the generations" if by_time else "passes (evaluations)"
     tick = DURATION if by_time else "format(datum.value, ',')"
-    fields: dict[str, Any] = {"run": [r[0] for r in rows], "x": [r[1] for r in rows], "fitness": [r[2] for r in rows]}
-    legend = alt.Legend(
-        orient="top", symbolType="stroke", symbolStrokeWidth=3, columns=2, labelLimit=140,
-        values=list(dict.fromkeys(fields["run"])),
-    )  # fmt: skip
+    legend = _line_legend(3, columns=2, labelLimit=140, values=list(dict.fromkeys(row[0] for row in rows)))
     chart = (
-        alt.Chart(_data(**fields))
-        .mark_line(
-            strokeWidth=2,
-            interpolate="step-after",
-            point=alt.OverlayMarkDef(size=20) if few else False,
-        )
+        alt.Chart(_rows("run x fitness", rows))
+        .mark_line(strokeWidth=2, interpolate="step-after", point=alt.OverlayMarkDef(size=20) if few else False)
         .encode(
             # From five on, no two ticks are less than one apart.
             x=alt.X(
                 "x:Q", title=title, axis=alt.Axis(grid=False, labelExpr=tick),
-                scale=alt.Scale(domain=[0, max([5.0, *fields["x"]])]),
+                scale=alt.Scale(domain=[0, max([5.0, *(row[1] for row in rows)])]),
             ),
-            y=alt.Y("fitness:Q", title="best fitness so far", scale=_scale(fields["fitness"])),
+            y=alt.Y("fitness:Q", title="best fitness so far", scale=_scale([row[2] for row in rows])),
             color=_run_colour(list(runs), legend),
-            tooltip=["run:N", alt.Tooltip("x:Q", title=title, format=",.6~r"), alt.Tooltip("fitness:Q", format=".4f")],
+            tooltip=["run:N", _tip("x", ",.6~r", title=title), _tip("fitness")],
         )
     )  # fmt: skip
     return _spec(chart, 300)
@@ -536,22 +516,13 @@ def compared_fitness(runs: Mapping[str, RunData], by_time: bool) -> Spec:
 
 def compared_heldout(runs: Mapping[str, RunData]) -> Spec:
     """The held-out fitness of the winners of several runs."""
-    winners = {name: run.result.winner for name, run in runs.items() if run.result is not None}
-    scored = {
-        name: winner.heldout_fitness
-        for name, winner in winners.items()
-        if winner is not None and math.isfinite(winner.heldout_fitness)
-    }
-    bars = (
-        alt.Chart(_data(run=list(scored), fitness=list(scored.values())))
-        .mark_bar(height=16, cornerRadius=2)
-        .encode(
-            y=alt.Y("run:N", sort=list(scored), title=None, axis=alt.Axis(labelLimit=180)),
-            x=alt.X("fitness:Q", title="fitness of the winner, held out"),
-            color=_run_colour(list(runs), None),
-            tooltip=["run:N", alt.Tooltip("fitness:Q", format=".4f")],
-        )
-    )
+    winners = {name: winner for name, run in runs.items() if (winner := run.outcome.winner) is not None}
+    scored = {name: x for name, winner in winners.items() if math.isfinite(x := winner.heldout_fitness)}
+    base = _named("run", list(scored), 180, fitness=list(scored.values()))
+    bars = base.mark_bar(height=16, cornerRadius=2).encode(
+        x=alt.X("fitness:Q", title="fitness of the winner, held out"), color=_run_colour(list(runs), None),
+        tooltip=["run:N", _tip("fitness")],
+    )  # fmt: skip
     return _spec(bars, max(60, 30 * len(scored)))
 
 

@@ -55,16 +55,16 @@ def titled(score: str, units: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class FrontMember:
-    """A member of the front, by its `number` from 1 on; genome: float32[D]. fitness, and `scores`, `task/metric` ->
-    mean for the tasks that count: on the examples that the winner was chosen on; `heldout_fitness` and
-    `heldout_scores`: on the held-out ones."""
+    """A member of the front, by its number from 1 on; genome: float32[D]. fitness, and `scores`, `task/metric` -> mean
+    for the tasks that count: on the examples that the winner was chosen on; `heldout_fitness` and `heldout_scores`: on
+    the held-out ones."""
 
-    number: int
-    genome: np.ndarray
+    member: int
     fitness: float
     scores: dict[str, float]
     heldout_fitness: float
     heldout_scores: dict[str, float]
+    genome: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Result:
         split, units, rows = self.split, self.winner.units, []
         for member in self.members:
             is_winner = np.array_equal(member.genome, self.genome)
-            label = f"member {member.number}" + (" (the winner)" if is_winner else "")
+            label = f"member {member.member}" + (" (the winner)" if is_winner else "")
             columns = {f"{titled(name, units)}, {split}": value for name, value in member.scores.items()}
             columns |= {f"{titled(name, units)}, held out": value for name, value in member.heldout_scores.items()}
             rows.append(Row("model", label, member.fitness, columns, units=units))
@@ -187,7 +187,14 @@ class Result:
         guards = [*([] if all(guard.kept for guard in self.guards) else [hopeless]), *map(self._guard, self.guards)]
         by_rival = [sentence for row in self.rivals for sentence in _sentences(self.winner, row)]
         first = [*([parent] if self.parent else []), *self.headline()]
-        return [*first, *guards, *by_rival, *self._inherited(), *self._ties()]
+        columns = {score: {row.scores[score] for row in self.rows} for score in self.shares}
+        ties = [
+            f"On the held-out examples of {_task_of(score)} ({_weighed(score, self.shares[score])}) every model of the "
+            f"table scores {value:.4f}: they tell no model from another."
+            for score, values in columns.items()
+            if len(values) == 1 and np.isfinite(value := next(iter(values)))
+        ]
+        return [*first, *guards, *by_rival, *self._inherited(), *ties]
 
     def headline(self) -> list[str]:
         """A sentence on several tasks, each beside the parent that is best at it; none where there is one task."""
@@ -253,16 +260,6 @@ class Result:
             ) + "."
             for score, rows in self.losses()
         ]  # fmt: skip
-
-    def _ties(self) -> list[str]:
-        """A sentence for each task on which all models of the table score the same."""
-        columns = {score: {row.scores[score] for row in self.rows} for score in self.shares}
-        return [
-            f"On the held-out examples of {_task_of(score)} ({_weighed(score, self.shares[score])}) every model of the "
-            f"table scores {value:.4f}: they tell no model from another."
-            for score, values in columns.items()
-            if len(values) == 1 and np.isfinite(value := next(iter(values)))
-        ]
 
 
 def chosen_on(split: str) -> str:
@@ -383,14 +380,7 @@ def write_result(result: Result, generations: int, file: Path) -> None:
     """Write `result.json`: the table and the winner. Nothing in it depends on the clock, except where the clock ended
     the search."""
     winner, compared = result.winner, ("winner", result.baseline[0])
-    members = [
-        {
-            "member": member.number, "fitness": member.fitness, "scores": member.scores,
-            "heldout_fitness": member.heldout_fitness, "heldout_scores": member.heldout_scores,
-            "genome": [float(gene) for gene in member.genome],
-        }
-        for member in result.members
-    ]  # fmt: skip
+    members = [vars(member) | {"genome": [float(gene) for gene in member.genome]} for member in result.members]
     document = {
         "generations": generations,
         "table": [

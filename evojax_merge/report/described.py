@@ -25,16 +25,21 @@ class Described:
         return {}
 
     def __repr__(self) -> str:
-        facts = ", ".join(f"{name}={_in_line(value)}" for name, value in self.facts().items())
+        def in_line(value: Any) -> str:
+            if isinstance(value, float):
+                return f"{value:.6g}"
+            return f"[{', '.join(map(shown, value))}]" if isinstance(value, list) else shown(value)
+
+        facts = ", ".join(f"{name}={in_line(value)}" for name, value in self.facts().items())
         return escaped(f"{type(self).__name__}({facts})")
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><th{LEFT}>{_html(name.replace('_', ' '))}</th><td{LEFT}>{_html(_in_table(value))}</td></tr>"
+            f"<tr><th{LEFT}>{html_of(name.replace('_', ' '))}</th><td{LEFT}>{html_of(_in_table(value))}</td></tr>"
             for name, value in self.facts().items()
         )
         tables = "".join(_table(caption, table) for caption, table in self.tables().items() if table)
-        return f"<table><caption{LEFT}>{_html(type(self).__name__)}</caption>{rows}</table>{tables}"
+        return f"<table><caption{LEFT}>{html_of(type(self).__name__)}</caption>{rows}</table>{tables}"
 
 
 def parameter_table(values: Mapping[str, float]) -> Table:
@@ -52,22 +57,16 @@ def parameter_table(values: Mapping[str, float]) -> Table:
 def _table(caption: str, table: Table) -> str:
     columns = list(dict.fromkeys(column for row in table for column in row))
     words = {column: LEFT for column in columns if any(isinstance(row.get(column), str) for row in table)}
-    head = "".join(f"<th{words.get(column, '')}>{_html(column)}</th>" for column in columns)
+    head = "".join(f"<th{words.get(column, '')}>{html_of(column)}</th>" for column in columns)
     body = "".join(
         "<tr>"
-        + "".join(f"<td{words.get(column, '')}>{_html(_in_table(row.get(column), 3))}</td>" for column in columns)
+        + "".join(f"<td{words.get(column, '')}>{html_of(_in_table(row.get(column), 3))}</td>" for column in columns)
         + "</tr>"
         for row in table[:MOST_ROWS]
     )
     more = len(table) - MOST_ROWS
     rest = f"<tr><td colspan={len(columns)}>… {more} more</td></tr>" if more > 0 else ""
-    return f"<table><caption{LEFT}>{_html(caption)}</caption><tr>{head}</tr>{body}{rest}</table>"
-
-
-def _in_line(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return f"[{', '.join(map(shown, value))}]" if isinstance(value, list) else shown(value)
+    return f"<table><caption{LEFT}>{html_of(caption)}</caption><tr>{head}</tr>{body}{rest}</table>"
 
 
 def _in_table(value: Any, digits: int = 6) -> str:
@@ -78,5 +77,6 @@ def _in_table(value: Any, digits: int = 6) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _html(text: str) -> str:
+def html_of(text: str) -> str:
+    """A text as HTML, in one line."""
     return escape(escaped(text))

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 
-from evojax_merge.errors import escaped
+from evojax_merge.report.described import html_of
 from evojax_merge.report.run_data import Result
 from evojax_merge.search.run_schema import Bred
 
@@ -36,7 +35,7 @@ def path_drawing(layers: Sequence[Layer], parents: Sequence[str]) -> str:
     dots = []
     for step, (layer, (x, y)) in enumerate(zip(layers, places, strict=True)):
         share = "" if abs(layer.scale - 1) < 5e-4 else f", its output times {layer.scale:.4f}"
-        title = _html(f"step {step}: layer {layer.index} of {parents[layer.parent]}{share}")
+        title = html_of(f"step {step}: layer {layer.index} of {parents[layer.parent]}{share}")
         dots.append(
             f'<circle class="series-{layer.parent % 8 + 1}" cx="{x}" cy="{y}" r="6"><title>{title}</title></circle>'
         )
@@ -95,13 +94,20 @@ def family_tree(result: Result) -> str:
             member = bred[name]
             settings = ", ".join(f"{key} {parameter_text(value)}" for key, value in member.parameters.items())
             words = f"{name}: {member.method}" + (f" of {settings}" if settings else "")
-        left = x - BOX_WIDTH / 2
+        left, wide = x - BOX_WIDTH / 2, (BOX_WIDTH - 2 * INSET) / max(result.layers, 1)
+        cells = "".join(
+            f'<rect class="{"negative" if cell.value < 0 else "positive"}" '
+            f'x="{left + INSET + wide * cell.first:.2f}" y="{y + BOX_HEIGHT + STRIP * cell.row:.1f}" '
+            f'width="{wide * (cell.end - cell.first):.2f}" height="{STRIP}" '
+            f'fill-opacity="{abs(cell.value) / most:.3f}"><title>{html_of(cell.words)}</title></rect>'
+            for cell in thumbnails.get(name, [])
+        )
         boxes.append(
-            f'<g class="{kind}"><title>{_html(words)}</title>'
+            f'<g class="{kind}"><title>{html_of(words)}</title>'
             f'<rect class="box" x="{left:.1f}" y="{y:.1f}" width="{BOX_WIDTH}" '
             f'height="{high if name in bred else BOX_HEIGHT}" rx="6"/>'
-            f'<text x="{x:.1f}" y="{y + 19:.1f}" text-anchor="middle">{_html(shown)}</text>'
-            f"{_cells(thumbnails.get(name, []), left + INSET, y + BOX_HEIGHT, result.layers, most)}</g>"
+            f'<text x="{x:.1f}" y="{y + 19:.1f}" text-anchor="middle">{html_of(shown)}</text>'
+            f"{cells}</g>"
         )
     height = 2 * GAP + pitch_down * max(levels) + BOX_HEIGHT
     return _svg(width, height, "The family tree of the winner", [*edges, *boxes])
@@ -142,22 +148,8 @@ def _thumbnail(member: Bred, layers: int) -> list[_Cell]:
     return cells
 
 
-def _cells(cells: Sequence[_Cell], x: float, y: float, layers: int, most: float) -> str:
-    wide = (BOX_WIDTH - 2 * INSET) / max(layers, 1)
-    return "".join(
-        f'<rect class="{"negative" if cell.value < 0 else "positive"}" x="{x + wide * cell.first:.2f}" '
-        f'y="{y + STRIP * cell.row:.1f}" width="{wide * (cell.end - cell.first):.2f}" height="{STRIP}" '
-        f'fill-opacity="{abs(cell.value) / most:.3f}"><title>{_html(cell.words)}</title></rect>'
-        for cell in cells
-    )
-
-
 def _svg(width: float, height: float, label: str, parts: Sequence[str]) -> str:
     return (
-        f'<svg class="drawing" role="img" aria-label="{_html(label)}" width="{width:.0f}" height="{height:.0f}" '
+        f'<svg class="drawing" role="img" aria-label="{html_of(label)}" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}">{"".join(parts)}</svg>'
     )
-
-
-def _html(text: str) -> str:
-    return escape(escaped(text))

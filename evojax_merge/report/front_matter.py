@@ -100,23 +100,19 @@ def front_matter(
     if folders and all(map(_writes_text, folders)):
         header["pipeline_tag"] = "text-generation"
     header["tags"] = ["mergekit", "merge", "evojax-merge"]
-    results = _eval_results(header.get("pipeline_tag", "other"), scores)
-    if results:
-        header["model-index"] = eval_results_to_model_index(name, results)
-    return _dumped(header)
-
-
-def _eval_results(task_type: str, scores: Mapping[str, float]) -> list[EvalResult]:
-    """The finite scores as the hub's results. The hub groups results by the type of their data set, which is therefore
-    the task's name."""
+    # The hub groups results by the type of their data set, which is therefore the task's name.
     named = ((*name.rpartition("/")[::2], value) for name, value in scores.items() if math.isfinite(value))
-    return [
+    results = [
         EvalResult(
-            task_type=task_type, dataset_type=task, dataset_name=task, dataset_split="heldout",
-            metric_type=metric, metric_value=value, metric_name=f"{metric}, held out", verified=False,
+            task_type=header.get("pipeline_tag", "other"), dataset_type=task, dataset_name=task,
+            dataset_split="heldout", metric_type=metric, metric_value=value, metric_name=f"{metric}, held out",
+            verified=False,
         )
         for task, metric, value in named
     ]  # fmt: skip
+    if results:
+        header["model-index"] = eval_results_to_model_index(name, results)
+    return _dumped(header)
 
 
 def changed_front_matter(card: str, changes: Mapping[str, Any]) -> str:

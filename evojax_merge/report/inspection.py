@@ -1,24 +1,24 @@
 """An inspection of models as tables on the terminal, as plain data, and as a picture."""
 
 import io
-import json
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from evojax_merge.inspection.findings import Finding, differing_shapes, partly_held
 from evojax_merge.inspection.models import Model
 from evojax_merge.inspection.ways import FILES
 from evojax_merge.inspection.weights import Comparison, TaskVector
-from evojax_merge.report.progress import terminal_table
+from evojax_merge.report.tables import Table, TerminalTable
 
 # By the endings of pictures, what this program's hold and no others: a chunk of text behind a PNG's header, and a
 # comment.
 PICTURE_MARKS = {".png": b"tEXtSoftware\0evojax-merge", ".svg": b"<!-- drawn by evojax-merge -->"}
+# Keys by which an output of `inspect --json` is recognised.
+KEYS = ("models", "pairs", "findings")
 # The bytes of a PNG's signature and header.
 PNG_HEADER = 33
 # The components that come first, in a layer and outside of the layers.
@@ -29,10 +29,10 @@ ORDER = ("attention", "mlp", "norm", "router", "embed", "final_norm", "head")
 # Tables
 
 
-def tables(models: Sequence[Model], names: Sequence[str], comparison: Comparison) -> Iterator[Table]:
+def tables(models: Sequence[Model], names: Sequence[str], comparison: Comparison) -> Iterator[TerminalTable]:
     """The tables of an inspection: the models' headers, their distances, and their task vectors."""
     templates = list(dict.fromkeys(model.chat_template for model in models if model.chat_template is not None))
-    rows = {
+    facts = {
         "architecture": [model.architecture or "unknown (no config.json)" for model in models],
         "parameters": [f"{model.parameters:,}" for model in models],
         "layers": [str(model.layers) for model in models],
@@ -55,8 +55,8 @@ def tables(models: Sequence[Model], names: Sequence[str], comparison: Comparison
             for model in models
         ],
     }
-    shown = [(label, *values) for label, values in rows.items() if label != "adapter" or any(values)]
-    yield terminal_table(["", *names], shown, "Models", folded=range(1, len(names) + 1))
+    shown = [(label, *values) for label, values in facts.items() if label != "adapter" or any(values)]
+    yield Table(["", *names], shown, folded=range(1, len(names) + 1)).terminal("Models")
     pairs = comparison.pairs
     if pairs:
         headings = ["models", "cosine of matrices", "relative distance", "equal numbers", "tensors in common"]
@@ -66,9 +66,8 @@ def tables(models: Sequence[Model], names: Sequence[str], comparison: Comparison
             distinct([pair.relative_distance for pair in pairs], ".4g"),
             distinct([pair.equal_share for pair in pairs], ".1%"), [f"{pair.tensors:,}" for pair in pairs],
         ]  # fmt: skip
-        yield terminal_table(
-            headings, zip(*columns, strict=True), "Distances of the weights", numbers=range(1, len(headings))
-        )
+        rows = list(zip(*columns, strict=True))
+        yield Table(headings, rows, range(1, len(headings))).terminal("Distances of the weights")
     if comparison.reference is not None:
         yield _vectors_table(names, comparison)
         yield from _places_tables(names, comparison)
@@ -105,7 +104,7 @@ def _tokenizer(model: Model, models: Sequence[Model]) -> str:
     return "the tokens of A" if model.differing_tokens == 0 else f"{model.differing_tokens:,} rows unlike A"
 
 
-def _vectors_table(names: Sequence[str], comparison: Comparison) -> Table:
+def _vectors_table(names: Sequence[str], comparison: Comparison) -> TerminalTable:
     assert comparison.reference is not None and comparison.changes is not None
     kind = "Task vectors" if comparison.verdict.base is not None else "Differences"
     vectors = comparison.vectors
@@ -122,10 +121,10 @@ def _vectors_table(names: Sequence[str], comparison: Comparison) -> Table:
         cosines = distinct(list(comparison.cosines.flat), ".3f")
         columns += [cosines[k :: len(others)] for k in range(len(others))]
     title = f"{kind} from {names[comparison.reference]}"
-    return terminal_table(headings, zip(*columns, strict=True), title, numbers=range(1, len(headings)))
+    return Table(headings, list(zip(*columns, strict=True)), range(1, len(headings))).terminal(title)
 
 
-def _places_tables(names: Sequence[str], comparison: Comparison) -> Iterator[Table]:
+def _places_tables(names: Sequence[str], comparison: Comparison) -> Iterator[TerminalTable]:
     """The relative norms of the task vectors by layer and component, and those outside of the layers."""
     layers, components = _axes(comparison)
     inner = [component for component in components if any(layer is not None for layer in layers[component])]
@@ -139,10 +138,10 @@ def _places_tables(names: Sequence[str], comparison: Comparison) -> Iterator[Tab
         columns = ["layer", *(f"{name}: {component}" for _, name in vectors for component in inner)]
         numbers = sorted({layer for component in inner for layer in layers[component] if layer is not None})
         rows = [(n, *(texts.get((i, n, part), "") for i, _ in vectors for part in inner)) for n in numbers]
-        yield terminal_table(columns, rows, "Relative norm by layer", numbers=range(len(columns)))
+        yield Table(columns, rows, range(len(columns))).terminal("Relative norm by layer")
     if outer:
         rows = [(name, *(texts[i, None, part] for part in outer)) for i, name in vectors]
-        yield terminal_table(["model", *outer], rows, "Outside of the layers", numbers=range(1, len(outer) + 1))
+        yield Table(["model", *outer], rows, range(1, len(outer) + 1)).terminal("Outside of the layers")
 
 
 def _axes(comparison: Comparison) -> tuple[dict[str, list[int | None]], list[str]]:
@@ -212,12 +211,6 @@ def as_json(
         "tensors": {"in_some_models_alone": partly_held(models), "of_different_shapes": differing_shapes(models)},
         "findings": [{"kind": finding.kind, "text": finding.text} for finding in sentences],
     }  # fmt: skip
-
-
-def is_inspection_file(content: bytes) -> bool:
-    """Return whether a file's content is an output of `inspect --json`."""
-    document = json.loads(content)
-    return isinstance(document, dict) and document.keys() >= {"models", "pairs", "findings"}
 
 
 # ---------------------------------------------------------------------------------------------------------------

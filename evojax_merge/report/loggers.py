@@ -158,7 +158,12 @@ class Table:
         self._rows: list[dict[str, str]] | None = None
 
     def log(self, generation: int, figures: Mapping[str, float]) -> None:
-        rows = self._earlier(generation) if self._rows is None else self._rows
+        rows = self._rows or []
+        if self._rows is None and self._file.exists():
+            # The rows of the generations before, from an earlier process's table.
+            with self._file.open(encoding="utf-8", newline="") as handle:
+                whole = [row for row in csv.DictReader(handle) if None not in row and None not in row.values()]
+            rows = [row for row in whole if row["generation"].isdecimal() and int(row["generation"]) < generation]
         row = {"generation": str(generation)} | {name: repr(value) for name, value in figures.items()}
         columns = _columns(rows)
         if self._rows is not None and columns == _columns([*rows, row]):
@@ -172,14 +177,6 @@ class Table:
             writer.writerows([*rows, row])
             atomic_write(self._file, text.getvalue())
         self._rows = [*rows, row]
-
-    def _earlier(self, generation: int) -> list[dict[str, str]]:
-        """The rows of the generations before, from an earlier process's table."""
-        if not self._file.exists():
-            return []
-        with self._file.open(encoding="utf-8", newline="") as handle:
-            rows = [row for row in csv.DictReader(handle) if None not in row and None not in row.values()]
-        return [row for row in rows if row["generation"].isdecimal() and int(row["generation"]) < generation]
 
     def close(self) -> None: ...
 

@@ -8,9 +8,8 @@ import base64
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +30,6 @@ from evojax_merge.report.progress import OnGeneration
 from evojax_merge.report.publication import Publication
 from evojax_merge.report.run_data import RunData, read_run
 from evojax_merge.report.run_tables import (
-    Table,
     differences,
     facts,
     front_table,
@@ -45,6 +43,7 @@ from evojax_merge.report.run_tables import (
     task_note,
     winners_table,
 )
+from evojax_merge.report.tables import Table
 from evojax_merge.search.loop import Generation
 from evojax_merge.search.run_parts import RunFolder, is_page
 from evojax_merge.system.console import format_seconds, working
@@ -63,19 +62,6 @@ MOST_CHARTS = 12
 MOST_PICTURE_BYTES = 8 * 2**20
 # The axes of the drawn candidates.
 MOST_AXES = 12
-
-
-@dataclass
-class Charts:
-    """Specifications by name, for the page's script."""
-
-    specs: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def add(self, prefix: str, specs: Sequence[dict[str, Any]]) -> list[str]:
-        """Keep several; returns their names."""
-        names = [f"{prefix}-{number}" for number in range(len(specs))]
-        self.specs |= dict(zip(names, specs, strict=True))
-        return names
 
 
 def write_page(folder: RunFolder, *, working: bool | None = None) -> RunData:
@@ -100,58 +86,60 @@ def run_page(run: RunData, *, refresh: bool = False, publication: Publication | 
 
 
 def _run_page(run: RunData, refresh: bool, made: Any, publication: Publication | None) -> str:
-    charts, parameters = Charts(), read_parameters(run)
+    charts, parameters = dict[str, Any](), read_parameters(run)
     with_answers = publication is None or publication.with_answers
     run = run if publication is None else publication.run(run)
-    result = run.result
+    result = run.outcome
     if any(generation.median is not None for generation in run.fitness_rows):
-        charts.specs["fitness"] = made.fitness_chart(run)
-    tasks = charts.add("task", made.task_charts(run)[:MOST_CHARTS])
-    metrics = charts.add("metric", made.metric_charts(run)[:MOST_CHARTS])
+        charts["fitness"] = made.fitness_chart(run)
+    tasks, metrics = (
+        {f"{name}-{number}": chart for number, chart in enumerate(drawn[:MOST_CHARTS])}
+        for name, drawn in (("task", made.task_charts(run)), ("metric", made.metric_charts(run)))
+    )
+    charts |= tasks | metrics
     if run.timing:
         numbers = [line.generation for line in run.timing]
         seconds = {"seconds": [line.seconds for line in run.timing]}
-        charts.specs["seconds"] = made.curve_chart(numbers, seconds, "seconds per generation")
+        charts["seconds"] = made.curve_chart(numbers, seconds, "seconds per generation")
     # Numbers of examples, and how many candidates were evaluated on so many; there is nothing to draw where all met
     # the same.
     rungs = Counter(examples for generation in run.fitness_rows for examples in generation.row.examples)
     if 1 < len(rungs) <= 30:
-        charts.specs["rungs"] = made.rung_chart(dict(sorted(rungs.items())))
+        charts["rungs"] = made.rung_chart(dict(sorted(rungs.items())))
     if run.config.get("pool") and any(generation.genome for generation in run.fitness_rows):
-        charts.specs["pool"] = made.pool_chart(run)
-    if result is not None and result.table:
-        charts.specs["heldout"] = made.heldout_chart(result)
-    if result is not None and result.members:
-        front = made.front_chart(result)
-        charts.specs |= {} if front is None else {"front": front}
+        charts["pool"] = made.pool_chart(run)
+    if result.table:
+        charts["heldout"] = made.heldout_chart(result)
+    if result.members and len(result.members[0].scores) > 1:
+        charts["front"] = made.front_chart(result)
     frames = None
     if parameters is not None:
         frames = made.frame_values(parameters.frames)
-        charts.add("map", [made.heat_map(map_, number) for number, map_ in enumerate(parameters.frames.maps)])
+        charts |= {f"map-{k}": made.heat_map(map_, k) for k, map_ in enumerate(parameters.frames.maps)}
         if parameters.importance:
-            charts.specs["importance"] = made.importance_chart(parameters.importance)
+            charts["importance"] = made.importance_chart(parameters.importance)
         if parameters.drawn is not None and parameters.importance:
-            charts.specs["parallel"] = made.parallel_chart(parameters.drawn, list(parameters.importance)[:MOST_AXES])
+            charts["parallel"] = made.parallel_chart(parameters.drawn, list(parameters.importance)[:MOST_AXES])
     thinned = ""
     if len(run.generations) < run.count:
         thinned = f" {len(run.generations)} of {run.count} generations are drawn, evenly spaced."
     inputs, answers = run.config.get("inputs"), read_answers(run) if with_answers else None
     sheet, pictures = RunFolder(run.path).model / SHEET, None
-    if with_answers and result is not None and sheet.is_file() and sheet.stat().st_size <= MOST_PICTURE_BYTES:
+    if with_answers and run.result is not None and sheet.is_file() and sheet.stat().st_size <= MOST_PICTURE_BYTES:
         # The contact sheet in the winner's folder, as the address of a picture, and the models of its rows.
         content = base64.b64encode(sheet.read_bytes()).decode()
         pictures = f"data:image/png;base64,{content}", [escaped(row.name) for row in result.table]
     return _render(
         "run_page.html", charts, frames, refresh,
         title=f"{run.name}: evojax-merge", run=run, parameters=parameters, facts=facts(run), headline=headline(run),
-        sentences=[] if result is None else sentences(result), notes=notes(run),
+        sentences=sentences(result), notes=notes(run),
         thinned=thinned, takes_minibatches=_takes_minibatches(run), rules=bool(made.shown_rules(run)),
         spread=any(len(generation.row.fitness) > 1 for generation in run.fitness_rows),
         validated=any(generation.row.validation_fitness is not None for generation in run.fitness_rows),
-        heldout=None if result is None else heldout_table(result), front=front_table(result),
+        heldout=heldout_table(result), front=front_table(result) if result.members else None,
         answers=answers, pictures=pictures, path=_path(run),
-        tree=Markup(family_tree(result)) if result is not None and result.lineage else None,
-        lineage=lineage_table(result), tasks=tasks, metrics=metrics,
+        tree=Markup(family_tree(result)) if result.lineage else None,
+        lineage=lineage_table(result), tasks=list(tasks), metrics=list(metrics),
         rungs_of=f", in the {len(run.generations)} generations that are drawn" if thinned else "",
         environment=mapping_table("", run.environment) if run.environment else None,
         inputs=mapping_table("sha256", inputs) if inputs is not None else None,
@@ -162,11 +150,11 @@ def compare_page(runs: Mapping[str, RunData], gaps: Table | None) -> str:
     """The page of several runs, by their names. gaps: their `gaps_table`."""
     from evojax_merge.report import charts as made
 
-    charts = Charts()
+    charts = dict[str, Any]()
     if any(run.fitness_rows for run in runs.values()):
-        charts.add("best", [made.compared_fitness(runs, by_time) for by_time in (False, True)])
-    if any(run.result is not None and run.result.winner is not None for run in runs.values()):
-        charts.specs["heldout"] = made.compared_heldout(runs)
+        charts = {f"best-{number}": made.compared_fitness(runs, bool(number)) for number in range(2)}
+    if any(run.outcome.winner is not None for run in runs.values()):
+        charts["heldout"] = made.compared_heldout(runs)
     return _render(
         "compare_page.html", charts, None, False,
         title=f"{len(runs)} runs compared", runs=runs_table(runs), heldout=winners_table(runs),
@@ -183,18 +171,19 @@ def _takes_minibatches(run: RunData) -> bool:
     return any(generation.row.best_of_part is not None for generation in run.fitness_rows)
 
 
-def _render(template: str, charts: Charts, frames: Any, refresh: bool, **values: Any) -> str:
+def _render(template: str, charts: dict[str, Any], frames: Any, refresh: bool, **values: Any) -> str:
+    # JSON inside a script element, which no text in it can end.
+    specs, frames_json = (
+        Markup(json.dumps(value, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c"))
+        for value in (charts, frames)
+    )
+    css, js = (Markup((TEMPLATES / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     text = _templates().get_template(template).render(
-        **values, charts=charts.specs, frames_data=frames, specs=_json(charts.specs), frames=_json(frames),
-        refresh=REFRESH if refresh else None, css=_part("page.css"), js=_part("page.js"), vega=Markup(_vega()),
+        **values, charts=charts, frames_data=frames, specs=specs, frames=frames_json,
+        refresh=REFRESH if refresh else None, css=css, js=js, vega=Markup(_vega()),
     )  # fmt: skip
     # Names from JSON may hold halves of a character.
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _json(value: Any) -> Markup:
-    """JSON inside a script element, which no text in it can end."""
-    return Markup(json.dumps(value, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 @cache
@@ -210,10 +199,6 @@ def _templates() -> jinja2.Environment:
     }  # fmt: skip
     environment.filters |= filters
     return environment
-
-
-def _part(name: str) -> Markup:
-    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
 @cache
@@ -246,14 +231,9 @@ def _cell(value: Any) -> Markup:
     return escape(escaped(str(value)))
 
 
-@dataclass(frozen=True)
-class _Path:
-    drawing: Markup
-    parents: list[str]
-
-
-def _path(run: RunData) -> _Path | None:
-    """The winner's layers, by the recipe, whose slices name each layer's model."""
+def _path(run: RunData) -> dict[str, Any] | None:
+    """The drawing of the winner's layers, by the recipe, whose slices name each layer's model; and the models' names,
+    `parents`."""
     file = RunFolder(run.path).recipe
     if run.result is None or run.result.path is None or run.recipe is None:
         return None
@@ -273,7 +253,7 @@ def _path(run: RunData) -> _Path | None:
         running *= scale
         drawn.append(Layer(models.index(model), index, 1 / running))
     names = model_names([Path(model) for model in models])
-    return _Path(Markup(path_drawing(drawn, names)), list(map(escaped, names)))
+    return {"drawing": Markup(path_drawing(drawn, names)), "parents": list(map(escaped, names))}
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from evojax_merge.errors import InputError
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.frame import gene_values
 from evojax_merge.report.run_data import Generation, RunData, spread
-from evojax_merge.report.stored_run import StoredRun
+from evojax_merge.report.stored_run import stored_values
+from evojax_merge.search.run_parts import RunFolder
 
 # The most frames of the heat maps' slider, and the most numbers in all frames.
 MOST_FRAMES, MOST_CELLS = 100, 16_000
@@ -67,27 +68,33 @@ def read_parameters(run: RunData) -> Parameters | None:
     if run.config.get("pool") or not genes:
         return None
     try:
-        named_values = StoredRun(run.path).named_values()
+        named_values = stored_values(RunFolder(run.path))
     except InputError:
         named_values = gene_values
         if run.config.get("plugins"):
             run.notes.append("Parameters have numbers: report imports no plugin of a run but what --plugin FILE names.")
     half = [generation for generation in run.fitness_rows if 2 * generation.number > run.count]
     late, drawn = _candidates(half, MOST_RANKED), _candidates(run.fitness_rows, MOST_DRAWN)
-    labels, framed = _framed(run, genes)
+    # The frames of the slider: a label and a genome each.
+    best = [generation for generation in run.generations if generation.genome]
+    best = [best[place] for place in spread(len(best), max(1, min(MOST_FRAMES, MOST_CELLS // genes)))]
+    labels = [f"generation {g.number} of {run.count}, its best: fitness {g.genome_fitness:.4f}" for g in best]
+    framed = [generation.genome for generation in best]
+    if len(run.outcome.genome) == genes:
+        labels, framed = [*labels, "the winner"], [*framed, run.outcome.genome]
     genomes = np.array([genome for _, genome in (*late, *drawn)] + framed, np.float32)
     # A few sizes alone: the names are computed in JAX, which compiles for each.
     padded = np.pad(genomes, [(0, 2 ** len(genomes).bit_length() - len(genomes)), (0, 0)])
     values = {name: np.asarray(column, float)[: len(genomes)] for name, column in named_values(padded).items()}
     importance = _importance(_sampled(late, values, 0)) if len(late) >= FEWEST_RANKED else {}
     frames = Frames(labels, _maps({name: column[len(late) + len(drawn) :] for name, column in values.items()}))
-    if named_values is gene_values and run.result is not None and run.result.groups:
+    if named_values is gene_values and run.outcome.groups:
         # The winner's parameters from result.json, where those of other candidates have no names any more.
         names, maps = model_names(list(map(Path, run.config.get("parents", ())))), []
-        for name, table in run.result.parameters.items():
+        for name, table in run.outcome.parameters.items():
             cells = np.asarray(table, float)
             columns = names if len(names) == cells.shape[1] else [str(k + 1) for k in range(cells.shape[1])]
-            maps.append(Map(name, run.result.groups, columns, cells[None]))
+            maps.append(Map(name, run.outcome.groups, columns, cells[None]))
         frames = Frames(["the winner"], maps)
     return Parameters(
         named=named_values is not gene_values,
@@ -147,22 +154,6 @@ def _importance(sampled: Sampled) -> dict[str, float]:
 def _standardised(values: np.ndarray) -> np.ndarray:
     centred: np.ndarray = values - values.mean()
     return centred / np.linalg.norm(centred)
-
-
-def _framed(run: RunData, genes: int) -> tuple[list[str], list[list[float]]]:
-    """The frames of the slider: a label and a genome each."""
-    generations = [generation for generation in run.generations if generation.genome]
-    generations = [
-        generations[place] for place in spread(len(generations), max(1, min(MOST_FRAMES, MOST_CELLS // genes)))
-    ]
-    labels = [
-        f"generation {generation.number} of {run.count}, its best: fitness {generation.genome_fitness:.4f}"
-        for generation in generations
-    ]
-    genomes = [generation.genome for generation in generations]
-    if run.result is not None and len(run.result.genome) == genes:
-        return [*labels, "the winner"], [*genomes, run.result.genome]
-    return labels, genomes
 
 
 def _maps(values: Mapping[str, np.ndarray]) -> list[Map]:

@@ -4,18 +4,15 @@ Seconds are a lower bound, by the roofline: every matrix product at the device's
 whichever takes longer, and merging at the bandwidth, one after the other.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.table import Table
-
 from evojax_merge.config.search_config import parse_budget
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.evaluation.timings import NOT_MEASURED, Factor, WorkKind
-from evojax_merge.report.progress import terminal_table
+from evojax_merge.report.tables import Table, TerminalTable
 
 # The parts of a run, by their names.
 MEASURING, GENERATIONS = "measuring base and parents", "the generations"
@@ -237,7 +234,7 @@ class Plan:
         """The verdict on a search that does not fit, and changes that would make it fit."""
         return f"{self.verdict()}; {format_advice(self.advice)}"
 
-    def table(self) -> Table:
+    def table(self) -> TerminalTable:
         """The passes, and the cost of each; the seconds of those alone that fit."""
         count = len(HEADINGS) if self.fits else len(HEADINGS) - 1
         rows = [
@@ -250,9 +247,11 @@ class Plan:
             for row in self.passes
         ]  # fmt: skip
         title = f"Passes: bytes on a device{', seconds for a candidate' if self.fits else ''}"
-        return terminal_table(HEADINGS[:count], rows, title, numbers=range(2, count), folded=range(count))
+        return Table(HEADINGS[:count], rows, range(2, count), folded=range(count)).terminal(title)
 
 
+# Keys by which an output of `plan --json` is recognised.
+KEYS = ("target", "fits", "passes")
 # The headings of the passes' table; docs/accelerators.md says what each column holds.
 HEADINGS = (
     "task", "pass", "candidates", "runs", "steps", "held", "temporaries", "compiler says", "FLOP", "moved", "seconds",
@@ -261,13 +260,6 @@ HEADINGS = (
 
 def format_advice(advice: Sequence[str]) -> str:
     return f"what would make it fit: {', or '.join(advice)}"
-
-
-def is_plan_file(content: bytes) -> bool:
-    """Return whether a file's content is an output of `plan --json`."""
-    plans, keys = json.loads(content), {"target", "fits", "passes"}
-    named = isinstance(plans, list) and all(isinstance(plan, dict) and plan.keys() >= keys for plan in plans)
-    return named and len(plans) > 0
 
 
 def shown_number(value: float) -> str:

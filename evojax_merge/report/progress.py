@@ -4,13 +4,13 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from rich.console import OverflowMethod, RenderableType
+from rich.console import RenderableType
 from rich.constrain import Constrain
 from rich.filesize import decimal
 from rich.progress import (
@@ -24,10 +24,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
-from evojax_merge.errors import LOG, escaped_lines, print_warning, printable
+from evojax_merge.errors import LOG, print_warning, printable
 from evojax_merge.search.loop import Generation, Reporter
 from evojax_merge.system.console import HEARTBEAT, IN_NOTEBOOK, console, format_seconds, say, seconds_left
 
@@ -40,27 +39,6 @@ class PlainColumn(TextColumn):
 
     def render(self, task: Task) -> Text:
         return Text(printable(self.text_format.format(task=task)))
-
-
-def cell(text: str, style: str = "") -> Text:
-    """The text of a table's cell, which may have several lines: no markup, and escaped."""
-    return Text(escaped_lines(text), style)
-
-
-def terminal_table(
-    columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None, *,
-    numbers: Collection[int] = (), folded: Collection[int] = (), bold: int | None = None,
-) -> Table:  # fmt: skip
-    """A table for the terminal. Names stand in it unchanged, whichever console prints it: `[/INST]` is a name, not
-    markup. numbers: the columns that are aligned to the right; folded: those that break long cells anywhere; bold: the
-    row that stands out."""
-    table = Table(title=None if title is None else cell(title, "table.title"), title_justify="left")
-    for number, name in enumerate(columns):
-        overflow: OverflowMethod = "fold" if number in folded else "ellipsis"
-        table.add_column(cell(name), justify="right" if number in numbers else "left", overflow=overflow)
-    for number, row in enumerate(rows):
-        table.add_row(*(cell(str(value)) for value in row), style="bold" if number == bold else "")
-    return table
 
 
 OnGeneration = Callable[[Generation], None]
@@ -249,7 +227,7 @@ class SearchBar(Reporter):
         if console.is_terminal:
             LOG.info("%s", line)
         else:
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
         self._show(line)
         self._on_generation(generation)
 

@@ -167,6 +167,11 @@ class RunData:
         return section
 
     @property
+    def outcome(self) -> Result:
+        """The result; before there is one, an empty one."""
+        return self.result or Result()
+
+    @property
     def last(self) -> HistoryRow | None:
         return self.generations[-1].row if self.generations else None
 
@@ -178,8 +183,8 @@ class RunData:
         if self.last is None:
             return None
         # The best so far may have met a part of the split (`limit`), and validation may choose another winner.
-        if self.result is not None and "winner" in self.result.search_fitness:
-            return BestFitness("fitness of the winner", self.result.search_fitness["winner"], SEARCH_SPLIT)
+        if "winner" in self.outcome.search_fitness:
+            return BestFitness("fitness of the winner", self.outcome.search_fitness["winner"], SEARCH_SPLIT)
         if self.last.best_so_far is not None:
             return BestFitness("best fitness so far", self.last.best_so_far, SEARCH_SPLIT)
         if self.last.best_of_part is None:
@@ -208,17 +213,30 @@ def read_run(path: Path, *, working: bool | None = None) -> RunData:
         raise InputError(path, "is not a run folder of a search")
     notes: list[str] = []
     config = read_run_config(folder.config, notes)
-    count, lines = _lines(folder.history)
-    rows = [row for line in lines if (row := _parsed(HistoryRow, line, folder.history, notes))]
-    clock = [_parsed(TimingLine, line, folder.timing, notes) for line in whole_lines(folder.timing)]
-    result = _document(Result, folder.result, notes)
+    count, validated = 0, []
+    for count, line in enumerate(whole_lines(folder.history), start=1):
+        if b'"validation": {' in line:
+            validated.append(count - 1)
+    numbers = {*spread(count, MOST_GENERATIONS), *(validated[k] for k in spread(len(validated), MOST_LOOKS))}
+    # A running search may have added lines since.
+    every_line = zip(range(count), whole_lines(folder.history), strict=False)
+    lines = [line for number, line in every_line if number in numbers]
+    rows = [row[0] for line in lines if (row := _parsed(HistoryRow, folder.history, notes, line))]
+    clock = [at[0] for line in whole_lines(folder.timing) if (at := _parsed(TimingLine, folder.timing, notes, line))]
+    result = _parsed(Result, folder.result, notes)
     state: State = "finished"
     if result is None or result[0].generations < count:
-        state = "running" if (_in_use(path) if working is None else working) else "stopped"
+        if working is None:
+            try:
+                check_not_in_use(path)
+                working = False
+            except InputError:
+                working = True
+        state = "running" if working else "stopped"
         if result is not None:
             notes.append(f"The winner of {result[0].generations} generations is not shown: the run has gone on since.")
         result = None
-    environment = _document(Environment, folder.environment, notes)
+    environment = _parsed(Environment, folder.environment, notes)
     log, warnings = _log(folder.log)
     dims = next((row.dims for row in rows), None)
     if any(row.dims not in (None, dims) for row in rows):
@@ -231,7 +249,7 @@ def read_run(path: Path, *, working: bool | None = None) -> RunData:
         config_text=_text(folder.config) or "",
         count=count,
         generations=[_summary(row) for row in rows],
-        timing=[line for line in clock if line],
+        timing=clock,
         result=None if result is None else result[0],
         recipe=_text(folder.recipe),
         environment={} if environment is None else environment[1],
@@ -241,36 +259,18 @@ def read_run(path: Path, *, working: bool | None = None) -> RunData:
     )
 
 
-def _lines(path: Path) -> tuple[int, list[bytes]]:
-    """The number of a file's whole lines, and some of the lines: evenly spaced from the first to the last, and those
-    that hold a look at the validation split."""
-    count, validated = 0, []
-    for count, line in enumerate(whole_lines(path), start=1):
-        if b'"validation": {' in line:
-            validated.append(count - 1)
-    numbers = {*spread(count, MOST_GENERATIONS), *(validated[k] for k in spread(len(validated), MOST_LOOKS))}
-    # A running search may have added lines since.
-    return count, [line for number, line in zip(range(count), whole_lines(path), strict=False) if number in numbers]
-
-
 def spread(count: int, most: int) -> list[int]:
     """At most so many of the numbers below `count`, evenly spaced, the first and the last among them."""
     return sorted({int(number) for number in np.linspace(0, count - 1, min(count, most))})
 
 
-def _parsed(kind: type[Kind], text: bytes, file: Path, notes: list[str]) -> Kind | None:
-    """A line of a file; where it has another form, None and a note."""
-    try:
-        return parse(kind, text)[0]
-    except ValueError as error:
-        notes.append(f"{file.name} cannot be read: {error}")
+def _parsed(kind: type[Kind], file: Path, notes: list[str], line: bytes | None = None) -> tuple[Kind, Any] | None:
+    """The document of a file, or one of its lines, and its plain data; None where there is no file, and a note where it
+    has another form."""
+    if line is None and not file.is_file():
         return None
-
-
-def _document(kind: type[Kind], file: Path, notes: list[str]) -> tuple[Kind, Any] | None:
-    """The document of a file, and its plain data; None where there is none, and a note where it has another form."""
     try:
-        return parse(kind, read_regular(file, A_FILE, MAX_DOCUMENT)) if file.is_file() else None
+        return parse(kind, read_regular(file, A_FILE, MAX_DOCUMENT) if line is None else line)
     except ValueError as error:
         notes.append(f"{file.name} cannot be read: {error}")
         return None
@@ -285,14 +285,6 @@ def _summary(row: HistoryRow) -> Generation:
     met = np.where(np.isfinite(fitness), row.examples or 0, -1)
     place = int(np.argmax(np.where(met == met.max(), fitness, -np.inf)))
     return Generation(row, median, low, high, row.genomes[place], float(fitness[place]))
-
-
-def _in_use(path: Path) -> bool:
-    try:
-        check_not_in_use(path)
-    except InputError:
-        return True
-    return False
 
 
 def _text(path: Path) -> str | None:

@@ -1,11 +1,9 @@
 """A run in words and tables, for its page and for the terminal."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from rich.table import Table as TerminalTable
 
 from evojax_merge.config.search_config import Budget, parse_budget
 from evojax_merge.errors import escaped, escaped_lines
@@ -13,30 +11,12 @@ from evojax_merge.report.answers import winner_scores
 from evojax_merge.report.comparison import chosen_on, label_of, nothing_beat, titled
 from evojax_merge.report.drawings import parameter_text
 from evojax_merge.report.intervals import paired_lead, unpaired_lead
-from evojax_merge.report.progress import terminal_table
 from evojax_merge.report.run_data import SEARCH_SPLIT, Result, RunData, lead_over
-from evojax_merge.report.tables import LEAD, lead_cell
+from evojax_merge.report.tables import LEAD, Table, lead_cell
 from evojax_merge.system.console import drawn, format_seconds
 
 # The rows of a table of keys, and the keys that a sentence lists.
 MOST_ROWS, MOST_UNLIKE = 400, 6
-
-
-@dataclass(frozen=True)
-class Table:
-    """numbers: the columns that are aligned to the right; winner: the row that stands out; wrap: break long
-    cells."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-    numbers: frozenset[int] = frozenset()
-    winner: int | None = None
-    wrap: bool = False
-
-    def terminal(self, title: str | None = None) -> TerminalTable:
-        """The table for the terminal."""
-        rows = [list(map(_shown, row)) for row in self.rows]
-        return terminal_table(self.columns, rows, title, numbers=self.numbers, bold=self.winner)
 
 
 class PrintedTable(list[dict[str, Any]]):
@@ -49,12 +29,6 @@ class PrintedTable(list[dict[str, Any]]):
         cells = [[row.get(key) for key in columns] for row in rows]
         words = {number for row in cells for number, value in enumerate(row) if isinstance(value, str)}
         return drawn(Table(columns, cells, frozenset(range(len(columns))) - words).terminal())
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return " to ".join(map(_shown, value))
-    return "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def facts(run: RunData) -> str:
@@ -154,9 +128,7 @@ def heldout_table(result: Result) -> Table:
     return Table(columns, rows, frozenset(range(1, len(columns))), winner)
 
 
-def front_table(result: Result | None) -> Table | None:
-    if result is None or not result.members:
-        return None
+def front_table(result: Result) -> Table:
     names = list(result.members[0].scores)
     heldout = list(result.members[0].heldout_scores)
     rows = [
@@ -172,9 +144,7 @@ def front_table(result: Result | None) -> Table | None:
     return Table(columns, rows, frozenset(range(len(columns))), winner)
 
 
-def lineage_table(result: Result | None) -> Table | None:
-    if result is None or not result.lineage:
-        return None
+def lineage_table(result: Result) -> Table:
     rows = [
         [member.name, member.method, " and ".join(member.parents),
          "; ".join(f"{name} {parameter_text(value)}" for name, value in member.parameters.items()), member.split]
@@ -213,13 +183,11 @@ def runs_table(runs: Mapping[str, RunData]) -> Table:
     """A line for each run: its state, its progress, its best fitness and its winner's held-out scores."""
     rows = []
     for name, run in runs.items():
-        winner = run.result.winner if run.result is not None else None
-        rivals = run.result.rivals if run.result is not None else []
-        best = [row.heldout_fitness for row in rivals if row.role == "parent"]
-        worse = None
-        if run.result is not None and run.result.shares:
+        winner, worse = run.outcome.winner, None
+        best = [row.heldout_fitness for row in run.outcome.rivals if row.role == "parent"]
+        if run.outcome.shares:
             # The tasks on which the winner is worse than the base or a parent, beyond noise.
-            worse = ", ".join(dict.fromkeys(loss.score.rpartition("/")[0] for loss in run.result.worse_on)) or "none"
+            worse = ", ".join(dict.fromkeys(loss.score.rpartition("/")[0] for loss in run.outcome.worse_on)) or "none"
         rows.append(
             [name, run.method, run.state, progress_cell(run), best_cell(run),
              None if winner is None else winner.heldout_fitness,
@@ -233,9 +201,8 @@ def runs_table(runs: Mapping[str, RunData]) -> Table:
 
 
 def winners_table(runs: Mapping[str, RunData]) -> Table:
-    results = {name: run.result for name, run in runs.items() if run.result is not None and run.result.winner}
-    winners = {name: result.winner for name, result in results.items() if result.winner is not None}
-    units = {score: unit for result in results.values() for score, unit in result.units.items()}
+    winners = {name: winner for name, run in runs.items() if (winner := run.outcome.winner) is not None}
+    units = {score: unit for name in winners for score, unit in runs[name].outcome.units.items()}
     scores = list(dict.fromkeys(score for winner in winners.values() for score in winner.heldout_scores))
     rows = [
         [name, winner.heldout_fitness, *(winner.heldout_scores.get(score) for score in scores)]
@@ -249,7 +216,7 @@ def gaps_table(runs: Mapping[str, RunData]) -> Table | None:
     """The lead of each later run's winner over the first run's on every task that both scored by the same metric; None
     where no two winners have such a task."""
     (first, theirs), *others = ((name, winner_scores(run)) for name, run in runs.items())
-    units = {score: unit for run in runs.values() if run.result for score, unit in run.result.units.items()}
+    units = {score: unit for run in runs.values() for score, unit in run.outcome.units.items()}
     rows = []
     for name, ours in others:
         for score in (score for score in ours if score in theirs):

@@ -4,8 +4,7 @@ expression, and on the time of a match, which backtracking alone does not limit.
 import functools
 import re
 import warnings
-from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 import regex
 
@@ -42,20 +41,11 @@ def expression(pattern: str) -> regex.Pattern[str]:
     return compiled
 
 
-def begins(where: object, pattern: str, name: str) -> bool:
-    """Return whether a match begins where the name does, like `re.match`. Raises InputError, with `where` in front, for
-    a pattern that `expression` refuses, and for a match that takes too long."""
-    return _matches(where, pattern, lambda compiled: compiled.match(name, timeout=SECONDS_A_NAME))
-
-
-def is_all_of(where: object, pattern: str, name: str) -> bool:
-    """Return whether the whole name is a match, like `re.fullmatch`. Raises as `begins` does."""
-    return _matches(where, pattern, lambda compiled: compiled.fullmatch(name, timeout=SECONDS_A_NAME))
-
-
-def _matches(where: object, pattern: str, look: Callable[[regex.Pattern[str]], Any]) -> bool:
+def pattern_matches(where: object, pattern: str, name: str, how: Literal["match", "fullmatch"]) -> bool:
+    """Return whether `re.match` or `re.fullmatch` finds the pattern in a name. Raises InputError, with `where` in
+    front, for a pattern that `expression` refuses, and for a match that takes too long."""
     try:
-        return look(expression(pattern)) is not None
+        return getattr(expression(pattern), how)(name, timeout=SECONDS_A_NAME) is not None
     except ValueError as error:
         raise InputError(where, f"the pattern {shown(pattern)} {error}") from None
     except (TimeoutError, MemoryError):

@@ -134,22 +134,15 @@ def _check_events(where: object, text: str, repeated: Repeated) -> None:
             closed(None, sizes.get(event.anchor or "", 1))
         elif isinstance(event, yaml.ScalarEvent):
             if open_nodes and open_nodes[-1].mapping and open_nodes[-1].children % 2 == 0:
-                _check_key(where, event, open_nodes[-1].keys, repeated)
+                # The number 1 and the text "1" are two keys; `<<`, which merges another mapping in, may stand twice.
+                keys, key, mark = open_nodes[-1].keys, (_tag(event), event.value), event.start_mark
+                if key in keys:
+                    repeated(_at(where, mark), f"{event.value}: is on line {keys[key]} already")
+                if key[0] != "tag:yaml.org,2002:merge" and mark is not None:
+                    keys[key] = mark.line + 1
             if len(event.value) > MAX_DIGITS and event.implicit[0] and _tag(event) == "tag:yaml.org,2002:int":
                 raise InputError(_at(where, event.start_mark), f"a number of more than {MAX_DIGITS:,} digits")
             closed(event.anchor, 1)
-
-
-def _check_key(where: object, event: Any, keys: dict[tuple[str, str], int], repeated: Repeated) -> None:
-    """Call `repeated` for a key that its mapping has already; `<<`, which merges another mapping in, may stand
-    twice."""
-    # The number 1 and the text "1" are two keys.
-    tag = _tag(event)
-    if tag == "tag:yaml.org,2002:merge":
-        return
-    if (tag, event.value) in keys:
-        repeated(_at(where, event.start_mark), f"{event.value}: is on line {keys[tag, event.value]} already")
-    keys[tag, event.value] = event.start_mark.line + 1
 
 
 def _tag(scalar: Any) -> str:

@@ -25,26 +25,21 @@ from evojax_merge.tasks.splits import Splits
 
 def print_setup(problem: SearchProblem[Backend], prepared: Splits[list[Any]], devices: Devices, planned: Plan) -> None:
     """Print the search's devices, models, batches, strategy and plan."""
-    console.print(devices.describe(), highlight=False)
-    for line in (*problem.backend.describe_inputs(prepared), *problem.notes):
-        console.print(line, highlight=False, soft_wrap=True)
-    for line in planned.summary():
-        console.print(line, highlight=False, soft_wrap=True)
+    console.print(devices.describe())
+    for line in (*problem.backend.describe_inputs(prepared), *problem.notes, *planned.summary()):
+        console.print(line, soft_wrap=True)
 
 
 def print_work(folder: RunFolder, problem: SearchProblem[Backend], evaluators: Splits[SpaceEvaluator[Any]]) -> None:
     """Print how candidates were scored, and how much successive halving saved."""
     used = [evaluator for evaluator in (evaluators.choice, *evaluators.minibatches, *evaluators.shards) if evaluator]
-    console.print(problem.backend.describe_work(used), highlight=False)
+    console.print(problem.backend.describe_work(used))
     if len(evaluators.shards) > 1:
         examples = sum(task.size for shard in problem.splits.shards for task in shard if task.weight > 0)
         counts = [count for row in folder.read_history() for count in row["examples"]]
         done, total = sum(counts), len(counts) * examples
-        console.print(
-            f"successive halving: {done:,} of {total:,} passes of a candidate over an example "
-            f"({1 - done / total:.0%} saved)",
-            highlight=False,
-        )
+        share = f"{1 - done / total:.0%} saved"
+        console.print(f"successive halving: {done:,} of {total:,} passes of a candidate over an example ({share})")
 
 
 def why_complete(folder: RunFolder, problem: SearchProblem[Backend]) -> str | None:
@@ -89,15 +84,15 @@ def write_winner(folder: RunFolder, problem: SearchProblem[Backend], result: Res
     shown = result.report.terminal()
     if shown is not None:
         for line in shown.split("\n"):
-            console.print(line, highlight=False, soft_wrap=True)
-    console.print(scores_table(result.rows, "Held-out scores"))
+            console.print(line, soft_wrap=True)
+    console.print(scores_table(result.rows).terminal("Held-out scores"))
     if result.members:
-        console.print(scores_table(result.front(), "The front: no candidate is better in every task"))
-        console.print(f"members: {folder.front} (export --member NUMBER)", highlight=False, soft_wrap=True)
-    console.print(f"winner: {folder.model}", highlight=False, soft_wrap=True)
+        console.print(scores_table(result.front()).terminal("The front: no candidate is better in every task"))
+        console.print(f"members: {folder.front} (export --member NUMBER)", soft_wrap=True)
+    console.print(f"winner: {folder.model}", soft_wrap=True)
     measured = result.measured()
     for sentence in (result.chosen_on(), *([] if measured is None else [measured]), *result.verdicts()):
-        console.print(sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
+        console.print(sentence, style="bold", soft_wrap=True)
     # Earlier winners are compared with this one on the examples that no search has seen.
     for place in folder.kept_winners():
         earlier = read_result(place / folder.result.name)
@@ -109,8 +104,5 @@ def write_winner(folder: RunFolder, problem: SearchProblem[Backend], result: Res
         console.print(
             f"held out, the winner of {len(history)} generations ({fitness:.4f}) is {verdict} that of "
             f"{earlier.generations} ({before:.4f}), which is kept: {place / folder.model.name} is a model folder like "
-            f"{folder.model}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+            f"{folder.model}", soft_wrap=True,
+        )  # fmt: skip

@@ -4,8 +4,10 @@ The passes are those of the search itself: its backend plans them, over abstract
 """
 
 import math
-from collections.abc import Sequence
-from contextlib import suppress
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from threading import Event
 from typing import Any
@@ -14,22 +16,34 @@ import jax
 
 from evojax_merge.backends.backend import Backend
 from evojax_merge.config.search_config import SearchConfig
+from evojax_merge.evaluation.compilations import Compilations, compilations
 from evojax_merge.evaluation.compilers import TargetCompiler
 from evojax_merge.evaluation.costs import Cost
 from evojax_merge.evaluation.devices import tree_nbytes
 from evojax_merge.evaluation.planned_passes import PlanUse, SizedPass
 from evojax_merge.evaluation.targets import Target, gpu_memory_fraction, live_target, single_hosts
-from evojax_merge.evaluation.timings import CALLED, Timing, WorkKind, estimated_factor, kind_of_pass
+from evojax_merge.evaluation.timings import (
+    CALLED,
+    Timing,
+    WorkKind,
+    estimated_factor,
+    kind_of_pass,
+    record_timings,
+    timing,
+)
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.plan import CHOOSING, GENERATIONS, HELDOUT, MEASURING, PassPlan, Plan, Work, shown_bytes
 from evojax_merge.search.loop import INIT_KEY, generation_key
 from evojax_merge.search.protocols import Strategy, gradient_generations
-from evojax_merge.search.run_parts import KEPT_CHECKPOINTS
+from evojax_merge.search.run_parts import KEPT_CHECKPOINTS, RunFolder
 from evojax_merge.search.successive_halving import rung_shards, rung_size
 from evojax_merge.search.surrogate import HISTORY
 from evojax_merge.steps.selection import SelectionCounts, candidates_to_select, models_to_measure
+from evojax_merge.system.console import working
 from evojax_merge.tasks.splits import Splits
 
+# Models of fewer bytes load before anything is compiled.
+COMPILE_BESIDE_BYTES = 2**28
 # Bytes of the host that the program itself takes: the interpreter, JAX, the compiler at work.
 PROCESS_BYTES = 700 * 10**6
 # The most devices that a plan suggests, where one is not enough.
@@ -152,6 +166,58 @@ def compile_ahead(problem: SearchProblem[Backend], prepared: Splits[list[Any]], 
             if sized.planned.traced is not None:
                 with suppress(jax.errors.JaxRuntimeError):
                     sized.planned.traced.lower().compile()
+
+
+def ending_estimate(problem: SearchProblem[Backend], planned: Plan, before: Compilations) -> Callable[[float], float]:
+    """(seconds of a generation) -> about the seconds from the last generation to the end. Programs of the ending that
+    were not compiled ahead take about as long to compile as those that ran until the second generation."""
+    compiling = list[float]()
+
+    def ending(generation: float) -> float:
+        if not compiling:
+            is_ahead = problem.backend.stored_bytes() >= COMPILE_BESIDE_BYTES
+            compiling.append(0.0 if is_ahead else (compilations() - before).seconds)
+        return planned.ending_seconds(generation) + compiling[0]
+
+    return ending
+
+
+@contextmanager
+def compiling_beside(problem: SearchProblem[Backend], prepared: Splits[list[Any]]) -> Iterator[None]:
+    """Compile the search's passes while the block loads models, where that takes longer than compiling them twice
+    would. The programs are handed over in JAX's folder of compiled programs."""
+    is_kept = jax.config.values["jax_compilation_cache_dir"] and jax.config.values["jax_enable_compilation_cache"]
+    # GPUs of several processes tune kernels together.
+    is_alone = jax.process_count() == 1
+    is_worth_it = is_kept and is_alone and problem.backend.stored_bytes() >= COMPILE_BESIDE_BYTES
+    sizes, kept = {task.name: task.size for task in problem.splits.heldout}, problem.kept
+    # An earlier search with the same models and tasks that came to its end has left its programs.
+    if not is_worth_it or (
+        kept is not None and kept.read("heldout", problem.backend.compared[0][1], sizes) is not None
+    ):
+        yield
+        return
+    cancelled = Event()
+    with ThreadPoolExecutor(1) as pool:
+        compiling = pool.submit(compile_ahead, problem, prepared, cancelled)
+        try:
+            yield
+            with working("compiling"):
+                compiling.result()
+        finally:
+            cancelled.set()
+
+
+def record_timing(planned: Plan, folder: RunFolder) -> None:
+    """Record how many times its bound a generation took, for later plans. The first one, which compiled, does not
+    count, and neither do generations of two kinds. Judges, and functions that JAX does not trace, are no work of a
+    device: their runs are not recorded."""
+    seconds = [] if planned.run.called_seconds else [row["seconds"] for row in folder.read_timing()[1:]]
+    if len(seconds) > 1 and planned.generation.seconds > 0 and planned.gradient_generations in (0, planned.generations):
+        factor = statistics.median(seconds) / (planned.generation.seconds * planned.expected_share)
+        # A clock may be too coarse for the smallest searches.
+        if factor > 0 and planned.bank_bytes > 0:
+            record_timings([timing(planned.kind, factor, planned.bank_bytes, "search")])
 
 
 def _planned_generations(search: SearchConfig, strategy: Strategy, by_gradient: float, by_score: float) -> int:

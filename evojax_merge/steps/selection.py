@@ -111,9 +111,15 @@ def select_best(
             searched, plain_searched = (
                 float(fitness_on(on.search, genome[None])[0]) for genome in (best.genome, plain)
             )
-        controls = [_greedy(problem, on.deciding, progress) for _ in problem.search.controls]
+        controls = {}
+        for _ in problem.search.controls:
+            # The greedy soup by the examples that the winner is chosen on.
+            members, soup = greedy_soup(problem.space, on.deciding, progress)
+            names = [model_name(parent) for parent, is_in in zip(problem.parents, members, strict=True) if is_in]
+            few = ", ".join(names) if len(names) <= 3 else f"{len(names)} of {len(members)} parents"
+            controls[f"soup of {few}"] = soup
     with phase(HELDOUT, heldout.passes(counts.heldout)) as progress:
-        genomes = {"winner": best.genome, "plain": plain, **dict(controls)}
+        genomes = {"winner": best.genome, "plain": plain, **controls}
         table, answers = _table(problem, heldout, genomes, progress) if problem.splits.heldout else ([], ())
         front = _front(heldout, finalists, progress) if keeps_front(problem.strategy) else ()
     # A task that is only shown, or only guarded, has no share of the fitness.
@@ -137,16 +143,6 @@ def select_best(
         answers=answers,
         parent=origin_of(backend, best.genome) if _is_parent(backend.space, best.genome) else "",
     )
-
-
-def _greedy(
-    problem: SearchProblem[Backend], deciding: SpaceEvaluator[Any], progress: Progress
-) -> tuple[str, np.ndarray]:
-    """The greedy soup by the examples that the winner is chosen on: its name, and its genome, float32[D]."""
-    members, genome = greedy_soup(problem.space, deciding, progress)
-    names = [model_name(parent) for parent, is_member in zip(problem.parents, members, strict=True) if is_member]
-    few = ", ".join(names) if len(names) <= 3 else f"{len(names)} of {len(members)} parents"
-    return f"soup of {few}", genome
 
 
 def origin_of(backend: Backend, genome: np.ndarray) -> str:
@@ -193,15 +189,11 @@ def _front(heldout: SpaceEvaluator[Any], finalists: Sequence[Finalist], progress
     rows = zip(chosen, values, means(heldout.tasks, scores), strict=True)
     return tuple(
         FrontMember(
-            number=number,
-            genome=finalist.genome,
-            fitness=finalist.fitness,
-            scores=dict(zip(names, map(float, finalist.task_means), strict=True)),
-            heldout_fitness=float(heldout_fitness),
-            heldout_scores={name: table[name] for name in names},
+            number, finalist.fitness, dict(zip(names, map(float, finalist.task_means), strict=True)),
+            float(heldout_fitness), {name: table[name] for name in names}, finalist.genome,
         )
         for number, (finalist, heldout_fitness, table) in enumerate(rows, start=1)
-    )
+    )  # fmt: skip
 
 
 def _table(

@@ -94,44 +94,28 @@ def open_tasks(
     With split `all`, a task with a second source of held-out examples is on those, and any other on all that it has.
     Raises InputError for a split that does not exist.
     """
-    if split != "all":
-        tasks = _on_split(where, file, folder, split, seed, validation)
-        words = "held-out" if split == "heldout" else split
-        return TaskSet(
-            where,
-            tasks,
-            file.evaluation,
-            tuple(f"the {split_task.size} {words} examples of {split_task.name}" for split_task in tasks),
-            file.backend,
-            folder,
-        )
-    tasks = [
-        open_whole_task(f"{where}: tasks[{i}]", task, folder, seed, resolve_file) for i, task in enumerate(file.tasks)
-    ]
-    # A second source of held-out examples is scored alone; a share of the only source is scored with all others.
-    sizes = tuple(
-        f"the {task.size} held-out examples of {task.name}"
-        if config.heldout_source is not None
-        else f"all {task.size} examples of {task.name}, searched or not"
-        for task, config in zip(tasks, file.tasks, strict=True)
-    )
-    return TaskSet(where, tasks, file.evaluation, sizes, file.backend, folder)
-
-
-def _on_split(where: str, file: TaskFile, folder: Path, split: Split, seed: int, validation: float) -> list[Task]:
-    splits = [
-        open_splits(f"{where}: tasks[{i}]", task, folder, seed, resolve_file) for i, task in enumerate(file.tasks)
-    ]
-    if split == "heldout":
-        return [heldout for _, heldout in splits]
-    searched, validated = validation_split(
-        f"{where}: search.validation", [search for search, _ in splits], validation, seed
-    )
-    if split == "search":
-        return searched
-    if not validated:
-        raise InputError(where, "has no validation split (search.validation); expected --split search, heldout or all")
-    return validated
+    sections = [(f"{where}: tasks[{i}]", section) for i, section in enumerate(file.tasks)]
+    if split == "all":
+        tasks = [open_whole_task(place, section, folder, seed, resolve_file) for place, section in sections]
+        # A second source of held-out examples is scored alone; a share of the only source is scored with all others.
+        sizes = [
+            f"the {task.size} held-out examples of {task.name}"
+            if section.heldout_source is not None
+            else f"all {task.size} examples of {task.name}, searched or not"
+            for task, section in zip(tasks, file.tasks, strict=True)
+        ]
+    else:
+        splits = [open_splits(place, section, folder, seed, resolve_file) for place, section in sections]
+        tasks, words = [heldout for _, heldout in splits], "held-out"
+        if split != "heldout":
+            searched = [search for search, _ in splits]
+            searched, validated = validation_split(f"{where}: search.validation", searched, validation, seed)
+            tasks, words = searched if split == "search" else validated, split
+            if not tasks:
+                what = "has no validation split (search.validation); expected --split search, heldout or all"
+                raise InputError(where, what)
+        sizes = [f"the {task.size} {words} examples of {task.name}" for task in tasks]
+    return TaskSet(where, tasks, file.evaluation, tuple(sizes), file.backend, folder)
 
 
 def score_models(

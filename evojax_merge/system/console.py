@@ -103,7 +103,7 @@ class Heartbeat:
             if work and time.monotonic() - console.printed_at >= SILENCE_SECONDS:
                 console.printed_at = time.monotonic()
                 # The log of a run is of what happened.
-                super(Terminal, console).print(printable(work[0](), LONGEST_LINE), highlight=False, soft_wrap=True)
+                super(Terminal, console).print(printable(work[0](), LONGEST_LINE), soft_wrap=True)
 
 
 HEARTBEAT = Heartbeat()
@@ -117,7 +117,7 @@ def working(what: str) -> AbstractContextManager[None]:
 
 def say(text: str) -> None:
     """Print one line on the terminal, unchanged."""
-    console.print(text, highlight=False)
+    console.print(text)
 
 
 def say_once(text: str) -> None:

@@ -6,13 +6,14 @@ that folder.
 """
 
 import fcntl
+import json
 import os
 import re
 import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,16 +102,6 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
         work.write_bytes(content)
 
 
-def check_writable(path: Path) -> None:
-    """Raises InputError where `atomic_write` could not write a file."""
-    try:
-        work = _hidden_name(regular_file(path), NEW)
-        work.touch()
-        work.unlink()
-    except OSError as error:
-        raise InputError(path, f"cannot be written ({error.strerror})") from None
-
-
 def may_replace(path: Path, is_own: Callable[[bytes], object]) -> bool:
     """Return whether there is no file of a name, or one that is empty or that this program wrote, as `is_own` tells
     from its first MOST_READ bytes. Raises InputError where the file cannot be replaced by another file."""
@@ -128,6 +119,14 @@ def may_replace(path: Path, is_own: Callable[[bytes], object]) -> bool:
         return False
 
 
+def holds_json(content: bytes, keys: Collection[str], *, in_list: bool = False) -> bool:
+    """Return whether a file's content is a JSON object with these keys, or, `in_list`, a list of such objects."""
+    document = json.loads(content)
+    rows = document if in_list else [document]
+    is_filled = isinstance(rows, list) and len(rows) > 0
+    return is_filled and all(isinstance(row, dict) and row.keys() >= set(keys) for row in rows)
+
+
 @dataclass(frozen=True)
 class OutputFile:
     """A file that a command writes under a name of the user's. `option`: the name's option, in messages; `is_not`: what
@@ -141,10 +140,13 @@ class OutputFile:
     def check(self) -> None:
         """Raises InputError where the file cannot be written, or would replace one that this program did not write."""
         try:
-            check_writable(self.path)
+            work = _hidden_name(regular_file(self.path), NEW)
+            work.touch()
+            work.unlink()
             self._check_own()
-        except InputError as error:
-            raise InputError(self.path, f"{self.option}: {error.what}" if self.option else error.what) from None
+        except (InputError, OSError) as error:
+            what = error.what if isinstance(error, InputError) else f"cannot be written ({error.strerror})"
+            raise InputError(self.path, f"{self.option}: {what}" if self.option else what) from None
 
     def write(self, content: str | bytes) -> None:
         """Write the file. Raises InputError where another one has got its name since the check."""
@@ -252,7 +254,11 @@ def atomic_folder(target: Path, *, overwrite: bool = False, check: Callable[[], 
     check()
     with hidden_folder(target) as work:
         yield work
-        _let_others_read(work)
+        # A library makes files for their owner alone; links of other files keep their mode.
+        for file in work.rglob("*"):
+            status = file.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and stat.S_IMODE(status.st_mode) == 0o600:
+                file.chmod(0o644)
         if place.exists():
             # Else a power failure could take both.
             flush(work)
@@ -263,29 +269,21 @@ def atomic_folder(target: Path, *, overwrite: bool = False, check: Callable[[], 
     recover(target)
 
 
-def _let_others_read(folder: Path) -> None:
-    """Give the files that a library made for their owner alone the mode that others have. Links of other files keep
-    theirs."""
-    for file in folder.rglob("*"):
-        status = file.lstat()
-        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and stat.S_IMODE(status.st_mode) == 0o600:
-            file.chmod(0o644)
-
-
 @contextmanager
 def hidden_folder(target: Path) -> Iterator[Path]:
     """Yield a new folder beside `target`, under a hidden name, which vanishes when the block ends unless it was
     renamed. `recover` removes a folder that a killed process leaves."""
     place = resolved(target)
-    made: list[Path] = []
+    missing = [path for path in (place.parent, *place.parent.parents) if not os.path.exists(path)]
     try:
-        made = _make_folders(place.parent)
+        place.parent.mkdir(parents=True, exist_ok=True)
         with _locked(place.parent):
             work = Path(tempfile.mkdtemp(prefix=f".{place.name}{NEW}", dir=place.parent))
             owner = _lock(work)
         work.chmod(0o755)
     except OSError as error:
-        _remove_made(made)
+        for folder in missing:
+            remove_empty_folder(folder)
         raise InputError(target, f"cannot be written ({error.strerror})") from None
     try:
         yield work
@@ -293,7 +291,8 @@ def hidden_folder(target: Path) -> Iterator[Path]:
         raise cannot_write(target, error, "; nothing was left behind") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        _remove_made(made)
+        for folder in missing:
+            remove_empty_folder(folder)
         if owner is not None:
             os.close(owner)
 
@@ -377,18 +376,6 @@ def _lock(folder: Path) -> int | None:
         os.close(handle)
         return None
     return handle
-
-
-def _make_folders(folder: Path) -> list[Path]:
-    """Make a folder and those above it that are missing; returns the folders that were missing, the uppermost first."""
-    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)][::-1]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
-
-
-def _remove_made(folders: Sequence[Path]) -> None:
-    for folder in reversed(folders):
-        remove_empty_folder(folder)
 
 
 def flush(folder: Path) -> None:

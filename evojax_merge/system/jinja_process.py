@@ -13,12 +13,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
 # The limits of one text: seconds of processor time, bytes beyond those of the idle process, and characters that a
 # template may add to its input. Templates in use take milliseconds and add a few thousand characters.
 SECONDS, MEMORY, CHARACTERS = 2, 512 * 2**20, 10**6
+# The folders, of the models that were opened last, whose tokenizers have a chat template. A message about one that has
+# none names them.
+FOLDERS_WITH_TEMPLATE: list[Path] = []
 # The seconds without an answer after which the process is given up: it may import transformers first.
 PATIENCE = 60
 
@@ -31,13 +35,18 @@ class TemplateError(ValueError):
         self.refused = refused
 
 
-def check(template: str) -> None:
+def check_template(template: str) -> None:
     """Raises TemplateError where the text is not a template of Jinja."""
     _ask({"kind": "check", "template": template})
 
 
-def render_turns(template: str, turns: Sequence[Mapping[str, Any]], options: dict[str, Any]) -> str:
-    """A conversation in a chat template, as transformers renders it. Raises TemplateError."""
+def render_chat(template: str, tokenizer: Any, turns: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """A conversation in one of the tokenizer's chat templates: its `apply_chat_template`, with limits.
+
+    turns: with `role` and `content`. options: `add_generation_prompt`, `continue_final_message`, and variables of the
+    template. Raises TemplateError.
+    """
+    options = {**tokenizer.special_tokens_map, **options}
     return _ask({"kind": "turns", "template": template, "turns": list(turns), "options": options})[0]
 
 

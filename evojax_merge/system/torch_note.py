@@ -26,13 +26,9 @@ def _is_ours() -> bool:
     return False
 
 
-def _keep(record: logging.LogRecord) -> bool:
-    return not (str(record.msg).startswith(NOTES) and _is_ours())
-
-
 def drop_in_our_imports() -> None:
     """Filter the logger that the note goes to. Imports nothing of transformers."""
-    logging.getLogger("transformers").addFilter(_keep)
+    logging.getLogger("transformers").addFilter(lambda record: not (str(record.msg).startswith(NOTES) and _is_ours()))
 
 
 def leave_torch_out() -> None:

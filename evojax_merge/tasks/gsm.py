@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.schema.section import Location, Name, Text, Whole
-from evojax_merge.system.chat_templates import ChatTemplateError, render_chat
+from evojax_merge.system.jinja_process import TemplateError, render_chat
 from evojax_merge.tasks.language import check_language, language_of
 from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
 from evojax_merge.tasks.prompts import chat_template, encode_prompt
@@ -208,7 +208,7 @@ class GsmTask(TaskDefaults):
         turns.append({"role": "user", "content": format_question(self.style, problem)})
         try:
             text = render_chat(template, tokenizer, turns, add_generation_prompt=True)
-        except ChatTemplateError as error:
+        except TemplateError as error:
             # A template may refuse a system turn, say.
             raise InputError(
                 f"task {self.name}", f"apply_chat_template: the models' chat template failed ({error})"

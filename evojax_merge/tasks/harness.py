@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 
 from evojax_merge.errors import InputError, first_line
 from evojax_merge.schema.section import Location, Name, Text, Whole
-from evojax_merge.system.chat_templates import ChatTemplateError
+from evojax_merge.system.jinja_process import TemplateError
 from evojax_merge.tasks.function import FunctionFailed, guard_user_function
 from evojax_merge.tasks.harness_tokens import (
     check_length,
@@ -183,7 +183,7 @@ class Source:
                     fewshot_as_multiturn=config.fewshot_as_multiturn,
                     chat_template=chat,
                 )
-        except ChatTemplateError as error:
+        except TemplateError as error:
             raise InputError(self.where, f"apply_chat_template: the models' chat template failed ({error})") from None
         except InputError:
             raise

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evojax_merge.errors import InputError, shown
-from evojax_merge.system.chat_templates import ChatTemplateError, render_chat
+from evojax_merge.system.jinja_process import TemplateError, render_chat
 from evojax_merge.tasks.images import RecordImage, expand_images, number_images
 from evojax_merge.tasks.prompts import Written, encode_alone, prefix_token
 from evojax_merge.tasks.task import token_ids
@@ -99,7 +99,7 @@ def written_chat(
     )
     try:
         return write(history)
-    except ChatTemplateError as error:
+    except TemplateError as error:
         if not error.refused:
             raise
         return write([turn for turn in history if turn["role"] != "system"])

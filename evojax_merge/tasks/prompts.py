@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from evojax_merge.errors import InputError, shown
 from evojax_merge.schema.section import Form, Location, Name, Text, Whole
-from evojax_merge.system.chat_templates import ChatTemplateError, folders_with_template, render_chat
+from evojax_merge.system.jinja_process import FOLDERS_WITH_TEMPLATE, TemplateError, render_chat
 from evojax_merge.tasks.images import RecordImage
 from evojax_merge.tasks.task import IMAGES, TaskConfig, token_ids
 from evojax_merge.tasks.templates import look_up
@@ -174,7 +174,7 @@ class Prompts:
                 problem = f"the chat template of {named(tokenizer)} leaves a system turn out"
                 raise InputError(f"{self.where}.system_instruction", f"{problem}; write it into prompt instead")
             return text
-        except ChatTemplateError as error:
+        except TemplateError as error:
             if error.refused and systems and _succeeds(lambda: render(conversation)):
                 key = f"{self.where}.system_instruction" if self.system is not None else where
                 problem = f"the chat template of {named(tokenizer)} refuses a system turn ({error})"
@@ -272,7 +272,7 @@ def chat_template(where: str, tokenizer: Any, name: str | None) -> str:
     there is none; `where` is the key that asks for it."""
     templates = tokenizer.chat_template
     if not templates:
-        others = ", ".join(map(str, folders_with_template()[:3]))
+        others = ", ".join(map(str, FOLDERS_WITH_TEMPLATE[:3]))
         hint = f", or set tokenizer_source to a model that has one ({others})" if others else ""
         raise InputError(where, f"{named(tokenizer)} has no chat template; leave the key out{hint}")
     by_name = {"default": templates} if isinstance(templates, str) else templates
@@ -330,7 +330,7 @@ def _parted(turns: Sequence[Turn]) -> tuple[list[Turn], list[Turn]]:
 def _succeeds(render: Any) -> bool:
     try:
         render()
-    except ChatTemplateError:
+    except TemplateError:
         return False
     return True
 
