@@ -27,8 +27,6 @@ from evojax_merge.schema.yaml_reader import load_yaml
 from evojax_merge.search.auto import Traits, choose, gradient_note
 from evojax_merge.search.budgets import within_budget
 from evojax_merge.search.example_choice import ExampleChoice, length_strata
-from evojax_merge.search.fronts import check_front_options
-from evojax_merge.search.gradients import check_gradient_options
 from evojax_merge.search.kept_scores import KeptScores
 from evojax_merge.search.protocols import (
     Differentiates,
@@ -37,17 +35,16 @@ from evojax_merge.search.protocols import (
     Strategy,
     capabilities_of,
     differentiates,
-    keeps_front,
     plain_merges_of,
 )
 from evojax_merge.search.run_folder import RANDOM_NUMBERS, random_numbers
 from evojax_merge.search.seeding import seed_genomes, seeded
-from evojax_merge.search.stopping import check_stop
 from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.greedy import averages_of
 from evojax_merge.search.strategies.registry import (
     PoolSettings,
     StrategySettings,
+    check_options,
     find_strategy,
     make_strategy,
     seeds_of,
@@ -261,7 +258,7 @@ def _check_guards(where: str, config: Config, backend: Any, strategy: Strategy) 
             key, f"true: a race (search.rungs: {search.rungs}) stops candidates on a part of the examples, which does "
             "not show whether they keep a guard; leave rungs out",
         )  # fmt: skip
-    if config.pool is not None or keeps_front(strategy) or differentiates(strategy) is not None:
+    if config.pool is not None or capabilities_of(strategy).keeps_front or differentiates(strategy) is not None:
         raise InputError(
             key, f"true: the strategy {strategy.name} does not go by one fitness of each candidate, in which a guard "
             "could count; take another, such as cma_es",
@@ -299,8 +296,8 @@ def open_search(
     traits = Traits(differentiable, max(examples, 1), isinstance(space, HasMoves), is_guarded)
     objectives, notes = sum(task.weight > 0 for task, _ in tasks), []
     if search.strategy == AUTO:
-        choice = choose(search, traits)
-        search, notes = choice.search, [choice.reason]
+        search, reason = choose(search, traits)
+        notes = [reason]
 
     def make(changed: SearchConfig) -> Strategy:
         return build_strategy(where, changed, space, objectives, pool)
@@ -430,9 +427,7 @@ def build_strategy(
         # As many as fit: nobody asked for them, so there is nothing to refuse.
         seeds = plain_merges_of(space)[0][: strategy.population]
         strategy = make_strategy(where, search.strategy, replace(settings, seeds=len(seeds)))
-    check_stop(where, search.stop, strategy.population)
-    check_gradient_options(where, search, strategy)
-    check_front_options(where, search, strategy)
+    check_options(where, search, strategy)
     return seeded(strategy, seeds)
 
 

@@ -71,25 +71,25 @@ FITNESS, COMPANION, NEITHER = Traits("fitness", 256), Traits("companion", 256), 
     ],
 )  # fmt: skip
 def test_what_is_chosen(traits: Traits, named: dict[str, Any], expected: dict[str, Any]) -> None:
-    choice = choose(SearchConfig.model_validate({"strategy": "auto", **named}), traits)
-    search, options = choice.search, choice.search.gradient
+    search, reason = choose(SearchConfig.model_validate({"strategy": "auto", **named}), traits)
+    options = search.gradient
     shown = vars(search) | {
         "minibatches": options.minibatches, "learning_rate": options.learning_rate, "steps": options.generations,
         "seconds": search.stop.seconds,
     }  # fmt: skip
     assert {key: shown[key] for key in expected} == expected
-    assert choice.reason.startswith(f"search.strategy: auto chose {search.strategy}: ") and "\n" not in choice.reason
+    assert reason.startswith(f"search.strategy: auto chose {search.strategy}: ") and "\n" not in reason
     # The document of the choice is a config of its own.
     again = SearchConfig.model_validate(search.model_dump(mode="json"))
     assert again.model_dump(mode="json") == search.model_dump(mode="json")
 
 
 def test_the_reason_says_what_a_search_lacks() -> None:
-    assert "without search.validation the winner is" in choose(SearchConfig(strategy="auto"), FITNESS).reason
-    assert "validation" not in choose(SearchConfig(strategy="auto", validation=0.2), FITNESS).reason
-    assert "all of 8 examples" in choose(SearchConfig(strategy="auto"), Traits("fitness", 8)).reason
-    assert "a smooth companion of the fitness" in choose(SearchConfig(strategy="auto"), COMPANION).reason
-    assert "every candidate meets all of 12 examples" in choose(SearchConfig(), Traits(None, 12)).reason
+    assert "without search.validation the winner is" in choose(SearchConfig(strategy="auto"), FITNESS)[1]
+    assert "validation" not in choose(SearchConfig(strategy="auto", validation=0.2), FITNESS)[1]
+    assert "all of 8 examples" in choose(SearchConfig(strategy="auto"), Traits("fitness", 8))[1]
+    assert "a smooth companion of the fitness" in choose(SearchConfig(strategy="auto"), COMPANION)[1]
+    assert "every candidate meets all of 12 examples" in choose(SearchConfig(), Traits(None, 12))[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------

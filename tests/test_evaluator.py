@@ -103,9 +103,13 @@ class Setting:
         }  # fmt: skip
         components = architecture_of(self.config).components
         space = ParameterSpace(
-            method, self.parents, self.config.layers, 1, components, tuple((name,) for name in components),
-            tuple(leaf.name for leaf in shared_leaves(self.config)),
-            tuple(SearchParameter(p.name, *wide[p.name], (0.5,)) for p in method.parameters if p.searched), self.fixed,
+            method=method, parents=self.parents, layers=self.config.layers, layers_per_group=1, names=components,
+            components=tuple((name,) for name in components),
+            shared=tuple(leaf.name for leaf in shared_leaves(self.config)),
+            search_parameters=tuple(
+                SearchParameter(p.name, *wide[p.name], (0.5,)) for p in method.parameters if p.searched
+            ),
+            constants=self.fixed,
         )  # fmt: skip
         genomes = np.random.default_rng(seed).random((count, space.dims)).astype(np.float32)
         return jax.tree.map(np.asarray, jax.vmap(space.recipe)(jnp.asarray(genomes)))

@@ -86,7 +86,7 @@ WITHOUT_FILE_SYSTEM = {
             "write_header_only", "HeaderFolders._fetch", "HeaderFolders._fetch_components",
         ],
         "checkpoints/tokens.py": ["align"], "commands/publish.py": ["stage"],
-        "tasks/data_versions.py": ["_working_tree"], "tasks/generated_images.py": ["Pictures.add"],
+        "tasks/data_versions.py": ["oxen_file"], "tasks/generated_images.py": ["Pictures.add"],
         "zoo/smollm2.py": ["make_base"],
     },
     ATOMIC: {

@@ -41,7 +41,7 @@ from evojax_merge.models.sources import lazy_merge
 from evojax_merge.problem import build_problem
 from evojax_merge.search.fronts import crowded_order, crowding_distances, front_of, hypervolume, nondominated_ranks
 from evojax_merge.search.loop import INIT_KEY, Reporter, generation_key
-from evojax_merge.search.protocols import keeps_front
+from evojax_merge.search.protocols import capabilities_of
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.search.seeding import seeded
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
@@ -189,7 +189,7 @@ def test_failures_ties_and_states(name: str, objectives: int) -> None:
 def test_seeds_are_members_where_they_are_good(name: str) -> None:
     ends = np.array([[0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]], np.float32)
     strategy = seeded(make(name), ends)
-    assert keeps_front(strategy)
+    assert capabilities_of(strategy).keeps_front
     state = drive(strategy, zdt1, 6, 5)
     found = strategy.finalists(state)
     for end in ends:
@@ -402,7 +402,9 @@ def test_a_run_without_a_front_has_no_members(finished: Path, tmp_path: Path) ->
     shutil.rmtree(tmp_path / "run/best/front")
     done = run_here("export", tmp_path / "run", tmp_path / "out", "--member", 1, status=2)
     assert "has no front to take a member from" in done.stderr
-    assert not keeps_front(make_strategy("search", "random", StrategySettings(2, 4, 0.1, 1, objectives=2)))
+    assert not capabilities_of(
+        make_strategy("search", "random", StrategySettings(2, 4, 0.1, 1, objectives=2))
+    ).keeps_front
 
 
 @pytest.mark.parametrize(

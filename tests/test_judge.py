@@ -39,7 +39,7 @@ from evojax_merge.judge import activity, opening, server
 from evojax_merge.judge import ballot as ballots
 from evojax_merge.judge.agreement import agreements
 from evojax_merge.judge.ballot import Ballot, Question
-from evojax_merge.judge.batch import Pair, VotesAwaited, read_choices, write_pairs
+from evojax_merge.judge.batch import VotesAwaited, read_choices, write_pairs
 from evojax_merge.judge.batch import votes_of as choices_of
 from evojax_merge.judge.evaluation import AskingEvaluator, RememberingEvaluator
 from evojax_merge.judge.opening import _token as judge_token
@@ -513,8 +513,8 @@ def test_file_votes_that_cannot_count_are_named(tmp_path: Path, family: Family) 
     (one,) = file.rounds
     file.close(one)
     votes.write_text(json.dumps({"pair": next(iter(file.pairs)), "choice": "tie"}) + "\n")
-    taken = choices_of(votes, read_choices(votes), VoteFile(file.path), {one.task: {}})
-    assert taken.describe() == "took 0 votes; 1 came after their generation had ended, and do not count"
+    _, line = choices_of(votes, read_choices(votes), VoteFile(file.path), {one.task: {}})
+    assert line == "took 0 votes; 1 came after their generation had ended, and do not count"
 
 
 @pytest.mark.parametrize(
@@ -536,7 +536,10 @@ def test_files_of_choices_that_cannot_count_are_named(tmp_path: Path, line: str,
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 def test_a_page_of_pairs_works_from_a_file(tmp_path: Path) -> None:
-    pairs = [Pair(f"p{n}", "Which?", HOSTILE[0], HOSTILE[n % 2], "</script><i>x</i>") for n in range(3)]
+    pairs = [
+        {"pair": f"p{n}", "question": "Which?", "prompt": HOSTILE[0], "left": HOSTILE[n % 2],
+         "right": "</script><i>x</i>", "pictures": False} for n in range(3)
+    ]  # fmt: skip
     write_pairs(tmp_path / "pairs.jsonl", pairs)
     with Browser(tmp_path) as browser:
         browser.open((tmp_path / "pairs.html").as_uri())

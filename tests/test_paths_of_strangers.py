@@ -176,7 +176,7 @@ ALLOWED = {
         "checkpoints/folder.py: _open_shards", "checkpoints/headers.py: _cached", "checkpoints/headers.py: _fetch",
     ],
     "a name that a pattern or a check before it allows": [
-        "search/run_parts.py: sweep", "tasks/data_versions.py: oxen_file", "tasks/data_versions.py: _listed_md5",
+        "search/run_parts.py: sweep", "tasks/data_versions.py: oxen_file",
         "tasks/generated_images.py: read", "tasks/task_folders.py: _read", "tasks/task_folders.py: _yaml_files",
     ],
     "what the user says, in a config, a recipe or on the command line": [

@@ -388,7 +388,10 @@ def space_for(name: str, decoder: Any, parents: int) -> ParameterSpace:
     fixed = tuple((p.name, (float(p.default or 0),)) for p in method.parameters if not p.searched)
     components = (("attention",), ("mlp", "norm"))
     shared = tuple(leaf.name for leaf in shared_leaves(decoder))
-    return ParameterSpace(method, parents, decoder.layers, 2, COMPONENTS, components, shared, search_parameters, fixed)
+    return ParameterSpace(
+        method=method, parents=parents, layers=decoder.layers, layers_per_group=2, names=COMPONENTS,
+        components=components, shared=shared, search_parameters=search_parameters, constants=fixed,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=sample([True, False], 1), ids=sample(["tied", "untied"], 1))

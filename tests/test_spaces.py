@@ -33,8 +33,9 @@ def make_space(
     parents: int = 2,
 ) -> ParameterSpace:
     return ParameterSpace(
-        METHODS[method], parents, layers, layers_per_group, NAMES, components, shared, search_parameters, fixed
-    )
+        method=METHODS[method], parents=parents, layers=layers, layers_per_group=layers_per_group, names=NAMES,
+        components=components, shared=shared, search_parameters=search_parameters, constants=fixed,
+    )  # fmt: skip
 
 
 def unit(x: Any) -> np.ndarray:

@@ -6,7 +6,6 @@ Each object is a part of a config document. The tasks are checked where the stud
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -286,7 +285,7 @@ class Study(Searched, Described):
             return ask(strategy, generation_key(self.seed, self._generations), state, self.space.dims)
 
     def _context(self) -> Any:
-        """The part of the strategy's state that the space needs to decode genomes (see `LendsContext`)."""
+        """The part of the strategy's state that the space needs to decode genomes (see `CapableStrategy.context`)."""
         if not capabilities_of(self._problem.strategy).lends_context:
             return None
         _, state = self._asked()
@@ -300,9 +299,7 @@ class Study(Searched, Described):
             state = init_state(problem.search, self.seed, problem.strategy, problem.space, surrogate)
             saved = None if self.out is None or not self._resume else Checkpoints(RunFolder(self.out)).restore(ignore)
             if saved is not None:
-                parts = {name: state[name] for name in ("strategy", "genomes", "fitness")}
-                arrays = {path: leaf for path, leaf in saved.arrays.items() if path.partition(".")[0] in parts}
-                state |= replace(saved, arrays=arrays).state(parts)
+                state |= saved.part({name: state[name] for name in ("strategy", "genomes", "fitness")})
             self._state, self._first = state, 0 if saved is None else saved.generations
         return self._state
 

@@ -1,6 +1,6 @@
 """How far judges agree, on the questions that two of them were asked."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from evojax_merge.judge.votes import Round, Vote
@@ -41,16 +41,12 @@ def agreements(rounds: Iterable[Round]) -> list[Agreement]:
         for k, first in enumerate(names):
             for second in names[k + 1 :]:
                 pairs.setdefault((first, second), []).append((choices[first], choices[second]))
-    return [
-        Agreement(*names, len(rows), sum(one == other for one, other in rows), _kappa(rows))
-        for names, rows in sorted(pairs.items())
-    ]
-
-
-def _kappa(rows: Sequence[tuple[Choice, Choice]]) -> float | None:
-    size = len(rows)
-    by_chance = sum(
-        sum(one == choice for one, _ in rows) * sum(other == choice for _, other in rows) for choice in SWAPPED
-    ) / size**2  # fmt: skip
-    agreed = sum(one == other for one, other in rows) / size
-    return None if by_chance == 1 else (agreed - by_chance) / (1 - by_chance)
+    result = []
+    for judges, rows in sorted(pairs.items()):
+        size, agreed = len(rows), sum(one == other for one, other in rows)
+        by_chance = sum(
+            sum(one == choice for one, _ in rows) * sum(other == choice for _, other in rows) for choice in SWAPPED
+        ) / size**2  # fmt: skip
+        kappa = None if by_chance == 1 else (agreed / size - by_chance) / (1 - by_chance)
+        result.append(Agreement(*judges, size, agreed, kappa))
+    return result

@@ -9,7 +9,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
@@ -19,19 +19,9 @@ import numpy as np
 
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.judge.agreement import Agreement, agreements, asked
-from evojax_merge.judge.batch import Pair, VotesAwaited, write_pairs
+from evojax_merge.judge.batch import VotesAwaited, write_pairs
 from evojax_merge.judge.pairs import Rule, challenged, information
-from evojax_merge.judge.posterior import (
-    Kernel,
-    Outcomes,
-    Posterior,
-    Preferences,
-    distances_between,
-    fit_kernel,
-    fit_preferences,
-    outcomes_of,
-    typical_distance,
-)
+from evojax_merge.judge.posterior import Kernel, Posterior, Preferences, fit_kernel, fit_preferences, outcomes_of
 from evojax_merge.judge.votes import FilePair, Round, Vote, VoteFile, digest
 from evojax_merge.tasks.voting import Choice, JudgedTask
 
@@ -40,8 +30,6 @@ LEAST_INFORMATION = 0.005
 # How many of the best candidates of earlier generations meet those of a new one: without them, votes would compare
 # candidates of one generation alone.
 INCUMBENTS = 12
-# The standard deviation of strengths before the first vote.
-FIRST_DEVIATION = 2.0
 # The share of a judge's questions that another judge has answered as well, so that their agreement is seen.
 SHARED = 0.15
 # How many votes for a tie count as much as that two candidates gave the same answers.
@@ -57,10 +45,10 @@ WAIT = 0.2
 Describe = Callable[[np.ndarray], str | None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Question:
-    """Two answers to a prompt, blind. number: names it in its vote; left, right: the answers; candidates: the numbers
-    of those that wrote them."""
+    """Two answers to a prompt, blind. number: names it in its vote; left, right: the answers; candidates: those that
+    wrote them; asked: when its judge asked for it last, by a clock that nothing else depends on."""
 
     number: int
     example: int
@@ -68,6 +56,7 @@ class Question:
     left: str
     right: str
     candidates: tuple[int, int]
+    asked: float = field(default_factory=time.monotonic, compare=False)
 
 
 def _equals(rounds: Sequence[Round]) -> list[tuple[int, int, Choice, float]]:
@@ -87,9 +76,8 @@ def _equals(rounds: Sequence[Round]) -> list[tuple[int, int, Choice, float]]:
 
 class Ballot:
     """Holds one task's rounds. rounds: how many the search will hold; seed: of prompts, sides and equal pairs; wake:
-    called where the search waits, so that signals are seen; rule: chooses the pairs; pairs: the file for the pairs that
-    wait for votes, where these come by file; done: the generations that the search has behind it; log: prints a
-    line."""
+    called where the search waits, so that signals are seen; rule: chooses the pairs; pairs: the file for those that
+    wait for votes, where these come by file; done: the generations so far; log: prints a line."""
 
     def __init__(
         self, task: JudgedTask, file: VoteFile, rounds: int, seed: int, wake: Callable[[], None] = lambda: None,
@@ -110,8 +98,6 @@ class Ballot:
         self._posterior: Posterior | None = None
         self._open: dict[str, Question] = {}
         self._number = 0
-        # When each question was asked, in seconds of a clock that nothing else depends on.
-        self._asked_at: dict[int, float] = {}
         self._error: BaseException | None = None
         self._describe: Describe = lambda genome: None
         # The answers of all candidates so far, by the bytes of their genomes.
@@ -179,17 +165,21 @@ class Ballot:
         with self._changed:
             return self._preferences_of(self._generations()[:generations], dims)
 
-    def _preferences_of(self, rounds: Sequence[Round], dims: int) -> Preferences:
+    def _preferences_of(self, rounds: Sequence[Round], dims: int, kernel: Kernel | None = None) -> Preferences:
+        """The preferences that the votes on candidates of D dimensions show. kernel: by default the one that fits."""
+        starts = np.cumsum([0, *(len(each.genomes) for each in rounds)])
+        votes: list[tuple[int, int, Choice, float]] = [
+            (start + vote.left, start + vote.right, vote.choice, vote.weight)
+            for start, each in zip(starts, rounds, strict=False)
+            for vote in each.votes
+        ]
         genomes = np.concatenate([np.zeros((0, dims)), *(one.genomes for one in rounds)])
-        outcomes = self._outcomes(rounds)
-        if len(outcomes.weights):
-            return Preferences(genomes, outcomes, fit_kernel(genomes, outcomes))
-        return Preferences(genomes, outcomes, Kernel(typical_distance(distances_between(genomes)), FIRST_DEVIATION))
+        outcomes = outcomes_of(votes + _equals(rounds) if votes else [])
+        return Preferences(genomes, outcomes, kernel or fit_kernel(genomes, outcomes))
 
     def meetings(self, task: JudgedTask, winner: Sequence[str], others: Sequence[Sequence[str]]) -> np.ndarray:
         """float64[K, N]: for each of K models and each prompt of the held-out task 1 where the judges preferred the
-        model's answer to the winner's, -1 where they preferred the winner's, 0 where neither, or the answers are
-        equal."""
+        model's answer to the winner's, -1 where the winner's, 0 where neither, or the answers are equal."""
         with self._changed:
             texts = [winner, *others]
             one = self._begin(np.zeros((len(texts), 0)), texts, task)
@@ -251,16 +241,17 @@ class Ballot:
     def _write_pairs(self, path: Path) -> None:
         """Write the pairs that the round wants votes on next. Raises VotesAwaited, always."""
         assert self._round is not None
-        pairs: list[Pair] = []
+        pairs: list[dict[str, Any]] = []
         while (question := self.question(f"pair {len(pairs)}")) is not None:
             # A question that is asked again, after other votes, needs votes of its own.
             place = (question.example, *question.candidates)
             name = digest(self._round.digest, *map(str, place), str(len(self._round.votes)))
             self._file.ask(self._round, FilePair(name, *place, (digest(question.left), digest(question.right))))
-            left, right = self._shown(question.left), self._shown(question.right)
-            pairs.append(
-                Pair(name, self.task.voting.config.question, question.prompt, left, right, self.task.shows_pictures)
-            )
+            pairs.append({
+                "pair": name, "question": self.task.voting.config.question, "prompt": question.prompt,
+                "left": self._shown(question.left), "right": self._shown(question.right),
+                "pictures": self.task.shows_pictures,
+            })  # fmt: skip
         self._open = {}
         write_pairs(path, pairs)
         raise VotesAwaited(len(pairs), path)
@@ -279,51 +270,38 @@ class Ballot:
         """All generations of the file."""
         return [each for each in self._file.of_task(self.task.name) if each.genomes.shape[1]]
 
-    @staticmethod
-    def _outcomes(rounds: Sequence[Round]) -> Outcomes:
-        starts = np.cumsum([0, *(len(each.genomes) for each in rounds)])
-        votes: list[tuple[int, int, Choice, float]] = [
-            (start + vote.left, start + vote.right, vote.choice, vote.weight)
-            for start, each in zip(starts, rounds, strict=False)
-            for vote in each.votes
-        ]
-        return outcomes_of(votes + _equals(rounds) if votes else [])
-
     def _update(self) -> None:
         """The strengths of the round's candidates by the votes so far."""
-        rounds = self._rounds()
-        assert self._kernel is not None and self._round is not None
-        genomes = np.concatenate([each.genomes for each in rounds])
-        fitted = fit_preferences(genomes, self._outcomes(rounds), self._kernel)
-        start = sum(len(each.genomes) for each in rounds[: rounds.index(self._round)])
-        kept = slice(start, start + len(self._round.genomes))
-        self._posterior = Posterior(fitted.mean[kept], fitted.covariance[kept, kept], fitted.evidence)
+        rounds, one = self._rounds(), self._round
+        assert self._kernel is not None and one is not None
+        preferences = self._preferences_of(rounds, one.genomes.shape[1], self._kernel)
+        start = sum(len(each.genomes) for each in rounds[: rounds.index(one)])
+        fitted = fit_preferences(preferences.genomes, preferences.outcomes, preferences.kernel)
+        self._posterior = fitted.part(slice(start, start + len(one.genomes)))
 
     # -----------------------------------------------------------------------------------------------------------
     # The judges' side
 
     def question(self, judge: str) -> Question | None:
-        """The question that a judge answers next: the one that the judge has open, or another; None: there is none at
-        the moment."""
+        """The judge's next question: the one that the judge has open, or another; None: there is none at the moment."""
         with self._changed:
             if self._round is None or self._round.closed:
                 return None
             if judge in self._open:
-                self._asked_at[self._open[judge].number] = time.monotonic()
+                self._open[judge].asked = time.monotonic()
                 return self._open[judge]
             spent = len(self._round.votes) + len(self._open)
             chosen = None if spent >= self._most else self._next_round(judge) or self._repeated(judge) or self._next()
             if chosen is None:
                 # The oldest question whose judge seems to have left becomes the question of this one.
                 for other, question in self._open.items():
-                    if time.monotonic() - self._asked_at[question.number] > PATIENCE:
-                        self._asked_at[question.number] = time.monotonic()
+                    if time.monotonic() - question.asked > PATIENCE:
+                        question.asked = time.monotonic()
                         self._open[judge] = self._open.pop(other)
                         return question
                 return None
             left, right, example = chosen
             self._number += 1
-            self._asked_at[self._number] = time.monotonic()
             self._open[judge] = Question(
                 self._number, example, self._examples.prompt(example), self._texts[left][example],
                 self._texts[right][example], (left, right),

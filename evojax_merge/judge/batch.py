@@ -6,7 +6,6 @@ later one reads the votes and goes on, until the next generation needs some.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -37,18 +36,6 @@ class VotesAwaited(Paused):
         super().__init__(f"{count} pairs wait for votes in {path}, and on the page {page_of(path)}")
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A pair of a file. pair: the name by which votes refer to it; pictures: the answers are pictures, as data URIs."""
-
-    pair: str
-    question: str
-    prompt: str
-    left: str
-    right: str
-    pictures: bool = False
-
-
 def pair_files(path: Path) -> tuple[OutputFile, OutputFile]:
     """The file of pairs and the page on which people vote on them. `path`: that of --export."""
 
@@ -61,16 +48,16 @@ def pair_files(path: Path) -> tuple[OutputFile, OutputFile]:
     return pairs, page
 
 
-def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
-    """Write the files of pairs (see `pair_files`). The page is the judges', with everything inside, for a browser that
-    reaches no server."""
+def write_pairs(path: Path, pairs: Sequence[Mapping[str, Any]]) -> None:
+    """Write the files of pairs (see `pair_files`). A pair has the name by which votes refer to it, `pair`, `question`,
+    `prompt`, `left`, `right`, and `pictures`, whether the answers are pictures, as data URIs. The page holds
+    everything, for a browser that reaches no server."""
     file, page = pair_files(path)
-    rows = [vars(pair) for pair in pairs]
-    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in pairs))
     room = files(__package__)
     text = {name: room.joinpath(name).read_text("utf-8") for name in PARTS}
     # Inside of a script element only "<" could end it.
-    data = json.dumps(rows).replace("<", "\\u003c")
+    data = json.dumps(pairs).replace("<", "\\u003c")
     scripts = [
         f'<script type="application/json" id="pairs">{data}</script>',
         *(f"<script>{text[name]}</script>" for name in ("answers.js", "pairs.js")),
@@ -86,24 +73,12 @@ def page_of(pairs: Path) -> Path:
     return pairs.with_suffix(".html")
 
 
-@dataclass(frozen=True)
-class FileVotes:
-    """The votes of a file: those to write down, each with its round; and how many are written down already, and how
-    many came after their generation had ended."""
-
-    added: Sequence[tuple[Round, Vote]]
-    counted: int
-    late: int
-
-    def describe(self) -> str:
-        rest = [f"{self.counted} had been taken before"] if self.counted else []
-        rest += [f"{self.late} came after their generation had ended, and do not count"] if self.late else []
-        return f"took {len(self.added)} votes" + "".join(f"; {each}" for each in rest)
-
-
-def votes_of(path: Path, choices: Choices, file: VoteFile, weights: Mapping[str, Mapping[str, float]]) -> FileVotes:
-    """The votes in choices on pairs that a search has written. path: the choices' file; weights: of judges, by task.
-    Raises InputError for a pair that the search has not written."""
+def votes_of(
+    path: Path, choices: Choices, file: VoteFile, weights: Mapping[str, Mapping[str, float]]
+) -> tuple[list[tuple[Round, Vote]], str]:
+    """The votes to write down of choices on pairs that a search has written, each with its round; and how many they
+    are, in words. path: the choices' file; weights: of judges, by task. Raises InputError for a pair that the search
+    has not written."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     added: list[tuple[Round, Vote]] = []
     counted = late = 0
@@ -122,7 +97,9 @@ def votes_of(path: Path, choices: Choices, file: VoteFile, weights: Mapping[str,
                 added.append((
                     one, Vote(pair.example, pair.left, pair.right, choice, pair.answers, judge, weight, now, pair=name)
                 ))  # fmt: skip
-    return FileVotes(added, counted, late)
+    rest = [f"; {counted} had been taken before"] if counted else []
+    rest += [f"; {late} came after their generation had ended, and do not count"] if late else []
+    return added, f"took {len(added)} votes{''.join(rest)}"
 
 
 def read_choices(path: Path) -> Choices:

@@ -97,8 +97,7 @@ class MeetingEvaluator(SpaceEvaluator[Any]):
 
 
 def with_best(archive: Archive, ballots: Mapping[str, Ballot], count: int) -> Archive:
-    """The archive where the best candidates by all votes are finalists as well: votes on later generations say
-    something about earlier ones, too."""
+    """The archive with the best candidates by all votes as finalists: later votes say something about earlier ones."""
     best = [ballot.best(count).astype(archive.proposed.dtype) for ballot in ballots.values()]
     return replace(archive, proposed=np.concatenate([archive.proposed, *(each for each in best if len(each))]))
 

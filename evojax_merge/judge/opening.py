@@ -108,10 +108,10 @@ def judging(
     file, ballots = VoteFile(votes, _sizes(problem)), {}
     file.mend()
     if options.choices is not None:
-        choices = votes_of(options.choices, options.chosen, file, _weights(tasks))
-        for one, vote in choices.added:
+        added, taken = votes_of(options.choices, options.chosen, file, _weights(tasks))
+        for one, vote in added:
             file.add(one, vote)
-        log(f"{options.choices}: {choices.describe()}")
+        log(f"{options.choices}: {taken}")
     history = folder.read_history()
     activity = Activity(None if problem.search.parsed_budget.seconds else problem.search.generations, len(history))
     for task in tasks:

@@ -14,8 +14,7 @@ WEIGHTS = WEIGHTS / WEIGHTS.sum()
 
 
 def challenged(posterior: Posterior, allowed: np.ndarray, generator: np.random.Generator) -> tuple[int, int]:
-    """A candidate that may be the best, that of one draw from the posterior, and the rival whose vote against it says
-    most about their difference."""
+    """A candidate that may be the best, by one draw from the posterior, and the rival about whom a vote says most."""
     first = int(np.where(allowed.any(1), posterior.sample(1, generator)[0], -np.inf).argmax())
     return first, int(np.where(allowed[first], information(posterior)[first], -np.inf).argmax())
 

@@ -31,6 +31,8 @@ BAR = -1
 # The kernel's length in units of the median distance between genomes, and its standard deviation in logits.
 LENGTHS = (0.5, 1.0)
 DEVIATIONS = (2.0, 4.0)
+# The standard deviation of strengths before the first vote.
+FIRST_DEVIATION = 2.0
 # The share of votes in which a judge errs, whatever the strengths.
 LAPSE = 0.15
 # What a candidate's strength has of its own, as a share of the variance: two genomes that are nearly equal may write
@@ -77,8 +79,7 @@ def outcomes_of(votes: Sequence[tuple[int, int, Choice, float]]) -> Outcomes:
 
 @dataclass(frozen=True)
 class Posterior:
-    """Strengths of N candidates. mean: float64[N], logits; covariance: float64[N, N]; evidence: the logarithm of the
-    votes' probability."""
+    """Strengths of N candidates. mean: float64[N]; covariance: float64[N, N]; evidence: the votes' log-probability."""
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -88,6 +89,10 @@ class Posterior:
     def deviations(self) -> np.ndarray:
         """float64[N]: the standard deviation of each strength."""
         return np.sqrt(np.maximum(np.diag(self.covariance), 0.0))
+
+    def part(self, rows: slice) -> "Posterior":
+        """The strengths of some of the candidates."""
+        return Posterior(self.mean[rows], self.covariance[rows, rows], self.evidence)
 
     @one_thread
     def sample(self, count: int, generator: np.random.Generator) -> np.ndarray:
@@ -112,9 +117,13 @@ class Kernel:
 
 
 def fit_kernel(genomes: np.ndarray, outcomes: Outcomes) -> Kernel:
-    """The kernel, of a grid, that explains the outcomes between candidates with these genomes, float[N, D], best."""
+    """The kernel, of a grid, that explains the outcomes between candidates with these genomes, float[N, D], best; one
+    of the typical length before the first vote."""
     distances = distances_between(genomes)
-    typical = typical_distance(distances)
+    # The median of the distances above 0; 1 where all are 0.
+    typical = float(np.median(distances[distances > 0])) if (distances > 0).any() else 1.0
+    if not len(outcomes.weights):
+        return Kernel(typical, FIRST_DEVIATION)
     kernels = [Kernel(scale * typical, deviation) for scale in LENGTHS for deviation in DEVIATIONS]
     return max(kernels, key=lambda kernel: fit_preferences(genomes, outcomes, kernel).evidence)
 
@@ -135,19 +144,13 @@ class Preferences:
     def at(self, genomes: np.ndarray) -> Posterior:
         """The posterior strengths of candidates, voted on or not, with genomes float[P, D]."""
         size, joined = len(self.genomes), np.concatenate([self.genomes, genomes])
-        fitted = fit_preferences(joined, self.outcomes, self.kernel)
-        return Posterior(fitted.mean[size:], fitted.covariance[size:, size:], fitted.evidence)
+        return fit_preferences(joined, self.outcomes, self.kernel).part(slice(size, None))
 
 
 def distances_between(genomes: np.ndarray) -> np.ndarray:
     """float64[N, N], the Euclidean distances between genomes float[N, D]."""
     genomes = np.asarray(genomes, float)
     return np.sqrt(np.maximum(((genomes[:, None] - genomes[None]) ** 2).sum(-1), 0.0))
-
-
-def typical_distance(distances: np.ndarray) -> float:
-    """The median of the distances above 0; 1 where all are 0."""
-    return float(np.median(distances[distances > 0])) if (distances > 0).any() else 1.0
 
 
 @one_thread

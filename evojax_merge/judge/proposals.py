@@ -74,8 +74,7 @@ class ProposedByVotes:
         return {"first": state["first"], "ended": np.int32(state["ended"] + 1)}
 
     def finalists(self, state: Any) -> np.ndarray:
-        """None: the posterior's own best genome is one that nobody has seen, and no better than those that
-        the votes put first."""
+        """None: nobody has seen the posterior's own best genome, and those that votes put first are as good."""
         return np.zeros((0, self.dims), np.float32)
 
     def metrics(self, state: Any) -> dict[str, float]:

@@ -44,9 +44,8 @@ TYPES = {
 def served(
     ballots: Sequence[Ballot], port: int = 0, token: str | None = None, activity: Activity | None = None
 ) -> Iterator[str]:
-    """Serve the page of these ballots while the block runs, and yield its address. port: as in `listen`; token: of the
-    address, by default a new one; activity: what the search does. Where the block ends well, the page says so. Raises
-    InputError as `listen` does."""
+    """Serve the page of these ballots while the block runs, and yield its address. token: of the address; activity:
+    what the search does. Where the block ends well, the page says so. Raises InputError as `listen` does."""
     listening = listen(port)
     import uvicorn
 
@@ -71,8 +70,7 @@ def served(
 
 
 def listen(port: int) -> socket.socket:
-    """A socket on a port of this machine; 0: any that is free. Raises InputError where the port is in use, or the
-    packages of the page are missing."""
+    """A socket on a port; 0: any that is free. Raises InputError where it is in use, or packages are missing."""
     if find_spec("uvicorn") is None or find_spec("starlette") is None:
         what = "the page of judges needs the packages starlette and uvicorn; pip install 'evojax-merge[judge]'"
         raise InputError("judge", what)

@@ -66,8 +66,7 @@ class Vote:
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class FilePair:
-    """A question in a file for votes, of the candidates left and right. name: what votes refer to it by; the others as
-    in `Vote`."""
+    """A question in a file for votes, on the candidates left and right. name: votes refer to it; others: see `Vote`."""
 
     name: AnyText
     example: Natural

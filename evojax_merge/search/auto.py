@@ -22,6 +22,10 @@ LEAST_EXAMPLES, MOST_MINIBATCHES, MOST_RUNGS = 16, 4, 4
 CMA_ES = ("cma_es", "sep_cma_es", "ipop_cma_es", "bipop_cma_es")
 
 
+# A search whose strategy was chosen, and why, in a line.
+Choice = tuple[SearchConfig, str]
+
+
 @dataclass(frozen=True)
 class Traits:
     """The properties of a search that its strategy depends on. differentiable: the function that has derivatives, for
@@ -33,14 +37,6 @@ class Traits:
     examples: int
     has_moves: bool = False
     is_guarded: bool = False
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A search whose strategy was chosen, and why, in a line."""
-
-    search: SearchConfig
-    reason: str
 
 
 def auto(settings: StrategySettings) -> Strategy:
@@ -82,7 +78,12 @@ def _gradient(search: SearchConfig, traits: Traits) -> Choice:
 
 def _hybrid(search: SearchConfig, traits: Traits) -> Choice:
     parts = _minibatches(search, traits)
-    options = search.gradient.model_copy(update={"minibatches": parts, "generations": _companion_steps(search, parts)})
+    generations, passes = search.gradient.generations, search.parsed_budget.passes
+    if search.budget is not None and generations is None:
+        # Without a budget the strategy follows the companion in its share of the generations.
+        affordable = COMPANION_STEPS if passes is None else int(passes * COMPANION_SHARE * parts / GRADIENT_PASSES)
+        generations = max(1, min(COMPANION_STEPS, affordable))
+    options = search.gradient.model_copy(update={"minibatches": parts, "generations": generations})
     is_companion = traits.differentiable == "companion"
     followed = "a smooth companion of the fitness" if is_companion else "the fitness"
     steps = "a quarter of the generations" if options.generations is None else f"{options.generations} generations"
@@ -104,7 +105,7 @@ def _cma_es(search: SearchConfig, traits: Traits) -> Choice:
 
 
 def _chosen(search: SearchConfig, changes: dict[str, Any], reason: str) -> Choice:
-    return Choice(search.model_copy(update=changes), f"search.strategy: auto chose {changes['strategy']}: {reason}")
+    return search.model_copy(update=changes), f"search.strategy: auto chose {changes['strategy']}: {reason}"
 
 
 def _minibatches(search: SearchConfig, traits: Traits) -> int:
@@ -117,17 +118,6 @@ def _minibatches(search: SearchConfig, traits: Traits) -> int:
     return max(1, min(MOST_MINIBATCHES, traits.examples // LEAST_EXAMPLES))
 
 
-def _companion_steps(search: SearchConfig, parts: int) -> int | None:
-    """The generations that follow a companion, on so many minibatches: as named, else those that a budget allows; None:
-    the strategy's share of the generations."""
-    if search.budget is None or search.gradient.generations is not None:
-        return search.gradient.generations
-    passes = search.parsed_budget.passes
-    if passes is None:
-        return COMPANION_STEPS
-    return max(1, min(COMPANION_STEPS, int(passes * COMPANION_SHARE * parts / GRADIENT_PASSES)))
-
-
 def _describe_parts(parts: int, traits: Traits) -> str:
     return f"{parts} minibatches of {_count(traits.examples)}" if parts > 1 else f"all of {_count(traits.examples)}"
 
@@ -137,8 +127,7 @@ def _count(examples: int) -> str:
 
 
 def gradient_note(search: SearchConfig, strategy: Strategy, traits: Traits) -> str | None:
-    """A line on the passes that gradients would save, for a search by CMA-ES whose fitness has derivatives; None: they
-    would save none."""
+    """A line on the passes that gradients would save, for a search by CMA-ES with derivatives; None: they save none."""
     if traits.differentiable != "fitness" or strategy.name not in CMA_ES or traits.has_moves or traits.is_guarded:
         return None
     takes = search_passes(search, strategy, traits.examples)

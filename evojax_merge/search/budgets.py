@@ -35,17 +35,23 @@ def within_budget(
     strategy that has to know how many there are where the clock decides."""
     budget = search.parsed_budget
     if budget.seconds is not None:
-        _check_timed(where, search)
+        options, missing = search.gradient, None
+        if search.strategy == "gradient" and options.schedule == "cosine":
+            missing = "whose cosine schedule ends at the last one; give generations, or gradient.schedule: constant"
+        elif search.strategy == "hybrid" and options.generations is None:
+            missing = "of which it follows gradients in a quarter; give generations, or gradient.generations"
+        elif search.strategy == "pool":
+            missing = "whose children it numbers from the start; give generations, or a budget of passes"
+        if missing is not None:
+            what = f"{search.strategy} has to know the number of its generations, {missing}"
+            raise InputError(where, f"budget: {search.budget}; {what}")
         return search.model_copy(update={"generations": MAX_GENERATIONS})
     if budget.passes is None:
         return search
     affordable = budget.passes + ROUNDING
 
-    def of_length(generations: int) -> SearchConfig:
-        return search.model_copy(update={"generations": generations})
-
     def passes(generations: int) -> float:
-        changed = of_length(generations)
+        changed = search.model_copy(update={"generations": generations})
         return search_passes(changed, make(changed), examples)
 
     def feasible(generations: int) -> float:
@@ -55,39 +61,19 @@ def within_budget(
         except InputError:
             return 0.0
 
-    generations = _most(lambda number: feasible(number) <= affordable)
-    if generations < 1 or not feasible(generations):
-        least = passes(generations + 1)
-        raise InputError(where, f"budget: {search.budget}; {search.strategy} takes {least:,.4g} passes at least")
-    return of_length(generations)
-
-
-def _most(holds: Callable[[int], bool]) -> int:
-    """The greatest number of generations for which a condition holds that holds for all lower ones; 0: for none."""
+    # The most generations that the budget pays for, found by doubling, then by halving what is left.
     low, high = 0, 1
-    while high < MAX_GENERATIONS and holds(high):
+    while high < MAX_GENERATIONS and feasible(high) <= affordable:
         low, high = high, min(2 * high, MAX_GENERATIONS)
-    if holds(high):
-        return high
+    if feasible(high) <= affordable:
+        low = high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
-
-
-def _check_timed(where: str, search: SearchConfig) -> None:
-    """Raises InputError for a search by the clock whose strategy has to know the number of its generations."""
-    options, missing = search.gradient, None
-    if search.strategy == "gradient" and options.schedule == "cosine":
-        missing = "whose cosine schedule ends at the last one; give generations, or gradient.schedule: constant"
-    elif search.strategy == "hybrid" and options.generations is None:
-        missing = "of which it follows gradients in a quarter; give generations, or gradient.generations"
-    elif search.strategy == "pool":
-        missing = "whose children it numbers from the start; give generations, or a budget of passes"
-    if missing is not None:
-        raise InputError(
-            where, f"budget: {search.budget}; {search.strategy} has to know the number of its generations, {missing}"
-        )
+        low, high = (middle, high) if feasible(middle) <= affordable else (low, middle)
+    if low < 1 or not feasible(low):
+        least = passes(low + 1)
+        raise InputError(where, f"budget: {search.budget}; {search.strategy} takes {least:,.4g} passes at least")
+    return search.model_copy(update={"generations": low})
 
 
 def describe_length(search: SearchConfig) -> str:

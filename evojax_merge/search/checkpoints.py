@@ -69,25 +69,27 @@ def restore_history(folder: RunFolder, length: int, digest: bytes, say: Callable
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint: the number of generations behind it, the state's arrays by path, and the length in bytes and the
-    SHA-256 of the history so far."""
+    """A checkpoint: its generations, the state's arrays by path, and the bytes and SHA-256 of the history so far."""
 
     generations: int
     arrays: dict[str, np.ndarray]
     history_length: int
     history_digest: bytes
 
+    def part(self, like: dict[str, Any]) -> dict[str, Any]:
+        """The state's entries of the names that `like` has, in its structure (see `state`)."""
+        arrays = {path: array for path, array in self.arrays.items() if path.partition(".")[0] in like}
+        entries: dict[str, Any] = replace(self, arrays=arrays).state(like)
+        return entries
+
     def strategy_state(self, seed: int, strategy: Strategy, space: Space) -> State:
         """The strategy's state. Raises InputError where another strategy saved the checkpoint."""
-        like = {"strategy": strategy.init(generation_key(seed, INIT_KEY), space.start[None])}
-        arrays = {path: array for path, array in self.arrays.items() if path.startswith("strategy.")}
-        return replace(self, arrays=arrays).state(like)["strategy"]
+        return self.part({"strategy": strategy.init(generation_key(seed, INIT_KEY), space.start[None])})["strategy"]
 
     def best(self, dims: int) -> tuple[np.ndarray, float]:
         """The best candidate so far: its genome float32[dims] and its fitness, -inf where none is known. Raises
         InputError where the saved genomes are of another length."""
-        like = {"genomes": np.zeros((0, dims), np.float32), "fitness": np.zeros(0)}
-        state = replace(self, arrays={name: self.arrays[name] for name in like}).state(like)
+        state = self.part({"genomes": np.zeros((0, dims), np.float32), "fitness": np.zeros(0)})
         if not len(state["genomes"]) == len(state["fitness"]) > 0 or not np.isfinite(state["genomes"][0]).all():
             raise InputError("checkpoints", OTHER_VERSION)
         return state["genomes"][0], float(state["fitness"][0])
@@ -96,15 +98,18 @@ class Saved:
         """The state, in the structure of `like`, in which an axis of length 0 stands for one that grows. Raises
         InputError where the saved structure is another."""
         paths, structure = jax.tree_util.tree_flatten_with_path(like)
-        expected = {_name(path): leaf for path, leaf in paths}
-        if self.arrays.keys() != expected.keys() or not all(
-            _fits(self.arrays[name], expected[name]) for name in expected
-        ):
+        leaves = []
+        for path, leaf in paths:
+            array, shape = self.arrays.get(_name(path)), np.shape(leaf)
+            if (
+                array is None or array.dtype != np.asarray(leaf).dtype or array.ndim != len(shape)
+                or any(length not in (0, size) for length, size in zip(shape, array.shape, strict=True))
+            ):  # fmt: skip
+                raise InputError("checkpoints", OTHER_VERSION)
+            leaves.append(jnp.asarray(array) if isinstance(leaf, jax.Array) else array)
+        if len(leaves) != len(self.arrays):
             raise InputError("checkpoints", OTHER_VERSION)
-        pairs = [(self.arrays[name], leaf) for name, leaf in expected.items()]
-        return jax.tree.unflatten(
-            structure, [jnp.asarray(new) if isinstance(leaf, jax.Array) else new for new, leaf in pairs]
-        )
+        return jax.tree.unflatten(structure, leaves)
 
 
 class Checkpoints:
@@ -122,13 +127,8 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._folder, self._orbax = folder, ocp
 
-    def latest(self) -> int | None:
-        """The number of generations behind the newest checkpoint, or None."""
-        return max(self._folder.steps(), default=None)
-
     def save(self, generations: int, state: Any, history_length: int, history_digest: bytes) -> None:
-        """Save a checkpoint. Every process has the same state, and all of them call this, with `defer_signals`; one
-        writes."""
+        """Save a checkpoint. Every process has the same state and calls this, with `defer_signals`; one writes."""
         arrays = {f"state.{_name(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
         arrays["history.length"] = np.asarray(history_length, np.int64)
         arrays["history.digest"] = np.frombuffer(history_digest, np.uint8)
@@ -233,10 +233,9 @@ class FolderStorage(Storage):
         saved = self._checkpoints.restore(log)
         state, generations = (like, 0) if saved is None else (saved.state(like), saved.generations)
         if self._is_main_process:
-            length, digest = (
-                (0, hashlib.sha256().digest()) if saved is None else (saved.history_length, saved.history_digest)
-            )
-            restore_history(self._folder, length, digest, log)
+            empty = 0, hashlib.sha256().digest()
+            history = empty if saved is None else (saved.history_length, saved.history_digest)
+            restore_history(self._folder, *history, log)
             if self._folder.timing.exists():
                 # Nothing depends on these lines but when `search.stop.seconds` are over.
                 rows = [row for row in self._folder.read_timing() if row["generation"] <= generations]
@@ -272,13 +271,6 @@ class FolderStorage(Storage):
 def _name(path: tuple[Any, ...]) -> str:
     """The place of a leaf in a pytree of dicts, dataclasses and sequences."""
     return ".".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path)
-
-
-def _fits(array: np.ndarray, like: Any) -> bool:
-    """Return whether a saved array has the dtype and shape of `like`, whose axes of length 0 stand for any length."""
-    expected = np.shape(like)
-    same = len(expected) == array.ndim and all(n in (0, size) for n, size in zip(expected, array.shape, strict=True))
-    return same and array.dtype == np.asarray(like).dtype
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> np.ndarray:

@@ -35,8 +35,7 @@ CHOICE_STREAM = 2
 @dataclass(frozen=True)
 class ExampleChoice:
     """The examples that a search chooses from. evaluator: scores genomes on any of them, of tasks that all count;
-    strata: for each task the strata of its examples, int[n] each; parts: the number of parts that a generation divides
-    the examples into."""
+    strata: for each task the strata of its examples, int[n] each; parts: of the examples in a generation."""
 
     evaluator: SubsetEvaluator
     strata: Sequence[Sequence[np.ndarray]]
@@ -100,8 +99,7 @@ def draw_order(spread: np.ndarray, parts: int, rng: np.random.Generator) -> tupl
 
 
 def inclusion_probabilities(size: np.ndarray, asked: int) -> np.ndarray:
-    """The probabilities, float64[n], with which the examples are among so many that are asked: proportional to the size
-    float64[n], but 1 at most."""
+    """float64[n]: the probability of each example to be asked, proportional to the size float64[n], 1 at most."""
     if asked >= len(size):
         return np.ones(len(size))
     # The larger ones are certain, as many as would have a probability above 1.

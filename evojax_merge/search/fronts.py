@@ -7,23 +7,11 @@ others dominate it. Letters: P candidates, T objectives.
 
 import numpy as np
 
-from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
-from evojax_merge.search.protocols import Strategy, keeps_front
 
 # The time to compute the hypervolume is exponential in the objectives.
 MAX_HYPERVOLUME_OBJECTIVES = 3
-
-
-def check_front_options(where: str, search: SearchConfig, strategy: Strategy) -> None:
-    """Raises InputError for options of a search that a strategy with a front could not follow."""
-    if keeps_front(strategy) and search.rungs > 1:
-        raise InputError(
-            where,
-            f"rungs: {search.rungs}; a race stops candidates by their weighted fitness, and {search.strategy} compares "
-            "them in every task; leave the key out",
-        )
 
 
 def check_objectives(where: str, name: str, objectives: int) -> None:
@@ -124,7 +112,6 @@ def front_metrics(objectives: np.ndarray, reference: np.ndarray) -> dict[str, fl
 
 
 def worst_of(objectives: np.ndarray) -> np.ndarray:
-    """float64[T]: the least value of each objective of float64[P, T] among the candidates that did not fail; 0 where
-    all failed."""
+    """float64[T]: the least value of each objective of float64[P, T] among the candidates that did not fail, or 0."""
     finite = objectives[np.isfinite(objectives).all(axis=1)]
     return finite.min(axis=0) if len(finite) else np.zeros(objectives.shape[1])

@@ -30,13 +30,11 @@ class SpaceEvaluator(Generic[E]):
         return self.evaluator.passes(population)
 
     def within(self, context: Any) -> "SpaceEvaluator[E]":
-        """Scores genomes that refer to members that the strategy's state lends (see `context_of`); None: they refer to
-        none."""
+        """Scores genomes that refer to members that the strategy lends (see `context_of`); None: they refer to none."""
         return self if context is None else replace(self, space=cast(ContextSpace, self.space).within(context))
 
     def subset(self, examples: Sequence[np.ndarray]) -> "SpaceEvaluator[E]":
-        """Scores genomes on some of the examples: for each of the tasks int[M], ascending. The evaluator must be
-        divisible."""
+        """Scores genomes on some of the examples: for each task int[M], ascending. The evaluator must be divisible."""
         return replace(self, evaluator=cast(Any, self.evaluator).subset(examples))
 
     def value_and_gradient(
@@ -45,25 +43,22 @@ class SpaceEvaluator(Generic[E]):
         """genomes: float32[P, D]. Return the scores, and the derivatives of the fitness, float32[P, D]. The evaluator
         must have derivatives with respect to candidates (`value_and_gradient`), and the space those of candidates with
         respect to genomes (`pull_back`)."""
-        genomes, devices = np.asarray(genomes), self.devices
+        genomes = np.asarray(genomes)
         check_genomes(genomes)
-        space, evaluator = cast(Any, self.space), cast(Any, self.evaluator)
-        size, share = len(genomes), devices.local_indices(len(genomes))
-        local_genomes = genomes if devices.processes == 1 else genomes[share]
+        space, evaluator, devices = cast(Any, self.space), cast(Any, self.evaluator), self.devices
+        size, local_genomes = len(genomes), genomes[devices.local_indices(len(genomes))]
         scores, cotangents = evaluator.value_and_gradient(space.decode(local_genomes), progress, self.goal)
-        gradients = space.pull_back(local_genomes, cotangents)
-        if devices.processes == 1:
-            return scores, gradients
-        return self._gathered(scores, size), devices.gather(gradients, size)
+        gradients = devices.gather(space.pull_back(local_genomes, cotangents), size)
+        return scores if devices.processes == 1 else self._gathered(scores, size), gradients
 
     def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
         """genomes: float32[P, D]. Outputs stay where they were written: a candidate of another process has none."""
-        genomes, devices = np.asarray(genomes), self.devices
+        genomes = np.asarray(genomes)
         check_genomes(genomes)
-        if devices.processes == 1:
-            return self.evaluator.evaluate(self.space.decode(genomes), progress)
-        size, share = len(genomes), devices.local_indices(len(genomes))
+        size, share = len(genomes), self.devices.local_indices(len(genomes))
         local_scores = self.evaluator.evaluate(self.space.decode(genomes[share]), progress)
+        if self.devices.processes == 1:
+            return local_scores
         matrices = self._gathered(local_scores, size).matrices
         outputs: dict[str, list[list[str]]] = {}
         for task, texts in local_scores.outputs.items():
@@ -72,9 +67,9 @@ class SpaceEvaluator(Generic[E]):
                 outputs[task][index] = written
         return TaskScores(matrices, outputs)
 
-    def _gathered(self, own: TaskScores, size: int) -> TaskScores:
+    def _gathered(self, local_scores: TaskScores, size: int) -> TaskScores:
         """The score matrices of all processes' candidates."""
         return TaskScores({
             task: {metric: self.devices.gather(matrix, size) for metric, matrix in metrics.items()}
-            for task, metrics in own.matrices.items()
+            for task, metrics in local_scores.matrices.items()
         })  # fmt: skip

@@ -45,7 +45,12 @@ class ItemModel:
 
 def fit_item_model(scores: np.ndarray, task_of: np.ndarray) -> ItemModel:
     """The item model of the scores float[R, N] of one candidate or more; task_of: int[N], the task of each example."""
-    low, scale = _ranges(scores, task_of)
+    # The lowest score in each example's task, and the distance of the highest from it; 1 where all are the same.
+    low, scale = np.zeros(len(task_of)), np.ones(len(task_of))
+    for task in np.unique(task_of):
+        of_task = scores[:, task_of == task]
+        low[task_of == task] = of_task.min()
+        scale[task_of == task] = float(of_task.max()) - float(of_task.min()) or 1.0
     responses = (scores - low) / scale
     abilities = _first_abilities(responses)
     # Half a candidate more with score 1, and half a one with score 0, keep the logits finite.
@@ -67,8 +72,7 @@ def fit_item_model(scores: np.ndarray, task_of: np.ndarray) -> ItemModel:
 
 
 def expected_responses(items: np.ndarray, abilities: np.ndarray) -> np.ndarray:
-    """The expected responses float64[R, N] in [0, 1] to items float64[N, K + 1], of candidates of the abilities
-    float64[R, K]."""
+    """float64[R, N]: expected responses in [0, 1] to items float64[N, K + 1] with abilities float64[R, K]."""
     return _sigmoid(abilities @ items[:, :-1].T + items[:, -1])
 
 
@@ -82,16 +86,6 @@ def predicted_spread(model: ItemModel) -> np.ndarray:
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(0.5 * logits))
-
-
-def _ranges(scores: np.ndarray, task_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest score in each example's task, and the distance of the highest from it; 1 where all are the same."""
-    low, scale = np.zeros(len(task_of)), np.ones(len(task_of))
-    for task in np.unique(task_of):
-        of_task = scores[:, task_of == task]
-        low[task_of == task] = of_task.min()
-        scale[task_of == task] = float(of_task.max()) - float(of_task.min()) or 1.0
-    return low, scale
 
 
 def _first_abilities(responses: np.ndarray) -> np.ndarray:

@@ -53,15 +53,55 @@ class KeptScores:
     document: Mapping[str, Any]
 
     def read(self, split: str, model: Path, sizes: Mapping[str, int]) -> TaskScores | None:
-        """The scores of a stored model on a split; None: they are not kept. sizes: the examples of each task."""
+        """The scores of a stored model on a split; None: they are not kept, or damaged. sizes: examples by task."""
         file = self._file(split, model)
-        return None if file is None else _read(file, sizes)
+        if file is None:
+            return None
+        try:
+            kept = _Kept.model_validate_json(read_regular(file, "kept scores", MAX_BYTES))
+        except (OSError, ValidationError, InputError):
+            return None
+        lengths = {(task, len(values)) for task, metrics in kept.matrices.items() for values in metrics.values()}
+        if kept.sizes != sizes or lengths != set(sizes.items()):
+            return None
+
+        def row(values: list[float]) -> np.ndarray:
+            return np.array([values], np.float32)
+
+        return TaskScores(
+            {
+                task: {metric: row(values) for metric, values in metrics.items()}
+                for task, metrics in kept.matrices.items()
+            },
+            {task: [texts] for task, texts in kept.outputs.items()},
+            {task: row(values) for task, values in kept.log_probabilities.items()},
+        )
 
     def keep(self, split: str, model: Path, sizes: Mapping[str, int], scores: TaskScores) -> None:
-        """Keep the scores of a stored model on a split."""
+        """Keep the finite scores of a stored model on a split, if the folder can be written, and remove the oldest."""
         file = self._file(split, model)
-        if file is not None:
-            _write(file, scores, sizes)
+        if file is None:
+            return
+        rows = [*(values for metrics in scores.matrices.values() for values in metrics.values())]
+        if not all(np.isfinite(values).all() for values in (*rows, *scores.log_probabilities.values())):
+            return
+        kept = _Kept(
+            matrices={
+                task: {metric: values[0].tolist() for metric, values in metrics.items()}
+                for task, metrics in scores.matrices.items()
+            },
+            outputs={task: texts for task, (texts,) in scores.outputs.items()},
+            log_probabilities={task: values[0].tolist() for task, values in scores.log_probabilities.items()},
+            sizes=dict(sizes),
+        )
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(file, kept.model_dump_json())
+            by_age = sorted(file.parent.glob("*.json"), key=lambda each: each.stat().st_mtime)
+            for old in by_age[:-MAX_FILES]:
+                remove_file(old)
+        except (OSError, Failed, InputError):
+            return
 
     def _file(self, split: str, model: Path) -> Path | None:
         """The file of a model's scores; None for a model that is no input, such as the winner of an earlier stage."""
@@ -85,8 +125,7 @@ def kept_scores(document: Mapping[str, Any], processes: int) -> KeptScores | Non
 
 
 def _by_content(value: Any, inputs: Mapping[str, str]) -> Any:
-    """A config's value, with the hashes of files in the place of their paths, and those of all files in it in the place
-    of a folder's."""
+    """A config's value, with files' hashes in place of their paths, and those of all files in place of a folder's."""
     if isinstance(value, Mapping):
         return {key: _by_content(part, inputs) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -112,48 +151,3 @@ def _program() -> list[str]:
     ]
     device = processor_name() if devices[0].platform == "cpu" else devices[0].device_kind
     return [digest.hexdigest(), *map(version, LIBRARIES), f"{len(devices)} x {device}", flags, *settings]
-
-
-def _read(file: Path, sizes: Mapping[str, int]) -> TaskScores | None:
-    """The scores of a file; None where it is missing, damaged, or of other tasks."""
-    try:
-        kept = _Kept.model_validate_json(read_regular(file, "kept scores", MAX_BYTES))
-    except (OSError, ValidationError, InputError):
-        return None
-    lengths = {(task, len(values)) for task, metrics in kept.matrices.items() for values in metrics.values()}
-    if kept.sizes != sizes or lengths != set(sizes.items()):
-        return None
-
-    def row(values: list[float]) -> np.ndarray:
-        return np.array([values], np.float32)
-
-    return TaskScores(
-        {task: {metric: row(values) for metric, values in metrics.items()} for task, metrics in kept.matrices.items()},
-        {task: [texts] for task, texts in kept.outputs.items()},
-        {task: row(values) for task, values in kept.log_probabilities.items()},
-    )
-
-
-def _write(file: Path, scores: TaskScores, sizes: Mapping[str, int]) -> None:
-    """Keep the scores of one model, where they are finite, and remove the oldest. A folder that cannot be written keeps
-    none."""
-    rows = [*(values for metrics in scores.matrices.values() for values in metrics.values())]
-    if not all(np.isfinite(values).all() for values in (*rows, *scores.log_probabilities.values())):
-        return
-    kept = _Kept(
-        matrices={
-            task: {metric: values[0].tolist() for metric, values in metrics.items()}
-            for task, metrics in scores.matrices.items()
-        },
-        outputs={task: texts for task, (texts,) in scores.outputs.items()},
-        log_probabilities={task: values[0].tolist() for task, values in scores.log_probabilities.items()},
-        sizes=dict(sizes),
-    )
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, kept.model_dump_json())
-        by_age = sorted(file.parent.glob("*.json"), key=lambda each: each.stat().st_mtime)
-        for old in by_age[:-MAX_FILES]:
-            remove_file(old)
-    except (OSError, Failed, InputError):
-        return

@@ -8,7 +8,7 @@ finds the same winner as one that was not.
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
@@ -21,6 +21,7 @@ from evojax_merge.evaluation.scores import (
     ScoredTask,
     TaskScores,
     fitness,
+    means,
     score_matrix,
     task_weights,
     without_broken,
@@ -29,7 +30,6 @@ from evojax_merge.mergekit.write import shortest_decimal
 from evojax_merge.search.answers import ask, finalists, metrics, tell
 from evojax_merge.search.budgets import describe_length
 from evojax_merge.search.example_choice import ExampleChoice, choose_examples
-from evojax_merge.search.gradients import value_and_gradient
 from evojax_merge.search.protocols import (
     GenomeEvaluator,
     GradientEvaluator,
@@ -46,12 +46,14 @@ from evojax_merge.search.protocols import (
 from evojax_merge.search.stopping import Course, Stopped, course_of, seconds_of, stopped
 from evojax_merge.search.successive_halving import (
     HalvingResult,
+    empty_matrix,
     halving_passes,
     init_surrogate,
     order_shards,
     rung_shards,
     rung_size,
     shard_order,
+    shard_parts,
     successive_halving,
 )
 from evojax_merge.search.surrogate import SurrogateData
@@ -120,8 +122,7 @@ class Archive:
 
 
 class Reporter:
-    """Receives progress. The default methods do nothing, but for `warn`, which logs; the command line overrides
-    these."""
+    """Receives progress. The defaults do nothing, but for `warn`, which logs; the command line overrides them."""
 
     def evaluating(self, generation: int, passes: int) -> None: ...
     def advanced(self, passes: int) -> None: ...
@@ -140,8 +141,7 @@ class Storage:
         self._timing: list[dict[str, Any]] = []
 
     def restore(self, like: State, log: Callable[[str], None]) -> tuple[State, int]:
-        """The last saved state, in the structure of `like`, and the number of generations behind it; `like` and 0 where
-        nothing was saved."""
+        """The last saved state, in the structure of `like`, and the number of generations behind it; else `like`, 0."""
         return like, 0
 
     def save(self, generation: int, state: State, row: dict[str, Any], timing: dict[str, Any]) -> None:
@@ -163,8 +163,7 @@ class Storage:
 
 
 def generation_key(seed: int, generation: int) -> jax.Array:
-    """The random key of a generation, from 0 on. JAX takes only the lower 32 bits of a seed; the higher ones are folded
-    in."""
+    """The random key of a generation, from 0 on. JAX takes 32 bits of a seed; the higher ones are folded in."""
     key, high = jax.random.key(seed % 2**32), seed // 2**32
     return jax.random.fold_in(jax.random.fold_in(key, high) if high else key, generation)
 
@@ -178,10 +177,9 @@ class Schedule:
         self, shards: Sequence[GenomeEvaluator], minibatches: Sequence[GradientEvaluator],
         choice: ExampleChoice | None, seed: int,
     ) -> None:  # fmt: skip
-        self.shards = shards
+        self.shards, self._minibatches, self._choice, self._seed = shards, minibatches, choice, seed
         self.by_gradient: bool | None = None
-        self._minibatches, self._choice, self._seed = minibatches, choice, seed
-        self.is_fitness = bool(minibatches) and _goal(minibatches[0]) == _goal(shards[0])
+        self.is_fitness = bool(minibatches) and _metrics(minibatches[0]) == _metrics(shards[0])
 
     @property
     def scored_on(self) -> ScoredOn:
@@ -196,21 +194,45 @@ class Schedule:
         """The results of generation `number`, and the tasks that all of its candidates were scored on first."""
         parts: Sequence[GenomeEvaluator] = self._minibatches if by_gradient else self.shards
         if self._minibatches and not self.is_fitness and by_gradient != self.by_gradient:
-            reporter.log(_now_scored_on(number + 1, parts[0], self.shards[0]))
+            shown, wanted = (
+                ", ".join(f"{task} {metric}" for task, metric in _metrics(part)) for part in (parts[0], self.shards[0])
+            )
+            line = f"from generation {number + 1} on candidates are scored on"
+            reporter.log(
+                f"{line} the fitness itself: {shown}" if shown == wanted
+                else f"{line} {shown}, which has a gradient, in place of {wanted}"
+            )  # fmt: skip
         self.by_gradient = by_gradient
         turns = shard_order(len(parts), self._seed, number)
         if by_gradient:
-            first, part = parts[turns[0]], turns[0]
-            reporter.evaluating(number, first.passes(len(genomes)))
-            return first.tasks, value_and_gradient(
-                self._minibatches, part, genomes, surrogate, self.is_fitness, reporter.advanced
-            )
+            return parts[turns[0]].tasks, self._differentiate(number, turns[0], genomes, surrogate, reporter)
         order = (
             order_shards(parts, turns) if self._choice is None
             else choose_examples(self._choice, surrogate, self._seed, number)
         )  # fmt: skip
         reporter.evaluating(number, halving_passes(order, len(genomes)))
         return order.parts[0].evaluator.tasks, successive_halving(order, genomes, surrogate, reporter.advanced)
+
+    def _differentiate(
+        self, number: int, turn: int, genomes: np.ndarray, surrogate: SurrogateData, reporter: Reporter
+    ) -> HalvingResult:
+        """Evaluate and differentiate genomes `float32[P, D]` on minibatch `turn`. Candidates that were evaluated on the
+        only minibatch, and on the fitness, count as complete."""
+        evaluator, parts = self._minibatches[turn], shard_parts(self._minibatches)
+        reporter.evaluating(number, evaluator.passes(len(genomes)))
+        scores, gradients = evaluator.value_and_gradient(genomes, reporter.advanced)
+        values, matrix = fitness(evaluator.tasks, scores, goal_of(evaluator)), empty_matrix(parts, len(genomes))
+        parts[turn].enter(scores, np.arange(len(genomes)), matrix)
+        best = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
+        return HalvingResult(
+            fitness=values,
+            examples=np.full(len(genomes), sum(task.size for task in evaluator.tasks)),
+            complete=np.isfinite(values) & (self.is_fitness and len(parts) == 1),
+            scores=replace(matrix, predicted=values, gradients=gradients),
+            scores_of_best=means(evaluator.tasks, scores)[best],
+            first=scores,
+            surrogate=surrogate,
+        )
 
 
 def evolve(
@@ -256,7 +278,10 @@ def evolve(
         schedule.shards = [within(shard, context) for shard in schedule.shards]
         ended = stopped(config, course, len(genomes))
         if ended is not None:
-            reporter.log(_ended_early(ended, number, number == first, config))
+            of = "" if config.parsed_budget.seconds else f" of {config.generations}"
+            searched = f"stopped after generation {number}{of}"
+            line = f"{number} generations are saved: nothing to search" if number == first else searched
+            reporter.log(f"{line} ({ended.describe()})")
             break
         started, genes, surrogate = time.perf_counter(), np.asarray(genomes), SurrogateData(**state["known"])
         by_gradient = wants_gradients(strategy, state["strategy"])
@@ -382,27 +407,8 @@ class _Clock:
         return max(0.0, min(left, *(seconds - course.seconds for seconds in limits))) if limits else left
 
 
-def _ended_early(ended: Stopped, generations: int, is_saved: bool, config: SearchConfig) -> str:
-    """One line; is_saved: an earlier process searched all of these generations."""
-    if is_saved:
-        return f"{generations} generations are saved: nothing to search ({ended.describe()})"
-    of = "" if config.parsed_budget.seconds else f" of {config.generations}"
-    return f"stopped after generation {generations}{of} ({ended.describe()})"
-
-
-def _now_scored_on(generation: int, evaluator: GenomeEvaluator, fitness_evaluator: GenomeEvaluator) -> str:
-    """One line: the metrics of a generation's figures, where the companion is scored first and then the fitness."""
-    shown, wanted = (
-        ", ".join(f"{task} {metric}" for task, metric in _goal(scorer)) for scorer in (evaluator, fitness_evaluator)
-    )
-    if shown == wanted:
-        return f"from generation {generation} on candidates are scored on the fitness itself: {shown}"
-    return (
-        f"from generation {generation} on candidates are scored on {shown}, which has a gradient, in place of {wanted}"
-    )
-
-
-def _goal(evaluator: GenomeEvaluator) -> list[tuple[str, str]]:
+def _metrics(evaluator: GenomeEvaluator) -> list[tuple[str, str]]:
+    """The name and the metric of each task that counts."""
     return [(task.name, task.metric) for task, _ in task_weights(evaluator.tasks)]
 
 
@@ -433,14 +439,16 @@ def init_state(
     }
 
 
-def next_state(told: State, genomes: np.ndarray, halved: HalvingResult, state: dict[str, Any]) -> dict[str, Any]:
-    """A search's state after a generation; told: its strategy's."""
+def next_state(
+    strategy_state: State, genomes: np.ndarray, halved: HalvingResult, state: dict[str, Any]
+) -> dict[str, Any]:
+    """A search's state after a generation; strategy_state: its strategy's."""
     # A mean over fewer examples says too little to stand in the archive.
     every = np.concatenate([state["fitness"], np.where(halved.complete, halved.fitness, -np.inf)])
     # A stable sort: among equals, the earliest candidate stays.
     best = np.argsort(-every, kind="stable")[: len(state["fitness"])]
     return state | {
-        "strategy": told,
+        "strategy": strategy_state,
         "genomes": np.concatenate([state["genomes"], genomes])[best],
         "fitness": every[best],
         "known": vars(halved.surrogate),

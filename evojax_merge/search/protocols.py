@@ -39,8 +39,7 @@ class Strategy(Protocol):
         ...
 
     def tell(self, key: jax.Array, state: State, genomes: jax.Array, scores: Scores) -> State:
-        """The state after a generation. `scores.fitness`: float64[P], higher is better, NaN for candidates that
-        failed."""
+        """The state after a generation. `scores.fitness`: float64[P], higher is better, NaN: the candidate failed."""
         ...
 
     def finalists(self, state: State) -> np.ndarray:
@@ -62,11 +61,11 @@ class Capabilities:
     """The abilities of a strategy beyond `Strategy`, as data: its attribute `capabilities`. A strategy without the
     attribute has none.
 
-    differentiates: the function whose gradients `tell` gets (`UsesGradients`). keeps_front: the strategy compares the
+    differentiates: the function whose gradients `tell` gets. keeps_front: the strategy compares the
     candidates' means on the tasks that count (`Scores.task_means`), and its finalists are a Pareto front, whose members
     are scored on all examples, shown, and can be exported. takes_injected: its `tell` assumes that `ask` drew the
-    genomes, so it needs to know which ones were not drawn (`TakesInjected`). lends_context: its genomes refer to its
-    state (`LendsContext`). generations: the number of generations after which a search ends, whatever more it was
+    genomes, so it needs to know which ones were not drawn. lends_context: its genomes refer to its
+    state. generations: the number of generations after which a search ends, whatever more it was
     given; None: the strategy always finds more to do.
     """
 
@@ -90,35 +89,27 @@ def capabilities_of(strategy: Strategy) -> Capabilities:
     return capabilities
 
 
-class TakesInjected(Protocol):
-    """The method of a strategy with the capability `takes_injected`."""
+class CapableStrategy(Strategy, Protocol):
+    """The methods of strategies with further capabilities, each strategy those of its own (see `Capabilities`)."""
 
     def inject(self, state: State, genomes: jax.Array, count: int) -> tuple[jax.Array, State]:
-        """The genomes and the state to `tell` in the first generation, where the first `count` of the genomes,
-        float32[P, D], replace genomes that `ask` drew."""
+        """takes_injected: the genomes and the state to `tell` in the first generation, where the first `count` of the
+        genomes, float32[P, D], replace genomes that `ask` drew."""
         ...
 
-
-class UsesGradients(Protocol):
-    """The methods of a strategy that differentiates. It may ask for fewer genomes than its population."""
-
     def wants_gradients(self, state: State) -> bool:
-        """Return whether the next generation's scores have gradients, `scores.gradients`, of some examples or of the
-        companion."""
+        """differentiates: return whether the next generation's scores have gradients, `scores.gradients`, of some
+        examples or of the companion. Such a strategy may ask for fewer genomes than its population."""
         ...
 
     def gradient_generations(self, generations: int) -> tuple[int, int]:
-        """Return the number of generations, out of `generations`, whose scores have gradients, and the number of
-        genomes in each. The plan of a search counts them."""
+        """differentiates: return the number of generations, out of `generations`, whose scores have gradients, and the
+        number of genomes in each. The plan of a search counts them."""
         ...
 
-
-class LendsContext(Protocol):
-    """The method of a strategy with the capability `lends_context`, whose genomes refer to its state, such as to the
-    numbers of members that the strategy has bred."""
-
     def context(self, state: State) -> Any:
-        """The part of a state that the space needs to decode genomes, beside the genomes (see `ContextSpace`)."""
+        """lends_context: the part of a state that the space needs to decode genomes, beside the genomes (see
+        `ContextSpace`), such as the members that the strategy has bred."""
         ...
 
 
@@ -129,25 +120,19 @@ def differentiates(strategy: Strategy) -> Differentiates | None:
 
 def wants_gradients(strategy: Strategy, state: State) -> bool:
     """Return whether the next generation's scores have gradients. state: the strategy's state."""
-    return differentiates(strategy) is not None and cast(UsesGradients, strategy).wants_gradients(state)
+    return differentiates(strategy) is not None and cast(CapableStrategy, strategy).wants_gradients(state)
 
 
 def gradient_generations(strategy: Strategy, generations: int) -> tuple[int, int]:
-    """Return the number of generations, out of `generations`, whose scores have gradients, and the number of genomes in
-    each."""
+    """Return how many of `generations` have scores with gradients, and the number of genomes in each."""
     if differentiates(strategy) is None:
         return 0, 0
-    return cast(UsesGradients, strategy).gradient_generations(generations)
-
-
-def keeps_front(strategy: Strategy) -> bool:
-    """Return whether the strategy's finalists are a Pareto front."""
-    return capabilities_of(strategy).keeps_front
+    return cast(CapableStrategy, strategy).gradient_generations(generations)
 
 
 def context_of(strategy: Strategy, state: State) -> Any:
     """Return the part of the state that the space needs to decode genomes; None: the space needs the genomes alone."""
-    return cast(LendsContext, strategy).context(state) if capabilities_of(strategy).lends_context else None
+    return cast(CapableStrategy, strategy).context(state) if capabilities_of(strategy).lends_context else None
 
 
 class Space(Protocol):
@@ -175,7 +160,7 @@ class Space(Protocol):
 
 @runtime_checkable
 class ContextSpace(Space, Protocol):
-    """A space whose genomes refer to the state of the strategy (see `LendsContext`)."""
+    """A space whose genomes refer to the state of the strategy (see `CapableStrategy.context`)."""
 
     def within(self, context: Any) -> "ContextSpace":
         """The space of a search whose strategy lends `context`."""
@@ -257,17 +242,9 @@ class GenomeEvaluator(Protocol):
     def score(self, genomes: np.ndarray, progress: Progress = ...) -> TaskScores: ...
 
 
-class ContextEvaluator(GenomeEvaluator, Protocol):
-    """Scores genomes of a `ContextSpace`."""
-
-    def within(self, context: Any) -> "ContextEvaluator":
-        """The evaluator of a search whose strategy lends `context`."""
-        ...
-
-
 def within(evaluator: GenomeEvaluator, context: Any) -> GenomeEvaluator:
     """The evaluator of genomes that refer to `context` (see `context_of`); None: `evaluator` itself."""
-    return evaluator if context is None else cast(ContextEvaluator, evaluator).within(context)
+    return evaluator if context is None else cast(Any, evaluator).within(context)
 
 
 def goal_of(evaluator: GenomeEvaluator) -> Goal:

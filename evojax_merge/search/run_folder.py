@@ -152,7 +152,8 @@ def locked(path: Path, *, resume: bool) -> Iterator[None]:
     Raises InputError where another process has it, where the folder is none of a run, or holds none to `resume`.
     """
     folder, is_new = RunFolder(path), not path.exists()
-    _check_place(folder, resume)
+    # Whether it may be replaced is asked when it is opened.
+    check_place(path, resume=resume, overwrite=True)
     try:
         path.mkdir(parents=True, exist_ok=True)
         handle = acquire(folder)
@@ -187,16 +188,7 @@ def check_place(path: Path, *, resume: bool, overwrite: bool) -> bool:
     """Return whether a run lies at a path. Raises InputError where a run with progress is neither to be resumed nor to
     be overwritten, where something else lies there, or where there is nothing to resume. A run without progress gives
     way to any other."""
-    occupied = _check_place(RunFolder(path), resume)
-    if occupied and not resume and not overwrite and RunFolder(path).has_progress():
-        raise InputError(path, "holds a run already; pass --resume to continue it or --overwrite to start again")
-    return occupied
-
-
-def _check_place(folder: RunFolder, resume: bool) -> bool:
-    """Return whether a run lies in a folder. Raises InputError where something else does, or where there is nothing to
-    resume."""
-    path = folder.path
+    folder = RunFolder(path)
     if path.exists() and not path.is_dir():
         raise InputError(path, "is a file; expected a run folder")
     try:
@@ -205,11 +197,20 @@ def _check_place(folder: RunFolder, resume: bool) -> bool:
         raise InputError(path, f"cannot be read ({error.strerror})") from None
     if empty and resume:
         raise InputError(path, "holds no run to resume")
-    if empty or _is_just_begun(folder):
+
+    def of_a_start(entry: Path) -> bool:
+        """Return whether a process that was killed before it had written config.yaml leaves such an entry."""
+        if entry == folder.lock:
+            return entry.is_file() and holder(entry) is not None
+        return is_unfinished(entry, folder.config) or (entry in folder.parts and entry.is_dir() and not entries(entry))
+
+    if empty or all(map(of_a_start, path.iterdir())):
         return False
     if not is_run(folder):
         raise InputError(path, "is not empty and not a run folder; choose another with --out")
     check_parts(folder)
+    if not resume and not overwrite and folder.has_progress():
+        raise InputError(path, "holds a run already; pass --resume to continue it or --overwrite to start again")
     return True
 
 
@@ -242,17 +243,6 @@ def check_masks(folder: RunFolder) -> None:
             "was searched by a version of this program that drew other random masks; what it has exported itself (in "
             "best/model, once it is finished) is what was scored, and cannot be made again by this one",
         )
-
-
-def _is_just_begun(folder: RunFolder) -> bool:
-    """Return whether a process was killed in a folder before it had written config.yaml."""
-
-    def of_a_start(path: Path) -> bool:
-        if path == folder.lock:
-            return path.is_file() and holder(path) is not None
-        return is_unfinished(path, folder.config) or (path in folder.parts and path.is_dir() and not entries(path))
-
-    return all(of_a_start(path) for path in folder.path.iterdir())
 
 
 def keep_winner(folder: RunFolder, recipe: str) -> None:
@@ -300,8 +290,7 @@ def find_member(folder: RunFolder, number: int) -> Path:
 
 
 def check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
-    """Raises InputError where a run folder holds the run of another config, or of other input files. document: as
-    `config.yaml` would have it."""
+    """Raises InputError where a run folder holds the run of another config than this document's, or of other inputs."""
     differences = _differences(read_run_config(folder.config), document)
     # Another method is another config, whatever it draws.
     for key, old, new in sorted(differences, key=lambda difference: difference[0] == (RANDOM_NUMBERS,)):

@@ -18,8 +18,7 @@ LOCK = re.compile(rb"(\d+) on (\S+)\n")
 
 
 def check_not_in_use(path: Path) -> None:
-    """Raises InputError where another process works in a run folder. Another process may start afterwards: `locked`
-    keeps it out."""
+    """Raises InputError where another process works in a run folder; `locked` keeps one out that starts afterwards."""
     folder = RunFolder(path)
     try:
         handle = os.open(folder.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -37,8 +36,7 @@ def check_not_in_use(path: Path) -> None:
 
 
 def acquire(folder: RunFolder) -> int:
-    """The open lock file. Raises InputError where another process has the lock, or where another kind of file has its
-    name."""
+    """The open lock file. Raises InputError where another process has the lock, or another kind of file its name."""
     while True:
         handle = os.open(folder.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
@@ -102,8 +100,7 @@ def _in_use(folder: RunFolder) -> InputError:
 
 
 def holder(lock: Path) -> bytes | None:
-    """`process id on host` from a lock file, empty where the name is not written yet; None: the file holds something
-    else."""
+    """`process id on host` from a lock file, empty where it is not written yet; None: the file holds something else."""
     if lock.exists() and not lock.is_file():
         return None
     try:

@@ -40,8 +40,7 @@ def early_lines() -> Iterator[None]:
 
 @contextmanager
 def run_log(folder: RunFolder) -> Iterator[None]:
-    """The log of a run that is worked on in the block. It gets the lines that were kept before as well, and the error
-    that ends the block."""
+    """The log of a run that is worked on in the block, with the lines kept before and the error that ends the block."""
     lines = next((handler for handler in LOG.handlers if isinstance(handler, _RunLines)), _RunLines())
     lines.folder = folder
     LOG.addHandler(lines)

@@ -10,7 +10,6 @@ names the file.
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,20 +180,16 @@ def _is_own_step(path: Path, last: int) -> bool:
     return bool(custom == CHECKPOINT_MARK) or int(path.name) <= last
 
 
-def _foreign_in_step(path: Path) -> str | None:
-    """The first entry of a checkpoint that orbax did not write."""
-    return next((name for name in _foreign_names(path, "") if name), None)
-
-
-def _foreign_names(folder: Path, above: str) -> Iterator[str]:
+def _foreign_in_step(folder: Path, above: str = "") -> str | None:
+    """The first entry of a checkpoint that orbax did not write. above: the path of the folder in the checkpoint."""
     for path in sorted(folder.iterdir()):
-        name = f"{above}{path.name}"
-        if not _ORBAX_NAME.fullmatch(path.name):
-            yield name
-        elif is_real_folder(path):
-            yield from _foreign_names(path, f"{name}/")
-        elif path.is_symlink() or not path.is_file():
-            yield name
+        name, is_folder = f"{above}{path.name}", is_real_folder(path)
+        if not _ORBAX_NAME.fullmatch(path.name) or not (is_folder or (path.is_file() and not path.is_symlink())):
+            return name
+        foreign = _foreign_in_step(path, f"{name}/") if is_folder else None
+        if foreign is not None:
+            return foreign
+    return None
 
 
 def _foreign(folder: Path, name: str, advice: str = _ADVICE) -> InputError:
@@ -244,14 +239,12 @@ def check_parts(folder: RunFolder) -> None:
         places[place] = part
         for above in (place, *place.parents):
             other = RunFolder(above)
-            if above not in resolved(folder.path).parents and above != resolved(folder.path) and _is_run(other):
+            if above in (resolved(folder.path), *resolved(folder.path).parents):
+                continue
+            if other.config.is_file() and other.history.is_file():
                 raise InputError(part, f"leads into another run ({above}); give this one a folder of its own")
     for file in folder.files:
         regular_file(file)
-
-
-def _is_run(folder: RunFolder) -> bool:
-    return folder.config.is_file() and folder.history.is_file()
 
 
 def check_room(folder: RunFolder, generations: int) -> None:
@@ -276,8 +269,7 @@ def _check_names(folder: RunFolder, generations: range) -> None:
 
 
 def sweep(folder: RunFolder) -> None:
-    """Remove half-written files of killed processes; a model that was just being replaced gets its name back. The
-    caller must hold the lock."""
+    """Remove half-written files; a model that was being replaced gets its name back. The caller holds the lock."""
     recover(folder.model)
     recover(folder.front)
     for winner in {path.name.split(".")[1] for path in entries(folder.winners) if path.name.startswith(".")}:
@@ -362,37 +354,20 @@ def _check_clear(folder: RunFolder) -> None:
             raise InputError(path, "is a link, which is not followed to delete what it leads to; remove it first")
     check_replaceable_model(folder.model)
     check_replaceable_front(folder.front)
-    for winner in folder.kept_winners():
-        _check_winner(folder, winner)
-    for generation in folder.steps():
-        check_removable_step(folder, generation)
-    for stage in stages:
-        _check_clear(stage)
-        _check_stage(stage)
-
-
-def _check_winner(folder: RunFolder, winner: Path) -> None:
-    files = {folder.recipe.name, folder.result.name}
-    for path in entries(winner):
+    for path in (path for winner in folder.kept_winners() for path in entries(winner)):
         if path.name == folder.model.name:
             check_replaceable_model(path)
         elif path.name == folder.front.name:
             check_replaceable_front(path)
-        elif path.name not in files or path.is_symlink() or not path.is_file():
-            raise _foreign(winner, path.name)
-
-
-def _check_stage(stage: RunFolder) -> None:
-    """Raises InputError where a stage's run folder holds anything beside the run."""
-    allowed = {
-        *stage.files,
-        stage.lock,
-        stage.model,
-        stage.front,
-        *stage.kept_winners(),
-        *map(stage.step, stage.steps()),
-    }
-    for folder in (stage.path, *stage.parts):
-        for path in entries(folder):
-            if path not in allowed and path not in stage.parts:
+        elif path.name not in (folder.recipe.name, folder.result.name) or path.is_symlink() or not path.is_file():
+            raise _foreign(path.parent, path.name)
+    for generation in folder.steps():
+        check_removable_step(folder, generation)
+    for stage in stages:
+        _check_clear(stage)
+        steps = map(stage.step, stage.steps())
+        allowed = {*stage.files, stage.lock, stage.model, stage.front, *stage.kept_winners(), *steps, *stage.parts}
+        for path in (path for place in (stage.path, *stage.parts) for path in entries(place)):
+            # A stage's folder goes as a whole.
+            if path not in allowed:
                 raise _foreign(stage.path, str(path.relative_to(stage.path)))

@@ -312,8 +312,7 @@ def whole_lines(file: Path) -> Iterator[bytes]:
 
 
 def parse(kind: type[Kind], text: bytes) -> tuple[Kind, Any]:
-    """The document of a file or of a line of it, and the plain data that it was made of. Raises ValueError, in words,
-    where it has another form."""
+    """A file's or a line's document, and its plain data. Raises ValueError, in words, for one of another form."""
     try:
         # Python's parser, since result.json may hold NaN.
         plain = json.loads(text)

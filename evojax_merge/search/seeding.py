@@ -12,10 +12,10 @@ from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search import answers
 from evojax_merge.search.protocols import (
     Capabilities,
+    CapableStrategy,
     Space,
     State,
     Strategy,
-    TakesInjected,
     capabilities_of,
     context_of,
     gradient_generations,
@@ -24,8 +24,7 @@ from evojax_merge.search.protocols import (
 
 
 def seed_genomes(where: str, names: Sequence[str], space: Space) -> np.ndarray:
-    """float32[S, D]: the genomes that `search.seeds` names, in its order, each once. Raises InputError for a seed that
-    the space does not have."""
+    """float32[S, D]: the genomes that `search.seeds` names, each once. Raises InputError for one the space lacks."""
     genomes = [np.zeros((0, space.dims), np.float32), *(space.seed_genomes(f"{where}: seeds", name) for name in names)]
     every = np.concatenate(genomes)
     _, kept = np.unique(every, axis=0, return_index=True)
@@ -85,7 +84,7 @@ class SeededStrategy:
                 # Genomes that were drawn around the start hold no information about the surroundings of a better seed.
                 restarted = self.strategy.init(key, np.asarray(genomes)[best : best + 1])
                 return {"strategy": restarted, "told": np.int32(1)}
-            genomes, inner = cast(TakesInjected, self.strategy).inject(inner, genomes, len(self.seeds))
+            genomes, inner = cast(CapableStrategy, self.strategy).inject(inner, genomes, len(self.seeds))
         return {"strategy": answers.tell(self.strategy, key, inner, genomes, scores), "told": np.int32(generation + 1)}
 
     def finalists(self, state: Any) -> np.ndarray:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from evojax_merge.config.search_config import SearchConfig, StopConfig
-from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import decided_by_main
 from evojax_merge.search.validation import Check, Trend
 
@@ -92,13 +91,3 @@ def stopped(search: SearchConfig, course: Course, population: int) -> Stopped | 
     names = (*StopConfig.model_fields, BUDGET)
     number = decided_by_main(names.index(next(iter(met))) if met else -1)
     return None if number < 0 else Stopped(names[number], met.get(names[number], "as the main process has it"))
-
-
-def check_stop(where: str, stop: StopConfig, population: int) -> None:
-    """Raises InputError where a search would end before its first generation. `where` names the search."""
-    if stop.evaluations is not None and stop.evaluations < population:
-        raise InputError(
-            where,
-            f"stop.evaluations: {stop.evaluations:,} are fewer than the {population:,} candidates of one generation; "
-            f"expected {population:,} or more, or a smaller population",
-        )

@@ -46,8 +46,7 @@ def stratified_shards(
 
 
 def stratified_parts(tasks: Sequence[T], length: Callable[[T], np.ndarray], shards: int, seed: int) -> list[list[T]]:
-    """The tasks' examples in so many parts, stratified by task and by length. The parts depend on the seed alone. Tasks
-    of weight 0 are not divided."""
+    """The tasks' examples in so many parts, by the seed, stratified by task and length. Tasks of weight 0 are whole."""
     if shards == 1:
         return [list(tasks)]
     assigned = [
@@ -106,13 +105,15 @@ class Part:
 
     @property
     def columns(self) -> np.ndarray:
-        """int[M]: the examples' numbers, in the order of `scores_of`."""
+        """int[M]: the examples' numbers, task by task."""
         return np.concatenate([self.numbers[task.name] for task, _ in task_weights(self.evaluator.tasks)])
 
-    def scores_of(self, scores: TaskScores) -> np.ndarray:
-        """float32[P, M], the scores that the fitness is made of."""
+    def enter(self, scores: TaskScores, candidates: np.ndarray, matrix: Scores) -> None:
+        """Enter the scores of the candidates with the numbers int[S] into the matrix of all."""
         tasks = [task for task, _ in task_weights(self.evaluator.tasks)]
-        return np.concatenate([scores.matrices[task.name][task.metric] for task in tasks], axis=1)
+        place = np.ix_(candidates, self.columns)
+        matrix.values[place] = np.concatenate([scores.matrices[task.name][task.metric] for task in tasks], axis=1)
+        matrix.evaluated[place] = True
 
 
 @dataclass(frozen=True)
@@ -166,17 +167,6 @@ class HalvingResult:
     surrogate: SurrogateData
 
 
-@dataclass(frozen=True)
-class PartialScores:
-    """Scores of candidates on some of the examples. candidates: int[S], their numbers; the other fields are arguments
-    of `predict_fitness`: contributions: float32[S, M]; evaluated: int[M]; counts: float[M]."""
-
-    candidates: np.ndarray
-    contributions: np.ndarray
-    evaluated: np.ndarray
-    counts: np.ndarray
-
-
 def init_surrogate(shards: Sequence[GenomeEvaluator], dims: int) -> SurrogateData:
     """The surrogate's data before the first generation. With one shard nothing is ever predicted or kept."""
     examples = sum(task.size for shard in shards for task, _ in task_weights(shard.tasks))
@@ -193,41 +183,51 @@ def successive_halving(
     parts, population, tasks = order.parts, len(genomes), order.parts[0].evaluator.tasks
     values, predicted, examples = np.full(population, np.nan), np.full(population, np.nan), np.zeros(population, int)
     matrix, goal = empty_matrix(parts, population), goal_of(parts[0].evaluator)
-    offset, worth = goal.offset(tasks), example_worth(matrix.weights, matrix.task_of)
+    # The share of each example in the fitness, float32[N].
+    worth = (matrix.weights / np.bincount(matrix.task_of, minlength=len(matrix.weights)))[matrix.task_of]
+    worth, offset = worth.astype(np.float32), goal.offset(tasks)
+
+    def predict(candidates: np.ndarray, rung: int) -> None:
+        """Predict the fitness on all examples of candidates that have been evaluated up to a rung."""
+        shown = np.flatnonzero(matrix.evaluated[candidates[0]])
+        contributions = np.take(matrix.values[candidates], shown, axis=1) * worth[shown]
+        counts = order.counts[rung][shown]
+        foreseen = predict_fitness(surrogate, genomes[candidates], contributions, shown, counts) - offset
+        predicted[candidates] = np.where(np.isfinite(values[candidates]), foreseen, np.nan)
+
     evaluated: list[TaskScores] = []
-    stopped: list[PartialScores] = []
+    # The candidates that stop after each rung.
+    stopped: list[np.ndarray] = []
     running, begin = np.arange(population), 0
     for rung, end in enumerate(rung_shards(len(parts))):
         for part in parts[begin:end]:
             evaluated.append(part.evaluator.score(genomes[running], progress))
-            enter_scores(matrix, part, running, evaluated[-1])
+            part.enter(evaluated[-1], running, matrix)
         if rung == 0:
             first = evaluated[0]
         joined = _joined(parts, evaluated)
         values[running] = ranked_fitness(tasks, joined, goal)
         examples[running] = sum(part.size for part in parts[:end])
-        shown = np.flatnonzero(matrix.evaluated[running[0]])
-        contributions = np.take(matrix.values[running], shown, axis=1) * worth[shown]
-        partial = PartialScores(running, contributions, shown, order.counts[rung][shown])
         if end == len(parts):
             predicted[running] = values[running]
             if stopped:
-                whole = np.isfinite(values[running])
-                surrogate = append_candidates(surrogate, genomes[running[whole]], partial.contributions[whole])
+                whole = running[np.isfinite(values[running])]
+                surrogate = append_candidates(surrogate, genomes[whole], matrix.values[whole] * worth)
             break
-        foreseen = _predicted(surrogate, genomes, partial) - offset
-        predicted[running] = np.where(np.isfinite(values[running]), foreseen, np.nan)
-        best = _best(predicted[running], rung_size(population, rung + 1))
+        predict(running, rung)
+        # The best, in their own order; fewer where fewer are finite.
+        ranked = np.argsort(np.where(np.isfinite(predicted[running]), -predicted[running], np.inf), kind="stable")
+        best = ranked[: rung_size(population, rung + 1)]
+        best = np.sort(best[np.isfinite(predicted[running[best]])])
         if not best.size:
             break
-        left = np.setdiff1d(np.arange(len(running)), best)
-        stopped.append(PartialScores(running[left], partial.contributions[left], partial.evaluated, partial.counts))
-        running, evaluated, begin = running[best], [_rows(scores, best) for scores in evaluated], end
+        stopped.append(np.delete(running, best))
+        running, evaluated, begin = running[best], [scores.candidates(best.tolist()) for scores in evaluated], end
     complete = np.isfinite(values) & (examples == sum(part.size for part in parts))
     # Candidates of this generation that were evaluated on everything predict its other candidates best.
-    for group in stopped:
-        finite = np.isfinite(values[group.candidates])
-        predicted[group.candidates] = np.where(finite, _predicted(surrogate, genomes, group) - offset, np.nan)
+    for rung, candidates in enumerate(stopped):
+        if candidates.size:
+            predict(candidates, rung)
     leader = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)[running]))
     matrix = replace(matrix, predicted=predicted)
     return HalvingResult(values, examples, complete, matrix, means(tasks, joined)[leader], first, surrogate)
@@ -246,23 +246,6 @@ def empty_matrix(parts: Sequence[Part], population: int) -> Scores:
     return Scores(np.full(shape, np.nan, np.float32), np.zeros(shape, bool), task_of, names, weights)
 
 
-def enter_scores(matrix: Scores, part: Part, candidates: np.ndarray, scores: TaskScores) -> None:
-    """Enter the scores on a part of the candidates with the numbers int[S]."""
-    place = np.ix_(candidates, part.columns)
-    matrix.values[place] = part.scores_of(scores)
-    matrix.evaluated[place] = True
-
-
-def example_worth(weights: np.ndarray, task_of: np.ndarray) -> np.ndarray:
-    """The share of each example in the fitness, float32[N]. weights: float64[T], of the tasks; task_of: int[N], the
-    task of each example."""
-    return (weights / np.bincount(task_of, minlength=len(weights)))[task_of].astype(np.float32)
-
-
-def _predicted(surrogate: SurrogateData, genomes: np.ndarray, group: PartialScores) -> np.ndarray:
-    return predict_fitness(surrogate, genomes[group.candidates], group.contributions, group.evaluated, group.counts)
-
-
 def halving_passes(order: ExampleOrder, population: int) -> int:
     """The steps of progress that a generation reports where no candidate fails."""
     ends = rung_shards(len(order.parts))
@@ -271,12 +254,6 @@ def halving_passes(order: ExampleOrder, population: int) -> int:
         for rung, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
         for part in order.parts[begin:end]
     )
-
-
-def _best(values: np.ndarray, count: int) -> np.ndarray:
-    """The numbers of the `count` best candidates, in their own order; fewer where fewer are finite."""
-    order = np.argsort(np.where(np.isfinite(values), -values, np.inf), kind="stable")[:count]
-    return np.sort(order[np.isfinite(values[order])])
 
 
 def _joined(parts: Sequence[Part], evaluated: Sequence[TaskScores]) -> TaskScores:
@@ -290,12 +267,3 @@ def _joined(parts: Sequence[Part], evaluated: Sequence[TaskScores]) -> TaskScore
 
     first = evaluated[0].matrices
     return TaskScores({task: {metric: joined(task, metric) for metric in first[task]} for task in first})
-
-
-def _rows(scores: TaskScores, candidates: np.ndarray) -> TaskScores:
-    return TaskScores(
-        {
-            task: {metric: matrix[candidates] for metric, matrix in metrics.items()}
-            for task, metrics in scores.matrices.items()
-        }
-    )

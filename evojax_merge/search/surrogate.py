@@ -34,8 +34,7 @@ def empty_surrogate(rows: int, dims: int, examples: int) -> SurrogateData:
 
 
 def append_candidates(data: SurrogateData, genomes: np.ndarray, contributions: np.ndarray) -> SurrogateData:
-    """The data with candidates `genomes: float32[P, D]`, `contributions: float32[P, N]` appended; as many rows as
-    before, the oldest dropped."""
+    """The data with float32[P, D] genomes and float32[P, N] contributions appended, as many of the oldest dropped."""
     return SurrogateData(*(
         np.concatenate([old, new]).astype(np.float32)[len(new) :]
         for old, new in ((data.genomes, genomes), (data.contributions, contributions))

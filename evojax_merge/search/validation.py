@@ -68,7 +68,8 @@ def validate(
     proposes, float32[F, D].
 
     Return their validation fitness, None where it is not finite, with the standard error of the best candidate's
-    difference from the highest check before, paired by example; and the highest check from now on.
+    difference from the highest check before, paired by example (None before the first check, and where a task has one
+    example); and the highest check from now on.
     """
     genomes = np.concatenate([best, proposed])
     values, finite = np.full(len(genomes), np.nan), np.isfinite(genomes).all(axis=1)
@@ -78,23 +79,17 @@ def validate(
         values[finite] = fitness(validation.tasks, scores, goal_of(validation))
         if len(best) and np.isfinite(values[0]):
             rows = [scores.matrices[task.name][task.metric][0] for task, _ in task_weights(validation.tasks)]
-            error = _standard_error(validation, np.concatenate(rows) - peak["scores"], peak)
+            weighted = task_weights(validation.tasks, goal_of(validation))
+            if np.isfinite(peak["fitness"]) and all(task.size > 1 for task, _ in weighted):
+                differences = (np.concatenate(rows) - peak["scores"]).astype(np.float64)
+                ends = np.cumsum([task.size for task, _ in weighted])[:-1]
+                parts = zip(weighted, np.split(differences, ends), strict=True)
+                error = float(np.sqrt(sum(weight**2 * part.var(ddof=1) / task.size for (task, weight), part in parts)))
             if values[0] > peak["fitness"]:
                 peak = {"fitness": np.array(values[0]), "scores": np.concatenate(rows)}
     shown = [float(value) if np.isfinite(value) else None for value in values]
     look = {"best_so_far": shown[0] if len(best) else None, "standard_error": error, "finalists": shown[len(best) :]}
     return look, peak
-
-
-def _standard_error(validation: GenomeEvaluator, differences: np.ndarray, peak: dict[str, np.ndarray]) -> float | None:
-    """The standard error of the weighted mean of differences float32[N]; None before the first check, and where a task
-    has one example."""
-    weighted = task_weights(validation.tasks, goal_of(validation))
-    if not np.isfinite(peak["fitness"]) or any(task.size < 2 for task, _ in weighted):
-        return None
-    ends = np.cumsum([task.size for task, _ in weighted])[:-1]
-    parts = zip(weighted, np.split(differences.astype(np.float64), ends), strict=True)
-    return float(np.sqrt(sum(weight**2 * part.var(ddof=1) / task.size for (task, weight), part in parts)))
 
 
 @dataclass(frozen=True)
@@ -131,9 +126,8 @@ class Trend:
         is_clear = check.error is not None and self.peak.validation - check.validation > CLEAR_ERRORS * check.error
         falls = self.falls + 1 if is_clear else 0
         parts = falls >= OVERFIT_PATIENCE and self.overfitting_since is None
-        return replace(
-            self, last=check, falls=falls, overfitting_since=self.peak.generation if parts else self.overfitting_since
-        )
+        since = self.peak.generation if parts else self.overfitting_since
+        return replace(self, last=check, falls=falls, overfitting_since=since)
 
     def describe(self) -> str:
         first, last = self.peak, self.last

@@ -46,8 +46,7 @@ class BreedingSpace:
     @property
     def start(self) -> np.ndarray:
         """The first founder."""
-        first: np.ndarray = self.genealogy.founders[0]
-        return first
+        return np.asarray(self.genealogy.founders[0])
 
     def baselines(self) -> tuple[str, np.ndarray]:
         """All founders, unmerged."""
@@ -59,20 +58,20 @@ class BreedingSpace:
 
     def parents_among(self, genomes: np.ndarray) -> np.ndarray:
         """bool[P]: true for the genomes, float32[P, D], of founders."""
-        founders: np.ndarray = np.asarray(genomes)[:, METHOD] == NONE
-        return founders
+        return np.equal(np.asarray(genomes)[:, METHOD], NONE)
 
     def within(self, context: np.ndarray) -> "BreedingSpace":
         """The space of a search that has bred `context: float32[M, D]`, which the strategy lends it."""
         return replace(self, genealogy=replace(self.genealogy, offspring=context))
 
-    def decode(self, genomes: np.ndarray) -> list[Member]:
-        """The members of genomes float32[P, D], whose parents are in the genealogy."""
-        return [self.member(genome) for genome in np.asarray(genomes, np.float32)]
-
     def member(self, genome: np.ndarray) -> Member:
         """The member of a genome float32[D]."""
-        waiting = [genome]
+        return self.decode(genome[None])[0]
+
+    def decode(self, genomes: np.ndarray) -> list[Member]:
+        """The members of genomes float32[P, D], whose parents are in the genealogy."""
+        genomes = np.asarray(genomes, np.float32)
+        waiting = [*genomes]
         while waiting:
             # Parents first: a lineage may be longer than calls can be nested.
             descendant = waiting[-1]
@@ -85,17 +84,14 @@ class BreedingSpace:
             waiting += unknown
             if not unknown:
                 waiting.pop()
-                bred_parents = tuple(self._members[parent.tobytes()] for parent in parents)
-                self._members.setdefault(descendant.tobytes(), self._bred(descendant, bred_parents))
-        return self._members[genome.tobytes()]
-
-    def _bred(self, genome: np.ndarray, parents: tuple[Member, ...]) -> Member:
-        number = int(genome[NUMBER])
-        if not parents:
-            return Member(number)
-        method, genes = self.methods[int(genome[METHOD])], genome[GENES:]
-        place = min(int(genes[-1] * (self.layers + 1)), self.layers) if self.split else self.layers
-        return Member(number, parents, method.name, _parameters(method, genes), place)
+                member = Member(int(descendant[NUMBER]))
+                if parents:
+                    method, genes = self.methods[int(descendant[METHOD])], descendant[GENES:]
+                    place = min(int(genes[-1] * (self.layers + 1)), self.layers) if self.split else self.layers
+                    bred_parents = tuple(self._members[parent.tobytes()] for parent in parents)
+                    member = Member(member.number, bred_parents, method.name, _parameters(method, genes), place)
+                self._members.setdefault(descendant.tobytes(), member)
+        return [self._members[genome.tobytes()] for genome in genomes]
 
 
 def _parameters(method: Method, genes: np.ndarray) -> dict[str, np.ndarray]:

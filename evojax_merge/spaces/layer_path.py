@@ -115,34 +115,41 @@ class IndicatorSpace:
             scale_genes = np.full(self.scale_dims, 0.5)
         return np.concatenate([from_unit(indicators), scale_genes]).astype(np.float32)
 
+    def _genome_of(self, parent: int) -> np.ndarray:
+        """The genome of a parent's layers once, with scales of 1."""
+        end, places = sum(self.depths[: parent + 1]), np.arange(self.num_indicators)
+        return self.genome((places >= end - self.depths[parent]) & (places < end))
+
     @property
     def start(self) -> np.ndarray:
-        """The first parent: its layers once, scales 1."""
-        return self.genome(np.arange(self.num_indicators) < self.depths[0])
+        """The first parent."""
+        return self._genome_of(0)
 
     def baselines(self) -> tuple[str, np.ndarray]:
         """The unchanged first parent."""
         return "first parent", self.start[None]
 
     def seed_genomes(self, where: str, name: str) -> np.ndarray:
-        """float32[S, D]: each parent's layers once, scales 1, between the first and last leaves of the parent that
-        gives these to all paths; the first parent, and the others whose layers are not too many."""
-        places = np.arange(self.num_indicators)
-        ends = np.cumsum(self.depths)
-        fits = [(end - depth, end) for depth, end in zip(self.depths, ends, strict=True) if depth <= self.max_steps]
-        return _parents_alone(where, name, [self.genome((places >= first) & (places < end)) for first, end in fits])
+        """float32[S, D]: the layers of each parent that has not too many, between the leaves that all paths have at
+        their ends."""
+        fits = [parent for parent, depth in enumerate(self.depths) if depth <= self.max_steps]
+        return _parents_alone(where, name, list(map(self._genome_of, fits)))
 
     def parents_among(self, genomes: np.ndarray) -> np.ndarray:
         """bool[P]: true for the genomes, float32[P, D], of the parent whose embedding and head all paths have."""
-        end = sum(self.depths[: self.embedding_parent + 1])
-        places = np.arange(self.num_indicators)
-        layers = (places >= end - self.depths[self.embedding_parent]) & (places < end)
-        return rows_among(genomes, self.genome(layers)[None])
+        return rows_among(genomes, self._genome_of(self.embedding_parent)[None])
 
     def decode(self, genomes: np.ndarray) -> list[LayerPath | None]:
         """A path per genome; None where no layer is on, or more than `max_steps` are."""
-        units = _inside(genomes)
-        return [self._path(unit) for unit in units]
+        paths: list[LayerPath | None] = []
+        for unit in _inside(genomes):
+            on = np.flatnonzero(unit[: self.num_indicators] > 0.5)
+            if not 0 < len(on) <= self.max_steps:
+                paths.append(None)
+                continue
+            layers, scales = on % self.layers, self._scales(unit[self.num_indicators :], on)
+            paths.append(LayerPath(tuple(map(int, layers)), tuple(map(float, scales)), self.embedding_parent))
+        return paths
 
     def pull_back(self, genomes: np.ndarray, cotangents: Sequence[np.ndarray | None]) -> np.ndarray:
         """float32[P, D]: the derivatives with respect to genomes float32[P, D]: with respect to the scales' genes, and
@@ -160,8 +167,7 @@ class IndicatorSpace:
 
     def _pull_back(self, unit: np.ndarray, on: np.ndarray, cotangents: np.ndarray) -> np.ndarray:
         """float64[S]: the derivative with respect to the scales' genes `unit`, in [0, 1], of a function whose
-        derivatives with respect to the logarithms of the scales between the T places `on` are `cotangents`, float64[T -
-        1]."""
+        derivatives by the logarithms of the scales between the T places `on` are `cotangents`, float64[T - 1]."""
         if self.scales == "matrix":
             layers, matrix = on % self.layers, np.zeros((self.layers, self.layers))
             np.add.at(matrix, (layers[:-1], layers[1:]), self.bounds.log_range * cotangents)
@@ -173,16 +179,6 @@ class IndicatorSpace:
         back = np.where(value >= 0, np.log(self.bounds.high), -np.log(self.bounds.low)) * cotangents * (1 - value**2)
         through = back[:, None] * out[:-1] * (1 - hidden**2)
         return NETWORK_SLOPE * np.concatenate([(through.T @ inputs).ravel(), back @ hidden, [back.sum()]])
-
-    def _path(self, unit: np.ndarray) -> LayerPath | None:
-        on = np.flatnonzero(unit[: self.num_indicators] > 0.5)
-        if not 0 < len(on) <= self.max_steps:
-            return None
-        return LayerPath(
-            tuple(map(int, on % self.layers)),
-            tuple(map(float, self._scales(unit[self.num_indicators :], on))),
-            self.embedding_parent,
-        )
 
     def _scales(self, unit: np.ndarray, on: np.ndarray) -> np.ndarray:
         """float64[T]: the scale of going from each step's layer to the next; the first layer is entered with 1. on:
@@ -199,8 +195,7 @@ class IndicatorSpace:
         return np.concatenate([[1.0], np.where(value >= 0, self.bounds.high**value, self.bounds.low ** (-value))])
 
     def _network(self, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The weights into the hidden layer, float64[NETWORK_WIDTH, 4], and out of it with the bias behind them,
-        float64[NETWORK_WIDTH + 1]."""
+        """The weights into the hidden layer, float64[NETWORK_WIDTH, 4], and out of it, then the bias, one more."""
         weights = NETWORK_SLOPE / 2 * (2 * unit - 1)
         return weights[: 4 * NETWORK_WIDTH].reshape(NETWORK_WIDTH, 4), weights[4 * NETWORK_WIDTH :]
 
@@ -353,8 +348,7 @@ class MoveSpace:
         return "first parent", self.start[None]
 
     def seed_genomes(self, where: str, name: str) -> np.ndarray:
-        """float32[S, D]: the first parent, and each parent of the same depth whose layers the moves can put in the
-        place of all its layers."""
+        """float32[S, D]: the first parent, and each of its depth whose layers the moves can put in place of all."""
         depth = self.depths[0]
         firsts = range(0, depth, self.window)
         donors = [k for k, layers in enumerate(self.depths) if k and layers == depth and len(firsts) <= self.count]
@@ -365,8 +359,7 @@ class MoveSpace:
         return _parents_alone(where, name, [self.start, *map(self.genome, moves)])
 
     def parents_among(self, genomes: np.ndarray) -> np.ndarray:
-        """bool[P]: true for the genomes, float32[P, D], of the unchanged first parent; none where paths have another
-        parent's embedding and head."""
+        """bool[P]: true for the first parent's genomes; none where paths have another parent's embedding and head."""
         return rows_among(genomes, self.start[None] if self.embedding_parent == 0 else np.zeros((0, self.dims)))
 
     def decode(self, genomes: np.ndarray) -> list[LayerPath | None]:
@@ -396,26 +389,19 @@ class MoveSpace:
             begin, end = inside[0], inside[-1] + 1
             if move.what == "scale":
                 steps = [_scaled([step], number)[0] if step[0] in block else step for step in steps]
-                continue
-            if move.what == "skip":
+            elif move.what == "skip":
                 steps = [step for step in steps if step[0] not in block]
-                continue
-            if move.what == "repeat":
-                again = steps[begin:end]
-                steps[end:end] = _scaled(again, number)
-                continue
-            depth = self.depths[move.donor]
-            first = round(move.first * depth / self.depths[0])
-            last = max(first + 1, round((move.first + move.layers) * depth / self.depths[0]))
-            donated: list[Step] = [
-                (min(move.first + i, block[-1]), int(offsets[move.donor]) + layer, ())
-                for i, layer in enumerate(range(first, min(last, depth)))
-            ]
-            steps = (
-                [step for step in steps[:begin] if step[0] not in block]
-                + _scaled(donated, number)
-                + [step for step in steps[end:] if step[0] not in block]
-            )
+            elif move.what == "repeat":
+                steps[end:end] = _scaled(steps[begin:end], number)
+            else:
+                depth = self.depths[move.donor]
+                first = round(move.first * depth / self.depths[0])
+                last = max(first + 1, round((move.first + move.layers) * depth / self.depths[0]))
+                donated: list[Step] = [
+                    (min(move.first + i, block[-1]), int(offsets[move.donor]) + layer, ())
+                    for i, layer in enumerate(range(first, min(last, depth)))
+                ]
+                steps[begin:end] = _scaled(donated, number)
         return steps
 
 
@@ -429,23 +415,16 @@ PathSpace = IndicatorSpace | MoveSpace
 
 def describe_path(path: LayerPath, origins: Sequence[tuple[int, int]], names: Mapping[int, str]) -> list[str]:
     """A path in words: runs of consecutive layers of one parent, with the scale that each is entered with."""
-    lines: list[str] = []
-    run: list[int] = []
-
-    def close(scale: float) -> None:
-        parent, first = origins[run[0]]
-        _, last = origins[run[-1]]
+    runs: list[tuple[float, list[int]]] = []
+    for layer, scale in zip(path.layers, path.scales, strict=True):
+        before = runs[-1][1][-1] if runs else None
+        if before is not None and layer == before + 1 and origins[layer][0] == origins[before][0] and scale == 1:
+            runs[-1][1].append(layer)
+        else:
+            runs.append((scale, [layer]))
+    lines = []
+    for scale, run in runs:
+        (parent, first), (_, last) = origins[run[0]], origins[run[-1]]
         span = f"layer {first}" if first == last else f"layers {first}-{last}"
         lines.append(f"{names[parent]} {span}" + ("" if scale == 1 else f", entered with {scale:.4g}"))
-
-    entered = 1.0
-    for layer, scale in zip(path.layers, path.scales, strict=True):
-        follows = bool(run) and layer == run[-1] + 1 and origins[layer][0] == origins[run[-1]][0] and scale == 1
-        if run and not follows:
-            close(entered)
-            run = []
-        if not run:
-            entered = scale
-        run.append(layer)
-    close(entered)
     return lines

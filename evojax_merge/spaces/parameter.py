@@ -8,6 +8,7 @@ group may name these too: they then go with it.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,11 +57,13 @@ class SearchParameter:
         return f"{self.name}: high {self.high:g} is below {value:g}" if value > self.high else None
 
 
-class GroupedParameters:
+@dataclass(frozen=True)
+class GroupSpace:
     """The parameters of a merge for groups of tensors; a genome holds them in their order.
 
-    `parent_groups`: the number of each parent's group, of parents that share their searched parameters; (): each parent
-    has its own. `active`: the number of a group's weights that count, the largest; None: all.
+    `groups`: a label per group; `parent_groups`: the number of each parent's group, of parents that share their
+    searched parameters; (): each parent has its own. `active`: the number of a group's weights that count, the largest;
+    None: all.
     """
 
     method: Method
@@ -68,8 +71,17 @@ class GroupedParameters:
     groups: tuple[str, ...]
     search_parameters: tuple[SearchParameter, ...]
     constants: tuple[tuple[str, tuple[float, ...]], ...]
-    parent_groups: tuple[int, ...]
-    active: int | None
+    parent_groups: tuple[int, ...] = ()
+    active: int | None = None
+
+    @cached_property
+    def _searched(self) -> dict[str, SearchParameter]:
+        return {searched.name: searched for searched in self.search_parameters}
+
+    @cached_property
+    def _starts(self) -> dict[str, Any]:
+        """The searched parameters where the search starts, as `genome` takes them."""
+        return {searched.name: np.asarray(searched.start, np.float64) for searched in self.search_parameters}
 
     def columns(self, name: str) -> int:
         """The number of genes that a group of tensors has for a searched parameter."""
@@ -126,30 +138,33 @@ class GroupedParameters:
                 columns[f"{name}[{self.groups[group]}]{end}"] = values[:, group, column]
         return columns
 
-    def genome(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The genome of given parameter values, name -> `[groups, columns]` (or arrays that broadcast to it)."""
-        blocks = []
+    def genome(self, values: Mapping[str, Any]) -> np.ndarray:
+        """The genome of given values of the searched parameters, arrays that broadcast to `[groups, columns]`."""
+        blocks = [np.zeros(0)]
         for searched in self.search_parameters:
-            shape = (len(self.groups), self.columns(searched.name))
-            unit = (np.broadcast_to(np.asarray(values[searched.name], np.float64), shape) - searched.low) / (
+            given = np.asarray(values[searched.name], np.float64)
+            unit = (np.broadcast_to(given, (len(self.groups), self.columns(searched.name))) - searched.low) / (
                 searched.high - searched.low
             )
             blocks.append(from_unit(unit).ravel())
-        return np.concatenate(blocks).astype(np.float32) if blocks else np.zeros(0, np.float32)
+        return np.concatenate(blocks).astype(np.float32)
+
+    def _genomes(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """float32[S, D]: the genomes of S mappings of values."""
+        return np.array([self.genome(row) for row in rows], np.float32).reshape(len(rows), self.dims)
 
     @property
     def start(self) -> np.ndarray:
         """The genome that the search starts from."""
-        return self.genome({searched.name: np.asarray(searched.start) for searched in self.search_parameters})
+        return self.genome(self._starts)
 
     def baselines(self) -> tuple[str, np.ndarray]:
         """The uniform merge: equal weights 1/K, the other searched parameters where the search starts."""
-        values = {searched.name: np.asarray(searched.start) for searched in self.search_parameters}
-        for searched in self.search_parameters:
-            if searched.name == "weight":
-                uniform = uniform_start(self.method, "weight", self.parents)[:1]
-                values["weight"] = np.clip(uniform, searched.low, searched.high)
-        return "uniform merge", self.genome(values)[None]
+        values = dict(self._starts)
+        if "weight" in values:
+            uniform = uniform_start(self.method, "weight", self.parents)[:1]
+            values["weight"] = np.clip(uniform, self._searched["weight"].low, self._searched["weight"].high)
+        return "uniform merge", self._genomes([values])
 
     def seed_genomes(self, where: str, name: str) -> np.ndarray:
         """float32[S, D]: `uniform`: equal weights 1/K; `parents`: each parent alone, weight 1 for it and 0 for the
@@ -160,89 +175,80 @@ class GroupedParameters:
         Raises InputError where a parameter that the seed sets is not searched, and where parents that share a weight
         would have different ones.
         """
-        values = {searched.name: np.asarray(searched.start, np.float64) for searched in self.search_parameters}
+        fraction, values = self.method.interpolates, self._starts
         shares = {"uniform": [0.5], "parents": [0.0, 1.0]}.get(name)
-        fraction = self.method.interpolates
         if shares is not None and fraction in values:
-            return self._clipped([values | {fraction: np.array([share])} for share in shares])
+            return self._clipped([{fraction: share} for share in shares])
         weights = {"uniform": np.full((1, 1), 1 / self.parents), "task_vectors": np.ones((1, 1))}.get(
             name, np.eye(self.parents)
         )
-        needed = ["weight", "density"] if name == "trimmed_parents" else ["weight"]
-        missing = next((parameter for parameter in needed if parameter not in values), None)
+        trimmed = {"density": TRIMMED_DENSITY} if name == "trimmed_parents" else {}
+        missing = next((parameter for parameter in ("weight", *trimmed) if parameter not in values), None)
         if missing is not None:
             raise InputError(
                 where, f"{name}: {self.method.name} searches no {missing} here; search it, or leave this out"
             )
         if self.parent_groups and len(weights) > 1:
             raise InputError(where, f"{name}: the parents of a group share their weight; leave this out")
-        trimmed = {"density": np.array([TRIMMED_DENSITY])} if name == "trimmed_parents" else {}
-        return self._clipped([values | trimmed | {"weight": row} for row in weights])
+        return self._clipped([trimmed | {"weight": row} for row in weights])
+
+    def _clipped(self, rows: Sequence[dict[str, Any]]) -> np.ndarray:
+        """The genomes of values, the others where the search starts; values outside of the bounds are moved to them."""
+        return self._genomes([
+            {name: np.clip((self._starts | row)[name], axis.low, axis.high) for name, axis in self._searched.items()}
+            for row in rows
+        ])  # fmt: skip
 
     def plain_merges(self) -> tuple[np.ndarray, tuple[str, ...]]:
         """The uniform merge, with the other parameters where the search starts, and each parent alone, as far as the
         bounds, the fixed parameters and the groups of parents allow. A method without weights, or one parameter that
         leads from parent to parent, has none."""
-        searched = {item.name: item for item in self.search_parameters}
         names, fraction = [parameter.name for parameter in self.method.parameters], self.method.interpolates
         mixing = fraction if fraction in names else "weight"
         if mixing not in names:
-            return np.zeros((0, self.dims), np.float32), ()
+            return self._genomes([]), ()
         every_parent = "every parent" if self.parents > 1 else "the parent"
-        if mixing not in searched:
-            return np.zeros((0, self.dims), np.float32), (f"{every_parent} ({mixing} is fixed)",)
-        axis = searched[mixing]
-        start = {name: np.asarray(item.start, np.float64) for name, item in searched.items()}
+        if mixing not in self._searched:
+            return self._genomes([]), (f"{every_parent} ({mixing} is fixed)",)
+        axis = self._searched[mixing]
         uniform = 0.5 if mixing == fraction else uniform_start(self.method, mixing, self.parents)[0]
-        rows: list[Mapping[str, np.ndarray]] = []
-        missing: list[tuple[str, str]] = []
-
-        def add(what: str, complaint: str | None, values: Mapping[str, np.ndarray]) -> None:
-            if complaint is None:
-                rows.append({**start, **values})
-            else:
-                missing.append((what, complaint))
-
-        add(UNIFORM, axis.outside(uniform), {mixing: np.array([uniform])})
+        # In words, why the space leaves it out (None: it does not), and its values.
+        merges: list[tuple[str, str | None, dict[str, Any]]] = [(UNIFORM, axis.outside(uniform), {mixing: uniform})]
         if mixing == fraction:
-            for k, share in enumerate((0.0, 1.0)):
-                add(f"parents[{k}]", axis.outside(share), {mixing: np.array([share])})
+            merges += [(f"parents[{k}]", axis.outside(share), {mixing: share}) for k, share in enumerate((0.0, 1.0))]
         else:
             complaint = (
-                axis.outside(1.0) or (axis.outside(0.0) if self.parents > 1 else None) or self._changed(searched)
+                axis.outside(1.0) or (axis.outside(0.0) if self.parents > 1 else None) or self._change_of_parents()
             )
-            unchanged = {name: np.array([value]) for name, value in UNCHANGED.items() if name in searched}
             if complaint is not None:
-                missing.append((every_parent, complaint))
+                merges.append((every_parent, complaint, {}))
             for k, row in enumerate(np.eye(self.columns(mixing)) if complaint is None else ()):
-                members = [parent for parent, group in enumerate(self.parent_groups) if group == k]
+                members = [f"parents[{parent}]" for parent, group in enumerate(self.parent_groups) if group == k]
                 alone = None if len(members) < 2 else "they share their parameters"
-                add(" and ".join(f"parents[{parent}]" for parent in members), alone, unchanged | {mixing: row})
-        genomes = np.stack([self.genome(row) for row in rows]) if rows else np.zeros((0, self.dims), np.float32)
+                merges.append((" and ".join(members), alone, UNCHANGED | {mixing: row}))
+        genomes = self._genomes([self._starts | values for _, complaint, values in merges if complaint is None])
         _, kept = np.unique(genomes, axis=0, return_index=True)
-        return genomes[np.sort(kept)], tuple(f"{what} ({complaint})" for what, complaint in missing)
+        missing = tuple(f"{what} ({complaint})" for what, complaint, _ in merges if complaint is not None)
+        return genomes[np.sort(kept)], missing
 
     def averages(self, where: str, members: np.ndarray) -> np.ndarray:
         """float32[S, D]: uniform averages of parents. members: bool[S, K], the parents in each. Raises InputError where
         the method, its fixed parameters, the bounds or the groups of parents leave them out."""
-        searched = {item.name: item for item in self.search_parameters}
         mixing = self.method.interpolates or "weight"
         if not self.method.averages:
             averaging = ", ".join(name for name, method in METHODS.items() if method.averages)
             complaint: str | None = f"{self.method.name} averages no weights; expected one of {averaging}"
-        elif mixing not in searched or self.parent_groups:
-            complaint = f"{mixing} is fixed" if mixing not in searched else "parents of a group share their weight"
+        elif mixing not in self._searched or self.parent_groups:
+            complaint = "parents of a group share their weight" if mixing in self._searched else f"{mixing} is fixed"
         else:
-            axis = searched[mixing]
-            complaint = axis.outside(0.0) or axis.outside(1.0) or self._changed(searched)
+            axis = self._searched[mixing]
+            complaint = axis.outside(0.0) or axis.outside(1.0) or self._change_of_parents()
         if complaint is not None:
             raise InputError(where, f"the space lacks the averages of some parents: {complaint}")
-        values = {name: np.asarray(item.start, np.float64) for name, item in searched.items()}
-        values |= {name: np.array([value]) for name, value in UNCHANGED.items() if name in searched}
         shares = np.asarray(members) / np.sum(members, axis=1, keepdims=True)
         # An interpolation has the share of the second parent.
-        rows = [self.genome(values | {mixing: row[1:] if self.method.interpolates else row}) for row in shares]
-        return np.stack(rows) if rows else np.zeros((0, self.dims), np.float32)
+        first = 1 if self.method.interpolates else 0
+        return self._genomes([self._starts | UNCHANGED | {mixing: row[first:]} for row in shares])
 
     def parents_among(self, genomes: np.ndarray) -> np.ndarray:
         """bool[P]: true for the genomes, float32[P, D], of parents alone."""
@@ -250,65 +256,43 @@ class GroupedParameters:
         uniform = 0 if any(line.startswith(UNIFORM) for line in missing) else 1
         return rows_among(genomes, merges[uniform:])
 
-    def _changed(self, searched: Mapping[str, SearchParameter]) -> str | None:
+    def decode(self, genomes: np.ndarray) -> Any:
+        """Genomes go to the evaluator unchanged: its program merges them."""
+        return genomes
+
+    def pull_back(self, genomes: np.ndarray, cotangents: Any) -> np.ndarray:
+        derivatives: np.ndarray = cotangents
+        return derivatives
+
+    def _change_of_parents(self) -> str | None:
         """The parameter beside the weight that leaves no parent as it is, in words; None: there is none."""
         constants = dict(self.constants)
         for name, value in UNCHANGED.items():
-            complaint = searched[name].outside(value) if name in searched else None
+            complaint = self._searched[name].outside(value) if name in self._searched else None
             if complaint is None and any(number != value for number in constants.get(name, ())):
                 complaint = f"{name} is fixed, not at {value:g}"
             if complaint is not None:
                 return complaint
         return None
 
-    def _clipped(self, rows: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-        bounds = {searched.name: (searched.low, searched.high) for searched in self.search_parameters}
-        return np.stack([self.genome({key: np.clip(row[key], *bounds[key]) for key in bounds}) for row in rows])
 
-
-@dataclass(frozen=True)
-class GroupSpace(GroupedParameters):
-    """The parameters of a merge for given groups of tensors (see GroupedParameters)."""
-
-    method: Method
-    parents: int
-    groups: tuple[str, ...]
-    search_parameters: tuple[SearchParameter, ...]
-    constants: tuple[tuple[str, tuple[float, ...]], ...]
-    parent_groups: tuple[int, ...] = ()
-    active: int | None = None
-
-    def decode(self, genomes: np.ndarray) -> np.ndarray:
-        """Genomes go to the evaluator unchanged: its program merges them."""
-        return genomes
-
-    def pull_back(self, genomes: np.ndarray, cotangents: np.ndarray) -> np.ndarray:
-        return cotangents
-
-
-@dataclass(frozen=True)
-class ParameterSpace(GroupedParameters):
+@dataclass(frozen=True, kw_only=True)
+class ParameterSpace(GroupSpace):
     """The parameters of a merge of decoders. `components` partitions `names` (the components of a layer).
 
     It may name shared leaves, too: the embedding then goes with that component of the first layers, the final norm and
     head of the last; shared leaves that are named without a component have one group of their own. `smooth`: a layer's
     parameters are interpolated between the groups of layers, the first and last of which stand for the first and last
-    layer; shared leaves go with the first. `groups`: a label per group, in the order of the genome.
+    layer; shared leaves go with the first.
     """
 
-    method: Method
-    parents: int
+    groups: tuple[str, ...] = field(init=False)
     layers: int
     layers_per_group: int
     names: tuple[str, ...]
     components: tuple[tuple[str, ...], ...]
     shared: tuple[str, ...]
-    search_parameters: tuple[SearchParameter, ...]
-    constants: tuple[tuple[str, tuple[float, ...]], ...]
     smooth: bool = False
-    parent_groups: tuple[int, ...] = ()
-    active: int | None = None
-    groups: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         names = []
@@ -375,15 +359,14 @@ class ParameterSpace(GroupedParameters):
         return _recipes(self, jnp.asarray(genomes))
 
     def pull_back(self, genomes: np.ndarray, cotangents: Recipe) -> np.ndarray:
-        """Derivatives with respect to genomes, float32[P, D], of a function whose derivatives with respect to their
-        recipes are `cotangents`."""
+        """float32[P, D]: derivatives by genomes of a function whose derivatives by their recipes are `cotangents`."""
         return np.asarray(_pull_back(self, jnp.asarray(genomes), cotangents))
 
     def _by_layer(self, name: str, block: jax.Array) -> jax.Array:
         """A parameter by group -> by layer and component group: float32[L, parts] or [L, parts, K]."""
         count = int(self.blocks[-1]) + 1
         table = block[: count * len(self.layer_components)].reshape(count, len(self.layer_components), *block.shape[1:])
-        if not self.smooth or name not in [searched.name for searched in self.search_parameters]:
+        if not self.smooth or name not in self._searched:
             return table[self.blocks]
         at = np.linspace(0.0, count - 1.0, self.layers) if self.layers > 1 else np.zeros(1)
         below = np.floor(at).astype(int)
@@ -408,8 +391,7 @@ def _pull_back(space: ParameterSpace, genomes: jax.Array, cotangents: Recipe) ->
 
 
 def uniform_start(method: Method, name: str, parents: int) -> tuple[float, ...]:
-    """A parameter's value in the uniform merge: weight 1/K, everything else at the method's default, or at the start of
-    a search if there is none."""
+    """A parameter's value in the uniform merge: weight 1/K, else the method's default, or where a search starts."""
     parameter = method.parameter(name)
     defaults = (value for value in (parameter.default, parameter.start) if value is not None)
     return (next(defaults, 1.0 / parents),) * (parents if parameter.per_parent else 1)
@@ -418,8 +400,7 @@ def uniform_start(method: Method, name: str, parents: int) -> tuple[float, ...]:
 def component_groups(
     text: Sequence[str], names: Sequence[str], shared: Sequence[str] = ()
 ) -> tuple[tuple[str, ...], ...] | None:
-    """`["attention", "mlp+norm"]` -> groups, or None where they do not partition `names`. Each name of `shared` may be
-    in one of them."""
+    """`["attention", "mlp+norm"]` -> groups, or None where they do not partition `names` (with any of `shared`)."""
     groups = tuple(tuple(part.strip() for part in entry.split("+")) for entry in text)
     given = [name for group in groups for name in group]
     others = [name for name in given if name in shared]

@@ -101,7 +101,7 @@ def search_parameters_of(
     parent_groups: tuple[int, ...] = (),
 ) -> tuple[tuple[SearchParameter, ...], Fixed]:
     """The searched parameters, and the value of every other. parent_groups: of parents that share the searched ones
-    (see GroupedParameters). Raises InputError for unknown parameters and for meaningless bounds."""
+    (see GroupSpace). Raises InputError for unknown parameters and for meaningless bounds."""
     all_names = [parameter.name for parameter in method.parameters]
     for key, names in (("parameters", searched), ("fixed", fixed)):
         for name in names:
@@ -132,11 +132,9 @@ def search_parameters_of(
     for parameter in method.parameters:
         if parameter.name in searched:
             continue
-        values = fixed.get(parameter.name)
-        if values is None and parameter.default is None and not parameter.per_parent:
+        if parameter.name not in fixed and parameter.default is None and not parameter.per_parent:
             raise InputError(where, f"{parameter.name}: missing; give it under parameters or under fixed")
-        given = uniform_start(method, parameter.name, parents) if values is None else _numbers(values)
-        others.append((parameter.name, _checked(f"{where}: fixed", method, parameter.name, given, parents)))
+        others.append((parameter.name, _fixed(where, method, parameter.name, fixed, parents)))
     _check_bounds(where, method, search_parameters, dict(others), shares)
     return search_parameters, tuple(others)
 
@@ -147,12 +145,13 @@ def constants_of(where: str, method: Method, parents: int, fixed: Mapping[str, N
     for name in fixed:
         if name not in constants:
             raise InputError(where, f"fixed.{name}: {method.name} has no such constant{did_you_mean(name, constants)}")
-    values = {
-        name: _numbers(fixed[name]) if name in fixed else uniform_start(method, name, parents) for name in constants
-    }
-    return tuple(
-        (name, _checked(f"{where}: fixed", method, name, numbers, parents)) for name, numbers in values.items()
-    )
+    return tuple((name, _fixed(where, method, name, fixed, parents)) for name in constants)
+
+
+def _fixed(where: str, method: Method, name: str, fixed: Mapping[str, Numbers], parents: int) -> tuple[float, ...]:
+    """The value of a parameter that is not searched: the given one, or that of the uniform merge."""
+    values = _numbers(fixed[name]) if name in fixed else uniform_start(method, name, parents)
+    return _checked(f"{where}: fixed", method, name, values, parents)
 
 
 def _check_bounds(
@@ -165,9 +164,7 @@ def _check_bounds(
     """Raises InputError where a corner of the bounds has a meaningless value (a DELLA density too near its epsilon,
     say). shares: the gene of each parent."""
     parents = len(shares)
-    starts = {
-        parameter.name: np.resize(parameter.start, max(shares) + 1)[np.array(shares)] for parameter in search_parameters
-    }
+    starts = {axis.name: np.resize(axis.start, max(shares) + 1)[np.array(shares)] for axis in search_parameters}
     for axis in search_parameters:
         if not method.parameter(axis.name).quantised:
             continue

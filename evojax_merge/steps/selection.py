@@ -20,7 +20,7 @@ from evojax_merge.report.plan import CHOOSING, HELDOUT, MEASURING
 from evojax_merge.search.fronts import front_of
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive, Finalist, rescore
-from evojax_merge.search.protocols import keeps_front, plain_merges_of
+from evojax_merge.search.protocols import capabilities_of, plain_merges_of
 from evojax_merge.search.strategies.greedy import Greedy, greedy_soup
 from evojax_merge.steps.goals import score_stored, with_goals
 from evojax_merge.tasks.splits import Splits
@@ -121,7 +121,7 @@ def select_best(
     with phase(HELDOUT, heldout.passes(counts.heldout)) as progress:
         genomes = {"winner": best.genome, "plain": plain, **controls}
         table, answers = _table(problem, heldout, genomes, progress) if problem.splits.heldout else ([], ())
-        front = _front(heldout, finalists, progress) if keeps_front(problem.strategy) else ()
+        front = _front(heldout, finalists, progress) if capabilities_of(problem.strategy).keeps_front else ()
     # A task that is only shown, or only guarded, has no share of the fitness.
     shares = {task.name: share for task, share in task_weights(heldout.tasks) if task.weight > GUARD_WEIGHT}
     return Result(
@@ -279,7 +279,7 @@ class SelectionCounts:
 def candidates_to_select(problem: SearchProblem[Backend]) -> SelectionCounts:
     """The most models that `select_best` scores on each split."""
     plain = len(plain_merges_of(problem.space)[0])
-    front = problem.strategy.population + plain if keeps_front(problem.strategy) else 0
+    front = problem.strategy.population + plain if capabilities_of(problem.strategy).keeps_front else 0
     _, baselines = problem.space.baselines()
     # Besides the finalists: the strategy's proposal, the start, the uniform merge and the parents.
     candidates = problem.search.finalists + 2 + plain + len(baselines) + front

@@ -128,8 +128,7 @@ class PromptBatch:
 
     @property
     def compiled_shapes(self) -> list[Any]:
-        """The shapes of the programs that are compiled for the batch: groups are prefilled, and all decoded
-        together."""
+        """The shapes of the batch's programs: groups are prefilled one by one, and all decoded together."""
         return [self.tokens.shape, *((part.end - part.begin, part.width, "read") for part in self.prefill_groups)]
 
 
@@ -195,8 +194,7 @@ def _beginning(row: Row, shared_prefix: int) -> tuple[int, ...]:
 
 
 def _of_a_size(rows: Sequence[Row], group: Sequence[int], shared_prefix: int) -> Iterator[Pack]:
-    """The packs of a group of rows: each alone where they share nothing, and no more behind an image than its pack may
-    hold."""
+    """The packs of a group of rows: each alone where they share nothing, and behind an image as many as may be."""
     begin = _common_length([rows[number] for number in group], shared_prefix)
     if not begin:
         yield from ((number,) for number in group)
@@ -249,8 +247,7 @@ def pack_rows(rows: Sequence[Row], shared_prefix: int, packs: Sequence[Pack]) ->
 
 
 def bucket_widths(lengths: np.ndarray, buckets: int, step: int) -> list[int]:
-    """At most `buckets` widths, multiples of `step`, that pad rows of these lengths the least (exact, by dynamic
-    programming over the distinct widths)."""
+    """At most `buckets` widths, multiples of `step`, that pad these lengths the least, by dynamic programming."""
     widths, counts = np.unique(-(-np.asarray(lengths) // step) * step, return_counts=True)
     total = np.concatenate([[0], np.cumsum(counts)])
     # best[i]: the least cells for the first i widths with the buckets so far, and where the last bucket began.
@@ -335,7 +332,7 @@ class ScoringShapes:
         """The same shapes with room for any of the rows in a batch."""
         packed_rows = pack_rows(rows, self.shared_prefix, packs_of(rows, self.shared_prefix, self.pack))
         limits = {}
-        for shape, (spans, scored, longest) in self.limits.items():
+        for shape, before in self.limits.items():
             # Some of a pack's examples are shorter than all of them.
             fitting = [
                 packed
@@ -344,21 +341,17 @@ class ScoringShapes:
                 and (len(packed.tokens) <= shape.width or len({rows[span.row].example for span in packed.spans}) > 1)
             ]
             most = sum(sorted((packed.scored for packed in fitting), reverse=True)[: shape.size])
-            limits[shape] = (
-                max([spans, *(len(packed.spans) for packed in fitting)]),
-                max(scored, _step_up(most)),
-                max([longest, *(len(span.columns) for packed in fitting for span in packed.spans)]),
-            )
+            spans, scored, longest = map(max, before, _limits(fitting, most))
+            limits[shape] = spans, scored, longest
         return replace(self, limits=limits)
 
 
 def scoring_batches(
-    splits: Sequence[Sequence[Row]], tokens_per_batch: int, pack: bool = True, share: bool = True,
-    merge_tokens: int = 0,
-) -> list[Batches[ScoringBatch]]:  # fmt: skip
-    """Scored rows of several splits of a task, in batches of the same shapes. `pack` False: no row shares a packed row;
-    `share` False: nor a prefix. merge_tokens: the cost of each batch besides, in tokens."""
-    shapes = scoring_shapes(splits, tokens_per_batch, pack, share, merge_tokens)
+    splits: Sequence[Sequence[Row]], tokens_per_batch: int, pack: bool = True, merge_tokens: int = 0
+) -> list[Batches[ScoringBatch]]:
+    """Scored rows of several splits of a task, in batches of the same shapes. `pack` False: no row shares a packed row.
+    merge_tokens: the cost of each batch besides, in tokens."""
+    shapes = scoring_shapes(splits, tokens_per_batch, pack, merge_tokens=merge_tokens)
     return [fill_scoring_batches(rows, shapes) for rows in splits]
 
 
@@ -366,7 +359,7 @@ def scoring_shapes(
     splits: Sequence[Sequence[Row]], tokens_per_batch: int, pack: bool = True, share: bool = True,
     merge_tokens: int = 0,
 ) -> ScoringShapes:  # fmt: skip
-    """The shapes of the batches that `scoring_batches` makes."""
+    """The shapes of the batches that `scoring_batches` makes. `share` False: no row shares a prefix."""
     shared_prefix = shared_prefix_length([row for rows in splits for row in rows]) if share else 0
     packed_rows = [pack_rows(rows, shared_prefix, packs_of(rows, shared_prefix, pack)) for rows in splits]
     lengths = [np.array([len(packed.tokens) for packed in split]) for split in packed_rows]
@@ -376,17 +369,11 @@ def scoring_shapes(
         for split, count in zip(packed_rows, lengths, strict=True)
         for shape, members in _grouped(count, shapes)
     ]
-    limits = {
-        shape: (
-            max((len(packed.spans) for s, group in together if s == shape for packed in group), default=1),
-            _step_up(max((sum(packed.scored for packed in group) for s, group in together if s == shape), default=1)),
-            max(
-                (len(span.columns) for s, group in together if s == shape for packed in group for span in packed.spans),
-                default=1,
-            ),
-        )
-        for shape in shapes
-    }
+    limits = {}
+    for shape in shapes:
+        groups = [group for each, group in together if each == shape]
+        most = max((sum(packed.scored for packed in group) for group in groups), default=1)
+        limits[shape] = _limits([packed for group in groups for packed in group], most)
     return ScoringShapes(shared_prefix, pack, limits)
 
 
@@ -415,6 +402,12 @@ def packs_in(batches: Batches[ScoringBatch]) -> Iterator[Pack]:
             pack = tuple(numbers[numbers != PAD].tolist())
             if pack:
                 yield pack
+
+
+def _limits(packed_rows: Sequence[PackedRow], scored: int) -> tuple[int, int, int]:
+    """The limits of batches of these rows, of which none has more than `scored` targets (see `ScoringShapes`)."""
+    longest = max((len(span.columns) for packed in packed_rows for span in packed.spans), default=1)
+    return max((len(packed.spans) for packed in packed_rows), default=1), _step_up(scored), longest
 
 
 def _step_up(number: int) -> int:

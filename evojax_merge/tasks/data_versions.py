@@ -11,8 +11,6 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -34,8 +32,7 @@ _references: dict[Path, str] = {}
 
 
 def pinned_reference(file: str) -> str:
-    """The reference from which a run's config names a data file: that of a file in an Oxen repository, with its
-    commit, and else the path."""
+    """The reference of a data file in a run's config: that in an Oxen repository, with its commit, or else the path."""
     return _references.get(Path(file), file)
 
 
@@ -65,44 +62,33 @@ def oxen_file(where: str, reference: str, relative_to: Path) -> Path:
         except ImportError:
             what = f"{reference}: needs the package oxenai; pip install 'evojax-merge[oxen]'"
             raise InputError(where, what) from None
-        with _working_tree(repository) as tree, _answers_of(where, reference, repository):
-            repo = oxen.Repo(str(tree))
-            commit = _commit(repo, revision)
-            if commit is None:
-                what = f"{reference}: {repository} has no commit or branch {revision}; `oxen log` lists its commits"
-                raise InputError(where, what)
-            if not (cache / commit / inside).is_file():
-                repo.restore(str(tree / inside), source=commit)
-                if not (tree / inside).is_file():
-                    raise InputError(where, f"{reference}: {inside} is no file at the commit {commit}")
-                make_folder((cache / commit / inside).parent)
-                with atomic_file(cache / commit / inside) as work:
-                    shutil.copyfile(tree / inside, work)
+        # An empty working tree of the repository, which vanishes afterwards.
+        with tempfile.TemporaryDirectory() as folder:
+            tree = Path(folder).resolve()
+            (tree / ".oxen").symlink_to(repository / ".oxen")
+            try:
+                repo = oxen.Repo(str(tree))
+                commit = _commit(repo, revision)
+                if commit is None:
+                    what = f"{repository} has no commit or branch {revision}; `oxen log` lists its commits"
+                    raise InputError(where, f"{reference}: {what}")
+                if not (cache / commit / inside).is_file():
+                    repo.restore(str(tree / inside), source=commit)
+                    if not (tree / inside).is_file():
+                        raise InputError(where, f"{reference}: {inside} is no file at the commit {commit}")
+                    make_folder((cache / commit / inside).parent)
+                    with atomic_file(cache / commit / inside) as work:
+                        shutil.copyfile(tree / inside, work)
+            except InputError:
+                raise
+            except Exception as error:
+                reason = " ".join(without_secrets(str(error)).split())[:200] or type(error).__name__
+                what = f"Oxen did not give it out of {repository} ({reason})"
+                raise InputError(where, f"{reference}: {what}") from None
     file = cache / commit / inside
     _references[file] = f"{OXEN}{repository}@{commit}:{inside}"
     name_in_messages(file, _references[file])
     return file
-
-
-@contextmanager
-def _answers_of(where: str, reference: str, repository: Path) -> Iterator[None]:
-    """Turn an error of the package into one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        reason = " ".join(without_secrets(str(error)).split())[:200] or type(error).__name__
-        raise InputError(where, f"{reference}: Oxen did not give it out of {repository} ({reason})") from None
-
-
-@contextmanager
-def _working_tree(repository: Path) -> Iterator[Path]:
-    """An empty working tree of a repository, which vanishes after the block."""
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder).resolve()
-        (tree / ".oxen").symlink_to(repository / ".oxen")
-        yield tree
 
 
 def _commit(repo: Any, revision: str) -> str | None:
@@ -135,8 +121,7 @@ def dvc_record(file: Path) -> Path | None:
 
 
 def check_data_file(where: str, file: Path) -> None:
-    """Raises InputError for a pointer of Git LFS in the place of data, and for a file that differs from the one that
-    DVC has recorded."""
+    """Raises InputError for a pointer of Git LFS in place of data, and for a file other than DVC recorded."""
     if not file.is_file():
         return
     check_no_pointer(file)
@@ -158,8 +143,7 @@ def check_data_file(where: str, file: Path) -> None:
 
 
 def _recorded_md5(record: Path, file: Path) -> str | None:
-    """The MD5 that a `.dvc` file records for a file; None where it records none, or where the list of a folder's files
-    is not in DVC's cache."""
+    """The MD5 that a `.dvc` file records for a file; None: none, or DVC's cache lacks the list of the folder."""
     document = load_yaml(record)
     outs = document.get("outs") if isinstance(document, dict) else None
     tracked = record.with_name(record.name.removesuffix(DVC_SUFFIX))
@@ -170,20 +154,15 @@ def _recorded_md5(record: Path, file: Path) -> str | None:
         return None
     if not md5.endswith(FOLDER_SUFFIX):
         return md5 if tracked == file else None
-    return _listed_md5(tracked, md5, file)
-
-
-def _listed_md5(folder: Path, md5: str, file: Path) -> str | None:
-    """The MD5 of a file in DVC's list of a folder's files, which its cache holds under the folder's hash."""
-    root = next((above for above in folder.parents if (above / ".dvc").is_dir()), None)
-    # The hash becomes a path.
+    # The cache holds the list of the folder's files under the folder's hash, which becomes a path.
+    root = next((above for above in tracked.parents if (above / ".dvc").is_dir()), None)
     if root is None or not re.fullmatch(r"[0-9a-f]{32}\.dir", md5):
         return None
     name = PurePosixPath(md5[:2]) / md5[2:]
     lists = [root / ".dvc" / "cache" / place / name for place in ("files/md5", "")]
     try:
         entries = json.loads(next(path for path in lists if path.is_file()).read_bytes())
-        inside = file.relative_to(folder).as_posix()
+        inside = file.relative_to(tracked).as_posix()
         return next((str(entry["md5"]) for entry in entries if entry["relpath"] == inside), None)
     except (StopIteration, OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -40,8 +40,7 @@ from evojax_merge.tasks.task import (
     TaskKind,
     TaskRequests,
 )
-from evojax_merge.tasks.templates import check_stop
-from evojax_merge.tasks.text import Kind, PromptedTask, check_templates, read_prompted
+from evojax_merge.tasks.text import Kind, PromptedTask, check_texts, open_prompted
 
 Inputs = Literal["texts", "log_probabilities", "logits"]
 # The arguments of the function.
@@ -112,8 +111,7 @@ class UserFunction:
 
 @dataclass(frozen=True)
 class Traced:
-    """A user's function as a reduction of a row's logits. Equal for equal functions, so that all splits of a task share
-    one compiled pass."""
+    """A user's function as a reduction of a row's logits. Equal for equal functions: splits share one compiled pass."""
 
     function: UserFunction
 
@@ -154,7 +152,15 @@ class FunctionTask(PromptedTask):
         if self.inputs == "logits":
             return {METRIC: responses.totals.astype(np.float32)}
         inputs: Any = responses.texts if self.inputs == "texts" else responses.totals
-        return {METRIC: np.stack(list(map(self._scores_of, inputs)))}
+        scores = []
+        for given in inputs:
+            if self.inputs == "log_probabilities" and not np.isfinite(given).all():
+                # The function is not called for a candidate that failed.
+                scores.append(np.full(self.size, np.nan, np.float32))
+                continue
+            with guard_user_function(self.function.reference):
+                scores.append(checked(self.function, self.function.call(list(self.records), given), self.size))
+        return {METRIC: np.stack(scores)}
 
     @property
     def derivative(self) -> Derivative | None:
@@ -163,13 +169,6 @@ class FunctionTask(PromptedTask):
 
     def score_gradient(self, responses: Responses) -> np.ndarray:
         return np.ones(responses.totals.shape, np.float32)
-
-    def _scores_of(self, inputs: Any) -> np.ndarray:
-        """One candidate's scores, float32[N]. The function is not called for a candidate that failed."""
-        if self.inputs == "log_probabilities" and not np.isfinite(inputs).all():
-            return np.full(self.size, np.nan, np.float32)
-        with guard_user_function(self.function.reference):
-            return checked(self.function, self.function.call(list(self.records), inputs), self.size)
 
     def target(self, example: int) -> str | None:
         return None if self.inputs == "texts" else str(self.examples[example].answer)
@@ -195,11 +194,10 @@ def open_function(config: FunctionConfig, opening: Opening) -> FunctionTask:
     where = opening.where
     function = load_function(f"{where}.function", config.function, config.inputs, opening.folder)
     kind: Kind = "exact_match" if config.inputs == "texts" else "likelihood"
-    check_templates(where, config)
-    check_stop(where, config.stop)
-    return FunctionTask(
-        **read_prompted(config, opening, kind, METRIC, has_targets=config.inputs != "texts"), function=function,
-        inputs=config.inputs, max_new_tokens=config.max_new_tokens, stop=tuple(config.stop),
+    check_texts(where, config, config.stop)
+    return open_prompted(
+        FunctionTask, config, opening, kind, METRIC, has_targets=config.inputs != "texts", function=function,
+        inputs=config.inputs,
     )  # fmt: skip
 
 
@@ -363,13 +361,13 @@ def users_module(where: str, place: str, folder: Path) -> ModuleType:
     except ModuleNotFoundError as error:
         if lacks_module(error, place):
             raise InputError(where, f"there is no module {error.name!r} in {folder.resolve()} or on sys.path") from None
-        raise InputError(where, f"{place} cannot be imported ({_told(error, place)})") from None
+        raise InputError(where, f"{place} cannot be imported ({_described(error, place)})") from None
     except Exception as error:
         cause = (isinstance(error, FunctionFailed) and error.__cause__) or error
-        raise InputError(where, f"{place} cannot be imported ({_told(cause, place)})") from None
+        raise InputError(where, f"{place} cannot be imported ({_described(cause, place)})") from None
 
 
-def _told(error: BaseException, place: str) -> str:
+def _described(error: BaseException, place: str) -> str:
     """An exception in one line, with the line number in the user's file where it was raised."""
     message = _one_line(error)
     if isinstance(error, SyntaxError):

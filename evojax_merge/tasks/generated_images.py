@@ -114,8 +114,7 @@ class ImageTask(DrawingTask):
 
 
 class Pictures:
-    """The pictures that a process has drawn, as PNG files in a folder that ends with it. A picture's name is the digest
-    of its file."""
+    """The pictures that a process has drawn, as PNG files in a folder that ends with it, by their digests."""
 
     def __init__(self) -> None:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -189,8 +188,7 @@ class HumanImageTask(DrawingTask):
 
 
 def _drawn(config: DrawingConfig, opening: Opening) -> dict[str, Any]:
-    """The fields of a DrawingTask on the prompts of one source. Raises InputError for a fault of the config or the
-    file."""
+    """The fields of a DrawingTask on the prompts of one source. Raises InputError for a fault of config or file."""
     where = opening.where
     settings = {
         "num_inference_steps": config.steps, "guidance_scale": config.guidance, "height": config.height,
@@ -231,16 +229,21 @@ def _drawn(config: DrawingConfig, opening: Opening) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _open_images(config: ImageGenerationConfig, opening: Opening) -> ImageTask:
-    function = load_function(f"{opening.where}.function", config.function, config.inputs, opening.folder)
-    return ImageTask(**_drawn(config, opening), inputs=config.inputs, function=function)
-
-
-def _open_human_images(config: HumanImagesConfig, opening: Opening) -> HumanImageTask:
-    return HumanImageTask(**_drawn(config, opening), inputs="images", voting=voting_of(config, opening))
-
-
 KINDS = (
-    TaskKind(ImageGenerationConfig, _open_images, source="file"),
-    TaskKind(HumanImagesConfig, _open_human_images, source="file"),
+    TaskKind(
+        ImageGenerationConfig,
+        lambda config, opening: ImageTask(
+            function=load_function(f"{opening.where}.function", config.function, config.inputs, opening.folder),
+            inputs=config.inputs,
+            **_drawn(config, opening),
+        ),
+        source="file",
+    ),
+    TaskKind(
+        HumanImagesConfig,
+        lambda config, opening: HumanImageTask(
+            **_drawn(config, opening), inputs="images", voting=voting_of(config, opening)
+        ),
+        source="file",
+    ),
 )

@@ -22,16 +22,16 @@ from evojax_merge.tasks.language import check_language, language_of
 from evojax_merge.tasks.patterns import check_pattern, find_all
 from evojax_merge.tasks.prompts import PromptConfig
 from evojax_merge.tasks.task import SHARE_RIGHT, Opening, Responses, TaskKind
-from evojax_merge.tasks.templates import check_names_field, check_stop
+from evojax_merge.tasks.templates import check_names_field
 from evojax_merge.tasks.text import (
     PromptedTask,
     TextTask,
     brief,
-    check_templates,
+    check_texts,
     cut_target,
     extract_answer,
+    open_prompted,
     probe_texts,
-    read_prompted,
 )
 
 Metric = Literal[
@@ -147,8 +147,7 @@ class GenerationTask(PromptedTask):
 
 
 def open_generation(config: GenerationConfig, opening: Opening) -> GenerationTask:
-    """The task on the examples of one file. Raises InputError for a meaningless config or file, or a metric whose
-    package is missing."""
+    """The task on the examples of one file. Raises InputError for a fault of config or file, or a missing package."""
     where = opening.where
     packages, extra = PACKAGES.get(config.metric, ({}, ""))
     for module, package in packages.items():
@@ -161,15 +160,13 @@ def open_generation(config: GenerationConfig, opening: Opening) -> GenerationTas
         check_language(f"{where}.language", config.language)
     if config.metric == "vqa_accuracy" and config.accept is None:
         raise InputError(f"{where}.accept", "missing; vqa_accuracy goes by the answers of several people in a field")
-    check_templates(where, config)
-    check_stop(where, config.stop)
+    check_texts(where, config, config.stop)
     if config.messages is None:
         check_names_field(f"{where}.prompt", config.prompt, refuse=True)
         check_names_field(f"{where}.target", config.target, refuse=False)
-    data = read_prompted(config, opening, "exact_match", config.metric)
-    task = GenerationTask(
-        **data, accepted=(), pattern=config.pattern, language=config.language, max_new_tokens=config.max_new_tokens,
-        stop=tuple(config.stop),
+    task = open_prompted(
+        GenerationTask, config, opening, "exact_match", config.metric, accepted=(), pattern=config.pattern,
+        language=config.language,
     )  # fmt: skip
     accepted = tuple(
         () if config.accept is None else _accepted(task.where(example), record, config.accept)
@@ -203,8 +200,7 @@ def _accepted(place: str, record: Mapping[str, Any], name: str) -> tuple[str, ..
 
 
 def _check_target(where: str, place: str, target: str, config: GenerationConfig) -> None:
-    """Raises InputError for a target that the metric cannot compare with, or that the pattern leaves another part of
-    than the one that is compared."""
+    """Raises InputError for a target that the metric cannot compare, or of which the pattern finds another part."""
     if config.metric == "json":
         try:
             json.loads(target)
@@ -232,8 +228,7 @@ def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
 
 
 def _plain_answer(answer: str) -> str:
-    """An answer in the form in which VQA's answers are compared: no articles, signs or capitals, and numbers in
-    digits."""
+    """An answer in the form that VQA compares: no articles, signs or capitals, and numbers in digits."""
     written = text = " ".join(answer.split())
     for sign in set(re.findall(f"[{SIGNS}]", written)):
         is_left_out = f"{sign} " in written or f" {sign}" in written or re.search(r"\d,\d", written)
@@ -249,8 +244,7 @@ def compare(metric: str, answer: str, target: str, where: str = "tasks") -> floa
 
 
 def _same_fields(answer: str, target: str) -> float:
-    """Return 1 for an answer, which may stand in a Markdown block, that is JSON whose fields equal the target's. Fields
-    that the target lacks are free."""
+    """Return 1 for an answer, also in a Markdown block, that is JSON with all of the target's fields, equal."""
     block = FENCED.fullmatch(answer)
     wanted = json.loads(target)
     try:
@@ -272,8 +266,7 @@ def _equal(value: Any, wanted: Any) -> bool:
 
 
 class _Words:
-    """The words of a text for ROUGE, as the package has them for ASCII; it drops all other letters. A character of a
-    script without spaces is a word."""
+    """A text's words for ROUGE, as its package has them for ASCII; a character of a script without spaces is a word."""
 
     def tokenize(self, text: str) -> list[str]:
         return WORDS.findall(text.lower())

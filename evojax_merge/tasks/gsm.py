@@ -146,8 +146,7 @@ class GsmConfig(TaskConfig):
 
 @dataclass(frozen=True)
 class WordProblem:
-    """A problem. `answer`: the worked answer, None where the data has none; `number`: the wanted number as it is
-    written."""
+    """A problem. `answer`: the worked answer, None: the data has none; `number`: the wanted number as it is written."""
 
     question: str
     answer: str | None
@@ -349,8 +348,7 @@ KIND = TaskKind(GsmConfig, open_gsm, source="source", test_set=test_set)
 
 
 def read_problem(record: Record) -> WordProblem:
-    """A record of GSM8K (`question`, `answer` that ends in `#### number`) or MGSM (`question`, `answer` or null,
-    `answer_number`)."""
+    """A record of GSM8K (`question`, `answer` that ends in `#### number`) or MGSM (with `answer_number`)."""
     fields = record.fields
     question, answer = fields.get("question"), fields.get("answer")
     if not isinstance(question, str) or not question.strip():
@@ -400,8 +398,7 @@ def _after(style: Style, problem: WordProblem) -> str:
 
 
 def find_answer(style: Style, match: Match, text: str, where: str = "tasks") -> str | None:
-    """The answer in an output: among several groups of the pattern the first that is not empty. `where` names the task
-    in messages."""
+    """The answer in an output, of several groups the first that is not empty. `where` names the task in messages."""
     matches = find_all(where, style.strict, text) if match == "strict" else list(re.finditer(FLEXIBLE, text))
     if not matches:
         return None

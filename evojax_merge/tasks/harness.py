@@ -27,9 +27,9 @@ from evojax_merge.system.jinja_process import TemplateError
 from evojax_merge.tasks.function import FunctionFailed, guard_user_function
 from evojax_merge.tasks.harness_tokens import (
     check_length,
+    encode,
     encode_images,
     encode_pair,
-    encode_prompt,
     output_limits,
     rolling_windows,
     written_chat,
@@ -237,7 +237,7 @@ class HarnessTask(TaskDefaults):
                         tokens = encode_images(tokenizer, where, text, images)
                         check_length(where, len(tokens) + new, context)
                     else:
-                        tokens = encode_prompt(tokenizer, text)[-(context - new) :]
+                        tokens = encode(tokenizer, text, tokenizer.bos_token)[-(context - new) :]
                     if not tokens:
                         raise InputError(where, "the prompt has no token")
                     prompts.append(Row(tuple(tokens), len(tokens), where, number))
@@ -275,19 +275,14 @@ class HarnessTask(TaskDefaults):
         population = max(len(responses.totals), len(responses.texts))
         given = [self._given(responses, p) for p in range(population)]
         # Candidates often agree: every distinct set of answers to an example is scored once.
-        distinct: dict[tuple[int, tuple[Any, ...]], dict[str, Any]] = {}
-        for row in given:
-            for n, answer in enumerate(row):
-                if answer is not None:
-                    distinct.setdefault((n, answer), {})
+        answered = [(p, n, answer) for p, row in enumerate(given) for n, answer in enumerate(row) if answer is not None]
+        distinct: dict[tuple[int, tuple[Any, ...]], dict[str, Any]] = {(n, answer): {} for _, n, answer in answered}
         self._process(distinct)
-        names = {self.metric: None} | {name: None for metrics in distinct.values() for name in metrics}
+        names = dict.fromkeys([self.metric, *(name for metrics in distinct.values() for name in metrics)])
         values = {name: np.full((population, self.size), np.nan, object) for name in names}
-        for p, row in enumerate(given):
-            for n, answer in enumerate(row):
-                if answer is not None:
-                    for name, value in distinct[n, answer].items():
-                        values[name][p, n] = value
+        for p, n, answer in answered:
+            for name, value in distinct[n, answer].items():
+                values[name][p, n] = value
         matrices = {name: self._matrix(name.partition(",")[0], table) for name, table in values.items()}
         if matrices[self.metric] is None:
             raise InputError(self.source.where, f"metric: {self.metric!r} has no value for a single example")
@@ -419,17 +414,24 @@ def open_task(config: HarnessConfig, opening: Opening) -> HarnessTask:
     if config.images is not None:
         folders["images"] = opening.images(config.images, opening.folder)
     _, lm_eval = opening.source("lm_eval", config.lm_eval)
+
+    def limited(make: Callable[[], Any]) -> Any:
+        """A step of a filter. The harness's own ones that look for an expression get the time limit of patterns."""
+        step = make()
+        is_own = type(step).__module__ == "lm_eval.filters.extraction"
+        if is_own and isinstance(getattr(step, "regex", None), re.Pattern):
+            step.regex = LimitedRegex(f"{where}: {lm_eval}", step.regex)
+        return step
+
     manager, files, templates = find_task(where, lm_eval, folders.get("include_path"), config.allow_code)
     try:
         with lm_eval_context(), _running(lm_eval, templates):
             (task,) = manager.load([lm_eval])["tasks"].values()
-            # Otherwise an invalid expression would only be noticed when the first outputs are scored.
             for pipeline in task._filters:
+                # Otherwise an invalid expression would only be noticed when the first outputs are scored.
                 for make in pipeline.filters:
                     make()
-                pipeline.filters = [
-                    functools.partial(_limited, f"{where}: {lm_eval}", make) for make in pipeline.filters
-                ]
+                pipeline.filters = [functools.partial(limited, make) for make in pipeline.filters]
     except InputError:
         raise
     except Exception as error:
@@ -474,15 +476,6 @@ def test_set(config: HarnessConfig) -> TestSet | None:
 
 
 KIND = TaskKind(HarnessConfig, open_task, source="lm_eval", key="lm_eval", test_set=test_set)
-
-
-def _limited(where: str, make: Callable[[], Any]) -> Any:
-    """A step of a filter. The harness's own steps that look for an expression get a time limit, like the patterns of
-    other tasks."""
-    step = make()
-    if type(step).__module__ == "lm_eval.filters.extraction" and isinstance(getattr(step, "regex", None), re.Pattern):
-        step.regex = LimitedRegex(where, step.regex)
-    return step
 
 
 def is_benchmark(lm_eval: str) -> bool:

@@ -15,9 +15,9 @@ DEFAULT_NEW_TOKENS = 256
 IMAGE = "<image>"
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Tokens with the tokenizer's own special ones, unless the text begins with one already."""
-    begun = text.startswith(tokenizer.decode(prefix_token(tokenizer)))
+def encode(tokenizer: Any, text: str, begin: str | None) -> list[int]:
+    """Tokens with the tokenizer's own special ones, unless the text begins with `begin` already."""
+    begun = begin is not None and text.startswith(begin)
     return token_ids(tokenizer, text, **({"add_special_tokens": False} if begun else {}))
 
 
@@ -27,14 +27,10 @@ def encode_pair(tokenizer: Any, context: str, target: str) -> tuple[list[int], l
         tokens = encode_alone(tokenizer, target)
         return tokens[:1], tokens[1:]
     kept = context.rstrip()
-    whole, before = encode(tokenizer, context + target), encode(tokenizer, kept)
+    begin = tokenizer.decode(prefix_token(tokenizer))
+    whole, before = encode(tokenizer, context + target, begin), encode(tokenizer, kept, begin)
     # Cut at the length of the context alone, even where the texts together give other tokens there.
     return before, whole[len(before) :]
-
-
-def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return token_ids(tokenizer, text, **({"add_special_tokens": False} if begun else {}))
 
 
 def encode_images(tokenizer: Any, where: str, text: str, images: Sequence[RecordImage]) -> list[int]:
@@ -55,9 +51,9 @@ def rolling_windows(tokenizer: Any, text: str, context: int) -> list[tuple[list[
     """A whole text as pieces that fit the context, each token predicted once, after the tokens before it."""
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    windows = get_rolling_token_windows(
-        token_list=encode(tokenizer, text), prefix_token=prefix_token(tokenizer), max_seq_len=context, context_len=1
-    )
+    prefix = prefix_token(tokenizer)
+    tokens = encode(tokenizer, text, tokenizer.decode(prefix))
+    windows = get_rolling_token_windows(token_list=tokens, prefix_token=prefix, max_seq_len=context, context_len=1)
     return [make_disjoint_window(window) for window in windows]
 
 
@@ -86,8 +82,7 @@ def written_chat(
     template: str, tokenizer: Any, history: list[dict[str, str]], add_generation_prompt: bool = True,
     shows_images: bool = False,
 ) -> str:  # fmt: skip
-    """A conversation in the form of the tokenizer's template; without the system's turn where the template refuses
-    it."""
+    """A conversation in the tokenizer's template; without the system's turn where the template refuses it."""
     if shows_images:
         history = [turn | Written(IMAGE).turn(turn["role"], turn["content"]) for turn in history]
     write = functools.partial(

@@ -11,8 +11,7 @@ from evojax_merge.schema.section import Text, Whole
 from evojax_merge.tasks.language_judge import LanguageModelJudge, check_address, read_key
 from evojax_merge.tasks.prompts import PromptConfig
 from evojax_merge.tasks.task import Opening, Responses, TaskKind
-from evojax_merge.tasks.templates import check_stop
-from evojax_merge.tasks.text import PromptedTask, check_templates, read_prompted
+from evojax_merge.tasks.text import PromptedTask, check_texts, open_prompted
 from evojax_merge.tasks.voting import METRIC, VotesConfig, Voting, voting_of
 
 
@@ -84,12 +83,8 @@ def open_human(config: HumanConfig, opening: Opening) -> HumanTask:
         read_key()
     model = None if address is None else LanguageModelJudge(address, str(config.judge_model), config.question)
     voting = voting_of(config, opening, model)
-    check_templates(where, config)
-    check_stop(where, config.stop)
-    return HumanTask(
-        **read_prompted(config, opening, "exact_match", METRIC, has_targets=False), voting=voting,
-        max_new_tokens=config.max_new_tokens, stop=tuple(config.stop),
-    )  # fmt: skip
+    check_texts(where, config, config.stop)
+    return open_prompted(HumanTask, config, opening, "exact_match", METRIC, has_targets=False, voting=voting)
 
 
 KIND = TaskKind(HumanConfig, open_human, source="file")

@@ -187,8 +187,7 @@ def _rgb(where: str, image: Any) -> Any:
 
 @contextmanager
 def _decoding(where: str) -> Iterator[None]:
-    """Let the block raise InputError for all that Pillow's decoders raise for damaged files, and print nothing: no
-    warnings, nor what libtiff writes to stderr."""
+    """Raise InputError for all that Pillow's decoders raise, and print neither warnings nor what libtiff writes."""
     from PIL import UnidentifiedImageError
 
     with _STDERR, warnings.catch_warnings(), open(os.devnull, "wb") as nowhere:

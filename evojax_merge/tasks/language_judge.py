@@ -42,8 +42,7 @@ class Unanswered(Exception):
 
 
 class _Bounded(io.RawIOBase):
-    """An answer's bytes, headers included: no more than MAX_BYTES, and none after TIMEOUT seconds, in however many
-    parts they come."""
+    """An answer's bytes, headers included: no more than MAX_BYTES, and none after TIMEOUT seconds in all."""
 
     def __init__(self, connection: socket.socket, stream: Any) -> None:
         self._connection, self._stream = connection, stream
@@ -110,20 +109,15 @@ def read_key() -> str:
 
 @dataclass
 class LanguageModelJudge:
-    """Votes through `{address}/chat/completions`, with the key that the environment's OPENAI_API_KEY has. `asked`,
-    `biased`: how many pairs it was asked about, and on how many the order decided. pauses: seconds before each further
-    try."""
+    """Votes through `{address}/chat/completions`, with the key in OPENAI_API_KEY. name: the model's; `asked`, `biased`:
+    how many pairs it was asked about, and on how many the order decided; pauses: seconds before each further try."""
 
     address: str
-    model: str
+    name: str
     question: str
     asked: int = 0
     biased: int = 0
     pauses: tuple[float, ...] = PAUSES
-
-    @property
-    def name(self) -> str:
-        return self.model
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -141,12 +135,12 @@ class LanguageModelJudge:
         if not self.asked:
             return None
         share = self.biased / self.asked
-        return f"{self.model}: {self.asked} votes; on {share:.0%} of the pairs the order decided, and these are ties"
+        return f"{self.name}: {self.asked} votes; on {share:.0%} of the pairs the order decided, and these are ties"
 
     def _ask(self, prompt: str, first: str, second: str) -> Choice:
         content = f"{self.question}\n\n# Prompt\n{prompt}\n\n# Answer A\n{first}\n\n# Answer B\n{second}"
         body = {
-            "model": self.model, "temperature": 0, "max_tokens": 8,
+            "model": self.name, "temperature": 0, "max_tokens": 8,
             "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}],
         }  # fmt: skip
         text = self._post(body)

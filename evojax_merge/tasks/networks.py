@@ -177,8 +177,7 @@ class NetworkExample:
 
 
 def image_file(example: NetworkExample) -> tuple[str, bytes]:
-    """The place of an example's image in messages, and its file's content. Raises InputError where it cannot be
-    read."""
+    """The place of an example's image in messages, and its file's content. Raises InputError for a bad file."""
     path = example.inputs["image"]
     where = example.where if example.where == str(path) else f"{example.where}: {path.name}"
     return where, image_content(where, path)

@@ -73,8 +73,7 @@ def _open(kind: TaskKind, config: TaskConfig, opening: Opening) -> Task:
 
 
 def split_task(task: T, share: float, seed: int) -> tuple[T, T]:
-    """The search split, and a random `share` of the examples that the search never sees; both depend on the seed
-    alone."""
+    """The search split, and a random `share` of the examples that the search never sees, both by the seed alone."""
     order = np.random.default_rng([seed, task.size]).permutation(task.size)
     count = min(max(1, round(share * task.size)), task.size - 1)
     return task.subset(sorted(order[count:].tolist())), task.subset(sorted(order[:count].tolist()))
@@ -97,10 +96,9 @@ def resolved_config(config: TaskConfig, search: Task, heldout: Task) -> dict[str
 
 
 def data_warnings(where: str, tasks: Sequence[TaskConfig], splits: Splits[list[Task]]) -> list[str]:
-    """Warnings about examples that make scores say less than they seem to: a line for each task of which only the last
-    of several numbers counts, a line for each task with examples that stand more than once in its data, and a line for
-    each task whose held-out (or validation) examples are among the searched ones. `where` is the config, `splits` those
-    of its tasks."""
+    """Warnings about examples that make scores say less than they seem to, a line each: for a task of which only the
+    last of several numbers counts, one with examples that stand more than once in its data, and one whose held-out (or
+    validation) examples are among the searched ones. `where`: the config; `splits`: those of its tasks."""
     validation = splits.validation or []
     searched = {key for task in splits.search if task.weight > 0 for key, _ in task.contents()}
     chosen_on = {key for task in validation if task.weight > 0 for key, _ in task.contents()}

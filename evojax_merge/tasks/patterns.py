@@ -23,8 +23,7 @@ PROBED = 50
 
 
 class Pattern:
-    """A pattern by its text. find: the matches in a text; raises TimeoutError where the search for them takes too long.
-    `slow`: the texts on which it did."""
+    """A pattern by its text. find: the matches in a text, or TimeoutError; `slow`: the texts on which that came."""
 
     def __init__(self, text: str, find: Callable[[str], list[Any]]) -> None:
         self.text, self._find = text, find

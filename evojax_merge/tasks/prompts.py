@@ -7,6 +7,7 @@ tokens of a conversation those of transformers' `apply_chat_template`.
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -97,14 +98,25 @@ class PromptConfig(TaskConfig):
 
 
 @dataclass(frozen=True)
-class Shot:
-    """An example that is shown with its answer: its prompt in text, or the turns of its conversation, and its
-    images."""
+class Example:
+    """One example in text. `targets`: the one target, or the choices, joined to what stands before them; `answer`: the
+    number of the right choice, or the wanted text; `line`: its number in the file; `where`: its place, where that is no
+    line of the file; `choices`: the choices as the record has them; `turns`: in place of the prompt, a conversation;
+    `images`: those of the prompt or the conversation."""
 
     prompt: str
-    turns: tuple[Turn, ...] = field(hash=False)
-    answer: str
+    targets: tuple[str, ...]
+    answer: int | str
+    line: int
+    where: str = ""
+    choices: tuple[str, ...] = ()
+    turns: tuple[Turn, ...] = field(default=(), hash=False)
     images: tuple[RecordImage, ...] = ()
+
+    @property
+    def solution(self) -> str:
+        """The right answer as the record has it."""
+        return self.choices[self.answer] if isinstance(self.answer, int) else self.answer
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,7 @@ class Prompts:
     where: str = "tasks"
     delimiter: str = " "
     prefix: str = ""
-    shots: tuple[Shot, ...] = ()
+    shots: tuple[Example, ...] = ()
     template: bool | str = False
     system: str | None = None
     multiturn: bool = True
@@ -133,13 +145,12 @@ class Prompts:
         self, tokenizer: Any, where: str, prompt: str, turns: Sequence[Turn], images: Sequence[RecordImage] = ()
     ) -> str:
         """The text before the answer to a prompt, or to a conversation that ends with the user's turn, with a
-        placeholder for each of its images. `where` names the example. Raises InputError where the chat template
-        fails."""
+        placeholder for each image. `where` names the example. Raises InputError where the chat template fails."""
         if not self.template:
             prefix = self.prefix and joined(prompt, self.delimiter, self.prefix)
             return f"{self._shown}{prompt}{prefix}"
-        seen = bool(images or self.images)
-        written = Written.of(tokenizer, self._template(tokenizer)) if seen else Written()
+        has_images = bool(images or self.images) and PARTS.search(self._template(tokenizer)) is not None
+        written = Written((getattr(tokenizer, "placeholder", "") or None) if has_images else None)
         # A conversation has one system turn at its beginning: that of the scored example.
         systems, asked = _parted(written.turns(prompt, turns, len(images)))
         if self.system is not None:
@@ -152,7 +163,7 @@ class Prompts:
         shown: list[Turn] = []
         for shot in self.shots:
             turns_shown = written.turns(shot.prompt, shot.turns, len(shot.images))
-            shown += [*_parted(turns_shown)[1], written.turn("assistant", shot.answer)]
+            shown += [*_parted(turns_shown)[1], written.turn("assistant", shot.solution)]
         return self._render(tokenizer, where, written, systems, [*shown, *asked])
 
     def _render(
@@ -175,10 +186,13 @@ class Prompts:
                 raise InputError(f"{self.where}.system_instruction", f"{problem}; write it into prompt instead")
             return text
         except TemplateError as error:
-            if error.refused and systems and _succeeds(lambda: render(conversation)):
-                key = f"{self.where}.system_instruction" if self.system is not None else where
-                problem = f"the chat template of {named(tokenizer)} refuses a system turn ({error})"
-                raise InputError(key, f"{problem}; write it into the user's first turn instead") from None
+            if error.refused and systems:
+                # It refuses the system's turn if it takes the conversation without it.
+                with suppress(TemplateError):
+                    render(conversation)
+                    key = f"{self.where}.system_instruction" if self.system is not None else where
+                    problem = f"the chat template of {named(tokenizer)} refuses a system turn ({error})"
+                    raise InputError(key, f"{problem}; write it into the user's first turn instead") from None
             raise InputError(where, f"{key}: the chat template of {named(tokenizer)} failed ({error})") from None
 
     def _template(self, tokenizer: Any) -> str:
@@ -189,7 +203,8 @@ class Prompts:
     def _shown(self) -> str:
         """The shown examples as a text."""
         return "".join(
-            f"{shot.prompt}{joined(shot.prompt, self.delimiter, shot.answer)}{FEWSHOT_DELIMITER}" for shot in self.shots
+            f"{shot.prompt}{joined(shot.prompt, self.delimiter, shot.solution)}{FEWSHOT_DELIMITER}"
+            for shot in self.shots
         )
 
     def encode(self, tokenizer: Any, context: str) -> list[int]:
@@ -214,11 +229,6 @@ class Written:
     images, transformers' form for models that see; None: turns are texts."""
 
     placeholder: str | None = None
-
-    @classmethod
-    def of(cls, tokenizer: Any, template: str) -> "Written":
-        """The form that a chat template reads."""
-        return cls((getattr(tokenizer, "placeholder", "") or None) if PARTS.search(template) else None)
 
     def turn(self, role: str, text: str, images: int = 0) -> Turn:
         """A turn whose images stand where the placeholders are, or, without placeholders, before the text."""
@@ -325,14 +335,6 @@ def _parted(turns: Sequence[Turn]) -> tuple[list[Turn], list[Turn]]:
     """The system turn at the beginning of a conversation, if there is one, and the others."""
     leading = int(turns[0]["role"] == "system")
     return list(turns[:leading]), list(turns[leading:])
-
-
-def _succeeds(render: Any) -> bool:
-    try:
-        render()
-    except TemplateError:
-        return False
-    return True
 
 
 def _closing_tokens(tokenizer: Any) -> int:

@@ -215,8 +215,7 @@ def read_parquet(path: Path) -> list[Record]:
 @contextmanager
 def parquet_batches(path: Path) -> Iterator[Iterator[Any]]:
     """Batches of a parquet file's rows, by pyarrow, whose texts come as dictionaries: a page of one text and a million
-    references to it would otherwise be a million texts. Raises InputError, also in the block, for a file that cannot
-    be read or is too large."""
+    references to it would else be a million texts. Raises InputError, also in the block, for a bad or large file."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -316,8 +315,7 @@ def _one_of(source: str, key: str, wanted: str | None, known: Sequence[str]) -> 
 def _data_files(
     source: str, repository: str, wanted: str | None
 ) -> tuple[str | None, dict[tuple[str, str], list[str]]]:
-    """A data set's files by (config, split), and their revision: the wanted one, or where none is, its own files before
-    the converted ones."""
+    """A data set's files by (config, split), and their revision: the wanted one, else its own or converted files'."""
     from huggingface_hub import HfApi, snapshot_download
 
     error: Exception | None = None

@@ -18,8 +18,8 @@ from evojax_merge.errors import Failed, InputError
 from evojax_merge.schema.section import Location, Text, Whole
 from evojax_merge.tasks.prompts import PromptConfig, Prompts
 from evojax_merge.tasks.task import Opening, Responses, TaskKind
-from evojax_merge.tasks.templates import check_stop, check_template, fill, named_fields
-from evojax_merge.tasks.text import Example, PromptedTask, TextTask, check_templates, read_prompted
+from evojax_merge.tasks.templates import check_template, fill, named_fields
+from evojax_merge.tasks.text import Example, PromptedTask, TextTask, check_texts, open_prompted
 
 METRIC = "log_odds"
 # The field of a rubric that has the candidate's text.
@@ -109,19 +109,18 @@ class RubricTask(PromptedTask):
 def open_rubric(config: RubricConfig, opening: Opening) -> RubricTask:
     """The task on the records of one file. Raises InputError for a fault of the config, the judge or the file."""
     where = opening.where
-    check_templates(where, config)
-    check_stop(where, config.stop)
+    check_texts(where, config, config.stop)
     check_template(f"{where}.rubric", config.rubric)
     if RESPONSE not in named_fields(config.rubric):
         raise InputError(f"{where}.rubric", f"does not name {{{RESPONSE}}}, the text that is judged")
     if not _judges:
         raise Failed(f"{where}: this program opens no models")
     folder, margins = _judges[0](f"{where}.judge", config.judge, opening.folder)
-    data = read_prompted(config, opening, "exact_match", METRIC, has_targets=False)
-    fill(where, "rubric", config.rubric, data["records"][0] | {RESPONSE: ""})
     prompts = Prompts(where, template=config.judge_chat_template)
     judge = RubricJudge(folder, margins, config.rubric, (config.good, config.bad), prompts, where)
-    return RubricTask(**data, judge=judge, max_new_tokens=config.max_new_tokens, stop=tuple(config.stop))
+    task = open_prompted(RubricTask, config, opening, "exact_match", METRIC, has_targets=False, judge=judge)
+    fill(where, "rubric", config.rubric, task.records[0] | {RESPONSE: ""})
+    return task
 
 
 KIND = TaskKind(RubricConfig, open_rubric, source="file")

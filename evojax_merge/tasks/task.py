@@ -154,8 +154,7 @@ class TaskDefaults(Protocol):
         return None
 
     def contents(self) -> Sequence[tuple[Hashable, "Place"]]:
-        """Each example's content, by which equal examples are recognised, and its place. Empty where the task does not
-        know its examples."""
+        """Each example's content, by which equal ones are recognised, and its place. Empty: it does not know them."""
         return ()
 
     def paths(self) -> dict[str, str]:
@@ -176,8 +175,7 @@ class Task(TaskDefaults, ScoredTask, Protocol):
     def files(self) -> tuple[Path, ...]: ...
 
     def requests(self, tokenizer: Any, context: int) -> TaskRequests:
-        """The requests to a model that sees at most `context` tokens. Raises InputError for an example that cannot be
-        asked."""
+        """The requests to a model of `context` tokens. Raises InputError for an example that cannot be asked."""
         ...
 
     def score(self, responses: Responses) -> dict[str, np.ndarray]:
@@ -289,8 +287,7 @@ class Opening:
         return folder
 
     def read(self, key: str, reference: str) -> Source:
-        """The records of a file that a key of the config names, or of a source by its name, such as
-        `hub:owner/dataset`."""
+        """The records of a file that a key of the config names, or of a source such as `hub:owner/dataset`."""
         return read_source(self.file(key, reference) if is_file_name(reference) else reference)
 
     def source(self, key: str, reference: str) -> tuple[str, str]:
@@ -337,8 +334,7 @@ class TaskKind:
 
 
 def token_ids(tokenizer: Any, text: str, **options: bool) -> list[int]:
-    """The tokens of a text. Raises InputError where the tokenizer fails on it: a tokenizer may lack a token for unknown
-    words, say."""
+    """The tokens of a text. Raises InputError where the tokenizer fails: it may lack a token for unknown words."""
     try:
         return list(tokenizer(text, **options)["input_ids"])
     except Exception as error:

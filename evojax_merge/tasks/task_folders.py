@@ -90,8 +90,7 @@ def _yaml_paths(where: str, folder: Path) -> list[Path]:
 
 
 def _read(path: Path, seen: list[Path], folder: Path) -> dict[str, Any]:
-    """A task's YAML with the YAMLs of the folder that it includes, merged like in lm_eval.tasks: its own keys count
-    first."""
+    """A task's YAML with those that it includes, merged like in lm_eval.tasks: its own keys count first."""
     if path in seen:
         raise InputError(path, "include: includes itself, or is included twice")
     if len(seen) > MAX_INCLUDES:
@@ -152,8 +151,7 @@ def _walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check_metrics(where: str, metrics: Any) -> None:
-    """Raises InputError for a metric that the harness does not have: it is a program, which the package evaluate loads
-    from a path or the hub."""
+    """Raises InputError for a metric that lm-eval does not have: a program that the package evaluate would load."""
     import lm_eval.api.metrics  # noqa: F401
     from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
 
@@ -277,8 +275,7 @@ def _check_file(where: str, kind: str, file: Path) -> None:
 
 @dataclass
 class Templates:
-    """Renders a task's templates for its records, each pair once. `where` names the task in messages; `seconds`: the
-    processor time that is left."""
+    """Renders a task's templates for its records, each pair once. `where`: the task; `seconds`: that are left."""
 
     where: str
     seconds: float = TEMPLATE_SECONDS

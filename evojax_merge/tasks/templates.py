@@ -65,8 +65,7 @@ def check_names_field(where: str, template: str, refuse: bool) -> None:
 
 
 def check_stop(where: str, stop: Sequence[str]) -> None:
-    """Raises InputError for an empty stop text, which stands at the beginning of every output and would leave nothing
-    of it."""
+    """Raises InputError for an empty stop text, with which every output begins, so that nothing would be left of it."""
     for number, text in enumerate(stop):
         if not text:
             raise InputError(f"{where}.stop[{number}]", "is empty, and would end every output at once; leave it out")

@@ -8,11 +8,11 @@ example, and higher is better.
 import json
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from pydantic import BeforeValidator, Field
@@ -23,9 +23,9 @@ from evojax_merge.tasks.images import RecordImage, expand_images, number_images,
 from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
 from evojax_merge.tasks.prompts import (
     PLAIN,
+    Example,
     PromptConfig,
     Prompts,
-    Shot,
     Turn,
     encode_alone,
     joined,
@@ -93,28 +93,6 @@ class TextConfig(PromptConfig):
 
 
 @dataclass(frozen=True)
-class Example:
-    """One example in text. `targets`: the one target, or the choices, joined to what stands before them; `answer`: the
-    number of the right choice, or the wanted text; `line`: its number in the file; `where`: its place, where that is no
-    line of the file; `choices`: the choices as the record has them; `turns`: in place of the prompt, a conversation;
-    `images`: those of the prompt or the conversation."""
-
-    prompt: str
-    targets: tuple[str, ...]
-    answer: int | str
-    line: int
-    where: str = ""
-    choices: tuple[str, ...] = ()
-    turns: tuple[Turn, ...] = field(default=(), hash=False)
-    images: tuple[RecordImage, ...] = ()
-
-    @property
-    def solution(self) -> str:
-        """The right answer as the record has it."""
-        return self.choices[self.answer] if isinstance(self.answer, int) else self.answer
-
-
-@dataclass(frozen=True)
 class PromptedTask(TaskDefaults):
     """A task (tasks.task) of one split's examples, in text: its requests to a model, without a score. A task of kind
     exact_match has its prompts continued.
@@ -176,6 +154,9 @@ class PromptedTask(TaskDefaults):
 
     def location(self, example: Example) -> Place:
         return (example.where, 0) if example.where else (self.file, example.line)
+
+
+P = TypeVar("P", bound=PromptedTask)
 
 
 @dataclass(frozen=True)
@@ -254,14 +235,12 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
     metric = config.metric or METRICS[kind][0]
     if metric not in METRICS[kind]:
         raise InputError(where, f"metric: {metric!r}; {kind} has {', '.join(METRICS[kind])}")
-    check_templates(where, config)
-    check_stop(where, config.stop)
+    check_texts(where, config, config.stop)
     if config.prompt and config.messages is None:
         check_names_field(f"{where}.prompt", config.prompt, refuse=kind == "exact_match")
     if kind != "multiple_choice" and config.messages is None:
         check_names_field(f"{where}.target", config.target, refuse=False)
-    data = read_prompted(config, opening, kind, metric) | {"records": ()}
-    task = TextTask(**data, pattern=config.pattern, max_new_tokens=config.max_new_tokens, stop=tuple(config.stop))
+    task = open_prompted(TextTask, config, opening, kind, metric, records=(), pattern=config.pattern)
     repeating = [task.where(example) for example in task.examples if len(set(example.targets)) < len(example.targets)]
     if repeating:
         print_warning(f"{repeating[0]}: {len(repeating)} of {task.size} records list a wrong choice twice")
@@ -302,19 +281,21 @@ def cut_target(where: str, pattern: str, answer: str, place: str, target: str) -
     )  # fmt: skip
 
 
-def check_templates(where: str, config: PromptConfig) -> None:
-    """Raises InputError for an invalid template."""
+def check_texts(where: str, config: PromptConfig, stop: Sequence[str]) -> None:
+    """Raises InputError for an invalid template, and for an empty text that would end all outputs."""
     for key, template in (("prompt", config.prompt), ("target", config.target)):
         check_template(f"{where}.{key}", template)
+    check_stop(where, stop)
 
 
-def read_prompted(
-    config: PromptConfig, opening: Opening, kind: Kind, metric: str, has_targets: bool = True
-) -> dict[str, Any]:
-    """The fields of a `PromptedTask` on the examples of the opening's source, but those of the length of outputs.
-    Examples that are shown are not scored, whatever source they come from: their answers stand in the prompt.
-    has_targets: whether scored examples need a target, as shown ones do. Raises InputError for records that do not fit,
-    or too few examples to show."""
+def open_prompted(
+    make: Callable[..., P], config: Any, opening: Opening, kind: Kind, metric: str, has_targets: bool = True,
+    **fields: Any,
+) -> P:  # fmt: skip
+    """Make a `PromptedTask` on the examples of the opening's source. Examples that are shown are not scored, whatever
+    source they come from: their answers stand in the prompt. config: a `PromptConfig` with the length of outputs;
+    has_targets: whether scored examples need a target, as shown ones do; fields: those of the kind. Raises InputError
+    for records that do not fit, or too few examples to show."""
     source = opening.read(*opening.source("file", config.file))
     records, files, fewshot_file = list(source.records), source.files, None
     folder = None if config.images is None else opening.images(config.images, opening.folder)
@@ -338,18 +319,20 @@ def read_prompted(
             raise InputError(f"{opening.where}.num_fewshot", what)
         records, examples = [records[number] for number in kept], [examples[number] for number in kept]
     prefix = config.assistant_prefix
-    answers = [prefix + joined(prefix, " ", shot.solution) if prefix else shot.solution for shot in shots]
+    if prefix:
+        shots = [replace(shot, answer=prefix + joined(prefix, " ", shot.solution)) for shot in shots]
     prompts = Prompts(
-        opening.where, config.delimiter, prefix,
-        tuple(Shot(shot.prompt, shot.turns, answer, shot.images) for shot, answer in zip(shots, answers, strict=True)),
+        opening.where, config.delimiter, prefix, tuple(shots),
         config.apply_chat_template, config.system_instruction, config.fewshot_as_multiturn,
         config.chat_template_kwargs, folder,
     )  # fmt: skip
-    return {
+    given = {
         "name": config.name, "kind": kind, "metric": metric, "weight": config.weight, "file": source.name,
         "examples": tuple(examples), "prompts": prompts, "fewshot_file": fewshot_file, "data_files": files,
-        "records": tuple(dict(record.fields) for record in records),
+        "records": tuple(dict(record.fields) for record in records), "max_new_tokens": config.max_new_tokens,
+        "stop": tuple(config.stop),
     }  # fmt: skip
+    return make(**given | fields)
 
 
 def _question(example: Example) -> tuple[Any, ...]:
@@ -365,9 +348,8 @@ def _identity(example: Example, kind: Kind) -> tuple[Any, ...]:
 def read_examples(
     source: Source, kind: Kind, config: PromptConfig, section: str, folder: Path | None = None, has_targets: bool = True
 ) -> list[Example]:
-    """The examples of a source's records. section: the place of the config in messages; folder: of images, the source's
-    by default; has_targets: see `read_prompted`. Raises InputError with the place of the first record that does not
-    fit."""
+    """The examples of a source's records. section: the config in messages; folder: of images, by default the source's;
+    has_targets: see `open_prompted`. Raises InputError with the place of the first record that does not fit."""
     folder = folder or source.files[0].parent
     return [_example(record, kind, config, section, folder, has_targets) for record in source.records]
 
@@ -437,8 +419,7 @@ def _example(record: Record, kind: Kind, config: PromptConfig, section: str, fol
 
 
 def _listed_choices(where: str, name: str, value: Any) -> tuple[list[str], list[str]]:
-    """The texts of a record's choices, and their labels where the record has them, in ARC's form: `{"text": […],
-    "label": […]}`."""
+    """The texts of a record's choices, and their labels in ARC's form: `{"text": […], "label": […]}`."""
     texts, labels = value, []
     if isinstance(value, Mapping) and isinstance(value.get("label"), list):
         texts, labels = value.get("text"), [str(label) for label in value["label"]]
@@ -452,8 +433,7 @@ def _listed_choices(where: str, name: str, value: Any) -> tuple[list[str], list[
 
 
 def _chosen(answer: Any, choices: Sequence[str], labels: Sequence[str]) -> int | None:
-    """The number of the choice that an answer means: by its label, the choice itself, its index (also as a text), or
-    its letter."""
+    """The number of the choice that an answer means: by its label, text, index (also as a text), or letter."""
     if labels and str(answer) in labels:
         return labels.index(str(answer))
     if isinstance(answer, str):
@@ -481,9 +461,7 @@ def likelihood_rows(task: PromptedTask, tokenizer: Any) -> list[Row]:
     """One row per target or choice, examples in order, each one's choices together. Behind them, where the metric is
     acc_mutual_info, each one's choices without the prompt."""
     rows = []
-    for number, example in enumerate(task.examples):
-        where = task.where(example)
-        context, images = _context(task, tokenizer, example)
+    for number, (example, where, context, images) in enumerate(_contexts(task, tokenizer)):
         for target in example.targets:
             tokens, start = task.prompts.encode_pair(tokenizer, context, target)
             tokens = number_images(tokenizer, where, tokens, images)
@@ -497,19 +475,19 @@ def likelihood_rows(task: PromptedTask, tokenizer: Any) -> list[Row]:
     return rows
 
 
-def _context(task: PromptedTask, tokenizer: Any, example: Example) -> tuple[str, tuple[RecordImage, ...]]:
-    """The text before the answer to an example, with its images' places expanded, and these images in their order."""
-    where, images = task.where(example), (*task.prompts.images, *example.images)
-    text = task.prompts.context(tokenizer, where, example.prompt, example.turns, example.images)
-    return expand_images(tokenizer, where, text, images), images
+def _contexts(task: PromptedTask, tokenizer: Any) -> Iterator[tuple[Example, str, str, tuple[RecordImage, ...]]]:
+    """The examples with their places, the text before each one's answer, with its images' places expanded, and these
+    images in their order."""
+    for example in task.examples:
+        where, images = task.where(example), (*task.prompts.images, *example.images)
+        text = task.prompts.context(tokenizer, where, example.prompt, example.turns, example.images)
+        yield example, where, expand_images(tokenizer, where, text, images), images
 
 
 def prompt_rows(task: PromptedTask, tokenizer: Any) -> list[Row]:
     """One row per example, the prompt alone."""
     rows = []
-    for number, example in enumerate(task.examples):
-        where = task.where(example)
-        context, images = _context(task, tokenizer, example)
+    for number, (_, where, context, images) in enumerate(_contexts(task, tokenizer)):
         tokens = number_images(tokenizer, where, task.prompts.encode(tokenizer, context), images)
         if not tokens:
             raise InputError(where, "prompt: has no token")
@@ -559,8 +537,7 @@ def _choices(task: TextTask) -> Iterator[tuple[Example, slice]]:
 
 
 def extract_answer(text: str, pattern: str | None, where: str = "tasks") -> str | None:
-    """The answer in an output: the last match of `pattern` that is not empty, or the last number (after `####` if
-    there). `where` names the task in messages."""
+    """The answer in an output: the last match of `pattern` that is not empty, or the last number (after any `####`)."""
     if pattern is None:
         numbers = numbers_in(text)
         return numbers[-1].replace(",", "") if numbers else None

@@ -87,8 +87,7 @@ class FunctionJudge:
 
 @dataclass(frozen=True)
 class Voting:
-    """How a task's answers are voted on. judge: votes in place of people; None: people do; judge_place: the function's
-    name, valid from any folder."""
+    """How a task's answers are voted on. judge: None: people vote; judge_place: its name, valid from any folder."""
 
     config: VotesConfig
     judge: Judge | None = None
@@ -132,8 +131,7 @@ class JudgedTask(ScoredTask, Protocol):
 
 
 def voting_of(config: VotesConfig, opening: Opening, judge: Judge | None = None) -> Voting:
-    """The voting of a config. judge: where the config names no function. Raises InputError for a fault of the
-    function."""
+    """The voting of a config. judge: where it names no function. Raises InputError for a fault of the function."""
     place = None
     if config.judge is not None:
         function = load_function(f"{opening.where}.judge", config.judge, "answers", opening.folder)

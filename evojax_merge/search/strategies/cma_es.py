@@ -1,4 +1,4 @@
-"""CMA-ES, evosax's, with recombination weights that ties do not shrink."""
+"""CMA-ES and its relatives for more dimensions, evosax's, with recombination weights that ties do not shrink."""
 
 from functools import lru_cache
 from typing import Any
@@ -50,8 +50,7 @@ def cma_algorithm(kind: str, dims: int, population: int) -> Any:
 
 @lru_cache(maxsize=16)
 def cma_params(kind: str, dims: int, population: int) -> Any:
-    """evosax's parameters of an algorithm, cached because evosax computes them in fifty small operations at each
-    call."""
+    """evosax's parameters, cached because evosax computes them in fifty small operations at each call."""
     return cma_algorithm(kind, dims, population).default_params
 
 
@@ -69,3 +68,26 @@ def cma_es(settings: StrategySettings) -> EvosaxStrategy:
 def sep_cma_es(settings: StrategySettings) -> EvosaxStrategy:
     """Separable CMA-ES (Ros and Hansen, 2008): a variance for each gene, and no covariances."""
     return _strategy("sep_cma_es", "Sep_CMA_ES", settings)
+
+
+@lru_cache(maxsize=8)
+def _lm_algorithm(dims: int, population: int) -> Any:
+    from evosax.algorithms import LM_MA_ES
+
+    class RankedLMMAES(LM_MA_ES):
+        """Updates the direction vectors by rank: evosax's algorithm weighs candidates in the order of drawing."""
+
+        def _tell(self, key: Any, population: Any, fitness: Any, state: Any, params: Any) -> Any:
+            return super()._tell(key, population, fitness, state, params.replace(weights=fitness))
+
+    return RankedLMMAES(population, jnp.zeros(dims), fitness_shaping_fn=ordinal_weights)
+
+
+def lm_ma_es(settings: StrategySettings) -> EvosaxStrategy:
+    """Limited-memory matrix adaptation (Loshchilov et al., arXiv 1705.06693): 4 + 3 ln D direction vectors in place of
+    a covariance, for thousands of dimensions."""
+    algorithm = _lm_algorithm(settings.dims, settings.population or default_population(settings.dims))
+    params = algorithm.default_params
+    # The learning rates P / (4^i D) assume that D exceeds P.
+    params = params.replace(std_init=jnp.float32(settings.sigma), c_c=jnp.minimum(params.c_c, 1.0))
+    return EvosaxStrategy("lm_ma_es", algorithm, params)

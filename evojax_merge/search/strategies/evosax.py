@@ -50,12 +50,34 @@ class _Algorithm:
         return state
 
 
+def inject_steps(state: Any, genomes: jax.Array, count: int) -> tuple[jax.Array, Any]:
+    """The genomes and the state to `tell` where the first `count` genomes of the first generation were not drawn.
+
+    genomes: float32[P, D]. Their steps from the mean, in units of sigma (the first distribution is isotropic), are
+    shortened to a length that a drawn step hardly exceeds: sqrt(D) + 2 D / (D + 2) (Hansen, Injecting external
+    solutions into CMA-ES, arXiv 1110.4181). The path and covariance would take a far genome for a large step that
+    selection preferred. Where the state holds the normal numbers of the genomes (`z`), the injected genomes' numbers
+    replace the drawn ones.
+    """
+    if not hasattr(state, "std"):
+        return genomes, state
+    dims = genomes.shape[1]
+    steps = (genomes[:count] - state.mean) / state.std
+    length = jnp.linalg.norm(steps, axis=1, keepdims=True)
+    steps = steps * jnp.minimum(1.0, (dims**0.5 + 2 * dims / (dims + 2)) / jnp.maximum(length, 1e-12))
+    genomes = jnp.asarray(genomes).at[:count].set(state.mean + state.std * steps)
+    if hasattr(state, "z"):
+        state = state.replace(z=state.z.at[:count].set(steps))
+    return genomes, state
+
+
 @dataclass(frozen=True)
 class EvosaxStrategy(_Algorithm):
     """A distribution-based algorithm of evosax (one whose state has a mean) with its parameters. Raises InputError for
     an algorithm that is population-based."""
 
     capabilities = Capabilities(takes_injected=True)
+    inject = staticmethod(inject_steps)
 
     def __post_init__(self) -> None:
         from evosax.algorithms.base import EvolutionaryAlgorithm
@@ -78,10 +100,6 @@ class EvosaxStrategy(_Algorithm):
         genomes, state = self.algorithm.ask(key, state, self.params)
         return genomes, state
 
-    def inject(self, state: Any, genomes: jax.Array, count: int) -> tuple[jax.Array, Any]:
-        """Shorten the steps of the injected genomes; see `inject_steps`."""
-        return inject_steps(state, genomes, count)
-
     def finalists(self, state: Any) -> np.ndarray:
         """The mean of the distribution."""
         return np.asarray(state.mean, np.float32)[None]
@@ -89,27 +107,6 @@ class EvosaxStrategy(_Algorithm):
     def metrics(self, state: Any) -> dict[str, float]:
         """sigma: the standard deviation of a step in units of the bounds' range, where the algorithm has one."""
         return {"sigma": float(np.mean(np.asarray(state.std)))} if hasattr(state, "std") else {}
-
-
-def inject_steps(state: Any, genomes: jax.Array, count: int) -> tuple[jax.Array, Any]:
-    """The genomes and the state to `tell` where the first `count` genomes of the first generation were not drawn.
-
-    genomes: float32[P, D]. Their steps from the mean, in units of sigma (the first distribution is isotropic), are
-    shortened to a length that a drawn step hardly exceeds: sqrt(D) + 2 D / (D + 2) (Hansen, Injecting external
-    solutions into CMA-ES, arXiv 1110.4181). The path and covariance would take a far genome for a large step that
-    selection preferred. Where the state holds the normal numbers of the genomes (`z`), the injected genomes' numbers
-    replace the drawn ones.
-    """
-    if not hasattr(state, "std"):
-        return genomes, state
-    dims = genomes.shape[1]
-    steps = (genomes[:count] - state.mean) / state.std
-    length = jnp.linalg.norm(steps, axis=1, keepdims=True)
-    steps = steps * jnp.minimum(1.0, (dims**0.5 + 2 * dims / (dims + 2)) / jnp.maximum(length, 1e-12))
-    genomes = jnp.asarray(genomes).at[:count].set(state.mean + state.std * steps)
-    if hasattr(state, "z"):
-        state = state.replace(z=state.z.at[:count].set(steps))
-    return genomes, state
 
 
 @dataclass(frozen=True)
@@ -133,19 +130,16 @@ class PopulationStrategy(_Algorithm):
         return np.asarray(state.population, np.float32).mean(axis=0)[None]
 
     def metrics(self, state: Any) -> dict[str, float]:
-        """spread: the standard deviation of the population's genes; sigma: the standard deviation of a mutation, where
-        the algorithm has one."""
+        """spread: the standard deviation of the population's genes; sigma: that of a mutation, if it has one."""
         spread = {"spread": float(np.std(state.population, axis=0).mean())}
         return spread | ({"sigma": float(np.mean(state.std))} if hasattr(state, "std") else {})
 
 
 @partial(jax.jit, static_argnums=0)
 def _ask(algorithm: Any, key: jax.Array, state: Any, params: Any) -> tuple[jax.Array, Any]:
-    def initial(state: Any) -> tuple[jax.Array, Any]:
-        return state.population, state
-
-    def later(state: Any) -> tuple[jax.Array, Any]:
-        genomes, asked = algorithm.ask(key, state, params)
-        return genomes, asked
-
-    return jax.lax.cond(state.generation_counter == 0, initial, later, state)
+    return jax.lax.cond(
+        state.generation_counter == 0,
+        lambda state: (state.population, state),
+        lambda state: algorithm.ask(key, state, params),
+        state,
+    )

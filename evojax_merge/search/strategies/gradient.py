@@ -89,8 +89,7 @@ def _step(
     optimizer: Any, sigma: float, key: jax.Array, state: GradientState, genomes: jax.Array,
     fitness: Any, gradients: jax.Array,
 ) -> GradientState:  # fmt: skip
-    """One ascent of every start. A start that failed (its fitness or gradient is not finite) continues near the best
-    start."""
+    """One ascent of every start. One whose fitness or gradient is not finite continues near the best start."""
     fine = jnp.isfinite(gradients).all(axis=1) & jnp.isfinite(fitness)
     ascent = jnp.where(fine[:, None], gradients, 0.0)
     # optax minimises.
@@ -116,8 +115,7 @@ def gradient(settings: StrategySettings) -> GradientStrategy:
 
 
 def make_optimizer(where: str, config: GradientConfig, steps: int) -> tuple[Any, Callable[[Any], Any]]:
-    """optax's optimiser of a config, and its learning rates. Raises InputError for an optimiser that is not in
-    OPTIMIZERS."""
+    """optax's optimiser of a config, and its learning rates. Raises InputError for one that is not in OPTIMIZERS."""
     import optax
 
     schedule = (

@@ -55,8 +55,7 @@ class Grid:
         return jnp.asarray(self.settings.from_unit(self.points(state)), jnp.float32), state
 
     def tell(self, key: jax.Array, state: GridState, genomes: jax.Array, scores: Scores) -> GridState:
-        """End a generation. The next grid lies between the neighbours of the best point, or stays the same where all
-        points score the same."""
+        """End a generation. The next grid lies between the best point's neighbours, unless all scores are equal."""
         finite = scores.fitness[np.isfinite(scores.fitness)]
         if not finite.size or finite.min() == finite.max():
             return state

@@ -18,7 +18,7 @@ from evojax_merge.search.fronts import check_objectives, front_metrics, front_of
 from evojax_merge.search.protocols import Capabilities
 from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.pareto import MAX_POPULATION, draw_around
-from evojax_merge.search.strategies.registry import StrategySettings, generator
+from evojax_merge.search.strategies.registry import DrawingStrategy, StrategySettings, generator
 
 # The most cells along one task's mean, and the most cells of a whole archive.
 MAX_BINS, MAX_CELLS = 15, 256
@@ -45,13 +45,11 @@ class NichesState:
 
 
 @dataclass(frozen=True)
-class Niches:
+class Niches(DrawingStrategy):
     """A generation's parents are drawn from the archive of the task whose turn it is; its children enter the archives
     of all tasks. Cells divide the range of the front's means; candidates below the range share the lowest cells. bins:
     the number of cells along each task's mean."""
 
-    settings: StrategySettings
-    population: int
     bins: int
 
     name = "niches"
@@ -73,9 +71,12 @@ class Niches:
         filled = np.isfinite(state.objectives[turn]).all(axis=1)
         if not filled.any():
             return jnp.asarray(draw_around(rng, state.start, self.population, self.settings)), state
-        members = state.genomes[turn][filled].astype(np.float64)
-        chances = elite_chances(state.objectives[turn][filled])
-        first, second = members[rng.choice(len(members), size=(2, self.population), p=chances)]
+        members, objectives = state.genomes[turn][filled].astype(np.float64), state.objectives[turn][filled]
+        # CycleQD's elite sampling (equation 4): members that are better in every task are drawn more often.
+        span = np.ptp(objectives, axis=0)
+        share = np.divide(objectives - objectives.min(axis=0), span, out=np.ones_like(objectives), where=span > 0)
+        weights = np.prod(WORST_COUNTS + (BEST_COUNTS - WORST_COUNTS) * share, axis=1)
+        first, second = members[rng.choice(len(members), size=(2, self.population), p=weights / weights.sum())]
         # The directional variation of Vassiliades and Mouret (arXiv 1804.03906).
         along = LINE * rng.standard_normal((self.population, 1)) * (second - first)
         noise = NOISE * self.settings.sigma * rng.standard_normal(first.shape)
@@ -91,9 +92,11 @@ class Niches:
         if len(finite):
             places = self._places(objectives[finite])
             for task in range(tasks):
-                best = elites(places[task], objectives[finite, task])
-                cell = places[task][best]
-                archives[task, cell], means[task, cell] = every[finite[best]], objectives[finite[best]]
+                # The best candidate of each cell in the task, the first among equals.
+                order = np.argsort(-objectives[finite, task], kind="stable")
+                cell, first = np.unique(places[task][order], return_index=True)
+                best = finite[order[first]]
+                archives[task, cell], means[task, cell] = every[best], objectives[best]
         reference = worst_of(new_objectives) if int(state.told) == 0 else state.reference
         return NichesState(state.start, archives, means, reference, np.int32(state.told + 1))
 
@@ -122,23 +125,6 @@ class Niches:
         """The front's figures, and `filled`: the share of the cells that hold a candidate."""
         filled = float(np.isfinite(state.objectives).all(axis=2).mean())
         return {"filled": filled, **front_metrics(self.members(state)[1], state.reference)}
-
-
-def elite_chances(objectives: np.ndarray) -> np.ndarray:
-    """float64[M]: the probability with which each member float64[M, T] of an archive is drawn, larger for members that
-    are better in every task (CycleQD's elite sampling, equation 4)."""
-    span = np.ptp(objectives, axis=0)
-    share = np.divide(objectives - objectives.min(axis=0), span, out=np.ones_like(objectives), where=span > 0)
-    weights = np.prod(WORST_COUNTS + (BEST_COUNTS - WORST_COUNTS) * share, axis=1)
-    return np.asarray(weights / weights.sum())
-
-
-def elites(places: np.ndarray, quality: np.ndarray) -> np.ndarray:
-    """int[E]: the best candidate of each cell by `quality` float64[M], the first among equals. places: int[M], each
-    candidate's cell."""
-    order = np.argsort(-quality, kind="stable")
-    _, first = np.unique(places[order], return_index=True)
-    return np.asarray(order[first])
 
 
 def niches(settings: StrategySettings) -> Niches:

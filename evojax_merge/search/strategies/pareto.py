@@ -19,7 +19,7 @@ from evojax_merge.search.fronts import (
 )
 from evojax_merge.search.protocols import Capabilities
 from evojax_merge.search.strategies.cma_es import default_population
-from evojax_merge.search.strategies.registry import StrategySettings, generator
+from evojax_merge.search.strategies.registry import DrawingStrategy, StrategySettings, generator
 
 # Candidates are compared in pairs: P x P numbers.
 MAX_POPULATION = 4096
@@ -44,13 +44,10 @@ class ParetoState:
 
 
 @dataclass(frozen=True)
-class NSGA2:
+class NSGA2(DrawingStrategy):
     """The best of parents and children survive: by front, and within a front by crowding distance. Each parent is the
     better of two by the same order. Crossover and mutation act on the genes, between the bounds: the map from genes to
     parameters is curved near the bounds alone."""
-
-    settings: StrategySettings
-    population: int
 
     name = "pareto"
     capabilities = Capabilities(keeps_front=True)

@@ -23,7 +23,7 @@ from flax import struct
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.strategies.cma_es import default_population
-from evojax_merge.search.strategies.registry import StrategySettings, begin_with, generator
+from evojax_merge.search.strategies.registry import DrawingStrategy, StrategySettings, begin_with, generator
 
 # The share of the candidates that are mutants of the genomes that the search began at, and not of members.
 NEWCOMER_RATE = 0.25
@@ -57,19 +57,15 @@ class PathGAState:
 
 
 @dataclass(frozen=True)
-class PathGA:
+class PathGA(DrawingStrategy):
     """Truncation selection of parents and children (mu + lambda), binary tournaments for parents. Of the genomes that
     score the same, the one with the fewest moves is a member, and the others where there is room."""
-
-    settings: StrategySettings
-    population: int
 
     name = "path_ga"
 
     @cached_property
     def _values(self) -> list[np.ndarray]:
-        """For each gene of a move, the gene values that stand for its V values, float32[V]; for a continuous gene, both
-        bounds."""
+        """For each gene of a move, the genes of its V values, float32[V]; for a continuous gene, of both bounds."""
         values = []
         for count in self.settings.move_genes:
             unit = (np.arange(count) + 0.5) / count if count else np.array([0.0, 1.0])
@@ -133,10 +129,6 @@ class PathGA:
         return PathGAState(
             state.seeds, every[order], fitness[order], evaluated[-MAX_EVALUATED:], np.array(generation + 1, np.int32)
         )
-
-    def finalists(self, state: PathGAState) -> np.ndarray:
-        """No genomes: the best members are the search's best candidates."""
-        return np.zeros((0, self.settings.dims), np.float32)
 
     def metrics(self, state: PathGAState) -> dict[str, float]:
         """moves: the number of moves of the best member."""

@@ -35,7 +35,7 @@ from evojax_merge.schema.genealogy import (
     founder_genomes,
 )
 from evojax_merge.search.protocols import Capabilities
-from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings, generator
+from evojax_merge.search.strategies.registry import DrawingStrategy, PoolSettings, StrategySettings, generator
 
 POPULATION = 16
 # Keeps divisions by z_j finite where all members score the same on an example.
@@ -59,12 +59,10 @@ class PoolState:
 
 
 @dataclass(frozen=True)
-class Pool:
+class Pool(DrawingStrategy):
     """`settings.sigma` is the standard deviation of the genes around a parent's."""
 
-    settings: StrategySettings
     pool: PoolSettings
-    population: int
 
     name = "pool"
     capabilities = Capabilities(lends_context=True)
@@ -80,8 +78,7 @@ class Pool:
         )
 
     def ask(self, key: jax.Array, state: PoolState) -> tuple[jax.Array, PoolState]:
-        """The founders that were not scored yet, and children of the pool's members; children of founders, as long as
-        fewer than two members have finite scores."""
+        """The founders not scored yet, and children of the members, or of founders where fewer than two are finite."""
         rng, founders = generator(key), founder_genomes(self.pool.founders, self.settings.dims - GENES)
         genealogy, asked = Genealogy(founders, np.asarray(state.offspring)), int(state.generation) * self.population
         genomes = np.zeros((self.population, self.settings.dims), np.float32)
@@ -142,17 +139,12 @@ class Pool:
         offspring = np.concatenate([np.asarray(state.offspring), children])
         return PoolState(offspring, members, rows, shares, np.int32(int(state.generation) + 1))
 
-    def finalists(self, state: PoolState) -> np.ndarray:
-        """No genomes: the pool's best are among the best candidates."""
-        return np.zeros((0, self.settings.dims), np.float32)
-
     def context(self, state: PoolState) -> np.ndarray:
         """float32[M, D]: the genomes of all children so far, among which the space looks up parents."""
         return np.asarray(state.offspring)
 
     def metrics(self, state: PoolState) -> dict[str, float]:
-        """members: the number of the pool's members; founders: the number of founders among them; pool_mean: the
-        members' mean fitness."""
+        """members, founders: the numbers of members and of founders among them; pool_mean: their mean fitness."""
         members = np.asarray(state.members)
         alive = members != NONE
         fitness = np.asarray(state.scores, np.float64)[alive] @ np.asarray(state.shares)
@@ -213,4 +205,4 @@ def pool(settings: StrategySettings) -> Pool:
             where, f"generations: {settings.generations:,} of {population:,} children are {members:,} members; "
             f"expected {MAX_MEMBERS:,} at most",
         )  # fmt: skip
-    return Pool(settings, breeding, population)
+    return Pool(settings, population, breeding)

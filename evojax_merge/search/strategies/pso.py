@@ -140,8 +140,7 @@ class Swarm:
         return np.asarray(state.best, np.float32).mean(axis=0)[None]
 
     def metrics(self, state: SwarmState) -> dict[str, float]:
-        """spread: the standard deviation of the particles' genes; inertia: the share of its velocity that a particle
-        keeps."""
+        """spread: the standard deviation of the particles' genes; inertia: the share of velocity that is kept."""
         return {"spread": float(np.std(state.places, axis=0).mean()), "inertia": float(state.inertia)}
 
 

@@ -9,24 +9,20 @@ from flax import struct
 
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.strategies.cma_es import default_population
-from evojax_merge.search.strategies.registry import StrategySettings
+from evojax_merge.search.strategies.registry import DrawingStrategy, StrategySettings
 
 
 @struct.dataclass
 class RandomState:
-    """start: float32[D], the first candidate of the first generation; generation: int32[], the number of
-    generations."""
+    """start: float32[D], the first candidate; generation: int32[], the number of generations."""
 
     start: jax.Array
     generation: jax.Array
 
 
 @dataclass(frozen=True)
-class RandomSearch:
+class RandomSearch(DrawingStrategy):
     """Draws candidates without learning from scores."""
-
-    settings: StrategySettings
-    population: int
 
     name = "random"
 
@@ -40,12 +36,6 @@ class RandomSearch:
 
     def tell(self, key: jax.Array, state: RandomState, genomes: jax.Array, scores: Scores) -> RandomState:
         return RandomState(state.start, state.generation + 1)
-
-    def finalists(self, state: RandomState) -> np.ndarray:
-        return np.zeros((0, self.settings.dims), np.float32)
-
-    def metrics(self, state: RandomState) -> dict[str, float]:
-        return {}
 
 
 def random(settings: StrategySettings) -> RandomSearch:

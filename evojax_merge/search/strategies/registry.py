@@ -12,7 +12,7 @@ import numpy as np
 from evojax_merge.config.search_config import AUTO, VOTES, GradientConfig, SearchConfig, Seed
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.plugins import HINT
-from evojax_merge.search.protocols import Capabilities, Space, Strategy, capabilities_of
+from evojax_merge.search.protocols import Capabilities, Space, State, Strategy, capabilities_of, differentiates
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,21 @@ class StrategySettings:
         return float(low), float(high)
 
 
+@dataclass(frozen=True)
+class DrawingStrategy:
+    """A strategy that is made of its settings. population: P. The default members say nothing: there are no finalists,
+    where the best candidates so far are the strategy's own, and no figures."""
+
+    settings: StrategySettings
+    population: int
+
+    def finalists(self, state: State) -> np.ndarray:
+        return np.zeros((0, self.settings.dims), np.float32)
+
+    def metrics(self, state: State) -> dict[str, float]:
+        return {}
+
+
 def generator(key: jax.Array) -> np.random.Generator:
     """NumPy's random numbers, from a key of JAX, for strategies that draw on the host."""
     return np.random.default_rng(np.asarray(jax.random.key_data(key)))
@@ -71,29 +86,15 @@ def generator(key: jax.Array) -> np.random.Generator:
 StrategyFactory = Callable[[StrategySettings], Strategy]
 MakesStrategy = TypeVar("MakesStrategy", bound=StrategyFactory)
 
-# The built-in strategies as module:function: evosax is imported only where a strategy is made.
-_BUILT_IN = {
-    "cma_es": "evojax_merge.search.strategies.cma_es:cma_es",
-    "sep_cma_es": "evojax_merge.search.strategies.cma_es:sep_cma_es",
-    "lm_ma_es": "evojax_merge.search.strategies.lm_ma_es:lm_ma_es",
-    "xnes": "evojax_merge.search.strategies.xnes:xnes",
-    "ipop_cma_es": "evojax_merge.search.strategies.restarts:ipop_cma_es",
-    "bipop_cma_es": "evojax_merge.search.strategies.restarts:bipop_cma_es",
-    "de": "evojax_merge.search.strategies.de:de",
-    "pso": "evojax_merge.search.strategies.pso:pso",
-    "ga": "evojax_merge.search.strategies.ga:ga",
-    "path_ga": "evojax_merge.search.strategies.path_ga:path_ga",
-    "gradient": "evojax_merge.search.strategies.gradient:gradient",
-    "hybrid": "evojax_merge.search.strategies.hybrid:hybrid",
-    "pareto": "evojax_merge.search.strategies.pareto:pareto",
-    "niches": "evojax_merge.search.strategies.niches:niches",
-    "random": "evojax_merge.search.strategies.random:random",
-    "grid": "evojax_merge.search.strategies.grid:grid",
-    "greedy": "evojax_merge.search.strategies.greedy:greedy",
-    "pool": "evojax_merge.search.strategies.pool:pool",
-    VOTES: "evojax_merge.judge.proposals:votes",
-    AUTO: "evojax_merge.search.auto:auto",
-}
+# The modules of the built-in strategies: evosax is imported only where a strategy is made.
+_MODULES = {
+    "cma_es": ("cma_es", "sep_cma_es", "lm_ma_es"), "xnes": ("xnes",), "restarts": ("ipop_cma_es", "bipop_cma_es"),
+    **{name: (name,) for name in (
+        "de", "pso", "ga", "path_ga", "gradient", "hybrid", "pareto", "niches", "random", "grid", "greedy", "pool",
+    )},
+}  # fmt: skip
+_BUILT_IN = {name: f"evojax_merge.search.strategies.{module}" for module, names in _MODULES.items() for name in names}
+_BUILT_IN |= {VOTES: "evojax_merge.judge.proposals", AUTO: "evojax_merge.search.auto"}
 # The members of the protocol `Strategy`.
 _MEMBERS = ("name", "population", "init", "ask", "tell", "finalists", "metrics")
 _registered: dict[str, StrategyFactory] = {}
@@ -122,15 +123,13 @@ def find_strategy(where: str, name: str) -> StrategyFactory:
         return _registered[name]
     if name not in _BUILT_IN:
         raise InputError(where, f"unknown strategy {name!r}{did_you_mean(name, strategy_names())}{HINT}")
-    module, function = _BUILT_IN[name].split(":")
-    factory: StrategyFactory = getattr(import_module(module), function)
+    factory: StrategyFactory = getattr(import_module(_BUILT_IN[name]), name)
     return factory
 
 
 def begin_with(*seeds: Seed) -> Callable[[MakesStrategy], MakesStrategy]:
     """Decorate a strategy's factory: its searches begin with these merges, or with none, where `search.seeds` is not
-    given. The searches of other strategies then begin with the uniform merge and the parents, where the space contains
-    these."""
+    given. Others begin with the uniform merge and the parents, where the space contains these."""
 
     def decorate(factory: MakesStrategy) -> MakesStrategy:
         factory.seeds = seeds  # type: ignore[attr-defined]
@@ -151,26 +150,51 @@ def make_strategy(where: str, name: str, settings: StrategySettings) -> Strategy
     strategy = find_strategy(where, name)(settings)
     capabilities = capabilities_of(strategy)
     if not isinstance(capabilities, Capabilities):
-        raise InputError(
-            where, f"the strategy {name} has capabilities {shown(capabilities)}; expected a Capabilities of "
-            "evojax_merge.search.protocols",
-        )  # fmt: skip
-    members = (*_MEMBERS, *capabilities.members)
-    lacking = [member for member in members if not hasattr(strategy, member)]
+        what = f"capabilities {shown(capabilities)}; expected a Capabilities of evojax_merge.search.protocols"
+        raise InputError(where, f"the strategy {name} has {what}")
+    lacking = [member for member in (*_MEMBERS, *capabilities.members) if not hasattr(strategy, member)]
+    population, fault = getattr(strategy, "population", None), None
     if lacking:
-        raise InputError(where, f"the strategy {name} lacks {', '.join(lacking)}; see evojax_merge.search.protocols")
-    if type(strategy.population) is not int:
-        raise InputError(where, f"the strategy {name} has population {shown(strategy.population)}; expected an int")
-    if settings.population is not None and strategy.population != settings.population:
-        raise InputError(
-            where, f"population: {settings.population}; the strategy {name} has populations of {strategy.population} "
-            "here; give that, or leave it out",
-        )  # fmt: skip
-    if strategy.population < 2 and capabilities.differentiates is None:
-        raise InputError(where, f"population: 1; the strategy {name} compares candidates; expected 2 or more")
-    if settings.seeds > strategy.population:
-        raise InputError(
-            where, f"seeds: {settings.seeds} genomes do not fit into a population of {strategy.population}; raise "
-            "population, or name fewer",
-        )  # fmt: skip
+        fault = f"the strategy {name} lacks {', '.join(lacking)}; see evojax_merge.search.protocols"
+    elif type(population) is not int:
+        fault = f"the strategy {name} has population {shown(population)}; expected an int"
+    elif settings.population not in (None, population):
+        what = f"the strategy {name} has populations of {population} here; give that, or leave it out"
+        fault = f"population: {settings.population}; {what}"
+    elif population < 2 and capabilities.differentiates is None:
+        fault = f"population: 1; the strategy {name} compares candidates; expected 2 or more"
+    elif settings.seeds > population:
+        what = f"{settings.seeds} genomes do not fit into a population of {population}"
+        fault = f"seeds: {what}; raise population, or name fewer"
+    if fault is not None:
+        raise InputError(where, fault)
     return strategy
+
+
+def check_options(where: str, search: SearchConfig, strategy: Strategy) -> None:
+    """Raises InputError for options that the strategy cannot follow, and for a search that ends before it begins."""
+    stop, options, defaults, what = search.stop, search.gradient, GradientConfig(), differentiates(strategy)
+    fault = None
+    if stop.evaluations is not None and stop.evaluations < strategy.population:
+        fault = (
+            f"stop.evaluations: {stop.evaluations:,} are fewer than the {strategy.population:,} candidates of one "
+            f"generation; expected {strategy.population:,} or more, or a smaller population"
+        )
+    elif what is None and options != defaults:
+        fault = f"gradient: {search.strategy} follows no gradient; leave the key out, or take gradient or hybrid"
+    elif what == "fitness" and search.rungs > 1:
+        fault = f"rungs: {search.rungs}; {strategy.name} does not race its candidates; it has gradient.minibatches"
+    elif what == "fitness" and (options.generations is not None or options.starts != defaults.starts):
+        fault = f"gradient.generations, gradient.starts: are hybrid's; {strategy.name} has generations and population"
+    elif what == "fitness" and options.minibatches > 1 and (stop.target is not None or stop.stagnation is not None):
+        fault = (
+            "stop.target, stop.stagnation: on minibatches no candidate's fitness on all examples is known; take "
+            "stop.evaluations or stop.seconds, or gradient.minibatches: 1"
+        )
+    elif capabilities_of(strategy).keeps_front and search.rungs > 1:
+        fault = (
+            f"rungs: {search.rungs}; a race stops candidates by their weighted fitness, and {search.strategy} compares "
+            "them in every task; leave the key out"
+        )
+    if fault is not None:
+        raise InputError(where, fault)

@@ -96,8 +96,8 @@ class RestartedCMAES:
         )
 
     def ask(self, key: jax.Array, state: RestartState) -> tuple[jax.Array, RestartState]:
-        size = self.dims, self.population
-        genomes, asked = cma_algorithm("CMA_ES", *size).ask(key, state.run, cma_params("CMA_ES", *size))
+        algorithm, params = self._algorithm(1)
+        genomes, asked = algorithm.ask(key, state.run, params)
         # All generations of a population are drawn from the same distribution.
         return genomes, state if int(state.collected) else state.replace(run=asked)  # type: ignore[attr-defined]
 
@@ -135,15 +135,19 @@ class RestartedCMAES:
         """The number of populations whose best losses must be alike for a run to end (pycma's)."""
         return int(10 + np.ceil(30 * self.dims / (multiple * self.population)))
 
+    def _algorithm(self, multiple: int) -> tuple[Any, Any]:
+        """evosax's algorithm for a population of so many times P, and its parameters."""
+        size = self.dims, multiple * self.population
+        return cma_algorithm("CMA_ES", *size), cma_params("CMA_ES", *size)
+
     def _begin(self, key: jax.Array, mean: jax.Array, sigma: float) -> Any:
-        size = self.dims, self.population
-        params = cma_params("CMA_ES", *size).replace(std_init=jnp.float32(sigma))
-        return strongly_typed(cma_algorithm("CMA_ES", *size).init(key, mean, params))
+        algorithm, params = self._algorithm(1)
+        return strongly_typed(algorithm.init(key, mean, params.replace(std_init=jnp.float32(sigma))))
 
     def _tell_population(self, key: jax.Array, state: RestartState) -> RestartState:
+        algorithm, params = self._algorithm(int(state.multiple))
         size = int(state.multiple) * self.population
-        algorithm, population_losses = cma_algorithm("CMA_ES", self.dims, size), state.losses[:size]
-        params = cma_params("CMA_ES", self.dims, size)
+        population_losses = state.losses[:size]
         run, _ = algorithm.tell(key, state.genomes[:size], population_losses, state.run, params)
         best = jnp.min(jnp.where(jnp.isnan(population_losses), jnp.inf, population_losses))
         return state.replace(  # type: ignore[attr-defined]

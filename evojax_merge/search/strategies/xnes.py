@@ -2,7 +2,6 @@
 covariances."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +36,7 @@ class XNES:
 
     name = "xnes"
     capabilities = Capabilities(takes_injected=True)
+    inject = staticmethod(inject_steps)
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> NaturalState:
         return NaturalState(
@@ -51,9 +51,6 @@ class XNES:
 
     def tell(self, key: jax.Array, state: NaturalState, genomes: jax.Array, scores: Scores) -> NaturalState:
         return _update(state, losses(scores))
-
-    def inject(self, state: Any, genomes: jax.Array, count: int) -> tuple[jax.Array, Any]:
-        return inject_steps(state, genomes, count)
 
     def finalists(self, state: NaturalState) -> np.ndarray:
         """The mean of the distribution."""
@@ -71,8 +68,7 @@ def _draw(key: jax.Array, state: NaturalState) -> tuple[jax.Array, NaturalState]
 
 @jax.jit
 def _update(state: NaturalState, loss: jax.Array) -> NaturalState:
-    """The natural gradient's step (Glasmachers et al., GECCO 2010, algorithm 2). Ties rank in the order of drawing;
-    candidates that failed rank last."""
+    """The natural gradient's step (Glasmachers et al., GECCO 2010, algorithm 2). Ties rank as drawn, failures last."""
     population, dims = state.z.shape
     z = state.z[jnp.argsort(jnp.where(jnp.isnan(loss), jnp.inf, loss), stable=True)]
     utilities = jnp.maximum(0.0, np.log(population / 2 + 1) - jnp.log(jnp.arange(1, population + 1)))
