@@ -12,22 +12,13 @@ stand as JSON in the bytes of a tensor, `quant_state.bitsandbytes__nf4` or `…_
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
-from evojax_merge.checkpoints.quantised import (
-    BYTES,
-    FLOATS,
-    QuantisedTensor,
-    check_dequantised,
-    check_matrix,
-    dequantised_dtype,
-    part_of,
-)
+from evojax_merge.checkpoints.folder import Tensor
+from evojax_merge.checkpoints.quantised import BYTES, FLOATS, QuantisedFolder, QuantisedTensor, check_matrix
 from evojax_merge.errors import InputError, shown
 
 SCALES = ".SCB"
@@ -60,59 +51,55 @@ def coded_blocks(
     return values.reshape(shape)
 
 
-def open_bitsandbytes(path: Path, quantised: Path) -> Folder:
-    """The dequantised model of a bitsandbytes folder, as a folder at `path`. Raises InputError for a matrix whose parts
-    do not fit each other."""
-    dtype, stored = dequantised_dtype(quantised, "float16"), open_folder(quantised).entries
-    entries = dict(stored)
+def dequantise_bitsandbytes(folder: QuantisedFolder) -> None:
+    """Exchange the matrices of a bitsandbytes folder. Raises InputError for a matrix whose parts do not fit each
+    other."""
+    stored = folder.stored
     for name in [name for name in stored if name.endswith(SCALES) or STATE in name]:
         eight = name.endswith(SCALES)
-        weight = f"{name.removesuffix(SCALES)}.weight" if eight else name.partition(STATE)[0]
+        module = name.removesuffix(SCALES)
+        weight = f"{module}.weight" if eight else name.partition(STATE)[0]
         if weight not in stored:
             raise InputError(stored[name].file, f"{name}: there is no {weight}, which it is a part of")
-        if isinstance(entries.get(weight), QuantisedTensor):
+        if isinstance(folder.entries.get(weight), QuantisedTensor):
             raise InputError(stored[name].file, f"{name}: a second SCB or quant_state of {weight}; expected one")
-        made = _eight_bits(stored, weight, dtype) if eight else _four_bits(stored, weight, name, dtype)
-        module = weight.removesuffix(".weight")
-        parts = (name, f"{module}{LAYOUT}") if eight else [key for key in stored if key.startswith(f"{weight}.")]
-        for part in parts:
-            entries.pop(part, None)
-        entries[weight] = made
-    check_dequantised(entries, "SCB or quant_state")
-    return Folder(path, entries)
+        if not eight:
+            _exchange_four_bits(folder, weight, name)
+            continue
+        values = stored[weight]
+        check_matrix(weight, values, np.dtype(np.int8))
+        layout = stored.get(f"{module}{LAYOUT}")
+        if layout is not None and layout.load().any():
+            expected = "expected 0, rows of outputs; save it again with transformers"
+            raise InputError(values.file, f"{module}{LAYOUT}: {expected}")
+        parts = (values, folder.part(values, name, FLOATS, values.shape[:1]))
+        folder.entries.pop(f"{module}{LAYOUT}", None)
+        folder.exchange(weight, values.shape, parts, row_scales)
+    folder.check_dequantised("SCB or quant_state")
 
 
-def _eight_bits(stored: Mapping[str, Tensor], name: str, dtype: np.dtype) -> QuantisedTensor:
-    weight, module = stored[name], name.removesuffix(".weight")
-    check_matrix(name, weight, np.dtype(np.int8))
-    layout = stored.get(f"{module}{LAYOUT}")
-    if layout is not None and layout.load().any():
-        raise InputError(weight.file, f"{module}{LAYOUT}: expected 0, rows of outputs; save it again with transformers")
-    scales = part_of(stored, weight, f"{module}{SCALES}", FLOATS, (weight.shape[0],))
-    return QuantisedTensor(dtype, weight.shape, (weight, scales), row_scales)
-
-
-def _four_bits(stored: Mapping[str, Tensor], name: str, state_name: str, dtype: np.dtype) -> QuantisedTensor:
-    weight, state = stored[name], _read_state(stored[state_name], state_name)
-    shape, block = (state["shape"][0], state["shape"][1]), state["blocksize"]
+def _exchange_four_bits(folder: QuantisedFolder, name: str, state_name: str) -> None:
+    weight, state = folder.stored[name], _read_state(folder.stored[state_name], state_name)
+    shape, block, nested = (state["shape"][0], state["shape"][1]), state["blocksize"], state.get("nested_blocksize")
     count = math.prod(shape)
     if math.prod(weight.shape) * weight.dtype.itemsize != -(-count // 2):
         raise InputError(weight.file, f"{name}: {list(weight.shape)} {weight.dtype} do not hold {count:,} codes")
     blocks = -(-count // block)
     parts = [
         weight,
-        part_of(stored, weight, f"{name}.quant_map", FLOATS, (CODES,)),
-        part_of(stored, weight, f"{name}.absmax", BYTES if "nested_blocksize" in state else FLOATS, (blocks,)),
+        folder.part(weight, f"{name}.quant_map", FLOATS, (CODES,)),
+        folder.part(weight, f"{name}.absmax", FLOATS if nested is None else BYTES, (blocks,)),
     ]
     settings: tuple[Any, ...] = (shape, block)
-    if "nested_blocksize" in state:
-        nested = state["nested_blocksize"]
+    if nested is not None:
         parts += [
-            part_of(stored, weight, f"{name}.nested_quant_map", FLOATS, (2**8,)),
-            part_of(stored, weight, f"{name}.nested_absmax", FLOATS, (-(-blocks // nested),)),
+            folder.part(weight, f"{name}.nested_quant_map", FLOATS, (2**8,)),
+            folder.part(weight, f"{name}.nested_absmax", FLOATS, (-(-blocks // nested),)),
         ]
         settings += (nested, state["nested_offset"])
-    return QuantisedTensor(dtype, shape, tuple(parts), coded_blocks, settings)
+    for part in [key for key in folder.entries if key.startswith(f"{name}.")]:
+        del folder.entries[part]
+    folder.exchange(name, shape, parts, coded_blocks, *settings)
 
 
 def _read_state(tensor: Tensor, name: str) -> dict[str, Any]:

@@ -17,33 +17,22 @@ their names, by patterns (`re:…`), or by their class, in this order.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
-from evojax_merge.checkpoints.fp4 import MXFP4_GROUP, NVFP4_GROUP, Outer, four_bit_matrix
+from evojax_merge.checkpoints.folder import Tensor
+from evojax_merge.checkpoints.fp4 import MXFP4_GROUP, NVFP4_GROUP, Outer, exchange_four_bits
 from evojax_merge.checkpoints.quantised import (
-    ACTIVATION_SUFFIXES,
     BYTES,
     EXPONENT,
     FLOATS,
     FP8,
     INDICES,
-    WITH_FP8,
     WORDS,
-    QuantisedTensor,
-    block_size,
-    check_dequantised,
+    QuantisedFolder,
     check_groups,
     check_matrix,
-    check_once,
-    checked_setting,
-    dequantised_dtype,
-    group_size,
-    part_of,
-    quantisation,
     unpack,
 )
 from evojax_merge.errors import InputError, shown
@@ -106,20 +95,17 @@ def scaled(
     return weight * scale[places]
 
 
-def open_compressed_tensors(path: Path, quantised: Path) -> Folder:
-    """The dequantised model of a compressed-tensors folder, as a folder at `path`. Raises InputError for another
-    format, and for a matrix whose parts do not fit each other."""
-    settings = quantisation(quantised)
+def dequantise_compressed_tensors(folder: QuantisedFolder) -> None:
+    """Exchange the matrices of a compressed-tensors folder. Raises InputError for another format, and for a matrix
+    whose parts do not fit each other."""
     for key in ("sparsity_config", "transform_config"):
-        given = settings.get(key)
+        given = folder.settings.get(key)
         dense = not given or (isinstance(given, dict) and given.get("format") == "dense")
-        checked_setting(quantised, key, None if dense else given, (None,))
-    groups = groups_of(quantised)
-    dtype, stored = dequantised_dtype(quantised, "bfloat16"), open_folder(quantised, WITH_FP8).entries
-    entries = {name: tensor for name, tensor in stored.items() if not name.endswith(ACTIVATION_SUFFIXES)}
+        folder.checked(key, None if dense else given, (None,))
+    groups, stored, entries = groups_of(folder), folder.stored, folder.entries
     for name in [name for name in entries if name.endswith(SCALE)]:
         module = name.removesuffix(SCALE)
-        group = group_of(quantised, groups, module)
+        group = group_of(folder, groups, module)
         how = group.how
         for suffix in _SUFFIXES:
             entries.pop(f"{module}.weight{suffix}", None)
@@ -128,51 +114,47 @@ def open_compressed_tensors(path: Path, quantised: Path) -> Folder:
             kept_name, other = other, kept_name
         if kept_name not in stored:
             raise InputError(stored[name].file, f"{name}: expected the matrix that it scales, as {how} keeps it")
-        kept = stored[kept_name]
-        check_once(stored, kept_name, other)
+        folder.check_once(kept_name, other)
         if how in FOUR_BITS:
             parts = [f"{module}.weight{part}" for part in ("_packed", "_scale", "_global_scale")]
-            entries[f"{module}.weight"] = four_bit_matrix(stored, parts, *FOUR_BITS[how], dtype)
+            exchange_four_bits(folder, f"{module}.weight", parts, *FOUR_BITS[how])
             continue
-        check_matrix(kept_name, kept, *(WORDS if how == PACKED else PLAIN[how]))
-        shape = _packed_shape(stored, kept, module, group.bits) if group.bits else (kept.shape[0], kept.shape[1])
-        entries[f"{module}.weight"] = _dequantised(quantised, stored, kept, module, shape, group, dtype)
-    check_dequantised(entries, "weight_scale")
-    return Folder(path, entries)
+        check_matrix(kept_name, stored[kept_name], *(WORDS if how == PACKED else PLAIN[how]))
+        _exchange_scaled(folder, stored[kept_name], module, group)
+    folder.check_dequantised("weight_scale")
 
 
-def groups_of(quantised: Path) -> list[Group]:
+def groups_of(folder: QuantisedFolder) -> list[Group]:
     """The groups of modules that a folder's config names. Raises InputError for an unknown format or setting."""
-    settings = quantisation(quantised)
-    how, given = settings.get("format"), settings.get("config_groups")
-    entries = [entry for entry in given.values() if isinstance(entry, dict)] if isinstance(given, dict) else []
-    entries = [entry for entry in entries if isinstance(entry.get("weights"), dict)]
-    groups = [_group(quantised, group, group.get("format") if how == MIXED else how) for group in entries]
+    how, given = folder.settings.get("format"), folder.settings.get("config_groups")
+    groups = []
+    for entry in given.values() if isinstance(given, dict) else ():
+        weights = entry.get("weights") if isinstance(entry, dict) else None
+        if not isinstance(weights, dict):
+            continue
+        group_format: Any = entry.get("format") if how == MIXED else how
+        folder.checked("format", group_format, (PACKED, *PLAIN, *FOUR_BITS))
+        targets = entry.get("targets")
+        strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
+        folder.checked("strategy", strategy, ("tensor", "channel", "group", "tensor_group", "block"))
+        bits = folder.checked("num_bits", weights.get("num_bits"), (2, 4, 8)) if group_format == PACKED else 0
+        named = tuple(map(str, targets)) if isinstance(targets, list) else ()
+        groups.append(Group(named, group_format, {**weights, "strategy": strategy}, bits))
     if not groups:
         raise InputError(
-            quantised / "config.json", f"quantization_config.config_groups: {shown(given)}; expected groups of modules "
-            "and what is said of their weights",
+            folder.path / "config.json", f"quantization_config.config_groups: {shown(given)}; expected groups of "
+            "modules and what is said of their weights",
         )  # fmt: skip
     return groups
 
 
-def _group(quantised: Path, entry: Mapping[str, Any], how: Any) -> Group:
-    checked_setting(quantised, "format", how, (PACKED, *PLAIN, *FOUR_BITS))
-    weights, targets = entry["weights"], entry.get("targets")
-    strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
-    checked_setting(quantised, "strategy", strategy, ("tensor", "channel", "group", "tensor_group", "block"))
-    bits = checked_setting(quantised, "num_bits", weights.get("num_bits"), (2, 4, 8)) if how == PACKED else 0
-    named = tuple(map(str, targets)) if isinstance(targets, list) else ()
-    return Group(named, how, {**weights, "strategy": strategy}, bits)
-
-
-def group_of(quantised: Path, groups: Sequence[Group], module: str) -> Group:
+def group_of(folder: QuantisedFolder, groups: Sequence[Group], module: str) -> Group:
     """The group that a module belongs to: the first that has the module's name, else the first with a pattern that
     matches the name's beginning, else the first that names a class, which may be any module's. Raises InputError where
     no group has the module, and for an invalid pattern."""
     if all((other.how, other.weights) == (groups[0].how, groups[0].weights) for other in groups):
         return groups[0]
-    where = f"{quantised / 'config.json'}: quantization_config.config_groups"
+    where = f"{folder.path / 'config.json'}: quantization_config.config_groups"
     tests: tuple[Callable[[str], bool], ...] = (
         lambda target: target == module,
         lambda target: (
@@ -188,50 +170,40 @@ def group_of(quantised: Path, groups: Sequence[Group], module: str) -> Group:
     return group
 
 
-def _packed_shape(stored: Mapping[str, Tensor], packed: Tensor, module: str, bits: int) -> tuple[int, int]:
-    """The shape of a packed matrix, whose last words may be padded. Raises InputError for another number of words."""
-    stored_shape = part_of(stored, packed, f"{module}{SHAPE}", INDICES, (2,)).load()
-    rows, columns = (int(size) for size in stored_shape)
-    if packed.shape != (rows, -(-columns * bits // 32)):
-        raise InputError(
-            packed.file, f"{module}.weight_packed is {packed.dtype}{list(packed.shape)}; {module}.weight_shape says "
-            f"[{rows}, {columns}], of {bits} bits",
-        )  # fmt: skip
-    return rows, columns
-
-
-def _dequantised(
-    quantised: Path,
-    stored: Mapping[str, Tensor],
-    kept: Tensor,
-    module: str,
-    shape: tuple[int, int],
-    group: Group,
-    dtype: np.dtype,
-) -> QuantisedTensor:
-    rows, columns = shape
+def _exchange_scaled(folder: QuantisedFolder, kept: Tensor, module: str, group: Group) -> None:
+    """Exchange a module's matrix of whole numbers or FP8, which `kept` holds. Raises InputError where its parts do not
+    fit each other."""
     weights, bits = group.weights, group.bits
-    strategy, size = weights["strategy"], group_size(quantised, weights.get("group_size"))
-    step = {"tensor": shape, "channel": (1, columns), "group": (1, size or columns)}.get(strategy)
+    rows, columns = kept.shape
+    if bits:
+        # The shape is stored: the last words may be padded.
+        rows, columns = map(int, folder.part(kept, f"{module}{SHAPE}", INDICES, (2,)).load())
+        if kept.shape != (rows, -(-columns * bits // 32)):
+            raise InputError(
+                kept.file, f"{module}.weight_packed is {kept.dtype}{list(kept.shape)}; {module}.weight_shape says "
+                f"[{rows}, {columns}], of {bits} bits",
+            )  # fmt: skip
+    strategy, size = weights["strategy"], folder.group_size(weights.get("group_size"))
+    step = {"tensor": (rows, columns), "channel": (1, columns), "group": (1, size or columns)}.get(strategy)
     if step is None:
-        step = block_size(quantised, "block_structure", weights.get("block_structure"))
+        step = folder.block_size("block_structure", weights.get("block_structure"))
     grid = (-(-rows // step[0]), -(-columns // step[1]))
     # One value may have no axis, or one.
     shapes = (grid, *(((), (1,)) if grid == (1, 1) else ()), *((grid[:1],) if grid[1] == 1 else ()))
     dtypes = (EXPONENT, *BYTES) if group.how == MXFP8 else FLOATS
-    parts = [kept, part_of(stored, kept, f"{module}{SCALE}", dtypes, *shapes)]
-    zeros, packed = stored.get(f"{module}.weight_zero_point"), False
+    parts = [kept, folder.part(kept, f"{module}{SCALE}", dtypes, *shapes)]
+    zeros, packed = folder.stored.get(f"{module}.weight_zero_point"), False
     if zeros is not None:
         packed = bool(bits) and zeros.dtype == np.int32
         expected = ((-(-grid[0] * bits // 32), grid[1]),) if packed else shapes
         kinds = WORDS if packed else (INT8, FP8)
-        parts.append(part_of(stored, kept, f"{module}.weight_zero_point", kinds, *expected))
+        parts.append(folder.part(kept, f"{module}.weight_zero_point", kinds, *expected))
     name = f"{module}.weight_g_idx"
-    if name in stored and strategy == "group":
-        indices = part_of(stored, kept, name, INDICES, (columns,))
+    if name in folder.stored and strategy == "group":
+        indices = folder.part(kept, name, INDICES, (columns,))
         # -1 throughout: inputs are grouped in their order.
         if (indices.load() != -1).any():
             check_groups(name, indices, grid[1])
             parts.append(indices)
-    settings = (shape, step, bits, zeros is not None, packed)
-    return QuantisedTensor(dtype, shape, tuple(parts), scaled, settings)
+    settings = ((rows, columns), step, bits, zeros is not None, packed)
+    folder.exchange(f"{module}.weight", (rows, columns), parts, scaled, *settings)

@@ -18,14 +18,12 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from evojax_merge.checkpoints.adapters import ADAPTER_CONFIG, is_adapter, open_adapted, read_adapter_config
-from evojax_merge.checkpoints.auto_round import open_auto_round
-from evojax_merge.checkpoints.awq import open_awq
-from evojax_merge.checkpoints.bitsandbytes import open_bitsandbytes
-from evojax_merge.checkpoints.compressed_tensors import open_compressed_tensors
+from evojax_merge.checkpoints.bitsandbytes import dequantise_bitsandbytes
+from evojax_merge.checkpoints.compressed_tensors import dequantise_compressed_tensors
 from evojax_merge.checkpoints.config_file import check_unquantised
-from evojax_merge.checkpoints.folder import INDEX_FILE, SMALL_FILES, Folder, file_hash, open_folder
-from evojax_merge.checkpoints.fp4 import open_modelopt, open_mxfp4
-from evojax_merge.checkpoints.fp8 import open_fp8
+from evojax_merge.checkpoints.folder import DTYPES, INDEX_FILE, SMALL_FILES, Folder, file_hash, open_folder
+from evojax_merge.checkpoints.fp4 import dequantise_modelopt, dequantise_mxfp4
+from evojax_merge.checkpoints.fp8 import dequantise_fp8
 from evojax_merge.checkpoints.generator_lora import lora_file, write_fused
 from evojax_merge.checkpoints.gguf_file import (
     SUFFIX,
@@ -37,11 +35,11 @@ from evojax_merge.checkpoints.gguf_file import (
     write_tensor_table,
     write_tokenizer,
 )
-from evojax_merge.checkpoints.gptq import open_gptq
+from evojax_merge.checkpoints.gptq import dequantise_auto_round, dequantise_awq, dequantise_gptq
 from evojax_merge.checkpoints.json_files import read_json_object
-from evojax_merge.checkpoints.mlx import open_mlx
+from evojax_merge.checkpoints.mlx import WITH_WORDS, dequantise_mlx
 from evojax_merge.checkpoints.pipelines import is_pipeline
-from evojax_merge.checkpoints.quantised import check_no_parts, dequantised_config, quantisation
+from evojax_merge.checkpoints.quantised import QuantisedFolder, check_no_parts, dequantised_config, quantisation
 from evojax_merge.checkpoints.references import local_path, resolve, split_revision
 from evojax_merge.checkpoints.single_file_lora import open_with_lora
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
@@ -72,25 +70,32 @@ class SourcesFile:
         return "+".join(reference_to(Path(path)) for path in self.paths)
 
 
-def _open_quantised(path: Path, paths: Sequence[Path], method: str) -> Folder:
-    folder = QUANTISED[method](path, *paths)
-    check_no_parts(folder.entries, method)
-    return folder
-
-
-# Quantised folders, by the quant_method that their config names.
-QUANTISED: dict[str, Callable[[Path, Path], Folder]] = {
-    "auto-round": open_auto_round,
-    "awq": open_awq,
-    "bitsandbytes": open_bitsandbytes,
-    "compressed-tensors": open_compressed_tensors,
-    "fbgemm_fp8": open_fp8,
-    "fp8": open_fp8,
-    "gptq": open_gptq,
-    "mlx": open_mlx,
-    "modelopt": open_modelopt,
-    "mxfp4": open_mxfp4,
+# Folders of integers, whose config may name no dtype.
+_INTEGERS = partial(QuantisedFolder, default_dtype="float16", dtypes=DTYPES, unused=())
+# By the quant_method that a quantised folder's config names: (the folder's path) -> the quantised folder, and the
+# function that exchanges its matrices.
+QUANTISED: dict[str, tuple[Callable[[Path], QuantisedFolder], Callable[[QuantisedFolder], None]]] = {
+    "auto-round": (_INTEGERS, dequantise_auto_round),
+    "awq": (_INTEGERS, dequantise_awq),
+    "bitsandbytes": (_INTEGERS, dequantise_bitsandbytes),
+    "compressed-tensors": (QuantisedFolder, dequantise_compressed_tensors),
+    "fbgemm_fp8": (QuantisedFolder, dequantise_fp8),
+    "fp8": (QuantisedFolder, dequantise_fp8),
+    "gptq": (_INTEGERS, dequantise_gptq),
+    "mlx": (partial(QuantisedFolder, dtypes=WITH_WORDS, unused=()), dequantise_mlx),
+    "modelopt": (QuantisedFolder, dequantise_modelopt),
+    "mxfp4": (QuantisedFolder, dequantise_mxfp4),
 }
+
+
+def _open_quantised(path: Path, paths: Sequence[Path], method: str) -> Folder:
+    make, dequantise = QUANTISED[method]
+    quantised = make(paths[0])
+    dequantise(quantised)
+    check_no_parts(quantised.entries, method)
+    return Folder(path, quantised.entries)
+
+
 # (the folder that stands for the model, the paths that its weights are made of) -> the opened model.
 KINDS: dict[str, Callable[[Path, Sequence[Path]], Folder]] = {
     "adapter": lambda path, paths: open_adapted(path, open_model(paths[0]), paths[1]),

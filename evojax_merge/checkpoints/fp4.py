@@ -6,28 +6,21 @@ In NVFP4 16 inputs share a scale, float8_e4m3, and the whole matrix has a second
 share an exponent, the scale 2^(byte - 127) (Open Compute Project, Microscaling Formats 1.0, 2023).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
-from evojax_merge.checkpoints.fp8 import scaled_matrices
+from evojax_merge.checkpoints.fp8 import exchange_scaled
 from evojax_merge.checkpoints.quantised import (
-    ACTIVATION_SUFFIXES,
     BYTES,
     EXPONENT,
     FLOATS,
     FP8,
-    WITH_FP8,
+    Formula,
+    QuantisedFolder,
     QuantisedTensor,
     check_matrix,
-    check_once,
-    checked_setting,
-    dequantised_dtype,
-    part_of,
-    quantisation,
     unpack,
 )
 from evojax_merge.errors import InputError
@@ -58,25 +51,21 @@ def transposed_experts(parts: Sequence[np.ndarray]) -> np.ndarray:
     return group_scales(flat, MXFP4_GROUP, None).reshape(experts, outputs, -1).swapaxes(1, 2)
 
 
-def four_bit_matrix(
-    stored: Mapping[str, Tensor],
-    names: Sequence[str],
-    group: int,
-    outer: Outer | None,
-    dtype: np.dtype,
-) -> QuantisedTensor:
-    """The matrix of these tensors: codes, scales and, unless `outer` is None, the matrix's scale. Raises InputError
-    where the tensors do not fit each other."""
-    codes = stored[names[0]]
+def exchange_four_bits(
+    folder: QuantisedFolder, weight: str, names: Sequence[str], group: int, outer: Outer | None
+) -> None:
+    """Exchange the matrix `weight` of the tensors of these names: codes, scales and, unless `outer` is None, the
+    matrix's scale. Raises InputError where the tensors do not fit each other."""
+    codes = folder.stored[names[0]]
     check_matrix(names[0], codes, *BYTES)
     outputs, inputs = codes.shape[0], 2 * codes.shape[1]
     if inputs % group:
         raise InputError(codes.file, f"{names[0]} has {inputs} codes in a row; expected groups of {group}")
     dtypes = (EXPONENT, *BYTES) if group == MXFP4_GROUP else (FP8,)
-    parts = [codes, part_of(stored, codes, names[1], dtypes, (outputs, inputs // group))]
+    parts = [codes, folder.part(codes, names[1], dtypes, (outputs, inputs // group))]
     if outer is not None:
-        parts.append(part_of(stored, codes, names[2], FLOATS, (), (1,)))
-    return QuantisedTensor(dtype, (outputs, inputs), tuple(parts), group_scales, (group, outer))
+        parts.append(folder.part(codes, names[2], FLOATS, (), (1,)))
+    folder.exchange(weight, (outputs, inputs), parts, group_scales, group, outer)
 
 
 def pairs_of_outputs(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -87,9 +76,7 @@ def pairs_of_outputs(parts: Sequence[np.ndarray]) -> np.ndarray:
     return weight.astype(np.float32) * np.repeat(scale, weight.shape[1] // scale.shape[1], axis=1)
 
 
-def of_scaled_inputs(
-    parts: Sequence[np.ndarray], formula: Callable[..., np.ndarray], settings: Sequence[Any]
-) -> np.ndarray:
+def of_scaled_inputs(parts: Sequence[np.ndarray], formula: Formula, settings: Sequence[Any]) -> np.ndarray:
     """The matrix whose inputs are scaled first, from the parts of `formula` and the inputs' scales `[in]`."""
     return formula(parts[:-1], *settings) * parts[-1].astype(np.float32)
 
@@ -100,79 +87,63 @@ MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "NVFP4_AWQ", "W4A16_NVF
 OUTER, OF_INPUTS = ".weight_scale_2", ".pre_quant_scale"
 
 
-def open_modelopt(path: Path, quantised: Path) -> Folder:
-    """The dequantised model of a folder of NVIDIA's Model Optimizer, of FP8, NVFP4 or four bits by AWQ, or of several,
-    as a folder at `path`. Raises InputError for another algorithm, and for a matrix whose parts do not fit each other.
+def dequantise_modelopt(folder: QuantisedFolder) -> None:
+    """Exchange the matrices of a folder of NVIDIA's Model Optimizer, of FP8, NVFP4 or four bits by AWQ, or of several.
+    Raises InputError for another algorithm, and for a matrix whose parts do not fit each other.
 
     NVFP4 has `weight uint8[out, in / 2]`, `weight_scale` and `weight_scale_2`, which multiplies it; AWQ (`W4A16_AWQ`)
     has `weight uint8[out / 2, in]` and `weight_scale [out, in / group]`. Both may have `pre_quant_scale [in]`, where
     the inputs' scales are not folded into a norm or the matrix before.
     """
-    settings = quantisation(quantised)
+    settings = folder.settings
     layers = settings.get("quantized_layers") if settings.get("quant_algo") == MIXED else None
     layer_settings = [layer for layer in layers.values() if isinstance(layer, dict)] if isinstance(layers, dict) else []
     algorithms = [layer.get("quant_algo") for layer in layer_settings or [settings]]
     for algorithm in algorithms:
-        checked_setting(quantised, "quant_algo", algorithm, MODELOPT)
-    dtype, stored = dequantised_dtype(quantised, "bfloat16"), open_folder(quantised, WITH_FP8).entries
-    entries = dict(stored)
+        folder.checked("quant_algo", algorithm, MODELOPT)
+    stored, entries = folder.stored, folder.entries
     for outer in [name for name in stored if name.endswith(OUTER)]:
         weight = outer.removesuffix("_scale_2")
         if weight not in stored:
             raise InputError(stored[outer].file, f"{outer}: there is no {weight}, which it is a part of")
-        names = (weight, f"{weight}_scale", outer)
-        entries[weight] = four_bit_matrix(stored, names, NVFP4_GROUP, "multiplies", dtype)
-        for part in names[1:]:
-            del entries[part]
-    packed = [name for name, tensor in entries.items() if name.endswith(".weight") and tensor.dtype == np.uint8]
-    for name in packed if AWQ in algorithms else ():
-        entries[name] = _pairs_of_outputs(stored, name, dtype)
-        del entries[f"{name}_scale"]
-    entries = scaled_matrices(entries, None, dtype)
+        exchange_four_bits(folder, weight, (weight, f"{weight}_scale", outer), NVFP4_GROUP, "multiplies")
+    pairs = [name for name, tensor in entries.items() if name.endswith(".weight") and tensor.dtype == np.uint8]
+    for name in pairs if AWQ in algorithms else ():
+        packed, scale = stored[name], stored.get(f"{name}_scale")
+        check_matrix(name, packed, *BYTES)
+        groups = 0 if scale is None or len(scale.shape) != 2 else scale.shape[1]
+        if groups == 0 or packed.shape[1] % groups:
+            actual = "no such tensor" if scale is None else str(list(scale.shape))
+            raise InputError(
+                packed.file, f"{name}_scale: found {actual}; expected the scales of groups of {name}'s inputs, "
+                f"uint8{list(packed.shape)}",
+            )  # fmt: skip
+        outputs = 2 * packed.shape[0]
+        parts = (packed, folder.part(packed, f"{name}_scale", FLOATS, (outputs, groups)))
+        folder.exchange(name, (outputs, packed.shape[1]), parts, pairs_of_outputs)
+    exchange_scaled(folder, None)
     for name in [name for name in entries if name.endswith(OF_INPUTS)]:
         weight, scale = f"{name.removesuffix(OF_INPUTS)}.weight", entries.pop(name)
         whole = entries.get(weight)
         if not isinstance(whole, QuantisedTensor) or scale.shape != whole.shape[1:] or scale.dtype not in FLOATS:
             actual = f"{scale.dtype}{list(scale.shape)}"
             raise InputError(scale.file, f"{name} is {actual}; expected a float for each input of a quantised {weight}")
-        inner = (whole.formula, whole.settings)
-        entries[weight] = QuantisedTensor(dtype, whole.shape, (*whole.parts, scale), of_scaled_inputs, inner)
-    return Folder(path, entries)
+        scaled_parts = (*whole.parts, scale)
+        folder.exchange(weight, whole.shape, scaled_parts, of_scaled_inputs, whole.formula, whole.settings)
 
 
-def _pairs_of_outputs(stored: Mapping[str, Tensor], name: str, dtype: np.dtype) -> QuantisedTensor:
-    """A matrix of four bits by AWQ. Raises InputError where its parts do not fit each other."""
-    packed, scale = stored[name], stored.get(f"{name}_scale")
-    check_matrix(name, packed, *BYTES)
-    groups = 0 if scale is None or len(scale.shape) != 2 else scale.shape[1]
-    if groups == 0 or packed.shape[1] % groups:
-        actual = "no such tensor" if scale is None else str(list(scale.shape))
-        raise InputError(
-            packed.file, f"{name}_scale: found {actual}; expected the scales of groups of {name}'s inputs, "
-            f"uint8{list(packed.shape)}",
-        )  # fmt: skip
-    outputs = 2 * packed.shape[0]
-    parts = (packed, part_of(stored, packed, f"{name}_scale", FLOATS, (outputs, groups)))
-    return QuantisedTensor(dtype, (outputs, packed.shape[1]), parts, pairs_of_outputs)
-
-
-def open_mxfp4(path: Path, quantised: Path) -> Folder:
-    """The dequantised model of a folder whose experts are MXFP4, as gpt-oss was published, as a folder at `path`.
-    Raises InputError where the parts of one do not fit each other."""
-    dtype, stored = dequantised_dtype(quantised, "bfloat16"), open_folder(quantised, WITH_FP8).entries
-    entries = {name: tensor for name, tensor in stored.items() if not name.endswith(ACTIVATION_SUFFIXES)}
-    for name in [name for name in stored if name.endswith("_blocks")]:
-        blocks, whole = entries.pop(name), name.removesuffix("_blocks")
+def dequantise_mxfp4(folder: QuantisedFolder) -> None:
+    """Exchange the experts of a folder that has them in MXFP4, as gpt-oss was published. Raises InputError where the
+    parts of one do not fit each other."""
+    for name in [name for name in folder.stored if name.endswith("_blocks")]:
+        blocks, whole = folder.entries.pop(name), name.removesuffix("_blocks")
         is_grouped = len(blocks.shape) == 4 and 0 not in blocks.shape and blocks.shape[3] * 2 == MXFP4_GROUP
         if blocks.dtype != np.uint8 or not is_grouped:
             raise InputError(
                 blocks.file, f"{name} is {blocks.dtype}{list(blocks.shape)}; expected uint8[experts, outputs, groups, "
                 f"{MXFP4_GROUP // 2}]",
             )  # fmt: skip
-        scales = part_of(stored, blocks, f"{whole}_scales", BYTES, blocks.shape[:3])
-        check_once(stored, name, whole)
-        entries.pop(f"{whole}_scales")
+        scales = folder.part(blocks, f"{whole}_scales", BYTES, blocks.shape[:3])
+        folder.check_once(name, whole)
         experts, outputs, groups, _ = blocks.shape
-        shape = (experts, groups * MXFP4_GROUP, outputs)
-        entries[whole] = QuantisedTensor(dtype, shape, (blocks, scales), transposed_experts)
-    return Folder(path, entries)
+        folder.exchange(whole, (experts, groups * MXFP4_GROUP, outputs), (blocks, scales), transposed_experts)

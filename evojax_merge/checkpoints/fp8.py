@@ -6,26 +6,11 @@ weights of an output (`weight_scale [out, 1]`, as FBGEMM's), or what `weight_blo
 (`weight_scale_inv [out / n, in / m]`, as DeepSeek-V3 was published; DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.2).
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
-from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
-from evojax_merge.checkpoints.quantised import (
-    ACTIVATION_SUFFIXES,
-    EXPONENT,
-    FLOATS,
-    FP8,
-    WITH_FP8,
-    QuantisedTensor,
-    block_size,
-    check_dequantised,
-    check_matrix,
-    dequantised_dtype,
-    part_of,
-    quantisation,
-)
+from evojax_merge.checkpoints.quantised import EXPONENT, FLOATS, FP8, QuantisedFolder, check_matrix
 from evojax_merge.errors import InputError
 
 SCALES = ("_scale_inv", "_scale")
@@ -39,49 +24,37 @@ def block_scales(parts: Sequence[np.ndarray], rows: int, columns: int) -> np.nda
     return weight * scales[: weight.shape[0], : weight.shape[1]]
 
 
-def open_fp8(path: Path, quantised: Path) -> Folder:
-    """The dequantised model of an FP8 folder, as a folder at `path`. Raises InputError for an invalid block, and for a
-    weight without the scales that its shape needs."""
-    size = quantisation(quantised).get("weight_block_size")
-    block = None if size is None else block_size(quantised, "weight_block_size", size, ", or null")
-    dtype, stored = dequantised_dtype(quantised, "bfloat16"), open_folder(quantised, WITH_FP8).entries
-    return Folder(path, scaled_matrices(stored, block, dtype))
+def dequantise_fp8(folder: QuantisedFolder) -> None:
+    """Exchange the matrices of an FP8 folder. Raises InputError for an invalid block, and for a weight without the
+    scales that its shape needs."""
+    size = folder.settings.get("weight_block_size")
+    exchange_scaled(folder, None if size is None else folder.block_size("weight_block_size", size, ", or null"))
 
 
-def scaled_matrices(stored: Mapping[str, Tensor], block: tuple[int, int] | None, dtype: np.dtype) -> dict[str, Tensor]:
-    """The tensors of a folder, with matrices of FP8 dequantised. block: the rows and columns that share a scale; None:
-    one scale for a matrix or for each output, which the shape of each matrix's scales tells apart."""
-    entries = {name: tensor for name, tensor in stored.items() if not name.endswith(ACTIVATION_SUFFIXES)}
+def exchange_scaled(folder: QuantisedFolder, block: tuple[int, int] | None) -> None:
+    """Exchange a folder's matrices of FP8. block: the rows and columns that share a scale; None: one scale for a matrix
+    or for each output, which the shape of each matrix's scales tells apart. Raises InputError where the parts of a
+    matrix do not fit each other."""
+    entries = folder.entries
     for name in [name for name, tensor in entries.items() if tensor.dtype == FP8 and not name.endswith(SCALES)]:
         weight = entries[name]
-        scale = next((f"{name}{end}" for end in SCALES if f"{name}{end}" in entries), None)
-        parts, steps = _scaled(name, weight, entries, scale, block)
-        entries[name] = QuantisedTensor(dtype, weight.shape, parts, block_scales, steps)
-        if scale is not None:
-            del entries[scale]
-    check_dequantised(entries, "weight_scale")
-    return entries
-
-
-def _scaled(
-    name: str, weight: Tensor, stored: Mapping[str, Tensor], scale: str | None, block: tuple[int, int] | None
-) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
-    """The parts of a matrix, whose scales are the tensor `scale`, and the rows and columns of a block. Raises
-    InputError where the parts do not fit each other."""
-    check_matrix(name, weight, FP8)
-    rows, columns = weight.shape
-    if block is not None:
-        grid = tuple(-(-size // step) for size, step in zip(weight.shape, block, strict=True))
-        shapes, words = {grid: block}, f"the scales of its blocks, {list(grid)}"
-    else:
-        of_outputs, of_all = (1, columns), (rows, columns)
-        shapes = {(rows,): of_outputs, (rows, 1): of_outputs, (): of_all, (1,): of_all, (1, 1): of_all}
-        words = f"one scale, or one for each output, {[rows, 1]}"
-    if scale is None or stored[scale].shape not in shapes:
-        actual = "no such tensor" if scale is None else str(list(stored[scale].shape))
-        end = SCALES[0] if block is not None else SCALES[1]
-        raise InputError(
-            weight.file, f"{name} is quantised (F8_E4M3): found {actual} for {name}{end}; expected {words}"
-        )
-    scales = part_of(stored, weight, scale, (*FLOATS, EXPONENT), *shapes)
-    return (weight, scales), shapes[scales.shape]
+        scale_name = next((f"{name}{end}" for end in SCALES if f"{name}{end}" in entries), "")
+        scale = entries.get(scale_name)
+        check_matrix(name, weight, FP8)
+        rows, columns = weight.shape
+        if block is not None:
+            grid = tuple(-(-size // step) for size, step in zip(weight.shape, block, strict=True))
+            shapes, words = {grid: block}, f"the scales of its blocks, {list(grid)}"
+        else:
+            of_outputs, of_all = (1, columns), (rows, columns)
+            shapes = {(rows,): of_outputs, (rows, 1): of_outputs, (): of_all, (1,): of_all, (1, 1): of_all}
+            words = f"one scale, or one for each output, {[rows, 1]}"
+        if scale is None or scale.shape not in shapes:
+            actual = "no such tensor" if scale is None else str(list(scale.shape))
+            end = SCALES[0] if block is not None else SCALES[1]
+            raise InputError(
+                weight.file, f"{name} is quantised (F8_E4M3): found {actual} for {name}{end}; expected {words}"
+            )
+        scales = folder.part(weight, scale_name, (*FLOATS, EXPONENT), *shapes)
+        folder.exchange(name, weight.shape, (weight, scales), block_scales, *shapes[scales.shape])
+    folder.check_dequantised("weight_scale")

@@ -20,7 +20,7 @@ from evojax_merge.checkpoints.compressed_tensors import SHAPE, group_of, groups_
 from evojax_merge.checkpoints.config_file import decoder_settings, read_decoder_config
 from evojax_merge.checkpoints.folder import INDEX_FILE, PIPELINE_INDEX, SINGLE_FILE, SMALL_FILES, VARIANTS, weight_map
 from evojax_merge.checkpoints.parents import tensor_shapes
-from evojax_merge.checkpoints.quantised import dequantised_config
+from evojax_merge.checkpoints.quantised import QuantisedFolder, dequantised_config
 from evojax_merge.checkpoints.references import resolve_by
 from evojax_merge.models.architecture import known_architecture
 from evojax_merge.system.regular_file import file_inside
@@ -172,7 +172,8 @@ def shape_contents(folder: Path, tensors: Mapping[str, TensorHeader]) -> dict[st
         # By the ends of names, which are the same in larger models.
         for name, shape in tensor_shapes(read_decoder_config(folder / "config.json", settings)).items():
             tail_shapes[name.partition(".")[2] if name.count(".") > 1 else name] = shape
-    groups = groups_of(folder) if shapes else []
+    quantised = QuantisedFolder(folder)
+    groups = groups_of(quantised) if shapes else []
     for name, weight in states.items():
         contents[name] = _state(tail_shapes, weight, tensors).ljust(tensors[name].nbytes)[: tensors[name].nbytes]
     for name, module in shapes.items():
@@ -180,7 +181,7 @@ def shape_contents(folder: Path, tensors: Mapping[str, TensorHeader]) -> dict[st
         if packed is None or len(packed.shape) != 2:
             continue
         rows, words = packed.shape
-        bits = group_of(folder, groups, module).bits
+        bits = group_of(quantised, groups, module).bits
         if not bits:
             continue
         most, per_word = rows * words * 32 // bits, 32 // bits

@@ -6,21 +6,11 @@ config.json says b and g under `quantization`, and for single modules under thei
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from evojax_merge.checkpoints.folder import DTYPES, Folder, open_folder
-from evojax_merge.checkpoints.quantised import (
-    FLOATS,
-    QuantisedTensor,
-    checked_setting,
-    dequantised_dtype,
-    group_size,
-    part_of,
-    quantisation,
-    unpack,
-)
+from evojax_merge.checkpoints.folder import DTYPES
+from evojax_merge.checkpoints.quantised import FLOATS, QuantisedFolder, unpack
 from evojax_merge.errors import InputError
 
 WITH_WORDS = DTYPES | {"U32": np.dtype(np.uint32)}
@@ -44,20 +34,18 @@ def affine(parts: Sequence[np.ndarray], bits: int) -> np.ndarray:
     return weight.reshape(numbers.shape)
 
 
-def open_mlx(path: Path, quantised: Path) -> Folder:
-    """The dequantised model of an MLX folder, as a folder at `path`. Raises InputError for other settings, and for a
-    matrix whose parts do not fit each other."""
-    settings = quantisation(quantised)
-    dtype, stored = dequantised_dtype(quantised, "bfloat16"), open_folder(quantised, WITH_WORDS).entries
-    entries = dict(stored)
+def dequantise_mlx(folder: QuantisedFolder) -> None:
+    """Exchange the matrices of an MLX folder. Raises InputError for other settings, and for a matrix whose parts do not
+    fit each other."""
+    settings, stored = folder.settings, folder.stored
     for name in [name for name in stored if name.endswith(SCALES)]:
         module = name.removesuffix(SCALES)
         # config.json may have settings of this module alone.
         module_settings = settings.get(module)
         of_module = {**settings, **module_settings} if isinstance(module_settings, dict) else settings
-        checked_setting(quantised, "mode", of_module.get("mode"), (None, "affine"))
-        bits: int = checked_setting(quantised, "bits", of_module.get("bits"), BITS)
-        size = group_size(quantised, of_module.get("group_size")) or DEFAULT_GROUP
+        folder.checked("mode", of_module.get("mode"), (None, "affine"))
+        bits: int = folder.checked("bits", of_module.get("bits"), BITS)
+        size = folder.group_size(of_module.get("group_size")) or DEFAULT_GROUP
         packed, scales = stored.get(f"{module}.weight"), stored[name]
         matrix = packed is not None and len(packed.shape) == 2 and 0 not in packed.shape and packed.dtype == np.uint32
         if packed is None or not matrix or packed.shape[1] * 32 % (bits * size):
@@ -68,11 +56,8 @@ def open_mlx(path: Path, quantised: Path) -> Folder:
             )  # fmt: skip
         outputs, inputs = packed.shape[0], packed.shape[1] * 32 // bits
         groups = (outputs, inputs // size)
-        parts = (packed, *(part_of(stored, packed, f"{module}{part}", FLOATS, groups) for part in (SCALES, BIASES)))
-        for part in (SCALES, BIASES):
-            del entries[f"{module}{part}"]
-        entries[f"{module}.weight"] = QuantisedTensor(dtype, (outputs, inputs), parts, affine, (bits,))
-    left = next((name for name, tensor in entries.items() if tensor.dtype == np.uint32), None)
+        parts = (packed, *(folder.part(packed, f"{module}{part}", FLOATS, groups) for part in (SCALES, BIASES)))
+        folder.exchange(f"{module}.weight", (outputs, inputs), parts, affine, bits)
+    left = next((name for name, tensor in folder.entries.items() if tensor.dtype == np.uint32), None)
     if left is not None:
-        raise InputError(entries[left].file, f"{left} is quantised (uint32), and there are no scales of it")
-    return Folder(path, entries)
+        raise InputError(stored[left].file, f"{left} is quantised (uint32), and there are no scales of it")

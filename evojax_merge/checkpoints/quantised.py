@@ -1,18 +1,19 @@
 """Quantised checkpoints in general: matrices that are computed from several stored tensors while they are read.
 
-A format's own module says which tensors these are and which formula computes the matrix; `derived` selects the format
-by the `quant_method` that a config names.
+A format's own module says which tensors these are and which formula computes the matrix: one function that exchanges
+the matrices of a `QuantisedFolder`. `derived` selects the format by the `quant_method` that a config names.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from evojax_merge.checkpoints.folder import DTYPES, FLOAT_DTYPES, Tensor
+from evojax_merge.checkpoints.folder import DTYPES, FLOAT_DTYPES, Tensor, open_folder
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
 
@@ -53,18 +54,21 @@ ENDS_OF_PARTS = {
 }  # fmt: skip
 
 
+# (the parts' values in the format's order, *settings) -> the matrix, float32[out, in].
+Formula = Callable[..., np.ndarray]
+
+
 @dataclass(frozen=True)
 class QuantisedTensor(Tensor):
     """A matrix that is computed from its parts, cast once to a float dtype; the first part is the quantised matrix.
 
-    formula: (the parts' values in the format's order, *settings) -> the matrix, float32[out, in]: a function of a
-    module, so that two matrices of equal parts, formulas and settings are equal.
+    The formula is a function of a module, so that two matrices of equal parts, formulas and settings are equal.
     """
 
     dtype: np.dtype
     shape: tuple[int, ...]
     parts: tuple[Tensor, ...]
-    formula: Callable[..., np.ndarray]
+    formula: Formula
     settings: tuple[Any, ...] = ()
 
     def read(self) -> np.ndarray:
@@ -72,7 +76,7 @@ class QuantisedTensor(Tensor):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# A folder's own settings
+# A folder's settings
 
 
 def quantisation(path: Path) -> dict[str, Any]:
@@ -96,45 +100,114 @@ def dequantised_config(path: Path) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in (*KEYS, OF_MLX)}
 
 
-def dequantised_dtype(path: Path, default: str) -> np.dtype:
-    """The dtype that matrices are dequantised to: the one that the folder's config names, else `default`."""
-    config = read_json_object(path / "config.json", missing={})
-    name = config.get("dtype") or config.get("torch_dtype")
-    return FLOAT_DTYPES.get(name, FLOAT_DTYPES[default]) if isinstance(name, str) else FLOAT_DTYPES[default]
-
-
-def checked_setting(path: Path, key: str, value: Any, known: Sequence[Any]) -> Any:
-    """The one of the `known` values that a setting equals. Raises InputError, naming the folder's config, where it
-    equals none."""
-    for candidate in known:
-        if value == candidate and isinstance(value, bool) == isinstance(candidate, bool):
-            return candidate
-    expected = ", ".join(str(candidate) for candidate in known)
-    raise InputError(
-        path / "config.json", f"{KEYS[0]}.{key}: {shown(value)} cannot be dequantised; expected {expected}, or "
-        "the unquantised model",
-    )  # fmt: skip
-
-
-def group_size(path: Path, value: Any) -> int | None:
-    """A `group_size`: the number of inputs that share a scale; None: all. Raises InputError for anything else."""
-    if value in (-1, None) and not isinstance(value, bool):
-        return None
-    if type(value) is not int or value < 1:
-        raise InputError(path / "config.json", f"{KEYS[0]}.group_size: {shown(value)}; expected a number of inputs")
-    return value
-
-
-def block_size(path: Path, key: str, value: Any, or_null: str = "") -> tuple[int, int]:
-    """The rows and columns of a block that shares a scale. Raises InputError, naming the folder's config, for anything
-    else."""
-    if not isinstance(value, list) or len(value) != 2 or not all(type(size) is int and size > 0 for size in value):
-        raise InputError(path / "config.json", f"{KEYS[0]}.{key}: {shown(value)}; expected [rows, columns]{or_null}")
-    return value[0], value[1]
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# Stored tensors
+# A folder's tensors
+
+
+@dataclass(frozen=True)
+class QuantisedFolder:
+    """A quantised folder, whose matrices are exchanged for dequantised ones. default_dtype: that of matrices where the
+    config names none; dtypes: those that its files may hold; unused: the ends of the names of tensors that no weight
+    has. Every method that checks raises InputError."""
+
+    path: Path
+    default_dtype: str = "bfloat16"
+    dtypes: Mapping[str, np.dtype] = field(default_factory=lambda: WITH_FP8)
+    unused: tuple[str, ...] = ACTIVATION_SUFFIXES
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return quantisation(self.path)
+
+    @cached_property
+    def dtype(self) -> np.dtype:
+        """The dtype that matrices are dequantised to: the one that the folder's config names, else the default."""
+        config = read_json_object(self.path / "config.json", missing={})
+        name = config.get("dtype") or config.get("torch_dtype")
+        default = FLOAT_DTYPES[self.default_dtype]
+        return FLOAT_DTYPES.get(name, default) if isinstance(name, str) else default
+
+    @cached_property
+    def stored(self) -> Mapping[str, Tensor]:
+        """All tensors that the files hold, by name."""
+        return open_folder(self.path, self.dtypes).entries
+
+    @cached_property
+    def entries(self) -> dict[str, Tensor]:
+        """The tensors of the dequantised model: at first all that are stored and used, then without the parts of the
+        matrices that `exchange` enters."""
+        return {name: tensor for name, tensor in self.stored.items() if not name.endswith(self.unused)}
+
+    def checked(self, key: str, value: Any, allowed: Iterable[Any]) -> Any:
+        """The one of the `allowed` values that a setting equals."""
+        for candidate in allowed:
+            if value == candidate and isinstance(value, bool) == isinstance(candidate, bool):
+                return candidate
+        expected = ", ".join(str(candidate) for candidate in allowed)
+        raise InputError(
+            self.path / "config.json", f"{KEYS[0]}.{key}: {shown(value)} cannot be dequantised; expected {expected}, "
+            "or the unquantised model",
+        )  # fmt: skip
+
+    def group_size(self, value: Any) -> int | None:
+        """A `group_size`: the number of inputs that share a scale; None: all."""
+        if value in (-1, None) and not isinstance(value, bool):
+            return None
+        if type(value) is not int or value < 1:
+            where = self.path / "config.json"
+            raise InputError(where, f"{KEYS[0]}.group_size: {shown(value)}; expected a number of inputs")
+        return value
+
+    def block_size(self, key: str, value: Any, or_null: str = "") -> tuple[int, int]:
+        """The rows and columns of a block that shares a scale."""
+        if not isinstance(value, list) or len(value) != 2 or not all(type(size) is int and size > 0 for size in value):
+            where = self.path / "config.json"
+            raise InputError(where, f"{KEYS[0]}.{key}: {shown(value)}; expected [rows, columns]{or_null}")
+        return value[0], value[1]
+
+    def part(self, whole: Tensor, name: str, dtypes: Sequence[np.dtype], *shapes: tuple[int, ...]) -> Tensor:
+        """Take the tensor of that name, of one of the dtypes and shapes, out of the entries. Where there is no such
+        tensor, the message names the file of `whole`, the matrix that the tensor is a part of."""
+        part = self.stored.get(name)
+        if part is None or part.shape not in shapes:
+            what = "no such tensor" if part is None else str(list(part.shape))
+            expected = " or ".join(str(list(shape)) for shape in shapes)
+            raise InputError(whole.file, f"{name}: found {what}; expected {expected}, to dequantise its matrix with")
+        if part.dtype not in dtypes:
+            expected = " or ".join(map(str, dtypes))
+            raise InputError(part.file, f"{name} is {part.dtype}; expected {expected}, to dequantise its matrix with")
+        self.entries.pop(name, None)
+        return part
+
+    def exchange(
+        self, name: str, shape: tuple[int, ...], parts: Iterable[Tensor], formula: Formula, *settings: Any
+    ) -> None:
+        """Enter the matrix that a formula of `QuantisedTensor` computes from these parts."""
+        self.entries[name] = QuantisedTensor(self.dtype, shape, tuple(parts), formula, settings)
+
+    def packed_matrices(self, suffix: str) -> Iterator[tuple[str, Tensor]]:
+        """Take the tensors of that suffix, each with its module, whose weight they hold as words, out of the entries.
+        Raises InputError for one that is no matrix of int32, and for a module that also has its weight."""
+        for name, tensor in self.stored.items():
+            if name.endswith(suffix):
+                check_matrix(name, tensor, *WORDS)
+                module = name.removesuffix(suffix)
+                self.check_once(name, f"{module}.weight")
+                del self.entries[name]
+                yield module, tensor
+
+    def check_once(self, packed: str, weight: str) -> None:
+        """Raises InputError where the folder holds a weight beside the tensor `packed` that it is packed into."""
+        if weight in self.stored:
+            raise InputError(self.stored[weight].file, f"holds {weight} and {packed}; expected one of them")
+
+    def check_dequantised(self, part: str) -> None:
+        """Raises InputError where a weight of eight bits, or of several numbers to a word, is left for lack of its
+        `part`."""
+        for name, tensor in self.entries.items():
+            eight = name.endswith(".weight") and tensor.dtype in EIGHT_BITS
+            if eight or name.endswith(".weight_packed"):
+                raise InputError(tensor.file, f"{name} is quantised ({tensor.dtype}), and there is no {part} of it")
 
 
 def check_matrix(name: str, tensor: Tensor, *dtypes: np.dtype) -> None:
@@ -144,44 +217,11 @@ def check_matrix(name: str, tensor: Tensor, *dtypes: np.dtype) -> None:
         raise InputError(tensor.file, f"{name} is {tensor.dtype}{list(tensor.shape)}; expected a matrix of {expected}")
 
 
-def part_of(
-    stored: Mapping[str, Tensor], whole: Tensor, name: str, dtypes: Sequence[np.dtype], *shapes: tuple[int, ...]
-) -> Tensor:
-    """The tensor of that name, with one of the dtypes and one of the shapes. Raises InputError where there is no such
-    tensor; the message names the file of `whole`, the matrix that the tensor is a part of."""
-    part = stored.get(name)
-    if part is None or part.shape not in shapes:
-        what = "no such tensor" if part is None else str(list(part.shape))
-        expected = " or ".join(str(list(shape)) for shape in shapes)
-        raise InputError(whole.file, f"{name}: found {what}; expected {expected}, to dequantise its matrix with")
-    if part.dtype not in dtypes:
-        expected = " or ".join(map(str, dtypes))
-        raise InputError(part.file, f"{name} is {part.dtype}; expected {expected}, to dequantise its matrix with")
-    return part
-
-
 def check_groups(name: str, tensor: Tensor, groups: int) -> None:
     """Raises InputError where a tensor of `INDICES` holds a number that no group has."""
     numbers = tensor.load()
     if numbers.min() < 0 or numbers.max() >= groups:
         raise InputError(tensor.file, f"{name}: expected the numbers of {groups} groups, from 0 on")
-
-
-def packed_matrices(stored: Mapping[str, Tensor], suffix: str) -> Iterator[tuple[str, Tensor]]:
-    """The modules whose weights are stored as words, each with its tensor of that suffix. Raises InputError for a
-    tensor that is no matrix of int32, and for a module that also has its weight."""
-    for name, tensor in stored.items():
-        if name.endswith(suffix):
-            check_matrix(name, tensor, *WORDS)
-            module = name.removesuffix(suffix)
-            check_once(stored, name, f"{module}.weight")
-            yield module, tensor
-
-
-def check_once(stored: Mapping[str, Tensor], packed: str, weight: str) -> None:
-    """Raises InputError where a folder holds a weight beside the tensor `packed` that it is packed into."""
-    if weight in stored:
-        raise InputError(stored[weight].file, f"holds {weight} and {packed}; expected one of them")
 
 
 def check_no_parts(entries: Mapping[str, Tensor], method: str | None) -> None:
@@ -197,15 +237,6 @@ def check_no_parts(entries: Mapping[str, Tensor], method: str | None) -> None:
                 tensor.file, f"{name} ({tensor.dtype}) is a part of a quantised matrix, as {formats} have it, and of "
                 f"none by config.json, which {says}; expected all parts of each matrix, and their quantization_config",
             )  # fmt: skip
-
-
-def check_dequantised(entries: Mapping[str, Tensor], part: str) -> None:
-    """Raises InputError where a weight of eight bits, or of several numbers to a word, is left for lack of its
-    `part`."""
-    for name, tensor in entries.items():
-        eight = name.endswith(".weight") and tensor.dtype in EIGHT_BITS
-        if eight or name.endswith(".weight_packed"):
-            raise InputError(tensor.file, f"{name} is quantised ({tensor.dtype}), and there is no {part} of it")
 
 
 def unpack(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
