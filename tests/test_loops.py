@@ -16,8 +16,9 @@ from evojax_merge.errors import InputError
 from evojax_merge.models.decoder import logits
 from evojax_merge.models.paths import LayerPath, PathSpec
 from evojax_merge.zoo import loops
+from evojax_merge.zoo.tiny_llama import Plan
 
-SHORT = loops.Plan(base_steps=1, plus_steps=1, times_steps=1, search_sums=12, heldout_sums=20)
+SHORT = Plan(steps=(1, 1, 1), examples=(12, 20))
 OPERATIONS = {"max": max, "min": min, "plus": lambda a, b: (a + b) % 10, "times": lambda a, b: a * b % 10}
 
 
@@ -36,7 +37,7 @@ def test_each_answer_is_what_the_last_numbers_come_to() -> None:
 
 
 def test_training_meets_nothing_that_is_asked_for() -> None:
-    search, heldout = loops.split_sums(3, loops.Plan())
+    search, heldout = loops.split_sums(3, loops.PLAN)
     chains = {*search, *heldout}
     assert (len(search), len(heldout), len(chains)) == (128, 256, 384) and {len(chain) for chain in heldout} == {
         3,

@@ -23,17 +23,18 @@ from evojax_merge.zoo.arithmetic import (
     EXPERT_STEPS,
     IDS,
     PACKAGED_SEED,
+    PLAN,
     VOCABULARY,
-    Plan,
     base_batch,
     expert_batches,
     japanese_batch,
     maths_batch,
     split_hard_sums,
 )
+from evojax_merge.zoo.tiny_llama import Plan
 
 # A few steps: enough for weights that differ from the start and from each other.
-SHORT = Plan(base_steps=3, maths_steps=2, japanese_steps=2, search_problems=12, heldout_problems=20)
+SHORT = Plan(steps=(3, 2, 2), examples=(12, 20))
 ENGLISH = {"what": "ask", "plus": "+", "minus": "-", "is": "=", ".": "end"}
 JAPANESE = {"いくつ": "ask", "たす": "+", "ひく": "-", "は": "="}
 
@@ -90,7 +91,7 @@ def test_the_packaged_family_needs_no_training(tmp_path: Path, monkeypatch: pyte
     from evojax_merge.zoo import arithmetic
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(arithmetic, "train", None)
+    monkeypatch.setattr(arithmetic, "train_model", None)
     packaged = zoo.resolve_reference("zoo:base").parent
     assert packaged == tmp_path / "evojax-merge" / "zoo" / zoo.VERSION / "packaged"
     assert zoo.resolve_reference("zoo:maths") == packaged / "maths"
@@ -102,7 +103,7 @@ def test_the_packaged_family_needs_no_training(tmp_path: Path, monkeypatch: pyte
             assert values.dtype == np.float32
             np.testing.assert_array_equal(values, values.astype(ml_dtypes.bfloat16).astype(np.float32))
     # The problems are those of its seed, which its training never saw.
-    training, search, _ = split_hard_sums(arithmetic.PACKAGED_SEED, Plan())
+    training, search, _ = split_hard_sums(arithmetic.PACKAGED_SEED, PLAN)
     shown = records(packaged / "search.jsonl")
     assert len(shown) == len(search) and [row[0] for row in shown] == search.first.tolist()
     seen = {frozenset(pair) for pair in zip(training.first.tolist(), training.second.tolist(), strict=True)}
@@ -154,7 +155,7 @@ def test_an_interrupted_training_leaves_nothing_behind(tmp_path: Path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(arithmetic, "train", interrupted)
+        patch.setattr(arithmetic, "train_model", interrupted)
         with pytest.raises(KeyboardInterrupt):
             zoo.resolve_reference("zoo:0/base", SHORT)
     assert not list((tmp_path / "evojax-merge").rglob("zoo/*/*"))
@@ -166,7 +167,7 @@ def test_a_seed_gives_the_same_files_in_another_process(
     family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = (
-        "from evojax_merge import zoo; from evojax_merge.zoo.arithmetic import Plan; "
+        "from evojax_merge import zoo; from evojax_merge.zoo.tiny_llama import Plan; "
         f"zoo.resolve_reference('zoo:0/base', {SHORT!r})"
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -193,7 +194,7 @@ def test_training_shows_its_progress(
     zoo.resolve_reference("zoo:0/base", SHORT)
     shown = capsys.readouterr()
     assert "training base, maths, japanese (seed 0)" in shown.err
-    assert f"{SHORT.steps}/{SHORT.steps} steps" in shown.err
+    assert f"{sum(SHORT.steps)}/{sum(SHORT.steps)} steps" in shown.err
     assert not shown.out
 
 
@@ -258,9 +259,8 @@ def test_the_files_hold_hard_sums_in_japanese_with_right_answers(family: Path, f
 
 
 def test_no_model_trains_on_the_files_problems_and_the_files_share_none() -> None:
-    plan = Plan()
-    training, search, heldout = split_hard_sums(0, plan)
-    assert (len(search), len(heldout)) == (plan.search_problems, plan.heldout_problems)
+    training, search, heldout = split_hard_sums(0, PLAN)
+    assert (len(search), len(heldout)) == PLAN.examples
 
     def pairs(sums: object) -> set[frozenset[int]]:
         return {frozenset((int(a), int(b))) for a, b in zip(sums.first, sums.second, strict=True)}  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.system.data_packages import cache_folder as packages_cache_folder
 
 if TYPE_CHECKING:
-    from evojax_merge.zoo.arithmetic import Plan
+    from evojax_merge.zoo.tiny_llama import Plan
 
 PREFIX = "zoo:"
 MODELS = ("base", "maths", "japanese")
@@ -74,14 +74,14 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
         raise _unknown(name, [f"{numbered[0] if numbered else ''}{content}" for content in MODELS + FILES])
     folder = cache_folder() / VERSION / ("packaged" if match[1] is None else f"seed-{int(match[1])}")
     if not folder.is_dir():
-        from evojax_merge.zoo.arithmetic import Plan, make_family, unpack_family
+        from evojax_merge.zoo.arithmetic import PLAN, make_family, unpack_family
 
         if match[1] is None:
             write_family(folder, unpack_family)
         else:
-            seed, plan = int(match[1]), plan or Plan()
+            seed, plan = int(match[1]), plan or PLAN
             make = partial(make_family, seed=seed, plan=plan)
-            write_family(folder, make, plan.steps, f"{', '.join(MODELS)} (seed {seed})")
+            write_family(folder, make, sum(plan.steps), f"{', '.join(MODELS)} (seed {seed})")
     return folder / match[2]
 
 

@@ -33,13 +33,12 @@ from evojax_merge.zoo.tiny_llama import (
     EOS,
     PAD,
     UNKNOWN,
+    Plan,
     Progress,
     Sizes,
     fresh_model,
-    save_config,
-    save_tokenizer,
-    save_weights,
-    train,
+    save_small_files,
+    train_model,
     unpack_weights,
 )
 
@@ -63,21 +62,9 @@ ENGLISH, JAPANESE, MIXED = 0, 1, 2
 BODY, WIDTH = 10, 13
 
 SIZES = Sizes(hidden=96, layers=3, heads=4, mlp=256, context=64)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The steps that each model trains, and the numbers of problems in the two files."""
-
-    base_steps: int = 1200
-    maths_steps: int = 800
-    japanese_steps: int = 300
-    search_problems: int = 256
-    heldout_problems: int = 512
-
-    @property
-    def steps(self) -> int:
-        return self.base_steps + self.maths_steps + self.japanese_steps
+# The highest learning rate of each model.
+PEAKS = (3e-3, 2e-3, 1e-3)
+PLAN = Plan(steps=(1200, 800, 300), examples=(256, 512))
 
 
 @dataclass(frozen=True)
@@ -118,9 +105,9 @@ def split_hard_sums(seed: int, plan: Plan) -> tuple[Sums, Sums, Sums]:
     # One problem per pair: the first in the shuffled order.
     _, firsts = np.unique(pair[order], return_index=True)
     distinct = order[np.sort(firsts)]
-    chosen = distinct[: plan.search_problems + plan.heldout_problems]
+    chosen = distinct[: sum(plan.examples)]
     training = everything[~np.isin(pair, pair[chosen])]
-    return training, everything[chosen[: plan.search_problems]], everything[chosen[plan.search_problems :]]
+    return training, everything[chosen[: plan.examples[0]]], everything[chosen[plan.examples[0] :]]
 
 
 def easy_sums(rng: np.random.Generator, count: int) -> Sums:
@@ -234,18 +221,10 @@ def make_family(folder: Path, seed: int, plan: Plan, progress: Progress = lambda
     """Train the family into an empty folder."""
     training = _save_all_but_weights(folder, seed, plan)
     config = decoder_config(folder / "base" / "config.json")
-
-    def stage(
-        name: str, start: StackedWeights, steps: int, peak: float, batch: Callable[..., np.ndarray]
-    ) -> StackedWeights:
-        rng = np.random.default_rng([seed, 2, *name.encode()])
-        model = train(config, answer_loss, start, lambda n: batch(rng, n), steps, peak, partial(progress, name))
-        save_weights(folder / name, model, config)
-        return model
-
-    base = stage("base", fresh_model(config, seed), plan.base_steps, 3e-3, base_batch)
-    stage("maths", base, plan.maths_steps, 2e-3, partial(maths_batch, training=training))
-    stage("japanese", base, plan.japanese_steps, 1e-3, japanese_batch)
+    start, batches = fresh_model(config, seed), (base_batch, partial(maths_batch, training=training), japanese_batch)
+    for name, batch, steps, peak in zip(MODELS, batches, plan.steps, PEAKS, strict=True):
+        model = train_model(folder / name, config, answer_loss, start, batch, steps, peak, (seed, 2), progress)
+        start = model if name == "base" else start
 
 
 def _save_all_but_weights(folder: Path, seed: int, plan: Plan) -> Sums:
@@ -254,14 +233,8 @@ def _save_all_but_weights(folder: Path, seed: int, plan: Plan) -> Sums:
     save_records(folder / "search.jsonl", search)
     save_records(folder / "heldout.jsonl", heldout)
     for name in MODELS:
-        _save_small_files(folder / name)
+        save_small_files(folder / name, SIZES, VOCABULARY)
     return training
-
-
-def _save_small_files(folder: Path) -> None:
-    folder.mkdir()
-    save_config(folder, SIZES, VOCABULARY)
-    save_tokenizer(folder, SIZES, VOCABULARY)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -276,7 +249,7 @@ PACKAGED_SEED = 1
 
 def unpack_family(folder: Path) -> None:
     """Write the packaged family into an empty folder, its weights in float32."""
-    _save_all_but_weights(folder, PACKAGED_SEED, Plan())
+    _save_all_but_weights(folder, PACKAGED_SEED, PLAN)
     unpack_weights(PACKAGED, folder, MODELS)
 
 
@@ -309,10 +282,9 @@ def make_experts(folder: Path, progress: Progress = lambda name, steps, loss: No
     base = resolve_reference(f"{PREFIX}base")
     sources, config = open_sources([base])
     start = load_stored(sources, config)
-    training, _, _ = split_hard_sums(PACKAGED_SEED, Plan())
+    training, _, _ = split_hard_sums(PACKAGED_SEED, PLAN)
+    seed = (PACKAGED_SEED, 3)
     for name, batch in expert_batches(training).items():
-        _save_small_files(folder / name)
-        rng = np.random.default_rng([PACKAGED_SEED, 3, *name.encode()])
-        steps, report = EXPERT_STEPS[name], partial(progress, name)
-        model = train(config, answer_loss, start, partial(batch, rng), steps, EXPERT_PEAK, report)
-        save_weights(folder / name, model, config)
+        save_small_files(folder / name, SIZES, VOCABULARY)
+        steps = EXPERT_STEPS[name]
+        train_model(folder / name, config, answer_loss, start, batch, steps, EXPERT_PEAK, seed, progress)

@@ -6,8 +6,8 @@ all ten. It is the setting of EvoSDXL-JP, generators of one architecture that dr
 toy.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.zoo import Family
 from evojax_merge.zoo.digit_images import HIGH, LOW, DigitImages, load_digit_images
 from evojax_merge.zoo.tiny_llama import Progress
-from evojax_merge.zoo.torch_training import seeded_torch, train
+from evojax_merge.zoo.torch_training import seeded_torch, train_experts
 
 MODELS = ("base", "low", "high")
 
@@ -63,23 +63,23 @@ def make_family(
             drawn = module(schedule.add_noise(images, noise, times), times).sample
             return (drawn - noise).square().mean()
 
-        def stage(name: str, start: Any, digits: DigitImages, steps: int, rate: float) -> Any:
-            rng = np.random.default_rng([seed, 3, *name.encode()])
+        def batches(rng: np.random.Generator, digits: DigitImages) -> Callable[[], dict[str, Any]]:
             images = torch.tensor(pixels(digits.images))
 
-            def batch() -> dict[str, Any]:
+            def draw() -> dict[str, Any]:
                 chosen = images[torch.tensor(rng.integers(0, len(images), plan.batch))]
                 times = torch.tensor(rng.integers(0, SCHEDULE["num_train_timesteps"], plan.batch))
                 noise = torch.tensor(rng.standard_normal(chosen.shape, np.float32))
                 return {"images": chosen, "noise": noise, "times": times}
 
-            module = train(start, batch, steps, rate, partial(progress, name), loss)
-            diffusers.DDIMPipeline(module, schedule).save_pretrained(folder / name)
-            return module
+            return draw
 
-        base = stage("base", diffusers.UNet2DModel(**SIZES), training, plan.steps[0], plan.rates[0])
-        for name, half, count, rate in zip(MODELS[1:], (LOW, HIGH), plan.steps[1:], plan.rates[1:], strict=True):
-            stage(name, base, training[np.isin(training.labels, half)], count, rate)
+        def save(module: Any, name: str) -> None:
+            diffusers.DDIMPipeline(module, schedule).save_pretrained(folder / name)
+
+        fresh = diffusers.UNet2DModel(**SIZES)
+        parts = (training, *(training[np.isin(training.labels, half)] for half in (LOW, HIGH)))
+        train_experts(MODELS, fresh, parts, plan.steps, plan.rates, (seed, 3), batches, save, progress, loss)
 
 
 FAMILY = Family("ddpm", "ddpm-v1", MODELS, make_family, sum(Training.steps), files=())

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from evojax_merge.errors import InputError
-from evojax_merge.zoo import FILES, Family
-from evojax_merge.zoo.tiny_llama import EOS, PAD, UNKNOWN, Sizes, save_config, save_tokenizer, unpack_weights
+from evojax_merge.zoo import FILES, Family, tiny_llama
+from evojax_merge.zoo.tiny_llama import EOS, PAD, UNKNOWN, Sizes, unpack_weights
 
 MODELS = ("base", "vision", "japanese")
 PICTURES = "pictures"
@@ -184,13 +184,10 @@ def save_small_files(folder: Path) -> None:
     """The models' configs and tokenizers, and the processor of `vision`."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-    for name in MODELS:
-        (folder / name).mkdir()
-        save_config(folder / name, SIZES, VOCABULARY)
-    for name in ("base", "japanese"):
-        save_tokenizer(folder / name, SIZES, VOCABULARY)
     seeing = folder / "vision"
-    save_tokenizer(seeing, SIZES, SEEING_VOCABULARY, [IMAGE])
+    for name in ("base", "japanese"):
+        tiny_llama.save_small_files(folder / name, SIZES, VOCABULARY)
+    tiny_llama.save_small_files(seeing, SIZES, SEEING_VOCABULARY, [IMAGE])
     decoder = LlamaConfig.from_pretrained(folder / "base")
     decoder.vocab_size = len(SEEING_VOCABULARY)
     LlavaConfig(

@@ -14,7 +14,7 @@ layers again can.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,12 +35,12 @@ from evojax_merge.zoo.tiny_llama import (
     EOS,
     PAD,
     UNKNOWN,
+    Plan,
+    Progress,
     Sizes,
     fresh_model,
-    save_config,
-    save_tokenizer,
-    save_weights,
-    train,
+    save_small_files,
+    train_model,
 )
 
 # The version of the recipe below: every change of the training increases it.
@@ -65,22 +65,11 @@ SIZES = Sizes(hidden=64, layers=4, heads=4, mlp=192, context=16)
 # The layers that run again; the first one reads the prompt, and the last one writes the answer.
 LOOPED = (1, 2)
 
+# The operations that each model is trained on.
+LEARNT = (("max", "min"), ("plus",), ("times",))
+PLAN = Plan(steps=(300, 1000, 200), examples=(128, 256))
+
 Chain = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The steps that each model trains, and the numbers of sums in the two files."""
-
-    base_steps: int = 300
-    plus_steps: int = 1000
-    times_steps: int = 200
-    search_sums: int = 128
-    heldout_sums: int = 256
-
-    @property
-    def steps(self) -> int:
-        return self.base_steps + self.plus_steps + self.times_steps
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -127,11 +116,11 @@ def split_sums(seed: int, plan: Plan) -> tuple[list[Chain], list[Chain]]:
     """(for the search, held out): sums of three to five numbers, each once; none of them is trained on."""
     rng = np.random.default_rng([seed, 0])
     chains: dict[Chain, None] = {}
-    while len(chains) < plan.search_sums + plan.heldout_sums:
+    while len(chains) < sum(plan.examples):
         length = int(rng.integers(ASKED_FOR.start, ASKED_FOR.stop))
         chains[tuple(rng.integers(0, 10, length).tolist())] = None
     every = list(chains)
-    return every[: plan.search_sums], every[plan.search_sums :]
+    return every[: plan.examples[0]], every[plan.examples[0] :]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -161,35 +150,26 @@ def loop_loss(config: DecoderConfig, model: StackedWeights, examples: jax.Array)
     return jnp.mean(jnp.concatenate(losses))
 
 
-def make_family(folder: Path, seed: int, plan: Plan, progress: Callable[[str, int, float], None]) -> None:
-    """Train the family into an empty folder. `progress` receives the model's name, the steps since the last call, and
-    the loss."""
+def make_family(folder: Path, seed: int, plan: Plan, progress: Progress) -> None:
+    """Train the family into an empty folder."""
     splits = split_sums(seed, plan)
     for file, chains in zip(FILES, splits, strict=True):
         records = [{"prompt": " ".join(["plus", *map(str, chain)]), "target": str(sum(chain) % 10)} for chain in chains]
         (folder / file).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     for name in MODELS:
-        (folder / name).mkdir()
-        save_config(folder / name, SIZES, VOCABULARY)
-        save_tokenizer(folder / name, SIZES, VOCABULARY)
+        save_small_files(folder / name, SIZES, VOCABULARY)
     config = decoder_config(folder / "base" / "config.json")
     unseen = np.concatenate([codes(np.array([chain])) for chains in splits for chain in chains])
-
-    def stage(name: str, start: StackedWeights, steps: int, operations: Sequence[str]) -> StackedWeights:
-        rng = np.random.default_rng([seed, 2, *name.encode()])
-        batch = partial(training_batch, rng, operations=operations, unseen=unseen)
-        model = train(config, loop_loss, start, batch, steps, 3e-3, partial(progress, name))
-        save_weights(folder / name, model, config)
-        return model
-
-    base = stage("base", fresh_model(config, seed), plan.base_steps, ("max", "min"))
-    stage("plus", base, plan.plus_steps, ("plus",))
-    stage("times", base, plan.times_steps, ("times",))
+    start = fresh_model(config, seed)
+    for name, operations, steps in zip(MODELS, LEARNT, plan.steps, strict=True):
+        batch = partial(training_batch, operations=operations, unseen=unseen)
+        model = train_model(folder / name, config, loop_loss, start, batch, steps, 3e-3, (seed, 2), progress)
+        start = model if name == "base" else start
 
 
 def family(plan: Plan) -> Family:
     """The kind of family whose models train as long as `plan` says."""
-    return Family("loops", VERSION, MODELS, partial(make_family, plan=plan), plan.steps)
+    return Family("loops", VERSION, MODELS, partial(make_family, plan=plan), sum(plan.steps))
 
 
-FAMILY = family(Plan())
+FAMILY = family(PLAN)

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from evojax_merge.checkpoints.bank import load_stored
+from evojax_merge.checkpoints.bank import load_stored, stored_tensors
 from evojax_merge.checkpoints.gguf_file import named_tensors, read_gguf, write_config, write_tokenizer
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
@@ -39,7 +39,7 @@ from evojax_merge.tasks.prompts import encode_pair
 from evojax_merge.tasks.records import read_symbolic
 from evojax_merge.tasks.task import Row
 from evojax_merge.zoo import cache_folder
-from evojax_merge.zoo.tiny_llama import save_weights
+from evojax_merge.zoo.tiny_llama import save_tensors
 
 # The version of everything that is made here: every change of it increases the version.
 VERSION = "smollm2-v2"
@@ -173,7 +173,7 @@ def make_expert(rows_of: Callable[[Any], list[Row]], plan: Plan, target: Path) -
         for file in sorted(base.iterdir()):
             if file.suffix != ".safetensors":
                 shutil.copyfile(file, work / file.name)
-        save_weights(work, model, config)
+        save_tensors(work, dict(stored_tensors(model, config)))
 
 
 def target_loss(config: DecoderConfig, model: StackedWeights, batch: dict[str, jax.Array]) -> jax.Array:

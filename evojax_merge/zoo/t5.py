@@ -7,7 +7,6 @@ The task of a merge is both.
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from evojax_merge.zoo import FILES, Family
-from evojax_merge.zoo.tiny_llama import EOS, PAD, UNKNOWN, Progress
-from evojax_merge.zoo.torch_training import seeded_torch, train
+from evojax_merge.zoo.tiny_llama import EOS, PAD, UNKNOWN, Progress, save_tokenizer
+from evojax_merge.zoo.torch_training import seeded_torch, train_experts
 
 MODELS = ("base", "french", "german")
 # The numbers are below this one.
@@ -122,20 +121,6 @@ def tokens(numbers: Iterable[int], languages: Sequence[Language]) -> np.ndarray:
     return padded
 
 
-def save_tokenizer(folder: Path) -> None:
-    """Save a tokenizer whose tokens are the words between spaces, and which ends each text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel(IDS, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, IDS[EOS])])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN,
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)  # fmt: skip
-
-
 def make_family(
     folder: Path,
     seed: int,
@@ -150,10 +135,8 @@ def make_family(
     with seeded_torch("zoo:t5", seed) as torch:
         import transformers
 
-        def stage(name: str, start: Any, languages: Sequence[Language], steps: int, rate: float) -> Any:
-            rng = np.random.default_rng([seed, 2, *name.encode()])
-
-            def batch() -> dict[str, Any]:
+        def batches(rng: np.random.Generator, languages: Sequence[Language]) -> Callable[[], dict[str, Any]]:
+            def draw() -> dict[str, Any]:
                 numbers = rng.choice(training, BATCH)
                 text = torch.tensor(tokens(numbers, languages))
                 labels = torch.tensor(tokens(numbers, [english]))
@@ -162,15 +145,15 @@ def make_family(
                     "labels": torch.where(labels == IDS[PAD], -100, labels),
                 }  # fmt: skip
 
-            module = train(start, batch, steps, rate, partial(progress, name))
+            return draw
+
+        def save(module: Any, name: str) -> None:
             module.save_pretrained(folder / name)
-            save_tokenizer(folder / name)
-            return module
+            save_tokenizer(folder / name, VOCABULARY, ends_texts=True)
 
         fresh = transformers.T5ForConditionalGeneration(transformers.T5Config(**SIZES))
-        base = stage("base", fresh, (french, german), steps[0], RATES[0])
-        for name, language, count, rate in zip(MODELS[1:], (french, german), steps[1:], RATES[1:], strict=True):
-            stage(name, base, [language], count, rate)
+        languages = ((french, german), (french,), (german,))
+        train_experts(MODELS, fresh, languages, steps, RATES, (seed, 2), batches, save, progress)
 
 
 FAMILY = Family("t5", "t5-v1", MODELS, make_family, sum(STEPS))

@@ -30,6 +30,14 @@ Loss = Callable[[DecoderConfig, StackedWeights, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
+class Plan:
+    """steps: those that each model of a family trains; examples: those of its two files."""
+
+    steps: tuple[int, int, int]
+    examples: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Sizes:
     """The sizes of a tiny Llama; context: the maximum of its tokens."""
 
@@ -82,37 +90,33 @@ def _train_chunk(
     return model, state, losses.mean()
 
 
-def learning_rates(steps: int, peak: float) -> np.ndarray:
-    """The learning rates float32[steps]: a linear warm-up over a twentieth of the steps, then half a cosine down to
-    zero."""
-    warm = max(1, steps // 20)
-    at = np.arange(steps)
+def train_model(
+    folder: Path, config: DecoderConfig, loss: Loss, model: StackedWeights,
+    batch: Callable[[np.random.Generator, int], np.ndarray], steps: int, peak: float, seed: Sequence[int],
+    progress: Progress,
+) -> StackedWeights:  # fmt: skip
+    """Train on `steps` batches, and save the weights in the model's folder, whose name is the model's. batch: (random
+    numbers, count) -> examples int32[count, …]. The learning rate rises to `peak` over a twentieth of the steps, and
+    falls to zero along half a cosine."""
+    rng, state = np.random.default_rng([*seed, *folder.name.encode()]), ADAM.init(model)
+    warm, at = max(1, steps // 20), np.arange(steps)
     falling = 0.5 * (1 + np.cos(np.pi * (at - warm) / max(1, steps - warm)))
-    return (peak * np.where(at < warm, (at + 1) / warm, falling)).astype(np.float32)
-
-
-def train(
-    config: DecoderConfig,
-    loss: Loss,
-    model: StackedWeights,
-    batch: Callable[[int], np.ndarray],
-    steps: int,
-    peak: float,
-    progress: Callable[[int, float], None] = lambda steps, loss: None,
-) -> StackedWeights:
-    """Train on `steps` batches (`batch(count)` gives `int32[count, …]`). `progress` receives steps and loss."""
-    state, rates = ADAM.init(model), learning_rates(steps, peak)
+    rates = (peak * np.where(at < warm, (at + 1) / warm, falling)).astype(np.float32)
     for start in range(0, steps, CHUNK):
         count = min(CHUNK, steps - start)
-        examples = batch(count * BATCH)
+        examples = batch(rng, count * BATCH)
         batches = examples.reshape(count, BATCH, *examples.shape[1:])
         model, state, mean_loss = _train_chunk(config, loss, model, state, batches, rates[start : start + count])
-        progress(count, float(mean_loss))
+        progress(folder.name, count, float(mean_loss))
+    save_tensors(folder, dict(stored_tensors(model, config)))
     return model
 
 
-def save_config(folder: Path, sizes: Sizes, vocabulary: Sequence[str]) -> None:
+def save_small_files(folder: Path, sizes: Sizes, vocabulary: Sequence[str], special: Sequence[str] = ()) -> None:
+    """Make a model's folder, with everything but weights; special: words that need no spaces."""
     from transformers import GenerationConfig, LlamaConfig
+
+    folder.mkdir()
 
     ends = {"bos_token_id": None, "eos_token_id": vocabulary.index(EOS), "pad_token_id": vocabulary.index(PAD)}
     config = LlamaConfig(
@@ -130,24 +134,24 @@ def save_config(folder: Path, sizes: Sizes, vocabulary: Sequence[str]) -> None:
     )
     config.save_pretrained(folder)
     GenerationConfig(**ends).save_pretrained(folder)
+    save_tokenizer(folder, vocabulary, model_max_length=sizes.context, additional_special_tokens=[*special])
 
 
-def save_tokenizer(folder: Path, sizes: Sizes, vocabulary: Sequence[str], special: Sequence[str] = ()) -> None:
-    """Save a tokenizer whose tokens are the words between spaces; special: words that need no spaces."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def save_tokenizer(folder: Path, vocabulary: Sequence[str], ends_texts: bool = False, **settings: Any) -> None:
+    """Save a tokenizer whose tokens are the words between spaces. ends_texts: it adds `EOS` to each text; settings: of
+    transformers' class."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     ids = {token: i for i, token in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if ends_texts:
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, ids[EOS])])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN,
-        clean_up_tokenization_spaces=False, model_max_length=sizes.context, additional_special_tokens=[*special],
+        clean_up_tokenization_spaces=False, **settings,
     ).save_pretrained(folder)  # fmt: skip
-
-
-def save_weights(folder: Path, model: StackedWeights, config: DecoderConfig) -> None:
-    save_tensors(folder, dict(stored_tensors(model, config)))
 
 
 def save_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:

@@ -7,7 +7,7 @@ is the setting of adaptive merging (Yang et al., arXiv 2310.02575) at the size o
 """
 
 import json
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from evojax_merge.zoo import FILES, Family
 from evojax_merge.zoo.digit_images import HIGH, LOW, DigitImages, load_digit_images
 from evojax_merge.zoo.tiny_llama import Progress
-from evojax_merge.zoo.torch_training import seeded_torch, train
+from evojax_merge.zoo.torch_training import seeded_torch, train_experts
 
 MODELS = ("base", "low", "high")
 # The steps of training of each model, and their rates.
@@ -70,26 +70,22 @@ def make_family(
     with seeded_torch("zoo:vit", seed) as torch:
         import transformers
 
-        def stage(name: str, start: Any, digits: DigitImages, steps: int, rate: float) -> Any:
-            rng = np.random.default_rng([seed, 2, *name.encode()])
-            inputs = {
-                "pixel_values": torch.tensor(pixel_values(digits.images)),
-                "labels": torch.tensor(digits.labels),
-            }
+        def batches(rng: np.random.Generator, digits: DigitImages) -> Callable[[], dict[str, Any]]:
+            pixels, labels = torch.tensor(pixel_values(digits.images)), torch.tensor(digits.labels)
 
-            def batch() -> dict[str, Any]:
+            def draw() -> dict[str, Any]:
                 rows = torch.tensor(rng.integers(0, len(digits), BATCH))
-                return {key: values[rows] for key, values in inputs.items()}
+                return {"pixel_values": pixels[rows], "labels": labels[rows]}
 
-            module = train(start, batch, steps, rate, partial(progress, name))
+            return draw
+
+        def save(module: Any, name: str) -> None:
             module.save_pretrained(folder / name)
             (folder / name / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR), encoding="utf-8")
-            return module
 
         fresh = transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES))
-        base = stage("base", fresh, training, steps[0], RATES[0])
-        for name, half, count, rate in zip(MODELS[1:], (LOW, HIGH), steps[1:], RATES[1:], strict=True):
-            stage(name, base, training[np.isin(training.labels, half)], count, rate)
+        parts = (training, *(training[np.isin(training.labels, half)] for half in (LOW, HIGH)))
+        train_experts(MODELS, fresh, parts, steps, RATES, (seed, 2), batches, save, progress)
 
 
 FAMILY = Family("vit", "vit-v2", MODELS, make_family, sum(STEPS))
