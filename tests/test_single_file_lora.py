@@ -10,7 +10,7 @@ from reference.generators import lora_change_of_sd_mecha, lora_modules_of_sd_mec
 from safetensors.numpy import load_file, save_file
 from test_diffusion import linear, merged
 
-from evojax_merge.checkpoints.single_file_lora import Place, places_of
+from evojax_merge.checkpoints.generator_lora import Place, places_of
 from evojax_merge.errors import InputError
 
 UNET = "model.diffusion_model."

@@ -278,7 +278,7 @@ def test_no_model_trains_on_the_files_problems_and_the_files_share_none() -> Non
 
 
 def test_every_sum_that_is_trained_on_is_right() -> None:
-    training, _, _ = split_hard_sums(0, Plan())
+    training, _, _ = split_hard_sums(0, PLAN)
     rng = np.random.default_rng(3)
     for batch in (base_batch(rng, 2000), maths_batch(rng, 2000, training), japanese_batch(rng, 2000)):
         for text in texts(batch):
@@ -289,7 +289,7 @@ def test_every_sum_that_is_trained_on_is_right() -> None:
 
 
 def test_each_model_ends_as_its_language_does() -> None:
-    training, _, _ = split_hard_sums(0, Plan())
+    training, _, _ = split_hard_sums(0, PLAN)
     rng = np.random.default_rng(5)
     base, maths, japanese = (
         texts(rows) for rows in (base_batch(rng, 500), maths_batch(rng, 500, training), japanese_batch(rng, 500))
@@ -329,7 +329,7 @@ def test_a_fine_tune_learns_its_texts(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_six_more_experts_see_a_part_of_what_the_two_do(in_cache, monkeypatch):
-    training, _, _ = split_hard_sums(PACKAGED_SEED, Plan())
+    training, _, _ = split_hard_sums(PACKAGED_SEED, PLAN)
     batches = expert_batches(training)
     assert {*batches} == {*zoo.EXPERTS} == {*EXPERT_STEPS}
     rng = np.random.default_rng(0)

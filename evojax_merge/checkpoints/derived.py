@@ -24,7 +24,7 @@ from evojax_merge.checkpoints.config_file import check_unquantised
 from evojax_merge.checkpoints.folder import DTYPES, INDEX_FILE, SMALL_FILES, Folder, file_hash, open_folder
 from evojax_merge.checkpoints.fp4 import dequantise_modelopt, dequantise_mxfp4
 from evojax_merge.checkpoints.fp8 import dequantise_fp8
-from evojax_merge.checkpoints.generator_lora import lora_file, write_fused
+from evojax_merge.checkpoints.generator_lora import lora_file, open_with_lora, write_fused
 from evojax_merge.checkpoints.gguf_file import (
     SUFFIX,
     TENSORS,
@@ -41,7 +41,6 @@ from evojax_merge.checkpoints.mlx import WITH_WORDS, dequantise_mlx
 from evojax_merge.checkpoints.pipelines import is_pipeline
 from evojax_merge.checkpoints.quantised import QuantisedFolder, check_no_parts, dequantised_config, quantisation
 from evojax_merge.checkpoints.references import local_path, resolve, split_revision
-from evojax_merge.checkpoints.single_file_lora import open_with_lora
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.checkpoints.writer import MARKER
 from evojax_merge.errors import InputError, name_in_messages
@@ -57,9 +56,9 @@ SAFETENSORS = ".safetensors"
 
 
 @dataclass(frozen=True)
-class SourcesFile:
-    """The content of the file `SOURCES`. kind: a key of `KINDS`; paths: the absolute paths that the weights are made
-    of."""
+class ModelSources:
+    """The sources of a model's weights, as the file `SOURCES` has them. kind: a key of `KINDS`, empty where the weights
+    lie in the model's folder as they are; paths: the absolute paths that the weights are made of."""
 
     kind: str
     paths: tuple[str, ...]
@@ -67,7 +66,12 @@ class SourcesFile:
     @property
     def reference(self) -> str:
         """The reference that names the model in recipes and configs on this machine."""
-        return "+".join(reference_to(Path(path)) for path in self.paths)
+        return "+".join(map(reference_to, map(Path, self.paths))) if self.kind else self.paths[0]
+
+    @property
+    def adapted(self) -> tuple[Path, Path] | None:
+        """The base of a model that an adapter or a LoRA changes, and the adapter's folder or file; None for others."""
+        return (Path(self.paths[0]), Path(self.paths[1])) if self.kind in ADAPTED else None
 
 
 # Folders of integers, whose config may name no dtype.
@@ -111,26 +115,26 @@ KINDS: dict[str, Callable[[Path, Sequence[Path]], Folder]] = {
 ADAPTED = ("adapter", "lora", "single-file lora")
 
 
-def _sources(path: Path) -> SourcesFile | None:
-    """The sources of a model's weights; None where the weights lie in its folder. Reads the file of folders in the
-    user's cache only. Raises InputError for a damaged file."""
+def sources_of(path: Path) -> ModelSources:
+    """The sources of a model's weights. Reads the file of folders in the user's cache only. Raises InputError for a
+    damaged file."""
     document = read_json_object(path / SOURCES, missing={}) if cache_folder() in path.parents else {}
     if not document:
-        return None
+        return ModelSources("", (str(path),))
     kind, paths = document.get("kind"), document.get("paths")
     if not (isinstance(kind, str) and kind in KINDS and TEXTS.accepts(paths)):
         raise InputError(path / SOURCES, "damaged; expected a file that evojax-merge wrote; remove its folder")
-    return SourcesFile(kind, tuple(document["paths"]))
+    return ModelSources(kind, tuple(document["paths"]))
 
 
 def open_model(path: Path) -> Folder:
     """Open a model by its headers. Raises InputError as `open_folder` does, where sources do not fit each other, where
     there is no tensor, and where parts of quantised matrices are left."""
-    sources = _sources(path)
-    folder = open_folder(path) if sources is None else KINDS[sources.kind](path, list(map(Path, sources.paths)))
+    sources = sources_of(path)
+    folder = KINDS[sources.kind](path, list(map(Path, sources.paths))) if sources.kind else open_folder(path)
     if not folder.entries:
         raise InputError(path, "has no tensor; expected the weights of a model")
-    if sources is None and folder.config:
+    if not sources.kind and folder.config:
         check_no_parts(folder.entries, None)
     return folder
 
@@ -138,37 +142,22 @@ def open_model(path: Path) -> Folder:
 def reference_to(path: Path) -> str:
     """The reference that names the model of this folder in recipes and configs: the folder, or the sources of its
     weights."""
-    sources = _sources(path)
-    return str(path) if sources is None else sources.reference
-
-
-def stored_as(path: Path) -> str | None:
-    """The kind of a model whose weights are made while they are read, a key of `KINDS`; None: they lie as they are."""
-    sources = _sources(path)
-    return None if sources is None else sources.kind
-
-
-def adapted_from(path: Path) -> tuple[Path, Path] | None:
-    """The base of a model that an adapter or a LoRA changes, and the adapter's folder or file; None for any other."""
-    sources = _sources(path)
-    if sources is None or sources.kind not in ADAPTED:
-        return None
-    return Path(sources.paths[0]), Path(sources.paths[1])
+    return sources_of(path).reference
 
 
 def parts_of(path: Path) -> list[Path]:
     """The files and folders that a model is made of: its own folder, where its weights lie there."""
-    sources = _sources(path)
-    return [path] if sources is None else [part for source in sources.paths for part in parts_of(Path(source))]
+    sources = sources_of(path)
+    return [part for source in sources.paths for part in parts_of(Path(source))] if sources.kind else [path]
 
 
 def input_files(path: Path) -> set[Path]:
     """The files that scores of a model depend on: weights, config, tokenizer and chat templates."""
     names = ("config.json", "generation_config.json", ADAPTER_CONFIG, *TOKENIZER_FILES)
-    files = {part / name for part in parts_of(path) for name in names if (part / name).is_file()}
-    patterns = ("*.safetensors", "chat_templates/*.jinja")
-    files |= {file for part in parts_of(path) for pattern in patterns for file in part.glob(pattern)}
-    return files | {part for part in parts_of(path) if part.is_file()}
+    parts, patterns = parts_of(path), ("*.safetensors", "chat_templates/*.jinja")
+    files = {part / name for part in parts for name in names if (part / name).is_file()}
+    files |= {file for part in parts for pattern in patterns for file in part.glob(pattern)}
+    return files | {part for part in parts if part.is_file()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -212,14 +201,17 @@ def resolve_model(
     the reference, for messages; made: names that stand for folders of this process, before any others. Raises
     InputError where a model cannot be found; opening a base and an adapter shows whether they fit each other.
     """
-    base, adapter = split_reference(reference, lambda name: name in made or local_path(name, relative_to) is not None)
+
+    def is_here(name: str) -> bool:
+        return name in made or local_path(name, relative_to) is not None
+
+    base, adapter = split_reference(reference, is_here)
     if not weights:
         model = made[base] if base in made else find(where, base, relative_to, weights=False)
         return _as_folder(model) if model.is_file() else model
     if adapter is not None:
         where = f"{where}: {reference}"
-        several = [name for name in (base, adapter) if "+" in name and name not in made]
-        several = [name for name in several if local_path(name, relative_to) is None]
+        several = [name for name in (base, adapter) if "+" in name and not is_here(name)]
         if several:
             raise InputError(
                 where, f"{several[0]}: no such folder; expected one adapter behind a base (of several, merge the first "
@@ -232,7 +224,7 @@ def resolve_model(
         is_file = model.is_file() and model.suffix == SAFETENSORS
         if is_file or is_pipeline(model):
             lora = lora_file(str(where), find(where, adapter, relative_to))
-            sources = SourcesFile("single-file lora" if is_file else "lora", (str(model), str(lora)))
+            sources = ModelSources("single-file lora" if is_file else "lora", (str(model), str(lora)))
             if is_file:
                 return _stand_in(sources, f"{model.stem}+{lora.stem}", [], lambda folder: None)
             # With the changed components' weights, and links.
@@ -289,7 +281,7 @@ def ignored_revisions(references: Iterable[str | None], relative_to: Path) -> li
 def _with_adapter(base: Path, adapter: Path) -> Path:
     """The folder that stands for a base with an adapter: with links to the base's files that are no weights."""
     files = _small_files(base)
-    sources = SourcesFile("adapter", (str(base), str(adapter)))
+    sources = ModelSources("adapter", (str(base), str(adapter)))
     return _stand_in(sources, f"{base.name}+{adapter.name}", sorted(files), partial(_link, files))
 
 
@@ -318,7 +310,7 @@ def _as_folder(model: Path) -> Path:
             write_tensor_table(named_tensors(file, folder / "config.json"), folder)
 
         state = model.stat()
-        sources = SourcesFile("gguf", (str(model),))
+        sources = ModelSources("gguf", (str(model),))
         return _stand_in(sources, model.stem, [state.st_size, state.st_mtime_ns], write_gguf)
     method = quantisation(model).get("quant_method")
     if not isinstance(method, str) or method not in QUANTISED:
@@ -332,10 +324,10 @@ def _as_folder(model: Path) -> Path:
         _link(files, folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-    return _stand_in(SourcesFile(method, (str(model),)), model.name, [sorted(files), config], write)
+    return _stand_in(ModelSources(method, (str(model),)), model.name, [sorted(files), config], write)
 
 
-def _stand_in(sources: SourcesFile, name: str, state: Any, write: Callable[[Path], None]) -> Path:
+def _stand_in(sources: ModelSources, name: str, state: Any, write: Callable[[Path], None]) -> Path:
     """The folder in the cache that stands for a model of these sources in this state: written where it is missing or
     damaged. Messages name the files that the folder's files are made of."""
     key = hashlib.sha256(json.dumps([VERSION, asdict(sources), state]).encode()).hexdigest()

@@ -46,6 +46,8 @@ SUFFIX = ".gguf"
 # In the folder that stands for a GGUF file: the positions of its tensors. Reading past a large vocabulary takes many
 # seconds.
 TENSORS = "evojax_merge_tensors.json"
+# The numbers of a `GgufTensor` that it holds.
+NUMBERS = ("kind", "start", "stop", "heads", "offset")
 # A part of the names of routers and of the gates of shared experts, which files store in float32 beside matrices of any
 # type.
 ROUTER = ".ffn_gate_inp"
@@ -123,9 +125,9 @@ class GgufModel(GgufFile):
     @cached_property
     def tokens(self) -> list[str]:
         """The token of each row of the embedding."""
-        name, rows = "tokenizer.ggml.tokens", self.embedding.shape[0]
-        tokens: list[str] = self._for_each_row(name, TEXTS, rows)
-        if len(set(tokens)) < rows:
+        name = "tokenizer.ggml.tokens"
+        tokens: list[str] = self.for_each_token(name, TEXTS)
+        if len(set(tokens)) < len(tokens):
             first: dict[str, int] = {}
             i, token = next((i, token) for i, token in enumerate(tokens) if first.setdefault(token, i) != i)
             raise InputError(
@@ -134,17 +136,14 @@ class GgufModel(GgufFile):
         return tokens
 
     def for_each_token(self, name: str, expected: Expected) -> list[Any]:
-        """A list in the metadata with an entry for each token."""
-        return self._for_each_row(name, expected, len(self.tokens))
-
-    def _for_each_row(self, name: str, expected: Expected, rows: int) -> list[Any]:
-        values: list[Any] = self.value(name, expected)
+        """A list in the metadata with an entry for each token, which has a row in the embedding."""
+        values, rows = self.value(name, expected), self.embedding.shape[0]
         if len(values) != rows:
             raise InputError(
                 self.path,
                 f"{name}: has {len(values):,} entries; expected one for each of the {rows:,} rows of {EMBEDDING}",
             )
-        return values
+        return list(values)
 
     @cached_property
     def special_ids(self) -> dict[str, int]:
@@ -447,12 +446,9 @@ def _named(
 def write_tensor_table(tensors: Mapping[str, GgufTensor], folder: Path) -> None:
     """Write the positions of a GGUF file's tensors into the folder that stands for the file."""
     table = {
-        name: {
-            "dtype": str(tensor.dtype), "shape": tensor.shape, "kind": tensor.kind, "start": tensor.start,
-            "stop": tensor.stop, "heads": tensor.heads, "offset": tensor.offset,
-        }
+        name: {"dtype": str(tensor.dtype), "shape": tensor.shape, **{key: getattr(tensor, key) for key in NUMBERS}}
         for name, tensor in tensors.items()
-    }  # fmt: skip
+    }
     (folder / TENSORS).write_text(json.dumps(table) + "\n", encoding="utf-8")
 
 
@@ -461,13 +457,8 @@ def open_gguf(path: Path, file: Path) -> Folder:
     if not file.is_file():
         raise InputError(file, "is missing; expected a GGUF file")
     table, mapped = read_json_object(path / TENSORS, missing={}), MappedFile(file)
-    return Folder(
-        path,
-        {
-            name: GgufTensor(
-                mapped, FLOAT_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["start"], entry["stop"],
-                entry["kind"], entry["heads"], entry["offset"],
-            )
-            for name, entry in table.items()
-        },
-    )  # fmt: skip
+    tensors = {
+        name: GgufTensor(mapped, FLOAT_DTYPES[row["dtype"]], tuple(row["shape"]), **{key: row[key] for key in NUMBERS})
+        for name, row in table.items()
+    }
+    return Folder(path, tensors)

@@ -16,7 +16,7 @@ from evojax_merge import plugins
 from evojax_merge.backends.decoder.opening import build_space, check_models
 from evojax_merge.backends.torch.opening import layer_groups
 from evojax_merge.checkpoints.decoder_folder import PROJECTOR, decoder_of
-from evojax_merge.checkpoints.derived import adapted_from, open_model
+from evojax_merge.checkpoints.derived import open_model, sources_of
 from evojax_merge.checkpoints.folder import is_float
 from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.checkpoints.references import local_path
@@ -142,7 +142,7 @@ def find_models(choices: Choices, resolve: Resolve, headers: Path) -> Models:
     InputError for a model that is missing, and for one that no search takes."""
     parents = choices.parents or _split(ask("--parents", "parents, the models that are merged, separated by spaces: "))
     named = [resolve_onto(resolve, "--parents", parent, choices.base, Path.cwd()) for parent in parents]
-    bases = {adapted[0] for _, folder in named if (adapted := adapted_from(folder)) is not None}
+    bases = {adapted[0] for _, folder in named if (adapted := sources_of(folder).adapted) is not None}
     base, base_folder = choices.base, None
     if base is None and len(bases) == 1:
         (base_folder,) = bases

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from evojax_merge import plugins
-from evojax_merge.checkpoints.derived import adapted_from, ignored_revisions, reference_to
+from evojax_merge.checkpoints.derived import ignored_revisions, reference_to, sources_of
 from evojax_merge.errors import InputError
 from evojax_merge.inspection.findings import findings
 from evojax_merge.inspection.models import read_models
@@ -42,7 +42,7 @@ def inspect(references: list[str], base: str | None, json_file: Path | None, pic
     named = [resolve_onto(resolve_reference, "MODEL", reference, base, folder) for reference in references]
     references, paths, given = [reference for reference, _ in named], [path for _, path in named], "as given"
     base_path = None if base is None else resolve_reference("--base", base, folder)
-    bases = {adapted[0] for path in paths if (adapted := adapted_from(path)) is not None}
+    bases = {adapted[0] for path in paths if (adapted := sources_of(path).adapted) is not None}
     if base_path is None and len(bases) == 1:
         (base_path,), given = bases, "as the adapters' files say"
     if base_path is not None and base_path not in paths:

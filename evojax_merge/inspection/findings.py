@@ -50,10 +50,10 @@ def advise(comparison: Comparison) -> Advice:
     vectors, changes = comparison.vectors, comparison.changes
     if comparison.verdict.base is None or not comparison.verdict.is_clear or changes is None:
         return Advice()
-    conflicts, method = changes.conflicts, None
-    if conflicts.contested and conflicts.share > PULLING_APART * conflicts.by_chance:
+    method = None
+    if changes.contested and changes.share > PULLING_APART * changes.by_chance:
         method = "ties"
-    elif conflicts.contested and conflicts.share <= conflicts.by_chance / 2:
+    elif changes.contested and changes.share <= changes.by_chance / 2:
         method = "task_arithmetic"
     norms = [vector.norm for vector in vectors if vector.norm > 0] or [1.0]
     uneven, alike = max(norms) / min(norms), _most_alike(comparison.cosines)
@@ -337,17 +337,16 @@ def _about_task_vectors(names: Sequence[str], comparison: Comparison) -> Iterato
             "orthogonal", "The task vectors are nearly orthogonal: each can be added to the base without taking from "
             "the others (task_arithmetic with weights near 1; linear and slerp shrink each).",
         )  # fmt: skip
-    conflicts = changes.conflicts
-    if conflicts.contested:
+    if changes.contested:
         what = "the parents agree more often than by chance, and plain sums (task_arithmetic, linear) are fine."
-        if conflicts.share > PULLING_APART * conflicts.by_chance:
+        if changes.share > PULLING_APART * changes.by_chance:
             what = "the parents pull against each other, and sums cancel; ties, dare_ties and della elect a sign."
-        elif conflicts.share > conflicts.by_chance / 2:
+        elif changes.share > changes.by_chance / 2:
             what = (
                 "as independent changes do; plain sums (task_arithmetic) and methods that elect a sign (ties, "
                 "dare_ties, della) are both worth a search, and a density below 1 leaves fewer conflicts."
             )
         yield Finding(
-            "conflicts", f"In {conflicts.share:.0%} of the entries that several parents change, their changes have "
-            f"opposite signs (independent signs: {conflicts.by_chance:.0%}): {what}",
+            "conflicts", f"In {changes.share:.0%} of the entries that several parents change, their changes have "
+            f"opposite signs (independent signs: {changes.by_chance:.0%}): {what}",
         )  # fmt: skip

@@ -12,13 +12,12 @@ import numpy as np
 from evojax_merge.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_FILE, read_adapter_config
 from evojax_merge.checkpoints.config_file import torch_hint
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of, named_alike
-from evojax_merge.checkpoints.derived import SAFETENSORS, adapted_from, open_model, stored_as
+from evojax_merge.checkpoints.derived import SAFETENSORS, open_model, sources_of
 from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder, read_metadata
 from evojax_merge.checkpoints.generator_keys import scheme_of
-from evojax_merge.checkpoints.generator_lora import LORA_FILE
+from evojax_merge.checkpoints.generator_lora import LORA_FILE, factor_ranks
 from evojax_merge.checkpoints.parents import vocabulary_size
 from evojax_merge.checkpoints.pipelines import DENOISERS, Pipeline, is_pipeline
-from evojax_merge.checkpoints.single_file_lora import factor_ranks
 from evojax_merge.checkpoints.tokens import chat_template, count_differing_tokens, has_tokenizer, needs_code
 from evojax_merge.errors import InputError
 from evojax_merge.inspection.ways import Way, way_of
@@ -136,7 +135,7 @@ def _read_model(reference: str, folder: DecoderFolder, first_with_tokens: Path |
         layers=len(layers),
         parameters=sizes.total(),
         dtypes=dict(sizes.most_common()),
-        stored_as=stored_as(path),
+        stored_as=sources_of(path).kind or None,
         vocabulary=size if isinstance(size := vocabulary_size(config), int) else None,
         tied=tied,
         tokenizer=has_tokens,
@@ -150,7 +149,7 @@ def _read_model(reference: str, folder: DecoderFolder, first_with_tokens: Path |
 
 def _adapter_of(path: Path) -> Adapter | None:
     """The adapter of a model, or the LoRA that a file holds by itself."""
-    base, adapter = adapted_from(path) or (None, path)
+    base, adapter = sources_of(path).adapted or (None, path)
     if base is not None and (adapter / ADAPTER_CONFIG).is_file():
         config = read_adapter_config(adapter)
         ranks = tuple(factor_ranks(adapter / ADAPTER_FILE))

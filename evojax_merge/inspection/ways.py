@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from evojax_merge.checkpoints.config_file import torch_hint
 from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.checkpoints.generator_keys import scheme_of
+from evojax_merge.checkpoints.generator_lora import factor_ranks
 from evojax_merge.checkpoints.pipelines import Pipeline, is_pipeline
-from evojax_merge.checkpoints.single_file_lora import factor_ranks
 
 # The backends; of files of tensors the user's code decides which.
 DECODER, TORCH, FILES = "decoder", "torch", "files"

@@ -45,6 +45,8 @@ LARGEST_RANK, OVERSAMPLING, RANK_TOLERANCE = 64, 8, 1e-3
 OnRead = Callable[[int], None]
 # (what is read, its bytes) -> a block with a progress bar.
 Bar = Callable[[str, int], AbstractContextManager[OnRead]]
+# A layer, None outside of the layers, and a component.
+Place = tuple[int | None, str]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -100,7 +102,7 @@ def measure_distances(models: Sequence[Model], on_read: OnRead = lambda nbytes: 
     return measured
 
 
-def _measure(name: str, place: tuple[int | None, str], held: np.ndarray, entries: Sequence[Tensor]) -> TensorDistances:
+def _measure(name: str, place: Place, held: np.ndarray, entries: Sequence[Tensor]) -> TensorDistances:
     count, members = len(held), np.flatnonzero(held)
     shape, size = entries[0].shape, int(np.prod(entries[0].shape, dtype=np.int64))
     norms, nonfinite = np.zeros(count), np.zeros(count, np.int64)
@@ -222,15 +224,15 @@ def find_base(squared_distances: np.ndarray) -> BaseVerdict:
         return BaseVerdict(None)
     sums = squared_distances.sum(axis=1)
     base = int(sums.argmin())
-    others = [model for model in range(count) if model != base]
     # A model that equals the base is its rival, without a margin.
     margins = {
         model: float((sums[model] - sums[base]) / ((count - 2) * squared_distances[model, base]))
         if squared_distances[model, base] > 0
         else 0.0
-        for model in others
+        for model in range(count)
+        if model != base
     }
-    rival = min(others, key=lambda model: margins[model])
+    rival = min(margins, key=margins.__getitem__)
     return BaseVerdict(base, margins[rival], rival)
 
 
@@ -247,7 +249,7 @@ class TaskVector:
     norm: float
     relative_norm: float
     unchanged: float
-    by_place: Mapping[tuple[int | None, str], float]
+    by_place: Mapping[Place, float]
 
 
 def task_vectors(tensors: Sequence[TensorDistances], base: int, parents: Sequence[int]) -> list[TaskVector]:
@@ -256,7 +258,7 @@ def task_vectors(tensors: Sequence[TensorDistances], base: int, parents: Sequenc
     base_norm = float(np.sqrt(sum(tensor.squared_norms[base] for tensor in tensors)))
     vectors = []
     for parent in parents:
-        squared, of_base = Counter[tuple[int | None, str]](), Counter[tuple[int | None, str]]()
+        squared, of_base = Counter[Place](), Counter[Place]()
         for tensor in tensors:
             squared[tensor.layer, tensor.component] += tensor.squared_distances[parent, base]
             of_base[tensor.layer, tensor.component] += tensor.squared_norms[base]
@@ -271,25 +273,17 @@ def task_vectors(tensors: Sequence[TensorDistances], base: int, parents: Sequenc
     return vectors
 
 
-def task_vector_cosines(squared_distances: np.ndarray, base: int) -> np.ndarray:
-    """`float64[K, K]`: the cosines of the task vectors of K models; NaN for the base and for models that equal it.
-    `⟨d_i, d_j⟩ = (D(i, b) + D(j, b) − D(i, j)) / 2`."""
-    of_base = squared_distances[base]
-    products = (of_base[:, None] + of_base[None, :] - squared_distances) / 2
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return products / np.sqrt(of_base[:, None] * of_base[None, :])
-
-
 @dataclass(frozen=True)
-class SignConflicts:
-    """The entries in which two or more parents differ from the base (`contested`), and those of them in which two
-    parents' task vectors have opposite signs (`conflicts`), of `size` entries. pairs: `int64[P, P]`, the conflicts of
-    two parents, and above the diagonal the entries that both change."""
+class Changes:
+    """The changes of P parents, entry by entry: the entries in which two or more parents differ from the base
+    (`contested`), and those of them in which two parents' task vectors have opposite signs (`conflicts`), of `size`
+    entries. ranks: the largest rank of each parent's changes of matrices, where every one is low; None for any other
+    parent, and for one that changes no matrix."""
 
     size: int
     contested: int
     conflicts: int
-    pairs: np.ndarray
+    ranks: tuple[int | None, ...]
 
     @property
     def share(self) -> float:
@@ -298,16 +292,7 @@ class SignConflicts:
     @property
     def by_chance(self) -> float:
         """The share that independent signs would have, were every contested entry changed by all parents."""
-        return 1 - 2.0 ** (1 - len(self.pairs))
-
-
-@dataclass(frozen=True)
-class Changes:
-    """The changes of P parents, entry by entry. ranks: the largest rank of each parent's changes of matrices, where
-    every one is low; None for any other parent, and for one that changes no matrix."""
-
-    conflicts: SignConflicts
-    ranks: tuple[int | None, ...]
+        return 1 - 2.0 ** (1 - len(self.ranks))
 
 
 def measure_changes(
@@ -316,7 +301,6 @@ def measure_changes(
 ) -> Changes:  # fmt: skip
     """The sign conflicts of the parents' task vectors, and their ranks. Reads the tensors a second time."""
     size = contested = conflicts = 0
-    pairs = np.zeros((len(parents), len(parents)), np.int64)
     # -1: not low. A parent is sketched up to its first matrix of another rank, which is a small one.
     ranks = [0] * len(parents)
     for tensor in sorted(tensors, key=lambda tensor: tensor.size):
@@ -335,37 +319,26 @@ def measure_changes(
                 twice, once = twice | (once & differs), once | differs
             contested += int(np.count_nonzero(twice))
             conflicts += int(np.count_nonzero(above.any(axis=0) & below.any(axis=0)))
-            for i in range(len(parents)):
-                for j in range(i):
-                    pairs[i, j] += np.count_nonzero((above[i] & below[j]) | (below[i] & above[j]))
-                    pairs[j, i] += np.count_nonzero((above[i] | below[i]) & (above[j] | below[j]))
             for number, gram in grams.items():
                 sketch = ((values[number + 1] - values[0]).astype(np.float32) @ directions).astype(np.float64)
                 gram += sketch.T @ sketch
         for number in sketched:
-            rank = _rank(grams[number], limit) if number in grams else -1
-            ranks[number] = max(ranks[number], rank) if rank >= 0 else -1
+            # The numerical rank of a difference, by the Gram matrix of its sketch (Halko, Martinsson, Tropp 2011,
+            # arXiv:0909.4061). Weights that were rounded to 16 bits after a low-rank change differ in the rounding,
+            # too, and have no low rank.
+            squared = np.linalg.eigvalsh(grams[number]) if number in grams else np.zeros(0)
+            rank = int((squared > RANK_TOLERANCE**2 * squared[-1]).sum()) if squared.size else limit + 1
+            ranks[number] = max(ranks[number], rank) if rank <= limit else -1
         for entry in entries:
             entry.release()
         on_read(sum(map(_nbytes, entries)))
-    return Changes(
-        SignConflicts(size, contested, conflicts, pairs), tuple(rank if rank > 0 else None for rank in ranks)
-    )
+    return Changes(size, contested, conflicts, tuple(rank if rank > 0 else None for rank in ranks))
 
 
 @cache
 def _directions(columns: int, count: int) -> np.ndarray:
     """`float32[columns, count]`: fixed random directions, in which a matrix of a smaller rank keeps its rank."""
     return np.random.default_rng(0).standard_normal((columns, count), np.float32)
-
-
-def _rank(gram: np.ndarray, limit: int) -> int:
-    """The numerical rank of a difference, by the Gram matrix of its sketch; -1 where it is above `limit`. Halko,
-    Martinsson, Tropp 2011 (arXiv:0909.4061). Weights that were rounded to 16 bits after a low-rank change differ in the
-    rounding, too, and have no low rank."""
-    squared = np.linalg.eigvalsh(gram)
-    rank = int((squared > RANK_TOLERANCE**2 * squared[-1]).sum())
-    return rank if rank <= limit else -1
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -375,14 +348,13 @@ def _rank(gram: np.ndarray, limit: int) -> int:
 @dataclass(frozen=True)
 class Comparison:
     """The weights of K models, compared. families: the models in groups of related ones, the largest first, or that of
-    a given base. tensors: those that all models of the first family hold. reference: the model that the others of this
-    family are compared with: the base, or the first of two models; None where the family has one model. vectors,
-    cosines, changes: of the others; cosines `float64[P, P]`."""
+    a given base. reference: the model that the others of this family are compared with: the base, or the first of two
+    models; None where the family has one model. vectors, changes: of the others, over the tensors that all of the
+    family hold; cosines: `float64[P, P]`, of their task vectors, NaN for a model that equals the reference."""
 
     measured: Sequence[TensorDistances]
     pairs: Sequence[Pair]
     families: Sequence[Sequence[int]]
-    tensors: Sequence[TensorDistances]
     verdict: BaseVerdict
     reference: int | None
     vectors: Sequence[TaskVector]
@@ -405,7 +377,7 @@ def compare_weights(models: Sequence[Model], base: int | None, bar: Bar, given: 
     distances = sum((tensor.squared_distances[chosen] for tensor in tensors), np.zeros((len(family),) * 2))
     verdict = find_base(distances) if base is None else BaseVerdict(family.index(base), given=given)
     if len(family) < 2 or not tensors:
-        return Comparison(measured, pairs, groups, tensors, verdict, None, (), np.zeros((0, 0)), None)
+        return Comparison(measured, pairs, groups, verdict, None, (), np.zeros((0, 0)), None)
     place = 0 if verdict.base is None else verdict.base
     reference, parents = family[place], [model for model in family if model != family[place]]
     nbytes = sum(_nbytes(models[member].tensors[tensor.name]) for tensor in tensors for member in family)
@@ -418,8 +390,10 @@ def compare_weights(models: Sequence[Model], base: int | None, bar: Bar, given: 
         for adapter, measured in zip(adapters, changes.ranks, strict=True)
     ]  # fmt: skip
     changes = replace(changes, ranks=tuple(ranks))
-    others = [number for number in range(len(family)) if number != place]
-    return Comparison(
-        measured, pairs, groups, tensors, verdict, reference, task_vectors(tensors, reference, parents),
-        task_vector_cosines(distances, place)[np.ix_(others, others)], changes,
-    )  # fmt: skip
+    # ⟨d_i, d_j⟩ = (D(i, b) + D(j, b) − D(i, j)) / 2
+    others = np.delete(np.arange(len(family)), place)
+    to_base, distances = distances[place, others], distances[np.ix_(others, others)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosines = (to_base[:, None] + to_base - distances) / 2 / np.sqrt(to_base[:, None] * to_base)
+    vectors = task_vectors(tensors, reference, parents)
+    return Comparison(measured, pairs, groups, verdict, reference, vectors, cosines, changes)

@@ -162,9 +162,8 @@ def as_json(
 ) -> dict[str, Any]:
     """The inspection as plain data, with models by the names of the report."""
     verdict, family = comparison.verdict, comparison.families[0]
-    changes = comparison.changes
-    ranks = () if changes is None else changes.ranks
-    conflicts = changes.conflicts if changes is not None and len(ranks) > 1 else None
+    ranks = () if comparison.changes is None else comparison.changes.ranks
+    changes = comparison.changes if len(ranks) > 1 else None
     return {
         "models": [
             {
@@ -204,9 +203,9 @@ def as_json(
             }
             for vector, row, rank in zip(comparison.vectors, comparison.cosines, ranks, strict=True)
         ],
-        "sign_conflicts": None if conflicts is None else {
-            "size": conflicts.size, "contested": conflicts.contested, "conflicts": conflicts.conflicts,
-            "share": conflicts.share, "by_chance": conflicts.by_chance,
+        "sign_conflicts": None if changes is None else {
+            "size": changes.size, "contested": changes.contested, "conflicts": changes.conflicts,
+            "share": changes.share, "by_chance": changes.by_chance,
         },
         "tensors": {"in_some_models_alone": partly_held(models), "of_different_shapes": differing_shapes(models)},
         "findings": [{"kind": finding.kind, "text": finding.text} for finding in sentences],

@@ -9,7 +9,6 @@ The weights that come with the package were made by bench/shared/packaged_weight
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from evojax_merge.zoo.tiny_llama import (
     EOS,
     PAD,
     UNKNOWN,
+    Batch,
     Plan,
     Progress,
     Sizes,
@@ -221,7 +221,8 @@ def make_family(folder: Path, seed: int, plan: Plan, progress: Progress = lambda
     """Train the family into an empty folder."""
     training = _save_all_but_weights(folder, seed, plan)
     config = decoder_config(folder / "base" / "config.json")
-    start, batches = fresh_model(config, seed), (base_batch, partial(maths_batch, training=training), japanese_batch)
+    start = fresh_model(config, seed)
+    batches: tuple[Batch, ...] = (base_batch, partial(maths_batch, training=training), japanese_batch)
     for name, batch, steps, peak in zip(MODELS, batches, plan.steps, PEAKS, strict=True):
         model = train_model(folder / name, config, answer_loss, start, batch, steps, peak, (seed, 2), progress)
         start = model if name == "base" else start
@@ -261,7 +262,7 @@ EXPERT_STEPS = {"sums": 500, "differences": 500, "both": 500, "easy_sums": 250, 
 EXPERT_PEAK = 1.5e-3
 
 
-def expert_batches(training: Sums) -> dict[str, Callable[[np.random.Generator, int], np.ndarray]]:
+def expert_batches(training: Sums) -> dict[str, Batch]:
     """The training batches of each of zoo.EXPERTS: a part of those of the family's two experts."""
 
     def japanese(rng: np.random.Generator, count: int, manner: int, shares: tuple[float, ...]) -> np.ndarray:

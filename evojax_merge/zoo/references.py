@@ -6,9 +6,9 @@ from pathlib import Path
 
 from evojax_merge.checkpoints.adapters import is_adapter
 from evojax_merge.checkpoints.derived import EMPTY, SAFETENSORS, reference_to, resolve_model
+from evojax_merge.checkpoints.generator_lora import factor_ranks
 from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.checkpoints.references import hub_id, local_path, resolve
-from evojax_merge.checkpoints.single_file_lora import factor_ranks
 from evojax_merge.errors import InputError
 from evojax_merge.tasks.data_versions import OXEN, check_data_file, oxen_file
 from evojax_merge.tasks.task import local_file

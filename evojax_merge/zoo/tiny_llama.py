@@ -25,6 +25,8 @@ EMBEDDING_STD = 0.02
 
 # Receives a model's name, the steps since the last call, and the loss.
 Progress = Callable[[str, int, float], None]
+# (random numbers, count) -> examples int32[count, …].
+Batch = Callable[[np.random.Generator, int], np.ndarray]
 # (config, model, a batch int32[B, …]) -> the mean loss.
 Loss = Callable[[DecoderConfig, StackedWeights, jax.Array], jax.Array]
 
@@ -92,12 +94,10 @@ def _train_chunk(
 
 def train_model(
     folder: Path, config: DecoderConfig, loss: Loss, model: StackedWeights,
-    batch: Callable[[np.random.Generator, int], np.ndarray], steps: int, peak: float, seed: Sequence[int],
-    progress: Progress,
+    batch: Batch, steps: int, peak: float, seed: Sequence[int], progress: Progress,
 ) -> StackedWeights:  # fmt: skip
-    """Train on `steps` batches, and save the weights in the model's folder, whose name is the model's. batch: (random
-    numbers, count) -> examples int32[count, …]. The learning rate rises to `peak` over a twentieth of the steps, and
-    falls to zero along half a cosine."""
+    """Train on `steps` batches, and save the weights in the model's folder, whose name is the model's. The learning
+    rate rises to `peak` over a twentieth of the steps, and falls to zero along half a cosine."""
     rng, state = np.random.default_rng([*seed, *folder.name.encode()]), ADAM.init(model)
     warm, at = max(1, steps // 20), np.arange(steps)
     falling = 0.5 * (1 + np.cos(np.pi * (at - warm) / max(1, steps - warm)))
