@@ -71,8 +71,7 @@ WITHOUT_FILE_SYSTEM = {
         "checkpoints/writer.py": [
             "write_marker", "ShardWriter.write", "ShardWriter.reserve", "ShardWriter._write_index",
         ],
-        "mergekit/as_adapter.py": ["write_as_adapter"], "mergekit/pipelines.py": ["merge_pipelines"],
-        "mergekit/execute.py": ["merge_to", "_write_small_files", "_write_tokenizer"],
+        "mergekit/as_adapter.py": ["write_as_adapter"], "mergekit/execute.py": ["merge_to", "write_small_files"],
         "system/regular_file.py": ["copy_regular"], "search/run_folder.py": ["keep_winner", "write_front"],
         "zoo/arithmetic.py": ["save_records"], "zoo/ddpm.py": ["make_family.save"],
         "zoo/evovlm.py": ["save_questions", "save_small_files"],

@@ -153,7 +153,7 @@ ALLOWED = {
         "commands/reproduce.py: _without_clock", "commands/search.py: run_search",
         "system/file_system.py: _hidden_name",
         "judge/server.py: application", "mergekit/execute.py: merge_to",
-        "mergekit/pipelines.py: merge_pipelines", "mergekit/stages.py: prepare_stream", "report/loggers.py: __init__",
+        "mergekit/stages.py: prepare_stream", "report/loggers.py: __init__",
         "report/page.py: _vega", "report/stored_run.py: last_stage", "search/kept_scores.py: _file",
         "search/run_folder.py: keep_winner",
         "search/run_folder.py: write_front", "search/run_folder.py: find_member", "search/run_parts.py: step",
@@ -170,7 +170,7 @@ ALLOWED = {
         "backends/torch/generator.py: save_generator", "checkpoints/generator_lora.py: write_fused",
         "checkpoints/generator_lora.py: _save", "checkpoints/pipelines.py: files", "checkpoints/pipelines.py: content",
         "checkpoints/pipelines.py: open_component", "checkpoints/pipelines.py: _copy",
-        "mergekit/pipelines.py: _of_component",
+        "mergekit/pipelines.py: _of_component", "mergekit/pipelines.py: write",
     ],
     "a name that weight_map has checked": [
         "checkpoints/folder.py: _open_shards", "checkpoints/headers.py: _cached", "checkpoints/headers.py: _fetch",

@@ -246,7 +246,7 @@ def test_the_experts_start_from_the_base_and_leave_it(family: Path) -> None:
 @pytest.mark.parametrize("file", ["search.jsonl", "heldout.jsonl"])
 def test_the_files_hold_hard_sums_in_japanese_with_right_answers(family: Path, file: str) -> None:
     lines = (family / file).read_text(encoding="utf-8").splitlines()
-    assert len(lines) == {"search.jsonl": SHORT.search_problems, "heldout.jsonl": SHORT.heldout_problems}[file]
+    assert len(lines) == dict(zip(zoo.FILES, SHORT.examples, strict=True))[file]
     for line in lines:
         record = json.loads(line)
         assert record["prompt"].split()[0] == "いくつ"

@@ -111,16 +111,6 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     return config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
 
 
-def with_vocabulary_size(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """The config with this number of rows for tokens, wherever it says one."""
-    text, result = config.get("text_config"), dict(config)
-    if isinstance(text, dict) and ("vocab_size" in text or "vocab_size" not in config):
-        result["text_config"] = text | {"vocab_size": size}
-    if "vocab_size" in config or not isinstance(text, dict):
-        result["vocab_size"] = size
-    return result
-
-
 @dataclass(frozen=True)
 class Sources:
     """Opened folders of one architecture. `vocabulary`: the alignment of their rows (None: rows stay as they are);

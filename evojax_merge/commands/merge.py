@@ -18,7 +18,7 @@ from evojax_merge.checkpoints.writer import (
 )
 from evojax_merge.errors import InputError, print_warning
 from evojax_merge.mergekit.execute import merge_to
-from evojax_merge.mergekit.pipelines import PipelinePlan, merge_pipelines, prepare_pipelines
+from evojax_merge.mergekit.pipelines import PipelinePlan, prepare_pipelines
 from evojax_merge.mergekit.stages import StreamPlan, merge_stream, prepare_stream
 from evojax_merge.mergekit.streams import RecipeStream, parse_stream, stream_warnings
 from evojax_merge.mergekit.unused_keys import blaming_slips, few_lines, without_unused_keys
@@ -135,7 +135,7 @@ def write_pipeline(pipelines: PipelinePlan, out: Path, options: MergeOptions, te
         card = merge_card(out.name, [pipelines.recipe.method.name], pipelines.models, text)
         card = changed_front_matter(card, {"library_name": "diffusers"})
     with merge_bar("merging", "", sum(plan.nbytes for plan in pipelines.merges.values())) as progress:
-        merge_pipelines(
+        merge_to(
             pipelines, out, card=card, recipe=text if options.card else None, max_shard_bytes=options.max_shard_bytes,
             overwrite=options.overwrite, check=check, progress=progress,
         )  # fmt: skip

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from evojax_merge.checkpoints.adapters import write_adapter
-from evojax_merge.checkpoints.decoder_folder import DecoderFolder
 from evojax_merge.checkpoints.derived import reference_to
 from evojax_merge.checkpoints.folder import is_float
 from evojax_merge.checkpoints.writer import CARD, write_marker
@@ -76,7 +75,7 @@ def prepare_adapter(stream_plan: StreamPlan, rank: int) -> Path:
             recipe.where, f"base_model: {shown(recipe.base)}; expected a model, of which the adapter will be, or "
             "--as model",
         )  # fmt: skip
-    base = _base(merge_plan)
+    base = merge_plan.base
     architecture = known_architecture(base.config.get("model_type"))
     if architecture is None:
         kind = shown(base.config.get("model_type"))
@@ -113,13 +112,6 @@ def prepare_adapter(stream_plan: StreamPlan, rank: int) -> Path:
     return base.path
 
 
-def _base(merge_plan: MergePlan) -> DecoderFolder:
-    """The base of a merge that has one."""
-    recipe = merge_plan.recipe
-    assert recipe.base is not None
-    return merge_plan.sources.folders[recipe.models.index(recipe.base)]
-
-
 def _decoder_tensors(merge_plan: MergePlan) -> dict[str, str]:
     """The tensors that are merged: their names in the merged model's files -> those of the architecture."""
     leader = merge_plan.leader
@@ -140,7 +132,7 @@ def write_as_adapter(
     """Merge, and write the difference to the base as an adapter folder that appears complete or not at all.
     `prepare_adapter` has to accept the merge first. describe: makes the adapter's card from the merge's card and the
     error."""
-    base, tensors = _base(merge_plan), _decoder_tensors(merge_plan)
+    base, tensors = merge_plan.base, _decoder_tensors(merge_plan)
     architecture = find_architecture(base.config["model_type"])
     leaves = {tensor: architecture.leaf_of(tensor) for tensor in tensors.values()}
     factors: dict[str, tuple[np.ndarray, np.ndarray]] = {}

@@ -14,26 +14,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import merge_kernels
 import numpy as np
 from merge_kernels import draw_row_keys
 
-from evojax_merge.checkpoints.config_file import (
-    layer_types,
-)
-from evojax_merge.checkpoints.decoder_folder import (
-    DecoderFolder,
-)
+from evojax_merge.checkpoints.config_file import layer_types
+from evojax_merge.checkpoints.decoder_folder import DecoderFolder
 from evojax_merge.checkpoints.derived import Find, parts_of, resolve_model
 from evojax_merge.checkpoints.folder import STEMS, is_finite, is_float, read_metadata
 from evojax_merge.checkpoints.json_files import read_json_object
-from evojax_merge.checkpoints.parents import (
-    Sources,
-    with_vocabulary_size,
-)
+from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.checkpoints.tokens import (
     TOKENIZER_FILES,
     TokenizerChoice,
@@ -109,6 +102,23 @@ class MergePlan:
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.specs.values())
 
+    @property
+    def base(self) -> DecoderFolder:
+        """The base of a merge that has one."""
+        assert self.recipe.base is not None
+        return self.sources.folders[self.recipe.models.index(self.recipe.base)]
+
+    def write(self, folder: Path, progress: Progress, max_shard_bytes: int) -> None:
+        """Merge into an empty folder."""
+        write_weights(self, folder, progress, max_shard_bytes)
+        write_small_files(self, folder)
+
+
+class WritableMerge(Protocol):
+    """A planned merge: `MergePlan`, or that of a diffusers folder."""
+
+    def write(self, folder: Path, progress: Progress, max_shard_bytes: int) -> None: ...
+
 
 def prepare(
     recipe: RecipeFile,
@@ -149,17 +159,17 @@ def prepare(
             sources.shape(source, tensor), wanted if wanted is not None and is_float(common_dtype) else common_dtype
         )
     specs |= {name: TensorSpec(entry.shape, entry.dtype) for name, entry in leader.other_modules.items()}
+    warnings = [*sources.warnings]
     if sources.vocabulary is None:
-        token_warnings = vocabulary_warnings([folder.path for folder in sources.folders])
-        sources = replace(sources, warnings=(*sources.warnings, *token_warnings))
+        warnings += vocabulary_warnings([folder.path for folder in sources.folders])
     if recipe.on_mismatch == "refuse":
         try:
-            sources = replace(sources, warnings=(*sources.warnings, *check_configs(sources)))
+            warnings += check_configs(sources)
         except InputError as error:
             if strict:
                 raise
-            warning = f"{error}; the merged model gets the config of {leader.path}"
-            sources = replace(sources, warnings=(*sources.warnings, warning))
+            warnings.append(f"{error}; the merged model gets the config of {leader.path}")
+    sources = replace(sources, warnings=tuple(warnings))
     read_json_object(leader.path / "generation_config.json", missing={})  # it is copied, but only if it can be read
     vocabulary = sources.vocabulary
     copied = None if vocabulary is None else vocabulary.copied
@@ -189,7 +199,12 @@ def _merged_config(
     if tied is not None:
         config["tie_word_embeddings"] = tied
     if sources.vocabulary is not None:
-        config = with_vocabulary_size(config, sources.vocabulary.size)
+        # The number of rows for tokens, wherever the config says one.
+        rows, text = {"vocab_size": sources.vocabulary.size}, config.get("text_config")
+        if "vocab_size" in config or not isinstance(text, dict):
+            config |= rows
+        if isinstance(text, dict) and ("vocab_size" in text or "vocab_size" not in leader.config):
+            config["text_config"] = text | rows
     number = sources.folders.index(leader)
     for module, module_layout in zip(recipe.modules, module_layouts(recipe, layouts), strict=True):
         layers = sum(len(rows) for rows in module_layout[number].stacks.values())
@@ -357,7 +372,7 @@ def merged_tensors(merge_plan: MergePlan, names: list[str]) -> Iterator[np.ndarr
 
 
 def merge_to(
-    merge_plan: MergePlan,
+    plan: WritableMerge,
     target: Path,
     *,
     card: str | None,
@@ -367,22 +382,14 @@ def merge_to(
     check: Callable[[], None] = lambda: None,
     progress: Progress = lambda done: None,
 ) -> None:
-    """Write the merged model as a Hugging Face folder that appears complete or not at all; see `atomic_folder`. `card`
-    and `recipe` are the texts of the model's card and of its recipe, None: no such file."""
+    """Write the merged model as a folder that appears complete or not at all; see `atomic_folder`. `card` and `recipe`
+    are the texts of the model's card and of its recipe, None: no such file."""
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
-        write_weights(merge_plan, folder, progress, max_shard_bytes)
-        _write_small_files(merge_plan, folder)
+        plan.write(folder, progress, max_shard_bytes)
         for name, text in ((CARD, None if card is None else escaped_lines(card)), (RECIPE, recipe)):
             if text is not None:
                 (folder / name).write_text(text, encoding="utf-8")
         write_marker(folder)
-
-
-def write_outline(merge_plan: MergePlan, folder: Path) -> None:
-    """Write the merged model without its weights: the weight files have headers alone, which suffice to plan a later
-    merge."""
-    ShardWriter(folder, merge_plan.specs).reserve()
-    _write_small_files(merge_plan, folder)
 
 
 def write_weights(
@@ -402,7 +409,7 @@ def write_weights(
             progress(merge_plan.specs[name].nbytes)
 
 
-def _write_small_files(merge_plan: MergePlan, folder: Path) -> None:
+def write_small_files(merge_plan: MergePlan, folder: Path) -> None:
     """Config, tokenizer and the settings of generation."""
     merged = [merge_plan.specs[tensor_plan.name].dtype for tensor_plan in merge_plan.rows]
     dtypes = {str(dtype) for dtype in merged if is_float(dtype)}
@@ -415,23 +422,17 @@ def _write_small_files(merge_plan: MergePlan, folder: Path) -> None:
         # A larger model's config and its decoder's settings both name the dtype.
         config = with_dtype(merge_plan.leader.whole_config(with_dtype(merge_plan.config)))
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if merge_plan.tokenizer is not None:
-        _write_tokenizer(merge_plan, merge_plan.tokenizer, folder)
-    for name in ("generation_config.json", *PROCESSOR_FILES):
-        if (merge_plan.leader.path / name).exists():
-            what = "a processor's settings" if name in PROCESSOR_FILES else "a JSON file"
-            copy_regular(merge_plan.leader.path / name, folder / name, what)
-
-
-def _write_tokenizer(merge_plan: MergePlan, source: Path, folder: Path) -> None:
-    vocabulary = merge_plan.sources.vocabulary
-    made = None if vocabulary is None or vocabulary.copied is not None else vocabulary.tokenizer
-    if made is not None or merge_plan.chat_template is not None:
-        tokenizer = load_tokenizer(source) if made is None else made
-        if merge_plan.chat_template is not None:
-            tokenizer.chat_template = merge_plan.chat_template
+    copied = [(merge_plan.leader.path / "generation_config.json", "a JSON file")]
+    copied += [(merge_plan.leader.path / name, "a processor's settings") for name in PROCESSOR_FILES]
+    source, vocabulary, template = merge_plan.tokenizer, merge_plan.sources.vocabulary, merge_plan.chat_template
+    united = None if vocabulary is None or vocabulary.copied is not None else vocabulary.tokenizer
+    if source is not None and (united is not None or template is not None):
+        tokenizer = load_tokenizer(source) if united is None else united
+        if template is not None:
+            tokenizer.chat_template = template
         tokenizer.save_pretrained(folder)
-        return
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            copy_regular(source / name, folder / name, "a tokenizer's")
+    elif source is not None:
+        copied = [*((source / name, "a tokenizer's") for name in TOKENIZER_FILES), *copied]
+    for file, what in copied:
+        if file.exists():
+            copy_regular(file, folder / file.name, what)

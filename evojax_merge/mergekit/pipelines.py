@@ -1,18 +1,15 @@
 """Merges of diffusers folders: a recipe's merge for each component that is merged, and copies of the others."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evojax_merge.checkpoints.decoder_folder import PROJECTOR
 from evojax_merge.checkpoints.derived import Find
 from evojax_merge.checkpoints.pipelines import MERGE, Components, Pipeline, choose_components, is_pipeline
-from evojax_merge.checkpoints.writer import CARD, MAX_SHARD_BYTES, RECIPE, write_marker
-from evojax_merge.errors import InputError, escaped_lines
+from evojax_merge.errors import InputError
 from evojax_merge.mergekit.execute import MergePlan, Progress, prepare, write_weights
 from evojax_merge.mergekit.schema import RecipeFile
 from evojax_merge.mergekit.streams import RecipeStream, stage_of
-from evojax_merge.system.file_system import atomic_folder
 
 # The keys of a recipe that are about a language model's tokens, layers or other modules.
 FOREIGN = ("tokenizer", "chat_template", "ends", "other_modules")
@@ -52,6 +49,12 @@ class PipelinePlan:
     def inputs(self) -> list[Path]:
         """The files and folders that are read."""
         return [*self.models.values(), self.recipe.path]
+
+    def write(self, folder: Path, progress: Progress, max_shard_bytes: int) -> None:
+        """Merge into an empty folder."""
+        self.components.write_others(folder)
+        for name, plan in self.merges.items():
+            write_weights(plan, folder / name, progress, max_shard_bytes)
 
 
 def prepare_pipelines(
@@ -106,18 +109,3 @@ def _of_component(recipe: RecipeFile, models: dict[str, Path], name: str) -> Rec
     base = None if recipe.base is None else folders[recipe.base]
     # The keys of `components` are of the folder, whose component is a model by itself.
     return replace(recipe, base=base, modules=(replace(module, slices=slices),), components={})
-
-
-def merge_pipelines(
-    plan: PipelinePlan, target: Path, *, card: str | None, recipe: str | None, max_shard_bytes: int = MAX_SHARD_BYTES,
-    overwrite: bool = False, check: Callable[[], None] = lambda: None, progress: Progress = lambda done: None,
-) -> None:  # fmt: skip
-    """Write the merged pipeline as a diffusers folder that appears complete or not at all; see `merge_to`."""
-    with atomic_folder(target, overwrite=overwrite, check=check) as folder:
-        plan.components.write_others(folder)
-        for name, merge_plan in plan.merges.items():
-            write_weights(merge_plan, folder / name, progress, max_shard_bytes)
-        for name, text in ((CARD, None if card is None else escaped_lines(card)), (RECIPE, recipe)):
-            if text is not None:
-                (folder / name).write_text(text, encoding="utf-8")
-        write_marker(folder)

@@ -13,7 +13,7 @@ from evojax_merge.checkpoints.generator_keys import blocks_of
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.mergekit.modules import MODULES, module_of
 from evojax_merge.mergekit.schema import (
-    FILTER_KEYS,
+    KEYS,
     MAX_NUMBER,
     Module,
     RecipeFile,
@@ -101,7 +101,7 @@ def evaluate_setting(
         share = position - low
         return (1 - share) * setting[low] + share * setting[high]
     for entry in setting:
-        entry = checked_mapping(where, entry, FILTER_KEYS)
+        entry = checked_mapping(where, entry, KEYS["filter"])
         wanted = entry.get("filter")
         if wanted in (None, "*") or matches(tensor, wanted):
             return evaluate_setting(where, tensor, entry.get("value"), t, read, matches)

@@ -8,7 +8,7 @@ slices: `ends`, the model whose embedding and head the result has, and `gain_off
 tensors before `scale` multiplies them, and subtracted after.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,26 @@ from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.plugins import HINT
 
 # The keys of each section.
-TOP_KEYS = {
-    "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer", "chat_template", "random_seed", "ends", "gain_offsets",
-    "other_modules", "on_mismatch", "components",
+KEYS: dict[str, frozenset[str]] = {
+    name: frozenset(keys)
+    for name, keys in {
+        "document": (
+            "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
+            "tokenizer_source", "tokenizer", "chat_template", "random_seed", "ends", "gain_offsets", "other_modules",
+            "on_mismatch", "components",
+        ),
+        "module": ("models", "slices", "parameters"),
+        "slice": ("sources", "parameters", "base_model"),
+        "model": ("model", "parameters"),
+        "source": ("model", "parameters", "layer_range"),
+        "filter": ("filter", "value"),
+        "pair": ("model", "lora"),
+        "path": ("path", "revision"),
+        "tokenizer": ("source", "tokens", "pad_to_multiple_of"),
+        "token": ("source", "force"),
+        "row": ("kind", "model", "token", "token_id"),
+    }.items()
 }  # fmt: skip
-MODULE_KEYS = {"models", "slices", "parameters"}
-SLICE_KEYS = {"sources", "parameters", "base_model"}
-MODEL_KEYS = {"model", "parameters"}
-SOURCE_KEYS = MODEL_KEYS | {"layer_range"}
-FILTER_KEYS = {"filter", "value"}
-REFERENCE_KEYS = {"model", "lora"}
-PATH_KEYS = {"path", "revision"}
-TOKENIZER_KEYS = {"source", "tokens", "pad_to_multiple_of"}
-TOKEN_KEYS = {"source", "force"}
-TOKEN_SOURCE_KEYS = {"kind", "model", "token", "token_id"}
 # A recipe has one of these keys.
 FORMS = ("models", "slices", "modules")
 # Merging is done in float32; the result may be written in float64 as well.
@@ -148,7 +153,7 @@ class RecipeFile:
         return None if source in ("union", "base") or source in self.models else source
 
 
-def checked_mapping(where: str, value: Any, known: set[str]) -> dict[str, Any]:
+def checked_mapping(where: str, value: Any, known: Collection[str]) -> dict[str, Any]:
     """The value as a mapping of known keys. Raises InputError for anything else, naming the first unknown key."""
     if not isinstance(value, dict):
         raise InputError(where, f"expected a mapping, found {type(value).__name__}")
@@ -166,7 +171,7 @@ def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeF
     """A mergekit recipe as plain data. Relative paths start in the folder of `path`; `where`: the recipe's name in
     messages, None: the path. Raises InputError."""
     where = str(path) if where is None else where
-    top = checked_mapping(where, document, TOP_KEYS)
+    top = checked_mapping(where, document, KEYS["document"])
     name = top.get("merge_method")
     if not isinstance(name, str):
         raise InputError(where, f"merge_method: {name!r}; expected one of {', '.join(METHODS)}")
@@ -216,7 +221,7 @@ def _form(where: str, section: dict[str, Any], forms: Sequence[str]) -> str:
 
 
 def _module(where: str, name: str, section: Any, method: Method, base: str | None) -> Module:
-    section = checked_mapping(where, section, MODULE_KEYS)
+    section = checked_mapping(where, section, KEYS["module"])
     form = _form(where, section, FORMS[:2])
     settings = _settings(f"{where}.parameters", section.get("parameters"), method)
     return Module(name, _slices(f"{where}.", section, form, method, base), settings)
@@ -229,7 +234,7 @@ def _slices(prefix: str, section: dict[str, Any], form: str, method: Method, bas
         raise InputError(prefix.rstrip(".: "), f"{form}: expected a list that is not empty")
     if form == "slices":
         return tuple(_slice(f"{prefix}slices[{i}]", entry, method, base) for i, entry in enumerate(entries))
-    sources = [_source(f"{prefix}models[{i}]", entry, method, MODEL_KEYS) for i, entry in enumerate(entries)]
+    sources = [_source(f"{prefix}models[{i}]", entry, method, KEYS["model"]) for i, entry in enumerate(entries)]
     if base is not None and all(source.model != base for source in sources):
         sources.insert(0, Source(base, sources[0].first, {}))
     return (Slice(None, tuple(sources), {}, base),)
@@ -249,7 +254,9 @@ def _on_mismatch(where: str, value: Any) -> Setting:
     entries = setting if isinstance(setting, list) else [setting]
     for entry in entries:
         word = (
-            checked_mapping(f"{where}: on_mismatch", entry, FILTER_KEYS).get("value") if entry is not setting else entry
+            checked_mapping(f"{where}: on_mismatch", entry, KEYS["filter"]).get("value")
+            if entry is not setting
+            else entry
         )
         if word not in ON_MISMATCH:
             expected = f"one of {', '.join(ON_MISMATCH)}, or a list of {{filter: …, value: …}}"
@@ -323,7 +330,7 @@ def _reference(where: str, value: Any) -> str:
     if isinstance(value, dict) and "path" in value and "model" not in value:
         value = _path(where, value)
     if isinstance(value, dict):
-        value = checked_mapping(where, value, REFERENCE_KEYS)
+        value = checked_mapping(where, value, KEYS["pair"])
         if "model" not in value:
             raise InputError(where, "model: missing")
         value = "+".join(_path(where, value[key]) for key in ("model", "lora") if value.get(key) is not None)
@@ -333,14 +340,14 @@ def _reference(where: str, value: Any) -> str:
 
 
 def _path(where: str, value: Any) -> str:
-    value = checked_mapping(where, value, PATH_KEYS) if isinstance(value, dict) else {"path": value}
+    value = checked_mapping(where, value, KEYS["path"]) if isinstance(value, dict) else {"path": value}
     path, revision = value.get("path"), value.get("revision")
     if not isinstance(path, str) or not isinstance(revision, (str, type(None))):
         raise InputError(where, f"{value!r}; expected a path or hub id, and the name of its revision")
     return path if revision is None else f"{path}@{revision}"
 
 
-def _source(where: str, entry: Any, method: Method, keys: set[str]) -> Source:
+def _source(where: str, entry: Any, method: Method, keys: frozenset[str]) -> Source:
     entry = checked_mapping(where, entry, keys)
     for key in sorted(keys - {"parameters"}):
         if key not in entry:
@@ -363,11 +370,11 @@ def _layer_range(where: str, value: Any) -> tuple[int, int]:
 
 
 def _slice(where: str, entry: Any, method: Method, base: str | None) -> Slice:
-    entry = checked_mapping(where, entry, SLICE_KEYS)
+    entry = checked_mapping(where, entry, KEYS["slice"])
     if not isinstance(entry.get("sources"), list) or not entry["sources"]:
         raise InputError(where, "sources: expected a list that is not empty")
     sources = [
-        _source(f"{where}.sources[{i}]", source, method, SOURCE_KEYS) for i, source in enumerate(entry["sources"])
+        _source(f"{where}.sources[{i}]", source, method, KEYS["source"]) for i, source in enumerate(entry["sources"])
     ]
     ranges = [_layer_range(where, source["layer_range"]) for source in entry["sources"]]
     counts = {end - first for first, end in ranges}
@@ -408,7 +415,7 @@ def _check_setting(where: str, name: str, setting: Any) -> None:
             if not filtered:
                 _check_setting(where, name, entry)
                 continue
-            entry = checked_mapping(f"{where}: {name}", entry, FILTER_KEYS)
+            entry = checked_mapping(f"{where}: {name}", entry, KEYS["filter"])
             if not isinstance(entry.get("filter"), (str, type(None))):
                 raise InputError(where, f"{name}: filter: {entry['filter']!r}; expected a part of tensors' names")
             _check_setting(where, name, entry.get("value"))
@@ -427,7 +434,7 @@ def _tokenizer(where: str, top: dict[str, Any]) -> TokenizerSetting | None:
     if section is None:
         return None
     where = f"{where}: tokenizer"
-    section = checked_mapping(where, section, TOKENIZER_KEYS)
+    section = checked_mapping(where, section, KEYS["tokenizer"])
     tokens = section.get("tokens") or {}
     if not isinstance(tokens, dict):
         raise InputError(where, "tokens: expected a mapping from token to its source")
@@ -443,7 +450,7 @@ def _tokenizer(where: str, top: dict[str, Any]) -> TokenizerSetting | None:
 
 
 def _token(where: str, entry: Any) -> TokenSetting:
-    entry = checked_mapping(where, entry, TOKEN_KEYS)
+    entry = checked_mapping(where, entry, KEYS["token"])
     source, force = entry.get("source"), entry.get("force", False)
     if not isinstance(force, bool):
         raise InputError(where, f"force: {force!r}; expected true or false")
@@ -451,7 +458,7 @@ def _token(where: str, entry: Any) -> TokenSetting:
         return TokenSetting(_reference(f"{where}.source", source), None, force)
     if not isinstance(source, dict):
         raise InputError(where, "source: expected a model, {kind: zero} or {kind: model_token, model: …, token: …}")
-    source = checked_mapping(f"{where}.source", source, TOKEN_SOURCE_KEYS)
+    source = checked_mapping(f"{where}.source", source, KEYS["row"])
     if source.get("kind") == "zero":
         return TokenSetting(None, None, force)
     given = [key for key in ("token", "token_id") if source.get(key) is not None]

@@ -14,8 +14,9 @@ from typing import TypeVar
 
 from evojax_merge.checkpoints.derived import FindModel, parts_of, resolve_model
 from evojax_merge.checkpoints.folder import Folder
+from evojax_merge.checkpoints.writer import ShardWriter
 from evojax_merge.errors import InputError, printable
-from evojax_merge.mergekit.execute import MergePlan, Progress, prepare, write_outline, write_weights
+from evojax_merge.mergekit.execute import MergePlan, Progress, prepare, write_small_files, write_weights
 from evojax_merge.mergekit.streams import RecipeStream, stage_of
 from evojax_merge.system.file_system import hidden_folder, recover, remove_folder
 
@@ -128,7 +129,9 @@ def prepare_stream(
             merge_plan = prepare(stage.recipe, None, seed, allow_nonfinite, find_model, True, allow_crimes, strict)
             folder = work / f"{number}-{re.sub(r'[^A-Za-z0-9_.-]', '-', stage.name)[:60]}"
             folder.mkdir()
-            write_outline(merge_plan, folder)
+            # Headers alone suffice to plan a later merge.
+            ShardWriter(folder, merge_plan.specs).reserve()
+            write_small_files(merge_plan, folder)
             folders[stage.name] = folder
             stages.append(StagePlan(stage.name, merge_plan, folder))
         result = prepare(stream.result, dtype, seed, allow_nonfinite, find_model, copy_tokenizer, allow_crimes, strict)

@@ -13,7 +13,7 @@ from evojax_merge.checkpoints.derived import ignored_revisions, split_reference
 from evojax_merge.checkpoints.references import local_path
 from evojax_merge.errors import InputError, shown
 from evojax_merge.mergekit.other_formats import other_format
-from evojax_merge.mergekit.schema import TOP_KEYS, RecipeFile, checked_mapping, parse_recipe
+from evojax_merge.mergekit.schema import KEYS, RecipeFile, checked_mapping, parse_recipe
 from evojax_merge.schema.yaml_reader import load_documents
 
 
@@ -79,7 +79,7 @@ def _stage(path: Path, where: str, document: Any) -> Stage:
     message = other_format(document)
     if message is not None:
         raise InputError(where, message)
-    top = checked_mapping(where, document, TOP_KEYS | {"name"})
+    top = checked_mapping(where, document, KEYS["document"] | {"name"})
     name = top.get("name")
     if name is None:
         name = ""

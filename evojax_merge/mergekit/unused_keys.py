@@ -17,20 +17,7 @@ from merge_kernels import METHODS, Method, Parameter
 from evojax_merge.errors import InputError, nearest, printable, shown
 from evojax_merge.mergekit.other_formats import other_format
 from evojax_merge.mergekit.plan import read_number, read_switch
-from evojax_merge.mergekit.schema import (
-    FILTER_KEYS,
-    MODEL_KEYS,
-    MODULE_KEYS,
-    PATH_KEYS,
-    REFERENCE_KEYS,
-    SLICE_KEYS,
-    SOURCE_KEYS,
-    TOKEN_KEYS,
-    TOKEN_SOURCE_KEYS,
-    TOKENIZER_KEYS,
-    TOP_KEYS,
-    parameter_names,
-)
+from evojax_merge.mergekit.schema import KEYS, parameter_names
 from evojax_merge.mergekit.templates import CHAT_TEMPLATES
 
 # The maximum of reported unused keys.
@@ -45,38 +32,30 @@ ADVICE = {
 }
 
 
-# The sections of a recipe: their keys, the reason why another key is ignored, and the kinds of their parts, which are
-# sections, lists `[…]` and mappings `{…}` of sections, and methods of `_RecipeNormaliser`.
-SECTIONS: dict[str, tuple[Collection[str], str, Mapping[str, str]]] = {
+# The sections of a recipe: the reason why a key that is none of theirs is ignored, and the kinds of their parts, which
+# are sections, lists `[…]` and mappings `{…}` of sections, and methods of `_RecipeNormaliser`.
+_SLICED = {"models": "[model]", "slices": "[slice]", "parameters": "settings"}
+_MODEL = ("a model has no such key here", {"model": "reference", "parameters": "own_settings"})
+SECTIONS: dict[str, tuple[str, Mapping[str, str]]] = {
     "document": (
-        TOP_KEYS | {"name"}, "a recipe has no such key",
-        {"base_model": "reference", "ends": "reference", "tokenizer_source": "reference", "parameters": "settings",
-         "on_mismatch": "filters", "tokenizer": "tokenizer", "modules": "{module}", "models": "[model]",
-         "slices": "[slice]", "chat_template": "chat_template"},
+        "a recipe has no such key",
+        {**_SLICED, "base_model": "reference", "ends": "reference", "tokenizer_source": "reference",
+         "on_mismatch": "filters", "tokenizer": "tokenizer", "modules": "{module}", "chat_template": "chat_template"},
     ),
-    "module": (
-        MODULE_KEYS, "a module has no such key",
-        {"models": "[model]", "slices": "[slice]", "parameters": "settings"},
-    ),
+    "module": ("a module has no such key", _SLICED),
     "slice": (
-        SLICE_KEYS, "a slice has no such key",
-        {"sources": "[source]", "parameters": "settings", "base_model": "reference"},
+        "a slice has no such key", {"sources": "[source]", "parameters": "settings", "base_model": "reference"}
     ),
-    "model": (
-        MODEL_KEYS, "a model has no such key here", {"model": "reference", "parameters": "own_settings"},
-    ),
-    "source": (
-        SOURCE_KEYS, "a model has no such key here", {"model": "reference", "parameters": "own_settings"},
-    ),
-    "pair": (REFERENCE_KEYS, "a model has no such key", {"model": "path", "lora": "path"}),
-    "path": (PATH_KEYS, "a path has no such key", {}),
-    "filter": (FILTER_KEYS, "a filter has no such key", {}),
+    "model": _MODEL,
+    "source": _MODEL,
+    "pair": ("a model has no such key", {"model": "path", "lora": "path"}),
+    "path": ("a path has no such key", {}),
+    "filter": ("a filter has no such key", {}),
     "tokenizer": (
-        TOKENIZER_KEYS, "a tokenizer has no such key",
-        {"source": "reference", "tokens": "tokens", "pad_to_multiple_of": "whole"},
+        "a tokenizer has no such key", {"source": "reference", "tokens": "tokens", "pad_to_multiple_of": "whole"}
     ),
-    "token": (TOKEN_KEYS, "a token has no such key", {"source": "token_source", "force": "switch"}),
-    "row": (TOKEN_SOURCE_KEYS, "it has no such key", {"model": "reference", "token_id": "whole"}),
+    "token": ("a token has no such key", {"source": "token_source", "force": "switch"}),
+    "row": ("it has no such key", {"model": "reference", "token_id": "whole"}),
 }  # fmt: skip
 # The sections of a model with parameters of its own.
 MODELS = ("model", "source")
@@ -143,7 +122,8 @@ class _RecipeNormaliser:
             return value if named is None else {k: self.normalised(inner, f"{place}.{k}", item) for k, item in named}
         if kind not in SECTIONS:
             return getattr(self, kind)(place, value)
-        keys, why, parts = SECTIONS[kind]
+        why, parts = SECTIONS[kind]
+        keys = KEYS[kind] | ({"name"} if kind == "document" else frozenset())
         if kind in MODELS:
             self.model = value.get("model") if isinstance(value, dict) else None
         section = self._known(place, value, keys, why)
