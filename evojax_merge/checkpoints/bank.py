@@ -170,8 +170,9 @@ class LeafReader:
         return dict(zip(np.ndindex(grid), leaf_tensors(self.config, self.leaf), strict=True))
 
     @property
-    def _first_parent(self) -> int:
-        return int(self.spec.options.has_base)
+    def _parents(self) -> range:
+        """The numbers of the parents among the sources."""
+        return range(int(self.spec.options.has_base), len(self.sources.folders))
 
     @property
     def _part(self) -> Part:
@@ -217,10 +218,7 @@ class LeafReader:
         """Read this process's part of a tensor of all sources into its place in `arrays`. Raises InputError where one
         holds NaN or infinity, which would spoil every score."""
         for s, tensor in enumerate(self._views(place, arrays)):
-            if arrays.factors is None:
-                self.sources.read_into(s, name, tensor, self._part)
-            else:
-                self.sources.read_core_into(name, tensor, self._part)
+            self.sources.read_into(None if arrays.factors is not None else s, name, tensor, self._part)
         self._read_factors(name, place, arrays)
 
     def _read_factors(self, name: str, place: tuple[int, ...], arrays: LeafBank) -> None:
@@ -228,8 +226,8 @@ class LeafReader:
         if factors is None or layout is None:
             return
         parts = [self._part_of(spec, 2) for spec in (layout.a, layout.b)]
-        for k in range(self._parents):
-            a, b = self.sources.finite_factors(self._first_parent + k, name)
+        for k, source in enumerate(self._parents):
+            a, b = self.sources.finite_factors(source, name)
             of_parent = (*place[:1], k, *place[1:])
             into_a, into_b = np.asarray(factors.a)[of_parent], np.asarray(factors.b)[of_parent]
             into_a[: len(a)], into_b[:, : len(b.T)] = a[parts[0]], b[parts[1]]
@@ -296,13 +294,9 @@ class LeafReader:
             tensors = [sources.load(s, name) for s in range(len(sources.folders))] if spec.method.measures else []
 
         def row_keys(k: int) -> np.ndarray:
-            return draw_row_keys(spec.seed, sources.digest(self._first_parent + k, name), sources.shape(0, name))
+            return draw_row_keys(spec.seed, sources.digest(self._parents[k], name), sources.shape(0, name))
 
-        return tabulate(spec.method, spec.options, tensors, spec.prepared_for(self._parents), row_keys)
-
-    @property
-    def _parents(self) -> int:
-        return len(self.sources.folders) - self._first_parent
+        return tabulate(spec.method, spec.options, tensors, spec.prepared_for(len(self._parents)), row_keys)
 
     def _views(self, place: tuple[int, ...], arrays: Any) -> list[np.ndarray]:
         """The parts of `arrays.sources` that a tensor of each source is read into."""

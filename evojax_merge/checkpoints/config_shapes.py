@@ -7,7 +7,6 @@ such a model has several sizes of it.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from evojax_merge.checkpoints.config_file import check_values
@@ -20,11 +19,19 @@ from evojax_merge.models.config import DecoderConfig
 
 # The name of a layer's tensor, by the outermost list of layers.
 LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|layer|h|blocks|block)\.)(?P<index>[0-9]{1,9})\.(?P<tail>.+)$")
-ATTENTION = re.compile(
+# The matrices of attention and of gated MLPs, and the names of their rows and columns in `_layer_sizes`.
+MATRIX = re.compile(
     r"(?:self_attn|self_attention|attention|attn)\.(?:self\.|attention\.)?"
-    r"(?P<kind>[qkvo]_proj|query|key|value|out_proj)\.weight"
+    r"(?P<attention>[qkvo]_proj|query|key|value|out_proj)\.weight"
+    r"|(?:mlp\.)?(?P<mlp>gate_proj|up_proj|down_proj)\.weight"
 )
-MLP = re.compile(r"(?:mlp\.)?(?P<kind>gate_proj|up_proj|down_proj)\.weight")
+MATRICES = {
+    **dict.fromkeys(("q_proj", "query"), ("queries", "hidden")),
+    **dict.fromkeys(("k_proj", "v_proj", "key", "value"), ("keys", "hidden")),
+    **dict.fromkeys(("o_proj", "out_proj"), ("hidden", "queries")),
+    **dict.fromkeys(("gate_proj", "up_proj"), ("mlp", "hidden")), "down_proj": ("hidden", "mlp"),
+}  # fmt: skip
+HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
 # The first matrix of an MLP of two, which some architectures keep transposed, and some widen for a gate.
 TWO_MATRICES = re.compile(r"(?:mlp\.)?(?:c_fc|fc1|fc_in|dense_h_to_4h)\.weight|intermediate\.dense\.weight")
 # The names under which larger models keep their text decoder.
@@ -104,105 +111,72 @@ def _fault(
 # Architectures that are not known
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Sizes of one stack of layers, by the keys that most configs have."""
-
-    values: Mapping[str, Any]
-
-    def size(self, key: str, kind: str, alike: tuple[str, ...] = ()) -> int | None:
-        """The value of a key; None where it is no size, or where keys other than `alike` describe the same `kind`."""
-        value = self.values.get(key)
-        others = (other for other in self.values if kind in other and other not in (key, *alike))
-        is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        return value if is_size and next(others, None) is None else None
-
-    @property
-    def hidden(self) -> int | None:
-        return self.size("hidden_size", "hidden_size")
-
-    def attention_rows(self) -> tuple[int | None, int | None]:
-        """Rows of the projection of queries, and of those of keys and values."""
-        keys = ("num_attention_heads", "num_key_value_heads")
-        alike = (*keys, "head_dim")
-        heads = self.size(keys[0], "head", alike)
-        kv_heads = heads if self.values.get(keys[1]) is None else self.size(keys[1], "head", alike)
-        dim = self.size("head_dim", "head", alike)
-        if heads and self.hidden and self.values.get("head_dim") is None:
-            dim = self.hidden // heads
-        return heads and dim and heads * dim, kv_heads and dim and kv_heads * dim
+def _size(config: Mapping[str, Any], key: str, kind: str, alike: tuple[str, ...] = ()) -> int | None:
+    """The value of a key; None where it is no size, or where keys other than `alike` describe the same `kind`."""
+    value = config.get(key)
+    is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return value if is_size and all(other in (key, *alike) for other in config if kind in other) else None
 
 
-def _text_settings(folder: DecoderFolder) -> tuple[Settings, Mapping[int, Mapping[str, Tensor]], str] | None:
-    """Settings of a model's only stack of layers, or of its text decoder's; the tensors of each layer, by the ends of
-    their names; and the beginning of the stack's names. None where there are several stacks, where layers
-    differ, and for a config without a vocabulary."""
+def _layer_sizes(config: Mapping[str, Any]) -> dict[str, int | None]:
+    """The sizes of a layer's matrices, by their names in `MATRICES`; None: unknown."""
+    hidden, alike = _size(config, "hidden_size", "hidden_size"), (HEADS, KV_HEADS, "head_dim")
+    heads = _size(config, HEADS, "head", alike)
+    kv_heads = heads if config.get(KV_HEADS) is None else _size(config, KV_HEADS, "head", alike)
+    dim = _size(config, "head_dim", "head", alike)
+    if heads and hidden and config.get("head_dim") is None:
+        dim = hidden // heads
+    return {
+        "hidden": hidden, "mlp": _size(config, "intermediate_size", "intermediate"),
+        "queries": heads and dim and heads * dim, "keys": kv_heads and dim and kv_heads * dim,
+    }  # fmt: skip
+
+
+def _usual_shapes(folder: DecoderFolder) -> Iterator[tuple[str, Size]]:
+    """Tensors of a folder's only stack of layers, or of its text decoder's, with the shapes that the usual keys imply;
+    None in a shape: any size. Raises InputError where config.json says another number of layers than the tensors.
+    Yields nothing for several stacks, layers that differ, and a config without a vocabulary."""
     stacks: dict[str, dict[int, dict[str, Tensor]]] = {}
     for name, tensor in folder.entries.items():
         match = LAYER.match(name)
         if match is not None:
             stacks.setdefault(match["stack"], {}).setdefault(int(match["index"]), {})[match["tail"]] = tensor
     config: Any = folder.config
-    parts = [value for value in config.values() if isinstance(value, dict) and "hidden_size" in value]
-    if parts:
+    if any(isinstance(value, dict) and "hidden_size" in value for value in config.values()):
         config = config.get("text_config")
         stacks = {stack: layers for stack, layers in stacks.items() if TEXT.search(stack)}
     # Encoders of images and sounds give these keys other meanings.
     if not isinstance(config, dict) or "vocab_size" not in config or any(map(LAYERS_DIFFER.search, config)):
-        return None
-    if len(stacks) != 1:
-        return None
-    (stack, layers), *_ = stacks.items()
-    return Settings(config), layers, stack
-
-
-def _usual_shapes(folder: DecoderFolder) -> Iterator[tuple[str, Size]]:
-    """Tensors of a folder with the shapes that the usual keys imply; None in a shape: any size. Raises InputError where
-    config.json says another number of layers than the tensors."""
-    text = _text_settings(folder)
-    if text is None:
         return
-    settings, layers, stack = text
-    depth = settings.size("num_hidden_layers", "num_hidden_layers")
+    if len(stacks) != 1:
+        return
+    (stack, layers), *_ = stacks.items()
+    sizes, depth = _layer_sizes(config), _size(config, "num_hidden_layers", "num_hidden_layers")
+    hidden, mlp, queries = sizes["hidden"], sizes["mlp"], sizes["queries"]
     # A model without a hidden size may count other layers; one that runs its layers several times counts each time.
-    is_other = depth is not None and depth % len(layers) > 0 and settings.hidden is not None
-    if is_other and ((depth or 0) > len(layers) or not any(map(MORE_LAYERS.search, settings.values))):
+    is_other = depth is not None and depth % len(layers) > 0 and hidden is not None
+    if is_other and ((depth or 0) > len(layers) or not any(map(MORE_LAYERS.search, config))):
         raise InputError(folder.where, f"num_hidden_layers: {depth}, but its tensors are of {len(layers)}")
     name = find_token_tensors(folder).embedding
     embedding, is_part = folder.entries.get(name), TEXT.search(stack) is not None
     is_named = name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS
     if embedding is not None and len(embedding.shape) == 2 and is_named and not (is_part and not TEXT.search(name)):
-        rows = settings.size("vocab_size", "vocab", ("type_vocab_size",))
+        rows = _size(config, "vocab_size", "vocab", ("type_vocab_size",))
         # Larger models may have rows for images besides, and some architectures project another width to the hidden
         # size.
         rows = None if is_part and rows is not None and embedding.shape[0] > rows else rows
-        widths = [value for key, value in settings.values.items() if "emb" in key or key == "hidden_size"]
-        yield name, (rows, None if embedding.shape[1] in widths else settings.hidden)
-    queries, keys = settings.attention_rows()
+        widths = [value for key, value in config.items() if "emb" in key or key == "hidden_size"]
+        yield name, (rows, None if embedding.shape[1] in widths else hidden)
     for index, tensors in layers.items():
         for tail, tensor in tensors.items():
-            shape = _layer_shape(settings, tail, tensor, queries, keys) if len(tensor.shape) == 2 else None
+            match, shape = MATRIX.fullmatch(tail), None
+            if len(tensor.shape) == 2 and match is not None:
+                rows_of, columns_of = MATRICES[match["attention"] or match["mlp"]]
+                # A gate of the attention's output is kept beside the queries.
+                widened = match["attention"] == "q_proj" and queries is not None and tensor.shape[0] == 2 * queries
+                shape = (None if widened else sizes[rows_of], sizes[columns_of])
+            elif len(tensor.shape) == 2 and TWO_MATRICES.fullmatch(tail) and hidden and mlp:
+                fitting = ((mlp, hidden), (2 * mlp, hidden), (hidden, mlp))
+                shape = fitting[0] if tensor.shape not in fitting else None
             if shape is not None:
                 yield f"{stack}{index}.{tail}", shape
-
-
-def _layer_shape(
-    settings: Settings, tail: str, tensor: Tensor, queries: int | None, keys: int | None
-) -> Size | None:  # fmt: skip
-    """The shape of a layer's matrix, whose name ends in `tail`; None: any."""
-    hidden, mlp = settings.hidden, settings.size("intermediate_size", "intermediate")
-    attention, gated = ATTENTION.fullmatch(tail), MLP.fullmatch(tail)
-    if attention is not None:
-        kind = attention["kind"]
-        if kind in ("o_proj", "out_proj"):
-            return hidden, queries
-        # A gate of the attention's output is kept beside the queries.
-        widened = kind == "q_proj" and queries is not None and tensor.shape[:1] == (2 * queries,)
-        rows = queries if kind in ("q_proj", "query") else keys
-        return None if widened else rows, hidden
-    if gated is not None:
-        return (hidden, mlp) if gated["kind"] == "down_proj" else (mlp, hidden)
-    if TWO_MATRICES.fullmatch(tail) and hidden and mlp:
-        fitting = ((mlp, hidden), (2 * mlp, hidden), (hidden, mlp))
-        return fitting[0] if tensor.shape not in fitting else None
-    return None

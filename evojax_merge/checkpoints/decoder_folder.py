@@ -308,18 +308,18 @@ def _parts(architecture: Architecture, name: str, entry: Tensor) -> dict[str, Te
 def named_alike(folder: DecoderFolder, expected: DecoderFolder) -> DecoderFolder:
     """A model with its tensors renamed as in another model of its kind, whose files may be older or newer; unchanged
     where two of its tensors would get one name."""
-    theirs = {_name_in_memory(name): name for name in expected.entries}
+
+    def in_memory(name: str) -> str:
+        for pattern, begin in IN_MEMORY:
+            name = pattern.sub(begin, name)
+        return name
+
+    theirs = {in_memory(name): name for name in expected.entries}
     renamed = {
-        name if name in expected.entries else theirs.get(_name_in_memory(name), name): entry
+        name if name in expected.entries else theirs.get(in_memory(name), name): entry
         for name, entry in folder.entries.items()
     }
     return replace(folder, entries=renamed) if len(renamed) == len(folder.entries) else folder
-
-
-def _name_in_memory(name: str) -> str:
-    for pattern, begin in IN_MEMORY:
-        name = pattern.sub(begin, name)
-    return name
 
 
 def _find_body(folder: Folder, architecture: Architecture, body: str, *, anywhere: bool) -> str:

@@ -5,7 +5,7 @@ have; those of a transformer have the name of their list and a number.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -28,10 +28,6 @@ class Scheme:
     mark: str
     block: Callable[[str, Sequence[str]], str]
     prefix: str = ""
-
-    def fits(self, names: Iterable[str]) -> bool:
-        pattern = re.compile(re.escape(self.prefix) + self.mark)
-        return any(map(pattern.match, names))
 
 
 def _ldm_block(name: str, names: Sequence[str]) -> str:
@@ -115,7 +111,7 @@ def _numbered_block(name: str, names: Sequence[str]) -> str:
     return BASE if match is None else f"{match[1]}.{match[2]}"
 
 
-LDM = Scheme("Stable Diffusion", r"input_blocks\.", _ldm_block, WHOLE)
+LDM, XL = (Scheme(name, r"input_blocks\.", _ldm_block, WHOLE) for name in ("Stable Diffusion", "SDXL"))
 SCHEMES = (
     LDM,
     Scheme("a U-Net of Stable Diffusion", r"input_blocks\.", _ldm_block),
@@ -128,23 +124,14 @@ SCHEMES = (
 )
 
 
-def scheme_of(names: Iterable[str]) -> Scheme | None:
+def scheme_of(names: Collection[str]) -> Scheme | None:
     """The scheme of a model's tensors; None for a model that is no image generator."""
-    listed = list(names)
-    return next((scheme for scheme in SCHEMES if scheme.fits(listed)), None)
-
-
-def scheme_name(names: Iterable[str]) -> str:
-    """The name of a model's scheme, in messages; empty for a model that is no image generator."""
-    listed = list(names)
-    scheme = scheme_of(listed)
-    if scheme is None:
-        return ""
-    return "SDXL" if scheme is LDM and _is_xl(listed) else scheme.name
-
-
-def _is_xl(names: Iterable[str]) -> bool:
-    return any(name.startswith(SDXL) for name in names)
+    for scheme in SCHEMES:
+        pattern = re.compile(re.escape(scheme.prefix) + scheme.mark)
+        if any(map(pattern.match, names)):
+            is_xl = scheme is LDM and any(name.startswith(SDXL) for name in names)
+            return XL if is_xl else scheme
+    return None
 
 
 @dataclass(frozen=True)
@@ -184,7 +171,7 @@ def blocks_of(names: Sequence[str]) -> Blocks:
     if scheme is None:
         return Blocks()
     inner = [name.removeprefix(scheme.prefix) for name in names if name.startswith(scheme.prefix)]
-    vae = BASE if scheme is LDM and not _is_xl(names) else VAE
+    vae = BASE if scheme is LDM else VAE
 
     def block(name: str) -> str:
         if name.startswith(VAES):

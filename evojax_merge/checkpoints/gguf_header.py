@@ -87,8 +87,14 @@ class _Reader:
                 self.path, f"GGUF version {version}; expected {' or '.join(map(str, VERSIONS))}; convert the model anew"
             )
         tensor_count, key_count = (self._number("Q", "its counts of tensors and keys") for _ in range(2))
-        self._check_count("tensors", tensor_count, MOST_TENSORS, LEAST_TENSOR)
-        self._check_count("keys", key_count, MOST_KEYS, LEAST_KEY)
+        for what, count, most, least_bytes in (
+            ("tensors", tensor_count, MOST_TENSORS, LEAST_TENSOR), ("keys", key_count, MOST_KEYS, LEAST_KEY),
+        ):  # fmt: skip
+            says = f"says that it has {count:,} {what}"
+            if count * least_bytes > self.size:
+                raise InputError(self.path, f"damaged or truncated: {says}; the file has {self.size:,} bytes")
+            if count > most:
+                raise InputError(self.path, f"{says}; expected at most {most:,}")
         metadata: dict[str, Any] = {}
         for i in range(key_count):
             key = self._text(f"key {i}", MOST_NAME_BYTES)
@@ -100,7 +106,14 @@ class _Reader:
             name = self._text(f"the name of tensor {i}", MOST_NAME_BYTES)
             if name in rows:
                 raise InputError(self.path, f"damaged: holds the tensor {_name(name)} twice")
-            rows[name] = self._tensor(_name(name))
+            what = _name(name)
+            axes = self._number("I", what)
+            if not 1 <= axes <= MOST_AXES:
+                raise InputError(self.path, f"{what} has {axes:,} axes; expected 1 to {MOST_AXES}")
+            shape = tuple(self._number("Q", what) for _ in range(axes))[::-1]
+            if 0 in shape:
+                raise InputError(self.path, f"{what} has shape {list(shape)}; expected sizes above 0")
+            rows[name] = self._number("I", what), shape, self._number("Q", what)
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise InputError(self.path, f"general.alignment: {shown(alignment)}; expected a power of two")
@@ -179,16 +192,6 @@ class _Reader:
         self.position = position
         return texts + [self._text(f"{what}[{i}]") for i in range(len(texts), count)]
 
-    def _tensor(self, name: str) -> tuple[int, tuple[int, ...], int]:
-        """A tensor's kind, shape and offset."""
-        axes = self._number("I", name)
-        if not 1 <= axes <= MOST_AXES:
-            raise InputError(self.path, f"{name} has {axes:,} axes; expected 1 to {MOST_AXES}")
-        shape = tuple(self._number("Q", name) for _ in range(axes))[::-1]
-        if 0 in shape:
-            raise InputError(self.path, f"{name} has shape {list(shape)}; expected sizes above 0")
-        return self._number("I", name), shape, self._number("Q", name)
-
     def _places(
         self,
         rows: Mapping[str, tuple[int, tuple[int, ...], int]],
@@ -222,14 +225,6 @@ class _Reader:
             if place.stop > next_place.start:
                 raise InputError(self.path, f"damaged: the tensors {_name(before)} and {_name(after)} overlap")
         return places
-
-    def _check_count(self, what: str, count: int, most: int, least_bytes: int) -> None:
-        if count * least_bytes > self.size:
-            raise InputError(
-                self.path, f"damaged or truncated: says that it has {count:,} {what}; the file has {self.size:,} bytes"
-            )
-        if count > most:
-            raise InputError(self.path, f"says that it has {count:,} {what}; expected at most {most:,}")
 
 
 def _name(name: str) -> str:

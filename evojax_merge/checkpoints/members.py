@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -27,52 +26,33 @@ _MEMBER = re.compile("member-[1-9][0-9]*")
 Tensors = Iterable[tuple[str, np.ndarray]]
 
 
-class MemberStore(Protocol):
-    """Keeps the tensors of bred members, in the dtype that they are exported in."""
+class MemberStore:
+    """Keeps the tensors of bred members, in the dtype that they are exported in, in the host's memory."""
 
-    def __contains__(self, member: Member) -> bool: ...
+    def __init__(self) -> None:
+        self._members: dict[Member, dict[str, np.ndarray]] = {}
+
+    def __contains__(self, member: Member) -> bool:
+        return member in self._members
 
     def write(self, member: Member, tensors: Tensors) -> None:
         """Keep a member."""
-        ...
+        self._members[member] = dict(tensors)
 
     def read(self, member: Member, name: str) -> np.ndarray:
         """A tensor of a member that is kept, not to be written to."""
-        ...
+        return self._members[member][name]
 
     def drop(self, member: Member) -> None:
         """Remove a member that is kept."""
-        ...
+        del self._members[member]
 
     def check(self) -> None:
-        """Raises Failed where a member is no longer as it was kept."""
-        ...
+        """Raises Failed where a member is no longer as it was kept: nothing else has arrays in memory."""
 
 
 @dataclass(frozen=True)
-class MembersOnHost:
-    """Members in the host's memory."""
-
-    members: dict[Member, dict[str, np.ndarray]] = field(default_factory=dict)
-
-    def __contains__(self, member: Member) -> bool:
-        return member in self.members
-
-    def write(self, member: Member, tensors: Tensors) -> None:
-        self.members[member] = dict(tensors)
-
-    def read(self, member: Member, name: str) -> np.ndarray:
-        return self.members[member][name]
-
-    def drop(self, member: Member) -> None:
-        del self.members[member]
-
-    def check(self) -> None:
-        """Nothing else has the arrays."""
-
-
-@dataclass(frozen=True)
-class MembersInFiles:
+class MembersInFiles(MemberStore):
     """Members in model folders below a folder, each of them complete or not there.
 
     specs: a member's tensors, in the order in which `write` takes them; drawn_from: what else than its lineage a
@@ -95,7 +75,7 @@ class MembersInFiles:
                     return False
             except InputError:
                 return False
-            self._opened[member] = folder, FileStates.of_files(folder.files)
+            self._opened[member] = folder, FileStates.of([folder])
         return member in self._opened
 
     def write(self, member: Member, tensors: Tensors) -> None:
@@ -112,7 +92,7 @@ class MembersInFiles:
             write_marker(work)
             flush(work)
         folder = open_folder(place)
-        self._opened[member] = folder, FileStates.of_files(folder.files)
+        self._opened[member] = folder, FileStates.of([folder])
 
     def read(self, member: Member, name: str) -> np.ndarray:
         return self._opened[member][0].entries[name].load()

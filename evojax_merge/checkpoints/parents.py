@@ -54,8 +54,7 @@ HEADS = (
     "vocab_projector", "predictions", "predictions.decoder", "linear", "decoder", "head", "lm_loss",
     "output_projection", "generator_lm_head", "pred_layer.proj",
 )  # fmt: skip
-
-
+_EMBEDDINGS, _HEADS = (tuple(f".{name}" for name in names) for names in (EMBEDDINGS, HEADS))
 OpenDecoder = Callable[[Folder], DecoderFolder]
 
 
@@ -86,8 +85,9 @@ def find_token_tensors(folder: DecoderFolder) -> TokenTensors:
     """The token tensors of a model of an unknown architecture. The embedding is the first weight with a usual name,
     else the first matrix of `vocab_size` rows. Further embeddings and heads count if they have as many rows."""
     rows = {name: entry.shape[0] for name, entry in folder.entries.items() if entry.shape}
-    modules = {name: name.rpartition(".")[0] for name in rows}
-    embeddings = [name for name in rows if name.endswith(".weight") and _is_called(modules[name], EMBEDDINGS)]
+    # With a dot before the first part of a name, which is all of some.
+    modules = {name: f".{name.rpartition('.')[0]}" for name in rows}
+    embeddings = [name for name in rows if name.endswith(".weight") and modules[name].endswith(_EMBEDDINGS)]
     if not embeddings:
         size = vocabulary_size(folder.config)
         matrices = (name for name in rows if len(folder.entries[name].shape) == 2)
@@ -95,14 +95,10 @@ def find_token_tensors(folder: DecoderFolder) -> TokenTensors:
     if not embeddings:
         return TokenTensors("model.embed_tokens.weight", "lm_head.weight")
     embedding = embeddings[0]
-    heads = [name for name in rows if _is_called(modules[name], HEADS)]
+    heads = [name for name in rows if modules[name].endswith(_HEADS)]
     head = "lm_head.weight" if "lm_head.weight" in heads else None
     others = (name for name in (*embeddings, *heads) if name not in (embedding, head))
     return TokenTensors(embedding, head, tuple(name for name in others if rows[name] == rows[embedding]))
-
-
-def _is_called(module: str, names: Sequence[str]) -> bool:
-    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
@@ -177,22 +173,21 @@ class Sources:
             raise self._not_finite(source, tensor)
         return values
 
-    def read_into(self, source: int, tensor: str, into: np.ndarray, part: Part = ()) -> None:
-        """Like `load_finite`, a part of the tensor into an array of the part's shape."""
+    def read_into(self, source: int | None, tensor: str, into: np.ndarray, part: Part = ()) -> None:
+        """Like `load_finite`, a part of the tensor into an array of the part's shape. source: None for the matrix of
+        `common_core`."""
+        if source is None:
+            core = self.common_core(tensor)
+            assert core is not None
+            if not core.copy_into(part, into):
+                raise InputError(core.file, f"{tensor} holds NaN or Inf; expected finite weights")
+            return
         if self.vocabulary is not None and self.has_rows(tensor):
             finite = copy_finite(self.load(source, tensor)[part], into)
         else:
             finite = self.entry(source, tensor).copy_into(part, into)
         if not finite:
             raise self._not_finite(source, tensor)
-
-    def read_core_into(self, tensor: str, into: np.ndarray, part: Part = ()) -> None:
-        """A part of the matrix of `common_core`, into an array of its shape. Raises InputError as `load_finite`
-        does."""
-        core = self.common_core(tensor)
-        assert core is not None
-        if not core.copy_into(part, into):
-            raise InputError(core.file, f"{tensor} holds NaN or Inf; expected finite weights")
 
     def finite_factors(self, source: int, tensor: str) -> tuple[np.ndarray, np.ndarray]:
         """Like `Tensor.factors`. Raises InputError where a factor holds NaN or infinity."""
@@ -207,7 +202,7 @@ class Sources:
 
     def release(self, source: int, tensor: str) -> None:
         """Release the memory that reading a tensor has mapped."""
-        self.folders[source].release(self.name_in(source, tensor))
+        self.entry(source, tensor).release()
 
     def digest(self, source: int, tensor: str) -> bytes:
         return self.folders[source].digest(self.name_in(source, tensor))
@@ -235,7 +230,7 @@ def open_decoders(
     folders = tuple(open_decoder(open_model(path)) for path in paths)
     for folder in folders:
         if not is_merged_as(folder, common_kind(folders)):
-            kind, expected = (shown(one.config.get("model_type")) for one in (folder, folders[0]))
+            kind, expected = (shown(model.config.get("model_type")) for model in (folder, folders[0]))
             raise InputError(
                 folder.where, f"model_type is {kind}, but {folders[0].path} is {expected}; expected one architecture"
             )
@@ -255,8 +250,7 @@ def open_decoders(
         configs = [replace(config, vocab=vocabulary.size) for config in configs]
     configs = [replace(config, head_is_embedding=tied) for config in configs]
     _check_shapes(sources, configs)
-    for folder, config in zip(folders[1:], configs[1:], strict=True):
-        _check_layers_alike(folder, config, configs[0])
+    check_layers_alike(folders, configs)
     warnings = vocabulary_warnings(paths) if vocabulary is None else vocabulary.warnings
     sources = replace(sources, warnings=(*warnings, *position_notes(folders)))
     FOLDERS_WITH_TEMPLATE[:] = [path for path in paths if has_chat_template(path)]
@@ -318,18 +312,14 @@ def position_notes(folders: Sequence[DecoderFolder]) -> tuple[str, ...]:
     )
 
 
-def check_alike(folders: Sequence[DecoderFolder]) -> None:
+def check_layers_alike(folders: Sequence[DecoderFolder], configs: Sequence[DecoderConfig]) -> None:
     """Raises InputError unless the configs of these decoders mean the same layers, whatever their number."""
-    configs = decoder_configs(folders)
+    first = configs[0]
     for folder, config in zip(folders[1:], configs[1:], strict=True):
-        _check_layers_alike(folder, config, configs[0])
-
-
-def _check_layers_alike(folder: DecoderFolder, config: DecoderConfig, first: DecoderConfig) -> None:
-    sizes = {name: getattr(first, name) for name in ("layers", "vocab", "head_is_embedding")}
-    if config.layers != first.layers:
-        sizes |= {"windows": first.windows, "position_kinds": first.position_kinds}
-    _check_config(folder.where, replace(config, **sizes), first)
+        sizes = {name: getattr(first, name) for name in ("layers", "vocab", "head_is_embedding")}
+        if config.layers != first.layers:
+            sizes |= {"windows": first.windows, "position_kinds": first.position_kinds}
+        _check_config(folder.where, replace(config, **sizes), first)
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from evojax_merge.checkpoints.bank import (
     put_leaf,
     stacked_statistics,
 )
-from evojax_merge.checkpoints.folder import files_of
+from evojax_merge.checkpoints.folder import Folder, files_of
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.errors import Failed
 from evojax_merge.models.architecture import LAYERS, leaves_of, stack_leaves
@@ -62,7 +62,7 @@ def bank_in_files(
     leaves = {leaf.name: LeafFiles(LeafReader(leaf, config, sources, spec, placement)) for leaf in leaves_of(config)}
     for leaf in leaves.values():
         leaf.measure(progress)
-    files, layers = FileStates.of(sources), [leaf.name for leaf in stack_leaves(config, LAYERS)]
+    files, layers = FileStates.of(sources.folders), [leaf.name for leaf in stack_leaves(config, LAYERS)]
 
     def load(number: int) -> Leaves:
         return {name: leaves[name].load(number) for name in layers}
@@ -81,11 +81,6 @@ class LeafFiles:
     mask_keys: np.ndarray | None = None
     statistics: dict[str, np.ndarray] = field(default_factory=dict)
 
-    @property
-    def _parts(self) -> Sequence[int | None]:
-        """The parts that are read by themselves: the layers, or the whole leaf."""
-        return [None] if self.reader.leaf.stack is None else range(self.reader.config.layers)
-
     def _empty(self, number: int | None) -> Any:
         return self.reader.empty(None if number is None else 1)
 
@@ -103,7 +98,9 @@ class LeafFiles:
         reader = self.reader
         results: list[Prepared | None] = []
         keys: list[Any] = []
-        for number in self._parts:
+        # The layers, or the whole leaf, are read by themselves.
+        parts: Sequence[int | None] = [None] if reader.leaf.stack is None else range(reader.config.layers)
+        for number in parts:
             arrays = self._empty(number)
             for place, name in self._places(number):
                 prepared = None
@@ -118,7 +115,7 @@ class LeafFiles:
         self.statistics = stacked_statistics(reader, [prepared.statistics for prepared in measured])
         if keys[0] is not None:
             numbered = iter(measured)
-            for number, part in zip(self._parts, keys, strict=True):
+            for number, part in zip(parts, keys, strict=True):
                 for place, _ in self._places(number):
                     reader.enter_mask_keys(part, place, next(numbered))
             self.mask_keys = keys[0] if len(keys) == 1 else np.concatenate(keys)
@@ -147,13 +144,10 @@ class FileStates:
     states: dict[Path, tuple[int, int]]
 
     @classmethod
-    def of(cls, sources: Sources) -> "FileStates":
-        """The states of the files that hold the tensors of these sources."""
-        return cls.of_files(file for folder in sources.folders for file in files_of(folder.entries.values()))
-
-    @classmethod
-    def of_files(cls, files: Iterable[Path]) -> "FileStates":
-        return cls({path: _state(path) for path in sorted(set(files))})
+    def of(cls, folders: Iterable[Folder]) -> "FileStates":
+        """The states of the files that hold the tensors of these folders."""
+        files = {file for folder in folders for file in files_of(folder.entries.values())}
+        return cls({path: _state(path) for path in sorted(files)})
 
     def check(self) -> None:
         """Raises Failed where a file is no longer the one that the search began with."""

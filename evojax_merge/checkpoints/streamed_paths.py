@@ -34,7 +34,7 @@ def path_bank_in_files(sources: Sources, spec: PathSpec, progress: Progress = la
     """A bank whose layers are read from the models' files whenever a path comes to them."""
     return StreamedPathBank(
         path_layout(spec), lambda number: _put(_read_layer(sources, spec, number)),
-        lambda parent: _put(_read_ends(sources, spec, parent)), FileStates.of(sources).check,
+        lambda parent: _put(_read_ends(sources, spec, parent)), FileStates.of(sources.folders).check,
     )  # fmt: skip
 
 

@@ -131,7 +131,7 @@ class PoolBank:
 
     @cached_property
     def _files(self) -> FileStates:
-        return FileStates.of(self.sources)
+        return FileStates.of(self.sources.folders)
 
     def check_founders(self, progress: Progress) -> None:
         """Raises InputError where a founder or the base holds NaN or infinity. `progress` receives the bytes that were

@@ -145,7 +145,7 @@ def write_as_adapter(
         # Other modules are the base's.
         progress(merge_plan.nbytes - sum(merge_plan.specs[name].nbytes for name in names))
         for name, merged in zip(names, merged_tensors(merge_plan, names), strict=True):
-            leaf, base_values = leaves[tensors[name]], base.read(tensors[name])
+            leaf, base_values = leaves[tensors[name]], base.entries[tensors[name]].read()
             key = base.in_memory(tensors[name])
             differs = is_float(base_values.dtype) and not np.array_equal(
                 merged.astype(np.float32), base_values.astype(np.float32)
@@ -161,7 +161,7 @@ def write_as_adapter(
                     errors[key] = float(np.linalg.norm(difference - b @ a)), float(np.linalg.norm(difference))
             elif differs:
                 replaced[key] = merged
-            base.release(tensors[name])
+            base.entries[tensors[name]].release()
             progress(merge_plan.specs[name].nbytes)
         if errors.keys().isdisjoint(of_mixtures):
             factors = {key: pair for key, pair in factors.items() if key not in of_mixtures}

@@ -9,11 +9,12 @@ from evojax_merge.checkpoints.config_shapes import check_against_config
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of, decoder_with_projector, named_alike
 from evojax_merge.checkpoints.derived import open_model
 from evojax_merge.checkpoints.folder import is_float
-from evojax_merge.checkpoints.generator_keys import scheme_name
+from evojax_merge.checkpoints.generator_keys import scheme_of
 from evojax_merge.checkpoints.parents import (
     Sources,
-    check_alike,
+    check_layers_alike,
     common_kind,
+    decoder_configs,
     is_merged_as,
     position_notes,
     rows_differ,
@@ -169,7 +170,7 @@ def check_configs(sources: Sources) -> tuple[str, ...]:
         first, *others = [comparable(folder.config) for folder in folders]
         # Unequal values may mean the same layers: only reading both configs tells.
         if any(other != first for other in others):
-            check_alike(folders)
+            check_layers_alike(folders, decoder_configs(folders))
     return position_notes(folders) if len({folder.is_part for folder in folders}) == 2 else ()
 
 
@@ -198,13 +199,13 @@ def fitting_inputs(
 def _check_one_scheme(sources: Sources) -> None:
     """Raises InputError for image generators whose tensors have the names of different tools."""
     first, *others = sources.folders
-    expected = scheme_name(first.entries)
+    expected = scheme_of(first.entries)
     for folder in others:
-        actual = scheme_name(folder.entries)
+        actual = scheme_of(folder.entries)
         if actual != expected and actual and expected:
             raise InputError(
-                folder.path, f"its tensors have the names of {actual}, but those of {first.path} the names of "
-                f"{expected}; expected models of one kind in one form (diffusers converts between forms)",
+                folder.path, f"its tensors have the names of {actual.name}, but those of {first.path} the names of "
+                f"{expected.name}; expected models of one kind in one form (diffusers converts between forms)",
             )  # fmt: skip
 
 

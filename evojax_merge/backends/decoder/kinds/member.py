@@ -15,7 +15,7 @@ from evojax_merge.backends.decoder.kinds.kind import LAYERS_AHEAD, STREAMED_FROM
 from evojax_merge.backends.decoder.placements import DEVICE, BankPlace
 from evojax_merge.checkpoints.abstract_bank import Place, abstract_stored
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
-from evojax_merge.checkpoints.members import MembersInFiles, MembersOnHost, MemberStore
+from evojax_merge.checkpoints.members import MembersInFiles, MemberStore
 from evojax_merge.checkpoints.writer import TensorSpec
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import Evaluator, PopulationEvaluator, Populations, Progress
@@ -86,7 +86,7 @@ class PoolCandidates(Candidates):
     def members_bytes(self) -> int:
         """Bytes of the bred members that are kept at a time: while a member is bred again, at most as many of its
         ancestors as the pool had members."""
-        return (max(self.slots, self.size) + self.size) * self._bank(MembersOnHost()).member_bytes()
+        return (max(self.slots, self.size) + self.size) * self._bank(MemberStore()).member_bytes()
 
     def within(self, context: Any) -> "PoolCandidates":
         return replace(self, space=self.space.within(context))
@@ -149,7 +149,7 @@ class PoolCandidates(Candidates):
         ]
 
     def parts_note(self, target: Target, model: int) -> str:
-        member = self._bank(MembersOnHost()).member_bytes()
+        member = self._bank(MemberStore()).member_bytes()
         where = "in the host's memory" if self.placement.name == "host" else "in files of the run"
         # Parents go to the device to be merged, and the child comes back before it is scored.
         moved = member * (PARENTS + int(self.has_base) + 1) + member // model
@@ -161,7 +161,7 @@ class PoolCandidates(Candidates):
         )
 
     def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> PoolBank:
-        bank = self._bank(MembersOnHost())
+        bank = self._bank(MemberStore())
         if self.placement.name == "disk":
             if folder is None:
                 temporary = tempfile.TemporaryDirectory(prefix="evojax-merge-members-")
