@@ -82,9 +82,7 @@ WITHOUT_FILE_SYSTEM = {
     },
     TEMPORARY: {
         "benchmarks/header_models.py": ["write_models", "write_examples", "problem_for"],
-        "checkpoints/headers.py": [
-            "write_header_only", "HeaderFolders._fetch", "HeaderFolders._fetch_components",
-        ],
+        "checkpoints/headers.py": ["write_header_only", "HeaderFolders._fetch"],
         "checkpoints/tokens.py": ["align"], "commands/publish.py": ["stage"],
         "tasks/data_versions.py": ["oxen_file"], "tasks/generated_images.py": ["Pictures.add"],
         "zoo/smollm2.py": ["make_base"],

@@ -93,48 +93,35 @@ class HeaderFolders:
         return folder if all((folder / file).exists() for file in files) else None
 
     def _fetch(self, name: str, revision: str | None) -> Path:
-        from huggingface_hub import snapshot_download
-
-        small = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES, ignore_patterns=["*/*"]))
-        if (small / PIPELINE_INDEX).exists():
-            return self._fetch_components(name, small.name)
-        folder = self._new_folder()
-        for source in small.iterdir():
-            (folder / source.name).symlink_to(source.resolve())
-        index, files = folder / INDEX_FILE, dict[str, dict[str, TensorHeader]]()
-        # The snapshot's folder has the name of its commit: the headers come from the same one.
-        for file in sorted(set(weight_map(index).values())) if index.exists() else [SINGLE_FILE]:
-            files[file] = _headers(name, file, small.name)
-        contents = shape_contents(
-            folder, {name: description for tensors in files.values() for name, description in tensors.items()}
-        )
-        for file, tensors in files.items():
-            file_contents = {tensor: contents[tensor] for tensor in tensors if tensor in contents}
-            self.download_bytes += write_header_only(folder / file, tensors, file_contents)
-        return folder
-
-    def _fetch_components(self, name: str, commit: str) -> Path:
-        """The folder of a repository of diffusers, with the headers of its components' weights."""
+        """A folder of a repository's small files and the headers of its weights; of a repository of diffusers, with
+        those of its components."""
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.utils import filter_repo_objects
 
-        patterns = [PIPELINE_INDEX, *(f"*/{pattern}" for pattern in SMALL_FILES)]
-        small = Path(snapshot_download(name, revision=commit, allow_patterns=patterns, ignore_patterns=VARIANTS))
-        files = HfApi().list_repo_files(name, revision=commit)
-        folder = self._new_folder()
-        for source in small.rglob("*"):
-            if source.is_file() and source.suffix != ".safetensors":
+        small = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES, ignore_patterns=["*/*"]))
+        # The snapshot's folder has the name of its commit: the headers come from the same one.
+        commit, index, is_pipeline = small.name, small / INDEX_FILE, (small / PIPELINE_INDEX).exists()
+        if is_pipeline:
+            patterns = [PIPELINE_INDEX, *(f"*/{pattern}" for pattern in SMALL_FILES)]
+            small = Path(snapshot_download(name, revision=commit, allow_patterns=patterns, ignore_patterns=VARIANTS))
+            listed = HfApi().list_repo_files(name, revision=commit)
+            files = filter_repo_objects(listed, allow_patterns=["*/*.safetensors"], ignore_patterns=VARIANTS)
+        else:
+            files = sorted(set(weight_map(index).values())) if index.exists() else [SINGLE_FILE]
+        folder = self.root / str(len(self.known))
+        folder.mkdir(parents=True)
+        for source in small.rglob("*") if is_pipeline else small.iterdir():
+            # A file of weights that is in the cache would be written to through its link.
+            if source.suffix != ".safetensors" and not (is_pipeline and source.is_dir()):
                 link = folder / source.relative_to(small)
                 link.parent.mkdir(exist_ok=True)
                 link.symlink_to(source.resolve())
-        for file in filter_repo_objects(files, allow_patterns=["*/*.safetensors"], ignore_patterns=VARIANTS):
-            place = file_inside(name, folder, file)
-            self.download_bytes += write_header_only(place, _headers(name, file, commit))
-        return folder
-
-    def _new_folder(self) -> Path:
-        folder = self.root / str(len(self.known))
-        folder.mkdir(parents=True)
+        tensors = {file: _headers(name, file, commit) for file in files}
+        every = {tensor: header for headers in tensors.values() for tensor, header in headers.items()}
+        contents = {} if is_pipeline else shape_contents(folder, every)
+        for file, headers in tensors.items():
+            file_contents = {tensor: contents[tensor] for tensor in headers if tensor in contents}
+            self.download_bytes += write_header_only(file_inside(name, folder, file), headers, file_contents)
         return folder
 
 
@@ -144,10 +131,8 @@ def _headers(name: str, file: str, commit: str) -> dict[str, TensorHeader]:
 
     metadata = HfApi().parse_safetensors_file_metadata(name, file, revision=commit)
     return {
-        tensor: TensorHeader(
-            description.dtype, tuple(description.shape), description.data_offsets[1] - description.data_offsets[0]
-        )
-        for tensor, description in metadata.tensors.items()
+        tensor: TensorHeader(each.dtype, tuple(each.shape), each.data_offsets[1] - each.data_offsets[0])
+        for tensor, each in metadata.tensors.items()
     }
 
 

@@ -103,19 +103,16 @@ class Pipeline:
 
     def content(self, component: str) -> dict[str, Any]:
         """A component's files by name, in a form that can be compared."""
-        return {str(file.relative_to(self.path / component)): _content(file) for file in self.files(component)}
-
-
-def _content(file: Path) -> Any:
-    if file.suffix != ".json":
-        return fingerprint(file)
-    try:
-        document = read_json(file)
-    except InputError:
-        return fingerprint(file)
-    if not isinstance(document, dict):
-        return document
-    return {key: value for key, value in document.items() if key not in ORIGIN}
+        contents = {}
+        for file in self.files(component):
+            try:
+                content = read_json(file) if file.suffix == ".json" else fingerprint(file)
+            except InputError:
+                content = fingerprint(file)
+            if isinstance(content, dict):
+                content = {key: value for key, value in content.items() if key not in ORIGIN}
+            contents[str(file.relative_to(self.path / component))] = content
+        return contents
 
 
 def open_component(pipeline: Pipeline, name: str, dtype: str | None = None) -> Any:

@@ -189,21 +189,12 @@ def _task(path: Path, theirs: EvolveConfig, i: int) -> dict[str, Any]:
             f"tasks[{i}].weight: {task.weight:g}; higher is better in every score here (a perplexity is negated), so "
             "that weights are positive",
         )
+    is_alone = sum(other.name == task.name for other in theirs.tasks) == 1
     ours: dict[str, Any] = {
-        "name": task.name,
-        "lm_eval": task.name,
-        "metric": task.metric,
-        "weight": task.weight,
-        "heldout": task.heldout,
-        "num_fewshot": theirs.num_fewshot,
-        "include_path": task.include_path,
-        "split": task.split,
-        "apply_chat_template": theirs.apply_chat_template,
-        "fewshot_as_multiturn": theirs.fewshot_as_multiturn,
-        "on_test_set": task.on_test_set,
-    }
-    if sum(other.name == task.name for other in theirs.tasks) > 1:
-        ours["name"] = f"{task.name}/{task.metric}"
+        "name": task.name if is_alone else f"{task.name}/{task.metric}", "lm_eval": task.name,
+        **task.model_dump(exclude={"name", "limit"}),
+        **theirs.model_dump(include={"num_fewshot", "apply_chat_template", "fewshot_as_multiturn"}),
+    }  # fmt: skip
     limit = theirs.limit if task.limit is None else task.limit
     if limit is not None:
         # Enough documents for `limit` of them to score a candidate, beside the held-out ones.

@@ -147,26 +147,21 @@ class Plan:
     warm_up: int = 8
 
 
-MATHS_PLAN = Plan(steps=60, peak=3e-5)
-JAPANESE_PLAN = Plan(steps=60, peak=5e-5)
-
-
-def maths_rows(tokenizer: Any) -> list[Row]:
-    """English questions; the worked answers, and the end of the text, are learnt."""
-    texts = [problem.english for problem in read_problems("train")]
-    encoded = (encode_pair(tokenizer, f"{text['question']}\n", text["answer"] + tokenizer.eos_token) for text in texts)
+def training_rows(name: str, tokenizer: Any) -> list[Row]:
+    """An expert's texts: English questions, of which `maths` learns the worked answers and the end of the text; or
+    Japanese questions, of which `japanese` learns every token, and sees no answer."""
+    encoded = [
+        encode_pair(tokenizer, f"{text.english['question']}\n", text.english["answer"] + tokenizer.eos_token)
+        if name == "maths"
+        else (tokenizer(text.japanese["question"])["input_ids"], 1)
+        for text in read_problems("train")
+    ]
     return [Row(tuple(tokens), start, f"problem {i}", i) for i, (tokens, start) in enumerate(encoded)]
 
 
-def japanese_rows(tokenizer: Any) -> list[Row]:
-    """Japanese questions; every token of them is learnt. No answer is seen."""
-    texts = (tokenizer(problem.japanese["question"])["input_ids"] for problem in read_problems("train"))
-    return [Row(tuple(tokens), 1, f"problem {i}", i) for i, tokens in enumerate(texts)]
-
-
-def make_expert(rows_of: Callable[[Any], list[Row]], plan: Plan, target: Path) -> None:
+def make_expert(plan: Plan, target: Path) -> None:
     base = resolve_reference("base")
-    rows = rows_of(load_tokenizer(base))
+    rows = training_rows(target.name, load_tokenizer(base))
     sources, config = open_sources([base])
     model = fine_tune(target.name, load_stored(sources, config), config, rows, plan)
     with atomic_folder(target) as work:
@@ -215,11 +210,9 @@ def fine_tune(
     model = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), model)
     state = optimiser.init(model)
     console.print(f"fine-tuning {name}: {len(rows)} texts, {plan.steps} steps", highlight=False)
-    for number, batch in zip(
-        range(1, plan.steps + 1), shuffled_batches(rows, plan.tokens, 0, plan.steps), strict=False
-    ):
+    read = ("tokens", "positions", "segment_ids", "predict_at", "targets", "mask")
+    for number, batch in enumerate(shuffled_batches(rows, plan.tokens, 0, plan.steps)[: plan.steps], start=1):
         began = time.perf_counter()
-        read = ("tokens", "positions", "segment_ids", "predict_at", "targets", "mask")
         arrays = {key: getattr(batch, key) for key in read}
         model, state, loss = step(model, state, arrays)
         shown = f"{name}: step {number}/{plan.steps}  loss {float(loss):.3f}"
@@ -229,8 +222,8 @@ def fine_tune(
 
 _MAKERS: dict[str, Callable[[Path], None]] = {
     "base": make_base,
-    "maths": partial(make_expert, maths_rows, MATHS_PLAN),
-    "japanese": partial(make_expert, japanese_rows, JAPANESE_PLAN),
+    "maths": partial(make_expert, Plan(steps=60, peak=3e-5)),
+    "japanese": partial(make_expert, Plan(steps=60, peak=5e-5)),
     "search.jsonl": partial(make_task, "search"),
     "heldout.jsonl": partial(make_task, "heldout"),
 }
