@@ -1,6 +1,7 @@
-"""Banks whose layers stay on the host, or in the models' own files, until they are needed."""
+"""Banks of merges and of layer paths whose layers stay on the host, or in the models' own files, until they are needed.
+"""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,24 @@ from evojax_merge.checkpoints.bank import (
     LeafReader,
     Placement,
     Progress,
+    common_dtype,
     load_bank,
+    path_layout,
+    put,
     put_leaf,
+    read_layers,
     stacked_statistics,
 )
 from evojax_merge.checkpoints.folder import Folder, files_of
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.errors import Failed
-from evojax_merge.models.architecture import LAYERS, leaves_of, stack_leaves
+from evojax_merge.models.architecture import LAYERS, leaves_of, shared_leaves, stack_leaves
 from evojax_merge.models.bank import LeafBank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.streamed_bank import Leaves, StreamedBank
+from evojax_merge.models.paths import PathSpec, StreamedPathBank
+from evojax_merge.models.streamed_bank import StreamedBank
+
+Arrays = dict[str, np.ndarray]
 
 
 def bank_on_host(
@@ -36,20 +44,11 @@ def bank_on_host(
     bank = load_bank(sources, config, spec, progress, placement, on_host=True)
     layouts = {leaf.name: LeafReader(leaf, config, sources, spec).layout for leaf in leaves_of(config)}
 
-    def on_devices(name: str, leaf: Any) -> LeafBank:
+    def load(name: str, number: int | None) -> LeafBank:
+        leaf: Any = bank.shared[name] if number is None else _layer_of(bank.stacks[LAYERS][name], number)
         return put_leaf(layouts[name], replace(leaf, statistics={}), leaf.statistics, placement)
 
-    def load(number: int) -> Leaves:
-        part = slice(number, number + 1)
-        return {
-            name: on_devices(name, jax.tree.map(lambda array: array[part], leaf))
-            for name, leaf in bank.stacks[LAYERS].items()
-        }
-
-    def load_ends(names: Sequence[str]) -> Leaves:
-        return {name: on_devices(name, bank.shared[name]) for name in names}
-
-    return StreamedBank(config.layers, load, load_ends, abstract_bank(sources, config, spec))
+    return _streamed(sources, config, spec, load)
 
 
 def bank_in_files(
@@ -62,15 +61,28 @@ def bank_in_files(
     leaves = {leaf.name: LeafFiles(LeafReader(leaf, config, sources, spec, placement)) for leaf in leaves_of(config)}
     for leaf in leaves.values():
         leaf.measure(progress)
-    files, layers = FileStates.of(sources.folders), [leaf.name for leaf in stack_leaves(config, LAYERS)]
+    check = FileStates.of(sources.folders).check
+    return _streamed(sources, config, spec, lambda name, number: leaves[name].load(number), check)
 
-    def load(number: int) -> Leaves:
-        return {name: leaves[name].load(number) for name in layers}
 
-    def load_ends(names: Sequence[str]) -> Leaves:
-        return {name: leaves[name].load(None) for name in names}
+def _streamed(
+    sources: Sources, config: DecoderConfig, spec: MergeSpec, load: Callable[[str, int | None], LeafBank],
+    check: Callable[[], None] = lambda: None,
+) -> StreamedBank:  # fmt: skip
+    """A bank whose leaves are brought by `load`: (name, number of the layer; None: outside of the layers)."""
+    layers = [leaf.name for leaf in stack_leaves(config, LAYERS)]
+    return StreamedBank(
+        config.layers,
+        lambda number: {name: load(name, number) for name in layers},
+        lambda names: {name: load(name, None) for name in names},
+        abstract_bank(sources, config, spec),
+        check,
+    )
 
-    return StreamedBank(config.layers, load, load_ends, abstract_bank(sources, config, spec), files.check)
+
+def _layer_of(tree: Any, number: int) -> Any:
+    """One layer of a tree of arrays; the axis of the layers stays, with one entry."""
+    return jax.tree.map(lambda array: array[number : number + 1], tree)
 
 
 @dataclass
@@ -130,8 +142,7 @@ class LeafFiles:
                 self.reader.read(name, place, arrays)
         keys, statistics = self.mask_keys, self.statistics
         if number is not None:
-            # The axis of the layers is one of one.
-            keys, statistics = jax.tree.map(lambda array: array[number : number + 1], (keys, statistics))
+            keys, statistics = _layer_of((keys, statistics), number)
         if keys is not None:
             arrays = replace(arrays, mask_keys=keys)
         return put_leaf(self.reader.layout, arrays, statistics, self.reader.placement)
@@ -165,3 +176,49 @@ def _state(path: Path) -> tuple[int, int]:
     except OSError as error:
         raise Failed(f"{path}: cannot be read any more ({error.strerror}); the search streams it") from None
     return status.st_size, status.st_mtime_ns
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Layer paths
+
+
+def path_bank_on_host(sources: Sources, spec: PathSpec, progress: Progress = lambda done: None) -> StreamedPathBank:
+    """Load all layers of all sources into the host's memory. `progress` receives the bytes of each part."""
+
+    def loaded(read: Callable[[Sources, PathSpec, int], Arrays], count: int) -> list[Arrays]:
+        parts = []
+        for number in range(count):
+            parts.append(read(sources, spec, number))
+            progress(sum(array.nbytes for array in parts[-1].values()))
+        return parts
+
+    layers, ends = loaded(_read_layer, len(spec.origins)), loaded(_read_ends, len(spec.configs))
+    return StreamedPathBank(
+        path_layout(spec), lambda number: _put(layers[number]), lambda parent: _put(ends[parent]), lambda: None
+    )
+
+
+def path_bank_in_files(sources: Sources, spec: PathSpec, progress: Progress = lambda done: None) -> StreamedPathBank:
+    """A bank whose layers are read from the models' files whenever a path comes to them."""
+    return StreamedPathBank(
+        path_layout(spec), lambda number: _put(_read_layer(sources, spec, number)),
+        lambda parent: _put(_read_ends(sources, spec, parent)), FileStates.of(sources.folders).check,
+    )  # fmt: skip
+
+
+def _put(arrays: Arrays) -> dict[str, jax.Array]:
+    return {name: put(array) for name, array in arrays.items()}
+
+
+def _read_layer(sources: Sources, spec: PathSpec, number: int) -> Arrays:
+    """One of the M layers: leaf -> `[1, …]`."""
+    config, origins = spec.configs[0], spec.origins[number : number + 1]
+    return {
+        leaf.name: read_layers(sources, config, leaf, origins, common_dtype(sources, leaf.tensor_of()))
+        for leaf in stack_leaves(config, LAYERS)
+    }
+
+
+def _read_ends(sources: Sources, spec: PathSpec, parent: int) -> Arrays:
+    """A parent's leaves outside of the layers."""
+    return {leaf.name: sources.load_finite(parent, leaf.tensor) for leaf in shared_leaves(spec.configs[0])}

@@ -11,7 +11,7 @@ from evojax_merge.backends.decoder.kinds.kind import LAYERS_AHEAD, STREAMED_FROM
 from evojax_merge.backends.decoder.placements import DEVICE, BankPlace
 from evojax_merge.checkpoints.abstract_bank import Place, abstract_stored
 from evojax_merge.checkpoints.bank import bank_bytes, load_path_bank
-from evojax_merge.checkpoints.streamed_paths import path_bank_in_files, path_bank_on_host
+from evojax_merge.checkpoints.streamed import path_bank_in_files, path_bank_on_host
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import Evaluator, Progress
 from evojax_merge.evaluation.paths import PathEvaluator
