@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.checkpoints.folder import Tensor
-from evojax_merge.checkpoints.quantised import BYTES, FLOATS, QuantisedFolder, QuantisedTensor, check_matrix
+from evojax_merge.checkpoints.folder import ComputedTensor, Tensor
+from evojax_merge.checkpoints.quantised import BYTES, FLOATS, QuantisedFolder, check_matrix
 from evojax_merge.errors import InputError, shown
 
 SCALES = ".SCB"
@@ -61,7 +61,7 @@ def dequantise_bitsandbytes(folder: QuantisedFolder) -> None:
         weight = f"{module}.weight" if eight else name.partition(STATE)[0]
         if weight not in stored:
             raise InputError(stored[name].file, f"{name}: there is no {weight}, which it is a part of")
-        if isinstance(folder.entries.get(weight), QuantisedTensor):
+        if isinstance(folder.entries.get(weight), ComputedTensor):
             raise InputError(stored[name].file, f"{name}: a second SCB or quant_state of {weight}; expected one")
         if not eight:
             _exchange_four_bits(folder, weight, name)

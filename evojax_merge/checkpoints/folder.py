@@ -13,7 +13,7 @@ import mmap
 import os
 import re
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
@@ -198,6 +198,32 @@ class ChangedTensor(Tensor):
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.parts[0].shape
+
+
+# (the parts' values in their order, *settings) -> a tensor's values, cast to its dtype afterwards.
+Formula = Callable[..., np.ndarray]
+
+
+@dataclass(frozen=True)
+class ComputedTensor(Tensor):
+    """A tensor that is computed from its parts, and cast once. The formula is a function of a module, so that two
+    tensors of equal parts, formulas and settings are equal. identity: bytes that identify the tensor, beside its parts'
+    content."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    parts: tuple[Tensor, ...]
+    formula: Formula
+    settings: tuple[Any, ...] = ()
+    identity: bytes = b""
+
+    def read(self) -> np.ndarray:
+        return self.formula([part.load() for part in self.parts], *self.settings).astype(self.dtype, order="C")
+
+    def content(self) -> Iterator[np.ndarray]:
+        # The parts, not the values: their last bits depend on the machine, and random masks must not.
+        yield from super().content()
+        yield np.frombuffer(self.identity, np.uint8)
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from evojax_merge.checkpoints.folder import ComputedTensor, Formula
 from evojax_merge.checkpoints.fp8 import exchange_scaled
 from evojax_merge.checkpoints.quantised import (
     BYTES,
     EXPONENT,
     FLOATS,
     FP8,
-    Formula,
     QuantisedFolder,
-    QuantisedTensor,
     check_matrix,
     unpack,
 )
@@ -125,7 +124,7 @@ def dequantise_modelopt(folder: QuantisedFolder) -> None:
     for name in [name for name in entries if name.endswith(OF_INPUTS)]:
         weight, scale = f"{name.removesuffix(OF_INPUTS)}.weight", entries.pop(name)
         whole = entries.get(weight)
-        if not isinstance(whole, QuantisedTensor) or scale.shape != whole.shape[1:] or scale.dtype not in FLOATS:
+        if not isinstance(whole, ComputedTensor) or scale.shape != whole.shape[1:] or scale.dtype not in FLOATS:
             actual = f"{scale.dtype}{list(scale.shape)}"
             raise InputError(scale.file, f"{name} is {actual}; expected a float for each input of a quantised {weight}")
         scaled_parts = (*whole.parts, scale)

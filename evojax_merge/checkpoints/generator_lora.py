@@ -11,7 +11,7 @@ tensor, of which three modules change a third each.
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.checkpoints.folder import ChangedTensor, Folder, Tensor, is_float, open_folder, read_header
+from evojax_merge.checkpoints.folder import ComputedTensor, Folder, Tensor, is_float, open_folder, read_header
 from evojax_merge.checkpoints.generator_keys import diffusers_module, scheme_of
 from evojax_merge.checkpoints.pipelines import Pipeline, open_pipeline
 from evojax_merge.checkpoints.quiet import quiet_diffusers
@@ -149,39 +149,16 @@ class Place:
     part: int | None = None
 
 
-@dataclass(frozen=True)
-class Change:
-    """A LoRA's change of some rows of a weight: `scale · up down`. down: `[r, in, …]`; up: `[rows, r, …]`."""
-
-    rows: slice
-    down: Tensor
-    up: Tensor
-    scale: float
-
-
-@dataclass(frozen=True)
-class FusedTensor(ChangedTensor):
-    """A weight of a checkpoint with the changes of a LoRA."""
-
-    base: Tensor
-    changes: tuple[Change, ...]
-
-    @property
-    def parts(self) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return (self.base, *(part for change in self.changes for part in (change.down, change.up)))
-
-    def read(self) -> np.ndarray:
-        fused = self.base.load().astype(np.float32).reshape(self.shape[0], -1)
-        for change in self.changes:
-            down, up = (part.load().astype(np.float32) for part in (change.down, change.up))
-            rank = len(down)
-            fused[change.rows] += np.float32(change.scale) * (up.reshape(-1, rank) @ down.reshape(rank, -1))
-        return fused.reshape(self.shape).astype(self.dtype)
-
-    def content(self) -> Iterator[np.ndarray]:
-        # The parts, not the product: its last bits depend on the machine, and random masks must not.
-        yield from super().content()
-        yield np.array([change.scale for change in self.changes]).view(np.uint8)
+def fused(parts: Sequence[np.ndarray], changes: Sequence[tuple[int, int, float]]) -> np.ndarray:
+    """A weight with the changes of a LoRA, of which each is `scale · up down` for some rows. parts: the weight, and
+    `down [r, in, …]` and `up [rows, r, …]` of each change; changes: the first row, the one behind the last, and the
+    scale."""
+    values = parts[0].astype(np.float32).reshape(len(parts[0]), -1)
+    for (begin, end, scale), down, up in zip(changes, parts[1::2], parts[2::2], strict=True):
+        rank = len(down)
+        down, up = (factor.astype(np.float32) for factor in (down, up))
+        values[begin:end] += np.float32(scale) * (up.reshape(-1, rank) @ down.reshape(rank, -1))
+    return values.reshape(parts[0].shape)
 
 
 def open_with_lora(base: Path, lora: Path) -> Folder:
@@ -200,28 +177,32 @@ def open_with_lora(base: Path, lora: Path) -> Folder:
             lora, f"changes {len(modules)} modules, of which {base.name} has {len(modules) - len(missing)}, and not "
             f"{missing[0]}; expected a LoRA of this kind of generator",
         )  # fmt: skip
-    changes: dict[str, dict[int | None, Change]] = {}
+    # Of each tensor, by the part that is changed: the rows with the scale, and the factors.
+    changes: dict[str, dict[int | None, tuple[tuple[int, int, float], tuple[Tensor, Tensor]]]] = {}
     for module, parts in modules.items():
         place, down, up = places[module], parts["down"], parts["up"]
         of_tensor, weight = changes.setdefault(place.tensor, {}), checkpoint.entries[place.tensor]
         if place.part in of_tensor:
             raise InputError(lora, f"{module}: changes {place.tensor} twice, by the names of two tools")
         rows, rank = weight.shape[0] // (1 if place.part is None else 3), down.shape[0] if down.shape else 0
-        begin, entries = rows * (place.part or 0), math.prod(weight.shape[1:])
-        fits = len(down.shape) >= 2 and len(up.shape) >= 2 and math.prod(down.shape) == rank * entries
+        begin, columns = rows * (place.part or 0), math.prod(weight.shape[1:])
+        fits = len(down.shape) >= 2 and len(up.shape) >= 2 and math.prod(down.shape) == rank * columns
         if not fits or up.shape[0] != rows or math.prod(up.shape) != rows * rank:
             raise InputError(
                 lora, f"{module}: has factors of shapes {list(down.shape)} and {list(up.shape)}, which do not fit the "
-                f"{rows} x {entries} entries of {place.tensor}; expected a LoRA of this kind of generator",
+                f"{rows} x {columns} entries of {place.tensor}; expected a LoRA of this kind of generator",
             )  # fmt: skip
         alpha = float(parts["alpha"].load().reshape(-1)[0]) if "alpha" in parts else float(rank)
         if not math.isfinite(alpha):
             raise InputError(lora, f"{module}.alpha: {alpha}; expected a finite number")
-        of_tensor[place.part] = Change(slice(begin, begin + rows), down, up, alpha / rank)
-    fused = {
-        name: FusedTensor(checkpoint.entries[name], tuple(of_tensor.values())) for name, of_tensor in changes.items()
-    }
-    return Folder(base, {**checkpoint.entries, **fused})
+        of_tensor[place.part] = (begin, begin + rows, alpha / rank), (down, up)
+    entries = dict(checkpoint.entries)
+    for name, of_tensor in changes.items():
+        rows_and_scales, factors = zip(*of_tensor.values(), strict=True)
+        weight, identity = entries[name], np.array([scale for _, _, scale in rows_and_scales]).tobytes()
+        whole = (weight, *(factor for pair in factors for factor in pair))
+        entries[name] = ComputedTensor(weight.dtype, weight.shape, whole, fused, (rows_and_scales,), identity)
+    return Folder(base, entries)
 
 
 def _read_modules(lora: Path) -> dict[str, dict[str, Tensor]]:

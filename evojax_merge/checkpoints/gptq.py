@@ -18,12 +18,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from evojax_merge.checkpoints.config_file import decoder_settings, read_decoder_config
+from evojax_merge.checkpoints.folder import ComputedTensor
 from evojax_merge.checkpoints.quantised import (
     FLOATS,
     INDICES,
     WORDS,
     QuantisedFolder,
-    QuantisedTensor,
     check_groups,
     dequantised_config,
     unpack,
@@ -31,6 +31,7 @@ from evojax_merge.checkpoints.quantised import (
 from evojax_merge.models.architecture import known_architecture, tensors_of
 
 SUFFIX = ".qweight"
+ZEROS, SCALES, INDICES_OF_GROUPS = "qzeros", "scales", "g_idx"
 AWQ_BITS, AWQ_PER_WORD = 4, 8
 # The position in an AWQ word of each of its outputs.
 AWQ_PLACES = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
@@ -80,10 +81,10 @@ def dequantise_gptq(folder: QuantisedFolder) -> None:
         groups = -(-inputs // group)
         parts = [
             packed,
-            folder.part(packed, f"{module}.qzeros", WORDS, (groups, outputs * bits // 32)),
-            folder.part(packed, f"{module}.scales", FLOATS, (groups, outputs)),
+            folder.part(packed, f"{module}.{ZEROS}", WORDS, (groups, outputs * bits // 32)),
+            folder.part(packed, f"{module}.{SCALES}", FLOATS, (groups, outputs)),
         ]
-        indices = f"{module}.g_idx"
+        indices = f"{module}.{INDICES_OF_GROUPS}"
         if indices in folder.stored:
             parts.append(folder.part(packed, indices, INDICES, (inputs,)))
             check_groups(indices, parts[-1], groups)
@@ -101,7 +102,7 @@ def _remove_padding_biases(folder: QuantisedFolder) -> None:
     for name, tensor in list(folder.entries.items()):
         is_bias = name.endswith(".bias") and name not in expected
         weight = folder.entries.get(f"{name.removesuffix('.bias')}.weight")
-        if is_bias and isinstance(weight, QuantisedTensor) and not tensor.load().any():
+        if is_bias and isinstance(weight, ComputedTensor) and not tensor.load().any():
             del folder.entries[name]
 
 
@@ -119,8 +120,8 @@ def dequantise_awq(folder: QuantisedFolder) -> None:
         groups = -(-inputs // group)
         parts = (
             packed,
-            folder.part(packed, f"{module}.qzeros", WORDS, (groups, words)),
-            folder.part(packed, f"{module}.scales", FLOATS, (groups, outputs)),
+            folder.part(packed, f"{module}.{ZEROS}", WORDS, (groups, words)),
+            folder.part(packed, f"{module}.{SCALES}", FLOATS, (groups, outputs)),
         )
         folder.exchange(f"{module}.weight", (outputs, inputs), parts, interleaved_outputs, group)
 

@@ -4,7 +4,7 @@ A format's own module says which tensors these are and which formula computes th
 the matrices of a `QuantisedFolder`. `derived` selects the format by the `quant_method` that a config names.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from evojax_merge.checkpoints.folder import DTYPES, FLOAT_DTYPES, Tensor, open_folder
+from evojax_merge.checkpoints.folder import DTYPES, FLOAT_DTYPES, ComputedTensor, Formula, Tensor, open_folder
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
 
@@ -52,27 +52,6 @@ ENDS_OF_PARTS = {
     ),
     "FP8 and four-bit floats": (".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".pre_quant_scale"),
 }  # fmt: skip
-
-
-# (the parts' values in the format's order, *settings) -> the matrix, float32[out, in].
-Formula = Callable[..., np.ndarray]
-
-
-@dataclass(frozen=True)
-class QuantisedTensor(Tensor):
-    """A matrix that is computed from its parts, cast once to a float dtype; the first part is the quantised matrix.
-
-    The formula is a function of a module, so that two matrices of equal parts, formulas and settings are equal.
-    """
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    parts: tuple[Tensor, ...]
-    formula: Formula
-    settings: tuple[Any, ...] = ()
-
-    def read(self) -> np.ndarray:
-        return self.formula([part.load() for part in self.parts], *self.settings).astype(self.dtype, order="C")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -182,8 +161,8 @@ class QuantisedFolder:
     def exchange(
         self, name: str, shape: tuple[int, ...], parts: Iterable[Tensor], formula: Formula, *settings: Any
     ) -> None:
-        """Enter the matrix that a formula of `QuantisedTensor` computes from these parts."""
-        self.entries[name] = QuantisedTensor(self.dtype, shape, tuple(parts), formula, settings)
+        """Enter the matrix, float32[out, in], that a formula computes from these parts, cast to the folder's dtype."""
+        self.entries[name] = ComputedTensor(self.dtype, shape, tuple(parts), formula, settings)
 
     def packed_matrices(self, suffix: str) -> Iterator[tuple[str, Tensor]]:
         """Take the tensors of that suffix, each with its module, whose weight they hold as words, out of the entries.

@@ -1,5 +1,4 @@
-"""Banks of merges and of layer paths whose layers stay on the host, or in the models' own files, until they are needed.
-"""
+"""Banks of merges and of layer paths whose layers stay on the host, or in the models' files, until they are needed."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
