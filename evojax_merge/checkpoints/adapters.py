@@ -257,7 +257,7 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
     if not tensors:
         raise InputError(file, "holds no tensor; expected those of an adapter")
     decoder = decoder_of(base)
-    architecture, head = known_architecture(decoder.config.get("model_type")), decoder.names.own_head
+    architecture, head = decoder.architecture, decoder.names.own_head
     names = {decoder.in_memory(name): decoder.names.in_file(name) for name in decoder.entries}
     # A packed tensor, such as that of all experts, is replaced by its parts: an adapter's modules are as small as the
     # parts.

@@ -14,7 +14,7 @@ from evojax_merge.checkpoints.decoder_folder import DecoderFolder
 from evojax_merge.checkpoints.folder import Tensor, is_float, wrapper_hint
 from evojax_merge.checkpoints.parents import EMBEDDINGS, find_token_tensors, tensor_shapes
 from evojax_merge.errors import InputError
-from evojax_merge.models.architecture import HEAD, find_architecture, known_architecture
+from evojax_merge.models.architecture import HEAD, find_architecture
 from evojax_merge.models.config import DecoderConfig
 
 # The name of a layer's tensor, by the outermost list of layers.
@@ -49,7 +49,7 @@ def check_against_config(folder: DecoderFolder, is_checked: Callable[[str], bool
     has. is_checked: whether a tensor of that name is compared. A folder without a config is not checked."""
     if not folder.whole.config:
         return
-    architecture, shapes, fault = known_architecture(folder.config.get("model_type")), None, None
+    architecture, shapes, fault = folder.architecture, None, None
 
     def config_in_file() -> DecoderConfig:
         """The config by the keys that the file has, which may lack some: raises KeyError. RoPE changes no shape, and

@@ -158,6 +158,11 @@ class DecoderFolder(Folder):
         return {key: defaults[key] for key in ("tie_word_embeddings",) if key in defaults} | settings
 
     @property
+    def architecture(self) -> Architecture | None:
+        """The decoder's architecture; None where it is unknown."""
+        return known_architecture(self.config.get("model_type"))
+
+    @property
     def where(self) -> object:
         """The place of the decoder's settings, for messages."""
         file = self.path / "config.json"
@@ -177,13 +182,12 @@ class DecoderFolder(Folder):
         if not self.whole.config:
             read_json_object(self.path / "config.json", missing=NO_CONFIG)
         check_unquantised(self.path / "config.json", self.whole.config)
-        kind = self.config.get("model_type")
-        architecture = known_architecture(kind)
-        if self.is_part and architecture is not None and architecture.always_maps_logits:
+        if self.is_part and self.architecture is not None and self.architecture.always_maps_logits:
+            kind = shown(self.config["model_type"])
             raise InputError(
                 self.where,
-                f"model_type is {shown(kind)}, whose logits transformers leaves unscaled in a larger model; expected "
-                "another text decoder",
+                f"model_type is {kind}, whose logits transformers leaves unscaled in a larger model; expected another "
+                "text decoder",
             )
         return replace(read_decoder_config(self.where, self.config), projector=self.projector)
 

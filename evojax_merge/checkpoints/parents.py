@@ -118,8 +118,8 @@ class Sources:
 
     @cached_property
     def token_tensors(self) -> TokenTensors:
-        architecture = known_architecture(self.folders[0].config.get("model_type"))
-        return find_token_tensors(self.folders[0]) if architecture is None else token_tensors(architecture)
+        first = self.folders[0]
+        return find_token_tensors(first) if first.architecture is None else token_tensors(first.architecture)
 
     def name_in(self, source: int, tensor: str) -> str:
         """The tensor's name in that folder: a tied head is the embedding, whether or not a copy of it is stored."""

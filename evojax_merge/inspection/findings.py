@@ -152,7 +152,7 @@ def differing_in_rows_alone(models: Sequence[Model], names: Sequence[str]) -> li
     """The tensors outside of the layers, among those of different shapes, that have a row for each token: matrices with
     the same columns in all models, and vectors that are as long as such a matrix, for example the bias of a head."""
     shapes = {name: [model.tensors[name].shape for model in models if name in model.tensors] for name in names}
-    registered = models[0].registered
+    registered = models[0].folder.architecture
     outside = [
         name for name in names
         if place_of(registered, name)[0] is None and len({shape[1:] for shape in shapes[name]}) == 1

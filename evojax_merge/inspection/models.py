@@ -21,7 +21,7 @@ from evojax_merge.checkpoints.pipelines import DENOISERS, Pipeline, is_pipeline
 from evojax_merge.checkpoints.tokens import chat_template, count_differing_tokens, has_tokenizer, needs_code
 from evojax_merge.errors import InputError
 from evojax_merge.inspection.ways import Way, way_of
-from evojax_merge.models.architecture import Architecture, known_architecture
+from evojax_merge.models.architecture import Architecture
 
 # The component of tensors that belong to none.
 OTHER = "other"
@@ -81,10 +81,6 @@ class Model:
         head = self.folder.names.own_head
         return {name: entry for name, entry in entries.items() if not (self.tied and name == head)}
 
-    @property
-    def registered(self) -> Architecture | None:
-        return known_architecture(self.folder.config.get("model_type"))
-
 
 def read_models(references: Sequence[str], paths: Sequence[Path]) -> list[Model]:
     """The models of these folders, by their headers. Raises InputError for a model that cannot be opened, and for one
@@ -93,7 +89,7 @@ def read_models(references: Sequence[str], paths: Sequence[Path]) -> list[Model]
         if path in paths[:number]:
             raise InputError(references[number], "is given twice; expected models that differ")
     folders = [decoder_of(_open(path)) for path in paths]
-    if known_architecture(folders[0].config.get("model_type")) is None:
+    if folders[0].architecture is None:
         folders[1:] = [named_alike(folder, folders[0]) for folder in folders[1:]]
     with_tokens = [path for path in paths if has_tokenizer(path)]
     return [
@@ -164,7 +160,7 @@ def _why_unsearchable(folder: DecoderFolder) -> str | None:
     kind = folder.config.get("model_type")
     if is_pipeline(folder.path):
         return "it is an image generator"
-    if known_architecture(kind) is None:
+    if folder.architecture is None:
         if kind is None:
             if scheme_of(folder.entries) is not None:
                 return "it is an image generator in one file, of which a search takes the folder that diffusers writes"

@@ -95,7 +95,7 @@ def measure_distances(models: Sequence[Model], on_read: OnRead = lambda nbytes: 
         shapes = Counter(entries[name].shape for entries in tensors if name in entries)
         shape = shapes.most_common(1)[0][0]
         held = np.array([name in entries and entries[name].shape == shape for entries in tensors])
-        architecture = models[int(held.argmax())].registered
+        architecture = models[int(held.argmax())].folder.architecture
         entries = [by_name[name] for by_name, holds in zip(tensors, held, strict=True) if holds]
         measured.append(_measure(name, place_of(architecture, name), held, entries))
         on_read(sum(_nbytes(by_name[name]) for by_name in tensors if name in by_name))

@@ -19,7 +19,7 @@ from evojax_merge.checkpoints.writer import CARD, write_marker
 from evojax_merge.errors import InputError, escaped_lines, shown
 from evojax_merge.mergekit.execute import MergePlan, Progress, merged_tensors
 from evojax_merge.mergekit.stages import StreamPlan
-from evojax_merge.models.architecture import ROUTER, find_architecture, known_architecture, model_types
+from evojax_merge.models.architecture import ROUTER, find_architecture, model_types
 from evojax_merge.system.file_system import atomic_folder
 
 
@@ -76,7 +76,7 @@ def prepare_adapter(stream_plan: StreamPlan, rank: int) -> Path:
             "--as model",
         )  # fmt: skip
     base = merge_plan.base
-    architecture = known_architecture(base.config.get("model_type"))
+    architecture = base.architecture
     if architecture is None:
         kind = shown(base.config.get("model_type"))
         raise InputError(

@@ -66,10 +66,10 @@ def open_models(
                 "(--allow-crimes merges them if their tensors agree)",
             )
     folders = (first, *(named_alike(model, first) if model.config else model for model in folders[1:]))
-    decoder, sources = known_architecture(first.config.get("model_type")), Sources(folders)
+    decoder, sources = first.architecture, Sources(folders)
     for folder in folders:
         check_unquantised(folder.path / "config.json", folder.whole.config)
-        if known_architecture(folder.config.get("model_type")) is not None:
+        if folder.architecture is not None:
             check_values(folder.where, folder.config)
     tied: bool | None = None
     names = [list(folder.entries) for folder in folders]
