@@ -172,18 +172,19 @@ def read_gguf(path: Path) -> GgufModel:
     """Read a GGUF file's header, and no tensor. Raises InputError where the file is damaged or truncated, or its family
     is not supported."""
     gguf = import_gguf(path)
-    header = read_gguf_header(path, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
-    architecture, supported = header.metadata.get("general.architecture"), gguf_architectures()
+    sizes = {int(kind): block_sizes for kind, block_sizes in gguf.GGML_QUANT_SIZES.items()}
+    metadata, places = read_gguf_header(path, sizes)
+    architecture, supported = metadata.get("general.architecture"), gguf_architectures()
     if architecture is None:
         raise InputError(path, f"general.architecture: missing; expected one of {', '.join(supported)}")
     if not isinstance(architecture, str) or architecture not in supported:
         raise InputError(path, f"general.architecture: {shown(architecture)}; expected one of {', '.join(supported)}")
-    parts = header.metadata.get("split.count", 1)
+    parts = metadata.get("split.count", 1)
     if parts not in (0, 1):
         raise InputError(
             path, f"split.count: {shown(parts)}; expected a whole model: join its parts (llama-gguf-split --merge)"
         )
-    for number, name in {place.kind: name for name, place in header.tensors.items()}.items():
+    for number, name in {place.kind: name for name, place in places.items()}.items():
         kind = gguf.GGMLQuantizationType(number)
         try:
             gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
@@ -193,9 +194,9 @@ def read_gguf(path: Path) -> GgufModel:
             ) from None
 
     def is_matrix(name: str) -> bool:
-        return len(header.tensors[name].shape) > 1 and ROUTER not in name
+        return len(places[name].shape) > 1 and ROUTER not in name
 
-    kinds = {place.kind for name, place in header.tensors.items() if is_matrix(name)}
+    kinds = {place.kind for name, place in places.items() if is_matrix(name)}
     kind_of, single = gguf.GGMLQuantizationType, np.dtype(np.float32)
     # One dtype for all matrices: a quantised value is a product and a sum of halves, which no shorter float holds.
     halves = {kind_of.F16: np.dtype(np.float16), kind_of.BF16: np.dtype(ml_dtypes.bfloat16)}
@@ -203,9 +204,9 @@ def read_gguf(path: Path) -> GgufModel:
     mapped = MappedFile(path)
     tensors = {
         name: GgufTensor(mapped, dtype if is_matrix(name) else single, place.shape, place.start, place.stop, place.kind)
-        for name, place in header.tensors.items()
+        for name, place in places.items()
     }
-    return GgufModel(path, header.metadata, tensors)
+    return GgufModel(path, metadata, tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------

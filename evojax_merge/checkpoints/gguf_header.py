@@ -43,15 +43,11 @@ class TensorPlace:
     stop: int
 
 
-@dataclass(frozen=True)
-class GgufHeader:
-    """The metadata by key, and the tensors' positions by name."""
-
-    metadata: Mapping[str, Any]
-    tensors: Mapping[str, TensorPlace]
+# The metadata by key, and the tensors' positions by name.
+Header = tuple[dict[str, Any], dict[str, TensorPlace]]
 
 
-def read_gguf_header(path: Path, block_sizes: Mapping[int, tuple[int, int]]) -> GgufHeader:
+def read_gguf_header(path: Path, block_sizes: Mapping[int, tuple[int, int]]) -> Header:
     """Read a file's header. block_sizes: the number of entries and of bytes of a block, for each kind of tensor.
 
     Raises InputError where the file is not a GGUF file, is damaged or truncated, or has more in its header than any
@@ -78,7 +74,7 @@ class _Reader:
     position: int
     entries: int = 0
 
-    def header(self, block_sizes: Mapping[int, tuple[int, int]]) -> GgufHeader:
+    def header(self, block_sizes: Mapping[int, tuple[int, int]]) -> Header:
         version = self._number("I", "its version")
         if version & 0xFFFF == 0 and version:
             raise InputError(self.path, "a big-endian GGUF file; convert it once (gguf-convert-endian FILE little)")
@@ -117,7 +113,7 @@ class _Reader:
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise InputError(self.path, f"general.alignment: {shown(alignment)}; expected a power of two")
-        return GgufHeader(metadata, self._places(rows, alignment, block_sizes))
+        return metadata, self._places(rows, alignment, block_sizes)
 
     def _take(self, count: int, what: str) -> int:
         """Step over the next `count` bytes, and return their position."""

@@ -51,7 +51,6 @@ from evojax_merge.mergekit.plan import (
     Layout,
     TensorPlan,
     module_layouts,
-    output_layers,
     plan,
     unmatched_filters,
 )
@@ -205,10 +204,12 @@ def _merged_config(
             config |= rows
         if isinstance(text, dict) and ("vocab_size" in text or "vocab_size" not in leader.config):
             config["text_config"] = text | rows
-    number = sources.folders.index(leader)
+    number, models = sources.folders.index(leader), recipe.models
     for module, module_layout in zip(recipe.modules, module_layouts(recipe, layouts), strict=True):
         layers = sum(len(rows) for rows in module_layout[number].stacks.values())
-        origins = output_layers(recipe, module, module_layout)
+        # Of each layer, the model and the layer of its slice's first source; none for whole models.
+        firsts = [(part.sources[0], part.count or 0) for part in module.slices]
+        origins = [(models.index(source.model), source.first + i) for source, count in firsts for i in range(count)]
         if module.slices[0].count is not None and origins != [(number, i) for i in range(layers)]:
             _set_depth(config, sources, number, module_kind(module.name).depths, layers, origins)
     return config

@@ -416,15 +416,3 @@ def _one_stack(where: str, part: Slice, layouts: Sequence[Layout], index: Mappin
                     f"{source.model} has no layer {layer}: it has layers {min(layers)} to {max(layers)}",
                 )  # fmt: skip
     return head
-
-
-def output_layers(recipe: RecipeFile, module: Module, layouts: Sequence[Layout]) -> list[tuple[int, int]]:
-    """For each layer of a merged module, the model and the layer of its slice's first source."""
-    index = {model: i for i, model in enumerate(recipe.models)}
-    origins = []
-    for part in module.slices:
-        model = index[part.sources[0].model]
-        stacks = layouts[model].stacks
-        count = part.count if part.count is not None else max((len(layers) for layers in stacks.values()), default=0)
-        origins += [(model, part.sources[0].first + i) for i in range(count)]
-    return origins
