@@ -455,6 +455,9 @@ class Folder:
         """The files that the weights lie in."""
         return files_of(self.entries.values())
 
+    def read(self, name: str) -> np.ndarray:
+        return self.entries[name].read()
+
     def close(self) -> None:
         """Release the mapped files; the next reading maps them again. An array that was read keeps its mapping."""
         for mapped in {mapped for entry in self.entries.values() for mapped in entry.mapped_files}:

@@ -145,7 +145,7 @@ def write_as_adapter(
         # Other modules are the base's.
         progress(merge_plan.nbytes - sum(merge_plan.specs[name].nbytes for name in names))
         for name, merged in zip(names, merged_tensors(merge_plan, names), strict=True):
-            leaf, base_values = leaves[tensors[name]], base.entries[tensors[name]].read()
+            leaf, base_values = leaves[tensors[name]], base.read(tensors[name])
             key = base.in_memory(tensors[name])
             differs = is_float(base_values.dtype) and not np.array_equal(
                 merged.astype(np.float32), base_values.astype(np.float32)

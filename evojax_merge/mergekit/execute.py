@@ -357,7 +357,7 @@ def merged_tensors(merge_plan: MergePlan, names: list[str]) -> Iterator[np.ndarr
     others = merge_plan.leader.whole
 
     def make(name: str) -> np.ndarray:
-        return merge_tensor(merge_plan, by_name[name]) if name in by_name else np.array(others.entries[name].read())
+        return merge_tensor(merge_plan, by_name[name]) if name in by_name else np.array(others.read(name))
 
     waiting = deque(names)
     running: deque[Future[np.ndarray]] = deque()
