@@ -202,16 +202,16 @@ def resolve_model(
     InputError where a model cannot be found; opening a base and an adapter shows whether they fit each other.
     """
 
-    def is_here(name: str) -> bool:
+    def exists(name: str) -> bool:
         return name in made or local_path(name, relative_to) is not None
 
-    base, adapter = split_reference(reference, is_here)
+    base, adapter = split_reference(reference, exists)
     if not weights:
         model = made[base] if base in made else find(where, base, relative_to, weights=False)
         return _as_folder(model) if model.is_file() else model
     if adapter is not None:
         where = f"{where}: {reference}"
-        several = [name for name in (base, adapter) if "+" in name and not is_here(name)]
+        several = [name for name in (base, adapter) if "+" in name and not exists(name)]
         if several:
             raise InputError(
                 where, f"{several[0]}: no such folder; expected one adapter behind a base (of several, merge the first "

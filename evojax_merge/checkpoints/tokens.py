@@ -165,9 +165,9 @@ def vocabulary_warnings(folders: Sequence[Path]) -> tuple[str, ...]:
         tokens = _tokens_of_rows(load_tokenizer(folder))
         differing = [row for row in sorted(tokens.keys() | expected.keys()) if tokens.get(row) != expected.get(row)]
         if differing:
-            named = [["no token" if t is None else shown(t) for t in map(by_row.get, differing[:3])]
-                     for by_row in (tokens, expected)]  # fmt: skip
-            pairs = [f"row {row} is {one}, not {other}" for row, one, other in zip(differing, *named, strict=False)]
+            pairs = [
+                f"row {row} is {_named(tokens.get(row))}, not {_named(expected.get(row))}" for row in differing[:3]
+            ]
             more = f" and {len(differing) - 3:,} more" if len(differing) > 3 else ""
             warnings.append(
                 f"{folder}: its tokenizer differs from that of {first} ({', '.join(pairs)}{more}); rows are merged by "
@@ -205,6 +205,10 @@ def chat_template(folder: Path) -> str | None:
 
 def _tokens_of_rows(tokenizer: Any) -> dict[int, str]:
     return {row: token for token, row in tokenizer.get_vocab().items()}
+
+
+def _named(token: str | None) -> str:
+    return "no token" if token is None else shown(token)
 
 
 def _fingerprint(folder: Path) -> tuple[str, ...]:
