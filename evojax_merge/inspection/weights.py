@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import combinations
 
 import numpy as np
 
@@ -168,25 +169,21 @@ class Pair:
 def compare_pairs(measured: Sequence[TensorDistances], count: int) -> list[Pair]:
     """Every pair of the models that shares a tensor."""
     pairs = []
-    for i in range(count):
-        for j in range(i + 1, count):
-            shared = [tensor for tensor in measured if tensor.held[i] and tensor.held[j] and tensor.size]
-            if not shared:
-                continue
-            distance = sum(tensor.squared_distances[i, j] for tensor in shared)
-            mean_norm = sum(tensor.squared_norms[i] + tensor.squared_norms[j] for tensor in shared) / 2
-            cosines = []
-            for tensor in shared:
-                a, b = tensor.squared_norms[i], tensor.squared_norms[j]
-                if tensor.is_matrix and a and b:
-                    cosines.append(float((a + b - tensor.squared_distances[i, j]) / (2 * np.sqrt(a * b))))
-            pairs.append(
-                Pair(
-                    i, j, len(shared), float(np.median(cosines)) if cosines else None,
-                    float(np.sqrt(distance / mean_norm)) if mean_norm else 0.0,
-                    float(sum(tensor.equal[i, j] for tensor in shared) / sum(tensor.size for tensor in shared)),
-                )
-            )  # fmt: skip
+    for i, j in combinations(range(count), 2):
+        shared = [tensor for tensor in measured if tensor.held[i] and tensor.held[j] and tensor.size]
+        if not shared:
+            continue
+        distance = sum(tensor.squared_distances[i, j] for tensor in shared)
+        mean_norm = sum(tensor.squared_norms[i] + tensor.squared_norms[j] for tensor in shared) / 2
+        cosines = []
+        for tensor in shared:
+            a, b = tensor.squared_norms[i], tensor.squared_norms[j]
+            if tensor.is_matrix and a and b:
+                cosines.append(float((a + b - tensor.squared_distances[i, j]) / (2 * np.sqrt(a * b))))
+        cosine = float(np.median(cosines)) if cosines else None
+        relative_distance = float(np.sqrt(distance / mean_norm)) if mean_norm else 0.0
+        equal_share = float(sum(tensor.equal[i, j] for tensor in shared) / sum(tensor.size for tensor in shared))
+        pairs.append(Pair(i, j, len(shared), cosine, relative_distance, equal_share))
     return pairs
 
 
