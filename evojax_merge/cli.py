@@ -199,7 +199,9 @@ def completion(shell: str) -> None:
 @click.option("--distributed", is_flag=True, help="This is one of several processes that share the search.")
 @click.option("--force", is_flag=True, help="Go on where the models or the passes do not fit into memory.")
 @click.option("--quiet", is_flag=True, help="Print nothing on stdout; the run folder's run.log has all lines.")
-@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each generation, and nothing else.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON alone: a line for each generation and warning.")
+@click.option("--heartbeat", type=FILE, help="Touch this file at each pass, for a program that watches.")
+@click.option("--metrics", type=FILE, help="Write figures of each generation here, as Prometheus reads them.")
 @with_plugins
 def search(
     config: Path,
@@ -213,6 +215,7 @@ def search(
     quiet: bool,
     as_json: bool,
     plugin_names: tuple[str, ...],
+    **watching: Path | None,
 ) -> None:
     """Search for the best merge that CONFIG describes, and export the winner. docs/glossary.md explains the words of
     the lines that it prints."""
@@ -225,7 +228,20 @@ def search(
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "4")
     command = _command("search", plugin_names, distributed)
     output: Literal["text", "json", "none"] = "json" if as_json else "none" if quiet else "text"
-    command.search(config, out, resume, overwrite, seed, list(overrides), force, plugin_names, output)
+    from evojax_merge.report.monitor import Monitor
+
+    command.search(
+        config,
+        out,
+        resume,
+        overwrite,
+        seed,
+        list(overrides),
+        force,
+        plugin_names,
+        output,
+        watching=Monitor(watching["heartbeat"], watching["metrics"]),
+    )
 
 
 @cli.command(short_help="Search for the merge whose answers people prefer.")

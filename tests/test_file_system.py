@@ -94,7 +94,7 @@ WITHOUT_FILE_SYSTEM = {
     },
     APPENDS: {
         "judge/votes.py": ["VoteFile.mend"],
-        "report/loggers.py": ["TensorBoard.log", "Table.log"],
+        "report/loggers.py": ["TensorBoard.log", "Table.log"], "report/monitor.py": ["Monitor.passed"],
         "search/checkpoints.py": ["append_line", "Checkpoints.save"],
         "search/run_lock.py": ["acquire", "check_not_in_use"],
     },
@@ -106,6 +106,7 @@ WITHOUT_FILE_SYSTEM = {
     },
     NO_FILE: {
         "cli.py": ["main"], "api/pytrees.py": ["_run"], "search/loop.py": ["evolve"],
+        "evaluation/devices.py": ["_silence_libraries"],
         "search/checkpoints.py": ["FolderStorage.save"],
     },
 }  # fmt: skip

@@ -1,5 +1,7 @@
 """`evojax-merge search`: a config, its checks, the run folder, one search or a chain of them."""
 
+import json
+import logging
 import os
 import shlex
 import sys
@@ -8,7 +10,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import jax
 
@@ -22,7 +24,7 @@ from evojax_merge.checkpoints.writer import (
 )
 from evojax_merge.config.documents import attribute_errors_to_overrides
 from evojax_merge.config.search_config import Config, StageConfig
-from evojax_merge.errors import LONGEST_LINE, InputError, PeerLostError, print_warning, printable
+from evojax_merge.errors import LOG, LONGEST_LINE, Failed, InputError, PeerLostError, print_warning, printable
 from evojax_merge.evaluation.devices import losing_peers, unused_memory
 from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.peers import check_agreement, check_files, check_shared_folder, telling_peers
@@ -38,6 +40,7 @@ from evojax_merge.problem import (
     stage_configs,
 )
 from evojax_merge.report.loggers import LoggedSearch, check_loggers, logged
+from evojax_merge.report.monitor import Monitor, watched_by
 from evojax_merge.report.notices import print_warnings
 from evojax_merge.report.page import kept_page
 from evojax_merge.report.plan import format_advice
@@ -59,6 +62,7 @@ from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.steps.planning import advice, disk_bytes
 from evojax_merge.system import interrupts
 from evojax_merge.system.console import console, say, working
+from evojax_merge.system.file_system import check_outputs
 from evojax_merge.system.interrupts import defer_signals
 from evojax_merge.system.regular_file import MAX_NAME_BYTES
 from evojax_merge.tasks.opening import data_warnings
@@ -101,10 +105,10 @@ class ResumeHint:
 def search(
     path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str],
     force: bool = False, plugin_names: Sequence[str] = (), output: Output = "text",
-    judges: JudgeOptions | None = None,
+    judges: JudgeOptions | None = None, watching: Monitor = Monitor(),  # noqa: B008
 ) -> None:  # fmt: skip
     """Search from a config file. A search that is broken off prints the command that continues it. judges: of the
-    command `judge`."""
+    command `judge`; watching: the files of programs that watch the search."""
     name = "search" if judges is None else "judge"
 
     def command(*options: str) -> str:
@@ -116,12 +120,15 @@ def search(
     options += ["--distributed"] if jax.process_count() > 1 else []
     options += ["--force"] if force else []
     options += {"text": [], "json": ["--json"], "none": ["--quiet"]}[output]
+    options += [] if watching.heartbeat is None else ["--heartbeat", str(watching.heartbeat)]
+    options += [] if watching.metrics is None else ["--metrics", str(watching.metrics)]
     asked = ["--out", str(out)] if out else []
     asked += ["--resume"] if resume else ["--overwrite"] if overwrite else []
     options += ["--port", str(judges.port)] if judges is not None and judges.port else []
     options += ["--export", str(judges.pairs)] if judges is not None and judges.pairs else []
     resume_hint = ResumeHint(command(*asked, *options), resume)
     with resume_hint.on_exit(), telling_peers(), losing_peers(), attribute_errors_to_overrides(path, overrides):
+        check_outputs(watching.outputs(), {"CONFIG": path})
         plugins.load()
         config = read_config(path, overrides, seed)
         document = config.model_dump(mode="json", exclude={"inputs", "out"})
@@ -129,7 +136,8 @@ def search(
         check_agreement(document, modes | {file.name: file_hash(file) for file in plugins.named_files()})
         out = out or default_out(path, config)
         on_started = partial(resume_hint.on_started, command("--out", str(out), *options, "--resume"))
-        with _printing(output) as on_generation, working("reading the models and the tasks"):
+        reading = working("reading the models and the tasks")
+        with watched_by(watching), _printing(output) as on_generation, reading:
             run_search(
                 path, config, out, resume=resume, overwrite=overwrite, on_started=on_started,
                 on_generation=on_generation, force=force, judges=judges,
@@ -138,8 +146,8 @@ def search(
 
 @contextmanager
 def _printing(output: Output) -> Iterator[OnGeneration]:
-    """Have the block print texts and bars, nothing, or the generations as JSON, for which it yields a callback. Other
-    code, such as a user's function, prints on stderr where the lines are JSON."""
+    """Have the block print texts and bars, nothing, or the generations as JSON, for which it yields a callback, with
+    warnings and the error that ends it. Other code, such as a user's function, prints on stderr then."""
     usual, lines = console.quiet, sys.stdout
 
     def print_generation(generation: Generation) -> None:
@@ -148,10 +156,33 @@ def _printing(output: Output) -> Iterator[OnGeneration]:
 
     console.quiet = usual or output != "text"
     try:
-        with redirect_stdout(sys.stderr) if output == "json" else nullcontext():
+        with _json_messages(lines) if output == "json" else nullcontext():
             yield print_generation
     finally:
         console.quiet = usual
+
+
+@contextmanager
+def _json_messages(lines: IO[str]) -> Iterator[None]:
+    """Print the block's warnings, and the error that ends it, as lines of JSON."""
+
+    def print_line(kind: str, text: str) -> None:
+        print(json.dumps({kind: printable(text)}, ensure_ascii=False), file=lines, flush=True)
+
+    class Warnings(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            print_line("warning", record.getMessage().removeprefix("warning: "))
+
+    handler = Warnings(logging.WARNING)
+    LOG.addHandler(handler)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except (InputError, Failed) as error:
+        print_line("error", str(error))
+        raise
+    finally:
+        LOG.removeHandler(handler)
 
 
 def default_out(path: Path, config: Config) -> Path:

@@ -201,7 +201,8 @@ def target_names() -> list[str]:
 
 def find_target(where: str, name: str) -> Target:
     """The target of a name: `cpu` (this machine's), a GPU (`h100`), several of one host (`8xh100`) or of several
-    (`2x8xh100`), or a TPU slice (`v5p-8`). Raises InputError with the nearest known name."""
+    (`2x8xh100`), or a TPU slice (`v5p-8`), in letters of any case. Raises InputError with the nearest known name."""
+    asked, name = name, name.lower()
     if name == "cpu":
         return cpu_target()
     match = _GPU_NAME.fullmatch(name)
@@ -210,7 +211,7 @@ def find_target(where: str, name: str) -> Target:
         if not (0 < count <= MOST_GPUS and 0 < hosts <= MOST_HOSTS):
             raise InputError(
                 where,
-                f"there is no target {name!r}; expected 1 to {MOST_GPUS} GPUs to a host, such as 8x{match[3]}, and up "
+                f"there is no target {asked!r}; expected 1 to {MOST_GPUS} GPUs to a host, such as 8x{match[3]}, and up "
                 f"to {MOST_HOSTS:,} hosts, such as 2x8x{match[3]}",
             )
         chip = _GPUS[match[3]]
@@ -221,7 +222,7 @@ def find_target(where: str, name: str) -> Target:
         turned = re.sub(r"^(\w*?[a-z]\d+)[x*:-](\d+)$", r"\2x\1", name.lower(), flags=re.ASCII)
         other_sizes = [other for other in target_names() if other.startswith(f"{turned.partition('-')[0]}-")]
         hint = f"; expected one of {', '.join(other_sizes)}" if other_sizes else did_you_mean(turned, target_names())
-        raise InputError(where, f"there is no target {name!r}{hint}")
+        raise InputError(where, f"there is no target {asked!r}{hint}")
     chip_name, _, size = name.partition("-")
     topology, hosts = _SLICES[chip_name][int(size)]
     devices = math.prod(map(int, topology.split("x")))

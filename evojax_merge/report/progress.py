@@ -27,6 +27,7 @@ from rich.progress import (
 from rich.text import Text
 
 from evojax_merge.errors import LOG, print_warning, printable
+from evojax_merge.report.monitor import monitor
 from evojax_merge.search.loop import Generation, Reporter
 from evojax_merge.system.console import HEARTBEAT, IN_NOTEBOOK, console, format_seconds, say, seconds_left
 
@@ -46,6 +47,7 @@ OnGeneration = Callable[[Generation], None]
 
 def _advance(progress: Progress, task: TaskID, done: int) -> None:
     """Count steps, and the moment at which they were done."""
+    monitor().passed()
     progress.update(task, advance=done, at=progress.tasks[0].elapsed)
 
 
@@ -202,6 +204,7 @@ class SearchBar(Reporter):
         self._progress.update(self._bar, completed=generation)
 
     def advanced(self, passes: int) -> None:
+        monitor().passed()
         self._done += passes
         self._progress.advance(self._bar, passes / self._passes)
 
@@ -229,6 +232,7 @@ class SearchBar(Reporter):
         else:
             console.print(line, soft_wrap=True)
         self._show(line)
+        monitor().finished(generation)
         self._on_generation(generation)
 
     def log(self, text: str) -> None:

@@ -59,6 +59,7 @@ from evojax_merge.search.run_schema import (
 from evojax_merge.system.file_system import (
     atomic_folder,
     atomic_write,
+    check_local,
     is_unfinished,
     link_or_copy,
     remove_empty_folder,
@@ -189,6 +190,7 @@ def check_place(path: Path, *, resume: bool, overwrite: bool) -> bool:
     be overwritten, where something else lies there, or where there is nothing to resume. A run without progress gives
     way to any other."""
     folder = RunFolder(path)
+    check_local(path)
     if path.exists() and not path.is_dir():
         raise InputError(path, "is a file; expected a run folder")
     try:

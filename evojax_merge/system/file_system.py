@@ -25,6 +25,7 @@ from evojax_merge.errors import InputError, cannot_write
 NEW, OLD, GONE = ".evojax-merge-new.", ".evojax-merge-old.", ".evojax-merge-gone."
 _RANDOM = "[0-9a-z_]{8}"
 # The beginning of a file by which this program recognises what it wrote.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 MOST_READ = 2**26
 
 
@@ -139,6 +140,7 @@ class OutputFile:
 
     def check(self) -> None:
         """Raises InputError where the file cannot be written, or would replace one that this program did not write."""
+        check_local(self.path)
         try:
             work = _hidden_name(regular_file(self.path), NEW)
             work.touch()
@@ -297,9 +299,16 @@ def hidden_folder(target: Path) -> Iterator[Path]:
             os.close(owner)
 
 
+def check_local(path: Path) -> None:
+    """Raises InputError for the address of an object store: a folder of that name would be made on this machine."""
+    if _ADDRESS.match(str(path)):
+        raise InputError(path, "is an address; expected a path on this machine, from which the result can be copied")
+
+
 def check_free(target: Path, overwrite: bool) -> None:
     """Raises InputError where `target` exists, unless it is a folder and `overwrite` is set, and where it cannot be
     made."""
+    check_local(target)
     if os.path.exists(target):
         if not os.path.isdir(target):
             raise InputError(target, "is a file; expected a folder name")

@@ -1,4 +1,5 @@
-"""Signals that ask the program to end: SIGINT, SIGTERM and SIGHUP. Imports nothing heavy; called from the main thread.
+"""Signals that ask the program to end: SIGINT, SIGTERM, SIGHUP, SIGUSR1. Imports nothing heavy; called from the main
+thread.
 
 A signal unwinds the program as KeyboardInterrupt, so that nothing half-done is left. At the start, before any work has
 begun, a signal ends the program at once instead. An import finishes first: a module in C turns an exception that is
@@ -19,7 +20,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Batch systems announce the end of a job's time with SIGTERM or, as its script asks, SIGUSR1.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 INTERRUPTED = 130
 # After how many seconds a signal comes again that came where an exception would be lost.
 LATER = 0.02
