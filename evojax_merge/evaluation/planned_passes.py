@@ -98,7 +98,7 @@ def plan(evaluation: Evaluation, task: str, reader: PassReader) -> list[PlannedP
     """The programs that an evaluation over abstract arrays would run, in their order; programs that are alike are one,
     with the number of its runs. `task`: the name of the evaluated task."""
     planned: dict[Any, PlannedPass] = {}
-    for planned_pass, key in _walk(evaluation, task, reader, []):
+    for planned_pass, key in _walk(evaluation, task, reader, [], {}):
         earlier = planned.get(key)
         planned[key] = planned_pass if earlier is None else replace(
             earlier, runs=earlier.runs + 1, held_bytes=max(earlier.held_bytes, planned_pass.held_bytes)
@@ -109,59 +109,73 @@ def plan(evaluation: Evaluation, task: str, reader: PassReader) -> list[PlannedP
 def abstract_result(evaluation: Evaluation, reader: PassReader) -> Any:
     """The result of an evaluation over abstract arrays."""
     result: list[Any] = []
-    for _ in _walk(evaluation, "", reader, result):
+    for _ in _walk(evaluation, "", reader, result, {}):
         pass
     return result[0]
 
 
+# By a program and the layout of its arguments: what it is traced to, and its results as abstract arrays.
+Traced = dict[Any, tuple[Any, Any]]
+
+
 def _walk(
-    evaluation: Evaluation, task: str, reader: PassReader, result: list[Any], beside: int = 0
+    evaluation: Evaluation, task: str, reader: PassReader, result: list[Any], traced: Traced, beside: int = 0
 ) -> Iterator[tuple[PlannedPass, Any]]:
     """Each program that an evaluation runs, and a key that is equal for programs that are alike; the evaluation's
-    result is appended to `result`. beside: bytes that are held beside what the evaluation itself holds."""
+    result is appended to `result`. traced: the programs so far: there may be thousands of batches of one shape; beside:
+    bytes that are held beside what the evaluation itself holds."""
     sent: Any = None
     try:
         while True:
             item = evaluation.send(sent)
             sent = None
             if isinstance(item, Program):
-                planned_pass, key, sent = _planned(item, task, reader, beside)
+                planned_pass, key, sent = _planned(item, task, reader, traced, beside)
                 if item.is_priced:
                     yield planned_pass, key
                 continue
             for job in item.jobs:
                 results: list[Any] = []
                 # The sum of the earlier jobs' results is held beside this one.
-                yield from _walk(job, task, reader, results, beside + tree_nbytes(sent))
+                yield from _walk(job, task, reader, results, traced, beside + tree_nbytes(sent))
                 sent = None if item.keep is None else item.keep(results[0])
     except StopIteration as end:
         result.append(end.value)
 
 
-def _placed(argument: Any, reader: PassReader) -> Any:
-    """The candidates' arrays, those of the host with the shardings that a pass takes."""
-    return jax.tree.map(lambda leaf: reader.place(leaf) if isinstance(leaf, np.ndarray) else leaf, argument)
-
-
-def _planned(program: Program, task: str, reader: PassReader, beside: int) -> tuple[PlannedPass, Any, Any]:
+def _planned(
+    program: Program, task: str, reader: PassReader, traced: Traced, beside: int
+) -> tuple[PlannedPass, Any, Any]:
     """A program as a planned pass, its key, and its results as abstract arrays."""
-    arguments = [
-        _placed(argument, reader) if number == 2 else argument for number, argument in enumerate(program.arguments)
+    spec, shared, *each = program.arguments
+    # The candidates' arrays: those of the host get the shardings that a pass takes.
+    each[:1] = [
+        jax.tree.map(lambda leaf: reader.place(leaf) if isinstance(leaf, np.ndarray) else leaf, candidates)
+        for candidates in each[:1]
     ]
-    if not hasattr(program.function, "trace"):
-        # Several compiled functions of one layout: only their results are planned.
-        results = jax.eval_shape(partial(program.function, arguments[0]), *arguments[1:])
+    arguments = [spec, shared, *each]
+    leaves, tree = jax.tree.flatten(arguments)
+    layout = tuple(
+        (leaf.shape, str(leaf.dtype), getattr(leaf, "sharding", None)) if hasattr(leaf, "dtype") else leaf
+        for leaf in leaves
+    )
+    key = (program.name, program.function, tree, layout)
+    if key not in traced:
+        if hasattr(program.function, "trace"):
+            pass_ = trace(program.function, *arguments)
+            traced[key] = pass_, reader.outputs(pass_)
+        else:
+            # Several compiled functions of one layout: only their results are planned.
+            traced[key] = None, jax.eval_shape(partial(program.function, spec), *arguments[1:])
+    pass_, results = traced[key]
+    if pass_ is None:
         return PlannedPass(task, program.name, None, program.candidates), None, results
-    traced = trace(program.function, *arguments)
-    results = reader.outputs(traced)
-    leaves, tree = jax.tree.flatten((arguments, results))
-    shapes = tuple((leaf.shape, str(leaf.dtype)) if hasattr(leaf, "dtype") else leaf for leaf in leaves)
     expected = 1.0 if program.expected_steps is None else min(1.0, program.expected_steps / program.steps)
     planned_pass = PlannedPass(
-        task, program.name, traced, program.candidates, 1, program.steps, expected, program.merge_bytes(results),
+        task, program.name, pass_, program.candidates, 1, program.steps, expected, program.merge_bytes(results),
         tree_nbytes(program.holds) + beside,
     )  # fmt: skip
-    return planned_pass, (program.name, program.function, tree, shapes), results
+    return planned_pass, key, results
 
 
 def merge_bytes(bank: Bank, dtype: str) -> int:
