@@ -22,7 +22,7 @@ from reference.decoder import expert_outputs
 from test_evaluator import Setting
 from test_recipes import WIDE, merge, mergekit_merge
 
-from evojax_merge.backends.decoder.opening import build_space
+from evojax_merge.backends.decoder.kinds.merge import build_space
 from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.parents import open_sources

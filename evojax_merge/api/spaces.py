@@ -12,7 +12,7 @@ import numpy as np
 from evojax_merge import plugins
 from evojax_merge.api.python_calls import Location, genome_array, plain_data
 from evojax_merge.api.trials import named_values_of
-from evojax_merge.backends.decoder.opening import build_space, check_models
+from evojax_merge.backends.decoder.kinds.merge import build_space, check_models
 from evojax_merge.backends.registry import find_backend
 from evojax_merge.checkpoints.parents import open_decoders
 from evojax_merge.checkpoints.tokens import TokenizerChoice

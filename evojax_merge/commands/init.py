@@ -13,7 +13,7 @@ from typing import Any
 from merge_kernels import METHODS, Method
 
 from evojax_merge import plugins
-from evojax_merge.backends.decoder.opening import build_space, check_models
+from evojax_merge.backends.decoder.kinds.merge import build_space, check_models
 from evojax_merge.backends.torch.opening import layer_groups
 from evojax_merge.checkpoints.decoder_folder import PROJECTOR, decoder_of
 from evojax_merge.checkpoints.derived import open_model, sources_of

@@ -400,6 +400,10 @@ class StageConfig(Section):
         return self
 
 
+# Where the models of a search may be.
+BankPlace = Literal["device", "host", "disk"]
+
+
 class EvaluationConfig(Section):
     """Settings of the evaluation of candidates. A pass takes four times `tokens_per_batch` tokens of prompts that are
     continued; the default is 2,048 on a CPU, 8,192 or 16,384 on others, or fewer where they do not fit. `compute_dtype`
@@ -420,7 +424,7 @@ class EvaluationConfig(Section):
         description="tokens of each candidate in a pass, at most; default: chosen for the device",
     )
     model: Whole = Field(1, ge=1, le=100_000, description="how many devices share one copy of the models")
-    bank: Literal["auto", "device", "host", "disk"] = Field(
+    bank: Literal["auto"] | BankPlace = Field(
         "auto", description="where the models are; host, disk: they come to the devices layer by layer"
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -448,6 +452,8 @@ def _with_strategy(section: Any, name: str) -> Any:
 class Config(Section):
     """A whole search: over one space, or in stages."""
 
+    # The keys of which one says what candidates are, each with its kind of candidates over language models.
+    kinds: ClassVar[dict[str, str]] = {"space": "merge", "data_flow": "layer_path", "pool": "member"}
     optional = ("backend", "pool", "other_modules", "components", "scale", "plugins", "log")
 
     base: Location | None = Field(None, description="the model that task vectors are taken from")
@@ -497,6 +503,11 @@ class Config(Section):
         description="written by a run: the SHA-256 of each file, which may not change; null: it may",
     )
 
+    @property
+    def kind(self) -> str:
+        """The kind of candidates over language models."""
+        return next(kind for key, kind in self.kinds.items() if getattr(self, key) is not None)
+
     @model_validator(mode="before")
     @classmethod
     def _own_strategy(cls, document: Any) -> Any:
@@ -518,8 +529,9 @@ class Config(Section):
         _check_names(self.tasks)
         if not any(task.weight > 0 for task in self.tasks):
             raise ValueError("tasks: all weights are 0; at least one task must be part of the fitness")
-        if sum(part is not None for part in (self.space, self.data_flow, self.pool, self.stages)) != 1:
-            raise ValueError("expected exactly one of the keys space, data_flow, pool, stages")
+        keys = [*self.kinds, "stages"]
+        if sum(getattr(self, key) is not None for key in keys) != 1:
+            raise ValueError(f"expected exactly one of the keys {', '.join(keys)}")
         if self.components is not None and self.backend not in ("torch", "decoder"):
             raise ValueError(
                 f"components: is for diffusers folders and LLaVA's projector, and backend: {self.backend} opens neither"

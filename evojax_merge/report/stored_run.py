@@ -63,4 +63,5 @@ def best_facts(history: Sequence[Mapping[str, Any]], result: StoredResult | None
 def method_in(config: Mapping[str, Any]) -> str:
     """The name of a config's merge method, or of the kind of its space."""
     space = config.get("space") or config.get("search_pytrees") or {}
-    return space.get("method") or next((key for key in ("data_flow", "pool", "stages") if config.get(key)), "unknown")
+    kinds = (key for key in [*Config.kinds, "stages"] if config.get(key))
+    return space.get("method") or next(kinds, "unknown")

@@ -135,8 +135,7 @@ class DecoderBackend:
 
     @property
     def has_derivatives(self) -> bool:
-        # Which layers a path takes has none.
-        return self.config.data_flow is None
+        return self.candidates.has_derivatives
 
     # -----------------------------------------------------------------------------------------------------------
     # Before the search
@@ -160,10 +159,7 @@ class DecoderBackend:
         """The batches of the tasks on each split. Batches of all shards have the same shapes. Raises InputError where
         the strategy follows gradients that the candidates do not have."""
         if splits.minibatches and not self.candidates.gradient_passes:
-            raise InputError(
-                "evaluation.bank", "layer paths whose layers are not on the device have no gradients; take bank: "
-                "device, or a strategy without gradients, such as cma_es",
-            )  # fmt: skip
+            raise InputError(*self.candidates.no_gradient)
         scored = [*splits.shards, splits.search, *([] if splits.validation is None else [splits.validation])]
         heldout = splits.heldout
         *searched, held = self._batch([*scored, heldout])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,9 @@ from merge_kernels import Method
 
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.decoder.backend import DecoderBackend, DecoderModels, stored_dtype
-from evojax_merge.backends.decoder.kinds.kind import Candidates
-from evojax_merge.backends.decoder.kinds.layer_path import PathCandidates
-from evojax_merge.backends.decoder.kinds.member import PoolCandidates
-from evojax_merge.backends.decoder.kinds.merge import MergeCandidates
-from evojax_merge.backends.decoder.placements import BankPlace, Room, bank_place
+from evojax_merge.backends.decoder.kinds.kind import Candidates, OpenedParents
+from evojax_merge.backends.decoder.kinds.merge import build_space
+from evojax_merge.backends.decoder.placements import bank_place
 from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
 from evojax_merge.checkpoints.bank import bank_bytes
 from evojax_merge.checkpoints.config_file import decoder_settings
@@ -24,26 +23,15 @@ from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.parents import OpenDecoder, Sources, open_decoders, open_sources
 from evojax_merge.checkpoints.pipelines import MERGE
 from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer
-from evojax_merge.config.search_config import MAX_PATH_LAYERS, Config, DataFlowConfig, PoolConfig, SpaceConfig
-from evojax_merge.errors import InputError, did_you_mean, shown
+from evojax_merge.config.search_config import Config
+from evojax_merge.errors import InputError, shown
 from evojax_merge.evaluation.targets import Target
-from evojax_merge.mergekit.schema import check_parent_count
-from evojax_merge.models.architecture import ROUTER, architecture_of, shared_leaves
-from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.paths import PathSpec
 from evojax_merge.report.comparison import model_names
-from evojax_merge.schema.genealogy import founding_genealogy
 from evojax_merge.search.kept_scores import TEXT_KINDS
-from evojax_merge.spaces.breeding import PARENTS, BreedingSpace, genome_genes
-from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
-from evojax_merge.spaces.parameter import ParameterSpace, component_groups
+from evojax_merge.spaces.parameter import ParameterSpace
 from evojax_merge.spaces.search_parameters import (
-    check_active,
     find_method,
-    options_of,
-    parent_groups_of,
-    search_parameters_of,
 )
 from evojax_merge.system.torch_note import leave_torch_out
 from evojax_merge.tasks.task import TaskConfig
@@ -61,6 +49,11 @@ def _is_text_model(path: Path) -> bool:
     return SENSES.isdisjoint(read_json_object(path / "config.json", missing={}))
 
 
+def kind_of(config: Config) -> Any:
+    """The module of the kind of candidates that a config asks for (see `kinds`)."""
+    return import_module(f"evojax_merge.backends.decoder.kinds.{config.kind}")
+
+
 class DecoderFactory:
     """Language models: Hugging Face folders, GGUF files, adapters."""
 
@@ -69,17 +62,13 @@ class DecoderFactory:
     def check(self, where: str, config: Config) -> None:
         if config.evaluation.recalibrate:
             raise InputError(where, "evaluation.recalibrate: language models have no batch norms; leave it out")
-        if config.space is not None:
-            method = find_method(f"{where}: space.method", config.space.method)
-            check_models(where, method, config.base is not None, len(config.parents))
-        if config.pool is not None:
-            breeding_methods(where, config, config.pool)
+        kind_of(config).methods_of(where, config)
 
     def open(
         self, where: str, config: Config, folder: Path, target: Target, resolve: Resolve, chained: bool
     ) -> DecoderBackend:
-        method = None if config.space is None else find_method(f"{where}: space.method", config.space.method)
-        bred_by = () if config.pool is None else breeding_methods(where, config, config.pool)
+        kind = kind_of(config)
+        methods: tuple[Method, ...] = kind.methods_of(where, config)
         base = None if config.base is None else resolve(f"{where}: base", config.base, folder)
         parents = tuple(resolve(f"{where}: parents[{i}]", parent, folder) for i, parent in enumerate(config.parents))
         check_distinct(where, base, parents, config.parents, first=1 if chained else 0)
@@ -88,8 +77,7 @@ class DecoderFactory:
             for reference, path in zip([config.base, *config.parents], [base, *parents], strict=True)
             if reference is not None and path is not None
         }
-        merges_by = bred_by if method is None else (method,)
-        has_base = any(merge_method.uses_base(base is not None) for merge_method in merges_by)
+        has_base = any(method.uses_base(base is not None) for method in methods)
         paths = [base, *parents] if base is not None and has_base else list(parents)
         tokenizer_dir = None
         if config.tokenizer_source is not None:
@@ -100,9 +88,9 @@ class DecoderFactory:
             )
             if tokenizer_dir is None or tokenizer_dir not in [base, *parents]:
                 raise InputError(where, "tokenizer_source: expected base or one of the parents")
-            if tokenizer_dir not in paths and (method is None or method.base_is_first_parent):
+            if tokenizer_dir not in paths and all(method.base_is_first_parent for method in methods):
                 # The base_model of its recipe is one of the parents.
-                what = "a layer path" if method is None else method.name
+                what = methods[0].name if methods else "a layer path"
                 raise InputError(where, f"tokenizer_source: the base takes no part in {what}; take one of the parents")
         # A base that takes no part in the merge is opened all the same, to be checked against the parents.
         unmerged_base = [base] if base is not None and base not in paths else []
@@ -110,8 +98,7 @@ class DecoderFactory:
         if not config.plugins and all(map(_is_text_task, config.tasks)) and all(map(_is_text_model, opened)):
             leave_torch_out()
         tokenizer_choice = None if tokenizer_dir is None else TokenizerChoice(opened.index(tokenizer_dir))
-        # Layers of a path may come from models of any depth.
-        open_all = open_decoders if config.data_flow else _of_one_depth
+        open_all = _of_one_depth if methods else open_decoders
         open_decoder = merged_parts(where, config)
         sources, configs = open_all(opened, tokenizer_choice, open_decoder)
         all_folders = sources.folders
@@ -123,14 +110,14 @@ class DecoderFactory:
                 "have tokens of its own",
             )  # fmt: skip
         sources = replace(sources, folders=sources.folders[: len(paths)])
-        candidates = _candidates(
-            where, config, method, bred_by, has_base, sources, tuple(configs[: len(paths)]),
-            None if base is None else references[base], tuple(references[parent] for parent in parents), target,
+        opened_parents = OpenedParents(
+            where, config, sources, tuple(configs[: len(paths)]), config.export_dtype or stored_dtype(sources, 0),
+            has_base, None if base is None else references[base], tuple(references[parent] for parent in parents),
         )  # fmt: skip
-        # The winner's generation_config.json is the first model's, or that of the model whose ends a path keeps; a
-        # pool's member may have that of any.
-        leaders = {0, 0 if config.data_flow is None else config.data_flow.embedding_parent}
-        for number in leaders if config.pool is None else range(len(sources.folders)):
+        candidates: Candidates = kind.open_candidates(opened_parents)
+        model_bytes = bank_bytes(sources, configs[0]) // len(sources.folders)
+        place = bank_place(where, config.evaluation.bank, target, candidates.room(model_bytes), config.evaluation.model)
+        for number in candidates.config_sources():
             read_json_object(sources.folders[number].path / "generation_config.json", missing={})
         tokenizer_folder = tokenizer_dir or (base if base is not None else parents[0])
         kept = next((opened_folder for opened_folder in all_folders if opened_folder.path == other_modules), None)
@@ -149,53 +136,7 @@ class DecoderFactory:
             vision=vision_of(tokenizer, all_folders),
             open_decoder=open_decoder,
         )
-        return DecoderBackend(config, models, candidates, target)
-
-
-def _candidates(
-    where: str, config: Config, method: Method | None, bred_by: tuple[Method, ...], has_base: bool, sources: Sources,
-    configs: tuple[DecoderConfig, ...], base: str | None, names: tuple[str, ...], target: Target,
-) -> Candidates:  # fmt: skip
-    """The kind of candidates that a config asks for. base, names: the references of the base and the parents."""
-    decoder, export_dtype = configs[0], config.export_dtype or stored_dtype(sources, 0)
-    if method is not None and config.space is not None:
-        space = build_space(f"{where}: space", config.space, method, config.parents, decoder)
-        spec = MergeSpec(
-            method.name,
-            options_of(f"{where}: space", method, has_base, config.space.normalize, config.space.rescale),
-            config.seed,
-            export_dtype,
-            tuple((name, values) for name, values in space.constants if not method.parameter(name).searched),
-        )
-        merges = MergeCandidates(space=space, spec=spec, sources=sources, decoder=decoder, base=base, parents=names)
-        return merges.placed_at(_place(where, config, merges, decoder, target))
-    if config.pool is not None:
-        _check_heads(where, sources)
-        genes = genome_genes(bred_by, config.pool.split)
-        breeding = BreedingSpace(bred_by, decoder.layers, config.pool.split, founding_genealogy(len(names), genes))
-        size = config.pool.members(len(names))
-        pooled = PoolCandidates(
-            space=breeding, sources=sources, decoder=decoder, has_base=has_base, base=base if has_base else None,
-            founders=names, member_dtype=export_dtype, seed=config.seed, slots=config.pool.slots or size, size=size,
-        )  # fmt: skip
-        room = Room(_model_bytes(sources, decoder), pooled.host_bytes(), pooled.host_bytes())
-        return pooled.placed_at(bank_place(where, config.evaluation.bank, target, room, config.evaluation.model))
-    assert config.data_flow is not None
-    path_spec = PathSpec(configs, export_dtype)
-    path_space = build_path_space(f"{where}: data_flow", config.data_flow, path_spec)
-    paths = PathCandidates(space=path_space, spec=path_spec, sources=sources, parents=names)
-    return paths.placed_at(_place(where, config, paths, decoder, target))
-
-
-def _place(where: str, config: Config, candidates: Candidates, decoder: DecoderConfig, target: Target) -> BankPlace:
-    """The place of the models of a config, which candidates hold all of."""
-    models = candidates.loaded_bytes()
-    room = Room(models + _model_bytes(candidates.sources, decoder), 0, models)
-    return bank_place(where, config.evaluation.bank, target, room, config.evaluation.model)
-
-
-def _model_bytes(sources: Sources, decoder: DecoderConfig) -> int:
-    return bank_bytes(sources, decoder) // len(sources.folders)
+        return DecoderBackend(config, models, candidates.placed_at(place), target)
 
 
 def check_distinct(where: str, base: Path | None, parents: Sequence[Path], names: Sequence[str], first: int) -> None:
@@ -254,42 +195,6 @@ def _of_one_depth(
     return sources, [config] * len(paths)
 
 
-def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> PathSpace:
-    """The data-flow space of a config. Raises InputError for an end that no parent has, or an impossible path."""
-    depths = tuple(decoder.layers for decoder in spec.configs)
-    if config.embedding_parent >= len(depths):
-        raise InputError(
-            where,
-            f"embedding_parent: there is no parent {config.embedding_parent} "
-            f"(they are numbered from 0 to {len(depths) - 1})",
-        )
-    bounds = ScaleBounds(config.scale_low, config.scale_high)
-    if config.max_layers is not None and config.max_layers < depths[0]:
-        raise InputError(where, f"max_layers: {config.max_layers}; the first parent has {depths[0]} layers already")
-    if config.form == "moves":
-        max_length = config.max_layers or 2 * depths[0]
-        return MoveSpace(
-            depths,
-            config.moves,
-            min(config.window, depths[0]),
-            bounds,
-            config.scales != "none",
-            max_length,
-            config.embedding_parent,
-        )
-    places = sum(depths) * config.repetitions
-    if places > MAX_PATH_LAYERS:
-        raise InputError(
-            where,
-            f"repetitions: {config.repetitions} times {sum(depths)} layers are paths of up to {places:,}; expected "
-            f"{MAX_PATH_LAYERS // sum(depths)} repetitions at most, for paths of {MAX_PATH_LAYERS:,}",
-        )
-    max_length = config.max_layers or places
-    return IndicatorSpace(
-        depths, config.repetitions, config.scales or "matrix", bounds, max_length, config.embedding_parent
-    )
-
-
 def _check_tokens(folders: Sequence[Path], sources: Sources, other_modules: Path | None) -> None:
     """Raises InputError where a model of a search lacks a token: a made-up row would be searched like a trained one. A
     text model beside a larger one may lack the tokens that were added to the larger one's, such as that of images."""
@@ -306,13 +211,6 @@ def _check_tokens(folders: Sequence[Path], sources: Sources, other_modules: Path
             )
 
 
-def check_models(where: str, method: Method, has_base: bool, parents: int) -> None:
-    """Raises InputError for a base that is missing, and for a number of parents that the method cannot merge."""
-    if method.base == "required" and not has_base:
-        raise InputError(where, f"base: missing; {method.name} takes task vectors from a base model")
-    check_parent_count(f"{where}: parents", method, parents)
-
-
 def parameter_space(path: Path, config: Config) -> tuple[ParameterSpace, list[str]] | None:
     """The parameter space of a config, and what its parents are called in tables; None where it searches something
     else. Opens the first parent's headers alone."""
@@ -323,84 +221,6 @@ def parameter_space(path: Path, config: Config) -> tuple[ParameterSpace, list[st
     _, decoder = open_sources(parents[:1], open_decoder=merged_parts(str(path), config))
     method = find_method(f"{path}: space.method", config.space.method)
     return build_space(f"{path}: space", config.space, method, config.parents, decoder), model_names(parents)
-
-
-def breeding_methods(where: str, config: Config, pool: PoolConfig) -> tuple[Method, ...]:
-    """The methods that breed a pool's children. Raises InputError for methods that cannot, and for a pool of one
-    model."""
-    if len(config.parents) < PARENTS:
-        raise InputError(where, f"parents: 1 model; a pool breeds from {PARENTS} or more")
-    if config.tokenizer_source is not None:
-        raise InputError(
-            where, "tokenizer_source: a pool's models share their tokens; merge each with the tokenizer first, or "
-            "leave it out",
-        )  # fmt: skip
-    methods = []
-    for i, name in enumerate(pool.methods):
-        key = f"{where}: pool.methods[{i}]"
-        method = find_method(key, name)
-        check_parent_count(key, method, PARENTS)
-        if method.base == "required" and config.base is None:
-            raise InputError(where, f"base: missing; {name} (pool.methods[{i}]) takes task vectors from a base model")
-        if method in methods:
-            raise InputError(key, f"{name} stands there already; expected methods that differ")
-        methods.append(method)
-    return tuple(methods)
-
-
-def _check_heads(where: str, sources: Sources) -> None:
-    """Raises InputError where some of a pool's models share their head with the embedding and others do not."""
-    tied = [bool(folder.config.get("tie_word_embeddings", False)) for folder in sources.folders]
-    if any(tied) and not all(tied):
-        paths = [sources.folders[tied.index(is_tied)].path for is_tied in (True, False)]
-        raise InputError(
-            where, f"parents: the head of {paths[0]} is its embedding (tie_word_embeddings), that of {paths[1]} is "
-            "not; a pool breeds models that are alike in this",
-        )  # fmt: skip
-
-
-def build_space(
-    where: str, config: SpaceConfig, method: Method, parents: Sequence[str], decoder: DecoderConfig
-) -> ParameterSpace:
-    """The parameter space of a config. parents: their names in the config. Raises InputError for unknown parameters and
-    parents, and for meaningless bounds."""
-    shared = [leaf.name for leaf in architecture_of(decoder).shared if leaf.component != PROJECTOR]
-    components = architecture_of(decoder).components
-    named = [name.strip() for part in config.components for name in part.split("+")]
-    # A router that is not named has parameters of its own, like shared leaves.
-    alone = [ROUTER] if ROUTER in components and ROUTER not in named else []
-    groups = component_groups([*config.components, *alone], components, shared)
-    if groups is None:
-        unknown = [
-            f"{name!r}{did_you_mean(name, [*components, *shared])}"
-            for name in named
-            if name not in {*components, *shared}
-        ]
-        wrong = unknown[0] if unknown else str(config.components)
-        raise InputError(where, f"components: {wrong}; expected each of {', '.join(components)} once (join with +)")
-    parent_groups = parent_groups_of(where, config.parent_groups, parents)
-    search_parameters, constants = search_parameters_of(
-        where, method, len(parents), config.parameters, config.fixed, parent_groups
-    )
-    projector = tuple(leaf.name for leaf in shared_leaves(decoder) if leaf.component == PROJECTOR)
-    groups = (*groups, projector) if projector else groups
-    together = config.layers_per_group
-    space = ParameterSpace(
-        method=method,
-        parents=len(parents),
-        layers=decoder.layers,
-        layers_per_group=decoder.layers if together == "all" else min(together, decoder.layers),
-        names=components,
-        components=groups,
-        shared=tuple(leaf.name for leaf in shared_leaves(decoder)),
-        search_parameters=search_parameters,
-        constants=constants,
-        smooth=config.smooth,
-        parent_groups=parent_groups,
-        active=config.active,
-    )
-    check_active(where, config.active, space)
-    return space
 
 
 def context_length(folders: Sequence[Folder], positions: int | None = None) -> int:

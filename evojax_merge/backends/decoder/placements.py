@@ -4,6 +4,7 @@ A kind of candidates says what its models take, loaded whole or brought to the d
 of the two happens, and what that means for memory, for stored models and for a plan's notes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,9 +12,10 @@ import jax.numpy as jnp
 from merge_kernels import METHODS
 
 from evojax_merge.checkpoints.abstract_bank import Place
-from evojax_merge.checkpoints.bank import load_stored
+from evojax_merge.checkpoints.bank import load_bank, load_path_bank, load_stored
 from evojax_merge.checkpoints.parents import Sources
-from evojax_merge.checkpoints.streamed import bank_in_files
+from evojax_merge.checkpoints.streamed import bank_in_files, bank_on_host, path_bank_in_files, path_bank_on_host
+from evojax_merge.config.search_config import BankPlace
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.evaluator import Evaluator, Progress
 from evojax_merge.evaluation.memory import available_memory, format_bytes
@@ -29,16 +31,19 @@ from evojax_merge.models.streamed_bank import StreamedBank, abstract_streamed
 if TYPE_CHECKING:
     from evojax_merge.backends.decoder.kinds.kind import Candidates
 
-BankPlace = Literal["device", "host", "disk"]
 # The share of the memory that the models and one candidate may take together where they are on the devices.
 DEVICE_SHARE, HOST_SHARE = 0.9, 0.9
 
 
 @dataclass(frozen=True)
 class OnDevices:
-    """Models are on the devices, of all sources."""
+    """Models are on the devices, of all sources. name: in configs; load_merges, load_paths: load the bank of these
+    kinds; in_memory: whether models take the host's memory meanwhile."""
 
-    name: BankPlace = "device"
+    name: BankPlace
+    load_merges: Callable[..., Any]
+    load_paths: Callable[..., Any]
+    in_memory: bool = False
 
     def held_bytes(self, candidates: "Candidates") -> int:
         """Bytes of the loaded bank on a device that has a candidate to itself."""
@@ -67,11 +72,13 @@ class OnDevices:
         return evaluator.score_stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Streamed(OnDevices):
-    """Models stay on the host, or in files, and come to the devices part by part."""
+    """Models stay on the host, or in files, and come to the devices part by part. where, source: in words, where they
+    stay, and what parts come from."""
 
-    name: BankPlace
+    where: str
+    source: str
 
     def held_bytes(self, candidates: "Candidates") -> int:
         sizes = DeviceSizes(1)
@@ -90,7 +97,7 @@ class Streamed(OnDevices):
         return replace(evaluator, free_memory=lambda: max(0, evaluator.free_memory() - sizes.bank))
 
     def notes(self, candidates: "Candidates", target: Target, model: int) -> tuple[str, ...]:
-        return (candidates.parts_note(target, model),)
+        return (candidates.parts_note(self, target, model),)
 
     def score_stored(
         self, evaluator: Evaluator, sources: Sources, config: DecoderConfig, progress: Progress
@@ -107,8 +114,12 @@ class Streamed(OnDevices):
         return evaluator.score(evaluator.merges(bank, spec, recipe), progress)
 
 
-DEVICE = OnDevices()
-PLACEMENTS: dict[BankPlace, OnDevices] = {"device": DEVICE, "host": Streamed("host"), "disk": Streamed("disk")}
+DEVICE = OnDevices("device", load_bank, load_path_bank)
+HOST = Streamed(
+    "host", bank_on_host, path_bank_on_host, in_memory=True, where="in the host's memory", source="the host's memory"
+)
+DISK = Streamed("disk", bank_in_files, path_bank_in_files, where="in their files", source="the models' files")
+PLACEMENTS = {placement.name: placement for placement in (DEVICE, HOST, DISK)}
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from merge_kernels import Method
 
-from evojax_merge.backends.decoder.placements import DEVICE, PLACEMENTS, BankPlace, OnDevices
+from evojax_merge.backends.decoder.placements import DEVICE, PLACEMENTS, OnDevices, Room, Streamed
 from evojax_merge.checkpoints.abstract_bank import Place, abstract_stored
 from evojax_merge.checkpoints.parents import Sources
+from evojax_merge.config.search_config import BankPlace, Config
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import Evaluator, PopulationEvaluator, Progress
 from evojax_merge.evaluation.passes import SharedModel
@@ -24,19 +25,39 @@ from evojax_merge.report.winner import WinnerReport
 CandidateEvaluator = PopulationEvaluator | PathEvaluator
 # Layers of a streamed bank on a device: the one that computes, and the next.
 LAYERS_AHEAD = 2
-# The places of banks that are not on the devices, in words.
-STREAMED_FROM = {"host": "in the host's memory", "disk": "in their files"}
+
+
+@dataclass(frozen=True)
+class OpenedParents:
+    """The models of a search, by their headers, for the module of a kind to make its `Candidates` of. where: names the
+    config in messages; sources: the models of the bank, the base first where `has_base`; configs: of the sources; base,
+    parents: their references in recipes."""
+
+    where: str
+    config: Config
+    sources: Sources
+    configs: tuple[DecoderConfig, ...]
+    export_dtype: str
+    has_base: bool
+    base: str | None
+    parents: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates(ABC):
     """A kind of candidates. `baseline_role`: the role of the space's baseline in the table, None where the parents'
-    rows show it already; sources: the models; placement: where their weights are."""
+    rows show it already; `has_derivatives`: whether every gene has an effect that a gradient shows; `no_gradient`: the
+    key of a config, and the complaint, where `gradient_passes` is 0; sources: the models; placement: where their
+    weights are."""
 
     sources: Sources
     placement: OnDevices = DEVICE
 
     baseline_role: ClassVar[str | None] = None
+    has_derivatives: ClassVar[bool] = True
+    no_gradient: ClassVar[tuple[str, str]] = (
+        "search.strategy", "its candidates have no gradients; take a strategy without them, such as cma_es"
+    )  # fmt: skip
 
     # What a genome means. space: decodes it; name: the method or kind, in tables; methods: those that merge candidates;
     # export_dtype: the dtype that they are rounded to and written in; is_random: whether random masks are drawn.
@@ -83,7 +104,16 @@ class Candidates(ABC):
         """The folders of the models that a genome's candidate is made of, the base first."""
         return [folder.path for folder in self.sources.folders]
 
+    def config_sources(self) -> Sequence[int]:
+        """The numbers of the sources of which the winner may have the generation_config.json."""
+        return [0]
+
     # ---- Memory
+
+    def room(self, model_bytes: int) -> Room:
+        """The bytes that a search needs, by the place of its models. model_bytes: of one model."""
+        models = self.loaded_bytes()
+        return Room(models + model_bytes, 0, models)
 
     def placed_at(self, place: BankPlace) -> Self:
         """The same candidates with the models' weights at another place."""
@@ -96,7 +126,7 @@ class Candidates(ABC):
 
     def host_bytes(self) -> int:
         """Bytes of the models that stay in the memory of the host."""
-        return self.loaded_bytes() if self.placement.name == "host" else 0
+        return self.loaded_bytes() if self.placement.in_memory else 0
 
     def disk_bytes(self) -> int:
         """Bytes of the files that candidates are kept in while a search runs."""
@@ -113,7 +143,7 @@ class Candidates(ABC):
         ...
 
     @abstractmethod
-    def parts_note(self, target: Target, model: int) -> str:
+    def parts_note(self, placement: Streamed, target: Target, model: int) -> str:
         """A line of a plan on how parts come to devices that share a candidate in groups of `model`."""
         ...
 

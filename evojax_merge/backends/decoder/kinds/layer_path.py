@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from merge_kernels import Method
 
-from evojax_merge.backends.decoder.kinds.kind import LAYERS_AHEAD, STREAMED_FROM, Candidates, one_model
-from evojax_merge.backends.decoder.placements import DEVICE, BankPlace
+from evojax_merge.backends.decoder.kinds.kind import LAYERS_AHEAD, Candidates, OpenedParents, one_model
+from evojax_merge.backends.decoder.placements import DEVICE, Streamed
 from evojax_merge.checkpoints.abstract_bank import Place, abstract_stored
-from evojax_merge.checkpoints.bank import bank_bytes, load_path_bank
-from evojax_merge.checkpoints.streamed import path_bank_in_files, path_bank_on_host
+from evojax_merge.checkpoints.bank import bank_bytes
+from evojax_merge.config.search_config import MAX_PATH_LAYERS, Config, DataFlowConfig
+from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import Evaluator, Progress
 from evojax_merge.evaluation.paths import PathEvaluator
@@ -22,10 +24,7 @@ from evojax_merge.models.paths import PathSpec
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.report.plan import shown_bytes
 from evojax_merge.report.winner import PathReport
-from evojax_merge.spaces.layer_path import PathSpace
-
-# By the place of the models: loads them.
-LOADERS: dict[BankPlace, Any] = {"device": load_path_bank, "host": path_bank_on_host, "disk": path_bank_in_files}
+from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +37,12 @@ class PathCandidates(Candidates):
 
     methods = ()
     is_random = False
+    # Which layers a path takes has none.
+    has_derivatives = False
+    no_gradient = (
+        "evaluation.bank", "layer paths whose layers are not on the device have no gradients; take bank: device, or a "
+        "strategy without gradients, such as cma_es",
+    )  # fmt: skip
 
     @property
     def name(self) -> str:
@@ -66,6 +71,9 @@ class PathCandidates(Candidates):
         assert path is not None, "a genome without a path has no finite fitness, and is never written"
         return path
 
+    def config_sources(self) -> list[int]:
+        return sorted({0, self.space.embedding_parent})
+
     def loaded_bytes(self) -> int:
         return bank_bytes(self.sources, self.spec.configs[0])
 
@@ -81,14 +89,14 @@ class PathCandidates(Candidates):
         )  # fmt: skip
         return abstract_stored(self.sources, two, "float32", place)
 
-    def parts_note(self, target: Target, model: int) -> str:
+    def parts_note(self, placement: Streamed, target: Target, model: int) -> str:
         return (
-            f"bank: {shown_bytes(self.loaded_bytes())} of models stay {STREAMED_FROM[self.placement.name]}; for each "
+            f"bank: {shown_bytes(self.loaded_bytes())} of models stay {placement.where}; for each "
             "step of a path a layer comes to the device, once where paths begin alike"
         )
 
     def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
-        return LOADERS[self.placement.name](self.sources, self.spec, progress)
+        return self.placement.load_paths(self.sources, self.spec, progress)
 
     def evaluator(self, decoder: Evaluator, bank: Any) -> PathEvaluator:
         decoder = self.placement.beside_bank(self, decoder)
@@ -107,3 +115,50 @@ class PathCandidates(Candidates):
             f"layer steps: {done:,} computed of {asked:,} asked for ({saved:.0%} were shared); "
             f"{len(distinct):,} distinct paths"
         )
+
+
+def methods_of(where: str, config: Config) -> tuple[Method, ...]:
+    return ()
+
+
+def open_candidates(opened: OpenedParents) -> PathCandidates:
+    assert opened.config.data_flow is not None
+    spec = PathSpec(opened.configs, opened.export_dtype)
+    space = build_path_space(f"{opened.where}: data_flow", opened.config.data_flow, spec)
+    return PathCandidates(space=space, spec=spec, sources=opened.sources, parents=opened.parents)
+
+
+def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> PathSpace:
+    """The data-flow space of a config. Raises InputError for an end that no parent has, or an impossible path."""
+    depths = tuple(decoder.layers for decoder in spec.configs)
+    if config.embedding_parent >= len(depths):
+        raise InputError(
+            where,
+            f"embedding_parent: there is no parent {config.embedding_parent} "
+            f"(they are numbered from 0 to {len(depths) - 1})",
+        )
+    bounds = ScaleBounds(config.scale_low, config.scale_high)
+    if config.max_layers is not None and config.max_layers < depths[0]:
+        raise InputError(where, f"max_layers: {config.max_layers}; the first parent has {depths[0]} layers already")
+    if config.form == "moves":
+        max_length = config.max_layers or 2 * depths[0]
+        return MoveSpace(
+            depths,
+            config.moves,
+            min(config.window, depths[0]),
+            bounds,
+            config.scales != "none",
+            max_length,
+            config.embedding_parent,
+        )
+    places = sum(depths) * config.repetitions
+    if places > MAX_PATH_LAYERS:
+        raise InputError(
+            where,
+            f"repetitions: {config.repetitions} times {sum(depths)} layers are paths of up to {places:,}; expected "
+            f"{MAX_PATH_LAYERS // sum(depths)} repetitions at most, for paths of {MAX_PATH_LAYERS:,}",
+        )
+    max_length = config.max_layers or places
+    return IndicatorSpace(
+        depths, config.repetitions, config.scales or "matrix", bounds, max_length, config.embedding_parent
+    )

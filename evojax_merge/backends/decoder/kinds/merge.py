@@ -11,38 +11,45 @@ import jax.numpy as jnp
 import numpy as np
 from merge_kernels import Method
 
-from evojax_merge.backends.decoder.kinds.kind import LAYERS_AHEAD, STREAMED_FROM, Candidates
-from evojax_merge.backends.decoder.placements import BankPlace
+from evojax_merge.backends.decoder.kinds.kind import LAYERS_AHEAD, Candidates, OpenedParents
+from evojax_merge.backends.decoder.placements import Streamed
 from evojax_merge.checkpoints.abstract_bank import Place, abstract_bank
 from evojax_merge.checkpoints.bank import (
     held_bytes,
     leaf_layout,
-    load_bank,
 )
-from evojax_merge.checkpoints.streamed import bank_in_files, bank_on_host
+from evojax_merge.checkpoints.decoder_folder import PROJECTOR
+from evojax_merge.config.search_config import Config, SpaceConfig
+from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import Evaluator, PopulationEvaluator, Progress
 from evojax_merge.evaluation.planned_passes import DeviceSizes
 from evojax_merge.evaluation.populations import Population
 from evojax_merge.evaluation.targets import Target
+from evojax_merge.mergekit.schema import check_parent_count
 from evojax_merge.mergekit.write import recipe_document
 from evojax_merge.models.architecture import (
     EMBEDDING,
     HEAD,
     LAYERS,
+    ROUTER,
     Leaf,
+    architecture_of,
     shared_leaves,
     stack_leaves,
 )
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.streamed_bank import StreamedBank
 from evojax_merge.report.plan import shown_bytes, shown_seconds
 from evojax_merge.report.winner import MergeReport
-from evojax_merge.spaces.parameter import ParameterSpace
-
-# By the place of the models: loads them.
-LOADERS: dict[BankPlace, Any] = {"device": load_bank, "host": bank_on_host, "disk": bank_in_files}
+from evojax_merge.spaces.parameter import ParameterSpace, component_groups
+from evojax_merge.spaces.search_parameters import (
+    check_active,
+    find_method,
+    options_of,
+    parent_groups_of,
+    search_parameters_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,17 +122,17 @@ class MergeCandidates(Candidates):
         together = max(before, [*staying, *stack_leaves(self.decoder, LAYERS)], behind, key=nbytes)
         return [place_leaf(leaf, place) for leaf in together]
 
-    def parts_note(self, target: Target, model: int) -> str:
+    def parts_note(self, placement: Streamed, target: Target, model: int) -> str:
         streamed = self.loaded_bytes() // model
         rate = "" if math.isnan(target.link) else f", {shown_seconds(streamed / target.link)} or more by its link"
         return (
-            f"bank: {shown_bytes(self.loaded_bytes())} of models stay {STREAMED_FROM[self.placement.name]}; "
+            f"bank: {shown_bytes(self.loaded_bytes())} of models stay {placement.where}; "
             f"{shown_bytes(streamed)} come to each "
             f"device once in a generation that is scored, and once for candidates that generate together{rate}"
         )  # fmt: skip
 
     def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
-        return LOADERS[self.placement.name](self.sources, self.decoder, self.spec, progress, devices)
+        return self.placement.load_merges(self.sources, self.decoder, self.spec, progress, devices)
 
     def evaluator(self, decoder: Evaluator, bank: Any) -> PopulationEvaluator:
         def populations(decoder: Evaluator, bank: Any, recipes: Recipe) -> list[Population]:
@@ -141,10 +148,84 @@ class MergeCandidates(Candidates):
         return evaluator.merges(bank, self.spec, recipes)
 
     def describe_work(self, evaluators: Sequence[PopulationEvaluator]) -> str:
-        if isinstance(evaluators[0].bank, StreamedBank):
-            where = {"host": "the host's memory", "disk": "the models' files"}[self.placement.name]
-            nbytes = evaluators[0].bank.layer_bytes * self.decoder.layers
-            return f"{self.decoder.layers} layers ({nbytes / 1e9:,.2f} GB) came from {where} once for all candidates"
+        if isinstance(self.placement, Streamed):
+            layers, nbytes = self.decoder.layers, evaluators[0].bank.layer_bytes * self.decoder.layers
+            return f"{layers} layers ({nbytes / 1e9:,.2f} GB) came from {self.placement.source} once for all candidates"
         most = max((chunk for evaluator in evaluators for chunk in evaluator.evaluator.chunk_sizes.values()), default=0)
         few = {0: "no candidate", 1: "one candidate at a time"}.get(most, f"up to {most:,} candidates at a time")
         return f"each device scored {few}"
+
+
+def methods_of(where: str, config: Config) -> tuple[Method, ...]:
+    assert config.space is not None
+    method = find_method(f"{where}: space.method", config.space.method)
+    check_models(where, method, config.base is not None, len(config.parents))
+    return (method,)
+
+
+def open_candidates(opened: OpenedParents) -> MergeCandidates:
+    config, decoder, where = opened.config, opened.configs[0], f"{opened.where}: space"
+    assert config.space is not None
+    method = find_method(f"{where}.method", config.space.method)
+    space = build_space(where, config.space, method, config.parents, decoder)
+    spec = MergeSpec(
+        method.name,
+        options_of(where, method, opened.has_base, config.space.normalize, config.space.rescale),
+        config.seed,
+        opened.export_dtype,
+        tuple((name, values) for name, values in space.constants if not method.parameter(name).searched),
+    )
+    return MergeCandidates(
+        space=space, spec=spec, sources=opened.sources, decoder=decoder, base=opened.base, parents=opened.parents
+    )
+
+
+def check_models(where: str, method: Method, has_base: bool, parents: int) -> None:
+    """Raises InputError for a base that is missing, and for a number of parents that the method cannot merge."""
+    if method.base == "required" and not has_base:
+        raise InputError(where, f"base: missing; {method.name} takes task vectors from a base model")
+    check_parent_count(f"{where}: parents", method, parents)
+
+
+def build_space(
+    where: str, config: SpaceConfig, method: Method, parents: Sequence[str], decoder: DecoderConfig
+) -> ParameterSpace:
+    """The parameter space of a config. parents: their names in the config. Raises InputError for unknown parameters and
+    parents, and for meaningless bounds."""
+    shared = [leaf.name for leaf in architecture_of(decoder).shared if leaf.component != PROJECTOR]
+    components = architecture_of(decoder).components
+    named = [name.strip() for part in config.components for name in part.split("+")]
+    # A router that is not named has parameters of its own, like shared leaves.
+    alone = [ROUTER] if ROUTER in components and ROUTER not in named else []
+    groups = component_groups([*config.components, *alone], components, shared)
+    if groups is None:
+        unknown = [
+            f"{name!r}{did_you_mean(name, [*components, *shared])}"
+            for name in named
+            if name not in {*components, *shared}
+        ]
+        wrong = unknown[0] if unknown else str(config.components)
+        raise InputError(where, f"components: {wrong}; expected each of {', '.join(components)} once (join with +)")
+    parent_groups = parent_groups_of(where, config.parent_groups, parents)
+    search_parameters, constants = search_parameters_of(
+        where, method, len(parents), config.parameters, config.fixed, parent_groups
+    )
+    projector = tuple(leaf.name for leaf in shared_leaves(decoder) if leaf.component == PROJECTOR)
+    groups = (*groups, projector) if projector else groups
+    together = config.layers_per_group
+    space = ParameterSpace(
+        method=method,
+        parents=len(parents),
+        layers=decoder.layers,
+        layers_per_group=decoder.layers if together == "all" else min(together, decoder.layers),
+        names=components,
+        components=groups,
+        shared=tuple(leaf.name for leaf in shared_leaves(decoder)),
+        search_parameters=search_parameters,
+        constants=constants,
+        smooth=config.smooth,
+        parent_groups=parent_groups,
+        active=config.active,
+    )
+    check_active(where, config.active, space)
+    return space
