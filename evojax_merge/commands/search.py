@@ -131,9 +131,6 @@ def search(
         check_outputs(watching.outputs(), {"CONFIG": path})
         plugins.load()
         config = read_config(path, overrides, seed)
-        document = config.model_dump(mode="json", exclude={"inputs", "out"})
-        modes = {"--resume": resume, "--overwrite": overwrite, "--force": force}
-        check_agreement(document, modes | {file.name: file_hash(file) for file in plugins.named_files()})
         out = out or default_out(path, config)
         on_started = partial(resume_hint.on_started, command("--out", str(out), *options, "--resume"))
         reading = working("reading the models and the tasks")
@@ -207,6 +204,9 @@ def run_search(
     start in its folder; `on_started` is called as soon as there is something to resume. In a chain of stages the winner
     of one is the first parent of the next: the last stage is the run itself, earlier ones have run folders of their own
     below `stages/`. Raises InputError where the search cannot fit into memory, unless `force`."""
+    given: dict[str, bool | str] = {"--resume": resume, "--overwrite": overwrite, "--force": force}
+    given |= {file.name: file_hash(file) for file in plugins.named_files()}
+    check_agreement(config.model_dump(mode="json", exclude={"inputs", "out"}), given)
     if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in out.parts):
         raise InputError(out, f"a name in it has over {MAX_NAME_BYTES} bytes; choose another run folder with --out")
     if jax.process_index() == 0:

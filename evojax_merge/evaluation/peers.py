@@ -109,7 +109,7 @@ def check_agreement(config: Mapping[str, Any], options: Mapping[str, Any]) -> No
     if jax.process_count() == 1:
         return
     devices = {"devices": jax.local_device_count(), "kind of devices": jax.local_devices()[0].device_kind}
-    values = dict(_flat(config)) | {name: str(value) for name, value in options.items()} | devices
+    values = dict(_flat(config)) | dict(options) | devices
     compare(_exchange_values(values, "the comparison of configs"), "expected the same in all processes")
     # All have just met: what their clocks differ by is not the time that one has waited.
     clocks = exchange({"host": socket.gethostname(), "clock": time.time()}, "the comparison of clocks", MEETING)
