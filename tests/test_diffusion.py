@@ -439,7 +439,7 @@ def test_prompts_latents_and_the_groups_of_evosdxl(stable: list[Path], tmp_path:
     )  # fmt: skip
     file = tmp_path / "config.yaml"
     problem = problem_of(file, document)
-    assert problem.backend.space.group_space.groups == ("unet other", "unet attention")
+    assert problem.backend.space.groups == ("unet other", "unet attention")
     splits = problem.prepare()
     assert problem.backend.space.dims == 4 and splits.search[0].size == 2
     generator, backend = problem.backend.generator, problem.backend
@@ -462,7 +462,7 @@ def test_the_config_of_evosdxl_is_planned_on_folders_of_its_form(tmp_path: Path)
     assert "StableDiffusionXLPipeline: draws pictures" in output_of("plan", file)
     problem = open_problem(file)
     assert problem.backend.space.dims == 8
-    assert problem.backend.space.group_space.groups == ("unet other", "unet attention")
+    assert problem.backend.space.groups == ("unet other", "unet attention")
     for name in ("text_encoder", "text_encoder_2"):
         written = load_file(tmp_path / "jsdxl" / name / "model.safetensors")
         state = getattr(problem.backend.generator.pipeline, name).state_dict()

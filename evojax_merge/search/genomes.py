@@ -46,7 +46,8 @@ class SpaceEvaluator(Generic[E]):
         genomes = np.asarray(genomes)
         check_genomes(genomes)
         space, evaluator, devices = cast(Any, self.space), cast(Any, self.evaluator), self.devices
-        size, local_genomes = len(genomes), genomes[devices.local_indices(len(genomes))]
+        size, share = len(genomes), devices.local_indices(len(genomes))
+        local_genomes = genomes if devices.processes == 1 else genomes[share]
         scores, cotangents = evaluator.value_and_gradient(space.decode(local_genomes), progress, self.goal)
         gradients = devices.gather(space.pull_back(local_genomes, cotangents), size)
         return scores if devices.processes == 1 else self._gathered(scores, size), gradients
@@ -55,10 +56,11 @@ class SpaceEvaluator(Generic[E]):
         """genomes: float32[P, D]. Outputs stay where they were written: a candidate of another process has none."""
         genomes = np.asarray(genomes)
         check_genomes(genomes)
+        if self.devices.processes == 1:
+            # Processes that share each candidate all score every one.
+            return self.evaluator.evaluate(self.space.decode(genomes), progress)
         size, share = len(genomes), self.devices.local_indices(len(genomes))
         local_scores = self.evaluator.evaluate(self.space.decode(genomes[share]), progress)
-        if self.devices.processes == 1:
-            return local_scores
         matrices = self._gathered(local_scores, size).matrices
         outputs: dict[str, list[list[str]]] = {}
         for task, texts in local_scores.outputs.items():
