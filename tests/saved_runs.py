@@ -181,6 +181,12 @@ class Maker:
         # The server, and each command that it forks, imports the checkout's program.
         os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (checkout, checkout / "kernels")))
         os.environ["XDG_CACHE_HOME"] = str(work / "cache")
+        # No run reads scores that another has kept, which were rounded in other batches: a file has their folder's name.
+        kept = work / "cache" / "evojax-merge" / "scores"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        if kept.is_dir():
+            shutil.rmtree(kept)
+        kept.touch()
         self.work, self.out = work, out
         self.server = Server(Path(tempfile.mkdtemp(prefix="server.")))
         self.faults: list[str] = []
