@@ -181,7 +181,7 @@ class Maker:
         # The server, and each command that it forks, imports the checkout's program.
         os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (checkout, checkout / "kernels")))
         os.environ["XDG_CACHE_HOME"] = str(work / "cache")
-        # No run reads scores that another has kept, which were rounded in other batches: a file has their folder's name.
+        # No run reads scores that another has kept, rounded in other batches: a file has their folder's name.
         kept = work / "cache" / "evojax-merge" / "scores"
         kept.parent.mkdir(parents=True, exist_ok=True)
         if kept.is_dir():

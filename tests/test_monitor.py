@@ -1,4 +1,4 @@
-"""What programs that watch a search read: its heartbeat, its metrics, its lines of JSON; signals of batch systems."""
+"""Programs that watch a search read its heartbeat, its metrics, its lines of JSON; signals of batch systems."""
 
 import json
 import re

@@ -424,7 +424,7 @@ class EvaluationConfig(Section):
         description="tokens of each candidate in a pass, at most; default: chosen for the device",
     )
     model: Whole = Field(1, ge=1, le=100_000, description="how many devices share one copy of the models")
-    bank: Literal["auto"] | BankPlace = Field(
+    bank: Literal["auto", BankPlace] = Field(
         "auto", description="where the models are; host, disk: they come to the devices layer by layer"
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(

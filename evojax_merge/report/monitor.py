@@ -29,7 +29,7 @@ TOUCH_EVERY = 1.0
 
 @dataclass
 class Monitor:
-    """What watches a search. heartbeat: a file that is touched at each pass; metrics: a file that is written after each
+    """The files of programs that watch a search. heartbeat: is touched at each pass; metrics: is written after each
     generation, in Prometheus' text format; None: nobody asked for it."""
 
     heartbeat: Path | None = None
@@ -71,8 +71,10 @@ def metrics_text(generation: Generation) -> str:
     """A generation in Prometheus' text format, with the bytes of the devices' memory in use where they say so."""
     figures = [(name, kind, what, read(generation)) for name, kind, what, read in FIGURES]
     used = [(device.memory_stats() or {}).get("bytes_in_use") for device in jax.local_devices()]
-    known = [nbytes for nbytes in used if nbytes is not None]
-    figures.append(("device_bytes", "gauge", "bytes in use on this process's devices", sum(known) if known else None))
+    counted = [each for each in used if each is not None]
+    figures.append(
+        ("device_bytes", "gauge", "bytes in use on this process's devices", sum(counted) if counted else None)
+    )
     lines = []
     for name, kind, what, value in figures:
         if value is not None:
@@ -84,7 +86,7 @@ _monitor: ContextVar[Monitor] = ContextVar("monitor", default=Monitor())  # noqa
 
 
 def monitor() -> Monitor:
-    """What watches the search under way."""
+    """The files of the search under way."""
     return _monitor.get()
 
 
