@@ -100,8 +100,10 @@ def test_a_parents_own_layers_give_its_logits_bit_for_bit(parents: list[File]) -
         depth = spec.configs[parent].layers
         path = LayerPath(tuple(range(first, first + depth)), (1.0,) * depth, parent)
         sources, config = open_sources([parents[parent]])
-        model, own = bank.materialise(path, spec.configs[0])
-        np.testing.assert_array_equal(stored_logits(own, model), stored_logits(config, load_stored(sources, config)))
+        model, path_config = bank.materialise(path, spec.configs[0])
+        np.testing.assert_array_equal(
+            stored_logits(path_config, model), stored_logits(config, load_stored(sources, config))
+        )
 
 
 def test_random_paths_are_a_plain_loop_over_layers(parents: list[File], record_property: Any) -> None:

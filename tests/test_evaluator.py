@@ -410,15 +410,15 @@ def test_what_is_shared_is_computed_as_if_it_were_not(
         part = request.scoring or request.prompts
         assert part is not None and len(part.shared_prefix) >= 40
         assert part.computed < 0.7 * part.tokens
-    found = score_merges(shared, setting.bank, setting.spec, setting.recipes)
+    shared_scores = score_merges(shared, setting.bank, setting.spec, setting.recipes)
     monkeypatch.setattr(batches, "MIN_SHARED_PREFIX", 10**6)
     monkeypatch.setattr(batched_tasks, "_task_shapes", unshared)
     plain = setting.evaluator(tasks)
     expected = score_merges(plain, setting.bank, setting.spec, setting.recipes)
-    assert found.outputs == expected.outputs
+    assert shared_scores.outputs == expected.outputs
     for task in tasks:
         for metric, matrix in expected.matrices[task.name].items():
-            np.testing.assert_allclose(found.matrices[task.name][metric], matrix, atol=2e-5, err_msg=metric)
+            np.testing.assert_allclose(shared_scores.matrices[task.name][metric], matrix, atol=2e-5, err_msg=metric)
 
 
 def unshared(splits: Any, tokens: int, share: bool, merge_tokens: int) -> Any:
@@ -446,8 +446,8 @@ def test_a_stop_text_ends_an_output_and_the_generation(ties: Setting, monkeypatc
     decode = passes.decode
     monkeypatch.setattr(passes, "decode", lambda *given: rounds.append(1) or decode(*given))
     cut = ties.evaluator([replace(task, stop=stop)], chunk=CHUNK)
-    found = score_merges(cut, ties.bank, ties.spec, ties.recipes).outputs["words"]
-    assert found == [[cut_at_stop(text, stop) for text in row] for row in whole]
+    texts = score_merges(cut, ties.bank, ties.spec, ties.recipes).outputs["words"]
+    assert texts == [[cut_at_stop(text, stop) for text in row] for row in whole]
     (request,) = cut.batched_tasks
     assert request.prompts is not None
     assert len(rounds) == -(-POPULATION // CHUNK) * len(request.prompts.batches)

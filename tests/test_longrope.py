@@ -87,7 +87,7 @@ def test_rows_on_both_sides_share_nothing(folder: Path, tmp_path: Path) -> None:
     ids = {word: i for i, word in enumerate(words(64))}
     tasks = [task(write_lines(tmp_path / "texts.jsonl", texts([36, 39, 40, 60])), "multiple_choice", "margin")]
     batched = batch_tasks([tasks], tokenizer, 256, 160, (2,), 64, config.position_switch)[0]
-    found = Evaluator(config, tokenizer, batched).score_stored(model).matrices["multiple_choice"]["margin"][0]
+    margins = Evaluator(config, tokenizer, batched).score_stored(model).matrices["multiple_choice"]["margin"][0]
     model, expected = load_torch(folder), []
     for example in tasks[0].examples:
         totals = []
@@ -95,7 +95,7 @@ def test_rows_on_both_sides_share_nothing(folder: Path, tmp_path: Path) -> None:
             prompt, own = ([ids[word] for word in text.split()] for text in (example.prompt, target))
             totals.append(torch_logprobs(model, prompt, own).sum())
         expected.append(totals[1] - max(totals[0], totals[2]))
-    np.testing.assert_allclose(found, expected, atol=2e-4)
+    np.testing.assert_allclose(margins, expected, atol=2e-4)
 
 
 def test_a_generation_does_not_cross(folder: Path, tmp_path: Path) -> None:

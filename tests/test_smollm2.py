@@ -173,9 +173,9 @@ def test_worked_problems_are_written_as_transformers_writes_them(
     task = TextTask("problems", "exact_match", "accuracy", 1.0, "problems", examples, FIFTY_TOKENS)
     config, model = ours
     batched_tasks = batch_tasks([[task]], tokenizer, 2048, 8192, (tokenizer.eos_token_id,))[0]
-    found = Evaluator(config, tokenizer, batched_tasks).score_stored(model).outputs["problems"][0]
+    answers = Evaluator(config, tokenizer, batched_tasks).score_stored(model).outputs["problems"][0]
     expected, logits_ = torch_greedy(theirs, tokenizer, prompts)
-    for prompt, text, wanted, rows in zip(prompts, found, expected, logits_, strict=True):
+    for prompt, text, wanted, rows in zip(prompts, answers, expected, logits_, strict=True):
         if text == wanted:
             continue
         same = next(i for i, (a, b) in enumerate(zip(*map(tokenizer.encode, (text, wanted)), strict=False)) if a != b)

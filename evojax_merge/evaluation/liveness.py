@@ -158,9 +158,9 @@ def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int =
             inside = [
                 _flattened(part, given, setting, count) for part, given, count in _inside(eqn, parts, operand_axes)
             ]
-            found = _results_axes(eqn, inside, operand_axes, setting.shards)
-            axes.update(zip(results, found, strict=True))
-            sizes = tuple(setting.nbytes(out.aval, axis) for out, axis in zip(eqn.outvars, found, strict=True))
+            result_cuts = _results_axes(eqn, inside, operand_axes, setting.shards)
+            axes.update(zip(results, result_cuts, strict=True))
+            sizes = tuple(setting.nbytes(out.aval, axis) for out, axis in zip(eqn.outvars, result_cuts, strict=True))
             body, repeated = _body_bytes(eqn, inside, setting), _repeated(eqn, operands, inside)
             steps.append(_Step(name, operands, results, sizes, body, _is_batched(eqn), repeated))
         return tuple(number(value) for value in jaxpr.jaxpr.outvars)
@@ -177,10 +177,10 @@ def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int =
             size = setting.nbytes(value.aval, axes[slice_])
             steps.append(_Step("dynamic_slice", (source, next(counter)), (slice_,), (size,)))
         inside = (*given[:-sliced], *slices)
-    found = run(jaxpr, inside)
-    cuts = tuple(axes.get(number) for number in found)
+    results = run(jaxpr, inside)
+    cuts = tuple(axes.get(number) for number in results)
     sizes = tuple(setting.nbytes(aval, axis) for aval, axis in zip(jaxpr.out_avals, cuts, strict=True))
-    return _Program(steps, given, found, cuts, sizes)
+    return _Program(steps, given, results, cuts, sizes)
 
 
 def _is_batched(eqn: Any) -> bool:

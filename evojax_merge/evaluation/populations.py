@@ -307,10 +307,6 @@ class StreamedPopulation(Population):
     def parts(self) -> Any:
         return self.replicated
 
-    @property
-    def layer_bytes(self) -> int:
-        return self.replicated.layer_bytes
-
     def abstract(self, devices: Devices) -> "StreamedPopulation":
         return replace(self, replicated=self.replicated.abstract(devices))
 

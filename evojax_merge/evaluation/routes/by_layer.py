@@ -134,7 +134,7 @@ def _score_tasks(
     if any(batched_task.scoring is not None for batched_task in tasks):
         chunk = scoring_chunk(evaluator, population)
         work = _scoring(evaluator, population, tasks, chunk, responses, progress, population.size)
-        execute(work, evaluator.runs_two_jobs(population.layer_bytes))
+        execute(work, evaluator.runs_two_jobs(population.parts.layer_bytes))
     return responses
 
 
@@ -157,7 +157,7 @@ def differentiate(
             evaluator, population.differentiable(), tasks, scoring_chunk(evaluator, population), row_weights, responses,
             gradient, progress, population.size,
         )  # fmt: skip
-        execute(work, evaluator.runs_two_jobs(2 * population.layer_bytes))
+        execute(work, evaluator.runs_two_jobs(2 * population.parts.layer_bytes))
         return responses, gradient
 
     result: tuple[list[Responses], Any] = evaluator.retry_on_oom([number for number, _ in weights], run, progress)
