@@ -17,16 +17,19 @@ if TYPE_CHECKING:
         Evaluator,
         evaluate,
         evolve,
+        extract_lora,
         load_bank,
         merge,
+        moe,
         register_architecture,
         register_backend,
         register_method,
         register_strategy,
         register_task,
+        transplant_tokenizer,
     )
     from evojax_merge.api.pytrees import host_callback, search_pytrees
-    from evojax_merge.api.spaces import LayerPathSpace, MergeSpace, Models, PoolSpace, load_models
+    from evojax_merge.api.spaces import LayerPathSpace, MergeSpace, MixtureSpace, Models, PoolSpace, load_models
     from evojax_merge.api.study import Study
     from evojax_merge.api.trials import Run, Trial, open_run
     from evojax_merge.backends.function.opening import FunctionFactory
@@ -46,6 +49,7 @@ __all__ = [
     "InputError",
     "LayerPathSpace",
     "MergeSpace",
+    "MixtureSpace",
     "Models",
     "PoolSpace",
     "Run",
@@ -56,10 +60,12 @@ __all__ = [
     "__version__",
     "evaluate",
     "evolve",
+    "extract_lora",
     "host_callback",
     "load_bank",
     "load_models",
     "merge",
+    "moe",
     "open_run",
     "register_architecture",
     "register_backend",
@@ -69,14 +75,15 @@ __all__ = [
     "search_pytrees",
     "strategies",
     "tasks",
+    "transplant_tokenizer",
 ]
 
 # Where the names that need more than this file come from, when they are first asked for.
 _NAMES = {
-    "api.models": "Evaluator evaluate evolve load_bank merge register_architecture register_backend register_method "
-    "register_strategy register_task",
+    "api.models": "Evaluator evaluate evolve extract_lora load_bank merge moe register_architecture register_backend "
+    "register_method register_strategy register_task transplant_tokenizer",
     "api.pytrees": "host_callback search_pytrees",
-    "api.spaces": "LayerPathSpace MergeSpace Models PoolSpace load_models",
+    "api.spaces": "LayerPathSpace MergeSpace MixtureSpace Models PoolSpace load_models",
     "api.study": "Study",
     "api.trials": "Run Trial open_run",
     "backends.function.opening": "FunctionFactory",

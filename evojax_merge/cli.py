@@ -2,11 +2,10 @@
 
 import io
 import os
-import shlex
 import sys
 import warnings
 from collections.abc import Callable
-from importlib import import_module
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,89 +17,26 @@ if __name__ == "__main__":  # Before click: an interruption should not find the 
 
 import click
 
-from evojax_merge.errors import LONGEST_LINE, Failed, InputError, PeerLostError, printable, without_secrets
-from evojax_merge.mergekit.flags import ShardSize, given_without_meaning, without_meaning
+from evojax_merge.cli_parts import (
+    DTYPE,
+    FILE,
+    OUTPUT_DTYPE,
+    SEED,
+    Commands,
+    InitCommand,
+    import_command,
+    with_gguf_type,
+    with_overrides,
+    with_plugins,
+    with_shard_size,
+)
+from evojax_merge.errors import Failed, InputError, PeerLostError, printable, without_secrets
+from evojax_merge.mergekit.flags import given_without_meaning, without_meaning
 from evojax_merge.system.interrupts import INTERRUPTED
-from evojax_merge.system.jax_environment import check_environment, no_devices
+from evojax_merge.system.jax_environment import no_devices
 from evojax_merge.system.users_traceback import hide_inner_frames
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
-# The bound is config.MAX_SEED, repeated here: the imports of config are too heavy for --help.
-SEED = click.IntRange(min=0, max=2**63 - 1)
-FILE = click.Path(path_type=Path)
-DTYPE = click.Choice(["float32", "float16", "bfloat16"])
-
-# Commands that print lists.
-LISTS = frozenset({"methods", "strategies", "architectures", "keys", "runs", "show", "compare"})
-
-with_overrides = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override one key of CONFIG."
-)
-with_plugins = click.option(
-    "--plugin",
-    "plugin_names",
-    multiple=True,
-    metavar="FILE",
-    help="Load this Python file or package first: it may add methods, strategies, tasks, architectures; repeatable.",
-)
-
-
-def _start_jax() -> None:
-    """Import JAX, which keeps compiled programs from now on."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    check_environment()
-    from evojax_merge.evaluation.compilations import keep_compiled_programs
-
-    keep_compiled_programs()
-
-
-def _command(name: str, plugin_names: tuple[str, ...] = (), distributed: bool = False) -> Any:
-    """Import JAX, which keeps compiled programs from now on, and the module of a command; then load the plugins. An
-    interruption of a search during the imports prints the command that continues it or begins it again, as later
-    interruptions do. distributed: this is one of several processes."""
-    arguments = sys.argv[1:]
-    again = printable(shlex.join(["evojax-merge", *arguments]), LONGEST_LINE)
-    next_step = "Continue" if "--resume" in arguments else "Start again"
-    resume_hint = f"stopped before it began. {next_step} with: {again}\n" if arguments[:1] == ["search"] else ""
-    with interrupts.nothing_begun(f"{resume_hint}interrupted\n"):
-        _start_jax()
-        if distributed:
-            from evojax_merge.evaluation.devices import init_distributed
-
-            init_distributed()
-        module = import_module(f"evojax_merge.commands.{name}")
-    if plugin_names:
-        from evojax_merge import plugins
-
-        plugins.load_named("--plugin", plugin_names, Path.cwd())
-    return module
-
-
-class Command(click.Command):
-    """A command, which is named from its first imports on wherever it takes long, unless other programs read it."""
-
-    def invoke(self, context: click.Context) -> Any:
-        is_read = context.info_name in LISTS or context.params.get("quiet") or context.params.get("as_json")
-        if is_read:
-            return super().invoke(context)
-        from evojax_merge.system.console import working
-
-        with working(str(context.info_name)):
-            return super().invoke(context)
-
-
-class Commands(click.Group):
-    """The group of all commands."""
-
-    command_class = Command
-
-    def invoke(self, context: click.Context) -> Any:
-        try:
-            return super().invoke(context)
-        except KeyboardInterrupt as interruption:
-            # Click prints an empty line at a KeyboardInterrupt, and none at its own exception.
-            raise click.Abort from interruption
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -117,22 +53,7 @@ def cli() -> None:
 def inspect(models: tuple[str, ...], base: str | None, json_file: Path | None, picture: Path | None) -> None:
     """Compare models before a merge: headers, tokenizers, which one is the base of the others, their task vectors,
     and what that means for the choice of a method. Reads all weights, a few tensors at a time."""
-    _command("inspect").inspect(list(models), base, json_file, picture)
-
-
-class InitCommand(click.Command):
-    """A command whose options --parents, --prompt and --target take every argument up to the next option, or to the
-    name of a config."""
-
-    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
-        repeated: list[str] = []
-        option = ""
-        for argument in arguments:
-            is_config = argument.endswith((".yaml", ".yml")) and not os.path.isdir(argument)
-            begins = argument in ("--parents", "--prompt", "--target")
-            option = argument if begins else "" if argument.startswith("-") or is_config else option
-            repeated += [] if begins else [option, argument] if option else [argument]
-        return super().parse_args(context, repeated)
+    import_command("inspect").inspect(list(models), base, json_file, picture)
 
 
 @cli.command(cls=InitCommand, short_help="Write the commented config of a first search.")
@@ -163,7 +84,7 @@ def init(
     given = [option for option, value in sources.items() if value is not None]
     if len(given) > 1:
         raise InputError(given[1], f"cannot go with {given[0]}; expected one source of data")
-    command = _command("init")
+    command = import_command("init")
     if hub is not None:
         choices["data"] = f"hub:{hub.removeprefix('hub:')}"
     command.init(file, command.Choices(fields=command.Fields(prompt, target), **choices), overwrite)
@@ -226,7 +147,7 @@ def search(
     if distributed:
         # JAX's text on a lost process would stand before the line that says so: this leaves it out.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "4")
-    command = _command("search", plugin_names, distributed)
+    command = import_command("search", plugin_names, distributed)
     output: Literal["text", "json", "none"] = "json" if as_json else "none" if quiet else "text"
     from evojax_merge.report.monitor import Monitor
 
@@ -269,7 +190,7 @@ def judge(
 ) -> None:
     """Search like `search`, for the merge whose answers people prefer: CONFIG has a task of `kind: human`. Serves a
     page on this machine where people choose between two answers."""
-    command = _command("search", plugin_names)
+    command = import_command("search", plugin_names)
     from evojax_merge.judge.batch import VotesAwaited
     from evojax_merge.judge.opening import JudgeOptions
 
@@ -298,7 +219,7 @@ def plan(
     """Say, from the models' headers alone, whether the search of CONFIG fits a target's memory, how much it computes
     and moves, and how long that takes at least. The last lines are the verdict and the time; docs/accelerators.md says
     what each column of the table holds."""
-    _command("plan", plugin_names).plan(config, target, json_file, list(overrides))
+    import_command("plan", plugin_names).plan(config, target, json_file, list(overrides))
 
 
 @cli.command(short_help="Measure this device: merging, scoring, decoding, a generation of a search.")
@@ -312,26 +233,20 @@ def plan(
 def bench(shape: str | None, seconds: float, json_file: Path | None, compare: Path | None) -> None:
     """Measure the device at hand on models of random weights, which are made on it: merge kernels against the device's
     own copy, likelihood passes against its best matrix product, decoding, and a generation of a search."""
-    _command("bench").bench(shape, seconds, json_file, compare)
+    import_command("bench").bench(shape, seconds, json_file, compare)
 
 
 @cli.command(short_help="Do one merge, described by a mergekit YAML.")
 @click.argument("recipe", type=FILE)
 @click.argument("out", type=FILE)
-@click.option("--dtype", type=DTYPE, help="Override the output dtype.")
+@click.option("--dtype", type=OUTPUT_DTYPE, help="Override the output dtype.")
+@with_gguf_type
 @click.option("--seed", "--random-seed", "seed", type=SEED, help="Override the seed of random methods.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
 @click.option("--allow-nonfinite", is_flag=True, help="Merge even where a parent holds NaN or Inf.")
 @click.option("--allow-crimes/--no-allow-crimes", help="Merge different architectures if their tensors agree.")
-@click.option(
-    "--strict", is_flag=True, help="Refuse keys, parameters, filters without a meaning, in place of a warning."
-)
-@click.option(
-    "--out-shard-size",
-    "max_shard_bytes",
-    type=ShardSize(),
-    help="Split the weights into files of this size. Default: 5B.",
-)
+@click.option("--strict", is_flag=True, help="Refuse keys and filters without a meaning, and tensors left out.")
+@with_shard_size
 @click.option(
     "--copy-tokenizer/--no-copy-tokenizer", default=True, help="Whether OUT gets the first model's tokenizer."
 )
@@ -340,8 +255,9 @@ def bench(shape: str | None, seconds: float, json_file: Path | None, compare: Pa
 )
 @click.option("--transformers-cache", type=FILE, help="Where models of the hub are kept.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
+@click.option("--verbose", "-v", count=True, help="Print what becomes of each tensor.")
 @with_plugins
-@without_meaning
+@partial(without_meaning, taken=("--verbose",))
 @click.pass_context
 def merge(
     context: click.Context,
@@ -352,7 +268,8 @@ def merge(
     plugin_names: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Do the merge that RECIPE (a mergekit YAML) describes and write the model to OUT.
+    """Do the merge that RECIPE (a mergekit YAML) describes and write the model to OUT, a folder, or a GGUF file where
+    its name ends in .gguf.
 
     RECIPE may have several documents, as mergekit-multi takes them: those with a `name` are merged first, and others
     name them as models. --dtype is for the result, --seed for all documents.
@@ -362,9 +279,85 @@ def merge(
     if transformers_cache is not None:
         # Before anything imports huggingface_hub.
         os.environ["HF_HUB_CACHE"] = os.path.realpath(os.path.expanduser(transformers_cache))
-    command = _command("merge", plugin_names)
+    command = import_command("merge", plugin_names)
     given = command.MergeOptions(**{name: value for name, value in options.items() if value is not None})
     command.merge(recipe, out, given, quiet, given_without_meaning(context))
+
+
+@cli.command(short_help="Make a mixture of experts out of dense models, described by mergekit-moe's YAML.")
+@click.argument("recipe", type=FILE)
+@click.argument("out", type=FILE)
+@click.option("--dtype", type=DTYPE, help="Override the output dtype.")
+@click.option("--seed", "--random-seed", "seed", type=SEED, help="Override the seed of random gates and of noise.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
+@click.option("--allow-nonfinite", is_flag=True, help="Go on even where a model holds NaN or Inf.")
+@with_shard_size
+@click.option("--write-model-card/--no-write-model-card", "card", default=True, help="Whether OUT gets a card.")
+@click.option(
+    "--i-understand-this-is-not-useful-without-training", "allow_same", is_flag=True,
+    help="Let all experts be one model, to be trained afterwards.",
+)  # fmt: skip
+@click.option("--load-in-4bit", "--load-in-8bit", is_flag=True, hidden=True, expose_value=False)
+@partial(
+    without_meaning, taken=("--i-understand-this-is-not-useful-without-training", "--load-in-4bit", "--load-in-8bit")
+)
+@click.pass_context
+def moe(context: click.Context, recipe: Path, out: Path, allow_same: bool, **options: Any) -> None:
+    """Write the mixture of experts that RECIPE (a mergekit-moe YAML) describes to OUT: attention, norms, embedding and
+    head of its base model, the MLPs of its experts, and routers whose rows are made of their prompts."""
+    command = import_command("moe")
+    given = command.MergeOptions(**{name: value for name, value in options.items() if value is not None})
+    command.moe(recipe, out, given, allow_same, given_without_meaning(context))
+
+
+@cli.command(short_help="Give a model another model's tokenizer, as mergekit-tokensurgeon does.")
+@click.argument("model", type=click.Path())
+@click.argument("donor", type=click.Path())
+@click.argument("out", type=FILE)
+@click.option(
+    "--approximation-method", "-a", "approximate", default="omp", show_default=True, metavar="METHOD",
+    help="How rows that MODEL lacks are made: omp, common_interpolation, subword, landmark_pca, mean, zero, randn.",
+)  # fmt: skip
+@click.option("-k", "--k", default=64, show_default=True, help="Rows of one approximation (omp, common_interpolation).")
+@click.option("--weight-scheme", "-w", help="distance_proportional, barycentric, least_squares (common_interpolation).")
+@click.option("--cosine-similarity/--no-cosine-similarity", "-c/-nc", default=False, help="Of common_interpolation.")
+@click.option("--subword-method", "-s", help="Of subword: mean, sum, weighted_mean, first_last.")
+@click.option("--dtype", type=DTYPE, help="Override the output dtype.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
+@click.option("--allow-nonfinite", is_flag=True, help="Go on even where a model holds NaN or Inf.")
+@with_shard_size
+@click.option("--batch-size", hidden=True, expose_value=False)
+def transplant_tokenizer(model: str, donor: str, out: Path, **options: Any) -> None:
+    """Write MODEL with the tokenizer of DONOR to OUT. Tokens that both have keep their rows; those that MODEL lacks get
+    rows that its own are combined to, as DONOR's rows of the token combine from DONOR's rows."""
+    import_command("merge").transplant(model, donor, out, {k: v for k, v in options.items() if v is not None})
+
+
+@cli.command("extract-lora", short_help="Write a fine-tune as a LoRA adapter of its base.")
+@click.argument("model", type=click.Path())
+@click.argument("out", type=FILE)
+@click.option("--base", "--base-model", "base", required=True, type=click.Path(), help="The model it was made from.")
+@click.option("--max-rank", type=click.IntRange(1, 2**16), default=128, show_default=True, help="The largest rank.")
+@click.option(
+    "--energy", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
+    help="Of each matrix the smallest rank that keeps this share of its squared change.",
+)  # fmt: skip
+@click.option("--distribute-scale/--no-distribute-scale", default=True, help="Split singular values between A and B.")
+@click.option("--embed-lora/--no-embed-lora", help="Cut embeddings and head to the rank as well. Default: saved whole.")
+@click.option("--save-module", multiple=True, metavar="NAME", help="Save this module whole; repeatable.")
+@click.option("--exclude-regex", "-e", multiple=True, help="Leave modules out whose names match; repeatable.")
+@click.option("--include-regex", "-i", multiple=True, help="Change only modules whose names match; repeatable.")
+@click.option("--sv-epsilon", type=click.FloatRange(0), default=0.0, help="Leave out singular values up to this.")
+@click.option("--skip-undecomposable", is_flag=True, help="Leave norms as they are in the base.")
+@click.option("--tasks", type=FILE, help="Score base, model and adapter on these tasks as well.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a folder that evojax-merge wrote.")
+@with_plugins
+def extract_lora(
+    model: str, out: Path, base: str, tasks: Path | None, overwrite: bool, plugin_names: tuple[str, ...], **options: Any
+) -> None:
+    """Write the difference of MODEL to its base to OUT, as an adapter that PEFT loads, with mergekit-extract-lora's
+    options. Embeddings, heads, norms and biases that changed are in it. Says what is lost, by layer."""
+    import_command("extract_lora", plugin_names).extract_lora(model, base, out, options, overwrite, tasks)
 
 
 @cli.command(short_help="Score stored models on tasks.")
@@ -395,24 +388,26 @@ def evaluate(
 ) -> None:
     """Score stored models on the examples of the tasks (a search's config can serve as the tasks file). A run folder
     stands for its winner."""
-    _command("evaluate", plugin_names).evaluate(list(models), tasks, json_file, samples_file, split)
+    import_command("evaluate", plugin_names).evaluate(list(models), tasks, json_file, samples_file, split)
 
 
 @cli.command(short_help="Write a search's winner again, in another dtype or place.")
 @click.argument("run", type=FILE)
 @click.argument("out", type=FILE)
-@click.option("--dtype", type=DTYPE, help="Override the output dtype.")
+@click.option("--dtype", type=OUTPUT_DTYPE, help="Override the output dtype.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
 @click.option("--best-so-far", is_flag=True, help="Of a run that was broken off: the best candidate that it has saved.")
 @click.option("--member", type=int, help="Of a search for a front: the member of this number, in place of the winner.")
 @click.option(
     "--as",
     "form",
-    type=click.Choice(["model", "adapter"]),
+    type=click.Choice(["model", "adapter", "polished"]),
     default="model",
-    help="What is written: the whole model (default), or its difference to the base as a LoRA adapter.",
+    help="The whole model, its difference to the base as a LoRA adapter, or the model with search.then: polish.",
 )
 @click.option("--rank", type=click.IntRange(min=1), help="Of an adapter: the rank that the difference is cut to.")
+@with_gguf_type
+@with_shard_size
 def export(
     run: Path,
     out: Path,
@@ -422,16 +417,22 @@ def export(
     member: int | None,
     form: str,
     rank: int | None,
+    **output: Any,
 ) -> None:
-    """Write the winner of the run folder RUN, or a member of its front, to OUT, as a Hugging Face folder or as an
-    adapter of its base."""
+    """Write the winner of the run folder RUN, or a member of its front, to OUT: as a Hugging Face folder, as a GGUF
+    file where its name ends in .gguf, or as an adapter of its base."""
     if (form == "adapter") != (rank is not None):
         raise InputError(
             "--rank", "missing; expected the adapter's rank" if rank is None else "only --as adapter has one"
         )
     if best_so_far and member is not None:
         raise InputError("--member", "cannot go with --best-so-far")
-    _command("export").export(run, out, dtype, overwrite, best_so_far, member, rank)
+    if rank is not None and (output["type"] is not None or out.suffix == ".gguf"):
+        raise InputError("--as", "adapter: is a folder; expected --as model for a GGUF file")
+    given = {} if output["max_shard_bytes"] is None else {"max_shard_bytes": output["max_shard_bytes"]}
+    given |= {"polished": form == "polished"}
+    command = import_command("export")
+    command.export(run, out, dtype, overwrite, best_so_far, member, rank, output["type"], **given)
 
 
 @cli.command(short_help="Write a run as one HTML page.")
@@ -441,7 +442,7 @@ def export(
 def report(run: Path, watch: bool, plugin_names: tuple[str, ...]) -> None:
     """Write RUN/report.html, from the run folder alone: one file, which a browser opens without a network. A search
     writes it as well, at its end and every so often before."""
-    _command("report", plugin_names).report(run, watch)
+    import_command("report", plugin_names).report(run, watch)
 
 
 @cli.command(short_help="Compare runs: a table, and a page.")
@@ -451,21 +452,21 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
     """Print a line for each RUN, and write a page of all of them."""
     if len(runs) < 2:
         raise InputError("compare", f"{runs[0]} alone; expected two runs or more (report makes the page of one)")
-    _command("compare").compare(list(runs), out)
+    import_command("compare").compare(list(runs), out)
 
 
 @cli.command(short_help="Show a run in the terminal.")
 @click.argument("run", type=FILE)
 def show(run: Path) -> None:
     """Show how far RUN is, finished or not: its best fitness, its winner, and the held-out scores."""
-    _command("show").show(run)
+    import_command("show").show(run)
 
 
 @cli.command("runs", short_help="List the runs below a folder.")
 @click.argument("folder", default="runs", type=FILE)
 def list_runs(folder: Path) -> None:
     """List the runs below FOLDER (default: runs), the newest first."""
-    _command("runs").runs(folder)
+    import_command("runs").runs(folder)
 
 
 @cli.command(short_help="Search a finished run again, and compare the two to the bit.")
@@ -475,7 +476,7 @@ def list_runs(folder: Path) -> None:
 def reproduce(run: Path, out: Path | None, plugin_names: tuple[str, ...]) -> None:
     """Search the finished run RUN again, into a new folder, and compare history, recipe and weights. The inputs must be
     unchanged. Exit status 1 where the two runs differ, with the first generation that does."""
-    _command("reproduce", plugin_names).reproduce(run, out)
+    import_command("reproduce", plugin_names).reproduce(run, out)
 
 
 @cli.command(short_help="Upload a run's winner to the hub, with what proves it.")
@@ -489,27 +490,27 @@ def reproduce(run: Path, out: Path | None, plugin_names: tuple[str, ...]) -> Non
 def publish(run: Path, repo: str, push: bool, private: bool, with_answers: bool) -> None:
     """List, or with --push upload, the winner of the finished run RUN with its model card, recipe, result and page. No
     file has a path of this machine: models are named by the last part of theirs."""
-    _command("publish").publish(run, repo, push, private, with_answers)
+    import_command("publish").publish(run, repo, push, private, with_answers)
 
 
 @cli.command(short_help="List the merge methods, with their parameters and bounds.")
 @with_plugins
 def methods(plugin_names: tuple[str, ...]) -> None:
     """List the merge methods: what they take, their parameters, and the bounds that a search has by default."""
-    _command("listings", plugin_names).list_known("methods")
+    import_command("listings", plugin_names).list_known("methods")
 
 
 @cli.command(short_help="List the search strategies.")
 @with_plugins
 def strategies(plugin_names: tuple[str, ...]) -> None:
     """List the search strategies."""
-    _command("listings", plugin_names).list_known("strategies")
+    import_command("listings", plugin_names).list_known("strategies")
 
 
 @cli.command(short_help="List the architectures that can be searched and merged.")
 def architectures() -> None:
     """List the architectures that can be searched and merged."""
-    _command("listings").list_known("architectures")
+    import_command("listings").list_known("architectures")
 
 
 @cli.command(short_help="List the keys of a search's config, with their defaults and meanings.")
@@ -517,7 +518,7 @@ def architectures() -> None:
 def keys(section: str | None) -> None:
     """List the keys that a search's config may have: what each takes, its default, and what it means. SECTION: this key
     and those in it (search, space.parameters, tasks), or all; without it, the sections."""
-    _command("listings").list_known("keys", section)
+    import_command("listings").list_known("keys", section)
 
 
 def run(command: Callable[[], Any]) -> int:

@@ -73,7 +73,7 @@ def search(
                 archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)
             archive = with_best(archive, ballots, problem.search.finalists)
             print_work(folder, problem, evaluators)
-            result = select_best(problem, evaluators, archive, activity.shown(passes_bar))
+            result = select_best(problem, evaluators, archive, activity.shown(passes_bar), folder)
             activity.conclude(result)
             say((compilations() - compiled_before).describe())
             if devices.is_main_process:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, cast
 
 import numpy as np
+from merge_kernels import METHODS
 from typing_extensions import TypeVar
 
 from evojax_merge.backends.backend import Backend, Resolve
@@ -29,6 +30,7 @@ from evojax_merge.search.budgets import within_budget
 from evojax_merge.search.example_choice import ExampleChoice, length_strata
 from evojax_merge.search.kept_scores import KeptScores
 from evojax_merge.search.protocols import (
+    ContextSpace,
     Differentiates,
     HasMoves,
     Space,
@@ -60,6 +62,8 @@ from evojax_merge.zoo.references import resolve_file, resolve_reference
 
 # The most dimensions of a search: a mean and a standard deviation of each are kept and saved in every generation.
 MAX_DIMS = 1_000_000
+# The examples of each task that a step of an adapter's training sees.
+TUNING_EXAMPLES = 16
 # Arrays of a population's genomes that a generation has at a time.
 GENOME_COPIES = 6
 # The measure of tasks in the fitness: their own units, or the distance from the base to the best parent.
@@ -76,7 +80,8 @@ class SearchProblem(Generic[B]):
     generations that a budget pays for; `splits`: the tasks on each split; `strata`: where rungs choose their examples,
     for each task of `splits.choice` the strata that every rung has its share of, int[n] each; `scale`: what tasks are
     measured by; `guards`: the tolerance of each guarded task, by its name; `notes`: lines on the choice of the
-    strategy; `kept`: the scores of base and parents that earlier searches kept."""
+    strategy; `kept`: the scores of base and parents that earlier searches kept; `config`: the search's, and `reopen`:
+    (a changed config, a target) -> its backend; None where no file says what the models are."""
 
     search: SearchConfig
     seed: int
@@ -88,6 +93,8 @@ class SearchProblem(Generic[B]):
     guards: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     kept: KeptScores | None = None
+    config: Config | None = None
+    reopen: Callable[[Config, Target], Backend] | None = None
 
     @property
     def space(self) -> Any:
@@ -100,6 +107,11 @@ class SearchProblem(Generic[B]):
     @property
     def parents(self) -> tuple[Path, ...]:
         return tuple(model for role, model in self.backend.compared if role == "parent")
+
+    @property
+    def tunes_by_gradient(self) -> bool:
+        """Return whether the tasks of `splits.tuning` have derivatives."""
+        return all(task.derivative is not None for tasks in self.splits.tuning for task in tasks)
 
     def prepare(self) -> Splits[list[Any]]:
         """The tasks of each split as the backend evaluates them."""
@@ -148,8 +160,10 @@ def config_from(path: Path, document: dict[str, Any], overrides: Sequence[str], 
 def stage_config(config: Config, stage: StageConfig, winner: str | None) -> Config:
     """The config of one stage of a chain; `winner`: the model of the stage before."""
     parents = config.parents if winner is None else [winner, *config.parents]
+    looks = stage.space is not None and stage.space.method in METHODS and METHODS[stage.space.method].looks_at
+    calibration = config.calibration if looks else None
     changes = {"stages": None, "space": stage.space, "data_flow": stage.data_flow, "search": stage.search}
-    return config.model_copy(update=changes | {"parents": parents})
+    return config.model_copy(update=changes | {"parents": parents, "calibration": calibration})
 
 
 def stage_configs(config: Config) -> list[Config]:
@@ -193,7 +207,11 @@ def build_problem(
             # The search scores a guarded task.
             section = section.model_copy(update={"weight": GUARD_WEIGHT})
         tasks.append(open_task(f"{where}: tasks[{i}]", section, folder, config.seed, resolve_file))
-    backend = kind.open(where, config, folder, target, resolve, chained)
+
+    def reopen(config: Config, target: Target) -> Backend:
+        return kind.open(where, config, folder, target, resolve, chained)
+
+    backend = reopen(config, target)
     for i, (task, _) in enumerate(tasks):
         backend.check_task(f"{where}: tasks[{i}]", task)
     pool, limits = config.pool, [section.limit for section in config.tasks]
@@ -222,7 +240,8 @@ def build_problem(
     problem = searchable(where, opened, config.seed, backend, tasks, limits)
     guards = {section.name: section.tolerance for section in config.tasks if section.guard}
     metrics = [task.metric for task, _ in tasks]
-    return replace(problem, scale=_scale(f"{where}: scale", config, metrics, backend), guards=guards)
+    scale = _scale(f"{where}: scale", config, metrics, backend)
+    return replace(problem, scale=scale, guards=guards, config=config, reopen=reopen)
 
 
 def _scale(where: str, config: Config, metrics: Sequence[str], backend: Any) -> ScaleBy:
@@ -330,6 +349,11 @@ def searchable(
     lengths = backend.example_lengths
     shards = stratified_shards(f"{where}: search.rungs", searched, lengths, search.rungs, seed)
     choice = [task for task in searched if task.weight > 0] if search.rung_examples == "item_response" else None
+    if search.then == "polish" and (backend.not_polishable or search.strategy == VOTES):
+        reason = backend.not_polishable or "votes are for the search's candidates"
+        raise InputError(f"{where}: search.then", f"polish: {reason}; leave it out")
+    if search.controls:
+        _check_controls(f"{where}: search.controls", search, backend, any(heldout for _, heldout in tasks))
     splits = Splits(
         shards=shards,
         search=full,
@@ -337,16 +361,34 @@ def searchable(
         heldout=[heldout for _, heldout in tasks if heldout is not None],
         minibatches=_minibatches(where, search, seed, strategy, searched, lengths),
         choice=choice,
+        tuning=_tuning_parts(searched, lengths, seed) if "lora" in search.controls or search.then else [],
     )
     strata = [length_strata(lengths(task), len(shards)) for task in choice or ()]
-    if search.controls:
-        averages_of(f"{where}: search.controls", backend.space)
-        if not splits.heldout or search.strategy == VOTES:
-            lacking = "votes are for the search's candidates" if splits.heldout else "there are no held-out examples"
-            raise InputError(
-                f"{where}: search.controls", f"are rows of the held-out table, and {lacking}; leave it out"
-            )
     return SearchProblem(search, seed, backend, strategy, splits, strata, notes=opened.notes)
+
+
+def _check_controls(where: str, search: SearchConfig, backend: Backend, has_heldout: bool) -> None:
+    """Raises InputError for controls that a search cannot have."""
+    if "greedy" in search.controls:
+        averages_of(where, backend.space)
+    if not has_heldout or search.strategy == VOTES:
+        lacking = "votes are for the search's candidates" if has_heldout else "there are no held-out examples"
+        raise InputError(where, f"are rows of the held-out table, and {lacking}; leave it out")
+    if "uniform" in search.controls and backend.baseline_role != "uniform":
+        raise InputError(where, "uniform: the candidates are no merges of all parents; leave it out")
+    if "random" in search.controls and isinstance(backend.space, ContextSpace):
+        raise InputError(where, "random: candidates are bred from others, and none is random; leave it out")
+    if "lora" in search.controls and backend.not_adaptable:
+        raise InputError(where, f"lora: {backend.not_adaptable}; leave it out")
+
+
+def _tuning_parts(searched: Sequence[Any], lengths: Callable[[Any], np.ndarray], seed: int) -> list[list[Any]]:
+    """The parts of the searched examples that a low-rank change is trained on: of the tasks, or of what stands for
+    those without a derivative; where a task has neither, the fitness itself."""
+    counted = [task for task in searched if task.weight > 0]
+    smooth = [task if task.derivative is not None else task.companion() for task in counted]
+    tasks = counted if None in smooth else smooth
+    return stratified_parts(tasks, lengths, max(1, min(task.size for task in tasks) // TUNING_EXAMPLES), seed)
 
 
 def _minibatches(

@@ -26,10 +26,10 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config
 
 import evojax_merge as em
-from evojax_merge.checkpoints.adapters import ADAPTER_FILE, write_adapter
+from evojax_merge.checkpoints.adapters import ADAPTER_FILE, AdapterWriter
 from evojax_merge.checkpoints.derived import open_model, reference_to, resolve_model
 from evojax_merge.errors import InputError
-from evojax_merge.mergekit.as_adapter import low_rank_factors, prepare_adapter, write_as_adapter
+from evojax_merge.mergekit.as_adapter import AdapterOptions, prepare_adapter, write_as_adapter
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.schema import parse_recipe
 from evojax_merge.mergekit.stages import prepare_stream
@@ -320,11 +320,11 @@ def test_factors_are_those_of_the_singular_value_decomposition() -> None:
         matrix = rng.normal(size=shape).astype(np.float32)
         u, sizes, v = np.linalg.svd(matrix.astype(np.float64))
         for rank in (1, 4, 9):
-            a, b = low_rank_factors(matrix, rank)
+            a, b = AdapterOptions(rank).factors(matrix)
             assert (a.shape, b.shape) == ((rank, shape[1]), (shape[0], rank))
             np.testing.assert_allclose(b @ a, (u[:, :rank] * sizes[:rank]) @ v[:rank], rtol=1e-4, atol=1e-5)
-    a, b = low_rank_factors(np.zeros((3, 4), np.float32), 2)
-    assert not (b @ a).any()
+    a, b = AdapterOptions(2).factors(np.zeros((3, 4), np.float32))
+    assert not len(a) and not (b @ a).any()
 
 
 def written_as_adapter(base: Path, parent: Path, out: Path, rank: int, **recipe: Any) -> None:
@@ -335,7 +335,12 @@ def written_as_adapter(base: Path, parent: Path, out: Path, rank: int, **recipe:
         prepare_adapter(stream_plan, rank)
         told: list[int] = []
         write_as_adapter(
-            stream_plan.result, out, rank=rank, card="", describe=lambda card, error: card, progress=told.append
+            stream_plan.result,
+            out,
+            options=AdapterOptions(rank),
+            card="",
+            describe=lambda card, error: card,
+            progress=told.append,
         )
         assert sum(told) == stream_plan.result.nbytes
 
@@ -380,7 +385,9 @@ def test_adapters_of_experts_fit_bases_that_have_them_packed(kind: str, tmp_path
         outputs, inputs = start[name].shape
         factors[name] = rng.normal(size=(2, inputs)).astype("f4"), rng.normal(size=(outputs, 2)).astype("f4")
     (tmp_path / "lora").mkdir()
-    write_adapter(tmp_path / "lora", str(plain), 2, factors, {}, ())
+    with AdapterWriter(tmp_path / "lora", str(plain)) as writer:
+        for name, (a, b) in factors.items():
+            writer.add_factors(name, a, b)
     expected, found = (read(f"{base}+{tmp_path / 'lora'}") for base in (plain, packed))
     assert len(adapted) == 4 and set(found) == set(expected) == set(start)
     for name, values in expected.items():

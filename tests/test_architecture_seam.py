@@ -36,9 +36,13 @@ from evojax_merge.models.gguf import Gguf, GgufFile
 from evojax_merge.models.layers import dense, dense_heads
 from evojax_merge.models.sources import lazy_merge
 
-# A model_type that means something else: kinds of tokenizers, ways to split words, a chat template of mergekit's.
+# A model_type that means something else: kinds of tokenizers, ways to split words, a chat template of mergekit's, a
+# name in a file's metadata; and the forms of mixtures that dense models are put together to.
 OTHER_MEANINGS = {
     ("gguf_file.py", "gpt2"), ("gguf_file.py", "llama"), ("gguf_file.py", "qwen2"), ("templates.py", "mistral"),
+    ("gguf_tokens.py", "gpt2"), ("gguf_tokens.py", "llama"), ("as_gguf.py", "phi3"), ("mixtures.py", "llama"),
+    ("mixtures.py", "mistral"), ("mixtures.py", "mixtral"), ("mixtures.py", "phi3"), ("mixtures.py", "qwen2"),
+    ("mixtures.py", "qwen2_moe"), ("mixtures.py", "qwen3"), ("mixtures.py", "qwen3_moe"),
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -353,7 +357,7 @@ def test_what_an_architecture_must_say(root: Path) -> None:
 def test_the_bank_holds_several_stacks(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an architecture with a second stack, of another depth and with leaves of its own."""
     deep = Leaf("gain", "transformer.deep.{layer}.weight", "norm", HIDDEN, "deep")
-    both = replace(TOY, model_type="both", leaves=(*TOY.leaves, deep), depths=lambda c: {LAYERS: 3, "deep": 2},
+    both = replace(TOY, model_type="both", leaves=(*TOY.leaves, deep), further_stacks=lambda c: {"deep": (0, 1)},
                    read_config=lambda hf: replace(read_config(hf), architecture="both"), gguf=None)  # fmt: skip
     monkeypatch.setitem(registry._registry(), "both", both)
     for seed, name in enumerate(("one", "two")):
@@ -388,7 +392,7 @@ def test_an_unknown_model_type_is_told_the_nearest(root: Path, tmp_path: Path) -
     with pytest.raises(InputError) as raised:
         decoder_config(folder / "config.json")
     known = ", ".join(registry.model_types())
-    assert known.startswith("cohere2, gemma2, ") and known.endswith(", toy")
+    assert known.startswith("apertus, arcee, cohere, ") and known.endswith(", toy")
     assert str(raised.value).endswith(
         f"config.json: model_type is 'toys' (did you mean 'toy'?); expected one of {known}"
     )

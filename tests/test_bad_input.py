@@ -117,14 +117,14 @@ RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a switch that is none": (recipe(parameters={"normalize": "maybe"}), ("normalize", "maybe", "true or false")),
     "a mismatch that is none": (recipe(on_mismatch="drop"), ("on_mismatch", "'drop'", "refuse, first, skip")),
     "a config of mergekit-moe": (
-        {"base_model": "base", "gate_mode": "hidden", "experts": []}, ("mergekit-moe", "not supported"),
+        {"base_model": "base", "gate_mode": "hidden", "experts": []}, ("mergekit-moe", "evojax-merge moe"),
     ),
     "a recipe of mergekit-moe": (
         {"merge_method": "moe", "base_model": "base", "gate_mode": "hidden", "experts": []},
-        ("mergekit-moe", "not supported"),
+        ("mergekit-moe", "evojax-merge moe"),
     ),
-    "a moe recipe without experts": (recipe(merge_method="moe"), ("mergekit-moe", "not supported")),
-    "an unknown method of experts": (recipe(merge_method="clown", experts=[]), ("mergekit-moe", "not supported")),
+    "a moe recipe without experts": (recipe(merge_method="moe"), ("mergekit-moe", "evojax-merge moe")),
+    "an unknown method of experts": (recipe(merge_method="clown", experts=[]), ("mergekit-moe", "evojax-merge moe")),
     "a config of bakllama": ({"layer_slices": [{"model": "one", "start": 0, "end": 1}]}, ("bakllama", "passthrough")),
     "a config of mergekit-evolve": ({"genome": {}, "tasks": []}, ("mergekit-evolve", "evojax-merge search")),
     "an adapter that is not there": (recipe(base_model="base+adapter"), ("base+adapter", "adapter: no such folder")),
@@ -420,6 +420,15 @@ CONFIGS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a pattern that is none": (
         task(kind="exact_match", pattern="("), ("tasks[0]", "pattern", "'('", "regular expression"),
     ),
+    "a temperature below 0": (task(kind="exact_match", temperature=-0.5), ("tasks[0].temperature", "0.001", "-0.5")),
+    "no token to draw from": (
+        task(kind="exact_match", temperature=1, top_p=0), ("tasks[0].top_p", "above 0", "found 0"),
+    ),
+    "more samples than sensible": (
+        task(kind="exact_match", temperature=1, samples=100_000), ("tasks[0].samples", "1,024", "100000"),
+    ),
+    "greedy samples": (task(kind="exact_match", samples=4), ("tasks[0]", "samples", "temperature, above 0")),
+    "a length of nothing": (task(metric="length"), ("tasks[0]", "length", "likelihood", "generates nothing")),
     "two tasks of one name": (search_config(tasks=search_config()["tasks"] * 2), ("tasks", "names")),
     "no weight anywhere": (task(weight=0), ("tasks", "weight")),
     "a task file that is not there": (task(file="nothing.jsonl"), ("tasks[0].file", "nothing.jsonl", "no such file")),

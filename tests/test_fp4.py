@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import assert_refused, command, linear_merge
-from helpers.files import edit_json, write_json
+from helpers.families import build_family
+from helpers.files import edit_json, read_json, read_lines, write_json, write_yaml
 from helpers.models import random_model, save, state, tiny_config
+from helpers.searches import search_config, task_section
 from reference.quantisation import four_bit_floats
+from reference.torch_models import text_logprobs
 from safetensors import torch as torch_files
 from safetensors.numpy import load_file, save_file
+from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from evojax_merge.checkpoints.derived import open_model, resolve_model
@@ -102,6 +106,37 @@ def test_experts_in_mxfp4_are_those_that_transformers_reads(tmp_path: Path) -> N
     save_file({f"{name}_blocks": blocks, f"{name}_scales": scales[:2]}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"gate_up_proj_scales: found \[2, 10, 2\]; expected \[3, 10, 2\]"):
         open_model(resolve_model("test", str(tmp_path), Path()))
+
+
+def test_a_search_takes_experts_in_mxfp4_and_writes_them_whole(tmp_path: Path) -> None:
+    """Two published gpt-oss, which differ in their experts' codes: the winner is in bfloat16, without quantisation."""
+    config = GptOssConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=96, num_local_experts=3, num_experts_per_tok=2,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    family = build_family(tmp_path, config, dtype=torch.bfloat16)
+    for seed, folder in enumerate((family.base, *family.parents)):
+        rng, file = np.random.default_rng(seed), folder / "model.safetensors"
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+            experts, _, outputs = tensors.pop(name).shape
+            tensors[f"{name}_blocks"] = rng.integers(0, 256, (experts, outputs, 1, 16)).astype(np.uint8)
+            tensors[f"{name}_scales"] = rng.integers(122, 125, (experts, outputs, 1)).astype(np.uint8)
+        save_file(tensors, file, {"format": "pt"})
+        edit_json(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "mxfp4"}))
+    tasks = [task_section(heldout="tasks.jsonl")]
+    path = write_yaml(tmp_path / "search.yaml", search_config(space={"method": "linear"}, tasks=tasks))
+    assert command("search", path, "--out", tmp_path / "run") == 0
+    winner = tmp_path / "run/best/model"
+    assert "quantization_config" not in read_json(winner / "config.json")
+    model, report = GptOssForCausalLM.from_pretrained(winner, attn_implementation="eager", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and model.dtype == torch.bfloat16
+    # Scored as float32: in bfloat16 torch rounds after every layer.
+    model, records = model.float(), read_lines(family.tasks)
+    means = [text_logprobs(model, record["prompt"], record["target"]).mean() for record in records]
+    (row,) = (row for row in read_json(tmp_path / "run/result.json")["table"] if row["role"] == "winner")
+    assert row["heldout_scores"]["text/log_probability"] == pytest.approx(np.mean(means), abs=2e-2)
 
 
 WRONG = {

@@ -318,7 +318,7 @@ def test_the_largest_gemma_scales_its_queries_otherwise(layers: int, scale: int,
 
 @pytest.mark.parametrize("spaced", [True, False])
 def test_a_sentencepiece_tokenizer_is_the_one_that_was_trained(spaced: bool, tmp_path: Path) -> None:
-    """As a Llama's, which puts a space before a text, and as a Gemma's, which does not."""
+    """Like a Llama's, which puts a space before a text, and as a Gemma's, which does not."""
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([TEXT, "watch the foxes, watch   the dogs", "lazy foxes jump over"] * 20),

@@ -44,6 +44,7 @@ VALUES: dict[str, Any] = {
     "weight": [0.7, 0.45, 0.3], "density": [0.55, 0.7, 0.4], "lambda": 1.1, "t": 0.35, "select_topk": 0.6,
     "scale": [1.2], "epsilon": [0.1] * 3, "gamma": [0.01] * 3, "eps": 1e-8,
     "r": 0.3, "alpha": 0.9, "width": 0.5, "offset": 0.1,
+    "rank_share": 0.8, "common_share": 0.8, "core_density": 0.01, "steps": 30.0, "filter": 0.7,
 }  # fmt: skip
 SEARCHED = [(name, p.name) for name, method in METHODS.items() for p in method.parameters if p.searched]
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_generators import make_ddpm
 from transformers import BertConfig, BertForSequenceClassification, BertModel, ViTConfig, ViTForImageClassification
 
-from evojax_merge.checkpoints.adapters import write_adapter
+from evojax_merge.checkpoints.adapters import AdapterWriter
 from evojax_merge.inspection.weights import find_base
 from evojax_merge.report.inspection import distinct
 from evojax_merge.system.data_packages import cache_folder
@@ -323,7 +323,8 @@ def test_an_adapter_is_compared_as_the_model_that_it_makes(
     outputs, inputs = state(family.base)[name].shape
     a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, inputs), (outputs, 2)))
     (tmp_path / "lora").mkdir()
-    write_adapter(tmp_path / "lora", str(family.base), 2, {name: (a, b)}, {}, ())
+    with AdapterWriter(tmp_path / "lora", str(family.base)) as writer:
+        writer.add_factors(name, a, b)
     report = inspect(f"{family.base}+{tmp_path / 'lora'}", family.parents[0], family.base)
     assert report["models"][0]["stored_as"] == "adapter" and report["base"] == "base"
     assert report["task_vectors"][0]["norm"] == pytest.approx(np.linalg.norm(b @ a), rel=1e-5)

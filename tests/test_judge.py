@@ -1172,8 +1172,8 @@ def test_the_page_says_what_happens_at_each_of_its_moments(
 
     def seen(browser: Browser) -> str:
         """The page's words, without the seconds that pass."""
-        rate = r", about \d+:\d+ left at the rate so far"
-        return re.sub(rf"{rate}|\d+:\d+( so far)?|, about", "", browser.evaluate("document.body.innerText"))
+        left = r", about \d+:\d+ left( at the rate so far)?"
+        return re.sub(rf"{left}|\d+:\d+( so far)?", "", browser.evaluate("document.body.innerText"))
 
     def shows(browser: Browser, moment: str, words: str) -> None:
         """The words of a moment are shown, and no figure of the posterior; the same where the page is loaded again."""

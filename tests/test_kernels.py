@@ -38,6 +38,7 @@ from mergekit.sparsify import della_magprune
 from reference import merging
 from reference.generators import of_sd_mecha
 from reference.merging import (
+    ACTIVATIONS,
     BAND,
     DARE,
     DELLA,
@@ -50,6 +51,7 @@ from reference.merging import (
     agreeing,
     rank_in_row,
 )
+from reference.spectral import SPECTRAL
 
 Numbers = dict[str, Any]
 Draws = Callable[[int], np.ndarray]
@@ -59,7 +61,7 @@ SIZES = (((1,), 2), ((7,), 5), ((1, 1), 3), ((5, 9), 2), ((16, 32), 3), ((4, 3, 
 # Two of them serve the other tests, so that little has to be compiled.
 SMALL, LARGE = (5, 9), (16, 32)
 BERNOULLI = (*DARE, *DELLA)
-BASED = (*TASK_VECTORS, *RAM, "model_stock", "sce", "nearswap", "arcee_fusion")
+BASED = (*TASK_VECTORS, *RAM, "model_stock", "sce", "nearswap", *SPECTRAL, "arcee_fusion")
 SYMMETRIC = (*TASK_VECTORS, *RAM, "linear", "nuslerp", "multislerp", "karcher", "model_stock", "sce")
 NORMALIZED = ("linear", "nuslerp", "multislerp", *TASK_VECTORS)
 SEED = 11
@@ -171,6 +173,9 @@ def check(name: str, options: Options, models: Sequence[np.ndarray], parameters:
     found, expected = merged(name, options, models, parameters), expected_merge(name, options, models, parameters)
     assert found.dtype == np.float32
     assert found.shape == models[0].shape
+    if name in (*SPECTRAL, *ACTIVATIONS):
+        assert_close(found, expected)
+        return
     if name in DIFFUSION:
         assert_close(found, expected)
         assert_close(found, of_sd_mecha(name, models, parameters))
@@ -257,6 +262,13 @@ def cases(name: str, parents: int) -> list[tuple[Options, Numbers]]:
             rows += [(options, {"select_topk": share}) for share in (0.0, 0.001, 0.1, 0.5, 0.9, 1.0)]
         elif name in DIFFUSION:
             rows += [(METHODS[name].options, parameters) for parameters in diffusion_cases(name)]
+        elif name in ACTIVATIONS:
+            given = {p.name: p.default for p in METHODS[name].parameters}
+            for based, low in ((True, 1.0), (False, 0.2)):
+                weight = np.linspace(low, 1.0, parents)
+                rows.append((replace(options, has_base=based), given | {"weight": weight}))
+        elif name in SPECTRAL:
+            rows += [(METHODS[name].options, parameters) for parameters in spectral_cases(name, parents)]
         elif name == "nearswap":
             rows += [(options, {"t": t}) for t in (0.0, 1e-4, 0.05, 10.0)]
         elif name == "passthrough":
@@ -275,6 +287,17 @@ def cases(name: str, parents: int) -> list[tuple[Options, Numbers]]:
                     (replace(options, rescale=rescale), {"weight": next(weights)} | extra) for rescale in ("none", "l1")
                 ]
     return rows
+
+
+def spectral_cases(name: str, parents: int) -> list[Numbers]:
+    """The defaults, and others, at weights of both signs."""
+    given = {p.name: p.default for p in METHODS[name].parameters if not p.per_parent}
+    other = {"rank_share": 0.5, "common_share": 0.4, "alpha": 0.6, "core_density": 0.1, "steps": 20.0, "filter": 0.4}
+    changed = given | {"lambda": 0.7} | {key: value for key, value in other.items() if key in given}
+    if name == "iso_c":
+        return [given, changed]
+    weights = [np.ones(parents), *weights_for(name, METHODS[name].options, parents)]
+    return [{"weight": weight} | numbers for weight, numbers in zip(weights, itertools.cycle([given, changed]))]
 
 
 def diffusion_cases(name: str) -> list[Numbers]:
@@ -500,8 +523,10 @@ def test_prepared_arrays_are_as_many_as_the_method_says(name: str) -> None:
     prepared = prepare(METHODS[name], options, sources, parameters, row_keys)
     assert len(prepared.mask_keys) == METHODS[name].mask_keys(parents)
     expected = ((SMALL[0], 2), np.uint32) if name in (*DARE, "tensor_sum") else (SMALL, np.uint16)
+    if METHODS[name].stores_vectors:
+        expected = (SMALL, np.float32)
     assert all((keys.shape, keys.dtype) == expected for keys in prepared.mask_keys)
-    assert METHODS[name].mask_key_array(SMALL) == expected
+    assert METHODS[name].mask_key_array(SMALL, np.dtype(np.float32)) == expected
     assert sorted(drawn) == (list(range(parents)) if name in BERNOULLI else [])
     assert METHODS[name].random == (name in BERNOULLI)
 
@@ -843,7 +868,7 @@ def test_della_ranks_run_along_the_second_axis_of_any_tensor() -> None:
                 assert abs((mask[inside] - expected).mean()) < 4.5 * 0.5 / np.sqrt(inside.sum())
 
 
-@pytest.mark.parametrize("name", sample(SYMMETRIC, 4))
+@pytest.mark.parametrize("name", sample((*SYMMETRIC, *SPECTRAL), 5))
 def test_permuting_parents_permutes_nothing_else(name: str) -> None:
     order = [1, 0] if METHODS[name].max_parents == 2 else [2, 0, 1]
     models = make_models(LARGE, len(order))

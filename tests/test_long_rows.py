@@ -47,19 +47,20 @@ def after_prefix(layout: SequenceLayout) -> SequenceLayout:
 
 
 PADDED = padded_layout(STEPS, jnp.asarray([0, 5]), jnp.asarray([30, 32]))
-CASES: dict[str, tuple[SequenceLayout, int, bool, dict[str, float]]] = {
+CASES: dict[str, tuple[SequenceLayout, int, bool, dict[str, Any]]] = {
     "padded on both sides": (PADDED, WIDE, False, {}),
     "a sliding window": (PADDED, 7, False, {"scale": 0.3}),
     "a cap": (PADDED, WIDE, False, {"softcap": 2.0}),
     "segments that share a beginning": (packed_layout(), WIDE, False, {}),
     "a prompt and an answer behind a prefix": (after_prefix(answer_layout()), WIDE, True, {}),
+    "sinks behind a prefix, and a window": (after_prefix(packed_layout()), 9, True, {"has_sinks": True}),
     "segments behind a prefix, a window, a cap": (after_prefix(packed_layout()), 25, True, {"softcap": 5.0}),
     "images that attend to themselves": (image_layout(), 9, False, {}),
     "images behind a prefix": (after_prefix(image_layout()), WIDE, True, {}),
 }
 
 
-def attention(layout: SequenceLayout, window: int, has_prefix: bool, options: dict[str, float]) -> Any:
+def attention(layout: SequenceLayout, window: int, has_prefix: bool, options: dict[str, Any]) -> Any:
     """A function of the attention's arrays, which are random, with the arrays."""
     rng = np.random.default_rng(0)
     shapes = [
@@ -67,12 +68,16 @@ def attention(layout: SequenceLayout, window: int, has_prefix: bool, options: di
         *[(ROWS, STEPS, GROUPS, DIM)] * 2,
         (GROUPS, DIM, PREFIX),
         (GROUPS, PREFIX, DIM),
+        (HEADS,),
     ]
+    options = dict(options)
+    has_sinks = options.pop("has_sinks", False)
     arrays = [jnp.asarray(2 * rng.standard_normal(shape), jnp.float32) for shape in shapes]
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, *prefix: jax.Array) -> jax.Array:
         before = (prefix[0], prefix[1]) if has_prefix else None
-        return prefill_attention(jnp.int32(window), layout, before)(query, key, value, **options)[0]
+        sinks = prefix[2] if has_sinks else None
+        return prefill_attention(jnp.int32(window), layout, before)(query, key, value, sinks=sinks, **options)[0]
 
     return attend, arrays
 
@@ -91,7 +96,7 @@ def values_and_gradients(case: str) -> Any:
 
     def both() -> tuple[jax.Array, Any]:
         # Another function each time: a compiled program is kept by its function.
-        (_, out), gradients = jax.jit(jax.value_and_grad(lambda *each: total(*each), range(5), has_aux=True))(*arrays)
+        (_, out), gradients = jax.jit(jax.value_and_grad(lambda *each: total(*each), range(6), has_aux=True))(*arrays)
         return out, gradients
 
     return both

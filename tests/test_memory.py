@@ -26,7 +26,7 @@ from evojax_merge.tasks.task import Row
 PARENTS = 2
 LLAMA = LlamaLikeConfig(
     architecture="llama",
-    hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, mlp=11008, vocab=32000, norm_eps=1e-5,
+    hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, rotary_dim=128, mlp=11008, vocab=32000, norm_eps=1e-5,
     activation="silu", rope=RopeConfig("default", 10000.0), windows=(NO_WINDOW,) * 32,
 )  # fmt: skip
 # Rows and tokens of a batch.
@@ -53,7 +53,7 @@ def abstract(
 
     def leaf_bank(leaf: Leaf, *axes: int) -> LeafBank:
         shape = shape_of(leaf, config)
-        keys_shape, keys_dtype = spec.method.mask_key_array(shape)
+        keys_shape, keys_dtype = spec.method.mask_key_array(shape, np.dtype(dtype))
         return LeafBank(
             array(*axes, sources, *shape, dtype=dtype),  # type: ignore[arg-type]
             mask_keys=array(*axes, numbers, *keys_shape, dtype=keys_dtype) if numbers else None,  # type: ignore[arg-type]

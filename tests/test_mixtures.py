@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from helpers.mergekit import assert_same_weights
 from helpers.models import random_model, save, state, tiny_config
 from helpers.sampling import sample
 from merge_kernels import METHODS
-from reference.decoder import expert_outputs
+from reference.decoder import clipped_expert_outputs, expert_outputs, squared_expert_outputs
 from test_evaluator import Setting
 from test_recipes import WIDE, merge, mergekit_merge
 
@@ -31,7 +32,9 @@ from evojax_merge.errors import InputError
 from evojax_merge.evaluation.costs import cost_of
 from evojax_merge.mergekit.write import dump_yaml, recipe_document
 from evojax_merge.models.bank import MergeSpec, take_candidate
+from evojax_merge.models.config import RecurrentShape
 from evojax_merge.models.families import mixture
+from evojax_merge.models.families.gpt_oss import GptOssConfig
 from evojax_merge.models.families.mixture import (
     FEW_TOKENS,
     MixtureConfig,
@@ -41,6 +44,8 @@ from evojax_merge.models.families.mixture import (
     gpu_experts,
     joined_ragged_experts,
 )
+from evojax_merge.models.families.nemotron_h import NemotronHConfig
+from evojax_merge.models.mamba2 import Mamba
 from evojax_merge.models.sources import lazy_merge
 
 KINDS = ("mixtral", "qwen2_moe", "qwen3_moe")
@@ -55,7 +60,7 @@ def mixture_of(experts: int, per_token: int) -> MixtureConfig:
     sizes: dict[str, Any] = {"hidden": 8, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 8, "vocab": 8}
     return MixtureConfig(
         architecture="mixtral", **sizes, windows=(8,), mlp=12, norm_eps=1e-6, activation="silu", rope=None,
-        experts=experts, experts_per_token=per_token, weights_sum_to_one=True,
+        rotary_dim=0, experts=experts, experts_per_token=per_token, weights_sum_to_one=True,
     )  # fmt: skip
 
 
@@ -92,6 +97,36 @@ def test_each_token_meets_its_experts(
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *both)
     found = jax.jit(jax.vmap(run))(stacked, np.stack([x, x]), np.stack([chosen, chosen]))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    # Candidates that share the experts, with other tokens and other choices.
+    shared = jax.jit(jax.vmap(run, in_axes=(None, 0, 0)))(both[0], np.stack([x, -x]), np.stack([chosen, chosen[::-1]]))
+    np.testing.assert_allclose(shared[0], expected[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(shared[1], expert_outputs(both[0], -x, chosen[::-1]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize("form", ["clipped", "squared"])
+def test_experts_of_other_forms_are_the_same_everywhere(
+    form: str, compute: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gpt-oss's, whose matrices are `[in, out]` and have biases, and Nemotron's, which have no gate."""
+    monkeypatch.setattr(mixture, "SIZES", 2)
+    plain, rng = vars(mixture_of(4, 2)), np.random.default_rng(5)
+    config: MixtureConfig
+    if form == "clipped":
+        config = GptOssConfig(**plain, swiglu_alpha=1.7, swiglu_limit=1.2)
+        shapes: dict[str, tuple[int, ...]] = {"gate_up": (4, 8, 24), "gate_up_bias": (4, 24), "down": (4, 12, 8)}
+        reference: Any = partial(clipped_expert_outputs, alpha=1.7, limit=1.2)
+    else:
+        config = NemotronHConfig(**plain | {"activation": "relu2"}, mamba=Mamba(shape=RecurrentShape(1, 2)))
+        shapes, reference = {"up": (4, 12, 8), "down": (4, 8, 12)}, squared_expert_outputs
+    two = [{name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()} for _ in range(2)]
+    x = rng.normal(size=(2, 70, 8)).astype(np.float32)
+    chosen = np.stack([rng.permutation(4)[:2] for _ in range(70)]).astype(np.int32)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *two)
+    outputs = jax.jit(jax.vmap(lambda weights, x: compute(config, weights, x, chosen)))(stacked, x)
+    for candidate in range(2):
+        expected = reference(two[candidate], x[candidate], chosen)
+        np.testing.assert_allclose(outputs[candidate], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("compute", COMPUTES)

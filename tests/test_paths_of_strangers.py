@@ -160,6 +160,7 @@ ALLOWED = {
         "search/run_parts.py: __get__", "search/kept_scores.py: _file",
         "tasks/generated_images.py: add",
         "checkpoints/quantised.py: quantisation", "checkpoints/generator_lora.py: _save",
+        "checkpoints/kept_vectors.py: prepare_or_read",
         "backends/torch/folders.py: settings_of",
     ],
     "the names of a folder's entries": [
@@ -254,7 +255,7 @@ def test_names_that_are_taken(name: str, tmp_path: Path) -> None:
 
 PNG = b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
 TASKS: dict[str, dict[str, Any]] = {
-    "likelihood": {}, "exact_match": {}, "generation": {}, "multiple_choice": {}, "human": {"votes": 1},
+    "likelihood": {}, "exact_match": {}, "generation": {}, "multiple_choice": {}, "entropy": {}, "human": {"votes": 1},
     "classification": {"target": "number"}, "regression": {"target": "number"}, "text_to_text": {},
     "transcription": {"audio": "image", "target": "target"},
 }  # fmt: skip

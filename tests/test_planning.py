@@ -375,7 +375,8 @@ def test_devices_that_share_a_model_need_their_shares_of_what_it_computes() -> N
 # Banks and passes
 
 
-@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "della", "slerp", "nuslerp", "model_stock", "sce"])
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "della", "slerp", "nuslerp", "model_stock", "sce",
+                                    "tsv_m", "iso_c", "swudi_filter"])  # fmt: skip
 def test_an_abstract_bank_has_the_shapes_of_the_loaded_one(family: Family, method: str) -> None:
     known = METHODS[method]
     base = [family.base] if known.options.has_base else []
@@ -491,7 +492,7 @@ def test_candidates_that_no_device_holds_are_not_helped_by_shorter_batches(famil
 def test_a_plan_says_how_many_devices_a_host_of_several_has(family: Family) -> None:
     problem = problem_of(document(family), "v5e-16")
     plan = make_plan(problem, problem.prepare())
-    assert "16 x TPU v5 lite, 4 to each of 4 hosts" in plan.lines()[0]
+    assert "16 x TPU v5 lite, 4 to each of 4 hosts" in plan.lines()[1]
 
 
 def test_how_many_candidates_generate_together_is_asked_of_the_devices_that_share_one(family: Family) -> None:
@@ -510,7 +511,7 @@ def test_how_many_candidates_generate_together_is_asked_of_the_devices_that_shar
     assert 1 < generation_chunk(evaluator, population, evaluator.batched_tasks[0]) < 100
     (prefill,) = asked
     leaves = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(prefill.args_info)]
-    for name, axis in (("['q']", 2), (".cache[0].keys", 1)):
+    for name, axis in (("['q']", 2), (".states[0].keys", 1)):
         found = [own for leaf, own in zip(leaves, prefill.cut, strict=True) if leaf.endswith(name)]
         assert found == [axis], leaves
 
@@ -585,7 +586,7 @@ def test_a_plan_for_7b_models_on_targets_that_are_not_here(
     for target, ahead in (("rtx4090", 3.5e9), ("h100", 3.5e9)):
         streamed = plan(target, "--set", "evaluation.bank=auto")
         assert streamed["fits"] and streamed["bank_bytes"] < ahead and streamed["host_bytes"] > 57.9e9
-        assert "stay in the host's memory" in streamed["notes"][-1]
+        assert any("stay in the host's memory" in note for note in streamed["notes"])
     # A candidate that writes is on the card beside two layers: TIES of 7B on 24 GB, and no memory fraction to set.
     writing = ("--set", "tasks.0.kind=generation", "--set", "tasks.0.max_new_tokens=100")
     written = plan("rtx4090", "--set", "evaluation.bank=auto", *writing)
@@ -608,7 +609,7 @@ def test_a_plan_for_7b_models_on_targets_that_are_not_here(
     (line,) = [
         line for line in said.err.splitlines() if "what would make it fit: evaluation.bank: host (101 GB" in line
     ]
-    assert "config.yaml: does not fit: 10" in line and ", or evaluation.model: 2" in line
+    assert "config.yaml: does not fit: 10" in line and ", or --target h200, or --target 4xa100-40 with" in line
     # The last lines are the verdict and the time of what fits.
     plan("h100")
     verdict, seconds = capfd.readouterr().out.splitlines()[-2:]
@@ -635,7 +636,7 @@ def test_a_plan_for_7b_models_on_targets_that_are_not_here(
     assert plans["disk"]["disk_bytes"] > 17 * member > plans["host"]["disk_bytes"]
     for place in ("host", "disk"):
         assert plans[place]["fits"] and plans[place]["bank_bytes"] < 1e9
-        assert "go over the link for each child" in plans[place]["notes"][-1]
+        assert any("go over the link for each child" in note for note in plans[place]["notes"])
 
 
 @pytest.mark.parametrize(

@@ -438,7 +438,7 @@ def test_killed_and_resumed_is_as_never_stopped(config_file, finished, tmp_path)
         ({"pool": {"size": 1}}, ("pool.size", "2")),
         ({"pool": {"selection": "best"}}, ("pool.selection", "complementary, tournament or random")),
         ({"pool": {"method": "slerp"}}, ("pool.method", "unknown key", "methods")),
-        ({"space": {"method": "slerp"}}, ("exactly one of the keys space, data_flow, pool, stages",)),
+        ({"space": {"method": "slerp"}}, ("exactly one of the keys space, data_flow, pool, mixture, stages",)),
         ({"search": {"strategy": "cma_es"}}, ("search.strategy: cma_es", "leave it out")),
         ({"search": {"rungs": 2}}, ("search.rungs: 2", "on all examples")),
         ({"search": {"seeds": ["uniform"]}}, ("seeds: uniform", "founders")),

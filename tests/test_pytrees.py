@@ -340,13 +340,23 @@ def test_gradients_are_of_what_is_searched_on_and_stop_in_time(strategy: str) ->
     for budget, generations in ((most, 5), (counts[5] - 1, 5), (counts[5], 6)):
         short = quick(fitness=rows_of, examples=examples, **settings, stop={"evaluations": max(budget, 4)})
         assert short.history == found.history[:generations]
-    # On minibatches no candidate is evaluated on everything: nothing stagnates that is not known.
-    if strategy == "gradient":
-        with pytest.raises(InputError, match="on minibatches no candidate's fitness on all examples is known"):
-            quick(fitness=rows_of, examples=examples, **settings, stop={"stagnation": 1})
-    else:
-        halted = quick(fitness=rows_of, examples=examples, **settings, stop={"stagnation": 1})
-        assert len(halted.history) == 8 or any(row["best"] is not None for row in halted.history)
+    halted = quick(fitness=rows_of, examples=examples, **settings, stop={"stagnation": 1})
+    assert len(halted.history) == 8 or any(row["best"] is not None for row in halted.history)
+
+
+def test_steps_on_minibatches_look_at_all_examples_where_the_best_may_end_them() -> None:
+    settings = {"strategy": "gradient", "population": 3, "generations": 16, "gradient": {"minibatches": 2}}
+    examples = linear_examples(24)
+    plain = quick(fitness=rows_of, examples=examples, **settings)
+    assert all(row["best"] is None for row in plain.history)
+    looking = quick(fitness=rows_of, examples=examples, **settings, stop={"target": 1e9})
+    # A look changes no step, and is the fitness on all examples.
+    assert [row["genomes"] for row in looking.history] == [row["genomes"] for row in plain.history]
+    assert [max(row["examples"]) for row in looking.history] == [12] * 7 + [24] + [12] * 7 + [24]
+    best = [row["best"] for row in looking.history]
+    assert best[:7] == [None] * 7 and best[7] == max(looking.history[7]["fitness"])
+    halted = quick(fitness=rows_of, examples=examples, **settings, stop={"target": best[7]})
+    assert halted.history == looking.history[:8]
 
 
 def test_stopping_early(tmp_path: Any) -> None:

@@ -61,6 +61,10 @@ WRITING = {"max_new_tokens": 2}
 SECTIONS: dict[str, dict[str, Any]] = {
     "likelihood": {"kind": "likelihood", "file": "tasks.jsonl", "images": "pictures"},
     "multiple choice": {"kind": "multiple_choice", **TEXTS},
+    "entropy": {"kind": "entropy", **SHOWN},
+    "entropy of choices": {"kind": "entropy", "choices": "choices", **TEXTS},
+    "entropy of a folder": {"kind": "entropy", "file": "pictures", "heldout": "other_pictures"},
+    "entropy of records": {"kind": "entropy", "file": "pictures.jsonl", "images": "."},
     "exact match, shown examples": {"kind": "exact_match", **SHOWN, **WRITING},
     "generation": {"kind": "generation", "metric": "exact_match", **SHOWN, **WRITING},
     "gsm": {"kind": "gsm", "source": "sums.jsonl", "heldout": "other_sums.jsonl", "num_fewshot": 1,
@@ -241,6 +245,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "path": DECODERS | {"base": None, "data_flow": {}, "tasks": ["likelihood", "multiple choice"]},
     "path of indicators": DECODERS | {"base": None, "data_flow": {"form": "indicator", "max_layers": 4}},
     "pool": DECODERS | {"base": None, "pool": {"methods": ["slerp", "linear"]}},
+    "mixture": DECODERS | {
+        "mixture": {"experts": ["two", "base"], "positive_prompts": {"two": ["w5"], "base": ["w9"]}},
+    },
     "stages": DECODERS | {"stages": [{"space": TIES, "search": SMALL}, {"data_flow": {}, "search": SMALL}],
                           "search": ...},
     "auto": DECODERS | {"space": TIES, "search": {"strategy": "auto", "generations": 8, "population": 4}},

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge_kernels import METHODS, grid_index
+from reference.spectral import SPECTRAL
 
 from evojax_merge.config.search_config import Bounds
 from evojax_merge.models.architecture import LAYERS
@@ -236,11 +237,15 @@ UNIFORM = {
     "weight": 1 / 3, "density": 1.0, "lambda": 1.0, "t": 0.5, "scale": 1.0, "select_topk": 1.0,
     "epsilon": 0.15, "gamma": 0.01, "eps": 1e-8, "max_iter": 10, "tol": 1e-5, "r": 0.1, "alpha": 1.0,
     "width": 0.5, "offset": 0.0, "maxiter": 100, "ftol": 1e-20,
+    "rank_share": 0.85, "common_share": 0.8, "core_density": 0.001, "steps": 300.0, "filter": 1.0,
 }  # fmt: skip
 # Methods whose defaults are others.
 UNIFORM_OF = {
     "ram": {"epsilon": 1e-5}, "ramplus_tl": {"epsilon": 1e-5, "alpha": 0.2}, "weighted_sum": {"alpha": 0.5},
     "top_k_tensor_sum": {"width": 1.0}, "geometric_median": {"eps": 1e-6},
+    **{name: {"weight": 1.0} for name in SPECTRAL}, "iso_c": {"lambda": 1.5},
+    **{name: {"weight": 1.0, "alpha": 0.9} for name in ("regmean", "regmean_plusplus")}, "fisher": {"weight": 1.0},
+    "iso_cts": {"weight": 1.0, "lambda": 1.5}, "tsv_m": {"weight": 1.0, "rank_share": 1.0},
 }  # fmt: skip
 
 

@@ -193,6 +193,7 @@ def test_a_run_has_the_candidates_of_its_study(tmp_path: Path) -> None:
         (lambda: em.load_models(None, [MODULE, MODULE]), "parents[0]: is a Linear, a module of torch; expected"),
         (lambda: em.LayerPathSpace(em.load_models(None, [ONE, TWO])), "LayerPathSpace: data_flow: is for language"),
         (lambda: em.PoolSpace(em.load_models(None, [ONE, TWO])), "PoolSpace: pool: is for language models"),
+        (lambda: em.MixtureSpace(em.load_models(None, [ONE, TWO])), "MixtureSpace: mixture: is for language models"),
         (lambda: make([with_rows(heldout=1.5)]), "heldout: expected a share"),
         (lambda: make([{"kind": "arrays", "name": "a", "function": errors}]), "inputs: model calls it with (model)"),
         (lambda: make([closeness, closeness]), "tasks: names must differ; 'closeness' stands more than once"),
@@ -271,10 +272,14 @@ def test_models_of_another_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(study.to_frame().columns[-2:]) == ["weight[second][one]", "weight[second][two]"]
 
 
-@pytest.mark.parametrize("kind", ["path", "pool"])
-def test_layer_paths_and_pools(kind: str, family: Family, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["path", "pool", "mixture"])
+def test_layer_paths_pools_and_mixtures(kind: str, family: Family, tmp_path: Path) -> None:
     models = em.load_models(None, family.parents)
-    space = em.LayerPathSpace(models, moves=2) if kind == "path" else em.PoolSpace(models, methods=["linear"], size=3)
+    space = {
+        "path": lambda: em.LayerPathSpace(models, moves=2),
+        "pool": lambda: em.PoolSpace(models, methods=["linear"], size=3),
+        "mixture": lambda: em.MixtureSpace(models, gate_mode="random"),
+    }[kind]()  # fmt: skip
     tasks = [em.tasks.Likelihood(name="text", file=family.tasks)]
     strategy = {"strategy": "path_ga", "population": 3} if kind == "path" else {"population": 3}
     study = em.Study(models, space, tasks, strategy=strategy, out=tmp_path / "run", seed=1)
@@ -283,8 +288,9 @@ def test_layer_paths_and_pools(kind: str, family: Family, tmp_path: Path) -> Non
     genomes = by_hand.ask()
     by_hand.tell(genomes, by_hand.evaluate(genomes))
     assert by_hand.history == run.history == study.history
-    assert f"method='{'data_flow' if kind == 'path' else 'pool'}'" in repr(study)
+    assert f"method='{'data_flow' if kind == 'path' else kind}'" in repr(study)
     for best, name in ((study.best, "by-study"), (run.best, "by-run")):
         exported = best.export(tmp_path / name)
         assert (exported / "model.safetensors").read_bytes() == (run.model / "model.safetensors").read_bytes()
-    assert list(study.to_frame().columns[-1:]) == [f"gene[{space.dims - 1}]"]
+    last = "dense[layer 2]" if kind == "mixture" else f"gene[{space.dims - 1}]"
+    assert list(study.to_frame().columns[-1:]) == [last]

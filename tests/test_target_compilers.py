@@ -137,6 +137,11 @@ def test_devices_that_share_a_candidate_exchange_activations(compiled: Any, name
     others = 4
     assert exchanged["all-reduce"][0] - 2 * SIZES["num_hidden_layers"] in range(1, others + 1)
     assert sum(nbytes for _, nbytes in exchanged.values()) < found.plan.bank_bytes / 2
+    # The plan's column counts what each device sends in a ring, for one candidate in all runs.
+    (row,) = (row for row in found.plan.passes if row.name == "score")
+    assert row.collectives is not None
+    summed = row.collectives["all-reduce"][1] * row.runs / row.chunk
+    assert row.sent_bytes == pytest.approx(2 * (model - 1) / model * summed, rel=0.05)
 
 
 def test_hosts_that_share_a_candidate_exchange_activations(family: Family, tmp_path: Path) -> None:
@@ -192,7 +197,7 @@ def test_a_tpu_decodes_in_place(generating: Any) -> None:
     weights = [leaf.size // plan.groups for leaf in jax.tree.leaves(programs["materialise"].out_info)]
     assert decode.chunk == 1 and memory is not None
     assert memory.temp_size_in_bytes < 2 * sum(weights) / 4
-    cache = min(leaf.size // plan.groups for leaf in jax.tree.leaves(program.out_info.cache))
+    cache = min(leaf.size // plan.groups for leaf in jax.tree.leaves(program.out_info.states))
     # What is brought into a core's own memory ahead of time is an operation of another name.
     copied = [math.prod(one.shape) for one in Compiled(plan, program).instructions() if one.operation == "copy"]
     assert copied and max(copied) < cache

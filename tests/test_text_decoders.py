@@ -35,6 +35,11 @@ QWEN_VISION = {
     "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4,
 }  # fmt: skip
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+DELTA = {
+    "head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10, "linear_num_key_heads": 2, "linear_num_value_heads": 4, **TEXT,
+    "rope_parameters": {**MROPE, "partial_rotary_factor": 0.5, "mrope_interleaved": True},
+}  # fmt: skip
 # The larger model's model_type -> its settings.
 LARGER: dict[str, dict[str, Any]] = {
     "llava": {
@@ -87,6 +92,17 @@ MORE: dict[str, dict[str, Any]] = {
             "model_type": "qwen2_vl_vision", "depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2,
             "mlp_ratio": 2, "patch_size": 4,
         },
+    },
+    "qwen3_5": {
+        "text_config": {"model_type": "qwen3_5_text", **DELTA},
+        "vision_config": {"model_type": "qwen3_5_vision", "num_position_embeddings": 16, **QWEN_VISION},
+    },
+    "qwen3_5_moe": {
+        "text_config": {
+            "model_type": "qwen3_5_moe_text", **DELTA, "moe_intermediate_size": 24, "num_experts": 4,
+            "num_experts_per_tok": 2, "shared_expert_intermediate_size": 20,
+        },
+        "vision_config": {"model_type": "qwen3_5_moe_vision", "num_position_embeddings": 16, **QWEN_VISION},
     },
     "qwen3_vl": {
         "text_config": {
@@ -197,6 +213,17 @@ def test_a_merge_of_text_decoders_is_the_larger_model(kind: str, tmp_path: Path)
     np.testing.assert_allclose(stored_logits(tmp_path / "out", tokens), found, atol=1e-4)
     assert np.abs(found - expected).max() > 1e-2
     assert_kept(tmp_path / "out", tmp_path / "two")
+
+
+@thorough
+def test_a_merge_of_ministral_3_inside_of_mistral_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rope = {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 12.0, "original_max_position_embeddings": 8,
+        "llama_4_scaling_beta": 0.7,
+    }  # fmt: skip
+    text = {"model_type": "ministral3", "head_dim": 8, "rope_parameters": rope, **TEXT}
+    monkeypatch.setitem(LARGER, "mistral3", LARGER["mistral3"] | {"text_config": text})
+    test_a_merge_of_text_decoders_is_the_larger_model("mistral3", tmp_path)
     assert (tmp_path / "out/preprocessor_config.json").read_text() == "{}"
 
 

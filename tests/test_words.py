@@ -42,9 +42,9 @@ LIBRARIES = {
 }  # fmt: skip
 # Names of algorithms, other libraries, tensors and keys of files.
 ALLOWED = {
-    "AutoMerge", "AutoRound", "DeepSeek", "Device.device_kind", "GenProg", "GpuTargetConfigProto",
-    "JaxRuntimeError", "LayerNorm", "NearSwap", "NumPy", "PyTorch", "SCB", "SentencePiece", "XLA_FLAGS", "absmax",
-    "adapter_config", "adapter_model", "blk.0.attn_q.weight", "block_sparse_moe.gate", "cfg",
+    "AutoMerge", "AutoRound", "DeepSeek", "DeltaNet", "Device.device_kind", "GenProg", "GpuTargetConfigProto",
+    "JaxRuntimeError", "LayerNorm", "NearSwap", "NumPy", "PyTorch", "RegMean", "SCB", "SentencePiece", "XLA_FLAGS",
+    "absmax",    "adapter_config", "adapter_model", "blk.0.attn_q.weight", "block_sparse_moe.gate", "cfg",
     "continue_final_message", "f_attention_scale", "general.architecture", "generation_config", "inf",
     "merge_and_unload", "mgsm_ja",
     "mgsm_native_cot_ja", "mlp.experts.gate_up_proj", "nested_absmax", "nested_quant_map", "o_proj",
@@ -54,7 +54,7 @@ ALLOWED = {
     "weight_zero_point",
 }  # fmt: skip
 # One letter, or `sum`, with an index: mathematics.
-INDEXED = re.compile(r"([a-z]|sum)_[a-z]")
+INDEXED = re.compile(r"([A-Za-z]|sum)_[a-z]")
 
 TESTS = sorted([*ROOT.glob("tests/**/*.py"), *ROOT.glob("bench/**/*.py"), *ROOT.glob("docs/*.py")])
 

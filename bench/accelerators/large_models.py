@@ -1,16 +1,18 @@
-"""Searches over 7B and 70B models on cards that they outgrow, priced (5 minutes).
+"""Searches over large models on cards that they outgrow, priced (8 minutes).
 
     python -m bench large-models
+    python -m bench large-models --shapes 9B-delta 3B-mamba
     python -m bench large-models --compile v5e-1     # with the reports of this target's compiler, where it is installed
 
-Models of Mistral-7B's and Llama-3-70B's shapes in bfloat16, a base and three parents: headers alone, no weights. A
+Models of Mistral-7B's and Llama-3-70B's shapes, of Qwen3.5-9B's (9B-delta) and Granite 4 Micro's (3B-mamba), whose
+layers are mostly recurrent, in bfloat16, a base and three parents: headers alone, no weights. A
 generation is of 16 candidates merged by TIES, or 4 that follow gradients, on 128 examples of 350 tokens, of which the
 last 100 are scored, or written. Seconds are those of the roofline: of the arithmetic and the memory's traffic, and of
-the link that a streamed bank comes over; the larger of the two bounds a generation from below.
+the exchanges between devices that share a candidate; and those of the link that a streamed bank comes over, beside
+them: the larger of the two is the bound.
 """
 
 import argparse
-import math
 import os
 import sys
 import tempfile
@@ -31,7 +33,25 @@ LLAMA_70B = MISTRAL_7B | {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
     "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
 }  # fmt: skip
-SHAPES = {"7B": MISTRAL_7B, "70B": LLAMA_70B}
+QWEN3_5_9B = {
+    "architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "hidden_size": 4096,
+    "intermediate_size": 12288, "num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "head_dim": 256, "full_attention_interval": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16, "linear_num_value_heads": 32, "vocab_size": 248320, "max_position_embeddings": 262144,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+    "tie_word_embeddings": False, "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+GRANITE_4_MICRO = {
+    "architectures": ["GraniteMoeHybridForCausalLM"], "model_type": "granitemoehybrid", "hidden_size": 2048,
+    "intermediate_size": 8192, "shared_intermediate_size": 8192, "num_hidden_layers": 40,
+    "layer_types": (["mamba"] * 9 + ["attention"]) * 4, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "num_local_experts": 0, "num_experts_per_tok": 0, "mamba_n_heads": 64, "mamba_d_head": 64, "mamba_n_groups": 1,
+    "mamba_d_state": 128, "position_embedding_type": "nope", "attention_multiplier": 0.015625,
+    "embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "vocab_size": 100352,
+    "max_position_embeddings": 131072, "tie_word_embeddings": True, "dtype": "bfloat16", "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+SHAPES = {"7B": MISTRAL_7B, "70B": LLAMA_70B, "9B-delta": QWEN3_5_9B, "3B-mamba": GRANITE_4_MICRO}
 EXAMPLES, POPULATION, STARTS = 128, 16, 4
 
 
@@ -48,7 +68,10 @@ class Case:
 SEVEN = [Case("7B", target, 1, use) for target in ("rtx4090", "h100", "8xh100")
          for use in ("likelihood", "generation", "gradient")]  # fmt: skip
 SEVENTY = [Case("70B", *pair, "likelihood") for pair in (("h100", 1), ("8xh100", 1), ("8xh100", 8), ("2x8xh100", 8))]
-CASES = [*SEVEN, *SEVENTY]
+SEVENTY += [Case("70B", *pair, "generation") for pair in (("8xh100", 8), ("2x8xh100", 8), ("2x8xh100", 16))]
+RECURRENT = [Case(shape, target, 1, use) for shape in ("9B-delta", "3B-mamba")
+             for target in ("rtx4090", "h100", "v5e-1") for use in ("likelihood", "generation")]  # fmt: skip
+CASES = [*SEVEN, *SEVENTY, *RECURRENT]
 HEADER = (
     "| models | target | devices to a candidate | generation by | bank | of a device | of the host | a generation | "
     "its link | |\n| --- | --- | ---: | --- | --- | ---: | ---: | ---: | ---: | --- |"
@@ -64,13 +87,8 @@ def row(folder: Path, case: Case, compiler: TargetCompiler | None = None) -> str
     )
     plan = make_plan(problem, problem.prepare(), compiler=compiler)
     candidates = problem.backend.candidates
-    place = getattr(candidates, "place", "device")
-    moved = candidates.host_bytes() / case.model
-    rounds = 2 if case.use == "gradient" else 1
-    # Each candidate that generates is materialised from the bank anew, unless several fit at a time.
-    if mode == "generation":
-        rounds = math.ceil(population / (target.devices // case.model) / plan.passes[0].chunk)
-    link = shown_seconds(rounds * moved / target.link) if moved else ""
+    place = candidates.placement.name
+    link = shown_seconds(plan.generation.link_seconds) if plan.generation.link_seconds else ""
     time = shown_seconds(plan.generation.seconds) if plan.fits else ""
     verdict = "fits" if plan.fits else "does not fit"
     return (
@@ -82,9 +100,12 @@ def row(folder: Path, case: Case, compiler: TargetCompiler | None = None) -> str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--compile", metavar="TARGET", help="ask the compiler of a TPU target about the 7B search")
+    parser.add_argument("--compile", metavar="TARGET", help="ask the compiler of a TPU target about a search")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     options = parser.parse_args()
-    cases = [Case("7B", options.compile, 1, "likelihood")] if options.compile else CASES
+    cases = [case for case in CASES if case.shape in options.shapes]
+    if options.compile:
+        cases = [Case(options.shapes[0], options.compile, 1, "likelihood")]
     compiler = None
     if options.compile:
         try:
@@ -92,9 +113,9 @@ def main() -> None:
         except CompilerMissing as error:
             sys.exit(str(error))
     with tempfile.TemporaryDirectory() as root:
-        for name, shape in SHAPES.items():
+        for name in options.shapes:
             (Path(root) / name).mkdir()
-            write_models(Path(root) / name, shape, 3)
+            write_models(Path(root) / name, SHAPES[name], 3)
             write_examples(Path(root) / name, EXAMPLES)
         print(HEADER)
         for case in cases:

@@ -22,7 +22,7 @@ from merge_kernels import add_low_rank
 
 import evojax_merge as em
 from bench.shared.machine import describe
-from evojax_merge.checkpoints.adapters import write_adapter
+from evojax_merge.checkpoints.adapters import AdapterWriter
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.models.architecture import COMPONENTS, EMBEDDING, LAYERS, architecture_of, tensors_of
 from evojax_merge.models.bank import Bank, LeafBank, MergeSpec, Recipe
@@ -60,7 +60,9 @@ def write_adapters(folder: Path, base: Path, count: int, rank: int) -> list[str]
                 a, b = (rng.normal(0, 0.02, shape) for shape in ((rank, inputs), (outputs, rank)))
                 factors[name] = a.astype(np.float32), b.astype(np.float32)
         (folder / str(k)).mkdir()
-        write_adapter(folder / str(k), str(base), rank, factors, {}, {embedding.tensor})
+        with AdapterWriter(folder / str(k), str(base), {embedding.tensor}) as writer:
+            for name, pair in factors.items():
+                writer.add_factors(name, *pair)
         references.append(f"{base}+{folder / str(k)}")
     return references
 

@@ -41,8 +41,9 @@ class Scored:
 
 
 def open_problem(config: str, family: str, seed: int, overrides: Sequence[str]) -> SearchProblem:
-    """The search of a config over two experts, on the family of a seed, whose search has that seed as well."""
-    path, prefix = CONFIGS / config, f"zoo:{family}/"
+    """The search of a config over two experts, on the family of a seed, whose search has that seed as well. family: a
+    name of the zoo's, or "" for the demo family."""
+    path, prefix = CONFIGS / config, f"zoo:{family}/" if family else "zoo:"
     written = read_config(path, overrides, seed)
     of_seed = [f"parents=[{', '.join(str(one).replace(prefix, f'{prefix}{seed}/') for one in written.parents)}]"]
     for key, model in (("base", written.base), ("tokenizer_source", written.tokenizer_source)):

@@ -42,3 +42,23 @@ def score_rows(model: Any, rows: Sequence[Row], tokens_per_batch: int = 4096) ->
 def mean_log_probability(model: Any, rows: Sequence[Row]) -> float:
     """Mean over rows of the mean log-probability per token of the target."""
     return float(np.mean(score_rows(model, rows) / [len(row.tokens) - row.start for row in rows]))
+
+
+def continued(model: Any, tokenizer: Any, prompts: Sequence[Row], tokens: int) -> list[str]:
+    """The greedy continuations of prompts, of at most so many tokens, in batches of left-padded rows."""
+    import torch
+
+    texts = [""] * len(prompts)
+    for members in batches_of(prompts, 4096):
+        width = max(len(prompts[r].tokens) for r in members)
+        rows = torch.zeros(len(members), width, dtype=torch.long)
+        mask = torch.zeros_like(rows)
+        for b, r in enumerate(members):
+            rows[b, width - len(prompts[r].tokens) :] = torch.tensor(prompts[r].tokens)
+            mask[b, width - len(prompts[r].tokens) :] = 1
+        with torch.inference_mode():
+            made = model.generate(rows, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        decoded = tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+        for r, text in zip(members, decoded, strict=True):
+            texts[r] = text
+    return texts

@@ -20,12 +20,16 @@ from evojax_merge.checkpoints import bank as checkpoints_bank
 from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.commands.merge import MergeOptions, write_merge
+from evojax_merge.checkpoints.writer import MAX_SHARD_BYTES
+from evojax_merge.commands.extract_lora import write_extracted
+from evojax_merge.commands.merge import MergeOptions, planned_dtype, transplant_recipe, write_merge
+from evojax_merge.commands.moe import write_mixture
 from evojax_merge.commands.search import default_out, run_search
 from evojax_merge.config.documents import parse
 from evojax_merge.config.search_config import MAX_SEED, Config, Numbers, TaskFile
 from evojax_merge.errors import InputError, did_you_mean, warn_program
 from evojax_merge.evaluation.scores import Scores, score_matrix
+from evojax_merge.mergekit.as_adapter import AdapterOptions
 from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.models.bank import Bank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
@@ -67,26 +71,101 @@ def merge(
     allow_nonfinite: bool = False,
     allow_crimes: bool = False,
     strict: bool = False,
+    type: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Do the merge of a mergekit recipe, and write the model to the folder `out`, which is returned.
+    """Do the merge of a mergekit recipe, and write the model to `out`, which is returned: a folder, or a GGUF file
+    where its name ends in .gguf.
 
     recipe: a YAML file, or its content as a mapping, or as a list of mappings for several documents; relative paths
     then start in the working directory. dtype, seed: replace the recipe's; with several documents, `dtype` is for the
     result and `seed` for all documents. overwrite: replace `out`, if it is a model that evojax-merge wrote.
     allow_nonfinite: merge even where a parent holds NaN or Inf. allow_crimes: merge models of different architectures
     whose tensors agree. strict: raise InputError for keys, parameters and values of the recipe that have no meaning, in
-    place of a warning.
+    place of a warning. type: the type of a GGUF file (q8_0, …). max_shard_bytes: the most bytes in a file of weights.
     """
     check_arguments(merge, locals())
-    _check_dtype(dtype)
+    _check_dtype(planned_dtype(dtype))
     _check_seed(seed)
     if isinstance(recipe, str | PathLike):
         source: Path | list[Any] = Path(recipe)
     else:
         source = plain_data("recipe", [recipe] if isinstance(recipe, Mapping) else recipe)
     with PythonCall():
-        options = MergeOptions(dtype, seed, overwrite, allow_nonfinite, allow_crimes, strict)
+        options = MergeOptions(
+            dtype, seed, overwrite, allow_nonfinite, allow_crimes, strict, max_shard_bytes=max_shard_bytes, type=type
+        )
         write_merge(source, Path(out), options, ignore, warn_program)
+    return Path(out)
+
+
+def moe(
+    recipe: Location | Mapping[str, Any],
+    out: Location,
+    *,
+    dtype: str | None = None,
+    seed: int | None = None,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    allow_same: bool = False,
+) -> Path:
+    """Write the mixture of experts that a recipe of mergekit-moe describes to the folder `out`, which is returned.
+
+    recipe: a YAML file, or its content. dtype, seed, overwrite, allow_nonfinite: as in `merge`. allow_same: all experts
+    may be one model, to be trained afterwards.
+    """
+    check_arguments(moe, locals())
+    _check_dtype(dtype)
+    _check_seed(seed)
+    source = Path(recipe) if isinstance(recipe, str | PathLike) else plain_data("recipe", recipe)
+    with PythonCall():
+        options = MergeOptions(dtype, seed, overwrite, allow_nonfinite)
+        write_mixture(source, Path(out), options, allow_same, warn_program)
+    return Path(out)
+
+
+def transplant_tokenizer(
+    model: Location, donor: Location, out: Location, *, dtype: str | None = None, overwrite: bool = False, **how: Any
+) -> Path:
+    """Write a model with the donor's tokenizer to the folder `out`, which is returned. dtype, overwrite: as in `merge`;
+    how: `approximate` and the other keys of a recipe's `tokenizer_source`."""
+    recipe = transplant_recipe(str(model), str(donor), how)
+    return merge(recipe, out, dtype=dtype, overwrite=overwrite)
+
+
+def extract_lora(
+    model: Location,
+    out: Location,
+    *,
+    base: Location,
+    max_rank: int = 128,
+    energy: float | None = None,
+    distribute_scale: bool = True,
+    embed_lora: bool = False,
+    save_module: Sequence[str] = (),
+    exclude_regex: Sequence[str] = (),
+    include_regex: Sequence[str] = (),
+    sv_epsilon: float = 0.0,
+    skip_undecomposable: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write the difference of a model to its base as a LoRA adapter, which PEFT loads, to the folder `out`, which is
+    returned.
+
+    max_rank: the largest rank of a matrix. energy: of each matrix the smallest rank that keeps this share of its
+    squared change. distribute_scale: split the singular values between both factors. embed_lora: cut embeddings and the
+    head to the rank as well, which are saved whole otherwise. save_module: modules that are saved whole, by names or
+    last parts. exclude_regex, include_regex: the modules that are left out, and the only ones that are changed.
+    sv_epsilon: leave out singular values of at most this size. skip_undecomposable: leave norms as they are.
+    overwrite: replace `out`, if evojax-merge wrote it.
+    """
+    check_arguments(extract_lora, locals())
+    options = AdapterOptions(
+        max_rank, energy, distribute_scale, embed_lora, tuple(save_module), tuple(exclude_regex), tuple(include_regex),
+        sv_epsilon, skip_undecomposable,
+    )  # fmt: skip
+    with PythonCall():
+        write_extracted(str(model), str(base), Path(out), options, overwrite, warn_program)
     return Path(out)
 
 

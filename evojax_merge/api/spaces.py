@@ -23,6 +23,7 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.problem import config_from, open_backend
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described, Table, parameter_table
+from evojax_merge.schema.approximation import Approximation
 from evojax_merge.schema.arguments import check_arguments
 from evojax_merge.spaces.search_parameters import find_method, options_of
 from evojax_merge.tasks.python_trees import PythonTree, hold_tree
@@ -44,7 +45,7 @@ class Models(Described):
     folders: tuple[Path, ...]
     decoder: DecoderConfig | None = None
     depths: tuple[int, ...] = ()
-    tokenizer_source: str | None = None
+    tokenizer_source: str | dict[str, Any] | None = None
     other_modules: str | None = None
     backend: str = "decoder"
     # The pytrees that these names stand for.
@@ -74,7 +75,7 @@ def load_models(
     base: Any,
     parents: Sequence[Any] | Mapping[str, Any],
     *,
-    tokenizer_source: Location | None = None,
+    tokenizer_source: Location | Mapping[str, Any] | None = None,
     other_modules: Location | None = None,
     backend: str | None = None,
 ) -> Models:
@@ -134,7 +135,7 @@ def _file(reference: str) -> Path:
 
 
 def _language_models(
-    base: Location | None, parents: Sequence[Location], tokenizer_source: Location | None,
+    base: Location | None, parents: Sequence[Location], tokenizer_source: Location | Mapping[str, Any] | None,
     other_modules: Location | None,
 ) -> Models:  # fmt: skip
     where, root = "load_models", Path.cwd()
@@ -143,18 +144,30 @@ def _language_models(
     base_folder = None if base_name is None else resolve_reference(f"{where}: base", base_name, root)
     folders = tuple(resolve_reference(f"{where}: parents[{k}]", name, root) for k, name in enumerate(names))
     opened, choice = [*([] if base_folder is None else [base_folder]), *folders], None
-    tokenizer = None if tokenizer_source is None else str(tokenizer_source)
+    how: Approximation | None = None
+    if isinstance(tokenizer_source, Mapping):
+        how = parse(f"{where}: tokenizer_source", dict(tokenizer_source), Approximation)
+    tokenizer = None if tokenizer_source is None else str(tokenizer_source) if how is None else how.of
     if tokenizer is not None:
         folder = (
             base_folder if tokenizer == "base" else resolve_reference(f"{where}: tokenizer_source", tokenizer, root)
         )
         if folder not in opened:
             raise InputError(f"{where}: tokenizer_source", f"{tokenizer}; expected base or one of the parents")
-        choice = TokenizerChoice(opened.index(folder))
+        choice = TokenizerChoice(opened.index(folder), approximation=how)
     _, decoders = open_decoders(opened, choice)
     other = None if other_modules is None else str(other_modules)
     depths = tuple(decoder.layers for decoder in decoders)
-    return Models(base_name, names, base_folder, folders, decoders[0], depths, tokenizer, other)
+    return Models(
+        base_name,
+        names,
+        base_folder,
+        folders,
+        decoders[0],
+        depths,
+        tokenizer if how is None else how.model_dump(),
+        other,
+    )
 
 
 class Space(Described):
@@ -222,6 +235,8 @@ class MergeSpace(Space):
         self._document = {"space": section}
         config: SpaceConfig = parse(Path(where), section, SpaceConfig)
         chosen, has_base = find_method(f"{where}: method", method), models.base is not None
+        if chosen.looks_at:
+            raise InputError(f"{where}: method", f"{method} looks at prompts, which a config's calibration names")
         check_models(where, chosen, has_base, len(models.parents))
         if len(set(models.depths)) > 1:
             what = f"have {', '.join(map(str, models.depths))} layers; a merge expects one depth, a LayerPathSpace any"
@@ -252,6 +267,19 @@ class LayerPathSpace(Space):
         plugins.load()
         self.models = models
         self._open({"data_flow": keys})
+
+
+class MixtureSpace(Space):
+    """Mixtures of experts out of the parents' MLPs. keys: the keys of a config's `mixture`, such as
+    `positive_prompts`."""
+
+    method = "mixture"
+
+    def __init__(self, models: Models, **keys: Any) -> None:
+        check_arguments(MixtureSpace.__init__, locals())
+        plugins.load()
+        self.models = models
+        self._open({"mixture": keys})
 
 
 class PoolSpace(Space):

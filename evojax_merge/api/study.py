@@ -56,9 +56,9 @@ Split = Literal["search", "validation", "heldout"]
 class Study(Searched, Described):
     """A search for the best merge of models.
 
-    space: a `MergeSpace`, `LayerPathSpace` or `PoolSpace` of `models`. tasks: the task, or a list of the tasks, that
-    candidates are scored on, made by `tasks.ExactMatch` and its like, or mappings in a config's form; for pytrees also
-    functions (model) -> a number, which JAX traces, or `host_callback(function)`. strategy:
+    space: a `MergeSpace`, `LayerPathSpace`, `PoolSpace` or `MixtureSpace` of `models`. tasks: the task, or a list of
+    the tasks, that candidates are scored on, made by `tasks.ExactMatch` and its like, or mappings in a config's form;
+    for pytrees also functions (model) -> a number, which JAX traces, or `host_callback(function)`. strategy:
     `strategies.cma_es(population=16)` and its like, or a name, such as `auto`; None: CMA-ES with its default
     population, or that of a pool. out: the run folder, which `run` needs. seed: the seed of all random numbers.
     validation: the share of the examples that is kept back to choose the winner on. resume, overwrite: continue, or
@@ -401,6 +401,8 @@ def _absolute(value: Any) -> Any:
     stays."""
     if isinstance(value, list):
         return list(map(_absolute, value))
+    if isinstance(value, dict):
+        return {key: _absolute(part) if key == "of" else part for key, part in value.items()}
     if not isinstance(value, str):
         return value
     file, separator, name = value.rpartition(":") if ".py:" in value else (value, "", "")

@@ -18,7 +18,9 @@ from evojax_merge.backends.registry import find_backend
 from evojax_merge.checkpoints.writer import check_new_model
 from evojax_merge.commands.export import export_candidate
 from evojax_merge.commands.merge import MergeOptions, write_merge
+from evojax_merge.commands.moe import write_mixture
 from evojax_merge.errors import InputError, warn_program
+from evojax_merge.mergekit.other_formats import MOE, other_format
 from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.problem import build_problem, config_from, open_backend
 from evojax_merge.report.comparison import model_names
@@ -106,6 +108,9 @@ class Trial(Described):
             if self._source.merges_recipes:
                 options = MergeOptions(dtype, None, overwrite, False, False, False)
                 recipe = self.recipe
+                if other_format(recipe) == MOE:
+                    write_mixture(recipe, Path(out), options, True, warn_program)
+                    return Path(out)
                 write_merge(
                     [recipe] if isinstance(recipe, Mapping) else recipe, Path(out), options, ignore, warn_program
                 )

@@ -5,6 +5,7 @@ Letters: P candidates, D genes of a genome. B stands for a task as a backend eva
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.planned_passes import DeviceSizes, PlanUse, SizedPass
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import Target
+from evojax_merge.models.adapted import LowRankLayout
 from evojax_merge.report.winner import WinnerReport
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.tasks.splits import Splits
@@ -23,6 +25,18 @@ from evojax_merge.tasks.splits import Splits
 Progress = Callable[[int], None]
 # (where, reference, folder) -> the path that a reference to a model means, looked for from `folder` on.
 Resolve = Callable[[object, str, Path], Path]
+
+
+@dataclass(frozen=True)
+class Adaptable:
+    """A stored model that low-rank changes are trained on. layout: of the vectors that changes are; spread: the root
+    mean square of each changed matrix, by its name; evaluators: score changes float32[P, D] on splits of the examples,
+    and differentiate their fitness where the tasks have derivatives; has_derivatives: whether the model has."""
+
+    layout: LowRankLayout
+    spread: Mapping[str, float]
+    evaluators: Sequence[Any]
+    has_derivatives: bool = True
 
 
 class Planner(Protocol):
@@ -42,10 +56,12 @@ class Planner(Protocol):
         ...
 
     def passes(
-        self, tasks: Sequence[Any], candidates: int, use: PlanUse, compiler: TargetCompiler | None = None
-    ) -> list[SizedPass]:
+        self, tasks: Sequence[Any], candidates: int, use: PlanUse, compiler: TargetCompiler | None = None,
+        smallest: bool = False,
+    ) -> list[SizedPass]:  # fmt: skip
         """The passes that evaluate the first chunk of `candidates` candidates, of all groups of devices together, on
-        tasks in the form B. compiler: reports the memory of every pass; None: estimates alone."""
+        tasks in the form B. compiler: reports the memory of every pass; None: estimates alone. smallest: those that
+        are taken where larger ones do not fit."""
         ...
 
 
@@ -93,6 +109,16 @@ class Backend(Protocol):
     def has_derivatives(self) -> bool:
         """Return whether every gene has an effect that a gradient shows; scores decide for themselves whether they have
         derivatives (see `tasks.task`)."""
+        ...
+
+    @property
+    def not_adaptable(self) -> str:
+        """Why no low-rank change of a model can be trained, in words; empty where it can."""
+        ...
+
+    @property
+    def not_polishable(self) -> str:
+        """Why no winner can be written with a low-rank change, in words; empty where it can."""
         ...
 
     # ---- Before the search
@@ -157,8 +183,9 @@ class Backend(Protocol):
         """A planner for the target, with `bank_bytes` loaded on each device."""
         ...
 
-    def smaller_passes(self) -> str:
-        """The change of a config, in words, that makes passes smaller."""
+    def smaller_passes(self) -> Sequence[Mapping[str, Any]]:
+        """Changes of a config's `evaluation` that make passes smaller where they do not become so by themselves, the
+        least first."""
         ...
 
     # ---- The search
@@ -194,6 +221,19 @@ class Backend(Protocol):
         """The scores of one of the compared models on the held-out split."""
         ...
 
+    def adaptable(
+        self, candidate: Path | np.ndarray, like: Sequence[SpaceEvaluator[Any]], rank: int, scale: float
+    ) -> Adaptable:
+        """One of the compared models, or the candidate of a genome, to be changed by low rank, on the examples of some
+        evaluators of genomes. rank, scale: see `LowRankLayout`."""
+        ...
+
+    def export_change(
+        self, model: Path, layout: LowRankLayout, vector: np.ndarray, out: Path, check: Callable[[], None]
+    ) -> None:
+        """Write a low-rank change of the exported winner `model` as the adapter `out`. check: see `export`."""
+        ...
+
     def answers(
         self, model: str, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
     ) -> Sequence[dict[str, Any]]:
@@ -213,9 +253,12 @@ class Backend(Protocol):
         """A genome's recipe as YAML, in mergekit's format."""
         ...
 
-    def export(self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]) -> None:
+    def export(
+        self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]
+    ) -> list[dict[str, Any]]:
         """Write the candidate of a genome, whose recipe is the YAML `recipe`, as the model `out`. `check` raises an
-        exception where `out` must not be replaced."""
+        exception where `out` must not be replaced. Returns the account of the models' tensors for result.json (see
+        `mergekit.account`); empty where all are merged by name."""
         ...
 
 

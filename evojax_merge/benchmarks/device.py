@@ -4,14 +4,15 @@ Merges of a base and two parents whose weights are random and are made on the de
 the largest of SHAPES that the program's own plan says fits (on a CPU one for which a minute is enough), in bfloat16
 where the device multiplies it natively, else in float32. The first of several devices is measured.
 
-- merging: candidates of one tensor, one after the other. Bytes are those that have to be moved: every source is read
-  for each candidate, and a float32 result is read and written. The device's copy is of one addition to a large array.
+- a generation: of searches by likelihood, by answers and by gradients, everything included but the first ones, which
+  compile; and its seconds over the plan's bound, by which later plans estimate.
 - likelihood: a scoring pass of full batches, of a stored model and of TIES merges that are computed inside it, as a
   share of the best matrix product. The FLOPs are those of the layers' and the head's products.
 - decoding: greedy, a token of each prompt a step, without draft tokens, which random weights say nothing about; the
   prompts' prefill is not counted. The weights are read in every step.
-- a generation: of searches by likelihood, by answers and by gradients, everything included but the first ones, which
-  compile; and its seconds over the plan's bound, by which later plans estimate.
+- merging: candidates of one tensor, one after the other. Bytes are those that have to be moved: every source is read
+  for each candidate, and a float32 result is read and written. The share is one of the rate of an addition to a large
+  array in place.
 """
 
 import tempfile
@@ -225,6 +226,8 @@ class Models:
     @cached_property
     def stored(self) -> StackedWeights:
         """One model of the problem's shapes."""
+        # Both do not fit beside each other everywhere.
+        self.__dict__.pop("bank", None)
         dtype, opened = self.problem.backend.compute_dtype, self.problem.backend.models
         model = abstract_stored(opened.sources, opened.decoder, dtype)
         stacks = {
@@ -239,7 +242,6 @@ class Models:
 
     @cached_property
     def bank(self) -> Bank:
-        # Both do not fit beside each other everywhere.
         self.__dict__.pop("stored", None)
         return jax.block_until_ready(random_bank(self.problem))
 
@@ -312,7 +314,8 @@ class Measurer:
             "merging", method, f"{sizes.candidates} candidates of {sizes.entries:,} entries in {dtype}",
             {
                 "parents": problem.parents, "M parameters/s": merged / seconds["merge"] / 1e6, "GB/s": rate / 1e9,
-                "share of the copy": rate / self.copy, "share of XLA's one add": seconds["one add"] / seconds["merge"],
+                "share of the addition's GB/s": rate / self.copy,
+                "share of XLA's one add": seconds["one add"] / seconds["merge"],
             },
         )  # fmt: skip
 
@@ -358,13 +361,13 @@ class Measurer:
             config, factory, None, dtype, prompts, PROMPT, new, no_draft, new, row_update(problem.target), ()
         )
         state = passes.init_decode(spec, None, everyone)
-        begun = passes.prefill(spec, (model, np.int32(0), tokens, no_padding, None), (everyone, None), state)
+        begun = passes.prefill(spec, (model, np.int32(0), tokens, no_padding, None, None), (everyone, None), state)
 
         def decode() -> float:
             # What is decoded into is given away.
             state = jax.block_until_ready(jax.tree.map(jnp.copy, begun))
             start = time.perf_counter()
-            state = passes.decode(spec, (laid_out, tokens, corpus, None), (everyone, None), state)
+            state = passes.decode(spec, (laid_out, tokens, corpus, None, None), (everyone, None), state)
             written = np.asarray(state.tokens)
             if not (written >= 0).all():
                 raise Failed("decoding: logits are not finite")
@@ -379,7 +382,7 @@ class Measurer:
             "decoding", prompts_name(prompts), models.workload(f"{new} new tokens after {PROMPT}"),
             {
                 "new tokens of each": new, "tokens/s": prompts / step, "ms a step": 1000 * step,
-                "weights, GB/s": read / step / 1e9, "share of the copy": read / step / self.copy,
+                "weights, GB/s": read / step / 1e9, "share of the addition's GB/s": read / step / self.copy,
             },
         )  # fmt: skip
 
@@ -415,8 +418,8 @@ class Measurer:
 
 
 def measure(target: Target, sizes: Sizes, budget: Budget) -> Benchmark:
-    """The measurements that a budget of time has room for. Rows that need the stored model come before the bank takes
-    its place."""
+    """The measurements that a budget of time has room for, a generation first. Rows that need the stored model come
+    after those that need the bank, whose place it takes."""
     with tempfile.TemporaryDirectory() as folder:
         shape, problem = open_problem(Path(folder), target, sizes)
         shapes = tensor_shapes(problem.backend.models.decoder).values()
@@ -426,11 +429,11 @@ def measure(target: Target, sizes: Sizes, budget: Budget) -> Benchmark:
         )  # fmt: skip
         measurer = Measurer(Models(problem), Path(folder), sizes, benchmark.copy_bandwidth, benchmark.matrix_peak)
         runs: dict[str, Callable[[], Measurement]] = {
-            **{method: partial(measurer.merging, method) for method in METHODS},
-            **{prompts_name(count): partial(measurer.decoding, count) for count in sizes.prompts},
-            STORED: partial(measurer.scoring, False),
-            MERGED: partial(measurer.scoring, True),
             **{name: partial(measurer.searching, name) for name in SEARCHES},
+            MERGED: partial(measurer.scoring, True),
+            STORED: partial(measurer.scoring, False),
+            **{prompts_name(count): partial(measurer.decoding, count) for count in sizes.prompts},
+            **{method: partial(measurer.merging, method) for method in METHODS},
         }
         for name, run in runs.items():
             benchmark.rows.extend(budget.row(name, run))

@@ -39,18 +39,20 @@ def word_tokenizer(count: int, special: Sequence[str] = ("<unk>", "</s>")) -> Pr
 
 
 def write_models(folder: Path, config: dict[str, Any], parents: int, dtype: str = "bfloat16") -> None:
-    """A base and parents of a config: headers, and a tokenizer of words."""
-    words = word_tokenizer(WORDS, ("<unk>", "<s>", "</s>"))
-    stored, itemsize = STORED_DTYPES[dtype]
+    """A base and parents of a config."""
     for name in ("base", *(f"parent{k}" for k in range(parents))):
-        model = folder / name
-        words.save_pretrained(model)
-        (model / "config.json").write_text(json.dumps(config))
-        shapes = tensor_shapes(decoder_config(model / "config.json"))
-        write_header_only(
-            model / "model.safetensors",
-            {tensor: TensorHeader(stored, shape, itemsize * int(np.prod(shape))) for tensor, shape in shapes.items()},
-        )
+        write_model(folder / name, config, dtype)
+
+
+def write_model(folder: Path, config: dict[str, Any], dtype: str = "bfloat16") -> None:
+    """A model of a config: headers, and a tokenizer of words."""
+    word_tokenizer(WORDS, ("<unk>", "<s>", "</s>")).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes, (stored, itemsize) = tensor_shapes(decoder_config(folder / "config.json")), STORED_DTYPES[dtype]
+    write_header_only(
+        folder / "model.safetensors",
+        {tensor: TensorHeader(stored, shape, itemsize * int(np.prod(shape))) for tensor, shape in shapes.items()},
+    )
 
 
 def write_examples(folder: Path, count: int, prompt: int = PROMPT) -> None:

@@ -11,7 +11,7 @@ from merge_kernels import draw_row_keys, tabulate
 
 from evojax_merge.checkpoints.bank import bank_of, leaf_layout
 from evojax_merge.checkpoints.parents import Sources
-from evojax_merge.models.architecture import Leaf, depths, leaf_tensors, leaves_of, tensor_grid
+from evojax_merge.models.architecture import Leaf, leaf_tensors, leaves_of, stack_numbers, tensor_grid
 from evojax_merge.models.bank import Bank, LeafBank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.sources import StackedWeights
@@ -48,7 +48,7 @@ def abstract_stored(
     sources: Sources, config: DecoderConfig, compute_dtype: str, place: Place = anywhere
 ) -> StackedWeights:
     """The stored model that `load_stored` would make of the first source, as abstract arrays."""
-    stacks: dict[str, Any] = {stack: {} for stack in depths(config)}
+    stacks: dict[str, Any] = {stack: {} for stack in stack_numbers(config)}
     shared: dict[str, Any] = {}
     for leaf in leaves_of(config):
         name = leaf_tensors(config, leaf)[0]

@@ -15,16 +15,17 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from merge_kernels import add_low_rank
-from safetensors.numpy import save_file
 
 from evojax_merge.checkpoints.decoder_folder import decoder_of
 from evojax_merge.checkpoints.folder import ChangedTensor, Folder, Tensor, is_float, read_header
 from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.checkpoints.writer import GrowingFile
 from evojax_merge.errors import InputError, nearest, shown
 from evojax_merge.models.architecture import EMBEDDING, HEAD, known_architecture
 from evojax_merge.models.config_keys import TEXTS, Expected, is_number, whole
@@ -264,7 +265,8 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
     parts_in_file = {decoder.names.in_file(name): tensor for name, tensor in decoder.entries.items()}
     kind, in_file = Folder, {**decoder.other_modules, **parts_in_file}
     embedding = None if architecture is None else architecture.leaf(EMBEDDING)
-    if embedding is not None and head is not None and decoder.config.get("tie_word_embeddings", False):
+    is_tied = bool(decoder.config.get("tie_word_embeddings", False))
+    if embedding is not None and head is not None and is_tied:
         # The adapter unties the two where either was trained as a whole module, and it does not tie them.
         is_saved = any(config.saves(decoder.in_memory(name)) for name in (embedding.tensor, head))
         if is_saved and not config.ties_weights:
@@ -286,6 +288,8 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
             modules[module][kind_of_part] = tensor
         elif "lora_" in inner:
             raise InputError(tensor.file, f"{key}: a part of an adapter that is not known; expected lora_A and lora_B")
+        elif config.ties_weights and head is not None and inner == decoder.in_memory(head) and is_tied:
+            continue  # PEFT saves the embedding again under this name.
         else:
             name = _find(base, names, tensor, key, inner.replace(".base_layer.", "."))
             if name in saved:
@@ -411,44 +415,68 @@ def _adapted(
 # Writing
 
 
-def write_adapter(
-    folder: Path,
-    base: str,
-    rank: int,
-    factors: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    replaced: Mapping[str, np.ndarray],
-    embeddings: Collection[str],
-    fan_in_fan_out: bool = False,
-) -> None:
-    """Write an adapter as PEFT does, with a scale of 1.
+class AdapterWriter:
+    """Writes an adapter as PEFT does, with a scale of 1, tensor by tensor; the names are transformers'.
 
-    base: the reference to the adapter's base model. factors: `A [rank, in]` and `B [out, rank]` of each adapted
-    weight's difference, by transformers' name of the weight; replaced: tensors that replace the base's. embeddings: the
-    names of the weights in which tokens and positions look up rows; fan_in_fan_out: whether the base stores the weights
-    of linear modules as `[in, out]`.
+    base: the reference to the adapter's base model. embeddings: the names of the weights in which tokens and positions
+    look up rows; fan_in_fan_out: whether the base stores the weights of linear modules as `[in, out]`; tied: the names
+    of an embedding that is saved whole, and of the head that it stays; most: more tensors are not written, nor longer
+    names.
     """
-    tensors: dict[str, np.ndarray] = {}
-    targets, saved = set(), set()
-    for name, (a, b) in factors.items():
+
+    def __init__(
+        self, folder: Path, base: str, embeddings: Collection[str] = (), fan_in_fan_out: bool = False,
+        tied: tuple[str, str] | None = None, most: tuple[int, int] = (1024, 256),
+    ) -> None:  # fmt: skip
+        self._folder, self._embeddings = folder, embeddings
+        self._config: dict[str, Any] = {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+            "lora_dropout": 0.0, "fan_in_fan_out": fan_in_fan_out,
+        }  # fmt: skip
+        self._config |= {} if tied is None else {"ensure_weight_tying": True}
+        self._tied = tied
+        self._file = GrowingFile(folder / ADAPTER_FILE, 2 * most[0], len(PREFIX) + most[1] + len("lora_embedding_A"))
+        self._ranks: dict[str, int] = {}
+        self._saved: set[str] = set()
+        self._biased = False
+
+    def __enter__(self) -> "AdapterWriter":
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.__exit__(kind, value, trace)
+        if kind is not None:
+            return
+        rank = max(self._ranks.values(), default=1)
+        # The alpha of a module is its rank.
+        others = {module: other for module, other in sorted(self._ranks.items()) if other != rank}
+        config = self._config | {
+            "r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": others,
+            "bias": "all" if self._biased else "none", "target_modules": sorted(self._ranks),
+            "modules_to_save": sorted(self._saved) or None,
+        }  # fmt: skip
+        (self._folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def add_factors(self, name: str, a: np.ndarray, b: np.ndarray) -> None:
+        """Write the factors `A [rank, in]` and `B [out, rank]` of a weight's difference."""
         module = name.removesuffix(".weight")
-        targets.add(module)
+        self._ranks[module] = len(a)
         # PEFT stores the factors of an embedding's weight [rows, hidden] transposed.
         embedded = {"lora_embedding_A": b.T, "lora_embedding_B": a.T}
-        parts = embedded if name in embeddings else {"lora_A.weight": a, "lora_B.weight": b}
-        tensors |= {f"{PREFIX}{module}.{part}": np.ascontiguousarray(values) for part, values in parts.items()}
-    biased = False
-    for name, values in replaced.items():
+        parts = embedded if name in self._embeddings else {"lora_A.weight": a, "lora_B.weight": b}
+        for part, values in parts.items():
+            self._file.write(f"{PREFIX}{module}.{part}", values)
+
+    def add_whole(self, name: str, values: np.ndarray) -> None:
+        """Write a tensor that replaces the base's. A bias comes after the factors of its module: PEFT then loads it
+        into the module that it wraps. (Its `lora_bias` refuses embeddings, and cannot be merged into a model of which
+        an adapted module has no bias.)"""
         module, _, kind = name.rpartition(".")
-        if kind == "bias" and module in targets:
-            biased, name = True, f"{module}.base_layer.bias"
+        if kind == "bias" and module in self._ranks:
+            self._biased, name = True, f"{module}.base_layer.bias"
         else:
-            saved.add(module)
-        tensors[f"{PREFIX}{name}"] = np.ascontiguousarray(values)
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-        "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "all" if biased else "none",
-        "target_modules": sorted(targets), "modules_to_save": sorted(saved) or None,
-        "fan_in_fan_out": fan_in_fan_out,
-    }  # fmt: skip
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / ADAPTER_FILE, {"format": "pt"})
+            self._saved.add(module)
+        # Where weights are tied, PEFT wants them twice, though it saves one module.
+        for written in self._tied if self._tied is not None and name == self._tied[0] else (name,):
+            self._file.write(f"{PREFIX}{written}", values)

@@ -5,6 +5,7 @@ more memory than the bank and one tensor. A method's statistics are measured on 
 """
 
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,21 +16,24 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from merge_kernels import Prepared, draw_row_keys, tabulate
+from merge_kernels import Prepared, draw_row_keys, tabulate, widest
 
 from evojax_merge.checkpoints.folder import Part
+from evojax_merge.checkpoints.kept_vectors import prepare_or_read
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.models.architecture import (
-    LAYERS,
     Leaf,
     architecture_of,
-    depths,
+    first_tensor,
     leaf_tensors,
     leaves_of,
+    rows_of_layers,
     shared_leaves,
     stack_leaves,
+    stack_numbers,
     tensor_grid,
     tensors_of,
+    types_of_layers,
 )
 from evojax_merge.models.bank import Bank, Factors, LeafBank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
@@ -40,6 +44,8 @@ from evojax_merge.models.sources import StackedWeights
 # JAX takes a NumPy array on the CPU as it is, without a copy, where it is aligned to this many bytes.
 ALIGNMENT = 64
 Progress = Callable[[int], None]
+# Threads that read and measure tensors.
+LOADERS = 4
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -51,11 +57,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def common_dtype(sources: Sources, tensor: str) -> np.dtype:
     """The narrowest dtype that holds every source's values."""
-    dtypes = [sources.entry(s, tensor).dtype for s in range(len(sources.folders))]
-    widest = dtypes[0]
-    for dtype in dtypes[1:]:
-        widest = np.dtype(jnp.promote_types(widest, dtype))
-    return widest
+    return widest(sources.entry(s, tensor).dtype for s in range(len(sources.folders)))
 
 
 def put(array: np.ndarray) -> jax.Array:
@@ -108,7 +110,7 @@ class ArraySpec:
 
 def bank_of(config: DecoderConfig, make: Callable[[Leaf], LeafBank]) -> Bank:
     """A bank of the leaves of a model, each made by `make`."""
-    bank = Bank({stack: {} for stack in depths(config)}, {})
+    bank = Bank({stack: {} for stack in stack_numbers(config)}, {})
     for leaf in leaves_of(config):
         leaves = bank.shared if leaf.stack is None else bank.stacks[leaf.stack]
         leaves[leaf.name] = make(leaf)
@@ -130,9 +132,10 @@ def leaf_layout(sources: Sources, config: DecoderConfig, spec: MergeSpec, leaf: 
 
     # Row keys are sharded with their rows; where columns are sharded, each device has the keys of all rows.
     keys_axis = axis if not has_row_keys else -2 if axis == -len(shape) else None
-    keys, (keys_shape, keys_dtype) = spec.method.mask_keys(parents), spec.method.mask_key_array(shape)
+    dtype = common_dtype(sources, names[0])
+    keys, (keys_shape, keys_dtype) = spec.method.mask_keys(parents), spec.method.mask_key_array(shape, dtype)
     return LeafBank(
-        sources=array(count if rank is None else 1, shape, common_dtype(sources, names[0]), axis),
+        sources=array(count if rank is None else 1, shape, dtype, axis),
         # `a` has the weight's inputs, `b` its outputs.
         factors=None
         if rank is None
@@ -177,7 +180,7 @@ class LeafReader:
     @property
     def _part(self) -> Part:
         """The part of each tensor that this process's devices hold."""
-        return self._part_of(self.layout.sources, len(self.sources.shape(0, self.leaf.tensor_of())))
+        return self._part_of(self.layout.sources, len(self.sources.shape(0, first_tensor(self.config, self.leaf))))
 
     def _part_of(self, spec: Any, axes: int) -> Part:
         """This process's part of the last axes of a layout's array."""
@@ -296,12 +299,21 @@ class LeafReader:
         def row_keys(k: int) -> np.ndarray:
             return draw_row_keys(spec.seed, sources.digest(self._parents[k], name), sources.shape(0, name))
 
-        return tabulate(spec.method, spec.options, tensors, spec.prepared_for(len(self._parents)), row_keys)
+        def moments(k: int) -> np.ndarray | None:
+            return sources.moments_of(self._parents[k], name)
+
+        parents = len(self._parents)
+        numbers = spec.prepared_for(parents)
+        return prepare_or_read(
+            spec.method, lambda: sources.contents([(s, name) for s in range(len(sources.folders))]), parents, tensors,
+            numbers, lambda: tabulate(spec.method, spec.options, tensors, numbers, row_keys, moments),
+        )  # fmt: skip
 
     def _views(self, place: tuple[int, ...], arrays: Any) -> list[np.ndarray]:
         """The parts of `arrays.sources` that a tensor of each source is read into."""
         stored = arrays.sources.shape[self._source_axis]
-        return [arrays.sources[(*place[:1], s, *place[1:])] for s in range(stored)]
+        # The ellipsis makes a view of a single number, too.
+        return [arrays.sources[(*place[:1], s, *place[1:], ...)] for s in range(stored)]
 
     @property
     def _source_axis(self) -> int:
@@ -347,7 +359,7 @@ def load_bank(
         loaded: LeafBank = replace(arrays, statistics=statistics)
         return loaded if on_host else put_leaf(reader.layout, arrays, statistics, placement)
 
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    with ThreadPoolExecutor(max_workers=LOADERS) as pool:
         return bank_of(config, load_leaf)
 
 
@@ -381,32 +393,48 @@ def read_layers(
     """A leaf of the layers that are (source, layer) of `origins`, `[M, …]`. `progress` receives the bytes of each
     finished layer."""
     grid = tensor_grid(config, leaf)[1:]
-    stack = aligned_empty((len(origins), *grid, *sources.shape(origins[0][0], leaf.tensor_of())), dtype)
-    for layer, (source, i) in zip(stack, origins, strict=True):
+    stack = aligned_empty((len(origins), *grid, *sources.shape(origins[0][0], first_tensor(config, leaf))), dtype)
+    for row, (source, i) in enumerate(origins):
         for place in np.ndindex(grid):
-            sources.read_into(source, leaf.tensor_of(i, *place), layer[place])
-        progress(layer.nbytes)
+            sources.read_into(source, leaf.tensor_of(i, *place), stack[row, *place, ...])
+        progress(stack[row].nbytes)
     return stack
 
 
 def load_path_bank(sources: Sources, spec: PathSpec, progress: Progress = lambda done: None) -> PathBank:
     """Load all layers of all sources into one stack, in their own dtypes. `progress` receives the bytes."""
-    layers, shared, config = {}, {}, spec.configs[0]
-    for leaf in stack_leaves(config, LAYERS):
-        dtype = common_dtype(sources, leaf.tensor_of())
-        layers[leaf.name] = put(read_layers(sources, config, leaf, spec.origins, dtype, progress))
+    layers: dict[str, dict[str, jax.Array]] = {}
+    shared, config, layout = {}, spec.configs[0], path_layout(spec)
+    for stack, (_, places) in layout.steps_by_stack(range(len(spec.origins))).items():
+        origins = [spec.origins[place] for place in places]
+        layers[stack] = {
+            leaf.name: put(read_layers(sources, config, leaf, origins, path_dtype(sources, spec, leaf), progress))
+            for leaf in stack_leaves(config, stack)
+        }
     for leaf in shared_leaves(config):
         shared[leaf.name] = tuple(jax.device_put(sources.load_finite(s, leaf.tensor)) for s in range(len(spec.configs)))
         progress(sum(values.nbytes for values in shared[leaf.name]))
-    return replace(path_layout(spec), layers=layers, shared=shared)
+    return replace(layout, layers=layers, shared=shared)
+
+
+def path_dtype(sources: Sources, spec: PathSpec, leaf: Leaf) -> np.dtype:
+    """The dtype that holds a leaf's layers of all sources exactly."""
+    having = [(s, config) for s, config in enumerate(spec.configs) if leaf.stack in stack_numbers(config)]
+    return widest([sources.entry(s, first_tensor(config, leaf)).dtype for s, config in having])
 
 
 def path_layout(spec: PathSpec) -> PathBank:
     """A bank of paths without arrays of weights."""
     kinds = jax.tree.map(lambda *each: jnp.concatenate(each), *map(layer_kinds, spec.configs))
-    leaves = stack_leaves(spec.configs[0], LAYERS)
-    outputs = tuple((leaf.name, leaf.gain_offset) for leaf in leaves if leaf.writes_residual)
-    return PathBank({}, {}, kinds, spec.origins, outputs, spec.export_dtype)
+    leaves = [leaf for leaf in leaves_of(spec.configs[0]) if leaf.stack is not None and leaf.writes_residual]
+    outputs = tuple((leaf.name, leaf.gain_offset) for leaf in leaves)
+    types, rows, used = list[str](), list[tuple[tuple[str, int], ...]](), Counter[str]()
+    for config in spec.configs:
+        types += types_of_layers(config)
+        for each in rows_of_layers(config):
+            rows.append(tuple((stack, used[stack] + row) for stack, row in each.items()))
+        used.update(stack for each in rows_of_layers(config) for stack in each)
+    return PathBank({}, {}, kinds, spec.origins, tuple(types), tuple(rows), outputs, spec.export_dtype)
 
 
 def bank_bytes(sources: Sources, config: DecoderConfig) -> int:
@@ -414,8 +442,8 @@ def bank_bytes(sources: Sources, config: DecoderConfig) -> int:
     whole."""
 
     def leaf_bytes(leaf: Leaf) -> int:
-        shape = (*tensor_grid(config, leaf), *sources.shape(0, leaf.tensor_of()))
-        return prod(shape) * common_dtype(sources, leaf.tensor_of()).itemsize
+        name = first_tensor(config, leaf)
+        return prod((*tensor_grid(config, leaf), *sources.shape(0, name))) * common_dtype(sources, name).itemsize
 
     return len(sources.folders) * sum(map(leaf_bytes, leaves_of(config)))
 
@@ -430,14 +458,14 @@ def load_stored(
     sources: Sources, config: DecoderConfig, source: int = 0, compute_dtype: str = "float32"
 ) -> StackedWeights:
     """One source alone, as a stored model in its own dtype."""
-    stacks: dict[str, dict[str, jax.Array]] = {stack: {} for stack in depths(config)}
+    stacks: dict[str, dict[str, jax.Array]] = {stack: {} for stack in stack_numbers(config)}
     shared = {}
     for leaf in leaves_of(config):
         if leaf.stack is None:
             shared[leaf.name] = jax.device_put(sources.load_finite(source, leaf.tensor))
             continue
-        origins = [(source, i) for i in range(depths(config)[leaf.stack])]
-        dtype = sources.entry(source, leaf.tensor_of()).dtype
+        origins = [(source, i) for i in stack_numbers(config)[leaf.stack]]
+        dtype = sources.entry(source, first_tensor(config, leaf)).dtype
         stacks[leaf.stack][leaf.name] = put(read_layers(sources, config, leaf, origins, dtype))
     return StackedWeights(stacks, shared, compute_dtype)
 

@@ -5,7 +5,6 @@ read nor at its default: a model that loads is computed correctly. An attribute 
 change its forward pass and is accepted, unless another family's forward pass reads an attribute of this name.
 """
 
-import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.models.architecture import Architecture, find_architecture, known_architecture
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.config_keys import Expected
+from evojax_merge.models.config_keys import INFINITY, Expected
 
 # The dtypes that a model's weights may have by its config.json, in torch's words.
 TORCH_DTYPES = (
@@ -28,12 +27,17 @@ NO_CONFIG = "expected a Hugging Face model folder with a config.json"
 IGNORED_KEYS = {
     "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
     "attn_pdrop", "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "classifier_dropout", "dtype",
-    "embd_pdrop", "eos_token_id", "hidden_dropout", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
-    "label2id", "model_type", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
-    "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "router_aux_loss_coef", "router_jitter_noise",
-    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
-    "torch_dtype", "transformers_version", "use_cache",
+    "embd_pdrop", "embedding_dropout", "eod_token_id", "eos_token_id", "hidden_dropout", "id2label",
+    "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "model_type", "output_attentions",
+    "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop",
+    "residual_dropout", "return_dict", "router_aux_loss_coef", "router_jitter_noise", "summary_activation",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "torch_dtype",
+    "transformers_version", "use_cache",
 }  # fmt: skip
+
+
+# Lists with an entry for each layer that a config's class makes of each layer's number where the config lacks them.
+LAYER_LISTS = ("layer_types", "no_rope_layers")
 
 
 def _neutral(head_dim: int, hidden: int, layers: int) -> dict[str, tuple[float, ...]]:
@@ -59,8 +63,8 @@ def _neutral(head_dim: int, hidden: int, layers: int) -> dict[str, tuple[float, 
 # `text_config`, or, in earlier files, stand beside those of the other modules.
 LARGER_MODELS = {
     "gemma3", "got_ocr2", "idefics3", "internvl", "llava", "llava_next", "llava_next_video", "llava_onevision",
-    "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "video_llava",
-    "vipllava",
+    "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+    "video_llava", "vipllava",
 }  # fmt: skip
 # The text decoder's prefix in transformers' memory, whatever the files use: in these models, and in all others.
 DECODER_PREFIXES = {"idefics3": "model.text_model.", "smolvlm": "model.text_model."}
@@ -106,13 +110,16 @@ def _unread_inside(before: str, values: Mapping[str, Any], keys: Mapping[str, Ex
     return unread
 
 
-def layer_types(path: object, config: Mapping[str, Any]) -> list[str]:
-    """The kind of each layer, in transformers' words; empty unless the architecture is known and reads them. Where the
-    config lacks the kinds, its class in transformers gives them. `path`: that of the config."""
+def layer_lists(path: object, config: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The lists of `LAYER_LISTS` that the config's architecture reads, with an entry for each layer; empty unless the
+    architecture is known. Where the config lacks a list, its class in transformers gives it. `path`: that of the
+    config."""
     architecture = known_architecture(config.get("model_type"))
-    if architecture is None or "layer_types" not in architecture.keys:
-        return []
-    return _class_values(path, config, architecture).get("layer_types") or []
+    if architecture is None or architecture.keys.keys().isdisjoint(LAYER_LISTS):
+        return {}
+    values = config_values(path, config, architecture)
+    lists = {key: values[key] for key in LAYER_LISTS if key in architecture.keys and values.get(key)}
+    return {key: entries[: values["num_hidden_layers"]] for key, entries in lists.items()}
 
 
 def check_unquantised(path: object, config: Mapping[str, Any]) -> None:
@@ -181,7 +188,7 @@ def read_decoder_config(path: object, raw: Mapping[str, Any]) -> DecoderConfig:
                 default = declared.get(key)
                 if value != default and value not in (None, [], {}):
                     raise InputError(path, f"{key}: {shown(value)} is not supported (expected {default!r})")
-    values = _class_values(path, raw, architecture)
+    values = config_values(path, raw, architecture)
     try:
         config = architecture.read_config(values)
     except ValueError as error:
@@ -213,7 +220,7 @@ def torch_hint(config: Mapping[str, Any]) -> str:
     return f"; a search with backend: torch opens a {classes[0]}" if classes[0] in dir(transformers) else ""
 
 
-def _class_values(path: object, raw: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+def config_values(path: object, raw: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
     """The values of the keys that an architecture reads, with defaults filled in. Its class in transformers, where
     there is one, fills them in and also brings RoPE's settings into one form."""
     keys = architecture.keys
@@ -230,7 +237,7 @@ def _class_values(path: object, raw: Mapping[str, Any], architecture: Architectu
     try:
         # An undeclared key is not passed on: transformers would set whatever attribute a stranger's file names.
         read = keys.keys() | {field.name for field in dataclasses.fields(config_class)}
-        hf = config_class(**{key: copy.deepcopy(value) for key, value in raw.items() if key in read})
+        hf = config_class(**{key: _with_infinities(value) for key, value in raw.items() if key in read})
         # transformers does the same when it makes a model: only now an outer `original_max_position_embeddings` counts.
         hf.standardize_rope_params()
     except Exception as error:  # whatever transformers' own validation raises is about the file
@@ -238,6 +245,15 @@ def _class_values(path: object, raw: Mapping[str, Any], architecture: Architectu
             path, f"not a valid {architecture.model_type} config: {' '.join(str(error).split())[:300]}"
         ) from None
     return {key: getattr(hf, key) for key in keys if hasattr(hf, key)}
+
+
+def _with_infinities(value: Any) -> Any:
+    """A copy of a value of config.json, with the numbers that transformers writes as mappings."""
+    if value == INFINITY:
+        return math.inf
+    if isinstance(value, dict):
+        return {key: _with_infinities(inner) for key, inner in value.items()}
+    return [_with_infinities(inner) for inner in value] if isinstance(value, list) else value
 
 
 def check_dtype(path: object, config: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from evojax_merge.checkpoints.config_file import (
 from evojax_merge.checkpoints.folder import ChangedTensor, Folder, Tensor
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
-from evojax_merge.models.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture, known_architecture
+from evojax_merge.models.architecture import EMBEDDING, FINAL_NORM, HEAD, NEXT_LAYERS, Architecture, known_architecture
 from evojax_merge.models.config import DecoderConfig, ProjectorConfig
 from evojax_merge.models.layers import ACTIVATIONS
 from evojax_merge.models.projector import FIRST, PREFIX
@@ -100,13 +100,17 @@ class TransposedTensor(TensorView):
 @dataclass(frozen=True)
 class TensorNames:
     """A decoder's tensor names in a file: `body` replaces the architecture's prefix `own_body`, `head` its name of the
-    head, `own_head`; `projector` stands before the names of a projector's tensors."""
+    head, `own_head`; `projector` stands before the names of a projector's tensors. layers: the beginning of the
+    architecture's names of layers, where those from number `depth` on are no layers of the decoder (`NEXT_LAYERS`);
+    empty: all are."""
 
     own_body: str = ""
     body: str = ""
     own_head: str | None = None
     head: str | None = None
     projector: str = ""
+    layers: str = ""
+    depth: int = 0
 
     def in_file(self, tensor: str) -> str:
         """The name in the file of the architecture's tensor of this name, whether or not the file holds it."""
@@ -114,6 +118,9 @@ class TensorNames:
             return self.head
         if tensor.startswith(PREFIX):
             return self.projector + tensor
+        if self.layers and tensor.startswith(NEXT_LAYERS):
+            number, _, tail = tensor.removeprefix(NEXT_LAYERS).partition(".")
+            tensor = f"{self.layers}{self.depth + int(number)}.{tail}"
         return self.body + tensor.removeprefix(self.own_body) if tensor.startswith(self.own_body) else tensor
 
     def of_architecture(self, name: str) -> str:
@@ -122,7 +129,10 @@ class TensorNames:
             return self.own_head
         if name.startswith(self.projector + PREFIX):
             return name.removeprefix(self.projector)
-        return self.own_body + name.removeprefix(self.body) if name.startswith(self.body) else name
+        tensor = self.own_body + name.removeprefix(self.body) if name.startswith(self.body) else name
+        number, _, tail = tensor.removeprefix(self.layers).partition(".")
+        is_next = self.layers and tensor.startswith(self.layers) and re.fullmatch("0|[1-9][0-9]{0,8}", number)
+        return f"{NEXT_LAYERS}{int(number) - self.depth}.{tail}" if is_next and int(number) >= self.depth else tensor
 
 
 @dataclass(frozen=True)
@@ -143,6 +153,16 @@ class DecoderFolder(Folder):
         """The tensors outside of the text decoder, by their names in the file."""
         merged = {self.names.in_file(name): entry for name, entry in self.entries.items() if name.startswith(PREFIX)}
         return {**self.other_modules, **merged}
+
+    def at_depth(self, depth: int) -> "DecoderFolder":
+        """The folder with its names of layers behind the last, for a decoder of another depth."""
+        names = replace(self.names, depth=depth)
+        tensors = {name: self.names.of_architecture(name) for name in self.other_modules}
+        others = {
+            names.in_file(tensors[name]) if tensors[name].startswith(NEXT_LAYERS) else name: entry
+            for name, entry in self.other_modules.items()
+        }
+        return replace(self, names=names, other_modules=others)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -213,9 +233,10 @@ class DecoderFolder(Folder):
         return {**whole, "text_config": dict(settings), **tied}
 
 
-def decoder_of(folder: Folder) -> DecoderFolder:
+def decoder_of(folder: Folder, *, with_aside: bool = False) -> DecoderFolder:
     """The decoder of a folder; the whole folder where its architecture is unknown. Leaves out the buffers that earlier
-    files hold. Raises InputError where the tensors could belong to several decoders."""
+    files hold. with_aside: tensors that the forward pass does not run (`Architecture.aside`) are among the decoder's,
+    else among those of other modules. Raises InputError where the tensors could belong to several decoders."""
     is_part = is_larger_model(folder.config)
     architecture = known_architecture(decoder_settings(folder.config).get("model_type"))
     if architecture is None:
@@ -234,12 +255,16 @@ def decoder_of(folder: Folder) -> DecoderFolder:
         beside = file_body.removesuffix(body) if file_body.endswith(body) else ""
         head_in_file = next((name for name in head_names if name in folder.entries), f"{beside}{head.tensor}")
         names = TensorNames(body, file_body, head.tensor, head_in_file)
-    roots = {tensor.removeprefix(body).split(".")[0] for tensor in tensors}
+    depth = decoder_settings(folder.config).get("num_hidden_layers")
+    if NEXT_LAYERS in architecture.aside and isinstance(depth, int):
+        stack = next(leaf.tensor for leaf in architecture.leaves if leaf.stack is not None)
+        names = replace(names, layers=stack.partition("{layer}")[0], depth=depth)
+    aside, roots = architecture.aside, {tensor.removeprefix(body).split(".")[0] for tensor in tensors}
 
     def is_own(name: str) -> bool:
         """Return whether a tensor of the file belongs to the decoder, also one that the architecture does not have."""
         if not is_part or name == names.head:
-            return True
+            return with_aside or not (name.startswith(aside) or names.of_architecture(name).startswith(aside))
         return name.startswith(file_body) and name.removeprefix(file_body).split(".")[0] in roots
 
     packed = {names.of_architecture(name): entry for name, entry in folder.entries.items() if is_own(name)}

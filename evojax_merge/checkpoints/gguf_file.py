@@ -286,7 +286,7 @@ def _byte_level(file: GgufModel) -> Any:
     """Byte-level BPE, over the words into which `tokenizer.ggml.pre` splits text."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    splits = _word_splits()
+    splits = word_splits()
     pre = file.value("tokenizer.ggml.pre", TEXT, "default")
     if pre not in splits:
         raise InputError(file.path, f"tokenizer.ggml.pre: {shown(pre)}; expected one of {', '.join(splits)}")
@@ -306,7 +306,7 @@ def _byte_level(file: GgufModel) -> Any:
     return tokenizer
 
 
-def _word_splits() -> dict[str, list[Any]]:
+def word_splits() -> dict[str, list[Any]]:
     """The steps that split text into words, and words into bytes, by their name in `tokenizer.ggml.pre`."""
     from tokenizers import Regex, pre_tokenizers
     from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -367,7 +367,7 @@ def named_tensors(file: GgufModel, config: Path) -> dict[str, GgufTensor]:
     last = f"blk.{decoder.layers - 1}."
     if not any(name.startswith(last) for name in file.tensors):
         raise InputError(file.path, f"has no tensor {last}*; {file.key('.block_count')} says {decoder.layers:,} layers")
-    names = _tensor_names(file, decoder.layers)
+    names = tensor_names(file.path, file.architecture, decoder.layers)
     tensors, used = dict[str, GgufTensor](), set[str]()
     # The first tensor that is missing, or of another shape, ends the loop: otherwise the file's numbers of layers and
     # experts would decide how long it takes.
@@ -387,20 +387,24 @@ def named_tensors(file: GgufModel, config: Path) -> dict[str, GgufTensor]:
     return dict(sorted(tensors.items(), key=lambda item: item[1].start))
 
 
-def _tensor_names(file: GgufModel, layers: int) -> Callable[[str, Leaf, tuple[int, ...]], str]:
+def tensor_names(
+    where: object, architecture: Architecture, layers: int
+) -> Callable[[str, Leaf, tuple[int, ...]], str]:  # fmt: skip
     """(the tensor's name in the model, its leaf, its index in the leaf's grid) -> its name in the file, from the
     architecture's `Gguf` or the package gguf."""
-    if file.form.names:
-        return lambda name, leaf, place: file.form.names[leaf.name].replace("{layer}", str(place[0] if place else ""))
-    gguf = import_gguf(file.path)
+    form = architecture.gguf
+    assert form is not None
+    if form.names:
+        return lambda name, leaf, place: form.names[leaf.name].replace("{layer}", str(place[0] if place else ""))
+    gguf = import_gguf(where)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    if file.form.name not in numbers:
+    if form.name not in numbers:
         raise InputError(
-            file.path,
-            f"general.architecture: {file.form.name}, whose tensors the package gguf does not know; expected "
-            f"gguf.names in the architecture {file.architecture.model_type}",
+            where,
+            f"general.architecture: {form.name}, whose tensors the package gguf does not know; expected "
+            f"gguf.names in the architecture {architecture.model_type}",
         )
-    packaged = gguf.get_tensor_name_map(numbers[file.form.name], layers)
+    packaged = gguf.get_tensor_name_map(numbers[form.name], layers)
 
     def name_in_file(name: str, leaf: Leaf, place: tuple[int, ...]) -> str:
         if leaf.has_experts:
@@ -409,6 +413,17 @@ def _tensor_names(file: GgufModel, layers: int) -> Callable[[str, Leaf, tuple[in
         return packaged_name
 
     return name_in_file
+
+
+def interleaved_heads(form: Gguf, heads: int, kv_heads: int, file_name: str) -> int:
+    """The number of heads whose rows a file interleaves; 0 for a tensor whose rows it leaves in order."""
+    counts = {"attn_q": heads, "attn_k": kv_heads} if form.interleaved else {}
+    return counts.get(file_name.split(".")[-2], 0)
+
+
+def norm_offset(form: Gguf, name: str) -> float:
+    """The number by which a file's values exceed those of the model's tensor `name`."""
+    return form.norm_offset if name.endswith("norm.weight") else 0.0
 
 
 def _named(
@@ -430,17 +445,17 @@ def _named(
         )
     nbytes = (tensor.stop - tensor.start) // (1 if expert is None else expected[0])
     start = tensor.start + (expert or 0) * nbytes
-    interleaved = dict[str, int]()
+    heads = kv_heads = 0
     if file.form.interleaved:
         heads = file.value(".attention.head_count", SIZE)
-        interleaved = {"attn_q": heads, "attn_k": file.value(".attention.head_count_kv", SIZE, heads)}
+        kv_heads = file.value(".attention.head_count_kv", SIZE, heads)
     return replace(
         tensor,
         shape=shape,
         start=start,
         stop=start + nbytes,
-        heads=interleaved.get(file_name.split(".")[-2], 0),
-        offset=file.form.norm_offset if name.endswith("norm.weight") else 0.0,
+        heads=interleaved_heads(file.form, heads, kv_heads, file_name),
+        offset=norm_offset(file.form, name),
     )
 
 

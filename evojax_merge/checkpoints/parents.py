@@ -6,8 +6,9 @@ The bank and the streamed merge both read from `Sources`, so that both see the s
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from evojax_merge.checkpoints.tokens import (
     align,
     aligned_rows,
     has_chat_template,
+    padded_rows,
     vocabulary_warnings,
 )
 from evojax_merge.errors import InputError
@@ -107,14 +109,25 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     return config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
 
 
+class Moments(Protocol):
+    """The moments of sources on the prompts of some files."""
+
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+    def of(self, source: int, tensor: str) -> np.ndarray | None:
+        """A source's moments of a tensor (see `merge_kernels.PrepareInputs`); None: it has none."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sources:
     """Opened folders of one architecture. `vocabulary`: the alignment of their rows (None: rows stay as they are);
-    `warnings`: about their tokens, for the user, a line each."""
+    `warnings`: about their tokens, for the user, a line each; `moments`: for methods that look at activations."""
 
     folders: tuple[DecoderFolder, ...]
     vocabulary: Vocabulary | None = None
     warnings: tuple[str, ...] = ()
+    moments: Moments | None = None
 
     @cached_property
     def token_tensors(self) -> TokenTensors:
@@ -163,8 +176,23 @@ class Sources:
     def _values(self, source: int, tensor: str, values: Callable[[Tensor], np.ndarray]) -> np.ndarray:
         if self.vocabulary is None or not self.has_rows(tensor):
             return values(self.entry(source, tensor))
+        transplant, numbers = self.vocabulary.transplant, self.vocabulary.rows[source]
+        if transplant is not None and (numbers < 0).any():
+            # A tied head is the embedding, and its rows are made as those are.
+            is_head = tensor == self.token_tensors.head == self.name_in(source, tensor)
+            names = self._donor.token_tensors
+            donor = values(self._donor.entry(0, names.head if is_head and names.head else names.embedding))
+            stored = values(self.entry(source, tensor))
+            rows = transplant.rows(source, numbers, self.name_in(source, tensor), stored, donor, is_head)
+            return padded_rows(self.vocabulary, rows)
         donors = {model for parts in self.vocabulary.fills.values() for model, _ in parts}
         return aligned_rows(self.vocabulary, source, {s: values(self.entry(s, tensor)) for s in donors | {source}})
+
+    @cached_property
+    def _donor(self) -> "Sources":
+        """The model that gives a transplant its tokens."""
+        assert self.vocabulary is not None and self.vocabulary.transplant is not None
+        return Sources((decoder_of(open_model(self.vocabulary.transplant.donor)),))
 
     def load_finite(self, source: int, tensor: str) -> np.ndarray:
         """Like `load`. Raises InputError where the tensor holds NaN or infinity, which would spoil every score."""
@@ -206,6 +234,16 @@ class Sources:
 
     def digest(self, source: int, tensor: str) -> bytes:
         return self.folders[source].digest(self.name_in(source, tensor))
+
+    def moments_of(self, source: int, tensor: str) -> np.ndarray | None:
+        """One source's moments of a tensor; None: it has none, or none are measured."""
+        return None if self.moments is None else self.moments.of(source, tensor)
+
+    def contents(self, inputs: Sequence[tuple[int, str]]) -> list[bytes]:
+        """sha256 of tensors of sources, and of their moments where any are measured."""
+        moments = [] if self.moments is None else [self.moments.of(*each) for each in inputs]
+        hashed = [b"" if each is None else sha256(np.ascontiguousarray(each).tobytes()).digest() for each in moments]
+        return [*(self.digest(*each) for each in inputs), *hashed]
 
 
 def open_sources(

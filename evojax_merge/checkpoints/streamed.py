@@ -15,8 +15,8 @@ from evojax_merge.checkpoints.bank import (
     LeafReader,
     Placement,
     Progress,
-    common_dtype,
     load_bank,
+    path_dtype,
     path_layout,
     put,
     put_leaf,
@@ -26,7 +26,7 @@ from evojax_merge.checkpoints.bank import (
 from evojax_merge.checkpoints.folder import Folder, files_of
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.errors import Failed
-from evojax_merge.models.architecture import LAYERS, leaves_of, shared_leaves, stack_leaves
+from evojax_merge.models.architecture import leaves_of, rows_of_layers, shared_leaves, stack_leaves, tensor_grid
 from evojax_merge.models.bank import LeafBank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec, StreamedPathBank
@@ -41,10 +41,11 @@ def bank_on_host(
 ) -> StreamedBank:  # fmt: skip
     """Load all sources into the host's memory (see `load_bank`)."""
     bank = load_bank(sources, config, spec, progress, placement, on_host=True)
+    stacked = {name: leaf for leaves in bank.stacks.values() for name, leaf in leaves.items()}
     layouts = {leaf.name: LeafReader(leaf, config, sources, spec).layout for leaf in leaves_of(config)}
 
     def load(name: str, number: int | None) -> LeafBank:
-        leaf: Any = bank.shared[name] if number is None else _layer_of(bank.stacks[LAYERS][name], number)
+        leaf: Any = bank.shared[name] if number is None else _layer_of(stacked[name], number)
         return put_leaf(layouts[name], replace(leaf, statistics={}), leaf.statistics, placement)
 
     return _streamed(sources, config, spec, load)
@@ -68,11 +69,15 @@ def _streamed(
     sources: Sources, config: DecoderConfig, spec: MergeSpec, load: Callable[[str, int | None], LeafBank],
     check: Callable[[], None] = lambda: None,
 ) -> StreamedBank:  # fmt: skip
-    """A bank whose leaves are brought by `load`: (name, number of the layer; None: outside of the layers)."""
-    layers = [leaf.name for leaf in stack_leaves(config, LAYERS)]
+    """A bank whose leaves are brought by `load`: (name, row in the stack; None: outside of the layers)."""
+    rows = rows_of_layers(config)
     return StreamedBank(
-        config.layers,
-        lambda number: {name: load(name, number) for name in layers},
+        rows,
+        lambda number: {
+            leaf.name: load(leaf.name, row)
+            for stack, row in rows[number].items()
+            for leaf in stack_leaves(config, stack)
+        },
         lambda names: {name: load(name, None) for name in names},
         abstract_bank(sources, config, spec),
         check,
@@ -110,7 +115,8 @@ class LeafFiles:
         results: list[Prepared | None] = []
         keys: list[Any] = []
         # The layers, or the whole leaf, are read by themselves.
-        parts: Sequence[int | None] = [None] if reader.leaf.stack is None else range(reader.config.layers)
+        rows = tensor_grid(reader.config, reader.leaf)[:1]
+        parts: Sequence[int | None] = range(rows[0]) if rows else [None]
         for number in parts:
             arrays = self._empty(number)
             for place, name in self._places(number):
@@ -184,11 +190,11 @@ def _state(path: Path) -> tuple[int, int]:
 def path_bank_on_host(sources: Sources, spec: PathSpec, progress: Progress = lambda done: None) -> StreamedPathBank:
     """Load all layers of all sources into the host's memory. `progress` receives the bytes of each part."""
 
-    def loaded(read: Callable[[Sources, PathSpec, int], Arrays], count: int) -> list[Arrays]:
+    def loaded(read: Callable[[Sources, PathSpec, int], Any], count: int) -> list[Any]:
         parts = []
         for number in range(count):
             parts.append(read(sources, spec, number))
-            progress(sum(array.nbytes for array in parts[-1].values()))
+            progress(sum(array.nbytes for array in jax.tree.leaves(parts[-1])))
         return parts
 
     layers, ends = loaded(_read_layer, len(spec.origins)), loaded(_read_ends, len(spec.configs))
@@ -205,16 +211,20 @@ def path_bank_in_files(sources: Sources, spec: PathSpec, progress: Progress = la
     )  # fmt: skip
 
 
-def _put(arrays: Arrays) -> dict[str, jax.Array]:
-    return {name: put(array) for name, array in arrays.items()}
+def _put(arrays: Any) -> Any:
+    return jax.tree.map(put, arrays)
 
 
-def _read_layer(sources: Sources, spec: PathSpec, number: int) -> Arrays:
-    """One of the M layers: leaf -> `[1, …]`."""
-    config, origins = spec.configs[0], spec.origins[number : number + 1]
+def _read_layer(sources: Sources, spec: PathSpec, number: int) -> dict[str, Arrays]:
+    """One of the M layers: stack -> leaf -> `[1, …]`."""
+    (origin,) = origins = spec.origins[number : number + 1]
+    config = spec.configs[origin[0]]
     return {
-        leaf.name: read_layers(sources, config, leaf, origins, common_dtype(sources, leaf.tensor_of()))
-        for leaf in stack_leaves(config, LAYERS)
+        stack: {
+            leaf.name: read_layers(sources, config, leaf, origins, path_dtype(sources, spec, leaf))
+            for leaf in stack_leaves(config, stack)
+        }
+        for stack in rows_of_layers(config)[origin[1]]
     }
 
 

@@ -13,9 +13,11 @@ from typing import Any, Literal
 import numpy as np
 
 from evojax_merge.checkpoints.allowed_classes import check_folder
+from evojax_merge.checkpoints.approximation import Key, Transplant, pieces_of, token_keys
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.errors import InputError, library_errors
+from evojax_merge.schema.approximation import Approximation
 from evojax_merge.system.regular_file import check_regular, read_regular
 
 TOKENIZER_FILES = (
@@ -46,13 +48,15 @@ class TokenizerChoice:
     base), or a folder that is none of the models'.
 
     `rules`: by token; a token that nobody has is added. `base`: number of the base model, None where there is none. The
-    number of rows is rounded up to a multiple of `pad_to_multiple_of`.
+    number of rows is rounded up to a multiple of `pad_to_multiple_of`. `approximation`: how a model's rows are made of
+    tokens that it lacks; None: from other models' rows.
     """
 
     source: int | Path | Literal["union", "base"]
     base: int | None = None
     rules: Mapping[str, TokenRule] = field(default_factory=dict)
     pad_to_multiple_of: int = 1
+    approximation: Approximation | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Vocabulary:
 
     `rows[m]: int64[V]` is each token's row in model m, -1 where the model lacks the token; such a row is filled with
     the mean of the rows `fills[token id]`, pairs of model and row (zeros without pairs). `padding` more rows hold the
-    mean of all rows. `tokenizer` is the merged model's; `copied`: the folder whose tokenizer it is, unchanged.
+    mean of all rows. `tokenizer` is the merged model's; `copied`: the folder whose tokenizer it is, unchanged;
+    `transplant`: how missing rows are approximated, in place of `fills`.
     """
 
     rows: tuple[np.ndarray, ...]
@@ -70,6 +75,7 @@ class Vocabulary:
     tokenizer: Any
     copied: Path | None
     warnings: tuple[str, ...] = ()
+    transplant: Transplant | None = None
 
     @property
     def size(self) -> int:
@@ -276,8 +282,11 @@ def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoic
     """The merged model's vocabulary. counts: the rows that each model's embedding has.
 
     A token that a model lacks takes the base's row, else its only owner's, else the mean over those who have it.
-    Raises InputError where the numbering has gaps, or where a rule cannot be followed.
+    Raises InputError where the numbering has gaps, where a rule cannot be followed, and where a row cannot be
+    approximated for want of common tokens.
     """
+    if choice.approximation is not None:
+        return _transplanted(folders, counts, choice, choice.approximation)
     first = choice.base if choice.base is not None else 0
     bare = [folder for i, folder in enumerate(folders) if i != first and not has_tokenizer(folder)]
     tokenizers = [load_tokenizer(folders[first] if folder in bare else folder) for folder in folders]
@@ -331,6 +340,51 @@ def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoic
     return Vocabulary(tuple(rows), fills, padding, tokenizer, copied, tuple(warnings))
 
 
+def _transplanted(
+    folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoice, how: Approximation
+) -> Vocabulary:
+    """The vocabulary where each model approximates the tokens that it lacks."""
+    assert isinstance(choice.source, int | Path)
+    donor = folders[choice.source] if isinstance(choice.source, int) else choice.source
+    tokenizer = load_tokenizer(donor)
+    keys = token_keys(tokenizer)
+    if sorted(keys) != list(range(len(keys))):
+        raise InputError(donor, "its tokenizer leaves gaps in its numbering; rows cannot be aligned by token")
+    rows, pieces, warnings = [], {}, []
+    texts = sum(keys[number][0][0] == "text" for number in range(len(keys)))
+    for model, (folder, count) in enumerate(zip(folders, counts, strict=True)):
+        source = load_tokenizer(folder)
+        owned: dict[Key, int] = {}
+        # Among tokens of the same bytes a text comes before <0x41>.
+        by_length = sorted(
+            token_keys(source).items(), key=lambda item: (len(source.convert_ids_to_tokens(item[0])), item[0])
+        )
+        for row, own_keys in by_length:
+            for key in own_keys if row < count else ():
+                owned.setdefault(key, row)
+        numbers = np.array(
+            [next((owned[key] for key in keys[i] if key in owned), -1) for i in range(len(keys))], np.int64
+        )
+        if model == choice.source:
+            numbers = np.where(np.arange(len(keys)) < count, np.arange(len(keys)), -1)
+        missing = np.flatnonzero(numbers < 0)
+        shared = sum(numbers[i] >= 0 for i in range(len(keys)) if keys[i][0][0] == "text")
+        share = f"has {shared:,} of the {texts:,} tokens of {donor} ({shared / max(texts, 1):.1%})"
+        if missing.size and not shared and how.needs_shared:
+            raise InputError(
+                folder, f"{share}; {how.approximate} needs tokens that both have: expected approximate: subword, or a "
+                "donor that shares some",
+            )  # fmt: skip
+        if missing.size:
+            warnings.append(f"{folder}: {share}; the rows of {missing.size:,} are made by {how.approximate}")
+        if how.approximate == "subword":
+            pieces[model] = pieces_of(source, [keys[int(number)][0] for number in missing])
+        rows.append(numbers)
+    transplant = Transplant(how, donor, pieces)
+    padding = -len(keys) % choice.pad_to_multiple_of
+    return Vocabulary(tuple(rows), {}, padding, tokenizer, donor, tuple(warnings), transplant)
+
+
 def _by_rule(
     folders: Sequence[Path], owned: Sequence[Mapping[str, int]], counts: Sequence[int], token: str, rule: TokenRule
 ) -> tuple[tuple[int, int], ...]:
@@ -357,11 +411,13 @@ def aligned_rows(vocabulary: Vocabulary, model: int, tensors: Mapping[int, np.nd
     missing = np.flatnonzero(rows < 0)
     if not missing.size and not vocabulary.padding:
         return tensor[rows]
-    result = np.zeros((vocabulary.size, *tensor.shape[1:]), np.float32)
-    result[: len(rows)] = tensor[np.maximum(rows, 0)]
+    result = tensor[np.maximum(rows, 0)].astype(np.float32)
     for number in missing:
         parts = [np.asarray(tensors[donor][row], np.float32) for donor, row in vocabulary.fills[int(number)]]
         result[number] = np.mean(parts, axis=0) if parts else 0.0
-    if vocabulary.padding:
-        result[len(rows) :] = result[: len(rows)].mean(axis=0)
-    return result
+    return padded_rows(vocabulary, result)
+
+
+def padded_rows(vocabulary: Vocabulary, rows: np.ndarray) -> np.ndarray:
+    """The rows of all tokens `[V, …]`, with the vocabulary's padding behind them."""
+    return np.concatenate([rows, np.broadcast_to(rows.mean(axis=0), (vocabulary.padding, *rows.shape[1:]))])

@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from evojax_merge.checkpoints.folder import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
+from evojax_merge.checkpoints.quantised import FP8
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.errors import InputError
 from evojax_merge.system.file_system import check_free
@@ -41,6 +42,8 @@ USUAL_FILES = {
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # This many evenly spaced blocks of a large file tell whether it is the file that was written.
 BLOCKS, BLOCK_BYTES = 64, 4096
+# The names of dtypes in headers.
+NAMES = DTYPE_NAMES | {FP8: "F8_E4M3"}
 # The metadata by which libraries recognise a file of torch's tensors.
 PYTORCH: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
@@ -261,16 +264,41 @@ class ShardWriter:
             file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def _header(self, names: list[str]) -> bytes:
-        rows: dict[str, object] = {"__metadata__": dict(self.metadata)} if self.metadata else {}
-        offset = 0
-        for name in names:
-            spec = self.specs[name]
-            rows[name] = {
-                "dtype": DTYPE_NAMES[spec.dtype],
-                "shape": list(spec.shape),
-                "data_offsets": [offset, offset + spec.nbytes],
-            }
-            offset += spec.nbytes
-        text = json.dumps(rows, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        return safetensors_header({name: self.specs[name] for name in names}, self.metadata)
+
+
+def safetensors_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], nbytes: int = 0) -> bytes:
+    """The header of a safetensors file whose tensors follow in this order, filled up with spaces to `nbytes`."""
+    rows: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, spec in specs.items():
+        end = offset + spec.nbytes
+        rows[name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(rows, separators=(",", ":")).encode().ljust(nbytes - 8)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class GrowingFile:
+    """A new safetensors file whose tensors are known when they are written: it begins with space for a header of
+    `most_tensors` names of up to `longest_name` bytes."""
+
+    def __init__(self, file: Path, most_tensors: int, longest_name: int) -> None:
+        # A row of the header has at most 150 bytes beside the name.
+        self._space, self._specs = -(-(1024 + most_tensors * (longest_name + 150)) // 8) * 8, dict[str, TensorSpec]()
+        self._handle = file.open("wb")
+        self._handle.seek(self._space)
+
+    def __enter__(self) -> "GrowingFile":
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._handle.seek(0)
+            self._handle.write(safetensors_header(self._specs, PYTORCH, self._space))
+        self._handle.close()
+
+    def write(self, name: str, values: np.ndarray) -> None:
+        self._specs[name] = TensorSpec(values.shape, values.dtype)
+        self._handle.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)

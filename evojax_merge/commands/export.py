@@ -5,21 +5,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from evojax_merge import plugins
 from evojax_merge.backends.backend import Backend
 from evojax_merge.backends.registry import find_backend
-from evojax_merge.checkpoints.writer import check_new_model, check_output
-from evojax_merge.commands.merge import card_of_merge, local_inputs, parts_of_runs, write_model
+from evojax_merge.checkpoints.writer import MAX_SHARD_BYTES, check_new_model, check_output
+from evojax_merge.commands.merge import (
+    MergeOptions,
+    card_of_merge,
+    check_new_output,
+    gguf_of,
+    local_inputs,
+    parts_of_runs,
+    planned_dtype,
+    write_model,
+)
+from evojax_merge.commands.moe import write_mixture
 from evojax_merge.config.search_config import Config
-from evojax_merge.errors import Failed, InputError
-from evojax_merge.mergekit.as_adapter import RankError, prepare_adapter, write_as_adapter
+from evojax_merge.errors import Failed, InputError, print_warning
+from evojax_merge.mergekit.as_adapter import AdapterOptions, RankError, prepare_adapter, write_as_adapter
+from evojax_merge.mergekit.as_fp8 import FP8_DTYPE, in_fp8
+from evojax_merge.mergekit.as_gguf import is_gguf_name
 from evojax_merge.mergekit.execute import merge_to
+from evojax_merge.mergekit.other_formats import MOE, other_format
 from evojax_merge.mergekit.stages import prepare_stream
-from evojax_merge.mergekit.streams import RecipeStream, parse_stream, read_stream
-from evojax_merge.mergekit.write import in_dtype
+from evojax_merge.mergekit.streams import RecipeStream, parse_stream
+from evojax_merge.mergekit.write import dump_documents, in_dtype
 from evojax_merge.problem import (
     build_problem,
     config_from,
@@ -40,28 +54,58 @@ from evojax_merge.zoo.references import resolve_reference
 
 @dataclass(frozen=True)
 class _Output:
-    """The model to write of a run: `out`, in a dtype, or as an adapter of a rank; None: as it was searched, and
-    whole."""
+    """The model to write of a run: `out`, in a dtype, as an adapter of a rank, or as a GGUF file of a type; None: as it
+    was searched, and whole."""
 
     folder: RunFolder
     out: Path
     dtype: str | None
     overwrite: bool
     rank: int | None
+    type: str | None
+    max_shard_bytes: int
 
-    def write(self, stream: RecipeStream, text: str, card: str | None = None) -> None:
-        """Write the model of a recipe. `text`: the recipe as YAML; `card`: None makes one from the recipe."""
+    def write(self, path: Path, text: str, card: str | None = None) -> None:
+        """Write the model of a recipe. `text`: the recipe as YAML, whose relative paths start in the folder of `path`;
+        `card`: None makes one from the recipe."""
+        documents = parse_documents(path, text)
+        if len(documents) == 1 and other_format(documents[0]) == MOE:
+            self._write_mixture(documents[0], card)
+        else:
+            self._write_merge(parse_stream(path, documents), text, card)
+
+    def _write_mixture(self, document: dict[str, Any], card: str | None) -> None:
+        unfit = {"--as adapter": self.rank is not None, "--dtype": self.dtype == FP8_DTYPE}
+        unfit["a GGUF file"] = self.type is not None or is_gguf_name(self.out)
+        option = next((option for option, is_asked in unfit.items() if is_asked), None)
+        if option is not None:
+            raise InputError(
+                self.folder.path, f"{option}: a mixture is exported as a folder; leave it out, and merge the folder "
+                "with a recipe of it alone (passthrough) to have it in another form",
+            )  # fmt: skip
+        options = MergeOptions(dtype=self.dtype, overwrite=self.overwrite, max_shard_bytes=self.max_shard_bytes)
+        write_mixture(document, self.out, options, True, print_warning, card, self.folder.parts)
+        console.print(f"wrote {self.out}", soft_wrap=True)
+
+    def _write_merge(self, stream: RecipeStream, text: str, card: str | None) -> None:
         out, rank, parts = self.out, self.rank, self.folder.parts
-        check_new_model(out, self.overwrite, [*parts, *local_inputs(stream), *parts_of_runs(out)])
+        keep = [*parts, *local_inputs(stream), *parts_of_runs(out)]
+        check_new_output(out, self.overwrite, keep, self.type, self.dtype)
         if any(recipe.method.random for recipe in (*(stage.recipe for stage in stream.stages), stream.result)):
             check_masks(self.folder)
-        with prepare_stream(stream, out, self.dtype, find=resolve_reference) as stream_plan:
+        with prepare_stream(stream, out, planned_dtype(self.dtype), find=resolve_reference) as stream_plan:
             searched = stream_plan.result.recipe.out_dtype
             card = card_in_dtype(card or card_of_merge(out, stream_plan, text), searched, self.dtype)
-            write: Callable[..., RankError | None] = partial(merge_to, recipe=in_dtype(text, self.dtype))
+            write: Callable[..., RankError | None] = partial(merge_to, max_shard_bytes=self.max_shard_bytes)
+            if is_gguf_name(out):
+                write = gguf_of(stream_plan, out, self.type, print_warning)
+            elif self.dtype == FP8_DTYPE:
+                write = in_fp8(write)
+            write = partial(write, recipe=in_dtype(text, planned_dtype(self.dtype)))
             if rank is not None:
                 base = prepare_adapter(stream_plan, rank)
-                write = partial(write_as_adapter, rank=rank, describe=partial(adapter_card, base=base, rank=rank))
+                options, describe = AdapterOptions(rank), partial(adapter_card, base=base)
+                write = partial(write_as_adapter, options=options, describe=describe)
             keep = [*stream_plan.inputs, *parts]
             error = write_model(stream_plan, out, card, "exporting", self.overwrite, keep, write)
         if error is not None:
@@ -71,7 +115,8 @@ class _Output:
     def write_genome(self, best_so_far: bool) -> None:
         """Write the winner, or the best candidate so far, of a backend that makes candidates of genomes."""
         folder = self.folder
-        for value, option in ((self.dtype, "--dtype"), (self.rank, "--as-adapter")):
+        gguf_name = self.type or (self.out.name if is_gguf_name(self.out) else None)
+        for value, option in ((self.dtype, "--dtype"), (self.rank, "--as-adapter"), (gguf_name, "a GGUF file")):
             if value is not None:
                 raise InputError(
                     folder.path, f"{option}: is for language models, and this run has others; leave it out"
@@ -110,7 +155,7 @@ class _Output:
                 )
             state = saved.strategy_state(problem.seed, problem.strategy, problem.space)
             text = problem.within(context_of(problem.strategy, state)).backend.recipe(genome)
-            self.write(parse_stream(running.recipe, parse_documents(running.recipe, text)), text)
+            self.write(running.recipe, text)
         chosen_on = "whole search split" if problem.splits.validation is None else "validation split"
         console.print(
             f"the best candidate of {saved.generations} generations, fitness {fitness:.4f} on the examples that every "
@@ -120,10 +165,11 @@ class _Output:
 
 def export(
     run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far: bool, member: int | None = None,
-    rank: int | None = None,
+    rank: int | None = None, type_name: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
+    polished: bool = False,
 ) -> None:  # fmt: skip
-    """Write a run's winner, its best candidate so far, or a member of its front: as a model, or, where a rank is given,
-    as an adapter of its base of that rank."""
+    """Write a run's winner, its best candidate so far, or a member of its front: as a model, as a GGUF file of a type,
+    or, where a rank is given, as an adapter of its base of that rank. polished: the winner with its adapter."""
     plugins.load()
     folder = run_at(run)
     config = read_run_config(folder.config)
@@ -131,18 +177,24 @@ def export(
     recover(out)
     backend = config.get("backend", Config.model_fields["backend"].default)
     merges_recipes = find_backend(f"{folder.config}: backend", backend, folder.path).merges_recipes
-    output, finished = _Output(folder, out, dtype, overwrite, rank), folder.is_finished()
-    if member is not None and merges_recipes:
+    output, finished = _Output(folder, out, dtype, overwrite, rank, type_name, max_shard_bytes), folder.is_finished()
+    if polished:
+        if best_so_far or member is not None or not folder.adapter.is_dir():
+            what = "polished: is the winner of a finished search with search.then: polish, and better than the merge"
+            raise InputError("--as", f"{what}; {folder.adapter} is missing, or another candidate was asked for")
+        text = dump_documents([{"merge_method": "passthrough", "models": [{"model": folder.winner}]}])
+        output.write(folder.recipe, text)
+    elif member is not None and merges_recipes:
         file = find_member(folder, member)
-        output.write(read_stream(file), file.read_text(encoding="utf-8"))
+        output.write(file, file.read_text(encoding="utf-8"))
     elif not merges_recipes:
         output.write_genome(best_so_far and not finished)
     elif best_so_far and not (finished and folder.recipe.exists()):
         output.write_best_so_far()
     elif folder.recipe.exists():
-        stream, file = read_stream(folder.recipe), folder.model / "README.md"
+        file = folder.model / "README.md"
         card = read_regular(file, "a model card", MAX_DOCUMENT).decode(errors="replace") if file.exists() else None
-        output.write(stream, folder.recipe.read_text(encoding="utf-8"), card)
+        output.write(folder.recipe, folder.recipe.read_text(encoding="utf-8"), card)
     elif folder.params.exists():
         raise InputError(run, f"is a run of search_pytrees, whose winner is a pytree: best/{folder.params.name}")
     else:
@@ -167,7 +219,7 @@ def _stage_begun_last(folder: RunFolder) -> tuple[RunFolder, Config]:
         return folder, config
     before = [RunFolder(folder.stages / f"stage-{number}") for number in range(1, len(config.stages))]
     if folder.history.exists() or not before:
-        winner = str(before[-1].model) if before else None
+        winner = before[-1].winner if before else None
         return folder, stage_config(config, config.stages[-1], winner)
     begun = [stage for stage in before if is_run(stage)]
     if not begun:

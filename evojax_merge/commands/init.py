@@ -43,7 +43,7 @@ from evojax_merge.inspection.first_config import (
 from evojax_merge.inspection.models import Model, read_models
 from evojax_merge.inspection.ways import DATA, DECODER, FILES, Way
 from evojax_merge.inspection.weights import compare_weights, tensor_bytes
-from evojax_merge.models.architecture import FINAL_NORM, ROUTER, architecture_of, shared_leaves
+from evojax_merge.models.architecture import FINAL_NORM, ROUTER, components_of, shared_leaves
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.report.comparison import model_names
@@ -188,6 +188,9 @@ def choose_method(choices: Choices, models: Models) -> Method:
     searched, or that does not take the models."""
     name = choices.method or models.advice.method or ("ties" if models.has_base else "linear")
     method, has_base = find_method("--method", name), models.has_base
+    if method.looks_at:
+        what = f"{method.name} looks at prompts; write another method's config, and add calibration: {{file: …}}"
+        raise InputError("--method", what)
     if not searched_parameters(method):
         able = ", ".join(name for name, other in METHODS.items() if searched_parameters(other))
         raise InputError("--method", f"{method.name} has no parameter to search; expected one of {able}")
@@ -274,7 +277,7 @@ def first_config(path: Path, choices: Choices, models: Models) -> FirstConfig:
 
 def _components(decoder: DecoderConfig, unchanged: Sequence[str]) -> list[list[str]]:
     """The choices of `components`, from fine to coarse. A component that no parent changes goes with another one."""
-    every = list(architecture_of(decoder).components)
+    every = list(components_of(decoder))
     parts = [name for name in every if name != ROUTER]
     changed = [name for name in parts if name not in unchanged] or parts[:1]
     still = [name for name in parts if name not in changed]

@@ -41,9 +41,16 @@ def strategies_table() -> Table:
 
 
 def architectures_table() -> Table:
+    """The model_types of known decoders, of larger models, and of the other decoders of the installed transformers."""
+    # Imports torch, where it is installed.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    native = model_types()
+    others = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - {*native, *LARGER_MODELS})
     rows = [
-        *((name, "yes", "yes") for name in model_types()),
+        *((name, "yes", "yes") for name in native),
         ("\n".join(sorted(LARGER_MODELS)), "their text decoder, of an architecture above", "yes"),
+        (", ".join(others), "with `backend: torch` alone", "yes, where tensors and shapes match (safetensors)"),
         ("any other", "no", "yes, where tensors and shapes match (safetensors)"),
     ]
     return Table(("model_type", "search, evaluate", "merge"), rows)

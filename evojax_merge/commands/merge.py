@@ -1,9 +1,9 @@
 """`evojax-merge merge`: one merge of a mergekit recipe, without a search."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,12 +17,16 @@ from evojax_merge.checkpoints.writer import (
     require_space,
 )
 from evojax_merge.errors import InputError, print_warning
+from evojax_merge.mergekit.account import TensorFate
+from evojax_merge.mergekit.as_fp8 import FP8_DTYPE, in_fp8
+from evojax_merge.mergekit.as_gguf import check_new_gguf, is_gguf_name, plan_gguf, write_as_gguf
 from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.pipelines import PipelinePlan, prepare_pipelines
 from evojax_merge.mergekit.stages import StreamPlan, merge_stream, prepare_stream
 from evojax_merge.mergekit.streams import RecipeStream, parse_stream, stream_warnings
 from evojax_merge.mergekit.unused_keys import blaming_slips, few_lines, without_unused_keys
 from evojax_merge.mergekit.write import dump_documents
+from evojax_merge.report.account import card_section, summary, table, with_public_names
 from evojax_merge.report.card import merge_card
 from evojax_merge.report.front_matter import changed_front_matter
 from evojax_merge.report.notices import Log, log_unused_config_keys, print_warnings
@@ -42,8 +46,10 @@ class MergeOptions:
 
     `dtype`, `seed`: in place of the recipe's. `overwrite`: replace a model that evojax-merge wrote. `allow_nonfinite`,
     `allow_crimes`: see `prepare_stream`. `strict`: an error, not a warning, where mergekit ignores a key of a recipe or
-    reads it as something else, and where a filter means no tensor. `copy_tokenizer`: write the first model's tokenizer
-    as well. `card`: write a card and the recipe as well. `max_shard_bytes`: the most bytes in a file of weights."""
+    reads it as something else, where a filter means no tensor, and where a tensor is left out that the recipe says
+    nothing about. `verbose`: print the fate of each tensor. `copy_tokenizer`: write the first model's tokenizer
+    as well. `card`: write a card and the recipe as well. `max_shard_bytes`: the most bytes in a file of weights.
+    `type`: the type of a GGUF file."""
 
     dtype: str | None = None
     seed: int | None = None
@@ -51,9 +57,11 @@ class MergeOptions:
     allow_nonfinite: bool = False
     allow_crimes: bool = False
     strict: bool = False
+    verbose: int = 0
     copy_tokenizer: bool = True
     card: bool = True
     max_shard_bytes: int = MAX_SHARD_BYTES
+    type: str | None = None
 
 
 def merge(
@@ -89,31 +97,87 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
         with blaming_slips([] if strict else given):
             stream = parse_stream(path, documents)
         recipe_file = [recipe] if isinstance(recipe, Path) else []
-        check_new_model(out, options.overwrite, [*local_inputs(stream), *recipe_file, *parts_of_runs(out)])
+        keep = [*local_inputs(stream), *recipe_file, *parts_of_runs(out)]
+        check_new_output(out, options.overwrite, keep, options.type, options.dtype)
         with blaming_slips([] if strict else given):
             pipelines = prepare_pipelines(
                 stream, resolve_reference, options.dtype, options.seed, options.allow_nonfinite, strict
             )
         said_twice = few_lines(path, twice, "more keys stand twice")
         if pipelines is not None:
-            for line in (*said_twice, *ignored, *unmatched_lines(path, pipelines, strict), *pipelines.warnings):
+            if is_gguf_name(out):
+                raise InputError(out, "is the name of a GGUF file, which diffusers folders have not; choose a folder")
+            unmatched = unmatched_lines(path, pipelines, strict)
+            fates = checked_account(path, pipelines, pipelines.models, strict)
+            for line in (*said_twice, *ignored, *unmatched, *pipelines.warnings):
                 warn(line)
+            print_account(fates, options.verbose, log)
             write_pipeline(pipelines, out, options, text)
             return
         with blaming_slips([] if strict else given):
             planned = prepare_stream(
-                stream, out, options.dtype, options.seed, options.allow_nonfinite, resolve_reference,
+                stream, out, planned_dtype(options.dtype), options.seed, options.allow_nonfinite, resolve_reference,
                 options.copy_tokenizer, options.allow_crimes, strict,
             )  # fmt: skip
             stream_plan = stack.enter_context(planned)
         unmatched = unmatched_lines(path, stream_plan, strict)
+        fates = checked_account(path, stream_plan, stream_plan.paths, strict)
         for line in (*said_twice, *ignored, *unmatched, *stream_warnings(stream), *stream_plan.warnings):
             warn(line)
         log_unused_config_keys(list(stream_plan.models.values()), log)
+        print_account(fates, options.verbose, log)
         inputs = [file for file in stream_plan.inputs if recipe_file or file != path]
         card = card_of_merge(out, stream_plan, text) if options.card else None
-        write = partial(merge_to, recipe=text if options.card else None, max_shard_bytes=options.max_shard_bytes)
+        write: Callable[..., None] = partial(merge_to, max_shard_bytes=options.max_shard_bytes)
+        if is_gguf_name(out):
+            write = gguf_of(stream_plan, out, options.type, warn)
+        elif options.dtype == FP8_DTYPE:
+            write = in_fp8(write)
+        write = partial(write, recipe=text if options.card else None)
         write_model(stream_plan, out, card, "merging", options.overwrite, inputs, write)
+
+
+def transplant(model: str, donor: str, out: Path, given: Mapping[str, Any]) -> None:
+    """Give a model a donor's tokenizer, and report on the terminal. given: the fields of `MergeOptions`, and keys of
+    `Approximation`."""
+    names = {field.name for field in fields(MergeOptions)}
+    options = MergeOptions(**{name: value for name, value in given.items() if name in names})
+    how = {name: value for name, value in given.items() if name not in names}
+    write_merge([transplant_recipe(model, donor, how)], out, options, say, print_warning)
+    console.print(f"wrote {out}", soft_wrap=True)
+
+
+def transplant_recipe(model: str, donor: str, how: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe that gives a model a donor's tokenizer and merges nothing."""
+    source = {"of": donor, **how}
+    return {"merge_method": "passthrough", "models": [{"model": model}], "tokenizer_source": source}
+
+
+def check_new_output(
+    out: Path, overwrite: bool, keep: Sequence[Path], type_name: str | None, dtype: str | None
+) -> None:
+    """Raises InputError where a model must not be written to `out`, a folder or a GGUF file of a type."""
+    if is_gguf_name(out) and dtype == FP8_DTYPE:
+        raise InputError("--dtype", f"{FP8_DTYPE}: is for folders; expected --type q8_0 for {out}")
+    if is_gguf_name(out):
+        check_new_gguf(out, overwrite, keep)
+    elif type_name is not None:
+        raise InputError("--type", f"{type_name}: is for GGUF files; expected a name that ends in .gguf, not {out}")
+    else:
+        check_new_model(out, overwrite, keep)
+
+
+def planned_dtype(dtype: str | None) -> str | None:
+    """The dtype of the merge itself, whose numbers are then quantised to FP8."""
+    return None if dtype == FP8_DTYPE else dtype
+
+
+def gguf_of(stream_plan: StreamPlan, out: Path, type_name: str | None, warn: Log) -> Callable[..., None]:
+    """Return the function that writes a planned merge as a GGUF file, in the form that `merge_stream` takes."""
+    plan = plan_gguf(stream_plan.result, out, type_name)
+    for line in plan.warnings:
+        warn(line)
+    return partial(write_as_gguf, plan=plan)
 
 
 def unmatched_lines(path: Path, plan: StreamPlan | PipelinePlan, strict: bool) -> list[str]:
@@ -125,6 +189,30 @@ def unmatched_lines(path: Path, plan: StreamPlan | PipelinePlan, strict: bool) -
     return few_lines(path, lines, "more filters mean no tensor")
 
 
+def checked_account(
+    path: Path, plan: StreamPlan | PipelinePlan, models: Mapping[str, Path], strict: bool
+) -> list[TensorFate]:
+    """The fates of a planned merge's tensors, with the models' public names. models: the folder of each model, by its
+    name in the recipe. Raises InputError for a tensor that is left out, with `strict`."""
+    fates = with_public_names(plan.account, models)
+    left_out = [fate for fate in fates if fate.fate == "left out"]
+    if strict and left_out:
+        first = left_out[0]
+        more = f" and {len(left_out) - 1} more are" if len(left_out) > 1 else " is"
+        raise InputError(
+            path, f"--strict: {first.tensor} of {first.model}{more} left out: {first.reason} (on_mismatch: in the "
+            "recipe says what becomes of such tensors)",
+        )  # fmt: skip
+    return fates
+
+
+def print_account(fates: Sequence[TensorFate], verbose: int, log: Log) -> None:
+    """Print what becomes of a merge's tensors, in one line or, if verbose, in a table as well."""
+    log(summary(fates))
+    if verbose:
+        console.print(table(fates).terminal())
+
+
 def write_pipeline(pipelines: PipelinePlan, out: Path, options: MergeOptions, text: str) -> None:
     """Do the planned merge of diffusers folders. text: its recipe as YAML."""
     check = partial(check_output, out, [*pipelines.inputs, *parts_of_runs(out)])
@@ -134,6 +222,7 @@ def write_pipeline(pipelines: PipelinePlan, out: Path, options: MergeOptions, te
     if options.card:
         card = merge_card(out.name, [pipelines.recipe.method.name], pipelines.models, text)
         card = changed_front_matter(card, {"library_name": "diffusers"})
+        card += card_section(with_public_names(pipelines.account, pipelines.models))
     with merge_bar("merging", "", sum(plan.nbytes for plan in pipelines.merges.values())) as progress:
         merge_to(
             pipelines, out, card=card, recipe=text if options.card else None, max_shard_bytes=options.max_shard_bytes,
@@ -147,7 +236,8 @@ def write_model(
 ) -> T:  # fmt: skip
     """Do planned merges and write the result, unless `out` may not be written to (see `check_output`) or the disk is
     too full. `write`: see `merge_stream`."""
-    check = partial(check_output, out, [*keep, *parts_of_runs(out)])
+    others = [*keep, *parts_of_runs(out)]
+    check = partial(check_new_gguf, out, overwrite, others) if is_gguf_name(out) else partial(check_output, out, others)
     check()
     require_space(out, stream_plan.peak_bytes)
     bar = partial(merge_bar, label)
@@ -157,8 +247,8 @@ def write_model(
 def card_of_merge(out: Path, stream_plan: StreamPlan, text: str) -> str:
     """The model card of a planned merge. text: its recipe as YAML."""
     methods = list(dict.fromkeys(merge_plan.recipe.method.name for merge_plan in stream_plan.merges))
-    models = {model: folder.path for model, folder in stream_plan.models.items()}
-    return merge_card(out.name, methods, models, text)
+    models = stream_plan.paths
+    return merge_card(out.name, methods, models, text) + card_section(with_public_names(stream_plan.account, models))
 
 
 def local_inputs(stream: RecipeStream) -> list[Path]:

@@ -54,6 +54,8 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
         for line in stage_plan.lines():
             console.print(line, soft_wrap=True)
         console.print(stage_plan.table())
+        if stage_plan.fits:
+            console.print(stage_plan.times())
         for line in stage_plan.conclusion():
             console.print(line, soft_wrap=True)
     if output is not None:

@@ -59,7 +59,8 @@ from evojax_merge.search.run_folder import (
 from evojax_merge.search.run_lock import check_not_in_use, holder
 from evojax_merge.search.run_log import early_lines
 from evojax_merge.search.run_parts import RunFolder
-from evojax_merge.steps.planning import advice, disk_bytes
+from evojax_merge.steps.advice import advice
+from evojax_merge.steps.planning import disk_bytes
 from evojax_merge.system import interrupts
 from evojax_merge.system.console import console, say, working
 from evojax_merge.system.file_system import check_outputs
@@ -273,7 +274,7 @@ def run_search(
                 ):
                     core.search(folder, problem, prepared[number], after_page, force, judges)
             if folder is not run:
-                winner = str(folder.model)
+                winner = folder.winner
                 on_started(run)
 
 
@@ -294,7 +295,7 @@ def _require_bank(path: Path, problem: SearchProblem[Backend], force: bool) -> N
         require_memory(f"{path}: parents", what, nbytes, unused_memory())
     except InputError as error:
         if not force:
-            remedy = format_advice(advice(problem, 0))
+            remedy = format_advice(advice(problem, problem.prepare()))
             raise InputError(error.where, f"{error.what}; {remedy} ({core.FORCE})") from None
 
 

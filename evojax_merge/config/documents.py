@@ -228,13 +228,18 @@ def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> s
     return f"{key}: expected {_expected(annotation, metadata)}, found {describe_value(value)}"
 
 
-def parse(path: Path, document: Any, schema: type[Section]) -> Any:
+def parse(path: Path | str, document: Any, schema: type[Section]) -> Any:
     """Check a parsed document against a schema; InputError names the first key that does not fit. The plugins that the
     document names are loaded first, and have absolute paths afterwards: they add kinds of tasks."""
     if not isinstance(document, dict):
         raise InputError(path, f"expected a mapping, found {type(document).__name__}")
     named = document.get("plugins")
-    if "plugins" in schema.model_fields and isinstance(named, list) and all(isinstance(name, str) for name in named):
+    if (
+        isinstance(path, Path)
+        and "plugins" in schema.model_fields
+        and isinstance(named, list)
+        and all(isinstance(name, str) for name in named)
+    ):
         document = document | {"plugins": plugins.load_named(f"{path}: plugins", named, path.parent)}
     try:
         return schema.model_validate(document)

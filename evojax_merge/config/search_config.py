@@ -1,8 +1,6 @@
 """The schema of a search's YAML, typed (`config.documents` checks documents against it)."""
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -18,9 +16,14 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from evojax_merge import plugins
 from evojax_merge.config.documents import describe_value
 from evojax_merge.errors import did_you_mean, nearest
+from evojax_merge.schema.approximation import TokenizerSource
+from evojax_merge.schema.budget import Budget, parse_budget
+from evojax_merge.schema.calibration import Calibration
+from evojax_merge.schema.mixture_space import MixtureSpaceConfig
 from evojax_merge.schema.section import (
     MAX_SEED,
     Form,
+    LayersPerGroup,
     Location,
     Name,
     Number,
@@ -61,9 +64,7 @@ class SpaceConfig(Section):
 
     kind: Literal["parameter"] = Field("parameter", description="what is searched; may be left out")
     method: Name = Field(description="the merge method, one of `evojax-merge methods`")
-    layers_per_group: Annotated[
-        Annotated[Whole, Field(ge=1)] | Literal["all"], Form("a whole number, 1 or more, or all")
-    ] = Field(1, description="how many neighbouring layers share their parameters")
+    layers_per_group: LayersPerGroup = Field(1, description="how many neighbouring layers share their parameters")
     components: list[Name] = Field(
         ["attention", "mlp", "norm"],
         max_length=100,
@@ -205,8 +206,8 @@ Plugins = Annotated[list[Location], Field(max_length=100)]
 
 # The names of possible seeds of a search: see configs/README.md.
 Seed = Literal["uniform", "parents", "trimmed_parents", "task_vectors"]
-# The merges without a search that a held-out table may show beside the uniform merge.
-Control = Literal["greedy"]
+# The models that nobody searched and that a held-out table may show beside the winner.
+Control = Literal["greedy", "uniform", "random", "lora"]
 
 
 class StopConfig(Section):
@@ -237,28 +238,6 @@ AUTO = "auto"
 VOTES, JUDGED_KINDS = "votes", ("human", "human_images")
 # The most generations of a search.
 MAX_GENERATIONS = 1_000_000
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The work of a search: its passes (one candidate on all examples that a generation is scored on), or its seconds
-    of evaluating; neither where its generations are given."""
-
-    passes: float | None = None
-    seconds: float | None = None
-
-
-_BUDGET = re.compile(r"(\d{1,12}(?:\.\d{1,6})?) ?(pass|passes|s|m|min|h|d)", re.ASCII)
-_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
-
-
-def parse_budget(text: str) -> Budget | None:
-    """The budget that a text such as `500 passes` or `2h` means; None: it means none."""
-    match = _BUDGET.fullmatch(text.strip())
-    if match is None or not float(match[1]):
-        return None
-    amount = float(match[1])
-    return Budget(seconds=amount * _SECONDS[match[2]]) if match[2] in _SECONDS else Budget(passes=amount)
 
 
 def _budget(text: str) -> str:
@@ -297,7 +276,17 @@ class SearchConfig(Section):
     generation.
     """
 
-    optional = ("budget", "rung_examples", "seeds", "controls", "validation", "validate_every", "stop", "gradient")
+    optional = (
+        "budget",
+        "rung_examples",
+        "seeds",
+        "controls",
+        "then",
+        "validation",
+        "validate_every",
+        "stop",
+        "gradient",
+    )
 
     strategy: Name = Field("cma_es", description="one of `evojax-merge strategies`; auto: chosen for the search")
     population: Whole | None = Field(
@@ -332,7 +321,13 @@ class SearchConfig(Section):
         description="merges that generation 1 begins with; default: uniform and parents, if the space has them",
     )
     controls: list[Control] = Field(
-        [], max_length=1, description="further rows of the held-out table; greedy: the greedy soup of the parents"
+        [],
+        max_length=4,
+        description="further rows of the held-out table: a soup, a merge, random candidates, trained adapters",
+    )
+    then: Literal["polish"] | None = Field(
+        None,
+        description="after the search; polish: the winner is trained further, as an adapter, for as many passes",
     )
     validation: Annotated[Real, Form("a share from 0 to below 1")] = Field(
         0.0, ge=0.0, lt=1.0, description="share of the search split that is kept back, for the choice of the winner"
@@ -360,10 +355,11 @@ class SearchConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "SearchConfig":
-        seeds = self.seeds or []
-        twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
-        if twice is not None:
-            raise ValueError(f"seeds: {twice} stands twice; expected each once")
+        named: dict[str, list[Any]] = {"seeds": self.seeds or [], "controls": self.controls}
+        for key, names in named.items():
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"{key}: {twice} stands twice; expected each once")
         if self.budget is not None and "generations" in self.model_fields_set:
             raise ValueError(f"budget: {self.budget}, and generations: {self.generations:,}; expected one of them")
         if self.validate_every is not None and not self.validation:
@@ -388,9 +384,10 @@ class StageConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_pool(cls, document: Any) -> Any:
-        if isinstance(document, dict) and "pool" in document:
-            raise ValueError("pool: a stage has a space or a data_flow; breed models in a search of its own")
+    def _has_other_kind(cls, document: Any) -> Any:
+        for key in ("pool", "mixture"):
+            if isinstance(document, dict) and key in document:
+                raise ValueError(f"{key}: a stage has a space or a data_flow; give it a search of its own")
         return document
 
     @model_validator(mode="after")
@@ -453,8 +450,10 @@ class Config(Section):
     """A whole search: over one space, or in stages."""
 
     # The keys of which one says what candidates are, each with its kind of candidates over language models.
-    kinds: ClassVar[dict[str, str]] = {"space": "merge", "data_flow": "layer_path", "pool": "member"}
-    optional = ("backend", "pool", "other_modules", "components", "scale", "plugins", "log")
+    kinds: ClassVar[dict[str, str]] = {
+        "space": "merge", "data_flow": "layer_path", "pool": "member", "mixture": "mixture"
+    }  # fmt: skip
+    optional = ("backend", "pool", "mixture", "other_modules", "components", "calibration", "scale", "plugins", "log")
 
     base: Location | None = Field(None, description="the model that task vectors are taken from")
     parents: list[Location] = Field(min_length=1, max_length=1000, description="the models that are merged")
@@ -462,8 +461,9 @@ class Config(Section):
         "decoder",
         description="decoder (of language), torch (other networks), function (pytrees), a plugin's, or FILE.py:NAME",
     )
-    tokenizer_source: Location | None = Field(
-        None, description="base, or a parent: rows of the vocabulary are aligned by token, with its tokenizer"
+    tokenizer_source: TokenizerSource | None = Field(
+        None,
+        description="base, or a parent: whose tokens all get; {of: …, approximate: omp}: also where rows are lacking",
     )
     other_modules: Location | None = Field(
         None, description="of larger models: whose other modules the winner has; default: base, else the first parent"
@@ -471,9 +471,13 @@ class Config(Section):
     components: dict[Name, Location] | None = Field(
         None, description="a diffusers folder's -> merge, or the model that gives it; of LLaVAs, projector: merge"
     )
+    calibration: Calibration | None = Field(
+        None, description="the prompts of methods that look at activations: regmean, fisher"
+    )
     space: SpaceConfig | None = Field(None, description="what is searched: the parameters of a merge")
     data_flow: DataFlowConfig | None = Field(None, description="or: the path through the layers of all parents")
     pool: PoolConfig | None = Field(None, description="or: a pool of models that breed")
+    mixture: MixtureSpaceConfig | None = Field(None, description="or: mixtures of experts out of the parents' MLPs")
     stages: list[StageConfig] | None = Field(
         None,
         min_length=1,

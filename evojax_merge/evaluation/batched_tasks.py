@@ -29,7 +29,6 @@ from evojax_merge.tasks.task import Task, TaskRequests
 # Tokens of a candidate in one pass: on a CPU as many as fit its caches; on an accelerator, between the two bounds,
 # enough to keep it busy and MERGE_FACTOR times the cost of a merge, so that merging takes little of the time.
 CPU_TOKENS, ACCELERATOR_TOKENS, MERGE_FACTOR = 2048, (8192, 16384), 8
-# While decoding, prompts and generated tokens together may be so many times as many: each row is then few tokens of a
 # The factor by which a batch may hold more tokens while decoding, prompts and generated tokens together: each row is
 # only a few tokens of a step.
 DECODE_BATCH_FACTOR = 4

@@ -178,6 +178,10 @@ class TargetCompiler:
         assert memory is not None
         return int(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
 
+    def sent_bytes(self, traced: TracedPass, steps: int) -> float:
+        # The estimate counts: compilers do not say how often a loop of unknown length runs.
+        return 0.0
+
     def outputs(self, traced: TracedPass) -> Any:
         # A program that reads no array, such as the one that makes decoding's first state, is not bound to the device.
         alone = jax.tree.map(lambda _: SingleDeviceSharding(self.device), traced.out_info)

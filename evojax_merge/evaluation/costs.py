@@ -8,8 +8,8 @@ uses, unless such a use is a matrix product or a loop.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass, field, fields
+from math import isnan, prod
 from typing import Any
 
 import jax.numpy as jnp
@@ -59,26 +59,32 @@ class Product:
 
 @dataclass(frozen=True)
 class Cost:
-    """Arithmetic and traffic: matrix products and how often each is done, elementwise operations, and bytes that are
-    moved beside the products' own (for merging: its sources and its results). called_seconds: of functions that are not
-    traced, measured on this machine."""
+    """Arithmetic and traffic of a group of devices that share a candidate: matrix products and how often each is done,
+    elementwise operations, and bytes that are moved beside the products' own (for merging: its sources and its
+    results). sent_bytes: that each device of the group sends to the next; brought_bytes, disk_bytes: of models that
+    come to the group from the host, and from its files; called_seconds: of functions that are not traced, measured on
+    this machine."""
 
     products: Mapping[Product, float] = field(default_factory=dict)
     elementwise: float = 0.0
     merge_bytes: float = 0.0
     called_seconds: float = 0.0
+    sent_bytes: float = 0.0
+    brought_bytes: float = 0.0
+    disk_bytes: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
         products = Counter(self.products)
         products.update(Counter(other.products))
-        called_seconds = self.called_seconds + other.called_seconds
-        return Cost(
-            products, self.elementwise + other.elementwise, self.merge_bytes + other.merge_bytes, called_seconds
-        )
+        return Cost(products, **{key: value + getattr(other, key) for key, value in self._amounts.items()})
 
     def __mul__(self, times: float) -> "Cost":
         products = {product: count * times for product, count in self.products.items()}
-        return Cost(products, self.elementwise * times, self.merge_bytes * times, self.called_seconds * times)
+        return Cost(products, **{key: value * times for key, value in self._amounts.items()})
+
+    @property
+    def _amounts(self) -> dict[str, float]:
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "products"}
 
     @property
     def flops(self) -> float:
@@ -88,15 +94,32 @@ class Cost:
     def nbytes(self) -> float:
         return self.merge_bytes + sum(product.nbytes * count for product, count in self.products.items())
 
-    def seconds(self, target: Target) -> float:
-        """Device seconds by the roofline, one operation after the other: each matrix product takes the longer of its
-        arithmetic and its traffic, and merging its traffic. Elementwise operations are taken to cost nothing beside
-        these. The measured seconds of functions that are not traced are added."""
+    def seconds(self, target: Target, model: int = 1) -> float:
+        """Seconds by the roofline of a group of `model` devices, one operation after the other: each matrix product
+        takes the longer of its arithmetic and its traffic, merging its traffic, and exchanges theirs. Elementwise
+        operations are taken to cost nothing beside these. The measured seconds of functions that are not traced are
+        added. Models come from the host, or from files, meanwhile."""
         products = sum(product.seconds(target) * count for product, count in self.products.items())
-        return products + self.merge_seconds(target) + self.called_seconds
+        computed = (products + self.merge_seconds(target) + self.called_seconds) / model
+        return max(
+            computed + self.exchange_seconds(target, model), self.link_seconds(target, model),
+            self.disk_seconds(target, model),
+        )  # fmt: skip
 
     def merge_seconds(self, target: Target) -> float:
         return self.merge_bytes / target.bandwidth
+
+    def exchange_seconds(self, target: Target, model: int) -> float:
+        """Seconds of the sums and gathers over the devices of a group."""
+        return seconds_of(self.sent_bytes, target.exchange_rate(model))
+
+    def link_seconds(self, target: Target, model: int) -> float:
+        """Seconds in which models come to the devices: each has a link of its own, and gets its part."""
+        return seconds_of(self.brought_bytes / model, target.link)
+
+    def disk_seconds(self, target: Target, model: int) -> float:
+        """Seconds in which models come from files: hosts read their devices' parts."""
+        return seconds_of(self.disk_bytes / max(1, model // target.devices_per_host), target.disk)
 
     def compute_seconds(self, target: Target) -> float:
         """The seconds of the matrix products whose arithmetic takes longer than their traffic."""
@@ -105,6 +128,11 @@ class Cost:
             for product, count in self.products.items()
             if product.flops / target.peak(product.dtype) >= product.nbytes / target.bandwidth
         )
+
+
+def seconds_of(nbytes: float, rate: float) -> float:
+    """Seconds in which so many bytes move; 0 where the rate is not known."""
+    return 0.0 if isnan(rate) else nbytes / rate
 
 
 def scan_length(eqn: Any) -> int:

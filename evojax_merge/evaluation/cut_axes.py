@@ -37,6 +37,11 @@ def cut_axes(eqn: Any, given: Sequence[Axis], shards: int) -> list[Axis]:
     aval, axis = cut[0]
     if name == "transpose":
         return [list(eqn.params["permutation"]).index(axis)]
+    if name == "stack":
+        return [axis + (axis >= eqn.params["axis"])]
+    if name == "unstack":
+        taken = eqn.params["axis"]
+        return [None if axis == taken else axis - (axis > taken)] * len(results)
     if name == "broadcast_in_dim":
         return [eqn.params["broadcast_dimensions"][axis]]
     if name == "reshape":

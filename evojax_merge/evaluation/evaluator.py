@@ -16,7 +16,7 @@ import numpy as np
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.batched_tasks import BatchedTask, halve_batches
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices, free_memory
-from evojax_merge.evaluation.generation import generate
+from evojax_merge.evaluation.generation import Continuations, generate
 from evojax_merge.evaluation.memory import is_out_of_memory
 from evojax_merge.evaluation.passes import DifferentiableFactory, LazyMergeFactory, TracedPass
 from evojax_merge.evaluation.populations import (
@@ -109,20 +109,19 @@ class Evaluator:
         """Score a population: the tasks' scores from the responses to their rows, and from the continuations of their
         prompts, which are generated here."""
         scores = TaskScores({})
-        written: dict[Hashable, tuple[list[list[str]], np.ndarray]] = {}
+        written: dict[Hashable, Continuations] = {}
         for i, responses in enumerate(population.route.score(self, population, progress)):
             task, requests = self.batched_tasks[i].task, self.batched_tasks[i].requests
-            # Requests that several tasks share, such as the accuracy and the brevity of one answer, are generated once.
-            asked = (requests.prompts, requests.max_new_tokens, requests.stop)
-            prompts = self.batched_tasks[i].prompts
+            asked, prompts = requests.generated, self.batched_tasks[i].prompts
             if asked not in written:
                 written[asked] = self.retry_on_oom([i], partial(generate, self, population), progress)
             elif prompts is not None:
                 progress(len(prompts.batches) * population.size)
-            texts, nonfinite = written[asked]
+            texts, lengths, nonfinite = written[asked].texts, written[asked].lengths, written[asked].nonfinite
             if population.finite is not None:
                 nonfinite = nonfinite | ~population.finite
-            scores.matrices[task.name] = score_task(task, replace(responses, texts=texts), nonfinite)
+            answers = replace(responses, texts=texts, lengths=lengths)
+            scores.matrices[task.name] = score_task(task, answers, nonfinite)
             if requests.prompts:
                 scores.outputs[task.name] = texts
             if requests.scored:

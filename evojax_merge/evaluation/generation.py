@@ -1,8 +1,9 @@
-"""Texts: materialised candidates continue prompts greedily, and draft tokens from the outputs of earlier candidates."""
+"""Texts: materialised candidates continue prompts, and draft tokens from the outputs of earlier candidates."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Generator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding
 from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import on_host, placed, tree_nbytes
-from evojax_merge.evaluation.passes import DecodeSpec, PerCandidateModel, abstract_results, trace
+from evojax_merge.evaluation.passes import DecodeSpec, abstract_results, trace
 from evojax_merge.evaluation.planned_passes import JaxprReader, abstract_result
 from evojax_merge.evaluation.populations import Population, Source, Sourcing
 from evojax_merge.evaluation.programs import (
@@ -28,8 +29,9 @@ from evojax_merge.evaluation.programs import (
 )
 from evojax_merge.evaluation.routes.whole import MATERIALISE_FRACTION, read_prefix
 from evojax_merge.evaluation.targets import Target
-from evojax_merge.models.decoder import CacheUpdate, KVCache, scatter_columns, select_columns
+from evojax_merge.models.decoder import CacheUpdate, LayerStates, scatter_columns, select_columns
 from evojax_merge.models.generate import NONFINITE_ID, PAD_ID, DecodeState
+from evojax_merge.models.sampling import Draws
 from evojax_merge.tasks.batches import PromptBatch
 from evojax_merge.tasks.task import TaskRequests, cut_at_stop
 
@@ -67,19 +69,30 @@ def row_update(target: Target) -> CacheUpdate:
     return select_columns if target.platform == "tpu" else scatter_columns
 
 
+@dataclass(frozen=True)
+class Continuations:
+    """The continuations of a task's N prompts by P candidates. texts: P lists of them; lengths: P lists of the numbers
+    of their tokens, empty where no task counts them; nonfinite: bool[P], true for candidates whose logits were not
+    finite."""
+
+    texts: list[list[str]]
+    lengths: list[list[int]]
+    nonfinite: np.ndarray
+
+
 def generate(
     evaluator: "Evaluator", population: Population, batched_task: BatchedTask, progress: "Progress"
-) -> tuple[list[list[str]], np.ndarray]:
-    """P lists of continuations, and bool[P], true for candidates whose logits were not finite."""
-    texts = [[""] * len(batched_task.requests.prompts) for _ in range(population.size)]
-    nonfinite = np.zeros(population.size, bool)
+) -> Continuations:
+    """A population's continuations of a task's prompts."""
+    prompts, size = len(batched_task.requests.prompts), population.size
+    written = Continuations([[""] * prompts for _ in range(size)], [[] for _ in range(size)], np.zeros(size, bool))
     if batched_task.prompts is None:
-        return texts, nonfinite
+        return written
     model = evaluator.devices.candidate_bytes(population.model_shape())
     chunk = generation_chunk(evaluator, population, batched_task)
-    work = generating(evaluator, population, batched_task, chunk, texts, nonfinite, progress)
+    work = generating(evaluator, population, batched_task, chunk, written, progress)
     execute(work, evaluator.runs_two_jobs(model))
-    return texts, nonfinite
+    return written
 
 
 def _lookup_corpus(evaluator: "Evaluator", batched_task: BatchedTask) -> np.ndarray:
@@ -94,19 +107,22 @@ def _lookup_corpus(evaluator: "Evaluator", batched_task: BatchedTask) -> np.ndar
 
 def generating(
     evaluator: "Evaluator", population: Population, batched_task: BatchedTask, chunk: int,
-    texts: list[list[str]], nonfinite: np.ndarray, progress: "Progress",
+    written: Continuations, progress: "Progress",
 ) -> Evaluation:  # fmt: skip
-    """Continue a task's prompts, `chunk` candidates on each device together; enters the results in `texts` and
-    `nonfinite: bool[P]`."""
+    """Continue a task's prompts, `chunk` candidates on each device together; enters the results in `written`."""
     task, requests = batched_task.task, batched_task.requests
+    counts_tokens = any(other.requests.counts_tokens for other in evaluator.batched_tasks)
 
     def read(result: tuple[np.ndarray, np.ndarray]) -> None:
         rows, tokens = result
         corpus = [_lookup_corpus(evaluator, batched_task)[:, tokens.shape[2] :], tokens[-1]]
         evaluator.lookup_corpus[task.name] = np.concatenate(corpus, 1)
-        nonfinite[rows] = (tokens == NONFINITE_ID).any(axis=(1, 2))
+        written.nonfinite[rows] = (tokens == NONFINITE_ID).any(axis=(1, 2))
         for row, outputs in zip(rows, _texts(evaluator, tokens), strict=True):
-            texts[row] = [cut_at_stop(text, requests.stop) for text in outputs]
+            written.texts[row] = [cut_at_stop(text, requests.stop) for text in outputs]
+        if counts_tokens:
+            for row, outputs in zip(rows, tokens, strict=True):
+                written.lengths[row] = [_length(evaluator, ids[ids >= 0], requests.stop) for ids in outputs]
 
     # The corpus of a chunk is made when its job begins.
     jobs = (
@@ -166,7 +182,7 @@ def _prefill_batch(
     evaluator: "Evaluator",
     source: Source,
     decoding: Source,
-    prefix: KVCache | None,
+    prefix: LayerStates | None,
     batch: PromptBatch,
     batched_task: BatchedTask,
 ) -> Generator[Program, Any, DecodeState]:
@@ -179,7 +195,8 @@ def _prefill_batch(
     for group in batch.prefill_groups:
         tokens, left_pad = batch.prefill_group(group)
         images = evaluator.images_of(batched_task).of_prompts(before, tokens, left_pad)
-        shared = (source.replicated, np.int32(group.begin), tokens, left_pad, images)
+        draws = _draws(batched_task.requests, batch.rows[group.begin : group.end])
+        shared = (source.replicated, np.int32(group.begin), tokens, left_pad, images, draws)
         holds = (decoding.holds, prefix, state)
         state = yield Program(
             PREFILL, passes.prefill, (spec, shared, (source.candidates, prefix), state), source.size, holds=holds
@@ -188,15 +205,16 @@ def _prefill_batch(
 
 
 def _decode(
-    evaluator: "Evaluator", decoding: Source, prefix: KVCache | None, batch: PromptBatch,
+    evaluator: "Evaluator", decoding: Source, prefix: LayerStates | None, batch: PromptBatch,
     batched_task: BatchedTask, start: DecodeState, lookup_corpus: np.ndarray, read: Callable[[DecodeState], None],
 ) -> Program:  # fmt: skip
-    """The program that continues a batch of prompts greedily, up to a stop token or stop text. lookup_corpus:
-    int32[B, M], see models.generate."""
+    """The program that continues a batch of prompts up to a stop token or stop text. lookup_corpus: int32[B, M], see
+    models.generate."""
     requests, spec = batched_task.requests, _decode_spec(evaluator, decoding.factory, batch, batched_task)
     assert batched_task.prompts is not None
     shift = evaluator.images_of(batched_task).shift(batched_task.prompts.shared_prefix, batch)
-    shared, each = (decoding.replicated, batch.tokens, lookup_corpus, shift), (decoding.candidates, prefix)
+    draws = _draws(requests, batch.rows)
+    shared, each = (decoding.replicated, batch.tokens, lookup_corpus, shift, draws), (decoding.candidates, prefix)
 
     def again(state: DecodeState) -> tuple[Any, ...] | None:
         # Rows that fill up a batch do not matter.
@@ -213,6 +231,26 @@ def _decode(
         loop=again, first=start, steps=max(1, requests.max_new_tokens - 1),
         expected_steps=requests.expected_tokens, read=read,
     )  # fmt: skip
+
+
+def _draws(requests: TaskRequests, rows: np.ndarray) -> Draws | None:
+    """The draws of the prompts `rows: int[B]`; a prompt that fills up a batch takes the last one's. None: tokens are
+    greedy."""
+    if requests.sampler is None:
+        return None
+    seeds = np.array([requests.prompts[row].seed for row in rows], "<u8")
+    return Draws(seeds.view("<u4").reshape(-1, 2), requests.sampler)  # type: ignore[arg-type]
+
+
+def _length(evaluator: "Evaluator", ids: np.ndarray, stop: tuple[str, ...]) -> int:
+    """The number of generated tokens `ids` up to the one that completes a stop text: how many follow it depends on the
+    steps that the host waits for."""
+
+    def has_stop(count: int) -> bool:
+        text = evaluator.tokenizer.decode(ids[:count], skip_special_tokens=True)
+        return any(word in text for word in stop)
+
+    return bisect_left(range(len(ids)), True, key=has_stop) if stop else len(ids)
 
 
 def _stopped(evaluator: "Evaluator", tokens: np.ndarray, requests: TaskRequests) -> np.ndarray:
@@ -263,24 +301,26 @@ def _bytes(evaluator: "Evaluator", population: Population, batched_task: Batched
     _, candidates = next(population.chunks(groups))
     reader = JaxprReader(evaluator.target, evaluator.devices)
     materialising = population.abstract(evaluator.devices).materialise(mesh, candidates)
-    models = abstract_result(materialising, reader).candidates
+    source = abstract_result(materialising, reader)
+    models = source.candidates
     if not evaluator.target.is_accelerator:
         return candidate_bytes(models), 0
     batch, shared_prefix = (
         max(batched_task.prompts.batches, key=lambda batch: batch.tokens.size),
         batched_task.prompts.shared_prefix,
     )
-    spec, prefix = _decode_spec(evaluator, PerCandidateModel(), batch, batched_task), None
+    spec, prefix = _decode_spec(evaluator, source.factory, batch, batched_task), None
     if shared_prefix.size:
         prefix_spec = passes.PassSpec(evaluator.config, spec.factory, mesh)
         images = evaluator.images_of(batched_task).of_prefix(shared_prefix)
-        read = trace(passes.prefill_prefix, prefix_spec, (None, shared_prefix, images), models)
+        read = trace(passes.prefill_prefix, prefix_spec, (source.replicated, shared_prefix, images), models)
         prefix = abstract_results(read, evaluator.devices)
     group = max(batch.prefill_groups, key=lambda group: (group.end - group.begin) * group.width)
     state = abstract_results(trace(passes.init_decode, spec, None, np.zeros(groups)), evaluator.devices)
     tokens, left_pad = batch.prefill_group(group)
     images = evaluator.images_of(batched_task).of_prompts(shared_prefix, tokens, left_pad)
-    shared = (None, np.int32(0), tokens, left_pad, images)
+    draws = _draws(batched_task.requests, batch.rows[group.begin : group.end])
+    shared = (source.replicated, np.int32(0), tokens, left_pad, images, draws)
     traced = trace(passes.prefill, spec, shared, (models, prefix), state)
     return candidate_bytes(models), 2 * candidate_bytes(state) + (evaluator.temporary_bytes(traced) or 0)
 

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 
 from evojax_merge.evaluation.devices import shard_population, size_of, vmap_sharded
 from evojax_merge.evaluation.passes import MaterialiseSpec, PassSpec, ScoreSpec, logprobs_from_hidden, to_float32
-from evojax_merge.models.architecture import LAYERS, architecture_of
+from evojax_merge.models.architecture import LAYERS, architecture_of, layer_types
 from evojax_merge.models.bank import Bank, LeafBank, Parameters, Recipe, take_candidate
-from evojax_merge.models.decoder import deepstack_rows, image_layout, run_layer
+from evojax_merge.models.decoder import LayerInputs, first_row, image_layout, run_layer
 from evojax_merge.models.decoder import embed as embed_tokens
-from evojax_merge.models.layers import KeyValue, SequenceLayout, Weights, layer_kinds
+from evojax_merge.models.layers import SequenceLayout, Weights, layer_kinds
 from evojax_merge.models.sharding import replicate, shard
 from evojax_merge.models.sources import LazyMerge
 
@@ -67,22 +67,27 @@ def merge_layer(spec: MaterialiseSpec, leaves: Leaves, parameters: Parameters) -
     return vmap_sharded(spec.mesh, one, leaves, parameters)
 
 
-def _run(spec: PassSpec, shared: Any, weights: Weights, x: jax.Array, prefix: KeyValue | None) -> Any:
-    """One candidate's hidden states behind a layer, and its keys and values."""
+@dataclass(frozen=True)
+class LayerSpec(PassSpec):
+    """A pass through a layer. layer_type: the name of the layer's type."""
+
+    layer_type: str
+
+
+def _run(spec: LayerSpec, shared: Any, weights: Weights, x: jax.Array, prefix: Any) -> Any:
+    """One candidate's hidden states behind a layer, and what the layer keeps."""
     (number, batch), config = shared, spec.config
-    images = batch.get("images")
-    layout = image_layout(config, batch["tokens"], _layout(batch), images)
-    tables = architecture_of(config).position_tables(config, layout)
+    type_ = layer_types(config)[spec.layer_type]
+    inputs = LayerInputs.of(config, batch["tokens"], _layout(batch), batch.get("images"), x.dtype)
     kind = jax.tree.map(lambda values: values[number], layer_kinds(config))
-    added = deepstack_rows(batch["tokens"], images, x.dtype)
-    before = None if prefix is None else (prefix[0][:, 0], prefix[1][:, 0])
-    return run_layer(config, weights, x, number, kind, layout, tables, added, before)
+    before = None if prefix is None else first_row(type_.memory, prefix)
+    return run_layer(config, type_, weights, x, number, kind, inputs, before)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
-def run(spec: PassSpec, shared: Any, each: Any, x: jax.Array) -> jax.Array:
+def run(spec: LayerSpec, shared: Any, each: Any, x: jax.Array) -> jax.Array:
     """The hidden states of a batch behind a layer, in the place of those before it. shared: the layer's number int32[],
-    and the batch's arrays; each: the layer's weights, and the keys and values of the prefix or None."""
+    and the batch's arrays; each: the layer's weights, and what it kept of the prefix or None."""
 
     def one(shared: Any, each: Any) -> jax.Array:
         (weights, prefix), x = each
@@ -92,10 +97,10 @@ def run(spec: PassSpec, shared: Any, each: Any, x: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def run_keeping(spec: PassSpec, shared: Any, each: Any, x: jax.Array) -> tuple[jax.Array, KeyValue]:
-    """Like `run`, with the layer's keys and values, and the hidden states before it left as they are."""
+def run_keeping(spec: LayerSpec, shared: Any, each: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+    """Like `run`, with what the layer keeps, and the hidden states before it left as they are."""
 
-    def one(shared: Any, each: Any) -> tuple[jax.Array, KeyValue]:
+    def one(shared: Any, each: Any) -> tuple[jax.Array, Any]:
         (weights, prefix), x = each
         return _run(spec, shared, weights, x, prefix)
 
@@ -126,9 +131,15 @@ def materialise_ends(spec: MaterialiseSpec, leaves: Leaves, parameters: Any) -> 
             merge: LazyMerge = spec.factory(Bank({}, leaves), Recipe({}, parameters))
             return merge.materialise().shared
 
-        return jax.tree.map(lambda *each: jnp.stack(each), *_one_by_one(one, parameters))
+        ends = jax.tree.map(lambda *each: jnp.stack(each), *_one_by_one(one, parameters))
+        return {name: _placed(leaves[name], array) for name, array in ends.items()}
 
     return shard_population(spec.mesh, local, leaves, parameters)
+
+
+def _placed(leaf: LeafBank, array: jax.Array) -> jax.Array:
+    """Candidates' weights, sharded like the sources that they are merged from."""
+    return replicate(array) if leaf.shard_axis is None else shard(array, leaf.shard_axis)
 
 
 def _one_by_one(function: Any, candidates: Any) -> list[Any]:
@@ -157,14 +168,13 @@ def materialise_layer(spec: StackSpec, shared: Any, parameters: Parameters, stac
         merged = jax.tree.map(lambda *each: jnp.stack(each), *_one_by_one(one, parameters))
 
         def written(name: str, layer: jax.Array) -> jax.Array:
-            whole = (
-                jnp.zeros((layer.shape[0], spec.depth, *layer.shape[1:]), layer.dtype)
-                if stacks is None
-                else stacks[name]
-            )
-            whole = jax.lax.dynamic_update_slice_in_dim(whole, layer[:, None], number, axis=1)
-            axis = leaves[name].shard_axis
-            return replicate(whole) if axis is None else shard(whole, axis)
+            leaf = leaves[name]
+            if stacks is None:
+                # No device has zeros for the parts of the others.
+                whole = _placed(leaf, jnp.zeros((layer.shape[0], spec.depth, *layer.shape[1:]), layer.dtype))
+            else:
+                whole = stacks[name]
+            return _placed(leaf, jax.lax.dynamic_update_slice_in_dim(whole, layer[:, None], number, axis=1))
 
         return {name: written(name, layer) for name, layer in merged.items()}
 
@@ -191,7 +201,7 @@ def answer_gradient(spec: ScoreSpec, shared: Any, each: Any) -> Any:
 
 
 @partial(jax.jit, static_argnums=0)
-def run_gradient(spec: PassSpec, shared: Any, each: Any) -> Any:
+def run_gradient(spec: LayerSpec, shared: Any, each: Any) -> Any:
     """The derivatives of a layer's pass with respect to its weights, the hidden states before it, and the prefix's keys
     and values (None where there is no prefix). shared, each: as for `run_keeping`, and x; and the derivatives with
     respect to the hidden states behind the layer and to its keys and values (None: nothing depends on these)."""
@@ -199,7 +209,7 @@ def run_gradient(spec: PassSpec, shared: Any, each: Any) -> Any:
     def one(shared: Any, each: Any) -> Any:
         (weights, prefix), x, (behind, kept) = each
 
-        def function(weights: Weights, x: jax.Array, prefix: KeyValue | None) -> Any:
+        def function(weights: Weights, x: jax.Array, prefix: Any) -> Any:
             output, kv = _run(spec, shared, weights, x, prefix)
             return output, kv if kept is not None else None
 

@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -26,7 +27,7 @@ COMPUTED_ONCE = TRANSCENDENTAL | {"div"}
 # Reductions take fused operands directly; all other kernels need theirs in memory.
 REDUCTIONS = {
     "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin",
-    "concatenate",
+    "concatenate", "stack",
 }  # fmt: skip
 
 
@@ -39,7 +40,7 @@ def temporary_bytes(
     buffers results of the same shape and dtype reuse. platform: whose compiler's habits count (see `_Setting`). cut:
     for each argument the axis that `shards` devices cut, each of which has its part."""
     setting = _Setting(platform, shards)
-    program = _flattened(jaxpr, cut, setting)
+    program = _program(jaxpr, tuple(cut), setting)
     free = Counter((tuple(argument.shape), str(argument.dtype)) for argument in donated)
     in_place = []
     for number, aval in zip(program.results, jaxpr.out_avals, strict=True):
@@ -50,9 +51,38 @@ def temporary_bytes(
     return _peak(program, in_place, setting)
 
 
-def result_axes(jaxpr: Any, cut: Sequence[Axis], shards: int) -> tuple[Axis, ...]:
+def result_axes(jaxpr: Any, cut: Sequence[Axis], shards: int, platform: Platform | None = None) -> tuple[Axis, ...]:
     """For each result of a program the axis that the devices cut (see `temporary_bytes`)."""
-    return _flattened(jaxpr, cut, _Setting(None, shards)).axes
+    return _program(jaxpr, tuple(cut), _Setting(platform, shards)).axes
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """An array that the devices which share a model exchange: summed up over them, or gathered from them. is_repeated:
+    in a `while` loop."""
+
+    nbytes: int
+    is_sum: bool
+    is_repeated: bool = False
+
+    def sent_bytes(self, shards: int) -> float:
+        """Bytes that each device sends to the next in a ring: a sum goes round twice."""
+        return (2 if self.is_sum else 1) * (shards - 1) / shards * self.nbytes
+
+
+def exchanges(jaxpr: Any, cut: Sequence[Axis], shards: int, platform: Platform | None = None) -> Mapping[Exchange, int]:
+    """How often a program exchanges arrays (see `temporary_bytes`); those of a `while` loop once."""
+    return _program(jaxpr, tuple(cut), _Setting(platform, shards)).exchanges
+
+
+def operations(jaxpr: Any, cut: Sequence[Axis], shards: int, platform: Platform | None = None) -> int:
+    """The number of operations that a program is written as (see `temporary_bytes`); loops' bodies count once."""
+    return _program(jaxpr, tuple(cut), _Setting(platform, shards)).operations
+
+
+def sent_bytes(exchanged: Mapping[Exchange, int], shards: int, steps: int = 1) -> float:
+    """Bytes that each device sends. steps: how often the body of a `while` loop runs."""
+    return sum(one.sent_bytes(shards) * count * (steps if one.is_repeated else 1) for one, count in exchanged.items())
 
 
 # The number of a value that is written out in the program.
@@ -77,13 +107,16 @@ class _Step:
 @dataclass
 class _Program:
     """A program's steps in their order, with calls written out. arguments, results: the numbers of its arguments and
-    its results; axes, sizes: the results' sharded axes and their bytes on a device."""
+    its results; axes, sizes: the results' sharded axes and their bytes on a device; exchanges: how often each array is
+    exchanged; operations: the number of steps, those of loops' bodies once."""
 
     steps: list[_Step]
     arguments: tuple[int, ...]
     results: tuple[int, ...]
     axes: tuple[Axis, ...]
     sizes: tuple[int, ...]
+    exchanges: Counter[Exchange]
+    operations: int
 
 
 @dataclass(frozen=True)
@@ -132,14 +165,22 @@ class _Setting:
         return nbytes_of(aval) if axis is None else nbytes_of(aval) // self.shards
 
 
+@lru_cache(maxsize=32)
+def _program(jaxpr: Any, cut: tuple[Axis, ...], setting: _Setting) -> _Program:
+    """A closed jaxpr with its calls written out: memory and results are read off the same one."""
+    return _flattened(jaxpr, cut, setting)
+
+
 def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int = 0) -> _Program:
     """A closed jaxpr with its calls written out. cut: its arguments' axes, all None where it is empty. Its last
     `sliced` arguments are slices of larger arrays."""
     steps: list[_Step] = []
+    exchanged, inner_operations = Counter[Exchange](), 0
     counter = iter(range(10**9))
     axes: dict[int, Axis] = {LITERAL: None}
 
     def run(jaxpr: Any, given: Sequence[int]) -> tuple[int, ...]:
+        nonlocal inner_operations
         numbers = dict(zip(jaxpr.jaxpr.invars, given, strict=True))
         numbers |= {constant: next(counter) for constant in jaxpr.jaxpr.constvars}
 
@@ -160,6 +201,8 @@ def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int =
             ]
             result_cuts = _results_axes(eqn, inside, operand_axes, setting.shards)
             axes.update(zip(results, result_cuts, strict=True))
+            inner_operations += sum(program.operations for program in inside)
+            exchanged.update(_exchanged(eqn, inside, operand_axes, result_cuts, setting))
             sizes = tuple(setting.nbytes(out.aval, axis) for out, axis in zip(eqn.outvars, result_cuts, strict=True))
             body, repeated = _body_bytes(eqn, inside, setting), _repeated(eqn, operands, inside)
             steps.append(_Step(name, operands, results, sizes, body, _is_batched(eqn), repeated))
@@ -180,7 +223,27 @@ def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int =
     results = run(jaxpr, inside)
     cuts = tuple(axes.get(number) for number in results)
     sizes = tuple(setting.nbytes(aval, axis) for aval, axis in zip(jaxpr.out_avals, cuts, strict=True))
-    return _Program(steps, given, results, cuts, sizes)
+    return _Program(steps, given, results, cuts, sizes, exchanged, len(steps) + inner_operations)
+
+
+def _exchanged(
+    eqn: Any, inside: Sequence[_Program], own: Sequence[Axis], results: Sequence[Axis], setting: _Setting
+) -> Counter[Exchange]:
+    """The exchanges of an equation: sums of products over a sharded axis, and arrays of which every device gets the
+    whole. own, results: the sharded axes of its operands and its results."""
+    name, total = eqn.primitive.name, Counter[Exchange]()
+    if setting.shards == 1 or _is_of_one_device(eqn):
+        return total
+    if inside:
+        times = eqn.params["length"] if name == "scan" else 1
+        for program in inside if name != "cond" else [max(inside, key=lambda program: program.exchanges.total())]:
+            for one, count in program.exchanges.items():
+                total[replace(one, is_repeated=one.is_repeated or name == "while")] += times * count
+        return total
+    if any(axis is not None for axis in own) and all(axis is None for axis in results):
+        is_sum = name in ("dot_general", "gather") or name.startswith(("reduce_", "arg"))
+        total[Exchange(sum(nbytes_of(out.aval) for out in eqn.outvars), is_sum)] += 1
+    return total
 
 
 def _is_batched(eqn: Any) -> bool:

@@ -4,7 +4,7 @@ A pass takes a static spec, arrays that all candidates share, and arrays that ea
 The spec's factory makes a layer source of the first of the shared arrays and the first of those of each.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -15,20 +15,23 @@ from jax.sharding import NamedSharding
 from evojax_merge.evaluation.cut_axes import Axis, axis_of
 from evojax_merge.evaluation.devices import AnyMesh, Devices, shard_population, size_of, vmap_sharded
 from evojax_merge.evaluation.liveness import result_axes
+from evojax_merge.evaluation.targets import Platform
 from evojax_merge.models import generate
+from evojax_merge.models.adapted import AdaptedModel, LowRankLayout, adapted_model
+from evojax_merge.models.architecture import LAYERS
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import (
     CacheUpdate,
     HeadSource,
-    KVCache,
     LayerSource,
+    LayerStates,
     forward,
     logits,
     target_logprobs,
 )
 from evojax_merge.models.generate import DecodeState
-from evojax_merge.models.layers import SequenceLayout, prefix_layout
+from evojax_merge.models.layers import SequenceLayout, Weights, prefix_layout
 from evojax_merge.models.sources import (
     DifferentiableMerge,
     LazyMerge,
@@ -71,11 +74,11 @@ def trace(function: Any, *arguments: Any) -> TracedPass:
     return TracedPass(function.trace(*arguments), tuple(cut))
 
 
-def abstract_results(traced: TracedPass, devices: Devices) -> Any:
+def abstract_results(traced: TracedPass, devices: Devices, platform: Platform | None = None) -> Any:
     """The results of a pass, leading axis P on every leaf, as abstract arrays with the shardings that the pass leaves
-    them in (see `costs.result_axes`)."""
+    them in on a platform (see `liveness.result_axes`)."""
     leaves, tree = jax.tree.flatten(traced.out_info)
-    axes = result_axes(traced.jaxpr, traced.cut, devices.model)
+    axes = result_axes(traced.jaxpr, traced.cut, devices.model, platform)
     return jax.tree.unflatten(
         tree, [devices.abstract_of_candidates(*leaf_and_axis) for leaf_and_axis in zip(leaves, axes, strict=True)]
     )
@@ -142,6 +145,33 @@ class PerCandidateModel:
 
     def unstack(self, mesh: AnyMesh, replicated: None, candidates: StackedWeights) -> tuple[None, UnstackedWeights]:
         return None, unstack_population(mesh, candidates)
+
+
+@dataclass(frozen=True)
+class AdaptedFactory:
+    """Candidates are low-rank changes of one stored model, float32[D] each, which are differentiable."""
+
+    layout: LowRankLayout
+
+    def __call__(self, replicated: StackedWeights, candidate: jax.Array) -> AdaptedModel:
+        return adapted_model(replicated, self.layout, candidate)
+
+
+@dataclass(frozen=True)
+class SharedExpertsFactory:
+    """Candidates are some leaves of the layers of a model whose other weights all candidates share: a mixture's router,
+    and its `SLOTS`."""
+
+    def __call__(
+        self, replicated: StackedWeights | UnstackedWeights, candidate: Any
+    ) -> StackedWeights | UnstackedWeights:
+        if isinstance(replicated, UnstackedWeights):
+            layers = zip(replicated.per_layer[LAYERS], candidate, strict=True)
+            return replace(replicated, per_layer={LAYERS: tuple(weights | each for weights, each in layers)})
+        return replace(replicated, stacks={LAYERS: replicated.stacks[LAYERS] | candidate})
+
+    def unstack(self, mesh: AnyMesh, replicated: StackedWeights, candidates: Weights) -> tuple[UnstackedWeights, Any]:
+        return unstack_layers(replicated), unstack_leaves(mesh, replicated.compute_dtype, candidates)
 
 
 @dataclass(frozen=True)
@@ -217,22 +247,22 @@ def _apply_logits_fn(
 
 
 @partial(jax.jit, static_argnums=0)
-def prefill_prefix(spec: PassSpec, shared: Any, each: Any) -> KVCache:
+def prefill_prefix(spec: PassSpec, shared: Any, each: Any) -> LayerStates:
     """The KV cache of a shared prefix for each of P candidates. shared: the models' arrays, the prefix int32[H], one
     row, and its images or None; each: the candidates."""
 
-    def one(shared: Any, candidate: Any) -> KVCache:
+    def one(shared: Any, candidate: Any) -> LayerStates:
         replicated, shared_prefix, images = shared
         layout = prefix_layout(shared_prefix.shape[0])
         source = spec.factory(replicated, candidate)
-        _, cache = forward(spec.config, source, shared_prefix[None], layout, return_kv=True, images=images)
+        _, cache = forward(spec.config, source, shared_prefix[None], layout, return_states=True, images=images)
         assert cache is not None
         return cache
 
     return vmap_sharded(spec.mesh, one, shared, each)
 
 
-def _hidden(spec: ScoreSpec, source: LayerSource, batch: Any, prefix: KVCache | None) -> jax.Array:
+def _hidden(spec: ScoreSpec, source: LayerSource, batch: Any, prefix: LayerStates | None) -> jax.Array:
     """The final hidden states of a batch."""
     layout = SequenceLayout(batch["positions"], batch["segment_ids"])
     return forward(spec.config, source, batch["tokens"], layout, prefix=prefix, images=batch.get("images"))[0]
@@ -262,7 +292,7 @@ def score_gradient(spec: ScoreSpec, shared: Any, each: Any) -> tuple[tuple[jax.A
     def one(shared: Any, each: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
         (replicated, batch), (candidate, prefix, weights) = shared, each
 
-        def goal(candidate: Any, prefix: KVCache | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def goal(candidate: Any, prefix: LayerStates | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             source = spec.factory(replicated, candidate)
             hidden = _hidden(spec, source, batch, prefix)
             totals, is_greedy = logprobs_from_hidden(spec.config, source, hidden, batch, spec.logits_fn)
@@ -282,10 +312,10 @@ def prefix_gradient(spec: PassSpec, shared: Any, each: Any) -> Any:
     def one(shared: Any, each: Any) -> Any:
         (replicated, shared_prefix, images), (candidate, cotangents) = shared, each
 
-        def cache(candidate: Any) -> KVCache | None:
+        def cache(candidate: Any) -> LayerStates | None:
             tokens, layout = shared_prefix[None], prefix_layout(shared_prefix.shape[0])
             source = spec.factory(replicated, candidate)
-            return forward(spec.config, source, tokens, layout, return_kv=True, images=images)[1]
+            return forward(spec.config, source, tokens, layout, return_states=True, images=images)[1]
 
         output, pull_back = jax.vjp(cache, candidate)
         cotangents = jax.tree.map(lambda cotangent, leaf: cotangent.astype(leaf.dtype), cotangents, output)
@@ -359,6 +389,18 @@ def unstack_population(mesh: AnyMesh, candidates: StackedWeights) -> UnstackedWe
     return shard_population(mesh, lambda _, candidates: jax.vmap(StackedWeights.unstack)(candidates), None, candidates)
 
 
+@partial(jax.jit, static_argnums=(0, 1))
+def unstack_leaves(mesh: AnyMesh, dtype: str, candidates: Weights) -> tuple[Weights, ...]:
+    """Each candidate's leaves of all layers, as leaves of each layer."""
+
+    def local(_: None, candidates: Weights) -> tuple[Weights, ...]:
+        return jax.vmap(lambda leaves: tuple(StackedWeights({LAYERS: leaves}, {}, dtype).each_layer(LAYERS)))(
+            candidates
+        )
+
+    return shard_population(mesh, local, None, candidates)
+
+
 @partial(jax.jit, static_argnums=0)
 def init_decode(spec: DecodeSpec, shared: None, each: jax.Array) -> DecodeState:
     """The decode state (see models.generate). each: [P], one number for each candidate."""
@@ -374,15 +416,16 @@ def init_decode(spec: DecodeSpec, shared: None, each: jax.Array) -> DecodeState:
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 def prefill(spec: DecodeSpec, shared: Any, each: Any, state: DecodeState) -> DecodeState:
     """Prefill prompts and generate a first token after each (see models.generate). shared: the models' arrays, the
-    number of the first row, the prompts' tokens and left padding, and their images or None; each: the candidates, and
-    their prefix's cache or None."""
+    number of the first row, the prompts' tokens and left padding, their images or None, and their draws or None (greedy
+    tokens); each: the candidates, and their prefix's cache or None."""
 
     def local(shared: Any, each: Any) -> DecodeState:
-        (replicated, row, tokens, left_pad, images), ((candidates, prefix), state) = shared, each
+        (replicated, row, tokens, left_pad, images, draws), ((candidates, prefix), state) = shared, each
         make = partial(spec.factory, replicated)
         return generate.prefill(
-            spec.config, make, candidates, state, spec.width, row, tokens, left_pad, spec.stop, prefix, images
-        )
+            spec.config, make, candidates, state, spec.width, row, tokens, left_pad, spec.stop, prefix, images,
+            draws,
+        )  # fmt: skip
 
     return shard_population(spec.mesh, local, shared, (each, state))
 
@@ -390,14 +433,14 @@ def prefill(spec: DecodeSpec, shared: Any, each: Any, state: DecodeState) -> Dec
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 def decode(spec: DecodeSpec, shared: Any, each: Any, state: DecodeState) -> DecodeState:
     """`spec.steps` further passes (see models.generate). shared: the models' arrays, the prompts' tokens, the
-    lookup corpus, and the shift of their positions or None; each: as for `prefill`."""
+    lookup corpus, the shift of their positions or None, and their draws or None; each: as for `prefill`."""
 
     def local(shared: Any, each: Any) -> DecodeState:
-        (replicated, tokens, lookup_corpus, shift), ((candidates, prefix), state) = shared, each
+        (replicated, tokens, lookup_corpus, shift, draws), ((candidates, prefix), state) = shared, each
         make = partial(spec.factory, replicated)
         return generate.decode(
             spec.config, make, candidates, state, spec.steps, spec.step_tokens, spec.update_rows, spec.stop, tokens,
-            lookup_corpus, prefix, shift,
+            lookup_corpus, prefix, shift, draws,
         )  # fmt: skip
 
     return shard_population(spec.mesh, local, shared, (each, state))

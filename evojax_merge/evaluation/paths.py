@@ -17,7 +17,7 @@ import numpy as np
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.evaluation.evaluator import Evaluator, Progress
-from evojax_merge.evaluation.generation import generate
+from evojax_merge.evaluation.generation import Continuations, generate
 from evojax_merge.evaluation.passes import logprobs_from_hidden
 from evojax_merge.evaluation.populations import DifferentiablePopulation, stored
 from evojax_merge.evaluation.responses import arrays_of, score_task
@@ -94,7 +94,7 @@ def _score(
 class PathFactory:
     """Candidates are residual scales, float32[T], of paths through the same layers of a shared bank."""
 
-    def __call__(self, replicated: tuple[PathBank, StackedWeights, jax.Array], candidate: jax.Array) -> PathWeights:
+    def __call__(self, replicated: tuple[PathBank, StackedWeights, Any], candidate: jax.Array) -> PathWeights:
         return PathWeights(*replicated, candidate)
 
 
@@ -184,7 +184,7 @@ class PathEvaluator:
         for (layers, parent), members in through.items():
             same_layers = [path for p in members if (path := paths[p]) is not None]
             scales = np.stack([path.residual_scales() for path in same_layers])
-            replicated = (self.bank, self.bank.ends(parent), jnp.asarray(layers, jnp.int32))
+            replicated = (self.bank, self.bank.ends(parent), self.bank.layout.steps_by_stack(layers))
             config = path_config(self.bank.layout, layers, self.evaluator.config)
             if config not in self.by_config:
                 # The number of candidates and rows that fit into a pass depends on the depth of the path.
@@ -230,10 +230,12 @@ class PathEvaluator:
                     np.asarray(part)[real] for part in results
                 )
         texts, nonfinite = [[""] * len(batched_task.requests.prompts) for _ in keys], np.zeros(len(keys), bool)
+        lengths: list[list[int]] = [[] for _ in keys]
         if batched_task.prompts is not None:
             for k, key in enumerate(keys):
-                texts[k], nonfinite[k] = self._generate(fresh[key], batched_task, progress)
-        return replace(answers, texts=texts), nonfinite
+                written = self._generate(fresh[key], batched_task, progress)
+                (texts[k],), (lengths[k],), (nonfinite[k],) = written.texts, written.lengths, written.nonfinite
+        return replace(answers, texts=texts, lengths=lengths), nonfinite
 
     def _walk(
         self, keys: Sequence[Key], batches: Sequence[ScoringBatch], batched_task: BatchedTask, progress: Progress
@@ -266,8 +268,8 @@ class PathEvaluator:
             images.of_prefix(before),
         )  # fmt: skip
 
-    def _generate(self, path: LayerPath, batched_task: BatchedTask, progress: Progress) -> tuple[list[str], bool]:
-        """The outputs of one path for a task's prompts, and whether its logits were not finite."""
+    def _generate(self, path: LayerPath, batched_task: BatchedTask, progress: Progress) -> Continuations:
+        """The continuations of a task's prompts by one path."""
         rounded = -(-len(path.layers) // DEPTH_BUCKET) * DEPTH_BUCKET
         model, config = self.bank.materialise(path, self.evaluator.config, rounded)
         assert batched_task.prompts is not None
@@ -276,5 +278,4 @@ class PathEvaluator:
         # Images add nothing behind the layers that only fill up the depth.
         images = None if images is None else images.within(len(path.layers))
         runner = replace(self.evaluator, config=config, batched_tasks=[batched_task], images=images)
-        (texts,), nonfinite = generate(runner, stored(model), batched_task, progress)
-        return texts, bool(nonfinite[0])
+        return generate(runner, stored(model), batched_task, progress)

@@ -14,7 +14,7 @@ import numpy as np
 from evojax_merge.checkpoints.abstract_bank import anywhere
 from evojax_merge.evaluation.costs import Cost, cost_of, scan_length
 from evojax_merge.evaluation.devices import Devices, is_sharded, tree_nbytes
-from evojax_merge.evaluation.liveness import temporary_bytes
+from evojax_merge.evaluation.liveness import exchanges, sent_bytes, temporary_bytes
 from evojax_merge.evaluation.passes import TracedPass, abstract_results, trace
 from evojax_merge.evaluation.programs import Evaluation, Program
 from evojax_merge.evaluation.targets import Target
@@ -30,6 +30,10 @@ class PassReader(Protocol):
 
     def temporary_bytes(self, traced: TracedPass) -> int:
         """Bytes that the pass needs on a device beside its arguments, its results included."""
+        ...
+
+    def sent_bytes(self, traced: TracedPass, steps: int) -> float:
+        """Bytes that each device sends to the others that share its candidates. steps: of a `while` loop."""
         ...
 
     def outputs(self, traced: TracedPass) -> Any:
@@ -52,8 +56,12 @@ class JaxprReader:
         donated = [argument for argument in jax.tree.leaves(traced.args_info) if argument.donated]
         return temporary_bytes(traced.jaxpr, donated, self.target.platform, traced.cut, self.devices.model)
 
+    def sent_bytes(self, traced: TracedPass, steps: int) -> float:
+        shards = self.devices.model
+        return sent_bytes(exchanges(traced.jaxpr, traced.cut, shards, self.target.platform), shards, steps)
+
     def outputs(self, traced: TracedPass) -> Any:
-        return abstract_results(traced, self.devices)
+        return abstract_results(traced, self.devices, self.target.platform)
 
     def place(self, candidates: Any) -> Any:
         return candidates
@@ -67,7 +75,9 @@ class PlannedPass:
     often the body of its `while` loop runs, at most; expected_share: of these, the share that is likely to run;
     merge_bytes: the traffic of merging for a candidate in a run, the sources' and the merge's bytes; held_bytes: the
     memory that it needs beside the bank and its temporaries, for all its candidates; called_seconds: what a candidate
-    takes in a function that is not traced, as measured.
+    takes in a function that is not traced, as measured; sent_bytes: those that each device that shares the candidates
+    sends to others in a run, for all of them; brought_bytes, disk_bytes: those of models that come for a candidate from
+    the host, and from files, in all runs.
     """
 
     task: str
@@ -80,6 +90,9 @@ class PlannedPass:
     merge_bytes: int = 0
     held_bytes: int = 0
     called_seconds: float = 0.0
+    sent_bytes: float = 0.0
+    brought_bytes: float = 0.0
+    disk_bytes: float = 0.0
 
     def cost(self, target: Target) -> Cost:
         """The cost of all its runs, for one candidate."""
@@ -90,8 +103,11 @@ class PlannedPass:
             return self.steps if eqn.primitive.name == "while" else scan_length(eqn)
 
         computed = cost_of(self.traced.jaxpr, trips, platform) * (self.runs / self.candidates)
-        seconds = self.called_seconds * self.runs
-        return computed + Cost(merge_bytes=float(self.merge_bytes * self.runs), called_seconds=seconds)
+        return computed + Cost(
+            merge_bytes=float(self.merge_bytes * self.runs), called_seconds=self.called_seconds * self.runs,
+            sent_bytes=self.sent_bytes * self.runs / self.candidates, brought_bytes=self.brought_bytes,
+            disk_bytes=self.disk_bytes,
+        )  # fmt: skip
 
 
 def plan(evaluation: Evaluation, task: str, reader: PassReader) -> list[PlannedPass]:
@@ -173,7 +189,7 @@ def _planned(
     expected = 1.0 if program.expected_steps is None else min(1.0, program.expected_steps / program.steps)
     planned_pass = PlannedPass(
         task, program.name, pass_, program.candidates, 1, program.steps, expected, program.merge_bytes(results),
-        tree_nbytes(program.holds) + beside,
+        tree_nbytes(program.holds) + beside, sent_bytes=reader.sent_bytes(pass_, program.steps),
     )  # fmt: skip
     return planned_pass, key, results
 

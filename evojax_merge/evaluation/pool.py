@@ -7,7 +7,7 @@ are kept as wholes, some of them beyond a generation; any other is bred again fr
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -42,9 +42,11 @@ from evojax_merge.models.architecture import (
     FINAL_NORM,
     HEAD,
     Leaf,
-    depths,
+    leaves_of_layer,
+    rows_of_layers,
     shared_leaves,
     stack_leaves,
+    stack_numbers,
     tensor_grid,
     tensor_shape,
 )
@@ -54,6 +56,7 @@ from evojax_merge.models.layers import Weights
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.models.streamed_bank import load_ahead
 from evojax_merge.schema.genealogy import Member
+from evojax_merge.system.blas import one_blas_thread
 
 # Tensors that are merged at a time.
 WORKERS = 4
@@ -64,8 +67,8 @@ LeavesOfPart = tuple[Sequence[Leaf], int | None]
 def parts_of(config: DecoderConfig) -> Iterator[LeavesOfPart]:
     """The parts of a model: each leaf outside of the layers, and each layer."""
     yield from (([leaf], None) for leaf in shared_leaves(config))
-    for stack, depth in depths(config).items():
-        yield from ((stack_leaves(config, stack), number) for number in range(depth))
+    for stack, numbers in stack_numbers(config).items():
+        yield from ((stack_leaves(config, stack), number) for number in numbers)
 
 
 def part_tensors(config: DecoderConfig, part: LeavesOfPart) -> Iterator[tuple[str, Leaf, tuple[int, ...]]]:
@@ -84,7 +87,7 @@ def steps_of(config: DecoderConfig) -> list[list[LeavesOfPart]]:
     leaves = {leaf.name: leaf for leaf in shared_leaves(config)}
     before = [leaf for name, leaf in leaves.items() if name not in (FINAL_NORM, HEAD)]
     behind = [leaf for name, leaf in leaves.items() if name != EMBEDDING or HEAD not in leaves]
-    layers: list[list[LeavesOfPart]] = [[(stack_leaves(config), number)] for number in range(config.layers)]
+    layers: list[list[LeavesOfPart]] = [[(leaves_of_layer(config, number), number)] for number in range(config.layers)]
     return [[([leaf], None) for leaf in before], *layers, [([leaf], None) for leaf in behind]]
 
 
@@ -232,7 +235,8 @@ class MemberTensor:
             return draw_row_keys(bank.seed, self._digest(parents[k]), tensors[k].shape)
 
         sources = [self._parent(None), *tensors] if has_base else tensors
-        return merge_tensor(method, options, sources, member.parameters, row_keys, bank.dtype)
+        with one_blas_thread(method.stores_vectors):
+            return merge_tensor(method, options, sources, member.parameters, row_keys, bank.dtype)
 
     def _parent(self, member: Member | None) -> np.ndarray:
         """The tensor of a founder (None: of the base), in its own dtype, or of a member that is kept."""
@@ -323,8 +327,9 @@ def _stacked(children: "LazyChildren", compute_dtype: str) -> StackedWeights:
             )
             for leaf in stack_leaves(config, stack)
         }
-        for stack in depths(config)
+        for stack in stack_numbers(config)
     }
+    rows = rows_of_layers(config)
     shared: dict[str, np.ndarray] = {}
     for leaves, layer in parts_of(config):
         arrays = children.breeder((leaves, layer))(numbers)
@@ -332,7 +337,7 @@ def _stacked(children: "LazyChildren", compute_dtype: str) -> StackedWeights:
             shared |= arrays
             continue
         for leaf in leaves:
-            stacks[str(leaf.stack)][leaf.name][:, layer] = arrays[leaf.name][:, 0]
+            stacks[str(leaf.stack)][leaf.name][:, rows[layer][str(leaf.stack)]] = arrays[leaf.name][:, 0]
     return StackedWeights(stacks, shared, compute_dtype)  # type: ignore[arg-type]
 
 
@@ -375,15 +380,16 @@ class MemberParts(Parts):
     load: LoadPart
 
     @property
-    def depth(self) -> int:
-        return self.config.layers
+    def rows(self) -> Sequence[Mapping[str, int]]:
+        return rows_of_layers(self.config)
 
     def abstract(self, devices: Devices) -> "MemberParts":
         return replace(self, load=abstract_load(self.config, self.export_dtype, devices))
 
     @property
     def layer_bytes(self) -> int:
-        return part_bytes(self.config, self.export_dtype, (stack_leaves(self.config), 0))
+        layers = range(self.config.layers)
+        return max(part_bytes(self.config, self.export_dtype, (leaves_of_layer(self.config, i), i)) for i in layers)
 
     def bring(self, chunks: Sequence[np.ndarray]) -> Iterator[Bring]:
         steps = steps_of(self.config)
@@ -418,13 +424,16 @@ class MemberParts(Parts):
             part: LeavesOfPart = [leaf], None
             yield self._part([part], [self.load(part)], candidates)
 
-    def layers(self, candidates: np.ndarray) -> Iterator[Part]:
-        def load(number: int) -> Part:
-            part = stack_leaves(self.config), number
+    def layers(self, candidates: np.ndarray) -> Iterator[tuple[str, int, Part]]:
+        places = [(number, stack, row) for number, rows in enumerate(self.rows) for stack, row in rows.items()]
+
+        def load(place: int) -> Part:
+            number, stack, _ = places[place]
+            part = stack_leaves(self.config, stack), number
             return self._part([part], [self.load(part)], candidates)
 
-        for _, part in load_ahead(load, range(self.depth)):
-            yield part
+        for place, part in load_ahead(load, range(len(places))):
+            yield *places[place][1:], part
             del part
 
     def model_shape(self, population: Population) -> Any:
@@ -436,7 +445,7 @@ class MemberParts(Parts):
         def shapes(leaves: Sequence[Leaf]) -> dict[str, jax.ShapeDtypeStruct]:
             return {leaf.name: shape(leaf) for leaf in leaves}
 
-        stacks: Any = {stack: shapes(stack_leaves(self.config, stack)) for stack in depths(self.config)}
+        stacks: Any = {stack: shapes(stack_leaves(self.config, stack)) for stack in stack_numbers(self.config)}
         shared: Any = shapes(shared_leaves(self.config))
         return StackedWeights(stacks, shared, population.factory.compute_dtype)
 

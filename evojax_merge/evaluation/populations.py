@@ -1,7 +1,8 @@
 """Populations: candidates as arrays, the programs that make models of them, and the route by which they are run."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -13,6 +14,7 @@ from evojax_merge.evaluation import layer_passes, passes
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import AnyMesh, Devices, pad_chunk, size_of, tree_nbytes
 from evojax_merge.evaluation.passes import (
+    AdaptedFactory,
     DifferentiableFactory,
     LazyMergeFactory,
     PerCandidateModel,
@@ -21,7 +23,6 @@ from evojax_merge.evaluation.passes import (
 from evojax_merge.evaluation.planned_passes import merge_bytes
 from evojax_merge.evaluation.programs import CAST, MATERIALISE, RECIPE_GRADIENT, Evaluation, Job, Program
 from evojax_merge.evaluation.routes import by_layer, whole
-from evojax_merge.models.architecture import LAYERS
 from evojax_merge.models.bank import Bank, LeafBank, Recipe
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.models.streamed_bank import StreamedBank, abstract_streamed
@@ -222,6 +223,19 @@ class DifferentiableMerges(DifferentiablePopulation):
 
 
 @dataclass(frozen=True)
+class AdaptedPopulation(DifferentiablePopulation):
+    """P low-rank changes of one stored model. A layer's change is added inside the pass: that is little work."""
+
+    factory: AdaptedFactory
+    replicated: StackedWeights
+
+    def materialise(self, mesh: AnyMesh, candidates: Any) -> Sourcing:
+        arguments = (passes.MaterialiseSpec(self.factory, mesh), self.replicated, candidates)
+        models = yield Program(MATERIALISE, passes.materialise, arguments, size_of(candidates))
+        return Source(PerCandidateModel(), None, models, models)
+
+
+@dataclass(frozen=True)
 class ModelPopulation(Population):
     """P models that are in memory, on the host."""
 
@@ -253,9 +267,14 @@ class Parts(ABC):
 
     @property
     @abstractmethod
+    def rows(self) -> Sequence[Mapping[str, int]]:
+        """For each layer its stacks, and its row in each."""
+        ...
+
+    @property
     def depth(self) -> int:
         """L."""
-        ...
+        return len(self.rows)
 
     @property
     @abstractmethod
@@ -275,8 +294,8 @@ class Parts(ABC):
         ...
 
     @abstractmethod
-    def layers(self, candidates: Any) -> Iterator[Part]:
-        """The layers for one chunk."""
+    def layers(self, candidates: Any) -> Iterator[tuple[str, int, Part]]:
+        """The rows of the stacks for one chunk: each layer's, by stack and number."""
         ...
 
     @abstractmethod
@@ -318,21 +337,23 @@ class StreamedPopulation(Population):
 
     def materialise(self, mesh: AnyMesh, candidates: Any) -> Sourcing:
         parts, size = self.replicated, size_of(candidates)
-        spec = layer_passes.StackSpec(self.factory, mesh, parts.depth)
+        ending = passes.MaterialiseSpec(self.factory, mesh)
         shared: dict[str, Any] = {}
         for part in parts.ends(candidates):
-            shared |= yield Program(MATERIALISE, layer_passes.materialise_ends, (spec, *part), size)
+            shared |= yield Program(MATERIALISE, layer_passes.materialise_ends, (ending, *part), size)
             del part
-        stacks: Any = None
-        for number, (leaves, each) in enumerate(parts.layers(candidates)):
-            moved = partial(_written_bytes, (leaves, each), parts.depth * size)
-            arguments: tuple[Any, ...] = (spec, (leaves, np.int32(number)), each, stacks)
-            stacks = yield Program(
-                MATERIALISE, layer_passes.materialise_layer, arguments, size, holds=shared, merge_bytes=moved
+        depths = Counter(stack for rows in parts.rows for stack in rows)
+        stacks: dict[str, Any] = {}
+        for stack, row, (leaves, each) in parts.layers(candidates):
+            spec = layer_passes.StackSpec(self.factory, mesh, depths[stack])
+            moved = partial(_written_bytes, (leaves, each), depths[stack] * size)
+            arguments: tuple[Any, ...] = (spec, (leaves, np.int32(row)), each, stacks.pop(stack, None))
+            written = yield Program(
+                MATERIALISE, layer_passes.materialise_layer, arguments, size, holds=(shared, stacks), merge_bytes=moved
             )
-            jax.block_until_ready(stacks)
-            del leaves, each, arguments, moved
-        models = StackedWeights({LAYERS: stacks}, shared, self.factory.compute_dtype)
+            stacks[stack] = jax.block_until_ready(written)
+            del leaves, each, arguments, moved, written
+        models = StackedWeights(stacks, shared, self.factory.compute_dtype)
         return Source(PerCandidateModel(), None, models, models)
 
 
@@ -347,8 +368,8 @@ class MergeParts(Parts):
     bank: StreamedBank
 
     @property
-    def depth(self) -> int:
-        return self.bank.depth
+    def rows(self) -> Sequence[Mapping[str, int]]:
+        return self.bank.rows
 
     @property
     def layer_bytes(self) -> int:
@@ -368,16 +389,19 @@ class MergeParts(Parts):
         for name in self.bank.shapes.shared:
             yield self.bank.load_ends([name]), {name: candidates.shared[name]}
 
-    def layers(self, candidates: Recipe) -> Iterator[Part]:
+    def layers(self, candidates: Recipe) -> Iterator[tuple[str, int, Part]]:
         for number, leaves in self.bank.layers(range(self.depth)):
-            yield by_layer.layer_part(number, leaves, candidates)
+            for stack, row in self.rows[number].items():
+                in_stack = {name: leaves[name] for name in self.bank.shapes.stacks[stack]}
+                yield stack, row, by_layer.layer_part(number, in_stack, candidates)
+                del in_stack
             del leaves
 
     def model_shape(self, population: Population) -> Any:
         return _merged_shape(population.factory, self.bank.shapes, population)
 
     def abstract(self, devices: Devices) -> "MergeParts":
-        return MergeParts(abstract_streamed(self.bank.shapes))
+        return MergeParts(abstract_streamed(self.bank.shapes, self.rows))
 
 
 def _end_part(ends: dict[str, LeafBank], recipes: Recipe) -> Part:

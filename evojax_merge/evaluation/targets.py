@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -40,8 +40,9 @@ class Target:
 
     For each device: `memory`, the bytes that programs may use; `bandwidth`, bytes a second to and from it; `bfloat16`
     and `float32`, the peak FLOP/s of matrix products of operands of these dtypes, as JAX computes them by default
-    (float32: see `float32_products`; on a TPU one pass of bfloat16); `link`, bytes a second from the host's memory. NaN
-    where they are not known.
+    (float32: see `float32_products`; on a TPU one pass of bfloat16); `link`, bytes a second from the host's memory;
+    `interconnect`, bytes a second in one direction to the other devices of its host; `network`, its share of the bytes
+    a second to other hosts; `disk`, bytes a second that a host reads from its files. NaN where they are not known.
 
     `devices`: the number of devices, in `hosts` machines together; `topology`: of a TPU slice, in its compiler's
     notation; `native_bfloat16`: whether an accelerator multiplies it faster than float32.
@@ -59,6 +60,9 @@ class Target:
     topology: str = ""
     native_bfloat16: bool = True
     link: float = math.nan
+    interconnect: float = math.nan
+    network: float = math.nan
+    disk: float = math.nan
 
     @property
     def is_accelerator(self) -> bool:
@@ -108,11 +112,23 @@ class Target:
         native = self.is_accelerator and self.native_bfloat16
         return "bfloat16" if native and set(weights) == {"bfloat16"} else "float32"
 
+    def exchange_rate(self, model: int) -> float:
+        """Bytes a second that each of `model` devices which share a candidate sends to the next. Groups of several
+        hosts exchange over all of their links at once."""
+        if model <= self.devices_per_host:
+            return self.interconnect
+        return min(self.interconnect, self.network * self.devices_per_host)
+
+    def takes_shards(self, model: int) -> bool:
+        """Return whether groups of `model` devices are equal parts of a host, or several whole hosts."""
+        each = self.devices_per_host
+        return each % model == 0 or (model % each == 0 and self.devices % model == 0)
+
     def check_shards(self, where: str, model: int) -> None:
         """Raises InputError where devices cannot be divided into groups of `model` that share a candidate: parts of a
         host, or several whole hosts."""
-        each = self.devices_per_host
-        if each % model and (model % each or self.devices % model):
+        if not self.takes_shards(model):
+            each = self.devices_per_host
             raise InputError(
                 where, f"{model} does not divide the {each} devices of a process"
                 + ("" if self.hosts == 1 else f", nor the {self.devices} of all, in whole processes"),
@@ -124,23 +140,36 @@ GB, GIB, TERA = 10**9, 2**30, 1e12
 
 # Bytes a second of PCI Express with 16 lanes, in one direction, by its generation (PCI-SIG's specifications).
 PCIE_4, PCIE_5 = 31.5e9, 63.0e9
+# Bytes a second that no data sheet of a card says, nominal: its share of its network (25 Gbit Ethernet), and those of
+# the files of its host (an NVMe drive of PCI Express 4).
+ETHERNET, NVME = 3.1e9, 7.0e9
 
 
 def _gpu(
-    name: str, kind: str, memory: float, bandwidth: float, bfloat16: float, float32: float, link: float = PCIE_4
-) -> Target:
-    """One GPU; memory in GB, bandwidth in TB/s, peaks in TFLOP/s, the link to the host in bytes a second."""
-    return Target(name, "gpu", kind, int(memory * GB), bandwidth * TERA, bfloat16 * TERA, float32 * TERA, link=link)
+    name: str, kind: str, memory: float, bandwidth: float, bfloat16: float, float32: float, link: float = PCIE_4,
+    nvlink: float | None = None, network: float = ETHERNET,
+) -> Target:  # fmt: skip
+    """One GPU; memory in GB, bandwidth in TB/s, peaks in TFLOP/s, links in bytes a second: to the host, NVLink in one
+    direction (None: GPUs exchange over the link to the host), and to other hosts."""
+    return Target(
+        name, "gpu", kind, int(memory * GB), bandwidth * TERA, bfloat16 * TERA, float32 * TERA, link=link,
+        interconnect=nvlink or link, network=network, disk=NVME,
+    )  # fmt: skip
 
 
-def _tpu(name: str, kind: str, memory: float, bandwidth: float, bfloat16: float) -> Target:
-    """One chip; memory in GiB, bandwidth in TB/s, the peak in TFLOP/s."""
-    return Target(name, "tpu", kind, int(memory * GIB), bandwidth * TERA, bfloat16 * TERA, bfloat16 * TERA)
+def _tpu(name: str, kind: str, memory: float, bandwidth: float, bfloat16: float, links: float) -> Target:
+    """One chip; memory in GiB, bandwidth in TB/s, the peak in TFLOP/s, its links to other chips, of whatever host, in
+    bytes a second."""
+    return Target(
+        name, "tpu", kind, int(memory * GIB), bandwidth * TERA, bfloat16 * TERA, bfloat16 * TERA, link=PCIE_4,
+        interconnect=links, network=links, disk=NVME,
+    )  # fmt: skip
 
 
 # By their `--target` name. Bandwidths and peaks are those of the vendor's document beside each: dense products, without
-# sparsity, bfloat16 with float32 sums, and TF32. Memory is that which is left beside the driver, and on TPUs that which
-# their compiler gives programs.
+# sparsity, bfloat16 with float32 sums, and TF32. So are links: half of NVLink's figure, which is of both directions, a
+# chip's links of a TPU together; networks are an adapter for each GPU of NVIDIA's DGX systems. Memory is that which is
+# left beside the driver, and on TPUs that which their compiler gives programs.
 _GPUS = {
     chip.name: chip
     for chip in (
@@ -155,23 +184,23 @@ _GPUS = {
         # NVIDIA L40S, data sheet.
         _gpu("l40s", "NVIDIA L40S", 47.6, 0.864, 362, 183),
         # NVIDIA A100 Tensor Core GPU, data sheet, columns of the SXM modules with 40 and 80 GB.
-        _gpu("a100-40", "NVIDIA A100-SXM4-40GB", 42.3, 1.555, 312, 156),
-        _gpu("a100-80", "NVIDIA A100-SXM4-80GB", 85, 2.039, 312, 156),
+        _gpu("a100-40", "NVIDIA A100-SXM4-40GB", 42.3, 1.555, 312, 156, PCIE_4, 300e9, 25e9),
+        _gpu("a100-80", "NVIDIA A100-SXM4-80GB", 85, 2.039, 312, 156, PCIE_4, 300e9, 25e9),
         # NVIDIA H100 Tensor Core GPU, data sheet, column of the SXM module, halves of the figures with sparsity.
-        _gpu("h100", "NVIDIA H100 80GB HBM3", 85, 3.352, 989, 494, PCIE_5),
+        _gpu("h100", "NVIDIA H100 80GB HBM3", 85, 3.352, 989, 494, PCIE_5, 450e9, 50e9),
         # NVIDIA H200 Tensor Core GPU, data sheet, column of the SXM module, halves of the figures with sparsity.
-        _gpu("h200", "NVIDIA H200", 150, 4.8, 989, 494, PCIE_5),
+        _gpu("h200", "NVIDIA H200", 150, 4.8, 989, 494, PCIE_5, 450e9, 50e9),
         # NVIDIA DGX B200, data sheet, an eighth of the system; halves of the figures with sparsity.
-        _gpu("b200", "NVIDIA B200", 191, 8, 2250, 1125, PCIE_5),
+        _gpu("b200", "NVIDIA B200", 191, 8, 2250, 1125, PCIE_5, 900e9, 50e9),
     )
 }
 # Cloud TPU's documents: the pages of TPU v5e, v5p and v6e, tables of the chips.
 _TPUS = {
     chip.name: chip
     for chip in (
-        _tpu("v5e", "TPU v5 lite", 15.75, 0.819, 197),
-        _tpu("v5p", "TPU v5", 95.74, 2.765, 459),
-        _tpu("v6e", "TPU v6 lite", 31.25, 1.64, 918),
+        _tpu("v5e", "TPU v5 lite", 15.75, 0.819, 197, 200e9),
+        _tpu("v5p", "TPU v5", 95.74, 2.765, 459, 600e9),
+        _tpu("v6e", "TPU v6 lite", 31.25, 1.64, 918, 448e9),
     )
 }
 # The size in a slice's name -> its topology, and its number of hosts. v5p counts two cores to a chip.
@@ -201,8 +230,13 @@ def target_names() -> list[str]:
 
 def find_target(where: str, name: str) -> Target:
     """The target of a name: `cpu` (this machine's), a GPU (`h100`), several of one host (`8xh100`) or of several
-    (`2x8xh100`), or a TPU slice (`v5p-8`), in letters of any case. Raises InputError with the nearest known name."""
+    (`2x8xh100`), or a TPU slice (`v5p-8`), in letters of any case; after a colon rates in bytes a second that replace
+    those of data sheets (`8xh100:disk=2e9,link=25e9`). Raises InputError with the nearest known name."""
     asked, name = name, name.lower()
+    chip_name, _, rates = name.partition(":")
+    # h100:8 is another mistake.
+    if "=" in rates:
+        return _with_rates(where, find_target(where, chip_name), rates)
     if name == "cpu":
         return cpu_target()
     match = _GPU_NAME.fullmatch(name)
@@ -229,6 +263,24 @@ def find_target(where: str, name: str) -> Target:
     return replace(_TPUS[chip_name], name=name, devices=devices, hosts=hosts, topology=topology)
 
 
+# The rates of a target that its name may replace.
+RATES = ("bandwidth", "link", "interconnect", "network", "disk")
+
+
+def _with_rates(where: str, target: Target, text: str) -> Target:
+    rates: dict[str, Any] = {}
+    for pair in text.split(","):
+        key, _, value = pair.partition("=")
+        try:
+            rates[key] = float(value)
+        except ValueError:
+            rates[key] = math.nan
+        if key not in RATES or not 0 < rates[key] < math.inf:
+            what = f"{pair}: expected KEY=BYTES, bytes a second such as 2e9; the keys are {', '.join(RATES)}"
+            raise InputError(where, what)
+    return replace(target, **rates)
+
+
 def one_host(target: Target) -> Target:
     """One host's part of a named target of several, as a target of its own; any other target unchanged."""
     if target.hosts == 1 or not target.is_accelerator:
@@ -246,13 +298,13 @@ def one_host(target: Target) -> Target:
     )
 
 
-def single_hosts(platform: Platform) -> list[Target]:
-    """The targets of one host of a platform, from the one with the least memory together; of as much memory, fewer
-    devices first."""
+def larger_targets(target: Target) -> list[Target]:
+    """The named targets of a target's platform, GPUs for a CPU: of one host first, and from the one with the least
+    memory together; of as much memory, fewer devices first."""
+    platform = target.platform if target.is_accelerator else "gpu"
     names = (name for name in target_names() if name != "cpu")
-    targets = [target for target in map(partial(find_target, "target"), names) if target.platform == platform]
-    alone = [target for target in targets if target.hosts == 1]
-    return sorted(alone, key=lambda target: (target.devices * target.memory, target.devices))
+    targets = [other for other in map(partial(find_target, "target"), names) if other.platform == platform]
+    return sorted(targets, key=lambda other: (other.hosts > 1, other.devices * other.memory, other.devices))
 
 
 def gpu_memory_fraction() -> float:
@@ -302,5 +354,9 @@ def cpu_target() -> Target:
     except OSError:
         flags = set()
     wide = next((flops for flag, flops in CPU_FLOPS_PER_CYCLE.items() if flag in flags), 8)
-    peak = float(cores * wide * CPU_CLOCK)
-    return Target("cpu", "cpu", "cpu", available_memory(), cores * CPU_CORE_BANDWIDTH, peak, peak)
+    peak, bandwidth = float(cores * wide * CPU_CLOCK), cores * CPU_CORE_BANDWIDTH
+    # Devices and processes of one host exchange arrays through its memory.
+    return Target(
+        "cpu", "cpu", "cpu", available_memory(), bandwidth, peak, peak, link=bandwidth, interconnect=bandwidth / 2,
+        network=bandwidth / 2, disk=NVME,
+    )  # fmt: skip

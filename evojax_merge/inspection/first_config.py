@@ -452,6 +452,9 @@ class FirstConfig:
         if self.examples is not None and self.examples >= ENOUGH_TO_VALIDATE:
             comment = "this share of the searched examples is kept back, to choose the winner on"
             lines.append(_line("validation", VALIDATION, comment, indent="  "))
+        if self.examples is not None:
+            comment = "is it worth more than a fine-tune, or than chance? Each takes as long as the search"
+            lines.append(_row("  # controls: [lora, random]", comment))
         return lines
 
 

@@ -1,38 +1,128 @@
-"""A merged model as a LoRA adapter of its base: the difference of each matrix, cut to a rank.
+"""A model as a LoRA adapter of its base: the difference of each matrix, cut to a rank.
 
 The best approximation of a difference `D [out, in]` by a matrix of rank r is its singular value decomposition with all
 but the r largest singular values left out (Eckart & Young 1936): `D ≈ B A` with `A [r, in]`, `B [out, r]`. Norms and
-biases, which are no matrices, go into the adapter as they are.
+biases, which are no matrices, go into the adapter as they are. Of a matrix much larger than the rank, the singular
+vectors come from a block Krylov space (Musco & Musco 2015, arXiv:1504.05477).
 """
 
-import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-from evojax_merge.checkpoints.adapters import write_adapter
+from evojax_merge.checkpoints.adapters import AdapterWriter
+from evojax_merge.checkpoints.decoder_folder import LM_HEAD
 from evojax_merge.checkpoints.derived import reference_to
 from evojax_merge.checkpoints.folder import is_float
 from evojax_merge.checkpoints.writer import CARD, write_marker
 from evojax_merge.errors import InputError, escaped_lines, shown
 from evojax_merge.mergekit.execute import MergePlan, Progress, merged_tensors
 from evojax_merge.mergekit.stages import StreamPlan
-from evojax_merge.models.architecture import ROUTER, find_architecture, model_types
+from evojax_merge.models.architecture import EMBEDDING, ROUTER, Leaf, find_architecture, model_types
+from evojax_merge.schema.patterns import pattern_matches
 from evojax_merge.system.file_system import atomic_folder
+
+# Of larger matrices, in ranks, the singular vectors are approximated: the error is within 0.2% of the least.
+EXACT_UP_TO = 6
+KRYLOV_DEPTH, OVERSAMPLING = 4, 8
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """The options of mergekit-extract-lora, and `energy`.
+
+    max_rank: the most singular values that stay of a matrix. energy: no more stay than give this share of the squared
+    Frobenius norm of the difference; sv_epsilon: none of at most this size stays. distribute_scale: both factors get
+    the roots of the singular values; otherwise A gets all of them. embed_lora: embeddings and the head are cut to the
+    rank as well; otherwise they are saved whole. save_module: modules that are saved whole, by their names or the last
+    parts. exclude_regex, include_regex: the modules that the adapter leaves as they are, and the only ones that it
+    changes; skip_undecomposable: norms stay as they are.
+    """
+
+    max_rank: int
+    energy: float | None = None
+    distribute_scale: bool = True
+    embed_lora: bool = True
+    save_module: tuple[str, ...] = ()
+    exclude_regex: tuple[str, ...] = ()
+    include_regex: tuple[str, ...] = ()
+    sv_epsilon: float = 0.0
+    skip_undecomposable: bool = False
+
+    def is_whole(self, module: str, leaf: Leaf | None) -> bool:
+        """Return whether a module is saved whole."""
+        if not {module, module.rpartition(".")[2]}.isdisjoint(self.save_module):
+            return True
+        of_tokens = leaf is not None and leaf.component in ("embedding", "head")
+        return of_tokens and not self.embed_lora and not self._any("--exclude-regex", self.exclude_regex, module)
+
+    def is_changed(self, module: str) -> bool:
+        """Return whether the regular expressions select a module."""
+        included = not self.include_regex or self._any("--include-regex", self.include_regex, module)
+        return included and not self._any("--exclude-regex", self.exclude_regex, module)
+
+    def _any(self, option: str, patterns: tuple[str, ...], module: str) -> bool:
+        return any(pattern_matches(option, pattern, module, "search") for pattern in patterns)
+
+    def factors(self, difference: np.ndarray, fixed: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """The factors `A float32[rank, in]` and `B float32[out, rank]` of a difference float32 `[out, in]`; fixed: of
+        rank `max_rank`, filled up with zeros."""
+        u, sizes, v = singular_values(difference, min(self.max_rank, *difference.shape))
+        rank = len(sizes)
+        if not fixed:
+            rank = int((sizes > self.sv_epsilon).sum())
+            if self.energy is not None:
+                norm = np.linalg.norm(difference.astype(np.float64))
+                rank = min(rank, int(np.searchsorted(np.cumsum(sizes**2), self.energy * norm**2 * (1 - 1e-12))) + 1)
+        of_a = (np.sqrt(sizes) if self.distribute_scale else sizes)[:rank]
+        of_b = np.sqrt(sizes)[:rank] if self.distribute_scale else np.ones(rank)
+        more = self.max_rank - rank if fixed else 0
+        a, b = of_a[:, None] * v[:rank], u[:, :rank] * of_b
+        return np.pad(a, ((0, more), (0, 0))).astype(np.float32), np.pad(b, ((0, 0), (0, more))).astype(np.float32)
+
+
+def singular_values(difference: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The largest singular values and their vectors: `u [out, rank]`, `sizes float64[rank]`, in descending order, and
+    `v [rank, in]`. Exact, from the smaller Gram matrix in float64, unless a side has more than `EXACT_UP_TO` ranks."""
+    if min(difference.shape) > EXACT_UP_TO * (rank + OVERSAMPLING):
+        start = np.random.default_rng(0).standard_normal((difference.shape[1], rank + OVERSAMPLING), np.float32)
+        # So narrow matrices are multiplied by one thread in less time than several need to find each other.
+        with threadpool_limits(1, "blas"):
+            blocks = [np.linalg.qr(difference @ start)[0]]
+            for _ in range(KRYLOV_DEPTH):
+                blocks.append(np.linalg.qr(difference @ (difference.T @ blocks[-1]))[0])
+            basis = np.linalg.qr(np.concatenate(blocks, axis=1))[0]
+            u, sizes, v = singular_values(basis.T @ difference, rank)
+            return basis @ u, sizes, v
+    wide = difference.astype(np.float64)
+    tall = wide.shape[0] >= wide.shape[1]
+    # Eigenvalues come in ascending order.
+    vectors = np.linalg.eigh(wide.T @ wide if tall else wide @ wide.T)[1][:, : -rank - 1 : -1]
+    others = wide @ vectors if tall else wide.T @ vectors
+    sizes = np.linalg.norm(others, axis=0)
+    others = others / np.where(sizes > 0, sizes, 1)
+    return (others, sizes, vectors.T) if tall else (vectors, sizes, others.T)
 
 
 @dataclass(frozen=True)
 class RankError:
-    """The error of leaving out singular values: the Frobenius norm of the omitted part, relative to the norm of the
-    difference. total: over all matrices; worst: for the matrix `tensor`, which loses the largest share of its
-    difference. changes_tied_head: whether the adapter changes an embedding that is the head as well."""
+    """The error of an adapter: the Frobenius norm of the part that it leaves out, relative to the norm of the
+    difference. total: over all matrices and all tensors that are left out; worst: for the tensor `tensor`, which loses
+    the largest share; layers: for each layer, and for each component outside of the layers. changes_tied_head: whether
+    the adapter changes an embedding that is the head as well, by factors. ranks: those of the factors, in ascending
+    order. distance: the norm of the whole difference relative to the norm of the base's matrices."""
 
     total: float
     worst: float
     tensor: str
     changes_tied_head: bool
+    layers: Mapping[str, float]
+    ranks: tuple[int, ...]
+    distance: float
 
     def __str__(self) -> str:
         advice = (
@@ -44,30 +134,30 @@ class RankError:
             f"worst {self.worst:.2%}, {self.tensor}{advice if self.changes_tied_head else ''}"
         )
 
-
-def low_rank_factors(difference: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The factors `A float32[rank, in]` and `B float32[out, rank]` of the nearest matrix of that rank.
-
-    difference: float `[out, in]`; a rank above its smaller side fills the factors up with zeros. The singular vectors
-    are those of the smaller Gram matrix, in float64.
-    """
-    wide = difference.astype(np.float64)
-    tall = wide.shape[0] >= wide.shape[1]
-    # Eigenvalues come in ascending order.
-    vectors = np.linalg.eigh(wide.T @ wide if tall else wide @ wide.T)[1][:, : -rank - 1 : -1]
-    a, b = (vectors.T, wide @ vectors) if tall else (vectors.T @ wide, vectors)
-    # The factors get equal norms, so that neither is lost in a narrow dtype.
-    sizes = np.linalg.norm(b if tall else a, axis=0 if tall else 1)
-    root = np.sqrt(np.where(sizes > 0, sizes, 1))
-    a, b = (a * root[:, None], b / root) if tall else (a / root[:, None], b * root)
-    more = rank - len(a)
-    return np.pad(a, ((0, more), (0, 0))).astype(np.float32), np.pad(b, ((0, 0), (0, more))).astype(np.float32)
+    @property
+    def rank_words(self) -> str:
+        return f"rank {self.ranks[0]}" if len(self.ranks) == 1 else f"ranks {self.ranks[0]} to {self.ranks[-1]}"
 
 
-def prepare_adapter(stream_plan: StreamPlan, rank: int) -> Path:
-    """The folder of a planned merge's base, for which the result will be an adapter. Raises InputError where the result
-    cannot be one: the merge has no base that stays, or other tensors than the base; and for a rank that a matrix cannot
-    have."""
+def _rank_error(
+    errors: Mapping[str, tuple[str, float, float]], tied_head: bool, ranks: list[int], distance: float
+) -> RankError:
+    """The error of an adapter, from each tensor's layer and the norms of what is left out and of the difference."""
+    squares: dict[str, np.ndarray] = {}
+    for layer, left_out, whole in errors.values():
+        squares[layer] = squares.get(layer, np.zeros(2)) + np.square([left_out, whole])
+    layers = {layer: float(np.sqrt(left_out / whole)) for layer, (left_out, whole) in squares.items()}
+    shares = {name: left_out / whole for name, (_, left_out, whole) in errors.items()} or {"": 0.0}
+    worst = max(shares, key=shares.__getitem__)
+    left_out, whole = sum(squares.values(), np.zeros(2))
+    total = float(np.sqrt(left_out / whole)) if whole else 0.0
+    return RankError(total, shares[worst], worst, tied_head, layers, tuple(ranks), distance)
+
+
+def prepare_adapter(stream_plan: StreamPlan, rank: int | None = None, option: str = "--as adapter") -> Path:
+    """The folder of a planned merge's base, for which the result will be an adapter. rank: the rank of every matrix.
+    Raises InputError where the result cannot be one: the merge has no base that stays, or other tensors than the base;
+    and for a rank that a matrix cannot have."""
     merge_plan = stream_plan.result
     recipe = merge_plan.recipe
     if recipe.base not in stream_plan.models:
@@ -84,7 +174,7 @@ def prepare_adapter(stream_plan: StreamPlan, rank: int) -> Path:
             f"model_type is {kind}, of which no adapter can be written; expected one of {', '.join(model_types())}",
         )
     if architecture.no_adapter:
-        raise InputError("--as adapter", f"{architecture.model_type}: {architecture.no_adapter}; expected --as model")
+        raise InputError(option, f"{architecture.model_type}: {architecture.no_adapter}; expected --as model")
     leader = merge_plan.leader
     if recipe.components:
         raise InputError(recipe.where, "components: an adapter of a text decoder has no projector; expected --as model")
@@ -102,10 +192,10 @@ def prepare_adapter(stream_plan: StreamPlan, rank: int) -> Path:
                 "changes neither tokens nor layers",
             )  # fmt: skip
         if len(spec.shape) > 2:
-            raise InputError("--as adapter", f"{name} has shape {list(spec.shape)}; expected matrices and vectors")
+            raise InputError(option, f"{name} has shape {list(spec.shape)}; expected matrices and vectors")
         leaf = architecture.leaf_of(tensor)
         routes = leaf is not None and leaf.component == ROUTER
-        if len(spec.shape) == 2 and min(spec.shape) < rank and not routes:
+        if rank is not None and len(spec.shape) == 2 and min(spec.shape) < rank and not routes:
             raise InputError(
                 "--rank", f"{rank}; expected at most {min(spec.shape)}, the smaller side of {name} {list(spec.shape)}"
             )
@@ -115,14 +205,14 @@ def prepare_adapter(stream_plan: StreamPlan, rank: int) -> Path:
 def _decoder_tensors(merge_plan: MergePlan) -> dict[str, str]:
     """The tensors that are merged: their names in the merged model's files -> those of the architecture."""
     leader = merge_plan.leader
-    return {name: leader.names.of_architecture(name) for name in merge_plan.specs if name not in leader.other_modules}
+    return {name: leader.names.of_architecture(name) for name in merge_plan.specs if name not in merge_plan.copied}
 
 
 def write_as_adapter(
     merge_plan: MergePlan,
     target: Path,
     *,
-    rank: int,
+    options: AdapterOptions,
     card: str,
     describe: Callable[[str, RankError], str],
     overwrite: bool = False,
@@ -134,48 +224,83 @@ def write_as_adapter(
     error."""
     base, tensors = merge_plan.base, _decoder_tensors(merge_plan)
     architecture = find_architecture(base.config["model_type"])
-    leaves = {tensor: architecture.leaf_of(tensor) for tensor in tensors.values()}
-    factors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    replaced: dict[str, np.ndarray] = {}
-    # For each matrix that differs, the norms of what a low rank leaves out, and of the difference.
-    errors: dict[str, tuple[float, float]] = {}
-    of_mixtures: set[str] = set()
-    names = list(tensors)
+    names = [base.in_memory(tensor) for tensor in tensors.values()]
+    embeddings = {base.in_memory(leaf.tensor) for leaf in architecture.leaves if leaf.component == "embedding"}
+    transposed = any(leaf.transposed for leaf in architecture.leaves)
+    embedding = architecture.leaf(EMBEDDING)
+    assert embedding is not None
+    tied = base.in_memory(embedding.tensor), base.in_memory(base.names.own_head or LM_HEAD)
+    is_whole = options.is_whole(tied[0].removesuffix(".weight"), embedding)
+    stays_tied = tied if is_whole and base.config.get("tie_word_embeddings", False) else None
+    most = len(names), max(map(len, names))
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
-        # Other modules are the base's.
-        progress(merge_plan.nbytes - sum(merge_plan.specs[name].nbytes for name in names))
-        for name, merged in zip(names, merged_tensors(merge_plan, names), strict=True):
-            leaf, base_values = leaves[tensors[name]], base.read(tensors[name])
-            key = base.in_memory(tensors[name])
-            differs = is_float(base_values.dtype) and not np.array_equal(
-                merged.astype(np.float32), base_values.astype(np.float32)
-            )
-            # In memory the experts of a layer are one parameter, for which PEFT wants all factors, or none.
-            if leaf is not None and (leaf.has_experts or leaf.component == ROUTER):
-                of_mixtures.add(key)
-            if base_values.ndim == 2 and (differs or key in of_mixtures):
-                difference = merged.astype(np.float32) - base_values.astype(np.float32)
-                difference = difference.T if leaf is not None and leaf.transposed else difference
-                a, b = factors[key] = low_rank_factors(difference, rank)
-                if differs:
-                    errors[key] = float(np.linalg.norm(difference - b @ a)), float(np.linalg.norm(difference))
-            elif differs:
-                replaced[key] = merged
-            base.entries[tensors[name]].release()
-            progress(merge_plan.specs[name].nbytes)
-        if errors.keys().isdisjoint(of_mixtures):
-            factors = {key: pair for key, pair in factors.items() if key not in of_mixtures}
-        if not errors:
-            raise InputError(target, f"no matrix of the merge differs from {base.path}; an adapter would be empty")
-        embeddings = {base.in_memory(leaf.tensor) for leaf in architecture.leaves if leaf.component == "embedding"}
-        transposed = any(leaf.transposed for leaf in architecture.leaves)
-        write_adapter(folder, reference_to(base.path), rank, factors, replaced, embeddings, transposed)
-        embedding = base.in_memory(merge_plan.sources.token_tensors.embedding)
-        tied = bool(base.config.get("tie_word_embeddings", False))
-        shares = {name: left_out / whole for name, (left_out, whole) in errors.items()}
-        worst = max(shares, key=shares.__getitem__)
-        left_out, whole = (math.hypot(*values) for values in zip(*errors.values(), strict=True))
-        error = RankError(left_out / whole, shares[worst], worst, embedding in errors and tied)
+        with AdapterWriter(folder, reference_to(base.path), embeddings, transposed, stays_tied, most) as writer:
+            # Other modules are the base's.
+            progress(merge_plan.nbytes - sum(merge_plan.specs[name].nbytes for name in tensors))
+            error = _write_differences(merge_plan, tensors, writer, options, progress)
+        if not error.ranks:
+            raise InputError(target, f"no matrix differs from {base.path}; an adapter would be empty")
         (folder / CARD).write_text(escaped_lines(describe(card, error)), encoding="utf-8")
         write_marker(folder)
     return error
+
+
+def _write_differences(
+    merge_plan: MergePlan, tensors: Mapping[str, str], writer: AdapterWriter, options: AdapterOptions,
+    progress: Progress,
+) -> RankError:  # fmt: skip
+    """Write the factors of each matrix that differs from the base, and other tensors as they are. tensors: their names
+    in the merged model's files -> those of the architecture."""
+    base, architecture = merge_plan.base, find_architecture(merge_plan.base.config["model_type"])
+    errors: dict[str, tuple[str, float, float]] = {}
+    ranks, vectors, norms = dict[str, int](), dict[str, np.ndarray](), np.zeros(2)
+    # In memory the experts of a layer are one parameter, for which PEFT wants all factors, of one rank, or none.
+    unchanged_experts: dict[str, tuple[int, ...]] = {}
+    experts_change = False
+    for name, merged in zip(tensors, merged_tensors(merge_plan, list(tensors)), strict=True):
+        leaf, values, key = architecture.leaf_of(tensors[name]), base.read(tensors[name]), base.in_memory(tensors[name])
+        module, of_experts = key.rpartition(".")[0], leaf is not None and (leaf.has_experts or leaf.component == ROUTER)
+        differs = is_float(values.dtype) and not np.array_equal(merged.astype(np.float32), values.astype(np.float32))
+        is_norm = values.ndim == 1 and not key.endswith(".bias")
+        is_kept = not options.is_changed(module) or (is_norm and options.skip_undecomposable)
+        change = merged.astype(np.float32) - values.astype(np.float32) if differs else np.zeros(0, np.float32)
+        change = change.T if leaf is not None and leaf.transposed else change
+        size = float(np.linalg.norm(change))
+        norms += np.square([size, float(np.linalg.norm(values.astype(np.float32)))]) if values.ndim > 1 else 0
+        if not of_experts and options.is_whole(module, leaf):
+            is_kept = False
+            if differs and merged.ndim > 1:
+                writer.add_whole(key, merged)
+            elif differs:
+                vectors[key] = merged
+        elif differs and is_kept:
+            errors[key] = _layer_of(key, leaf), size, size
+        elif differs and merged.ndim == 2:
+            a, b = options.factors(change, fixed=of_experts)
+            if len(a):
+                writer.add_factors(key, a, b)
+                ranks[key] = len(a)
+            errors[key] = _layer_of(key, leaf), float(np.linalg.norm(change - b @ a)), size
+            experts_change = experts_change or of_experts
+        elif differs:
+            # Biases come after the factors of their modules.
+            vectors[key] = merged
+        if of_experts and (is_kept or not differs):
+            unchanged_experts[key] = values.shape
+        base.entries[tensors[name]].release()
+        progress(merge_plan.specs[name].nbytes)
+    for key, (outputs, inputs) in unchanged_experts.items() if experts_change else ():
+        zeros = np.zeros((options.max_rank, inputs + outputs), np.float32)
+        writer.add_factors(key, zeros[:, :inputs], zeros[:, inputs:].T)
+    for key, vector in vectors.items():
+        writer.add_whole(key, vector)
+    embedding = base.in_memory(merge_plan.sources.token_tensors.embedding)
+    tied = bool(base.config.get("tie_word_embeddings", False))
+    distance = float(np.sqrt(norms[0] / max(norms[1], 1e-30)))
+    return _rank_error(errors, tied and embedding in ranks, sorted(set(ranks.values())), distance)
+
+
+def _layer_of(key: str, leaf: Leaf | None) -> str:
+    """The layer of a tensor, in words, or its component outside of the layers."""
+    number = re.search(r"\.(\d+)\.", key)
+    return "other" if leaf is None else f"layer {number[1]}" if leaf.stack and number else leaf.component

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -21,11 +21,12 @@ import merge_kernels
 import numpy as np
 from merge_kernels import draw_row_keys
 
-from evojax_merge.checkpoints.config_file import layer_types
+from evojax_merge.checkpoints.config_file import LAYER_LISTS, layer_lists
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder
 from evojax_merge.checkpoints.derived import Find, parts_of, resolve_model
-from evojax_merge.checkpoints.folder import STEMS, is_finite, is_float, read_metadata
+from evojax_merge.checkpoints.folder import STEMS, Tensor, is_finite, is_float, read_metadata
 from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.checkpoints.kept_vectors import prepare_or_read
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.checkpoints.tokens import (
     TOKENIZER_FILES,
@@ -45,6 +46,7 @@ from evojax_merge.checkpoints.writer import (
     write_marker,
 )
 from evojax_merge.errors import InputError, escaped_lines
+from evojax_merge.mergekit.calibration import with_moments
 from evojax_merge.mergekit.modules import module_kind
 from evojax_merge.mergekit.opening import check_configs, check_inputs, fitting_inputs, open_models
 from evojax_merge.mergekit.plan import (
@@ -61,9 +63,12 @@ from evojax_merge.models.paths import scale_gain
 from evojax_merge.system.file_system import atomic_folder
 from evojax_merge.system.jinja_process import TemplateError, check_template
 from evojax_merge.system.regular_file import copy_regular
+from evojax_merge.tasks.task import local_file
 
 Progress = Callable[[int], None]
 
+# The keys of a config that name tokens by their ids.
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "decoder_start_token_id")
 WORKERS = min(4, os.cpu_count() or 1)
 
 
@@ -71,16 +76,18 @@ WORKERS = min(4, os.cpu_count() or 1)
 class MergePlan:
     """A recipe matched with opened folders: everything is checked, nothing is computed.
 
-    `leader`: the folder that gives the result its tensors' names, its generation settings and, where only text decoders
-    are merged, its other modules. `tokenizer`: the folder whose tokenizer is copied; None: none is written. `config`:
-    the merged decoder's config, without the dtype. `unmatched`: the recipe's filters that mean no tensor, each with a
-    sentence about it.
+    `copied`: the tensors that are written as one model has them, beside those of `rows`: modules beside the decoder,
+    and heads for several tokens that not all models have. `leader`: the folder that gives the result its tensors'
+    names, its generation settings and, where only text decoders are merged, its other modules. `tokenizer`: the folder
+    whose tokenizer is copied; None: none is written. `config`: the merged decoder's config, without the dtype.
+    `unmatched`: the recipe's filters that mean no tensor, each with a sentence about it.
     """
 
     recipe: RecipeFile
     sources: Sources
     rows: tuple[TensorPlan, ...]
     specs: dict[str, TensorSpec]
+    copied: Mapping[str, Tensor]
     leader: DecoderFolder
     tokenizer: Path | None
     chat_template: str | None
@@ -95,7 +102,8 @@ class MergePlan:
         files = [file.resolve() for folder in folders for file in folder.files]
         parts = [part for folder in folders for part in parts_of(folder.path)]
         others = [self.recipe.path] if self.tokenizer is None else [self.tokenizer, self.recipe.path]
-        return [*parts, *files, *others]
+        prompts = [] if self.sources.moments is None else self.sources.moments.files
+        return [*parts, *files, *others, *prompts]
 
     @property
     def nbytes(self) -> int:
@@ -138,13 +146,17 @@ def prepare(
         recipe = replace(recipe, seed=seed)
     paths = [find(recipe.where, reference, recipe.path.parent) for reference in recipe.models]
     choice = None if recipe.tokenizer is None else _tokenizer_choice(recipe, recipe.tokenizer, find)
-    sources, layouts, tied = open_models(recipe, paths, choice, allow_crimes)
+    opened = open_models(recipe, paths, choice, allow_crimes)
+    sources, layouts = opened.sources, opened.layouts
     leader = sources.folders[0 if recipe.other_modules is None else recipe.models.index(recipe.other_modules)]
     if recipe.other_modules is not None and not leader.other_modules:
         raise InputError(
             recipe.where, f"other_modules: {recipe.other_modules} is a text decoder alone; expected a larger model"
         )
     planned = plan(recipe, layouts, partial(fitting_inputs, recipe, sources))
+    config = _merged_config(recipe, sources, leader, layouts, opened.tied)
+    if leader.names.layers:
+        leader = leader.at_depth(config.get("num_hidden_layers", leader.names.depth))
     tensor_plans = [replace(tensor_plan, name=leader.names.in_file(tensor_plan.name)) for tensor_plan in planned]
     wanted = RECIPE_DTYPES.get(dtype or recipe.out_dtype or recipe.dtype or "")
     specs = {}
@@ -157,7 +169,11 @@ def prepare(
         specs[tensor_plan.name] = TensorSpec(
             sources.shape(source, tensor), wanted if wanted is not None and is_float(common_dtype) else common_dtype
         )
-    specs |= {name: TensorSpec(entry.shape, entry.dtype) for name, entry in leader.other_modules.items()}
+    copied_tensors = dict(leader.other_modules)
+    copied_tensors |= {
+        leader.names.in_file(name): sources.folders[model].entries[name] for name, model in opened.kept.items()
+    }
+    specs |= {name: TensorSpec(entry.shape, entry.dtype) for name, entry in copied_tensors.items()}
     warnings = [*sources.warnings]
     if sources.vocabulary is None:
         warnings += vocabulary_warnings([folder.path for folder in sources.folders])
@@ -168,6 +184,14 @@ def prepare(
             if strict:
                 raise
             warnings.append(f"{error}; the merged model gets the config of {leader.path}")
+    merged = {source.model for module in recipe.modules for part in module.slices for source in part.sources}
+    if recipe.method.uses_base(recipe.base is not None):
+        merged.discard(str(recipe.base))
+    sources = with_moments(
+        recipe.where, recipe.calibration, recipe.method, sources,
+        [number for number, model in enumerate(recipe.models) if model in merged], recipe.path.parent, local_file,
+        warnings.append,
+    )  # fmt: skip
     sources = replace(sources, warnings=tuple(warnings))
     read_json_object(leader.path / "generation_config.json", missing={})  # it is copied, but only if it can be read
     vocabulary = sources.vocabulary
@@ -182,8 +206,9 @@ def prepare(
         if template is not None:
             load_tokenizer(tokenizer)  # it is written anew, with the template
     return MergePlan(
-        recipe, sources, tuple(tensor_plans), specs, leader, tokenizer, template,
-        _merged_config(recipe, sources, leader, layouts, tied), allow_nonfinite, unmatched_filters(recipe, planned),
+        recipe, sources, tuple(tensor_plans), specs, copied_tensors, leader, tokenizer, template, config,
+        allow_nonfinite,
+        unmatched_filters(recipe, planned),
     )  # fmt: skip
 
 
@@ -199,7 +224,13 @@ def _merged_config(
         config["tie_word_embeddings"] = tied
     if sources.vocabulary is not None:
         # The number of rows for tokens, wherever the config says one.
-        rows, text = {"vocab_size": sources.vocabulary.size}, config.get("text_config")
+        rows: dict[str, Any] = {"vocab_size": sources.vocabulary.size}
+        text = config.get("text_config")
+        if sources.vocabulary.transplant is not None:
+            # The ids of tokens such as that of the end are the donor's.
+            assert sources.vocabulary.copied is not None
+            donor = read_json_object(sources.vocabulary.copied / "config.json", missing={})
+            rows |= {key: donor.get(key) for key in TOKEN_IDS if key in donor or key in config}
         if "vocab_size" in config or not isinstance(text, dict):
             config |= rows
         if isinstance(text, dict) and ("vocab_size" in text or "vocab_size" not in leader.config):
@@ -215,6 +246,18 @@ def _merged_config(
     return config
 
 
+def _varies(lists: Iterable[Mapping[str, Sequence[Any]]]) -> bool:
+    """Return whether a list has different entries for different layers."""
+    return any(len(set(entries)) > 1 for each in lists for entries in each.values())
+
+
+def _derived_lists(folder: DecoderFolder, depth: int) -> dict[str, list[Any]]:
+    """The lists with an entry per layer that a config of this depth has where it gives none itself."""
+    if any(key in folder.config for key in LAYER_LISTS):
+        return {}
+    return layer_lists(folder.where, folder.config | {"num_hidden_layers": depth})
+
+
 def _set_depth(
     config: dict[str, Any],
     sources: Sources,
@@ -227,11 +270,17 @@ def _set_depth(
     or `key`) whose value is `layers`, and lists with an entry per layer, such as layer_types, from the sources' entries
     of `origins`. Raises InputError where no key has that value."""
     configs, architecture = [folder.config for folder in sources.folders], known_architecture(config.get("model_type"))
-    kinds = [layer_types(folder.where, folder.config) for folder in sources.folders]
-    if any(len(set(types)) > 1 for types in kinds):
+    if architecture is not None and architecture.type_keys is not None:
+        types = [folder.decoder_config().layer_types for folder in sources.folders]
+        try:
+            config.update(architecture.type_keys([types[model][layer] for model, layer in origins]))
+        except ValueError as error:
+            raise InputError(sources.folders[leader].where, f"{error}; slices: cannot bring the layers there") from None
+    lists = [layer_lists(folder.where, folder.config) for folder in sources.folders]
+    if _varies(lists) or _varies(_derived_lists(folder, len(origins)) for folder in sources.folders):
         # Decoders derive a layer's kind from its number, which slices change.
-        configs = [config | {"layer_types": types} for config, types in zip(configs, kinds, strict=True)]
-    config.update({key: configs[leader][key] for key in ("layer_types",) if key in configs[leader]})
+        configs = [config | each for config, each in zip(configs, lists, strict=True)]
+    config.update({key: configs[leader][key] for key in LAYER_LISTS if key in configs[leader]})
 
     def section_of(config: Mapping[str, Any], name: str) -> Any:
         return config if not name else config.get(name)
@@ -274,15 +323,21 @@ def _tokenizer_choice(recipe: RecipeFile, setting: TokenizerSetting, find: Find)
 
     source: Any = setting.source
     if recipe.tokenizer_model is not None:
-        source = find(f"{recipe.where}: {setting.key}", source, recipe.path.parent, weights=False)
+        source = find(
+            f"{recipe.where}: {setting.key}", source, recipe.path.parent, weights=setting.approximation is not None
+        )
     elif source not in ("union", "base"):
         source = models.index(source)
+    if setting.approximation is not None and source in ("union", "base"):
+        if source == "union":
+            raise InputError(recipe.where, "tokenizer_source.of: union; expected base or a model, which has all tokens")
+        source = 0 if recipe.base is None else models.index(recipe.base)
     rules = {
         token: TokenRule(None if rule.model is None else number(token, rule.model), rule.token, rule.force)
         for token, rule in setting.tokens.items()
     }
     base = None if recipe.base is None else models.index(recipe.base)
-    return TokenizerChoice(source, base, rules, setting.pad_to_multiple_of)
+    return TokenizerChoice(source, base, rules, setting.pad_to_multiple_of, setting.approximation)
 
 
 def _chat_template(recipe: RecipeFile, paths: list[Path]) -> str | None:
@@ -331,11 +386,20 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
             source, name = row.inputs[first + k]
             return draw_row_keys(merge_plan.recipe.seed, sources.digest(source, name), tensors[0].shape)
 
+        def moments(k: int) -> np.ndarray | None:
+            return sources.moments_of(*row.inputs[first + k])
+
         if row.gain_offset:
             gain = scale_gain(jnp.asarray(tensors[0]), jnp.float32(scale), row.gain_offset)
             merged = np.asarray(gain.astype(computed))
         else:
-            merged = merge_kernels.merge_tensor(method, row.options, tensors, row.parameters, row_keys, computed)
+            prepared = prepare_or_read(
+                method, lambda: sources.contents(row.inputs), len(tensors) - first, tensors, row.parameters,
+                lambda: merge_kernels.prepare(method, row.options, tensors, row.parameters, row_keys, moments),
+            )  # fmt: skip
+            merged = merge_kernels.merge_tensor(
+                method, row.options, tensors, row.parameters, row_keys, computed, prepared
+            )
         merged = merged.astype(dtype, copy=False)
         if not merge_plan.allow_nonfinite and not is_finite(merged):
             raise InputError(
@@ -354,10 +418,9 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
 def merged_tensors(merge_plan: MergePlan, names: list[str]) -> Iterator[np.ndarray]:
     """The merged tensors of these names, in their order, computed ahead of time by a few threads."""
     by_name = {tensor_plan.name: tensor_plan for tensor_plan in merge_plan.rows}
-    others = merge_plan.leader.whole
 
     def make(name: str) -> np.ndarray:
-        return merge_tensor(merge_plan, by_name[name]) if name in by_name else np.array(others.read(name))
+        return merge_tensor(merge_plan, by_name[name]) if name in by_name else merge_plan.copied[name].load()
 
     waiting = deque(names)
     running: deque[Future[np.ndarray]] = deque()
@@ -423,9 +486,12 @@ def write_small_files(merge_plan: MergePlan, folder: Path) -> None:
         # A larger model's config and its decoder's settings both name the dtype.
         config = with_dtype(merge_plan.leader.whole_config(with_dtype(merge_plan.config)))
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    copied = [(merge_plan.leader.path / "generation_config.json", "a JSON file")]
+    vocabulary = merge_plan.sources.vocabulary
+    # Settings of generation name tokens by their ids.
+    settings = vocabulary.copied if vocabulary is not None and vocabulary.transplant is not None else None
+    copied = [((settings or merge_plan.leader.path) / "generation_config.json", "a JSON file")]
     copied += [(merge_plan.leader.path / name, "a processor's settings") for name in PROCESSOR_FILES]
-    source, vocabulary, template = merge_plan.tokenizer, merge_plan.sources.vocabulary, merge_plan.chat_template
+    source, template = merge_plan.tokenizer, merge_plan.chat_template
     united = None if vocabulary is None or vocabulary.copied is not None else vocabulary.tokenizer
     if source is not None and (united is not None or template is not None):
         tokenizer = load_tokenizer(source) if united is None else united

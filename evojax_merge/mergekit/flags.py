@@ -1,6 +1,6 @@
 """The options of mergekit's command line, for scripts that were written for it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import click
@@ -17,9 +17,9 @@ _OTHERS: Mapping[tuple[str, ...], dict[str, Any]] = {
 }  # fmt: skip
 # The options of mergekit's other programs that mergekit-yaml lacks: the programs that have them, and their replacement.
 _LEGACY = "mergekit-legacy or mergekit-layershuffle; write what is merged as a recipe"
-_MOE = "mergekit-moe, which makes a mixture of experts; that is not supported"
+_MOE = "mergekit-moe, which makes a mixture of experts; that is evojax-merge moe"
 _TOKENS = "mergekit-tokensurgeon, which gives a model other tokens; a recipe aligns tokens by tokenizer_source"
-_LORA = "mergekit-extract-lora; the winner of a search is written as an adapter by evojax-merge export --as adapter"
+_LORA = "mergekit-extract-lora; that is evojax-merge extract-lora"
 _MULTI = "mergekit-multi or mergekit-extract-lora; a merge takes RECIPE, of any number of documents, and OUT"
 _MODELS = "mergekit-legacy, mergekit-layershuffle or mergekit-extract-lora; a recipe names the models"
 # The names of those options: switches, and options with a value.
@@ -54,19 +54,24 @@ class ShardSize(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        number, unit = (value[:-1], value[-1].lower()) if value[-1:].isalpha() else (value, "")
+        # transformers writes 5GB.
+        number = value.rstrip("BbGgKkMm")
+        unit = value[len(number) :].lower()
+        unit = {"kb": "k", "mb": "m", "gb": "b", "g": "b"}.get(unit, unit)
         if not number.isascii() or not number.isdigit() or int(number) < 1 or unit not in SIZES:
             self.fail(f"{value!r}; expected a number of bytes such as 500M or 5B", param, ctx)
         return int(number) * SIZES[unit]
 
 
-def without_meaning(command: Callable[..., Any]) -> Callable[..., Any]:
+def without_meaning(command: Callable[..., Any], taken: Collection[str] = ()) -> Callable[..., Any]:
     """Add options that are accepted and change nothing, hidden from --help; `given_without_meaning` lists the given
-    ones. Options of mergekit's other programs end the command with a line that names the program."""
+    ones. Options of mergekit's other programs end the command with a line that names the program, but for those `taken`
+    by the command itself."""
     plain = [(f"--{name}/--no-{name}",) for name in _SWITCHES] + [(f"--{name}",) for name in _VALUES]
-    for names, kind in [*((names, {}) for names in plain), *_OTHERS.items()]:
+    others = {names: kind for names, kind in _OTHERS.items() if set(taken).isdisjoint(names)}
+    for names, kind in [*((names, {}) for names in plain), *others.items()]:
         command = click.option(*names, **kind, hidden=True, expose_value=False, callback=_given)(command)
-    for name in _OF_OTHERS:
+    for name in (name for name in _OF_OTHERS if name not in taken):
         flag: dict[str, Any] = {"is_flag": True, "default": None} if name in _OTHER_SWITCHES else {"multiple": True}
         command = click.option(name, **flag, hidden=True, expose_value=False, callback=_given)(command)
     return command

@@ -1,7 +1,8 @@
 """The models of a recipe, opened and checked against each other by their headers."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from evojax_merge.checkpoints.config_file import check_unquantised, check_values, comparable, is_larger_model
@@ -34,18 +35,29 @@ TABLES = (*BUFFERS, ".attn.masked_bias", ".attention.masked_bias", "embeddings.p
 CAUSAL_MASKS = (".attn.bias", ".attention.bias")
 
 
+@dataclass(frozen=True)
+class OpenedModels:
+    """The models of a recipe. layouts: the names of each model's tensors that are merged; tied: whether the merged head
+    is the embedding, None where the model is no known decoder with a head; kept: tensors that not all models have and
+    that are written as one of them has them, with the number of that model."""
+
+    sources: Sources
+    layouts: list[Layout]
+    tied: bool | None
+    kept: Mapping[str, int]
+
+
 def open_models(
     recipe: RecipeFile, paths: list[Path], choice: TokenizerChoice | None, allow_crimes: bool
-) -> tuple[Sources, list[Layout], bool | None]:
-    """Open models of one architecture, known or not, or of any architectures with `allow_crimes`. Returns the sources,
-    their tensors' names, and whether the merged head is tied; None: the model is no known decoder with a head.
+) -> OpenedModels:
+    """Open models of one architecture, known or not, or of any architectures with `allow_crimes`.
 
     A merge does not run the model, so that a config need not be one that this program can run. Raises InputError.
     """
     whole = recipe.other_modules is None
     if recipe.components and whole:
         raise InputError(recipe.where, "components: without other_modules whole models are merged; name that model too")
-    open_decoder = decoder_with_projector if recipe.components else decoder_of
+    open_decoder = decoder_with_projector if recipe.components else partial(decoder_of, with_aside=whole)
     opened = [open_model(path) for path in paths]
     folders = tuple(
         # A larger model as a whole has its tensors' names in the files.
@@ -81,6 +93,8 @@ def open_models(
             tied = all(folder.config.get("tie_word_embeddings", False) for folder in folders)
             heads = [head] if not tied and any(head in tensor_names for tensor_names in names) else []
             names = [[name for name in tensor_names if name != head] + heads for tensor_names in names]
+    kept = _kept_from_one(recipe, _decoder_of(first).architecture, names)
+    names = [[name for name in tensor_names if name not in kept] for tensor_names in names]
     names, strays = _without_strays(recipe, decoder, folders, names)
     sources = replace(sources, warnings=strays)
     layouts = [layout(tensor_names) for tensor_names in names]
@@ -108,7 +122,7 @@ def open_models(
         sources = Sources(folders, vocabulary, (*strays, *vocabulary.warnings))
     _check_one_scheme(sources)
     _check_same_tensors(recipe, sources, layouts)
-    return sources, layouts, tied
+    return OpenedModels(sources, layouts, tied, kept)
 
 
 def _decoder_of(folder: DecoderFolder) -> DecoderFolder:
@@ -118,6 +132,18 @@ def _decoder_of(folder: DecoderFolder) -> DecoderFolder:
         return decoder_of(folder.whole) if is_larger_model(folder.whole.config) else folder
     except InputError:
         return folder
+
+
+def _kept_from_one(recipe: RecipeFile, decoder: Architecture | None, names: list[list[str]]) -> dict[str, int]:
+    """The tensors that the forward pass does not run and that some models lack, each with the number of the first model
+    that has it. Tensors whose treatment the recipe sets are not among them."""
+    aside = () if decoder is None else decoder.aside
+    common = set.intersection(*map(set, names))
+    return {
+        name: number
+        for number, tensor_names in reversed(list(enumerate(names))) for name in tensor_names
+        if name.startswith(aside) and name not in common and _mismatch(recipe, name) == "refuse"
+    }  # fmt: skip
 
 
 def _without_strays(

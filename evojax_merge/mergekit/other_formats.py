@@ -4,7 +4,7 @@ from typing import Any
 
 from merge_kernels import METHODS
 
-MOE = "is a config of mergekit-moe, which makes a mixture of experts; that is not supported"
+MOE = "is a config of mergekit-moe, not a recipe; run it with evojax-merge moe"
 # Keys that YAML files of other programs have and recipes lack, and the message about each format.
 OTHER_FORMATS = {
     frozenset({"parents", "tasks"}): "is the config of a search, not a recipe; run it with evojax-merge search",

@@ -1,18 +1,20 @@
 """Merges of diffusers folders: a recipe's merge for each component that is merged, and copies of the others."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from evojax_merge.checkpoints.decoder_folder import PROJECTOR
 from evojax_merge.checkpoints.derived import Find
 from evojax_merge.checkpoints.pipelines import MERGE, Components, Pipeline, choose_components, is_pipeline
 from evojax_merge.errors import InputError
+from evojax_merge.mergekit.account import TensorFate, account_of
 from evojax_merge.mergekit.execute import MergePlan, Progress, prepare, write_weights
 from evojax_merge.mergekit.schema import RecipeFile
 from evojax_merge.mergekit.streams import RecipeStream, stage_of
 
 # The keys of a recipe that are about a language model's tokens, layers or other modules.
-FOREIGN = ("tokenizer", "chat_template", "ends", "other_modules")
+FOREIGN = ("tokenizer", "chat_template", "ends", "other_modules", "calibration")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,15 @@ class PipelinePlan:
             (self.recipe.where, sentence)
             for wanted, sentence in first.items()
             if all(wanted in unmatched for unmatched in others)
+        ]
+
+    @cached_property
+    def account(self) -> list[TensorFate]:
+        """The fate of each tensor of the merged components, whose name stands before that of the tensor."""
+        return [
+            replace(fate, tensor=f"{component}/{fate.tensor}")
+            for component, plan in self.merges.items()
+            for fate in account_of(list(self.models), plan.sources, plan.rows, plan.copied)
         ]
 
     @property

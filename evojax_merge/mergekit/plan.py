@@ -30,8 +30,8 @@ LAYER_NAME = re.compile(
     r"^(?P<head>(?:.*?\.)??(?:layers|layer|h|blocks|block|transformer_blocks)\.)"
     r"(?P<index>0|[1-9][0-9]{0,8})(?P<tail>\..+)$"
 )
-# Modules before the layers, in the architectures' names (embed_out is GPT-NeoX's head).
-BEFORE_LAYERS = re.compile(r"(?:^|[._])(?:wte|wpe|embed(?!_out)\w*|\w+_embed\w*)(?:\.|$)")
+# Modules before the layers, by the architectures' names (embed_out is GPT-NeoX's head, embedding_norm LFM2's last norm)
+BEFORE_LAYERS = re.compile(r"(?:^|[._])(?:wte|wpe|embed(?!_out|ding_norm)\w*|\w+_embed\w*)(?:\.|$)")
 # The number of a tensor in any other list, such as that of a module's convolutions.
 NUMBERED = re.compile(r"^(?P<head>.*?\.)(?P<index>[0-9]{1,9})\.")
 # The projection behind the layers of Qwen's vision towers, which takes the last value of a gradient over the layers.

@@ -1,11 +1,12 @@
 """Recipes as YAML, in mergekit's format: read and checked, not yet matched with tensors.
 
-Seven settings go beyond mergekit: `random_seed`, which fixes the masks of random methods and which mergekit ignores;
+Eight settings go beyond mergekit: `random_seed`, which fixes the masks of random methods and which mergekit ignores;
 `rescale: density` (the DARE paper's 1/density), which mergekit refuses; `other_modules`, the model whose other modules
 the result has where text decoders alone are merged; `on_mismatch`, the treatment of tensors that not all models have
-alike; `components`, the parts of diffusers folders that are merged or kept; and two settings of a passthrough merge of
-slices: `ends`, the model whose embedding and head the result has, and `gain_offsets`, the numbers that are added to
-tensors before `scale` multiplies them, and subtracted after.
+alike; `calibration`, the prompts on which methods such as regmean look at activations; `components`, the parts of
+diffusers folders that are merged or kept; and two settings of a passthrough merge of slices: `ends`, the model whose
+embedding and head the result has, and `gain_offsets`, the numbers that are added to tensors before `scale` multiplies
+them, and subtracted after.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -17,8 +18,11 @@ import numpy as np
 from merge_kernels import METHODS, Method
 
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
+from evojax_merge.config.documents import parse
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.plugins import HINT
+from evojax_merge.schema.approximation import Approximation
+from evojax_merge.schema.calibration import Calibration
 
 # The keys of each section.
 KEYS: dict[str, frozenset[str]] = {
@@ -27,7 +31,7 @@ KEYS: dict[str, frozenset[str]] = {
         "document": (
             "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
             "tokenizer_source", "tokenizer", "chat_template", "random_seed", "ends", "gain_offsets", "other_modules",
-            "on_mismatch", "components",
+            "on_mismatch", "components", "calibration",
         ),
         "module": ("models", "slices", "parameters"),
         "slice": ("sources", "parameters", "base_model"),
@@ -103,12 +107,13 @@ class TokenSetting:
 @dataclass(frozen=True)
 class TokenizerSetting:
     """The source of the tokens: union, base, or a model, which need not be a merged one. key: the recipe's key that
-    names it, tokenizer_source or tokenizer.source."""
+    names it, tokenizer_source or tokenizer.source; approximation: see `TokenizerChoice`."""
 
     key: str
     source: str
     tokens: Mapping[str, TokenSetting]
     pad_to_multiple_of: int
+    approximation: Approximation | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,8 @@ class RecipeFile:
     of `path`; `where`: the recipe's name in messages; gain_offsets: a filter -> the number that is added to its
     tensors; other_modules: only the models' text decoders are merged, and the other modules come from this model (None:
     whole models are merged); on_mismatch: a setting of `ON_MISMATCH`'s words;
-    components: a component of diffusers folders -> merge, or the model that gives it."""
+    components: a component of diffusers folders -> merge, or the model that gives it; calibration: the prompts of a
+    method that looks at activations."""
 
     path: Path
     where: str
@@ -135,6 +141,7 @@ class RecipeFile:
     other_modules: str | None = None
     on_mismatch: Setting = "refuse"
     components: Mapping[str, str] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
     @property
     def models(self) -> list[str]:
@@ -179,7 +186,7 @@ def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeF
         raise InputError(where, f"merge_method: unknown method {name!r}{did_you_mean(name, METHODS)}{HINT}")
     method = METHODS[name]
     base = top.get("base_model")
-    base = None if base is None else _reference(f"{where}: base_model", base)
+    base = None if base is None else parse_reference(f"{where}: base_model", base)
     form = _form(where, top, FORMS)
     if form == "modules":
         sections = top["modules"]
@@ -201,9 +208,10 @@ def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeF
         path, where, method, base, tuple(modules), _settings(f"{where}: parameters", top.get("parameters"), method),
         dtype, out_dtype, _tokenizer(where, top), chat or None, seed, _ends(where, top, method),
         _gain_offsets(where, top, method),
-        None if top.get("other_modules") is None else _reference(f"{where}: other_modules", top["other_modules"]),
+        None if top.get("other_modules") is None else parse_reference(f"{where}: other_modules", top["other_modules"]),
         _on_mismatch(where, top.get("on_mismatch")),
         _components(where, top.get("components")),
+        _calibration(where, top.get("calibration")),
     )  # fmt: skip
     for module in recipe.modules:
         for part in module.slices:
@@ -269,9 +277,13 @@ def _components(where: str, value: Any) -> dict[str, str]:
     if not isinstance(components, dict) or not all(isinstance(name, str) for name in components):
         raise InputError(where, f"components: {shown(value)}; expected a mapping, such as {{unet: merge}}")
     return {
-        name: model if model == "merge" else _reference(f"{where}: components.{name}", model)
+        name: model if model == "merge" else parse_reference(f"{where}: components.{name}", model)
         for name, model in components.items()
     }
+
+
+def _calibration(where: str, value: Any) -> Calibration | None:
+    return None if value is None else parse(f"{where}: calibration", value, Calibration)
 
 
 def _ends(where: str, top: dict[str, Any], method: Method) -> str | None:
@@ -280,7 +292,7 @@ def _ends(where: str, top: dict[str, Any], method: Method) -> str | None:
         return None
     if method.copies is None or "slices" not in top:
         raise InputError(where, "ends: only a passthrough merge of slices takes them from one model")
-    return _reference(f"{where}: ends", top["ends"])
+    return parse_reference(f"{where}: ends", top["ends"])
 
 
 def _gain_offsets(where: str, top: dict[str, Any], method: Method) -> dict[str, float]:
@@ -324,7 +336,7 @@ def check_parent_count(where: str, method: Method, parents: int) -> None:
         raise InputError(where, f"{method.name} takes {many} models{besides}, found {parents}")
 
 
-def _reference(where: str, value: Any) -> str:
+def parse_reference(where: str, value: Any) -> str:
     """A model as one text: a folder or a hub id, `@` its revision, `+` an adapter. mergekit also writes it as
     `{model: …, lora: …}`, in which each part may be `{path: …, revision: …}`; such a part alone is a model, too."""
     if isinstance(value, dict) and "path" in value and "model" not in value:
@@ -354,7 +366,7 @@ def _source(where: str, entry: Any, method: Method, keys: frozenset[str]) -> Sou
             raise InputError(where, f"{key}: missing")
     first = _layer_range(where, entry["layer_range"])[0] if "layer_range" in entry else 0
     settings = _settings(f"{where}.parameters", entry.get("parameters"), method)
-    return Source(_reference(f"{where}.model", entry["model"]), first, settings)
+    return Source(parse_reference(f"{where}.model", entry["model"]), first, settings)
 
 
 def _layer_range(where: str, value: Any) -> tuple[int, int]:
@@ -380,7 +392,9 @@ def _slice(where: str, entry: Any, method: Method, base: str | None) -> Slice:
     counts = {end - first for first, end in ranges}
     if len(counts) != 1:
         raise InputError(where, f"layer_range: sources of unlike length {sorted(counts)}; expected one length")
-    slice_base = base if entry.get("base_model") is None else _reference(f"{where}.base_model", entry["base_model"])
+    slice_base = (
+        base if entry.get("base_model") is None else parse_reference(f"{where}.base_model", entry["base_model"])
+    )
     needed = method.base != "parent" or method.base_is_first_parent
     if needed and slice_base is not None and all(source.model != slice_base for source in sources):
         raise InputError(where, f"sources: the base_model {slice_base!r} is missing")
@@ -429,8 +443,11 @@ def _tokenizer(where: str, top: dict[str, Any]) -> TokenizerSetting | None:
     source, section = top.get("tokenizer_source"), top.get("tokenizer")
     if source is not None and section is not None:
         raise InputError(where, "expected at most one of the keys tokenizer_source, tokenizer")
+    if isinstance(source, dict) and "of" in source:
+        how: Approximation = parse(f"{where}: tokenizer_source", source, Approximation)
+        return TokenizerSetting("tokenizer_source", how.of, {}, 1, how)
     if source is not None:
-        return TokenizerSetting("tokenizer_source", _reference(f"{where}: tokenizer_source", source), {}, 1)
+        return TokenizerSetting("tokenizer_source", parse_reference(f"{where}: tokenizer_source", source), {}, 1)
     if section is None:
         return None
     where = f"{where}: tokenizer"
@@ -443,7 +460,7 @@ def _tokenizer(where: str, top: dict[str, Any]) -> TokenizerSetting | None:
         raise InputError(where, f"pad_to_multiple_of: {pad!r}; expected a whole number from 1 to {MAX_PADDING}")
     return TokenizerSetting(
         "tokenizer.source",
-        _reference(f"{where}.source", section.get("source", "union")),
+        parse_reference(f"{where}.source", section.get("source", "union")),
         {str(token): _token(f"{where}.tokens.{token}", entry) for token, entry in tokens.items()},
         pad,
     )
@@ -455,7 +472,7 @@ def _token(where: str, entry: Any) -> TokenSetting:
     if not isinstance(force, bool):
         raise InputError(where, f"force: {force!r}; expected true or false")
     if isinstance(source, str) or (isinstance(source, dict) and "kind" not in source and "model" in source):
-        return TokenSetting(_reference(f"{where}.source", source), None, force)
+        return TokenSetting(parse_reference(f"{where}.source", source), None, force)
     if not isinstance(source, dict):
         raise InputError(where, "source: expected a model, {kind: zero} or {kind: model_token, model: …, token: …}")
     source = checked_mapping(f"{where}.source", source, KEYS["row"])
@@ -469,4 +486,4 @@ def _token(where: str, entry: Any) -> TokenSetting:
     token = source[given[0]]
     if type(token) is not (str if given[0] == "token" else int):
         raise InputError(f"{where}.source", f"{given[0]}: {token!r}; expected a token, or its number as token_id")
-    return TokenSetting(_reference(f"{where}.source.model", source["model"]), token, force)
+    return TokenSetting(parse_reference(f"{where}.source.model", source["model"]), token, force)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from evojax_merge.checkpoints.derived import FindModel, parts_of, resolve_model
 from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.checkpoints.writer import ShardWriter
 from evojax_merge.errors import InputError, printable
+from evojax_merge.mergekit.account import FATES, TensorFate, account_of
 from evojax_merge.mergekit.execute import MergePlan, Progress, prepare, write_small_files, write_weights
 from evojax_merge.mergekit.streams import RecipeStream, stage_of
 from evojax_merge.system.file_system import hidden_folder, recover, remove_folder
@@ -54,6 +56,11 @@ class StreamPlan:
         return {model: folder for model, folder in named if made.isdisjoint(parts_of(folder.path))}
 
     @property
+    def paths(self) -> dict[str, Path]:
+        """The folders of `models`."""
+        return {model: folder.path for model, folder in self.models.items()}
+
+    @property
     def inputs(self) -> list[Path]:
         """The files and folders that are read."""
         return list(dict.fromkeys(path for merge in self.merges for path in merge.inputs))
@@ -70,6 +77,19 @@ class StreamPlan:
     def unmatched(self) -> list[tuple[str, str]]:
         """The name of a recipe and a sentence for each of its filters that means no tensor."""
         return [(merge.recipe.where, sentence) for merge in self.merges for sentence in merge.unmatched.values()]
+
+    @cached_property
+    def account(self) -> list[TensorFate]:
+        """The fate of each tensor of the models that exist before any merge: that of the merge that makes most of it,
+        the first in `FATES`."""
+        names = {stage.name for stage in self.stages}
+        fates: dict[tuple[str, str, bool], TensorFate] = {}
+        for merge in self.merges:
+            for fate in account_of(merge.recipe.models, merge.sources, merge.rows, merge.copied):
+                key = fate.model, fate.tensor, fate.fate == "made"
+                if stage_of(fate.model, names) is None:
+                    fates[key] = min(fates.get(key, fate), fate, key=lambda fate: FATES.index(fate.fate))
+        return list(fates.values())
 
     @property
     def last_uses(self) -> list[int]:

@@ -39,7 +39,7 @@ _MODEL = ("a model has no such key here", {"model": "reference", "parameters": "
 SECTIONS: dict[str, tuple[str, Mapping[str, str]]] = {
     "document": (
         "a recipe has no such key",
-        {**_SLICED, "base_model": "reference", "ends": "reference", "tokenizer_source": "reference",
+        {**_SLICED, "base_model": "reference", "ends": "reference", "tokenizer_source": "tokens_of",
          "on_mismatch": "filters", "tokenizer": "tokenizer", "modules": "{module}", "chat_template": "chat_template"},
     ),
     "module": ("a module has no such key", _SLICED),
@@ -140,6 +140,10 @@ class _RecipeNormaliser:
     def reference(self, place: str, value: Any) -> Any:
         is_path = isinstance(value, dict) and "path" in value and "model" not in value
         return self.normalised("path" if is_path else "pair", place, value)
+
+    def tokens_of(self, place: str, value: Any) -> Any:
+        """A model, or a mapping of ours, which names a model and how rows are approximated."""
+        return value if isinstance(value, dict) and "of" in value else self.reference(place, value)
 
     def settings(self, place: str, value: Any) -> Any:
         if self.method is None:

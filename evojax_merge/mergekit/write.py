@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 from merge_kernels import METHODS, Method, Options
 
-from evojax_merge.models.architecture import LAYERS, Architecture, architecture_of
+from evojax_merge.models.architecture import LAYERS, Architecture, architecture_of, leaves_of
 from evojax_merge.models.bank import MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import LayerPath, PathSpec
@@ -30,9 +30,11 @@ class Filters:
     residual: Mapping[str, float]
 
 
-def filters_of(architecture: Architecture) -> Filters:
-    """The filters that an architecture declares, else the names of its tensors."""
-    layer = [leaf for leaf in architecture.leaves if leaf.stack == LAYERS]
+def filters_of(architecture: Architecture, *configs: DecoderConfig) -> Filters:
+    """The filters that an architecture declares, else the names of its tensors; with configs, of the leaves in a layer
+    those that a model of one of them has."""
+    present = {leaf.name for config in configs for leaf in leaves_of(config)}
+    layer = [leaf for leaf in architecture.leaves if leaf.stack is not None and (not configs or leaf.name in present)]
     # The ends of names, after the numbers of the layer and the expert.
     tails = {leaf.name: leaf.tensor.rpartition("}")[2] for leaf in layer}
     writers = {leaf.name: leaf.gain_offset for leaf in layer if leaf.writes_residual}
@@ -107,7 +109,7 @@ def path_document(path: LayerPath, spec: PathSpec, parents: Sequence[str]) -> di
     """
     steps = [(*spec.origins[m], shortest_decimal(f)) for m, f in zip(path.layers, path.residual_scales(), strict=True)]
     slices: list[dict[str, Any]] = []
-    residual = filters_of(architecture_of(spec.configs[0])).residual
+    residual = filters_of(architecture_of(spec.configs[0]), *spec.configs).residual
     start = 0
     for i in range(1, len(steps) + 1):
         parent, first, fold = steps[start]
@@ -229,7 +231,9 @@ def _slice_document(
         entries = [
             {"filter": filters.shared[leaf], "value": at(parameters[name])} for leaf, parameters in shared.items()
         ]
-        entries += [{"filter": wanted, "value": at(layer[name][c])} for wanted, c in filters.components]
+        # A model without mixtures has no parameters of a router.
+        held = [(wanted, c) for wanted, c in filters.components if c < len(layer[name])]
+        entries += [{"filter": wanted, "value": at(layer[name][c])} for wanted, c in held]
         values = {entry["value"] for entry in entries}
         return values.pop() if len(values) == 1 else entries
 

@@ -8,7 +8,8 @@ Letters: L layers of a stack, B rows of T tokens. Weights keep Hugging Face's or
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -22,7 +23,7 @@ from evojax_merge.errors import nearest, shown
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.config_keys import Expected
 from evojax_merge.models.gguf import Gguf
-from evojax_merge.models.layers import Attend, KeyValue, SequenceLayout, Weights
+from evojax_merge.models.layers import SequenceLayout, Weights
 
 # The stack of layers that the forward pass of a decoder runs through.
 LAYERS = "layers"
@@ -31,6 +32,11 @@ BUFFERS = ("rotary_emb.inv_freq",)
 # The components of a layer in every architecture, and one more of mixtures of experts.
 COMPONENTS = ("attention", "mlp", "norm")
 ROUTER = "router"
+# What a layer keeps of earlier tokens: keys and values, or the state of a recurrence (models.recurrence).
+ATTENTION, RECURRENCE = "attention", "recurrence"
+# The beginning of names of layers behind the decoder's last, before a number from 0 on. Files of some families have
+# them as `model.layers.N.…`, from N = num_hidden_layers on.
+NEXT_LAYERS = "next_layers_"
 # Leaves that every architecture has, and one that it may have: the LM head, where it is not the embedding.
 EMBEDDING, FINAL_NORM, HEAD = "embed", "final_norm", "head"
 
@@ -73,6 +79,23 @@ class Leaf:
         return self.tensor.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
 
+Block = Callable[[Any, Weights, jax.Array, Any, Any], tuple[jax.Array, Any]]
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """A type of layer of models whose layers differ.
+
+    block: see `Architecture.block`, with access to the layer's memory as the last argument, and what to keep in it as
+    the second result: `Attend` and keys and values for `ATTENTION`, `models.recurrence.Recur` and a state for
+    `RECURRENCE`, tuples of these where `memory` is a tuple. stacks: the stacks whose leaves the layers have.
+    """
+
+    block: Block
+    stacks: tuple[str, ...]
+    memory: str | tuple[str, ...] = ATTENTION
+
+
 class SharedWeights(Protocol):
     """The leaves outside of the layers: in memory, or merged at each call."""
 
@@ -96,17 +119,21 @@ class Architecture:
     where it is true: a merge loads no class). read_config: the values of `keys`, by name -> the static config; raises
     ValueError, whose text is shown behind the file's name.
 
-    dimensions: the sizes that the leaves' shapes are written in. depths: the number of layers of each stack.
+    dimensions: the sizes that the leaves' shapes are written in. layer_types: the types of layers by the names in
+    `config.layer_types`; empty: all layers are of the stack `layers`, and run `block`. type_keys: (the names of the
+    layers' types) -> the keys of config.json that say them, with their values; raises ValueError for an order that no
+    value says; None: `layer_types` in config.json says any order, or all layers are alike. further_stacks: the numbers
+    of the layers of stacks that the forward pass does not run.
 
     embed: (config, weights, tokens int32[B, T], layout) -> the hidden states before the first layer. position_tables:
     (config, layout) -> the layers' inputs that depend on positions, computed once (any pytree; leaves have axes `[B, T,
     …]`); a tuple of such pytrees, of one structure, where layers differ: `config.position_kinds` is each layer's index
     into it. block: (config, a layer's weights, hidden states, its position tables, attend) -> the hidden states after
-    the layer, and the keys and values that `attend` returned; `attend` is prefill or decoding with a cache, so that a
-    block is written once. final_norm: (config, weights, hidden states) -> the vectors that the head's rows are
-    multiplied with. map_logits: (config, the products of head and vectors, float32) -> logits: an increasing function
-    of each product, such as a soft cap. always_maps_logits: whether every model of the family has such a function;
-    transformers leaves it out inside of a larger model, so that a text decoder there is refused.
+    the layer, and the keys and values that `attend` returned; `attend` (`models.layers.Attend`) is prefill or decoding
+    with a cache, so that a block is written once. final_norm: (config, weights, hidden states) -> the vectors that the
+    head's rows are multiplied with. map_logits: (config, the products of head and vectors, float32) -> logits: an
+    increasing function of each product, such as a soft cap. always_maps_logits: whether every model of the family has
+    such a function; transformers leaves it out inside of a larger model, so that a text decoder there is refused.
 
     bidirectional_images: whether the positions of an image attend to each other in both directions.
 
@@ -114,6 +141,9 @@ class Architecture:
     forward pass over texts, which merge into it; None where these have its own model_type.
 
     buffers: suffixes of the names of buffers that earlier files hold, and that no forward pass reads.
+
+    aside: beginnings of the names of tensors that the forward pass does not run, such as heads for several tokens: a
+    search keeps them as they are in one model. With `NEXT_LAYERS` among them, layers behind the last are such tensors.
 
     no_adapter: the reason where PEFT has no adapters for all of its matrices.
 
@@ -137,7 +167,7 @@ class Architecture:
     dimensions: Callable[[Any], Mapping[str, int]]
     embed: Callable[[Any, SharedWeights, jax.Array, SequenceLayout], jax.Array]
     position_tables: Callable[[Any, SequenceLayout], Any]
-    block: Callable[[Any, Weights, jax.Array, Any, Attend], tuple[jax.Array, KeyValue]]
+    block: Block
     final_norm: Callable[[Any, SharedWeights, jax.Array], jax.Array]
     map_logits: Callable[[Any, jax.Array], jax.Array] = lambda config, products: products
     always_maps_logits: bool = False
@@ -145,9 +175,12 @@ class Architecture:
     text_model: str | None = None
     config_class: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    depths: Callable[[Any], Mapping[str, int]] = lambda config: {LAYERS: config.layers}
+    layer_types: Mapping[str, LayerType] = field(default_factory=dict)
+    type_keys: Callable[[Sequence[str]], Mapping[str, Any]] | None = None
+    further_stacks: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda config: {}
     filters: Mapping[str, str] = field(default_factory=dict)
     buffers: tuple[str, ...] = BUFFERS
+    aside: tuple[str, ...] = ()
     no_adapter: str = ""
     packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     transposable: tuple[str, ...] = ()
@@ -298,19 +331,65 @@ def dimensions(config: DecoderConfig) -> Mapping[str, int]:
     return architecture_of(config).dimensions(config)
 
 
-def depths(config: DecoderConfig) -> Mapping[str, int]:
-    """The number of layers of each stack."""
-    return architecture_of(config).depths(config)
+def layer_types(config: DecoderConfig) -> Mapping[str, LayerType]:
+    """The types of layers, by name."""
+    architecture = architecture_of(config)
+    return architecture.layer_types or {LAYERS: LayerType(architecture.block, (LAYERS,))}
+
+
+def types_of_layers(config: DecoderConfig) -> tuple[str, ...]:
+    """The name of each layer's type."""
+    return config.layer_types or (LAYERS,) * config.layers
+
+
+def stack_numbers(config: DecoderConfig) -> Mapping[str, Sequence[int]]:
+    """The numbers of the layers of each stack: row r of a stack is layer `stack_numbers(config)[stack][r]`."""
+    numbers: dict[str, list[int]] = {}
+    types = layer_types(config)
+    for number, name in enumerate(types_of_layers(config)):
+        for stack in types[name].stacks:
+            numbers.setdefault(stack, []).append(number)
+    return {**numbers, **architecture_of(config).further_stacks(config)}
+
+
+def first_of_each_type(config: DecoderConfig) -> dict[str, int]:
+    """The number of the first layer of each type."""
+    names = types_of_layers(config)
+    return {name: names.index(name) for name in dict.fromkeys(names)}
+
+
+def rows_of_layers(config: DecoderConfig) -> list[dict[str, int]]:
+    """For each layer its stacks, and its row in each."""
+    rows: list[dict[str, int]] = [{} for _ in range(config.layers)]
+    types, used = layer_types(config), Counter[str]()
+    for number, name in enumerate(types_of_layers(config)):
+        for stack in types[name].stacks:
+            rows[number][stack] = used[stack]
+            used[stack] += 1
+    return rows
 
 
 def leaves_of(config: DecoderConfig) -> list[Leaf]:
     """The leaves that a model of this config has."""
-    return [leaf for leaf in architecture_of(config).leaves if leaf.present_if(config)]
+    stacks = {None, *stack_numbers(config)}
+    return [leaf for leaf in architecture_of(config).leaves if leaf.stack in stacks and leaf.present_if(config)]
 
 
 def stack_leaves(config: DecoderConfig, stack: str = LAYERS) -> list[Leaf]:
     """The leaves of a stack, in a model of this config."""
     return [leaf for leaf in leaves_of(config) if leaf.stack == stack]
+
+
+def leaves_of_layer(config: DecoderConfig, number: int) -> list[Leaf]:
+    """The leaves of a layer, in a model of this config."""
+    stacks = layer_types(config)[types_of_layers(config)[number]].stacks
+    return [leaf for stack in stacks for leaf in stack_leaves(config, stack)]
+
+
+def components_of(config: DecoderConfig) -> tuple[str, ...]:
+    """The components of a layer, in the order of the recipe's component axis, in a model of this config."""
+    present = {leaf.component for leaf in leaves_of(config)}
+    return tuple(name for name in architecture_of(config).components if name != ROUTER or name in present)
 
 
 def shared_leaves(config: DecoderConfig) -> list[Leaf]:
@@ -323,7 +402,7 @@ def tensor_grid(config: DecoderConfig, leaf: Leaf) -> tuple[int, ...]:
     tensor, `()` outside of the layers, where a leaf is one tensor."""
     if leaf.stack is None:
         return ()
-    layers = depths(config)[leaf.stack]
+    layers = len(stack_numbers(config)[leaf.stack])
     return (layers, dimensions(config)[leaf.shape[0]]) if leaf.has_experts else (layers,)
 
 
@@ -335,15 +414,23 @@ def tensor_shape(config: DecoderConfig, leaf: Leaf) -> tuple[int, ...]:
 
 def leaf_tensors(config: DecoderConfig, leaf: Leaf) -> list[str]:
     """The names in the file of a leaf's tensors, in the order of its grid."""
-    return [leaf.tensor_of(*place) for place in np.ndindex(tensor_grid(config, leaf))]
+    if leaf.stack is None:
+        return [leaf.tensor]
+    numbers = stack_numbers(config)[leaf.stack]
+    return [leaf.tensor_of(numbers[row], *expert) for row, *expert in np.ndindex(tensor_grid(config, leaf))]
+
+
+def first_tensor(config: DecoderConfig, leaf: Leaf) -> str:
+    """The name in the file of the first of a leaf's tensors."""
+    return leaf.tensor if leaf.stack is None else leaf.tensor_of(stack_numbers(config)[leaf.stack][0])
 
 
 def tensors_of(config: DecoderConfig) -> Iterator[tuple[str, Leaf, tuple[int, ...]]]:
-    """Every tensor of a model of this config: its name in the file, its leaf, and its index in the leaf's grid: the
-    layer, then the expert, where the leaf has these. Tensors outside of the layers come first."""
+    """Every tensor of a model of this config: its name in the file, its leaf, and its index in the leaf's grid: the row
+    of the stack, then the expert, where the leaf has these. Tensors outside of the layers come first."""
     yield from ((leaf.tensor, leaf, ()) for leaf in shared_leaves(config))
-    for stack, depth in depths(config).items():
+    for stack, numbers in stack_numbers(config).items():
         grids = [(leaf, tensor_grid(config, leaf)[1:]) for leaf in stack_leaves(config, stack)]
-        for i in range(depth):
+        for row, number in enumerate(numbers):
             for leaf, grid in grids:
-                yield from ((leaf.tensor_of(i, *expert), leaf, (i, *expert)) for expert in np.ndindex(grid))
+                yield from ((leaf.tensor_of(number, *expert), leaf, (row, *expert)) for expert in np.ndindex(grid))

@@ -48,10 +48,14 @@ def attention_mask(window: jax.Array, queries: SequenceLayout, keys: SequenceLay
 
 
 def gqa_attention(
-    query: jax.Array, segments: Sequence[KVSegment], scale: float | None = None, softcap: float | None = None
+    query: jax.Array,
+    segments: Sequence[KVSegment],
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
-    """Grouped-query attention `[B, T, H * d]` of queries `[B, T, H, d]` over all columns of all segments; scale and
-    softcap as in `Attend`."""
+    """Grouped-query attention `[B, T, H * d]` of queries `[B, T, H, d]` over all columns of all segments; scale,
+    softcap and sinks as in `Attend`."""
     batch, steps, heads, dim = query.shape
     groups, scale = segments[0].key.shape[0], dim**-0.5 if scale is None else scale
     # Key-value heads first, like keys and values.
@@ -59,6 +63,9 @@ def gqa_attention(
     logits = []
     for segment in segments:
         logits.append(_masked_logits(query, segment, scale, softcap))
+    if sinks is not None:
+        # Behind the last segment, so that no value is multiplied with their shares.
+        logits.append(_sink_logits(sinks, (*query.shape[:-1], 1)))
     probs = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(segments[0].value.dtype)
     attn_out, begin = [], 0
     for segment in segments:
@@ -75,6 +82,12 @@ def _masked_logits(query: jax.Array, segment: KVSegment, scale: float, softcap: 
     if softcap is not None:
         raw = softcap * jnp.tanh(raw / softcap)
     return jnp.where(segment.mask[None, :, None], raw, jnp.finfo(jnp.float32).min)
+
+
+def _sink_logits(sinks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The logits `[H]` of sinks, for each query: `float32[G, B, R, T, 1]`, which is `shape`."""
+    by_head = sinks.astype(jnp.float32).reshape(shape[0], 1, shape[2], 1, 1)
+    return jnp.broadcast_to(by_head, shape)
 
 
 def _grouped_matmul(left: jax.Array, right: jax.Array, subscripts: str, dtype: Any = None) -> jax.Array:
@@ -96,6 +109,7 @@ def causal_attention(
     prefix: Sequence[KVSegment],
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """`gqa_attention` of whole rows to themselves and to a prefix. No query attends to a later column, so that a block
     of queries is only multiplied with the columns up to its own."""
@@ -106,7 +120,7 @@ def causal_attention(
     def block(begin: int, end: int) -> jax.Array:
         upto = KVSegment(rows.key[..., :end], rows.value[:, :, :end], rows.mask[:, begin:end, :end])
         earlier = [KVSegment(segment.key, segment.value, segment.mask[:, begin:end]) for segment in prefix]
-        return gqa_attention(query[:, begin:end], [*earlier, upto], scale, softcap)
+        return gqa_attention(query[:, begin:end], [*earlier, upto], scale, softcap, sinks)
 
     return jnp.concatenate([block(begin, end) for begin, end in pairwise(edges)], axis=1)
 
@@ -128,6 +142,7 @@ def blockwise_attention(
     window: jax.Array,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """`gqa_attention` in blocks of queries and columns, with a running softmax (arXiv 2205.14135): its memory grows
     with a row's length, and not with the length's square. layout: the queries'. A gradient computes the blocks
@@ -158,8 +173,12 @@ def blockwise_attention(
             products = _grouped_matmul(weights.astype(value.dtype), value, "ns,sd->nd", jnp.float32)
             return (higher, total * shrunk + weights.sum(axis=-1, keepdims=True), summed * shrunk + products), None
 
-        lowest = jnp.full((*query.shape[:-1], 1), jnp.finfo(jnp.float32).min, jnp.float32)
-        carry = lowest, jnp.zeros_like(lowest), jnp.zeros(query.shape, jnp.float32)
+        rows = (*query.shape[:-1], 1)
+        if sinks is None:
+            peak, total = jnp.full(rows, jnp.finfo(jnp.float32).min, jnp.float32), jnp.zeros(rows, jnp.float32)
+        else:
+            peak, total = _sink_logits(sinks, rows), jnp.ones(rows, jnp.float32)
+        carry = peak, total, jnp.zeros(query.shape, jnp.float32)
         for column_blocks in columns:
             carry, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), carry, column_blocks)
         _, total, summed = carry
@@ -178,17 +197,19 @@ def long_attention(
     window: jax.Array,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """`gqa_attention` of whole rows to themselves and to a prefix, with no array of all pairs. Rows of one sequence
     each take the fused kernel of the platform that the program is compiled for; all others, or where it has none,
     blocks."""
     segments = (*prefix, rows)
     columns = sum(segment.key.shape[-1] for segment in segments)
-    # A kernel takes prefix and row as one sequence, and computes the prefix's attention for nothing.
-    fits = rows.layout.image_ids is None and columns <= 2 * query.shape[1] and rows.key.shape[0] % model_shards() == 0
+    # A kernel takes prefix and row as one sequence, and computes the prefix's attention for nothing; it has no sinks.
+    is_plain, has_shards = sinks is None and rows.layout.image_ids is None, rows.key.shape[0] % model_shards() == 0
+    fits = is_plain and has_shards and columns <= 2 * query.shape[1]
 
     def in_blocks(query: jax.Array, segments: Sequence[LongSegment], window: jax.Array) -> jax.Array:
-        return _causal_blocks(query, segments[-1], segments[:-1], window, scale, softcap)
+        return _causal_blocks(query, segments[-1], segments[:-1], window, scale, softcap, sinks)
 
     def fused(kernel: Kernel) -> Callable[..., jax.Array]:
         def attend(query: jax.Array, segments: Sequence[LongSegment], window: jax.Array) -> jax.Array:
@@ -239,6 +260,7 @@ def _causal_blocks(
     window: jax.Array,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """`blockwise_attention` of whole rows to themselves and to a prefix. Where no query attends to a later column, each
     part of the queries is only multiplied with the columns up to its own."""
@@ -248,7 +270,7 @@ def _causal_blocks(
     def part(begin: int, end: int) -> jax.Array:
         upto, queries = (jax.tree.map(lambda leaf, i=i: leaf[:, i:end], rows.layout) for i in (0, begin))
         columns = LongSegment(rows.key[..., :end], rows.value[:, :, :end], upto)
-        return blockwise_attention(query[:, begin:end], queries, [*prefix, columns], window, scale, softcap)
+        return blockwise_attention(query[:, begin:end], queries, [*prefix, columns], window, scale, softcap, sinks)
 
     return jnp.concatenate([part(begin, end) for begin, end in pairwise(edges)], axis=1)
 
@@ -295,6 +317,7 @@ def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValu
         *,
         scale: float | None = None,
         softcap: float | None = None,
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValue]:
         key, value = by_head(key, value)
         attention: Callable[..., jax.Array]
@@ -307,6 +330,6 @@ def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValu
             is_causal = layout.image_ids is None
             attention = causal_attention if is_causal else gqa_attention
             arguments = (whole, masked) if is_causal else ([*masked, whole],)
-        return attend_by_head(attention, query, key.shape[0], *arguments, scale, softcap), (key, value)
+        return attend_by_head(attention, query, key.shape[0], *arguments, scale, softcap, sinks), (key, value)
 
     return attend

@@ -45,12 +45,28 @@ class ProjectorConfig:
     has_bias: bool
 
 
+@dataclass(frozen=True)
+class RecurrentShape:
+    """The sizes of a recurrent layer's state (see `models.recurrence`): channels of its convolution, tokens that the
+    convolution sums over (`kernel`), heads of queries and keys (`groups`; 0: the layer has a convolution alone), heads
+    of values for each of these (`repeats`), and the axes `key` and `value` of a head's state."""
+
+    channels: int
+    kernel: int
+    groups: int = 0
+    repeats: int = 1
+    key: int = 0
+    value: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """The part of a config that the program reads for any decoder; an architecture's own config adds the fields that
     its block reads.
 
-    `architecture` is its model_type, the key for the lookup (models.architecture). `windows[i]` is the number of
+    `architecture` is its model_type, the key for the lookup (models.architecture). `layer_types[i]` is the name of
+    layer i's type among the architecture's; empty where all layers are alike. `recurrent`: the state of recurrent
+    layers; None: there are none. `windows[i]` is the number of
     positions that layer i attends to, its own included (`NO_WINDOW`: all). `head_is_embedding` says that the output
     head is the transposed input embedding. `position_kinds[i]` is the index of the position tables that layer i takes;
     empty where there is only one set. `positions`: the number of positions where each has an embedding; None: any
@@ -69,6 +85,8 @@ class DecoderConfig:
     head_is_embedding: bool = False
     position_kinds: tuple[int, ...] = ()
     positions: int | None = None
+    layer_types: tuple[str, ...] = ()
+    recurrent: RecurrentShape | None = None
     projector: ProjectorConfig | None = None
 
     @property
@@ -79,16 +97,33 @@ class DecoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaLikeConfig(DecoderConfig):
-    """A decoder with pre-norm RMSNorm, rotary grouped-query attention and a gated MLP."""
+    """A decoder with RMSNorm, rotary grouped-query attention and a gated MLP, or with these parts varied.
+
+    `norm` is the kind of its norms: RMSNorm whose gain multiplies in the weights' dtype (rms) or in float32
+    (rms_float32), or LayerNorm (layer). `norm_offset` is added to each stored gain. `norm_behind_rope` says that
+    queries and keys are normalised behind RoPE, not before. `rotary_dim` is the number of entries of a head that RoPE
+    rotates; `interleaved` says that it pairs neighbours, not halves.
+    `side_by_side` says that the MLP reads the layer's input, as attention does, not attention's output.
+    """
 
     mlp: int
     norm_eps: float
     activation: str
     rope: RopeConfig
+    rotary_dim: int
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    norm: str = "rms"
+    norm_offset: float = 0.0
+    norm_behind_rope: bool = False
+    interleaved: bool = False
+    side_by_side: bool = False
+
+    @property
+    def position_switch(self) -> int | None:
+        return self.rope.original_max_position if self.rope.kind == "longrope" else None
 
 
 @dataclass(frozen=True, kw_only=True)

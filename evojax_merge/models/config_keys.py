@@ -11,6 +11,10 @@ from evojax_merge.models.config import NO_WINDOW
 MOST_LAYERS = 10_000
 
 
+# The form in which transformers writes an infinite number.
+INFINITY = {"__float__": "Infinity"}
+
+
 @dataclass(frozen=True)
 class Expected:
     """The expected value of a key. accepts: returns whether a value is valid; words: the expected values, for a

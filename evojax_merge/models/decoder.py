@@ -13,13 +13,22 @@ segments that share a beginning, and may all follow one *prefix* that was prefil
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from evojax_merge.models.architecture import LAYERS, SharedWeights, architecture_of
+from evojax_merge.models.architecture import (
+    ATTENTION,
+    LayerType,
+    SharedWeights,
+    architecture_of,
+    layer_types,
+    rows_of_layers,
+    types_of_layers,
+)
 from evojax_merge.models.attention import (
     KVSegment,
     attend_by_head,
@@ -31,6 +40,7 @@ from evojax_merge.models.attention import (
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.images import ImageInputs
 from evojax_merge.models.layers import (
+    Attend,
     KeyValue,
     LayerKind,
     SequenceLayout,
@@ -43,6 +53,13 @@ from evojax_merge.models.layers import (
     without_upcast,
 )
 from evojax_merge.models.projector import project
+from evojax_merge.models.recurrence import (
+    Histories,
+    RowRecurrence,
+    StepRecurrence,
+    empty_state,
+    histories,
+)
 from evojax_merge.models.sharding import replicate, shards_of
 
 # Rows of the LM head that are in memory at once while scoring, on all devices that share the head together.
@@ -85,6 +102,24 @@ class KVCache:
     def width(self) -> int:
         """S, the number of columns that the cache has room for."""
         return self.values.shape[-2]
+
+
+@struct.dataclass
+class LayerStates:
+    """The memory that the layers keep of a batch's tokens. by_type: type of layer -> a `KVCache`, a `RecurrentState`,
+    or a tuple of these (see `LayerType.memory`), with the axis of its layers in front. width: the number of columns."""
+
+    by_type: dict[str, Any]
+    width: int = struct.field(pytree_node=False)
+
+
+def map_memory(function: Callable[..., Any], memory: str | tuple[str, ...], *values: Any) -> Any:
+    """`function(name, *values)` for the name of a layer's memory; for a tuple of names the tuple of the results, from
+    the items of each value (None stands for Nones)."""
+    if isinstance(memory, str):
+        return function(memory, *values)
+    items = [value if value is not None else (None,) * len(memory) for value in values]
+    return tuple(function(name, *each) for name, *each in zip(memory, *items, strict=True))
 
 
 # (cache `[G, B, …]`, fresh entries `[G, B, …]`, the column of the first entry, axis) -> the cache with the entries.
@@ -161,16 +196,72 @@ def add_deepstack(x: jax.Array, added: jax.Array | None, number: jax.Array | Non
     return jax.lax.cond(number <= last, lambda: x + added[jnp.minimum(number, last)], lambda: x)
 
 
+@struct.dataclass
+class LayerInputs:
+    """The inputs of a prefill that all layers share. layout: of the tokens; tables: the architecture's position tables
+    for it; added: see `deepstack_rows`; past: for recurrent layers, else None."""
+
+    layout: SequenceLayout
+    tables: Any
+    added: jax.Array | None
+    past: Histories | None
+
+    @classmethod
+    def of(
+        cls, config: DecoderConfig, tokens: jax.Array, layout: SequenceLayout, images: ImageInputs | None, dtype: Any
+    ) -> "LayerInputs":
+        """The inputs for tokens `int32[B, T]` whose hidden states have a dtype."""
+        layout = image_layout(config, tokens, layout, images)
+        return cls.of_layout(config, layout, deepstack_rows(tokens, images, dtype))
+
+    @classmethod
+    def of_layout(cls, config: DecoderConfig, layout: SequenceLayout, added: jax.Array | None) -> "LayerInputs":
+        """The inputs for tokens with a layout, in which images have their places."""
+        past = None if config.recurrent is None else histories(layout, config.recurrent.kernel)
+        return cls(layout, architecture_of(config).position_tables(config, layout), added, past)
+
+
 def run_layer(
-    config: DecoderConfig, weights: Weights, x: jax.Array, number: jax.Array | None, kind: LayerKind,
-    layout: SequenceLayout, tables: Any, added: jax.Array | None, prefix: KeyValue | None,
-) -> tuple[jax.Array, KeyValue]:  # fmt: skip
-    """Layer `number` of a prefill: the hidden states `[B, T, hidden]` behind it, and its keys and values. tables: the
-    architecture's position tables for the layout; added: see `deepstack_rows`, None where `number` is not needed;
-    prefix: the layer's keys and values of the tokens before, as in `prefill_attention`."""
-    attend = prefill_attention(kind.window, layout, prefix)
-    x, kv = architecture_of(config).block(config, weights, x, tables_of(kind, tables), attend)
-    return replicate(add_deepstack(x, added, number)), kv
+    config: DecoderConfig, type_: LayerType, weights: Weights, x: jax.Array, number: jax.Array | None, kind: LayerKind,
+    inputs: LayerInputs, prefix: Any,
+) -> tuple[jax.Array, Any]:  # fmt: skip
+    """Layer `number` of a prefill: the hidden states `[B, T, hidden]` behind it, and its memory of the tokens. number:
+    None where no rows are added behind layers; prefix: the layer's memory of the tokens before (see `first_row`)."""
+
+    def access(name: str, before: Any) -> Any:
+        if name == ATTENTION:
+            return prefill_attention(kind.window, inputs.layout, before)
+        assert config.recurrent is not None and inputs.past is not None
+        return RowRecurrence(inputs.layout, inputs.past, before or empty_state(config.recurrent, 1, x.dtype))
+
+    memory = map_memory(access, type_.memory, prefix)
+    x, kept = type_.block(config, weights, x, tables_of(kind, inputs.tables), memory)
+    return replicate(add_deepstack(x, inputs.added, number)), as_states(type_.memory, kept)
+
+
+def first_row(memory: str | tuple[str, ...], states: Any) -> Any:
+    """A layer's memory of a prefix, from that of the prefix's one row (see `as_states`): keys `[G, d, S]` and values
+    `[G, S, d]` of attention, the state `[1, …]` of a recurrence."""
+
+    def row(name: str, state: Any) -> Any:
+        return (state.keys[:, 0], state.values[:, 0]) if name == ATTENTION else state
+
+    return map_memory(row, memory, states)
+
+
+def as_states(memory: str | tuple[str, ...], kept: Any) -> Any:
+    """The memory that a layer keeps, with keys and values as a `KVCache`."""
+    return map_memory(lambda name, kept: KVCache(*kept) if name == ATTENTION else kept, memory, kept)
+
+
+def take_row(tree: Any, row: int) -> Any:
+    """Row `row` of every array."""
+    return jax.tree.map(lambda leaf: leaf[row], tree)
+
+
+def layer_weights(config: DecoderConfig, source: Any, stacks: Sequence[str], slices: Any) -> Weights:
+    """A layer's weights of all its stacks."""
+    return {name: leaf for stack in stacks for name, leaf in source.layer(slices[stack]).items()}
 
 
 def forward(
@@ -179,65 +270,130 @@ def forward(
     tokens: jax.Array,
     layout: SequenceLayout,
     *,
-    prefix: KVCache | None = None,
-    return_kv: bool = False,
+    prefix: LayerStates | None = None,
+    return_states: bool = False,
     images: ImageInputs | None = None,
-) -> tuple[jax.Array, KVCache | None]:
-    """Run a prefill and return the final hidden states `[B, T, hidden]` (after the last norm), and the KV cache with
-    `return_kv`.
+) -> tuple[jax.Array, LayerStates | None]:
+    """Run a prefill and return the final hidden states `[B, T, hidden]` (after the last norm), and with `return_states`
+    what the layers keep of the tokens.
 
-    tokens: int32[B, T], laid out as `layout` says; `prefix`: the cache of one row (B = 1) that every row of the batch
+    tokens: int32[B, T], laid out as `layout` says; `prefix`: the states of one row (B = 1) that every row of the batch
     follows; images: those of the tokens (see `embed`).
     """
-    architecture, slices = architecture_of(config), source.stacks[LAYERS]
-    layout = image_layout(config, tokens, layout, images)
-    tables = architecture.position_tables(config, layout)
+    x = replicate(embed(config, source, tokens, image_layout(config, tokens, layout, images), images))
+    inputs = LayerInputs.of(config, tokens, layout, images, x.dtype)
+    numbers = None if inputs.added is None else jnp.arange(config.layers)
+    run_all = _alike if len(set(types_of_layers(config))) == 1 else _alternating
+    x, by_type = run_all(config, source, x, numbers, inputs, prefix, return_states)
+    x = architecture_of(config).final_norm(config, source, x)
+    return x, LayerStates(by_type, tokens.shape[1]) if return_states else None
+
+
+def _alike(
+    config: DecoderConfig, source: LayerSource, x: jax.Array, numbers: jax.Array | None, inputs: LayerInputs,
+    prefix: LayerStates | None, return_states: bool,
+) -> tuple[jax.Array, Any]:  # fmt: skip
+    """The hidden states behind all layers of one type, and what the layers keep: a scan over their stacks."""
+    ((name, type_),) = [(name, layer_types(config)[name]) for name in {*types_of_layers(config)}]
+    slices = {stack: source.stacks[stack] for stack in type_.stacks}
 
     def layer(x: jax.Array, slice_: Any, each: Any) -> tuple[jax.Array, Any]:
         number, kind, before = each
-        shared = None if before is None else (before.keys[:, 0], before.values[:, 0])
-        x, kv = run_layer(config, source.layer(slice_), x, number, kind, layout, tables, added, shared)
-        return x, kv if return_kv else None
+        before = None if before is None else first_row(type_.memory, before)
+        weights = layer_weights(config, source, type_.stacks, slice_)
+        x, kept = run_layer(config, type_, weights, x, number, kind, inputs, before)
+        return x, kept if return_states else None
 
     def at(index: Any) -> Any:
         return jax.tree.map(
             lambda leaf: jax.lax.dynamic_index_in_dim(*without_upcast(leaf, index), keepdims=False), slices
         )
 
-    x = replicate(embed(config, source, tokens, layout, images))
-    added = deepstack_rows(tokens, images, x.dtype)
-    numbers = None if added is None else jnp.arange(config.layers)
-    each_layer = (numbers, layer_kinds(config), prefix)
+    each_layer = (numbers, layer_kinds(config), None if prefix is None else prefix.by_type[name])
     if source.prefetch:
-        x, kv = scan_with_prefetch(layer, x, at, each_layer)
+        x, kept = scan_with_prefetch(layer, x, at, each_layer)
     else:
         # For gradients, a layer is computed again from the state before it, the only value that is kept.
-        x, kv = jax.lax.scan(jax.checkpoint(lambda x, xs: layer(x, *xs), prevent_cse=False), x, (slices, each_layer))
-    x = architecture.final_norm(config, source, x)
-    return x, KVCache(*kv) if return_kv else None
+        x, kept = jax.lax.scan(jax.checkpoint(lambda x, xs: layer(x, *xs), prevent_cse=False), x, (slices, each_layer))
+    return x, {name: kept}
+
+
+def _zeros(depth: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros((depth, *leaf.shape), leaf.dtype)
+
+
+def _alternating(
+    config: DecoderConfig, source: LayerSource, x: jax.Array, numbers: jax.Array | None, inputs: LayerInputs,
+    prefix: LayerStates | None, return_states: bool,
+) -> tuple[jax.Array, Any]:  # fmt: skip
+    """Like `_alike`, for layers of several types: a scan over their numbers, with a branch for each type."""
+    names = types_of_layers(config)
+    types = {name: layer_types(config)[name] for name in dict.fromkeys(names)}
+    rows = rows_of_layers(config)
+    stacks = sorted({stack for each in rows for stack in each})
+    row_in_stack = {stack: jnp.asarray([each.get(stack, 0) for each in rows], jnp.int32) for stack in stacks}
+    row_in_type = jnp.asarray([names[:number].count(name) for number, name in enumerate(names)], jnp.int32)
+    branch = jnp.asarray([list(types).index(name) for name in names], jnp.int32)
+
+    def pick(tree: Any, row: jax.Array) -> Any:
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(*without_upcast(leaf, row), keepdims=False), tree)
+
+    def run(name: str, x: jax.Array, each: Any) -> tuple[jax.Array, Any]:
+        type_, (_, row, in_stack, number, kind) = types[name], each
+        slices = {stack: pick(source.stacks[stack], in_stack[stack]) for stack in type_.stacks}
+        before = None if prefix is None else pick(prefix.by_type[name], row)
+        before = None if before is None else first_row(type_.memory, before)
+        weights = layer_weights(config, source, type_.stacks, slices)
+        x, kept = run_layer(config, type_, weights, x, number, kind, inputs, before)
+        return x, kept
+
+    def step(carry: tuple[jax.Array, Any], each: Any) -> tuple[tuple[jax.Array, Any], None]:
+        def of_type(name: str) -> Callable[..., Any]:
+            def run_and_keep(x: jax.Array, states: Any, each: Any) -> tuple[jax.Array, Any]:
+                x, kept = run(name, x, each)
+                if states is not None:
+                    put = jax.tree.map(
+                        lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one.astype(all_.dtype), each[1], 0),
+                        states[name], kept,
+                    )  # fmt: skip
+                    states = states | {name: put}
+                return x, states
+
+            return run_and_keep
+
+        return jax.lax.switch(each[0], [of_type(name) for name in types], *carry, each), None
+
+    xs = (branch, row_in_type, row_in_stack, numbers, layer_kinds(config))
+    states = None
+    if return_states:
+        kept = {name: jax.eval_shape(lambda x, name=name: run(name, x, take_row(xs, 0))[1], x) for name in types}
+        states = {name: jax.tree.map(partial(_zeros, names.count(name)), shapes) for name, shapes in kept.items()}
+    (x, states), _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), (x, states), xs)
+    return x, states
 
 
 def decode_step(
     config: DecoderConfig,
     source: MaterialisedSource,
-    cache: Sequence[KVCache],
+    states: Sequence[Any],
     column: jax.Array,
     tokens: jax.Array,
     left_pad: jax.Array,
     update: CacheUpdate,
-    prefix: KVCache | None = None,
+    prefix: LayerStates | None = None,
     shift: jax.Array | None = None,
-) -> tuple[jax.Array, tuple[KVCache, ...]]:
-    """Feed tokens `int32[B, W]` that go into the cache's columns from `column` on (a scalar for the whole batch, or
-    `int32[B]`), in rows that begin at `left_pad: int32[B]`, after the prefix where there is one. cache: one per layer,
-    without the axis L; update: writes columns into a cache; shift: int32[B], the number by which images in earlier
-    columns let positions be less than they count (see models.images), or None.
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Feed tokens `int32[B, W]` that go into the columns from `column` on (a scalar for the whole batch, or
+    `int32[B]`), in rows that begin at `left_pad: int32[B]`, after the prefix where there is one. states: what each
+    layer keeps, without the axis of layers, in caches of `width` columns; update: writes columns into a cache; shift:
+    int32[B], the number by which images in earlier columns let positions be less than they count (see models.images),
+    or None.
 
-    Returns the final hidden states `[B, W, hidden]`, and the cache with these columns written. Earlier contents of
-    these and later columns are not attended to.
+    Returns the final hidden states `[B, W, hidden]`, and the states: caches with these columns written, of recurrences
+    a `DraftState`. Earlier contents of these and later columns are not attended to.
     """
     architecture, before = architecture_of(config), 0 if prefix is None else prefix.width
-    (rows, count), width = tokens.shape, cache[0].width
+    (rows, count), names = tokens.shape, types_of_layers(config)
     positions = before + jnp.broadcast_to(column, rows)[:, None] + jnp.arange(count) - left_pad[:, None]
     query_layout = SequenceLayout(positions, jnp.zeros_like(positions))
     # Each token counts as the last of its sequence, as in a step of one token: dynamic RoPE depends on the length.
@@ -246,17 +402,16 @@ def decode_step(
     tables = jax.tree.map(
         lambda table: table.reshape(rows, count, *table.shape[2:]), architecture.position_tables(config, single)
     )
-    cached = padded_layout(width, left_pad, width - left_pad)
-    cached = SequenceLayout(before + cached.positions, cached.segment_ids)
-    x, caches = replicate(architecture.embed(config, source, tokens, query_layout)), []
-    # No scan: picking a layer of a stack, weights or cache, copies it on a CPU, which takes as long as using it.
-    for index, (weights, layer_cache) in enumerate(zip(source.each_layer(LAYERS), cache, strict=True)):
-        kind = layer_kinds(config, index)
+    x = replicate(architecture.embed(config, source, tokens, query_layout))
+
+    def attention(cache: KVCache, kind: LayerKind, prefix: KVCache | None) -> Attend:
+        cached = padded_layout(cache.width, left_pad, cache.width - left_pad)
+        cached = SequenceLayout(before + cached.positions, cached.segment_ids)
         mask = attention_mask(kind.window, query_layout, cached)
         behind = []
         if prefix is not None:
             prefix_mask = attention_mask(kind.window, query_layout, prefix_layout(before))
-            behind = [KVSegment(prefix.keys[index, :, 0], prefix.values[index, :, 0], prefix_mask)]
+            behind = [KVSegment(prefix.keys[:, 0], prefix.values[:, 0], prefix_mask)]
 
         def attend(
             query: jax.Array,
@@ -265,20 +420,36 @@ def decode_step(
             *,
             scale: float | None = None,
             softcap: float | None = None,
-            old: KVCache = layer_cache,
-            mask: jax.Array = mask,
-            behind: Sequence[KVSegment] = tuple(behind),
+            sinks: jax.Array | None = None,
         ) -> tuple[jax.Array, KeyValue]:
             key, value = by_head(key, value)
-            keys = update(old.keys, key, column, 3)
-            values = update(old.values, value, column, 2)
+            keys = update(cache.keys, key, column, 3)
+            values = update(cache.values, value, column, 2)
             segments = [*behind, KVSegment(keys, values, mask)]
-            return attend_by_head(gqa_attention, query, keys.shape[0], segments, scale, softcap), (keys, values)
+            out = attend_by_head(gqa_attention, query, keys.shape[0], segments, scale, softcap, sinks)
+            return out, (keys, values)
 
-        x, kv = architecture.block(config, weights, x, tables_of(kind, tables), attend)
+        return attend
+
+    # No scan: picking a layer of a stack, weights or cache, copies it on a CPU, which takes as long as using it.
+    rows_of = rows_of_layers(config)
+    each_stack = {stack: source.each_layer(stack) for stack in {stack: None for each in rows_of for stack in each}}
+    kept_states = []
+    for number, (name, state) in enumerate(zip(names, states, strict=True)):
+        type_, kind = layer_types(config)[name], layer_kinds(config, number)
+        earlier = None if prefix is None else take_row(prefix.by_type[name], names[:number].count(name))
+
+        def access(memory: str, state: Any, earlier: Any, kind: LayerKind = kind) -> Any:
+            return attention(state, kind, earlier) if memory == ATTENTION else StepRecurrence(state)
+
+        weights = {
+            leaf: array for stack, at in rows_of[number].items() for leaf, array in each_stack[stack][at].items()
+        }
+        memory = map_memory(access, type_.memory, state, earlier)
+        x, kept = type_.block(config, weights, x, tables_of(kind, tables), memory)
         x = replicate(x)
-        caches.append(KVCache(*kv))
-    return architecture.final_norm(config, source, x), tuple(caches)
+        kept_states.append(as_states(type_.memory, kept))
+    return architecture.final_norm(config, source, x), tuple(kept_states)
 
 
 def update_columns(cache: jax.Array, fresh: jax.Array, column: jax.Array, axis: int) -> jax.Array:

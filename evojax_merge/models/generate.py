@@ -1,4 +1,4 @@
-"""Greedy generation for a population over one batch of prompts, with prompt-lookup speculative decoding.
+"""Generation for a population over one batch of prompts, greedy or sampled, with prompt-lookup speculative decoding.
 
 `prefill` computes the prompts' KV caches, group by group in their own widths; `decode` then generates for all of them
 together, in several calls, so that the host can look for stop texts in between. Sequences that ended, by a stop token
@@ -9,7 +9,8 @@ A decode step reads all weights to produce one token, and would read as much to 
 for the same prompt, in the prompt, and in the sequence itself. The model's greedy tokens after each of them are
 computed side by side, and the longest prefix of the draft that agrees with them is accepted (speculative decoding,
 arXiv 2211.17192, in its greedy form, with prompt lookup in place of a draft model). The text is the same as from steps
-of one token.
+of one token. That holds for sampled tokens too: the noise of a position is fixed (see models.sampling), and so is the
+token after a given text.
 """
 
 from collections.abc import Callable
@@ -19,11 +20,21 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from evojax_merge.models.architecture import architecture_of
+from evojax_merge.models.architecture import ATTENTION, architecture_of, layer_types, types_of_layers
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import CacheUpdate, KVCache, decode_step, forward, update_columns
+from evojax_merge.models.decoder import (
+    CacheUpdate,
+    KVCache,
+    LayerStates,
+    decode_step,
+    forward,
+    map_memory,
+    update_columns,
+)
 from evojax_merge.models.images import ImageInputs
 from evojax_merge.models.layers import SequenceLayout, matmul_transposed, padded_layout
+from evojax_merge.models.recurrence import DraftState, RecurrentState, empty_state
+from evojax_merge.models.sampling import Draws
 from evojax_merge.models.sharding import shard
 from evojax_merge.models.sources import StackedWeights, UnstackedWeights
 
@@ -39,12 +50,12 @@ NGRAM = 4
 class DecodeState:
     """P candidates on B prompts; every leaf has the leading axis P. tokens: int32[P, B, new], the generated tokens,
     then `PAD_ID`; num_generated: int32[P, B], the number of generated tokens, the last of which is not yet in the
-    cache; cache: one per layer, without the axis L; left_pad: int32[P, B], the column of each prompt's first token;
-    done: bool[P, B], True for sequences that have ended."""
+    states; states: what each layer keeps of the tokens, without the axis of layers; left_pad: int32[P, B], the column
+    of each prompt's first token; done: bool[P, B], True for sequences that have ended."""
 
     tokens: jax.Array
     num_generated: jax.Array
-    cache: tuple[KVCache, ...]
+    states: tuple[Any, ...]
     left_pad: jax.Array
     done: jax.Array
 
@@ -64,10 +75,18 @@ def init_decode_state(
     def empty(*shape: int) -> jax.Array:
         return shard(jnp.zeros((*heads, *shape), jnp.dtype(dtype)), 1)
 
-    cache = tuple(KVCache(empty(dim, room), empty(room, dim)) for _ in range(config.layers))
+    def memory(name: str) -> KVCache | RecurrentState:
+        if name == ATTENTION:
+            return KVCache(empty(dim, room), empty(room, dim))
+        assert config.recurrent is not None
+        zeros = empty_state(config.recurrent, rows, dtype)
+        return jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype), zeros)
+
+    types = layer_types(config)
+    states = tuple(map_memory(memory, types[name].memory) for name in types_of_layers(config))
     nothing = jnp.zeros((size, rows), jnp.int32)
     return DecodeState(
-        jnp.full((size, rows, new), PAD_ID, jnp.int32), nothing, cache, nothing + width - 1, nothing == 0
+        jnp.full((size, rows, new), PAD_ID, jnp.int32), nothing, states, nothing + width - 1, nothing == 0
     )
 
 
@@ -81,42 +100,49 @@ def prefill(
     tokens: jax.Array,
     left_pad: jax.Array,
     stop: tuple[int, ...],
-    prefix: KVCache | None = None,
+    prefix: LayerStates | None = None,
     images: ImageInputs | None = None,
+    draws: Draws | None = None,
 ) -> DecodeState:
     """Prefill prompts `int32[B, T]`, padded on the left, after a prefix (leading axis P) where there is one, into the
     rows from `row` on of a state for prompts of `width` tokens, and generate a first token after each prompt.
 
     candidates: P of them, leading axis P on every leaf; stop: token ids that end a sequence and are not part of it;
-    images: those of the prompts (see `decoder.embed`).
+    images: those of the prompts (see `decoder.embed`); draws: those of the prompts' sequences; None: greedy tokens.
     """
     prompt_width = tokens.shape[1]
     prompt_layout = padded_layout(prompt_width, left_pad, prompt_width - left_pad)
     prefix_length = 0 if prefix is None else prefix.width
     layout = SequenceLayout(prefix_length + prompt_layout.positions, prompt_layout.segment_ids)
 
-    def read(candidate: Any, prefix: KVCache | None) -> tuple[jax.Array, KVCache]:
+    def read(candidate: Any, prefix: LayerStates | None) -> tuple[jax.Array, LayerStates]:
         model = model_of(candidate)
-        hidden, cache = forward(config, model, tokens, layout, prefix=prefix, return_kv=True, images=images)
-        assert cache is not None
-        return _greedy(config, model, hidden[:, -1]), cache
+        hidden, states = forward(config, model, tokens, layout, prefix=prefix, return_states=True, images=images)
+        assert states is not None
+        return _next_tokens(config, model, hidden[:, -1], draws, 0), states
 
     def put(old: jax.Array, fresh: jax.Array, *at: jax.Array | int) -> jax.Array:
         return jax.lax.dynamic_update_slice(old, fresh.astype(old.dtype), at)
 
     token, fresh = vmap_population(read, candidates, prefix)
     done, column = is_stop(token, stop), width - prompt_width
-    cache = tuple(
-        KVCache(
-            put(accepted.keys, fresh.keys[:, i], 0, 0, row, 0, column),
-            put(accepted.values, fresh.values[:, i], 0, 0, row, column, 0),
-        )
-        for i, accepted in enumerate(state.cache)
-    )
+
+    def put_memory(name: str, old: Any, fresh: Any) -> Any:
+        if name == ATTENTION:
+            return KVCache(
+                put(old.keys, fresh.keys, 0, 0, row, 0, column), put(old.values, fresh.values, 0, 0, row, column, 0)
+            )
+        return jax.tree.map(lambda old, fresh: put(old, fresh, 0, row, *(0,) * (old.ndim - 2)), old, fresh)
+
+    types, names, states = layer_types(config), types_of_layers(config), []
+    for number, (name, old) in enumerate(zip(names, state.states, strict=True)):
+        at = names[:number].count(name)
+        of_layer = jax.tree.map(lambda leaf, at=at: leaf[:, at], fresh.by_type[name])
+        states.append(map_memory(put_memory, types[name].memory, old, of_layer))
     return DecodeState(
         put(state.tokens, jnp.where(done, PAD_ID, token)[..., None], 0, row, 0),
         put(state.num_generated, jnp.where(done, 0, 1), 0, row),
-        cache,
+        tuple(states),
         put(state.left_pad, jnp.broadcast_to(left_pad + column, token.shape), 0, row),
         put(state.done, done | (state.tokens.shape[-1] == 1), 0, row),
     )
@@ -133,13 +159,15 @@ def decode(
     stop: tuple[int, ...],
     prompts: jax.Array,
     lookup_corpus: jax.Array,
-    prefix: KVCache | None = None,
+    prefix: LayerStates | None = None,
     shift: jax.Array | None = None,
+    draws: Draws | None = None,
 ) -> DecodeState:
     """Run up to `steps` decode steps, each of which adds 1 to `step_tokens` tokens to every running sequence;
     `NONFINITE_ID` where logits are not finite. update_rows: writes into the caches where each row has a column of its
     own; prompts: int32[B, T], as they were prefilled; lookup_corpus: int32[B, M], texts that are likely to share parts
-    with the continuations. Both are negative where there is no text. shift: see `decoder.decode_step`."""
+    with the continuations. Both are negative where there is no text. shift: see `decoder.decode_step`; draws: see
+    `prefill`."""
     width, new = prompts.shape[1], state.tokens.shape[-1]
     # One set of prompts for the whole population.
     left_pad = state.left_pad[0]
@@ -160,23 +188,23 @@ def decode(
 
         def verify_step(
             candidate: Any,
-            cache: tuple[KVCache, ...],
+            states: tuple[Any, ...],
             tokens: jax.Array,
             num_generated: jax.Array,
-            prefix: KVCache | None,
-        ) -> tuple[jax.Array, jax.Array, tuple[KVCache, ...]]:
+            prefix: LayerStates | None,
+        ) -> tuple[jax.Array, jax.Array, tuple[Any, ...]]:
             model = model_of(candidate)
             context = jnp.concatenate([lookup_corpus, prompts, tokens], axis=1)
             column = width + num_generated - 1
             draft = prompt_lookup_draft(context, lookup_corpus.shape[1] + column, step_tokens)
-            hidden, cache = decode_step(
-                config, model, cache, column if shared_column is None else shared_column, draft, left_pad, update,
+            hidden, states = decode_step(
+                config, model, states, column if shared_column is None else shared_column, draft, left_pad, update,
                 prefix, shift,
             )  # fmt: skip
-            return draft, _greedy(config, model, hidden), cache
+            return draft, _next_tokens(config, model, hidden, draws, num_generated), states
 
         run = verify_step if single else jax.vmap(verify_step)
-        draft, target, cache = run(candidates, state.cache, state.tokens, state.num_generated, prefix)
+        draft, target, states = run(candidates, state.states, state.tokens, state.num_generated, prefix)
         # The target after the last token is right, and so is the target after a draft token that was right.
         num_accepted = jnp.cumprod(target[..., :-1] == draft[..., 1:], axis=-1).sum(axis=-1) + 1
         stops = is_stop(target, stop)
@@ -187,10 +215,23 @@ def decode(
         tokens = jnp.where((offset >= 0) & (offset < accepted[..., None]), fresh, state.tokens)
         num_generated = state.num_generated + accepted
         done = state.done | (ends < num_accepted) | (num_generated >= new)
-        return number + 1, DecodeState(tokens, num_generated, cache, state.left_pad, done)
+        states = _accept(states, accepted)
+        return number + 1, DecodeState(tokens, num_generated, states, state.left_pad, done)
 
     state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
     return jax.tree.map(lambda leaf: leaf[None], state) if single else state
+
+
+def _accept(states: tuple[Any, ...], accepted: jax.Array) -> tuple[Any, ...]:
+    """The states behind the tokens of a step that were accepted, `int32[…, B]` of them. A KV cache stays as it is: the
+    columns of the others are written anew."""
+
+    def accept(state: Any) -> Any:
+        if not isinstance(state, DraftState):
+            return state
+        return (DraftState.accept if accepted.ndim == 1 else jax.vmap(DraftState.accept))(state, accepted)
+
+    return jax.tree.map(accept, states, is_leaf=lambda state: isinstance(state, DraftState))
 
 
 def prompt_lookup_draft(context: jax.Array, last: jax.Array, step_tokens: int) -> jax.Array:
@@ -223,9 +264,16 @@ def is_stop(tokens: jax.Array, stop: tuple[int, ...]) -> jax.Array:
     return (tokens[..., None] == jnp.asarray(stop or (PAD_ID,), jnp.int32)).any(-1)
 
 
-def _greedy(config: DecoderConfig, model: StackedWeights | UnstackedWeights, hidden: jax.Array) -> jax.Array:
-    """The argmax tokens `int32[…]` after final hidden states `[…, hidden]` (the first of equals); `NONFINITE_ID` where
-    any token's logit is NaN or plus infinity."""
+def _next_tokens(
+    config: DecoderConfig,
+    model: StackedWeights | UnstackedWeights,
+    hidden: jax.Array,
+    draws: Draws | None,
+    first: jax.Array | int,
+) -> jax.Array:
+    """The tokens `int32[…]` after final hidden states `[B, hidden]` or `[B, T, hidden]`: the argmax (the first of
+    equals), or those drawn (first: see `Draws.tokens`). `NONFINITE_ID` where any token's logit is NaN or plus
+    infinity."""
     # In the transposed layout a CPU compares the logits of many rows at a time.
     columns = matmul_transposed(hidden, model.head(model.lm_head_rows(0, config.vocab, 1)), jnp.float32)
     columns = architecture_of(config).map_logits(config, columns)
@@ -233,4 +281,6 @@ def _greedy(config: DecoderConfig, model: StackedWeights | UnstackedWeights, hid
     best = jnp.argmax(columns, axis=0).astype(jnp.int32)
     max_logit = jnp.take_along_axis(columns, best[None], axis=0)[0]
     best, max_logit = best.reshape(hidden.shape[:-1]), max_logit.reshape(hidden.shape[:-1])
+    if draws is not None:
+        best = draws.tokens(columns.T.reshape(len(hidden), -1, config.vocab), first).reshape(best.shape)
     return jnp.where(jnp.isfinite(max_logit), best, NONFINITE_ID)

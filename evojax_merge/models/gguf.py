@@ -5,10 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evojax_merge.errors import InputError, shown
 from evojax_merge.models.config_keys import Expected
 
-EMBEDDING = "token_embd.weight"
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+# The metadata of an architecture, and the tensors that hold settings.
+Settings = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class Gguf:
 
     name: general.architecture; has_experts: whether this architecture reads the files with experts, where two
     architectures share a name. read_settings: a file -> the keys of config.json; keys that the architecture does not
-    read are dropped.
+    read are dropped. write_settings: the inverse: the values of the keys that the architecture reads -> the metadata,
+    in the form that `GgufFile.value` takes, and the tensors that hold settings; None: files are only read.
 
     names: the tensor of each leaf, by the leaf's name, with `{layer}` where it has one; empty where the package gguf
     has names for the architecture's tensors. interleaved: whether the rows of the query and key projections are stored
@@ -71,3 +76,4 @@ class Gguf:
     setting_tensors: tuple[str, ...] = ()
     config_keys: Mapping[str, str] = field(default_factory=dict)
     size_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    write_settings: Callable[[Mapping[str, Any]], "Settings"] | None = None

@@ -11,9 +11,20 @@ import jax.numpy as jnp
 from flax import struct
 
 from evojax_merge.models.config import DecoderConfig, RopeConfig, rope_frequencies
-from evojax_merge.models.sharding import shard, shards_of
+from evojax_merge.models.sharding import replicate, shard, shards_of
 
 Weights = dict[str, jax.Array]
+
+
+class RecordedWeights(Weights):
+    """A layer's weights that keep the inputs of `dense`. inputs: `[B, T, in]`, by the weight's name, while a program is
+    traced."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__(weights)
+        self.inputs: dict[str, jax.Array] = {}
+
+
 # Keys `[G, B, d, T]` and values `[G, B, T, d]` of one layer, in the layout of a KV cache.
 KeyValue = tuple[jax.Array, jax.Array]
 CosSin = tuple[jax.Array, jax.Array]
@@ -24,6 +35,7 @@ ACTIVATIONS = {
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 # With fewer rows than this a matmul keeps the weights on its left (see `matmul`).
 GEMV_MAX_ROWS = 128
@@ -40,10 +52,12 @@ class Attend(Protocol):
         *,
         scale: float | None = None,
         softcap: float | None = None,
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValue]:
         """(queries `[B, T, H, d]`, keys `[B, T, G, d]`, values `[B, T, G, d]`) -> attention output `[B, T, H * d]`, and
         the layer's keys and values to keep. scale: the factor of the products of queries and keys, by default `d^-1/2`;
-        softcap: bounds the scaled products to `softcap * tanh(x / softcap)`."""
+        softcap: bounds the scaled products to `softcap * tanh(x / softcap)`; sinks: `[H]`, for each head the logit of a
+        column without a value, which takes a share of the softmax."""
         ...
 
 
@@ -144,9 +158,17 @@ def matmul_transposed(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax
 
 def dense(x: jax.Array, weights: Weights, name: str) -> jax.Array:
     """`x @ W.T (+ b)` with `W: [out, in]`."""
+    if isinstance(weights, RecordedWeights):
+        weights.inputs[name] = x
     y = matmul(x, weights[name])
     bias = weights.get(f"{name}_bias")
     return y if bias is None else y + bias
+
+
+def dense_whole(x: jax.Array, weights: Weights, name: str) -> jax.Array:
+    """`dense` with all outputs on each device that shares a model: outputs of several kinds, whose borders are not
+    those of the devices' shards."""
+    return replicate(dense(x, weights, name))
 
 
 def dense_heads(x: jax.Array, weights: Weights, name: str, head_dim: int) -> jax.Array:

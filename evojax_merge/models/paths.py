@@ -8,6 +8,7 @@ it. The result is the same model (up to the norms' epsilon), in the ordinary for
 projections (OLMo 2), its output is multiplied all the same, which is then the meaning of a scale.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from evojax_merge.models.architecture import LAYERS, architecture_of
-from evojax_merge.models.attention import prefill_attention
+from evojax_merge.models.architecture import LAYERS, layer_types
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import add_deepstack, deepstack_rows, embed, image_layout
+from evojax_merge.models.decoder import LayerInputs, deepstack_rows, embed, first_row, image_layout, run_layer
 from evojax_merge.models.images import ImageInputs
-from evojax_merge.models.layers import LayerKind, SequenceLayout, Weights, prefix_layout, tables_of
+from evojax_merge.models.layers import LayerKind, SequenceLayout, Weights, prefix_layout
 from evojax_merge.models.sources import MaterialisedWeights, StackedWeights
 from evojax_merge.models.streamed_bank import load_ahead
 
@@ -71,14 +71,17 @@ class PathSpec:
 
 @struct.dataclass
 class PathBank:
-    """All layers of all parents in one series. layers: leaf -> `[M, …]`, of the stack that a path walks through;
-    shared: leaf -> K arrays `[…]`; kinds: of the M layers. `origins[m]`: the (parent, layer) that layer m is.
-    `residual_outputs`: the leaves that a layer's scale is folded into, each with its `gain_offset`."""
+    """All layers of all parents in one series. layers: stack -> leaf -> `[M_s, …]`, of the stacks that a path walks
+    through; shared: leaf -> K arrays `[…]`; kinds: of the M layers. `origins[m]`: the (parent, layer) that layer m is;
+    `types[m]`: the name of its type; `rows[m]`: its stacks, each with the layer's row in it. `residual_outputs`: the
+    leaves that a layer's scale is folded into, each with its `gain_offset`."""
 
-    layers: Weights
+    layers: dict[str, Weights]
     shared: dict[str, tuple[jax.Array, ...]]
     kinds: LayerKind
     origins: tuple[tuple[int, int], ...] = struct.field(pytree_node=False)
+    types: tuple[str, ...] = struct.field(pytree_node=False)
+    rows: tuple[tuple[tuple[str, int], ...], ...] = struct.field(pytree_node=False)
     residual_outputs: tuple[tuple[str, float], ...] = struct.field(pytree_node=False)
     export_dtype: str = struct.field(pytree_node=False)
     compute_dtype: str = struct.field(pytree_node=False, default="float32")
@@ -113,26 +116,43 @@ class PathBank:
         count = np.int32(len(steps))
         return [run_layers(config, self, state, layers, residual_scales, count) for state in states]
 
+    def steps_by_stack(self, layers: Sequence[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """For each stack that a path's layers have, the rows `int32[T_s]` of those that have it, and their places
+        `int32[T_s]` in the path."""
+        pairs: dict[str, list[tuple[int, int]]] = {}
+        for place, layer in enumerate(layers):
+            for stack, row in self.rows[layer]:
+                pairs.setdefault(stack, []).append((row, place))
+        arrays = {stack: np.array(each, np.int32) for stack, each in pairs.items()}
+        return {stack: (array[:, 0], array[:, 1]) for stack, array in arrays.items()}
+
     def materialise(
         self, path: LayerPath, config: DecoderConfig, steps: int | None = None
     ) -> tuple[StackedWeights, DecoderConfig]:
         """The path as stacked weights in the export dtype, and its config; padded to `steps`, as by `padded_steps`."""
-        layers, residual_scales = padded_steps(path, steps or len(path.layers))
-        stacked = _scale_layers(self, jnp.asarray(layers, jnp.int32), jnp.asarray(residual_scales))
-        model = StackedWeights({LAYERS: stacked}, self.ends(path.embedding_parent).shared, self.compute_dtype)
+        layers, scales = padded_steps(path, steps or len(path.layers))
+        stacks = {
+            stack: _scale_rows(stack, self, rows, scales[places])
+            for stack, (rows, places) in self.steps_by_stack(layers).items()
+        }
+        model = StackedWeights(stacks, self.ends(path.embedding_parent).shared, self.compute_dtype)
         return model, path_config(self, layers, config)
 
-    def scaled_layer(self, index: jax.Array, scale: jax.Array) -> Weights:
-        """Layer `index` with its output multiplied by `scale`, rounded to the export dtype, in the compute dtype."""
-        dtype = jnp.dtype(self.compute_dtype)
-        return {name: leaf.astype(dtype) for name, leaf in self.exported_layer(index, scale).items()}
+    def scaled_layer(self, name: str, index: jax.Array, scale: jax.Array) -> Weights:
+        """Layer `index`, whose type has this name, with its output multiplied by `scale`, rounded to the export dtype,
+        in the compute dtype."""
+        dtype, weights = jnp.dtype(self.compute_dtype), Weights()
+        for stack, _ in self.rows[self.types.index(name)]:
+            row = jnp.asarray([dict(rows).get(stack, 0) for rows in self.rows], jnp.int32)[index]
+            weights |= {name: leaf.astype(dtype) for name, leaf in self.exported_row(stack, row, scale).items()}
+        return weights
 
-    def exported_layer(self, index: jax.Array, scale: jax.Array) -> Weights:
-        """Layer `index` with its output multiplied by `scale`, in the export dtype."""
+    def exported_row(self, stack: str, row: jax.Array, scale: jax.Array) -> Weights:
+        """The leaves in a row of a stack with the layer's output multiplied by `scale`, in the export dtype."""
         dtype, offsets = jnp.dtype(self.export_dtype), dict(self.residual_outputs)
         return {
-            name: (scale_gain(leaf[index], scale, offsets[name]) if name in offsets else leaf[index]).astype(dtype)
-            for name, leaf in self.layers.items()
+            name: (scale_gain(leaf[row], scale, offsets[name]) if name in offsets else leaf[row]).astype(dtype)
+            for name, leaf in self.layers[stack].items()
         }
 
 
@@ -140,13 +160,13 @@ class PathBank:
 class StreamedPathBank:
     """The functions that bring parts of a bank of paths to the device, where a `PathBank` holds all of them.
 
-    layout: the bank without arrays of weights. load: (number) -> leaves of that one of the M layers, `[1, …]`.
+    layout: the bank without arrays of weights. load: (number) -> stack -> leaves of that one of the M layers, `[1, …]`.
     load_ends: (parent) -> its leaves outside of the layers. check: raises where these can no longer be loaded as they
     were.
     """
 
     layout: PathBank
-    load: Callable[[int], Weights]
+    load: Callable[[int], dict[str, Weights]]
     load_ends: Callable[[int], Weights]
     check: Callable[[], None]
 
@@ -157,9 +177,11 @@ class StreamedPathBank:
 
     def layer(self, number: int) -> PathBank:
         """The bank of one layer."""
-        kind = jax.tree.map(lambda each: each[number : number + 1], self.layout.kinds)
+        layout, kind = self.layout, jax.tree.map(lambda each: each[number : number + 1], self.layout.kinds)
+        rows = tuple((stack, 0) for stack, _ in layout.rows[number])
+        # Layers of a type share a program, whatever their origins.
         return replace(
-            self.layout, layers=self.load(number), kinds=kind, origins=self.layout.origins[number : number + 1]
+            layout, layers=self.load(number), kinds=kind, origins=(), types=(layout.types[number],), rows=(rows,)
         )
 
     def ends(self, parent: int) -> StackedWeights:
@@ -177,13 +199,15 @@ class StreamedPathBank:
 
     def materialise(self, path: LayerPath, config: DecoderConfig, steps: int) -> tuple[StackedWeights, DecoderConfig]:
         layers, scales = padded_steps(path, steps)
-        stacks = None
-        for number, (_, layer) in enumerate(load_ahead(self.layer, layers)):
-            stacks = _write_step(steps, stacks, layer, np.int32(number), scales[number])
-            jax.block_until_ready(stacks)
+        depths = {stack: len(rows) for stack, (rows, _) in self.layout.steps_by_stack(layers).items()}
+        stacks, used = dict[str, Weights](), Counter[str]()
+        for scale, (_, layer) in zip(scales, load_ahead(self.layer, layers), strict=True):
+            for stack in layer.layers:
+                row, before = np.int32(used[stack]), stacks.pop(stack, None)
+                stacks[stack] = jax.block_until_ready(_write_row(stack, depths[stack], before, layer, row, scale))
+                used[stack] += 1
         shared = self.ends(path.embedding_parent).shared
-        model = StackedWeights({LAYERS: stacks or {}}, shared, self.layout.compute_dtype)
-        return model, path_config(self.layout, layers, config)
+        return StackedWeights(stacks, shared, self.layout.compute_dtype), path_config(self.layout, layers, config)
 
 
 def scale_gain(stored: jax.Array, scale: jax.Array, offset: float) -> jax.Array:
@@ -199,15 +223,24 @@ def scale_gain(stored: jax.Array, scale: jax.Array, offset: float) -> jax.Array:
 
 
 @struct.dataclass
+class PathRows:
+    """The steps of a path that have a stack. rows: int32[T_s], their rows in the stack; scales: float32[T_s]."""
+
+    stack: str = struct.field(pytree_node=False)
+    rows: jax.Array
+    scales: jax.Array
+
+
+@struct.dataclass
 class PathWeights(MaterialisedWeights):
     """A path as a layer source: each layer is taken from the bank and scaled when the forward pass needs it, so that a
     pass can be differentiated with respect to the scales; gradients ignore the rounding to the export dtype (a
-    straight-through estimator). layers: int32[T]; residual_scales: float32[T]; ends: the embedding, final norm and
-    head."""
+    straight-through estimator). steps: see `PathBank.steps_by_stack`; residual_scales: float32[T]; ends: the embedding,
+    final norm and head."""
 
     bank: PathBank
     ends: StackedWeights
-    layers: jax.Array
+    steps: dict[str, tuple[jax.Array, jax.Array]]
     residual_scales: jax.Array
 
     @property
@@ -219,18 +252,23 @@ class PathWeights(MaterialisedWeights):
         return self.ends.compute_dtype
 
     @property
-    def stacks(self) -> dict[str, tuple[jax.Array, jax.Array]]:
-        return {LAYERS: (self.layers, self.residual_scales)}
+    def stacks(self) -> dict[str, PathRows]:
+        return {
+            stack: PathRows(stack, rows, self.residual_scales[places]) for stack, (rows, places) in self.steps.items()
+        }
 
-    def layer(self, slice_: tuple[jax.Array, jax.Array]) -> Weights:  # type: ignore[override]
-        return self.bank.scaled_layer(*slice_)
+    def layer(self, slice_: PathRows) -> Weights:  # type: ignore[override]
+        dtype = jnp.dtype(self.compute_dtype)
+        exported = self.bank.exported_row(slice_.stack, slice_.rows, slice_.scales)
+        return {name: leaf.astype(dtype) for name, leaf in exported.items()}
 
 
 def path_config(bank: PathBank, layers: Sequence[int], config: DecoderConfig) -> DecoderConfig:
     """The config of a model that consists of the given ones of the M layers."""
     kinds = jax.tree.map(lambda each: np.asarray(each)[list(layers)].tolist(), bank.kinds)
     positions = tuple(kinds.positions or ())
-    return replace(config, layers=len(layers), windows=tuple(kinds.window), position_kinds=positions)
+    types = tuple(bank.types[layer] for layer in layers) if config.layer_types else ()
+    return replace(config, layers=len(layers), windows=tuple(kinds.window), position_kinds=positions, layer_types=types)
 
 
 @struct.dataclass
@@ -291,22 +329,29 @@ def run_layers(
     The number of steps is not part of the compiled shape: paths of all lengths, and any part of one, share a program,
     and a step gives the same bits in every part of a path.
     """
-    architecture, rows, before = architecture_of(config), state.rows, state.shared_prefix
-    tables = architecture.position_tables(config, rows.layout)
+    rows, before = state.rows, state.shared_prefix
+    names = tuple(dict.fromkeys(bank.types))
+    branches = jnp.asarray([names.index(name) for name in bank.types], jnp.int32)
+
+    def inputs_of(sequences: Sequences) -> LayerInputs:
+        return LayerInputs.of_layout(config, sequences.layout, sequences.added)
+
+    def run(name: str, i: jax.Array, x: jax.Array, prefix_x: Any) -> tuple[jax.Array, Any]:
+        type_, prefix = layer_types(config)[name], None
+        weights = bank.scaled_layer(name, layers[i], residual_scales[i])
+        kind, number = jax.tree.map(lambda each: each[layers[i]], bank.kinds), state.depth + i
+        if before is not None:
+            prefix_x, kept = run_layer(config, type_, weights, prefix_x, number, kind, inputs_of(before), None)
+            prefix = first_row(type_.memory, kept)
+        return run_layer(config, type_, weights, x, number, kind, inputs_of(rows), prefix)[0], prefix_x
 
     def step(i: jax.Array, hidden: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        (x, prefix_x), prefix = hidden, None
-        weights = bank.scaled_layer(layers[i], residual_scales[i])
-        kind = jax.tree.map(lambda each: each[layers[i]], bank.kinds)
-        if before is not None:
-            attend = prefill_attention(kind.window, before.layout)
-            prefix_tables = tables_of(kind, architecture.position_tables(config, before.layout))
-            prefix_x, kv = architecture.block(config, weights, prefix_x, prefix_tables, attend)
-            prefix_x = add_deepstack(prefix_x, before.added, state.depth + i)
-            prefix = (kv[0][:, 0], kv[1][:, 0])
-        attend = prefill_attention(kind.window, rows.layout, prefix)
-        x, _ = architecture.block(config, weights, x, tables_of(kind, tables), attend)
-        return add_deepstack(x, rows.added, state.depth + i), prefix_x
+        if len(names) == 1:
+            return run(names[0], i, *hidden)
+        stepped: tuple[jax.Array, Any] = jax.lax.switch(
+            branches[layers[i]], [partial(run, name) for name in names], i, *hidden
+        )
+        return stepped
 
     x, prefix_x = jax.lax.fori_loop(0, count, step, (rows.hidden, None if before is None else before.hidden))
     if before is not None:
@@ -322,20 +367,21 @@ def padded_steps(path: LayerPath, steps: int) -> tuple[list[int], np.ndarray]:
     return [*path.layers, *path.layers[:1] * added], scales
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _write_step(
-    depth: int, stacks: Weights | None, bank: PathBank, number: jax.Array, residual_scale: jax.Array
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _write_row(
+    stack: str, depth: int, leaves: Weights | None, bank: PathBank, number: jax.Array, residual_scale: jax.Array
 ) -> Weights:
-    """The stacked layers of a path, `[depth, …]` in the export dtype, with step `number` written in place: the one
-    layer of the bank, whose output is multiplied by `residual_scale`. stacks: None: all other steps are zeros."""
+    """The leaves of a path's stack, `[depth, …]` in the export dtype, with row `number` written in place: that of the
+    one layer of the bank, whose output is multiplied by `residual_scale`. leaves: None: all other rows are zeros."""
 
     def written(name: str, layer: jax.Array) -> jax.Array:
-        whole = jnp.zeros((depth, *layer.shape), layer.dtype) if stacks is None else stacks[name]
+        whole = jnp.zeros((depth, *layer.shape), layer.dtype) if leaves is None else leaves[name]
         return jax.lax.dynamic_update_index_in_dim(whole, layer, number, 0)
 
-    return {name: written(name, layer) for name, layer in bank.exported_layer(jnp.int32(0), residual_scale).items()}
+    row = bank.exported_row(stack, jnp.int32(0), residual_scale)
+    return {name: written(name, layer) for name, layer in row.items()}
 
 
-@jax.jit
-def _scale_layers(bank: PathBank, layers: jax.Array, residual_scales: jax.Array) -> Weights:
-    return jax.lax.map(lambda step: bank.exported_layer(*step), (layers, residual_scales))
+@partial(jax.jit, static_argnums=0)
+def _scale_rows(stack: str, bank: PathBank, rows: jax.Array, residual_scales: jax.Array) -> Weights:
+    return jax.lax.map(lambda step: bank.exported_row(stack, *step), (rows, residual_scales))

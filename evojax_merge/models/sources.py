@@ -41,7 +41,8 @@ class MaterialisedWeights:
         return False
 
     def _cast(self, x: jax.Array) -> jax.Array:
-        return x.astype(jnp.dtype(self.compute_dtype))
+        is_number = jnp.issubdtype(x.dtype, jnp.integer)
+        return x if is_number else x.astype(jnp.dtype(self.compute_dtype))
 
     def layer(self, slice_: Weights) -> Weights:
         return {name: self._cast(leaf) for name, leaf in slice_.items()}

@@ -1,6 +1,6 @@
 """A bank whose layers are brought to the devices one after the other, from the host's memory or from files."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from evojax_merge.models.architecture import EMBEDDING, HEAD, LAYERS
+from evojax_merge.models.architecture import EMBEDDING, HEAD
 from evojax_merge.models.bank import Bank, LeafBank
 
 Leaves = dict[str, LeafBank]
@@ -19,20 +19,25 @@ T = TypeVar("T")
 class StreamedBank:
     """The functions that bring the parts of a bank to the devices.
 
-    depth: L. load: (number) -> the layer's leaves on the devices, with a leading axis of one on every array. load_ends:
-    (names) -> leaves outside of the layers. shapes: the whole bank as abstract arrays. check: raises where these can no
-    longer be loaded as they were.
+    rows: for each layer its stacks, and its row in each. load: (number) -> the layer's leaves on the devices, with a
+    leading axis of one on every array. load_ends: (names) -> leaves outside of the layers. shapes: the whole bank as
+    abstract arrays. check: raises where these can no longer be loaded as they were.
     """
 
-    depth: int
+    rows: Sequence[Mapping[str, int]]
     load: Callable[[int], Leaves]
     load_ends: Callable[[Sequence[str]], Leaves]
     shapes: Bank
     check: Callable[[], None] = lambda: None
 
     @property
+    def depth(self) -> int:
+        """L."""
+        return len(self.rows)
+
+    @property
     def layer_bytes(self) -> int:
-        """Bytes of one layer's sources."""
+        """Bytes of an average layer's sources."""
         leaves = jax.tree.leaves(self.shapes.stacks)
         return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves) // self.depth
 
@@ -68,17 +73,18 @@ def load_ahead(load: Callable[[int], T], numbers: Sequence[int]) -> Iterator[tup
             del layer
 
 
-def abstract_streamed(bank: Bank) -> StreamedBank:
-    """The streamed bank of a bank of abstract arrays, for plans."""
-    layers = bank.stacks[LAYERS]
+def abstract_streamed(bank: Bank, rows: Sequence[Mapping[str, int]]) -> StreamedBank:
+    """The streamed bank of a bank of abstract arrays, for plans. rows: see `StreamedBank`."""
 
     def first(array: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(array, "sharding", None)
         return jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype, sharding=sharding)
 
     return StreamedBank(
-        int(jax.tree.leaves(layers)[0].shape[0]),
-        lambda number: jax.tree.map(first, layers),
+        rows,
+        lambda number: jax.tree.map(
+            first, {k: leaf for stack in rows[number] for k, leaf in bank.stacks[stack].items()}
+        ),
         lambda names: {name: bank.shared[name] for name in names},
         bank,
     )

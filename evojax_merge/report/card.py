@@ -12,11 +12,12 @@ from evojax_merge.backends.backend import Backend
 from evojax_merge.checkpoints.derived import parts_of
 from evojax_merge.checkpoints.references import hub_id
 from evojax_merge.mergekit.as_adapter import RankError
+from evojax_merge.mergekit.as_fp8 import FP8_DTYPE
 from evojax_merge.mergekit.write import dump_documents, in_dtype
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.comparison import Result, model_name
 from evojax_merge.report.front_matter import changed_front_matter, front_matter
-from evojax_merge.report.tables import markdown_table
+from evojax_merge.report.tables import Table, markdown_table
 from evojax_merge.schema.yaml_reader import parse_documents, take_last
 from evojax_merge.tasks.task import GUARD_WEIGHT
 from evojax_merge.zoo import PREFIX
@@ -146,20 +147,30 @@ def card_in_dtype(card: str, searched: str | None, dtype: str | None) -> str:
     if dtype is None or dtype == searched:
         return card
     note = f"Written in {dtype}. It was searched, and scored, in {searched}: scores of this model may differ a little."
-    return _with_note(changed_front_matter(in_dtype(card, dtype), UNSCORED), note)
+    # A recipe has no FP8.
+    recipe_dtype = None if dtype == FP8_DTYPE else dtype
+    return _with_note(changed_front_matter(in_dtype(card, recipe_dtype), UNSCORED), note)
 
 
-def adapter_card(card: str, error: RankError, *, base: Path, rank: int) -> str:
-    """The card of a merge as that of an adapter of its base."""
+def adapter_card(card: str, error: RankError, *, base: Path, of_merge: bool = True) -> str:
+    """The card of a model as that of an adapter of its base. of_merge: the card has the scores of a merge."""
     (name,) = public_names([base])
     note = (
-        f"A LoRA adapter of `{name}`, of rank {rank}: what the merge changes of each matrix, cut to that rank, which "
-        f"leaves out {error.total:.1%} of it (Frobenius norm; {error.worst:.1%} of {error.tensor}). Scores in this "
-        "card are those of the whole merge. The adapter was not scored."
+        f"A LoRA adapter of `{name}`, of {error.rank_words}: what changes of each matrix, cut to that rank, which "
+        f"leaves out {error.total:.1%} of it (Frobenius norm; {error.worst:.1%} of {error.tensor}). "
     )
+    note += "Scores in this card are those of the whole merge. " if of_merge else ""
     ids = _hub_ids(base)
     links = {"base_model": ids or None, "base_model_relation": "adapter" if ids else None}
-    return _with_note(changed_front_matter(card, links | {"library_name": "peft"} | UNSCORED), note)
+    card = _with_note(
+        changed_front_matter(card, links | {"library_name": "peft"} | UNSCORED), f"{note}The adapter was not scored."
+    )
+    return f"{card}\n## Left out by layer\n\n{left_out_table(error).markdown()}\n"
+
+
+def left_out_table(error: RankError) -> Table:
+    """The share of each layer's change that an adapter leaves out."""
+    return Table(("layer", "left out"), [[layer, share] for layer, share in error.layers.items()], {1})
 
 
 def _with_note(card: str, note: str) -> str:

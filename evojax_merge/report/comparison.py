@@ -18,6 +18,12 @@ from evojax_merge.system.file_system import atomic_write
 from evojax_merge.tasks.python_functions import PREFIX, is_reference
 
 UNIFORM = "uniform merge"
+# The roles of controls, and of those whose names stand for themselves.
+ADAPTERS = ("lora_base", "lora_parent")
+NAMED_CONTROLS = ("random", *ADAPTERS)
+CONTROLS = ("greedy", *NAMED_CONTROLS)
+# The winner, trained further: its role and its name.
+POLISHED, POLISHED_NAME = "polished", "polished winner"
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,9 @@ def label_of(role: str, name: str) -> str:
     """A model of the table in words, the same on every page: its name behind its role, or one of both."""
     if role in ("winner", "uniform"):
         return UNIFORM if role == "uniform" else role
-    return name if role in ("model", name) or name.startswith(f"{role} ") else f"{role} {name}"
+    return (
+        name if role in ("model", name, POLISHED, *NAMED_CONTROLS) or name.startswith(f"{role} ") else f"{role} {name}"
+    )
 
 
 def titled(score: str, units: Mapping[str, str]) -> str:
@@ -104,7 +112,9 @@ class Result:
     `search_compute_dtype`: of the generations'. `shares`: `task/metric` of each task of the table -> its share of the
     fitness; `scales`: the scale of each that has one; `guards`: of each guarded task; `answers`: the winner's and the
     best parent's to each held-out example, a row of plain values each; `parent`: the parent that the winner is, in
-    words, empty where it is a merge.
+    words, empty where it is a merge. `controls`: sentences on how controls were made; `change`: of the winner by
+    polish, None where it is not polished or was better before; `examples`: the number of those that the search had, in
+    words; `fitted`: the fitness on the search split of controls that were trained there, by role.
     """
 
     genome: np.ndarray
@@ -124,6 +134,10 @@ class Result:
     guards: tuple[GuardResult, ...] = ()
     answers: Sequence[dict[str, Any]] = field(default=(), repr=False)
     parent: str = ""
+    controls: tuple[str, ...] = ()
+    change: Any = field(default=None, repr=False)
+    examples: str = ""
+    fitted: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def winner(self) -> Row:
@@ -131,11 +145,11 @@ class Result:
 
     @property
     def rivals(self) -> list[Row]:
-        """The models that a search has to beat on held-out data: the base, the best parent, the uniform merge and the
-        greedy soup, where these exist."""
+        """The models that a search has to beat on held-out data: the base, the best parent, the uniform merge or the
+        plain mixture, and the controls, where these exist."""
         parents = [row for row in self.rows if row.role == "parent"]
         best = max(parents, key=lambda row: row.fitness if np.isfinite(row.fitness) else -np.inf, default=None)
-        return [row for row in self.rows if row is best or row.role in ("base", "uniform", "greedy")]
+        return [row for row in self.rows if row is best or row.role in ("base", "uniform", "plain", *CONTROLS)]
 
     def chosen_on(self) -> str:
         """A sentence: the split that the winner was chosen on, its score there, and the dtype where that is not the
@@ -194,7 +208,46 @@ class Result:
             for score, values in columns.items()
             if len(values) == 1 and np.isfinite(value := next(iter(values)))
         ]
-        return [*first, *guards, *by_rival, *self._inherited(), *ties]
+        return [
+            *first,
+            *guards,
+            *by_rival,
+            *self._inherited(),
+            *ties,
+            *self.controls,
+            *self._matched(),
+            *self._polished(),
+        ]
+
+    def _polished(self) -> list[str]:
+        """A sentence on what polishing brought on held-out data."""
+        row = next((row for row in self.rows if row.role == POLISHED), None)
+        if row is None or row.lead is None:
+            return []
+        gain, unit, lead = -row.lead.difference, self.winner.units.get("fitness", ""), row.lead
+        if lead.remark == SAME:
+            return ["Polishing changes no answer to a held-out example."]
+        noise = f", which is {lead.remark}" if lead.remark else ""
+        if lead.remark != TOO_FEW:
+            noise += f" ({_interval(Lead(gain, -lead.high, -lead.low), unit)})"
+        side = "better" if gain > 0 else "worse"
+        return [f"On held-out data the {POLISHED_NAME} is {side} than the winner by {abs(gain):.4f}{noise}."]
+
+    def _matched(self) -> list[str]:
+        """Sentences about the controls: those that the winner is not ahead of, and adapters that fitted the search's
+        examples better than the winner, which is ahead of them on others."""
+        rows, sentences = [row for row in self.rows if row.role in CONTROLS], []
+        matched = [_named(row) for row in rows if row.lead is not None and not row.lead.low > 0]
+        if matched:
+            sentences.append(f"Nothing shows that the search was worth more than {' or '.join(matched)}.")
+        beaten = [row for row in rows if row.lead is not None and row.lead.low > 0]
+        for row in (row for row in beaten if self.fitted.get(row.role, -np.inf) > self.search_fitness):
+            sentences.append(
+                f"On the search split the {row.name} has {self.fitted[row.role]:.4f}, the winner "
+                f"{self.search_fitness:.4f}: it learned these {self.examples} better and others worse, so that with "
+                "more of them it may be ahead."
+            )
+        return sentences
 
     def headline(self) -> list[str]:
         """A sentence on several tasks, each beside the parent that is best at it; none where there is one task."""
@@ -224,7 +277,7 @@ class Result:
         rivals = [row for row in self.rivals if self.winner.fitness < row.fitness and not row.has_too_few_votes]
         worse = [sentence for row in rivals for sentence in _sentences(self.winner, row)]
         broken = [self._guard(guard) for guard in self.guards if not guard.kept]
-        return [*broken, *worse, *self._inherited()]
+        return [*broken, *worse, *self._inherited(), *self._matched()[:1]]
 
     def _guard(self, guard: GuardResult) -> str:
         return guard.describe(self.winner.units.get(guard.score, "") if self.rows else "")
@@ -318,7 +371,9 @@ def _sentences(winner: Row, row: Row) -> list[str]:
 def _named(row: Row, parent: str = "best parent") -> str:
     """A rival in a sentence."""
     named = "" if row.name == row.role else f" {row.name}"
-    by_role = {"base": f"the base{named}", "uniform": f"the {UNIFORM}", "greedy": f"the greedy{named}"}
+    by_role = {"base": f"the base{named}", "uniform": f"the {UNIFORM}", "greedy": f"the greedy{named}",
+               "plain": f"the{named}"}  # fmt: skip
+    by_role |= dict.fromkeys(NAMED_CONTROLS, f"the{named}")
     return by_role.get(row.role, f"the {parent}{named}")
 
 
@@ -376,9 +431,9 @@ def _part_name(path: Path) -> str:
     return path.parent.parent.name if path.parts[-2:] == ("best", "model") else path.name
 
 
-def write_result(result: Result, generations: int, file: Path) -> None:
-    """Write `result.json`: the table and the winner. Nothing in it depends on the clock, except where the clock ended
-    the search."""
+def write_result(result: Result, generations: int, file: Path, tensors: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write `result.json`: the table and the winner. tensors: the account of its tensors. Nothing in it depends on the
+    clock, except where the clock ended the search."""
     winner, compared = result.winner, ("winner", result.baseline[0])
     members = [vars(member) | {"genome": [float(gene) for gene in member.genome]} for member in result.members]
     document = {
@@ -413,6 +468,7 @@ def write_result(result: Result, generations: int, file: Path) -> None:
             for score, rows in result.losses()
             for row in rows
         ],
+        **({} if not tensors else {"tensors": list(tensors)}),
         # Each task's share of the fitness, by its score; the unit of each score that has one, and of the fitness.
         "shares": dict(result.shares),
         "units": dict(winner.units),
@@ -431,6 +487,8 @@ def write_result(result: Result, generations: int, file: Path) -> None:
         # evaluation.compute_dtype.
         "compute_dtype": result.compute_dtype,
         **({} if result.stopped_by is None else {"stopped_by": result.stopped_by}),
+        # The fitness on the search split of the controls that were trained there, by role.
+        **({} if not result.fitted else {"controls_search_fitness": dict(result.fitted)}),
         # Candidates that no other beats in all tasks; scores and fitness are on the examples of `chosen_on`.
         **({"members": members} if members else {}),
         **result.report.document(),

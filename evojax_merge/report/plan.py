@@ -9,14 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from evojax_merge.config.search_config import parse_budget
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.evaluation.timings import NOT_MEASURED, Factor, WorkKind
 from evojax_merge.report.tables import Table, TerminalTable
+from evojax_merge.schema.budget import parse_budget
 
-# The parts of a run, by their names.
+# The parts of a run, by their names: those around it, and its own.
+LOADING, COMPILING, WRITING = "loading the models", "compiling", "writing the winner"
 MEASURING, GENERATIONS = "measuring base and parents", "the generations"
-ENDING = CHOOSING, HELDOUT = "choosing the winner", "scoring on held-out examples"
+# Between the two that end a run come controls of the held-out table, and the winner's polish.
+CHOOSING, TUNING, HELDOUT = "choosing the winner", "making controls, and polishing", "scoring on held-out examples"
+ENDING = (CHOOSING, TUNING, HELDOUT)
 _CANDIDATE, _GRADIENT = "a candidate on all search examples", "a candidate and its gradient, on a minibatch"
 
 
@@ -26,7 +29,8 @@ class PassPlan:
     for them in a generation that is scored on all search examples; steps: of one run, at most (decode steps). Bytes on
     a device: held, of materialised candidates and caches; temporaries, estimated, and reported by the target's compiler
     (None: it was not asked). collectives: the compiler's report on one run, by kind their number and the bytes of their
-    results together. flops, moved_bytes and seconds: for one candidate, of all runs."""
+    results together. flops, moved_bytes, sent_bytes (those that a device sends to the others that share the candidate)
+    and seconds: for one candidate, of all runs."""
 
     task: str
     name: str
@@ -39,6 +43,7 @@ class PassPlan:
     collectives: Mapping[str, tuple[int, int]] | None
     flops: float
     moved_bytes: float
+    sent_bytes: float
     seconds: float
 
     @property
@@ -50,21 +55,35 @@ class PassPlan:
 @dataclass(frozen=True)
 class Work:
     """The work of one group of devices that share a candidate: FLOPs and bytes of them all, and seconds by the
-    roofline: of everything, of merging, and of the matrix products that arithmetic bounds. called_seconds: those of
-    functions that are not traced, measured on this machine; they are part of `seconds`."""
+    roofline: of everything; of merging, of the matrix products that arithmetic bounds, and of exchanges between the
+    devices, which follow each other; of models that come over the host's link, and from files, meanwhile.
+    called_seconds: those of functions that are not traced, measured on this machine; they are part of `seconds`."""
 
     flops: float
     moved_bytes: float
     seconds: float
-    merge_seconds: float
-    compute_seconds: float
+    merge_seconds: float = 0.0
+    compute_seconds: float = 0.0
     called_seconds: float = 0.0
+    exchange_seconds: float = 0.0
+    link_seconds: float = 0.0
+    disk_seconds: float = 0.0
+
+    @property
+    def reading_seconds(self) -> float:
+        """Seconds of the products that the memory's traffic bounds; 0 where models come too slowly for them."""
+        parts = self.merge_seconds + self.compute_seconds + self.called_seconds + self.exchange_seconds
+        return 0.0 if self.seconds <= max(self.link_seconds, self.disk_seconds) else self.seconds - parts
 
     @property
     def bound(self) -> str:
         """The part that takes the most time, in words."""
-        reading = self.seconds - self.merge_seconds - self.compute_seconds - self.called_seconds
-        parts = {"arithmetic": self.compute_seconds, "merging": self.merge_seconds, "reading weights": reading,
+        meanwhile = {"the host's link": self.link_seconds, "the disk": self.disk_seconds}
+        slowest = max(meanwhile, key=lambda part: meanwhile[part])
+        if 0 < self.seconds <= meanwhile[slowest]:
+            return slowest
+        parts = {"arithmetic": self.compute_seconds, "merging": self.merge_seconds,
+                 "reading weights": self.reading_seconds, "exchanges between devices": self.exchange_seconds,
                  "the functions that are called, as measured here": self.called_seconds}  # fmt: skip
         return max(parts, key=lambda part: parts[part])
 
@@ -106,14 +125,20 @@ class Plan:
     notes: tuple[str, ...] = ()
     compile_seconds: float | None = None
     parts: Mapping[str, Work] = field(default_factory=dict)
+    around: Mapping[str, Work] = field(default_factory=dict)
     expected_share: float = 1.0
     factor: Factor = NOT_MEASURED
     kind: WorkKind = "scoring"
 
     @property
-    def estimated_seconds(self) -> float:
-        """About the seconds that the run takes, without loading, compiling and writing the winner."""
+    def run_seconds(self) -> float:
+        """About the seconds of the run's parts."""
         return self.run.seconds * self.expected_share * self.factor.value
+
+    @property
+    def estimated_seconds(self) -> float:
+        """About the seconds from loading the models to the winner's files, where nothing is compiled yet."""
+        return self.run_seconds + sum(work.seconds for work in self.around.values())
 
     def ending_seconds(self, generation: float) -> float:
         """About the seconds from the last generation to the winner, where a generation takes `generation` seconds."""
@@ -135,6 +160,7 @@ class Plan:
             for work in (
                 *(data[name] for name in ("candidate", "gradient", "generation", "run")),
                 *data["parts"].values(),
+                *data["around"].values(),
             ):
                 if work is not None:
                     work |= {key: None for key in work if key.endswith("seconds")}
@@ -167,11 +193,11 @@ class Plan:
         if not self.fits:
             return [self.verdict()]
         about = shown_seconds(self.estimated_seconds)
-        return [self.verdict(), f"time: about {about} for {self._length()} and the choice of the winner"]
+        return [self.verdict(), f"time: about {about} for {self._length()}, bound by {self.run.bound}"]
 
     def _time(self) -> str:
         """The estimate of the run, its source, and its bound."""
-        factor, about = self.factor, shown_seconds(self.estimated_seconds)
+        factor, about = self.factor, shown_seconds(self.run_seconds)
         if self.run.called_seconds:
             return f"about {about} ({factor.source})"
         source = factor.source or "a guess: `evojax-merge bench` measures it"
@@ -214,10 +240,9 @@ class Plan:
                 f"{name} {shown_seconds(part.seconds * self.expected_share * self.factor.value)}"
                 for name, part in self.parts.items()
             )
-            printed.append(f"the run takes {self._time()}: loading, {shares}, writing the winner")
-        taken = "" if self.compile_seconds is None else f", which took {shown_seconds(self.compile_seconds)} here"
-        omitted = "these seconds leave it out; " if self.fits else ""
-        printed.append(f"compiling: {omitted}every pass below is compiled once{taken}")
+            printed.append(f"the run takes {self._time()}: {shares}")
+            times = ", ".join(f"{name} {shown_seconds(work.seconds)}" for name, work in self.around.items())
+            printed.append(f"around it, the first time: {times}")
         download = f", {shown_bytes(self.download_bytes)} to download" if self.download_bytes else ""
         host = f"host: {shown_bytes(self.host_bytes)} of memory, {shown_bytes(self.disk_bytes)} of disk{download}"
         return [*self.notes, *printed, host]
@@ -234,6 +259,22 @@ class Plan:
         """The verdict on a search that does not fit, and changes that would make it fit."""
         return f"{self.verdict()}; {format_advice(self.advice)}"
 
+    def times(self) -> TerminalTable:
+        """The parts of the run and their seconds by the roofline, on the devices and between them, over the host's link
+        and from its files, and which of these bounds each."""
+        before = {name: work for name, work in self.around.items() if name != WRITING}
+        parts = before | dict(self.parts) | {name: self.around[name] for name in self.around if name == WRITING}
+        rows = [
+            (
+                name, *map(shown_seconds, (
+                    work.seconds, work.compute_seconds, work.merge_seconds, max(0.0, work.reading_seconds),
+                    work.exchange_seconds, work.link_seconds, work.disk_seconds,
+                )), "" if name == COMPILING else work.bound,
+            )
+            for name, work in parts.items()
+        ]  # fmt: skip
+        return Table(TIMES, rows, range(1, 8), folded=range(9)).terminal("Seconds, at least")
+
     def table(self) -> TerminalTable:
         """The passes, and the cost of each; the seconds of those alone that fit."""
         count = len(HEADINGS) if self.fits else len(HEADINGS) - 1
@@ -242,7 +283,7 @@ class Plan:
                 row.task, row.name, f"{row.chunk:,}", f"{row.runs:,}", f"{row.steps:,}",
                 shown_bytes(row.held_bytes), shown_bytes(row.temporary_bytes),
                 "" if row.reported_bytes is None else shown_bytes(row.reported_bytes), shown_number(row.flops).strip(),
-                shown_bytes(row.moved_bytes), shown_seconds(row.seconds),
+                shown_bytes(row.moved_bytes), shown_bytes(row.sent_bytes), shown_seconds(row.seconds),
             )[:count]
             for row in self.passes
         ]  # fmt: skip
@@ -254,8 +295,10 @@ class Plan:
 KEYS = ("target", "fits", "passes")
 # The headings of the passes' table; docs/accelerators.md says what each column holds.
 HEADINGS = (
-    "task", "pass", "candidates", "runs", "steps", "held", "temporaries", "compiler says", "FLOP", "moved", "seconds",
+    "task", "pass", "candidates", "runs", "steps", "held", "temporaries", "compiler says", "FLOP", "moved", "exchanged",
+    "seconds",
 )  # fmt: skip
+TIMES = ("part", "seconds", "arithmetic", "merging", "weights", "between devices", "link", "disk", "bound by")
 
 
 def format_advice(advice: Sequence[str]) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from evojax_merge.config.search_config import Budget, parse_budget
 from evojax_merge.errors import escaped, escaped_lines
 from evojax_merge.report.answers import winner_scores
 from evojax_merge.report.comparison import chosen_on, label_of, nothing_beat, titled
@@ -13,6 +12,7 @@ from evojax_merge.report.drawings import parameter_text
 from evojax_merge.report.intervals import paired_lead, unpaired_lead
 from evojax_merge.report.run_data import SEARCH_SPLIT, Result, RunData, lead_over
 from evojax_merge.report.tables import LEAD, Table, lead_cell
+from evojax_merge.schema.budget import Budget, parse_budget
 from evojax_merge.system.console import drawn, format_seconds
 
 # The rows of a table of keys, and the keys that a sentence lists.

@@ -41,9 +41,9 @@ def expression(pattern: str) -> regex.Pattern[str]:
     return compiled
 
 
-def pattern_matches(where: object, pattern: str, name: str, how: Literal["match", "fullmatch"]) -> bool:
-    """Return whether `re.match` or `re.fullmatch` finds the pattern in a name. Raises InputError, with `where` in
-    front, for a pattern that `expression` refuses, and for a match that takes too long."""
+def pattern_matches(where: object, pattern: str, name: str, how: Literal["match", "fullmatch", "search"]) -> bool:
+    """Return whether `re.match`, `re.fullmatch` or `re.search` finds the pattern in a name. Raises InputError, with
+    `where` in front, for a pattern that `expression` refuses, and for a match that takes too long."""
     try:
         return getattr(expression(pattern), how)(name, timeout=SECONDS_A_NAME) is not None
     except ValueError as error:

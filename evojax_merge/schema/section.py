@@ -3,7 +3,7 @@
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -95,6 +95,7 @@ Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 # A number of a merge, which is computed in float32.
 Number = Annotated[Real, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
 Numbers = Annotated[Number | list[Number], Form("a number that float32 holds, or a list of such")]
+LayersPerGroup = Annotated[Annotated[Whole, Field(ge=1)] | Literal["all"], Form("a whole number, 1 or more, or all")]
 Share = Annotated[Real, Field(gt=0.0, lt=1.0)]
 Text = Annotated[
     str,

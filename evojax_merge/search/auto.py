@@ -109,12 +109,9 @@ def _chosen(search: SearchConfig, changes: dict[str, Any], reason: str) -> Choic
 
 
 def _minibatches(search: SearchConfig, traits: Traits) -> int:
-    """The number of minibatches: as named, else as many as have examples enough. The criteria of a search's end that
-    look at the best candidate need one that was scored on all examples."""
+    """The number of minibatches: as named, else as many as have examples enough."""
     if "minibatches" in search.gradient.model_fields_set:
         return search.gradient.minibatches
-    if search.stop.target is not None or search.stop.stagnation is not None:
-        return 1
     return max(1, min(MOST_MINIBATCHES, traits.examples // LEAST_EXAMPLES))
 
 

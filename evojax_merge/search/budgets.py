@@ -12,6 +12,8 @@ from evojax_merge.search.successive_halving import rung_shards, rung_size
 
 # The passes that a candidate takes with its gradient: see bench/results/strategies.md.
 GRADIENT_PASSES = 4.5
+# The steps on minibatches between two looks at all examples, where the end of a search depends on these.
+STEPS_PER_LOOK = 8
 # A sum of parts of passes is no more than a budget that it differs from by rounding.
 ROUNDING = 1e-6
 
@@ -21,10 +23,19 @@ def search_passes(search: SearchConfig, strategy: Strategy, examples: int) -> fl
     rounds, starts = gradient_generations(strategy, search.generations)
     # A generation follows gradients on a minibatch, or scores its candidates, in rungs where the search has some.
     followed = GRADIENT_PASSES * starts / search.gradient.minibatches
+    if looks_at_all(search):
+        followed += starts / STEPS_PER_LOOK
     ends = rung_shards(2 ** (min(search.rungs, examples.bit_length()) - 1))
     rungs = enumerate(zip([0, *ends], ends, strict=False))
     shards = sum(rung_size(strategy.population, rung) * (end - begin) for rung, (begin, end) in rungs)
     return rounds * followed + (search.generations - rounds) * (shards / ends[-1])
+
+
+def looks_at_all(search: SearchConfig) -> bool:
+    """Whether candidates of steps on minibatches are now and then scored on all examples, because the search may end by
+    the best of them."""
+    is_awaited = search.stop.target is not None or search.stop.stagnation is not None
+    return is_awaited and search.gradient.minibatches > 1
 
 
 def within_budget(

@@ -29,7 +29,7 @@ from evojax_merge.system.regular_file import read_regular
 # Kinds of tasks whose scores follow from a model and a file: no code runs but this program's.
 TEXT_KINDS = frozenset({"likelihood", "exact_match", "multiple_choice", "gsm", "generation"})
 # Keys of a resolved config on which the scores of a stored model do not depend, whatever the search makes of them.
-SEARCH_KEYS = frozenset({*Config.kinds, "search", "stages", "scale", "inputs", "out", "log"})
+SEARCH_KEYS = frozenset({*Config.kinds, "calibration", "search", "stages", "scale", "inputs", "out", "log"})
 LIBRARIES = ("jax", "jaxlib", "numpy", "transformers", "tokenizers")
 # The most models and splits whose scores are kept, and the bytes of each.
 MAX_FILES, MAX_BYTES = 256, 2**26

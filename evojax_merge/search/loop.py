@@ -28,7 +28,7 @@ from evojax_merge.evaluation.scores import (
 )
 from evojax_merge.mergekit.write import shortest_decimal
 from evojax_merge.search.answers import ask, finalists, metrics, tell
-from evojax_merge.search.budgets import describe_length
+from evojax_merge.search.budgets import STEPS_PER_LOOK, describe_length, looks_at_all
 from evojax_merge.search.example_choice import ExampleChoice, choose_examples
 from evojax_merge.search.protocols import (
     GenomeEvaluator,
@@ -62,7 +62,7 @@ from evojax_merge.system import interrupts
 
 # The number of the key that a strategy's first state is drawn from; generations have those from 0 on.
 INIT_KEY = 2**31 - 1
-# What a generation's fitness is measured on: also a minibatch, or a smooth companion of the fitness.
+# A generation's fitness is measured on all examples, on a minibatch, or by a smooth companion.
 ScoredOn = Literal["all examples", "minibatch", "companion"]
 
 
@@ -170,21 +170,24 @@ def generation_key(seed: int, generation: int) -> jax.Array:
 
 class Schedule:
     """How a search's generations are scored: by successive halving over shards of the examples, or, where the strategy
-    follows gradients, on one of the minibatches. by_gradient: of the generation that began last, None before the first;
-    is_fitness: whether gradients are those of the fitness, and not of a companion."""
+    follows gradients, on one of the minibatches, and now and then on all examples as well where `looks`.
+
+    by_gradient: of the generation that began last, None before the first; is_fitness: whether gradients are those of
+    the fitness, and not of a companion."""
 
     def __init__(
         self, shards: Sequence[GenomeEvaluator], minibatches: Sequence[GradientEvaluator],
-        choice: ExampleChoice | None, seed: int,
+        choice: ExampleChoice | None, seed: int, *, looks: bool = False,
     ) -> None:  # fmt: skip
         self.shards, self._minibatches, self._choice, self._seed = shards, minibatches, choice, seed
         self.by_gradient: bool | None = None
         self.is_fitness = bool(minibatches) and _metrics(minibatches[0]) == _metrics(shards[0])
+        self._looks, self._looked = looks and self.is_fitness and len(shards) == 1, False
 
     @property
     def scored_on(self) -> ScoredOn:
         """The meaning of the latest generation's fitness."""
-        if not self.by_gradient or (self.is_fitness and len(self._minibatches) == 1):
+        if not self.by_gradient or self._looked or (self.is_fitness and len(self._minibatches) == 1):
             return "all examples"
         return "minibatch" if self.is_fitness else "companion"
 
@@ -217,20 +220,24 @@ class Schedule:
         self, number: int, turn: int, genomes: np.ndarray, surrogate: SurrogateData, reporter: Reporter
     ) -> HalvingResult:
         """Evaluate and differentiate genomes `float32[P, D]` on minibatch `turn`. Candidates that were evaluated on the
-        only minibatch, and on the fitness, count as complete."""
-        evaluator, parts = self._minibatches[turn], shard_parts(self._minibatches)
-        reporter.evaluating(number, evaluator.passes(len(genomes)))
-        scores, gradients = evaluator.value_and_gradient(genomes, reporter.advanced)
-        values, matrix = fitness(evaluator.tasks, scores, goal_of(evaluator)), empty_matrix(parts, len(genomes))
-        parts[turn].enter(scores, np.arange(len(genomes)), matrix)
+        fitness, on the only minibatch or on all examples besides, count as complete."""
+        evaluator, parts, size = self._minibatches[turn], shard_parts(self._minibatches), len(genomes)
+        self._looked = self._looks and (number + 1) % STEPS_PER_LOOK == 0
+        seen: GenomeEvaluator = self.shards[0] if self._looked else evaluator
+        reporter.evaluating(number, evaluator.passes(size) + (seen.passes(size) if self._looked else 0))
+        first, gradients = evaluator.value_and_gradient(genomes, reporter.advanced)
+        predicted, matrix = fitness(evaluator.tasks, first, goal_of(evaluator)), empty_matrix(parts, size)
+        parts[turn].enter(first, np.arange(size), matrix)
+        scores = seen.score(genomes, reporter.advanced) if self._looked else first
+        values = fitness(seen.tasks, scores, goal_of(seen))
         best = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
         return HalvingResult(
             fitness=values,
-            examples=np.full(len(genomes), sum(task.size for task in evaluator.tasks)),
-            complete=np.isfinite(values) & (self.is_fitness and len(parts) == 1),
-            scores=replace(matrix, predicted=values, gradients=gradients),
-            scores_of_best=means(evaluator.tasks, scores)[best],
-            first=scores,
+            examples=np.full(size, sum(task.size for task in seen.tasks)),
+            complete=np.isfinite(values) & self.is_fitness & (self._looked or len(parts) == 1),
+            scores=replace(matrix, predicted=predicted, gradients=gradients),
+            scores_of_best=means(seen.tasks, scores)[best],
+            first=first,
             surrogate=surrogate,
         )
 
@@ -267,7 +274,8 @@ def evolve(
     rows = storage.read_history()
     course, ended, done = course_of(rows, storage.read_timing()), None, first
     best_parent = _best_parent(space, rows[0]) if rows else None
-    schedule, clock = Schedule(shards, minibatches, choice, seed), _Clock()
+    clock = _Clock()
+    schedule = Schedule(shards, minibatches, choice, seed, looks=looks_at_all(config))
     if config.generations <= first:
         reporter.log(f"{first} generations are saved, and {config.generations} wanted: nothing to search")
     for number in range(first, config.generations):

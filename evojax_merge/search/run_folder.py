@@ -8,11 +8,13 @@ run.log          all that the command prints, with the time of each line; append
 history.csv      the figures of the history as a table, where the config's log names csv
 environment.json  versions, devices, machine, command and duration of each process that worked on the run
 checkpoints/     the state after each generation (orbax), the last three kept
-best/            recipe.yaml and model/; for a strategy that keeps a front, front/ with the recipe of each member
+best/            recipe.yaml and model/; for a strategy that keeps a front, front/ with the recipe of each member; of a
+                 polished winner, adapter/
 members/         of a pool whose members are kept in files, while it is searched: the weights of parents
 winners/         best/ as it was when the run had finished with fewer generations, with its result.json
 stages/          run folders of the stages before the last, in a chain
 result.json      held-out scores of the winner, the parents and the uniform merge
+controls.safetensors  the adapters and genomes of the held-out table's controls (search.controls)
 heldout_answers.jsonl  the winner's and each task's best parent's answers to each held-out example
 report.html      the run as a page: figures, tables, the config
 lock             while a process works here: its id and host
@@ -265,7 +267,7 @@ def keep_winner(folder: RunFolder, recipe: str) -> None:
         for path in (folder.recipe, folder.result):
             if path.exists():
                 shutil.copyfile(path, work / path.name)
-        for path in (folder.model, folder.front):
+        for path in (folder.model, folder.adapter, folder.front):
             if path.exists():
                 shutil.copytree(path, work / path.name, symlinks=True, copy_function=link_or_copy)
 

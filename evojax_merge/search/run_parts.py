@@ -92,6 +92,8 @@ class RunFolder:
     params = _Place("best/params.safetensors")
     model = _Place("best/model")
     front = _Place("best/front")
+    # The adapter by which the winner is polished.
+    adapter = _Place("best/adapter")
     winners = _Place("winners")
     result = _Place("result.json")
     # The votes of people, and of functions in their place (see `judge.votes`).
@@ -100,6 +102,8 @@ class RunFolder:
     judge_token = _Place("judge-token")
     # The winner's and each task's best parent's answers to each held-out example.
     heldout_answers = _Place("heldout_answers.jsonl")
+    # What was made for the controls of the held-out table, so that a killed run makes none of it twice.
+    controls = _Place("controls.safetensors")
     # Members of a pool that are kept in files while the search runs.
     members = _Place("members")
     checkpoints = _Place("checkpoints")
@@ -108,10 +112,15 @@ class RunFolder:
     page = _Place("report.html")
 
     @property
+    def winner(self) -> str:
+        """The reference to the winner: to the model, with its adapter where it is polished."""
+        return f"{self.model}+{self.adapter}" if self.adapter.is_dir() else str(self.model)
+
+    @property
     def files(self) -> list[Path]:
         """The files that a search writes, those of best/ included."""
         history = [self.history, self.history_backup, self.timing, self.table]
-        results = [self.result, self.heldout_answers, self.page, self.recipe, self.params]
+        results = [self.result, self.heldout_answers, self.controls, self.page, self.recipe, self.params]
         return [self.config, *history, self.environment, self.log, *results]
 
     @property
@@ -202,7 +211,7 @@ def is_page(content: bytes) -> bool:
 
 
 def check_replaceable_model(model: Path) -> None:
-    """Raises InputError where the winner's folder must not be replaced."""
+    """Raises InputError where the folder of the winner, or of its adapter, must not be replaced."""
     check_free(model, overwrite=True)
     if model.exists():
         check_ours(model)
@@ -252,6 +261,7 @@ def check_room(folder: RunFolder, generations: int) -> None:
     `generations` generations will write or replace."""
     check_parts(folder)
     check_replaceable_model(folder.model)
+    check_replaceable_model(folder.adapter)
     check_replaceable_front(folder.front)
     _check_names(folder, range(max(folder.steps(), default=0) + 1, generations + 1))
 
@@ -271,6 +281,7 @@ def _check_names(folder: RunFolder, generations: range) -> None:
 def sweep(folder: RunFolder) -> None:
     """Remove half-written files; a model that was being replaced gets its name back. The caller holds the lock."""
     recover(folder.model)
+    recover(folder.adapter)
     recover(folder.front)
     for winner in {path.name.split(".")[1] for path in entries(folder.winners) if path.name.startswith(".")}:
         if _KEPT_WINNER.fullmatch(winner):
@@ -317,10 +328,10 @@ def clear(folder: RunFolder, generations: int) -> list[str]:
     page = [folder.page] if may_replace(folder.page, is_page) else []
     table = [folder.table] if may_replace(folder.table, TABLE_MARK.match) else []
     remove_log(folder)
-    for file in (folder.result, folder.heldout_answers, *page, *table, folder.recipe, folder.params):
+    for file in (folder.result, folder.heldout_answers, folder.controls, *page, *table, folder.recipe, folder.params):
         remove_file(file)
     stages = [stage.path for stage in folder.begun_stages()]
-    for path in (folder.model, folder.front, *folder.kept_winners(), *stages):
+    for path in (folder.model, folder.adapter, folder.front, *folder.kept_winners(), *stages):
         if path.exists():
             remove_folder(path)
     remove_members(folder)
@@ -349,13 +360,21 @@ def remove_log(folder: RunFolder) -> None:
 
 def _check_clear(folder: RunFolder) -> None:
     stages = folder.begun_stages()
-    for path in (*folder.files, folder.model, folder.front, *folder.kept_winners(), *(run.path for run in stages)):
+    for path in (
+        *folder.files,
+        folder.model,
+        folder.adapter,
+        folder.front,
+        *folder.kept_winners(),
+        *(run.path for run in stages),
+    ):
         if path.is_symlink():
             raise InputError(path, "is a link, which is not followed to delete what it leads to; remove it first")
     check_replaceable_model(folder.model)
+    check_replaceable_model(folder.adapter)
     check_replaceable_front(folder.front)
     for path in (path for winner in folder.kept_winners() for path in entries(winner)):
-        if path.name == folder.model.name:
+        if path.name in (folder.model.name, folder.adapter.name):
             check_replaceable_model(path)
         elif path.name == folder.front.name:
             check_replaceable_front(path)
@@ -366,7 +385,16 @@ def _check_clear(folder: RunFolder) -> None:
     for stage in stages:
         _check_clear(stage)
         steps = map(stage.step, stage.steps())
-        allowed = {*stage.files, stage.lock, stage.model, stage.front, *stage.kept_winners(), *steps, *stage.parts}
+        allowed = {
+            *stage.files,
+            stage.lock,
+            stage.model,
+            stage.adapter,
+            stage.front,
+            *stage.kept_winners(),
+            *steps,
+            *stage.parts,
+        }
         for path in (path for place in (stage.path, *stage.parts) for path in entries(place)):
             # A stage's folder goes as a whole.
             if path not in allowed:

@@ -192,6 +192,16 @@ class StoredPath(Stored):
         return self
 
 
+class StoredFate(Stored):
+    """The tensors of a model that met one fate; see `mergekit.account`."""
+
+    fate: str
+    why: str
+    model: str
+    count: Count
+    tensors: list[str] = []
+
+
 class StoredResult(Stored):
     """result.json, the document of a finished run."""
 
@@ -199,7 +209,8 @@ class StoredResult(Stored):
     table: Annotated[list[Scored], Field(max_length=MAX_MEMBERS)] = []
     better_than: dict[str, Rival] = {}
     worse_on: list[Loss] = []
-    # Of an earlier version's run both are empty.
+    # Of an earlier version's run these are empty.
+    tensors: list[StoredFate] = []
     shares: dict[str, Number] = {}
     units: dict[str, str] = {}
     chosen_on: Literal["search", "validation"] = "search"
@@ -285,6 +296,7 @@ class StoredConfig(Stored):
     space: dict[str, Any] | None = None
     data_flow: dict[str, Any] | None = None
     pool: dict[str, Any] | None = None
+    mixture: dict[str, Any] | None = None
     search_pytrees: dict[str, Any] | None = None
     tasks: list[dict[str, Any]] = []
     inputs: dict[str, str]

@@ -17,7 +17,7 @@ from. The layers of a path are a step function of the other genes: their derivat
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -74,7 +74,8 @@ class ScaleBounds:
 
 @dataclass(frozen=True)
 class IndicatorSpace:
-    """`depths`: layers of each parent. `scales`: matrix, network, or none (all scales are 1)."""
+    """`depths`: layers of each parent. `scales`: matrix, network, or none (all scales are 1). `is_model`: whether some
+    layers of the series, in an order, are a model."""
 
     depths: tuple[int, ...]
     repetitions: int
@@ -82,6 +83,7 @@ class IndicatorSpace:
     bounds: ScaleBounds
     max_steps: int
     embedding_parent: int
+    is_model: Callable[[Sequence[int]], bool] = lambda layers: True
 
     @property
     def layers(self) -> int:
@@ -140,11 +142,11 @@ class IndicatorSpace:
         return rows_among(genomes, self._genome_of(self.embedding_parent)[None])
 
     def decode(self, genomes: np.ndarray) -> list[LayerPath | None]:
-        """A path per genome; None where no layer is on, or more than `max_steps` are."""
+        """A path per genome; None where no layer is on, more than `max_steps` are, or they are no model."""
         paths: list[LayerPath | None] = []
         for unit in _inside(genomes):
             on = np.flatnonzero(unit[: self.num_indicators] > 0.5)
-            if not 0 < len(on) <= self.max_steps:
+            if not 0 < len(on) <= self.max_steps or not self.is_model((on % self.layers).tolist()):
                 paths.append(None)
                 continue
             layers, scales = on % self.layers, self._scales(unit[self.num_indicators :], on)
@@ -240,7 +242,8 @@ Step = tuple[int, int, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class MoveSpace:
-    """`count` moves of at most `window` layers each. `depths`: layers of each parent."""
+    """`count` moves of at most `window` layers each. `depths`: layers of each parent; `is_model`: see
+    `IndicatorSpace`."""
 
     depths: tuple[int, ...]
     count: int
@@ -249,6 +252,7 @@ class MoveSpace:
     scaled: bool
     max_steps: int
     embedding_parent: int
+    is_model: Callable[[Sequence[int]], bool] = lambda layers: True
 
     @cached_property
     def kinds(self) -> list[tuple[str, int]]:
@@ -363,13 +367,13 @@ class MoveSpace:
         return rows_among(genomes, self.start[None] if self.embedding_parent == 0 else np.zeros((0, self.dims)))
 
     def decode(self, genomes: np.ndarray) -> list[LayerPath | None]:
-        """A path per genome; None where nothing is left, or more than `max_steps` layers are."""
+        """A path per genome; None where nothing is left, more than `max_steps` layers are, or they are no model."""
         return [self.path(self.moves(genome)) for genome in genomes]
 
     def path(self, moves: Sequence[LayerEdit]) -> LayerPath | None:
         """Apply moves one after the other to the first parent's layers."""
         steps = self._steps(moves)
-        if not 0 < len(steps) <= self.max_steps:
+        if not 0 < len(steps) <= self.max_steps or not self.is_model([layer for _, layer, _ in steps]):
             return None
         products = [math.prod((moves[number].scale for number in scaled_by), start=1.0) for _, _, scaled_by in steps]
         scales = [product / before for product, before in zip(products, [1.0, *products], strict=False)]

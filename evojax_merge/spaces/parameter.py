@@ -188,6 +188,8 @@ class GroupSpace:
             raise InputError(
                 where, f"{name}: {self.method.name} searches no {missing} here; search it, or leave this out"
             )
+        if name == "parents" and self.method.stores_vectors:
+            raise InputError(where, f"{name}: {self.method.name} changes every task vector; leave this out")
         if self.parent_groups and len(weights) > 1:
             raise InputError(where, f"{name}: the parents of a group share their weight; leave this out")
         return self._clipped([trimmed | {"weight": row} for row in weights])
@@ -265,7 +267,9 @@ class GroupSpace:
         return derivatives
 
     def _change_of_parents(self) -> str | None:
-        """The parameter beside the weight that leaves no parent as it is, in words; None: there is none."""
+        """The method, or the parameter beside the weight, that leaves no parent as it is, in words; None: none does."""
+        if self.method.stores_vectors:
+            return f"{self.method.name} changes every task vector"
         constants = dict(self.constants)
         for name, value in UNCHANGED.items():
             complaint = self._searched[name].outside(value) if name in self._searched else None
@@ -283,7 +287,8 @@ class ParameterSpace(GroupSpace):
     It may name shared leaves, too: the embedding then goes with that component of the first layers, the final norm and
     head of the last; shared leaves that are named without a component have one group of their own. `smooth`: a layer's
     parameters are interpolated between the groups of layers, the first and last of which stand for the first and last
-    layer; shared leaves go with the first.
+    layer; shared leaves go with the first. `further_stacks`: the stacks of layers beside `layers`, each with the
+    numbers of its layers, whose parameters are those of these layers.
     """
 
     groups: tuple[str, ...] = field(init=False)
@@ -293,6 +298,7 @@ class ParameterSpace(GroupSpace):
     components: tuple[tuple[str, ...], ...]
     shared: tuple[str, ...]
     smooth: bool = False
+    further_stacks: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         names = []
@@ -347,10 +353,13 @@ class ParameterSpace(GroupSpace):
     def recipe(self, genome: jax.Array) -> Recipe:
         """genome float32[D] -> Recipe. Traceable; vmap it for a population."""
         per_group, groups = self.parameters(genome), self.shared_groups
+        layers = {name: self._by_layer(name, block)[:, self.component_ids] for name, block in per_group.items()}
+        further = {
+            stack: {name: values[np.array(numbers)] for name, values in layers.items()}
+            for stack, numbers in self.further_stacks
+        }
         return Recipe(
-            stacks={
-                LAYERS: {name: self._by_layer(name, block)[:, self.component_ids] for name, block in per_group.items()}
-            },
+            stacks={LAYERS: layers, **further},
             shared={leaf: {name: block[groups[leaf]] for name, block in per_group.items()} for leaf in self.shared},
         )
 

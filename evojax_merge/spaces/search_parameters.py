@@ -28,6 +28,9 @@ def method_with_base(where: str, name: str, is_base_given: bool, parents: int) -
     """The method of a Python call, and whether the base is among its sources. Raises InputError for an unknown method,
     a base that is missing or not accepted, and a number of parents that the method cannot merge."""
     method = find_method(f"{where}: method", name)
+    if method.looks_at:
+        what = f"{name} looks at the {method.looks_at} of language models on prompts; expected another method here"
+        raise InputError(f"{where}: method", what)
     has_base = method.uses_base(is_base_given)
     if has_base and not is_base_given:
         raise InputError(where, f"base: missing; {name} takes task vectors from a base model")

@@ -19,7 +19,7 @@ from evojax_merge.search.run_schema import read_result
 from evojax_merge.search.stopping import course_of, stopped
 from evojax_merge.system import interrupts
 from evojax_merge.system.console import console, say
-from evojax_merge.system.file_system import atomic_write
+from evojax_merge.system.file_system import atomic_write, remove_folder
 from evojax_merge.tasks.splits import Splits
 
 
@@ -77,10 +77,16 @@ def write_winner(folder: RunFolder, problem: SearchProblem[Backend], result: Res
         write_front(folder, [problem.backend.recipe(member.genome) for member in result.members])
     card = search_card(folder.path.name, problem, result, recipe, len(history))
     check = partial(check_replaceable_model, folder.model)
-    problem.backend.export(recipe, result.genome, folder.model, card, check)
+    tensors = problem.backend.export(recipe, result.genome, folder.model, card, check)
+    check_replaceable_model(folder.adapter)
+    if result.change is not None:
+        change, check = result.change, partial(check_replaceable_model, folder.adapter)
+        problem.backend.export_change(folder.model, change.model.layout, change.vector, folder.adapter, check)
+    elif folder.adapter.exists():
+        remove_folder(folder.adapter)
     if result.answers:
         atomic_write(folder.heldout_answers, "".join(map(to_line, result.answers)))
-    write_result(result, len(history), folder.result)
+    write_result(result, len(history), folder.result, tensors)
     shown = result.report.terminal()
     if shown is not None:
         for line in shown.split("\n"):
@@ -90,6 +96,8 @@ def write_winner(folder: RunFolder, problem: SearchProblem[Backend], result: Res
         console.print(scores_table(result.front()).terminal("The front: no candidate is better in every task"))
         console.print(f"members: {folder.front} (export --member NUMBER)", soft_wrap=True)
     console.print(f"winner: {folder.model}", soft_wrap=True)
+    if result.change is not None:
+        console.print(f"polished: {folder.adapter}, an adapter of it (export --as polished)", soft_wrap=True)
     measured = result.measured()
     for sentence in (result.chosen_on(), *([] if measured is None else [measured]), *result.verdicts()):
         console.print(sentence, style="bold", soft_wrap=True)

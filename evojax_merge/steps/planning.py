@@ -18,10 +18,11 @@ from evojax_merge.backends.backend import Backend
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.evaluation.compilations import Compilations, compilations
 from evojax_merge.evaluation.compilers import TargetCompiler
-from evojax_merge.evaluation.costs import Cost
+from evojax_merge.evaluation.costs import Cost, seconds_of
 from evojax_merge.evaluation.devices import tree_nbytes
-from evojax_merge.evaluation.planned_passes import PlanUse, SizedPass
-from evojax_merge.evaluation.targets import Target, gpu_memory_fraction, live_target, single_hosts
+from evojax_merge.evaluation.liveness import operations
+from evojax_merge.evaluation.planned_passes import DeviceSizes, PlanUse, SizedPass
+from evojax_merge.evaluation.targets import Target, live_target
 from evojax_merge.evaluation.timings import (
     CALLED,
     Timing,
@@ -32,22 +33,37 @@ from evojax_merge.evaluation.timings import (
     timing,
 )
 from evojax_merge.problem import SearchProblem
-from evojax_merge.report.plan import CHOOSING, GENERATIONS, HELDOUT, MEASURING, PassPlan, Plan, Work, shown_bytes
+from evojax_merge.report.plan import (
+    CHOOSING,
+    COMPILING,
+    GENERATIONS,
+    HELDOUT,
+    LOADING,
+    MEASURING,
+    TUNING,
+    WRITING,
+    PassPlan,
+    Plan,
+    Work,
+)
+from evojax_merge.search.budgets import STEPS_PER_LOOK, looks_at_all
 from evojax_merge.search.loop import INIT_KEY, generation_key
 from evojax_merge.search.protocols import Strategy, gradient_generations
 from evojax_merge.search.run_parts import KEPT_CHECKPOINTS, RunFolder
 from evojax_merge.search.successive_halving import rung_shards, rung_size
 from evojax_merge.search.surrogate import HISTORY
+from evojax_merge.steps.advice import advice
+from evojax_merge.steps.controls import equal_searches
 from evojax_merge.steps.selection import SelectionCounts, candidates_to_select, models_to_measure
 from evojax_merge.system.console import working
 from evojax_merge.tasks.splits import Splits
 
 # Models of fewer bytes load before anything is compiled.
 COMPILE_BESIDE_BYTES = 2**28
+# Seconds that a compiler takes for an operation of a program, on a core.
+SECONDS_PER_OPERATION = 0.005
 # Bytes of the host that the program itself takes: the interpreter, JAX, the compiler at work.
 PROCESS_BYTES = 700 * 10**6
-# The most devices that a plan suggests, where one is not enough.
-MOST_SHARDS = 64
 # The generations of a search that the clock ends, for the room that its history needs on the disk.
 TIMED_GENERATIONS = 10_000
 
@@ -85,6 +101,8 @@ def make_plan(
     share = planner.gradient_passes / max(1, len(prepared.minibatches))
     candidate, gradient = _cost(scored, target), _cost(differentiated, target) * share
     by_gradient = gradient * math.ceil(starts / groups)
+    if looks_at_all(problem.search):
+        by_gradient += candidate * (math.ceil(starts / groups) / STEPS_PER_LOOK)
     by_score = candidate * (_shard_passes(problem, len(prepared.shards), groups) / len(prepared.shards))
     counts, measured = candidates_to_select(problem), models_to_measure(problem)
 
@@ -94,21 +112,23 @@ def make_plan(
         return (on_search + cost_on(prepared.heldout, models.heldout)) * (1 / groups)
 
     generations = _planned_generations(
-        problem.search, problem.strategy, by_gradient.seconds(target) / model, by_score.seconds(target) / model
+        problem.search, problem.strategy, by_gradient.seconds(target, model), by_score.seconds(target, model)
     )
     rounds, _ = gradient_generations(problem.strategy, generations)
     rounds = min(rounds, generations)
+    searched = by_gradient * rounds + by_score * (generations - rounds)
     parts = {
         MEASURING: scoring(measured),
-        GENERATIONS: by_gradient * rounds + by_score * (generations - rounds),
+        GENERATIONS: searched,
         CHOOSING: scoring(replace(counts, heldout=0)),
+        TUNING: searched * equal_searches(problem),
         HELDOUT: scoring(SelectionCounts(0, 0, counts.heldout)),
     }
     run = sum(parts.values(), Cost())
     only_gradients = rounds == generations
     used = [scored] * (not only_gradients) + [differentiated] * (rounds > 0)
-    by_kind = _seconds_by_kind(used, target)
-    bound = sum(sized.planned.cost(target).seconds(target) for passes in used for sized in passes)
+    by_kind = _seconds_by_kind(used, target, model)
+    bound = sum(sized.planned.cost(target).seconds(target, model) for passes in used for sized in passes)
     expected_share = sum(by_kind.values()) / bound if bound else 1.0
     rows = _rows([*([] if only_gradients else scored), *differentiated], target, model)
     also: Sequence[PassPlan] = ()
@@ -136,7 +156,8 @@ def make_plan(
         gradient=_work(gradient, target, model) if rounds else None,
         generation=_work(by_gradient if only_gradients else by_score, target, model),
         run=_work(run, target, model),
-        parts={name: _work(cost, target, model) for name, cost in parts.items() if cost.seconds(target)},
+        parts={name: _work(cost, target, model) for name, cost in parts.items() if cost.seconds(target, model)},
+        around=_around(backend, sizes, run, _compiling([*scored, *differentiated], target, model, compiler)),
         expected_share=expected_share,
         factor=CALLED
         if run.called_seconds
@@ -145,7 +166,7 @@ def make_plan(
         host_bytes=PROCESS_BYTES + on_host,
         disk_bytes=disk_bytes(problem) + download_bytes,
         download_bytes=download_bytes,
-        advice=() if fits else advice(problem, pass_bytes, max((row.held_bytes for row in rows), default=0)),
+        advice=() if fits else advice(problem, prepared),
     )
 
 
@@ -250,12 +271,37 @@ def disk_bytes(problem: SearchProblem[Backend]) -> int:
     return kept + model + (KEPT_CHECKPOINTS + 1) * arrays + 2 * history + 2**20
 
 
-def _seconds_by_kind(uses: Sequence[Sequence[SizedPass]], target: Target) -> dict[WorkKind, float]:
+def _around(backend: Backend, sizes: DeviceSizes, run: Cost, compiling: float) -> dict[str, Work]:
+    """The work around a run: models are read from files, unless the run does so, and go to the devices; programs are
+    compiled, in so many seconds; and a model is written."""
+    target, stored = backend.target, backend.stored_bytes()
+    hosts = max(1, backend.settings.model // target.devices_per_host)
+    read, link = (0 if run.disk_bytes else stored), seconds_of(sizes.bank, target.link)
+    disk, written = seconds_of(read / hosts, target.disk), stored // backend.loaded
+    writing = seconds_of(written, target.disk)
+    return {
+        LOADING: Work(0, read, max(link, disk), link_seconds=link, disk_seconds=disk),
+        COMPILING: Work(0, 0, compiling),
+        WRITING: Work(0, written, writing, disk_seconds=writing),
+    }
+
+
+def _compiling(passes: Sequence[SizedPass], target: Target, model: int, compiler: TargetCompiler | None) -> float:
+    """Seconds of compiling the passes, as the compiler took or by their size: it takes more than twice as long for a
+    program of twice as many operations."""
+    if compiler is not None:
+        return compiler.seconds
+    traced = {str(each.planned.traced.out_info): each.planned.traced for each in passes}.values()
+    sizes = [operations(each.jaxpr, each.cut, model, target.platform) for each in traced]
+    return sum(SECONDS_PER_OPERATION * size for size in sizes)
+
+
+def _seconds_by_kind(uses: Sequence[Sequence[SizedPass]], target: Target, model: int) -> dict[WorkKind, float]:
     """The roofline's seconds of the passes, by the kind of their work, where answers end as they are likely to."""
     seconds: dict[WorkKind, float] = {}
     for sized in (sized for passes in uses for sized in passes):
         kind = kind_of_pass(sized.planned.name)
-        each = sized.planned.cost(target).seconds(target) * sized.planned.expected_share
+        each = sized.planned.cost(target).seconds(target, model) * sized.planned.expected_share
         seconds[kind] = seconds.get(kind, 0.0) + each
     return seconds
 
@@ -287,79 +333,20 @@ def _rows(passes: Sequence[SizedPass], target: Target, model: int) -> tuple[Pass
         fresh = PassPlan(
             item.task, item.name, item.candidates, item.runs, item.steps, sized.held_bytes, sized.temporary_bytes,
             None if report is None else report.temporary_bytes, None if report is None else report.collectives,
-            cost.flops, cost.nbytes, cost.seconds(target) / model,
+            cost.flops, cost.nbytes, cost.sent_bytes, cost.seconds(target, model),
         )  # fmt: skip
         earlier = rows.get(key)
         rows[key] = fresh if earlier is None else replace(
             earlier, runs=earlier.runs + fresh.runs, flops=earlier.flops + fresh.flops,
-            moved_bytes=earlier.moved_bytes + fresh.moved_bytes, seconds=earlier.seconds + fresh.seconds,
+            moved_bytes=earlier.moved_bytes + fresh.moved_bytes,
+            sent_bytes=earlier.sent_bytes + fresh.sent_bytes, seconds=earlier.seconds + fresh.seconds,
         )  # fmt: skip
     return tuple(rows.values())
 
 
 def _work(cost: Cost, target: Target, model: int) -> Work:
     return Work(
-        cost.flops, cost.nbytes, cost.seconds(target) / model, cost.merge_seconds(target) / model,
-        cost.compute_seconds(target) / model, cost.called_seconds / model,
+        cost.flops, cost.nbytes, cost.seconds(target, model), cost.merge_seconds(target) / model,
+        cost.compute_seconds(target) / model, cost.called_seconds / model, cost.exchange_seconds(target, model),
+        cost.link_seconds(target, model), cost.disk_seconds(target, model),
     )  # fmt: skip
-
-
-def advice(problem: SearchProblem[Backend], pass_bytes: int, held_bytes: int = 0) -> tuple[str, ...]:
-    """Changes that would make a search fit that does not: settings, and the smallest targets. Bytes on a device:
-    pass_bytes, of the largest pass; held_bytes: of materialised candidates and caches, which no shorter batch makes
-    smaller than those of one row."""
-    backend: Backend = problem.backend
-    target, model = backend.target, backend.settings.model
-    sizes = backend.device_sizes(model)
-
-    def fits(bank: float, memory: float = target.memory, needed: float = pass_bytes) -> bool:
-        return bank + needed <= memory
-
-    remedies = []
-    streamed = backend.streamed()
-    if (
-        streamed is not None
-        and fits(streamed.device_sizes(model).bank)
-        and (not problem.splits.minibatches or streamed.planner(0).gradient_passes > 0)
-    ):
-        place, on_host = streamed.settings.bank, streamed.device_sizes(model).on_host
-        room = f" ({shown_bytes(on_host)} of the host's memory; disk needs none)" if place == "host" else ""
-        remedies.append(f"evaluation.bank: {place}{room}")
-    shards = [m for m in range(2 * model, MOST_SHARDS + 1, model) if m & (m - 1) == 0 or m == target.devices_per_host]
-    enough = next((m for m in shards if fits(backend.device_sizes(m).bank, needed=pass_bytes * model / m)), None)
-    if enough is not None and target.is_accelerator:
-        more = "" if target.devices_per_host % enough == 0 else f", on a host with {enough} such devices"
-        remedies.append(f"evaluation.model: {enough} (devices that share the models){more}")
-    whole = target.memory / gpu_memory_fraction() if target.platform == "gpu" else 0
-    if whole and fits(sizes.bank, 0.95 * whole):
-        remedies.append("the environment variable XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, for more of the GPU's memory")
-    masks = sizes.by_dtype["uint16"]
-    if masks and fits(sizes.bank - masks):
-        remedies.append("a method that stores no number per entry, such as ties or dare_ties")
-    count = backend.loaded
-    fewer = next((n for n in range(count - 1, 1, -1) if fits(sizes.bank * n / count)), None)
-    if fewer is not None:
-        remedies.append(f"{count - fewer} fewer of the {count} models")
-    if sizes.bank + held_bytes < target.memory:
-        remedies.append(backend.smaller_passes())
-    remedies += _larger_targets(problem, pass_bytes)
-    return tuple(remedies) or ("a device with more memory, or smaller models",)
-
-
-def _larger_targets(problem: SearchProblem[Backend], pass_bytes: int) -> list[str]:
-    """The smallest targets of one host that hold a search whose largest pass needs pass_bytes on a device: one device,
-    and several that share the models. A CPU's are GPUs."""
-    backend: Backend = problem.backend
-    target, model = backend.target, backend.settings.model
-    candidates = single_hosts(target.platform if target.is_accelerator else "gpu")
-    banks = {shards: backend.device_sizes(shards).bank for shards in {other.devices for other in candidates}}
-
-    def fits(other: Target) -> bool:
-        return banks[other.devices] + pass_bytes * model / other.devices <= other.memory
-
-    alone = next((other for other in candidates if other.devices == 1 and fits(other)), None)
-    shared = next((other for other in candidates if other.devices > 1 and fits(other)), None)
-    named = [] if alone is None else [f"--target {alone.name}"]
-    if shared is not None:
-        named.append(f"--target {shared.name} with evaluation.model: {shared.devices}")
-    return named

@@ -21,7 +21,9 @@ from evojax_merge.search.fronts import front_of
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive, Finalist, rescore
 from evojax_merge.search.protocols import capabilities_of, plain_merges_of
-from evojax_merge.search.strategies.greedy import Greedy, greedy_soup
+from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.search.strategies.greedy import Greedy
+from evojax_merge.steps.controls import Control, examples_of, make_controls, polish
 from evojax_merge.steps.goals import score_stored, with_goals
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import GUARD_WEIGHT
@@ -86,10 +88,11 @@ def select_best(
     on: Splits[SpaceEvaluator[Any]],
     archive: Archive,
     phase: Phase = silent_phase,
+    folder: RunFolder | None = None,
 ) -> Result:
     """Choose the winner among the finalists, on the validation split where there is one, else on the whole search
-    split; then score the winner and the models that it is compared with on the held-out split. Raises Failed where no
-    finalist has finite scores."""
+    split; then score the winner and the models that it is compared with on the held-out split. folder: keeps what is
+    made for controls. Raises Failed where no finalist has finite scores."""
     problem, on = problem.within(archive.context), on.map(lambda evaluator: evaluator.within(archive.context))
     backend, heldout, counts = problem.backend, on.heldout, candidates_to_select(problem)
     on_validation = 0 if on.validation is None else on.validation.passes(counts.validation)
@@ -111,16 +114,14 @@ def select_best(
             searched, plain_searched = (
                 float(fitness_on(on.search, genome[None])[0]) for genome in (best.genome, plain)
             )
-        controls = {}
-        for _ in problem.search.controls:
-            # The greedy soup by the examples that the winner is chosen on.
-            members, soup = greedy_soup(problem.space, on.deciding, progress)
-            names = [model_name(parent) for parent, is_in in zip(problem.parents, members, strict=True) if is_in]
-            few = ", ".join(names) if len(names) <= 3 else f"{len(names)} of {len(members)} parents"
-            controls[f"soup of {few}"] = soup
+    controls, change = make_controls(problem, on, archive, phase, folder), None
+    if problem.search.then == "polish":
+        polished, change = polish(problem, on, archive, best.genome, phase, folder)
+        controls.append(polished)
     with phase(HELDOUT, heldout.passes(counts.heldout)) as progress:
-        genomes = {"winner": best.genome, "plain": plain, **controls}
-        table, answers = _table(problem, heldout, genomes, progress) if problem.splits.heldout else ([], ())
+        table, answers = (
+            _table(problem, heldout, best.genome, plain, controls, progress) if problem.splits.heldout else ([], ())
+        )
         front = _front(heldout, finalists, progress) if capabilities_of(problem.strategy).keeps_front else ()
     # A task that is only shown, or only guarded, has no share of the fitness.
     shares = {task.name: share for task, share in task_weights(heldout.tasks) if task.weight > GUARD_WEIGHT}
@@ -142,6 +143,10 @@ def select_best(
         guards=_guards(on.deciding, best, table),
         answers=answers,
         parent=origin_of(backend, best.genome) if _is_parent(backend.space, best.genome) else "",
+        controls=tuple(control.note for control in controls if control.note),
+        change=change if change is not None and change.facts["step"] else None,
+        examples=examples_of(problem),
+        fitted={control.role: control.search for control in controls if control.search is not None},
     )
 
 
@@ -199,22 +204,26 @@ def _front(heldout: SpaceEvaluator[Any], finalists: Sequence[Finalist], progress
 def _table(
     problem: SearchProblem[Backend],
     heldout: SpaceEvaluator[Any],
-    genomes: Mapping[str, np.ndarray],
+    winner: np.ndarray,
+    plain: np.ndarray,
+    controls: Sequence[Control],
     progress: Progress,
 ) -> tuple[list[Row], Sequence[dict[str, Any]]]:
     """The rows of the held-out table: the stored models, the baseline where it is none of them, the controls and the
-    winner; and the answers of the winner and of each task's best parent. genomes: of the winner, of the baseline, then
-    of each control by its name."""
+    winner; and the answers of the winner and of each task's best parent. winner, plain: the genomes of the winner and
+    of the baseline."""
     backend = problem.backend
     scored = [
         (role, model_name(path), 0, score_stored(problem, "heldout", heldout, path, progress))
         for role, path in backend.compared
     ]
-    finals = heldout.score(np.stack(list(genomes.values())), progress)
+    drawn = {control: control.genome for control in controls if control.genome is not None}
+    finals = heldout.score(np.stack([winner, plain, *drawn.values()]), progress)
     if backend.baseline_role is not None:
         role = backend.baseline_role
         scored.append((role, f"{role} {backend.name}", 1, finals))
-    scored += [("greedy", name, p, finals) for p, name in enumerate(genomes) if p > 1]
+    scored += [(control.role, control.name, p, finals) for p, control in enumerate(drawn, start=2)]
+    scored += [(control.role, control.name, 0, control.scores) for control in controls if control.scores is not None]
     scored.append(("winner", f"evolved {backend.name}", 0, finals))
     met: Sequence[Mapping[str, Meetings]] = [{}] * len(scored)
     if isinstance(heldout, ComparesAnswers):
@@ -284,7 +293,7 @@ def candidates_to_select(problem: SearchProblem[Backend]) -> SelectionCounts:
     # Besides the finalists: the strategy's proposal, the start, the uniform merge and the parents.
     candidates = problem.search.finalists + 2 + plain + len(baselines) + front
     heldout = len(problem.backend.compared) + 2 + front + len(problem.search.controls)
-    for _ in problem.search.controls:
+    if "greedy" in problem.search.controls:
         soup = Greedy(problem.space)
         candidates += soup.population * (soup.capabilities.generations or 0)
     if problem.splits.validation is None:

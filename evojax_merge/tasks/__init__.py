@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any
 
 __all__ = [
-    "GSM", "Arrays", "Classification", "ExactMatch", "Function", "Generation", "Harness", "ImageGeneration",
+    "GSM", "Arrays", "Classification", "Entropy", "ExactMatch", "Function", "Generation", "Harness", "ImageGeneration",
     "Likelihood", "MultipleChoice", "Network", "Regression", "Retrieval", "Similarity", "TextToText", "Transcription",
 ]  # fmt: skip
 
@@ -30,6 +30,7 @@ ExactMatch = _kind("exact_match", "A task whose score says whether the text that
 Generation = _kind(
     "generation", "A task whose score compares the text that a model writes with the target, by a `metric` of texts."
 )
+Entropy = _kind("entropy", "A task without labels, whose score says how sure a model is of its answers.")
 # Networks of torch.
 Classification = _kind("classification", "A task whose score says whether a network's largest output is the label's.")
 Regression = _kind("regression", "A task whose score is how near a network's output is to a number.")

@@ -21,6 +21,7 @@ from evojax_merge.schema.section import Text, Whole
 from evojax_merge.tasks.language import check_language, language_of
 from evojax_merge.tasks.patterns import check_pattern, find_all
 from evojax_merge.tasks.prompts import PromptConfig
+from evojax_merge.tasks.sampling import UNITS, SamplingConfig, length_scores
 from evojax_merge.tasks.task import SHARE_RIGHT, Opening, Responses, TaskKind
 from evojax_merge.tasks.templates import check_names_field
 from evojax_merge.tasks.text import (
@@ -35,10 +36,12 @@ from evojax_merge.tasks.text import (
 )
 
 Metric = Literal[
-    "exact_match", "contains", "regex", "rouge_l", "rouge_l_mecab", "chrf", "bleu", "anls", "vqa_accuracy", "json"
+    "exact_match", "contains", "regex", "rouge_l", "rouge_l_mecab", "chrf", "bleu", "anls", "vqa_accuracy", "json",
+    "length",
 ]  # fmt: skip
-# Metrics by which the target itself is right.
+# Metrics by which the target itself is right, and those by which an output is right or wrong.
 EXACT = ("exact_match", "contains", "json")
+RIGHT_OR_WRONG = (*EXACT, "regex")
 # By metric, the packages that it needs by their modules, and the extra that has them.
 ROUGE, BLEU = {"rouge_score": "rouge-score"}, {"sacrebleu": "sacrebleu"}
 MECAB = {name.replace("-", "_"): name for name in ("rouge-score", "fugashi", "unidic-lite", "neologdn", "emoji")}
@@ -65,12 +68,16 @@ WORDS = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 FENCED = re.compile(r"\s*```[^\n`]*\n(.*?)\n?\s*```\s*", re.DOTALL)
 
 
-class GenerationConfig(PromptConfig):
+class GenerationConfig(SamplingConfig, PromptConfig):
     """A task whose outputs are compared with the target as texts."""
+
+    optional: ClassVar = (*PromptConfig.optional, *SamplingConfig.optional)
 
     kind: Literal["generation"] = Field(description="the kind of task")
     metric: Metric = Field(
-        "exact_match", description="how an output is compared with the target: as a whole, by a part, by words …"
+        "exact_match",
+        description="how an output is compared with the target: as a whole, by a part, by words …; "
+        "length: minus tokens",
     )
     pattern: Text | None = Field(
         None, description="a regular expression, whose last match is what is compared; default: the whole output"
@@ -92,46 +99,60 @@ class GenerationConfig(PromptConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationTask(PromptedTask):
-    """A task (tasks.task) that compares outputs with targets by its metric. `pattern`: an expression whose last match
-    in an output is compared; None: the whole output is. `accepted`: for each example further right answers;
-    `language`: the only one whose answers count, where the target is not in another one (None: any does)."""
+    """A task (tasks.task) that compares outputs with targets. `comparison`: the metric of an output; `pattern`: an
+    expression whose last match in an output is compared; None: the whole output is. `accepted`: for each example
+    further right answers; `language`: the only one whose answers count, where the target is not in another one (None:
+    any does)."""
 
     units: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("exact_match", "contains", "regex", "json"), SHARE_RIGHT), "rouge_l": "ROUGE-L, 0 to 1",
         "rouge_l_mecab": "ROUGE-L, 0 to 1", "chrf": "chrF, 0 to 1", "bleu": "BLEU, 0 to 1", "anls": "ANLS, 0 to 1",
-        "vqa_accuracy": "VQA accuracy, 0 to 1",
+        "vqa_accuracy": "VQA accuracy, 0 to 1", **UNITS,
     }  # fmt: skip
 
     by_example: ClassVar[tuple[str, ...]] = (*PromptedTask.by_example, "accepted")
 
     accepted: tuple[tuple[str, ...], ...]
+    comparison: Metric
     pattern: str | None = None
     language: str | None = None
 
     def score(self, responses: Responses) -> dict[str, np.ndarray]:
+        texts, samples = responses.texts, self.sampling.samples
+        if self.comparison == "length":
+            return {"length": length_scores(responses.lengths, samples)}
         # Candidates often agree: each distinct output is judged once.
         judge = cache(lambda n, text: self._judge(text, (self.target(n), *self.accepted[n])))
-        scores = [[judge(n, text) for n, text in enumerate(row)] for row in responses.texts]
-        return {self.metric: np.array(scores, np.float32).reshape(len(responses.texts), self.size)}
+        scores = [[judge(number // samples, text) for number, text in enumerate(row)] for row in texts]
+        by_answer = np.array(scores, np.float32).reshape(len(texts), self.size * samples)
+        right = self.comparison if self.comparison in RIGHT_OR_WRONG else None
+        return self.sampling.reduce({self.comparison: by_answer}, texts, right, self._answer)
+
+    def _answer(self, example: int, output: str) -> str | None:
+        return output.strip() if self.pattern is None else extract_answer(output, self.pattern, f"task {self.name}")
 
     def _judge(self, output: str, targets: Sequence[str]) -> float:
         where = f"task {self.name}"
         answer = output if self.pattern is None else extract_answer(output, self.pattern, where)
         if answer is None or (self._is_foreign(answer) and not self._is_foreign(targets[0])):
             return 0.0
-        if self.metric == "vqa_accuracy":
+        if self.comparison == "vqa_accuracy":
             return vqa_accuracy(answer, targets[1:])
-        return max(compare(self.metric, answer, target, where) for target in targets)
+        return max(compare(self.comparison, answer, target, where) for target in targets)
 
     def _is_foreign(self, text: str) -> bool:
         return self.language is not None and language_of(text) not in (None, self.language)
 
     def companion(self) -> TextTask | None:
-        """The likelihood of the targets; None where they are expressions."""
-        return None if self.metric == "regex" else self.likelihood_of_targets()
+        """The likelihood of the targets; None where they are expressions, and for an output's length."""
+        return None if self.comparison in ("regex", "length") else self.likelihood_of_targets()
 
     def extraction_failure(self, texts: Sequence[str]) -> str | None:
-        if self.pattern is None or any(extract_answer(text, self.pattern, f"task {self.name}") for text in texts):
+        if (
+            self.pattern is None
+            or self.comparison == "length"
+            or any(extract_answer(text, self.pattern, f"task {self.name}") for text in texts)
+        ):
             return None
         return f"the pattern {self.pattern!r}"
 
@@ -139,7 +160,8 @@ class GenerationTask(PromptedTask):
         return str(self.examples[example].answer)
 
     def extracted(self, example: int, outputs: Sequence[str]) -> str | None:
-        return None if self.pattern is None else extract_answer(outputs[0], self.pattern, f"task {self.name}")
+        chosen = self.sampling.majority(example, outputs, self._answer)
+        return None if self.pattern is None or chosen is None else self._answer(example, outputs[chosen])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -160,13 +182,17 @@ def open_generation(config: GenerationConfig, opening: Opening) -> GenerationTas
         check_language(f"{where}.language", config.language)
     if config.metric == "vqa_accuracy" and config.accept is None:
         raise InputError(f"{where}.accept", "missing; vqa_accuracy goes by the answers of several people in a field")
+    if config.over_samples != "mean" and config.metric not in RIGHT_OR_WRONG:
+        what = f"{config.over_samples}; {config.metric} does not say which answers are right"
+        raise InputError(f"{where}.over_samples", f"{what}, as {', '.join(RIGHT_OR_WRONG)} do; expected mean")
     check_texts(where, config, config.stop)
     if config.messages is None:
         check_names_field(f"{where}.prompt", config.prompt, refuse=True)
         check_names_field(f"{where}.target", config.target, refuse=False)
+    sampling = config.sampling(opening.seed)
     task = open_prompted(
-        GenerationTask, config, opening, "exact_match", config.metric, accepted=(), pattern=config.pattern,
-        language=config.language,
+        GenerationTask, config, opening, "exact_match", sampling.metric(config.metric), accepted=(),
+        comparison=config.metric, pattern=config.pattern, language=config.language, sampling=sampling,
     )  # fmt: skip
     accepted = tuple(
         () if config.accept is None else _accepted(task.where(example), record, config.accept)
@@ -325,4 +351,4 @@ _METRICS: dict[str, Callable[[str, str, str], float]] = {
     "anls": lambda where, answer, target: _anls(answer, target),
     "json": lambda where, answer, target: _same_fields(answer, target),
 }
-assert {*_METRICS, "vqa_accuracy"} == set(get_args(Metric))
+assert {*_METRICS, "vqa_accuracy", "length"} == set(get_args(Metric))

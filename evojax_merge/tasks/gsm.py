@@ -24,13 +24,13 @@ from evojax_merge.tasks.language import check_language, language_of
 from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
 from evojax_merge.tasks.prompts import chat_template, encode_prompt
 from evojax_merge.tasks.records import Record
+from evojax_merge.tasks.sampling import GREEDY, UNITS, Sampling, SamplingConfig, length_scores
 from evojax_merge.tasks.task import (
     SHARE_RIGHT,
     Opening,
     Place,
     Responses,
     Row,
-    TaskConfig,
     TaskDefaults,
     TaskKind,
     TaskRequests,
@@ -43,7 +43,7 @@ from evojax_merge.tasks.text import Example, TextTask
 
 Match = Literal["strict", "flexible"]
 MATCHES: tuple[Match, ...] = ("strict", "flexible")
-Metric = Literal["accuracy", "brevity"]
+Metric = Literal["accuracy", "brevity", "length"]
 
 FLEXIBLE = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
 ENDS = ("</s>", "<|im_end|>")
@@ -98,14 +98,14 @@ STYLES = {
 }  # fmt: skip
 
 
-class GsmConfig(TaskConfig):
+class GsmConfig(SamplingConfig):
     """Worked problems with a number as answer, as in GSM8K and MGSM.
 
     `heldout` may name a second source. `style`: chosen by the data's fields where there is none. The `num_fewshot`
     examples are not scored.
     """
 
-    optional: ClassVar = ("metric",)
+    optional: ClassVar = ("metric", *SamplingConfig.optional)
 
     kind: Literal["gsm"] = Field(description="the kind of task")
     source: Location = Field(
@@ -141,6 +141,8 @@ class GsmConfig(TaskConfig):
             raise ValueError("system_instruction: a turn of a chat; say apply_chat_template: true, or put it in prompt")
         if self.fewshot_source is not None and not self.num_fewshot:
             raise ValueError("fewshot_source: say num_fewshot, how many examples to take from it")
+        if self.over_samples != "mean" and self.metric != "accuracy":
+            raise ValueError(f"over_samples: {self.over_samples} goes with metric: accuracy; expected mean")
         return self
 
 
@@ -162,7 +164,7 @@ class GsmTask(TaskDefaults):
 
     units: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("accuracy", "strict", "flexible"), SHARE_RIGHT), "language": "share in the language",
-        "brevity": "minus characters",
+        "brevity": "minus characters", **UNITS,
     }  # fmt: skip
 
     by_example: ClassVar[tuple[str, ...]] = ("problems",)
@@ -179,7 +181,8 @@ class GsmTask(TaskDefaults):
     system: str | None = None
     max_new_tokens: int = 256
     sources: tuple[tuple[str, str], ...] = ()
-    metric: Metric = "accuracy"
+    metric: str = "accuracy"
+    sampling: Sampling = GREEDY
 
     def requests(self, tokenizer: Any, context: int) -> TaskRequests:
         where = f"task {self.name}: apply_chat_template"
@@ -192,7 +195,10 @@ class GsmTask(TaskDefaults):
                 else self._chat(template, tokenizer, problem)
             )
             rows.append(Row(tuple(tokens), len(tokens), problem.where, number))
-        return TaskRequests((), tuple(rows), self.max_new_tokens, self.style.stop)
+        return TaskRequests(
+            (), self.sampling.rows(rows), self.max_new_tokens, self.style.stop, sampler=self.sampling.sampler,
+            counts_tokens=self.metric == "length",
+        )  # fmt: skip
 
     def prompt(self, problem: WordProblem) -> str:
         """The text that a model continues with its answer."""
@@ -217,18 +223,23 @@ class GsmTask(TaskDefaults):
 
     def score(self, responses: Responses) -> dict[str, np.ndarray]:
         """`strict` and `flexible`: whether the number is right; `language`, where one is wanted: whether the output is
-        in it; `accuracy`: whether both are as asked; `brevity`, where that is the metric. float32[P, N] each."""
+        in it; `accuracy`: whether both are as asked; `brevity`, where that is the metric. `length` alone, where that is
+        the metric. float32[P, N] each."""
+        if self.metric == "length":
+            return {"length": length_scores(responses.lengths, self.sampling.samples)}
         wanted = [comparable(self.style, problem.number) for problem in self.problems]
         # Candidates often agree: each distinct output is judged once.
         judge = cache(lambda n, text: self._judge(text, wanted[n]))
-        shape = (len(responses.texts), self.size)
-        asked = {"brevity": brevity(responses.texts)} if self.metric == "brevity" else {}
-        return asked | {
-            metric: np.array(
-                [[judge(n, text)[metric] for n, text in enumerate(row)] for row in responses.texts], np.float32
-            ).reshape(shape)
-            for metric in ("accuracy", "strict", "flexible", *(["language"] if self.language else []))
-        }
+        texts, samples = responses.texts, self.sampling.samples
+        by_answer = {"brevity": brevity(texts)} if self.metric == "brevity" else {}
+        for metric in ("accuracy", "strict", "flexible", *(["language"] if self.language else [])):
+            values = [[judge(number // samples, text)[metric] for number, text in enumerate(row)] for row in texts]
+            by_answer[metric] = np.array(values, np.float32).reshape(len(texts), self.size * samples)
+        return self.sampling.reduce(by_answer, texts, "accuracy", self._vote)
+
+    def _vote(self, example: int, output: str) -> str | None:
+        answer = find_answer(self.style, self.match, output, f"task {self.name}")
+        return None if answer is None else comparable(self.style, answer)
 
     def _judge(self, text: str, wanted: str) -> Mapping[str, bool]:
         right: dict[str, bool] = {}
@@ -243,7 +254,11 @@ class GsmTask(TaskDefaults):
     def companion(self) -> TextTask | None:
         """The likelihood of the worked answers, where the data have them. None for a chat, whose turns a template
         writes, and for an output's length."""
-        if self.metric != "accuracy" or self.chat or any(problem.answer is None for problem in self.problems):
+        if (
+            self.metric in ("brevity", "length")
+            or self.chat
+            or any(problem.answer is None for problem in self.problems)
+        ):
             return None
         examples = [
             Example(self.prompt(problem), (_after(self.style, problem),), problem.number, place)
@@ -254,7 +269,7 @@ class GsmTask(TaskDefaults):
         )
 
     def extraction_failure(self, texts: Sequence[str]) -> str | None:
-        if self.metric != "accuracy":
+        if self.metric in ("brevity", "length"):
             return None
         where = f"task {self.name}"
         if any(find_answer(self.style, self.match, text, where) is not None for text in texts):
@@ -265,7 +280,8 @@ class GsmTask(TaskDefaults):
         return self.problems[example].number
 
     def extracted(self, example: int, outputs: Sequence[str]) -> str | None:
-        return find_answer(self.style, self.match, outputs[0], f"task {self.name}")
+        chosen = self.sampling.majority(example, outputs, self._vote)
+        return None if chosen is None else find_answer(self.style, self.match, outputs[chosen], f"task {self.name}")
 
     def contents(self) -> list[tuple[tuple[str, str], Place]]:
         return [((problem.question, problem.number), (problem.where, 0)) for problem in self.problems]
@@ -327,10 +343,11 @@ def open_gsm(config: GsmConfig, opening: Opening) -> GsmTask:
                 f"{where}.pattern", f"{style.strict!r} finds {shown(answer)} in the worked answer of {problem.where}, "
                 f"whose number is {shown(problem.number)}"
             )  # fmt: skip
+    sampling = config.sampling(opening.seed)
     return GsmTask(
         config.name, config.weight, files, problems, style, config.match, fewshot_examples, config.language,
         config.apply_chat_template, config.system_instruction, config.max_new_tokens, tuple(sources),
-        config.metric,
+        sampling.metric(config.metric), sampling,
     )  # fmt: skip
 
 

@@ -43,6 +43,10 @@ COMPANIONS = dict.fromkeys(("accuracy", *WRITTEN, *RANKINGS), "log_probability")
 TextMetric = Literal["log_probability", "exact_match", "negative_word_error_rate"]
 # The endings of the files that a folder of images is searched for.
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# The metric of tasks without labels.
+NEGATIVE_ENTROPY = "negative_entropy"
+IMAGE_FIELD = "the field of an image's path, from the file's folder"
+TEXT_FIELD = "the field of a text; a record has an image, or a text"
 FILE = "JSONL, CSV or parquet with paths or texts, a folder of images by class, or an .npz of arrays"
 
 
@@ -51,8 +55,8 @@ class SeenConfig(TaskConfig):
 
     file: Location = Field(description=FILE)
     images: Location | None = Field(None, description=IMAGES_FROM)
-    image: Name = Field("image", description="the field of an image's path, from the file's folder")
-    text: Name = Field("text", description="the field of a text; a record has an image, or a text")
+    image: Name = Field("image", description=IMAGE_FIELD)
+    text: Name = Field("text", description=TEXT_FIELD)
 
 
 class ClassificationConfig(SeenConfig):
@@ -200,6 +204,7 @@ class NetworkTask(TaskDefaults):
         "negative_squared_error": "minus the squared error", "negative_absolute_error": "minus the absolute error",
         "spearman": "correlation", "pearson": "correlation", "ndcg": "nDCG, 0 to 1", "recall": "share retrieved",
         "reciprocal_rank": "reciprocal rank, 0 to 1", "log_probability": "log-probability",
+        NEGATIVE_ENTROPY: "minus nats",
     }  # fmt: skip
 
     name: str
@@ -222,8 +227,9 @@ class NetworkTask(TaskDefaults):
     def companion(self) -> Any:
         return replace(self, metric=COMPANIONS[self.metric]) if self.metric in COMPANIONS else None
 
-    def target(self, example: int) -> str:
-        return str(self.examples[self.indices[example]].target)
+    def target(self, example: int) -> str | None:
+        target = self.examples[self.indices[example]].target
+        return None if target is None else str(target)
 
     def contents(self) -> Sequence[tuple[Hashable, Place]]:
         return [(self.examples[i].content, self.examples[i].place) for i in self.indices]

@@ -44,7 +44,13 @@ TemplateName = Annotated[bool | Name, Form("true, false, or the name of a chat t
 class PromptConfig(TaskConfig):
     """The keys of tasks whose examples are records of a file."""
 
-    optional: ClassVar = (*CHAT_KEYS, "apply_chat_template", "assistant_prefix", "num_fewshot", "fewshot_source")
+    optional: ClassVar[tuple[str, ...]] = (
+        *CHAT_KEYS,
+        "apply_chat_template",
+        "assistant_prefix",
+        "num_fewshot",
+        "fewshot_source",
+    )
 
     kind: str = Field(description="the kind of task")
     file: Location = Field(

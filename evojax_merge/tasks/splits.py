@@ -14,7 +14,8 @@ class Splits(Generic[T]):
 
     Splits that generations are scored on: shards, the parts of the searched examples that successive halving goes
     through (without rungs there is one); minibatches, the parts that a strategy differentiates the fitness on; choice,
-    all searched examples, where rungs choose theirs (None: the shards take turns).
+    all searched examples, where rungs choose theirs (None: the shards take turns); tuning, the parts that a low-rank
+    change of a model is trained on.
 
     Splits that no generation is scored on: search, the whole search split; validation, the examples that are kept back
     to choose the winner on (None: it is chosen on the search split); heldout, the examples that decide nothing.
@@ -26,6 +27,7 @@ class Splits(Generic[T]):
     heldout: T
     minibatches: list[T] = field(default_factory=list)
     choice: T | None = None
+    tuning: list[T] = field(default_factory=list)
 
     def map(self, function: Callable[[T], U], final: Callable[[T], U] | None = None) -> "Splits[U]":
         """`function` of each; `final`, where given, of the splits that no generation is scored on."""
@@ -37,6 +39,7 @@ class Splits(Generic[T]):
             heldout=final(self.heldout),
             minibatches=[function(part) for part in self.minibatches],
             choice=None if self.choice is None else function(self.choice),
+            tuning=[function(part) for part in self.tuning],
         )
 
     @property

@@ -8,7 +8,7 @@ YAML.
 
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, cast, get_args
 
@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from evojax_merge.errors import InputError
+from evojax_merge.models.sampling import Sampler
 from evojax_merge.schema.section import Heldout, Name, Real, Section, Whole
 from evojax_merge.tasks.records import Source, is_file_name, read_source
 
@@ -28,20 +29,23 @@ LogitsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 class Row:
     """Tokens, of which those from `start` on are scored (for a prompt: generated); a negative one stands for row
     `~token` of the features of images, and is never scored. `example`: the number of the task's example that it
-    belongs to; rows of one example may share their beginning. `where` names it in messages."""
+    belongs to; rows of one example may share their beginning. `where` names it in messages. `seed`: of 64 bits, for the
+    draws of a continuation that is sampled."""
 
     tokens: tuple[int, ...]
     start: int
     where: str
     example: int
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class TaskRequests:
-    """A task's requests: rows whose targets are scored, and prompts that are continued greedily by at most
-    `max_new_tokens` tokens, or up to the first of the texts `stop`; expected_tokens: how many of these an answer is
-    likely to take, which plans go by. `logits_fn`: reduces a scored row's logits to a number; None: the targets' total
-    log-probability."""
+    """A task's requests: rows whose targets are scored, and prompts that are continued by at most `max_new_tokens`
+    tokens, or up to the first of the texts `stop`; expected_tokens: how many of these an answer is likely to take,
+    which plans go by. `logits_fn`: reduces a scored row's logits to a number; None: the targets' total log-probability.
+    `sampler`: the distribution of generated tokens; None: they are greedy. `counts_tokens`: true where the task scores
+    the continuations' lengths."""
 
     scored: tuple[Row, ...] = ()
     prompts: tuple[Row, ...] = ()
@@ -49,6 +53,13 @@ class TaskRequests:
     stop: tuple[str, ...] = ()
     logits_fn: LogitsFn | None = None
     expected_tokens: int | None = None
+    sampler: Sampler | None = None
+    counts_tokens: bool = False
+
+    @property
+    def generated(self) -> tuple[Any, ...]:
+        """Tasks for which this is equal, such as the accuracy and the length of one answer, share continuations."""
+        return self.prompts, self.max_new_tokens, self.stop, self.sampler
 
     def subset(self, examples: Sequence[int]) -> "TaskRequests":
         """The requests for some of the examples, ascending: `examples[i]` becomes example i."""
@@ -70,12 +81,14 @@ class TaskRequests:
 class Responses:
     """The responses of P candidates, in the order of `TaskRequests`. totals: float32[P, S], the scored rows' total
     log-probabilities; counts: int[S], the number of targets of each; greedy: bool[P, S], true where the targets are the
-    greedy tokens; texts: P lists of continuations, cut before the first stop text."""
+    greedy tokens; texts: P lists of continuations, cut before the first stop text; lengths: P lists of the numbers of
+    tokens generated for them, up to the end of the first stop text, where the task counts tokens."""
 
     totals: np.ndarray
     counts: np.ndarray
     greedy: np.ndarray
     texts: list[list[str]]
+    lengths: list[list[int]] = field(default_factory=list)
 
 
 # The dependence of a score on total log-probabilities: linear, or not.

@@ -32,6 +32,7 @@ from evojax_merge.tasks.prompts import (
     read_turns,
 )
 from evojax_merge.tasks.records import Record, Source
+from evojax_merge.tasks.sampling import GREEDY, KEYS, UNITS, Sampling, SamplingConfig, length_scores
 from evojax_merge.tasks.task import (
     SHARE_RIGHT,
     Derivative,
@@ -56,12 +57,12 @@ from evojax_merge.tasks.templates import (
 
 Kind = Literal["likelihood", "multiple_choice", "exact_match"]
 Metric = Literal[
-    "log_probability", "accuracy", "margin", "acc_norm", "acc_bytes", "acc_mutual_info", "brevity"
+    "log_probability", "accuracy", "margin", "acc_norm", "acc_bytes", "acc_mutual_info", "brevity", "length",
 ]  # fmt: skip
 METRICS: dict[str, tuple[str, ...]] = {
     "likelihood": ("log_probability",),
     "multiple_choice": ("accuracy", "margin", "acc_norm", "acc_bytes", "acc_mutual_info"),
-    "exact_match": ("accuracy", "brevity"),
+    "exact_match": ("accuracy", "brevity", "length"),
 }
 # The target of an example that a function judges.
 NO_TARGET = "-"
@@ -69,8 +70,10 @@ NO_TARGET = "-"
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 
 
-class TextConfig(PromptConfig):
+class TextConfig(SamplingConfig, PromptConfig):
     """A task of text: a file of examples, and the names of their fields."""
+
+    optional: ClassVar = (*PromptConfig.optional, *SamplingConfig.optional)
 
     kind: Kind = Field(description="the kind of task")
     target: Text = Field("{target}", description="of likelihood, exact_match: a template over a record's fields")
@@ -99,7 +102,7 @@ class PromptedTask(TaskDefaults):
 
     `file`: the source of the examples by its name; `fewshot_file`: that of the shown examples, where it is another one;
     `data_files`: the files that both were read from; `records`: the examples in the file's form, where the score needs
-    them.
+    them; `sampling`: how prompts are continued.
     """
 
     by_example: ClassVar[tuple[str, ...]] = ("examples", "records")
@@ -116,6 +119,7 @@ class PromptedTask(TaskDefaults):
     fewshot_file: str | None = None
     data_files: tuple[Path, ...] = ()
     records: tuple[dict[str, Any], ...] = ()
+    sampling: Sampling = GREEDY
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -127,9 +131,12 @@ class PromptedTask(TaskDefaults):
         if self.kind == "exact_match":
             targets = [target for example in self.examples for target in example.targets]
             longest = max(len(tokens) for tokens in tokenizer(targets, add_special_tokens=False)["input_ids"])
-            rows = tuple(prompt_rows(self, tokenizer))
+            rows = self.sampling.rows(prompt_rows(self, tokenizer))
             # An answer like its target, and the token that ends it.
-            return TaskRequests((), rows, self.max_new_tokens, self.stop, expected_tokens=longest + 1)
+            return TaskRequests(
+                (), rows, self.max_new_tokens, self.stop, expected_tokens=longest + 1, sampler=self.sampling.sampler,
+                counts_tokens=self.metric == "length",
+            )  # fmt: skip
         return TaskRequests(tuple(likelihood_rows(self, tokenizer)))
 
     def likelihood_of_targets(self) -> "TextTask":
@@ -167,7 +174,7 @@ class TextTask(PromptedTask):
 
     units: ClassVar[Mapping[str, str]] = {
         "log_probability": "log-probability per token", "margin": "log-probability", "brevity": "minus characters",
-        **dict.fromkeys(("accuracy", "acc_norm", "acc_bytes", "acc_mutual_info"), SHARE_RIGHT),
+        **dict.fromkeys(("accuracy", "acc_norm", "acc_bytes", "acc_mutual_info"), SHARE_RIGHT), **UNITS,
     }  # fmt: skip
 
     pattern: str | None = None
@@ -175,16 +182,25 @@ class TextTask(PromptedTask):
     def score(self, responses: Responses) -> dict[str, np.ndarray]:
         if self.kind != "exact_match":
             return score_likelihood(self, responses.totals, responses.counts)
-        where, texts = f"task {self.name}", responses.texts
+        where, texts, samples = f"task {self.name}", responses.texts, self.sampling.samples
+        if self.metric == "length":
+            return {"length": length_scores(responses.lengths, samples)}
         right = [
             [
-                same_answer(extract_answer(text, self.pattern, where), str(example.answer), self.pattern)
-                for text, example in zip(row, self.examples, strict=True)
+                same_answer(
+                    extract_answer(text, self.pattern, where), str(self.examples[n // samples].answer), self.pattern
+                )
+                for n, text in enumerate(row)
             ]
             for row in texts
         ]
         asked = {"brevity": brevity(texts)} if self.metric == "brevity" else {}
-        return {"accuracy": np.asarray(right, np.float32).reshape(len(texts), self.size)} | asked
+        by_answer = {"accuracy": np.asarray(right, np.float32).reshape(len(texts), self.size * samples)} | asked
+        return self.sampling.reduce(by_answer, texts, "accuracy", self._vote)
+
+    def _vote(self, example: int, output: str) -> str | Decimal | None:
+        answer = extract_answer(output, self.pattern, f"task {self.name}")
+        return Decimal(answer) if answer is not None and self.pattern is None else answer
 
     @property
     def derivative(self) -> Derivative | None:
@@ -205,12 +221,12 @@ class TextTask(PromptedTask):
 
     def companion(self) -> "TextTask | None":
         """The likelihood of wanted answers, or the margin of choices; None for an output's length."""
-        if self.metric == "brevity":
+        if self.metric in ("brevity", "length"):
             return None
         return replace(self, metric="margin") if self.kind == "multiple_choice" else self.likelihood_of_targets()
 
     def extraction_failure(self, texts: Sequence[str]) -> str | None:
-        if self.kind != "exact_match" or self.metric == "brevity":
+        if self.kind != "exact_match" or self.metric in ("brevity", "length"):
             return None
         if any(extract_answer(text, self.pattern, f"task {self.name}") is not None for text in texts):
             return None
@@ -222,7 +238,8 @@ class TextTask(PromptedTask):
         return record.targets[record.answer].strip() if isinstance(record.answer, int) else record.answer
 
     def extracted(self, example: int, outputs: Sequence[str]) -> str | None:
-        return extract_answer(outputs[0], self.pattern, f"task {self.name}") if outputs else None
+        chosen = self.sampling.majority(example, outputs, self._vote)
+        return None if chosen is None else extract_answer(outputs[chosen], self.pattern, f"task {self.name}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -234,13 +251,22 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
     where, kind = opening.where, config.kind
     metric = config.metric or METRICS[kind][0]
     if metric not in METRICS[kind]:
-        raise InputError(where, f"metric: {metric!r}; {kind} has {', '.join(METRICS[kind])}")
+        why = f", and generates nothing that has a {metric}" if metric in ("brevity", "length") else ""
+        raise InputError(where, f"metric: {metric!r}; {kind} has {', '.join(METRICS[kind])}{why}")
+    of_generation = [key for key in KEYS if getattr(config, key) != TextConfig.model_fields[key].default]
+    if of_generation and kind != "exact_match":
+        raise InputError(f"{where}.{of_generation[0]}", f"{kind} generates nothing; expected kind: exact_match or none")
+    sampling = config.sampling(opening.seed)
+    if sampling.reduction != "mean" and metric != "accuracy":
+        raise InputError(f"{where}.over_samples", f"{sampling.reduction} goes with metric: accuracy; expected mean")
     check_texts(where, config, config.stop)
     if config.prompt and config.messages is None:
         check_names_field(f"{where}.prompt", config.prompt, refuse=kind == "exact_match")
     if kind != "multiple_choice" and config.messages is None:
         check_names_field(f"{where}.target", config.target, refuse=False)
-    task = open_prompted(TextTask, config, opening, kind, metric, records=(), pattern=config.pattern)
+    task = open_prompted(
+        TextTask, config, opening, kind, sampling.metric(metric), records=(), pattern=config.pattern, sampling=sampling
+    )
     repeating = [task.where(example) for example in task.examples if len(set(example.targets)) < len(example.targets)]
     if repeating:
         print_warning(f"{repeating[0]}: {len(repeating)} of {task.size} records list a wrong choice twice")
@@ -404,7 +430,7 @@ def _example(record: Record, kind: Kind, config: PromptConfig, section: str, fol
         raise InputError(where, what)
     assert isinstance(config, TextConfig)
     listed = look_up(where, f"{section}.choices", (config.choices,), record.fields)
-    choices, labels = _listed_choices(where, config.choices, listed)
+    choices, labels = listed_choices(where, config.choices, listed)
     answer = look_up(where, f"{section}.answer", (config.answer,), record.fields)
     chosen = _chosen(answer, choices, labels)
     if chosen is None:
@@ -418,7 +444,7 @@ def _example(record: Record, kind: Kind, config: PromptConfig, section: str, fol
     return Example(prompt, tuple(map(answer_text, choices)), chosen, *place, tuple(choices), tuple(turns), images)
 
 
-def _listed_choices(where: str, name: str, value: Any) -> tuple[list[str], list[str]]:
+def listed_choices(where: str, name: str, value: Any) -> tuple[list[str], list[str]]:
     """The texts of a record's choices, and their labels in ARC's form: `{"text": […], "label": […]}`."""
     texts, labels = value, []
     if isinstance(value, Mapping) and isinstance(value.get("label"), list):

@@ -32,7 +32,7 @@ FILES = ("search.jsonl", "heldout.jsonl")
 # More experts of the packaged base: three of hard sums in English, three that answer in Japanese.
 EXPERTS = ("sums", "differences", "both", "easy_sums", "copying", "mixed")
 # Kinds of families, each in the module of its name, which has a FAMILY.
-KINDS = ("ddpm", "evovlm", "loops", "t5", "vit")
+KINDS = ("ddpm", "evovlm", "lengths", "loops", "t5", "vit")
 # The version of the training recipe in `arithmetic` and of the packaged weights: each version has a folder of its own.
 VERSION = "v3"
 # A seed, where there is one, and the name of a model or file of the seed's family.

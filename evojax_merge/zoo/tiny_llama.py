@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from evojax_merge.checkpoints.bank import stored_tensors
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
-from evojax_merge.models.architecture import Leaf, depths, dimensions, shared_leaves, stack_leaves
+from evojax_merge.models.architecture import Leaf, dimensions, shared_leaves, stack_leaves, stack_numbers
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.sources import StackedWeights
 
@@ -63,8 +63,8 @@ def fresh_model(config: DecoderConfig, seed: int) -> StackedWeights:
         return jnp.asarray(rng.normal(0.0, std, shape), jnp.float32)
 
     stacks = {
-        stack: {leaf.name: draw(leaf, depth) for leaf in stack_leaves(config, stack)}
-        for stack, depth in depths(config).items()
+        stack: {leaf.name: draw(leaf, len(numbers)) for leaf in stack_leaves(config, stack)}
+        for stack, numbers in stack_numbers(config).items()
     }
     return StackedWeights(stacks, {leaf.name: draw(leaf) for leaf in shared_leaves(config)})
 

@@ -18,7 +18,7 @@ from merge_kernels import methods as methods
 from merge_kernels.apply import DENSITY_STEPS, combine, grid_index, look_up, prepare, tabulate
 from merge_kernels.gradients import combine_differentiable, look_up_differentiable, on_grid
 from merge_kernels.low_rank import add_low_rank
-from merge_kernels.method import CombineInputs, Method, Options, Parameter, Prepared, PrepareInputs, Rescale
+from merge_kernels.method import CombineInputs, Method, Options, Parameter, Prepared, PrepareInputs, Rescale, widest
 from merge_kernels.noise import SCHEME, device_uniform, draw_row_keys, host_uniform, keys_from_column
 from merge_kernels.registry import METHODS, register
 from merge_kernels.sums import is_looped, sum_over
@@ -52,4 +52,5 @@ __all__ = [
     "register",
     "sum_over",
     "tabulate",
+    "widest",
 ]

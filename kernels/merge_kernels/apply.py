@@ -19,7 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_kernels.method import CombineInputs, Method, Numbers, Options, Prepared, PrepareInputs, RowKeys
+from merge_kernels.method import (
+    CombineInputs,
+    Method,
+    Numbers,
+    Options,
+    Prepared,
+    PrepareInputs,
+    RowKeys,
+    TensorMoments,
+)
 from merge_kernels.sums import is_looped
 
 # A searched density is rounded to this grid, and the recipe carries the rounded value.
@@ -28,26 +37,28 @@ GRID = np.arange(DENSITY_STEPS + 1, dtype=np.float64) / DENSITY_STEPS
 
 
 def prepare(
-    method: Method, options: Options, sources: Sequence[np.ndarray], parameters: Numbers, row_keys: RowKeys
-) -> Prepared:
+    method: Method, options: Options, sources: Sequence[np.ndarray], parameters: Numbers, row_keys: RowKeys,
+    moments: TensorMoments = lambda k: None,
+) -> Prepared:  # fmt: skip
     """Measure one tensor for one recipe, exactly. Statistics have no grid axis."""
     density = method.density
     if density is None:
-        return method.prepare(options, PrepareInputs(sources, parameters, (), row_keys))
+        return method.prepare(options, PrepareInputs(sources, parameters, (), row_keys, moments))
     values = np.atleast_1d(np.asarray(parameters[density.name], np.float64))
     densities = [np.array([value]) for value in values]
-    prepared = method.prepare(options, PrepareInputs(sources, parameters, densities, row_keys))
+    prepared = method.prepare(options, PrepareInputs(sources, parameters, densities, row_keys, moments))
     return Prepared(prepared.mask_keys, {name: rows[..., 0] for name, rows in prepared.statistics.items()})
 
 
 def tabulate(
-    method: Method, options: Options, sources: Sequence[np.ndarray], parameters: Numbers, row_keys: RowKeys
-) -> Prepared:
+    method: Method, options: Options, sources: Sequence[np.ndarray], parameters: Numbers, row_keys: RowKeys,
+    moments: TensorMoments = lambda k: None,
+) -> Prepared:  # fmt: skip
     """Measure one tensor for a search: for every density `0, 1/1000 … 1`. parameters: those that are never searched."""
     if method.density is None:
-        return method.prepare(options, PrepareInputs(sources, parameters, (), row_keys))
+        return method.prepare(options, PrepareInputs(sources, parameters, (), row_keys, moments))
     count = len(sources) - int(options.has_base) if method.density.per_parent else 1
-    return method.prepare(options, PrepareInputs(sources, parameters, [GRID] * count, row_keys))
+    return method.prepare(options, PrepareInputs(sources, parameters, [GRID] * count, row_keys, moments))
 
 
 def grid_index(density: jax.Array) -> jax.Array:

@@ -4,11 +4,13 @@ A method works in two steps. `Method.prepare` measures a tensor once, on the hos
 candidate. `Method.combine` merges the tensor for one candidate, on the device, elementwise.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from merge_kernels.sums import Arrays
@@ -18,6 +20,12 @@ Base = Literal["required", "optional", "parent"]
 Numbers = Mapping[str, Any]
 # Parent k -> the row keys of its uniform numbers, `uint32[rows, 2]` (see noise.draw_row_keys).
 RowKeys = Callable[[int], np.ndarray]
+# The things that a method looks at beside the weights, on some prompts: nothing, the parents' inputs (those behind
+# their own earlier layers, or behind merged ones), or their gradients.
+LooksAt = Literal["", "inputs", "merged inputs", "gradients"]
+# Parent k -> the moments of one of its tensors `[out, in]`: the covariance of its inputs, `[in, in]`, or the mean
+# squares of its gradients, `[out, in]`; None: it has none.
+TensorMoments = Callable[[int], np.ndarray | None]
 Statistics = dict[str, np.ndarray]
 # The names that recipes have for the fields of `Options`, which are mergekit's.
 YAML_OPTIONS = ("normalize", "normalize_weights", "rescale", "filter_wise", "nuslerp_row_wise", "nuslerp_flatten")
@@ -49,6 +57,17 @@ class Parameter:
     clipped_below: bool = True
 
 
+def widest(dtypes: Iterable[Any]) -> np.dtype:
+    """The narrowest dtype that holds the values of all."""
+    return np.dtype(reduce(jnp.promote_types, dtypes))
+
+
+def vector_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype of stored vectors by the widest dtype of the sources: float32, or bfloat16 for 16 bits and fewer, whose
+    task vectors are no more precise."""
+    return np.dtype(np.float32 if dtype.itemsize > 2 else jnp.bfloat16)
+
+
 # The weight of each parent, in every family that has one.
 WEIGHT = Parameter("weight", per_parent=True, default=None, low=0.0, high=1.0)
 
@@ -76,12 +95,14 @@ class PrepareInputs:
     - `parameters`: float64 `[K]` or `[]` by name: all of a recipe's, or in a search those that are never searched.
     - `densities`: float64[G] for each value of the density: one per parent, or one; none for a method without one.
     - `row_keys(k)`: the row keys of parent k's uniform numbers, `uint32[rows, 2]`.
+    - `moments(k)`: parent k's moments of the tensor (see `TensorMoments`), for a method that looks at activations.
     """
 
     sources: Sequence[np.ndarray]
     parameters: Numbers
     densities: Sequence[np.ndarray]
     row_keys: RowKeys
+    moments: TensorMoments = lambda k: None
 
 
 @dataclass(frozen=True)
@@ -89,7 +110,7 @@ class Prepared:
     """Everything about a tensor that does not depend on a candidate.
 
     - `mask_keys`: none, one, or one array per parent: a number per entry, `uint16[*shape]`, or the row keys that such
-      numbers are hashed from, `uint32[rows, 2]`.
+      numbers are hashed from, `uint32[rows, 2]`; or vectors in the parents' place, float `[*shape]` (see `purified`).
     - `statistics`: arrays by name; their last axis is the grid's where they were tabulated.
     """
 
@@ -134,7 +155,9 @@ class Method:
     - `combine(options, inputs)` merges it, on the device: float32 `[...]`.
     - `mask_keys(K)`: the number of arrays of mask keys that are prepared. `random`: they are drawn. `has_row_keys`:
       they are two words for each row, such as the keys from which `combine` makes drawn numbers, and not a number per
-      entry.
+      entry. `stores_vectors`: they are vectors in the place of the parents' task vectors, so that the merge of one
+      parent alone need not be that parent.
+    - `looks_at`: the moments that `prepare` looks at.
     - `averages`: with weights of sum 1, and other parameters that change nothing, the merge is the parents' weighted
       average.
     - `interpolates`: the parameter that leads from the first parent, at 0, to the second, at 1.
@@ -161,6 +184,8 @@ class Method:
     max_parents: int | None = None
     random: bool = False
     has_row_keys: bool = False
+    stores_vectors: bool = False
+    looks_at: LooksAt = ""
     mask_keys: Callable[[int], int] = lambda parents: 0
     averages: bool = False
     interpolates: str | None = None
@@ -182,9 +207,11 @@ class Method:
         """True if `prepare` looks at a tensor."""
         return self.prepare is not _prepare_nothing
 
-    def mask_key_array(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], np.dtype]:
-        """The shape and the dtype of one array of mask keys of a tensor."""
-        return ((*shape[:1], 2), np.dtype(np.uint32)) if self.has_row_keys else (shape, np.dtype(np.uint16))
+    def mask_key_array(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[tuple[int, ...], np.dtype]:
+        """The shape and the dtype of one array of mask keys of a tensor. dtype: the widest of the sources."""
+        if self.has_row_keys:
+            return (*shape[:1], 2), np.dtype(np.uint32)
+        return shape, vector_dtype(dtype) if self.stores_vectors else np.dtype(np.uint16)
 
     @property
     def density(self) -> Parameter | None:

@@ -43,17 +43,27 @@ def hidden_states(config: Any, source: Any, tokens: Any, first: Any = None, leng
 
 
 def greedy_tokens(
-    config: Any, model: Any, tokens: Any, first: Any, new: int, stop: tuple[int, ...], window: int = 1, seen: Any = None
-) -> np.ndarray:
-    """Greedy continuations int32[B, new] of prompts that are padded at the left, by one stored model."""
+    config: Any, model: Any, tokens: Any, first: Any, new: int, stop: tuple[int, ...], window: int = 1,
+    seen: Any = None, draws: Any = None,
+) -> np.ndarray:  # fmt: skip
+    """Continuations int32[B, new] of prompts that are padded at the left, by one stored model: greedy ones, or drawn
+    ones."""
     tokens = jnp.asarray(tokens, jnp.int32)
     seen = jnp.zeros((len(tokens), 0), jnp.int32) if seen is None else jnp.asarray(seen, jnp.int32)
-    return np.asarray(_greedy(config, new, stop, window, model, tokens, jnp.asarray(first, jnp.int32), seen))[0]
+    return np.asarray(_greedy(config, new, stop, window, model, tokens, jnp.asarray(first, jnp.int32), seen, draws))[0]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _greedy(
-    config: Any, new: int, stop: tuple[int, ...], window: int, model: Any, tokens: Any, first: Any, seen: Any
+    config: Any,
+    new: int,
+    stop: tuple[int, ...],
+    window: int,
+    model: Any,
+    tokens: Any,
+    first: Any,
+    seen: Any,
+    draws: Any,
 ) -> jax.Array:
     from evojax_merge.models.decoder import scatter_columns
     from evojax_merge.models.generate import decode, init_decode_state, prefill
@@ -63,8 +73,10 @@ def _greedy(
 
     members, (rows, width) = jnp.zeros(1), tokens.shape
     decode_state = init_decode_state(config, model.compute_dtype, 1, rows, width, new, window)
-    decode_state = prefill(config, alone, members, decode_state, width, jnp.int32(0), tokens, first, stop)
-    return decode(config, alone, members, decode_state, new, window, scatter_columns, stop, tokens, seen).tokens
+    decode_state = prefill(config, alone, members, decode_state, width, jnp.int32(0), tokens, first, stop, draws=draws)
+    return decode(
+        config, alone, members, decode_state, new, window, scatter_columns, stop, tokens, seen, draws=draws
+    ).tokens
 
 
 def score_merges(evaluator: Any, bank: Any, spec: Any, recipes: Any, *progress: Any) -> Any:

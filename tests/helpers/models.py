@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from merge_kernels import METHODS
-from reference.merging import DIFFUSION
+from reference.merging import ACTIVATIONS, DIFFUSION
+from reference.spectral import SPECTRAL
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -26,8 +27,8 @@ from transformers import (
     WhisperConfig,
 )
 
-# The methods that mergekit has as well; image generators' are sd-mecha's.
-OF_MERGEKIT = [name for name in METHODS if name not in DIFFUSION]
+# The methods that mergekit has as well; image generators' are sd-mecha's, those of spectra and activations papers' own.
+OF_MERGEKIT = [name for name in METHODS if name not in (*DIFFUSION, *SPECTRAL, *ACTIVATIONS)]
 
 
 CONFIGS = {
@@ -79,9 +80,16 @@ def random_model(config: Any, seed: int = 0, std: float = 0.15) -> Any:
     """A torch model of `config` in float32 in which no parameter is zero or one."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).float().eval()
-    for name, values in model.named_parameters():
+    for name, values in _stored(model):
         torch.nn.init.normal_(values, mean=1.0 if "norm" in name else 0.0, std=std)
     return model
+
+
+def _stored(model: Any) -> list[tuple[str, Any]]:
+    """The parameters of a torch model, then the floating-point buffers that its files hold, such as routers' biases."""
+    parameters, stored = dict(model.named_parameters()), model.state_dict()
+    buffers = [(name, values) for name, values in model.named_buffers() if name in stored and name not in parameters]
+    return [*parameters.items(), *((name, values) for name, values in buffers if values.is_floating_point())]
 
 
 def randomised(model: Any, seed: int, scale: float = 0.2) -> Any:
@@ -100,7 +108,7 @@ def finetune(model: Any, seed: int, scale: float = 0.03) -> Any:
     tuned = AutoModelForCausalLM.from_config(model.config).to(next(model.parameters()).dtype).eval()
     tuned.load_state_dict(model.state_dict())
     with torch.no_grad():
-        for values in tuned.parameters():
+        for _, values in _stored(tuned):
             values += scale * torch.randn_like(values)
     return tuned
 

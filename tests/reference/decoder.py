@@ -52,3 +52,29 @@ def expert_outputs(weights: Mapping[str, np.ndarray], x: np.ndarray, experts: np
         opened = gate @ x[n]
         outputs[n, a] = down @ (opened / (1 + np.exp(-opened)) * (up @ x[n]))
     return outputs
+
+
+def clipped_expert_outputs(
+    weights: Mapping[str, np.ndarray], x: np.ndarray, experts: np.ndarray, alpha: float, limit: float
+) -> np.ndarray:
+    """Return what each token's experts give, without the last bias: `[N, A, H]` of tokens x `[N, H]`.
+
+    Each expert is gpt-oss's clipped SwiGLU, with `gate_up` `[E, H, 2M]`, whose columns are gate and input in turns,
+    `gate_up_bias` `[E, 2M]` and `down` `[E, M, H]`.
+    """
+    wide = {name: values.astype(np.float64) for name, values in weights.items()}
+    outputs = np.zeros((*experts.shape, x.shape[1]))
+    for n, a in np.ndindex(experts.shape):
+        both = x[n] @ wide["gate_up"][experts[n, a]] + wide["gate_up_bias"][experts[n, a]]
+        gate, up = np.minimum(both[::2], limit), np.clip(both[1::2], -limit, limit)
+        outputs[n, a] = ((up + 1) * gate / (1 + np.exp(-alpha * gate))) @ wide["down"][experts[n, a]]
+    return outputs
+
+
+def squared_expert_outputs(weights: Mapping[str, np.ndarray], x: np.ndarray, experts: np.ndarray) -> np.ndarray:
+    """Return what each token's experts give, `[N, A, H]`: each is an MLP of squared ReLUs without a gate."""
+    outputs = np.zeros((*experts.shape, x.shape[1]))
+    for n, a in np.ndindex(experts.shape):
+        up, down = (weights[name][experts[n, a]].astype(np.float64) for name in ("up", "down"))
+        outputs[n, a] = down @ np.maximum(up @ x[n], 0) ** 2
+    return outputs

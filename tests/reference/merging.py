@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from merge_kernels import Options
 
+from reference.spectral import SPECTRAL, spectral
+
 # Uniform 16-bit numbers uint16[...] of a parent, in the shape of the tensor: where one is small, an entry is kept.
 Uniform = Callable[[int], np.ndarray]
 
@@ -25,6 +27,8 @@ DIFFUSION = (
     "weighted_sum", "add_difference", "train_difference_mask", "add_cosine_a", "add_cosine_b", "tensor_sum",
     "top_k_tensor_sum", "geometric_median",
 )  # fmt: skip
+# Without moments RegMean is the average, and Fisher merging that of the weights.
+ACTIVATIONS = ("regmean", "regmean_plusplus", "fisher")
 LEVELS = 2**16
 
 
@@ -63,11 +67,16 @@ def merge(
         return ram(base, parents, *(float(parameters.get(key, 0)) for key in ("epsilon", "r", "alpha")))
     if name == "passthrough":
         return np.asarray(parameters["scale"][0] * parents[0])
+    if name in SPECTRAL:
+        return spectral(name, models, parameters)
     if name in DIFFUSION:
         return diffusion(name, base, parents, parameters)
-    # The two that take deltas where there is a base.
+    # Those that take deltas where there is a base.
     origin = base if options.has_base else np.zeros_like(base)
     vectors = [x - origin for x in parents]
+    if name in ACTIVATIONS:
+        total = sum(w * x for w, x in zip(weight, vectors, strict=True))
+        return np.asarray(origin + total / (len(parents) if name != "fisher" else weight.sum()))
     if name == "nuslerp":
         t = 0.5 if abs(weight.sum()) < 1e-6 else weight[1] / weight.sum()
         return origin + slerp(vectors[0], vectors[1], t, options.axis, 1 - 1e-9, 0.0)

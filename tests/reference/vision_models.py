@@ -29,6 +29,19 @@ def tokenizer(*special: str) -> Any:
     return made
 
 
+def letter_tokenizer(*special: str) -> Any:
+    """A byte-level tokenizer of the letters of `words`, in the one class that transformers takes for Qwen3.5."""
+    tokens, letters = words(VOCAB), "Ġw0123456789"
+    tokens[4 : 4 + len(letters)] = letters
+    tokens[IMAGE_TOKEN + 1 - len(special) : IMAGE_TOKEN + 1] = special
+    made = transformers.Qwen3_5Tokenizer(
+        vocab={token: number for number, token in enumerate(tokens)}, merges=[], unk_token="<unk>", bos_token="<s>",
+        eos_token="</s>", pad_token="<pad>",
+    )  # fmt: skip
+    made.add_special_tokens({"additional_special_tokens": list(special)})
+    return made
+
+
 def named_tokenizer(names: dict[str, str]) -> Any:
     """A tokenizer whose special tokens are attributes of these names, which the processor reads."""
     return transformers.PreTrainedTokenizerFast(
@@ -94,10 +107,10 @@ def gemma3_processor() -> Any:
     return transformers.Gemma3Processor(pixels, made, image_seq_length=4)
 
 
-def qwen_processor(kind: str) -> Any:
+def qwen_processor(kind: str, make_tokenizer: Callable[..., Any] = tokenizer) -> Any:
     size = {"shortest_edge": 64, "longest_edge": 1024}
     pixels = transformers.Qwen2VLImageProcessorPil(size=size, patch_size=4, merge_size=2, temporal_patch_size=2)
-    made = tokenizer("<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>")
+    made = make_tokenizer("<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>")
     frames = getattr(transformers, "Qwen3VLVideoProcessor" if kind == "Qwen3VL" else "Qwen2VLVideoProcessor")
     videos = frames(size=size, patch_size=4, merge_size=2, temporal_patch_size=2)
     return getattr(transformers, f"{kind}Processor")(pixels, made, videos)
@@ -121,6 +134,15 @@ QWEN_IMAGES = {
 }  # fmt: skip
 QWEN_VISION = {
     "depth": 2, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
+QWEN3_5_VISION = QWEN_VISION | {
+    "model_type": "qwen3_5_vision", "intermediate_size": 24, "out_hidden_size": 32, "num_position_embeddings": 16,
+}  # fmt: skip
+DELTA = {
+    "head_dim": 16, "num_hidden_layers": 3, "linear_key_head_dim": 6, "linear_value_head_dim": 10,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "rope_parameters": MROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5, "mrope_interleaved": True},
 }  # fmt: skip
 # model_type, or a name -> its settings, and its processor.
 SEEING: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
@@ -190,13 +212,23 @@ SEEING: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
          **QWEN_IMAGES},
         partial(qwen_processor, "Qwen3VL"),
     ),
+    "qwen3_5": (
+        {"text_config": {"model_type": "qwen3_5_text", **TEXT, **DELTA}, "vision_config": QWEN3_5_VISION,
+         **QWEN_IMAGES},
+        partial(qwen_processor, "Qwen3VL", letter_tokenizer),
+    ),
+    "qwen3_5_moe": (
+        {"text_config": {"model_type": "qwen3_5_moe_text", **TEXT, **DELTA, "moe_intermediate_size": 24,
+                         "num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 20},
+         "vision_config": QWEN3_5_VISION | {"model_type": "qwen3_5_moe_vision"}, **QWEN_IMAGES},
+        partial(qwen_processor, "Qwen3VL", letter_tokenizer),
+    ),
 }  # fmt: skip
 # The text in an image's place, where it is not `<image>`.
 QWEN_PLACE = "<|vision_start|> <|image_pad|> <|vision_end|>"
 PLACEHOLDERS = {
     "gemma3": "<begin>", "internvl": "<IMG_CONTEXT>", "mistral3": "[IMG]", "pixtral": "[IMG]", "qwen2_vl": QWEN_PLACE,
-    "qwen2_5_vl": QWEN_PLACE, "qwen3_vl": QWEN_PLACE,
-    "qwen3_vl_moe": QWEN_PLACE,
+    **dict.fromkeys(("qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"), QWEN_PLACE),
 }  # fmt: skip
 
 

@@ -32,8 +32,9 @@ def _inputs(processor: Any, prompt: str, images: Sequence[Path]) -> dict[str, An
 
 
 def seeing_logprobs(model: Any, processor: Any, prompt: str, images: Sequence[Path], target: str) -> np.ndarray:
-    """float64[len(target)]: the log-probability of each token of a target of words after a prompt with images."""
-    inputs, wanted = _inputs(processor, prompt, images), processor.tokenizer(target)["input_ids"]
+    """float64[len(target)]: the log-probability of each token of a target of words after a prompt with images
+    and a space."""
+    inputs, wanted = _inputs(processor, prompt, images), processor.tokenizer(f" {target}")["input_ids"]
     ids = torch.cat([inputs["input_ids"], torch.tensor([wanted])], dim=1)
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     for kind in ("token_type_ids", "mm_token_type_ids"):

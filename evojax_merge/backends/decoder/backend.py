@@ -1,5 +1,6 @@
 """Language models as a backend: merges, layer paths and pool members, scored by one native decoder."""
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,16 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from evojax_merge.backends.backend import Adaptable
 from evojax_merge.backends.decoder.kinds.kind import Candidates
 from evojax_merge.backends.decoder.placements import DEVICE, BankPlace
 from evojax_merge.backends.decoder.planner import DecoderPlanner
 from evojax_merge.backends.decoder.vision import Vision
-from evojax_merge.checkpoints.bank import bank_bytes
+from evojax_merge.checkpoints.adapters import AdapterWriter
+from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.decoder_folder import decoder_of
 from evojax_merge.checkpoints.derived import input_files, reference_to
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.checkpoints.parents import OpenDecoder, Sources, as_decoder_of, open_sources
 from evojax_merge.checkpoints.tokens import TokenizerChoice
+from evojax_merge.checkpoints.writer import write_marker
 from evojax_merge.config.search_config import Config, EvaluationConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import (
@@ -27,30 +31,31 @@ from evojax_merge.evaluation.batched_tasks import (
     suitable_tokens,
     token_warnings,
 )
-from evojax_merge.evaluation.devices import Devices
-from evojax_merge.evaluation.evaluator import Evaluator, Progress
+from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
+from evojax_merge.evaluation.evaluator import Evaluator, PopulationEvaluator, Progress
 from evojax_merge.evaluation.memory import available_memory
+from evojax_merge.evaluation.passes import AdaptedFactory
 from evojax_merge.evaluation.planned_passes import DeviceSizes
+from evojax_merge.evaluation.populations import AdaptedPopulation, Population
 from evojax_merge.evaluation.samples import sample_rows
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import Target, live_target
-from evojax_merge.mergekit.execute import merge_to
-from evojax_merge.mergekit.stages import merge_stream, prepare_stream
-from evojax_merge.mergekit.streams import parse_stream
 from evojax_merge.mergekit.write import dump_documents
-from evojax_merge.models.architecture import architecture_of
+from evojax_merge.models.adapted import LowRankLayout, spread_of, stacked_layout
+from evojax_merge.models.architecture import ROUTER, architecture_of, leaves_of, stack_numbers
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.images import ImageTable
+from evojax_merge.models.sources import StackedWeights
 from evojax_merge.report.notices import log_unused_config_keys
-from evojax_merge.report.progress import merge_bar
 from evojax_merge.report.winner import WinnerReport
-from evojax_merge.schema.yaml_reader import parse_documents
+from evojax_merge.schema.approximation import Approximation
+from evojax_merge.schema.mixture_space import MixtureSpaceConfig
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.successive_halving import example_lengths
 from evojax_merge.spaces.search_parameters import parent_groups_of
+from evojax_merge.system.file_system import atomic_folder
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Task, about_backend
-from evojax_merge.zoo.references import resolve_reference
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,16 @@ class DecoderBackend:
     def has_derivatives(self) -> bool:
         return self.candidates.has_derivatives
 
+    @property
+    def not_polishable(self) -> str:
+        return self.not_adaptable or architecture_of(self.models.decoder).no_adapter
+
+    @property
+    def not_adaptable(self) -> str:
+        if self.candidates.placement == DEVICE:
+            return ""
+        return f"an adapter is trained on a model on the device (evaluation.bank: {self.candidates.placement.name})"
+
     # -----------------------------------------------------------------------------------------------------------
     # Before the search
 
@@ -173,7 +188,8 @@ class DecoderBackend:
             *_, everything = self._batch([*weighted, splits.choice])
             choice = [batched_task.for_any_examples() for batched_task in everything]
         minibatches = self._batch(splits.minibatches) if splits.minibatches else []
-        return Splits(shards, search, validation, held, minibatches, choice)
+        tuning = self._batch(splits.tuning) if splits.tuning else []
+        return Splits(shards, search, validation, held, minibatches, choice, tuning)
 
     def _batch(self, splits: Sequence[Sequence[Task]]) -> list[list[BatchedTask]]:
         models, decoder = self.models, self.models.decoder
@@ -205,11 +221,24 @@ class DecoderBackend:
             "parents": list(map(reference_to, models.parents)),
             "space": self._resolved_space(),
         }
+        if config.mixture is not None:
+            document["mixture"] = self._resolved_mixture(config.mixture)
         if config.tokenizer_source not in (None, "base"):
-            document["tokenizer_source"] = reference_to(models.tokenizer_folder)
+            document["tokenizer_source"] = self._tokenizer_source(reference_to(models.tokenizer_folder))
         if models.other_modules is not None and config.other_modules not in (None, "base"):
             document["other_modules"] = reference_to(models.other_modules)
+        if self.calibration is not None:
+            document["calibration"] = self.calibration
         return document
+
+    @property
+    def calibration(self) -> dict[str, Any] | None:
+        """The config's section, with its files by their absolute paths; None where no method looks at prompts."""
+        section, moments = self.config.calibration, self.models.sources.moments
+        if section is None or moments is None:
+            return None
+        files = list(map(str, moments.files))
+        return section.model_dump(mode="json") | {"file": files[0] if isinstance(section.file, str) else files}
 
     def _resolved_space(self) -> dict[str, Any] | None:
         """The config's space: its groups of parents with absolute paths."""
@@ -225,9 +254,20 @@ class DecoderBackend:
             )
         return space.model_copy(update={"parent_groups": members}).model_dump(mode="json")
 
+    def _resolved_mixture(self, section: MixtureSpaceConfig) -> dict[str, Any]:
+        """The config's mixture, with absolute paths."""
+        references = dict(zip(self.config.parents, map(reference_to, self.models.parents), strict=True))
+        if self.config.base is not None and self.models.base is not None:
+            references[self.config.base] = reference_to(self.models.base)
+        document = section.model_dump(mode="json")
+        for key in ("positive_prompts", "negative_prompts"):
+            document[key] = {references[name]: texts for name, texts in document[key].items()}
+        return document | {"experts": [references[name] for name in section.experts or self.config.parents]}
+
     def files(self) -> set[Path]:
         images = set() if self.models.vision is None else self.models.vision.files
-        return images | {file for _, folder in self.compared for file in input_files(folder)}
+        prompts = set() if self.models.sources.moments is None else {*self.models.sources.moments.files}
+        return images | prompts | {file for _, folder in self.compared for file in input_files(folder)}
 
     def extensions(self) -> list[object]:
         return [*self.candidates.methods, architecture_of(self.models.decoder)]
@@ -236,7 +276,7 @@ class DecoderBackend:
     # The cost
 
     def stored_bytes(self) -> int:
-        return bank_bytes(self.models.sources, self.models.decoder)
+        return self.candidates.stored_bytes(self.models.decoder)
 
     def held_bytes(self) -> int:
         return self.candidates.placement.held_bytes(self.candidates)
@@ -251,7 +291,7 @@ class DecoderBackend:
         return sizes
 
     def streamed(self) -> "DecoderBackend | None":
-        if self.candidates.placement != DEVICE:
+        if self.candidates.placement != DEVICE or self.candidates.places == (DEVICE.name,):
             return None
         on_host = self.candidates.placed_at("host").host_bytes()
         # A CPU's models are in the memory of the host in any case.
@@ -270,8 +310,10 @@ class DecoderBackend:
     def planner(self, bank_bytes: int) -> DecoderPlanner:
         return DecoderPlanner(self, bank_bytes)
 
-    def smaller_passes(self) -> str:
-        return f"evaluation.tokens_per_batch below {self.tokens_per_batch:,}, or shorter examples"
+    def smaller_passes(self) -> list[dict[str, Any]]:
+        # A plan for an accelerator halves batches until they fit.
+        parts = () if self.target.is_accelerator else (2, 8, 32)
+        return [{"tokens_per_batch": self.tokens_per_batch // part} for part in parts]
 
     # -----------------------------------------------------------------------------------------------------------
     # The search
@@ -305,8 +347,9 @@ class DecoderBackend:
         self, bank: Any, devices: Devices, log: Callable[[str], None], chunk_sizes: dict[Any, int], dtype: str,
         tasks: list[BatchedTask],
     ) -> SpaceEvaluator[Any]:  # fmt: skip
+        config = self.candidates.run_as(self.models.decoder)
         decoder = Evaluator(
-            self.models.decoder, self.models.tokenizer, tasks, dtype, self.settings.chunk, devices, log, chunk_sizes,
+            config, self.models.tokenizer, tasks, dtype, self.settings.chunk, devices, log, chunk_sizes,
             target=self.target, images=self._images(None, dtype, devices),
         )  # fmt: skip
         return SpaceEvaluator(self.space, self.candidates.evaluator(decoder, bank), devices)
@@ -325,19 +368,84 @@ class DecoderBackend:
     # The winner
 
     def score_stored(self, model: Path, heldout: SpaceEvaluator[Any], progress: Progress) -> TaskScores:
+        sources, config = self._open_stored(model)
+        evaluator = self._evaluator_of(model, config, heldout)
+        return self.candidates.placement.score_stored(evaluator, sources, config, progress)
+
+    def _open_stored(self, model: Path) -> tuple[Sources, DecoderConfig]:
+        """The sources of one of the compared models, with the vocabulary of the candidates, and its config."""
         aligned = self.models.sources.vocabulary is not None
         sources, config = (
-            open_sources([model, self.models.tokenizer_folder], TokenizerChoice(1), self.models.open_decoder)
+            open_sources(
+                [model, self.models.tokenizer_folder],
+                TokenizerChoice(1, approximation=self._approximation),
+                self.models.open_decoder,
+            )
             if aligned
             else open_sources([model], open_decoder=self.models.open_decoder)
         )
-        candidates: Evaluator = heldout.evaluator.evaluator
-        images = self._images(model, candidates.compute_dtype, candidates.devices)
         if self.models.other_modules is not None and not sources.folders[0].is_part:
             # A text model takes images as the decoder that it merges into does.
             config = as_decoder_of(config, self.models.decoder)
-        evaluator = replace(candidates, config=config, images=images)
-        return self.candidates.placement.score_stored(evaluator, sources, config, progress)
+        return sources, config
+
+    def _evaluator_of(self, model: Path, config: DecoderConfig, like: SpaceEvaluator[Any]) -> Evaluator:
+        """The evaluator of a stored model on the examples of an evaluator of genomes."""
+        candidates: Evaluator = like.evaluator.evaluator
+        images = self._images(model, candidates.compute_dtype, candidates.devices)
+        return replace(candidates, config=config, images=images)
+
+    def adaptable(
+        self, candidate: Path | np.ndarray, like: Sequence[SpaceEvaluator[Any]], rank: int, scale: float
+    ) -> Adaptable:
+        if isinstance(candidate, np.ndarray):
+            # A file is the one form that merges, layer paths and members share.
+            with tempfile.TemporaryDirectory(prefix="evojax-merge-winner-") as folder:
+                model = Path(folder) / "model"
+                self.export(self.recipe(candidate), candidate, model, "", lambda: None)
+                return self._adaptable(model, like, rank, scale)
+        return self._adaptable(candidate, like, rank, scale)
+
+    def _adaptable(self, model: Path, like: Sequence[SpaceEvaluator[Any]], rank: int, scale: float) -> Adaptable:
+        sources, config = self._open_stored(model)
+        evaluators, stored = [], load_stored(sources, config)
+        # Other parameters are no modules that an adapter has a place for.
+        linear = {
+            f"{leaf.stack}/{leaf.name}"
+            for leaf in leaves_of(config)
+            if leaf.component != ROUTER and leaf.tensor.endswith(".weight")
+        }
+        layout, chunk_sizes = stacked_layout(stored, linear, rank, scale), dict[str, dict[Any, int]]()
+
+        def changes(evaluator: Evaluator, model: StackedWeights, vectors: np.ndarray) -> list[Population]:
+            model = replace(model, compute_dtype=evaluator.compute_dtype)
+            return [AdaptedPopulation(AdaptedFactory(layout.of_dims(vectors.shape[1])), model, vectors)]
+
+        for split in like:
+            evaluator = self._evaluator_of(model, config, split)
+            # Every group of devices would compute the same.
+            sizes = chunk_sizes.setdefault(evaluator.compute_dtype, {})
+            alone = replace(evaluator, devices=ONE_DEVICE, chunk_sizes=sizes, lookup_corpus={})
+            evaluators.append(PopulationEvaluator(alone, stored, changes))
+        return Adaptable(layout, spread_of(layout, stored), evaluators)
+
+    def export_change(
+        self, model: Path, layout: LowRankLayout, vector: np.ndarray, out: Path, check: Callable[[], None]
+    ) -> None:
+        sources, config = self._open_stored(model)
+        base, stacks = sources.folders[0], stack_numbers(config)
+        leaves = {f"{leaf.stack}/{leaf.name}": leaf for leaf in leaves_of(config)}
+        factors = {
+            base.in_memory(leaves[name].tensor_of(layer)): (leaves[name], a[row], layout.scale * b[row])
+            for name, (a, b) in layout.split(vector).items()
+            for row, layer in enumerate(stacks[name.split("/")[0]])
+        }
+        transposed, most = any(leaf.transposed for leaf in leaves.values()), (len(factors), max(map(len, factors)))
+        with atomic_folder(out, overwrite=True, check=check) as folder:
+            with AdapterWriter(folder, str(model), fan_in_fan_out=transposed, most=most) as writer:
+                for name, (leaf, a, b) in factors.items():
+                    writer.add_factors(name, *((b.T, a.T) if leaf.transposed else (a, b)))
+            write_marker(folder)
 
     def answers(
         self, model: str, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
@@ -359,24 +467,33 @@ class DecoderBackend:
             documents = [document | {"other_modules": named} for document in documents]
         if self.config.components:
             documents = [document | {"components": dict(self.config.components)} for document in documents]
+        if self.calibration is not None:
+            documents = [document | {"calibration": self.calibration} for document in documents]
         return dump_documents(documents)
 
     def _with_tokenizer(self, document: dict[str, Any]) -> dict[str, Any]:
         """A document of a recipe with the source of its merge's tokenizer."""
         source = self.references[self.models.tokenizer_folder]
-        document = document | {"tokenizer_source": source}
+        document = document | {"tokenizer_source": self._tokenizer_source(source)}
         if self.models.tokenizer_folder == self.models.base:
             # The recipe of a method that takes no base lacks it, but needs it for the tokenizer.
             document = {"merge_method": document["merge_method"], "base_model": source} | document
         return document
 
-    def export(self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]) -> None:
-        # The recipe's models are named by absolute paths, so that its own place makes no difference.
-        stream = parse_stream(out.parent / "recipe.yaml", parse_documents(out.parent / "recipe.yaml", recipe))
-        with prepare_stream(stream, out, find=resolve_reference) as stream_plan:
-            write = partial(merge_to, recipe=recipe)
-            bar = partial(merge_bar, "exporting")
-            merge_stream(stream_plan, out, write, card=card, overwrite=True, check=check, bar=bar)
+    @property
+    def _approximation(self) -> Approximation | None:
+        source = self.config.tokenizer_source
+        return source if isinstance(source, Approximation) else None
+
+    def _tokenizer_source(self, reference: str) -> str | dict[str, Any]:
+        """The config's tokenizer_source, with another reference to the same model."""
+        how = self._approximation
+        return reference if how is None else {**how.model_dump(), "of": reference}
+
+    def export(
+        self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]
+    ) -> list[dict[str, Any]]:
+        return self.candidates.export(recipe, out, card, check)
 
 
 def stored_dtype(sources: Sources, number: int) -> str:

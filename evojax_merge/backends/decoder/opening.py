@@ -13,6 +13,7 @@ from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.decoder.backend import DecoderBackend, DecoderModels, stored_dtype
 from evojax_merge.backends.decoder.kinds.kind import Candidates, OpenedParents
 from evojax_merge.backends.decoder.kinds.merge import build_space
+from evojax_merge.backends.decoder.kinds.mixture import build_space as build_mixture_space
 from evojax_merge.backends.decoder.placements import bank_place
 from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
 from evojax_merge.checkpoints.bank import bank_bytes
@@ -26,16 +27,19 @@ from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer
 from evojax_merge.config.search_config import Config
 from evojax_merge.errors import InputError, shown
 from evojax_merge.evaluation.targets import Target
+from evojax_merge.mergekit.calibration import with_moments
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.report.comparison import model_names
+from evojax_merge.schema.approximation import Approximation
 from evojax_merge.search.kept_scores import TEXT_KINDS
+from evojax_merge.spaces.mixture import MixtureSpace
 from evojax_merge.spaces.parameter import ParameterSpace
 from evojax_merge.spaces.search_parameters import (
     find_method,
 )
 from evojax_merge.system.torch_note import leave_torch_out
 from evojax_merge.tasks.task import TaskConfig
-from evojax_merge.zoo.references import recipe_reference, resolve_reference
+from evojax_merge.zoo.references import recipe_reference, resolve_file, resolve_reference
 
 # Keys of the configs of models that take more of transformers than text models do.
 SENSES = frozenset({"vision_config", "audio_config"})
@@ -77,15 +81,14 @@ class DecoderFactory:
             for reference, path in zip([config.base, *config.parents], [base, *parents], strict=True)
             if reference is not None and path is not None
         }
-        has_base = any(method.uses_base(base is not None) for method in methods)
+        takes_base = kind.TAKES_BASE and base is not None
+        has_base = takes_base or any(method.uses_base(base is not None) for method in methods)
         paths = [base, *parents] if base is not None and has_base else list(parents)
         tokenizer_dir = None
-        if config.tokenizer_source is not None:
-            tokenizer_dir = (
-                base
-                if config.tokenizer_source == "base"
-                else resolve(f"{where}: tokenizer_source", config.tokenizer_source, folder)
-            )
+        source = config.tokenizer_source
+        approximation, wanted = (source, source.of) if isinstance(source, Approximation) else (None, source)
+        if wanted is not None:
+            tokenizer_dir = base if wanted == "base" else resolve(f"{where}: tokenizer_source", wanted, folder)
             if tokenizer_dir is None or tokenizer_dir not in [base, *parents]:
                 raise InputError(where, "tokenizer_source: expected base or one of the parents")
             if tokenizer_dir not in paths and all(method.base_is_first_parent for method in methods):
@@ -97,8 +100,10 @@ class DecoderFactory:
         opened = [*paths, *unmerged_base]
         if not config.plugins and all(map(_is_text_task, config.tasks)) and all(map(_is_text_model, opened)):
             leave_torch_out()
-        tokenizer_choice = None if tokenizer_dir is None else TokenizerChoice(opened.index(tokenizer_dir))
-        open_all = _of_one_depth if methods else open_decoders
+        tokenizer_choice = None
+        if tokenizer_dir is not None:
+            tokenizer_choice = TokenizerChoice(opened.index(tokenizer_dir), approximation=approximation)
+        open_all = _of_one_depth if methods or kind.TAKES_BASE else open_decoders
         open_decoder = merged_parts(where, config)
         sources, configs = open_all(opened, tokenizer_choice, open_decoder)
         all_folders = sources.folders
@@ -110,6 +115,15 @@ class DecoderFactory:
                 "have tokens of its own",
             )  # fmt: skip
         sources = replace(sources, folders=sources.folders[: len(paths)])
+        if config.space is not None:
+            notes: list[str] = []
+            merged = range(int(has_base), len(paths))
+            sources = with_moments(
+                where, config.calibration, methods[0], sources, merged, folder, resolve_file, notes.append
+            )
+            sources = replace(sources, warnings=(*sources.warnings, *notes))
+        elif config.calibration is not None:
+            raise InputError(where, "calibration: is for a space whose method looks at prompts; leave it out")
         opened_parents = OpenedParents(
             where, config, sources, tuple(configs[: len(paths)]), config.export_dtype or stored_dtype(sources, 0),
             has_base, None if base is None else references[base], tuple(references[parent] for parent in parents),
@@ -117,6 +131,8 @@ class DecoderFactory:
         candidates: Candidates = kind.open_candidates(opened_parents)
         model_bytes = bank_bytes(sources, configs[0]) // len(sources.folders)
         place = bank_place(where, config.evaluation.bank, target, candidates.room(model_bytes), config.evaluation.model)
+        # Models that may be on the devices alone are there, and the plan says whether they fit.
+        place = place if place in candidates.places else candidates.places[0]
         for number in candidates.config_sources():
             read_json_object(sources.folders[number].path / "generation_config.json", missing={})
         tokenizer_folder = tokenizer_dir or (base if base is not None else parents[0])
@@ -211,14 +227,17 @@ def _check_tokens(folders: Sequence[Path], sources: Sources, other_modules: Path
             )
 
 
-def parameter_space(path: Path, config: Config) -> tuple[ParameterSpace, list[str]] | None:
-    """The parameter space of a config, and what its parents are called in tables; None where it searches something
-    else. Opens the first parent's headers alone."""
-    if config.space is None:
+def parameter_space(path: Path, config: Config) -> tuple[ParameterSpace | MixtureSpace, list[str]] | None:
+    """The space of a config whose parameters have names, and what its parents are called in tables; None where it
+    searches something else. Opens the first parent's headers alone."""
+    if config.space is None and config.mixture is None:
         return None
     names = [f"{path}: parents[{k}]" for k in range(len(config.parents))]
     parents = [resolve_reference(name, one, path.parent) for name, one in zip(names, config.parents, strict=True)]
     _, decoder = open_sources(parents[:1], open_decoder=merged_parts(str(path), config))
+    if config.mixture is not None:
+        return build_mixture_space(config.mixture, config.parents, decoder.layers), model_names(parents)
+    assert config.space is not None
     method = find_method(f"{path}: space.method", config.space.method)
     return build_space(f"{path}: space", config.space, method, config.parents, decoder), model_names(parents)
 

@@ -4,7 +4,7 @@ A kind of candidates says what its models take, loaded whole or brought to the d
 of the two happens, and what that means for memory, for stored models and for a plan's notes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,7 @@ from evojax_merge.evaluation.planned_passes import DeviceSizes
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import Target, live_target
 from evojax_merge.mergekit.plan import options_from
-from evojax_merge.models.architecture import LAYERS, architecture_of, shared_leaves
+from evojax_merge.models.architecture import LAYERS, components_of, shared_leaves
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.streamed_bank import StreamedBank, abstract_streamed
@@ -53,8 +53,8 @@ class OnDevices:
         """The arrays that stay on a device, as abstract arrays that `place` makes."""
         return candidates.place_whole(place)
 
-    def abstract(self, bank: Bank) -> Any:
-        """A bank of abstract arrays as the place has it, for plans."""
+    def abstract(self, bank: Bank, rows: Sequence[Mapping[str, int]]) -> Any:
+        """A bank of abstract arrays as the place has it, for plans. rows: for each layer its row in each stack."""
         return bank
 
     def beside_bank(self, candidates: "Candidates", evaluator: Evaluator) -> Evaluator:
@@ -88,8 +88,8 @@ class Streamed(OnDevices):
     def place_bank(self, candidates: "Candidates", place: Place) -> Any:
         return candidates.place_parts(place)
 
-    def abstract(self, bank: Bank) -> StreamedBank:
-        return abstract_streamed(bank)
+    def abstract(self, bank: Bank, rows: Sequence[Mapping[str, int]]) -> StreamedBank:
+        return abstract_streamed(bank, rows)
 
     def beside_bank(self, candidates: "Candidates", evaluator: Evaluator) -> Evaluator:
         sizes = DeviceSizes(evaluator.devices.model)
@@ -107,7 +107,7 @@ class Streamed(OnDevices):
         alone = replace(sources, folders=sources.folders[:1])
         spec = MergeSpec(method.name, options_from("", method, {}, False), 0, "float32")
         bank = bank_in_files(alone, config, spec, placement=evaluator.devices)
-        shape = (1, config.layers, len(architecture_of(config).components), 1)
+        shape = (1, config.layers, len(components_of(config)), 1)
         ends = {leaf.name: {"scale": jnp.ones((1, 1), jnp.float32)} for leaf in shared_leaves(config)}
         recipe = Recipe({LAYERS: {"scale": jnp.ones(shape, jnp.float32)}}, ends)
         evaluator = replace(evaluator, chunk_sizes={})

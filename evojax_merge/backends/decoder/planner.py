@@ -1,7 +1,7 @@
 """Plans of searches over language models: the evaluator itself chooses the passes, over abstract arrays."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from evojax_merge.evaluation.batched_tasks import BatchedTask, one_row_batches
 from evojax_merge.evaluation.compilers import TargetCompiler, collectives
 from evojax_merge.evaluation.devices import MEMORY_SHARE, group_of
 from evojax_merge.evaluation.evaluator import Evaluator, Progress, no_progress
-from evojax_merge.evaluation.generation import generating, generation_chunk
+from evojax_merge.evaluation.generation import Continuations, generating, generation_chunk
 from evojax_merge.evaluation.planned_passes import (
     JaxprReader,
     PassReader,
@@ -25,7 +25,9 @@ from evojax_merge.evaluation.planned_passes import (
     plan,
 )
 from evojax_merge.evaluation.populations import Population
+from evojax_merge.evaluation.programs import LAYER, LAYER_GRADIENT, MATERIALISE
 from evojax_merge.models.architecture import leaves_of, tensor_grid, tensor_shape
+from evojax_merge.report.account import summary, with_public_names
 from evojax_merge.report.plan import shown_number
 
 if TYPE_CHECKING:
@@ -52,8 +54,9 @@ class DecoderPlanner:
         # The plan of a search that does not fit shows the memory of one candidate.
         chunk = backend.settings.chunk if self.bank_bytes < target.memory else 1
         devices = group_of(backend.settings.model)
+        config = backend.candidates.run_as(backend.models.decoder)
         return Evaluator(
-            backend.models.decoder, backend.models.tokenizer, [], backend.compute_dtype, chunk, devices, target=target,
+            config, backend.models.tokenizer, [], backend.compute_dtype, chunk, devices, target=target,
             free_memory=lambda: free, temporary_bytes=JaxprReader(target, devices).temporary_bytes,
             images=backend.abstract_images(backend.compute_dtype, devices.abstract),
         )  # fmt: skip
@@ -75,6 +78,10 @@ class DecoderPlanner:
     def notes(self) -> tuple[str, ...]:
         config, backend = self.backend.models.decoder, self.backend
         placed = backend.candidates.placement.notes(backend.candidates, backend.target, backend.settings.model)
+        fates = backend.candidates.fates(backend.models.other_modules)
+        folders = {str(folder.path): folder.path for folder in backend.models.sources.folders}
+        account = summary(with_public_names(fates, folders))
+        placed = (*backend.candidates.preparation_notes, *placed, account)
         if config.projector is None:
             return placed
         leaves = [leaf for leaf in leaves_of(config) if len(leaf.shape) > 1]
@@ -92,19 +99,44 @@ class DecoderPlanner:
         return self.backend.candidates.gradient_passes
 
     def passes(
-        self, tasks: Sequence[BatchedTask], candidates: int, use: PlanUse, compiler: TargetCompiler | None = None
-    ) -> list[SizedPass]:
+        self, tasks: Sequence[BatchedTask], candidates: int, use: PlanUse, compiler: TargetCompiler | None = None,
+        smallest: bool = False,
+    ) -> list[SizedPass]:  # fmt: skip
         is_final = use == "final"
         ask = None if compiler is None else partial(self._reports, compiler, self._share(candidates))
         evaluator = replace(self._final if is_final else self.evaluator, batched_tasks=list(tasks))
         population = self._population(candidates, is_final)
         follows = use == "gradient" and population.differentiable() is not None
         plan_passes = planned_gradient_passes if follows else planned_passes
-        return [
-            sized_pass
-            for i in range(len(tasks))
-            for sized_pass in passes_of_task(evaluator, population, i, plan_passes, ask)
-        ]
+        if smallest and self.backend.target.is_accelerator and not _holds_candidate(evaluator, population, tasks):
+            # Nothing need be traced.
+            held = evaluator.devices.candidate_bytes(population.model_shape())
+            return [SizedPass(PlannedPass(tasks[0].task.name, MATERIALISE, None, 1), held, 0, None)]
+        passes, written = list[SizedPass](), set[Hashable]()
+        for i, requests in enumerate(task.requests for task in tasks):
+            if follows or requests.scored or requests.generated not in written:
+                passes += passes_of_task(evaluator, population, i, plan_passes, ask, smallest)
+            written.add(requests.generated)
+        return self._with_brought(passes, self._share(candidates))
+
+    def _with_brought(self, passes: list[SizedPass], candidates: int) -> list[SizedPass]:
+        """The passes with the bytes of models that come for a candidate: once for all that are scored, twice for their
+        gradients, and once for each chunk that is materialised. candidates: of a group of devices."""
+        nbytes = self.backend.candidates.brought_bytes()
+        if not nbytes:
+            return passes
+        is_on_disk, counted = not self.backend.candidates.placement.in_memory, set[str]()
+        for i, sized in enumerate(passes):
+            planned = sized.planned
+            # Scored tasks go through the layers together, each task that generates alone.
+            key = planned.task if planned.name == MATERIALISE else "scored"
+            if planned.name not in (MATERIALISE, LAYER, LAYER_GRADIENT) or key + planned.name in counted:
+                continue
+            counted.add(key + planned.name)
+            brought = nbytes / (planned.candidates if planned.name == MATERIALISE else candidates)
+            planned = replace(planned, brought_bytes=brought, disk_bytes=brought * is_on_disk)
+            passes[i] = replace(sized, planned=planned)
+        return passes
 
     def _share(self, candidates: int) -> int:
         """The candidates of one group of devices, where all groups have `candidates` together."""
@@ -139,10 +171,12 @@ class DecoderPlanner:
 
 
 def passes_of_task(
-    evaluator: Evaluator, population: Population, i: int, plan_passes: PlanPasses, ask: AskCompiler | None = None
-) -> list[SizedPass]:
+    evaluator: Evaluator, population: Population, i: int, plan_passes: PlanPasses, ask: AskCompiler | None = None,
+    smallest: bool = False,
+) -> list[SizedPass]:  # fmt: skip
     """The passes of the evaluator's task i over a chunk, with as much in a pass as fits. Where not even one candidate
-    and one row fit: the passes with these, which no compiler is asked about."""
+    and one row fit, and with `smallest`: the passes with these, which no compiler is asked about. A CPU's passes have
+    the size that they are given."""
     reader = JaxprReader(evaluator.target, evaluator.devices)
 
     def sized(evaluator: Evaluator, task: BatchedTask, ask: AskCompiler | None) -> list[SizedPass]:
@@ -176,6 +210,10 @@ def passes_of_task(
         alone = replace(evaluator, chunk=1, chunk_sizes={})
         return sized(alone, one_row_batches(evaluator.batched_tasks[i]), None)
 
+    has_no_room = smallest or evaluator.free_memory() <= 0
+    has_no_room = has_no_room or not _holds_candidate(evaluator, population, [evaluator.batched_tasks[i]])
+    if has_no_room and evaluator.target.is_accelerator:
+        return least()
     try:
         sized_passes: list[SizedPass] = evaluator.retry_on_oom([i], fitting, no_progress)
     except (_NothingFits, Failed):
@@ -183,11 +221,17 @@ def passes_of_task(
     return sized_passes
 
 
+def _holds_candidate(evaluator: Evaluator, population: Population, tasks: Sequence[BatchedTask]) -> bool:
+    """Return whether a device has room for its part of a candidate that generates, which is there as a whole."""
+    shape = population.model_shape() if any(task.prompts is not None for task in tasks) else None
+    return shape is None or evaluator.devices.candidate_bytes(shape) <= evaluator.free_memory() / MEMORY_SHARE
+
+
 class _NothingFits(Exception):
     """Not even one candidate's pass over one row fits."""
 
 
-_NOTHING = np.zeros(0)
+_NOTHING = Continuations([], [], np.zeros(0))
 
 
 def planned_passes(
@@ -200,7 +244,7 @@ def planned_passes(
     if batched_task.prompts is not None:
         chunk = generation_chunk(evaluator, population, batched_task)
         first = population.first(chunk * groups)
-        passes += plan(generating(evaluator, first, batched_task, chunk, [], _NOTHING, no_progress), name, reader)
+        passes += plan(generating(evaluator, first, batched_task, chunk, _NOTHING, no_progress), name, reader)
     return passes
 
 

@@ -31,8 +31,8 @@ from evojax_merge.tasks.images import EXTRA, RecordImage
 # The larger models whose images are computed as transformers computes them. The others read texts alone: their
 # positions, masks or layers know of images.
 SEEING = (
-    "gemma3", "idefics3", "internvl", "llava", "llava_next", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
-    "qwen3_vl_moe", "smolvlm", "vipllava",
+    "gemma3", "idefics3", "internvl", "llava", "llava_next", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5",
+    "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "vipllava",
 )  # fmt: skip
 # The input of a vision tower that says how many patches an image has in time, height and width, for M-RoPE.
 GRID = "image_grid_thw"

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evojax_merge.backends.backend import Adaptable
+from evojax_merge.backends.function.adapted import adaptable_tree
 from evojax_merge.backends.function.planner import FunctionPlanner
 from evojax_merge.backends.function.programs import (
     Programs,
@@ -40,6 +42,8 @@ from evojax_merge.tasks.arrays import ArrayTask, row_of
 from evojax_merge.tasks.splits import Splits
 
 Write = Callable[[Any, Path], None]
+# Low-rank changes that an accelerator computes together.
+TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ class FunctionBackend:
     @property
     def has_derivatives(self) -> bool:
         return True
+
+    not_adaptable, not_polishable = "", "an adapter is written for language models"
 
     # -----------------------------------------------------------------------------------------------------------
     # Before the search
@@ -167,8 +173,8 @@ class FunctionBackend:
     def planner(self, bank_bytes: int) -> "FunctionPlanner":
         return FunctionPlanner(self, bank_bytes)
 
-    def smaller_passes(self) -> str:
-        return "evaluation.chunk: 1, or fewer examples"
+    def smaller_passes(self) -> list[dict[str, Any]]:
+        return [] if self.settings.chunk == 1 else [{"chunk": 1}]
 
     # -----------------------------------------------------------------------------------------------------------
     # The search
@@ -228,6 +234,23 @@ class FunctionBackend:
             progress(1)
         return scores
 
+    def export_change(self, model: Path, layout: Any, vector: np.ndarray, out: Path, check: Callable[[], None]) -> None:
+        raise InputError(model, f"cannot be polished: {self.not_polishable}")
+
+    def adaptable(
+        self, candidate: Path | np.ndarray, like: Sequence[SpaceEvaluator[Any]], rank: int, scale: float
+    ) -> Adaptable:
+        programs = self.programs(TOGETHER, ONE_DEVICE)
+        assert isinstance(candidate, Path), self.not_polishable
+        splits = [evaluator.evaluator.tasks for evaluator in like]
+        return adaptable_tree(
+            self.merge.tree, self.models.index(candidate), splits, programs, rank, scale, self.matrix_shape
+        )
+
+    def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a leaf as matrices `(…, out, in)`."""
+        return shape
+
     def answers(
         self, model: str, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
     ) -> list[dict[str, Any]]:
@@ -272,11 +295,14 @@ class FunctionBackend:
         """The merge of a genome, float32[D], as a pytree."""
         return jax.jit(self.merge)(put_bank(self.merge.bank, jnp.asarray), jnp.asarray(genome))
 
-    def export(self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]) -> None:
+    def export(
+        self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]
+    ) -> list[dict[str, Any]]:
         with atomic_folder(out, overwrite=True, check=check) as folder:
             self.save(self.merged(genome), folder)
             atomic_write(folder / "README.md", changed_front_matter(card, {"library_name": self.hub_library}))
             write_marker(folder)
+        return []
 
 
 def _weighted(tasks: list[ArrayTask]) -> list[ArrayTask]:

@@ -28,7 +28,7 @@ from evojax_merge.tasks.python_trees import find_tree, shown_path
 # The winner's file in its folder.
 PARAMS = "params.safetensors"
 # The keys of a config, and of its space, that only language models have.
-FOREIGN = ("tokenizer_source", "other_modules", *list(Config.kinds)[1:], "stages", "export_dtype")
+FOREIGN = ("tokenizer_source", "other_modules", "calibration", *list(Config.kinds)[1:], "stages", "export_dtype")
 FOREIGN_IN_SPACE = ("layers_per_group", "components", "smooth", "parent_groups", "active")
 
 

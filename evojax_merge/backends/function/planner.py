@@ -76,8 +76,9 @@ class FunctionPlanner:
         return more + max(0.0, more - less) / (many - few) * (task.size - many)
 
     def passes(
-        self, tasks: Sequence[ArrayTask], candidates: int, use: PlanUse, compiler: TargetCompiler | None = None
-    ) -> list[SizedPass]:
+        self, tasks: Sequence[ArrayTask], candidates: int, use: PlanUse, compiler: TargetCompiler | None = None,
+        smallest: bool = False,
+    ) -> list[SizedPass]:  # fmt: skip
         backend, target = self.backend, self.backend.target
         chunk, reader = backend.chunk(math.ceil(candidates / target.devices)), JaxprReader(target, ONE_DEVICE)
         bank, genomes = backend.abstract_bank(anywhere), jax.ShapeDtypeStruct((chunk, backend.space.dims), jnp.float32)

@@ -73,12 +73,13 @@ def gradient_program(merge: TreeMerge, task: ArrayTask, chunk: int) -> Any:
 
 @dataclass
 class Programs:
-    """The compiled programs of a search. chunk: the number of candidates that are computed together; population: the
-    most that are scored at a time; is_on_cpu: whether they run on a CPU; finish: makes a candidate of a merge, on the
-    host; workers: how many calls run side by side; together: (function, calls) -> the function's results, by as many
-    workers. Tasks on other examples of one file share their programs."""
+    """The compiled programs of a search. merge: (bank, genome) -> a candidate, as `TreeMerge` is; chunk: the number of
+    candidates that are computed together; population: the most that are scored at a time; is_on_cpu: whether they run
+    on a CPU; finish: makes a candidate of a merge, on the host; workers: how many calls run side by side; together:
+    (function, calls) -> the function's results, by as many workers. Tasks on other examples of one file share their
+    programs."""
 
-    merge: TreeMerge
+    merge: Any
     chunk: int
     population: int
     mesh: AnyMesh = None

@@ -15,6 +15,7 @@ from evojax_merge.errors import InputError, shown
 from evojax_merge.models.bank import LeafBank, MergeSpec
 from evojax_merge.schema.arguments import check_call
 from evojax_merge.spaces.parameter import GroupSpace
+from evojax_merge.system.blas import one_blas_thread
 from evojax_merge.tasks.arrays import is_real
 from evojax_merge.tasks.python_trees import Path, flatten, is_key, shown_path
 
@@ -132,9 +133,9 @@ class TreeMerge:
             content.update(b"\0" + shown_path(path).encode())
             return draw_row_keys(spec.seed, content.digest(), sources[0].shape)
 
-        prepared: Any = tabulate(
-            spec.method, spec.options, sources, spec.prepared_for(len(sources) - has_base), row_keys
-        )
+        numbers = spec.prepared_for(len(sources) - has_base)
+        with one_blas_thread(spec.method.stores_vectors):
+            prepared: Any = tabulate(spec.method, spec.options, sources, numbers, row_keys)
         stacked: Any = np.stack(sources)
         masks: Any = np.stack(prepared.mask_keys) if prepared.mask_keys else None
         return LeafBank(

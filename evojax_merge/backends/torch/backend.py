@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ from evojax_merge.models.architecture import known_architecture
 from evojax_merge.report.plan import shown_bytes
 from evojax_merge.system.console import say, say_once
 from evojax_merge.tasks.arrays import ArrayTask
+from evojax_merge.tasks.entropy import EntropyTask
 from evojax_merge.tasks.networks import PAIRED, WRITTEN, NetworkTask
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.text import TextTask
@@ -91,7 +93,7 @@ class TorchBackend(FunctionBackend):
         if not isinstance(task, NetworkTask) and getattr(task, "kind", None) != "likelihood":
             raise InputError(
                 where, f"{task.name}: a {type(task).__name__} asks no network of torch; expected one of kind: "
-                f"{', '.join((*SCORES, *PAIRED))} or network",
+                f"{', '.join((*SCORES, *PAIRED))}, entropy or network",
             )  # fmt: skip
 
     def prepare(self, splits: Splits[list[Any]]) -> Splits[list[ArrayTask]]:
@@ -160,6 +162,10 @@ class TorchBackend(FunctionBackend):
             weights = self.network.measured(weights, batches, ask)
         return weights
 
+    def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The kernel of a convolution `[out, in, …]` is a matrix of what it multiplies at a place."""
+        return (shape[0], prod(shape[1:]))
+
     def merged(self, genome: np.ndarray) -> Any:
         return self.finished(super().merged(genome))
 
@@ -174,7 +180,7 @@ class TorchBackend(FunctionBackend):
     def _prepared(self, task: Any) -> ArrayTask:
         """A task as arrays. The examples of networks' tasks are prepared once for all splits."""
         folder = self.models[0]
-        if isinstance(task, TextTask):
+        if isinstance(task, TextTask | EntropyTask):
             arrays, where = likelihood_arrays(task, self.network, folder), f"task {task.name}"
             return self._array_task(task, arrays, where)
         key = (task.name, task.metric, id(task.examples))

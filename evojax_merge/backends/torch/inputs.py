@@ -13,8 +13,9 @@ from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.network_checks import check_processor
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError, did_you_mean, library_errors, shown
+from evojax_merge.tasks.entropy import EntropyTask
 from evojax_merge.tasks.images import read_rgb
-from evojax_merge.tasks.networks import WRITTEN, NetworkExample, NetworkTask, image_file
+from evojax_merge.tasks.networks import NEGATIVE_ENTROPY, WRITTEN, NetworkExample, NetworkTask, image_file
 from evojax_merge.tasks.text import TextTask
 
 # The target of a token that is none.
@@ -55,10 +56,17 @@ def example_arrays(task: NetworkTask, network: Network, folder: Path) -> dict[st
         inputs = _recordings(examples, folder)
     else:
         inputs = _tokens(load_tokenizer(folder), _texts(examples), _length(network, folder))
-    inputs = _accepted(network, inputs, examples[0].where, strict=are_arrays and task.function is None)
+    unlabelled = task.metric == NEGATIVE_ENTROPY
+    strict = are_arrays and task.function is None and not unlabelled
+    inputs = _accepted(network, inputs, examples[0].where, strict)
     if task.function is not None:
         # The function is given the records by their numbers.
         return {"inputs": inputs, "target": np.arange(len(examples), dtype=np.int32)}
+    if unlabelled:
+        if is_zero_shot(task, network) and not task.config.classes:
+            what = f"missing; {network.name} compares images with texts: expected those of the classes"
+            raise InputError(f"{task.section}.choices", what)
+        return {"inputs": inputs, "target": np.zeros(len(examples), np.int32)}
     if is_zero_shot(task, network):
         return {"inputs": inputs, "target": _class_numbers(task)}
     if task.kind in ("classification", "regression"):
@@ -254,8 +262,8 @@ def _shifted(target: np.ndarray, network: Network, folder: Path) -> np.ndarray:
     return np.concatenate([first, np.where(target[:, :-1] < 0, config.pad_token_id or 0, target[:, :-1])], axis=1)
 
 
-def likelihood_arrays(task: TextTask, network: Network, folder: Path) -> dict[str, Any]:
-    """The rows of a likelihood task, as a decoder is given them, and the next token of each scored place."""
+def likelihood_arrays(task: TextTask | EntropyTask, network: Network, folder: Path) -> dict[str, Any]:
+    """The rows of a task of targets or prompts, as a decoder is given them, and the next token of each scored place."""
     length = _length(network, folder) or NO_LENGTH
     rows = task.requests(load_tokenizer(folder), length).scored
     shape = len(rows), max(len(row.tokens) for row in rows)

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from evojax_merge.tasks.entropy import negative_entropies
 from evojax_merge.tasks.function import UserFunction, checked, guard_user_function
+from evojax_merge.tasks.networks import NEGATIVE_ENTROPY
 
 # The field of a module's output that tasks score.
 OUTPUT = "logits"
@@ -308,12 +310,15 @@ def _rows(rows: Mapping[str, Any], numbers: range) -> Any:
 
 
 def label_scores(metric: str) -> Callable[[Any, Mapping[str, Any]], Any]:
-    """(outputs float[N, C], rows) -> whether the likeliest label is the target, or the target's log-probability."""
+    """(outputs float[N, C], rows) -> whether the likeliest label is the target, the target's log-probability, or minus
+    the entropy of the labels."""
 
     def score(outputs: Any, rows: Mapping[str, Any]) -> Any:
         target = jnp.asarray(rows["target"])
         if metric == "accuracy":
             return jnp.where(jnp.isfinite(outputs).all(-1), outputs.argmax(-1) == target, jnp.nan)
+        if metric == NEGATIVE_ENTROPY:
+            return negative_entropies(outputs)
         return jnp.take_along_axis(jax.nn.log_softmax(outputs), target[:, None], -1)[:, 0]
 
     return score
@@ -331,12 +336,17 @@ def number_scores(metric: str) -> Callable[[Any, Mapping[str, Any]], Any]:
 
 
 def token_scores(metric: str) -> Callable[[Any, Mapping[str, Any]], Any]:
-    """(outputs float[N, T, V], rows) -> the mean log-probability of the target's tokens; a target of -100 is none."""
+    """(outputs float[N, T, V], rows) -> the mean log-probability of the target's tokens, or minus the mean entropy of
+    the distributions in their places; a target of -100 is none."""
 
     def score(outputs: Any, rows: Mapping[str, Any]) -> Any:
         target = jnp.asarray(rows["target"])
         counts = target >= 0
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(outputs), jnp.where(counts, target, 0)[..., None], -1)[..., 0]
+        if metric == NEGATIVE_ENTROPY:
+            chosen = negative_entropies(outputs)
+        else:
+            places = jnp.where(counts, target, 0)[..., None]
+            chosen = jnp.take_along_axis(jax.nn.log_softmax(outputs), places, -1)[..., 0]
         return jnp.where(counts, chosen, 0.0).sum(-1) / counts.sum(-1)
 
     return score

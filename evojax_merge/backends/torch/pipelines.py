@@ -120,7 +120,9 @@ class PipelineBackend(FunctionBackend):
         }  # fmt: skip
         return dump_documents([document | {"components": dict.fromkeys(self.components.merged, MERGE) | kept}])
 
-    def export(self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]) -> None:
+    def export(
+        self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]
+    ) -> list[dict[str, Any]]:
         weights = self.merged(genome)
         with atomic_folder(out, overwrite=True, check=check) as folder:
             self.save(weights, folder)
@@ -131,6 +133,7 @@ class PipelineBackend(FunctionBackend):
                 card += f"\n## Pictures\n\n{self._caption(drawable)}\n\n![contact sheet]({SHEET})\n"
             atomic_write(folder / "README.md", card)
             write_marker(folder)
+        return []
 
     def _caption(self, task: DrawingTask) -> str:
         rows = [*(f"{role} {self.references[model]}" for role, model in self.compared), self.baseline_role, "winner"]

@@ -36,9 +36,8 @@ from evojax_merge.evaluation.programs import (
     execute,
 )
 from evojax_merge.evaluation.responses import enter, score_gradients
-from evojax_merge.models.architecture import LAYERS
+from evojax_merge.models.architecture import LAYERS, types_of_layers
 from evojax_merge.models.bank import Recipe
-from evojax_merge.models.layers import KeyValue
 from evojax_merge.tasks.batches import ScoringBatch
 from evojax_merge.tasks.task import Responses
 
@@ -282,12 +281,13 @@ def _forward_layer(
         after = States(list(before.prefixes), [list(states) for states in before.batches])
     weights = yield _merge(spec, part, size)
     del part
+    layer = _layer_spec(spec, number)
     for i, task in enumerate(inputs):
-        kv: KeyValue | None = None
+        kv: Any = None
         if task.prefix is not None:
-            after.prefixes[i], kv = yield _prefix_layer(spec, index, task.prefix, weights, before.prefixes[i], size)
+            after.prefixes[i], kv = yield _prefix_layer(layer, index, task.prefix, weights, before.prefixes[i], size)
         for b, arrays in enumerate(task.batches):
-            arguments = (spec, (index, _layout(arrays)), (weights, kv), before.batches[i][b])
+            arguments = (layer, (index, _layout(arrays)), (weights, kv), before.batches[i][b])
             run = layer_passes.run_keeping if keeps_states else layer_passes.run
             results = yield Program(LAYER, run, arguments, size, holds=(weights, waits.held))
             after.batches[i][b] = waits.keep(results[0] if keeps_states else results)
@@ -296,10 +296,15 @@ def _forward_layer(
     return after.batches
 
 
+def _layer_spec(spec: passes.PassSpec, number: int) -> layer_passes.LayerSpec:
+    name = types_of_layers(spec.config)[number]
+    return layer_passes.LayerSpec(spec.config, spec.factory, spec.mesh, name)
+
+
 def _prefix_layer(
-    spec: passes.PassSpec, index: np.int32, arrays: dict[str, Any], weights: Any, x: Any, size: int
+    spec: layer_passes.LayerSpec, index: np.int32, arrays: dict[str, Any], weights: Any, x: Any, size: int
 ) -> Program:
-    """The program that takes a prefix through a layer: its states behind it, and its keys and values."""
+    """The program that takes a prefix through a layer: its states behind it, and what the layer keeps."""
     arguments = (spec, (index, _layout(arrays)), (weights, None), x)
     return Program(PREFIX, layer_passes.run_keeping, arguments, size, holds=weights)
 
@@ -398,15 +403,16 @@ def _backward_layer(
     size = size_of(chunk.candidates)
     weights = yield _merge(spec, layer_part(number, leaves, chunk.candidates), size)
     before, index, slope = chunk.states.pop(), np.int32(number), None
+    layer = _layer_spec(spec, number)
     for i, task in enumerate(inputs):
-        kv: KeyValue | None = None
-        kept: KeyValue | None = None
+        kv: Any = None
+        kept: Any = None
         if task.prefix is not None:
-            _, kv = yield _prefix_layer(spec, index, task.prefix, weights, before.prefixes[i], size)
+            _, kv = yield _prefix_layer(layer, index, task.prefix, weights, before.prefixes[i], size)
         cotangents = slopes.behind.batches[i]
         for b, arrays in enumerate(task.batches):
             each = ((weights, kv), before.batches[i][b], (cotangents[b], None))
-            arguments: tuple[Any, ...] = (spec, (index, _layout(arrays)), each)
+            arguments: tuple[Any, ...] = (layer, (index, _layout(arrays)), each)
             part, x, of_prefix = yield Program(
                 LAYER_GRADIENT, layer_passes.run_gradient, arguments, size, holds=(weights, slope, waits.held)
             )
@@ -415,7 +421,7 @@ def _backward_layer(
             kept = yield from _sum(kept, of_prefix, size)
         if task.prefix is not None:
             behind = (slopes.behind.prefixes[i], kept)
-            arguments = (spec, (index, _layout(task.prefix)), ((weights, None), before.prefixes[i], behind))
+            arguments = (layer, (index, _layout(task.prefix)), ((weights, None), before.prefixes[i], behind))
             part, slopes.behind.prefixes[i], _ = yield Program(
                 PREFIX_GRADIENT, layer_passes.run_gradient, arguments, size, holds=weights
             )

@@ -29,7 +29,7 @@ from evojax_merge.evaluation.programs import (
     execute,
 )
 from evojax_merge.evaluation.responses import enter, score_gradients
-from evojax_merge.models.decoder import KVCache
+from evojax_merge.models.decoder import LayerStates
 from evojax_merge.tasks.batches import ScoringBatch
 from evojax_merge.tasks.task import Responses
 
@@ -129,7 +129,7 @@ def _scoring(
             source = yield from population.materialise(mesh, candidates)
         prefix = yield from read_prefix(evaluator, source, scoring.shared_prefix, batched_task)
 
-        def job(batch: ScoringBatch, source: "Source" = source, prefix: KVCache | None = prefix) -> Job:
+        def job(batch: ScoringBatch, source: "Source" = source, prefix: LayerStates | None = prefix) -> Job:
             spec = passes.ScoreSpec(evaluator.config, source.factory, mesh, batched_task.requests.logits_fn)
             arrays = evaluator.batch_arrays(batched_task, batch)
             arguments = (spec, (source.replicated, arrays), (source.candidates, prefix))
@@ -149,7 +149,7 @@ def _scoring(
 
 def read_prefix(
     evaluator: "Evaluator", source: "Source", shared_prefix: np.ndarray, batched_task: BatchedTask
-) -> Generator[Program, Any, KVCache | None]:
+) -> Generator[Program, Any, LayerStates | None]:
     """The KV cache of the prefix that a task's rows share, if there is one."""
     if not shared_prefix.size:
         return None

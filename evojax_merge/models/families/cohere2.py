@@ -1,14 +1,11 @@
-"""Command R7B and Command A: attention and MLP run side by side behind one LayerNorm without bias; layers with a
-sliding window have RoPE, with neighbours paired; layers with full attention have no positions."""
+"""Command R, and Command R7B and Command A: attention and MLP run side by side behind one LayerNorm without bias; RoPE
+pairs neighbours. In the later ones layers with a sliding window have RoPE, and layers with full attention have no
+positions; in some of the earlier ones queries and keys are normalised, with a gain for each head."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from evojax_merge.models.architecture import SharedWeights
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import EPSILON, OFF, SIZE, SWITCH, TEXTS, Expected, above, or_null
 from evojax_merge.models.families.llama_like import (
@@ -16,83 +13,57 @@ from evojax_merge.models.families.llama_like import (
     PROJECTIONS,
     SHARED,
     WINDOW,
-    gated_mlp,
+    dimensions,
     llama_like,
     norm_leaf,
     read_config,
     sliding_layers,
-)
-from evojax_merge.models.layers import (
-    Attend,
-    CosSin,
-    KeyValue,
-    SequenceLayout,
-    Weights,
-    apply_rope_interleaved,
-    dense,
-    dense_heads,
-    layer_norm,
-    rope_tables,
+    switched_position_tables,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cohere2Config(LlamaLikeConfig):
+class CohereConfig(LlamaLikeConfig):
     """logit_scale: the factor of the logits."""
 
     logit_scale: float
 
 
-LEAVES = (norm_leaf("norm", "input_layernorm"), *PROJECTIONS, *SHARED)
-COHERE_KEYS: dict[str, Expected] = {
-    "attention_bias": SWITCH,
-    "layer_norm_eps": EPSILON,
-    "layer_types": or_null(TEXTS),
-    "logit_scale": above(0),
-    "sliding_window": WINDOW,
-    "sliding_window_pattern": or_null(SIZE),
+_HEAD_NORMS = {"q_norm": ("heads", "head_dim"), "k_norm": ("kv_heads", "head_dim")}
+LEAVES = (
+    norm_leaf("attention_norm", "input_layernorm"),
+    *(replace(leaf, shape=_HEAD_NORMS.get(leaf.name, leaf.shape)) for leaf in PROJECTIONS),
+    *SHARED,
+)
+KEYS: dict[str, Expected] = {
+    "attention_bias": SWITCH, "layer_norm_eps": EPSILON, "logit_scale": above(0), "use_qk_norm": or_null(SWITCH),
+}  # fmt: skip
+WINDOWS: dict[str, Expected] = {
+    "layer_types": or_null(TEXTS), "sliding_window": WINDOW, "sliding_window_pattern": or_null(SIZE),
     "use_qk_norm": OFF,
-}
+}  # fmt: skip
 
 
-def position_tables(config: Cohere2Config, layout: SequenceLayout) -> tuple[CosSin, CosSin]:
-    """The tables of layers with full attention, which rotate by nothing, and of layers with a sliding window."""
-    cos, sin = rope_tables(config.rope, config.head_dim, layout)
-    return (jnp.ones_like(cos), jnp.zeros_like(sin)), (cos, sin)
+def read(model_type: str, hf: Mapping[str, Any]) -> CohereConfig:
+    return read_config(
+        model_type, {**hf, "rms_norm_eps": hf["layer_norm_eps"]}, CohereConfig, BIASES | {"logit_scale": "logit_scale"},
+        qk_norm=bool(hf.get("use_qk_norm")), norm="layer", interleaved=True, side_by_side=True,
+    )  # fmt: skip
 
 
-def block(
-    config: Cohere2Config, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
-) -> tuple[jax.Array, KeyValue]:
-    normed = layer_norm(x, weights["norm"], None, config.norm_eps)
-    with jax.named_scope("attention"):
-        query, key, value = (dense_heads(normed, weights, name, config.head_dim) for name in ("q", "k", "v"))
-        cos, sin = (table.astype(x.dtype) for table in rope)
-        attn_out, kept = attend(apply_rope_interleaved(query, cos, sin), apply_rope_interleaved(key, cos, sin), value)
-        attention = dense(attn_out, weights, "o")
-    return x + attention + gated_mlp(config, weights, normed), kept
+def _cohere(model_type: str, config_class: str, keys: dict[str, Expected], read: Any, **fields: Any) -> Any:
+    return llama_like(
+        model_type, config_class, keys, read, unread="rms_norm_eps", leaves=LEAVES,
+        dimensions=lambda config: dimensions(config) | {"heads": config.heads, "kv_heads": config.kv_heads},
+        map_logits=lambda config, products: products * config.logit_scale, always_maps_logits=True, **fields,
+    )  # fmt: skip
 
 
-def final_norm(config: Cohere2Config, source: SharedWeights, x: jax.Array) -> jax.Array:
-    return layer_norm(x, source.leaf("final_norm"), None, config.norm_eps)
-
-
-def read(hf: Mapping[str, Any]) -> Cohere2Config:
-    common = {**hf, "rms_norm_eps": hf["layer_norm_eps"]}
-    config = read_config("cohere2", common, Cohere2Config, BIASES | {"logit_scale": "logit_scale"})
-    return replace(config, position_kinds=sliding_layers(hf))
-
-
-COHERE2 = llama_like(
+COHERE = _cohere("cohere", "CohereConfig", KEYS, lambda hf: read("cohere", hf), defaults={"tie_word_embeddings": True})
+COHERE2 = _cohere(
     "cohere2",
     "Cohere2Config",
-    COHERE_KEYS,
-    read,
-    unread="rms_norm_eps",
-    leaves=LEAVES,
-    position_tables=position_tables,
-    block=block,
-    final_norm=final_norm,
-    map_logits=lambda config, products: products * config.logit_scale,
-    always_maps_logits=True,
+    KEYS | WINDOWS,
+    lambda hf: replace(read("cohere2", hf), position_kinds=sliding_layers(hf)),
+    position_tables=switched_position_tables,
 )

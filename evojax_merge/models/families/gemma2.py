@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from evojax_merge.models.config_keys import above, or_null
-from evojax_merge.models.families.gemma_like import GemmaConfig, gemma_like, gguf_settings, read_gemma
+from evojax_merge.models.families.gemma_like import GemmaConfig, gemma_like, gguf_metadata, gguf_settings, read_gemma
 from evojax_merge.models.families.llama_like_gguf import llama_like_gguf
 
 
@@ -20,5 +20,5 @@ GEMMA2 = gemma_like(
     {"attn_logit_softcapping": or_null(above(0))},
     read,
     always_maps_logits=True,
-    gguf=llama_like_gguf("gemma2", partial(gguf_settings, large=46), norm_offset=1.0),
+    gguf=llama_like_gguf("gemma2", partial(gguf_settings, large=46), norm_offset=1.0, write_settings=gguf_metadata),
 )

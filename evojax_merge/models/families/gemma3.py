@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from evojax_merge.models.config import RopeConfig
-from evojax_merge.models.config_keys import SIZE, above, mapping, or_null
+from evojax_merge.models.config_keys import SIZE, above, or_null
 from evojax_merge.models.families import gemma_like
 from evojax_merge.models.families.gemma_like import GemmaConfig, read_gemma
-from evojax_merge.models.families.llama_like import ROPE, rope_config, sliding_layers
+from evojax_merge.models.families.llama_like import LOCAL_ROPE, local_position_tables, rope_config, sliding_layers
 from evojax_merge.models.families.llama_like_gguf import THETA, llama_like_gguf
-from evojax_merge.models.gguf import GgufFile
-from evojax_merge.models.layers import CosSin, SequenceLayout, rope_tables
+from evojax_merge.models.gguf import GgufFile, Settings
 
 # In GGUF files: the base frequency of layers with a sliding window, and the period of layers without: all but every
 # sixth layer have a window.
@@ -24,11 +23,6 @@ class Gemma3Config(GemmaConfig):
     """local_rope: the RoPE of layers with a sliding window."""
 
     local_rope: RopeConfig
-
-
-def position_tables(config: Gemma3Config, layout: SequenceLayout) -> tuple[CosSin, CosSin]:
-    """The tables of layers with full attention, and of layers with a sliding window."""
-    return rope_tables(config.rope, config.head_dim, layout), rope_tables(config.local_rope, config.head_dim, layout)
 
 
 def read(hf: Mapping[str, Any]) -> Gemma3Config:
@@ -51,16 +45,28 @@ def gguf_settings(file: GgufFile) -> dict[str, Any]:
     return settings
 
 
+def gguf_metadata(values: Mapping[str, Any]) -> Settings:
+    """The inverse of `gguf_settings`."""
+    ropes, kinds = values["rope_parameters"], values["layer_types"]
+    metadata, tensors = gemma_like.gguf_metadata({**values, "rope_parameters": ropes["full_attention"]})
+    theta = float(ropes["sliding_attention"]["rope_theta"])
+    pattern = 1 + kinds.index("full_attention") if "full_attention" in kinds else len(kinds) + 1
+    metadata |= {} if theta == LOCAL_THETA else {".rope.freq_base_swa": theta}
+    # Of fewer layers than a period, the pattern that llama.cpp assumes is right as well.
+    is_usual = pattern == WINDOW_PATTERN or len(kinds) < min(pattern, WINDOW_PATTERN)
+    return metadata | ({} if is_usual else {".attention.sliding_window_pattern": pattern}), tensors
+
+
 GEMMA3 = gemma_like.gemma_like(
     "gemma3_text",
     "Gemma3TextConfig",
     {
         "rope_local_base_freq": above(1),
-        "rope_parameters": or_null(mapping({"full_attention": ROPE, "sliding_attention": ROPE})),
+        "rope_parameters": LOCAL_ROPE,
         "sliding_window_pattern": or_null(SIZE),
     },
     read,
-    position_tables=position_tables,
+    position_tables=local_position_tables,
     bidirectional_images=True,
-    gguf=llama_like_gguf("gemma3", gguf_settings, norm_offset=1.0),
+    gguf=llama_like_gguf("gemma3", gguf_settings, norm_offset=1.0, write_settings=gguf_metadata),
 )

@@ -13,18 +13,18 @@ import jax.numpy as jnp
 from evojax_merge.models.architecture import Architecture, SharedWeights
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import OFF, SIZE, SWITCH, TEXTS, Expected, above, one_of, or_null
+from evojax_merge.models.families import llama_like as common
 from evojax_merge.models.families.llama_like import (
     BIASES,
     INNER_PROJECTIONS,
     SHARED,
     WINDOW,
-    gated_mlp,
     llama_like,
     norm_leaf,
     read_config,
 )
-from evojax_merge.models.families.llama_like_gguf import FACTOR, llama_settings
-from evojax_merge.models.gguf import GgufFile
+from evojax_merge.models.families.llama_like_gguf import FACTOR, llama_metadata, llama_settings
+from evojax_merge.models.gguf import GgufFile, Settings
 from evojax_merge.models.layers import (
     ACTIVATIONS,
     Attend,
@@ -32,10 +32,6 @@ from evojax_merge.models.layers import (
     KeyValue,
     SequenceLayout,
     Weights,
-    apply_rope,
-    dense,
-    dense_heads,
-    rms_norm_float32,
 )
 
 
@@ -75,7 +71,7 @@ def gemma_like(
     `GEMMA_KEYS`; read, fields: see `llama_like`."""
     return llama_like(
         model_type, config_class, GEMMA_KEYS | keys, read, unread="hidden_act", leaves=LEAVES, embed=embed, block=block,
-        final_norm=final_norm, map_logits=map_logits, **fields,
+        map_logits=map_logits, **fields,
     )  # fmt: skip
 
 
@@ -87,23 +83,8 @@ def embed(config: GemmaConfig, source: SharedWeights, tokens: jax.Array, layout:
 def block(
     config: GemmaConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
 ) -> tuple[jax.Array, KeyValue]:
-    norm = partial(rms_norm_float32, eps=config.norm_eps, offset=1.0)
-    with jax.named_scope("attention"):
-        normed = norm(x, weights["attention_norm"])
-        query, key, value = (dense_heads(normed, weights, name, config.head_dim) for name in ("q", "k", "v"))
-        if config.qk_norm:
-            query, key = norm(query, weights["q_norm"]), norm(key, weights["k_norm"])
-        cos, sin = (table.astype(x.dtype) for table in rope)
-        attn_out, kept = attend(
-            apply_rope(query, cos, sin), apply_rope(key, cos, sin), value, scale=config.query_scale,
-            softcap=config.attention_softcap,
-        )  # fmt: skip
-        x = x + norm(dense(attn_out, weights, "o"), weights["post_attention_norm"])
-    return x + norm(gated_mlp(config, weights, norm(x, weights["mlp_norm"])), weights["post_mlp_norm"]), kept
-
-
-def final_norm(config: GemmaConfig, source: SharedWeights, x: jax.Array) -> jax.Array:
-    return rms_norm_float32(x, source.leaf("final_norm"), config.norm_eps, offset=1.0)
+    attend = partial(attend, scale=config.query_scale, softcap=config.attention_softcap)
+    return common.block(config, weights, x, rope, attend)
 
 
 def map_logits(config: GemmaConfig, products: jax.Array) -> jax.Array:
@@ -121,6 +102,8 @@ def read_gemma(
         GemmaConfig,
         BIASES | {"logit_softcap": "final_logit_softcapping"},
         qk_norm=qk_norm,
+        norm="rms_float32",
+        norm_offset=1.0,
         query_scale=hf["query_pre_attn_scalar"] ** -0.5,
         attention_softcap=attention_softcap,
     )
@@ -143,3 +126,13 @@ def gguf_settings(file: GgufFile, large: int) -> dict[str, Any]:
         if file.key(key) in file.metadata:
             settings[name] = file.value(key, expected)
     return settings
+
+
+def gguf_metadata(values: Mapping[str, Any]) -> Settings:
+    """The inverse of `gguf_settings`."""
+    metadata, tensors = llama_metadata(values)
+    keys = {
+        ".attn_logit_softcapping": "attn_logit_softcapping", ".final_logit_softcapping": "final_logit_softcapping",
+        ".attention.sliding_window": "sliding_window",
+    }  # fmt: skip
+    return metadata | {name: values[key] for name, key in keys.items() if values.get(key) is not None}, tensors

@@ -81,11 +81,14 @@ def conv1d(x: jax.Array, weights: Weights, name: str) -> jax.Array:
     return jnp.einsum("...i,io->...o", x, weights[name]) + weights[f"{name}_bias"]
 
 
-def embed(config: GPT2Config, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout) -> jax.Array:
+def embed(
+    config: DecoderConfig, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout, offset: int = 0
+) -> jax.Array:
+    """The tokens' embeddings plus those of their positions, whose rows begin at `offset`."""
     assert config.positions is not None
     # Draft tokens may follow a row that fills the whole context; they are never accepted.
     positions = jnp.minimum(layout.positions, config.positions - 1)
-    return source.rows("embed", tokens) + source.rows("positions", positions)
+    return source.rows("embed", tokens) + source.rows("positions", positions + offset)
 
 
 def block(

@@ -14,7 +14,7 @@ from evojax_merge.models.families.llama_like import (
     PARTIAL_ROPE,
     PARTIAL_ROTARY,
     embed,
-    partial_position_tables,
+    position_tables,
     rope_config,
 )
 from evojax_merge.models.layers import (
@@ -168,7 +168,7 @@ GPT_NEOX = Architecture(
         "vocab": config.vocab,
     },
     embed=embed,
-    position_tables=partial_position_tables,
+    position_tables=position_tables,
     block=block,
     final_norm=final_norm,
     config_class="GPTNeoXConfig",

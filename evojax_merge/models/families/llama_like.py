@@ -11,9 +11,10 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from evojax_merge.errors import shown
-from evojax_merge.models.architecture import LAYERS, Architecture, Leaf, SharedWeights
+from evojax_merge.models.architecture import LAYERS, Architecture, Leaf, SharedWeights, shared_leaves
 from evojax_merge.models.config import NO_WINDOW, LlamaLikeConfig, RopeConfig
 from evojax_merge.models.config_keys import (
     CONTEXT,
@@ -39,9 +40,13 @@ from evojax_merge.models.layers import (
     SequenceLayout,
     Weights,
     apply_rope,
+    apply_rope_interleaved,
     dense,
     dense_heads,
+    dense_whole,
+    layer_norm,
     rms_norm,
+    rms_norm_float32,
     rope_tables,
 )
 
@@ -107,6 +112,13 @@ LEAVES = (
     norm_leaf("attention_norm", "input_layernorm"), norm_leaf("mlp_norm", "post_attention_layernorm"), *PROJECTIONS,
     *SHARED,
 )  # fmt: skip
+# The norms of layers with LayerNorm, whose biases are leaves of their own.
+LAYER_NORMS = tuple(
+    replace(norm_leaf(name, module), name=f"{name}{suffix}", tensor=f"{_LAYER}{module}.{kind}")
+    for name, module in (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"))
+    for suffix, kind in (("", "weight"), ("_bias", "bias"))
+)
+FINAL_NORM_BIAS = Leaf("final_norm_bias", "model.norm.bias", "norm", ("hidden",))
 # For layers whose contributions are normalised: the norm behind a projection sets the contribution's scale.
 INNER_PROJECTIONS = tuple(replace(leaf, writes_residual=False) for leaf in PROJECTIONS)
 # The filters that mergekit's users write.
@@ -114,6 +126,7 @@ FILTERS = {
     "attention": "self_attn", "mlp": ".mlp.", "norm": "layernorm",
     "embed": "embed_tokens", "final_norm": "model.norm", "head": "lm_head",
 }  # fmt: skip
+LAYER_NORM_FILTERS = FILTERS | {"final_norm": "model.norm.weight", "final_norm_bias": "model.norm.bias"}
 
 
 def dimensions(config: LlamaLikeConfig) -> dict[str, int]:
@@ -135,32 +148,71 @@ def embed(config: LlamaLikeConfig, source: SharedWeights, tokens: jax.Array, lay
     return source.rows("embed", tokens)
 
 
-def position_tables(config: LlamaLikeConfig, layout: SequenceLayout) -> CosSin:
-    return rope_tables(config.rope, config.head_dim, layout)
-
-
-def partial_position_tables(config: Any, layout: SequenceLayout) -> CosSin:
-    """The tables where the first `config.rotary_dim` entries of a head are rotated."""
+def position_tables(config: Any, layout: SequenceLayout) -> CosSin:
     return rope_tables(config.rope, config.rotary_dim, layout)
 
 
+def switched_position_tables(config: LlamaLikeConfig, layout: SequenceLayout) -> tuple[CosSin, CosSin]:
+    """The tables of layers without positions, which rotate by nothing, and of layers with RoPE."""
+    cos, sin = rope_tables(config.rope, config.head_dim, layout)
+    return (jnp.ones_like(cos), jnp.zeros_like(sin)), (cos, sin)
+
+
+def local_position_tables(config: Any, layout: SequenceLayout) -> tuple[CosSin, CosSin]:
+    """The tables of layers with full attention, and of layers with a sliding window, by `config.local_rope`."""
+    return rope_tables(config.rope, config.head_dim, layout), rope_tables(config.local_rope, config.head_dim, layout)
+
+
 def project_qkv(
-    config: LlamaLikeConfig, weights: Weights, x: jax.Array, rope: CosSin
+    config: LlamaLikeConfig, weights: Weights, x: jax.Array, rope: CosSin | tuple[()]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries `[B, T, H, d]` and keys `[B, T, G, d]` with RoPE applied, and values `[B, T, G, d]`."""
     with jax.named_scope("qkv"):
-        query, key, value = (dense_heads(x, weights, name, config.head_dim) for name in ("q", "k", "v"))
+        if "qkv" in weights:
+            heads = dense(x, weights, "qkv").reshape(*x.shape[:2], -1, config.head_dim)
+            query, key, value = jnp.split(heads, [config.heads, config.heads + config.kv_heads], axis=2)
+        else:
+            query, key, value = (dense_heads(x, weights, name, config.head_dim) for name in ("q", "k", "v"))
+        if config.norm_behind_rope:
+            query, key = (_rotate(config, part, rope) for part in (query, key))
         if config.qk_norm:
-            query = rms_norm(query, weights["q_norm"], config.norm_eps)
-            key = rms_norm(key, weights["k_norm"], config.norm_eps)
-        cos, sin = (table.astype(x.dtype) for table in rope)
-        return apply_rope(query, cos, sin), apply_rope(key, cos, sin), value
+            query, key = norm(config, weights, "q_norm", query), norm(config, weights, "k_norm", key)
+        if not config.norm_behind_rope:
+            query, key = (_rotate(config, part, rope) for part in (query, key))
+        return query, key, value
+
+
+def _rotate(config: LlamaLikeConfig, x: jax.Array, rope: CosSin | tuple[()]) -> jax.Array:
+    """RoPE of queries or keys; no tables: they have no positions."""
+    if not rope:
+        return x
+    cos, sin = (table.astype(x.dtype) for table in rope)
+    return (apply_rope_interleaved if config.interleaved else apply_rope)(x, cos, sin)
+
+
+def norm(config: LlamaLikeConfig, weights: Weights, name: str, x: jax.Array) -> jax.Array:
+    """The norm over the last axis whose gain is the leaf `name`; `x` where the layer has no such norm."""
+    gain = weights.get(name)
+    if gain is None:
+        return x
+    if config.norm == "rms":
+        return rms_norm(x, gain, config.norm_eps)
+    if config.norm == "rms_float32":
+        return rms_norm_float32(x, gain, config.norm_eps, config.norm_offset)
+    return layer_norm(x, gain + config.norm_offset, weights.get(f"{name}_bias"), config.norm_eps)
 
 
 def gated_mlp(config: LlamaLikeConfig, weights: Weights, x: jax.Array) -> jax.Array:
+    """The MLP's output, `[B, T, hidden]`; the activation is that of the gate, or of `up` where there is no gate."""
+    activation = ACTIVATIONS[config.activation]
     with jax.named_scope("mlp"):
-        gate = ACTIVATIONS[config.activation](dense(x, weights, "gate"))
-        return dense(gate * dense(x, weights, "up"), weights, "down")
+        if "gate_up" in weights:
+            # One half of the devices has the gate's entries, the other half the entries that the gate multiplies.
+            gate, up = jnp.split(dense_whole(x, weights, "gate_up"), 2, axis=-1)
+            return dense(activation(gate) * up, weights, "down")
+        if "gate" in weights:
+            return dense(activation(dense(x, weights, "gate")) * dense(x, weights, "up"), weights, "down")
+        return dense(activation(dense(x, weights, "up")), weights, "down")
 
 
 def attention(
@@ -168,20 +220,27 @@ def attention(
 ) -> tuple[jax.Array, KeyValue]:
     """The hidden states plus attention's output, and the keys and values that `attend` returned."""
     with jax.named_scope("attention"):
-        normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
+        normed = norm(config, weights, "attention_norm", x)
         attn_out, kept = attend(*project_qkv(config, weights, normed, rope))
-        return x + dense(attn_out, weights, "o"), kept
+        return x + norm(config, weights, "post_attention_norm", dense(attn_out, weights, "o")), kept
 
 
 def block(
     config: LlamaLikeConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
 ) -> tuple[jax.Array, KeyValue]:
-    x, kept = attention(config, weights, x, rope, attend)
-    return x + gated_mlp(config, weights, rms_norm(x, weights["mlp_norm"], config.norm_eps)), kept
+    """A layer with the norms that its weights have: before attention and MLP, behind them, or both."""
+    attended, kept = attention(config, weights, x, rope, attend)
+    # Side by side, attention and MLP may share a norm.
+    shares = config.side_by_side and "mlp_norm" not in weights
+    normed = norm(
+        config, weights, "attention_norm" if shares else "mlp_norm", x if config.side_by_side else attended
+    )  # fmt: skip
+    return attended + norm(config, weights, "post_mlp_norm", gated_mlp(config, weights, normed)), kept
 
 
 def final_norm(config: LlamaLikeConfig, source: SharedWeights, x: jax.Array) -> jax.Array:
-    return rms_norm(x, source.leaf("final_norm"), config.norm_eps)
+    names = [leaf.name for leaf in shared_leaves(config) if leaf.name in ("final_norm", "final_norm_bias")]
+    return norm(config, {name: source.leaf(name) for name in names}, "final_norm", x)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -209,6 +268,9 @@ ROPE = or_null(mapping(_ROPE))
 # For families in which only some of a head's entries are rotated.
 PARTIAL_ROTARY = or_null(Expected(lambda value: is_number(value) and 0 < value <= 1, "a number above 0, up to 1"))
 PARTIAL_ROPE = or_null(mapping(_ROPE | {"partial_rotary_factor": PARTIAL_ROTARY}))
+PARTIAL_KEYS = {"partial_rotary_factor": PARTIAL_ROTARY, "rope_parameters": PARTIAL_ROPE, "rope_scaling": PARTIAL_ROPE}
+# For families whose layers with a sliding window have a RoPE of their own.
+LOCAL_ROPE = or_null(mapping({"full_attention": ROPE, "sliding_attention": ROPE}))
 # Keys that the class of every family reads. `head_dim` and RoPE's spellings count for every family, declared or not.
 KEYS: dict[str, Expected] = {
     "head_dim": or_null(SIZE),
@@ -280,6 +342,7 @@ def read_config(
         raise ValueError(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads: {kv_heads}")
     if head_dim % 2:
         raise ValueError(f"head_dim: {head_dim}; expected an even number, to rotate positions in pairs")
+    rotary_dim = rotary_dimension(head_dim, hf["rope_parameters"])
     common: dict[str, Any] = {
         "architecture": model_type,
         "hidden": hf["hidden_size"],
@@ -293,7 +356,8 @@ def read_config(
         "mlp": hf["intermediate_size"],
         "norm_eps": hf["rms_norm_eps"],
         "activation": hf["hidden_act"],
-        "rope": rope_config(hf["rope_parameters"], hf["max_position_embeddings"], head_dim),
+        "rope": rope_config(hf["rope_parameters"], hf["max_position_embeddings"], rotary_dim),
+        "rotary_dim": rotary_dim,
     }
     return kind(**common | {field: hf[key] for field, key in keys.items()} | values)
 
@@ -318,6 +382,18 @@ def windows_of(hf: Mapping[str, Any]) -> tuple[int, ...]:
         fault = f"{len(kinds)} of them" if len(kinds) != layers else shown(unknown[0])
         raise ValueError(f"layer_types: {fault}; expected {layers} of {', '.join(windows)}")
     return tuple(windows[kind] for kind in kinds)
+
+
+def read_types(hf: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, ...]:
+    """The types of a config's layers. Raises ValueError, with the layer, for a type that is not among `names`, or where
+    the types are not as many as the layers."""
+    types, layers = tuple(hf["layer_types"]), hf["num_hidden_layers"]
+    unknown = next((number for number, name in enumerate(types) if name not in names), None)
+    if unknown is not None:
+        raise ValueError(f"layer_types: layer {unknown} is {shown(types[unknown])}; expected one of {', '.join(names)}")
+    if len(types) != layers:
+        raise ValueError(f"layer_types: {len(types)} of them; expected num_hidden_layers, {layers}")
+    return types
 
 
 def sliding_layers(hf: Mapping[str, Any]) -> tuple[int, ...]:

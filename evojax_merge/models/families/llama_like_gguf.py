@@ -8,7 +8,7 @@ import numpy as np
 
 from evojax_merge.errors import InputError, shown
 from evojax_merge.models.config_keys import CONTEXT, DEPTH, EPSILON, SIZE, SWITCH, TEXT, above, whole
-from evojax_merge.models.gguf import Gguf, GgufFile
+from evojax_merge.models.gguf import Gguf, GgufFile, Settings
 
 # Rules for the values of files, beside the rules for configs.
 FACTOR, THETA, COUNT = above(0), above(1), whole(0, 2**31 - 1)
@@ -139,9 +139,55 @@ def mixture_settings(file: GgufFile, experts_key: str, *, weights_sum_to_one: bo
     return settings
 
 
+def common_metadata(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of all these families, by the values of the keys of config.json."""
+    heads = values["num_attention_heads"]
+    head_dim = values.get("head_dim") or values["hidden_size"] // heads
+    return {
+        ".vocab_size": values["vocab_size"], ".context_length": values["max_position_embeddings"],
+        ".embedding_length": values["hidden_size"], ".block_count": values["num_hidden_layers"],
+        ".feed_forward_length": values["intermediate_size"], ".attention.head_count": heads,
+        ".attention.head_count_kv": values["num_key_value_heads"] or heads, ".attention.key_length": head_dim,
+        ".attention.value_length": head_dim, ".attention.layer_norm_rms_epsilon": values["rms_norm_eps"],
+        ".rope.dimension_count": head_dim,
+    }  # fmt: skip
+
+
+def llama_metadata(values: Mapping[str, Any]) -> Settings:
+    """The inverse of `llama_settings`."""
+    metadata, rope = common_metadata(values), values["rope_parameters"]
+    kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
+    metadata[".rope.freq_base"] = theta
+    if kind == "llama3":
+        return metadata, {FREQUENCIES: llama3_factors(theta, metadata[".rope.dimension_count"], rope["factor"])}
+    if kind in ("linear", "yarn"):
+        metadata |= {".rope.scaling.type": kind, ".rope.scaling.factor": float(rope["factor"])}
+    if kind == "yarn":
+        original = rope.get("original_max_position_embeddings") or values["max_position_embeddings"]
+        metadata[".rope.scaling.original_context_length"] = original
+    return metadata, {}
+
+
+def mixture_metadata(
+    values: Mapping[str, Any], experts_key: str, *, weights_sum_to_one: bool | None = None
+) -> Settings:
+    """The inverse of `mixture_settings`."""
+    metadata, tensors = llama_metadata(values)
+    keys = {
+        ".expert_count": experts_key, ".expert_used_count": "num_experts_per_tok",
+        ".expert_feed_forward_length": "moe_intermediate_size",
+        ".expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    }  # fmt: skip
+    metadata |= {name: values[key] for name, key in keys.items() if key in values}
+    if values.get("norm_topk_prob", weights_sum_to_one) != weights_sum_to_one:
+        metadata[".expert_weights_norm"] = values["norm_topk_prob"]
+    return metadata, tensors
+
+
 def llama_like_gguf(
     name: str, read_settings: Callable[[GgufFile], dict[str, Any]] = llama_settings, **options: Any
 ) -> Gguf:
     """The form of a Llama-like architecture's GGUF files. options: further fields of `Gguf`."""
-    fields = {"setting_tensors": (FREQUENCIES,), "config_keys": CONFIG_KEYS, "size_keys": SIZE_KEYS} | options
+    fields: dict[str, Any] = {"setting_tensors": (FREQUENCIES,), "config_keys": CONFIG_KEYS, "size_keys": SIZE_KEYS,
+              "write_settings": llama_metadata} | options  # fmt: skip
     return Gguf(name, read_settings, **fields)

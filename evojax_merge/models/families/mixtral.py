@@ -4,7 +4,7 @@ from functools import partial
 
 from evojax_merge.models.config_keys import SIZE
 from evojax_merge.models.families.llama_like import WINDOW
-from evojax_merge.models.families.llama_like_gguf import llama_like_gguf, mixture_settings
+from evojax_merge.models.families.llama_like_gguf import llama_like_gguf, mixture_metadata, mixture_settings
 from evojax_merge.models.families.mixture import PACKED, expert_leaves, mixture_of_experts, read_mixture
 
 MIXTRAL = mixture_of_experts(
@@ -17,6 +17,10 @@ MIXTRAL = mixture_of_experts(
     {"router": "gate.weight", "mlp": "experts"},
     packed=PACKED | {"model.layers.{layer}.mlp.gate.weight": ("router",)},
     gguf=llama_like_gguf(
-        "llama", partial(mixture_settings, experts_key="num_local_experts"), has_experts=True, interleaved=True
+        "llama",
+        partial(mixture_settings, experts_key="num_local_experts"),
+        has_experts=True,
+        write_settings=partial(mixture_metadata, experts_key="num_local_experts"),
+        interleaved=True,
     ),
 )

@@ -14,6 +14,7 @@ from evojax_merge.models.families.llama_like import (
     SHARED,
     gated_mlp,
     llama_like,
+    norm,
     norm_leaf,
     read_config,
 )
@@ -25,7 +26,6 @@ from evojax_merge.models.layers import (
     apply_rope,
     dense,
     dense_heads,
-    rms_norm_float32,
 )
 
 WHOLE_NORMS = {"q_norm": ("queries",), "k_norm": ("keys",)}
@@ -41,22 +41,20 @@ def block(
     config: LlamaLikeConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
 ) -> tuple[jax.Array, KeyValue]:
     with jax.named_scope("attention"):
-        query = rms_norm_float32(dense(x, weights, "q"), weights["q_norm"], config.norm_eps)
-        key = rms_norm_float32(dense(x, weights, "k"), weights["k_norm"], config.norm_eps)
+        query, key = (norm(config, weights, f"{name}_norm", dense(x, weights, name)) for name in ("q", "k"))
         query, key = (part.reshape(*x.shape[:2], -1, config.head_dim) for part in (query, key))
         cos, sin = (table.astype(x.dtype) for table in rope)
         value = dense_heads(x, weights, "v", config.head_dim)
         attn_out, kept = attend(apply_rope(query, cos, sin), apply_rope(key, cos, sin), value)
-        x = x + rms_norm_float32(dense(attn_out, weights, "o"), weights["post_attention_norm"], config.norm_eps)
-    return x + rms_norm_float32(gated_mlp(config, weights, x), weights["post_mlp_norm"], config.norm_eps), kept
+        x = x + norm(config, weights, "post_attention_norm", dense(attn_out, weights, "o"))
+    return x + norm(config, weights, "post_mlp_norm", gated_mlp(config, weights, x)), kept
 
 
 OLMO2 = llama_like(
     "olmo2",
     "Olmo2Config",
     {"attention_bias": SWITCH},
-    partial(read_config, "olmo2", keys=BIASES, qk_norm=True),
+    partial(read_config, "olmo2", keys=BIASES, qk_norm=True, norm="rms_float32"),
     leaves=LEAVES,
     block=block,
-    final_norm=lambda config, source, x: rms_norm_float32(x, source.leaf("final_norm"), config.norm_eps),
 )

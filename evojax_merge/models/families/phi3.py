@@ -3,11 +3,9 @@ rotate only a part of each head, and models of long contexts use LongRoPE (arXiv
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.errors import InputError, shown
@@ -22,7 +20,6 @@ from evojax_merge.models.families.llama_like import (
     dimensions,
     llama_like,
     norm_leaf,
-    partial_position_tables,
     read_config,
     rotary_dimension,
 )
@@ -30,35 +27,15 @@ from evojax_merge.models.families.llama_like_gguf import (
     COUNT,
     FACTOR,
     THETA,
+    common_metadata,
     common_settings,
     head_size,
     llama_like_gguf,
 )
-from evojax_merge.models.gguf import GgufFile
-from evojax_merge.models.layers import (
-    ACTIVATIONS,
-    Attend,
-    CosSin,
-    KeyValue,
-    Weights,
-    apply_rope,
-    dense,
-    rms_norm,
-)
+from evojax_merge.models.gguf import GgufFile, Settings
 
 # In GGUF files: LongRoPE's divisors of the frequencies, beyond the length of the first training and up to it.
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phi3Config(LlamaLikeConfig):
-    """rotary_dim: the number of entries of a head that are rotated."""
-
-    rotary_dim: int
-
-    @property
-    def position_switch(self) -> int | None:
-        return self.rope.original_max_position if self.rope.kind == "longrope" else None
 
 
 _ATTENTION, _MLP = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
@@ -70,23 +47,6 @@ LEAVES = (
     *(leaf for leaf in PROJECTIONS if leaf.name in ("o", "down")),
     *SHARED,
 )
-
-
-def block(
-    config: Phi3Config, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
-) -> tuple[jax.Array, KeyValue]:
-    with jax.named_scope("attention"):
-        normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
-        with jax.named_scope("qkv"):
-            heads = dense(normed, weights, "qkv").reshape(*x.shape[:2], -1, config.head_dim)
-            query, key, value = jnp.split(heads, [config.heads, config.heads + config.kv_heads], axis=2)
-            cos, sin = (table.astype(x.dtype) for table in rope)
-        attn_out, kept = attend(apply_rope(query, cos, sin), apply_rope(key, cos, sin), value)
-        x = x + dense(attn_out, weights, "o")
-    with jax.named_scope("mlp"):
-        normed = rms_norm(x, weights["mlp_norm"], config.norm_eps)
-        gate, up = jnp.split(dense(normed, weights, "gate_up"), 2, axis=-1)
-        return x + dense(ACTIVATIONS[config.activation](gate) * up, weights, "down"), kept
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -113,14 +73,13 @@ ROPE = or_null(
 )
 
 
-def read(hf: Mapping[str, Any]) -> Phi3Config:
+def read(hf: Mapping[str, Any]) -> LlamaLikeConfig:
     settings = {key: value for key, value in hf["rope_parameters"].items() if value is not None}
-    plain = {"rope_type": "default", "rope_theta": settings["rope_theta"]}
-    common: LlamaLikeConfig = read_config("phi3", {**hf, "rope_parameters": plain})
-    rotary_dim, rope = rotary_dimension(common.head_dim, settings), common.rope
-    if settings.get("rope_type", "default") != "default":
-        rope = longrope_config(settings, hf["max_position_embeddings"], rotary_dim)
-    return Phi3Config(**vars(common) | {"rope": rope}, rotary_dim=rotary_dim)
+    kept = {key: settings[key] for key in ("rope_theta", "partial_rotary_factor") if key in settings}
+    config: LlamaLikeConfig = read_config("phi3", {**hf, "rope_parameters": {"rope_type": "default", **kept}})
+    if settings.get("rope_type", "default") == "default":
+        return config
+    return replace(config, rope=longrope_config(settings, hf["max_position_embeddings"], config.rotary_dim))
 
 
 def longrope_config(settings: Mapping[str, Any], max_position: int, dim: int) -> RopeConfig:
@@ -193,6 +152,24 @@ def _gguf_rope(file: GgufFile, head_dim: int) -> dict[str, Any]:
     return rope if math.isclose(attention, stretched, rel_tol=1e-6) else rope | {"attention_factor": attention}
 
 
+def gguf_metadata(values: Mapping[str, Any]) -> Settings:
+    """The inverse of `gguf_settings`."""
+    metadata, rope = common_metadata(values), values["rope_parameters"]
+    head_dim, context = metadata[".rope.dimension_count"], values["max_position_embeddings"]
+    original = rope.get("original_max_position_embeddings") or values.get("original_max_position_embeddings") or context
+    metadata |= {
+        ".rope.dimension_count": rotary_dimension(head_dim, rope), ".rope.freq_base": float(rope["rope_theta"]),
+        ".rope.scaling.original_context_length": original,
+        ".attention.sliding_window": values.get("sliding_window") or 0,
+    }  # fmt: skip
+    if rope.get("rope_type", "default") == "default":
+        return metadata, {}
+    metadata[".rope.scaling.attn_factor"] = longrope_config(
+        rope, context, metadata[".rope.dimension_count"]
+    ).attention_factor
+    return metadata, {LONG_FACTORS: np.array(rope["long_factor"]), SHORT_FACTORS: np.array(rope["short_factor"])}
+
+
 PHI3 = llama_like(
     "phi3",
     "Phi3Config",
@@ -204,7 +181,7 @@ PHI3 = llama_like(
         "queries_keys_values": (config.heads + 2 * config.kv_heads) * config.head_dim,
         "gate_up": 2 * config.mlp,
     },
-    position_tables=partial_position_tables,
-    block=block,
-    gguf=llama_like_gguf("phi3", gguf_settings, setting_tensors=(LONG_FACTORS, SHORT_FACTORS)),
+    gguf=llama_like_gguf(
+        "phi3", gguf_settings, setting_tensors=(LONG_FACTORS, SHORT_FACTORS), write_settings=gguf_metadata
+    ),
 )

@@ -3,15 +3,16 @@ by a gate."""
 
 from functools import partial
 
-from evojax_merge.models.architecture import LAYERS, Leaf
 from evojax_merge.models.config_keys import SIZE, SWITCH
 from evojax_merge.models.families.llama_like import QWEN_WINDOWS
-from evojax_merge.models.families.llama_like_gguf import llama_like_gguf, mixture_settings
-from evojax_merge.models.families.mixture import QWEN_EXPERTS, expert_leaves, mixture_of_experts, read_mixture
-
-SHARED = "model.layers.{layer}.mlp.shared_expert"
-WIDE = ("shared_mlp", "hidden")
-
+from evojax_merge.models.families.llama_like_gguf import llama_like_gguf, mixture_metadata, mixture_settings
+from evojax_merge.models.families.mixture import (
+    QWEN_EXPERTS,
+    SHARED_EXPERT,
+    expert_leaves,
+    mixture_of_experts,
+    read_mixture,
+)
 
 READ = {
     "qkv_bias": "qkv_bias", "weights_sum_to_one": "norm_topk_prob", "shared_mlp": "shared_expert_intermediate_size",
@@ -21,13 +22,7 @@ QWEN2_MOE = mixture_of_experts(
     "Qwen2MoeConfig",
     (
         *expert_leaves("mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
-        Leaf("shared_gate", f"{SHARED}.gate_proj.weight", "mlp", WIDE, LAYERS, sharded_axis=-2),
-        Leaf("shared_up", f"{SHARED}.up_proj.weight", "mlp", WIDE, LAYERS, sharded_axis=-2),
-        Leaf(
-            "shared_down", f"{SHARED}.down_proj.weight", "mlp", ("hidden", "shared_mlp"), LAYERS, sharded_axis=-1,
-            writes_residual=True,
-        ),
-        Leaf("shared_expert_gate", f"{SHARED}_gate.weight", "mlp", ("one", "hidden"), LAYERS),
+        *SHARED_EXPERT,
     ),
     QWEN_EXPERTS | QWEN_WINDOWS | {"qkv_bias": SWITCH, "shared_expert_intermediate_size": SIZE},
     partial(read_mixture, "qwen2_moe", keys=READ),
@@ -37,5 +32,6 @@ QWEN2_MOE = mixture_of_experts(
         "qwen2moe",
         partial(mixture_settings, experts_key="num_experts", weights_sum_to_one=False),
         has_experts=True,
+        write_settings=partial(mixture_metadata, experts_key="num_experts", weights_sum_to_one=False),
     ),
 )  # fmt: skip

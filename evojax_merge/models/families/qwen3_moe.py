@@ -4,7 +4,7 @@ from functools import partial
 
 from evojax_merge.models.config_keys import SWITCH
 from evojax_merge.models.families.llama_like import BIASES, QWEN_WINDOWS
-from evojax_merge.models.families.llama_like_gguf import llama_like_gguf, mixture_settings
+from evojax_merge.models.families.llama_like_gguf import llama_like_gguf, mixture_metadata, mixture_settings
 from evojax_merge.models.families.mixture import QWEN_EXPERTS, expert_leaves, mixture_of_experts, read_mixture
 
 QWEN3_MOE = mixture_of_experts(
@@ -19,5 +19,6 @@ QWEN3_MOE = mixture_of_experts(
         "qwen3moe",
         partial(mixture_settings, experts_key="num_experts", weights_sum_to_one=True),
         has_experts=True,
+        write_settings=partial(mixture_metadata, experts_key="num_experts", weights_sum_to_one=True),
     ),
 )

@@ -186,11 +186,6 @@ def check_options(where: str, search: SearchConfig, strategy: Strategy) -> None:
         fault = f"rungs: {search.rungs}; {strategy.name} does not race its candidates; it has gradient.minibatches"
     elif what == "fitness" and (options.generations is not None or options.starts != defaults.starts):
         fault = f"gradient.generations, gradient.starts: are hybrid's; {strategy.name} has generations and population"
-    elif what == "fitness" and options.minibatches > 1 and (stop.target is not None or stop.stagnation is not None):
-        fault = (
-            "stop.target, stop.stagnation: on minibatches no candidate's fitness on all examples is known; take "
-            "stop.evaluations or stop.seconds, or gradient.minibatches: 1"
-        )
     elif capabilities_of(strategy).keeps_front and search.rungs > 1:
         fault = (
             f"rungs: {search.rungs}; a race stops candidates by their weighted fitness, and {search.strategy} compares "

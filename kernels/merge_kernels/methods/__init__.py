@@ -3,6 +3,20 @@
 from merge_kernels.methods import interpolation  # isort: skip
 from merge_kernels.methods import task_vectors  # isort: skip
 from merge_kernels.methods import sce, nearswap, arcee_fusion, ram, passthrough  # isort: skip
+from merge_kernels.methods import singular, interference  # isort: skip
+from merge_kernels.methods import activations  # isort: skip
 from merge_kernels.methods import diffusion  # isort: skip
 
-__all__ = ["arcee_fusion", "diffusion", "interpolation", "nearswap", "passthrough", "ram", "sce", "task_vectors"]
+__all__ = [
+    "activations",
+    "arcee_fusion",
+    "diffusion",
+    "interference",
+    "interpolation",
+    "nearswap",
+    "passthrough",
+    "ram",
+    "sce",
+    "singular",
+    "task_vectors",
+]

@@ -1,8 +1,9 @@
 """A kind of candidates over language models: what a genome means, and what that needs of the models."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -11,6 +12,7 @@ from merge_kernels import Method
 
 from evojax_merge.backends.decoder.placements import DEVICE, PLACEMENTS, OnDevices, Room, Streamed
 from evojax_merge.checkpoints.abstract_bank import Place, abstract_stored
+from evojax_merge.checkpoints.bank import bank_bytes
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.config.search_config import BankPlace, Config
 from evojax_merge.evaluation.devices import Devices
@@ -19,8 +21,17 @@ from evojax_merge.evaluation.passes import SharedModel
 from evojax_merge.evaluation.paths import PathEvaluator
 from evojax_merge.evaluation.populations import Population
 from evojax_merge.evaluation.targets import Target
+from evojax_merge.mergekit.account import TensorFate, account_of_search
+from evojax_merge.mergekit.execute import merge_to
+from evojax_merge.mergekit.stages import merge_stream, prepare_stream
+from evojax_merge.mergekit.streams import parse_stream
 from evojax_merge.models.config import DecoderConfig
+from evojax_merge.report.account import card_section, document, summary, with_public_names
+from evojax_merge.report.progress import merge_bar
 from evojax_merge.report.winner import WinnerReport
+from evojax_merge.schema.yaml_reader import parse_documents
+from evojax_merge.system.console import say
+from evojax_merge.zoo.references import resolve_reference
 
 CandidateEvaluator = PopulationEvaluator | PathEvaluator
 # Layers of a streamed bank on a device: the one that computes, and the next.
@@ -46,14 +57,15 @@ class OpenedParents:
 @dataclass(frozen=True, kw_only=True)
 class Candidates(ABC):
     """A kind of candidates. `baseline_role`: the role of the space's baseline in the table, None where the parents'
-    rows show it already; `has_derivatives`: whether every gene has an effect that a gradient shows; `no_gradient`: the
-    key of a config, and the complaint, where `gradient_passes` is 0; sources: the models; placement: where their
-    weights are."""
+    rows show it already; `has_derivatives`: whether every gene has an effect that a gradient shows; `places`: where the
+    models' weights may be; `no_gradient`: the key of a config, and the complaint, where `gradient_passes` is 0;
+    sources: the models; placement: where their weights are."""
 
     sources: Sources
     placement: OnDevices = DEVICE
 
     baseline_role: ClassVar[str | None] = None
+    places: ClassVar[tuple[BankPlace, ...]] = tuple(PLACEMENTS)
     has_derivatives: ClassVar[bool] = True
     no_gradient: ClassVar[tuple[str, str]] = (
         "search.strategy", "its candidates have no gradients; take a strategy without them, such as cma_es"
@@ -75,6 +87,11 @@ class Candidates(ABC):
     @property
     @abstractmethod
     def is_random(self) -> bool: ...
+
+    @property
+    def preparation_notes(self) -> tuple[str, ...]:
+        """Lines of a plan about work of the host before the search."""
+        return ()
 
     @property
     def gradient_passes(self) -> int:
@@ -108,6 +125,27 @@ class Candidates(ABC):
         """The numbers of the sources of which the winner may have the generation_config.json."""
         return [0]
 
+    def run_as(self, config: DecoderConfig) -> DecoderConfig:
+        """The config of the decoder that candidates are run by. config: that of the first source."""
+        return config
+
+    def fates(self, other_modules: Path | None) -> list[TensorFate]:
+        """The fates of the models' tensors, which are named by their paths. other_modules: see `account_of_search`."""
+        return account_of_search(self.sources, other_modules)
+
+    def export(self, recipe: str, out: Path, card: str, check: Callable[[], None]) -> list[dict[str, Any]]:
+        """Write the model of a recipe, a YAML text, to the folder `out`, and return the account of its tensors."""
+        # The recipe's models are named by absolute paths, so that its own place makes no difference.
+        stream = parse_stream(out.parent / "recipe.yaml", parse_documents(out.parent / "recipe.yaml", recipe))
+        with prepare_stream(stream, out, find=resolve_reference) as stream_plan:
+            fates = with_public_names(stream_plan.account, stream_plan.paths)
+            write = partial(merge_to, recipe=recipe)
+            bar = partial(merge_bar, "exporting")
+            card += card_section(fates)
+            merge_stream(stream_plan, out, write, card=card, overwrite=True, check=check, bar=bar)
+        say(summary(fates))
+        return document(fates)
+
     # ---- Memory
 
     def room(self, model_bytes: int) -> Room:
@@ -119,6 +157,10 @@ class Candidates(ABC):
         """The same candidates with the models' weights at another place."""
         return replace(self, placement=PLACEMENTS[place])
 
+    def stored_bytes(self, config: DecoderConfig) -> int:
+        """Bytes that `load_bank` reports as its progress. config: of the first source."""
+        return bank_bytes(self.sources, config)
+
     @abstractmethod
     def loaded_bytes(self) -> int:
         """Bytes of the bank where the devices hold all of it."""
@@ -127,6 +169,10 @@ class Candidates(ABC):
     def host_bytes(self) -> int:
         """Bytes of the models that stay in the memory of the host."""
         return self.loaded_bytes() if self.placement.in_memory else 0
+
+    def brought_bytes(self) -> int:
+        """Bytes of models that come to the devices part by part for candidates that are evaluated together."""
+        return self.loaded_bytes() if isinstance(self.placement, Streamed) else 0
 
     def disk_bytes(self) -> int:
         """Bytes of the files that candidates are kept in while a search runs."""

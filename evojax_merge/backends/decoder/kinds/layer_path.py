@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ from evojax_merge.evaluation.paths import PathEvaluator
 from evojax_merge.evaluation.populations import Population
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.write import path_document
+from evojax_merge.models.architecture import architecture_of, types_of_layers
 from evojax_merge.models.paths import PathSpec
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.report.plan import shown_bytes
 from evojax_merge.report.winner import PathReport
 from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
+
+# A base takes part by the method alone.
+TAKES_BASE = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +155,7 @@ def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> Path
             config.scales != "none",
             max_length,
             config.embedding_parent,
+            partial(is_model, spec),
         )
     places = sum(depths) * config.repetitions
     if places > MAX_PATH_LAYERS:
@@ -160,5 +166,19 @@ def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> Path
         )
     max_length = config.max_layers or places
     return IndicatorSpace(
-        depths, config.repetitions, config.scales or "matrix", bounds, max_length, config.embedding_parent
-    )
+        depths, config.repetitions, config.scales or "matrix", bounds, max_length, config.embedding_parent,
+        partial(is_model, spec),
+    )  # fmt: skip
+
+
+def is_model(spec: PathSpec, layers: Sequence[int]) -> bool:
+    """Return whether a config.json can say the types of some of the parents' layers, in an order."""
+    type_keys = architecture_of(spec.configs[0]).type_keys
+    if type_keys is None:
+        return True
+    types = [name for config in spec.configs for name in types_of_layers(config)]
+    try:
+        type_keys([types[layer] for layer in layers])
+    except ValueError:
+        return False
+    return True

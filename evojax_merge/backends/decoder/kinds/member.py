@@ -49,6 +49,9 @@ from evojax_merge.schema.genealogy import founding_genealogy
 from evojax_merge.spaces.breeding import PARENTS, BreedingSpace, genome_genes
 from evojax_merge.spaces.search_parameters import find_method
 
+# A base takes part by the method alone.
+TAKES_BASE = False
+
 
 @dataclass(frozen=True, kw_only=True)
 class PoolCandidates(Candidates):
@@ -218,6 +221,8 @@ def methods_of(where: str, config: Config) -> tuple[Method, ...]:
     for i, name in enumerate(config.pool.methods):
         key = f"{where}: pool.methods[{i}]"
         method = find_method(key, name)
+        if method.looks_at:
+            raise InputError(key, f"{name} looks at prompts, which no child of a pool has seen; take another method")
         check_parent_count(key, method, PARENTS)
         if method.base == "required" and config.base is None:
             raise InputError(where, f"base: missing; {name} (pool.methods[{i}]) takes task vectors from a base model")

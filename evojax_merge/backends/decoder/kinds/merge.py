@@ -1,6 +1,7 @@
 """Merges of all sources by a method."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,9 @@ from merge_kernels import Method
 from evojax_merge.backends.decoder.kinds.kind import LAYERS_AHEAD, Candidates, OpenedParents
 from evojax_merge.backends.decoder.placements import Streamed
 from evojax_merge.checkpoints.abstract_bank import Place, abstract_bank
-from evojax_merge.checkpoints.bank import (
-    held_bytes,
-    leaf_layout,
-)
+from evojax_merge.checkpoints.bank import LOADERS, held_bytes, leaf_layout
 from evojax_merge.checkpoints.decoder_folder import PROJECTOR
+from evojax_merge.checkpoints.kept_vectors import preparation_seconds
 from evojax_merge.config.search_config import Config, SpaceConfig
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.evaluation.devices import Devices
@@ -35,8 +34,15 @@ from evojax_merge.models.architecture import (
     ROUTER,
     Leaf,
     architecture_of,
+    components_of,
+    first_of_each_type,
+    leaf_tensors,
+    leaves_of,
+    leaves_of_layer,
+    rows_of_layers,
     shared_leaves,
-    stack_leaves,
+    stack_numbers,
+    tensor_grid,
 )
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
@@ -50,6 +56,10 @@ from evojax_merge.spaces.search_parameters import (
     parent_groups_of,
     search_parameters_of,
 )
+from evojax_merge.system.data_packages import cache_folder
+
+# A base takes part by the method alone.
+TAKES_BASE = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +129,8 @@ class MergeCandidates(Candidates):
         staying = [leaf for leaf in leaves.values() if leaf.name not in (EMBEDDING, HEAD) or HEAD not in leaves]
         before = [leaf for leaf in leaves.values() if leaf.name != HEAD]
         behind = [*staying, leaves[HEAD]] if HEAD in leaves else staying
-        together = max(before, [*staying, *stack_leaves(self.decoder, LAYERS)], behind, key=nbytes)
+        layers = [leaves_of_layer(self.decoder, number) for number in first_of_each_type(self.decoder).values()]
+        together = max(before, behind, *([*staying, *layer] for layer in layers), key=nbytes)
         return [place_leaf(leaf, place) for leaf in together]
 
     def parts_note(self, placement: Streamed, target: Target, model: int) -> str:
@@ -130,6 +141,24 @@ class MergeCandidates(Candidates):
             f"{shown_bytes(streamed)} come to each "
             f"device once in a generation that is scored, and once for candidates that generate together{rate}"
         )  # fmt: skip
+
+    @property
+    def preparation_notes(self) -> tuple[str, ...]:
+        if not self.spec.method.stores_vectors:
+            return ()
+        tensors = [
+            (leaf, (*tensor_grid(self.decoder, leaf), *self.sources.shape(0, leaf_tensors(self.decoder, leaf)[0])))
+            for leaf in leaves_of(self.decoder)
+        ]
+        shapes = [shape for leaf, shape in tensors if len(leaf.shape) > 1]
+        workers = min(LOADERS, os.cpu_count() or 1)
+        seconds = preparation_seconds(self.spec, len(self.parents), shapes, workers)
+        vectors = [leaf_layout(self.sources, self.decoder, self.spec, leaf).mask_keys for leaf, _ in tensors]
+        nbytes = sum(array.nbytes for array in vectors if array is not None)
+        return (
+            f"{self.name}: matrices are taken apart on this machine's processor before the search, about "
+            f"{shown_seconds(seconds)} the first time; {shown_bytes(nbytes)} of vectors are kept in {cache_folder()}",
+        )
 
     def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
         return self.placement.load_merges(self.sources, self.decoder, self.spec, progress, devices)
@@ -144,7 +173,7 @@ class MergeCandidates(Candidates):
         # The values of recipes make no difference to a plan.
         shapes = jax.eval_shape(self.space.decode, jax.ShapeDtypeStruct((size, self.space.dims), jnp.float32))
         recipes = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-        bank = self.placement.abstract(self.place_whole(place))
+        bank = self.placement.abstract(self.place_whole(place), rows_of_layers(self.decoder))
         return evaluator.merges(bank, self.spec, recipes)
 
     def describe_work(self, evaluators: Sequence[PopulationEvaluator]) -> str:
@@ -193,7 +222,7 @@ def build_space(
     """The parameter space of a config. parents: their names in the config. Raises InputError for unknown parameters and
     parents, and for meaningless bounds."""
     shared = [leaf.name for leaf in architecture_of(decoder).shared if leaf.component != PROJECTOR]
-    components = architecture_of(decoder).components
+    components = components_of(decoder)
     named = [name.strip() for part in config.components for name in part.split("+")]
     # A router that is not named has parameters of its own, like shared leaves.
     alone = [ROUTER] if ROUTER in components and ROUTER not in named else []
@@ -224,6 +253,9 @@ def build_space(
         search_parameters=search_parameters,
         constants=constants,
         smooth=config.smooth,
+        further_stacks=tuple(
+            (stack, tuple(numbers)) for stack, numbers in stack_numbers(decoder).items() if stack != LAYERS
+        ),
         parent_groups=parent_groups,
         active=config.active,
     )

@@ -1,0 +1,116 @@
+"""Prepared vectors that outlive a run: the next merge or search with the same tensors and rule reads them.
+
+Vectors are kept by content: of the sources' tensors, the method, its constants and the kernels' own code. A file is a
+SHA-256 of the bytes after it; one that is damaged is made again.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from hashlib import sha256
+from math import prod
+from pathlib import Path
+from shutil import disk_usage
+from time import monotonic
+from typing import Any
+
+import merge_kernels
+import numpy as np
+from merge_kernels import Method, Prepared, tabulate
+
+from evojax_merge.errors import Failed, InputError
+from evojax_merge.models.bank import MergeSpec
+from evojax_merge.system.blas import one_blas_thread
+from evojax_merge.system.data_packages import cache_folder
+from evojax_merge.system.file_system import atomic_write_bytes, make_folder, remove_file
+from evojax_merge.system.regular_file import read_regular
+
+# Tensors of fewer entries are prepared as soon as they are read.
+MIN_ENTRIES = 2**16
+# The bytes that all files may take; the share of the disk that they leave free.
+MAX_BYTES, FREE_SHARE = 2**36, 0.1
+
+
+def prepare_or_read(
+    method: Method,
+    digests: Callable[[], Sequence[bytes]],
+    parents: int,
+    sources: Sequence[np.ndarray],
+    parameters: Any,
+    prepare: Callable[[], Prepared],
+) -> Prepared:
+    """The result of `prepare`, from a file where the method stores vectors and an earlier call has kept them. digests:
+    of the sources' tensors; sources, parameters: as `prepare` takes them."""
+    if not method.stores_vectors:
+        return prepare()
+    shape, dtype = sources[0].shape, np.dtype(merge_kernels.widest([x.dtype for x in sources]))
+    keys_shape, keys_dtype = method.mask_key_array(shape, dtype)
+    if prod(shape) < MIN_ENTRIES:
+        with one_blas_thread():
+            return prepare()
+    constants = [(p.name, np.asarray(parameters[p.name]).tolist()) for p in method.parameters if not p.searched]
+    content = repr([method.name, constants, digests(), _kernels()])
+    file = cache_folder() / "vectors" / sha256(content.encode()).hexdigest()
+    count = method.mask_keys(parents)
+    vectors = _read(file, count, keys_shape, keys_dtype)
+    if vectors is not None:
+        return Prepared(vectors, {})
+    with one_blas_thread():
+        prepared = prepare()
+    _keep(file, b"".join(np.ascontiguousarray(x).reshape(-1).view(np.uint8).tobytes() for x in prepared.mask_keys))
+    return prepared
+
+
+def preparation_seconds(spec: MergeSpec, parents: int, shapes: Iterable[tuple[int, ...]], workers: int) -> float:
+    """About the seconds that this machine takes to prepare the vectors of tensors `[..., out, in]`, by those of a small
+    matrix: a decomposition takes the cube of a matrix's side."""
+    side, rng = 256, np.random.default_rng(0)
+    sources = [rng.normal(size=(side, side)).astype(np.float32) for _ in range(parents + int(spec.options.has_base))]
+    keys, moments, taken = np.zeros(0, np.uint32), np.eye(side), list[float]()
+    with one_blas_thread():
+        # The first call loads libraries.
+        for _ in range(2):
+            started = monotonic()
+            tabulate(
+                spec.method, spec.options, sources, spec.prepared_for(parents), lambda k: keys, lambda k: moments
+            )  # fmt: skip
+            taken.append(monotonic() - started)
+    cubes = sum(prod(shape) * min(shape[-2:]) for shape in shapes if len(shape) > 1)
+    return min(taken) * cubes / side**3 / workers
+
+
+def _read(file: Path, count: int, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, ...] | None:
+    size = 32 + count * prod(shape) * dtype.itemsize
+    try:
+        content = read_regular(file, "kept vectors", size)
+    except (OSError, InputError):
+        return None
+    if len(content) != size or sha256(content[32:]).digest() != content[:32]:
+        return None
+    return tuple(np.frombuffer(content, dtype, offset=32).reshape(count, *shape))
+
+
+def _keep(file: Path, content: bytes) -> None:
+    """Keep vectors if the folder can be written and has room, and remove the oldest ones."""
+    try:
+        make_folder(file.parent)
+        if disk_usage(file.parent).free - len(content) < FREE_SHARE * disk_usage(file.parent).total:
+            return
+        atomic_write_bytes(file, sha256(content).digest() + content)
+        states = sorted((each.stat().st_mtime, each.stat().st_size, each) for each in file.parent.iterdir())
+        total = sum(size for _, size, _ in states)
+        for _, size, old in states:
+            if total <= MAX_BYTES:
+                break
+            remove_file(old)
+            total -= size
+    except (OSError, Failed, InputError):
+        return
+
+
+@cache
+def _kernels() -> str:
+    """A hash of the kernels' code."""
+    digest = sha256()
+    for path in sorted(Path(merge_kernels.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

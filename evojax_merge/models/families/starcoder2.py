@@ -1,0 +1,44 @@
+"""Starcoder 2 (arXiv 2402.19173): LayerNorm, biases, an MLP without gate; sliding windows."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from evojax_merge.models.config import LlamaLikeConfig
+from evojax_merge.models.config_keys import EPSILON, SWITCH
+from evojax_merge.models.families.llama_like import (
+    FINAL_NORM_BIAS,
+    LAYER_NORM_FILTERS,
+    LAYER_NORMS,
+    PROJECTIONS,
+    SHARED,
+    WINDOW,
+    llama_like,
+    read_config,
+)
+
+
+def read(hf: Mapping[str, Any]) -> LlamaLikeConfig:
+    biases = dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), "use_bias")
+    return read_config("starcoder2", {**hf, "rms_norm_eps": hf["norm_epsilon"]}, LlamaLikeConfig, biases, norm="layer")
+
+
+STARCODER2 = llama_like(
+    "starcoder2",
+    "Starcoder2Config",
+    {"norm_epsilon": EPSILON, "sliding_window": WINDOW, "use_bias": SWITCH},
+    read,
+    unread="rms_norm_eps",
+    leaves=(
+        *LAYER_NORMS,
+        *(
+            replace(leaf, tensor=leaf.tensor.replace("up_proj", "c_fc").replace("down_proj", "c_proj"))
+            for leaf in PROJECTIONS
+            if leaf.name not in ("gate", "gate_bias")
+        ),
+        *SHARED,
+        FINAL_NORM_BIAS,
+    ),
+    defaults={"tie_word_embeddings": True},
+    filters=LAYER_NORM_FILTERS,
+)

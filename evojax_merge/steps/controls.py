@@ -1,0 +1,265 @@
+"""Controls: models that nobody searched, beside which the winner is held out, made with as much work as the search."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evojax_merge.backends.backend import Adaptable, Backend
+from evojax_merge.config.search_config import StopConfig
+from evojax_merge.evaluation.scores import Goal, TaskScores, fitness, score_matrix
+from evojax_merge.problem import SearchProblem, build_strategy
+from evojax_merge.report.comparison import POLISHED, POLISHED_NAME, label_of, model_name
+from evojax_merge.report.plan import TUNING
+from evojax_merge.search.budgets import search_passes
+from evojax_merge.search.genomes import SpaceEvaluator
+from evojax_merge.search.loop import Archive, Reporter, Storage, evolve
+from evojax_merge.search.protocols import differentiates
+from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.search.run_schema import A_FILE, MAX_FILE
+from evojax_merge.search.strategies.greedy import greedy_soup
+from evojax_merge.steps.low_rank import Tuning, TuningData, train
+from evojax_merge.system.file_system import atomic_write_bytes
+from evojax_merge.system.regular_file import read_regular
+from evojax_merge.tasks.splits import Splits
+
+Progress = Callable[[int], None]
+Phase = Callable[[str, int], AbstractContextManager[Progress]]
+LORA_ROLES = {"base": "lora_base", "parent": "lora_parent"}
+
+
+@dataclass(frozen=True, eq=False)
+class Control:
+    """A control: its role and name in the table. genome: float32[D] of one that the space contains; scores: of any
+    other, held out. search: its fitness on the search split, where it was trained there; note: how it was made."""
+
+    role: str
+    name: str
+    genome: np.ndarray | None = None
+    scores: TaskScores | None = None
+    search: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class KeptControls:
+    """The controls that are made so far, in a file of the run folder: a killed run makes none of it twice. folder:
+    None: nothing is kept; made: array by the control's role; facts: of each, and the settings that it was made by."""
+
+    folder: RunFolder | None
+    made: dict[str, np.ndarray] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: RunFolder | None) -> "KeptControls":
+        """The controls of a run; none where the file is missing or damaged."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        kept = cls(folder)
+        if folder is None or not folder.controls.is_file():
+            return kept
+        content = read_regular(folder.controls, A_FILE, MAX_FILE)
+        try:
+            kept.made.update(load(content))
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            kept.facts.update(json.loads(header["__metadata__"]["facts"]))
+        except (SafetensorError, ValueError, KeyError, TypeError):
+            kept.made.clear()
+        return kept
+
+    def get(self, role: str, settings: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]] | None:
+        """A control that was made by the same settings, and its facts."""
+        facts = self.facts.get(role)
+        if role not in self.made or not isinstance(facts, dict) or facts.get("settings") != settings:
+            return None
+        return self.made[role], facts
+
+    def keep(self, role: str, settings: Mapping[str, Any], array: np.ndarray, facts: Mapping[str, Any]) -> None:
+        from safetensors.numpy import save
+
+        self.made[role], self.facts[role] = np.ascontiguousarray(array), {**facts, "settings": dict(settings)}
+        if self.folder is not None:
+            atomic_write_bytes(self.folder.controls, save(self.made, {"facts": json.dumps(self.facts)}))
+
+
+def make_controls(
+    problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]], archive: Archive, phase: Phase,
+    folder: RunFolder | None,
+) -> list[Control]:  # fmt: skip
+    """The controls of a search, in the order of the table. The uniform merge has a row without being one of them."""
+    controls, kept = [], KeptControls.read(folder if on.heldout.devices.is_main_process else None)
+    if "greedy" in problem.search.controls:
+        controls.append(_greedy(problem, on))
+    if "random" in problem.search.controls:
+        controls.append(_random(problem, on, archive, kept))
+    if "lora" in problem.search.controls:
+        controls += _adapters(problem, on, archive, phase, kept)
+    return controls
+
+
+def equal_searches(problem: SearchProblem[Backend]) -> int:
+    """How many times the work of its generations a search does for its controls and its polish."""
+    adapters = 2 if any(role == "base" for role, _ in problem.backend.compared) else 1
+    counts = {"random": 1, "lora": adapters}
+    return sum(counts.get(name, 0) for name in problem.search.controls) + (problem.search.then == "polish")
+
+
+def _greedy(problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]]) -> Control:
+    """The greedy soup by the examples that the winner is chosen on."""
+    members, soup = greedy_soup(problem.space, on.deciding, lambda done: None)
+    names = [model_name(parent) for parent, is_in in zip(problem.parents, members, strict=True) if is_in]
+    few = ", ".join(names) if len(names) <= 3 else f"{len(names)} of {len(members)} parents"
+    return Control("greedy", f"soup of {few}", soup)
+
+
+def passes_of(problem: SearchProblem[Backend], generations: int) -> float:
+    """The passes that a search of so many generations took."""
+    sizes = [
+        sum(task.size for shard in problem.splits.shards for task in shard if task.name == name)
+        for name in {task.name for task in problem.splits.search if task.weight > 0}
+    ]
+    search = problem.search.model_copy(update={"generations": generations})
+    return search_passes(search, problem.strategy, max(1, min(sizes)))
+
+
+def _random(
+    problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]], archive: Archive, kept: KeptControls
+) -> Control:
+    """The best of as many random candidates as the search scored, chosen like the winner."""
+    search, strategy = problem.search, problem.strategy
+    population, generations = strategy.population, archive.generations
+    if differentiates(strategy) is not None:
+        # As much work: a gradient takes several passes.
+        population = 8
+        generations = max(1, round(passes_of(problem, archive.generations) / population))
+    settings = {"population": population, "generations": generations, "seed": problem.seed}
+    made = kept.get("random", settings)
+    if made is None:
+        search = search.model_copy(
+            update={
+                "strategy": "random", "population": population, "generations": generations, "seeds": [],
+                "stop": StopConfig(), "budget": None, "validate_every": None,
+            }
+        )  # fmt: skip
+        drawing = build_strategy("search.controls", search, problem.space)
+        drawn = evolve(
+            # Other random numbers than those of a search by the same strategy.
+            search, problem.seed + 1, drawing, problem.space, on.shards, Storage(), Reporter(),
+            choice=problem.example_choice(on),
+        )  # fmt: skip
+        genomes = drawn.genomes[np.isfinite(drawn.fitness) & (drawn.genomes != problem.space.start).any(axis=1)]
+        if not len(genomes):
+            return Control("random", "", note="No random candidate has finite scores: this control has no row.")
+        values = score_matrix(on.deciding.tasks, on.deciding.score(genomes), on.deciding.goal).fitness
+        made = genomes[int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))], {}
+        kept.keep("random", settings, made[0], {})
+    return Control("random", f"best of {population * generations:,} random candidates", made[0])
+
+
+def _adapters(
+    problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]], archive: Archive, phase: Phase,
+    kept: KeptControls,
+) -> Iterator[Control]:  # fmt: skip
+    """Adapters of the base and of the best parent, trained on the examples that the search had, for as many passes."""
+    passes = passes_of(problem, archive.generations)
+    for role, model in _adapted_models(problem, on):
+        change = _trained(problem, on, model, LORA_ROLES[role], passes, phase, kept)
+        name = f"LoRA on {label_of(role, model_name(model))}"
+        note = change.describe(problem, name, passes)
+        yield Control(LORA_ROLES[role], name, None, change.heldout(), change.facts["search"], note)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A trained low-rank change of a model. vector: float32[D], in the layout of `model`; facts: see `_trained`;
+    heldout: () -> the held-out scores of the changed model; by_gradient: whether gradients trained it."""
+
+    vector: np.ndarray
+    model: Adaptable
+    facts: Mapping[str, Any]
+    heldout: Callable[[], TaskScores]
+    by_gradient: bool
+
+    def describe(self, problem: SearchProblem[Backend], name: str, passes: float) -> str:
+        """A sentence on how the change was trained."""
+        split, facts = "validation" if problem.splits.validation is not None else "search", self.facts
+        how = "" if self.by_gradient else " by rank-1 evolution strategies, for the fitness has no derivative,"
+        chosen = (
+            f"the best, after {facts['step']} of {facts['steps']} steps at learning rate {facts['rate']:g}, was chosen"
+        )
+        if not facts["step"]:
+            chosen = "no step of it was better than the model as it is,"
+        lost = ", ".join(f"{rate:g}" for rate in facts["diverged"])
+        diverged = f" It diverged at learning rate {lost}." if lost else ""
+        return (
+            f"The {name} was trained{how} on the {examples_of(problem)} that the search had, for {passes:,.0f} passes, "
+            f"as many as the search took; {chosen} on the {split} split.{diverged}"
+        )
+
+
+def _trained(
+    problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]], candidate: Path | np.ndarray, role: str,
+    passes: float, phase: Phase, kept: KeptControls,
+) -> Change:  # fmt: skip
+    """A low-rank change of a model of the search, or of the candidate of a genome, trained or as it was kept."""
+    tuning = Tuning()
+    model = problem.backend.adaptable(
+        candidate, [on.deciding, on.search, on.heldout, *on.tuning], tuning.rank, tuning.scale
+    )
+    deciding, search, heldout, *parts = model.evaluators
+    by_gradient = model.has_derivatives and problem.tunes_by_gradient
+    data = TuningData(parts, deciding, search, Goal(on.search.goal.scales), on.deciding.goal, by_gradient)
+    named = str(candidate) if isinstance(candidate, Path) else [float(gene) for gene in candidate]
+    settings = {"model": named, "passes": passes, "seed": problem.seed, "by_gradient": by_gradient}
+    made = kept.get(role, settings)
+    if made is None:
+        steps = sum(steps * count for steps, count in tuning.schedule(passes, len(parts), by_gradient))
+        each = max(part.passes(1 if by_gradient else 2 * tuning.pairs) for part in parts)
+        with phase(TUNING, steps * each) as progress:
+            tuned = train(model, data, tuning, passes, problem.seed, progress)
+        facts = {
+            "fitness": tuned.fitness, "search": tuned.search, "rate": tuned.rate, "step": tuned.step,
+            "steps": tuned.steps, "diverged": list(tuned.diverged),
+        }  # fmt: skip
+        made = tuned.vector, facts
+        kept.keep(role, settings, *made)
+    vector, facts = made
+    return Change(vector, model, facts, lambda: heldout.evaluate(vector[None]), by_gradient)
+
+
+def polish(
+    problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]], archive: Archive, genome: np.ndarray,
+    phase: Phase, folder: RunFolder | None,
+) -> tuple[Control, Change]:  # fmt: skip
+    """The winner of a genome, trained further with as much work as the search took."""
+    kept = KeptControls.read(folder if on.heldout.devices.is_main_process else None)
+    passes = passes_of(problem, archive.generations)
+    change = _trained(problem, on, genome, POLISHED, passes, phase, kept)
+    scores = change.heldout() if problem.splits.heldout else None
+    note = change.describe(problem, POLISHED_NAME, passes)
+    return Control(POLISHED, POLISHED_NAME, None, scores, None, note), change
+
+
+def _adapted_models(problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]]) -> list[tuple[str, Path]]:
+    """The models that adapters are trained on, by their roles: the base, and the parent that is best on the examples
+    that the winner is chosen on."""
+    bases = [(role, model) for role, model in problem.backend.compared if role == "base"]
+    if len(problem.parents) == 1:
+        return [*bases, ("parent", problem.parents[0])]
+    scored = []
+    for parent in problem.parents:
+        scores = problem.backend.score_stored(parent, on.deciding, lambda done: None)
+        scored.append(float(fitness(on.deciding.tasks, scores, on.deciding.goal)[0]))
+    best = int(np.argmax(np.where(np.isfinite(scored), scored, -np.inf)))
+    return [*bases, ("parent", problem.parents[best])]
+
+
+def examples_of(problem: SearchProblem[Backend]) -> str:
+    """The number of examples that generations were scored on, in words."""
+    count = sum(task.size for shard in problem.splits.shards for task in shard if task.weight > 0)
+    return f"{count:,} examples"
