@@ -136,7 +136,7 @@ def best_of(networks: jax.Array) -> float:
 # One child at a time, from the paper
 
 
-def slerp_with_split(first: jax.Array, second: jax.Array, share: jax.Array, place: jax.Array) -> jax.Array:
+def slerp_with_split(first: jax.Array, second: jax.Array, share: jax.Array, place: jax.Array | int) -> jax.Array:
     """SLERP between whole networks, by `share` before the place and by 1 - `share` behind."""
     t = jnp.where(jnp.arange(SIZE) < place, share, 1 - share)
     cosine = first @ second / (jnp.linalg.norm(first) * jnp.linalg.norm(second))
@@ -294,7 +294,7 @@ def run_pool(networks: jax.Array, evaluations: int, seed: int) -> float:
     archive = evolve(config, seed, strategy, space, [SpaceEvaluator(space, evaluator)], Storage(), Reporter())
     context = archive.context
     best = (space if context is None else space.within(context)).member(np.asarray(archive.genomes[0]))
-    return best_of(evaluator.network(best)[None])
+    return best_of(jnp.asarray(evaluator.network(best))[None])
 
 
 def run_cma_es(networks: jax.Array, evaluations: int, seed: int) -> float:
@@ -327,11 +327,12 @@ def run_sep_cma_es(networks: jax.Array, evaluations: int, seed: int) -> float:
 
 
 def brute_force(networks: jax.Array, evaluations: int, seed: int) -> float:
+    first, second = networks
     shares = jnp.linspace(0, 1, evaluations)
     accuracies = jax.lax.map(
-        lambda share: right(slerp_with_split(*networks, share, SIZE), load_images()[0]).mean(), shares
+        lambda share: right(slerp_with_split(first, second, share, SIZE), load_images()[0]).mean(), shares
     )
-    return best_of(slerp_with_split(*networks, shares[accuracies.argmax()], SIZE)[None])
+    return best_of(slerp_with_split(first, second, shares[accuracies.argmax()], SIZE)[None])
 
 
 Run = Callable[[jax.Array, int, int], float]

@@ -64,7 +64,7 @@ def evaluations(
 
 
 def pycma(function: Callable[[np.ndarray], np.ndarray], start: float, dims: int, seed: int, limit: int) -> int:
-    import cma  # type: ignore[import-untyped]
+    import cma
 
     options = {"ftarget": TARGET, "seed": seed + 1, "verbose": -9, "maxfevals": limit}
     with warnings.catch_warnings():
