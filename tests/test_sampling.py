@@ -27,6 +27,7 @@ from evojax_merge.evaluation import generation
 from evojax_merge.models.sampling import Draws, Sampler
 from evojax_merge.steps.selection import open_evaluator
 from evojax_merge.tasks.opening import open_whole_task
+from evojax_merge.tasks.patterns import answer_end
 from evojax_merge.tasks.sampling import Sampling, pass_at_k
 from evojax_merge.tasks.task import Responses, Row
 
@@ -370,6 +371,44 @@ def test_a_length_is_that_of_the_tokens_to_the_end_of_the_stop_text(
     again = open_evaluator(problem, problem.prepare().shards[0]).score(genomes).matrices["short"]
     assert (written[-1] >= 0).sum() < (written[0] >= 0).sum()
     np.testing.assert_array_equal(again["length"], scores["length"])
+
+
+def test_an_answer_ends_an_output(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts, and the number of tokens, are the same however often the host looks for answers."""
+    to_the_end = SHORT | {"stop": [], "pattern": r"w[12]\d", "max_new_tokens": 40}
+    path = config_of(family, tmp_path, to_the_end | {"name": "right", "metric": "accuracy"}, to_the_end)
+    outputs, lengths = [], []
+    for stop_at, interval in ((None, 32), ("answer", 32), ("answer", 1)):
+        monkeypatch.setattr(generation, "STOP_CHECK_INTERVAL", interval)
+        changes = ["tasks.0.stop_at=answer", "tasks.1.stop_at=answer"] if stop_at else []
+        problem = open_problem(path, *changes)
+        scores = open_evaluator(problem, problem.prepare().shards[0]).score(problem.space.start[None])
+        outputs.append(scores.outputs["short"][0])
+        lengths.append(scores.matrices["short"]["length"][0])
+    ends = (answer_end("here", to_the_end["pattern"], text) for text in outputs[0])
+    cuts = [text[:end] for text, end in zip(outputs[0], ends, strict=True)]
+    assert outputs[1] == outputs[2] == cuts != outputs[0]
+    np.testing.assert_array_equal(lengths[1], lengths[2])
+    assert (lengths[1] >= lengths[0]).all() and (lengths[1] > lengths[0]).any()
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        ("the answer is 42", None), ("the answer is 42 or 43", "the answer is 42"), ("the answer is １\ufffd", None),
+        ("the answer is １２ and", "the answer is １２"), ("none", None),
+    ],
+)  # fmt: skip
+def test_an_answer_ends_where_no_further_token_changes_it(text: str, cut: str | None) -> None:
+    end = answer_end("here", r"answer is (\d+)", text)
+    assert (None if end is None else text[:end]) == cut
+
+
+def test_an_answer_that_nothing_finds_ends_no_output(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="stop_at: answer, which is what pattern finds; give pattern as well"):
+        open_task(tmp_path, ["1", "2"], stop_at="answer")
+    with pytest.raises(InputError, match="stop_at: likelihood generates nothing"):
+        open_task(tmp_path, ["1", "2"], kind="likelihood", stop_at="answer")
 
 
 def test_a_guard_on_length(family: Family, tmp_path: Path) -> None:

@@ -33,12 +33,12 @@ from evojax_merge.models.decoder import CacheUpdate, LayerStates, scatter_column
 from evojax_merge.models.generate import NONFINITE_ID, PAD_ID, DecodeState
 from evojax_merge.models.sampling import Draws
 from evojax_merge.tasks.batches import PromptBatch
-from evojax_merge.tasks.task import TaskRequests, cut_at_stop
+from evojax_merge.tasks.task import TaskRequests
 
 if TYPE_CHECKING:
     from evojax_merge.evaluation.evaluator import Evaluator, Progress
 
-# Decode steps between two checks for stop texts.
+# Decode steps between two looks for the ends of texts.
 STOP_CHECK_INTERVAL = 32
 # The most tokens of a sequence in one decode step, draft tokens included; and the tokens of all sequences for which a
 # step does not take much longer than for one, where the target's peak and bandwidth do not give that number.
@@ -119,10 +119,10 @@ def generating(
         evaluator.lookup_corpus[task.name] = np.concatenate(corpus, 1)
         written.nonfinite[rows] = (tokens == NONFINITE_ID).any(axis=(1, 2))
         for row, outputs in zip(rows, _texts(evaluator, tokens), strict=True):
-            written.texts[row] = [cut_at_stop(text, requests.stop) for text in outputs]
+            written.texts[row] = [requests.cut(text) for text in outputs]
         if counts_tokens:
             for row, outputs in zip(rows, tokens, strict=True):
-                written.lengths[row] = [_length(evaluator, ids[ids >= 0], requests.stop) for ids in outputs]
+                written.lengths[row] = [_length(evaluator, ids[ids >= 0], requests) for ids in outputs]
 
     # The corpus of a chunk is made when its job begins.
     jobs = (
@@ -170,7 +170,7 @@ def _job(
 def _decode_spec(evaluator: "Evaluator", factory: Any, batch: PromptBatch, batched_task: BatchedTask) -> DecodeSpec:
     """The static half of the passes that continue a batch of prompts."""
     requests, (rows, width) = batched_task.requests, batch.tokens.shape
-    steps = STOP_CHECK_INTERVAL if requests.stop else requests.max_new_tokens
+    steps = STOP_CHECK_INTERVAL if requests.ends_early else requests.max_new_tokens
     return DecodeSpec(
         evaluator.config, factory, evaluator.devices.mesh, evaluator.compute_dtype, rows, width,
         requests.max_new_tokens,
@@ -208,7 +208,7 @@ def _decode(
     evaluator: "Evaluator", decoding: Source, prefix: LayerStates | None, batch: PromptBatch,
     batched_task: BatchedTask, start: DecodeState, lookup_corpus: np.ndarray, read: Callable[[DecodeState], None],
 ) -> Program:  # fmt: skip
-    """The program that continues a batch of prompts up to a stop token or stop text. lookup_corpus: int32[B, M], see
+    """The program that continues a batch of prompts up to a stop token or a text's end. lookup_corpus: int32[B, M], see
     models.generate."""
     requests, spec = batched_task.requests, _decode_spec(evaluator, decoding.factory, batch, batched_task)
     assert batched_task.prompts is not None
@@ -219,7 +219,7 @@ def _decode(
     def again(state: DecodeState) -> tuple[Any, ...] | None:
         # Rows that fill up a batch do not matter.
         done = on_host(state.done) | (batch.rows < 0)
-        if requests.stop and state is not start and not done.all():
+        if requests.ends_early and state is not start and not done.all():
             done = done | _stopped(evaluator, on_host(state.tokens), requests)
         if done.all():
             return None
@@ -242,22 +242,20 @@ def _draws(requests: TaskRequests, rows: np.ndarray) -> Draws | None:
     return Draws(seeds.view("<u4").reshape(-1, 2), requests.sampler)  # type: ignore[arg-type]
 
 
-def _length(evaluator: "Evaluator", ids: np.ndarray, stop: tuple[str, ...]) -> int:
-    """The number of generated tokens `ids` up to the one that completes a stop text: how many follow it depends on the
+def _length(evaluator: "Evaluator", ids: np.ndarray, requests: TaskRequests) -> int:
+    """The number of generated tokens `ids` up to the one that shows a text's end: how many follow it depends on the
     steps that the host waits for."""
 
-    def has_stop(count: int) -> bool:
+    def is_cut(count: int) -> bool:
         text = evaluator.tokenizer.decode(ids[:count], skip_special_tokens=True)
-        return any(word in text for word in stop)
+        return requests.cut(text) != text
 
-    return bisect_left(range(len(ids)), True, key=has_stop) if stop else len(ids)
+    return bisect_left(range(len(ids)), True, key=is_cut) if requests.ends_early else len(ids)
 
 
 def _stopped(evaluator: "Evaluator", tokens: np.ndarray, requests: TaskRequests) -> np.ndarray:
-    """bool[P, B]: true where a text holds a stop text."""
-    return np.array(
-        [[any(word in text for word in requests.stop) for text in row] for row in _texts(evaluator, tokens)]
-    )
+    """bool[P, B]: true where a text goes beyond its end."""
+    return np.array([[requests.cut(text) != text for text in row] for row in _texts(evaluator, tokens)])
 
 
 def _texts(evaluator: "Evaluator", tokens: np.ndarray) -> list[list[str]]:

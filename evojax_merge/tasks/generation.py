@@ -193,6 +193,7 @@ def open_generation(config: GenerationConfig, opening: Opening) -> GenerationTas
     task = open_prompted(
         GenerationTask, config, opening, "exact_match", sampling.metric(config.metric), accepted=(),
         comparison=config.metric, pattern=config.pattern, language=config.language, sampling=sampling,
+        stop_pattern=config.stop_pattern(where, config.pattern),
     )  # fmt: skip
     accepted = tuple(
         () if config.accept is None else _accepted(task.where(example), record, config.accept)

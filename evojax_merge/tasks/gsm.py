@@ -183,6 +183,7 @@ class GsmTask(TaskDefaults):
     sources: tuple[tuple[str, str], ...] = ()
     metric: str = "accuracy"
     sampling: Sampling = GREEDY
+    stop_pattern: str | None = None
 
     def requests(self, tokenizer: Any, context: int) -> TaskRequests:
         where = f"task {self.name}: apply_chat_template"
@@ -197,7 +198,7 @@ class GsmTask(TaskDefaults):
             rows.append(Row(tuple(tokens), len(tokens), problem.where, number))
         return TaskRequests(
             (), self.sampling.rows(rows), self.max_new_tokens, self.style.stop, sampler=self.sampling.sampler,
-            counts_tokens=self.metric == "length",
+            counts_tokens=self.metric == "length", answer=self.stop_pattern,
         )  # fmt: skip
 
     def prompt(self, problem: WordProblem) -> str:
@@ -347,7 +348,7 @@ def open_gsm(config: GsmConfig, opening: Opening) -> GsmTask:
     return GsmTask(
         config.name, config.weight, files, problems, style, config.match, fewshot_examples, config.language,
         config.apply_chat_template, config.system_instruction, config.max_new_tokens, tuple(sources),
-        sampling.metric(config.metric), sampling,
+        sampling.metric(config.metric), sampling, config.stop_pattern(where, style.strict),
     )  # fmt: skip
 
 

@@ -127,6 +127,15 @@ def find_all(where: str, pattern: str, text: str) -> list[regex.Match[str]]:
     return _matches(where, _compiled(pattern), text)
 
 
+def answer_end(where: str, pattern: str, text: str) -> int | None:
+    """The end of the first match in a model's output that more text follows, so that no further token changes it; None
+    where there is none."""
+    # The first bytes of a character are shown as this one, until the token with its others is there.
+    length = len(text.rstrip("\ufffd"))
+    ends = (match.end() for match in find_all(where, pattern, text) if match[0])
+    return next((end for end in ends if end < length), None)
+
+
 def _matches(where: str, pattern: Pattern, text: str) -> list[Any]:
     before = len(pattern.slow)
     matches = pattern.find_all(text)

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from evojax_merge.errors import InputError
 from evojax_merge.models.sampling import Sampler
 from evojax_merge.schema.section import Form, Real, Whole
 from evojax_merge.tasks.task import SHARE_RIGHT, Row, TaskConfig
@@ -28,7 +29,7 @@ Vote = Callable[[int, str], Hashable | None]
 class SamplingConfig(TaskConfig):
     """The keys of tasks that generate, by which tokens are drawn and answers counted."""
 
-    optional: ClassVar[tuple[str, ...]] = KEYS
+    optional: ClassVar[tuple[str, ...]] = (*KEYS, "stop_at")
 
     kind: str = Field(description="the kind of task")
     temperature: Annotated[Real, Form("0, or a number from 0.001 to 100")] = Field(
@@ -45,6 +46,10 @@ class SamplingConfig(TaskConfig):
         "mean", description="the fitness of several answers: their mean, the majority's answer, or one right among k"
     )
     k: Whole | None = Field(None, ge=1, description="of pass_at_k: answers of which one is right; default: samples")
+
+    stop_at: Literal["answer"] | None = Field(
+        None, description="answer: nothing is written behind the first match of pattern; default: up to stop"
+    )
 
     @model_validator(mode="after")
     def _draws_what_it_counts(self) -> "SamplingConfig":
@@ -63,6 +68,13 @@ class SamplingConfig(TaskConfig):
         """The sampling of a search with this seed."""
         sampler = Sampler(self.temperature, self.top_p, self.top_k) if self.temperature else None
         return Sampling(sampler, self.samples, self.over_samples, self.k or self.samples, seed)
+
+    def stop_pattern(self, where: str, pattern: str | None) -> str | None:
+        """The expression of an answer that ends an output, which is the task's `pattern`; None: no answer does. Raises
+        InputError where there is no pattern to stop at."""
+        if self.stop_at is not None and pattern is None:
+            raise InputError(f"{where}.stop_at", "answer, which is what pattern finds; give pattern as well")
+        return pattern if self.stop_at is not None else None
 
 
 @dataclass(frozen=True)

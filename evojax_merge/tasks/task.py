@@ -19,6 +19,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from evojax_merge.errors import InputError
 from evojax_merge.models.sampling import Sampler
 from evojax_merge.schema.section import Heldout, Name, Real, Section, Whole
+from evojax_merge.tasks.patterns import answer_end
 from evojax_merge.tasks.records import Source, is_file_name, read_source
 
 # (logits float32[Q, V], targets int32[Q], mask bool[Q]) -> a number: a traced function's score of a row.
@@ -45,7 +46,8 @@ class TaskRequests:
     tokens, or up to the first of the texts `stop`; expected_tokens: how many of these an answer is likely to take,
     which plans go by. `logits_fn`: reduces a scored row's logits to a number; None: the targets' total log-probability.
     `sampler`: the distribution of generated tokens; None: they are greedy. `counts_tokens`: true where the task scores
-    the continuations' lengths."""
+    the continuations' lengths. `answer`: a regular expression, behind whose first match a continuation ends, too; None:
+    none does."""
 
     scored: tuple[Row, ...] = ()
     prompts: tuple[Row, ...] = ()
@@ -55,11 +57,24 @@ class TaskRequests:
     expected_tokens: int | None = None
     sampler: Sampler | None = None
     counts_tokens: bool = False
+    answer: str | None = None
 
     @property
     def generated(self) -> tuple[Any, ...]:
         """Tasks for which this is equal, such as the accuracy and the length of one answer, share continuations."""
-        return self.prompts, self.max_new_tokens, self.stop, self.sampler
+        return self.prompts, self.max_new_tokens, self.stop, self.sampler, self.answer
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether the host looks into a continuation for its end."""
+        return bool(self.stop) or self.answer is not None
+
+    def cut(self, text: str) -> str:
+        """A continuation up to the first of the stop texts, or the end of the answer, whichever comes first."""
+        ends = [position for word in self.stop if (position := text.find(word)) >= 0]
+        if self.answer is not None and (end := answer_end("tasks", self.answer, text)) is not None:
+            ends.append(end)
+        return text[: min(ends)] if ends else text
 
     def subset(self, examples: Sequence[int]) -> "TaskRequests":
         """The requests for some of the examples, ascending: `examples[i]` becomes example i."""
@@ -81,8 +96,8 @@ class TaskRequests:
 class Responses:
     """The responses of P candidates, in the order of `TaskRequests`. totals: float32[P, S], the scored rows' total
     log-probabilities; counts: int[S], the number of targets of each; greedy: bool[P, S], true where the targets are the
-    greedy tokens; texts: P lists of continuations, cut before the first stop text; lengths: P lists of the numbers of
-    tokens generated for them, up to the end of the first stop text, where the task counts tokens."""
+    greedy tokens; texts: P lists of continuations, cut at their ends; lengths: P lists of the numbers of
+    tokens generated for them, up to the one that shows the end, where the task counts tokens."""
 
     totals: np.ndarray
     counts: np.ndarray
@@ -358,9 +373,3 @@ def token_ids(tokenizer: Any, text: str, **options: bool) -> list[int]:
 def brevity(texts: Sequence[Sequence[str]]) -> np.ndarray:
     """float32[P, N]: minus the number of characters of P lists of N outputs, so that the shorter one is better."""
     return np.array([[-len(text) for text in row] for row in texts], np.float32).reshape(len(texts), -1)
-
-
-def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """The text up to the first of the stop texts."""
-    ends = [position for word in stop if (position := text.find(word)) >= 0]
-    return text[: min(ends)] if ends else text

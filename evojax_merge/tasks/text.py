@@ -102,7 +102,7 @@ class PromptedTask(TaskDefaults):
 
     `file`: the source of the examples by its name; `fewshot_file`: that of the shown examples, where it is another one;
     `data_files`: the files that both were read from; `records`: the examples in the file's form, where the score needs
-    them; `sampling`: how prompts are continued.
+    them; `sampling`: how prompts are continued; `stop_pattern`: the expression of an answer that ends an output.
     """
 
     by_example: ClassVar[tuple[str, ...]] = ("examples", "records")
@@ -120,6 +120,7 @@ class PromptedTask(TaskDefaults):
     data_files: tuple[Path, ...] = ()
     records: tuple[dict[str, Any], ...] = ()
     sampling: Sampling = GREEDY
+    stop_pattern: str | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -135,7 +136,7 @@ class PromptedTask(TaskDefaults):
             # An answer like its target, and the token that ends it.
             return TaskRequests(
                 (), rows, self.max_new_tokens, self.stop, expected_tokens=longest + 1, sampler=self.sampling.sampler,
-                counts_tokens=self.metric == "length",
+                counts_tokens=self.metric == "length", answer=self.stop_pattern,
             )  # fmt: skip
         return TaskRequests(tuple(likelihood_rows(self, tokenizer)))
 
@@ -253,7 +254,7 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
     if metric not in METRICS[kind]:
         why = f", and generates nothing that has a {metric}" if metric in ("brevity", "length") else ""
         raise InputError(where, f"metric: {metric!r}; {kind} has {', '.join(METRICS[kind])}{why}")
-    of_generation = [key for key in KEYS if getattr(config, key) != TextConfig.model_fields[key].default]
+    of_generation = [key for key in (*KEYS, "stop_at") if getattr(config, key) != TextConfig.model_fields[key].default]
     if of_generation and kind != "exact_match":
         raise InputError(f"{where}.{of_generation[0]}", f"{kind} generates nothing; expected kind: exact_match or none")
     sampling = config.sampling(opening.seed)
@@ -265,8 +266,9 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
     if kind != "multiple_choice" and config.messages is None:
         check_names_field(f"{where}.target", config.target, refuse=False)
     task = open_prompted(
-        TextTask, config, opening, kind, sampling.metric(metric), records=(), pattern=config.pattern, sampling=sampling
-    )
+        TextTask, config, opening, kind, sampling.metric(metric), records=(), pattern=config.pattern, sampling=sampling,
+        stop_pattern=config.stop_pattern(where, config.pattern),
+    )  # fmt: skip
     repeating = [task.where(example) for example in task.examples if len(set(example.targets)) < len(example.targets)]
     if repeating:
         print_warning(f"{repeating[0]}: {len(repeating)} of {task.size} records list a wrong choice twice")
