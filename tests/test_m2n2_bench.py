@@ -1,4 +1,4 @@
-"""bench/searches/m2n2.py: every method is followed over as many evaluations; M2N2's child is that of its paper."""
+"""bench/searches/m2n2.py, m2n2_digits.py: every method is followed over as many evaluations; M2N2's child is the paper's."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from helpers.sampling import thorough
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bench.searches import m2n2
+from bench.searches import m2n2, m2n2_digits
 
 pytest.importorskip("mlxtend")
 
@@ -39,3 +39,15 @@ def test_slerp_with_a_split_point_is_slerp_on_either_side() -> None:
     child = m2n2.slerp_with_split(first, second, 0.2, 30)
     np.testing.assert_allclose(child, np.concatenate([slerp(0.2)[:30], slerp(0.8)[30:]]), rtol=1e-5)
     np.testing.assert_allclose(m2n2.slerp_with_split(first, first, 0.2, 30), first, rtol=1e-6)
+
+
+def test_every_method_on_scikit_learns_digits_keeps_what_the_experts_read() -> None:
+    evaluations = 320
+    before = max(float(m2n2_digits.right(expert, m2n2_digits.load_images()[1]).mean())
+                 for expert in m2n2_digits.make_experts())  # fmt: skip
+    reached = {
+        name: run(m2n2_digits.starts("experts", 0), evaluations, 0) for name, run in m2n2_digits.FROM_EXPERTS.items()
+    }
+    assert min(reached.values()) >= before
+    # Both read all ten digits, in part; no expert does.
+    assert min(reached["pool"], reached["M2N2"], reached["brute force"]) > before + 0.1
