@@ -1,4 +1,4 @@
-"""bench/searches/m2n2.py, m2n2_digits.py: every method is followed over as many evaluations; M2N2's child is the paper's."""
+"""Benchmarks of M2N2: every method is followed over as many evaluations; a child is that of the paper."""
 
 import sys
 from pathlib import Path
