@@ -35,7 +35,7 @@ from evojax_merge.models.layers import SequenceLayout
 from evojax_merge.models.sources import lazy_merge
 from evojax_merge.spaces.parameter import ParameterSpace, SearchParameter
 from evojax_merge.tasks import batches
-from evojax_merge.tasks.task import cut_at_stop
+from evojax_merge.tasks.task import TaskRequests
 from evojax_merge.tasks.text import Example, TextTask
 
 POPULATION = 3
@@ -456,7 +456,7 @@ def test_a_stop_text_ends_an_output_and_the_generation(ties: Setting, monkeypatc
     monkeypatch.setattr(passes, "decode", lambda *given: rounds.append(1) or decode(*given))
     cut = ties.evaluator([replace(task, stop=stop)], chunk=CHUNK)
     texts = score_merges(cut, ties.bank, ties.spec, ties.recipes).outputs["words"]
-    assert texts == [[cut_at_stop(text, stop) for text in row] for row in whole]
+    assert texts == [[TaskRequests(stop=stop).cut(text) for text in row] for row in whole]
     (request,) = cut.batched_tasks
     assert request.prompts is not None
     assert len(rounds) == -(-POPULATION // CHUNK) * len(request.prompts.batches)

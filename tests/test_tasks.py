@@ -41,7 +41,7 @@ from evojax_merge.tasks.patterns import check_pattern, find_all
 from evojax_merge.tasks.prompts import encode_pair
 from evojax_merge.tasks.records import read_file
 from evojax_merge.tasks.splits import Splits
-from evojax_merge.tasks.task import Responses, Row, TaskRequests, cut_at_stop
+from evojax_merge.tasks.task import Responses, Row, TaskRequests
 from evojax_merge.tasks.templates import check_template, fill
 from evojax_merge.tasks.text import (
     Example,
@@ -858,9 +858,9 @@ def test_answers_compare_as_numbers_or_text(found: str | None, wanted: str, patt
 
 
 def test_text_ends_at_the_first_stop() -> None:
-    assert cut_at_stop("5 \nQ: 6 ### 7", ["###", "\nQ:"]) == "5 "
-    assert cut_at_stop("5 6", ["###"]) == "5 6"
-    assert cut_at_stop("5 6", []) == "5 6"
+    assert TaskRequests(stop=("###", "\nQ:")).cut("5 \nQ: 6 ### 7") == "5 "
+    assert TaskRequests(stop=("###",)).cut("5 6") == "5 6"
+    assert TaskRequests().cut("5 6") == "5 6"
 
 
 def test_outputs_are_scored_per_candidate_and_example() -> None:
