@@ -55,7 +55,7 @@ GROUPED_MIXTURE = MIXTURE | {
 }  # fmt: skip
 LATENT_MIXTURE = GROUPED_MIXTURE | {
     "num_key_value_heads": 8, "q_lora_rank": 256, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32,
-    "v_head_dim": 64,
+    "v_head_dim": 64, "head_dim": 32,
 }  # fmt: skip
 # The settings of a family besides, or in place of, the common sizes.
 OWN: dict[str, dict[str, Any]] = {
