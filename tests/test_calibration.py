@@ -201,6 +201,26 @@ def test_a_second_merge_or_search_on_the_same_models_runs_no_prompt(
     )
 
 
+@pytest.mark.parametrize("method", ["regmean", "fisher"])
+def test_a_plan_prices_the_moments(method: str, pair: Family) -> None:
+    """The bytes are those of the arrays that are measured: of weights with the same inputs one."""
+    config = search_config(
+        pair, 1, 2, space={"method": method}, calibration={"file": "prompts.jsonl", "prompt": "{text}"}
+    )
+    problem = problem_of(pair.root / "config.yaml", config)
+    moments, decoder = problem.backend.models.sources.moments, problem.backend.models.decoder
+    held, flops = moments.costs(decoder)
+    arrays = {
+        id(array): array.nbytes
+        for source in (1, 2)
+        for name in state(pair.base)
+        if (array := moments.of(source, name)) is not None
+    }
+    assert held == sum(arrays.values()) and flops > 0
+    text = " ".join(run_here("plan", write_yaml(pair.root / "plan.yaml", config)).stdout.split())
+    assert "calibration: the moments take" in text and "or more to measure, the first time" in text
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Kernels
 

@@ -48,7 +48,7 @@ def prepare_or_read(
         with one_blas_thread():
             return prepare()
     constants = [(p.name, np.asarray(parameters[p.name]).tolist()) for p in method.parameters if not p.searched]
-    tensors = [sha256(np.ascontiguousarray(x, dtype).reshape(-1).view(np.uint8)).digest() for x in sources]
+    tensors = [sha256(np.ascontiguousarray(x, dtype).reshape(-1).view(np.uint8).data).digest() for x in sources]
     content = repr([method.name, constants, tensors, moments(), code_digest(Path(merge_kernels.__file__).parent)])
     file = cache_folder() / "vectors" / sha256(content.encode()).hexdigest()
     count = method.mask_keys(parents)
