@@ -1,5 +1,5 @@
-"""Eight image classifiers of one base, as those of `vit`: each is fine-tuned on three neighbouring digits, `from0` on
-0, 1 and 2, up to `from7` on 7, 8 and 9. Four of them, `from0`, `from2`, `from5` and `from7`, see all digits together.
+"""Eight image classifiers of one base, as those of `vit`. Each is fine-tuned on three neighbouring digits and named by
+the first: from 0, 1 and 2 up to 7, 8 and 9. The four that begin at 0, 2, 5 and 7 see all digits together.
 """
 
 from functools import partial
