@@ -13,6 +13,7 @@ from helpers.models import even_records, load_torch, random_records, state, tiny
 from helpers.searches import problem_of, search_config, task_section
 from merge_kernels import METHODS, CombineInputs, combine, prepare
 
+from evojax_merge.checkpoints import moments as moments_module
 from evojax_merge.errors import InputError
 from evojax_merge.schema.yaml_reader import load_yaml
 
@@ -158,6 +159,66 @@ def test_a_search_over_weights_writes_what_it_scored(pair: Family, tmp_path: Pat
     for name, values in first.items():
         np.testing.assert_array_equal(values, second[name])
     assert str(tmp_path / "some.jsonl") in load_yaml(run / "config.yaml")["inputs"]
+
+
+@pytest.mark.parametrize("method", ["regmean", "regmean_plusplus", "fisher"])
+def test_a_second_merge_or_search_on_the_same_models_runs_no_prompt(
+    method: str, pair: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    measured: list[int] = []
+    measure = moments_module.Moments._measure
+    monkeypatch.setattr(
+        moments_module.Moments, "_measure", lambda self, source: measured.append(source) or measure(self, source)
+    )
+
+    def merge(name: str, **changes: Any) -> dict[str, np.ndarray]:
+        recipe = recipe_of(pair, method, **changes)
+        run_here("merge", write_yaml(tmp_path / "recipe.yaml", recipe), tmp_path / name)
+        return state(tmp_path / name)
+
+    first = merge("first")
+    # RegMean++ measures both parents together.
+    times = 1 if method == "regmean_plusplus" else 2
+    assert len(measured) == times
+    again = merge("again")
+    assert all((first[name] == again[name]).all() for name in first)
+    merge("weighted", models=[{"model": str(parent), "parameters": {"weight": 0.5}} for parent in pair.parents])
+    write_lines(tmp_path / "tasks.jsonl", even_records(8))
+    document = search_config(
+        pair, 1, 3, space={"method": method}, base=None, tasks=[task_section(tmp_path / "tasks.jsonl", heldout=0.5)],
+        calibration=recipe_of(pair, method)["calibration"], export_dtype="float32",
+    )  # fmt: skip
+    run_here("search", write_yaml(tmp_path / "config.yaml", document), "--out", tmp_path / "run")
+    assert len(measured) == times
+    others = {"file": str(pair.root / "more.jsonl"), "prompt": "{text}"}
+    other = merge("other", calibration=others)
+    assert len(measured) == 2 * times and any((first[name] != other[name]).any() for name in first)
+    # Whoever comes before or behind, a parent has moments of its own.
+    turned = recipe_of(pair, method)["models"][::-1]
+    np.testing.assert_allclose(
+        *(x["model.layers.1.mlp.down_proj.weight"] for x in (first, merge("t", models=turned))), 1e-4, 1e-5
+    )
+
+
+@pytest.mark.parametrize("method", ["regmean", "fisher"])
+def test_a_plan_prices_the_moments(method: str, pair: Family) -> None:
+    """The bytes are those of the arrays that are measured: of weights with the same inputs one."""
+    config = search_config(
+        pair, 1, 2, space={"method": method}, calibration={"file": "prompts.jsonl", "prompt": "{text}"}
+    )
+    problem = problem_of(pair.root / "config.yaml", config)
+    moments, decoder = problem.backend.models.sources.moments, problem.backend.models.decoder
+    held, flops = moments.costs(decoder)
+    arrays = {
+        id(array): array.nbytes
+        for source in (1, 2)
+        for name in state(pair.base)
+        if (array := moments.of(source, name)) is not None
+    }
+    assert held == sum(arrays.values()) and flops > 0
+    text = " ".join(run_here("plan", write_yaml(pair.root / "plan.yaml", config)).stdout.split())
+    assert "calibration: the moments take" in text and "or more to measure, the first time" in text
 
 
 # ---------------------------------------------------------------------------------------------------------------

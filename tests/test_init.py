@@ -147,7 +147,7 @@ def test_the_kind_of_task_goes_by_the_fields(
 
 @pytest.mark.parametrize(
     "method",
-    sample([name for name, method in METHODS.items() if searched_parameters(method) and not method.looks_at], 5),
+    sample([name for name, method in METHODS.items() if searched_parameters(method)], 5),
 )
 def test_every_method_that_can_be_searched(init: Init, method: str) -> None:
     parents = ("one", "two")[: METHODS[method].max_parents or 2]
@@ -155,6 +155,24 @@ def test_every_method_that_can_be_searched(init: Init, method: str) -> None:
     assert init(*base, "--parents", *parents, "--data", "tasks.jsonl", "--method", method) == 0
     space = document()["space"]
     assert space["method"] == method and space["parameters"].keys() >= {searched_parameters(METHODS[method])[0].name}
+
+
+def test_methods_that_are_prepared_get_their_constants_and_prompts(init: Init) -> None:
+    """A method from spectra starts at the authors' setting, one that looks at activations has the task's prompts, and
+    `auto` follows the gradients of both."""
+    for name, constants, parameters in (
+        ("swudi_filter", {"rank_share": 0.85, "steps": 300.0}, {"weight", "filter"}),
+        ("regmean", {"alpha": 0.9}, {"weight", "filter"}),
+    ):
+        assert init(*MODELS, "--data", "tasks.jsonl", "--method", name, "--overwrite") == 0
+        written, space = document(), document()["space"]
+        assert space["fixed"] == constants and space["parameters"].keys() <= parameters
+        assert "starts at 1, the authors' setting" in Path("search.yaml").read_text()
+        (task,) = written["tasks"]
+        prompt = " ".join([task["prompt"], *([task["target"]] if "target" in task else [])])
+        prompts = {"file": "tasks.jsonl", "prompt": prompt} if name == "regmean" else None
+        assert written.get("calibration") == prompts
+        assert open_problem(Path("search.yaml")).search.strategy == "gradient"
 
 
 def test_other_tokens_are_aligned(init: Init, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from helpers.commands import assert_refused, run_here
 from helpers.families import Family, build_family
 from helpers.files import read_json, write_yaml
-from helpers.models import state, tiny_config
+from helpers.models import finetune, random_model, save, state, tiny_config, words
 from helpers.sampling import sample
 from helpers.searches import search_config
 from merge_kernels import METHODS, CombineInputs, combine, prepare
@@ -295,6 +295,27 @@ def test_vectors_are_kept_by_content_and_made_again_where_they_are_damaged(
     assert weights_of(family, tmp_path) == first
 
 
+def test_rows_of_tokens_in_another_order_have_vectors_of_their_own(tmp_path: Path, vectors: Path) -> None:
+    """Models whose tokens differ in order are aligned to either tokenizer; the merges have the same rows by token."""
+    model, tokens = random_model(tiny_config(tie_word_embeddings=True)), words()
+    swapped = [*tokens[:8], tokens[9], tokens[8], *tokens[10:]]
+    save(model, tmp_path / "base", tokens)
+    save(finetune(model, 1), tmp_path / "one", tokens)
+    save(finetune(model, 2), tmp_path / "two", swapped)
+    name, rows = "model.embed_tokens.weight", []
+    for owner in ("one", "two"):
+        recipe = {
+            "merge_method": "swudi", "base_model": str(tmp_path / "base"), "dtype": "float32",
+            "models": [{"model": str(tmp_path / "one")}, {"model": str(tmp_path / "two")}],
+            "tokenizer_source": str(tmp_path / owner),
+        }  # fmt: skip
+        run_here("merge", write_yaml(tmp_path / "recipe.yaml", recipe), tmp_path / f"by-{owner}")
+        rows.append(state(tmp_path / f"by-{owner}")[name])
+    order = np.arange(len(tokens))
+    order[[8, 9]] = 9, 8
+    np.testing.assert_allclose(rows[1][: len(tokens)], rows[0][order], rtol=1e-4, atol=1e-5)
+
+
 def test_the_oldest_vectors_make_room(
     family: Family, tmp_path: Path, vectors: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,5 +345,6 @@ def test_a_plan_says_what_the_preparation_takes(family: Family, tmp_path: Path) 
     config = write_yaml(tmp_path / "config.yaml", search_config(family, space={"method": "wudi"}))
     text = " ".join(run_here("plan", config).stdout.split())
     assert "wudi: matrices are taken apart on this machine's processor before the search, about" in text
+    assert "calibration:" not in text
     config = write_yaml(tmp_path / "config.yaml", search_config(family))
     assert "taken apart" not in run_here("plan", config).stdout

@@ -3,12 +3,15 @@
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from bench.shared.machine import describe
+from evojax_merge.evaluation.compilations import keep_compiled_programs
 from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.report.intervals import Lead, paired_lead
 from evojax_merge.search import loop
@@ -16,7 +19,7 @@ from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Reporter
 from evojax_merge.search.run_folder import open_run
-from evojax_merge.steps.selection import open_evaluator, open_evaluators, select_best
+from evojax_merge.steps.selection import open_evaluators, select_best
 from evojax_merge.tasks.splits import Splits
 
 UNIFORM = "uniform merge"
@@ -79,7 +82,7 @@ def run_seed(
     """The models of a family, merges that nobody searched, and the winners of searches, on held-out examples.
 
     score: `task/metric`, and beside: others; searches: the overrides of each; starts: those of searches whose start is
-    such a merge.
+    such a merge, opened once where they are those of a search as well.
     """
     parents: list[str] = []
     examples: dict[str, np.ndarray] = {}
@@ -95,9 +98,13 @@ def run_seed(
             else:
                 means[key][name] = float(row.mean())
 
-    for name, overrides in searches.items():
+    @cache
+    def opened(*overrides: str) -> tuple[SearchProblem, Splits[SpaceEvaluator[Any]]]:
         problem = open_problem(config, family, seed, overrides)
-        on = open_evaluators(problem, problem.prepare())
+        return problem, open_evaluators(problem, problem.prepare())
+
+    for name, overrides in searches.items():
+        problem, on = opened(*overrides)
         if not examples:
             for role, path in problem.backend.compared:
                 keep(path.name, problem.backend.score_stored(path, on.heldout, lambda done: None))
@@ -105,14 +112,12 @@ def run_seed(
             keep(UNIFORM, on.heldout.score(problem.space.baselines()[1][:1]))
         keep(name, on.heldout.score(evolve(problem, on, folder / f"{name}-{seed}")[None]))
         best = max(parents, key=lambda parent: float(examples[parent].mean()))
-        rivals = [best, UNIFORM]
-        compared = [paired_lead([examples[name]], [examples[rival]], [1.0]) for rival in rivals]
-        leads[name] = {
-            rival: lead for rival, lead in zip(("best parent", UNIFORM), compared, strict=True) if lead is not None
-        }
+        rivals = {"best parent": best, UNIFORM: UNIFORM} | {first: first for first in list(leads)[:1]}
+        compared = {rival: paired_lead([examples[name]], [examples[key]], [1.0]) for rival, key in rivals.items()}
+        leads[name] = {rival: lead for rival, lead in compared.items() if lead is not None}
     for name, overrides in starts.items():
-        problem = open_problem(config, family, seed, overrides)
-        keep(name, open_evaluator(problem, problem.prepare().heldout).score(problem.space.start[None]))
+        problem, on = opened(*overrides)
+        keep(name, on.heldout.score(problem.space.start[None]))
     scored = next(one for one in problem.splits.heldout if f"{one.name}/{one.metric}" == score)
     return Scored(examples, tuple(scored.target(i) for i in range(scored.size)), leads, means)
 
@@ -128,12 +133,19 @@ def table(title: str, results: Mapping[int, Mapping[str, float]], cell: Callable
 
 
 def lead_table(results: Mapping[int, Scored], cell: Callable[[float], str]) -> str:
-    """Markdown: by how much each winner is ahead of the best parent and of the uniform merge, with 95% intervals."""
-    lines = ["| ahead of | " + " | ".join(f"seed {seed}" for seed in results) + " |"]
-    lines.append("| --- |" + " ---: |" * len(results))
+    """Markdown: by how much each winner is ahead of others, with 95% intervals over the examples, and in the mean of
+    several seeds, with those over the families."""
+    many = len(results) > 1
+    lines = ["| ahead of | " + " | ".join([*(f"seed {seed}" for seed in results), *["mean"] * many]) + " |"]
+    lines.append("| --- |" + " ---: |" * (len(results) + many))
     for name, by_rival in next(iter(results.values())).leads.items():
         for rival in by_rival:
             leads = [scored.leads[name][rival] for scored in results.values()]
+            if many:
+                differences = np.array([lead.difference for lead in leads])
+                half = stdtrit(len(leads) - 1, 0.975) * differences.std(ddof=1) / np.sqrt(len(leads))
+                mean = float(differences.mean())
+                leads = [*leads, Lead(mean, mean - half, mean + half)]
             cells = [f"{cell(lead.difference)} ({cell(lead.low)} to {cell(lead.high)})" for lead in leads]
             lines.append(f"| {name}: {rival} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -152,6 +164,7 @@ def print_tables(
     """The program: run as many seeds as the command line says, and print their tables. Returns its options as well."""
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
+    keep_compiled_programs()
     results = {}
     for seed in range(arguments.seeds):
         results[seed] = run_seed(seed)

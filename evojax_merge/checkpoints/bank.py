@@ -305,8 +305,9 @@ class LeafReader:
         parents = len(self._parents)
         numbers = spec.prepared_for(parents)
         return prepare_or_read(
-            spec.method, lambda: sources.contents([(s, name) for s in range(len(sources.folders))]), parents, tensors,
-            numbers, lambda: tabulate(spec.method, spec.options, tensors, numbers, row_keys, moments),
+            spec.method, parents, tensors, numbers,
+            lambda: sources.moment_contents([(s, name) for s in range(len(sources.folders))]),
+            lambda: tabulate(spec.method, spec.options, tensors, numbers, row_keys, moments),
         )  # fmt: skip
 
     def _views(self, place: tuple[int, ...], arrays: Any) -> list[np.ndarray]:

@@ -1,11 +1,11 @@
 """Prepared vectors that outlive a run: the next merge or search with the same tensors and rule reads them.
 
-Vectors are kept by content: of the sources' tensors, the method, its constants and the kernels' own code. A file is a
-SHA-256 of the bytes after it; one that is damaged is made again.
+Vectors are kept by content: of the sources' tensors, of the prompts and models that their moments are measured on, of
+the method, its constants and the kernels' own code. A file is a SHA-256 of the bytes after it; one that is damaged is
+made again.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -21,10 +21,10 @@ from evojax_merge.errors import Failed, InputError
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.system.blas import one_blas_thread
 from evojax_merge.system.data_packages import cache_folder
-from evojax_merge.system.file_system import atomic_write_bytes, make_folder, remove_file
+from evojax_merge.system.file_system import atomic_write_bytes, code_digest, make_folder, remove_file
 from evojax_merge.system.regular_file import read_regular
 
-# Tensors of fewer entries are prepared as soon as they are read.
+# Tensors of fewer entries are prepared as soon as they are read, where that asks for no moments.
 MIN_ENTRIES = 2**16
 # The bytes that all files may take; the share of the disk that they leave free.
 MAX_BYTES, FREE_SHARE = 2**36, 0.1
@@ -32,23 +32,24 @@ MAX_BYTES, FREE_SHARE = 2**36, 0.1
 
 def prepare_or_read(
     method: Method,
-    digests: Callable[[], Sequence[bytes]],
     parents: int,
     sources: Sequence[np.ndarray],
     parameters: Any,
+    moments: Callable[[], Sequence[bytes]],
     prepare: Callable[[], Prepared],
 ) -> Prepared:
-    """The result of `prepare`, from a file where the method stores vectors and an earlier call has kept them. digests:
-    of the sources' tensors; sources, parameters: as `prepare` takes them."""
+    """The result of `prepare`, from a file where the method stores vectors and an earlier call has kept them. sources,
+    parameters: as `prepare` takes them; moments: sha256 of what each source's moments follow from."""
     if not method.stores_vectors:
         return prepare()
     shape, dtype = sources[0].shape, np.dtype(merge_kernels.widest([x.dtype for x in sources]))
     keys_shape, keys_dtype = method.mask_key_array(shape, dtype)
-    if prod(shape) < MIN_ENTRIES:
+    if prod(shape) < MIN_ENTRIES and not method.looks_at:
         with one_blas_thread():
             return prepare()
     constants = [(p.name, np.asarray(parameters[p.name]).tolist()) for p in method.parameters if not p.searched]
-    content = repr([method.name, constants, digests(), _kernels()])
+    tensors = [sha256(np.ascontiguousarray(x, dtype).reshape(-1).view(np.uint8).data).digest() for x in sources]
+    content = repr([method.name, constants, tensors, moments(), code_digest(Path(merge_kernels.__file__).parent)])
     file = cache_folder() / "vectors" / sha256(content.encode()).hexdigest()
     count = method.mask_keys(parents)
     vectors = _read(file, count, keys_shape, keys_dtype)
@@ -105,12 +106,3 @@ def _keep(file: Path, content: bytes) -> None:
             total -= size
     except (OSError, Failed, InputError):
         return
-
-
-@cache
-def _kernels() -> str:
-    """A hash of the kernels' code."""
-    digest = sha256()
-    for path in sorted(Path(merge_kernels.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

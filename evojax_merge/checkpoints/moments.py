@@ -2,12 +2,18 @@
 
 A parent's moments are measured with its own weights and tokens, for the first tensor that asks for them, and stay in
 the memory of the host. Covariances of inputs come layer by layer, so that one layer's weights are in memory; gradients
-come from the whole model.
+come from the whole model. Vectors that were prepared of moments are kept by the prompts and the models
+(`Moments.content`), so that they are read again before any prompt is.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
+from hashlib import sha256
+from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -16,14 +22,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from merge_kernels import Method, merge_tensor, prepare
+from merge_kernels.method import LooksAt
 
 from evojax_merge.checkpoints.bank import load_stored, read_layers
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.models.architecture import (
+    first_of_each_type,
     layer_types,
+    leaves_of,
     leaves_of_layer,
     shared_leaves,
+    tensor_grid,
+    tensor_shape,
     tensors_of,
     types_of_layers,
 )
@@ -31,6 +42,7 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import LayerInputs, embed, forward, run_layer, target_logprobs
 from evojax_merge.models.layers import RecordedWeights, SequenceLayout, Weights, layer_kinds, padded_layout
 from evojax_merge.models.sources import StackedWeights
+from evojax_merge.system.file_system import code_digest
 
 Rows = Sequence[Sequence[int]]
 # The most prompts of one batch, and the step of its width, which is rounded up so that few programs are compiled.
@@ -198,6 +210,29 @@ def mean_squared_gradients(folder: DecoderFolder, config: DecoderConfig, rows: R
     }
 
 
+def moment_costs(config: DecoderConfig, looks_at: LooksAt, rows: Rows) -> tuple[int, float]:
+    """The bytes that a parent's moments take, and the FLOP that measuring them on its prompts takes at least: those of
+    products with its matrices and, for covariances, of the inputs with each other."""
+    tokens = sum(map(len, rows))
+    sizes = {leaf: prod((*tensor_grid(config, leaf), *tensor_shape(config, leaf))) for leaf in leaves_of(config)}
+    matrices = sum(size for leaf, size in sizes.items() if leaf.stack is not None and len(leaf.shape) > 1)
+    if looks_at == "gradients":
+        return 4 * sum(sizes.values()), 6.0 * tokens * matrices
+    batch = next(batches_of(rows[:1], 1))
+    x = jax.ShapeDtypeStruct((*batch.tokens.shape, config.hidden), jnp.float32)
+    nbytes, flops = 0, 2.0 * tokens * matrices * (2 if looks_at == "merged inputs" else 1)
+    for name, number in first_of_each_type(config).items():
+        weights = {
+            leaf.name: jax.ShapeDtypeStruct((*tensor_grid(config, leaf)[1:], *tensor_shape(config, leaf)), jnp.float32)
+            for leaf in leaves_of_layer(config, number)
+        }
+        arguments = (jnp.int32(number), weights, x, batch.layout, jnp.asarray(batch.counted))
+        _, products = jax.eval_shape(partial(_run_layer, config, name), *arguments)
+        entries = sum(product.size for product in products.values()) * types_of_layers(config).count(name)
+        nbytes, flops = nbytes + 4 * entries, flops + 2.0 * tokens * entries
+    return nbytes, flops
+
+
 @dataclass(frozen=True, eq=False)
 class Moments:
     """The moments of sources that a method looks at. rows: the tokens of each source's prompts; None for one that has
@@ -218,6 +253,38 @@ class Moments:
             if source not in self._measured:
                 self._measure(source)
         return self._measured[source].get(tensor)
+
+    def content(self, source: int, tensor: str) -> bytes:
+        """sha256 of everything that a source's moments of a tensor follow from: prompts and models, those of all
+        parents where merges of them are read through, and this program; empty: it has none."""
+        if self.rows[source] is None:
+            return b""
+        with self._lock:
+            models = self._models
+        together = b"".join(models) if self.method.looks_at == "merged inputs" else b""
+        program = f"{self.method.name} {tensor} {version('jax')} {code_digest(Path(__file__).parents[1])}"
+        return sha256(models[source] + together + program.encode()).digest()
+
+    @cached_property
+    def _models(self) -> list[bytes]:
+        """sha256 of each source's prompts, settings and tensors."""
+
+        def content(folder: DecoderFolder, rows: Rows | None) -> bytes:
+            if rows is None:
+                return b""
+            digest = sha256(json.dumps([rows, folder.config], sort_keys=True, default=str).encode())
+            for name in sorted(folder.entries):
+                digest.update(folder.digest(name))
+                folder.entries[name].release()
+            return digest.digest()
+
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(content, self.folders, self.rows))
+
+    def costs(self, config: DecoderConfig) -> tuple[int, float]:
+        """The bytes that all moments take, and the FLOP that measuring them takes (see `moment_costs`)."""
+        costs = [moment_costs(config, self.method.looks_at, rows) for rows in self.rows if rows is not None]
+        return sum(nbytes for nbytes, _ in costs), sum(flops for _, flops in costs)
 
     def _measure(self, source: int) -> None:
         looks_at = self.method.looks_at

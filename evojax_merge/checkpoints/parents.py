@@ -6,7 +6,6 @@ The bank and the streamed merge both read from `Sources`, so that both see the s
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,6 +115,14 @@ class Moments(Protocol):
     def files(self) -> tuple[Path, ...]: ...
     def of(self, source: int, tensor: str) -> np.ndarray | None:
         """A source's moments of a tensor (see `merge_kernels.PrepareInputs`); None: it has none."""
+        ...
+
+    def content(self, source: int, tensor: str) -> bytes:
+        """sha256 of everything that a source's moments of a tensor follow from; empty: it has none."""
+        ...
+
+    def costs(self, config: DecoderConfig) -> tuple[int, float]:
+        """The bytes that all moments take, and the FLOP that measuring them takes at least."""
         ...
 
 
@@ -239,11 +246,9 @@ class Sources:
         """One source's moments of a tensor; None: it has none, or none are measured."""
         return None if self.moments is None else self.moments.of(source, tensor)
 
-    def contents(self, inputs: Sequence[tuple[int, str]]) -> list[bytes]:
-        """sha256 of tensors of sources, and of their moments where any are measured."""
-        moments = [] if self.moments is None else [self.moments.of(*each) for each in inputs]
-        hashed = [b"" if each is None else sha256(np.ascontiguousarray(each).tobytes()).digest() for each in moments]
-        return [*(self.digest(*each) for each in inputs), *hashed]
+    def moment_contents(self, inputs: Sequence[tuple[int, str]]) -> list[bytes]:
+        """sha256 of everything that the moments of sources' tensors follow from; none where none are measured."""
+        return [] if self.moments is None else [self.moments.content(*each) for each in inputs]
 
 
 def open_sources(

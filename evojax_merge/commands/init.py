@@ -31,6 +31,7 @@ from evojax_merge.inspection.first_config import (
     Line,
     ModelTemplates,
     TaskSection,
+    calibration_of,
     examples_of,
     fitting_space,
     rule_of_space,
@@ -188,9 +189,6 @@ def choose_method(choices: Choices, models: Models) -> Method:
     searched, or that does not take the models."""
     name = choices.method or models.advice.method or ("ties" if models.has_base else "linear")
     method, has_base = find_method("--method", name), models.has_base
-    if method.looks_at:
-        what = f"{method.name} looks at prompts; write another method's config, and add calibration: {{file: …}}"
-        raise InputError("--method", what)
     if not searched_parameters(method):
         able = ", ".join(name for name, other in METHODS.items() if searched_parameters(other))
         raise InputError("--method", f"{method.name} has no parameter to search; expected one of {able}")
@@ -245,11 +243,24 @@ def first_config(path: Path, choices: Choices, models: Models) -> FirstConfig:
         if is_measured and backend != "function":
             keys.append(("evaluation", {"recalibrate": True}, "batch norms measure their statistics anew"))
     comments = {}
+    if method.looks_at and decoder is not None:
+        prompts = calibration_of(task)
+        if prompts is None:
+            what = f"{method.name} looks at prompts, and a task on this data has no template of them"
+            raise InputError("--data", f"{what}; write another method's config, and add calibration: {{file: …}}")
+        keys.append(
+            ("calibration", prompts, f"the prompts on which {method.name} looks at the parents' {method.looks_at}")
+        )
+    for parameter in method.parameters:
+        if parameter.name == "weight" and parameter.default is not None:
+            comments["weight"] = f"how much of each parent; starts at {parameter.default:g}, the authors' setting"
     if advice.method == method.name and choices.method is None:
         comments["method"] = "by the signs of the parents' changes, as inspect advises"
     if advice.high is not None:
         comments["weight"] = "above 1, so that the smaller task vectors count"
     fixed: dict[str, Any] = {"method": method.name}
+    constants = {p.name: p.default for p in method.parameters if not p.searched and p.default is not None}
+    fixed |= {"fixed": constants} if constants else {}
     if decoder is not None and advice.alike is not None:
         fixed["parent_groups"] = {"alike": [named[number] for number in advice.alike]}
         comments["parent_groups"] = "parents whose task vectors point the same way"

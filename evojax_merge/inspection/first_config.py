@@ -84,7 +84,12 @@ MEANINGS = {
     "density": "the share of each task vector that is kept",
     "t": "from the first parent, at 0, to the second, at 1",
     "scale": "of the parent",
+    "lambda": "of all that is added to the base",
+    "filter": "the share of what the method changes in the average, or in the task vectors",
 }
+
+# The parameter of methods that lead from another merge to their own.
+FILTER = "filter"
 
 # A line of a section: key, value, and comment.
 Line = tuple[str, Any, str]
@@ -425,7 +430,7 @@ class FirstConfig:
         comments = {
             "method": "any of `evojax-merge methods`", "layers_per_group": "so many neighbours share their parameters",
             "components": "parts with parameters of their own; + joins parts",
-            "parent_groups": "parents that share their parameters",
+            "parent_groups": "parents that share their parameters", "fixed": "what is prepared depends on it",
             "parameters": "searched between these bounds; all others have the method's default", **self.comments,
         }  # fmt: skip
         lines = [_row("space:", rule)]
@@ -499,9 +504,19 @@ def rule_of_space(dims: int, searched: int) -> str:
 
 
 def searched_parameters(method: Method) -> list[Parameter]:
-    """The parameters that a first search has: those that every parent has its own of, else the method's first."""
+    """The parameters that a first search has: those that every parent has its own of, and a filter, else the method's
+    first."""
     searched = [parameter for parameter in method.parameters if parameter.searched]
-    return [parameter for parameter in searched if parameter.per_parent] or searched[:1]
+    return [parameter for parameter in searched if parameter.per_parent or parameter.name == FILTER] or searched[:1]
+
+
+def calibration_of(task: TaskSection) -> dict[str, Any] | None:
+    """The section `calibration` of a task's prompts, with their targets where it has a template of them; None: it has
+    no template of prompts."""
+    keys = {key: value for key, value, _ in task.lines}
+    if not keys.keys() >= {"file", "prompt"}:
+        return None
+    return {"file": keys["file"], "prompt": " ".join(filter(None, (keys["prompt"], keys.get("target"))))}
 
 
 def _flow(value: Any) -> str:

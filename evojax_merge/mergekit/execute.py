@@ -394,7 +394,7 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
             merged = np.asarray(gain.astype(computed))
         else:
             prepared = prepare_or_read(
-                method, lambda: sources.contents(row.inputs), len(tensors) - first, tensors, row.parameters,
+                method, len(tensors) - first, tensors, row.parameters, lambda: sources.moment_contents(row.inputs),
                 lambda: merge_kernels.prepare(method, row.options, tensors, row.parameters, row_keys, moments),
             )  # fmt: skip
             merged = merge_kernels.merge_tensor(

@@ -23,7 +23,7 @@ from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import processor_name
 from evojax_merge.system.data_packages import cache_folder
-from evojax_merge.system.file_system import atomic_write, remove_file
+from evojax_merge.system.file_system import atomic_write, code_digest, remove_file
 from evojax_merge.system.regular_file import read_regular
 
 # Kinds of tasks whose scores follow from a model and a file: no code runs but this program's.
@@ -142,13 +142,16 @@ def _by_content(value: Any, inputs: Mapping[str, str]) -> Any:
 @cache
 def _program() -> list[str]:
     """The parts of a score that are not in a config: this program, the libraries below it, and the device."""
-    package, digest = Path(__file__).parents[1], sha256()
-    for file in sorted(package.rglob("*.py")):
-        digest.update(file.read_bytes())
     devices, flags = jax.devices(), os.environ.get("XLA_FLAGS", "")
     settings = [
         str(jax.config.values[f"jax_{name}"])
         for name in ("default_matmul_precision", "disable_most_optimizations", "enable_x64")
     ]
     device = processor_name() if devices[0].platform == "cpu" else devices[0].device_kind
-    return [digest.hexdigest(), *map(version, LIBRARIES), f"{len(devices)} x {device}", flags, *settings]
+    return [
+        code_digest(Path(__file__).parents[1]),
+        *map(version, LIBRARIES),
+        f"{len(devices)} x {device}",
+        flags,
+        *settings,
+    ]

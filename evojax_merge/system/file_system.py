@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 from evojax_merge.errors import InputError, cannot_write
@@ -37,6 +39,15 @@ def resolved(path: Path) -> Path:
 def is_real_folder(path: Path) -> bool:
     """Return whether a path is a folder, and no link to one."""
     return path.is_dir() and not path.is_symlink()
+
+
+@cache
+def code_digest(package: Path) -> str:
+    """sha256, hexadecimal, of the Python files in a package's folder."""
+    digest = sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _hidden_name(path: Path, mark: str) -> Path:

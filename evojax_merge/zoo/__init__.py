@@ -5,10 +5,10 @@ model, and a real small model from a package.
 References: `zoo:base`, `zoo:maths`, `zoo:japanese` are models, `zoo:search.jsonl` and `zoo:heldout.jsonl` task files;
 `zoo:3/base` belongs to the family of seed 3, which is trained first, and `zoo:experts/sums` is one of six more experts
 of `zoo:base`, which are trained first as well. `zoo:loops/plus`, `zoo:loops/3/plus` belong to the looped families
-(loops). `backend: torch` opens the image classifiers of `zoo:vit/low` (vit), the image generators of `zoo:ddpm/low`
-(ddpm) and the translators of `zoo:t5/french` (t5). `zoo:evovlm/vision` belongs to the models of the table-top EvoVLM,
-which come with the package (evovlm), `zoo:smollm2/base` to the real model (smollm2). All of them are kept in the user's
-cache folder once made.
+(loops). `backend: torch` opens the image classifiers of `zoo:vit/low` (vit) and `zoo:vit8/from0` (vit8), the image
+generators of `zoo:ddpm/low` (ddpm) and the translators of `zoo:t5/french` (t5). `zoo:evovlm/vision` belongs to the
+models of the table-top EvoVLM, which come with the package (evovlm), `zoo:smollm2/base` to the real model (smollm2).
+All of them are kept in the user's cache folder once made.
 """
 
 import re
@@ -32,7 +32,7 @@ FILES = ("search.jsonl", "heldout.jsonl")
 # More experts of the packaged base: three of hard sums in English, three that answer in Japanese.
 EXPERTS = ("sums", "differences", "both", "easy_sums", "copying", "mixed")
 # Kinds of families, each in the module of its name, which has a FAMILY.
-KINDS = ("ddpm", "evovlm", "lengths", "loops", "t5", "vit")
+KINDS = ("ddpm", "evovlm", "lengths", "loops", "t5", "vit", "vit8")
 # The version of the training recipe in `arithmetic` and of the packaged weights: each version has a folder of its own.
 VERSION = "v3"
 # A seed, where there is one, and the name of a model or file of the seed's family.

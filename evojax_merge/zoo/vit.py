@@ -7,7 +7,7 @@ is the setting of adaptive merging (Yang et al., arXiv 2310.02575) at the size o
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from evojax_merge.zoo.digit_images import HIGH, LOW, DigitImages, load_digit_ima
 from evojax_merge.zoo.tiny_llama import Progress
 from evojax_merge.zoo.torch_training import seeded_torch, train_experts
 
-MODELS = ("base", "low", "high")
+EXPERTS = {"low": LOW, "high": HIGH}
+MODELS = ("base", *EXPERTS)
 # The steps of training of each model, and their rates.
 STEPS, RATES = (25, 100, 200), (1e-3, 5e-4, 1e-3)
 BATCH, SIDE = 64, 8
@@ -61,9 +62,11 @@ def make_family(
     folder: Path,
     seed: int,
     progress: Progress = lambda name, steps, loss: None,
-    steps: tuple[int, int, int] = STEPS,
+    steps: Sequence[int] = STEPS,
+    rates: Sequence[float] = RATES,
+    experts: Mapping[str, Sequence[int]] = EXPERTS,
 ) -> None:
-    """Train the family into an empty folder. steps: of each model."""
+    """Train a family into an empty folder. steps, rates: of the base and of each expert; experts: their digits."""
     training, *splits = load_digit_images("zoo:vit", seed)
     for file, split in zip(FILES, splits, strict=True):
         save_images(folder, file, split)
@@ -84,8 +87,8 @@ def make_family(
             (folder / name / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR), encoding="utf-8")
 
         fresh = transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES))
-        parts = (training, *(training[np.isin(training.labels, half)] for half in (LOW, HIGH)))
-        train_experts(MODELS, fresh, parts, steps, RATES, (seed, 2), batches, save, progress)
+        parts = (training, *(training[np.isin(training.labels, digits)] for digits in experts.values()))
+        train_experts(("base", *experts), fresh, parts, steps, rates, (seed, 2), batches, save, progress)
 
 
 FAMILY = Family("vit", "vit-v2", MODELS, make_family, sum(STEPS))

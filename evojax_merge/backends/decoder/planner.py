@@ -81,7 +81,7 @@ class DecoderPlanner:
         fates = backend.candidates.fates(backend.models.other_modules)
         folders = {str(folder.path): folder.path for folder in backend.models.sources.folders}
         account = summary(with_public_names(fates, folders))
-        placed = (*backend.candidates.preparation_notes, *placed, account)
+        placed = (*backend.candidates.preparation_notes(backend.target), *placed, account)
         if config.projector is None:
             return placed
         leaves = [leaf for leaf in leaves_of(config) if len(leaf.shape) > 1]

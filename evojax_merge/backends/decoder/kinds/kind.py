@@ -88,9 +88,8 @@ class Candidates(ABC):
     @abstractmethod
     def is_random(self) -> bool: ...
 
-    @property
-    def preparation_notes(self) -> tuple[str, ...]:
-        """Lines of a plan about work of the host before the search."""
+    def preparation_notes(self, target: Target) -> tuple[str, ...]:
+        """Lines of a plan about the work before the search."""
         return ()
 
     @property

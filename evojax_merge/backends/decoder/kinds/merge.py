@@ -142,8 +142,7 @@ class MergeCandidates(Candidates):
             f"device once in a generation that is scored, and once for candidates that generate together{rate}"
         )  # fmt: skip
 
-    @property
-    def preparation_notes(self) -> tuple[str, ...]:
+    def preparation_notes(self, target: Target) -> tuple[str, ...]:
         if not self.spec.method.stores_vectors:
             return ()
         tensors = [
@@ -155,9 +154,17 @@ class MergeCandidates(Candidates):
         seconds = preparation_seconds(self.spec, len(self.parents), shapes, workers)
         vectors = [leaf_layout(self.sources, self.decoder, self.spec, leaf).mask_keys for leaf, _ in tensors]
         nbytes = sum(array.nbytes for array in vectors if array is not None)
-        return (
+        note = (
             f"{self.name}: matrices are taken apart on this machine's processor before the search, about "
-            f"{shown_seconds(seconds)} the first time; {shown_bytes(nbytes)} of vectors are kept in {cache_folder()}",
+            f"{shown_seconds(seconds)} the first time; {shown_bytes(nbytes)} of vectors are kept in {cache_folder()}"
+        )
+        if self.sources.moments is None:
+            return (note,)
+        held, flops = self.sources.moments.costs(self.decoder)
+        return (
+            f"calibration: the moments take {shown_bytes(held)} of this machine's memory, and "
+            f"{shown_seconds(flops / target.float32)} or more to measure, the first time",
+            note,
         )
 
     def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
