@@ -69,7 +69,9 @@ def search(
             evaluators = judged(evaluators, ballots, partial(family_tree, problem), activity)
             problem = proposing(problem, ballots)
             with search_bar(generations, on_generation, ending_estimate(problem, planned, compiled_before)) as reporter:
-                storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
+                storage = FolderStorage(
+                    folder, Checkpoints(folder, problem.keep), is_main_process=devices.is_main_process
+                )
                 archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)
             archive = with_best(archive, ballots, problem.search.finalists)
             print_work(folder, problem, evaluators)
