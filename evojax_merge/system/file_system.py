@@ -376,6 +376,14 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Let one process at a time into the block; the others wait. folder: made where it is missing, and left."""
+    make_folder(folder)
+    with _locked(folder):
+        yield
+
+
 def _lock(folder: Path) -> int | None:
     """A file descriptor that holds the folder's lock, which ends with the process; None where another has it."""
     handle = os.open(folder, os.O_RDONLY)
