@@ -34,6 +34,8 @@ ABORTED = (
 )
 
 _exchanges = count()
+# The hosts of all processes, once they have met.
+_hosts: list[str] = []
 # Kept for as long as the process lives: the system calls it.
 _handlers: list[Any] = []
 
@@ -99,7 +101,14 @@ def telling_peers() -> Iterator[None]:
 def check_versions() -> None:
     """Raises InputError, in every process, where two of them run different versions."""
     versions = {"evojax-merge": __version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    compare(_exchange_values(versions, "the comparison of versions"), "expected one version in all processes")
+    processes = _exchange_values(versions, "the comparison of versions")
+    _hosts.extend(each["host"] for each in processes)
+    compare(processes, "expected one version in all processes")
+
+
+def processes_on_host() -> int:
+    """The number of this run's processes on this host."""
+    return max(1, _hosts.count(socket.gethostname()))
 
 
 def check_agreement(config: Mapping[str, Any], options: Mapping[str, Any]) -> None:
