@@ -79,8 +79,9 @@ def check_coordinator(address: str, process: int) -> None:
         try:
             socket.create_server(("", int(port))).close()
         except OSError as error:
-            what = f"{address}: the first process cannot listen there ({os.strerror(error.errno or 0)}); choose another port"
-            raise InputError("--distributed", f"{what} (JAX_COORDINATOR_PORT, or in JAX_COORDINATOR_ADDRESS)") from None
+            what = f"{address}: the first process cannot listen there ({os.strerror(error.errno or 0)})"
+            advice = "choose another port, by JAX_COORDINATOR_PORT or in JAX_COORDINATOR_ADDRESS"
+            raise InputError("--distributed", f"{what}; {advice}") from None
         return
     # JAX would not heed a signal while it waits.
     while True:
