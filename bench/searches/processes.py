@@ -135,18 +135,24 @@ class Bench:
         started = []
         for number in range(processes):
             is_last, self.number = number == processes - 1, self.number + 1
-            own = last if is_last else Difference("nothing")
+            deviation = last if is_last else Difference("nothing")
             out = self.root / (last.out if is_last and last.out != "run" else run)
             environment = os.environ | {
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes),
-                "JAX_PROCESS_ID": str(number), "JAX_NUM_CPU_DEVICES": str(own.devices), "JAX_PLATFORMS": "cpu",
+                "JAX_PROCESS_ID": str(number), "JAX_NUM_CPU_DEVICES": str(deviation.devices), "JAX_PLATFORMS": "cpu",
                 "XDG_CACHE_HOME": str(self.root / "cache"),
             }  # fmt: skip
-            arguments = ["search", str(self.root / own.folder / "config.yaml"), "--out", str(out), "--distributed"]
-            arguments += [*options, *own.options]
+            arguments = [
+                "search",
+                str(self.root / deviation.folder / "config.yaml"),
+                "--out",
+                str(out),
+                "--distributed",
+            ]
+            arguments += [*options, *deviation.options]
             output = self.root / f"output.{self.number}"
             with output.open("w") as handle:
-                command = [sys.executable, "-c", f"{own.before}\n{MAIN}", *arguments]
+                command = [sys.executable, "-c", f"{deviation.before}\n{MAIN}", *arguments]
                 process = subprocess.Popen(command, env=environment, stdout=handle, stderr=subprocess.STDOUT, text=True)
             started.append(Process(process, output))
         return started

@@ -88,10 +88,10 @@ def shared(folder: Path, cache: Path, processes: int) -> None:
     print("| search | processes | plan, s | took, s | took / plan |\n| --- | ---: | ---: | ---: | ---: |")
     for name in SEARCHES:
         lines = lines_of_first(folder, cache, processes, "search", f"{name}.yaml", "--out", name)
-        said = next(
+        stated = next(
             match for line in lines if (match := re.search(r"whole search takes about ([\d.,]+) (\w+)", line.text))
         )
-        about = float(said[1].replace(",", "")) * {"s": 1, "minutes": 60, "hours": 3600}[said[2]]
+        about = float(stated[1].replace(",", "")) * {"s": 1, "minutes": 60, "hours": 3600}[stated[2]]
         took = worked(lines, folder / name)
         print(f"| {name} | {processes} | {about:.1f} | {took:.1f} | {took / about:.2f} |", flush=True)
 

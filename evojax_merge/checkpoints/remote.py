@@ -225,8 +225,9 @@ def fetched(where: object, reference: str, *, weights: bool = True) -> Path:
     place = _place(reference, weights)
     # Of several processes on a host one fetches.
     with locked_folder(place.with_name(f"{place.name}.lock")):
-        if (there := cached(reference, weights=weights)) is not None:
-            return there
+        earlier = cached(reference, weights=weights)
+        if earlier is not None:
+            return earlier
         model = opened(where, reference)
         require_space(place, sum(size or 0 for size in model.sizes.values()))
         with atomic_folder(place, overwrite=place.exists()) as work:

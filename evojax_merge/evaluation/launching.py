@@ -61,8 +61,8 @@ def coordinator_address() -> str | None:
 
     if launched() is None:
         return None
-    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(ARRIVAL))
-    return found[0]
+    parameters = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(ARRIVAL))
+    return parameters[0]
 
 
 def check_coordinator(address: str, process: int) -> None:
