@@ -29,10 +29,10 @@ from evojax_merge.search.kept_scores import kept_scores
 from evojax_merge.search.loop import Archive, Reporter, Storage, evolve
 from evojax_merge.search.run_parts import RunFolder, check_room, remove_members
 from evojax_merge.search.run_schema import read_run_config
-from evojax_merge.steps.output import print_setup, print_work, why_complete, write_winner
+from evojax_merge.steps.output import print_complete, print_setup, print_work, why_complete, write_winner
 from evojax_merge.steps.planning import compiling_beside, ending_estimate, make_plan, record_timing
 from evojax_merge.steps.selection import open_evaluators, select_best
-from evojax_merge.system.console import console, say
+from evojax_merge.system.console import say
 from evojax_merge.tasks.splits import Splits
 
 FORCE = "--force goes on all the same"
@@ -49,8 +49,7 @@ def search(
     """Search, choose the winner, export it and report. A run that has done all this is left unchanged."""
     complete = why_complete(folder, problem)
     if complete is not None:
-        say(complete)
-        console.print(f"the run is complete; its winner: {folder.model}", soft_wrap=True)
+        print_complete(folder, complete)
         return
     check_room(folder, problem.search.generations)
     problem = replace(problem, kept=kept_scores(read_run_config(folder.config), jax.process_count()))
@@ -69,7 +68,9 @@ def search(
             evaluators = judged(evaluators, ballots, partial(family_tree, problem), activity)
             problem = proposing(problem, ballots)
             with search_bar(generations, on_generation, ending_estimate(problem, planned, compiled_before)) as reporter:
-                storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
+                storage = FolderStorage(
+                    folder, Checkpoints(folder, problem.keep), is_main_process=devices.is_main_process
+                )
                 archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)
             archive = with_best(archive, ballots, problem.search.finalists)
             print_work(folder, problem, evaluators)

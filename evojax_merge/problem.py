@@ -18,7 +18,7 @@ from evojax_merge.backends.registry import find_backend
 from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.config.documents import apply_overrides, parse
-from evojax_merge.config.search_config import AUTO, JUDGED_KINDS, VOTES, Config, SearchConfig, StageConfig
+from evojax_merge.config.search_config import AUTO, JUDGED_KINDS, VOTES, Config, KeepConfig, SearchConfig, StageConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.memory import available_memory, require_memory
 from evojax_merge.evaluation.targets import Target, live_target
@@ -107,6 +107,10 @@ class SearchProblem(Generic[B]):
     @property
     def parents(self) -> tuple[Path, ...]:
         return tuple(model for role, model in self.backend.compared if role == "parent")
+
+    @property
+    def keep(self) -> KeepConfig:
+        return KeepConfig() if self.config is None else self.config.keep
 
     @property
     def tunes_by_gradient(self) -> bool:

@@ -184,6 +184,24 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize(("fault", "left"), [(Full, 0), (Full, 3 * PAGE), (ReadOnly, 0)])
+def test_a_finished_run_that_is_resumed_needs_no_disk(fault: Any, left: int, family: Family, disk: Path) -> None:
+    """More generations, and another config, are refused as ever."""
+    path, run, trouble = write_config(family, "host"), disk / "run", fault(disk, left)
+    run_here("search", path, "--out", run)
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    trouble()
+    done = run_here("search", path, "--out", run, "--resume")
+    assert "3 generations are saved, and 3 wanted: nothing to search" in done.stdout
+    assert f"the run is complete; its winner: {run}/best/model" in " ".join(done.stdout.split())
+    more = run_here("search", path, "--out", run, "--resume", "--set", "search.generations=4", status=None)
+    assert any(reason in error_of(more) for reason in (*REASONS, "but the disk has"))
+    other = run_here("search", path, "--out", run, "--resume", "--seed", 4, status=None)
+    assert "seed" in error_of(other)
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    trouble.end()
+
+
 @pytest.mark.parametrize(("kind", "moment", "fault", "left"), sample(CASES, 2))
 def test_a_search_whose_disk_fails_goes_on_to_the_same_bytes(
     kind: str, moment: str, fault: Any, left: int, family: Family, disk: Path,

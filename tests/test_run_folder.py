@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.files import read_json, write_json
 from hostile import changing
 from test_racing import climb
 
@@ -77,6 +78,32 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, searched, run,
     climb(run, GENERATIONS, resume=True)
     assert (run / "history.jsonl").read_bytes() == (searched / "history.jsonl").read_bytes()
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"3", "4", "5"}
+
+
+def test_checkpoints_are_kept_by_number_and_by_age(run: Path) -> None:
+    """Two hours lie between a generation and the next."""
+    folder = RunFolder(run)
+    for generation in (2, 1):
+        shutil.copytree(folder.step(3), folder.step(generation))
+    for generation in range(1, 6):
+        metadata = folder.step(generation) / "_CHECKPOINT_METADATA"
+        document = read_json(metadata) | {"commit_timestamp_nsecs": generation * 2 * 3600 * 10**9}
+        write_json(metadata, document)
+    for keep, kept in (
+        ({"every_hours": 2}, [1, 2, 3, 4, 5]),
+        ({"last": 1, "every_hours": 3}, [1, 3, 5]),
+        ({"last": 2}, [3, 5]),
+        ({"last": 1}, [5]),
+    ):
+        open_run(run, DOCUMENT | {"keep": keep}, resume=True, overwrite=False)
+        assert folder.steps() == kept
+
+
+def test_a_search_goes_on_from_an_older_checkpoint(searched: Path, run: Path) -> None:
+    shutil.rmtree(run / "checkpoints" / "5")
+    shutil.rmtree(run / "checkpoints" / "4")
+    climb(run, GENERATIONS, resume=True)
+    assert (run / "history.jsonl").read_bytes() == (searched / "history.jsonl").read_bytes()
 
 
 HISTORIES: dict[str, Callable[[bytes], bytes]] = {

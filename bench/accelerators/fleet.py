@@ -7,7 +7,8 @@ Models of Llama-3's and Qwen2.5-32B's shapes in bfloat16, a base and two parents
 generation is of 8 candidates by task arithmetic, or 4 that follow gradients, on 64 examples of 350 tokens, of which the
 last 100 are scored, or written. Each search is planned with one device to a candidate. Where it does not fit, each
 change that the plan names is followed by itself, and planned: the row is that of the first, and says how many of them
-fit. Seconds of a generation are at least those, by the roofline and by data sheets.
+fit. Seconds of a generation are at least those, by the roofline and by data sheets; those of planning are the
+processor's, whatever else it does.
 """
 
 import argparse
@@ -84,9 +85,9 @@ class Case:
 
 
 def row(case: Case, folder: Path) -> str:
-    begun = time.perf_counter()
+    begun = time.process_time()
     plan = case.plan(folder)
-    seconds, asked, first, fitting = time.perf_counter() - begun, "fits" if plan.fits else "does not fit", "", ""
+    seconds, asked, first, fitting = time.process_time() - begun, "fits" if plan.fits else "does not fit", "", ""
     if not plan.fits:
         first = plan.advice[0]
         cases = [case.following(line) for line in plan.advice]

@@ -2,6 +2,7 @@
 
     python -m bench times                 # SmolLM2-135M and two copies with noise; some 15 minutes
     python -m bench times --shape 100M --bench 540      # `evojax-merge bench` on larger models, for so many seconds
+    python -m bench times --processes 2                 # each search once, by processes that share it
 
 `evojax-merge bench` measures the device once, in an empty cache folder. Then three searches run with their output in a
 file, each twice with the same cache: by likelihood, by answers, by gradients; five examples are held out. `plan`
@@ -15,13 +16,16 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,6 +41,7 @@ SEARCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "answers": ({"kind": "exact_match", "max_new_tokens": 24}, EVOLVED),
     "gradients": ({"kind": "likelihood"}, {"strategy": "gradient", "generations": 12}),
 }
+EMPTY: Mapping[str, str] = MappingProxyType({})
 COMMAND = (sys.executable, "-m", "evojax_merge")
 
 
@@ -48,9 +53,10 @@ class Line:
     text: str
 
 
-def lines_of(folder: Path, cache: Path, *arguments: str) -> list[Line]:
-    """The output of `evojax-merge` with these arguments, which must end well; the last line is its end."""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONUNBUFFERED": "1"}
+def lines_of(folder: Path, cache: Path, *arguments: str, variables: Mapping[str, str] = EMPTY) -> list[Line]:
+    """The output of `evojax-merge` with these arguments, which must end well; the last line is its end. variables: of
+    its environment."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONUNBUFFERED": "1", **variables}
     started = time.monotonic()
     with subprocess.Popen(
         [*COMMAND, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -60,6 +66,34 @@ def lines_of(folder: Path, cache: Path, *arguments: str) -> list[Line]:
     if process.returncode:
         raise SystemExit("\n".join(line.text for line in lines))
     return [*lines, Line(time.monotonic() - started, "")]
+
+
+def lines_of_first(folder: Path, cache: Path, processes: int, *arguments: str) -> list[Line]:
+    """The output of the first of some processes with a device each, which run `evojax-merge` together."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{place.getsockname()[1]}"
+
+    def run(number: int) -> list[Line]:
+        variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes),
+                     "JAX_PROCESS_ID": str(number), "JAX_NUM_CPU_DEVICES": "1"}  # fmt: skip
+        return lines_of(folder, cache, *arguments, "--distributed", variables=variables)
+
+    with ThreadPoolExecutor(processes) as pool:
+        return next(iter(list(pool.map(run, range(processes)))))
+
+
+def shared(folder: Path, cache: Path, processes: int) -> None:
+    """Print what the searches' own plans say, and what they take, by processes that share them."""
+    print("| search | processes | plan, s | took, s | took / plan |\n| --- | ---: | ---: | ---: | ---: |")
+    for name in SEARCHES:
+        lines = lines_of_first(folder, cache, processes, "search", f"{name}.yaml", "--out", name)
+        stated = next(
+            match for line in lines if (match := re.search(r"whole search takes about ([\d.,]+) (\w+)", line.text))
+        )
+        about = float(stated[1].replace(",", "")) * {"s": 1, "minutes": 60, "hours": 3600}[stated[2]]
+        took = worked(lines, folder / name)
+        print(f"| {name} | {processes} | {about:.1f} | {took:.1f} | {took / about:.2f} |", flush=True)
 
 
 def empty_cache(folder: Path) -> Path:
@@ -134,8 +168,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", type=float, default=200, help="seconds of `evojax-merge bench`")
     parser.add_argument("--shape", default="10M", help="the shape of its models")
+    parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
     print(f"{host()}\n")
+    if arguments.processes > 1:
+        with tempfile.TemporaryDirectory() as root:
+            write_inputs(Path(root))
+            cache = empty_cache(Path(root) / "cache")
+            lines_of(Path(root), cache, "bench", "--seconds", str(arguments.bench), "--shape", arguments.shape)
+            shared(Path(root), cache, arguments.processes)
+        return
     print("| search | bound, s | plan, s | took, s | took / plan | longest silence, s | `left`, worst error "
           "| compiled, first and second run | until the first generation, s |")  # fmt: skip
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")

@@ -22,6 +22,7 @@ from evojax_merge.checkpoints.folder import INDEX_FILE, PIPELINE_INDEX, SINGLE_F
 from evojax_merge.checkpoints.parents import tensor_shapes
 from evojax_merge.checkpoints.quantised import QuantisedFolder, dequantised_config
 from evojax_merge.checkpoints.references import resolve_by
+from evojax_merge.checkpoints.remote import cached, fetched, header, is_address, opened
 from evojax_merge.models.architecture import known_architecture
 from evojax_merge.system.regular_file import file_inside
 
@@ -56,9 +57,9 @@ def write_header_only(file: Path, tensors: Mapping[str, TensorHeader], contents:
 
 @dataclass
 class HeaderFolders:
-    """Resolves the references of a config like `references.resolve_reference`, without downloading weights: a hub model
-    that is not in the hub's cache gets a folder of headers below `root`. download_bytes: the size of the weights that
-    are not on this machine."""
+    """Resolves the references of a config like `references.resolve_reference`, without downloading weights: a model of
+    the hub or of a store that is not in the cache gets a folder of headers below `root`. download_bytes: the size of
+    the weights that are not on this machine."""
 
     root: Path
     download_bytes: int = 0
@@ -73,7 +74,20 @@ class HeaderFolders:
                 self.known[reference] = self._cached(name, revision) or self._fetch(name, revision)
             return self.known[reference]
 
+        if is_address(reference):
+            if reference not in self.known:
+                self.known[reference] = cached(reference) or self._fetch_from_store(where, reference)
+            return self.known[reference]
         return resolve_by(where, reference, relative_to, "its headers", fetch)
+
+    def _fetch_from_store(self, where: object, reference: str) -> Path:
+        """A folder of the small files and the headers of a model in a store; a model of one file as a whole."""
+        model = opened(where, reference)
+        if model.is_file:
+            return fetched(where, reference)
+        small = fetched(where, reference, weights=False)
+        tensors = {file: _tensor_headers(header(model, file)) for file in model.weight_names(small)}
+        return self._written(reference, small, tensors, PIPELINE_INDEX in model.sizes)
 
     @staticmethod
     def _cached(name: str, revision: str | None) -> Path | None:
@@ -108,6 +122,14 @@ class HeaderFolders:
             files = filter_repo_objects(listed, allow_patterns=["*/*.safetensors"], ignore_patterns=VARIANTS)
         else:
             files = sorted(set(weight_map(index).values())) if index.exists() else [SINGLE_FILE]
+        tensors = {file: _headers(name, file, commit) for file in files}
+        return self._written(name, small, tensors, is_pipeline)
+
+    def _written(
+        self, name: str, small: Path, tensors: Mapping[str, dict[str, TensorHeader]], is_pipeline: bool
+    ) -> Path:
+        """A folder with links to small files, and files of headers. tensors: by file; name: the model's, in
+        messages."""
         folder = self.root / str(len(self.known))
         folder.mkdir(parents=True)
         for source in small.rglob("*") if is_pipeline else small.iterdir():
@@ -116,7 +138,6 @@ class HeaderFolders:
                 link = folder / source.relative_to(small)
                 link.parent.mkdir(exist_ok=True)
                 link.symlink_to(source.resolve())
-        tensors = {file: _headers(name, file, commit) for file in files}
         every = {tensor: header for headers in tensors.values() for tensor, header in headers.items()}
         contents = {} if is_pipeline else shape_contents(folder, every)
         for file, headers in tensors.items():
@@ -133,6 +154,14 @@ def _headers(name: str, file: str, commit: str) -> dict[str, TensorHeader]:
     return {
         tensor: TensorHeader(each.dtype, tuple(each.shape), each.data_offsets[1] - each.data_offsets[0])
         for tensor, each in metadata.tensors.items()
+    }
+
+
+def _tensor_headers(document: Mapping[str, Any]) -> dict[str, TensorHeader]:
+    """The headers of the tensors that the header of a safetensors file describes."""
+    return {
+        tensor: TensorHeader(entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
+        for tensor, entry in document.items()
     }
 
 

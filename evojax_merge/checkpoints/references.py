@@ -15,6 +15,7 @@ from evojax_merge.checkpoints.folder import (
     VARIANTS,
     weight_map,
 )
+from evojax_merge.checkpoints.remote import fetched, is_address
 from evojax_merge.errors import InputError
 from evojax_merge.system.data_packages import hub_failure
 from evojax_merge.system.regular_file import check_model_folder
@@ -22,8 +23,10 @@ from evojax_merge.system.regular_file import check_model_folder
 
 def resolve(where: object, reference: str, relative_to: Path, *, weights: bool = True) -> Path:
     """The path of a local model, or the downloaded folder of a hub id (`owner/name`, `owner/name@revision`). The hub's
-    client draws a progress bar. Without `weights` only the small files are downloaded, for the tokenizer. Raises
-    InputError as `resolve_by` does."""
+    client draws a progress bar. An address (`s3://…`) is fetched into the cache. Without `weights` only the small files
+    are downloaded, for the tokenizer. Raises InputError as `resolve_by` does."""
+    if is_address(reference):
+        return fetched(where, reference, weights=weights)
     return resolve_by(where, reference, relative_to, "it", lambda name, revision: _download(name, revision, weights))
 
 

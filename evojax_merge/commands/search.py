@@ -25,7 +25,7 @@ from evojax_merge.checkpoints.writer import (
 from evojax_merge.config.documents import attribute_errors_to_overrides
 from evojax_merge.config.search_config import Config, StageConfig
 from evojax_merge.errors import LOG, LONGEST_LINE, Failed, InputError, PeerLostError, print_warning, printable
-from evojax_merge.evaluation.devices import losing_peers, unused_memory
+from evojax_merge.evaluation.devices import decided_by_main, losing_peers, unused_memory
 from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.peers import check_agreement, check_files, check_shared_folder, telling_peers
 from evojax_merge.judge.opening import JudgeOptions, check_export, check_judges
@@ -51,6 +51,7 @@ from evojax_merge.search.run_folder import (
     INPUTS,
     check_place,
     check_recorded_inputs,
+    check_same_config,
     is_run,
     open_run,
     opened,
@@ -60,10 +61,11 @@ from evojax_merge.search.run_lock import check_not_in_use, holder
 from evojax_merge.search.run_log import early_lines
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.steps.advice import advice
+from evojax_merge.steps.output import print_complete, why_complete
 from evojax_merge.steps.planning import disk_bytes
 from evojax_merge.system import interrupts
 from evojax_merge.system.console import console, say, working
-from evojax_merge.system.file_system import check_outputs
+from evojax_merge.system.file_system import check_outputs, is_writable
 from evojax_merge.system.interrupts import defer_signals
 from evojax_merge.system.regular_file import MAX_NAME_BYTES
 from evojax_merge.tasks.opening import data_warnings
@@ -230,9 +232,11 @@ def run_search(
     for folder, problem in zip([*early, run], problems, strict=True):
         check_judges(path, folder.path, problem, judges, resume=resume)
     prepared = [problem.prepare() for problem in problems]
-    require_space(out, sum(map(disk_bytes, problems)))
-    for problem in problems:
-        _require_bank(path, problem, force)
+    complete = why_complete(run, problems[-1]) if resume else None
+    if complete is None:
+        require_space(out, sum(map(disk_bytes, problems)))
+        for problem in problems:
+            _require_bank(path, problem, force)
     document = resolved_document(configs[0], problems[0])
     check_recorded_inputs(path, config.inputs or {}, document[INPUTS])
     check_files(document[INPUTS])
@@ -243,6 +247,11 @@ def run_search(
         document["stages"] = [_resolved_stage(stages, number, problem) for number, problem in enumerate(problems)]
     # The processes that only wait print nothing.
     console.quiet = console.quiet or jax.process_index() > 0
+    if complete is not None and not decided_by_main(is_writable(out)):
+        # Nothing need be written.
+        check_same_config(run, document)
+        print_complete(run, complete)
+        return
     with opened(
         out, document, resume=resume, overwrite=overwrite, say=print_warning, on_started=on_started,
         check=_check_checkpoints,

@@ -436,6 +436,17 @@ class EvaluationConfig(Section):
     )
 
 
+class KeepConfig(Section):
+    """The checkpoints that a run folder keeps: one of each generation is saved."""
+
+    optional = ("last", "every_hours")
+
+    last: Whole = Field(3, ge=1, le=1000, description="how many of the last are kept")
+    every_hours: Real | None = Field(
+        None, ge=1e-6, le=1e6, description="beside them, the first, and one after so many hours each; default: none"
+    )
+
+
 def _with_strategy(section: Any, name: str) -> Any:
     """The section of a search, or of one of its stages, with this strategy where it names none."""
     if not isinstance(section, dict):
@@ -453,7 +464,9 @@ class Config(Section):
     kinds: ClassVar[dict[str, str]] = {
         "space": "merge", "data_flow": "layer_path", "pool": "member", "mixture": "mixture"
     }  # fmt: skip
-    optional = ("backend", "pool", "mixture", "other_modules", "components", "calibration", "scale", "plugins", "log")
+    optional = (
+        "backend", "pool", "mixture", "other_modules", "components", "calibration", "scale", "plugins", "log", "keep"
+    )  # fmt: skip
 
     base: Location | None = Field(None, description="the model that task vectors are taken from")
     parents: list[Location] = Field(min_length=1, max_length=1000, description="the models that are merged")
@@ -501,6 +514,7 @@ class Config(Section):
     log: list[Literal["tensorboard", "wandb", "csv"]] = Field(
         [], max_length=3, description="programs that get the figures of each generation; csv: a table, history.csv"
     )
+    keep: KeepConfig = Field(KeepConfig(), description="which checkpoints the run folder keeps")
     inputs: dict[str, str] | None = Field(
         None,
         exclude=True,

@@ -21,9 +21,15 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from evojax_merge.errors import Failed, InputError, PeerLostError, first_line, shown
-from evojax_merge.evaluation.launching import launched, local_device_ids
+from evojax_merge.evaluation.launching import (
+    ARRIVAL,
+    check_coordinator,
+    coordinator_address,
+    launched,
+    local_device_ids,
+)
 from evojax_merge.evaluation.memory import available_memory
-from evojax_merge.evaluation.peers import check_versions, report_aborts
+from evojax_merge.evaluation.peers import ABORTED, NOT_COME, check_versions, report_aborts
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.models.bank import take_candidate
 
@@ -321,14 +327,18 @@ def init_distributed() -> None:
         if process >= count:
             raise InputError("--distributed", f"{names[2]}: {process}; expected a number below {names[1]}, {count}")
         given |= {"coordinator_address": address, "num_processes": count, "process_id": process}
+    place = address or coordinator_address()
+    if place is not None and numbers[1].isdecimal():
+        check_coordinator(place, int(numbers[1]))
     _silence_libraries()
+    report_aborts(NOT_COME, 2)
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **given)
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=int(ARRIVAL), **given)
     except Exception as error:
         # JAX recognises clusters by variables of many programs, and believes them.
         what = f"no other processes were found ({first_line(error)}); expected {', '.join(names)}"
         raise InputError("--distributed", what) from None
-    report_aborts()
+    report_aborts(ABORTED, 1)
     check_versions()
 
 

@@ -6,11 +6,16 @@ launch that fits this program best, would use one GPU of eight: here processes o
 
 import os
 import re
+import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from evojax_merge.errors import InputError
+
+# Seconds within which all processes of a run have started.
+ARRIVAL = 300.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,49 @@ def _tasks_of_node(environment: Mapping[str, str]) -> int:
     counts = [int(group[1]) for group in groups if group is not None for _ in range(int(group[2] or 1))]
     node = environment.get("SLURM_NODEID", "0")
     return counts[int(node)] if node.isdecimal() and int(node) < len(counts) else 1
+
+
+def coordinator_address() -> str | None:
+    """The address, `host:port`, at which a launcher's processes meet; None without a launcher."""
+    # JAX has no public name for it.
+    from jax._src.clusters import ClusterEnv
+
+    if launched() is None:
+        return None
+    parameters = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(ARRIVAL))
+    return parameters[0]
+
+
+def check_coordinator(address: str, process: int) -> None:
+    """Raises InputError where processes cannot meet at an address, `host:port`: its host is unknown, another program
+    has the port, on which JAX would crash the first process, or no first process answers in time."""
+    host, _, port = address.rpartition(":")
+    host, until = host.strip("[]"), time.monotonic() + ARRIVAL
+    try:
+        socket.getaddrinfo(host, int(port))
+    except OSError as error:
+        what = f"{address}: this host knows no host of that name ({error.strerror}); expected that of the first process"
+        raise InputError("--distributed", what) from None
+    if process == 0:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            what = f"{address}: the first process cannot listen there ({os.strerror(error.errno or 0)})"
+            advice = "choose another port, by JAX_COORDINATOR_PORT or in JAX_COORDINATOR_ADDRESS"
+            raise InputError("--distributed", f"{what}; {advice}") from None
+        return
+    # JAX would not heed a signal while it waits.
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=10.0).close()
+        except OSError as error:
+            if time.monotonic() < until:
+                time.sleep(0.1)
+                continue
+            what = f"no first process answers at {address} within {ARRIVAL:g} s ({error.strerror or error})"
+            advice = "see what it says; start all processes within that time, and let no firewall stand between them"
+            raise InputError("--distributed", f"{what}; {advice}") from None
+        return
 
 
 def local_device_ids(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> list[int]:

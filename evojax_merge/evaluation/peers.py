@@ -18,6 +18,7 @@ import jaxlib
 from jax._src import distributed
 
 from evojax_merge.errors import InputError, PeerLostError, first_line
+from evojax_merge.evaluation.launching import ARRIVAL
 from evojax_merge.version import __version__
 
 # Seconds that a process waits for another: which may read terabytes before; and where all have come as far already.
@@ -28,12 +29,19 @@ LOOK_EVERY, FAILED = 1000, "evojax-merge/failed"
 SEEN_AFTER = 8.0
 # Seconds by which clocks of hosts may differ: budgets, votes and timings are read off them.
 CLOCKS = 60.0
+# Lines for a process that JAX aborts: while the processes come together, and afterwards.
+NOT_COME = (
+    f"error: --distributed: not all processes of this run have come within {ARRIVAL:g} s, or two have one number; see "
+    "what the others say, and start all again\n"
+)
 ABORTED = (
     "error: JAX has ended this process, most likely because another process of this run has gone; go on with --resume "
     "(TF_CPP_MIN_LOG_LEVEL=2 shows JAX's own words)\n"
 )
 
 _exchanges = count()
+# The hosts of all processes, once they have met.
+_hosts: list[str] = []
 # Kept for as long as the process lives: the system calls it.
 _handlers: list[Any] = []
 
@@ -99,7 +107,14 @@ def telling_peers() -> Iterator[None]:
 def check_versions() -> None:
     """Raises InputError, in every process, where two of them run different versions."""
     versions = {"evojax-merge": __version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    compare(_exchange_values(versions, "the comparison of versions"), "expected one version in all processes")
+    processes = _exchange_values(versions, "the comparison of versions")
+    _hosts.extend(each["host"] for each in processes)
+    compare(processes, "expected one version in all processes")
+
+
+def processes_on_host() -> int:
+    """The number of this run's processes on this host."""
+    return max(1, _hosts.count(socket.gethostname()))
 
 
 def check_agreement(config: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -206,13 +221,13 @@ def _missing_file(files: Mapping[str, str], others: Mapping[str, str]) -> str | 
     return next((path for path in paths if (Path(path).parts[-2:], files[path]) not in placed), next(iter(paths), None))
 
 
-def report_aborts() -> None:
-    """Have this process end with a line and exit status 1 where JAX aborts it, as it does once it misses another
-    process in a thread of its own, where Python can raise nothing."""
+def report_aborts(line: str, status: int) -> None:
+    """Have this process end with a line and an exit status where JAX aborts it, as it does once it misses another
+    process, where Python can raise nothing."""
 
     def end(number: int) -> None:
-        os.write(2, ABORTED.encode())
-        os._exit(1)
+        os.write(2, line.encode())
+        os._exit(status)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
     _handlers.append(handler)

@@ -20,6 +20,7 @@ import jax
 
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.evaluation.memory import available_memory
+from evojax_merge.evaluation.peers import processes_on_host
 
 # The share of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 GPU_MEMORY_FRACTION = 0.75
@@ -317,11 +318,16 @@ def gpu_memory_fraction() -> float:
 
 @cache
 def live_target() -> Target:
-    """The devices that JAX has found, of all processes together."""
+    """The devices that JAX has found, of all processes together. Devices that are a host's CPU divide its cores, and
+    its memory's bandwidth, with those of the other processes there."""
     devices, hosts = jax.local_devices(), jax.process_count()
     kind, count = devices[0].device_kind, len(devices) * hosts
     if devices[0].platform == "cpu":
-        return replace(cpu_target(), devices=count, hosts=hosts)
+        whole, sharing = cpu_target(), len(devices) * processes_on_host()
+        return replace(
+            whole, devices=count, hosts=hosts, bandwidth=whole.bandwidth / sharing, bfloat16=whole.bfloat16 / sharing,
+            float32=whole.float32 / sharing,
+        )  # fmt: skip
     chip_target = next((chip for chip in (*_GPUS.values(), *_TPUS.values()) if chip.kind == kind), None)
     if chip_target is None:
         platform: Literal["gpu", "tpu"] = "tpu" if devices[0].platform == "tpu" else "gpu"

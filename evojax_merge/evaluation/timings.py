@@ -119,7 +119,8 @@ def _file() -> Path:
 
 
 def _device() -> str:
-    """The devices that JAX has found, in words; the processor, where they are that."""
-    devices = jax.devices()
-    kind = processor_name() if devices[0].platform == "cpu" else devices[0].device_kind
-    return f"{len(devices)} x {devices[0].platform}: {kind}, {os.cpu_count()} cores"
+    """The devices that JAX has found, in words; the processor, whose cores all of them share, where they are that."""
+    devices, cores = jax.devices(), os.cpu_count()
+    if devices[0].platform == "cpu":
+        return f"1 x cpu: {processor_name()}, {cores} cores"
+    return f"{len(devices)} x {devices[0].platform}: {devices[0].device_kind}, {cores} cores"

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evojax_merge.config.search_config import KeepConfig
 from evojax_merge.errors import Failed, InputError, PeerLostError, cannot_write
 from evojax_merge.evaluation.devices import collective, concerns_lost_peer
 from evojax_merge.evaluation.peers import MEETING, exchange
@@ -116,16 +117,17 @@ class Checkpoints:
     """The state after each generation. A process killed in the middle of a save leaves the last one intact.
 
     The length and the digest of the history lie beside the state: a damaged history.jsonl is noticed, and a resumed one
-    never differs. A digest over all arrays shows that a checkpoint is damaged.
+    never differs. A digest over all arrays shows that a checkpoint is damaged. `keep`: the checkpoints that stay once
+    another is saved.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, keep: KeepConfig = KeepConfig()) -> None:  # noqa: B008
         with defer_signals():
             from orbax.checkpoint import v1 as ocp
 
         # Orbax logs at length about files that it cannot read; whatever matters is raised as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self._folder, self._orbax = folder, ocp
+        self._folder, self._keep, self._orbax = folder, keep, ocp
 
     def save(self, generations: int, state: Any, history_length: int, history_digest: bytes) -> None:
         """Save a checkpoint. Every process has the same state and calls this, with `defer_signals`; one writes."""
@@ -141,7 +143,7 @@ class Checkpoints:
                     custom_metadata=CHECKPOINT_MARK,
                 )
             if jax.process_index() == 0:
-                prune(self._folder)
+                prune(self._folder, self._keep)
         except PeerLostError:
             raise
         except Exception as error:

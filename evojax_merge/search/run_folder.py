@@ -7,7 +7,7 @@ timing.jsonl     seconds a generation
 run.log          all that the command prints, with the time of each line; appended to when the run goes on
 history.csv      the figures of the history as a table, where the config's log names csv
 environment.json  versions, devices, machine, command and duration of each process that worked on the run
-checkpoints/     the state after each generation (orbax), the last three kept
+checkpoints/     the state after each generation (orbax), the last ones kept
 best/            recipe.yaml and model/; for a strategy that keeps a front, front/ with the recipe of each member; of a
                  polished winner, adapter/
 members/         of a pool whose members are kept in files, while it is searched: the weights of parents
@@ -37,7 +37,7 @@ import jax
 import merge_kernels
 
 from evojax_merge.checkpoints.folder import file_hash
-from evojax_merge.config.search_config import GradientConfig
+from evojax_merge.config.search_config import GradientConfig, KeepConfig
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.schema.yaml_reader import load_yaml
@@ -70,7 +70,7 @@ from evojax_merge.system.file_system import (
 from evojax_merge.system.interrupts import defer_signals
 
 # Keys that may differ between a run and its continuation.
-EXTENDABLE = (("search", "generations"), ("search", "budget"), ("search", "stop"), ("log",))
+EXTENDABLE = (("search", "generations"), ("search", "budget"), ("search", "stop"), ("log",), ("keep",))
 POPULATION, GRADIENT = ("search", "population"), ("search", "gradient")
 _START_AGAIN = "cannot be continued by this one; pass --overwrite to start again, or choose another folder with --out"
 OTHER_VERSION = f"was begun by another version of this program, and {_START_AGAIN}"
@@ -112,7 +112,7 @@ def open_run(
         document = document | {"search": document["search"] | {"generations": wanted}}
     try:
         path.mkdir(parents=True, exist_ok=True)
-        sweep(folder)
+        sweep(folder, KeepConfig.model_validate(document.get("keep", {})))
         if occupied and not resume:
             for line in clear(folder, generations):
                 say(line)

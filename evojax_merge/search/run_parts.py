@@ -16,6 +16,7 @@ from typing import Any
 
 from evojax_merge.checkpoints.members import member_folders
 from evojax_merge.checkpoints.writer import check_ours
+from evojax_merge.config.search_config import KeepConfig
 from evojax_merge.errors import InputError, shown
 from evojax_merge.search.run_schema import (
     A_FILE,
@@ -40,7 +41,8 @@ from evojax_merge.system.file_system import (
 )
 from evojax_merge.system.regular_file import read_regular
 
-KEPT_CHECKPOINTS = 3
+# Nanoseconds.
+HOUR = 3600 * 10**9
 # A mark in a checkpoint's metadata: this program wrote the checkpoint.
 CHECKPOINT_MARK = {"written_by": "evojax-merge"}
 # A mark near the start of a page: this program wrote it.
@@ -178,15 +180,21 @@ def _is_own_step(path: Path, last: int) -> bool:
     """Return whether a folder is a checkpoint of a run whose history has `last` lines."""
     if not (_STEP.fullmatch(path.name) and is_real_folder(path)):
         return False
-    metadata = path / _METADATA
-    try:
-        content = read_regular(metadata, A_FILE, MAX_DOCUMENT) if metadata.is_file() else b""
-        custom = json.loads(content)["custom_metadata"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, InputError):
+    custom = _metadata(path, "custom_metadata")
+    if custom is None:
         # The metadata are damaged.
         return _foreign_in_step(path) is None and (int(path.name) <= last or any(path.iterdir()))
     # Earlier versions left no mark.
     return bool(custom == CHECKPOINT_MARK) or int(path.name) <= last
+
+
+def _metadata(step: Path, key: str) -> Any:
+    """An entry of the metadata that orbax writes beside a checkpoint; None where they are damaged."""
+    metadata = step / _METADATA
+    try:
+        return json.loads(read_regular(metadata, A_FILE, MAX_DOCUMENT) if metadata.is_file() else b"")[key]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, InputError):
+        return None
 
 
 def _foreign_in_step(folder: Path, above: str = "") -> str | None:
@@ -278,8 +286,9 @@ def _check_names(folder: RunFolder, generations: range) -> None:
 # Removing
 
 
-def sweep(folder: RunFolder) -> None:
-    """Remove half-written files; a model that was being replaced gets its name back. The caller holds the lock."""
+def sweep(folder: RunFolder, keep: KeepConfig) -> None:
+    """Remove half-written files, and checkpoints that are not kept; a model that was being replaced gets its name back.
+    The caller holds the lock."""
     recover(folder.model)
     recover(folder.adapter)
     recover(folder.front)
@@ -293,16 +302,21 @@ def sweep(folder: RunFolder) -> None:
     for path in entries(folder.checkpoints):
         if _UNFINISHED_STEP.fullmatch(path.name) and is_real_folder(path) and _foreign_in_step(path) is None:
             remove_folder(path)
-    prune(folder)
+    prune(folder, keep)
     for stage in folder.begun_stages():
-        sweep(stage)
+        sweep(stage, keep)
 
 
-def prune(folder: RunFolder) -> None:
-    """Remove the checkpoints before the last ones; one in which a user keeps a file stays."""
-    for generation in folder.steps()[:-KEPT_CHECKPOINTS]:
-        if _foreign_in_step(folder.step(generation)) is None:
-            remove_folder(folder.step(generation))
+def prune(folder: RunFolder, keep: KeepConfig) -> None:
+    """Remove the checkpoints that a search does not keep; one in which a user keeps a file stays."""
+    interval, due = None if keep.every_hours is None else keep.every_hours * HOUR, 0.0
+    for generation in folder.steps()[: -keep.last]:
+        step = folder.step(generation)
+        saved_at = _metadata(step, "commit_timestamp_nsecs")
+        if interval is not None and isinstance(saved_at, int) and saved_at >= due:
+            due = saved_at + interval
+        elif _foreign_in_step(step) is None:
+            remove_folder(step)
 
 
 def remove_members(folder: RunFolder) -> None:

@@ -42,6 +42,12 @@ def print_work(folder: RunFolder, problem: SearchProblem[Backend], evaluators: S
         console.print(f"successive halving: {done:,} of {total:,} passes of a candidate over an example ({share})")
 
 
+def print_complete(folder: RunFolder, why: str) -> None:
+    """Say that a run is complete, and leave it as it is."""
+    say(why)
+    console.print(f"the run is complete; its winner: {folder.model}", soft_wrap=True)
+
+
 def why_complete(folder: RunFolder, problem: SearchProblem[Backend]) -> str | None:
     """One line, if a run folder holds all the results of a search of its saved generations, and no more are wanted;
     else None. All processes of a run call this together."""

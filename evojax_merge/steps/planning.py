@@ -49,7 +49,7 @@ from evojax_merge.report.plan import (
 from evojax_merge.search.budgets import STEPS_PER_LOOK, looks_at_all
 from evojax_merge.search.loop import INIT_KEY, generation_key
 from evojax_merge.search.protocols import Strategy, gradient_generations
-from evojax_merge.search.run_parts import KEPT_CHECKPOINTS, RunFolder
+from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.successive_halving import rung_shards, rung_size
 from evojax_merge.search.surrogate import HISTORY
 from evojax_merge.steps.advice import advice
@@ -268,7 +268,7 @@ def disk_bytes(problem: SearchProblem[Backend]) -> int:
     arrays = 4 * HISTORY * (dims + examples) + 4 * search.finalists * dims + tree_nbytes(state)
     generations = TIMED_GENERATIONS if search.parsed_budget.seconds else search.generations
     history = generations * (400 + strategy.population * (45 + 14 * dims + 25 * tasks))
-    return kept + model + (KEPT_CHECKPOINTS + 1) * arrays + 2 * history + 2**20
+    return kept + model + (problem.keep.last + 1) * arrays + 2 * history + 2**20
 
 
 def _around(backend: Backend, sizes: DeviceSizes, run: Cost, compiling: float) -> dict[str, Work]:

@@ -387,6 +387,26 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def is_writable(folder: Path) -> bool:
+    """Return whether a small file can be written into a folder: its disk is neither full nor read-only."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=NEW) as file:
+            file.write(bytes(2**14))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Let one process at a time into the block; the others wait. folder: made where it is missing, and left."""
+    make_folder(folder)
+    with _locked(folder):
+        yield
+
+
 def _lock(folder: Path) -> int | None:
     """A file descriptor that holds the folder's lock, which ends with the process; None where another has it."""
     handle = os.open(folder, os.O_RDONLY)

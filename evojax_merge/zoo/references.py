@@ -9,6 +9,7 @@ from evojax_merge.checkpoints.derived import EMPTY, SAFETENSORS, reference_to, r
 from evojax_merge.checkpoints.generator_lora import factor_ranks
 from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.checkpoints.references import hub_id, local_path, resolve
+from evojax_merge.checkpoints.remote import is_address
 from evojax_merge.errors import InputError
 from evojax_merge.tasks.data_versions import OXEN, check_data_file, oxen_file
 from evojax_merge.tasks.task import local_file
@@ -48,12 +49,13 @@ def resolve_onto(
 
 def recipe_reference(reference: str, folder: Path) -> str:
     """A recipe's reference to the model that a config calls `reference` and that lies in `folder`, valid from any
-    place: `zoo:name` as it is, a hub id with the commit that was downloaded, any other model by full paths."""
+    place: `zoo:name` and an address as they are, a hub id with the commit that was downloaded, any other
+    model by full paths."""
     by_paths = reference_to(folder)
     if by_paths != str(folder):
         # A model of several parts, such as a base and an adapter.
         return by_paths
-    if reference.startswith(PREFIX):
+    if reference.startswith(PREFIX) or is_address(reference):
         return reference
     name = reference.partition("@")[0]
     return f"{name}@{folder.name}" if hub_id(folder) == name else by_paths
