@@ -20,6 +20,8 @@ from helpers.sampling import sample
 from helpers.searches import search_config, task_section
 
 from evojax_merge import core
+from evojax_merge.checkpoints.adapters import AdapterWriter
+from evojax_merge.checkpoints.gguf_writer import GgufOutput
 from evojax_merge.checkpoints.members import MembersInFiles
 from evojax_merge.checkpoints.writer import ShardWriter
 from evojax_merge.judge.votes import VoteFile
@@ -34,6 +36,10 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     root = tmp_path_factory.mktemp("family")
     family = build_family(root, tiny_config(num_hidden_layers=2, tie_word_embeddings=False), parents=3)
     write_lines(family.tasks, even_records(8))
+    experts = [
+        {"source_model": str(root / f"parent{k}"), "positive_prompts": [text]} for k, text in ((0, "w4"), (1, "w9"))
+    ]
+    write_yaml(root / "moe.yaml", {"base_model": str(root / "base"), "experts": experts})
     (root / "judge.py").write_text("def first(record, left, right):\n    return 'left' if left < right else 'right'\n")
     return family
 
@@ -95,6 +101,9 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "the winner's weights": (ShardWriter, "write", 1),
     "a member": (MembersInFiles, "write", 1),
     "a vote": (VoteFile, "_append", 6),
+    "a tensor of a GGUF file": (GgufOutput, "encoded", 4),
+    "an adapter's factors": (AdapterWriter, "add_factors", 4),
+    "a mixture's weights": (ShardWriter, "write", 4),
 }
 KINDS = {
     "host": ("a generation's line", "a checkpoint", "the winner", "the winner's weights"),
@@ -241,6 +250,14 @@ COMMANDS: dict[str, Callable[[Path, Path, Path], tuple[object, ...]]] = {
     "export over a model": lambda root, run, out: ("export", run, out / "earlier", "--overwrite"),
     "export as an adapter": lambda root, run, out: ("export", run, out / "adapter", "--as", "adapter", "--rank", "2"),
     "merge": lambda root, run, out: ("merge", run / "best/recipe.yaml", out / "merged"),
+    "merge into a GGUF file": lambda root, run, out: (
+        "merge", run / "best/recipe.yaml", out / "merged.gguf", "--type", "q8_0"),
+    "export into a GGUF file": lambda root, run, out: ("export", run, out / "exported.gguf"),
+    "extract-lora": lambda root, run, out: (
+        "extract-lora", root / "parent0", out / "adapter", "--base", root / "base", "--max-rank", "2"),
+    "moe": lambda root, run, out: ("moe", root / "moe.yaml", out / "mixture"),
+    "transplant-tokenizer": lambda root, run, out: (
+        "transplant-tokenizer", root / "parent0", root / "base", out / "transplanted"),
     "evaluate --json": lambda root, run, out: (
         "evaluate", root / "base", "--tasks", root / "host.yaml", "--json", out / "scores.json"),
     "evaluate --samples": lambda root, run, out: (
@@ -281,6 +298,24 @@ def test_a_command_whose_output_cannot_be_written_leaves_nothing(
     assert files() == before
     run_here(*arguments)
     assert len(files()) > len(before) or command == "export over a model"
+
+
+@pytest.mark.parametrize(("command", "moment"), [
+    ("merge into a GGUF file", "a tensor of a GGUF file"), ("extract-lora", "an adapter's factors"),
+    ("moe", "a mixture's weights"), ("transplant-tokenizer", "a mixture's weights"),
+])  # fmt: skip
+def test_a_disk_that_fills_up_in_the_middle_leaves_nothing_half_written(
+    command: str, moment: str, family: Family, finished: Path, disk: Path
+) -> None:
+    arguments, trouble = COMMANDS[command](family.root, finished, disk), Full(disk, 0)
+    with failing(moment, trouble):
+        done = run_here(*arguments, status=1)
+    assert [path.name for path in disk.iterdir()] == ["ballast"]
+    trouble.end()
+    line = error_of(done)
+    assert str(disk) in line and "could not be written (No space left on device)" in line, line
+    run_here(*arguments)
+    assert len(list(disk.iterdir())) == 1
 
 
 @pytest.mark.parametrize("fault", sample([ReadOnly, Full], 1))

@@ -15,7 +15,10 @@ from helpers.files import edit_json, write_yaml
 from helpers.mergekit import assert_same_tensors
 from helpers.models import CONFIGS, finetune, load_torch, random_model, save, state, tiny_config, word_tokenizer, words
 
-CONFIGS["phi3"] = transformers.Phi3Config
+CONFIGS |= {
+    "phi3": transformers.Phi3Config, "gemma": transformers.GemmaConfig, "gemma2": transformers.Gemma2Config,
+    "gemma3_text": transformers.Gemma3TextConfig, "phi": transformers.PhiConfig,
+}  # fmt: skip
 PROMPTS = (["w4 w5 w6", "w7 w8"], ["w20 w21 w22 w23", "w24"], ["w40", "w41 w42 w43 w44 w45"])
 TOKENS = np.random.default_rng(0).integers(4, 64, (2, 40))
 
@@ -135,6 +138,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
                        "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
     "window": ("mistral", {"sliding_window": 8}),
     "phi3": ("phi3", {}),
+    "gemma": ("gemma", {"head_dim": 20}),
     "qwen3": ("qwen3", {"head_dim": 12}),
 }  # fmt: skip
 
@@ -142,7 +146,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_mixture_of_one_model_is_that_model(name: str, tmp_path: Path) -> None:
     """The weights of a token's experts add up to 1. A Mistral keeps its window (mergekit removes it, and texts beyond
-    it get answers that no parent gives), and a Phi-3's packed projections are taken apart (mergekit refuses it)."""
+    it get answers that no parent gives), a Phi-3's packed projections are taken apart, and a Gemma's gains and
+    embeddings are written as a Mixtral's (mergekit refuses both)."""
     kind, changes = VARIANTS[name]
     (model,) = dense_models(tmp_path, kind, 1, **changes)
     document = recipe_of([model] * 3, gate_mode="random")
@@ -151,6 +156,57 @@ def test_a_mixture_of_one_model_is_that_model(name: str, tmp_path: Path) -> None
         expected = load_torch(model)(torch.tensor(TOKENS)).logits.numpy()
         np.testing.assert_allclose(load_torch(out)(torch.tensor(TOKENS)).logits.numpy(), expected, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(stored_logits(out, TOKENS), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gemmas_make_mixtures_with_gates_of_their_own_states(shared: bool, tmp_path: Path) -> None:
+    models = dense_models(tmp_path, "gemma")
+    more = {"shared_experts": [{"source_model": str(models[0]), **SHARED}]} if shared else {}
+    out, _ = ours(recipe_of(models, **more), tmp_path)
+    assert_transformers_agrees(out)
+    expected = np.stack(
+        [rows_of([hidden_states(models[0], text, torch.float32)[:, -1] for text in texts]) for texts in PROMPTS], axis=1
+    )
+    gates = {name: values for name, values in as_qwens(state(out)).items() if name.endswith("mlp.gate.weight")}
+    np.testing.assert_allclose(gates_of(gates), expected, atol=1e-4)
+    experts = [value for name, value in sorted(as_qwens(state(out)).items()) if ".0.mlp.experts." in name]
+    assert len(experts) == 9
+    for value, model, part in zip(experts, np.repeat(models[1:4], 3), ["down", "gate", "up"] * 3, strict=True):
+        np.testing.assert_array_equal(value, state(model)[f"model.layers.0.mlp.{part}_proj.weight"])
+
+
+def test_a_gemmas_embedding_is_scaled_by_its_dtypes_factor(tmp_path: Path) -> None:
+    """transformers rounds the factor to the dtype of the weights, bfloat16, and so are logits of both in it."""
+    (model,) = dense_models(tmp_path, "gemma", 1, head_dim=20)
+    network = load_torch(model).to(torch.bfloat16)
+    network.save_pretrained(model)
+    document = recipe_of([model] * 3, gate_mode="random", dtype=None)
+    out, _ = ours(document, tmp_path, "--i-understand-this-is-not-useful-without-training")
+    (table,) = (value for name, value in state(out).items() if "embed_tokens" in name)
+    factor = torch.tensor(48**0.5, dtype=torch.bfloat16)
+    expected = (network.model.embed_tokens.weight.data * factor).float().numpy()
+    np.testing.assert_array_equal(np.asarray(table, np.float32), expected)
+
+
+def test_models_that_no_mixture_holds_are_refused_with_the_reason(tmp_path: Path) -> None:
+    reasons = {"gemma2": "norms behind attention and MLP, and its logits a soft cap", "gemma3_text": "norms behind",
+               "phi": "side by side, and the MLP has no gate"}  # fmt: skip
+    for kind, reason in reasons.items():
+        (model,) = dense_models(tmp_path, kind, 1)
+        recipe = write_yaml(tmp_path / "moe.yaml", recipe_of([model] * 4, gate_mode="random"))
+        assert_refused((f"model_type is '{kind}', of which no mixture", reason, "expected one of llama"), "moe", recipe,
+                       tmp_path / "out", "--i-understand-this-is-not-useful-without-training")  # fmt: skip
+    long = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64,
+            "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}  # fmt: skip
+    partial = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    for kind, changes, reason in (
+        ("gemma", {"attention_bias": True}, "qkv_bias is True, which a Mixtral cannot have"),
+        ("phi3", {"rope_parameters": long}, "rope_type: 'longrope' is not supported"),
+        ("phi3", {"rope_parameters": partial}, "partial_rotary_factor: 0.5; expected null or 1"),
+    ):
+        (model,) = dense_models(tmp_path / str(len(reason)), kind, 1, **changes)
+        recipe = write_yaml(tmp_path / "moe.yaml", recipe_of([model] * 4, gate_mode="random"))
+        assert_refused((reason,), "moe", recipe, tmp_path / "out", "--i-understand-this-is-not-useful-without-training")
 
 
 def test_every_expert_has_tensors_of_its_own(tmp_path: Path) -> None:

@@ -60,6 +60,11 @@ class GgufOutput:
     offset: float = 0.0
     values: np.ndarray | None = None
 
+    @property
+    def nbytes(self) -> int:
+        block, size = import_gguf(self.name).GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // block * size
+
     def read(self) -> np.ndarray:
         assert self.values is not None
         return self.values
@@ -214,11 +219,10 @@ def write_gguf(
                 _add(writer, key, value)
         for output in outputs:
             rows, (block, nbytes) = output.shape, gguf.GGML_QUANT_SIZES[output.kind]
-            size = math.prod(rows) // block * nbytes
             if block > 1:
                 rows = (*rows[:-1], rows[-1] // block * nbytes)
             dtype = np.dtype(np.uint8 if block > 1 else np.float32)
-            writer.add_tensor_info(output.name, rows, dtype, size, raw_dtype=output.kind)
+            writer.add_tensor_info(output.name, rows, dtype, output.nbytes, raw_dtype=output.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -49,6 +49,7 @@ from evojax_merge.search.run_schema import MAX_DOCUMENT, read_result, read_run_c
 from evojax_merge.system.console import console, say
 from evojax_merge.system.file_system import recover
 from evojax_merge.system.regular_file import read_regular
+from evojax_merge.system.torch_note import leave_torch_out
 from evojax_merge.zoo.references import resolve_reference
 
 
@@ -88,6 +89,7 @@ class _Output:
         console.print(f"wrote {self.out}", soft_wrap=True)
 
     def _write_merge(self, stream: RecipeStream, text: str, card: str | None) -> None:
+        leave_torch_out()
         out, rank, parts = self.out, self.rank, self.folder.parts
         keep = [*parts, *local_inputs(stream), *parts_of_runs(out)]
         check_new_output(out, self.overwrite, keep, self.type, self.dtype)
@@ -97,17 +99,19 @@ class _Output:
             searched = stream_plan.result.recipe.out_dtype
             card = card_in_dtype(card or card_of_merge(out, stream_plan, text), searched, self.dtype)
             write: Callable[..., RankError | None] = partial(merge_to, max_shard_bytes=self.max_shard_bytes)
+            nbytes = None
             if is_gguf_name(out):
-                write = gguf_of(stream_plan, out, self.type, print_warning)
+                write, nbytes = gguf_of(stream_plan, out, self.type, print_warning)
             elif self.dtype == FP8_DTYPE:
                 write = in_fp8(write)
             write = partial(write, recipe=in_dtype(text, planned_dtype(self.dtype)))
             if rank is not None:
                 base = prepare_adapter(stream_plan, rank)
                 options, describe = AdapterOptions(rank), partial(adapter_card, base=base)
-                write = partial(write_as_adapter, options=options, describe=describe)
+                # An adapter's size shows when it is written.
+                write, nbytes = partial(write_as_adapter, options=options, describe=describe), 0
             keep = [*stream_plan.inputs, *parts]
-            error = write_model(stream_plan, out, card, "exporting", self.overwrite, keep, write)
+            error = write_model(stream_plan, out, card, "exporting", self.overwrite, keep, write, nbytes)
         if error is not None:
             console.print(str(error), soft_wrap=True)
         console.print(f"wrote {out}", soft_wrap=True)

@@ -18,6 +18,7 @@ from evojax_merge.report.notices import Log
 from evojax_merge.steps.stored_models import read_tasks
 from evojax_merge.system.console import console
 from evojax_merge.system.file_system import recover
+from evojax_merge.system.torch_note import leave_torch_out
 from evojax_merge.zoo.references import resolve_reference
 
 # The relative distance from which on a model was hardly made from its base; that of fine-tunes is some hundredths.
@@ -31,6 +32,8 @@ def extract_lora(
     adapter are scored on them."""
     if tasks is not None:
         read_tasks(tasks, "all")  # A fault in it ends the command before the work.
+    else:
+        leave_torch_out()
     error = write_extracted(model, base, out, AdapterOptions(**options), overwrite, print_warning)
     console.print(left_out_table(error).terminal("What is left out of each layer's change"))
     console.print(str(error), soft_wrap=True)
@@ -59,7 +62,8 @@ def write_extracted(model: str, base: str, out: Path, options: AdapterOptions, o
         card = merge_card(out.name, ["extract-lora"], folders, dump_documents([given]))
         describe = partial(adapter_card, base=folder, of_merge=False)
         write = partial(write_as_adapter, options=options, describe=describe)
-        error: RankError = write_model(stream_plan, out, card, "extracting", overwrite, stream_plan.inputs, write)
+        # An adapter's size shows when it is written.
+        error: RankError = write_model(stream_plan, out, card, "extracting", overwrite, stream_plan.inputs, write, 0)
     if error.distance > FAR:
         warn(
             f"{model}: is {error.distance:.2f} times the norm of {base} away from it (independent initialisations: "

@@ -35,6 +35,7 @@ from evojax_merge.schema.yaml_reader import load_documents, refuse_repeated
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.system.console import console, say
 from evojax_merge.system.file_system import recover
+from evojax_merge.system.torch_note import leave_torch_out
 from evojax_merge.zoo.references import resolve_reference
 
 T = TypeVar("T")
@@ -114,6 +115,7 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
             print_account(fates, options.verbose, log)
             write_pipeline(pipelines, out, options, text)
             return
+        leave_torch_out()
         with blaming_slips([] if strict else given):
             planned = prepare_stream(
                 stream, out, planned_dtype(options.dtype), options.seed, options.allow_nonfinite, resolve_reference,
@@ -129,12 +131,13 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
         inputs = [file for file in stream_plan.inputs if recipe_file or file != path]
         card = card_of_merge(out, stream_plan, text) if options.card else None
         write: Callable[..., None] = partial(merge_to, max_shard_bytes=options.max_shard_bytes)
+        nbytes = None
         if is_gguf_name(out):
-            write = gguf_of(stream_plan, out, options.type, warn)
+            write, nbytes = gguf_of(stream_plan, out, options.type, warn)
         elif options.dtype == FP8_DTYPE:
             write = in_fp8(write)
         write = partial(write, recipe=text if options.card else None)
-        write_model(stream_plan, out, card, "merging", options.overwrite, inputs, write)
+        write_model(stream_plan, out, card, "merging", options.overwrite, inputs, write, nbytes)
 
 
 def transplant(model: str, donor: str, out: Path, given: Mapping[str, Any]) -> None:
@@ -172,12 +175,15 @@ def planned_dtype(dtype: str | None) -> str | None:
     return None if dtype == FP8_DTYPE else dtype
 
 
-def gguf_of(stream_plan: StreamPlan, out: Path, type_name: str | None, warn: Log) -> Callable[..., None]:
-    """Return the function that writes a planned merge as a GGUF file, in the form that `merge_stream` takes."""
+def gguf_of(
+    stream_plan: StreamPlan, out: Path, type_name: str | None, warn: Log
+) -> tuple[Callable[..., None], int]:  # fmt: skip
+    """Return the function that writes a planned merge as a GGUF file, in the form that `merge_stream` takes, and the
+    bytes of its tensors."""
     plan = plan_gguf(stream_plan.result, out, type_name)
     for line in plan.warnings:
         warn(line)
-    return partial(write_as_gguf, plan=plan)
+    return partial(write_as_gguf, plan=plan), sum(output.nbytes for output in plan.outputs)
 
 
 def unmatched_lines(path: Path, plan: StreamPlan | PipelinePlan, strict: bool) -> list[str]:
@@ -232,14 +238,14 @@ def write_pipeline(pipelines: PipelinePlan, out: Path, options: MergeOptions, te
 
 def write_model(
     stream_plan: StreamPlan, out: Path, card: str | None, label: str, overwrite: bool, keep: Sequence[Path],
-    write: Callable[..., T],
+    write: Callable[..., T], nbytes: int | None = None,
 ) -> T:  # fmt: skip
     """Do planned merges and write the result, unless `out` may not be written to (see `check_output`) or the disk is
-    too full. `write`: see `merge_stream`."""
+    too full. `write`: see `merge_stream`. nbytes: the size of a result that is smaller than the merged model."""
     others = [*keep, *parts_of_runs(out)]
     check = partial(check_new_gguf, out, overwrite, others) if is_gguf_name(out) else partial(check_output, out, others)
     check()
-    require_space(out, stream_plan.peak_bytes)
+    require_space(out, stream_plan.peak_bytes if nbytes is None or stream_plan.stages else nbytes)
     bar = partial(merge_bar, label)
     return merge_stream(stream_plan, out, write, card=card, overwrite=overwrite, check=check, bar=bar)
 

@@ -260,13 +260,14 @@ def _write_differences(
     for name, merged in zip(tensors, merged_tensors(merge_plan, list(tensors)), strict=True):
         leaf, values, key = architecture.leaf_of(tensors[name]), base.read(tensors[name]), base.in_memory(tensors[name])
         module, of_experts = key.rpartition(".")[0], leaf is not None and (leaf.has_experts or leaf.component == ROUTER)
-        differs = is_float(values.dtype) and not np.array_equal(merged.astype(np.float32), values.astype(np.float32))
+        after, before = (each.astype(np.float32, copy=False) for each in (merged, values))
+        differs = is_float(values.dtype) and not np.array_equal(after, before)
         is_norm = values.ndim == 1 and not key.endswith(".bias")
         is_kept = not options.is_changed(module) or (is_norm and options.skip_undecomposable)
-        change = merged.astype(np.float32) - values.astype(np.float32) if differs else np.zeros(0, np.float32)
+        change = after - before if differs else np.zeros(0, np.float32)
         change = change.T if leaf is not None and leaf.transposed else change
         size = float(np.linalg.norm(change))
-        norms += np.square([size, float(np.linalg.norm(values.astype(np.float32)))]) if values.ndim > 1 else 0
+        norms += np.square([size, float(np.linalg.norm(before))]) if values.ndim > 1 else 0
         if not of_experts and options.is_whole(module, leaf):
             is_kept = False
             if differs and merged.ndim > 1:

@@ -7,8 +7,8 @@ mixtures' makers published: each expert by itself, which every version of transf
 
 import json
 import zlib
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,9 +17,9 @@ import numpy as np
 from pydantic import Field
 
 from evojax_merge.checkpoints.config_file import config_values, read_decoder_config
-from evojax_merge.checkpoints.decoder_folder import TensorSlice, decoder_of
+from evojax_merge.checkpoints.decoder_folder import LM_HEAD, TensorSlice, decoder_of
 from evojax_merge.checkpoints.derived import Find, open_model, parts_of
-from evojax_merge.checkpoints.folder import FLOAT_DTYPES, Tensor, is_finite, is_float
+from evojax_merge.checkpoints.folder import FLOAT_DTYPES, ComputedTensor, Tensor, is_finite, is_float
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES, load_tokenizer
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.config.documents import parse
@@ -152,19 +152,27 @@ def _deepseek_name(name: str) -> str:
 # In the order in which they are tried. All normalise the weights of a token's experts to a sum of 1.
 _LLAMAS = ("llama", "mistral", "phi3")
 OUTPUTS = (
-    Output("Mixtral", "mixtral", "MixtralForCausalLM", _LLAMAS, ("none",), _mixtral),
+    Output("Mixtral", "mixtral", "MixtralForCausalLM", (*_LLAMAS, "gemma"), ("none",), _mixtral),
     Output(
         "DeepSeek MoE", "deepseek", "DeepseekForCausalLM", _LLAMAS, ("none", "plain"), _deepseek, 0, _deepseek_name
     ),
     Output(
-        "Qwen MoE", "qwen2_moe", "Qwen2MoeForCausalLM", (*_LLAMAS, "qwen2"), ("gated",),
+        "Qwen MoE", "qwen2_moe", "Qwen2MoeForCausalLM", (*_LLAMAS, "gemma", "qwen2"), ("gated",),
         lambda *numbers: {**_qwen(*numbers), "shared_expert_intermediate_size": numbers[-1]},
     ),
     Output("Qwen3 MoE", "qwen3_moe", "Qwen3MoeForCausalLM", ("qwen3",), ("none",), _qwen),
 )  # fmt: skip
+_EMBEDDING = "model.embed_tokens.weight"
 DENSE = tuple(dict.fromkeys(kind for output in OUTPUTS for kind in output.sources))
+# Parts of dense models that no mixture among transformers' classes has, by the model_type.
+_SANDWICH = "its layers have norms behind attention and MLP"
+UNFIT = {
+    "gemma2": f"{_SANDWICH}, and its logits a soft cap", "gemma3_text": _SANDWICH, "gemma3n_text": _SANDWICH,
+    "phi": "its attention and MLP stand side by side, and the MLP has no gate",
+}  # fmt: skip
 # Keys of a dense model's config that say nothing of its mixture.
-DROPPED = ("architectures", "auto_map", "torch_dtype", "transformers_version", "_name_or_path", "layer_types")
+DROPPED = ("architectures", "auto_map", "torch_dtype", "transformers_version", "_name_or_path", "layer_types",
+           "use_bidirectional_attention", "hidden_activation")  # fmt: skip
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
 
 
@@ -405,9 +413,10 @@ def open_dense(path: Path) -> DenseModel:
     folder = decoder_of(open_model(path))
     kind = folder.config.get("model_type")
     if folder.is_part or kind not in DENSE:
+        reason = f" ({UNFIT[kind]}, as no mixture of transformers' has)" if kind in UNFIT else ""
         raise InputError(
             folder.where, f"model_type is {shown(folder.whole.config.get('model_type'))}, of which no mixture can be "
-            f"made; expected one of {', '.join(DENSE)}",
+            f"made{reason}; expected one of {', '.join(DENSE)}",
         )  # fmt: skip
     given = {**folder.config, "model_type": "mistral" if kind == "phi3" else kind}
     config = read_decoder_config(folder.where, given)
@@ -419,6 +428,11 @@ def open_dense(path: Path) -> DenseModel:
         settings["rope_theta"] = config.rope.theta
     parts = [_unpacked(config, name, entry) for name, entry in folder.entries.items()]
     entries = {name: tensor for tensors in parts for name, tensor in tensors}
+    if kind == "gemma":
+        own = read_decoder_config(folder.where, folder.config)
+        assert isinstance(own, LlamaLikeConfig)
+        config = replace(own, architecture="mistral", norm="rms", norm_offset=0.0, head_is_embedding=False)
+        entries, settings = _as_llamas(entries), settings | {"tie_word_embeddings": False}
     return DenseModel(folder.where, config, entries, path, str(kind), settings)
 
 
@@ -435,6 +449,28 @@ def _unpacked(config: LlamaLikeConfig, name: str, entry: Tensor) -> list[tuple[s
         parts.append((name.replace(module, f"{part}_proj"), TensorSlice(entry, (slice(start, start + rows),))))
         start += rows
     return parts
+
+
+def _as_llamas(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A Gemma's tensors as a Llama's: the norms' gains, which are stored less one, the embedding times the square root
+    of the hidden size, and the head, which is the embedding as it is stored."""
+
+    def converted(name: str, entry: Tensor) -> Tensor:
+        formula = _add_one if name.endswith("norm.weight") else _scale_rows if name == _EMBEDDING else None
+        return entry if formula is None else ComputedTensor(np.dtype(np.float32), entry.shape, (entry,), formula)
+
+    head = {LM_HEAD: entries[_EMBEDDING]} if _EMBEDDING in entries else {}
+    return head | {name: converted(name, entry) for name, entry in entries.items()}
+
+
+def _add_one(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return parts[0].astype(np.float32) + np.float32(1)
+
+
+def _scale_rows(parts: Sequence[np.ndarray]) -> np.ndarray:
+    # The factor is rounded to the dtype of the rows, as Gemma's code rounds it.
+    factor = np.array(parts[0].shape[1] ** 0.5).astype(parts[0].dtype)
+    return parts[0].astype(np.float32) * factor.astype(np.float32)
 
 
 def choose_output(path: Path, recipe: MixtureRecipe, base: DenseModel) -> Output:
