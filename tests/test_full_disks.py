@@ -251,8 +251,7 @@ COMMANDS: dict[str, Callable[[Path, Path, Path], tuple[object, ...]]] = {
     "export as an adapter": lambda root, run, out: ("export", run, out / "adapter", "--as", "adapter", "--rank", "2"),
     "merge": lambda root, run, out: ("merge", run / "best/recipe.yaml", out / "merged"),
     "merge into a GGUF file": lambda root, run, out: (
-        "merge", run / "best/recipe.yaml", out / "merged.gguf", "--type", "q8_0"),
-    "export into a GGUF file": lambda root, run, out: ("export", run, out / "exported.gguf"),
+        "merge", run / "best/recipe.yaml", out / "merged.gguf", "--type", "q8_0", "--no-copy-tokenizer"),
     "extract-lora": lambda root, run, out: (
         "extract-lora", root / "parent0", out / "adapter", "--base", root / "base", "--max-rank", "2"),
     "moe": lambda root, run, out: ("moe", root / "moe.yaml", out / "mixture"),

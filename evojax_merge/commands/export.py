@@ -99,7 +99,7 @@ class _Output:
             searched = stream_plan.result.recipe.out_dtype
             card = card_in_dtype(card or card_of_merge(out, stream_plan, text), searched, self.dtype)
             write: Callable[..., RankError | None] = partial(merge_to, max_shard_bytes=self.max_shard_bytes)
-            nbytes = None
+            nbytes: int | None = None
             if is_gguf_name(out):
                 write, nbytes = gguf_of(stream_plan, out, self.type, print_warning)
             elif self.dtype == FP8_DTYPE:

@@ -131,7 +131,7 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
         inputs = [file for file in stream_plan.inputs if recipe_file or file != path]
         card = card_of_merge(out, stream_plan, text) if options.card else None
         write: Callable[..., None] = partial(merge_to, max_shard_bytes=options.max_shard_bytes)
-        nbytes = None
+        nbytes: int | None = None
         if is_gguf_name(out):
             write, nbytes = gguf_of(stream_plan, out, options.type, warn)
         elif options.dtype == FP8_DTYPE:

@@ -84,7 +84,11 @@ def plan_gguf(merge_plan: MergePlan, target: Path, type_name: str | None) -> Ggu
     if merge_plan.tokenizer is not None and "tokenizer.ggml.tokens" not in carried:
         with hidden_folder(target) as folder:
             write_small_files(merge_plan, folder)
-            carried |= tokenizer_metadata(folder, config.vocab)
+            try:
+                carried |= tokenizer_metadata(folder, config.vocab)
+            except InputError as error:
+                # The hidden folder holds the tokenizer of this model, or one that was made of it and others.
+                raise InputError(merge_plan.tokenizer, error.what) from None
     file_types = import_gguf(target).LlamaFileType
     general = {
         "general.architecture": next(iter(metadata)).partition(".")[0], "general.type": "model",
