@@ -372,6 +372,9 @@ def test_bad_recipes_are_refused_in_a_line(tmp_path: Path) -> None:
     refused(("architecture: 'olmoe'", "mixtral, deepseek, qwen2_moe, qwen3_moe"), architecture="olmoe")
     refused(("Mixtral: has no shared experts",), architecture="mixtral", shared_experts=[bare])
     refused(("Qwen MoE: needs shared_experts", "Qwen3 MoE: its models are qwen3, not llama"), architecture="qwen")
+    (narrow,) = dense_models(tmp_path / "narrow", "llama", 1, num_hidden_layers=1, head_dim=6)
+    of_narrow = {"base_model": str(narrow), "architecture": "deepseek"}
+    refused(("DeepSeek MoE: its code takes heads of ", "and head_dim is 6"), **of_narrow)
     refused(("gate_input: normed", "cheap_embed"), gate_mode="cheap_embed", gate_input="normed")
     refused(("has token 63", "60 rows"), base_model=str(_with_fewer_rows(tmp_path)), experts=changed(
         positive_prompts=["w63"]))  # fmt: skip

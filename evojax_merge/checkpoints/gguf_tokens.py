@@ -26,8 +26,8 @@ def tokenizer_metadata(folder: Path, rows: int) -> dict[str, Any]:
     if model.get("type") != "BPE":
         kind = shown(model.get("type"))
         raise InputError(
-            folder, f"its tokenizer is a {kind}; a GGUF file takes byte-pair encodings (BPE): pass --no-copy-tokenizer "
-            "to write the file without tokens",
+            folder, f"its tokenizer is a {kind}; a GGUF file takes byte-pair encodings (BPE): merge the recipe with "
+            "--no-copy-tokenizer, which writes the file without tokens",
         )  # fmt: skip
     vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
     if max(vocabulary.values()) >= rows:

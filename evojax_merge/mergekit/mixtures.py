@@ -493,6 +493,9 @@ def _misfit(recipe: MixtureRecipe, base: DenseModel, output: Output) -> str | No
     """The reason why a recipe's mixture cannot be of a kind; None: it can."""
     if base.kind not in output.sources:
         return f"its models are {', '.join(output.sources)}, not {base.kind}"
+    config = base.config
+    if output.model_type == "deepseek" and config.heads * config.head_dim != config.hidden:
+        return f"its code takes heads of {config.hidden // config.heads}, and head_dim is {config.head_dim}"
     shared = recipe.shared_experts or []
     if not shared:
         return None if "none" in output.shared else "needs shared_experts, one of them"
