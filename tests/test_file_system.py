@@ -67,7 +67,7 @@ WITHOUT_FILE_SYSTEM = {
         "checkpoints/derived.py": ["_link", "_as_folder.write", "_stand_in"],
         "checkpoints/generator_lora.py": ["write_fused", "_save"],
         "checkpoints/gguf_file.py": ["write_config", "write_tokenizer", "write_tensor_table"],
-        "checkpoints/pipelines.py": ["Components.write_others", "_copy"],
+        "checkpoints/pipelines.py": ["Components.write_others", "_copy"], "checkpoints/remote.py": ["fetched"],
         "checkpoints/writer.py": [
             "write_marker", "ShardWriter.write", "ShardWriter.reserve", "ShardWriter._write_index",
             "GrowingFile.__init__",
@@ -85,7 +85,7 @@ WITHOUT_FILE_SYSTEM = {
     },
     TEMPORARY: {
         "benchmarks/header_models.py": ["write_model", "write_examples", "problem_for"],
-        "checkpoints/headers.py": ["write_header_only", "HeaderFolders._fetch"],
+        "checkpoints/headers.py": ["write_header_only", "HeaderFolders._written"],
         "checkpoints/tokens.py": ["align"], "commands/publish.py": ["stage"],
         "tasks/data_versions.py": ["oxen_file"], "tasks/generated_images.py": ["Pictures.add"],
         "zoo/smollm2.py": ["make_base"],

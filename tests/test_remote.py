@@ -1,5 +1,6 @@
 """Models in object stores and on web servers: fetched once, whole or not at all, and every failure one line."""
 
+import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from test_devices import CHOICE
 
 import evojax_merge as em
 from evojax_merge.checkpoints import remote
+from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.checkpoints.remote import FILES, cached, fetched
 from evojax_merge.errors import InputError
 from evojax_merge.system.data_packages import cache_folder
@@ -124,6 +126,19 @@ def test_a_search_takes_models_by_address(family: Family, server: str, tmp_path:
     assert Server.asked == []
     winner = tmp_path / "run/best/model/model.safetensors"
     assert (tmp_path / "again/model.safetensors").read_bytes() == winner.read_bytes()
+
+
+def test_a_header_that_describes_no_tensor_is_named(family: Family, tmp_path: Path) -> None:
+    import fsspec
+
+    address = stored(family, "parent0", "memory://bucket/odd/parent0")
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [2]}}).encode()
+    content = len(header).to_bytes(8, "little") + header
+    fsspec.filesystem("memory").pipe_file("/bucket/odd/parent0/model.safetensors", content)
+    with pytest.raises(
+        InputError, match=r"model\.safetensors: 'weight': expected a tensor's dtype, shape and data_off"
+    ):
+        HeaderFolders(tmp_path).resolve("base", address, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from evojax_merge.checkpoints.parents import tensor_shapes
 from evojax_merge.checkpoints.quantised import QuantisedFolder, dequantised_config
 from evojax_merge.checkpoints.references import resolve_by
 from evojax_merge.checkpoints.remote import cached, fetched, header, is_address, opened
+from evojax_merge.errors import InputError, shown
 from evojax_merge.models.architecture import known_architecture
 from evojax_merge.system.regular_file import file_inside
 
@@ -86,7 +87,10 @@ class HeaderFolders:
         if model.is_file:
             return fetched(where, reference)
         small = fetched(where, reference, weights=False)
-        tensors = {file: _tensor_headers(header(model, file)) for file in model.weight_names(small)}
+        tensors = {
+            file: _tensor_headers(f"{where}: {reference}: {file}", header(model, file))
+            for file in model.weight_names(small)
+        }
         return self._written(reference, small, tensors, PIPELINE_INDEX in model.sizes)
 
     @staticmethod
@@ -157,12 +161,17 @@ def _headers(name: str, file: str, commit: str) -> dict[str, TensorHeader]:
     }
 
 
-def _tensor_headers(document: Mapping[str, Any]) -> dict[str, TensorHeader]:
-    """The headers of the tensors that the header of a safetensors file describes."""
-    return {
-        tensor: TensorHeader(entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-        for tensor, entry in document.items()
-    }
+def _tensor_headers(where: str, document: Mapping[str, Any]) -> dict[str, TensorHeader]:
+    """The headers of the tensors that the header of a safetensors file describes. Raises InputError for an entry that
+    is no tensor's."""
+    headers = {}
+    for tensor, entry in document.items():
+        try:
+            begin, end = map(int, entry["data_offsets"])
+            headers[tensor] = TensorHeader(str(entry["dtype"]), tuple(map(int, entry["shape"])), end - begin)
+        except (KeyError, TypeError, ValueError):
+            raise InputError(where, f"{shown(tensor)}: expected a tensor's dtype, shape and data_offsets") from None
+    return headers
 
 
 # ---------------------------------------------------------------------------------------------------------------
