@@ -37,12 +37,13 @@ from evojax_merge.models.layers import dense, dense_heads
 from evojax_merge.models.sources import lazy_merge
 
 # A model_type that means something else: kinds of tokenizers, ways to split words, a chat template of mergekit's, a
-# name in a file's metadata; and the forms of mixtures that dense models are put together to.
+# name in a file's metadata; and which dense models are put together to which mixtures, or to none.
 OTHER_MEANINGS = {
     ("gguf_file.py", "gpt2"), ("gguf_file.py", "llama"), ("gguf_file.py", "qwen2"), ("templates.py", "mistral"),
     ("gguf_tokens.py", "gpt2"), ("gguf_tokens.py", "llama"), ("as_gguf.py", "phi3"), ("mixtures.py", "llama"),
     ("mixtures.py", "mistral"), ("mixtures.py", "mixtral"), ("mixtures.py", "phi3"), ("mixtures.py", "qwen2"),
-    ("mixtures.py", "qwen2_moe"), ("mixtures.py", "qwen3"), ("mixtures.py", "qwen3_moe"),
+    ("mixtures.py", "qwen2_moe"), ("mixtures.py", "qwen3"), ("mixtures.py", "qwen3_moe"), ("mixtures.py", "gemma"),
+    ("mixtures.py", "gemma2"), ("mixtures.py", "gemma3_text"),
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------
