@@ -147,7 +147,8 @@ ALLOWED = {
     "the program's own names and numbers": [
         "backends/decoder/kinds/member.py: load_bank", "backends/decoder/vision.py: _file",
         "checkpoints/derived.py: _stand_in", "checkpoints/folder.py: open_folder",
-        "checkpoints/members.py: _place", "checkpoints/writer.py: write",
+        "checkpoints/headers.py: _written", "checkpoints/members.py: _place", "checkpoints/remote.py: _place",
+        "checkpoints/writer.py: write",
         "checkpoints/writer.py: reserve", "checkpoints/writer.py: _write_index",
         "commands/export.py: _stage_begun_last", "commands/reproduce.py: reproduce",
         "commands/reproduce.py: _without_clock", "commands/search.py: run_search",

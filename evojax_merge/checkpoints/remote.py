@@ -201,9 +201,11 @@ def cached(reference: str, *, weights: bool = True) -> Path | None:
     place = _place(reference, weights)
     try:
         files = read_json_object(place / FILES, missing={}).get("files")
-        model = place / PurePosixPath(reference.rstrip("/")).name
+        model = file_inside(place, place, PurePosixPath(reference.rstrip("/")).name)
         base = place if model.is_file() else model
-        whole = isinstance(files, dict) and all((base / n).stat().st_size == f["bytes"] for n, f in files.items())
+        whole = isinstance(files, dict) and all(
+            file_inside(place, base, name).stat().st_size == file["bytes"] for name, file in files.items()
+        )
     except (InputError, OSError, TypeError, KeyError):
         return None
     if not whole:
@@ -231,8 +233,7 @@ def fetched(where: object, reference: str, *, weights: bool = True) -> Path:
         model = opened(where, reference)
         require_space(place, sum(size or 0 for size in model.sizes.values()))
         with atomic_folder(place, overwrite=place.exists()) as work:
-            name = PurePosixPath(model.address).name
-            folder = work if model.is_file else work / name
+            folder = work if model.is_file else file_inside(where, work, PurePosixPath(model.address).name)
             folder.mkdir(exist_ok=True)
             for small in [] if model.is_file else model.small_names():
                 model.fetch(small, folder)
