@@ -148,6 +148,7 @@ ALLOWED = {
         "backends/decoder/kinds/member.py: load_bank", "backends/decoder/vision.py: _file",
         "checkpoints/derived.py: _stand_in", "checkpoints/folder.py: open_folder",
         "checkpoints/headers.py: _written", "checkpoints/members.py: _place", "checkpoints/remote.py: _place",
+        "checkpoints/remote.py: fetched",
         "checkpoints/writer.py: write",
         "checkpoints/writer.py: reserve", "checkpoints/writer.py: _write_index",
         "commands/export.py: _stage_begun_last", "commands/reproduce.py: reproduce",
@@ -175,7 +176,7 @@ ALLOWED = {
         "mergekit/pipelines.py: _of_component", "mergekit/pipelines.py: write",
     ],
     "a name that weight_map has checked": [
-        "checkpoints/folder.py: _open_shards", "checkpoints/headers.py: _cached", "checkpoints/headers.py: _fetch",
+        "checkpoints/folder.py: _open_shards", "checkpoints/headers.py: _cached",
     ],
     "a name that a pattern or a check before it allows": [
         "search/run_parts.py: sweep", "tasks/data_versions.py: oxen_file",

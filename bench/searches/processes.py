@@ -40,8 +40,8 @@ PLUGIN = "# A plugin that registers nothing.\nNUMBER = {}\n"
 
 @dataclass(frozen=True)
 class Difference:
-    """What the last process has otherwise. options: of the command; folder: of its config and models; before: Python
-    that runs first; devices: of its own; out: its run folder; resumes: whether all continue a run."""
+    """One thing in which the last process differs. options: of the command; folder: of its config and models; before:
+    Python that runs first; devices: of its own; out: its run folder; resumes: whether all continue a run."""
 
     name: str
     options: tuple[str, ...] = ()

@@ -429,9 +429,9 @@ def open_dense(path: Path) -> DenseModel:
     parts = [_unpacked(config, name, entry) for name, entry in folder.entries.items()]
     entries = {name: tensor for tensors in parts for name, tensor in tensors}
     if kind == "gemma":
-        own = read_decoder_config(folder.where, folder.config)
-        assert isinstance(own, LlamaLikeConfig)
-        config = replace(own, architecture="mistral", norm="rms", norm_offset=0.0, head_is_embedding=False)
+        gemma = read_decoder_config(folder.where, folder.config)
+        assert isinstance(gemma, LlamaLikeConfig)
+        config = replace(gemma, architecture="mistral", norm="rms", norm_offset=0.0, head_is_embedding=False)
         entries, settings = _as_llamas(entries), settings | {"tie_word_embeddings": False}
     return DenseModel(folder.where, config, entries, path, str(kind), settings)
 
