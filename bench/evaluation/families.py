@@ -130,9 +130,9 @@ def compared(kind: str, shape: tuple[int, int], rounds: int, folder: Path) -> tu
     def theirs() -> np.ndarray:
         return score_rows(model, rows, count * width)
 
-    found, real = np.zeros(count), batch.rows >= 0
-    found[batch.rows[real]] = ours()[real]
-    np.testing.assert_allclose(found, theirs(), rtol=1e-4)
+    totals, real = np.zeros(count), batch.rows >= 0
+    totals[batch.rows[real]] = ours()[real]
+    np.testing.assert_allclose(totals, theirs(), rtol=1e-4)
     mine, peer = np.median([(seconds_of(ours), seconds_of(theirs)) for _ in range(rounds)], axis=0)
     parameters = sum(values.numel() for values in model.parameters())
     flop = work(model, model.config, count, width)

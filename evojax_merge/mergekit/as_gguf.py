@@ -78,8 +78,8 @@ def plan_gguf(merge_plan: MergePlan, target: Path, type_name: str | None) -> Ggu
     carried: dict[str, Any] = {}
     for part in parts_of(leader.path):
         if part.suffix == SUFFIX:
-            vocabulary, own = merge_plan.sources.vocabulary, merge_plan.tokenizer == leader.path
-            same_tokens = own and (vocabulary is None or vocabulary.copied == leader.path)
+            vocabulary, is_leaders = merge_plan.sources.vocabulary, merge_plan.tokenizer == leader.path
+            same_tokens = is_leaders and (vocabulary is None or vocabulary.copied == leader.path)
             carried = carried_metadata(read_gguf(part).metadata, same_tokens and merge_plan.chat_template is None)
     if merge_plan.tokenizer is not None and "tokenizer.ggml.tokens" not in carried:
         with hidden_folder(target) as folder:

@@ -64,8 +64,8 @@ def _iso_cts(deltas: np.ndarray, numbers: Numbers) -> np.ndarray:
     lefts, values, rights = zip(*triples, common, strict=True)
     left, right = (orthogonalise(np.concatenate(blocks, axis=1)) for blocks in (lefts, rights))
     together = np.concatenate(values)
-    *own, shared = (left[:, part] @ right[:, part].T for part in _parts(list(lefts)))
-    return np.asarray(together.sum() / max(len(together), 1) * (np.stack(own) + shared / parents))
+    *individual, shared = (left[:, part] @ right[:, part].T for part in _parts(list(lefts)))
+    return np.asarray(together.sum() / max(len(together), 1) * (np.stack(individual) + shared / parents))
 
 
 def _svc(deltas: np.ndarray, numbers: Numbers) -> np.ndarray:
