@@ -36,6 +36,8 @@ from helpers.sampling import ALL
 from hypothesis.internal.conjecture import providers as hypothesis_providers
 from jax._src import compiler as xla_compiler
 
+from evojax_merge.search import checkpoints
+
 # Where a file stands in the place of their folder no scores of models are kept: a test would not compute what it tests.
 SCORES = Path(os.environ["XDG_CACHE_HOME"]) / "evojax-merge" / "scores"
 SCORES.parent.mkdir(parents=True, exist_ok=True)
@@ -188,6 +190,14 @@ def compile_options(
     """`jax._src.compiler.get_compile_options` with `options`, unless the program says otherwise."""
     overrides = options | (env_options_overrides or {})
     return DEFAULT_COMPILE_OPTIONS(*arguments, env_options_overrides=overrides, **named)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_generation_is_saved() -> Iterator[None]:
+    """Searches of tests take milliseconds a generation, of which a search leaves out most checkpoints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "SAVING_SHARE", 1.0)
+        yield
 
 
 @pytest.fixture(scope="session")

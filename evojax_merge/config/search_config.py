@@ -437,7 +437,8 @@ class EvaluationConfig(Section):
 
 
 class KeepConfig(Section):
-    """The checkpoints that a run folder keeps: one of each generation is saved."""
+    """The checkpoints that a run folder keeps of those that a search saves: of every generation, or, where generations
+    take milliseconds, of as many as a tenth of the time is enough for."""
 
     optional = ("last", "every_hours")
 
