@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+# The many processes that tests start would each compile the package's source.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Before anything imports JAX or transformers. A user's own JAX_PLATFORMS is kept.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
