@@ -307,12 +307,10 @@ class SearchConfig(Section):
         1 / 6, ge=1e-6, le=10.0, description="the first step's standard deviation, in units of the bounds' range"
     )
     finalists: Whole = Field(
-        5,
-        ge=1,
-        le=10_000,
-        description="how many of the best candidates are scored again, for one to win; where generations were scored on "
-        "the same examples, in the same dtype, the best alone is",
-    )
+        5, ge=1, le=10_000,
+        description="how many of the best candidates are scored again, for one to win; where generations were scored "
+        "on the same examples, in the same dtype, the best alone is",
+    )  # fmt: skip
     rungs: Whole = Field(
         1, ge=1, le=8, description="above 1: candidates race, and with each rung half of them meet twice the examples"
     )
