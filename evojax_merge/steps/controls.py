@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from evojax_merge.backends.backend import Adaptable, Backend
-from evojax_merge.config.search_config import StopConfig
+from evojax_merge.config.search_config import GradientConfig, StopConfig
 from evojax_merge.evaluation.scores import Goal, TaskScores, fitness, score_matrix
 from evojax_merge.problem import SearchProblem, build_strategy
 from evojax_merge.report.comparison import POLISHED, POLISHED_NAME, label_of, model_name
@@ -143,7 +143,7 @@ def _random(
         search = search.model_copy(
             update={
                 "strategy": "random", "population": population, "generations": generations, "seeds": [],
-                "stop": StopConfig(), "budget": None, "validate_every": None,
+                "stop": StopConfig(), "budget": None, "validate_every": None, "gradient": GradientConfig(),
             }
         )  # fmt: skip
         drawing = build_strategy("search.controls", search, problem.space)
