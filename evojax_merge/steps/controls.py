@@ -23,6 +23,7 @@ from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import A_FILE, MAX_FILE
 from evojax_merge.search.strategies.greedy import greedy_soup
 from evojax_merge.steps.low_rank import Tuning, TuningData, train
+from evojax_merge.system.console import working
 from evojax_merge.system.file_system import atomic_write_bytes
 from evojax_merge.system.regular_file import read_regular
 from evojax_merge.tasks.splits import Splits
@@ -147,11 +148,12 @@ def _random(
             }
         )  # fmt: skip
         drawing = build_strategy("search.controls", search, problem.space)
-        drawn = evolve(
-            # Other random numbers than those of a search by the same strategy.
-            search, problem.seed + 1, drawing, problem.space, on.shards, Storage(), Reporter(),
-            choice=problem.example_choice(on),
-        )  # fmt: skip
+        with working("scoring random candidates"):
+            drawn = evolve(
+                # Other random numbers than those of a search by the same strategy.
+                search, problem.seed + 1, drawing, problem.space, on.shards, Storage(), Reporter(),
+                choice=problem.example_choice(on),
+            )  # fmt: skip
         genomes = drawn.genomes[np.isfinite(drawn.fitness) & (drawn.genomes != problem.space.start).any(axis=1)]
         if not len(genomes):
             return Control("random", "", note="No random candidate has finite scores: this control has no row.")
