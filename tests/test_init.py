@@ -88,7 +88,7 @@ def test_the_config_is_one_that_a_search_takes(init: Init, capsys: pytest.Captur
     path = Path("mine.yaml").absolute()
     config = read_config(path, [], None)
     assert (config.base, config.parents, config.out) == ("base", ["one", "two"], "runs/mine")
-    assert config.space is not None and config.space.method == "ties" and config.tokenizer_source is None
+    assert config.space is not None and config.space.method == "task_arithmetic" and config.tokenizer_source is None
     assert config.search.generations == 7 and set(config.space.parameters) == {"weight"}
     problem = build_problem(path, config)
     assert f"{problem.space.dims} parameters of 2 parents" in shown

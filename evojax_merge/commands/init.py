@@ -23,7 +23,7 @@ from evojax_merge.checkpoints.references import local_path
 from evojax_merge.config.documents import parse
 from evojax_merge.config.search_config import SpaceConfig
 from evojax_merge.errors import InputError, shown
-from evojax_merge.inspection.findings import Advice, advise, findings
+from evojax_merge.inspection.findings import ADDING_UP, Advice, advise, findings
 from evojax_merge.inspection.first_config import (
     HEAD,
     Fields,
@@ -187,7 +187,7 @@ def find_models(choices: Choices, resolve: Resolve, headers: Path) -> Models:
 def choose_method(choices: Choices, models: Models) -> Method:
     """The method that is named, else the one that the inspection advises. Raises InputError for one that cannot be
     searched, or that does not take the models."""
-    name = choices.method or models.advice.method or ("ties" if models.has_base else "linear")
+    name = choices.method or models.advice.method or ("task_arithmetic" if models.has_base else "linear")
     method, has_base = find_method("--method", name), models.has_base
     if not searched_parameters(method):
         able = ", ".join(name for name, other in METHODS.items() if searched_parameters(other))
@@ -255,9 +255,10 @@ def first_config(path: Path, choices: Choices, models: Models) -> FirstConfig:
         if parameter.name == "weight" and parameter.default is not None:
             comments["weight"] = f"how much of each parent; starts at {parameter.default:g}, the authors' setting"
     if advice.method == method.name and choices.method is None:
-        comments["method"] = "by the signs of the parents' changes, as inspect advises"
+        comments["method"] = "by the parents' changes, as inspect advises"
     if advice.high is not None:
-        comments["weight"] = "above 1, so that the smaller task vectors count"
+        why = "task vectors that are orthogonal add up near it" if advice.high == ADDING_UP else None
+        comments.setdefault("weight", f"above 1: {why}" if why else "above 1, so that the smaller task vectors count")
     fixed: dict[str, Any] = {"method": method.name}
     constants = {p.name: p.default for p in method.parameters if not p.searched and p.default is not None}
     fixed |= {"fixed": constants} if constants else {}
