@@ -682,6 +682,15 @@ def test_a_terminal_is_asked_for_what_is_missing(init: Init, answers: Callable[.
     assert "base" not in document("b.yaml") and document("b.yaml")["space"]["method"] == "linear"
 
 
+def test_a_terminal_is_asked_for_fields_of_other_names(init: Init, answers: Callable[..., list[str]]) -> None:
+    data = str(write_lines(Path("fragen.jsonl"), [{"frage": f"w{n % 9 + 5}", "antwort": "w6"} for n in range(20)]))
+    asked = answers("frage", "antwort")
+    assert init(*MODELS, "--data", data) == 0
+    assert "its fields (frage" in asked[0] and asked[1] == "fields of the answer: "
+    (task,) = document()["tasks"]
+    assert (task["prompt"], task["target"]) == ("{frage}", "{antwort}")
+
+
 def test_an_end_of_the_input_names_the_flag(
     init: Init, answers: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -141,7 +141,9 @@ def find_models(choices: Choices, resolve: Resolve, headers: Path) -> Models:
     """The base and the parents. The base is the one that the user names, else that of the parents' adapters, else the
     parent that the distances show to be the base of the others. headers: folders in it have no weights. Raises
     InputError for a model that is missing, and for one that no search takes."""
-    parents = choices.parents or _split(ask("--parents", "parents, the models that are merged, separated by spaces: "))
+    parents = choices.parents or _split(
+        "--parents", ask("--parents", "parents, the models that are merged, separated by spaces: ")
+    )
     named = [resolve_onto(resolve, "--parents", parent, choices.base, Path.cwd()) for parent in parents]
     bases = {adapted[0] for _, folder in named if (adapted := sources_of(folder).adapted) is not None}
     base, base_folder = choices.base, None
@@ -317,11 +319,11 @@ def ask(flag: str, question: str) -> str:
     return answer
 
 
-def _split(names: str) -> tuple[str, ...]:
+def _split(flag: str, names: str) -> tuple[str, ...]:
     try:
         return tuple(shlex.split(names))
     except ValueError as error:
-        raise InputError("--parents", f"{shown(names)}: {error}; expected names separated by spaces") from None
+        raise InputError(flag, f"{shown(names)}: {error}; expected names separated by spaces") from None
 
 
 def _text_task(path: Path, choices: Choices, templates: ModelTemplates) -> tuple[TaskSection, int]:
@@ -332,7 +334,14 @@ def _text_task(path: Path, choices: Choices, templates: ModelTemplates) -> tuple
         raise InputError("--function", "is for networks and pytrees; a task of language models has kind: function")
     source, file = _data(path, choices.data)
     records = read_source(choices.data if file is None else file).records
-    task = task_for_records(source, records, templates, choices.fields)
+    try:
+        task = task_for_records(source, records, templates, choices.fields)
+    except InputError as error:
+        prompt = _split("--prompt", read_line(f"{error}\nfields of the prompt: ")) if choices.fields == Fields() else ()
+        if not prompt:
+            raise
+        target = _split("--target", ask("--target", "fields of the answer: "))
+        task = task_for_records(source, records, templates, Fields(prompt, target))
     return task, len(records) - task.unscored
 
 
