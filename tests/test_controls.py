@@ -218,6 +218,17 @@ def test_random_candidates_stand_beside_what_auto_chose(sums: Family) -> None:
     assert "random" in {row.role for row in finished(problem).rows}
 
 
+def test_a_finished_run_gets_its_controls_later(sums: Family, tmp_path: Path) -> None:
+    config, run = write_yaml(tmp_path / "search.yaml", search_config(sums, 2, 4, heldout=0.25)), tmp_path / "run"
+    output_of("search", config, "--out", run)
+    before, more = read_json(run / "result.json"), ("--resume", "--set", "search.controls=[random]")
+    output_of("search", config, "--out", run, *more)
+    after = read_json(run / "result.json")
+    assert [row["role"] for row in after["table"]] == ["base", "parent", "parent", "uniform", "random", "winner"]
+    assert after["table"][-1] == before["table"][-1]
+    assert "nothing to search" in output_of("search", config, "--out", run, *more)
+
+
 def test_the_table_the_page_and_the_result_show_controls(sums: Family, tmp_path: Path) -> None:
     document = search_config(
         sums, 1, 4, heldout=0.25, search={"controls": ["lora", "random", "uniform"], "validation": 0.25}

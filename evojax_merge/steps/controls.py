@@ -110,6 +110,14 @@ def equal_searches(problem: SearchProblem[Backend]) -> int:
     return sum(counts.get(name, 0) for name in problem.search.controls) + (problem.search.then == "polish")
 
 
+def control_roles(problem: SearchProblem[Backend]) -> set[str]:
+    """The roles of a search's controls and of its polished winner in the table."""
+    roles = {name for name in problem.search.controls if name in ("greedy", "random")}
+    if "lora" in problem.search.controls:
+        roles |= {LORA_ROLES[role] for role, _ in problem.backend.compared if role in LORA_ROLES}
+    return roles | ({POLISHED} if problem.search.then == "polish" else set())
+
+
 def _greedy(problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]]) -> Control:
     """The greedy soup by the examples that the winner is chosen on."""
     members, soup = greedy_soup(problem.space, on.deciding, lambda done: None)
