@@ -109,7 +109,8 @@ class ResumeHint:
                         state = f"{'1 generation is' if count == 1 else f'{count} generations are'} saved"
                     again = "Start again" if self.folder is None and not self.resume else "Continue"
                     hint = printable(f"stopped; {state}. {again} with: {self.command}", LONGEST_LINE)
-                    print(hint, file=sys.stderr, flush=True)
+                    # In one piece: JAX may end the process at any time, with a line of its own.
+                    print(f"{hint}\n", end="", file=sys.stderr, flush=True)
             raise
 
 
