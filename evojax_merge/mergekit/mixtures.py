@@ -24,7 +24,15 @@ from evojax_merge.checkpoints.tokens import TOKENIZER_FILES, load_tokenizer
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.config.documents import parse
 from evojax_merge.errors import InputError, nearest, shown
-from evojax_merge.mergekit.gates import DenseBase, Prompts, close_gates, prompt_gates, random_gates, router_rows
+from evojax_merge.mergekit.gates import (
+    EMBEDDING,
+    DenseModel,
+    Prompts,
+    close_gates,
+    prompt_gates,
+    random_gates,
+    router_rows,
+)
 from evojax_merge.mergekit.schema import parse_reference
 from evojax_merge.models.architecture import ROUTER, find_architecture, tensor_shape, tensors_of
 from evojax_merge.models.config import LlamaLikeConfig
@@ -48,7 +56,7 @@ class Expert(Section):
 
     @property
     def prompts(self) -> Prompts:
-        return Prompts(tuple(self.positive_prompts or ()), tuple(self.negative_prompts or ()))
+        return self.positive_prompts or [], self.negative_prompts or []
 
 
 class RecipeLayer(Section):
@@ -162,7 +170,6 @@ OUTPUTS = (
     ),
     Output("Qwen3 MoE", "qwen3_moe", "Qwen3MoeForCausalLM", ("qwen3",), ("none",), _qwen),
 )  # fmt: skip
-_EMBEDDING = "model.embed_tokens.weight"
 DENSE = tuple(dict.fromkeys(kind for output in OUTPUTS for kind in output.sources))
 # Parts of dense models that no mixture among transformers' classes has, by the model_type.
 _SANDWICH = "its layers have norms behind attention and MLP"
@@ -174,16 +181,6 @@ UNFIT = {
 DROPPED = ("architectures", "auto_map", "torch_dtype", "transformers_version", "_name_or_path", "layer_types",
            "use_bidirectional_attention", "hidden_activation")  # fmt: skip
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
-
-
-@dataclass(frozen=True)
-class DenseModel(DenseBase):
-    """A dense model that gives a mixture its MLPs or all other weights. kind: its model_type; settings: its config.json
-    as that of a model with a Llama's tensors, with the defaults of its class."""
-
-    path: Path
-    kind: str
-    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -456,10 +453,10 @@ def _as_llamas(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
     of the hidden size, and the head, which is the embedding as it is stored."""
 
     def converted(name: str, entry: Tensor) -> Tensor:
-        formula = _add_one if name.endswith("norm.weight") else _scale_rows if name == _EMBEDDING else None
+        formula = _add_one if name.endswith("norm.weight") else _scale_rows if name == EMBEDDING else None
         return entry if formula is None else ComputedTensor(np.dtype(np.float32), entry.shape, (entry,), formula)
 
-    head = {LM_HEAD: entries[_EMBEDDING]} if _EMBEDDING in entries else {}
+    head = {LM_HEAD: entries[EMBEDDING]} if EMBEDDING in entries else {}
     return head | {name: converted(name, entry) for name, entry in entries.items()}
 
 
