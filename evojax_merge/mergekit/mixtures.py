@@ -115,8 +115,8 @@ class Output:
 
     name: mergekit's; model_type, class_name: as in config.json; sources: the model_type of its dense models; shared:
     the forms of its expert that takes every token (`gated`: scaled by a gate, `plain`, `none`); settings: the keys of
-    config.json beside a dense model's; described_by: the number, in `OUTPUTS`, of the kind whose registered
-    architecture has the same tensors, for a kind that is not registered, and written_name: the names of its tensors.
+    config.json beside a dense model's; described_by: the kind whose registered architecture has the same tensors,
+    for a kind that is not registered, and written_name: the names of its tensors.
     """
 
     name: str
@@ -125,7 +125,7 @@ class Output:
     sources: tuple[str, ...]
     shared: tuple[str, ...]
     settings: Settings
-    described_by: int | None = None
+    described_by: "Output | None" = None
     written_name: Callable[[str], str] = lambda name: name
 
 
@@ -159,10 +159,12 @@ def _deepseek_name(name: str) -> str:
 
 # In the order in which they are tried. All normalise the weights of a token's experts to a sum of 1.
 _LLAMAS = ("llama", "mistral", "phi3")
+_MIXTRAL = Output("Mixtral", "mixtral", "MixtralForCausalLM", (*_LLAMAS, "gemma"), ("none",), _mixtral)
 OUTPUTS = (
-    Output("Mixtral", "mixtral", "MixtralForCausalLM", (*_LLAMAS, "gemma"), ("none",), _mixtral),
+    _MIXTRAL,
     Output(
-        "DeepSeek MoE", "deepseek", "DeepseekForCausalLM", _LLAMAS, ("none", "plain"), _deepseek, 0, _deepseek_name
+        "DeepSeek MoE", "deepseek", "DeepseekForCausalLM", _LLAMAS, ("none", "plain"), _deepseek, _MIXTRAL,
+        _deepseek_name,
     ),
     Output(
         "Qwen MoE", "qwen2_moe", "Qwen2MoeForCausalLM", (*_LLAMAS, "gemma", "qwen2"), ("gated",),
@@ -514,7 +516,7 @@ def _mixture_config(
     if output.model_type != "mixtral":
         # Their classes have windows only under conditions that a dense model's keys do not describe.
         kept |= {key: value for key, value in (("sliding_window", None), ("use_sliding_window", False)) if key in kept}
-    registered = output if output.described_by is None else OUTPUTS[output.described_by]
+    registered = output.described_by or output
     decoder = read_decoder_config(path, {**kept, **registered.settings(*numbers), "model_type": registered.model_type})
     assert isinstance(decoder, LlamaLikeConfig)
     warnings = []
