@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from merge_kernels import Prepared, draw_row_keys, tabulate, widest
+from merge_kernels import Prepared, tabulate, widest
 
 from evojax_merge.checkpoints.folder import Part
 from evojax_merge.checkpoints.kept_vectors import prepare_or_read
@@ -295,20 +295,9 @@ class LeafReader:
         if arrays.factors is not None:
             # All sources' tensors are read only to be measured, one name at a time.
             tensors = [sources.load(s, name) for s in range(len(sources.folders))] if spec.method.measures else []
-
-        def row_keys(k: int) -> np.ndarray:
-            return draw_row_keys(spec.seed, sources.digest(self._parents[k], name), sources.shape(0, name))
-
-        def moments(k: int) -> np.ndarray | None:
-            return sources.moments_of(self._parents[k], name)
-
-        parents = len(self._parents)
-        numbers = spec.prepared_for(parents)
-        return prepare_or_read(
-            spec.method, parents, tensors, numbers,
-            lambda: sources.moment_contents([(s, name) for s in range(len(sources.folders))]),
-            lambda: tabulate(spec.method, spec.options, tensors, numbers, row_keys, moments),
-        )  # fmt: skip
+        inputs = [(s, name) for s in range(len(sources.folders))]
+        numbers = spec.prepared_for(len(self._parents))
+        return prepare_or_read(tabulate, spec.method, spec.options, sources, inputs, tensors, numbers, spec.seed)
 
     def _views(self, place: tuple[int, ...], arrays: Any) -> list[np.ndarray]:
         """The parts of `arrays.sources` that a tensor of each source is read into."""

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from merge_kernels import Method, merge_tensor, prepare
+from merge_kernels import Method, combine_tensor, prepare
 from merge_kernels.method import LooksAt
 
 from evojax_merge.checkpoints.bank import load_stored, read_layers
@@ -141,7 +141,7 @@ def merge_weights(
     def merge(name: str) -> jax.Array:
         tensors, dtype = [np.asarray(weights[name]) for weights in models], np.dtype(np.float32)
         prepared = prepare(method, options, tensors, numbers, lambda k: keys, lambda k: covariances[k].get(name))
-        return jnp.asarray(merge_tensor(method, options, tensors, numbers, lambda k: keys, dtype, prepared))
+        return jnp.asarray(combine_tensor(method, options, tensors, numbers, dtype, prepared))
 
     return {name: merge(name) for name in models[0]}
 

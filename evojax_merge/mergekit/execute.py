@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import merge_kernels
 import numpy as np
-from merge_kernels import draw_row_keys
 
 from evojax_merge.checkpoints.config_file import LAYER_LISTS, layer_lists
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder
@@ -380,26 +379,15 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
         scale = None if row.copied or method.copies is None else row.parameters[method.copies][0]
         if row.copied or scale == 1:
             return np.array(tensors[0], dtype)
-        first = int(row.options.has_base)
-
-        def row_keys(k: int) -> np.ndarray:
-            source, name = row.inputs[first + k]
-            return draw_row_keys(merge_plan.recipe.seed, sources.digest(source, name), tensors[0].shape)
-
-        def moments(k: int) -> np.ndarray | None:
-            return sources.moments_of(*row.inputs[first + k])
-
         if row.gain_offset:
             gain = scale_gain(jnp.asarray(tensors[0]), jnp.float32(scale), row.gain_offset)
             merged = np.asarray(gain.astype(computed))
         else:
+            seed = merge_plan.recipe.seed
             prepared = prepare_or_read(
-                method, len(tensors) - first, tensors, row.parameters, lambda: sources.moment_contents(row.inputs),
-                lambda: merge_kernels.prepare(method, row.options, tensors, row.parameters, row_keys, moments),
-            )  # fmt: skip
-            merged = merge_kernels.merge_tensor(
-                method, row.options, tensors, row.parameters, row_keys, computed, prepared
+                merge_kernels.prepare, method, row.options, sources, row.inputs, tensors, row.parameters, seed
             )
+            merged = merge_kernels.combine_tensor(method, row.options, tensors, row.parameters, computed, prepared)
         merged = merged.astype(dtype, copy=False)
         if not merge_plan.allow_nonfinite and not is_finite(merged):
             raise InputError(
