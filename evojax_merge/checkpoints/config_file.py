@@ -143,21 +143,16 @@ def check_values(path: object, config: Mapping[str, Any]) -> None:
     keys = find_architecture(config["model_type"]).keys
     read = {key: keys[key] for key in config if key in keys and keys[key].read_if(config)}
     for key, expected in read.items():
-        _check_value(path, key, config[key], expected)
+        expected.check(path, key, config[key])
     for key, expected in read.items():
         _check_inside(path, key, config[key], expected)
-
-
-def _check_value(path: object, key: str, value: Any, expected: Expected) -> None:
-    if not expected.accepts(value):
-        raise InputError(path, f"{key}: {shown(value)}; expected {expected.words}")
 
 
 def _check_inside(path: object, key: str, value: Any, expected: Expected) -> None:
     """Check the values of a mapping, and of the mappings in it."""
     for inner, inner_value in (value or {}).items() if expected.keys else ():
         if inner in expected.keys:
-            _check_value(path, f"{key}.{inner}", inner_value, expected.keys[inner])
+            expected.keys[inner].check(path, f"{key}.{inner}", inner_value)
             _check_inside(path, f"{key}.{inner}", inner_value, expected.keys[inner])
 
 
