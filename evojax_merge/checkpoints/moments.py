@@ -246,7 +246,7 @@ class Moments:
     _lock: Any = field(default_factory=Lock, repr=False)
 
     def of(self, source: int, tensor: str) -> np.ndarray | None:
-        """A source's moments of a tensor; None: it has none."""
+        """A source's moments of a tensor (see `merge_kernels.PrepareInputs`); None: it has none."""
         if self.rows[source] is None:
             return None
         with self._lock:
