@@ -24,7 +24,7 @@ from evojax_merge.models.architecture import stack_leaves
 from evojax_merge.models.attention import prefill_attention
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.families import llama_like
-from evojax_merge.models.layers import LayerKind, SequenceLayout, Weights, layer_kinds, padded_layout, rms_norm
+from evojax_merge.models.layers import LayerKind, SequenceLayout, Weights, layer_kinds, left_padded, rms_norm
 
 # Gates that are nearer to each other than this many degrees make a router that hardly tells their experts apart.
 LEAST_ANGLE = 22.6
@@ -169,9 +169,7 @@ def _batches(rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], np.ndar
         height = 1 << (len(numbers) - 1).bit_length()
         chosen = [rows[i] for i in numbers] + [rows[numbers[-1]]] * (height - len(numbers))
         width = -(-len(chosen[-1]) // WIDTH_STEP) * WIDTH_STEP
-        tokens = np.array([[0] * (width - len(row)) + list(row) for row in chosen], np.int32)
-        lengths = jnp.asarray([len(row) for row in chosen], jnp.int32)
-        yield numbers, tokens, padded_layout(width, width - lengths, lengths)
+        yield numbers, *left_padded(chosen, width)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
