@@ -29,7 +29,7 @@ from evojax_merge.errors import Failed, InputError, print_warning
 from evojax_merge.mergekit.as_adapter import AdapterOptions, RankError, prepare_adapter, write_as_adapter
 from evojax_merge.mergekit.as_fp8 import FP8_DTYPE, in_fp8
 from evojax_merge.mergekit.as_gguf import is_gguf_name
-from evojax_merge.mergekit.execute import merge_to
+from evojax_merge.mergekit.execute import MergeSettings, merge_to
 from evojax_merge.mergekit.other_formats import MOE, other_format
 from evojax_merge.mergekit.stages import prepare_stream
 from evojax_merge.mergekit.streams import RecipeStream, parse_stream
@@ -95,7 +95,8 @@ class _Output:
         check_new_output(out, self.overwrite, keep, self.type, self.dtype)
         if any(recipe.method.random for recipe in (*(stage.recipe for stage in stream.stages), stream.result)):
             check_masks(self.folder)
-        with prepare_stream(stream, out, planned_dtype(self.dtype), find=resolve_reference) as stream_plan:
+        settings = MergeSettings(planned_dtype(self.dtype))
+        with prepare_stream(stream, out, settings, resolve_reference) as stream_plan:
             searched = stream_plan.result.recipe.out_dtype
             card = card_in_dtype(card or card_of_merge(out, stream_plan, text), searched, self.dtype)
             write: Callable[..., RankError | None] = partial(merge_to, max_shard_bytes=self.max_shard_bytes)

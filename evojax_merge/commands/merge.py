@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from evojax_merge.errors import InputError, print_warning
 from evojax_merge.mergekit.account import TensorFate
 from evojax_merge.mergekit.as_fp8 import FP8_DTYPE, in_fp8
 from evojax_merge.mergekit.as_gguf import check_new_gguf, is_gguf_name, plan_gguf, write_as_gguf
-from evojax_merge.mergekit.execute import merge_to
+from evojax_merge.mergekit.execute import MergeSettings, merge_to
 from evojax_merge.mergekit.pipelines import PipelinePlan, prepare_pipelines
 from evojax_merge.mergekit.stages import StreamPlan, merge_stream, prepare_stream
 from evojax_merge.mergekit.streams import RecipeStream, parse_stream, stream_warnings
@@ -42,24 +42,17 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class MergeOptions:
+class MergeOptions(MergeSettings):
     """Options of a merge and of the written model.
 
-    `dtype`, `seed`: in place of the recipe's. `overwrite`: replace a model that evojax-merge wrote. `allow_nonfinite`,
-    `allow_crimes`: see `prepare_stream`. `strict`: an error, not a warning, where mergekit ignores a key of a recipe or
-    reads it as something else, where a filter means no tensor, and where a tensor is left out that the recipe says
-    nothing about. `verbose`: print the fate of each tensor. `copy_tokenizer`: write the first model's tokenizer
-    as well. `card`: write a card and the recipe as well. `max_shard_bytes`: the most bytes in a file of weights.
-    `type`: the type of a GGUF file."""
+    `strict`: an error, not a warning, also where mergekit ignores a key of a recipe or reads it as something else,
+    where a filter means no tensor, and where a tensor is left out that the recipe says nothing about. `overwrite`:
+    replace a model that evojax-merge wrote. `verbose`: print the fate of each tensor. `card`: write a card and the
+    recipe as well. `max_shard_bytes`: the most bytes in a file of weights. `type`: the type of a GGUF file."""
 
-    dtype: str | None = None
-    seed: int | None = None
-    overwrite: bool = False
-    allow_nonfinite: bool = False
-    allow_crimes: bool = False
     strict: bool = False
+    overwrite: bool = False
     verbose: int = 0
-    copy_tokenizer: bool = True
     card: bool = True
     max_shard_bytes: int = MAX_SHARD_BYTES
     type: str | None = None
@@ -101,9 +94,7 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
         keep = [*local_inputs(stream), *recipe_file, *parts_of_runs(out)]
         check_new_output(out, options.overwrite, keep, options.type, options.dtype)
         with blaming_slips([] if strict else given):
-            pipelines = prepare_pipelines(
-                stream, resolve_reference, options.dtype, options.seed, options.allow_nonfinite, strict
-            )
+            pipelines = prepare_pipelines(stream, options, resolve_reference)
         said_twice = few_lines(path, twice, "more keys stand twice")
         if pipelines is not None:
             if is_gguf_name(out):
@@ -117,11 +108,8 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
             return
         leave_torch_out()
         with blaming_slips([] if strict else given):
-            planned = prepare_stream(
-                stream, out, planned_dtype(options.dtype), options.seed, options.allow_nonfinite, resolve_reference,
-                options.copy_tokenizer, options.allow_crimes, strict,
-            )  # fmt: skip
-            stream_plan = stack.enter_context(planned)
+            settings = replace(options, dtype=planned_dtype(options.dtype))
+            stream_plan = stack.enter_context(prepare_stream(stream, out, settings, resolve_reference))
         unmatched = unmatched_lines(path, stream_plan, strict)
         fates = checked_account(path, stream_plan, stream_plan.paths, strict)
         for line in (*said_twice, *ignored, *unmatched, *stream_warnings(stream), *stream_plan.warnings):

@@ -24,6 +24,7 @@ from evojax_merge.checkpoints.tokens import TOKENIZER_FILES, load_tokenizer
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.config.documents import parse
 from evojax_merge.errors import InputError, nearest, shown
+from evojax_merge.mergekit.execute import DEFAULTS, MergeSettings, Progress
 from evojax_merge.mergekit.gates import (
     EMBEDDING,
     DenseModel,
@@ -41,7 +42,6 @@ from evojax_merge.schema.section import MAX_SEED, Location, Number, Section, Tex
 from evojax_merge.system.regular_file import copy_regular
 
 MOE_RECIPE = "mergekit_moe_config.yml"
-Progress = Callable[[int], None]
 RANDOM, HIDDEN = ("random", "uniform_random"), ("hidden", "hidden_avg", "hidden_last")
 
 
@@ -369,13 +369,12 @@ def _check_layers(path: Path, recipe: MixtureRecipe) -> None:
 
 
 def plan_mixture(
-    path: Path, recipe: MixtureRecipe, text: str, find: Find, relative_to: Path, dtype: str | None = None,
-    seed: int | None = None, allow_same: bool = False, allow_nonfinite: bool = False,
+    path: Path, recipe: MixtureRecipe, text: str, find: Find, relative_to: Path, settings: MergeSettings = DEFAULTS,
+    allow_same: bool = False,
 ) -> MixturePlan:  # fmt: skip
-    """Open a recipe's models, and check them against each other. find: resolves references; dtype, seed: in place of
-    the recipe's. Raises InputError."""
+    """Open a recipe's models, and check them against each other. find: resolves references. Raises InputError."""
     check_experts(path, recipe, allow_same)
-    recipe = recipe if seed is None else recipe.model_copy(update={"random_seed": seed})
+    recipe = recipe if settings.seed is None else recipe.model_copy(update={"random_seed": settings.seed})
     references = dict.fromkeys([recipe.base_model, *(expert.source_model for expert in recipe.all_experts)])
     models = {reference: find(path, reference, relative_to) for reference in references}
     opened = {reference: open_dense(folder) for reference, folder in models.items()}
@@ -395,7 +394,7 @@ def plan_mixture(
                     "shape and kind in equally many layers",
                 )  # fmt: skip
     output = choose_output(path, recipe, base)
-    config, decoder, notes = _mixture_config(path, recipe, output, base, dtype)
+    config, decoder, notes = _mixture_config(path, recipe, output, base, settings.dtype)
     if len(recipe.experts) > base.config.hidden:
         raise InputError(
             path, f"experts: {len(recipe.experts)}, and a hidden state has {base.config.hidden} numbers; expected at "
@@ -404,7 +403,9 @@ def plan_mixture(
     if recipe.layers is not None and len(recipe.layers) != base.config.layers:
         raise InputError(path, f"layers: {len(recipe.layers)}, and the models have {base.config.layers}")
     rows = _tensors(recipe, output, base, opened, decoder, FLOAT_DTYPES.get(config.get("dtype", "")))
-    return MixturePlan(recipe, text, output, base, rows, config, decoder, models, allow_nonfinite, tuple(notes))
+    return MixturePlan(
+        recipe, text, output, base, rows, config, decoder, models, settings.allow_nonfinite, tuple(notes)
+    )
 
 
 def open_dense(path: Path) -> DenseModel:
