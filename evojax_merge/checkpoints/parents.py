@@ -27,7 +27,8 @@ from evojax_merge.checkpoints.tokens import (
     Vocabulary,
     align,
     aligned_rows,
-    has_chat_template,
+    chat_template,
+    has_tokenizer,
     padded_rows,
     vocabulary_warnings,
 )
@@ -281,7 +282,7 @@ def open_decoders(
     check_layers_alike(folders, configs)
     warnings = vocabulary_warnings(paths) if vocabulary is None else vocabulary.warnings
     sources = replace(sources, warnings=(*warnings, *position_notes(folders)))
-    FOLDERS_WITH_TEMPLATE[:] = [path for path in paths if has_chat_template(path)]
+    FOLDERS_WITH_TEMPLATE[:] = [path for path in paths if has_tokenizer(path) and chat_template(path)]
     return sources, configs
 
 

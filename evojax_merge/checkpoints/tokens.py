@@ -114,16 +114,6 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in TOKENIZER_FILES if name not in BESIDE_TOKENIZER)
 
 
-def has_chat_template(folder: Path) -> bool:
-    """Return whether a folder's tokenizer has a chat template."""
-    file = folder / "chat_template.jinja"
-    if not has_tokenizer(folder):
-        return False
-    if file.exists():
-        return file.stat().st_size > 0
-    return bool(read_json_object(folder / "tokenizer_config.json", missing={}).get("chat_template"))
-
-
 def _check_files(folder: Path) -> None:
     """Raises InputError unless the tokenizer's files are files of a likely size, and its settings JSON objects."""
     for name in TOKENIZER_FILES:
