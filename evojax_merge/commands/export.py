@@ -93,7 +93,7 @@ class _Output:
         out, rank, parts = self.out, self.rank, self.folder.parts
         keep = [*parts, *local_inputs(stream), *parts_of_runs(out)]
         check_new_output(out, self.overwrite, keep, self.type, self.dtype)
-        if any(recipe.method.random for recipe in (*(stage.recipe for stage in stream.stages), stream.result)):
+        if any(recipe.method.random for recipe in stream.merges):
             check_masks(self.folder)
         settings = MergeSettings(planned_dtype(self.dtype))
         with prepare_stream(stream, out, settings, resolve_reference) as stream_plan:

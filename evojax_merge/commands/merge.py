@@ -247,8 +247,7 @@ def card_of_merge(out: Path, stream_plan: StreamPlan, text: str) -> str:
 
 def local_inputs(stream: RecipeStream) -> list[Path]:
     """The models on this machine that a recipe names, before any is opened."""
-    recipes = [*(stage.recipe for stage in stream.stages), stream.result]
-    references = {reference for recipe in recipes for reference in (*recipe.models, recipe.tokenizer_model or "")}
+    references = {reference for recipe in stream.merges for reference in recipe.references}
     # A base and its adapter are joined by +, and a name of a stage is no folder's.
     names = {name for reference in references for name in (reference, *reference.split("+")) if name}
     local = (local_path(name, stream.path.parent) for name in names - {stage.name for stage in stream.stages})

@@ -24,6 +24,7 @@ from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.plugins import HINT
 from evojax_merge.schema.approximation import Approximation
 from evojax_merge.schema.calibration import Calibration
+from evojax_merge.schema.section import MAX_SEED
 
 # The keys of each section.
 KEYS: dict[str, frozenset[str]] = {
@@ -51,8 +52,6 @@ FORMS = ("models", "slices", "modules")
 # Merging is done in float32; the result may be written in float64 as well.
 RECIPE_DTYPES = FLOAT_DTYPES | {"float64": np.dtype(np.float64)}
 ON_MISMATCH = ("refuse", "first", "skip")
-# The seed is a word of the random numbers' key; the same bound holds for a search.
-MAX_SEED = 2**63 - 1
 # Merging is done in float32.
 MAX_NUMBER = float(np.finfo(np.float32).max)
 # The maximum of a gradient's entries: models have fewer layers.
@@ -110,7 +109,8 @@ class TokenizerSetting:
 @dataclass(frozen=True)
 class RecipeFile:
     """A recipe as it stands in the file, checked but not yet matched with tensors. Relative paths start in the folder
-    of `path`; `where`: the recipe's name in messages; gain_offsets: a filter -> the number that is added to its
+    of `path`; `where`: the recipe's name in messages; `name`: that of a stage, whose result other recipes of the file
+    call by it; gain_offsets: a filter -> the number that is added to its
     tensors; other_modules: only the models' text decoders are merged, and the other modules come from this model (None:
     whole models are merged); on_mismatch: a setting of `ON_MISMATCH`'s words;
     components: a component of diffusers folders -> merge, or the model that gives it; calibration: the prompts of a
@@ -133,6 +133,7 @@ class RecipeFile:
     on_mismatch: Setting = "refuse"
     components: Mapping[str, str] = field(default_factory=dict)
     calibration: Calibration | None = None
+    name: str = ""
 
     @property
     def models(self) -> list[str]:
@@ -149,6 +150,11 @@ class RecipeFile:
         """The model whose tokenizer the result has, where it is none of `models`; else None."""
         source = "union" if self.tokenizer is None else self.tokenizer.source
         return None if source in ("union", "base") or source in self.models else source
+
+    @property
+    def references(self) -> list[str]:
+        """Every model referred to, also one for its tokenizer alone."""
+        return self.models if self.tokenizer_model is None else [*self.models, self.tokenizer_model]
 
 
 def checked_mapping(where: str, value: Any, known: Collection[str]) -> dict[str, Any]:

@@ -39,9 +39,12 @@ Bar = Callable[[str, int], AbstractContextManager[Progress]]
 class StagePlan:
     """A stage that is planned, and the folder of its result."""
 
-    name: str
     merge_plan: MergePlan
     folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.merge_plan.recipe.name
 
 
 @dataclass(frozen=True)
@@ -145,14 +148,14 @@ def prepare_stream(
 
         stages = []
         for number, stage in enumerate(stream.stages, start=1):
-            merge_plan = prepare(stage.recipe, replace(settings, dtype=None, copy_tokenizer=True), find_model)
+            merge_plan = prepare(stage, replace(settings, dtype=None, copy_tokenizer=True), find_model)
             folder = work / f"{number}-{re.sub(r'[^A-Za-z0-9_.-]', '-', stage.name)[:60]}"
             folder.mkdir()
             # Headers alone suffice to plan a later merge.
             ShardWriter(folder, merge_plan.specs).reserve()
             write_small_files(merge_plan, folder)
             folders[stage.name] = folder
-            stages.append(StagePlan(stage.name, merge_plan, folder))
+            stages.append(StagePlan(merge_plan, folder))
         yield StreamPlan(tuple(stages), prepare(stream.result, settings, find_model))
 
 
