@@ -207,7 +207,6 @@ class MixturePlan:
 
     recipe: MixtureRecipe
     text: str
-    output: Output
     base: DenseModel
     rows: Mapping[str, MixtureTensor]
     config: Mapping[str, Any]
@@ -403,9 +402,7 @@ def plan_mixture(
     if recipe.layers is not None and len(recipe.layers) != base.config.layers:
         raise InputError(path, f"layers: {len(recipe.layers)}, and the models have {base.config.layers}")
     rows = _tensors(recipe, output, base, opened, decoder, FLOAT_DTYPES.get(config.get("dtype", "")))
-    return MixturePlan(
-        recipe, text, output, base, rows, config, decoder, models, settings.allow_nonfinite, tuple(notes)
-    )
+    return MixturePlan(recipe, text, base, rows, config, decoder, models, settings.allow_nonfinite, tuple(notes))
 
 
 def open_dense(path: Path) -> DenseModel:
