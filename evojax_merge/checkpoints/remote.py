@@ -27,7 +27,8 @@ from evojax_merge.checkpoints.folder import (
     weight_map,
 )
 from evojax_merge.checkpoints.json_files import read_json_object
-from evojax_merge.checkpoints.writer import require_space
+from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
+from evojax_merge.checkpoints.writer import CARD, PROCESSOR_FILES, require_space
 from evojax_merge.errors import InputError, first_line, name_in_messages, shown
 from evojax_merge.system.data_packages import cache_folder
 from evojax_merge.system.file_system import atomic_folder, locked_folder
@@ -40,9 +41,8 @@ _ADDRESS = re.compile(r"([a-z0-9]+)://(.*)")
 FILES = "evojax_merge_files.json"
 # Names that a web server is asked for, and those of weights.
 USUAL_NAMES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "adapter_config.json",
-    "preprocessor_config.json", "processor_config.json", "README.md", INDEX_FILE,
+    "config.json", "generation_config.json", "adapter_config.json", CARD, INDEX_FILE, *TOKENIZER_FILES,
+    *PROCESSOR_FILES,
 )  # fmt: skip
 WEIGHTS = (SINGLE_FILE, "adapter_model.safetensors")
 # The suffixes of models that are one file.
