@@ -18,7 +18,7 @@ from evojax_merge.checkpoints.writer import (
 )
 from evojax_merge.errors import InputError, print_warning
 from evojax_merge.mergekit.account import TensorFate
-from evojax_merge.mergekit.as_fp8 import FP8_DTYPE, in_fp8
+from evojax_merge.mergekit.as_fp8 import FP8_DTYPE, Fp8Merge
 from evojax_merge.mergekit.as_gguf import check_new_gguf, is_gguf_name, plan_gguf, write_as_gguf
 from evojax_merge.mergekit.execute import MergeSettings, merge_to
 from evojax_merge.mergekit.pipelines import PipelinePlan, prepare_pipelines
@@ -118,13 +118,8 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
         print_account(fates, options.verbose, log)
         inputs = [file for file in stream_plan.inputs if recipe_file or file != path]
         card = card_of_merge(out, stream_plan, text) if options.card else None
-        write: Callable[..., None] = partial(merge_to, max_shard_bytes=options.max_shard_bytes)
-        nbytes: int | None = None
-        if is_gguf_name(out):
-            write, nbytes = gguf_of(stream_plan, out, options.type, warn)
-        elif options.dtype == FP8_DTYPE:
-            write = in_fp8(write)
-        write = partial(write, recipe=text if options.card else None)
+        written = text if options.card else None
+        write, nbytes = writer_of(stream_plan, out, options.dtype, options.type, options.max_shard_bytes, written, warn)
         write_model(stream_plan, out, card, "merging", options.overwrite, inputs, write, nbytes)
 
 
@@ -163,15 +158,22 @@ def planned_dtype(dtype: str | None) -> str | None:
     return None if dtype == FP8_DTYPE else dtype
 
 
-def gguf_of(
-    stream_plan: StreamPlan, out: Path, type_name: str | None, warn: Log
-) -> tuple[Callable[..., None], int]:  # fmt: skip
-    """Return the function that writes a planned merge as a GGUF file, in the form that `merge_stream` takes, and the
-    bytes of its tensors."""
-    plan = plan_gguf(stream_plan.result, out, type_name)
-    for line in plan.warnings:
-        warn(line)
-    return partial(write_as_gguf, plan=plan), sum(output.nbytes for output in plan.outputs)
+def writer_of(
+    stream_plan: StreamPlan, out: Path, dtype: str | None, type_name: str | None, max_shard_bytes: int,
+    recipe: str | None, warn: Log,
+) -> tuple[Callable[..., Any], int | None]:  # fmt: skip
+    """Return the function that writes a planned merge, in the form that `merge_stream` takes, and the bytes of its
+    tensors where these are not those of the merge. It writes a GGUF file of a type if `out` is the name of one, else a
+    folder, in FP8 if `dtype` says so. recipe: the text that is written as well; None: none is."""
+    if is_gguf_name(out):
+        plan = plan_gguf(stream_plan.result, out, type_name)
+        for line in plan.warnings:
+            warn(line)
+        return partial(write_as_gguf, plan=plan, recipe=recipe), sum(output.nbytes for output in plan.outputs)
+    write = partial(merge_to, max_shard_bytes=max_shard_bytes, recipe=recipe)
+    if dtype == FP8_DTYPE:
+        return lambda merge_plan, *arguments, **more: write(Fp8Merge(merge_plan), *arguments, **more), None
+    return write, None
 
 
 def unmatched_lines(path: Path, plan: StreamPlan | PipelinePlan, strict: bool) -> list[str]:
