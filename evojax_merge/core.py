@@ -53,7 +53,7 @@ def search(
         return
     check_room(folder, problem.search.generations)
     problem = replace(problem, kept=kept_scores(read_run_config(folder.config), jax.process_count()))
-    devices, compiled_before = local_devices(problem.backend.settings.model), compilations()
+    devices, compiled_before = local_devices(problem.facts.settings.model), compilations()
     planned = make_plan(problem, prepared, timings=read_timings())
     print_setup(problem, prepared, devices, planned)
     if planned.target.is_accelerator and not planned.fits and not force:

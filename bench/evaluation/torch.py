@@ -143,7 +143,7 @@ def compared(name: str, candidates: int, images: int, rounds: int, folder: Path)
     backend = problem.backend
     (tasks,) = problem.prepare().shards
     evaluator = backend.evaluator(backend.load(ONE_DEVICE, lambda done: None, None), tasks, candidates)
-    genomes = np.random.default_rng(1).normal(size=(candidates, backend.space.dims)).astype(np.float32)
+    genomes = np.random.default_rng(1).normal(size=(candidates, backend.facts.space.dims)).astype(np.float32)
     module, space = make(name), backend.merge.space
     labels = {path[0].key: label for path, label in zip(backend.merge.tree.paths, backend.merge.labels, strict=True)}
     (rows,) = tasks[0].rows

@@ -61,7 +61,7 @@ def main() -> None:
     (batched_task,) = problem.prepare().search
     task, requests = batched_task.task, batched_task.requests
     late = age() - paused
-    tokenizer = AutoTokenizer.from_pretrained(problem.backend.compared[0][1])
+    tokenizer = AutoTokenizer.from_pretrained(problem.facts.compared[0][1])
     recipe = folder / "recipe.yaml"
     seconds: list[float] = []
     values: list[float] = []

@@ -285,7 +285,7 @@ class Evaluator(Described):
     def facts(self) -> dict[str, Any]:
         problem, tasks = self._problem, self._evaluator.tasks
         return {
-            "method": problem.backend.name,
+            "method": problem.facts.name,
             "parents": model_names(problem.parents),
             "dimensions": self.dims,
             "tasks": [task.name for task in tasks],

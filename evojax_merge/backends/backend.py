@@ -4,8 +4,8 @@ no backend.
 Letters: P candidates, D genes of a genome. B stands for a task as a backend evaluates it: tokenised batches, or arrays.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,61 +65,69 @@ class Planner(Protocol):
         ...
 
 
-class Backend(Protocol):
-    """The models of one search, opened by their headers.
+@dataclass(frozen=True, kw_only=True)
+class BackendFacts:
+    """The facts about the models of one search and their candidates that are known once the models are open.
 
-    space: decodes genomes into candidates; settings, target: how candidates are evaluated, and on which devices;
-    compared: (role, file or folder) of the models of the held-out table, the base first, then the parents; references:
-    the name of each model in recipes; loaded: the number of models in the bank; export_dtype: the dtype that candidates
-    are rounded to and written in; baseline_role: the role of the space's baseline in the table (None: the models show
-    it already); is_random: whether merges draw random masks.
+    Candidates: name, in tables: a merge method, or a kind of candidates; space: decodes genomes into candidates;
+    genome: the content of a genome, in words; is_random: whether merges draw random masks; has_derivatives: whether
+    every gene has an effect that a gradient shows (scores decide for themselves whether they have derivatives, see
+    `tasks.task`); baseline_role: the role of the space's baseline in the held-out table, None where the models show it
+    already.
+
+    Models: base, parents: their files or folders, the base where it is in the held-out table; references: the name of
+    each in recipes; loaded: the number of models in the bank; stored_bytes: of their files that `load` reads;
+    extensions: the objects that plugins may have added: methods, the architecture, the backend itself; resolved: the
+    keys of the run folder's config whose values the backend has resolved; notes, warnings: lines that a user should see
+    before the search.
+
+    Evaluation: settings, target: how candidates are evaluated, and on which devices; compute_dtype: of the generations;
+    final_compute_dtype: of the splits that no generation is scored on: the winner is chosen, and reported, on them;
+    export_dtype: the dtype that candidates are rounded to and written in; smaller_passes: changes of the settings that
+    make passes smaller where they do not become so by themselves, the least first; streamed_bytes: of the host's memory
+    that the models take where they come to the devices part by part, None where they do so already, or cannot.
+
+    not_adaptable, not_polishable: why no low-rank change of a model can be trained, and why no winner can be written
+    with one, in words; empty where it can.
     """
 
-    @property
-    def name(self) -> str:
-        """The name of the candidates in tables: a merge method, or a kind of candidates."""
-        ...
+    name: str
+    space: Any
+    genome: str
+    is_random: bool
+    base: Path | None
+    parents: tuple[Path, ...]
+    references: Mapping[Path, str]
+    loaded: int
+    stored_bytes: int
+    settings: EvaluationConfig
+    target: Target
+    extensions: Sequence[object] = ()
+    resolved: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    has_derivatives: bool = True
+    baseline_role: str | None = None
+    compute_dtype: str = "float32"
+    final_compute_dtype: str = "float32"
+    export_dtype: str | None = None
+    smaller_passes: Sequence[Mapping[str, Any]] = ()
+    streamed_bytes: int | None = None
+    not_adaptable: str = ""
+    not_polishable: str = ""
 
     @property
-    def space(self) -> Any: ...
-    @property
-    def settings(self) -> EvaluationConfig: ...
-    @property
-    def target(self) -> Target: ...
-    @property
-    def compared(self) -> Sequence[tuple[str, Path]]: ...
-    @property
-    def references(self) -> Mapping[Path, str]: ...
-    @property
-    def loaded(self) -> int: ...
-    @property
-    def compute_dtype(self) -> str: ...
-    @property
-    def final_compute_dtype(self) -> str:
-        """The dtype of the splits that no generation is scored on: the winner is chosen, and reported, on them."""
-        ...
+    def compared(self) -> list[tuple[str, Path]]:
+        """(role, file or folder) of the models of the held-out table."""
+        base = [] if self.base is None else [("base", self.base)]
+        return base + [("parent", parent) for parent in self.parents]
+
+
+class Backend(Protocol):
+    """The models of one search, opened by their headers."""
 
     @property
-    def export_dtype(self) -> str | None: ...
-    @property
-    def baseline_role(self) -> str | None: ...
-    @property
-    def is_random(self) -> bool: ...
-    @property
-    def has_derivatives(self) -> bool:
-        """Return whether every gene has an effect that a gradient shows; scores decide for themselves whether they have
-        derivatives (see `tasks.task`)."""
-        ...
-
-    @property
-    def not_adaptable(self) -> str:
-        """Why no low-rank change of a model can be trained, in words; empty where it can."""
-        ...
-
-    @property
-    def not_polishable(self) -> str:
-        """Why no winner can be written with a low-rank change, in words; empty where it can."""
-        ...
+    def facts(self) -> BackendFacts: ...
 
     # ---- Before the search
 
@@ -136,10 +144,6 @@ class Backend(Protocol):
         Raises InputError for an example that the models cannot be asked."""
         ...
 
-    def describe(self) -> str:
-        """The content of a genome, in words."""
-        ...
-
     def describe_inputs(self, prepared: Splits[list[Any]]) -> list[str]:
         """Lines on the models and the batches of a search."""
         ...
@@ -148,23 +152,11 @@ class Backend(Protocol):
         """Lines on the models and the examples that a user should see before the search."""
         ...
 
-    def resolved(self) -> dict[str, Any]:
-        """The keys of the run folder's config whose values the backend has resolved."""
-        ...
-
     def files(self) -> set[Path]:
         """The models' files that scores depend on."""
         ...
 
-    def extensions(self) -> Iterable[object]:
-        """The objects that plugins may have added: methods, the architecture, the backend itself."""
-        ...
-
     # ---- The cost
-
-    def stored_bytes(self) -> int:
-        """Bytes of the models' files that `load` reads."""
-        ...
 
     def held_bytes(self) -> int:
         """Bytes of the loaded bank."""
@@ -174,18 +166,8 @@ class Backend(Protocol):
         """The bank's sizes where `shards` devices share it."""
         ...
 
-    def streamed(self) -> "Backend | None":
-        """The backend with its models on the host, or on the disk where the host has no room for them; None where they
-        are there already, or cannot be."""
-        ...
-
     def planner(self, bank_bytes: int) -> Planner:
         """A planner for the target, with `bank_bytes` loaded on each device."""
-        ...
-
-    def smaller_passes(self) -> Sequence[Mapping[str, Any]]:
-        """Changes of a config's `evaluation` that make passes smaller where they do not become so by themselves, the
-        least first."""
         ...
 
     # ---- The search

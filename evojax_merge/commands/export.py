@@ -210,8 +210,8 @@ def export_candidate(backend: Backend, genome: np.ndarray, out: Path, keep: Sequ
     """Write the candidate of a genome, whose backend makes candidates of genomes. keep: files and folders that must not
     be replaced."""
     recipe = backend.recipe(genome)
-    models = {backend.references[model]: model for model in backend.merged_from(genome)}
-    card = merge_card(out.name, [backend.name], models, recipe)
+    models = {backend.facts.references[model]: model for model in backend.merged_from(genome)}
+    card = merge_card(out.name, [backend.facts.name], models, recipe)
     backend.export(recipe, genome, out, card, partial(check_output, out, keep))
 
 

@@ -104,8 +104,7 @@ def make_controls(
 
 def equal_searches(problem: SearchProblem[Backend]) -> int:
     """How many times the work of its generations a search does for its controls and its polish."""
-    adapters = 2 if any(role == "base" for role, _ in problem.backend.compared) else 1
-    counts = {"random": 1, "lora": adapters}
+    counts = {"random": 1, "lora": 1 if problem.facts.base is None else 2}
     return sum(counts.get(name, 0) for name in problem.search.controls) + (problem.search.then == "polish")
 
 
@@ -248,7 +247,7 @@ def polish(
 def _adapted_models(problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]]) -> list[tuple[str, Path]]:
     """The models that adapters are trained on, by their roles: the base, and the parent that is best on the examples
     that the winner is chosen on."""
-    bases = [(role, model) for role, model in problem.backend.compared if role == "base"]
+    bases = [] if problem.facts.base is None else [("base", problem.facts.base)]
     if len(problem.parents) == 1:
         return [*bases, ("parent", problem.parents[0])]
     scored = []

@@ -3,15 +3,15 @@
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evojax_merge.backends.backend import Adaptable
+from evojax_merge.backends.backend import Adaptable, BackendFacts
 from evojax_merge.backends.decoder.kinds.kind import Candidates
-from evojax_merge.backends.decoder.placements import DEVICE, BankPlace
+from evojax_merge.backends.decoder.placements import DEVICE
 from evojax_merge.backends.decoder.planner import DecoderPlanner
 from evojax_merge.backends.decoder.vision import Vision
 from evojax_merge.checkpoints.adapters import AdapterWriter
@@ -22,7 +22,7 @@ from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.checkpoints.parents import OpenDecoder, Sources, as_decoder_of, open_sources
 from evojax_merge.checkpoints.tokens import TokenizerChoice
 from evojax_merge.checkpoints.writer import write_marker
-from evojax_merge.config.search_config import Config, EvaluationConfig
+from evojax_merge.config.search_config import Config
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import (
     BatchedTask,
@@ -91,73 +91,63 @@ class DecoderBackend:
     candidates: Candidates
     target: Target
 
-    @property
-    def name(self) -> str:
-        return self.candidates.name
+    @cached_property
+    def facts(self) -> BackendFacts:
+        candidates, models, settings = self.candidates, self.models, self.config.evaluation
+        place, folders = candidates.placement, models.sources.folders
+        dtypes = {stored_dtype(models.sources, i) for i in range(len(folders))} | {candidates.export_dtype}
+        compute_dtype = self.target.compute_dtype(settings.compute_dtype, dtypes)
+        not_adaptable = f"an adapter is trained on a model on the device (evaluation.bank: {place.name})"
+        not_adaptable = "" if place == DEVICE else not_adaptable
+        notes: list[str] = []
+        log_unused_config_keys(folders, notes.append)
+        notes += [] if models.base is None else [f"base: {reference_to(models.base)}"]
+        notes += [f"parent: {reference_to(parent)}" for parent in models.parents]
+        if models.other_modules is not None:
+            notes.append(f"other modules: those of {reference_to(models.other_modules)}")
+        # A plan for an accelerator halves batches until they fit.
+        parts = () if self.target.is_accelerator else (2, 8, 32)
+        return BackendFacts(
+            name=candidates.name,
+            space=candidates.space,
+            genome=candidates.describe(),
+            is_random=candidates.is_random,
+            base=models.base,
+            parents=models.parents,
+            references=models.references,
+            loaded=len(folders),
+            stored_bytes=candidates.stored_bytes(models.decoder),
+            settings=settings,
+            target=self.target,
+            extensions=[*candidates.methods, architecture_of(models.decoder)],
+            resolved=self._resolved(),
+            notes=notes,
+            warnings=models.sources.warnings,
+            has_derivatives=candidates.has_derivatives,
+            baseline_role=candidates.baseline_role,
+            compute_dtype=compute_dtype,
+            final_compute_dtype=settings.final_compute_dtype or compute_dtype,
+            export_dtype=candidates.export_dtype,
+            smaller_passes=[{"tokens_per_batch": self.tokens_per_batch // part} for part in parts],
+            streamed_bytes=self._streamed_bytes(),
+            not_adaptable=not_adaptable,
+            not_polishable=not_adaptable or architecture_of(models.decoder).no_adapter,
+        )
 
-    @property
-    def space(self) -> Any:
-        return self.candidates.space
-
-    @property
-    def settings(self) -> EvaluationConfig:
-        return self.config.evaluation
-
-    @property
-    def compared(self) -> list[tuple[str, Path]]:
-        base = [] if self.models.base is None else [("base", self.models.base)]
-        return base + [("parent", parent) for parent in self.models.parents]
-
-    @property
-    def references(self) -> Mapping[Path, str]:
-        return self.models.references
-
-    @property
-    def loaded(self) -> int:
-        return len(self.models.sources.folders)
-
-    @property
-    def compute_dtype(self) -> str:
-        sources = self.models.sources
-        dtypes = {stored_dtype(sources, i) for i in range(len(sources.folders))}
-        return self.target.compute_dtype(self.settings.compute_dtype, dtypes | {self.candidates.export_dtype})
-
-    @property
-    def final_compute_dtype(self) -> str:
-        return self.settings.final_compute_dtype or self.compute_dtype
-
-    @property
-    def export_dtype(self) -> str:
-        return self.candidates.export_dtype
-
-    @property
-    def baseline_role(self) -> str | None:
-        return self.candidates.baseline_role
-
-    @property
-    def is_random(self) -> bool:
-        return self.candidates.is_random
-
-    @property
-    def has_derivatives(self) -> bool:
-        return self.candidates.has_derivatives
-
-    @property
-    def not_polishable(self) -> str:
-        return self.not_adaptable or architecture_of(self.models.decoder).no_adapter
-
-    @property
-    def not_adaptable(self) -> str:
-        if self.candidates.placement == DEVICE:
-            return ""
-        return f"an adapter is trained on a model on the device (evaluation.bank: {self.candidates.placement.name})"
+    def _streamed_bytes(self) -> int | None:
+        if self.candidates.placement != DEVICE or self.candidates.places == (DEVICE.name,):
+            return None
+        on_host = self.candidates.placed_at("host").host_bytes()
+        # A CPU's models are in the memory of the host in any case.
+        has_room = self.target.is_accelerator and (self.target != live_target() or on_host <= available_memory())
+        return on_host if has_room else self.candidates.placed_at("disk").host_bytes()
 
     # -----------------------------------------------------------------------------------------------------------
     # Before the search
 
     @property
     def tokens_per_batch(self) -> int:
-        return self.settings.tokens_per_batch or suitable_tokens(self.target)
+        return self.config.evaluation.tokens_per_batch or suitable_tokens(self.target)
 
     def check_task(self, where: str, task: Any) -> None:
         lacking = [name for name in ("requests", "score") if not hasattr(task, name)]
@@ -198,23 +188,16 @@ class DecoderBackend:
             decoder.position_switch, self.target.merge_tokens,
         )  # fmt: skip
 
-    def describe(self) -> str:
-        return self.candidates.describe()
-
     def describe_inputs(self, prepared: Splits[list[BatchedTask]]) -> list[str]:
-        lines: list[str] = []
-        log_unused_config_keys(self.models.sources.folders, lines.append)
-        lines += [f"{role}: {reference_to(model)}" for role, model in self.compared]
-        if self.models.other_modules is not None:
-            lines.append(f"other modules: those of {reference_to(self.models.other_modules)}")
-        return [*lines, describe_batches([batched_task for shard in prepared.shards for batched_task in shard])]
+        batches = describe_batches([batched_task for shard in prepared.shards for batched_task in shard])
+        return [*self.facts.notes, batches]
 
     def warnings(self, prepared: Splits[list[BatchedTask]]) -> list[str]:
         examples = [*prepared.search, *(prepared.validation or []), *prepared.heldout]
         lines = token_warnings(examples, self.models.tokenizer, self.models.decoder.vocab)
-        return [*self.models.sources.warnings, *lines]
+        return [*self.facts.warnings, *lines]
 
-    def resolved(self) -> dict[str, Any]:
+    def _resolved(self) -> dict[str, Any]:
         models, config = self.models, self.config
         document: dict[str, Any] = {
             "base": None if models.base is None else reference_to(models.base),
@@ -267,16 +250,10 @@ class DecoderBackend:
     def files(self) -> set[Path]:
         images = set() if self.models.vision is None else self.models.vision.files
         prompts = set() if self.models.sources.moments is None else {*self.models.sources.moments.files}
-        return images | prompts | {file for _, folder in self.compared for file in input_files(folder)}
-
-    def extensions(self) -> list[object]:
-        return [*self.candidates.methods, architecture_of(self.models.decoder)]
+        return images | prompts | {file for _, folder in self.facts.compared for file in input_files(folder)}
 
     # -----------------------------------------------------------------------------------------------------------
     # The cost
-
-    def stored_bytes(self) -> int:
-        return self.candidates.stored_bytes(self.models.decoder)
 
     def held_bytes(self) -> int:
         return self.candidates.placement.held_bytes(self.candidates)
@@ -287,18 +264,8 @@ class DecoderBackend:
         sizes.on_host, sizes.on_disk = self.candidates.host_bytes(), self.candidates.disk_bytes()
         # Layer paths are planned as one model, but all of the parents' layers are loaded.
         sizes.bank = max(sizes.bank, self.held_bytes() // shards)
-        self.abstract_images(self.compute_dtype, sizes.place)
+        self.abstract_images(self.facts.compute_dtype, sizes.place)
         return sizes
-
-    def streamed(self) -> "DecoderBackend | None":
-        if self.candidates.placement != DEVICE or self.candidates.places == (DEVICE.name,):
-            return None
-        on_host = self.candidates.placed_at("host").host_bytes()
-        # A CPU's models are in the memory of the host in any case.
-        has_room = self.target.is_accelerator and (self.target != live_target() or on_host <= available_memory())
-        place: BankPlace = "host" if has_room else "disk"
-        config = self.config.model_copy(update={"evaluation": self.settings.model_copy(update={"bank": place})})
-        return replace(self, candidates=self.candidates.placed_at(place), config=config)
 
     def abstract_images(self, dtype: str, place: Callable[..., Any]) -> ImageTable | None:
         """The tasks' images as abstract arrays, which `place` makes; None where there are none."""
@@ -309,11 +276,6 @@ class DecoderBackend:
 
     def planner(self, bank_bytes: int) -> DecoderPlanner:
         return DecoderPlanner(self, bank_bytes)
-
-    def smaller_passes(self) -> list[dict[str, Any]]:
-        # A plan for an accelerator halves batches until they fit.
-        parts = () if self.target.is_accelerator else (2, 8, 32)
-        return [{"tokens_per_batch": self.tokens_per_batch // part} for part in parts]
 
     # -----------------------------------------------------------------------------------------------------------
     # The search
@@ -333,15 +295,15 @@ class DecoderBackend:
         if prepared_images is not None:
             log(prepared_images)
         # Batches of all splits have the same shapes, so a chunk that fits one split in a dtype fits all of them.
-        chunk_sizes: dict[str, dict[Any, int]] = {self.compute_dtype: {}, self.final_compute_dtype: {}}
+        chunk_sizes: dict[str, dict[Any, int]] = {self.facts.compute_dtype: {}, self.facts.final_compute_dtype: {}}
 
         def evaluator_in(dtype: str) -> Callable[[list[BatchedTask]], SpaceEvaluator[Any]]:
             return partial(self._evaluator, bank, devices, log, chunk_sizes[dtype], dtype)
 
-        return prepared.map(evaluator_in(self.compute_dtype), evaluator_in(self.final_compute_dtype))
+        return prepared.map(evaluator_in(self.facts.compute_dtype), evaluator_in(self.facts.final_compute_dtype))
 
     def evaluator(self, bank: Any, tasks: list[BatchedTask], population: int, devices: Devices) -> SpaceEvaluator[Any]:
-        return self._evaluator(bank, devices, lambda text: None, {}, self.compute_dtype, tasks)
+        return self._evaluator(bank, devices, lambda text: None, {}, self.facts.compute_dtype, tasks)
 
     def _evaluator(
         self, bank: Any, devices: Devices, log: Callable[[str], None], chunk_sizes: dict[Any, int], dtype: str,
@@ -349,10 +311,10 @@ class DecoderBackend:
     ) -> SpaceEvaluator[Any]:  # fmt: skip
         config = self.candidates.run_as(self.models.decoder)
         decoder = Evaluator(
-            config, self.models.tokenizer, tasks, dtype, self.settings.chunk, devices, log, chunk_sizes,
+            config, self.models.tokenizer, tasks, dtype, self.config.evaluation.chunk, devices, log, chunk_sizes,
             target=self.target, images=self._images(None, dtype, devices),
         )  # fmt: skip
-        return SpaceEvaluator(self.space, self.candidates.evaluator(decoder, bank), devices)
+        return SpaceEvaluator(self.candidates.space, self.candidates.evaluator(decoder, bank), devices)
 
     def _images(self, model: Path | None, dtype: str, devices: Devices) -> ImageTable | None:
         """The tasks' images in front of candidates (None) or of a stored model; None where there are none."""
@@ -463,7 +425,7 @@ class DecoderBackend:
         if self.models.sources.vocabulary is not None:
             documents = list(map(self._with_tokenizer, documents))
         if self.models.other_modules is not None:
-            named = self.references[self.models.other_modules]
+            named = self.models.references[self.models.other_modules]
             documents = [document | {"other_modules": named} for document in documents]
         if self.config.components:
             documents = [document | {"components": dict(self.config.components)} for document in documents]
@@ -473,7 +435,7 @@ class DecoderBackend:
 
     def _with_tokenizer(self, document: dict[str, Any]) -> dict[str, Any]:
         """A document of a recipe with the source of its merge's tokenizer."""
-        source = self.references[self.models.tokenizer_folder]
+        source = self.models.references[self.models.tokenizer_folder]
         document = document | {"tokenizer_source": self._tokenizer_source(source)}
         if self.models.tokenizer_folder == self.models.base:
             # The recipe of a method that takes no base lacks it, but needs it for the tokenizer.

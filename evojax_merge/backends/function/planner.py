@@ -61,7 +61,7 @@ class FunctionPlanner:
         if not points:
             backend, count = self.backend, 1
             bank, workers = put_bank(backend.merge.bank, jnp.asarray), backend.programs(1, ONE_DEVICE).workers
-            genomes = np.repeat(backend.space.start[None], workers, axis=0)
+            genomes = np.repeat(backend.merge.space.start[None], workers, axis=0)
             while not points or (points[-1][0] < task.size and points[-1][1] * workers < LEAST_SECONDS):
                 evaluator = backend.evaluator(bank, [task.subset(range(count))], workers)
                 seconds = np.inf
@@ -79,9 +79,10 @@ class FunctionPlanner:
         self, tasks: Sequence[ArrayTask], candidates: int, use: PlanUse, compiler: TargetCompiler | None = None,
         smallest: bool = False,
     ) -> list[SizedPass]:  # fmt: skip
-        backend, target = self.backend, self.backend.target
+        backend, target = self.backend, self.backend.facts.target
         chunk, reader = backend.chunk(math.ceil(candidates / target.devices)), JaxprReader(target, ONE_DEVICE)
-        bank, genomes = backend.abstract_bank(anywhere), jax.ShapeDtypeStruct((chunk, backend.space.dims), jnp.float32)
+        genomes = jax.ShapeDtypeStruct((chunk, backend.merge.space.dims), jnp.float32)
+        bank = backend.abstract_bank(anywhere)
         sized = []
         for task in tasks:
             traced = self._traced(task, bank, genomes, chunk, use)

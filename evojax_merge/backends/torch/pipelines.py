@@ -68,10 +68,6 @@ class PipelineBackend(FunctionBackend):
     _heldout: list[DrawingTask] = field(default_factory=list, repr=False)
     _checked: set[str] = field(default_factory=set, repr=False)
 
-    @property
-    def has_derivatives(self) -> bool:
-        return False
-
     def check_task(self, where: str, task: Any) -> None:
         if not isinstance(task, DrawingTask):
             raise InputError(
@@ -108,14 +104,10 @@ class PipelineBackend(FunctionBackend):
             )  # fmt: skip
         say(f"{name}: draws pictures of one candidate at a time, from the same noise for each ({task.name})")
 
-    def warnings(self, prepared: Splits[list[ArrayTask]]) -> list[str]:
-        return [*super().warnings(prepared), *self.components.notes]
-
     def recipe(self, genome: np.ndarray) -> str:
         (document,) = parse_documents("recipe", super().recipe(genome))
-        names = dict(zip(self.models, self.names, strict=True))
         kept = {
-            name: names[pipeline.path] for name, pipeline in self.components.kept.items()
+            name: self.facts.references[pipeline.path] for name, pipeline in self.components.kept.items()
             if pipeline is not self.components.first
         }  # fmt: skip
         return dump_documents([document | {"components": dict.fromkeys(self.components.merged, MERGE) | kept}])
@@ -136,7 +128,8 @@ class PipelineBackend(FunctionBackend):
         return []
 
     def _caption(self, task: DrawingTask) -> str:
-        rows = [*(f"{role} {self.references[model]}" for role, model in self.compared), self.baseline_role, "winner"]
+        facts = self.facts
+        rows = [*(f"{role} {facts.references[model]}" for role, model in facts.compared), facts.baseline_role, "winner"]
         shown = min(COLUMNS, task.size)
         return (
             f"The first {shown} held-out examples of `{task.name}`, a row each: "
@@ -150,7 +143,7 @@ class PipelineBackend(FunctionBackend):
         from PIL import Image
 
         numbers = task.indices[:COLUMNS]
-        _, baselines = self.space.baselines()
+        _, baselines = self.merge.space.baselines()
         models = [*(self.merge.tree.source(k) for k in range(len(self.models))), self.merged(baselines[0]), winner]
         sheet, side = Image.new("RGB", (CELL * len(numbers), CELL * len(models)), "white"), CELL - 2 * GAP
         for row, weights in enumerate(models):
