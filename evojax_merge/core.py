@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from evojax_merge.backends.backend import Backend
+from evojax_merge.backends.backend import Backend, Prepared
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.compilations import compilations
 from evojax_merge.evaluation.devices import barrier, local_devices
@@ -41,7 +41,7 @@ FORCE = "--force goes on all the same"
 def search(
     folder: RunFolder,
     problem: SearchProblem[Backend],
-    prepared: Splits[list[Any]],
+    prepared: Prepared,
     on_generation: OnGeneration,
     force: bool,
     judges: JudgeOptions | None,

@@ -13,7 +13,7 @@ import numpy as np
 from merge_kernels import METHODS
 from typing_extensions import TypeVar
 
-from evojax_merge.backends.backend import Backend, BackendFacts, Resolve
+from evojax_merge.backends.backend import Backend, BackendFacts, Prepared, Resolve
 from evojax_merge.backends.registry import find_backend
 from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import file_hash
@@ -121,7 +121,7 @@ class SearchProblem(Generic[B]):
         """Return whether the tasks of `splits.tuning` have derivatives."""
         return all(task.derivative is not None for tasks in self.splits.tuning for task in tasks)
 
-    def prepare(self) -> Splits[list[Any]]:
+    def prepare(self) -> Prepared:
         """The tasks of each split as the backend evaluates them."""
         return self.backend.prepare(self.splits)
 

@@ -230,7 +230,7 @@ def test_no_candidate_is_assembled(root: Path) -> None:
         return sum(4 * int(np.prod(t.shape)) for tensor, t in tensors[name].items() if (".mlp." in tensor) == is_mlp)
 
     assert held == nbytes("base", False) + sum(nbytes(name, True) for name in PROMPTS)
-    assert held == problem.backend.candidates.loaded_bytes() == problem.backend.held_bytes()
+    assert held == problem.backend.candidates.loaded_bytes() == problem.backend.planner().sizes.held
     genomes = np.zeros((7, problem.space.dims), np.float32)
     (population,) = heldout.evaluator.populations(
         heldout.evaluator.evaluator, heldout.evaluator.bank, problem.space.decode(genomes)

@@ -505,7 +505,7 @@ def test_how_many_candidates_generate_together_is_asked_of_the_devices_that_shar
         asked.append(traced)
         return 10**9
 
-    planner = problem.backend.planner(0).evaluator
+    planner = problem.backend.planner().evaluator
     evaluator = replace(planner, batched_tasks=problem.prepare().shards[0], temporary_bytes=temporaries)
     population = problem.backend.candidates.planned_population(evaluator, 100, evaluator.devices.abstract)
     assert 1 < generation_chunk(evaluator, population, evaluator.batched_tasks[0]) < 100

@@ -46,6 +46,11 @@ class Planner(Protocol):
     gradient_passes: int
 
     @property
+    def sizes(self) -> DeviceSizes:
+        """Bytes of the loaded bank, where as many devices share it as the settings say."""
+        ...
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Lines on what candidates compute, and where models lie, beside the usual."""
         ...
@@ -123,6 +128,15 @@ class BackendFacts:
         return base + [("parent", parent) for parent in self.parents]
 
 
+@dataclass(frozen=True)
+class Prepared(Splits[list[Any]]):
+    """The tasks of every split in the form B; tasks of weight 0 are in the held-out split alone. notes, warnings: lines
+    on the batches that a user should see before the search."""
+
+    notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+
 class Backend(Protocol):
     """The models of one search, opened by their headers."""
 
@@ -139,17 +153,9 @@ class Backend(Protocol):
         """float64[N]: the relative cost of each of a task's examples."""
         ...
 
-    def prepare(self, splits: Splits[list[Any]]) -> Splits[list[Any]]:
-        """The tasks of every split in the form B, on the host. Tasks of weight 0 are in the held-out split alone.
-        Raises InputError for an example that the models cannot be asked."""
-        ...
-
-    def describe_inputs(self, prepared: Splits[list[Any]]) -> list[str]:
-        """Lines on the models and the batches of a search."""
-        ...
-
-    def warnings(self, prepared: Splits[list[Any]]) -> list[str]:
-        """Lines on the models and the examples that a user should see before the search."""
+    def prepare(self, splits: Splits[list[Any]]) -> Prepared:
+        """Prepare the tasks of every split, on the host. Raises InputError for an example that the models cannot be
+        asked."""
         ...
 
     def files(self) -> set[Path]:
@@ -158,16 +164,8 @@ class Backend(Protocol):
 
     # ---- The cost
 
-    def held_bytes(self) -> int:
-        """Bytes of the loaded bank."""
-        ...
-
-    def device_sizes(self, shards: int) -> DeviceSizes:
-        """The bank's sizes where `shards` devices share it."""
-        ...
-
-    def planner(self, bank_bytes: int) -> Planner:
-        """A planner for the target, with `bank_bytes` loaded on each device."""
+    def planner(self) -> Planner:
+        """A planner for the target."""
         ...
 
     # ---- The search

@@ -258,7 +258,7 @@ def run_search(
     ):  # fmt: skip
         # All stages have the same examples.
         print_warnings(revision_warnings(path, configs[0]))
-        print_warnings(problems[0].backend.warnings(prepared[0]))
+        print_warnings((*problems[0].facts.warnings, *prepared[0].warnings))
         print_warnings(data_warnings(str(path), configs[0].tasks, problems[0].splits))
         winner: str | None = None
         for number, folder in enumerate([*early, run]):
@@ -298,7 +298,7 @@ def _require_bank(path: Path, problem: SearchProblem[Backend], force: bool) -> N
     """Raises InputError, unless `force`, where the models cannot be in memory together. A device holds its share of
     them; on a CPU all devices hold theirs in the memory of the host."""
     devices = 1 if problem.target.is_accelerator else problem.target.devices_per_host
-    nbytes = problem.backend.held_bytes() * devices // problem.facts.settings.model
+    nbytes = problem.backend.planner().sizes.held * devices // problem.facts.settings.model
     what = f"holding {problem.facts.loaded} models" + ("" if devices == 1 else f" for {devices} devices")
     try:
         require_memory(f"{path}: parents", what, nbytes, unused_memory())

@@ -50,7 +50,7 @@ class Adviser:
             return False
         try:
             backend = reopen(self.config.model_copy(update={**changes, "evaluation": settings}), target)
-            needed: float = backend.device_sizes(settings.model).bank
+            needed: float = backend.planner().sizes.bank
             if needed <= target.memory:
                 is_same = settings.tokens_per_batch == self.config.evaluation.tokens_per_batch
                 prepared = self.prepared if is_same else backend.prepare(self.problem.splits)
@@ -91,17 +91,17 @@ class Adviser:
 
     def _losses(self) -> Iterator[str]:
         """Changes of what is searched."""
-        backend, target, config = self.problem.backend, self.problem.target, self.config
-        space, sizes = config.space, backend.device_sizes(backend.facts.settings.model)
+        loaded, target, config = self.problem.facts.loaded, self.problem.target, self.config
+        space, sizes = config.space, self.problem.backend.planner().sizes
         if space is not None and sizes.by_dtype["uint16"]:
             changed = {name: space.model_copy(update={"method": name}) for name in PLAIN_METHODS}
             method = next((name for name in PLAIN_METHODS if self.fits(target, {"space": changed[name]})), None)
             if method is not None:
                 yield f"a method that stores no number per entry, such as space.method: {method}"
         for fewer in range(1, len(config.parents)):
-            may_fit = sizes.bank * (backend.facts.loaded - fewer) / backend.facts.loaded <= target.memory < sizes.bank
+            may_fit = sizes.bank * (loaded - fewer) / loaded <= target.memory < sizes.bank
             if may_fit and self.fits(target, {"parents": config.parents[:-fewer]}):
-                yield f"{fewer} fewer of the {backend.facts.loaded} models"
+                yield f"{fewer} fewer of the {loaded} models"
                 return
 
     def _targets(self, places: Sequence[str]) -> Iterator[str]:
@@ -135,8 +135,7 @@ def smallest_bytes(problem: SearchProblem[Backend], backend: Backend, prepared: 
     """Bytes on each device of the models and of the largest of the passes that a plan falls back to: of one candidate
     and one row, where batches become smaller by themselves. Infinity where candidates have no gradient that the search
     follows."""
-    sizes = backend.device_sizes(backend.facts.settings.model)
-    planner = backend.planner(sizes.bank)
+    planner = backend.planner()
     rounds, starts = gradient_generations(problem.strategy, problem.search.generations)
     if prepared.minibatches and not planner.gradient_passes:
         return inf
@@ -146,7 +145,7 @@ def smallest_bytes(problem: SearchProblem[Backend], backend: Backend, prepared: 
     if backend.facts.final_compute_dtype != backend.facts.compute_dtype:
         uses.append((prepared.search, problem.strategy.population, "final"))
     passes = [each for tasks, count, use in uses for each in planner.passes(tasks, count, use, smallest=True)]
-    return sizes.bank + planner.jobs * max((each.needed_bytes for each in passes), default=0)
+    return planner.sizes.bank + planner.jobs * max((each.needed_bytes for each in passes), default=0)
 
 
 def advice(problem: SearchProblem[Backend], prepared: Splits[list[Any]]) -> tuple[str, ...]:

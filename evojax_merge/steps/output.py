@@ -4,7 +4,7 @@ import hashlib
 from functools import partial
 from typing import Any
 
-from evojax_merge.backends.backend import Backend
+from evojax_merge.backends.backend import Backend, Prepared
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.card import search_card
@@ -23,10 +23,10 @@ from evojax_merge.system.file_system import atomic_write, remove_folder
 from evojax_merge.tasks.splits import Splits
 
 
-def print_setup(problem: SearchProblem[Backend], prepared: Splits[list[Any]], devices: Devices, planned: Plan) -> None:
+def print_setup(problem: SearchProblem[Backend], prepared: Prepared, devices: Devices, planned: Plan) -> None:
     """Print the search's devices, models, batches, strategy and plan."""
     console.print(devices.describe())
-    for line in (*problem.backend.describe_inputs(prepared), *problem.notes, *planned.summary()):
+    for line in (*problem.facts.notes, *prepared.notes, *problem.notes, *planned.summary()):
         console.print(line, soft_wrap=True)
 
 

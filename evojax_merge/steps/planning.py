@@ -80,8 +80,8 @@ def make_plan(
     timings: of work that was measured on this machine's devices."""
     backend: Backend = problem.backend
     target, model = backend.facts.target, backend.facts.settings.model
-    groups, sizes = target.devices // model, backend.device_sizes(model)
-    planner = backend.planner(sizes.bank)
+    groups, planner = target.devices // model, backend.planner()
+    sizes = planner.sizes
     _, starts = gradient_generations(problem.strategy, problem.search.generations)
     whole = problem.strategy.population
 
@@ -173,7 +173,7 @@ def make_plan(
 def compile_ahead(problem: SearchProblem[Backend], prepared: Splits[list[Any]], cancelled: Event) -> None:
     """Compile the passes of a generation, and those over the held-out examples, into JAX's folder of compiled programs,
     from headers alone. A pass that cannot be compiled is left to the search, which reports it."""
-    planner = problem.backend.planner(problem.backend.device_sizes(problem.facts.settings.model).bank)
+    planner = problem.backend.planner()
     _, starts = gradient_generations(problem.strategy, problem.search.generations)
     uses: list[tuple[list[Any], int, PlanUse]] = [
         *((tasks, starts, "gradient") for tasks in prepared.minibatches[:1]),
@@ -257,7 +257,7 @@ def _planned_generations(search: SearchConfig, strategy: Strategy, by_gradient: 
 def disk_bytes(problem: SearchProblem[Backend]) -> int:
     """Bytes that a run needs on the disk. Candidates need nothing, but for members of a pool that are kept in files;
     the winner is about as large as one parent."""
-    kept = problem.backend.device_sizes(problem.facts.settings.model).on_disk
+    kept = problem.backend.planner().sizes.on_disk
     model = problem.facts.stored_bytes // problem.facts.loaded
     examples, tasks = sum(task.size for shard in problem.splits.shards for task in shard), len(problem.splits.search)
     search, strategy, dims = problem.search, problem.strategy, problem.space.dims

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.backends.backend import Adaptable, BackendFacts
+from evojax_merge.backends.backend import Adaptable, BackendFacts, Prepared
 from evojax_merge.backends.decoder.kinds.kind import Candidates
 from evojax_merge.backends.decoder.placements import DEVICE
 from evojax_merge.backends.decoder.planner import DecoderPlanner
@@ -35,7 +35,6 @@ from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
 from evojax_merge.evaluation.evaluator import Evaluator, PopulationEvaluator, Progress
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.evaluation.passes import AdaptedFactory
-from evojax_merge.evaluation.planned_passes import DeviceSizes
 from evojax_merge.evaluation.populations import AdaptedPopulation, Population
 from evojax_merge.evaluation.samples import sample_rows
 from evojax_merge.evaluation.scores import TaskScores
@@ -160,7 +159,7 @@ class DecoderBackend:
     def example_lengths(self, task: Task) -> np.ndarray:
         return example_lengths(task, self.models.tokenizer, self.models.context)
 
-    def prepare(self, splits: Splits[list[Task]]) -> Splits[list[BatchedTask]]:
+    def prepare(self, splits: Splits[list[Task]]) -> Prepared:
         """The batches of the tasks on each split. Batches of all shards have the same shapes. Raises InputError where
         the strategy follows gradients that the candidates do not have."""
         if splits.minibatches and not self.candidates.gradient_passes:
@@ -179,7 +178,10 @@ class DecoderBackend:
             choice = [batched_task.for_any_examples() for batched_task in everything]
         minibatches = self._batch(splits.minibatches) if splits.minibatches else []
         tuning = self._batch(splits.tuning) if splits.tuning else []
-        return Splits(shards, search, validation, held, minibatches, choice, tuning)
+        batches = describe_batches([batched_task for shard in shards for batched_task in shard])
+        read = [*search, *(validation or []), *held]
+        warnings = token_warnings(read, self.models.tokenizer, self.models.decoder.vocab)
+        return Prepared(shards, search, validation, held, minibatches, choice, tuning, [batches], warnings)
 
     def _batch(self, splits: Sequence[Sequence[Task]]) -> list[list[BatchedTask]]:
         models, decoder = self.models, self.models.decoder
@@ -187,15 +189,6 @@ class DecoderBackend:
             splits, models.tokenizer, self.tokens_per_batch, models.context, models.stop, decoder.vocab,
             decoder.position_switch, self.target.merge_tokens,
         )  # fmt: skip
-
-    def describe_inputs(self, prepared: Splits[list[BatchedTask]]) -> list[str]:
-        batches = describe_batches([batched_task for shard in prepared.shards for batched_task in shard])
-        return [*self.facts.notes, batches]
-
-    def warnings(self, prepared: Splits[list[BatchedTask]]) -> list[str]:
-        examples = [*prepared.search, *(prepared.validation or []), *prepared.heldout]
-        lines = token_warnings(examples, self.models.tokenizer, self.models.decoder.vocab)
-        return [*self.facts.warnings, *lines]
 
     def _resolved(self) -> dict[str, Any]:
         models, config = self.models, self.config
@@ -255,18 +248,6 @@ class DecoderBackend:
     # -----------------------------------------------------------------------------------------------------------
     # The cost
 
-    def held_bytes(self) -> int:
-        return self.candidates.placement.held_bytes(self.candidates)
-
-    def device_sizes(self, shards: int) -> DeviceSizes:
-        sizes = DeviceSizes(shards)
-        self.candidates.placement.place_bank(self.candidates, sizes.place)
-        sizes.on_host, sizes.on_disk = self.candidates.host_bytes(), self.candidates.disk_bytes()
-        # Layer paths are planned as one model, but all of the parents' layers are loaded.
-        sizes.bank = max(sizes.bank, self.held_bytes() // shards)
-        self.abstract_images(self.facts.compute_dtype, sizes.place)
-        return sizes
-
     def abstract_images(self, dtype: str, place: Callable[..., Any]) -> ImageTable | None:
         """The tasks' images as abstract arrays, which `place` makes; None where there are none."""
         vision = self.models.vision
@@ -274,8 +255,8 @@ class DecoderBackend:
         width = decoder.hidden if decoder.projector is None else decoder.projector.width
         return None if vision is None else vision.abstract_table(width, dtype, place)
 
-    def planner(self, bank_bytes: int) -> DecoderPlanner:
-        return DecoderPlanner(self, bank_bytes)
+    def planner(self) -> DecoderPlanner:
+        return DecoderPlanner(self)
 
     # -----------------------------------------------------------------------------------------------------------
     # The search

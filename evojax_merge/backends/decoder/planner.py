@@ -16,6 +16,7 @@ from evojax_merge.evaluation.devices import MEMORY_SHARE, group_of
 from evojax_merge.evaluation.evaluator import Evaluator, Progress, no_progress
 from evojax_merge.evaluation.generation import Continuations, generating, generation_chunk
 from evojax_merge.evaluation.planned_passes import (
+    DeviceSizes,
     JaxprReader,
     PassReader,
     PlannedPass,
@@ -41,18 +42,29 @@ AskCompiler = Callable[[Evaluator, PlanPasses, BatchedTask], list[Report]]
 
 @dataclass
 class DecoderPlanner:
-    """Plans the passes of a search over language models; see `Planner`. bank_bytes: loaded on each device."""
+    """Plans the passes of a search over language models; see `Planner`."""
 
     backend: "DecoderBackend"
-    bank_bytes: int
+
+    @cached_property
+    def sizes(self) -> DeviceSizes:
+        backend, candidates = self.backend, self.backend.candidates
+        sizes = DeviceSizes(backend.facts.settings.model)
+        candidates.placement.place_bank(candidates, sizes.place)
+        sizes.held = candidates.placement.held_bytes(candidates)
+        sizes.on_host, sizes.on_disk = candidates.host_bytes(), candidates.disk_bytes()
+        # Layer paths are planned as one model, but all of the parents' layers are loaded.
+        sizes.bank = max(sizes.bank, sizes.held // sizes.model)
+        backend.abstract_images(backend.facts.compute_dtype, sizes.place)
+        return sizes
 
     @cached_property
     def evaluator(self) -> Evaluator:
         """An evaluator without tasks that makes the choices of one on the backend's target."""
         backend, target = self.backend, self.backend.target
-        free = int(MEMORY_SHARE * max(0, target.memory - self.bank_bytes))
+        free = int(MEMORY_SHARE * max(0, target.memory - self.sizes.bank))
         # The plan of a search that does not fit shows the memory of one candidate.
-        chunk = backend.facts.settings.chunk if self.bank_bytes < target.memory else 1
+        chunk = backend.facts.settings.chunk if self.sizes.bank < target.memory else 1
         devices = group_of(backend.facts.settings.model)
         config = backend.candidates.run_as(backend.models.decoder)
         return Evaluator(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evojax_merge.backends.backend import Adaptable, BackendFacts
+from evojax_merge.backends.backend import Adaptable, BackendFacts, Prepared
 from evojax_merge.backends.function.adapted import adaptable_tree
 from evojax_merge.backends.function.planner import FunctionPlanner
 from evojax_merge.backends.function.programs import (
@@ -26,9 +26,6 @@ from evojax_merge.checkpoints.writer import write_marker
 from evojax_merge.config.search_config import EvaluationConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices, tree_nbytes
-from evojax_merge.evaluation.planned_passes import (
-    DeviceSizes,
-)
 from evojax_merge.evaluation.samples import score_rows
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import Target
@@ -82,16 +79,11 @@ class FunctionBackend:
     def example_lengths(self, task: ArrayTask) -> np.ndarray:
         return np.ones(task.size)
 
-    def prepare(self, splits: Splits[list[ArrayTask]]) -> Splits[list[ArrayTask]]:
-        return replace(splits.map(_weighted), heldout=splits.heldout)
-
-    def describe_inputs(self, prepared: Splits[list[ArrayTask]]) -> list[str]:
-        examples = sum(task.size for task in prepared.search)
-        names = ", ".join(task.name for task in prepared.search)
-        return [*self.facts.notes, f"per candidate: {examples:,} examples of {names}"]
-
-    def warnings(self, prepared: Splits[list[ArrayTask]]) -> list[str]:
-        return [*self.facts.warnings]
+    def prepare(self, splits: Splits[list[ArrayTask]]) -> Prepared:
+        weighted = replace(splits.map(_weighted), heldout=splits.heldout)
+        examples = sum(task.size for task in weighted.search)
+        names = ", ".join(task.name for task in weighted.search)
+        return Prepared(**vars(weighted), notes=[f"per candidate: {examples:,} examples of {names}"])
 
     def files(self) -> set[Path]:
         return {file for model in self.models for file in ([model] if model.is_file() else model.rglob("*"))
@@ -101,19 +93,15 @@ class FunctionBackend:
     # The cost
 
     def held_bytes(self) -> int:
+        """Bytes of the loaded bank."""
         return tree_nbytes(self.abstract_bank(anywhere))
 
     def abstract_bank(self, place: Callable[..., Any]) -> TreeBank:
         """The bank as abstract arrays that `place` makes."""
         return put_bank(self.merge.bank, lambda array: place(array.shape, array.dtype, None))
 
-    def device_sizes(self, shards: int) -> DeviceSizes:
-        sizes = DeviceSizes(shards)
-        self.abstract_bank(sizes.place)
-        return sizes
-
-    def planner(self, bank_bytes: int) -> "FunctionPlanner":
-        return FunctionPlanner(self, bank_bytes)
+    def planner(self) -> FunctionPlanner:
+        return FunctionPlanner(self)
 
     # -----------------------------------------------------------------------------------------------------------
     # The search

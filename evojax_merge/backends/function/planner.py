@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,6 +18,7 @@ from evojax_merge.evaluation.compilers import TargetCompiler, collectives
 from evojax_merge.evaluation.devices import ONE_DEVICE, tree_nbytes
 from evojax_merge.evaluation.passes import TracedPass, trace
 from evojax_merge.evaluation.planned_passes import (
+    DeviceSizes,
     JaxprReader,
     PlannedPass,
     PlanUse,
@@ -39,12 +41,17 @@ class FunctionPlanner:
     """Plans a search over pytrees: one program for each task; see `Planner`."""
 
     backend: "FunctionBackend"
-    bank_bytes: int
     # By the name and metric of a task that is not traced: numbers of examples, and the seconds of a candidate on them.
     _measured: dict[tuple[str, str], list[tuple[int, float]]] = field(default_factory=dict)
 
     gradient_passes = 1
     jobs = 1
+
+    @cached_property
+    def sizes(self) -> DeviceSizes:
+        sizes = DeviceSizes(self.backend.facts.settings.model, held=self.backend.held_bytes())
+        self.backend.abstract_bank(sizes.place)
+        return sizes
 
     @property
     def notes(self) -> tuple[str, ...]:

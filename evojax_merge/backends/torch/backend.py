@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import torch
 
+from evojax_merge.backends.backend import Prepared
 from evojax_merge.backends.function.backend import FunctionBackend
 from evojax_merge.backends.function.programs import Programs
 from evojax_merge.backends.torch import network as networks
@@ -90,7 +91,7 @@ class TorchBackend(FunctionBackend):
                 f"{', '.join((*SCORES, *PAIRED))}, entropy or network",
             )  # fmt: skip
 
-    def prepare(self, splits: Splits[list[Any]]) -> Splits[list[ArrayTask]]:
+    def prepare(self, splits: Splits[list[Any]]) -> Prepared:
         described = dict(self._untraced)
         prepared = super().prepare(splits.map(lambda tasks: [self._prepared(task) for task in tasks]))
         if self.facts.settings.recalibrate and not self._calibration:

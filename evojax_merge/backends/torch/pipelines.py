@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from evojax_merge.backends.backend import Prepared
 from evojax_merge.backends.function.backend import FunctionBackend
 from evojax_merge.backends.torch.generator import Generator
 from evojax_merge.checkpoints.pipelines import MERGE, SHEET, Components
@@ -76,7 +77,7 @@ class PipelineBackend(FunctionBackend):
             )  # fmt: skip
         self.generator.check(task)
 
-    def prepare(self, splits: Splits[list[Any]]) -> Splits[list[ArrayTask]]:
+    def prepare(self, splits: Splits[list[Any]]) -> Prepared:
         self._heldout[:] = [task for task in splits.heldout if task.size]
         return super().prepare(splits.map(lambda tasks: [self._array_task(task) for task in tasks]))
 
