@@ -20,7 +20,6 @@ from evojax_merge.judge.evaluation import judged, with_best
 from evojax_merge.judge.opening import JudgeOptions, judging
 from evojax_merge.judge.proposals import proposing
 from evojax_merge.problem import SearchProblem, failure_hint
-from evojax_merge.report.comparison import model_name
 from evojax_merge.report.progress import OnGeneration, bytes_bar, passes_bar, search_bar
 from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
 from evojax_merge.search.environment import recorded_session
@@ -90,8 +89,7 @@ def family_tree(problem: SearchProblem[Backend], context: Any, genome: np.ndarra
     context: what the strategy lends the space."""
     if context is None:
         return None
-    names = [model_name(parent) for parent in problem.parents]
-    return problem.backend.within(context).report(genome, names).terminal()
+    return problem.backend.within(context).describe(genome).report.terminal()
 
 
 def evolve_on(

@@ -151,7 +151,7 @@ def test_every_genome_is_scored_as_its_export(root: Path, tmp_path: Path) -> Non
     assert together.outputs == scores.outputs
     for genome, row in list(zip(genomes, matrix, strict=True))[:2]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        problem.backend.export(problem.backend.recipe(genome), genome, folder, "", lambda: None)
+        problem.backend.export(problem.backend.describe(genome).recipe, genome, folder, "", lambda: None)
         np.testing.assert_allclose(row, answers_alone(folder, root / "heldout.jsonl")["scores"], atol=1e-4)
 
 

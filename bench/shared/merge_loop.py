@@ -76,7 +76,7 @@ def main() -> None:
         nonlocal late, best
         for unit in units:
             before = age()
-            recipe.write_text(problem.backend.recipe(unit.astype(np.float32)))
+            recipe.write_text(problem.backend.describe(unit.astype(np.float32)).recipe)
             document = load_yaml(recipe)
             late += age() - before
             model = AutoModelForCausalLM.from_pretrained(merged(document, "merged"), dtype="float32").eval()

@@ -326,7 +326,7 @@ class Evaluator(Described):
     def recipe(self, genome: Any) -> Any:
         """A genome float32[D] as a recipe, which `merge` makes into a model: a mapping, or a list of them where it has
         several documents."""
-        text = self._problem.backend.recipe(genome_array("genome", genome, (self.dims,)))
+        text = self._problem.backend.describe(genome_array("genome", genome, (self.dims,))).recipe
         return plain_recipe(parse_documents("recipe", text))
 
 

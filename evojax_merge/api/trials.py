@@ -91,7 +91,7 @@ class Trial(Described):
     def recipe(self) -> Any:
         """The candidate as a mergekit recipe, which `merge` makes into a model of language: a mapping, or a list of
         them where it has several documents."""
-        return plain_recipe(parse_documents("recipe", self._source.backend().recipe(self.genome)))
+        return plain_recipe(parse_documents("recipe", self._source.backend().describe(self.genome).recipe))
 
     def merged(self) -> Any:
         """The candidate as a pytree. Raises InputError for language models, which `export` writes."""

@@ -129,6 +129,16 @@ class BackendFacts:
 
 
 @dataclass(frozen=True)
+class CandidateFacts:
+    """The facts about a genome's candidate. recipe: as YAML, in mergekit's format; sources: the models that it is made
+    of, the base first; report: of its parameters, or of its layers, or of its ancestors."""
+
+    recipe: str
+    sources: Sequence[Path]
+    report: WinnerReport
+
+
+@dataclass(frozen=True)
 class Prepared(Splits[list[Any]]):
     """The tasks of every split in the form B; tasks of weight 0 are in the held-out split alone. notes, warnings: lines
     on the batches that a user should see before the search."""
@@ -182,10 +192,6 @@ class Backend(Protocol):
         population: of a generation; `log` receives the evaluators' notes."""
         ...
 
-    def evaluator(self, bank: Any, tasks: list[Any], population: int, devices: Devices) -> SpaceEvaluator[Any]:
-        """An evaluator of genomes on the tasks of one split, as generations are scored."""
-        ...
-
     def describe_work(self, evaluators: Sequence[SpaceEvaluator[Any]]) -> str:
         """One line on how the candidates of a search were evaluated."""
         ...
@@ -221,17 +227,7 @@ class Backend(Protocol):
         its name."""
         ...
 
-    def report(self, genome: np.ndarray, parents: Sequence[str]) -> WinnerReport:
-        """The report of a genome's candidate. parents: their short names."""
-        ...
-
-    def merged_from(self, genome: np.ndarray) -> list[Path]:
-        """The models that a genome's candidate is made of, the base first."""
-        ...
-
-    def recipe(self, genome: np.ndarray) -> str:
-        """A genome's recipe as YAML, in mergekit's format."""
-        ...
+    def describe(self, genome: np.ndarray) -> CandidateFacts: ...
 
     def export(
         self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]

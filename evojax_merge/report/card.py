@@ -130,7 +130,7 @@ def search_card(name: str, problem: SearchProblem[Backend], result: Result, reci
         )
     backend, measured = problem.backend, result.measured()
     more = "" if measured is None else f" {measured}"
-    models = {backend.facts.references[path]: path for path in backend.merged_from(result.genome)}
+    models = {backend.facts.references[path]: path for path in backend.describe(result.genome).sources}
     return (
         merge_card(name, [backend.facts.name], models, recipe, result.winner.scores if result.rows else {})
         + result.report.card_section()

@@ -76,11 +76,11 @@ def write_winner(folder: RunFolder, problem: SearchProblem[Backend], result: Res
     """Export the winner, and report."""
     interrupts.check()
     check_replaceable_model(folder.model)
-    recipe, history = problem.backend.recipe(result.genome), folder.read_history()
+    recipe, history = problem.backend.describe(result.genome).recipe, folder.read_history()
     keep_winner(folder, recipe)
     atomic_write(folder.recipe, recipe)
     if result.members:
-        write_front(folder, [problem.backend.recipe(member.genome) for member in result.members])
+        write_front(folder, [problem.backend.describe(member.genome).recipe for member in result.members])
     card = search_card(folder.path.name, problem, result, recipe, len(history))
     check = partial(check_replaceable_model, folder.model)
     tensors = problem.backend.export(recipe, result.genome, folder.model, card, check)

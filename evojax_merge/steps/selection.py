@@ -80,7 +80,8 @@ def open_evaluator(
     """Score genomes on the prepared tasks of one split as generations are scored. bank: None: it is loaded."""
     backend = problem.backend
     bank = backend.load(devices, lambda done: None, None) if bank is None else bank
-    return backend.evaluator(bank, tasks, problem.strategy.population, devices)
+    one = Splits([tasks], [], None, [])
+    return backend.evaluators(bank, one, problem.strategy.population, devices, lambda text: None).shards[0]
 
 
 def select_best(
@@ -132,7 +133,7 @@ def select_best(
         scores=best.scores,
         baseline_name=model_name(problem.parents[number]) if backend.facts.baseline_role is None else "",
         rows=table,
-        report=backend.report(best.genome, [model_name(parent) for parent in problem.parents]),
+        report=backend.describe(best.genome).report,
         validation=validated,
         stopped_by=None if archive.stopped is None else archive.stopped.criterion,
         members=front,

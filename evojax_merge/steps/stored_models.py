@@ -183,7 +183,7 @@ def _score_networks(
         for task in task_set.tasks:
             backend.check_task(task_set.where, task)
         prepared = backend.prepare(Splits([], [], None, task_set.tasks))
-        evaluator = backend.evaluator([], prepared.heldout, 1)
+        evaluator = backend.evaluators([], prepared, 1).heldout
         with passes_bar(f"scoring {name}", len(task_set.tasks)) as progress:
             scores = backend.score_stored(path, evaluator, progress)
         tasks = prepared.heldout

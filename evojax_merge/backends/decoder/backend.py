@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.backends.backend import Adaptable, BackendFacts, Prepared
+from evojax_merge.backends.backend import Adaptable, BackendFacts, CandidateFacts, Prepared
 from evojax_merge.backends.decoder.kinds.kind import Candidates
 from evojax_merge.backends.decoder.placements import DEVICE
 from evojax_merge.backends.decoder.planner import DecoderPlanner
@@ -45,8 +45,8 @@ from evojax_merge.models.architecture import ROUTER, architecture_of, leaves_of,
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.images import ImageTable
 from evojax_merge.models.sources import StackedWeights
+from evojax_merge.report.comparison import model_name
 from evojax_merge.report.notices import log_unused_config_keys
-from evojax_merge.report.winner import WinnerReport
 from evojax_merge.schema.approximation import Approximation
 from evojax_merge.schema.mixture_space import MixtureSpaceConfig
 from evojax_merge.search.genomes import SpaceEvaluator
@@ -275,27 +275,18 @@ class DecoderBackend:
         prepared_images = None if self.models.vision is None else self.models.vision.prepare()
         if prepared_images is not None:
             log(prepared_images)
+        facts, config = self.facts, self.candidates.run_as(self.models.decoder)
         # Batches of all splits have the same shapes, so a chunk that fits one split in a dtype fits all of them.
-        chunk_sizes: dict[str, dict[Any, int]] = {self.facts.compute_dtype: {}, self.facts.final_compute_dtype: {}}
+        chunk_sizes: dict[str, dict[Any, int]] = {facts.compute_dtype: {}, facts.final_compute_dtype: {}}
 
-        def evaluator_in(dtype: str) -> Callable[[list[BatchedTask]], SpaceEvaluator[Any]]:
-            return partial(self._evaluator, bank, devices, log, chunk_sizes[dtype], dtype)
+        def evaluator(dtype: str, tasks: list[BatchedTask]) -> SpaceEvaluator[Any]:
+            decoder = Evaluator(
+                config, self.models.tokenizer, tasks, dtype, facts.settings.chunk, devices, log, chunk_sizes[dtype],
+                target=self.target, images=self._images(None, dtype, devices),
+            )  # fmt: skip
+            return SpaceEvaluator(facts.space, self.candidates.evaluator(decoder, bank), devices)
 
-        return prepared.map(evaluator_in(self.facts.compute_dtype), evaluator_in(self.facts.final_compute_dtype))
-
-    def evaluator(self, bank: Any, tasks: list[BatchedTask], population: int, devices: Devices) -> SpaceEvaluator[Any]:
-        return self._evaluator(bank, devices, lambda text: None, {}, self.facts.compute_dtype, tasks)
-
-    def _evaluator(
-        self, bank: Any, devices: Devices, log: Callable[[str], None], chunk_sizes: dict[Any, int], dtype: str,
-        tasks: list[BatchedTask],
-    ) -> SpaceEvaluator[Any]:  # fmt: skip
-        config = self.candidates.run_as(self.models.decoder)
-        decoder = Evaluator(
-            config, self.models.tokenizer, tasks, dtype, self.config.evaluation.chunk, devices, log, chunk_sizes,
-            target=self.target, images=self._images(None, dtype, devices),
-        )  # fmt: skip
-        return SpaceEvaluator(self.candidates.space, self.candidates.evaluator(decoder, bank), devices)
+        return prepared.map(partial(evaluator, facts.compute_dtype), partial(evaluator, facts.final_compute_dtype))
 
     def _images(self, model: Path | None, dtype: str, devices: Devices) -> ImageTable | None:
         """The tasks' images in front of candidates (None) or of a stored model; None where there are none."""
@@ -345,7 +336,7 @@ class DecoderBackend:
             # A file is the one form that merges, layer paths and members share.
             with tempfile.TemporaryDirectory(prefix="evojax-merge-winner-") as folder:
                 model = Path(folder) / "model"
-                self.export(self.recipe(candidate), candidate, model, "", lambda: None)
+                self.export(self._recipe(candidate), candidate, model, "", lambda: None)
                 return self._adaptable(model, like, rank, scale)
         return self._adaptable(candidate, like, rank, scale)
 
@@ -395,13 +386,11 @@ class DecoderBackend:
     ) -> list[dict[str, Any]]:
         return sample_rows(model, heldout.evaluator.evaluator.batched_tasks, scores, number)
 
-    def report(self, genome: np.ndarray, parents: Sequence[str]) -> WinnerReport:
-        return self.candidates.report(genome, parents)
+    def describe(self, genome: np.ndarray) -> CandidateFacts:
+        candidates, parents = self.candidates, list(map(model_name, self.models.parents))
+        return CandidateFacts(self._recipe(genome), candidates.merged_from(genome), candidates.report(genome, parents))
 
-    def merged_from(self, genome: np.ndarray) -> list[Path]:
-        return self.candidates.merged_from(genome)
-
-    def recipe(self, genome: np.ndarray) -> str:
+    def _recipe(self, genome: np.ndarray) -> str:
         documents = self.candidates.to_recipe(genome)
         if self.models.sources.vocabulary is not None:
             documents = list(map(self._with_tokenizer, documents))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evojax_merge.backends.backend import Adaptable, BackendFacts, Prepared
+from evojax_merge.backends.backend import Adaptable, BackendFacts, CandidateFacts, Prepared
 from evojax_merge.backends.function.adapted import adaptable_tree
 from evojax_merge.backends.function.planner import FunctionPlanner
 from evojax_merge.backends.function.programs import (
@@ -30,6 +30,7 @@ from evojax_merge.evaluation.samples import score_rows
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.write import dump_documents
+from evojax_merge.report.comparison import model_name
 from evojax_merge.report.front_matter import changed_front_matter
 from evojax_merge.report.winner import MergeReport
 from evojax_merge.search.genomes import SpaceEvaluator
@@ -130,12 +131,6 @@ class FunctionBackend:
             lambda tasks: SpaceEvaluator(self.merge.space, TreeEvaluator(tasks, bank, programs), devices)
         )
 
-    def evaluator(
-        self, bank: TreeBank, tasks: list[ArrayTask], population: int, devices: Devices = ONE_DEVICE
-    ) -> SpaceEvaluator[Any]:
-        programs = self.programs(population, devices)
-        return SpaceEvaluator(self.merge.space, TreeEvaluator(tasks, bank, programs), devices)
-
     def describe_work(self, evaluators: Sequence[SpaceEvaluator[Any]]) -> str:
         chunk = max((evaluator.evaluator.programs.chunk for evaluator in evaluators), default=1)
         few = "one candidate at a time" if chunk == 1 else f"up to {chunk:,} candidates at a time"
@@ -190,14 +185,13 @@ class FunctionBackend:
                 row["image"] = task.pictures[row["example"]]
         return rows
 
-    def report(self, genome: np.ndarray, parents: Sequence[str]) -> MergeReport:
-        values = {name: np.asarray(block) for name, block in self.merge.space.values(jnp.asarray(genome)).items()}
-        return MergeReport(self.merge.space.groups, values, tuple(parents))
+    def describe(self, genome: np.ndarray) -> CandidateFacts:
+        space = self.merge.space
+        values = {name: np.asarray(block) for name, block in space.values(jnp.asarray(genome)).items()}
+        report = MergeReport(space.groups, values, tuple(map(model_name, self.facts.parents)))
+        return CandidateFacts(dump_documents([self.recipe(genome)]), self.models, report)
 
-    def merged_from(self, genome: np.ndarray) -> list[Path]:
-        return self.models
-
-    def recipe(self, genome: np.ndarray) -> str:
+    def recipe(self, genome: np.ndarray) -> dict[str, Any]:
         """The recipe in mergekit's format: each group's parameters behind a filter with its name."""
         facts, space = self.facts, self.merge.space
         parameters = {name: np.asarray(block) for name, block in space.parameters(jnp.asarray(genome)).items()}
@@ -221,7 +215,7 @@ class FunctionBackend:
         ]
         shared = {key: written(block) for key, block in parameters.items() if key not in of_parents}
         options = self.merge.spec.options
-        return dump_documents([document | {"parameters": {"normalize": options.normalize} | shared}])
+        return document | {"parameters": {"normalize": options.normalize} | shared}
 
     def merged(self, genome: np.ndarray) -> Any:
         """The merge of a genome, float32[D], as a pytree."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evojax_merge.backends.function.programs import gradient_program, score_program
+from evojax_merge.backends.function.programs import TreeEvaluator, gradient_program, score_program
 from evojax_merge.backends.function.trees import TreeBank, put_bank
 from evojax_merge.checkpoints.abstract_bank import anywhere
 from evojax_merge.evaluation.compilers import TargetCompiler, collectives
@@ -70,12 +70,13 @@ class FunctionPlanner:
             bank, workers = put_bank(backend.merge.bank, jnp.asarray), backend.programs(1, ONE_DEVICE).workers
             genomes = np.repeat(backend.merge.space.start[None], workers, axis=0)
             while not points or (points[-1][0] < task.size and points[-1][1] * workers < LEAST_SECONDS):
-                evaluator = backend.evaluator(bank, [task.subset(range(count))], workers)
+                programs = backend.programs(workers, ONE_DEVICE)
+                evaluator = TreeEvaluator([task.subset(range(count))], bank, programs)
                 seconds = np.inf
                 # The first call on so many examples compiles, or prepares the network for them.
                 for _ in range(2):
                     started = time.perf_counter()
-                    evaluator.score(genomes)
+                    evaluator.evaluate(genomes)
                     seconds = min(seconds, (time.perf_counter() - started) / workers)
                 points.append((count, seconds))
                 count = min(2 * count, task.size)

@@ -14,9 +14,7 @@ from evojax_merge.backends.torch.generator import Generator
 from evojax_merge.checkpoints.pipelines import MERGE, SHEET, Components
 from evojax_merge.checkpoints.writer import write_marker
 from evojax_merge.errors import InputError, library_errors
-from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.report.front_matter import changed_front_matter
-from evojax_merge.schema.yaml_reader import parse_documents
 from evojax_merge.system.console import say
 from evojax_merge.system.file_system import atomic_folder, atomic_write
 from evojax_merge.tasks.arrays import ArrayTask
@@ -105,13 +103,12 @@ class PipelineBackend(FunctionBackend):
             )  # fmt: skip
         say(f"{name}: draws pictures of one candidate at a time, from the same noise for each ({task.name})")
 
-    def recipe(self, genome: np.ndarray) -> str:
-        (document,) = parse_documents("recipe", super().recipe(genome))
+    def recipe(self, genome: np.ndarray) -> dict[str, Any]:
         kept = {
             name: self.facts.references[pipeline.path] for name, pipeline in self.components.kept.items()
             if pipeline is not self.components.first
         }  # fmt: skip
-        return dump_documents([document | {"components": dict.fromkeys(self.components.merged, MERGE) | kept}])
+        return super().recipe(genome) | {"components": dict.fromkeys(self.components.merged, MERGE) | kept}
 
     def export(
         self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]
