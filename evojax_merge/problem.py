@@ -221,7 +221,7 @@ def build_problem(
 
     backend = reopen(config, target)
     for i, (task, _) in enumerate(tasks):
-        backend.check_task(f"{where}: tasks[{i}]", task)
+        backend.check(f"{where}: tasks[{i}]", task)
     pool, limits = config.pool, [section.limit for section in config.tasks]
     settings = None if pool is None else PoolSettings(
         len(config.parents), len(pool.methods), pool.members(len(config.parents)), pool.selection, pool.replace

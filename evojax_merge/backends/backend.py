@@ -31,12 +31,15 @@ Resolve = Callable[[object, str, Path], Path]
 class Adaptable:
     """A stored model that low-rank changes are trained on. layout: of the vectors that changes are; spread: the root
     mean square of each changed matrix, by its name; evaluators: score changes float32[P, D] on splits of the examples,
-    and differentiate their fitness where the tasks have derivatives; has_derivatives: whether the model has."""
+    and differentiate their fitness where the tasks have derivatives; has_derivatives: whether the model has; export:
+    (exported winner, vector float32[D], out, check) -> None, writes a change of the winner as the adapter `out` (see
+    `Backend.export`), None where `BackendFacts.not_polishable` says why not."""
 
     layout: LowRankLayout
     spread: Mapping[str, float]
     evaluators: Sequence[Any]
     has_derivatives: bool = True
+    export: Callable[[Path, np.ndarray, Path, Callable[[], None]], None] | None = None
 
 
 class Planner(Protocol):
@@ -155,7 +158,7 @@ class Backend(Protocol):
 
     # ---- Before the search
 
-    def check_task(self, where: str, task: Any) -> None:
+    def check(self, where: str, task: Any) -> None:
         """Raises InputError for a task that asks for another kind of model."""
         ...
 
@@ -207,19 +210,6 @@ class Backend(Protocol):
         """The scores of one of the compared models on the held-out split."""
         ...
 
-    def adaptable(
-        self, candidate: Path | np.ndarray, like: Sequence[SpaceEvaluator[Any]], rank: int, scale: float
-    ) -> Adaptable:
-        """One of the compared models, or the candidate of a genome, to be changed by low rank, on the examples of some
-        evaluators of genomes. rank, scale: see `LowRankLayout`."""
-        ...
-
-    def export_change(
-        self, model: Path, layout: LowRankLayout, vector: np.ndarray, out: Path, check: Callable[[], None]
-    ) -> None:
-        """Write a low-rank change of the exported winner `model` as the adapter `out`. check: see `export`."""
-        ...
-
     def answers(
         self, model: str, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
     ) -> Sequence[dict[str, Any]]:
@@ -235,6 +225,17 @@ class Backend(Protocol):
         """Write the candidate of a genome, whose recipe is the YAML `recipe`, as the model `out`. `check` raises an
         exception where `out` must not be replaced. Returns the account of the models' tensors for result.json (see
         `mergekit.account`); empty where all are merged by name."""
+        ...
+
+
+class Adapts(Protocol):
+    """A backend whose models are changed by low rank: one whose `facts.not_adaptable` is empty."""
+
+    def adaptable(
+        self, candidate: Path | np.ndarray, like: Sequence[SpaceEvaluator[Any]], rank: int, scale: float
+    ) -> Adaptable:
+        """One of the compared models, or the candidate of a genome, to be changed by low rank, on the examples of some
+        evaluators of genomes. rank, scale: see `LowRankLayout`."""
         ...
 
 

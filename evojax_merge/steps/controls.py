@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from evojax_merge.backends.backend import Adaptable, Backend
+from evojax_merge.backends.backend import Adaptable, Adapts, Backend
 from evojax_merge.config.search_config import StopConfig
 from evojax_merge.evaluation.scores import Goal, TaskScores, fitness, score_matrix
 from evojax_merge.problem import SearchProblem, build_strategy
@@ -207,7 +207,7 @@ def _trained(
 ) -> Change:  # fmt: skip
     """A low-rank change of a model of the search, or of the candidate of a genome, trained or as it was kept."""
     tuning = Tuning()
-    model = problem.backend.adaptable(
+    model = cast(Adapts, problem.backend).adaptable(
         candidate, [on.deciding, on.search, on.heldout, *on.tuning], tuning.rank, tuning.scale
     )
     deciding, search, heldout, *parts = model.evaluators

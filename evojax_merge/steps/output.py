@@ -87,7 +87,7 @@ def write_winner(folder: RunFolder, problem: SearchProblem[Backend], result: Res
     check_replaceable_model(folder.adapter)
     if result.change is not None:
         change, check = result.change, partial(check_replaceable_model, folder.adapter)
-        problem.backend.export_change(folder.model, change.model.layout, change.vector, folder.adapter, check)
+        change.model.export(folder.model, change.vector, folder.adapter, check)
     elif folder.adapter.exists():
         remove_folder(folder.adapter)
     if result.answers:

@@ -148,7 +148,7 @@ class DecoderBackend:
     def tokens_per_batch(self) -> int:
         return self.config.evaluation.tokens_per_batch or suitable_tokens(self.target)
 
-    def check_task(self, where: str, task: Any) -> None:
+    def check(self, where: str, task: Any) -> None:
         lacking = [name for name in ("requests", "score") if not hasattr(task, name)]
         if lacking:
             raise InputError(
@@ -361,11 +361,13 @@ class DecoderBackend:
             sizes = chunk_sizes.setdefault(evaluator.compute_dtype, {})
             alone = replace(evaluator, devices=ONE_DEVICE, chunk_sizes=sizes, lookup_corpus={})
             evaluators.append(PopulationEvaluator(alone, stored, changes))
-        return Adaptable(layout, spread_of(layout, stored), evaluators)
+        export = partial(self._export_change, layout)
+        return Adaptable(layout, spread_of(layout, stored), evaluators, export=export)
 
-    def export_change(
-        self, model: Path, layout: LowRankLayout, vector: np.ndarray, out: Path, check: Callable[[], None]
+    def _export_change(
+        self, layout: LowRankLayout, model: Path, vector: np.ndarray, out: Path, check: Callable[[], None]
     ) -> None:
+        """Write a low-rank change of the exported winner `model` as the adapter `out`."""
         sources, config = self._open_stored(model)
         base, stacks = sources.folders[0], stack_numbers(config)
         leaves = {f"{leaf.stack}/{leaf.name}": leaf for leaf in leaves_of(config)}

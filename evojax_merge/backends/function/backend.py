@@ -65,7 +65,7 @@ class FunctionBackend:
     # -----------------------------------------------------------------------------------------------------------
     # Before the search
 
-    def check_task(self, where: str, task: Any) -> None:
+    def check(self, where: str, task: Any) -> None:
         """Raises InputError for a task of another kind of model, for a function that JAX cannot trace, and for one that
         returns another number of scores than the task has examples."""
         if not isinstance(task, ArrayTask):
@@ -157,9 +157,6 @@ class FunctionBackend:
             scores.matrices[task.name] = {task.metric: checked(task, row[None])}
             progress(1)
         return scores
-
-    def export_change(self, model: Path, layout: Any, vector: np.ndarray, out: Path, check: Callable[[], None]) -> None:
-        raise InputError(model, f"cannot be polished: {self.facts.not_polishable}")
 
     def adaptable(
         self, candidate: Path | np.ndarray, like: Sequence[SpaceEvaluator[Any]], rank: int, scale: float

@@ -82,7 +82,7 @@ class TorchBackend(FunctionBackend):
             return "sentence-transformers"
         return "transformers" if hasattr(self.network.module, "save_pretrained") else "pytorch"
 
-    def check_task(self, where: str, task: Any) -> None:
+    def check(self, where: str, task: Any) -> None:
         if task.metric == "negative_word_error_rate" and find_spec("jiwer") is None:
             raise InputError(where, f"metric: {task.metric} needs jiwer; pip install 'evojax-merge[speech]'")
         if not isinstance(task, NetworkTask) and getattr(task, "kind", None) != "likelihood":

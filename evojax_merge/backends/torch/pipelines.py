@@ -67,7 +67,7 @@ class PipelineBackend(FunctionBackend):
     _heldout: list[DrawingTask] = field(default_factory=list, repr=False)
     _checked: set[str] = field(default_factory=set, repr=False)
 
-    def check_task(self, where: str, task: Any) -> None:
+    def check(self, where: str, task: Any) -> None:
         if not isinstance(task, DrawingTask):
             raise InputError(
                 where, f"{task.name}: a {type(task).__name__} asks no image generator; expected kind: "
