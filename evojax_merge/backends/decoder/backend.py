@@ -110,7 +110,7 @@ class DecoderBackend:
             name=candidates.name,
             space=candidates.space,
             genome=candidates.describe(),
-            is_random=candidates.is_random,
+            is_random=any(method.random for method in candidates.methods),
             base=models.base,
             parents=models.parents,
             references=models.references,

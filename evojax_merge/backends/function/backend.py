@@ -45,22 +45,19 @@ TOGETHER = 8
 
 @dataclass(frozen=True)
 class FunctionBackend:
-    """Merges of pytrees; see `Backend`. save: writes a pytree into a folder. The setting `chunk` is the number of
+    """Merges of pytrees; see `Backend`. save: writes a pytree into a folder; library: opens
+    such a folder, by its name on the hub. The setting `chunk` is the number of
     candidates that are computed together (None: one on a CPU, where computing several together is slower, else all)."""
 
     facts: BackendFacts
     merge: TreeMerge
     save: Write
+    library: str = "jax"
 
     @property
     def models(self) -> list[Path]:
         """The models' files, in the order of the tree's sources."""
         return [model for _, model in self.facts.compared]
-
-    @property
-    def hub_library(self) -> str:
-        """The library that opens an exported folder, by its name on the hub."""
-        return "jax"
 
     # -----------------------------------------------------------------------------------------------------------
     # Before the search
@@ -223,7 +220,7 @@ class FunctionBackend:
     ) -> list[dict[str, Any]]:
         with atomic_folder(out, overwrite=True, check=check) as folder:
             self.save(self.merged(genome), folder)
-            atomic_write(folder / "README.md", changed_front_matter(card, {"library_name": self.hub_library}))
+            atomic_write(folder / "README.md", changed_front_matter(card, {"library_name": self.library}))
             write_marker(folder)
         return []
 

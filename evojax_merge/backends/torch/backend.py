@@ -76,12 +76,6 @@ class TorchBackend(FunctionBackend):
     # What batch norms are measured on, and by what a task asks for: batches of the search's examples.
     _calibration: list[tuple[Ask, list[Any]]] = field(default_factory=list, repr=False)
 
-    @property
-    def hub_library(self) -> str:
-        if hasattr(self.network.module, "encode"):
-            return "sentence-transformers"
-        return "transformers" if hasattr(self.network.module, "save_pretrained") else "pytorch"
-
     def check(self, where: str, task: Any) -> None:
         if task.metric == "negative_word_error_rate" and find_spec("jiwer") is None:
             raise InputError(where, f"metric: {task.metric} needs jiwer; pip install 'evojax-merge[speech]'")

@@ -126,7 +126,9 @@ class TorchFactory:
             merge, models, [references[key] for key in keys], config.evaluation, target, self, resolved=document,
             warnings=differences(models), has_derivatives=environment is not None,
         )  # fmt: skip
-        return TorchBackend(facts, merge, save, network=open_network(modules[0]))
+        library = "transformers" if hasattr(modules[0], "save_pretrained") else "pytorch"
+        library = "sentence-transformers" if hasattr(modules[0], "encode") else library
+        return TorchBackend(facts, merge, save, library, network=open_network(modules[0]))
 
     def open_stored(
         self, where: str, name: str, path: Path, settings: EvaluationConfig, target: Target
@@ -213,7 +215,7 @@ def _open_pipelines(
         resolved=document, warnings=components.notes, has_derivatives=False,
     )  # fmt: skip
     generator = open_generator(components, modules[0])
-    return PipelineBackend(facts, merge, save, generator=generator, components=components)
+    return PipelineBackend(facts, merge, save, "diffusers", generator=generator, components=components)
 
 
 def layer_groups(together: int | str) -> Callable[[str], str]:

@@ -116,7 +116,7 @@ class PipelineBackend(FunctionBackend):
         weights = self.merged(genome)
         with atomic_folder(out, overwrite=True, check=check) as folder:
             self.save(weights, folder)
-            card = changed_front_matter(card, {"library_name": "diffusers"})
+            card = changed_front_matter(card, {"library_name": self.library})
             drawable = next((task for task in self._heldout if task.inputs == "images"), None)
             if drawable is not None:
                 (folder / SHEET).write_bytes(self.contact_sheet(drawable, weights))
