@@ -101,7 +101,9 @@ class TorchBackend(FunctionBackend):
         for why in dict.fromkeys(self._untraced.values()):
             names = [task for task, reason in self._untraced.items() if reason == why and task not in described]
             if names:
-                say_once(self._way(why, names))
+                how = "called with one candidate at a time" if why else "a function of JAX, by torchax"
+                because = f", because JAX does not trace it ({why})" if why else ""
+                say_once(f"{self.network.name}: {how} ({', '.join(names)}){because}")
         untraced = next((task for tasks in prepared.minibatches for task in tasks if not task.traced), None)
         if untraced is not None:
             raise InputError(
@@ -120,13 +122,6 @@ class TorchBackend(FunctionBackend):
     def _numbers(self) -> int:
         """How many numbers of a candidate are merged."""
         return sum(leaf.sources[0].size for leaf in self.merge.tree.leaves if leaf.merged)
-
-    def _way(self, why: str, tasks: Sequence[str]) -> str:
-        """One line on how the network is run for some tasks. why: see `_untraced`."""
-        if not why:
-            return f"{self.network.name}: a function of JAX, by torchax ({', '.join(tasks)})"
-        called = f"called with one candidate at a time ({', '.join(tasks)})"
-        return f"{self.network.name}: {called}, because JAX does not trace it ({why})"
 
     def programs(self, population: int, devices: Devices) -> Programs:
         programs = super().programs(population, devices)
