@@ -292,7 +292,7 @@ class Run(Searched, Described):
 
         @cache
         def space() -> Any:
-            return self._open().space
+            return self._open().facts.space
 
         def values(genomes: np.ndarray) -> Mapping[str, np.ndarray]:
             with suppress(InputError):

@@ -165,8 +165,7 @@ class DecoderBackend:
         if splits.minibatches and not self.candidates.gradient_passes:
             raise InputError(*self.candidates.no_gradient)
         scored = [*splits.shards, splits.search, *([] if splits.validation is None else [splits.validation])]
-        heldout = splits.heldout
-        *searched, held = self._batch([*scored, heldout])
+        *searched, held = self._batch([*scored, splits.heldout])
         searched = list(map(_weighted, searched))
         validation = None if splits.validation is None else searched.pop()
         *shards, search = searched
@@ -308,16 +307,11 @@ class DecoderBackend:
 
     def _open_stored(self, model: Path) -> tuple[Sources, DecoderConfig]:
         """The sources of one of the compared models, with the vocabulary of the candidates, and its config."""
-        aligned = self.models.sources.vocabulary is not None
-        sources, config = (
-            open_sources(
-                [model, self.models.tokenizer_folder],
-                TokenizerChoice(1, approximation=self._approximation),
-                self.models.open_decoder,
-            )
-            if aligned
-            else open_sources([model], open_decoder=self.models.open_decoder)
-        )
+        folders, choice = [model], None
+        if self.models.sources.vocabulary is not None:
+            folders.append(self.models.tokenizer_folder)
+            choice = TokenizerChoice(1, approximation=self._approximation)
+        sources, config = open_sources(folders, choice, self.models.open_decoder)
         if self.models.other_modules is not None and not sources.folders[0].is_part:
             # A text model takes images as the decoder that it merges into does.
             config = as_decoder_of(config, self.models.decoder)
