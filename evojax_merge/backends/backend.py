@@ -45,9 +45,6 @@ class Adaptable:
 class Planner(Protocol):
     """Plans the passes of a search over abstract arrays."""
 
-    # The number of passes that a candidate's gradient is planned as.
-    gradient_passes: int
-
     @property
     def sizes(self) -> DeviceSizes:
         """Bytes of the loaded bank, where as many devices share it as the settings say."""
@@ -75,34 +72,32 @@ class Planner(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class BackendFacts:
-    """The facts about the models of one search and their candidates that are known once the models are open.
+    """The facts about one search's models and candidates that are known once the models are open.
 
-    Candidates: name, in tables: a merge method, or a kind of candidates; space: decodes genomes into candidates;
-    genome: the content of a genome, in words; is_random: whether merges draw random masks; has_derivatives: whether
-    every gene has an effect that a gradient shows (scores decide for themselves whether they have derivatives, see
-    `tasks.task`); baseline_role: the role of the space's baseline in the held-out table, None where the models show it
-    already.
+    The candidates. name: the merge method, or the kind of the candidates, in tables; space: decodes genomes into
+    candidates; genome: the content of a genome, in words; is_random: whether merges draw random masks; has_derivatives:
+    whether every gene has an effect that a gradient shows (scores decide for themselves whether they have derivatives,
+    see `tasks.task`); gradient_passes: the number of passes that a candidate's gradient is planned as, 0 where it has
+    none; export_dtype: the dtype that candidates are rounded to and written in, None where they keep their parents';
+    baseline_role: the role of the space's baseline in the held-out table, None where the models' rows show it already.
 
-    Models: base, parents: their files or folders, the base where it is in the held-out table; references: the name of
-    each in recipes; loaded: the number of models in the bank; stored_bytes: of their files that `load` reads;
-    extensions: the objects that plugins may have added: methods, the architecture, the backend itself; resolved: the
-    keys of the run folder's config whose values the backend has resolved; notes, warnings: lines that a user should see
-    before the search.
+    The models. base, parents: their files or folders; base is None where the held-out table has none; references: each
+    model's name in recipes; loaded: the number of models in the bank; stored_bytes: the bytes that `load` reads from
+    files; streamed_bytes: the bytes of the host's memory that the models take where they come to the devices part by
+    part, None where they do so already, or cannot; not_adaptable, not_polishable: why no low-rank change of a model can
+    be trained, and why no winner can be written with one; empty where it can.
 
-    Evaluation: settings, target: how candidates are evaluated, and on which devices; compute_dtype: of the generations;
-    final_compute_dtype: of the splits that no generation is scored on: the winner is chosen, and reported, on them;
-    export_dtype: the dtype that candidates are rounded to and written in; smaller_passes: changes of the settings that
-    make passes smaller where they do not become so by themselves, the least first; streamed_bytes: of the host's memory
-    that the models take where they come to the devices part by part, None where they do so already, or cannot.
-
-    not_adaptable, not_polishable: why no low-rank change of a model can be trained, and why no winner can be written
-    with one, in words; empty where it can.
+    The run. settings, target: how candidates are evaluated, and on which devices; compute_dtype: the dtype that
+    generations are scored in; final_compute_dtype: the dtype for splits that no generation is scored on, where the
+    winner is chosen and reported; smaller_passes: changes of the settings that make passes smaller where they do not
+    become so by themselves, the least first; extensions: the objects that plugins may have added: methods, the
+    architecture, the backend's factory; resolved: the keys of the run folder's config whose values the backend has
+    resolved; notes, warnings: lines on the models that a user should see before the search.
     """
 
     name: str
     space: Any
     genome: str
-    is_random: bool
     base: Path | None
     parents: tuple[Path, ...]
     references: Mapping[Path, str]
@@ -110,31 +105,33 @@ class BackendFacts:
     stored_bytes: int
     settings: EvaluationConfig
     target: Target
+    is_random: bool = False
+    has_derivatives: bool = True
+    gradient_passes: int = 1
+    export_dtype: str | None = None
+    baseline_role: str | None = None
+    streamed_bytes: int | None = None
+    not_adaptable: str = ""
+    not_polishable: str = ""
+    compute_dtype: str = "float32"
+    final_compute_dtype: str = "float32"
+    smaller_passes: Sequence[Mapping[str, Any]] = ()
     extensions: Sequence[object] = ()
     resolved: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
     warnings: Sequence[str] = ()
-    has_derivatives: bool = True
-    baseline_role: str | None = None
-    compute_dtype: str = "float32"
-    final_compute_dtype: str = "float32"
-    export_dtype: str | None = None
-    smaller_passes: Sequence[Mapping[str, Any]] = ()
-    streamed_bytes: int | None = None
-    not_adaptable: str = ""
-    not_polishable: str = ""
 
     @property
     def compared(self) -> list[tuple[str, Path]]:
-        """(role, file or folder) of the models of the held-out table."""
+        """The role and the file or folder of each model in the held-out table."""
         base = [] if self.base is None else [("base", self.base)]
         return base + [("parent", parent) for parent in self.parents]
 
 
 @dataclass(frozen=True)
 class CandidateFacts:
-    """The facts about a genome's candidate. recipe: as YAML, in mergekit's format; sources: the models that it is made
-    of, the base first; report: of its parameters, or of its layers, or of its ancestors."""
+    """The facts about a genome's candidate. recipe: the candidate as YAML, in mergekit's format; sources: the models
+    that it is made of, the base first; report: its parameters, its layers or its ancestors, for the run's page."""
 
     recipe: str
     sources: Sequence[Path]

@@ -135,10 +135,10 @@ def smallest_bytes(problem: SearchProblem[Backend], backend: Backend, prepared: 
     """Bytes on each device of the models and of the largest of the passes that a plan falls back to: of one candidate
     and one row, where batches become smaller by themselves. Infinity where candidates have no gradient that the search
     follows."""
-    planner = backend.planner()
     rounds, starts = gradient_generations(problem.strategy, problem.search.generations)
-    if prepared.minibatches and not planner.gradient_passes:
+    if prepared.minibatches and not backend.facts.gradient_passes:
         return inf
+    planner = backend.planner()
     uses: list[tuple[list[Any], int, PlanUse]] = [(tasks, starts, "gradient") for tasks in prepared.minibatches]
     if rounds < problem.search.generations:
         uses += [(tasks, problem.strategy.population, "scores") for tasks in prepared.shards]

@@ -98,7 +98,7 @@ def make_plan(
 
     scored = passes_on(prepared.shards, whole, "scores")
     differentiated = passes_on(prepared.minibatches, starts, "gradient")
-    share = planner.gradient_passes / max(1, len(prepared.minibatches))
+    share = backend.facts.gradient_passes / max(1, len(prepared.minibatches))
     candidate, gradient = _cost(scored, target), _cost(differentiated, target) * share
     by_gradient = gradient * math.ceil(starts / groups)
     if looks_at_all(problem.search):

@@ -110,7 +110,6 @@ class DecoderBackend:
             name=candidates.name,
             space=candidates.space,
             genome=candidates.describe(),
-            is_random=any(method.random for method in candidates.methods),
             base=models.base,
             parents=models.parents,
             references=models.references,
@@ -118,19 +117,21 @@ class DecoderBackend:
             stored_bytes=candidates.stored_bytes(models.decoder),
             settings=settings,
             target=self.target,
+            is_random=any(method.random for method in candidates.methods),
+            has_derivatives=candidates.has_derivatives,
+            gradient_passes=candidates.gradient_passes,
+            export_dtype=candidates.export_dtype,
+            baseline_role=candidates.baseline_role,
+            streamed_bytes=self._streamed_bytes(),
+            not_adaptable=not_adaptable,
+            not_polishable=not_adaptable or architecture_of(models.decoder).no_adapter,
+            compute_dtype=compute_dtype,
+            final_compute_dtype=settings.final_compute_dtype or compute_dtype,
+            smaller_passes=[{"tokens_per_batch": self.tokens_per_batch // part} for part in parts],
             extensions=[*candidates.methods, architecture_of(models.decoder)],
             resolved=self._resolved(),
             notes=notes,
             warnings=models.sources.warnings,
-            has_derivatives=candidates.has_derivatives,
-            baseline_role=candidates.baseline_role,
-            compute_dtype=compute_dtype,
-            final_compute_dtype=settings.final_compute_dtype or compute_dtype,
-            export_dtype=candidates.export_dtype,
-            smaller_passes=[{"tokens_per_batch": self.tokens_per_batch // part} for part in parts],
-            streamed_bytes=self._streamed_bytes(),
-            not_adaptable=not_adaptable,
-            not_polishable=not_adaptable or architecture_of(models.decoder).no_adapter,
         )
 
     def _streamed_bytes(self) -> int | None:
@@ -307,7 +308,8 @@ class DecoderBackend:
 
     def _open_stored(self, model: Path) -> tuple[Sources, DecoderConfig]:
         """The sources of one of the compared models, with the vocabulary of the candidates, and its config."""
-        folders, choice = [model], None
+        folders = [model]
+        choice: TokenizerChoice | None = None
         if self.models.sources.vocabulary is not None:
             folders.append(self.models.tokenizer_folder)
             choice = TokenizerChoice(1, approximation=self._approximation)

@@ -106,10 +106,6 @@ class DecoderPlanner:
             f"position, {projector / layers:.2%} of what the layers take",
         )  # fmt: skip
 
-    @property
-    def gradient_passes(self) -> int:
-        return self.backend.candidates.gradient_passes
-
     def passes(
         self, tasks: Sequence[BatchedTask], candidates: int, use: PlanUse, compiler: TargetCompiler | None = None,
         smallest: bool = False,

@@ -235,7 +235,7 @@ def tree_facts(
     factory: Any = None, **others: Any,
 ) -> BackendFacts:  # fmt: skip
     """The facts about merges of pytrees. models, names: the files of the tree's sources, and their names in recipes and
-    tables; factory: that opened them; others: further fields."""
+    tables; factory: the `BackendFactory` that opened them; others: further fields."""
     space, spec = merge.space, merge.spec
     references, has_base = dict(zip(models, names, strict=True)), int(spec.options.has_base)
     searched = ", ".join(parameter.name for parameter in space.search_parameters)
@@ -243,7 +243,6 @@ def tree_facts(
         name=spec.method_name,
         space=space,
         genome=f"{space.dims} parameters ({searched}; {len(space.groups)} groups)",
-        is_random=spec.method.random,
         base=models[0] if has_base else None,
         parents=tuple(models[has_base:]),
         references=references,
@@ -251,10 +250,11 @@ def tree_facts(
         stored_bytes=sum(getattr(leaf, "nbytes", 0) for column in merge.tree.columns for leaf in column),
         settings=settings,
         target=target,
-        extensions=[spec.method, factory],
+        is_random=spec.method.random,
         baseline_role="uniform",
-        smaller_passes=[] if settings.chunk == 1 else [{"chunk": 1}],
         not_polishable="an adapter is written for language models",
+        smaller_passes=[] if settings.chunk == 1 else [{"chunk": 1}],
+        extensions=[spec.method, factory],
         **others,
     )
     return replace(facts, notes=[f"{role}: {references[model]}" for role, model in facts.compared])

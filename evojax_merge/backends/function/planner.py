@@ -44,7 +44,6 @@ class FunctionPlanner:
     # By the name and metric of a task that is not traced: numbers of examples, and the seconds of a candidate on them.
     _measured: dict[tuple[str, str], list[tuple[int, float]]] = field(default_factory=dict)
 
-    gradient_passes = 1
     jobs = 1
 
     @cached_property
