@@ -127,7 +127,7 @@ class PipelineBackend(FunctionBackend):
 
     def _caption(self, task: DrawingTask) -> str:
         facts = self.facts
-        rows = [*(f"{role} {facts.references[model]}" for role, model in facts.compared), facts.baseline_role, "winner"]
+        rows = [*(f"{role} {facts.references[model]}" for role, model in facts.compared), "uniform", "winner"]
         shown = min(COLUMNS, task.size)
         return (
             f"The first {shown} held-out examples of `{task.name}`, a row each: "
