@@ -1,6 +1,8 @@
 # Everything runs in .venv, which each target sets up by itself.
 PYTHON ?= python3
 BIN := .venv/bin
+# Images of containers set it; each process would compile the package's source anew.
+unexport PYTHONDONTWRITEBYTECODE
 comma := ,
 
 # In a file pip says nothing while it unpacks; on a terminal it draws a bar.

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+# The many processes that tests start would each compile the package's source.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Before anything imports JAX or transformers. A user's own JAX_PLATFORMS is kept.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -35,6 +37,8 @@ from helpers.families import Family, build_family
 from helpers.sampling import ALL
 from hypothesis.internal.conjecture import providers as hypothesis_providers
 from jax._src import compiler as xla_compiler
+
+from evojax_merge.search import checkpoints
 
 # Where a file stands in the place of their folder no scores of models are kept: a test would not compute what it tests.
 SCORES = Path(os.environ["XDG_CACHE_HOME"]) / "evojax-merge" / "scores"
@@ -188,6 +192,14 @@ def compile_options(
     """`jax._src.compiler.get_compile_options` with `options`, unless the program says otherwise."""
     overrides = options | (env_options_overrides or {})
     return DEFAULT_COMPILE_OPTIONS(*arguments, env_options_overrides=overrides, **named)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_generation_is_saved() -> Iterator[None]:
+    """Searches of tests take milliseconds a generation, of which a search leaves out most checkpoints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "SAVING_SHARE", 1.0)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from test_racing import climb
 from evojax_merge.commands.search import run_search
 from evojax_merge.config.search_config import Config
 from evojax_merge.errors import Failed, InputError
+from evojax_merge.search import checkpoints
 from evojax_merge.search.checkpoints import Checkpoints
 from evojax_merge.search.run_folder import RunFolder, locked, open_run
 
@@ -104,6 +105,33 @@ def test_a_search_goes_on_from_an_older_checkpoint(searched: Path, run: Path) ->
     shutil.rmtree(run / "checkpoints" / "4")
     climb(run, GENERATIONS, resume=True)
     assert (run / "history.jsonl").read_bytes() == (searched / "history.jsonl").read_bytes()
+
+
+def test_checkpoints_take_a_tenth_of_the_time(searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save takes as long as four generations: the first is saved, then every thirty-sixth, and the last."""
+    now = 0
+
+    def save(self: Checkpoints, *arguments: Any) -> None:
+        nonlocal now
+        now += 12
+        whole(self, *arguments)
+
+    def line(*arguments: Any) -> None:
+        nonlocal now
+        now += 1
+        append(*arguments)
+
+    whole, append = Checkpoints.save, checkpoints.append_line
+    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 0.1)
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    monkeypatch.setattr(checkpoints, "append_line", line)
+    run, _, _ = climb(tmp_path / "run", 80)
+    assert run.steps() == [37, 73, 80]
+    shutil.rmtree(run.step(80))
+    written = run.history.read_bytes()
+    climb(run.path, 80, resume=True)
+    assert run.history.read_bytes() == written
 
 
 HISTORIES: dict[str, Callable[[bytes], bytes]] = {

@@ -307,8 +307,10 @@ class SearchConfig(Section):
         1 / 6, ge=1e-6, le=10.0, description="the first step's standard deviation, in units of the bounds' range"
     )
     finalists: Whole = Field(
-        5, ge=1, le=10_000, description="how many of the best candidates are scored again, for one to win"
-    )
+        5, ge=1, le=10_000,
+        description="how many of the best candidates are scored again, for one to win; where generations were scored "
+        "on the same examples, in the same dtype, the best alone is",
+    )  # fmt: skip
     rungs: Whole = Field(
         1, ge=1, le=8, description="above 1: candidates race, and with each rung half of them meet twice the examples"
     )
@@ -437,7 +439,8 @@ class EvaluationConfig(Section):
 
 
 class KeepConfig(Section):
-    """The checkpoints that a run folder keeps: one of each generation is saved."""
+    """The checkpoints that a run folder keeps of those that a search saves: of every generation, or, where generations
+    take milliseconds, of as many as a tenth of the time is enough for."""
 
     optional = ("last", "every_hours")
 

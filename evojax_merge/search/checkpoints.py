@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the state of a search after each generation, and the history that goes with it."""
+"""Checkpoints of a run: the state of a search after its generations, and the history that goes with it."""
 
 import errno
 import hashlib
@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,9 @@ from evojax_merge.search.run_schema import A_FILE, MAX_FILE, HistoryLine, read_l
 from evojax_merge.system.file_system import atomic_write, remove_folder
 from evojax_merge.system.interrupts import defer_signals
 from evojax_merge.system.regular_file import check_unpacked, read_regular
+
+# The share of a search's time that may go into checkpoints.
+SAVING_SHARE = 0.1
 
 
 def to_line(row: Mapping[str, Any]) -> str:
@@ -114,7 +118,7 @@ class Saved:
 
 
 class Checkpoints:
-    """The state after each generation. A process killed in the middle of a save leaves the last one intact.
+    """The state after generations. A process killed in the middle of a save leaves the last one intact.
 
     The length and the digest of the history lie beside the state: a damaged history.jsonl is noticed, and a resumed one
     never differs. A digest over all arrays shows that a checkpoint is damaged. `keep`: the checkpoints that stay once
@@ -225,11 +229,17 @@ class Checkpoints:
 
 class FolderStorage(Storage):
     """Keeps a search's generations in a run folder, for one process or several. A generation's line stands in the
-    history before its checkpoint is saved, so that the checkpoint can hold the history's digest."""
+    history before its checkpoint is saved, so that the checkpoint can hold the history's digest.
+
+    The first and the last generation have a checkpoint, and of the others as many as can be saved in a tenth of the
+    time: where a generation takes milliseconds, a killed run makes some again. Several processes save each, since
+    their clocks differ."""
 
     def __init__(self, folder: RunFolder, checkpoints: Checkpoints, *, is_main_process: bool = True) -> None:
         self._folder, self._checkpoints, self._is_main_process = folder, checkpoints, is_main_process
         self._length, self._digest = 0, hashlib.sha256()
+        self._unsaved: tuple[int, Any, int, bytes] | None = None
+        self._due = 0.0
 
     def restore(self, like: Any, log: Callable[[str], None]) -> tuple[Any, int]:
         saved = self._checkpoints.restore(log)
@@ -254,9 +264,20 @@ class FolderStorage(Storage):
             if self._is_main_process:
                 append_line(self._folder.history, line)
                 append_line(self._folder.history_backup, line)
-            self._checkpoints.save(generation, state, self._length, self._digest.digest())
-            if self._is_main_process:
                 append_line(self._folder.timing, to_line(timing))
+            self._unsaved = generation, state, self._length, self._digest.digest()
+            if jax.process_count() > 1 or time.monotonic() >= self._due:
+                self.close()
+
+    def close(self) -> None:
+        """Save the checkpoint of the latest generation where it has none yet."""
+        if self._unsaved is None:
+            return
+        started, unsaved, self._unsaved = time.monotonic(), self._unsaved, None
+        with defer_signals():
+            self._checkpoints.save(*unsaved)
+        ended = time.monotonic()
+        self._due = ended + (1 / SAVING_SHARE - 1) * (ended - started)
 
     def read_history(self) -> list[dict[str, Any]]:
         return self._folder.read_history()

@@ -1,10 +1,11 @@
 """The generation loop: ask, evaluate, tell, save.
 
 A run is a function of its config: the random key of a generation depends on the seed and the generation's number alone,
-and the state after each generation is saved, so that a run that was killed and resumed writes the same history and
-finds the same winner as one that was not.
+and the state is saved as it goes on, so that a run that was killed and resumed writes the same history and finds the
+same winner as one that was not.
 """
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -149,6 +150,9 @@ class Storage:
         self._rows.append(row)
         self._timing.append(timing)
 
+    def close(self) -> None:
+        """Bring what was kept to where it stays."""
+
     def read_history(self) -> list[dict[str, Any]]:
         """The rows that were saved."""
         return list(self._rows)
@@ -278,59 +282,62 @@ def evolve(
     schedule = Schedule(shards, minibatches, choice, seed, looks=looks_at_all(config))
     if config.generations <= first:
         reporter.log(f"{first} generations are saved, and {config.generations} wanted: nothing to search")
-    for number in range(first, config.generations):
-        interrupts.check()
-        key = generation_key(seed, number)
-        genomes, state_after_ask = ask(strategy, key, state["strategy"], space.dims)
-        context = context_of(strategy, state_after_ask)
-        schedule.shards = [within(shard, context) for shard in schedule.shards]
-        ended = stopped(config, course, len(genomes))
-        if ended is not None:
-            of = "" if config.parsed_budget.seconds else f" of {config.generations}"
-            searched = f"stopped after generation {number}{of}"
-            line = f"{number} generations are saved: nothing to search" if number == first else searched
-            reporter.log(f"{line} ({ended.describe()})")
-            break
-        started, genes, surrogate = time.perf_counter(), np.asarray(genomes), SurrogateData(**state["known"])
-        by_gradient = wants_gradients(strategy, state["strategy"])
-        tasks, halved = schedule.evaluate(number, by_gradient, genes, surrogate, reporter)
-        seconds = time.perf_counter() - started
-        if not np.isfinite(halved.fitness).any():
-            raise Failed(_all_failed(number, len(genomes), tasks, halved.first, storage, hint))
-        for line in diagnose(tasks, halved.first) if number == 0 else ():
-            reporter.log(line)
-        state_after_tell = tell(strategy, key, state_after_ask, genomes, halved.scores)
-        state = next_state(state_after_tell, genes, halved, state)
-        values = metrics(strategy, state_after_tell)
-        if goal_of(schedule.shards[0]).guards:
-            values["guards_broken"] = int((halved.fitness <= BROKEN).sum())
-        if by_gradient and number == first and not np.any(halved.scores.gradients):
-            reporter.warn("the gradient is 0 everywhere: nothing that is searched changes the scores, to first order")
-        row = history_row(number + 1, course.evaluations + len(genomes), genes, halved, state, values)
-        if by_gradient and not schedule.is_fitness:
-            row["companion"] = True
-        timing = {"generation": number + 1, "seconds": seconds, "seconds_per_candidate": seconds / len(genomes)}
-        if validation is not None and config.validate_every and (number + 1) % config.validate_every == 0:
-            started = time.perf_counter()
-            best = np.asarray(state["genomes"])[:1][np.isfinite(state["fitness"][:1])]
-            proposed = finalists(strategy, state_after_tell, space.dims)
-            evaluator = within(validation, context_of(strategy, state_after_tell))
-            row["validation"], state["peak"] = validate(evaluator, best, proposed, state["peak"])
-            timing["validation_seconds"] = time.perf_counter() - started
-        overfitting_since, course = course.trend.overfitting_since, course.after(row, seconds_of(timing))
-        if course.trend.overfitting_since != overfitting_since:
-            # Warn before saving: a warning about a saved generation was already given.
-            reporter.warn(course.trend.describe())
-        storage.save(number + 1, state, row, timing)
-        done = number + 1
-        best_parent = _best_parent(space, row) if number == 0 else best_parent
-        reporter.finished(
-            _generation(
-                row, halved, values, seconds=seconds, best_parent=best_parent, scored_on=schedule.scored_on,
-                generations=None if config.parsed_budget.seconds else config.generations,
-                seconds_left=clock.seconds_left(config, done, course, len(genomes), seconds),
-            )
-        )  # fmt: skip
+    with contextlib.closing(storage):
+        for number in range(first, config.generations):
+            interrupts.check()
+            key = generation_key(seed, number)
+            genomes, state_after_ask = ask(strategy, key, state["strategy"], space.dims)
+            context = context_of(strategy, state_after_ask)
+            schedule.shards = [within(shard, context) for shard in schedule.shards]
+            ended = stopped(config, course, len(genomes))
+            if ended is not None:
+                of = "" if config.parsed_budget.seconds else f" of {config.generations}"
+                searched = f"stopped after generation {number}{of}"
+                line = f"{number} generations are saved: nothing to search" if number == first else searched
+                reporter.log(f"{line} ({ended.describe()})")
+                break
+            started, genes, surrogate = time.perf_counter(), np.asarray(genomes), SurrogateData(**state["known"])
+            by_gradient = wants_gradients(strategy, state["strategy"])
+            tasks, halved = schedule.evaluate(number, by_gradient, genes, surrogate, reporter)
+            seconds = time.perf_counter() - started
+            if not np.isfinite(halved.fitness).any():
+                raise Failed(_all_failed(number, len(genomes), tasks, halved.first, storage, hint))
+            for line in diagnose(tasks, halved.first) if number == 0 else ():
+                reporter.log(line)
+            state_after_tell = tell(strategy, key, state_after_ask, genomes, halved.scores)
+            state = next_state(state_after_tell, genes, halved, state)
+            values = metrics(strategy, state_after_tell)
+            if goal_of(schedule.shards[0]).guards:
+                values["guards_broken"] = int((halved.fitness <= BROKEN).sum())
+            if by_gradient and number == first and not np.any(halved.scores.gradients):
+                reporter.warn(
+                    "the gradient is 0 everywhere: nothing that is searched changes the scores, to first order"
+                )
+            row = history_row(number + 1, course.evaluations + len(genomes), genes, halved, state, values)
+            if by_gradient and not schedule.is_fitness:
+                row["companion"] = True
+            timing = {"generation": number + 1, "seconds": seconds, "seconds_per_candidate": seconds / len(genomes)}
+            if validation is not None and config.validate_every and (number + 1) % config.validate_every == 0:
+                started = time.perf_counter()
+                best = np.asarray(state["genomes"])[:1][np.isfinite(state["fitness"][:1])]
+                proposed = finalists(strategy, state_after_tell, space.dims)
+                evaluator = within(validation, context_of(strategy, state_after_tell))
+                row["validation"], state["peak"] = validate(evaluator, best, proposed, state["peak"])
+                timing["validation_seconds"] = time.perf_counter() - started
+            overfitting_since, course = course.trend.overfitting_since, course.after(row, seconds_of(timing))
+            if course.trend.overfitting_since != overfitting_since:
+                # Warn before saving: a warning about a saved generation was already given.
+                reporter.warn(course.trend.describe())
+            storage.save(number + 1, state, row, timing)
+            done = number + 1
+            best_parent = _best_parent(space, row) if number == 0 else best_parent
+            reporter.finished(
+                _generation(
+                    row, halved, values, seconds=seconds, best_parent=best_parent, scored_on=schedule.scored_on,
+                    generations=None if config.parsed_budget.seconds else config.generations,
+                    seconds_left=clock.seconds_left(config, done, course, len(genomes), seconds),
+                )
+            )  # fmt: skip
     finite = np.isfinite(state["fitness"])
     return Archive(
         genomes=np.asarray(state["genomes"])[finite],

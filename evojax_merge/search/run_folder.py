@@ -7,7 +7,7 @@ timing.jsonl     seconds a generation
 run.log          all that the command prints, with the time of each line; appended to when the run goes on
 history.csv      the figures of the history as a table, where the config's log names csv
 environment.json  versions, devices, machine, command and duration of each process that worked on the run
-checkpoints/     the state after each generation (orbax), the last ones kept
+checkpoints/     the state after generations (orbax), the last ones kept
 best/            recipe.yaml and model/; for a strategy that keeps a front, front/ with the recipe of each member; of a
                  polished winner, adapter/
 members/         of a pool whose members are kept in files, while it is searched: the weights of parents

@@ -98,7 +98,8 @@ def select_best(
     backend, heldout, counts = problem.backend, on.heldout, candidates_to_select(problem)
     on_validation = 0 if on.validation is None else on.validation.passes(counts.validation)
     with phase(CHOOSING, on.search.passes(counts.search) + on_validation) as progress:
-        finalists = rescore(problem.space, on.deciding, archive, progress)
+        scored_again = replace(archive, genomes=archive.genomes[: _scored_again(problem)])
+        finalists = rescore(problem.space, on.deciding, scored_again, progress)
         if not finalists:
             raise Failed(_no_winner(problem, archive))
         best, (label, baselines) = finalists[0], problem.space.baselines()
@@ -106,7 +107,12 @@ def select_best(
         def fitness_on(evaluator: SpaceEvaluator[Any], genomes: np.ndarray) -> np.ndarray:
             return fitness(evaluator.tasks, evaluator.score(genomes, progress), evaluator.goal)
 
-        values = fitness_on(on.deciding, baselines)
+        fitness_of = {finalist.genome.tobytes(): finalist.fitness for finalist in finalists}
+        missing = [genome for genome in baselines if genome.tobytes() not in fitness_of]
+        if missing:
+            missed = fitness_on(on.deciding, np.stack(missing))
+            fitness_of |= {genome.tobytes(): float(value) for genome, value in zip(missing, missed, strict=True)}
+        values = np.array([fitness_of[genome.tobytes()] for genome in baselines])
         number = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
         plain, value = baselines[number], float(values[number])
         searched, plain_searched, validated = best.fitness, value, None
@@ -285,13 +291,25 @@ class SelectionCounts:
     heldout: int
 
 
+def _scored_again(problem: SearchProblem[Backend]) -> int:
+    """The number of a search's best candidates that are scored again. One, where the generations were scored on the
+    examples that the winner is chosen on, in the same dtype: their fitness has ranked the others behind it."""
+    splits, facts = problem.splits, problem.facts
+    sizes = [
+        sum(task.size for tasks in part for task in tasks if task.weight > 0)
+        for part in (splits.shards, [splits.search])
+    ]  # fmt: skip
+    ranked = splits.validation is None and sizes[0] == sizes[1] and facts.compute_dtype == facts.final_compute_dtype
+    return 1 if ranked and not capabilities_of(problem.strategy).keeps_front else problem.search.finalists
+
+
 def candidates_to_select(problem: SearchProblem[Backend]) -> SelectionCounts:
     """The most models that `select_best` scores on each split."""
     plain = len(plain_merges_of(problem.space)[0])
     front = problem.strategy.population + plain if capabilities_of(problem.strategy).keeps_front else 0
     _, baselines = problem.space.baselines()
     # Besides the finalists: the strategy's proposal, the start, the uniform merge and the parents.
-    candidates = problem.search.finalists + 2 + plain + len(baselines) + front
+    candidates = _scored_again(problem) + 2 + plain + len(baselines) + front
     heldout = len(problem.facts.compared) + 2 + front + len(problem.search.controls)
     if "greedy" in problem.search.controls:
         soup = Greedy(problem.space)

@@ -32,6 +32,7 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.layers import SequenceLayout
 from evojax_merge.models.sources import StackedWeights
+from evojax_merge.system.console import format_seconds
 from evojax_merge.system.data_packages import opened_wheel
 from evojax_merge.system.file_system import atomic_folder, atomic_write, make_folder
 from evojax_merge.tasks.batches import ScoringBatch, scoring_batches
@@ -211,12 +212,15 @@ def fine_tune(
     state = optimiser.init(model)
     console.print(f"fine-tuning {name}: {len(rows)} texts, {plan.steps} steps", highlight=False)
     read = ("tokens", "positions", "segment_ids", "predict_at", "targets", "mask")
+    first_end = None
     for number, batch in enumerate(shuffled_batches(rows, plan.tokens, 0, plan.steps)[: plan.steps], start=1):
-        began = time.perf_counter()
         arrays = {key: getattr(batch, key) for key in read}
         model, state, loss = step(model, state, arrays)
-        shown = f"{name}: step {number}/{plan.steps}  loss {float(loss):.3f}"
-        console.print(f"{shown}  {time.perf_counter() - began:.1f} s", highlight=False)
+        shown, now = f"{name}: step {number}/{plan.steps}  loss {float(loss):.3f}", time.perf_counter()
+        # The first step compiles.
+        first_end = first_end or now
+        left = (plan.steps - number) * (now - first_end) / max(1, number - 1)
+        console.print(f"{shown}  left {format_seconds(left)}" if number > 1 else shown, highlight=False)
     return model
 
 
