@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from evojax_merge.checkpoints.config_file import NO_CONFIG
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of
 from evojax_merge.checkpoints.derived import open_model
 from evojax_merge.checkpoints.folder import (
@@ -21,7 +22,7 @@ from evojax_merge.checkpoints.folder import (
     is_finite,
     is_float,
 )
-from evojax_merge.checkpoints.json_files import shown
+from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.checkpoints.tokens import (
     TokenizerChoice,
     Vocabulary,
@@ -272,6 +273,8 @@ def open_decoders(
     Raises InputError."""
     folders = tuple(open_decoder(open_model(path)) for path in paths)
     for folder in folders:
+        if not folder.config:
+            read_json_object(folder.path / "config.json", missing=NO_CONFIG)
         if not is_merged_as(folder, common_kind(folders)):
             kind, expected = (shown(model.config.get("model_type")) for model in (folder, folders[0]))
             raise InputError(

@@ -120,10 +120,10 @@ class _Output:
         """Write the winner, or the best candidate so far, of a backend that makes candidates of genomes."""
         folder = self.folder
         gguf_name = self.type or (self.out.name if is_gguf_name(self.out) else None)
-        for value, option in ((self.dtype, "--dtype"), (self.rank, "--as-adapter"), (gguf_name, "a GGUF file")):
+        for value, option in ((self.dtype, "--dtype"), (self.rank, "--as adapter"), (gguf_name, "a GGUF file")):
             if value is not None:
                 raise InputError(
-                    folder.path, f"{option}: is for language models, and this run has others; leave it out"
+                    folder.path, f"{option} is for language models, and this run has others; write a plain folder"
                 )
         check_new_model(self.out, self.overwrite, folder.parts)
         with locked(folder.path, resume=True):

@@ -136,8 +136,7 @@ def search(
         config = read_config(path, overrides, seed)
         out = out or default_out(path, config)
         on_started = partial(resume_hint.on_started, command("--out", str(out), *options, "--resume"))
-        reading = working("reading the models and the tasks")
-        with watched_by(watching), _printing(output) as on_generation, reading:
+        with watched_by(watching), _printing(output) as on_generation:
             run_search(
                 path, config, out, resume=resume, overwrite=overwrite, on_started=on_started,
                 on_generation=on_generation, force=force, judges=judges,
@@ -221,7 +220,8 @@ def run_search(
     run = RunFolder(out)
     # Every stage is checked before the first one runs.
     configs, stages = stage_configs(config), config.stages
-    problems = [build_problem(path, of_stage, chained=i > 0) for i, of_stage in enumerate(configs)]
+    with working("reading the models and the tasks"):
+        problems = [build_problem(path, of_stage, chained=i > 0) for i, of_stage in enumerate(configs)]
     models = [part for problem in problems for model in problem.facts.references for part in parts_of(model)]
     for place in (out, *run.parts):
         check_outside(place, models)
@@ -231,7 +231,8 @@ def run_search(
     early = [RunFolder((run.stages / f"stage-{number}").resolve()) for number in range(1, len(configs))]
     for folder, problem in zip([*early, run], problems, strict=True):
         check_judges(path, folder.path, problem, judges, resume=resume)
-    prepared = [problem.prepare() for problem in problems]
+    with working("preparing the tasks"):
+        prepared = [problem.prepare() for problem in problems]
     complete = why_complete(run, problems[-1]) if resume else None
     if complete is None:
         require_space(out, sum(map(disk_bytes, problems)))

@@ -397,7 +397,7 @@ def _slice(where: str, entry: Any, method: Method, base: str | None) -> Slice:
     )
     needed = method.base != "parent" or method.base_is_first_parent
     if needed and slice_base is not None and all(source.model != slice_base for source in sources):
-        raise InputError(where, f"sources: the base_model {slice_base!r} is missing")
+        raise InputError(where, f"sources: the base_model {slice_base!r} is missing; list it with a layer_range")
     return Slice(
         counts.pop(), tuple(sources), _settings(f"{where}.parameters", entry.get("parameters"), method), slice_base
     )

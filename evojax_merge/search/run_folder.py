@@ -70,7 +70,10 @@ from evojax_merge.system.file_system import (
 from evojax_merge.system.interrupts import defer_signals
 
 # Keys that may differ between a run and its continuation.
-EXTENDABLE = (("search", "generations"), ("search", "budget"), ("search", "stop"), ("log",), ("keep",))
+EXTENDABLE = (
+    ("search", "generations"), ("search", "budget"), ("search", "stop"), ("search", "controls"), ("search", "then"),
+    ("log",), ("keep",),
+)  # fmt: skip
 POPULATION, GRADIENT = ("search", "population"), ("search", "gradient")
 _START_AGAIN = "cannot be continued by this one; pass --overwrite to start again, or choose another folder with --out"
 OTHER_VERSION = f"was begun by another version of this program, and {_START_AGAIN}"

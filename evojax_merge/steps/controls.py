@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from evojax_merge.backends.backend import Adaptable, Adapts, Backend
-from evojax_merge.config.search_config import StopConfig
+from evojax_merge.config.search_config import GradientConfig, StopConfig
 from evojax_merge.evaluation.scores import Goal, TaskScores, fitness, score_matrix
 from evojax_merge.problem import SearchProblem, build_strategy
 from evojax_merge.report.comparison import POLISHED, POLISHED_NAME, label_of, model_name
@@ -23,6 +23,7 @@ from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import A_FILE, MAX_FILE
 from evojax_merge.search.strategies.greedy import greedy_soup
 from evojax_merge.steps.low_rank import Tuning, TuningData, train
+from evojax_merge.system.console import working
 from evojax_merge.system.file_system import atomic_write_bytes
 from evojax_merge.system.regular_file import read_regular
 from evojax_merge.tasks.splits import Splits
@@ -108,6 +109,14 @@ def equal_searches(problem: SearchProblem[Backend]) -> int:
     return sum(counts.get(name, 0) for name in problem.search.controls) + (problem.search.then == "polish")
 
 
+def control_roles(problem: SearchProblem[Backend]) -> set[str]:
+    """The roles of a search's controls and of its polished winner in the table."""
+    roles = {name for name in problem.search.controls if name in ("greedy", "random")}
+    if "lora" in problem.search.controls:
+        roles |= {LORA_ROLES[role] for role, _ in problem.facts.compared if role in LORA_ROLES}
+    return roles | ({POLISHED} if problem.search.then == "polish" else set())
+
+
 def _greedy(problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]]) -> Control:
     """The greedy soup by the examples that the winner is chosen on."""
     members, soup = greedy_soup(problem.space, on.deciding, lambda done: None)
@@ -142,15 +151,16 @@ def _random(
         search = search.model_copy(
             update={
                 "strategy": "random", "population": population, "generations": generations, "seeds": [],
-                "stop": StopConfig(), "budget": None, "validate_every": None,
+                "stop": StopConfig(), "budget": None, "validate_every": None, "gradient": GradientConfig(),
             }
         )  # fmt: skip
         drawing = build_strategy("search.controls", search, problem.space)
-        drawn = evolve(
-            # Other random numbers than those of a search by the same strategy.
-            search, problem.seed + 1, drawing, problem.space, on.shards, Storage(), Reporter(),
-            choice=problem.example_choice(on),
-        )  # fmt: skip
+        with working("scoring random candidates"):
+            drawn = evolve(
+                # Other random numbers than those of a search by the same strategy.
+                search, problem.seed + 1, drawing, problem.space, on.shards, Storage(), Reporter(),
+                choice=problem.example_choice(on),
+            )  # fmt: skip
         genomes = drawn.genomes[np.isfinite(drawn.fitness) & (drawn.genomes != problem.space.start).any(axis=1)]
         if not len(genomes):
             return Control("random", "", note="No random candidate has finite scores: this control has no row.")

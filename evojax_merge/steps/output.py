@@ -17,6 +17,7 @@ from evojax_merge.search.run_folder import keep_winner, write_front
 from evojax_merge.search.run_parts import RunFolder, check_replaceable_model
 from evojax_merge.search.run_schema import read_result
 from evojax_merge.search.stopping import course_of, stopped
+from evojax_merge.steps.controls import control_roles
 from evojax_merge.system import interrupts
 from evojax_merge.system.console import console, say
 from evojax_merge.system.file_system import atomic_write, remove_folder
@@ -56,6 +57,8 @@ def why_complete(folder: RunFolder, problem: SearchProblem[Backend]) -> str | No
         return None
     written = [folder.recipe, folder.model, *([folder.front] if result.members else [])]
     if not all(path.exists() for path in written):
+        return None
+    if result.table and not control_roles(problem) <= {row.role for row in result.table}:
         return None
     course = course_of(rows, folder.read_timing())
     ended = stopped(problem.search, course, problem.strategy.population) if result.stopped_by is not None else None
