@@ -53,7 +53,7 @@ def opened(family: Family, *names: str, **changes: Any) -> SearchProblem:
 def adaptable(problem: SearchProblem, rank: int, scale: float = 2.0) -> tuple[Any, TuningData]:
     """The base, to be changed, and the data of a training."""
     on = open_evaluators(problem, problem.prepare())
-    base = problem.backend.compared[0][1]
+    base = problem.facts.compared[0][1]
     model = problem.backend.adaptable(base, [on.deciding, on.search, on.heldout, *on.tuning], rank, scale)
     deciding, search, _, *parts = model.evaluators
     return model, TuningData(parts, deciding, search, PLAIN, PLAIN, problem.tunes_by_gradient)
@@ -86,7 +86,7 @@ def _trained_by_peft(problem: SearchProblem, layout: Any, rate: float, seed: int
     settings = peft.LoraConfig(
         r=layout.rank, lora_alpha=layout.rank * layout.scale, target_modules=modules, task_type="CAUSAL_LM"
     )
-    tuned = peft.get_peft_model(load_torch(problem.backend.compared[0][1]), settings)
+    tuned = peft.get_peft_model(load_torch(problem.facts.compared[0][1]), settings)
     factors = dict(tuned.named_parameters())
     with torch.no_grad():
         for name, (a, b) in layout.split(layout.start(seed)).items():

@@ -286,7 +286,7 @@ class Evaluator(Described):
     def facts(self) -> dict[str, Any]:
         problem, tasks = self._problem, self._evaluator.tasks
         return {
-            "method": problem.backend.name,
+            "method": problem.facts.name,
             "parents": model_names(problem.parents),
             "dimensions": self.dims,
             "tasks": [task.name for task in tasks],
@@ -327,7 +327,7 @@ class Evaluator(Described):
     def recipe(self, genome: Any) -> Any:
         """A genome float32[D] as a recipe, which `merge` makes into a model: a mapping, or a list of them where it has
         several documents."""
-        text = self._problem.backend.recipe(genome_array("genome", genome, (self.dims,)))
+        text = self._problem.backend.describe(genome_array("genome", genome, (self.dims,))).recipe
         return plain_recipe(parse_documents("recipe", text))
 
 

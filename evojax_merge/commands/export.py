@@ -156,7 +156,7 @@ class _Output:
                     "(gradients on minibatches, or of a companion, do not tell it); continue the search with --resume"
                 )
             state = saved.strategy_state(problem.seed, problem.strategy, problem.space)
-            text = problem.within(context_of(problem.strategy, state)).backend.recipe(genome)
+            text = problem.within(context_of(problem.strategy, state)).backend.describe(genome).recipe
             self.write(running.recipe, text)
         chosen_on = "whole search split" if problem.splits.validation is None else "validation split"
         console.print(
@@ -207,10 +207,10 @@ def export(
 def export_candidate(backend: Backend, genome: np.ndarray, out: Path, keep: Sequence[Path]) -> None:
     """Write the candidate of a genome, whose backend makes candidates of genomes. keep: files and folders that must not
     be replaced."""
-    recipe = backend.recipe(genome)
-    models = {backend.references[model]: model for model in backend.merged_from(genome)}
-    card = merge_card(out.name, [backend.name], models, recipe)
-    backend.export(recipe, genome, out, card, partial(check_output, out, keep))
+    candidate = backend.describe(genome)
+    models = {backend.facts.references[model]: model for model in candidate.sources}
+    card = merge_card(out.name, [backend.facts.name], models, candidate.recipe)
+    backend.export(candidate.recipe, genome, out, card, partial(check_output, out, keep))
 
 
 def _stage_begun_last(folder: RunFolder) -> tuple[RunFolder, Config]:

@@ -237,7 +237,7 @@ def run_search(
     configs, stages = stage_configs(config), config.stages
     with working("reading the models and the tasks"):
         problems = [build_problem(path, of_stage, chained=i > 0) for i, of_stage in enumerate(configs)]
-    models = [part for problem in problems for model in problem.backend.references for part in parts_of(model)]
+    models = [part for problem in problems for model in problem.facts.references for part in parts_of(model)]
     for place in (out, *run.parts):
         check_outside(place, models)
     if stages is not None and judges is not None and (judges.replay or judges.pairs or judges.choices):
@@ -259,7 +259,7 @@ def run_search(
     if stages is not None:
         for key in ("space", "data_flow", "search"):
             document.pop(key)
-        document |= random_numbers(any(problem.backend.is_random for problem in problems))
+        document |= random_numbers(any(problem.facts.is_random for problem in problems))
         document["stages"] = [_resolved_stage(stages, number, problem) for number, problem in enumerate(problems)]
     # The processes that only wait print nothing.
     console.quiet = console.quiet or jax.process_index() > 0
@@ -274,7 +274,7 @@ def run_search(
     ):  # fmt: skip
         # All stages have the same examples.
         print_warnings(revision_warnings(path, configs[0]))
-        print_warnings(problems[0].backend.warnings(prepared[0]))
+        print_warnings((*problems[0].facts.warnings, *prepared[0].warnings))
         print_warnings(data_warnings(str(path), configs[0].tasks, problems[0].splits))
         winner: str | None = None
         for number, folder in enumerate([*early, run]):
@@ -314,8 +314,8 @@ def _require_bank(path: Path, problem: SearchProblem[Backend], force: bool) -> N
     """Raises InputError, unless `force`, where the models cannot be in memory together. A device holds its share of
     them; on a CPU all devices hold theirs in the memory of the host."""
     devices = 1 if problem.target.is_accelerator else problem.target.devices_per_host
-    nbytes = problem.backend.held_bytes() * devices // problem.backend.settings.model
-    what = f"holding {problem.backend.loaded} models" + ("" if devices == 1 else f" for {devices} devices")
+    nbytes = problem.backend.planner().sizes.held * devices // problem.facts.settings.model
+    what = f"holding {problem.facts.loaded} models" + ("" if devices == 1 else f" for {devices} devices")
     try:
         require_memory(f"{path}: parents", what, nbytes, unused_memory())
     except InputError as error:
@@ -334,4 +334,4 @@ def _resolved_stage(stages: Sequence[StageConfig], number: int, problem: SearchP
     search = resolved_search(problem.search, problem.strategy)
     if any(before.data_flow is not None for before in stages[:number]):
         search["population"] = stages[number].search.population
-    return stages[number].model_dump(mode="json") | {"space": problem.backend.resolved()["space"], "search": search}
+    return stages[number].model_dump(mode="json") | {"space": problem.facts.resolved["space"], "search": search}

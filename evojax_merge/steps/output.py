@@ -4,7 +4,7 @@ import hashlib
 from functools import partial
 from typing import Any
 
-from evojax_merge.backends.backend import Backend
+from evojax_merge.backends.backend import Backend, Prepared
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.card import search_card
@@ -24,10 +24,10 @@ from evojax_merge.system.file_system import atomic_write, remove_folder
 from evojax_merge.tasks.splits import Splits
 
 
-def print_setup(problem: SearchProblem[Backend], prepared: Splits[list[Any]], devices: Devices, planned: Plan) -> None:
+def print_setup(problem: SearchProblem[Backend], prepared: Prepared, devices: Devices, planned: Plan) -> None:
     """Print the search's devices, models, batches, strategy and plan."""
     console.print(devices.describe())
-    for line in (*problem.backend.describe_inputs(prepared), *problem.notes, *planned.summary()):
+    for line in (*problem.facts.notes, *prepared.notes, *problem.notes, *planned.summary()):
         console.print(line, soft_wrap=True)
 
 
@@ -79,18 +79,18 @@ def write_winner(folder: RunFolder, problem: SearchProblem[Backend], result: Res
     """Export the winner, and report."""
     interrupts.check()
     check_replaceable_model(folder.model)
-    recipe, history = problem.backend.recipe(result.genome), folder.read_history()
+    recipe, history = problem.backend.describe(result.genome).recipe, folder.read_history()
     keep_winner(folder, recipe)
     atomic_write(folder.recipe, recipe)
     if result.members:
-        write_front(folder, [problem.backend.recipe(member.genome) for member in result.members])
+        write_front(folder, [problem.backend.describe(member.genome).recipe for member in result.members])
     card = search_card(folder.path.name, problem, result, recipe, len(history))
     check = partial(check_replaceable_model, folder.model)
     tensors = problem.backend.export(recipe, result.genome, folder.model, card, check)
     check_replaceable_model(folder.adapter)
     if result.change is not None:
         change, check = result.change, partial(check_replaceable_model, folder.adapter)
-        problem.backend.export_change(folder.model, change.model.layout, change.vector, folder.adapter, check)
+        change.model.export(folder.model, change.vector, folder.adapter, check)
     elif folder.adapter.exists():
         remove_folder(folder.adapter)
     if result.answers:
