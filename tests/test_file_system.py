@@ -110,7 +110,7 @@ WITHOUT_FILE_SYSTEM = {
     NO_FILE: {
         "cli.py": ["main"], "api/pytrees.py": ["_run"], "search/loop.py": ["evolve"],
         "evaluation/devices.py": ["_silence_libraries"],
-        "search/checkpoints.py": ["FolderStorage.save"],
+        "search/checkpoints.py": ["FolderStorage.close"],
     },
 }  # fmt: skip
 
