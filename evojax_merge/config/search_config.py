@@ -308,8 +308,7 @@ class SearchConfig(Section):
     )
     finalists: Whole = Field(
         5, ge=1, le=10_000,
-        description="how many of the best candidates are scored again, for one to win; where generations were scored "
-        "on the same examples, in the same dtype, the best alone is",
+        description="how many of the best are scored again, for one to win; one where more would change nothing",
     )  # fmt: skip
     rungs: Whole = Field(
         1, ge=1, le=8, description="above 1: candidates race, and with each rung half of them meet twice the examples"

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
@@ -14,14 +15,16 @@ from types import ModuleType
 def load_file(path: Path) -> ModuleType:
     """Import a Python file once. The module's name contains a digest of the content, so that a changed file is another
     module. Exceptions of the file pass through."""
-    name = f"{path.stem}_{sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]}"
+    content = path.read_bytes()
+    name = f"{path.stem}_{sha256(str(path).encode() + content).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None and isinstance(spec.loader, SourceFileLoader)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        # The loader would take bytecode of an earlier content whose file had the same size in the same second.
+        exec(spec.loader.source_to_code(content, str(path)), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise
