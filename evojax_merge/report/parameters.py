@@ -86,9 +86,10 @@ def read_parameters(run: RunData) -> Parameters | None:
     # A few sizes alone: the names are computed in JAX, which compiles for each.
     padded = np.pad(genomes, [(0, 2 ** len(genomes).bit_length() - len(genomes)), (0, 0)])
     values = {name: np.asarray(column, float)[: len(genomes)] for name, column in named_values(padded).items()}
+    is_named = "gene[0]" not in values
     importance = _importance(_sampled(late, values, 0)) if len(late) >= FEWEST_RANKED else {}
     frames = Frames(labels, _maps({name: column[len(late) + len(drawn) :] for name, column in values.items()}))
-    if named_values is gene_values and run.outcome.groups:
+    if not is_named and run.outcome.groups:
         # The winner's parameters from result.json, where those of other candidates have no names any more.
         names, maps = model_names(list(map(Path, run.config.get("parents", ())))), []
         for name, table in run.outcome.parameters.items():
@@ -97,7 +98,7 @@ def read_parameters(run: RunData) -> Parameters | None:
             maps.append(Map(name, run.outcome.groups, columns, cells[None]))
         frames = Frames(["the winner"], maps)
     return Parameters(
-        named=named_values is not gene_values,
+        named=is_named,
         frames=frames,
         importance=importance,
         ranked=len(late),
