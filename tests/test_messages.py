@@ -58,6 +58,18 @@ def test_cells_keep_their_lines(terminal: Terminal) -> None:
     assert [line.strip("│ ") for line in text_of(terminal).splitlines()[3:5]] == ["one", SHOWN]
 
 
+def test_a_narrow_terminal_leaves_the_fitness_of_one_task_out() -> None:
+    rows = [Row(role, "maths", -4.5, {"sums/log_probability": -4.5, "b/a": 1.0}) for role in ("parent", "winner")]
+    for width, count in ((40, 0), (140, 1)):
+        terminal = Terminal(file=io.StringIO(), width=width, markup=False, emoji=False, highlight=False)
+        terminal.print(scores_table(rows).terminal())
+        assert text_of(terminal).count("fitness") == count and text_of(terminal).count("-4.5000") == 2 * (count + 1)
+    several = [Row(role, "maths", -2.0, {"sums/log_probability": -4.5, "b/a": 0.5}) for role in ("parent", "winner")]
+    terminal = Terminal(file=io.StringIO(), width=40, markup=False, emoji=False, highlight=False)
+    terminal.print(scores_table(several).terminal())
+    assert "fitness" in text_of(terminal)
+
+
 @pytest.mark.parametrize("width", [80, 140])
 def test_a_narrow_terminal_breaks_no_word(width: int) -> None:
     """Headings and cells go on behind spaces, / and _; a table of too many columns has them as rows."""
@@ -76,6 +88,7 @@ def test_a_narrow_terminal_breaks_no_word(width: int) -> None:
         text = text_of(terminal)
         assert "…" not in text and max(map(len, text.splitlines())) <= width
         words = set(re.split(r"[\s┃│]+", text))
+        table = table if table.repeated is None or table.natural_width <= width else table.without(table.repeated)
         texts = [value for row in (table.columns, *table.rows) for value in row if isinstance(value, str)]
         for part in re.findall(r"[^\s/_]+", " ".join(texts)):
             assert any(part in word for word in words), part

@@ -30,7 +30,7 @@ TOOLTIPS = {
     "median": "median", "low": "10th percentile", "validation": "validation",
 }  # fmt: skip
 # Pixels of the fitness over generations, and of a line of text in it.
-FITNESS_HEIGHT, LABEL_HEIGHT = 340, 14
+FITNESS_HEIGHT, LABEL_HEIGHT = 340, 15
 # The points of a curve in small charts.
 MOST_POINTS = 250
 # The members of a pool that are drawn.

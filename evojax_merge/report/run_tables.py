@@ -11,7 +11,7 @@ from evojax_merge.report.comparison import POLISHED, chosen_on, label_of, nothin
 from evojax_merge.report.drawings import parameter_text
 from evojax_merge.report.intervals import paired_lead, unpaired_lead
 from evojax_merge.report.run_data import SEARCH_SPLIT, Result, RunData, lead_over
-from evojax_merge.report.tables import LEAD, Table, lead_cell
+from evojax_merge.report.tables import LEAD, Table, lead_cell, repeated_fitness
 from evojax_merge.schema.budget import Budget, parse_budget
 from evojax_merge.search.run_folder import INPUTS
 from evojax_merge.search.run_schema import GROUPS
@@ -129,7 +129,8 @@ def heldout_table(result: Result) -> Table:
     ]
     winner = next((number for number, scored in enumerate(result.table) if scored.role == "winner"), None)
     columns = ["model", titled("fitness", result.units), LEAD, *(titled(name, result.units) for name in scores)]
-    return Table(columns, rows, frozenset(range(1, len(columns))), winner)
+    numbers = range(1, len(columns))
+    return Table(columns, rows, numbers, winner, folded=numbers, repeated=repeated_fitness(rows))
 
 
 def front_table(result: Result) -> Table:

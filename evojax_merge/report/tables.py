@@ -22,7 +22,8 @@ LEAD = "winner ahead by (95% interval)"
 class Table:
     """A table, whose fractions have four digits. numbers: the columns that are aligned to the right; winner: the row
     that stands out; wrap: whether a page breaks long cells; folded: the columns in which a terminal that is too narrow
-    breaks them anywhere; whole: those in which it breaks none."""
+    breaks them anywhere; whole: those in which it breaks none; repeated: a
+    column whose numbers stand in a later one as well, which such a terminal leaves out."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -31,6 +32,7 @@ class Table:
     wrap: bool = False
     folded: Collection[int] = ()
     whole: Collection[int] = ()
+    repeated: int | None = None
 
     def terminal(self, title: str | None = None) -> "TerminalTable":
         """The table for the terminal. Names stand in it unchanged, whichever console prints it: `[/INST]` is a name,
@@ -43,6 +45,17 @@ class Table:
         first, *columns = zip(self.columns, *self.rows, strict=True)
         headings = [_shown(value) for value in first]
         return Table(headings, columns, range(1, len(headings)), folded=range(1, len(headings)))
+
+    def without(self, column: int) -> "Table":
+        """The table without a column, in which all others are numbers but the first."""
+        columns, *rows = ([*row[:column], *row[column + 1 :]] for row in (self.columns, *self.rows))
+        numbers = range(1, len(columns))
+        return replace(self, columns=columns, rows=rows, numbers=numbers, folded=numbers, repeated=None)
+
+    @property
+    def natural_width(self) -> int:
+        """The columns of the terminal that take every text in one line."""
+        return 1 + sum(3 + _widest(column) for column in zip(*self.texts, strict=True))
 
     @property
     def texts(self) -> list[list[str]]:
@@ -86,6 +99,8 @@ class TerminalTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table, width = self.table, options.max_width
+        if table.repeated is not None and table.natural_width > width:
+            table = table.without(table.repeated)
         texts = table.fitted(width)
         if texts is None and table.rows and (turned := table.turned.fitted(width)) is not None:
             table, texts = table.turned, turned
@@ -150,7 +165,14 @@ def scores_table(rows: Sequence[Row]) -> Table:
     ]
     winner = next((number for number, row in enumerate(rows) if row.role == "winner"), None)
     scores = range(1, len(columns))
-    return Table(columns, cells, scores, winner, folded=scores)
+    return Table(columns, cells, scores, winner, folded=scores, repeated=repeated_fitness(cells))
+
+
+def repeated_fitness(rows: Sequence[Sequence[Any]]) -> int | None:
+    """The number of the column of the fitness, 1, where another one has the same numbers: that of the one task that
+    counts; else None."""
+    columns = [repr(column) for column in zip(*rows, strict=True)]
+    return 1 if columns[1:2] and columns[1] in columns[2:] else None
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
