@@ -28,6 +28,7 @@ from evojax_merge.report.charts import FITNESS_HEIGHT, LABEL_HEIGHT, label_place
 from evojax_merge.report.comparison import POLISHED, POLISHED_NAME
 from evojax_merge.report.intervals import paired_lead
 from evojax_merge.report.page import kept_page, write_page
+from evojax_merge.report.parameters import read_parameters
 from evojax_merge.report.run_data import MOST_GENERATIONS, read_run
 from evojax_merge.report.run_tables import headline
 from evojax_merge.report.tables import lead_cell
@@ -411,6 +412,26 @@ def test_drawn_candidates_and_the_sliders_frames_are_those_of_the_run(tmp_path: 
         assert label == f"generation {row['generation']} of 8, its best: fitness {row['fitness'][place]:.4f}"
         assert values == pytest.approx(row["genomes"][place], rel=1e-5)
     assert frames["maps"][0]["values"][-1] == read_json(run / "result.json")["genome"]
+
+
+def test_groups_of_tensors_have_any_names_and_are_those_of_the_genomes(tmp_path: Path) -> None:
+    """Of models of other backends config.yaml has the groups, or in a run of an earlier version result.json."""
+    space = {"method": "linear", "parameters": {"weight": {"low": 0.0, "high": 1.0}}}
+    task = {"name": "sums", "kind": "arrays", "file": "/gone/arrays.npz"}
+    config: dict[str, Any] = {"backend": "/gone/code.py:NAME", "tasks": [task], "space": space}
+    for number, (groups, rows) in enumerate((
+        (["blocks[0]", "all"], ["blocks[0]", "all"]), (None, ["layers 0-1", "layers 2-3"]), (["one of three"], None)
+    )):  # fmt: skip
+        given = {} if groups is None else {"groups": groups}
+        run = make_run(tmp_path / f"run-{number}", generations=8, **config, **given)
+        parameters = read_parameters(read_run(run))
+        assert parameters is not None and parameters.named == (rows is not None)
+        if rows is not None:
+            (map_,) = parameters.frames.maps
+            assert (map_.rows, map_.columns) == (rows, ["maths", "japanese"])
+            assert {f"{parent}, {row}" for row in rows for parent in map_.columns} == parameters.importance.keys()
+        write_page(RunFolder(run))
+        assert ("names the parameters: genes" in Page(run / "report.html").text) == (rows is None)
 
 
 def test_the_page_says_that_nothing_beat_the_first_parent(tmp_path: Path) -> None:

@@ -42,7 +42,10 @@ def stored_values(folder: RunFolder) -> NamedValues:
     if "backend" not in document:
         opened = parameter_space(folder.config, last_stage(folder))
     elif groups := document.get(GROUPS) or (read_result(folder.result) or StoredResult()).groups:
-        opened = _group_space(folder.config, document, groups), model_names(list(map(Path, document["parents"])))
+        opened = (
+            _group_space(folder.config, document, groups),
+            model_names(list(map(Path, document.get("parents", ())))),
+        )
     if opened is None:
         return gene_values
     space, parents = opened
@@ -60,7 +63,7 @@ def stored_values(folder: RunFolder) -> NamedValues:
 def _group_space(file: Path, document: Mapping[str, Any], groups: Sequence[str]) -> GroupSpace:
     """The space of a run's config whose models are no language models. Raises InputError for a method that is not
     loaded, and for parameters that it has not."""
-    where, parents = f"{file}: space", len(document["parents"])
+    where, parents = f"{file}: space", len(document.get("parents", ()))
     try:
         space = SpaceConfig.model_validate(document.get("space"))
     except ValidationError:
