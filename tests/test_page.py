@@ -415,7 +415,7 @@ def test_drawn_candidates_and_the_sliders_frames_are_those_of_the_run(tmp_path: 
 
 
 def test_groups_of_tensors_have_any_names_and_are_those_of_the_genomes(tmp_path: Path) -> None:
-    """Of models of other backends config.yaml has the groups, or in a run of an earlier version result.json."""
+    """config.yaml has the groups of models of other backends; result.json has them in a run of an earlier version."""
     space = {"method": "linear", "parameters": {"weight": {"low": 0.0, "high": 1.0}}}
     task = {"name": "sums", "kind": "arrays", "file": "/gone/arrays.npz"}
     config: dict[str, Any] = {"backend": "/gone/code.py:NAME", "tasks": [task], "space": space}

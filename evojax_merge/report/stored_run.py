@@ -34,7 +34,7 @@ def last_stage(folder: RunFolder) -> Config:
 
 def stored_values(folder: RunFolder) -> NamedValues:
     """The function from a run's genomes to the searched parameters by their names. A run of language models needs the
-    first parent's headers; of other models the run folder holds all names, and no model is opened."""
+    first parent's headers. The run folder of other models holds all names, and no model is opened."""
     document = read_run_config(folder.config)
     if "tasks" not in document:  # a run of search_pytrees
         return gene_values
