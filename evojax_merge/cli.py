@@ -405,7 +405,7 @@ def evaluate(
     default="model",
     help="The whole model, its difference to the base as a LoRA adapter, or the model with search.then: polish.",
 )
-@click.option("--rank", type=click.IntRange(min=1), help="Of an adapter: the rank that the difference is cut to.")
+@click.option("--rank", type=click.IntRange(min=1), help="Of an adapter, which needs it: the rank it is cut to.")
 @with_gguf_type
 @with_shard_size
 def export(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from evojax_merge.backends.backend import Backend
+from evojax_merge.backends.backend import Backend, Prepared
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.compilations import compilations
 from evojax_merge.evaluation.devices import barrier, local_devices
@@ -20,7 +20,6 @@ from evojax_merge.judge.evaluation import judged, with_best
 from evojax_merge.judge.opening import JudgeOptions, judging
 from evojax_merge.judge.proposals import proposing
 from evojax_merge.problem import SearchProblem, failure_hint
-from evojax_merge.report.comparison import model_name
 from evojax_merge.report.progress import OnGeneration, bytes_bar, passes_bar, search_bar
 from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
 from evojax_merge.search.environment import recorded_session
@@ -41,7 +40,7 @@ FORCE = "--force goes on all the same"
 def search(
     folder: RunFolder,
     problem: SearchProblem[Backend],
-    prepared: Splits[list[Any]],
+    prepared: Prepared,
     on_generation: OnGeneration,
     force: bool,
     judges: JudgeOptions | None,
@@ -53,7 +52,7 @@ def search(
         return
     check_room(folder, problem.search.generations)
     problem = replace(problem, kept=kept_scores(read_run_config(folder.config), jax.process_count()))
-    devices, compiled_before = local_devices(problem.backend.settings.model), compilations()
+    devices, compiled_before = local_devices(problem.facts.settings.model), compilations()
     planned = make_plan(problem, prepared, timings=read_timings())
     print_setup(problem, prepared, devices, planned)
     if planned.target.is_accelerator and not planned.fits and not force:
@@ -90,8 +89,7 @@ def family_tree(problem: SearchProblem[Backend], context: Any, genome: np.ndarra
     context: what the strategy lends the space."""
     if context is None:
         return None
-    names = [model_name(parent) for parent in problem.parents]
-    return problem.backend.within(context).report(genome, names).terminal()
+    return problem.backend.within(context).describe(genome).report.terminal()
 
 
 def evolve_on(

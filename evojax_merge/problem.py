@@ -5,6 +5,7 @@ then the run folder.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, cast
@@ -13,10 +14,11 @@ import numpy as np
 from merge_kernels import METHODS
 from typing_extensions import TypeVar
 
-from evojax_merge.backends.backend import Backend, Resolve
+from evojax_merge.backends.backend import Backend, BackendFacts, Prepared, Resolve
 from evojax_merge.backends.registry import find_backend
-from evojax_merge.checkpoints.derived import ignored_revisions
-from evojax_merge.checkpoints.folder import file_hash
+from evojax_merge.checkpoints.derived import ignored_revisions, input_files
+from evojax_merge.checkpoints.folder import file_hash, file_sample
+from evojax_merge.checkpoints.references import local_path
 from evojax_merge.config.documents import apply_overrides, parse
 from evojax_merge.config.search_config import AUTO, JUDGED_KINDS, VOTES, Config, KeepConfig, SearchConfig, StageConfig
 from evojax_merge.errors import InputError
@@ -98,16 +100,20 @@ class SearchProblem(Generic[B]):
     reopen: Callable[[Config, Target], Backend] | None = None
 
     @property
+    def facts(self) -> BackendFacts:
+        return self.backend.facts
+
+    @property
     def space(self) -> Any:
-        return self.backend.space
+        return self.facts.space
 
     @property
     def target(self) -> Target:
-        return self.backend.target
+        return self.facts.target
 
     @property
     def parents(self) -> tuple[Path, ...]:
-        return tuple(model for role, model in self.backend.compared if role == "parent")
+        return self.facts.parents
 
     @property
     def keep(self) -> KeepConfig:
@@ -118,13 +124,13 @@ class SearchProblem(Generic[B]):
         """Return whether the tasks of `splits.tuning` have derivatives."""
         return all(task.derivative is not None for tasks in self.splits.tuning for task in tasks)
 
-    def prepare(self) -> Splits[list[Any]]:
+    def prepare(self) -> Prepared:
         """The tasks of each split as the backend evaluates them."""
         return self.backend.prepare(self.splits)
 
     def exporting(self) -> B:
         """The backend, ready to write candidates: batch norms are measured on the search's examples."""
-        if self.backend.settings.recalibrate:
+        if self.facts.settings.recalibrate:
             self.prepare()
         return self.backend
 
@@ -185,6 +191,19 @@ def revision_warnings(path: Path, config: Config) -> list[str]:
     return [f"{path}: {line}" for line in lines]
 
 
+def model_samples(path: Path, config: Config) -> dict[str, str]:
+    """Samples of the files of a config's models, by the model's key and the file's name; of models that the config
+    names by a path of this machine. `path` is the config's file."""
+    references = {"base": config.base, **{f"parents[{i}]": parent for i, parent in enumerate(config.parents)}}
+    files: dict[str, Path] = {}
+    for key, reference in references.items():
+        model = None if reference is None else local_path(reference, path.parent)
+        if model is not None:
+            files |= {f"{key}: {file.name}": file for file in sorted(input_files(model))}
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(files, pool.map(file_sample, files.values()), strict=True))
+
+
 def open_backend(path: Path, config: Config, *, chained: bool = False) -> Backend:
     """Open a config's models and its space, and none of its tasks (see `build_problem`)."""
     where, folder = str(path), path.parent
@@ -219,13 +238,13 @@ def build_problem(
 
     backend = reopen(config, target)
     for i, (task, _) in enumerate(tasks):
-        backend.check_task(f"{where}: tasks[{i}]", task)
+        backend.check(f"{where}: tasks[{i}]", task)
     pool, limits = config.pool, [section.limit for section in config.tasks]
     settings = None if pool is None else PoolSettings(
         len(config.parents), len(pool.methods), pool.members(len(config.parents)), pool.selection, pool.replace
     )  # fmt: skip
     opened = open_search(
-        f"{where}: search", config.search, backend.space, tasks, limits, backend.has_derivatives, settings,
+        f"{where}: search", config.search, backend.facts.space, tasks, limits, backend.facts.has_derivatives, settings,
         any(section.guard for section in config.tasks),
     )  # fmt: skip
     strategy = opened.strategy
@@ -258,7 +277,7 @@ def _scale(where: str, config: Config, metrics: Sequence[str], backend: Any) -> 
         for section, metric in zip(config.tasks, metrics, strict=True)
         if section.weight > 0
     ]
-    comparable = len(backend.compared) > 1
+    comparable = len(backend.facts.compared) > 1
     if config.scale is None:
         return "parents" if comparable and len(set(counted)) > 1 else "none"
     if config.scale == "parents" and not comparable:
@@ -276,7 +295,7 @@ def _check_guards(where: str, config: Config, backend: Any, strategy: Strategy) 
     if number is None:
         return
     key, search = f"{where}: tasks[{number}].guard", config.search
-    if not any(role == "base" for role, _ in backend.compared):
+    if backend.facts.base is None:
         raise InputError(key, "true: compares candidates with the base, and there is none; name one, or leave it out")
     if search.rungs > 1:
         raise InputError(
@@ -355,8 +374,8 @@ def searchable(
     lengths = backend.example_lengths
     shards = stratified_shards(f"{where}: search.rungs", searched, lengths, search.rungs, seed)
     choice = [task for task in searched if task.weight > 0] if search.rung_examples == "item_response" else None
-    if search.then == "polish" and (backend.not_polishable or search.strategy == VOTES):
-        reason = backend.not_polishable or "votes are for the search's candidates"
+    if search.then == "polish" and (backend.facts.not_polishable or search.strategy == VOTES):
+        reason = backend.facts.not_polishable or "votes are for the search's candidates"
         raise InputError(f"{where}: search.then", f"polish: {reason}; leave it out")
     if search.controls:
         _check_controls(f"{where}: search.controls", search, backend, any(heldout for _, heldout in tasks))
@@ -376,16 +395,16 @@ def searchable(
 def _check_controls(where: str, search: SearchConfig, backend: Backend, has_heldout: bool) -> None:
     """Raises InputError for controls that a search cannot have."""
     if "greedy" in search.controls:
-        averages_of(where, backend.space)
+        averages_of(where, backend.facts.space)
     if not has_heldout or search.strategy == VOTES:
         lacking = "votes are for the search's candidates" if has_heldout else "there are no held-out examples"
         raise InputError(where, f"are rows of the held-out table, and {lacking}; leave it out")
-    if "uniform" in search.controls and backend.baseline_role != "uniform":
+    if "uniform" in search.controls and backend.facts.baseline_role != "uniform":
         raise InputError(where, "uniform: the candidates are no merges of all parents; leave it out")
-    if "random" in search.controls and isinstance(backend.space, ContextSpace):
+    if "random" in search.controls and isinstance(backend.facts.space, ContextSpace):
         raise InputError(where, "random: candidates are bred from others, and none is random; leave it out")
-    if "lora" in search.controls and backend.not_adaptable:
-        raise InputError(where, f"lora: {backend.not_adaptable}; leave it out")
+    if "lora" in search.controls and backend.facts.not_adaptable:
+        raise InputError(where, f"lora: {backend.facts.not_adaptable}; leave it out")
 
 
 def _tuning_parts(searched: Sequence[Any], lengths: Callable[[Any], np.ndarray], seed: int) -> list[list[Any]]:
@@ -496,7 +515,7 @@ def resolved_search(search: SearchConfig, strategy: Strategy) -> dict[str, Any]:
 def extensions(config: Config, problem: SearchProblem) -> list[object]:
     """The objects of a search that plugins may have added."""
     factory = find_strategy("search.strategy", problem.search.strategy)
-    return [*problem.backend.extensions(), factory, problem.strategy, *config.tasks, *problem.splits.search]
+    return [*problem.facts.extensions, factory, problem.strategy, *config.tasks, *problem.splits.search]
 
 
 def plugins_of(config: Config, problem: SearchProblem) -> list[str]:
@@ -508,20 +527,22 @@ def resolved_document(config: Config, problem: SearchProblem) -> dict[str, Any]:
     """The config for the run folder: absolute paths, defaults filled in, the strategy and its population, the hash of
     every file that scores depend on (weights, the models' configs, the files of their tokenizers and chat templates,
     data, functions, plugins), and the scheme of random masks. Keys whose defaults depend on the machine stay null."""
-    backend, splits = problem.backend, problem.splits
-    document = config.model_dump(mode="json") | backend.resolved()
+    facts, splits = problem.facts, problem.splits
+    document = {**config.model_dump(mode="json"), **facts.resolved}
     document.pop("out")
     document["search"] = resolved_search(problem.search, problem.strategy)
-    document["export_dtype"] = backend.export_dtype
-    document["evaluation"]["compute_dtype"] = backend.compute_dtype
+    document["export_dtype"] = facts.export_dtype
+    document["evaluation"]["compute_dtype"] = facts.compute_dtype
     document["tasks"] = list(map(resolved_config, config.tasks, splits.search, splits.heldout))
     if config.scale is not None or problem.scale != "none":
         document["scale"] = problem.scale
-    files = {file for task in splits.search + splits.heldout for file in task.files} | backend.files()
+    files = {file for task in splits.search + splits.heldout for file in task.files} | problem.backend.files()
     plugins = plugins_of(config, problem)
     if plugins:
         document["plugins"] = plugins
     files |= {record for file in files if (record := dvc_record(file)) is not None}
     files |= source_files(extensions(config, problem)) | files_of(plugins)
-    document["inputs"] = {str(file): file_hash(file) for file in sorted(files)}
-    return document | random_numbers(backend.is_random)
+    paths = sorted(files)
+    with ThreadPoolExecutor() as pool:
+        document["inputs"] = dict(zip(map(str, paths), pool.map(file_hash, paths), strict=True))
+    return document | random_numbers(facts.is_random)

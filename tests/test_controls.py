@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 import evojax_merge as em
 from evojax_merge.backends.backend import Adaptable
+from evojax_merge.config.search_config import GradientConfig
 from evojax_merge.core import evolve_on
 from evojax_merge.evaluation.scores import PLAIN, TaskScores
 from evojax_merge.models.adapted import LowRankLayout
@@ -52,7 +53,7 @@ def opened(family: Family, *names: str, **changes: Any) -> SearchProblem:
 def adaptable(problem: SearchProblem, rank: int, scale: float = 2.0) -> tuple[Any, TuningData]:
     """The base, to be changed, and the data of a training."""
     on = open_evaluators(problem, problem.prepare())
-    base = problem.backend.compared[0][1]
+    base = problem.facts.compared[0][1]
     model = problem.backend.adaptable(base, [on.deciding, on.search, on.heldout, *on.tuning], rank, scale)
     deciding, search, _, *parts = model.evaluators
     return model, TuningData(parts, deciding, search, PLAIN, PLAIN, problem.tunes_by_gradient)
@@ -85,7 +86,7 @@ def _trained_by_peft(problem: SearchProblem, layout: Any, rate: float, seed: int
     settings = peft.LoraConfig(
         r=layout.rank, lora_alpha=layout.rank * layout.scale, target_modules=modules, task_type="CAUSAL_LM"
     )
-    tuned = peft.get_peft_model(load_torch(problem.backend.compared[0][1]), settings)
+    tuned = peft.get_peft_model(load_torch(problem.facts.compared[0][1]), settings)
     factors = dict(tuned.named_parameters())
     with torch.no_grad():
         for name, (a, b) in layout.split(layout.start(seed)).items():
@@ -206,6 +207,26 @@ def test_a_killed_run_makes_no_control_twice(sums: Family, tmp_path: Path, monke
     folder.controls.write_bytes(folder.controls.read_bytes()[:100])
     monkeypatch.undo()
     assert [row.fitness for row in finished(problem, folder).rows] == [row.fitness for row in first.rows]
+
+
+def test_random_candidates_stand_beside_what_auto_chose(sums: Family) -> None:
+    """Its choice, gradients on minibatches, has options that no random search has."""
+    document = search_config(sums, 2, 4, heldout=0.25) | {"search": {"strategy": "auto", "controls": ["random"]}}
+    problem = problem_of(sums.root / "search.yaml", document)
+    problem = replace(problem, search=problem.search.model_copy(update={"generations": 2}))
+    assert problem.strategy.name == "gradient" and problem.search.gradient != GradientConfig()
+    assert "random" in {row.role for row in finished(problem).rows}
+
+
+def test_a_finished_run_gets_its_controls_later(sums: Family, tmp_path: Path) -> None:
+    config, run = write_yaml(tmp_path / "search.yaml", search_config(sums, 2, 4, heldout=0.25)), tmp_path / "run"
+    output_of("search", config, "--out", run)
+    before, more = read_json(run / "result.json"), ("--resume", "--set", "search.controls=[random]")
+    output_of("search", config, "--out", run, *more)
+    after = read_json(run / "result.json")
+    assert [row["role"] for row in after["table"]] == ["base", "parent", "parent", "uniform", "random", "winner"]
+    assert after["table"][-1] == before["table"][-1]
+    assert "nothing to search" in output_of("search", config, "--out", run, *more)
 
 
 def test_the_table_the_page_and_the_result_show_controls(sums: Family, tmp_path: Path) -> None:

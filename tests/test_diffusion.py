@@ -439,9 +439,9 @@ def test_prompts_latents_and_the_groups_of_evosdxl(stable: list[Path], tmp_path:
     )  # fmt: skip
     file = tmp_path / "config.yaml"
     problem = problem_of(file, document)
-    assert problem.backend.space.groups == ("unet other", "unet attention")
+    assert problem.facts.space.groups == ("unet other", "unet attention")
     splits = problem.prepare()
-    assert problem.backend.space.dims == 4 and splits.search[0].size == 2
+    assert problem.facts.space.dims == 4 and splits.search[0].size == 2
     generator, backend = problem.backend.generator, problem.backend
     encoder = load_file(stable[1] / "text_encoder" / "model.safetensors")
     state = generator.pipeline.text_encoder.state_dict()
@@ -461,8 +461,8 @@ def test_the_config_of_evosdxl_is_planned_on_folders_of_its_form(tmp_path: Path)
     write_lines(tmp_path / "prompts.jsonl", [{"prompt": letter * 3} for letter in "abcdefgh"])
     assert "StableDiffusionXLPipeline: draws pictures" in output_of("plan", file)
     problem = open_problem(file)
-    assert problem.backend.space.dims == 8
-    assert problem.backend.space.groups == ("unet other", "unet attention")
+    assert problem.facts.space.dims == 8
+    assert problem.facts.space.groups == ("unet other", "unet attention")
     for name in ("text_encoder", "text_encoder_2"):
         written = load_file(tmp_path / "jsdxl" / name / "model.safetensors")
         state = getattr(problem.backend.generator.pipeline, name).state_dict()

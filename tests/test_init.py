@@ -88,7 +88,7 @@ def test_the_config_is_one_that_a_search_takes(init: Init, capsys: pytest.Captur
     path = Path("mine.yaml").absolute()
     config = read_config(path, [], None)
     assert (config.base, config.parents, config.out) == ("base", ["one", "two"], "runs/mine")
-    assert config.space is not None and config.space.method == "ties" and config.tokenizer_source is None
+    assert config.space is not None and config.space.method == "task_arithmetic" and config.tokenizer_source is None
     assert config.search.generations == 7 and set(config.space.parameters) == {"weight"}
     problem = build_problem(path, config)
     assert f"{problem.space.dims} parameters of 2 parents" in shown
@@ -680,6 +680,15 @@ def test_a_terminal_is_asked_for_what_is_missing(init: Init, answers: Callable[.
     asked = answers("", "tasks.jsonl")
     assert init("b.yaml", "--parents", "one", "two") == 0 and asked == ["base", "data"]
     assert "base" not in document("b.yaml") and document("b.yaml")["space"]["method"] == "linear"
+
+
+def test_a_terminal_is_asked_for_fields_of_other_names(init: Init, answers: Callable[..., list[str]]) -> None:
+    data = str(write_lines(Path("fragen.jsonl"), [{"frage": f"w{n % 9 + 5}", "antwort": "w6"} for n in range(20)]))
+    asked = answers("frage", "antwort")
+    assert init(*MODELS, "--data", data) == 0
+    assert "its fields (frage" in asked[0] and asked[1] == "fields of the answer: "
+    (task,) = document()["tasks"]
+    assert (task["prompt"], task["target"]) == ("{frage}", "{antwort}")
 
 
 def test_an_end_of_the_input_names_the_flag(

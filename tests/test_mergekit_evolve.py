@@ -106,7 +106,7 @@ def test_a_point_is_the_merge_that_mergekit_makes_of_it(name: str, family4: Fami
         by_set = np.moveaxis(point[..., i], 1, 2)
         rows = [by_set[:, layered].reshape(-1, point.shape[1]), by_set[-1, alone].reshape(-1, point.shape[1])]
         values[parameter] = np.concatenate(rows)
-    (tmp_path / "recipe.yaml").write_text(problem.backend.recipe(space.genome(values)))
+    (tmp_path / "recipe.yaml").write_text(problem.backend.describe(space.genome(values)).recipe)
     merge_to(prepare(read_recipe(tmp_path / "recipe.yaml")), tmp_path / "ours", card="")
     assert_same_tensors(state(tmp_path / "ours"), state(tmp_path / "theirs"), rtol=1e-7, atol=2e-5)
 
@@ -124,7 +124,7 @@ def test_slerp_reaches_the_merges_that_mergekit_does(family4: Family, tmp_path: 
     space = problem.space
     assert isinstance(space, ParameterSpace)
     t = 1 / (1 + np.exp(point[:, 0, 0, 0] - point[:, 1, 0, 0]))
-    (tmp_path / "recipe.yaml").write_text(problem.backend.recipe(space.genome({"t": t[:, None]})))
+    (tmp_path / "recipe.yaml").write_text(problem.backend.describe(space.genome({"t": t[:, None]})).recipe)
     merge_to(prepare(read_recipe(tmp_path / "recipe.yaml")), tmp_path / "ours", card="")
     ours, wanted = state(tmp_path / "ours"), state(tmp_path / "theirs")
     for tensor, array in wanted.items():

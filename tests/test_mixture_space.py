@@ -151,7 +151,7 @@ def test_every_genome_is_scored_as_its_export(root: Path, tmp_path: Path) -> Non
     assert together.outputs == scores.outputs
     for genome, row in list(zip(genomes, matrix, strict=True))[:2]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        problem.backend.export(problem.backend.recipe(genome), genome, folder, "", lambda: None)
+        problem.backend.export(problem.backend.describe(genome).recipe, genome, folder, "", lambda: None)
         np.testing.assert_allclose(row, answers_alone(folder, root / "heldout.jsonl")["scores"], atol=1e-4)
 
 
@@ -230,7 +230,7 @@ def test_no_candidate_is_assembled(root: Path) -> None:
         return sum(4 * int(np.prod(t.shape)) for tensor, t in tensors[name].items() if (".mlp." in tensor) == is_mlp)
 
     assert held == nbytes("base", False) + sum(nbytes(name, True) for name in PROMPTS)
-    assert held == problem.backend.candidates.loaded_bytes() == problem.backend.held_bytes()
+    assert held == problem.backend.candidates.loaded_bytes() == problem.backend.planner().sizes.held
     genomes = np.zeros((7, problem.space.dims), np.float32)
     (population,) = heldout.evaluator.populations(
         heldout.evaluator.evaluator, heldout.evaluator.bank, problem.space.decode(genomes)

@@ -153,10 +153,10 @@ def test_products_are_bfloat16_where_all_weights_are_and_the_target_multiplies_i
     assert cpu.compute_dtype("auto", ["bfloat16"]) == h100.compute_dtype("float32", ["bfloat16"]) == "float32"
     base, *parents = map(str, header_models(family, tmp_path, SEVEN_B, ("base", "a", "b")))
     models = {"base": base, "parents": parents}
-    assert problem_of(document(family, **models), "v5p-8").backend.compute_dtype == "bfloat16"
-    assert problem_of(document(family, **models, export_dtype="float32"), "v5p-8").backend.compute_dtype == "float32"
-    assert problem_of(document(family, **models)).backend.compute_dtype == "float32"
-    assert problem_of(document(family), "v5p-8").backend.compute_dtype == "float32"
+    assert problem_of(document(family, **models), "v5p-8").facts.compute_dtype == "bfloat16"
+    assert problem_of(document(family, **models, export_dtype="float32"), "v5p-8").facts.compute_dtype == "float32"
+    assert problem_of(document(family, **models)).facts.compute_dtype == "float32"
+    assert problem_of(document(family), "v5p-8").facts.compute_dtype == "float32"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -505,7 +505,7 @@ def test_how_many_candidates_generate_together_is_asked_of_the_devices_that_shar
         asked.append(traced)
         return 10**9
 
-    planner = problem.backend.planner(0).evaluator
+    planner = problem.backend.planner().evaluator
     evaluator = replace(planner, batched_tasks=problem.prepare().shards[0], temporary_bytes=temporaries)
     population = problem.backend.candidates.planned_population(evaluator, 100, evaluator.devices.abstract)
     assert 1 < generation_chunk(evaluator, population, evaluator.batched_tasks[0]) < 100

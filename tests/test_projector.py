@@ -51,7 +51,7 @@ def test_a_plan_names_the_cost(root: Path, tmp_path: Path) -> None:
     config = search_config(root, tmp_path)
     problem = open_problem(config)
     backend = problem.backend
-    _, line = backend.planner(0).notes
+    _, line = backend.planner().notes
     work, layers = 2 * (16 * 32 + 32 * 32), 2 * 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 40)
     assert line.startswith("projector: merged, and computed by every candidate: 3.07 kFLOP for each position")
     assert f"{work / layers:.2%} of what the layers take" in line

@@ -107,9 +107,7 @@ def test_a_search_goes_on_from_an_older_checkpoint(searched: Path, run: Path) ->
     assert (run / "history.jsonl").read_bytes() == (searched / "history.jsonl").read_bytes()
 
 
-def test_checkpoints_take_a_tenth_of_the_time(
-    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoints_take_a_tenth_of_the_time(searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A save takes as long as four generations: the first is saved, then every thirty-sixth, and the last."""
     now = 0
 

@@ -83,7 +83,7 @@ def anonymous_bytes(pid: int) -> int:
 def counted_flops(problem: SearchProblem) -> Iterator[tuple[str, float, float]]:
     """Each pass of a generation: its name, FLOPs by the plan's count, and by the compiler's."""
     splits = problem.prepare()
-    planner = problem.backend.planner(problem.backend.device_sizes(1).bank).evaluator
+    planner = problem.backend.planner().evaluator
     population = problem.backend.candidates.planned_population(planner, problem.strategy.population, anywhere)
     for tasks in splits.shards:
         evaluator = replace(planner, batched_tasks=tasks)

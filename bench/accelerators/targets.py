@@ -68,13 +68,13 @@ def fitting_plan(
     batches = batched(alone, mode)
     shares = [model for model in range(1, target.devices_per_host + 1) if target.devices_per_host % model == 0]
     for model in shares:
-        # What does not hold the models alone need not be planned.
-        if model < shares[-1] and alone.backend.device_sizes(model).bank >= target.memory:
-            continue
         config = alone.backend.config
         evaluation = config.evaluation.model_copy(update={"model": model})
         changed = config.model_copy(update={"evaluation": evaluation})
         problem = replace(alone, backend=replace(alone.backend, config=changed))
+        # What does not hold the models alone need not be planned.
+        if model < shares[-1] and problem.backend.planner().sizes.bank >= target.memory:
+            continue
         plan = make_plan(problem, batches)
         if plan.fits:
             break

@@ -251,7 +251,7 @@ def building_part(folder: Path, sizes: Sizes) -> None:
     ours = median_seconds(partial(scorer.score, genomes), 1) / sizes.candidates
     seconds = []
     for genome in genomes[: sizes.peers]:
-        (folder / "recipe.yaml").write_text(problem.backend.recipe(genome))
+        (folder / "recipe.yaml").write_text(problem.backend.describe(genome).recipe)
         document = load_yaml(folder / "recipe.yaml")
         start = time.perf_counter()
         options = MergeOptions(quiet=True, write_model_card=False)

@@ -76,7 +76,7 @@ def scores_part(options: argparse.Namespace) -> None:
         "\n| SmolLM2-135M-Instruct | rows | ours, bfloat16 - float32 | transformers, bfloat16 - float32 "
         "| ours - transformers, float32 | ours - transformers, bfloat16 |\n| --- | ---: | ---: | ---: | ---: | ---: |"
     )
-    for _, model in problem.backend.compared:
+    for _, model in problem.facts.compared:
         found = mean_scores(model, problem)
         pairs = [
             (("ours", "bfloat16"), ("ours", "float32")),

@@ -33,6 +33,7 @@ from bench.shared.machine import describe
 from evojax_merge.benchmarks.references import seconds_of
 from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.problem import build_problem, config_from
+from evojax_merge.tasks.splits import Splits
 
 PARENTS, CLASSES = 3, 10
 # The UNet: its file is a backend of its own.
@@ -142,8 +143,9 @@ def compared(name: str, candidates: int, images: int, rounds: int, folder: Path)
     problem = build_problem(config, config_from(config, yaml.safe_load(config.read_text()), [], None))
     backend = problem.backend
     (tasks,) = problem.prepare().shards
-    evaluator = backend.evaluator(backend.load(ONE_DEVICE, lambda done: None, None), tasks, candidates)
-    genomes = np.random.default_rng(1).normal(size=(candidates, backend.space.dims)).astype(np.float32)
+    bank = backend.load(ONE_DEVICE, lambda done: None, None)
+    evaluator = backend.evaluators(bank, Splits([tasks], [], None, []), candidates).shards[0]
+    genomes = np.random.default_rng(1).normal(size=(candidates, backend.facts.space.dims)).astype(np.float32)
     module, space = make(name), backend.merge.space
     labels = {path[0].key: label for path, label in zip(backend.merge.tree.paths, backend.merge.labels, strict=True)}
     (rows,) = tasks[0].rows

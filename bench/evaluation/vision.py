@@ -121,7 +121,7 @@ def merged_states(problem: SearchProblem, genomes: np.ndarray, folder: Path) -> 
     """The state dicts of candidates as transformers loads them from their exports."""
     states = []
     for genome in genomes:
-        problem.backend.export(problem.backend.recipe(genome), genome, folder / "merged", "", lambda: None)
+        problem.backend.export(problem.backend.describe(genome).recipe, genome, folder / "merged", "", lambda: None)
         model = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "merged", dtype=torch.float32)
         states.append(model.state_dict())
     return states

@@ -81,7 +81,7 @@ def time_peer(problem: SearchProblem, genomes: np.ndarray, folder: Path) -> tupl
     batched_task = problem.prepare().shards[0][0]
     values, seconds = [], []
     for genome in genomes:
-        (folder / "recipe.yaml").write_text(problem.backend.recipe(genome))
+        (folder / "recipe.yaml").write_text(problem.backend.describe(genome).recipe)
         document = load_yaml(folder / "recipe.yaml")
         start = time.perf_counter()
         run_merge(

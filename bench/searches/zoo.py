@@ -96,7 +96,7 @@ def evolve(problem: SearchProblem, folder: Path) -> Result:
         FolderStorage(run, Checkpoints(run)), Reporter(), minibatches=on.minibatches,
     )  # fmt: skip
     result = select_best(problem, on, archive)
-    run.recipe.write_text(problem.backend.recipe(result.genome))
+    run.recipe.write_text(problem.backend.describe(result.genome).recipe)
     merge_to(prepare(read_stream(run.recipe).result, find=resolve_reference), run.model, card="")
     return result
 

@@ -61,7 +61,7 @@ def main() -> None:
     (batched_task,) = problem.prepare().search
     task, requests = batched_task.task, batched_task.requests
     late = age() - paused
-    tokenizer = AutoTokenizer.from_pretrained(problem.backend.compared[0][1])
+    tokenizer = AutoTokenizer.from_pretrained(problem.facts.compared[0][1])
     recipe = folder / "recipe.yaml"
     seconds: list[float] = []
     values: list[float] = []
@@ -76,7 +76,7 @@ def main() -> None:
         nonlocal late, best
         for unit in units:
             before = age()
-            recipe.write_text(problem.backend.recipe(unit.astype(np.float32)))
+            recipe.write_text(problem.backend.describe(unit.astype(np.float32)).recipe)
             document = load_yaml(recipe)
             late += age() - before
             model = AutoModelForCausalLM.from_pretrained(merged(document, "merged"), dtype="float32").eval()

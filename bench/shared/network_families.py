@@ -106,7 +106,7 @@ def run_seed(
     for name, overrides in searches.items():
         problem, on = opened(*overrides)
         if not examples:
-            for role, path in problem.backend.compared:
+            for role, path in problem.facts.compared:
                 keep(path.name, problem.backend.score_stored(path, on.heldout, lambda done: None))
                 parents.extend([path.name] if role == "parent" else [])
             keep(UNIFORM, on.heldout.score(problem.space.baselines()[1][:1]))

@@ -93,8 +93,9 @@ def merge(
         source = plain_data("recipe", [recipe] if isinstance(recipe, Mapping) else recipe)
     with PythonCall():
         options = MergeOptions(
-            dtype, seed, overwrite, allow_nonfinite, allow_crimes, strict, max_shard_bytes=max_shard_bytes, type=type
-        )
+            dtype=dtype, seed=seed, overwrite=overwrite, allow_nonfinite=allow_nonfinite, allow_crimes=allow_crimes,
+            strict=strict, max_shard_bytes=max_shard_bytes, type=type,
+        )  # fmt: skip
         write_merge(source, Path(out), options, ignore, warn_program)
     return Path(out)
 
@@ -119,7 +120,7 @@ def moe(
     _check_seed(seed)
     source = Path(recipe) if isinstance(recipe, str | PathLike) else plain_data("recipe", recipe)
     with PythonCall():
-        options = MergeOptions(dtype, seed, overwrite, allow_nonfinite)
+        options = MergeOptions(dtype=dtype, seed=seed, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
         write_mixture(source, Path(out), options, allow_same, warn_program)
     return Path(out)
 
@@ -285,7 +286,7 @@ class Evaluator(Described):
     def facts(self) -> dict[str, Any]:
         problem, tasks = self._problem, self._evaluator.tasks
         return {
-            "method": problem.backend.name,
+            "method": problem.facts.name,
             "parents": model_names(problem.parents),
             "dimensions": self.dims,
             "tasks": [task.name for task in tasks],
@@ -326,7 +327,7 @@ class Evaluator(Described):
     def recipe(self, genome: Any) -> Any:
         """A genome float32[D] as a recipe, which `merge` makes into a model: a mapping, or a list of them where it has
         several documents."""
-        text = self._problem.backend.recipe(genome_array("genome", genome, (self.dims,)))
+        text = self._problem.backend.describe(genome_array("genome", genome, (self.dims,))).recipe
         return plain_recipe(parse_documents("recipe", text))
 
 

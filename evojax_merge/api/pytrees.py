@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from evojax_merge import plugins
 from evojax_merge.api.python_calls import PythonCall
-from evojax_merge.backends.function.backend import FunctionBackend
+from evojax_merge.backends.function.backend import FunctionBackend, tree_facts
 from evojax_merge.backends.function.opening import named_arrays, save_tree, tree_merge
 from evojax_merge.backends.function.programs import score_count
 from evojax_merge.backends.function.trees import TreeMerge, open_trees
@@ -236,7 +236,8 @@ def _open_backend(given: Any) -> FunctionBackend:
     )  # fmt: skip
     merge = tree_merge(WHERE, tree, space, has_base, given.groups, given.seed)
     settings = EvaluationConfig(chunk=given.chunk)
-    return FunctionBackend(merge, tuple(names), tuple(map(FilePath, names)), save_tree, settings, live_target())
+    facts = tree_facts(merge, list(map(FilePath, names)), names, settings, live_target())
+    return FunctionBackend(facts, merge, save_tree)
 
 
 def _task(fitness: Callable[..., Any] | HostFitness, examples: Any, merge: TreeMerge) -> ArrayTask:
@@ -258,7 +259,7 @@ def _problem(given: Any, section: SearchConfig, backend: FunctionBackend, task: 
     tasks = [(task, None) if not given.heldout else split_task(task, given.heldout, given.seed)]
     # Numbers without examples are scored together.
     limit = 1 if given.examples is None else None
-    opened_search = open_search(WHERE, section, backend.space, tasks, [limit])
+    opened_search = open_search(WHERE, section, backend.facts.space, tasks, [limit])
     if differentiates(opened_search.strategy) is not None:
         if not task.traced:
             raise InputError(
@@ -320,7 +321,7 @@ def _run(given: Any, problem: SearchProblem, stack: ExitStack) -> PytreeSearch:
 def _document(problem: SearchProblem[FunctionBackend], examples: Any) -> dict[str, Any]:
     """The search for its run folder."""
     merge, space, spec = problem.backend.merge, problem.backend.merge.space, problem.backend.merge.spec
-    columns = zip(problem.backend.names, merge.tree.columns, strict=True)
+    columns = zip(problem.facts.references.values(), merge.tree.columns, strict=True)
     return {
         "search_pytrees": {
             "method": spec.method_name, "seed": problem.seed, "groups": list(space.groups),

@@ -215,7 +215,7 @@ class Space(Described):
         where = type(self).__name__
         self._document = plain_data(where, section)
         document = self.models.document() | self._document | {"tasks": _NO_TASKS}
-        self._space = open_backend(Path(where), config_from(Path(where), document, [], None)).space
+        self._space = open_backend(Path(where), config_from(Path(where), document, [], None)).facts.space
 
 
 class MergeSpace(Space):

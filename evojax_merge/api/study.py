@@ -163,7 +163,7 @@ class Study(Searched, Described):
         backend, search = self._parsed.backend, self._parsed.search
         registered: list[tuple[str, Any]] = [(backend, backend), (search.strategy, search.strategy)]
         registered += [(section.name, kind_of(section)) for section in self._parsed.tasks]
-        registered += [(getattr(part, "name", backend), part) for part in self._problem.backend.extensions()]
+        registered += [(getattr(part, "name", backend), part) for part in self._problem.facts.extensions]
         names = dict.fromkeys(name for name, part in registered if plugins.registered_by_program(part))
         missing += [f"{name}: registered by the Python program; name its file in `plugins`" for name in names]
         return "".join(f"# Missing: {line}\n" for line in missing) + text

@@ -91,7 +91,7 @@ class Trial(Described):
     def recipe(self) -> Any:
         """The candidate as a mergekit recipe, which `merge` makes into a model of language: a mapping, or a list of
         them where it has several documents."""
-        return plain_recipe(parse_documents("recipe", self._source.backend().recipe(self.genome)))
+        return plain_recipe(parse_documents("recipe", self._source.backend().describe(self.genome).recipe))
 
     def merged(self) -> Any:
         """The candidate as a pytree. Raises InputError for language models, which `export` writes."""
@@ -106,7 +106,7 @@ class Trial(Described):
         with PythonCall():
             self._source.check()
             if self._source.merges_recipes:
-                options = MergeOptions(dtype, None, overwrite, False, False, False)
+                options = MergeOptions(dtype=dtype, overwrite=overwrite)
                 recipe = self.recipe
                 if other_format(recipe) == MOE:
                     write_mixture(recipe, Path(out), options, True, warn_program)
@@ -293,7 +293,7 @@ class Run(Searched, Described):
 
         @cache
         def space() -> Any:
-            return self._open().space
+            return self._open().facts.space
 
         def values(genomes: np.ndarray) -> Mapping[str, np.ndarray]:
             with suppress(InputError):

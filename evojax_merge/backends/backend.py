@@ -4,8 +4,8 @@ no backend.
 Letters: P candidates, D genes of a genome. B stands for a task as a backend evaluates it: tokenised batches, or arrays.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,19 +31,24 @@ Resolve = Callable[[object, str, Path], Path]
 class Adaptable:
     """A stored model that low-rank changes are trained on. layout: of the vectors that changes are; spread: the root
     mean square of each changed matrix, by its name; evaluators: score changes float32[P, D] on splits of the examples,
-    and differentiate their fitness where the tasks have derivatives; has_derivatives: whether the model has."""
+    and differentiate their fitness where the tasks have derivatives; has_derivatives: whether the model has; export:
+    (exported winner, vector float32[D], out, check) -> None, writes a change of the winner as the adapter `out` (see
+    `Backend.export`), None where `BackendFacts.not_polishable` says why not."""
 
     layout: LowRankLayout
     spread: Mapping[str, float]
     evaluators: Sequence[Any]
     has_derivatives: bool = True
+    export: Callable[[Path, np.ndarray, Path, Callable[[], None]], None] | None = None
 
 
 class Planner(Protocol):
     """Plans the passes of a search over abstract arrays."""
 
-    # The number of passes that a candidate's gradient is planned as.
-    gradient_passes: int
+    @property
+    def sizes(self) -> DeviceSizes:
+        """Bytes of the loaded bank, where as many devices share it as the settings say."""
+        ...
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -65,65 +70,92 @@ class Planner(Protocol):
         ...
 
 
-class Backend(Protocol):
-    """The models of one search, opened by their headers.
+@dataclass(frozen=True, kw_only=True)
+class BackendFacts:
+    """The facts about one search's models and candidates that are known once the models are open.
 
-    space: decodes genomes into candidates; settings, target: how candidates are evaluated, and on which devices;
-    compared: (role, file or folder) of the models of the held-out table, the base first, then the parents; references:
-    the name of each model in recipes; loaded: the number of models in the bank; export_dtype: the dtype that candidates
-    are rounded to and written in; baseline_role: the role of the space's baseline in the table (None: the models show
-    it already); is_random: whether merges draw random masks.
+    The candidates. name: the merge method, or the kind of the candidates, in tables; space: decodes genomes into
+    candidates; genome: the content of a genome, in words; is_random: whether merges draw random masks; has_derivatives:
+    whether every gene has an effect that a gradient shows (scores decide for themselves whether they have derivatives,
+    see `tasks.task`); gradient_passes: the number of passes that a candidate's gradient is planned as, 0 where it has
+    none; export_dtype: the dtype that candidates are rounded to and written in, None where they keep their parents';
+    baseline_role: the role of the space's baseline in the held-out table, None where the models' rows show it already.
+
+    The models. base, parents: their files or folders; base is None where the held-out table has none; references: each
+    model's name in recipes; loaded: the number of models in the bank; stored_bytes: the bytes that `load` reads from
+    files; streamed_bytes: the bytes of the host's memory that the models take where they come to the devices part by
+    part, None where they do so already, or cannot; not_adaptable, not_polishable: why no low-rank change of a model can
+    be trained, and why no winner can be written with one; empty where it can.
+
+    The run. settings, target: how candidates are evaluated, and on which devices; compute_dtype: the dtype that
+    generations are scored in; final_compute_dtype: the dtype for splits that no generation is scored on, where the
+    winner is chosen and reported; smaller_passes: changes of the settings that make passes smaller where they do not
+    become so by themselves, the least first; extensions: the objects that plugins may have added: methods, the
+    architecture, the backend's factory; resolved: the keys of the run folder's config whose values the backend has
+    resolved; notes, warnings: lines on the models that a user should see before the search.
     """
 
-    @property
-    def name(self) -> str:
-        """The name of the candidates in tables: a merge method, or a kind of candidates."""
-        ...
+    name: str
+    space: Any
+    genome: str
+    base: Path | None
+    parents: tuple[Path, ...]
+    references: Mapping[Path, str]
+    loaded: int
+    stored_bytes: int
+    settings: EvaluationConfig
+    target: Target
+    is_random: bool = False
+    has_derivatives: bool = True
+    gradient_passes: int = 1
+    export_dtype: str | None = None
+    baseline_role: str | None = None
+    streamed_bytes: int | None = None
+    not_adaptable: str = ""
+    not_polishable: str = ""
+    compute_dtype: str = "float32"
+    final_compute_dtype: str = "float32"
+    smaller_passes: Sequence[Mapping[str, Any]] = ()
+    extensions: Sequence[object] = ()
+    resolved: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
     @property
-    def space(self) -> Any: ...
-    @property
-    def settings(self) -> EvaluationConfig: ...
-    @property
-    def target(self) -> Target: ...
-    @property
-    def compared(self) -> Sequence[tuple[str, Path]]: ...
-    @property
-    def references(self) -> Mapping[Path, str]: ...
-    @property
-    def loaded(self) -> int: ...
-    @property
-    def compute_dtype(self) -> str: ...
-    @property
-    def final_compute_dtype(self) -> str:
-        """The dtype of the splits that no generation is scored on: the winner is chosen, and reported, on them."""
-        ...
+    def compared(self) -> list[tuple[str, Path]]:
+        """The role and the file or folder of each model in the held-out table."""
+        base = [] if self.base is None else [("base", self.base)]
+        return base + [("parent", parent) for parent in self.parents]
+
+
+@dataclass(frozen=True)
+class CandidateFacts:
+    """The facts about a genome's candidate. recipe: the candidate as YAML, in mergekit's format; sources: the models
+    that it is made of, the base first; report: its parameters, its layers or its ancestors, for the run's page."""
+
+    recipe: str
+    sources: Sequence[Path]
+    report: WinnerReport
+
+
+@dataclass(frozen=True)
+class Prepared(Splits[list[Any]]):
+    """The tasks of every split in the form B; tasks of weight 0 are in the held-out split alone. notes, warnings: lines
+    on the batches that a user should see before the search."""
+
+    notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+
+class Backend(Protocol):
+    """The models of one search, opened by their headers."""
 
     @property
-    def export_dtype(self) -> str | None: ...
-    @property
-    def baseline_role(self) -> str | None: ...
-    @property
-    def is_random(self) -> bool: ...
-    @property
-    def has_derivatives(self) -> bool:
-        """Return whether every gene has an effect that a gradient shows; scores decide for themselves whether they have
-        derivatives (see `tasks.task`)."""
-        ...
-
-    @property
-    def not_adaptable(self) -> str:
-        """Why no low-rank change of a model can be trained, in words; empty where it can."""
-        ...
-
-    @property
-    def not_polishable(self) -> str:
-        """Why no winner can be written with a low-rank change, in words; empty where it can."""
-        ...
+    def facts(self) -> BackendFacts: ...
 
     # ---- Before the search
 
-    def check_task(self, where: str, task: Any) -> None:
+    def check(self, where: str, task: Any) -> None:
         """Raises InputError for a task that asks for another kind of model."""
         ...
 
@@ -131,61 +163,19 @@ class Backend(Protocol):
         """float64[N]: the relative cost of each of a task's examples."""
         ...
 
-    def prepare(self, splits: Splits[list[Any]]) -> Splits[list[Any]]:
-        """The tasks of every split in the form B, on the host. Tasks of weight 0 are in the held-out split alone.
-        Raises InputError for an example that the models cannot be asked."""
-        ...
-
-    def describe(self) -> str:
-        """The content of a genome, in words."""
-        ...
-
-    def describe_inputs(self, prepared: Splits[list[Any]]) -> list[str]:
-        """Lines on the models and the batches of a search."""
-        ...
-
-    def warnings(self, prepared: Splits[list[Any]]) -> list[str]:
-        """Lines on the models and the examples that a user should see before the search."""
-        ...
-
-    def resolved(self) -> dict[str, Any]:
-        """The keys of the run folder's config whose values the backend has resolved."""
+    def prepare(self, splits: Splits[list[Any]]) -> Prepared:
+        """Prepare the tasks of every split, on the host. Raises InputError for an example that the models cannot be
+        asked."""
         ...
 
     def files(self) -> set[Path]:
         """The models' files that scores depend on."""
         ...
 
-    def extensions(self) -> Iterable[object]:
-        """The objects that plugins may have added: methods, the architecture, the backend itself."""
-        ...
-
     # ---- The cost
 
-    def stored_bytes(self) -> int:
-        """Bytes of the models' files that `load` reads."""
-        ...
-
-    def held_bytes(self) -> int:
-        """Bytes of the loaded bank."""
-        ...
-
-    def device_sizes(self, shards: int) -> DeviceSizes:
-        """The bank's sizes where `shards` devices share it."""
-        ...
-
-    def streamed(self) -> "Backend | None":
-        """The backend with its models on the host, or on the disk where the host has no room for them; None where they
-        are there already, or cannot be."""
-        ...
-
-    def planner(self, bank_bytes: int) -> Planner:
-        """A planner for the target, with `bank_bytes` loaded on each device."""
-        ...
-
-    def smaller_passes(self) -> Sequence[Mapping[str, Any]]:
-        """Changes of a config's `evaluation` that make passes smaller where they do not become so by themselves, the
-        least first."""
+    def planner(self) -> Planner:
+        """A planner for the target."""
         ...
 
     # ---- The search
@@ -200,10 +190,6 @@ class Backend(Protocol):
     ) -> Splits[SpaceEvaluator[Any]]:
         """Evaluators of genomes on each of the splits, in the final compute dtype where no generation is scored.
         population: of a generation; `log` receives the evaluators' notes."""
-        ...
-
-    def evaluator(self, bank: Any, tasks: list[Any], population: int, devices: Devices) -> SpaceEvaluator[Any]:
-        """An evaluator of genomes on the tasks of one split, as generations are scored."""
         ...
 
     def describe_work(self, evaluators: Sequence[SpaceEvaluator[Any]]) -> str:
@@ -221,19 +207,6 @@ class Backend(Protocol):
         """The scores of one of the compared models on the held-out split."""
         ...
 
-    def adaptable(
-        self, candidate: Path | np.ndarray, like: Sequence[SpaceEvaluator[Any]], rank: int, scale: float
-    ) -> Adaptable:
-        """One of the compared models, or the candidate of a genome, to be changed by low rank, on the examples of some
-        evaluators of genomes. rank, scale: see `LowRankLayout`."""
-        ...
-
-    def export_change(
-        self, model: Path, layout: LowRankLayout, vector: np.ndarray, out: Path, check: Callable[[], None]
-    ) -> None:
-        """Write a low-rank change of the exported winner `model` as the adapter `out`. check: see `export`."""
-        ...
-
     def answers(
         self, model: str, candidate: Path | np.ndarray, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
     ) -> Sequence[dict[str, Any]]:
@@ -242,17 +215,7 @@ class Backend(Protocol):
         its name; candidate: one of the compared models, or a genome."""
         ...
 
-    def report(self, genome: np.ndarray, parents: Sequence[str]) -> WinnerReport:
-        """The report of a genome's candidate. parents: their short names."""
-        ...
-
-    def merged_from(self, genome: np.ndarray) -> list[Path]:
-        """The models that a genome's candidate is made of, the base first."""
-        ...
-
-    def recipe(self, genome: np.ndarray) -> str:
-        """A genome's recipe as YAML, in mergekit's format."""
-        ...
+    def describe(self, genome: np.ndarray) -> CandidateFacts: ...
 
     def export(
         self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]
@@ -260,6 +223,17 @@ class Backend(Protocol):
         """Write the candidate of a genome, whose recipe is the YAML `recipe`, as the model `out`. `check` raises an
         exception where `out` must not be replaced. Returns the account of the models' tensors for result.json (see
         `mergekit.account`); empty where all are merged by name."""
+        ...
+
+
+class Adapts(Protocol):
+    """A backend whose models are changed by low rank: one whose `facts.not_adaptable` is empty."""
+
+    def adaptable(
+        self, candidate: Path | np.ndarray, like: Sequence[SpaceEvaluator[Any]], rank: int, scale: float
+    ) -> Adaptable:
+        """One of the compared models, or the candidate of a genome, to be changed by low rank, on the examples of some
+        evaluators of genomes. rank, scale: see `LowRankLayout`."""
         ...
 
 

@@ -52,10 +52,6 @@ def _lacking(factory: Any) -> str:
     return ", ".join(member for member in ("check", "open") if not callable(getattr(factory, member, None)))
 
 
-def backend_names() -> list[str]:
-    return [*_BUILT_IN, *_registered]
-
-
 def find_backend(where: str, name: str, folder: Path) -> BackendFactory:
     """The factory of a name, or the object that `FILE.py:NAME` or `PACKAGE:NAME` names; a file's path starts
     in `folder`. A function there makes a module of torch. Raises InputError where there is none."""
@@ -64,7 +60,7 @@ def find_backend(where: str, name: str, folder: Path) -> BackendFactory:
     if ":" in name:
         return _imported(where, name, folder)
     if name not in _BUILT_IN:
-        raise InputError(where, f"unknown backend {name!r}{did_you_mean(name, backend_names())}{HINT}")
+        raise InputError(where, f"unknown backend {name!r}{did_you_mean(name, [*_BUILT_IN, *_registered])}{HINT}")
     module, attribute = _BUILT_IN[name].split(":")
     factory: BackendFactory = getattr(import_module(module), attribute)
     return factory

@@ -182,7 +182,7 @@ def random_bank(problem: SearchProblem) -> Bank:
     """A bank as a search over models of the problem's shapes loads it. The method's statistics of a tensor are those of
     a small one with as large weights: order statistics and ratios, which are the same for all."""
     assert isinstance(problem.backend.candidates, MergeCandidates)
-    spec, dtype = problem.backend.candidates.spec, problem.backend.compute_dtype
+    spec, dtype = problem.backend.candidates.spec, problem.facts.compute_dtype
     bank = abstract_bank(problem.backend.models.sources, problem.backend.models.decoder, spec)
     sample = np.asarray(random_sources(key_of("sample"), (1 + PARENTS, 256, 256), dtype))
     measured = tabulate(spec.method, spec.options, list(sample), spec.prepared_for(PARENTS), lambda k: np.zeros(0))
@@ -214,13 +214,13 @@ class Models:
         problem = self.problem
         self.evaluator = Evaluator(
             problem.backend.models.decoder, problem.backend.models.tokenizer, problem.prepare().shards[0],
-            problem.backend.compute_dtype,
+            problem.facts.compute_dtype,
             target=problem.target,
         )  # fmt: skip
 
     def workload(self, what: str) -> str:
         """The models and what they do, in words."""
-        config, dtype = self.problem.backend.models.decoder, self.problem.backend.compute_dtype
+        config, dtype = self.problem.backend.models.decoder, self.problem.facts.compute_dtype
         return f"{config.layers} layers of width {config.hidden} in {dtype}, {what}"
 
     @cached_property
@@ -228,7 +228,7 @@ class Models:
         """One model of the problem's shapes."""
         # Both do not fit beside each other everywhere.
         self.__dict__.pop("bank", None)
-        dtype, opened = self.problem.backend.compute_dtype, self.problem.backend.models
+        dtype, opened = self.problem.facts.compute_dtype, self.problem.backend.models
         model = abstract_stored(opened.sources, opened.decoder, dtype)
         stacks = {
             stack: {
@@ -296,7 +296,7 @@ class Measurer:
     peak: float
 
     def merging(self, method: str) -> Measurement:
-        sizes, dtype = self.sizes, self.models.problem.backend.compute_dtype
+        sizes, dtype = self.sizes, self.models.problem.facts.compute_dtype
         problem = build_problem(method, sizes.entries, PARENTS, sizes.candidates, dtype)
         kernels = Kernels(problem, sizes.candidates)
         kernels.check()
@@ -349,7 +349,7 @@ class Measurer:
 
     def decoding(self, prompts: int) -> Measurement:
         models, problem, new = self.models, self.models.problem, self.sizes.new_tokens
-        config, dtype = problem.backend.models.decoder, problem.backend.compute_dtype
+        config, dtype = problem.backend.models.decoder, problem.facts.compute_dtype
         factory, everyone, no_draft = SharedModel(), np.zeros(1), 1
         tokens = np.random.default_rng(0).integers(3, config.vocab, (prompts, PROMPT)).astype(np.int32)
         model, corpus, no_padding = models.stored, np.zeros((prompts, 0), np.int32), np.zeros(prompts, np.int32)
@@ -390,7 +390,7 @@ class Measurer:
         mode, strategy, _ = SEARCHES[name]
         models, target, sizes = self.models, self.models.problem.target, self.sizes
         problem = problem_for(
-            self.folder, PARENTS, "ties", mode, target, 1, models.problem.backend.compute_dtype, strategy=strategy,
+            self.folder, PARENTS, "ties", mode, target, 1, models.problem.facts.compute_dtype, strategy=strategy,
             population=1 if strategy == GRADIENT_STRATEGY else sizes.population, generations=sizes.generations + 1,
         )  # fmt: skip
         prepared, storage, ends = problem.prepare(), Storage(), [time.perf_counter()]
@@ -423,7 +423,7 @@ def measure(target: Target, sizes: Sizes, budget: Budget) -> Benchmark:
     with tempfile.TemporaryDirectory() as folder:
         shape, problem = open_problem(Path(folder), target, sizes)
         shapes = tensor_shapes(problem.backend.models.decoder).values()
-        parameters, dtype = sum(int(np.prod(one)) for one in shapes), problem.backend.compute_dtype
+        parameters, dtype = sum(int(np.prod(one)) for one in shapes), problem.facts.compute_dtype
         benchmark = Benchmark(
             shape, parameters, dtype, copy_bandwidth(budget.references), matrix_peak(dtype, budget.references)
         )  # fmt: skip

@@ -23,7 +23,7 @@ from evojax_merge.checkpoints.references import local_path
 from evojax_merge.config.documents import parse
 from evojax_merge.config.search_config import SpaceConfig
 from evojax_merge.errors import InputError, shown
-from evojax_merge.inspection.findings import Advice, advise, findings
+from evojax_merge.inspection.findings import ADDING_UP, Advice, advise, findings
 from evojax_merge.inspection.first_config import (
     HEAD,
     Fields,
@@ -141,7 +141,9 @@ def find_models(choices: Choices, resolve: Resolve, headers: Path) -> Models:
     """The base and the parents. The base is the one that the user names, else that of the parents' adapters, else the
     parent that the distances show to be the base of the others. headers: folders in it have no weights. Raises
     InputError for a model that is missing, and for one that no search takes."""
-    parents = choices.parents or _split(ask("--parents", "parents, the models that are merged, separated by spaces: "))
+    parents = choices.parents or _split(
+        "--parents", ask("--parents", "parents, the models that are merged, separated by spaces: ")
+    )
     named = [resolve_onto(resolve, "--parents", parent, choices.base, Path.cwd()) for parent in parents]
     bases = {adapted[0] for _, folder in named if (adapted := sources_of(folder).adapted) is not None}
     base, base_folder = choices.base, None
@@ -187,7 +189,7 @@ def find_models(choices: Choices, resolve: Resolve, headers: Path) -> Models:
 def choose_method(choices: Choices, models: Models) -> Method:
     """The method that is named, else the one that the inspection advises. Raises InputError for one that cannot be
     searched, or that does not take the models."""
-    name = choices.method or models.advice.method or ("ties" if models.has_base else "linear")
+    name = choices.method or models.advice.method or ("task_arithmetic" if models.has_base else "linear")
     method, has_base = find_method("--method", name), models.has_base
     if not searched_parameters(method):
         able = ", ".join(name for name, other in METHODS.items() if searched_parameters(other))
@@ -255,9 +257,10 @@ def first_config(path: Path, choices: Choices, models: Models) -> FirstConfig:
         if parameter.name == "weight" and parameter.default is not None:
             comments["weight"] = f"how much of each parent; starts at {parameter.default:g}, the authors' setting"
     if advice.method == method.name and choices.method is None:
-        comments["method"] = "by the signs of the parents' changes, as inspect advises"
+        comments["method"] = "by the parents' changes, as inspect advises"
     if advice.high is not None:
-        comments["weight"] = "above 1, so that the smaller task vectors count"
+        why = "task vectors that are orthogonal add up near it" if advice.high == ADDING_UP else None
+        comments.setdefault("weight", f"above 1: {why}" if why else "above 1, so that the smaller task vectors count")
     fixed: dict[str, Any] = {"method": method.name}
     constants = {p.name: p.default for p in method.parameters if not p.searched and p.default is not None}
     fixed |= {"fixed": constants} if constants else {}
@@ -316,11 +319,11 @@ def ask(flag: str, question: str) -> str:
     return answer
 
 
-def _split(names: str) -> tuple[str, ...]:
+def _split(flag: str, names: str) -> tuple[str, ...]:
     try:
         return tuple(shlex.split(names))
     except ValueError as error:
-        raise InputError("--parents", f"{shown(names)}: {error}; expected names separated by spaces") from None
+        raise InputError(flag, f"{shown(names)}: {error}; expected names separated by spaces") from None
 
 
 def _text_task(path: Path, choices: Choices, templates: ModelTemplates) -> tuple[TaskSection, int]:
@@ -331,7 +334,14 @@ def _text_task(path: Path, choices: Choices, templates: ModelTemplates) -> tuple
         raise InputError("--function", "is for networks and pytrees; a task of language models has kind: function")
     source, file = _data(path, choices.data)
     records = read_source(choices.data if file is None else file).records
-    task = task_for_records(source, records, templates, choices.fields)
+    try:
+        task = task_for_records(source, records, templates, choices.fields)
+    except InputError as error:
+        prompt = _split("--prompt", read_line(f"{error}\nfields of the prompt: ")) if choices.fields == Fields() else ()
+        if not prompt:
+            raise
+        target = _split("--target", ask("--target", "fields of the answer: "))
+        task = task_for_records(source, records, templates, Fields(prompt, target))
     return task, len(records) - task.unscored
 
 

@@ -27,11 +27,18 @@ from evojax_merge.config.search_config import Config, StageConfig
 from evojax_merge.errors import LOG, LONGEST_LINE, Failed, InputError, PeerLostError, print_warning, printable
 from evojax_merge.evaluation.devices import decided_by_main, losing_peers, unused_memory
 from evojax_merge.evaluation.memory import require_memory
-from evojax_merge.evaluation.peers import check_agreement, check_files, check_shared_folder, telling_peers
+from evojax_merge.evaluation.peers import (
+    check_agreement,
+    check_files,
+    check_samples,
+    check_shared_folder,
+    telling_peers,
+)
 from evojax_merge.judge.opening import JudgeOptions, check_export, check_judges
 from evojax_merge.problem import (
     SearchProblem,
     build_problem,
+    model_samples,
     read_config,
     resolved_document,
     resolved_search,
@@ -53,6 +60,7 @@ from evojax_merge.search.run_folder import (
     check_recorded_inputs,
     check_same_config,
     is_run,
+    locked,
     open_run,
     opened,
     random_numbers,
@@ -101,7 +109,8 @@ class ResumeHint:
                         state = f"{'1 generation is' if count == 1 else f'{count} generations are'} saved"
                     again = "Start again" if self.folder is None and not self.resume else "Continue"
                     hint = printable(f"stopped; {state}. {again} with: {self.command}", LONGEST_LINE)
-                    print(hint, file=sys.stderr, flush=True)
+                    # In one piece: JAX may end the process at any time, with a line of its own.
+                    print(f"{hint}\n", end="", file=sys.stderr, flush=True)
             raise
 
 
@@ -136,8 +145,7 @@ def search(
         config = read_config(path, overrides, seed)
         out = out or default_out(path, config)
         on_started = partial(resume_hint.on_started, command("--out", str(out), *options, "--resume"))
-        reading = working("reading the models and the tasks")
-        with watched_by(watching), _printing(output) as on_generation, reading:
+        with watched_by(watching), _printing(output) as on_generation:
             run_search(
                 path, config, out, resume=resume, overwrite=overwrite, on_started=on_started,
                 on_generation=on_generation, force=force, judges=judges,
@@ -212,17 +220,24 @@ def run_search(
     check_agreement(config.model_dump(mode="json", exclude={"inputs", "out"}), given)
     if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in out.parts):
         raise InputError(out, f"a name in it has over {MAX_NAME_BYTES} bytes; choose another run folder with --out")
+    run = RunFolder(out)
     if jax.process_index() == 0:
         # Before the models and examples are opened, which can take minutes.
         check_not_in_use(out)
         check_place(out, resume=resume, overwrite=overwrite)
+    if jax.process_count() > 1:
+        check_samples(model_samples(path, config))
+        # What process 0 cannot write is seen as it is, or refused when it is opened.
+        may_lock = jax.process_index() == 0 and (not out.exists() or is_writable(out))
+        with locked(out, resume=resume) if may_lock else nullcontext():
+            check_shared_folder(out, lambda: holder(run.lock))
     check_export(path, out, judges or JudgeOptions())
     check_loggers(f"{path}: log", config.log)
-    run = RunFolder(out)
     # Every stage is checked before the first one runs.
     configs, stages = stage_configs(config), config.stages
-    problems = [build_problem(path, of_stage, chained=i > 0) for i, of_stage in enumerate(configs)]
-    models = [part for problem in problems for model in problem.backend.references for part in parts_of(model)]
+    with working("reading the models and the tasks"):
+        problems = [build_problem(path, of_stage, chained=i > 0) for i, of_stage in enumerate(configs)]
+    models = [part for problem in problems for model in problem.facts.references for part in parts_of(model)]
     for place in (out, *run.parts):
         check_outside(place, models)
     if stages is not None and judges is not None and (judges.replay or judges.pairs or judges.choices):
@@ -231,7 +246,8 @@ def run_search(
     early = [RunFolder((run.stages / f"stage-{number}").resolve()) for number in range(1, len(configs))]
     for folder, problem in zip([*early, run], problems, strict=True):
         check_judges(path, folder.path, problem, judges, resume=resume)
-    prepared = [problem.prepare() for problem in problems]
+    with working("preparing the tasks"):
+        prepared = [problem.prepare() for problem in problems]
     complete = why_complete(run, problems[-1]) if resume else None
     if complete is None:
         require_space(out, sum(map(disk_bytes, problems)))
@@ -243,7 +259,7 @@ def run_search(
     if stages is not None:
         for key in ("space", "data_flow", "search"):
             document.pop(key)
-        document |= random_numbers(any(problem.backend.is_random for problem in problems))
+        document |= random_numbers(any(problem.facts.is_random for problem in problems))
         document["stages"] = [_resolved_stage(stages, number, problem) for number, problem in enumerate(problems)]
     # The processes that only wait print nothing.
     console.quiet = console.quiet or jax.process_index() > 0
@@ -258,7 +274,7 @@ def run_search(
     ):  # fmt: skip
         # All stages have the same examples.
         print_warnings(revision_warnings(path, configs[0]))
-        print_warnings(problems[0].backend.warnings(prepared[0]))
+        print_warnings((*problems[0].facts.warnings, *prepared[0].warnings))
         print_warnings(data_warnings(str(path), configs[0].tasks, problems[0].splits))
         winner: str | None = None
         for number, folder in enumerate([*early, run]):
@@ -298,8 +314,8 @@ def _require_bank(path: Path, problem: SearchProblem[Backend], force: bool) -> N
     """Raises InputError, unless `force`, where the models cannot be in memory together. A device holds its share of
     them; on a CPU all devices hold theirs in the memory of the host."""
     devices = 1 if problem.target.is_accelerator else problem.target.devices_per_host
-    nbytes = problem.backend.held_bytes() * devices // problem.backend.settings.model
-    what = f"holding {problem.backend.loaded} models" + ("" if devices == 1 else f" for {devices} devices")
+    nbytes = problem.backend.planner().sizes.held * devices // problem.facts.settings.model
+    what = f"holding {problem.facts.loaded} models" + ("" if devices == 1 else f" for {devices} devices")
     try:
         require_memory(f"{path}: parents", what, nbytes, unused_memory())
     except InputError as error:
@@ -318,4 +334,4 @@ def _resolved_stage(stages: Sequence[StageConfig], number: int, problem: SearchP
     search = resolved_search(problem.search, problem.strategy)
     if any(before.data_flow is not None for before in stages[:number]):
         search["population"] = stages[number].search.population
-    return stages[number].model_dump(mode="json") | {"space": problem.backend.resolved()["space"], "search": search}
+    return stages[number].model_dump(mode="json") | {"space": problem.facts.resolved["space"], "search": search}

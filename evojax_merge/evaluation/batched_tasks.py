@@ -195,7 +195,7 @@ def _check_lengths(requests: TaskRequests, context: int) -> None:
     for rows, new, longest in ((requests.scored, 0, context + 1), (requests.prompts, requests.max_new_tokens, context)):
         for row in rows:
             if len(row.tokens) + new > longest:
-                wanted = f"{len(row.tokens)} tokens" + (f" and {new} new ones" if new else "")
+                wanted = f"{len(row.tokens)} tokens" + (f" and {new} new ones (max_new_tokens)" if new else "")
                 raise InputError(row.where, f"{wanted} do not fit the models' context of {context}")
 
 

@@ -234,12 +234,13 @@ class SizedPass:
 
 @dataclass
 class DeviceSizes:
-    """Bytes of the loaded models on a device, in the memory of the host alone, in files that a search keeps candidates
-    in, and of the largest leaf, which is on the host as a whole while it is loaded. Its `place` makes abstract arrays,
-    and counts every leaf."""
+    """Bytes of the loaded models on a device, on a device that shares them with no other (`held`), in the memory of the
+    host alone, in files that a search keeps candidates in, and of the largest leaf, which is on the host as a whole
+    while it is loaded. Its `place` makes abstract arrays, and counts every leaf."""
 
     model: int
     bank: int = 0
+    held: int = 0
     on_host: int = 0
     on_disk: int = 0
     largest_leaf: int = 0

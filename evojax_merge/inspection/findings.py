@@ -18,8 +18,8 @@ FAR_APART = 0.7
 UNEVEN = 3.0
 # The cosines of task vectors above which they share a direction, and below which they are nearly orthogonal.
 ALIKE, ORTHOGONAL = 0.5, 0.2
-# The highest bound of a weight that is advised.
-HIGHEST = 4
+# The highest bound of a weight that is advised, and the bound where task vectors add up: best weights are near 1 then.
+HIGHEST, ADDING_UP = 4, 1.5
 # The multiple of the share by chance above which signs conflict more often than those of independent changes.
 PULLING_APART = 1.1
 
@@ -50,18 +50,15 @@ def advise(comparison: Comparison) -> Advice:
     vectors, changes = comparison.vectors, comparison.changes
     if comparison.verdict.base is None or not comparison.verdict.is_clear or changes is None:
         return Advice()
-    method = None
-    if changes.contested and changes.share > PULLING_APART * changes.by_chance:
-        method = "ties"
-    elif changes.contested and changes.share <= changes.by_chance / 2:
-        method = "task_arithmetic"
+    pulls = changes.contested and changes.share > PULLING_APART * changes.by_chance
     norms = [vector.norm for vector in vectors if vector.norm > 0] or [1.0]
     uneven, alike = max(norms) / min(norms), _most_alike(comparison.cosines)
+    high = ADDING_UP if not pulls and _are_orthogonal(comparison.cosines) else None
     changed = {component for vector in vectors for (_, component), norm in vector.by_place.items() if norm}
     return Advice(
         base=comparison.reference,
-        method=method,
-        high=min(math.ceil(uneven), HIGHEST) if uneven > UNEVEN else None,
+        method="ties" if pulls else "task_arithmetic",
+        high=min(math.ceil(uneven), HIGHEST) if uneven > UNEVEN else high,
         # Two parents that share all parameters leave nothing to choose between them.
         alike=None if alike is None or len(vectors) < 3 else (vectors[alike[0]].parent, vectors[alike[1]].parent),
         unchanged=tuple(
@@ -74,6 +71,13 @@ def _most_alike(cosines: np.ndarray) -> tuple[int, int] | None:
     """The two task vectors that point most the same way, by their numbers; None where no two do."""
     pairs = [(j, i) for i in range(len(cosines)) for j in range(i) if cosines[i, j] > ALIKE]
     return max(pairs, key=lambda pair: cosines[pair]) if pairs else None
+
+
+def _are_orthogonal(cosines: np.ndarray) -> bool:
+    """Return whether there are several task vectors, and any two of them are nearly orthogonal."""
+    pairs = cosines[np.tril_indices(len(cosines), -1)]
+    pairs = pairs[np.isfinite(pairs)]
+    return bool(pairs.size and (np.abs(pairs) < ORTHOGONAL).all())
 
 
 def findings(models: Sequence[Model], names: Sequence[str], comparison: Comparison) -> list[Finding]:
@@ -323,7 +327,6 @@ def _about_task_vectors(names: Sequence[str], comparison: Comparison) -> Iterato
             "that the smaller can count, or keep the larger's below 1.",
         )  # fmt: skip
     cosines = comparison.cosines
-    pairs = [(i, j) for i in range(len(vectors)) for j in range(i) if np.isfinite(cosines[i, j])]
     alike = _most_alike(cosines)
     if alike is not None:
         j, i = alike
@@ -332,7 +335,7 @@ def _about_task_vectors(names: Sequence[str], comparison: Comparison) -> Iterato
             f"way (cosine {cosines[i, j]:.2f}): they have learnt the same, and adding both overshoots; let them share "
             "a weight (space.parent_groups), or keep the sum of their weights near 1.",
         )  # fmt: skip
-    if pairs and all(abs(cosines[pair]) < ORTHOGONAL for pair in pairs):
+    if _are_orthogonal(cosines):
         yield Finding(
             "orthogonal", "The task vectors are nearly orthogonal: each can be added to the base without taking from "
             "the others (task_arithmetic with weights near 1; linear and slerp shrink each).",

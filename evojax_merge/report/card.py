@@ -130,11 +130,11 @@ def search_card(name: str, problem: SearchProblem[Backend], result: Result, reci
         )
     backend, measured = problem.backend, result.measured()
     more = "" if measured is None else f" {measured}"
-    models = {backend.references[path]: path for path in backend.merged_from(result.genome)}
+    models = {backend.facts.references[path]: path for path in backend.describe(result.genome).sources}
     return (
-        merge_card(name, [backend.name], models, recipe, result.winner.scores if result.rows else {})
+        merge_card(name, [backend.facts.name], models, recipe, result.winner.scores if result.rows else {})
         + result.report.card_section()
-        + f"\n## How it was found\n\n{problem.strategy.name} over {backend.describe()}, "
+        + f"\n## How it was found\n\n{problem.strategy.name} over {backend.facts.genome}, "
         f"{generations} generations, seed {problem.seed}. Fitness is the weighted mean of\n\n{tasks}\n\n"
         f"{result.chosen_on()}{more}\n\n## Held-out scores\n\nOn examples that the search never saw:\n\n"
         f"{markdown_table(result.rows)}\n" + front + "".join(f"\n**{sentence}**\n" for sentence in result.verdicts())

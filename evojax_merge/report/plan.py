@@ -18,7 +18,7 @@ from evojax_merge.schema.budget import parse_budget
 LOADING, COMPILING, WRITING = "loading the models", "compiling", "writing the winner"
 MEASURING, GENERATIONS = "measuring base and parents", "the generations"
 # Between the two that end a run come controls of the held-out table, and the winner's polish.
-CHOOSING, TUNING, HELDOUT = "choosing the winner", "making controls, and polishing", "scoring on held-out examples"
+CHOOSING, TUNING, HELDOUT = "choosing the winner", "making controls or polishing", "scoring on held-out examples"
 ENDING = (CHOOSING, TUNING, HELDOUT)
 _CANDIDATE, _GRADIENT = "a candidate on all search examples", "a candidate and its gradient, on a minibatch"
 
@@ -173,7 +173,9 @@ class Plan:
         what, work = _CANDIDATE, self.candidate
         if self.gradient is not None:
             what, work = _GRADIENT, self.gradient
-        time = f"; the whole search takes {self._time()}" if self.fits else ""
+        around = shown_seconds(sum(work.seconds for work in self.around.values()))
+        more = f", and about {around} more to load, compile and write, the first time" if self.around else ""
+        time = f"; the whole search takes {self._time()}{more}" if self.fits else ""
         return [
             f"plan: {shown_bytes(self.bank_bytes)} of models and up to {shown_bytes(self.pass_bytes)} for a pass, of "
             f"{shown_bytes(self.target.memory)} on each device",
@@ -192,8 +194,11 @@ class Plan:
         """The verdict and, where the search fits, the time of the run: short lines, which stand last."""
         if not self.fits:
             return [self.verdict()]
-        about = shown_seconds(self.estimated_seconds)
-        return [self.verdict(), f"time: about {about} for {self._length()}, bound by {self.run.bound}"]
+        about, compiling = shown_seconds(self.estimated_seconds), self.around.get(COMPILING)
+        bound = f"bound by {self.run.bound}"
+        if compiling is not None and compiling.seconds > self.estimated_seconds / 4:
+            bound = f"of which compiling takes {shown_seconds(compiling.seconds)}, the first time; the rest is {bound}"
+        return [self.verdict(), f"time: about {about} for {self._length()}, {bound}"]
 
     def _time(self) -> str:
         """The estimate of the run, its source, and its bound."""
@@ -202,7 +207,7 @@ class Plan:
             return f"about {about} ({factor.source})"
         source = factor.source or "a guess: `evojax-merge bench` measures it"
         bound = "its bound by the roofline"
-        if self.expected_share < 1:
+        if self.expected_share < 0.995:
             bound += f", of which answers as long as their targets take {self.expected_share:.0%}"
         return f"about {about} ({factor.value:.2g} times {bound}, {source})"
 
@@ -265,11 +270,13 @@ class Plan:
         before = {name: work for name, work in self.around.items() if name != WRITING}
         parts = before | dict(self.parts) | {name: self.around[name] for name in self.around if name == WRITING}
         rows = [
-            (
+            (name, shown_seconds(work.seconds), *([""] * 7))
+            if name == COMPILING
+            else (
                 name, *map(shown_seconds, (
                     work.seconds, work.compute_seconds, work.merge_seconds, max(0.0, work.reading_seconds),
                     work.exchange_seconds, work.link_seconds, work.disk_seconds,
-                )), "" if name == COMPILING else work.bound,
+                )), work.bound,
             )
             for name, work in parts.items()
         ]  # fmt: skip

@@ -71,7 +71,10 @@ from evojax_merge.system.file_system import (
 from evojax_merge.system.interrupts import defer_signals
 
 # Keys that may differ between a run and its continuation.
-EXTENDABLE = (("search", "generations"), ("search", "budget"), ("search", "stop"), ("log",), ("keep",))
+EXTENDABLE = (
+    ("search", "generations"), ("search", "budget"), ("search", "stop"), ("search", "controls"), ("search", "then"),
+    ("log",), ("keep",),
+)  # fmt: skip
 POPULATION, GRADIENT = ("search", "population"), ("search", "gradient")
 _START_AGAIN = "cannot be continued by this one; pass --overwrite to start again, or choose another folder with --out"
 OTHER_VERSION = f"was begun by another version of this program, and {_START_AGAIN}"
@@ -151,11 +154,12 @@ def opened(
 
 @contextmanager
 def locked(path: Path, *, resume: bool) -> Iterator[None]:
-    """Lock the run folder for this process, create it where there is none, and remove it again where it stays empty.
+    """Lock the run folder for this process, create it where there is none, with the folders above it, and remove
+    those again that stay empty.
 
     Raises InputError where another process has it, where the folder is none of a run, or holds none to `resume`.
     """
-    folder, is_new = RunFolder(path), not path.exists()
+    folder, new = RunFolder(path), [place for place in (path, *path.parents) if not place.exists()]
     # Whether it may be replaced is asked when it is opened.
     check_place(path, resume=resume, overwrite=True)
     try:
@@ -167,8 +171,8 @@ def locked(path: Path, *, resume: bool) -> Iterator[None]:
         yield
     finally:
         release(folder, handle)
-        if is_new:
-            remove_empty_folder(path)
+        for place in new:
+            remove_empty_folder(place)
 
 
 @contextmanager

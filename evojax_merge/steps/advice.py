@@ -39,7 +39,7 @@ class Adviser:
     @property
     def config(self) -> Config:
         assert self.problem.config is not None
-        return self.problem.config.model_copy(update={"evaluation": self.problem.backend.settings})
+        return self.problem.config.model_copy(update={"evaluation": self.problem.facts.settings})
 
     def fits(self, target: Target, changes: Mapping[str, Any] = EMPTY, **evaluation: Any) -> bool:
         """Return whether the changed search fits a target, by its plan. changes: keys of the config; evaluation: keys
@@ -50,7 +50,7 @@ class Adviser:
             return False
         try:
             backend = reopen(self.config.model_copy(update={**changes, "evaluation": settings}), target)
-            needed: float = backend.device_sizes(settings.model).bank
+            needed: float = backend.planner().sizes.bank
             if needed <= target.memory:
                 is_same = settings.tokens_per_batch == self.config.evaluation.tokens_per_batch
                 prepared = self.prepared if is_same else backend.prepare(self.problem.splits)
@@ -72,7 +72,7 @@ class Adviser:
         fraction = 0.95 / gpu_memory_fraction() if target.platform == "gpu" else 0
         if fraction > 1 and self.fits(replace(target, memory=int(fraction * target.memory))):
             yield "the environment variable XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, for more of the GPU's memory"
-        smaller = (each for each in self.problem.backend.smaller_passes() if self.fits(target, **each))
+        smaller = (each for each in self.problem.facts.smaller_passes if self.fits(target, **each))
         for key, value in next(smaller, {}).items():
             yield f"evaluation.{key}: {value}"
         place = next((place for place in self._places() if self.fits(target, bank=place)), None)
@@ -91,23 +91,23 @@ class Adviser:
 
     def _losses(self) -> Iterator[str]:
         """Changes of what is searched."""
-        backend, target, config = self.problem.backend, self.problem.target, self.config
-        space, sizes = config.space, backend.device_sizes(backend.settings.model)
+        loaded, target, config = self.problem.facts.loaded, self.problem.target, self.config
+        space, sizes = config.space, self.problem.backend.planner().sizes
         if space is not None and sizes.by_dtype["uint16"]:
             changed = {name: space.model_copy(update={"method": name}) for name in PLAIN_METHODS}
             method = next((name for name in PLAIN_METHODS if self.fits(target, {"space": changed[name]})), None)
             if method is not None:
                 yield f"a method that stores no number per entry, such as space.method: {method}"
         for fewer in range(1, len(config.parents)):
-            may_fit = sizes.bank * (backend.loaded - fewer) / backend.loaded <= target.memory < sizes.bank
+            may_fit = sizes.bank * (loaded - fewer) / loaded <= target.memory < sizes.bank
             if may_fit and self.fits(target, {"parents": config.parents[:-fewer]}):
-                yield f"{fewer} fewer of the {backend.loaded} models"
+                yield f"{fewer} fewer of the {loaded} models"
                 return
 
     def _targets(self, places: Sequence[str]) -> Iterator[str]:
         """The smallest other targets on which the search fits: one device, and several that share the models. places:
         other places of the models that may be taken with them."""
-        now, targets = self.problem.backend.settings, larger_targets(self.problem.target)
+        now, targets = self.problem.facts.settings, larger_targets(self.problem.target)
         for is_shared in (False, True):
             some = [each for each in targets if (each.devices > 1) is is_shared and each.devices <= MOST_SHARDS]
             cases = ((each, place) for place in (now.bank, *places) for each in some)
@@ -120,16 +120,14 @@ class Adviser:
 
     def _places(self) -> Sequence[str]:
         """Where the models may be instead, so that they come to the devices part by part."""
-        return () if self.problem.backend.streamed() is None else tuple(STREAMED)
+        return () if self.problem.facts.streamed_bytes is None else tuple(STREAMED)
 
     def _room(self, place: str) -> str:
-        streamed = self.problem.backend.streamed()
-        on_host = 0 if streamed is None else streamed.device_sizes(streamed.settings.model).on_host
-        return STREAMED[place].format(shown_bytes(on_host))
+        return STREAMED[place].format(shown_bytes(self.problem.facts.streamed_bytes or 0))
 
     def _shards(self) -> list[int]:
         """The numbers of devices, more than now, that can share a candidate on the search's target."""
-        target, model = self.problem.target, self.problem.backend.settings.model
+        target, model = self.problem.target, self.problem.facts.settings.model
         return [shards for shards in range(2 * model, target.devices + 1, model) if target.takes_shards(shards)]
 
 
@@ -137,18 +135,17 @@ def smallest_bytes(problem: SearchProblem[Backend], backend: Backend, prepared: 
     """Bytes on each device of the models and of the largest of the passes that a plan falls back to: of one candidate
     and one row, where batches become smaller by themselves. Infinity where candidates have no gradient that the search
     follows."""
-    sizes = backend.device_sizes(backend.settings.model)
-    planner = backend.planner(sizes.bank)
     rounds, starts = gradient_generations(problem.strategy, problem.search.generations)
-    if prepared.minibatches and not planner.gradient_passes:
+    if prepared.minibatches and not backend.facts.gradient_passes:
         return inf
+    planner = backend.planner()
     uses: list[tuple[list[Any], int, PlanUse]] = [(tasks, starts, "gradient") for tasks in prepared.minibatches]
     if rounds < problem.search.generations:
         uses += [(tasks, problem.strategy.population, "scores") for tasks in prepared.shards]
-    if backend.final_compute_dtype != backend.compute_dtype:
+    if backend.facts.final_compute_dtype != backend.facts.compute_dtype:
         uses.append((prepared.search, problem.strategy.population, "final"))
     passes = [each for tasks, count, use in uses for each in planner.passes(tasks, count, use, smallest=True)]
-    return sizes.bank + planner.jobs * max((each.needed_bytes for each in passes), default=0)
+    return planner.sizes.bank + planner.jobs * max((each.needed_bytes for each in passes), default=0)
 
 
 def advice(problem: SearchProblem[Backend], prepared: Splits[list[Any]]) -> tuple[str, ...]:

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from evojax_merge.backends.backend import Adaptable, Backend
-from evojax_merge.config.search_config import StopConfig
+from evojax_merge.backends.backend import Adaptable, Adapts, Backend
+from evojax_merge.config.search_config import GradientConfig, StopConfig
 from evojax_merge.evaluation.scores import Goal, TaskScores, fitness, score_matrix
 from evojax_merge.problem import SearchProblem, build_strategy
 from evojax_merge.report.comparison import POLISHED, POLISHED_NAME, label_of, model_name
@@ -23,6 +23,7 @@ from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import A_FILE, MAX_FILE
 from evojax_merge.search.strategies.greedy import greedy_soup
 from evojax_merge.steps.low_rank import Tuning, TuningData, train
+from evojax_merge.system.console import working
 from evojax_merge.system.file_system import atomic_write_bytes
 from evojax_merge.system.regular_file import read_regular
 from evojax_merge.tasks.splits import Splits
@@ -104,9 +105,16 @@ def make_controls(
 
 def equal_searches(problem: SearchProblem[Backend]) -> int:
     """How many times the work of its generations a search does for its controls and its polish."""
-    adapters = 2 if any(role == "base" for role, _ in problem.backend.compared) else 1
-    counts = {"random": 1, "lora": adapters}
+    counts = {"random": 1, "lora": 1 if problem.facts.base is None else 2}
     return sum(counts.get(name, 0) for name in problem.search.controls) + (problem.search.then == "polish")
+
+
+def control_roles(problem: SearchProblem[Backend]) -> set[str]:
+    """The roles of a search's controls and of its polished winner in the table."""
+    roles: set[str] = {name for name in problem.search.controls if name in ("greedy", "random")}
+    if "lora" in problem.search.controls:
+        roles |= {LORA_ROLES[role] for role, _ in problem.facts.compared if role in LORA_ROLES}
+    return roles | ({POLISHED} if problem.search.then == "polish" else set())
 
 
 def _greedy(problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]]) -> Control:
@@ -143,15 +151,16 @@ def _random(
         search = search.model_copy(
             update={
                 "strategy": "random", "population": population, "generations": generations, "seeds": [],
-                "stop": StopConfig(), "budget": None, "validate_every": None,
+                "stop": StopConfig(), "budget": None, "validate_every": None, "gradient": GradientConfig(),
             }
         )  # fmt: skip
         drawing = build_strategy("search.controls", search, problem.space)
-        drawn = evolve(
-            # Other random numbers than those of a search by the same strategy.
-            search, problem.seed + 1, drawing, problem.space, on.shards, Storage(), Reporter(),
-            choice=problem.example_choice(on),
-        )  # fmt: skip
+        with working("scoring random candidates"):
+            drawn = evolve(
+                # Other random numbers than those of a search by the same strategy.
+                search, problem.seed + 1, drawing, problem.space, on.shards, Storage(), Reporter(),
+                choice=problem.example_choice(on),
+            )  # fmt: skip
         genomes = drawn.genomes[np.isfinite(drawn.fitness) & (drawn.genomes != problem.space.start).any(axis=1)]
         if not len(genomes):
             return Control("random", "", note="No random candidate has finite scores: this control has no row.")
@@ -208,7 +217,7 @@ def _trained(
 ) -> Change:  # fmt: skip
     """A low-rank change of a model of the search, or of the candidate of a genome, trained or as it was kept."""
     tuning = Tuning()
-    model = problem.backend.adaptable(
+    model = cast(Adapts, problem.backend).adaptable(
         candidate, [on.deciding, on.search, on.heldout, *on.tuning], tuning.rank, tuning.scale
     )
     deciding, search, heldout, *parts = model.evaluators
@@ -248,7 +257,7 @@ def polish(
 def _adapted_models(problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]]) -> list[tuple[str, Path]]:
     """The models that adapters are trained on, by their roles: the base, and the parent that is best on the examples
     that the winner is chosen on."""
-    bases = [(role, model) for role, model in problem.backend.compared if role == "base"]
+    bases = [] if problem.facts.base is None else [("base", problem.facts.base)]
     if len(problem.parents) == 1:
         return [*bases, ("parent", problem.parents[0])]
     scored = []

@@ -45,8 +45,8 @@ def with_goal(
     these is not finite."""
     if not problem.guards:
         return replace(evaluator, goal=Goal(scales))
-    base = next(model for role, model in problem.backend.compared if role == "base")
-    scored = means(evaluator.tasks, problem.backend.score_stored(base, evaluator, progress))[0]
+    assert problem.facts.base is not None, "opening the search refuses guards without a base"
+    scored = means(evaluator.tasks, problem.backend.score_stored(problem.facts.base, evaluator, progress))[0]
     guards = {}
     for task, _ in task_weights(evaluator.tasks):
         if task.name in problem.guards:
@@ -65,7 +65,7 @@ def measured_scales(
     base, or where there is none the worst parent, to the best parent. A task on which these two are equal has none."""
     scored = [
         (role, model, means(search.tasks, score_stored(problem, "search", search, model, progress))[0])
-        for role, model in problem.backend.compared
+        for role, model in problem.facts.compared
     ]
     scales = {}
     for task, _ in task_weights(search.tasks):

@@ -4,7 +4,7 @@ import hashlib
 from functools import partial
 from typing import Any
 
-from evojax_merge.backends.backend import Backend
+from evojax_merge.backends.backend import Backend, Prepared
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.card import search_card
@@ -17,16 +17,17 @@ from evojax_merge.search.run_folder import keep_winner, write_front
 from evojax_merge.search.run_parts import RunFolder, check_replaceable_model
 from evojax_merge.search.run_schema import read_result
 from evojax_merge.search.stopping import course_of, stopped
+from evojax_merge.steps.controls import control_roles
 from evojax_merge.system import interrupts
 from evojax_merge.system.console import console, say
 from evojax_merge.system.file_system import atomic_write, remove_folder
 from evojax_merge.tasks.splits import Splits
 
 
-def print_setup(problem: SearchProblem[Backend], prepared: Splits[list[Any]], devices: Devices, planned: Plan) -> None:
+def print_setup(problem: SearchProblem[Backend], prepared: Prepared, devices: Devices, planned: Plan) -> None:
     """Print the search's devices, models, batches, strategy and plan."""
     console.print(devices.describe())
-    for line in (*problem.backend.describe_inputs(prepared), *problem.notes, *planned.summary()):
+    for line in (*problem.facts.notes, *prepared.notes, *problem.notes, *planned.summary()):
         console.print(line, soft_wrap=True)
 
 
@@ -57,6 +58,8 @@ def why_complete(folder: RunFolder, problem: SearchProblem[Backend]) -> str | No
     written = [folder.recipe, folder.model, *([folder.front] if result.members else [])]
     if not all(path.exists() for path in written):
         return None
+    if result.table and not control_roles(problem) <= {row.role for row in result.table}:
+        return None
     course = course_of(rows, folder.read_timing())
     ended = stopped(problem.search, course, problem.strategy.population) if result.stopped_by is not None else None
     if ended is None and wanted > len(rows):
@@ -76,18 +79,18 @@ def write_winner(folder: RunFolder, problem: SearchProblem[Backend], result: Res
     """Export the winner, and report."""
     interrupts.check()
     check_replaceable_model(folder.model)
-    recipe, history = problem.backend.recipe(result.genome), folder.read_history()
+    recipe, history = problem.backend.describe(result.genome).recipe, folder.read_history()
     keep_winner(folder, recipe)
     atomic_write(folder.recipe, recipe)
     if result.members:
-        write_front(folder, [problem.backend.recipe(member.genome) for member in result.members])
+        write_front(folder, [problem.backend.describe(member.genome).recipe for member in result.members])
     card = search_card(folder.path.name, problem, result, recipe, len(history))
     check = partial(check_replaceable_model, folder.model)
     tensors = problem.backend.export(recipe, result.genome, folder.model, card, check)
     check_replaceable_model(folder.adapter)
     if result.change is not None:
         change, check = result.change, partial(check_replaceable_model, folder.adapter)
-        problem.backend.export_change(folder.model, change.model.layout, change.vector, folder.adapter, check)
+        change.model.export(folder.model, change.vector, folder.adapter, check)
     elif folder.adapter.exists():
         remove_folder(folder.adapter)
     if result.answers:

@@ -79,9 +79,9 @@ def make_plan(
     of the models that are not on this machine; compiler: reports the memory of every pass; None: estimates alone;
     timings: of work that was measured on this machine's devices."""
     backend: Backend = problem.backend
-    target, model = backend.target, backend.settings.model
-    groups, sizes = target.devices // model, backend.device_sizes(model)
-    planner = backend.planner(sizes.bank)
+    target, model = backend.facts.target, backend.facts.settings.model
+    groups, planner = target.devices // model, backend.planner()
+    sizes = planner.sizes
     _, starts = gradient_generations(problem.strategy, problem.search.generations)
     whole = problem.strategy.population
 
@@ -98,7 +98,7 @@ def make_plan(
 
     scored = passes_on(prepared.shards, whole, "scores")
     differentiated = passes_on(prepared.minibatches, starts, "gradient")
-    share = planner.gradient_passes / max(1, len(prepared.minibatches))
+    share = backend.facts.gradient_passes / max(1, len(prepared.minibatches))
     candidate, gradient = _cost(scored, target), _cost(differentiated, target) * share
     by_gradient = gradient * math.ceil(starts / groups)
     if looks_at_all(problem.search):
@@ -132,7 +132,7 @@ def make_plan(
     expected_share = sum(by_kind.values()) / bound if bound else 1.0
     rows = _rows([*([] if only_gradients else scored), *differentiated], target, model)
     also: Sequence[PassPlan] = ()
-    if backend.final_compute_dtype != backend.compute_dtype:
+    if backend.facts.final_compute_dtype != backend.facts.compute_dtype:
         also = _rows(planner.passes(prepared.search, whole, "final"), target, model)
     pass_bytes = max((planner.jobs * row.needed_bytes for row in (*rows, *also)), default=0)
     fits = sizes.bank + pass_bytes <= target.memory
@@ -173,7 +173,7 @@ def make_plan(
 def compile_ahead(problem: SearchProblem[Backend], prepared: Splits[list[Any]], cancelled: Event) -> None:
     """Compile the passes of a generation, and those over the held-out examples, into JAX's folder of compiled programs,
     from headers alone. A pass that cannot be compiled is left to the search, which reports it."""
-    planner = problem.backend.planner(problem.backend.device_sizes(problem.backend.settings.model).bank)
+    planner = problem.backend.planner()
     _, starts = gradient_generations(problem.strategy, problem.search.generations)
     uses: list[tuple[list[Any], int, PlanUse]] = [
         *((tasks, starts, "gradient") for tasks in prepared.minibatches[:1]),
@@ -196,7 +196,7 @@ def ending_estimate(problem: SearchProblem[Backend], planned: Plan, before: Comp
 
     def ending(generation: float) -> float:
         if not compiling:
-            is_ahead = problem.backend.stored_bytes() >= COMPILE_BESIDE_BYTES
+            is_ahead = problem.facts.stored_bytes >= COMPILE_BESIDE_BYTES
             compiling.append(0.0 if is_ahead else (compilations() - before).seconds)
         return planned.ending_seconds(generation) + compiling[0]
 
@@ -210,12 +210,10 @@ def compiling_beside(problem: SearchProblem[Backend], prepared: Splits[list[Any]
     is_kept = jax.config.values["jax_compilation_cache_dir"] and jax.config.values["jax_enable_compilation_cache"]
     # GPUs of several processes tune kernels together.
     is_alone = jax.process_count() == 1
-    is_worth_it = is_kept and is_alone and problem.backend.stored_bytes() >= COMPILE_BESIDE_BYTES
+    is_worth_it = is_kept and is_alone and problem.facts.stored_bytes >= COMPILE_BESIDE_BYTES
     sizes, kept = {task.name: task.size for task in problem.splits.heldout}, problem.kept
     # An earlier search with the same models and tasks that came to its end has left its programs.
-    if not is_worth_it or (
-        kept is not None and kept.read("heldout", problem.backend.compared[0][1], sizes) is not None
-    ):
+    if not is_worth_it or (kept is not None and kept.read("heldout", problem.facts.compared[0][1], sizes) is not None):
         yield
         return
     cancelled = Event()
@@ -259,8 +257,8 @@ def _planned_generations(search: SearchConfig, strategy: Strategy, by_gradient: 
 def disk_bytes(problem: SearchProblem[Backend]) -> int:
     """Bytes that a run needs on the disk. Candidates need nothing, but for members of a pool that are kept in files;
     the winner is about as large as one parent."""
-    kept = problem.backend.device_sizes(problem.backend.settings.model).on_disk
-    model = problem.backend.stored_bytes() // problem.backend.loaded
+    kept = problem.backend.planner().sizes.on_disk
+    model = problem.facts.stored_bytes // problem.facts.loaded
     examples, tasks = sum(task.size for shard in problem.splits.shards for task in shard), len(problem.splits.search)
     search, strategy, dims = problem.search, problem.strategy, problem.space.dims
     # Checkpoints, one of them being written while the others are kept, and the history twice.
@@ -274,10 +272,10 @@ def disk_bytes(problem: SearchProblem[Backend]) -> int:
 def _around(backend: Backend, sizes: DeviceSizes, run: Cost, compiling: float) -> dict[str, Work]:
     """The work around a run: models are read from files, unless the run does so, and go to the devices; programs are
     compiled, in so many seconds; and a model is written."""
-    target, stored = backend.target, backend.stored_bytes()
-    hosts = max(1, backend.settings.model // target.devices_per_host)
+    target, stored = backend.facts.target, backend.facts.stored_bytes
+    hosts = max(1, backend.facts.settings.model // target.devices_per_host)
     read, link = (0 if run.disk_bytes else stored), seconds_of(sizes.bank, target.link)
-    disk, written = seconds_of(read / hosts, target.disk), stored // backend.loaded
+    disk, written = seconds_of(read / hosts, target.disk), stored // backend.facts.loaded
     writing = seconds_of(written, target.disk)
     return {
         LOADING: Work(0, read, max(link, disk), link_seconds=link, disk_seconds=disk),

@@ -63,7 +63,7 @@ def open_evaluators(
     base and the parents are scored. The steps of `loading` are bytes, those of `measuring` passes; `log` receives the
     evaluators' notes; folder: see `Backend.load`."""
     backend, population = problem.backend, problem.strategy.population
-    with loading("loading", backend.stored_bytes()) as progress:
+    with loading("loading", backend.facts.stored_bytes) as progress:
         bank = backend.load(devices, progress, folder)
     on = backend.evaluators(bank, prepared, population, devices, log)
     counts = models_to_measure(problem)
@@ -80,7 +80,8 @@ def open_evaluator(
     """Score genomes on the prepared tasks of one split as generations are scored. bank: None: it is loaded."""
     backend = problem.backend
     bank = backend.load(devices, lambda done: None, None) if bank is None else bank
-    return backend.evaluator(bank, tasks, problem.strategy.population, devices)
+    one = Splits([tasks], [], None, [])
+    return backend.evaluators(bank, one, problem.strategy.population, devices, lambda text: None).shards[0]
 
 
 def select_best(
@@ -136,19 +137,19 @@ def select_best(
         search_fitness=searched,
         baseline=(label, plain_searched),
         scores=best.scores,
-        baseline_name=model_name(problem.parents[number]) if backend.baseline_role is None else "",
+        baseline_name=model_name(problem.parents[number]) if backend.facts.baseline_role is None else "",
         rows=table,
-        report=backend.report(best.genome, [model_name(parent) for parent in problem.parents]),
+        report=backend.describe(best.genome).report,
         validation=validated,
         stopped_by=None if archive.stopped is None else archive.stopped.criterion,
         members=front,
-        compute_dtype=backend.final_compute_dtype,
-        search_compute_dtype=backend.compute_dtype,
+        compute_dtype=backend.facts.final_compute_dtype,
+        search_compute_dtype=backend.facts.compute_dtype,
         shares={f"{task.name}/{task.metric}": shares.get(task.name, 0.0) for task in heldout.tasks if table},
         scales=on.search.goal.scales,
         guards=_guards(on.deciding, best, table),
         answers=answers,
-        parent=origin_of(backend, best.genome) if _is_parent(backend.space, best.genome) else "",
+        parent=origin_of(backend, best.genome) if _is_parent(backend.facts.space, best.genome) else "",
         controls=tuple(control.note for control in controls if control.note),
         change=change if change is not None and change.facts["step"] else None,
         examples=examples_of(problem),
@@ -159,8 +160,7 @@ def select_best(
 def origin_of(backend: Backend, genome: np.ndarray) -> str:
     """The plain merge or the parent that a winner is, in words, or that the strategy proposed it (see
     `search.loop.rescore`)."""
-    space: Any = backend.space
-    parents = model_names([model for role, model in backend.compared if role == "parent"])
+    space, parents = backend.facts.space, model_names(backend.facts.parents)
     merges, (label, baselines) = plain_merges_of(space)[0], space.baselines()
     named = [(f"the {label}", baselines[0])] if len(baselines) == 1 else []
     if len(merges) == 1 + len(parents):
@@ -221,16 +221,16 @@ def _table(
     backend = problem.backend
     scored = [
         (role, model_name(path), 0, score_stored(problem, "heldout", heldout, path, progress))
-        for role, path in backend.compared
+        for role, path in backend.facts.compared
     ]
     drawn = {control: control.genome for control in controls if control.genome is not None}
     finals = heldout.score(np.stack([winner, plain, *drawn.values()]), progress)
-    if backend.baseline_role is not None:
-        role = backend.baseline_role
-        scored.append((role, f"{role} {backend.name}", 1, finals))
+    if backend.facts.baseline_role is not None:
+        role = backend.facts.baseline_role
+        scored.append((role, f"{role} {backend.facts.name}", 1, finals))
     scored += [(control.role, control.name, p, finals) for p, control in enumerate(drawn, start=2)]
     scored += [(control.role, control.name, 0, control.scores) for control in controls if control.scores is not None]
-    scored.append(("winner", f"evolved {backend.name}", 0, finals))
+    scored.append(("winner", f"evolved {backend.facts.name}", 0, finals))
     met: Sequence[Mapping[str, Meetings]] = [{}] * len(scored)
     if isinstance(heldout, ComparesAnswers):
         scored, met = heldout.compared(scored)
@@ -261,7 +261,7 @@ def _table(
             scored_by = [rows[k].scores[f"{task.name}/{task.metric}"] for k in parents]
             beside[task.name] = parents[int(np.argmax(np.where(np.isfinite(scored_by), scored_by, -np.inf)))]
         for k in (len(rows) - 1, *sorted(set(beside.values()))):
-            candidate = winner if k == len(rows) - 1 else backend.compared[k][1]
+            candidate = winner if k == len(rows) - 1 else backend.facts.compared[k][1]
             answered = backend.answers(rows[k].name, candidate, heldout, scored[k][3], scored[k][2])
             answers += [row for row in answered if k == len(rows) - 1 or beside[row["task"]] == k]
     compared = [
@@ -295,12 +295,12 @@ class SelectionCounts:
 def _scored_again(problem: SearchProblem[Backend]) -> int:
     """The number of a search's best candidates that are scored again. One, where the generations were scored on the
     examples that the winner is chosen on, in the same dtype: their fitness has ranked the others behind it."""
-    splits, backend = problem.splits, problem.backend
+    splits, facts = problem.splits, problem.facts
     sizes = [
         sum(task.size for tasks in part for task in tasks if task.weight > 0)
         for part in (splits.shards, [splits.search])
     ]  # fmt: skip
-    ranked = splits.validation is None and sizes[0] == sizes[1] and backend.compute_dtype == backend.final_compute_dtype
+    ranked = splits.validation is None and sizes[0] == sizes[1] and facts.compute_dtype == facts.final_compute_dtype
     return 1 if ranked and not capabilities_of(problem.strategy).keeps_front else problem.search.finalists
 
 
@@ -311,7 +311,7 @@ def candidates_to_select(problem: SearchProblem[Backend]) -> SelectionCounts:
     _, baselines = problem.space.baselines()
     # Besides the finalists: the strategy's proposal, the start, the uniform merge and the parents.
     candidates = _scored_again(problem) + 2 + plain + len(baselines) + front
-    heldout = len(problem.backend.compared) + 2 + front + len(problem.search.controls)
+    heldout = len(problem.facts.compared) + 2 + front + len(problem.search.controls)
     if "greedy" in problem.search.controls:
         soup = Greedy(problem.space)
         candidates += soup.population * (soup.capabilities.generations or 0)
@@ -323,6 +323,6 @@ def candidates_to_select(problem: SearchProblem[Backend]) -> SelectionCounts:
 def models_to_measure(problem: SearchProblem) -> SelectionCounts:
     """The models that are scored on each split before the first generation, for scales and guards (`with_goals`); those
     on the examples of the generations count as on the search split."""
-    scaled = len(problem.backend.compared) if problem.scale == "parents" else 0
+    scaled = len(problem.facts.compared) if problem.scale == "parents" else 0
     guarded = 1 if problem.guards else 0
     return SelectionCounts(scaled + 2 * guarded, guarded if problem.splits.validation is not None else 0, 0)

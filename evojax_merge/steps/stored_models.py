@@ -181,9 +181,9 @@ def _score_networks(
     for model, path, name in zip(models, paths, short_names(models), strict=True):
         backend = factory.open_stored(task_set.where, task_set.backend, path, task_set.settings, live_target())
         for task in task_set.tasks:
-            backend.check_task(task_set.where, task)
+            backend.check(task_set.where, task)
         prepared = backend.prepare(Splits([], [], None, task_set.tasks))
-        evaluator = backend.evaluator([], prepared.heldout, 1)
+        evaluator = backend.evaluators([], prepared, 1).heldout
         with passes_bar(f"scoring {name}", len(task_set.tasks)) as progress:
             scores = backend.score_stored(path, evaluator, progress)
         tasks = prepared.heldout

@@ -3,15 +3,15 @@
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evojax_merge.backends.backend import Adaptable
+from evojax_merge.backends.backend import Adaptable, BackendFacts, CandidateFacts, Prepared
 from evojax_merge.backends.decoder.kinds.kind import Candidates
-from evojax_merge.backends.decoder.placements import DEVICE, BankPlace
+from evojax_merge.backends.decoder.placements import DEVICE
 from evojax_merge.backends.decoder.planner import DecoderPlanner
 from evojax_merge.backends.decoder.vision import Vision
 from evojax_merge.checkpoints.adapters import AdapterWriter
@@ -22,7 +22,7 @@ from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.checkpoints.parents import OpenDecoder, Sources, as_decoder_of, open_sources
 from evojax_merge.checkpoints.tokens import TokenizerChoice
 from evojax_merge.checkpoints.writer import write_marker
-from evojax_merge.config.search_config import Config, EvaluationConfig
+from evojax_merge.config.search_config import Config
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import (
     BatchedTask,
@@ -35,7 +35,6 @@ from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
 from evojax_merge.evaluation.evaluator import Evaluator, PopulationEvaluator, Progress
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.evaluation.passes import AdaptedFactory
-from evojax_merge.evaluation.planned_passes import DeviceSizes
 from evojax_merge.evaluation.populations import AdaptedPopulation, Population
 from evojax_merge.evaluation.samples import sample_rows
 from evojax_merge.evaluation.scores import TaskScores
@@ -46,8 +45,8 @@ from evojax_merge.models.architecture import ROUTER, architecture_of, leaves_of,
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.images import ImageTable
 from evojax_merge.models.sources import StackedWeights
+from evojax_merge.report.comparison import model_name
 from evojax_merge.report.notices import log_unused_config_keys
-from evojax_merge.report.winner import WinnerReport
 from evojax_merge.schema.approximation import Approximation
 from evojax_merge.schema.mixture_space import MixtureSpaceConfig
 from evojax_merge.search.genomes import SpaceEvaluator
@@ -91,75 +90,66 @@ class DecoderBackend:
     candidates: Candidates
     target: Target
 
-    @property
-    def name(self) -> str:
-        return self.candidates.name
+    @cached_property
+    def facts(self) -> BackendFacts:
+        candidates, models, settings = self.candidates, self.models, self.config.evaluation
+        place, folders = candidates.placement, models.sources.folders
+        dtypes = {stored_dtype(models.sources, i) for i in range(len(folders))} | {candidates.export_dtype}
+        compute_dtype = self.target.compute_dtype(settings.compute_dtype, dtypes)
+        not_adaptable = f"an adapter is trained on a model on the device (evaluation.bank: {place.name})"
+        not_adaptable = "" if place == DEVICE else not_adaptable
+        notes: list[str] = []
+        log_unused_config_keys(folders, notes.append)
+        notes += [] if models.base is None else [f"base: {reference_to(models.base)}"]
+        notes += [f"parent: {reference_to(parent)}" for parent in models.parents]
+        if models.other_modules is not None:
+            notes.append(f"other modules: those of {reference_to(models.other_modules)}")
+        # A plan for an accelerator halves batches until they fit.
+        parts = () if self.target.is_accelerator else (2, 8, 32)
+        return BackendFacts(
+            name=candidates.name,
+            space=candidates.space,
+            genome=candidates.describe(),
+            base=models.base,
+            parents=models.parents,
+            references=models.references,
+            loaded=len(folders),
+            stored_bytes=candidates.stored_bytes(models.decoder),
+            settings=settings,
+            target=self.target,
+            is_random=any(method.random for method in candidates.methods),
+            has_derivatives=candidates.has_derivatives,
+            gradient_passes=candidates.gradient_passes,
+            export_dtype=candidates.export_dtype,
+            baseline_role=candidates.baseline_role,
+            streamed_bytes=self._streamed_bytes(),
+            not_adaptable=not_adaptable,
+            not_polishable=not_adaptable or architecture_of(models.decoder).no_adapter,
+            compute_dtype=compute_dtype,
+            final_compute_dtype=settings.final_compute_dtype or compute_dtype,
+            smaller_passes=[{"tokens_per_batch": self.tokens_per_batch // part} for part in parts],
+            extensions=[*candidates.methods, architecture_of(models.decoder)],
+            resolved=self._resolved(),
+            notes=notes,
+            warnings=models.sources.warnings,
+        )
 
-    @property
-    def space(self) -> Any:
-        return self.candidates.space
-
-    @property
-    def settings(self) -> EvaluationConfig:
-        return self.config.evaluation
-
-    @property
-    def compared(self) -> list[tuple[str, Path]]:
-        base = [] if self.models.base is None else [("base", self.models.base)]
-        return base + [("parent", parent) for parent in self.models.parents]
-
-    @property
-    def references(self) -> Mapping[Path, str]:
-        return self.models.references
-
-    @property
-    def loaded(self) -> int:
-        return len(self.models.sources.folders)
-
-    @property
-    def compute_dtype(self) -> str:
-        sources = self.models.sources
-        dtypes = {stored_dtype(sources, i) for i in range(len(sources.folders))}
-        return self.target.compute_dtype(self.settings.compute_dtype, dtypes | {self.candidates.export_dtype})
-
-    @property
-    def final_compute_dtype(self) -> str:
-        return self.settings.final_compute_dtype or self.compute_dtype
-
-    @property
-    def export_dtype(self) -> str:
-        return self.candidates.export_dtype
-
-    @property
-    def baseline_role(self) -> str | None:
-        return self.candidates.baseline_role
-
-    @property
-    def is_random(self) -> bool:
-        return self.candidates.is_random
-
-    @property
-    def has_derivatives(self) -> bool:
-        return self.candidates.has_derivatives
-
-    @property
-    def not_polishable(self) -> str:
-        return self.not_adaptable or architecture_of(self.models.decoder).no_adapter
-
-    @property
-    def not_adaptable(self) -> str:
-        if self.candidates.placement == DEVICE:
-            return ""
-        return f"an adapter is trained on a model on the device (evaluation.bank: {self.candidates.placement.name})"
+    def _streamed_bytes(self) -> int | None:
+        if self.candidates.placement != DEVICE or self.candidates.places == (DEVICE.name,):
+            return None
+        on_host = self.candidates.placed_at("host").host_bytes()
+        # A CPU's models are in the memory of the host in any case.
+        has_room = self.target.is_accelerator and (self.target != live_target() or on_host <= available_memory())
+        return on_host if has_room else self.candidates.placed_at("disk").host_bytes()
 
     # -----------------------------------------------------------------------------------------------------------
     # Before the search
 
     @property
     def tokens_per_batch(self) -> int:
-        return self.settings.tokens_per_batch or suitable_tokens(self.target)
+        return self.config.evaluation.tokens_per_batch or suitable_tokens(self.target)
 
-    def check_task(self, where: str, task: Any) -> None:
+    def check(self, where: str, task: Any) -> None:
         lacking = [name for name in ("requests", "score") if not hasattr(task, name)]
         if lacking:
             raise InputError(
@@ -170,14 +160,13 @@ class DecoderBackend:
     def example_lengths(self, task: Task) -> np.ndarray:
         return example_lengths(task, self.models.tokenizer, self.models.context)
 
-    def prepare(self, splits: Splits[list[Task]]) -> Splits[list[BatchedTask]]:
+    def prepare(self, splits: Splits[list[Task]]) -> Prepared:
         """The batches of the tasks on each split. Batches of all shards have the same shapes. Raises InputError where
         the strategy follows gradients that the candidates do not have."""
         if splits.minibatches and not self.candidates.gradient_passes:
             raise InputError(*self.candidates.no_gradient)
         scored = [*splits.shards, splits.search, *([] if splits.validation is None else [splits.validation])]
-        heldout = splits.heldout
-        *searched, held = self._batch([*scored, heldout])
+        *searched, held = self._batch([*scored, splits.heldout])
         searched = list(map(_weighted, searched))
         validation = None if splits.validation is None else searched.pop()
         *shards, search = searched
@@ -189,7 +178,10 @@ class DecoderBackend:
             choice = [batched_task.for_any_examples() for batched_task in everything]
         minibatches = self._batch(splits.minibatches) if splits.minibatches else []
         tuning = self._batch(splits.tuning) if splits.tuning else []
-        return Splits(shards, search, validation, held, minibatches, choice, tuning)
+        batches = describe_batches([batched_task for shard in shards for batched_task in shard])
+        read = [*search, *(validation or []), *held]
+        warnings = token_warnings(read, self.models.tokenizer, self.models.decoder.vocab)
+        return Prepared(shards, search, validation, held, minibatches, choice, tuning, [batches], warnings)
 
     def _batch(self, splits: Sequence[Sequence[Task]]) -> list[list[BatchedTask]]:
         models, decoder = self.models, self.models.decoder
@@ -198,23 +190,7 @@ class DecoderBackend:
             decoder.position_switch, self.target.merge_tokens,
         )  # fmt: skip
 
-    def describe(self) -> str:
-        return self.candidates.describe()
-
-    def describe_inputs(self, prepared: Splits[list[BatchedTask]]) -> list[str]:
-        lines: list[str] = []
-        log_unused_config_keys(self.models.sources.folders, lines.append)
-        lines += [f"{role}: {reference_to(model)}" for role, model in self.compared]
-        if self.models.other_modules is not None:
-            lines.append(f"other modules: those of {reference_to(self.models.other_modules)}")
-        return [*lines, describe_batches([batched_task for shard in prepared.shards for batched_task in shard])]
-
-    def warnings(self, prepared: Splits[list[BatchedTask]]) -> list[str]:
-        examples = [*prepared.search, *(prepared.validation or []), *prepared.heldout]
-        lines = token_warnings(examples, self.models.tokenizer, self.models.decoder.vocab)
-        return [*self.models.sources.warnings, *lines]
-
-    def resolved(self) -> dict[str, Any]:
+    def _resolved(self) -> dict[str, Any]:
         models, config = self.models, self.config
         document: dict[str, Any] = {
             "base": None if models.base is None else reference_to(models.base),
@@ -267,38 +243,10 @@ class DecoderBackend:
     def files(self) -> set[Path]:
         images = set() if self.models.vision is None else self.models.vision.files
         prompts = set() if self.models.sources.moments is None else {*self.models.sources.moments.files}
-        return images | prompts | {file for _, folder in self.compared for file in input_files(folder)}
-
-    def extensions(self) -> list[object]:
-        return [*self.candidates.methods, architecture_of(self.models.decoder)]
+        return images | prompts | {file for _, folder in self.facts.compared for file in input_files(folder)}
 
     # -----------------------------------------------------------------------------------------------------------
     # The cost
-
-    def stored_bytes(self) -> int:
-        return self.candidates.stored_bytes(self.models.decoder)
-
-    def held_bytes(self) -> int:
-        return self.candidates.placement.held_bytes(self.candidates)
-
-    def device_sizes(self, shards: int) -> DeviceSizes:
-        sizes = DeviceSizes(shards)
-        self.candidates.placement.place_bank(self.candidates, sizes.place)
-        sizes.on_host, sizes.on_disk = self.candidates.host_bytes(), self.candidates.disk_bytes()
-        # Layer paths are planned as one model, but all of the parents' layers are loaded.
-        sizes.bank = max(sizes.bank, self.held_bytes() // shards)
-        self.abstract_images(self.compute_dtype, sizes.place)
-        return sizes
-
-    def streamed(self) -> "DecoderBackend | None":
-        if self.candidates.placement != DEVICE or self.candidates.places == (DEVICE.name,):
-            return None
-        on_host = self.candidates.placed_at("host").host_bytes()
-        # A CPU's models are in the memory of the host in any case.
-        has_room = self.target.is_accelerator and (self.target != live_target() or on_host <= available_memory())
-        place: BankPlace = "host" if has_room else "disk"
-        config = self.config.model_copy(update={"evaluation": self.settings.model_copy(update={"bank": place})})
-        return replace(self, candidates=self.candidates.placed_at(place), config=config)
 
     def abstract_images(self, dtype: str, place: Callable[..., Any]) -> ImageTable | None:
         """The tasks' images as abstract arrays, which `place` makes; None where there are none."""
@@ -307,13 +255,8 @@ class DecoderBackend:
         width = decoder.hidden if decoder.projector is None else decoder.projector.width
         return None if vision is None else vision.abstract_table(width, dtype, place)
 
-    def planner(self, bank_bytes: int) -> DecoderPlanner:
-        return DecoderPlanner(self, bank_bytes)
-
-    def smaller_passes(self) -> list[dict[str, Any]]:
-        # A plan for an accelerator halves batches until they fit.
-        parts = () if self.target.is_accelerator else (2, 8, 32)
-        return [{"tokens_per_batch": self.tokens_per_batch // part} for part in parts]
+    def planner(self) -> DecoderPlanner:
+        return DecoderPlanner(self)
 
     # -----------------------------------------------------------------------------------------------------------
     # The search
@@ -332,27 +275,18 @@ class DecoderBackend:
         prepared_images = None if self.models.vision is None else self.models.vision.prepare()
         if prepared_images is not None:
             log(prepared_images)
+        facts, config = self.facts, self.candidates.run_as(self.models.decoder)
         # Batches of all splits have the same shapes, so a chunk that fits one split in a dtype fits all of them.
-        chunk_sizes: dict[str, dict[Any, int]] = {self.compute_dtype: {}, self.final_compute_dtype: {}}
+        chunk_sizes: dict[str, dict[Any, int]] = {facts.compute_dtype: {}, facts.final_compute_dtype: {}}
 
-        def evaluator_in(dtype: str) -> Callable[[list[BatchedTask]], SpaceEvaluator[Any]]:
-            return partial(self._evaluator, bank, devices, log, chunk_sizes[dtype], dtype)
+        def evaluator(dtype: str, tasks: list[BatchedTask]) -> SpaceEvaluator[Any]:
+            decoder = Evaluator(
+                config, self.models.tokenizer, tasks, dtype, facts.settings.chunk, devices, log, chunk_sizes[dtype],
+                target=self.target, images=self._images(None, dtype, devices),
+            )  # fmt: skip
+            return SpaceEvaluator(facts.space, self.candidates.evaluator(decoder, bank), devices)
 
-        return prepared.map(evaluator_in(self.compute_dtype), evaluator_in(self.final_compute_dtype))
-
-    def evaluator(self, bank: Any, tasks: list[BatchedTask], population: int, devices: Devices) -> SpaceEvaluator[Any]:
-        return self._evaluator(bank, devices, lambda text: None, {}, self.compute_dtype, tasks)
-
-    def _evaluator(
-        self, bank: Any, devices: Devices, log: Callable[[str], None], chunk_sizes: dict[Any, int], dtype: str,
-        tasks: list[BatchedTask],
-    ) -> SpaceEvaluator[Any]:  # fmt: skip
-        config = self.candidates.run_as(self.models.decoder)
-        decoder = Evaluator(
-            config, self.models.tokenizer, tasks, dtype, self.settings.chunk, devices, log, chunk_sizes,
-            target=self.target, images=self._images(None, dtype, devices),
-        )  # fmt: skip
-        return SpaceEvaluator(self.space, self.candidates.evaluator(decoder, bank), devices)
+        return prepared.map(partial(evaluator, facts.compute_dtype), partial(evaluator, facts.final_compute_dtype))
 
     def _images(self, model: Path | None, dtype: str, devices: Devices) -> ImageTable | None:
         """The tasks' images in front of candidates (None) or of a stored model; None where there are none."""
@@ -374,16 +308,12 @@ class DecoderBackend:
 
     def _open_stored(self, model: Path) -> tuple[Sources, DecoderConfig]:
         """The sources of one of the compared models, with the vocabulary of the candidates, and its config."""
-        aligned = self.models.sources.vocabulary is not None
-        sources, config = (
-            open_sources(
-                [model, self.models.tokenizer_folder],
-                TokenizerChoice(1, approximation=self._approximation),
-                self.models.open_decoder,
-            )
-            if aligned
-            else open_sources([model], open_decoder=self.models.open_decoder)
-        )
+        folders = [model]
+        choice: TokenizerChoice | None = None
+        if self.models.sources.vocabulary is not None:
+            folders.append(self.models.tokenizer_folder)
+            choice = TokenizerChoice(1, approximation=self._approximation)
+        sources, config = open_sources(folders, choice, self.models.open_decoder)
         if self.models.other_modules is not None and not sources.folders[0].is_part:
             # A text model takes images as the decoder that it merges into does.
             config = as_decoder_of(config, self.models.decoder)
@@ -402,7 +332,7 @@ class DecoderBackend:
             # A file is the one form that merges, layer paths and members share.
             with tempfile.TemporaryDirectory(prefix="evojax-merge-winner-") as folder:
                 model = Path(folder) / "model"
-                self.export(self.recipe(candidate), candidate, model, "", lambda: None)
+                self.export(self._recipe(candidate), candidate, model, "", lambda: None)
                 return self._adaptable(model, like, rank, scale)
         return self._adaptable(candidate, like, rank, scale)
 
@@ -427,11 +357,13 @@ class DecoderBackend:
             sizes = chunk_sizes.setdefault(evaluator.compute_dtype, {})
             alone = replace(evaluator, devices=ONE_DEVICE, chunk_sizes=sizes, lookup_corpus={})
             evaluators.append(PopulationEvaluator(alone, stored, changes))
-        return Adaptable(layout, spread_of(layout, stored), evaluators)
+        export = partial(self._export_change, layout)
+        return Adaptable(layout, spread_of(layout, stored), evaluators, export=export)
 
-    def export_change(
-        self, model: Path, layout: LowRankLayout, vector: np.ndarray, out: Path, check: Callable[[], None]
+    def _export_change(
+        self, layout: LowRankLayout, model: Path, vector: np.ndarray, out: Path, check: Callable[[], None]
     ) -> None:
+        """Write a low-rank change of the exported winner `model` as the adapter `out`."""
         sources, config = self._open_stored(model)
         base, stacks = sources.folders[0], stack_numbers(config)
         leaves = {f"{leaf.stack}/{leaf.name}": leaf for leaf in leaves_of(config)}
@@ -452,18 +384,16 @@ class DecoderBackend:
     ) -> list[dict[str, Any]]:
         return sample_rows(model, heldout.evaluator.evaluator.batched_tasks, scores, number)
 
-    def report(self, genome: np.ndarray, parents: Sequence[str]) -> WinnerReport:
-        return self.candidates.report(genome, parents)
+    def describe(self, genome: np.ndarray) -> CandidateFacts:
+        candidates, parents = self.candidates, list(map(model_name, self.models.parents))
+        return CandidateFacts(self._recipe(genome), candidates.merged_from(genome), candidates.report(genome, parents))
 
-    def merged_from(self, genome: np.ndarray) -> list[Path]:
-        return self.candidates.merged_from(genome)
-
-    def recipe(self, genome: np.ndarray) -> str:
+    def _recipe(self, genome: np.ndarray) -> str:
         documents = self.candidates.to_recipe(genome)
         if self.models.sources.vocabulary is not None:
             documents = list(map(self._with_tokenizer, documents))
         if self.models.other_modules is not None:
-            named = self.references[self.models.other_modules]
+            named = self.models.references[self.models.other_modules]
             documents = [document | {"other_modules": named} for document in documents]
         if self.config.components:
             documents = [document | {"components": dict(self.config.components)} for document in documents]
@@ -473,7 +403,7 @@ class DecoderBackend:
 
     def _with_tokenizer(self, document: dict[str, Any]) -> dict[str, Any]:
         """A document of a recipe with the source of its merge's tokenizer."""
-        source = self.references[self.models.tokenizer_folder]
+        source = self.models.references[self.models.tokenizer_folder]
         document = document | {"tokenizer_source": self._tokenizer_source(source)}
         if self.models.tokenizer_folder == self.models.base:
             # The recipe of a method that takes no base lacks it, but needs it for the tokenizer.

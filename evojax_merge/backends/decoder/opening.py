@@ -28,7 +28,6 @@ from evojax_merge.config.search_config import Config
 from evojax_merge.errors import InputError, shown
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.calibration import with_moments
-from evojax_merge.models.config import DecoderConfig
 from evojax_merge.report.comparison import model_names
 from evojax_merge.schema.approximation import Approximation
 from evojax_merge.search.kept_scores import TEXT_KINDS
@@ -103,9 +102,13 @@ class DecoderFactory:
         tokenizer_choice = None
         if tokenizer_dir is not None:
             tokenizer_choice = TokenizerChoice(opened.index(tokenizer_dir), approximation=approximation)
-        open_all = _of_one_depth if methods or kind.TAKES_BASE else open_decoders
         open_decoder = merged_parts(where, config)
-        sources, configs = open_all(opened, tokenizer_choice, open_decoder)
+        if methods or kind.TAKES_BASE:
+            sources, decoder = open_sources(opened, tokenizer_choice, open_decoder)
+            configs = [decoder] * len(opened)
+        else:
+            # The parents of layer paths may differ in their depth.
+            sources, configs = open_decoders(opened, tokenizer_choice, open_decoder)
         all_folders = sources.folders
         other_modules = _other_modules(where, config, folder, all_folders, base, parents)
         _check_tokens(opened, sources, other_modules)
@@ -202,13 +205,6 @@ def merged_parts(where: str, config: Config) -> OpenDecoder:
     if config.components and config.space is None:
         raise InputError(where, f"components: {PROJECTOR} is merged by a space alone; leave it out")
     return decoder_with_projector if config.components else decoder_of
-
-
-def _of_one_depth(
-    paths: Sequence[Path], tokenizer: TokenizerChoice | None, open_decoder: OpenDecoder
-) -> tuple[Sources, list[DecoderConfig]]:
-    sources, config = open_sources(paths, tokenizer, open_decoder)
-    return sources, [config] * len(paths)
 
 
 def _check_tokens(folders: Sequence[Path], sources: Sources, other_modules: Path | None) -> None:

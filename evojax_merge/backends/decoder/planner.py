@@ -16,6 +16,7 @@ from evojax_merge.evaluation.devices import MEMORY_SHARE, group_of
 from evojax_merge.evaluation.evaluator import Evaluator, Progress, no_progress
 from evojax_merge.evaluation.generation import Continuations, generating, generation_chunk
 from evojax_merge.evaluation.planned_passes import (
+    DeviceSizes,
     JaxprReader,
     PassReader,
     PlannedPass,
@@ -41,32 +42,43 @@ AskCompiler = Callable[[Evaluator, PlanPasses, BatchedTask], list[Report]]
 
 @dataclass
 class DecoderPlanner:
-    """Plans the passes of a search over language models; see `Planner`. bank_bytes: loaded on each device."""
+    """Plans the passes of a search over language models; see `Planner`."""
 
     backend: "DecoderBackend"
-    bank_bytes: int
+
+    @cached_property
+    def sizes(self) -> DeviceSizes:
+        backend, candidates = self.backend, self.backend.candidates
+        sizes = DeviceSizes(backend.facts.settings.model)
+        candidates.placement.place_bank(candidates, sizes.place)
+        sizes.held = candidates.placement.held_bytes(candidates)
+        sizes.on_host, sizes.on_disk = candidates.host_bytes(), candidates.disk_bytes()
+        # Layer paths are planned as one model, but all of the parents' layers are loaded.
+        sizes.bank = max(sizes.bank, sizes.held // sizes.model)
+        backend.abstract_images(backend.facts.compute_dtype, sizes.place)
+        return sizes
 
     @cached_property
     def evaluator(self) -> Evaluator:
         """An evaluator without tasks that makes the choices of one on the backend's target."""
         backend, target = self.backend, self.backend.target
-        free = int(MEMORY_SHARE * max(0, target.memory - self.bank_bytes))
+        free = int(MEMORY_SHARE * max(0, target.memory - self.sizes.bank))
         # The plan of a search that does not fit shows the memory of one candidate.
-        chunk = backend.settings.chunk if self.bank_bytes < target.memory else 1
-        devices = group_of(backend.settings.model)
+        chunk = backend.facts.settings.chunk if self.sizes.bank < target.memory else 1
+        devices = group_of(backend.facts.settings.model)
         config = backend.candidates.run_as(backend.models.decoder)
         return Evaluator(
-            config, backend.models.tokenizer, [], backend.compute_dtype, chunk, devices, target=target,
+            config, backend.models.tokenizer, [], backend.facts.compute_dtype, chunk, devices, target=target,
             free_memory=lambda: free, temporary_bytes=JaxprReader(target, devices).temporary_bytes,
-            images=backend.abstract_images(backend.compute_dtype, devices.abstract),
+            images=backend.abstract_images(backend.facts.compute_dtype, devices.abstract),
         )  # fmt: skip
 
     @cached_property
     def _final(self) -> Evaluator:
         """The evaluator of the splits that no generation is scored on: in another dtype, fewer candidates may fit."""
-        if self.backend.final_compute_dtype == self.backend.compute_dtype:
+        if self.backend.facts.final_compute_dtype == self.backend.facts.compute_dtype:
             return self.evaluator
-        dtype, devices = self.backend.final_compute_dtype, self.evaluator.devices
+        dtype, devices = self.backend.facts.final_compute_dtype, self.evaluator.devices
         images = self.backend.abstract_images(dtype, devices.abstract)
         return replace(self.evaluator, compute_dtype=dtype, chunk_sizes={}, images=images)
 
@@ -77,7 +89,7 @@ class DecoderPlanner:
     @property
     def notes(self) -> tuple[str, ...]:
         config, backend = self.backend.models.decoder, self.backend
-        placed = backend.candidates.placement.notes(backend.candidates, backend.target, backend.settings.model)
+        placed = backend.candidates.placement.notes(backend.candidates, backend.target, backend.facts.settings.model)
         fates = backend.candidates.fates(backend.models.other_modules)
         folders = {str(folder.path): folder.path for folder in backend.models.sources.folders}
         account = summary(with_public_names(fates, folders))
@@ -93,10 +105,6 @@ class DecoderPlanner:
             f"{PROJECTOR}: merged, and computed by every candidate: {shown_number(2 * projector)}FLOP for each "
             f"position, {projector / layers:.2%} of what the layers take",
         )  # fmt: skip
-
-    @property
-    def gradient_passes(self) -> int:
-        return self.backend.candidates.gradient_passes
 
     def passes(
         self, tasks: Sequence[BatchedTask], candidates: int, use: PlanUse, compiler: TargetCompiler | None = None,
@@ -140,7 +148,7 @@ class DecoderPlanner:
 
     def _share(self, candidates: int) -> int:
         """The candidates of one group of devices, where all groups have `candidates` together."""
-        return math.ceil(candidates / (self.backend.target.devices // self.backend.settings.model))
+        return math.ceil(candidates / (self.backend.target.devices // self.backend.facts.settings.model))
 
     @cached_property
     def _population(self) -> Callable[..., Population]:

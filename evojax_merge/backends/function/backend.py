@@ -1,7 +1,7 @@
 """Any pytrees as a backend: merges of them, scored by JAX functions (or functions that JAX cannot trace)."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evojax_merge.backends.backend import Adaptable
+from evojax_merge.backends.backend import Adaptable, BackendFacts, CandidateFacts, Prepared
 from evojax_merge.backends.function.adapted import adaptable_tree
 from evojax_merge.backends.function.planner import FunctionPlanner
 from evojax_merge.backends.function.programs import (
@@ -26,18 +26,15 @@ from evojax_merge.checkpoints.writer import write_marker
 from evojax_merge.config.search_config import EvaluationConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices, tree_nbytes
-from evojax_merge.evaluation.planned_passes import (
-    DeviceSizes,
-)
 from evojax_merge.evaluation.samples import score_rows
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.write import dump_documents
+from evojax_merge.report.comparison import model_name
 from evojax_merge.report.front_matter import changed_front_matter
 from evojax_merge.report.winner import MergeReport
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.run_schema import GROUPS
-from evojax_merge.spaces.parameter import GroupSpace
 from evojax_merge.system.file_system import atomic_folder, atomic_write
 from evojax_merge.tasks.arrays import ArrayTask, row_of
 from evojax_merge.tasks.splits import Splits
@@ -49,67 +46,24 @@ TOGETHER = 8
 
 @dataclass(frozen=True)
 class FunctionBackend:
-    """Merges of pytrees; see `Backend`. names: of the models in recipes and tables, the base first where there is one;
-    models: their files; save: writes a pytree into a folder; `chunk`: the number of candidates that are computed
-    together (None: one on a CPU, where computing several together is slower, else all)."""
+    """Merges of pytrees; see `Backend`. save: writes a pytree into a folder; library: opens
+    such a folder, by its name on the hub. The setting `chunk` is the number of
+    candidates that are computed together (None: one on a CPU, where computing several together is slower, else all)."""
 
+    facts: BackendFacts
     merge: TreeMerge
-    names: tuple[str, ...]
-    models: tuple[Path, ...]
     save: Write
-    settings: EvaluationConfig
-    target: Target
-    document: Mapping[str, Any] = field(default_factory=dict)
-    kind: Any = None
-
-    compute_dtype = final_compute_dtype = "float32"
-    export_dtype = None
-    baseline_role = "uniform"
+    library: str = "jax"
 
     @property
-    def name(self) -> str:
-        return self.merge.spec.method_name
-
-    @property
-    def space(self) -> GroupSpace:
-        return self.merge.space
-
-    @property
-    def _has_base(self) -> bool:
-        return self.merge.spec.options.has_base
-
-    @property
-    def compared(self) -> list[tuple[str, Path]]:
-        roles = ["base"] * self._has_base + ["parent"] * (len(self.models) - self._has_base)
-        return list(zip(roles, self.models, strict=True))
-
-    @property
-    def references(self) -> Mapping[Path, str]:
-        return dict(zip(self.models, self.names, strict=True))
-
-    @property
-    def hub_library(self) -> str:
-        """The library that opens an exported folder, by its name on the hub."""
-        return "jax"
-
-    @property
-    def loaded(self) -> int:
-        return len(self.models)
-
-    @property
-    def is_random(self) -> bool:
-        return self.merge.spec.method.random
-
-    @property
-    def has_derivatives(self) -> bool:
-        return True
-
-    not_adaptable, not_polishable = "", "an adapter is written for language models"
+    def models(self) -> list[Path]:
+        """The models' files, in the order of the tree's sources."""
+        return [model for _, model in self.facts.compared]
 
     # -----------------------------------------------------------------------------------------------------------
     # Before the search
 
-    def check_task(self, where: str, task: Any) -> None:
+    def check(self, where: str, task: Any) -> None:
         """Raises InputError for a task of another kind of model, for a function that JAX cannot trace, and for one that
         returns another number of scores than the task has examples."""
         if not isinstance(task, ArrayTask):
@@ -124,75 +78,46 @@ class FunctionBackend:
     def example_lengths(self, task: ArrayTask) -> np.ndarray:
         return np.ones(task.size)
 
-    def prepare(self, splits: Splits[list[ArrayTask]]) -> Splits[list[ArrayTask]]:
-        return replace(splits.map(_weighted), heldout=splits.heldout)
-
-    def describe(self) -> str:
-        space = self.merge.space
-        names = ", ".join(parameter.name for parameter in space.search_parameters)
-        return f"{space.dims} parameters ({names}; {len(space.groups)} groups)"
-
-    def describe_inputs(self, prepared: Splits[list[ArrayTask]]) -> list[str]:
-        examples = sum(task.size for task in prepared.search)
-        lines = [f"{role}: {self.references[model]}" for role, model in self.compared]
-        return [*lines, f"per candidate: {examples:,} examples of {', '.join(task.name for task in prepared.search)}"]
-
-    def warnings(self, prepared: Splits[list[ArrayTask]]) -> list[str]:
-        return []
-
-    def resolved(self) -> dict[str, Any]:
-        return {**self.document, GROUPS: list(self.merge.space.groups)}
+    def prepare(self, splits: Splits[list[ArrayTask]]) -> Prepared:
+        weighted = replace(splits.map(_weighted), heldout=splits.heldout)
+        examples = sum(task.size for task in weighted.search)
+        names = ", ".join(task.name for task in weighted.search)
+        return Prepared(**vars(weighted), notes=[f"per candidate: {examples:,} examples of {names}"])
 
     def files(self) -> set[Path]:
         return {file for model in self.models for file in ([model] if model.is_file() else model.rglob("*"))
                 if file.is_file()}  # fmt: skip
 
-    def extensions(self) -> list[object]:
-        return [self.merge.spec.method, self.kind]
-
     # -----------------------------------------------------------------------------------------------------------
     # The cost
 
-    def stored_bytes(self) -> int:
-        return sum(getattr(leaf, "nbytes", 0) for column in self.merge.tree.columns for leaf in column)
-
     def held_bytes(self) -> int:
+        """Bytes of the loaded bank."""
         return tree_nbytes(self.abstract_bank(anywhere))
 
     def abstract_bank(self, place: Callable[..., Any]) -> TreeBank:
         """The bank as abstract arrays that `place` makes."""
         return put_bank(self.merge.bank, lambda array: place(array.shape, array.dtype, None))
 
-    def device_sizes(self, shards: int) -> DeviceSizes:
-        sizes = DeviceSizes(shards)
-        self.abstract_bank(sizes.place)
-        return sizes
-
-    def streamed(self) -> None:
-        """None: trees are on the devices."""
-
-    def planner(self, bank_bytes: int) -> "FunctionPlanner":
-        return FunctionPlanner(self, bank_bytes)
-
-    def smaller_passes(self) -> list[dict[str, Any]]:
-        return [] if self.settings.chunk == 1 else [{"chunk": 1}]
+    def planner(self) -> FunctionPlanner:
+        return FunctionPlanner(self)
 
     # -----------------------------------------------------------------------------------------------------------
     # The search
 
     def chunk(self, population: int) -> int:
         """The number of candidates that are computed together."""
-        if self.settings.chunk is None:
-            return population if self.target.is_accelerator else 1
-        return min(self.settings.chunk, population)
+        if self.facts.settings.chunk is None:
+            return population if self.facts.target.is_accelerator else 1
+        return min(self.facts.settings.chunk, population)
 
     def programs(self, population: int, devices: Devices) -> Programs:
-        is_on_cpu = not self.target.is_accelerator
+        is_on_cpu = not self.facts.target.is_accelerator
         return Programs(self.merge, self.chunk(population), population, devices.mesh, is_on_cpu)
 
     def load(self, devices: Devices, progress: Callable[[int], None], folder: Path | None) -> TreeBank:
         bank = put_bank(self.merge.bank, devices.put)
-        progress(self.stored_bytes())
+        progress(self.facts.stored_bytes)
         return bank
 
     def evaluators(
@@ -200,13 +125,9 @@ class FunctionBackend:
         log: Callable[[str], None] = lambda text: None,
     ) -> Splits[SpaceEvaluator[Any]]:  # fmt: skip
         programs = self.programs(population, devices)
-        return prepared.map(lambda tasks: SpaceEvaluator(self.space, TreeEvaluator(tasks, bank, programs), devices))
-
-    def evaluator(
-        self, bank: TreeBank, tasks: list[ArrayTask], population: int, devices: Devices = ONE_DEVICE
-    ) -> SpaceEvaluator[Any]:
-        programs = self.programs(population, devices)
-        return SpaceEvaluator(self.space, TreeEvaluator(tasks, bank, programs), devices)
+        return prepared.map(
+            lambda tasks: SpaceEvaluator(self.merge.space, TreeEvaluator(tasks, bank, programs), devices)
+        )
 
     def describe_work(self, evaluators: Sequence[SpaceEvaluator[Any]]) -> str:
         chunk = max((evaluator.evaluator.programs.chunk for evaluator in evaluators), default=1)
@@ -235,14 +156,11 @@ class FunctionBackend:
             progress(1)
         return scores
 
-    def export_change(self, model: Path, layout: Any, vector: np.ndarray, out: Path, check: Callable[[], None]) -> None:
-        raise InputError(model, f"cannot be polished: {self.not_polishable}")
-
     def adaptable(
         self, candidate: Path | np.ndarray, like: Sequence[SpaceEvaluator[Any]], rank: int, scale: float
     ) -> Adaptable:
         programs = self.programs(TOGETHER, ONE_DEVICE)
-        assert isinstance(candidate, Path), self.not_polishable
+        assert isinstance(candidate, Path), self.facts.not_polishable
         splits = [evaluator.evaluator.tasks for evaluator in like]
         return adaptable_tree(
             self.merge.tree, self.models.index(candidate), splits, programs, rank, scale, self.matrix_shape
@@ -274,16 +192,15 @@ class FunctionBackend:
             return self.merge.tree.source(self.models.index(candidate))
         return self.merged(candidate)
 
-    def report(self, genome: np.ndarray, parents: Sequence[str]) -> MergeReport:
-        values = {name: np.asarray(block) for name, block in self.merge.space.values(jnp.asarray(genome)).items()}
-        return MergeReport(self.merge.space.groups, values, tuple(parents))
+    def describe(self, genome: np.ndarray) -> CandidateFacts:
+        space = self.merge.space
+        values = {name: np.asarray(block) for name, block in space.values(jnp.asarray(genome)).items()}
+        report = MergeReport(space.groups, values, tuple(map(model_name, self.facts.parents)))
+        return CandidateFacts(dump_documents([self.recipe(genome)]), self.models, report)
 
-    def merged_from(self, genome: np.ndarray) -> list[Path]:
-        return list(self.models)
-
-    def recipe(self, genome: np.ndarray) -> str:
+    def recipe(self, genome: np.ndarray) -> dict[str, Any]:
         """The recipe in mergekit's format: each group's parameters behind a filter with its name."""
-        space, first = self.merge.space, int(self._has_base)
+        facts, space = self.facts, self.merge.space
         parameters = {name: np.asarray(block) for name, block in space.parameters(jnp.asarray(genome)).items()}
 
         def written(block: np.ndarray) -> Any:
@@ -293,16 +210,19 @@ class FunctionBackend:
             return [{"filter": group, "value": value} for group, value in zip(space.groups, values, strict=True)]
 
         of_parents = {name for name in parameters if space.method.parameter(name).per_parent}
-        document: dict[str, Any] = {"merge_method": self.name}
-        if first:
-            document["base_model"] = self.names[0]
+        document: dict[str, Any] = {"merge_method": facts.name}
+        if facts.base is not None:
+            document["base_model"] = facts.references[facts.base]
         document["models"] = [
-            {"model": name, "parameters": {key: written(parameters[key][:, k]) for key in sorted(of_parents)}}
-            for k, name in enumerate(self.names[first:])
+            {
+                "model": facts.references[parent],
+                "parameters": {key: written(parameters[key][:, k]) for key in sorted(of_parents)},
+            }
+            for k, parent in enumerate(facts.parents)
         ]
         shared = {key: written(block) for key, block in parameters.items() if key not in of_parents}
         options = self.merge.spec.options
-        return dump_documents([document | {"parameters": {"normalize": options.normalize} | shared}])
+        return document | {"parameters": {"normalize": options.normalize} | shared}
 
     def merged(self, genome: np.ndarray) -> Any:
         """The merge of a genome, float32[D], as a pytree."""
@@ -313,7 +233,7 @@ class FunctionBackend:
     ) -> list[dict[str, Any]]:
         with atomic_folder(out, overwrite=True, check=check) as folder:
             self.save(self.merged(genome), folder)
-            atomic_write(folder / "README.md", changed_front_matter(card, {"library_name": self.hub_library}))
+            atomic_write(folder / "README.md", changed_front_matter(card, {"library_name": self.library}))
             write_marker(folder)
         return []
 
@@ -321,3 +241,34 @@ class FunctionBackend:
 def _weighted(tasks: list[ArrayTask]) -> list[ArrayTask]:
     """The tasks that are part of the fitness: a task of weight 0 is only shown in the held-out table."""
     return [task for task in tasks if task.weight > 0]
+
+
+def tree_facts(
+    merge: TreeMerge, models: Sequence[Path], names: Sequence[str], settings: EvaluationConfig, target: Target,
+    factory: Any = None, **others: Any,
+) -> BackendFacts:  # fmt: skip
+    """The facts about merges of pytrees. models, names: the files of the tree's sources, and their names in recipes and
+    tables; factory: the `BackendFactory` that opened them; others: further fields."""
+    space, spec = merge.space, merge.spec
+    references, has_base = dict(zip(models, names, strict=True)), int(spec.options.has_base)
+    searched = ", ".join(parameter.name for parameter in space.search_parameters)
+    facts = BackendFacts(
+        name=spec.method_name,
+        space=space,
+        genome=f"{space.dims} parameters ({searched}; {len(space.groups)} groups)",
+        base=models[0] if has_base else None,
+        parents=tuple(models[has_base:]),
+        references=references,
+        loaded=len(models),
+        stored_bytes=sum(getattr(leaf, "nbytes", 0) for column in merge.tree.columns for leaf in column),
+        settings=settings,
+        target=target,
+        is_random=spec.method.random,
+        baseline_role="uniform",
+        not_polishable="an adapter is written for language models",
+        smaller_passes=[] if settings.chunk == 1 else [{"chunk": 1}],
+        extensions=[spec.method, factory],
+        **others,
+    )
+    notes = [f"{role}: {references[model]}" for role, model in facts.compared]
+    return replace(facts, resolved={**facts.resolved, GROUPS: list(space.groups)}, notes=notes)

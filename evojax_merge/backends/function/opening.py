@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.backends.backend import Resolve
-from evojax_merge.backends.function.backend import FunctionBackend
+from evojax_merge.backends.function.backend import FunctionBackend, tree_facts
 from evojax_merge.backends.function.trees import Tree, TreeMerge, group_labels, open_trees
 from evojax_merge.config.search_config import Config, SpaceConfig
 from evojax_merge.errors import InputError
@@ -134,10 +134,9 @@ class FunctionFactory:
             },
             "backend": reference_from_anywhere(config.backend, folder),
         }
-        models = tuple(paths[key] for key in keys)
-        return FunctionBackend(
-            merge, tuple(map(str, models)), models, self.save, config.evaluation, target, document, self
-        )
+        models = [paths[key] for key in keys]
+        facts = tree_facts(merge, models, list(map(str, models)), config.evaluation, target, self, resolved=document)
+        return FunctionBackend(facts, merge, self.save)
 
     def _load(self, where: str, path: Path) -> Any:
         return find_tree(where, str(path)) if is_reference(str(path)) else self.load(path)

@@ -4,19 +4,21 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evojax_merge.backends.function.programs import gradient_program, score_program
+from evojax_merge.backends.function.programs import TreeEvaluator, gradient_program, score_program
 from evojax_merge.backends.function.trees import TreeBank, put_bank
 from evojax_merge.checkpoints.abstract_bank import anywhere
 from evojax_merge.evaluation.compilers import TargetCompiler, collectives
 from evojax_merge.evaluation.devices import ONE_DEVICE, tree_nbytes
 from evojax_merge.evaluation.passes import TracedPass, trace
 from evojax_merge.evaluation.planned_passes import (
+    DeviceSizes,
     JaxprReader,
     PlannedPass,
     PlanUse,
@@ -39,12 +41,16 @@ class FunctionPlanner:
     """Plans a search over pytrees: one program for each task; see `Planner`."""
 
     backend: "FunctionBackend"
-    bank_bytes: int
     # By the name and metric of a task that is not traced: numbers of examples, and the seconds of a candidate on them.
     _measured: dict[tuple[str, str], list[tuple[int, float]]] = field(default_factory=dict)
 
-    gradient_passes = 1
     jobs = 1
+
+    @cached_property
+    def sizes(self) -> DeviceSizes:
+        sizes = DeviceSizes(self.backend.facts.settings.model, held=self.backend.held_bytes())
+        self.backend.abstract_bank(sizes.place)
+        return sizes
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -61,14 +67,15 @@ class FunctionPlanner:
         if not points:
             backend, count = self.backend, 1
             bank, workers = put_bank(backend.merge.bank, jnp.asarray), backend.programs(1, ONE_DEVICE).workers
-            genomes = np.repeat(backend.space.start[None], workers, axis=0)
+            genomes = np.repeat(backend.merge.space.start[None], workers, axis=0)
             while not points or (points[-1][0] < task.size and points[-1][1] * workers < LEAST_SECONDS):
-                evaluator = backend.evaluator(bank, [task.subset(range(count))], workers)
+                programs = backend.programs(workers, ONE_DEVICE)
+                evaluator = TreeEvaluator([task.subset(range(count))], bank, programs)
                 seconds = np.inf
                 # The first call on so many examples compiles, or prepares the network for them.
                 for _ in range(2):
                     started = time.perf_counter()
-                    evaluator.score(genomes)
+                    evaluator.evaluate(genomes)
                     seconds = min(seconds, (time.perf_counter() - started) / workers)
                 points.append((count, seconds))
                 count = min(2 * count, task.size)
@@ -79,9 +86,10 @@ class FunctionPlanner:
         self, tasks: Sequence[ArrayTask], candidates: int, use: PlanUse, compiler: TargetCompiler | None = None,
         smallest: bool = False,
     ) -> list[SizedPass]:  # fmt: skip
-        backend, target = self.backend, self.backend.target
+        backend, target = self.backend, self.backend.facts.target
         chunk, reader = backend.chunk(math.ceil(candidates / target.devices)), JaxprReader(target, ONE_DEVICE)
-        bank, genomes = backend.abstract_bank(anywhere), jax.ShapeDtypeStruct((chunk, backend.space.dims), jnp.float32)
+        genomes = jax.ShapeDtypeStruct((chunk, backend.merge.space.dims), jnp.float32)
+        bank = backend.abstract_bank(anywhere)
         sized = []
         for task in tasks:
             traced = self._traced(task, bank, genomes, chunk, use)

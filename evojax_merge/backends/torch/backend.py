@@ -13,10 +13,11 @@ import jax
 import numpy as np
 import torch
 
+from evojax_merge.backends.backend import Prepared
 from evojax_merge.backends.function.backend import FunctionBackend
 from evojax_merge.backends.function.programs import Programs
 from evojax_merge.backends.torch import network as networks
-from evojax_merge.backends.torch.folders import label_names, settings_of
+from evojax_merge.backends.torch.folders import label_names
 from evojax_merge.backends.torch.inputs import (
     class_names,
     class_prompts,
@@ -77,18 +78,7 @@ class TorchBackend(FunctionBackend):
     # What batch norms are measured on, and by what a task asks for: batches of the search's examples.
     _calibration: list[tuple[Ask, list[Any]]] = field(default_factory=list, repr=False)
 
-    @property
-    def has_derivatives(self) -> bool:
-        environment, _ = networks.torchax_environment()
-        return environment is not None
-
-    @property
-    def hub_library(self) -> str:
-        if hasattr(self.network.module, "encode"):
-            return "sentence-transformers"
-        return "transformers" if hasattr(self.network.module, "save_pretrained") else "pytorch"
-
-    def check_task(self, where: str, task: Any) -> None:
+    def check(self, where: str, task: Any) -> None:
         if task.metric == "negative_word_error_rate" and find_spec("jiwer") is None:
             raise InputError(where, f"metric: {task.metric} needs jiwer; pip install 'evojax-merge[speech]'")
         if not isinstance(task, NetworkTask) and getattr(task, "kind", None) != "likelihood":
@@ -97,10 +87,10 @@ class TorchBackend(FunctionBackend):
                 f"{', '.join((*SCORES, *PAIRED))}, entropy or network",
             )  # fmt: skip
 
-    def prepare(self, splits: Splits[list[Any]]) -> Splits[list[ArrayTask]]:
+    def prepare(self, splits: Splits[list[Any]]) -> Prepared:
         described = dict(self._untraced)
         prepared = super().prepare(splits.map(lambda tasks: [self._prepared(task) for task in tasks]))
-        if self.settings.recalibrate and not self._calibration:
+        if self.facts.settings.recalibrate and not self._calibration:
             self._calibration.extend(
                 (self._ask(task), _batches(arrays.rows[0]["inputs"]))
                 for task, arrays in zip(splits.search, prepared.search, strict=True)
@@ -113,7 +103,9 @@ class TorchBackend(FunctionBackend):
         for why in dict.fromkeys(self._untraced.values()):
             names = [task for task, reason in self._untraced.items() if reason == why and task not in described]
             if names:
-                say_once(self._way(why, names))
+                how = "called with one candidate at a time" if why else "a function of JAX, by torchax"
+                because = f", because JAX does not trace it ({why})" if why else ""
+                say_once(f"{self.network.name}: {how} ({', '.join(names)}){because}")
         untraced = next((task for tasks in prepared.minibatches for task in tasks if not task.traced), None)
         if untraced is not None:
             raise InputError(
@@ -133,17 +125,10 @@ class TorchBackend(FunctionBackend):
         """How many numbers of a candidate are merged."""
         return sum(leaf.sources[0].size for leaf in self.merge.tree.leaves if leaf.merged)
 
-    def _way(self, why: str, tasks: Sequence[str]) -> str:
-        """One line on how the network is run for some tasks. why: see `_untraced`."""
-        if not why:
-            return f"{self.network.name}: a function of JAX, by torchax ({', '.join(tasks)})"
-        called = f"called with one candidate at a time ({', '.join(tasks)})"
-        return f"{self.network.name}: {called}, because JAX does not trace it ({why})"
-
     def programs(self, population: int, devices: Devices) -> Programs:
         programs = super().programs(population, devices)
         programs.finish = self.finished
-        if not self.target.is_accelerator:
+        if not self.facts.target.is_accelerator:
             # A quarter of the memory, with candidates in float32.
             most = max(1, available_memory() // (16 * self._numbers()))
             programs.workers = min(torch.get_num_threads(), most)
@@ -152,7 +137,7 @@ class TorchBackend(FunctionBackend):
 
     def finished(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
         """A candidate of a merge: with its batch norms measured anew, where the config says so."""
-        if not self.settings.recalibrate:
+        if not self.facts.settings.recalibrate:
             return weights
         if not self._calibration:
             raise InputError(
@@ -173,9 +158,9 @@ class TorchBackend(FunctionBackend):
     def chunk(self, population: int) -> int:
         """The candidates that fit together into a quarter of the memory that an accelerator has beside the bank."""
         count = super().chunk(population)
-        if self.settings.chunk is not None or not self.target.is_accelerator:
+        if self.facts.settings.chunk is not None or not self.facts.target.is_accelerator:
             return count
-        room = (self.target.memory - self.held_bytes()) // 4
+        room = (self.facts.target.memory - self.held_bytes()) // 4
         return max(1, min(count, int(room // (4 * self._numbers()))))
 
     def _prepared(self, task: Any) -> ArrayTask:
@@ -286,7 +271,7 @@ class TorchBackend(FunctionBackend):
             )  # fmt: skip
         if isinstance(task, NetworkTask) and task.function is not None:
             return "a function of Python scores it"
-        if self.settings.recalibrate:
+        if self.facts.settings.recalibrate:
             return "its batch norms are measured for each candidate"
         environment, reason = networks.torchax_environment()
         if environment is None:
@@ -306,21 +291,6 @@ class TorchBackend(FunctionBackend):
         by_text = isinstance(task, NetworkTask) and is_zero_shot(task, self.network)
         asked = isinstance(task, NetworkTask) and getattr(task.config, "gets", "") == "embeddings"
         return embeddings if task.kind in PAIRED or by_text or asked else outputs
-
-    def warnings(self, prepared: Splits[list[ArrayTask]]) -> list[str]:
-        lines = super().warnings(prepared)
-        first, named = self.models[0], label_names(self.models[0])
-        for model in self.models[1:]:
-            other = label_names(model)
-            differing = next((i for i in named if i in other and other[i] != named[i]), None)
-            if differing is not None:
-                lines.append(
-                    f"{model}: label {differing} is {other[differing]!r}, but {named[differing]!r} in {first}; merges "
-                    "are scored by the latter"
-                )
-            if settings_of(model, "preprocessor_config.json") != settings_of(first, "preprocessor_config.json"):
-                lines.append(f"{model}: prepares images in another way than {first}, whose way all candidates have")
-        return lines
 
     def files(self) -> set[Path]:
         # Modules of a sentence transformer have folders with a number.

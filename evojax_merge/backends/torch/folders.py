@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -251,3 +251,19 @@ def settings_of(folder: Path, name: str) -> str:
     """The content of one of a folder's JSON files as comparable text; empty where it has none."""
     document = read_json_object(folder / name, missing={}) if folder.is_dir() else None
     return json.dumps(document, sort_keys=True) if document else ""
+
+
+def differences(folders: Sequence[Path]) -> list[str]:
+    """A line for each model whose labels, or whose way to prepare images, differ from those of the first."""
+    lines, first, named = [], folders[0], label_names(folders[0])
+    for model in folders[1:]:
+        other = label_names(model)
+        differing = next((i for i in named if i in other and other[i] != named[i]), None)
+        if differing is not None:
+            lines.append(
+                f"{model}: label {differing} is {other[differing]!r}, but {named[differing]!r} in {first}; merges "
+                "are scored by the latter"
+            )
+        if settings_of(model, "preprocessor_config.json") != settings_of(first, "preprocessor_config.json"):
+            lines.append(f"{model}: prepares images in another way than {first}, whose way all candidates have")
+    return lines

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evojax_merge.backends.backend import Resolve
+from evojax_merge.backends.function.backend import tree_facts
 from evojax_merge.backends.function.opening import (
     FOREIGN_IN_SPACE,
     check_config,
@@ -58,6 +59,7 @@ class TorchFactory:
         from evojax_merge.backends.torch.folders import (
             OwnModules,
             architecture,
+            differences,
             has_batch_norms,
             merged_tensors,
             open_module,
@@ -65,6 +67,7 @@ class TorchFactory:
             save_merge,
             to_arrays,
         )
+        from evojax_merge.backends.torch.network import torchax_environment
 
         assert config.space is not None
         _, has_base = method_with_base(
@@ -113,15 +116,19 @@ class TorchFactory:
                 if key not in (*FOREIGN_KEYS, "components")
             },
         } | ({} if own_modules is None else {"backend": reference_from_anywhere(config.backend, folder)})  # fmt: skip
-        models = tuple(paths[key] for key in keys)
+        models = [paths[key] for key in keys]
 
         def save(weights: Any, out: Path) -> None:
             write(weights, models[0], out)
 
-        return TorchBackend(
-            merge, tuple(references[key] for key in keys), models, save, config.evaluation, target, document, self,
-            network=open_network(modules[0]),
+        environment, _ = torchax_environment()
+        facts = tree_facts(
+            merge, models, [references[key] for key in keys], config.evaluation, target, self, resolved=document,
+            warnings=differences(models), has_derivatives=environment is not None,
         )  # fmt: skip
+        library = "transformers" if hasattr(modules[0], "save_pretrained") else "pytorch"
+        library = "sentence-transformers" if hasattr(modules[0], "encode") else library
+        return TorchBackend(facts, merge, save, library, network=open_network(modules[0]))
 
     def open_stored(
         self, where: str, name: str, path: Path, settings: EvaluationConfig, target: Target
@@ -203,10 +210,12 @@ def _open_pipelines(
     def save(weights: Any, out: Path) -> None:
         save_generator(components, weights, out)
 
-    return PipelineBackend(
-        merge, tuple(absolute[key] for key in keys), tuple(paths[key] for key in keys), save, config.evaluation, target,
-        document, factory, generator=open_generator(components, modules[0]), components=components,
+    facts = tree_facts(
+        merge, [paths[key] for key in keys], [absolute[key] for key in keys], config.evaluation, target, factory,
+        resolved=document, warnings=components.notes, has_derivatives=False,
     )  # fmt: skip
+    generator = open_generator(components, modules[0])
+    return PipelineBackend(facts, merge, save, "diffusers", generator=generator, components=components)
 
 
 def layer_groups(together: int | str) -> Callable[[str], str]:

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from evojax_merge.backends.backend import Prepared
 from evojax_merge.backends.function.backend import FunctionBackend
 from evojax_merge.backends.torch.generator import Generator
 from evojax_merge.checkpoints.pipelines import MERGE, SHEET, Components
 from evojax_merge.checkpoints.writer import write_marker
 from evojax_merge.errors import InputError, library_errors
-from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.report.front_matter import changed_front_matter
-from evojax_merge.schema.yaml_reader import parse_documents
 from evojax_merge.system.console import say
 from evojax_merge.system.file_system import atomic_folder, atomic_write
 from evojax_merge.tasks.arrays import ArrayTask
@@ -68,11 +67,7 @@ class PipelineBackend(FunctionBackend):
     _heldout: list[DrawingTask] = field(default_factory=list, repr=False)
     _checked: set[str] = field(default_factory=set, repr=False)
 
-    @property
-    def has_derivatives(self) -> bool:
-        return False
-
-    def check_task(self, where: str, task: Any) -> None:
+    def check(self, where: str, task: Any) -> None:
         if not isinstance(task, DrawingTask):
             raise InputError(
                 where, f"{task.name}: a {type(task).__name__} asks no image generator; expected kind: "
@@ -80,7 +75,7 @@ class PipelineBackend(FunctionBackend):
             )  # fmt: skip
         self.generator.check(task)
 
-    def prepare(self, splits: Splits[list[Any]]) -> Splits[list[ArrayTask]]:
+    def prepare(self, splits: Splits[list[Any]]) -> Prepared:
         self._heldout[:] = [task for task in splits.heldout if task.size]
         return super().prepare(splits.map(lambda tasks: [self._array_task(task) for task in tasks]))
 
@@ -108,17 +103,12 @@ class PipelineBackend(FunctionBackend):
             )  # fmt: skip
         say(f"{name}: draws pictures of one candidate at a time, from the same noise for each ({task.name})")
 
-    def warnings(self, prepared: Splits[list[ArrayTask]]) -> list[str]:
-        return [*super().warnings(prepared), *self.components.notes]
-
-    def recipe(self, genome: np.ndarray) -> str:
-        (document,) = parse_documents("recipe", super().recipe(genome))
-        names = dict(zip(self.models, self.names, strict=True))
+    def recipe(self, genome: np.ndarray) -> dict[str, Any]:
         kept = {
-            name: names[pipeline.path] for name, pipeline in self.components.kept.items()
+            name: self.facts.references[pipeline.path] for name, pipeline in self.components.kept.items()
             if pipeline is not self.components.first
         }  # fmt: skip
-        return dump_documents([document | {"components": dict.fromkeys(self.components.merged, MERGE) | kept}])
+        return super().recipe(genome) | {"components": dict.fromkeys(self.components.merged, MERGE) | kept}
 
     def export(
         self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]
@@ -126,7 +116,7 @@ class PipelineBackend(FunctionBackend):
         weights = self.merged(genome)
         with atomic_folder(out, overwrite=True, check=check) as folder:
             self.save(weights, folder)
-            card = changed_front_matter(card, {"library_name": "diffusers"})
+            card = changed_front_matter(card, {"library_name": self.library})
             drawable = next((task for task in self._heldout if task.inputs == "images"), None)
             if drawable is not None:
                 (folder / SHEET).write_bytes(self.contact_sheet(drawable, weights))
@@ -136,7 +126,8 @@ class PipelineBackend(FunctionBackend):
         return []
 
     def _caption(self, task: DrawingTask) -> str:
-        rows = [*(f"{role} {self.references[model]}" for role, model in self.compared), self.baseline_role, "winner"]
+        facts = self.facts
+        rows = [*(f"{role} {facts.references[model]}" for role, model in facts.compared), "uniform", "winner"]
         shown = min(COLUMNS, task.size)
         return (
             f"The first {shown} held-out examples of `{task.name}`, a row each: "
@@ -150,7 +141,7 @@ class PipelineBackend(FunctionBackend):
         from PIL import Image
 
         numbers = task.indices[:COLUMNS]
-        _, baselines = self.space.baselines()
+        _, baselines = self.merge.space.baselines()
         models = [*(self.merge.tree.source(k) for k in range(len(self.models))), self.merged(baselines[0]), winner]
         sheet, side = Image.new("RGB", (CELL * len(numbers), CELL * len(models)), "white"), CELL - 2 * GAP
         for row, weights in enumerate(models):

@@ -72,21 +72,11 @@ class Candidates(ABC):
     )  # fmt: skip
 
     # What a genome means. space: decodes it; name: the method or kind, in tables; methods: those that merge candidates;
-    # export_dtype: the dtype that they are rounded to and written in; is_random: whether random masks are drawn.
+    # export_dtype: the dtype that they are rounded to and written in.
     space: Any
-
-    @property
-    @abstractmethod
-    def name(self) -> str: ...
-    @property
-    @abstractmethod
-    def methods(self) -> tuple[Method, ...]: ...
-    @property
-    @abstractmethod
-    def export_dtype(self) -> str: ...
-    @property
-    @abstractmethod
-    def is_random(self) -> bool: ...
+    name: str
+    methods: tuple[Method, ...] = ()
+    export_dtype: str
 
     def preparation_notes(self, target: Target) -> tuple[str, ...]:
         """Lines of a plan about the work before the search."""

@@ -40,22 +40,12 @@ class PathCandidates(Candidates):
     spec: PathSpec
     parents: tuple[str, ...]
 
-    methods = ()
-    is_random = False
     # Which layers a path takes has none.
     has_derivatives = False
     no_gradient = (
         "evaluation.bank", "layer paths whose layers are not on the device have no gradients; take bank: device, or a "
         "strategy without gradients, such as cma_es",
     )  # fmt: skip
-
-    @property
-    def name(self) -> str:
-        return self.spec.method_name
-
-    @property
-    def export_dtype(self) -> str:
-        return self.spec.export_dtype
 
     @property
     def gradient_passes(self) -> int:
@@ -130,7 +120,10 @@ def open_candidates(opened: OpenedParents) -> PathCandidates:
     assert opened.config.data_flow is not None
     spec = PathSpec(opened.configs, opened.export_dtype)
     space = build_path_space(f"{opened.where}: data_flow", opened.config.data_flow, spec)
-    return PathCandidates(space=space, spec=spec, sources=opened.sources, parents=opened.parents)
+    return PathCandidates(
+        space=space, name=spec.method_name, export_dtype=opened.export_dtype, spec=spec, sources=opened.sources,
+        parents=opened.parents,
+    )  # fmt: skip
 
 
 def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> PathSpace:

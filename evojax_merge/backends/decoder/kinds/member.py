@@ -64,29 +64,14 @@ class PoolCandidates(Candidates):
     has_base: bool
     base: str | None
     founders: tuple[str, ...]
-    member_dtype: str
     seed: int
     slots: int
     size: int
-
-    name = "pool"
-
-    @property
-    def export_dtype(self) -> str:
-        return self.member_dtype
 
     @property
     def _in_files(self) -> bool:
         """Whether bred members are kept in files."""
         return self.placement != DEVICE and not self.placement.in_memory
-
-    @property
-    def methods(self) -> tuple[Method, ...]:
-        return self.space.methods
-
-    @property
-    def is_random(self) -> bool:
-        return any(method.random for method in self.space.methods)
 
     def _bank(self, store: MemberStore) -> PoolBank:
         return PoolBank(self.sources, self.decoder, self.has_base, self.seed, self.export_dtype, self.slots, store)
@@ -240,9 +225,10 @@ def open_candidates(opened: OpenedParents) -> PoolCandidates:
     founders = founding_genealogy(len(names), genome_genes(methods, pool.split))
     size = pool.members(len(names))
     return PoolCandidates(
-        space=BreedingSpace(methods, decoder.layers, pool.split, founders), sources=opened.sources, decoder=decoder,
-        has_base=opened.has_base, base=opened.base if opened.has_base else None, founders=names,
-        member_dtype=opened.export_dtype, seed=opened.config.seed, slots=pool.slots or size, size=size,
+        space=BreedingSpace(methods, decoder.layers, pool.split, founders), name="pool", methods=methods,
+        export_dtype=opened.export_dtype, sources=opened.sources, decoder=decoder, has_base=opened.has_base,
+        base=opened.base if opened.has_base else None, founders=names, seed=opened.config.seed,
+        slots=pool.slots or size, size=size,
     )  # fmt: skip
 
 

@@ -74,22 +74,6 @@ class MergeCandidates(Candidates):
 
     baseline_role = "uniform"
 
-    @property
-    def name(self) -> str:
-        return self.spec.method_name
-
-    @property
-    def export_dtype(self) -> str:
-        return self.spec.export_dtype
-
-    @property
-    def methods(self) -> tuple[Method, ...]:
-        return (self.spec.method,)
-
-    @property
-    def is_random(self) -> bool:
-        return self.spec.method.random
-
     def describe(self) -> str:
         names = ", ".join(parameter.name for parameter in self.space.search_parameters)
         return f"{self.space.dims} parameters ({names}; {len(self.space.groups)} groups)"
@@ -212,8 +196,9 @@ def open_candidates(opened: OpenedParents) -> MergeCandidates:
         tuple((name, values) for name, values in space.constants if not method.parameter(name).searched),
     )
     return MergeCandidates(
-        space=space, spec=spec, sources=opened.sources, decoder=decoder, base=opened.base, parents=opened.parents
-    )
+        space=space, name=method.name, methods=(method,), export_dtype=opened.export_dtype, spec=spec,
+        sources=opened.sources, decoder=decoder, base=opened.base, parents=opened.parents,
+    )  # fmt: skip
 
 
 def check_models(where: str, method: Method, has_base: bool, parents: int) -> None:

@@ -52,19 +52,10 @@ class MixtureCandidates(Candidates):
     per_token: int
     experts: tuple[str, ...]
 
-    name = "mixture"
-    methods = ()
-    is_random = False
     baseline_role = "plain"
     has_derivatives = False
     gradient_passes = 0
     places: ClassVar[tuple[BankPlace, ...]] = ("device",)
-
-    @property
-    def export_dtype(self) -> str:
-        dtype = self.plan.recipe.dtype
-        assert dtype is not None
-        return dtype
 
     @cached_property
     def _decoder(self) -> MixtureConfig:
@@ -235,8 +226,9 @@ def open_candidates(opened: OpenedParents) -> MixtureCandidates:
     parsed, _ = parse_mixture(path, recipe)
     plan = plan_mixture(path, parsed, dump_yaml(recipe), resolve_reference, Path(opened.where).parent, allow_same=True)
     return MixtureCandidates(
-        space=space, plan=plan, per_token=section.experts_per_token, experts=tuple(experts), sources=opened.sources
-    )
+        space=space, name="mixture", export_dtype=opened.export_dtype, plan=plan, experts=tuple(experts),
+        per_token=section.experts_per_token, sources=opened.sources,
+    )  # fmt: skip
 
 
 def build_space(section: MixtureSpaceConfig, parents: Sequence[str], layers: int) -> MixtureSpace:
