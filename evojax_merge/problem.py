@@ -42,6 +42,7 @@ from evojax_merge.search.protocols import (
     plain_merges_of,
 )
 from evojax_merge.search.run_folder import RANDOM_NUMBERS, random_numbers
+from evojax_merge.search.run_schema import GROUPS
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.greedy import averages_of
@@ -162,8 +163,9 @@ def config_from(path: Path, document: dict[str, Any], overrides: Sequence[str], 
     document = apply_overrides(path, document, list(overrides))
     if seed is not None:
         document["seed"] = seed
-    # A run folder's config.yaml can be searched with again; this key is no setting.
-    document.pop(RANDOM_NUMBERS, None)
+    # A run folder's config.yaml can be searched with again; these keys are no settings.
+    for key in (RANDOM_NUMBERS, GROUPS):
+        document.pop(key, None)
     return parse(path, document, Config)
 
 

@@ -335,7 +335,7 @@ def _texts_on_the_page(folder: Path, parent: str) -> None:
 
     def row(model: str, number: int, score: float | None, text: str) -> str:
         answer = {"model": model, "task": "right", "example": f"d.jsonl:{number}", "score": score, "outputs": [text]}
-        return json.dumps(answer | {"target": hostile}) + "\n"
+        return json.dumps(answer | {"target": hostile, "prompt": f"Sum {number}? {hostile}"}) + "\n"
 
     file.write_text(
         "".join(row("evolved task_arithmetic", n, n % 3 / 2, f"the sum is {n} {hostile} \x1b[2J") for n in range(900))
@@ -345,6 +345,7 @@ def _texts_on_the_page(folder: Path, parent: str) -> None:
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert f"right, beside {parent}: 301 won, 300 lost, 299 equal" in page
     assert page.count('<details class="pair">') == MOST_EXAMPLES and f"{MOST_EXAMPLES} of 601 examples" in page
+    assert "Sum 4? &lt;script&gt;" in page
     assert hostile not in page and "&lt;" in page and "\x1b" not in page and len(page) < 2_000_000
     opened = read_answers(data)
     assert opened is not None and opened[0].shown[0].example == "d.jsonl:4"

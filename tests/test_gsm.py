@@ -177,7 +177,7 @@ def test_prompts_are_those_of_the_harness(
     if count:
         keys |= {"num_fewshot": count, "fewshot_source": str(write_lines(tmp_path / "shots.jsonl", fewshot_examples))}
     ours = gsm_task(tmp_path, docs, **keys)
-    assert [ours.prompt(problem) for problem in ours.problems] == [instance.args[0] for instance in theirs.instances]
+    assert [ours.text(problem) for problem in ours.problems] == [instance.args[0] for instance in theirs.instances]
     until = theirs.instances[0].args[1]["until"]
     assert list(ours.style.stop) == until
 
@@ -444,7 +444,7 @@ def test_examples_are_shown_and_never_scored_in_neither_split(tmp_path: Path) ->
     kept = resolved_config(shown, *open_task("tasks[0]", shown, tmp_path, seed=0))
     assert (kept["source"], kept["heldout"], kept["fewshot_source"]) == (str(searched), 0.5, str(searched))
     first = GSM8K[0]
-    assert search.prompt(search.problems[0]).startswith(f"{first['question']} = {first['answer']}\n\n")
+    assert search.text(search.problems[0]).startswith(f"{first['question']} = {first['answer']}\n\n")
     assert search.style.stop == ()
     # A share of one source: what is held out is what is left.
     halves = open_task("tasks[0]", config.model_copy(update={"heldout": 0.5}), tmp_path, seed=0)

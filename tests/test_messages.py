@@ -1,6 +1,7 @@
 """What is printed is escaped where it leaves the program: lines, tables, progress bars, warnings and cards."""
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import evojax_merge as em
 from evojax_merge.errors import escaped_lines, nearest, print_warning, printable
 from evojax_merge.report.comparison import Row
 from evojax_merge.report.front_matter import changed_front_matter
+from evojax_merge.report.intervals import Lead
 from evojax_merge.report.progress import PlainColumn
 from evojax_merge.report.tables import Table, markdown_table, scores_table
 from evojax_merge.system.console import Terminal
@@ -51,9 +53,45 @@ def test_tables_show_escaped_names(terminal: Terminal) -> None:
     assert markdown.isascii() and markdown.count(SHOWN.replace("|", "\\|")) == 2 and len(markdown.splitlines()) == 3
 
 
-def test_cells_keep_their_lines() -> None:
-    (column,) = Table(["name"], [[f"one\n{UNSAFE}"]]).terminal().columns
-    assert [cell.plain for cell in column.cells] == [f"one\n{SHOWN}"]
+def test_cells_keep_their_lines(terminal: Terminal) -> None:
+    terminal.print(Table(["name"], [[f"one\n{UNSAFE}"]]).terminal())
+    assert [line.strip("│ ") for line in text_of(terminal).splitlines()[3:5]] == ["one", SHOWN]
+
+
+def test_a_narrow_terminal_leaves_the_fitness_of_one_task_out() -> None:
+    rows = [Row(role, "maths", -4.5, {"sums/log_probability": -4.5, "b/a": 1.0}) for role in ("parent", "winner")]
+    for width, count in ((40, 0), (140, 1)):
+        terminal = Terminal(file=io.StringIO(), width=width, markup=False, emoji=False, highlight=False)
+        terminal.print(scores_table(rows).terminal())
+        assert text_of(terminal).count("fitness") == count and text_of(terminal).count("-4.5000") == 2 * (count + 1)
+    several = [Row(role, "maths", -2.0, {"sums/log_probability": -4.5, "b/a": 0.5}) for role in ("parent", "winner")]
+    terminal = Terminal(file=io.StringIO(), width=40, markup=False, emoji=False, highlight=False)
+    terminal.print(scores_table(several).terminal())
+    assert "fitness" in text_of(terminal)
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_a_narrow_terminal_breaks_no_word(width: int) -> None:
+    """Headings and cells go on behind spaces, / and _; a table of too many columns has them as rows."""
+    unit = "log-probability per token"
+    scores = {"japanese_sums/log_probability": -12.0898, "whole_answers/accuracy": 0.8633}
+    units = {"fitness": unit, "japanese_sums/log_probability": unit, "whole_answers/accuracy": "share right"}
+    lead = Lead(12.004, 11.8611, 12.1469)
+    leads = {"parent": lead, "winner": None}
+    rows = [Row(role, "japanese", -4.5705, scores, leads[role], units=units) for role in leads]
+    columns = ["run", "method", "state", "generations", "best fitness", "winner, held out", "best parent, held out"]
+    columns += ["time"]
+    runs = [[f"run-{k}", "task_arithmetic", "finished", "100/100", -0.0695, -0.0859, -4.5705, "2:07"] for k in range(3)]
+    for table in (scores_table(rows), Table(columns, runs, frozenset({3, 4, 5, 6, 7}))):
+        terminal = Terminal(file=io.StringIO(), width=width, markup=False, emoji=False, highlight=False)
+        terminal.print(table.terminal())
+        text = text_of(terminal)
+        assert "…" not in text and max(map(len, text.splitlines())) <= width
+        words = set(re.split(r"[\s┃│]+", text))
+        table = table if table.repeated is None or table.natural_width <= width else table.without(table.repeated)
+        texts = [value for row in (table.columns, *table.rows) for value in row if isinstance(value, str)]
+        for part in re.findall(r"[^\s/_]+", " ".join(texts)):
+            assert any(part in word for word in words), part
 
 
 def test_bars_show_escaped_labels(terminal: Terminal) -> None:

@@ -203,11 +203,15 @@ def test_networks_are_evaluated(tmp_path: Path) -> None:
         tmp_path / "samples.jsonl",
     )  # fmt: skip
     with torch.no_grad():
-        right = (model(torch.tensor(pixels)).logits.argmax(-1).numpy() == np.arange(6) % CLASSES).astype(float)
+        predicted = model(torch.tensor(pixels)).logits.argmax(-1).numpy()
+    right = (predicted == np.arange(6) % CLASSES).astype(float)
     (row,) = read_json(tmp_path / "scores.json")
     assert row["scores"] == {"classes/accuracy": pytest.approx(right.mean())}
     samples = read_lines(tmp_path / "samples.jsonl")
     assert [sample["score"] for sample in samples] == right.tolist()
+    # Labels without names are numbers.
+    assert [sample["outputs"] for sample in samples] == [[str(label)] for label in predicted]
+    assert [sample["target"] for sample in samples] == [str(n % CLASSES) for n in range(6)]
 
 
 def test_modules_of_the_users_own_are_evaluated(nets: Path, tmp_path: Path) -> None:

@@ -24,8 +24,11 @@ from hostile import run_command, start_command
 
 from evojax_merge.errors import Failed
 from evojax_merge.report import page as page_module
+from evojax_merge.report.charts import FITNESS_HEIGHT, LABEL_HEIGHT, label_places
+from evojax_merge.report.comparison import POLISHED, POLISHED_NAME
 from evojax_merge.report.intervals import paired_lead
 from evojax_merge.report.page import kept_page, write_page
+from evojax_merge.report.parameters import read_parameters
 from evojax_merge.report.run_data import MOST_GENERATIONS, read_run
 from evojax_merge.report.run_tables import headline
 from evojax_merge.report.tables import lead_cell
@@ -302,6 +305,36 @@ def test_the_figures_at_the_top_have_a_score_for_each_task_with_its_unit(tmp_pat
     assert [row["model"] for row in page.rows("heldout")][-2:] == ["uniform merge", "winner"]
 
 
+def test_a_polished_winner_has_a_figure_and_figures_stand_in_even_rows(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    table = make_result(6, 4)["table"]
+    better = table[-1]["heldout_fitness"] + 0.01
+    controls = [
+        {**table[0], "role": role, "name": name, "heldout_fitness": value}
+        for role, name, value in (("lora_base", "LoRA on base", -0.36), ("lora_parent", "LoRA on parent x", -0.361),
+                                  (POLISHED, POLISHED_NAME, better))
+    ]  # fmt: skip
+    rivals = make_result(6, 4)["better_than"] | {row["role"]: {"name": row["name"]} for row in controls[:2]}
+    edit_result(run, table=[*table[:-1], *controls, table[-1]], better_than=rivals)
+    write_page(RunFolder(run))
+    figures = headline(read_run(run))
+    assert len(figures) == 7 and (figures[1].label, figures[1].value) == (f"{POLISHED_NAME}, held out", better)
+    # Four and three, not six and one.
+    assert 'style="--columns: 4"' in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_names_of_scores_that_lie_close_do_not_stand_on_each_other() -> None:
+    line, domain = LABEL_HEIGHT / FITNESS_HEIGHT, (0.0, 1.0)
+    close = [("a", 0.5, "search split"), ("b", 0.501, "held out"), ("c", 0.502, "held out"), ("d", 0.01, "held out"),
+             ("e", 0.011, "held out")]  # fmt: skip
+    places = label_places(close, domain)
+    assert np.diff(sorted(places)).min() >= line * 0.999 and min(places) >= line / 2
+    # Names without neighbours are beside their rules, above those of the search split.
+    assert label_places([("a", 0.5, "search split"), ("b", 0.9, "held out")], domain) == [
+        pytest.approx(0.5 + 0.6 * line), pytest.approx(0.9 - 0.6 * line),
+    ]  # fmt: skip
+
+
 def test_few_examples_and_equal_scores_are_called_that(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     table = make_result(6, 4)["table"]
@@ -379,6 +412,26 @@ def test_drawn_candidates_and_the_sliders_frames_are_those_of_the_run(tmp_path: 
         assert label == f"generation {row['generation']} of 8, its best: fitness {row['fitness'][place]:.4f}"
         assert values == pytest.approx(row["genomes"][place], rel=1e-5)
     assert frames["maps"][0]["values"][-1] == read_json(run / "result.json")["genome"]
+
+
+def test_groups_of_tensors_have_any_names_and_are_those_of_the_genomes(tmp_path: Path) -> None:
+    """config.yaml has the groups of models of other backends; result.json has them in a run of an earlier version."""
+    space = {"method": "linear", "parameters": {"weight": {"low": 0.0, "high": 1.0}}}
+    task = {"name": "sums", "kind": "arrays", "file": "/gone/arrays.npz"}
+    config: dict[str, Any] = {"backend": "/gone/code.py:NAME", "tasks": [task], "space": space}
+    for number, (groups, rows) in enumerate((
+        (["blocks[0]", "all"], ["blocks[0]", "all"]), (None, ["layers 0-1", "layers 2-3"]), (["one of three"], None)
+    )):  # fmt: skip
+        given = {} if groups is None else {"groups": groups}
+        run = make_run(tmp_path / f"run-{number}", generations=8, **config, **given)
+        parameters = read_parameters(read_run(run))
+        assert parameters is not None and parameters.named == (rows is not None)
+        if rows is not None:
+            (map_,) = parameters.frames.maps
+            assert (map_.rows, map_.columns) == (rows, ["maths", "japanese"])
+            assert {f"{parent}, {row}" for row in rows for parent in map_.columns} == parameters.importance.keys()
+        write_page(RunFolder(run))
+        assert ("names the parameters: genes" in Page(run / "report.html").text) == (rows is None)
 
 
 def test_the_page_says_that_nothing_beat_the_first_parent(tmp_path: Path) -> None:
@@ -819,7 +872,7 @@ def test_compared_runs_have_axes_of_passes_and_of_time_and_intervals_of_their_di
     assert [float(row["x"]) for row in page.rows("best-0") if row["run"] == "first"] == [8.0, 16.0, 24.0]
     assert [float(row["x"]) for row in page.rows("best-1") if row["run"] == "first"] == [1808.0, 3616.0, 5424.0]
     titles = [page.specs[name]["encoding"]["x"]["title"] for name in ("best-0", "best-1")]
-    assert titles == ["passes (evaluations)", "time of the generations"]
+    assert titles == ["evaluations of candidates", "time of the generations"]
 
 
 def test_runs_with_unlike_tasks_are_compared_with_a_note(tmp_path: Path) -> None:

@@ -341,6 +341,8 @@ def test_a_front_of_right_and_short_answers_writes_each_answer_once(family: Fami
     assert [line["outputs"] for line in by_task["drawn"]] == [line["outputs"] for line in by_task["short"]]
     assert all(len(line["outputs"]) == 3 and -6 <= line["score"] <= 0 for line in by_task["short"])
     assert {line["extracted"] for line in by_task["drawn"]} != {None}
+    records = {f"{family.tasks}:{number}": record for number, record in enumerate(read_lines(family.tasks), start=1)}
+    assert all(line["prompt"] == records[line["example"]]["prompt"] for line in lines)
 
 
 def test_a_length_is_that_of_the_tokens_to_the_end_of_the_stop_text(

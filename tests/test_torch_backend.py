@@ -5,6 +5,7 @@ import re
 import stat
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,14 @@ from transformers import (
     ViTForImageClassification,
 )
 
+import evojax_merge as em
 from evojax_merge.backends.torch import network as networks
 from evojax_merge.backends.torch.backend import on_cores
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.costs import cost_of
+from evojax_merge.report.answers import read_answers
+from evojax_merge.report.parameters import read_parameters
+from evojax_merge.report.run_data import read_run
 from evojax_merge.steps.selection import open_evaluators
 
 has_torchax = pytest.mark.skipif(networks.torchax_environment()[0] is None, reason="torchax is not installed")
@@ -93,6 +98,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+GROUPS = ("vit.embeddings", "vit.layers.0", "vit.layers.1", "vit.layernorm", "classifier")
+
+
 def document(folder: Path, **changes: Any) -> dict[str, Any]:
     task = {"name": "quarter", "kind": "classification", "file": str(folder / "images.jsonl"), "heldout": 0.5}
     return {
@@ -123,6 +131,10 @@ def test_image_classifiers_are_planned_searched_resumed_and_exported(folder: Pat
     output = output_of("search", config, "--out", whole)
     assert output.count("ViTForImageClassification: ") == 1
     run_here("search", config, "--out", run, "--set", "search.generations=2")
+    # A run of an earlier version, without the names of its groups, goes on.
+    begun = yaml.safe_load((run / "config.yaml").read_text())
+    assert begun.pop("groups") == list(GROUPS)
+    write_yaml(run / "config.yaml", begun)
     run_here("search", config, "--out", run, "--resume")
     assert (run / "history.jsonl").read_bytes() == (whole / "history.jsonl").read_bytes()
     result = read_json(run / "result.json")
@@ -156,10 +168,38 @@ def test_image_classifiers_are_planned_searched_resumed_and_exported(folder: Pat
     assert (exported / "model.safetensors").read_bytes() == (run / "best/model/model.safetensors").read_bytes()
     (recipe,) = yaml.safe_load_all((run / "best" / "recipe.yaml").read_text())
     assert recipe["merge_method"] == "task_arithmetic"
-    assert problem.backend.merge.space.groups == (
-        "vit.embeddings", "vit.layers.0", "vit.layers.1", "vit.layernorm", "classifier",
-    )  # fmt: skip
-    assert "quarter" in (run / "report.html").read_text(encoding="utf-8")
+    assert problem.backend.merge.space.groups == GROUPS
+    _the_page_speaks_in_names(run, answers, images, targets)
+
+
+def _the_page_speaks_in_names(
+    run: Path, answers: list[dict[str, Any]], images: list[Path], targets: np.ndarray
+) -> None:
+    """Parameters have the names of the API, labels and predictions those of the models, and scores their unit."""
+    page, opened = (run / "report.html").read_text(encoding="utf-8"), em.open_run(run)
+    parents = Path(yaml.safe_load((run / "config.yaml").read_text())["parents"][0]).parent
+    shown = dict.fromkeys(row["model"] for row in answers)
+    for name, model in zip(shown, (run / "best" / "model", parents / answers[-1]["model"]), strict=True):
+        rows = [row for row in answers if row["model"] == name]
+        assert [row["target"] for row in rows] == [f"class{label}" for label in targets]
+        assert [row["outputs"] for row in rows] == [
+            [f"class{label}"] for label in labels_by_transformers(model, images)
+        ]
+    differing = [pair for task in read_answers(read_run(run)) or () for pair in task.shown]
+    assert differing and all(pair.texts is not None and "class" in pair.texts[0] for pair in differing)
+    assert page.count("Right answer: class") == len(differing)
+    assert "quarter/accuracy (share right)" in page and "(share right)" in " ".join(opened.result["verdicts"])
+    # The names are there before the winner is, and where the models are gone.
+    names = [f"weight[{group}][{parent}]" for group in GROUPS for parent in ("left", "right")]
+    for changed in ({}, {"parents": ["/gone/left", "/gone/right"]}):
+        document = yaml.safe_load((run / "config.yaml").read_text())
+        write_yaml(run / "config.yaml", document | changed)
+        data = read_run(run, working=False)
+        parameters = read_parameters(data if changed else replace(data, result=None))
+        assert parameters is not None and parameters.named and "gene[" not in page
+        (map_,) = parameters.frames.maps
+        assert [f"weight[{row}][{column}]" for row in map_.rows for column in map_.columns] == names
+        assert list(opened.best.parameters) == names
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -280,15 +280,16 @@ class Run(Searched, Described):
         """The history as a pandas table, a row for each candidate: `generation`, `candidate` (its number there, from
         0), `fitness`, `examples`, its mean on each task by the task's name, and its searched parameters, such as
         `weight[layers 0-3 attention][maths]`; `gene[0]` and so forth where the space has no named parameters. For a
-        search in stages, the history is the last stage's. Names of parameters need the first parent's headers, and of
-        models of other backends all files."""
+        search in stages, the history is the last stage's. Names of parameters need the first parent's headers, where
+        the models are language models."""
         return history_frame(self.history, self.named_values())
 
     def named_values(self) -> NamedValues:
         document = self.config
         plugins.load_named(f"{self._folder.config}: plugins", document.get("plugins", []), self._folder.path)
-        if "tasks" not in document or "backend" not in document:
-            return stored_values(self._folder)
+        stored = stored_values(self._folder)
+        if stored is not gene_values or "tasks" not in document or "backend" not in document:
+            return stored
 
         @cache
         def space() -> Any:
@@ -296,7 +297,7 @@ class Run(Searched, Described):
 
         def values(genomes: np.ndarray) -> Mapping[str, np.ndarray]:
             with suppress(InputError):
-                # Models of other backends are opened as a whole.
+                # A backend of a plugin may have a space of its own, which its models alone open.
                 return named_values_of(space(), genomes, model_names(list(map(Path, document["parents"]))))
             return gene_values(genomes)
 

@@ -208,10 +208,11 @@ class Backend(Protocol):
         ...
 
     def answers(
-        self, model: str, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
+        self, model: str, candidate: Path | np.ndarray, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
     ) -> Sequence[dict[str, Any]]:
-        """The answers of the scored model `number`, a row for each task and example, as `score_rows` has them. model:
-        its name."""
+        """The answers of the scored model `number`, a row for each task and example: what `score_rows` has, and where
+        there are any `prompt`, `target` and `outputs`, the question, the right answer and the model's, in words. model:
+        its name; candidate: one of the compared models, or a genome."""
         ...
 
     def describe(self, genome: np.ndarray) -> CandidateFacts: ...

@@ -83,9 +83,7 @@ def keys_table(section: str) -> TerminalTable:
             kinds = f"of kind {', '.join(of)}:"
             rows.append((key.name.partition(".")[0], "", "", kinds) if of else ("", "", "", ""))
         rows.append((key.name, key.takes, key.default, key.meaning))
-    table = Table(("key", "takes", "default", "meaning"), rows).terminal()
-    table.columns[0].no_wrap = True
-    return table
+    return Table(("key", "takes", "default", "meaning"), rows, whole={0}).terminal()
 
 
 def _parameter(parameter: Parameter) -> str:

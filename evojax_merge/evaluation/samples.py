@@ -18,8 +18,8 @@ def sample_rows(
 
     `example` is the example's place in the data, `scores` its score by each metric, and `score` that by the metric of
     the task's fitness. `outputs` are the texts that were generated for it; `log_probabilities` the totals of its
-    targets (or choices), in their order. `target` is the right answer in the data, and `extracted` the answer that was
-    found in the outputs; None where there is none. A number that is not finite is None.
+    targets (or choices), in their order. `prompt` is the question and `target` the right answer in the data, and
+    `extracted` the answer that was found in the outputs; None where there is none. A number that is not finite is None.
     """
     rows = []
     for batched_task in batched_tasks:
@@ -38,7 +38,8 @@ def sample_rows(
             for row, answer in zip(asked, given, strict=True):
                 lines[row.example].setdefault(key, []).append(answer)
         for n, line in enumerate(lines):
-            line["target"], line["extracted"] = task.target(n), task.extracted(n, line.get("outputs", []))
+            line["prompt"], line["target"] = task.prompt(n), task.target(n)
+            line["extracted"] = task.extracted(n, line.get("outputs", []))
         rows += lines
     return rows
 

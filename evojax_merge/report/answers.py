@@ -26,10 +26,12 @@ Outcome = Literal["won", "lost", "equal"]
 
 @dataclass(frozen=True)
 class Pair:
-    """An example: its place in the data, or its image, its right answer if it has one, the scores of the winner and of
-    the parent, and their texts, with marks where they differ; None for a task that is only scored."""
+    """An example: its place in the data, or its image, its question and its right answer where it has any, the scores
+    of the winner and of the parent, and their texts, with marks where they differ; None for a task that is only
+    scored."""
 
     example: str
+    question: str | None
     target: str | None
     scores: tuple[float | None, float | None]
     texts: tuple[Markup, Markup] | None
@@ -136,9 +138,9 @@ def _pair(ours: AnswerLine, theirs: AnswerLine) -> Pair:
     texts = None
     if ours.outputs is not None and theirs.outputs is not None:
         texts = marked(_shown("\n".join(ours.outputs)), _shown("\n".join(theirs.outputs)))
-    target = None if ours.target is None else _shown(ours.target)
+    question, target = (None if text is None else _shown(text) for text in (ours.prompt, ours.target))
     example = escaped(str(ours.example if ours.image is None else ours.image))
-    return Pair(example, target, (ours.score, theirs.score), texts)
+    return Pair(example, question, target, (ours.score, theirs.score), texts)
 
 
 def _value(score: float | None) -> float:

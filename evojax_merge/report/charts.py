@@ -6,6 +6,7 @@ Data are CSV texts, which are a third of the size of a list of objects. Imports 
 
 import csv
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +29,8 @@ TOOLTIPS = {
     "so_far": "best so far", "best": "best", "part": "best on its minibatch", "high": "90th percentile",
     "median": "median", "low": "10th percentile", "validation": "validation",
 }  # fmt: skip
+# Pixels of the fitness over generations, and of a line of text in it.
+FITNESS_HEIGHT, LABEL_HEIGHT = 340, 15
 # The points of a curve in small charts.
 MOST_POINTS = 250
 # The members of a pool that are drawn.
@@ -159,26 +162,40 @@ def fitness_chart(run: RunData) -> Spec:
         for name, (field, _, mark) in drawn.items()
     ]
     if rules:
-        labels, values, splits = zip(*rules, strict=True)
-        lines = alt.Chart(_data(name=labels, value=values, split=splits))
+        labels, values, _ = zip(*rules, strict=True)
+        places = label_places(rules, domain)
+        lines = alt.Chart(_data(name=labels, value=values, place=places))
         layers.append(
             lines.mark_rule(strokeDash=[4, 4], color=SOFT, clip=True).encode(
                 y=alt.Y("value:Q", **y),
                 tooltip=[alt.Tooltip("name:N", title=" "), _tip("value")],
             )
         )
-        # The score on the search split stands above its rule, which one of the held-out scores often follows below.
-        above: dict[str, Any] = {"baseline": "bottom", "dy": -3}
-        below: dict[str, Any] = {"baseline": "top", "dy": 4}
-        for test, place in (("==", above), ("!=", below)):
-            some = lines.transform_filter(f"datum.split {test} 'search split'")
-            names = some.mark_text(align="right", dx=-4, color=SOFT, limit=260, **place)
-            layers.append(names.encode(y=alt.Y("value:Q", **y), x=alt.value("width"), text="name:N"))
+        names = lines.mark_text(align="right", baseline="middle", dx=-4, color=SOFT, limit=260)
+        layers.append(names.encode(y=alt.Y("place:Q", **y), x=alt.value("width"), text="name:N"))
     tips = [_tip("generation", "d", title="generation")]
     tips += [_tip(name, title=title) for name, title in TOOLTIPS.items() if name in measured]
     points = base.mark_point(size=260, opacity=0, clip=True)
     layers += [points.encode(y=alt.Y(f"{name}:Q", **y), tooltip=tips) for name in ("best", "part") if name in measured]
-    return _spec(alt.layer(*layers), 340)
+    return _spec(alt.layer(*layers), FITNESS_HEIGHT)
+
+
+def label_places(rules: Sequence[tuple[str, float, str]], domain: Sequence[float]) -> list[float]:
+    """The middles of the rules' names, in the units of the fitness: above the rule for a score on the search split,
+    below it for others, in the rules' order and so far apart that no two stand on each other. domain: the lowest and
+    the highest value of the axis."""
+    line = LABEL_HEIGHT * (domain[1] - domain[0]) / FITNESS_HEIGHT
+    wanted = [value + line * (0.6 if split == "search split" else -0.6) for _, value, split in rules]
+    order = sorted(range(len(rules)), key=lambda number: -wanted[number])
+    places = list(wanted)
+    for upper, lower in itertools.pairwise(order):
+        places[lower] = min(places[lower], places[upper] - line)
+    # Names that were moved below the axis push the others up.
+    least = domain[0] + line / 2
+    for number in reversed(order):
+        places[number] = max(places[number], least)
+        least = places[number] + line
+    return places
 
 
 def shown_rules(run: RunData) -> list[tuple[str, float, str]]:
@@ -494,7 +511,7 @@ def compared_fitness(runs: Mapping[str, RunData], by_time: bool) -> Spec:
         rows += [curve[place] for place in spread(len(curve), MOST_POINTS)]
     # A line of one point is none.
     few = any(len(run.fitness_rows) <= 10 for run in runs.values())
-    title = "time of the generations" if by_time else "passes (evaluations)"
+    title = "time of the generations" if by_time else "evaluations of candidates"
     tick = DURATION if by_time else "format(datum.value, ',')"
     legend = _line_legend(3, columns=2, labelLimit=140, values=list(dict.fromkeys(row[0] for row in rows)))
     chart = (

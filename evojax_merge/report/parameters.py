@@ -86,9 +86,10 @@ def read_parameters(run: RunData) -> Parameters | None:
     # A few sizes alone: the names are computed in JAX, which compiles for each.
     padded = np.pad(genomes, [(0, 2 ** len(genomes).bit_length() - len(genomes)), (0, 0)])
     values = {name: np.asarray(column, float)[: len(genomes)] for name, column in named_values(padded).items()}
+    is_named = "gene[0]" not in values
     importance = _importance(_sampled(late, values, 0)) if len(late) >= FEWEST_RANKED else {}
     frames = Frames(labels, _maps({name: column[len(late) + len(drawn) :] for name, column in values.items()}))
-    if named_values is gene_values and run.outcome.groups:
+    if not is_named and run.outcome.groups:
         # The winner's parameters from result.json, where those of other candidates have no names any more.
         names, maps = model_names(list(map(Path, run.config.get("parents", ())))), []
         for name, table in run.outcome.parameters.items():
@@ -97,7 +98,7 @@ def read_parameters(run: RunData) -> Parameters | None:
             maps.append(Map(name, run.outcome.groups, columns, cells[None]))
         frames = Frames(["the winner"], maps)
     return Parameters(
-        named=named_values is not gene_values,
+        named=is_named,
         frames=frames,
         importance=importance,
         ranked=len(late),
@@ -127,11 +128,21 @@ def _sampled(candidates: list[tuple[float, list[float]]], values: Mapping[str, n
 
 def _short(name: str, parameters: int) -> str:
     """`weight[layer 0 mlp][maths]` as `maths, layer 0 mlp`, where only one parameter is searched."""
-    match = NAME.fullmatch(name)
-    if match is None or match[1] == "gene":
+    parameter, group, parent = _parts(name)
+    if parameter == "gene":
         return name
-    words = ([match[1]] if parameters > 1 else []) + ([match[3]] if match[3] is not None else []) + [match[2]]
-    return ", ".join(words)
+    return ", ".join([parameter] * (parameters > 1) + ([] if parent is None else [parent]) + [group])
+
+
+def _parts(name: str) -> tuple[str, str, str | None]:
+    """The parameter, the group and the parent of a name; None for the parent where all share the parameter."""
+    match = NAME.fullmatch(name)
+    if match is not None:
+        return match[1], match[2], match[3]
+    # A group of a user's own may have brackets in its name.
+    parameter, _, inner = name.removesuffix("]").partition("[")
+    group, separator, parent = inner.rpartition("][")
+    return (parameter, group, parent) if separator else (parameter, inner, None)
 
 
 def _importance(sampled: Sampled) -> dict[str, float]:
@@ -165,10 +176,8 @@ def _maps(values: Mapping[str, np.ndarray]) -> list[Map]:
     """parameter[group][parent] -> float[frames] as a map for each parameter."""
     cells: dict[str, dict[tuple[str, str], np.ndarray]] = {}
     for name, column in values.items():
-        match = NAME.fullmatch(name)
-        assert match is not None, name
-        parameter, group, parent = match.groups(match[1])
-        cells.setdefault(parameter, {})[group, parent] = column
+        parameter, group, parent = _parts(name)
+        cells.setdefault(parameter, {})[group, parameter if parent is None else parent] = column
     maps = []
     for parameter, columns in cells.items():
         rows = list(dict.fromkeys(group for group, _ in columns))

@@ -7,12 +7,14 @@ from typing import Any
 
 from evojax_merge.errors import escaped, escaped_lines
 from evojax_merge.report.answers import winner_scores
-from evojax_merge.report.comparison import chosen_on, label_of, nothing_beat, titled
+from evojax_merge.report.comparison import POLISHED, chosen_on, label_of, nothing_beat, titled
 from evojax_merge.report.drawings import parameter_text
 from evojax_merge.report.intervals import paired_lead, unpaired_lead
 from evojax_merge.report.run_data import SEARCH_SPLIT, Result, RunData, lead_over
-from evojax_merge.report.tables import LEAD, Table, lead_cell
+from evojax_merge.report.tables import LEAD, Table, lead_cell, repeated_fitness
 from evojax_merge.schema.budget import Budget, parse_budget
+from evojax_merge.search.run_folder import INPUTS
+from evojax_merge.search.run_schema import GROUPS
 from evojax_merge.system.console import drawn, format_seconds
 
 # The rows of a table of keys, and the keys that a sentence lists.
@@ -75,7 +77,9 @@ def headline(run: RunData) -> list[Figure]:
         return {escaped(titled(name, result.units)): scores[name] for name in names if name in scores}
 
     figures = [Figure("winner, held out", winner.heldout_fitness, unit, True, scores_of(winner.heldout_scores))]
-    for row in sorted(result.rivals, key=lambda row: -row.heldout_fitness):
+    # The winner, trained further, is no rival of the winner.
+    polished = [row for row in result.table if row.role == POLISHED]
+    for row in polished + sorted(result.rivals, key=lambda row: -row.heldout_fitness):
         role = {"parent": f"best parent {row.name}", "base": "base"}.get(row.role, label_of(row.role, row.name))
         scores = scores_of(row.heldout_scores)
         figures.append(Figure(f"{escaped(role)}, held out", row.heldout_fitness, unit, scores=scores))
@@ -125,7 +129,8 @@ def heldout_table(result: Result) -> Table:
     ]
     winner = next((number for number, scored in enumerate(result.table) if scored.role == "winner"), None)
     columns = ["model", titled("fitness", result.units), LEAD, *(titled(name, result.units) for name in scores)]
-    return Table(columns, rows, frozenset(range(1, len(columns))), winner)
+    numbers = range(1, len(columns))
+    return Table(columns, rows, numbers, winner, folded=numbers, repeated=repeated_fitness(rows))
 
 
 def front_table(result: Result) -> Table:
@@ -253,8 +258,9 @@ def task_note(runs: Mapping[str, RunData]) -> str | None:
 
 
 def differences(runs: Mapping[str, RunData]) -> Table:
-    """The keys of the configs in which the runs differ, input hashes left out."""
-    flat = [dict(_flat({key: part for key, part in run.config.items() if key != "inputs"})) for run in runs.values()]
+    """The keys of the configs in which the runs differ, without input hashes and groups of tensors."""
+    settings = [{key: part for key, part in run.config.items() if key not in (INPUTS, GROUPS)} for run in runs.values()]
+    flat = [dict(_flat(document)) for document in settings]
     keys = dict.fromkeys(key for document in flat for key in document)
     rows = [
         [key, *(_short(document.get(key, "–")) for document in flat)]

@@ -1,17 +1,22 @@
 """A search's run folder, for reading: its models and parameters, and the fitness of its winner."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import ValidationError
 
 from evojax_merge.backends.decoder.opening import parameter_space
-from evojax_merge.config.search_config import Config
+from evojax_merge.config.search_config import Config, SpaceConfig
+from evojax_merge.errors import InputError
 from evojax_merge.problem import config_from, stage_config
+from evojax_merge.report.comparison import model_names
 from evojax_merge.report.frame import NamedValues, gene_values
 from evojax_merge.search.run_parts import RunFolder
-from evojax_merge.search.run_schema import StoredResult, read_run_config
+from evojax_merge.search.run_schema import GROUPS, StoredResult, read_result, read_run_config
+from evojax_merge.spaces.parameter import GroupSpace
+from evojax_merge.spaces.search_parameters import find_method, search_parameters_of
 
 
 def last_stage(folder: RunFolder) -> Config:
@@ -28,12 +33,44 @@ def last_stage(folder: RunFolder) -> Config:
 
 
 def stored_values(folder: RunFolder) -> NamedValues:
-    """The function from a run's genomes to the searched parameters by their names. Needs the first parent's headers."""
+    """The function from a run's genomes to the searched parameters by their names. A run of language models needs the
+    first parent's headers. The run folder of other models holds all names, and no model is opened."""
     document = read_run_config(folder.config)
-    if "tasks" not in document or "backend" in document:  # a run of search_pytrees, or not of language models
+    if "tasks" not in document:  # a run of search_pytrees
         return gene_values
-    opened = parameter_space(folder.config, last_stage(folder))
-    return gene_values if opened is None else partial(opened[0].named_values, parents=opened[1])
+    opened: tuple[Any, list[str]] | None = None
+    if "backend" not in document:
+        opened = parameter_space(folder.config, last_stage(folder))
+    elif groups := document.get(GROUPS) or (read_result(folder.result) or StoredResult()).groups:
+        opened = (
+            _group_space(folder.config, document, groups),
+            model_names(list(map(Path, document.get("parents", ())))),
+        )
+    if opened is None:
+        return gene_values
+    space, parents = opened
+
+    def values(genomes: np.ndarray) -> Mapping[str, np.ndarray]:
+        # The files may be of another search than the genomes.
+        named: Mapping[str, np.ndarray] = (
+            space.named_values(genomes, parents) if space.dims == genomes.shape[1] else gene_values(genomes)
+        )
+        return named
+
+    return values
+
+
+def _group_space(file: Path, document: Mapping[str, Any], groups: Sequence[str]) -> GroupSpace:
+    """The space of a run's config whose models are no language models. Raises InputError for a method that is not
+    loaded, and for parameters that it has not."""
+    where, parents = f"{file}: space", len(document.get("parents", ()))
+    try:
+        space = SpaceConfig.model_validate(document.get("space"))
+    except ValidationError:
+        raise InputError(where, "expected a space as a search writes it") from None
+    method = find_method(f"{where}.method", space.method)
+    searched, constants = search_parameters_of(where, method, parents, space.parameters, space.fixed)
+    return GroupSpace(method, parents, tuple(groups), searched, constants)
 
 
 def winner_fitness(

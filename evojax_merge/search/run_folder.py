@@ -54,6 +54,7 @@ from evojax_merge.search.run_parts import (
     sweep,
 )
 from evojax_merge.search.run_schema import (
+    GROUPS,
     StoredResult,
     read_result,
     read_run_config,
@@ -309,6 +310,9 @@ def check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
             continue
         if key[-2:] == GRADIENT and old is None and new == GradientConfig().model_dump(mode="json"):
             # Earlier versions wrote defaults only for strategies that came with the program.
+            continue
+        if key == (GROUPS,) and old is None:
+            # Earlier versions wrote no groups.
             continue
         if key == (RANDOM_NUMBERS,):
             raise InputError(folder.path, OTHER_MASKS)

@@ -29,6 +29,9 @@ MISSING: dict[str, Any] = {
     "best": None, "mean": None, "best_so_far": None, "evaluations": 0, "failed": 0, "scores_of_best": {},
     "task_scores": {},
 }  # fmt: skip
+# The key of config.yaml for the labels of the groups of tensors of models that are no language models, in the genome's
+# order: the names of searched parameters need no other file.
+GROUPS = "groups"
 # The most layers of a model, and members that a winner descends from.
 MAX_LAYERS, MAX_MEMBERS = 100_000, 100_000
 
@@ -125,6 +128,7 @@ class AnswerLine(Stored):
     image: str | None = None
     score: float | None = None
     outputs: list[str] | None = None
+    prompt: str | None = None
     target: str | None = None
 
 
@@ -299,6 +303,7 @@ class StoredConfig(Stored):
     mixture: dict[str, Any] | None = None
     search_pytrees: dict[str, Any] | None = None
     tasks: list[dict[str, Any]] = []
+    groups: list[str] = []
     inputs: dict[str, str]
 
 

@@ -261,7 +261,8 @@ def _table(
             scored_by = [rows[k].scores[f"{task.name}/{task.metric}"] for k in parents]
             beside[task.name] = parents[int(np.argmax(np.where(np.isfinite(scored_by), scored_by, -np.inf)))]
         for k in (len(rows) - 1, *sorted(set(beside.values()))):
-            answered = backend.answers(rows[k].name, heldout, scored[k][3], scored[k][2])
+            candidate = winner if k == len(rows) - 1 else backend.facts.compared[k][1]
+            answered = backend.answers(rows[k].name, candidate, heldout, scored[k][3], scored[k][2])
             answers += [row for row in answered if k == len(rows) - 1 or beside[row["task"]] == k]
     compared = [
         replace(row, lead=None if too_few[k] else leads[k], task_leads=by_task.get(k, {}), meetings=met[k])

@@ -188,7 +188,7 @@ def _score_networks(
             scores = backend.score_stored(path, evaluator, progress)
         tasks = prepared.heldout
         rows.append(_model_row(name, tasks, scores))
-        on_scored(model, partial(backend.answers, model, evaluator, scores, 0))
+        on_scored(model, partial(backend.answers, model, path, evaluator, scores, 0))
     return rows
 
 

@@ -1,7 +1,7 @@
 """Tasks whose examples are arrays, for models that are pytrees: a JAX function scores a model on some of the rows."""
 
 import zipfile
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -43,7 +43,9 @@ class ArrayTask(TaskDefaults):
     `count`; by default all. compared: the task as judges have it, where the function returns a text or a name for each
     example, which are compared with each other, in place of scores. traced: whether JAX traces the function. where: the
     task in messages; untraced: what to do about a function that JAX cannot trace; files: what it was made from;
-    places: see `paths`; pictures: the file of each of the `count` examples' image, where they have one.
+    places: see `paths`; unit: the unit of the scores, in the words of tables. pictures, prompts, targets: the file of
+    the image, the question and the right answer of each of the `count` examples, where they have one. answer: (model,
+    rows) -> the model's answer to each example in words, where it has any.
     """
 
     kind: ClassVar[str] = "arrays"
@@ -63,13 +65,21 @@ class ArrayTask(TaskDefaults):
     files: tuple[Path, ...] = ()
     places: tuple[tuple[str, str], ...] = ()
     compared: Any = None
+    unit: str = ""
     pictures: tuple[str, ...] = ()
+    prompts: tuple[str | None, ...] = ()
+    targets: tuple[str | None, ...] = ()
+    answer: Callable[..., Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
         if not self.count and self.examples is not None:
             count = len(jax.tree.leaves(self.examples)[0])
             object.__setattr__(self, "indices", tuple(range(count)))
             object.__setattr__(self, "count", count)
+
+    @property
+    def units(self) -> Mapping[str, str]:
+        return {self.metric: self.unit} if self.unit else {}
 
     @property
     def is_divisible(self) -> bool:
@@ -91,6 +101,12 @@ class ArrayTask(TaskDefaults):
     @property
     def derivative(self) -> Derivative | None:
         return "linear" if self.traced else None
+
+    def prompt(self, example: int) -> str | None:
+        return self.prompts[self.indices[example]] if self.prompts else None
+
+    def target(self, example: int) -> str | None:
+        return self.targets[self.indices[example]] if self.targets else None
 
     def contents(self) -> Sequence[tuple[Hashable, Place]]:
         file = self.paths().get("file")

@@ -191,7 +191,7 @@ class GsmTask(TaskDefaults):
         rows = []
         for number, problem in enumerate(self.problems):
             tokens = (
-                encode_prompt(tokenizer, self.prompt(problem))
+                encode_prompt(tokenizer, self.text(problem))
                 if template is None
                 else self._chat(template, tokenizer, problem)
             )
@@ -201,7 +201,7 @@ class GsmTask(TaskDefaults):
             counts_tokens=self.metric == "length", answer=self.stop_pattern,
         )  # fmt: skip
 
-    def prompt(self, problem: WordProblem) -> str:
+    def text(self, problem: WordProblem) -> str:
         """The text that a model continues with its answer."""
         shown = (f"{format_question(self.style, shot)}{_after(self.style, shot)}\n\n" for shot in self.fewshot_examples)
         return "".join(shown) + format_question(self.style, problem)
@@ -262,7 +262,7 @@ class GsmTask(TaskDefaults):
         ):
             return None
         examples = [
-            Example(self.prompt(problem), (_after(self.style, problem),), problem.number, place)
+            Example(self.text(problem), (_after(self.style, problem),), problem.number, place)
             for place, problem in enumerate(self.problems, start=1)
         ]
         return TextTask(
@@ -276,6 +276,9 @@ class GsmTask(TaskDefaults):
         if any(find_answer(self.style, self.match, text, where) is not None for text in texts):
             return None
         return "a number" if self.match == "flexible" else f"the pattern {self.style.strict!r}"
+
+    def prompt(self, example: int) -> str:
+        return self.problems[example].question
 
     def target(self, example: int) -> str:
         return self.problems[example].number

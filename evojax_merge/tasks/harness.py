@@ -294,6 +294,11 @@ class HarnessTask(TaskDefaults):
         answers = self._filtered(self.examples, texts)
         return f"the filter {self._filter.name}" if all(answer == self._fallback for answer in answers) else None
 
+    def prompt(self, example: int) -> str:
+        task, doc = self.source.task, copy.copy(self.source.built[self.examples[example]][0].doc)
+        with self.source.scoring():
+            return str(task.doc_to_text(doc))
+
     def target(self, example: int) -> str | None:
         task, doc = self.source.task, copy.copy(self.source.built[self.examples[example]][0].doc)
         with self.source.scoring():

@@ -58,11 +58,6 @@ class HumanTask(PromptedTask):
         """Zeros: votes are asked for once the texts of all candidates are there (see judge.evaluation)."""
         return {METRIC: np.zeros((len(responses.texts), self.size), np.float32)}
 
-    def prompt(self, example: int) -> str:
-        shown = self.examples[example]
-        turns = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in shown.turns)
-        return turns or shown.prompt
-
     def record(self, example: int) -> dict[str, Any]:
         return dict(self.records[example])
 

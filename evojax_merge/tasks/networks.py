@@ -227,9 +227,14 @@ class NetworkTask(TaskDefaults):
     def companion(self) -> Any:
         return replace(self, metric=COMPANIONS[self.metric]) if self.metric in COMPANIONS else None
 
+    def prompt(self, example: int) -> str | None:
+        texts = [value for value in self.examples[self.indices[example]].inputs.values() if isinstance(value, str)]
+        return "\n".join(texts) or None
+
     def target(self, example: int) -> str | None:
         target = self.examples[self.indices[example]].target
-        return None if target is None else str(target)
+        texts = target if self.kind == "retrieval" else [target]
+        return None if target is None else "\n".join(map(str, texts))
 
     def contents(self) -> Sequence[tuple[Hashable, Place]]:
         return [(self.examples[i].content, self.examples[i].place) for i in self.indices]

@@ -133,10 +133,13 @@ class SplittableTask(ScoredTask, Protocol):
 class TaskDefaults(Protocol):
     """Members of `Task` with the defaults that a kind inherits where it has no use for them."""
 
-    # The unit of each metric that has one, in the words of tables; a metric's filter (`acc,none`) is not named.
-    units: ClassVar[Mapping[str, str]] = {}
     # The fields of the dataclass that have an entry for each example; all but the first may be empty.
     by_example: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def units(self) -> Mapping[str, str]:
+        """The unit of each metric that has one, in the words of tables, without a metric's filter (`acc,none`)."""
+        return {}
 
     @property
     def size(self) -> int:
@@ -171,6 +174,10 @@ class TaskDefaults(Protocol):
 
     def extraction_failure(self, texts: Sequence[str]) -> str | None:
         """The expression that scoring looks for, if no output contains it; else None."""
+        return None
+
+    def prompt(self, example: int) -> str | None:
+        """An example's question, in the words of the data; None: it is none of words."""
         return None
 
     def target(self, example: int) -> str | None:

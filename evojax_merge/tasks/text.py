@@ -152,6 +152,11 @@ class PromptedTask(TaskDefaults):
             for example in self.examples
         ]
 
+    def prompt(self, example: int) -> str:
+        asked = self.examples[example]
+        turns = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in asked.turns)
+        return turns or asked.prompt
+
     def paths(self) -> dict[str, str]:
         named = {"fewshot_source": self.fewshot_file, "images": self.prompts.images_from}
         return {"file": self.file} | {key: str(value) for key, value in named.items() if value is not None}

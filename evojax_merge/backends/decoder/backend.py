@@ -380,7 +380,7 @@ class DecoderBackend:
             write_marker(folder)
 
     def answers(
-        self, model: str, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
+        self, model: str, candidate: Path | np.ndarray, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
     ) -> list[dict[str, Any]]:
         return sample_rows(model, heldout.evaluator.evaluator.batched_tasks, scores, number)
 

@@ -34,6 +34,7 @@ from evojax_merge.report.comparison import model_name
 from evojax_merge.report.front_matter import changed_front_matter
 from evojax_merge.report.winner import MergeReport
 from evojax_merge.search.genomes import SpaceEvaluator
+from evojax_merge.search.run_schema import GROUPS
 from evojax_merge.system.file_system import atomic_folder, atomic_write
 from evojax_merge.tasks.arrays import ArrayTask, row_of
 from evojax_merge.tasks.splits import Splits
@@ -170,14 +171,26 @@ class FunctionBackend:
         return shape
 
     def answers(
-        self, model: str, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
+        self, model: str, candidate: Path | np.ndarray, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
     ) -> list[dict[str, Any]]:
-        rows = []
+        rows, weights = [], None
         for task in heldout.tasks:
-            rows += score_rows(model, task, task.indices, scores, number)
-            for row in rows[-task.size :] if task.pictures else ():
-                row["image"] = task.pictures[row["example"]]
+            answers: Sequence[str] = ()
+            if task.answer is not None:
+                weights = self._weights(candidate) if weights is None else weights
+                answers = task.answer(weights, *task.rows)
+            for n, row in enumerate(score_rows(model, task, task.indices, scores, number)):
+                words = {"prompt": task.prompt(n), "target": task.target(n)}
+                words |= {"image": task.pictures[row["example"]]} if task.pictures else {}
+                words |= {"outputs": [answers[n]]} if answers else {}
+                rows.append(row | words)
         return rows
+
+    def _weights(self, candidate: Path | np.ndarray) -> Any:
+        """One of the compared models, or the candidate of a genome, as a pytree."""
+        if isinstance(candidate, Path):
+            return self.merge.tree.source(self.models.index(candidate))
+        return self.merged(candidate)
 
     def describe(self, genome: np.ndarray) -> CandidateFacts:
         space = self.merge.space
@@ -257,4 +270,5 @@ def tree_facts(
         extensions=[spec.method, factory],
         **others,
     )
-    return replace(facts, notes=[f"{role}: {references[model]}" for role, model in facts.compared])
+    notes = [f"{role}: {references[model]}" for role, model in facts.compared]
+    return replace(facts, resolved={**facts.resolved, GROUPS: list(space.groups)}, notes=notes)

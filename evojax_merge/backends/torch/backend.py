@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from math import prod
@@ -17,6 +17,7 @@ from evojax_merge.backends.backend import Prepared
 from evojax_merge.backends.function.backend import FunctionBackend
 from evojax_merge.backends.function.programs import Programs
 from evojax_merge.backends.torch import network as networks
+from evojax_merge.backends.torch.folders import label_names
 from evojax_merge.backends.torch.inputs import (
     class_names,
     class_prompts,
@@ -28,6 +29,7 @@ from evojax_merge.backends.torch.inputs import (
 )
 from evojax_merge.backends.torch.network import (
     COMPARISONS,
+    LIKELIEST,
     OUTPUT,
     SCORES,
     Ask,
@@ -52,7 +54,7 @@ from evojax_merge.report.plan import shown_bytes
 from evojax_merge.system.console import say, say_once
 from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.entropy import EntropyTask
-from evojax_merge.tasks.networks import PAIRED, WRITTEN, NetworkTask
+from evojax_merge.tasks.networks import NEGATIVE_ENTROPY, PAIRED, WRITTEN, NetworkTask
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.text import TextTask
 
@@ -177,13 +179,31 @@ class TorchBackend(FunctionBackend):
         if task.name not in self._untraced:
             self._untraced[task.name] = self._why_untraced(task, examples, where)
         traced = not self._untraced[task.name]
+        numbers = range(len(examples["target"]))
+        scorer: Any = self._scorer(task, traced)
         examples_of = task.examples if isinstance(task, NetworkTask) else ()
         images = [example.inputs.get("image") for example in examples_of]
+        whole = replace(task, indices=tuple(numbers)) if examples_of else task
+        prompts, targets = (tuple(map(words, numbers)) for words in (whole.prompt, whole.target))
+        answer = scorer.written if task.metric in WRITTEN else None
+        if task.kind == "classification" and getattr(task, "function", None) is None:
+            labels = self._labels(task)
+            likeliest = self._scorer(replace(task, metric=LIKELIEST), traced)
+            answer = partial(_named_labels, jax.jit(likeliest) if traced else likeliest, labels)
+            if task.metric != NEGATIVE_ENTROPY:
+                targets = tuple(labels.get(int(number), str(number)) for number in examples["target"])
         return ArrayTask(
-            task.name, examples, self._scorer(task, traced), metric=task.metric, weight=task.weight, traced=traced,
-            where=where, files=task.files,
+            task.name, examples, scorer, metric=task.metric, weight=task.weight, traced=traced,
+            where=where, files=task.files, unit=task.units.get(task.metric, ""),
             pictures=tuple(map(str, images)) if all(isinstance(image, Path) for image in images) else (),
+            prompts=prompts, targets=targets, answer=answer,
         )  # fmt: skip
+
+    def _labels(self, task: NetworkTask) -> dict[int, str]:
+        """The names of a classification's labels by number, where they have any."""
+        if is_zero_shot(task, self.network):
+            return dict(enumerate(class_names(task)))
+        return label_names(self.models[0])
 
     def _scorer(self, task: Any, traced: bool) -> Callable[..., Any]:
         """The function of a task: (weights, rows) -> float[N]."""
@@ -279,6 +299,13 @@ class TorchBackend(FunctionBackend):
             for file in ([model] if model.is_file() else (*model.iterdir(), *model.glob("[0-9]*_*/*")))
             if file.is_file()
         }  # fmt: skip
+
+
+def _named_labels(likeliest: Callable[..., Any], labels: Mapping[int, str], *arguments: Any) -> list[str]:
+    """The name of each example's likeliest label, or its number where it has no name. likeliest: (weights, rows) ->
+    int[N]."""
+    numbers = map(int, np.asarray(likeliest(*arguments)))
+    return [labels.get(number, str(number)) for number in numbers]
 
 
 def _batches(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ from evojax_merge.tasks.networks import NEGATIVE_ENTROPY
 
 # The field of a module's output that tasks score.
 OUTPUT = "logits"
+# The number of the likeliest label, in place of a score.
+LIKELIEST = "likeliest"
 # The tensor of CLIP's family whose exponential multiplies cosines, and what does so for networks without one.
 SCALE = "logit_scale"
 COSINE_SCALE = 20.0
@@ -270,13 +272,18 @@ class WrittenScorer:
     batch: int
 
     def __call__(self, weights: Mapping[str, Any], rows: Mapping[str, Any]) -> np.ndarray:
+        targets = (self.targets[number] for number in rows["target"])
+        pairs = zip(self.written(weights, rows), targets, strict=True)
+        return np.array([self.compare(*pair) for pair in pairs], np.float32)
+
+    def written(self, weights: Mapping[str, Any], rows: Mapping[str, Any]) -> list[str]:
+        """The texts that the network writes."""
         texts: list[str] = []
         for begin in range(0, len(rows["target"]), self.batch):
             inputs = _rows(rows["inputs"], range(begin, begin + self.batch))
             tokens = self.network.call(weights, inputs, Writing(self.max_new_tokens))
             texts += self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        targets = (self.targets[number] for number in rows["target"])
-        return np.array([self.compare(*pair) for pair in zip(texts, targets, strict=True)], np.float32)
+        return texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,8 +317,8 @@ def _rows(rows: Mapping[str, Any], numbers: range) -> Any:
 
 
 def label_scores(metric: str) -> Callable[[Any, Mapping[str, Any]], Any]:
-    """(outputs float[N, C], rows) -> whether the likeliest label is the target, the target's log-probability, or minus
-    the entropy of the labels."""
+    """(outputs float[N, C], rows) -> whether the likeliest label is the target, the target's log-probability, minus the
+    entropy of the labels, or the likeliest label's number."""
 
     def score(outputs: Any, rows: Mapping[str, Any]) -> Any:
         target = jnp.asarray(rows["target"])
@@ -319,6 +326,8 @@ def label_scores(metric: str) -> Callable[[Any, Mapping[str, Any]], Any]:
             return jnp.where(jnp.isfinite(outputs).all(-1), outputs.argmax(-1) == target, jnp.nan)
         if metric == NEGATIVE_ENTROPY:
             return negative_entropies(outputs)
+        if metric == LIKELIEST:
+            return outputs.argmax(-1)
         return jnp.take_along_axis(jax.nn.log_softmax(outputs), target[:, None], -1)[:, 0]
 
     return score
