@@ -111,7 +111,7 @@ def equal_searches(problem: SearchProblem[Backend]) -> int:
 
 def control_roles(problem: SearchProblem[Backend]) -> set[str]:
     """The roles of a search's controls and of its polished winner in the table."""
-    roles = {name for name in problem.search.controls if name in ("greedy", "random")}
+    roles: set[str] = {name for name in problem.search.controls if name in ("greedy", "random")}
     if "lora" in problem.search.controls:
         roles |= {LORA_ROLES[role] for role, _ in problem.facts.compared if role in LORA_ROLES}
     return roles | ({POLISHED} if problem.search.then == "polish" else set())
