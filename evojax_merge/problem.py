@@ -5,6 +5,7 @@ then the run folder.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, cast
@@ -15,8 +16,9 @@ from typing_extensions import TypeVar
 
 from evojax_merge.backends.backend import Backend, BackendFacts, Prepared, Resolve
 from evojax_merge.backends.registry import find_backend
-from evojax_merge.checkpoints.derived import ignored_revisions
-from evojax_merge.checkpoints.folder import file_hash
+from evojax_merge.checkpoints.derived import ignored_revisions, input_files
+from evojax_merge.checkpoints.folder import file_hash, file_sample
+from evojax_merge.checkpoints.references import local_path
 from evojax_merge.config.documents import apply_overrides, parse
 from evojax_merge.config.search_config import AUTO, JUDGED_KINDS, VOTES, Config, KeepConfig, SearchConfig, StageConfig
 from evojax_merge.errors import InputError
@@ -185,6 +187,19 @@ def revision_warnings(path: Path, config: Config) -> list[str]:
     """A line for each revision that a config names and that does not exist. `path` is the config's file."""
     lines = ignored_revisions((config.base, *config.parents, config.other_modules), path.parent)
     return [f"{path}: {line}" for line in lines]
+
+
+def model_samples(path: Path, config: Config) -> dict[str, str]:
+    """Samples of the files of a config's models, by the model's key and the file's name; of models that the config
+    names by a path of this machine. `path` is the config's file."""
+    references = {"base": config.base, **{f"parents[{i}]": parent for i, parent in enumerate(config.parents)}}
+    files: dict[str, Path] = {}
+    for key, reference in references.items():
+        model = None if reference is None else local_path(reference, path.parent)
+        if model is not None:
+            files |= {f"{key}: {file.name}": file for file in sorted(input_files(model))}
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(files, pool.map(file_sample, files.values()), strict=True))
 
 
 def open_backend(path: Path, config: Config, *, chained: bool = False) -> Backend:
@@ -525,5 +540,7 @@ def resolved_document(config: Config, problem: SearchProblem) -> dict[str, Any]:
         document["plugins"] = plugins
     files |= {record for file in files if (record := dvc_record(file)) is not None}
     files |= source_files(extensions(config, problem)) | files_of(plugins)
-    document["inputs"] = {str(file): file_hash(file) for file in sorted(files)}
+    paths = sorted(files)
+    with ThreadPoolExecutor() as pool:
+        document["inputs"] = dict(zip(map(str, paths), pool.map(file_hash, paths), strict=True))
     return document | random_numbers(facts.is_random)

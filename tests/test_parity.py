@@ -25,7 +25,7 @@ from transformers import GPT2Config
 
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError
-from evojax_merge.mergekit.execute import merge_to, prepare
+from evojax_merge.mergekit.execute import MergeSettings, merge_to, prepare
 
 RECIPES = Path(__file__).parent / "parity"
 TOLERANCE = 1e-5
@@ -125,7 +125,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ours(models: Path, recipe: str, out: Path, **options: Any) -> Path:
-    job = prepare(read_recipe(models / f"{recipe}.yaml"), **options)
+    job = prepare(read_recipe(models / f"{recipe}.yaml"), MergeSettings(**options))
     merge_to(job, out, card="")
     return out
 

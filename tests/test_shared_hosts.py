@@ -1,5 +1,6 @@
 """One candidate over several processes: the mesh's axis `model` spans them."""
 
+import hashlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from helpers.models import tiny_config
 from helpers.sampling import sample, thorough
 from test_devices import CHOICE, finish, history, start, write_config
 
+from evojax_merge.checkpoints.folder import BLOCK, SAMPLED, file_sample
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.peers import _flat, compare
 from evojax_merge.evaluation.targets import find_target
@@ -192,11 +194,23 @@ def test_paths_of_a_config_count_by_their_last_names() -> None:
         compare(values, "expected one")
 
 
-def test_hosts_with_unlike_files_are_refused(tmp_path: Path) -> None:
-    """A model's file that differs; folders may differ, as on hosts with disks of their own."""
+# A file that differs on the second of two hosts, and the start of the line with which both end.
+UNLIKE_FILES = [
+    ("parent1/model.safetensors", r"parents\[1\]: model.safetensors is [\d,]+ bytes, sha256 \w{12}… in process 1 "),
+    ("tasks.jsonl", ".*/b/tasks.jsonl of process 1 .* has sha256 "),
+]
+
+
+@pytest.mark.parametrize(("file", "says"), sample(UNLIKE_FILES, 1), ids=lambda value: value[:12])
+def test_hosts_with_unlike_files_are_refused(file: str, says: str, tmp_path: Path) -> None:
+    """A file that differs; folders may differ, as on hosts with disks of their own."""
     four_heads(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    shutil.copy(tmp_path / "b" / "parent0" / "model.safetensors", tmp_path / "b" / "parent1" / "model.safetensors")
+    content = bytearray((tmp_path / "b" / file).read_bytes())
+    # Another digit: a file of data is still one.
+    place = max(i for i, byte in enumerate(content) if chr(byte).isdigit())
+    content[place] ^= 1
+    (tmp_path / "b" / file).write_bytes(content)
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
@@ -214,8 +228,27 @@ def test_hosts_with_unlike_files_are_refused(tmp_path: Path) -> None:
     for process in [started(0), started(1)]:
         (line,) = process.communicate(timeout=600)[1].splitlines()
         assert process.returncode == 2
-        assert line.startswith(f"error: --distributed: {tmp_path}/b/parent1/model.safetensors of process 1 ")
-        assert line.endswith("expected the same files on every host")
+        assert re.fullmatch(f"error: --distributed: {says}.*; expected the same files on every host", line), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sample_tells_files_apart_by_their_size_and_their_ends(tmp_path: Path) -> None:
+    """A sample of a small file is its hash; one of a large file reads some blocks, and the comparison of hashes that
+    comes later finds what lies between them."""
+    rng, file = np.random.default_rng(0), tmp_path / "file"
+    for size in (0, 1, SAMPLED * BLOCK, 2 * SAMPLED * BLOCK + 1):
+        content = rng.bytes(size)
+        file.write_bytes(content)
+        sampled = file_sample(file)
+        assert sampled.startswith(f"{size:,} bytes, sha256 ")
+        assert (hashlib.sha256(content).hexdigest()[:12] in sampled) == (size <= SAMPLED * BLOCK)
+        for place in {0, size - 1} if size else ():
+            file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            assert file_sample(file) != sampled
+        file.write_bytes(content + b"0")
+        assert file_sample(file) != sampled
+        file.write_bytes(content)
+        assert file_sample(file) == sampled
 
 
 @thorough

@@ -4,13 +4,15 @@
     python -m bench processes --processes 4 --only disagreements
 
 Every process is one of its own, with CPU devices and a run folder that all see. Disagreements: the last process differs
-from the others in one thing; the table says how all of them end, and after how many seconds, imports included. Kills:
-SIGKILL of each process at four moments of a search; the table says how the others end, after how many seconds from the
-kill on, and whether the run that goes on ends in the bytes of one that was left alone.
+from the others in one thing; the table says how all of them end, after how many seconds, imports included, and which
+share of the processors other programs took meanwhile. Kills: SIGKILL of each process at four moments of a search; the
+table says how the others end, after how many seconds from the kill on, and whether the run that goes on ends in the
+bytes of one that was left alone.
 """
 
 import argparse
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -82,6 +84,13 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
+def _processor_seconds() -> tuple[float, float, float]:
+    """Seconds of this machine's processors: all, those in which they worked, and those of processes started here."""
+    ticks = [int(each) / os.sysconf("SC_CLK_TCK") for each in Path("/proc/stat").read_text().split()[1:9]]
+    ours = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(ticks), sum(ticks) - ticks[3] - ticks[4], ours.ru_utime + ours.ru_stime
+
+
 @dataclass
 class Process:
     """A process of a search, and its end. ended: by `time.monotonic`."""
@@ -100,7 +109,7 @@ class Bench:
     """A folder with models and configs. limit: seconds after which processes that still run are killed."""
 
     root: Path
-    limit: float = 180.0
+    limit: float = 900.0
     number: int = field(default=0)
 
     def prepare(self) -> None:
@@ -177,18 +186,16 @@ class Bench:
         if difference.resumes:
             shutil.copytree(self.root / f"reference-{processes}", self.root / run)
             options = ("--resume", "--set", f"search.generations={GENERATIONS + 1}")
-        begun = time.monotonic()
+        begun, before = time.monotonic(), _processor_seconds()
         started = self.start(processes, run, options, difference)
         statuses = self.finish(started)
         seconds = max(each.ended for each in started) - begun
+        total, busy, ours = (after - each for after, each in zip(_processor_seconds(), before, strict=True))
         says = {each.errors().replace(str(self.root), "…") for each in started}
         return [
-            str(processes),
-            difference.name,
-            " / ".join(sorted(says)),
-            " ".join(map(str, statuses)),
-            f"{seconds:.1f}",
-        ]
+            str(processes), difference.name, " / ".join(sorted(says)), " ".join(map(str, statuses)), f"{seconds:.1f}",
+            f"{(busy - ours) / total:.0%}",
+        ]  # fmt: skip
 
     def reference(self, processes: int) -> None:
         """A search that is left alone, twice: the first one compiles."""
@@ -214,7 +221,8 @@ class Bench:
         saved = len((run / "history.jsonl").read_text().splitlines()) if (run / "history.jsonl").exists() else 0
         again = self.start(processes, name, ("--resume",) if (run / "config.yaml").exists() else ())
         went_on = self.finish(again)
-        same = all((run / file).read_bytes() == (reference / file).read_bytes() for file in COMPARED)
+        pairs = [(run / file, reference / file) for file in COMPARED]
+        same = all(one.exists() and one.read_bytes() == other.read_bytes() for one, other in pairs)
         says = {each.errors().replace(str(self.root), "…") for each in others}
         return [
             str(processes), str(victim), moment, " / ".join(sorted(says)),
@@ -248,7 +256,7 @@ def main() -> None:
     if options.only != "kills":
         cases = [(count, each) for count in options.processes for each in DIFFERENCES]
         rows = (bench.disagreement(*case) for case in cases)
-        table(["processes", "the last one differs in", "all say", "exit statuses", "s"], rows)
+        table(["processes", "the last one differs in", "all say", "exit statuses", "s", "others"], rows)
     if options.only != "disagreements":
         kills: list[Any] = [
             (count, victim, moment) for count in options.processes for victim in range(count) for moment in MOMENTS

@@ -93,8 +93,9 @@ def merge(
         source = plain_data("recipe", [recipe] if isinstance(recipe, Mapping) else recipe)
     with PythonCall():
         options = MergeOptions(
-            dtype, seed, overwrite, allow_nonfinite, allow_crimes, strict, max_shard_bytes=max_shard_bytes, type=type
-        )
+            dtype=dtype, seed=seed, overwrite=overwrite, allow_nonfinite=allow_nonfinite, allow_crimes=allow_crimes,
+            strict=strict, max_shard_bytes=max_shard_bytes, type=type,
+        )  # fmt: skip
         write_merge(source, Path(out), options, ignore, warn_program)
     return Path(out)
 
@@ -119,7 +120,7 @@ def moe(
     _check_seed(seed)
     source = Path(recipe) if isinstance(recipe, str | PathLike) else plain_data("recipe", recipe)
     with PythonCall():
-        options = MergeOptions(dtype, seed, overwrite, allow_nonfinite)
+        options = MergeOptions(dtype=dtype, seed=seed, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
         write_mixture(source, Path(out), options, allow_same, warn_program)
     return Path(out)
 

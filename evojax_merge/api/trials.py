@@ -106,7 +106,7 @@ class Trial(Described):
         with PythonCall():
             self._source.check()
             if self._source.merges_recipes:
-                options = MergeOptions(dtype, None, overwrite, False, False, False)
+                options = MergeOptions(dtype=dtype, overwrite=overwrite)
                 recipe = self.recipe
                 if other_format(recipe) == MOE:
                     write_mixture(recipe, Path(out), options, True, warn_program)

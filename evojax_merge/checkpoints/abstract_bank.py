@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from merge_kernels import draw_row_keys, tabulate
 
-from evojax_merge.checkpoints.bank import bank_of, leaf_layout
+from evojax_merge.checkpoints.bank import leaf_layout, leaf_trees
 from evojax_merge.checkpoints.parents import Sources
-from evojax_merge.models.architecture import Leaf, leaf_tensors, leaves_of, stack_numbers, tensor_grid
+from evojax_merge.models.architecture import Leaf, leaf_tensors, tensor_grid
 from evojax_merge.models.bank import Bank, LeafBank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.sources import StackedWeights
@@ -41,21 +41,20 @@ def abstract_bank(sources: Sources, config: DecoderConfig, spec: MergeSpec, plac
         }
         return replace(arrays, statistics=statistics)
 
-    return bank_of(config, abstract_leaf)
+    return Bank(*leaf_trees(config, abstract_leaf))
 
 
 def abstract_stored(
     sources: Sources, config: DecoderConfig, compute_dtype: str, place: Place = anywhere
 ) -> StackedWeights:
     """The stored model that `load_stored` would make of the first source, as abstract arrays."""
-    stacks: dict[str, Any] = {stack: {} for stack in stack_numbers(config)}
-    shared: dict[str, Any] = {}
-    for leaf in leaves_of(config):
+
+    def abstract_leaf(leaf: Leaf) -> Any:
         name = leaf_tensors(config, leaf)[0]
         shape = *tensor_grid(config, leaf), *sources.shape(0, name)
-        into = shared if leaf.stack is None else stacks[leaf.stack]
-        into[leaf.name] = place(shape, sources.entry(0, name).dtype, leaf.sharded_axis)
-    return StackedWeights(stacks, shared, compute_dtype)
+        return place(shape, sources.entry(0, name).dtype, leaf.sharded_axis)
+
+    return StackedWeights(*leaf_trees(config, abstract_leaf), compute_dtype)
 
 
 def _statistics(spec: MergeSpec, count: int, shape: tuple[int, ...]) -> dict[str, Any]:

@@ -142,28 +142,24 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             "(peft's save_pretrained with path_initial_model_for_weight_conversion)",
         )
 
-    def checked(key: str, value: Any, expected: Expected) -> Any:
-        if not expected.accepts(value):
-            raise InputError(path, f"{key}: {shown(value)}; expected {expected.words}")
-        return value
-
     def by_pattern(key: str, expected: Expected) -> dict[str, Any]:
-        entries = checked(key, raw.get(key) or {}, PATTERNS)
-        return {name: checked(f"{key}.{name}", value, expected) for name, value in entries.items()}
+        entries = PATTERNS.check(path, key, raw.get(key) or {})
+        return {name: expected.check(path, f"{key}.{name}", value) for name, value in entries.items()}
 
-    base, targets = checked("base_model_name_or_path", raw.get("base_model_name_or_path"), BASE), raw.get(TARGETS) or []
+    base = BASE.check(path, "base_model_name_or_path", raw.get("base_model_name_or_path"))
+    targets = raw.get(TARGETS) or []
     if not isinstance(targets, str):
-        targets = tuple(checked(TARGETS, targets, NAMES))
+        targets = tuple(NAMES.check(path, TARGETS, targets))
     return AdapterConfig(
         path=path,
         base=base or None,
-        rank=checked("r", raw.get("r", 8), RANK),
-        alpha=float(checked("lora_alpha", raw.get("lora_alpha", 8), ALPHA)),
+        rank=RANK.check(path, "r", raw.get("r", 8)),
+        alpha=float(ALPHA.check(path, "lora_alpha", raw.get("lora_alpha", 8))),
         ranks=by_pattern("rank_pattern", RANK),
         alphas={name: float(value) for name, value in by_pattern("alpha_pattern", ALPHA).items()},
         targets=targets,
-        saved_modules=tuple(checked("modules_to_save", raw.get("modules_to_save") or [], NAMES)),
-        **{field: bool(checked(key, raw.get(key), SWITCH)) for field, key in SWITCHES.items()},
+        saved_modules=tuple(NAMES.check(path, "modules_to_save", raw.get("modules_to_save") or [])),
+        **{field: bool(SWITCH.check(path, key, raw.get(key))) for field, key in SWITCHES.items()},
     )
 
 

@@ -40,12 +40,15 @@ def token_keys(tokenizer: Any) -> dict[int, tuple[Key, ...]]:
     A token is the bytes that it stands for, whether a tokenizer writes them as text with ▁, as GPT-2's letters for
     bytes, or as <0x0A>. A special token is its name, else its role (the end of a text, and so forth).
     """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     roles: dict[str, list[Key]] = {}
     for role, name in tokenizer.special_tokens_map.items():
         for text in [name] if isinstance(name, str) else []:
             roles.setdefault(text, []).append(("role", role))
     added = {row: token.content for row, token in tokenizer.added_tokens_decoder.items()}
-    letters = _letters_of_bytes() if _is_byte_level(tokenizer) else None
+    # GPT-2's letter for each byte.
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()} if _is_byte_level(tokenizer) else None
     keys: dict[int, tuple[Key, ...]] = {}
     for token, row in tokenizer.get_vocab().items():
         if token in roles or token in tokenizer.all_special_tokens:
@@ -67,13 +70,6 @@ def token_bytes(token: str, letters: Mapping[str, int] | None) -> bytes:
         except ValueError:
             pass
     return token.replace(MARK, " ").encode()
-
-
-def _letters_of_bytes() -> dict[str, int]:
-    """GPT-2's letter for each byte -> the byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _is_byte_level(tokenizer: Any) -> bool:

@@ -11,16 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from merge_kernels import Prepared, draw_row_keys, tabulate, widest
+from merge_kernels import Prepared, tabulate, widest
 
 from evojax_merge.checkpoints.folder import Part
 from evojax_merge.checkpoints.kept_vectors import prepare_or_read
 from evojax_merge.checkpoints.parents import Sources
+from evojax_merge.checkpoints.writer import TensorSpec
 from evojax_merge.models.architecture import (
     Leaf,
     architecture_of,
@@ -44,6 +45,7 @@ from evojax_merge.models.sources import StackedWeights
 # JAX takes a NumPy array on the CPU as it is, without a copy, where it is aligned to this many bytes.
 ALIGNMENT = 64
 Progress = Callable[[int], None]
+T = TypeVar("T")
 # Threads that read and measure tensors.
 LOADERS = 4
 
@@ -95,26 +97,20 @@ ONE_DEVICE: Placement = OneDevice()
 
 
 @dataclass(frozen=True)
-class ArraySpec:
+class ArraySpec(TensorSpec):
     """The shape and dtype of a bank's array, before the array exists. shard_axis: the axis, counted from the end, that
     is sharded where devices share a model; None: each device has the whole array."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
     shard_axis: int | None = None
 
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
 
-
-def bank_of(config: DecoderConfig, make: Callable[[Leaf], LeafBank]) -> Bank:
-    """A bank of the leaves of a model, each made by `make`."""
-    bank = Bank({stack: {} for stack in stack_numbers(config)}, {})
+def leaf_trees(config: DecoderConfig, make: Callable[[Leaf], T]) -> tuple[dict[str, dict[str, T]], dict[str, T]]:
+    """The leaves of a model, each made by `make`: those of layers by stack and name, and the others by name."""
+    stacks: dict[str, dict[str, T]] = {stack: {} for stack in stack_numbers(config)}
+    shared: dict[str, T] = {}
     for leaf in leaves_of(config):
-        leaves = bank.shared if leaf.stack is None else bank.stacks[leaf.stack]
-        leaves[leaf.name] = make(leaf)
-    return bank
+        (shared if leaf.stack is None else stacks[leaf.stack])[leaf.name] = make(leaf)
+    return stacks, shared
 
 
 def leaf_layout(sources: Sources, config: DecoderConfig, spec: MergeSpec, leaf: Leaf) -> LeafBank:
@@ -295,20 +291,9 @@ class LeafReader:
         if arrays.factors is not None:
             # All sources' tensors are read only to be measured, one name at a time.
             tensors = [sources.load(s, name) for s in range(len(sources.folders))] if spec.method.measures else []
-
-        def row_keys(k: int) -> np.ndarray:
-            return draw_row_keys(spec.seed, sources.digest(self._parents[k], name), sources.shape(0, name))
-
-        def moments(k: int) -> np.ndarray | None:
-            return sources.moments_of(self._parents[k], name)
-
-        parents = len(self._parents)
-        numbers = spec.prepared_for(parents)
-        return prepare_or_read(
-            spec.method, parents, tensors, numbers,
-            lambda: sources.moment_contents([(s, name) for s in range(len(sources.folders))]),
-            lambda: tabulate(spec.method, spec.options, tensors, numbers, row_keys, moments),
-        )  # fmt: skip
+        inputs = [(s, name) for s in range(len(sources.folders))]
+        numbers = spec.prepared_for(len(self._parents))
+        return prepare_or_read(tabulate, spec.method, spec.options, sources, inputs, tensors, numbers, spec.seed)
 
     def _views(self, place: tuple[int, ...], arrays: Any) -> list[np.ndarray]:
         """The parts of `arrays.sources` that a tensor of each source is read into."""
@@ -361,7 +346,7 @@ def load_bank(
         return loaded if on_host else put_leaf(reader.layout, arrays, statistics, placement)
 
     with ThreadPoolExecutor(max_workers=LOADERS) as pool:
-        return bank_of(config, load_leaf)
+        return Bank(*leaf_trees(config, load_leaf))
 
 
 def stacked_statistics(reader: LeafReader, measured: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -451,7 +436,7 @@ def bank_bytes(sources: Sources, config: DecoderConfig) -> int:
 
 def held_bytes(sources: Sources, config: DecoderConfig, spec: MergeSpec) -> int:
     """The bytes of a loaded bank: all sources or their factors, and mask keys. Statistics are small in comparison."""
-    arrays = jax.tree.leaves(bank_of(config, lambda leaf: leaf_layout(sources, config, spec, leaf)))
+    arrays = jax.tree.leaves(leaf_trees(config, lambda leaf: leaf_layout(sources, config, spec, leaf)))
     return sum(array.nbytes for array in arrays)
 
 
@@ -459,16 +444,15 @@ def load_stored(
     sources: Sources, config: DecoderConfig, source: int = 0, compute_dtype: str = "float32"
 ) -> StackedWeights:
     """One source alone, as a stored model in its own dtype."""
-    stacks: dict[str, dict[str, jax.Array]] = {stack: {} for stack in stack_numbers(config)}
-    shared = {}
-    for leaf in leaves_of(config):
+
+    def load(leaf: Leaf) -> jax.Array:
         if leaf.stack is None:
-            shared[leaf.name] = jax.device_put(sources.load_finite(source, leaf.tensor))
-            continue
+            return jax.device_put(sources.load_finite(source, leaf.tensor))
         origins = [(source, i) for i in stack_numbers(config)[leaf.stack]]
         dtype = sources.entry(source, first_tensor(config, leaf)).dtype
-        stacks[leaf.stack][leaf.name] = put(read_layers(sources, config, leaf, origins, dtype))
-    return StackedWeights(stacks, shared, compute_dtype)
+        return put(read_layers(sources, config, leaf, origins, dtype))
+
+    return StackedWeights(*leaf_trees(config, load), compute_dtype)
 
 
 def stored_tensors(model: StackedWeights, config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:

@@ -33,7 +33,7 @@ from evojax_merge.checkpoints.quantised import (
     QuantisedFolder,
     check_groups,
     check_matrix,
-    unpack,
+    scaled,
 )
 from evojax_merge.errors import InputError, shown
 from evojax_merge.schema.patterns import pattern_matches
@@ -67,32 +67,6 @@ class Group:
     how: str
     weights: Mapping[str, Any]
     bits: int
-
-
-def scaled(
-    parts: Sequence[np.ndarray],
-    shape: tuple[int, int],
-    step: tuple[int, int],
-    bits: int,
-    has_zeros: bool,
-    zeros_packed: bool,
-) -> np.ndarray:
-    """The matrix of `weight` or `weight_packed`, `weight_scale` and, if present, `weight_zero_point` and
-    `weight_g_idx`. step: the rows and columns that share a scale; bits: of packed weights, else 0."""
-
-    def numbers(words: np.ndarray, axis: int) -> np.ndarray:
-        return unpack(words, bits, axis).astype(np.float32) - np.float32(2 ** (bits - 1))
-
-    rows, columns = shape
-    weight = numbers(parts[0], axis=1)[:, :columns] if bits else parts[0].astype(np.float32)
-    columns_of = parts[-1] if len(parts) > 2 + has_zeros else np.arange(columns) // step[1]
-    places = np.ix_(np.arange(rows) // step[0], columns_of)
-    grid = (-(-rows // step[0]), -1)
-    scale = (parts[1].view(EXPONENT) if parts[1].dtype == np.uint8 else parts[1]).astype(np.float32).reshape(grid)
-    if has_zeros:
-        zeros = numbers(parts[2], axis=0)[: grid[0]] if zeros_packed else parts[2].astype(np.float32)
-        weight = weight - zeros.reshape(grid)[places]
-    return weight * scale[places]
 
 
 def dequantise_compressed_tensors(folder: QuantisedFolder) -> None:

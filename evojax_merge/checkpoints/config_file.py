@@ -7,7 +7,7 @@ change its forward pass and is accepted, unless another family's forward pass re
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +97,17 @@ def unread_keys(config: Mapping[str, Any]) -> list[str]:
     """The keys of a decoder's config that its architecture does not read, without `IGNORED_KEYS`; sorted."""
     keys = find_architecture(config["model_type"]).keys
     unread = [key for key in config if key not in keys and key not in IGNORED_KEYS]
-    return sorted([*unread, *_unread_inside("", config, keys)])
+    return sorted([*unread, *(name for name, _, expected in _nested("", config, keys) if expected is None)])
 
 
-def _unread_inside(before: str, values: Mapping[str, Any], keys: Mapping[str, Expected]) -> list[str]:
-    """The unread keys of the mappings among the values, each with its path."""
-    unread = []
+def _nested(
+    above: str, values: Mapping[str, Any], keys: Mapping[str, Expected]
+) -> Iterator[tuple[str, Any, Expected | None]]:
+    """The keys of the mappings among the values: the path, the value, and the expected one; None: the key is unread."""
     for name, expected in keys.items():
         inner = (values.get(name) or {}) if expected.keys else {}
-        unread += [f"{before}{name}.{key}" for key in inner if key not in expected.keys]
-        unread += _unread_inside(f"{before}{name}.", inner, expected.keys)
-    return unread
+        yield from ((f"{above}{name}.{key}", value, expected.keys.get(key)) for key, value in inner.items())
+        yield from _nested(f"{above}{name}.", inner, expected.keys)
 
 
 def layer_lists(path: object, config: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -143,22 +143,10 @@ def check_values(path: object, config: Mapping[str, Any]) -> None:
     keys = find_architecture(config["model_type"]).keys
     read = {key: keys[key] for key in config if key in keys and keys[key].read_if(config)}
     for key, expected in read.items():
-        _check_value(path, key, config[key], expected)
-    for key, expected in read.items():
-        _check_inside(path, key, config[key], expected)
-
-
-def _check_value(path: object, key: str, value: Any, expected: Expected) -> None:
-    if not expected.accepts(value):
-        raise InputError(path, f"{key}: {shown(value)}; expected {expected.words}")
-
-
-def _check_inside(path: object, key: str, value: Any, expected: Expected) -> None:
-    """Check the values of a mapping, and of the mappings in it."""
-    for inner, inner_value in (value or {}).items() if expected.keys else ():
-        if inner in expected.keys:
-            _check_value(path, f"{key}.{inner}", inner_value, expected.keys[inner])
-            _check_inside(path, f"{key}.{inner}", inner_value, expected.keys[inner])
+        expected.check(path, key, config[key])
+    for name, value, inner in _nested("", config, read):
+        if inner is not None:
+            inner.check(path, name, value)
 
 
 def decoder_config(path: Path) -> DecoderConfig:

@@ -64,6 +64,8 @@ STEMS = ("model", "diffusion_pytorch_model")
 PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 # Everything about a model but its weights, as transformers reads it, and its card.
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
+# The blocks of a large file by which hosts compare it before they read all of it, and their bytes.
+SAMPLED, BLOCK = 16, 2**18
 # The index of a diffusers folder, and other precisions and trainings of its components' weights.
 PIPELINE_INDEX = "model_index.json"
 VARIANTS = ["*.fp16*.safetensors", "*.bf16*.safetensors", "*.non_ema*.safetensors", "*/*/*"]
@@ -562,3 +564,17 @@ def file_hash(path: Path) -> str:
     """sha256 of a file, hexadecimal."""
     with open_regular(path, "a file whose content can be compared") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def file_sample(path: Path) -> str:
+    """A line on a file's content, the same for equal files: its bytes and the start of its sha256; of a large file that
+    of some blocks, the first and the last among them, which takes no longer for a terabyte."""
+    size = path.stat().st_size
+    if size <= SAMPLED * BLOCK:
+        return f"{size:,} bytes, sha256 {file_hash(path)[:12]}…"
+    digest = hashlib.sha256()
+    with open_regular(path, "a file whose content can be compared") as handle:
+        for number in range(SAMPLED):
+            handle.seek((size - BLOCK) * number // (SAMPLED - 1))
+            digest.update(handle.read(BLOCK))
+    return f"{size:,} bytes, sha256 of {SAMPLED} blocks {digest.hexdigest()[:12]}…"

@@ -6,22 +6,10 @@ weights of an output (`weight_scale [out, 1]`, as FBGEMM's), or what `weight_blo
 (`weight_scale_inv [out / n, in / m]`, as DeepSeek-V3 was published; DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.2).
 """
 
-from collections.abc import Sequence
-
-import numpy as np
-
-from evojax_merge.checkpoints.quantised import EXPONENT, FLOATS, FP8, QuantisedFolder, check_matrix
+from evojax_merge.checkpoints.quantised import EXPONENT, FLOATS, FP8, QuantisedFolder, check_matrix, scaled
 from evojax_merge.errors import InputError
 
 SCALES = ("_scale_inv", "_scale")
-
-
-def block_scales(parts: Sequence[np.ndarray], rows: int, columns: int) -> np.ndarray:
-    """The matrix of `w [out, in]` and `scale`, with one scale for each block of `rows` and `columns`."""
-    weight, scale = (part.astype(np.float32) for part in parts)
-    scale = scale.reshape(-(-weight.shape[0] // rows), -1)
-    scales = np.repeat(np.repeat(scale, rows, axis=0), columns, axis=1)
-    return weight * scales[: weight.shape[0], : weight.shape[1]]
 
 
 def dequantise_fp8(folder: QuantisedFolder) -> None:
@@ -56,5 +44,5 @@ def exchange_scaled(folder: QuantisedFolder, block: tuple[int, int] | None) -> N
                 weight.file, f"{name} is quantised (F8_E4M3): found {actual} for {name}{end}; expected {words}"
             )
         scales = folder.part(weight, scale_name, (*FLOATS, EXPONENT), *shapes)
-        folder.exchange(name, weight.shape, (weight, scales), block_scales, *shapes[scales.shape])
+        folder.exchange(name, weight.shape, (weight, scales), scaled, weight.shape, shapes[scales.shape])
     folder.check_dequantised("weight_scale")

@@ -26,6 +26,7 @@ from evojax_merge.checkpoints.gguf_file import (
     norm_offset,
     tensor_names,
 )
+from evojax_merge.checkpoints.gguf_header import MAGIC
 from evojax_merge.errors import InputError, shown
 from evojax_merge.models.architecture import Architecture, architecture_of, tensor_grid, tensor_shape, tensors_of
 from evojax_merge.models.config import DecoderConfig
@@ -36,7 +37,6 @@ from evojax_merge.version import __version__
 PIECE = 2**20
 # The key that tells files of this program from anybody else's; it is among the first.
 OWN_KEY = "evojax_merge.version"
-MAGIC = b"GGUF"
 # Keys of a base that say what the base is, not how it is read.
 OF_ITS_OWN = (
     "general.name", "general.basename", "general.finetune", "general.version", "general.description", "general.uuid",

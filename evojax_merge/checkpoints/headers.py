@@ -126,7 +126,11 @@ class HeaderFolders:
             files = filter_repo_objects(listed, allow_patterns=["*/*.safetensors"], ignore_patterns=VARIANTS)
         else:
             files = sorted(set(weight_map(index).values())) if index.exists() else [SINGLE_FILE]
-        tensors = {file: _headers(name, file, commit) for file in files}
+        tensors = {}
+        for file in files:
+            metadata = HfApi().parse_safetensors_file_metadata(name, file, revision=commit)
+            document = {tensor: vars(each) for tensor, each in metadata.tensors.items()}
+            tensors[file] = _tensor_headers(f"{name}: {file}", document)
         return self._written(name, small, tensors, is_pipeline)
 
     def _written(
@@ -148,17 +152,6 @@ class HeaderFolders:
             file_contents = {tensor: contents[tensor] for tensor in headers if tensor in contents}
             self.download_bytes += write_header_only(file_inside(name, folder, file), headers, file_contents)
         return folder
-
-
-def _headers(name: str, file: str, commit: str) -> dict[str, TensorHeader]:
-    """The headers of the tensors of one of a repository's files."""
-    from huggingface_hub import HfApi
-
-    metadata = HfApi().parse_safetensors_file_metadata(name, file, revision=commit)
-    return {
-        tensor: TensorHeader(each.dtype, tuple(each.shape), each.data_offsets[1] - each.data_offsets[0])
-        for tensor, each in metadata.tensors.items()
-    }
 
 
 def _tensor_headers(where: str, document: Mapping[str, Any]) -> dict[str, TensorHeader]:

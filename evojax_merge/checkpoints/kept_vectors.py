@@ -11,12 +11,13 @@ from math import prod
 from pathlib import Path
 from shutil import disk_usage
 from time import monotonic
-from typing import Any
 
 import merge_kernels
 import numpy as np
-from merge_kernels import Method, Prepared, tabulate
+from merge_kernels import Method, Options, Prepared, draw_row_keys, tabulate
+from merge_kernels.method import Numbers
 
+from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.system.blas import one_blas_thread
@@ -31,27 +32,36 @@ MAX_BYTES, FREE_SHARE = 2**36, 0.1
 
 
 def prepare_or_read(
-    method: Method,
-    parents: int,
-    sources: Sequence[np.ndarray],
-    parameters: Any,
-    moments: Callable[[], Sequence[bytes]],
-    prepare: Callable[[], Prepared],
-) -> Prepared:
-    """The result of `prepare`, from a file where the method stores vectors and an earlier call has kept them. sources,
-    parameters: as `prepare` takes them; moments: sha256 of what each source's moments follow from."""
+    measure: Callable[..., Prepared], method: Method, options: Options, sources: Sources,
+    inputs: Sequence[tuple[int, str]], tensors: Sequence[np.ndarray], parameters: Numbers, seed: int,
+) -> Prepared:  # fmt: skip
+    """The result of `measure`, which is `prepare` or `tabulate`, from a file where the method stores vectors and an
+    earlier call has kept them. inputs: the sources' tensors, (source, name), the base first; tensors: their values,
+    none for a method that does not measure them; seed: of the row keys."""
+    parents = inputs[int(options.has_base) :]
+
+    def row_keys(k: int) -> np.ndarray:
+        return draw_row_keys(seed, sources.digest(*parents[k]), sources.shape(*inputs[0]))
+
+    def moments(k: int) -> np.ndarray | None:
+        return sources.moments_of(*parents[k])
+
+    def prepare() -> Prepared:
+        return measure(method, options, tensors, parameters, row_keys, moments)
+
     if not method.stores_vectors:
         return prepare()
-    shape, dtype = sources[0].shape, np.dtype(merge_kernels.widest([x.dtype for x in sources]))
+    shape, dtype = tensors[0].shape, np.dtype(merge_kernels.widest([x.dtype for x in tensors]))
     keys_shape, keys_dtype = method.mask_key_array(shape, dtype)
     if prod(shape) < MIN_ENTRIES and not method.looks_at:
         with one_blas_thread():
             return prepare()
     constants = [(p.name, np.asarray(parameters[p.name]).tolist()) for p in method.parameters if not p.searched]
-    tensors = [sha256(np.ascontiguousarray(x, dtype).reshape(-1).view(np.uint8).data).digest() for x in sources]
-    content = repr([method.name, constants, tensors, moments(), code_digest(Path(merge_kernels.__file__).parent)])
+    digests = [sha256(np.ascontiguousarray(x, dtype).reshape(-1).view(np.uint8).data).digest() for x in tensors]
+    code = code_digest(Path(merge_kernels.__file__).parent)
+    content = repr([method.name, constants, digests, sources.moment_contents(inputs), code])
     file = cache_folder() / "vectors" / sha256(content.encode()).hexdigest()
-    count = method.mask_keys(parents)
+    count = method.mask_keys(len(parents))
     vectors = _read(file, count, keys_shape, keys_dtype)
     if vectors is not None:
         return Prepared(vectors, {})

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from merge_kernels import Method, merge_tensor, prepare
+from merge_kernels import Method, combine_tensor, prepare
 from merge_kernels.method import LooksAt
 
 from evojax_merge.checkpoints.bank import load_stored, read_layers
@@ -40,7 +40,7 @@ from evojax_merge.models.architecture import (
 )
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import LayerInputs, embed, forward, run_layer, target_logprobs
-from evojax_merge.models.layers import RecordedWeights, SequenceLayout, Weights, layer_kinds, padded_layout
+from evojax_merge.models.layers import RecordedWeights, SequenceLayout, Weights, layer_kinds, left_padded
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.system.file_system import code_digest
 
@@ -66,11 +66,9 @@ def batches_of(rows: Rows, size: int = BATCH_ROWS) -> Iterator[Batch]:
         chosen = ordered[begin : begin + size]
         filled = [*chosen, *[chosen[-1]] * (size - len(chosen))]
         width = -(-max(map(len, chosen)) // WIDTH_STEP) * WIDTH_STEP
-        tokens = np.array([[0] * (width - len(row)) + list(row) for row in filled], np.int32)
-        lengths = jnp.asarray([len(row) for row in filled], jnp.int32)
-        real = np.arange(width) >= width - np.asarray(lengths)[:, None]
-        counted = real & (np.arange(size) < len(chosen))[:, None]
-        yield Batch(tokens, counted, padded_layout(width, width - lengths, lengths))
+        tokens, layout = left_padded(filled, width)
+        counted = (np.asarray(layout.segment_ids) >= 0) & (np.arange(size) < len(chosen))[:, None]
+        yield Batch(tokens, counted, layout)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -141,7 +139,7 @@ def merge_weights(
     def merge(name: str) -> jax.Array:
         tensors, dtype = [np.asarray(weights[name]) for weights in models], np.dtype(np.float32)
         prepared = prepare(method, options, tensors, numbers, lambda k: keys, lambda k: covariances[k].get(name))
-        return jnp.asarray(merge_tensor(method, options, tensors, numbers, lambda k: keys, dtype, prepared))
+        return jnp.asarray(combine_tensor(method, options, tensors, numbers, dtype, prepared))
 
     return {name: merge(name) for name in models[0]}
 
@@ -199,10 +197,9 @@ def mean_squared_gradients(folder: DecoderFolder, config: DecoderConfig, rows: R
     total = jax.tree.map(jnp.zeros_like, model)
     width = max(map(len, rows))
     for row in rows:
-        tokens = jnp.asarray([[0] * (width - len(row)) + list(row)], jnp.int32)
-        length = jnp.asarray([len(row)], jnp.int32)
-        is_target = jnp.arange(1, width)[None] > width - length[:, None]
-        total = _add_squares(config, total, model, (tokens, padded_layout(width, width - length, length), is_target))
+        tokens, layout = left_padded([row], width)
+        is_target = jnp.arange(1, width)[None] > width - len(row)
+        total = _add_squares(config, total, model, (jnp.asarray(tokens), layout, is_target))
     return {
         name: np.asarray(total.shared[leaf.name] if leaf.stack is None else total.stacks[leaf.stack][leaf.name][place])
         / len(rows)
@@ -246,7 +243,7 @@ class Moments:
     _lock: Any = field(default_factory=Lock, repr=False)
 
     def of(self, source: int, tensor: str) -> np.ndarray | None:
-        """A source's moments of a tensor; None: it has none."""
+        """A source's moments of a tensor (see `merge_kernels.PrepareInputs`); None: it has none."""
         if self.rows[source] is None:
             return None
         with self._lock:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,7 +28,8 @@ from evojax_merge.checkpoints.tokens import (
     Vocabulary,
     align,
     aligned_rows,
-    has_chat_template,
+    chat_template,
+    has_tokenizer,
     padded_rows,
     vocabulary_warnings,
 )
@@ -45,6 +46,9 @@ from evojax_merge.models.architecture import (
 )
 from evojax_merge.models.config import DecoderConfig, RopeConfig
 from evojax_merge.system.jinja_process import FOLDERS_WITH_TEMPLATE
+
+if TYPE_CHECKING:
+    from evojax_merge.checkpoints.moments import Moments
 
 # Architectures' names for the module with a row for each token: at the input, and at the output (also for its bias).
 EMBEDDINGS = (
@@ -109,24 +113,6 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     return config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
 
 
-class Moments(Protocol):
-    """The moments of sources on the prompts of some files."""
-
-    @property
-    def files(self) -> tuple[Path, ...]: ...
-    def of(self, source: int, tensor: str) -> np.ndarray | None:
-        """A source's moments of a tensor (see `merge_kernels.PrepareInputs`); None: it has none."""
-        ...
-
-    def content(self, source: int, tensor: str) -> bytes:
-        """sha256 of everything that a source's moments of a tensor follow from; empty: it has none."""
-        ...
-
-    def costs(self, config: DecoderConfig) -> tuple[int, float]:
-        """The bytes that all moments take, and the FLOP that measuring them takes at least."""
-        ...
-
-
 @dataclass(frozen=True)
 class Sources:
     """Opened folders of one architecture. `vocabulary`: the alignment of their rows (None: rows stay as they are);
@@ -135,7 +121,7 @@ class Sources:
     folders: tuple[DecoderFolder, ...]
     vocabulary: Vocabulary | None = None
     warnings: tuple[str, ...] = ()
-    moments: Moments | None = None
+    moments: "Moments | None" = None
 
     @cached_property
     def token_tensors(self) -> TokenTensors:
@@ -299,7 +285,7 @@ def open_decoders(
     check_layers_alike(folders, configs)
     warnings = vocabulary_warnings(paths) if vocabulary is None else vocabulary.warnings
     sources = replace(sources, warnings=(*warnings, *position_notes(folders)))
-    FOLDERS_WITH_TEMPLATE[:] = [path for path in paths if has_chat_template(path)]
+    FOLDERS_WITH_TEMPLATE[:] = [path for path in paths if has_tokenizer(path) and chat_template(path)]
     return sources, configs
 
 

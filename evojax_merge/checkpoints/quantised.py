@@ -226,3 +226,25 @@ def unpack(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
     octets = rows.astype(rows.dtype.newbyteorder("<"), copy=False).view(np.uint8)
     parts = octets[..., None] >> np.arange(0, 8, bits, dtype=np.uint8) & np.uint8(2**bits - 1)
     return np.moveaxis(parts.reshape(len(rows), -1), -1, axis)
+
+
+def scaled(
+    parts: Sequence[np.ndarray], shape: tuple[int, int], step: tuple[int, int], bits: int = 0, has_zeros: bool = False,
+    zeros_packed: bool = False,
+) -> np.ndarray:  # fmt: skip
+    """The matrix `(q - z) · scale` of a weight, its scales and, if present, its zeros and the group of each column.
+    step: the rows and columns that share a scale; bits: of weights, and zeros, that are packed into words, else 0."""
+
+    def numbers(words: np.ndarray, axis: int) -> np.ndarray:
+        return unpack(words, bits, axis).astype(np.float32) - np.float32(2 ** (bits - 1))
+
+    rows, columns = shape
+    weight = numbers(parts[0], axis=1)[:, :columns] if bits else parts[0].astype(np.float32)
+    columns_of = parts[-1] if len(parts) > 2 + has_zeros else np.arange(columns) // step[1]
+    places = np.ix_(np.arange(rows) // step[0], columns_of)
+    grid = (-(-rows // step[0]), -1)
+    scale = (parts[1].view(EXPONENT) if parts[1].dtype == np.uint8 else parts[1]).astype(np.float32).reshape(grid)
+    if has_zeros:
+        zeros = numbers(parts[2], axis=0)[: grid[0]] if zeros_packed else parts[2].astype(np.float32)
+        weight = weight - zeros.reshape(grid)[places]
+    return weight * scale[places]

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -10,15 +11,8 @@ def quiet_transformers() -> Iterator[None]:
     """Keep transformers from drawing bars and logging reports."""
     from transformers.utils import logging as transformers_logging
 
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
+    with _quiet(transformers_logging, logging.ERROR):
         yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 @contextmanager
@@ -26,13 +20,19 @@ def quiet_diffusers() -> Iterator[None]:
     """Keep diffusers and transformers from drawing bars and logging reports."""
     from diffusers.utils import logging as diffusers_logging
 
-    verbosity = diffusers_logging.get_verbosity()
     # A LoRA that does not fit is logged as an error, and raised as well.
-    diffusers_logging.set_verbosity(logging.CRITICAL)
-    diffusers_logging.disable_progress_bar()
+    with _quiet(diffusers_logging, logging.CRITICAL), quiet_transformers():
+        yield
+
+
+@contextmanager
+def _quiet(library: Any, level: int) -> Iterator[None]:
+    verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity(level)
+    library.disable_progress_bar()
     try:
-        with quiet_transformers():
-            yield
+        yield
     finally:
-        diffusers_logging.set_verbosity(verbosity)
-        diffusers_logging.enable_progress_bar()
+        library.set_verbosity(verbosity)
+        if bars:
+            library.enable_progress_bar()

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,7 +27,8 @@ from evojax_merge.checkpoints.folder import (
     weight_map,
 )
 from evojax_merge.checkpoints.json_files import read_json_object
-from evojax_merge.checkpoints.writer import require_space
+from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
+from evojax_merge.checkpoints.writer import CARD, PROCESSOR_FILES, require_space
 from evojax_merge.errors import InputError, first_line, name_in_messages, shown
 from evojax_merge.system.data_packages import cache_folder
 from evojax_merge.system.file_system import atomic_folder, locked_folder
@@ -41,9 +41,8 @@ _ADDRESS = re.compile(r"([a-z0-9]+)://(.*)")
 FILES = "evojax_merge_files.json"
 # Names that a web server is asked for, and those of weights.
 USUAL_NAMES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "adapter_config.json",
-    "preprocessor_config.json", "processor_config.json", "README.md", INDEX_FILE,
+    "config.json", "generation_config.json", "adapter_config.json", CARD, INDEX_FILE, *TOKENIZER_FILES,
+    *PROCESSOR_FILES,
 )  # fmt: skip
 WEIGHTS = (SINGLE_FILE, "adapter_model.safetensors")
 # The suffixes of models that are one file.
@@ -106,28 +105,24 @@ class RemoteModel:
             what = f"{name} could not be fetched ({why})" if name else why
             raise InputError(self.where, f"{self.address}: {what}") from None
 
-    def small_names(self) -> list[str]:
-        """The files that are no weights."""
-        patterns = SMALL_FILES if PIPELINE_INDEX not in self.sizes else [*SMALL_FILES, *(f"*/{p}" for p in SMALL_FILES)]
-        return sorted(name for name in self.sizes if _matches(name, patterns))
+    def names(self, patterns: list[str]) -> list[str]:
+        """The files of these patterns, but for those of other programs and precisions, and of folders that are no
+        components of a pipeline."""
+        from huggingface_hub.utils import filter_repo_objects
+
+        # The patterns' * matches / as well.
+        ignored = [FOREIGN_FILES, *(VARIANTS if PIPELINE_INDEX in self.sizes else ["*/*"])]
+        return sorted(filter_repo_objects(self.sizes, allow_patterns=patterns, ignore_patterns=ignored))
 
     def weight_names(self, folder: Path) -> list[str]:
         """The files of weights. folder: with the small files."""
         if self.is_file:
             return [*self.sizes]
         if PIPELINE_INDEX in self.sizes:
-            return sorted(name for name in self.sizes if _matches(name, ["*/*.safetensors"]))
+            return self.names(["*/*.safetensors"])
         if SINGLE_FILE not in self.sizes and (folder / INDEX_FILE).exists():
             return sorted(set(weight_map(folder / INDEX_FILE).values()))
-        weights = [SINGLE_FILE] if SINGLE_FILE in self.sizes else sorted(self.sizes)
-        return [name for name in weights if _matches(name, ["*.safetensors"])]
-
-
-def _matches(name: str, patterns: list[str]) -> bool:
-    """Return whether the name of a file, with as many folders before it as a pattern has, is one that is read."""
-    depth = [pattern for pattern in patterns if pattern.count("/") == name.count("/")]
-    ignored = fnmatch(name, FOREIGN_FILES) or (name.count("/") > 0 and any(fnmatch(name, one) for one in VARIANTS))
-    return not ignored and any(fnmatch(name, pattern) for pattern in depth)
+        return [SINGLE_FILE] if SINGLE_FILE in self.sizes else self.names(["*.safetensors"])
 
 
 def opened(where: object, reference: str) -> RemoteModel:
@@ -235,7 +230,8 @@ def fetched(where: object, reference: str, *, weights: bool = True) -> Path:
         with atomic_folder(place, overwrite=place.exists()) as work:
             folder = work if model.is_file else file_inside(where, work, PurePosixPath(model.address).name)
             folder.mkdir(exist_ok=True)
-            for small in [] if model.is_file else model.small_names():
+            small_files = [*SMALL_FILES, *(f"*/{pattern}" for pattern in SMALL_FILES)]
+            for small in [] if model.is_file else model.names(small_files):
                 model.fetch(small, folder)
             names = model.weight_names(folder) if weights else []
             total = sum(model.sizes.get(each) or 0 for each in names)

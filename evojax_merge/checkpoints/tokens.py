@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -30,14 +30,18 @@ BESIDE_TOKENIZER = ("special_tokens_map.json", "added_tokens.json", "chat_templa
 TOKENIZER_BYTES = 512 * 2**20
 
 
+# How a model is named: by its number among the merged models, or by its reference in a recipe.
+ModelName = TypeVar("ModelName", int, str)
+
+
 @dataclass(frozen=True)
-class TokenRule:
+class TokenRule(Generic[ModelName]):
     """The source of one token's row in models that lack it, or, with `force`, in all models.
 
     `model` None: zeros. `token`: another token of that model, or a row of it by number, in place of the same token.
     """
 
-    model: int | None
+    model: ModelName | None
     token: str | int | None = None
     force: bool = False
 
@@ -54,7 +58,7 @@ class TokenizerChoice:
 
     source: int | Path | Literal["union", "base"]
     base: int | None = None
-    rules: Mapping[str, TokenRule] = field(default_factory=dict)
+    rules: Mapping[str, TokenRule[int]] = field(default_factory=dict)
     pad_to_multiple_of: int = 1
     approximation: Approximation | None = None
 
@@ -108,16 +112,6 @@ def load_tokenizer(folder: Path) -> Any:
 
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in TOKENIZER_FILES if name not in BESIDE_TOKENIZER)
-
-
-def has_chat_template(folder: Path) -> bool:
-    """Return whether a folder's tokenizer has a chat template."""
-    file = folder / "chat_template.jinja"
-    if not has_tokenizer(folder):
-        return False
-    if file.exists():
-        return file.stat().st_size > 0
-    return bool(read_json_object(folder / "tokenizer_config.json", missing={}).get("chat_template"))
 
 
 def _check_files(folder: Path) -> None:
@@ -386,7 +380,7 @@ def _transplanted(
 
 
 def _by_rule(
-    folders: Sequence[Path], owned: Sequence[Mapping[str, int]], counts: Sequence[int], token: str, rule: TokenRule
+    folders: Sequence[Path], owned: Sequence[Mapping[str, int]], counts: Sequence[int], token: str, rule: TokenRule[int]
 ) -> tuple[tuple[int, int], ...]:
     if rule.model is None:
         return ()

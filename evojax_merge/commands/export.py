@@ -1,7 +1,7 @@
 """`evojax-merge export`: the winner of a run, its best candidate so far, or a member of its front."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,19 +17,19 @@ from evojax_merge.commands.merge import (
     MergeOptions,
     card_of_merge,
     check_new_output,
-    gguf_of,
     local_inputs,
     parts_of_runs,
     planned_dtype,
     write_model,
+    writer_of,
 )
 from evojax_merge.commands.moe import write_mixture
 from evojax_merge.config.search_config import Config
 from evojax_merge.errors import Failed, InputError, print_warning
-from evojax_merge.mergekit.as_adapter import AdapterOptions, RankError, prepare_adapter, write_as_adapter
-from evojax_merge.mergekit.as_fp8 import FP8_DTYPE, in_fp8
+from evojax_merge.mergekit.as_adapter import AdapterOptions, prepare_adapter, write_as_adapter
+from evojax_merge.mergekit.as_fp8 import FP8_DTYPE
 from evojax_merge.mergekit.as_gguf import is_gguf_name
-from evojax_merge.mergekit.execute import merge_to
+from evojax_merge.mergekit.execute import MergeSettings
 from evojax_merge.mergekit.other_formats import MOE, other_format
 from evojax_merge.mergekit.stages import prepare_stream
 from evojax_merge.mergekit.streams import RecipeStream, parse_stream
@@ -93,18 +93,16 @@ class _Output:
         out, rank, parts = self.out, self.rank, self.folder.parts
         keep = [*parts, *local_inputs(stream), *parts_of_runs(out)]
         check_new_output(out, self.overwrite, keep, self.type, self.dtype)
-        if any(recipe.method.random for recipe in (*(stage.recipe for stage in stream.stages), stream.result)):
+        if any(recipe.method.random for recipe in stream.merges):
             check_masks(self.folder)
-        with prepare_stream(stream, out, planned_dtype(self.dtype), find=resolve_reference) as stream_plan:
+        settings = MergeSettings(planned_dtype(self.dtype))
+        with prepare_stream(stream, out, settings, resolve_reference) as stream_plan:
             searched = stream_plan.result.recipe.out_dtype
             card = card_in_dtype(card or card_of_merge(out, stream_plan, text), searched, self.dtype)
-            write: Callable[..., RankError | None] = partial(merge_to, max_shard_bytes=self.max_shard_bytes)
-            nbytes: int | None = None
-            if is_gguf_name(out):
-                write, nbytes = gguf_of(stream_plan, out, self.type, print_warning)
-            elif self.dtype == FP8_DTYPE:
-                write = in_fp8(write)
-            write = partial(write, recipe=in_dtype(text, planned_dtype(self.dtype)))
+            recipe = in_dtype(text, planned_dtype(self.dtype))
+            write, nbytes = writer_of(
+                stream_plan, out, self.dtype, self.type, self.max_shard_bytes, recipe, print_warning
+            )
             if rank is not None:
                 base = prepare_adapter(stream_plan, rank)
                 options, describe = AdapterOptions(rank), partial(adapter_card, base=base)

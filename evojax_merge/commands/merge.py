@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +18,9 @@ from evojax_merge.checkpoints.writer import (
 )
 from evojax_merge.errors import InputError, print_warning
 from evojax_merge.mergekit.account import TensorFate
-from evojax_merge.mergekit.as_fp8 import FP8_DTYPE, in_fp8
+from evojax_merge.mergekit.as_fp8 import FP8_DTYPE, Fp8Merge
 from evojax_merge.mergekit.as_gguf import check_new_gguf, is_gguf_name, plan_gguf, write_as_gguf
-from evojax_merge.mergekit.execute import merge_to
+from evojax_merge.mergekit.execute import MergeSettings, merge_to
 from evojax_merge.mergekit.pipelines import PipelinePlan, prepare_pipelines
 from evojax_merge.mergekit.stages import StreamPlan, merge_stream, prepare_stream
 from evojax_merge.mergekit.streams import RecipeStream, parse_stream, stream_warnings
@@ -42,24 +42,17 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class MergeOptions:
+class MergeOptions(MergeSettings):
     """Options of a merge and of the written model.
 
-    `dtype`, `seed`: in place of the recipe's. `overwrite`: replace a model that evojax-merge wrote. `allow_nonfinite`,
-    `allow_crimes`: see `prepare_stream`. `strict`: an error, not a warning, where mergekit ignores a key of a recipe or
-    reads it as something else, where a filter means no tensor, and where a tensor is left out that the recipe says
-    nothing about. `verbose`: print the fate of each tensor. `copy_tokenizer`: write the first model's tokenizer
-    as well. `card`: write a card and the recipe as well. `max_shard_bytes`: the most bytes in a file of weights.
-    `type`: the type of a GGUF file."""
+    `strict`: an error, not a warning, also where mergekit ignores a key of a recipe or reads it as something else,
+    where a filter means no tensor, and where a tensor is left out that the recipe says nothing about. `overwrite`:
+    replace a model that evojax-merge wrote. `verbose`: print the fate of each tensor. `card`: write a card and the
+    recipe as well. `max_shard_bytes`: the most bytes in a file of weights. `type`: the type of a GGUF file."""
 
-    dtype: str | None = None
-    seed: int | None = None
-    overwrite: bool = False
-    allow_nonfinite: bool = False
-    allow_crimes: bool = False
     strict: bool = False
+    overwrite: bool = False
     verbose: int = 0
-    copy_tokenizer: bool = True
     card: bool = True
     max_shard_bytes: int = MAX_SHARD_BYTES
     type: str | None = None
@@ -101,9 +94,7 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
         keep = [*local_inputs(stream), *recipe_file, *parts_of_runs(out)]
         check_new_output(out, options.overwrite, keep, options.type, options.dtype)
         with blaming_slips([] if strict else given):
-            pipelines = prepare_pipelines(
-                stream, resolve_reference, options.dtype, options.seed, options.allow_nonfinite, strict
-            )
+            pipelines = prepare_pipelines(stream, options, resolve_reference)
         said_twice = few_lines(path, twice, "more keys stand twice")
         if pipelines is not None:
             if is_gguf_name(out):
@@ -117,11 +108,8 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
             return
         leave_torch_out()
         with blaming_slips([] if strict else given):
-            planned = prepare_stream(
-                stream, out, planned_dtype(options.dtype), options.seed, options.allow_nonfinite, resolve_reference,
-                options.copy_tokenizer, options.allow_crimes, strict,
-            )  # fmt: skip
-            stream_plan = stack.enter_context(planned)
+            settings = replace(options, dtype=planned_dtype(options.dtype))
+            stream_plan = stack.enter_context(prepare_stream(stream, out, settings, resolve_reference))
         unmatched = unmatched_lines(path, stream_plan, strict)
         fates = checked_account(path, stream_plan, stream_plan.paths, strict)
         for line in (*said_twice, *ignored, *unmatched, *stream_warnings(stream), *stream_plan.warnings):
@@ -130,13 +118,8 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
         print_account(fates, options.verbose, log)
         inputs = [file for file in stream_plan.inputs if recipe_file or file != path]
         card = card_of_merge(out, stream_plan, text) if options.card else None
-        write: Callable[..., None] = partial(merge_to, max_shard_bytes=options.max_shard_bytes)
-        nbytes: int | None = None
-        if is_gguf_name(out):
-            write, nbytes = gguf_of(stream_plan, out, options.type, warn)
-        elif options.dtype == FP8_DTYPE:
-            write = in_fp8(write)
-        write = partial(write, recipe=text if options.card else None)
+        written = text if options.card else None
+        write, nbytes = writer_of(stream_plan, out, options.dtype, options.type, options.max_shard_bytes, written, warn)
         write_model(stream_plan, out, card, "merging", options.overwrite, inputs, write, nbytes)
 
 
@@ -175,15 +158,22 @@ def planned_dtype(dtype: str | None) -> str | None:
     return None if dtype == FP8_DTYPE else dtype
 
 
-def gguf_of(
-    stream_plan: StreamPlan, out: Path, type_name: str | None, warn: Log
-) -> tuple[Callable[..., None], int]:  # fmt: skip
-    """Return the function that writes a planned merge as a GGUF file, in the form that `merge_stream` takes, and the
-    bytes of its tensors."""
-    plan = plan_gguf(stream_plan.result, out, type_name)
-    for line in plan.warnings:
-        warn(line)
-    return partial(write_as_gguf, plan=plan), sum(output.nbytes for output in plan.outputs)
+def writer_of(
+    stream_plan: StreamPlan, out: Path, dtype: str | None, type_name: str | None, max_shard_bytes: int,
+    recipe: str | None, warn: Log,
+) -> tuple[Callable[..., Any], int | None]:  # fmt: skip
+    """Return the function that writes a planned merge, in the form that `merge_stream` takes, and the bytes of its
+    tensors where these are not those of the merge. It writes a GGUF file of a type if `out` is the name of one, else a
+    folder, in FP8 if `dtype` says so. recipe: the text that is written as well; None: none is."""
+    if is_gguf_name(out):
+        plan = plan_gguf(stream_plan.result, out, type_name)
+        for line in plan.warnings:
+            warn(line)
+        return partial(write_as_gguf, plan=plan, recipe=recipe), sum(output.nbytes for output in plan.outputs)
+    write = partial(merge_to, max_shard_bytes=max_shard_bytes, recipe=recipe)
+    if dtype == FP8_DTYPE:
+        return lambda merge_plan, *arguments, **more: write(Fp8Merge(merge_plan), *arguments, **more), None
+    return write, None
 
 
 def unmatched_lines(path: Path, plan: StreamPlan | PipelinePlan, strict: bool) -> list[str]:
@@ -259,8 +249,7 @@ def card_of_merge(out: Path, stream_plan: StreamPlan, text: str) -> str:
 
 def local_inputs(stream: RecipeStream) -> list[Path]:
     """The models on this machine that a recipe names, before any is opened."""
-    recipes = [*(stage.recipe for stage in stream.stages), stream.result]
-    references = {reference for recipe in recipes for reference in (*recipe.models, recipe.tokenizer_model or "")}
+    references = {reference for recipe in stream.merges for reference in recipe.references}
     # A base and its adapter are joined by +, and a name of a stage is no folder's.
     names = {name for reference in references for name in (reference, *reference.split("+")) if name}
     local = (local_path(name, stream.path.parent) for name in names - {stage.name for stage in stream.stages})

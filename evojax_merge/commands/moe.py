@@ -50,10 +50,7 @@ def write_mixture(
     local = [place for part in parts if part and (place := local_path(part, path.parent)) is not None]
     keep = [*keep, *local, *([path] if isinstance(recipe, Path) else []), *parts_of_runs(out)]
     check_new_model(out, options.overwrite, keep)
-    plan = plan_mixture(
-        path, parsed, text, resolve_reference, path.parent, options.dtype, options.seed, allow_same,
-        options.allow_nonfinite,
-    )  # fmt: skip
+    plan = plan_mixture(path, parsed, text, resolve_reference, path.parent, options, allow_same)
     for line in (*ignored, *plan.warnings):
         warn(line)
     check = partial(check_output, out, [*keep, *plan.inputs])

@@ -27,11 +27,18 @@ from evojax_merge.config.search_config import Config, StageConfig
 from evojax_merge.errors import LOG, LONGEST_LINE, Failed, InputError, PeerLostError, print_warning, printable
 from evojax_merge.evaluation.devices import decided_by_main, losing_peers, unused_memory
 from evojax_merge.evaluation.memory import require_memory
-from evojax_merge.evaluation.peers import check_agreement, check_files, check_shared_folder, telling_peers
+from evojax_merge.evaluation.peers import (
+    check_agreement,
+    check_files,
+    check_samples,
+    check_shared_folder,
+    telling_peers,
+)
 from evojax_merge.judge.opening import JudgeOptions, check_export, check_judges
 from evojax_merge.problem import (
     SearchProblem,
     build_problem,
+    model_samples,
     read_config,
     resolved_document,
     resolved_search,
@@ -53,6 +60,7 @@ from evojax_merge.search.run_folder import (
     check_recorded_inputs,
     check_same_config,
     is_run,
+    locked,
     open_run,
     opened,
     random_numbers,
@@ -101,7 +109,8 @@ class ResumeHint:
                         state = f"{'1 generation is' if count == 1 else f'{count} generations are'} saved"
                     again = "Start again" if self.folder is None and not self.resume else "Continue"
                     hint = printable(f"stopped; {state}. {again} with: {self.command}", LONGEST_LINE)
-                    print(hint, file=sys.stderr, flush=True)
+                    # In one piece: JAX may end the process at any time, with a line of its own.
+                    print(f"{hint}\n", end="", file=sys.stderr, flush=True)
             raise
 
 
@@ -211,13 +220,19 @@ def run_search(
     check_agreement(config.model_dump(mode="json", exclude={"inputs", "out"}), given)
     if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in out.parts):
         raise InputError(out, f"a name in it has over {MAX_NAME_BYTES} bytes; choose another run folder with --out")
+    run = RunFolder(out)
     if jax.process_index() == 0:
         # Before the models and examples are opened, which can take minutes.
         check_not_in_use(out)
         check_place(out, resume=resume, overwrite=overwrite)
+    if jax.process_count() > 1:
+        check_samples(model_samples(path, config))
+        # What process 0 cannot write is seen as it is, or refused when it is opened.
+        may_lock = jax.process_index() == 0 and (not out.exists() or is_writable(out))
+        with locked(out, resume=resume) if may_lock else nullcontext():
+            check_shared_folder(out, lambda: holder(run.lock))
     check_export(path, out, judges or JudgeOptions())
     check_loggers(f"{path}: log", config.log)
-    run = RunFolder(out)
     # Every stage is checked before the first one runs.
     configs, stages = stage_configs(config), config.stages
     with working("reading the models and the tasks"):

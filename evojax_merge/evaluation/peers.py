@@ -25,8 +25,9 @@ from evojax_merge.version import __version__
 PATIENCE, MEETING = 12 * 3600.0, 60.0
 # Milliseconds after which a process that waits looks whether another has ended; and where the ended ones say why.
 LOOK_EVERY, FAILED = 1000, "evojax-merge/failed"
-# Seconds after which every host sees a new file of a shared folder.
-SEEN_AFTER = 8.0
+# Seconds within which every host sees a new file of a shared folder, and the first and longest of the waits between two
+# looks.
+SEEN_WITHIN, LOOKS = 3.0, (0.01, 0.5)
 # Seconds by which clocks of hosts may differ: budgets, votes and timings are read off them.
 CLOCKS = 60.0
 # Lines for a process that JAX aborts: while the processes come together, and afterwards.
@@ -98,9 +99,14 @@ def telling_peers() -> Iterator[None]:
             }  # fmt: skip
             with suppress(jax.errors.JaxRuntimeError):
                 client.key_value_set(f"{FAILED}/{jax.process_index()}", json.dumps(failure))
-            if jax.process_index() == 0:
-                # The others' connection ends with this process.
-                time.sleep(2 * LOOK_EVERY / 1000)
+                until = time.monotonic() + 2 * LOOK_EVERY / 1000
+                # The others' connection ends with the first process: it stays until all have ended for their part.
+                while (
+                    jax.process_index() == 0
+                    and len(client.key_value_dir_get(FAILED)) < jax.process_count()
+                    and time.monotonic() < until
+                ):
+                    time.sleep(LOOKS[0])
         raise
 
 
@@ -178,11 +184,18 @@ def check_shared_folder(folder: Path, mark: Callable[[], bytes | None]) -> None:
     mark: reads what process 0 has written into it."""
     if jax.process_count() == 1:
         return
+
+    def text() -> str:
+        return (mark() or b"").decode(errors="replace")
+
+    # A host that looked before there is a file may remember that there is none.
+    mine = {"mark": text()} if jax.process_index() == 0 else {}
+    written = exchange(mine, "the opening of the run folder", MEETING)[0]["mark"]
     # File systems of a network may show a new file after some seconds.
-    until = time.monotonic() + SEEN_AFTER
-    written = exchange({"mark": (mark() or b"").decode(errors="replace")}, "the opening of the run folder", MEETING)
-    while not (sees := (mark() or b"").decode(errors="replace") == written[0]["mark"]) and time.monotonic() < until:
-        time.sleep(0.1)
+    until, (wait, longest) = time.monotonic() + SEEN_WITHIN, LOOKS
+    while not (sees := text() == written) and time.monotonic() < until:
+        time.sleep(wait)
+        wait = min(2 * wait, longest)
     hosts = exchange({"host": socket.gethostname(), "sees": sees}, "the look at the run folder", MEETING)
     for number, other in enumerate(hosts):
         if not other["sees"]:
@@ -190,6 +203,17 @@ def check_shared_folder(folder: Path, mark: Callable[[], bytes | None]) -> None:
                 folder, f"process {number} ({other['host']}) does not see this run folder, which process 0 "
                 f"({hosts[0]['host']}) has opened; expected one folder, on a disk that all hosts share",
             )  # fmt: skip
+
+
+def check_samples(samples: Mapping[str, str]) -> None:
+    """Raises InputError, in every process, where two of them have files that a look at some of their bytes tells apart.
+    samples: by the files' names, of those that lie on this host; files that a host does not name are not compared."""
+    if jax.process_count() == 1:
+        return
+    processes = _exchange_values(samples, "the comparison of models")
+    names = [name for name in processes[0]["values"] if all(name in each["values"] for each in processes)]
+    shared = [{**each, "values": {name: each["values"][name] for name in names}} for each in processes]
+    compare(shared, "expected the same files on every host")
 
 
 def check_files(hashes: Mapping[str, str]) -> None:

@@ -4,10 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from math import prod
 from pathlib import Path
-
-import numpy as np
 
 from evojax_merge.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_FILE, read_adapter_config
 from evojax_merge.checkpoints.config_file import torch_hint
@@ -49,17 +47,18 @@ class Adapter:
 class Model:
     """The facts of a model's headers and small files.
 
-    architecture: its model_type; None without a config. dtypes: stored dtype -> numbers of that dtype. stored_as: how
-    the weights are stored where they are made while they are read, such as gguf or adapter. vocabulary: rows of the
-    embedding by the config. differing_tokens: the rows that have other tokens in the first model's tokenizer; None
-    where the two cannot be compared. chat_template: the default template's text; None: it has none. unsearchable: the
-    reason why the search over language models does not take it; None: it does. way: how a search takes it; None: none
-    does. adapter: the facts of the adapter that changes it; None without one.
+    tensors: by name. architecture: its model_type; None without a config. dtypes: stored dtype -> numbers of that
+    dtype. stored_as: how the weights are stored where they are made while they are read, such as gguf or adapter.
+    vocabulary: rows of the embedding by the config. differing_tokens: the rows that have other tokens in the first
+    model's tokenizer; None where the two cannot be compared. chat_template: the default template's text; None: it has
+    none. unsearchable: the reason why the search over language models does not take it; None: it does. way: how a
+    search takes it; None: none does. adapter: the facts of the adapter that changes it; None without one.
     """
 
     reference: str
     path: Path
     folder: DecoderFolder
+    tensors: Mapping[str, Tensor]
     architecture: str | None
     layers: int
     parameters: int
@@ -73,13 +72,6 @@ class Model:
     unsearchable: str | None
     way: Way | None
     adapter: Adapter | None
-
-    @cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name; without the copy of the embedding that some files of tied models hold as a head."""
-        entries = {**self.folder.other_modules, **self.folder.entries}
-        head = self.folder.names.own_head
-        return {name: entry for name, entry in entries.items() if not (self.tied and name == head)}
 
 
 def read_models(references: Sequence[str], paths: Sequence[Path]) -> list[Model]:
@@ -114,11 +106,12 @@ def _open(path: Path) -> Folder:
 
 def _read_model(reference: str, folder: DecoderFolder, first_with_tokens: Path | None) -> Model:
     path, config = folder.path, folder.config
-    tied = bool(config.get("tie_word_embeddings", False))
+    tied, entries = bool(config.get("tie_word_embeddings", False)), {**folder.other_modules, **folder.entries}
+    # Some files of tied models hold a copy of the embedding as a head.
+    tensors = {name: entry for name, entry in entries.items() if not (tied and name == folder.names.own_head)}
     sizes = Counter[str]()
-    for name, entry in {**folder.other_modules, **folder.entries}.items():
-        if not (tied and name == folder.names.own_head):
-            sizes[str(entry.dtype)] += int(np.prod(entry.shape, dtype=np.int64))
+    for entry in tensors.values():
+        sizes[str(entry.dtype)] += prod(entry.shape)
     layers = {place[0] for name in folder.entries if (place := place_of(None, name))[0] is not None}
     has_tokens = has_tokenizer(path)
     kind = Pipeline(path).class_name if is_pipeline(path) else config.get("model_type")
@@ -127,6 +120,7 @@ def _read_model(reference: str, folder: DecoderFolder, first_with_tokens: Path |
         reference=reference,
         path=path,
         folder=folder,
+        tensors=tensors,
         architecture=kind if isinstance(kind, str) else None,
         layers=len(layers),
         parameters=sizes.total(),

@@ -2,10 +2,8 @@
 `float8_e4m3[out, in]` with a scale for each output; inputs are quantised when the model runs, by token."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -17,8 +15,6 @@ from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.execute import MergePlan, Progress, merged_tensors, write_small_files
 from evojax_merge.models.architecture import ROUTER
-
-T = TypeVar("T")
 
 FP8_DTYPE = "float8_e4m3"
 LARGEST = float(ml_dtypes.finfo(FP8).max)
@@ -78,8 +74,3 @@ def scaled_to_fp8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scale = (np.abs(wide).max(axis=1, keepdims=True) / LARGEST).astype(BFLOAT16)
     scale[scale == 0] = 1
     return np.clip(wide / scale.astype(np.float32), -LARGEST, LARGEST).astype(FP8), scale
-
-
-def in_fp8(write: Callable[..., T]) -> Callable[..., T]:
-    """`merge_to`, writing in FP8."""
-    return lambda plan, *arguments, **options: write(Fp8Merge(plan), *arguments, **options)

@@ -45,23 +45,20 @@ def with_moments(
         raise InputError(f"{where}: tokenizer_source", what)
     check_template(f"{key}.prompt", section.prompt)
     files = tuple(find_file(f"{key}.file", file, folder) for file in section.files)
-    texts = [_texts(key, section, file) for file in files]
+    records = [read_file(file)[: section.limit] for file in files]
+    texts = [[fill(row.where, f"{key}.prompt", section.prompt, row.fields) for row in rows] for rows in records]
     rows: list[Rows | None] = [None] * len(sources.folders)
     for k, source in enumerate(parents):
         rows[source] = _tokens(key, sources, source, texts[k if len(texts) > 1 else 0], warn)
     if method.looks_at != "gradients":
-        fewest, width = min(sum(map(len, each)) for each in rows if each is not None), _widest(sources, parents[0])
+        matrices = [entry for entry in sources.folders[parents[0]].entries.values() if len(entry.shape) == 2]
+        width, fewest = max(entry.shape[-1] for entry in matrices), min(sum(map(len, each)) for each in rows if each)
         if fewest < width:
             warn(
                 f"{key}: {fewest:,} tokens for inputs of up to {width:,} numbers: covariances are singular, and are "
                 "damped; more prompts make them full"
             )
     return replace(sources, moments=Moments(method, sources.folders, tuple(rows), files))
-
-
-def _texts(key: str, section: Calibration, file: Path) -> list[str]:
-    records = read_file(file)[: section.limit]
-    return [fill(record.where, f"{key}.prompt", section.prompt, record.fields) for record in records]
 
 
 def _tokens(key: str, sources: Sources, source: int, texts: Sequence[str], warn: Callable[[str], None]) -> Rows:
@@ -83,8 +80,3 @@ def _tokens(key: str, sources: Sources, source: int, texts: Sequence[str], warn:
             f"{context:,} tokens"
         )
     return [row[:context] for row in rows if len(row) > 1]
-
-
-def _widest(sources: Sources, source: int) -> int:
-    """The largest number of columns among a source's matrices."""
-    return max(entry.shape[-1] for entry in sources.folders[source].entries.values() if len(entry.shape) == 2)

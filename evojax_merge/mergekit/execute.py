@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import merge_kernels
 import numpy as np
-from merge_kernels import draw_row_keys
 
 from evojax_merge.checkpoints.config_file import LAYER_LISTS, layer_lists
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder
@@ -127,26 +126,35 @@ class WritableMerge(Protocol):
     def write(self, folder: Path, progress: Progress, max_shard_bytes: int) -> None: ...
 
 
-def prepare(
-    recipe: RecipeFile,
-    dtype: str | None = None,
-    seed: int | None = None,
-    allow_nonfinite: bool = False,
-    find: Find = resolve_model,
-    copy_tokenizer: bool = True,
-    allow_crimes: bool = False,
-    strict: bool = True,
-) -> MergePlan:
-    """Open every model of the recipe and plan the output. `dtype` and `seed` override the recipe's; `find` returns a
-    model's folder; without `copy_tokenizer` only a tokenizer that the recipe asks for is written; with `allow_crimes`
-    (mergekit's name) models of any architectures are merged if their tensors agree. Raises InputError where models
-    cannot be merged. Configs of one architecture that mean other layers (another RoPE, say) raise it with `strict`,
-    else they become a warning."""
-    if seed is not None:
-        recipe = replace(recipe, seed=seed)
+@dataclass(frozen=True)
+class MergeSettings:
+    """How a recipe is merged, beside what it says itself.
+
+    `dtype`, `seed`: in place of the recipe's. `allow_nonfinite`: merge and write values that are not finite, too.
+    `copy_tokenizer`: write the first model's tokenizer where the recipe asks for none. `allow_crimes` (mergekit's
+    name): merge models of any architectures if their tensors agree. `strict`: configs of one architecture that mean
+    other layers (another RoPE, say) are an error, not a warning.
+    """
+
+    dtype: str | None = None
+    seed: int | None = None
+    allow_nonfinite: bool = False
+    copy_tokenizer: bool = True
+    allow_crimes: bool = False
+    strict: bool = True
+
+
+DEFAULTS = MergeSettings()
+
+
+def prepare(recipe: RecipeFile, settings: MergeSettings = DEFAULTS, find: Find = resolve_model) -> MergePlan:
+    """Open every model of the recipe and plan the output. `find` returns a model's folder. Raises InputError where
+    models cannot be merged."""
+    if settings.seed is not None:
+        recipe = replace(recipe, seed=settings.seed)
     paths = [find(recipe.where, reference, recipe.path.parent) for reference in recipe.models]
     choice = None if recipe.tokenizer is None else _tokenizer_choice(recipe, recipe.tokenizer, find)
-    opened = open_models(recipe, paths, choice, allow_crimes)
+    opened = open_models(recipe, paths, choice, settings.allow_crimes)
     sources, layouts = opened.sources, opened.layouts
     leader = sources.folders[0 if recipe.other_modules is None else recipe.models.index(recipe.other_modules)]
     if recipe.other_modules is not None and not leader.other_modules:
@@ -158,7 +166,7 @@ def prepare(
     if leader.names.layers:
         leader = leader.at_depth(config.get("num_hidden_layers", leader.names.depth))
     tensor_plans = [replace(tensor_plan, name=leader.names.in_file(tensor_plan.name)) for tensor_plan in planned]
-    wanted = RECIPE_DTYPES.get(dtype or recipe.out_dtype or recipe.dtype or "")
+    wanted = RECIPE_DTYPES.get(settings.dtype or recipe.out_dtype or recipe.dtype or "")
     specs = {}
     for tensor_plan in tensor_plans:
         check_inputs(recipe, sources, tensor_plan)
@@ -181,7 +189,7 @@ def prepare(
         try:
             warnings += check_configs(sources)
         except InputError as error:
-            if strict:
+            if settings.strict:
                 raise
             warnings.append(f"{error}; the merged model gets the config of {leader.path}")
     merged = {source.model for module in recipe.modules for part in module.slices for source in part.sources}
@@ -201,13 +209,13 @@ def prepare(
             recipe.where, "tokenizer_source: expected the model of other_modules, whose images have tokens of its own"
         )
     tokenizer, template = None, None
-    if copy_tokenizer or vocabulary is not None:
+    if settings.copy_tokenizer or vocabulary is not None:
         tokenizer, template = copied or leader.path, _chat_template(recipe, paths)
         if template is not None:
             load_tokenizer(tokenizer)  # it is written anew, with the template
     return MergePlan(
         recipe, sources, tuple(tensor_plans), specs, copied_tensors, leader, tokenizer, template, config,
-        allow_nonfinite,
+        settings.allow_nonfinite,
         unmatched_filters(recipe, planned),
     )  # fmt: skip
 
@@ -380,26 +388,15 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
         scale = None if row.copied or method.copies is None else row.parameters[method.copies][0]
         if row.copied or scale == 1:
             return np.array(tensors[0], dtype)
-        first = int(row.options.has_base)
-
-        def row_keys(k: int) -> np.ndarray:
-            source, name = row.inputs[first + k]
-            return draw_row_keys(merge_plan.recipe.seed, sources.digest(source, name), tensors[0].shape)
-
-        def moments(k: int) -> np.ndarray | None:
-            return sources.moments_of(*row.inputs[first + k])
-
         if row.gain_offset:
             gain = scale_gain(jnp.asarray(tensors[0]), jnp.float32(scale), row.gain_offset)
             merged = np.asarray(gain.astype(computed))
         else:
+            seed = merge_plan.recipe.seed
             prepared = prepare_or_read(
-                method, len(tensors) - first, tensors, row.parameters, lambda: sources.moment_contents(row.inputs),
-                lambda: merge_kernels.prepare(method, row.options, tensors, row.parameters, row_keys, moments),
-            )  # fmt: skip
-            merged = merge_kernels.merge_tensor(
-                method, row.options, tensors, row.parameters, row_keys, computed, prepared
+                merge_kernels.prepare, method, row.options, sources, row.inputs, tensors, row.parameters, seed
             )
+            merged = merge_kernels.combine_tensor(method, row.options, tensors, row.parameters, computed, prepared)
         merged = merged.astype(dtype, copy=False)
         if not merge_plan.allow_nonfinite and not is_finite(merged):
             raise InputError(

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,11 +20,11 @@ import numpy as np
 
 from evojax_merge.checkpoints.folder import Tensor
 from evojax_merge.errors import InputError, shown
-from evojax_merge.models.architecture import EMBEDDING, architecture_of, stack_leaves
+from evojax_merge.models.architecture import stack_leaves
 from evojax_merge.models.attention import prefill_attention
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.families import llama_like
-from evojax_merge.models.layers import LayerKind, SequenceLayout, Weights, layer_kinds, padded_layout, rms_norm
+from evojax_merge.models.layers import LayerKind, SequenceLayout, Weights, layer_kinds, left_padded, rms_norm
 
 # Gates that are nearer to each other than this many degrees make a router that hardly tells their experts apart.
 LEAST_ANGLE = 22.6
@@ -31,25 +32,28 @@ LEAST_ANGLE = 22.6
 MAX_LINES = 5
 # The most prompts of one batch, and the step of its width, which is rounded up so that few programs are compiled.
 BATCH_ROWS, WIDTH_STEP = 16, 8
+# A Llama's name of its embedding.
+EMBEDDING = "model.embed_tokens.weight"
 # Norms below this count as this much.
 LEAST_NORM = 1e-8
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """An expert's prompts: the texts that it should receive, and the texts that it should not."""
-
-    positive: tuple[str, ...]
-    negative: tuple[str, ...] = ()
+# The texts that an expert should receive, and the texts that it should not.
+Prompts = tuple[Sequence[str], Sequence[str]]
 
 
 @dataclass(frozen=True)
-class DenseBase:
-    """The base of a mixture: a Llama-like decoder, with its tensors under a Llama's names."""
+class DenseModel:
+    """A dense model that gives a mixture its MLPs or all other weights: a Llama-like decoder, with its tensors under a
+    Llama's names. kind: its model_type; settings: its config.json as that of a model with a Llama's tensors, with the
+    defaults of its class."""
 
     where: object
     config: LlamaLikeConfig
     entries: Mapping[str, Tensor]
+    path: Path
+    kind: str
+    settings: Mapping[str, Any]
 
 
 def random_gates(mode: str, shape: tuple[int, int, int], seed: int) -> np.ndarray:
@@ -62,7 +66,7 @@ def random_gates(mode: str, shape: tuple[int, int, int], seed: int) -> np.ndarra
     return rng.uniform(-bound, bound, shape).astype(np.float32)
 
 
-def prompt_gates(base: DenseBase, tokenizer: Any, experts: Sequence[Prompts], mode: str, normed: bool) -> np.ndarray:
+def prompt_gates(base: DenseModel, tokenizer: Any, experts: Sequence[Prompts], mode: str, normed: bool) -> np.ndarray:
     """Gates float32[L, E, H] of length 1: the mean vector of an expert's positive prompts, less that of its negative
     prompts.
 
@@ -71,7 +75,7 @@ def prompt_gates(base: DenseBase, tokenizer: Any, experts: Sequence[Prompts], mo
     hidden states behind attention and norm, which the router receives, in place of those that enter the layer. Raises
     InputError for a prompt without a token.
     """
-    texts = list(dict.fromkeys(text for expert in experts for text in (*expert.positive, *expert.negative)))
+    texts = list(dict.fromkeys(text for prompts in experts for some in prompts for text in some))
     rows = [tokenizer((tokenizer.bos_token or "") + text, add_special_tokens=False)["input_ids"] for text in texts]
     for text, row in zip(texts, rows, strict=True):
         if not row:
@@ -89,13 +93,13 @@ def prompt_gates(base: DenseBase, tokenizer: Any, experts: Sequence[Prompts], mo
             return chosen.mean(axis=1) if average else _unit(chosen.sum(axis=1))
 
         gates = [
-            combined(expert.positive) - combined(expert.negative) if expert.negative else combined(expert.positive)
-            for expert in experts
+            combined(positive) - combined(negative) if negative else combined(positive)
+            for positive, negative in experts
         ]
         return np.stack([_unit(gate) for gate in gates], axis=1)
 
     if mode == "cheap_embed":
-        table = base.entries[_embedding(base)].read()
+        table = base.entries[EMBEDDING].read()
         sums = np.stack([table[row].astype(np.float32).sum(axis=0) for row in rows])
         return np.repeat(gates_of(sums[None], average=False), base.config.layers, axis=0)
     return gates_of(_hidden_vectors(base, rows, mode == "hidden_avg", normed), average=True)
@@ -141,15 +145,9 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), LEAST_NORM)
 
 
-def _embedding(base: DenseBase) -> str:
-    leaf = architecture_of(base.config).leaf(EMBEDDING)
-    assert leaf is not None
-    return leaf.tensor
-
-
-def _hidden_vectors(base: DenseBase, rows: Sequence[Sequence[int]], average: bool, normed: bool) -> np.ndarray:
+def _hidden_vectors(base: DenseModel, rows: Sequence[Sequence[int]], average: bool, normed: bool) -> np.ndarray:
     """The vectors float32[L, N, H] of prompts, given as tokens."""
-    config, table = base.config, base.entries[_embedding(base)].read()
+    config, table = base.config, base.entries[EMBEDDING].read()
     batches = list(_batches(rows))
     states = [jnp.asarray(table[tokens].astype(np.float32)) for _, tokens, _ in batches]
     vectors = np.empty((config.layers, len(rows), config.hidden), np.float32)
@@ -171,9 +169,7 @@ def _batches(rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], np.ndar
         height = 1 << (len(numbers) - 1).bit_length()
         chosen = [rows[i] for i in numbers] + [rows[numbers[-1]]] * (height - len(numbers))
         width = -(-len(chosen[-1]) // WIDTH_STEP) * WIDTH_STEP
-        tokens = np.array([[0] * (width - len(row)) + list(row) for row in chosen], np.int32)
-        lengths = jnp.asarray([len(row) for row in chosen], jnp.int32)
-        yield numbers, tokens, padded_layout(width, width - lengths, lengths)
+        yield numbers, *left_padded(chosen, width)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -24,7 +24,16 @@ from evojax_merge.checkpoints.tokens import TOKENIZER_FILES, load_tokenizer
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.config.documents import parse
 from evojax_merge.errors import InputError, nearest, shown
-from evojax_merge.mergekit.gates import DenseBase, Prompts, close_gates, prompt_gates, random_gates, router_rows
+from evojax_merge.mergekit.execute import DEFAULTS, MergeSettings, Progress
+from evojax_merge.mergekit.gates import (
+    EMBEDDING,
+    DenseModel,
+    Prompts,
+    close_gates,
+    prompt_gates,
+    random_gates,
+    router_rows,
+)
 from evojax_merge.mergekit.schema import parse_reference
 from evojax_merge.models.architecture import ROUTER, find_architecture, tensor_shape, tensors_of
 from evojax_merge.models.config import LlamaLikeConfig
@@ -33,7 +42,6 @@ from evojax_merge.schema.section import MAX_SEED, Location, Number, Section, Tex
 from evojax_merge.system.regular_file import copy_regular
 
 MOE_RECIPE = "mergekit_moe_config.yml"
-Progress = Callable[[int], None]
 RANDOM, HIDDEN = ("random", "uniform_random"), ("hidden", "hidden_avg", "hidden_last")
 
 
@@ -48,7 +56,7 @@ class Expert(Section):
 
     @property
     def prompts(self) -> Prompts:
-        return Prompts(tuple(self.positive_prompts or ()), tuple(self.negative_prompts or ()))
+        return self.positive_prompts or [], self.negative_prompts or []
 
 
 class RecipeLayer(Section):
@@ -107,8 +115,8 @@ class Output:
 
     name: mergekit's; model_type, class_name: as in config.json; sources: the model_type of its dense models; shared:
     the forms of its expert that takes every token (`gated`: scaled by a gate, `plain`, `none`); settings: the keys of
-    config.json beside a dense model's; described_by: the number, in `OUTPUTS`, of the kind whose registered
-    architecture has the same tensors, for a kind that is not registered, and written_name: the names of its tensors.
+    config.json beside a dense model's; described_by: the kind whose registered architecture has the same tensors,
+    for a kind that is not registered, and written_name: the names of its tensors.
     """
 
     name: str
@@ -117,7 +125,7 @@ class Output:
     sources: tuple[str, ...]
     shared: tuple[str, ...]
     settings: Settings
-    described_by: int | None = None
+    described_by: "Output | None" = None
     written_name: Callable[[str], str] = lambda name: name
 
 
@@ -151,10 +159,12 @@ def _deepseek_name(name: str) -> str:
 
 # In the order in which they are tried. All normalise the weights of a token's experts to a sum of 1.
 _LLAMAS = ("llama", "mistral", "phi3")
+_MIXTRAL = Output("Mixtral", "mixtral", "MixtralForCausalLM", (*_LLAMAS, "gemma"), ("none",), _mixtral)
 OUTPUTS = (
-    Output("Mixtral", "mixtral", "MixtralForCausalLM", (*_LLAMAS, "gemma"), ("none",), _mixtral),
+    _MIXTRAL,
     Output(
-        "DeepSeek MoE", "deepseek", "DeepseekForCausalLM", _LLAMAS, ("none", "plain"), _deepseek, 0, _deepseek_name
+        "DeepSeek MoE", "deepseek", "DeepseekForCausalLM", _LLAMAS, ("none", "plain"), _deepseek, _MIXTRAL,
+        _deepseek_name,
     ),
     Output(
         "Qwen MoE", "qwen2_moe", "Qwen2MoeForCausalLM", (*_LLAMAS, "gemma", "qwen2"), ("gated",),
@@ -162,7 +172,6 @@ OUTPUTS = (
     ),
     Output("Qwen3 MoE", "qwen3_moe", "Qwen3MoeForCausalLM", ("qwen3",), ("none",), _qwen),
 )  # fmt: skip
-_EMBEDDING = "model.embed_tokens.weight"
 DENSE = tuple(dict.fromkeys(kind for output in OUTPUTS for kind in output.sources))
 # Parts of dense models that no mixture among transformers' classes has, by the model_type.
 _SANDWICH = "its layers have norms behind attention and MLP"
@@ -174,16 +183,6 @@ UNFIT = {
 DROPPED = ("architectures", "auto_map", "torch_dtype", "transformers_version", "_name_or_path", "layer_types",
            "use_bidirectional_attention", "hidden_activation")  # fmt: skip
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
-
-
-@dataclass(frozen=True)
-class DenseModel(DenseBase):
-    """A dense model that gives a mixture its MLPs or all other weights. kind: its model_type; settings: its config.json
-    as that of a model with a Llama's tensors, with the defaults of its class."""
-
-    path: Path
-    kind: str
-    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,6 @@ class MixturePlan:
 
     recipe: MixtureRecipe
     text: str
-    output: Output
     base: DenseModel
     rows: Mapping[str, MixtureTensor]
     config: Mapping[str, Any]
@@ -370,13 +368,12 @@ def _check_layers(path: Path, recipe: MixtureRecipe) -> None:
 
 
 def plan_mixture(
-    path: Path, recipe: MixtureRecipe, text: str, find: Find, relative_to: Path, dtype: str | None = None,
-    seed: int | None = None, allow_same: bool = False, allow_nonfinite: bool = False,
+    path: Path, recipe: MixtureRecipe, text: str, find: Find, relative_to: Path, settings: MergeSettings = DEFAULTS,
+    allow_same: bool = False,
 ) -> MixturePlan:  # fmt: skip
-    """Open a recipe's models, and check them against each other. find: resolves references; dtype, seed: in place of
-    the recipe's. Raises InputError."""
+    """Open a recipe's models, and check them against each other. find: resolves references. Raises InputError."""
     check_experts(path, recipe, allow_same)
-    recipe = recipe if seed is None else recipe.model_copy(update={"random_seed": seed})
+    recipe = recipe if settings.seed is None else recipe.model_copy(update={"random_seed": settings.seed})
     references = dict.fromkeys([recipe.base_model, *(expert.source_model for expert in recipe.all_experts)])
     models = {reference: find(path, reference, relative_to) for reference in references}
     opened = {reference: open_dense(folder) for reference, folder in models.items()}
@@ -396,7 +393,7 @@ def plan_mixture(
                     "shape and kind in equally many layers",
                 )  # fmt: skip
     output = choose_output(path, recipe, base)
-    config, decoder, notes = _mixture_config(path, recipe, output, base, dtype)
+    config, decoder, notes = _mixture_config(path, recipe, output, base, settings.dtype)
     if len(recipe.experts) > base.config.hidden:
         raise InputError(
             path, f"experts: {len(recipe.experts)}, and a hidden state has {base.config.hidden} numbers; expected at "
@@ -405,7 +402,7 @@ def plan_mixture(
     if recipe.layers is not None and len(recipe.layers) != base.config.layers:
         raise InputError(path, f"layers: {len(recipe.layers)}, and the models have {base.config.layers}")
     rows = _tensors(recipe, output, base, opened, decoder, FLOAT_DTYPES.get(config.get("dtype", "")))
-    return MixturePlan(recipe, text, output, base, rows, config, decoder, models, allow_nonfinite, tuple(notes))
+    return MixturePlan(recipe, text, base, rows, config, decoder, models, settings.allow_nonfinite, tuple(notes))
 
 
 def open_dense(path: Path) -> DenseModel:
@@ -456,10 +453,10 @@ def _as_llamas(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
     of the hidden size, and the head, which is the embedding as it is stored."""
 
     def converted(name: str, entry: Tensor) -> Tensor:
-        formula = _add_one if name.endswith("norm.weight") else _scale_rows if name == _EMBEDDING else None
+        formula = _add_one if name.endswith("norm.weight") else _scale_rows if name == EMBEDDING else None
         return entry if formula is None else ComputedTensor(np.dtype(np.float32), entry.shape, (entry,), formula)
 
-    head = {LM_HEAD: entries[_EMBEDDING]} if _EMBEDDING in entries else {}
+    head = {LM_HEAD: entries[EMBEDDING]} if EMBEDDING in entries else {}
     return head | {name: converted(name, entry) for name, entry in entries.items()}
 
 
@@ -517,7 +514,7 @@ def _mixture_config(
     if output.model_type != "mixtral":
         # Their classes have windows only under conditions that a dense model's keys do not describe.
         kept |= {key: value for key, value in (("sliding_window", None), ("use_sliding_window", False)) if key in kept}
-    registered = output if output.described_by is None else OUTPUTS[output.described_by]
+    registered = output.described_by or output
     decoder = read_decoder_config(path, {**kept, **registered.settings(*numbers), "model_type": registered.model_type})
     assert isinstance(decoder, LlamaLikeConfig)
     warnings = []

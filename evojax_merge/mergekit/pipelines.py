@@ -9,7 +9,7 @@ from evojax_merge.checkpoints.derived import Find
 from evojax_merge.checkpoints.pipelines import MERGE, Components, Pipeline, choose_components, is_pipeline
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.account import TensorFate, account_of
-from evojax_merge.mergekit.execute import MergePlan, Progress, prepare, write_weights
+from evojax_merge.mergekit.execute import MergePlan, MergeSettings, Progress, prepare, write_weights
 from evojax_merge.mergekit.schema import RecipeFile
 from evojax_merge.mergekit.streams import RecipeStream, stage_of
 
@@ -68,9 +68,7 @@ class PipelinePlan:
             write_weights(plan, folder / name, progress, max_shard_bytes)
 
 
-def prepare_pipelines(
-    stream: RecipeStream, find: Find, dtype: str | None, seed: int | None, allow_nonfinite: bool, strict: bool
-) -> PipelinePlan | None:
+def prepare_pipelines(stream: RecipeStream, settings: MergeSettings, find: Find) -> PipelinePlan | None:
     """Plan the merge of a recipe whose models are diffusers folders; None where they are none. Raises InputError where
     some are, and for what such a recipe cannot say."""
     recipe = stream.result
@@ -96,13 +94,13 @@ def prepare_pipelines(
         raise InputError(recipe.where, f"{what}: is for language models; a diffusers folder has components:")
     pipelines = [Pipeline(path) for path in models.values()]
     components = choose_components(f"{recipe.where}: components", pipelines, list(models), recipe.components)
+    settings = replace(settings, copy_tokenizer=False, allow_crimes=False)
     merges = {
         name: prepare(
-            _of_component(recipe, models, name), dtype, seed, allow_nonfinite,
-            lambda where, reference, relative_to, **more: Path(reference), copy_tokenizer=False, strict=strict,
+            _of_component(recipe, models, name), settings, lambda where, reference, relative_to, **more: Path(reference)
         )
         for name in components.merged
-    }  # fmt: skip
+    }
     return PipelinePlan(recipe, models, components, merges)
 
 

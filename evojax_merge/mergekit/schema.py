@@ -18,11 +18,13 @@ import numpy as np
 from merge_kernels import METHODS, Method
 
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
+from evojax_merge.checkpoints.tokens import TokenRule
 from evojax_merge.config.documents import parse
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.plugins import HINT
 from evojax_merge.schema.approximation import Approximation
 from evojax_merge.schema.calibration import Calibration
+from evojax_merge.schema.section import MAX_SEED
 
 # The keys of each section.
 KEYS: dict[str, frozenset[str]] = {
@@ -50,8 +52,6 @@ FORMS = ("models", "slices", "modules")
 # Merging is done in float32; the result may be written in float64 as well.
 RECIPE_DTYPES = FLOAT_DTYPES | {"float64": np.dtype(np.float64)}
 ON_MISMATCH = ("refuse", "first", "skip")
-# The seed is a word of the random numbers' key; the same bound holds for a search.
-MAX_SEED = 2**63 - 1
 # Merging is done in float32.
 MAX_NUMBER = float(np.finfo(np.float32).max)
 # The maximum of a gradient's entries: models have fewer layers.
@@ -95,23 +95,13 @@ class Module:
 
 
 @dataclass(frozen=True)
-class TokenSetting:
-    """The source of one token's row in the `tokenizer` section: zeros (`model` None), or a model's row for it or for
-    another token."""
-
-    model: str | None
-    token: str | int | None
-    force: bool
-
-
-@dataclass(frozen=True)
 class TokenizerSetting:
     """The source of the tokens: union, base, or a model, which need not be a merged one. key: the recipe's key that
     names it, tokenizer_source or tokenizer.source; approximation: see `TokenizerChoice`."""
 
     key: str
     source: str
-    tokens: Mapping[str, TokenSetting]
+    tokens: Mapping[str, TokenRule[str]]
     pad_to_multiple_of: int
     approximation: Approximation | None = None
 
@@ -119,7 +109,8 @@ class TokenizerSetting:
 @dataclass(frozen=True)
 class RecipeFile:
     """A recipe as it stands in the file, checked but not yet matched with tensors. Relative paths start in the folder
-    of `path`; `where`: the recipe's name in messages; gain_offsets: a filter -> the number that is added to its
+    of `path`; `where`: the recipe's name in messages; `name`: that of a stage, whose result other recipes of the file
+    call by it; gain_offsets: a filter -> the number that is added to its
     tensors; other_modules: only the models' text decoders are merged, and the other modules come from this model (None:
     whole models are merged); on_mismatch: a setting of `ON_MISMATCH`'s words;
     components: a component of diffusers folders -> merge, or the model that gives it; calibration: the prompts of a
@@ -142,6 +133,7 @@ class RecipeFile:
     on_mismatch: Setting = "refuse"
     components: Mapping[str, str] = field(default_factory=dict)
     calibration: Calibration | None = None
+    name: str = ""
 
     @property
     def models(self) -> list[str]:
@@ -158,6 +150,11 @@ class RecipeFile:
         """The model whose tokenizer the result has, where it is none of `models`; else None."""
         source = "union" if self.tokenizer is None else self.tokenizer.source
         return None if source in ("union", "base") or source in self.models else source
+
+    @property
+    def references(self) -> list[str]:
+        """Every model referred to, also one for its tokenizer alone."""
+        return self.models if self.tokenizer_model is None else [*self.models, self.tokenizer_model]
 
 
 def checked_mapping(where: str, value: Any, known: Collection[str]) -> dict[str, Any]:
@@ -204,6 +201,7 @@ def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeF
     if chat is not None and not isinstance(chat, str):
         raise InputError(where, "chat_template: expected auto, a template's name or a Jinja template")
     dtype, out_dtype = (_dtype(where, key, top.get(key)) for key in ("dtype", "out_dtype"))
+    prompts = top.get("calibration")
     recipe = RecipeFile(
         path, where, method, base, tuple(modules), _settings(f"{where}: parameters", top.get("parameters"), method),
         dtype, out_dtype, _tokenizer(where, top), chat or None, seed, _ends(where, top, method),
@@ -211,7 +209,7 @@ def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeF
         None if top.get("other_modules") is None else parse_reference(f"{where}: other_modules", top["other_modules"]),
         _on_mismatch(where, top.get("on_mismatch")),
         _components(where, top.get("components")),
-        _calibration(where, top.get("calibration")),
+        None if prompts is None else parse(f"{where}: calibration", prompts, Calibration),
     )  # fmt: skip
     for module in recipe.modules:
         for part in module.slices:
@@ -280,10 +278,6 @@ def _components(where: str, value: Any) -> dict[str, str]:
         name: model if model == "merge" else parse_reference(f"{where}: components.{name}", model)
         for name, model in components.items()
     }
-
-
-def _calibration(where: str, value: Any) -> Calibration | None:
-    return None if value is None else parse(f"{where}: calibration", value, Calibration)
 
 
 def _ends(where: str, top: dict[str, Any], method: Method) -> str | None:
@@ -466,18 +460,18 @@ def _tokenizer(where: str, top: dict[str, Any]) -> TokenizerSetting | None:
     )
 
 
-def _token(where: str, entry: Any) -> TokenSetting:
+def _token(where: str, entry: Any) -> TokenRule[str]:
     entry = checked_mapping(where, entry, KEYS["token"])
     source, force = entry.get("source"), entry.get("force", False)
     if not isinstance(force, bool):
         raise InputError(where, f"force: {force!r}; expected true or false")
     if isinstance(source, str) or (isinstance(source, dict) and "kind" not in source and "model" in source):
-        return TokenSetting(parse_reference(f"{where}.source", source), None, force)
+        return TokenRule(parse_reference(f"{where}.source", source), None, force)
     if not isinstance(source, dict):
         raise InputError(where, "source: expected a model, {kind: zero} or {kind: model_token, model: …, token: …}")
     source = checked_mapping(f"{where}.source", source, KEYS["row"])
     if source.get("kind") == "zero":
-        return TokenSetting(None, None, force)
+        return TokenRule(None, None, force)
     given = [key for key in ("token", "token_id") if source.get(key) is not None]
     if source.get("kind") != "model_token" or "model" not in source or len(given) != 1:
         raise InputError(
@@ -486,4 +480,4 @@ def _token(where: str, entry: Any) -> TokenSetting:
     token = source[given[0]]
     if type(token) is not (str if given[0] == "token" else int):
         raise InputError(f"{where}.source", f"{given[0]}: {token!r}; expected a token, or its number as token_id")
-    return TokenSetting(parse_reference(f"{where}.source.model", source["model"]), token, force)
+    return TokenRule(parse_reference(f"{where}.source.model", source["model"]), token, force)

@@ -8,7 +8,7 @@ merging writes the weights, and removes a model after the last merge that needs 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +18,15 @@ from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.checkpoints.writer import ShardWriter
 from evojax_merge.errors import InputError, printable
 from evojax_merge.mergekit.account import FATES, TensorFate, account_of
-from evojax_merge.mergekit.execute import MergePlan, Progress, prepare, write_small_files, write_weights
+from evojax_merge.mergekit.execute import (
+    DEFAULTS,
+    MergePlan,
+    MergeSettings,
+    Progress,
+    prepare,
+    write_small_files,
+    write_weights,
+)
 from evojax_merge.mergekit.streams import RecipeStream, stage_of
 from evojax_merge.system.file_system import hidden_folder, recover, remove_folder
 
@@ -31,9 +39,12 @@ Bar = Callable[[str, int], AbstractContextManager[Progress]]
 class StagePlan:
     """A stage that is planned, and the folder of its result."""
 
-    name: str
     merge_plan: MergePlan
     folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.merge_plan.recipe.name
 
 
 @dataclass(frozen=True)
@@ -112,22 +123,13 @@ class StreamPlan:
 
 @contextmanager
 def prepare_stream(
-    stream: RecipeStream,
-    target: Path,
-    dtype: str | None = None,
-    seed: int | None = None,
-    allow_nonfinite: bool = False,
-    find: FindModel = resolve_model,
-    copy_tokenizer: bool = True,
-    allow_crimes: bool = False,
-    strict: bool = True,
+    stream: RecipeStream, target: Path, settings: MergeSettings = DEFAULTS, find: FindModel = resolve_model
 ) -> Iterator[StreamPlan]:
     """Plan all merges of a recipe, whose result will be written to `target`; the plan holds inside of the block.
 
-    `dtype` overrides that of the result, `seed` those of all merges. `find` returns a model's folder; its argument
-    `made` has the results of stages; `copy_tokenizer`: whether the result gets its first model's tokenizer;
-    `allow_crimes`, `strict`: see `prepare`. Raises InputError for errors that the headers show, and leaves nothing on
-    the disk then.
+    The dtype and the tokenizer of the settings are the result's, all others those of all merges. `find` returns a
+    model's folder; its argument `made` has the results of stages. Raises InputError for errors that the headers show,
+    and leaves nothing on the disk then.
     """
     with ExitStack() as stack:
         folders: dict[str, Path] = {}
@@ -146,16 +148,15 @@ def prepare_stream(
 
         stages = []
         for number, stage in enumerate(stream.stages, start=1):
-            merge_plan = prepare(stage.recipe, None, seed, allow_nonfinite, find_model, True, allow_crimes, strict)
+            merge_plan = prepare(stage, replace(settings, dtype=None, copy_tokenizer=True), find_model)
             folder = work / f"{number}-{re.sub(r'[^A-Za-z0-9_.-]', '-', stage.name)[:60]}"
             folder.mkdir()
             # Headers alone suffice to plan a later merge.
             ShardWriter(folder, merge_plan.specs).reserve()
             write_small_files(merge_plan, folder)
             folders[stage.name] = folder
-            stages.append(StagePlan(stage.name, merge_plan, folder))
-        result = prepare(stream.result, dtype, seed, allow_nonfinite, find_model, copy_tokenizer, allow_crimes, strict)
-        yield StreamPlan(tuple(stages), result)
+            stages.append(StagePlan(merge_plan, folder))
+        yield StreamPlan(tuple(stages), prepare(stream.result, settings, find_model))
 
 
 @contextmanager

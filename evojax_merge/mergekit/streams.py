@@ -5,7 +5,7 @@ A document with a `name` is a *stage*: any other document may name its result as
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,19 @@ from evojax_merge.schema.yaml_reader import load_documents
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A document: its recipe, and the name by which the other documents call its result ("": it has none)."""
-
-    name: str
-    recipe: RecipeFile
-
-
-@dataclass(frozen=True)
 class RecipeStream:
     """The merges of a recipe: the stages that the result needs, each after the stages that it needs, and the result.
     `unused`: the other stages."""
 
     path: Path
-    stages: tuple[Stage, ...]
+    stages: tuple[RecipeFile, ...]
     result: RecipeFile
-    unused: tuple[Stage, ...]
+    unused: tuple[RecipeFile, ...]
+
+    @property
+    def merges(self) -> list[RecipeFile]:
+        """All merges in their order, the result's last."""
+        return [*self.stages, self.result]
 
 
 def read_stream(path: Path) -> RecipeStream:
@@ -60,22 +57,17 @@ def parse_stream(path: Path, documents: Sequence[Any]) -> RecipeStream:
             raise InputError(wheres[i], f"name: {merge.name}: {labels[index[merge.name]]} has it already")
         if merge.name:
             index[merge.name] = i
-    named = [[stage_of(model, index) for model in _references(merge.recipe)] for merge in merges]
+    named = [[stage_of(model, index) for model in merge.references] for merge in merges]
     needs = [list(dict.fromkeys(index[name] for name in names if name is not None)) for names in named]
     # Checked for all documents: stages that need each other are wrong even where the result does not need them.
     _in_order(merges, needs, range(len(merges)))
     order = _in_order(merges, needs, [_result(path, labels, merges, needs)])
     unused = set(range(len(merges))).difference(order)
     *stages, result = (merges[i] for i in order)
-    return RecipeStream(path, tuple(stages), result.recipe, tuple(merges[i] for i in sorted(unused)))
+    return RecipeStream(path, tuple(stages), result, tuple(merges[i] for i in sorted(unused)))
 
 
-def _references(recipe: RecipeFile) -> list[str]:
-    """Every model that a recipe names, also one for its tokenizer alone."""
-    return recipe.models if recipe.tokenizer_model is None else [*recipe.models, recipe.tokenizer_model]
-
-
-def _stage(path: Path, where: str, document: Any) -> Stage:
+def _stage(path: Path, where: str, document: Any) -> RecipeFile:
     message = other_format(document)
     if message is not None:
         raise InputError(where, message)
@@ -87,7 +79,8 @@ def _stage(path: Path, where: str, document: Any) -> Stage:
         raise InputError(where, f"name: {shown(name)}; expected a text, by which other documents call the result")
     elif where != str(path):
         where = f"{where} ({name})"
-    return Stage(name, parse_recipe(path, {key: value for key, value in top.items() if key != "name"}, where))
+    recipe = parse_recipe(path, {key: value for key, value in top.items() if key != "name"}, where)
+    return replace(recipe, name=name)
 
 
 def stage_of(reference: str, names: Collection[str]) -> str | None:
@@ -96,7 +89,7 @@ def stage_of(reference: str, names: Collection[str]) -> str | None:
     return base if base in names else None
 
 
-def _in_order(merges: Sequence[Stage], needs: Sequence[Sequence[int]], wanted: Iterable[int]) -> list[int]:
+def _in_order(merges: Sequence[RecipeFile], needs: Sequence[Sequence[int]], wanted: Iterable[int]) -> list[int]:
     """The wanted documents and all that they need, each after what it needs. Raises InputError for a cycle."""
     done: dict[int, None] = {}
     for first in wanted:
@@ -111,13 +104,13 @@ def _in_order(merges: Sequence[Stage], needs: Sequence[Sequence[int]], wanted: I
             elif needed in path:
                 down = list(path)
                 names = " -> ".join(merges[i].name for i in [*down[down.index(needed) :], needed])
-                raise InputError(merges[needed].recipe.where, f"needs its own result ({names})")
+                raise InputError(merges[needed].where, f"needs its own result ({names})")
             else:
                 path[needed] = iter(needs[needed])
     return list(done)
 
 
-def _result(path: Path, labels: Sequence[str], merges: Sequence[Stage], needs: Sequence[Sequence[int]]) -> int:
+def _result(path: Path, labels: Sequence[str], merges: Sequence[RecipeFile], needs: Sequence[Sequence[int]]) -> int:
     """The number of the document that is the result. No document needs itself, directly or not, so that there is one.
     Raises InputError where there are several."""
     unnamed = [i for i, merge in enumerate(merges) if not merge.name]
@@ -133,16 +126,16 @@ def _result(path: Path, labels: Sequence[str], merges: Sequence[Stage], needs: S
 def stream_warnings(stream: RecipeStream) -> list[str]:
     """Warnings about stages that the result does not need, names that a folder has as well, and revisions of
     folders."""
-    unused = [f"{stage.recipe.where}: the result does not need it, and it is not merged" for stage in stream.unused]
+    unused = [f"{stage.where}: the result does not need it, and it is not merged" for stage in stream.unused]
     shadowed = [
-        f"{stage.recipe.where}: {folder} has this name as well; the result of the document is taken"
+        f"{stage.where}: {folder} has this name as well; the result of the document is taken"
         for stage in stream.stages
         if (folder := local_path(stage.name, stream.path.parent)) is not None
     ]
     revisions = [
         f"{merge.where}: {line}"
-        for merge in (*(stage.recipe for stage in stream.stages), stream.result)
-        for line in ignored_revisions(_references(merge), stream.path.parent)
+        for merge in stream.merges
+        for line in ignored_revisions(merge.references, stream.path.parent)
     ]
     return unused + shadowed + revisions
 

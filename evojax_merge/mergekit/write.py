@@ -3,7 +3,7 @@
 The recipe reads back (mergekit.schema) as the same numbers, so that merging it gives the winner's bytes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,11 +93,7 @@ def recipe_document(
     switches = _switches(spec.method, spec.options)
     if switches:
         document["parameters"] = switches
-    document["dtype"] = "float32"
-    document["out_dtype"] = spec.export_dtype
-    if spec.method.random:
-        document["random_seed"] = spec.seed
-    return document
+    return document | _ending(spec.method, spec.export_dtype, spec.seed)
 
 
 def path_document(path: LayerPath, spec: PathSpec, parents: Sequence[str]) -> dict[str, Any]:
@@ -165,13 +161,9 @@ def _birth_document(
     own_base = base if method.uses_base(base is not None) else None
 
     def sources(parents: Sequence[Member], extent: Mapping[str, Any]) -> list[dict[str, Any]]:
-        entries: list[dict[str, Any]] = [] if own_base is None else [{"model": own_base, **extent}]
-        for k, parent in enumerate(parents):
-            # Parameters keep their order where the parents change theirs.
-            entry: dict[str, Any] = {"model": member_name(parent, founders), **extent}
-            per_parent = {p.name: float(member.parameters[p.name][k]) for p in method.parameters if p.per_parent}
-            entries.append(entry | ({"parameters": per_parent} if per_parent else {}))
-        return entries
+        # Parameters keep their order where the parents change theirs.
+        names = [member_name(parent, founders) for parent in parents]
+        return _sources(method, own_base, names, extent, lambda name, k: float(member.parameters[name][k]))
 
     def first(parents: Sequence[Member]) -> dict[str, Any]:
         """The `base_model` of a merge of these parents, if it has one."""
@@ -193,8 +185,25 @@ def _birth_document(
         ]
     if common or switches:
         document["parameters"] = common | switches
-    document |= {"dtype": "float32", "out_dtype": export_dtype}
-    return document | ({"random_seed": seed} if method.random else {})
+    return document | _ending(method, export_dtype, seed)
+
+
+def _ending(method: Method, export_dtype: str, seed: int) -> dict[str, Any]:
+    """The last keys of a merge's document."""
+    return {"dtype": "float32", "out_dtype": export_dtype} | ({"random_seed": seed} if method.random else {})
+
+
+def _sources(
+    method: Method, base: str | None, parents: Sequence[str], extent: Mapping[str, Any],
+    value: Callable[[str, int], Any],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The models of a merge, or of a slice of one: the base, if deltas are taken from one, then the parents. extent:
+    the keys of the slice; value: (a parameter, a parent's number) -> the parent's setting."""
+    sources: list[dict[str, Any]] = [] if base is None else [{"model": base, **extent}]
+    for k, parent in enumerate(parents):
+        per_parent = {p.name: value(p.name, k) for p in method.parameters if p.per_parent}
+        sources.append({"model": parent, **extent} | ({"parameters": per_parent} if per_parent else {}))
+    return sources
 
 
 def _switches(method: Method, options: Options) -> dict[str, Any]:
@@ -237,16 +246,8 @@ def _slice_document(
         values = {entry["value"] for entry in entries}
         return values.pop() if len(values) == 1 else entries
 
-    sources: list[dict[str, Any]] = []
-    if spec.options.has_base:
-        sources.append({"model": base, "layer_range": layers})
-    for k, parent in enumerate(parents):
-        entry: dict[str, Any] = {"model": parent, "layer_range": layers}
-        per_parent = [p.name for p in method.parameters if p.per_parent]
-        if per_parent:
-            entry["parameters"] = {name: setting(name, k) for name in per_parent}
-        sources.append(entry)
-    document: dict[str, Any] = {"sources": sources}
+    own_base = base if spec.options.has_base else None
+    document: dict[str, Any] = {"sources": _sources(method, own_base, parents, {"layer_range": layers}, setting)}
     common = {p.name: setting(p.name, None) for p in method.parameters if not p.per_parent}
     if common:
         document["parameters"] = common

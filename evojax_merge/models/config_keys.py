@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from evojax_merge.errors import InputError, shown
 from evojax_merge.models.config import NO_WINDOW
 
 # A larger number of layers is a mistake or an attack: tables as long as the model is deep are allocated before a tensor
@@ -25,6 +26,12 @@ class Expected:
     words: str
     keys: Mapping[str, "Expected"] = field(default_factory=dict)
     read_if: Callable[[Mapping[str, Any]], bool] = lambda config: True
+
+    def check(self, where: object, key: str, value: Any) -> Any:
+        """The value of a key. Raises InputError for an invalid one."""
+        if not self.accepts(value):
+            raise InputError(where, f"{key}: {shown(value)}; expected {self.words}")
+        return value
 
 
 def is_number(value: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.errors import InputError, shown
+from evojax_merge.errors import InputError
 from evojax_merge.models.config_keys import Expected
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -34,9 +34,7 @@ class GgufFile:
         value = self.metadata.get(self.key(name), default)
         if value is None:
             raise InputError(self.path, f"{self.key(name)}: missing; expected {expected.words} for this architecture")
-        if not expected.accepts(value):
-            raise InputError(self.path, f"{self.key(name)}: {shown(value)}; expected {expected.words}")
-        return value
+        return expected.check(self.path, self.key(name), value)
 
     @property
     def embedding(self) -> Any:

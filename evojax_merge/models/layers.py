@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from evojax_merge.models.config import DecoderConfig, RopeConfig, rope_frequencies
@@ -101,6 +102,13 @@ def padded_layout(width: int, left_pad: jax.Array, length: jax.Array) -> Sequenc
     """The layout of one sequence a row, in `length: int32[B]` columns from `left_pad: int32[B]` on."""
     offsets = jnp.arange(width)[None, :] - left_pad[:, None]
     return SequenceLayout(jnp.maximum(offsets, 0), jnp.where((offsets >= 0) & (offsets < length[:, None]), 0, -1))
+
+
+def left_padded(rows: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, SequenceLayout]:
+    """Rows of tokens that end in the last of `width` columns: int32[B, width], and their layout."""
+    tokens = np.array([[0] * (width - len(row)) + list(row) for row in rows], np.int32)
+    lengths = jnp.asarray([len(row) for row in rows], jnp.int32)
+    return tokens, padded_layout(width, width - lengths, lengths)
 
 
 def prefix_layout(length: int) -> SequenceLayout:

@@ -153,11 +153,12 @@ def opened(
 
 @contextmanager
 def locked(path: Path, *, resume: bool) -> Iterator[None]:
-    """Lock the run folder for this process, create it where there is none, and remove it again where it stays empty.
+    """Lock the run folder for this process, create it where there is none, with the folders above it, and remove
+    those again that stay empty.
 
     Raises InputError where another process has it, where the folder is none of a run, or holds none to `resume`.
     """
-    folder, is_new = RunFolder(path), not path.exists()
+    folder, new = RunFolder(path), [place for place in (path, *path.parents) if not place.exists()]
     # Whether it may be replaced is asked when it is opened.
     check_place(path, resume=resume, overwrite=True)
     try:
@@ -169,8 +170,8 @@ def locked(path: Path, *, resume: bool) -> Iterator[None]:
         yield
     finally:
         release(folder, handle)
-        if is_new:
-            remove_empty_folder(path)
+        for place in new:
+            remove_empty_folder(place)
 
 
 @contextmanager

@@ -59,6 +59,8 @@ def acquire(folder: RunFolder) -> int:
     try:
         os.ftruncate(handle, 0)
         os.write(handle, f"{os.getpid()} on {socket.gethostname()}\n".encode())
+        # Other hosts read it while the file is open.
+        os.fsync(handle)
     except OSError:
         os.close(handle)
         raise

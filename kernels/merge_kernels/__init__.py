@@ -22,7 +22,7 @@ from merge_kernels.method import CombineInputs, Method, Options, Parameter, Prep
 from merge_kernels.noise import SCHEME, device_uniform, draw_row_keys, host_uniform, keys_from_column
 from merge_kernels.registry import METHODS, register
 from merge_kernels.sums import is_looped, sum_over
-from merge_kernels.tensors import merge_tensor
+from merge_kernels.tensors import combine_tensor, merge_tensor
 
 __all__ = [
     "DENSITY_STEPS",
@@ -38,6 +38,7 @@ __all__ = [
     "add_low_rank",
     "combine",
     "combine_differentiable",
+    "combine_tensor",
     "device_uniform",
     "draw_row_keys",
     "grid_index",

@@ -57,6 +57,14 @@ class Parameter:
     clipped_below: bool = True
 
 
+def constant(
+    name: str, default: float, low: float, high: float, *, valid_min: float = 0.0, valid_max: float = np.inf,
+    per_parent: bool = False,
+) -> Parameter:  # fmt: skip
+    """A parameter that `prepare` depends on, so that it is fixed for a whole run."""
+    return Parameter(name, per_parent, default, low, high, valid_min, valid_max, searched=False)
+
+
 def widest(dtypes: Iterable[Any]) -> np.dtype:
     """The narrowest dtype that holds the values of all."""
     return np.dtype(reduce(jnp.promote_types, dtypes))

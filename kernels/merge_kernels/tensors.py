@@ -26,20 +26,26 @@ def merge_tensor(
     parameters: Numbers,
     row_keys: RowKeys,
     dtype: np.dtype,
-    prepared: Prepared | None = None,
 ) -> np.ndarray:
     """Merge one tensor: measure it exactly for these parameters (float64), merge in float32, cast to `dtype`.
 
     sources: arrays `[...]` of one shape, each in its own dtype, the base first where `options.has_base`; row_keys: see
-    `PrepareInputs`; prepared: the result of `prepare`, where the caller has it. The same arguments give the same bits
-    in every caller.
+    `PrepareInputs`. The same arguments give the same bits in every caller.
+    """
+    prepared = prepare(method, options, sources, parameters, row_keys)
+    return combine_tensor(method, options, sources, parameters, dtype, prepared)
+
+
+def combine_tensor(
+    method: Method, options: Options, sources: Sequence[np.ndarray], parameters: Numbers, dtype: np.dtype,
+    prepared: Prepared,
+) -> np.ndarray:  # fmt: skip
+    """Merge one tensor that was measured: `merge_tensor` with the result of `prepare`.
 
     Pieces of the tensors are combined: whole rows where statistics or mask keys are by row, flat runs otherwise. A
     tensor of more axes is a matrix whose rows (or columns) are the vectors that were measured, or whose rows have the
     keys. The last piece is filled up, so that all pieces of all tensors (all of one width) have one shape.
     """
-    if prepared is None:
-        prepared = prepare(method, options, sources, parameters, row_keys)
     shape = sources[0].shape
     by_vector = options.axis is not None and len(shape) > 1
     by_row = by_vector or method.has_row_keys

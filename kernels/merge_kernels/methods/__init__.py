@@ -1,22 +1,9 @@
 """The merge methods, a file per family. Each file registers its methods; listings have them in the order below."""
 
-from merge_kernels.methods import interpolation  # isort: skip
-from merge_kernels.methods import task_vectors  # isort: skip
-from merge_kernels.methods import sce, nearswap, arcee_fusion, ram, passthrough  # isort: skip
-from merge_kernels.methods import singular, interference  # isort: skip
-from merge_kernels.methods import activations  # isort: skip
-from merge_kernels.methods import diffusion  # isort: skip
+from importlib import import_module
 
-__all__ = [
-    "activations",
-    "arcee_fusion",
-    "diffusion",
-    "interference",
-    "interpolation",
-    "nearswap",
-    "passthrough",
-    "ram",
-    "sce",
-    "singular",
-    "task_vectors",
-]
+for family in (
+    "interpolation", "task_vectors", "sce", "nearswap", "arcee_fusion", "ram", "passthrough", "singular",
+    "interference", "activations", "diffusion",
+):  # fmt: skip
+    import_module(f"{__name__}.{family}")

@@ -25,6 +25,7 @@ from merge_kernels.method import (
     Parameter,
     Prepared,
     PrepareInputs,
+    constant,
     vector_dtype,
     widest,
 )
@@ -32,9 +33,7 @@ from merge_kernels.purified import WEIGHT
 from merge_kernels.registry import register
 from merge_kernels.sums import sum_over
 
-ALPHA = Parameter(
-    "alpha", per_parent=False, default=0.9, low=0.1, high=1.0, valid_min=0.0, valid_max=1.0, searched=False
-)
+ALPHA = constant("alpha", 0.9, 0.1, 1.0, valid_max=1.0)
 # The share of RegMean's correction of the average: 0 is the average, 1 RegMean.
 FILTER = Parameter("filter", per_parent=False, default=1.0, low=0.0, high=1.0)
 # A covariance with a pivot below this share of its mean variance is singular, and is damped by that share.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_kernels.method import CombineInputs, Method, Options, Parameter, Prepared, PrepareInputs
+from merge_kernels.method import CombineInputs, Method, Options, Parameter, Prepared, PrepareInputs, constant
 from merge_kernels.methods.interpolation import combine_coefficients, gram
 from merge_kernels.registry import register
 
@@ -178,9 +178,7 @@ def _width(default: float) -> Parameter:
     )  # fmt: skip
 
 
-OFFSET = Parameter(
-    "offset", per_parent=False, default=0.0, low=0.0, high=1.0, valid_min=0.0, valid_max=1.0, searched=False
-)
+OFFSET = constant("offset", 0.0, 0.0, 1.0, valid_max=1.0)
 register(
     Method(
         "tensor_sum", (_width(0.5), OFFSET), base="parent", combine=_combine_rows, prepare=_prepare_rows,
@@ -223,14 +221,14 @@ def _prepare_median(options: Options, inputs: PrepareInputs) -> Prepared:
     return Prepared((), {"coefficient": share.astype(np.float32)})
 
 
-def _fixed(name: str, default: float, low: float, high: float, valid_max: float = np.inf) -> Parameter:
-    return Parameter(name, False, default, low, high, valid_min=low, valid_max=valid_max, searched=False)
-
-
 register(
     Method(
         "geometric_median",
-        (_fixed("eps", 1e-6, 1e-30, 1.0), _fixed("maxiter", 100, 0, 1000, 1_000_000), _fixed("ftol", 1e-20, 0.0, 1.0)),
+        (
+            constant("eps", 1e-6, 1e-30, 1.0, valid_min=1e-30),
+            constant("maxiter", 100, 0, 1000, valid_min=0, valid_max=1_000_000),
+            constant("ftol", 1e-20, 0.0, 1.0),
+        ),
         base="parent", combine=combine_coefficients, prepare=_prepare_median,
     )
 )  # fmt: skip

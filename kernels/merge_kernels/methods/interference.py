@@ -16,17 +16,15 @@ from math import ceil
 
 import numpy as np
 
-from merge_kernels.method import Numbers, Parameter
+from merge_kernels.method import Numbers, Parameter, constant
 from merge_kernels.purified import Rule, gram_spectrum, register_purified
 
 # The eigenvalues, falling, float64[r], the size of the matrix, and the constants -> the filter, float64[r].
 Filter = Callable[[np.ndarray, int, Numbers], np.ndarray]
 
-STEPS = Parameter("steps", per_parent=False, default=300.0, low=1.0, high=1000.0, valid_min=0.0, searched=False)
+STEPS = constant("steps", 300.0, 1.0, 1000.0)
 # 0.65 for vision transformers.
-RANK_SHARE = Parameter(
-    "rank_share", per_parent=False, default=0.85, low=0.1, high=1.0, valid_min=0.001, valid_max=1.0, searched=False
-)
+RANK_SHARE = constant("rank_share", 0.85, 0.1, 1.0, valid_min=0.001, valid_max=1.0)
 FILTER = Parameter("filter", per_parent=False, default=1.0, low=0.0, high=1.5)
 
 

@@ -25,6 +25,7 @@ from merge_kernels.method import (
     Parameter,
     Prepared,
     PrepareInputs,
+    constant,
 )
 from merge_kernels.registry import register
 from merge_kernels.sums import Arrays, sum_over
@@ -266,10 +267,7 @@ def _combine_multislerp(options: Options, inputs: CombineInputs) -> jax.Array:
 register(
     Method(
         "multislerp",
-        (
-            WEIGHT,
-            Parameter("eps", per_parent=False, default=1e-8, low=0.0, high=1.0, valid_min=0.0, searched=False),
-        ),
+        (WEIGHT, constant("eps", 1e-8, 0.0, 1.0)),
         base="optional",
         combine=_combine_multislerp,
         prepare=_prepare_multislerp,
@@ -327,19 +325,7 @@ def _prepare_karcher(options: Options, inputs: PrepareInputs) -> Prepared:
 register(
     Method(
         "karcher",
-        (
-            Parameter(
-                "max_iter",
-                per_parent=False,
-                default=10,
-                low=0,
-                high=100,
-                valid_min=0,
-                valid_max=1_000_000,
-                searched=False,
-            ),
-            Parameter("tol", per_parent=False, default=1e-5, low=0.0, high=1.0, valid_min=0.0, searched=False),
-        ),
+        (constant("max_iter", 10, 0, 100, valid_min=0, valid_max=1_000_000), constant("tol", 1e-5, 0.0, 1.0)),
         base="parent",
         combine=combine_coefficients,
         prepare=_prepare_karcher,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_kernels.method import CombineInputs, Method, Options, Parameter, Prepared, PrepareInputs
+from merge_kernels.method import CombineInputs, Method, Options, Parameter, Prepared, PrepareInputs, constant
 from merge_kernels.registry import register
 from merge_kernels.sums import Arrays, sum_over
 
@@ -63,7 +63,7 @@ def _combine_plus(options: Options, inputs: CombineInputs) -> jax.Array:
     return _merge(inputs.sources, parameters["epsilon"], factors)
 
 
-EPSILON = Parameter("epsilon", per_parent=False, default=1e-5, low=0.0, high=0.01, valid_min=0.0, searched=False)
+EPSILON = constant("epsilon", 1e-5, 0.0, 0.01)
 
 register(Method("ram", (EPSILON,), base="required", combine=_combine, options=Options(has_base=True)))
 register(

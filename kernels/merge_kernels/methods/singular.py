@@ -15,20 +15,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from merge_kernels.method import Numbers, Parameter
+from merge_kernels.method import Numbers, constant
 from merge_kernels.purified import LAMBDA, orthogonalise, register_purified, thin_svd
 
-RANK_SHARE = Parameter(
-    "rank_share", per_parent=False, default=1.0, low=0.1, high=1.0, valid_min=0.001, valid_max=1.0, searched=False
-)
-COMMON_SHARE = Parameter(
-    "common_share", per_parent=False, default=0.8, low=0.1, high=0.9, valid_min=0.0, valid_max=1.0, searched=False
-)
+RANK_SHARE = constant("rank_share", 1.0, 0.1, 1.0, valid_min=0.001, valid_max=1.0)
+COMMON_SHARE = constant("common_share", 0.8, 0.1, 0.9, valid_max=1.0)
 # The least share of a direction that a parent counts with: at 1 no direction is scaled up.
-ALPHA = Parameter("alpha", per_parent=False, default=1.0, low=0.1, high=2.0, valid_min=0.001, searched=False)
-CORE_DENSITY = Parameter(
-    "core_density", per_parent=False, default=0.001, low=0.001, high=1.0, valid_min=0.0, valid_max=1.0, searched=False
-)
+ALPHA = constant("alpha", 1.0, 0.1, 2.0, valid_min=0.001)
+CORE_DENSITY = constant("core_density", 0.001, 0.001, 1.0, valid_max=1.0)
 ISOTROPIC_LAMBDA = replace(LAMBDA, default=1.5, high=3.0)
 # Entries that are this close to a threshold, relative to it, tie with it.
 TIE = 1e-6

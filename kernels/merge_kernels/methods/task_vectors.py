@@ -31,6 +31,7 @@ from merge_kernels.method import (
     Prepared,
     PrepareInputs,
     Statistics,
+    constant,
 )
 from merge_kernels.noise import LEVELS, device_uniform, host_uniform
 from merge_kernels.registry import register
@@ -254,12 +255,8 @@ DENSITY = Parameter(
 # DARE draws its masks with the density as a probability.
 DARE_DENSITY = replace(DENSITY, clipped_below=False)
 DELLA_DENSITY = replace(DENSITY, low=0.2, high=0.8, start=0.5)
-EPSILON = Parameter(
-    "epsilon", per_parent=True, default=0.15, low=0.0, high=0.5, valid_min=0.0, valid_max=0.5, searched=False
-)
-GAMMA = Parameter(
-    "gamma", per_parent=True, default=0.01, low=0.0, high=1.0, valid_min=0.0, valid_max=1.0, searched=False
-)
+EPSILON = constant("epsilon", 0.15, 0.0, 0.5, valid_max=0.5, per_parent=True)
+GAMMA = constant("gamma", 0.01, 0.0, 1.0, valid_max=1.0, per_parent=True)
 
 
 PLAIN, NORMALIZED = Options(has_base=True), Options(normalize=True, has_base=True)
