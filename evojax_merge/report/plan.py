@@ -194,11 +194,10 @@ class Plan:
         """The verdict and, where the search fits, the time of the run: short lines, which stand last."""
         if not self.fits:
             return [self.verdict()]
-        about, compiling = shown_seconds(self.estimated_seconds), self.around.get(COMPILING)
-        bound = f"bound by {self.run.bound}"
+        about, compiling, once = shown_seconds(self.estimated_seconds), self.around.get(COMPILING), ""
         if compiling is not None and compiling.seconds > self.estimated_seconds / 4:
-            bound = f"of which compiling takes {shown_seconds(compiling.seconds)}, the first time; the rest is {bound}"
-        return [self.verdict(), f"time: about {about} for {self._length()}, {bound}"]
+            once = f" ({shown_seconds(compiling.seconds)} to compile, once)"
+        return [self.verdict(), f"time: about {about} for {self._length()}{once}, bound by {self.run.bound}"]
 
     def _time(self) -> str:
         """The estimate of the run, its source, and its bound."""
