@@ -3,6 +3,7 @@
     python -m bench large-models
     python -m bench large-models --shapes 9B-delta 3B-mamba
     python -m bench large-models --compile v5e-1     # with the reports of this target's compiler, where it is installed
+    python -m bench large-models --compile v5p-16 --shapes 70B --use generation --share 2 8
 
 Models of Mistral-7B's and Llama-3-70B's shapes, of Qwen3.5-9B's (9B-delta) and Granite 4 Micro's (3B-mamba), whose
 layers are mostly recurrent, in bfloat16, a base and three parents: headers alone, no weights. A
@@ -18,7 +19,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -26,7 +26,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from evojax_merge.benchmarks.header_models import MISTRAL_7B, problem_for, write_examples, write_models
 from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, target_compiler
 from evojax_merge.evaluation.targets import find_target
-from evojax_merge.report.plan import shown_bytes, shown_seconds
+from evojax_merge.report.plan import PassPlan, Plan, shown_bytes, shown_seconds
 from evojax_merge.steps.planning import make_plan
 
 LLAMA_70B = MISTRAL_7B | {
@@ -53,6 +53,10 @@ GRANITE_4_MICRO = {
 }  # fmt: skip
 SHAPES = {"7B": MISTRAL_7B, "70B": LLAMA_70B, "9B-delta": QWEN3_5_9B, "3B-mamba": GRANITE_4_MICRO}
 EXAMPLES, POPULATION, STARTS = 128, 16, 4
+PASSES = (
+    "| devices to a candidate | pass | runs | held | temporaries | compiler says | collectives of a run "
+    "| sent, planned | sent, counted |\n| ---: | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |"
+)
 
 
 @dataclass(frozen=True)
@@ -78,23 +82,41 @@ HEADER = (
 )
 
 
-def row(folder: Path, case: Case, compiler: TargetCompiler | None = None) -> str:
+def plan_of(folder: Path, case: Case, compiler: TargetCompiler | None = None) -> Plan:
     target = find_target("--targets", case.target)
     mode = "generation" if case.use == "generation" else "likelihood"
     strategy, population = ("gradient", STARTS) if case.use == "gradient" else ("cma_es", POPULATION)
     problem = problem_for(
         folder, 3, "ties", mode, target, case.model, bank="auto", strategy=strategy, population=population
     )
-    plan = make_plan(problem, problem.prepare(), compiler=compiler)
-    candidates = problem.backend.candidates
-    place = candidates.placement.name
+    return make_plan(problem, problem.prepare(), compiler=compiler)
+
+
+def row(case: Case, plan: Plan) -> str:
+    place = "host" if plan.generation.link_seconds else "device"
     link = shown_seconds(plan.generation.link_seconds) if plan.generation.link_seconds else ""
     time = shown_seconds(plan.generation.seconds) if plan.fits else ""
     verdict = "fits" if plan.fits else "does not fit"
     return (
         f"| {case.shape} | {case.target} | {case.model} | {case.use} | {place} | "
-        f"{shown_bytes(plan.bank_bytes + plan.pass_bytes)} of {shown_bytes(target.memory)} | "
+        f"{shown_bytes(plan.bank_bytes + plan.pass_bytes)} of {shown_bytes(plan.target.memory)} | "
         f"{shown_bytes(plan.host_bytes)} | {time} | {link} | {verdict} |"
+    )
+
+
+def pass_row(case: Case, planned: PassPlan) -> str:
+    """A pass as it is planned and as the compiler reports it: temporaries, and the bytes that a device sends to those
+    that share the candidate, in a ring, for one candidate in all runs. Collectives are those of one run, or of one
+    decode step."""
+    reported = "" if planned.reported_bytes is None else shown_bytes(planned.reported_bytes)
+    collectives = planned.collectives or {}
+    summed = sum(nbytes for _, nbytes in collectives.values()) * planned.steps * planned.runs / planned.chunk
+    sent = 2 * (case.model - 1) / case.model * summed
+    kinds = ", ".join(f"{count} {kind}" for kind, (count, _) in collectives.items()) or "none"
+    return (
+        f"| {case.model} | {planned.name} | {planned.runs} | {shown_bytes(planned.held_bytes)} "
+        f"| {shown_bytes(planned.temporary_bytes)} | {reported} | {kinds} | {shown_bytes(planned.sent_bytes)} "
+        f"| {shown_bytes(sent)} |"
     )
 
 
@@ -102,31 +124,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compile", metavar="TARGET", help="ask the compiler of a TPU target about a search")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--use", choices=("likelihood", "generation", "gradient"), default="likelihood")
+    parser.add_argument("--share", nargs="+", type=int, default=[1], help="devices to a candidate, of --compile")
     options = parser.parse_args()
     cases = [case for case in CASES if case.shape in options.shapes]
     if options.compile:
-        cases = [Case(options.shapes[0], options.compile, 1, "likelihood")]
-    compiler = None
-    if options.compile:
-        try:
-            compiler = target_compiler(find_target("--compile", options.compile), 1)
-        except CompilerMissing as error:
-            sys.exit(str(error))
+        cases = [Case(options.shapes[0], options.compile, model, options.use) for model in options.share]
     with tempfile.TemporaryDirectory() as root:
         for name in options.shapes:
             (Path(root) / name).mkdir()
             write_models(Path(root) / name, SHAPES[name], 3)
             write_examples(Path(root) / name, EXAMPLES)
         print(HEADER)
+        passes = []
         for case in cases:
-            print(row(Path(root) / case.shape, case, compiler), flush=True)
-        if compiler is not None:
-            print("\n| pass | arguments | temporaries |\n| --- | ---: | ---: |")
-            for program in compiler.programs():
-                memory: Any = program.memory_analysis()
-                name = str(program.as_text()).split(",")[0].removeprefix("HloModule jit_")
-                held = shown_bytes(memory.argument_size_in_bytes)
-                print(f"| {name} | {held} | {shown_bytes(memory.temp_size_in_bytes)} |")
+            compiler = None
+            if options.compile:
+                try:
+                    compiler = target_compiler(find_target("--compile", options.compile), case.model)
+                except CompilerMissing as error:
+                    sys.exit(str(error))
+            plan = plan_of(Path(root) / case.shape, case, compiler)
+            print(row(case, plan), flush=True)
+            passes += [pass_row(case, planned) for planned in plan.passes]
+        if options.compile:
+            print(f"\n{PASSES}")
+            print("\n".join(passes))
 
 
 if __name__ == "__main__":
