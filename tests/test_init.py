@@ -374,7 +374,7 @@ def test_the_advice_of_inspect_is_in_the_config(init: Init, tmp_path: Path, caps
     out, config, text = capsys.readouterr().out, document(), Path("search.yaml").read_text()
     assert "base: base, to which all other parents are nearest" in out
     assert config["base"] == "base" and config["parents"] == ["one", "against", "half"]
-    assert config["space"]["parameters"]["weight"]["high"] == 4 and "above 1, so that the smaller" in text
+    assert config["space"]["parameters"]["weight"]["high"] == 4 and "above 1: so the smaller" in text
     assert config["export_dtype"] == "float32"
     search("search.yaml", "tasks.0.limit=8")
     assert init("b.yaml", "--base", "base", "--parents", "one", "along", "half", "--data", data) == 0

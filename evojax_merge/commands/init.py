@@ -259,8 +259,8 @@ def first_config(path: Path, choices: Choices, models: Models) -> FirstConfig:
     if advice.method == method.name and choices.method is None:
         comments["method"] = "by the parents' changes, as inspect advises"
     if advice.high is not None:
-        why = "task vectors that are orthogonal add up near it" if advice.high == ADDING_UP else None
-        comments.setdefault("weight", f"above 1: {why}" if why else "above 1, so that the smaller task vectors count")
+        adding_up, uneven = "near it orthogonal task vectors add up", "so the smaller task vectors count"
+        comments.setdefault("weight", f"above 1: {adding_up if advice.high == ADDING_UP else uneven}")
     fixed: dict[str, Any] = {"method": method.name}
     constants = {p.name: p.default for p in method.parameters if not p.searched and p.default is not None}
     fixed |= {"fixed": constants} if constants else {}

@@ -113,7 +113,7 @@ def control_roles(problem: SearchProblem[Backend]) -> set[str]:
     """The roles of a search's controls and of its polished winner in the table."""
     roles: set[str] = {name for name in problem.search.controls if name in ("greedy", "random")}
     if "lora" in problem.search.controls:
-        roles |= {LORA_ROLES[role] for role, _ in problem.facts.compared if role in LORA_ROLES}
+        roles |= {LORA_ROLES[role] for role, _ in problem.facts.compared}
     return roles | ({POLISHED} if problem.search.then == "polish" else set())
 
 

@@ -297,7 +297,7 @@ def _scored_again(problem: SearchProblem[Backend]) -> int:
     examples that the winner is chosen on, in the same dtype: their fitness has ranked the others behind it."""
     splits, facts = problem.splits, problem.facts
     sizes = [
-        sum(task.size for tasks in part for task in tasks if task.weight > 0)
+        sum(task.size for tasks in part for task, _ in task_weights(tasks))
         for part in (splits.shards, [splits.search])
     ]  # fmt: skip
     ranked = splits.validation is None and sizes[0] == sizes[1] and facts.compute_dtype == facts.final_compute_dtype
