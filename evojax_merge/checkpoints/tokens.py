@@ -159,6 +159,8 @@ def vocabulary_warnings(folders: Sequence[Path]) -> tuple[str, ...]:
         return (
             (f"{what}; its rows are taken for those of {others[0] if coded[0] == first else first}",) if others else ()
         )
+    if not others:
+        return ()
     expected = _tokens_of_rows(load_tokenizer(first))
     warnings = []
     for folder in others:
