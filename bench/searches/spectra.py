@@ -4,11 +4,13 @@
     python -m bench spectra --family vit4  # four that see three digits each, and vit8: eight
     python -m bench spectra --family demo  # the two tiny language models of the quickstart, with RegMean and Fisher
                                            # merging, on prompts of the search split
+    python -m bench spectra --family smollm2   # the fine-tunes of SmolLM2, the same for all seeds (an hour of one core)
 
 Each method stands at its authors' setting, and searched from there by as many candidates: a weight of each parent for
 every group of tensors, or a strength for `iso_c`. Task arithmetic is the control, with all task vectors added (0.3 of
 each where there are four or more) and searched from the uniform merge; TIES has density 0.2. Shown are held-out digits
-read right, or whole answers in Japanese (`demo`), each seed with a family of its own.
+read right, whole answers in Japanese (`demo`), each seed with a family of its own, or the log-probability of worked
+answers (`smollm2`), a part of the methods.
 """
 
 import argparse
@@ -17,9 +19,11 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from bench.shared.network_families import print_tables, run_seed
+from bench.shared.network_families import percent, print_tables, run_seed
 
 METHODS = ("tsv_m", "iso_c", "iso_cts", "svc", "dc_merge", "wudi", "swudi", "actmat")
+# Prepared in minutes for a model of 135M parameters.
+PREPARED_SOON = ("tsv_m", "iso_c", "dc_merge", "swudi")
 # For language models alone.
 ACTIVATIONS = ("regmean", "regmean_plusplus", "fisher")
 PROMPTS = 'calibration={file: "zoo:search.jsonl", prompt: "{prompt} {target}"}'
@@ -31,6 +35,7 @@ FAMILIES = {
     "vit": ("vit.yaml", "vit", "digits/accuracy", (), 16, 10),
     "vit4": ("vit.yaml", "vit8", "digits/accuracy", (), 16, 20),
     "vit8": ("vit.yaml", "vit8", "digits/accuracy", (), 16, 20),
+    "smollm2": ("smollm2.yaml", None, "worked_answers/log_probability", (), 8, 8),
     "demo": ("quickstart.yaml", "", "whole_answers/accuracy", ("japanese_sums/log_probability",), 16, 20),
 }
 
@@ -50,14 +55,15 @@ def main() -> None:
     common = [f"search.population={population}", f"search.generations={generations}"]
     common += {"vit4": experts(FOUR), "vit8": experts(EIGHT)}.get(family, [])
     # The authors' share of eigenvalues for vision transformers; for language models it is the default.
-    shares = {} if family == "demo" else {"swudi": ["space.fixed={rank_share: 0.65}"]}
+    shares = {} if family in ("demo", "smollm2") else {"swudi": ["space.fixed={rank_share: 0.65}"]}
 
     def space(method: str, *others: str) -> list[str]:
         parameters = STRENGTH if method == "iso_c" else WEIGHT
         prompts = [PROMPTS] if method in ACTIVATIONS else []
         return [f"space.method={method}", f"space.parameters={parameters}", *common, *prompts, *others]
 
-    methods = {each: space(each, *shares.get(each, ())) for each in METHODS}
+    chosen = PREPARED_SOON if family == "smollm2" else METHODS
+    methods = {each: space(each, *shares.get(each, ())) for each in chosen}
     methods |= {each: space(each) for each in ACTIVATIONS if family == "demo"}
     searches = {f"{each}, searched": overrides for each, overrides in methods.items()}
     added = [1.0, 1.0] if name != "vit8" else [0.3] * len(FOUR if family == "vit4" else EIGHT)
@@ -73,7 +79,7 @@ def main() -> None:
             searches={"task_arithmetic, searched": space("task_arithmetic"), **searches}, starts=starts | methods,
             folder=Path(work), beside=beside,
         )  # fmt: skip
-        print_tables(parser, score, run)
+        print_tables(parser, score, run, percent if score.endswith("accuracy") else "{:.4f}".format)
 
 
 if __name__ == "__main__":

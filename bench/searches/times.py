@@ -38,7 +38,7 @@ from evojax_merge.zoo import resolve_reference
 EVOLVED = {"strategy": "cma_es", "population": 6, "generations": 6}
 SEARCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "likelihood": ({"kind": "likelihood"}, EVOLVED),
-    "answers": ({"kind": "exact_match", "max_new_tokens": 24}, EVOLVED),
+    "answers": ({"kind": "exact_match", "max_new_tokens": 24, "apply_chat_template": True}, EVOLVED),
     "gradients": ({"kind": "likelihood"}, {"strategy": "gradient", "generations": 12}),
 }
 EMPTY: Mapping[str, str] = MappingProxyType({})

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,13 @@ class Scored:
         return {name: float(scores.mean()) for name, scores in self.examples.items()}
 
 
-def open_problem(config: str, family: str, seed: int, overrides: Sequence[str]) -> SearchProblem:
+def open_problem(config: str, family: str | None, seed: int, overrides: Sequence[str]) -> SearchProblem:
     """The search of a config over two experts, on the family of a seed, whose search has that seed as well. family: a
-    name of the zoo's, or "" for the demo family."""
+    name of the zoo's, "" for the demo family, or None for models that are the same for all seeds."""
     path, prefix = CONFIGS / config, f"zoo:{family}/" if family else "zoo:"
     written = read_config(path, overrides, seed)
+    if family is None:
+        return build_problem(path, written)
     of_seed = [f"parents=[{', '.join(str(one).replace(prefix, f'{prefix}{seed}/') for one in written.parents)}]"]
     for key, model in (("base", written.base), ("tokenizer_source", written.tokenizer_source)):
         of_seed += [f"{key}={str(model).replace(prefix, f'{prefix}{seed}/')}"] if model is not None else []
@@ -72,7 +73,7 @@ def evolve(problem: SearchProblem, on: Splits[SpaceEvaluator[Any]], folder: Path
 def run_seed(
     seed: int,
     config: str,
-    family: str,
+    family: str | None,
     score: str,
     searches: Mapping[str, Sequence[str]],
     starts: Mapping[str, Sequence[str]],
@@ -82,7 +83,7 @@ def run_seed(
     """The models of a family, merges that nobody searched, and the winners of searches, on held-out examples.
 
     score: `task/metric`, and beside: others; searches: the overrides of each; starts: those of searches whose start is
-    such a merge, opened once where they are those of a search as well.
+    such a merge, opened once where they are those of a search as well. The models of one are in memory at a time.
     """
     parents: list[str] = []
     examples: dict[str, np.ndarray] = {}
@@ -98,26 +99,29 @@ def run_seed(
             else:
                 means[key][name] = float(row.mean())
 
-    @cache
-    def opened(*overrides: str) -> tuple[SearchProblem, Splits[SpaceEvaluator[Any]]]:
+    for overrides in dict.fromkeys(map(tuple, (*searches.values(), *starts.values()))):
         problem = open_problem(config, family, seed, overrides)
-        return problem, open_evaluators(problem, problem.prepare())
-
-    for name, overrides in searches.items():
-        problem, on = opened(*overrides)
+        on = open_evaluators(problem, problem.prepare())
         if not examples:
             for role, path in problem.facts.compared:
                 keep(path.name, problem.backend.score_stored(path, on.heldout, lambda done: None))
                 parents.extend([path.name] if role == "parent" else [])
             keep(UNIFORM, on.heldout.score(problem.space.baselines()[1][:1]))
-        keep(name, on.heldout.score(evolve(problem, on, folder / f"{name}-{seed}")[None]))
-        best = max(parents, key=lambda parent: float(examples[parent].mean()))
-        rivals = {"best parent": best, UNIFORM: UNIFORM} | {first: first for first in list(leads)[:1]}
-        compared = {rival: paired_lead([examples[name]], [examples[key]], [1.0]) for rival, key in rivals.items()}
-        leads[name] = {rival: lead for rival, lead in compared.items() if lead is not None}
-    for name, overrides in starts.items():
-        problem, on = opened(*overrides)
-        keep(name, on.heldout.score(problem.space.start[None]))
+        for name in (name for name, its in searches.items() if tuple(its) == overrides):
+            keep(name, on.heldout.score(evolve(problem, on, folder / f"{name}-{seed}")[None]))
+            best = max(parents, key=lambda parent: float(examples[parent].mean()))
+            rivals = {"best parent": best, UNIFORM: UNIFORM} | {first: first for first in list(leads)[:1]}
+            compared = {rival: paired_lead([examples[name]], [examples[key]], [1.0]) for rival, key in rivals.items()}
+            leads[name] = {rival: lead for rival, lead in compared.items() if lead is not None}
+        for name in (name for name, its in starts.items() if tuple(its) == overrides):
+            keep(name, on.heldout.score(problem.space.start[None]))
+        # Before the next one is loaded.
+        del on
+    for name in starts:
+        # The last rows of the tables.
+        examples[name] = examples.pop(name)
+        for row in means.values():
+            row[name] = row.pop(name)
     scored = next(one for one in problem.splits.heldout if f"{one.name}/{one.metric}" == score)
     return Scored(examples, tuple(scored.target(i) for i in range(scored.size)), leads, means)
 

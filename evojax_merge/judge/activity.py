@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evojax_merge.report.comparison import Result, label_of
-from evojax_merge.report.plan import CHOOSING, HELDOUT, MEASURING, TUNING
+from evojax_merge.report.plan import CHOOSING, HELDOUT, MEASURING
 from evojax_merge.steps.selection import Phase, Progress
 from evojax_merge.system.console import format_seconds, seconds_left
 
@@ -16,9 +16,9 @@ PHASES = {
     "loading": "Before the first pair, step 1 of 2: the models are being loaded",
     MEASURING: "Before the first pair, step 1 of 2: the base is being measured on the other tasks",
     CHOOSING: "The last generation has its votes: the winner is being chosen",
-    TUNING: "The winner is chosen: adapters are being trained, to be compared with it",
     HELDOUT: "The winner is chosen: it and the other models are writing answers to held-out prompts",
 }
+TRAINING = "The winner is chosen: adapters are being trained, to be compared with it"
 COLUMNS = ("model", "winner preferred", "model preferred", "neither", "same answer", "winner's share of the decided")
 
 
@@ -62,7 +62,7 @@ class Activity:
         @contextmanager
         def shown(name: str, steps: int) -> Iterator[Progress]:
             with phase(name, steps) as progress:
-                yield self._begin(Step(PHASES[name], steps), progress)
+                yield self._begin(Step(PHASES.get(name, TRAINING), steps), progress)
 
         return shown
 

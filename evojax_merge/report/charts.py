@@ -494,24 +494,29 @@ DURATION = (
 
 
 def compared_fitness(runs: Mapping[str, RunData], by_time: bool) -> Spec:
-    """The best so far of several runs, or of the generations' best on their minibatches where there is none, by passes
-    or by the generations' time."""
+    """The best so far of several runs, or of the generations' best on their minibatches where there is none, by passes,
+    or by the generations' time. Runs of earlier versions know of no passes: if there is one, evaluations are shown."""
+    counted = all(line.passes is not None for run in runs.values() for line in run.timing)
     rows = []
     for name, run in runs.items():
-        # A generation that was searched again has its last time.
-        seconds = {line.generation: line.seconds + line.validation_seconds for line in run.timing}
-        passed = dict(zip(seconds, np.cumsum(list(seconds.values())).tolist(), strict=True))
+        # A generation that was searched again has its last line.
+        spent = {
+            line.generation: line.seconds + line.validation_seconds if by_time else line.passes or 0.0
+            for line in run.timing
+        }
+        passed = dict(zip(spent, np.cumsum(list(spent.values())).tolist(), strict=True))
         whole, best, curve = any(g.row.best_so_far is not None for g in run.fitness_rows), -math.inf, []
         for g in run.fitness_rows:
             value = g.row.best_so_far if whole else g.row.best_of_part
-            place = passed.get(g.number) if by_time else g.row.evaluations
+            place = passed.get(g.number) if by_time or counted else g.row.evaluations
             if value is not None and place is not None:
                 best = max(best, value)
                 curve.append((name, place, best))
         rows += [curve[place] for place in spread(len(curve), MOST_POINTS)]
     # A line of one point is none.
     few = any(len(run.fitness_rows) <= 10 for run in runs.values())
-    title = "time of the generations" if by_time else "evaluations of candidates"
+    work = "passes" if counted else "evaluations of candidates"
+    title = "time of the generations" if by_time else work
     tick = DURATION if by_time else "format(datum.value, ',')"
     legend = _line_legend(3, columns=2, labelLimit=140, values=list(dict.fromkeys(row[0] for row in rows)))
     chart = (

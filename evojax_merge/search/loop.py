@@ -29,7 +29,7 @@ from evojax_merge.evaluation.scores import (
 )
 from evojax_merge.mergekit.write import shortest_decimal
 from evojax_merge.search.answers import ask, finalists, metrics, tell
-from evojax_merge.search.budgets import STEPS_PER_LOOK, describe_length, looks_at_all
+from evojax_merge.search.budgets import GRADIENT_PASSES, STEPS_PER_LOOK, describe_length, looks_at_all
 from evojax_merge.search.example_choice import ExampleChoice, choose_examples
 from evojax_merge.search.protocols import (
     GenomeEvaluator,
@@ -187,6 +187,7 @@ class Schedule:
         self.by_gradient: bool | None = None
         self.is_fitness = bool(minibatches) and _metrics(minibatches[0]) == _metrics(shards[0])
         self._looks, self._looked = looks and self.is_fitness and len(shards) == 1, False
+        self._examples = sum(task.size for shard in shards for task in shard.tasks)
 
     @property
     def scored_on(self) -> ScoredOn:
@@ -194,6 +195,15 @@ class Schedule:
         if not self.by_gradient or self._looked or (self.is_fitness and len(self._minibatches) == 1):
             return "all examples"
         return "minibatch" if self.is_fitness else "companion"
+
+    def passes(self, halved: HalvingResult) -> float:
+        """The work of the latest generation, whose results these are: 1 is a candidate on all examples, without a
+        gradient."""
+        scored = float(halved.examples.sum() / self._examples)
+        if not self.by_gradient:
+            return scored
+        followed = GRADIENT_PASSES * len(halved.examples) / len(self._minibatches)
+        return followed + scored if self._looked else followed
 
     def evaluate(
         self, number: int, by_gradient: bool, genomes: np.ndarray, surrogate: SurrogateData, reporter: Reporter
@@ -316,7 +326,10 @@ def evolve(
             row = history_row(number + 1, course.evaluations + len(genomes), genes, halved, state, values)
             if by_gradient and not schedule.is_fitness:
                 row["companion"] = True
-            timing = {"generation": number + 1, "seconds": seconds, "seconds_per_candidate": seconds / len(genomes)}
+            timing = {
+                "generation": number + 1, "passes": schedule.passes(halved), "seconds": seconds,
+                "seconds_per_candidate": seconds / len(genomes),
+            }  # fmt: skip
             if validation is not None and config.validate_every and (number + 1) % config.validate_every == 0:
                 started = time.perf_counter()
                 best = np.asarray(state["genomes"])[:1][np.isfinite(state["fitness"][:1])]

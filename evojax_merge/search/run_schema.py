@@ -115,6 +115,8 @@ class TimingLine(Stored):
     """A line of timing.jsonl."""
 
     generation: Count
+    # None in a run of an earlier version.
+    passes: Annotated[Number, Field(ge=0)] | None = None
     seconds: Annotated[Number, Field(ge=0)]
     validation_seconds: Annotated[Number, Field(ge=0)] = 0.0
 

@@ -14,7 +14,6 @@ from evojax_merge.config.search_config import GradientConfig, StopConfig
 from evojax_merge.evaluation.scores import Goal, TaskScores, fitness, score_matrix
 from evojax_merge.problem import SearchProblem, build_strategy
 from evojax_merge.report.comparison import POLISHED, POLISHED_NAME, label_of, model_name
-from evojax_merge.report.plan import TUNING
 from evojax_merge.search.budgets import search_passes
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive, Reporter, Storage, evolve
@@ -177,8 +176,8 @@ def _adapters(
     """Adapters of the base and of the best parent, trained on the examples that the search had, for as many passes."""
     passes = passes_of(problem, archive.generations)
     for role, model in _adapted_models(problem, on):
-        change = _trained(problem, on, model, LORA_ROLES[role], passes, phase, kept)
         name = f"LoRA on {label_of(role, model_name(model))}"
+        change = _trained(problem, on, model, LORA_ROLES[role], name, passes, phase, kept)
         note = change.describe(problem, name, passes)
         yield Control(LORA_ROLES[role], name, None, change.heldout(), change.facts["search"], note)
 
@@ -213,7 +212,7 @@ class Change:
 
 def _trained(
     problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]], candidate: Path | np.ndarray, role: str,
-    passes: float, phase: Phase, kept: KeptControls,
+    name: str, passes: float, phase: Phase, kept: KeptControls,
 ) -> Change:  # fmt: skip
     """A low-rank change of a model of the search, or of the candidate of a genome, trained or as it was kept."""
     tuning = Tuning()
@@ -229,7 +228,7 @@ def _trained(
     if made is None:
         steps = sum(steps * count for steps, count in tuning.schedule(passes, len(parts), by_gradient))
         each = max(part.passes(1 if by_gradient else 2 * tuning.pairs) for part in parts)
-        with phase(TUNING, steps * each) as progress:
+        with phase(f"training the {name}", steps * each) as progress:
             tuned = train(model, data, tuning, passes, problem.seed, progress)
         facts = {
             "fitness": tuned.fitness, "search": tuned.search, "rate": tuned.rate, "step": tuned.step,
@@ -248,7 +247,7 @@ def polish(
     """The winner of a genome, trained further with as much work as the search took."""
     kept = KeptControls.read(folder if on.heldout.devices.is_main_process else None)
     passes = passes_of(problem, archive.generations)
-    change = _trained(problem, on, genome, POLISHED, passes, phase, kept)
+    change = _trained(problem, on, genome, POLISHED, POLISHED_NAME, passes, phase, kept)
     scores = change.heldout() if problem.splits.heldout else None
     note = change.describe(problem, POLISHED_NAME, passes)
     return Control(POLISHED, POLISHED_NAME, None, scores, None, note), change

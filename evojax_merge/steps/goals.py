@@ -17,6 +17,7 @@ from evojax_merge.system.console import say
 from evojax_merge.tasks.splits import Splits
 
 Progress = Callable[[int], None]
+StoredSplit = Literal["search", "heldout"]
 
 
 def with_goals(
@@ -90,7 +91,7 @@ def measured_scales(
 
 
 def score_stored(
-    problem: SearchProblem[Backend], split: Literal["search", "heldout"], evaluator: SpaceEvaluator[Any], model: Path,
+    problem: SearchProblem[Backend], split: StoredSplit, evaluator: SpaceEvaluator[Any], model: Path,
     progress: Progress,
 ) -> TaskScores:  # fmt: skip
     """The scores of the base or of a parent on a split, as an earlier search kept them or as they are computed now."""
@@ -98,7 +99,6 @@ def score_stored(
     kept = None if problem.kept is None else problem.kept.read(split, model, sizes)
     if kept is not None:
         say(f"{model_name(model)}: scored on the {split} split by an earlier search, of the same models and tasks")
-        progress(evaluator.passes(1))
         return kept
     scores = problem.backend.score_stored(model, evaluator, progress)
     if problem.kept is not None:

@@ -20,13 +20,13 @@ from evojax_merge.report.plan import CHOOSING, HELDOUT, MEASURING
 from evojax_merge.search.fronts import front_of
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive, Finalist, rescore
-from evojax_merge.search.protocols import capabilities_of, plain_merges_of
+from evojax_merge.search.protocols import capabilities_of, gradient_generations, plain_merges_of
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.strategies.greedy import Greedy
 from evojax_merge.steps.controls import Control, examples_of, make_controls, polish
-from evojax_merge.steps.goals import score_stored, with_goals
+from evojax_merge.steps.goals import StoredSplit, score_stored, with_goals
 from evojax_merge.tasks.splits import Splits
-from evojax_merge.tasks.task import GUARD_WEIGHT
+from evojax_merge.tasks.task import GUARD_WEIGHT, Task
 
 Progress = Callable[[int], None]
 # (the name of a part of the work, its steps at most) -> a context that yields the function that receives steps done.
@@ -306,12 +306,13 @@ def _scored_again(problem: SearchProblem[Backend]) -> int:
 
 def candidates_to_select(problem: SearchProblem[Backend]) -> SelectionCounts:
     """The most models that `select_best` scores on each split."""
-    plain = len(plain_merges_of(problem.space)[0])
-    front = problem.strategy.population + plain if capabilities_of(problem.strategy).keeps_front else 0
-    _, baselines = problem.space.baselines()
-    # Besides the finalists: the strategy's proposal, the start, the uniform merge and the parents.
-    candidates = _scored_again(problem) + 2 + plain + len(baselines) + front
-    heldout = len(problem.facts.compared) + 2 + front + len(problem.search.controls)
+    plain, _ = plain_merges_of(problem.space)
+    front = problem.strategy.population + len(plain) if capabilities_of(problem.strategy).keeps_front else 0
+    _, proposed = gradient_generations(problem.strategy, problem.search.generations)
+    # Besides the finalists and the strategy's proposals: the start, the uniform merge and the parents.
+    others = np.unique(np.concatenate([problem.space.start[None], plain, problem.space.baselines()[1]]), axis=0)
+    candidates = _scored_again(problem) + max(1, proposed) + len(others) + front
+    heldout = _not_kept(problem, "heldout", problem.splits.heldout) + 2 + front + len(problem.search.controls)
     if "greedy" in problem.search.controls:
         soup = Greedy(problem.space)
         candidates += soup.population * (soup.capabilities.generations or 0)
@@ -320,9 +321,18 @@ def candidates_to_select(problem: SearchProblem[Backend]) -> SelectionCounts:
     return SelectionCounts(2, candidates, heldout)
 
 
+def _not_kept(problem: SearchProblem, split: StoredSplit, tasks: Sequence[Task]) -> int:
+    """The number of models of the search, base and parents, whose scores on a split no earlier search kept."""
+    models = [model for _, model in problem.facts.compared]
+    if problem.kept is None:
+        return len(models)
+    sizes = {task.name: task.size for task in tasks}
+    return sum(problem.kept.read(split, model, sizes) is None for model in models)
+
+
 def models_to_measure(problem: SearchProblem) -> SelectionCounts:
     """The models that are scored on each split before the first generation, for scales and guards (`with_goals`); those
     on the examples of the generations count as on the search split."""
-    scaled = len(problem.facts.compared) if problem.scale == "parents" else 0
+    scaled = _not_kept(problem, "search", problem.splits.search) if problem.scale == "parents" else 0
     guarded = 1 if problem.guards else 0
     return SelectionCounts(scaled + 2 * guarded, guarded if problem.splits.validation is not None else 0, 0)

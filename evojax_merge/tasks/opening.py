@@ -14,6 +14,8 @@ from evojax_merge.tasks.task import FindFile, Opening, Place, SplittableTask, Ta
 from evojax_merge.tasks.text import TextTask, numbers_in
 
 T = TypeVar("T", bound=SplittableTask)
+# Fewer examples to search on say next to nothing.
+FEW_EXAMPLES = 4
 
 
 def open_task(
@@ -96,9 +98,10 @@ def resolved_config(config: TaskConfig, search: Task, heldout: Task) -> dict[str
 
 
 def data_warnings(where: str, tasks: Sequence[TaskConfig], splits: Splits[list[Task]]) -> list[str]:
-    """Warnings about examples that make scores say less than they seem to, a line each: for a task of which only the
-    last of several numbers counts, one with examples that stand more than once in its data, and one whose held-out (or
-    validation) examples are among the searched ones. `where`: the config; `splits`: those of its tasks."""
+    """Warnings about examples that make scores say less than they seem to, a line each: for a task with fewer than
+    FEW_EXAMPLES to search on, one of which only the last of several numbers counts, one with examples that stand more
+    than once in its data, and one whose held-out (or validation) examples are among the searched ones. `where`: the
+    config; `splits`: those of its tasks."""
     validation = splits.validation or []
     searched = {key for task in splits.search if task.weight > 0 for key, _ in task.contents()}
     chosen_on = {key for task in validation if task.weight > 0 for key, _ in task.contents()}
@@ -107,6 +110,9 @@ def data_warnings(where: str, tasks: Sequence[TaskConfig], splits: Splits[list[T
         task = f"{where}: tasks[{number}]"
         # A task of weight 0 is not divided.
         kept_back = [validation[number]] if validation and config.weight > 0 else []
+        if config.weight > 0 and len(search.contents()) in range(1, FEW_EXAMPLES):
+            count = "1 example" if search.size == 1 else f"{search.size} examples"
+            lines.append(f"{task}: {count} to search on; what is best there may be no better elsewhere, take dozens")
         lines += ignored_numbers(task, search, *kept_back, held)
         if config.heldout_source is not None:
             lines += repeated(task, search, *kept_back) + repeated(f"{task}.heldout", held)
