@@ -849,9 +849,7 @@ def test_compared_runs_have_axes_of_passes_and_of_time_and_intervals_of_their_di
             for k, score in enumerate(right)
         ]  # fmt: skip
         (run / "heldout_answers.jsonl").write_text("".join(f"{json.dumps(answer)}\n" for answer in answers))
-        timing = [
-            {"generation": k + 1, "passes": 6.0, "seconds": seconds, "validation_seconds": 1.0} for k in range(3)
-        ]
+        timing = [{"generation": k + 1, "passes": 6.0, "seconds": seconds, "validation_seconds": 1.0} for k in range(3)]
         (run / "timing.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in timing))
         lost = [{"score": "words/accuracy", "role": "parent", "name": "maths"}]
         edit_result(run, shares={"sums/accuracy": 1.0}, units={"sums/accuracy": "share right"}, worse_on=lost)
