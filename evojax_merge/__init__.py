@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from evojax_merge.errors import Failed, InputError
-from evojax_merge.system.torch_note import drop_in_our_imports
+from evojax_merge.system.without_torch import drop_in_our_imports
 from evojax_merge.version import __version__
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evojax_merge import __version__
-from evojax_merge.system import interrupts, torch_note
+from evojax_merge.system import interrupts, without_torch
 
 if __name__ == "__main__":  # Before click: an interruption should not find the program unprepared.
     interrupts.end_at_once(interrupts.INTERRUPTED, "interrupted\n")
@@ -566,7 +566,7 @@ def _run(command: Callable[[], Any]) -> int:
 
 def main() -> None:
     interrupts.install()
-    torch_note.is_command = True
+    without_torch.is_command = True
     # Warnings are for developers, who ask for them (-W, PYTHONWARNINGS); users' messages are this program's own.
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -17,7 +17,7 @@ from helpers.searches import search_config
 from reference.torch_models import torch_logits, torch_logprobs
 from safetensors.numpy import load_file, save_file
 
-from evojax_merge.checkpoints.config_file import LARGER_MODELS
+from evojax_merge.checkpoints.config_file import MULTIMODAL_MODEL_TYPES
 from evojax_merge.checkpoints.decoder_folder import decoder_of
 from evojax_merge.checkpoints.folder import open_folder
 from evojax_merge.checkpoints.parents import open_sources
@@ -228,7 +228,7 @@ def test_a_merge_of_ministral_3_inside_of_mistral_3(tmp_path: Path, monkeypatch:
 
 
 def test_every_larger_model_is_in_a_table() -> None:
-    assert {*LARGER, *MORE} == LARGER_MODELS
+    assert {*LARGER, *MORE} == MULTIMODAL_MODEL_TYPES
 
 
 @pytest.mark.skipif(not ALL, reason="EVOJAX_TEST_ALL")

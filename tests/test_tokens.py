@@ -1,6 +1,9 @@
 """Tokens of merged models, against mergekit: whose row is whose, in which order, in models of any architecture."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -376,3 +379,24 @@ def test_an_embedding_is_found_by_its_rows(tmp_path: Path) -> None:
     edit_json(tmp_path / "base" / "config.json", lambda config: config.update(vocab_size=7))
     with pytest.raises(InputError, match=r"base: has no tensor model\.embed_tokens\.weight; tokenizer: aligns"):
         ours(tmp_path, document)
+
+
+WITHOUT_TORCH = """
+import importlib.util, sys
+from pathlib import Path
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in ("torch", "torchvision") else find(name, package)
+import evojax_merge
+"""
+LOADING = "from evojax_merge.checkpoints.tokens import load_tokenizer; load_tokenizer(Path(sys.argv[1]))"
+
+
+@pytest.mark.parametrize("code, is_noted", [(LOADING, False), ("import transformers", True)])
+def test_where_torch_is_not_installed_its_absence_is_noted_for_other_code_alone(
+    code: str, is_noted: bool, tmp_path: Path
+) -> None:
+    word_tokenizer(words(20)).save_pretrained(tmp_path)
+    program = [sys.executable, "-c", WITHOUT_TORCH + code, tmp_path]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS_")}
+    done = subprocess.run(program, capture_output=True, text=True, check=True, env=environment)
+    assert ("PyTorch was not found" in done.stdout + done.stderr) == is_noted

@@ -61,7 +61,7 @@ def _neutral(head_dim: int, hidden: int, layers: int) -> dict[str, tuple[float, 
 
 # Multimodal models that read a text exactly like their text decoder alone. The decoder's settings are their
 # `text_config`, or, in earlier files, stand beside those of the other modules.
-LARGER_MODELS = {
+MULTIMODAL_MODEL_TYPES = {
     "gemma3", "got_ocr2", "idefics3", "internvl", "llava", "llava_next", "llava_next_video", "llava_onevision",
     "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
     "video_llava", "vipllava",
@@ -74,7 +74,7 @@ DECODER_PREFIX = "model.language_model."
 def is_larger_model(config: Mapping[str, Any]) -> bool:
     """Return whether a config.json is that of a model with a text decoder and other modules."""
     kind = config.get("model_type")
-    return isinstance(kind, str) and kind in LARGER_MODELS
+    return isinstance(kind, str) and kind in MULTIMODAL_MODEL_TYPES
 
 
 def decoder_settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ from evojax_merge.search.run_schema import MAX_DOCUMENT, read_result, read_run_c
 from evojax_merge.system.console import console, say
 from evojax_merge.system.file_system import recover
 from evojax_merge.system.regular_file import read_regular
-from evojax_merge.system.torch_note import leave_torch_out
+from evojax_merge.system.without_torch import leave_torch_out
 from evojax_merge.zoo.references import resolve_reference
 
 

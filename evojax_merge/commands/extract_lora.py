@@ -18,7 +18,7 @@ from evojax_merge.report.notices import Log
 from evojax_merge.steps.stored_models import read_tasks
 from evojax_merge.system.console import console
 from evojax_merge.system.file_system import recover
-from evojax_merge.system.torch_note import leave_torch_out
+from evojax_merge.system.without_torch import leave_torch_out
 from evojax_merge.zoo.references import resolve_reference
 
 # The relative distance from which on a model was hardly made from its base; that of fine-tunes is some hundredths.

@@ -5,7 +5,7 @@ import inspect
 from merge_kernels import METHODS, Parameter
 
 from evojax_merge import plugins
-from evojax_merge.checkpoints.config_file import LARGER_MODELS
+from evojax_merge.checkpoints.config_file import MULTIMODAL_MODEL_TYPES
 from evojax_merge.config.documents import keys_of
 from evojax_merge.config.search_config import Config
 from evojax_merge.errors import InputError, did_you_mean
@@ -46,10 +46,10 @@ def architectures_table() -> Table:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     native = model_types()
-    others = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - {*native, *LARGER_MODELS})
+    others = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - {*native, *MULTIMODAL_MODEL_TYPES})
     rows = [
         *((name, "yes", "yes") for name in native),
-        ("\n".join(sorted(LARGER_MODELS)), "their text decoder, of an architecture above", "yes"),
+        ("\n".join(sorted(MULTIMODAL_MODEL_TYPES)), "their text decoder, of an architecture above", "yes"),
         (", ".join(others), "with `backend: torch` alone", "yes, where tensors and shapes match (safetensors)"),
         ("any other", "no", "yes, where tensors and shapes match (safetensors)"),
     ]

@@ -35,7 +35,7 @@ from evojax_merge.schema.yaml_reader import load_documents, refuse_repeated
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.system.console import console, say
 from evojax_merge.system.file_system import recover
-from evojax_merge.system.torch_note import leave_torch_out
+from evojax_merge.system.without_torch import leave_torch_out
 from evojax_merge.zoo.references import resolve_reference
 
 T = TypeVar("T")

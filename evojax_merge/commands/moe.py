@@ -19,7 +19,7 @@ from evojax_merge.report.progress import merge_bar
 from evojax_merge.schema.yaml_reader import load_yaml
 from evojax_merge.system.console import console
 from evojax_merge.system.file_system import recover
-from evojax_merge.system.torch_note import leave_torch_out
+from evojax_merge.system.without_torch import leave_torch_out
 from evojax_merge.zoo.references import resolve_reference
 
 

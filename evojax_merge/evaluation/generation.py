@@ -50,7 +50,7 @@ LOOKUP_CANDIDATES = 2
 CPU_CACHE_BYTES = 32 * 2**20
 
 
-def _beside(values: np.ndarray, array: jax.Array) -> jax.Array:
+def _put_like(values: np.ndarray, array: jax.Array) -> jax.Array:
     """Values in the place of an array on its devices."""
     sharding = array.sharding
     return placed(values, sharding) if isinstance(sharding, NamedSharding) else jax.device_put(values, sharding)
@@ -223,7 +223,7 @@ def _decode(
             done = done | _stopped(evaluator, on_host(state.tokens), requests)
         if done.all():
             return None
-        return spec, shared, each, replace(state, done=_beside(done, state.done))
+        return spec, shared, each, replace(state, done=_put_like(done, state.done))
 
     # The prefill gives the first token; each further one takes a step, unless draft tokens are accepted.
     return Program(

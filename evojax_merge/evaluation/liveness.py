@@ -18,7 +18,7 @@ from evojax_merge.evaluation.costs import (
     nbytes_of,
     size_of_aval,
 )
-from evojax_merge.evaluation.cut_axes import Axis, axis_of, cut_axes
+from evojax_merge.evaluation.sharding_axes import Axis, axis_of, sharding_axes
 from evojax_merge.evaluation.targets import Platform
 from evojax_merge.models.sharding import MODEL_AXIS
 
@@ -310,7 +310,7 @@ def _results_axes(eqn: Any, inside: Sequence[_Program], own: Sequence[Axis], sha
     if shards == 1:
         return [None] * len(eqn.outvars)
     if not inside:
-        return cut_axes(eqn, own, shards)
+        return sharding_axes(eqn, own, shards)
     # For a loop the axes of the body, which has more results than the condition.
     axes, name = max((program.axes for program in inside), key=len), eqn.primitive.name
     if _is_of_one_device(eqn):

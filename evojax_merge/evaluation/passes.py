@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from evojax_merge.evaluation.cut_axes import Axis, axis_of
 from evojax_merge.evaluation.devices import AnyMesh, Devices, shard_population, size_of, vmap_sharded
 from evojax_merge.evaluation.liveness import result_axes
+from evojax_merge.evaluation.sharding_axes import Axis, axis_of
 from evojax_merge.evaluation.targets import Platform
 from evojax_merge.models import generate
 from evojax_merge.models.adapted import AdaptedModel, LowRankLayout, adapted_model

@@ -377,13 +377,13 @@ class MergeParts(Parts):
 
     def bring(self, chunks: Sequence[Recipe]) -> Iterator[Bring]:
         bank = self.bank
-        ends = bank.before_layers()
+        ends = bank.embedding_leaves()
         yield partial(_end_part, ends)
-        ends = bank.meanwhile(ends)
+        ends = bank.resident_leaves(ends)
         for number, leaves in bank.layers(range(bank.depth)):
             yield partial(by_layer.layer_part, number, leaves)
             del leaves
-        yield partial(_end_part, bank.behind_layers(ends))
+        yield partial(_end_part, bank.head_leaves(ends))
 
     def ends(self, candidates: Recipe) -> Iterator[Part]:
         for name in self.bank.shapes.shared:

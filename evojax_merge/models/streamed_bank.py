@@ -41,17 +41,17 @@ class StreamedBank:
         leaves = jax.tree.leaves(self.shapes.stacks)
         return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves) // self.depth
 
-    def before_layers(self) -> Leaves:
+    def embedding_leaves(self) -> Leaves:
         """The leaves outside of the layers that embed tokens: all but the head, where that is a leaf of its own."""
         self.check()
         return self.load_ends([name for name in self.shapes.shared if name != HEAD])
 
-    def meanwhile(self, ends: Leaves) -> Leaves:
+    def resident_leaves(self, ends: Leaves) -> Leaves:
         """The leaves that stay while layers come and go: an embedding only where it is the head as well."""
         dropped = EMBEDDING if HEAD in self.shapes.shared else None
         return {name: leaf for name, leaf in ends.items() if name != dropped}
 
-    def behind_layers(self, ends: Leaves) -> Leaves:
+    def head_leaves(self, ends: Leaves) -> Leaves:
         """The leaves outside of the layers that follow them, with the head. ends: those that stayed."""
         return ends | self.load_ends([name for name in self.shapes.shared if name == HEAD])
 

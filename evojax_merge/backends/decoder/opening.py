@@ -36,7 +36,7 @@ from evojax_merge.spaces.parameter import ParameterSpace
 from evojax_merge.spaces.search_parameters import (
     find_method,
 )
-from evojax_merge.system.torch_note import leave_torch_out
+from evojax_merge.system.without_torch import leave_torch_out
 from evojax_merge.tasks.task import TaskConfig
 from evojax_merge.zoo.references import recipe_reference, resolve_file, resolve_reference
 

@@ -98,7 +98,7 @@ class TorchBackend(FunctionBackend):
         if not described and self._is_native():
             say(
                 f"{self.network.name} is native as well: backend: decoder merges it layer by layer as it is scored; "
-                f"here every candidate is a whole model, of {shown_bytes(4 * self._numbers())} in float32"
+                f"here every candidate is a whole model, of {shown_bytes(4 * self._parameter_count())} in float32"
             )
         for why in dict.fromkeys(self._untraced.values()):
             names = [task for task, reason in self._untraced.items() if reason == why and task not in described]
@@ -121,8 +121,8 @@ class TorchBackend(FunctionBackend):
             return False
         return known_architecture(read_json_object(config, missing={}).get("model_type")) is not None
 
-    def _numbers(self) -> int:
-        """How many numbers of a candidate are merged."""
+    def _parameter_count(self) -> int:
+        """The number of parameters of a candidate that are merged."""
         return sum(leaf.sources[0].size for leaf in self.merge.tree.leaves if leaf.merged)
 
     def programs(self, population: int, devices: Devices) -> Programs:
@@ -130,7 +130,7 @@ class TorchBackend(FunctionBackend):
         programs.finish = self.finished
         if not self.facts.target.is_accelerator:
             # A quarter of the memory, with candidates in float32.
-            most = max(1, available_memory() // (16 * self._numbers()))
+            most = max(1, available_memory() // (16 * self._parameter_count()))
             programs.workers = min(torch.get_num_threads(), most)
             programs.together = partial(on_cores, workers=programs.workers)
         return programs
@@ -161,7 +161,7 @@ class TorchBackend(FunctionBackend):
         if self.facts.settings.chunk is not None or not self.facts.target.is_accelerator:
             return count
         room = (self.facts.target.memory - self.held_bytes()) // 4
-        return max(1, min(count, int(room // (4 * self._numbers()))))
+        return max(1, min(count, int(room // (4 * self._parameter_count()))))
 
     def _prepared(self, task: Any) -> ArrayTask:
         """A task as arrays. The examples of networks' tasks are prepared once for all splits."""

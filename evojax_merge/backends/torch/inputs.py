@@ -87,7 +87,7 @@ def _accepted(network: Network, inputs: Mapping[str, Any], where: str, strict: b
         raise InputError(
             where, f"array {unknown!r} is no argument of {network.name}{did_you_mean(unknown, list(arguments))}"
         )
-    return {name: _fitting(array) for name, array in inputs.items() if name in arguments}
+    return {name: _as_jax_dtype(array) for name, array in inputs.items() if name in arguments}
 
 
 def _method(network: Network, inputs: Mapping[str, Any]) -> Any:
@@ -97,7 +97,7 @@ def _method(network: Network, inputs: Mapping[str, Any]) -> Any:
     return network.module.forward
 
 
-def _fitting(array: np.ndarray) -> np.ndarray:
+def _as_jax_dtype(array: np.ndarray) -> np.ndarray:
     """An array in the dtype that JAX has of its kind."""
     return array.astype(np.float32 if array.dtype.kind == "f" else bool if array.dtype.kind == "b" else np.int32)
 
@@ -176,7 +176,7 @@ def embedded_texts(network: Network, folder: Path, texts: list[str], role: str =
     prompt = prompts.get(role or module.default_prompt_name) or prompts.get(module.default_prompt_name) or ""
     with library_errors(folder, f"{network.name} fails on the examples' texts"):
         features = module.preprocess([prompt + text for text in texts])
-    return {name: _fitting(value.numpy()) for name, value in features.items() if hasattr(value, "numpy")}
+    return {name: _as_jax_dtype(value.numpy()) for name, value in features.items() if hasattr(value, "numpy")}
 
 
 def documents(task: NetworkTask) -> list[str]:

@@ -333,9 +333,9 @@ def _differentiating(
     chunks = [Chunk(rows, recipes) for rows, recipes in population.chunks(chunk)]
     waits = _states_placement(evaluator, inputs, size * (bank.depth + 1))
 
-    ends = bank.before_layers()
+    ends = bank.embedding_leaves()
     yield _side_by_side(_embed(spec, inputs, waits, (ends, one.candidates.shared), one) for one in chunks)
-    ends = bank.meanwhile(ends)
+    ends = bank.resident_leaves(ends)
     counted = _LayerProgress(progress, 2 * bank.depth, sum(len(task.batches) for task in inputs) * population.size)
     for number, leaves in bank.layers(range(bank.depth)):
         forward = partial(_forward_layer, spec, number, inputs, waits, True)
@@ -343,7 +343,7 @@ def _differentiating(
         counted.layer_done()
         del leaves
 
-    ends = bank.behind_layers(ends)
+    ends = bank.head_leaves(ends)
     derivatives = [Derivatives(States()) for _ in chunks]
 
     def answering(one: Chunk, slopes: Derivatives) -> Job:
@@ -373,7 +373,7 @@ def _differentiating(
         counted.layer_done()
         del leaves, backward
 
-    ends = bank.before_layers()
+    ends = bank.embedding_leaves()
 
     def finishing(one: Chunk, slopes: Derivatives) -> Job:
         for task, prefix, cotangents in zip(inputs, slopes.behind.prefixes, slopes.behind.batches, strict=True):

@@ -19,7 +19,7 @@ def axis_of(spec: Sequence[Any]) -> Axis:
     return next((i for i, names in enumerate(spec) if names == MODEL_AXIS or MODEL_AXIS in _names(names)), None)
 
 
-def cut_axes(eqn: Any, given: Sequence[Axis], shards: int) -> list[Axis]:
+def sharding_axes(eqn: Any, given: Sequence[Axis], shards: int) -> list[Axis]:
     """The axis of each result of an equation without jaxprs of its own. given: the axes of its operands."""
     name, results = eqn.primitive.name, [out.aval for out in eqn.outvars]
     if name == "sharding_constraint":

@@ -20,7 +20,7 @@ def _is_ours() -> bool:
     while frame is not None:
         # `__package__` identifies a module that is run as a program, too.
         package = str(frame.f_globals.get("__package__")).partition(".")[0]
-        if package == __package__ and frame.f_globals.get("__name__") != __name__:
+        if package == __name__.partition(".")[0] and frame.f_globals.get("__name__") != __name__:
             return True
         frame = frame.f_back
     return False
