@@ -39,7 +39,7 @@ class Publication:
         models = [m for m in (config.get("base"), *(config.get("parents") or ())) if os.path.isabs(str(m))]
         self.names = dict(zip(models, public_names([Path(model) for model in models]), strict=True))
         inputs = config.get("inputs") or {}
-        files = (*models, *inputs, os.path.abspath(run), os.path.realpath(run), sys.prefix, Path(__file__).parent)
+        files = (*models, *inputs, os.path.abspath(run), os.path.realpath(run), sys.prefix, Path(__file__).parents[1])
         folders = {str(Path(file).parent) for file in files if os.path.isabs(file)}
         folders |= {os.getcwd(), str(Path.home()), tempfile.gettempdir()}
         places = sorted({*self.names, *folders} - {"/"}, key=len, reverse=True)
