@@ -593,6 +593,9 @@ def main() -> None:
     except OSError:
         # The interpreter would flush again at exit, and print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if status == INTERRUPTED and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        # An ordinary exit would wait for the other processes, which may wait for this one in a pass.
+        os._exit(status)
     sys.exit(status)
 
 

@@ -3,6 +3,8 @@
 import json
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -107,3 +109,34 @@ def test_a_batch_system_s_signal_ends_with_the_last_generation_saved(
 def test_targets_are_named_in_letters_of_any_case() -> None:
     assert find_target("--target", "8xH100") == find_target("--target", "8xh100")
     assert find_target("--target", "V5E-8").name == "v5e-8"
+
+
+IN_A_PASS = """
+import jax
+from evojax_merge.system import interrupts
+
+interrupts.install()
+never_ends = jax.jit(lambda: jax.lax.while_loop(lambda x: x > 0, lambda x: x * 0.5 + 1, 1.0)).lower().compile()
+with interrupts.ending_within(0.5, lambda: "stopped; 3 generations are saved\\n"):
+    print("begins", flush=True)
+    {work}
+"""
+
+
+@pytest.mark.parametrize(
+    ("work", "says"),
+    [
+        ("never_ends().block_until_ready()", "stopped; 3 generations are saved\ninterrupted\n"),
+        # Python notices a signal here, and unwinds for longer.
+        ("try: interrupts.time.sleep(60)\n    finally: interrupts.time.sleep(1.5); print('unwound')", "unwound"),
+    ],
+)
+def test_a_signal_ends_a_search_in_the_middle_of_a_pass(work: str, says: str) -> None:
+    program = [sys.executable, "-c", IN_A_PASS.format(work=work)]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "begins\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGUSR1)
+        output, errors = process.communicate(timeout=120)
+    assert says in output + errors
+    assert (process.returncode == 130) == (says != "unwound")

@@ -391,7 +391,7 @@ import evojax_merge
 LOADING = "from evojax_merge.checkpoints.tokens import load_tokenizer; load_tokenizer(Path(sys.argv[1]))"
 
 
-@pytest.mark.parametrize("code, is_noted", [(LOADING, False), ("import transformers", True)])
+@pytest.mark.parametrize(("code", "is_noted"), [(LOADING, False), ("import transformers", True)])
 def test_where_torch_is_not_installed_its_absence_is_noted_for_other_code_alone(
     code: str, is_noted: bool, tmp_path: Path
 ) -> None:

@@ -82,6 +82,10 @@ from evojax_merge.tasks.opening import data_warnings
 Output = Literal["text", "json", "none"]
 
 
+# The seconds after which a signal ends a search in the middle of a pass.
+PATIENCE = 5.0
+
+
 @dataclass
 class ResumeHint:
     """The command that continues a search, or begins it again where nothing is saved, printed wherever the search is
@@ -95,22 +99,26 @@ class ResumeHint:
         """Remember the command that continues the search from now on, and its run folder."""
         self.command, self.folder = command, folder
 
+    def describe(self) -> str:
+        """A line with the command."""
+        state = "nothing was searched yet" if self.resume else "nothing was saved"
+        if self.folder is not None:
+            count = len(self.folder.read_history())
+            state = f"{'1 generation is' if count == 1 else f'{count} generations are'} saved"
+        again = "Start again" if self.folder is None and not self.resume else "Continue"
+        return printable(f"stopped; {state}. {again} with: {self.command}", LONGEST_LINE) + "\n"
+
     @contextmanager
     def on_exit(self) -> Iterator[None]:
         """Print the command where a signal or the loss of another process ends the block."""
         try:
-            yield
+            with interrupts.ending_within(PATIENCE, self.describe):
+                yield
         except BaseException as error:
             if interrupts.received() or isinstance(error, PeerLostError):
                 with defer_signals():
-                    state = "nothing was searched yet" if self.resume else "nothing was saved"
-                    if self.folder is not None:
-                        count = len(self.folder.read_history())
-                        state = f"{'1 generation is' if count == 1 else f'{count} generations are'} saved"
-                    again = "Start again" if self.folder is None and not self.resume else "Continue"
-                    hint = printable(f"stopped; {state}. {again} with: {self.command}", LONGEST_LINE)
                     # In one piece: JAX may end the process at any time, with a line of its own.
-                    print(f"{hint}\n", end="", file=sys.stderr, flush=True)
+                    print(self.describe(), end="", file=sys.stderr, flush=True)
             raise
 
 

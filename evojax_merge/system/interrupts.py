@@ -31,6 +31,8 @@ _received = False
 _postponed: object | None = None
 # It has come again.
 _again = False
+# The number of signals that Python has handled: it handles none while the main thread is in compiled code.
+_handled = 0
 
 
 def install() -> None:
@@ -86,6 +88,7 @@ def defer_signals() -> Iterator[None]:
     usual = {number: handler for number, handler in usual.items() if handler not in (signal.SIG_IGN, None)}
 
     def hold(number: int, frame: Any) -> None:
+        _count()
         held.append(number)
         if len(held) > 1:
             _restore(usual)
@@ -101,8 +104,47 @@ def defer_signals() -> Iterator[None]:
         signal.raise_signal(held[0])
 
 
+@contextmanager
+def ending_within(seconds: float, last_words: Callable[[], str]) -> Iterator[None]:
+    """End the process where a signal comes in the block and the main thread has not noticed it after so many seconds: a
+    compiled pass may take minutes, or wait for another process that has left. Meant for work that survives a kill;
+    nothing is unwound. last_words: printed on stderr."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def watch() -> None:
+        handled = _handled
+        while signals := os.read(reading, 64):
+            if not set(signals) & set(SIGNALS):
+                continue
+            time.sleep(seconds)
+            if _handled == handled and not _received:
+                os.write(2, f"{last_words()}interrupted\n".encode(errors="replace"))
+                os._exit(INTERRUPTED)
+            handled = _handled
+        os.close(reading)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+
+
+def _count() -> None:
+    global _handled
+    _handled += 1
+
+
 def _unwind(number: int, frame: FrameType | None) -> None:
     global _received, _again
+    _count()
     waits = not _received or _again
     _received, _again = True, False
     if waits and _is_fenced(frame):
