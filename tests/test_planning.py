@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.commands import command
-from helpers.families import Family
+from helpers.families import Family, build_family
 from helpers.files import read_json, write_json, write_yaml
 from helpers.models import random_model, save, tiny_config
 from helpers.sampling import thorough
@@ -514,6 +514,19 @@ def test_how_many_candidates_generate_together_is_asked_of_the_devices_that_shar
     for name, axis in (("['q']", 2), (".states[0].keys", 1)):
         found = [own for leaf, own in zip(leaves, prefill.cut, strict=True) if leaf.endswith(name)]
         assert found == [axis], leaves
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_devices_that_share_a_candidate_do_its_work_once(kind: str, tmp_path: Path) -> None:
+    family = build_family(tmp_path, tiny_config(kind, num_hidden_layers=2))
+
+    def work(model: int) -> float:
+        problem = problem_of(document(family, evaluation={"model": model}), "4xh100")
+        return make_plan(problem, problem.prepare()).candidate.flops
+
+    alone = work(1)
+    for model in (2, 4):
+        assert work(model) == pytest.approx(alone, rel=0.03)
 
 
 def test_devices_that_share_a_candidate_hold_their_parts_of_it_once(family: Family) -> None:

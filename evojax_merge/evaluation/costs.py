@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 from evojax_merge.evaluation.targets import Platform, Target
+from evojax_merge.models.sharding import MODEL_AXIS
 
 # Returns how often the body of a `scan` or `while` runs.
 Trips = Callable[[Any], int]
@@ -159,6 +160,9 @@ def cost_of(jaxpr: Any, trips: Trips = scan_length, platform: Platform | None = 
             inner_cost += max(inner, key=lambda cost: cost.flops)
         elif inner:
             times = trips(eqn) if name in ("scan", "while") else 1
+            if name == "shard_map" and MODEL_AXIS in eqn.params["newly_manual_axes"]:
+                # The program of one of the devices that share a model, on its part.
+                times = eqn.params["mesh"].shape[MODEL_AXIS]
             inner_cost += sum(inner, Cost()) * times
         elif name in ELEMENTWISE:
             elementwise += sum(size_of_aval(out.aval) for out in eqn.outvars)
