@@ -19,6 +19,7 @@ from jax._src import distributed
 
 from evojax_merge.errors import InputError, PeerLostError, first_line
 from evojax_merge.evaluation.launching import ARRIVAL
+from evojax_merge.system import interrupts
 from evojax_merge.version import __version__
 
 # Seconds that a process waits for another: which may read terabytes before; and where all have come as far already.
@@ -247,9 +248,12 @@ def _missing_file(files: Mapping[str, str], others: Mapping[str, str]) -> str | 
 
 def report_aborts(line: str, status: int) -> None:
     """Have this process end with a line and an exit status where JAX aborts it, as it does once it misses another
-    process, where Python can raise nothing."""
+    process, where Python can raise nothing; as interrupted where a signal has come to all of them."""
 
     def end(number: int) -> None:
+        if interrupts.has_come():
+            os.write(2, b"interrupted\n")
+            os._exit(interrupts.INTERRUPTED)
         os.write(2, line.encode())
         os._exit(status)
 

@@ -256,8 +256,8 @@ class Plan:
         if self.budget is None:
             return generations
         budget = parse_budget(self.budget)
-        most = "" if budget is None or budget.seconds is None else " at most"
-        return f"{generations}{most} (search.budget: {self.budget})"
+        about = "" if budget is None or budget.seconds is None else "about "
+        return f"{about}{generations} (search.budget: {self.budget})"
 
     def what_would_fit(self) -> str:
         """The verdict on a search that does not fit, and changes that would make it fit."""

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from threading import Event
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -25,6 +26,7 @@ from evojax_merge.evaluation.planned_passes import DeviceSizes, PlanUse, SizedPa
 from evojax_merge.evaluation.targets import Target, live_target
 from evojax_merge.evaluation.timings import (
     CALLED,
+    Factor,
     Timing,
     WorkKind,
     estimated_factor,
@@ -111,9 +113,15 @@ def make_plan(
         on_search = cost_on(prepared.search, models.search) + cost_on(prepared.validation, models.validation)
         return (on_search + cost_on(prepared.heldout, models.heldout)) * (1 / groups)
 
-    generations = _planned_generations(
-        problem.search, problem.strategy, by_gradient.seconds(target, model), by_score.seconds(target, model)
-    )
+    expectation = partial(
+        _expectation, target=target, model=model, bank_bytes=sizes.bank,
+        timings=timings if target == live_target() else (), is_called=by_score.called_seconds > 0,
+    )  # fmt: skip
+    expected = [
+        cost.seconds(target, model) * expectation([passes]).multiple
+        for cost, passes in ((by_gradient, differentiated), (by_score, scored))
+    ]
+    generations = _planned_generations(problem.search, problem.strategy, *expected)
     rounds, _ = gradient_generations(problem.strategy, generations)
     rounds = min(rounds, generations)
     searched = by_gradient * rounds + by_score * (generations - rounds)
@@ -127,9 +135,7 @@ def make_plan(
     run = sum(parts.values(), Cost())
     only_gradients = rounds == generations
     used = [scored] * (not only_gradients) + [differentiated] * (rounds > 0)
-    by_kind = _seconds_by_kind(used, target, model)
-    bound = sum(sized.planned.cost(target).seconds(target, model) for passes in used for sized in passes)
-    expected_share = sum(by_kind.values()) / bound if bound else 1.0
+    expectations = expectation(used)
     rows = _rows([*([] if only_gradients else scored), *differentiated], target, model)
     also: Sequence[PassPlan] = ()
     if backend.facts.final_compute_dtype != backend.facts.compute_dtype:
@@ -158,11 +164,9 @@ def make_plan(
         run=_work(run, target, model),
         parts={name: _work(cost, target, model) for name, cost in parts.items() if cost.seconds(target, model)},
         around=_around(backend, sizes, run, _compiling([*scored, *differentiated], target, model, compiler)),
-        expected_share=expected_share,
-        factor=CALLED
-        if run.called_seconds
-        else estimated_factor(by_kind, sizes.bank, timings if target == live_target() else ()),
-        kind=max(by_kind, key=lambda kind: by_kind[kind], default="scoring"),
+        expected_share=expectations.share,
+        factor=expectations.factor,
+        kind=expectations.kind,
         host_bytes=PROCESS_BYTES + on_host,
         disk_bytes=disk_bytes(problem) + download_bytes,
         download_bytes=download_bytes,
@@ -239,9 +243,36 @@ def record_timing(planned: Plan, folder: RunFolder) -> None:
             record_timings([timing(planned.kind, factor, planned.bank_bytes, "search")])
 
 
+class _Expectation(NamedTuple):
+    """See `Plan`."""
+
+    share: float
+    factor: Factor
+    kind: WorkKind
+
+    @property
+    def multiple(self) -> float:
+        """The expected seconds, over those of the bound."""
+        return self.share * self.factor.value
+
+
+def _expectation(
+    used: Sequence[Sequence[SizedPass]], *, target: Target, model: int, bank_bytes: int, timings: Sequence[Timing],
+    is_called: bool,
+) -> _Expectation:  # fmt: skip
+    """The expectation of passes. is_called: whether functions are called that JAX does not trace."""
+    by_kind = _seconds_by_kind(used, target, model)
+    bound = sum(sized.planned.cost(target).seconds(target, model) for passes in used for sized in passes)
+    return _Expectation(
+        share=sum(by_kind.values()) / bound if bound else 1.0,
+        factor=CALLED if is_called else estimated_factor(by_kind, bank_bytes, timings),
+        kind=max(by_kind, key=lambda kind: by_kind[kind], default="scoring"),
+    )
+
+
 def _planned_generations(search: SearchConfig, strategy: Strategy, by_gradient: float, by_score: float) -> int:
-    """The generations of a search; where the clock ends it, as many as fit into its budget by the roofline, at most.
-    by_gradient, by_score: seconds of a generation that follows gradients, and of one that does not."""
+    """The generations of a search; where the clock ends it, about as many as fit into its budget. by_gradient,
+    by_score: the expected seconds of a generation that follows gradients, and of one that does not."""
     seconds = search.parsed_budget.seconds
     if seconds is None:
         return search.generations

@@ -33,6 +33,8 @@ _postponed: object | None = None
 _again = False
 # The number of signals that Python has handled: it handles none while the main thread is in compiled code.
 _handled = 0
+# A signal has come in a block of `ending_within`, noticed or not.
+_has_come = False
 
 
 def install() -> None:
@@ -42,8 +44,13 @@ def install() -> None:
 
 
 def received() -> bool:
-    """Return whether a signal has come."""
+    """Return whether a signal has come, and the main thread has noticed it."""
     return _received
+
+
+def has_come() -> bool:
+    """Return whether a signal has come, noticed or not."""
+    return _received or _has_come
 
 
 def check() -> None:
@@ -116,10 +123,12 @@ def ending_within(seconds: float, last_words: Callable[[], str]) -> Iterator[Non
     os.set_blocking(writing, False)
 
     def watch() -> None:
+        global _has_come
         handled = _handled
         while signals := os.read(reading, 64):
             if not set(signals) & set(SIGNALS):
                 continue
+            _has_come = True
             time.sleep(seconds)
             if _handled == handled and not _received:
                 os.write(2, f"{last_words()}interrupted\n".encode(errors="replace"))
