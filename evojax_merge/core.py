@@ -80,7 +80,7 @@ def search(
                 write_winner(folder, problem.within(archive.context), result)
                 remove_members(folder)
                 if not ballots:
-                    record_timing(planned, folder)
+                    record_timing(planned, folder, compilations() - compiled_before)
     barrier("written")
 
 

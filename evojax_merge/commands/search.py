@@ -261,7 +261,8 @@ def run_search(
         require_space(out, sum(map(disk_bytes, problems)))
         for problem in problems:
             _require_bank(path, problem, force)
-    document = resolved_document(configs[0], problems[0])
+    with working("hashing the models and the data"):
+        document = resolved_document(configs[0], problems[0])
     check_recorded_inputs(path, config.inputs or {}, document[INPUTS])
     check_files(document[INPUTS])
     if stages is not None:

@@ -23,6 +23,8 @@ from evojax_merge.system.regular_file import read_regular
 
 # Scoring rows in one forward pass, writing text token by token, and differentiating the score.
 WorkKind = Literal["scoring", "decoding", "gradient"]
+# The factor of compiling is over seconds by the programs' size.
+TimingKind = Literal["scoring", "decoding", "gradient", "compiling"]
 # The most timings that are kept, the latest ones; and the file's size.
 MAX_TIMINGS, MAX_BYTES = 200, 2**20
 
@@ -34,7 +36,7 @@ class Timing(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     device: str
-    kind: WorkKind
+    kind: TimingKind
     factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     nbytes: Annotated[int, Field(gt=0)]
     source: Literal["bench", "search"]
@@ -53,6 +55,8 @@ class Factor(BaseModel):
 
 # A guess.
 NOT_MEASURED = Factor(value=3.0)
+# Another guess: a search compiles many small programs beside its passes.
+COMPILING_NOT_MEASURED = 3.0
 # The bound of functions that JAX does not trace is a measurement.
 CALLED = Factor(value=1.0, source="measured here on some examples: JAX does not trace it")
 
@@ -62,7 +66,7 @@ def kind_of_pass(name: str) -> WorkKind:
     return "decoding" if name == DECODE else "gradient" if name.endswith("gradient") else "scoring"
 
 
-def timing(kind: WorkKind, factor: float, nbytes: int, source: Literal["bench", "search"]) -> Timing:
+def timing(kind: TimingKind, factor: float, nbytes: int, source: Literal["bench", "search"]) -> Timing:
     """A measurement of this machine's devices, made now."""
     return Timing(
         device=_device(), kind=kind, factor=factor, nbytes=nbytes, source=source,
@@ -75,12 +79,10 @@ def estimated_factor(seconds: Mapping[WorkKind, float], nbytes: int, timings: Se
     by the seconds, of those measured with the most similar models; a kind that was not measured takes as long as
     scoring."""
 
-    def nearest(kind: WorkKind) -> Timing | None:
-        of_kind = [each for each in timings if each.kind == kind]
-        # Among equals the latest.
-        return min(reversed(of_kind), key=lambda each: abs(math.log(each.nbytes / max(nbytes, 1))), default=None)
-
-    used = {kind: nearest(kind) or nearest("scoring") for kind, part in seconds.items() if part > 0}
+    used = {
+        kind: _nearest(kind, nbytes, timings) or _nearest("scoring", nbytes, timings)
+        for kind, part in seconds.items() if part > 0
+    }  # fmt: skip
     measured = {kind: each for kind, each in used.items() if each is not None}
     if not used or len(measured) < len(used):
         return NOT_MEASURED
@@ -89,6 +91,19 @@ def estimated_factor(seconds: Mapping[WorkKind, float], nbytes: int, timings: Se
     latest = max(measured.values(), key=lambda each: each.date)
     by = "bench" if latest.source == "bench" else "a search"
     return Factor(value=value, source=f"as {by} measured here on {latest.date}")
+
+
+def compiling_factor(nbytes: int, timings: Sequence[Timing]) -> float:
+    """The seconds that compiling takes over those by the size of the passes, as the search with the most similar models
+    took that compiled most of its programs."""
+    nearest = _nearest("compiling", nbytes, timings)
+    return COMPILING_NOT_MEASURED if nearest is None else nearest.factor
+
+
+def _nearest(kind: TimingKind, nbytes: int, timings: Sequence[Timing]) -> Timing | None:
+    of_kind = [each for each in timings if each.kind == kind]
+    # Among equals the latest.
+    return min(reversed(of_kind), key=lambda each: abs(math.log(each.nbytes / max(nbytes, 1))), default=None)
 
 
 def read_timings() -> list[Timing]:

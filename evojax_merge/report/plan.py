@@ -18,6 +18,8 @@ from evojax_merge.schema.budget import parse_budget
 LOADING, COMPILING, WRITING = "loading the models", "compiling", "writing the winner"
 MEASURING, GENERATIONS = "measuring base and parents", "the generations"
 # Between the two that end a run come controls of the held-out table, and the winner's polish.
+# Seconds.
+DAY = 24 * 3600
 CHOOSING, TUNING, HELDOUT = "choosing the winner", "making controls or polishing", "scoring on held-out examples"
 ENDING = (CHOOSING, TUNING, HELDOUT)
 _CANDIDATE, _GRADIENT = "a candidate on all search examples", "a candidate and its gradient, on a minibatch"
@@ -330,4 +332,6 @@ def shown_seconds(value: float) -> str:
         return "unknown"
     if value < 60:
         return f"{value:.3g} s"
-    return f"{value / 60:.1f} minutes" if value < 3600 else f"{value / 3600:,.1f} hours"
+    if value < 3600:
+        return f"{value / 60:.1f} minutes"
+    return f"{value / 3600:.1f} hours" if value < 3 * DAY else f"{value / DAY:,.1f} days"

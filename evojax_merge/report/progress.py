@@ -33,6 +33,8 @@ from evojax_merge.system.console import HEARTBEAT, IN_NOTEBOOK, console, format_
 
 # The columns of a line about a generation, at most, and those of the bar in it, at least, with the spaces around it.
 COLUMNS, SHORTEST_BAR = 80, 8
+# The share of the work from which on the seconds that are left are estimated.
+LEAST_PERCENTAGE = 10
 
 
 class PlainColumn(TextColumn):
@@ -60,7 +62,8 @@ def _progress(*columns: ProgressColumn, done: str) -> Iterator[Progress]:
         step = task.fields.get("step")
         share = f" {step}," if step else f" {task.percentage:.0f}%," if task.total and task.completed else ""
         now, at, left = task.elapsed or 0.0, task.fields.get("at"), ""
-        if at is not None and task.total and task.completed:
+        # The first steps compile, and say little about the others.
+        if at is not None and task.total and task.percentage >= LEAST_PERCENTAGE:
             seconds = seconds_left(task.completed, task.total, at, now)
             left = f", about {format_seconds(seconds)} left" if seconds else ""
         return f"{task.description}:{share} {format_seconds(now)} so far{left}"

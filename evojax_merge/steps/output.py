@@ -5,11 +5,12 @@ from functools import partial
 from typing import Any
 
 from evojax_merge.backends.backend import Backend, Prepared
+from evojax_merge.errors import print_warning
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.card import search_card
 from evojax_merge.report.comparison import Result, write_result
-from evojax_merge.report.plan import Plan
+from evojax_merge.report.plan import DAY, Plan, shown_seconds
 from evojax_merge.report.tables import scores_table
 from evojax_merge.search.checkpoints import Checkpoints, to_line
 from evojax_merge.search.genomes import SpaceEvaluator
@@ -29,6 +30,11 @@ def print_setup(problem: SearchProblem[Backend], prepared: Prepared, devices: De
     console.print(devices.describe())
     for line in (*problem.facts.notes, *prepared.notes, *problem.notes, *planned.summary()):
         console.print(line, soft_wrap=True)
+    if planned.fits and planned.estimated_seconds > 3 * DAY:
+        print_warning(
+            f"the search takes about {shown_seconds(planned.estimated_seconds)}; fewer generations, candidates or "
+            "examples take less, and search.budget ends it in time"
+        )
 
 
 def print_work(folder: RunFolder, problem: SearchProblem[Backend], evaluators: Splits[SpaceEvaluator[Any]]) -> None:

@@ -29,8 +29,10 @@ from evojax_merge.evaluation.timings import (
     Factor,
     Timing,
     WorkKind,
+    compiling_factor,
     estimated_factor,
     kind_of_pass,
+    read_timings,
     record_timings,
     timing,
 )
@@ -56,7 +58,7 @@ from evojax_merge.search.successive_halving import rung_shards, rung_size
 from evojax_merge.search.surrogate import HISTORY
 from evojax_merge.steps.advice import advice
 from evojax_merge.steps.controls import equal_searches
-from evojax_merge.steps.selection import SelectionCounts, candidates_to_select, models_to_measure
+from evojax_merge.steps.selection import SelectionCounts, candidates_to_select, models_to_measure, not_kept
 from evojax_merge.system.console import working
 from evojax_merge.tasks.splits import Splits
 
@@ -134,17 +136,15 @@ def make_plan(
     }
     run = sum(parts.values(), Cost())
     only_gradients = rounds == generations
-    used = [scored] * (not only_gradients) + [differentiated] * (rounds > 0)
-    expectations = expectation(used)
+    expectations = expectation([scored] * (not only_gradients) + [differentiated] * (rounds > 0))
     rows = _rows([*([] if only_gradients else scored), *differentiated], target, model)
     also: Sequence[PassPlan] = ()
     if backend.facts.final_compute_dtype != backend.facts.compute_dtype:
         also = _rows(planner.passes(prepared.search, whole, "final"), target, model)
     pass_bytes = max((planner.jobs * row.needed_bytes for row in (*rows, *also)), default=0)
+    final = planner.passes(prepared.heldout, whole, "final") if prepared.heldout else []
+    compiling = _compiling(problem, scored, [*differentiated, *final], target, model, sizes.bank, timings)
     fits = sizes.bank + pass_bytes <= target.memory
-    on_host = sizes.on_host + (
-        sizes.largest_leaf if target.is_accelerator else sizes.bank * target.devices_per_host // model + pass_bytes
-    )
     return Plan(
         target=target,
         model=model,
@@ -163,11 +163,11 @@ def make_plan(
         generation=_work(by_gradient if only_gradients else by_score, target, model),
         run=_work(run, target, model),
         parts={name: _work(cost, target, model) for name, cost in parts.items() if cost.seconds(target, model)},
-        around=_around(backend, sizes, run, _compiling([*scored, *differentiated], target, model, compiler)),
+        around=_around(backend, sizes, run, compiling if compiler is None else compiler.seconds),
         expected_share=expectations.share,
         factor=expectations.factor,
         kind=expectations.kind,
-        host_bytes=PROCESS_BYTES + on_host,
+        host_bytes=_host_bytes(sizes, target, model, pass_bytes),
         disk_bytes=disk_bytes(problem) + download_bytes,
         download_bytes=download_bytes,
         advice=() if fits else advice(problem, prepared),
@@ -231,16 +231,26 @@ def compiling_beside(problem: SearchProblem[Backend], prepared: Splits[list[Any]
             cancelled.set()
 
 
-def record_timing(planned: Plan, folder: RunFolder) -> None:
+def record_timing(planned: Plan, folder: RunFolder, compiled: Compilations) -> None:
     """Record how many times its bound a generation took, for later plans. The first one, which compiled, does not
     count, and neither do generations of two kinds. Judges, and functions that JAX does not trace, are no work of a
-    device: their runs are not recorded."""
+    device: their runs are not recorded. Compiling is recorded where most programs were compiled."""
+    estimated = planned.around[COMPILING].seconds
+    if estimated > 0 and compiled.compiled > compiled.kept and planned.bank_bytes > 0:
+        factor = compiling_factor(planned.bank_bytes, read_timings()) * compiled.seconds / estimated
+        record_timings([timing("compiling", factor, planned.bank_bytes, "search")])
     seconds = [] if planned.run.called_seconds else [row["seconds"] for row in folder.read_timing()[1:]]
     if len(seconds) > 1 and planned.generation.seconds > 0 and planned.gradient_generations in (0, planned.generations):
         factor = statistics.median(seconds) / (planned.generation.seconds * planned.expected_share)
         # A clock may be too coarse for the smallest searches.
         if factor > 0 and planned.bank_bytes > 0:
             record_timings([timing(planned.kind, factor, planned.bank_bytes, "search")])
+
+
+def _host_bytes(sizes: DeviceSizes, target: Target, model: int, pass_bytes: int) -> int:
+    """Bytes of a host's memory, which is that of the devices on a CPU."""
+    on_cpu = sizes.bank * target.devices_per_host // model + pass_bytes
+    return PROCESS_BYTES + sizes.on_host + (sizes.largest_leaf if target.is_accelerator else on_cpu)
 
 
 class _Expectation(NamedTuple):
@@ -315,14 +325,23 @@ def _around(backend: Backend, sizes: DeviceSizes, run: Cost, compiling: float) -
     }
 
 
-def _compiling(passes: Sequence[SizedPass], target: Target, model: int, compiler: TargetCompiler | None) -> float:
-    """Seconds of compiling the passes, as the compiler took or by their size: it takes more than twice as long for a
-    program of twice as many operations."""
-    if compiler is not None:
-        return compiler.seconds
-    traced = {str(each.planned.traced.out_info): each.planned.traced for each in passes}.values()
-    sizes = [operations(each.jaxpr, each.cut, model, target.platform) for each in traced]
-    return sum(SECONDS_PER_OPERATION * size for size in sizes)
+def _compiling(
+    problem: SearchProblem[Backend], scored: Sequence[SizedPass], others: Sequence[SizedPass], target: Target,
+    model: int, bank_bytes: int, timings: Sequence[Timing],
+) -> float:  # fmt: skip
+    """Seconds of compiling the passes by their size: it takes more than twice as long for a program of twice as many
+    operations. An earlier search with the same models and tasks that came to its end has left its programs."""
+    if problem.kept is not None and not not_kept(problem, "heldout", problem.splits.heldout):
+        return 0.0
+
+    def seconds(passes: Sequence[SizedPass]) -> float:
+        traced = {str(each.planned.traced.out_info): each.planned.traced for each in passes}.values()
+        sizes = [operations(each.jaxpr, each.cut, model, target.platform) for each in traced]
+        return compiling_factor(bank_bytes, timings) * sum(SECONDS_PER_OPERATION * size for size in sizes)
+
+    # Each adapter has passes of its own, with a gradient and without.
+    trained = equal_searches(problem) - problem.search.controls.count("random")
+    return seconds([*scored, *others]) + 3 * trained * seconds(scored)
 
 
 def _seconds_by_kind(uses: Sequence[Sequence[SizedPass]], target: Target, model: int) -> dict[WorkKind, float]:

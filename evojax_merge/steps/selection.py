@@ -312,7 +312,7 @@ def candidates_to_select(problem: SearchProblem[Backend]) -> SelectionCounts:
     # Besides the finalists and the strategy's proposals: the start, the uniform merge and the parents.
     others = np.unique(np.concatenate([problem.space.start[None], plain, problem.space.baselines()[1]]), axis=0)
     candidates = _scored_again(problem) + max(1, proposed) + len(others) + front
-    heldout = _not_kept(problem, "heldout", problem.splits.heldout) + 2 + front + len(problem.search.controls)
+    heldout = not_kept(problem, "heldout", problem.splits.heldout) + 2 + front + len(problem.search.controls)
     if "greedy" in problem.search.controls:
         soup = Greedy(problem.space)
         candidates += soup.population * (soup.capabilities.generations or 0)
@@ -321,7 +321,7 @@ def candidates_to_select(problem: SearchProblem[Backend]) -> SelectionCounts:
     return SelectionCounts(2, candidates, heldout)
 
 
-def _not_kept(problem: SearchProblem, split: StoredSplit, tasks: Sequence[Task]) -> int:
+def not_kept(problem: SearchProblem, split: StoredSplit, tasks: Sequence[Task]) -> int:
     """The number of models of the search, base and parents, whose scores on a split no earlier search kept."""
     models = [model for _, model in problem.facts.compared]
     if problem.kept is None:
@@ -333,6 +333,6 @@ def _not_kept(problem: SearchProblem, split: StoredSplit, tasks: Sequence[Task])
 def models_to_measure(problem: SearchProblem) -> SelectionCounts:
     """The models that are scored on each split before the first generation, for scales and guards (`with_goals`); those
     on the examples of the generations count as on the search split."""
-    scaled = _not_kept(problem, "search", problem.splits.search) if problem.scale == "parents" else 0
+    scaled = not_kept(problem, "search", problem.splits.search) if problem.scale == "parents" else 0
     guarded = 1 if problem.guards else 0
     return SelectionCounts(scaled + 2 * guarded, guarded if problem.splits.validation is not None else 0, 0)
