@@ -205,8 +205,8 @@ def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> s
         # A misspelt key says more than a missing one, and first the key that was likely meant to be the missing one.
         unknown = [each for each in others if each["type"] == "extra_forbidden"]
         near = [(each, nearest(str(each["loc"][-1]), _fields(schema, each["loc"][:-1], document))) for each in unknown]
-        meant = [each for each, name in near if (*each["loc"][:-1], name) == tuple(first["loc"])]
-        first = next(iter([*meant, *(each for each, name in near if name is not None)]), first)
+        intended = [each for each, name in near if (*each["loc"][:-1], name) == tuple(first["loc"])]
+        first = next(iter([*intended, *(each for each, name in near if name is not None)]), first)
     location, kind = first["loc"], first["type"]
     key, annotation, metadata, value = _find(schema, location, document)
     if kind in ("extra_forbidden", "invalid_key"):
