@@ -71,7 +71,7 @@ def inspect(models: tuple[str, ...], base: str | None, json_file: Path | None, p
 @click.option("--out", metavar="RUN", type=click.Path(), help="The run folder of the search.")
 @click.option(
     "--budget-generations", "generations", type=click.IntRange(1, 1_000_000),
-    help="Generations; default: a budget of 600 passes.",
+    help="Generations; default: a budget of 180 to 600 passes.",
 )  # fmt: skip
 @click.option("--overwrite", "--force", "overwrite", is_flag=True, help="Replace FILE, if init wrote it.")
 def init(

@@ -535,6 +535,23 @@ def test_overwrite_is_suggested_for_a_folder_that_it_would_replace_alone(
         check_new_model(ours, overwrite, [family.base])
 
 
+def test_runs_and_models_are_no_place_for_a_model(family: Family, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "one"
+    (run / "best").mkdir(parents=True)
+    for name in ("config.yaml", "history.jsonl"):
+        (run / name).touch()
+    (tmp_path / "models").mkdir()
+    model_of_ours(family, tmp_path / "models" / "one")
+    for place, says in (
+        (run, "is a run of a search; choose another folder"),
+        (run.parent, "holds 'one', a run of a search; choose another folder"),
+        (tmp_path / "models", "holds 'one', a model; choose another folder"),
+    ):
+        with pytest.raises(InputError, match=says) as caught:
+            check_new_model(place, True, [])
+        assert "did not write" not in str(caught.value)
+
+
 def test_what_a_user_adds_during_a_merge_is_kept(family: Family, tmp_path: Path) -> None:
     target = model_of_ours(family, tmp_path / "folder")
 

@@ -191,6 +191,19 @@ def test_a_key_of_a_section_is_told_with_the_section(key: str, meant: str) -> No
         assert str(caught.value) == f"{FILE}: {key}: unknown key (did you mean '{meant}'?)"
 
 
+def test_a_misspelt_key_is_named_before_a_missing_one() -> None:
+    for document, says in (
+        ({"serach": {}}, "serach: unknown key (did you mean 'search'?)"),
+        ({"search": {"genrations": 5}}, "search.genrations: unknown key (did you mean 'generations'?)"),
+        ({"serach": {}, "taks": []}, "taks: unknown key (did you mean 'tasks'?)"),
+        ({"nothing_like_it": 1}, "tasks: missing"),
+    ):
+        changed = {key: value for key, value in DOCUMENTS["space"][1].items() if key != "tasks"} | document
+        with pytest.raises(InputError) as caught:
+            parse(FILE, changed, Config)
+        assert str(caught.value) == f"{FILE}: {says}"
+
+
 def test_of_two_overrides_of_a_key_the_last_counts() -> None:
     changed = apply_overrides(FILE, deepcopy(DOCUMENTS["space"][1]), ["seed=1", "tasks.0.name=über", "seed=2"])
     assert changed["seed"] == 2 and changed["tasks"][0]["name"] == "über"

@@ -244,6 +244,20 @@ def test_the_table_the_page_and_the_result_show_controls(sums: Family, tmp_path:
         assert "LoRA on base" in place.read_text()
 
 
+def test_records_that_tasks_share_are_counted_once(sums: Family) -> None:
+    def counted(*tasks: dict[str, Any]) -> str:
+        return controls.examples_of(opened(sums, tasks=list(tasks)))
+
+    text = task_section(sums.tasks, heldout=0.25)
+    right = text | {"name": "right", "kind": "exact_match", "max_new_tokens": 3}
+    other = text | {"name": "other", "file": str(write_lines(sums.root / "other.jsonl", even_records(16)))}
+    assert counted(text) == "48 examples"
+    assert counted(text, right) == "48 records (96 examples over 2 tasks)"
+    assert counted(text, right | {"weight": 0}) == "48 examples"
+    assert counted(text, other) == "60 examples"
+    assert counted(text, right, other) == "60 records (108 examples over 3 tasks)"
+
+
 def test_a_search_without_derivatives_says_so(sums: Family) -> None:
     task = task_section(sums.tasks, kind="exact_match", metric="brevity", max_new_tokens=3, heldout=0.25)
     problem = opened(sums, "lora", tasks=[task])

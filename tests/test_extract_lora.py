@@ -216,6 +216,13 @@ def test_the_adapter_is_scored_where_tasks_are_given(family: Family, tmp_path: P
     options = ("--base", family.base, "--max-rank", 4, "--tasks", tasks)
     said = run_here("extract-lora", family.parents[0], tmp_path / "lora", *options).stdout
     assert "wrote" in said and "lora" in said and "fitness" in said
+    # A log-probability and an accuracy have no mean.
+    both = [task_section(family.tasks), task_section(family.tasks, name="right", kind="exact_match", max_new_tokens=2)]
+    write_yaml(tasks, {"tasks": both})
+    said = run_here("evaluate", family.parents[0], "--tasks", tasks).stdout
+    assert "accuracy" in said and "fitness" not in said
+    write_yaml(tasks, {"tasks": [both[0], both[1] | {"weight": 0}]})
+    assert "fitness" in run_here("evaluate", family.parents[0], "--tasks", tasks).stdout
 
 
 def test_python_extracts_as_the_command_does(tmp_path: Path) -> None:

@@ -234,11 +234,15 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
         [pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.save(str(odd / "tokenizer.json"))
+    without_tokens = (
+        "its tokenizer is a 'WordLevel'; a GGUF file takes byte-pair encodings (BPE): evojax-merge merge "
+        f"{tmp_path / 'linear.yaml'} {out} --type f32 --no-copy-tokenizer writes the file without tokens"
+    )
     for command, says in (
         ((recipe, out, "--type", "q4_k_m"), "llama-quantize OUT.gguf OUT-q4_k_m.gguf Q4_K_M"),
         ((recipe, out, "--type", "nonsense"), "--type: 'nonsense'"),
         ((recipe, tmp_path / "folder", "--type", "q8_0"), "is for GGUF files"),
-        ((linear(words, tmp_path), out), "WordLevel"),
+        ((linear(words, tmp_path), out), without_tokens),
         ((write_yaml(tmp_path / "neox.yaml", linear_of(tmp_path / "neox")), out), "gpt_neox"),
         ((write_yaml(tmp_path / "odd.yaml", linear_of(odd)), out), "splits words as none of"),
     ):

@@ -123,6 +123,16 @@ def test_the_demo_family_is_planned_by_the_command_that_init_names(
         ({"question": "w5", "choices": ["w6", "w7"], "answer": 1}, "multiple_choice", {"metric": "margin"}),
         ({"question": "w5", "choices": ["w6", "w7"], "answerKey": "B"}, "multiple_choice", {"answer": "answerKey"}),
         ({"text": "w5 w6 w7"}, "likelihood", {"prompt": "", "target": "{text}"}),
+        ({"problem": "w5", "solution": "w6 #### 12"}, "likelihood", {"target": "{solution}"}),
+        (
+            {"text": "w4", "verlauf": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]},
+            "likelihood", {"prompt": "{verlauf[0][content]}\n", "target": "{verlauf[1][content]}"},
+        ),
+        (
+            {"prompt": "w5", "response": "w6", "history": [{"role": "user", "content": "w5"},
+                                                           {"role": "assistant", "content": "w6"}]},
+            "likelihood", {"prompt": "{prompt}", "target": "{response}"},
+        ),
         (
             {"messages": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]},
             "likelihood", {"prompt": "{messages[0][content]}\n", "target": "{messages[1][content]}"},
@@ -208,11 +218,11 @@ def with_templates(**templates: str) -> tuple[str, ...]:
 def test_conversations_are_scored_by_their_last_reply_wherever_a_model_has_a_chat_template(init: Init) -> None:
     """Whatever turns a record has, what is scored is a reply, and never the user's words."""
     talks = [[USER, REPLY], [SYSTEM, USER, REPLY], [USER, REPLY, USER | {"content": "w9"}, REPLY | {"content": "w4"}]]
-    data = records(*({"messages": turns} for turns in talks))
+    data = records(*({"number": 3, "verlauf": turns} for turns in talks))
     assert init(*with_templates(base=TEMPLATE, one=TEMPLATE, two=TEMPLATE), "--data", data) == 0
     assert "chat template that the models share" in Path("search.yaml").read_text()
     (task,) = document()["tasks"]
-    assert (task["messages"], task["apply_chat_template"]) == ("messages", True) and "prompt" not in task
+    assert (task["messages"], task["apply_chat_template"]) == ("verlauf", True) and "prompt" not in task
     path = Path("search.yaml").absolute()
     config = read_config(path, [], None)
     splits = build_problem(path, config).splits
@@ -292,11 +302,14 @@ def test_fields_of_any_names_are_joined_in_their_order(init: Init) -> None:
         (("--target", "turns"), "data.jsonl:1: the field 'turns', which --target names, is list; expected a text"),
         (("--target", "c.d"), "--target c.d: {c.d} is not the name of a field"),
         ((), "its fields (a, b, c.d, turns) say no kind of task"),
+        ((), "turns {role, content} under any name (in a config: messages: FIELD)"),
     ],
 )
-def test_a_field_that_is_not_there_is_one_line(
-    init: Init, capsys: pytest.CaptureFixture[str], fields: tuple[str, ...], message: str
-) -> None:
+def test_a_field_that_is_not_there_is_one_line_before_weights_are_read(
+    init: Init, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fields: tuple[str, ...],
+    message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("evojax_merge.commands.init.compare_weights", None)
     data = records({"a": "w5", "b": "w6", "c.d": "w7", "turns": [[USER, REPLY]]})
     assert init(*MODELS, *fields, "--data", data) == 2
     line = capsys.readouterr().err.splitlines()[-1]
@@ -385,16 +398,25 @@ def test_the_advice_of_inspect_is_in_the_config(init: Init, tmp_path: Path, caps
     assert document("d.yaml")["space"]["method"] == "task_arithmetic"
 
 
-@pytest.mark.parametrize(("count", "dims"), [(12, 2), (60, 2), (300, 14), (2000, 20)])
-def test_there_are_as_many_parameters_as_the_examples_carry(
-    init: Init, capsys: pytest.CaptureFixture[str], count: int, dims: int
+def test_the_answer_behind_a_worked_target_is_no_reason_to_generate(init: Init) -> None:
+    data = records({"aufgabe": "w5", "loesung": "w6 w7 #### 13"})
+    assert init(*MODELS, "--data", data, "--prompt", "aufgabe", "--target", "loesung") == 0
+    assert document()["tasks"][0]["kind"] == "likelihood"
+    assert init(*MODELS, "--data", records({"aufgabe": "w5", "loesung": "13"}), "--prompt", "aufgabe", "--target",
+                "loesung", "--overwrite") == 0  # fmt: skip
+    assert document()["tasks"][0]["kind"] == "exact_match"
+
+
+@pytest.mark.parametrize(("count", "dims", "passes"), [(12, 2, 180), (60, 2, 180), (300, 14, 600), (2000, 20, 600)])
+def test_there_are_as_many_parameters_as_the_examples_carry_and_passes_for_them(
+    init: Init, capsys: pytest.CaptureFixture[str], count: int, dims: int, passes: int
 ) -> None:
     rows = [{"prompt": f"w{n % 9 + 5} w{n % 50 + 5}", "completion": "w6"} for n in range(count)]
     assert init(*MODELS, "--data", str(write_lines(Path("data.jsonl"), rows)), "--method", "task_arithmetic") == 0
     shown = capsys.readouterr().out
     searched = int(re.search(r"searched on ([\d,]+) examples", shown)[1].replace(",", ""))  # type: ignore[index]
     problem = build_problem(Path("search.yaml").absolute(), read_config(Path("search.yaml").absolute(), [], None))
-    assert problem.space.dims == dims
+    assert problem.space.dims == dims and document()["search"]["budget"] == f"{passes} passes"
     few = "at most" if dims <= searched // 10 else "the fewest there are, although it should be"
     rule = f"{dims} parameters: {few} one for every 10 of the {searched:,} examples that are searched on"
     assert rule in " ".join(shown.split()) and rule in Path("search.yaml").read_text()

@@ -126,8 +126,8 @@ def test_tables_show_the_interval_and_mark_what_is_within_noise():
 def test_verdicts_say_by_how_much_and_whether_it_is_noise():
     assert RESULT.verdicts() == [
         "On held-out data the winner is better than the base by 0.4000 (95% interval 0.3100 to 0.5000).",
-        "On held-out data the winner is better than the best parent maths by 0.0500, which is within noise (95% "
-        "interval -0.0100 to 0.1200).",
+        "On held-out data the winner cannot be told from the best parent maths: it has 0.5000, that has 0.4500 (a "
+        "difference of 0.0500, within noise; 95% interval -0.0100 to 0.1200).",
         "On held-out data the winner is worse than the uniform merge: it has 0.5000, that has 0.6000 (a "
         "difference of -0.1000; 95% interval -0.2000 to -0.0300).",
     ]

@@ -869,6 +869,8 @@ def test_compared_runs_have_axes_of_passes_and_of_time_and_intervals_of_their_di
     assert (
         "sums/accuracy (share right) +0.8333" in page.text and "worse on" in page.text and "words 1:30:24" in page.text
     )
+    run_here("compare", first, paired, same, "--out", tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
     assert [float(row["x"]) for row in page.rows("best-0") if row["run"] == "first"] == [6.0, 12.0, 18.0]
     assert [float(row["x"]) for row in page.rows("best-1") if row["run"] == "first"] == [1808.0, 3616.0, 5424.0]
     titles = [page.specs[name]["encoding"]["x"]["title"] for name in ("best-0", "best-1")]
@@ -887,9 +889,29 @@ def test_runs_with_unlike_tasks_are_compared_with_a_note(tmp_path: Path) -> None
     assert "note: " not in run_here("compare", one, same, "--out", out).stdout
     says = "The tasks of the runs differ ([b]fit, sums.file): their fitnesses do not compare."
     assert run_here("compare", one, same, other, "--out", out).stdout.count(f"note: {says}\n") == 1
-    assert says in Page(out).text
+    page = Page(out)
+    assert says in page.text and page.specs == {} and "Held-out scores of the winners" in page.text
+    # A fitness in another unit stands beside its unit, and on no axis with the others.
     scaled = make_run(tmp_path / "scaled", tasks=[sums], scale="parents")
-    assert "The tasks of the runs differ (scale)" in run_here("compare", one, scaled, "--out", out).stdout
+    edit_result(one, units={"fitness": "log-probability per token"})
+    edit_result(scaled, units={"fitness": "weighted mean of scaled tasks"})
+    shown = run_here("compare", one, scaled, "--out", out).stdout
+    assert "The tasks of the runs differ (scale)" in shown
+    page = Page(out)
+    for unit in ("log-probability per token", "weighted mean of scaled tasks"):
+        assert page.texts.count(unit) == 2 and f"fitness ({unit})" not in page.text
+    edit_result(scaled, units={"fitness": "log-probability per token"})
+    run_here("compare", one, scaled, "--out", out)
+    assert "fitness (log-probability per token)" in Page(out).text and "unit of fitness" not in Page(out).text
+
+
+def test_the_time_of_compared_runs_is_that_of_the_whole_run_or_named(tmp_path: Path) -> None:
+    runs = {name: make_run(tmp_path / name) for name in ("whole", "resumed", "killed", "older")}
+    for name, seconds in (("whole", [75.0]), ("resumed", [75.0, 3600.0]), ("killed", [None, 75.0])):
+        write_json(runs[name] / "environment.json", {"sessions": [{"seconds": value} for value in seconds]})
+    run_here("compare", *runs.values(), "--out", tmp_path / "page.html")
+    times = [text for text in Page(tmp_path / "page.html").texts if re.fullmatch(r"[\d:]+( in generations)?", text)]
+    assert times == ["1:15", "1:01:15", "0:03 in generations", "0:03 in generations"]
 
 
 def test_runs_with_a_budget_are_listed_with_the_part_that_is_spent(tmp_path: Path) -> None:

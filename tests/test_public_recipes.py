@@ -166,7 +166,7 @@ def test_a_key_that_is_near_another_is_told_with_it() -> None:
         "merge_method": "slerp",
         "models": [{"model": "a", "parameters": {}}, {"model": "b", "parameters": {}}],
     }
-    assert lines[0] == "r.yaml: dtyp: ignored; a recipe has no such key (did you mean 'dtype'?)"
+    assert lines[0] == "r.yaml: dtyp: ignored; a recipe has no such key (did you mean 'dtype'? --strict refuses it)"
     assert lines[1] == "r.yaml: models[0].parameters.weight: ignored; slerp does not use it"
     assert [line.split(":")[1].split(".")[-1].strip() for line in lines] == ["dtyp", "weight", "T"]
 

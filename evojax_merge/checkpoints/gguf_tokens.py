@@ -24,11 +24,8 @@ def tokenizer_metadata(folder: Path, rows: int) -> dict[str, Any]:
     state = {} if backend is None else json.loads(backend.to_str())
     model = state.get("model", {})
     if model.get("type") != "BPE":
-        kind = shown(model.get("type"))
-        raise InputError(
-            folder, f"its tokenizer is a {kind}; a GGUF file takes byte-pair encodings (BPE): merge the recipe with "
-            "--no-copy-tokenizer, which writes the file without tokens",
-        )  # fmt: skip
+        what = f"its tokenizer is a {shown(model.get('type'))}"
+        raise InputError(folder, f"{what}; a GGUF file takes byte-pair encodings (BPE)")
     vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
     if max(vocabulary.values()) >= rows:
         raise InputError(

@@ -39,6 +39,8 @@ PROCESSOR_FILES = (
 USUAL_FILES = {
     "config.json", "generation_config.json", CARD, RECIPE, SINGLE_FILE, INDEX_FILE, *PROCESSOR_FILES, *TOKENIZER_FILES,
 }  # fmt: skip
+# The files by which a folder is seen to be a search's run.
+RUN_FILES = ("config.yaml", "history.jsonl")
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # This many evenly spaced blocks of a large file tell whether it is the file that was written.
 BLOCKS, BLOCK_BYTES = 64, 4096
@@ -129,8 +131,15 @@ def _lineage(path: Path) -> set[tuple[int, int] | None]:
 
 
 def check_ours(folder: Path) -> None:
-    """Raises InputError, naming the first file that this program did not write, or that has changed since."""
+    """Raises InputError where a folder is a search's run, else naming the first file that this program did not write,
+    or that has changed since."""
+    if _is_run(folder):
+        raise InputError(folder, "is a run of a search; choose another folder")
     _check_entries(folder, "", own_names(folder))
+
+
+def _is_run(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in RUN_FILES)
 
 
 def own_names(folder: Path) -> Mapping[str, str | None]:
@@ -160,6 +169,9 @@ def _check_entries(folder: Path, above: str, expected: Mapping[str, str | None])
         if file.is_dir() and not file.is_symlink() and any(other.startswith(f"{name}/") for other in expected):
             _check_entries(folder, f"{name}/", expected)
             continue
+        if _is_run(file) or (file / MARKER).is_file():
+            kind = "a run of a search" if _is_run(file) else "a model"
+            raise InputError(folder, f"holds {name!r}, {kind}; choose another folder")
         if name not in expected or file.is_symlink() or not file.is_file():
             raise InputError(folder, f"holds {name!r}, which evojax-merge did not write; {advice}")
         if not file.stat().st_mode & stat.S_IWUSR:

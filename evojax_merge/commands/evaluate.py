@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.errors import print_warning
+from evojax_merge.evaluation.scores import have_one_unit
 from evojax_merge.report.tables import scores_table
 from evojax_merge.search.checkpoints import to_line
 from evojax_merge.steps.stored_models import (
@@ -42,7 +43,9 @@ def evaluate(
     rows = score_models(models, tasks, say, print_warning, keep)
     # A title of the table would break at its width.
     console.print(f"Scores on {'; '.join(tasks.sizes)}", soft_wrap=True)
-    console.print(scores_table(rows).terminal())
+    # A log-probability and an accuracy add up to nothing, and no parents scale them here.
+    shown = scores_table(rows) if have_one_unit(tasks.tasks) else scores_table(rows).without(1)
+    console.print(shown.terminal())
     if table is not None:
         table.write(json.dumps(score_table(models, rows), indent=1, ensure_ascii=False) + "\n")
     if answers_file is not None:

@@ -185,7 +185,8 @@ def export(
             what = "polished: is the winner of a finished search with search.then: polish, and better than the merge"
             raise InputError("--as", f"{what}; {folder.adapter} is missing, or another candidate was asked for")
         text = dump_documents([{"merge_method": "passthrough", "models": [{"model": folder.winner}]}])
-        output.write(folder.recipe, text)
+        # No file of the run has this recipe, whose paths start in the working directory.
+        output.write(Path("polished"), text)
     elif member is not None and merges_recipes:
         file = find_member(folder, member)
         output.write(file, file.read_text(encoding="utf-8"))

@@ -71,6 +71,11 @@ WARNINGS = ("unrelated", "nonfinite", "equal")
 EXPORTED = ("float32", "float16", "bfloat16")
 # The examples of a task of lm-eval that a first config takes.
 DOCS = 200
+# The backend (None: language models), the section of a task, and the number of its examples (None: it has none).
+Made = tuple[str | None, TaskSection, int | None]
+MakeTask = Callable[[ModelTemplates], Made]
+# Stands for the models' templates as long as only the fields of the data matter.
+ANY_TEMPLATE = ModelTemplates("a model")
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def init(path: Path, choices: Choices, overwrite: bool) -> None:
     commands = [shlex.join(["evojax-merge", name, str(path)]) for name in ("plan", "search")]
     with tempfile.TemporaryDirectory() as root:
         resolve = partial(resolve_headers, HeaderFolders(Path(root)))
-        models = find_models(choices, resolve, Path(root))
+        models = find_models(choices, resolve)
         # Tasks that a function scores may have no data.
         if choices.data is None and choices.lm_eval is None and choices.function is None:
             kind = DATA[models.way.task]
@@ -125,7 +130,9 @@ def init(path: Path, choices: Choices, overwrite: bool) -> None:
             is_task = is_file_name(answer) and not answer.startswith(PREFIX) and not Path(answer).suffix
             is_task = is_task and not Path(answer).is_dir()
             choices = replace(choices, lm_eval=answer) if is_task else replace(choices, data=answer)
-        config = first_config(path, choices, models)
+        # Before weights are read: data of no kind of task end the command at once.
+        make_task = read_data(path, choices, models.way)
+        config = first_config(path, choices, compare_models(models, Path(root)), make_task)
         document = parse_yaml(path, config.text(commands, ""))
         problem = build_problem(path, config_from(path, document, [], None), resolve=resolve)
     rule = rule_of_space(problem.space.dims, sum(task.size for task in problem.splits.search))
@@ -137,10 +144,9 @@ def init(path: Path, choices: Choices, overwrite: bool) -> None:
         say(f"  {command}")
 
 
-def find_models(choices: Choices, resolve: Resolve, headers: Path) -> Models:
-    """The base and the parents. The base is the one that the user names, else that of the parents' adapters, else the
-    parent that the distances show to be the base of the others. headers: folders in it have no weights. Raises
-    InputError for a model that is missing, and for one that no search takes."""
+def find_models(choices: Choices, resolve: Resolve) -> Models:
+    """The base and the parents, by their headers. The base is the one that the user names, else that of the parents'
+    adapters. Raises InputError for a model that is missing, and for one that no search takes."""
     parents = choices.parents or _split(
         "--parents", ask("--parents", "parents, the models that are merged, separated by spaces: ")
     )
@@ -166,24 +172,34 @@ def find_models(choices: Choices, resolve: Resolve, headers: Path) -> Models:
     if len({*kinds.values()}) > 1:
         each = ", ".join(f"{name} with backend: {backend}" for name, backend in kinds.items())
         raise InputError("--parents", f"are searched by different backends ({each}); expected models of one kind")
-    advice, size = Advice(), tensor_bytes(facts)
-    if size > MOST_COMPARED or any(headers in folder.parents for folder in folders):
-        say(f"the weights ({shown_bytes(size)}) are not compared: evojax-merge inspect does, and gives advice")
-    elif len(facts) > 1:
-        comparison = compare_weights(facts, None if base is None else 0, bytes_bar)
-        advice = advise(comparison)
-        for finding in findings(facts, model_names(folders), comparison):
-            if finding.kind in WARNINGS:
-                say(f"warning: {finding.text}")
-    if base is None and advice.base is not None:
-        say(f"base: {references[advice.base]}, to which all other parents are nearest")
-        order = [advice.base, *(number for number in range(len(facts)) if number != advice.base)]
-        references, folders = (tuple(values[number] for number in order) for values in (references, folders))
-        facts = tuple(facts[number] for number in order)
-        alike = advice.alike and (order.index(advice.alike[0]), order.index(advice.alike[1]))
-        advice, base = replace(advice, base=0, alike=alike), references[0]
     assert facts[-1].way is not None
-    return Models(references, folders, base is not None, facts, facts[-1].way, advice)
+    return Models(references, folders, base is not None, facts, facts[-1].way, Advice())
+
+
+def compare_models(models: Models, headers: Path) -> Models:
+    """The models with the advice that their weights give, and with a base where the user names none and the distances
+    show one parent to be the base of the others. headers: folders in it have no weights."""
+    facts, size = models.facts, tensor_bytes(models.facts)
+    if len(facts) < 2:
+        return models
+    if size > MOST_COMPARED or any(headers in folder.parents for folder in models.folders):
+        say(f"the weights ({shown_bytes(size)}) are not compared: evojax-merge inspect does, and gives advice")
+        return models
+    comparison = compare_weights(facts, 0 if models.has_base else None, bytes_bar)
+    advice = advise(comparison)
+    for finding in findings(facts, model_names(models.folders), comparison):
+        if finding.kind in WARNINGS:
+            say(f"warning: {finding.text}")
+    if models.has_base or advice.base is None:
+        return replace(models, advice=advice)
+    say(f"base: {models.references[advice.base]}, to which all other parents are nearest")
+    order = [advice.base, *(number for number in range(len(facts)) if number != advice.base)]
+    alike = advice.alike and (order.index(advice.alike[0]), order.index(advice.alike[1]))
+    return replace(
+        models, references=tuple(models.references[number] for number in order),
+        folders=tuple(models.folders[number] for number in order), has_base=True,
+        facts=tuple(facts[number] for number in order), advice=replace(advice, base=0, alike=alike),
+    )  # fmt: skip
 
 
 def choose_method(choices: Choices, models: Models) -> Method:
@@ -207,8 +223,9 @@ def choose_method(choices: Choices, models: Models) -> Method:
     return method
 
 
-def first_config(path: Path, choices: Choices, models: Models) -> FirstConfig:
-    """The config that fits the models, by their headers, tokenizers and weights, and the data, by the first record."""
+def first_config(path: Path, choices: Choices, models: Models, make_task: MakeTask) -> FirstConfig:
+    """The config that fits the models, by their headers, tokenizers and weights, and the data. make_task: see
+    `read_data`."""
     method, advice, has_base = choose_method(choices, models), models.advice, models.has_base
     # References are written as the user has them, but by full paths where the config lies in another folder.
     is_here = path.parent.resolve() == Path.cwd()
@@ -220,7 +237,7 @@ def first_config(path: Path, choices: Choices, models: Models) -> FirstConfig:
     ]
     names = ["base", *named[1:]] if has_base else named
     keys: list[Line] = []
-    decoder, backend, count = None, None, None
+    decoder = None
     if models.way.backend == DECODER:
         decoder = decoder_of(open_model(models.folders[has_base])).decoder_config()
         # A base that takes no part in the merge has no rows to align.
@@ -231,7 +248,7 @@ def first_config(path: Path, choices: Choices, models: Models) -> FirstConfig:
         # A base is often trained without the template that its fine-tunes have.
         compared = by_model[1:] if has_base and by_model[0] is None else by_model
         templates = ModelTemplates(None if owner is None else names[owner], owner is not None and len({*compared}) == 1)
-        task, count = _text_task(path, choices, templates)
+        backend, task, count = make_task(templates)
         source = owner if owner is not None and task.uses_template else first
         reasons = ["the tokenizers differ: rows of the vocabulary are aligned by token"] if differ else []
         reasons += [] if source == first else [f"{names[first]} has no chat template"]
@@ -240,7 +257,7 @@ def first_config(path: Path, choices: Choices, models: Models) -> FirstConfig:
         if len({*dtypes}) > 1 and dtypes[0] in EXPORTED:
             keys.append(("export_dtype", dtypes[0], "the stored dtypes differ; this is the first model's"))
     else:
-        backend, task, count = _network_task(path, choices, models.way)
+        backend, task, count = make_task(ModelTemplates())
         is_measured = any(name.endswith("running_var") for model in models.facts for name in model.tensors)
         if is_measured and backend != "function":
             keys.append(("evaluation", {"recalibrate": True}, "batch norms measure their statistics anew"))
@@ -283,9 +300,10 @@ def first_config(path: Path, choices: Choices, models: Models) -> FirstConfig:
     layers = None if backend == "function" else decoder.layers if decoder else max(1, models.facts[-1].layers)
     sections = spaces(fixed, method, layers, parts, advice.high)
     counted = [(dims(parse(path, section, SpaceConfig)), section) for section in sections]
+    size, section = fitting_space(counted, count)
     return FirstConfig(
-        backend, named[0] if has_base else None, parents, tuple(keys), fitting_space(counted, count), comments, task,
-        count, choices.generations, choices.out,
+        backend, named[0] if has_base else None, parents, tuple(keys), section, size, comments, task, count,
+        choices.generations, choices.out,
     )  # fmt: skip
 
 
@@ -326,23 +344,32 @@ def _split(flag: str, names: str) -> tuple[str, ...]:
         raise InputError(flag, f"{shown(names)}: {error}; expected names separated by spaces") from None
 
 
-def _text_task(path: Path, choices: Choices, templates: ModelTemplates) -> tuple[TaskSection, int]:
-    """The section of a task of language models, and the number of its examples."""
-    if choices.lm_eval is not None:
-        return task_of_harness(choices.lm_eval, templates), DOCS
+def read_data(path: Path, choices: Choices, way: Way) -> MakeTask:
+    """Read the data, and return what makes a task of them for the models' chat templates. Asks on a terminal for fields
+    of other names. Raises InputError where the fields say no kind of task."""
+    if way.backend != DECODER:
+        made = _network_task(path, choices, way)
+        return lambda templates: made
+    if (name := choices.lm_eval) is not None:
+        return lambda templates: (None, task_of_harness(name, templates), DOCS)
     if choices.data is None:
         raise InputError("--function", "is for networks and pytrees; a task of language models has kind: function")
     source, file = _data(path, choices.data)
-    records = read_source(choices.data if file is None else file).records
+    records, fields = read_source(choices.data if file is None else file).records, choices.fields
     try:
-        task = task_for_records(source, records, templates, choices.fields)
+        task_for_records(source, records, ANY_TEMPLATE, fields)
     except InputError as error:
         prompt = _split("--prompt", read_line(f"{error}\nfields of the prompt: ")) if choices.fields == Fields() else ()
         if not prompt:
             raise
-        target = _split("--target", ask("--target", "fields of the answer: "))
-        task = task_for_records(source, records, templates, Fields(prompt, target))
-    return task, len(records) - task.unscored
+        fields = Fields(prompt, _split("--target", ask("--target", "fields of the answer: ")))
+        task_for_records(source, records, ANY_TEMPLATE, fields)
+
+    def make(templates: ModelTemplates) -> Made:
+        task = task_for_records(source, records, templates, fields)
+        return None, task, len(records) - task.unscored
+
+    return make
 
 
 def _data(path: Path, data: str) -> tuple[str, Path | None]:

@@ -186,6 +186,12 @@ def _find(schema: type[BaseModel], location: Sequence[Any], document: Any) -> tu
     return key.lstrip("."), _section_of(annotation, value), metadata, value
 
 
+def _fields(schema: type[BaseModel], location: Sequence[Any], document: Any) -> dict[str, FieldInfo]:
+    """The fields of the section at one of pydantic's locations."""
+    fields: dict[str, FieldInfo] = _parts(_find(schema, location, document)[1])[0].model_fields
+    return fields
+
+
 def _section_of(annotation: Any, value: Any) -> Any:
     """The annotation; for that of any task, the section of the value's kind."""
     kind = find_kind(value) if _parts(annotation)[0] is TaskConfig else None
@@ -196,16 +202,15 @@ def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> s
     """The first error of a document, in one line: the key, the expected and the actual value."""
     first, *others = error.errors(include_url=False)
     if first["type"] == "missing":
-        # The unknown key beside a missing one was likely meant to be it.
-        *above, missing = first["loc"] or ("",)
-        fields = _parts(_find(schema, above, document)[1])[0].model_fields
-        unknown = [each for each in others if each["type"] == "extra_forbidden" and list(each["loc"][:-1]) == above]
-        first = next((each for each in unknown if nearest(str(each["loc"][-1]), fields) == missing), first)
+        # A misspelt key says more than a missing one, and first the key that was likely meant to be the missing one.
+        unknown = [each for each in others if each["type"] == "extra_forbidden"]
+        near = [(each, nearest(str(each["loc"][-1]), _fields(schema, each["loc"][:-1], document))) for each in unknown]
+        intended = [each for each, name in near if (*each["loc"][:-1], name) == tuple(first["loc"])]
+        first = next(iter([*intended, *(each for each, name in near if name is not None)]), first)
     location, kind = first["loc"], first["type"]
     key, annotation, metadata, value = _find(schema, location, document)
     if kind in ("extra_forbidden", "invalid_key"):
-        _, parent, _, _ = _find(schema, location[:-1], document)
-        fields = _parts(parent)[0].model_fields
+        fields = _fields(schema, location[:-1], document)
         # The key of a section beside it, such as search.generations.
         outer, dot, last = key.rpartition(".")
         sections = {name: _parts(field.annotation)[0] for name, field in fields.items()}

@@ -216,15 +216,22 @@ def means(tasks: Sequence[ScoredTask], scores: TaskScores) -> list[dict[str, flo
 def units_of(tasks: Sequence[ScoredTask], scores: TaskScores, goal: Goal = PLAIN) -> dict[str, str]:
     """The unit of each score `task/metric` that has one, and of `fitness`: that of the only task that counts, or how it
     is made of several."""
-    units = {
-        f"{task.name}/{metric}": getattr(task, "units", {}).get(metric.partition(",")[0])
-        for task in tasks
-        for metric in scores.matrices[task.name]
-    }
+    units = {f"{task.name}/{metric}": _unit(task, metric) for task in tasks for metric in scores.matrices[task.name]}
     (first, _), *others = task_weights(tasks, goal)
     mean = "weighted mean of scaled tasks" if goal.scales else "weighted mean of the tasks" if others else None
     units["fitness"] = mean or units.get(f"{first.name}/{first.metric}")
     return {score: unit for score, unit in units.items() if unit}
+
+
+def have_one_unit(tasks: Sequence[ScoredTask]) -> bool:
+    """Return whether no two tasks that the fitness is made of have scores in different units. A metric without a unit
+    differs from none."""
+    return len({_unit(task, task.metric) for task, _ in task_weights(tasks)} - {None}) < 2
+
+
+def _unit(task: ScoredTask, metric: str) -> str | None:
+    unit: str | None = getattr(task, "units", {}).get(metric.partition(",")[0])
+    return unit
 
 
 def score_matrix(tasks: Sequence[ScoredTask], scores: TaskScores, goal: Goal = PLAIN) -> Scores:

@@ -60,11 +60,12 @@ ROLES: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
     "image_generation": (("--prompt", "prompt", ("prompt", "caption", "text")),),
     "network": (("--prompt", "text", SEEN),),
 }  # fmt: skip
-# Fields of conversations.
+# Fields of conversations, by the names that data sets have for them.
 CHATS = ("messages", "conversations")
 EXPECTED = (
     "question and answer, prompt and completion (or instruction and output, and the like), choices and answer, "
-    "messages, or text; or name its fields by --prompt and --target"
+    "turns {role, content} under any name (in a config: messages: FIELD), or text; or name its fields by --prompt and "
+    "--target"
 )
 NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?")
 # Groups of neighbouring layers that share their parameters at most: enough to tell the ends from the middle.
@@ -75,8 +76,9 @@ FORM = {**FORMS, ".npz": "arrays, whose first axes are the examples", "": "a fol
 COMMENT_COLUMN = 41
 # The first line of a file that `init` wrote.
 HEAD = re.compile(rb"# A search for the best merge of \d+ parents; all keys: evojax-merge keys all\n")
-# The budget of a first search: about 50 generations of CMA-ES, or more steps than gradients need.
-PASSES = 600
+# The passes of a first search: so many for each parameter, from the steps of gradients on four minibatches to about 50
+# generations of CMA-ES.
+PASSES_PER_PARAMETER, LEAST_PASSES, MOST_PASSES = 50, 180, 600
 # The examples above which a share is kept back to choose the winner on, and worked examples are shown.
 ENOUGH_TO_VALIDATE, ENOUGH_TO_SHOW = 40, 10
 MEANINGS = {
@@ -175,10 +177,11 @@ def task_for_records(
         with suppress(InputError):
             read_problem(record)
             return _problems(source, records, templates)
-    chat = next((name for name in CHATS if "assistant" in _roles(record, name)[1:]), None)
-    if chat is not None:
-        return _chat(source, chat, templates) if templates.owner else _plain_chat(source, chat, records)
+    chats = [name for name in (*CHATS, *fields) if "assistant" in _roles(record, name)[1:]]
     pair = next((pair for pair in PAIRS if {*pair} <= fields.keys()), None)
+    # Beside a pair, turns under a name of the user's are most likely its history.
+    if chats and (pair is None or chats[0] in CHATS):
+        return _chat(source, chats[0], templates) if templates.owner else _plain_chat(source, chats[0], records)
     if pair is not None:
         template = _question(pair[0], templates) if pair[0] == "question" else f"{{{pair[0]}}}"
         if pair[0] == "instruction" and isinstance(fields.get("input"), str):
@@ -288,16 +291,16 @@ def _question(field: str, templates: ModelTemplates) -> str:
 
 def _pair(source: str, prompt: str, target: str, record: Record, templates: ModelTemplates) -> TaskSection:
     """The section of a task on prompts and targets, by their templates."""
-    answer = fill(record.where, "target", target, record.fields).rpartition("####")
+    answer = fill(record.where, "target", target, record.fields).strip()
     lines: list[Line] = [
         *templates.lines(),
         ("prompt", prompt, "a template over a record's fields" if prompt else "the whole text is predicted"),
         ("target", target, "what should follow it"),
     ]
-    if NUMBER.fullmatch(answer[2].strip()) is None:
+    if NUMBER.fullmatch(answer) is None:
         return _likelihood(source, lines)
     # In a chat models explain their answers.
-    lines.append(("max_new_tokens", 256 if answer[1] or templates.is_shared else 32, "how much a model may write"))
+    lines.append(("max_new_tokens", 256 if templates.is_shared else 32, "how much a model may write"))
     kind = ("exact_match", "right where the last number is the target's (whole texts: pattern: ^(.+)$)")
     return _section("answers", kind, source, lines)
 
@@ -391,14 +394,15 @@ def _field_lines(
 @dataclass(frozen=True)
 class FirstConfig:
     """The choices of a first config. backend: None: language models. keys: further ones before the space. space: its
-    section; comments: why its keys have their values. examples: those of the data; None: there are none. generations:
-    None: the search has a budget of passes."""
+    section; dims: the number of its parameters; comments: why its keys have their values. examples: those of the data;
+    None: there are none. generations: None: the search has a budget of passes."""
 
     backend: str | None
     base: str | None
     parents: tuple[str, ...]
     keys: tuple[Line, ...]
     space: Mapping[str, Any]
+    dims: int
     comments: Mapping[str, str]
     task: TaskSection
     examples: int | None
@@ -452,8 +456,10 @@ class FirstConfig:
             comment = "of 4 + 3 ln D candidates each, or steps of a gradient"
             lines.append(_line("generations", self.generations, comment, indent="  "))
         else:
-            comment = "a pass is one candidate on all examples; or a time, such as 2h"
-            lines.append(_row(f"  budget: {PASSES} passes", comment))
+            passes = min(max(LEAST_PASSES, PASSES_PER_PARAMETER * self.dims), MOST_PASSES)
+            scaled = f"{PASSES_PER_PARAMETER} for each parameter, {LEAST_PASSES} to {MOST_PASSES}"
+            comment = f"{scaled}; a pass is one candidate on all examples; or a time, such as 2h"
+            lines.append(_row(f"  budget: {passes} passes", comment))
         if self.examples is not None and self.examples >= ENOUGH_TO_VALIDATE:
             comment = "this share of the searched examples is kept back, to choose the winner on"
             lines.append(_line("validation", VALIDATION, comment, indent="  "))
@@ -485,15 +491,15 @@ def spaces(
         yield section
 
 
-def fitting_space(counted: Sequence[tuple[int, dict[str, Any]]], examples: int | None) -> dict[str, Any]:
-    """The section with the most parameters that the examples carry, else the one with the fewest; the first where a
+def fitting_space(counted: Sequence[tuple[int, dict[str, Any]]], examples: int | None) -> tuple[int, dict[str, Any]]:
+    """(parameters, section) with the most parameters that the examples carry, else with the fewest; the first where a
     model is scored without examples. counted: (parameters, section); examples: those of the data."""
     if examples is None:
-        return counted[0][1]
+        return counted[0]
     searched = examples - max(1, round(HELDOUT * examples))
     searched -= round(VALIDATION * searched) if examples >= ENOUGH_TO_VALIDATE else 0
     fitting = [(size, section) for size, section in counted if size <= searched // EXAMPLES_PER_PARAMETER]
-    return (max if fitting else min)(fitting or counted, key=lambda pair: pair[0])[1]
+    return (max if fitting else min)(fitting or counted, key=lambda pair: pair[0])
 
 
 def rule_of_space(dims: int, searched: int) -> str:

@@ -1,5 +1,6 @@
 """A merged model as a GGUF file, tensor by tensor."""
 
+import shlex
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +88,9 @@ def plan_gguf(merge_plan: MergePlan, target: Path, type_name: str | None) -> Ggu
             try:
                 carried |= tokenizer_metadata(folder, config.vocab)
             except InputError as error:
+                advice = f"{without_tokens(recipe.path, target, type_name)} writes the file without tokens"
                 # The hidden folder holds the tokenizer of this model, or one that was made of it and others.
-                raise InputError(merge_plan.tokenizer, error.what) from None
+                raise InputError(merge_plan.tokenizer, f"{error.what}: {advice}") from None
     file_types = import_gguf(target).LlamaFileType
     general = {
         "general.architecture": next(iter(metadata)).partition(".")[0], "general.type": "model",
@@ -131,6 +133,13 @@ def write_as_gguf(
     with atomic_file(target) as file:
         write_gguf(file, metadata, plan.outputs, values())
         check()
+
+
+def without_tokens(recipe: Path, target: Path, type_name: str) -> str:
+    """The command that merges a recipe into a GGUF file without tokens; its option where the recipe is no file."""
+    option = "--no-copy-tokenizer"
+    command = ["evojax-merge", "merge", str(recipe), str(target), "--type", type_name, option]
+    return shlex.join(command) if recipe.is_file() else option
 
 
 def _model_name(stem: str, tokens: Collection[str]) -> str:

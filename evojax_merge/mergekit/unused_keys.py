@@ -231,7 +231,7 @@ class _RecipeNormaliser:
             is_other = key in ADVICE or key in KNOWN_UNUSED_KEYS
             is_other = is_other or any(str(key) in parameter_names(method) for method in METHODS.values())
             near = None if is_other else nearest(str(key), known)
-            advice = ADVICE.get(str(key)) or (None if near is None else f"did you mean '{near}'?")
+            advice = ADVICE.get(str(key)) or (None if near is None else f"did you mean '{near}'? --strict refuses it")
             self.notes.setdefault(str(key), f"{key_place}: ignored; {why}" + ("" if advice is None else f" ({advice})"))
             if near is not None:
                 self.typos.append(Typo(near, key_place, self.model))

@@ -11,7 +11,7 @@ import numpy as np
 from evojax_merge.checkpoints.derived import parts_of
 from evojax_merge.checkpoints.references import hub_id
 from evojax_merge.evaluation.scores import Scale
-from evojax_merge.report.intervals import SAME, TOO_FEW, Lead
+from evojax_merge.report.intervals import NOISE, SAME, TOO_FEW, Lead
 from evojax_merge.report.meetings import Meetings
 from evojax_merge.report.winner import WinnerReport
 from evojax_merge.system.file_system import atomic_write
@@ -22,6 +22,8 @@ UNIFORM = "uniform merge"
 ADAPTERS = ("lora_base", "lora_parent")
 NAMED_CONTROLS = ("random", *ADAPTERS)
 CONTROLS = ("greedy", *NAMED_CONTROLS)
+# The start of a sentence about a difference within noise.
+NOT_TOLD = "On held-out data the {} cannot be told from"
 # The winner, trained further: its role and its name.
 POLISHED, POLISHED_NAME = "polished", "polished winner"
 
@@ -191,11 +193,10 @@ class Result:
 
     def verdicts(self) -> list[str]:
         """Sentences about the winner: that it is a parent, if it is, the headline, that no candidate keeps all guards,
-        and one for each guard. Then one for each rival: by how much the winner is better on held-out data, and whether
-        that is more than noise; where the winner is not better, or by less than the printed digits, both figures. No
-        sentence for a rival that the winner beats by an unknown margin. Then a sentence for each task on which the
-        winner is worse than the base or a parent beyond noise, and for each that does not tell the models of the table
-        apart."""
+        and one for each guard. Then one for each rival: by how much the winner is better on held-out data; where it is
+        not better, or by no more than noise or the printed digits, both figures. No sentence for a rival that the
+        winner beats by an unknown margin. Then a sentence for each task on which the winner is worse than the base or a
+        parent beyond noise, and for each that does not tell the models of the table apart."""
         parent = f"The winner is {self.parent}, unchanged: nothing that was searched beat it on the {self.split} split."
         hopeless = "None of the candidates that the winner was chosen from keeps every guard: it breaks them least."
         guards = [*([] if all(guard.kept for guard in self.guards) else [hopeless]), *map(self._guard, self.guards)]
@@ -230,6 +231,8 @@ class Result:
         noise = f", which is {lead.remark}" if lead.remark else ""
         if lead.remark != TOO_FEW:
             noise += f" ({_interval(Lead(gain, -lead.high, -lead.low), unit)})"
+        if lead.remark == NOISE:
+            return [f"{NOT_TOLD.format(POLISHED_NAME)} the winner: a difference of {gain:.4f}{noise}."]
         side = "better" if gain > 0 else "worse"
         return [f"On held-out data the {POLISHED_NAME} is {side} than the winner by {abs(gain):.4f}{noise}."]
 
@@ -273,7 +276,7 @@ class Result:
         return max(parents, key=lambda row: row.scores[score], default=None)
 
     def warnings(self) -> list[str]:
-        """The verdicts in which the winner is worse."""
+        """The verdicts on rivals of a higher fitness, and on all else in which the winner is worse."""
         rivals = [row for row in self.rivals if self.winner.fitness < row.fitness and not row.has_too_few_votes]
         worse = [sentence for row in rivals for sentence in _sentences(self.winner, row)]
         broken = [self._guard(guard) for guard in self.guards if not guard.kept]
@@ -346,17 +349,17 @@ def verdict(winner: Row, row: Row) -> str | None:
             return None
         if round(lead.difference, 4) == 0:
             return f"{start} no better than {name}: both have {ours:.4f}, rounded ({_interval(lead, unit)})."
-        noise = f", which is {remark}" if remark else ""
-        return f"{start} better than {name} by {lead.difference:.4f}{noise} ({_interval(lead, unit)})."
-    if ours == row.fitness:
+        if remark != NOISE:
+            return f"{start} better than {name} by {lead.difference:.4f} ({_interval(lead, unit)})."
+    elif ours == row.fitness:
         spread = "" if lead is None else f" (of the difference, {_interval(lead, unit)})"
         return f"{start} only as good as {name}: both have {ours:.4f}{spread}."
     shown = [f"{value:.4f}" for value in (ours, row.fitness)]
     if shown[0] == shown[1]:
         shown = [repr(float(value)) for value in (ours, row.fitness)]
-    noise = f", {remark}" if remark else ""
+    start, noise = (f"{start} worse than", "") if remark != NOISE else (NOT_TOLD.format("winner"), f", {NOISE}")
     spread = "" if lead is None else f" (a difference of {lead.difference:.4f}{noise}; {_interval(lead, unit)})"
-    return f"{start} worse than {name}: it has {shown[0]}, that has {shown[1]}{spread}."
+    return f"{start} {name}: it has {shown[0]}, that has {shown[1]}{spread}."
 
 
 def _sentences(winner: Row, row: Row) -> list[str]:

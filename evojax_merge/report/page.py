@@ -150,18 +150,20 @@ def compare_page(runs: Mapping[str, RunData], gaps: Table | None) -> str:
     """The page of several runs, by their names. gaps: their `gaps_table`."""
     from evojax_merge.report import charts as made
 
-    charts = dict[str, Any]()
-    if any(run.fitness_rows for run in runs.values()):
+    charts, note = dict[str, Any](), task_note(runs)
+    # Fitnesses that do not compare share no axis.
+    if note is None and any(run.fitness_rows for run in runs.values()):
         charts = {f"best-{number}": made.compared_fitness(runs, bool(number)) for number in range(2)}
-    if any(run.outcome.winner is not None for run in runs.values()):
+    heldout = winners_table(runs)
+    if note is None and heldout.rows:
         charts["heldout"] = made.compared_heldout(runs)
     return _render(
         "compare_page.html", charts, None, False,
-        title=f"{len(runs)} runs compared", runs=runs_table(runs), heldout=winners_table(runs),
+        title=f"{len(runs)} runs compared", runs=runs_table(runs), heldout=heldout,
         gaps=gaps,
         differences=differences(runs), minibatches=[name for name, run in runs.items() if _takes_minibatches(run)],
         notes=[
-            *filter(None, [task_note(runs)]), *(f"{name}: {note}" for name, run in runs.items() for note in notes(run)),
+            *filter(None, [note]), *(f"{name}: {note}" for name, run in runs.items() for note in notes(run)),
         ],
     )  # fmt: skip
 

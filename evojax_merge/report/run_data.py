@@ -198,6 +198,14 @@ class RunData:
         return sum(line.seconds + line.validation_seconds for line in self.timing)
 
     @property
+    def whole_seconds(self) -> float | None:
+        """The seconds of all processes that worked on the run, one after another, with all that comes before and after
+        the generations; None where one has not ended or was killed."""
+        seconds = [session.get("seconds") for session in self.environment.get("sessions", ())]
+        whole = [value for value in seconds if isinstance(value, int | float)]
+        return sum(whole) if whole and len(whole) == len(seconds) else None
+
+    @property
     def fitness_rows(self) -> list[Generation]:
         """The generations whose figures are the fitness, not a companion with another scale."""
         return [generation for generation in self.generations if not generation.row.companion]

@@ -17,6 +17,8 @@ from evojax_merge.search.run_folder import INPUTS
 from evojax_merge.search.run_schema import GROUPS
 from evojax_merge.system.console import drawn, format_seconds
 
+# The heading of a column with the unit of each run's fitness.
+UNIT = "unit of fitness"
 # The rows of a table of keys, and the keys that a sentence lists.
 MOST_ROWS, MOST_UNLIKE = 400, 6
 
@@ -184,9 +186,21 @@ def progress_cell(run: RunData) -> str:
     return f"{run.count}; {'' if run.search.get('gradient') else f'{passes:,.0f} of '}{budget.passes:,.0f} passes"
 
 
+def time_cell(run: RunData) -> str:
+    """The time of the whole run; where it is not known, that of its generations, which is named."""
+    whole = run.whole_seconds
+    return f"{format_seconds(run.seconds)} in generations" if whole is None else format_seconds(whole)
+
+
+def fitness_units(runs: Mapping[str, RunData]) -> dict[str, str]:
+    """The unit of each run's fitness, by the run's name, where the runs with a result have several; else empty."""
+    units = {name: run.result.units.get("fitness", "") for name, run in runs.items() if run.result is not None}
+    return units if len({*units.values()}) > 1 else {}
+
+
 def runs_table(runs: Mapping[str, RunData]) -> Table:
     """A line for each run: its state, its progress, its best fitness and its winner's held-out scores."""
-    rows = []
+    rows, units = [], fitness_units(runs)
     for name, run in runs.items():
         winner, worse = run.outcome.winner, None
         best = [row.heldout_fitness for row in run.outcome.rivals if row.role == "parent"]
@@ -194,27 +208,31 @@ def runs_table(runs: Mapping[str, RunData]) -> Table:
             # The tasks on which the winner is worse than the base or a parent, beyond noise.
             worse = ", ".join(dict.fromkeys(loss.score.rpartition("/")[0] for loss in run.outcome.worse_on)) or "none"
         rows.append(
-            [name, run.method, run.state, progress_cell(run), best_cell(run),
+            [name, run.method, run.state, progress_cell(run), *([units.get(name, "")] if units else []), best_cell(run),
              None if winner is None else winner.heldout_fitness,
-             best[0] if best else None, worse, format_seconds(run.seconds)]
+             best[0] if best else None, worse, time_cell(run)]
         )  # fmt: skip
     columns = [
-        "run", "method", "state", "generations", "best fitness", "winner, held out", "best parent, held out",
-        "worse on", "time",
+        "run", "method", "state", "generations", *([UNIT] if units else []), "best fitness", "winner, held out",
+        "best parent, held out", "worse on", "time",
     ]  # fmt: skip
-    return Table(columns, rows, frozenset({3, 4, 5, 6, 8}))
+    words = ("run", "method", "state", UNIT, "worse on")
+    return Table(columns, rows, frozenset(number for number, name in enumerate(columns) if name not in words))
 
 
 def winners_table(runs: Mapping[str, RunData]) -> Table:
     winners = {name: winner for name, run in runs.items() if (winner := run.outcome.winner) is not None}
     units = {score: unit for name in winners for score, unit in runs[name].outcome.units.items()}
     scores = list(dict.fromkeys(score for winner in winners.values() for score in winner.heldout_scores))
+    by_run = fitness_units({name: runs[name] for name in winners})
     rows = [
-        [name, winner.heldout_fitness, *(winner.heldout_scores.get(score) for score in scores)]
+        [name, *([by_run[name]] if by_run else []), winner.heldout_fitness,
+         *(winner.heldout_scores.get(score) for score in scores)]
         for name, winner in winners.items()
-    ]
-    columns = ["run", *(titled(score, units) for score in ("fitness", *scores))]
-    return Table(columns, rows, frozenset(range(1, len(columns))))
+    ]  # fmt: skip
+    columns = ["run", *([UNIT, "fitness"] if by_run else [titled("fitness", units)])]
+    columns += [titled(score, units) for score in scores]
+    return Table(columns, rows, frozenset(range(1 + bool(by_run), len(columns))))
 
 
 def gaps_table(runs: Mapping[str, RunData]) -> Table | None:

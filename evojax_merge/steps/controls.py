@@ -268,6 +268,13 @@ def _adapted_models(problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[A
 
 
 def examples_of(problem: SearchProblem[Backend]) -> str:
-    """The number of examples that generations were scored on, in words."""
-    count = sum(task.size for shard in problem.splits.shards for task in shard if task.weight > 0)
-    return f"{count:,} examples"
+    """The number of examples that generations were scored on, in words; where tasks share records, after the number of
+    the records."""
+    tasks = [task for shard in problem.splits.shards for task in shard if task.weight > 0]
+    count, names = sum(task.size for task in tasks), {task.name for task in tasks}
+    places = [place for task in tasks for _, place in task.contents()]
+    # Some kinds of tasks name a line of a file, others the file and the line as one text.
+    records = count - len(places) + len({f"{file}:{line}" if line else file for file, line in places})
+    if len(names) == 1 or records == count:
+        return f"{count:,} examples"
+    return f"{records:,} records ({count:,} examples over {len(names)} tasks)"

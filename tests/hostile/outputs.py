@@ -186,7 +186,7 @@ CASES: list[Case] = [
     case("an export over its run, unasked", of_run("export", "run", "run"), "run: holds run/best, which this command"),
     case("a merge that fails, to a new place", failing("new/deep/out"), "model.norm.weight"),
     case("a merge that fails, over another", failing("out", merged), "model.norm.weight"),
-    case("a merge over a run", of_run("merge", "recipe.yaml", "run", "--overwrite"), "run: holds 'best'"),
+    case("a merge over a run", of_run("merge", "recipe.yaml", "run", "--overwrite"), "run: is a run of a search"),
     case("a merge over a winner", of_run("merge", "recipe.yaml", "run/best/model", "--overwrite"), "run/best"),
     case("a merge into a run's checkpoints", of_run("merge", "recipe.yaml", "run/checkpoints/2"), "run/checkpoints"),
     case("an export over its run", of_run("export", "run", "run", "--overwrite"), "run: holds run/best"),
