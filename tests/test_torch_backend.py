@@ -22,6 +22,7 @@ from helpers.files import read_json, read_lines, write_json, write_lines, write_
 from helpers.models import randomised, save, whisper_config
 from helpers.searches import problem_of, search_config, task_section
 from PIL import Image
+from safetensors.numpy import load_file
 from scipy.io import wavfile
 from transformers import (
     AutoImageProcessor,
@@ -168,6 +169,10 @@ def test_image_classifiers_are_planned_searched_resumed_and_exported(folder: Pat
     assert (exported / "model.safetensors").read_bytes() == (run / "best/model/model.safetensors").read_bytes()
     (recipe,) = yaml.safe_load_all((run / "best" / "recipe.yaml").read_text())
     assert recipe["merge_method"] == "task_arithmetic"
+    run_here("merge", run / "best" / "recipe.yaml", tmp_path / "again")
+    winner, again = (load_file(out / "model.safetensors") for out in (run / "best/model", tmp_path / "again"))
+    assert winner.keys() == again.keys()
+    assert all((winner[name] == again[name]).all() for name in winner)
     assert problem.backend.merge.space.groups == GROUPS
     _the_page_speaks_in_names(run, answers, images, targets)
 
@@ -484,7 +489,7 @@ def test_models_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None:
         ({"export_dtype": "float32"}, r"export_dtype: is for language models; backend: torch searches a space"),
         ({"space": {"method": "linear", "smooth": True}}, r"space: smooth: is for language models"),
         (
-            {"space": {"method": "linear", "components": ["attention", "mlp", "norm"]}},
+            {"space": {"method": "ties", "components": ["attention", "mlp", "norm"]}},
             r"space.components: is for diffusers folders",
         ),
         ({"tasks": [{"name": "a", "lm_eval": "arc_easy"}]}, r"tasks\[0\]: .*"),

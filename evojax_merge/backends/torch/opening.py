@@ -35,9 +35,14 @@ FOREIGN_KEYS = tuple(name for name in FOREIGN_IN_SPACE if name not in ("layers_p
 COMPONENTS = SpaceConfig.model_fields["components"].default
 # The group of a whole Sequential.
 TOP = "top level"
+# The sentences on candidates that are more than a merge of their recipes.
 MEASURED = (
     "Batch norms were measured anew on the search's examples. A merge of this recipe has those of its models, merged, "
     "and other scores; `evojax-merge export` writes the run's model."
+)
+SENTENCES = (
+    "A recipe merges no modules of sentence transformers, such as dense ones; `evojax-merge export` writes the run's "
+    "model."
 )
 
 
@@ -129,14 +134,15 @@ class TorchFactory:
             write(weights, models[0], out)
 
         environment, _ = torchax_environment()
+        has_sentences = hasattr(modules[0], "encode")
         is_traceable = environment is not None and not config.evaluation.recalibrate
         facts = tree_facts(
             merge, models, [references[key] for key in keys], config.evaluation, target, self, resolved=document,
             warnings=differences(models), has_derivatives=is_traceable,
-            beyond_recipe=MEASURED if config.evaluation.recalibrate else "",
+            beyond_recipe=MEASURED if config.evaluation.recalibrate else SENTENCES if has_sentences else "",
         )  # fmt: skip
         library = "transformers" if hasattr(modules[0], "save_pretrained") else "pytorch"
-        library = "sentence-transformers" if hasattr(modules[0], "encode") else library
+        library = "sentence-transformers" if has_sentences else library
         return TorchBackend(facts, merge, save, library, network=open_network(modules[0]))
 
     def open_stored(
