@@ -110,6 +110,7 @@ def test_sentence_transformers_are_searched_and_exported(sentences: Path, tmp_pa
         gains.append(sum(hit / np.log2(place + 2) for place, hit in enumerate(hits)) / ideal)
     assert scores["found/ndcg"] == pytest.approx(np.mean(gains), abs=1e-5)
     assert "3_Normalize" in {folder.name for folder in model.iterdir()}
+    assert "A recipe merges no modules of sentence transformers" in (model / "README.md").read_text()
 
 
 def test_metrics_of_embeddings_have_their_definitions() -> None:

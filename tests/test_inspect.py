@@ -258,6 +258,14 @@ def test_signs_that_disagree_and_signs_that_agree(inspect: Callable[..., Any], t
     assert report["sign_conflicts"]["share"] > 0.99 and "pull against" in sentence(report, "conflicts")
     report = inspect(one, along, options=("--base", str(base)))
     assert report["sign_conflicts"]["share"] < 0.01 and {"alike"} <= kinds(report)
+    generator = torch.Generator().manual_seed(0)
+    for share, how in ((0.4, "fewer than by chance; plain sums"), (0.5, "about as many as by chance; plain sums")):
+        mixed = {
+            name: t + 0.9 * (step[name] - t) * torch.sign(torch.rand(t.shape, generator=generator) - share)
+            for name, t in start.items()
+        }
+        save_file(mixed, along / "model.safetensors")
+        assert how in sentence(inspect(one, along, options=("--base", str(base))), "conflicts")
 
 
 def test_other_tokens_templates_dtypes_and_heads(inspect: Callable[..., Any], tmp_path: Path) -> None:

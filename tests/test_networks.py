@@ -18,10 +18,13 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 import evojax_merge as em
 from evojax_merge.backends.torch.backend import on_cores
 from evojax_merge.backends.torch.folders import open_module
+from evojax_merge.backends.torch.opening import layer_groups
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import ONE_DEVICE
+from evojax_merge.mergekit.write import group_filters
 from evojax_merge.steps.planning import make_plan
 from evojax_merge.steps.selection import open_evaluators
+from evojax_merge.system import console as console_module
 
 CLASSES, SIDE = 3, 8
 OWN = """
@@ -178,6 +181,10 @@ def test_the_time_of_a_function_that_is_called_is_measured(nets: Path, tmp_path:
     workers = problem.backend.programs(1, ONE_DEVICE).workers
     assert 0.05 * 6 / workers <= plan.candidate.seconds < 2 * 0.05 * 6
     assert plan.candidate.bound == "the functions that are called, as measured here"
+    # What the network computes is in no program of JAX, and not counted.
+    assert "FLOP to merge a candidate; " in plan.summary()[1]
+    problem = problem_of(tmp_path / "config.yaml", document(nets))
+    assert "FLOP for a candidate on all search examples" in make_plan(problem, problem.prepare()).summary()[1]
     assert plan.run_seconds == pytest.approx(plan.run.seconds) and plan.run.seconds > 6 * plan.candidate.seconds
     (time,) = (line for line in plan.lines() if line.startswith("the run takes "))
     assert "(measured here on some examples: JAX does not trace it): the generations " in time
@@ -224,7 +231,9 @@ def test_modules_of_the_users_own_are_evaluated(nets: Path, tmp_path: Path) -> N
     run_here("evaluate", *models, "--tasks", run / "config.yaml", "--split", "heldout", "--json", out)
     scores = [row["scores"]["classes/log_probability"] for row in read_json(out)]
     assert scores == pytest.approx(expected, abs=1e-5)
-    # Batch norms of the winner are measured on the search's examples again.
+    # The recipe does not have the batch norms that were measured, and says so; an export measures them again.
+    assert (run / "best" / "recipe.yaml").read_text().startswith("# Batch norms were measured anew on the search's")
+    assert "```\n\nBatch norms were measured anew" in (run / "best" / "model" / "README.md").read_text()
     written = em.open_run(run).best.export(tmp_path / "again")
     assert (written / "model.safetensors").read_bytes() == (run / "best/model/model.safetensors").read_bytes()
     alone = {"tasks": document(nets)["tasks"], "backend": "net.py:make"}
@@ -239,6 +248,76 @@ def test_modules_of_the_users_own_are_evaluated(nets: Path, tmp_path: Path) -> N
     write_json(tmp_path / "tasks.yaml", {"tasks": alone["tasks"]})
     refused = run_here("evaluate", run, "--tasks", tmp_path / "tasks.yaml", status=2)
     assert "own modules need backend: FILE.py:NAME" in refused.stderr
+
+
+SEQUENTIAL = """
+import torch
+
+
+def make():
+    deeper = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    layers = [torch.nn.Linear(4, 4) for _ in range(10)]
+    return torch.nn.Sequential(*layers, deeper, torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3))
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "together", "groups"),
+    [
+        ("slerp", 1, (*map(str, range(10)), "10.0", "10.1", "11", "12")),
+        ("linear", 3, ("0-2", "3-5", "6-8", "9-11", "10.0-2", "12-14")),
+        ("task_arithmetic", "all", ("top level", "10")),
+    ],
+)
+def test_a_sequential_is_grouped_by_its_modules_and_its_recipe_gives_the_winner(
+    method: str, together: int | str, groups: tuple[str, ...], tmp_path: Path
+) -> None:
+    own, files = tmp_path / "own.py", [str(tmp_path / f"own{seed}.safetensors") for seed in (1, 2, 3)]
+    own.write_text(SEQUENTIAL)
+    for seed, file in enumerate(files):
+        save_model(randomised(made(own), seed, 0.3), file)
+    rng, labels = np.random.default_rng(0), np.arange(12) % CLASSES
+    np.savez(tmp_path / "arrays.npz", input=rng.normal(size=(12, 4)).astype(np.float32), label=labels)
+    changes: dict[str, Any] = {"backend": f"{own}:make", "parents": files[:2]}
+    changes |= {"space": {"method": method, "layers_per_group": together}}
+    changes |= {"base": files[2]} if method == "task_arithmetic" else {}
+    changes["search"] = {"strategy": "cma_es", "generations": 2, "population": 3}
+    problem = problem_of(tmp_path / "config.yaml", document(tmp_path, **changes))
+    assert set(problem.space.groups) == set(groups)
+    run = tmp_path / "run"
+    run_here("search", write_json(tmp_path / "config.yaml", document(tmp_path, **changes)), "--out", run)
+    merged = run_here("merge", run / "best" / "recipe.yaml", tmp_path / "again")
+    written, again = (folder / "model.safetensors" for folder in (run / "best" / "model", tmp_path / "again"))
+    assert written.read_bytes() == again.read_bytes()
+    assert "ignored" not in merged.stdout + merged.stderr
+
+
+def test_a_recipe_of_a_random_method_draws_the_masks_of_the_search(nets: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"base": str(nets / "net1.safetensors"), "seed": 3}
+    space = {"method": "dare_linear", "fixed": {"density": 0.5}}
+    for seed in (3, 4):
+        save_file(randomised(made(nets / "net.py"), seed, 0.3).state_dict(), str(tmp_path / f"net{seed}.safetensors"))
+    changes["parents"] = [str(tmp_path / f"net{seed}.safetensors") for seed in (3, 4)]
+    run = tmp_path / "run"
+    run_here("search", write_json(tmp_path / "config.yaml", document(nets, space=space, **changes)), "--out", run)
+    run_here("merge", run / "best" / "recipe.yaml", tmp_path / "again")
+    written, again = (
+        load_file(folder / "model.safetensors") for folder in (run / "best" / "model", tmp_path / "again")
+    )
+    for name, tensor in written.items():
+        np.testing.assert_allclose(again[name], tensor, atol=1e-6, err_msg=name)
+
+
+def test_the_groups_of_a_sentence_transformer_are_those_of_its_deeper_lists() -> None:
+    names = ["0.auto_model.embeddings.word.weight", "0.auto_model.encoder.layer.3.dense.weight", "2.linear.weight"]
+    assert [layer_groups(2)(name) for name in names] == ["0-1", "0.auto_model.encoder.layer.2-3", "2-3"]
+
+
+def test_filters_of_groups_mean_every_tensor_even_where_names_are_parts_of_others() -> None:
+    names = ["0.weight", "1.0.weight", "1.1.weight", "10.weight", "pre_head.weight", "head.weight", "0.0.weight"]
+    for groups in ([0, 1, 1, 2, 3, 4, 1], [0, 1, 0, 1, 0, 1, 0], [0] * 7):
+        filters = group_filters(names, groups)
+        assert [next(group for text, group in filters if text in name) for name in names] == groups
 
 
 @pytest.mark.parametrize("name", ["image", "text", "audio"])
@@ -362,6 +441,26 @@ def test_no_batch_norm_is_measured_where_there_is_none(tmp_path: Path) -> None:
         problem_of(tmp_path / "config.yaml", search)
     with pytest.raises(InputError, match=r"evaluation.recalibrate: language models have no batch norms"):
         problem_of(tmp_path / "config.yaml", search | {"backend": "decoder"})
+
+
+def test_auto_follows_no_gradient_where_batch_norms_are_measured(nets: Path, tmp_path: Path) -> None:
+    changes = {"evaluation": {"recalibrate": True}, "search": {"strategy": "auto", "generations": 2}}
+    problem = problem_of(tmp_path / "config.yaml", document(nets, **changes))
+    assert problem.strategy.name == "cma_es"
+    assert problem.prepare().search[0].size == 6
+
+
+def test_python_opens_networks_without_a_line(
+    nets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console_module, "_PRINTED", set())
+    config = document(nets)
+    models = em.load_models(None, config["parents"], backend=config["backend"])
+    space = em.MergeSpace(models, "linear")
+    study = em.Study(models, space, config["tasks"], out=tmp_path / "run", strategy="cma_es", population=3)
+    study.run(2)
+    assert em.open_run(tmp_path / "run").best.recipe["merge_method"] == "linear"
+    assert capsys.readouterr().out == ""
 
 
 def test_uniform_scores_are_those_of_one_candidate_at_a_time(nets: Path, tmp_path: Path) -> None:

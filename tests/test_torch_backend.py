@@ -22,6 +22,7 @@ from helpers.files import read_json, read_lines, write_json, write_lines, write_
 from helpers.models import randomised, save, whisper_config
 from helpers.searches import problem_of, search_config, task_section
 from PIL import Image
+from safetensors.numpy import load_file
 from scipy.io import wavfile
 from transformers import (
     AutoImageProcessor,
@@ -168,6 +169,10 @@ def test_image_classifiers_are_planned_searched_resumed_and_exported(folder: Pat
     assert (exported / "model.safetensors").read_bytes() == (run / "best/model/model.safetensors").read_bytes()
     (recipe,) = yaml.safe_load_all((run / "best" / "recipe.yaml").read_text())
     assert recipe["merge_method"] == "task_arithmetic"
+    run_here("merge", run / "best" / "recipe.yaml", tmp_path / "again")
+    winner, again = (load_file(out / "model.safetensors") for out in (run / "best/model", tmp_path / "again"))
+    assert winner.keys() == again.keys()
+    assert all((winner[name] == again[name]).all() for name in winner)
     assert problem.backend.merge.space.groups == GROUPS
     _the_page_speaks_in_names(run, answers, images, targets)
 
@@ -188,6 +193,7 @@ def _the_page_speaks_in_names(
     differing = [pair for task in read_answers(read_run(run)) or () for pair in task.shown]
     assert differing and all(pair.texts is not None and "class" in pair.texts[0] for pair in differing)
     assert page.count("Right answer: class") == len(differing)
+    assert all(pair.short_name == "/".join(Path(pair.example).parts[-2:]) for pair in differing)
     assert "quarter/accuracy (share right)" in page and "(share right)" in " ".join(opened.result["verdicts"])
     # The names are there before the winner is, and where the models are gone.
     names = [f"weight[{group}][{parent}]" for group in GROUPS for parent in ("left", "right")]
@@ -482,6 +488,10 @@ def test_models_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None:
     [
         ({"export_dtype": "float32"}, r"export_dtype: is for language models; backend: torch searches a space"),
         ({"space": {"method": "linear", "smooth": True}}, r"space: smooth: is for language models"),
+        (
+            {"space": {"method": "ties", "components": ["attention", "mlp", "norm"]}},
+            r"space.components: is for diffusers folders",
+        ),
         ({"tasks": [{"name": "a", "lm_eval": "arc_easy"}]}, r"tasks\[0\]: .*"),
         ({"tasks": [{"name": "a", "kind": "regression", "file": "images"}]}, r"images: is a folder, which holds"),
     ],
@@ -497,15 +507,16 @@ def test_a_config_that_networks_cannot_have_is_refused(
 
 
 def test_a_network_is_pointed_to_its_backend_where_language_models_are_expected(folder: Path, tmp_path: Path) -> None:
-    hint = "; a search with backend: torch opens a ViTForImageClassification"
+    hint = "a search with backend: torch opens a ViTForImageClassification"
     shown = " ".join(output_of("inspect", folder / "base", folder / "left").split())
+    assert not any(row in shown for row in ("vocabulary", "tokenizer", "chat template", "language head"))
     assert "a ViTForImageClassification of transformers, and no language model that is searched" in shown
     assert "a search takes it with backend: torch, kind: classification." in shown
     task = {"name": "sums", "kind": "likelihood", "file": str(tmp_path / "sums.jsonl")}
     (tmp_path / "sums.jsonl").write_text('{"prompt": "1 + 1 =", "target": " 2"}\n' * 4)
     config = config_file(folder, tmp_path, backend="decoder", tasks=[task])
     error = run_here("search", config, "--out", tmp_path / "run", status=2).stderr
-    assert error.rstrip().endswith(hint) and "model_type is 'vit'" in error
+    assert f"config.json: {hint}; model_type is 'vit'; expected one of " in error
 
 
 def test_a_network_that_answers_at_random_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from evojax_merge import plugins
-from evojax_merge.api.python_calls import Location, genome_array, plain_data
+from evojax_merge.api.python_calls import Location, PythonCall, genome_array, plain_data
 from evojax_merge.api.trials import named_values_of
 from evojax_merge.backends.decoder.kinds.merge import build_space, check_models
 from evojax_merge.backends.registry import find_backend
@@ -215,7 +215,8 @@ class Space(Described):
         where = type(self).__name__
         self._document = plain_data(where, section)
         document = self.models.document() | self._document | {"tasks": _NO_TASKS}
-        self._space = open_backend(Path(where), config_from(Path(where), document, [], None)).facts.space
+        with PythonCall():
+            self._space = open_backend(Path(where), config_from(Path(where), document, [], None)).facts.space
 
 
 class MergeSpace(Space):

@@ -337,18 +337,19 @@ class Run(Searched, Described):
     def _open(self) -> Backend:
         """The models of the run's last stage."""
         self._check_models()
-        folder = self._folder
-        config = last_stage(folder)
-        if config.evaluation.recalibrate:
-            return build_problem(folder.config, config_from(folder.config, self.config, [], None)).exporting()
-        if config.pool is None:
-            return open_backend(folder.config, config, chained=True)
-        problem = build_problem(folder.config, config)
-        saved = Checkpoints(folder).restore(ignore)
-        if saved is None:
-            return problem.backend
-        state = saved.strategy_state(problem.seed, problem.strategy, problem.space)
-        return problem.within(context_of(problem.strategy, state)).backend
+        with PythonCall():
+            folder = self._folder
+            config = last_stage(folder)
+            if config.evaluation.recalibrate:
+                return build_problem(folder.config, config_from(folder.config, self.config, [], None)).exporting()
+            if config.pool is None:
+                return open_backend(folder.config, config, chained=True)
+            problem = build_problem(folder.config, config)
+            saved = Checkpoints(folder).restore(ignore)
+            if saved is None:
+                return problem.backend
+            state = saved.strategy_state(problem.seed, problem.strategy, problem.space)
+            return problem.within(context_of(problem.strategy, state)).backend
 
 
 def named_values_of(space: Any, genomes: np.ndarray, parents: Sequence[str]) -> Mapping[str, np.ndarray]:

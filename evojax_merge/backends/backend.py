@@ -85,7 +85,8 @@ class BackendFacts:
     model's name in recipes; loaded: the number of models in the bank; stored_bytes: the bytes that `load` reads from
     files; streamed_bytes: the bytes of the host's memory that the models take where they come to the devices part by
     part, None where they do so already, or cannot; not_adaptable, not_polishable: why no low-rank change of a model can
-    be trained, and why no winner can be written with one; empty where it can.
+    be trained, and why no winner can be written with one; empty where it can; beyond_recipe: what a candidate has that
+    a merge of its recipe has not, in words; empty where the recipe gives its bytes.
 
     The run. settings, target: how candidates are evaluated, and on which devices; compute_dtype: the dtype that
     generations are scored in; final_compute_dtype: the dtype for splits that no generation is scored on, where the
@@ -113,6 +114,7 @@ class BackendFacts:
     streamed_bytes: int | None = None
     not_adaptable: str = ""
     not_polishable: str = ""
+    beyond_recipe: str = ""
     compute_dtype: str = "float32"
     final_compute_dtype: str = "float32"
     smaller_passes: Sequence[Mapping[str, Any]] = ()

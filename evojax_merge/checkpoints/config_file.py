@@ -161,7 +161,7 @@ def read_decoder_config(path: object, raw: Mapping[str, Any]) -> DecoderConfig:
     try:
         architecture = find_architecture(raw.get("model_type"))
     except ValueError as error:
-        raise InputError(path, f"{error}{torch_hint(raw)}") from None
+        raise InputError(path, "; ".join(filter(None, (torch_hint(raw), str(error))))) from None
     check_unquantised(path, raw)
     check_values(path, raw)
     if architecture.config_class is not None:
@@ -196,7 +196,7 @@ def read_decoder_config(path: object, raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def torch_hint(config: Mapping[str, Any]) -> str:
-    """The end of a message on a model of no registered architecture: `backend: torch` opens it. Empty where
+    """The clause of a message on a model of no registered architecture that `backend: torch` opens it. Empty where
     transformers does not open it."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -205,7 +205,7 @@ def torch_hint(config: Mapping[str, Any]) -> str:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES or not isinstance(classes, list) or not classes:
         return ""
     # The names that transformers exports, by which the class itself is not imported.
-    return f"; a search with backend: torch opens a {classes[0]}" if classes[0] in dir(transformers) else ""
+    return f"a search with backend: torch opens a {classes[0]}" if classes[0] in dir(transformers) else ""
 
 
 def config_values(path: object, raw: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:

@@ -209,8 +209,9 @@ def export_candidate(backend: Backend, genome: np.ndarray, out: Path, keep: Sequ
     """Write the candidate of a genome, whose backend makes candidates of genomes. keep: files and folders that must not
     be replaced."""
     candidate = backend.describe(genome)
-    models = {backend.facts.references[model]: model for model in candidate.sources}
-    card = merge_card(out.name, [backend.facts.name], models, candidate.recipe)
+    facts = backend.facts
+    models = {facts.references[model]: model for model in candidate.sources}
+    card = merge_card(out.name, [facts.name], models, candidate.recipe, beyond_recipe=facts.beyond_recipe)
     backend.export(candidate.recipe, genome, out, card, partial(check_output, out, keep))
 
 

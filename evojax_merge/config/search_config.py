@@ -68,7 +68,8 @@ class SpaceConfig(Section):
     components: list[Name] = Field(
         ["attention", "mlp", "norm"],
         max_length=100,
-        description="the parts of a layer that have parameters of their own; parts joined with + share them",
+        description="of language models and diffusers folders: the parts of a layer that have parameters of their own; "
+        "parts joined with + share them",
     )
     smooth: bool = Field(
         False, description="layers get what is interpolated between the groups that `layers_per_group` makes"

@@ -345,9 +345,10 @@ def _about_task_vectors(names: Sequence[str], comparison: Comparison) -> Iterato
         if changes.share > PULLING_APART * changes.by_chance:
             what = "the parents pull against each other, and sums cancel; ties, dare_ties and della elect a sign."
         elif changes.share > changes.by_chance / 2:
+            how = "fewer than" if changes.share * PULLING_APART < changes.by_chance else "about as many as"
             what = (
-                "as independent changes do; plain sums (task_arithmetic) and methods that elect a sign (ties, "
-                "dare_ties, della) are both worth a search, and a density below 1 leaves fewer conflicts."
+                f"{how} by chance; plain sums (task_arithmetic) and methods that elect a sign (ties, dare_ties, della) "
+                "are both worth a search, and a density below 1 leaves fewer conflicts."
             )
         yield Finding(
             "conflicts", f"In {changes.share:.0%} of the entries that several parents change, their changes have "

@@ -450,7 +450,7 @@ class FirstConfig:
     def _search(self) -> list[str]:
         strategy = ("auto", "chosen by what has derivatives; any of `evojax-merge strategies`")
         if self.backend not in (None, "function"):
-            strategy = ("cma_es", "auto follows gradients, where torchax makes a function of JAX of the network")
+            strategy = ("cma_es", "auto follows gradients, and is refused where torchax cannot trace the network")
         lines = ["search:", _line("strategy", *strategy, indent="  ")]
         if self.generations is not None:
             comment = "of 4 + 3 ln D candidates each, or steps of a gradient"

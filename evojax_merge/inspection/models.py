@@ -160,7 +160,8 @@ def _why_unsearchable(folder: DecoderFolder) -> str | None:
                 return "it is an image generator in one file, of which a search takes the folder that diffusers writes"
             lone = f"it is a LoRA without its base: name it as BASE+{folder.path.name}"
             return "no config.json" if _adapter_of(folder.path) is None else lone
-        return f"the architecture {kind} is not one of those that are searched{torch_hint(folder.config)}"
+        unknown = f"the architecture {kind} is not one of those that are searched"
+        return "; ".join(filter(None, (unknown, torch_hint(folder.config))))
     try:
         folder.decoder_config()
     except InputError as error:

@@ -56,6 +56,28 @@ def filters_of(architecture: Architecture, *configs: DecoderConfig) -> Filters:
     )
 
 
+def group_filters(names: Sequence[str], groups: Sequence[int]) -> list[tuple[str, int]]:
+    """Filters that mean the group of each tensor, with the group's number, the longest first: modules whose tensors are
+    all of one group, or the tensors' whole names where a module's name is a part of another group's names."""
+    groups_of: dict[str, set[int]] = {}
+    for name, group in zip(names, groups, strict=True):
+        for beginning in _beginnings(name):
+            groups_of.setdefault(beginning, set()).add(group)
+    modules = [next(text for text in _beginnings(name) if len(groups_of[text]) == 1) for name in names]
+    for texts in (modules, names):
+        filters = sorted(dict(zip(texts, groups, strict=True)).items(), key=lambda pair: -len(pair[0]))
+        matched = [next(group for text, group in filters if text in name) for name in names]
+        if matched == list(groups):
+            break
+    return filters
+
+
+def _beginnings(name: str) -> list[str]:
+    """The names of the modules that a tensor lies in, from the outermost on, and its own."""
+    ends = [place for place, letter in enumerate(name, start=1) if letter == "."]
+    return [*(name[:end] for end in ends), name]
+
+
 def shortest_decimal(value: Any) -> float:
     """The float whose decimal form is the shortest that reads back to the same float32."""
     return float(np.format_float_positional(np.float32(value), unique=True, trim="0"))
@@ -90,7 +112,7 @@ def recipe_document(
     elif spec.method.base_is_first_parent:
         document["base_model"] = parents[0]
     document["slices"] = slices
-    switches = _switches(spec.method, spec.options)
+    switches = switch_values(spec.method, spec.options)
     if switches:
         document["parameters"] = switches
     return document | _ending(spec.method, spec.export_dtype, spec.seed)
@@ -172,7 +194,7 @@ def _birth_document(
 
     document: dict[str, Any] = {"merge_method": method.name}
     common = {p.name: float(member.parameters[p.name]) for p in method.parameters if not p.per_parent}
-    switches = _switches(method, replace(method.options, has_base=own_base is not None))
+    switches = switch_values(method, replace(method.options, has_base=own_base is not None))
     extents = [(begin, end) for begin, end in ((0, member.split), (member.split, layers)) if begin < end]
     if len(extents) == 1:
         parents = member.ordered(0)
@@ -206,7 +228,7 @@ def _sources(
     return sources
 
 
-def _switches(method: Method, options: Options) -> dict[str, Any]:
+def switch_values(method: Method, options: Options) -> dict[str, Any]:
     """The static switches, under mergekit's names."""
     values = {
         "normalize": options.normalize,

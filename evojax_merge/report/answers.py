@@ -26,20 +26,16 @@ Outcome = Literal["won", "lost", "equal"]
 
 @dataclass(frozen=True)
 class Pair:
-    """An example: its place in the data, or its image, its question and its right answer where it has any, the scores
-    of the winner and of the parent, and their texts, with marks where they differ; None for a task that is only
-    scored."""
+    """An example: its place in the data, or its image, that without its folders (an image's own may be its class), its
+    question and its right answer where it has any, the scores of the winner and of the parent, and their texts, with
+    marks where they differ; None for a task that is only scored."""
 
     example: str
+    short_name: str
     question: str | None
     target: str | None
     scores: tuple[float | None, float | None]
     texts: tuple[Markup, Markup] | None
-
-    @property
-    def short_name(self) -> str:
-        """The place in the data without its folder."""
-        return self.example.rpartition("/")[2]
 
     @property
     def outcome(self) -> Outcome:
@@ -140,7 +136,8 @@ def _pair(ours: AnswerLine, theirs: AnswerLine) -> Pair:
         texts = marked(_shown("\n".join(ours.outputs)), _shown("\n".join(theirs.outputs)))
     question, target = (None if text is None else _shown(text) for text in (ours.prompt, ours.target))
     example = escaped(str(ours.example if ours.image is None else ours.image))
-    return Pair(example, question, target, (ours.score, theirs.score), texts)
+    short_name = "/".join(example.split("/")[-1 if ours.image is None else -2 :])
+    return Pair(example, short_name, question, target, (ours.score, theirs.score), texts)
 
 
 def _value(score: float | None) -> float:

@@ -85,10 +85,12 @@ def merge_card(
     models: Mapping[str, Path],
     recipe: str,
     scores: Mapping[str, float] = MappingProxyType({}),
+    beyond_recipe: str = "",
 ) -> str:
     """The card of a merge. methods: those of its stages, the last one's last; models: the folder of each model of the
     recipe, by its reference there, the base first; recipe: its YAML, shown unchanged unless it names paths of this
-    machine; scores: held-out scores by `task/metric`."""
+    machine; scores: held-out scores by `task/metric`; beyond_recipe: what the merge has that a merge of its recipe has
+    not."""
     documents = parse_documents("recipe", recipe, take_last)
     stages = {document["name"] for document in documents if isinstance(document, dict) and "name" in document}
     names = dict(zip(models, public_names(list(models.values()), stages), strict=True))
@@ -108,6 +110,7 @@ def merge_card(
     return (
         f"{front_matter(name, list(linked), list(models.values()), scores)}\n# {name}\n\nA merge of\n\n{listed}\n\n"
         f"by {made_by}, made with evojax-merge.\n\n## Recipe\n\n{fence}yaml\n{text}\n{fence}\n"
+        + (f"\n{beyond_recipe}\n" if beyond_recipe else "")
     )
 
 
@@ -128,13 +131,14 @@ def search_card(name: str, problem: SearchProblem[Backend], result: Result, reci
         front = (
             f"\n### The front\n\nThe winner has the best weighted mean. {better}:\n\n{markdown_table(result.front())}\n"
         )
-    backend, measured = problem.backend, result.measured()
+    facts, measured = problem.backend.facts, result.measured()
     more = "" if measured is None else f" {measured}"
-    models = {backend.facts.references[path]: path for path in backend.describe(result.genome).sources}
+    models = {facts.references[path]: path for path in problem.backend.describe(result.genome).sources}
+    scores = result.winner.scores if result.rows else {}
     return (
-        merge_card(name, [backend.facts.name], models, recipe, result.winner.scores if result.rows else {})
+        merge_card(name, [facts.name], models, recipe, scores, facts.beyond_recipe)
         + result.report.card_section()
-        + f"\n## How it was found\n\n{problem.strategy.name} over {backend.facts.genome}, "
+        + f"\n## How it was found\n\n{problem.strategy.name} over {facts.genome}, "
         f"{generations} generations, seed {problem.seed}. Fitness is the weighted mean of\n\n{tasks}\n\n"
         f"{result.chosen_on()}{more}\n\n## Held-out scores\n\nOn examples that the search never saw:\n\n"
         f"{markdown_table(result.rows)}\n" + front + "".join(f"\n**{sentence}**\n" for sentence in result.verdicts())

@@ -55,7 +55,15 @@ def tables(models: Sequence[Model], names: Sequence[str], comparison: Comparison
             for model in models
         ],
     }
-    shown = [(label, *values) for label, values in facts.items() if label != "adapter" or any(values)]
+    # The rows that some models alone have.
+    is_shown = {
+        "adapter": any(facts["adapter"]),
+        "vocabulary": any(model.vocabulary is not None for model in models),
+        "tokenizer": any(model.tokenizer for model in models),
+        "chat template": bool(templates),
+        "language head": any(model.vocabulary is not None for model in models),
+    }
+    shown = [(label, *values) for label, values in facts.items() if is_shown.get(label, True)]
     yield Table(["", *names], shown, folded=range(1, len(names) + 1)).terminal("Models")
     pairs = comparison.pairs
     if pairs:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from evojax_merge.evaluation.programs import MATERIALISE
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.evaluation.timings import NOT_MEASURED, Factor, WorkKind
 from evojax_merge.report.tables import Table, TerminalTable
@@ -151,6 +152,11 @@ class Plan:
     def fits(self) -> bool:
         return self.bank_bytes + self.pass_bytes <= self.target.memory
 
+    @property
+    def merges_alone(self) -> bool:
+        """Return whether the arithmetic is that of merges alone, since what scores them is not traced."""
+        return bool(self.passes) and all(one.name == MATERIALISE for one in self.passes)
+
     def as_json(self) -> dict[str, Any]:
         """The plan as plain data; rates that are not known are null, and so are the seconds of what does not fit."""
         target = {
@@ -175,13 +181,14 @@ class Plan:
         what, work = _CANDIDATE, self.candidate
         if self.gradient is not None:
             what, work = _GRADIENT, self.gradient
+        purpose = "to merge a candidate" if self.merges_alone else f"for {what}"
         around = shown_seconds(sum(work.seconds for work in self.around.values()))
         more = f", and about {around} more to load, compile and write, the first time" if self.around else ""
         time = f"; the whole search takes {self._time()}{more}" if self.fits else ""
         return [
             f"plan: {shown_bytes(self.bank_bytes)} of models and up to {shown_bytes(self.pass_bytes)} for a pass, of "
             f"{shown_bytes(self.target.memory)} on each device",
-            f"plan: {shown_number(work.flops)}FLOP for {what}{time}",
+            f"plan: {shown_number(work.flops)}FLOP {purpose}{time}",
         ]
 
     def verdict(self) -> str:
@@ -238,7 +245,8 @@ class Plan:
             share = f"{work.merge_seconds / work.seconds:.0%}" if work.seconds > 0 else "unknown share"
             time = f", {shown_seconds(work.seconds)} by the roofline, bound by {work.bound} ({share} merging)"
             printed.append(
-                f"{name}: {shown_number(work.flops)}FLOP, {shown_number(work.moved_bytes)}B moved"
+                f"{name}: {shown_number(work.flops)}FLOP{' to merge' if self.merges_alone else ''}, "
+                f"{shown_number(work.moved_bytes)}B moved"
                 f"{time if self.fits else ''}"
             )
         if self.fits:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from evojax_merge.evaluation.devices import ONE_DEVICE, Devices, tree_nbytes
 from evojax_merge.evaluation.samples import score_rows
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import Target
-from evojax_merge.mergekit.write import dump_documents
+from evojax_merge.mergekit.write import dump_documents, switch_values
 from evojax_merge.report.comparison import model_name
 from evojax_merge.report.front_matter import changed_front_matter
 from evojax_merge.report.winner import MergeReport
@@ -196,18 +197,20 @@ class FunctionBackend:
         space = self.merge.space
         values = {name: np.asarray(block) for name, block in space.values(jnp.asarray(genome)).items()}
         report = MergeReport(space.groups, values, tuple(map(model_name, self.facts.parents)))
-        return CandidateFacts(dump_documents([self.recipe(genome)]), self.models, report)
+        comment = "".join(f"# {line}\n" for line in wrap(self.facts.beyond_recipe, 110))
+        return CandidateFacts(comment + dump_documents([self.recipe(genome)]), self.models, report)
 
     def recipe(self, genome: np.ndarray) -> dict[str, Any]:
-        """The recipe in mergekit's format: each group's parameters behind a filter with its name."""
+        """The recipe in mergekit's format: each group's parameters behind its filters."""
         facts, space = self.facts, self.merge.space
         parameters = {name: np.asarray(block) for name, block in space.parameters(jnp.asarray(genome)).items()}
+        filters = self.filters()
 
         def written(block: np.ndarray) -> Any:
             values = [float(value) for value in block]
             if len(set(values)) == 1:
                 return values[0]
-            return [{"filter": group, "value": value} for group, value in zip(space.groups, values, strict=True)]
+            return [{"filter": text, "value": values[group]} for text, group in filters]
 
         of_parents = {name for name in parameters if space.method.parameter(name).per_parent}
         document: dict[str, Any] = {"merge_method": facts.name}
@@ -221,8 +224,14 @@ class FunctionBackend:
             for k, parent in enumerate(facts.parents)
         ]
         shared = {key: written(block) for key, block in parameters.items() if key not in of_parents}
-        options = self.merge.spec.options
-        return document | {"parameters": {"normalize": options.normalize} | shared}
+        spec = self.merge.spec
+        settings = switch_values(space.method, spec.options) | shared
+        document |= {"parameters": settings} if settings else {}
+        return document | ({"random_seed": spec.seed} if space.method.random else {})
+
+    def filters(self) -> Sequence[tuple[str, int]]:
+        """The filters of a recipe, of which the first that matches a tensor counts, each with its group's number."""
+        return [(group, number) for number, group in enumerate(self.merge.space.groups)]
 
     def merged(self, genome: np.ndarray) -> Any:
         """The merge of a genome, float32[D], as a pytree."""

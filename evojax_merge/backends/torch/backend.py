@@ -49,12 +49,14 @@ from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError, library_errors
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.memory import available_memory
+from evojax_merge.mergekit.write import group_filters
 from evojax_merge.models.architecture import known_architecture
 from evojax_merge.report.plan import shown_bytes
 from evojax_merge.system.console import say, say_once
 from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.entropy import EntropyTask
 from evojax_merge.tasks.networks import NEGATIVE_ENTROPY, PAIRED, WRITTEN, NetworkTask
+from evojax_merge.tasks.python_trees import shown_path
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.text import TextTask
 
@@ -151,6 +153,12 @@ class TorchBackend(FunctionBackend):
     def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The kernel of a convolution `[out, in, …]` is a matrix of what it multiplies at a place."""
         return (shape[0], prod(shape[1:]))
+
+    def filters(self) -> Sequence[tuple[str, int]]:
+        tree, number = self.merge.tree, self.merge.space.groups.index
+        tensors = zip(tree.paths, tree.leaves, self.merge.labels, strict=True)
+        named = [(shown_path(path), number(label)) for path, leaf, label in tensors if leaf.merged]
+        return group_filters([name for name, _ in named], [group for _, group in named])
 
     def merged(self, genome: np.ndarray) -> Any:
         return self.finished(super().merged(genome))

@@ -33,6 +33,17 @@ if TYPE_CHECKING:
 # The keys of a space that only language models have; diffusers folders have components.
 FOREIGN_KEYS = tuple(name for name in FOREIGN_IN_SPACE if name not in ("layers_per_group", "components"))
 COMPONENTS = SpaceConfig.model_fields["components"].default
+# The group of a whole Sequential.
+TOP = "top level"
+# The sentences on candidates that are more than a merge of their recipes.
+MEASURED = (
+    "Batch norms were measured anew on the search's examples. A merge of this recipe has those of its models, merged, "
+    "and other scores; `evojax-merge export` writes the run's model."
+)
+SENTENCES = (
+    "A recipe merges no modules of sentence transformers, such as dense ones; `evojax-merge export` writes the run's "
+    "model."
+)
 
 
 @dataclass(frozen=True)
@@ -87,8 +98,9 @@ class TorchFactory:
                     f"{where}: {other}", f"is no diffusers folder, as {pipelines[0]} is; expected one kind"
                 )
             return _open_pipelines(self, where, config, target, has_base, named, paths)
-        for key, given in (("components", config.components), ("space.components", config.space.components)):
-            if given not in (None, COMPONENTS):
+        in_space = "components" in config.space.model_fields_set
+        for key, is_given in (("components", config.components is not None), ("space.components", in_space)):
+            if is_given:
                 raise InputError(where, f"{key}: is for diffusers folders, and {keys[0]} is none")
         if own_modules is None:
             classes = {key: architecture(paths[key]) for key in keys}
@@ -122,12 +134,15 @@ class TorchFactory:
             write(weights, models[0], out)
 
         environment, _ = torchax_environment()
+        has_sentences = hasattr(modules[0], "encode")
+        is_traceable = environment is not None and not config.evaluation.recalibrate
         facts = tree_facts(
             merge, models, [references[key] for key in keys], config.evaluation, target, self, resolved=document,
-            warnings=differences(models), has_derivatives=environment is not None,
+            warnings=differences(models), has_derivatives=is_traceable,
+            beyond_recipe=MEASURED if config.evaluation.recalibrate else SENTENCES if has_sentences else "",
         )  # fmt: skip
         library = "transformers" if hasattr(modules[0], "save_pretrained") else "pytorch"
-        library = "sentence-transformers" if hasattr(modules[0], "encode") else library
+        library = "sentence-transformers" if has_sentences else library
         return TorchBackend(facts, merge, save, library, network=open_network(modules[0]))
 
     def open_stored(
@@ -220,18 +235,20 @@ def _open_pipelines(
 
 def layer_groups(together: int | str) -> Callable[[str], str]:
     """A tensor's name -> the name of its group: `together` neighbouring modules of the first numbered list on the way
-    to it (all: the whole list), or else the first two modules on the way. A module of the top level is of no list."""
+    to it (all: the whole list), or else the first two modules on the way. The list of the top level, which a network
+    that is a Sequential has, counts where there is no other on the way."""
 
     def group_of(name: str) -> str:
         modules = name.split(".")[:-1]
-        number = next((i for i, part in enumerate(modules) if i and re.fullmatch("[0-9]{1,9}", part)), None)
-        if number is None:
+        numbers = [i for i, part in enumerate(modules) if re.fullmatch("[0-9]{1,9}", part)]
+        if not numbers:
             return ".".join(modules[:2]) or name
-        above = ".".join(modules[:number])
+        number = next(filter(None, numbers), 0)
+        above = modules[:number]
         if together == "all":
-            return above
+            return ".".join(above) or TOP
         first = int(modules[number]) // int(together) * int(together)
-        return f"{above}.{first}" if together == 1 else f"{above}.{first}-{first + int(together) - 1}"
+        return ".".join([*above, str(first) if together == 1 else f"{first}-{first + int(together) - 1}"])
 
     return group_of
 
