@@ -228,13 +228,15 @@ class Result:
         gain, unit, lead = -row.lead.difference, self.winner.units.get("fitness", ""), row.lead
         if lead.remark == SAME:
             return ["Polishing changes no answer to a held-out example."]
-        noise = f", which is {lead.remark}" if lead.remark else ""
-        if lead.remark != TOO_FEW:
-            noise += f" ({_interval(Lead(gain, -lead.high, -lead.low), unit)})"
+        if lead.remark == TOO_FEW:
+            side = "ahead of" if gain > 0 else "behind"
+            return [f"On held-out data the {POLISHED_NAME} is {side} the winner by {abs(gain):.4f}: {TOO_FEW} more."]
+        interval = _interval(Lead(gain, -lead.high, -lead.low), unit)
         if lead.remark == NOISE:
-            return [f"{NOT_TOLD.format(POLISHED_NAME)} the winner: a difference of {gain:.4f}{noise}."]
+            sentence = NOT_TOLD.format(POLISHED_NAME)
+            return [f"{sentence} the winner: a difference of {gain:.4f}, which is {NOISE} ({interval})."]
         side = "better" if gain > 0 else "worse"
-        return [f"On held-out data the {POLISHED_NAME} is {side} than the winner by {abs(gain):.4f}{noise}."]
+        return [f"On held-out data the {POLISHED_NAME} is {side} than the winner by {abs(gain):.4f} ({interval})."]
 
     def _matched(self) -> list[str]:
         """Sentences about the controls: those that the winner is not ahead of, and adapters that fitted the search's
