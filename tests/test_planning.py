@@ -688,6 +688,27 @@ def test_quantised_models_are_planned_by_headers_alone(
     open_sources([by_headers, by_headers])
 
 
+def test_folders_without_weights_are_planned_by_the_shapes_of_their_configs(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(folders: Sequence[Path]) -> dict[str, Any]:
+        base, *parents = map(str, folders)
+        models = {"base": base, "parents": parents, "evaluation": {"compute_dtype": "float32"}}
+        config = write_yaml(tmp_path / "config.yaml", document(family, **models))
+        assert command("plan", config, "--target", "h100", "--json", tmp_path / "plan.json") == 0
+        (plan,) = read_json(tmp_path / "plan.json")
+        return {key: plan[key] for key in ("bank_bytes", "candidate", "passes", "parts")}
+
+    bare = [tmp_path / folder.name for folder in (family.base, *family.parents)]
+    for folder, whole in zip(bare, (family.base, *family.parents), strict=True):
+        shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    expected = work((family.base, *family.parents))
+    assert "holds no weights" not in capsys.readouterr().out
+    assert work(bare) == expected
+    assert "holds no weights; planned by the shapes that its config.json means, in F32" in capsys.readouterr().out
+    assert not any(path.suffix == ".safetensors" for folder in bare for path in folder.iterdir())
+
+
 def test_repositories_of_diffusers_are_planned_by_headers_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from evojax_merge.checkpoints.config_file import decoder_config
-from evojax_merge.checkpoints.headers import TensorHeader, write_header_only
+from evojax_merge.checkpoints.headers import STORED_DTYPES, TensorHeader, write_header_only
 from evojax_merge.checkpoints.parents import tensor_shapes
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.problem import SearchProblem, build_problem, config_from
@@ -26,8 +26,6 @@ MISTRAL_7B = {
 WORDS = 1000
 # Tokens of an example: of its prompt, and of what is scored or generated.
 PROMPT, ANSWER = 250, 100
-# Their names in safetensors.
-STORED_DTYPES = {"bfloat16": ("BF16", 2), "float32": ("F32", 4)}
 
 
 def word_tokenizer(count: int, special: Sequence[str] = ("<unk>", "</s>")) -> PreTrainedTokenizerFast:

@@ -19,14 +19,18 @@ from evojax_merge.checkpoints.bitsandbytes import STATE
 from evojax_merge.checkpoints.compressed_tensors import SHAPE, group_of, groups_of
 from evojax_merge.checkpoints.config_file import decoder_settings, read_decoder_config
 from evojax_merge.checkpoints.folder import INDEX_FILE, PIPELINE_INDEX, SINGLE_FILE, SMALL_FILES, VARIANTS, weight_map
+from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.parents import tensor_shapes
 from evojax_merge.checkpoints.quantised import QuantisedFolder, dequantised_config
 from evojax_merge.checkpoints.references import resolve_by
 from evojax_merge.checkpoints.remote import cached, fetched, header, is_address, opened
-from evojax_merge.errors import InputError, shown
+from evojax_merge.errors import InputError, print_warning, shown
 from evojax_merge.models.architecture import known_architecture
 from evojax_merge.system.regular_file import file_inside
 
+# Names of dtypes in safetensors, and bytes.
+STORED_DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
+WEIGHT_SUFFIXES = frozenset({".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz"})
 EMPTY: Mapping[str, bytes] = MappingProxyType({})
 
 
@@ -80,6 +84,24 @@ class HeaderFolders:
                 self.known[reference] = cached(reference) or self._fetch_from_store(where, reference)
             return self.known[reference]
         return resolve_by(where, reference, relative_to, "its headers", fetch)
+
+    def shaped(self, model: Path) -> Path:
+        """The model, or where it is a folder with a config.json and no weights, one of headers with the shapes that the
+        config means. Raises InputError as `read_decoder_config` does."""
+        config = model / "config.json"
+        if not config.is_file() or any(file.suffix in WEIGHT_SUFFIXES for file in model.iterdir()):
+            return model
+        if str(model) not in self.known:
+            settings = decoder_settings(read_json_object(config))
+            dtype = str(settings.get("dtype") or settings.get("torch_dtype") or "bfloat16")
+            stored, itemsize = STORED_DTYPES.get(dtype, STORED_DTYPES["bfloat16"])
+            headers = {
+                tensor: TensorHeader(stored, shape, itemsize * math.prod(shape))
+                for tensor, shape in tensor_shapes(read_decoder_config(config, settings)).items()
+            }
+            self.known[str(model)] = self._written(str(model), model, {SINGLE_FILE: headers}, False)
+            print_warning(f"{model}: holds no weights; planned by the shapes that its config.json means, in {stored}")
+        return self.known[str(model)]
 
     def _fetch_from_store(self, where: object, reference: str) -> Path:
         """A folder of the small files and the headers of a model in a store; a model of one file as a whole."""

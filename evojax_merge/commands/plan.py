@@ -38,7 +38,10 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
         target = live_target() if target_name is None else find_target("--target", target_name)
         with tempfile.TemporaryDirectory() as root, working("planning"):
             folders, plans = HeaderFolders(Path(root)), []
-            resolve = partial(resolve_headers, folders)
+
+            def resolve(where: object, reference: str, relative_to: Path) -> Path:
+                return folders.shaped(resolve_headers(folders, where, reference, relative_to))
+
             for stage, config_of_stage in enumerate(stage_configs(config)):
                 problem = build_problem(path, config_of_stage, chained=stage > 0, target=target, resolve=resolve)
                 try:
