@@ -92,7 +92,7 @@ class HeaderFolders:
         if not config.is_file() or any(file.suffix in WEIGHT_SUFFIXES for file in model.iterdir()):
             return model
         if str(model) not in self.known:
-            settings = decoder_settings(read_json_object(config))
+            settings = decoder_settings(read_json_object(config, missing={}))
             dtype = str(settings.get("dtype") or settings.get("torch_dtype") or "bfloat16")
             stored, itemsize = STORED_DTYPES.get(dtype, STORED_DTYPES["bfloat16"])
             headers = {

@@ -68,7 +68,7 @@ class SpaceConfig(Section):
     components: list[Name] = Field(
         ["attention", "mlp", "norm"],
         max_length=100,
-        description="of language models, diffusers folders: parts of a layer with parameters of their own; + joins parts",
+        description="of language models, diffusers folders: parts of a layer with parameters of their own",
     )
     smooth: bool = Field(
         False, description="layers get what is interpolated between the groups that `layers_per_group` makes"

@@ -55,8 +55,8 @@ class Factor(BaseModel):
 
 # A guess.
 NOT_MEASURED = Factor(value=3.0)
-# Another guess: a search compiles many small programs beside its passes.
-COMPILING_NOT_MEASURED = 3.0
+# Another guess.
+COMPILING_NOT_MEASURED = 1.0
 # The bound of functions that JAX does not trace is a measurement.
 CALLED = Factor(value=1.0, source="measured here on some examples: JAX does not trace it")
 
@@ -94,7 +94,7 @@ def estimated_factor(seconds: Mapping[WorkKind, float], nbytes: int, timings: Se
 
 
 def compiling_factor(nbytes: int, timings: Sequence[Timing]) -> float:
-    """The seconds that compiling takes over those by the size of the passes, as the search with the most similar models
+    """The seconds that compiling takes over those by the programs' size, as the search with the most similar models
     took that compiled most of its programs."""
     nearest = _nearest("compiling", nbytes, timings)
     return COMPILING_NOT_MEASURED if nearest is None else nearest.factor

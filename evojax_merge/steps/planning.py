@@ -66,6 +66,8 @@ from evojax_merge.tasks.splits import Splits
 COMPILE_BESIDE_BYTES = 2**28
 # Seconds that a compiler takes for an operation of a program, on a core.
 SECONDS_PER_OPERATION = 0.005
+# The small programs that a search compiles beside its passes, and the seconds of each.
+SMALL_PROGRAMS, SECONDS_PER_PROGRAM = 45, 0.1
 # Bytes of the host that the program itself takes: the interpreter, JAX, the compiler at work.
 PROCESS_BYTES = 700 * 10**6
 # The generations of a search that the clock ends, for the room that its history needs on the disk.
@@ -334,14 +336,15 @@ def _compiling(
     if problem.kept is not None and not not_kept(problem, "heldout", problem.splits.heldout):
         return 0.0
 
-    def seconds(passes: Sequence[SizedPass]) -> float:
+    def seconds(passes: Sequence[SizedPass], programs: int) -> float:
         traced = {str(each.planned.traced.out_info): each.planned.traced for each in passes}.values()
         sizes = [operations(each.jaxpr, each.cut, model, target.platform) for each in traced]
-        return compiling_factor(bank_bytes, timings) * sum(SECONDS_PER_OPERATION * size for size in sizes)
+        return sum(SECONDS_PER_OPERATION * size for size in sizes) + SECONDS_PER_PROGRAM * programs
 
     # Each adapter has passes of its own, with a gradient and without.
     trained = equal_searches(problem) - problem.search.controls.count("random")
-    return seconds([*scored, *others]) + 3 * trained * seconds(scored)
+    factor = compiling_factor(bank_bytes, timings if target == live_target() else ())
+    return factor * (seconds([*scored, *others], SMALL_PROGRAMS) + trained * seconds(3 * scored, SMALL_PROGRAMS // 3))
 
 
 def _seconds_by_kind(uses: Sequence[Sequence[SizedPass]], target: Target, model: int) -> dict[WorkKind, float]:
