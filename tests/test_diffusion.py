@@ -451,6 +451,30 @@ def test_prompts_latents_and_the_groups_of_evosdxl(stable: list[Path], tmp_path:
     assert scores.shape == (2,) and np.isfinite(scores).all()
 
 
+@pytest.mark.parametrize("together", [1, 2, "all"])
+@pytest.mark.parametrize("parts", [["attention", "other"], ["attention+other"]])
+def test_the_recipe_of_a_search_gives_what_it_scored(
+    together: Any, parts: list[str], stable: list[Path], tmp_path: Path
+) -> None:
+    folder = stable[0].parent
+    task = {
+        "name": "first", "kind": "image_generation", "function": str(folder / "functions.py:first"),
+        "file": str(folder / "prompts.jsonl"), "inputs": "latents", "steps": 2, "heldout": 0.5,
+    }  # fmt: skip
+    space = {"method": "linear", "layers_per_group": together, "components": parts}
+    components = {"text_encoder": "merge"}
+    document = config(tmp_path, stable, tasks=[task], space=space, components=components)
+    backend = problem_of(tmp_path / "config.yaml", document).backend
+    genome = np.random.default_rng(0).uniform(0.1, 0.9, backend.facts.space.dims).astype(np.float32)
+    run_here("merge", write_yaml(tmp_path / "recipe.yaml", backend.recipe(genome)), tmp_path / "again")
+    expected = {name: np.asarray(tensor) for name, tensor in backend.merged(genome).items()}
+    for component, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        for name, tensor in load_file(tmp_path / "again" / component / f"{file}.safetensors").items():
+            if f"{component}.{name}" in expected:
+                np.testing.assert_allclose(tensor, expected.pop(f"{component}.{name}"), atol=1e-6, err_msg=name)
+    assert not expected
+
+
 def test_the_config_of_evosdxl_is_planned_on_folders_of_its_form(tmp_path: Path) -> None:
     """configs/evosdxl.yaml beside four tiny models of SDXL's form: eight numbers, and the Japanese text encoders."""
 

@@ -1,8 +1,10 @@
 """Merges of diffusers folders: a recipe's merge for each component that is merged, and copies of the others."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from evojax_merge.checkpoints.decoder_folder import PROJECTOR
 from evojax_merge.checkpoints.derived import Find
@@ -10,7 +12,7 @@ from evojax_merge.checkpoints.pipelines import MERGE, Components, Pipeline, choo
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.account import TensorFate, account_of
 from evojax_merge.mergekit.execute import MergePlan, MergeSettings, Progress, prepare, write_weights
-from evojax_merge.mergekit.schema import RecipeFile
+from evojax_merge.mergekit.schema import RecipeFile, Setting, Settings
 from evojax_merge.mergekit.streams import RecipeStream, stage_of
 
 # The keys of a recipe that are about a language model's tokens, layers or other modules.
@@ -97,24 +99,53 @@ def prepare_pipelines(stream: RecipeStream, settings: MergeSettings, find: Find)
     settings = replace(settings, copy_tokenizer=False, allow_crimes=False)
     merges = {
         name: prepare(
-            _of_component(recipe, models, name), settings, lambda where, reference, relative_to, **more: Path(reference)
+            _of_component(recipe, models, name, components.merged),
+            settings,
+            lambda where, reference, relative_to, **more: Path(reference),
         )
         for name in components.merged
     }
     return PipelinePlan(recipe, models, components, merges)
 
 
-def _of_component(recipe: RecipeFile, models: dict[str, Path], name: str) -> RecipeFile:
-    """The recipe of one component."""
+def _settings_of(settings: Settings, name: str, merged: Collection[str]) -> Settings:
+    """Settings in which a filter `component.text` means tensors of that component, one of those merged."""
+
+    def of_component(setting: Setting) -> Setting:
+        if not isinstance(setting, list):
+            return setting
+        entries: list[Any] = []
+        for entry in setting:
+            component, dot, text = str(entry.get("filter") if isinstance(entry, dict) else "").partition(".")
+            if not dot or component not in merged:
+                entries.append(entry)
+            elif component == name:
+                entries.append(entry | {"filter": text})
+        return entries
+
+    return {key: of_component(setting) for key, setting in settings.items()}
+
+
+def _of_component(recipe: RecipeFile, models: dict[str, Path], name: str, merged: Collection[str]) -> RecipeFile:
+    """The recipe of one component, of those merged."""
+
+    def settings_of(settings: Settings) -> Settings:
+        return _settings_of(settings, name, merged)
+
     folders = {reference: str(path / name) for reference, path in models.items()}
     (module,) = recipe.modules
     slices = tuple(
         replace(
-            part, sources=tuple(replace(source, model=folders[source.model]) for source in part.sources),
-            base=None if part.base is None else folders[part.base],
+            part,
+            sources=tuple(
+                replace(source, model=folders[source.model], settings=settings_of(source.settings))
+                for source in part.sources
+            ),
+            settings=settings_of(part.settings), base=None if part.base is None else folders[part.base],
         )
         for part in module.slices
     )  # fmt: skip
     base = None if recipe.base is None else folders[recipe.base]
     # The keys of `components` are of the folder, whose component is a model by itself.
-    return replace(recipe, base=base, modules=(replace(module, slices=slices),), components={})
+    module = replace(module, slices=slices, settings=settings_of(module.settings))
+    return replace(recipe, base=base, modules=(module,), settings=settings_of(recipe.settings), components={})

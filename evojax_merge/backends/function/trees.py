@@ -113,6 +113,12 @@ class TreeMerge:
     space: GroupSpace
     spec: MergeSpec
 
+    @property
+    def merged_groups(self) -> list[tuple[str, int]]:
+        """The name of each merged leaf, and its group's number."""
+        leaves = zip(self.tree.paths, self.tree.leaves, self.labels, strict=True)
+        return [(shown_path(path), self.space.groups.index(label)) for path, leaf, label in leaves if leaf.merged]
+
     @cached_property
     def bank(self) -> TreeBank:
         """The measured leaves, on the host."""

@@ -56,7 +56,6 @@ from evojax_merge.system.console import say, say_once
 from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.entropy import EntropyTask
 from evojax_merge.tasks.networks import NEGATIVE_ENTROPY, PAIRED, WRITTEN, NetworkTask
-from evojax_merge.tasks.python_trees import shown_path
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.text import TextTask
 
@@ -155,9 +154,7 @@ class TorchBackend(FunctionBackend):
         return (shape[0], prod(shape[1:]))
 
     def filters(self) -> Sequence[tuple[str, int]]:
-        tree, number = self.merge.tree, self.merge.space.groups.index
-        tensors = zip(tree.paths, tree.leaves, self.merge.labels, strict=True)
-        named = [(shown_path(path), number(label)) for path, leaf, label in tensors if leaf.merged]
+        named = self.merge.merged_groups
         return group_filters([name for name, _ in named], [group for _, group in named])
 
     def merged(self, genome: np.ndarray) -> Any:

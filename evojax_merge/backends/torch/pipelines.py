@@ -1,7 +1,7 @@
 """Diffusers pipelines as a backend: merges of their components, scored by the pictures that they draw."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from evojax_merge.backends.torch.generator import Generator
 from evojax_merge.checkpoints.pipelines import MERGE, SHEET, Components
 from evojax_merge.checkpoints.writer import write_marker
 from evojax_merge.errors import InputError, library_errors
+from evojax_merge.mergekit.write import group_filters
 from evojax_merge.report.front_matter import changed_front_matter
 from evojax_merge.system.console import say
 from evojax_merge.system.file_system import atomic_folder, atomic_write
@@ -102,6 +103,18 @@ class PipelineBackend(FunctionBackend):
                 "a search compares candidates, so pictures may not be random",
             )  # fmt: skip
         say(f"{name}: draws pictures of one candidate at a time, from the same noise for each ({task.name})")
+
+    def filters(self) -> Sequence[tuple[str, int]]:
+        """Filters of tensors by the component and the name in it."""
+        named: dict[str, list[tuple[str, int]]] = {}
+        for name, group in self.merge.merged_groups:
+            component, _, tensor = name.partition(".")
+            named.setdefault(component, []).append((tensor, group))
+        return [
+            (f"{component}.{text}", group)
+            for component, tensors in named.items()
+            for text, group in group_filters([name for name, _ in tensors], [group for _, group in tensors])
+        ]
 
     def recipe(self, genome: np.ndarray) -> dict[str, Any]:
         kept = {
