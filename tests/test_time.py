@@ -100,7 +100,7 @@ def test_a_generation_under_way_is_named(monkeypatch: pytest.MonkeyPatch, capsys
         bar.advanced(5)
         time.sleep(0.25)
     out = capsys.readouterr().out
-    assert "generation 1/3: compiling, 0:01 so far" in out and "generation 2/3: 5 of 8 passes, 0:01 so far" in out
+    assert "generation 1/3: compiling, 0:01 so far" in out and "generation 2/3: 5 of 8 steps, 0:01 so far" in out
 
 
 def test_each_part_of_a_search_says_that_it_ended(family: Family, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ class SearchBar(Reporter):
     def describe(self) -> str:
         """A line about the generation under way."""
         number, now = _counted(self._number, self._progress.tasks[0].total), time.monotonic()
-        state = f"{self._done} of {self._passes} passes" if self._done or self._seconds else "compiling"
+        state = f"{self._done} of {self._passes} steps" if self._done or self._seconds else "compiling"
         left = "" if self._end is None else f", about {format_seconds(max(0.0, self._end - now))} left"
         return f"generation {number}: {state}, {format_seconds(now - self._began)} so far{left}"
 
