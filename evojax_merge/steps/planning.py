@@ -344,7 +344,8 @@ def _compiling(
     # Each adapter has passes of its own, with a gradient and without.
     trained = equal_searches(problem) - problem.search.controls.count("random")
     factor = compiling_factor(bank_bytes, timings if target == live_target() else ())
-    return factor * (seconds([*scored, *others], SMALL_PROGRAMS) + trained * seconds([*scored] * 3, SMALL_PROGRAMS // 3))
+    each = 3 * seconds(scored, SMALL_PROGRAMS // 9)
+    return factor * (seconds([*scored, *others], SMALL_PROGRAMS) + trained * each)
 
 
 def _seconds_by_kind(uses: Sequence[Sequence[SizedPass]], target: Target, model: int) -> dict[WorkKind, float]:
