@@ -30,7 +30,7 @@ from evojax_merge.search.run_parts import RunFolder, check_room, remove_members
 from evojax_merge.search.run_schema import read_run_config
 from evojax_merge.steps.output import print_complete, print_setup, print_work, why_complete, write_winner
 from evojax_merge.steps.planning import compiling_beside, ending_estimate, make_plan, record_timing
-from evojax_merge.steps.selection import open_evaluators, select_best
+from evojax_merge.steps.selection import open_evaluators, select_best, timed
 from evojax_merge.system.console import say
 from evojax_merge.tasks.splits import Splits
 
@@ -61,12 +61,15 @@ def search(
     with recorded_session(folder) if devices.is_main_process else nullcontext():
         generations = None if problem.search.parsed_budget.seconds else problem.search.generations
         with judging(folder, problem, say, judges or JudgeOptions()) as (ballots, activity):
-            loading, measuring = activity.shown(bytes_bar), activity.shown(passes_bar)
+            reading = list[float]()
+            loading, measuring = activity.shown(timed(bytes_bar, reading)), activity.shown(passes_bar)
             with compiling_beside(problem, prepared):
                 evaluators = open_evaluators(problem, prepared, devices, loading, say, folder.members, measuring)
             evaluators = judged(evaluators, ballots, partial(family_tree, problem), activity)
             problem = proposing(problem, ballots)
-            with search_bar(generations, on_generation, ending_estimate(problem, planned, compiled_before)) as reporter:
+            # The export reads the models again, and writes one.
+            ending = ending_estimate(problem, planned, compiled_before, sum(reading))
+            with search_bar(generations, on_generation, ending) as reporter:
                 storage = FolderStorage(
                     folder, Checkpoints(folder, problem.keep), is_main_process=devices.is_main_process
                 )

@@ -8,10 +8,12 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from helpers.files import read_json, write_json, write_lines
+from helpers.commands import run_here
+from helpers.files import read_json, write_json, write_lines, write_yaml
 from helpers.models import randomised, save
 from helpers.searches import problem_of
 from PIL import Image
+from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
 from evojax_merge.backends.torch import network as networks
@@ -111,6 +113,19 @@ def test_sentence_transformers_are_searched_and_exported(sentences: Path, tmp_pa
     assert scores["found/ndcg"] == pytest.approx(np.mean(gains), abs=1e-5)
     assert "3_Normalize" in {folder.name for folder in model.iterdir()}
     assert "A recipe merges no modules of sentence transformers" in (model / "README.md").read_text()
+
+
+def test_the_recipe_of_sentence_transformers_gives_their_transformers(sentences: Path, tmp_path: Path) -> None:
+    similar = {"name": "similar", "kind": "similarity", "file": "pairs.jsonl", "heldout": 0.5}
+    config = document(sentences, similar, space={"method": "linear"})
+    backend = problem_of(tmp_path / "config.yaml", config).backend
+    assert len(backend.facts.space.groups) > 2
+    genome = np.random.default_rng(0).uniform(0.1, 0.9, backend.facts.space.dims).astype(np.float32)
+    run_here("merge", write_yaml(tmp_path / "recipe.yaml", backend.recipe(genome)), tmp_path / "again")
+    expected = backend.merged(genome)
+    for name, tensor in load_file(tmp_path / "again" / "model.safetensors").items():
+        ((_, array),) = [(key, value) for key, value in expected.items() if key.endswith(f".{name}")]
+        np.testing.assert_allclose(tensor, np.asarray(array), atol=1e-6, err_msg=name)
 
 
 def test_metrics_of_embeddings_have_their_definitions() -> None:

@@ -195,16 +195,19 @@ def compile_ahead(problem: SearchProblem[Backend], prepared: Splits[list[Any]], 
                     sized.planned.traced.lower().compile()
 
 
-def ending_estimate(problem: SearchProblem[Backend], planned: Plan, before: Compilations) -> Callable[[float], float]:
+def ending_estimate(
+    problem: SearchProblem[Backend], planned: Plan, before: Compilations, exporting: float
+) -> Callable[[float], float]:
     """(seconds of a generation) -> about the seconds from the last generation to the end. Programs of the ending that
-    were not compiled ahead take about as long to compile as those that ran until the second generation."""
+    were not compiled ahead take about as long to compile as those that ran until the second generation. exporting: the
+    seconds of the winner's export."""
     compiling = list[float]()
 
     def ending(generation: float) -> float:
         if not compiling:
             is_ahead = problem.facts.stored_bytes >= COMPILE_BESIDE_BYTES
             compiling.append(0.0 if is_ahead else (compilations() - before).seconds)
-        return planned.ending_seconds(generation) + compiling[0]
+        return planned.ending_seconds(generation) + compiling[0] + exporting
 
     return ending
 

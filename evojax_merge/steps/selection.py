@@ -1,7 +1,8 @@
 """From a search's archive to the winner: re-scoring, and the comparison on held-out examples."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -36,6 +37,19 @@ Phase = Callable[[str, int], AbstractContextManager[Progress]]
 def silent_phase(name: str, steps: int) -> AbstractContextManager[Progress]:
     """A part of the work that shows no progress."""
     return nullcontext(lambda steps: None)
+
+
+def timed(phase: Phase, seconds: list[float]) -> Phase:
+    """The phase, whose seconds are added to the list."""
+
+    @contextmanager
+    def measured(name: str, steps: int) -> Iterator[Progress]:
+        started = time.monotonic()
+        with phase(name, steps) as progress:
+            yield progress
+        seconds.append(time.monotonic() - started)
+
+    return measured
 
 
 @runtime_checkable

@@ -44,6 +44,7 @@ from evojax_merge.backends.torch.network import (
     ranking_scores,
     similarity_scores,
 )
+from evojax_merge.checkpoints.folder import open_folder
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError, library_errors
@@ -65,6 +66,8 @@ BATCH = 32
 PROBED = 2
 # The most that outputs of a network and of its form in JAX differ by, as a share of the largest.
 TOLERANCE = 1e-4
+# The library of a card.
+SENTENCE_TRANSFORMERS = "sentence-transformers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +158,16 @@ class TorchBackend(FunctionBackend):
 
     def filters(self) -> Sequence[tuple[str, int]]:
         named = self.merge.merged_groups
+        if self.library == SENTENCE_TRANSFORMERS:
+            # The folder's file is that of the first module, the transformer, by the names that its tensors have there.
+            stored = open_folder(self.models[0]).entries
+            ends = [(name.split("."), group) for name, group in named]
+            named = [
+                (text, group)
+                for parts, group in ends
+                for begin in range(len(parts))
+                if (text := ".".join(parts[begin:])) in stored
+            ]
         return group_filters([name for name, _ in named], [group for _, group in named])
 
     def merged(self, genome: np.ndarray) -> Any:

@@ -66,7 +66,7 @@ class TorchFactory:
         self, where: str, config: Config, folder: Path, target: Target, resolve: Resolve, chained: bool
     ) -> "TorchBackend | PipelineBackend":
         # The first import of torch takes seconds: a search over other models goes without.
-        from evojax_merge.backends.torch.backend import TorchBackend
+        from evojax_merge.backends.torch.backend import SENTENCE_TRANSFORMERS, TorchBackend
         from evojax_merge.backends.torch.folders import (
             OwnModules,
             architecture,
@@ -142,7 +142,7 @@ class TorchFactory:
             beyond_recipe=MEASURED if config.evaluation.recalibrate else SENTENCES if has_sentences else "",
         )  # fmt: skip
         library = "transformers" if hasattr(modules[0], "save_pretrained") else "pytorch"
-        library = "sentence-transformers" if has_sentences else library
+        library = SENTENCE_TRANSFORMERS if has_sentences else library
         return TorchBackend(facts, merge, save, library, network=open_network(modules[0]))
 
     def open_stored(
