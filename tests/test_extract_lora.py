@@ -219,8 +219,8 @@ def test_the_adapter_is_scored_where_tasks_are_given(family: Family, tmp_path: P
     # A log-probability and an accuracy have no mean.
     both = [task_section(family.tasks), task_section(family.tasks, name="right", kind="exact_match", max_new_tokens=2)]
     write_yaml(tasks, {"tasks": both})
-    said = run_here("evaluate", family.parents[0], "--tasks", tasks).stdout
-    assert "accuracy" in said and "fitness" not in said
+    printed = run_here("evaluate", family.parents[0], "--tasks", tasks).stdout
+    assert "accuracy" in printed and "fitness" not in printed
     write_yaml(tasks, {"tasks": [both[0], both[1] | {"weight": 0}]})
     assert "fitness" in run_here("evaluate", family.parents[0], "--tasks", tasks).stdout
 
