@@ -160,8 +160,7 @@ def cost_of(jaxpr: Any, trips: Trips = scan_length, platform: Platform | None = 
             inner_cost += max(inner, key=lambda cost: cost.flops)
         elif inner:
             times = trips(eqn) if name in ("scan", "while") else 1
-            if name == "shard_map" and MODEL_AXIS in eqn.params["newly_manual_axes"]:
-                # The program of one of the devices that share a model, on its part.
+            if is_of_one_device(eqn):
                 times = eqn.params["mesh"].shape[MODEL_AXIS]
             inner_cost += sum(inner, Cost()) * times
         elif name in ELEMENTWISE:
@@ -169,6 +168,11 @@ def cost_of(jaxpr: Any, trips: Trips = scan_length, platform: Platform | None = 
         elif name.startswith(("reduce_", "arg", "cum")):
             elementwise += sum(size_of_aval(operand.aval) for operand in eqn.invars)
     return Cost(products, elementwise) + inner_cost
+
+
+def is_of_one_device(eqn: Any) -> bool:
+    """Return whether an equation's jaxpr is the program of one of the devices that share a model, on its part."""
+    return eqn.primitive.name == "shard_map" and MODEL_AXIS in eqn.params["newly_manual_axes"]
 
 
 def convolution_share(cost: Cost) -> float:

@@ -14,13 +14,13 @@ from evojax_merge.evaluation.costs import (
     TRANSCENDENTAL,
     closed,
     is_call,
+    is_of_one_device,
     jaxprs_of,
     nbytes_of,
     size_of_aval,
 )
 from evojax_merge.evaluation.sharding_axes import Axis, axis_of, sharding_axes
 from evojax_merge.evaluation.targets import Platform
-from evojax_merge.models.sharding import MODEL_AXIS
 
 # Primitives whose result is stored when it has several uses, not computed for each.
 COMPUTED_ONCE = TRANSCENDENTAL | {"div"}
@@ -232,7 +232,7 @@ def _exchanged(
     """The exchanges of an equation: sums of products over a sharded axis, and arrays of which every device gets the
     whole. own, results: the sharded axes of its operands and its results."""
     name, total = eqn.primitive.name, Counter[Exchange]()
-    if setting.shards == 1 or _is_of_one_device(eqn):
+    if setting.shards == 1 or is_of_one_device(eqn):
         return total
     if inside:
         times = eqn.params["length"] if name == "scan" else 1
@@ -297,13 +297,8 @@ def _inside(eqn: Any, parts: Sequence[Any], own: Sequence[Axis]) -> Iterator[tup
         return
     operands = own[1:] if name == "cond" else own
     for part in parts:
-        count, carries_axes = len(part.jaxpr.invars), name in ("cond", "shard_map") and not _is_of_one_device(eqn)
+        count, carries_axes = len(part.jaxpr.invars), name in ("cond", "shard_map") and not is_of_one_device(eqn)
         yield part, operands if carries_axes and count == len(operands) else [None] * count, 0
-
-
-def _is_of_one_device(eqn: Any) -> bool:
-    """Return whether an equation's jaxpr is the program of one of the devices that share a model, on its part."""
-    return eqn.primitive.name == "shard_map" and MODEL_AXIS in eqn.params["newly_manual_axes"]
 
 
 def _results_axes(eqn: Any, inside: Sequence[_Program], own: Sequence[Axis], shards: int) -> Sequence[Axis]:
@@ -313,7 +308,7 @@ def _results_axes(eqn: Any, inside: Sequence[_Program], own: Sequence[Axis], sha
         return sharding_axes(eqn, own, shards)
     # For a loop the axes of the body, which has more results than the condition.
     axes, name = max((program.axes for program in inside), key=len), eqn.primitive.name
-    if _is_of_one_device(eqn):
+    if is_of_one_device(eqn):
         return [axis_of(spec) for spec in eqn.params["out_specs"]]
     if len(axes) != len(eqn.outvars):
         return [None] * len(eqn.outvars)

@@ -19,10 +19,10 @@ from evojax_merge.schema.budget import parse_budget
 LOADING, COMPILING, WRITING = "loading the models", "compiling", "writing the winner"
 MEASURING, GENERATIONS = "measuring base and parents", "the generations"
 # Between the two that end a run come controls of the held-out table, and the winner's polish.
-# Seconds.
-DAY = 24 * 3600
 CHOOSING, TUNING, HELDOUT = "choosing the winner", "making controls or polishing", "scoring on held-out examples"
 ENDING = (CHOOSING, TUNING, HELDOUT)
+# The seconds of a day.
+DAY = 24 * 3600
 _CANDIDATE, _GRADIENT = "a candidate on all search examples", "a candidate and its gradient, on a minibatch"
 
 

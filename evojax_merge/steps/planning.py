@@ -241,7 +241,7 @@ def record_timing(planned: Plan, folder: RunFolder, compiled: Compilations) -> N
     count, and neither do generations of two kinds. Judges, and functions that JAX does not trace, are no work of a
     device: their runs are not recorded. Compiling is recorded where most programs were compiled."""
     estimated = planned.around[COMPILING].seconds
-    if estimated > 0 and compiled.compiled > compiled.kept and planned.bank_bytes > 0:
+    if min(estimated, compiled.seconds, planned.bank_bytes) > 0 and compiled.compiled > compiled.kept:
         factor = compiling_factor(planned.bank_bytes, read_timings()) * compiled.seconds / estimated
         record_timings([timing("compiling", factor, planned.bank_bytes, "search")])
     seconds = [] if planned.run.called_seconds else [row["seconds"] for row in folder.read_timing()[1:]]
