@@ -17,7 +17,8 @@ from typing_extensions import TypeVar
 from evojax_merge.backends.backend import Backend, BackendFacts, Prepared, Resolve
 from evojax_merge.backends.registry import find_backend
 from evojax_merge.checkpoints.derived import ignored_revisions, input_files
-from evojax_merge.checkpoints.folder import file_hash, file_sample
+from evojax_merge.checkpoints.folder import file_sample
+from evojax_merge.checkpoints.kept_hashes import file_hashes
 from evojax_merge.checkpoints.references import local_path
 from evojax_merge.config.documents import apply_overrides, parse
 from evojax_merge.config.search_config import AUTO, JUDGED_KINDS, VOTES, Config, KeepConfig, SearchConfig, StageConfig
@@ -542,7 +543,5 @@ def resolved_document(config: Config, problem: SearchProblem) -> dict[str, Any]:
         document["plugins"] = plugins
     files |= {record for file in files if (record := dvc_record(file)) is not None}
     files |= source_files(extensions(config, problem)) | files_of(plugins)
-    paths = sorted(files)
-    with ThreadPoolExecutor() as pool:
-        document["inputs"] = dict(zip(map(str, paths), pool.map(file_hash, paths), strict=True))
+    document["inputs"] = file_hashes(sorted(files))
     return document | random_numbers(facts.is_random)

@@ -103,7 +103,7 @@ WITHOUT_FILE_SYSTEM = {
     },
     MEMORY: {
         "backends/torch/pipelines.py": ["PipelineBackend.contact_sheet"],
-        "steps/controls.py": ["KeptControls.keep"], "tasks/images.py": ["_image", "_decoding"],
+        "steps/controls.py": ["KeptControls.keep"], "tasks/images.py": ["_image", "_decoding", "thumbnail"],
         "checkpoints/bank.py": ["LeafReader.gathered"],
         "report/inspection.py": ["picture"], "tasks/generated_images.py": ["png_of"],
     },

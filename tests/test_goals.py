@@ -350,7 +350,8 @@ def _texts_on_the_page(folder: Path, parent: str) -> None:
     opened = read_answers(data)
     assert opened is not None and opened[0].shown[0].example == "d.jsonl:4"
 
-    for damage in ("{", "[]\n", row("someone", 1, 1.0, ""), row(parent, 1, 1.0, "")):
+    active = row(parent, 1, 1.0, "").replace('"outputs"', '"thumbnail": "javascript:alert(1)", "outputs"')
+    for damage in ("{", "[]\n", row("someone", 1, 1.0, ""), row(parent, 1, 1.0, ""), active):
         file.write_text(damage)
         noted = write_page(RunFolder(folder)).notes
         assert any("heldout_answers.jsonl cannot be read" in note for note in noted), damage

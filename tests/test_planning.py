@@ -600,6 +600,12 @@ def test_a_plan_for_7b_models_on_targets_that_are_not_here(
         streamed = plan(target, "--set", "evaluation.bank=auto")
         assert streamed["fits"] and streamed["bank_bytes"] < ahead and streamed["host_bytes"] > 57.9e9
         assert any("stay in the host's memory" in note for note in streamed["notes"])
+    # Hidden states that the card does not hold wait in the host's memory.
+    held, waiting, twice = (
+        plan("rtx4090", "--set", "evaluation.bank=host", "--set", f"search.population={population}")["host_bytes"]
+        for population in (16, 20_000, 40_000)
+    )
+    assert twice - waiting == waiting - held > 5e9
     # A candidate that writes is on the card beside two layers: TIES of 7B on 24 GB, and no memory fraction to set.
     writing = ("--set", "tasks.0.kind=generation", "--set", "tasks.0.max_new_tokens=100")
     written = plan("rtx4090", "--set", "evaluation.bank=auto", *writing)

@@ -23,6 +23,8 @@ from hostile import run_python
 
 from evojax_merge import cli_parts
 from evojax_merge.backends.decoder.backend import DecoderBackend
+from evojax_merge.checkpoints import kept_hashes
+from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.config.search_config import Config
 from evojax_merge.evaluation import compilations, timings
 from evojax_merge.evaluation.scores import TaskScores
@@ -319,6 +321,41 @@ def test_a_later_search_reads_the_scores_of_base_and_parents(
     asked = {"name": "lengths", "kind": "function", "file": str(family.tasks), "heldout": 0.25, "max_new_tokens": 4,
              "function": "lengths.py:lengths"}  # fmt: skip
     assert [search(out, tasks=[asked])[0] for out in ("asked", "again")] == [2 * models] * 2
+
+
+def test_a_large_file_is_hashed_again_only_once_it_has_changed(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = list[Path]()
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return file_hash(path)
+
+    def hashes() -> list[Path]:
+        """The files that are read; the hashes are always the files'."""
+        hashed.clear()
+        assert kept_hashes.file_hashes(files) == {str(file): file_hash(file) for file in files}
+        return sorted(hashed)
+
+    monkeypatch.setattr(kept_hashes, "file_hash", counted)
+    large, small = files = [tmp_path / "large", tmp_path / "small"]
+    large.write_bytes(bytes(2**20))
+    small.write_bytes(b"small")
+    # A file that has just been written may change once more within the same tick of the clock.
+    assert hashes() == hashes() == files
+    monkeypatch.setattr(kept_hashes, "SETTLED", 0)
+    assert hashes() == files and hashes() == [small]
+    times = large.stat().st_atime_ns, large.stat().st_mtime_ns
+    with large.open("r+b") as handle:
+        handle.write(b"x")
+    os.utime(large, ns=times)
+    assert hashes() == files and hashes() == [small]
+    large.rename(tmp_path / "moved")
+    shutil.copy2(tmp_path / "moved", large)
+    assert hashes() == files and hashes() == [small]
+    (cache / "hashes.json").write_text("[")
+    assert hashes() == files and hashes() == [small]
 
 
 def test_scores_that_are_not_finite_and_the_oldest_are_not_kept(

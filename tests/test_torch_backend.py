@@ -1,5 +1,7 @@
 """Networks that transformers opens are searched as language models are: classifiers of images and texts, and others."""
 
+import base64
+import io
 import json
 import re
 import stat
@@ -153,6 +155,15 @@ def test_image_classifiers_are_planned_searched_resumed_and_exported(folder: Pat
 
     answers = read_lines(run / "heldout_answers.jsonl")
     assert [answer["image"] for answer in answers] == [str(image) for image in images] * 2
+    # The page shows the images on which winner and parent differ.
+    ours, theirs = answers[: len(images)], answers[len(images) :]
+    differing = [row for row, other in zip(ours, theirs, strict=True) if row["score"] != other["score"]]
+    assert differing == [row for row in answers if "thumbnail" in row]
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for row in differing:
+        kind, data = row["thumbnail"].split(",")
+        small = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert kind == "data:image/jpeg;base64" and max(small.size) <= 96 and row["thumbnail"] in page
     scored = output_of("evaluate", folder / "left", folder / "right", "--tasks", config)
     assert scored.count("opening the models by PyTorch") == scored.count("ViTForImageClassification: ") == 1
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from helpers.commands import command, run_here
-from helpers.files import read_json, write_lines, write_yaml
+from helpers.files import read_json, read_lines, write_lines, write_yaml
 from helpers.models import save, words
 from helpers.sampling import sample
 from helpers.searches import search_config, seeing_search, task_section
@@ -191,6 +191,14 @@ def test_a_search_exports_what_it_scored(
             continue
         (scored,) = row["heldout_scores"].values()
         assert scored == pytest.approx(heldout_score(folder, root), abs=1e-4), row
+    # The page shows the images on which winner and parent differ.
+    answers = read_lines(tmp_path / "run/heldout_answers.jsonl")
+    ours, theirs = answers[: len(answers) // 2], answers[len(answers) // 2 :]
+    differing = [row for row, other in zip(ours, theirs, strict=True) if row["score"] != other["score"]]
+    seen = [row for row in differing if "<image>" in row["prompt"]]
+    assert seen == [row for row in answers if "thumbnail" in row] != []
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert all(row["thumbnail"] in page for row in seen)
 
 
 def refusal(root: Path, records: list[dict[str, Any]], model: str = "one", **task: Any) -> str:

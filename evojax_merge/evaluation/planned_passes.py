@@ -74,10 +74,11 @@ class PlannedPass:
     task: the task's name; candidates: the size of the chunk; runs: how often the pass runs for such a chunk; steps: how
     often the body of its `while` loop runs, at most; expected_share: of these, the share that is likely to run;
     merge_bytes: the traffic of merging for a candidate in a run, the sources' and the merge's bytes; held_bytes: the
-    memory that it needs beside the bank and its temporaries, for all its candidates; called_seconds: what a candidate
-    takes in a function that is not traced, as measured; sent_bytes: those that each device that shares the candidates
-    sends to others in a run, for all of them; brought_bytes, disk_bytes: those of models that come for a candidate from
-    the host, and from files, in all runs.
+    memory that it needs beside the bank and its temporaries, for all its candidates; host_bytes: of what waits in the
+    host's memory, for the candidates of a group of devices; called_seconds: what a candidate takes in a function that
+    is not traced, as measured; sent_bytes: those that each device that shares the candidates sends to others in a run,
+    for all of them; brought_bytes, disk_bytes: those of models that come for a candidate from the host, and from files,
+    in all runs.
     """
 
     task: str
@@ -89,6 +90,7 @@ class PlannedPass:
     expected_share: float = 1.0
     merge_bytes: int = 0
     held_bytes: int = 0
+    host_bytes: int = 0
     called_seconds: float = 0.0
     sent_bytes: float = 0.0
     brought_bytes: float = 0.0
@@ -189,7 +191,8 @@ def _planned(
     expected = 1.0 if program.expected_steps is None else min(1.0, program.expected_steps / program.steps)
     planned_pass = PlannedPass(
         task, program.name, pass_, program.candidates, 1, program.steps, expected, program.merge_bytes(results),
-        tree_nbytes(program.holds) + beside, sent_bytes=reader.sent_bytes(pass_, program.steps),
+        tree_nbytes(program.holds) + beside, program.host_bytes,
+        sent_bytes=reader.sent_bytes(pass_, program.steps),
     )  # fmt: skip
     return planned_pass, key, results
 

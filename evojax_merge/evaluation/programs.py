@@ -30,11 +30,11 @@ class Program:
     """One compiled function with its arguments, over a chunk of `candidates` candidates.
 
     arguments: of a pass, its spec, the arrays that all candidates share, and those that each has, which may be on the
-    host. holds: what is in memory while it runs, beside the bank: materialised candidates and caches. merge_bytes:
-    (results) -> the traffic of merging for a candidate in a run. loop: the program runs again and again, from the
-    results `first` on: (results) -> the arguments of the next run, None once it is done; `arguments` are those of a
-    first run. steps: the most runs of the body of its `while` loop, in all runs; expected_steps: how many are likely,
-    None: as many. is_priced: whether a plan shows it.
+    host. holds: what is in memory while it runs, beside the bank: materialised candidates and caches; host_bytes: of
+    what waits in the host's. merge_bytes: (results) -> the traffic of merging for a candidate in a run. loop: the
+    program runs again and again, from the results `first` on: (results) -> the arguments of the next run, None once it
+    is done; `arguments` are those of a first run. steps: the most runs of the body of its `while` loop, in all runs;
+    expected_steps: how many are likely, None: as many. is_priced: whether a plan shows it.
     read: takes the results that the host needs.
     """
 
@@ -43,6 +43,7 @@ class Program:
     arguments: tuple[Any, ...]
     candidates: int
     holds: Any = ()
+    host_bytes: int = 0
     merge_bytes: Callable[[Any], int] = lambda results: 0
     loop: Callable[[Any], tuple[Any, ...] | None] | None = None
     first: Any = None

@@ -17,11 +17,11 @@ A vote is one or more *outcomes*, each a pair with a weight:
 A judge's weight multiplies those of the judge's votes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from threadpoolctl import ThreadpoolController
 
 from evojax_merge.tasks.voting import Choice
@@ -167,9 +167,9 @@ def _laplace(kernel: np.ndarray, design: np.ndarray, weights: np.ndarray) -> Pos
         differences = prior @ dual
         slope, curvature = _derivatives(differences)
         root = np.sqrt(weights * curvature)
-        factor = _factor(np.eye(len(root)) + root[:, None] * prior * root[None])
+        solve, _ = _cholesky(np.eye(len(root)) + root[:, None] * prior * root[None])
         target = weights * (curvature * differences + slope)
-        step = target - root * cho_solve(factor, root * (prior @ target)) - dual
+        step = target - root * solve(root * (prior @ target)) - dual
         size = 1.0
         while True:
             proposed = dual + size * step
@@ -182,19 +182,23 @@ def _laplace(kernel: np.ndarray, design: np.ndarray, weights: np.ndarray) -> Pos
         if change < TOLERANCE:
             break
     root = np.sqrt(weights * _derivatives(prior @ dual)[1])
-    factor = _factor(np.eye(len(root)) + root[:, None] * prior * root[None])
+    solve, diagonal = _cholesky(np.eye(len(root)) + root[:, None] * prior * root[None])
     scaled = root[:, None] * cross.T
-    covariance = kernel - scaled.T @ cho_solve(factor, scaled)
-    evidence = objective - float(np.log(np.diag(factor[0])).sum())
+    covariance = kernel - scaled.T @ solve(scaled)
+    evidence = objective - float(np.log(diagonal).sum())
     return Posterior(cross @ dual, (covariance + covariance.T) / 2, evidence)
 
 
-def _factor(matrix: np.ndarray) -> tuple[np.ndarray, bool]:
+def _cholesky(matrix: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
+    """The solver of equations in a positive matrix, and its Cholesky factor's diagonal."""
+    # Searches without judges import this module, and SciPy takes long.
+    from scipy.linalg import cho_factor, cho_solve
+
     try:
-        factor, lower = cho_factor(matrix, lower=True)
-    except LinAlgError:
-        factor, lower = cho_factor(matrix + 1e-8 * np.eye(len(matrix)), lower=True)
-    return factor, bool(lower)
+        factor = cho_factor(matrix, lower=True)
+    except np.linalg.LinAlgError:
+        factor = cho_factor(matrix + 1e-8 * np.eye(len(matrix)), lower=True)
+    return partial(cho_solve, factor), np.diag(factor[0])
 
 
 def winning(differences: np.ndarray) -> np.ndarray:

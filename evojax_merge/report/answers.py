@@ -2,10 +2,11 @@
 heldout_answers.jsonl."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -27,8 +28,8 @@ Outcome = Literal["won", "lost", "equal"]
 @dataclass(frozen=True)
 class Pair:
     """An example: its place in the data, or its image, that without its folders (an image's own may be its class), its
-    question and its right answer where it has any, the scores of the winner and of the parent, and their texts, with
-    marks where they differ; None for a task that is only scored."""
+    question and its right answer where it has any, the scores of the winner and of the parent, their texts, with marks
+    where they differ (None for a task that is only scored), and a data URI of its image."""
 
     example: str
     short_name: str
@@ -36,11 +37,11 @@ class Pair:
     target: str | None
     scores: tuple[float | None, float | None]
     texts: tuple[Markup, Markup] | None
+    thumbnail: str | None
 
     @property
     def outcome(self) -> Outcome:
-        ours, theirs = map(_value, self.scores)
-        return "equal" if ours == theirs else "won" if ours > theirs else "lost"
+        return outcome_of(*self.scores)
 
 
 @dataclass(frozen=True)
@@ -88,15 +89,26 @@ def read_answers(run: RunData) -> list[TaskPairs] | None:
     tasks = []
     for task, rows in list(ours.items())[:MOST_EXAMPLES]:
         parent, parents_rows = beside[task]
-        scores = np.array([[_value(answer.score) for answer in answers] for answers in (rows, parents_rows)])
-        differ = scores[0] != scores[1]
-        with np.errstate(invalid="ignore"):
-            gaps = np.where(differ, np.abs(scores[0] - scores[1]), 0.0)
-        order = [k for k in np.argsort(-gaps, kind="stable") if differ[k]]
-        won, shown = int((scores[0] > scores[1]).sum()), [_pair(rows[k], parents_rows[k]) for k in order[:most]]
-        lost, equal = int(differ.sum()) - won, int((~differ).sum())
+        scores = [[answer.score for answer in answers] for answers in (rows, parents_rows)]
+        outcomes = Counter(map(outcome_of, *scores))
+        shown = [_pair(rows[k], parents_rows[k]) for k in largest_differences(*scores)[:most]]
+        won, lost, equal = (outcomes[outcome] for outcome in get_args(Outcome))
         tasks.append(TaskPairs(escaped(task), escaped(parent), won, lost, equal, shown))
     return tasks
+
+
+def outcome_of(ours: float | None, theirs: float | None) -> Outcome:
+    """The winner's outcome against the parent, by their scores."""
+    first, second = _value(ours), _value(theirs)
+    return "equal" if first == second else "won" if first > second else "lost"
+
+
+def largest_differences(ours: Sequence[float | None], theirs: Sequence[float | None]) -> list[int]:
+    """The numbers of the examples on which two models' scores differ, the largest differences first."""
+    first, second = (np.array(list(map(_value, scores))) for scores in (ours, theirs))
+    differing = np.flatnonzero(first != second)
+    gaps = np.abs(first[differing] - second[differing])
+    return [int(k) for k in differing[np.argsort(-gaps, kind="stable")]]
 
 
 def _by_model(run: RunData) -> dict[str, dict[str, list[AnswerLine]]] | None:
@@ -137,7 +149,7 @@ def _pair(ours: AnswerLine, theirs: AnswerLine) -> Pair:
     question, target = (None if text is None else _shown(text) for text in (ours.prompt, ours.target))
     example = escaped(str(ours.example if ours.image is None else ours.image))
     short_name = "/".join(example.split("/")[-1 if ours.image is None else -2 :])
-    return Pair(example, short_name, question, target, (ours.score, theirs.score), texts)
+    return Pair(example, short_name, question, target, (ours.score, theirs.score), texts, ours.thumbnail)
 
 
 def _value(score: float | None) -> float:

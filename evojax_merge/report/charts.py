@@ -129,7 +129,8 @@ def fitness_chart(run: RunData) -> Spec:
     shown = [value for _, value, _ in rules]
     domain = [min([low, *shown]) - margin, max([high, *shown]) + margin]
     y: dict[str, Any] = {
-        "scale": alt.Scale(domain=domain, nice=True, zero=False),
+        # Names are as far apart as this domain puts them.
+        "scale": alt.Scale(domain=domain, nice=False, zero=False),
         "title": titled("fitness", run.outcome.units) + ", search split",
     }  # fmt: skip
     base = alt.Chart(_data(**columns)).encode(x=_generations(columns["generation"]))

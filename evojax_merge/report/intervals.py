@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
 # The examples of a task below which no outcomes of right and wrong, however one-sided, pass a sign test at 5%.
@@ -79,6 +78,9 @@ def _interval(
         return Lead(difference, -math.inf, math.inf)
     squares = np.array([w * w * values.var(ddof=1) / len(values) for w, values in zip(weights, padded, strict=True)])
     freedom = squares.sum() ** 2 / np.sum(squares**2 / (sizes - 1))
+    # SciPy takes long to import, and a search needs it at its end.
+    from scipy.special import stdtrit
+
     half = stdtrit(freedom, (1 + CONFIDENCE) / 2) * np.sqrt(squares.sum())
     centre = sum(weight * values.mean() for weight, values in zip(weights, padded, strict=True))
     low, high = float(max(centre - half, -most)), float(min(centre + half, most))

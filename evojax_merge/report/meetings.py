@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from scipy.special import betaincinv
-
 # With fewer votes than these nothing is claimed, and no interval is shown.
 FEWEST = 10
 TOO_FEW_VOTES = "too few votes to say"
@@ -33,6 +31,9 @@ class Meetings:
             return TOO_FEW_VOTES
         if not self.won + self.lost:
             return "no vote for either"
+        # SciPy takes long to import, and a search needs it at its end.
+        from scipy.special import betaincinv
+
         low = betaincinv(self.won, self.lost + 1, 0.025) if self.won else 0.0
         high = betaincinv(self.won + 1, self.lost, 0.975) if self.lost else 1.0
         noise = ", within noise" if low <= 0.5 <= high else ""

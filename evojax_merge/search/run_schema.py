@@ -49,6 +49,8 @@ Gene = Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX, allow_inf_nan=Fal
 # Python's JSON holds NaN and infinity, which the held-out scores of a model may be.
 Score = Annotated[float, AfterValidator(_bounded)]
 Interval = Annotated[list[Score], Field(min_length=2, max_length=2)]
+# A small JPEG, which a page shows.
+Thumbnail = Annotated[str, Field(max_length=2**16, pattern=r"^data:image/jpeg;base64,[A-Za-z0-9+/=]+$")]
 Scalar = str | int | float | bool | None
 Fact = Scalar | list[Scalar] | dict[str, Scalar]
 
@@ -128,6 +130,7 @@ class AnswerLine(Stored):
     task: str
     example: str | int | None = None
     image: str | None = None
+    thumbnail: Thumbnail | None = None
     score: float | None = None
     outputs: list[str] | None = None
     prompt: str | None = None

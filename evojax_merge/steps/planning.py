@@ -169,7 +169,7 @@ def make_plan(
         expected_share=expectations.share,
         factor=expectations.factor,
         kind=expectations.kind,
-        host_bytes=_host_bytes(sizes, target, model, pass_bytes),
+        host_bytes=_host_bytes(sizes, target, model, pass_bytes, [*scored, *differentiated, *final]),
         disk_bytes=disk_bytes(problem) + download_bytes,
         download_bytes=download_bytes,
         advice=() if fits else advice(problem, prepared),
@@ -252,10 +252,14 @@ def record_timing(planned: Plan, folder: RunFolder, compiled: Compilations) -> N
             record_timings([timing(planned.kind, factor, planned.bank_bytes, "search")])
 
 
-def _host_bytes(sizes: DeviceSizes, target: Target, model: int, pass_bytes: int) -> int:
+def _host_bytes(
+    sizes: DeviceSizes, target: Target, model: int, pass_bytes: int, passes: Sequence[SizedPass]
+) -> int:  # fmt: skip
     """Bytes of a host's memory, which is that of the devices on a CPU."""
     on_cpu = sizes.bank * target.devices_per_host // model + pass_bytes
-    return PROCESS_BYTES + sizes.on_host + (sizes.largest_leaf if target.is_accelerator else on_cpu)
+    groups = max(1, target.devices_per_host // model)
+    waiting = groups * max((sized.planned.host_bytes for sized in passes), default=0)
+    return PROCESS_BYTES + sizes.on_host + waiting + (sizes.largest_leaf if target.is_accelerator else on_cpu)
 
 
 class _Expectation(NamedTuple):

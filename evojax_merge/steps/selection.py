@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -10,10 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from evojax_merge.backends.backend import Backend
-from evojax_merge.errors import Failed
+from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
 from evojax_merge.evaluation.scores import TaskScores, fitness, means, task_weights, units_of
 from evojax_merge.problem import SearchProblem, failure_hint
+from evojax_merge.report.answers import MOST_EXAMPLES, largest_differences
 from evojax_merge.report.comparison import FrontMember, GuardResult, Result, Row, model_name, model_names
 from evojax_merge.report.intervals import Lead, paired_lead
 from evojax_merge.report.meetings import Meetings
@@ -26,6 +27,7 @@ from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.strategies.greedy import Greedy
 from evojax_merge.steps.controls import Control, examples_of, make_controls, polish
 from evojax_merge.steps.goals import StoredSplit, score_stored, with_goals
+from evojax_merge.tasks.images import thumbnail
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import GUARD_WEIGHT, Task
 
@@ -278,11 +280,26 @@ def _table(
             candidate = winner if k == len(rows) - 1 else backend.facts.compared[k][1]
             answered = backend.answers(rows[k].name, candidate, heldout, scored[k][3], scored[k][2])
             answers += [row for row in answered if k == len(rows) - 1 or beside[row["task"]] == k]
+        _add_thumbnails(heldout.tasks, answers)
     compared = [
         replace(row, lead=None if too_few[k] else leads[k], task_leads=by_task.get(k, {}), meetings=met[k])
         for k, row in enumerate(rows[:-1])
     ]
     return [*compared, rows[-1]], answers
+
+
+def _add_thumbnails(tasks: Sequence[Task], answers: Sequence[dict[str, Any]]) -> None:
+    """Give the winner's answers that a page of the run may show their examples' images, small. answers: the winner's,
+    and then of each task those of another model."""
+    for task in tasks:
+        rows = [row for row in answers if row["task"] == task.name]
+        scores, count = [row["score"] for row in rows], len(rows) // 2
+        for k in largest_differences(scores[:count], scores[count:])[:MOST_EXAMPLES]:
+            # A file that is gone by now has been scored all the same.
+            with suppress(InputError):
+                image = task.image(k)
+                if image is not None:
+                    rows[k]["thumbnail"] = thumbnail(image)
 
 
 def _no_winner(problem: SearchProblem[Backend], archive: Archive) -> str:

@@ -15,6 +15,7 @@ from evojax_merge.errors import InputError, shown
 from evojax_merge.schema.section import Location
 from evojax_merge.system.regular_file import check_regular, check_unpacked
 from evojax_merge.tasks.function import guard_user_function, load_function
+from evojax_merge.tasks.images import image_content, read_rgb
 from evojax_merge.tasks.python_functions import is_reference
 from evojax_merge.tasks.python_trees import find_tree
 from evojax_merge.tasks.task import Derivative, Opening, Place, TaskConfig, TaskDefaults, TaskKind
@@ -104,6 +105,12 @@ class ArrayTask(TaskDefaults):
 
     def prompt(self, example: int) -> str | None:
         return self.prompts[self.indices[example]] if self.prompts else None
+
+    def image(self, example: int) -> Any:
+        if not self.pictures:
+            return None
+        file = self.pictures[self.indices[example]]
+        return read_rgb(file, image_content(file, Path(file)))
 
     def target(self, example: int) -> str | None:
         return self.targets[self.indices[example]] if self.targets else None

@@ -28,6 +28,8 @@ from evojax_merge.tasks.records import Record
 FIELDS = ("image", "images")
 # The formats that are opened: Pillow has others, whose readers call other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# The pixels of a thumbnail's longer side.
+THUMBNAIL = 96
 # A larger file or image is no picture that a model was trained on.
 MAX_BYTES, MAX_PIXELS = 64 * 2**20, 64 * 10**6
 EXPECTED = "expected an image: a path from the data file's folder on, a data URI, or {bytes}"
@@ -57,6 +59,14 @@ class RecordImage:
         content = self.inside if self.file is None else image_content(self.where, self.file)
         assert content is not None
         return read_rgb(self.where, content)
+
+
+def thumbnail(image: Any) -> str:
+    """A small copy of one of Pillow's RGB images: a data URI of a JPEG of THUMBNAIL pixels at most on each side."""
+    small, written = image.copy(), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(written, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(written.getvalue()).decode()}"
 
 
 def expand_images(tokenizer: Any, where: str, text: str, images: Sequence[RecordImage]) -> str:

@@ -184,6 +184,10 @@ class TaskDefaults(Protocol):
         """The right answer to an example, in the words of the data; None: the data have none."""
         return None
 
+    def image(self, example: int) -> Any:
+        """An example's image, one of Pillow's; None: it has none. Raises InputError where it cannot be read."""
+        return None
+
     def extracted(self, example: int, outputs: Sequence[str]) -> str | None:
         """The answer that scoring finds in the outputs for an example; None: none, or it looks for none."""
         return None

@@ -157,6 +157,10 @@ class PromptedTask(TaskDefaults):
         turns = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in asked.turns)
         return turns or asked.prompt
 
+    def image(self, example: int) -> Any:
+        images = self.examples[example].images
+        return images[0].open() if images else None
+
     def paths(self) -> dict[str, str]:
         named = {"fewshot_source": self.fewshot_file, "images": self.prompts.images_from}
         return {"file": self.file} | {key: str(value) for key, value in named.items() if value is not None}

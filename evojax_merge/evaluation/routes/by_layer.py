@@ -82,14 +82,14 @@ class Derivatives:
 @dataclass(frozen=True)
 class StatesPlacement:
     """The place where hidden states wait: on the devices, or on the host. held: all that waits on a device, as an
-    abstract array."""
+    abstract array; host_bytes: what waits on the host, of all groups of devices."""
 
-    on_host: bool
     held: jax.ShapeDtypeStruct | None
+    host_bytes: int = 0
 
     def keep(self, states: Any) -> Any:
         # Abstract arrays of a plan are nowhere.
-        return on_host(states) if self.on_host and isinstance(states, jax.Array) else states
+        return on_host(states) if self.host_bytes and isinstance(states, jax.Array) else states
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ def _score_tasks(
     responses = [batched_task.requests.unanswered(population.size) for batched_task in tasks]
     if any(batched_task.scoring is not None for batched_task in tasks):
         chunk = scoring_chunk(evaluator, population)
-        work = _scoring(evaluator, population, tasks, chunk, responses, progress, population.size)
+        waits = _states_placement(evaluator, tasks, population.size)
+        work = _scoring(evaluator, population, tasks, chunk, responses, progress, waits)
         execute(work, evaluator.runs_two_jobs(population.parts.layer_bytes))
     return responses
 
@@ -154,7 +155,7 @@ def differentiate(
         gradient: Recipe = jax.tree.map(np.zeros_like, population.candidates)
         work = _differentiating(
             evaluator, population.differentiable(), tasks, scoring_chunk(evaluator, population), row_weights, responses,
-            gradient, progress, population.size,
+            gradient, progress, _kept_states(evaluator, tasks, population),
         )  # fmt: skip
         execute(work, evaluator.runs_two_jobs(2 * population.parts.layer_bytes))
         return responses, gradient
@@ -167,8 +168,9 @@ def planned_scoring(evaluator: "Evaluator", population: "StreamedPopulation", ba
     """Score a task's rows for one chunk of candidates, without entering the results anywhere."""
     chunk = scoring_chunk(evaluator, population)
     responses = [batched_task.requests.unanswered(chunk)]
-    first = population.first(chunk)
-    return _scoring(evaluator, first, [batched_task], chunk, responses, lambda done: None, population.size)
+    # A run takes all tasks through the layers together.
+    waits = _states_placement(evaluator, evaluator.batched_tasks, population.size)
+    return _scoring(evaluator, population.first(chunk), [batched_task], chunk, responses, lambda done: None, waits)
 
 
 def planned_gradient(evaluator: "Evaluator", population: "StreamedPopulation", batched_task: BatchedTask) -> Evaluation:
@@ -178,7 +180,7 @@ def planned_gradient(evaluator: "Evaluator", population: "StreamedPopulation", b
     gradient = jax.tree.map(np.zeros_like, first.candidates)
     return _differentiating(
         evaluator, first, [batched_task], chunk, [responses.totals], [responses], gradient, lambda done: None,
-        population.size,
+        _kept_states(evaluator, evaluator.batched_tasks, population),
     )  # fmt: skip
 
 
@@ -188,14 +190,21 @@ def scoring_chunk(evaluator: "Evaluator", population: "Population") -> int:
     return min(evaluator.chunk or 1, population.size) * evaluator.devices.population
 
 
-def _states_placement(evaluator: "Evaluator", inputs: Sequence[TaskInputs], size: int) -> StatesPlacement:
+def _states_placement(evaluator: "Evaluator", tasks: Sequence[BatchedTask], size: int) -> StatesPlacement:
     """The place of the hidden states of `size` candidates between two layers."""
-    tokens = sum(arrays["tokens"].size for task in inputs for arrays in task.batches)
-    width = evaluator.config.hidden * np.dtype(evaluator.compute_dtype).itemsize
-    nbytes = tokens * width * -(-size // evaluator.devices.population)
+    tokens = sum(batch.computed for task in tasks if task.scoring is not None for batch in task.scoring.batches)
+    width, groups = evaluator.config.hidden * np.dtype(evaluator.compute_dtype).itemsize, evaluator.devices.population
+    nbytes = tokens * width * -(-size // groups)
     if nbytes > WAITING_FRACTION * evaluator.free_memory():
-        return StatesPlacement(True, None)
-    return StatesPlacement(False, jax.ShapeDtypeStruct((nbytes,), np.uint8))
+        return StatesPlacement(None, nbytes * groups)
+    return StatesPlacement(jax.ShapeDtypeStruct((nbytes,), np.uint8))
+
+
+def _kept_states(
+    evaluator: "Evaluator", tasks: Sequence[BatchedTask], population: "StreamedPopulation"
+) -> StatesPlacement:
+    """The place of the hidden states before every layer, which gradients need."""
+    return _states_placement(evaluator, tasks, population.size * (population.parts.depth + 1))
 
 
 def _layout(arrays: dict[str, Any]) -> dict[str, Any]:
@@ -210,14 +219,13 @@ def _side_by_side(jobs: Iterator[Job]) -> Each:
 
 def _scoring(
     evaluator: "Evaluator", population: "StreamedPopulation", tasks: Sequence[BatchedTask], chunk: int,
-    responses: Sequence[Responses], progress: "Progress", size: int,
+    responses: Sequence[Responses], progress: "Progress", waits: StatesPlacement,
 ) -> Evaluation:  # fmt: skip
     """Score the rows of all tasks, `chunk` candidates together, in one run through the bank; enters the results in
-    `responses`. size: the number of candidates whose hidden states wait meanwhile."""
+    `responses`. waits: where the hidden states of all candidates are meanwhile."""
     spec = passes.PassSpec(evaluator.config, population.factory, evaluator.devices.mesh)
     inputs = [inputs_of(evaluator, batched_task) for batched_task in tasks]
     chunks = [Chunk(rows, candidates) for rows, candidates in population.chunks(chunk)]
-    waits = _states_placement(evaluator, inputs, size)
     parts = population.parts.bring([one.candidates for one in chunks])
 
     def each(job: Callable[["Part", Chunk], Job]) -> Each:
@@ -289,7 +297,9 @@ def _forward_layer(
         for b, arrays in enumerate(task.batches):
             arguments = (layer, (index, _layout(arrays)), (weights, kv), before.batches[i][b])
             run = layer_passes.run_keeping if keeps_states else layer_passes.run
-            results = yield Program(LAYER, run, arguments, size, holds=(weights, waits.held))
+            results = yield Program(
+                LAYER, run, arguments, size, holds=(weights, waits.held), host_bytes=waits.host_bytes
+            )
             after.batches[i][b] = waits.keep(results[0] if keeps_states else results)
     if keeps_states:
         chunk.states.append(after)
@@ -322,7 +332,8 @@ def _merged_bytes(sources: int, size: int, weights: Any) -> int:
 
 def _differentiating(
     evaluator: "Evaluator", population: "StreamedPopulation", tasks: Sequence[BatchedTask], chunk: int,
-    weights: Sequence[np.ndarray], responses: Sequence[Responses], gradient: Recipe, progress: "Progress", size: int,
+    weights: Sequence[np.ndarray], responses: Sequence[Responses], gradient: Recipe, progress: "Progress",
+    waits: StatesPlacement,
 ) -> Evaluation:  # fmt: skip
     """Differentiate the sum of each task's totals times its `weights: float32[P, S]` with respect to the recipes, in
     two runs through the bank: the states before each layer are kept, and the layers come back in reverse. Enters the
@@ -331,7 +342,6 @@ def _differentiating(
     spec = passes.PassSpec(evaluator.config, population.factory, evaluator.devices.mesh)
     inputs = [inputs_of(evaluator, batched_task) for batched_task in tasks]
     chunks = [Chunk(rows, recipes) for rows, recipes in population.chunks(chunk)]
-    waits = _states_placement(evaluator, inputs, size * (bank.depth + 1))
 
     ends = bank.embedding_leaves()
     yield _side_by_side(_embed(spec, inputs, waits, (ends, one.candidates.shared), one) for one in chunks)
@@ -414,8 +424,9 @@ def _backward_layer(
             each = ((weights, kv), before.batches[i][b], (cotangents[b], None))
             arguments: tuple[Any, ...] = (layer, (index, _layout(arrays)), each)
             part, x, of_prefix = yield Program(
-                LAYER_GRADIENT, layer_passes.run_gradient, arguments, size, holds=(weights, slope, waits.held)
-            )
+                LAYER_GRADIENT, layer_passes.run_gradient, arguments, size, holds=(weights, slope, waits.held),
+                host_bytes=waits.host_bytes,
+            )  # fmt: skip
             cotangents[b] = waits.keep(x)
             slope = yield from _sum(slope, part, size)
             kept = yield from _sum(kept, of_prefix, size)

@@ -59,7 +59,7 @@ class HybridStrategy:
         return int(state.told) < self.steps
 
     def gradient_generations(self, generations: int) -> tuple[int, int]:
-        return self.steps, self.ascent.population
+        return min(self.steps, generations), self.ascent.population
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> HybridState:
         ascent = self.ascent.init(key, genomes)
