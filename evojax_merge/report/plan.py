@@ -292,7 +292,7 @@ class Plan:
         return Table(TIMES, rows, range(1, 8), folded=range(9)).terminal("Seconds, at least")
 
     def table(self) -> TerminalTable:
-        """The passes, and the cost of each; the seconds of those alone that fit."""
+        """The passes, and the cost of each on all devices that share a candidate; the seconds of those alone that fit."""
         count = len(HEADINGS) if self.fits else len(HEADINGS) - 1
         rows = [
             (
@@ -303,7 +303,7 @@ class Plan:
             )[:count]
             for row in self.passes
         ]  # fmt: skip
-        title = f"Passes: bytes on a device{', seconds for a candidate' if self.fits else ''}"
+        title = f"Passes: memory on a device; FLOP, traffic{' and seconds' if self.fits else ''} for a candidate"
         return Table(HEADINGS[:count], rows, range(2, count), folded=range(count)).terminal(title)
 
 
