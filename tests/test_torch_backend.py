@@ -188,6 +188,20 @@ def test_image_classifiers_are_planned_searched_resumed_and_exported(folder: Pat
     _the_page_speaks_in_names(run, answers, images, targets)
 
 
+def test_a_recipe_names_tensors_as_their_files_do(folder: Path, tmp_path: Path) -> None:
+    """transformers gives a ViT's modules other names in memory than in files."""
+    backend = problem_of(config_file(folder, tmp_path), document(folder)).backend
+    genome = np.random.default_rng(0).uniform(0.1, 0.9, backend.merge.space.dims).astype(np.float32)
+    recipe = backend.describe(genome).recipe
+    backend.export(recipe, genome, tmp_path / "winner", "", lambda: None)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    run_here("merge", tmp_path / "recipe.yaml", tmp_path / "again")
+    winner, again = (load_file(tmp_path / name / "model.safetensors") for name in ("winner", "again"))
+    assert winner.keys() == again.keys()
+    for name, tensor in winner.items():
+        np.testing.assert_allclose(again[name], tensor, atol=1e-6, err_msg=name)
+
+
 def _the_page_speaks_in_names(
     run: Path, answers: list[dict[str, Any]], images: list[Path], targets: np.ndarray
 ) -> None:

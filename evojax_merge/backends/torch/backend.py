@@ -38,6 +38,7 @@ from evojax_merge.backends.torch.network import (
     Network,
     Scorer,
     WrittenScorer,
+    stored_groups,
     class_scores,
     embeddings,
     outputs,
@@ -168,6 +169,8 @@ class TorchBackend(FunctionBackend):
                 for begin in range(len(parts))
                 if (text := ".".join(parts[begin:])) in stored
             ]
+        else:
+            named = stored_groups(self.network.module, named)
         return group_filters([name for name, _ in named], [group for _, group in named])
 
     def merged(self, genome: np.ndarray) -> Any:

@@ -48,6 +48,23 @@ def torchax_environment() -> tuple[Any, str]:
         )
 
 
+def stored_groups(module: Any, named: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The names under which a module's tensors are stored, each with its group's number. named: the module's own names,
+    likewise. transformers renames, joins and parts tensors when it loads and saves a model."""
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if not isinstance(module, PreTrainedModel):
+        return list(named)
+    groups = dict(named)
+    numbered = {
+        name: torch.full((), float(groups.get(name, -1))).expand(tensor.shape)
+        for name, tensor in module.state_dict().items()
+    }
+    stored = {name: int(tensor.max()) for name, tensor in revert_weight_conversion(module, numbered).items()}
+    return [(name, group) for name, group in stored.items() if group >= 0]
+
+
 @dataclass(frozen=True, eq=False)
 class Network:
     """A module in float32 that is given its weights with each call. constants: its other tensors by name, of which no

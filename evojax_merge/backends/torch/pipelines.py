@@ -11,6 +11,7 @@ import numpy as np
 from evojax_merge.backends.backend import Prepared
 from evojax_merge.backends.function.backend import FunctionBackend
 from evojax_merge.backends.torch.generator import Generator
+from evojax_merge.backends.torch.network import stored_groups
 from evojax_merge.checkpoints.pipelines import MERGE, SHEET, Components
 from evojax_merge.checkpoints.writer import write_marker
 from evojax_merge.errors import InputError, library_errors
@@ -112,7 +113,8 @@ class PipelineBackend(FunctionBackend):
             named.setdefault(component, []).append((tensor, group))
         return [
             (f"{component}.{text}", group)
-            for component, tensors in named.items()
+            for component, of_module in named.items()
+            for tensors in [stored_groups(self.generator.modules[component], of_module)]
             for text, group in group_filters([name for name, _ in tensors], [group for _, group in tensors])
         ]
 
