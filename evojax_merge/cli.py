@@ -593,8 +593,10 @@ def main() -> None:
     except OSError:
         # The interpreter would flush again at exit, and print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if status == INTERRUPTED and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
-        # An ordinary exit would wait for the other processes, which may wait for this one in a pass.
+    if status == INTERRUPTED:
+        # An ordinary exit would wait for the other processes, which may wait for this one in a pass, and take the
+        # interpreter from under threads that still compute.
+        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 

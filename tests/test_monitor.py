@@ -112,10 +112,12 @@ def test_targets_are_named_in_letters_of_any_case() -> None:
 
 
 IN_A_PASS = """
+from concurrent.futures import ThreadPoolExecutor
 import jax
 from evojax_merge.system import interrupts
 
 interrupts.install()
+interrupts.UNWINDING = 5.0
 never_ends = jax.jit(lambda: jax.lax.while_loop(lambda x: x > 0, lambda x: x * 0.5 + 1, 1.0)).lower().compile()
 with interrupts.ending_within(0.5, lambda: "stopped; 3 generations are saved\\n"):
     print("begins", flush=True)
@@ -126,7 +128,12 @@ with interrupts.ending_within(0.5, lambda: "stopped; 3 generations are saved\\n"
 @pytest.mark.parametrize(
     ("work", "says"),
     [
-        ("never_ends().block_until_ready()", "stopped; 3 generations are saved\ninterrupted\n"),
+        ("never_ends().block_until_ready()", "stopping …\nstopped; 3 generations are saved\ninterrupted\n"),
+        # The unwinding waits for a thread that is in a pass.
+        (
+            "with ThreadPoolExecutor() as pool: pool.submit(lambda: never_ends().block_until_ready()).result()",
+            "stopping …\nstopped; 3 generations are saved\ninterrupted\n",
+        ),
         # Python notices a signal here, and unwinds for longer.
         ("try: interrupts.time.sleep(60)\n    finally: interrupts.time.sleep(1.5); print('unwound')", "unwound"),
     ],

@@ -891,6 +891,8 @@ def test_runs_with_unlike_tasks_are_compared_with_a_note(tmp_path: Path) -> None
     assert run_here("compare", one, same, other, "--out", out).stdout.count(f"note: {says}\n") == 1
     page = Page(out)
     assert says in page.text and page.specs == {} and "Held-out scores of the winners" in page.text
+    # Each key that differs has a row, by its task.
+    assert "tasks.sums.file" in page.texts and {"/gone/sums.jsonl", "/gone/more.jsonl"} <= set(page.texts)
     # A fitness in another unit stands beside its unit, and on no axis with the others.
     scaled = make_run(tmp_path / "scaled", tasks=[sums], scale="parents")
     edit_result(one, units={"fitness": "log-probability per token"})

@@ -63,7 +63,7 @@ def test_a_plan_says_which_part_binds(models: Any) -> None:
     host, disk = plan("h100", "host"), plan("h100", "disk")
     assert host.generation.link_seconds > 0 == host.generation.disk_seconds
     assert disk.generation.disk_seconds == pytest.approx(disk.generation.link_seconds * 63e9 / 7e9, rel=1e-6)
-    assert disk.run.bound == "the disk" and "bound by the disk" in disk.conclusion()[1]
+    assert disk.run.bound == "the disk" and "bound by the disk" in disk.conclusion()[-1]
     assert plan("h100:disk=1e13,link=1e13", "disk").run.bound not in ("the disk", "the host's link")
     # Models that stay in files are not loaded.
     assert disk.around[LOADING].disk_seconds == 0 < host.around[LOADING].disk_seconds

@@ -30,9 +30,10 @@ from evojax_merge.evaluation import compilations, timings
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.timings import NOT_MEASURED, Timing, estimated_factor, read_timings, record_timings, timing
 from evojax_merge.problem import build_problem, config_from
+from evojax_merge.report import progress
 from evojax_merge.report.plan import CHOOSING, GENERATIONS, HELDOUT, MEASURING, Plan
 from evojax_merge.report.progress import passes_bar, search_bar
-from evojax_merge.search import kept_scores
+from evojax_merge.search import kept_scores, loop
 from evojax_merge.search.loop import Generation, _Clock
 from evojax_merge.search.stopping import course_of
 from evojax_merge.steps.planning import make_plan
@@ -96,7 +97,10 @@ def test_a_generation_under_way_is_named(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(console, "SILENCE_SECONDS", 0.1)
     with search_bar(3, lambda generation: None) as bar:
         bar.evaluating(0, 8)
+        monkeypatch.setattr(progress, "is_compiling", lambda: True)
         time.sleep(0.7)
+        monkeypatch.undo()
+        monkeypatch.setattr(console, "SILENCE_SECONDS", 0.1)
         bar.finished(generation(1, 2.0, None))
         bar.evaluating(1, 8)
         bar.advanced(5)
@@ -133,23 +137,24 @@ def test_the_time_left_counts_the_ending(capsys: pytest.CaptureFixture[str]) -> 
     assert "generation 3/3  best 0.5000  left 0:30" in capsys.readouterr().out
 
 
-def test_what_a_process_compiles_at_first_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A first generation of 200 s, a strategy that takes 50 s once, and generations of 3 s with 1 s between them."""
-    now, course = 200.0, course_of([], [])
+def test_what_a_process_compiles_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first generation of 200 s, compiling that takes 50 s later, and generations of 3 and 4 s."""
+    now, compiling, course = 200.0, 190.0, course_of([], [])
     monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(loop, "compilations", lambda: compilations.Compilations(9, compiling, 0))
     search = Config.model_validate(
         {"parents": ["a", "b"], "tasks": [{"name": "t", "kind": "likelihood", "file": "t.jsonl"}],
          "space": {"method": "ties"}, "search": {"generations": 12}}
     ).search  # fmt: skip
     clock = _Clock()
-    assert clock.seconds_left(search, 1, course, 4, 200.0) is None
-    now += 53.0
-    assert clock.seconds_left(search, 2, course, 4, 3.0) == pytest.approx(10 * 3.0)
+    assert clock.seconds_left(search, 1, course, 4) is None
+    now, compiling = 253.0, 240.0
+    assert clock.seconds_left(search, 2, course, 4) == pytest.approx(10 * 3.0)
     now += 4.0
-    assert clock.seconds_left(search, 3, course, 4, 3.0) == pytest.approx(9 * 4.0)
+    assert clock.seconds_left(search, 3, course, 4) == pytest.approx(9 * 3.5)
     limited = search.model_copy(update={"stop": search.stop.model_copy(update={"evaluations": 20})})
     now += 4.0
-    assert clock.seconds_left(limited, 3, replace(course, evaluations=12), 4, 3.0) == pytest.approx(2 * 4.0)
+    assert clock.seconds_left(limited, 3, replace(course, evaluations=12), 4) == pytest.approx(2 * 4.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from evojax_merge.system.file_system import remove_file
 # The most bytes of compiled programs that are kept: those used longest ago go first.
 MAX_COMPILED_BYTES = 4 * 2**30
 _HIT = "/jax/compilation_cache/cache_hits"
+_BEGUN = "/jax/compilation_cache/compile_requests_use_cache"
 _REQUEST = "/jax/core/compile/backend_compile_duration"
 _READ = "/jax/compilation_cache/cache_retrieval_time_sec"
 
@@ -72,6 +73,12 @@ def compilations() -> Compilations:
     """The compilations since the first call."""
     counts, seconds = _listening()
     return Compilations(counts[_REQUEST] - counts[_HIT], seconds[_REQUEST] - seconds[_READ], counts[_HIT])
+
+
+def is_compiling() -> bool:
+    """Return whether a program is being compiled, or read from the folder, by this process."""
+    counts, _ = _listening()
+    return counts[_BEGUN] > counts[_REQUEST]
 
 
 @cache

@@ -182,8 +182,11 @@ class Plan:
         if self.gradient is not None:
             what, work = _GRADIENT, self.gradient
         purpose = "to merge a candidate" if self.merges_alone else f"for {what}"
-        around = shown_seconds(sum(work.seconds for work in self.around.values()))
-        more = f", and about {around} more to load, compile and write, the first time" if self.around else ""
+        around, more = sum(work.seconds for work in self.around.values()), ""
+        if around >= 1:
+            is_first = self.around[COMPILING].seconds > 0
+            done = "load, compile and write, the first time" if is_first else "load and write"
+            more = f", and about {shown_seconds(around)} more to {done}"
         time = f"; the whole search takes {self._time()}{more}" if self.fits else ""
         return [
             f"plan: {shown_bytes(self.bank_bytes)} of models and up to {shown_bytes(self.pass_bytes)} for a pass, of "
@@ -200,13 +203,17 @@ class Plan:
         )
 
     def conclusion(self) -> list[str]:
-        """The verdict and, where the search fits, the time of the run: short lines, which stand last."""
+        """The needs of each host, the verdict and, where the search fits, the time of the run: short lines, which stand
+        last."""
+        download = f", {shown_bytes(self.download_bytes)} to download" if self.download_bytes else ""
+        disk = f"the run {shown_bytes(self.disk_bytes)} of disk{download}"
+        host = f"each host needs {shown_bytes(self.host_bytes)} of memory, {disk}"
         if not self.fits:
-            return [self.verdict()]
+            return [host, self.verdict()]
         about, compiling, once = shown_seconds(self.estimated_seconds), self.around.get(COMPILING), ""
         if compiling is not None and compiling.seconds > self.estimated_seconds / 4:
             once = f" ({shown_seconds(compiling.seconds)} to compile, once)"
-        return [self.verdict(), f"time: about {about} for {self._length()}{once}, bound by {self.run.bound}"]
+        return [host, self.verdict(), f"time: about {about} for {self._length()}{once}, bound by {self.run.bound}"]
 
     def _time(self) -> str:
         """The estimate of the run, its source, and its bound."""
@@ -257,9 +264,7 @@ class Plan:
             printed.append(f"the run takes {self._time()}: {shares}")
             times = ", ".join(f"{name} {shown_seconds(work.seconds)}" for name, work in self.around.items())
             printed.append(f"around it, the first time: {times}")
-        download = f", {shown_bytes(self.download_bytes)} to download" if self.download_bytes else ""
-        host = f"host: {shown_bytes(self.host_bytes)} of memory, {shown_bytes(self.disk_bytes)} of disk{download}"
-        return [*self.notes, *printed, host]
+        return [*self.notes, *printed]
 
     def _length(self) -> str:
         generations = f"{self.generations} generations"
@@ -292,7 +297,7 @@ class Plan:
         return Table(TIMES, rows, range(1, 8), folded=range(9)).terminal("Seconds, at least")
 
     def table(self) -> TerminalTable:
-        """The passes, and the cost of each on all devices that share a candidate; the seconds of those alone that fit."""
+        """The passes, each with its cost on all devices that share a candidate; the seconds of those alone that fit."""
         count = len(HEADINGS) if self.fits else len(HEADINGS) - 1
         rows = [
             (

@@ -27,6 +27,7 @@ from rich.progress import (
 from rich.text import Text
 
 from evojax_merge.errors import LOG, print_warning, printable
+from evojax_merge.evaluation.compilations import compilations, is_compiling
 from evojax_merge.report.monitor import monitor
 from evojax_merge.search.loop import Generation, Reporter
 from evojax_merge.system.console import HEARTBEAT, IN_NOTEBOOK, console, format_seconds, say, seconds_left
@@ -198,7 +199,7 @@ class SearchBar(Reporter):
             place = display(Pretty(""), display_id=True)
             self._show = lambda line: place.update(Pretty(line))
         self._bar = progress.add_task("search", total=generations, info="compiling …")
-        self._ending, self._seconds = ending, list[float]()
+        self._ending, self._seconds, self._compiled = ending, list[float](), compilations()
         self._passes, self._done, self._number, self._began = 1, 0, 1, time.monotonic()
         self._end: float | None = None
 
@@ -214,13 +215,15 @@ class SearchBar(Reporter):
     def describe(self) -> str:
         """A line about the generation under way."""
         number, now = _counted(self._number, self._progress.tasks[0].total), time.monotonic()
-        state = f"{self._done} of {self._passes} steps" if self._done or self._seconds else "compiling"
+        state = "compiling" if is_compiling() else f"{self._done} of {self._passes} steps"
         left = "" if self._end is None else f", about {format_seconds(max(0.0, self._end - now))} left"
         return f"generation {number}: {state}, {format_seconds(now - self._began)} so far{left}"
 
     def finished(self, generation: Generation) -> None:
-        # The first generation of a process compiles; later ones tell how long one takes.
-        self._seconds.append(generation.seconds)
+        # A process's first generation takes longer than others, beside compiling.
+        compiling = compilations()
+        self._seconds.append(max(0.0, generation.seconds - (compiling - self._compiled).seconds))
+        self._compiled = compiling
         if generation.seconds_left is not None:
             seconds_left = generation.seconds_left + self._ending(statistics.median(self._seconds[1:]))
             generation = replace(generation, seconds_left=seconds_left)

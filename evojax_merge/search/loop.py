@@ -17,6 +17,7 @@ import numpy as np
 
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import Failed
+from evojax_merge.evaluation.compilations import compilations
 from evojax_merge.evaluation.scores import (
     BROKEN,
     ScoredTask,
@@ -348,7 +349,7 @@ def evolve(
                 _generation(
                     row, halved, values, seconds=seconds, best_parent=best_parent, scored_on=schedule.scored_on,
                     generations=None if config.parsed_budget.seconds else config.generations,
-                    seconds_left=clock.seconds_left(config, done, course, len(genomes), seconds),
+                    seconds_left=clock.seconds_left(config, done, course, len(genomes)),
                 )
             )  # fmt: skip
     finite = np.isfinite(state["fitness"])
@@ -407,26 +408,22 @@ def _best_parent(space: Space, row: Mapping[str, Any]) -> float | None:
 
 
 class _Clock:
-    """Estimates the time that a search takes until its last generation. A process's first generation compiles the
-    evaluation, and what is between it and the second compiles the strategy: both do not count."""
+    """Estimates the time that a search takes until its last generation. The seconds of compiling do not count, and
+    neither does a process's first generation."""
 
     def __init__(self) -> None:
-        self._evaluations, self._others = list[float](), list[float]()
-        self._ended: float | None = None
+        self._each = list[float]()
+        self._ended: tuple[float, float] | None = None
 
-    def seconds_left(
-        self, config: SearchConfig, done: int, course: Course, population: int, seconds: float
-    ) -> float | None:
+    def seconds_left(self, config: SearchConfig, done: int, course: Course, population: int) -> float | None:
         """Seconds until the last generation, or until a limit of `search.stop` or the budget, whichever comes first;
-        None after the process's first generation. done: the number of generations so far; seconds: the duration of the
-        latest one's evaluation."""
-        now, stop = time.perf_counter(), config.stop
-        before, self._ended = self._ended, now
+        None after the process's first generation. done: the number of generations so far."""
+        now, compiling, stop = time.perf_counter(), compilations().seconds, config.stop
+        before, self._ended = self._ended, (now, compiling)
         if before is None:
             return None
-        self._evaluations.append(seconds)
-        self._others.append(now - before - seconds)
-        each = statistics.median(self._evaluations) + statistics.median(self._others[1:] or [0.0])
+        self._each.append(max(0.0, now - before[0] - (compiling - before[1])))
+        each = statistics.median(self._each)
         remaining = config.generations - done
         if stop.evaluations is not None:
             remaining = min(remaining, (stop.evaluations - course.evaluations) // population)

@@ -23,6 +23,8 @@ from typing import Any, NoReturn
 # Batch systems announce the end of a job's time with SIGTERM or, as its script asks, SIGUSR1.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 INTERRUPTED = 130
+# After how many seconds a signal is acknowledged, and how many more the program may take to unwind.
+SILENT, UNWINDING = 1.0, 10.0
 # After how many seconds a signal comes again that came where an exception would be lost.
 LATER = 0.02
 
@@ -113,14 +115,16 @@ def defer_signals() -> Iterator[None]:
 
 @contextmanager
 def ending_within(seconds: float, last_words: Callable[[], str]) -> Iterator[None]:
-    """End the process where a signal comes in the block and the main thread has not noticed it after so many seconds: a
-    compiled pass may take minutes, or wait for another process that has left. Meant for work that survives a kill;
-    nothing is unwound. last_words: printed on stderr."""
+    """End the process where a signal comes in the block and the main thread has not noticed it after so many seconds,
+    or has not left the block after UNWINDING more: a compiled pass may take minutes, in this thread or in one that it
+    waits for, or wait for another process that has left. Meant for work that survives a kill; nothing more is unwound.
+    last_words: printed on stderr."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
+    ended = threading.Event()
 
     def watch() -> None:
         global _has_come
@@ -129,8 +133,12 @@ def ending_within(seconds: float, last_words: Callable[[], str]) -> Iterator[Non
             if not set(signals) & set(SIGNALS):
                 continue
             _has_come = True
-            time.sleep(seconds)
-            if _handled == handled and not _received:
+            if ended.wait(min(SILENT, seconds)):
+                break
+            os.write(2, b"stopping \xe2\x80\xa6\n")
+            is_seen = ended.wait(max(0.0, seconds - SILENT)) or _received or _handled != handled
+            is_left = is_seen and (ended.wait(UNWINDING) or not _received)
+            if not is_left:
                 os.write(2, f"{last_words()}interrupted\n".encode(errors="replace"))
                 os._exit(INTERRUPTED)
             handled = _handled
@@ -142,6 +150,7 @@ def ending_within(seconds: float, last_words: Callable[[], str]) -> Iterator[Non
     try:
         yield
     finally:
+        ended.set()
         signal.set_wakeup_fd(before)
         os.close(writing)
 

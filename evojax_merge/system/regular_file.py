@@ -2,6 +2,7 @@
 pipe would wait, and reading a device would never end."""
 
 import io
+import os
 import re
 import shutil
 import stat
@@ -72,8 +73,11 @@ def read_regular(path: Path, expected: str, max_bytes: int | None = None, *, or_
     """The content of a regular file, or, with `or_pipe`, of whatever is in its place. Raises InputError where it has
     more than `max_bytes`, and as `check_regular` does."""
     with path.open("rb") if or_pipe else open_regular(path, expected) as handle:
-        # Files of the kernel report a size of 0, and may have no end.
-        content = handle.read(-1 if max_bytes is None else max_bytes + 1)
+        # Python reserves as many bytes as are asked for. Files of the kernel report a size of 0, and may have no end.
+        size = os.fstat(handle.fileno()).st_size
+        content = handle.read(-1 if max_bytes is None else min(size, max_bytes) + 1)
+        if max_bytes is not None and len(content) > size:
+            content += handle.read(max_bytes + 1 - len(content))
     if max_bytes is not None and len(content) > max_bytes:
         size = max(path.stat().st_size, len(content))
         raise InputError(path, f"has {size:,} bytes; expected {expected} of at most {max_bytes:,}")

@@ -38,12 +38,12 @@ from evojax_merge.backends.torch.network import (
     Network,
     Scorer,
     WrittenScorer,
-    stored_groups,
     class_scores,
     embeddings,
     outputs,
     ranking_scores,
     similarity_scores,
+    stored_groups,
 )
 from evojax_merge.checkpoints.folder import open_folder
 from evojax_merge.checkpoints.json_files import read_json_object
