@@ -561,6 +561,10 @@ def _run(command: Callable[[], Any]) -> int:
     except BrokenPipeError:
         print("error: standard output was closed", file=sys.stderr)
         return FAILED
+    except MemoryError as error:
+        what = "this process may take no more memory" + (f" ({error})" if str(error) else "")
+        print(f"error: {what}; what was saved is whole, and a search goes on with --resume", file=sys.stderr)
+        return FAILED
     return DONE
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 import evojax_merge as em
+from evojax_merge.cli import run
 from evojax_merge.errors import LOG
 from evojax_merge.report.progress import (
     COLUMNS,
@@ -370,3 +371,12 @@ def test_a_logger_without_its_package_is_refused_before_anything_is_loaded(confi
         needed = f"{name} needs the package {package}; pip install 'evojax-merge[{name}]'"
         assert error == f"error: {config}: log: {needed}\n"
     assert not (config.parent / "run").exists()
+
+
+def test_a_process_without_memory_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def fill() -> None:
+        raise MemoryError("Unable to allocate 3 TiB")
+
+    assert run(fill) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "3 TiB" in line and "--resume" in line
