@@ -223,7 +223,7 @@ def test_a_finished_run_gets_its_controls_later(sums: Family, tmp_path: Path) ->
     config, run = write_yaml(tmp_path / "search.yaml", search_config(sums, 2, 4, heldout=0.25)), tmp_path / "run"
     output_of("search", config, "--out", run)
     before, more = read_json(run / "result.json"), ("--resume", "--set", "search.controls=[random]")
-    output_of("search", config, "--out", run, *more)
+    assert "what is left of the search takes" in output_of("search", config, "--out", run, *more)
     after = read_json(run / "result.json")
     assert [row["role"] for row in after["table"]] == ["base", "parent", "parent", "uniform", "random", "winner"]
     assert after["table"][-1] == before["table"][-1]
