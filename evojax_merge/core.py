@@ -54,7 +54,7 @@ def search(
     problem = replace(problem, kept=kept_scores(read_run_config(folder.config), jax.process_count()))
     devices, compiled_before = local_devices(problem.facts.settings.model), compilations()
     planned = make_plan(problem, prepared, timings=read_timings())
-    print_setup(problem, prepared, devices, planned)
+    print_setup(problem, prepared, devices, planned, len(folder.read_history()))
     if planned.target.is_accelerator and not planned.fits and not force:
         raise InputError(folder.path, f"{planned.what_would_fit()} ({FORCE})")
 

@@ -1,6 +1,7 @@
 """Controls of the held-out table: adapters that are trained as PEFT trains them, random candidates, and what is said of
 them."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,7 +223,7 @@ def test_a_finished_run_gets_its_controls_later(sums: Family, tmp_path: Path) ->
     config, run = write_yaml(tmp_path / "search.yaml", search_config(sums, 2, 4, heldout=0.25)), tmp_path / "run"
     output_of("search", config, "--out", run)
     before, more = read_json(run / "result.json"), ("--resume", "--set", "search.controls=[random]")
-    output_of("search", config, "--out", run, *more)
+    assert "what is left of the search takes" in output_of("search", config, "--out", run, *more)
     after = read_json(run / "result.json")
     assert [row["role"] for row in after["table"]] == ["base", "parent", "parent", "uniform", "random", "winner"]
     assert after["table"][-1] == before["table"][-1]
@@ -308,7 +309,15 @@ def test_controls_that_a_search_cannot_have(sums: Family, tmp_path: Path) -> Non
 # Polish
 
 
-def test_a_polished_winner_is_the_adapter_that_was_scored(sums: Family, tmp_path: Path) -> None:
+def read_card(folder: Path) -> tuple[dict[str, Any], str]:
+    _, header, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(header), text
+
+
+def test_a_polished_winner_is_the_adapter_that_was_scored(
+    sums: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     search = {"then": "polish", "validation": 0.25, "generations": 40, "population": 4}
     config = write_yaml(tmp_path / "search.yaml", search_config(sums, heldout=0.25, search=search))
     run, whole = tmp_path / "run", tmp_path / "polished"
@@ -318,7 +327,7 @@ def test_a_polished_winner_is_the_adapter_that_was_scored(sums: Family, tmp_path
     winner = next(row for row in read_json(run / "result.json")["table"] if row["role"] == "winner")
     assert row["heldout_fitness"] != winner["heldout_fitness"]
     # The adapter as PEFT reads it, and the model that export makes of it.
-    output_of("export", run, whole, "--as", "polished")
+    output_of("export", Path("run"), whole, "--as", "polished")
     tuned = peft.PeftModel.from_pretrained(load_torch(run / "best" / "model"), run / "best" / "adapter")
     (task,), models = problem_of(config, yaml.safe_load(config.read_text())).splits.heldout, (tuned, load_torch(whole))
     tokenizer = AutoTokenizer.from_pretrained(run / "best" / "model")
@@ -326,6 +335,18 @@ def test_a_polished_winner_is_the_adapter_that_was_scored(sums: Family, tmp_path
         assert np.mean([score.item() for score in _scores(model, task, tokenizer)]) == pytest.approx(
             row["heldout_fitness"], abs=1e-4
         )
+    # The card is the winner's, with the polished winner's scores, and the recipe has whole paths.
+    header, card = read_card(whole)
+    assert header["model-index"][0]["results"][0]["metrics"][0]["value"] == pytest.approx(row["heldout_fitness"])
+    assert re.search(rf"\| polished winner +\| +{row['heldout_fitness']:.4f} ", card)
+    assert "**The polished winner: the winner, whose recipe follows" in card and "task_arithmetic" in card
+    assert card.count("The polished winner was trained on the 36 examples") == 1
+    recipe = yaml.safe_load((whole / "mergekit_config.yml").read_text())
+    assert recipe["models"] == [{"model": f"{run / 'best' / 'model'}+{run / 'best' / 'adapter'}"}]
+    # In another dtype it was not scored.
+    output_of("export", Path("run"), tmp_path / "half", "--as", "polished", "--dtype", "float16")
+    header, card = read_card(tmp_path / "half")
+    assert "model-index" not in header and "Written in float16. It was searched, and scored, in float32" in card
     # A run that is done again trains nothing, and one without the key leaves no adapter.
     assert "nothing to search" in output_of("search", config, "--out", run, "--resume")
 

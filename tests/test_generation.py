@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import sacrebleu
 from helpers.files import write_lines
+from helpers.models import word_tokenizer, words
 from rouge_score.rouge_scorer import RougeScorer
 
 from evojax_merge.config.documents import parse
@@ -118,6 +120,30 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         open_generation(tmp_path, targets, **keys)
+
+
+@pytest.mark.parametrize(
+    ("metric", "further", "is_refused"),
+    [
+        ("exact_match", (), True),
+        ("contains", ("w7 </s>",), True),
+        ("exact_match", ("w6",), False),
+        ("json", (), False),
+        ("regex", (), False),
+        ("length", (), False),
+    ],
+)
+def test_a_target_that_no_output_can_equal_is_refused(
+    tmp_path: Path, metric: str, further: tuple[str, ...], is_refused: bool
+) -> None:
+    """Where another answer is right as well, or the metric compares more than the text, there is something to find."""
+    tokenizer = word_tokenizer([*words(), '"w6', 'w7"'])
+    task = replace(open_generation(tmp_path, ['"w6 </s> w7"'] * 2, metric=metric), accepted=(further,) * 2)
+    if is_refused:
+        with pytest.raises(InputError, match=r"data.jsonl:1: task text: no output can be right: .*'</s>', a special"):
+            task.requests(tokenizer, 100)
+    else:
+        assert len(task.requests(tokenizer, 100).prompts) == 2
 
 
 @pytest.mark.parametrize(

@@ -316,6 +316,35 @@ def test_a_field_that_is_not_there_is_one_line_before_weights_are_read(
     assert message in line and not Path("search.yaml").exists()
 
 
+@pytest.mark.parametrize(
+    ("records_before", "fields", "message"),
+    [
+        ({"verlauf": [USER, REPLY]}, (), "'verlauf', which the proposed config: tasks[0].messages names (it has"),
+        ({"prompt": "w5", "completion": "w6"}, (), "'prompt', which the proposed config: tasks[0].prompt names"),
+        ({"a": "w5", "b": "w6"}, ("--prompt", "a", "--target", "b"), "'a', which the proposed config: tasks[0].prompt"),
+    ],
+)
+def test_all_records_are_checked_before_weights_are_read(
+    init: Init, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, records_before: dict[str, Any],
+    fields: tuple[str, ...], message: str,
+) -> None:  # fmt: skip
+    """The message names the file that exists, the record and its field, and never a config that was not written."""
+    models = with_templates(base=TEMPLATE, one=TEMPLATE, two=TEMPLATE)
+    monkeypatch.setattr("evojax_merge.commands.init.compare_weights", None)
+    data = str(write_lines(Path("mixed.jsonl"), [records_before] * 20 + [{"frage": "w5", "loesung": "w6"}] * 20))
+    assert init("mine.yaml", *models, *fields, "--data", data) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "mixed.jsonl:21: the record has no field" in line and message in line
+    assert "frage, loesung" in line and "by --prompt and --target, or mend the record" in line
+    assert "mine.yaml" not in line and not Path("mine.yaml").exists()
+
+
+def test_a_warning_about_the_data_is_given_once(init: Init, capsys: pytest.CaptureFixture[str]) -> None:
+    data = records({"question": "w5", "choices": ["w6", "w7", "w7"], "answer": 0})
+    assert init(*MODELS, "--data", data) == 0
+    assert capsys.readouterr().err.count("list a wrong choice twice") == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What inspect says is taken
 

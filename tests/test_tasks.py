@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ from transformers import PreTrainedTokenizerFast
 from evojax_merge.config.search_config import TaskFile
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import BatchedTask, TaskShapes, batch_tasks, token_warnings
+from evojax_merge.evaluation.diagnostics import warnings
+from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.steps.stored_models import open_tasks
 from evojax_merge.tasks import patterns
+from evojax_merge.tasks.answers import extract_answer, same_answer
 from evojax_merge.tasks.batches import (
     BUCKETS,
     MAX_BEHIND_IMAGE,
@@ -40,6 +44,7 @@ from evojax_merge.tasks.opening import data_warnings, open_task, open_whole_task
 from evojax_merge.tasks.patterns import check_pattern, find_all
 from evojax_merge.tasks.prompts import encode_pair
 from evojax_merge.tasks.records import read_file
+from evojax_merge.tasks.sampling import Sampling
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Responses, Row, TaskRequests
 from evojax_merge.tasks.templates import check_template, fill
@@ -47,10 +52,8 @@ from evojax_merge.tasks.text import (
     Example,
     TextConfig,
     TextTask,
-    extract_answer,
     likelihood_rows,
     prompt_rows,
-    same_answer,
     score_likelihood,
 )
 
@@ -777,12 +780,76 @@ def test_targets_of_several_numbers_without_a_pattern_are_warned_of_once(
     assert [line.startswith(beginning) for line in lines] == [True] * warned
 
 
+@pytest.mark.parametrize(
+    ("changes", "target", "reason"),
+    [
+        ({"pattern": "^(.+)$"}, "yes </s>", "contains '</s>', a special token, which outputs never contain"),
+        ({"pattern": "^(.+)$", "sampling": Sampling(reduction="majority")}, "</s>yes", "'</s>', a special token"),
+        ({"pattern": "(?s)^(.+)$", "stop": ("\n",)}, "yes\nno", "a text of stop, before which outputs end"),
+        # White space around an answer is not compared, and of a target without a pattern its number alone.
+        ({"pattern": "^(.+)$", "stop": ("\n",)}, "yes\n", None),
+        ({}, "it is 42 </s>", None),
+        ({"metric": "brevity", "pattern": "^(.+)$"}, "yes </s>", None),
+        # Decoding keeps added tokens that are not special, and texts that only resemble a token.
+        ({"pattern": "^(.+)$"}, "<think> yes", None),
+        ({"pattern": "^(.+)$"}, "yes </ s>", None),
+    ],
+)
+def test_a_target_that_no_output_can_equal_is_refused_before_the_search(
+    changes: dict[str, Any], target: str, reason: str | None
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    examples = [Example("the question", ("no",), "no 1", 1), Example("is", (f" {target}",), target, 2)]
+    task = replace(task_of("exact_match", examples, max_new_tokens=3), **changes)
+    decoded = tokenizer.decode(tokenizer(target)["input_ids"], skip_special_tokens=True)
+    cut = TaskRequests(stop=task.stop).cut(decoded)
+    equal = task.score(Responses(np.zeros((1, 0)), np.zeros(0, int), np.zeros((1, 0), bool), [[cut, cut]]))["accuracy"][
+        0, 1
+    ]
+    if reason is None:
+        task.requests(tokenizer, 100)
+        assert equal or task.metric == "brevity"
+        return
+    assert not equal
+    with pytest.raises(InputError) as refused:
+        task.requests(tokenizer, 100)
+    line = str(refused.value)
+    assert line.startswith("file.jsonl:2: task task: no output can be right: the target ") and reason in line
+    assert "(so do 1 of 2 targets)" in line and "leave it out of" in line
+    # Its likelihood can be scored.
+    task.likelihood_of_targets().requests(tokenizer, 100)
+
+
 def test_samples_hold_the_wanted_answer_and_the_one_that_was_found() -> None:
     task = task_of("exact_match", [Example("p", ("t",), "#### 5", 1), Example("q", ("u",), "7", 2)])
     assert [task.target(n) for n in range(2)] == ["#### 5", "7"]
     assert [task.extracted(n, [text]) for n, text in enumerate(["it is 1,005.", "none"])] == ["1005", None]
     choices = task_of("multiple_choice", [Example("p", (" red", " green"), 1, 1)])
     assert choices.target(0) == "green" and choices.extracted(0, []) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "outputs", "words"),
+    [
+        (r"is (\w+)", ["it is w7.", "is w8"], " (the first target is 'w5', the first candidate's answer 'w7')"),
+        (
+            r"is (\w+)",
+            ["w7\nand more", "is w8"],
+            " (the first target is 'w5', the first candidate's output 'w7\\nand more')",
+        ),
+        (None, [], ""),
+    ],
+)
+def test_the_warning_of_no_signal_shows_a_target_beside_an_answer(
+    pattern: str | None, outputs: list[str], words: str
+) -> None:
+    task = task_of("exact_match", [Example("p", ("w5",), "w5", 1), Example("q", ("w6",), "w6", 2)], pattern=pattern)
+    scores = TaskScores(
+        {"task": {"accuracy": np.zeros((3, 2), np.float32)}}, {"task": [outputs] * 3} if outputs else {}
+    )
+    (line,) = warnings([task], scores)
+    assert line == f"warning: task task: all 3 candidates score 0; it gives no signal{words}"
 
 
 def test_pattern_s_last_match_is_extracted() -> None:

@@ -31,7 +31,7 @@ from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.timings import NOT_MEASURED, Timing, estimated_factor, read_timings, record_timings, timing
 from evojax_merge.problem import build_problem, config_from
 from evojax_merge.report import progress
-from evojax_merge.report.plan import CHOOSING, GENERATIONS, HELDOUT, MEASURING, Plan
+from evojax_merge.report.plan import CHOOSING, GENERATIONS, HELDOUT, MEASURING, Plan, shown_seconds
 from evojax_merge.report.progress import passes_bar, search_bar
 from evojax_merge.search import kept_scores, loop
 from evojax_merge.search.loop import Generation, _Clock
@@ -176,6 +176,22 @@ def test_a_plan_has_its_parts_and_an_estimate(family: Family, cache: Path) -> No
         r"about .* \(7 times its bound by the roofline, as bench measured here on \d{4}-", measured.summary()[1]
     )
     assert measured.as_json()["factor"]["value"] == 7 and set(measured.as_json()["parts"]) == set(measured.parts)
+
+
+def test_a_resumed_plan_prices_what_is_left(family: Family) -> None:
+    plan = plan_of(document(family))
+    generations, share = plan.parts[GENERATIONS].seconds, plan.expected_share * plan.factor.value
+    assert plan.seconds_left(0) == plan.run_seconds == pytest.approx(plan.run.seconds * share)
+    half = plan.seconds_left(plan.generations // 2)
+    done = generations * (plan.generations // 2) / plan.generations
+    assert half == pytest.approx((plan.run.seconds - done) * share) and half < plan.run_seconds
+    # The choice of the winner is left, even where more generations are done than are wanted.
+    ending = (plan.run.seconds - generations) * share
+    assert ending > 0
+    for saved in (plan.generations, plan.generations + 3):
+        assert plan.seconds_left(saved) == pytest.approx(ending)
+    assert "; the whole search takes about " in plan.summary()[1]
+    assert f"; what is left of the search takes about {shown_seconds(ending)} " in plan.summary(plan.generations)[1]
 
 
 def test_answers_are_expected_to_be_as_long_as_their_targets(family: Family) -> None:

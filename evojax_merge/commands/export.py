@@ -1,6 +1,7 @@
 """`evojax-merge export`: the winner of a run, its best candidate so far, or a member of its front."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ import numpy as np
 from evojax_merge import plugins
 from evojax_merge.backends.backend import Backend
 from evojax_merge.backends.registry import find_backend
-from evojax_merge.checkpoints.writer import MAX_SHARD_BYTES, check_new_model, check_output
+from evojax_merge.checkpoints.writer import CARD, MAX_SHARD_BYTES, check_new_model, check_output
 from evojax_merge.commands.merge import (
     MergeOptions,
     card_of_merge,
@@ -39,7 +40,8 @@ from evojax_merge.problem import (
     config_from,
     stage_config,
 )
-from evojax_merge.report.card import adapter_card, card_in_dtype, merge_card
+from evojax_merge.report.card import adapter_card, card_in_dtype, merge_card, polished_card
+from evojax_merge.report.comparison import POLISHED
 from evojax_merge.schema.yaml_reader import parse_documents
 from evojax_merge.search.checkpoints import Checkpoints
 from evojax_merge.search.protocols import context_of
@@ -184,9 +186,7 @@ def export(
         if best_so_far or member is not None or not folder.adapter.is_dir():
             what = "polished: is the winner of a finished search with search.then: polish, and better than the merge"
             raise InputError("--as", f"{what}; {folder.adapter} is missing, or another candidate was asked for")
-        text = dump_documents([{"merge_method": "passthrough", "models": [{"model": folder.winner}]}])
-        # No file of the run has this recipe, whose paths start in the working directory.
-        output.write(Path("polished"), text)
+        _write_polished(output)
     elif member is not None and merges_recipes:
         file = find_member(folder, member)
         output.write(file, file.read_text(encoding="utf-8"))
@@ -195,14 +195,33 @@ def export(
     elif best_so_far and not (finished and folder.recipe.exists()):
         output.write_best_so_far()
     elif folder.recipe.exists():
-        file = folder.model / "README.md"
-        card = read_regular(file, "a model card", MAX_DOCUMENT).decode(errors="replace") if file.exists() else None
-        output.write(folder.recipe, folder.recipe.read_text(encoding="utf-8"), card)
+        output.write(folder.recipe, folder.recipe.read_text(encoding="utf-8"), _winners_card(folder))
     elif folder.params.exists():
         raise InputError(run, f"is a run of search_pytrees, whose winner is a pytree: best/{folder.params.name}")
     else:
         more = "finish it with search … --resume, or pass --best-so-far"
         raise InputError(run, f"has no winner yet (no best/recipe.yaml); {more}")
+
+
+def _write_polished(output: _Output) -> None:
+    """Write the winner with the adapter by which it is polished, in the dtypes of the winner's recipe."""
+    folder, card = output.folder, _winners_card(output.folder)
+    recipe = parse_documents(folder.recipe, folder.recipe.read_text(encoding="utf-8"))[-1]
+    model = "+".join(map(os.path.abspath, (folder.model, folder.adapter)))
+    document = {"merge_method": "passthrough", "models": [{"model": model}]}
+    document |= {key: recipe[key] for key in ("dtype", "out_dtype") if key in recipe}
+    if card is not None:
+        result = read_result(folder.result)
+        rows = [] if result is None else [row for row in result.table if row.role == POLISHED]
+        card = polished_card(card, folder.path.name, rows[0].heldout_scores if rows else {})
+    # No file of the run has this recipe.
+    output.write(folder.adapter, dump_documents([document]), card)
+
+
+def _winners_card(folder: RunFolder) -> str | None:
+    """The model card of a run's winner; None where it has none."""
+    file = folder.model / CARD
+    return read_regular(file, "a model card", MAX_DOCUMENT).decode(errors="replace") if file.exists() else None
 
 
 def export_candidate(backend: Backend, genome: np.ndarray, out: Path, keep: Sequence[Path]) -> None:

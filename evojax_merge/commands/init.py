@@ -1,10 +1,12 @@
 """`evojax-merge init`: the commented config of a first search, asked for, checked and written."""
 
+import io
 import os
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ from evojax_merge.checkpoints.folder import is_float
 from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.checkpoints.references import local_path
 from evojax_merge.config.documents import parse
-from evojax_merge.config.search_config import SpaceConfig
+from evojax_merge.config.search_config import SpaceConfig, TaskFile
 from evojax_merge.errors import InputError, shown
 from evojax_merge.inspection.findings import ADDING_UP, Advice, advise, findings
 from evojax_merge.inspection.first_config import (
@@ -56,6 +58,7 @@ from evojax_merge.system.console import say
 from evojax_merge.system.file_system import OutputFile
 from evojax_merge.system.user_modules import reference_from_anywhere
 from evojax_merge.tasks.data_versions import pinned_reference
+from evojax_merge.tasks.opening import open_task
 from evojax_merge.tasks.records import is_file_name, read_source
 from evojax_merge.zoo import PREFIX
 from evojax_merge.zoo.references import recipe_reference, resolve_file, resolve_headers, resolve_onto
@@ -74,6 +77,8 @@ DOCS = 200
 # The backend (None: language models), the section of a task, and the number of its examples (None: it has none).
 Made = tuple[str | None, TaskSection, int | None]
 MakeTask = Callable[[ModelTemplates], Made]
+# The config in messages as long as no file has it.
+PROPOSED = "the proposed config"
 # Stands for the models' templates as long as only the fields of the data matter.
 ANY_TEMPLATE = ModelTemplates("a model")
 
@@ -130,8 +135,10 @@ def init(path: Path, choices: Choices, overwrite: bool) -> None:
             is_task = is_file_name(answer) and not answer.startswith(PREFIX) and not Path(answer).suffix
             is_task = is_task and not Path(answer).is_dir()
             choices = replace(choices, lm_eval=answer) if is_task else replace(choices, data=answer)
-        # Before weights are read: data of no kind of task end the command at once.
+        # Before weights are read: data of no kind of task, and records that do not fit it, end the command at once.
         make_task = read_data(path, choices, models.way)
+        if choices.data is not None:
+            check_records(path, models, make_task)
         config = first_config(path, choices, compare_models(models, Path(root)), make_task)
         document = parse_yaml(path, config.text(commands, ""))
         problem = build_problem(path, config_from(path, document, [], None), resolve=resolve)
@@ -370,6 +377,23 @@ def read_data(path: Path, choices: Choices, way: Way) -> MakeTask:
         return None, task, len(records) - task.unscored
 
     return make
+
+
+def check_records(path: Path, models: Models, make_task: MakeTask) -> None:
+    """Open the proposed task on all its records. Raises InputError for the first one that does not fit."""
+    # The fields that a task reads depend on whether a model has a chat template, and not on which one.
+    owner = next((model.reference for model in models.facts if model.chat_template is not None), None)
+    _, task, _ = make_task(ModelTemplates(owner))
+    (section,) = parse(PROPOSED, {"tasks": [{key: value for key, value, _ in task.lines}]}, TaskFile).tasks
+    try:
+        # The config's check gives the warnings.
+        with redirect_stderr(io.StringIO()):
+            open_task(f"{PROPOSED}: tasks[0]", section, path.parent, 0, resolve_file)
+    except InputError as error:
+        if error.where.startswith(PROPOSED):
+            raise
+        advice = "name fields that every record has by --prompt and --target, or mend the record"
+        raise InputError(error.where, f"{error.what}; {advice}") from None
 
 
 def _data(path: Path, data: str) -> tuple[str, Path | None]:

@@ -16,7 +16,7 @@ from evojax_merge.mergekit.as_fp8 import FP8_DTYPE
 from evojax_merge.mergekit.write import dump_documents, in_dtype
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.comparison import Result, model_name
-from evojax_merge.report.front_matter import changed_front_matter, front_matter
+from evojax_merge.report.front_matter import changed_front_matter, front_matter, with_scores
 from evojax_merge.report.tables import Table, markdown_table
 from evojax_merge.schema.yaml_reader import parse_documents, take_last
 from evojax_merge.tasks.task import GUARD_WEIGHT
@@ -170,6 +170,16 @@ def adapter_card(card: str, error: RankError, *, base: Path, of_merge: bool = Tr
         changed_front_matter(card, links | {"library_name": "peft"} | UNSCORED), f"{note}The adapter was not scored."
     )
     return f"{card}\n## Left out by layer\n\n{left_out_table(error).markdown()}\n"
+
+
+def polished_card(card: str, name: str, scores: Mapping[str, float]) -> str:
+    """The card of a winner as that of the polished winner, a model `name`. scores: its held-out scores, by
+    `task/metric`."""
+    note = (
+        "The polished winner: the winner, whose recipe follows, with the adapter that was trained on it. The results "
+        "in this card's front matter are those of the polished winner."
+    )
+    return _with_note(with_scores(card, name, scores), note)
 
 
 def left_out_table(error: RankError) -> Table:

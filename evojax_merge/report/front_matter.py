@@ -100,19 +100,32 @@ def front_matter(
     if folders and all(map(_writes_text, folders)):
         header["pipeline_tag"] = "text-generation"
     header["tags"] = ["mergekit", "merge", "evojax-merge"]
+    results = _model_index(name, header.get("pipeline_tag"), scores)
+    if results is not None:
+        header["model-index"] = results
+    return _dumped(header)
+
+
+def _model_index(name: str, task_type: Any, scores: Mapping[str, float]) -> list[dict[str, Any]] | None:
+    """Held-out scores by `task/metric` as the hub's results of the model `name`; None where none is finite. task_type:
+    the pipeline tag; None: it has none."""
     # The hub groups results by the type of their data set, which is therefore the task's name.
-    named = ((*name.rpartition("/")[::2], value) for name, value in scores.items() if math.isfinite(value))
+    named = ((*score.rpartition("/")[::2], value) for score, value in scores.items() if math.isfinite(value))
     results = [
         EvalResult(
-            task_type=header.get("pipeline_tag", "other"), dataset_type=task, dataset_name=task,
+            task_type=str(task_type or "other"), dataset_type=task, dataset_name=task,
             dataset_split="heldout", metric_type=metric, metric_value=value, metric_name=f"{metric}, held out",
             verified=False,
         )
         for task, metric, value in named
     ]  # fmt: skip
-    if results:
-        header["model-index"] = eval_results_to_model_index(name, results)
-    return _dumped(header)
+    return eval_results_to_model_index(name, results) if results else None
+
+
+def with_scores(card: str, name: str, scores: Mapping[str, float]) -> str:
+    """A card with other held-out scores in its front matter, by `task/metric`, of the model `name`."""
+    tag = _split(card)[0].get("pipeline_tag")
+    return changed_front_matter(card, {"model-index": _model_index(name, tag, scores)})
 
 
 def changed_front_matter(card: str, changes: Mapping[str, Any]) -> str:

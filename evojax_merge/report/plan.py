@@ -136,12 +136,23 @@ class Plan:
     @property
     def run_seconds(self) -> float:
         """About the seconds of the run's parts."""
-        return self.run.seconds * self.expected_share * self.factor.value
+        return self.seconds_left(0)
+
+    def seconds_left(self, saved: int) -> float:
+        """About the seconds of the run's parts where `saved` generations are done."""
+        generations = self.parts[GENERATIONS].seconds if GENERATIONS in self.parts else 0.0
+        done = generations * min(1.0, saved / max(1, self.generations))
+        return max(0.0, self.run.seconds - done) * self.expected_share * self.factor.value
+
+    @property
+    def around_seconds(self) -> float:
+        """About the seconds before and after the run, where nothing is compiled yet."""
+        return sum(work.seconds for work in self.around.values())
 
     @property
     def estimated_seconds(self) -> float:
         """About the seconds from loading the models to the winner's files, where nothing is compiled yet."""
-        return self.run_seconds + sum(work.seconds for work in self.around.values())
+        return self.run_seconds + self.around_seconds
 
     def ending_seconds(self, generation: float) -> float:
         """About the seconds from the last generation to the winner, where a generation takes `generation` seconds."""
@@ -176,18 +187,19 @@ class Plan:
                 row["seconds"] = None
         return data
 
-    def summary(self) -> list[str]:
-        """Two lines: the memory, and the work."""
+    def summary(self, saved: int = 0) -> list[str]:
+        """Two lines: the memory, and the work where `saved` generations are done."""
         what, work = _CANDIDATE, self.candidate
         if self.gradient is not None:
             what, work = _GRADIENT, self.gradient
         purpose = "to merge a candidate" if self.merges_alone else f"for {what}"
-        around, more = sum(work.seconds for work in self.around.values()), ""
+        around, more = self.around_seconds, ""
         if around >= 1:
             is_first = self.around[COMPILING].seconds > 0
             done = "load, compile and write, the first time" if is_first else "load and write"
             more = f", and about {shown_seconds(around)} more to {done}"
-        time = f"; the whole search takes {self._time()}{more}" if self.fits else ""
+        searched = "what is left of the search" if saved else "the whole search"
+        time = f"; {searched} takes {self._time(self.seconds_left(saved))}{more}" if self.fits else ""
         return [
             f"plan: {shown_bytes(self.bank_bytes)} of models and up to {shown_bytes(self.pass_bytes)} for a pass, of "
             f"{shown_bytes(self.target.memory)} on each device",
@@ -215,9 +227,9 @@ class Plan:
             once = f" ({shown_seconds(compiling.seconds)} to compile, once)"
         return [host, self.verdict(), f"time: about {about} for {self._length()}{once}, bound by {self.run.bound}"]
 
-    def _time(self) -> str:
-        """The estimate of the run, its source, and its bound."""
-        factor, about = self.factor, shown_seconds(self.run_seconds)
+    def _time(self, seconds: float) -> str:
+        """An estimate of the run, or of a part of it, its source, and its bound."""
+        factor, about = self.factor, shown_seconds(seconds)
         if self.run.called_seconds:
             return f"about {about} ({factor.source})"
         source = factor.source or "a guess: `evojax-merge bench` measures it"
@@ -261,7 +273,7 @@ class Plan:
                 f"{name} {shown_seconds(part.seconds * self.expected_share * self.factor.value)}"
                 for name, part in self.parts.items()
             )
-            printed.append(f"the run takes {self._time()}: {shares}")
+            printed.append(f"the run takes {self._time(self.run_seconds)}: {shares}")
             times = ", ".join(f"{name} {shown_seconds(work.seconds)}" for name, work in self.around.items())
             printed.append(f"around it, the first time: {times}")
         return [*self.notes, *printed]
@@ -297,7 +309,7 @@ class Plan:
         return Table(TIMES, rows, range(1, 8), folded=range(9)).terminal("Seconds, at least")
 
     def table(self) -> TerminalTable:
-        """The passes, each with its cost on all devices that share a candidate; the seconds of those alone that fit."""
+        """The passes, each with its cost on all devices that share a candidate; seconds of those alone that fit."""
         count = len(HEADINGS) if self.fits else len(HEADINGS) - 1
         rows = [
             (

@@ -25,14 +25,18 @@ from evojax_merge.system.file_system import atomic_write, remove_folder
 from evojax_merge.tasks.splits import Splits
 
 
-def print_setup(problem: SearchProblem[Backend], prepared: Prepared, devices: Devices, planned: Plan) -> None:
-    """Print the search's devices, models, batches, strategy and plan."""
+def print_setup(
+    problem: SearchProblem[Backend], prepared: Prepared, devices: Devices, planned: Plan, saved: int
+) -> None:
+    """Print the search's devices, models, batches, strategy and plan. saved: the number of generations that are done,
+    which a plan does not price."""
     console.print(devices.describe())
-    for line in (*problem.facts.notes, *prepared.notes, *problem.notes, *planned.summary()):
+    for line in (*problem.facts.notes, *prepared.notes, *problem.notes, *planned.summary(saved)):
         console.print(line, soft_wrap=True)
-    if planned.fits and planned.estimated_seconds > 3 * DAY:
+    seconds = planned.seconds_left(saved) + planned.around_seconds
+    if planned.fits and seconds > 3 * DAY:
         print_warning(
-            f"the search takes about {shown_seconds(planned.estimated_seconds)}; fewer generations, candidates or "
+            f"the search takes about {shown_seconds(seconds)}; fewer generations, candidates or "
             "examples take less, and search.budget ends it in time"
         )
 

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from evojax_merge.errors import InputError
 from evojax_merge.schema.section import Text, Whole
+from evojax_merge.tasks.answers import extract_answer
 from evojax_merge.tasks.language import check_language, language_of
 from evojax_merge.tasks.patterns import check_pattern, find_all
 from evojax_merge.tasks.prompts import PromptConfig
@@ -30,7 +31,6 @@ from evojax_merge.tasks.text import (
     brief,
     check_texts,
     cut_target,
-    extract_answer,
     open_prompted,
     probe_texts,
 )
@@ -142,6 +142,11 @@ class GenerationTask(PromptedTask):
 
     def _is_foreign(self, text: str) -> bool:
         return self.language is not None and language_of(text) not in (None, self.language)
+
+    def wanted(self, example: int) -> Sequence[str]:
+        if self.comparison not in ("exact_match", "contains"):
+            return ()
+        return [target.strip() for target in (self.target(example), *self.accepted[example])]
 
     def companion(self) -> TextTask | None:
         """The likelihood of the targets; None where they are expressions, and for an output's length."""

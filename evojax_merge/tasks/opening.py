@@ -7,11 +7,12 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from evojax_merge.errors import InputError, print_warning, shown
+from evojax_merge.tasks.answers import numbers_in
 from evojax_merge.tasks.data_versions import pinned_reference
 from evojax_merge.tasks.kinds import kind_of
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import FindFile, Opening, Place, SplittableTask, Task, TaskConfig, TaskKind, local_file
-from evojax_merge.tasks.text import TextTask, numbers_in
+from evojax_merge.tasks.text import TextTask
 
 T = TypeVar("T", bound=SplittableTask)
 # Fewer examples to search on say next to nothing.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -19,8 +20,9 @@ from pydantic import BeforeValidator, Field
 
 from evojax_merge.errors import InputError, print_warning
 from evojax_merge.schema.section import Name, Text, Whole
+from evojax_merge.tasks.answers import check_attainable, dropped_tokens, extract_answer, same_answer
 from evojax_merge.tasks.images import RecordImage, expand_images, number_images, read_images
-from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
+from evojax_merge.tasks.patterns import PROBED, check_pattern
 from evojax_merge.tasks.prompts import (
     PLAIN,
     Example,
@@ -66,8 +68,6 @@ METRICS: dict[str, tuple[str, ...]] = {
 }
 # The target of an example that a function judges.
 NO_TARGET = "-"
-# The last number, after `####` where there is one.
-NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 
 
 class TextConfig(SamplingConfig, PromptConfig):
@@ -131,7 +131,10 @@ class PromptedTask(TaskDefaults):
     def requests(self, tokenizer: Any, context: int) -> TaskRequests:
         if self.kind == "exact_match":
             targets = [target for example in self.examples for target in example.targets]
-            longest = max(len(tokens) for tokens in tokenizer(targets, add_special_tokens=False)["input_ids"])
+            tokens = tokenizer(targets, add_special_tokens=False)["input_ids"]
+            longest, dropped = max(map(len, tokens)), dropped_tokens(tokenizer, {*chain(*tokens)})
+            wanted = [(self.where(example), self.wanted(n)) for n, example in enumerate(self.examples)]
+            check_attainable(self.name, wanted, dropped, self.stop)
             rows = self.sampling.rows(prompt_rows(self, tokenizer))
             # An answer like its target, and the token that ends it.
             return TaskRequests(
@@ -139,6 +142,10 @@ class PromptedTask(TaskDefaults):
                 counts_tokens=self.metric == "length", answer=self.stop_pattern,
             )  # fmt: skip
         return TaskRequests(tuple(likelihood_rows(self, tokenizer)))
+
+    def wanted(self, example: int) -> Sequence[str]:
+        """The texts one of which an output for an example must contain to be right; empty: other outputs may be."""
+        return ()
 
     def likelihood_of_targets(self) -> "TextTask":
         return TextTask(
@@ -207,6 +214,10 @@ class TextTask(PromptedTask):
         asked = {"brevity": brevity(texts)} if self.metric == "brevity" else {}
         by_answer = {"accuracy": np.asarray(right, np.float32).reshape(len(texts), self.size * samples)} | asked
         return self.sampling.reduce(by_answer, texts, "accuracy", self._vote)
+
+    def wanted(self, example: int) -> Sequence[str]:
+        compares_texts = self.pattern is not None and self.metric not in ("brevity", "length")
+        return (self.target(example).strip(),) if compares_texts else ()
 
     def _vote(self, example: int, output: str) -> str | Decimal | None:
         answer = extract_answer(output, self.pattern, f"task {self.name}")
@@ -571,30 +582,3 @@ def _choices(task: TextTask) -> Iterator[tuple[Example, slice]]:
     for example in task.examples:
         yield example, slice(begin, begin + len(example.targets))
         begin += len(example.targets) * (2 if task.metric == "acc_mutual_info" else 1)
-
-
-def extract_answer(text: str, pattern: str | None, where: str = "tasks") -> str | None:
-    """The answer in an output: the last match of `pattern` that is not empty, or the last number (after any `####`)."""
-    if pattern is None:
-        numbers = numbers_in(text)
-        return numbers[-1].replace(",", "") if numbers else None
-    filled = [match for match in find_all(where, pattern, text) if match[0]]
-    if not filled:
-        return None
-    taken = [group for group in filled[-1].groups() if group is not None] if filled[-1].re.groups else [filled[-1][0]]
-    return taken[0].strip() if taken else None
-
-
-def numbers_in(text: str) -> list[str]:
-    """The numbers after the last `####`; where there are none, all numbers of the text."""
-    return re.findall(NUMBER, text.rsplit("####", 1)[-1]) or re.findall(NUMBER, text)
-
-
-def same_answer(found: str | None, wanted: str, pattern: str | None) -> bool:
-    if found is None:
-        return False
-    if pattern is not None:
-        return found == wanted.strip()
-    # The wanted text may be a worked answer that ends in `#### 42`.
-    number = extract_answer(wanted, None)
-    return number is not None and Decimal(found) == Decimal(number)
