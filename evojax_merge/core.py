@@ -28,6 +28,7 @@ from evojax_merge.search.kept_scores import kept_scores
 from evojax_merge.search.loop import Archive, Reporter, Storage, evolve
 from evojax_merge.search.run_parts import RunFolder, check_room, remove_members
 from evojax_merge.search.run_schema import read_run_config
+from evojax_merge.steps.controls import why_no_gradient
 from evojax_merge.steps.output import print_complete, print_setup, print_work, why_complete, write_winner
 from evojax_merge.steps.planning import compiling_beside, ending_estimate, make_plan, record_timing
 from evojax_merge.steps.selection import open_evaluators, select_best, timed
@@ -65,6 +66,9 @@ def search(
             loading, measuring = activity.shown(timed(bytes_bar, reading)), activity.shown(passes_bar)
             with compiling_beside(problem, prepared):
                 evaluators = open_evaluators(problem, prepared, devices, loading, say, folder.members, measuring)
+            without = why_no_gradient(problem, evaluators)
+            if without and problem.splits.tuning:
+                say(f"adapters: trained by rank-1 evolution strategies, without gradients, for {without}")
             evaluators = judged(evaluators, ballots, partial(family_tree, problem), activity)
             problem = proposing(problem, ballots)
             # The export reads the models again, and writes one.

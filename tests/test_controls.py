@@ -258,11 +258,16 @@ def test_records_that_tasks_share_are_counted_once(sums: Family) -> None:
     assert counted(text, right, other) == "60 records (108 examples over 3 tasks)"
 
 
-def test_a_search_without_derivatives_says_so(sums: Family) -> None:
+def test_a_search_without_derivatives_says_so(sums: Family, tmp_path: Path) -> None:
     task = task_section(sums.tasks, kind="exact_match", metric="brevity", max_new_tokens=3, heldout=0.25)
-    problem = opened(sums, "lora", tasks=[task])
-    assert not problem.tunes_by_gradient
-    assert any("by rank-1 evolution strategies" in sentence for sentence in finished(problem).verdicts())
+    document = search_config(sums, 2, 4, heldout=0.25, tasks=[task], search={"controls": ["lora"]})
+    config = write_yaml(tmp_path / "search.yaml", document)
+    assert not problem_of(config, document).tunes_by_gradient
+    output = " ".join(output_of("search", config, "--out", tmp_path / "run").split())
+    before, _, after = output.partition("generation 1/2")
+    why = "for the fitness has no derivative"
+    assert f"adapters: trained by rank-1 evolution strategies, without gradients, {why}" in before
+    assert f"was trained by rank-1 evolution strategies, {why}," in after
 
 
 WINNER, LORA = Row("winner", "evolved", 0.5, {}), Row("lora_base", "LoRA on base", 0.5, {})
