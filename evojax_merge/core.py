@@ -45,8 +45,10 @@ def search(
     on_generation: OnGeneration,
     force: bool,
     judges: JudgeOptions | None,
+    on_searched: Callable[[], None] = lambda: None,
 ) -> None:
-    """Search, choose the winner, export it and report. A run that has done all this is left unchanged."""
+    """Search, choose the winner, export it and report. A run that has done all this is left unchanged. on_searched: is
+    called once all generations are saved."""
     complete = why_complete(folder, problem)
     if complete is not None:
         print_complete(folder, complete)
@@ -80,6 +82,7 @@ def search(
                 archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)
             archive = with_best(archive, ballots, problem.search.finalists)
             print_work(folder, problem, evaluators)
+            on_searched()
             result = select_best(problem, evaluators, archive, activity.shown(passes_bar), folder)
             activity.conclude(result)
             say((compilations() - compiled_before).describe())

@@ -1,6 +1,9 @@
 """Controls of the held-out table: adapters that are trained as PEFT trains them, random candidates, and what is said of
 them."""
 
+import shlex
+import signal
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +21,7 @@ from helpers.families import Family
 from helpers.files import read_json, write_lines, write_yaml
 from helpers.models import even_records, load_torch
 from helpers.searches import problem_of, search_config, task_section
+from hostile import start_command
 from transformers import AutoTokenizer
 
 import evojax_merge as em
@@ -227,6 +231,34 @@ def test_a_finished_run_gets_its_controls_later(sums: Family, tmp_path: Path) ->
     assert [row["role"] for row in after["table"]] == ["base", "parent", "parent", "uniform", "random", "winner"]
     assert after["table"][-1] == before["table"][-1]
     assert "nothing to search" in output_of("search", config, "--out", run, *more)
+
+
+def test_a_run_that_is_stopped_in_a_control_says_how_to_write_its_winner(sums: Family, tmp_path: Path) -> None:
+    search = {"controls": ["random", "lora"]}
+    config = write_yaml(tmp_path / "search.yaml", search_config(sums, 2, 4, heldout=0.25, search=search))
+    run = tmp_path / "run"
+    process = start_command("search", config, "--out", run)
+    # Adapters are trained once the random candidate is kept.
+    while not (run / "controls.safetensors").exists():
+        assert process.poll() is None, process.read("stderr")
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    stopped, more, _ = process.read("stderr").splitlines()[-3:]
+    assert (
+        stopped.startswith("stopped; 2 generations are saved. Continue with: ")
+        and not (run / "best" / "model").exists()
+    )
+    again, without = shlex.split(stopped.partition(" with: ")[2]), shlex.split(more.partition(", add ")[2])
+    assert without == ["--set", "search.controls=[]"]
+    output_of(*again[1:], *without)
+    result = read_json(run / "result.json")
+    assert {row["role"] for row in result["table"]} == {"base", "parent", "uniform", "winner"}
+    # The command alone makes the controls; one is kept.
+    output_of(*again[1:])
+    after = read_json(run / "result.json")
+    assert {"random", "lora_base", "lora_parent"} <= {row["role"] for row in after["table"]}
+    assert after["table"][-1] == result["table"][-1]
 
 
 def test_the_table_the_page_and_the_result_show_controls(sums: Family, tmp_path: Path) -> None:
