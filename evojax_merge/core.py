@@ -28,6 +28,7 @@ from evojax_merge.search.kept_scores import kept_scores
 from evojax_merge.search.loop import Archive, Reporter, Storage, evolve
 from evojax_merge.search.run_parts import RunFolder, check_room, remove_members
 from evojax_merge.search.run_schema import read_run_config
+from evojax_merge.steps.controls import why_no_gradient
 from evojax_merge.steps.output import print_complete, print_setup, print_work, why_complete, write_winner
 from evojax_merge.steps.planning import compiling_beside, ending_estimate, make_plan, record_timing
 from evojax_merge.steps.selection import open_evaluators, select_best, timed
@@ -44,8 +45,10 @@ def search(
     on_generation: OnGeneration,
     force: bool,
     judges: JudgeOptions | None,
+    on_searched: Callable[[], None] = lambda: None,
 ) -> None:
-    """Search, choose the winner, export it and report. A run that has done all this is left unchanged."""
+    """Search, choose the winner, export it and report. A run that has done all this is left unchanged. on_searched: is
+    called once all generations are saved."""
     complete = why_complete(folder, problem)
     if complete is not None:
         print_complete(folder, complete)
@@ -65,6 +68,9 @@ def search(
             loading, measuring = activity.shown(timed(bytes_bar, reading)), activity.shown(passes_bar)
             with compiling_beside(problem, prepared):
                 evaluators = open_evaluators(problem, prepared, devices, loading, say, folder.members, measuring)
+            without = why_no_gradient(problem, evaluators)
+            if without and problem.splits.tuning:
+                say(f"adapters: trained by rank-1 evolution strategies, without gradients, for {without}")
             evaluators = judged(evaluators, ballots, partial(family_tree, problem), activity)
             problem = proposing(problem, ballots)
             # The export reads the models again, and writes one.
@@ -76,6 +82,7 @@ def search(
                 archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)
             archive = with_best(archive, ballots, problem.search.finalists)
             print_work(folder, problem, evaluators)
+            on_searched()
             result = select_best(problem, evaluators, archive, activity.shown(passes_bar), folder)
             activity.conclude(result)
             say((compilations() - compiled_before).describe())

@@ -2,6 +2,9 @@
 them."""
 
 import re
+import shlex
+import signal
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +22,7 @@ from helpers.families import Family
 from helpers.files import read_json, write_lines, write_yaml
 from helpers.models import even_records, load_torch
 from helpers.searches import problem_of, search_config, task_section
+from hostile import start_command
 from transformers import AutoTokenizer
 
 import evojax_merge as em
@@ -230,6 +234,34 @@ def test_a_finished_run_gets_its_controls_later(sums: Family, tmp_path: Path) ->
     assert "nothing to search" in output_of("search", config, "--out", run, *more)
 
 
+def test_a_run_that_is_stopped_in_a_control_says_how_to_write_its_winner(sums: Family, tmp_path: Path) -> None:
+    search = {"controls": ["random", "lora"]}
+    config = write_yaml(tmp_path / "search.yaml", search_config(sums, 2, 4, heldout=0.25, search=search))
+    run = tmp_path / "run"
+    process = start_command("search", config, "--out", run)
+    # Adapters are trained once the random candidate is kept.
+    while not (run / "controls.safetensors").exists():
+        assert process.poll() is None, process.read("stderr")
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    stopped, more, _ = process.read("stderr").splitlines()[-3:]
+    assert (
+        stopped.startswith("stopped; 2 generations are saved. Continue with: ")
+        and not (run / "best" / "model").exists()
+    )
+    again, without = shlex.split(stopped.partition(" with: ")[2]), shlex.split(more.partition(", add ")[2])
+    assert without == ["--set", "search.controls=[]"]
+    output_of(*again[1:], *without)
+    result = read_json(run / "result.json")
+    assert {row["role"] for row in result["table"]} == {"base", "parent", "uniform", "winner"}
+    # The command alone makes the controls; one is kept.
+    output_of(*again[1:])
+    after = read_json(run / "result.json")
+    assert {"random", "lora_base", "lora_parent"} <= {row["role"] for row in after["table"]}
+    assert after["table"][-1] == result["table"][-1]
+
+
 def test_the_table_the_page_and_the_result_show_controls(sums: Family, tmp_path: Path) -> None:
     document = search_config(
         sums, 1, 4, heldout=0.25, search={"controls": ["lora", "random", "uniform"], "validation": 0.25}
@@ -259,11 +291,16 @@ def test_records_that_tasks_share_are_counted_once(sums: Family) -> None:
     assert counted(text, right, other) == "60 records (108 examples over 3 tasks)"
 
 
-def test_a_search_without_derivatives_says_so(sums: Family) -> None:
+def test_a_search_without_derivatives_says_so(sums: Family, tmp_path: Path) -> None:
     task = task_section(sums.tasks, kind="exact_match", metric="brevity", max_new_tokens=3, heldout=0.25)
-    problem = opened(sums, "lora", tasks=[task])
-    assert not problem.tunes_by_gradient
-    assert any("by rank-1 evolution strategies" in sentence for sentence in finished(problem).verdicts())
+    document = search_config(sums, 2, 4, heldout=0.25, tasks=[task], search={"controls": ["lora"]})
+    config = write_yaml(tmp_path / "search.yaml", document)
+    assert not problem_of(config, document).tunes_by_gradient
+    output = " ".join(output_of("search", config, "--out", tmp_path / "run").split())
+    before, _, after = output.partition("generation 1/2")
+    why = "for the fitness has no derivative"
+    assert f"adapters: trained by rank-1 evolution strategies, without gradients, {why}" in before
+    assert f"was trained by rank-1 evolution strategies, {why}," in after
 
 
 WINNER, LORA = Row("winner", "evolved", 0.5, {}), Row("lora_base", "LoRA on base", 0.5, {})

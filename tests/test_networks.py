@@ -18,10 +18,12 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 import evojax_merge as em
 from evojax_merge.backends.torch.backend import on_cores
 from evojax_merge.backends.torch.folders import open_module
+from evojax_merge.backends.torch.network import Network
 from evojax_merge.backends.torch.opening import layer_groups
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.mergekit.write import group_filters
+from evojax_merge.steps.controls import why_no_gradient
 from evojax_merge.steps.planning import make_plan
 from evojax_merge.steps.selection import open_evaluators
 from evojax_merge.system import console as console_module
@@ -448,6 +450,31 @@ def test_auto_follows_no_gradient_where_batch_norms_are_measured(nets: Path, tmp
     problem = problem_of(tmp_path / "config.yaml", document(nets, **changes))
     assert problem.strategy.name == "cma_es"
     assert problem.prepare().search[0].size == 6
+
+
+@pytest.mark.parametrize("why", ["", "JAX does not trace the model"])
+def test_adapters_keep_the_batch_norms_of_their_model(
+    why: str, nets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if why:
+        monkeypatch.setattr("evojax_merge.backends.torch.network.torchax_environment", lambda: (None, "is missing"))
+    search = {"generations": 2, "population": 3, "strategy": "cma_es", "controls": ["lora"]}
+    changes = {"evaluation": {"recalibrate": True}, "search": search}
+    problem = problem_of(tmp_path / "config.yaml", document(nets, **changes))
+    on = open_evaluators(problem, problem.prepare())
+    assert why_no_gradient(problem, on) == why
+    # JAX prints what it compiles; arrays in it would take longer than an evaluation.
+    assert "array(" not in repr(problem.backend.merge)
+    monkeypatch.delattr(Network, "measured")
+    change = problem.backend.adaptable(problem.parents[1], [on.heldout, *on.tuning], 2, 1.0)
+    unchanged = change.layout.start(0)[None]
+    scores = [one.evaluate(unchanged).matrices["classes"]["log_probability"][0] for one in change.evaluators]
+    model, arrays = made(nets / "net.py"), np.load(nets / "arrays.npz")
+    load_model(model, nets / "net2.safetensors")
+    for row, tasks in zip(scores, (problem.splits.heldout, *problem.splits.tuning), strict=True):
+        chosen = np.array(tasks[0].indices)
+        score = log_probability(model.eval(), arrays["pixels"][chosen], arrays["label"][chosen])
+        assert row.mean() == pytest.approx(score, abs=1e-5)
 
 
 def test_python_opens_networks_without_a_line(

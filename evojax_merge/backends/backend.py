@@ -31,14 +31,13 @@ Resolve = Callable[[object, str, Path], Path]
 class Adaptable:
     """A stored model that low-rank changes are trained on. layout: of the vectors that changes are; spread: the root
     mean square of each changed matrix, by its name; evaluators: score changes float32[P, D] on splits of the examples,
-    and differentiate their fitness where the tasks have derivatives; has_derivatives: whether the model has; export:
-    (exported winner, vector float32[D], out, check) -> None, writes a change of the winner as the adapter `out` (see
-    `Backend.export`), None where `BackendFacts.not_polishable` says why not."""
+    and differentiate their fitness where the tasks have derivatives; export: (exported winner, vector float32[D], out,
+    check) -> None, writes a change of the winner as the adapter `out` (see `Backend.export`), None where
+    `BackendFacts.not_polishable` says why not."""
 
     layout: LowRankLayout
     spread: Mapping[str, float]
     evaluators: Sequence[Any]
-    has_derivatives: bool = True
     export: Callable[[Path, np.ndarray, Path, Callable[[], None]], None] | None = None
 
 

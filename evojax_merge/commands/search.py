@@ -23,7 +23,7 @@ from evojax_merge.checkpoints.writer import (
     require_space,
 )
 from evojax_merge.config.documents import attribute_errors_to_overrides
-from evojax_merge.config.search_config import Config, StageConfig
+from evojax_merge.config.search_config import Config, SearchConfig, StageConfig
 from evojax_merge.errors import LOG, LONGEST_LINE, Failed, InputError, PeerLostError, print_warning, printable
 from evojax_merge.evaluation.devices import decided_by_main, losing_peers, unused_memory
 from evojax_merge.evaluation.memory import require_memory
@@ -89,24 +89,34 @@ PATIENCE = 5.0
 @dataclass
 class ResumeHint:
     """The command that continues a search, or begins it again where nothing is saved, printed wherever the search is
-    broken off. resume: whether the search continues an earlier one; folder: the run folder, once there is one."""
+    broken off. resume: whether the search continues an earlier one; folder: the run folder, once there is one; without:
+    the options that leave out the controls and the polish, while these alone are missing."""
 
     command: str
     resume: bool
     folder: RunFolder | None = None
+    without: str = ""
 
     def on_started(self, command: str, folder: RunFolder) -> None:
         """Remember the command that continues the search from now on, and its run folder."""
         self.command, self.folder = command, folder
 
+    def on_searched(self, search: SearchConfig) -> None:
+        """Remember that all generations of a search are saved."""
+        given = {"search.controls=[]": search.controls, "search.then=null": search.then}
+        self.without = " ".join(f"--set {shlex.quote(option)}" for option, value in given.items() if value)
+
     def describe(self) -> str:
-        """A line with the command."""
+        """A line with the command, and one about a winner that waits for controls or a polish."""
         state = "nothing was searched yet" if self.resume else "nothing was saved"
         if self.folder is not None:
             count = len(self.folder.read_history())
             state = f"{'1 generation is' if count == 1 else f'{count} generations are'} saved"
         again = "Start again" if self.folder is None and not self.resume else "Continue"
-        return printable(f"stopped; {state}. {again} with: {self.command}", LONGEST_LINE) + "\n"
+        lines = [f"stopped; {state}. {again} with: {self.command}"]
+        if self.without:
+            lines.append(f"Only controls or polish are missing; to write the winner without them, add {self.without}")
+        return "".join(printable(line, LONGEST_LINE) + "\n" for line in lines)
 
     @contextmanager
     def on_exit(self) -> Iterator[None]:
@@ -156,7 +166,7 @@ def search(
         with watched_by(watching), _printing(output) as on_generation:
             run_search(
                 path, config, out, resume=resume, overwrite=overwrite, on_started=on_started,
-                on_generation=on_generation, force=force, judges=judges,
+                on_generation=on_generation, force=force, judges=judges, on_searched=resume_hint.on_searched,
             )  # fmt: skip
 
 
@@ -218,9 +228,11 @@ def run_search(
     on_generation: OnGeneration = lambda generation: None,
     force: bool = False,
     judges: JudgeOptions | None = None,
+    on_searched: Callable[[SearchConfig], None] = lambda search: None,
 ) -> None:
     """Search from a config to a model in the run folder `out`. `path` names the config in messages, and relative paths
-    start in its folder; `on_started` is called as soon as there is something to resume. In a chain of stages the winner
+    start in its folder; `on_started` is called as soon as there is something to resume, `on_searched` once all
+    generations of a search without stages are saved. In a chain of stages the winner
     of one is the first parent of the next: the last stage is the run itself, earlier ones have run folders of their own
     below `stages/`. Raises InputError where the search cannot fit into memory, unless `force`."""
     given: dict[str, bool | str] = {"--resume": resume, "--overwrite": overwrite, "--force": force}
@@ -306,7 +318,8 @@ def run_search(
                     logged(config.log, LoggedSearch(run, folder, document), after_stage) as after_log,
                     kept_page(folder, after_log, print_warning) as after_page,
                 ):
-                    core.search(folder, problem, prepared[number], after_page, force, judges)
+                    searched = partial(on_searched, problem.search) if stages is None else lambda: None
+                    core.search(folder, problem, prepared[number], after_page, force, judges, searched)
             if folder is not run:
                 winner = folder.winner
                 on_started(run)

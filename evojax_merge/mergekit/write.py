@@ -1,6 +1,7 @@
 """The result of a search -> a recipe in mergekit's format.
 
-The recipe reads back (mergekit.schema) as the same numbers, so that merging it gives the winner's bytes.
+The recipe reads back (mergekit.schema) as the same numbers, so that merging it gives the bytes of a winner that is a
+language model.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -108,6 +108,15 @@ def equal_searches(problem: SearchProblem[Backend]) -> int:
     return sum(counts.get(name, 0) for name in problem.search.controls) + (problem.search.then == "polish")
 
 
+def why_no_gradient(problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]]) -> str:
+    """Why evolution strategies train the search's adapters; empty: gradients train them, or there are none."""
+    if not problem.tunes_by_gradient:
+        return "the fitness has no derivative"
+    if any(task.derivative is None for part in on.tuning for task in part.tasks):
+        return "JAX does not trace the model"
+    return ""
+
+
 def control_roles(problem: SearchProblem[Backend]) -> set[str]:
     """The roles of a search's controls and of its polished winner in the table."""
     roles: set[str] = {name for name in problem.search.controls if name in ("greedy", "random")}
@@ -185,18 +194,18 @@ def _adapters(
 @dataclass(frozen=True)
 class Change:
     """A trained low-rank change of a model. vector: float32[D], in the layout of `model`; facts: see `_trained`;
-    heldout: () -> the held-out scores of the changed model; by_gradient: whether gradients trained it."""
+    heldout: () -> the held-out scores of the changed model; why_no_gradient: see `why_no_gradient`."""
 
     vector: np.ndarray
     model: Adaptable
     facts: Mapping[str, Any]
     heldout: Callable[[], TaskScores]
-    by_gradient: bool
+    why_no_gradient: str
 
     def describe(self, problem: SearchProblem[Backend], name: str, passes: float) -> str:
         """A sentence on how the change was trained."""
         split, facts = "validation" if problem.splits.validation is not None else "search", self.facts
-        how = "" if self.by_gradient else " by rank-1 evolution strategies, for the fitness has no derivative,"
+        how = f" by rank-1 evolution strategies, for {self.why_no_gradient}," if self.why_no_gradient else ""
         chosen = (
             f"the best, after {facts['step']} of {facts['steps']} steps at learning rate {facts['rate']:g}, was chosen"
         )
@@ -220,7 +229,8 @@ def _trained(
         candidate, [on.deciding, on.search, on.heldout, *on.tuning], tuning.rank, tuning.scale
     )
     deciding, search, heldout, *parts = model.evaluators
-    by_gradient = model.has_derivatives and problem.tunes_by_gradient
+    why = why_no_gradient(problem, on)
+    by_gradient = not why
     data = TuningData(parts, deciding, search, Goal(on.search.goal.scales), on.deciding.goal, by_gradient)
     named = str(candidate) if isinstance(candidate, Path) else [float(gene) for gene in candidate]
     settings = {"model": named, "passes": passes, "seed": problem.seed, "by_gradient": by_gradient}
@@ -237,7 +247,7 @@ def _trained(
         made = tuned.vector, facts
         kept.keep(role, settings, *made)
     vector, facts = made
-    return Change(vector, model, facts, lambda: heldout.evaluate(vector[None]), by_gradient)
+    return Change(vector, model, facts, lambda: heldout.evaluate(vector[None]), why)
 
 
 def polish(

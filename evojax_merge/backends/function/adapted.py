@@ -68,5 +68,4 @@ def adaptable_tree(
         if name in layout.shapes
     }
     programs = replace(programs, merge=AdaptedTree(tree, names, layout), _compiled={}, _apart={}, _warm=set())
-    traced = all(task.traced for tasks in splits for task in tasks)
-    return Adaptable(layout, spread, [ChangeEvaluator(tasks, leaves, programs) for tasks in splits], traced)
+    return Adaptable(layout, spread, [ChangeEvaluator(tasks, leaves, programs) for tasks in splits])

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,11 +23,12 @@ from evojax_merge.tasks.python_trees import Path, flatten, is_key, shown_path
 TreeBank = list[LeafBank | Any]
 
 
+# JAX prints the callables that it compiles: a merge, without its arrays.
 @dataclass(frozen=True)
 class Leaf:
     """One leaf of all sources. merged: whether it is merged; otherwise the merge has the first source's leaf."""
 
-    sources: tuple[Any, ...]
+    sources: tuple[Any, ...] = field(repr=False)
     merged: bool
 
 
@@ -38,7 +39,7 @@ class Tree:
     paths: tuple[Path, ...]
     leaves: tuple[Leaf, ...]
     structure: Any
-    columns: tuple[Sequence[Any], ...]
+    columns: tuple[Sequence[Any], ...] = field(repr=False)
 
     def source(self, number: int) -> Any:
         """One source as it was given."""

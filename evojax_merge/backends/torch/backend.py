@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import torch
 
-from evojax_merge.backends.backend import Prepared
+from evojax_merge.backends.backend import Adaptable, Prepared
 from evojax_merge.backends.function.backend import FunctionBackend
 from evojax_merge.backends.function.programs import Programs
 from evojax_merge.backends.torch import network as networks
@@ -54,6 +54,7 @@ from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.mergekit.write import group_filters
 from evojax_merge.models.architecture import known_architecture
 from evojax_merge.report.plan import shown_bytes
+from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.system.console import say, say_once
 from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.entropy import EntropyTask
@@ -76,7 +77,8 @@ class TorchBackend(FunctionBackend):
     """Merges of networks; see `Backend`. network: takes the merged tensors, by their names."""
 
     network: Network
-    # The tasks as arrays, by name, metric and examples.
+    # The arrays of tasks' examples, and the tasks as arrays, by name, metric and examples.
+    _arrays: dict[Any, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     _tasks: dict[Any, ArrayTask] = field(default_factory=dict, repr=False)
     # Why the network is called with each candidate instead of being traced; empty: it is traced.
     _untraced: dict[str, str] = field(default_factory=dict, repr=False)
@@ -94,7 +96,9 @@ class TorchBackend(FunctionBackend):
 
     def prepare(self, splits: Splits[list[Any]]) -> Prepared:
         described = dict(self._untraced)
-        prepared = super().prepare(splits.map(lambda tasks: [self._prepared(task) for task in tasks]))
+        as_arrays = replace(splits, tuning=[]).map(lambda tasks: [self._prepared(task) for task in tasks])
+        tuning = [[self.without_measuring._prepared(task) for task in tasks] for tasks in splits.tuning]
+        prepared = super().prepare(replace(as_arrays, tuning=tuning))
         if self.facts.settings.recalibrate and not self._calibration:
             self._calibration.extend(
                 (self._ask(task), _batches(arrays.rows[0]["inputs"]))
@@ -118,6 +122,20 @@ class TorchBackend(FunctionBackend):
                 f"JAX ({self._untraced[untraced.name]}); take a strategy without gradients, such as cma_es",
             )  # fmt: skip
         return prepared
+
+    @cached_property
+    def without_measuring(self) -> "TorchBackend":
+        """The backend whose batch norms stay as they are: that of changes of a stored model, whose batch norms are
+        measured already."""
+        if not self.facts.settings.recalibrate:
+            return self
+        settings = self.facts.settings.model_copy(update={"recalibrate": False})
+        return replace(self, facts=replace(self.facts, settings=settings), _tasks={}, _untraced={})
+
+    def adaptable(
+        self, candidate: Path | np.ndarray, like: Sequence[SpaceEvaluator[Any]], rank: int, scale: float
+    ) -> Adaptable:
+        return FunctionBackend.adaptable(self.without_measuring, candidate, like, rank, scale)
 
     def _is_native(self) -> bool:
         """Return whether backend: decoder opens the models as well."""
@@ -192,8 +210,9 @@ class TorchBackend(FunctionBackend):
             return self._array_task(task, arrays, where)
         key = (task.name, task.metric, id(task.examples))
         if key not in self._tasks:
-            arrays = example_arrays(task, self.network, folder)
-            self._tasks[key] = self._array_task(task, arrays, task.section)
+            if key not in self._arrays:
+                self._arrays[key] = example_arrays(task, self.network, folder)
+            self._tasks[key] = self._array_task(task, self._arrays[key], task.section)
         return self._tasks[key].subset(task.indices)
 
     def _array_task(self, task: Any, examples: Mapping[str, Any], where: str) -> ArrayTask:
