@@ -4,7 +4,6 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,24 +18,23 @@ import click
 
 from evojax_merge.cli_parts import (
     DTYPE,
+    FAILED,
     FILE,
     OUTPUT_DTYPE,
     SEED,
     Commands,
     InitCommand,
     import_command,
+    run,
     with_gguf_type,
     with_overrides,
     with_plugins,
     with_shard_size,
 )
-from evojax_merge.errors import Failed, InputError, PeerLostError, printable, without_secrets
+from evojax_merge.errors import InputError, PeerLostError, without_secrets
 from evojax_merge.mergekit.flags import given_without_meaning, without_meaning
 from evojax_merge.system.interrupts import INTERRUPTED
-from evojax_merge.system.jax_environment import no_devices
 from evojax_merge.system.users_traceback import hide_inner_frames
-
-DONE, FAILED, WRONG_INPUT = 0, 1, 2
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -519,53 +517,6 @@ def keys(section: str | None) -> None:
     """List the keys that a search's config may have: what each takes, its default, and what it means. SECTION: this key
     and those in it (search, space.parameters, tasks), or all; without it, the sections."""
     import_command("listings").list_known("keys", section)
-
-
-def run(command: Callable[[], Any]) -> int:
-    """Run a command; turn its exceptions into the exit status and one line on stderr."""
-    try:
-        return _run(command)
-    except BaseException as error:
-        # Code that a signal interrupts may raise any exception: an import in C raises ImportError.
-        if interrupts.received():
-            interrupts.end_at_once(INTERRUPTED, "interrupted\n")
-        elif not isinstance(error, (KeyboardInterrupt, click.Abort)):
-            raise
-        print("interrupted", file=sys.stderr, flush=True)
-        return INTERRUPTED
-
-
-def _run(command: Callable[[], Any]) -> int:
-    try:
-        command()
-        sys.stdout.flush()
-    except (InputError, Failed) as error:
-        if interrupts.received():
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_INPUT if isinstance(error, InputError) else FAILED
-    except RuntimeError as error:
-        # JAX initialises its devices at their first use.
-        if not str(error).startswith("Unable to initialize backend"):
-            raise
-        print(f"error: {no_devices(error)}", file=sys.stderr)
-        return WRONG_INPUT
-    except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
-            error.show()
-        else:
-            more = "" if context is None else f" (see {context.command_path} --help)"
-            print(f"error: {printable(error.format_message())}{more}", file=sys.stderr)
-        return WRONG_INPUT
-    except BrokenPipeError:
-        print("error: standard output was closed", file=sys.stderr)
-        return FAILED
-    except MemoryError as error:
-        what = "this process may take no more memory" + (f" ({error})" if str(error) else "")
-        print(f"error: {what}; what was saved is whole, and a search goes on with --resume", file=sys.stderr)
-        return FAILED
-    return DONE
 
 
 def main() -> None:

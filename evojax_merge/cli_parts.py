@@ -1,18 +1,21 @@
-"""The parts that the commands of the command line share: options, imports, and how arguments are read."""
+"""The parts that the commands of the command line share: options, imports, exit statuses, and how arguments are
+read."""
 
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
-from evojax_merge.errors import LONGEST_LINE, printable
+from evojax_merge.errors import LONGEST_LINE, Failed, InputError, printable
 from evojax_merge.mergekit.flags import ShardSize
 from evojax_merge.system import interrupts
-from evojax_merge.system.jax_environment import check_environment
+from evojax_merge.system.interrupts import INTERRUPTED
+from evojax_merge.system.jax_environment import check_environment, no_devices
 
 # The bound is config.MAX_SEED, repeated here: the imports of config are too heavy for --help.
 SEED = click.IntRange(min=0, max=2**63 - 1)
@@ -21,6 +24,8 @@ DTYPE = click.Choice(["float32", "float16", "bfloat16"])
 # FP8 as compressed-tensors keeps it, with scales.
 OUTPUT_DTYPE = click.Choice([*DTYPE.choices, "float8_e4m3"])
 
+# Exit statuses.
+DONE, FAILED, WRONG_INPUT = 0, 1, 2
 # Commands that print lists.
 LISTS = frozenset({"methods", "strategies", "architectures", "keys", "runs", "show", "compare"})
 
@@ -119,3 +124,50 @@ class InitCommand(click.Command):
             option = argument if begins else "" if argument.startswith("-") or is_config else option
             repeated += [] if begins else [option, argument] if option else [argument]
         return super().parse_args(context, repeated)
+
+
+def run(command: Callable[[], Any]) -> int:
+    """Run a command; turn its exceptions into the exit status and one line on stderr."""
+    try:
+        return _run(command)
+    except BaseException as error:
+        # Code that a signal interrupts may raise any exception: an import in C raises ImportError.
+        if interrupts.received():
+            interrupts.end_at_once(INTERRUPTED, "interrupted\n")
+        elif not isinstance(error, (KeyboardInterrupt, click.Abort)):
+            raise
+        print("interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
+
+
+def _run(command: Callable[[], Any]) -> int:
+    try:
+        command()
+        sys.stdout.flush()
+    except (InputError, Failed) as error:
+        if interrupts.received():
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT if isinstance(error, InputError) else FAILED
+    except RuntimeError as error:
+        # JAX initialises its devices at their first use.
+        if not str(error).startswith("Unable to initialize backend"):
+            raise
+        print(f"error: {no_devices(error)}", file=sys.stderr)
+        return WRONG_INPUT
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+            error.show()
+        else:
+            more = "" if context is None else f" (see {context.command_path} --help)"
+            print(f"error: {printable(error.format_message())}{more}", file=sys.stderr)
+        return WRONG_INPUT
+    except BrokenPipeError:
+        print("error: standard output was closed", file=sys.stderr)
+        return FAILED
+    except MemoryError as error:
+        what = "this process may take no more memory" + (f" ({error})" if str(error) else "")
+        print(f"error: {what}; what was saved is whole, and a search goes on with --resume", file=sys.stderr)
+        return FAILED
+    return DONE
