@@ -35,7 +35,7 @@ from evojax_merge.checkpoints.decoder_folder import decoder_of
 from evojax_merge.checkpoints.derived import SOURCES, TENSORS, open_model, resolve_model
 from evojax_merge.checkpoints.folder import open_folder
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.cli import WRONG_INPUT
+from evojax_merge.cli_parts import WRONG_INPUT
 from evojax_merge.errors import InputError
 
 VOCAB = 320

@@ -17,7 +17,7 @@ from hostile import config as search_config
 from merge_kernels import sums
 from test_spaces import make_space
 
-from evojax_merge.cli import WRONG_INPUT
+from evojax_merge.cli_parts import WRONG_INPUT
 from evojax_merge.config.search_config import SpaceConfig
 from evojax_merge.models.architecture import LAYERS
 from evojax_merge.spaces.parameter import SearchParameter

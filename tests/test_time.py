@@ -236,7 +236,8 @@ def test_the_nearest_measurement_of_each_kind_counts() -> None:
 
 def test_searches_record_how_long_they_took(family: Family, tmp_path: Path, cache: Path) -> None:
     run_here("search", write_config(tmp_path, family), "--out", tmp_path / "run")
-    (recorded,) = read_timings()
+    # A search that compiles most of its programs records that as well.
+    (recorded,) = [each for each in read_timings() if each.kind != "compiling"]
     seconds = [json.loads(line)["seconds"] for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()]
     bound = plan_of(document(family)).generation.seconds
     assert (recorded.kind, recorded.source) == ("scoring", "search")
