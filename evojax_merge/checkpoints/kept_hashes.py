@@ -28,30 +28,29 @@ SETTLED = 2 * 10**9
 
 def file_hashes(paths: Sequence[Path]) -> dict[str, str]:
     """sha256 of files by path, hexadecimal. A large file that has not changed since it was hashed is not read again."""
-    known = _read()
-    found = dict[str, str]()
+    kept, fresh = _read(), dict[str, str]()
 
     def hashed(path: Path) -> str:
         before = _identity(path)
-        if before in known:
-            return known[before]
+        if before in kept:
+            return kept[before]
         digest = file_hash(path)
         if before is not None and _identity(path) == before:
-            found[before] = digest
+            fresh[before] = digest
         return digest
 
     with ThreadPoolExecutor() as pool:
         hashes = dict(zip(map(str, paths), pool.map(hashed, paths), strict=True))
-    if found:
-        kept = list((_read() | found).items())[-MAX_HASHES:]
+    if fresh:
+        latest = list((_read() | fresh).items())[-MAX_HASHES:]
         with suppress(OSError, Failed, InputError):
             _file().parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(_file(), json.dumps(dict(kept), indent=0) + "\n")
+            atomic_write(_file(), json.dumps(dict(latest), indent=0) + "\n")
     return hashes
 
 
 def _identity(path: Path) -> str | None:
-    """What the file system says of a large file that has not changed lately; None of any other."""
+    """The file system's account of a large file that has not changed lately; None for any other."""
     status = os.stat(path)
     if status.st_size < LEAST_BYTES or time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < SETTLED:
         return None
