@@ -1,7 +1,7 @@
 """Hashes of large files, kept in the user's cache folder: models of terabytes are not read at every start.
 
 A file is known by what its file system says of it, as git knows those of a work tree: device, inode, size, and the
-times of its content and of its entry, which no program sets back.
+times of its content and of its entry. No program sets the latter back.
 """
 
 import json

@@ -291,7 +291,7 @@ def differences(runs: Mapping[str, RunData]) -> Table:
 def _flat(document: Any, key: str = "") -> list[tuple[str, str]]:
     """A document's leaves by their paths, as texts. Sections of a list go by their names, or their numbers."""
     if isinstance(document, list) and document and all(isinstance(part, dict) for part in document):
-        document = {part.get("name", number): part for number, part in enumerate(document)}
+        document = {str(part.get("name", number)): part for number, part in enumerate(document)}
     if isinstance(document, dict) and document:
         return [leaf for name, part in document.items() for leaf in _flat(part, f"{key}.{name}" if key else str(name))]
     return [(key, escaped_lines(document if isinstance(document, str) else json.dumps(document, default=str)))]
