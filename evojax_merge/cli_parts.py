@@ -14,6 +14,7 @@ import click
 from evojax_merge.errors import LONGEST_LINE, Failed, InputError, printable
 from evojax_merge.mergekit.flags import ShardSize
 from evojax_merge.system import interrupts
+from evojax_merge.system.imports import importing
 from evojax_merge.system.interrupts import INTERRUPTED
 from evojax_merge.system.jax_environment import check_environment, no_devices
 
@@ -71,7 +72,7 @@ def import_command(name: str, plugin_names: tuple[str, ...] = (), distributed: b
     again = printable(shlex.join(["evojax-merge", *arguments]), LONGEST_LINE)
     next_step = "Continue" if "--resume" in arguments else "Start again"
     resume_hint = f"stopped before it began. {next_step} with: {again}\n" if arguments[:1] == ["search"] else ""
-    with interrupts.nothing_begun(f"{resume_hint}interrupted\n"):
+    with importing(), interrupts.nothing_begun(f"{resume_hint}interrupted\n"):
         _start_jax()
         if distributed:
             from evojax_merge.evaluation.devices import init_distributed

@@ -437,6 +437,60 @@ def test_a_second_run_and_a_resumed_one_compile_nothing(family: Family, tmp_path
     assert all(session["programs"] <= 2 and session["kept"] > 10 for session in compiled(tmp_path / "three"))
 
 
+class Loads:
+    """A backend that loads by tensors of a byte each, when it is allowed to."""
+
+    def __init__(self, size: int, error: Exception | None = None) -> None:
+        self.facts, self.may_load, self.began = SimpleNamespace(stored_bytes=size), Event(), Event()
+        self.error, self.done = error, 0
+
+    def load(self, devices: Any, progress: Any, folder: Any) -> str:
+        self.began.set()
+        assert self.may_load.wait(60)
+        for _ in range(self.facts.stored_bytes):
+            progress(1)
+            self.done += 1
+        if self.error is not None:
+            raise self.error
+        return "bank"
+
+
+def shown_in(steps: list[int]) -> Any:
+    """A phase whose steps are added to the list."""
+    return lambda name, size: nullcontext(steps.append)
+
+
+@pytest.mark.parametrize("limit", [0, 2**28])
+def test_large_models_load_while_the_search_is_planned(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load of a size above the limit has begun before it is asked for; either way all of it is shown."""
+    monkeypatch.setattr(loading, "BESIDE_BYTES", limit)
+    backend, steps, seconds = Loads(5), list[int](), list[float]()
+    with loading.loading_beside(cast(Any, backend), ONE_DEVICE, None, seconds) as load:
+        assert backend.began.wait(60) if limit == 0 else not backend.began.is_set()
+        backend.may_load.set()
+        assert load(shown_in(steps)) == "bank"
+    assert sum(steps) == backend.done == 5 and len(seconds) == 1
+
+
+def test_a_load_that_fails_beside_the_plan_is_reported_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "BESIDE_BYTES", 0)
+    backend = Loads(1, InputError(Path("model"), "NaN"))
+    backend.may_load.set()
+    with loading.loading_beside(cast(Any, backend), ONE_DEVICE, None, []) as load, pytest.raises(InputError):
+        load(shown_in([]))
+
+
+def test_a_search_that_is_refused_ends_its_load_at_the_next_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "BESIDE_BYTES", 0)
+    backend = Loads(10**9)
+    with pytest.raises(ValueError, match="does not fit"), loading.loading_beside(
+        cast(Any, backend), ONE_DEVICE, None, []
+    ):  # fmt: skip
+        backend.may_load.set()
+        raise ValueError("does not fit")
+    assert backend.done < 10**9
+
+
 AHEAD = """
 import sys
 from pathlib import Path

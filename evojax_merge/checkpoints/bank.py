@@ -5,6 +5,7 @@ more memory than the bank and one tensor. A method's statistics are measured on 
 """
 
 import io
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,8 +47,8 @@ from evojax_merge.models.sources import StackedWeights
 ALIGNMENT = 64
 Progress = Callable[[int], None]
 T = TypeVar("T")
-# Threads that read and measure tensors.
-LOADERS = 4
+# Threads that read and measure tensors. More than the cores hinder each other; one alone would wait for the disk.
+LOADERS = min(4, max(2, os.cpu_count() or 1))
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 from evojax_merge.report.comparison import Result, label_of
 from evojax_merge.report.plan import CHOOSING, HELDOUT, MEASURING
-from evojax_merge.steps.selection import Phase, Progress
+from evojax_merge.steps.loading import Phase, Progress
 from evojax_merge.system.console import format_seconds, seconds_left
 
 # A phase of the search, in the words of the page.

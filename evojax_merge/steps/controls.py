@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,14 +20,13 @@ from evojax_merge.search.protocols import differentiates
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import A_FILE, MAX_FILE
 from evojax_merge.search.strategies.greedy import greedy_soup
+from evojax_merge.steps.loading import Phase
 from evojax_merge.steps.low_rank import Tuning, TuningData, train
 from evojax_merge.system.console import working
 from evojax_merge.system.file_system import atomic_write_bytes
 from evojax_merge.system.regular_file import read_regular
 from evojax_merge.tasks.splits import Splits
 
-Progress = Callable[[int], None]
-Phase = Callable[[str, int], AbstractContextManager[Progress]]
 LORA_ROLES = {"base": "lora_base", "parent": "lora_parent"}
 
 

@@ -58,12 +58,11 @@ from evojax_merge.search.successive_halving import rung_shards, rung_size
 from evojax_merge.search.surrogate import HISTORY
 from evojax_merge.steps.advice import advice
 from evojax_merge.steps.controls import equal_searches
+from evojax_merge.steps.loading import BESIDE_BYTES
 from evojax_merge.steps.selection import SelectionCounts, candidates_to_select, models_to_measure, not_kept
 from evojax_merge.system.console import working
 from evojax_merge.tasks.splits import Splits
 
-# Models of fewer bytes load before anything is compiled.
-COMPILE_BESIDE_BYTES = 2**28
 # Seconds that a compiler takes for an operation of a program, on a core.
 SECONDS_PER_OPERATION = 0.005
 # The small programs that a search compiles beside its passes, and the seconds of each.
@@ -205,7 +204,7 @@ def ending_estimate(
 
     def ending(generation: float) -> float:
         if not compiling:
-            is_ahead = problem.facts.stored_bytes >= COMPILE_BESIDE_BYTES
+            is_ahead = problem.facts.stored_bytes >= BESIDE_BYTES
             compiling.append(0.0 if is_ahead else (compilations() - before).seconds)
         return planned.ending_seconds(generation) + compiling[0] + exporting
 
@@ -219,7 +218,7 @@ def compiling_beside(problem: SearchProblem[Backend], prepared: Splits[list[Any]
     is_kept = jax.config.values["jax_compilation_cache_dir"] and jax.config.values["jax_enable_compilation_cache"]
     # GPUs of several processes tune kernels together.
     is_alone = jax.process_count() == 1
-    is_worth_it = is_kept and is_alone and problem.facts.stored_bytes >= COMPILE_BESIDE_BYTES
+    is_worth_it = is_kept and is_alone and problem.facts.stored_bytes >= BESIDE_BYTES
     sizes, kept = {task.name: task.size for task in problem.splits.heldout}, problem.kept
     # An earlier search with the same models and tasks that came to its end has left its programs.
     if not is_worth_it or (kept is not None and kept.read("heldout", problem.facts.compared[0][1], sizes) is not None):

@@ -1,10 +1,8 @@
 """From a search's archive to the winner: re-scoring, and the comparison on held-out examples."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -27,31 +25,10 @@ from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.strategies.greedy import Greedy
 from evojax_merge.steps.controls import Control, examples_of, make_controls, polish
 from evojax_merge.steps.goals import StoredSplit, score_stored, with_goals
+from evojax_merge.steps.loading import Load, Phase, Progress, loading_beside, silent_phase
 from evojax_merge.tasks.images import thumbnail
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import GUARD_WEIGHT, Task
-
-Progress = Callable[[int], None]
-# (the name of a part of the work, its steps at most) -> a context that yields the function that receives steps done.
-Phase = Callable[[str, int], AbstractContextManager[Progress]]
-
-
-def silent_phase(name: str, steps: int) -> AbstractContextManager[Progress]:
-    """A part of the work that shows no progress."""
-    return nullcontext(lambda steps: None)
-
-
-def timed(phase: Phase, seconds: list[float]) -> Phase:
-    """The phase, whose seconds are added to the list."""
-
-    @contextmanager
-    def measured(name: str, steps: int) -> Iterator[Progress]:
-        started = time.monotonic()
-        with phase(name, steps) as progress:
-            yield progress
-        seconds.append(time.monotonic() - started)
-
-    return measured
 
 
 @runtime_checkable
@@ -72,15 +49,15 @@ def open_evaluators(
     devices: Devices = ONE_DEVICE,
     loading: Phase = silent_phase,
     log: Callable[[str], None] = lambda text: None,
-    folder: Path | None = None,
     measuring: Phase = silent_phase,
+    load: Load | None = None,
 ) -> Splits[SpaceEvaluator[Any]]:
-    """Load the bank and open evaluators of genomes on each of the splits, with the goal of the search, for which the
-    base and the parents are scored. The steps of `loading` are bytes, those of `measuring` passes; `log` receives the
-    evaluators' notes; folder: see `Backend.load`."""
+    """Open evaluators of genomes on each of the splits, with the goal of the search, for which the base and the parents
+    are scored. The steps of `loading` are bytes, those of `measuring` passes; `log` receives the evaluators' notes;
+    load: of the bank, begun already (see `loading_beside`); None: it is loaded now."""
     backend, population = problem.backend, problem.strategy.population
-    with loading("loading", backend.facts.stored_bytes) as progress:
-        bank = backend.load(devices, progress, folder)
+    with nullcontext(load) if load else loading_beside(backend, devices, None, []) as load_bank:
+        bank = load_bank(loading)
     on = backend.evaluators(bank, prepared, population, devices, log)
     counts = models_to_measure(problem)
     if not counts.search:

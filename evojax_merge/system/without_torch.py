@@ -8,6 +8,8 @@ searches text models leaves it out.
 import logging
 import sys
 
+from evojax_merge.system.imports import importing
+
 # Whether the process is a command of this program, in which no other code goes on to use models of torch.
 is_command = False
 # The beginning of the note, in the versions of transformers.
@@ -35,7 +37,8 @@ def leave_torch_out() -> None:
     """Have transformers load as where PyTorch is not installed, if the process is a command and has not loaded it."""
     if "torch" in sys.modules or not is_command:
         return
-    from transformers.utils import import_utils
+    with importing():
+        from transformers.utils import import_utils
 
     checks = [import_utils.is_torch_available, import_utils.is_torchvision_available]
     if not all(hasattr(check, "cache_clear") for check in checks) or not hasattr(import_utils, "_is_package_available"):

@@ -19,7 +19,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
 
 from evojax_merge.checkpoints.bank import load_stored, stored_tensors
@@ -174,6 +173,8 @@ def make_expert(plan: Plan, target: Path) -> None:
 
 def target_loss(config: DecoderConfig, model: StackedWeights, batch: dict[str, jax.Array]) -> jax.Array:
     """Mean negative log-likelihood of the targets. batch: a ScoringBatch's arrays."""
+    import optax
+
     hidden, _ = forward(config, model, batch["tokens"], SequenceLayout(batch["positions"], batch["segment_ids"]))
     scores = logits(config, model, hidden.reshape(-1, hidden.shape[-1])[batch["predict_at"]])
     losses = optax.softmax_cross_entropy_with_integer_labels(scores, batch["targets"])
@@ -198,6 +199,9 @@ def fine_tune(
     name: str, model: StackedWeights, config: DecoderConfig, rows: Sequence[Row], plan: Plan
 ) -> StackedWeights:
     """All weights of `model` after `plan.steps` steps of Adam."""
+    # Others take a model that is trained already.
+    import optax
+
     rate = optax.warmup_cosine_decay_schedule(0.0, plan.peak, plan.warm_up, plan.steps, plan.peak / 10)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.98))
 
