@@ -8,9 +8,12 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from threading import Event
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,7 +29,9 @@ from evojax_merge.backends.decoder.backend import DecoderBackend
 from evojax_merge.checkpoints import kept_hashes
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.config.search_config import Config
+from evojax_merge.errors import InputError
 from evojax_merge.evaluation import compilations, timings
+from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.timings import NOT_MEASURED, Timing, estimated_factor, read_timings, record_timings, timing
 from evojax_merge.problem import build_problem, config_from
@@ -36,6 +41,7 @@ from evojax_merge.report.progress import passes_bar, search_bar
 from evojax_merge.search import kept_scores, loop
 from evojax_merge.search.loop import Generation, _Clock
 from evojax_merge.search.stopping import course_of
+from evojax_merge.steps import loading
 from evojax_merge.steps.planning import make_plan
 from evojax_merge.system import console
 from evojax_merge.system.console import working
@@ -483,11 +489,14 @@ def test_a_load_that_fails_beside_the_plan_is_reported_where_it_is_asked_for(mon
 def test_a_search_that_is_refused_ends_its_load_at_the_next_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "BESIDE_BYTES", 0)
     backend = Loads(10**9)
-    with pytest.raises(ValueError, match="does not fit"), loading.loading_beside(
-        cast(Any, backend), ONE_DEVICE, None, []
-    ):  # fmt: skip
-        backend.may_load.set()
-        raise ValueError("does not fit")
+
+    def refused() -> None:
+        with loading.loading_beside(cast(Any, backend), ONE_DEVICE, None, []):
+            backend.may_load.set()
+            raise ValueError("does not fit")
+
+    with pytest.raises(ValueError, match="does not fit"):
+        refused()
     assert backend.done < 10**9
 
 
